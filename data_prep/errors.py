@@ -1,0 +1,54 @@
+"""The errors that end a command, and the exit code of each.
+
+FlexUNetError        1  unknown; a retry may help
+├── UsageError       2  wrong option, config, or a missing or empty source
+├── ContentError     3  a file that cannot be read, or contradicts another
+├── LockedError      4  another process owns the run
+├── StorageError     5  storage unavailable, unwritable or full; a retry may help
+├── StoppedError     6  stopped by the user or the machine; the same command resumes
+└── DivergedError    7  the loss became NaN or infinite
+
+The message of each says, in one line: what is wrong, the value, where, and what to do.
+"""
+
+
+class FlexUNetError(Exception):
+    """An error whose message is written for the user."""
+
+    exit_code = 1
+
+
+class UsageError(FlexUNetError):
+    """The command, its config or its source is wrong; running it again changes nothing."""
+
+    exit_code = 2
+
+
+class ContentError(FlexUNetError):
+    """A file cannot be read or contradicts another."""
+
+    exit_code = 3
+
+
+class LockedError(FlexUNetError):
+    """Another process owns the run."""
+
+    exit_code = 4
+
+
+class StorageError(FlexUNetError):
+    """Storage is unavailable, refuses to be written, or is full."""
+
+    exit_code = 5
+
+
+class StoppedError(FlexUNetError):
+    """The work was stopped and can be resumed by the same command."""
+
+    exit_code = 6
+
+
+class DivergedError(FlexUNetError):
+    """Training produced a loss that is not finite."""
+
+    exit_code = 7

@@ -1,0 +1,121 @@
+"""Typed settings: the frozen base class, validation with one-line errors, and YAML.
+
+A settings class is plain data. Unknown keys are errors that name the nearest known key.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from data_prep.errors import UsageError
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseModel):
+    """A frozen group of settings; unknown keys, NaN and infinity are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def option(default: Any, description: str, *, free: bool = False, **constraints: Any) -> Any:
+    """Returns a settings field.
+
+    Args:
+        default: the value when the key is missing; `...` makes the key required.
+        description: one sentence for `--help`; names the unit.
+        free: may change between two attempts of one run; every other field is part of its identity.
+        constraints: passed on to pydantic (`gt`, `le`, `pattern` and so on).
+    """
+    return Field(default, description=description, json_schema_extra={"free": free}, **constraints)
+
+
+def validated(cls: type[S], values: Mapping[str, Any], where: str) -> S:
+    """Returns `cls` made from nested `values`.
+
+    Args:
+        where: what the values came from, named in the error.
+    Raises:
+        UsageError: a key is unknown or a value is not allowed; the message is one line.
+    """
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        problems = "; ".join(_describe(cls, detail) for detail in error.errors())
+        raise UsageError(f"{where}: {problems}") from error
+
+
+def fields_of(
+    cls: type[Settings], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields (path, pydantic field) of every leaf of `cls`, nested groups included."""
+    for name, field in cls.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            yield from fields_of(kind, (*path, name))
+        else:
+            yield (*path, name), field
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """Returns the mapping that `text` holds; an empty text gives an empty mapping.
+
+    Raises:
+        UsageError: not YAML, not a mapping, or a tag that would build an object.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise UsageError(f"{where}: not valid YAML: {problem}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{where}: expected `key: value` lines, got {type(values).__name__}")
+    return values
+
+
+def write_yaml(settings: Settings) -> str:
+    """Returns the YAML text of `settings`, every field written out."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `base` with the values of `over` laid over it, group by group."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            result[key] = merged(below, value)
+        else:
+            result[key] = value
+    return result
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """Returns a remedy for an unknown `name`: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _describe(cls: type[Settings], detail: ErrorDetails) -> str:
+    path = [str(part) for part in detail["loc"]]
+    name = ".".join(path) or "values"
+    if detail["type"] == "extra_forbidden":
+        group: Any = cls
+        for part in path[:-1]:
+            field = getattr(group, "model_fields", {}).get(part)
+            group = field.annotation if field else None
+        known = list(getattr(group, "model_fields", {}))
+        return f"unknown key {name!r}; {suggestion(path[-1], known)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "missing":
+        return f"{name} is required"
+    # A group's own check already names its fields; its input is the whole group.
+    if isinstance(detail["input"], Mapping):
+        return f"{name}: {message}" if path else message
+    return f"{name}={detail['input']!r}: {message[0].lower()}{message[1:]}"
