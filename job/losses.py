@@ -1,0 +1,367 @@
+"""Owns the training losses, each a function of sums over the global batch.
+
+A loss is a weighted sum of terms. A term has two halves: `sums` adds up numbers over the pixels
+that this replica holds, `value` turns the same numbers of the whole batch into a scalar. Between
+them stands `global_sum`, called once per loss, so that any split of a batch over replicas gives
+one and the same loss.
+
+Weights. A pixel counts with (weight of its sample) x (weight of its true class), and with 0 where
+its label is the ignore id. A padded sample has weight 0 and counts nowhere. When nothing counts,
+every loss and its gradient is 0, never NaN.
+
+Numbers. Everything is computed in float32 from logits of 16 or 32 bits, and in float64 from
+float64. Logarithms of probabilities come from the logits. The reference implementation clips
+probabilities to [1e-7, 1 - 1e-7] instead; the two agree to 1e-5 while probabilities stay inside,
+and outside only ours has a gradient. `y` is the one-hot label, `p` the probability, softmax over
+the classes or, for a head of one channel, the sigmoid.
+
+Gradients over replicas: see `replica_sum`. Knows nothing of models, datasets or the step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import tensorflow as tf
+
+from data_prep.errors import UsageError
+from data_prep.settings import suggestion
+
+GlobalSum: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
+LossFunction: TypeAlias = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, GlobalSum], tf.Tensor]
+
+# SSIM's window and constants: Wang et al. 2004, doi:10.1109/TIP.2003.819861; pictures in [0, 1].
+_SSIM_SIZE = 11
+_SSIM_SIGMA = 1.5
+_SSIM_C1 = 0.01**2
+_SSIM_C2 = 0.03**2
+
+
+def replica_sum(values: tf.Tensor) -> tf.Tensor:
+    """Returns the sum of `values` over all replicas of the current strategy.
+
+    The gradient of the result with respect to `values` is defined as the identity: no collective
+    runs backwards. What the caller must do: every replica differentiates the loss as it is (no
+    division by the number of replicas), and the gradients are added (SUM) over the replicas. Why
+    that is exact: the loss is L(S), S = sum_r s_r(weights), with the same value of S on every
+    replica; replica r computes L'(S) * ds_r/dweights, and these add up to dL/dweights.
+    A term of the loss that is no function of global sums (weight decay) is not covered: it would
+    be added once per replica.
+
+    Args:
+        values: any shape, float32 or float64, in the replica context of `strategy.run`, or
+            outside of any strategy, where the sum is `values` itself.
+    """
+    context = tf.distribute.get_replica_context()
+    total = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.stop_gradient(values))
+
+    def forward(_: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        return tf.identity(total), tf.identity
+
+    return tf.custom_gradient(forward)(values)
+
+
+@dataclass(frozen=True)
+class PixelBatch:
+    """The part of a batch that one replica holds.
+
+    Attributes:
+        labels: (B, H, W) int32, ignored pixels set to 0.
+        logits: (B, H, W, C) float32 or float64.
+        is_counted: (B, H, W) of the dtype of the logits, 0 at ignored pixels, else 1.
+        pixel_weights: (B, H, W), class weight of the true class, 0 at ignored pixels.
+        sample_weights: (B,).
+    """
+
+    labels: tf.Tensor
+    logits: tf.Tensor
+    is_counted: tf.Tensor
+    pixel_weights: tf.Tensor
+    sample_weights: tf.Tensor
+
+    def weights(self) -> tf.Tensor:
+        """Returns what each pixel counts, sample weights included: (B, H, W)."""
+        return self.pixel_weights * self.sample_weights[:, tf.newaxis, tf.newaxis]
+
+    def has_one_channel(self) -> bool:
+        """Returns whether the head is a single sigmoid channel."""
+        return bool(self.logits.shape[-1] == 1)
+
+    def truth(self) -> tf.Tensor:
+        """Returns y: (B, H, W, C) one-hot, or the label itself for a head of one channel."""
+        if self.has_one_channel():
+            return tf.cast(self.labels, self.logits.dtype)[..., tf.newaxis]
+        return tf.one_hot(self.labels, self.logits.shape[-1], dtype=self.logits.dtype)
+
+    def probabilities(self) -> tf.Tensor:
+        """Returns p: (B, H, W, C) in [0, 1]."""
+        return tf.sigmoid(self.logits) if self.has_one_channel() else tf.nn.softmax(self.logits)
+
+    def cross_entropy(self) -> tf.Tensor:
+        """Returns -log of the probability of the true class: (B, H, W), at least 0."""
+        if self.has_one_channel():
+            return tf.nn.sigmoid_cross_entropy_with_logits(
+                labels=self.truth()[..., 0], logits=self.logits[..., 0]
+            )
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(
+            labels=self.labels, logits=self.logits
+        )
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss: sums of a local batch, and the value of their global totals."""
+
+    sums: Callable[[PixelBatch], list[tf.Tensor]]
+    value: Callable[[Sequence[tf.Tensor]], tf.Tensor]
+
+
+def make_loss(
+    name: str,
+    *,
+    num_classes: int,
+    class_weights: Sequence[float] | None = None,
+    ignore_id: int | None = None,
+    focal_gamma: float = 2.0,
+) -> LossFunction:
+    """Returns the loss `name`: (labels, logits, sample_weights, global_sum) -> scalar.
+
+    The returned function takes labels (B, H, W) integer, logits (B, H, W, C) floating, weights
+    (B,) of the samples, and `global_sum`, which adds a vector over all replicas (`replica_sum`;
+    `tf.identity` on one). It gives the same scalar on every replica, float64 for float64 logits,
+    else float32.
+
+    Args:
+        num_classes: C; 1 means one sigmoid channel with labels 0 and 1.
+        class_weights: a weight per class id, 0 or more (two of them when `num_classes` is 1). Pixel
+            means are divided by the sum of the weights, so only their ratios matter.
+        ignore_id: label of pixels that count nowhere.
+        focal_gamma: exponent of the focal loss, 1 or more.
+
+    Raises:
+        UsageError: unknown name, wrong number or sign of the weights, or `focal_gamma` below 1.
+    """
+    if name not in LOSSES:
+        raise UsageError(f"loss={name!r}: unknown loss; {suggestion(name, list(LOSSES))}")
+    weights = _checked_class_weights(class_weights, num_classes)
+    if focal_gamma < 1:
+        raise UsageError(f"focal_gamma={focal_gamma}: must be 1 or more, or the gradient is NaN")
+    terms = _focal_terms(focal_gamma) if name == "focal" else LOSSES[name]
+
+    def loss(
+        labels: tf.Tensor, logits: tf.Tensor, sample_weights: tf.Tensor, global_sum: GlobalSum
+    ) -> tf.Tensor:
+        batch = _pixel_batch(labels, logits, sample_weights, weights, ignore_id)
+        return _evaluate(terms, batch, global_sum)
+
+    return loss
+
+
+def _checked_class_weights(
+    class_weights: Sequence[float] | None, num_classes: int
+) -> tuple[float, ...] | None:
+    if class_weights is None:
+        return None
+    num_labels = max(num_classes, 2)
+    if len(class_weights) != num_labels or min(class_weights) < 0 or max(class_weights) == 0:
+        raise UsageError(
+            f"class_weights={tuple(class_weights)}: give {num_labels} numbers of 0 or more,"
+            " one per class in the order of the ids, not all 0"
+        )
+    return tuple(class_weights)
+
+
+def _pixel_batch(
+    labels: tf.Tensor,
+    logits: tf.Tensor,
+    sample_weights: tf.Tensor,
+    class_weights: tuple[float, ...] | None,
+    ignore_id: int | None,
+) -> PixelBatch:
+    dtype = tf.float64 if logits.dtype == tf.float64 else tf.float32
+    labels = tf.cast(labels, tf.int32)
+    is_counted = tf.ones_like(labels, dtype)
+    if ignore_id is not None:
+        is_counted = tf.cast(labels != ignore_id, dtype)
+        labels = tf.where(labels != ignore_id, labels, 0)
+    sample_weights = tf.cast(sample_weights, dtype)
+    pixel_weights = is_counted
+    if class_weights is not None:
+        pixel_weights = is_counted * tf.gather(tf.constant(class_weights, dtype), labels)
+    return PixelBatch(labels, tf.cast(logits, dtype), is_counted, pixel_weights, sample_weights)
+
+
+def _evaluate(
+    terms: Sequence[tuple[float, Term]], batch: PixelBatch, global_sum: GlobalSum
+) -> tf.Tensor:
+    parts = [term.sums(batch) for _, term in terms]
+    totals = tf.unstack(global_sum(tf.stack([number for part in parts for number in part])))
+    loss = tf.zeros((), totals[0].dtype)
+    start = 0
+    for (weight, term), part in zip(terms, parts, strict=True):
+        loss += weight * term.value(totals[start : start + len(part)])
+        start += len(part)
+    return loss
+
+
+def _mean(totals: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Returns totals[0] / totals[1], and 0 when nothing counted."""
+    return tf.math.divide_no_nan(totals[0], totals[1])
+
+
+def _pixel_sums(batch: PixelBatch, per_pixel: tf.Tensor) -> list[tf.Tensor]:
+    weights = batch.weights()
+    return [tf.reduce_sum(weights * per_pixel), tf.reduce_sum(weights)]
+
+
+def _cross_entropy_sums(batch: PixelBatch) -> list[tf.Tensor]:
+    return _pixel_sums(batch, batch.cross_entropy())
+
+
+def _focal_sums(batch: PixelBatch, *, gamma: float) -> list[tf.Tensor]:
+    cross_entropy = batch.cross_entropy()
+    # 1 - exp(-ce) without cancellation; rounding may put ce a hair below 0.
+    miss = tf.maximum(-tf.math.expm1(-cross_entropy), 0)
+    return _pixel_sums(batch, miss**gamma * cross_entropy)
+
+
+def _binary_cross_entropy_sums(batch: PixelBatch) -> list[tf.Tensor]:
+    log_p, log_not_p = _log_probabilities(batch)
+    truth = batch.truth()
+    per_channel = -(truth * log_p + (1 - truth) * log_not_p)
+    return _pixel_sums(batch, tf.reduce_mean(per_channel, axis=-1))
+
+
+def _log_probabilities(batch: PixelBatch) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns log p and log(1 - p), (B, H, W, C) each, exact also where p is nearly 0 or 1."""
+    if batch.has_one_channel():
+        return tf.math.log_sigmoid(batch.logits), tf.math.log_sigmoid(-batch.logits)
+    log_p = tf.nn.log_softmax(batch.logits)
+    num_classes = batch.logits.shape[-1]
+    # 1 - p[c] is the sum of the other classes' probabilities.
+    others = [
+        tf.reduce_logsumexp(tf.concat([log_p[..., :c], log_p[..., c + 1 :]], axis=-1), axis=-1)
+        for c in range(num_classes)
+    ]
+    return log_p, tf.stack(others, axis=-1)
+
+
+def _overlap_sums(batch: PixelBatch) -> list[tf.Tensor]:
+    truth, probabilities = batch.truth(), batch.probabilities()
+    weights = batch.weights()[..., tf.newaxis]
+    return [
+        tf.reduce_sum(weights * truth * probabilities),
+        tf.reduce_sum(weights * (truth + probabilities)),
+    ]
+
+
+def _dice_value(totals: Sequence[tf.Tensor]) -> tf.Tensor:
+    return 1 - (2 * totals[0] + 1) / (totals[1] + 1)
+
+
+def _iou_value(totals: Sequence[tf.Tensor]) -> tf.Tensor:
+    intersection, both = totals
+    union = both - intersection
+    # As (union - intersection) / union, so that a batch where nothing counts gives 0.
+    return tf.math.divide_no_nan(union - intersection, union)
+
+
+def _image_dice_sums(batch: PixelBatch) -> list[tf.Tensor]:
+    truth, probabilities = batch.truth(), batch.probabilities()
+    weights = batch.pixel_weights[..., tf.newaxis]
+    intersection = tf.reduce_sum(weights * truth * probabilities, axis=(1, 2, 3))
+    both = tf.reduce_sum(weights * (truth + probabilities), axis=(1, 2, 3))
+    loss = _dice_value([intersection, both])
+    return [tf.reduce_sum(batch.sample_weights * loss), tf.reduce_sum(batch.sample_weights)]
+
+
+def _ssim_sums(batch: PixelBatch) -> list[tf.Tensor]:
+    # Ignored pixels are 0 in both pictures: equal, so they cost nothing.
+    shown = batch.is_counted[..., tf.newaxis]
+    similarity = structural_similarity(batch.truth() * shown, batch.probabilities() * shown)
+    weights = batch.sample_weights
+    return [tf.reduce_sum(weights * (1 - similarity)), tf.reduce_sum(weights)]
+
+
+def structural_similarity(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+    """Returns the SSIM of each pair of images: (B,) in [-1, 1], the mean over pixels and channels.
+
+    A Gaussian window of 11 x 11 with sigma 1.5 that stays inside the picture, K1 = 0.01, K2 = 0.03,
+    pictures in [0, 1]: equal to `tf.image.ssim(max_val=1)`, which would round float64 to float32.
+
+    Args:
+        first, second: (B, H, W, C) float32 or float64, H and W at least 11.
+
+    Raises:
+        UsageError: the pictures are smaller than the window.
+    Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861.
+    """
+    height, width = first.shape[1], first.shape[2]
+    if min(height or _SSIM_SIZE, width or _SSIM_SIZE) < _SSIM_SIZE:
+        raise UsageError(
+            f"basnet_hybrid_loss needs pictures of at least {_SSIM_SIZE}x{_SSIM_SIZE} pixels,"
+            f" got {height}x{width}; take another loss or a larger image size"
+        )
+    mean_1, mean_2 = _blur(first), _blur(second)
+    product, squares = mean_1 * mean_2, mean_1**2 + mean_2**2
+    covariance = _blur(first * second) - product
+    variances = _blur(first**2 + second**2) - squares
+    luminance = (2 * product + _SSIM_C1) / (squares + _SSIM_C1)
+    structure = (2 * covariance + _SSIM_C2) / (variances + _SSIM_C2)
+    return tf.reduce_mean(luminance * structure, axis=(1, 2, 3))
+
+
+def _blur(images: tf.Tensor) -> tf.Tensor:
+    """Returns `images` under the Gaussian window, (B, H - 10, W - 10, C)."""
+    offsets = tf.range(_SSIM_SIZE, dtype=images.dtype) - (_SSIM_SIZE - 1) / 2
+    kernel = tf.nn.softmax(-(offsets**2) / (2 * _SSIM_SIGMA**2))
+    kernel = tf.tile(kernel[:, tf.newaxis, tf.newaxis, tf.newaxis], [1, 1, images.shape[-1], 1])
+    rows = tf.nn.depthwise_conv2d(images, kernel, [1, 1, 1, 1], "VALID")
+    return tf.nn.depthwise_conv2d(rows, tf.transpose(kernel, (1, 0, 2, 3)), [1, 1, 1, 1], "VALID")
+
+
+def _focal_terms(gamma: float) -> tuple[tuple[float, Term], ...]:
+    return ((1.0, Term(partial(_focal_sums, gamma=gamma), _mean)),)
+
+
+_CROSS_ENTROPY = Term(_cross_entropy_sums, _mean)
+_BINARY_CROSS_ENTROPY = Term(_binary_cross_entropy_sums, _mean)
+_DICE = Term(_overlap_sums, _dice_value)
+_IOU = Term(_overlap_sums, _iou_value)
+_IMAGE_DICE = Term(_image_dice_sums, _mean)
+_SSIM = Term(_ssim_sums, _mean)
+_BCE_DICE = ((0.5, _BINARY_CROSS_ENTROPY), (0.5, _DICE))
+_BCE_IOU = ((0.5, _BINARY_CROSS_ENTROPY), (0.5, _IOU))
+_BASNET = ((1 / 3, _BINARY_CROSS_ENTROPY), (1 / 3, _SSIM), (1 / 3, _IOU))
+
+LOSSES: dict[str, tuple[tuple[float, Term], ...]] = {
+    "categorical_crossentropy": ((1.0, _CROSS_ENTROPY),),
+    "dice_loss": ((1.0, _DICE),),
+    "bce_dice_loss": _BCE_DICE,
+    "iou_loss": ((1.0, _IOU),),
+    "bce_iou_loss": _BCE_IOU,
+    "basnet_hybrid_loss": _BASNET,
+    "dice_loss_multiclass": ((1.0, _IMAGE_DICE),),
+    "focal": _focal_terms(2.0),
+    "dice": ((1.0, _DICE),),
+    "bce_dice": _BCE_DICE,
+    "iou": ((1.0, _IOU),),
+    "bce_iou": _BCE_IOU,
+    "basnet_hybrid": _BASNET,
+}
+"""The terms of each loss and their weights, by name; w is the weight of a pixel, sums run over the
+pixels of the whole batch and all channels:
+
+categorical_crossentropy  sum(w * -log p[true]) / sum(w)
+binary cross-entropy      sum(w * mean_c -(y log p + (1 - y) log(1 - p))) / sum(w), part of others
+dice_loss                 1 - (2 I + 1) / (S + 1),  I = sum(w y p),  S = sum(w (y + p))
+iou_loss                  1 - I / (S - I)
+bce_dice_loss             (binary cross-entropy + dice_loss) / 2
+bce_iou_loss              (binary cross-entropy + iou_loss) / 2
+basnet_hybrid_loss        (binary cross-entropy + mean over images of (1 - SSIM) + iou_loss) / 3
+dice_loss_multiclass      mean over images of 1 - (2 I + 1) / (S + 1), I and S of that image
+focal                     sum(w * (1 - p[true])**gamma * -log p[true]) / sum(w), arXiv:1708.02002
+
+The short names are the same losses. Class weights do not enter SSIM.
+"""
