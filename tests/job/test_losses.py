@@ -183,8 +183,6 @@ def on_two_replicas(strategy: Any, function: Any, *arrays: Any) -> tuple[list[fl
 def test_two_replicas_give_the_loss_and_gradient_of_one(
     two_cpus: Any, name: str, num_classes: int
 ) -> None:
-    two_cpus: Any, name: str, num_classes: int
-) -> None:
     labels, logits = batch(num_classes=num_classes)
     labels[1, :4] = 255
     weights = np.array([1.0, 1, 0.5, 0])
