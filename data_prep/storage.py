@@ -1,0 +1,821 @@
+"""The only code that talks to storage: local folders and Google Cloud Storage behind one `Store`.
+
+Objects have names relative to the store's URL, separated by `/`. A put is atomic on both: a reader
+sees the old object, the new one or none, never a part. Conditional puts compare generations,
+numbers that change with every write. It must not know what the objects mean.
+"""
+
+import base64
+import contextlib
+import errno
+import fcntl
+import functools
+import logging
+import mimetypes
+import os
+import re
+import shutil
+import stat as stat_module
+import time
+import unicodedata
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import google_crc32c
+
+from data_prep.errors import ContentError, FlexUNetError, StorageError, UsageError
+
+logger = logging.getLogger(__name__)
+
+_HIDDEN = ".flexunet-"  # our own temporary and lock files; never listed, never a name
+_TEMPORARY = f"{_HIDDEN}tmp-"
+_CHUNK_BYTES = 1 << 20
+_MAX_PART_BYTES = 255  # NAME_MAX of every Linux file system
+_MAX_NAME_BYTES = 1024  # https://cloud.google.com/storage/docs/objects#naming
+_RETRY_S = 60.0
+_REQUEST_TIMEOUT_S = (10.0, 60.0)  # to connect, and between two bytes of an answer
+_TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+_BUCKET = re.compile(r"[a-z0-9][-a-z0-9._]{1,220}[a-z0-9]")
+
+
+class PreconditionFailed(StorageError):
+    """The object is not in the generation that a conditional put expected."""
+
+
+class NotFound(StorageError):
+    """The object does not exist."""
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What storage says about one object.
+
+    `generation` changes with every write. `crc32c` is None for local files: they are not read.
+    """
+
+    name: str
+    size: int
+    generation: int
+    crc32c: int | None
+
+
+class Store(Protocol):
+    """Named objects below one URL. Every failure is a StorageError of one line; stores pickle."""
+
+    @property
+    def url(self) -> str:
+        """The folder or `gs://` URL, without a slash at its end."""
+        ...
+
+    @property
+    def local_root(self) -> str | None:
+        """The path of the folder, None where objects have to be downloaded."""
+        ...
+
+    def stat(self, name: str) -> Stat | None:
+        """Returns what is known about an object, None when it does not exist."""
+        ...
+
+    def list(self, prefix: str = "") -> list[Stat]:
+        """Returns every object whose name starts with `prefix`, sorted by name.
+
+        A prefix is compared as text: end it with `/` to mean a folder. Unfinished puts never show.
+        """
+        ...
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """Returns the bytes of an object from `start`; fewer than `length` only at its end.
+
+        A whole object is checked against the server's checksum, a range is not.
+
+        Raises:
+            NotFound: there is no such object.
+        """
+        ...
+
+    def get_file(self, name: str, path: str) -> int:
+        """Writes an object to the local `path`, whole or not at all, and returns its crc32c.
+
+        Raises:
+            NotFound: there is no such object.
+        """
+        ...
+
+    def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
+        """Stores `data`.
+
+        Args:
+            if_generation: only when the object is in this generation; 0: only when it is missing.
+
+        Raises:
+            PreconditionFailed: it is in another one; nothing was written.
+        """
+        ...
+
+    def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
+        """Stores the content of the local file `path`; otherwise as `put`."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Deletes an object; a missing one is fine."""
+        ...
+
+    def below(self, prefix: str) -> "Store":
+        """Returns the same storage, rooted in the folder `prefix`."""
+        ...
+
+    def remove_unfinished(self) -> int:
+        """Deletes what killed puts left behind and returns how many; only for the sole writer."""
+        ...
+
+
+def open_store(url: str) -> Store:
+    """Returns the store at `url`: `gs://bucket/prefix`, a folder's path, or `file:///path`.
+
+    Nothing is read or written yet.
+
+    Raises:
+        UsageError: the URL is of another kind or not well formed.
+    """
+    if re.match(r"(gs|file):/?([^/]|$)", url):
+        raise UsageError(f"storage URL {url!r} lacks a slash; write gs://bucket or file:///path")
+    scheme, found, rest = url.partition("://")
+    if not found:
+        if not url or "\0" in url:
+            raise UsageError(f"{url!r} is not a folder or storage URL; give a path or gs://bucket")
+        return LocalStore(url)
+    if scheme == "gs":
+        return GcsStore(url)
+    if scheme == "file" and rest.startswith("/"):
+        return LocalStore(urllib.parse.unquote(rest))
+    raise UsageError(
+        f"storage URL {url!r} is not supported; use gs://bucket/folder, a folder's path or "
+        "file:///path"
+    )
+
+
+def join_url(url: str, *parts: str) -> str:
+    """Returns `url` with `parts` below it, one slash between them."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def checked_name(name: str) -> str:
+    """Returns `name` when it is a safe object name.
+
+    Names come from listings and manifests, so they are not trusted: whoever accepts one may join
+    it to a folder.
+
+    Raises:
+        ContentError: it is empty, absolute or could leave its folder, or holds characters that one
+            of the storages or a terminal would not keep as they are.
+    """
+    problem = _name_problem(name)
+    if problem:
+        raise ContentError(f"object name {_shown(name)} is refused: {problem}; rename the object")
+    return name
+
+
+def local_path(root: str, name: str) -> str:
+    """Returns the path of object `name` in the folder `root`.
+
+    Raises:
+        ContentError: the name is not safe, or a symbolic link leads out of `root`.
+    """
+    path = os.path.join(root, checked_name(name))
+    real_root = os.path.realpath(root)
+    if not _is_inside(os.path.realpath(path), real_root):
+        raise ContentError(f"{path}: a symbolic link leads out of {root}; copy the file into it")
+    return path
+
+
+def crc32c_of(data: bytes, value: int = 0) -> int:
+    """Returns the CRC-32C (RFC 3720) of `data`, continuing from `value`."""
+    return int(google_crc32c.extend(value, data))
+
+
+def crc32c_of_file(path: str) -> int:
+    """Returns the CRC-32C of a local file's bytes.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+    value = 0
+    with _local_errors("read", path), open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            value = crc32c_of(chunk, value)
+    return value
+
+
+def probe_writable(store: Store) -> None:
+    """Puts, gets and deletes a small object of a name nobody else has.
+
+    Raises:
+        StorageError: one of them fails; the message says what is missing.
+    """
+    name = f"flexunet-probe-{uuid.uuid4().hex}"
+    data = name.encode()
+    store.put(name, data, if_generation=0)
+    try:
+        if store.get(name) != data:
+            raise StorageError(f"{store.url}: a probe came back with other bytes; check the server")
+    finally:
+        store.delete(name)
+
+
+def probe_preconditions(store: Store) -> None:
+    """Checks that conditional puts are conditional, on which locks and commits rest.
+
+    Raises:
+        StorageError: the server ignores them (as gcp-storage-emulator 2024.8.3 does), or fails.
+    """
+    name = f"flexunet-probe-{uuid.uuid4().hex}"
+    first = store.put(name, b"first", if_generation=0)
+    try:
+        for generation in (0, first.generation - 1):
+            with contextlib.suppress(PreconditionFailed):
+                store.put(name, b"second", if_generation=generation)
+                raise StorageError(
+                    f"{store.url}: the server does not enforce preconditions, so two processes "
+                    "could own one run; use Google Cloud Storage or a folder"
+                )
+    finally:
+        store.delete(name)
+
+
+@dataclass(frozen=True, init=False)
+class LocalStore:
+    """A folder. It comes into being with the first put.
+
+    Generations are modification times in ns, strictly increasing from put to put. A put without a
+    condition takes no part in the locking of those with one: do not mix both on one object.
+    """
+
+    url: str
+
+    def __init__(self, path: str) -> None:
+        object.__setattr__(self, "url", os.path.abspath(path))
+
+    @property
+    def local_root(self) -> str:
+        """The path of the folder."""
+        return self.url
+
+    def stat(self, name: str) -> Stat | None:
+        """See `Store.stat`."""
+        path = local_path(self.url, name)
+        with _local_errors("read", path):
+            return _stat_path(name, path)
+
+    def list(self, prefix: str = "") -> list[Stat]:
+        """See `Store.list`; links to files inside the folder are listed, other links are not."""
+        folder = prefix.rpartition("/")[0]
+        top = local_path(self.url, folder) if folder else self.url
+        real_root = os.path.realpath(self.url)
+        left_out: list[str] = []
+        with _local_errors("list", top):
+            found = [
+                Stat(name, info.st_size, info.st_mtime_ns, None)
+                for name, info in _walk(top, folder, real_root, left_out)
+                if name.startswith(prefix)
+            ]
+        if left_out:
+            logger.warning(
+                "%s: %d symbolic links to folders or out of it are left out, the first is %s",
+                self.url, len(left_out), left_out[0],
+            )  # fmt: skip
+        return sorted(found, key=lambda stat: stat.name)
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """See `Store.get`."""
+        path = local_path(self.url, name)
+        with _local_errors("read", path), open(path, "rb") as file:
+            file.seek(start)
+            return file.read(-1 if length is None else length)
+
+    def get_file(self, name: str, path: str) -> int:
+        """See `Store.get_file`; the copy is not forced to disk."""
+        source = local_path(self.url, name)
+        value = 0
+        with _local_errors("read", source), open(source, "rb") as file, _whole_file(path) as copy:
+            while chunk := file.read(_CHUNK_BYTES):
+                value = crc32c_of(chunk, value)
+                copy.write(chunk)
+        return value
+
+    def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
+        """See `Store.put`."""
+        return self._put(name, lambda file: file.write(data), if_generation)
+
+    def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
+        """See `Store.put_file`."""
+        with _local_errors("read", path), open(path, "rb") as source:
+            return self._put(
+                name, lambda file: shutil.copyfileobj(source, file, _CHUNK_BYTES), if_generation
+            )
+
+    def delete(self, name: str) -> None:
+        """See `Store.delete`; folders that become empty go too, up to the store's own."""
+        path = local_path(self.url, name)
+        with _local_errors("delete", path):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(path)
+            folder = os.path.dirname(path)
+            with contextlib.suppress(OSError):  # not empty, or somebody else was quicker
+                while folder != self.url:
+                    os.rmdir(folder)
+                    folder = os.path.dirname(folder)
+
+    def below(self, prefix: str) -> "LocalStore":
+        """See `Store.below`."""
+        return LocalStore(local_path(self.url, prefix))
+
+    def remove_unfinished(self) -> int:
+        """See `Store.remove_unfinished`."""
+        num_removed = 0
+        for folder, _, files in os.walk(self.url):
+            for file in files:
+                if file.startswith(_TEMPORARY):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(os.path.join(folder, file))
+                        num_removed += 1
+        return num_removed
+
+    def _put(self, name: str, write: Callable[[Any], Any], if_generation: int | None) -> Stat:
+        path = local_path(self.url, name)
+        with _local_errors("write", path):
+            temporary = _temporary_beside(path)
+            try:
+                with open(temporary, "xb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._publish(temporary, path, if_generation)
+                _sync_folder(os.path.dirname(path))
+                stat = _stat_path(name, path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+        if stat is None:
+            raise StorageError(f"{path} vanished while it was written; who else uses it?")
+        return stat
+
+    def _publish(self, temporary: str, path: str, if_generation: int | None) -> None:
+        if if_generation is None:
+            _follow(temporary, _stat_path("", path))
+            os.replace(temporary, path)
+            return
+        if if_generation == 0 and _link(temporary, path):
+            return
+        with _folder_lock(os.path.dirname(path)):
+            found = _stat_path("", path)
+            generation = found.generation if found else 0
+            if generation != if_generation:
+                raise _refused(path, if_generation, generation)
+            _follow(temporary, found)
+            os.replace(temporary, path)
+
+
+class GcsStore:
+    """Objects below `gs://bucket/prefix`, through google-cloud-storage.
+
+    Credentials are the application-default ones; with STORAGE_EMULATOR_HOST set, none are used.
+    Transient failures are retried for `retry_s` seconds; a missing bucket or permission is an
+    error at once.
+    """
+
+    def __init__(self, url: str, *, retry_s: float = _RETRY_S) -> None:
+        bucket, _, prefix = url.removeprefix("gs://").partition("/")
+        prefix = prefix.strip("/")
+        if not _BUCKET.fullmatch(bucket):
+            raise UsageError(f"storage URL {url!r}: {bucket!r} is not a bucket name")
+        problem = _name_problem(prefix) if prefix else None
+        if problem:
+            raise UsageError(f"storage URL {_shown(url)}: {problem}")
+        self.url = join_url(f"gs://{bucket}", prefix) if prefix else f"gs://{bucket}"
+        self.local_root: str | None = None
+        self._bucket = bucket
+        self._folder = f"{prefix}/" if prefix else ""
+        self._retry_s = retry_s
+
+    def __repr__(self) -> str:
+        return f"GcsStore({self.url!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GcsStore) and other.url == self.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    def stat(self, name: str) -> Stat | None:
+        """See `Store.stat`."""
+        blob = self._blob(name)
+        try:
+            with self._errors("read", name):
+                blob.reload(retry=self._retry(), timeout=_REQUEST_TIMEOUT_S)
+        except NotFound:
+            return None
+        return _blob_stat(name, blob)
+
+    def list(self, prefix: str = "") -> list[Stat]:
+        """See `Store.list`; the empty objects that stand for folders are left out."""
+        with self._errors("list", prefix, missing="bucket"):
+            blobs = self._client().list_blobs(
+                self._bucket,
+                prefix=self._folder + prefix,
+                fields="items(name,size,generation,crc32c),nextPageToken",
+                retry=self._retry(),
+                timeout=_REQUEST_TIMEOUT_S,
+            )
+            found = [_blob_stat(blob.name[len(self._folder) :], blob) for blob in blobs]
+        return sorted((s for s in found if not s.name.endswith("/")), key=lambda s: s.name)
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """See `Store.get`."""
+        whole = start == 0 and length is None
+        blob = self._blob(name)
+        with self._errors("read", name):
+            data = self._download(blob, start, length)
+        if whole:
+            self._verify(name, blob, crc32c_of(data))
+        return data
+
+    def get_file(self, name: str, path: str) -> int:
+        """See `Store.get_file`."""
+        blob = self._blob(name)
+        with _whole_file(path) as file:
+            with self._errors("read", name):
+                blob.download_to_file(file, retry=self._retry(), timeout=_REQUEST_TIMEOUT_S)
+            file.flush()
+            value = crc32c_of_file(file.name)
+            self._verify(name, blob, value)
+        return value
+
+    def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
+        """See `Store.put`."""
+
+        def send(blob: Any, **options: Any) -> None:
+            blob.upload_from_string(data, **options)
+
+        return self._upload(name, send, if_generation)
+
+    def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
+        """See `Store.put_file`."""
+
+        def send(blob: Any, **options: Any) -> None:
+            file.seek(0)
+            blob.upload_from_file(file, size=size, **options)
+
+        with _local_errors("read", path), open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return self._upload(name, send, if_generation)
+
+    def delete(self, name: str) -> None:
+        """See `Store.delete`."""
+        with contextlib.suppress(NotFound), self._errors("delete", name):
+            self._blob(name).delete(retry=self._retry(), timeout=_REQUEST_TIMEOUT_S)
+
+    def below(self, prefix: str) -> "GcsStore":
+        """See `Store.below`."""
+        return GcsStore(join_url(self.url, checked_name(prefix)), retry_s=self._retry_s)
+
+    def remove_unfinished(self) -> int:
+        """See `Store.remove_unfinished`; the server forgets unfinished uploads by itself."""
+        return 0
+
+    def _client(self) -> Any:
+        with self._errors("open", ""):
+            return _cloud_client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"))
+
+    def _blob(self, name: str) -> Any:
+        return self._client().bucket(self._bucket).blob(self._folder + checked_name(name))
+
+    def _retry(self, on_error: Callable[[Exception], Any] | None = None) -> Any:
+        from google.api_core.retry import Retry
+
+        return Retry(
+            predicate=_is_transient, initial=0.2, maximum=10.0, timeout=self._retry_s,
+            on_error=on_error,
+        )  # fmt: skip
+
+    def _download(self, blob: Any, start: int, length: int | None) -> bytes:
+        from google.api_core.exceptions import RequestRangeNotSatisfiable
+
+        # A range of no bytes cannot be asked for; one byte also tells whether the object exists.
+        end = None if length is None else start + max(length, 1) - 1
+        try:
+            data: bytes = blob.download_as_bytes(
+                start=start or None, end=end, retry=self._retry(), timeout=_REQUEST_TIMEOUT_S
+            )
+        except RequestRangeNotSatisfiable:
+            return b""
+        return data if length is None else data[:length]
+
+    def _verify(self, name: str, blob: Any, value: int) -> None:
+        if blob.crc32c is None:
+            raise StorageError(f"{join_url(self.url, name)}: the server sent no crc32c checksum")
+        # With this encoding the server keeps the checksum of the packed bytes, and the client
+        # library has checked those.
+        if blob.content_encoding != "gzip" and value != _decoded_crc32c(blob.crc32c):
+            raise StorageError(
+                f"{join_url(self.url, name)}: the downloaded bytes do not match the server's "
+                "crc32c; try again"
+            )
+
+    def _upload(self, name: str, send: Callable[..., None], if_generation: int | None) -> Stat:
+        from google.api_core.exceptions import PreconditionFailed as Refused
+
+        blob = self._blob(name)
+        interrupted: list[Exception] = []
+        options: dict[str, Any] = {
+            "content_type": mimetypes.guess_type(name)[0] or "application/octet-stream",
+            "retry": self._retry(interrupted.append),
+            "timeout": _REQUEST_TIMEOUT_S,
+            "checksum": "crc32c",
+        }
+        token = uuid.uuid4().hex
+        if if_generation is not None:
+            options["if_generation_match"] = if_generation
+            blob.metadata = {"flexunet-put": token}
+        with self._errors("write", name, missing="bucket"):
+            try:
+                send(blob, **options)
+            except Refused as error:
+                # A put whose answer got lost is refused when it is repeated, by its own success.
+                if not (interrupted and self._is_stored(name, token)):
+                    found = self.stat(name)
+                    raise _refused(
+                        join_url(self.url, name), if_generation, found.generation if found else 0
+                    ) from error
+                blob.reload(retry=self._retry(), timeout=_REQUEST_TIMEOUT_S)
+            return _blob_stat(name, blob)
+
+    def _is_stored(self, name: str, token: str) -> bool:
+        blob = self._blob(name)
+        with contextlib.suppress(NotFound), self._errors("read", name):
+            blob.reload(retry=self._retry(), timeout=_REQUEST_TIMEOUT_S)
+            return (blob.metadata or {}).get("flexunet-put") == token
+        return False
+
+    @contextlib.contextmanager
+    def _errors(self, action: str, name: str, missing: str = "object") -> Iterator[None]:
+        """Turns the client library's errors into ours."""
+        try:
+            yield
+        except FlexUNetError:
+            raise
+        except Exception as error:
+            url = join_url(self.url, name) if name else self.url
+            described = _describe_cloud_error(error, action, url, self._bucket, missing)
+            if described is None:
+                raise
+            raise described from error
+
+
+@functools.lru_cache(maxsize=4)
+def _cloud_client(process_id: int, emulator: str | None) -> Any:
+    """Returns a client; one per process, because connections must not be shared by a fork."""
+    from google.cloud import storage
+
+    if emulator is None:
+        return storage.Client()
+    endpoint = emulator if "://" in emulator else f"http://{emulator}"
+    return storage.Client(
+        project="emulator",
+        client_options={"api_endpoint": endpoint},
+    )
+
+
+def _is_transient(error: Exception) -> bool:
+    """Returns whether a request that failed with `error` may succeed when it is repeated."""
+    import requests
+    import urllib3
+    from google.auth.exceptions import TransportError
+
+    if isinstance(error, TransportError):
+        # A refused token never heals; google-auth wraps the network's error in its arguments.
+        return bool(error.args) and isinstance(error.args[0], OSError)
+    response = getattr(error, "response", None)
+    status = getattr(error, "code", None) or getattr(response, "status_code", None)
+    if status is not None:
+        return status in _TRANSIENT_STATUS
+    return isinstance(
+        error,
+        ConnectionError
+        | requests.ConnectionError
+        | requests.Timeout
+        | requests.exceptions.ChunkedEncodingError
+        | urllib3.exceptions.ProtocolError
+        | urllib3.exceptions.TimeoutError,
+    )
+
+
+def _describe_cloud_error(
+    error: Exception, action: str, url: str, bucket: str, missing: str
+) -> StorageError | None:
+    """Returns our error for one of the client library's, None for a bug.
+
+    Args:
+        missing: what a 404 speaks of, "object" or "bucket".
+    """
+    import requests
+    from google.api_core import exceptions as api
+    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
+    from google.cloud.storage import exceptions as cloud
+
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, api.NotFound):
+        if missing == "bucket" or "bucket does not exist" in text:
+            return StorageError(f"cannot {action} {url}: bucket {bucket!r} does not exist")
+        return NotFound(f"{url} does not exist")
+    if isinstance(error, DefaultCredentialsError):
+        return StorageError(
+            f"cannot {action} {url}: no Google Cloud credentials; run `gcloud auth "
+            "application-default login` or set GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    if isinstance(error, api.Unauthorized | GoogleAuthError) and not isinstance(
+        error, TransportError
+    ):
+        return StorageError(
+            f"cannot {action} {url}: the credentials are refused; renew them with `gcloud auth "
+            f"application-default login` ({text})"
+        )
+    if isinstance(error, api.Forbidden):
+        return StorageError(
+            f"cannot {action} {url}: permission denied; grant these credentials "
+            f"roles/storage.objectUser on bucket {bucket!r} ({text})"
+        )
+    known = (
+        api.GoogleAPIError, cloud.DataCorruption, cloud.InvalidResponse, TransportError,
+        requests.RequestException, ConnectionError,
+    )  # fmt: skip
+    return StorageError(f"cannot {action} {url}: {text}") if isinstance(error, known) else None
+
+
+def _blob_stat(name: str, blob: Any) -> Stat:
+    return Stat(name, int(blob.size), int(blob.generation), _decoded_crc32c(blob.crc32c))
+
+
+def _decoded_crc32c(text: str | None) -> int | None:
+    return None if text is None else int.from_bytes(base64.b64decode(text), "big")
+
+
+def _refused(where: str, expected: int | None, found: int) -> PreconditionFailed:
+    if expected == 0:
+        return PreconditionFailed(f"{where} exists already (generation {found}); nothing written")
+    return PreconditionFailed(
+        f"{where} is in generation {found}, not {expected}: another process wrote it"
+    )
+
+
+def _name_problem(name: str) -> str | None:
+    """Returns why `name` is not a safe object name, None when it is."""
+    for character in name:
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+            return f"it holds the control character {character!a}"
+    if not unicodedata.is_normalized("NFC", name):
+        return "it is not in Unicode normal form C"
+    if "\\" in name:
+        return "it holds a backslash"
+    if re.match(r"[A-Za-z]:", name):
+        return "it starts with a drive letter"
+    parts = name.split("/")
+    if "" in parts:
+        return "it is absolute, or a part of it is empty"
+    for part in parts:
+        if part in (".", ".."):
+            return f"it holds {part!r}"
+        if part.startswith(_HIDDEN):
+            return f"names that start with {_HIDDEN!r} are reserved"
+        if len(part.encode()) > _MAX_PART_BYTES:
+            return f"a part of it is longer than {_MAX_PART_BYTES} bytes"
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        return f"it is longer than {_MAX_NAME_BYTES} bytes"
+    return None
+
+
+def _shown(name: str) -> str:
+    return ascii(name if len(name) <= 100 else name[:100] + "...")
+
+
+def _is_inside(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+@contextlib.contextmanager
+def _local_errors(action: str, path: str) -> Iterator[None]:
+    """Turns the operating system's errors into ours."""
+    try:
+        yield
+    except FlexUNetError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if action == "read":
+            raise NotFound(f"{path} does not exist") from error
+        raise StorageError(f"cannot {action} {path}: {error.strerror}") from error
+    except OSError as error:
+        remedy = {
+            errno.ENOSPC: "; free some space or choose another folder",
+            errno.EDQUOT: "; free some space or choose another folder",
+            errno.EACCES: "; check the folder's permissions or choose another one",
+            errno.EROFS: "; choose a folder that can be written",
+        }.get(error.errno or 0, "")
+        raise StorageError(f"cannot {action} {path}: {error.strerror or error}{remedy}") from error
+
+
+def _stat_path(name: str, path: str) -> Stat | None:
+    try:
+        info = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not stat_module.S_ISREG(info.st_mode):
+        return None
+    return Stat(name, info.st_size, info.st_mtime_ns, None)
+
+
+def _walk(
+    folder: str, name: str, real_root: str, left_out: list[str]
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Yields (object name, stat) of the files below `folder`, which is object prefix `name`.
+
+    Symbolic links that are not followed are added to `left_out`.
+    """
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        entry_name = f"{name}/{entry.name}" if name else entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(entry.path, entry_name, real_root, left_out)
+        elif entry.is_symlink() and not (
+            entry.is_file() and _is_inside(os.path.realpath(entry.path), real_root)
+        ):
+            left_out.append(entry.path)
+        elif entry.is_file() and not entry.name.startswith(_HIDDEN):
+            with contextlib.suppress(FileNotFoundError):  # deleted in this moment
+                yield entry_name, entry.stat()
+
+
+def _temporary_beside(path: str) -> str:
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, f"{_TEMPORARY}{uuid.uuid4().hex}")
+
+
+@contextlib.contextmanager
+def _whole_file(path: str) -> Iterator[Any]:
+    """Opens a temporary file for writing that becomes `path` when the block ends well."""
+    with _local_errors("write", path):
+        temporary = _temporary_beside(os.path.abspath(path))
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def _sync_folder(folder: str) -> None:
+    """Makes a rename last over a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _follow(temporary: str, previous: Stat | None) -> None:
+    """Gives `temporary` a modification time after the one of the object it replaces.
+
+    The kernel's clock for files ticks every few ms, so two puts could carry the same time.
+    """
+    now = time.time_ns()
+    generation = max(now, previous.generation + 1) if previous else now
+    os.utime(temporary, ns=(now, generation))
+
+
+def _link(temporary: str, path: str) -> bool:
+    """Publishes `temporary` where nothing is yet; returns False where files cannot be linked."""
+    _follow(temporary, None)
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        found = _stat_path("", path)
+        raise _refused(path, 0, found.generation if found else 0) from error
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            return False
+        raise
+    return True
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: str) -> Iterator[None]:
+    """Holds the lock of `folder` for the block; the kernel frees it when the process dies."""
+    with open(os.path.join(folder, f"{_HIDDEN}lock"), "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
