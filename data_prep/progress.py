@@ -1,0 +1,117 @@
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_LINE_EVERY_S = 15.0
+
+
+class Progress:
+    """Counts items of one piece of work; shows a rate and the time left.
+
+    On a terminal it draws one bar; in a log it writes a line every 15 s and one at the end.
+    """
+
+    def __init__(self, title: str, total: int, *, unit: str = "images", shown: bool = True) -> None:
+        """Starts at 0 of `total`; nothing is drawn unless `shown`."""
+        self._title = title
+        self._total = total
+        self._unit = unit
+        self._done = 0
+        self._started = self._last_line = time.monotonic()
+        self._shown = shown
+        self._bar: Any = None
+        self._task: Any = None
+        self._note = ""
+
+    def __enter__(self) -> "Progress":
+        if self._shown and sys.stderr.isatty():
+            self._open_bar()
+        return self
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Adds `count` items; `note` is shown at the end of the bar."""
+        self._done += count
+        self._note = note
+        if self._bar is not None:
+            self._bar.update(self._task, advance=count, speed=self._speed(), note=note)
+        elif self._shown and time.monotonic() - self._last_line > _LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            logger.info("%s", self._line())
+
+    def line(self, text: str) -> None:
+        """Shows `text` on a line of its own, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        elif self._shown:
+            logger.info("%s", text)
+
+    def tracked(self, items: Iterable[T]) -> Iterator[T]:
+        """Yields `items`, counting each one when the next is asked for."""
+        for item in items:
+            yield item
+            self.advance()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._shown and kind is None:
+            logger.info("%s", self._line())
+
+    def _open_bar(self) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=None),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[speed]}"),
+            progress.TimeRemainingColumn(compact=True),
+            progress.TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            expand=True,
+        )
+        self._task = self._bar.add_task(self._title, total=self._total, speed="", note="")
+        self._bar.start()
+
+    def _speed(self) -> str:
+        elapsed = time.monotonic() - self._started
+        return f"{self._done / elapsed:.1f} {self._unit}/s" if elapsed > 0.5 else ""
+
+    def _line(self) -> str:
+        parts = [
+            f"{self._title}: {self._done}/{self._total} {self._unit}",
+            self._speed(),
+            self._note,
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+@contextmanager
+def quiet_interrupts() -> Iterator[None]:
+    """Turns SIGTERM inside the block into the KeyboardInterrupt that Ctrl-C raises."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
