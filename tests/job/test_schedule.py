@@ -1,0 +1,128 @@
+"""The schedules against the Keras callbacks they are modelled on, and their state."""
+
+import json
+import math
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from job.schedule import EarlyStopping, PlateauReducer
+
+NUM_SEQUENCES = 12
+
+
+def values_of(seed: int) -> list[float]:
+    """Returns a noisy descent with plateaus, exact ties, tiny steps and a NaN."""
+    rng = np.random.default_rng(seed)
+    steps = rng.choice([0.0, 1e-9, -1e-9, 5e-5, -5e-5, -2e-4, 0.02, -0.02], size=40)
+    values = 1.0 + np.cumsum(steps)
+    values[rng.integers(1, 40)] = math.nan
+    return [float(value) for value in values]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile(optimizer=keras.optimizers.SGD(1.0), loss="mse")
+    return model
+
+
+def reduced_by_keras(model: Any, values: list[float], **options: Any) -> list[float]:
+    callback = keras.callbacks.ReduceLROnPlateau("val_loss", mode="min", **options)
+    callback.set_model(model)
+    model.optimizer.learning_rate = 1.0
+    callback.on_train_begin()
+    rates = []
+    for epoch, value in enumerate(values):
+        callback.on_epoch_end(epoch, {"val_loss": value})
+        rates.append(float(model.optimizer.learning_rate.numpy()))
+    return rates
+
+
+def stopped_by_keras(model: Any, values: list[float], **options: Any) -> tuple[int | None, int]:
+    callback = keras.callbacks.EarlyStopping("val_loss", mode="min", **options)
+    callback.set_model(model)
+    model.stop_training = False
+    callback.on_train_begin()
+    for epoch, value in enumerate(values):
+        callback.on_epoch_end(epoch, {"val_loss": value})
+        if model.stop_training:
+            return epoch, callback.best_epoch
+    return None, callback.best_epoch
+
+
+# Keras' own callback converts its variable in a way that numpy 2 warns about.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"factor": 0.4, "patience": 4},
+        {"factor": 0.5, "patience": 1, "min_lr": 0.1},
+        {"factor": 0.4, "patience": 0},
+        {"factor": 0.4, "patience": 2, "cooldown": 3},
+        {"factor": 0.9, "patience": 1, "cooldown": 1, "min_delta": 0.0},
+    ],
+)
+def test_plateau_reducer_does_as_keras(model: Any, options: dict[str, Any]) -> None:
+    for seed in range(NUM_SEQUENCES):
+        values = values_of(seed)
+        reducer, lr, rates = PlateauReducer(**options), 1.0, []
+        for value in values:
+            lr = reducer.update(value, lr)
+            rates.append(lr)
+        # Keras keeps the rate in float32.
+        assert rates == pytest.approx(reduced_by_keras(model, values, **options), rel=1e-5), seed
+        assert rates[-1] < 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"patience": 1}, {"patience": 3}, {"patience": 6}, {"patience": 3, "min_delta": 0.01}],
+)
+def test_early_stopping_does_as_keras(model: Any, options: dict[str, Any]) -> None:
+    stops = set()
+    for seed in range(NUM_SEQUENCES):
+        values = values_of(seed)
+        stopping = EarlyStopping(**options)
+        stop = next((i for i, value in enumerate(values) if stopping.update(value, i)), None)
+        assert (stop, stopping.best_epoch) == stopped_by_keras(model, values, **options), seed
+        stops.add(stop)
+    assert len(stops) > 2
+
+
+@pytest.mark.parametrize("patience", [0, -1])
+def test_early_stopping_without_patience_never_stops_but_keeps_the_best(patience: int) -> None:
+    stopping = EarlyStopping(patience)
+    assert not any(stopping.update(value, i) for i, value in enumerate([3.0, 1.0, 2.0, 2.0, 2.0]))
+    assert (stopping.best, stopping.best_epoch) == (1.0, 1)
+
+
+def test_nan_is_never_the_best_value() -> None:
+    stopping, reducer = EarlyStopping(5), PlateauReducer(0.5, 5)
+    for epoch, value in enumerate([math.nan, 2.0, math.nan]):
+        stopping.update(value, epoch)
+        reducer.update(value, 1.0)
+    assert (stopping.best, stopping.best_epoch, stopping.wait) == (2.0, 1, 1)
+    assert (reducer.best, reducer.wait) == (2.0, 1)
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 7, 20])
+def test_schedules_continue_from_their_json_state(stop_at: int) -> None:
+    values = values_of(3)
+
+    def run(stop: int | None) -> list[Any]:
+        reducer, stopping = PlateauReducer(0.4, 2, cooldown=2), EarlyStopping(4)
+        lr, seen = 1.0, []
+        for epoch, value in enumerate(values):
+            if epoch == stop:
+                state = json.loads(json.dumps([reducer.state(), stopping.state()]))
+                reducer, stopping = PlateauReducer(0.4, 2, cooldown=2), EarlyStopping(4)
+                reducer.load_state(state[0])
+                stopping.load_state(state[1])
+            lr = reducer.update(value, lr)
+            seen.append((lr, stopping.update(value, epoch), stopping.best_epoch))
+        return seen
+
+    assert run(stop_at) == run(None)
