@@ -1,0 +1,322 @@
+"""Says what this machine has and lacks for training, and what to do about it.
+
+    flexunet doctor [--bucket gs://BUCKET/PREFIX] [--json]
+
+Owns the checks and their remedies. TensorFlow is imported only when the checks run.
+"""
+
+import ctypes
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from data_prep.command import run_command
+from data_prep.errors import FlexUNetError
+
+_GIB = 2**30
+# TensorFlow with a small network needs about 2 GiB; the INbreast network with Adam about 6.
+_LOW_MEMORY_BYTES = 6 * _GIB
+# A checkpoint of the INbreast network with its optimizer state is 1.5 GB.
+_LOW_DISK_BYTES = 10 * _GIB
+_NO_DISK_BYTES = _GIB // 4
+
+_CGROUP_ROOT = "/sys/fs/cgroup"
+_CGROUP_MEMBERSHIP = "/proc/self/cgroup"
+
+_INSTALL_GPU = "install it with: uv sync --extra gpu (or pip install 'flexunet[gpu]')"
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of one check.
+
+    Attributes:
+        state: "ok"; "note": training runs, but something is worth knowing; "failed": it cannot.
+        remedy: what to do; empty where there is nothing.
+        exit_code: of the command when this is the first failure.
+    """
+
+    name: str
+    state: Literal["ok", "note", "failed"]
+    found: str
+    remedy: str = ""
+    exit_code: int = 0
+
+
+@dataclass(frozen=True)
+class GpuEvidence:
+    """What can keep TensorFlow from seeing a GPU.
+
+    Attributes:
+        visible_devices: the environment's CUDA_VISIBLE_DEVICES, None where it is not set.
+        has_driver: the kernel or WSL2 shows an NVIDIA driver.
+        has_libcuda: `libcuda.so.1`, the driver's user-space half, can be loaded.
+        is_cuda_build: this TensorFlow was built for CUDA.
+        has_cuda_libraries: cuDNN is installed as a Python package or on the library path.
+    """
+
+    visible_devices: str | None
+    has_driver: bool
+    has_libcuda: bool
+    is_cuda_build: bool
+    has_cuda_libraries: bool
+
+
+def why_no_gpu(evidence: GpuEvidence) -> tuple[str, str]:
+    """Returns why TensorFlow sees no GPU and what to do; the first cause that explains it."""
+    if not evidence.has_driver and not evidence.has_libcuda:
+        return "none: no NVIDIA driver on this machine", "training runs on the CPU"
+    if not evidence.has_libcuda:
+        return (
+            "none: the driver is there, libcuda.so.1 is not",
+            "in a container: start it with --gpus all (NVIDIA Container Toolkit)",
+        )
+    if evidence.visible_devices is not None and evidence.visible_devices in ("", "-1", "none"):
+        found = f"none: hidden by CUDA_VISIBLE_DEVICES={evidence.visible_devices!r}"
+        return found, "unset CUDA_VISIBLE_DEVICES"
+    if not evidence.is_cuda_build:
+        return "none: this TensorFlow is built for CPUs only", _INSTALL_GPU
+    if not evidence.has_cuda_libraries:
+        return "none: the CUDA libraries (cuDNN) are missing", _INSTALL_GPU
+    return (
+        "none, though driver and libraries are there",
+        "run with TF_CPP_MIN_LOG_LEVEL=0 and read what TensorFlow could not load",
+    )
+
+
+def python_check(version: tuple[int, ...], system: str) -> Check:
+    """Returns whether this Python (`sys.version_info`) on this system is supported."""
+    found = f"{'.'.join(str(part) for part in version[:3])} on {system}"
+    if system != "Linux":
+        return Check("Python", "failed", found, "use Linux, or WSL2 on Windows", 2)
+    if not (3, 11) <= version[:2] <= (3, 13):
+        return Check("Python", "failed", found, "use Python 3.11, 3.12 or 3.13", 2)
+    return Check("Python", "ok", found)
+
+
+def tensorflow_checks() -> list[Check]:
+    """Returns the checks that need TensorFlow: its version, GPU and precision."""
+    from job.runtime import import_tensorflow, resolve_precision, supports_bfloat16
+
+    try:
+        tf = import_tensorflow()
+        import keras
+    except Exception as error:
+        # A broken install raises anything, from ImportError to an error of a compiled library.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return [Check("TensorFlow", "failed", reason[:200], "install again: uv sync --locked", 2)]
+    precision = resolve_precision("auto")
+    arithmetic = "computes" if supports_bfloat16() else "does not compute"
+    return [
+        Check("TensorFlow", "ok", f"{tf.__version__}, Keras {keras.__version__}"),
+        _gpu_check(tf),
+        Check(
+            "precision", "ok", f"auto is {precision}: the hardware {arithmetic} bfloat16 natively"
+        ),
+    ]
+
+
+def core_check() -> Check:
+    """Returns the cores that this process may use, the quota of its cgroups respected."""
+    return Check("cores", "ok", f"{min(len(os.sched_getaffinity(0)), cgroup_cores()):g}")
+
+
+def memory_check() -> Check:
+    """Returns the memory that this process may use, the limit of its cgroups respected."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = min(machine, cgroup_memory_bytes())
+    found = f"{limit / _GIB:.1f} GiB"
+    if limit < _LOW_MEMORY_BYTES:
+        return Check("memory", "note", found, "choose a smaller model.base_filters or image size")
+    return Check("memory", "ok", found)
+
+
+def cgroup_cores(*, root: str = _CGROUP_ROOT, membership: str = _CGROUP_MEMBERSHIP) -> float:
+    """Returns the smallest CPU quota of this process's cgroups, in cores; inf without one.
+
+    Source: Linux, admin-guide/cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst (version 1).
+    """
+    limits = [math.inf]
+    for folder in _cgroup_folders("cpu", root, membership):
+        both = _text_of(folder / "cpu.max")
+        quota, _, period = (both or "").partition(" ")
+        if both is None:
+            quota = _text_of(folder / "cpu.cfs_quota_us") or ""
+            period = _text_of(folder / "cpu.cfs_period_us") or ""
+        # Unlimited is "max" in version 2 and "-1" in version 1.
+        if quota.isdecimal() and period.isdecimal():
+            limits.append(int(quota) / int(period))
+    return min(limits)
+
+
+def cgroup_memory_bytes(*, root: str = _CGROUP_ROOT, membership: str = _CGROUP_MEMBERSHIP) -> float:
+    """Returns the smallest memory limit of this process's cgroups, in bytes; inf without one.
+
+    Source: Linux, admin-guide/cgroup-v2.rst (memory.max) and cgroup-v1/memory.rst.
+    """
+    limits = [math.inf]
+    for folder in _cgroup_folders("memory", root, membership):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = _text_of(folder / name)
+            if text is not None and text.isdecimal():
+                limits.append(int(text))
+    return min(limits)
+
+
+def disk_check(name: str, folder: str) -> Check:
+    """Returns the free space where `folder` is or would be created."""
+    existing = os.path.abspath(os.path.expanduser(folder))
+    while not os.path.isdir(existing):
+        existing = os.path.dirname(existing)
+    free = shutil.disk_usage(existing).free
+    found = f"{free / _GIB:.1f} GiB free in {existing}"
+    if not os.access(existing, os.W_OK):
+        return Check(name, "note", f"{found}, not writable", "give another folder")
+    if free < _NO_DISK_BYTES:
+        return Check(name, "failed", found, "make room or give another folder", 5)
+    if free < _LOW_DISK_BYTES:
+        return Check(name, "note", found, "a run with its checkpoints can need more")
+    return Check(name, "ok", found)
+
+
+def bucket_check(url: str) -> Check:
+    """Returns whether `url` can be written, read and deleted from here."""
+    from data_prep.storage import open_store, probe_writable
+
+    try:
+        probe_writable(open_store(url))
+    except FlexUNetError as error:
+        return Check("storage", "failed", str(error), "", error.exit_code)
+    return Check("storage", "ok", f"{url} can be written, read and deleted")
+
+
+def ray_check() -> Check:
+    """Returns the version of Ray, which only clusters need."""
+    try:
+        return Check("Ray", "ok", importlib.metadata.version("ray"))
+    except importlib.metadata.PackageNotFoundError:
+        return Check("Ray", "note", "not installed", "only training on several machines needs it")
+
+
+def all_checks(bucket: str | None) -> Iterator[Check]:
+    """Yields every check of this machine; the one of storage only where `bucket` is given."""
+    yield python_check(tuple(sys.version_info[:3]), platform.system())
+    yield from tensorflow_checks()
+    yield core_check()
+    yield memory_check()
+    yield disk_check("disk (cache)", "~/.cache/flexunet")
+    yield disk_check("disk (here)", os.getcwd())
+    if bucket is not None:
+        yield bucket_check(bucket)
+    yield ray_check()
+
+
+@click.command(help="Say what this machine has and lacks for training, and what to do.")
+@click.option("--bucket", metavar="URL", help="Folder or gs:// URL to write a small object to.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def command(bucket: str | None, as_json: bool) -> int:
+    """Prints the checks; returns 0 where training can run, else the first failure's code."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("Looking at this machine"):
+        checks = list(all_checks(bucket))
+    failures = [check.exit_code for check in checks if check.state == "failed"]
+    if as_json:
+        report = {"can_train": not failures, "checks": [asdict(check) for check in checks]}
+        click.echo(json.dumps(report, indent=2))
+    else:
+        Console().print(_table(checks))
+    return failures[0] if failures else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    return run_command(command, argv, "flexunet doctor")
+
+
+def _gpu_check(tf: Any) -> Check:
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        found, remedy = why_no_gpu(_gpu_evidence(tf))
+        return Check("GPU", "note", found, remedy)
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    names = [
+        f"{each.get('device_name', 'unknown')} "
+        f"(compute capability {'.'.join(str(n) for n in each.get('compute_capability', '?'))})"
+        for each in details
+    ]
+    return Check("GPU", "ok", f"{len(gpus)}: {', '.join(names)}")
+
+
+def _gpu_evidence(tf: Any) -> GpuEvidence:
+    installed = (each.name or "" for each in importlib.metadata.distributions())
+    return GpuEvidence(
+        visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        # WSL2 shows the driver of Windows as this device.
+        has_driver=os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/dxg"),
+        has_libcuda=_is_loadable("libcuda.so.1"),
+        is_cuda_build=bool(tf.test.is_built_with_cuda()),
+        has_cuda_libraries=any(name.startswith("nvidia-cudnn") for name in installed)
+        or _is_loadable("libcudnn.so.9"),
+    )
+
+
+def _is_loadable(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _cgroup_folders(controller: str, root: str, membership: str) -> Iterator[Path]:
+    """Yields the folders of this process's cgroups with `controller`, each up to its root."""
+    for line in (_text_of(Path(membership)) or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2: one tree for all controllers
+            top = Path(root)
+        elif controller in controllers.split(","):
+            top = Path(root) / controller
+        else:
+            continue
+        own = top / path.lstrip("/")
+        yield from (each for each in (own, *own.parents) if each.is_relative_to(top))
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _table(checks: Sequence[Check]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    marks = {"ok": ("ok", "green"), "note": ("note", "yellow"), "failed": ("failed", "bold red")}
+    table = Table(box=box.SIMPLE, title="This machine", title_justify="left")
+    table.add_column("")
+    table.add_column("", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    table.add_column("what to do", overflow="fold")
+    for check in checks:
+        mark, style = marks[check.state]
+        # Text, not str: brackets of a path or message would be read as markup.
+        table.add_row(check.name, Text(mark, style), Text(check.found), Text(check.remedy))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from job.doctor import (
+    GpuEvidence,
+    bucket_check,
+    cgroup_cores,
+    cgroup_memory_bytes,
+    core_check,
+    disk_check,
+    main,
+    memory_check,
+    python_check,
+    why_no_gpu,
+)
+
+
+@pytest.mark.parametrize(
+    ("version", "system", "state"),
+    [
+        ((3, 11, 9), "Linux", "ok"),
+        ((3, 13, 0), "Linux", "ok"),
+        ((3, 10, 1), "Linux", "failed"),
+        ((3, 14, 0), "Linux", "failed"),
+        ((3, 12, 0), "Windows", "failed"),
+    ],
+)
+def test_python_check_knows_what_is_supported(
+    version: tuple[int, ...], system: str, state: str
+) -> None:
+    check = python_check(version, system)
+    assert check.state == state
+    assert check.exit_code == (2 if state == "failed" else 0)
+
+
+def evidence(
+    *,
+    visible_devices: str | None = None,
+    has_driver: bool = True,
+    has_libcuda: bool = True,
+    is_cuda_build: bool = True,
+    has_cuda_libraries: bool = True,
+) -> GpuEvidence:
+    return GpuEvidence(
+        visible_devices=visible_devices,
+        has_driver=has_driver,
+        has_libcuda=has_libcuda,
+        is_cuda_build=is_cuda_build,
+        has_cuda_libraries=has_cuda_libraries,
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "reason", "remedy"),
+    [
+        (evidence(has_driver=False, has_libcuda=False), "no NVIDIA driver", "on the CPU"),
+        (evidence(has_libcuda=False), "libcuda.so.1 is not", "--gpus all"),
+        (evidence(visible_devices=""), "hidden by CUDA_VISIBLE_DEVICES=''", "unset"),
+        (evidence(visible_devices="-1"), "hidden by CUDA_VISIBLE_DEVICES='-1'", "unset"),
+        (evidence(is_cuda_build=False, visible_devices="0"), "built for CPUs", "--extra gpu"),
+        (evidence(has_cuda_libraries=False), "cuDNN", "flexunet[gpu]"),
+        (evidence(), "driver and libraries are there", "TF_CPP_MIN_LOG_LEVEL=0"),
+        # Libraries do not help a machine without a driver: the first cause is named.
+        (
+            evidence(has_driver=False, has_libcuda=False, has_cuda_libraries=False),
+            "no NVIDIA driver",
+            "on the CPU",
+        ),
+    ],
+)
+def test_why_no_gpu_names_the_first_cause(found: GpuEvidence, reason: str, remedy: str) -> None:
+    actual_reason, actual_remedy = why_no_gpu(found)
+    assert reason in actual_reason
+    assert remedy in actual_remedy
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+
+def test_cgroup_limits_of_version_2_are_the_smallest_up_to_the_root(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "membership": "0::/pod/container",
+            "root/memory.max": "max",
+            "root/pod/memory.max": "4294967296",
+            "root/pod/container/memory.max": "8589934592",
+            "root/pod/cpu.max": "max 100000",
+            "root/pod/container/cpu.max": "150000 100000",
+        },
+    )
+    where = {"root": str(tmp_path / "root"), "membership": str(tmp_path / "membership")}
+    assert cgroup_memory_bytes(**where) == 4 * 2**30  # the pod's, not the container's
+    assert cgroup_cores(**where) == 1.5  # 150000 of 100000 microseconds
+
+
+def test_cgroup_limits_of_version_1_are_read_from_the_controllers(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "membership": "4:memory:/box\n1:cpu,cpuacct:/box\n0::/",
+            "root/memory/box/memory.limit_in_bytes": "1073741824",
+            "root/cpu/box/cpu.cfs_quota_us": "50000",
+            "root/cpu/box/cpu.cfs_period_us": "100000",
+            "root/cpu/cpu.cfs_quota_us": "-1",
+            "root/cpu/cpu.cfs_period_us": "100000",
+        },
+    )
+    where = {"root": str(tmp_path / "root"), "membership": str(tmp_path / "membership")}
+    assert cgroup_memory_bytes(**where) == 2**30
+    assert cgroup_cores(**where) == 0.5
+
+
+def test_cgroup_limits_without_cgroups_are_infinite(tmp_path: Path) -> None:
+    where = {"root": str(tmp_path), "membership": str(tmp_path / "missing")}
+    assert cgroup_memory_bytes(**where) == math.inf
+    assert cgroup_cores(**where) == math.inf
+
+
+def test_cores_and_memory_of_this_machine_are_positive() -> None:
+    assert float(core_check().found) > 0
+    assert float(memory_check().found.split()[0]) > 0
+
+
+def test_disk_check_finds_the_place_of_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    check = disk_check("disk", str(tmp_path / "not" / "yet"))
+    assert check.found.endswith(f"free in {tmp_path}")
+
+
+def test_bucket_check_writes_and_leaves_nothing(tmp_path: Path) -> None:
+    assert bucket_check(str(tmp_path)).state == "ok"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_bucket_check_says_what_is_wrong_and_how_bad() -> None:
+    unwritable = bucket_check("/proc/none")
+    assert (unwritable.state, unwritable.exit_code) == ("failed", 5)
+    assert "/proc/none" in unwritable.found
+    unsupported = bucket_check("s3://bucket")
+    assert (unsupported.state, unsupported.exit_code) == ("failed", 2)
+
+
+def test_help_answers_in_under_a_second() -> None:
+    # The best of three, so that a busy machine does not decide; 1 s is the promise of the command.
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "job.doctor", "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        times.append(time.monotonic() - started)
+    assert "--bucket" in done.stdout
+    assert min(times) < 1.0
+
+
+def test_doctor_reports_this_machine_and_a_bad_bucket(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["can_train"] is True
+    names = [check["name"] for check in report["checks"]]
+    assert names == [
+        "Python",
+        "TensorFlow",
+        "GPU",
+        "precision",
+        "cores",
+        "memory",
+        "disk (cache)",
+        "disk (here)",
+        "Ray",
+    ]
+    assert main(["--bucket", "/proc/none"]) == 5
+    table = capsys.readouterr().out
+    assert "failed" in table
+    assert "/proc/none" in table
+
+
+def test_doctor_reports_a_wrong_option_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--buckets", "x"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
