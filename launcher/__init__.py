@@ -1,0 +1,1 @@
+"""The `flexunet` command, and the same job on many machines."""

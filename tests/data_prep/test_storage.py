@@ -1,0 +1,484 @@
+"""Both stores against one set of expectations; the bucket is a real server (see conftest)."""
+
+import http.client
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep import storage
+from data_prep.errors import ContentError, StorageError, UsageError
+from data_prep.storage import (
+    GcsStore,
+    LocalStore,
+    NotFound,
+    PreconditionFailed,
+    Store,
+    checked_name,
+    crc32c_of,
+    crc32c_of_file,
+    join_url,
+    local_path,
+    open_store,
+    probe_preconditions,
+    probe_writable,
+)
+
+# RFC 3720 appendix B.4: the CRC-32C of "123456789" is e3069283 (hex).
+CHECK_CRC32C = 0xE3069283
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "folder":
+        return open_store(str(tmp_path / "store"))
+    return open_store(request.getfixturevalue("bucket_url"))
+
+
+def names(store: Store, prefix: str = "") -> list[str]:
+    return [stat.name for stat in store.list(prefix)]
+
+
+def test_crc32c_matches_the_published_check_value(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"123456789")
+    assert crc32c_of(b"123456789") == CHECK_CRC32C
+    assert crc32c_of(b"6789", crc32c_of(b"12345")) == CHECK_CRC32C
+    assert crc32c_of_file(str(tmp_path / "f")) == CHECK_CRC32C
+
+
+def test_put_then_get_returns_the_bytes_and_ranges(store: Store) -> None:
+    data = bytes(range(256)) + b"\r\n\0\n\r"
+    stat = store.put("a/b.bin", data)
+    assert (stat.name, stat.size) == ("a/b.bin", 261)
+    assert store.stat("a/b.bin") == stat
+    assert store.get("a/b.bin") == data
+    assert store.get("a/b.bin", 5, 3) == b"\x05\x06\x07"
+    assert store.get("a/b.bin", 259) == b"\n\r"
+    assert store.get("a/b.bin", 259, 100) == b"\n\r"
+    assert store.get("a/b.bin", 261, 4) == b""
+    assert store.get("a/b.bin", 3, 0) == b""
+
+
+def test_put_file_and_get_file_keep_nine_mebibytes(store: Store, tmp_path: Path) -> None:
+    # Over 8 MiB the client library uploads in another way (resumable).
+    data = os.urandom(9 << 20)
+    (tmp_path / "source").write_bytes(data)
+    stat = store.put_file("big", str(tmp_path / "source"))
+    assert stat.size == 9 << 20
+    assert store.get_file("big", str(tmp_path / "copies" / "copy")) == crc32c_of(data)
+    assert (tmp_path / "copies" / "copy").read_bytes() == data
+    assert os.listdir(tmp_path / "copies") == ["copy"]
+
+
+def test_empty_object_is_kept(store: Store) -> None:
+    assert store.put("empty", b"").size == 0
+    assert store.get("empty") == b""
+
+
+def test_missing_object_is_not_found(store: Store, tmp_path: Path) -> None:
+    assert store.stat("none") is None
+    with pytest.raises(NotFound, match="none does not exist"):
+        store.get("none")
+    with pytest.raises(NotFound, match="none does not exist"):
+        store.get_file("none", str(tmp_path / "copy"))
+    store.delete("none")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_list_is_recursive_sorted_and_by_prefix(store: Store) -> None:
+    assert names(store) == []
+    for name in ("b/2", "a/x/1", "a-1", "b/10"):
+        store.put(name, b"")
+    assert names(store) == ["a-1", "a/x/1", "b/10", "b/2"]
+    assert names(store, "a") == ["a-1", "a/x/1"]
+    assert names(store, "b/1") == ["b/10"]
+    assert names(store, "c/") == []
+
+
+def test_below_sees_the_same_objects(store: Store) -> None:
+    store.put("a/b/c", b"1")
+    assert names(store.below("a/b")) == ["c"]
+    assert store.below("a").get("b/c") == b"1"
+    assert store.below("a").url == join_url(store.url, "a")
+
+
+def test_generation_changes_with_every_put(store: Store) -> None:
+    generations = [store.put("a", b"same").generation for _ in range(20)]
+    assert generations == sorted(set(generations))
+
+
+def test_delete_removes_the_object_and_nothing_else(store: Store) -> None:
+    store.put("a/b/c", b"")
+    store.put("a/d", b"")
+    store.delete("a/b/c")
+    assert names(store) == ["a/d"]
+    if store.local_root:
+        assert os.listdir(os.path.join(store.local_root, "a")) == ["d"]
+
+
+def test_store_pickles(store: Store) -> None:
+    store.put("a", b"1")
+    assert pickle.loads(pickle.dumps(store)).get("a") == b"1"  # noqa: S301
+
+
+def test_probe_writable_leaves_nothing(store: Store) -> None:
+    probe_writable(store)
+    assert names(store) == []
+
+
+def test_conditional_puts_of_a_folder(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    first = store.put("a", b"1", if_generation=0)
+    with pytest.raises(PreconditionFailed, match="exists already"):
+        store.put("a", b"2", if_generation=0)
+    with pytest.raises(PreconditionFailed, match=f"is in generation {first.generation}, not 5"):
+        store.put("a", b"2", if_generation=5)
+    second = store.put("a", b"2", if_generation=first.generation)
+    with pytest.raises(PreconditionFailed, match="another process wrote it"):
+        store.put("a", b"3", if_generation=first.generation)
+    assert (store.get("a"), store.stat("a")) == (b"2", second)
+    probe_preconditions(store)
+    assert names(store) == ["a"]
+
+
+def test_conditional_puts_on_a_file_system_without_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: str, target: str) -> None:
+        raise PermissionError(1, "Operation not permitted")  # what FAT and some FUSE mounts say
+
+    monkeypatch.setattr(os, "link", refuse)
+    probe_preconditions(LocalStore(str(tmp_path)))
+
+
+def test_one_of_many_threads_wins_each_generation(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+
+    def attempt(task: tuple[int, int]) -> bool:
+        try:
+            store.put("a", str(task).encode(), if_generation=task[1])
+        except PreconditionFailed:
+            return False
+        return True
+
+    generation = 0
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            wins = list(pool.map(attempt, [(i, generation) for i in range(8)]))
+            assert wins.count(True) == 1
+            found = store.stat("a")
+            assert found is not None
+            generation = found.generation
+
+
+def test_server_that_ignores_preconditions_is_refused(bucket_url: str) -> None:
+    with pytest.raises(StorageError, match="does not enforce preconditions"):
+        probe_preconditions(open_store(bucket_url))
+    assert names(open_store(bucket_url)) == []
+
+
+class _Strict(BaseHTTPRequestHandler):
+    """Passes requests on to the emulator, but first enforces `ifGenerationMatch` of uploads."""
+
+    upstream = ""
+    lock = threading.Lock()
+    lose_answers = 0  # how many uploads are carried out but answered with 503
+
+    def _pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+        with self.lock:
+            if "ifGenerationMatch" in query and self._generation(query, body) != int(
+                query["ifGenerationMatch"][0]
+            ):
+                return self._answer(412, b'{"error": {"message": "conditionNotMet"}}', {})
+            status, data, headers = self._ask(self.command, self.path, body, dict(self.headers))
+            if self.path.startswith("/upload") and _Strict.lose_answers:
+                _Strict.lose_answers -= 1
+                return self._answer(503, b"", {})
+            return self._answer(status, data, headers)
+
+    def _generation(self, query: dict[str, list[str]], body: bytes) -> int:
+        # The metadata is the first part of a multipart upload, or the body of a resumable one.
+        text = body[body.index(b"{") :].decode("latin-1")
+        name = json.JSONDecoder().raw_decode(text)[0]["name"]
+        path = f"/storage/v1/b/test-bucket/o/{urllib.parse.quote(name, safe='')}"
+        status, data, _ = self._ask("GET", path, b"", {})
+        return int(json.loads(data)["generation"]) if status == 200 else 0
+
+    def _ask(
+        self, method: str, path: str, body: bytes, headers: dict[str, str]
+    ) -> tuple[int, bytes, dict[str, str]]:
+        connection = http.client.HTTPConnection(self.upstream)
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read(), dict(answer.headers)
+        finally:
+            connection.close()
+
+    def _answer(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            if key not in ("Content-Length", "Server", "Date"):
+                self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = do_PUT = do_DELETE = _pass_on
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def strict_bucket(
+    bucket_url: str, storage_server: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[GcsStore]:
+    monkeypatch.setattr(_Strict, "upstream", storage_server.removeprefix("http://"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Strict)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    # Without a scheme: both forms are in use.
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"127.0.0.1:{server.server_address[1]}")
+    yield GcsStore(bucket_url)
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_conditional_puts_of_a_bucket(strict_bucket: GcsStore) -> None:
+    probe_preconditions(strict_bucket)
+    first = strict_bucket.put("a", b"1", if_generation=0)
+    with pytest.raises(PreconditionFailed, match="exists already"):
+        strict_bucket.put("a", b"1", if_generation=0)
+    second = strict_bucket.put("a", b"2", if_generation=first.generation)
+    with pytest.raises(PreconditionFailed, match="another process wrote it"):
+        strict_bucket.put("a", b"3", if_generation=first.generation)
+    assert (strict_bucket.get("a"), strict_bucket.stat("a")) == (b"2", second)
+
+
+def test_put_whose_answer_was_lost_is_known_as_ours(strict_bucket: GcsStore) -> None:
+    _Strict.lose_answers = 1
+    stat = strict_bucket.put("a", b"1", if_generation=0)
+    assert _Strict.lose_answers == 0
+    assert strict_bucket.stat("a") == stat
+
+
+def test_missing_bucket_is_named_at_once(bucket_url: str) -> None:
+    store = open_store("gs://no-such-bucket/x")
+    with pytest.raises(StorageError, match="bucket 'no-such-bucket' does not exist"):
+        store.put("a", b"")
+    with pytest.raises(StorageError, match="bucket 'no-such-bucket' does not exist"):
+        store.list()
+
+
+def _serve_status(status: int) -> tuple[ThreadingHTTPServer, list[str]]:
+    requests: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            requests.append(self.path)
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_error(status)
+
+        def do_GET(self) -> None:  # after a refusal the library asks about the bucket
+            self.send_error(status)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    return server, requests
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "is_retried"),
+    [
+        (401, "cannot write gs://bucket/x/a: no Google Cloud credentials; run", False),
+        (403, "cannot write gs://bucket/x/a: permission denied; grant", False),
+        (503, "cannot write gs://bucket/x/a: Timeout of 0.5s exceeded", True),
+    ],
+)
+def test_server_error_is_one_line(
+    status: int, message: str, is_retried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, requests = _serve_status(status)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_address[1]}")
+    try:
+        with pytest.raises(StorageError, match=message) as caught:
+            GcsStore("gs://bucket/x", retry_s=0.5).put("a", b"1")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "\n" not in str(caught.value)
+    assert (len(requests) > 1) == is_retried
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", "/a", "a/", "a//b", "..", "a/../b", "a/..", ".", "./a", "a\\b", "C:a", "a\0b", "a\nb",
+        "a\x7f", "e\u0301", "a\u2028b", "\udc80", "x" * 256, "/".join(["x" * 200] * 6),
+        ".flexunet-tmp-1",
+    ],
+)  # fmt: skip
+def test_unsafe_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ContentError, match="is refused") as caught:
+        LocalStore(str(tmp_path)).put(name, b"")
+    assert str(caught.value).isprintable()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.c", "..a", "a..", ".a", "a b", "é", "x" * 255, "ab:c"])
+def test_safe_name_is_kept(name: str) -> None:
+    assert checked_name(name) == name
+
+
+PARTS = st.sampled_from(["..", ".", "", "a", "é", "\\", "\0", "C:", "~", "...", " ", "/"])
+
+
+@given(st.lists(PARTS | st.text("./\\a\u0301é~:\n", max_size=5), max_size=6).map("/".join))
+def test_no_name_leaves_the_folder(name: str) -> None:
+    root = "/nonexistent/root"
+    try:
+        path = local_path(root, name)
+    except ContentError:
+        return
+    assert os.path.normpath(path) == path
+    assert path.startswith(root + "/")
+
+
+def test_symbolic_links_do_not_lead_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_bytes(b"s")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "real").write_bytes(b"r")
+    (root / "inner").symlink_to(root / "real")
+    (root / "folder").symlink_to(tmp_path / "outside")
+    (root / "file").symlink_to(tmp_path / "outside" / "secret")
+    store = LocalStore(str(root))
+    assert names(store) == ["inner", "real"]
+    assert "2 symbolic links" in caplog.text
+    for name in ("file", "folder/secret", "folder/new"):
+        with pytest.raises(ContentError, match="leads out of"):
+            store.get(name)
+        with pytest.raises(ContentError, match="leads out of"):
+            store.put(name, b"")
+    with pytest.raises(ContentError, match="leads out of"):
+        store.below("folder")
+    assert os.listdir(tmp_path / "outside") == ["secret"]
+
+
+def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"cannot write .*/file/x/a: Not a directory"):
+        LocalStore(str(tmp_path / "file" / "x")).put("a", b"")
+    with pytest.raises(StorageError, match="cannot write /proc/flexunet/a"):
+        LocalStore("/proc/flexunet").put("a", b"")
+
+
+FULL_DISK = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from data_prep.errors import StorageError
+from data_prep.storage import LocalStore
+store = LocalStore(sys.argv[1])
+store.put("old", b"1")
+try:
+    store.put("new", bytes(1 << 20))
+except StorageError as error:
+    print(error)
+print([stat.name for stat in store.list()], os.listdir(sys.argv[1]))
+"""
+
+
+def test_full_disk_is_named_and_leaves_no_part(tmp_path: Path) -> None:
+    project = str(Path(__file__).resolve().parents[2])
+    mount = f"mount -t tmpfs -o size=64k tmpfs {tmp_path}"
+    # A file system of its own in a mount namespace of its own.
+    space = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*space, mount], capture_output=True).returncode:
+        pytest.skip("this machine allows no private mounts")
+    script = f'{mount} && exec "$@"'
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), project]
+    result = subprocess.run([*space, script, "sh", *command], capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    assert "No space left on device; free some space" in lines[0], result.stderr
+    assert lines[1] == "['old'] ['old']"
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from data_prep.storage import LocalStore
+os.fsync = lambda descriptor: os._exit(9)
+LocalStore(sys.argv[1]).put("a/new", b"half")
+"""
+
+
+def test_killed_put_leaves_nothing_listed(tmp_path: Path) -> None:
+    project = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", KILLED, str(tmp_path), project]
+    assert subprocess.run(command).returncode == 9
+    assert len(os.listdir(tmp_path / "a")) == 1
+    store = LocalStore(str(tmp_path))
+    assert store.list() == []
+    assert store.remove_unfinished() == 1
+    assert os.listdir(tmp_path / "a") == []
+
+
+def test_changed_download_is_refused(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(bucket_url)
+    store.put("a", b"1")
+    # Bytes that change on the way are the library's to find; what it handed over is checked again.
+    monkeypatch.setattr(storage, "crc32c_of", lambda data, value=0: 7)
+    with pytest.raises(StorageError, match="do not match the server's crc32c"):
+        store.get("a")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://bucket/x", "not supported; use gs://bucket/folder"),
+        ("gs:/bucket/x", "lacks a slash"),
+        ("gs://", "not a bucket name"),
+        ("gs://Bad_Bucket", "not a bucket name"),
+        ("gs://bucket/a/../b", r"holds '\.\.'"),
+        ("file://host/x", "not supported"),
+        ("", "not a folder or storage URL"),
+    ],
+)
+def test_open_store_refuses(url: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        open_store(url)
+
+
+def test_open_store_understands_the_three_forms(tmp_path: Path) -> None:
+    assert open_store("gs://bucket/a/b/").url == "gs://bucket/a/b"
+    assert open_store(f"file://{tmp_path}/a%20b").url == f"{tmp_path}/a b"
+    assert open_store(f"{tmp_path}/a/").local_root == f"{tmp_path}/a"
+
+
+def test_storage_is_imported_without_the_cloud_client() -> None:
+    project = Path(__file__).resolve().parents[2]
+    code = "import sys, data_prep.storage; print('google.cloud.storage' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, cwd=project, text=True) == "False\n"
