@@ -118,7 +118,7 @@ def to_class_ids(
     off_map = int(reading.off_counts.sum())
     commonest = np.argsort(-reading.off_counts, kind="stable")[:_NUM_COLORS_NAMED]
     named = [_as_color(color) for color in reading.off_colors[commonest]]
-    if off_map and not np.any((reading.ids != classes[0].id) & (reading.ids != ignore_id)):
+    if off_map and _is_empty(reading.ids, ignore_id):
         _refuse_unexplained(reading, classes, named, name=name)
     return reading.ids, off_map, named
 
@@ -218,21 +218,25 @@ def _read_grey(
     table = np.zeros(len(counts), np.uint8)
     table[levels] = ids[nearest]
     off = distances > tolerance * scale
-    return _Reading(table[plane], shades[off], counts[levels[off]], distances[off] // scale)
+    return _Reading(
+        np.take(table, plane), shades[off], counts[levels[off]], distances[off] // scale
+    )
 
 
 def _read_colors(
     pixels: Pixels, colors: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], tolerance: int
 ) -> _Reading:
-    wide = pixels.astype(np.uint32)
-    codes = (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
+    codes = pixels[..., 0].astype(np.uint32)
+    for channel in (1, 2):
+        codes <<= 8
+        codes |= pixels[..., channel]
     result = np.zeros(codes.shape, np.uint8)
     rest = np.ones(codes.shape, bool)
     # Most pixels are exactly of a class: only the others are sorted and compared.
     for (red, green, blue), class_id in zip(colors.tolist(), ids, strict=True):
         exact = codes == (red << 16 | green << 8 | blue)
-        result[exact] = class_id
-        rest &= ~exact
+        np.putmask(result, exact, class_id)
+        rest ^= exact
     others, where, counts = np.unique(codes[rest], return_inverse=True, return_counts=True)
     shades = np.stack([others >> 16, (others >> 8) & 255, others & 255], axis=1).astype(np.int64)
     nearest, distances = _nearest(shades, colors)
@@ -255,6 +259,11 @@ def _nearest(
         difference = shades[start : start + block, np.newaxis] - colors
         nearest[start : start + block] = (difference**2).sum(axis=2).argmin(axis=1)
     return nearest, np.abs(shades - colors[nearest]).max(axis=1, initial=0)
+
+
+def _is_empty(class_ids: ClassIds, ignore_id: int | None) -> bool:
+    foreground = class_ids if ignore_id is None else class_ids[class_ids != ignore_id]
+    return not foreground.any()
 
 
 def _refuse_unexplained(

@@ -176,6 +176,12 @@ def test_to_class_ids_refuses_to_read_other_classes_as_empty(pixels: Pixels) -> 
         to_class_ids(pixels, DEFAULT_CLASSES, name="m.png")
 
 
+def test_to_class_ids_does_not_take_ignored_pixels_for_content() -> None:
+    # Ids 0 to 4 are five classes, not four; as colours all are nearest to black.
+    with pytest.raises(ContentError, match="has 4 pixels of colours that are no class's"):
+        to_class_ids(grey(200, 0, 1, 2, 3, 4), ORGANS, name="a", ignore_id=200)
+
+
 def test_to_class_ids_takes_the_faint_rest_of_a_lesion_as_background() -> None:
     ids, off_map, _ = to_class_ids(grey(0, 3, 40, 127), DEFAULT_CLASSES, name="a")
     assert (ids.tolist(), off_map) == ([[0, 0, 0, 0]], 3)
