@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from data_prep.storage import Store
 
 FORMAT_VERSION = 1
-SPLITS = ("train", "valid", "test")
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 MANIFEST_NAME = "dataset.json"
 SAMPLES_NAME = "samples.parquet"
 SHARD_PATTERN = re.compile(r"(train|valid|test)-(\d{5,})-of-(\d{5,})\.tfrecord")
@@ -81,7 +82,7 @@ class ShardInfo(Settings):
     """One shard file as it was written."""
 
     name: str
-    split: Literal["train", "valid", "test"]
+    split: Split
     num_records: int = Field(gt=0)
     num_bytes: int = Field(gt=0)
     crc32c: int = Field(ge=0, lt=2**32)
@@ -119,7 +120,7 @@ class Manifest(Settings):
     seed: int
     num_folds: int | None = None
     leaky: bool = False
-    splits: dict[Literal["train", "valid", "test"], SplitInfo]
+    splits: dict[Split, SplitInfo]
     shards: tuple[ShardInfo, ...] = Field(min_length=1)
     samples_num_bytes: int = Field(gt=0)
     samples_crc32c: int = Field(ge=0, lt=2**32)
