@@ -82,7 +82,9 @@ def run_command(command: click.Command, argv: Sequence[str] | None, program: str
     try:
         code = command.main(args=arguments, prog_name=program, standalone_mode=False)
     except click.ClickException as error:
-        return _report(program, f"{error.format_message()} (see {program} --help)", error.exit_code)
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else program
+        return _report(path, f"{error.format_message()} (see {path} --help)", error.exit_code)
     except FlexUNetError as error:
         return _report(program, str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):

@@ -345,6 +345,7 @@ LOSSES: dict[str, tuple[tuple[float, Term], ...]] = {
     "dice_loss_multiclass": ((1.0, _IMAGE_DICE),),
     "focal": _focal_terms(2.0),
     "dice": ((1.0, _DICE),),
+    "dice_multiclass": ((1.0, _IMAGE_DICE),),
     "bce_dice": _BCE_DICE,
     "iou": ((1.0, _IOU),),
     "bce_iou": _BCE_IOU,

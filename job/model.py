@@ -35,6 +35,7 @@ def build_model(
         num_classes: logits per pixel; 1 for a single sigmoid output.
         value_max: largest value that a pixel can have; used by input scaling.
         precision: a Keras dtype policy; logits are never narrower than float32.
+
     Raises:
         UsageError: unknown model, or sides that the levels do not divide.
     """
@@ -168,7 +169,7 @@ def set_weights(model: keras.Model, weights: Sequence[np.ndarray], *, source: st
     variables = creation_order(model)
     found, wanted = [w.shape for w in weights], [tuple(v.shape) for v in variables]
     if found != wanted:
-        at = next((i for i, (f, w) in enumerate(zip(found, wanted)) if f != w), None)
+        at = next((i for i, (f, w) in enumerate(zip(found, wanted, strict=False)) if f != w), None)
         difference = (
             f"{len(found)} weights, the model has {len(wanted)}"
             if at is None
@@ -178,7 +179,7 @@ def set_weights(model: keras.Model, weights: Sequence[np.ndarray], *, source: st
             f"{source}: does not fit the model: {difference}; "
             "choose the model options that it was trained with"
         )
-    for variable, value in zip(variables, weights):
+    for variable, value in zip(variables, weights, strict=True):
         variable.assign(value)
 
 
@@ -196,7 +197,7 @@ def _read_h5_weights(path: str) -> list[np.ndarray]:
 
     try:
         with h5py.File(path, "r") as file:
-            group = file["model_weights"] if "model_weights" in file else file
+            group = file.get("model_weights", file)
             layers = [_text(name) for name in group.attrs["layer_names"]]
             return [
                 np.asarray(group[layer][_text(name)])

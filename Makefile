@@ -1,0 +1,53 @@
+# Two commands need nothing but Python 3.11 to 3.13 with venv, and a package index:
+#   make demo    synthetic mammograms -> prep -> train -> evaluate -> infer
+#   make test    lint, format check, type check, tests
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c 'import sys, venv; raise SystemExit(not (3, 11) <= sys.version_info < (3, 14))' \
+	2>/dev/null && echo $$python && break; done)
+UV_VERSION := 0.13.9
+UV := .uv/bin/uv
+BIN := .venv/bin
+DEMO := demo
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint setup bench clean help
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
+
+setup: .venv/.installed ## install everything from uv.lock into .venv
+
+$(UV):
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 to 3.13 with venv found; install one or give PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv .uv
+	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+.venv/.installed: $(UV) pyproject.toml uv.lock
+	$(UV) sync --locked --quiet --python $(PYTHON)
+	@touch $@
+
+lint: .venv/.installed ## lint, format check, type check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## lint, then all tests
+	$(BIN)/pytest
+
+demo: .venv/.installed ## the whole way on synthetic mammograms
+	rm -rf $(DEMO)
+	python -m data_prep.phantoms $(DEMO)/source --num-images 120 --size 128
+	flexunet prep $(DEMO)/source $(DEMO)/dataset --image-size 128 --group-regex '^(phantom-p[0-9]+)'
+	flexunet train --local --config demo.yaml --data $(DEMO)/dataset --output $(DEMO)/runs --name demo
+	flexunet evaluate $(DEMO)/runs/demo --split test
+	flexunet infer $(DEMO)/runs/demo $(DEMO)/source/images
+
+bench: .venv/.installed ## measure; writes benchmarks/results
+	$(BIN)/python benchmarks/prep.py
+	$(BIN)/python benchmarks/input.py
+	$(BIN)/python benchmarks/step.py
+
+clean: ## remove what the targets above made, but not .venv
+	rm -rf $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,81 @@
+"""Model and optimizer state as the members of a commit, and back.
+
+Weights are HDF5 and moments are arrays: data that is read without running anything.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from data_prep.errors import ContentError, StorageError
+from job.optimizer import Adam
+
+WEIGHTS_NAME = "model.weights.h5"
+OPTIMIZER_NAME = "optimizer.npz"
+STATE_NAME = "state.json"
+
+
+def write_members(
+    folder: str, model: keras.Model, optimizer: Adam, state: Mapping[str, Any]
+) -> dict[str, str]:
+    """Writes the three members into `folder` and returns their paths by name.
+
+    Raises:
+        StorageError: the folder is full or cannot be written.
+    """
+    paths = {
+        name: os.path.join(folder, name) for name in (WEIGHTS_NAME, OPTIMIZER_NAME, STATE_NAME)
+    }
+    try:
+        for path in paths.values():
+            if os.path.exists(path):
+                os.unlink(path)
+        model.save_weights(paths[WEIGHTS_NAME])
+        with open(paths[OPTIMIZER_NAME], "wb") as file:
+            np.savez(file, allow_pickle=False, **optimizer.state())
+        with open(paths[STATE_NAME], "w", encoding="utf-8") as file:
+            json.dump(state, file, sort_keys=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: checkpoint could not be written: {error}") from error
+    return paths
+
+
+def read_weights(model: keras.Model, path: str) -> None:
+    """Sets the weights of `model` from a member that `write_members` wrote.
+
+    Raises:
+        ContentError: not weights of this model.
+    """
+    try:
+        model.load_weights(path)
+    except (OSError, KeyError, ValueError) as error:
+        problem = str(error).strip().splitlines()[0]
+        raise ContentError(
+            f"{path}: does not fit this model: {problem}; use the model options it was saved with"
+        ) from error
+
+
+def read_optimizer(optimizer: Adam, path: str) -> None:
+    """Sets the moments of `optimizer` from a member that `write_members` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            optimizer.load_state(arrays, source=path)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ContentError(f"{path}: not an optimizer state: {error}") from error
+
+
+def read_state(path: str) -> dict[str, Any]:
+    """Returns the training state that `write_members` wrote."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ContentError(f"{path}: not a training state: {error}") from error
+    if not isinstance(state, dict):
+        raise ContentError(f"{path}: expected an object, found {type(state).__name__}")
+    return state

@@ -1,0 +1,385 @@
+"""Input: sample order, the verified shard cache, and batches as `tf.data`.
+
+`samples.parquet` says where each record lies, so that any sample can be read at once: the shuffle
+is exact and global without a buffer, a restart begins at any batch for nothing, and the order does
+not depend on the number of workers. TensorFlow reads local files only.
+"""
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import ContentError, FlexUNetError, StorageError, UsageError
+from data_prep.image import read_image, read_mask_pixels
+from data_prep.schema import (
+    Manifest,
+    decode_example,
+    read_manifest,
+    read_samples,
+    unframe_record,
+)
+from data_prep.storage import Store, crc32c_of_file, local_path, open_store
+from job.augment import AugmentationConfig, augment
+
+logger = logging.getLogger(__name__)
+
+PADDING = -1  # index of a sample that only fills the last batch
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of one split, in the dataset's order."""
+
+    name: str
+    ids: tuple[str, ...]
+    filenames: tuple[str, ...]
+    groups: tuple[str, ...]
+    shards: tuple[str, ...]  # of each sample
+    offsets: np.ndarray  # (N,) int64, bytes
+    lengths: np.ndarray  # (N,) int64, bytes
+    rows: tuple[dict[str, Any], ...]  # the rows of the sample table
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A committed dataset."""
+
+    url: str
+    manifest: Manifest
+    digest: str  # sha256 of the manifest
+    splits: dict[str, Split]
+
+    def split(self, name: str) -> Split:
+        """Returns the split `name`.
+
+        Raises:
+            UsageError: the dataset has no sample in it.
+        """
+        split = self.splits.get(name)
+        if split is None or not len(split):
+            present = [key for key, value in self.splits.items() if len(value)]
+            raise UsageError(
+                f"{self.url}: split {name!r} has no samples; it has {', '.join(present)}"
+            )
+        return split
+
+
+def open_dataset(url: str) -> Dataset:
+    """Returns the dataset at `url`, its tables read and checked, no shard touched yet."""
+    store = open_store(url)
+    manifest, digest = read_manifest(store)
+    rows = read_samples(store, manifest).to_pylist()
+    names = {row["split"] for row in rows}
+    splits = {name: _split(name, [row for row in rows if row["split"] == name]) for name in names}
+    return Dataset(url=store.url, manifest=manifest, digest=digest, splits=splits)
+
+
+def _split(name: str, rows: list[dict[str, Any]]) -> Split:
+    return Split(
+        name=name,
+        ids=tuple(row["id"] for row in rows),
+        filenames=tuple(row["filename"] for row in rows),
+        groups=tuple(row["group"] for row in rows),
+        shards=tuple(row["shard"] for row in rows),
+        offsets=np.array([row["offset"] for row in rows], np.int64),
+        lengths=np.array([row["length"] for row in rows], np.int64),
+        rows=tuple(rows),
+    )
+
+
+def sample_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order of an epoch: a permutation of 0..N-1, (N,) int64."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_samples)
+
+
+def global_batches(order: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns `order` cut into steps: (steps, batch_size) int64, the tail filled with PADDING."""
+    num_steps = -(-len(order) // batch_size)
+    padded = np.full(num_steps * batch_size, PADDING, np.int64)
+    padded[: len(order)] = order
+    return padded.reshape(num_steps, batch_size)
+
+
+def dropout_keys(indices: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """Returns a key per sample, (B,) int64: a hash of (seed, epoch, sample index).
+
+    Source of the mixing function: SplitMix64, Steele et al., OOPSLA 2014.
+    """
+    with np.errstate(over="ignore"):
+        state = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch)
+        state = _mixed(np.asarray(state))
+        return _mixed(state + indices.astype(np.uint64)).astype(np.int64)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class RecordReader:
+    """Reads records by position, from local shards or by range over the network."""
+
+    def __init__(self, store: Store, split: Split, folder: str | None) -> None:
+        """Reads from the shards in `folder`, or from `store` where it is None."""
+        self._store = store
+        self._split = split
+        self._folder = folder
+        self._files: dict[str, int] = {}
+        self.failure: FlexUNetError | None = None
+
+    def read_many(self, indices: np.ndarray) -> list[bytes]:
+        """Returns the Examples of `indices`, (B,) int64; called inside a `tf.data` graph.
+
+        TensorFlow turns an exception into one of its own, so the cause is kept in `failure`.
+        """
+        try:
+            return [self.read(int(index)) for index in indices]
+        except FlexUNetError as error:
+            self.failure = error
+            raise
+
+    def read(self, index: int) -> bytes:
+        """Returns the serialised Example of sample `index`.
+
+        Raises:
+            ContentError: the record is damaged; names the shard and the sample.
+        """
+        shard = self._split.shards[index]
+        offset, length = int(self._split.offsets[index]), int(self._split.lengths[index])
+        if self._folder is None:
+            record = self._store.get(shard, offset, length)
+        else:
+            record = os.pread(self._file(shard), length, offset)
+        where = f"{self._store.url}/{shard}, sample {self._split.ids[index]!r}"
+        return unframe_record(record, where=where)
+
+    def close(self) -> None:
+        """Closes the shards."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def _file(self, shard: str) -> int:
+        if shard not in self._files:
+            path = local_path(str(self._folder), shard)
+            self._files[shard] = os.open(path, os.O_RDONLY)
+        return self._files[shard]
+
+
+def read_sample(reader: RecordReader, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns image (H, W, C) uint8|uint16 and mask (H, W) uint8 of sample `index`."""
+    example = decode_example(reader.read(index))
+    name = str(example["image/filename"])
+    image = read_image(bytes(example["image/encoded"]), name=name)
+    mask = read_mask_pixels(bytes(example["image/segmentation/class/encoded"]), name=name)
+    return image, mask.astype(np.uint8)
+
+
+def open_reader(
+    dataset: Dataset, split: Split, *, cache: str, cache_dir: str | None
+) -> RecordReader:
+    """Returns a reader of `split`; remote shards are copied to the cache first unless `ranges`.
+
+    Args:
+        cache: "full" or "ranges".
+        cache_dir: folder of the cache; None: `~/.cache/flexunet`.
+    """
+    store = open_store(dataset.url)
+    if store.local_root is not None:
+        _check_sizes(store, dataset.manifest, split.name)
+        return RecordReader(store, split, store.local_root)
+    if cache == "ranges":
+        return RecordReader(store, split, None)
+    folder = Path(cache_dir or Path.home() / ".cache" / "flexunet") / dataset.digest
+    with _locked(folder):
+        _fill_cache(store, dataset.manifest, split.name, str(folder))
+    return RecordReader(store, split, str(folder))
+
+
+def _check_sizes(store: Store, manifest: Manifest, split: str) -> None:
+    for shard in manifest.shards:
+        if shard.split == split:
+            found = store.stat(shard.name)
+            if found is None or found.size != shard.num_bytes:
+                size = "missing" if found is None else f"{found.size} bytes"
+                raise ContentError(
+                    f"{store.url}/{shard.name}: {size}, the manifest says {shard.num_bytes} bytes; "
+                    "prepare the dataset again"
+                )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the cache's lock: one process of a machine fills it, the others wait."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StorageError(f"{folder}: cache is not writable: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _fill_cache(store: Store, manifest: Manifest, split: str, folder: str) -> None:
+    shards = [shard for shard in manifest.shards if shard.split == split]
+    missing = [shard for shard in shards if not _is_cached(folder, shard)]
+    needed, free = sum(shard.num_bytes for shard in missing), shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(
+            f"{folder}: {needed / 2**20:.0f} MiB of shards do not fit the {free / 2**20:.0f} MiB "
+            "left on this disk; give another --cache-dir or read by range with --cache ranges"
+        )
+    for shard in missing:
+        logger.info("caching %s/%s (%.1f MiB)", store.url, shard.name, shard.num_bytes / 2**20)
+        path = local_path(folder, shard.name)
+        if store.get_file(shard.name, path) != shard.crc32c:
+            Path(path).unlink()
+            raise ContentError(
+                f"{store.url}/{shard.name}: its CRC32C is not the manifest's; "
+                "the dataset is damaged, prepare it again"
+            )
+
+
+def _is_cached(folder: str, shard: Any) -> bool:
+    path = local_path(folder, shard.name)
+    if not os.path.exists(path):
+        return False
+    # A copy from an earlier run is trusted only after its content was read again.
+    if os.path.getsize(path) == shard.num_bytes and crc32c_of_file(path) == shard.crc32c:
+        return True
+    logger.warning("%s: damaged cache copy; fetching it again", path)
+    os.unlink(path)
+    return False
+
+
+def make_batches(
+    dataset: Dataset,
+    reader: RecordReader,
+    batches: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    augmentation: AugmentationConfig | None = None,
+    first_replica: int = 0,
+    num_replicas: int = 1,
+    num_local_replicas: int = 1,
+) -> Any:
+    """Returns a `tf.data.Dataset` of per-replica batches, in the order in which replicas take them.
+
+    Each element holds `image` (b, H, W, C) uint8|uint16, `mask` (b, H, W) uint8, `weight` (b,)
+    float32 and `key` (b,) int64, with b = global batch / num_replicas.
+
+    Args:
+        batches: (steps, global batch) sample indices, PADDING included.
+        first_replica: global number of this process' first replica.
+        num_local_replicas: replicas of this process; each takes every num_local_replicas-th batch.
+    """
+    import tensorflow as tf
+
+    indices = _replica_indices(batches, first_replica, num_replicas, num_local_replicas)
+    weights = (indices != PADDING).astype(np.float32)
+    # Padding repeats the step's first sample: real pixels, weight 0.
+    fillers = np.repeat(batches[:, :1], num_local_replicas, axis=0)
+    indices = np.where(indices == PADDING, fillers, indices)
+    keys = dropout_keys(indices, seed=seed, epoch=epoch)
+
+    def load(index: Any, weight: Any, key: Any) -> dict[str, Any]:
+        payloads = tf.numpy_function(reader.read_many, [index], tf.string)
+        payloads = tf.ensure_shape(payloads, [indices.shape[1]])
+        return {"payload": payloads, "index": index, "weight": weight, "key": key}
+
+    decode = _decoder(dataset.manifest, augmentation, seed, epoch)
+    parallel = tf.data.AUTOTUNE
+    data = tf.data.Dataset.from_tensor_slices((indices, weights, keys))
+    data = data.map(load, num_parallel_calls=parallel, deterministic=True)
+    data = data.unbatch().map(decode, num_parallel_calls=parallel, deterministic=True)
+    data = data.batch(indices.shape[1], drop_remainder=True)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return data.prefetch(2 * num_local_replicas).with_options(options)
+
+
+def iterate(batches: Any, reader: RecordReader) -> Iterator[Any]:
+    """Yields the elements of `batches`; a failure of `reader` comes out as what it was."""
+    import tensorflow as tf
+
+    elements = iter(batches)
+    while True:
+        try:
+            element = next(elements)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            if reader.failure is not None:
+                raise reader.failure from error
+            raise
+        yield element
+
+
+def _replica_indices(
+    batches: np.ndarray, first_replica: int, num_replicas: int, num_local_replicas: int
+) -> np.ndarray:
+    num_steps, batch_size = batches.shape
+    per_replica = batches.reshape(num_steps, num_replicas, batch_size // num_replicas)
+    local = per_replica[:, first_replica : first_replica + num_local_replicas]
+    return local.reshape(num_steps * num_local_replicas, -1)
+
+
+def _decoder(
+    manifest: Manifest, augmentation: AugmentationConfig | None, seed: int, epoch: int
+) -> Any:
+    import tensorflow as tf
+
+    height, width = manifest.image_height, manifest.image_width
+    dtype = tf.uint16 if manifest.bit_depth == 16 else tf.uint8
+    features = {
+        "image/encoded": tf.io.FixedLenFeature([], tf.string),
+        "image/segmentation/class/encoded": tf.io.FixedLenFeature([], tf.string),
+    }
+
+    def warp(image: np.ndarray, mask: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
+        assert augmentation is not None  # noqa: S101 - only called where it is set
+        return list(
+            augment(
+                image,
+                mask,
+                config=augmentation,
+                seed=seed,
+                epoch=epoch,
+                sample_index=int(index),
+                value_max=manifest.value_max,
+            )
+        )
+
+    def decode(element: dict[str, Any]) -> dict[str, Any]:
+        example = tf.io.parse_single_example(element["payload"], features)
+        image = tf.io.decode_png(example["image/encoded"], manifest.channels, dtype)
+        mask = tf.io.decode_png(example["image/segmentation/class/encoded"], 1, tf.uint8)[..., 0]
+        if augmentation is not None and augmentation.enabled:
+            image, mask = tf.numpy_function(
+                warp, [image, mask, element["index"]], [dtype, tf.uint8]
+            )
+        return {
+            "image": tf.ensure_shape(image, [height, width, manifest.channels]),
+            "mask": tf.ensure_shape(mask, [height, width]),
+            "weight": element["weight"],
+            "key": element["key"],
+        }
+
+    return decode

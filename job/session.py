@@ -1,0 +1,360 @@
+"""What lives as long as one training process: model, optimizer, compiled steps, readers, files.
+
+`job/train.py` is the loop over it. Everything that must survive the process is in `TrainState` and
+in the weights; a session can be rebuilt from a checkpoint at any step.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from data_prep.image import read_image
+from data_prep.schema import MANIFEST_NAME
+from data_prep.settings import write_yaml
+from data_prep.storage import open_store
+from job import checkpoint, plots
+from job.config import TrainConfig, identity_of
+from job.data import (
+    Dataset,
+    RecordReader,
+    global_batches,
+    iterate,
+    make_batches,
+    open_dataset,
+    open_reader,
+    read_sample,
+    sample_order,
+)
+from job.evaluate import Evaluation, class_ids_of, evaluate_cases, means_of, write_evaluation
+from job.history import History, csv_table
+from job.infer import find_images, to_model_pixels
+from job.losses import make_loss
+from job.metrics import RunningSums, reference_metrics
+from job.optimizer import Adam
+from job.run import Run, check_identity
+from job.schedule import EarlyStopping, PlateauReducer
+from job.state import TrainState
+from job.step import make_evaluation_step, make_probability_step, make_train_step
+from job.trained import initialize_from, model_for, num_outputs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Session:
+    """One training process at work on one run; made by `open_session`."""
+
+    config: TrainConfig
+    run: Run
+    strategy: tf.distribute.Strategy
+    dataset: Dataset
+    readers: dict[str, RecordReader]
+    model: Any
+    optimizer: Adam
+    train_step: Any
+    evaluation_step: Any
+    predict: Any  # (1, H, W, C) pixels -> (1, H, W) class ids
+    metrics: dict[str, Any]
+    pictures: dict[str, np.ndarray]  # predicted after every epoch, by name, (H, W, C)
+    staging: str
+    events: Any  # a tf.summary writer, or None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch."""
+        return -(-len(self.dataset.split("train")) // self.config.global_batch_size)
+
+    def restore(self) -> TrainState:
+        """Returns the state of the newest verified checkpoint, or of a new run."""
+        found = self.run.restore(self.staging)
+        if found is None:
+            state = TrainState(learning_rate=self.config.optimizer.learning_rate)
+            if self.config.init_from is not None:
+                initialize_from(self.model, self.config.init_from)
+            return state
+        commit, members = found
+        checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
+        checkpoint.read_optimizer(self.optimizer, members[checkpoint.OPTIMIZER_NAME])
+        state = TrainState(**checkpoint.read_state(members[checkpoint.STATE_NAME]))
+        logger.info(
+            "resuming %s: epoch %d, step %d of %d",
+            commit.prefix,
+            state.epoch + 1,
+            state.step_in_epoch,
+            self.num_steps,
+        )
+        self._write_tables(state)
+        return state
+
+    def train_steps(self, state: TrainState) -> Iterator[float]:
+        """Does the rest of the epoch in progress; yields the loss after every update."""
+        split = self.dataset.split("train")
+        order = sample_order(len(split), seed=self.config.seed, epoch=state.epoch)
+        plan = global_batches(order, self.config.global_batch_size)[state.step_in_epoch :]
+        batches = self._batches("train", plan, epoch=state.epoch, augment=True)
+        running = RunningSums()
+        running.load_state(state.sums)
+        for batch in iterate(batches, self.readers["train"]):
+            # Tensors, because a Python number would be compiled into a step of its own.
+            step = tf.constant(state.step, tf.int64)
+            sums = self.train_step(batch, step, tf.constant(state.learning_rate, tf.float64))
+            running.add(sums)
+            state.sums = running.state()
+            state.step += 1
+            state.step_in_epoch += 1
+            total, count = sums["loss"]
+            yield float(total) / float(count)
+
+    def finish_epoch(self, state: TrainState, *, images_per_s: float) -> dict[str, Any]:
+        """Ends the epoch in progress: validation, schedules, tables, pictures, checkpoint.
+
+        The checkpoint comes last: an epoch whose pictures are missing is done again.
+        """
+        started = time.monotonic()
+        running = RunningSums()
+        running.load_state(state.sums)
+        validation = self.evaluate("valid")
+        row: dict[str, Any] = {"epoch": state.epoch, "learning_rate": state.learning_rate}
+        row |= means_of(running, self.metrics)
+        row |= {f"val_{name}": value for name, value in validation.means.items()}
+        foreground = validation.summary["foreground_mean"]
+        row |= {f"val_foreground_{name}": foreground[name] for name in ("dice", "iou")}
+        is_best = self._schedule(state, row)
+        state.rows.append(row)
+        state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
+        if is_best:
+            best = {"epoch": row["epoch"], "val_loss": row["val_loss"]}
+            state.best = best | {"checkpoint": self.run.prefix(state.step)}
+        state.throughput.append(
+            {
+                "epoch": row["epoch"],
+                "train_images_per_s": images_per_s,
+                "evaluation_time_s": time.monotonic() - started,
+            }
+        )
+        self._write_tables(state)
+        self._write_predictions(row["epoch"])
+        self._write_events(row)
+        self.commit(state)
+        return row
+
+    def commit(self, state: TrainState) -> None:
+        """Writes a checkpoint of `state` and the weights; drops those no longer needed."""
+        values = dataclasses.asdict(state)
+        members = checkpoint.write_members(self.staging, self.model, self.optimizer, values)
+        self.run.commit(state.step, state.epoch, members, {"step_in_epoch": state.step_in_epoch})
+        keep = {state.best["checkpoint"]} if state.best else set()
+        self.run.collect_garbage(self.config.keep_checkpoints, keep)
+
+    def evaluate(self, split: str) -> Evaluation:
+        """Returns the evaluation of every case of `split` with the present weights."""
+        samples = self.dataset.split(split)
+        plan = global_batches(np.arange(len(samples)), self.config.global_batch_size)
+        batches = self._batches(split, plan, epoch=0, augment=False)
+        names = [each.name for each in self.dataset.manifest.classes]
+        steps = iterate(batches, self.readers[split])
+        return evaluate_cases(steps, self.evaluation_step, samples, names, self.metrics)
+
+    def evaluate_best(self, state: TrainState) -> dict[str, Any]:
+        """Writes and returns the evaluation of the test split with the best weights."""
+        if state.best is None or "test" not in self.dataset.splits:
+            return {}
+        members = self.run.fetch(state.best["checkpoint"], self.staging)
+        checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
+        evaluation = self.evaluate("test")
+        write_evaluation(
+            self.run.store,
+            evaluation,
+            self.dataset,
+            self.readers["test"],
+            self.predict,
+            loss_name=self.config.loss.name,
+            metric_name=next(iter(self.metrics), ""),
+        )
+        return dict(evaluation.summary)
+
+    def _batches(self, split: str, plan: np.ndarray, *, epoch: int, augment: bool) -> Any:
+        replicas = self.strategy.num_replicas_in_sync
+        return self.strategy.distribute_datasets_from_function(
+            lambda _: make_batches(
+                self.dataset,
+                self.readers[split],
+                plan,
+                seed=self.config.seed,
+                epoch=epoch,
+                augmentation=self.config.augmentation if augment else None,
+                num_replicas=replicas,
+                num_local_replicas=replicas,
+            )
+        )
+
+    def _schedule(self, state: TrainState, row: dict[str, Any]) -> bool:
+        """Lets both schedules see the validation loss; returns whether it is the best so far."""
+        settings, loss = self.config.schedule, row["val_loss"]
+        if settings.reduce_on_plateau:
+            reducer = PlateauReducer(
+                factor=settings.reducer_factor,
+                patience=settings.reducer_patience,
+                min_lr=settings.min_learning_rate,
+            )
+            reducer.load_state(state.reducer)
+            state.learning_rate = reducer.update(loss, state.learning_rate)
+            state.reducer = reducer.state()
+        stopping = EarlyStopping(patience=settings.early_stopping_patience)
+        stopping.load_state(state.stopping)
+        state.stopped_early = stopping.update(loss, row["epoch"])
+        state.stopping = stopping.state()
+        return state.best is None or loss < state.best["val_loss"]
+
+    def _write_tables(self, state: TrainState) -> None:
+        store = self.run.store
+        names = [*self.metrics, *(f"val_{name}" for name in self.metrics)]
+        for name, text in History(state.rows, metrics=names).tables().items():
+            store.put(f"metrics/{name}", text.encode())
+        if not state.rows:
+            return
+        columns = list(state.throughput[0])
+        text = csv_table(columns, ([row[name] for name in columns] for row in state.throughput))
+        store.put("metrics/throughput.csv", text.encode())
+        curves = {
+            "train_losses": ("loss", "val_loss"),
+            "train_metrics": names,
+            "foreground": ("val_foreground_dice", "val_foreground_iou"),
+        }
+        epochs = [row["epoch"] for row in state.rows]
+        for stem, columns in curves.items():
+            series = {
+                name: [float("nan") if row[name] is None else row[name] for row in state.rows]
+                for name in columns
+            }
+            if series:
+                picture = plots.curve_png(
+                    stem, epochs, series, "loss" if "loss" in stem else "value"
+                )
+                store.put(f"metrics/{stem}.png", picture)
+
+    def _write_predictions(self, epoch: int) -> None:
+        for name, pixels in self.pictures.items():
+            ids = self.predict(pixels[np.newaxis])[0]
+            picture = plots.mask_png(ids, self.dataset.manifest.classes)
+            # The reference counts epochs from 1 here.
+            self.run.store.put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", picture)
+
+    def _write_events(self, row: dict[str, Any]) -> None:
+        if self.events is None:
+            return
+        with self.events.as_default():
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    tf.summary.scalar(name, value, step=row["epoch"])
+        self.events.flush()
+        folder = os.path.join(self.staging, "tensorboard")
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name)
+            self.run.store.put_file(f"tensorboard/attempt-{self.run.attempt}/{name}", path)
+
+
+@contextmanager
+def open_session(
+    config: TrainConfig, run: Run, strategy: tf.distribute.Strategy
+) -> Iterator[Session]:
+    """Yields a session whose model, steps and readers are ready; nothing is trained yet.
+
+    Writes what describes the run: `config.yaml`, `environment.json`, a copy of the manifest.
+
+    Raises:
+        UsageError: no dataset, a split without samples, or a run of other identity.
+    """
+    dataset = open_dataset(str(config.data))
+    check_identity(run, identity_of(config), dataset.digest)
+    for name in ("train", "valid"):
+        dataset.split(name)
+    manifest = dataset.manifest
+    loss = make_loss(
+        config.loss.name,
+        num_classes=num_outputs(config, manifest),
+        class_weights=config.loss.class_weights,
+        ignore_id=manifest.ignore_id,
+    )
+    metrics = reference_metrics(config.metrics, ignore_id=manifest.ignore_id)
+    with strategy.scope():
+        model = model_for(config, manifest)
+        optimizer = Adam(config.optimizer, model.trainable_variables)
+    _describe(config, run, dataset, strategy)
+    with ExitStack() as stack:
+        staging = stack.enter_context(tempfile.TemporaryDirectory(prefix="flexunet-"))
+        readers = {}
+        for name, split in dataset.splits.items():
+            readers[name] = open_reader(
+                dataset, split, cache=config.cache, cache_dir=config.cache_dir
+            )
+            stack.callback(readers[name].close)
+        events = None
+        if config.tensorboard:
+            events = tf.summary.create_file_writer(os.path.join(staging, "tensorboard"))
+            stack.callback(events.close)
+        yield Session(
+            config=config,
+            run=run,
+            strategy=strategy,
+            dataset=dataset,
+            readers=readers,
+            model=model,
+            optimizer=optimizer,
+            train_step=make_train_step(strategy, model, optimizer, loss, metrics),
+            evaluation_step=make_evaluation_step(
+                strategy, model, loss, metrics, len(manifest.classes), manifest.ignore_id
+            ),
+            predict=class_ids_of(make_probability_step(model)),
+            metrics=metrics,
+            pictures=_pictures(config, dataset, readers["valid"]),
+            staging=staging,
+            events=events,
+        )
+
+
+def _pictures(config: TrainConfig, dataset: Dataset, reader: RecordReader) -> dict[str, np.ndarray]:
+    """Returns the pictures to predict after every epoch, by name, at the model's size."""
+    count = config.prediction_images
+    if config.prediction_folder is None:
+        split = dataset.split("valid")
+        return {split.ids[i]: read_sample(reader, i)[0] for i in range(min(count, len(split)))}
+    store = open_store(config.prediction_folder)
+    pictures = {}
+    for name in find_images(store)[:count]:
+        image = read_image(store.get(name), name=f"{store.url}/{name}")
+        stem = os.path.splitext(name)[0].replace("/", "_")
+        pictures[stem] = to_model_pixels(image, dataset.manifest)[0]
+    return pictures
+
+
+def _describe(
+    config: TrainConfig, run: Run, dataset: Dataset, strategy: tf.distribute.Strategy
+) -> None:
+    run.store.put("config.yaml", write_yaml(config).encode())
+    run.store.put(MANIFEST_NAME, dataset.manifest.to_json())
+    packages = ("flexunet", "tensorflow", "keras", "numpy", "opencv-python-headless")
+    environment = {
+        "packages": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "devices": [device.name for device in tf.config.list_logical_devices()],
+        "replicas": strategy.num_replicas_in_sync,
+        "precision": config.precision,
+        "dataset": dataset.url,
+        "dataset_sha256": dataset.digest,
+        "attempt": run.attempt,
+    }
+    run.store.put("environment.json", (json.dumps(environment, indent=2) + "\n").encode())

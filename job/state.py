@@ -1,0 +1,25 @@
+"""Where a training run stands: all that a restart needs beside weights and moments."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """The state of a run; JSON types only, so that floats come back bit by bit."""
+
+    learning_rate: float
+    epoch: int = 0  # the epoch in progress, from 0
+    step_in_epoch: int = 0
+    step: int = 0  # updates done
+    sums: dict[str, float] = field(default_factory=dict)  # of the epoch in progress
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of the finished epochs
+    throughput: list[dict[str, Any]] = field(default_factory=list)  # of the same
+    reducer: dict[str, Any] = field(default_factory=dict)
+    stopping: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] | None = None  # {"epoch", "val_loss", "checkpoint"}
+    stopped_early: bool = False
+
+    def is_finished(self, epochs: int) -> bool:
+        """Returns whether no epoch is left to do."""
+        return self.stopped_early or self.epoch >= epochs

@@ -1,0 +1,139 @@
+"""Training, evaluation and prediction steps as free functions under a `tf.distribute` strategy.
+
+Replicas return sums and counts; whoever reads them divides once. The loss is a function of sums
+over the global batch, so that its value and gradient do not depend on the number of replicas.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from job.dropout import sample_keys
+from job.losses import replica_sum
+from job.metrics import confusion_counts
+from job.optimizer import Adam
+
+# image (B, H, W, C) uint8|uint16, mask (B, H, W) uint8, weight (B,) float32: 0 for padding,
+# key (B,) int64: what dropout draws from.
+Batch = Mapping[str, tf.Tensor]
+Loss = Callable[..., tf.Tensor]
+Metrics = Mapping[str, Callable[..., tuple[tf.Tensor, tf.Tensor]]]
+Sums = dict[str, tuple[tf.Tensor, tf.Tensor]]  # name -> (sum, count), () float64 each
+
+
+def make_train_step(
+    strategy: tf.distribute.Strategy,
+    model: keras.Model,
+    optimizer: Adam,
+    loss: Loss,
+    metrics: Metrics,
+) -> Callable[[Batch, tf.Tensor, tf.Tensor], Sums]:
+    """Returns the compiled `train_step(batch, step, learning_rate) -> sums`.
+
+    `sums` has an entry for `loss` and one for every metric.
+    """
+    weights = model.trainable_variables
+
+    def replica_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> Sums:
+        labels = tf.cast(batch["mask"], tf.int32)
+        with sample_keys(batch["key"]), tf.GradientTape() as tape:
+            logits = model(prepared(model, batch["image"]), training=True)
+            value = loss(labels, logits, batch["weight"], replica_sum)
+        # `replica_sum` passes gradients through, so each replica's are its part of the global ones.
+        gradients = tape.gradient(value, [weight.value for weight in weights])
+        context = tf.distribute.get_replica_context()
+        gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+        optimizer.apply(gradients, step=step, learning_rate=learning_rate)
+        return _sums(value, batch, labels, logits, metrics)
+
+    @tf.function(reduce_retracing=True)
+    def train_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> Sums:
+        sums = strategy.run(replica_step, (batch, step, learning_rate))
+        return _reduced(strategy, sums)
+
+    return train_step  # type: ignore[no-any-return]
+
+
+def make_evaluation_step(
+    strategy: tf.distribute.Strategy,
+    model: keras.Model,
+    loss: Loss,
+    metrics: Metrics,
+    num_classes: int,
+    ignore_id: int | None,
+) -> Callable[[Batch], tuple[Sums, tf.Tensor]]:
+    """Returns the compiled `evaluation_step(batch) -> (sums, counts)`.
+
+    `counts` is (global batch, classes, 4) int64: true and false positives, false and true
+    negatives, in the order of the batch, padding included.
+    """
+
+    def replica_step(batch: Batch) -> tuple[Sums, tf.Tensor]:
+        labels = tf.cast(batch["mask"], tf.int32)
+        logits = model(prepared(model, batch["image"]), training=False)
+        value = loss(labels, logits, batch["weight"], replica_sum)
+        counts = confusion_counts(labels, predicted_ids(logits), num_classes, ignore_id)
+        return _sums(value, batch, labels, logits, metrics), counts
+
+    @tf.function(reduce_retracing=True)
+    def evaluation_step(batch: Batch) -> tuple[Sums, tf.Tensor]:
+        sums, counts = strategy.run(replica_step, (batch,))
+        return _reduced(strategy, sums), strategy.gather(counts, axis=0)
+
+    return evaluation_step  # type: ignore[no-any-return]
+
+
+def make_probability_step(model: keras.Model) -> Callable[[Any], tf.Tensor]:
+    """Returns the compiled `probability_step(images (B, H, W, C)) -> (B, H, W, K)` float32.
+
+    Softmax over K, or the sigmoid where K = 1.
+    """
+
+    @tf.function(reduce_retracing=True)
+    def probability_step(images: tf.Tensor) -> tf.Tensor:
+        logits = model(prepared(model, images), training=False)
+        is_single = logits.shape[-1] == 1
+        probabilities = tf.sigmoid(logits) if is_single else tf.nn.softmax(logits)
+        return tf.cast(probabilities, tf.float32)
+
+    return probability_step  # type: ignore[no-any-return]
+
+
+def prepared(model: keras.Model, images: tf.Tensor) -> tf.Tensor:
+    """Returns stored pixels (B, H, W, C) as the model's input: its channels, floating point."""
+    channels = model.input_shape[-1]
+    images = tf.cast(images, tf.float64 if model.dtype == "float64" else tf.float32)
+    if images.shape[-1] == 1 and channels > 1:
+        images = tf.repeat(images, channels, axis=-1)
+    return images
+
+
+def predicted_ids(logits: tf.Tensor) -> tf.Tensor:
+    """Returns the most probable class of each pixel, (B, H, W) int32, for (B, H, W, K) logits.
+
+    K = 1 is a sigmoid output: class 1 where its probability is above one half.
+    """
+    if logits.shape[-1] == 1:
+        return tf.cast(logits[..., 0] > 0, tf.int32)
+    return tf.argmax(logits, axis=-1, output_type=tf.int32)
+
+
+def _sums(
+    loss: tf.Tensor, batch: Batch, labels: tf.Tensor, logits: tf.Tensor, metrics: Metrics
+) -> Sums:
+    count = tf.reduce_sum(tf.cast(batch["weight"], tf.float64))
+    sums = {"loss": (tf.cast(loss, tf.float64) * count, count)}
+    for name, metric in metrics.items():
+        total, number = metric(labels, logits, batch["weight"])
+        sums[name] = (tf.cast(total, tf.float64), tf.cast(number, tf.float64))
+    return sums
+
+
+def _reduced(strategy: tf.distribute.Strategy, sums: Any) -> Sums:
+    add = tf.distribute.ReduceOp.SUM
+    return {
+        name: (strategy.reduce(add, total, axis=None), strategy.reduce(add, count, axis=None))
+        for name, (total, count) in sums.items()
+    }

@@ -1,0 +1,119 @@
+"""A trained run as something to use: its config, its dataset's manifest and its weights.
+
+Reads a run without owning it, so that masks can be predicted while it is still being trained.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.errors import UsageError
+from data_prep.schema import MANIFEST_NAME, Manifest, parse_manifest
+from data_prep.settings import read_yaml, validated
+from data_prep.storage import NotFound, Store, open_store
+from job.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with the weights of one checkpoint, and what its input must look like."""
+
+    store: Store  # the run's folder
+    config: TrainConfig
+    manifest: Manifest  # of the dataset it was trained on
+    dataset_digest: str
+    checkpoint: str
+    model: Any
+
+
+def read_config(store: Store) -> TrainConfig:
+    """Returns the resolved config of the run in `store`.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    try:
+        text = store.get("config.yaml").decode()
+    except NotFound as error:
+        raise UsageError(
+            f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
+        ) from error
+    where = f"{store.url}/config.yaml"
+    return validated(TrainConfig, read_yaml(text, where), where)
+
+
+def load_trained(run_url: str, *, which: str = "best") -> TrainedModel:
+    """Returns the model of a run with its best or its last weights.
+
+    Raises:
+        UsageError: no run, or no checkpoint yet.
+        ContentError: a checkpoint is damaged.
+    """
+    from job import checkpoint
+    from job.run import read_checkpoint
+
+    store = open_store(run_url)
+    config = read_config(store)
+    data = store.get(MANIFEST_NAME)
+    manifest = parse_manifest(data, f"{store.url}/{MANIFEST_NAME}")
+    model = model_for(config, manifest)
+    with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
+        commit, members = read_checkpoint(store, folder, which=which)
+        checkpoint.read_weights(model, members[checkpoint.WEIGHTS_NAME])
+    return TrainedModel(store, config, manifest, commit.dataset_digest, commit.prefix, model)
+
+
+def model_for(config: TrainConfig, manifest: Manifest) -> Any:
+    """Returns the untrained model of `config` for pictures of `manifest`.
+
+    Raises:
+        UsageError: channels or classes of the two do not go together.
+    """
+    from job.model import build_model
+
+    channels = config.model.image_channels or manifest.channels
+    if channels != manifest.channels and manifest.channels != 1:
+        raise UsageError(
+            f"model.image_channels={channels}: the dataset has {manifest.channels} channels; "
+            "prepare it with --channels grey or leave model.image_channels unset"
+        )
+    return build_model(
+        config.model,
+        image_shape=(manifest.image_height, manifest.image_width, channels),
+        num_classes=num_outputs(config, manifest),
+        value_max=float(manifest.value_max),
+        seed=config.seed,
+        precision=config.precision,
+    )
+
+
+def num_outputs(config: TrainConfig, manifest: Manifest) -> int:
+    """Returns the channels of the head: one per class, or 1 for a sigmoid output."""
+    found, wanted = len(manifest.classes), config.model.num_classes
+    if wanted is None or wanted == found or (wanted == 1 and found == 2):
+        return wanted or found
+    raise UsageError(
+        f"model.num_classes={wanted}: the dataset has {found} classes "
+        f"({', '.join(each.name for each in manifest.classes)}); leave model.num_classes unset"
+    )
+
+
+def initialize_from(model: Any, source: str) -> None:
+    """Sets the weights of `model` from another run (its best), or from a `.h5` file.
+
+    The file is the reference family's `best_model.h5` or Keras weights of this package; it is read
+    as data, nothing in it is run.
+    """
+    from job import checkpoint
+    from job.model import load_reference_weights
+
+    if source.endswith(".weights.h5"):
+        checkpoint.read_weights(model, source)
+    elif source.endswith((".h5", ".hdf5")):
+        load_reference_weights(model, source)
+    else:
+        from job.run import read_checkpoint
+
+        with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
+            _, members = read_checkpoint(open_store(source), folder, which="best")
+            checkpoint.read_weights(model, members[checkpoint.WEIGHTS_NAME])

@@ -1,0 +1,149 @@
+"""FlexUNet: parity with the reference network, its size, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+from data_prep.errors import ContentError, UsageError
+from data_prep.settings import validated
+from job.config import ModelConfig
+from job.model import build_model, creation_order, load_reference_weights, set_weights
+
+PARITY = Path(__file__).resolve().parents[3] / "shared" / "data" / "reference-parity"
+needs_parity = pytest.mark.skipif(
+    not PARITY.is_dir(), reason=f"no numbers of the reference implementation at {PARITY}"
+)
+SMALL = ModelConfig(num_layers=3, base_filters=2, base_kernels=(5, 5))
+
+
+def reference_case(name: str) -> tuple[keras.Model, list[np.ndarray], np.ndarray, np.ndarray]:
+    """Returns the model, its reference weights, the input and the expected probabilities."""
+    with np.load(PARITY / f"{name}.npz", allow_pickle=False) as arrays:
+        config = json.loads(str(arrays["config"]))
+        weights = [arrays[key] for key in arrays if "|" in key]
+        images = arrays["x"].astype(np.float32) * arrays["x_scale"]
+        expected = arrays["y"]
+    model = build_model(
+        ModelConfig(
+            num_layers=config["num_layers"],
+            base_filters=config["base_filters"],
+            base_kernels=config["base_kernels"],
+            dilation=config["dilation"],
+            normalization="batch" if config["normalization"] else "none",
+            activation=config["activation"],
+            input_scaling="unit" if config["input_normalize"] else "none",
+            dropout_rate=config["dropout_rate"],
+        ),
+        image_shape=(config["image_height"], config["image_width"], config["image_channels"]),
+        num_classes=config["num_classes"],
+    )
+    return model, weights, images, expected
+
+
+@needs_parity
+@pytest.mark.parametrize("name", ["plain", "norm_mish_dilated"])
+def test_flexunet_gives_the_reference_probabilities(name: str) -> None:
+    model, weights, images, expected = reference_case(name)
+    set_weights(model, weights, source=name)
+    probabilities = keras.ops.softmax(model(images)).numpy()
+    assert np.abs(probabilities - expected).max() < 1e-5
+
+
+@needs_parity
+def test_reference_file_is_read_as_data(tmp_path: Path) -> None:
+    model, weights, images, expected = reference_case("plain")
+    path = tmp_path / "best_model.h5"
+    # The layout of Keras 2's HDF5 files: names in attributes, one group per layer.
+    with h5py.File(path, "w") as file:
+        file.attrs["model_config"] = "not even JSON: __import__('os').abort()"
+        group = file.create_group("model_weights")
+        names = [f"layer_{i}" for i in range(len(weights))]
+        group.attrs["layer_names"] = [name.encode() for name in names]
+        for name, value in zip(names, weights, strict=True):
+            layer = group.create_group(name)
+            layer.attrs["weight_names"] = [f"{name}/kernel:0".encode()]
+            layer[f"{name}/kernel:0"] = value
+    load_reference_weights(model, str(path))
+    probabilities = keras.ops.softmax(model(images)).numpy()
+    assert np.abs(probabilities - expected).max() < 1e-5
+
+
+def test_reference_file_that_is_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "best_model.h5"
+    path.write_bytes(b"\x89HDF\r\n\x1a\nbut no more")
+    with pytest.raises(ContentError, match=r"best_model\.h5: not a weight file"):
+        load_reference_weights(build_small(), str(path))
+
+
+def test_weights_of_another_shape_name_the_weight() -> None:
+    model = build_small()
+    weights = [np.zeros(v.shape) for v in creation_order(model)]
+    weights[2] = np.zeros((3, 3, 2, 7))
+    with pytest.raises(ContentError, match=r"weight 2 has shape \(3, 3, 2, 7\)"):
+        set_weights(model, weights, source="other")
+
+
+def test_inbreast_network_has_its_published_size() -> None:
+    model = build_model(ModelConfig(), image_shape=(512, 512, 3), num_classes=2)
+    assert model.count_params() == 124_996_866
+
+
+def test_kernels_shrink_to_three_and_dilations_to_one() -> None:
+    config = ModelConfig(num_layers=4, base_filters=2, base_kernels=(7, 7), dilation=(2, 2))
+    model = build_model(config, image_shape=(16, 24, 1), num_classes=3)
+    convolutions = [layer for layer in model.layers if type(layer) is keras.layers.Conv2D]
+    # Encoder levels 0..3, two convolutions each, decoder levels 2..0, then the 1x1 head.
+    sides = [7, 7, 5, 5, 3, 3, 3, 3, 3, 3, 5, 5, 7, 7, 1]
+    dilations = [2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 1]
+    assert [layer.kernel_size[0] for layer in convolutions] == sides
+    assert [layer.dilation_rate[0] for layer in convolutions] == dilations
+    assert model.output_shape == (None, 16, 24, 3)
+
+
+def test_same_seed_gives_same_weights() -> None:
+    first, second, other = (
+        build_model(SMALL, image_shape=(8, 8, 1), num_classes=2, seed=seed) for seed in (1, 1, 2)
+    )
+    for a, b in zip(first.weights, second.weights, strict=True):
+        assert np.array_equal(a.numpy(), b.numpy())
+    assert not np.array_equal(first.weights[0].numpy(), other.weights[0].numpy())
+
+
+def test_sides_must_divide_by_the_levels() -> None:
+    with pytest.raises(UsageError, match="divide by 4, got 8x10"):
+        build_model(SMALL, image_shape=(8, 10, 1), num_classes=2)
+
+
+def test_unknown_model_is_named_with_the_nearest() -> None:
+    config = SMALL.model_copy(update={"name": "flexunett"})
+    with pytest.raises(UsageError, match="did you mean 'flexunet'"):
+        build_model(config, image_shape=(8, 8, 1), num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"base_kernels": (4, 4)}, "must be odd"),
+        ({"dilation": (0, 1)}, "1 or more"),
+        ({"dropout_rate": 0.3, "num_layers": 5}, "below 1"),
+        ({"num_layer": 3}, "did you mean 'num_layers'"),
+    ],
+)
+def test_model_options_are_checked(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        validated(ModelConfig, values, "test")
+
+
+def test_mixed_precision_keeps_logits_in_float32() -> None:
+    model = build_model(SMALL, image_shape=(8, 8, 1), num_classes=2, precision="mixed_bfloat16")
+    logits = model(np.zeros((1, 8, 8, 1), np.float32))
+    assert logits.dtype == "float32"
+    assert model.layers[2].compute_dtype == "bfloat16"
+
+
+def build_small() -> keras.Model:
+    return build_model(SMALL, image_shape=(8, 8, 1), num_classes=2)

@@ -1,0 +1,163 @@
+"""The training step: the same computation on one device and on two mirrored replicas."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from job.config import LossName, ModelConfig, OptimizerConfig
+from job.data import PADDING, dropout_keys, global_batches, sample_order
+from job.losses import make_loss
+from job.metrics import RunningSums, reference_metrics
+from job.model import build_model
+from job.optimizer import Adam
+from job.step import make_evaluation_step, make_train_step
+
+NUM_SAMPLES, SIDE, BATCH = 10, 16, 4
+MODEL = ModelConfig(num_layers=3, base_filters=4, base_kernels=(5, 5), dropout_rate=0.1)
+
+
+@pytest.fixture(scope="module")
+def samples() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (NUM_SAMPLES, SIDE, SIDE, 1), dtype=np.uint8)
+    return images, (images[..., 0] > 160).astype(np.uint8)
+
+
+def batches(
+    samples: tuple[np.ndarray, np.ndarray], epoch: int, num_replicas: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields the parts of every global batch, one per replica; the last has padding."""
+    images, masks = samples
+    order = sample_order(NUM_SAMPLES, seed=3, epoch=epoch)
+    for indices in global_batches(order, BATCH):
+        rows = np.where(indices == PADDING, indices[0], indices)
+        whole = {
+            "image": images[rows],
+            "mask": masks[rows],
+            "weight": (indices != PADDING).astype(np.float32),
+            "key": dropout_keys(rows, seed=3, epoch=epoch),
+        }
+        size = BATCH // num_replicas
+        yield [
+            {name: tf.constant(value[i * size : (i + 1) * size]) for name, value in whole.items()}
+            for i in range(num_replicas)
+        ]
+
+
+class Trained:
+    """A small network trained under `strategy`, with what was computed on the way."""
+
+    def __init__(
+        self,
+        strategy: Any,
+        samples: tuple[np.ndarray, np.ndarray],
+        *,
+        precision: str,
+        loss_name: LossName = "categorical_crossentropy",
+        num_steps: int | None = None,
+        model: ModelConfig = MODEL,
+        optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3),  # noqa: B008 - frozen
+    ) -> None:
+        with strategy.scope():
+            self.model = build_model(
+                model, image_shape=(SIDE, SIDE, 1), num_classes=2, seed=5, precision=precision
+            )
+            self.optimizer = Adam(optimizer, self.model.trainable_variables)
+        loss = make_loss(loss_name, num_classes=2)
+        metrics = reference_metrics(["dice_coef_multiclass", "sensitivity"])
+        step = make_train_step(strategy, self.model, self.optimizer, loss, metrics)
+        self.losses: list[float] = []
+        self.sums = RunningSums()
+        count = 0
+        for epoch in range(3):
+            for parts in batches(samples, epoch, strategy.num_replicas_in_sync):
+                if count == num_steps:
+                    return
+                batch = strategy.experimental_distribute_values_from_function(
+                    lambda context, parts=parts: parts[context.replica_id_in_sync_group]
+                )
+                rate = tf.constant(1e-3, tf.float64)
+                sums = step(batch, tf.constant(count, tf.int64), rate)
+                self.sums.add(sums)
+                self.losses.append(float(sums["loss"][0]) / float(sums["loss"][1]))
+                count += 1
+
+
+@pytest.fixture(scope="module")
+def one_cpu() -> Any:
+    return tf.distribute.OneDeviceStrategy("CPU:0")
+
+
+@pytest.mark.parametrize("loss_name", ["categorical_crossentropy", "bce_dice", "dice_multiclass"])
+def test_two_replicas_compute_what_one_device_does(
+    one_cpu: Any, two_cpus: Any, samples: Any, loss_name: LossName
+) -> None:
+    one = Trained(one_cpu, samples, precision="float64", loss_name=loss_name)
+    two = Trained(two_cpus, samples, precision="float64", loss_name=loss_name)
+    assert len(one.losses) == 9  # 3 epochs of ceil(10 / 4) steps
+    assert np.allclose(one.losses, two.losses, rtol=1e-9, atol=0)
+    for name in ("loss", "dice_coef_multiclass", "sensitivity"):
+        assert one.sums.mean(name) == pytest.approx(two.sums.mean(name), rel=1e-9)
+    for a, b in zip(one.model.weights, two.model.weights, strict=True):
+        assert np.allclose(a.numpy(), b.numpy(), rtol=0, atol=1e-9)
+
+
+def test_float32_gradients_of_two_replicas_agree_by_norm(
+    one_cpu: Any, two_cpus: Any, samples: Any
+) -> None:
+    optimizer = OptimizerConfig(clipvalue=None)
+    one, two = (
+        Trained(strategy, samples, precision="float32", num_steps=1, optimizer=optimizer)
+        for strategy in (one_cpu, two_cpus)
+    )
+    first, second = one.optimizer.state(), two.optimizer.state()
+    # After one step the first moment is 0.1 times the gradient.
+    for name in (name for name in first if name.startswith("first/")):
+        scale = np.linalg.norm(first[name])
+        assert np.linalg.norm(first[name] - second[name]) <= 2e-5 * scale
+        assert scale > 0
+
+
+def test_synchronised_normalisation_sees_the_whole_batch(
+    one_cpu: Any, two_cpus: Any, samples: Any
+) -> None:
+    model = MODEL.model_copy(update={"normalization": "batch"})
+    one = Trained(one_cpu, samples, precision="float64", num_steps=2, model=model)
+    two = Trained(two_cpus, samples, precision="float64", num_steps=2, model=model)
+    assert np.allclose(one.losses, two.losses, rtol=1e-9, atol=0)
+
+
+def test_training_lowers_the_loss(one_cpu: Any, samples: Any) -> None:
+    losses = Trained(one_cpu, samples, precision="float32").losses
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_padding_counts_nowhere(one_cpu: Any, samples: Any) -> None:
+    trained = Trained(one_cpu, samples, precision="float32", num_steps=3)
+    assert trained.sums.pair("loss")[1] == NUM_SAMPLES
+
+
+def test_evaluation_step_counts_every_pixel_of_a_case(
+    one_cpu: Any, two_cpus: Any, samples: Any
+) -> None:
+    results = []
+    for strategy in (one_cpu, two_cpus):
+        with strategy.scope():
+            model = build_model(
+                MODEL, image_shape=(SIDE, SIDE, 1), num_classes=2, seed=5, precision="float64"
+            )
+        loss = make_loss("categorical_crossentropy", num_classes=2)
+        step = make_evaluation_step(strategy, model, loss, {}, 2, None)
+        parts = next(batches(samples, 0, strategy.num_replicas_in_sync))
+        batch = strategy.experimental_distribute_values_from_function(
+            lambda context, parts=parts: parts[context.replica_id_in_sync_group]
+        )
+        sums, counts = step(batch)
+        results.append((float(sums["loss"][0]), counts.numpy()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    assert np.array_equal(results[0][1], results[1][1])
+    assert results[0][1].shape == (BATCH, 2, 4)
+    assert np.all(results[0][1].sum(axis=2) == SIDE * SIDE)
