@@ -1,0 +1,348 @@
+"""Pass 2 of preparation: staged records become shards, and the commit of the dataset.
+
+Pass 1 (`scan.py`) leaves finished records under `prep-state/` of the output. This pass decides
+which record goes where and copies the bytes; only the odd picture, one of another kind than the
+dataset's, is decoded and encoded again.
+
+How an interrupted preparation continues: staged records are found by a digest of their inputs;
+`prep-state/plan.json`, written before the first shard, says what the shards will hold; a shard that
+is there already is compared (size and CRC32C) with what would be written, and kept. The staged
+records need as much space as the dataset itself until they are deleted after the commit.
+
+Order in a split: by the sha256 of seed and id, so that neighbours in a file are strangers.
+
+This module must not know where samples come from, nor how splits are drawn.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import google_crc32c
+import numpy as np
+
+from data_prep import schema
+from data_prep.errors import ContentError, UsageError
+from data_prep.image import encode_png, read_image
+from data_prep.scan import Moments, Scanned, moments_of, store_at, to_rgb
+from data_prep.storage import NotFound, PreconditionFailed, Store, join_url
+
+STATE_PREFIX = "prep-state"
+PLAN_NAME = f"{STATE_PREFIX}/plan.json"
+_MEGABYTE = 10**6
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What every stored picture has in common."""
+
+    channels: Literal[1, 3]
+    bit_depth: Literal[8, 16]
+    value_max: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardTask:
+    """One call of `write_shard`: the records of one shard, in order."""
+
+    output_url: str
+    name: str
+    split: schema.Split
+    target: Target
+    records: tuple[Scanned, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A record's place in its shard; sha256 and moments are those of the stored picture."""
+
+    offset: int
+    length: int
+    sha256: str
+    moments: Moments
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenShard:
+    """A shard that is on storage; `records` are in the order of its task's."""
+
+    info: schema.ShardInfo
+    records: tuple[Placed, ...]
+
+
+def staging_url(output_url: str) -> str:
+    """Returns the place of staged records."""
+    return join_url(output_url, STATE_PREFIX)
+
+
+def common_target(samples: Iterable[Scanned]) -> Target:
+    """Returns the least format that holds every picture: grey only when all are grey.
+
+    `value_max` is 255 for 8 bits, else 2**bits - 1 of the bits that the largest value needs, as a
+    12-bit detector stores 0..4095 in 16-bit files.
+    """
+    is_grey, is_shallow, max_value = True, True, 255
+    for sample in samples:
+        is_grey &= sample.channels == 1
+        is_shallow &= sample.bit_depth == 8
+        max_value = max(max_value, sample.max_value)
+    value_max = 2 ** max_value.bit_length() - 1
+    return Target(1 if is_grey else 3, 8 if is_shallow else 16, value_max)
+
+
+def plan_shards(
+    samples: Sequence[Scanned],
+    splits: Mapping[str, str],
+    *,
+    target: Target,
+    output_url: str,
+    shard_size_mb: float,
+    seed: int,
+) -> list[ShardTask]:
+    """Returns the shards to write; it depends on the samples and the seed alone.
+
+    Args:
+        splits: split of each sample id.
+        shard_size_mb: size to aim at; a split with samples has at least one shard.
+    """
+    tasks = []
+    for split in schema.SPLITS:
+        members = [sample for sample in samples if splits[sample.id] == split]
+        members.sort(key=lambda sample: _order(seed, sample.id))
+        parts = list(_cut(members, shard_size_mb * _MEGABYTE))
+        for i, part in enumerate(parts):
+            name = schema.shard_name(split, i, len(parts))
+            tasks.append(ShardTask(output_url, name, split, target, part))
+    return tasks
+
+
+def claim_output(store: Store, plan: Mapping[str, Any]) -> None:
+    """Binds the output to `plan`: from now on nothing else may be prepared there.
+
+    Args:
+        plan: options and source of the preparation, JSON values.
+
+    Raises:
+        UsageError: another preparation began there, or it holds shards of unknown origin.
+    """
+    data = _plan_bytes(plan)
+    try:
+        found = store.get(PLAN_NAME)
+    except NotFound:
+        _refuse_strangers(store)
+        try:
+            store.put(PLAN_NAME, data, if_generation=0)
+            return
+        except PreconditionFailed:
+            found = store.get(PLAN_NAME)
+    if found != data:
+        differs = describe_difference(_parse_plan(found), plan)
+        raise UsageError(
+            f"{store.url}: another preparation was interrupted here ({differs}); repeat its "
+            "command, or delete the folder, or choose another"
+        )
+
+
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Returns the first options that differ, in words; `source_sha256` stands for the source."""
+    before, after = old.get("options", {}), new.get("options", {})
+    changes = [
+        f"--{name.replace('_', '-')} was {before.get(name)}, now {after.get(name)}"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+    if not changes and old.get("source_sha256") != new.get("source_sha256"):
+        changes = ["the files of the source changed"]
+    return "; ".join(changes[:3]) or "made by another version"
+
+
+def write_shard(task: ShardTask) -> WrittenShard:
+    """Writes one shard, unless the same bytes are there already.
+
+    Raises:
+        ContentError: a staged record is damaged, or another shard of this name is there.
+        StorageError: reading or writing failed; the same command continues.
+    """
+    staging = store_at(staging_url(task.output_url))
+    parts, placed, offset = [], [], 0
+    for scanned in task.records:
+        record, sha256, moments = _final_record(staging, scanned, task.target)
+        placed.append(Placed(offset, len(record), sha256, moments))
+        parts.append(record)
+        offset += len(record)
+    data = b"".join(parts)
+    parts.clear()
+    _put_once(store_at(task.output_url), task.name, data)
+    info = schema.ShardInfo(
+        name=task.name,
+        split=task.split,
+        num_records=len(placed),
+        num_bytes=len(data),
+        crc32c=google_crc32c.value(data),
+    )
+    return WrittenShard(info, tuple(placed))
+
+
+def sample_rows(
+    tasks: Iterable[ShardTask], shards: Iterable[WrittenShard], folds: Mapping[str, int]
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of `samples.parquet`, in the order of the shards.
+
+    Args:
+        tasks: what each of `shards` was written from.
+        folds: fold of the sample ids that have one.
+    """
+    for task, shard in zip(tasks, shards, strict=True):
+        for scanned, placed in zip(task.records, shard.records, strict=True):
+            yield {
+                "split": shard.info.split,
+                "shard": shard.info.name,
+                "offset": placed.offset,
+                "length": placed.length,
+                "id": scanned.id,
+                "group": scanned.group,
+                "filename": scanned.filename,
+                "spacing_y_mm": None,
+                "spacing_x_mm": None,
+                "pixels_per_class": scanned.pixels_per_class,
+                "off_map_pixels": scanned.off_map_pixels,
+                "sha256": placed.sha256,
+                "fold": folds.get(scanned.id),
+                **_geometry_columns(scanned),
+            }
+
+
+def mean_and_std(moments: Sequence[Moments]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation per channel of all pixels, raw values.
+
+    Integers until the last division: the result does not depend on the order.
+    """
+    count = sum(part.num_pixels for part in moments)
+    means, deviations = [], []
+    for channel in range(len(moments[0].sums)):
+        total = sum(part.sums[channel] for part in moments)
+        squares = sum(part.squares[channel] for part in moments)
+        means.append(total / count)
+        deviations.append(math.sqrt((squares * count - total * total) / (count * count)))
+    return tuple(means), tuple(deviations)
+
+
+def commit(store: Store, manifest: schema.Manifest, samples: bytes) -> None:
+    """Publishes the dataset: the sample table, then the manifest, which makes it whole."""
+    _put_once(store, schema.SAMPLES_NAME, samples)
+    _put_once(store, schema.MANIFEST_NAME, manifest.to_json())
+
+
+def remove_state(store: Store) -> None:
+    """Deletes the staged records and the plan; the dataset needs neither.
+
+    The plan goes last: it says what the rest is.
+    """
+    store.remove_unfinished()
+    names = [stat.name for stat in store.list(f"{STATE_PREFIX}/")]
+    for name in sorted(names, key=lambda name: name == PLAN_NAME):
+        store.delete(name)
+
+
+def _final_record(staging: Store, scanned: Scanned, target: Target) -> tuple[bytes, str, Moments]:
+    record = staging.get(scanned.staged, scanned.offset, scanned.length)
+    where = f"{staging.url}/{scanned.staged} at {scanned.offset}"
+    payload = schema.unframe_record(record, where=where)
+    if (scanned.channels, scanned.bit_depth) == (target.channels, target.bit_depth):
+        return record, scanned.sha256, scanned.moments
+    features = schema.decode_example(payload)
+    encoded = features["image/encoded"]
+    if not isinstance(encoded, bytes):
+        raise ContentError(f"{where}: image/encoded is not bytes; delete {staging.url}")
+    image = convert(read_image(encoded, name=scanned.filename, max_pixels=2**62), target)
+    features |= {"image/encoded": encode_png(image), "image/channels": image.shape[2]}
+    record = schema.frame_record(schema.encode_features(features))
+    return record, schema.sha256_of_pixels(image), moments_of(image)
+
+
+def convert(image: np.ndarray, target: Target) -> np.ndarray:
+    """Returns `image`, (H, W, C), in the channels and bit depth of `target`.
+
+    In a 16-bit dataset, 255 of an 8-bit picture becomes `value_max`: both mean full intensity.
+    """
+    if target.channels == 3:
+        image = to_rgb(image)
+    if target.bit_depth == 16 and image.dtype == np.uint8:
+        scaled = image.astype(np.uint32) * target.value_max
+        image = ((scaled + 127) // 255).astype(np.uint16)
+    return image
+
+
+def _put_once(store: Store, name: str, data: bytes) -> None:
+    """Puts `data` where nothing is; the same bytes from an earlier attempt are kept."""
+    crc = google_crc32c.value(data)
+    if _kept(store, name, data, crc):
+        return
+    try:
+        store.put(name, data, if_generation=0)
+    except PreconditionFailed:
+        # Another process of the same preparation was quicker.
+        _kept(store, name, data, crc)
+
+
+def _kept(store: Store, name: str, data: bytes, crc: int) -> bool:
+    stat = store.stat(name)
+    if stat is None:
+        return False
+    same = stat.size == len(data)
+    if same:
+        found = google_crc32c.value(store.get(name)) if stat.crc32c is None else stat.crc32c
+        same = found == crc
+    if not same:
+        raise ContentError(
+            f"{store.url}/{name}: is not what this preparation writes (damaged, or of another "
+            "preparation); delete it and run the same command, or choose another folder"
+        )
+    return True
+
+
+def _refuse_strangers(store: Store) -> None:
+    for stat in store.list():
+        if schema.SHARD_PATTERN.fullmatch(stat.name) or stat.name == schema.SAMPLES_NAME:
+            raise UsageError(
+                f"{store.url}: {stat.name} is there and belongs to no preparation that could be "
+                "continued; delete it or choose another folder"
+            )
+
+
+def _plan_bytes(plan: Mapping[str, Any]) -> bytes:
+    return json.dumps(plan, indent=1, sort_keys=True).encode()
+
+
+def _parse_plan(data: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _order(seed: int, sample_id: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()
+
+
+def _cut(samples: Sequence[Scanned], shard_bytes: float) -> Iterator[tuple[Scanned, ...]]:
+    """Yields `samples` in parts of about equal bytes, as few as `shard_bytes` asks for."""
+    total = sum(sample.length for sample in samples)
+    count = max(1, math.ceil(total / shard_bytes))
+    parts: dict[int, list[Scanned]] = {}
+    start = 0
+    for sample in samples:
+        middle = start + sample.length / 2
+        parts.setdefault(int(middle * count / total), []).append(sample)
+        start += sample.length
+    for part in parts.values():
+        yield tuple(part)
+
+
+def _geometry_columns(scanned: Scanned) -> dict[str, Any]:
+    values = dataclasses.asdict(scanned.geometry)
+    return {"geometry_kind": values.pop("kind"), **values}

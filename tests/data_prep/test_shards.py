@@ -1,0 +1,340 @@
+"""Scanning, planning, writing and continuing, on small pictures made here."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import cv2
+import google_crc32c
+import numpy as np
+import pytest
+
+from data_prep import pool, scan, schema, shards
+from data_prep.colormap import DEFAULT_CLASSES
+from data_prep.errors import ContentError, FlexUNetError, UsageError
+from data_prep.storage import open_store
+
+_LAYOUT = scan.Layout(
+    height=8,
+    width=8,
+    geometry="stretch",
+    channels="auto",
+    classes=DEFAULT_CLASSES,
+    ignore_id=None,
+    off_map_limit=0.01,
+    max_pixels=10_000,
+)
+
+
+def _write(folder, name, pixels):
+    os.makedirs(folder, exist_ok=True)
+    path = f"{folder}/{name}"
+    assert cv2.imwrite(path, pixels)
+    info = os.stat(path)
+    return scan.File(str(folder), name, path, info.st_size, info.st_mtime_ns)
+
+
+def _item(tmp_path, name, image, mask=None):
+    mask = np.zeros(image.shape[:2], np.uint8) if mask is None else mask
+    return scan.Item(
+        id=name,
+        group=name,
+        filename=f"{name}.png",
+        split=None,
+        image=_write(tmp_path / "images", f"{name}.png", image),
+        mask=_write(tmp_path / "masks", f"{name}.png", mask),
+    )
+
+
+def _grey(value, dtype=np.uint8):
+    return np.full((8, 8), value, dtype)
+
+
+def _scan(tmp_path, items, *, skip_bad=False, **changes):
+    layout = dataclasses.replace(_LAYOUT, **changes)
+    staging = shards.staging_url(f"{tmp_path}/out")
+    task = scan.ScanTask(staging, layout, tuple(items), skip_bad)
+    return scan.scan_chunk(task)
+
+
+def _plan(tmp_path, samples, **changes):
+    options = {"shard_size_mb": 64, "seed": 1} | changes
+    splits = {sample.id: "train" for sample in samples}
+    target = shards.common_target(samples)
+    return shards.plan_shards(
+        samples, splits, target=target, output_url=f"{tmp_path}/out", **options
+    )
+
+
+def _pixels(tmp_path, written, index=0):
+    placed = written.records[index]
+    store = open_store(f"{tmp_path}/out")
+    record = store.get(written.info.name, placed.offset, placed.length)
+    features = schema.decode_example(schema.unframe_record(record, where="x"))
+    encoded = np.frombuffer(features["image/encoded"], np.uint8)
+    return cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
+
+
+def test_scan_reports_facts_of_a_grey_picture_stored_as_rgb(tmp_path):
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[0, 0] = 10
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:2, :3] = 255
+    (found,) = _scan(tmp_path, [_item(tmp_path, "a", image, mask)])
+    assert (found.channels, found.bit_depth, found.max_value) == (1, 8, 10)
+    assert found.pixels_per_class == (58, 6)
+    assert found.moments == scan.Moments(64, (10,), (100,))
+    assert found.off_map_pixels == 0
+    assert found.sha256 == schema.sha256_of_pixels(image[:, :, :1])
+    source = (tmp_path / "images" / "a.png").read_bytes()
+    assert found.source_crcs[0] == google_crc32c.value(source)
+
+
+def test_moments_are_exact_for_large_16_bit_pictures():
+    image = np.full((1500, 1024, 1), 65535, np.uint16)
+    image[0, 0] = 65534
+    count = 1500 * 1024
+    assert scan.moments_of(image) == scan.Moments(
+        count, (65535 * count - 1,), (65535**2 * (count - 1) + 65534**2,)
+    )
+
+
+def test_mean_and_std_of_two_pictures():
+    # values 1, 3 and 5, 7: mean 4; squared deviations 9, 1, 1, 9: variance 5
+    parts = [scan.Moments(2, (4,), (10,)), scan.Moments(2, (12,), (74,))]
+    assert shards.mean_and_std(parts) == ((4.0,), (5**0.5,))
+
+
+def test_scan_names_the_file_and_both_sizes(tmp_path):
+    item = _item(tmp_path, "a", _grey(1), np.zeros((4, 9), np.uint8))
+    with pytest.raises(ContentError, match=r"masks/a\.png: mask of 9x4 .*has 8x8"):
+        _scan(tmp_path, [item])
+    assert open_store(f"{tmp_path}/out").list() == []
+
+
+def test_scan_names_the_colour_that_is_no_class(tmp_path):
+    mask = np.zeros((8, 8, 3), np.uint8)
+    mask[0, :2] = (0, 0, 255)  # BGR: red, 2 of 64 pixels
+    mask[4, :2] = 255
+    item = _item(tmp_path, "a", _grey(1), mask)
+    with pytest.raises(ContentError, match=r"masks/a\.png: 3\.12 % .*\(255, 0, 0\)"):
+        _scan(tmp_path, [item])
+    (found,) = _scan(tmp_path, [item], off_map_limit=0.5)
+    assert found.off_map_pixels == 2
+
+
+def test_scan_skips_a_bad_pair_and_says_why(tmp_path):
+    bad = _item(tmp_path, "bad", _grey(1))
+    (tmp_path / "images" / "bad.png").write_bytes(b"not a picture")
+    good = _item(tmp_path, "good", _grey(2))
+    with pytest.raises(ContentError, match=r"bad\.png"):
+        _scan(tmp_path, [bad, good])
+    first, second = _scan(tmp_path, [bad, good], skip_bad=True)
+    assert isinstance(first, scan.Refused)
+    assert first.file == str(tmp_path / "images" / "bad.png")
+    assert first.reason.startswith(first.file)
+    assert second.offset == 0
+
+
+def test_scan_again_reads_the_staged_index(tmp_path):
+    items = [_item(tmp_path, name, _grey(7)) for name in "ab"]
+    before = _scan(tmp_path, items)
+    os.remove(tmp_path / "images" / "a.png")  # not needed any more
+    assert _scan(tmp_path, items) == before
+
+
+def test_scan_again_after_damage_does_the_work_again(tmp_path):
+    items = [_item(tmp_path, name, _grey(7)) for name in "ab"]
+    before = _scan(tmp_path, items)
+    staged = tmp_path / "out" / "prep-state" / before[0].staged
+    staged.write_bytes(staged.read_bytes()[:-20])
+    assert _scan(tmp_path, items) == before
+
+
+def test_scan_of_a_skipped_chunk_is_strict_without_skip_bad(tmp_path):
+    bad = _item(tmp_path, "bad", _grey(1))
+    (tmp_path / "images" / "bad.png").write_bytes(b"")
+    _scan(tmp_path, [bad], skip_bad=True)
+    with pytest.raises(ContentError, match=r"bad\.png"):
+        _scan(tmp_path, [bad])
+
+
+def test_target_is_grey_only_when_all_are_grey(tmp_path):
+    colour = np.zeros((8, 8, 3), np.uint8)
+    colour[0, 0] = (1, 2, 3)
+    samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(1)), _item(tmp_path, "b", colour)])
+    assert shards.common_target(samples[:1]) == shards.Target(1, 8, 255)
+    assert shards.common_target(samples) == shards.Target(3, 8, 255)
+
+
+def test_target_keeps_the_bits_in_use(tmp_path):
+    samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(3000, np.uint16))])
+    assert shards.common_target(samples) == shards.Target(1, 16, 4095)
+
+
+def test_odd_pictures_are_stored_like_the_others(tmp_path):
+    colour = np.zeros((8, 8, 3), np.uint16)
+    colour[0, 0] = (100, 200, 4000)
+    samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(51)), _item(tmp_path, "b", colour)])
+    (task,) = _plan(tmp_path, samples)
+    written = shards.write_shard(task)
+    index = [sample.id for sample in task.records].index("a")
+    pixels = _pixels(tmp_path, written, index)
+    # 51 of 255 is a fifth of 4095: 819
+    assert (pixels.dtype, pixels.shape, set(pixels.ravel())) == (np.uint16, (8, 8, 3), {819})
+    assert written.records[index].moments.sums == (819 * 64,) * 3
+    assert written.records[index].sha256 == schema.sha256_of_pixels(pixels)
+    assert np.array_equal(_pixels(tmp_path, written, 1 - index), colour)
+
+
+def test_channels_option_decides_for_all(tmp_path):
+    colour = np.zeros((8, 8, 3), np.uint8)
+    colour[:] = (0, 0, 255)  # BGR; the luma of red is 76.245
+    item = _item(tmp_path, "b", colour)
+    (grey,) = _scan(tmp_path, [item], channels="grey")
+    assert (grey.channels, grey.moments.sums) == (1, (76 * 64,))
+    (rgb,) = _scan(tmp_path, [item], channels="rgb")
+    assert rgb.moments.sums == (255 * 64, 0, 0)
+
+
+def test_plan_cuts_by_size_and_mixes_neighbours(tmp_path):
+    items = [_item(tmp_path, f"{i:02d}", _grey(i)) for i in range(20)]
+    samples = _scan(tmp_path, items)
+    total = sum(sample.length for sample in samples)
+    tasks = _plan(tmp_path, samples, shard_size_mb=total / 4 / 1e6)
+    assert [task.name for task in tasks] == [schema.shard_name("train", i, 4) for i in range(4)]
+    assert [len(task.records) for task in tasks] == [5, 5, 5, 5]
+    order = [sample.id for task in tasks for sample in task.records]
+    assert sorted(order) == [item.id for item in items] != order
+    assert tasks == _plan(tmp_path, samples[::-1], shard_size_mb=total / 4 / 1e6)
+    other = _plan(tmp_path, samples, seed=2)
+    assert [sample.id for sample in other[0].records] != order
+
+
+def test_plan_has_one_shard_at_least(tmp_path):
+    samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(1))])
+    (task,) = _plan(tmp_path, samples, shard_size_mb=1e-9)
+    assert (task.name, len(task.records)) == ("train-00000-of-00001.tfrecord", 1)
+
+
+def test_write_shard_keeps_a_finished_one(tmp_path):
+    (task,) = _plan(tmp_path, _scan(tmp_path, [_item(tmp_path, "a", _grey(1))]))
+    before = shards.write_shard(task)
+    path = tmp_path / "out" / task.name
+    written_at = path.stat().st_mtime_ns
+    assert shards.write_shard(task) == before
+    assert path.stat().st_mtime_ns == written_at
+    assert before.info.crc32c == google_crc32c.value(path.read_bytes())
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: b"x" + data[1:]])
+def test_write_shard_refuses_to_replace_another(tmp_path, change):
+    (task,) = _plan(tmp_path, _scan(tmp_path, [_item(tmp_path, "a", _grey(1))]))
+    shards.write_shard(task)
+    path = tmp_path / "out" / task.name
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ContentError, match=r"train-00000-of-00001\.tfrecord: is not what"):
+        shards.write_shard(task)
+
+
+def test_write_shard_finds_a_damaged_staged_record(tmp_path):
+    (task,) = _plan(tmp_path, _scan(tmp_path, [_item(tmp_path, "a", _grey(1))]))
+    staged = tmp_path / "out" / "prep-state" / task.records[0].staged
+    data = bytearray(staged.read_bytes())
+    data[40] ^= 1
+    staged.write_bytes(data)
+    with pytest.raises(ContentError, match="checksum differs"):
+        shards.write_shard(task)
+    assert not (tmp_path / "out" / task.name).exists()
+
+
+def test_claim_output_names_the_option_that_differs(tmp_path):
+    store = open_store(f"{tmp_path}/out")
+    plan = {"options": {"image_size": 512, "seed": 1}, "source_sha256": "a"}
+    shards.claim_output(store, plan)
+    shards.claim_output(store, plan)
+    other = plan | {"options": {"image_size": 256, "seed": 1}}
+    with pytest.raises(UsageError, match="--image-size was 512, now 256"):
+        shards.claim_output(store, other)
+    with pytest.raises(UsageError, match="files of the source changed"):
+        shards.claim_output(store, plan | {"source_sha256": "b"})
+
+
+def test_claim_output_refuses_shards_of_unknown_origin(tmp_path):
+    store = open_store(f"{tmp_path}/out")
+    store.put("notes.txt", b"mine")
+    store.put("train-00000-of-00001.tfrecord", b"?")
+    with pytest.raises(UsageError, match=r"train-00000-of-00001\.tfrecord is there"):
+        shards.claim_output(store, {"options": {}, "source_sha256": "a"})
+
+
+def test_remove_state_leaves_everything_else(tmp_path):
+    store = open_store(f"{tmp_path}/out")
+    shards.claim_output(store, {"options": {}, "source_sha256": "a"})
+    store.put("prep-state/scan-1.bin", b"1")
+    store.put("notes.txt", b"mine")
+    shards.remove_state(store)
+    assert [stat.name for stat in store.list()] == ["notes.txt"]
+
+
+def test_chunks_depend_on_the_input_alone_and_fit_memory(tmp_path):
+    item = _item(tmp_path, "a", _grey(1))
+    assert [len(chunk) for chunk in scan.chunked([item] * 9, _LAYOUT)] == [4, 4, 1]
+    sizes = {len(chunk) for chunk in scan.chunked([item] * 6400, _LAYOUT)}
+    assert sizes == {32}
+    large = dataclasses.replace(_LAYOUT, height=4096, width=4096)  # 117 MB uncompressed
+    assert {len(chunk) for chunk in scan.chunked([item] * 100, large)} == {1}
+
+
+def test_staged_index_is_json(tmp_path):
+    (found,) = _scan(tmp_path, [_item(tmp_path, "a", _grey(1))])
+    data = (tmp_path / "out" / "prep-state" / found.staged).read_bytes()
+    (entry,) = json.loads(data[found.offset + found.length : -12])
+    assert (entry["kind"], entry["id"]) == ("Scanned", "a")
+
+
+def _square(value):
+    return value * value
+
+
+def _die(value):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _sleep(seconds):
+    time.sleep(seconds)
+
+
+def test_in_order_submits_no_more_than_it_may():
+    submitted = []
+
+    class Counting(pool.InlineExecutor):
+        def submit(self, fn, /, *args, **kwargs):
+            submitted.append(args[0])
+            return super().submit(fn, *args, **kwargs)
+
+    results = pool.in_order(Counting(), _square, range(100), num_waiting=3)
+    assert next(results) == 0
+    assert submitted == [0, 1, 2, 3]
+    assert list(results) == [i * i for i in range(1, 100)]
+
+
+def test_pool_ends_with_its_block_even_in_mid_work():
+    with pytest.raises(KeyboardInterrupt), pool.open_pool(2) as executor:
+        started = time.monotonic()
+        assert list(pool.in_order(executor, _square, [3, 4], num_waiting=2)) == [9, 16]
+        executor.submit(_sleep, 600)
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 60
+    assert multiprocessing.active_children() == []
+
+
+def test_death_of_a_worker_is_one_line():
+    with (
+        pytest.raises(FlexUNetError, match="a worker process was killed"),
+        pool.open_pool(2) as executor,
+    ):
+        list(pool.in_order(executor, _die, [1], num_waiting=2))
