@@ -1,0 +1,267 @@
+"""Groups by name, table or expression; whole groups in splits and folds; leaks."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.errors import ContentError, UsageError
+from data_prep.split import (
+    assign_folds,
+    assign_splits,
+    augmented_group,
+    count_duplicates,
+    find_leaks,
+    group_of,
+)
+
+FRACTIONS = {"train": 0.8, "valid": 0.15, "test": 0.05}
+GROUP_SIZES = st.lists(st.integers(1, 9), min_size=3, max_size=40)
+
+
+def samples_of(sizes: Sequence[int]) -> dict[str, str]:
+    """Group i has sizes[i] samples."""
+    return {f"g{i}-{j}": f"g{i}" for i, size in enumerate(sizes) for j in range(size)}
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("barrdistorted_1001_0.3_0.3_23.png", "23"),
+        ("deformed_alpha_1300_sigmoid_8_29", "29"),
+        ("deformed_alpha_1300_sigmoid_8_29.png", "29"),
+        ("distorted_0.02_rsigma0.5_sigma40_18.png", "18"),
+        ("pincdistorted_1001_0.3_-0.3_7.png", "7"),
+        ("rotated_90_12.jpg", "12"),
+        ("hflipped_12.png", "12"),
+        ("vflipped_12.png", "12"),
+        ("shrinked_0.8_12.png", "12"),
+        ("sheared_20_0.1_horizontal_12.png", "12"),
+        ("56.png", "56"),
+        ("rotated_90_056.png", "56"),
+    ],
+)
+def test_augmented_group_is_the_number_of_the_source(name: str, group: str) -> None:
+    assert augmented_group(name) == group
+    assert group_of(preset="augmented")(name) == group
+
+
+@pytest.mark.parametrize("name", ["scan.png", "12_a.png", "12a.png", "a12.png", "_.png", ".png"])
+def test_augmented_group_names_a_file_of_another_kind(name: str) -> None:
+    with pytest.raises(ContentError, match=f"^{name}: does not end in _NUMBER"):
+        augmented_group(name)
+
+
+def test_group_of_without_options_is_the_file() -> None:
+    assert group_of()("a.b.png") == "a.b"
+
+
+def test_group_of_regex_takes_the_first_bracket_or_the_whole_match() -> None:
+    assert group_of(regex=r"-(p\d+)-")("phantom-p007-1.png") == "p007"
+    assert group_of(regex=r"p\d+")("phantom-p007-1.png") == "p007"
+    assert group_of(regex=r"(?:left|right)-(\w)(\d)")("left-a1.png") == "a"
+
+
+def test_group_of_regex_names_the_file_without_a_match() -> None:
+    for regex in (r"(p\d+)", r"x*", r"(p\d+)?"):
+        with pytest.raises(ContentError, match=r"^scan\.png: no group"):
+            group_of(regex=regex)("scan.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("file,group\na.png,P1\nb.png,P1\n", "a.png"),
+        ("id,group\r\na,P1\r\nb,P1\r\n", "a.png"),
+        ("\ufeffGroup, ID ,age\n P1 , a ,60\n", "a.tiff"),
+        ("file,group\na.png,P1\na.png,P1\n", "a.png"),
+    ],
+)
+def test_group_of_table_finds_files_and_stems(text: str, name: str) -> None:
+    assert group_of(table=(text, "groups.csv"))(name) == "P1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"groups\.csv: columns \[\]; expected"),
+        ("name,patient\na,b\n", r"groups\.csv: columns \['name', 'patient'\]; expected file,group"),
+        ("file,group\na.png,\n", r"groups\.csv: line 2: file or group is empty"),
+        ("file,group\na.png\n", r"groups\.csv: line 2: file or group is empty"),
+        ("file,group\na.png,P1\na.png,P2\n", r"a\.png is in the groups P1 and P2"),
+    ],
+)
+def test_group_of_table_names_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        group_of(table=(text, "groups.csv"))
+
+
+def test_group_of_table_names_a_file_without_a_row() -> None:
+    find = group_of(table=("file,group\na.png,P1\n", "groups.csv"))
+    with pytest.raises(ContentError, match=r"^c\.png: has no row in groups\.csv"):
+        find("c.png")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: group_of(preset="inbreast"), "'inbreast' is unknown; known: augmented"),
+        (lambda: group_of(regex="("), r"group_regex='\('"),
+        (lambda: group_of(preset="augmented", regex="a"), "more than one way"),
+    ],
+)
+def test_group_of_refuses_wrong_options(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+@given(sizes=GROUP_SIZES, seed=st.integers(0, 99), order=st.randoms(use_true_random=False))
+def test_assign_splits_is_a_function_of_the_set(sizes: list[int], seed: int, order: object) -> None:
+    groups = samples_of(sizes)
+    splits = assign_splits(groups, fractions=FRACTIONS, seed=seed)
+    shuffled = list(groups.items())
+    order.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert assign_splits(dict(shuffled), fractions=FRACTIONS, seed=seed) == splits
+    assert splits.keys() == groups.keys()
+    # A group is in one split, and every split has one.
+    places = {(groups[sample], split) for sample, split in splits.items()}
+    assert len(places) == len(sizes)
+    assert set(splits.values()) == set(FRACTIONS)
+
+
+@given(sizes=GROUP_SIZES, seed=st.integers(0, 9))
+def test_assign_splits_comes_near_to_the_fractions(sizes: list[int], seed: int) -> None:
+    counts = Counter(assign_splits(samples_of(sizes), fractions=FRACTIONS, seed=seed).values())
+    for split, fraction in FRACTIONS.items():
+        # One group for rounding, and one that valid or test has only in order not to be empty.
+        assert abs(counts[split] - fraction * sum(sizes)) <= 2 * max(sizes)
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=3, max_size=7), seed=st.integers(0, 3))
+def test_assign_splits_of_two_parts_is_the_best_there_is(sizes: list[int], seed: int) -> None:
+    # With two parts each improvement is a change of one number. Trying every subset says what is
+    # the best; exchanging single groups may miss it by one sample, not more.
+    fractions = {"train": 0.7, "test": 0.3}
+    splits = assign_splits(samples_of(sizes), fractions=fractions, seed=seed)
+    reached = abs(Counter(splits.values())["test"] - 0.3 * sum(sizes))
+    best = min(
+        abs(sum(subset) - 0.3 * sum(sizes))
+        for length in range(1, len(sizes))
+        for subset in itertools.combinations(sizes, length)
+    )
+    assert reached < best + 1.01
+
+
+@pytest.mark.parametrize(
+    ("number", "counts"),
+    [(100, (80, 15, 5)), (20, (16, 3, 1)), (24, (19, 4, 1)), (3, (1, 1, 1)), (10, (8, 1, 1))],
+)
+def test_assign_splits_of_single_files_rounds_the_fractions(
+    number: int, counts: tuple[int, int, int]
+) -> None:
+    # 24: 19.2, 3.6, 1.2. 10: 8, 1.5, 0.5: half a file short or over each.
+    splits = Counter(assign_splits(samples_of([1] * number), fractions=FRACTIONS, seed=1).values())
+    assert (splits["train"], splits["valid"], splits["test"]) == counts
+
+
+def test_assign_splits_depends_on_the_seed_alone() -> None:
+    groups = samples_of([1] * 40)
+    first = assign_splits(groups, fractions=FRACTIONS, seed=1)
+    assert assign_splits(groups, fractions=FRACTIONS, seed=2) != first
+    tests = sorted(sample for sample, split in first.items() if split == "test")
+    assert tests == ["g24-0", "g27-0"]  # these two forever: a published split must stay
+
+
+def test_assign_splits_gives_large_groups_to_every_split() -> None:
+    # One group in five is large; over 40 seeds the small splits must see some of them.
+    groups = samples_of([4, 1, 1, 1, 1] * 12)
+    large = {sample for sample in groups if int(sample[1:].split("-")[0]) % 5 == 0}
+    fractions = {"train": 0.6, "valid": 0.2, "test": 0.2}
+    shares = []
+    for seed in range(40):
+        splits = assign_splits(groups, fractions=fractions, seed=seed)
+        tests = {sample for sample, split in splits.items() if split == "test"}
+        shares.append(len(tests & large) / len(tests))
+    # Half of all samples (48 of 96) are in large groups.
+    assert 0.35 < sum(shares) / len(shares) < 0.65
+
+
+def test_assign_splits_leaves_out_a_split_of_fraction_zero() -> None:
+    splits = assign_splits(
+        samples_of([1] * 10), fractions={"train": 0.8, "valid": 0.2, "test": 0}, seed=1
+    )
+    assert Counter(splits.values()) == {"train": 8, "valid": 2}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fractions", "message"),
+    [
+        ([5, 5], FRACTIONS, "2 groups cannot fill 3 splits"),
+        ([], FRACTIONS, "0 groups cannot fill 3 splits"),
+        ([1] * 9, {"train": 0.8, "valid": 0.3}, "train 0.8, valid 0.3: each is at least 0 and"),
+        ([1] * 9, {"train": 1.2, "valid": -0.2}, "each is at least 0"),
+        ([1] * 9, {}, "each is at least 0"),
+        ([1] * 9, {"train": 0.8, "dev": 0.2}, "known are train, valid, test"),
+    ],
+)
+def test_assign_splits_refuses_what_cannot_be_done(
+    sizes: list[int], fractions: dict[str, float], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        assign_splits(samples_of(sizes), fractions=fractions, seed=1)
+
+
+@given(sizes=st.lists(st.integers(1, 6), min_size=5, max_size=30), seed=st.integers(0, 9))
+def test_assign_folds_keeps_groups_whole_and_folds_equal(sizes: list[int], seed: int) -> None:
+    groups = samples_of(sizes)
+    folds = assign_folds(groups, num_folds=5, seed=seed)
+    assert len({(groups[sample], fold) for sample, fold in folds.items()}) == len(sizes)
+    counts = Counter(folds.values())
+    assert sorted(counts) == [0, 1, 2, 3, 4]
+    assert max(counts.values()) - min(counts.values()) <= max(sizes)
+    assert assign_folds(dict(reversed(groups.items())), num_folds=5, seed=seed) == folds
+
+
+def test_assign_folds_refuses_too_few_groups_or_folds() -> None:
+    with pytest.raises(UsageError, match="4 groups cannot fill 5 folds"):
+        assign_folds(samples_of([3] * 4), num_folds=5, seed=1)
+    with pytest.raises(UsageError, match="num_folds=1: at least 2"):
+        assign_folds(samples_of([3] * 4), num_folds=1, seed=1)
+
+
+def test_find_leaks_names_groups_and_pictures_in_two_splits() -> None:
+    samples = [
+        ("rotated_90_1", "train", "1", "aa"),
+        ("1", "test", "1", "bb"),
+        ("2", "train", "2", "cc"),
+        ("9", "valid", "9", "cc"),
+        ("2-copy", "train", "2", "cc"),
+    ]
+    leaks = [
+        "group '1' is in train (rotated_90_1) and test (1)",
+        "the same picture is in train (2, 2-copy) and valid (9)",
+    ]
+    assert find_leaks(samples) == leaks
+    assert find_leaks(reversed(samples)) == leaks
+    assert count_duplicates(samples) == 1
+
+
+def test_find_leaks_names_three_files_and_counts_the_rest() -> None:
+    samples = [(f"{i}", "train", "p", f"{i}") for i in range(5)] + [("7", "valid", "p", "7")]
+    assert find_leaks(samples) == ["group 'p' is in train (0, 1, 2 and 2 more) and valid (7)"]
+
+
+def test_find_leaks_of_clean_splits_is_empty() -> None:
+    samples = [("a", "train", "1", "aa"), ("b", "train", "1", "aa"), ("c", "valid", "2", "bb")]
+    assert find_leaks(samples) == []
+    assert count_duplicates(samples) == 1
+
+
+@given(sizes=GROUP_SIZES, seed=st.integers(0, 9))
+def test_find_leaks_of_assigned_splits_is_empty(sizes: list[int], seed: int) -> None:
+    groups = samples_of(sizes)
+    splits = assign_splits(groups, fractions=FRACTIONS, seed=seed)
+    assert find_leaks((name, splits[name], groups[name], name) for name in groups) == []
