@@ -141,9 +141,9 @@ def test_assign_splits_comes_near_to_the_fractions(sizes: list[int], seed: int) 
 
 
 @given(sizes=st.lists(st.integers(1, 5), min_size=3, max_size=7), seed=st.integers(0, 3))
-def test_assign_splits_of_two_parts_is_the_best_there_is(sizes: list[int], seed: int) -> None:
-    # With two parts each improvement is a change of one number. Trying every subset says what is
-    # the best; exchanging single groups may miss it by one sample, not more.
+def test_assign_splits_of_two_parts_is_close_to_the_best(sizes: list[int], seed: int) -> None:
+    # Trying every subset says what is the best. Where no single move helps, less than half of the
+    # largest group is missing.
     fractions = {"train": 0.7, "test": 0.3}
     splits = assign_splits(samples_of(sizes), fractions=fractions, seed=seed)
     reached = abs(Counter(splits.values())["test"] - 0.3 * sum(sizes))
@@ -152,7 +152,7 @@ def test_assign_splits_of_two_parts_is_the_best_there_is(sizes: list[int], seed:
         for length in range(1, len(sizes))
         for subset in itertools.combinations(sizes, length)
     )
-    assert reached < best + 1.01
+    assert reached <= best + max(sizes) / 2
 
 
 @pytest.mark.parametrize(
