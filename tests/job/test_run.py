@@ -1,0 +1,497 @@
+"""The run protocol on a folder, by lock and by lease; kills are real exits of real processes."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.errors import ContentError, LockedError, StorageError, UsageError
+from data_prep.storage import LocalStore, open_store
+from job.run import (
+    Commit,
+    LeaseTiming,
+    Run,
+    checked_run_name,
+    commit_prefix,
+    find_commits,
+)
+
+PROJECT = Path(__file__).resolve().parents[2]
+QUICK = LeaseTiming(renew_s=0.05, expire_s=0.4)
+DIGEST = "d" * 64
+IDENTITY = {"seed": 1, "model": {"num_layers": 8}}
+
+
+@pytest.fixture(params=[False, True], ids=["lock", "lease"])
+def by_lease(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def own(folder: Path, by_lease: bool = False) -> Run:
+    run = Run.own(LocalStore(str(folder / "run")), timing=QUICK, by_lease=by_lease)
+    run.check_identity(IDENTITY, DIGEST)
+    return run
+
+
+def members(folder: Path, text: str) -> dict[str, str]:
+    """Returns two member files that hold `text`."""
+    paths = {name: str(folder / name) for name in ("model.h5", "optimizer.h5")}
+    for name, path in paths.items():
+        Path(path).write_text(f"{name} {text}")
+    return paths
+
+
+def commit(run: Run, folder: Path, step: int) -> Commit:
+    return run.commit(step, step // 10, members(folder, str(step)), {"step": step})
+
+
+def restored_step(run: Run, folder: Path) -> int | None:
+    """Returns the step of what is restored, after a check that every file is of that step."""
+    restored = run.restore(str(folder / "staging"))
+    if restored is None:
+        return None
+    found, paths = restored
+    for name, path in paths.items():
+        assert Path(path).read_text() == f"{name} {found.step}"
+    assert found.state == {"step": found.step}
+    return found.step
+
+
+def test_new_run_restores_nothing(tmp_path: Path, by_lease: bool) -> None:
+    with own(tmp_path, by_lease) as run:
+        assert run.attempt == 1
+        assert run.restore(str(tmp_path / "staging")) is None
+
+
+def test_commit_is_restored_by_the_next_attempt(tmp_path: Path, by_lease: bool) -> None:
+    with own(tmp_path, by_lease) as run:
+        commit(run, tmp_path, 10)
+        made = commit(run, tmp_path, 20)
+    assert made.prefix == "checkpoints/step-00000020/a1"
+    with own(tmp_path, by_lease) as run:
+        assert run.attempt == 2
+        restored = run.restore(str(tmp_path / "staging"))
+        assert restored is not None
+        assert restored[0] == made == Commit(20, 1, 2, made.prefix, {"step": 20})
+        assert commit(run, tmp_path, 30).prefix == "checkpoints/step-00000030/a2"
+        assert restored_step(run, tmp_path) == 30
+
+
+def test_state_keeps_every_float(tmp_path: Path) -> None:
+    values = [0.1, 1e-300, float("inf"), -0.0, 2**60, 1 / 3]
+    with own(tmp_path) as run:
+        run.commit(1, 0, members(tmp_path, "1"), {"best": values, "nan": float("nan")})
+    with own(tmp_path) as run:
+        restored = run.restore(str(tmp_path / "staging"))
+    assert restored is not None
+    assert restored[0].state["best"] == values
+    assert restored[0].state["nan"] != restored[0].state["nan"]
+
+
+def test_same_step_is_committed_once(tmp_path: Path) -> None:
+    with own(tmp_path) as run:
+        first = commit(run, tmp_path, 10)
+        assert commit(run, tmp_path, 10) is first
+
+
+def test_commit_that_storage_refused_is_made_again(tmp_path: Path) -> None:
+    with own(tmp_path) as run:
+        paths = members(tmp_path, "10")
+        with pytest.raises((StorageError, OSError), match="missing"):
+            run.commit(10, 1, {**paths, "z": str(tmp_path / "missing")}, {"step": 10})
+        blocker = tmp_path / "run" / commit_prefix(10, 1) / "optimizer.h5"
+        blocker.mkdir(parents=True)
+        with pytest.raises(StorageError, match=r"optimizer\.h5"):
+            run.commit(10, 1, paths, {"step": 10})
+        blocker.rmdir()
+        commit(run, tmp_path, 10)
+    with own(tmp_path) as run:
+        assert restored_step(run, tmp_path) == 10
+
+
+def damage(path: Path, kind: str) -> None:
+    data = path.read_bytes()
+    if kind == "flip":
+        path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    elif kind == "truncate":
+        path.write_bytes(data[:-1])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "huge":
+        path.write_bytes(data + b" " * (1 << 20))
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate", "empty", "huge", "delete"])
+@pytest.mark.parametrize("name", ["model.h5", "optimizer.h5", "COMMIT.json"])
+def test_damaged_commit_is_passed_over_with_one_warning(
+    tmp_path: Path, name: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with own(tmp_path) as run:
+        commit(run, tmp_path, 10)
+        commit(run, tmp_path, 20)
+    damage(tmp_path / "run" / commit_prefix(20, 1) / name, kind)
+    with own(tmp_path) as run, caplog.at_level(logging.WARNING):
+        assert restored_step(run, tmp_path) == 10
+    if (name, kind) == ("COMMIT.json", "delete"):  # then it is no commit
+        assert not caplog.messages
+    else:
+        assert len(caplog.messages) == 1
+        assert f"{commit_prefix(20, 1)}/{name}" in caplog.messages[0]
+        assert f"resuming from {commit_prefix(10, 1)} instead" in caplog.messages[0]
+
+
+def test_every_commit_damaged_is_an_error(tmp_path: Path) -> None:
+    with own(tmp_path) as run:
+        commit(run, tmp_path, 10)
+    damage(tmp_path / "run" / commit_prefix(10, 1) / "model.h5", "flip")
+    with own(tmp_path) as run, pytest.raises(ContentError, match=r"no undamaged commit.*model\.h5"):
+        run.restore(str(tmp_path / "staging"))
+
+
+def test_member_name_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
+    with own(tmp_path) as run:
+        commit(run, tmp_path, 10)
+    record = tmp_path / "run" / commit_prefix(10, 1) / "COMMIT.json"
+    record.write_text(record.read_text().replace('"model.h5"', '"m/../../x"'))
+    with own(tmp_path) as run, pytest.raises(ContentError, match="member name"):
+        run.restore(str(tmp_path / "staging"))
+
+
+def test_fallback_becomes_the_base_of_the_attempt(tmp_path: Path) -> None:
+    with own(tmp_path) as run:
+        commit(run, tmp_path, 10)
+        commit(run, tmp_path, 20)
+    damaged = tmp_path / "run" / commit_prefix(20, 1) / "model.h5"
+    shutil.copy(damaged, tmp_path / "good")
+    damage(damaged, "flip")
+    with own(tmp_path) as run:
+        assert restored_step(run, tmp_path) == 10
+        commit(run, tmp_path, 15)
+    shutil.copy(tmp_path / "good", damaged)
+    # Step 20 of attempt 1 is whole again, but attempt 2 does not descend from it.
+    places = [(p.attempt, p.step) for p in find_commits(LocalStore(str(tmp_path / "run")))]
+    assert places == [(1, 10), (2, 15)]
+
+
+# Forks once per case `(folder, kill_at, after)`. The fork owns the run, commits step 20 and exits
+# without cleaning up at operation `kill_at`, before (0) or after (1) it took place.
+KILLED_COMMITS = """
+import json, os, sys
+from data_prep import storage
+from job.run import Run
+class Killing(storage.LocalStore):
+    def _act(self, action, *args, **options):
+        global count
+        count += 1
+        if count == kill_at and not after: os._exit(100)
+        result = action(*args, **options)
+        if count == kill_at: os._exit(100)
+        return result
+    def put(self, *args, **options): return self._act(super().put, *args, **options)
+    def put_file(self, *args, **options): return self._act(super().put_file, *args, **options)
+    def delete(self, *args, **options): return self._act(super().delete, *args, **options)
+def commit(folder):
+    run = Run.own(Killing(folder + "/run"))
+    run.check_identity({"seed": 1, "model": {"num_layers": 8}}, "d" * 64)
+    run.restore(folder + "/staging")
+    paths = {name: folder + "/" + name for name in ("model.h5", "optimizer.h5")}
+    for name, path in paths.items():
+        with open(path, "w") as file: file.write(name + " 20")
+    run.commit(20, 2, paths, {"step": 20})
+    run.collect_garbage(1)
+codes = []
+for folder, kill_at, after in json.loads(sys.argv[1]):
+    count = 0
+    child = os.fork()
+    if child == 0:
+        commit(folder)
+        os._exit(count)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+def kill_commits(cases: list[tuple[str, int, int]]) -> list[int]:
+    """Returns the exit code of each case: 100 when it was killed, else its operations."""
+    command = [sys.executable, "-c", KILLED_COMMITS, json.dumps(cases)]
+    codes: list[int] = json.loads(subprocess.check_output(command, cwd=PROJECT))
+    return codes
+
+
+def test_kill_at_every_operation_leaves_the_old_or_the_new_commit(tmp_path: Path) -> None:
+    with own(tmp_path) as run:
+        commit(run, tmp_path, 10)
+    untouched = tmp_path / "untouched"
+    shutil.copytree(tmp_path / "run", untouched / "run")
+    # The lease, two members, COMMIT.json, then the three deletions of the old commit.
+    assert kill_commits([(str(tmp_path), 0, 0)]) == [7]
+    places = [(kill_at, after) for kill_at in range(1, 8) for after in (0, 1)]
+    folders = [tmp_path / f"case-{kill_at}-{after}" for kill_at, after in places]
+    for folder in folders:
+        shutil.copytree(untouched, folder)
+    cases = [(str(folder), *place) for folder, place in zip(folders, places, strict=True)]
+    assert kill_commits(cases) == [100] * 14
+    found = []
+    for folder in folders:
+        with own(folder) as run:
+            found.append(restored_step(run, folder))
+            commit(run, folder, 30)
+            run.collect_garbage(1)
+        assert os.listdir(folder / "run" / "checkpoints") == ["step-00000030"]
+    # The commit comes into being with the fourth operation.
+    assert found == [10] * 7 + [20] * 7
+
+
+RACER = """
+import sys
+from data_prep.errors import LockedError
+from data_prep.storage import LocalStore
+from job.run import LeaseTiming, Run
+for line in sys.stdin:
+    try:
+        run = Run.own(LocalStore(sys.argv[1] + "/" + line.strip()), by_lease=sys.argv[2] == "lease",
+                      timing=LeaseTiming(renew_s=0.05, expire_s=0.4))
+        print("won", run.attempt, flush=True)
+        sys.stdin.readline()
+        run.close()
+    except LockedError as error:
+        print("locked", flush=True)
+        sys.stdin.readline()
+"""
+
+
+def start_racer(folder: Path, by_lease: bool) -> "subprocess.Popen[str]":
+    kind = "lease" if by_lease else "lock"
+    command = [sys.executable, "-c", RACER, str(folder), kind]
+    return subprocess.Popen(
+        command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def tell(child: "subprocess.Popen[str]", line: str) -> None:
+    assert child.stdin is not None
+    child.stdin.write(f"{line}\n")
+    child.stdin.flush()
+
+
+def hear(child: "subprocess.Popen[str]") -> str:
+    assert child.stdout is not None
+    return child.stdout.readline().strip()
+
+
+def end(*children: "subprocess.Popen[str]") -> None:
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def test_one_of_two_racing_processes_wins(tmp_path: Path, by_lease: bool) -> None:
+    racers = [start_racer(tmp_path, by_lease) for _ in range(2)]
+    try:
+        for i in range(20):
+            for racer in racers:
+                tell(racer, f"run-{i // 2}")  # every run twice: a new one, and one given back
+            answers = sorted(hear(racer) for racer in racers)
+            assert answers == ["locked", f"won {i % 2 + 1}"]
+            for racer in racers:
+                tell(racer, "release")
+    finally:
+        end(*racers)
+
+
+def test_killed_owner_gives_the_run_up(tmp_path: Path, by_lease: bool) -> None:
+    owner = start_racer(tmp_path, by_lease)
+    try:
+        tell(owner, "run")
+        assert hear(owner) == "won 1"
+        start = time.monotonic()
+        with pytest.raises(LockedError, match=f":{owner.pid}"):
+            own(tmp_path, by_lease)
+        assert time.monotonic() - start < 5
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        with own(tmp_path, by_lease) as run:
+            assert run.attempt == 2
+    finally:
+        end(owner)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in files if path.name != "lease.json"}
+
+
+def test_newcomer_that_is_refused_writes_nothing(tmp_path: Path, by_lease: bool) -> None:
+    with own(tmp_path, by_lease) as run:
+        commit(run, tmp_path, 10)
+        before = snapshot(tmp_path / "run")
+        with pytest.raises(LockedError, match="is owned by"):
+            own(tmp_path, by_lease)
+        assert snapshot(tmp_path / "run") == before
+        assert not run.lost
+
+
+def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    code = """
+import os, sys, time
+from data_prep.storage import LocalStore
+from job.run import Run
+run = Run.own(LocalStore(sys.argv[1] + "/run"))
+child = os.fork()
+if child == 0: time.sleep(30); os._exit(0)
+print(child, flush=True)
+os._exit(9)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
+        child = int(hear(process))
+        try:
+            process.wait()
+            with own(tmp_path) as run:
+                assert run.attempt == 2
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_lost_lease_is_noticed_and_late_commit_never_picked(tmp_path: Path) -> None:
+    late = Run.own(LocalStore(str(tmp_path / "run")), by_lease=True, timing=LeaseTiming(1e6, 1e6))
+    late.check_identity(IDENTITY, DIGEST)
+    commit(late, tmp_path, 10)
+    with own(tmp_path, by_lease=True) as run:  # it sees no renewal and takes over
+        assert run.attempt == 2
+        # The commit that was under way when the lease was lost still arrives.
+        store = late.store
+        for name in ("model.h5", "optimizer.h5", "COMMIT.json"):
+            record = store.get(f"{commit_prefix(10, 1)}/{name}")
+            store.put(f"{commit_prefix(20, 1)}/{name}", record.replace(b"10", b"20"))
+        with pytest.raises(LockedError, match="has taken the run over"):
+            commit(late, tmp_path, 30)
+        assert late.lost
+        with pytest.raises(LockedError, match="has taken the run over"):
+            late.put_text("table.csv", "")
+        with pytest.raises(LockedError, match="has taken the run over"):
+            late.collect_garbage(1)
+        assert restored_step(run, tmp_path) == 10
+    late.close()
+    with own(tmp_path, by_lease=True) as run:
+        assert restored_step(run, tmp_path) == 10
+        commit(run, tmp_path, 11)
+        run.collect_garbage(5)
+    # Late folders are gone, those on the chain are kept.
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == [
+        "step-00000010", "step-00000011"
+    ]  # fmt: skip
+
+
+def test_renewal_thread_notices_the_loss(tmp_path: Path) -> None:
+    with own(tmp_path, by_lease=True) as run:
+        store = LocalStore(str(tmp_path / "run"))
+        lease = json.loads(store.get("lease.json"))
+        store.put("lease.json", json.dumps({**lease, "owner": "other", "attempt": 2}).encode())
+        deadline = time.monotonic() + 5
+        while not run.lost:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_own_renewal_whose_answer_was_lost_is_not_a_loss(tmp_path: Path) -> None:
+    with own(tmp_path, by_lease=True) as run:
+        store = LocalStore(str(tmp_path / "run"))
+        store.put("lease.json", store.get("lease.json"))  # same owner, another generation
+        time.sleep(0.2)
+        commit(run, tmp_path, 10)
+        assert not run.lost
+
+
+def test_lock_removed_by_hand_is_noticed(tmp_path: Path) -> None:
+    with own(tmp_path) as run:
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(LockedError, match="was removed"):
+            commit(run, tmp_path, 10)
+
+
+def test_server_without_preconditions_cannot_hold_runs(bucket_url: str) -> None:
+    with pytest.raises(StorageError, match="does not enforce preconditions"):
+        Run.open(bucket_url, "run")
+    assert open_store(bucket_url).list() == []
+
+
+def test_garbage_collection_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+    with own(tmp_path) as run:
+        best, *_ = [commit(run, tmp_path, step) for step in (10, 20, 30, 40)]
+        (tmp_path / "run" / commit_prefix(35, 1)).mkdir(parents=True)
+        (tmp_path / "run" / commit_prefix(35, 1) / "model.h5").write_text("unfinished")
+        (tmp_path / "run" / "checkpoints" / "note.txt").write_text("not ours")
+        run.collect_garbage(2, keep={best.prefix})
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == [
+        "note.txt", "step-00000010", "step-00000030", "step-00000040",
+    ]  # fmt: skip
+    with own(tmp_path) as run:
+        run.collect_garbage(0)  # nothing is restored yet, so nothing is known to be good
+        assert restored_step(run, tmp_path) == 40
+        run.collect_garbage(0)
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["note.txt", "step-00000040"]
+
+
+def test_other_identity_is_named(tmp_path: Path) -> None:
+    with own(tmp_path) as run:
+        run.check_identity({"seed": 1, "model": {"num_layers": 8}}, DIGEST)
+        expected = "model.num_layers was 8, now 6; seed was 1, now not set; give the old values"
+        with pytest.raises(UsageError, match=expected):
+            run.check_identity({"model": {"num_layers": 6}}, DIGEST)
+        with pytest.raises(UsageError, match=r'dataset_digest was "d+", now "e"'):
+            run.check_identity(IDENTITY, "e")
+
+
+def test_tuples_of_the_identity_are_lists_in_storage(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "run"))
+    for _ in range(2):
+        with Run.own(store) as run:
+            run.check_identity({"sizes": (1, 2)}, DIGEST)
+
+
+def test_outcome_is_read_by_the_next_attempt(tmp_path: Path) -> None:
+    with own(tmp_path) as run:
+        assert run.read_outcome() is None
+        run.write_outcome("diverged", 7, epoch=3)
+    with own(tmp_path) as run:
+        expected = {"status": "diverged", "exit_code": 7, "attempt": 1, "epoch": 3}
+        assert run.read_outcome() == expected
+        run.clear_outcome()
+        assert run.read_outcome() is None
+
+
+@pytest.mark.parametrize("name", ["", "A", "1a", "a-", "-a", "a_b", "a/b", "..", "a" * 48, "a\n"])
+def test_run_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not allowed; use 1 to 47"):
+        Run.open(str(tmp_path), name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a", "a1", "a-b", "a" * 47])
+def test_run_name_is_kept(name: str) -> None:
+    assert checked_run_name(name) == name
+
+
+def test_damaged_lease_is_named(tmp_path: Path) -> None:
+    with own(tmp_path):
+        pass
+    (tmp_path / "run" / "lease.json").write_text('{"attempt": 0}')
+    with pytest.raises(ContentError, match=r"lease\.json: attempt"):
+        own(tmp_path)
+
+
+def test_run_knows_no_tensorflow() -> None:
+    code = "import sys, job.run; print('tensorflow' in sys.modules)"
+    command: list[Any] = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, cwd=PROJECT, text=True) == "False\n"
