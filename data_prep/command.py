@@ -124,7 +124,7 @@ def _click_option(path: tuple[str, ...], field: FieldInfo) -> Callable[..., Any]
     raise TypeError(f"{'.'.join(path)}: no command-line form for {inspect.formatannotation(kind)}")
 
 
-class _ListOption(click.ParamType):
+class _ListOption(click.ParamType[Any]):
     """`a,b,c` as a list; the settings class converts and checks each value."""
 
     name = "LIST"

@@ -117,8 +117,8 @@ def dropout_keys(indices: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
     Source of the mixing function: SplitMix64, Steele et al., OOPSLA 2014.
     """
     with np.errstate(over="ignore"):
-        state = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch)
-        state = _mixed(np.asarray(state))
+        start = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch)
+        state = _mixed(np.asarray(start))
         return _mixed(state + indices.astype(np.uint64)).astype(np.int64)
 
 
@@ -140,13 +140,13 @@ class RecordReader:
         self._files: dict[str, int] = {}
         self.failure: FlexUNetError | None = None
 
-    def read_many(self, indices: np.ndarray) -> list[bytes]:
-        """Returns the Examples of `indices`, (B,) int64; called inside a `tf.data` graph.
+    def read_many(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the Examples of `indices` (B,) int64 as (B,) bytes; called inside a `tf.data` graph.
 
         TensorFlow turns an exception into one of its own, so the cause is kept in `failure`.
         """
         try:
-            return [self.read(int(index)) for index in indices]
+            return np.array([self.read(int(index)) for index in indices], object)
         except FlexUNetError as error:
             self.failure = error
             raise

@@ -112,9 +112,9 @@ def _per_case_csv(evaluation: Evaluation, dataset: Dataset) -> str:
     rows = []
     for index, case in enumerate(evaluation.counts):
         values = [measures[key][index, c] for c in range(len(names)) for key in measures]
-        row = [split.ids[index], split.filenames[index], split.groups[index]]
-        row += [None if np.isnan(value) else float(value) for value in values]
-        rows.append([*row, *(int(count) for count in case.reshape(-1))])
+        defined = [None if np.isnan(value) else float(value) for value in values]
+        name = [split.ids[index], split.filenames[index], split.groups[index]]
+        rows.append([*name, *defined, *(int(count) for count in case.reshape(-1))])
     return csv_table(columns, rows)
 
 

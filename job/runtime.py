@@ -4,6 +4,10 @@
 """
 
 import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,12 @@ def import_tensorflow() -> Any:
     os.environ.pop("TF_USE_LEGACY_KERAS", None)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    import keras
-    import tensorflow as tf
+    with _held_back_stderr():
+        import keras
+        import tensorflow as tf
 
+        # The first look at the devices writes as much as the import.
+        tf.config.list_physical_devices()
     if int(keras.__version__.split(".")[0]) < 3:
         raise RuntimeError(f"Keras {keras.__version__} found, 3 or newer needed")
     if keras.config.backend() != "tensorflow":
@@ -31,6 +38,27 @@ def import_tensorflow() -> Any:
             f"KERAS_BACKEND={keras.config.backend()}: this package trains with TensorFlow; unset it"
         )
     return tf
+
+
+@contextmanager
+def _held_back_stderr() -> Iterator[None]:
+    """Shows what libraries write to stderr inside the block only if it fails.
+
+    TensorFlow's C++ part writes several lines before its own log level applies.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        before = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(before, held.read())
+            raise
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def configure(config: TrainConfig) -> Any:

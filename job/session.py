@@ -42,7 +42,7 @@ from job.infer import find_images, to_model_pixels
 from job.losses import make_loss
 from job.metrics import RunningSums, reference_metrics
 from job.optimizer import Adam
-from job.run import Run, check_identity
+from job.run import Place, Run, commit_prefix, fetch_commit
 from job.schedule import EarlyStopping, PlateauReducer
 from job.state import TrainState
 from job.step import make_evaluation_step, make_probability_step, make_train_step
@@ -77,16 +77,16 @@ class Session:
 
     def restore(self) -> TrainState:
         """Returns the state of the newest verified checkpoint, or of a new run."""
-        found = self.run.restore(self.staging)
-        if found is None:
-            state = TrainState(learning_rate=self.config.optimizer.learning_rate)
-            if self.config.init_from is not None:
-                initialize_from(self.model, self.config.init_from)
-            return state
-        commit, members = found
-        checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
-        checkpoint.read_optimizer(self.optimizer, members[checkpoint.OPTIMIZER_NAME])
-        state = TrainState(**checkpoint.read_state(members[checkpoint.STATE_NAME]))
+        with tempfile.TemporaryDirectory(dir=self.staging) as folder:
+            found = self.run.restore(folder)
+            if found is None:
+                if self.config.init_from is not None:
+                    initialize_from(self.model, self.config.init_from)
+                return TrainState(learning_rate=self.config.optimizer.learning_rate)
+            commit, members = found
+            checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
+            checkpoint.read_optimizer(self.optimizer, members[checkpoint.OPTIMIZER_NAME])
+            state = TrainState(**checkpoint.read_state(members[checkpoint.STATE_NAME]))
         logger.info(
             "resuming %s: epoch %d, step %d of %d",
             commit.prefix,
@@ -135,7 +135,7 @@ class Session:
         state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
         if is_best:
             best = {"epoch": row["epoch"], "val_loss": row["val_loss"]}
-            state.best = best | {"checkpoint": self.run.prefix(state.step)}
+            state.best = best | {"step": state.step, "attempt": self.run.attempt}
         state.throughput.append(
             {
                 "epoch": row["epoch"],
@@ -154,7 +154,7 @@ class Session:
         values = dataclasses.asdict(state)
         members = checkpoint.write_members(self.staging, self.model, self.optimizer, values)
         self.run.commit(state.step, state.epoch, members, {"step_in_epoch": state.step_in_epoch})
-        keep = {state.best["checkpoint"]} if state.best else set()
+        keep = [commit_prefix(state.best["step"], state.best["attempt"])] if state.best else []
         self.run.collect_garbage(self.config.keep_checkpoints, keep)
 
     def evaluate(self, split: str) -> Evaluation:
@@ -170,8 +170,11 @@ class Session:
         """Writes and returns the evaluation of the test split with the best weights."""
         if state.best is None or "test" not in self.dataset.splits:
             return {}
-        members = self.run.fetch(state.best["checkpoint"], self.staging)
-        checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
+        step, attempt = state.best["step"], state.best["attempt"]
+        place = Place(attempt, step, commit_prefix(step, attempt))
+        with tempfile.TemporaryDirectory(dir=self.staging) as folder:
+            _, members = fetch_commit(self.run.store, place, folder)
+            checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
         evaluation = self.evaluate("test")
         write_evaluation(
             self.run.store,
@@ -208,28 +211,29 @@ class Session:
                 patience=settings.reducer_patience,
                 min_lr=settings.min_learning_rate,
             )
-            reducer.load_state(state.reducer)
+            if state.reducer is not None:
+                reducer.load_state(state.reducer)
             state.learning_rate = reducer.update(loss, state.learning_rate)
             state.reducer = reducer.state()
         stopping = EarlyStopping(patience=settings.early_stopping_patience)
-        stopping.load_state(state.stopping)
+        if state.stopping is not None:
+            stopping.load_state(state.stopping)
         state.stopped_early = stopping.update(loss, row["epoch"])
         state.stopping = stopping.state()
         return state.best is None or loss < state.best["val_loss"]
 
     def _write_tables(self, state: TrainState) -> None:
-        store = self.run.store
         names = [*self.metrics, *(f"val_{name}" for name in self.metrics)]
         for name, text in History(state.rows, metrics=names).tables().items():
-            store.put(f"metrics/{name}", text.encode())
+            self.run.put_bytes(f"metrics/{name}", text.encode())
         if not state.rows:
             return
-        columns = list(state.throughput[0])
-        text = csv_table(columns, ([row[name] for name in columns] for row in state.throughput))
-        store.put("metrics/throughput.csv", text.encode())
+        names_s = list(state.throughput[0])
+        text = csv_table(names_s, ([row[name] for name in names_s] for row in state.throughput))
+        self.run.put_bytes("metrics/throughput.csv", text.encode())
         curves = {
             "train_losses": ("loss", "val_loss"),
-            "train_metrics": names,
+            "train_metrics": tuple(names),
             "foreground": ("val_foreground_dice", "val_foreground_iou"),
         }
         epochs = [row["epoch"] for row in state.rows]
@@ -242,14 +246,14 @@ class Session:
                 picture = plots.curve_png(
                     stem, epochs, series, "loss" if "loss" in stem else "value"
                 )
-                store.put(f"metrics/{stem}.png", picture)
+                self.run.put_bytes(f"metrics/{stem}.png", picture)
 
     def _write_predictions(self, epoch: int) -> None:
         for name, pixels in self.pictures.items():
             ids = self.predict(pixels[np.newaxis])[0]
             picture = plots.mask_png(ids, self.dataset.manifest.classes)
             # The reference counts epochs from 1 here.
-            self.run.store.put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", picture)
+            self.run.put_bytes(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", picture)
 
     def _write_events(self, row: dict[str, Any]) -> None:
         if self.events is None:
@@ -277,7 +281,7 @@ def open_session(
         UsageError: no dataset, a split without samples, or a run of other identity.
     """
     dataset = open_dataset(str(config.data))
-    check_identity(run, identity_of(config), dataset.digest)
+    run.check_identity(identity_of(config), dataset.digest)
     for name in ("train", "valid"):
         dataset.split(name)
     manifest = dataset.manifest
@@ -342,8 +346,8 @@ def _pictures(config: TrainConfig, dataset: Dataset, reader: RecordReader) -> di
 def _describe(
     config: TrainConfig, run: Run, dataset: Dataset, strategy: tf.distribute.Strategy
 ) -> None:
-    run.store.put("config.yaml", write_yaml(config).encode())
-    run.store.put(MANIFEST_NAME, dataset.manifest.to_json())
+    run.put_bytes("config.yaml", write_yaml(config).encode())
+    run.put_bytes(MANIFEST_NAME, open_store(dataset.url).get(MANIFEST_NAME))
     packages = ("flexunet", "tensorflow", "keras", "numpy", "opencv-python-headless")
     environment = {
         "packages": {name: version(name) for name in packages},
@@ -357,4 +361,4 @@ def _describe(
         "dataset_sha256": dataset.digest,
         "attempt": run.attempt,
     }
-    run.store.put("environment.json", (json.dumps(environment, indent=2) + "\n").encode())
+    run.put_bytes("environment.json", (json.dumps(environment, indent=2) + "\n").encode())

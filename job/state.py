@@ -12,12 +12,12 @@ class TrainState:
     epoch: int = 0  # the epoch in progress, from 0
     step_in_epoch: int = 0
     step: int = 0  # updates done
-    sums: dict[str, float] = field(default_factory=dict)  # of the epoch in progress
+    sums: dict[str, list[float]] = field(default_factory=dict)  # of the epoch in progress
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the finished epochs
     throughput: list[dict[str, Any]] = field(default_factory=list)  # of the same
-    reducer: dict[str, Any] = field(default_factory=dict)
-    stopping: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, Any] | None = None  # {"epoch", "val_loss", "checkpoint"}
+    reducer: dict[str, Any] | None = None  # None before the first epoch has ended
+    stopping: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None  # {"epoch", "val_loss", "step", "attempt"}
     stopped_early: bool = False
 
     def is_finished(self, epochs: int) -> bool:

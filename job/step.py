@@ -53,7 +53,7 @@ def make_train_step(
         sums = strategy.run(replica_step, (batch, step, learning_rate))
         return _reduced(strategy, sums)
 
-    return train_step  # type: ignore[no-any-return]
+    return train_step
 
 
 def make_evaluation_step(
@@ -82,7 +82,7 @@ def make_evaluation_step(
         sums, counts = strategy.run(replica_step, (batch,))
         return _reduced(strategy, sums), strategy.gather(counts, axis=0)
 
-    return evaluation_step  # type: ignore[no-any-return]
+    return evaluation_step
 
 
 def make_probability_step(model: keras.Model) -> Callable[[Any], tf.Tensor]:
@@ -98,7 +98,7 @@ def make_probability_step(model: keras.Model) -> Callable[[Any], tf.Tensor]:
         probabilities = tf.sigmoid(logits) if is_single else tf.nn.softmax(logits)
         return tf.cast(probabilities, tf.float32)
 
-    return probability_step  # type: ignore[no-any-return]
+    return probability_step
 
 
 def prepared(model: keras.Model, images: tf.Tensor) -> tf.Tensor:

@@ -86,14 +86,12 @@ def train_and_evaluate(
             if should_stop() and not state.is_finished(config.epochs):
                 raise _stopped(state)
         outcome = {
-            "status": "finished",
-            "exit_code": 0,
             "epochs": state.epoch,
             "stopped_early": state.stopped_early,
             "best": state.best,
             "evaluation": session.evaluate_best(state),
         }
-    run.write_outcome(outcome)
+    run.write_outcome("finished", 0, **outcome)
     return outcome
 
 
@@ -105,7 +103,10 @@ def _earlier_outcome(config: TrainConfig, run: Run) -> dict[str, Any] | None:
     if outcome["status"] == "diverged":
         raise DivergedError(f"{outcome['reason']}; start a run of another name")
     is_over = outcome["stopped_early"] or outcome["epochs"] >= config.epochs
-    return dict(outcome) if is_over else None
+    if is_over:
+        return outcome
+    run.clear_outcome()
+    return None
 
 
 def _diverged(run: Run, state: TrainState, loss: float) -> DivergedError:
@@ -113,7 +114,7 @@ def _diverged(run: Run, state: TrainState, loss: float) -> DivergedError:
         f"{run.store.url}: the loss became {loss} in epoch {state.epoch + 1}, step "
         f"{state.step_in_epoch}; lower optimizer.learning_rate or set model.input_scaling=unit"
     )
-    run.write_outcome({"status": "diverged", "exit_code": 7, "reason": reason})
+    run.write_outcome("diverged", DivergedError.exit_code, reason=reason)
     return DivergedError(reason)
 
 

@@ -3,6 +3,7 @@
 Reads a run without owning it, so that masks can be predicted while it is still being trained.
 """
 
+import hashlib
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -50,17 +51,44 @@ def load_trained(run_url: str, *, which: str = "best") -> TrainedModel:
         ContentError: a checkpoint is damaged.
     """
     from job import checkpoint
-    from job.run import read_checkpoint
 
     store = open_store(run_url)
     config = read_config(store)
-    data = store.get(MANIFEST_NAME)
+    data = store.get(MANIFEST_NAME)  # a copy of the dataset's, byte by byte
     manifest = parse_manifest(data, f"{store.url}/{MANIFEST_NAME}")
     model = model_for(config, manifest)
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
-        commit, members = read_checkpoint(store, folder, which=which)
+        prefix, members = fetch_checkpoint(store, folder, which=which)
         checkpoint.read_weights(model, members[checkpoint.WEIGHTS_NAME])
-    return TrainedModel(store, config, manifest, commit.dataset_digest, commit.prefix, model)
+    digest = hashlib.sha256(data).hexdigest()
+    return TrainedModel(store, config, manifest, digest, prefix, model)
+
+
+def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dict[str, str]]:
+    """Returns the prefix of a run's best or last checkpoint, and its members' paths in `folder`.
+
+    Raises:
+        UsageError: there is no such checkpoint yet.
+        ContentError: it is damaged.
+    """
+    from job import checkpoint
+    from job.run import Place, commit_prefix, fetch_commit, fetch_newest, find_commits
+
+    newest = fetch_newest(store, find_commits(store), folder)
+    if newest is None:
+        raise UsageError(f"{store.url}: no checkpoint yet; wait for the first epoch to end")
+    commit, members = newest
+    if which == "last":
+        return commit.prefix, members
+    best = checkpoint.read_state(members[checkpoint.STATE_NAME])["best"]
+    if best is None:
+        raise UsageError(
+            f"{store.url}: no epoch has ended yet, so no checkpoint is the best; use the last"
+        )
+    prefix = commit_prefix(best["step"], best["attempt"])
+    if prefix == commit.prefix:
+        return prefix, members
+    return prefix, fetch_commit(store, Place(best["attempt"], best["step"], prefix), folder)[1]
 
 
 def model_for(config: TrainConfig, manifest: Manifest) -> Any:
@@ -112,8 +140,6 @@ def initialize_from(model: Any, source: str) -> None:
     elif source.endswith((".h5", ".hdf5")):
         load_reference_weights(model, source)
     else:
-        from job.run import read_checkpoint
-
         with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
-            _, members = read_checkpoint(open_store(source), folder, which="best")
+            _, members = fetch_checkpoint(open_store(source), folder, which="best")
             checkpoint.read_weights(model, members[checkpoint.WEIGHTS_NAME])
