@@ -21,6 +21,7 @@ from job.run import (
     Run,
     checked_run_name,
     commit_prefix,
+    fetch_commit,
     find_commits,
 )
 
@@ -150,6 +151,19 @@ def test_damaged_commit_is_passed_over_with_one_warning(
         assert f"resuming from {commit_prefix(10, 1)} instead" in caplog.messages[0]
 
 
+@pytest.mark.parametrize("checksum", ["crc32c", "sha256"])
+def test_each_checksum_is_compared(tmp_path: Path, checksum: str) -> None:
+    with own(tmp_path) as run:
+        commit(run, tmp_path, 10)
+    path = tmp_path / "run" / commit_prefix(10, 1) / "COMMIT.json"
+    record = json.loads(path.read_text())
+    record["members"][1][checksum] = {"crc32c": 7, "sha256": "0" * 64}[checksum]
+    path.write_text(json.dumps(record))
+    expected = rf"optimizer\.h5 is damaged: its {checksum} is not the one committed"
+    with own(tmp_path) as run, pytest.raises(ContentError, match=expected):
+        run.restore(str(tmp_path / "staging"))
+
+
 def test_every_commit_damaged_is_an_error(tmp_path: Path) -> None:
     with own(tmp_path) as run:
         commit(run, tmp_path, 10)
@@ -243,6 +257,9 @@ def test_kill_at_every_operation_leaves_the_old_or_the_new_commit(tmp_path: Path
     assert kill_commits(cases) == [100] * 14
     found = []
     for folder in folders:
+        store = LocalStore(str(folder / "run"))
+        for place in find_commits(store):  # one that is half deleted is no commit any more
+            fetch_commit(store, place, str(folder / "staging"))
         with own(folder) as run:
             found.append(restored_step(run, folder))
             commit(run, folder, 30)
