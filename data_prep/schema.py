@@ -281,13 +281,26 @@ def sample_schema() -> "pyarrow.Schema":
 
 def samples_to_parquet(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """Returns the bytes of `samples.parquet`; equal rows give equal bytes."""
-    import pyarrow as pa
     import pyarrow.parquet
 
-    table = pa.Table.from_pylist(list(rows), schema=sample_schema())
+    table = _table_of(rows).combine_chunks()
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink, compression="zstd")
     return sink.getvalue()
+
+
+def _table_of(rows: Iterable[Mapping[str, Any]]) -> "pyarrow.Table":
+    # By way of JSON, because pyarrow imports pandas (2 s) to look at a Python list.
+    import pyarrow.json
+
+    schema = sample_schema()
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    if not lines:
+        return schema.empty_table()
+    options = pyarrow.json.ParseOptions(
+        explicit_schema=schema, unexpected_field_behavior="error", newlines_in_values=False
+    )
+    return pyarrow.json.read_json(io.BytesIO(lines), parse_options=options).cast(schema)
 
 
 # Reading
@@ -357,7 +370,8 @@ def read_samples(store: "Store", manifest: Manifest) -> "pyarrow.Table":
     if google_crc32c.value(data) != manifest.samples_crc32c:
         raise ContentError(f"{where}: checksum differs from {MANIFEST_NAME}; prepare it again")
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(data))
+        # read_table would import pandas, which takes 2 s.
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(data)).read()
     except pa.ArrowException as error:
         raise ContentError(f"{where}: not a parquet table ({error})") from error
     if not table.schema.equals(sample_schema()):

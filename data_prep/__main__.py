@@ -1,0 +1,8 @@
+"""`python -m data_prep SOURCE OUTPUT`: the `prep` command."""
+
+import sys
+
+from data_prep.prep import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,672 @@
+"""Images and masks -> a committed dataset: its options, the steps in order, the `prep` command.
+
+    flexunet prep SOURCE OUTPUT        the same as        python -m data_prep SOURCE OUTPUT
+
+Owns the order of the steps and the identity of a dataset. How pictures are read, split and
+stored is decided elsewhere.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import importlib.metadata
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from typing import Any, Literal, TypeVar
+
+import click
+from pydantic import field_validator, model_validator
+
+from data_prep import report, scan, schema, shards, split
+from data_prep.colormap import check_ignore_id, parse_color_map
+from data_prep.command import SettingsCommand, given, run_command, settings_options
+from data_prep.errors import ContentError, StorageError, UsageError
+from data_prep.image import DEFAULT_MAX_PIXELS, read_image, read_mask_pixels
+from data_prep.pairs import Pair, Reject, Source, find_pairs, find_sources
+from data_prep.pool import in_order, open_pool
+from data_prep.progress import Progress, quiet_interrupts
+from data_prep.settings import Settings, merged, option, read_yaml, validated
+from data_prep.storage import Store, crc32c_of, join_url, open_store, probe_writable
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+HASH_KEY_VARIABLE = "FLEXUNET_HASH_KEY"
+_HASH_LENGTH = 16  # hex digits: 64 bits, a clash among a million names has odds of 1 to 37 million
+_PAIRS_PER_SHEET = 6
+_MAX_LISTED = 5
+
+
+class PrepConfig(Settings):
+    """The options of `prep`. All but the free ones are the identity of a dataset."""
+
+    image_size: int = option(512, "Height and width of the stored images, pixels.", ge=8, le=16384)
+    image_height: int | None = option(
+        None, "Height where it differs from --image-size, pixels.", ge=8, le=16384
+    )
+    image_width: int | None = option(
+        None, "Width where it differs from --image-size, pixels.", ge=8, le=16384
+    )
+    geometry: Literal["stretch", "pad"] = option(
+        "stretch", "stretch: fill the stored image; pad: keep the aspect, the rest is 0."
+    )
+    channels: Literal["auto", "grey", "rgb"] = option(
+        "auto", "Channels of the stored images; auto: grey when every picture is grey."
+    )
+    classes: str = option(
+        "background=0,0,0;mass=255,255,255",
+        "Colours of the masks in the order of the class ids: name=R,G,B;... or name=#rrggbb;...",
+    )
+    ignore_id: int | None = option(
+        None, "Id in index masks of pixels that count nowhere; above the class ids.", ge=1, le=255
+    )
+    off_map_limit: float = option(
+        0.01, "Largest share of a mask's pixels whose colour is of no class, 0 to 1.", ge=0, le=1
+    )
+    skip_bad: bool = option(
+        False, "Leave bad files out and list them in report/rejects.csv, instead of stopping."
+    )
+    group_preset: Literal["augmented"] | None = option(
+        None,
+        "How names say which samples belong together; augmented: the source number at the end "
+        "(barrdistorted_1001_0.3_0.3_23 is of 23). Unset, and no other --group option: every "
+        "file is a group.",
+    )
+    group_regex: str | None = option(
+        None, "Regular expression on the name without ending; its first group is the sample group."
+    )
+    group_csv: str | None = option(None, "CSV file with the columns file and group.")
+    fractions: tuple[float, float, float] = option(
+        (0.80, 0.15, 0.05), "Shares of samples for train, valid and test; whole groups each."
+    )
+    seed: int = option(1, "Seed of splits, folds and the order in the shards.", ge=0)
+    num_folds: int | None = option(
+        None, "Folds for cross-validation over train and valid; column fold of the sample table.",
+        ge=2, le=100,
+    )  # fmt: skip
+    allow_leaks: bool = option(
+        False, "Accept ready-made splits that share a group or a picture; marked leaky: true."
+    )
+    hash_names: bool = option(
+        False,
+        "Replace names and groups by 16 hex digits of their HMAC-SHA256; the key is in "
+        f"{HASH_KEY_VARIABLE}, without it names that can be guessed can be found again.",
+    )
+    shard_size: float = option(64.0, "Size of a shard to aim at, MB.", gt=0, le=1024)
+    max_pixels: int = option(
+        DEFAULT_MAX_PIXELS, "Largest picture that is read, pixels.", ge=1, le=2**31
+    )
+    num_processes: int | None = option(
+        None, "Processes that read and encode; 1: this one. Unset: one per CPU.", free=True, ge=1
+    )
+
+    @field_validator("fractions")
+    @classmethod
+    def _fractions_add_up(cls, values: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(values) < 0 or abs(sum(values) - 1) > 1e-6:
+            raise ValueError("three shares of at least 0 that add up to 1 are needed")
+        if values[0] == 0:
+            raise ValueError("the share of train must be above 0")
+        return values
+
+    @field_validator("group_regex")
+    @classmethod
+    def _regex_compiles(cls, text: str | None) -> str | None:
+        try:
+            re.compile(text or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from error
+        return text
+
+    @model_validator(mode="after")
+    def _classes_fit(self) -> "PrepConfig":
+        check_ignore_id(parse_color_map(self.classes), self.ignore_id)
+        return self
+
+    @model_validator(mode="after")
+    def _one_group_rule(self) -> "PrepConfig":
+        rules = ("group_preset", "group_regex", "group_csv")
+        found = [f"--{name.replace('_', '-')}" for name in rules if getattr(self, name) is not None]
+        if len(found) > 1:
+            raise ValueError(f"{' and '.join(found)} exclude each other; give one")
+        return self
+
+    @property
+    def height(self) -> int:
+        """Height of the stored images, pixels."""
+        return self.image_height or self.image_size
+
+    @property
+    def width(self) -> int:
+        """Width of the stored images, pixels."""
+        return self.image_width or self.image_size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Assignment:
+    """Where each sample id goes; `folds` only of those that have one."""
+
+    splits: dict[str, str]
+    folds: dict[str, int]
+    is_leaky: bool
+
+
+def prepare(
+    sources: Sequence[Source],
+    output_url: str,
+    config: PrepConfig,
+    *,
+    executor: Executor | None = None,
+    progress: bool = True,
+) -> schema.Manifest:
+    """Returns the manifest of the dataset at `output_url`, prepared now or found finished.
+
+    Args:
+        executor: runs the work; its workers must reach the source and the output. None: processes
+            of this machine.
+        progress: show it on stderr.
+
+    Raises:
+        UsageError: a source is missing or empty, or another preparation is in the output.
+        ContentError: a file is bad or splits leak; nothing was committed.
+        StorageError: storage is unavailable, unwritable or full; the same call continues.
+    """
+    store = open_store(output_url)
+    _refuse_overlap(store, sources)
+    pairs, rejects = find_pairs(sources)
+    grouped, ungrouped = _grouped(pairs, config)
+    refused = _refused([*rejects, *ungrouped], config)
+    items = _items_of(grouped, config)
+    num_processes = config.num_processes or os.cpu_count() or 1
+    with contextlib.ExitStack() as stack:
+        pool = executor or stack.enter_context(open_pool(min(num_processes, len(items) or 1)))
+        work = _Work(store, config, pool, 2 * num_processes, progress)
+        if store.stat(schema.MANIFEST_NAME) is not None:
+            return _finished(work, items, refused)
+        probe_writable(store)
+        return _prepare(work, items, refused, _dataset_name(sources, config))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What every step needs."""
+
+    store: Store
+    config: PrepConfig
+    pool: Executor
+    num_waiting: int
+    progress: bool
+
+
+def _prepare(
+    work: _Work, items: Sequence[scan.Item], refused: list[tuple[str, str]], name: str
+) -> schema.Manifest:
+    results = _scan(work, items)
+    samples = [result for result in results if isinstance(result, scan.Scanned)]
+    source_sha256 = _source_digest(items, [result.source_crcs for result in results], refused)
+    refused = refused + [(r.file, r.reason) for r in results if isinstance(r, scan.Refused)]
+    if not samples:
+        raise ContentError(f"none of {len(refused)} files is usable; first: {refused[0][1]}")
+    assignment = _assign(samples, work.config)
+    target = shards.common_target(samples)
+    _tell_mixed(samples, target, work.config)
+    tasks = shards.plan_shards(
+        samples,
+        assignment.splits,
+        target=target,
+        output_url=work.store.url,
+        shard_size_mb=work.config.shard_size,
+        seed=work.config.seed,
+    )
+    plan = {"options": identity_of(work.config), "source_sha256": source_sha256}
+    shards.claim_output(work.store, plan)
+    written = _write(work, tasks)
+    rows = list(shards.sample_rows(tasks, written, assignment.folds))
+    table = schema.samples_to_parquet(rows)
+    manifest = _manifest(work.config, name, target, tasks, written, assignment, table, plan)
+    _write_report(work, manifest, rows, refused)
+    shards.commit(work.store, manifest, table)
+    shards.remove_state(work.store)
+    if refused:
+        logger.warning(
+            "%d files left out, see %s/%s", len(refused), work.store.url, report.REJECTS_NAME
+        )
+    return manifest
+
+
+def identity_of(config: PrepConfig) -> dict[str, Any]:
+    """Returns the options that decide what is written, as JSON values."""
+    values = config.model_dump(mode="json")
+    for name, field in PrepConfig.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("free"):
+            del values[name]
+    return values
+
+
+def _finished(
+    work: _Work, items: Sequence[scan.Item], refused: Sequence[tuple[str, str]]
+) -> schema.Manifest:
+    """Returns the manifest that is there, if it is of these options and files."""
+    manifest, _ = schema.read_manifest(work.store)
+    found = {"options": manifest.options, "source_sha256": manifest.source_sha256}
+    plan = {"options": identity_of(work.config), "source_sha256": manifest.source_sha256}
+    if found["options"] == plan["options"]:
+        crcs = _run(work, scan.source_crcs, items, "comparing", len(items), lambda _: 1)
+        plan["source_sha256"] = _source_digest(items, crcs, refused)
+    if found != plan:
+        raise UsageError(
+            f"{work.store.url}: holds a dataset already ({shards.describe_difference(found, plan)})"
+            "; choose another folder or delete it"
+        )
+    shards.remove_state(work.store)
+    logger.info("%s: finished already with these options and files", work.store.url)
+    return manifest
+
+
+# Before the first pass
+
+
+def _items_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[scan.Item]:
+    urls = {url for pair, _ in grouped for url in (pair.image_url, pair.mask_url)}
+    stats = {url: {stat.name: stat for stat in open_store(url).list()} for url in urls}
+
+    def file(url: str, name: str) -> scan.File:
+        stat = stats[url].get(name)
+        if stat is None:
+            raise StorageError(f"{url}/{name}: vanished since it was listed; run it again")
+        # A reason that goes into rejects.csv must not carry a hidden name; one that ends the
+        # command is for the user alone.
+        secret = config.hash_names and config.skip_bad
+        label = _hidden_name(name, config) if secret else join_url(url, name)
+        return scan.File(url, name, label, stat.size, stat.generation)
+
+    items = [
+        scan.Item(
+            id=_hidden(pair.id, config),
+            group=_hidden(group, config),
+            filename=_hidden_name(pair.image_name, config),
+            split=pair.split,
+            image=file(pair.image_url, pair.image_name),
+            mask=file(pair.mask_url, pair.mask_name),
+        )
+        for pair, group in grouped
+    ]
+    return sorted(items, key=lambda item: item.id)
+
+
+def _grouped(
+    pairs: Sequence[Pair], config: PrepConfig
+) -> tuple[list[tuple[Pair, str]], list[Reject]]:
+    """Returns the pairs with their groups, and those whose name gives none."""
+    table = None
+    if config.group_csv is not None:
+        table = (_read_text(config.group_csv, "--group-csv"), config.group_csv)
+    rule = split.group_of(preset=config.group_preset, regex=config.group_regex, table=table)
+    grouped, rejects = [], []
+    for pair in pairs:
+        try:
+            grouped.append((pair, rule(pair.image_name)))
+        except ContentError as error:
+            rejects.append(Reject(join_url(pair.image_url, pair.image_name), str(error)))
+    return grouped, rejects
+
+
+def _refused(rejects: Sequence[Reject], config: PrepConfig) -> list[tuple[str, str]]:
+    """Returns (file, reason) of the files that are in no pair, as the report may show them."""
+    if rejects and not config.skip_bad:
+        first = rejects[0]
+        more = f" (and {len(rejects) - 1} more files)" if len(rejects) > 1 else ""
+        raise ContentError(
+            f"{first.file}: {first.reason}{more}; mend it, or leave such files out with --skip-bad"
+        )
+    if not config.hash_names:
+        return [(reject.file, reject.reason) for reject in rejects]
+    return [(_hidden_name(r.file, config), _without_name(r, config)) for r in rejects]
+
+
+def _without_name(reject: Reject, config: PrepConfig) -> str:
+    name = os.path.basename(reject.file)
+    hidden = reject.reason.replace(name, _hidden_name(name, config))
+    stem = os.path.splitext(name)[0]
+    return hidden.replace(stem, _hidden(stem, config))
+
+
+def _hidden(text: str, config: PrepConfig) -> str:
+    """Returns `text`, or what stands for it with --hash-names."""
+    if not config.hash_names:
+        return text
+    key = os.environ.get(HASH_KEY_VARIABLE, "").encode()
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()[:_HASH_LENGTH]
+
+
+def _hidden_name(name: str, config: PrepConfig) -> str:
+    """Returns the file name without folders; with --hash-names its stem is hidden."""
+    stem, ending = os.path.splitext(os.path.basename(name))
+    return _hidden(stem, config) + ending
+
+
+def _refuse_overlap(store: Store, sources: Sequence[Source]) -> None:
+    for source in sources:
+        for url in (source.images, source.masks):
+            folder = open_store(url).url
+            if store.url == folder or store.url.startswith(f"{folder}/"):
+                raise UsageError(
+                    f"{store.url}: the output lies in the source folder {folder}; choose another"
+                )
+
+
+def _dataset_name(sources: Sequence[Source], config: PrepConfig) -> str:
+    """Returns the name of the folder that holds the sources; it is part of the manifest's bytes."""
+    first = sources[0]
+    parents = open_store(first.images).url.split("/")[:-1]
+    if first.split is not None:
+        parents = parents[:-1]
+    return "dataset" if config.hash_names or not parents else parents[-1] or "dataset"
+
+
+def _source_digest(
+    items: Sequence[scan.Item],
+    crcs: Sequence[tuple[int, int]],
+    refused: Sequence[tuple[str, str]],
+) -> str:
+    parts = [
+        (item.id, item.group, item.filename, item.split, item.image.size, item.mask.size, *crc)
+        for item, crc in zip(items, crcs, strict=True)
+    ]
+    alone = sorted(os.path.basename(file) for file, _ in refused)
+    return hashlib.sha256(json.dumps([parts, alone]).encode()).hexdigest()
+
+
+# The passes
+
+
+def _scan(work: _Work, items: Sequence[scan.Item]) -> list[scan.Scanned | scan.Refused]:
+    config = work.config
+    layout = scan.Layout(
+        height=config.height,
+        width=config.width,
+        geometry=config.geometry,
+        channels=config.channels,
+        classes=parse_color_map(config.classes),
+        ignore_id=config.ignore_id,
+        off_map_limit=config.off_map_limit,
+        max_pixels=config.max_pixels,
+    )
+    staging = shards.staging_url(work.store.url)
+    tasks = [
+        scan.ScanTask(staging, layout, chunk, config.skip_bad)
+        for chunk in scan.chunked(items, layout)
+    ]
+    try:
+        results = _run(work, scan.scan_chunk, tasks, "encoding", len(items), len)
+    except ContentError as error:
+        raise ContentError(f"{error}; --skip-bad leaves such files out") from error
+    return [result for chunk in results for result in chunk]
+
+
+def _write(work: _Work, tasks: Sequence[shards.ShardTask]) -> list[shards.WrittenShard]:
+    num_images = sum(len(task.records) for task in tasks)
+    return _run(
+        work, shards.write_shard, tasks, "writing", num_images, lambda shard: len(shard.records)
+    )
+
+
+def _run(
+    work: _Work,
+    function: Callable[[T], R],
+    tasks: Sequence[T],
+    title: str,
+    num_images: int,
+    images_in: Callable[[R], int],
+) -> list[R]:
+    """Returns `function` of each task, in order; shows progress in images."""
+    results = []
+    with Progress(title, num_images, shown=work.progress) as bar:
+        for result in in_order(work.pool, function, tasks, num_waiting=work.num_waiting):
+            bar.advance(images_in(result))
+            results.append(result)
+    return results
+
+
+# Splits
+
+
+def _assign(samples: Sequence[scan.Scanned], config: PrepConfig) -> _Assignment:
+    groups = _joined_groups(samples)
+    if samples[0].split is None:
+        fractions: dict[str, float] = dict(zip(schema.SPLITS, config.fractions, strict=True))
+        splits = split.assign_splits(groups, fractions=fractions, seed=config.seed)
+        is_leaky = False
+    else:
+        splits = {sample.id: str(sample.split) for sample in samples}
+        is_leaky = _check_leaks(samples, config)
+    folds = {}
+    if config.num_folds is not None:
+        members = {name: group for name, group in groups.items() if splits[name] != "test"}
+        folds = split.assign_folds(members, num_folds=config.num_folds, seed=config.seed)
+    return _Assignment(splits, folds, is_leaky)
+
+
+def _joined_groups(samples: Sequence[scan.Scanned]) -> dict[str, str]:
+    """Returns the group of each id; groups that hold the same picture become one.
+
+    A picture that was filed twice would otherwise be trained on and tested with.
+    """
+    parents: dict[str, str] = {}
+
+    def root(group: str) -> str:
+        while parents.setdefault(group, group) != group:
+            group = parents[group]
+        return group
+
+    first_with: dict[str, str] = {}
+    num_joined = 0
+    for sample in samples:
+        group, other = root(sample.group), root(first_with.setdefault(sample.sha256, sample.group))
+        if group != other:
+            num_joined += 1
+            parents[max(group, other)] = min(group, other)
+    if num_joined:
+        logger.warning("%d groups hold a picture of another group; joined", num_joined)
+    return {sample.id: root(sample.group) for sample in samples}
+
+
+def _check_leaks(samples: Sequence[scan.Scanned], config: PrepConfig) -> bool:
+    """Returns whether the ready-made splits leak; that is an error unless it is allowed."""
+    leaks = split.find_leaks((s.id, str(s.split), s.group, s.sha256) for s in samples)
+    if leaks and not config.allow_leaks:
+        more = f"; and {len(leaks) - _MAX_LISTED} more" if len(leaks) > _MAX_LISTED else ""
+        raise ContentError(
+            f"the ready-made splits leak: {'; '.join(leaks[:_MAX_LISTED])}{more}; mend them or "
+            "accept it with --allow-leaks"
+        )
+    for leak in leaks[:_MAX_LISTED]:
+        logger.warning("leak: %s", leak)
+    return bool(leaks)
+
+
+def _tell_mixed(samples: Sequence[scan.Scanned], target: shards.Target, config: PrepConfig) -> None:
+    """Says which few pictures decided the format of all."""
+    coloured = [sample.filename for sample in samples if sample.channels == 3]
+    if config.channels == "auto" and 0 < len(coloured) < len(samples):
+        logger.warning(
+            "%d of %d pictures have colour, so all are stored as RGB (--channels grey would store "
+            "one channel): %s", len(coloured), len(samples), _listed(coloured),
+        )  # fmt: skip
+    shallow = [sample.filename for sample in samples if sample.bit_depth < target.bit_depth]
+    if shallow:
+        logger.warning(
+            "%d of %d pictures have 8 bits, the others 16: 255 becomes %d in them: %s",
+            len(shallow), len(samples), target.value_max, _listed(shallow),
+        )  # fmt: skip
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more
+
+
+# The commit
+
+
+def _manifest(
+    config: PrepConfig,
+    name: str,
+    target: shards.Target,
+    tasks: Sequence[shards.ShardTask],
+    written: Sequence[shards.WrittenShard],
+    assignment: _Assignment,
+    table: bytes,
+    plan: Mapping[str, Any],
+) -> schema.Manifest:
+    train = [r.moments for shard in written if shard.info.split == "train" for r in shard.records]
+    every = [r.moments for shard in written for r in shard.records]
+    mean, std = shards.mean_and_std(train or every)
+    samples = [sample for task in tasks for sample in task.records]
+    return schema.Manifest(
+        name=name,
+        image_height=config.height,
+        image_width=config.width,
+        channels=target.channels,
+        bit_depth=target.bit_depth,
+        value_max=target.value_max,
+        classes=tuple(
+            schema.ClassInfo(id=c.id, name=c.name, color=c.color)
+            for c in parse_color_map(config.classes)
+        ),
+        ignore_id=config.ignore_id,
+        geometry=config.geometry,
+        split_rule=_split_rule(samples[0].split is not None, config),
+        seed=config.seed,
+        num_folds=config.num_folds,
+        leaky=assignment.is_leaky,
+        splits=_split_infos(samples, assignment.splits),
+        shards=tuple(shard.info for shard in written),
+        samples_num_bytes=len(table),
+        samples_crc32c=crc32c_of(table),
+        mean=mean,
+        std=std,
+        tool_version=importlib.metadata.version("flexunet"),
+        options=dict(plan["options"]),
+        source_sha256=plan["source_sha256"],
+    )
+
+
+def _split_infos(
+    samples: Sequence[scan.Scanned], splits: Mapping[str, str]
+) -> dict[schema.Split, schema.SplitInfo]:
+    infos = {}
+    for name in schema.SPLITS:
+        members = [sample for sample in samples if splits[sample.id] == name]
+        num_groups = len({sample.group for sample in members})
+        infos[name] = schema.SplitInfo(num_samples=len(members), num_groups=num_groups)
+    return infos
+
+
+def _split_rule(is_ready_made: bool, config: PrepConfig) -> str:
+    if is_ready_made:
+        return "ready-made"
+    if config.group_preset:
+        return f"by group, preset {config.group_preset}"
+    if config.group_regex:
+        return f"by group, regular expression {config.group_regex}"
+    return "by group, table" if config.group_csv else "by file"
+
+
+def _write_report(
+    work: _Work,
+    manifest: schema.Manifest,
+    rows: Sequence[Mapping[str, Any]],
+    refused: Sequence[tuple[str, str]],
+) -> None:
+    store = work.store
+    store.put(report.REJECTS_NAME, report.rejects_csv(sorted(refused)).encode())
+    statistics: dict[str, report.SplitStatistics] = {}
+    for name in schema.SPLITS:
+        members = [row for row in rows if row["split"] == name]
+        if not members:
+            continue
+        counts = zip(*(row["pixels_per_class"] for row in members), strict=True)
+        pixels = tuple(sum(column) for column in counts)
+        statistics[name] = report.SplitStatistics(len(members), pixels)
+        pairs = [_read_pair(store, row) for row in members[:_PAIRS_PER_SHEET]]
+        title = f"{manifest.name}: {name}, {len(pairs)} of {len(members)} samples"
+        sheet = report.sheet_png(pairs, manifest.classes, manifest.value_max, title)
+        store.put(report.sheet_name(name), sheet)
+    plot = report.statistics_png(statistics, manifest.classes, manifest.name)
+    store.put(report.STATISTICS_NAME, plot)
+
+
+def _read_pair(store: Store, row: Mapping[str, Any]) -> report.Pair:
+    """Returns a sample as a reader of the dataset would see it."""
+    where = f"{store.url}/{row['shard']} at {row['offset']}"
+    record = store.get(row["shard"], row["offset"], row["length"])
+    features = schema.decode_example(schema.unframe_record(record, where=where))
+    image, mask = features["image/encoded"], features["image/segmentation/class/encoded"]
+    if not isinstance(image, bytes) or not isinstance(mask, bytes):
+        raise ContentError(f"{where}: pictures are not bytes; prepare the dataset again")
+    image_pixels = read_image(image, name=where, max_pixels=2**31)
+    mask_pixels = read_mask_pixels(mask, name=where, max_pixels=2**31)
+    return report.Pair(str(row["id"]), image_pixels, mask_pixels)
+
+
+# The command
+
+
+@click.command("prep", cls=SettingsCommand)
+@click.argument("source")
+@click.argument("output")
+@click.option("--config", "config_file", metavar="FILE", help="YAML file of options.")
+@settings_options(PrepConfig)
+def command(source: str, output: str, config_file: str | None, **options: Any) -> None:
+    """Turns the images and masks of SOURCE into a dataset at OUTPUT.
+
+    SOURCE holds images/ and masks/, or train/, valid/ and test/ that each hold both. Both may be
+    folders or gs:// URLs. The same command continues where an interrupted one stopped.
+    """
+    values: dict[str, Any] = {}
+    if config_file:
+        values = read_yaml(_read_text(config_file, "--config"), config_file)
+    where = f"prep options and {config_file}" if config_file else "prep options"
+    config = validated(PrepConfig, merged(values, given(options)), where)
+    with quiet_interrupts():
+        manifest = prepare(find_sources(source), output, config)
+    _print_summary(manifest, open_store(output).url)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(command, argv, "flexunet prep")
+
+
+def _read_text(path: str, flag: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{flag} {path}: cannot be read ({error}); give a text file") from error
+
+
+def _print_summary(manifest: schema.Manifest, url: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("split", "samples", "groups", "shards", "MB", title=f"{manifest.name} at {url}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, info in manifest.splits.items():
+        files = [shard for shard in manifest.shards if shard.split == name]
+        size = sum(shard.num_bytes for shard in files) / 1e6
+        numbers = (info.num_samples, info.num_groups, len(files))
+        table.add_row(name, *(str(number) for number in numbers), f"{size:.1f}")
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(f"report: {url}/{report.STATISTICS_NAME}", markup=False, highlight=False)

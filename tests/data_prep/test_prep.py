@@ -1,0 +1,419 @@
+"""The `prep` command: whole datasets, exit codes, kills and refusals."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from data_prep import prep, report, schema
+from data_prep.errors import ContentError, StorageError, UsageError
+from data_prep.pairs import find_sources
+from data_prep.storage import open_store
+
+_INBREAST = Path(__file__).resolve().parents[3] / "shared" / "data" / "inbreast-mini"
+
+
+def _make_pair(folder, name, seed):
+    """Writes a noisy grey picture of 16x16 and a mask with a square of 4x4."""
+    for kind in ("images", "masks"):
+        os.makedirs(folder / kind, exist_ok=True)
+    image = np.random.default_rng(seed).integers(0, 256, (16, 16), dtype=np.uint8)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:8, 4:8] = 255
+    assert cv2.imwrite(str(folder / "images" / f"{name}.png"), image)
+    assert cv2.imwrite(str(folder / "masks" / f"{name}.png"), mask)
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    for i in range(20):
+        _make_pair(folder, f"case_{i}", i)
+    return folder
+
+
+def _prepare(source, output, executor=None, **options):
+    values = {"image_size": 16, "num_processes": 1} | options
+    config = prep.PrepConfig(**values)
+    return prep.prepare(
+        find_sources(str(source)), str(output), config, executor=executor, progress=False
+    )
+
+
+def _command(*arguments):
+    return [sys.executable, "-m", "data_prep", *map(str, arguments)]
+
+
+def _run(*arguments):
+    return subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=120)
+
+
+def _files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and not path.name.startswith(".flexunet-")
+    }
+
+
+def _rows(folder):
+    store = open_store(str(folder))
+    manifest, _ = schema.read_manifest(store)
+    return schema.read_samples(store, manifest).to_pylist()
+
+
+def test_prepare_writes_what_was_read(source, tmp_path):
+    manifest = _prepare(source, tmp_path / "out")
+    rows = _rows(tmp_path / "out")
+    # 80/15/5 % of 20
+    assert {name: info.num_samples for name, info in manifest.splits.items()} == {
+        "train": 16, "valid": 3, "test": 1,
+    }  # fmt: skip
+    assert (manifest.channels, manifest.bit_depth, manifest.value_max) == (1, 8, 255)
+    assert (manifest.name, manifest.leaky) == ("source", False)
+    pictures = {}
+    for row in rows:
+        record = (tmp_path / "out" / row["shard"]).read_bytes()[row["offset"] :][: row["length"]]
+        features = schema.decode_example(schema.unframe_record(record, where="x"))
+        encoded = np.frombuffer(features["image/encoded"], np.uint8)
+        pictures[row["id"]] = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
+        truth = cv2.imread(str(source / "images" / f"{row['id']}.png"), cv2.IMREAD_UNCHANGED)
+        assert np.array_equal(pictures[row["id"]], truth)
+        assert row["sha256"] == hashlib.sha256(truth.tobytes()).hexdigest()
+        assert row["pixels_per_class"] == [240, 16]
+        assert features["image/filename"].decode() == row["filename"] == f"{row['id']}.png"
+    train = np.stack([pictures[row["id"]] for row in rows if row["split"] == "train"])
+    assert manifest.mean == pytest.approx((train.mean(),), rel=1e-12)
+    assert manifest.std == pytest.approx((train.std(),), rel=1e-12)
+    names = {"report/statistics.png", "report/rejects.csv"}
+    assert names | {f"report/samples-{name}.png" for name in schema.SPLITS} <= set(
+        _files(tmp_path / "out")
+    )
+    assert not (tmp_path / "out" / "prep-state").exists()
+
+
+def test_any_number_of_processes_and_any_place_give_the_same_bytes(source, tmp_path):
+    _prepare(source, tmp_path / "a", num_processes=1)
+    moved = tmp_path / "elsewhere" / "source"
+    shutil.copytree(source, moved)
+    _prepare(moved, tmp_path / "b", num_processes=2)
+    first, second = _files(tmp_path / "a"), _files(tmp_path / "b")
+    assert first == second
+
+
+def test_second_run_changes_nothing_and_says_so(source, tmp_path):
+    _prepare(source, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    second = _run(source, tmp_path / "out", "--image-size", "16", "--num-processes", "1")
+    assert (second.returncode, "finished already" in second.stderr) == (0, True)
+    assert "train" in second.stdout
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_other_options_or_files_in_the_same_place_are_named(source, tmp_path):
+    _prepare(source, tmp_path / "out")
+    with pytest.raises(UsageError, match="--image-size was 16, now 32"):
+        _prepare(source, tmp_path / "out", image_size=32)
+    _make_pair(source, "case_3", 99)
+    with pytest.raises(UsageError, match="files of the source changed"):
+        _prepare(source, tmp_path / "out")
+
+
+def test_killed_and_continued_gives_the_same_bytes(tmp_path):
+    source = tmp_path / "source"
+    for i in range(200):
+        _make_pair(source, f"case_{i}", i)
+    _prepare(source, tmp_path / "whole", shard_size=0.02)
+    arguments = (source, tmp_path / "out", "--image-size=16", "--shard-size=0.02")
+    num_kills = 0
+    for wanted in ("scan-*.bin", "*.tfrecord"):
+        process = subprocess.Popen(
+            _command(*arguments, "--num-processes", "2"), stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and not list((tmp_path / "out").rglob(wanted)):
+            time.sleep(0.002)
+        process.kill()
+        num_kills += process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "out" / schema.MANIFEST_NAME).exists() or process.returncode == 0
+    assert num_kills > 0
+    finished = _run(*arguments, "--num-processes", "1")
+    assert finished.returncode == 0, finished.stderr
+    assert _files(tmp_path / "out") == _files(tmp_path / "whole")
+
+
+def test_interrupt_exits_6_and_leaves_no_process(tmp_path):
+    source = tmp_path / "source"
+    for i in range(300):
+        _make_pair(source, f"case_{i}", i)
+    process = subprocess.Popen(
+        _command(source, tmp_path / "out", "--image-size=1024", "--num-processes=2"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not list((tmp_path / "out").rglob("scan-*.bin")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 6, errors
+    assert "interrupted; the same command continues" in errors
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 10
+    while _group_lives(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _group_lives(process.pid)
+    assert not (tmp_path / "out" / schema.MANIFEST_NAME).exists()
+
+
+def _group_lives(group):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, 0)
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["SOURCE", "OUT", "--image-size", "abc"], 2, "image-size"),
+        (["SOURCE", "OUT", "--image-size", "0"], 2, "image_size=0"),
+        (["SOURCE", "OUT", "--seed", "1", "--no-such"], 2, "--no-such"),
+        (["SOURCE", "OUT", "--classes", "a=1"], 2, "classes"),
+        (["SOURCE", "OUT", "--fractions", "0.5,0.1,0.1"], 2, "add up to 1"),
+        (["SOURCE", "OUT", "--group-regex", "(", "--seed", "1"], 2, "group_regex"),
+        (["SOURCE", "OUT", "--group-regex", "a", "--group-csv", "b"], 2, "exclude each other"),
+        (["SOURCE", "OUT", "--config", "missing.yaml"], 2, "missing.yaml"),
+        (["MISSING", "OUT"], 2, "MISSING"),
+        (["SOURCE", "SOURCE/images/out"], 2, "lies in the source folder"),
+        (["SOURCE", "/proc/no/such"], 5, "/proc/no"),
+    ],
+)
+def test_mistakes_are_one_line_and_a_code(source, tmp_path, arguments, code, words):
+    places = {"SOURCE": str(source), "OUT": str(tmp_path / "out")}
+    arguments = [places.get(word, word.replace("SOURCE/", f"{source}/")) for word in arguments]
+    code_found, errors = _main(arguments)
+    assert code_found == code, errors
+    assert words in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert not (tmp_path / "out" / schema.MANIFEST_NAME).exists()
+
+
+def _main(arguments):
+    """Returns exit code and stderr of the command, run in this process."""
+    import io
+
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        code = prep.main(arguments)
+    return code, errors.getvalue()
+
+
+def test_bad_file_exits_3_and_commits_nothing(source, tmp_path):
+    (source / "images" / "case_5.png").write_bytes(b"\x89PNG broken")
+    found = _run(source, tmp_path / "out", "--num-processes", "2")
+    assert found.returncode == 3
+    assert "case_5.png" in found.stderr
+    assert "--skip-bad" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not list((tmp_path / "out").glob("*.*"))
+
+
+def test_missing_mask_exits_3_and_is_named(source, tmp_path):
+    os.remove(source / "masks" / "case_5.png")
+    code, errors = _main([str(source), str(tmp_path / "out")])
+    assert (code, "images/case_5.png: no mask" in errors) == (3, True)
+
+
+def test_skip_bad_lists_every_file(source, tmp_path):
+    (source / "images" / "case_5.png").write_bytes(b"\x89PNG broken")
+    os.remove(source / "masks" / "case_6.png")
+    with pytest.raises(ContentError):
+        _prepare(source, tmp_path / "out")
+    manifest = _prepare(source, tmp_path / "out", skip_bad=True)
+    assert manifest.num_samples == 18
+    lines = (tmp_path / "out" / report.REJECTS_NAME).read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "file",
+        f"{source}/images/case_5.png",
+        f"{source}/images/case_6.png",
+    ]
+
+
+def test_nothing_usable_is_an_error(tmp_path):
+    source = tmp_path / "source"
+    _make_pair(source, "a", 1)
+    (source / "images" / "a.png").write_bytes(b"")
+    with pytest.raises(ContentError, match=r"none of 1 .*a\.png"):
+        _prepare(source, tmp_path / "out", skip_bad=True)
+
+
+def test_rejects_csv_is_safe_in_a_spreadsheet():
+    text = report.rejects_csv([("=1+1.png", "@x"), ("plain.png", 'with, "both"')])
+    assert text == 'file,reason\n\'=1+1.png,\'@x\nplain.png,"with, ""both"""\n'
+
+
+def test_hidden_names_are_in_no_output_byte(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    for i in range(12):
+        _make_pair(source, f"CANARY{i}", i)
+    (source / "images" / "CANARY3.png").write_bytes(b"broken")
+    os.remove(source / "masks" / "CANARY4.png")
+    manifest = _prepare(source, tmp_path / "plain", hash_names=True, skip_bad=True)
+    assert manifest.num_samples == 10
+    for name, data in _files(tmp_path / "plain").items():
+        assert b"CANARY" not in data, name
+    # the table is compressed
+    assert "CANARY" not in str(_rows(tmp_path / "plain"))
+    monkeypatch.setenv(prep.HASH_KEY_VARIABLE, "secret")
+    _prepare(source, tmp_path / "keyed", hash_names=True, skip_bad=True)
+    ids = [{row["id"] for row in _rows(tmp_path / name)} for name in ("plain", "keyed")]
+    assert ids[0].isdisjoint(ids[1])
+
+
+def test_groups_stay_whole(source, tmp_path):
+    manifest = _prepare(source, tmp_path / "out", group_regex=r"case_(\d)")
+    rows = _rows(tmp_path / "out")
+    splits_of = {}
+    for row in rows:
+        splits_of.setdefault(row["group"], set()).add(row["split"])
+    assert len(splits_of) == 10 == sum(info.num_groups for info in manifest.splits.values())
+    assert {len(splits) for splits in splits_of.values()} == {1}
+
+
+def test_the_same_picture_twice_stays_in_one_split(tmp_path, caplog):
+    source = tmp_path / "source"
+    for i in range(20):
+        _make_pair(source, f"a{i}", i)
+        _make_pair(source, f"b{i}", i)
+    _prepare(source, tmp_path / "out")
+    splits = {row["id"]: row["split"] for row in _rows(tmp_path / "out")}
+    assert all(splits[f"a{i}"] == splits[f"b{i}"] for i in range(20))
+    assert "20 groups hold a picture of another group" in caplog.text
+
+
+def test_ready_made_splits_are_kept_and_leaks_named(tmp_path):
+    for number, name in enumerate(("train", "valid", "test")):
+        for i in range(3):
+            _make_pair(tmp_path / "source" / name, f"{name}{i}", 10 * number + i)
+    manifest = _prepare(tmp_path / "source", tmp_path / "good")
+    assert {row["id"][:-1] == row["split"] for row in _rows(tmp_path / "good")} == {True}
+    assert (manifest.leaky, manifest.split_rule) == (False, "ready-made")
+    _make_pair(tmp_path / "source" / "test", "test0", 1)  # the picture of train1
+    with pytest.raises(ContentError, match=r"train \(train1\) and test \(test0\)"):
+        _prepare(tmp_path / "source", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.*"))
+    assert _prepare(tmp_path / "source", tmp_path / "out", allow_leaks=True).leaky
+
+
+def test_folds_cover_train_and_valid(source, tmp_path):
+    manifest = _prepare(source, tmp_path / "out", num_folds=4)
+    rows = _rows(tmp_path / "out")
+    assert manifest.num_folds == 4
+    assert {row["fold"] for row in rows if row["split"] != "test"} == {0, 1, 2, 3}
+    assert {row["fold"] for row in rows if row["split"] == "test"} == {None}
+
+
+def test_yaml_gives_options_and_the_command_line_wins(source, tmp_path):
+    (tmp_path / "prep.yaml").write_text("image_size: 16\nseed: 5\nnum_processes: 1\n")
+    code, errors = _main(
+        [str(source), str(tmp_path / "out"), f"--config={tmp_path}/prep.yaml", "--seed=6"]
+    )
+    assert code == 0, errors
+    manifest, _ = schema.read_manifest(open_store(str(tmp_path / "out")))
+    assert (manifest.image_height, manifest.seed) == (16, 6)
+    (tmp_path / "prep.yaml").write_text("image_sise: 16\n")
+    code, errors = _main([str(source), str(tmp_path / "x"), f"--config={tmp_path}/prep.yaml"])
+    assert (code, "did you mean 'image_size'" in errors) == (2, True)
+
+
+def test_full_disk_exits_5_and_continues(source, tmp_path):
+    # A limit on the size of a file is the nearest to a full disk that needs no other machine.
+    import resource
+
+    def prepare_with(num_bytes):
+        return subprocess.run(
+            _command(source, tmp_path / "out", "--image-size=64", "--num-processes=1"),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes)),
+        )
+
+    found = prepare_with(2_000)
+    assert found.returncode == 5, found.stderr
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "out" / schema.MANIFEST_NAME).exists()
+    assert prepare_with(100_000_000).returncode == 0
+
+
+def test_source_that_vanishes_is_a_storage_error(source, tmp_path):
+    pairs, _ = prep.find_pairs(find_sources(str(source)))
+    os.remove(source / "masks" / "case_2.png")
+    config = prep.PrepConfig()
+    with pytest.raises(StorageError, match=r"case_2\.png: vanished"):
+        prep._items_of([(pair, pair.id) for pair in pairs], config)
+
+
+def test_help_answers_at_once_and_names_units():
+    started = time.monotonic()
+    found = _run("--help")
+    assert found.returncode == 0
+    assert time.monotonic() - started < 5  # under 1 s on a machine that does nothing else
+    for word in ("pixels", "MB", "[default: 512]", "--group-preset", "--skip-bad"):
+        assert word in found.stdout
+
+
+def test_prep_imports_nothing_heavy():
+    code = (
+        "import sys, data_prep.prep\n"
+        "heavy = {'tensorflow', 'ray', 'pyarrow', 'matplotlib', 'cv2', 'google.cloud.storage'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.strip() == "[]", found.stderr
+
+
+@pytest.mark.skipif(not _INBREAST.is_dir(), reason="the real mammograms are not beside the project")
+def test_real_mammograms(tmp_path):
+    manifest = _prepare(
+        _INBREAST, tmp_path / "out", image_size=512, group_preset="augmented", num_processes=2
+    )
+    # 24 pairs, of which 4 have colour
+    assert (manifest.num_samples, manifest.channels) == (24, 3)
+    splits_of = {}
+    for row in _rows(tmp_path / "out"):
+        splits_of.setdefault(row["group"], set()).add(row["split"])
+    assert {len(splits) for splits in splits_of.values()} == {1}
+    grey = _prepare(
+        _INBREAST, tmp_path / "grey", image_size=512, group_preset="augmented", channels="grey"
+    )
+    assert grey.channels == 1
+
+
+def test_bucket_holds_the_bytes_of_a_folder(source, tmp_path, bucket_url):
+    _prepare(source, tmp_path / "out")
+    remote = f"{bucket_url}/dataset"
+    _prepare(source, remote)
+    store = open_store(remote)
+    assert {stat.name: store.get(stat.name) for stat in store.list()} == _files(tmp_path / "out")
+    _prepare(source, remote)  # finished already
+    with pytest.raises(UsageError, match="--seed was 1, now 2"):
+        _prepare(source, remote, seed=2)
+
+
+def test_bucket_is_a_source_too(source, tmp_path, bucket_url):
+    store = open_store(f"{bucket_url}/source")
+    for name, data in _files(source).items():
+        store.put(name, data)
+    _prepare(f"{bucket_url}/source", tmp_path / "remote")
+    _prepare(source, tmp_path / "local")
+    assert _files(tmp_path / "remote") == _files(tmp_path / "local")
