@@ -141,7 +141,7 @@ class RecordReader:
         self.failure: FlexUNetError | None = None
 
     def read_many(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the Examples of `indices` (B,) int64 as (B,) bytes; called inside a `tf.data` graph.
+        """Returns the Examples of `indices` (B,) int64 as (B,) bytes; called in a `tf.data` graph.
 
         TensorFlow turns an exception into one of its own, so the cause is kept in `failure`.
         """
