@@ -1,10 +1,14 @@
 """Evaluation of a split: exact sums over every case, tables, and pictures of some cases.
 
+Training and the command share the `Evaluator`.
+
 python -m job.evaluate RUN --split test
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +17,23 @@ import numpy as np
 
 from data_prep.command import SettingsCommand, given, run_command, settings_options
 from data_prep.errors import UsageError
-from data_prep.progress import Progress
+from data_prep.progress import Progress, quiet_interrupts
 from data_prep.settings import Settings, option, validated
-from data_prep.storage import Store, join_url, open_store
-from job.data import Dataset, RecordReader, Split, read_sample
+from data_prep.storage import Store
+from job.config import TrainConfig
+from job.data import (
+    Dataset,
+    RecordReader,
+    Split,
+    global_batches,
+    iterate,
+    make_batches,
+    open_dataset,
+    open_reader,
+    read_sample,
+)
 from job.history import csv_table, evaluation_csv
+from job.trained import TrainedRun, load_model, num_outputs, open_trained
 
 _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
 
@@ -29,41 +45,96 @@ class Evaluation:
     split: Split
     means: dict[str, float]  # "loss" and the reference's metrics
     counts: np.ndarray  # (cases, classes, 4) int64: tp, fp, fn, tn
-    summary: dict[str, Any]
+    summary: dict[str, Any]  # strict JSON
 
 
-def evaluate_cases(
-    batches: Iterable[Mapping[str, Any]],
-    evaluation_step: Callable[..., Any],
-    split: Split,
-    class_names: Sequence[str],
-    metrics: Mapping[str, Any],
-) -> Evaluation:
-    """Returns the evaluation of `split` from its `batches`, which hold every case once, in order.
+@dataclass(frozen=True)
+class Evaluator:
+    """A model on its devices, and how its errors on a dataset are counted."""
 
-    Args:
-        metrics: the reference's metrics that `evaluation_step` sums, by name.
+    config: TrainConfig
+    strategy: Any
+    dataset: Dataset
+    loss: Callable[..., Any]
+    metrics: Mapping[str, Any]  # of the reference, by name
+    step: Callable[..., Any]  # batch -> sums, counts
+    predict: Callable[[np.ndarray], np.ndarray]  # (1, H, W, C) pixels -> (1, H, W) class ids
+
+    def evaluate(self, name: str, reader: RecordReader, *, shown: bool = False) -> Evaluation:
+        """Returns the evaluation of every case of split `name`, with the weights as they are now.
+
+        Args:
+            reader: of that split.
+            shown: show the progress.
+        """
+        from job.metrics import RunningSums
+
+        split = self.dataset.split(name)
+        plan = global_batches(np.arange(len(split)), self.config.global_batch_size)
+        batches = distributed_batches(
+            self.strategy, self.dataset, reader, plan, seed=self.config.seed, epoch=0
+        )
+        running, parts = RunningSums(), []
+        with Progress(f"evaluate {name}", len(plan), unit="batches", shown=shown) as bar:
+            for batch in bar.tracked(iterate(batches, reader)):
+                sums, counts = self.step(batch)
+                running.add(sums)
+                parts.append(counts.numpy())
+        # The last batch is filled up with padding, which comes after every case.
+        cases = np.concatenate(parts)[: len(split)]
+        means = means_of(running, self.metrics)
+        return Evaluation(split, means, cases, _summary(split, cases, means, self.dataset))
+
+
+def make_evaluator(config: TrainConfig, strategy: Any, dataset: Dataset, model: Any) -> Evaluator:
+    """Returns the evaluator of `model`, which was made in the scope of `strategy`.
+
+    Raises:
+        UsageError: the loss does not fit the dataset's classes.
     """
-    from job.metrics import RunningSums, summarize
+    from job.losses import make_loss
+    from job.metrics import reference_metrics
+    from job.step import make_evaluation_step, make_probability_step
 
-    running = RunningSums()
-    parts = []
-    for batch in batches:
-        sums, counts = evaluation_step(batch)
-        running.add(sums)
-        parts.append(counts.numpy())
-    # The last batch is filled up with padding, which comes after every case.
-    counts = np.concatenate(parts)[: len(split)]
-    means = means_of(running, metrics)
-    summary = {
-        "split": split.name,
-        **summarize(counts),
-        "loss": means["loss"],
-        **{f"reference_{name}": value for name, value in means.items() if name != "loss"},
-    }
-    for each, name in zip(summary["classes"], class_names, strict=True):
-        each["name"] = name
-    return Evaluation(split=split, means=means, counts=counts, summary=summary)
+    manifest = dataset.manifest
+    loss = make_loss(
+        config.loss.name,
+        num_classes=num_outputs(config, manifest),
+        class_weights=config.loss.class_weights,
+        ignore_id=manifest.ignore_id,
+    )
+    metrics = reference_metrics(config.metrics, ignore_id=manifest.ignore_id)
+    step = make_evaluation_step(
+        strategy, model, loss, metrics, len(manifest.classes), manifest.ignore_id
+    )
+    predict = _class_ids_of(make_probability_step(model))
+    return Evaluator(config, strategy, dataset, loss, metrics, step, predict)
+
+
+def distributed_batches(
+    strategy: Any,
+    dataset: Dataset,
+    reader: RecordReader,
+    plan: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    augmentation: Any = None,
+) -> Any:
+    """Returns the batches of `plan`, (steps, global batch) sample indices, on the replicas."""
+    replicas = strategy.num_replicas_in_sync
+    return strategy.distribute_datasets_from_function(
+        lambda _: make_batches(
+            dataset,
+            reader,
+            plan,
+            seed=seed,
+            epoch=epoch,
+            augmentation=augmentation,
+            num_replicas=replicas,
+            num_local_replicas=replicas,
+        )
+    )
 
 
 def means_of(running: Any, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -72,33 +143,61 @@ def means_of(running: Any, metrics: Mapping[str, Any]) -> dict[str, float]:
     return {"loss": running.mean("loss"), **values}
 
 
-def write_evaluation(
-    store: Store,
-    evaluation: Evaluation,
-    dataset: Dataset,
-    reader: RecordReader,
-    predict: Callable[[np.ndarray], np.ndarray],
-    *,
-    loss_name: str,
-    metric_name: str,
-) -> None:
-    """Writes `evaluation/`: the tables, the summary and panels of best, middle and worst cases.
+def _summary(split: Split, cases: np.ndarray, means: Mapping[str, float], dataset: Dataset) -> Any:
+    from job.metrics import summarize
 
-    A split other than test goes to `evaluation/<split>/`.
+    values = {name: value if math.isfinite(value) else None for name, value in means.items()}
+    summary = {
+        "split": split.name,
+        **summarize(cases),
+        "loss": values.pop("loss"),
+        **{f"reference_{name}": value for name, value in values.items()},
+    }
+    for each, info in zip(summary["classes"], dataset.manifest.classes, strict=True):
+        each["name"] = info.name
+    return summary
+
+
+def _class_ids_of(step: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns `step`, which gives probabilities, as images (B, H, W, C) -> class ids (B, H, W)."""
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        probabilities = step(images).numpy()
+        if probabilities.shape[-1] == 1:
+            return (probabilities[..., 0] > 0.5).astype(np.uint8)
+        return np.argmax(probabilities, axis=-1).astype(np.uint8)
+
+    return predict
+
+
+def write_evaluation(
+    store: Store, evaluation: Evaluation, evaluator: Evaluator, reader: RecordReader
+) -> str:
+    """Writes the tables, the summary and panels of best, middle and worst cases of a split.
+
+    They go to `evaluation/`, or to `evaluation/<split>/` for another split than test.
 
     Args:
         store: the run's folder.
-        predict: (1, H, W, C) pixels -> (1, H, W) class ids.
+        reader: of that split.
+
+    Returns:
+        The URL of the folder.
     """
-    split = evaluation.split.name
-    folder = "evaluation" if split == "test" else f"evaluation/{split}"
-    means = evaluation.means
-    text = evaluation_csv(loss_name, means["loss"], metric_name, means.get(metric_name, np.nan))
-    store.put(f"{folder}/evaluation.csv", text.encode())
-    store.put(f"{folder}/per_case.csv", _per_case_csv(evaluation, dataset).encode())
+    split, means = evaluation.split.name, evaluation.means
+    target = store.below("evaluation" if split == "test" else f"evaluation/{split}")
+    loss, metric = evaluator.config.loss.name, next(iter(evaluator.metrics), "")
+    table = evaluation_csv(loss, means["loss"], metric, means.get(metric, math.nan))
+    pictures = dict(_example_pictures(evaluation, evaluator, reader))
+    # Where there is a summary, all that it summarizes is there too.
+    target.delete("summary.json")
+    target.put("evaluation.csv", table.encode())
+    target.put("per_case.csv", _per_case_csv(evaluation, evaluator.dataset).encode())
+    for name, picture in pictures.items():
+        target.put(f"examples/{name}.png", picture)
     summary = json.dumps(evaluation.summary, indent=2, allow_nan=False) + "\n"
-    store.put(f"{folder}/summary.json", summary.encode())
-    _write_examples(store, folder, evaluation, dataset, reader, predict)
+    target.put("summary.json", summary.encode())
+    return target.url
 
 
 def _per_case_csv(evaluation: Evaluation, dataset: Dataset) -> str:
@@ -118,23 +217,17 @@ def _per_case_csv(evaluation: Evaluation, dataset: Dataset) -> str:
     return csv_table(columns, rows)
 
 
-def _write_examples(
-    store: Store,
-    folder: str,
-    evaluation: Evaluation,
-    dataset: Dataset,
-    reader: RecordReader,
-    predict: Callable[[np.ndarray], np.ndarray],
-) -> None:
+def _example_pictures(
+    evaluation: Evaluation, evaluator: Evaluator, reader: RecordReader
+) -> Iterator[tuple[str, bytes]]:
     from job import plots
 
-    classes = dataset.manifest.classes
+    classes = evaluator.dataset.manifest.classes
     for name, index, dice in _example_cases(evaluation.counts):
         image, truth = read_sample(reader, index)
-        prediction = predict(image[np.newaxis])[0]
+        prediction = evaluator.predict(image[np.newaxis])[0]
         title = plots.panel_title(evaluation.split.filenames[index], dice)
-        picture = plots.panel_png(image, truth, prediction, classes, title)
-        store.put(f"{folder}/examples/{name}.png", picture)
+        yield name, plots.panel_png(image, truth, prediction, classes, title)
 
 
 def _example_cases(counts: np.ndarray) -> list[tuple[str, int, float | None]]:
@@ -193,93 +286,48 @@ class EvaluateConfig(Settings):
     progress: bool = option(True, "Show a progress bar on a terminal.")
 
 
-def evaluate_run(run_url: str, config: EvaluateConfig) -> Evaluation:
-    """Evaluates one split with the weights of a run and writes `evaluation/` into it.
+def evaluate_run(
+    run: TrainedRun, dataset: Dataset, strategy: Any, config: EvaluateConfig
+) -> tuple[Evaluation, str]:
+    """Returns the evaluation of one split with the weights of a run, and where it was written.
 
     Raises:
-        UsageError: no run, no such split, or the dataset is not the one of the run.
+        UsageError: no such split.
     """
-    from job import runtime
-    from job.data import global_batches, iterate, make_batches, open_dataset, open_reader
-    from job.losses import make_loss
-    from job.metrics import reference_metrics
-    from job.step import make_evaluation_step, make_probability_step
-    from job.trained import load_trained, num_outputs, read_config
-
-    settings = read_config(open_store(run_url))
-    changes = {
-        "global_batch_size": config.batch_size or settings.global_batch_size,
-        "cpu_replicas": config.cpu_replicas,
-    }
-    strategy = runtime.configure(settings.model_copy(update=changes))
+    settings = resolve_config(run, config)
+    split = dataset.split(config.split)
     with strategy.scope():
-        trained = load_trained(run_url, which=config.checkpoint)
-    dataset = open_dataset(config.data or str(settings.data))
-    if dataset.digest != trained.dataset_digest:
+        model = load_model(run, which=config.checkpoint)
+    evaluator = make_evaluator(settings, strategy, dataset, model)
+    reader = open_reader(dataset, split, cache=settings.cache, cache_dir=settings.cache_dir)
+    with closing(reader):
+        evaluation = evaluator.evaluate(split.name, reader, shown=config.progress)
+        return evaluation, write_evaluation(run.store, evaluation, evaluator, reader)
+
+
+def resolve_config(run: TrainedRun, config: EvaluateConfig) -> TrainConfig:
+    """Returns the run's config with the batch and the devices of this evaluation."""
+    batch_size = config.batch_size or run.config.global_batch_size
+    changes = {"global_batch_size": batch_size, "cpu_replicas": config.cpu_replicas}
+    return run.config.model_copy(update=changes)
+
+
+def dataset_of(run: TrainedRun, url: str | None) -> Dataset:
+    """Returns the dataset that `run` was trained on.
+
+    Args:
+        url: where it is now; None: where it was then.
+
+    Raises:
+        UsageError: another dataset is there.
+    """
+    dataset = open_dataset(url or str(run.config.data))
+    if dataset.digest != run.dataset_digest:
         raise UsageError(
             f"{dataset.url}: not the dataset that this run was trained on (its manifest has sha256 "
-            f"{dataset.digest[:12]}, the run's {trained.dataset_digest[:12]}); give it with --data"
+            f"{dataset.digest[:12]}, the run's {run.dataset_digest[:12]}); give it with --data"
         )
-    split = dataset.split(config.split)
-    reader = open_reader(dataset, split, cache=settings.cache, cache_dir=settings.cache_dir)
-    outputs = num_outputs(settings, dataset.manifest)
-    loss = make_loss(
-        settings.loss.name,
-        num_classes=outputs,
-        class_weights=settings.loss.class_weights,
-        ignore_id=dataset.manifest.ignore_id,
-    )
-    metrics = reference_metrics(settings.metrics, ignore_id=dataset.manifest.ignore_id)
-    step = make_evaluation_step(
-        strategy,
-        trained.model,
-        loss,
-        metrics,
-        len(dataset.manifest.classes),
-        dataset.manifest.ignore_id,
-    )
-    plan = global_batches(np.arange(len(split)), changes["global_batch_size"])
-    replicas = strategy.num_replicas_in_sync
-    batches = strategy.distribute_datasets_from_function(
-        lambda _: make_batches(
-            dataset,
-            reader,
-            plan,
-            seed=settings.seed,
-            epoch=0,
-            num_replicas=replicas,
-            num_local_replicas=replicas,
-        )
-    )
-    names = [each.name for each in dataset.manifest.classes]
-    with Progress(
-        f"evaluate {split.name}", len(plan), unit="batches", shown=config.progress
-    ) as bar:
-        evaluation = evaluate_cases(
-            bar.tracked(iterate(batches, reader)), step, split, names, metrics
-        )
-    write_evaluation(
-        trained.store,
-        evaluation,
-        dataset,
-        reader,
-        class_ids_of(make_probability_step(trained.model)),
-        loss_name=settings.loss.name,
-        metric_name=settings.metrics[0] if settings.metrics else "",
-    )
-    return evaluation
-
-
-def class_ids_of(step: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns `step`, which gives probabilities, as images (B, H, W, C) -> class ids (B, H, W)."""
-
-    def predict(images: np.ndarray) -> np.ndarray:
-        probabilities = step(images).numpy()
-        if probabilities.shape[-1] == 1:
-            return (probabilities[..., 0] > 0.5).astype(np.uint8)
-        return np.argmax(probabilities, axis=-1).astype(np.uint8)
-
-    return predict
+    return dataset
 
 
 @click.command(cls=SettingsCommand)
@@ -291,9 +339,16 @@ def command(run: str, **options: Any) -> int:
     RUN is the folder or gs:// URL of a run (RUNS/NAME). Writes RUN/evaluation.
     """
     config = validated(EvaluateConfig, given(options), "options")
-    evaluation = evaluate_run(run, config)
+    with quiet_interrupts():
+        trained = open_trained(run)
+        dataset = dataset_of(trained, config.data)
+        dataset.split(config.split)
+        from job import runtime
+
+        strategy = runtime.configure(resolve_config(trained, config))
+        evaluation, url = evaluate_run(trained, dataset, strategy, config)
     show_summary(evaluation.summary)
-    click.echo(f"tables and pictures: {join_url(run, 'evaluation')}")
+    click.echo(f"tables and pictures: {url}")
     return 0
 
 

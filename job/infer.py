@@ -1,37 +1,47 @@
 """Masks for a folder of images of any size.
 
+Reading, the network and writing go on at the same time; how much waits between them is bounded, so
+that memory depends on the batch and not on the number of images.
+
 python -m job.infer RUN IMAGES [OUTPUT]
 """
 
-import logging
+import itertools
+import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import click
 import numpy as np
 
-from data_prep.command import SettingsCommand, run_command, settings_options
+from data_prep.command import SettingsCommand, given, run_command, settings_options
 from data_prep.errors import ContentError, UsageError
 from data_prep.image import Geometry, apply_geometry, fit, read_image, undo_geometry
-from data_prep.progress import Progress
+from data_prep.pool import in_order
+from data_prep.progress import Progress, quiet_interrupts
 from data_prep.schema import Manifest
 from data_prep.settings import Settings, option, validated
 from data_prep.storage import Store, join_url, open_store
 from job.history import csv_table
-
-logger = logging.getLogger(__name__)
+from job.trained import TrainedRun, load_model, open_trained
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+OVERLAYS_FOLDER = "overlays"
+UNREADABLE_NAME = "unreadable.csv"
+
+# The longest side of the picture that is kept for the overlay, pixels; no overlay is larger.
+_PREVIEW_SIDE = 1600
 
 
 class InferConfig(Settings):
     """Options of `flexunet infer`."""
 
     batch_size: int = option(8, "Images predicted at once.", ge=1)
-    checkpoint: str = option("best", "Weights: best or last.", pattern="^(best|last)$")
+    checkpoint: Literal["best", "last"] = option("best", "Weights.")
     overlays: bool = option(True, "Write contours over the images to OUTPUT/overlays.")
     overwrite: bool = option(False, "Predict again what OUTPUT already has.")
     max_pixels: int = option(100_000_000, "Larger images are refused, pixels.", ge=1)
@@ -44,16 +54,16 @@ class InferResult:
 
     output_url: str
     num_written: int
-    num_skipped: int
+    num_kept: int
     unreadable: tuple[tuple[str, str], ...]  # (file, reason)
 
 
 @dataclass(frozen=True)
 class _Picture:
     name: str
-    original: np.ndarray  # as read, (H, W, C)
-    pixels: np.ndarray  # as the model takes it
+    pixels: np.ndarray  # (H, W, C), as the model takes it
     geometry: Geometry
+    preview: np.ndarray | None  # (h, w, C), for the overlay
 
 
 def infer(
@@ -61,37 +71,33 @@ def infer(
 ) -> InferResult:
     """Writes the mask of every image below `images_url`, in the classes' colours, at its own size.
 
-    What `output_url` already has is skipped, so that a stopped call continues. Images that cannot
-    be read are listed in `unreadable.csv`.
+    What `output_url` already has is kept, so that a stopped call continues. Images that cannot be
+    read are listed in `unreadable.csv`.
 
     Raises:
-        UsageError: no run, no images, or two images whose masks would have one name.
+        UsageError: no run, no images, two images whose masks would have one name, or output and
+            images in one another.
+        StorageError: an image vanished, or storage is unavailable; the same call continues.
     """
-    from job.runtime import import_tensorflow
-    from job.trained import load_trained
-
+    run = open_trained(run_url)
     source = open_store(images_url)
-    names = find_images(source)
     output = open_store(output_url or join_url(run_url, "inference"))
+    _refuse_overlap(source, output)
+    names = find_images(source)
+    if config.overlays:
+        _refuse_overlays_folder(source, names)
     done = set() if config.overwrite else {stat.name for stat in output.list()}
     todo = [name for name in names if mask_name(name) not in done]
-    unreadable: list[tuple[str, str]] = []
-    if todo:
-        import_tensorflow()
-        from job.step import make_probability_step
-
-        trained = load_trained(run_url, which=config.checkpoint)
-        step = make_probability_step(trained.model)
-        with Progress("infer", len(todo), shown=config.progress) as progress:
-            pictures = _read_pictures(source, todo, trained.manifest, config, unreadable, progress)
-            for batch in _batched(pictures, config.batch_size):
-                _write_batch(batch, step, trained.manifest, output, config)
-                progress.advance(len(batch))
-    text = csv_table(["file", "reason"], unreadable)
-    if unreadable or output.stat("unreadable.csv") is not None:
-        output.put("unreadable.csv", text.encode())
+    unreadable = _predict(run, source, todo, output, config) if todo else []
+    if unreadable:
+        output.put(UNREADABLE_NAME, csv_table(["file", "reason"], unreadable).encode())
+    else:
+        output.delete(UNREADABLE_NAME)
     return InferResult(
-        output.url, len(todo) - len(unreadable), len(names) - len(todo), tuple(unreadable)
+        output_url=output.url,
+        num_written=len(todo) - len(unreadable),
+        num_kept=len(names) - len(todo),
+        unreadable=tuple(unreadable),
     )
 
 
@@ -122,112 +128,171 @@ def mask_name(image_name: str) -> str:
 
 
 def to_model_pixels(image: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, Geometry]:
-    """Returns `image` (h, w, 1|3) with the dataset's size, channels and range of values.
+    """Returns `image` (h, w, 1|3) as the dataset would store it: (H, W, C), and where it lies.
 
-    An image of another bit depth is rescaled to the dataset's: 8 bit to `value_max`, 16 bit to 8
-    by its upper byte.
+    An 8-bit dataset takes the upper byte of 16-bit images.
     """
+    import cv2
+
+    from data_prep.shards import Target, convert
+
+    size = manifest.image_height, manifest.image_width
     geometry = fit(
-        *image.shape[:2],
-        target_height=manifest.image_height,
-        target_width=manifest.image_width,
-        kind=manifest.geometry,
+        *image.shape[:2], target_height=size[0], target_width=size[1], kind=manifest.geometry
     )
-    if manifest.bit_depth == 8 and image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
-    elif manifest.bit_depth == 16 and image.dtype == np.uint8:
-        image = (image.astype(np.uint32) * manifest.value_max // 255).astype(np.uint16)
     if manifest.channels == 1 and image.shape[2] == 3:
-        # ITU-R BT.601 luma; equal channels keep their value.
-        luma = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-        image = np.rint(luma).astype(image.dtype)[..., np.newaxis]
-    elif manifest.channels == 3 and image.shape[2] == 1:
-        image = np.repeat(image, 3, axis=2)
-    pixels = apply_geometry(
-        image, geometry, manifest.image_height, manifest.image_width, nearest=False
-    )
-    return pixels.reshape(manifest.image_height, manifest.image_width, manifest.channels), geometry
+        # As prep does: the luma of ITU-R BT.601, which keeps the value of equal channels.
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, np.newaxis]
+    pixels = apply_geometry(image, geometry, *size, nearest=False).reshape(*size, -1)
+    if manifest.bit_depth == 8 and pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    target = Target(manifest.channels, manifest.bit_depth, manifest.value_max)
+    return convert(pixels, target), geometry
 
 
 def class_ids_at_source(probabilities: np.ndarray, geometry: Geometry) -> np.ndarray:
     """Returns the mask at the image's own size: (h, w) uint8.
 
-    Probabilities are enlarged before the class is chosen, so that contours stay smooth.
+    Probabilities are enlarged before the class is chosen, so that contours stay smooth; one class
+    at a time, because an image of 100 megapixels takes 400 MB for each.
 
     Args:
         probabilities: (H, W, K) float32 at the model's size; K = 1 is a sigmoid output.
     """
-    full = undo_geometry(probabilities, geometry, nearest=False)
+    highest = undo_geometry(probabilities[..., 0], geometry, nearest=False)
     if probabilities.shape[-1] == 1:
-        return (full.reshape(full.shape[:2]) > 0.5).astype(np.uint8)
-    return np.argmax(full, axis=-1).astype(np.uint8)
+        return (highest > 0.5).astype(np.uint8)
+    ids = np.zeros(highest.shape, np.uint8)
+    for class_id in range(1, probabilities.shape[-1]):
+        plane = undo_geometry(probabilities[..., class_id], geometry, nearest=False)
+        ids[plane > highest] = class_id
+        np.maximum(highest, plane, out=highest)
+    return ids
 
 
-def _read_pictures(
-    source: Store,
-    names: Sequence[str],
-    manifest: Manifest,
-    config: InferConfig,
+def _refuse_overlap(source: Store, output: Store) -> None:
+    """Masks among the images would be taken for images by the next call, or replace some."""
+    inner, outer = (
+        f"{os.path.realpath(store.url) if store.local_root else store.url}/"
+        for store in (source, output)
+    )
+    if inner.startswith(outer) or outer.startswith(inner):
+        raise UsageError(
+            f"{output.url}: the output and the images in {source.url} must not lie in one "
+            "another; give another OUTPUT"
+        )
+
+
+def _refuse_overlays_folder(source: Store, names: Sequence[str]) -> None:
+    for name in names:
+        if name.startswith(f"{OVERLAYS_FOLDER}/"):
+            raise UsageError(
+                f"{source.url}: the masks of its folder {OVERLAYS_FOLDER} would lie among the "
+                "overlays; rename the folder or give --no-overlays"
+            )
+
+
+def _predict(
+    run: TrainedRun, source: Store, names: Sequence[str], output: Store, config: InferConfig
+) -> list[tuple[str, str]]:
+    """Writes the masks of `names`; returns (file, reason) of those that cannot be read."""
+    from job.runtime import import_tensorflow
+
+    import_tensorflow()
+    from job.step import make_probability_step
+
+    step = make_probability_step(load_model(run, which=config.checkpoint))
+    manifest, num_waiting = run.manifest, 2 * config.batch_size
+    unreadable: list[tuple[str, str]] = []
+
+    def read(name: str) -> _Picture | tuple[str, str]:
+        return _read_picture(source, name, manifest, config)
+
+    def write(task: tuple[_Picture, np.ndarray]) -> None:
+        _write_picture(*task, manifest, output)
+
+    with (
+        _threads() as readers,
+        _threads() as writers,
+        Progress("infer", len(names), shown=config.progress) as progress,
+    ):
+        found = in_order(readers, read, names, num_waiting=num_waiting)
+        pictures = _readable(found, unreadable, progress)
+        predicted = _predicted(pictures, step, config.batch_size)
+        for _ in in_order(writers, write, predicted, num_waiting=num_waiting):
+            progress.advance()
+    return unreadable
+
+
+@contextmanager
+def _threads() -> Iterator[Executor]:
+    """Yields a pool of threads; at the end what has not begun is dropped."""
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_picture(
+    source: Store, name: str, manifest: Manifest, config: InferConfig
+) -> _Picture | tuple[str, str]:
+    """Returns the picture, or its name and why it cannot be read."""
+    try:
+        image = read_image(source.get(name), name=name, max_pixels=config.max_pixels)
+    except ContentError as error:
+        return name, str(error)
+    pixels, geometry = to_model_pixels(image, manifest)
+    return _Picture(name, pixels, geometry, _preview(image) if config.overlays else None)
+
+
+def _preview(image: np.ndarray) -> np.ndarray:
+    height, width = image.shape[:2]
+    scale = _PREVIEW_SIDE / max(height, width)
+    if scale >= 1:
+        return image
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    geometry = fit(height, width, target_height=size[0], target_width=size[1], kind="stretch")
+    return apply_geometry(image, geometry, *size, nearest=False)
+
+
+def _readable(
+    found: Iterable[_Picture | tuple[str, str]],
     unreadable: list[tuple[str, str]],
     progress: Progress,
 ) -> Iterator[_Picture]:
-    """Yields the pictures in order, decoded two batches ahead of the network."""
-
-    def read(name: str) -> _Picture | ContentError:
-        try:
-            image = read_image(source.get(name), name=name, max_pixels=config.max_pixels)
-        except ContentError as error:
-            return error
-        return _Picture(name, image, *to_model_pixels(image, manifest))
-
-    with ThreadPoolExecutor(2, "read") as pool:
-        ahead = 2 * config.batch_size
-        futures = [pool.submit(read, name) for name in names[:ahead]]
-        for index, name in enumerate(names):
-            picture = futures[index].result()
-            futures[index] = None  # type: ignore[call-overload] # frees the picture
-            if index + ahead < len(names):
-                futures.append(pool.submit(read, names[index + ahead]))
-            if isinstance(picture, ContentError):
-                unreadable.append((name, str(picture)))
-                progress.advance()
-            else:
-                yield picture
+    for each in found:
+        if isinstance(each, _Picture):
+            yield each
+        else:
+            unreadable.append(each)
+            progress.advance()
 
 
-def _batched(pictures: Iterable[_Picture], size: int) -> Iterator[list[_Picture]]:
-    batch: list[_Picture] = []
-    for picture in pictures:
-        batch.append(picture)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _predicted(
+    pictures: Iterator[_Picture], step: Callable[[np.ndarray], Any], batch_size: int
+) -> Iterator[tuple[_Picture, np.ndarray]]:
+    """Yields each picture with its probabilities, (H, W, K) float32."""
+    while batch := list(itertools.islice(pictures, batch_size)):
+        pixels = np.stack([picture.pixels for picture in batch])
+        # The last batch is filled up: one shape, one compilation.
+        filler = np.repeat(pixels[:1], batch_size - len(batch), axis=0)
+        probabilities = step(np.concatenate([pixels, filler])).numpy()
+        yield from zip(batch, probabilities[: len(batch)], strict=True)
 
 
-def _write_batch(
-    batch: Sequence[_Picture],
-    step: Callable[[np.ndarray], Any],
-    manifest: Manifest,
-    output: Store,
-    config: InferConfig,
+def _write_picture(
+    picture: _Picture, probabilities: np.ndarray, manifest: Manifest, output: Store
 ) -> None:
     from job import plots
 
-    # The last batch is filled up: one shape, one compilation.
-    pixels = np.stack([picture.pixels for picture in batch])
-    missing = config.batch_size - len(batch)
-    filled = np.concatenate([pixels, np.repeat(pixels[:1], missing, axis=0)])
-    probabilities = step(filled).numpy()
-    classes = manifest.classes
-    for picture, probability in zip(batch, probabilities[: len(batch)], strict=True):
-        ids = class_ids_at_source(probability, picture.geometry)
-        name = mask_name(picture.name)
-        if config.overlays:
-            output.put(f"overlays/{name}", plots.overlay_png(picture.original, ids, classes))
-        # The mask last: it is what a continued call looks for.
-        output.put(name, plots.mask_png(ids, classes))
+    ids = class_ids_at_source(probabilities, picture.geometry)
+    name = mask_name(picture.name)
+    if picture.preview is not None:
+        overlay = plots.overlay_png(picture.preview, ids, manifest.classes)
+        output.put(f"{OVERLAYS_FOLDER}/{name}", overlay)
+    # The mask last: it is what a continued call looks for.
+    output.put(name, plots.mask_png(ids, manifest.classes))
 
 
 @click.command(cls=SettingsCommand)
@@ -239,19 +304,19 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     """Predict masks for the images in a folder or bucket prefix.
 
     RUN is the folder or gs:// URL of a run (RUNS/NAME), IMAGES a folder of images of any size,
-    OUTPUT a folder or gs:// URL (default: RUN/inference).
+    OUTPUT a folder or gs:// URL (default: RUN/inference). The same command continues after a stop.
     """
-    from data_prep.command import given
-
     config = validated(InferConfig, given(options), "options")
-    result = infer(run, images, output, config)
-    click.echo(
-        f"masks: {result.output_url} ({result.num_written} written, {result.num_skipped} kept)"
-    )
+    with quiet_interrupts():
+        result = infer(run, images, output, config)
+    kept = f", {result.num_kept} kept (--overwrite predicts them again)" if result.num_kept else ""
+    click.echo(f"masks: {result.output_url} ({result.num_written} written{kept})")
+    if config.overlays:
+        click.echo(f"overlays: {join_url(result.output_url, OVERLAYS_FOLDER)}")
     if result.unreadable:
         raise ContentError(
             f"{len(result.unreadable)} of the images could not be read, first "
-            f"{result.unreadable[0][1]}; see {result.output_url}/unreadable.csv"
+            f"{result.unreadable[0][1]}; all are in {join_url(result.output_url, UNREADABLE_NAME)}"
         )
     return 0
 

@@ -30,23 +30,28 @@ from job.data import (
     RecordReader,
     global_batches,
     iterate,
-    make_batches,
     open_dataset,
     open_reader,
     read_sample,
     sample_order,
 )
-from job.evaluate import Evaluation, class_ids_of, evaluate_cases, means_of, write_evaluation
+from job.evaluate import (
+    Evaluation,
+    Evaluator,
+    distributed_batches,
+    make_evaluator,
+    means_of,
+    write_evaluation,
+)
 from job.history import History, csv_table
 from job.infer import find_images, to_model_pixels
-from job.losses import make_loss
-from job.metrics import RunningSums, reference_metrics
+from job.metrics import RunningSums
 from job.optimizer import Adam
 from job.run import Place, Run, commit_prefix, fetch_commit
 from job.schedule import EarlyStopping, PlateauReducer
 from job.state import TrainState
-from job.step import make_evaluation_step, make_probability_step, make_train_step
-from job.trained import initialize_from, model_for, num_outputs
+from job.step import make_train_step
+from job.trained import initialize_from, model_for
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +68,7 @@ class Session:
     model: Any
     optimizer: Adam
     train_step: Any
-    evaluation_step: Any
-    predict: Any  # (1, H, W, C) pixels -> (1, H, W) class ids
-    metrics: dict[str, Any]
+    evaluator: Evaluator
     pictures: dict[str, np.ndarray]  # predicted after every epoch, by name, (H, W, C)
     staging: str
     events: Any  # a tf.summary writer, or None
@@ -102,7 +105,15 @@ class Session:
         split = self.dataset.split("train")
         order = sample_order(len(split), seed=self.config.seed, epoch=state.epoch)
         plan = global_batches(order, self.config.global_batch_size)[state.step_in_epoch :]
-        batches = self._batches("train", plan, epoch=state.epoch, augment=True)
+        batches = distributed_batches(
+            self.strategy,
+            self.dataset,
+            self.readers["train"],
+            plan,
+            seed=self.config.seed,
+            epoch=state.epoch,
+            augmentation=self.config.augmentation,
+        )
         running = RunningSums()
         running.load_state(state.sums)
         for batch in iterate(batches, self.readers["train"]):
@@ -126,7 +137,7 @@ class Session:
         running.load_state(state.sums)
         validation = self.evaluate("valid")
         row: dict[str, Any] = {"epoch": state.epoch, "learning_rate": state.learning_rate}
-        row |= means_of(running, self.metrics)
+        row |= means_of(running, self.evaluator.metrics)
         row |= {f"val_{name}": value for name, value in validation.means.items()}
         foreground = validation.summary["foreground_mean"]
         row |= {f"val_foreground_{name}": foreground[name] for name in ("dice", "iou")}
@@ -159,12 +170,7 @@ class Session:
 
     def evaluate(self, split: str) -> Evaluation:
         """Returns the evaluation of every case of `split` with the present weights."""
-        samples = self.dataset.split(split)
-        plan = global_batches(np.arange(len(samples)), self.config.global_batch_size)
-        batches = self._batches(split, plan, epoch=0, augment=False)
-        names = [each.name for each in self.dataset.manifest.classes]
-        steps = iterate(batches, self.readers[split])
-        return evaluate_cases(steps, self.evaluation_step, samples, names, self.metrics)
+        return self.evaluator.evaluate(split, self.readers[split])
 
     def evaluate_best(self, state: TrainState) -> dict[str, Any]:
         """Writes and returns the evaluation of the test split with the best weights."""
@@ -176,31 +182,8 @@ class Session:
             _, members = fetch_commit(self.run.store, place, folder)
             checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
         evaluation = self.evaluate("test")
-        write_evaluation(
-            self.run.store,
-            evaluation,
-            self.dataset,
-            self.readers["test"],
-            self.predict,
-            loss_name=self.config.loss.name,
-            metric_name=next(iter(self.metrics), ""),
-        )
+        write_evaluation(self.run.store, evaluation, self.evaluator, self.readers["test"])
         return dict(evaluation.summary)
-
-    def _batches(self, split: str, plan: np.ndarray, *, epoch: int, augment: bool) -> Any:
-        replicas = self.strategy.num_replicas_in_sync
-        return self.strategy.distribute_datasets_from_function(
-            lambda _: make_batches(
-                self.dataset,
-                self.readers[split],
-                plan,
-                seed=self.config.seed,
-                epoch=epoch,
-                augmentation=self.config.augmentation if augment else None,
-                num_replicas=replicas,
-                num_local_replicas=replicas,
-            )
-        )
 
     def _schedule(self, state: TrainState, row: dict[str, Any]) -> bool:
         """Lets both schedules see the validation loss; returns whether it is the best so far."""
@@ -223,7 +206,8 @@ class Session:
         return state.best is None or loss < state.best["val_loss"]
 
     def _write_tables(self, state: TrainState) -> None:
-        names = [*self.metrics, *(f"val_{name}" for name in self.metrics)]
+        metrics = self.evaluator.metrics
+        names = [*metrics, *(f"val_{name}" for name in metrics)]
         for name, text in History(state.rows, metrics=names).tables().items():
             self.run.put_bytes(f"metrics/{name}", text.encode())
         if not state.rows:
@@ -250,7 +234,7 @@ class Session:
 
     def _write_predictions(self, epoch: int) -> None:
         for name, pixels in self.pictures.items():
-            ids = self.predict(pixels[np.newaxis])[0]
+            ids = self.evaluator.predict(pixels[np.newaxis])[0]
             picture = plots.mask_png(ids, self.dataset.manifest.classes)
             # The reference counts epochs from 1 here.
             self.run.put_bytes(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", picture)
@@ -284,17 +268,10 @@ def open_session(
     run.check_identity(identity_of(config), dataset.digest)
     for name in ("train", "valid"):
         dataset.split(name)
-    manifest = dataset.manifest
-    loss = make_loss(
-        config.loss.name,
-        num_classes=num_outputs(config, manifest),
-        class_weights=config.loss.class_weights,
-        ignore_id=manifest.ignore_id,
-    )
-    metrics = reference_metrics(config.metrics, ignore_id=manifest.ignore_id)
     with strategy.scope():
-        model = model_for(config, manifest)
+        model = model_for(config, dataset.manifest)
         optimizer = Adam(config.optimizer, model.trainable_variables)
+    evaluator = make_evaluator(config, strategy, dataset, model)
     _describe(config, run, dataset, strategy)
     with ExitStack() as stack:
         staging = stack.enter_context(tempfile.TemporaryDirectory(prefix="flexunet-"))
@@ -316,12 +293,10 @@ def open_session(
             readers=readers,
             model=model,
             optimizer=optimizer,
-            train_step=make_train_step(strategy, model, optimizer, loss, metrics),
-            evaluation_step=make_evaluation_step(
-                strategy, model, loss, metrics, len(manifest.classes), manifest.ignore_id
+            train_step=make_train_step(
+                strategy, model, optimizer, evaluator.loss, evaluator.metrics
             ),
-            predict=class_ids_of(make_probability_step(model)),
-            metrics=metrics,
+            evaluator=evaluator,
             pictures=_pictures(config, dataset, readers["valid"]),
             staging=staging,
             events=events,

@@ -13,26 +13,26 @@ from data_prep.schema import MANIFEST_NAME, Manifest, parse_manifest
 from data_prep.settings import read_yaml, validated
 from data_prep.storage import NotFound, Store, open_store
 from job.config import TrainConfig
+from job.run import Place, commit_prefix, fetch_commit, fetch_newest, find_commits
 
 
 @dataclass(frozen=True)
-class TrainedModel:
-    """A model with the weights of one checkpoint, and what its input must look like."""
+class TrainedRun:
+    """A run that has a checkpoint."""
 
     store: Store  # the run's folder
     config: TrainConfig
     manifest: Manifest  # of the dataset it was trained on
     dataset_digest: str
-    checkpoint: str
-    model: Any
 
 
-def read_config(store: Store) -> TrainConfig:
-    """Returns the resolved config of the run in `store`.
+def open_trained(run_url: str) -> TrainedRun:
+    """Returns the run at `run_url`; neither weights nor TensorFlow are loaded.
 
     Raises:
-        UsageError: there is no run.
+        UsageError: no run, or no checkpoint yet.
     """
+    store = open_store(run_url)
     try:
         text = store.get("config.yaml").decode()
     except NotFound as error:
@@ -40,28 +40,28 @@ def read_config(store: Store) -> TrainConfig:
             f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
         ) from error
     where = f"{store.url}/config.yaml"
-    return validated(TrainConfig, read_yaml(text, where), where)
+    config = validated(TrainConfig, read_yaml(text, where), where)
+    if not find_commits(store):
+        raise _no_checkpoint(store)
+    data = store.get(MANIFEST_NAME)  # a copy of the dataset's, byte by byte
+    manifest = parse_manifest(data, f"{store.url}/{MANIFEST_NAME}")
+    return TrainedRun(store, config, manifest, hashlib.sha256(data).hexdigest())
 
 
-def load_trained(run_url: str, *, which: str = "best") -> TrainedModel:
-    """Returns the model of a run with its best or its last weights.
+def load_model(run: TrainedRun, *, which: str) -> Any:
+    """Returns the model of `run` with its "best" or its "last" weights.
 
     Raises:
-        UsageError: no run, or no checkpoint yet.
-        ContentError: a checkpoint is damaged.
+        UsageError: no checkpoint is the best yet.
+        ContentError: the checkpoint is damaged.
     """
     from job import checkpoint
 
-    store = open_store(run_url)
-    config = read_config(store)
-    data = store.get(MANIFEST_NAME)  # a copy of the dataset's, byte by byte
-    manifest = parse_manifest(data, f"{store.url}/{MANIFEST_NAME}")
-    model = model_for(config, manifest)
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
-        prefix, members = fetch_checkpoint(store, folder, which=which)
+        _, members = fetch_checkpoint(run.store, folder, which=which)
+        model = model_for(run.config, run.manifest)
         checkpoint.read_weights(model, members[checkpoint.WEIGHTS_NAME])
-    digest = hashlib.sha256(data).hexdigest()
-    return TrainedModel(store, config, manifest, digest, prefix, model)
+    return model
 
 
 def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dict[str, str]]:
@@ -72,11 +72,10 @@ def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dic
         ContentError: it is damaged.
     """
     from job import checkpoint
-    from job.run import Place, commit_prefix, fetch_commit, fetch_newest, find_commits
 
     newest = fetch_newest(store, find_commits(store), folder)
     if newest is None:
-        raise UsageError(f"{store.url}: no checkpoint yet; wait for the first epoch to end")
+        raise _no_checkpoint(store)
     commit, members = newest
     if which == "last":
         return commit.prefix, members
@@ -89,6 +88,10 @@ def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dic
     if prefix == commit.prefix:
         return prefix, members
     return prefix, fetch_commit(store, Place(best["attempt"], best["step"], prefix), folder)[1]
+
+
+def _no_checkpoint(store: Store) -> UsageError:
+    return UsageError(f"{store.url}: no checkpoint yet; wait for the first epoch to end")
 
 
 def model_for(config: TrainConfig, manifest: Manifest) -> Any:
