@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 STATISTICS_NAME = "report/statistics.png"
 REJECTS_NAME = "report/rejects.csv"
 _THUMBNAIL = 320  # pixels of the longer side
+_GAP = 12  # pixels between thumbnails
 _OVERLAY_ALPHA = 0.45
 _FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
 
@@ -76,18 +77,28 @@ def sheet_png(
     Args:
         value_max: raw value that is drawn white.
     """
-    figure = _figure(2.4 * len(pairs) + 0.4, 5.8)
-    figure.suptitle(title)
-    axes = figure.subplots(2, len(pairs), squeeze=False)
-    for column, pair in enumerate(pairs):
+    figure = _figure(max(4.4, 2.4 * len(pairs) + 0.4), 5.8)
+    figure.suptitle(title, fontsize=10)
+    # One axes for all pictures, placed by hand: each costs 40 ms, and a layout draws all twice.
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0.02, 0.08, 0.96, 0.84))
+    axes.set_axis_off()
+    step = 0
+    columns = []
+    for pair in pairs:
         image, mask = _thumbnails(pair, value_max)
-        axes[0, column].imshow(image)
-        axes[0, column].set_title(_shortened(pair.title), fontsize=8)
-        axes[1, column].imshow(_overlaid(image, mask))
-    for axis in axes.flat:
-        axis.set_axis_off()
+        column = np.concatenate([_framed(image), _framed(_overlaid(image, mask))])
+        axes.text(step, -4, _shortened(pair.title), fontsize=8)
+        step += column.shape[1]
+        columns.append(column)
+    axes.imshow(np.concatenate(columns, axis=1))
     _add_legend(figure, classes)
     return _png(figure)
+
+
+def _framed(image: np.ndarray) -> np.ndarray:
+    """Returns `image`, (h, w, 3) uint8, with white space to its right and below."""
+    return np.pad(image, ((0, _GAP), (0, _GAP), (0, 0)), constant_values=255)
 
 
 def _draw_counts(axes: "Axes", splits: Mapping[str, SplitStatistics]) -> None:
@@ -161,7 +172,7 @@ def _add_legend(figure: "Figure", classes: Sequence[ClassInfo]) -> None:
         Patch(color=_overlay_color(info.id), label=_shortened(info.name)) for info in classes[1:10]
     ]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+        figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=8)
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -174,7 +185,7 @@ def _figure(width: float, height: float) -> "Figure":
 def _png(figure: "Figure") -> bytes:
     out = io.BytesIO()
     metadata: dict[str, Any] = {"Software": None}
-    figure.savefig(out, format="png", dpi=100, metadata=metadata)
+    figure.savefig(out, format="png", dpi=100, metadata=metadata, pil_kwargs={"compress_level": 3})
     return out.getvalue()
 
 

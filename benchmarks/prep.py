@@ -1,0 +1,176 @@
+"""Images per second of `prep`, against plain decode and encode of the same files.
+
+    python benchmarks/prep.py [--source FOLDER] [--num-images 600] [--image-size 512]
+
+plain: one process reads both files of each pair, decodes them and encodes the pixels as PNG again
+with the same codec, and keeps nothing: what no preparation can do without. prep: all of the
+command, from pairing to report and commit, without the start of the program. Runs take turns, so
+that a busy machine meets all alike; ratios are of neighbours in time.
+"""
+
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import psutil
+from machine import describe_machine, write_result
+
+from data_prep.image import encode_png, read_image, read_mask_pixels
+from data_prep.pairs import Pair, Source, find_pairs, find_sources
+from data_prep.phantoms import write_phantoms
+from data_prep.pool import in_order, open_pool
+from data_prep.prep import PrepConfig, prepare
+from data_prep.storage import open_store
+
+Sources = tuple[Source, ...]
+
+
+@click.command()
+@click.option("--source", help="Folder with images/ and masks/; unset: phantoms.")
+@click.option("--num-images", default=600, show_default=True, help="Phantoms to make.")
+@click.option("--image-size", default=512, show_default=True, help="Side of them, pixels.")
+@click.option("--repeats", default=5, show_default=True, help="Runs of each kind.")
+def main(source: str | None, num_images: int, image_size: int, repeats: int) -> None:
+    """Measures, prints a table and writes `results/prep.json`."""
+    with tempfile.TemporaryDirectory() as work:
+        folder = source or f"{work}/source"
+        if source is None:
+            write_phantoms(folder, num_images, image_size, 1)
+        result = {"machine": describe_machine()}
+        result |= measure_rates(folder, work, image_size, repeats)
+        if source is None:
+            result["peak_worker_rss_mb"] = measure_memory(work, num_images // 4, image_size)
+    write_result("prep", result)
+    print_table(result)
+
+
+def measure_rates(source: str, work: str, size: int, repeats: int) -> dict[str, Any]:
+    """Returns images/s of each kind of run: median, least and most, and the ratios of medians."""
+    sources = find_sources(source)
+    pairs = find_pairs(sources)[0]
+    halves = [pairs[0::2], pairs[1::2]]
+    output = f"{work}/output"
+    run_prep(sources, output, size)  # imports matplotlib and pyarrow
+    shutil.rmtree(output)
+    with open_pool(2) as pool:
+        list(in_order(pool, run_plain, [half[:4] for half in halves], num_waiting=2))
+        runs: dict[str, Callable[[], object]] = {
+            "plain_1": lambda: run_plain(pairs),
+            "prep_1": lambda: run_prep(sources, output, size),
+            "plain_2": lambda: list(in_order(pool, run_plain, halves, num_waiting=2)),
+            "prep_2": lambda: run_prep(sources, output, size, pool),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in runs}
+        cpu_ms: dict[str, list[float]] = {"plain_1": [], "prep_1": []}
+        for _ in range(repeats):
+            for name, run in runs.items():
+                started, cpu_started = time.perf_counter(), time.process_time()
+                run()
+                rates[name].append(len(pairs) / (time.perf_counter() - started))
+                if name in cpu_ms:
+                    spent_s = time.process_time() - cpu_started
+                    cpu_ms[name].append(1e3 * spent_s / len(pairs))
+                shutil.rmtree(output, ignore_errors=True)
+    return {
+        "num_images": len(pairs),
+        "image_size": size,
+        "images_per_s": {name: spread(values) for name, values in rates.items()},
+        "cpu_ms_per_image": {name: spread(values) for name, values in cpu_ms.items()},
+        "ratios": {
+            f"{first} / {second}": spread(
+                [a / b for a, b in zip(rates[first], rates[second], strict=True)]
+            )
+            for first, second in (
+                ("prep_1", "plain_1"), ("prep_2", "plain_2"),
+                ("prep_2", "prep_1"), ("plain_2", "plain_1"),
+            )
+        },
+    }  # fmt: skip
+
+
+def measure_memory(work: str, num_images: int, size: int) -> dict[str, float]:
+    """Returns the peak resident memory of a worker of two, MB, for N and for 4 N images.
+
+    Shards are small, so that both runs write several: a worker holds one shard at a time.
+    """
+    peaks = {}
+    for number in (num_images, 4 * num_images):
+        source = f"{work}/memory-{number}"
+        write_phantoms(source, number, size, 2)
+        with open_pool(2) as pool, watched_children() as peak_bytes:
+            config = PrepConfig(image_size=size, num_processes=2, shard_size=2.0)
+            found = find_sources(source)
+            prepare(found, f"{source}-output", config, executor=pool, progress=False)
+        peaks[str(number)] = peak_bytes[0] / 1e6
+    return peaks
+
+
+def run_plain(pairs: list[Pair]) -> None:
+    """Decodes and encodes every pair."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    for pair in pairs:
+        image = open_store(pair.image_url).get(pair.image_name)
+        mask = open_store(pair.mask_url).get(pair.mask_name)
+        encode_png(read_image(image, name=pair.id))
+        encode_png(read_mask_pixels(mask, name=pair.id))
+
+
+def run_prep(sources: Sources, output: str, size: int, executor: Executor | None = None) -> None:
+    """Prepares `sources` in this process, or by two in `executor`."""
+    config = PrepConfig(image_size=size, num_processes=2 if executor else 1)
+    prepare(sources, output, config, executor=executor, progress=False)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Returns median, least and most of `values`."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+@contextmanager
+def watched_children() -> Iterator[list[int]]:
+    """Yields a list whose one number is the most resident memory of a child so far, bytes."""
+    peak = [0]
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.02):
+            for child in psutil.Process().children():
+                peak[0] = max(peak[0], child.memory_info().rss)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Prints `result` with the machine that it holds on."""
+    machine = result["machine"]
+    print(f"{machine['cpu']}, {machine['cores']} cores; median (least to most)")
+    print(f"{result['num_images']} pairs, stored with {result['image_size']} pixels a side")
+    for name, value in result["images_per_s"].items():
+        print(
+            f"{name:18} {value['median']:7.1f} images/s ({value['min']:.1f} to {value['max']:.1f})"
+        )
+    for name, value in result["cpu_ms_per_image"].items():
+        print(f"{name:18} {value['median']:7.2f} CPU ms ({value['min']:.2f} to {value['max']:.2f})")
+    for name, value in result["ratios"].items():
+        print(f"{name:18} {value['median']:7.2f} ({value['min']:.2f} to {value['max']:.2f})")
+    for number, peak in result.get("peak_worker_rss_mb", {}).items():
+        print(f"peak memory of a worker, {number} images: {peak:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
