@@ -31,8 +31,8 @@ MIN_SIZE = 32
 
 _LESION_FREE = 0.1  # share of pictures without a mass
 _TWO_LESIONS = 0.15
-_FAINT = 0.15
-_SMALL = 0.15
+_FAINT = 0.1
+_SMALL = 0.1
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def _add_lesion(rng: np.random.Generator, picture: Plane, canvas: _Canvas) -> tu
 
     size = len(picture)
     y, x = _grid(size)
-    diameter = rng.uniform(0.03, 0.06) if rng.random() < _SMALL else rng.uniform(0.06, 0.12)
+    diameter = rng.uniform(0.03, 0.06) if rng.random() < _SMALL else rng.uniform(0.065, 0.12)
     radius = diameter / 2
     row, column = _place(rng, canvas, radius + 0.02)
     angle, distance = np.arctan2(y - row, x - column), np.hypot(y - row, x - column)
@@ -272,7 +272,7 @@ def _add_lesion(rng: np.random.Generator, picture: Plane, canvas: _Canvas) -> tu
         outline += height * np.cos(waves * angle + rng.uniform(0, 2 * np.pi))
     outline = radius * np.clip(outline, 0.55, 1.5)
     is_faint = rng.random() < _FAINT
-    contrast = rng.uniform(0.14, 0.2) if is_faint else rng.uniform(0.24, 0.4)
+    contrast = rng.uniform(0.16, 0.22) if is_faint else rng.uniform(0.26, 0.42)
     soft = 1 / (1 + np.exp(np.clip((distance - outline) / (0.08 * radius + 0.001), -30, 30)))
     texture = 0.85 + 0.1 * _noise(rng, size, 24, octaves=2) + 0.25 * (1 - distance / outline)
     picture = picture + contrast * soft * np.clip(texture, 0.5, 1.3)
