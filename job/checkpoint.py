@@ -39,7 +39,7 @@ def write_members(
         with open(paths[OPTIMIZER_NAME], "wb") as file:
             np.savez(file, allow_pickle=False, **optimizer.state())
         with open(paths[STATE_NAME], "w", encoding="utf-8") as file:
-            json.dump(state, file, sort_keys=True)
+            json.dump(state, file)
     except OSError as error:
         raise StorageError(f"{folder}: checkpoint could not be written: {error}") from error
     return paths

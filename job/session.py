@@ -24,13 +24,12 @@ from data_prep.schema import MANIFEST_NAME
 from data_prep.settings import write_yaml
 from data_prep.storage import open_store
 from job import checkpoint, plots
-from job.config import TrainConfig, identity_of
+from job.config import TrainConfig
 from job.data import (
     Dataset,
     RecordReader,
     global_batches,
     iterate,
-    open_dataset,
     open_reader,
     read_sample,
     sample_order,
@@ -255,17 +254,15 @@ class Session:
 
 @contextmanager
 def open_session(
-    config: TrainConfig, run: Run, strategy: tf.distribute.Strategy
+    config: TrainConfig, run: Run, strategy: tf.distribute.Strategy, dataset: Dataset
 ) -> Iterator[Session]:
     """Yields a session whose model, steps and readers are ready; nothing is trained yet.
 
     Writes what describes the run: `config.yaml`, `environment.json`, a copy of the manifest.
 
     Raises:
-        UsageError: no dataset, a split without samples, or a run of other identity.
+        UsageError: a split without samples, or a model that does not fit the dataset.
     """
-    dataset = open_dataset(str(config.data))
-    run.check_identity(identity_of(config), dataset.digest)
     for name in ("train", "valid"):
         dataset.split(name)
     with strategy.scope():

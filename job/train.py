@@ -21,7 +21,8 @@ from data_prep.errors import DivergedError, StoppedError, UsageError
 from data_prep.progress import Progress
 from data_prep.settings import merged, read_yaml, validated
 from data_prep.storage import join_url
-from job.config import TrainConfig
+from job.config import TrainConfig, identity_of
+from job.data import open_dataset
 from job.evaluate import show_summary
 from job.run import Run
 from job.state import TrainState
@@ -56,15 +57,18 @@ def train_and_evaluate(
         The outcome, as written to `outcome.json`.
 
     Raises:
+        UsageError: no dataset, or the run was begun with another one or other settings.
         StoppedError: `should_stop` answered yes; a checkpoint was written.
         DivergedError: the loss is not finite; the outcome was written.
     """
+    dataset = open_dataset(str(config.data))
+    run.check_identity(identity_of(config), dataset.digest)
     outcome = _earlier_outcome(config, run)
     if outcome is not None:
         return outcome
     from job.session import open_session
 
-    with open_session(config, run, strategy) as session:
+    with open_session(config, run, strategy, dataset) as session:
         state = session.restore()
         while not state.is_finished(config.epochs):
             clock = _Clock()
@@ -174,14 +178,14 @@ def run_local(config: TrainConfig) -> dict[str, Any]:
     """
     from job import runtime
 
-    config = config.model_copy(update={"precision": runtime.resolve_precision(config.precision)})
-    strategy = runtime.configure(config)
-    with (
-        Run.open(config.output, str(config.name)) as run,
-        _stop_signals() as should_stop,
-        _Display(config) as display,
-    ):
-        return train_and_evaluate(config, run, strategy, display.report, should_stop)
+    # What can be refused at once is: TensorFlow takes seconds to come.
+    open_dataset(str(config.data))
+    with Run.open(config.output, str(config.name)) as run, _stop_signals() as should_stop:
+        precision = runtime.resolve_precision(config.precision)
+        config = config.model_copy(update={"precision": precision})
+        strategy = runtime.configure(config)
+        with _Display(config) as display:
+            return train_and_evaluate(config, run, strategy, display.report, should_stop)
 
 
 class _Display:

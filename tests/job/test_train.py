@@ -1,0 +1,323 @@
+"""The seam and the command: outputs, resuming, stopping, locking, divergence."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from data_prep.errors import DivergedError, StoppedError, UsageError
+from data_prep.storage import join_url, open_store
+from job.config import ModelConfig, TrainConfig
+from job.run import Run, find_commits
+from job.train import resolve_config, run_name, train_and_evaluate
+from tests.job.discs import prepare_discs
+
+MODEL = ModelConfig(num_layers=2, base_filters=4, base_kernels=(3, 3), dropout_rate=0.2)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return prepare_discs(tmp_path_factory.mktemp("discs"))  # 12 train, 4 valid, 4 test
+
+
+def config_for(dataset: str, output: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "data": dataset,
+        "output": str(output),
+        "name": "run",
+        "epochs": 2,
+        "global_batch_size": 4,
+        "precision": "float64",
+        "tensorboard": False,
+        "prediction_images": 1,
+        "model": MODEL,
+    }
+    return TrainConfig(**(values | changes))
+
+
+def train(
+    config: TrainConfig, strategy: Any, *, stop_after: int | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns the outcome and the reported events; asks to stop after `stop_after` steps."""
+    events: list[dict[str, Any]] = []
+
+    def should_stop() -> bool:
+        return stop_after is not None and len(steps_of(events)) >= stop_after
+
+    with Run.open(config.output, str(config.name)) as run:
+        outcome = train_and_evaluate(
+            config, run, strategy, lambda event: events.append(dict(event)), should_stop
+        )
+    return outcome, events
+
+
+def steps_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] == "step"]
+
+
+def history_of(output: Path) -> list[dict[str, str]]:
+    with (output / "run" / "metrics" / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_history(first: Path, second: Path) -> None:
+    for a, b in zip(history_of(first), history_of(second), strict=True):
+        for name in a:
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-9), name
+
+
+@pytest.fixture(scope="module")
+def one_cpu() -> Any:
+    return tf.distribute.OneDeviceStrategy("CPU:0")
+
+
+@pytest.fixture(scope="module")
+def finished(
+    dataset: str, one_cpu: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, dict[str, Any], list[dict[str, Any]]]:
+    """Returns config, outcome and events of a run of 2 epochs, 3 steps each."""
+    output = tmp_path_factory.mktemp("finished")
+    config = config_for(dataset, output, tensorboard=True, keep_checkpoints=1)
+    return config, *train(config, one_cpu)
+
+
+def test_one_device_two_replicas_and_a_restart_compute_the_same(
+    finished: Any, one_cpu: Any, two_cpus: Any, tmp_path: Path
+) -> None:
+    config, _, events = finished
+    assert len(steps_of(events)) == 6
+    # Stopped inside the first epoch on one device, then inside the second on two.
+    again = config.model_copy(update={"output": str(tmp_path)})
+    for strategy, stop_after in ((one_cpu, 2), (two_cpus, 3)):
+        with pytest.raises(StoppedError, match="same command resumes"):
+            train(again, strategy, stop_after=stop_after)
+    _, rest = train(again, one_cpu)
+    assert len(steps_of(rest)) == 1
+    assert_same_history(Path(config.output), tmp_path)
+
+
+def test_a_run_leaves_all_its_outputs(finished: Any) -> None:
+    config, outcome, _ = finished
+    run = Path(config.output) / "run"
+    names = {stat.name for stat in open_store(str(run)).list()}
+    tables = ("train_losses", "train_metrics")
+    assert {
+        *("config.yaml", "environment.json", "dataset.json", "identity.json", "outcome.json"),
+        *(f"metrics/{name}{ending}" for name in tables for ending in (".csv", ".png")),
+        *("metrics/history.csv", "metrics/foreground.png", "metrics/throughput.csv"),
+        *(f"evaluation/{name}" for name in ("evaluation.csv", "per_case.csv", "summary.json")),
+    } <= names
+    predictions = [name for name in names if name.startswith("epoch_change_infer/")]
+    assert sorted(re.sub(r"disc-\d+", "X", name) for name in predictions) == [
+        "epoch_change_infer/Epoch_1_X.png",
+        "epoch_change_infer/Epoch_2_X.png",
+    ]
+    assert any(name.startswith("tensorboard/attempt-1/events") for name in names)
+    summary = json.loads((run / "evaluation" / "summary.json").read_text())
+    assert summary == outcome["evaluation"]
+    assert summary["num_cases"] == 4
+    header = (run / "metrics" / "train_losses.csv").read_text().splitlines()[0]
+    assert header == "epoch, loss, val_loss"
+
+
+def test_another_setting_under_the_same_name_is_refused(finished: Any, one_cpu: Any) -> None:
+    with pytest.raises(UsageError, match=r"seed.*1234.*5"):
+        train(finished[0].model_copy(update={"seed": 5}), one_cpu)
+
+
+def test_a_finished_run_trains_again_only_for_more_epochs(finished: Any, one_cpu: Any) -> None:
+    config, outcome, _ = finished
+    again, events = train(config, one_cpu)
+    assert again["best"] == outcome["best"]
+    assert events == []
+    longer, events = train(config.model_copy(update={"epochs": 3}), one_cpu)
+    assert longer["epochs"] == 3
+    assert len(steps_of(events)) == 3
+    # The last checkpoint and the best are left: 3 steps an epoch.
+    store = open_store(join_url(config.output, "run"))
+    steps = {place.step for place in find_commits(store)}
+    assert steps == {3 * (longer["best"]["epoch"] + 1), 9}
+
+
+def test_weights_start_from_another_run(finished: Any, one_cpu: Any, tmp_path: Path) -> None:
+    config, _, cold = finished
+    changes = {"output": str(tmp_path), "epochs": 1, "init_from": join_url(config.output, "run")}
+    _, warm = train(config.model_copy(update=changes), one_cpu)
+    assert warm[0]["loss"] < cold[0]["loss"]
+
+
+def test_learning_rate_falls_on_a_plateau(dataset: str, one_cpu: Any, tmp_path: Path) -> None:
+    # A learning rate of almost nothing: no epoch improves by the reducer's 1e-4.
+    config = config_for(
+        dataset,
+        tmp_path,
+        epochs=3,
+        optimizer={"learning_rate": 1e-12},
+        schedule={"reducer_patience": 1, "reducer_factor": 0.5, "early_stopping_patience": 0},
+    )
+    train(config, one_cpu)
+    rates = [float(row["learning_rate"]) for row in history_of(tmp_path)]
+    assert rates == [1e-12, 1e-12, 5e-13]
+
+
+def test_divergence_ends_the_run_for_good(dataset: str, one_cpu: Any, tmp_path: Path) -> None:
+    config = config_for(dataset, tmp_path, optimizer={"learning_rate": 1e300, "clipvalue": 0})
+    with pytest.raises(DivergedError, match=r"lower optimizer\.learning_rate"):
+        train(config, one_cpu)
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert (outcome["status"], outcome["exit_code"]) == ("diverged", 7)
+    with pytest.raises(DivergedError, match="another name"):
+        train(config, one_cpu)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "job.train", "--local", "--no-progress", *arguments]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Waits until `path` exists.
+
+    Raises:
+        AssertionError: the process ended, or two minutes passed.
+    """
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+def arrays_of(run: Path) -> dict[str, np.ndarray]:
+    """Returns the weights of the newest checkpoint by name."""
+    import h5py
+
+    place = max(find_commits(open_store(str(run))))
+    arrays: dict[str, np.ndarray] = {}
+    with h5py.File(run / place.prefix / "model.weights.h5") as file:
+        file.visititems(
+            lambda name, item: (
+                arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+            )
+        )
+    return arrays
+
+
+def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
+    dataset: str, tmp_path: Path
+) -> None:
+    options = [
+        *("--data", dataset, "--output", str(tmp_path), "--epochs", "6", "--deterministic"),
+        *("--global-batch-size", "2", "--model.num-layers", "3", "--model.base-filters", "4"),
+        *("--model.base-kernels", "3,3", "--model.dropout-rate", "0.1", "--augmentation.enabled"),
+        *("--augmentation.deformation-probability", "0.5", "--no-tensorboard"),
+    ]
+    control = subprocess.run(command(*options, "--name", "control"), capture_output=True, text=True)
+    assert control.returncode == 0, control.stderr
+
+    broken = command(*options, "--name", "broken")
+    run = tmp_path / "broken"
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(broken, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    process = start()
+    wait_for(run / "checkpoints" / "step-00000006" / "a1" / "COMMIT.json", process)
+    second = subprocess.run(broken, capture_output=True, text=True)
+    assert second.returncode == 4, second.stderr
+    assert str(process.pid) in second.stderr
+    assert len(second.stderr.strip().splitlines()) == 1
+    process.kill()
+    process.communicate()
+
+    process = start()
+    wait_for(run / "checkpoints" / "step-00000018" / "a2" / "COMMIT.json", process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 6, errors
+    assert "the same command resumes" in errors.strip().splitlines()[-1]
+
+    last = subprocess.run(broken, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert "resuming" in last.stderr
+
+    expected, found = arrays_of(tmp_path / "control"), arrays_of(run)
+    assert expected.keys() == found.keys()
+    for name, values in expected.items():
+        assert np.array_equal(values, found[name]), name
+    for table in ("history.csv", "train_losses.csv", "train_metrics.csv"):
+        path = Path("metrics") / table
+        assert (tmp_path / "control" / path).read_text() == (run / path).read_text()
+    per_case = Path("evaluation") / "per_case.csv"
+    assert (tmp_path / "control" / per_case).read_text() == (run / per_case).read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--local"], "no dataset: give --data"),
+        ([], "give --local"),
+        (["--local", "--data", "nowhere"], "no dataset at"),
+        (["--local", "--epoch", "3"], "No such option"),
+        (["--local", "--data", "x", "--epochs", "0"], "epochs=0"),
+        (["--local", "--data", "x", "--name", "Not OK"], "name='Not OK'"),
+        (["--local", "--config", "missing.yaml"], r"missing\.yaml: config file cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "job.train", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert result.returncode == 2, result.stderr
+    assert re.search(message, result.stderr)
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("data: some/where\nepochs: 7\nmodel:\n  num_layers: 4\n  base_filters: 8\n")
+    config = resolve_config({"epochs": 9, "model": {"num_layers": 5}}, str(path))
+    assert (config.epochs, config.model.num_layers, config.model.base_filters) == (9, 5, 8)
+    assert config.name == "where"
+
+
+def test_an_unknown_key_of_the_file_is_named_with_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("data: d\nmodel:\n  num_layer: 4\n")
+    with pytest.raises(UsageError, match=r"unknown key 'model.num_layer'; did you mean"):
+        resolve_config({}, str(path))
+
+
+def test_a_file_cannot_run_code(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"data: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
+    with pytest.raises(UsageError, match="not valid YAML"):
+        resolve_config({}, str(path))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("gs://bucket/INbreast_512/", "inbreast-512"),
+        ("512", "run-512"),
+        ("x" * 60, "x" * 47),
+    ],
+)
+def test_run_name_comes_from_the_dataset(url: str, name: str) -> None:
+    assert run_name(url) == name
