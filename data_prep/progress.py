@@ -52,7 +52,7 @@ class Progress:
     def line(self, text: str) -> None:
         """Shows `text` on a line of its own, above the bar where there is one."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(text, markup=False, highlight=False)
         elif self._shown:
             logger.info("%s", text)
 

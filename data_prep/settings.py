@@ -4,11 +4,19 @@ A settings class is plain data. Unknown keys are errors that name the nearest kn
 """
 
 import difflib
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from data_prep.errors import UsageError
@@ -20,6 +28,15 @@ class Settings(BaseModel):
     """A frozen group of settings; unknown keys, NaN and infinity are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads `true` as 1; `epochs: yes` is a mistake.
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *typing.get_args(kind)):
+            raise ValueError("true and false are no values of it")
+        return value
 
 
 def option(default: Any, description: str, *, free: bool = False, **constraints: Any) -> Any:
@@ -39,6 +56,7 @@ def validated(cls: type[S], values: Mapping[str, Any], where: str) -> S:
 
     Args:
         where: what the values came from, named in the error.
+
     Raises:
         UsageError: a key is unknown or a value is not allowed; the message is one line.
     """
@@ -61,15 +79,30 @@ def fields_of(
             yield (*path, name), field
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """The safe loader; of a key that is given twice it does not silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # the base class says what is wrong with it
+            if key_node.value in seen:
+                problem = f"{key_node.value!r} is given twice; keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     """Returns the mapping that `text` holds; an empty text gives an empty mapping.
 
     Raises:
-        UsageError: not YAML, not a mapping, or a tag that would build an object.
+        UsageError: not YAML, not a mapping, a key given twice, or a tag that would build an object.
     """
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise UsageError(f"{where}: not valid YAML: {problem}") from error
     if values is None:
@@ -112,6 +145,8 @@ def _describe(cls: type[Settings], detail: ErrorDetails) -> str:
             group = field.annotation if field else None
         known = list(getattr(group, "model_fields", {}))
         return f"unknown key {name!r}; {suggestion(path[-1], known)}"
+    if detail["type"] == "model_type":
+        return f"{name}: expected a group of keys, got {detail['input']!r}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "missing":
         return f"{name} is required"

@@ -31,25 +31,32 @@ class ModelConfig(Settings):
     """The network. The defaults are the reference implementation's INbreast network."""
 
     name: str = option("flexunet", f"Registered model: {', '.join(MODELS)}.")
-    num_layers: int = option(8, "Levels; image sides must divide by 2**(levels-1).", ge=1, le=12)
+    num_layers: int = option(
+        8, "Levels; the image sides in pixels must divide by 2**(levels-1).", ge=1, le=12
+    )
     base_filters: int = option(16, "Filters of the first level; doubled at each level.", ge=1)
     base_kernels: tuple[int, int] = option(
-        (9, 9), "Kernel of the first level, odd pixels; shrinks by 2 per level down to 3."
+        (9, 9), "Kernel of the first level, an odd number of pixels; 2 less per level down to 3."
     )
     dilation: tuple[int, int] = option(
-        (1, 1), "Dilation of the first level, pixels; shrinks by 1 per level down to 1."
+        (1, 1), "Dilation of the first level, pixels; 1 less per level down to 1."
     )
-    dropout_rate: float = option(0.04, "Dropout of level i is this rate times i.", ge=0.0, lt=1.0)
+    dropout_rate: float = option(
+        0.04,
+        "Share of values dropped at level 1; at level i it is i times as much.",
+        ge=0.0,
+        lt=1.0,
+    )
     normalization: Literal["none", "batch"] = option("none", "Normalisation after convolutions.")
     activation: Literal["relu", "mish"] = option("relu", "Activation of the convolutions.")
     input_scaling: Literal["none", "unit"] = option(
         "unit", "unit: pixel values divided by the largest possible one; none: as stored."
     )
     image_channels: int | None = option(
-        None, "Channels of the network's input; unset: those of the dataset.", ge=1
+        None, "Channels of the network's input; none: those of the dataset.", ge=1
     )
     num_classes: int | None = option(
-        None, "Outputs: unset: one per class of the dataset; 1: one sigmoid output.", ge=1
+        None, "Outputs; none: one per class of the dataset; 1: one sigmoid output.", ge=1
     )
 
     @field_validator("base_kernels")
@@ -82,7 +89,9 @@ class LossConfig(Settings):
 
     name: LossName = option("categorical_crossentropy", "Loss function.")
     class_weights: tuple[float, ...] | None = option(
-        None, "Weight of each class in the cross-entropy, focal and multi-class Dice losses."
+        None,
+        "Weight of a pixel by its true class, a number per class id; only their ratios matter. "
+        "They count in every part of a loss but the structural similarity of basnet_hybrid.",
     )
 
 
@@ -96,9 +105,11 @@ class OptimizerConfig(Settings):
     epsilon: float = option(1e-7, "Added to the root of the second moment.", gt=0)
     weight_decay: float = option(0.004, "Decoupled weight decay; AdamW only.", ge=0)
     clipvalue: float | None = option(
-        0.4, "Each gradient element is clipped to +-this; 0: not clipped.", ge=0
+        0.4, "Each element of a gradient is clipped to +-this; 0: not clipped.", ge=0
     )
-    clipnorm: float | None = option(None, "Each gradient tensor is clipped to this norm.", gt=0)
+    clipnorm: float | None = option(
+        None, "The gradient of each tensor is clipped to this norm; 0 or none: not clipped.", ge=0
+    )
 
 
 class ScheduleConfig(Settings):
@@ -106,31 +117,37 @@ class ScheduleConfig(Settings):
 
     reduce_on_plateau: bool = option(True, "Reduce the learning rate on a plateau.")
     reducer_factor: float = option(0.4, "The learning rate is multiplied by this.", gt=0, lt=1)
-    reducer_patience: int = option(4, "Epochs without improvement before it is.", ge=0)
-    min_learning_rate: float = option(0.0, "It is never reduced below this.", ge=0)
+    reducer_patience: int = option(4, "Epochs without improvement before that.", ge=0)
+    min_learning_rate: float = option(0.0, "The learning rate is never reduced below this.", ge=0)
     early_stopping_patience: int = option(
-        10, "Epochs without improvement before training stops; 0: never."
+        10, "Epochs without improvement before training stops; 0: it never does.", ge=0
     )
 
 
 class TrainConfig(Settings):
     """One training run."""
 
-    data: str | None = option(None, "Dataset: a folder or gs:// URL made by prep.", free=True)
+    data: str | None = option(
+        None,
+        "Dataset: folder or gs:// URL that prep made. Required, but for a .config file.",
+        free=True,
+    )
     output: str = option("runs", "Folder or gs:// URL that holds runs.", free=True)
     name: str | None = option(
         None,
-        "Run name; the same name again resumes. Unset: the dataset's name.",
+        "Run name; the same name again resumes that run. none: the dataset's name.",
         free=True,
         pattern=r"^[a-z]([-a-z0-9]{0,45}[a-z0-9])?$",
     )
-    epochs: int = option(100, "Passes over the training split.", free=True, ge=1)
+    epochs: int = option(100, "Epochs: passes over the training split.", free=True, ge=1)
     global_batch_size: int = option(2, "Samples per step, over all devices.", ge=1)
     seed: int = option(1234, "Seed of weights, order, dropout and augmentation.", ge=0, lt=2**31)
     precision: Literal["auto", "float32", "mixed_bfloat16", "float64"] = option(
         "auto", "Arithmetic; auto: mixed_bfloat16 where the hardware computes it, else float32."
     )
-    deterministic: bool = option(False, "Bitwise repeatable at some cost in speed.")
+    deterministic: bool = option(
+        False, "Bitwise the same result every time, at some cost in speed."
+    )
     init_from: str | None = option(
         None, "Weights to start from: an earlier run, or a .h5 file of the reference family."
     )
@@ -138,25 +155,31 @@ class TrainConfig(Settings):
         ("dice_coef_multiclass",), "Metrics of the reference, in train_metrics.csv."
     )
     prediction_images: int = option(
-        6, "Images predicted after every epoch; 0: none.", free=True, ge=0
+        6, "Images predicted after every epoch; 0: no predictions.", free=True, ge=0
     )
     prediction_folder: str | None = option(
-        None, "Folder of those images; unset: the first of the validation split.", free=True
+        None,
+        "Folder or gs:// URL of those images; none: the first of the validation split.",
+        free=True,
     )
     checkpoint_every_minutes: float = option(
         10.0, "Minutes between checkpoints inside an epoch; 0: only after epochs.", free=True, ge=0
     )
-    keep_checkpoints: int = option(2, "Newest checkpoints kept, beside the best.", free=True, ge=1)
+    keep_checkpoints: int = option(
+        2, "Number of the newest checkpoints that are kept, beside the best.", free=True, ge=1
+    )
     cache_dir: str | None = option(
-        None, "Folder for shards of remote datasets; unset: ~/.cache/flexunet.", free=True
+        None, "Folder for shards of remote datasets; none: ~/.cache/flexunet.", free=True
     )
     cache: Literal["full", "ranges"] = option(
-        "full", "full: copy all shards first; ranges: read samples over the network.", free=True
+        "full",
+        "full: copy all shards first; ranges: read single samples over the network.",
+        free=True,
     )
     cpu_replicas: int = option(
-        1, "Mirrored replicas on a machine without a GPU.", free=True, ge=1, le=64
+        1, "Number of mirrored replicas on a machine without a GPU.", free=True, ge=1, le=64
     )
-    threads: int = option(0, "CPU threads; 0: one per core.", free=True, ge=0)
+    threads: int = option(0, "Number of CPU threads; 0: one per core.", free=True, ge=0)
     tensorboard: bool = option(True, "Write TensorBoard event files.", free=True)
     progress: bool = option(True, "Show a progress bar on a terminal.", free=True)
 

@@ -1,0 +1,160 @@
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from data_prep.errors import UsageError
+from data_prep.settings import (
+    Settings,
+    fields_of,
+    merged,
+    option,
+    read_yaml,
+    suggestion,
+    validated,
+    write_yaml,
+)
+
+
+class Inner(Settings):
+    """A group."""
+
+    num_layers: int = option(3, "Layers.", ge=1)
+    kernels: tuple[int, int] = option((9, 9), "Kernel, pixels.")
+
+
+class Outer(Settings):
+    """Two levels."""
+
+    epochs: int = option(10, "Epochs.", free=True, ge=1)
+    rate: float = option(0.1, "Rate.")
+    is_on: bool = option(True, "On.")
+    name: str | None = option(None, "Name.")
+    inner: Inner = Inner()
+
+
+def outer(text: str) -> Outer:
+    return validated(Outer, read_yaml(text, "a.yaml"), "a.yaml")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Outer().epochs = 3
+
+
+def test_validated_fills_in_defaults_and_converts() -> None:
+    # YAML 1.1 reads 1e-4 as text, because it has no dot.
+    config = outer("rate: 1e-4\ninner: {kernels: [3, 5]}")
+    assert config == Outer(rate=0.0001, inner=Inner(kernels=(3, 5)))
+    assert config.inner.num_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", r"a\.yaml: unknown key 'epoch'; did you mean 'epochs'\?"),
+        (
+            "inner: {num_layer: 3}",
+            r"unknown key 'inner\.num_layer'; did you mean 'num_layers'\?",
+        ),
+        ("xyzzy: 3", "unknown key 'xyzzy'; known: epochs, inner, is_on, name, rate"),
+        ("inner: {kernels: [1, 2, 3]}", r"inner\.kernels=\[1, 2, 3\]: tuple should have at most 2"),
+        ("inner: {kernels: [1, a]}", r"inner\.kernels\.1='a': input should be a valid integer"),
+        ("epochs: 0", r"epochs=0: input should be greater than or equal to 1"),
+        ("epochs: 2.5", "epochs=2.5: .*fractional part"),
+        ("epochs: yes", "epochs=True: true and false are no values of it"),
+        ("is_on: 3", "is_on=3: input should be a valid boolean"),
+        ("rate: .nan", "rate=nan: input should be a finite number"),
+        ("rate: .inf", "rate=inf: input should be a finite number"),
+        ("rate:", "rate=None: input should be a valid number"),
+        ("inner:", "inner: expected a group of keys, got None"),
+        ("inner: 3", "inner: expected a group of keys, got 3"),
+        ("1: 2", "keys should be strings"),
+        ("epochs: 0\nrate: x", "epochs=0: .*; rate='x': "),
+    ],
+)
+def test_mistakes_are_named_in_one_line(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        outer(text)
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(caught.value).startswith("a.yaml: ")
+
+
+def test_a_required_field_that_is_missing_is_named() -> None:
+    class Strict(Settings):
+        data: str = option(..., "Data.")
+
+    with pytest.raises(UsageError, match="options: data is required"):
+        validated(Strict, {}, "options")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: 3\nepochs: 4", "'epochs' is given twice; keep one"),
+        ("inner: {num_layers: 3, num_layers: 4}", "'num_layers' is given twice"),
+        ("name: !!python/object/apply:os.system ['touch EXECUTED']", "tag.*os.system"),
+        ("name: !!python/name:os.system", "constructor for the tag"),
+        ("name: !mine 3", "constructor for the tag"),
+        ("a: [", "not valid YAML"),
+        ("? [1]\n: 2", "unhashable key"),
+        ("[" * 1000, "not valid YAML"),
+        ("- 1\n- 2", "expected `key: value` lines, got list"),
+        ("just text", "expected `key: value` lines, got str"),
+        ("a: 1\n---\nb: 2", "not valid YAML"),
+    ],
+)
+def test_yaml_that_is_no_plain_mapping_is_refused(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_yaml(text, "a.yaml")
+    assert len(str(caught.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# only a comment\n", "---\n"])
+def test_an_empty_file_gives_no_values(text: str) -> None:
+    assert read_yaml(text, "a.yaml") == {}
+
+
+def test_what_is_written_is_read_as_equal_settings() -> None:
+    config = Outer(rate=1e-7, name="Brüste: #1", is_on=False, inner=Inner(kernels=(5, 7)))
+    text = write_yaml(config)
+    assert outer(text) == config
+    # Every field, the ones with defaults too, in the order of the class.
+    assert [line.split(":")[0] for line in text.splitlines() if line[0].isalpha()] == [
+        "epochs",
+        "rate",
+        "is_on",
+        "name",
+        "inner",
+    ]
+
+
+def test_fields_of_yields_every_leaf_by_path() -> None:
+    assert [path for path, _ in fields_of(Outer)] == [
+        ("epochs",),
+        ("rate",),
+        ("is_on",),
+        ("name",),
+        ("inner", "num_layers"),
+        ("inner", "kernels"),
+    ]
+
+
+def test_merged_lays_groups_over_each_other() -> None:
+    base = {"epochs": 1, "inner": {"num_layers": 2, "kernels": [3, 3]}}
+    over = {"rate": 0.5, "inner": {"num_layers": 4}}
+    assert merged(base, over) == {
+        "epochs": 1,
+        "rate": 0.5,
+        "inner": {"num_layers": 4, "kernels": [3, 3]},
+    }
+    assert base["inner"] == {"num_layers": 2, "kernels": [3, 3]}
+
+
+def test_suggestion_names_the_nearest_or_all() -> None:
+    assert suggestion("epoch", ["epochs", "rate"]) == "did you mean 'epochs'?"
+    assert suggestion("xyzzy", ["rate", "epochs"]) == "known: epochs, rate"
