@@ -6,10 +6,17 @@ do not wait for it.
 """
 
 import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.job.discs import prepare_discs
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -34,3 +41,40 @@ def two_cpus() -> Any:
     import tensorflow as tf
 
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a run that the real command trained to find discs; do not write there.
+
+    Beside its parent lie `dataset` (12 train, 4 valid, 4 test of 32x32 pixels) and `source`. A
+    process of its own trains, because TensorFlow's devices are set once per process.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    data = prepare_discs(folder)
+    options = {
+        "data": data,
+        "output": str(folder / "runs"),
+        "name": "discs",
+        "epochs": "5",
+        "global-batch-size": "1",
+        "precision": "float32",
+        "prediction-images": "0",
+        "model.num-layers": "2",
+        "model.base-filters": "8",
+        "model.base-kernels": "5,5",
+        "optimizer.learning-rate": "0.003",
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    command = [sys.executable, "-m", "job.train", "--local", "--no-tensorboard", *arguments]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "discs"
+
+
+@pytest.fixture
+def own_run(trained_run: Path, tmp_path: Path) -> Path:
+    """Returns a copy of `trained_run` that a test may change."""
+    folder = tmp_path / "own-runs" / "discs"
+    shutil.copytree(trained_run, folder)
+    return folder

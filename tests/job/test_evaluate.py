@@ -1,0 +1,186 @@
+"""Evaluation of a run that the real command trained, against masks counted with numpy."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from data_prep.image import read_image
+from job import checkpoint
+from job.config import identity_of
+from job.evaluate import EvaluateConfig, dataset_of, evaluate_run, main
+from job.infer import InferConfig, infer
+from job.optimizer import Adam
+from job.run import Run
+from job.trained import fetch_checkpoint, load_model, open_trained
+from tests.job.discs import prepare_discs
+
+
+def evaluate(run_folder: Path, **options: Any) -> str:
+    """Returns the URL of what the body of the command wrote, on one device of this process."""
+    run = open_trained(str(run_folder))
+    config = EvaluateConfig(progress=False, **options)
+    device = tf.distribute.OneDeviceStrategy("CPU:0")
+    return evaluate_run(run, dataset_of(run, config.data), device, config)[1]
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the `evaluation` folder of the 4 test cases, in steps of 3: two are padding."""
+    run = tmp_path_factory.mktemp("evaluated") / "discs"
+    shutil.copytree(trained_run, run)
+    return Path(evaluate(run, batch_size=3))
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "per_case.csv").read_text().splitlines()))
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """Returns the summary, read as strict JSON."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    summary: dict[str, Any] = json.loads(
+        (folder / "summary.json").read_text(), parse_constant=refuse
+    )
+    return summary
+
+
+def counts_of_mass(row: dict[str, str]) -> np.ndarray:
+    return np.array([int(row[f"{name}_px_mass"]) for name in ("tp", "fp", "fn", "tn")])
+
+
+def test_evaluate_counts_the_pixels_of_the_masks_that_infer_writes(
+    evaluated: Path, trained_run: Path, tmp_path: Path
+) -> None:
+    # Pictures are as large as the dataset's, so both commands see the same pixels.
+    source = trained_run.parents[1] / "source"
+    infer(str(trained_run), str(source / "images"), str(tmp_path), InferConfig(overlays=False))
+    rows = rows_of(evaluated)
+    assert len(rows) == 4
+    for row in rows:
+        predicted = np.asarray(Image.open(tmp_path / row["filename"])) == 1
+        true = cv2.imread(str(source / "masks" / row["filename"]), cv2.IMREAD_GRAYSCALE) == 255
+        counts = [np.sum(predicted & true), np.sum(predicted & ~true), np.sum(~predicted & true)]
+        assert counts_of_mass(row).tolist() == [*counts, 32 * 32 - sum(counts)]
+        tp, fp, fn = counts
+        assert float(row["dice_mass"]) == pytest.approx(2 * tp / (2 * tp + fp + fn), abs=1e-12)
+        assert float(row["iou_mass"]) == pytest.approx(tp / (tp + fp + fn), abs=1e-12)
+        assert float(row["sensitivity_mass"]) == pytest.approx(tp / (tp + fn), abs=1e-12)
+        # What is background to one class is foreground to the other.
+        assert int(row["tp_px_background"]) == 32 * 32 - sum(counts)
+
+
+def test_evaluate_summarizes_its_cases(evaluated: Path) -> None:
+    rows, summary = rows_of(evaluated), summary_of(evaluated)
+    cases = np.array([counts_of_mass(row) for row in rows])
+    tp, fp, fn, tn = cases.sum(axis=0)
+    assert summary["split"] == "test"
+    assert summary["num_cases"] == 4
+    dices = [float(row["dice_mass"]) for row in rows]
+    assert summary["foreground_mean"]["dice"] == pytest.approx(np.mean(dices))
+    assert summary["foreground_pooled"]["dice"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert summary["foreground_mean"]["dice"] > 0.85  # the discs were learnt
+    assert summary["pixel_accuracy"] == pytest.approx((tp + tn) / cases.sum())
+    # Nothing but background: no disc is found, and every other pixel is right.
+    baseline = summary["all_background"]
+    assert baseline["foreground_mean"]["dice"] == 0
+    assert baseline["pixel_accuracy"] == pytest.approx((fp + tn) / cases.sum())
+    assert [each["name"] for each in summary["classes"]] == ["background", "mass"]
+
+
+def test_evaluate_writes_the_references_table(evaluated: Path) -> None:
+    summary = summary_of(evaluated)
+    assert (evaluated / "evaluation.csv").read_text() == (
+        f"categorical_crossentropy,{summary['loss']:.4f}\n"
+        f"dice_coef_multiclass,{summary['reference_dice_coef_multiclass']:.4f}\n"
+    )
+
+
+def test_evaluate_agrees_with_the_evaluation_that_ends_training(
+    evaluated: Path, trained_run: Path
+) -> None:
+    ours, theirs = evaluated, trained_run / "evaluation"
+    assert (ours / "per_case.csv").read_text() == (theirs / "per_case.csv").read_text()
+    assert summary_of(ours)["loss"] == pytest.approx(summary_of(theirs)["loss"], rel=1e-5)
+
+
+def test_evaluate_shows_each_of_few_cases_once(evaluated: Path) -> None:
+    pictures = sorted(path.name for path in (evaluated / "examples").iterdir())
+    # The three best leave one of four cases, the worst.
+    assert pictures == ["best-1.png", "best-2.png", "best-3.png", "worst-1.png"]
+    for name in pictures:
+        # Three panels of 512 pixels side by side.
+        data = (evaluated / "examples" / name).read_bytes()
+        assert read_image(data, name=name).shape[1] > 3 * 512
+
+
+def test_evaluate_of_another_split_leaves_the_test_split_alone(own_run: Path) -> None:
+    before = (own_run / "evaluation" / "per_case.csv").read_text()
+    folder = Path(evaluate(own_run, split="valid"))
+    assert folder == own_run / "evaluation" / "valid"
+    assert summary_of(folder)["split"] == "valid"
+    assert not {r["id"] for r in rows_of(folder)} & {r["id"] for r in rows_of(folder.parent)}
+    assert (own_run / "evaluation" / "per_case.csv").read_text() == before
+
+
+def test_evaluate_takes_the_last_weights_when_told(own_run: Path, tmp_path: Path) -> None:
+    commit_weights_of_nan(own_run, tmp_path)
+    assert summary_of(Path(evaluate(own_run)))["foreground_mean"]["dice"] > 0.85
+    folder = Path(evaluate(own_run, checkpoint="last"))
+    # No probability is the highest, so every pixel is background; the JSON stays strict.
+    summary = summary_of(folder)
+    assert summary["foreground_mean"]["dice"] == 0
+    assert summary["loss"] is None
+    assert math.isnan(float((folder / "evaluation.csv").read_text().splitlines()[0].split(",")[1]))
+
+
+def commit_weights_of_nan(folder: Path, staging: Path) -> None:
+    """Adds a checkpoint to a run, after its best one, whose weights are all NaN."""
+    trained = open_trained(str(folder))
+    model = load_model(trained, which="last")
+    for weight in model.weights:
+        weight.assign(np.full(weight.shape, np.nan))
+    _, members = fetch_checkpoint(trained.store, str(staging), which="last")
+    state = checkpoint.read_state(members[checkpoint.STATE_NAME])
+    optimizer = Adam(trained.config.optimizer, model.trainable_variables)
+    (staging / "new").mkdir()
+    members = checkpoint.write_members(str(staging / "new"), model, optimizer, state)
+    with Run.open(str(folder.parent), folder.name) as run:
+        run.check_identity(identity_of(trained.config), trained.dataset_digest)
+        run.commit(state["step"] + 1, state["epoch"], members, {})
+
+
+def test_command_refuses_another_dataset(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = prepare_discs(tmp_path, num_images=8)
+    assert main([str(trained_run), "--data", other]) == 2
+    error = capsys.readouterr().err
+    assert "not the dataset that this run was trained on" in error
+    assert error.count("\n") == 1
+
+
+def test_command_refuses_a_run_without_a_checkpoint(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(own_run / "checkpoints")
+    assert main([str(own_run)]) == 2
+    assert "no checkpoint yet" in capsys.readouterr().err
+
+
+def test_command_refuses_a_folder_without_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "config.yaml is missing" in capsys.readouterr().err

@@ -1,0 +1,386 @@
+"""Masks for images of every kind, by a run that the real command trained to find discs."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.errors import StorageError, UsageError
+from data_prep.image import fit
+from data_prep.pairs import find_sources
+from data_prep.prep import PrepConfig, prepare
+from data_prep.storage import join_url, open_store
+from job import checkpoint
+from job.config import identity_of
+from job.data import open_dataset, open_reader, read_sample
+from job.infer import (
+    InferConfig,
+    _read_picture,
+    class_ids_at_source,
+    infer,
+    main,
+    to_model_pixels,
+)
+from job.optimizer import Adam
+from job.run import Run
+from job.trained import model_for, open_trained
+from tests.job.discs import write_discs
+
+PROJECT = Path(__file__).resolve().parents[2]
+QUIET = InferConfig(progress=False, batch_size=4)
+
+
+def disc(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a picture (h, w) uint8 with a bright ellipse on noise, and where that is."""
+    y, x = np.mgrid[:height, :width]
+    inside = ((y / height - 0.5) / 0.25) ** 2 + ((x / width - 0.4) / 0.2) ** 2 <= 1
+    noise = np.random.default_rng(height * width).integers(20, 90, (height, width))
+    return (noise + 120 * inside).astype(np.uint8), inside
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    """Writes grey, BGR or BGRA `pixels`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), pixels)
+
+
+def write_same(folder: Path, num_images: int, side: int = 32) -> None:
+    for index in range(num_images):
+        write(folder / f"image-{index:03d}.png", disc(side, side)[0])
+
+
+def mask_of(folder: Path, name: str) -> np.ndarray:
+    """Returns the class ids of a written mask, (h, w) uint8."""
+    with Image.open(folder / name) as picture:
+        assert picture.mode == "P"
+        return np.asarray(picture)
+
+
+def dice(predicted: np.ndarray, true: np.ndarray) -> float:
+    return float(2 * np.sum(predicted & true) / (predicted.sum() + true.sum()))
+
+
+def test_infer_reads_every_kind_of_image_and_answers_at_its_size(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    images, output = tmp_path / "images", tmp_path / "output"
+    grey, wide, deep, clear, tall = (
+        disc(*size) for size in [(32, 32), (48, 80), (64, 64), (40, 40), (90, 45)]
+    )
+    write(images / "grey.png", grey[0])
+    write(images / "wide.JPG", cv2.merge([wide[0]] * 3))
+    write(images / "deep.tif", deep[0].astype(np.uint16) * 257)
+    opaque = np.full_like(clear[0], 255)
+    write(images / "patient 1" / "clear.png", cv2.merge([*[clear[0]] * 3, opaque]))
+    write(images / "patient 1" / "left" / "tall.bmp", cv2.merge([tall[0]] * 3))
+    (images / "notes.txt").write_text("not an image")
+
+    result = infer(str(trained_run), str(images), str(output), QUIET)
+
+    assert (result.num_written, result.num_kept, result.unreadable) == (5, 0, ())
+    expected = {
+        "grey.png": grey,
+        "wide.png": wide,
+        "deep.png": deep,
+        "patient 1/clear.png": clear,
+        "patient 1/left/tall.png": tall,
+    }
+    names = {stat.name for stat in open_store(str(output)).list()}
+    assert names == {*expected, *(f"overlays/{name}" for name in expected)}
+    for name, (picture, inside) in expected.items():
+        ids = mask_of(output, name)
+        assert ids.shape == picture.shape
+        assert set(np.unique(ids)) == {0, 1}
+        assert dice(ids == 1, inside) > 0.8, name
+        # Class 1 is shown white, as the dataset says.
+        shown = cv2.imread(str(output / name))
+        assert shown is not None
+        assert np.array_equal(shown[..., 0], 255 * ids)
+
+
+def test_infer_keeps_what_is_there_unless_told(trained_run: Path, tmp_path: Path) -> None:
+    write_same(tmp_path / "images", 3)
+    arguments = str(trained_run), str(tmp_path / "images"), str(tmp_path / "output")
+    infer(*arguments, QUIET)
+    (tmp_path / "output" / "image-001.png").write_bytes(b"mine")
+    (tmp_path / "output" / "image-002.png").unlink()
+    result = infer(*arguments, QUIET)
+    assert (result.num_written, result.num_kept) == (1, 2)
+    assert (tmp_path / "output" / "image-001.png").read_bytes() == b"mine"
+    result = infer(*arguments, QUIET.model_copy(update={"overwrite": True}))
+    assert (result.num_written, result.num_kept) == (3, 0)
+    assert mask_of(tmp_path / "output", "image-001.png").shape == (32, 32)
+
+
+def test_infer_gives_the_same_masks_whatever_the_batch(trained_run: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for side in range(30, 37):
+        write(images / f"{side}.png", disc(side, side)[0])
+    for batch_size in (1, 3):
+        config = QUIET.model_copy(update={"batch_size": batch_size, "overlays": False})
+        infer(str(trained_run), str(images), str(tmp_path / str(batch_size)), config)
+    for side in range(30, 37):
+        one, three = (mask_of(tmp_path / size, f"{side}.png") for size in ("1", "3"))
+        assert np.array_equal(one, three)
+
+
+def test_command_lists_unreadable_images_and_does_the_others(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, output = tmp_path / "images", tmp_path / "output"
+    write_same(images, 5)
+    whole = (images / "image-001.png").read_bytes()
+    (images / "image-001.png").write_bytes(whole[:100])
+    (images / "=image.png").write_bytes(b"no picture")
+    arguments = [str(trained_run), str(images), str(output), "--no-progress"]
+    assert main(arguments) == 3
+    shown = capsys.readouterr()
+    assert f"masks: {output} (4 written)" in shown.out
+    assert shown.err.count("\n") == 1
+    assert "2 of the images could not be read" in shown.err
+    rows = list(csv.reader((output / "unreadable.csv").read_text().splitlines()))
+    # A spreadsheet would run the first name as a formula.
+    assert [row[0] for row in rows] == ["file", "'=image.png", "image-001.png"]
+    assert sorted(path.name for path in output.glob("*.png")) == [
+        f"image-{index:03d}.png" for index in (0, 2, 3, 4)
+    ]
+
+    (images / "image-001.png").write_bytes(whole)
+    (images / "=image.png").unlink()
+    assert main(arguments) == 0
+    assert "1 written, 4 kept" in capsys.readouterr().out
+    assert not (output / "unreadable.csv").exists()
+
+
+def test_infer_reads_from_and_writes_to_a_bucket(
+    trained_run: Path, tmp_path: Path, bucket_url: str
+) -> None:
+    write_same(tmp_path, 3)
+    bucket = open_store(bucket_url)
+    for index, name in enumerate(["a.png", "sub/b.png", "sub/c.png"]):
+        bucket.put(f"images/{name}", (tmp_path / f"image-{index:03d}.png").read_bytes())
+    urls = join_url(bucket_url, "images"), join_url(bucket_url, "masks")
+    assert infer(str(trained_run), *urls, QUIET).num_written == 3
+    names = [stat.name for stat in open_store(urls[1]).list()]
+    masks = ["a.png", "sub/b.png", "sub/c.png"]
+    assert names == sorted([*masks, *(f"overlays/{name}" for name in masks)])
+    assert infer(str(trained_run), *urls, QUIET).num_kept == 3
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (["a.png", "a.tif"], "a.png and a.tif would both become a.png"),
+        (["notes.txt"], "no images here"),
+        ([], "no images here"),
+        (["overlays/a.png"], "would lie among the overlays"),
+    ],
+)
+def test_command_refuses_images_that_it_cannot_name(
+    trained_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    files: list[str],
+    problem: str,
+) -> None:
+    for name in files:
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(b"")
+    assert main([str(trained_run), str(tmp_path / "images"), str(tmp_path / "output")]) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "output").exists()
+
+
+def test_command_refuses_a_folder_without_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_same(tmp_path / "images", 1)
+    assert main([str(tmp_path / "run"), str(tmp_path / "images")]) == 2
+    assert "config.yaml is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["images", "images/masks", "", "link"])
+def test_infer_refuses_an_output_among_the_images(
+    trained_run: Path, tmp_path: Path, output: str
+) -> None:
+    write_same(tmp_path / "images", 1)
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    with pytest.raises(UsageError, match="must not lie in one another"):
+        infer(str(trained_run), str(tmp_path / "images"), str(tmp_path / output), QUIET)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["image-000.png"]
+
+
+def test_command_ends_with_one_line_when_the_output_cannot_be_written(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_same(tmp_path / "images", 9)
+    (tmp_path / "file").write_bytes(b"")
+    output = tmp_path / "file" / "masks"
+    assert main([str(trained_run), str(tmp_path / "images"), str(output), "--no-progress"]) == 5
+    error = capsys.readouterr().err
+    assert "cannot write" in error
+    assert error.count("\n") == 1
+
+
+def test_a_vanished_image_is_not_an_unreadable_one(trained_run: Path, tmp_path: Path) -> None:
+    # It was listed a moment ago; to name it in unreadable.csv would end the call as if it was done.
+    manifest = open_trained(str(trained_run)).manifest
+    with pytest.raises(StorageError, match=r"gone\.png does not exist"):
+        _read_picture(open_store(str(tmp_path)), "gone.png", manifest, QUIET)
+
+
+def test_command_continues_after_it_was_killed(trained_run: Path, tmp_path: Path) -> None:
+    images, output = tmp_path / "images", tmp_path / "output"
+    write_same(images, 100, side=300)
+    command = [sys.executable, "-m", "job.infer", str(trained_run), str(images), str(output)]
+    with subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_masks(output, 3, process)
+        process.kill()
+    check_continues(trained_run, images, output)
+
+
+def test_command_stops_at_sigterm_with_every_written_mask_whole(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, output = tmp_path / "images", tmp_path / "output"
+    write_same(images, 100, side=300)
+
+    def terminate() -> None:
+        wait_for_masks(output, 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    code = main([str(trained_run), str(images), str(output), "--no-progress"])
+    thread.join()
+    assert code == 6
+    error = capsys.readouterr().err.strip()
+    assert error == "flexunet infer: interrupted; the same command continues"
+    assert not list(output.rglob(".flexunet-*"))
+    check_continues(trained_run, images, output)
+
+
+def wait_for_masks(folder: Path, count: int, process: Any = None) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("*.png"))) < count:
+        assert process is None or process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def check_continues(run: Path, images: Path, output: Path) -> None:
+    """Checks that some of 100 masks are there, all of them whole, and writes the others."""
+    masks = list(output.glob("*.png"))
+    assert 3 <= len(masks) < 100
+    for path in masks:
+        assert mask_of(output, path.name).shape == (300, 300)
+        assert (output / "overlays" / path.name).exists()
+    config = QUIET.model_copy(update={"overlays": False})
+    result = infer(str(run), str(images), str(output), config)
+    assert (result.num_kept, result.num_written) == (len(masks), 100 - len(masks))
+    assert len(list(output.glob("*.png"))) == 100
+
+
+def test_infer_of_a_sigmoid_head_takes_one_half_as_the_limit(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    write_same(tmp_path / "images", 2)
+    for bias, expected in [(-0.1, 0), (0.1, 1)]:
+        # With every weight 0 but the last bias, each pixel's probability is sigmoid(bias).
+        run = constant_run(trained_run, tmp_path / "runs", f"run-{expected}", bias)
+        output = tmp_path / str(expected)
+        infer(run, str(tmp_path / "images"), str(output), QUIET)
+        assert np.unique(mask_of(output, "image-000.png")).tolist() == [expected]
+
+
+def constant_run(like: Path, output: Path, name: str, bias: float) -> str:
+    """Returns the URL of a run with a sigmoid output that is the same everywhere."""
+    trained = open_trained(str(like))
+    model_config = trained.config.model.model_copy(update={"num_classes": 1})
+    config = trained.config.model_copy(update={"model": model_config})
+    model = model_for(config, trained.manifest)
+    for weight in model.weights:
+        weight.assign(np.zeros(weight.shape))
+    model.weights[-1].assign([bias])
+    optimizer = Adam(config.optimizer, model.trainable_variables)
+    staging = output / f"{name}-staging"
+    staging.mkdir(parents=True)
+    state = {"best": {"step": 1, "attempt": 1}}
+    members = checkpoint.write_members(str(staging), model, optimizer, state)
+    with Run.open(str(output), name) as run:
+        run.check_identity(identity_of(config), trained.dataset_digest)
+        for file in ("dataset.json", "config.yaml"):
+            data = trained.store.get(file)
+            run.put_bytes(file, data.replace(b"num_classes: null", b"num_classes: 1"))
+        run.commit(1, 1, members, {})
+        return run.url
+
+
+def test_class_ids_at_source_puts_a_padded_picture_back() -> None:
+    # 2x4 into 4x4: one row of padding above and below.
+    geometry = fit(2, 4, target_height=4, target_width=4, kind="pad")
+    probabilities = np.zeros((4, 4, 3), np.float32)
+    probabilities[..., 0] = 0.4
+    probabilities[0, :, 2] = 1  # in the padding
+    probabilities[1, 0, 1] = 0.5
+    probabilities[2, 3, 2] = 0.6
+    expected = [[1, 0, 0, 0], [0, 0, 0, 2]]
+    assert class_ids_at_source(probabilities, geometry).tolist() == expected
+
+
+def test_class_ids_at_source_chooses_after_enlarging() -> None:
+    # Two columns become four: bilinear weights put 0.25 and 0.75 between the two.
+    geometry = fit(1, 4, target_height=1, target_width=2, kind="stretch")
+    high_left = np.array([[[0.9], [0.3]]], np.float32)  # 0.9, 0.75, 0.45, 0.3
+    assert class_ids_at_source(high_left, geometry).tolist() == [[1, 1, 0, 0]]
+    low_left = np.array([[[1.0], [0.4]]], np.float32)  # 1.0, 0.85, 0.55, 0.4
+    assert class_ids_at_source(low_left, geometry).tolist() == [[1, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("geometry", ["stretch", "pad"])
+def test_to_model_pixels_gives_what_prep_stores(tmp_path: Path, geometry: Any) -> None:
+    write_discs(tmp_path / "source", num_images=6, side=50)
+    for path in sorted((tmp_path / "source").rglob("*.png"))[::2]:
+        # Half of the pairs are not square, so that pad has something to do.
+        twin = {"images": "masks", "masks": "images"}[path.parent.name]
+        for each in (path, path.parents[1] / twin / path.name):
+            pixels = cv2.imread(str(each), cv2.IMREAD_GRAYSCALE)
+            assert pixels is not None
+            write(each, pixels[:40])
+    config = PrepConfig(image_size=24, geometry=geometry, num_processes=1)
+    sources = find_sources(str(tmp_path / "source"))
+    prepare(sources, str(tmp_path / "dataset"), config, progress=False)
+    dataset = open_dataset(str(tmp_path / "dataset"))
+    split = dataset.split("train")
+    reader = open_reader(dataset, split, cache="full", cache_dir=None)
+    for index, name in enumerate(split.filenames):
+        pixels = cv2.imread(str(tmp_path / "source" / "images" / name), cv2.IMREAD_GRAYSCALE)
+        assert pixels is not None
+        made, _ = to_model_pixels(pixels[..., np.newaxis], dataset.manifest)
+        assert np.array_equal(made, read_sample(reader, index)[0])
+        # Colour that is grey is the same picture.
+        colour, _ = to_model_pixels(np.dstack([pixels] * 3), dataset.manifest)
+        assert np.array_equal(colour, made)
+    reader.close()
+
+
+def test_to_model_pixels_changes_the_bit_depth(trained_run: Path) -> None:
+    shallow = open_trained(str(trained_run)).manifest
+    deep = shallow.model_copy(update={"bit_depth": 16, "value_max": 4095})
+    image = np.full((32, 32, 1), 51, np.uint8)
+    # 51/255 = 1/5 of full intensity, 4095/5 = 819.
+    assert np.unique(to_model_pixels(image, deep)[0]).tolist() == [819]
+    image = np.full((32, 32, 1), 51 * 256 + 200, np.uint16)
+    assert np.unique(to_model_pixels(image, shallow)[0]).tolist() == [51]

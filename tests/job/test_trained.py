@@ -1,0 +1,100 @@
+"""A trained run as something to use: what is read, which weights, and what is refused."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.errors import ContentError, UsageError
+from data_prep.storage import open_store
+from job import checkpoint
+from job.config import TrainConfig
+from job.trained import (
+    fetch_checkpoint,
+    initialize_from,
+    load_model,
+    model_for,
+    num_outputs,
+    open_trained,
+)
+
+
+def with_model(config: TrainConfig, **changes: int) -> TrainConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+def test_open_trained_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no run here: config\.yaml is missing"):
+        open_trained(str(tmp_path))
+
+
+def test_open_trained_needs_a_checkpoint(own_run: Path) -> None:
+    for member in (own_run / "checkpoints").rglob("COMMIT.json"):
+        member.unlink()
+    with pytest.raises(UsageError, match="no checkpoint yet"):
+        open_trained(str(own_run))
+
+
+def test_fetch_checkpoint_finds_the_best_and_the_last(trained_run: Path, tmp_path: Path) -> None:
+    store = open_store(str(trained_run))
+    last, members = fetch_checkpoint(store, str(tmp_path), which="last")
+    # 12 samples, one per step, 5 epochs.
+    assert last == "checkpoints/step-00000060/a1"
+    state = checkpoint.read_state(members[checkpoint.STATE_NAME])
+    best, _ = fetch_checkpoint(store, str(tmp_path), which="best")
+    assert best == f"checkpoints/step-{state['best']['step']:08d}/a1"
+
+
+def test_load_model_takes_an_older_checkpoint_where_the_last_is_damaged(own_run: Path) -> None:
+    folders = sorted((own_run / "checkpoints").iterdir())
+    weights = folders[-1] / "a1" / checkpoint.WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:-1])
+    load_model(open_trained(str(own_run)), which="last")
+    for folder in folders:
+        (folder / "a1" / checkpoint.WEIGHTS_NAME).write_bytes(b"")
+    with pytest.raises(ContentError, match="no undamaged commit"):
+        load_model(open_trained(str(own_run)), which="last")
+
+
+def test_initialize_from_copies_the_best_weights_of_a_run(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    run = open_trained(str(trained_run))
+    best = load_model(run, which="best")
+    _, members = fetch_checkpoint(run.store, str(tmp_path), which="best")
+    file = tmp_path / "some.weights.h5"
+    shutil.copy(members[checkpoint.WEIGHTS_NAME], file)
+    for source in (str(trained_run), str(file)):
+        model = model_for(run.config, run.manifest)
+        assert not np.array_equal(model.weights[0], best.weights[0])
+        initialize_from(model, source)
+        for weight, expected in zip(model.weights, best.weights, strict=True):
+            assert np.array_equal(weight, expected)
+
+
+# Keras warns before it fails.
+@pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
+def test_initialize_from_refuses_another_network(trained_run: Path) -> None:
+    run = open_trained(str(trained_run))
+    model = model_for(with_model(run.config, base_filters=4), run.manifest)
+    with pytest.raises(ContentError, match="does not fit this model"):
+        initialize_from(model, str(trained_run))
+
+
+def test_num_outputs_is_one_per_class_or_a_sigmoid(trained_run: Path) -> None:
+    run = open_trained(str(trained_run))
+    assert num_outputs(run.config, run.manifest) == 2
+    assert num_outputs(with_model(run.config, num_classes=2), run.manifest) == 2
+    assert num_outputs(with_model(run.config, num_classes=1), run.manifest) == 1
+    with pytest.raises(UsageError, match=r"num_classes=3: the dataset has 2 classes"):
+        num_outputs(with_model(run.config, num_classes=3), run.manifest)
+
+
+def test_model_for_repeats_grey_and_refuses_to_drop_colour(trained_run: Path) -> None:
+    run = open_trained(str(trained_run))  # a grey dataset
+    grey = with_model(run.config, image_channels=3)
+    assert model_for(grey, run.manifest).input_shape == (None, 32, 32, 3)
+    colour = run.manifest.model_copy(update={"channels": 3})
+    with pytest.raises(UsageError, match=r"model\.image_channels=1: the dataset has 3 channels"):
+        model_for(with_model(run.config, image_channels=1), colour)
