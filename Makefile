@@ -39,8 +39,8 @@ test: lint ## lint, then all tests
 demo: .venv/.installed ## the whole way on synthetic mammograms
 	rm -rf $(DEMO)
 	python -m data_prep.phantoms $(DEMO)/source --num-images 120 --size 128
-	flexunet prep $(DEMO)/source $(DEMO)/dataset --image-size 128 --group-regex '^(phantom-p[0-9]+)'
-	flexunet train --local --config demo.yaml --data $(DEMO)/dataset --output $(DEMO)/runs --name demo
+	flexunet prep $(DEMO)/source $(DEMO)/dataset --image-size 128 --group-regex "phantom-p[0-9]+"
+	flexunet train --local --config docs/demo.yaml --data $(DEMO)/dataset --output $(DEMO)/runs --name demo
 	flexunet evaluate $(DEMO)/runs/demo --split test
 	flexunet infer $(DEMO)/runs/demo $(DEMO)/source/images
 

@@ -538,10 +538,7 @@ def _manifest(
         channels=target.channels,
         bit_depth=target.bit_depth,
         value_max=target.value_max,
-        classes=tuple(
-            schema.ClassInfo(id=c.id, name=c.name, color=c.color)
-            for c in parse_color_map(config.classes)
-        ),
+        classes=parse_color_map(config.classes),
         ignore_id=config.ignore_id,
         geometry=config.geometry,
         split_rule=_split_rule(samples[0].split is not None, config),

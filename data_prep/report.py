@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.schema import ClassInfo
+from data_prep.colormap import ClassColor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def rejects_csv(rejects: Sequence[tuple[str, str]]) -> str:
 
 
 def statistics_png(
-    splits: Mapping[str, SplitStatistics], classes: Sequence[ClassInfo], title: str
+    splits: Mapping[str, SplitStatistics], classes: Sequence[ClassColor], title: str
 ) -> bytes:
     """Returns a PNG: images per split, and the share of each class in the pixels of each split."""
     figure = _figure(11, 4 + 0.15 * len(classes))
@@ -70,7 +70,7 @@ def statistics_png(
 
 
 def sheet_png(
-    pairs: Sequence[Pair], classes: Sequence[ClassInfo], value_max: int, title: str
+    pairs: Sequence[Pair], classes: Sequence[ClassColor], value_max: int, title: str
 ) -> bytes:
     """Returns a PNG with the picture of each pair above the same picture with its mask on it.
 
@@ -112,7 +112,7 @@ def _draw_counts(axes: "Axes", splits: Mapping[str, SplitStatistics]) -> None:
 
 
 def _draw_shares(
-    axes: "Axes", splits: Mapping[str, SplitStatistics], classes: Sequence[ClassInfo]
+    axes: "Axes", splits: Mapping[str, SplitStatistics], classes: Sequence[ClassColor]
 ) -> None:
     # A foreground of 1 % beside a background of 99 % shows only on a logarithmic axis.
     height = 0.8 / len(splits)
@@ -165,7 +165,7 @@ def _overlay_color(class_id: int) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _add_legend(figure: "Figure", classes: Sequence[ClassInfo]) -> None:
+def _add_legend(figure: "Figure", classes: Sequence[ClassColor]) -> None:
     from matplotlib.patches import Patch
 
     handles = [

@@ -23,6 +23,7 @@ import google_crc32c
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
+from data_prep.colormap import ClassColor
 from data_prep.errors import ContentError, UsageError
 from data_prep.settings import Settings
 
@@ -70,14 +71,6 @@ class Sample:
     off_map_pixels: int
 
 
-class ClassInfo(Settings):
-    """One class of the masks and its colour."""
-
-    id: int = Field(ge=0, le=255)
-    name: str
-    color: tuple[int, int, int]
-
-
 class ShardInfo(Settings):
     """One shard file as it was written."""
 
@@ -113,7 +106,7 @@ class Manifest(Settings):
     channels: Literal[1, 3]
     bit_depth: Literal[8, 16]
     value_max: int = Field(ge=255, le=65535)
-    classes: tuple[ClassInfo, ...] = Field(min_length=1)
+    classes: tuple[ClassColor, ...] = Field(min_length=1)
     ignore_id: int | None = None
     geometry: Literal["stretch", "pad"]
     split_rule: str
