@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -323,6 +324,7 @@ def _describe(
     packages = ("flexunet", "tensorflow", "keras", "numpy", "opencv-python-headless")
     environment = {
         "packages": {name: version(name) for name in packages},
+        "commit": _source_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
@@ -334,3 +336,16 @@ def _describe(
         "attempt": run.attempt,
     }
     run.put_bytes("environment.json", (json.dumps(environment, indent=2) + "\n").encode())
+
+
+def _source_commit() -> str | None:
+    """Returns the git commit that this package runs from; None where it was installed."""
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if not os.path.exists(os.path.join(folder, ".git")):
+        return None
+    arguments = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(arguments, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 - fixed arguments
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
