@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import click
 
-from data_prep.command import run_command
+from data_prep.command import SettingsCommand, run_command
 from data_prep.errors import FlexUNetError
 
 _GIB = 2**30
@@ -221,7 +221,9 @@ def all_checks(bucket: str | None) -> Iterator[Check]:
     yield ray_check()
 
 
-@click.command(help="Say what this machine has and lacks for training, and what to do.")
+@click.command(
+    cls=SettingsCommand, help="Say what this machine has and lacks for training, and what to do."
+)
 @click.option("--bucket", metavar="URL", help="Folder or gs:// URL to write a small object to.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(bucket: str | None, as_json: bool) -> int:

@@ -1,12 +1,13 @@
 """Reads the INI files of the reference implementation and its family of projects.
 
 Owns the meaning of their keys: what each becomes here, and why a key has no effect. Values are
-literals and are never run. Knows nothing of TensorFlow; it builds plain values, which the settings
+literals and are never run. Must not know TensorFlow; it builds plain values, which the settings
 classes check.
 """
 
 import ast
 import io
+import logging
 import os
 import re
 import warnings
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from data_prep.errors import UsageError
 from data_prep.pairs import Source
-from data_prep.settings import suggestion
+from data_prep.settings import suggestion, validated
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+logger = logging.getLogger(__name__)
 
 Convert = Callable[[Any], Any]
 Status = Literal["unknown", "not used", "mapped", "default"]
@@ -156,6 +159,30 @@ def read_reference_config(path: str) -> ReferenceConfig:
     return ReferenceConfig(reader.settings, prep, sources, infer_images, reader.all_notes())
 
 
+def prepare_sources(
+    reference: ReferenceConfig, output_url: str, path: str, options: Mapping[str, bool]
+) -> None:
+    """Makes the image folders of the file at `path` a dataset, or finds it finished.
+
+    Args:
+        options: values for PrepConfig that the file cannot hold.
+
+    Raises:
+        UsageError: the file names no image folders, or a folder is missing or empty.
+        ContentError: pictures are bad or splits leak.
+    """
+    from data_prep.prep import PrepConfig, prepare
+
+    if "train" not in {source.split for source in reference.sources}:
+        raise UsageError(
+            f"{path}: no dataset: [train] names no images_dir and masks_dir; "
+            "add them, or give --data DATASET, a folder or gs:// URL made by prep"
+        )
+    config = validated(PrepConfig, {**reference.prep, **options}, path)
+    logger.info("preparing the images of %s in %s", path, output_url)
+    prepare(reference.sources, output_url, config)
+
+
 def format_notes(notes: Sequence[KeyNote]) -> "Table":
     """Returns a table of `notes`, what needs attention first; at most 100 columns wide."""
     from rich import box
@@ -165,14 +192,13 @@ def format_notes(notes: Sequence[KeyNote]) -> "Table":
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        width=100,
         title="Reference configuration",
         title_justify="left",
     )
-    table.add_column("key", overflow="fold", max_width=28)
-    table.add_column("value", overflow="ellipsis", no_wrap=True, max_width=20)
+    table.add_column("key", overflow="fold", min_width=24, max_width=28)
+    table.add_column("value", overflow="ellipsis", no_wrap=True, max_width=14)
     table.add_column("", width=8)
-    table.add_column("here", overflow="fold")
+    table.add_column("here", overflow="fold", max_width=40)
     styles = {"unknown": "red", "not used": "yellow", "mapped": "green", "default": "dim"}
     for note in sorted(notes, key=lambda each: list(styles).index(each.status)):
         cells = (note.key, _clipped(note.value), note.status, note.detail)

@@ -250,19 +250,25 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def resolve_config(options: Mapping[str, Any], file: str | None) -> TrainConfig:
+def resolve_config(
+    options: Mapping[str, Any], file: str | None, prep_options: Mapping[str, bool] | None = None
+) -> TrainConfig:
     """Returns the config of `file` with the options of the command line laid over it.
 
     A file of the reference implementation (.config, .ini) is read as it is; when no dataset is
-    given, its image folders are prepared first, beside the run.
+    given, its image folders are prepared first, beside the run, with `prep_options` as well.
 
     Raises:
         UsageError: no dataset, or a value that is not allowed.
+        ContentError: the image folders hold bad files or leaking splits.
     """
     from job.reference_config import is_reference_config
 
     if file is not None and is_reference_config(file):
-        return _resolve_reference(options, file)
+        return _resolve_reference(options, file, prep_options or {})
+    if prep_options:
+        flag = "--" + next(iter(prep_options)).replace("_", "-")
+        raise UsageError(f"{flag} is for a .config file; give it to `flexunet prep` instead")
     values = read_yaml(_read_text(file), file) if file else {}
     config = validated(TrainConfig, merged(values, options), file or "options")
     if config.data is None:
@@ -270,8 +276,10 @@ def resolve_config(options: Mapping[str, Any], file: str | None) -> TrainConfig:
     return config.model_copy(update={"name": config.name or run_name(config.data)})
 
 
-def _resolve_reference(options: Mapping[str, Any], file: str) -> TrainConfig:
-    from job.reference_config import format_notes, read_reference_config
+def _resolve_reference(
+    options: Mapping[str, Any], file: str, prep_options: Mapping[str, bool]
+) -> TrainConfig:
+    from job.reference_config import format_notes, prepare_sources, read_reference_config
 
     reference = read_reference_config(file)
     from rich.console import Console
@@ -281,10 +289,8 @@ def _resolve_reference(options: Mapping[str, Any], file: str) -> TrainConfig:
     name = config.name or run_name(config.data or os.path.dirname(os.path.abspath(file)))
     config = config.model_copy(update={"name": name})
     if config.data is None:
-        from data_prep.prep import PrepConfig, prepare
-
         data = join_url(config.output, f"{name}-dataset")
-        prepare(reference.sources, data, validated(PrepConfig, reference.prep, file))
+        prepare_sources(reference, data, file, prep_options)
         config = config.model_copy(update={"data": data})
     return config
 
@@ -312,15 +318,29 @@ def _read_text(path: str) -> str:
     type=click.Path(),
     help="YAML file with any of these options, or the reference implementation's .config file.",
 )
+@click.option(
+    "--allow-leaks",
+    is_flag=True,
+    help="With a .config file: accept its splits though they share a group or a picture.",
+)
+@click.option(
+    "--skip-bad",
+    is_flag=True,
+    help="With a .config file: leave bad pictures out, listed in the dataset's report/rejects.csv.",
+)
 @settings_options(TrainConfig)
-def command(local: bool, file: str | None, **options: Any) -> int:
+def command(
+    local: bool, file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any
+) -> int:
     """Train a segmentation network on a prepared dataset, then evaluate it.
 
     The same command again resumes the run. Ctrl-C saves first; the exit code is then 6.
     """
     if not local:
         raise UsageError("no cluster is described here; give --local to train on this machine")
-    config = resolve_config(given(options), file)
+    flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
+    prep_options = {name: True for name, is_given in flags.items() if is_given}
+    config = resolve_config(given(options), file, prep_options)
     outcome = run_local(config)
     url = join_url(config.output, str(config.name))
     if outcome["evaluation"]:

@@ -2,7 +2,7 @@ import io
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
@@ -11,7 +11,7 @@ from data_prep.errors import UsageError
 from data_prep.pairs import Source
 from data_prep.prep import PrepConfig
 from data_prep.settings import validated
-from job.config import TrainConfig
+from job.config import MetricName, TrainConfig
 from job.reference_config import (
     KeyNote,
     ReferenceConfig,
@@ -465,6 +465,108 @@ def test_augmentation_is_mapped_when_the_generator_is_on(tmp_path: Path) -> None
     )
 
 
+EVERYTHING = """
+[generator]
+augmentation = True
+[augmentor]
+vflip = True
+hflip = True
+rotation = True
+angles = [5, 355]
+shrinks = [0.7]
+shears = [0.2]
+deformation = True
+distortion = True
+sharpening = True
+brightening = True
+barrdistortion = True
+pincdistortion = True
+[deformation]
+alpha = 1300
+sigmoids = [7.0, 9.0]
+[distortion]
+gaussian_filter_rsigma = 30
+gaussian_filter_sigma = 0.5
+distortions = [0.02, 0.03]
+[sharpening]
+k = 2
+[brightening]
+alpha = 1.1
+beta = 5
+[barrdistortion]
+radius = 0.4
+amount = 0.3
+centers = [(0.3, 0.3), (0.7, 0.7)]
+[pincdistortion]
+radius = 0.2
+amount = -0.3
+centers = [(0.5, 0.4)]
+"""
+
+
+def test_every_kind_of_augmentation_is_mapped(tmp_path: Path) -> None:
+    config = read(tmp_path, MINIMAL + "generator = True\n" + EVERYTHING)
+    ours = validated(TrainConfig, config.train, "train").augmentation
+    # Flips and rotation 0.5, every other kind 0.25; the amounts are those of the text above.
+    assert ours.model_dump() == {
+        "enabled": True,
+        "hflip_probability": 0.5,
+        "vflip_probability": 0.5,
+        "rotation_probability": 0.5,
+        "rotation_angles": (5.0, 355.0),
+        "shrink_probability": 0.25,
+        "shrink_ratios": (0.7,),
+        "shear_probability": 0.25,
+        "shear_factors": (0.2,),
+        "deformation_probability": 0.25,
+        "deformation_alpha": 1300.0,
+        "deformation_sigmas": (7.0, 9.0),
+        "distortion_probability": 0.25,
+        "distortion_sigma": 30.0,
+        "distortion_sizes": (0.02, 0.03),
+        "barrel_probability": 0.25,
+        "barrel_radius": 0.4,
+        "barrel_amount": 0.3,
+        "barrel_centers": (0.3, 0.3, 0.7, 0.7),
+        "pincushion_probability": 0.25,
+        "pincushion_radius": 0.2,
+        "pincushion_amount": -0.3,
+        "pincushion_centers": (0.5, 0.4),
+        "sharpening_probability": 0.25,
+        "sharpening_k": 2.0,
+        "brightening_probability": 0.25,
+        "brightening_alpha": 1.1,
+        "brightening_beta": 5.0,
+    }
+    unused = note_of(config, "distortion.gaussian_filter_sigma")
+    assert unused.status == "not used"
+    assert "gaussian_filter_rsigma" in unused.detail
+    assert {note.status for note in config.notes if note.line} == {"mapped", "not used"}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("categorical_crossentropy", "categorical_crossentropy"),
+        ("dice_loss", "dice"),
+        ("bce_dice_loss", "bce_dice"),
+        ("iou_loss", "iou"),
+        ("bce_iou_loss", "bce_iou"),
+        ("basnet_hybrid_loss", "basnet_hybrid"),
+        ("dice_loss_multiclass", "dice_multiclass"),
+    ],
+)
+def test_every_loss_is_valid_here(tmp_path: Path, theirs: str, ours: str) -> None:
+    config = read(tmp_path, MINIMAL + f'loss = "{theirs}"\n')
+    assert validated(TrainConfig, config.train, "train").loss.name == ours
+
+
+@pytest.mark.parametrize("name", get_args(MetricName))
+def test_every_metric_is_valid_here(tmp_path: Path, name: str) -> None:
+    config = read(tmp_path, MINIMAL + f'metrics = ["{name}", "val_{name}"]\n')
+    assert validated(TrainConfig, config.train, "train").metrics == (name,)
+
+
 def test_augmentation_defaults_are_those_of_the_reference(tmp_path: Path) -> None:
     augmentation = read(tmp_path, MINIMAL + "generator = True\n").train["augmentation"]
     on = {name for name, value in augmentation.items() if "probability" in name and value}
@@ -529,16 +631,20 @@ def test_is_reference_config_goes_by_the_name(path: str, expected: bool) -> None
     assert is_reference_config(path) is expected
 
 
-def printed(value: Any) -> str:
+def printed(value: Any, width: int = 200) -> str:
     file = io.StringIO()
-    Console(width=200, file=file).print(value)
+    Console(width=width, file=file).print(value)
     return file.getvalue()
 
 
 def test_format_notes_fits_100_columns_and_starts_with_what_is_wrong(tmp_path: Path) -> None:
     text = MINIMAL + "[train]\npoch_change_infer = [0.8]\nxyzzy = '[red]" + "x" * 300 + "'\n"
-    table = printed(format_notes(read(tmp_path, text).notes))
+    notes = read(tmp_path, text).notes
+    table = printed(format_notes(notes))
     assert max(len(line) for line in table.splitlines()) <= 100
+    # Nothing is cut off on a narrow terminal: the words go on in the next line.
+    narrow = "".join(line[-24:].strip() for line in printed(format_notes(notes), 80).splitlines())
+    assert "epoch_change_infer" in narrow
     rows = [line for line in table.splitlines() if "." in line]
     assert "poch_change_infer" in rows[0]
     assert "[0.8]" in rows[0]

@@ -1,0 +1,154 @@
+from typing import Any, get_args
+
+import pytest
+
+from data_prep.errors import UsageError
+from data_prep.settings import fields_of, read_yaml, validated, write_yaml
+from job.config import LossName, MetricName, TrainConfig, identity_of
+
+# What may change between two attempts of one run. A field that is not here is part of the run's
+# identity: adding one to either side is a decision.
+FREE = {
+    "data",
+    "output",
+    "name",
+    "epochs",
+    "prediction_images",
+    "prediction_folder",
+    "checkpoint_every_minutes",
+    "keep_checkpoints",
+    "cache_dir",
+    "cache",
+    "cpu_replicas",
+    "threads",
+    "tensorboard",
+    "progress",
+}
+IDENTITY = {
+    "global_batch_size",
+    "seed",
+    "precision",
+    "deterministic",
+    "init_from",
+    "metrics",
+    "model.name",
+    "model.num_layers",
+    "model.base_filters",
+    "model.base_kernels",
+    "model.dilation",
+    "model.dropout_rate",
+    "model.normalization",
+    "model.activation",
+    "model.input_scaling",
+    "model.image_channels",
+    "model.num_classes",
+    "loss.name",
+    "loss.class_weights",
+    "optimizer.name",
+    "optimizer.learning_rate",
+    "optimizer.beta_1",
+    "optimizer.beta_2",
+    "optimizer.epsilon",
+    "optimizer.weight_decay",
+    "optimizer.clipvalue",
+    "optimizer.clipnorm",
+    "schedule.reduce_on_plateau",
+    "schedule.reducer_factor",
+    "schedule.reducer_patience",
+    "schedule.min_learning_rate",
+    "schedule.early_stopping_patience",
+}
+
+
+def test_every_field_is_free_or_part_of_the_identity() -> None:
+    names = {".".join(path) for path, _ in fields_of(TrainConfig)}
+    of_augmentation = {name for name in names if name.startswith("augmentation.")}
+    identity = identity_of(TrainConfig())
+    assert set(identity) == IDENTITY | of_augmentation
+    assert names == FREE | set(identity)
+    # Each kind of augmentation changes what is learned.
+    assert len(of_augmentation) == 28
+
+
+def test_identity_changes_with_the_values_and_not_with_free_ones() -> None:
+    base = identity_of(TrainConfig())
+    assert identity_of(TrainConfig(epochs=3, output="gs://bucket", name="a")) == base
+    changed = identity_of(validated(TrainConfig, {"model": {"base_kernels": [3, 3]}}, "test"))
+    assert {key for key in base if base[key] != changed[key]} == {"model.base_kernels"}
+    # JSON types: a tuple that was read back from a file is a list.
+    assert changed["model.base_kernels"] == [3, 3]
+
+
+def test_a_written_config_is_read_as_the_same() -> None:
+    values = {
+        "data": "gs://bucket/data",
+        "init_from": None,
+        "optimizer": {"learning_rate": 7e-5, "clipvalue": None, "clipnorm": 0.5},
+        "loss": {"name": "focal", "class_weights": [1, 20.5]},
+        "model": {"base_kernels": [5, 7], "num_classes": 1},
+        "metrics": ["dice_coef", "sensitivity"],
+        "augmentation": {"enabled": True, "rotation_angles": [5, -5]},
+    }
+    config = validated(TrainConfig, values, "test")
+    again = validated(TrainConfig, read_yaml(write_yaml(config), "config.yaml"), "config.yaml")
+    assert again == config
+    assert identity_of(again) == identity_of(config)
+
+
+def test_defaults_are_the_inbreast_network() -> None:
+    config = TrainConfig()
+    # Copied by hand from the reference implementation's INbreast file.
+    assert (config.model.num_layers, config.model.base_filters) == (8, 16)
+    assert (config.model.base_kernels, config.model.dilation) == ((9, 9), (1, 1))
+    assert (config.model.dropout_rate, config.optimizer.clipvalue) == (0.04, 0.4)
+    assert (config.epochs, config.global_batch_size) == (100, 2)
+    assert config.schedule.reducer_patience == 4
+    assert config.schedule.early_stopping_patience == 10
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"base_kernels": [3, 4]}}, "a kernel must be odd and positive"),
+        ({"model": {"dilation": [0, 1]}}, "a dilation must be 1 or more"),
+        ({"model": {"num_layers": 13}}, "model.num_layers=13: .*less than or equal to 12"),
+        # 0.2 times 7 is 1.4 at level 7.
+        ({"model": {"dropout_rate": 0.2}}, "model: dropout_rate 0.2 gives 1.40 at level 7"),
+        ({"loss": {"name": "dise"}}, "loss.name='dise': input should be 'categorical_crossentr"),
+        ({"metrics": ["dice"]}, "metrics.0='dice': input should be 'dice_coef_multiclass'"),
+        ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate=0: .*greater than 0"),
+        ({"optimizer": {"learning_rates": 1}}, "'optimizer.learning_rates'; did you mean"),
+        ({"name": "Uppercase"}, "name='Uppercase': string should match"),
+        ({"name": "a" * 48}, "should match"),
+        ({"name": "a-"}, "should match"),
+        ({"seed": 2**31}, "seed=2147483648: .*less than 2147483648"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"schedule": {"early_stopping_patience": -1}}, "greater than or equal to 0"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        validated(TrainConfig, values, "options")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["a", "inbreast", "a" * 47, "run-2"])
+def test_run_names_may_be(name: str) -> None:
+    assert TrainConfig(name=name).name == name
+
+
+@pytest.mark.parametrize("value", [0, 0.0, None])
+def test_clipping_can_be_switched_off(value: float | None) -> None:
+    values = {"optimizer": {"clipvalue": value, "clipnorm": value}}
+    config = validated(TrainConfig, values, "options").optimizer
+    assert not config.clipvalue
+    assert not config.clipnorm
+
+
+def test_names_of_losses_and_metrics_are_those_that_exist() -> None:
+    # Inside: these two need TensorFlow, and the rest of this module does not wait for it.
+    from job.losses import LOSSES
+    from job.metrics import REFERENCE_METRICS
+
+    assert set(get_args(LossName)) <= set(LOSSES)
+    assert set(get_args(MetricName)) == set(REFERENCE_METRICS)

@@ -1,0 +1,155 @@
+"""A project of the reference family trains from its own file, found from anywhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import ContentError, UsageError
+from job.train import main, resolve_config
+from tests.job.discs import write_discs
+
+CONFIG = """\
+; train_eval_infer.config
+[model]
+model         = "TensorFlowFlexUNet"
+generator     = False
+image_width   = 32
+image_height  = 32
+image_channels = 3
+input_normalize = True
+num_classes   = 2
+base_filters  = 4
+base_kernels  = (3,3)
+num_layers    = 3
+dropout_rate  = 0.04
+learning_rate = 0.001
+loss          = "categorical_crossentropy"
+metrics       = ["dice_coef_multiclass"]
+[train]
+epochs        = 1
+batch_size    = 2
+metrics       = ["dice_coef_multiclass", "val_dice_coef_multiclass"]
+model_dir     = "./models/"
+images_dir    = "../../../dataset/Discs/train/images/"
+masks_dir     = "../../../dataset/Discs/train/masks/"
+poch_change_infer = True
+[valid]
+images_dir    = "../../../dataset/Discs/valid/images/"
+masks_dir     = "../../../dataset/Discs/valid/masks/"
+[test]
+images_dir    = "../../../dataset/Discs/test/images/"
+masks_dir     = "../../../dataset/Discs/test/masks/"
+[mask]
+mask_file_format = ".png"
+rgb_map = {(0,0,0):0,(255,255,255):1,}
+"""
+FOLDERS = re.compile(r"^(images|masks)_dir.*\n", re.MULTILINE)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Returns the file of a project: 4 training, 2 validation and 2 test pictures."""
+    for seed, (split, num_images) in enumerate({"train": 4, "valid": 2, "test": 2}.items()):
+        folder = tmp_path / "dataset" / "Discs" / split
+        write_discs(folder, num_images=num_images, seed=seed)
+        for path in folder.glob("*/*.png"):
+            path.rename(path.with_name(f"{split}-{path.name}"))
+    config = tmp_path / "projects" / "TensorFlowFlexUNet" / "Discs" / "train_eval_infer.config"
+    config.parent.mkdir(parents=True)
+    config.write_text(CONFIG)
+    return config
+
+
+def leak(project: Path) -> None:
+    """Files a training picture as a test picture too."""
+    dataset = project.parents[3] / "dataset" / "Discs"
+    for kind in ("images", "masks"):
+        data = (dataset / "train" / kind / "train-disc-00.png").read_bytes()
+        (dataset / "test" / kind / "copy.png").write_bytes(data)
+
+
+def test_a_project_trains_with_nothing_but_its_file(project: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "job.train", "--local", "--config", str(project)],
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": str(root), "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    # Every key of the file is accounted for; the misspelt one is named with the right spelling.
+    (misspelt,) = [line for line in done.stderr.splitlines() if "train.poch_change_infer" in line]
+    assert "unknown" in misspelt
+    assert "did you mean 'epoch" in misspelt
+    # The dataset lies beside the run, and the end says where the run is.
+    assert (elsewhere / "runs" / "discs-dataset" / "dataset.json").is_file()
+    run = elsewhere / "runs" / "discs"
+    assert "run: runs/discs" in done.stdout
+    # The tables have the form of the reference implementation's.
+    losses = (run / "metrics" / "train_losses.csv").read_text().splitlines()
+    assert losses[0] == "epoch, loss, val_loss"
+    assert re.fullmatch(r"0, \d+\.\d{4}, \d+\.\d{4}", losses[1])
+    metrics = (run / "metrics" / "train_metrics.csv").read_text().splitlines()
+    assert metrics[0] == "epoch,dice_coef_multiclass,val_dice_coef_multiclass,"
+    evaluation = (run / "evaluation" / "evaluation.csv").read_text().splitlines()
+    names = [re.split(r",\s*", line)[0] for line in evaluation]
+    assert names == ["categorical_crossentropy", "dice_coef_multiclass"]
+    for name in ("metrics/train_losses.png", "config.yaml", "outcome.json"):
+        assert (run / name).stat().st_size > 0, name
+
+
+def test_without_image_folders_a_dataset_must_be_given(
+    project: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    project.write_text(FOLDERS.sub("", CONFIG))
+    with pytest.raises(UsageError, match=r"\[train\] names no images_dir.*--data DATASET"):
+        resolve_config({"output": str(tmp_path / "runs")}, str(project))
+    capsys.readouterr()
+    assert main(["--local", "--config", str(project), "--output", str(tmp_path / "runs")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"flexunet train: {project}: no da")
+    config = resolve_config({"data": "gs://bucket/discs"}, str(project))
+    assert (config.data, config.name) == ("gs://bucket/discs", "discs")
+
+
+def test_folders_that_are_missing_are_named(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "dataset" / "Discs").rename(tmp_path / "dataset" / "Other")
+    with pytest.raises(UsageError, match=r"Discs/train/images.*missing or empty"):
+        resolve_config({"output": str(tmp_path / "runs")}, str(project))
+
+
+def test_splits_that_leak_are_refused_until_they_are_accepted(
+    project: Path, tmp_path: Path
+) -> None:
+    leak(project)
+    options = {"output": str(tmp_path / "runs")}
+    with pytest.raises(ContentError, match=r"train-disc-00.*copy.*accept it with --allow-leaks"):
+        resolve_config(options, str(project))
+    config = resolve_config(options, str(project), {"allow_leaks": True})
+    assert config.data == str(tmp_path / "runs" / "discs-dataset")
+    assert '"leaky": true' in (Path(config.data) / "dataset.json").read_text()
+
+
+def test_bad_pictures_can_be_left_out(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "dataset" / "Discs" / "train" / "masks" / "train-disc-00.png").unlink()
+    options = {"output": str(tmp_path / "runs")}
+    with pytest.raises(ContentError, match=r"train-disc-00.*--skip-bad"):
+        resolve_config(options, str(project))
+    config = resolve_config(options, str(project), {"skip_bad": True})
+    rejects = (Path(str(config.data)) / "report" / "rejects.csv").read_text()
+    assert "train-disc-00.png" in rejects
+
+
+@pytest.mark.parametrize("flag", ["--allow-leaks", "--skip-bad"])
+def test_flags_of_preparation_are_for_files_of_the_family(
+    capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    assert main(["--local", "--data", "dataset", flag]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{flag} is for a .config file; give it to `flexunet prep`" in line

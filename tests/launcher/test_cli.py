@@ -1,0 +1,186 @@
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+import click
+import pytest
+
+from data_prep import errors
+from data_prep.command import SettingsCommand
+from launcher.cli import COMMANDS, EXIT_CODES, command, main
+
+ALL = sorted(COMMANDS)
+HEAVY = ("tensorflow", "keras", "ray", "google.cloud", "pyarrow", "matplotlib", "cv2", "h5py")
+# Options that are numbers without a unit: shares, factors, exponents, strengths and seeds.
+UNITLESS = {
+    "seed",
+    "off-map-limit",
+    "ignore-id",
+    "optimizer.learning-rate",
+    "optimizer.beta-1",
+    "optimizer.beta-2",
+    "optimizer.epsilon",
+    "optimizer.weight-decay",
+    "optimizer.clipvalue",
+    "optimizer.clipnorm",
+    "schedule.reducer-factor",
+    "schedule.min-learning-rate",
+    "augmentation.barrel-amount",
+    "augmentation.brightening-alpha",
+    "augmentation.pincushion-amount",
+    "augmentation.sharpening-k",
+}
+UNITS = (
+    "pixel|sample|epoch|minute|MB|image|picture|case|layer|level|filter|channel|output|replica|"
+    "thread|process|fold|checkpoint|share|probability|side|degrees"
+)
+
+
+def options_of(name: str) -> list[click.Option]:
+    found = command.get_command(click.Context(command), name)
+    assert found is not None
+    return [each for each in found.params if isinstance(each, click.Option)]
+
+
+@pytest.fixture
+def help_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Returns a function that gives the help of a command on a terminal of some width."""
+
+    def text(*argv: str, width: int = 80) -> str:
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert main([*argv, "--help"]) == 0
+        return capsys.readouterr().out
+
+    return text
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_option_has_a_text_and_its_default(name: str) -> None:
+    for each in options_of(name):
+        assert each.help, each.name
+        assert re.match(r"[^.]{3,}.*\.", each.help), each.name
+        if not each.is_flag or each.secondary_opts:
+            shows_default = re.search(r"\[(default:\s|required)", each.help)
+            assert shows_default or each.name in ("config_file", "file", "bucket"), each.name
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_quantity_has_a_unit(name: str) -> None:
+    for each in options_of(name):
+        if each.metavar in ("INT", "NUMBER") and each.opts[0][2:] not in UNITLESS:
+            text = (each.help or "").split("[default")[0]
+            assert re.search(UNITS, text, re.IGNORECASE), f"{each.opts[0]}: {text}"
+
+
+@pytest.mark.parametrize("argv", [[], *([name] for name in ALL)])
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_help_fits_the_terminal(help_of: Callable[..., str], argv: list[str], width: int) -> None:
+    assert max(len(line) for line in help_of(*argv, width=width).splitlines()) <= min(width, 100)
+
+
+def test_help_of_train_has_a_section_for_each_group(help_of: Callable[..., str]) -> None:
+    titles = [line for line in help_of("train").splitlines() if re.fullmatch(r"\S.*:", line)]
+    assert titles == [
+        "Options:",
+        "Model options:",
+        "Loss options:",
+        "Optimizer options:",
+        "Schedule options:",
+        "Augmentation options:",
+        "Values:",
+    ]
+
+
+def test_help_lists_commands_in_the_order_of_use(help_of: Callable[..., str]) -> None:
+    text = help_of()
+    places = [text.index(f"\n  {name} ") for name in ("prep", "train", "evaluate", "infer")]
+    assert places == sorted(places)
+
+
+def test_help_lists_the_exit_codes_that_exist(help_of: Callable[..., str]) -> None:
+    base = errors.FlexUNetError
+    classes: list[type[errors.FlexUNetError]] = [base, *base.__subclasses__()]
+    assert {0, *(each.exit_code for each in classes)} == set(EXIT_CODES)
+    text = help_of()
+    for code, meaning in EXIT_CODES.items():
+        assert f"\n  {code}  {meaning}\n" in text
+
+
+def test_commands_have_readable_help() -> None:
+    for name in ALL:
+        found = command.get_command(click.Context(command), name)
+        assert isinstance(found, SettingsCommand), name
+
+
+# What `--help` of a command must not import, by asking the interpreter afterwards.
+PROBE = """
+import json, runpy, sys
+sys.argv = {argv}
+try:
+    runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    code = end.code
+heavy = [name for name in {heavy} if name in sys.modules]
+print(json.dumps([code, heavy]), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["launcher.cli"],
+        *(["launcher.cli", name] for name in ALL),
+        ["data_prep"],
+        ["data_prep.phantoms"],
+        ["job.train"],
+        ["job.evaluate"],
+        ["job.infer"],
+        ["job.doctor"],
+    ],
+    ids=" ".join,
+)
+def test_help_imports_nothing_heavy(argv: list[str]) -> None:
+    module, *rest = argv
+    script = PROBE.format(argv=[module, *rest, "--help"], module=module, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stderr.splitlines()[-1]) == [0, []]
+    assert done.stdout.startswith("Usage: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "flexunet: no command 'trian'; did you mean 'train'?"),
+        (["--versoin"], "flexunet: no option '--versoin'; did you mean '--version'?"),
+        (["train", "--num-layers", "3"], "flexunet train: no option '--num-layers'; did you mean"),
+        (["prep", "--image-sizes", "3"], "did you mean '--image-size'?"),
+        (["prep", "source"], "flexunet prep: Missing argument 'OUTPUT'."),
+        (["evaluate", "run", "--split", "all"], "'all' is not one of 'train', 'valid', 'test'"),
+        (["infer", "run", "images", "--batch-size", "0"], "batch_size=0: "),
+        (["doctor", "--buckets", "x"], "did you mean '--bucket'?"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_without_a_command_the_help_is_shown_and_the_exit_code_is_2(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([]) == 2
+    assert "Exit codes:" in capsys.readouterr().err
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert importlib.metadata.version("flexunet") in capsys.readouterr().out
