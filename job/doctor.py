@@ -224,10 +224,17 @@ def all_checks(bucket: str | None) -> Iterator[Check]:
 @click.command(
     cls=SettingsCommand, help="Say what this machine has and lacks for training, and what to do."
 )
-@click.option("--bucket", metavar="URL", help="Folder or gs:// URL to write a small object to.")
+@click.option(
+    "--bucket",
+    metavar="URL",
+    help="Folder or gs:// URL where a small file is written, read and deleted.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(bucket: str | None, as_json: bool) -> int:
-    """Prints the checks; returns 0 where training can run, else the first failure's code."""
+    """Say what this machine has and lacks for training, and what to do.
+
+    The exit code is 0 where training can run, else that of the first failure.
+    """
     from rich.console import Console
 
     with Console(stderr=True).status("Looking at this machine"):
@@ -238,7 +245,18 @@ def command(bucket: str | None, as_json: bool) -> int:
         click.echo(json.dumps(report, indent=2))
     else:
         Console().print(_table(checks))
+        click.echo(verdict(checks))
     return failures[0] if failures else 0
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """Returns in one line whether training can run here, and what stands in its way."""
+    failed = [check.name for check in checks if check.state == "failed"]
+    if failed:
+        return f"Training cannot run here: {', '.join(failed)} failed."
+    notes = [check.name for check in checks if check.state == "note"]
+    worth = f"; worth a look: {', '.join(notes)}" if notes else ""
+    return f"Training can run here{worth}."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

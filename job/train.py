@@ -267,8 +267,7 @@ def resolve_config(
     if file is not None and is_reference_config(file):
         return _resolve_reference(options, file, prep_options or {})
     if prep_options:
-        flag = "--" + next(iter(prep_options)).replace("_", "-")
-        raise UsageError(f"{flag} is for a .config file; give it to `flexunet prep` instead")
+        raise _nothing_to_prepare(prep_options)
     values = read_yaml(_read_text(file), file) if file else {}
     config = validated(TrainConfig, merged(values, options), file or "options")
     if config.data is None:
@@ -292,7 +291,16 @@ def _resolve_reference(
         data = join_url(config.output, f"{name}-dataset")
         prepare_sources(reference, data, file, prep_options)
         config = config.model_copy(update={"data": data})
+    elif prep_options:
+        raise _nothing_to_prepare(prep_options)
     return config
+
+
+def _nothing_to_prepare(prep_options: Mapping[str, bool]) -> UsageError:
+    flag = "--" + next(iter(prep_options)).replace("_", "-")
+    return UsageError(
+        f"{flag} is for a .config file without --data; give it to `flexunet prep` instead"
+    )
 
 
 def run_name(url: str) -> str:

@@ -147,9 +147,10 @@ def test_bad_pictures_can_be_left_out(project: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--allow-leaks", "--skip-bad"])
-def test_flags_of_preparation_are_for_files_of_the_family(
-    capsys: pytest.CaptureFixture[str], flag: str
+def test_flags_of_preparation_are_refused_where_nothing_is_prepared(
+    project: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
-    assert main(["--local", "--data", "dataset", flag]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"{flag} is for a .config file; give it to `flexunet prep`" in line
+    for config in ([], ["--config", str(project)]):
+        assert main(["--local", "--data", "dataset", flag, *config]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"{flag} is for a .config file without --data; give it to `flexunet prep`" in line
