@@ -155,7 +155,8 @@ class RecordReader:
         """Returns the serialised Example of sample `index`.
 
         Raises:
-            ContentError: the record is damaged; names the shard and the sample.
+            ContentError: the record is missing, damaged or another sample's; names the shard and
+                the sample.
         """
         shard = self._split.shards[index]
         offset, length = int(self._split.offsets[index]), int(self._split.lengths[index])
@@ -163,8 +164,16 @@ class RecordReader:
             record = self._store.get(shard, offset, length)
         else:
             record = os.pread(self._file(shard), length, offset)
-        where = f"{self._store.url}/{shard}, sample {self._split.ids[index]!r}"
-        return unframe_record(record, where=where)
+        sample_id = self._split.ids[index]
+        where = f"{self._store.url}/{shard}, sample {sample_id!r}"
+        payload = unframe_record(record, where=where)
+        # A shard in another's place has good checksums.
+        if _id_of(payload) != sample_id:
+            raise ContentError(
+                f"{where}: the record is another sample's, so this is not the shard that was "
+                "prepared; prepare the dataset again"
+            )
+        return payload
 
     def close(self) -> None:
         """Closes the shards."""
@@ -175,8 +184,27 @@ class RecordReader:
     def _file(self, shard: str) -> int:
         if shard not in self._files:
             path = local_path(str(self._folder), shard)
-            self._files[shard] = os.open(path, os.O_RDONLY)
+            try:
+                self._files[shard] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise ContentError(
+                    f"{path}: cannot be opened: {error.strerror}; prepare the dataset again"
+                ) from error
         return self._files[shard]
+
+
+def _id_of(payload: bytes) -> str | None:
+    """Returns the id in an Example, None where there is none."""
+    import tensorflow as tf
+    from google.protobuf.message import DecodeError
+
+    try:
+        # 0.02 ms; `decode_example` takes 0.2 ms, a twentieth of decoding the pictures.
+        features = tf.train.Example.FromString(payload).features.feature
+    except DecodeError:
+        return None
+    values = features["image/id"].bytes_list.value
+    return values[0].decode(errors="replace") if values else None
 
 
 def read_sample(reader: RecordReader, index: int) -> tuple[np.ndarray, np.ndarray]:
