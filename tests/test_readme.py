@@ -1,0 +1,174 @@
+"""What the README and the Makefile tell a reader to type can be typed.
+
+Nothing is run: each command is parsed by the very command it names, so that a renamed option, a
+value that is no choice or a missing argument fails here.
+"""
+
+import importlib
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from data_prep.settings import read_yaml, validated
+from job.config import TrainConfig
+from launcher.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# Programs of the system that a line may call; their options are not ours to check.
+OTHERS = {"cd", "source", "export", "uv", "tensorboard"}
+PACKAGES = {"data_prep": "data_prep.prep"}
+
+
+def shell_lines(text: str) -> list[str]:
+    """Returns the command lines of the shell blocks in Markdown `text`, continued lines joined."""
+    blocks = "\n".join(match[1] for match in BLOCK.finditer(text))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    stripped = [line.strip().removeprefix("$ ") for line in lines]
+    return [line for line in stripped if line and not line.startswith("#")]
+
+
+def recipe_lines(text: str) -> list[str]:
+    """Returns the lines of the recipes in the Makefile `text` that call our commands."""
+    lines = text.replace("\\\n", " ").splitlines()
+    found = [line.strip() for line in lines if re.match(r"\t@?(flexunet|python -m) ", line)]
+    return [line.removeprefix("@").replace("$$", "$") for line in found]
+
+
+def calls(line: str) -> Iterator[list[str]]:
+    """Yields the arguments of each program that a line calls; comments and variables left out."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+    lexer.whitespace_split = True
+    words: list[str] = []
+    for word in [*lexer, ";"]:
+        if re.fullmatch(r"[&|;]+", word):
+            if words:
+                yield words
+            words = []
+        elif words or not re.fullmatch(r"[A-Z_][A-Z0-9_]*=.*", word):
+            words.append(word)
+
+
+def command_of(module: str) -> click.Command:
+    command = importlib.import_module(PACKAGES.get(module, module)).command
+    assert isinstance(command, click.Command)
+    return command
+
+
+def check(words: list[str]) -> None:
+    """Raises where a call cannot work: no such program, command, target, option or value."""
+    program, *rest = words
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):(?!=)", MAKEFILE, re.MULTILINE)
+        wrong = [each for each in rest if each not in targets and "=" not in each]
+        if wrong:
+            raise ValueError(f"make has no target {wrong[0]!r}")
+    elif program == "git":
+        known = subprocess.check_output(["git", "--list-cmds=main"], text=True).split()
+        if not rest or rest[0] not in known:
+            raise ValueError(f"git has no command {rest[:1]}")
+    elif program == "flexunet":
+        if rest[:1] in (["--help"], ["--version"]):
+            return
+        if not rest or rest[0] not in COMMANDS:
+            raise ValueError(f"flexunet has no command {rest[:1]}")
+        parse(command_of(COMMANDS[rest[0]][0]), rest[1:])
+    elif re.fullmatch(r"(\S*/)?python[0-9.]*", program) and rest[:1] == ["-m"]:
+        parse(command_of(rest[1]), rest[2:])
+    elif program not in OTHERS:
+        raise ValueError(f"unknown program {program!r}")
+
+
+def parse(command: click.Command, arguments: list[str]) -> None:
+    """Parses `arguments` as `command` would; a config file of ours must be valid too."""
+    if "--help" in arguments:
+        arguments = [each for each in arguments if each != "--help"]
+        command.make_context("command", arguments, resilient_parsing=True)
+        return
+    context = command.make_context("command", arguments)
+    file = context.params.get("file")
+    if file is not None and (ROOT / file).is_file():
+        validated(TrainConfig, read_yaml((ROOT / file).read_text(), file), file)
+
+
+def own_options() -> set[str]:
+    commands = [command_of(module) for module, _ in COMMANDS.values()]
+    options = [each for command in commands for each in command.params]
+    names = {name for each in options for name in (*each.opts, *each.secondary_opts)}
+    return names | {"--help", "--version"}
+
+
+def test_readme_has_commands() -> None:
+    programs = {words[0] for line in shell_lines(README) for words in calls(line)}
+    assert {"make", "flexunet"} <= programs
+
+
+@pytest.mark.parametrize("line", dict.fromkeys([*shell_lines(README), *recipe_lines(MAKEFILE)]))
+def test_command_can_be_typed(line: str) -> None:
+    for words in calls(line):
+        check(words)
+
+
+def test_options_named_in_the_text_exist() -> None:
+    text = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    named = [word for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()]
+    options = {word.split("=")[0] for word in named if re.match(r"--[a-z]", word)}
+    assert options - own_options() == set()
+
+
+def test_linked_files_exist() -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", README)
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("flexunet train --epoch 3", "'--epoch'"),
+        ("flexunet train --local \\\n  --model.layers 3", "'--model.layers'"),
+        ("flexunet evaluate", "(?i)missing argument"),
+        ("flexunet evaluate run --split all", "'all' is not one of"),
+        ("flexunet trian", "no command"),
+        ("flexunet trian --help", "no command"),
+        ("flexunet prep a b extra", "unexpected extra argument"),
+        ("python -m job.train --epochs x", "not a valid int"),
+        ("python -m data_prep a b --sizes 3", "'--sizes'"),
+        ("cd x && FOO=1 flexunet infer --batch 3 a b", "'--batch'"),
+        ("make dmeo", "no target 'dmeo'"),
+        ("git clon url", "git has no command"),
+        ("flexnet train", "unknown program"),
+    ],
+)
+def test_a_command_that_cannot_work_is_found(line: str, message: str) -> None:
+    (joined,) = shell_lines(f"text\n```sh\n{line}\n```\n")
+    with pytest.raises((ValueError, click.ClickException)) as caught:
+        for words in calls(joined):
+            check(words)
+    error = caught.value
+    text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+    assert re.search(message, text)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "$ flexunet doctor  # what this machine has",
+        "flexunet prep IMAGES gs://bucket/data --group-regex '^(p[0-9]+)' --image-size 256",
+        "flexunet train --help",
+        "python -m data_prep --help",
+        "git clone https://example.org/a.git && cd a && make demo",
+        "make test PYTHON=python3.12",
+    ],
+)
+def test_a_command_that_works_passes(line: str) -> None:
+    (joined,) = shell_lines(f"```bash\n{line}\n```\n")
+    for words in calls(joined):
+        check(words)
