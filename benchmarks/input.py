@@ -1,0 +1,225 @@
+"""Images per second of the input, against decoding the same PNG bytes alone.
+
+    python benchmarks/input.py [--num-images 200] [--image-size 512] [--batch-size 8]
+
+decode: `tf.io.decode_png` of image and mask in a `tf.data` map, bytes in memory, no batches: what
+no input can do without. input: shards read by position, checked, decoded, batched and distributed
+as training gets them. The two with warps add augmentation. Each repeat times an epoch of a few
+samples, which is the cost of starting one, and a whole epoch; the rate is that of the samples
+between. Kinds take turns and ratios are of neighbours in time. `cpu` is the time of all threads of
+this process: the number to read on a machine that others use too. Last, memory over epochs.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+import numpy as np
+import psutil
+from machine import describe_machine, write_result
+
+from data_prep.pairs import find_sources
+from data_prep.phantoms import write_phantoms
+from data_prep.prep import PrepConfig, prepare
+from data_prep.schema import decode_example
+from job.augment import AugmentationConfig, augment
+from job.config import TrainConfig
+from job.data import (
+    Dataset,
+    RecordReader,
+    global_batches,
+    iterate,
+    make_batches,
+    open_dataset,
+    open_reader,
+    sample_order,
+)
+
+AUGMENTATION = AugmentationConfig(enabled=True)  # the kinds that are on by default
+FEW_SAMPLES = 10  # of the epoch whose start is timed
+EPOCH_REPEATS = 2  # how often a long epoch takes each sample
+
+
+@click.command()
+@click.option("--num-images", default=200, show_default=True, help="Phantoms to make.")
+@click.option("--image-size", default=512, show_default=True, help="Side of them, pixels.")
+@click.option("--batch-size", default=8, show_default=True, help="Images per step.")
+@click.option("--repeats", default=9, show_default=True, help="Runs of each kind.")
+@click.option("--epochs", default=20, show_default=True, help="Epochs over which memory is seen.")
+def main(num_images: int, image_size: int, batch_size: int, repeats: int, epochs: int) -> None:
+    """Measures, prints a table and writes `results/input.json`."""
+    from job import runtime
+
+    strategy = runtime.configure(TrainConfig(global_batch_size=batch_size))
+    with tempfile.TemporaryDirectory() as work:
+        dataset = prepare_phantoms(work, num_images, image_size)
+        reader = open_reader(dataset, dataset.split("train"), cache="full", cache_dir=None)
+        measured = Input(dataset, reader, strategy, batch_size)
+        result: dict[str, Any] = {
+            "machine": describe_machine(),
+            "num_images": len(dataset.split("train")),
+            "image_size": image_size,
+            "batch_size": batch_size,
+            **measure_rates(measured, repeats),
+            "rss_mb_after_epoch": measure_memory(measured, epochs),
+        }
+        reader.close()
+    write_result("input", result)
+    print_table(result)
+
+
+def prepare_phantoms(work: str, num_images: int, size: int) -> Dataset:
+    """Returns a dataset whose train split holds all phantoms but two."""
+    write_phantoms(f"{work}/source", num_images + 2, size, 1)
+    share = 1 / (num_images + 2)
+    fractions = (1 - 2 * share, share, share)
+    config = PrepConfig(image_size=size, fractions=fractions, num_processes=1)
+    prepare(find_sources(f"{work}/source"), f"{work}/dataset", config, progress=False)
+    return open_dataset(f"{work}/dataset")
+
+
+class Input:
+    """The input of one training process."""
+
+    def __init__(
+        self, dataset: Dataset, reader: RecordReader, strategy: Any, batch_size: int
+    ) -> None:
+        self.dataset = dataset
+        self.reader = reader
+        self.strategy = strategy
+        self.batch_size = batch_size
+        self.num_samples = len(dataset.split("train"))
+
+    def run(self, augmentation: AugmentationConfig | None, *, epoch: int, limit: int) -> None:
+        """Takes `limit` samples as `job/session.py` does, each again where there are fewer."""
+        order = sample_order(self.num_samples, seed=0, epoch=epoch)
+        plan = global_batches(np.resize(order, limit), self.batch_size)
+        replicas = self.strategy.num_replicas_in_sync
+        batches = self.strategy.distribute_datasets_from_function(
+            lambda _: make_batches(
+                self.dataset,
+                self.reader,
+                plan,
+                seed=0,
+                epoch=epoch,
+                augmentation=augmentation,
+                num_replicas=replicas,
+                num_local_replicas=replicas,
+            )
+        )
+        for _ in iterate(batches, self.reader):
+            pass
+
+
+def decode_run(measured: Input, augmentation: AugmentationConfig | None) -> Callable[[int], None]:
+    """Returns a function that decodes `limit` samples, and warps them where that is asked for."""
+    import tensorflow as tf
+
+    keys = ("image/encoded", "image/segmentation/class/encoded")
+    order = sample_order(measured.num_samples, seed=0, epoch=0)
+    samples = [decode_example(measured.reader.read(int(i))) for i in order]
+    images, masks = ([sample[key] for sample in samples] for key in keys)
+
+    def warp(image: np.ndarray, mask: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
+        return list(
+            augment(
+                image, mask, config=augmentation or AUGMENTATION,
+                seed=0, epoch=0, sample_index=int(index), value_max=255,
+            )
+        )  # fmt: skip
+
+    def decode(image: Any, mask: Any, index: Any) -> Any:
+        pixels = tf.io.decode_png(image, 1), tf.io.decode_png(mask, 1)[..., 0]
+        if augmentation is None:
+            return pixels
+        return tuple(tf.numpy_function(warp, [*pixels, index], [tf.uint8, tf.uint8]))
+
+    data = tf.data.Dataset.from_tensor_slices((images, masks, order)).repeat()
+
+    def run(limit: int) -> None:
+        decoded = data.take(limit).map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+        for _ in decoded.prefetch(2):
+            pass
+
+    return run
+
+
+def measure_rates(measured: Input, repeats: int) -> dict[str, Any]:
+    """Returns the rate of each kind, the cost of starting an epoch, and ratios of neighbours."""
+    runs: dict[str, Callable[[int], None]] = {
+        "decode": decode_run(measured, None),
+        "input": lambda limit: measured.run(None, epoch=0, limit=limit),
+        "decode, warp": decode_run(measured, AUGMENTATION),
+        "input, warp": lambda limit: measured.run(AUGMENTATION, epoch=0, limit=limit),
+    }
+    for run in runs.values():
+        run(measured.num_samples)  # warms up
+    long = EPOCH_REPEATS * measured.num_samples
+    starts: dict[str, list[np.ndarray]] = {name: [] for name in runs}
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            starts[name].append(timed(run, FEW_SAMPLES))
+            whole = timed(run, long)
+            samples[name].append((whole - starts[name][-1]) / (long - FEW_SAMPLES))
+    result: dict[str, Any] = {}
+    for i, clock in enumerate(("wall", "cpu")):
+        result[f"{clock}_ms_per_sample"] = {
+            name: spread([float(times[i]) * 1e3 for times in values])
+            for name, values in samples.items()
+        }
+        result[f"{clock}_ms_of_epoch_of_{FEW_SAMPLES}"] = {
+            name: spread([float(times[i]) * 1e3 for times in values])
+            for name, values in starts.items()
+        }
+        result[f"{clock}_rate_ratios"] = {
+            f"{first} / {second}": spread(
+                [float(b[i] / a[i])
+                 for a, b in zip(samples[first], samples[second], strict=True)]
+            )
+            for first, second in (("input", "decode"), ("input, warp", "decode, warp"))
+        }  # fmt: skip
+    return result
+
+
+def timed(run: Callable[[int], None], limit: int) -> np.ndarray:
+    """Returns wall and CPU time of `run(limit)`, (2,) float64, s."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run(limit)
+    return np.array([time.perf_counter() - wall, time.process_time() - cpu])
+
+
+def measure_memory(measured: Input, num_epochs: int) -> list[float]:
+    """Returns the resident memory of this process after each epoch, MB."""
+    memory = []
+    for epoch in range(num_epochs):
+        measured.run(AUGMENTATION, epoch=epoch, limit=measured.num_samples)
+        memory.append(psutil.Process().memory_info().rss / 1e6)
+    return memory
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Returns median, least and most of `values`."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Prints `result` with the machine that it holds on."""
+    machine = result["machine"]
+    print(f"{machine['cpu']}, {machine['cores']} cores; median (least to most)")
+    print(f"{result['num_images']} samples of {result['image_size']} pixels a side")
+    for title, group in result.items():
+        if title.startswith(("wall", "cpu")):
+            for name, value in group.items():
+                numbers = f"{value['median']:8.2f} ({value['min']:.2f} to {value['max']:.2f})"
+                print(f"{title:24} {name:26} {numbers}")
+    memory = result["rss_mb_after_epoch"]
+    print(f"memory after epoch 1, 2, {len(memory)}: {memory[0]:.0f}, {memory[1]:.0f}, "
+          f"{memory[-1]:.0f} MB")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
