@@ -48,6 +48,12 @@ class ModelConfig(Settings):
         lt=1.0,
     )
     normalization: Literal["none", "batch"] = option("none", "Normalisation after convolutions.")
+    normalization_momentum: float = option(
+        0.99,
+        "Share of the old running statistics that a step keeps; runs of few steps need less.",
+        gt=0,
+        lt=1,
+    )
     activation: Literal["relu", "mish"] = option("relu", "Activation of the convolutions.")
     input_scaling: Literal["none", "unit"] = option(
         "unit", "unit: pixel values divided by the largest possible one; none: as stored."

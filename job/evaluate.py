@@ -231,12 +231,17 @@ def _example_pictures(
 
 
 def _example_cases(counts: np.ndarray) -> list[tuple[str, int, float | None]]:
-    """Returns (name, case, foreground Dice) of the best, middle and worst cases, each case once."""
+    """Returns (name, case, foreground Dice) of the best, middle and worst cases, each case once.
+
+    A case without foreground in truth and prediction has no Dice and is shown only where all have
+    none.
+    """
     from job.metrics import dice
 
     tp, fp, fn = (counts[:, 1:, i].sum(axis=1) for i in range(3))
     scores = dice(tp, fp, fn)
-    ranked = [int(i) for i in np.argsort(-np.nan_to_num(scores, nan=-1.0), kind="stable")]
+    order = [int(i) for i in np.argsort(-scores, kind="stable")]
+    ranked = [i for i in order if not np.isnan(scores[i])] or order
     middle = max(0, len(ranked) // 2 - _NUM_EXAMPLES // 2)
     groups = {
         "best": ranked[:_NUM_EXAMPLES],

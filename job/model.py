@@ -150,7 +150,9 @@ class _BlockFactory:
         if self._config.normalization == "none":
             return x
         # Statistics over the global batch: replicas then compute what one device would.
-        return keras.layers.BatchNormalization(synchronized=True, dtype=self._policy)(x)
+        return keras.layers.BatchNormalization(
+            momentum=self._config.normalization_momentum, synchronized=True, dtype=self._policy
+        )(x)
 
 
 def load_reference_weights(model: keras.Model, path: str) -> None:
