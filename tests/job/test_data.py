@@ -1,9 +1,12 @@
 """Sample order, batches over replicas, damaged shards, and the cache of remote datasets."""
 
+import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -396,13 +399,34 @@ open_reader(dataset, dataset.split("train"), cache="full", cache_dir=sys.argv[2]
 """
 
 
-def test_processes_that_start_together_download_once(remote: str, tmp_path: Path) -> None:
+def test_second_process_waits_for_the_first_and_downloads_nothing(
+    remote: str, tmp_path: Path
+) -> None:
+    dataset = open_dataset(remote)
+    folder = tmp_path / dataset.digest
+    folder.mkdir()
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as the first process holds it
     command = [sys.executable, "-c", FILL, remote, str(tmp_path)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    logs = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], logs
-    num_shards = len([s for s in open_dataset(remote).manifest.shards if s.split == "train"])
-    assert "".join(logs).count("caching ") == num_shards
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as second:
+        wait_until_blocked(second, folder / ".lock")
+        assert not shards_of(folder)
+        for stat in open_store(remote).list("train-"):
+            open_store(remote).get_file(stat.name, str(folder / stat.name))
+        os.close(lock)
+        log = second.communicate(timeout=60)[1]
+    assert second.returncode == 0, log
+    assert "caching" not in log
+
+
+def wait_until_blocked(process: subprocess.Popen[str], lock: Path) -> None:
+    """Returns once the kernel says that `process` waits for `lock`."""
+    waiting = re.compile(rf"-> FLOCK .* {process.pid} .*:{lock.stat().st_ino} ")
+    end = time.monotonic() + 60
+    while not waiting.search(Path("/proc/locks").read_text()):
+        assert process.poll() is None, "it did not wait"
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_damaged_cache_copy_heals_with_one_warning(
