@@ -25,7 +25,7 @@ $(UV):
 	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
 .venv/.installed: $(UV) pyproject.toml uv.lock
-	$(UV) sync --locked --quiet --python $(PYTHON)
+	$(UV) sync --locked --quiet --compile-bytecode --python $(PYTHON)
 	@touch $@
 
 lint: .venv/.installed ## lint, format check, type check
@@ -38,11 +38,16 @@ test: lint ## lint, then all tests
 
 demo: .venv/.installed ## the whole way on synthetic mammograms
 	rm -rf $(DEMO)
-	python -m data_prep.phantoms $(DEMO)/source --num-images 120 --size 128
-	flexunet prep $(DEMO)/source $(DEMO)/dataset --image-size 128 --group-regex "phantom-p[0-9]+"
+	python -m data_prep.phantoms $(DEMO)/source --num-images 240 --size 128
+	flexunet prep $(DEMO)/source $(DEMO)/dataset --image-size 128 --group-regex "phantom-p[0-9]+" --fractions 0.75,0.1,0.15
 	flexunet train --local --config docs/demo.yaml --data $(DEMO)/dataset --output $(DEMO)/runs --name demo
 	flexunet evaluate $(DEMO)/runs/demo --split test
 	flexunet infer $(DEMO)/runs/demo $(DEMO)/source/images
+	@printf '%s\n' '' 'Look at:' \
+		'  $(DEMO)/dataset/report/              pictures of the data' \
+		'  $(DEMO)/runs/demo/metrics/           curves and tables' \
+		'  $(DEMO)/runs/demo/evaluation/        summary.json, per_case.csv, examples/' \
+		'  $(DEMO)/runs/demo/inference/         masks, and overlays/'
 
 bench: .venv/.installed ## measure; writes benchmarks/results
 	$(BIN)/python benchmarks/prep.py

@@ -30,9 +30,8 @@ from job.config import TrainConfig
 from job.data import (
     Dataset,
     RecordReader,
+    distributed_batches,
     global_batches,
-    iterate,
-    make_batches,
     open_dataset,
     open_reader,
     sample_order,
@@ -97,20 +96,15 @@ class Input:
         """Takes `limit` samples as `job/session.py` does, each again where there are fewer."""
         order = sample_order(self.num_samples, seed=0, epoch=epoch)
         plan = global_batches(np.resize(order, limit), self.batch_size)
-        replicas = self.strategy.num_replicas_in_sync
-        batches = self.strategy.distribute_datasets_from_function(
-            lambda _: make_batches(
-                self.dataset,
-                self.reader,
-                plan,
-                seed=0,
-                epoch=epoch,
-                augmentation=augmentation,
-                num_replicas=replicas,
-                num_local_replicas=replicas,
-            )
-        )
-        for _ in iterate(batches, self.reader):
+        for _ in distributed_batches(
+            self.strategy,
+            self.dataset,
+            self.reader,
+            plan,
+            seed=0,
+            epoch=epoch,
+            augmentation=augmentation,
+        ):
             pass
 
 

@@ -25,9 +25,8 @@ from job.data import (
     Dataset,
     RecordReader,
     Split,
+    distributed_batches,
     global_batches,
-    iterate,
-    make_batches,
     open_dataset,
     open_reader,
     read_sample,
@@ -76,7 +75,7 @@ class Evaluator:
         )
         running, parts = RunningSums(), []
         with Progress(f"evaluate {name}", len(plan), unit="batches", shown=shown) as bar:
-            for batch in bar.tracked(iterate(batches, reader)):
+            for batch in bar.tracked(batches):
                 sums, counts = self.step(batch)
                 running.add(sums)
                 parts.append(counts.numpy())
@@ -109,32 +108,6 @@ def make_evaluator(config: TrainConfig, strategy: Any, dataset: Dataset, model: 
     )
     predict = _class_ids_of(make_probability_step(model))
     return Evaluator(config, strategy, dataset, loss, metrics, step, predict)
-
-
-def distributed_batches(
-    strategy: Any,
-    dataset: Dataset,
-    reader: RecordReader,
-    plan: np.ndarray,
-    *,
-    seed: int,
-    epoch: int,
-    augmentation: Any = None,
-) -> Any:
-    """Returns the batches of `plan`, (steps, global batch) sample indices, on the replicas."""
-    replicas = strategy.num_replicas_in_sync
-    return strategy.distribute_datasets_from_function(
-        lambda _: make_batches(
-            dataset,
-            reader,
-            plan,
-            seed=seed,
-            epoch=epoch,
-            augmentation=augmentation,
-            num_replicas=replicas,
-            num_local_replicas=replicas,
-        )
-    )
 
 
 def means_of(running: Any, metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -29,8 +29,8 @@ from job.config import TrainConfig
 from job.data import (
     Dataset,
     RecordReader,
+    distributed_batches,
     global_batches,
-    iterate,
     open_reader,
     read_sample,
     sample_order,
@@ -38,7 +38,6 @@ from job.data import (
 from job.evaluate import (
     Evaluation,
     Evaluator,
-    distributed_batches,
     make_evaluator,
     means_of,
     write_evaluation,
@@ -116,7 +115,7 @@ class Session:
         )
         running = RunningSums()
         running.load_state(state.sums)
-        for batch in iterate(batches, self.readers["train"]):
+        for batch in batches:
             # Tensors, because a Python number would be compiled into a step of its own.
             step = tf.constant(state.step, tf.int64)
             sums = self.train_step(batch, step, tf.constant(state.learning_rate, tf.float64))

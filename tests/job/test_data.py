@@ -25,6 +25,7 @@ from job.augment import AugmentationConfig, augment
 from job.data import (
     PADDING,
     Dataset,
+    distributed_batches,
     dropout_keys,
     global_batches,
     iterate,
@@ -173,13 +174,8 @@ def test_replicas_take_their_batches_in_order(discs: str, two_cpus: Any) -> None
     dataset = open_dataset(discs)
     plan = plan_of(dataset)
     reader = open_reader(dataset, dataset.split("train"), cache="full", cache_dir=None)
-    distributed = two_cpus.distribute_datasets_from_function(
-        lambda _: make_batches(
-            dataset, reader, plan, seed=5, epoch=0, num_replicas=2, num_local_replicas=2
-        )
-    )
-    steps = [two_cpus.experimental_local_results(each["key"])
-             for each in iterate(distributed, reader)]  # fmt: skip
+    distributed = distributed_batches(two_cpus, dataset, reader, plan, seed=5, epoch=0)
+    steps = [two_cpus.experimental_local_results(each["key"]) for each in distributed]
     reader.close()
     assert [np.concatenate([part.numpy() for part in step]).tolist() for step in steps] == [
         each["key"].tolist() for each in batches_of(dataset, plan)
