@@ -1,4 +1,4 @@
-"""Worker processes for data preparation: start, bounded use, and a certain end.
+"""Worker processes for data preparation: how many, their start, bounded use, and a certain end.
 
 Knows nothing of images. Work goes to any `concurrent.futures.Executor`; the one made here spawns
 its workers, because a fork of a process that has threads may lock up.
@@ -8,18 +8,23 @@ import collections
 import concurrent.futures
 import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.errors import FlexUNetError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_CGROUP_ROOT = "/sys/fs/cgroup"
+_CGROUP_MEMBERSHIP = "/proc/self/cgroup"
 
 
 class InlineExecutor(Executor):
@@ -93,6 +98,49 @@ def in_order(
             future.cancel()
 
 
+def available_cores() -> int:
+    """Returns the number of workers that keep the cores of this process busy, at least 1."""
+    return max(1, math.ceil(usable_cores()))
+
+
+def usable_cores() -> float:
+    """Returns the cores that this process may use: its CPU affinity and its cgroups' quota."""
+    # os.cpu_count() is the machine's, of which a container may own a part.
+    return min(len(os.sched_getaffinity(0)), cgroup_cores())
+
+
+def cgroup_cores(*, root: str = _CGROUP_ROOT, membership: str = _CGROUP_MEMBERSHIP) -> float:
+    """Returns the smallest CPU quota of this process's cgroups, in cores; inf without one.
+
+    Source: Linux, admin-guide/cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst (version 1).
+    """
+    limits = [math.inf]
+    for folder in _cgroup_folders("cpu", root, membership):
+        both = _text_of(folder / "cpu.max")
+        quota, _, period = (both or "").partition(" ")
+        if both is None:
+            quota = _text_of(folder / "cpu.cfs_quota_us") or ""
+            period = _text_of(folder / "cpu.cfs_period_us") or ""
+        # Unlimited is "max" in version 2 and "-1" in version 1.
+        if quota.isdecimal() and period.isdecimal():
+            limits.append(int(quota) / int(period))
+    return min(limits)
+
+
+def cgroup_memory_bytes(*, root: str = _CGROUP_ROOT, membership: str = _CGROUP_MEMBERSHIP) -> float:
+    """Returns the smallest memory limit of this process's cgroups, in bytes; inf without one.
+
+    Source: Linux, admin-guide/cgroup-v2.rst (memory.max) and cgroup-v1/memory.rst.
+    """
+    limits = [math.inf]
+    for folder in _cgroup_folders("memory", root, membership):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = _text_of(folder / name)
+            if text is not None and text.isdecimal():
+                limits.append(int(text))
+    return min(limits)
+
+
 def _start_worker() -> None:
     # Ctrl-C reaches every process of the terminal; the parent alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -105,3 +153,24 @@ def _end_with(parent: Any) -> None:
     # A worker whose parent was killed would wait for work for ever.
     parent.join()
     os._exit(1)
+
+
+def _cgroup_folders(controller: str, root: str, membership: str) -> Iterator[Path]:
+    """Yields the folders of this process's cgroups with `controller`, each up to its root."""
+    for line in (_text_of(Path(membership)) or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2: one tree for all controllers
+            top = Path(root)
+        elif controller in controllers.split(","):
+            top = Path(root) / controller
+        else:
+            continue
+        own = top / path.lstrip("/")
+        yield from (each for each in (own, *own.parents) if each.is_relative_to(top))
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None

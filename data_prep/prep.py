@@ -28,7 +28,7 @@ from data_prep.command import SettingsCommand, given, run_command, settings_opti
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import DEFAULT_MAX_PIXELS, read_image, read_mask_pixels
 from data_prep.pairs import Pair, Reject, Source, find_pairs, find_sources
-from data_prep.pool import in_order, open_pool
+from data_prep.pool import available_cores, in_order, open_pool
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.settings import Settings, merged, option, read_yaml, validated
 from data_prep.storage import Store, crc32c_of, join_url, open_store, probe_writable
@@ -184,7 +184,7 @@ def prepare(
     grouped, ungrouped = _grouped(pairs, config)
     refused = _refused([*rejects, *ungrouped], config)
     items = _items_of(grouped, config)
-    num_processes = config.num_processes or os.cpu_count() or 1
+    num_processes = config.num_processes or available_cores()
     with contextlib.ExitStack() as stack:
         pool = executor or stack.enter_context(open_pool(min(num_processes, len(items) or 1)))
         work = _Work(store, config, pool, 2 * num_processes, progress)

@@ -8,20 +8,19 @@ Owns the checks and their remedies. TensorFlow is imported only when the checks 
 import ctypes
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from data_prep.command import SettingsCommand, run_command
 from data_prep.errors import FlexUNetError
+from data_prep.pool import cgroup_memory_bytes, usable_cores
 
 _GIB = 2**30
 # TensorFlow with a small network needs about 2 GiB; the INbreast network with Adam about 6.
@@ -29,9 +28,6 @@ _LOW_MEMORY_BYTES = 6 * _GIB
 # A checkpoint of the INbreast network with its optimizer state is 1.5 GB.
 _LOW_DISK_BYTES = 10 * _GIB
 _NO_DISK_BYTES = _GIB // 4
-
-_CGROUP_ROOT = "/sys/fs/cgroup"
-_CGROUP_MEMBERSHIP = "/proc/self/cgroup"
 
 _INSTALL_GPU = "install it with: uv sync --extra gpu (or pip install 'flexunet[gpu]')"
 
@@ -128,7 +124,7 @@ def tensorflow_checks() -> list[Check]:
 
 def core_check() -> Check:
     """Returns the cores that this process may use, the quota of its cgroups respected."""
-    return Check("cores", "ok", f"{min(len(os.sched_getaffinity(0)), cgroup_cores()):g}")
+    return Check("cores", "ok", f"{usable_cores():g}")
 
 
 def memory_check() -> Check:
@@ -139,38 +135,6 @@ def memory_check() -> Check:
     if limit < _LOW_MEMORY_BYTES:
         return Check("memory", "note", found, "choose a smaller model.base_filters or image size")
     return Check("memory", "ok", found)
-
-
-def cgroup_cores(*, root: str = _CGROUP_ROOT, membership: str = _CGROUP_MEMBERSHIP) -> float:
-    """Returns the smallest CPU quota of this process's cgroups, in cores; inf without one.
-
-    Source: Linux, admin-guide/cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst (version 1).
-    """
-    limits = [math.inf]
-    for folder in _cgroup_folders("cpu", root, membership):
-        both = _text_of(folder / "cpu.max")
-        quota, _, period = (both or "").partition(" ")
-        if both is None:
-            quota = _text_of(folder / "cpu.cfs_quota_us") or ""
-            period = _text_of(folder / "cpu.cfs_period_us") or ""
-        # Unlimited is "max" in version 2 and "-1" in version 1.
-        if quota.isdecimal() and period.isdecimal():
-            limits.append(int(quota) / int(period))
-    return min(limits)
-
-
-def cgroup_memory_bytes(*, root: str = _CGROUP_ROOT, membership: str = _CGROUP_MEMBERSHIP) -> float:
-    """Returns the smallest memory limit of this process's cgroups, in bytes; inf without one.
-
-    Source: Linux, admin-guide/cgroup-v2.rst (memory.max) and cgroup-v1/memory.rst.
-    """
-    limits = [math.inf]
-    for folder in _cgroup_folders("memory", root, membership):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            text = _text_of(folder / name)
-            if text is not None and text.isdecimal():
-                limits.append(int(text))
-    return min(limits)
 
 
 def disk_check(name: str, folder: str) -> Check:
@@ -297,27 +261,6 @@ def _is_loadable(library: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _cgroup_folders(controller: str, root: str, membership: str) -> Iterator[Path]:
-    """Yields the folders of this process's cgroups with `controller`, each up to its root."""
-    for line in (_text_of(Path(membership)) or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:  # version 2: one tree for all controllers
-            top = Path(root)
-        elif controller in controllers.split(","):
-            top = Path(root) / controller
-        else:
-            continue
-        own = top / path.lstrip("/")
-        yield from (each for each in (own, *own.parents) if each.is_relative_to(top))
-
-
-def _text_of(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
 
 
 def _table(checks: Sequence[Check]) -> Any:
