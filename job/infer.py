@@ -21,7 +21,7 @@ import numpy as np
 from data_prep.command import SettingsCommand, given, run_command, settings_options
 from data_prep.errors import ContentError, UsageError
 from data_prep.image import Geometry, apply_geometry, fit, read_image, undo_geometry
-from data_prep.pool import in_order
+from data_prep.pool import available_cores, in_order
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.schema import Manifest
 from data_prep.settings import Settings, option, validated
@@ -35,6 +35,9 @@ UNREADABLE_NAME = "unreadable.csv"
 
 # The longest side of the picture that is kept for the overlay, pixels; no overlay is larger.
 _PREVIEW_SIDE = 1600
+
+# 12-bit detectors store 0..4095 in 16-bit files.
+_LARGEST_12_BIT = 4095
 
 
 class InferConfig(Settings):
@@ -127,15 +130,23 @@ def mask_name(image_name: str) -> str:
     return posixpath.splitext(image_name)[0] + ".png"
 
 
-def to_model_pixels(image: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, Geometry]:
+def to_model_pixels(
+    image: np.ndarray, manifest: Manifest, *, name: str = "image"
+) -> tuple[np.ndarray, Geometry]:
     """Returns `image` (h, w, 1|3) as the dataset would store it: (H, W, C), and where it lies.
 
-    An 8-bit dataset takes the upper byte of 16-bit images.
+    An 8-bit dataset takes the upper byte of images that use 16 bits.
+
+    Raises:
+        ContentError: `image` has 16 bits but uses 12 at most, and the dataset has 8: whether it is
+            dark or of a detector of fewer bits cannot be told.
     """
     import cv2
 
     from data_prep.shards import Target, convert
 
+    if manifest.bit_depth == 8 and image.dtype == np.uint16:
+        _refuse_unused_bits(image, name)
     size = manifest.image_height, manifest.image_width
     geometry = fit(
         *image.shape[:2], target_height=size[0], target_width=size[1], kind=manifest.geometry
@@ -148,6 +159,16 @@ def to_model_pixels(image: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, 
         pixels = (pixels >> 8).astype(np.uint8)
     target = Target(manifest.channels, manifest.bit_depth, manifest.value_max)
     return convert(pixels, target), geometry
+
+
+def _refuse_unused_bits(image: np.ndarray, name: str) -> None:
+    """The upper byte of a 12-bit picture is nearly black, and its mask would be wrong."""
+    highest = int(image.max())
+    if highest <= _LARGEST_12_BIT:
+        raise ContentError(
+            f"{name}: 16-bit file whose largest value is {highest}, but the model was trained on "
+            "8-bit images; scale its range to 0..255, save it with 8 bits and infer again"
+        )
 
 
 def class_ids_at_source(probabilities: np.ndarray, geometry: Geometry) -> np.ndarray:
@@ -227,7 +248,7 @@ def _predict(
 @contextmanager
 def _threads() -> Iterator[Executor]:
     """Yields a pool of threads; at the end what has not begun is dropped."""
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(min(8, available_cores()))
     try:
         yield pool
     finally:
@@ -240,9 +261,9 @@ def _read_picture(
     """Returns the picture, or its name and why it cannot be read."""
     try:
         image = read_image(source.get(name), name=name, max_pixels=config.max_pixels)
+        pixels, geometry = to_model_pixels(image, manifest, name=name)
     except ContentError as error:
         return name, str(error)
-    pixels, geometry = to_model_pixels(image, manifest)
     return _Picture(name, pixels, geometry, _preview(image) if config.overlays else None)
 
 

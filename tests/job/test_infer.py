@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.errors import StorageError, UsageError
+from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import fit
 from data_prep.pairs import find_sources
 from data_prep.prep import PrepConfig, prepare
@@ -373,7 +373,6 @@ def test_to_model_pixels_gives_what_prep_stores(tmp_path: Path, geometry: Any) -
         # Colour that is grey is the same picture.
         colour, _ = to_model_pixels(np.dstack([pixels] * 3), dataset.manifest)
         assert np.array_equal(colour, made)
-    reader.close()
 
 
 def test_to_model_pixels_changes_the_bit_depth(trained_run: Path) -> None:
@@ -384,3 +383,16 @@ def test_to_model_pixels_changes_the_bit_depth(trained_run: Path) -> None:
     assert np.unique(to_model_pixels(image, deep)[0]).tolist() == [819]
     image = np.full((32, 32, 1), 51 * 256 + 200, np.uint16)
     assert np.unique(to_model_pixels(image, shallow)[0]).tolist() == [51]
+
+
+def test_to_model_pixels_refuses_unused_bits(trained_run: Path, tmp_path: Path) -> None:
+    shallow = open_trained(str(trained_run)).manifest
+    # The upper byte of 4095 is 15 of 255: a bright picture would become nearly black.
+    image = np.full((32, 32, 1), 4095, np.uint16)
+    with pytest.raises(ContentError, match=r"a\.png: 16-bit file .* 4095, .* 8-bit"):
+        to_model_pixels(image, shallow, name="a.png")
+    assert np.unique(to_model_pixels(image + 1, shallow)[0]).tolist() == [16]  # 4096 / 256
+    write(tmp_path / "a.png", image)
+    found = _read_picture(open_store(str(tmp_path)), "a.png", shallow, QUIET)
+    assert isinstance(found, tuple)
+    assert found[0] == "a.png"
