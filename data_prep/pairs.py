@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_prep.errors import UsageError
-from data_prep.storage import Stat, join_url, open_store
+from data_prep.storage import Stat, join_url, name_problem, open_store
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 MASK_ENDINGS = (*IMAGE_ENDINGS, ".npz")
@@ -150,6 +150,8 @@ def _by_stem(url: str, endings: Sequence[str], rejects: list[Reject]) -> dict[st
             reason = "lies in a folder of its own; move it up"
         elif ending.lower() not in endings:
             reason = f"its ending is not one of {', '.join(endings)}"
+        elif problem := name_problem(stat.name):
+            reason = f"storage refuses its name: {problem}; rename it"
         else:
             names.setdefault(stem, []).append(stat.name)
             continue

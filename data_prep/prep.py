@@ -151,8 +151,9 @@ class PrepConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class _Assignment:
-    """Where each sample id goes; `folds` only of those that have one."""
+    """Where each sample id goes; `groups` are the joined ones, `folds` only of those with one."""
 
+    groups: dict[str, str]
     splits: dict[str, str]
     folds: dict[str, int]
     is_leaky: bool
@@ -178,6 +179,8 @@ def prepare(
         ContentError: a file is bad or splits leak; nothing was committed.
         StorageError: storage is unavailable, unwritable or full; the same call continues.
     """
+    if not sources:
+        raise UsageError("prep: no sources were given; give at least one folder of pictures")
     store = open_store(output_url)
     _refuse_overlap(store, sources)
     pairs, rejects = find_pairs(sources)
@@ -215,6 +218,7 @@ def _prepare(
     if not samples:
         raise ContentError(f"none of {len(refused)} files is usable; first: {refused[0][1]}")
     assignment = _assign(samples, work.config)
+    samples = [dataclasses.replace(s, group=assignment.groups[s.id]) for s in samples]
     target = shards.common_target(samples)
     _tell_mixed(samples, target, work.config)
     tasks = shards.plan_shards(
@@ -452,7 +456,7 @@ def _assign(samples: Sequence[scan.Scanned], config: PrepConfig) -> _Assignment:
     if config.num_folds is not None:
         members = {name: group for name, group in groups.items() if splits[name] != "test"}
         folds = split.assign_folds(members, num_folds=config.num_folds, seed=config.seed)
-    return _Assignment(splits, folds, is_leaky)
+    return _Assignment(groups, splits, folds, is_leaky)
 
 
 def _joined_groups(samples: Sequence[scan.Scanned]) -> dict[str, str]:

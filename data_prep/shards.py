@@ -1,8 +1,8 @@
 """Pass 2 of preparation: staged records become shards, and the commit of the dataset.
 
 Pass 1 (`scan.py`) leaves finished records under `prep-state/` of the output. This pass decides
-which record goes where and copies the bytes; only the odd picture, one of another kind than the
-dataset's, is decoded and encoded again.
+which record goes where and copies the bytes; only the odd record, of a picture of another kind than
+the dataset's or of a joined group, is decoded and encoded again.
 
 How an interrupted preparation continues: staged records are found by a digest of their inputs;
 `prep-state/plan.json`, written before the first shard, says what the shards will hold; a shard that
@@ -251,16 +251,21 @@ def _final_record(staging: Store, scanned: Scanned, target: Target) -> tuple[byt
     record = staging.get(scanned.staged, scanned.offset, scanned.length)
     where = f"{staging.url}/{scanned.staged} at {scanned.offset}"
     payload = schema.unframe_record(record, where=where)
-    if (scanned.channels, scanned.bit_depth) == (target.channels, target.bit_depth):
-        return record, scanned.sha256, scanned.moments
     features = schema.decode_example(payload)
-    encoded = features["image/encoded"]
-    if not isinstance(encoded, bytes):
-        raise ContentError(f"{where}: image/encoded is not bytes; delete {staging.url}")
-    image = convert(read_image(encoded, name=scanned.filename, max_pixels=2**62), target)
-    features |= {"image/encoded": encode_png(image), "image/channels": image.shape[2]}
-    record = schema.frame_record(schema.encode_features(features))
-    return record, schema.sha256_of_pixels(image), moments_of(image)
+    group = scanned.group.encode()
+    is_as_stored = (scanned.channels, scanned.bit_depth) == (target.channels, target.bit_depth)
+    if is_as_stored and features.get("image/group") == group:
+        return record, scanned.sha256, scanned.moments
+    features["image/group"] = group  # groups are joined after they were staged
+    sha256, moments = scanned.sha256, scanned.moments
+    if not is_as_stored:
+        encoded = features["image/encoded"]
+        if not isinstance(encoded, bytes):
+            raise ContentError(f"{where}: image/encoded is not bytes; delete {staging.url}")
+        image = convert(read_image(encoded, name=scanned.filename, max_pixels=2**62), target)
+        features |= {"image/encoded": encode_png(image), "image/channels": image.shape[2]}
+        sha256, moments = schema.sha256_of_pixels(image), moments_of(image)
+    return schema.frame_record(schema.encode_features(features)), sha256, moments
 
 
 def convert(image: np.ndarray, target: Target) -> np.ndarray:

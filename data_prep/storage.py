@@ -172,10 +172,36 @@ def checked_name(name: str) -> str:
         ContentError: it is empty, absolute or could leave its folder, or holds characters that one
             of the storages or a terminal would not keep as they are.
     """
-    problem = _name_problem(name)
+    problem = name_problem(name)
     if problem:
         raise ContentError(f"object name {_shown(name)} is refused: {problem}; rename the object")
     return name
+
+
+def name_problem(name: str) -> str | None:
+    """Returns why `name` is not a safe object name (see `checked_name`), None when it is."""
+    for character in name:
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+            return f"it holds the control character {character!a}"
+    if not unicodedata.is_normalized("NFC", name):
+        return "it is not in Unicode normal form C"
+    if "\\" in name:
+        return "it holds a backslash"
+    if re.match(r"[A-Za-z]:", name):
+        return "it starts with a drive letter"
+    parts = name.split("/")
+    if "" in parts:
+        return "it is absolute, or a part of it is empty"
+    for part in parts:
+        if part in (".", ".."):
+            return f"it holds {part!r}"
+        if part.startswith(_HIDDEN):
+            return f"names that start with {_HIDDEN!r} are reserved"
+        if len(part.encode()) > _MAX_PART_BYTES:
+            return f"a part of it is longer than {_MAX_PART_BYTES} bytes"
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        return f"it is longer than {_MAX_NAME_BYTES} bytes"
+    return None
 
 
 def local_path(root: str, name: str) -> str:
@@ -391,7 +417,7 @@ class GcsStore:
         prefix = prefix.strip("/")
         if not _BUCKET.fullmatch(bucket):
             raise UsageError(f"storage URL {url!r}: {bucket!r} is not a bucket name")
-        problem = _name_problem(prefix) if prefix else None
+        problem = name_problem(prefix) if prefix else None
         if problem:
             raise UsageError(f"storage URL {_shown(url)}: {problem}")
         self.url = join_url(f"gs://{bucket}", prefix) if prefix else f"gs://{bucket}"
@@ -668,32 +694,6 @@ def _refused(where: str, expected: int | None, found: int) -> PreconditionFailed
     return PreconditionFailed(
         f"{where} is in generation {found}, not {expected}: another process wrote it"
     )
-
-
-def _name_problem(name: str) -> str | None:
-    """Returns why `name` is not a safe object name, None when it is."""
-    for character in name:
-        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
-            return f"it holds the control character {character!a}"
-    if not unicodedata.is_normalized("NFC", name):
-        return "it is not in Unicode normal form C"
-    if "\\" in name:
-        return "it holds a backslash"
-    if re.match(r"[A-Za-z]:", name):
-        return "it starts with a drive letter"
-    parts = name.split("/")
-    if "" in parts:
-        return "it is absolute, or a part of it is empty"
-    for part in parts:
-        if part in (".", ".."):
-            return f"it holds {part!r}"
-        if part.startswith(_HIDDEN):
-            return f"names that start with {_HIDDEN!r} are reserved"
-        if len(part.encode()) > _MAX_PART_BYTES:
-            return f"a part of it is longer than {_MAX_PART_BYTES} bytes"
-    if len(name.encode()) > _MAX_NAME_BYTES:
-        return f"it is longer than {_MAX_NAME_BYTES} bytes"
-    return None
 
 
 def _shown(name: str) -> str:

@@ -248,6 +248,22 @@ def test_skip_bad_lists_every_file(source, tmp_path):
     ]
 
 
+def test_skip_bad_leaves_out_names_that_storage_refuses(source, tmp_path):
+    decomposed = "fu\u0308nf"  # as macOS writes the name of a u with diaeresis
+    _make_pair(source, decomposed, 30)
+    with pytest.raises(ContentError, match=r"normal form C; rename it \(and 1 more"):
+        _prepare(source, tmp_path / "out")
+    assert _prepare(source, tmp_path / "out", skip_bad=True).num_samples == 20
+    listed = (tmp_path / "out" / report.REJECTS_NAME).read_text()
+    for kind in ("images", "masks"):
+        assert f"{source}/{kind}/{decomposed}.png,storage refuses its name: " in listed
+
+
+def test_no_sources_is_a_mistake_in_one_line(tmp_path):
+    with pytest.raises(UsageError, match="no sources were given; give at least one"):
+        prep.prepare((), str(tmp_path / "out"), prep.PrepConfig())
+
+
 def test_nothing_usable_is_an_error(tmp_path):
     source = tmp_path / "source"
     _make_pair(source, "a", 1)
@@ -295,8 +311,16 @@ def test_the_same_picture_twice_stays_in_one_split(tmp_path, caplog):
         _make_pair(source, f"a{i}", i)
         _make_pair(source, f"b{i}", i)
     _prepare(source, tmp_path / "out")
-    splits = {row["id"]: row["split"] for row in _rows(tmp_path / "out")}
-    assert all(splits[f"a{i}"] == splits[f"b{i}"] for i in range(20))
+    rows = {row["id"]: row for row in _rows(tmp_path / "out")}
+    assert all(rows[f"a{i}"]["split"] == rows[f"b{i}"]["split"] for i in range(20))
+    # The table shows the groups that were drawn: of a pair's names, the first.
+    assert all(rows[f"b{i}"]["group"] == rows[f"a{i}"]["group"] == f"a{i}" for i in range(20))
+    # So do the records: a2's and b2's both name a2.
+    store = open_store(str(tmp_path / "out"))
+    for row in (rows["a2"], rows["b2"]):
+        record = store.get(row["shard"], row["offset"], row["length"])
+        features = schema.decode_example(schema.unframe_record(record, where="record"))
+        assert (features["image/id"], features["image/group"]) == (row["id"].encode(), b"a2")
     assert "20 groups hold a picture of another group" in caplog.text
 
 
