@@ -4,6 +4,7 @@ A settings class is plain data. Unknown keys are errors that name the nearest kn
 """
 
 import difflib
+import reprlib
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -22,6 +23,9 @@ from pydantic_core import ErrorDetails
 from data_prep.errors import UsageError
 
 S = TypeVar("S", bound="Settings")
+
+_MAX_SHOWN = 120  # characters of a value or a key in an error
+_MAX_PROBLEMS = 10  # in one error
 
 
 class Settings(BaseModel):
@@ -63,8 +67,11 @@ def validated(cls: type[S], values: Mapping[str, Any], where: str) -> S:
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
-        problems = "; ".join(_describe(cls, detail) for detail in error.errors())
-        raise UsageError(f"{where}: {problems}") from error
+        details = error.errors()
+        problems = [_describe(cls, detail) for detail in details[:_MAX_PROBLEMS]]
+        if len(details) > _MAX_PROBLEMS:
+            problems.append(f"and {len(details) - _MAX_PROBLEMS} more")
+        raise UsageError(f"{where}: {'; '.join(problems)}") from error
 
 
 def fields_of(
@@ -79,8 +86,16 @@ def fields_of(
             yield (*path, name), field
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader; of a key that is given twice it does not silently take the last."""
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader without aliases; of a key given twice it does not silently take the last."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # Aliases of aliases grow a few lines to gigabytes of values.
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            problem = f"alias *{event.anchor} is not supported; write the value out"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -98,10 +113,11 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     """Returns the mapping that `text` holds; an empty text gives an empty mapping.
 
     Raises:
-        UsageError: not YAML, not a mapping, a key given twice, or a tag that would build an object.
+        UsageError: not YAML, not a mapping, a key given twice, an alias, or a tag that would
+            build an object.
     """
     try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise UsageError(f"{where}: not valid YAML: {problem}") from error
@@ -137,7 +153,7 @@ def suggestion(name: str, known: list[str]) -> str:
 
 def _describe(cls: type[Settings], detail: ErrorDetails) -> str:
     path = [str(part) for part in detail["loc"]]
-    name = ".".join(path) or "values"
+    name = _shortened(".".join(path)) or "values"
     if detail["type"] == "extra_forbidden":
         group: Any = cls
         for part in path[:-1]:
@@ -146,11 +162,24 @@ def _describe(cls: type[Settings], detail: ErrorDetails) -> str:
         known = list(getattr(group, "model_fields", {}))
         return f"unknown key {name!r}; {suggestion(path[-1], known)}"
     if detail["type"] == "model_type":
-        return f"{name}: expected a group of keys, got {detail['input']!r}"
+        return f"{name}: expected a group of keys, got {_shown(detail['input'])}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "missing":
         return f"{name} is required"
     # A group's own check already names its fields; its input is the whole group.
     if isinstance(detail["input"], Mapping):
         return f"{name}: {message}" if path else message
-    return f"{name}={detail['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{name}={_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """Returns `value` as code, shortened: it may be a file's whole content."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = _MAX_SHOWN
+    shortener.maxlist = shortener.maxtuple = shortener.maxdict = 8
+    shortener.maxlevel = 2
+    return shortener.repr(value)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."

@@ -80,6 +80,22 @@ def test_mistakes_are_named_in_one_line(text: str, message: str) -> None:
     assert str(caught.value).startswith("a.yaml: ")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"name: [{'x, ' * 5000}]",
+        f"epochs: {'9' * 5000}x",
+        f"inner: [[{'[1, 2, 3, 4, 5, 6, 7, 8, 9], ' * 5000}]]",
+        f"{'x' * 900}: 1",
+        "".join(f"key-{i}: 1\n" for i in range(5000)),
+    ],
+)
+def test_a_mistake_does_not_show_the_whole_file(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        outer(text)
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_required_field_that_is_missing_is_named() -> None:
     class Strict(Settings):
         data: str = option(..., "Data.")
@@ -97,6 +113,8 @@ def test_a_required_field_that_is_missing_is_named() -> None:
         ("name: !!python/name:os.system", "constructor for the tag"),
         ("name: !mine 3", "constructor for the tag"),
         ("a: [", "not valid YAML"),
+        ("a: &x 1\nb: *x", r"not valid YAML: alias \*x is not supported; write the value out"),
+        ("a: &x {c: 1}\nb: {<<: *x}", r"alias \*x is not supported"),
         ("? [1]\n: 2", "unhashable key"),
         ("[" * 1000, "not valid YAML"),
         ("- 1\n- 2", "expected `key: value` lines, got list"),
