@@ -26,6 +26,7 @@ MAX_WIDTH = 100  # columns of help, on a terminal that is wider
 _SEPARATOR = "__"
 _MAX_NAME_WIDTH = 34  # columns; a longer option has its text on the next line
 _MAX_CHOICES_WIDTH = 24  # characters; longer choices are listed in the text
+_MAX_DETAIL_WIDTH = 200  # characters of another library's error; TensorFlow's have pages
 _FIXED_BLANK = "\u00a0"
 _NONE = "none"
 _UNSET = object()  # given on the command line to unset an option, as None means not given
@@ -140,7 +141,18 @@ def run_command(command: click.Command, argv: Sequence[str] | None, program: str
         # raising again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        detail = (str(error).strip().splitlines() or ["no memory left"])[0][:_MAX_DETAIL_WIDTH]
+        return _report(program, f"out of memory: {detail}; lower the batch or image size", 1)
     return code if isinstance(code, int) else 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name: the class is TensorFlow's, which this package must not import.
+    names = {each.__name__ for each in type(error).__mro__}
+    return isinstance(error, MemoryError) or "ResourceExhaustedError" in names
 
 
 def _no_option(error: click.NoSuchOption) -> str:

@@ -196,6 +196,30 @@ def test_errors_for_the_user_are_one_line_and_their_exit_code(
     assert " ".join(str(error).split()) in line
 
 
+# As TensorFlow's: tf.errors.ResourceExhaustedError is known by its name alone.
+class ResourceExhaustedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (MemoryError(), "no memory left"),
+        (MemoryError("Unable to allocate 8 TiB"), "Unable to allocate 8 TiB"),
+        (ResourceExhaustedError("OOM with shape[8,9]\n" + "node\n" * 99), "OOM with shape[8,9]"),
+    ],
+)
+def test_want_of_memory_is_one_line_and_says_what_to_do(
+    capsys: pytest.CaptureFixture[str], error: Exception, shown: str
+) -> None:
+    def body() -> None:
+        raise error
+
+    assert run_body(body) == 1
+    expected = f"tool: out of memory: {shown}; lower the batch or image size\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_errors_of_ours_keep_their_traceback() -> None:
     def body() -> None:
         raise ZeroDivisionError("a bug")
