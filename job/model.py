@@ -158,31 +158,53 @@ class _BlockFactory:
 def load_reference_weights(model: keras.Model, path: str) -> None:
     """Sets `model`'s weights from the reference family's `best_model.h5`.
 
-    The file is read as data: its model description is ignored and nothing in it is executed.
+    The file is read as data: its model description is ignored, nothing in it is executed, no other
+    file is opened, and nothing is read before all shapes are known to fit.
 
     Raises:
         ContentError: not such a file, or its shapes are not this model's.
     """
-    set_weights(model, _read_h5_weights(path), source=path)
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            datasets = _h5_datasets(file)
+            _check_shapes(model, [each.shape for each in datasets], path)
+            weights = [np.asarray(each) for each in datasets]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ContentError(
+            f"{path}: not a weight file of the reference family ({error}); "
+            "expected Keras HDF5 with layer_names and weight_names"
+        ) from error
+    set_weights(model, weights, source=path)
 
 
 def set_weights(model: keras.Model, weights: Sequence[np.ndarray], *, source: str) -> None:
-    """Sets all weights of `model`, in creation order, from `weights` read from `source`."""
-    variables = creation_order(model)
-    found, wanted = [w.shape for w in weights], [tuple(v.shape) for v in variables]
-    if found != wanted:
-        at = next((i for i, (f, w) in enumerate(zip(found, wanted, strict=False)) if f != w), None)
-        difference = (
-            f"{len(found)} weights, the model has {len(wanted)}"
-            if at is None
-            else f"weight {at} has shape {found[at]}, the model's {variables[at].path} {wanted[at]}"
-        )
-        raise ContentError(
-            f"{source}: does not fit the model: {difference}; "
-            "choose the model options that it was trained with"
-        )
-    for variable, value in zip(variables, weights, strict=True):
+    """Sets all weights of `model`, in creation order, from `weights` read from `source`.
+
+    Raises:
+        ContentError: their number or shapes are not this model's.
+    """
+    _check_shapes(model, [each.shape for each in weights], source)
+    for variable, value in zip(creation_order(model), weights, strict=True):
         variable.assign(value)
+
+
+def _check_shapes(model: keras.Model, found: Sequence[tuple[int, ...]], source: str) -> None:
+    variables = creation_order(model)
+    wanted = [tuple(variable.shape) for variable in variables]
+    if list(found) == wanted:
+        return
+    at = next((i for i, (f, w) in enumerate(zip(found, wanted, strict=False)) if f != w), None)
+    difference = (
+        f"{len(found)} weights, the model has {len(wanted)}"
+        if at is None
+        else f"weight {at} has shape {found[at]}, the model's {variables[at].path} {wanted[at]}"
+    )
+    raise ContentError(
+        f"{source}: does not fit the model: {difference}; "
+        "choose the model options that it was trained with"
+    )
 
 
 def creation_order(model: keras.Model) -> list[Any]:
@@ -194,23 +216,39 @@ def creation_order(model: keras.Model) -> list[Any]:
     return [weight for layer in model.layers for weight in layer.weights]
 
 
-def _read_h5_weights(path: str) -> list[np.ndarray]:
+def _h5_datasets(file: Any) -> list[Any]:
+    """Returns the datasets of all weights, unread, in the order of the file's lists."""
+    root = _h5_entry(file, "model_weights") if "model_weights" in file else file
+    datasets = []
+    for layer in root.attrs["layer_names"]:
+        group = _h5_entry(root, _text(layer))
+        for name in group.attrs["weight_names"]:
+            datasets.append(_h5_entry(group, _text(name)))
+            _check_h5_dataset(datasets[-1])
+    return datasets
+
+
+def _h5_entry(group: Any, path: str) -> Any:
+    """Returns what lies at `path`; a link could lead to any file of this machine."""
     import h5py
 
-    try:
-        with h5py.File(path, "r") as file:
-            group = file.get("model_weights", file)
-            layers = [_text(name) for name in group.attrs["layer_names"]]
-            return [
-                np.asarray(group[layer][_text(name)])
-                for layer in layers
-                for name in group[layer].attrs["weight_names"]
-            ]
-    except (OSError, KeyError, TypeError) as error:
-        raise ContentError(
-            f"{path}: not a weight file of the reference family ({error}); "
-            "expected Keras HDF5 with layer_names and weight_names"
-        ) from error
+    entry = group
+    for name in path.split("/"):
+        if not isinstance(entry, h5py.Group):
+            raise TypeError(f"{entry.name} is not a group")
+        if not isinstance(entry.get(name, getlink=True), h5py.HardLink):
+            raise TypeError(f"{path} is a link; only plain entries are read")
+        entry = entry[name]
+    return entry
+
+
+def _check_h5_dataset(entry: Any) -> None:
+    import h5py
+
+    if not isinstance(entry, h5py.Dataset) or entry.dtype.kind != "f":
+        raise TypeError(f"{entry.name} holds no floating-point numbers")
+    if entry.external or entry.is_virtual:
+        raise TypeError(f"{entry.name} keeps its values in other files")
 
 
 def _text(name: Any) -> str:

@@ -1,6 +1,7 @@
 """FlexUNet: parity with the reference network, its size, and what it refuses."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -77,6 +78,66 @@ def test_reference_file_that_is_something_else_is_refused(tmp_path: Path) -> Non
     path.write_bytes(b"\x89HDF\r\n\x1a\nbut no more")
     with pytest.raises(ContentError, match=r"best_model\.h5: not a weight file"):
         load_reference_weights(build_small(), str(path))
+
+
+def test_reference_file_that_declares_huge_weights_is_not_read(tmp_path: Path) -> None:
+    path = str(tmp_path / "best_model.h5")
+    write_h5(path, lambda group: group.create_dataset("kernel:0", (2**20, 2**20, 64), "f4"))
+    # 256 TiB of zeros in a file of a few kB.
+    with pytest.raises(ContentError, match=r"weight 0 has shape \(1048576, 1048576, 64\)"):
+        load_reference_weights(build_small(), path)
+
+
+def external_link(group: h5py.Group) -> None:
+    group["kernel:0"] = h5py.ExternalLink("other.h5", "/secret")
+
+
+def soft_link(group: h5py.Group) -> None:
+    group["kernel:0"] = h5py.SoftLink("/elsewhere")
+
+
+def external_values(group: h5py.Group) -> None:
+    group.create_dataset("kernel:0", (5, 5, 1, 2), "f4", external=[("/etc/passwd", 0, 200)])
+
+
+def virtual_values(group: h5py.Group) -> None:
+    layout = h5py.VirtualLayout((5, 5, 1, 2), "f4")
+    layout[:] = h5py.VirtualSource("other.h5", "secret", (5, 5, 1, 2))
+    group.create_virtual_dataset("kernel:0", layout)
+
+
+def text_values(group: h5py.Group) -> None:
+    group.create_dataset("kernel:0", (5, 5, 1, 2), "S1000")
+
+
+@pytest.mark.parametrize(
+    ("fill", "message"),
+    [
+        (external_link, "kernel:0 is a link; only plain entries"),
+        (soft_link, "kernel:0 is a link; only plain entries"),
+        (external_values, "kernel:0 keeps its values in other files"),
+        (virtual_values, "kernel:0 keeps its values in other files"),
+        (text_values, "kernel:0 holds no floating-point numbers"),
+    ],
+)
+def test_reference_file_leads_to_no_other_file(
+    tmp_path: Path, fill: Callable[[h5py.Group], object], message: str
+) -> None:
+    path = str(tmp_path / "best_model.h5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["secret"] = np.zeros((5, 5, 1, 2), np.float32)
+    write_h5(path, fill)
+    with pytest.raises(ContentError, match=message):
+        load_reference_weights(build_small(), path)
+
+
+def write_h5(path: str, fill: Callable[[h5py.Group], object]) -> None:
+    """Writes a file of one layer, whose weight `kernel:0` is made by `fill`."""
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [b"conv"]
+        group = file.create_group("conv")
+        group.attrs["weight_names"] = [b"kernel:0"]
+        fill(group)
 
 
 def test_weights_of_another_shape_name_the_weight() -> None:
