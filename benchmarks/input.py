@@ -65,7 +65,6 @@ def main(num_images: int, image_size: int, batch_size: int, repeats: int, epochs
             **measure_rates(measured, repeats),
             "rss_mb_after_epoch": measure_memory(measured, epochs),
         }
-        reader.close()
     write_result("input", result)
     print_table(result)
 

@@ -5,6 +5,7 @@ Weights are HDF5 and moments are arrays: data that is read without running anyth
 
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +36,7 @@ def write_members(
         for path in paths.values():
             if os.path.exists(path):
                 os.unlink(path)
+        _check_space(folder, model)
         model.save_weights(paths[WEIGHTS_NAME])
         with open(paths[OPTIMIZER_NAME], "wb") as file:
             np.savez(file, allow_pickle=False, **optimizer.state())
@@ -43,6 +45,22 @@ def write_members(
     except OSError as error:
         raise StorageError(f"{folder}: checkpoint could not be written: {error}") from error
     return paths
+
+
+def _check_space(folder: str, model: keras.Model) -> None:
+    """Refuses a folder that is too full: HDF5 ends the process when a write of its own fails."""
+    weights = sum(_num_bytes(weight) for weight in model.non_trainable_weights)
+    needed = weights + 3 * sum(_num_bytes(weight) for weight in model.trainable_weights)
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.05 + 2**20:
+        raise StorageError(
+            f"{folder}: No space left on device: a checkpoint needs {needed / 2**20:.0f} MiB, "
+            f"{free / 2**20:.0f} MiB are free; make room or set TMPDIR to a larger disk"
+        )
+
+
+def _num_bytes(weight: Any) -> int:
+    return int(np.prod(weight.shape)) * np.dtype(weight.dtype).itemsize
 
 
 def read_weights(model: keras.Model, path: str) -> None:

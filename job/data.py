@@ -46,7 +46,6 @@ class Split:
     shards: tuple[str, ...]  # of each sample
     offsets: np.ndarray  # (N,) int64, bytes
     lengths: np.ndarray  # (N,) int64, bytes
-    rows: tuple[dict[str, Any], ...]  # the rows of the sample table
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,22 +79,25 @@ def open_dataset(url: str) -> Dataset:
     """Returns the dataset at `url`, its tables read and checked, no shard touched yet."""
     store = open_store(url)
     manifest, digest = read_manifest(store)
-    rows = read_samples(store, manifest).to_pylist()
-    names = {row["split"] for row in rows}
-    splits = {name: _split(name, [row for row in rows if row["split"] == name]) for name in names}
+    table = read_samples(store, manifest)
+    columns = {
+        name: table.column(name).to_numpy()
+        for name in ("split", "id", "filename", "group", "shard", "offset", "length")
+    }
+    splits = {str(name): _split(str(name), columns) for name in np.unique(columns["split"])}
     return Dataset(url=store.url, manifest=manifest, digest=digest, splits=splits)
 
 
-def _split(name: str, rows: list[dict[str, Any]]) -> Split:
+def _split(name: str, columns: dict[str, np.ndarray]) -> Split:
+    rows = columns["split"] == name
     return Split(
         name=name,
-        ids=tuple(row["id"] for row in rows),
-        filenames=tuple(row["filename"] for row in rows),
-        groups=tuple(row["group"] for row in rows),
-        shards=tuple(row["shard"] for row in rows),
-        offsets=np.array([row["offset"] for row in rows], np.int64),
-        lengths=np.array([row["length"] for row in rows], np.int64),
-        rows=tuple(rows),
+        ids=tuple(columns["id"][rows]),
+        filenames=tuple(columns["filename"][rows]),
+        groups=tuple(columns["group"][rows]),
+        shards=tuple(columns["shard"][rows]),
+        offsets=columns["offset"][rows],
+        lengths=columns["length"][rows],
     )
 
 
@@ -138,7 +140,6 @@ class RecordReader:
         self._store = store
         self._split = split
         self._folder = folder
-        self._files: dict[str, int] = {}
         self.failure: FlexUNetError | None = None
 
     def read_many(self, indices: np.ndarray) -> np.ndarray:
@@ -164,7 +165,7 @@ class RecordReader:
         if self._folder is None:
             record = self._store.get(shard, offset, length)
         else:
-            record = os.pread(self._file(shard), length, offset)
+            record = _read_part(local_path(self._folder, shard), offset, length)
         sample_id = self._split.ids[index]
         where = f"{self._store.url}/{shard}, sample {sample_id!r}"
         payload = unframe_record(record, where=where)
@@ -176,22 +177,16 @@ class RecordReader:
             )
         return payload
 
-    def close(self) -> None:
-        """Closes the shards."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
 
-    def _file(self, shard: str) -> int:
-        if shard not in self._files:
-            path = local_path(str(self._folder), shard)
-            try:
-                self._files[shard] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise ContentError(
-                    f"{path}: cannot be opened: {error.strerror}; prepare the dataset again"
-                ) from error
-        return self._files[shard]
+def _read_part(path: str, offset: int, length: int) -> bytes:
+    # Opened for every read: 10 us, and no limit on the number of shards.
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, offset)
+    except FileNotFoundError as error:
+        raise ContentError(f"{path}: the shard is missing; prepare the dataset again") from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _id_of(payload: bytes) -> str | None:
@@ -407,7 +402,7 @@ def _replica_indices(
     num_steps, batch_size = batches.shape
     per_replica = batches.reshape(num_steps, num_replicas, batch_size // num_replicas)
     local = per_replica[:, first_replica : first_replica + num_local_replicas]
-    return local.reshape(num_steps * num_local_replicas, -1)
+    return local.reshape(num_steps * num_local_replicas, batch_size // num_replicas)
 
 
 def _decoder(

@@ -8,7 +8,6 @@ python -m job.evaluate RUN --split test
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ import click
 import numpy as np
 
 from data_prep.command import SettingsCommand, given, run_command, settings_options
-from data_prep.errors import UsageError
+from data_prep.errors import StoppedError, UsageError
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.settings import Settings, option, validated
 from data_prep.storage import Store
@@ -59,12 +58,23 @@ class Evaluator:
     step: Callable[..., Any]  # batch -> sums, counts
     predict: Callable[[np.ndarray], np.ndarray]  # (1, H, W, C) pixels -> (1, H, W) class ids
 
-    def evaluate(self, name: str, reader: RecordReader, *, shown: bool = False) -> Evaluation:
+    def evaluate(
+        self,
+        name: str,
+        reader: RecordReader,
+        *,
+        shown: bool = False,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Evaluation:
         """Returns the evaluation of every case of split `name`, with the weights as they are now.
 
         Args:
             reader: of that split.
             shown: show the progress.
+            should_stop: asked after every batch.
+
+        Raises:
+            StoppedError: `should_stop` answered yes.
         """
         from job.metrics import RunningSums
 
@@ -79,6 +89,8 @@ class Evaluator:
                 sums, counts = self.step(batch)
                 running.add(sums)
                 parts.append(counts.numpy())
+                if should_stop():
+                    raise StoppedError(f"stopped evaluating {name}; the same command resumes")
         # The last batch is filled up with padding, which comes after every case.
         cases = np.concatenate(parts)[: len(split)]
         means = means_of(running, self.metrics)
@@ -278,9 +290,8 @@ def evaluate_run(
         model = load_model(run, which=config.checkpoint)
     evaluator = make_evaluator(settings, strategy, dataset, model)
     reader = open_reader(dataset, split, cache=settings.cache, cache_dir=settings.cache_dir)
-    with closing(reader):
-        evaluation = evaluator.evaluate(split.name, reader, shown=config.progress)
-        return evaluation, write_evaluation(run.store, evaluation, evaluator, reader)
+    evaluation = evaluator.evaluate(split.name, reader, shown=config.progress)
+    return evaluation, write_evaluation(run.store, evaluation, evaluator, reader)
 
 
 def resolve_config(run: TrainedRun, config: EvaluateConfig) -> TrainConfig:

@@ -417,12 +417,14 @@ def fetch_newest(
     places: Collection[Place],
     staging_dir: str,
     digests: tuple[str, str] | None = None,
+    names: Collection[str] | None = None,
 ) -> tuple[Commit, dict[str, str]] | None:
     """Returns the newest undamaged commit of `places` and its members' local paths by name.
 
     Args:
         staging_dir: local folder for the members, in a folder of its own per commit.
         digests: of dataset and config that the commit must have been made with.
+        names: members to fetch; None: all.
 
     Raises:
         ContentError: all of them are damaged.
@@ -430,7 +432,7 @@ def fetch_newest(
     problems: list[str] = []
     for place in sorted(places, reverse=True):
         try:
-            restored = fetch_commit(store, place, staging_dir, digests)
+            restored = fetch_commit(store, place, staging_dir, digests, names)
         except (ContentError, NotFound) as error:
             problems.append(str(error))
             continue
@@ -446,9 +448,13 @@ def fetch_newest(
 
 
 def fetch_commit(
-    store: Store, place: Place, staging_dir: str, digests: tuple[str, str] | None = None
+    store: Store,
+    place: Place,
+    staging_dir: str,
+    digests: tuple[str, str] | None = None,
+    names: Collection[str] | None = None,
 ) -> tuple[Commit, dict[str, str]]:
-    """Returns one commit and its members' local paths by name.
+    """Returns one commit and its members' local paths by name; of `names` only, where given.
 
     Raises:
         ContentError, NotFound: an object is damaged or missing; the message names it.
@@ -463,6 +469,8 @@ def fetch_commit(
     for member in record.members:
         if not _MEMBER_NAME.fullmatch(member.name):
             raise ContentError(f"{where}: member name {member.name!a} is not allowed")
+        if names is not None and member.name not in names:
+            continue
         path = os.path.join(staging_dir, place.prefix.replace("/", "-"), member.name)
         _fetch_member(store, f"{place.prefix}/{member.name}", member, path)
         paths[member.name] = path

@@ -3,6 +3,7 @@
 `configure` must run before anything else touches TensorFlow; its runtime cannot be changed later.
 """
 
+import logging
 import os
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from typing import Any
 
 from data_prep.errors import UsageError
 from job.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def import_tensorflow() -> Any:
@@ -30,7 +33,9 @@ def import_tensorflow() -> Any:
         import tensorflow as tf
 
         # The first look at the devices writes as much as the import.
-        tf.config.list_physical_devices()
+        for gpu in tf.config.list_physical_devices("GPU"):
+            # Otherwise the first process of a machine takes all of its memory.
+            tf.config.experimental.set_memory_growth(gpu, True)
     if int(keras.__version__.split(".")[0]) < 3:
         raise RuntimeError(f"Keras {keras.__version__} found, 3 or newer needed")
     if keras.config.backend() != "tensorflow":
@@ -68,8 +73,6 @@ def configure(config: TrainConfig) -> Any:
     """
     tf = import_tensorflow()
     gpus = tf.config.list_physical_devices("GPU")
-    for gpu in gpus:
-        tf.config.experimental.set_memory_growth(gpu, True)
     tf.config.threading.set_intra_op_parallelism_threads(config.threads)
     if not gpus and config.cpu_replicas > 1:
         tf.config.set_logical_device_configuration(
@@ -82,11 +85,18 @@ def configure(config: TrainConfig) -> Any:
         tf.config.experimental.enable_op_determinism()
     kind = "GPU" if gpus else "CPU"
     devices = [device.name for device in tf.config.list_logical_devices(kind)]
-    if config.global_batch_size % len(devices):
+    used = max(n for n in range(1, len(devices) + 1) if config.global_batch_size % n == 0)
+    if used < len(devices) and not gpus:
         raise UsageError(
-            f"global_batch_size={config.global_batch_size} does not divide by the "
-            f"{len(devices)} {kind} replicas; choose a multiple"
+            f"cpu_replicas={len(devices)}: the batch of {config.global_batch_size} does not divide "
+            "by it; choose a divisor of the batch"
         )
+    if used < len(devices):
+        logger.warning(
+            "using %d of %d GPUs: a batch of %d does not divide by more; a multiple of %d uses all",
+            *(used, len(devices), config.global_batch_size, len(devices)),
+        )
+        devices = devices[:used]
     return tf.distribute.MirroredStrategy([name.split("device:")[-1] for name in devices])
 
 

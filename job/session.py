@@ -11,8 +11,7 @@ import os
 import platform
 import subprocess
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -99,8 +98,8 @@ class Session:
         self._write_tables(state)
         return state
 
-    def train_steps(self, state: TrainState) -> Iterator[float]:
-        """Does the rest of the epoch in progress; yields the loss after every update."""
+    def train_steps(self, state: TrainState) -> Iterator[tuple[float, int]]:
+        """Does the rest of the epoch in progress; yields (loss, images) of every update."""
         split = self.dataset.split("train")
         order = sample_order(len(split), seed=self.config.seed, epoch=state.epoch)
         plan = global_batches(order, self.config.global_batch_size)[state.step_in_epoch :]
@@ -124,22 +123,28 @@ class Session:
             state.step += 1
             state.step_in_epoch += 1
             total, count = sums["loss"]
-            yield float(total) / float(count)
+            yield float(total) / float(count), int(count)
 
-    def finish_epoch(self, state: TrainState, *, images_per_s: float) -> dict[str, Any]:
-        """Ends the epoch in progress: validation, schedules, tables, pictures, checkpoint.
+    def validate(self, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, Any]:
+        """Returns the numbers of the epoch whose steps are done.
 
-        The checkpoint comes last: an epoch whose pictures are missing is done again.
+        Raises:
+            StoppedError: `should_stop` answered yes.
         """
-        started = time.monotonic()
         running = RunningSums()
         running.load_state(state.sums)
-        validation = self.evaluate("valid")
+        validation = self.evaluate("valid", should_stop)
         row: dict[str, Any] = {"epoch": state.epoch, "learning_rate": state.learning_rate}
         row |= means_of(running, self.evaluator.metrics)
         row |= {f"val_{name}": value for name, value in validation.means.items()}
         foreground = validation.summary["foreground_mean"]
-        row |= {f"val_foreground_{name}": foreground[name] for name in ("dice", "iou")}
+        return row | {f"val_foreground_{name}": foreground[name] for name in ("dice", "iou")}
+
+    def finish_epoch(self, state: TrainState, row: dict[str, Any], *, images_per_s: float) -> None:
+        """Ends the epoch in progress: schedules, tables, pictures, checkpoint.
+
+        The checkpoint comes last: an epoch whose pictures are missing is done again.
+        """
         is_best = self._schedule(state, row)
         state.rows.append(row)
         state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
@@ -150,14 +155,12 @@ class Session:
             {
                 "epoch": row["epoch"],
                 "train_images_per_s": images_per_s,
-                "evaluation_time_s": time.monotonic() - started,
             }
         )
         self._write_tables(state)
         self._write_predictions(row["epoch"])
         self._write_events(row)
         self.commit(state)
-        return row
 
     def commit(self, state: TrainState) -> None:
         """Writes a checkpoint of `state` and the weights; drops those no longer needed."""
@@ -167,20 +170,28 @@ class Session:
         keep = [commit_prefix(state.best["step"], state.best["attempt"])] if state.best else []
         self.run.collect_garbage(self.config.keep_checkpoints, keep)
 
-    def evaluate(self, split: str) -> Evaluation:
-        """Returns the evaluation of every case of `split` with the present weights."""
-        return self.evaluator.evaluate(split, self.readers[split])
+    def evaluate(self, split: str, should_stop: Callable[[], bool]) -> Evaluation:
+        """Returns the evaluation of `split` with the present weights."""
+        return self.evaluator.evaluate(split, self.readers[split], should_stop=should_stop)
 
-    def evaluate_best(self, state: TrainState) -> dict[str, Any]:
-        """Writes and returns the evaluation of the test split with the best weights."""
+    def evaluate_best(self, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, Any]:
+        """Writes and returns the evaluation of the test split with the best weights.
+
+        Empty where there is no test split.
+
+        Raises:
+            StoppedError: `should_stop` answered yes.
+        """
         if state.best is None or "test" not in self.dataset.splits:
             return {}
         step, attempt = state.best["step"], state.best["attempt"]
         place = Place(attempt, step, commit_prefix(step, attempt))
         with tempfile.TemporaryDirectory(dir=self.staging) as folder:
-            _, members = fetch_commit(self.run.store, place, folder)
+            _, members = fetch_commit(
+                self.run.store, place, folder, names=[checkpoint.WEIGHTS_NAME]
+            )
             checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
-        evaluation = self.evaluate("test")
+        evaluation = self.evaluate("test", should_stop)
         write_evaluation(self.run.store, evaluation, self.evaluator, self.readers["test"])
         return dict(evaluation.summary)
 
@@ -277,7 +288,6 @@ def open_session(
             readers[name] = open_reader(
                 dataset, split, cache=config.cache, cache_dir=config.cache_dir
             )
-            stack.callback(readers[name].close)
         events = None
         if config.tensorboard:
             events = tf.summary.create_file_writer(os.path.join(staging, "tensorboard"))

@@ -72,20 +72,26 @@ def train_and_evaluate(
         state = session.restore()
         while not state.is_finished(config.epochs):
             clock = _Clock()
-            for loss in session.train_steps(state):
-                clock.tick(config.global_batch_size)
-                report(_step_event(config, state, session.num_steps, loss, clock.images_per_s))
+            for loss, num_images in session.train_steps(state):
+                clock.tick(num_images)
+                report(_step_event(config, state, session.num_steps, loss, clock, num_images))
                 if not math.isfinite(loss):
                     raise _diverged(run, state, loss)
-                is_last = state.step_in_epoch == session.num_steps
-                if is_last:
-                    break
-                if should_stop():
+                # A run that was lost is found out by the commit.
+                if should_stop() or run.lost:
                     session.commit(state)
                     raise _stopped(state)
-                if clock.is_due(config.checkpoint_every_minutes):
+                is_last = state.step_in_epoch == session.num_steps
+                if not is_last and clock.is_due(config.checkpoint_every_minutes):
                     session.commit(state)
-            row = session.finish_epoch(state, images_per_s=clock.images_per_s)
+            try:
+                row = session.validate(state, should_stop)
+            except StoppedError:
+                session.commit(state)
+                raise _stopped(state) from None
+            if not math.isfinite(row["val_loss"]):
+                raise _diverged(run, state, row["val_loss"])
+            session.finish_epoch(state, row, images_per_s=clock.images_per_s)
             report({"event": "epoch", "num_epochs": config.epochs, **row})
             if should_stop() and not state.is_finished(config.epochs):
                 raise _stopped(state)
@@ -93,7 +99,7 @@ def train_and_evaluate(
             "epochs": state.epoch,
             "stopped_early": state.stopped_early,
             "best": state.best,
-            "evaluation": session.evaluate_best(state),
+            "evaluation": session.evaluate_best(state, should_stop),
         }
     run.write_outcome("finished", 0, **outcome)
     return outcome
@@ -130,7 +136,12 @@ def _stopped(state: TrainState) -> StoppedError:
 
 
 def _step_event(
-    config: TrainConfig, state: TrainState, num_steps: int, loss: float, images_per_s: float
+    config: TrainConfig,
+    state: TrainState,
+    num_steps: int,
+    loss: float,
+    clock: "_Clock",
+    num_images: int,
 ) -> dict[str, Any]:
     return {
         "event": "step",
@@ -139,8 +150,8 @@ def _step_event(
         "step": state.step_in_epoch,
         "num_steps": num_steps,
         "loss": loss,
-        "num_images": config.global_batch_size,
-        "images_per_s": images_per_s,
+        "num_images": num_images,
+        "images_per_s": clock.images_per_s,
     }
 
 
@@ -215,10 +226,10 @@ class _Display:
             self._progress.line(_epoch_line(event))
 
     def _open(self, event: Mapping[str, Any]) -> Progress:
-        left = event["num_epochs"] * event["num_steps"]
-        left -= event["epoch"] * event["num_steps"] + event["step"] - 1
-        progress = Progress("train", left * event["num_images"], shown=self._config.progress)
-        return progress.__enter__()
+        # The last step of an epoch may hold fewer images: a little too many are expected here.
+        left = (event["num_epochs"] - event["epoch"]) * event["num_steps"] - event["step"] + 1
+        total = left * self._config.global_batch_size
+        return Progress("train", total, shown=self._config.progress).__enter__()
 
 
 def _epoch_line(row: Mapping[str, Any]) -> str:

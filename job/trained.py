@@ -73,7 +73,9 @@ def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dic
     """
     from job import checkpoint
 
-    newest = fetch_newest(store, find_commits(store), folder)
+    # Never the moments, which are twice as large as the weights; for the best, only the last state.
+    wanted = [checkpoint.STATE_NAME] + [checkpoint.WEIGHTS_NAME] * (which == "last")
+    newest = fetch_newest(store, find_commits(store), folder, names=wanted)
     if newest is None:
         raise _no_checkpoint(store)
     commit, members = newest
@@ -85,9 +87,8 @@ def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dic
             f"{store.url}: no epoch has ended yet, so no checkpoint is the best; use the last"
         )
     prefix = commit_prefix(best["step"], best["attempt"])
-    if prefix == commit.prefix:
-        return prefix, members
-    return prefix, fetch_commit(store, Place(best["attempt"], best["step"], prefix), folder)[1]
+    place = Place(best["attempt"], best["step"], prefix)
+    return prefix, fetch_commit(store, place, folder, names=[checkpoint.WEIGHTS_NAME])[1]
 
 
 def _no_checkpoint(store: Store) -> UsageError:

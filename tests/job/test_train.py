@@ -106,6 +106,22 @@ def test_one_device_two_replicas_and_a_restart_compute_the_same(
     assert_same_history(Path(config.output), tmp_path)
 
 
+def test_a_stop_during_validation_keeps_the_epoch(
+    finished: Any, one_cpu: Any, tmp_path: Path
+) -> None:
+    config, _, _ = finished
+    again = config.model_copy(update={"output": str(tmp_path)})
+    asked = iter([False] * 3)  # after each of the 3 steps; the next one asks in validation
+    with (
+        pytest.raises(StoppedError, match="same command resumes"),
+        Run.open(again.output, str(again.name)) as run,
+    ):
+        train_and_evaluate(again, run, one_cpu, lambda event: None, lambda: next(asked, True))
+    _, rest = train(again, one_cpu)
+    assert len(steps_of(rest)) == 3
+    assert_same_history(Path(config.output), tmp_path)
+
+
 def test_a_run_leaves_all_its_outputs(finished: Any) -> None:
     config, outcome, _ = finished
     run = Path(config.output) / "run"
@@ -267,7 +283,7 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
         (["--local"], "no dataset: give --data"),
         ([], "give --local"),
         (["--local", "--data", "nowhere"], "no dataset at"),
-        (["--local", "--epoch", "3"], "No such option"),
+        (["--local", "--epoch", "3"], "--epochs"),
         (["--local", "--data", "x", "--epochs", "0"], "epochs=0"),
         (["--local", "--data", "x", "--name", "Not OK"], "name='Not OK'"),
         (["--local", "--config", "missing.yaml"], r"missing\.yaml: config file cannot be read"),
