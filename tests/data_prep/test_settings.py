@@ -86,7 +86,7 @@ def test_mistakes_are_named_in_one_line(text: str, message: str) -> None:
         f"name: [{'x, ' * 5000}]",
         f"epochs: {'9' * 5000}x",
         f"inner: [[{'[1, 2, 3, 4, 5, 6, 7, 8, 9], ' * 5000}]]",
-        f"{'x' * 900}: 1",
+        f"{'x' * 1000}: 1",
         "".join(f"key-{i}: 1\n" for i in range(5000)),
     ],
 )
