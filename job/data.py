@@ -20,6 +20,7 @@ import numpy as np
 
 from data_prep.errors import ContentError, FlexUNetError, StorageError, UsageError
 from data_prep.image import read_image, read_mask_pixels
+from data_prep.pool import available_cores
 from data_prep.schema import (
     Manifest,
     decode_example,
@@ -329,7 +330,7 @@ def make_batches(
         return {"payload": payloads, "index": index, "weight": weight, "key": key}
 
     decode = _decoder(dataset.manifest, augmentation, seed, epoch)
-    parallel = os.cpu_count() or 1
+    parallel = available_cores()
     data = tf.data.Dataset.from_tensor_slices((indices, weights, keys))
     data = data.map(load, num_parallel_calls=parallel, deterministic=True)
     data = data.unbatch().map(decode, num_parallel_calls=parallel, deterministic=True)

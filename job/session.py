@@ -321,7 +321,7 @@ def _pictures(config: TrainConfig, dataset: Dataset, reader: RecordReader) -> di
     for name in find_images(store)[:count]:
         image = read_image(store.get(name), name=f"{store.url}/{name}")
         stem = os.path.splitext(name)[0].replace("/", "_")
-        pictures[stem] = to_model_pixels(image, dataset.manifest)[0]
+        pictures[stem] = to_model_pixels(image, dataset.manifest, name=name)[0]
     return pictures
 
 
