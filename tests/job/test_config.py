@@ -38,6 +38,7 @@ IDENTITY = {
     "model.dilation",
     "model.dropout_rate",
     "model.normalization",
+    "model.normalization_momentum",
     "model.activation",
     "model.input_scaling",
     "model.image_channels",

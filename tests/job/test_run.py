@@ -365,13 +365,16 @@ from data_prep.storage import LocalStore
 from job.run import Run
 run = Run.own(LocalStore(sys.argv[1] + "/run"))
 child = os.fork()
-if child == 0: time.sleep(30); os._exit(0)
+if child == 0:
+    print("forked", flush=True)  # what runs at a fork has run
+    time.sleep(30)
+    os._exit(0)
 print(child, flush=True)
 os._exit(9)
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
-        child = int(hear(process))
+        child = int(next(line for line in (hear(process), hear(process)) if line != "forked"))
         try:
             process.wait()
             with own(tmp_path) as run:
