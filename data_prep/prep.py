@@ -41,6 +41,11 @@ R = TypeVar("R")
 HASH_KEY_VARIABLE = "FLEXUNET_HASH_KEY"
 _HASH_LENGTH = 16  # hex digits: 64 bits, a clash among a million names has odds of 1 to 37 million
 _PAIRS_PER_SHEET = 6
+# How the reference implementation's off-line generator names its copies.
+_AUGMENTED = re.compile(
+    r"(barrdistorted|pincdistorted|deformed|distorted|rotated|hflipped|vflipped|shrinked|sheared|"
+    r"sharpened|brightened)_"
+)
 _MAX_LISTED = 5
 
 
@@ -314,6 +319,8 @@ def _grouped(
     if config.group_csv is not None:
         table = (_read_text(config.group_csv, "--group-csv"), config.group_csv)
     rule = split.group_of(preset=config.group_preset, regex=config.group_regex, table=table)
+    if (config.group_preset, config.group_regex, config.group_csv) == (None, None, None):
+        _warn_of_files_as_groups(pairs)
     grouped, rejects = [], []
     for pair in pairs:
         try:
@@ -321,6 +328,21 @@ def _grouped(
         except ContentError as error:
             rejects.append(Reject(join_url(pair.image_url, pair.image_name), str(error)))
     return grouped, rejects
+
+
+def _warn_of_files_as_groups(pairs: Sequence[Pair]) -> None:
+    augmented = [pair for pair in pairs if _AUGMENTED.match(pair.image_name)]
+    if augmented:
+        logger.warning(
+            "%d of %d names look like augmented copies (%s), and every file is a group of its own: "
+            "copies of one picture may lie in several splits; see --group-preset augmented",
+            *(len(augmented), len(pairs), augmented[0].image_name),
+        )
+    else:
+        logger.warning(
+            "no --group option: every file is a group of its own; give one where a patient has "
+            "several pictures"
+        )
 
 
 def _refused(rejects: Sequence[Reject], config: PrepConfig) -> list[tuple[str, str]]:

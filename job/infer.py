@@ -7,6 +7,7 @@ python -m job.infer RUN IMAGES [OUTPUT]
 """
 
 import itertools
+import json
 import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,13 +26,14 @@ from data_prep.pool import available_cores, in_order
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.schema import Manifest
 from data_prep.settings import Settings, option, validated
-from data_prep.storage import Store, join_url, open_store
+from data_prep.storage import NotFound, Store, join_url, open_store
 from job.history import csv_table
-from job.trained import TrainedRun, load_model, open_trained
+from job.trained import TrainedRun, find_checkpoint, load_model, open_trained
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 OVERLAYS_FOLDER = "overlays"
 UNREADABLE_NAME = "unreadable.csv"
+RECORD_NAME = "inference.json"  # which run, weights and images the masks are of
 
 # The longest side of the picture that is kept for the overlay, pixels; no overlay is larger.
 _PREVIEW_SIDE = 1600
@@ -91,6 +93,7 @@ def infer(
         _refuse_overlays_folder(source, names)
     done = set() if config.overwrite else {stat.name for stat in output.list()}
     todo = [name for name in names if mask_name(name) not in done]
+    _claim_output(run, source, output, config, is_continued=len(todo) < len(names))
     unreadable = _predict(run, source, todo, output, config) if todo else []
     if unreadable:
         output.put(UNREADABLE_NAME, csv_table(["file", "reason"], unreadable).encode())
@@ -102,6 +105,31 @@ def infer(
         num_kept=len(names) - len(todo),
         unreadable=tuple(unreadable),
     )
+
+
+def _claim_output(
+    run: TrainedRun, source: Store, output: Store, config: InferConfig, *, is_continued: bool
+) -> None:
+    """Writes down whose masks OUTPUT holds; masks of other images or weights are never kept.
+
+    Raises:
+        UsageError: masks would be kept that were made from others.
+    """
+    place = find_checkpoint(run.store, which=config.checkpoint)
+    record = {"run": run.store.url, "checkpoint": place.prefix, "images": source.url}
+    try:
+        found = json.loads(output.get(RECORD_NAME))
+    except (NotFound, ValueError):
+        found = None
+    if is_continued and found != record:
+        found = found if isinstance(found, dict) else {}
+        other = [key for key in record if found.get(key) != record[key]]
+        raise UsageError(
+            f"{output.url}: holds masks made with another {' and '.join(other)} "
+            f"({', '.join(str(found.get(key)) for key in other)}); give another OUTPUT, or "
+            "--overwrite to predict them again"
+        )
+    output.put(RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def find_images(source: Store) -> list[str]:

@@ -74,7 +74,12 @@ def train_and_evaluate(
             clock = _Clock()
             for loss, num_images in session.train_steps(state):
                 clock.tick(num_images)
-                report(_step_event(config, state, session.num_steps, loss, clock, num_images))
+                report(
+                    _step_event(
+                        *(config, state, session.num_steps, loss),
+                        *(clock, num_images, len(dataset.split("train"))),
+                    )
+                )
                 if not math.isfinite(loss):
                     raise _diverged(run, state, loss)
                 # A run that was lost is found out by the commit.
@@ -114,6 +119,7 @@ def _earlier_outcome(config: TrainConfig, run: Run) -> dict[str, Any] | None:
         raise DivergedError(f"{outcome['reason']}; start a run of another name")
     is_over = outcome["stopped_early"] or outcome["epochs"] >= config.epochs
     if is_over:
+        logger.info("%s: finished already after %d epochs", run.store.url, outcome["epochs"])
         return outcome
     run.clear_outcome()
     return None
@@ -142,6 +148,7 @@ def _step_event(
     loss: float,
     clock: "_Clock",
     num_images: int,
+    epoch_images: int,
 ) -> dict[str, Any]:
     return {
         "event": "step",
@@ -151,6 +158,7 @@ def _step_event(
         "num_steps": num_steps,
         "loss": loss,
         "num_images": num_images,
+        "epoch_images": epoch_images,
         "images_per_s": clock.images_per_s,
     }
 
@@ -226,9 +234,8 @@ class _Display:
             self._progress.line(_epoch_line(event))
 
     def _open(self, event: Mapping[str, Any]) -> Progress:
-        # The last step of an epoch may hold fewer images: a little too many are expected here.
-        left = (event["num_epochs"] - event["epoch"]) * event["num_steps"] - event["step"] + 1
-        total = left * self._config.global_batch_size
+        done = (event["step"] - 1) * self._config.global_batch_size
+        total = (event["num_epochs"] - event["epoch"]) * event["epoch_images"] - done
         return Progress("train", total, shown=self._config.progress).__enter__()
 
 
@@ -283,7 +290,9 @@ def resolve_config(
     config = validated(TrainConfig, merged(values, options), file or "options")
     if config.data is None:
         raise UsageError("no dataset: give --data DATASET, a folder or gs:// URL made by prep")
-    return config.model_copy(update={"name": config.name or run_name(config.data)})
+    # The run must find it again from another working folder.
+    data = config.data if "://" in config.data else os.path.abspath(config.data)
+    return config.model_copy(update={"data": data, "name": config.name or run_name(data)})
 
 
 def _resolve_reference(

@@ -64,8 +64,34 @@ def load_model(run: TrainedRun, *, which: str) -> Any:
     return model
 
 
+def find_checkpoint(store: Store, *, which: str) -> Place:
+    """Returns where a run's "best" or "last" checkpoint lies.
+
+    Raises:
+        UsageError: there is no such checkpoint yet.
+        ContentError: none is undamaged.
+    """
+    from job import checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
+        names = [checkpoint.STATE_NAME]
+        newest = fetch_newest(store, find_commits(store), folder, names=names)
+        if newest is None:
+            raise _no_checkpoint(store)
+        commit, members = newest
+        best = checkpoint.read_state(members[checkpoint.STATE_NAME])["best"]
+    if which == "last":
+        return Place(commit.attempt, commit.step, commit.prefix)
+    if best is None:
+        raise UsageError(
+            f"{store.url}: no epoch has ended yet, so no checkpoint is the best; use the last"
+        )
+    step, attempt = best["step"], best["attempt"]
+    return Place(attempt, step, commit_prefix(step, attempt))
+
+
 def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dict[str, str]]:
-    """Returns the prefix of a run's best or last checkpoint, and its members' paths in `folder`.
+    """Returns the prefix of a run's best or last checkpoint, and the path of its weights by name.
 
     Raises:
         UsageError: there is no such checkpoint yet.
@@ -73,22 +99,16 @@ def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dic
     """
     from job import checkpoint
 
-    # Never the moments, which are twice as large as the weights; for the best, only the last state.
-    wanted = [checkpoint.STATE_NAME] + [checkpoint.WEIGHTS_NAME] * (which == "last")
-    newest = fetch_newest(store, find_commits(store), folder, names=wanted)
-    if newest is None:
-        raise _no_checkpoint(store)
-    commit, members = newest
+    # Never the moments, which are twice as large as the weights.
     if which == "last":
-        return commit.prefix, members
-    best = checkpoint.read_state(members[checkpoint.STATE_NAME])["best"]
-    if best is None:
-        raise UsageError(
-            f"{store.url}: no epoch has ended yet, so no checkpoint is the best; use the last"
-        )
-    prefix = commit_prefix(best["step"], best["attempt"])
-    place = Place(best["attempt"], best["step"], prefix)
-    return prefix, fetch_commit(store, place, folder, names=[checkpoint.WEIGHTS_NAME])[1]
+        names = [checkpoint.STATE_NAME, checkpoint.WEIGHTS_NAME]
+        newest = fetch_newest(store, find_commits(store), folder, names=names)
+        if newest is None:
+            raise _no_checkpoint(store)
+        return newest[0].prefix, newest[1]
+    place = find_checkpoint(store, which=which)
+    _, members = fetch_commit(store, place, folder, names=[checkpoint.WEIGHTS_NAME])
+    return place.prefix, members
 
 
 def _no_checkpoint(store: Store) -> UsageError:

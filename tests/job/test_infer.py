@@ -96,7 +96,7 @@ def test_infer_reads_every_kind_of_image_and_answers_at_its_size(
         "patient 1/left/tall.png": tall,
     }
     names = {stat.name for stat in open_store(str(output)).list()}
-    assert names == {*expected, *(f"overlays/{name}" for name in expected)}
+    assert names == {"inference.json", *expected, *(f"overlays/{name}" for name in expected)}
     for name, (picture, inside) in expected.items():
         ids = mask_of(output, name)
         assert ids.shape == picture.shape
@@ -173,7 +173,7 @@ def test_infer_reads_from_and_writes_to_a_bucket(
     assert infer(str(trained_run), *urls, QUIET).num_written == 3
     names = [stat.name for stat in open_store(urls[1]).list()]
     masks = ["a.png", "sub/b.png", "sub/c.png"]
-    assert names == sorted([*masks, *(f"overlays/{name}" for name in masks)])
+    assert names == sorted(["inference.json", *masks, *(f"overlays/{name}" for name in masks)])
     assert infer(str(trained_run), *urls, QUIET).num_kept == 3
 
 
@@ -396,3 +396,18 @@ def test_to_model_pixels_refuses_unused_bits(trained_run: Path, tmp_path: Path) 
     found = _read_picture(open_store(str(tmp_path)), "a.png", shallow, QUIET)
     assert isinstance(found, tuple)
     assert found[0] == "a.png"
+
+
+def test_masks_of_other_images_or_weights_are_never_kept(trained_run: Path, tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        pixels = np.full((20, 20), 50, np.uint8)
+        assert cv2.imwrite(str(tmp_path / folder / "case.png"), pixels)
+    config = InferConfig(progress=False)
+    output = str(tmp_path / "masks")
+    infer(str(trained_run), str(tmp_path / "first"), output, config)
+    with pytest.raises(UsageError, match=r"masks made with another images .*first"):
+        infer(str(trained_run), str(tmp_path / "second"), output, config)
+    again = config.model_copy(update={"overwrite": True})
+    result = infer(str(trained_run), str(tmp_path / "second"), output, again)
+    assert result.num_written == 1
