@@ -3,7 +3,6 @@
 Draws what it is given; it must not decide anything about the dataset.
 """
 
-import csv
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.colormap import ClassColor
+from data_prep.table import csv_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,6 @@ REJECTS_NAME = "report/rejects.csv"
 _THUMBNAIL = 320  # pixels of the longer side
 _GAP = 12  # pixels between thumbnails
 _OVERLAY_ALPHA = 0.45
-_FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +48,7 @@ def sheet_name(split: str) -> str:
 
 def rejects_csv(rejects: Sequence[tuple[str, str]]) -> str:
     """Returns the table of (file, reason); it is safe to open in a spreadsheet."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("file", "reason"))
-    for row in rejects:
-        writer.writerow([_guarded(cell) for cell in row])
-    return out.getvalue()
+    return csv_table(("file", "reason"), rejects)
 
 
 def statistics_png(
@@ -193,8 +187,3 @@ def _shortened(text: str, length: int = 28) -> str:
     # Names are shown as they are: a dollar sign must not start a formula.
     short = text if len(text) <= length else f"{text[: length - 10]}...{text[-7:]}"
     return short.replace("$", r"\$")
-
-
-def _guarded(cell: str) -> str:
-    # Source: owasp.org/www-community/attacks/CSV_Injection
-    return f"'{cell}" if cell.startswith(_FORMULA_SIGNS) else cell

@@ -19,6 +19,7 @@ from data_prep.errors import StoppedError, UsageError
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.settings import Settings, option, validated
 from data_prep.storage import Store
+from data_prep.table import csv_table
 from job.config import TrainConfig
 from job.data import (
     Dataset,
@@ -30,7 +31,7 @@ from job.data import (
     open_reader,
     read_sample,
 )
-from job.history import csv_table, evaluation_csv
+from job.history import evaluation_csv
 from job.trained import TrainedRun, load_model, num_outputs, open_trained
 
 _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each

@@ -1,18 +1,13 @@
 """The tables of a run as CSV text, in the reference implementation's formats and in full.
 
-Owns the layout of `train_losses.csv`, `train_metrics.csv`, `history.csv` and `evaluation.csv`, and
-the guard that keeps a spreadsheet from running a file name as a formula. Knows nothing of
-TensorFlow, storage or plots.
+Owns the layout of `train_losses.csv`, `train_metrics.csv`, `history.csv` and `evaluation.csv`.
+Knows nothing of TensorFlow, storage or plots.
 """
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# A spreadsheet takes a cell that starts with one of these for a formula.
-# Source: OWASP, "CSV Injection".
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+from data_prep.table import csv_table
 
 _LOSSES = ("loss", "val_loss")
 
@@ -77,27 +72,6 @@ class History:
 def evaluation_csv(loss_name: str, loss: float, metric_name: str, metric: float) -> str:
     """Returns evaluation.csv as the reference implementation writes it: `name,value` twice."""
     return f"{loss_name},{loss:.4f}\n{metric_name},{metric:.4f}\n"
-
-
-def csv_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns CSV text with a header; None is an empty cell, a float keeps every digit.
-
-    Text that a spreadsheet would run as a formula gets a leading apostrophe (file names come from
-    outside); numbers are left alone.
-    """
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([guarded_cell(name) for name in columns])
-    for row in rows:
-        writer.writerow([guarded_cell(value) for value in row])
-    return buffer.getvalue()
-
-
-def guarded_cell(value: Any) -> Any:
-    """Returns `value`, with a leading apostrophe where it is text that starts like a formula."""
-    if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
-        return f"'{value}"
-    return value
 
 
 def _four_decimals(value: float | None) -> str:

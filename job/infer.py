@@ -22,15 +22,15 @@ import numpy as np
 from data_prep.command import SettingsCommand, given, run_command, settings_options
 from data_prep.errors import ContentError, UsageError
 from data_prep.image import Geometry, apply_geometry, fit, read_image, undo_geometry
+from data_prep.pairs import IMAGE_ENDINGS
 from data_prep.pool import available_cores, in_order
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.schema import Manifest
 from data_prep.settings import Settings, option, validated
 from data_prep.storage import NotFound, Store, join_url, open_store
-from job.history import csv_table
+from data_prep.table import csv_table
 from job.trained import TrainedRun, find_checkpoint, load_model, open_trained
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 OVERLAYS_FOLDER = "overlays"
 UNREADABLE_NAME = "unreadable.csv"
 RECORD_NAME = "inference.json"  # which run, weights and images the masks are of
@@ -138,10 +138,10 @@ def find_images(source: Store) -> list[str]:
     Raises:
         UsageError: there are none, or two share all but the suffix.
     """
-    names = [each.name for each in source.list() if each.name.lower().endswith(IMAGE_SUFFIXES)]
+    names = [each.name for each in source.list() if each.name.lower().endswith(IMAGE_ENDINGS)]
     if not names:
         raise UsageError(
-            f"{source.url}: no images here; expected files ending in {', '.join(IMAGE_SUFFIXES)}"
+            f"{source.url}: no images here; expected files ending in {', '.join(IMAGE_ENDINGS)}"
         )
     by_mask: dict[str, str] = {}
     for name in names:

@@ -23,6 +23,7 @@ from data_prep.image import read_image
 from data_prep.schema import MANIFEST_NAME
 from data_prep.settings import write_yaml
 from data_prep.storage import open_store
+from data_prep.table import csv_table
 from job import checkpoint, plots
 from job.config import TrainConfig
 from job.data import (
@@ -41,7 +42,7 @@ from job.evaluate import (
     means_of,
     write_evaluation,
 )
-from job.history import History, csv_table
+from job.history import History
 from job.infer import find_images, to_model_pixels
 from job.metrics import RunningSums
 from job.optimizer import Adam

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from job.history import History, csv_table, evaluation_csv, guarded_cell
+from job.history import History, evaluation_csv
 
 
 def two_epochs() -> History:
@@ -84,15 +84,4 @@ def test_add_refuses_an_epoch_out_of_order(epoch: int) -> None:
 def test_evaluation_csv_has_two_lines() -> None:
     assert evaluation_csv("categorical_crossentropy", 0.01168, "dice_coef_multiclass", 0.99694) == (
         "categorical_crossentropy,0.0117\ndice_coef_multiclass,0.9969\n"
-    )
-
-
-@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0.png", "+1.png", "-1.png", "@a.png", "\t=a"])
-def test_guarded_cell_disarms_formulas(name: str) -> None:
-    assert guarded_cell(name) == "'" + name
-
-
-def test_csv_table_leaves_negative_numbers_alone() -> None:
-    assert csv_table(["id", "change"], [["=a,b", -0.5], ["plain", None]]) == (
-        'id,change\n"\'=a,b",-0.5\nplain,\n'
     )

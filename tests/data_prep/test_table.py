@@ -1,0 +1,16 @@
+"""CSV text disarms what a spreadsheet would run, and leaves numbers alone."""
+
+import pytest
+
+from data_prep.table import csv_table, guarded_cell
+
+
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0.png", "+1.png", "-1.png", "@a.png", "\t=a"])
+def test_guarded_cell_disarms_formulas(name: str) -> None:
+    assert guarded_cell(name) == "'" + name
+
+
+def test_csv_table_leaves_negative_numbers_alone() -> None:
+    assert csv_table(["id", "change"], [["=a,b", -0.5], ["plain", None]]) == (
+        'id,change\n"\'=a,b",-0.5\nplain,\n'
+    )
