@@ -52,3 +52,16 @@ class DivergedError(FlexUNetError):
     """Training produced a loss that is not finite."""
 
     exit_code = 7
+
+
+def kind_of(error: FlexUNetError) -> str:
+    """Returns the name of the class of this module that `error` is of, to be sent elsewhere."""
+    return next(each.__name__ for each in type(error).__mro__ if each.__module__ == __name__)
+
+
+def error_of(kind: str, text: str) -> FlexUNetError:
+    """Returns the error of a name that `kind_of` gave."""
+    found = globals().get(kind)
+    if not (isinstance(found, type) and issubclass(found, FlexUNetError)):
+        return FlexUNetError(text)
+    return found(text)

@@ -22,7 +22,7 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import google_crc32c
 
@@ -30,13 +30,20 @@ from data_prep.errors import ContentError, FlexUNetError, StorageError, UsageErr
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _HIDDEN = ".flexunet-"  # our own temporary and lock files; never listed, never a name
 _TEMPORARY = f"{_HIDDEN}tmp-"
 _CHUNK_BYTES = 1 << 20
 _MAX_PART_BYTES = 255  # NAME_MAX of every Linux file system
 _MAX_NAME_BYTES = 1024  # https://cloud.google.com/storage/docs/objects#naming
-_RETRY_S = 60.0
-_REQUEST_TIMEOUT_S = (10.0, 60.0)  # to connect, and between two bytes of an answer
+_RETRY_S = 120.0
+_MAX_TIMEOUT_S = 30.0  # to connect, and between two bytes of an answer
+_MAX_PAUSE_S = 10.0  # between two tries
+_MAX_DOWNLOADS = 3  # of one object whose bytes changed on the way
+_MAX_SESSIONS = 3  # of one upload in parts; a server may forget a session
+_SINGLE_BYTES = 8 << 20  # up to here an object is uploaded in one request
+_PART_BYTES = 32 << 20  # held in memory; a multiple of 256 KiB, as the server wants
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 _BUCKET = re.compile(r"[a-z0-9][-a-z0-9._]{1,220}[a-z0-9]")
 
@@ -45,8 +52,20 @@ class PreconditionFailed(StorageError):
     """The object is not in the generation that a conditional put expected."""
 
 
+class Unavailable(StorageError):
+    """Storage was out of reach for longer than requests are repeated; later it may be back."""
+
+
 class NotFound(StorageError):
     """The object does not exist."""
+
+
+class _ChangedOnTheWay(StorageError):
+    """The downloaded bytes are not those that the server has."""
+
+
+class _SessionLost(StorageError):
+    """The server has forgotten an upload in parts."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,11 @@ class Store(Protocol):
     @property
     def local_root(self) -> str | None:
         """The path of the folder, None where objects have to be downloaded."""
+        ...
+
+    @property
+    def retry_s(self) -> float:
+        """Seconds for which a transient failure is repeated, 0 where there are none."""
         ...
 
     def stat(self, name: str) -> Stat | None:
@@ -127,15 +151,27 @@ class Store(Protocol):
         """Returns the same storage, rooted in the folder `prefix`."""
         ...
 
+    def with_limits(self, *, retry_s: float, timeout_s: float) -> "Store":
+        """Returns the same storage with other limits.
+
+        Args:
+            retry_s: seconds for which a transient failure is repeated.
+            timeout_s: the longest wait for a byte, and the longest pause between two tries.
+        """
+        ...
+
     def remove_unfinished(self) -> int:
         """Deletes what killed puts left behind and returns how many; only for the sole writer."""
         ...
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, *, retry_s: float = _RETRY_S) -> Store:
     """Returns the store at `url`: `gs://bucket/prefix`, a folder's path, or `file:///path`.
 
     Nothing is read or written yet.
+
+    Args:
+        retry_s: seconds for which a transient failure is repeated; folders have none.
 
     Raises:
         UsageError: the URL is of another kind or not well formed.
@@ -148,7 +184,7 @@ def open_store(url: str) -> Store:
             raise UsageError(f"{url!r} is not a folder or storage URL; give a path or gs://bucket")
         return LocalStore(url)
     if scheme == "gs":
-        return GcsStore(url)
+        return GcsStore(url, retry_s=retry_s)
     if scheme == "file" and rest.startswith("/"):
         return LocalStore(urllib.parse.unquote(rest))
     raise UsageError(
@@ -289,6 +325,11 @@ class LocalStore:
         """The path of the folder."""
         return self.url
 
+    @property
+    def retry_s(self) -> float:
+        """A folder's failures are not transient."""
+        return 0.0
+
     def stat(self, name: str) -> Stat | None:
         """See `Store.stat`."""
         path = local_path(self.url, name)
@@ -358,6 +399,10 @@ class LocalStore:
         """See `Store.below`."""
         return LocalStore(local_path(self.url, prefix))
 
+    def with_limits(self, *, retry_s: float, timeout_s: float) -> "LocalStore":
+        """See `Store.with_limits`; a folder has none."""
+        return self
+
     def remove_unfinished(self) -> int:
         """See `Store.remove_unfinished`."""
         num_removed = 0
@@ -408,11 +453,15 @@ class GcsStore:
     """Objects below `gs://bucket/prefix`, through google-cloud-storage.
 
     Credentials are the application-default ones; with STORAGE_EMULATOR_HOST set, none are used.
-    Transient failures are retried for `retry_s` seconds; a missing bucket or permission is an
-    error at once.
+    A request that fails for the moment (network, 408, 429, 5xx) is repeated, after pauses of random
+    length, until `retry_s` seconds have passed, and then is `Unavailable`; none waits longer than
+    `timeout_s` (30 s, or half of `retry_s`) for a byte. A missing bucket, permission or credential
+    is an error at once.
     """
 
-    def __init__(self, url: str, *, retry_s: float = _RETRY_S) -> None:
+    def __init__(
+        self, url: str, *, retry_s: float = _RETRY_S, timeout_s: float | None = None
+    ) -> None:
         bucket, _, prefix = url.removeprefix("gs://").partition("/")
         prefix = prefix.strip("/")
         if not _BUCKET.fullmatch(bucket):
@@ -424,7 +473,8 @@ class GcsStore:
         self.local_root: str | None = None
         self._bucket = bucket
         self._folder = f"{prefix}/" if prefix else ""
-        self._retry_s = retry_s
+        self.retry_s = retry_s
+        self._timeout_s = timeout_s or min(max(retry_s / 2, 1.0), _MAX_TIMEOUT_S)
 
     def __repr__(self) -> str:
         return f"GcsStore({self.url!r})"
@@ -440,7 +490,7 @@ class GcsStore:
         blob = self._blob(name)
         try:
             with self._errors("read", name):
-                blob.reload(retry=self._retry(), timeout=_REQUEST_TIMEOUT_S)
+                blob.reload(retry=self._retry(), timeout=self._timeout_s)
         except NotFound:
             return None
         return _blob_stat(name, blob)
@@ -453,59 +503,76 @@ class GcsStore:
                 prefix=self._folder + prefix,
                 fields="items(name,size,generation,crc32c),nextPageToken",
                 retry=self._retry(),
-                timeout=_REQUEST_TIMEOUT_S,
+                timeout=self._timeout_s,
             )
             found = [_blob_stat(blob.name[len(self._folder) :], blob) for blob in blobs]
         return sorted((s for s in found if not s.name.endswith("/")), key=lambda s: s.name)
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """See `Store.get`."""
-        whole = start == 0 and length is None
-        blob = self._blob(name)
-        with self._errors("read", name):
+
+        def fetch() -> bytes:
+            blob = self._blob(name)
             data = self._download(blob, start, length)
-        if whole:
-            self._verify(name, blob, crc32c_of(data))
-        return data
+            if start == 0 and length is None:
+                self._verify(name, blob, crc32c_of(data))
+            return data
+
+        with self._errors("read", name):
+            return _unchanged(fetch)
 
     def get_file(self, name: str, path: str) -> int:
         """See `Store.get_file`."""
-        blob = self._blob(name)
-        with _whole_file(path) as file:
-            with self._errors("read", name):
-                blob.download_to_file(file, retry=self._retry(), timeout=_REQUEST_TIMEOUT_S)
-            file.flush()
-            value = crc32c_of_file(file.name)
-            self._verify(name, blob, value)
-        return value
+
+        def fetch() -> int:
+            with _whole_file(path) as file:
+                blob = self._blob(name)
+                blob.download_to_file(file, retry=self._retry(), timeout=self._timeout_s)
+                file.flush()
+                value = crc32c_of_file(file.name)
+                self._verify(name, blob, value)
+            return value
+
+        with self._errors("read", name):
+            return _unchanged(fetch)
 
     def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
         """See `Store.put`."""
 
-        def send(blob: Any, **options: Any) -> None:
-            blob.upload_from_string(data, **options)
+        def send(blob: Any, **options: Any) -> Stat:
+            blob.upload_from_string(data, checksum="crc32c", **options)
+            return _blob_stat(name, blob)
 
         return self._upload(name, send, if_generation)
 
     def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
         """See `Store.put_file`."""
 
-        def send(blob: Any, **options: Any) -> None:
+        def send(blob: Any, **options: Any) -> Stat:
             file.seek(0)
-            blob.upload_from_file(file, size=size, **options)
+            blob.upload_from_file(file, size=size, checksum="crc32c", **options)
+            return _blob_stat(name, blob)
+
+        def send_parts(blob: Any, **options: Any) -> Stat:
+            return self._send_parts(name, blob, file, size, options)
 
         with _local_errors("read", path), open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            return self._upload(name, send, if_generation)
+            return self._upload(name, send if size <= _SINGLE_BYTES else send_parts, if_generation)
 
     def delete(self, name: str) -> None:
         """See `Store.delete`."""
         with contextlib.suppress(NotFound), self._errors("delete", name):
-            self._blob(name).delete(retry=self._retry(), timeout=_REQUEST_TIMEOUT_S)
+            self._blob(name).delete(retry=self._retry(), timeout=self._timeout_s)
 
     def below(self, prefix: str) -> "GcsStore":
         """See `Store.below`."""
-        return GcsStore(join_url(self.url, checked_name(prefix)), retry_s=self._retry_s)
+        url = join_url(self.url, checked_name(prefix))
+        return GcsStore(url, retry_s=self.retry_s, timeout_s=self._timeout_s)
+
+    def with_limits(self, *, retry_s: float, timeout_s: float) -> "GcsStore":
+        """See `Store.with_limits`."""
+        return GcsStore(self.url, retry_s=retry_s, timeout_s=timeout_s)
 
     def remove_unfinished(self) -> int:
         """See `Store.remove_unfinished`; the server forgets unfinished uploads by itself."""
@@ -518,12 +585,22 @@ class GcsStore:
     def _blob(self, name: str) -> Any:
         return self._client().bucket(self._bucket).blob(self._folder + checked_name(name))
 
-    def _retry(self, on_error: Callable[[Exception], Any] | None = None) -> Any:
+    def _retry(self, tell: Callable[[Exception], Any] | None = None) -> Any:
+        """Returns how transient failures are repeated; each is told to `tell`."""
         from google.api_core.retry import Retry
 
+        def on_error(error: Exception) -> None:
+            if tell is not None:
+                tell(error)
+            # The client library leaves the connection of a refused download open.
+            response = getattr(error, "response", None)
+            if response is not None:
+                response.close()
+
+        # The pauses are random, from 0 to a limit that doubles from 0.2 s to the largest one.
         return Retry(
-            predicate=_is_transient, initial=0.2, maximum=10.0, timeout=self._retry_s,
-            on_error=on_error,
+            predicate=_is_transient, initial=0.2, maximum=min(self._timeout_s, _MAX_PAUSE_S),
+            timeout=self.retry_s, on_error=on_error,
         )  # fmt: skip
 
     def _download(self, blob: Any, start: int, length: int | None) -> bytes:
@@ -533,7 +610,7 @@ class GcsStore:
         end = None if length is None else start + max(length, 1) - 1
         try:
             data: bytes = blob.download_as_bytes(
-                start=start or None, end=end, retry=self._retry(), timeout=_REQUEST_TIMEOUT_S
+                start=start or None, end=end, retry=self._retry(), timeout=self._timeout_s
             )
         except RequestRangeNotSatisfiable:
             return b""
@@ -545,12 +622,33 @@ class GcsStore:
         # With this encoding the server keeps the checksum of the packed bytes, and the client
         # library has checked those.
         if blob.content_encoding != "gzip" and value != _decoded_crc32c(blob.crc32c):
-            raise StorageError(
+            raise _ChangedOnTheWay(
                 f"{join_url(self.url, name)}: the downloaded bytes do not match the server's "
                 "crc32c; try again"
             )
 
-    def _upload(self, name: str, send: Callable[..., None], if_generation: int | None) -> Stat:
+    def _send_parts(
+        self, name: str, blob: Any, file: BinaryIO, size: int, options: dict[str, Any]
+    ) -> Stat:
+        """Uploads a large file in parts, in a session that carries the conditions."""
+        blob.crc32c = base64.b64encode(crc32c_of_file(file.name).to_bytes(4, "big")).decode()
+        for _ in range(_MAX_SESSIONS - 1):
+            with contextlib.suppress(_SessionLost):
+                return self._send_session(name, blob, file, size, options)
+        return self._send_session(name, blob, file, size, options)
+
+    def _send_session(
+        self, name: str, blob: Any, file: BinaryIO, size: int, options: dict[str, Any]
+    ) -> Stat:
+        url = blob.create_resumable_upload_session(size=size, checksum=None, **options)
+        upload = _UploadInParts(self._client()._http, url, file, size, self._timeout_s)
+        found = None
+        while found is None:
+            found = options["retry"](upload.send_next)()
+        crc32c = _decoded_crc32c(found["crc32c"])
+        return Stat(name, int(found["size"]), int(found["generation"]), crc32c)
+
+    def _upload(self, name: str, send: Callable[..., Stat], if_generation: int | None) -> Stat:
         from google.api_core.exceptions import PreconditionFailed as Refused
 
         blob = self._blob(name)
@@ -558,8 +656,7 @@ class GcsStore:
         options: dict[str, Any] = {
             "content_type": mimetypes.guess_type(name)[0] or "application/octet-stream",
             "retry": self._retry(interrupted.append),
-            "timeout": _REQUEST_TIMEOUT_S,
-            "checksum": "crc32c",
+            "timeout": self._timeout_s,
         }
         token = uuid.uuid4().hex
         if if_generation is not None:
@@ -567,7 +664,7 @@ class GcsStore:
             blob.metadata = {"flexunet-put": token}
         with self._errors("write", name, missing="bucket"):
             try:
-                send(blob, **options)
+                return send(blob, **options)
             except Refused as error:
                 # A put whose answer got lost is refused when it is repeated, by its own success.
                 if not (interrupted and self._is_stored(name, token)):
@@ -575,13 +672,13 @@ class GcsStore:
                     raise _refused(
                         join_url(self.url, name), if_generation, found.generation if found else 0
                     ) from error
-                blob.reload(retry=self._retry(), timeout=_REQUEST_TIMEOUT_S)
+                blob.reload(retry=self._retry(), timeout=self._timeout_s)
             return _blob_stat(name, blob)
 
     def _is_stored(self, name: str, token: str) -> bool:
         blob = self._blob(name)
         with contextlib.suppress(NotFound), self._errors("read", name):
-            blob.reload(retry=self._retry(), timeout=_REQUEST_TIMEOUT_S)
+            blob.reload(retry=self._retry(), timeout=self._timeout_s)
             return (blob.metadata or {}).get("flexunet-put") == token
         return False
 
@@ -598,6 +695,65 @@ class GcsStore:
             if described is None:
                 raise
             raise described from error
+
+
+class _UploadInParts:
+    """A file on its way in an upload session; what has arrived is not sent again.
+
+    The client library has this too, but gives up with ValueError when a part that is not the last
+    one had to be repeated (google-cloud-storage 3.17.1).
+    """
+
+    def __init__(self, http: Any, url: str, file: BinaryIO, size: int, timeout_s: float) -> None:
+        self._http = http
+        self._url = url
+        self._file = file
+        self._size = size
+        self._timeout_s = timeout_s
+        self._offset: int | None = 0  # how much has arrived; None: ask
+
+    def send_next(self) -> dict[str, Any] | None:
+        """Sends a part; returns the object's metadata after the last one.
+
+        Raises:
+            _SessionLost: the server knows the session no longer.
+        """
+        if self._offset is None:
+            found = self._put(b"", f"bytes */{self._size}")
+            if found or self._offset is None:
+                return found
+        offset, self._offset = self._offset, None
+        self._file.seek(offset)
+        data = self._file.read(_PART_BYTES)
+        return self._put(data, f"bytes {offset}-{offset + len(data) - 1}/{self._size}")
+
+    def _put(self, data: bytes, content_range: str) -> dict[str, Any] | None:
+        import google.api_core.exceptions as api
+
+        headers = {"Content-Range": content_range}
+        answer = self._http.put(self._url, data=data, headers=headers, timeout=self._timeout_s)
+        if answer.status_code in (200, 201):
+            found: dict[str, Any] = answer.json()
+            return found
+        if answer.status_code in (404, 410):
+            raise _SessionLost(f"{self._url}: the server has lost the upload; try again")
+        if answer.status_code != 308:
+            raise api.from_http_response(answer)  # type: ignore[no-untyped-call]
+        arrived = re.fullmatch(r"bytes=0-(\d+)", answer.headers.get("Range", ""))
+        self._offset = int(arrived[1]) + 1 if arrived else 0
+        if self._offset >= self._size:
+            raise _SessionLost(f"{self._url}: the server does not end the upload; try again")
+        return None
+
+
+def _unchanged(fetch: Callable[[], T]) -> T:
+    """Returns what `fetch` returns, which is repeated when bytes changed on the way."""
+    from google.cloud.storage.exceptions import DataCorruption
+
+    for _ in range(_MAX_DOWNLOADS - 1):
+        with contextlib.suppress(DataCorruption, _ChangedOnTheWay):
+            return fetch()
+    return fetch()
 
 
 @functools.lru_cache(maxsize=4)
@@ -618,11 +774,13 @@ def _is_transient(error: Exception) -> bool:
     """Returns whether a request that failed with `error` may succeed when it is repeated."""
     import requests
     import urllib3
-    from google.auth.exceptions import TransportError
+    from google.auth.exceptions import GoogleAuthError, TransportError
 
     if isinstance(error, TransportError):
         # A refused token never heals; google-auth wraps the network's error in its arguments.
         return bool(error.args) and isinstance(error.args[0], OSError)
+    if isinstance(error, GoogleAuthError):
+        return bool(error.retryable)
     response = getattr(error, "response", None)
     status = getattr(error, "code", None) or getattr(response, "status_code", None)
     if status is not None:
@@ -652,6 +810,10 @@ def _describe_cloud_error(
     from google.cloud.storage import exceptions as cloud
 
     text = " ".join(str(error).split())[:300]
+    if isinstance(error, api.RetryError) or _is_transient(error):
+        return Unavailable(
+            f"cannot {action} {url}: {text}; check the network and the server, then try again"
+        )
     if isinstance(error, api.NotFound):
         if missing == "bucket" or "bucket does not exist" in text:
             return StorageError(f"cannot {action} {url}: bucket {bucket!r} does not exist")

@@ -1,13 +1,18 @@
-"""A bucket on a real server: gcp-storage-emulator, in memory, once per test process.
+"""A bucket on a real server: gcp-storage-emulator behind a proxy, once per test process.
 
-It supports ranges, checksums and generations, but ignores preconditions.
+The emulator supports ranges, checksums and generations but ignores preconditions, so every test
+that is not about that goes through `tests/faults/proxy.py`, which enforces them.
 """
 
 import itertools
-import socket
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
+
+from tests.faults.proxy import BUCKET, FaultProxy, start_emulator
 
 _numbers = itertools.count()
 
@@ -19,20 +24,62 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def storage_server() -> Iterator[str]:
-    """Returns the address of the emulator, which holds the bucket `test-bucket`."""
-    from gcp_storage_emulator.server import create_server  # type: ignore[import-untyped]
+    """Returns the address of the bare emulator, which does not enforce preconditions."""
+    emulator, address = start_emulator()
+    yield address
+    emulator.stop()
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="test-bucket")
-    server.start()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
+
+@pytest.fixture(scope="session")
+def _session_proxy(storage_server: str) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(storage_server)
+    proxy.start()
+    yield proxy
+    proxy.close()
+
+
+@dataclass(frozen=True)
+class FaultyBucket:
+    """A place that no other test uses, and the proxy that can make it fail."""
+
+    url: str
+    proxy: FaultProxy
 
 
 @pytest.fixture
-def bucket_url(storage_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def faulty_bucket(
+    _session_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultyBucket]:
+    """Returns a `gs://` URL that no other test uses, and its proxy; child processes reach it."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", _session_proxy.address)
+    _session_proxy.clear()
+    yield FaultyBucket(f"gs://{BUCKET}/case-{next(_numbers)}", _session_proxy)
+    _session_proxy.clear()
+
+
+@pytest.fixture
+def bucket_url(faulty_bucket: FaultyBucket) -> str:
     """Returns a `gs://` URL that no other test uses; child processes reach it too."""
+    return faulty_bucket.url
+
+
+@pytest.fixture
+def lax_bucket_url(storage_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Returns a `gs://` URL on a server that ignores preconditions."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage_server)
-    return f"gs://test-bucket/case-{next(_numbers)}"
+    return f"gs://{BUCKET}/case-{next(_numbers)}"
+
+
+@pytest.fixture
+def record_fault() -> Callable[[str, int, int, str], None]:
+    """Returns a function that adds a line (row, tried, lost, note) to $FLEXUNET_FAULTS_FILE."""
+
+    def record(row: str, tried: int, lost: int, note: str) -> None:
+        path = os.environ.get("FLEXUNET_FAULTS_FILE")
+        if path:
+            test = os.environ["PYTEST_CURRENT_TEST"].split(" (")[0]
+            line = {"row": row, "tried": tried, "lost": lost, "note": note, "test": test}
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    return record

@@ -1,14 +1,13 @@
 """Both stores against one set of expectations; the bucket is a real server (see conftest)."""
 
-import http.client
-import json
+import gc
 import os
 import pickle
 import subprocess
 import sys
 import threading
-import urllib.parse
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,6 +25,7 @@ from data_prep.storage import (
     NotFound,
     PreconditionFailed,
     Store,
+    Unavailable,
     checked_name,
     crc32c_of,
     crc32c_of_file,
@@ -35,6 +35,8 @@ from data_prep.storage import (
     probe_preconditions,
     probe_writable,
 )
+from tests.conftest import FaultyBucket
+from tests.faults.proxy import Action, Fault
 
 # RFC 3720 appendix B.4: the CRC-32C of "123456789" is e3069283 (hex).
 CHECK_CRC32C = 0xE3069283
@@ -183,108 +185,216 @@ def test_one_of_many_threads_wins_each_generation(tmp_path: Path) -> None:
             generation = found.generation
 
 
-def test_server_that_ignores_preconditions_is_refused(bucket_url: str) -> None:
+def test_server_that_ignores_preconditions_is_refused(lax_bucket_url: str) -> None:
     with pytest.raises(StorageError, match="does not enforce preconditions"):
-        probe_preconditions(open_store(bucket_url))
-    assert names(open_store(bucket_url)) == []
+        probe_preconditions(open_store(lax_bucket_url))
+    assert names(open_store(lax_bucket_url)) == []
 
 
-class _Strict(BaseHTTPRequestHandler):
-    """Passes requests on to the emulator, but first enforces `ifGenerationMatch` of uploads."""
+def test_conditional_puts_of_a_bucket(bucket_url: str) -> None:
+    store = GcsStore(bucket_url)
+    probe_preconditions(store)
+    first = store.put("a", b"1", if_generation=0)
+    with pytest.raises(PreconditionFailed, match="exists already"):
+        store.put("a", b"1", if_generation=0)
+    second = store.put("a", b"2", if_generation=first.generation)
+    with pytest.raises(PreconditionFailed, match="another process wrote it"):
+        store.put("a", b"3", if_generation=first.generation)
+    assert (store.get("a"), store.stat("a")) == (b"2", second)
 
-    upstream = ""
-    lock = threading.Lock()
-    lose_answers = 0  # how many uploads are carried out but answered with 503
 
-    def _pass_on(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
-        # The later parts of a resumable upload repeat the query; the first one was checked.
-        is_start = "ifGenerationMatch" in query and "upload_id" not in query
-        with self.lock:
-            if is_start and self._generation(body) != int(query["ifGenerationMatch"][0]):
-                return self._answer(412, b'{"error": {"message": "conditionNotMet"}}', {})
-            status, data, headers = self._ask(self.command, self.path, body, dict(self.headers))
-            if self.path.startswith("/upload") and _Strict.lose_answers:
-                _Strict.lose_answers -= 1
-                return self._answer(503, b"", {})
-            return self._answer(status, data, headers)
+def test_server_address_may_lack_the_scheme(
+    faulty_bucket: FaultyBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = faulty_bucket.proxy.address.removeprefix("http://")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    GcsStore(faulty_bucket.url).put("a", b"1")
+    assert faulty_bucket.proxy.count("put", status=200) == 1
 
-    def _generation(self, body: bytes) -> int:
-        # The metadata is the first part of a multipart upload, or the body of a resumable one.
-        text = body[body.index(b"{") :].decode("latin-1")
-        name = json.JSONDecoder().raw_decode(text)[0]["name"]
-        path = f"/storage/v1/b/test-bucket/o/{urllib.parse.quote(name, safe='')}"
-        status, data, _ = self._ask("GET", path, b"", {})
-        return int(json.loads(data)["generation"]) if status == 200 else 0
 
-    def _ask(
-        self, method: str, path: str, body: bytes, headers: dict[str, str]
-    ) -> tuple[int, bytes, dict[str, str]]:
-        connection = http.client.HTTPConnection(self.upstream)
-        try:
-            connection.request(method, path, body, headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read(), dict(answer.headers)
-        finally:
-            connection.close()
+def test_conditional_put_of_a_large_file(bucket_url: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(9 << 20))  # over 8 MiB it is uploaded in another way (resumable)
+    store = GcsStore(bucket_url)
+    assert store.put_file("a", str(path), if_generation=0).size == 9 << 20
+    with pytest.raises(PreconditionFailed, match="exists already"):
+        store.put_file("a", str(path), if_generation=0)
 
-    def _answer(self, status: int, data: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            if key not in ("Content-Length", "Server", "Date"):
-                self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
-    do_GET = do_POST = do_PUT = do_DELETE = _pass_on
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+def test_put_whose_answer_was_lost_is_known_as_ours(faulty_bucket: FaultyBucket) -> None:
+    store = GcsStore(faulty_bucket.url)
+    faulty_bucket.proxy.add(Fault("lose-answer", kinds=("put",), count=1))
+    stat = store.put("a", b"1", if_generation=0)
+    assert faulty_bucket.proxy.count("put") == 2
+    assert store.stat("a") == stat
 
 
 @pytest.fixture
-def strict_bucket(
-    bucket_url: str, storage_server: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[GcsStore]:
-    monkeypatch.setattr(_Strict, "upstream", storage_server.removeprefix("http://"))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Strict)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    # Without a scheme: both forms are in use.
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"127.0.0.1:{server.server_address[1]}")
-    yield GcsStore(bucket_url)
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def parts(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Makes files over 1 MiB go up in parts of 256 KiB, the smallest that a server takes."""
+    monkeypatch.setattr(storage, "_SINGLE_BYTES", 1 << 20)
+    monkeypatch.setattr(storage, "_PART_BYTES", 1 << 18)
+    return 1 << 18
 
 
-def test_conditional_puts_of_a_bucket(strict_bucket: GcsStore) -> None:
-    probe_preconditions(strict_bucket)
-    first = strict_bucket.put("a", b"1", if_generation=0)
+@pytest.mark.parametrize("action", ["status", "reset-early", "reset", "lose-answer"])
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_upload_in_parts_sends_each_part_once(
+    action: Action, broken: int, faulty_bucket: FaultyBucket, tmp_path: Path, parts: int
+) -> None:
+    data = os.urandom(4 * parts + 1)  # five parts
+    (tmp_path / "file").write_bytes(data)
+    proxy = faulty_bucket.proxy
+    proxy.add(Fault(action, kinds=("part",), count=broken, probability=0.5))
+    store = GcsStore(faulty_bucket.url)
+    stat = store.put_file("a", str(tmp_path / "file"), if_generation=0)
+    assert (stat.size, stat.crc32c, store.get("a")) == (len(data), crc32c_of(data), data)
+    # Every broken request costs a question of where the server stands, and, where the part had
+    # not arrived, another try.
+    again = 1 if action == "lose-answer" else 2
+    asked = proxy.count("part")
+    assert 5 + broken <= asked <= 5 + again * broken
+    assert (proxy.count("session"), proxy.count(status=412)) == (1, 0)
     with pytest.raises(PreconditionFailed, match="exists already"):
-        strict_bucket.put("a", b"1", if_generation=0)
-    second = strict_bucket.put("a", b"2", if_generation=first.generation)
-    with pytest.raises(PreconditionFailed, match="another process wrote it"):
-        strict_bucket.put("a", b"3", if_generation=first.generation)
-    assert (strict_bucket.get("a"), strict_bucket.stat("a")) == (b"2", second)
+        store.put_file("a", str(tmp_path / "file"), if_generation=0)
 
 
-def test_conditional_put_of_a_large_file(strict_bucket: GcsStore, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(9 << 20))  # over 8 MiB it is uploaded in another way (resumable)
-    assert strict_bucket.put_file("a", str(path), if_generation=0).size == 9 << 20
-    with pytest.raises(PreconditionFailed, match="exists already"):
-        strict_bucket.put_file("a", str(path), if_generation=0)
+def test_upload_in_parts_whose_session_is_lost_starts_again(
+    faulty_bucket: FaultyBucket, tmp_path: Path, parts: int
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(5 * parts))
+    lost = Fault("status", status=410, kinds=("part",), count=2)
+    faulty_bucket.proxy.add(lost)
+    store = GcsStore(faulty_bucket.url)
+    assert store.put_file("a", str(tmp_path / "file")).size == 5 * parts
+    assert faulty_bucket.proxy.count("session") == 3
+    faulty_bucket.proxy.add(lost, lost)
+    with pytest.raises(StorageError, match="the server has lost the upload"):
+        store.put_file("a", str(tmp_path / "file"))
 
 
-def test_put_whose_answer_was_lost_is_known_as_ours(strict_bucket: GcsStore) -> None:
-    _Strict.lose_answers = 1
-    stat = strict_bucket.put("a", b"1", if_generation=0)
-    assert _Strict.lose_answers == 0
-    assert strict_bucket.stat("a") == stat
+def test_upload_in_parts_is_refused_at_its_end(
+    faulty_bucket: FaultyBucket, tmp_path: Path, parts: int
+) -> None:
+    """Another process stores the object while the parts are on their way."""
+    (tmp_path / "file").write_bytes(bytes(5 * parts))
+    store = GcsStore(faulty_bucket.url)
+    faulty_bucket.proxy.add(Fault("stall", kinds=("part",), seconds=1, count=1))
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(store.put_file, "a", str(tmp_path / "file"), if_generation=0)
+        while not faulty_bucket.proxy.count("session"):
+            time.sleep(0.01)
+        store.put("a", b"other", if_generation=0)
+        with pytest.raises(PreconditionFailed, match="exists already"):
+            late.result()
+    assert store.get("a") == b"other"
+
+
+@pytest.mark.parametrize("action", ["flip", "truncate", "reset"])
+def test_download_is_repeated_until_it_is_whole(
+    action: Action, faulty_bucket: FaultyBucket, tmp_path: Path
+) -> None:
+    data = os.urandom(100_000)
+    store = GcsStore(faulty_bucket.url)
+    store.put("a", data)
+    faulty_bucket.proxy.add(Fault(action, kinds=("get",), count=2))
+    assert store.get("a") == data
+    assert faulty_bucket.proxy.count("get") == 3
+    faulty_bucket.proxy.add(Fault(action, kinds=("get",), count=2))
+    assert store.get_file("a", str(tmp_path / "a")) == crc32c_of(data)
+    assert (tmp_path / "a").read_bytes() == data
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_download_that_stays_changed_is_an_error(
+    faulty_bucket: FaultyBucket, tmp_path: Path
+) -> None:
+    store = GcsStore(faulty_bucket.url)
+    store.put("a", b"1234")
+    faulty_bucket.proxy.add(Fault("flip", kinds=("get",)))
+    with pytest.raises(StorageError, match=r"cannot read gs://.*Checksum mismatch"):
+        store.get("a")
+    with pytest.raises(StorageError, match="Checksum mismatch") as caught:
+        store.get_file("a", str(tmp_path / "a"))
+    assert not isinstance(caught.value, Unavailable)
+    assert not list(tmp_path.iterdir())
+
+
+def every_request(store: Store, path: str) -> list[Callable[[], object]]:
+    return [
+        lambda: store.put("new", b"1", if_generation=0),
+        lambda: store.put_file("new", path),
+        lambda: store.get("a"),
+        lambda: store.get_file("a", path + "-copy"),
+        lambda: store.stat("a"),
+        lambda: store.list(),
+        lambda: store.delete("a"),
+    ]
+
+
+@pytest.mark.parametrize("failure", [429, 500, 503, "reset", "stall"])
+def test_failure_that_outlasts_the_retries_is_unavailable(
+    failure: int | str, faulty_bucket: FaultyBucket, tmp_path: Path
+) -> None:
+    store = open_store(faulty_bucket.url, retry_s=0.3)
+    store.put("a", b"1")
+    (tmp_path / "file").write_bytes(b"1")
+    if failure == "stall":
+        faulty_bucket.proxy.add(Fault("stall", seconds=60))
+    elif failure == "reset":
+        faulty_bucket.proxy.down = True
+    else:
+        faulty_bucket.proxy.add(Fault("status", status=int(failure)))
+    for request in every_request(store, str(tmp_path / "file")):
+        start = time.monotonic()
+        with pytest.raises(Unavailable, match="check the network and the server") as caught:
+            request()
+        assert caught.value.exit_code == 5
+        assert "\n" not in str(caught.value)
+        assert time.monotonic() - start < 5
+
+
+# google-auth leaves the connection of a download open when it was answered with 401.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("status", [400, 401, 403])
+def test_refusal_is_an_error_at_once(
+    status: int, faulty_bucket: FaultyBucket, tmp_path: Path
+) -> None:
+    store = GcsStore(faulty_bucket.url)
+    (tmp_path / "file").write_bytes(b"1")
+    faulty_bucket.proxy.add(Fault("status", status=status))
+    for request in every_request(store, str(tmp_path / "file")):
+        start = time.monotonic()
+        with pytest.raises(StorageError) as caught:
+            request()
+        assert not isinstance(caught.value, Unavailable)
+        assert time.monotonic() - start < 5
+    del caught
+    gc.collect()
+
+
+def test_outage_shorter_than_the_retries_is_waited_out(faulty_bucket: FaultyBucket) -> None:
+    faulty_bucket.proxy.down = True
+    timer = threading.Timer(1.5, lambda: setattr(faulty_bucket.proxy, "down", False))
+    timer.start()
+    store = open_store(faulty_bucket.url, retry_s=0.01).with_limits(retry_s=30, timeout_s=1)
+    assert store.put("a", b"1", if_generation=0).size == 1
+    timer.join()
+    assert faulty_bucket.proxy.count("put", status=0) > 1
+
+
+def test_retries_wait_for_random_times(faulty_bucket: FaultyBucket) -> None:
+    """Many workers that fail together must not come back together."""
+    faulty_bucket.proxy.add(Fault("status", kinds=("stat",), count=12))
+
+    def wait(name: str) -> float:
+        start = time.monotonic()
+        GcsStore(f"{faulty_bucket.url}/{name}").stat("a")
+        return time.monotonic() - start
+
+    with ThreadPoolExecutor(4) as pool:
+        waits = sorted(pool.map(wait, "abcd"))
+    assert waits[-1] - waits[0] > 0.1
 
 
 def test_missing_bucket_is_named_at_once(bucket_url: str) -> None:

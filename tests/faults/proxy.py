@@ -1,0 +1,473 @@
+"""A bucket that fails on request: an HTTP proxy in front of gcp-storage-emulator.
+
+The emulator ignores preconditions; the proxy enforces `ifGenerationMatch` and `generation` as
+Google's servers do, for every kind of request. On top of that come faults: rules, an outage, or a
+stop after a number of changes. Everything random is seeded, every request is logged.
+
+    python -m tests.faults.proxy --port 9023 --fault '{"action": "status", "probability": 0.3}'
+
+serves the bucket `test-bucket`, prints STORAGE_EMULATOR_HOST for other processes, and starts or
+ends an outage at every SIGUSR1.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import logging
+import random
+import re
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal, NoReturn
+
+BUCKET = "test-bucket"
+_HEAD_BYTES = 1 << 16  # of a body; the metadata of an upload come first in it
+_OBJECT = re.compile(r"(?:/download)?(?:/storage/v1)?/b/([^/]+)/o/([^/]+)")
+_COPY = re.compile(r"(?:/storage/v1)?/b/[^/]+/o/[^/]+/(?:copyTo|rewriteTo)/b/([^/]+)/o/([^/]+)")
+_COMPOSE = re.compile(r"(?:/storage/v1)?/b/([^/]+)/o/([^/]+)/compose")
+_UPLOAD = re.compile(r"(?:/upload)?(?:/storage/v1)?/b/([^/]+)/o")
+_XML = re.compile(r"/(?!storage/|upload/|download/|batch/|b/)([^/]+)/(.+)")
+_OWN_HEADERS = {"content-length", "connection", "transfer-encoding", "server", "date"}
+
+Kind = Literal["put", "session", "part", "get", "stat", "list", "delete", "other"]
+Action = Literal[
+    "status",  # the answer is `status`, nothing else happens
+    "reset-early",  # the connection breaks before the body is read
+    "reset",  # it breaks after that, still before anything happens
+    "lose-answer",  # it breaks after the request was carried out
+    "stall",  # the request is carried out `seconds` late
+    "stall-answer",  # it is carried out at once, and answered `seconds` late
+    "truncate",  # half of the answer's body arrives, then the connection breaks
+    "flip",  # one bit of the answer's body is wrong
+]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A rule: what happens to which requests.
+
+    `kinds` (none: all), `method` and `name` (searched in the object's name) select requests, of
+    which each is hit with `probability`, at most `count` of them (None: no limit).
+    """
+
+    action: Action
+    status: int = 503
+    seconds: float = 1.0
+    kinds: tuple[Kind, ...] = ()
+    method: str = ""
+    name: str = ""
+    probability: float = 1.0
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A request and how it was answered; `status` 0: the connection was broken."""
+
+    method: str
+    kind: Kind
+    name: str
+    status: int
+    fault: str
+
+
+@dataclass(frozen=True)
+class _Request:
+    method: str
+    path: str
+    kind: Kind
+    bucket: str
+    name: str
+    if_generation: int | None  # the precondition
+    generation: int | None  # the generation that is asked for
+    upload_id: str
+    is_change: bool  # an object is another one, or gone, when it has succeeded
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    body: bytes
+    headers: dict[str, str]
+
+
+class FaultProxy:
+    """The proxy; usable from any thread, also while it serves.
+
+    Attributes:
+        down: whether there is an outage: every connection is broken.
+        log: the latest requests, oldest first.
+        num_changes: objects written or deleted so far.
+    """
+
+    def __init__(self, upstream: str, *, port: int = 0, seed: int = 0) -> None:
+        self.down = False
+        self.log: deque[Logged] = deque(maxlen=100_000)
+        self.num_changes = 0
+        self._upstream = upstream.removeprefix("http://")
+        self._random = random.Random(seed)
+        self._mutex = threading.Lock()  # of everything here
+        self._changing = threading.Lock()  # makes a precondition and its change one step
+        self._faults: list[tuple[Fault, list[int]]] = []
+        self._stop_at: tuple[int, Callable[[], None] | None] | None = None
+        self._sessions: dict[str, tuple[str, str, int | None]] = {}
+        self._finished: dict[str, _Answer] = {}
+        self._released = threading.Event()  # ends stalls
+        self._server = _Server(("127.0.0.1", port), _Handler)
+        self._server.proxy = self
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+
+    @property
+    def address(self) -> str:
+        """What STORAGE_EMULATOR_HOST should be."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def start(self) -> None:
+        """Serves until `close`."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the service; requests that are under way are dropped."""
+        self._released.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def add(self, *faults: Fault) -> None:
+        """Adds rules; the first one that hits a request counts."""
+        with self._mutex:
+            self._faults += [(fault, [0]) for fault in faults]
+
+    def clear(self) -> None:
+        """Ends all faults, also stalls under way, and forgets the log."""
+        with self._mutex:
+            self._faults.clear()
+            self._stop_at = None
+            self.down = False
+            self.log.clear()
+            self._released.set()
+            self._released = threading.Event()
+
+    def stop_after(self, num_changes: int, then: Callable[[], None] | None = None) -> None:
+        """Starts an outage when so many more changes have been made; the last one's answer is lost.
+
+        Args:
+            then: called in that moment, before any other request is looked at.
+        """
+        with self._mutex:
+            self._stop_at = self.num_changes + num_changes, then
+
+    def count(self, kind: Kind | None = None, name: str = "", status: int | None = None) -> int:
+        """Returns how many logged requests are of this kind, object name (searched) and status."""
+        return sum(
+            (kind is None or entry.kind == kind)
+            and re.search(name, entry.name) is not None
+            and (status is None or entry.status == status)
+            for entry in tuple(self.log)
+        )
+
+    def fault_of(self, request: _Request) -> Fault | None:
+        """Returns what shall happen to a request."""
+        with self._mutex:
+            if self.down:
+                return Fault("reset-early")
+            for fault, hits in self._faults:
+                if self._is_hit(fault, hits[0], request):
+                    hits[0] += 1
+                    return fault
+        return None
+
+    def is_released(self, seconds: float) -> bool:
+        """Waits so long, or until the faults are cleared; returns whether they were."""
+        return self._released.wait(seconds)
+
+    def parse(self, method: str, target: str, headers: Message, head: bytes) -> _Request:
+        """Returns what a request means; `head` is the beginning of its body."""
+        url = urllib.parse.urlsplit(target)
+        query = {key: values[0] for key, values in urllib.parse.parse_qs(url.query).items()}
+        kind, bucket, name = _meaning(method, url.path, query, head)
+        condition = query.get("ifGenerationMatch", headers.get("x-goog-if-generation-match"))
+        if_generation = None if condition is None else int(condition)
+        upload_id = query.get("upload_id", "")
+        is_change = kind in ("put", "delete") or (kind == "other" and method == "POST")
+        if kind == "part":
+            with self._mutex:
+                bucket, name, if_generation = self._sessions.get(upload_id, (bucket, "", None))
+            is_change = _is_last_part(headers.get("Content-Range", ""))
+        generation = int(query["generation"]) if "generation" in query else None
+        return _Request(
+            method, target, kind, bucket, name, if_generation, generation, upload_id, is_change
+        )
+
+    def carry_out(self, request: _Request, body: bytes, headers: Message) -> _Answer | None:
+        """Returns the emulator's answer, None when there is an outage meanwhile."""
+        with self._changing if request.is_change else contextlib.nullcontext():
+            if self.down:
+                return None
+            if request.upload_id in self._finished:  # as Google answers; the emulator forgets it
+                return self._finished[request.upload_id]
+            refusal = self._check(request)
+            if refusal:
+                return refusal
+            answer = self._ask(request.method, request.path, body, dict(headers))
+            answer = self._completed(request, answer)
+            if request.is_change and answer.status in (200, 201, 204):
+                if request.upload_id:
+                    self._finished[request.upload_id] = answer
+                if self._has_changed():
+                    return None
+            return answer
+
+    def _is_hit(self, fault: Fault, num_hits: int, request: _Request) -> bool:
+        return (
+            (fault.count is None or num_hits < fault.count)
+            and (not fault.kinds or request.kind in fault.kinds)
+            and re.search(fault.method, request.method) is not None
+            and re.search(fault.name, request.name) is not None
+            and self._random.random() < fault.probability
+        )
+
+    def _has_changed(self) -> bool:
+        """Counts a change; returns whether it was the last one before a stop."""
+        with self._mutex:
+            self.num_changes += 1
+            if not self._stop_at or self.num_changes < self._stop_at[0]:
+                return False
+            then = self._stop_at[1]
+            self._stop_at = None
+            self.down = True
+        if then:
+            then()
+        return True
+
+    def _check(self, request: _Request) -> _Answer | None:
+        """Returns the refusal of a request whose preconditions do not hold."""
+        if not request.name or (request.if_generation is None and request.generation is None):
+            return None
+        found = self._metadata(request)
+        generation = int(found["generation"]) if found else 0
+        if request.if_generation not in (None, generation):
+            return _error(412, "conditionNotMet")
+        if request.generation not in (None, generation):
+            return _error(404, f"No such object: {request.bucket}/{request.name}")
+        return None
+
+    def _metadata(self, request: _Request) -> dict[str, Any] | None:
+        name = urllib.parse.quote(request.name, safe="")
+        answer = self._ask("GET", f"/storage/v1/b/{request.bucket}/o/{name}", b"", {})
+        return json.loads(answer.body) if answer.status == 200 else None
+
+    def _completed(self, request: _Request, answer: _Answer) -> _Answer:
+        """Returns the answer with what Google's servers send and the emulator does not."""
+        headers = dict(answer.headers)
+        if request.kind == "session" and answer.status == 200:
+            query = urllib.parse.urlsplit(headers["Location"]).query
+            upload_id = urllib.parse.parse_qs(query)["upload_id"][0]
+            with self._mutex:
+                place = request.bucket, request.name, request.if_generation
+                self._sessions[upload_id] = place
+        if answer.status == 308 and headers.get("Range") == "bytes=0-0":
+            del headers["Range"]  # it means that nothing has arrived
+        if request.kind == "get" and answer.status in (200, 206):
+            found = self._metadata(request)
+            if found:
+                headers["X-Goog-Generation"] = found["generation"]
+                headers["X-Goog-Hash"] = f"crc32c={found['crc32c']},md5={found['md5Hash']}"
+                headers["X-Goog-Stored-Content-Length"] = str(found["size"])
+        return _Answer(answer.status, answer.body, headers)
+
+    def _ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> _Answer:
+        connection = http.client.HTTPConnection(self._upstream)
+        try:
+            kept = {k: v for k, v in headers.items() if k.lower() not in _OWN_HEADERS}
+            connection.request(method, path, body, kept)
+            answer = connection.getresponse()
+            return _Answer(answer.status, answer.read(), dict(answer.headers))
+        finally:
+            connection.close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+    proxy: FaultProxy
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # Clients are killed and connections broken on purpose here.
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body go out separately
+    server: _Server
+
+    def _serve(self) -> None:
+        proxy = self.server.proxy
+        body = self._body()
+        head = next(body, b"")
+        request = proxy.parse(self.command, self.path, self.headers, head)
+        fault = proxy.fault_of(request)
+        action = fault.action if fault else ""
+        if action != "reset-early":
+            head += b"".join(body)
+        if fault and action == "stall" and proxy.is_released(fault.seconds):
+            action = "reset"  # the client is of a test that has ended
+        if fault and action == "status":
+            answer: _Answer | None = _error(fault.status, "a fault was asked for")
+        elif action in ("reset", "reset-early"):
+            answer = None
+        else:
+            answer = proxy.carry_out(request, head, self.headers)
+        if fault and action == "stall-answer":
+            proxy.is_released(fault.seconds)
+        if action == "lose-answer":
+            answer = None
+        status = answer.status if answer else 0
+        proxy.log.append(Logged(self.command, request.kind, request.name, status, action))
+        self._answer(answer, action)
+
+    def _body(self) -> Iterator[bytes]:
+        """Yields the request's body, first its head."""
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            while size := int(self.rfile.readline(), 16):
+                yield self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return
+        length = int(self.headers.get("Content-Length") or 0)
+        yield self.rfile.read(min(length, _HEAD_BYTES))
+        yield self.rfile.read(length - min(length, _HEAD_BYTES))
+
+    def _answer(self, answer: _Answer | None, action: str) -> None:
+        if answer is None:
+            self._break()
+        body = answer.body
+        if action == "flip" and body:
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+        self.send_response(answer.status)
+        for key, value in answer.headers.items():
+            if key.lower() not in _OWN_HEADERS:
+                self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if action == "truncate":
+            body = body[: len(body) // 2]
+            self.close_connection = True  # politely, or the client could miss what was sent
+        self.wfile.write(body)
+
+    def _break(self) -> NoReturn:
+        """Ends the connection the hard way: the client gets ECONNRESET."""
+        linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        for part in (self.rfile, self.wfile, self.connection):
+            part.close()
+        raise ConnectionAbortedError("on purpose")
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _serve
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def start_emulator(bucket: str = BUCKET) -> tuple[Any, str]:
+    """Returns a running emulator in memory, whose `stop` ends it, and its address."""
+    from gcp_storage_emulator.server import create_server  # type: ignore[import-untyped]
+
+    # It takes every question for an object that is missing for an error.
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    emulator = create_server("127.0.0.1", port, in_memory=True, default_bucket=bucket)
+    storage = emulator._storage
+    # Every change would write all it knows as JSON to a place that nobody reads, and deleted
+    # objects would stay for seven days: with thousands of changes only that would be measured.
+    storage._write_config_to_file = lambda: None
+    storage.buckets[bucket]["softDeletePolicy"] = {"retentionDurationSeconds": "0"}
+    emulator.start()
+    return emulator, f"http://127.0.0.1:{port}"
+
+
+def _meaning(method: str, path: str, query: dict[str, str], head: bytes) -> tuple[Kind, str, str]:
+    """Returns kind, bucket and object name of a request."""
+    copied = _COPY.fullmatch(path) or _COMPOSE.fullmatch(path)
+    if copied:
+        return "other", copied[1], urllib.parse.unquote(copied[2])
+    upload = _UPLOAD.fullmatch(path)
+    if upload and method == "GET":
+        return "list", upload[1], ""
+    if upload and "upload_id" in query:
+        return "part", upload[1], ""
+    if upload:
+        name = query.get("name") or _name_in(head)
+        return ("session" if query.get("uploadType") == "resumable" else "put"), upload[1], name
+    found = _OBJECT.fullmatch(path) or _XML.fullmatch(path)
+    if found is None:
+        return "other", "", ""
+    name = urllib.parse.unquote(found[2])
+    is_media = query.get("alt") == "media" or not _OBJECT.fullmatch(path)
+    kinds: dict[str, Kind] = {"GET": "get" if is_media else "stat", "PUT": "put"}
+    return kinds.get(method, "delete" if method == "DELETE" else "other"), found[1], name
+
+
+def _name_in(head: bytes) -> str:
+    """Returns the name in the metadata of an upload: JSON, or the first part of a multipart."""
+    start = head.find(b"{")
+    if start < 0:
+        return ""
+    # Not the whole head is text; latin-1 keeps its bytes.
+    text = head[start:].decode("latin-1")
+    name: str = json.JSONDecoder().raw_decode(text)[0].get("name", "")
+    return name.encode("latin-1").decode()
+
+
+def _is_last_part(content_range: str) -> bool:
+    match = re.fullmatch(r"bytes (?:\d+-(\d+)|\*)/(\d+|\*)", content_range.strip())
+    if match is None:
+        return True  # all of it in one request
+    return match[1] is not None and match[2] == str(int(match[1]) + 1)
+
+
+def _error(status: int, message: str) -> _Answer:
+    body = {"error": {"code": status, "message": message, "errors": [{"message": message}]}}
+    return _Answer(status, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve a bucket that fails on request.")
+    parser.add_argument("--port", type=int, default=0, help="0: a free one")
+    parser.add_argument("--bucket", default=BUCKET)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fault", action="append", default=[], help="a rule, as JSON")
+    arguments = parser.parse_args()
+    emulator, upstream = start_emulator(arguments.bucket)
+    proxy = FaultProxy(upstream, port=arguments.port, seed=arguments.seed)
+    proxy.add(*(Fault(**json.loads(text)) for text in arguments.fault))
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    signal.signal(signal.SIGUSR1, lambda *_: setattr(proxy, "down", not proxy.down))
+    proxy.start()
+    print(f"STORAGE_EMULATOR_HOST={proxy.address}", flush=True)  # noqa: T201
+    while not ended.is_set():
+        time.sleep(0.2)
+    proxy.close()
+    emulator.stop()
+
+
+if __name__ == "__main__":
+    main()
