@@ -8,6 +8,7 @@ command, from pairing to report and commit, without the start of the program. Ru
 that a busy machine meets all alike; ratios are of neighbours in time.
 """
 
+import contextlib
 import shutil
 import statistics
 import tempfile
@@ -25,7 +26,7 @@ from machine import describe_machine, write_result
 from data_prep.image import encode_png, read_image, read_mask_pixels
 from data_prep.pairs import Pair, Source, find_pairs, find_sources
 from data_prep.phantoms import write_phantoms
-from data_prep.pool import in_order, open_pool
+from data_prep.pool import OpenWorkers, Workers, in_order, open_pool
 from data_prep.prep import PrepConfig, prepare
 from data_prep.storage import open_store
 
@@ -107,7 +108,8 @@ def measure_memory(work: str, num_images: int, size: int) -> dict[str, float]:
         with open_pool(2) as pool, watched_children() as peak_bytes:
             config = PrepConfig(image_size=size, num_processes=2, shard_size=2.0)
             found = find_sources(source)
-            prepare(found, f"{source}-output", config, executor=pool, progress=False)
+            workers = two_workers(pool)
+            prepare(found, f"{source}-output", config, open_workers=workers, progress=False)
         peaks[str(number)] = peak_bytes[0] / 1e6
     return peaks
 
@@ -126,8 +128,14 @@ def run_plain(pairs: list[Pair]) -> None:
 
 def run_prep(sources: Sources, output: str, size: int, executor: Executor | None = None) -> None:
     """Prepares `sources` in this process, or by two in `executor`."""
-    config = PrepConfig(image_size=size, num_processes=2 if executor else 1)
-    prepare(sources, output, config, executor=executor, progress=False)
+    config = PrepConfig(image_size=size, num_processes=1)
+    open_workers = two_workers(executor) if executor else None
+    prepare(sources, output, config, open_workers=open_workers, progress=False)
+
+
+def two_workers(executor: Executor) -> OpenWorkers:
+    """Returns what opens `executor`, which runs two calls at once and stays open."""
+    return lambda: contextlib.nullcontext(Workers(executor, lambda: 2))
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ its workers, because a fork of a process that has threads may lock up.
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import math
 import multiprocessing
@@ -15,6 +16,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,16 +31,53 @@ _CGROUP_MEMBERSHIP = "/proc/self/cgroup"
 
 
 class InlineExecutor(Executor):
-    """Runs each call at once, in the caller's process."""
+    """Runs each call in the caller's process, when its result is asked for."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """See `Executor.submit`; the returned future is done."""
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+        """See `Executor.submit`; nobody else completes the future, so do not wait for it."""
+        return _Deferred(functools.partial(fn, *args, **kwargs))
+
+
+class _Deferred(Future[Any]):
+    """The result of a call that is made when it is asked for."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__()
+        self._call = call
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not self.done() and self.set_running_or_notify_cancel():
+            try:
+                self.set_result(self._call())
+            except Exception as error:
+                self.set_exception(error)
+        return super().result(timeout)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """An executor whose workers reach the source and the output.
+
+    Attributes:
+        num_workers: returns how many calls run at once, at least 1; a cluster may grow.
+    """
+
+    executor: Executor
+    num_workers: Callable[[], int]
+
+    def in_order(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+        """See `in_order`; a second call waits for each worker, so that none is idle."""
+        return in_order(self.executor, function, tasks, num_waiting=lambda: 2 * self.num_workers())
+
+
+OpenWorkers = Callable[[], AbstractContextManager[Workers]]
+
+
+@contextlib.contextmanager
+def local_workers(num_processes: int) -> Iterator[Workers]:
+    """Yields workers that are processes of this machine, as `open_pool`."""
+    with open_pool(num_processes) as executor:
+        yield Workers(executor, lambda: num_processes)
 
 
 @contextlib.contextmanager
@@ -68,25 +108,34 @@ def open_pool(num_processes: int) -> Iterator[Executor]:
 
 
 def in_order(
-    executor: Executor, function: Callable[[T], R], tasks: Iterable[T], *, num_waiting: int
+    executor: Executor,
+    function: Callable[[T], R],
+    tasks: Iterable[T],
+    *,
+    num_waiting: int | Callable[[], int],
 ) -> Iterator[R]:
     """Yields `function(task)` of each task, in the order of `tasks`.
 
     Args:
-        num_waiting: at most so many calls are submitted and not yet yielded, which bounds memory.
+        num_waiting: at most so many calls are submitted and not yet yielded, which bounds memory;
+            a function of it is called again for each result.
 
     Raises:
         FlexUNetError: a worker process died.
     """
     queue: collections.deque[Future[R]] = collections.deque()
     rest = iter(tasks)
-    try:
-        for task in itertools.islice(rest, num_waiting):
+
+    def fill() -> None:
+        limit = num_waiting if isinstance(num_waiting, int) else num_waiting()
+        for task in itertools.islice(rest, max(0, limit - len(queue))):
             queue.append(executor.submit(function, task))
+
+    try:
+        fill()
         while queue:
             result = queue.popleft().result()
-            for task in itertools.islice(rest, 1):
-                queue.append(executor.submit(function, task))
+            fill()
             yield result
     except concurrent.futures.BrokenExecutor as error:
         raise FlexUNetError(

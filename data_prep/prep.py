@@ -6,8 +6,8 @@ Owns the order of the steps and the identity of a dataset. How pictures are read
 stored is decided elsewhere.
 """
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import hmac
 import importlib.metadata
@@ -16,7 +16,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from typing import Any, Literal, TypeVar
 
 import click
@@ -28,7 +27,7 @@ from data_prep.command import SettingsCommand, given, run_command, settings_opti
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import DEFAULT_MAX_PIXELS, read_image, read_mask_pixels
 from data_prep.pairs import Pair, Reject, Source, find_pairs, find_sources
-from data_prep.pool import available_cores, in_order, open_pool
+from data_prep.pool import OpenWorkers, Workers, available_cores, local_workers
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.settings import Settings, merged, option, read_yaml, validated
 from data_prep.storage import Store, crc32c_of, join_url, open_store, probe_writable
@@ -169,14 +168,14 @@ def prepare(
     output_url: str,
     config: PrepConfig,
     *,
-    executor: Executor | None = None,
+    open_workers: OpenWorkers | None = None,
     progress: bool = True,
 ) -> schema.Manifest:
     """Returns the manifest of the dataset at `output_url`, prepared now or found finished.
 
     Args:
-        executor: runs the work; its workers must reach the source and the output. None: processes
-            of this machine.
+        open_workers: opens the workers that read and encode, after all else was checked. None:
+            processes of this machine.
         progress: show it on stderr.
 
     Raises:
@@ -192,14 +191,19 @@ def prepare(
     grouped, ungrouped = _grouped(pairs, config)
     refused = _refused([*rejects, *ungrouped], config)
     items = _items_of(grouped, config)
-    num_processes = config.num_processes or available_cores()
-    with contextlib.ExitStack() as stack:
-        pool = executor or stack.enter_context(open_pool(min(num_processes, len(items) or 1)))
-        work = _Work(store, config, pool, 2 * num_processes, progress)
-        if store.stat(schema.MANIFEST_NAME) is not None:
-            return _finished(work, items, refused)
+    is_finished = store.stat(schema.MANIFEST_NAME) is not None
+    if not is_finished:
         probe_writable(store)
+    with (open_workers or _processes(config, len(items)))() as workers:
+        work = _Work(store, config, workers, progress)
+        if is_finished:
+            return _finished(work, items, refused)
         return _prepare(work, items, refused, _dataset_name(sources, config))
+
+
+def _processes(config: PrepConfig, num_items: int) -> OpenWorkers:
+    wanted = config.num_processes or available_cores()
+    return functools.partial(local_workers, max(1, min(wanted, num_items)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +212,7 @@ class _Work:
 
     store: Store
     config: PrepConfig
-    pool: Executor
-    num_waiting: int
+    workers: Workers
     progress: bool
 
 
@@ -456,7 +459,7 @@ def _run(
     """Returns `function` of each task, in order; shows progress in images."""
     results = []
     with Progress(title, num_images, shown=work.progress) as bar:
-        for result in in_order(work.pool, function, tasks, num_waiting=work.num_waiting):
+        for result in work.workers.in_order(function, tasks):
             bar.advance(images_in(result))
             results.append(result)
     return results
@@ -655,13 +658,32 @@ def command(source: str, output: str, config_file: str | None, **options: Any) -
     SOURCE holds images/ and masks/, or train/, valid/ and test/ that each hold both. Both may be
     folders or gs:// URLs. The same command continues where an interrupted one stopped.
     """
+    config = read_config(config_file, options)
+    with quiet_interrupts():
+        run(source, output, config)
+
+
+def read_config(config_file: str | None, options: dict[str, Any]) -> PrepConfig:
+    """Returns the options of the command line, laid over those of the YAML file.
+
+    Args:
+        options: as click hands over those that `settings_options` made.
+
+    Raises:
+        UsageError: the file cannot be read, or an option is wrong.
+    """
     values: dict[str, Any] = {}
     if config_file:
         values = read_yaml(_read_text(config_file, "--config"), config_file)
     where = f"prep options and {config_file}" if config_file else "prep options"
-    config = validated(PrepConfig, merged(values, given(options)), where)
-    with quiet_interrupts():
-        manifest = prepare(find_sources(source), output, config)
+    return validated(PrepConfig, merged(values, given(options)), where)
+
+
+def run(
+    source: str, output: str, config: PrepConfig, open_workers: OpenWorkers | None = None
+) -> None:
+    """Prepares the dataset and prints what it holds; see `prepare`."""
+    manifest = prepare(find_sources(source), output, config, open_workers=open_workers)
     _print_summary(manifest, open_store(output).url)
 
 

@@ -1,10 +1,21 @@
-"""How many workers a process may have."""
+"""How many workers a process may have, and how they are used."""
 
 import math
 import os
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 
-from data_prep.pool import available_cores, cgroup_cores, cgroup_memory_bytes
+import pytest
+
+from data_prep.pool import (
+    InlineExecutor,
+    Workers,
+    available_cores,
+    cgroup_cores,
+    cgroup_memory_bytes,
+    in_order,
+)
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -62,3 +73,44 @@ def test_available_cores_follows_the_affinity() -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert 1 <= available_cores() <= len(before)
+
+
+def test_inline_executor_runs_one_call_for_each_result() -> None:
+    calls = []
+
+    def record(number: int) -> int:
+        calls.append(number)
+        return -number
+
+    results = in_order(InlineExecutor(), record, range(9), num_waiting=4)
+    assert calls == []
+    assert (next(results), calls) == (0, [0])
+    assert (next(results), calls) == (-1, [0, 1])
+
+
+def test_inline_executor_raises_the_error_of_the_call_and_forgets_cancelled_ones() -> None:
+    failing = InlineExecutor().submit(int, "x")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="invalid literal"):
+            failing.result()
+    cancelled = InlineExecutor().submit(int, "x")
+    assert cancelled.cancel()
+    with pytest.raises(CancelledError):
+        cancelled.result()
+
+
+def test_workers_keep_two_calls_for_each_as_their_number_changes() -> None:
+    number, taken = [1], []
+
+    def tasks() -> Iterator[int]:
+        for task in range(100):
+            taken.append(task)
+            yield task
+
+    results = Workers(InlineExecutor(), lambda: number[0]).in_order(abs, tasks())
+    counts = []
+    for number[0] in (1, 3, 1):
+        next(results)
+        counts.append(len(taken))
+    # 2 and one more; then 6 wait beside the 2 that were yielded; 1 worker needs no more of them.
+    assert counts == [3, 8, 8]

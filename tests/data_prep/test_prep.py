@@ -41,12 +41,10 @@ def source(tmp_path):
     return folder
 
 
-def _prepare(source, output, executor=None, **options):
+def _prepare(source, output, **options):
     values = {"image_size": 16, "num_processes": 1} | options
     config = prep.PrepConfig(**values)
-    return prep.prepare(
-        find_sources(str(source)), str(output), config, executor=executor, progress=False
-    )
+    return prep.prepare(find_sources(str(source)), str(output), config, progress=False)
 
 
 def _command(*arguments):
