@@ -3,51 +3,71 @@
 Weights are HDF5 and moments are arrays: data that is read without running anything.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
 
 from data_prep.errors import ContentError, StorageError
-from job.optimizer import Adam
+
+if TYPE_CHECKING:
+    import keras
+
+    from job.optimizer import Adam
 
 WEIGHTS_NAME = "model.weights.h5"
 OPTIMIZER_NAME = "optimizer.npz"
 STATE_NAME = "state.json"
 
 
-def write_members(
-    folder: str, model: keras.Model, optimizer: Adam, state: Mapping[str, Any]
-) -> dict[str, str]:
-    """Writes the three members into `folder` and returns their paths by name.
+def take(
+    folder: str, model: "keras.Model", optimizer: "Adam", state: Mapping[str, Any]
+) -> Callable[[], dict[str, str]]:
+    """Takes a checkpoint of the weights, moments and state as they are now.
+
+    Returns:
+        What writes the rest of its members into `folder` and returns their paths by name; training
+        may go on before it is called.
 
     Raises:
-        StorageError: the folder is full or cannot be written.
+        StorageError: the folder is full or cannot be written; the returned function too.
     """
     paths = {
         name: os.path.join(folder, name) for name in (WEIGHTS_NAME, OPTIMIZER_NAME, STATE_NAME)
     }
-    try:
-        for path in paths.values():
-            if os.path.exists(path):
-                os.unlink(path)
+    text = json.dumps(state)
+    with disk_errors(folder):
         _check_space(folder, model)
         model.save_weights(paths[WEIGHTS_NAME])
-        with open(paths[OPTIMIZER_NAME], "wb") as file:
-            np.savez(file, allow_pickle=False, **optimizer.state())
-        with open(paths[STATE_NAME], "w", encoding="utf-8") as file:
-            json.dump(state, file)
+    moments = optimizer.state()  # copies
+
+    def finish() -> dict[str, str]:
+        with disk_errors(folder):
+            with open(paths[OPTIMIZER_NAME], "wb") as file:
+                np.savez(file, allow_pickle=False, **moments)
+            with open(paths[STATE_NAME], "w", encoding="utf-8") as file:
+                file.write(text)
+        moments.clear()
+        return paths
+
+    return finish
+
+
+@contextlib.contextmanager
+def disk_errors(folder: str) -> Iterator[None]:
+    """Turns errors of the operating system inside the block into a StorageError of one line."""
+    try:
+        yield
     except OSError as error:
         raise StorageError(f"{folder}: checkpoint could not be written: {error}") from error
-    return paths
 
 
-def _check_space(folder: str, model: keras.Model) -> None:
+def _check_space(folder: str, model: "keras.Model") -> None:
     """Refuses a folder that is too full: HDF5 ends the process when a write of its own fails."""
     weights = sum(_num_bytes(weight) for weight in model.non_trainable_weights)
     needed = weights + 3 * sum(_num_bytes(weight) for weight in model.trainable_weights)
@@ -63,8 +83,8 @@ def _num_bytes(weight: Any) -> int:
     return int(np.prod(weight.shape)) * np.dtype(weight.dtype).itemsize
 
 
-def read_weights(model: keras.Model, path: str) -> None:
-    """Sets the weights of `model` from a member that `write_members` wrote.
+def read_weights(model: "keras.Model", path: str) -> None:
+    """Sets the weights of `model` from a member that `take` wrote.
 
     Raises:
         ContentError: not weights of this model.
@@ -78,8 +98,8 @@ def read_weights(model: keras.Model, path: str) -> None:
         ) from error
 
 
-def read_optimizer(optimizer: Adam, path: str) -> None:
-    """Sets the moments of `optimizer` from a member that `write_members` wrote."""
+def read_optimizer(optimizer: "Adam", path: str) -> None:
+    """Sets the moments of `optimizer` from a member that `take` wrote."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             optimizer.load_state(arrays, source=path)
@@ -88,7 +108,7 @@ def read_optimizer(optimizer: Adam, path: str) -> None:
 
 
 def read_state(path: str) -> dict[str, Any]:
-    """Returns the training state that `write_members` wrote."""
+    """Returns the training state that `take` wrote."""
     try:
         with open(path, encoding="utf-8") as file:
             state = json.load(file)

@@ -186,6 +186,21 @@ class TrainConfig(Settings):
         1, "Number of mirrored replicas on a machine without a GPU.", free=True, ge=1, le=64
     )
     threads: int = option(0, "Number of CPU threads; 0: one per core.", free=True, ge=0)
+    phase_timeout: float = option(
+        600.0,
+        "Seconds until all processes must have met, and to the first step of a phase.",
+        free=True,
+        gt=0,
+    )
+    step_timeout: float = option(
+        0.0,
+        "Seconds after which a step counts as hung; 0: ten times the usual, at least 120.",
+        free=True,
+        ge=0,
+    )
+    storage_timeout: float = option(
+        600.0, "Seconds for which training goes on while storage is out of reach.", free=True, ge=0
+    )
     tensorboard: bool = option(True, "Write TensorBoard event files.", free=True)
     progress: bool = option(True, "Show a progress bar on a terminal.", free=True)
 

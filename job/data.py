@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,13 +214,19 @@ def read_sample(reader: RecordReader, index: int) -> tuple[np.ndarray, np.ndarra
 
 
 def open_reader(
-    dataset: Dataset, split: Split, *, cache: str, cache_dir: str | None
+    dataset: Dataset,
+    split: Split,
+    *,
+    cache: str,
+    cache_dir: str | None,
+    alive: Callable[[], None] = lambda: None,
 ) -> RecordReader:
     """Returns a reader of `split`; remote shards are copied to the cache first unless `ranges`.
 
     Args:
         cache: "full" or "ranges".
         cache_dir: folder of the cache; None: `~/.cache/flexunet`.
+        alive: called for every shard that is found in the cache or copied there.
     """
     store = open_store(dataset.url)
     if store.local_root is not None:
@@ -230,7 +236,7 @@ def open_reader(
         return RecordReader(store, split, None)
     folder = Path(cache_dir or Path.home() / ".cache" / "flexunet") / dataset.digest
     with _locked(folder):
-        _fill_cache(store, dataset.manifest, split.name, str(folder))
+        _fill_cache(store, dataset.manifest, split.name, str(folder), alive)
     return RecordReader(store, split, str(folder))
 
 
@@ -261,9 +267,14 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _fill_cache(store: Store, manifest: Manifest, split: str, folder: str) -> None:
-    shards = [shard for shard in manifest.shards if shard.split == split]
-    missing = [shard for shard in shards if not _is_cached(folder, shard)]
+def _fill_cache(
+    store: Store, manifest: Manifest, split: str, folder: str, alive: Callable[[], None]
+) -> None:
+    missing = []
+    for shard in manifest.shards:
+        if shard.split == split and not _is_cached(folder, shard):
+            missing.append(shard)
+        alive()
     needed, free = sum(shard.num_bytes for shard in missing), shutil.disk_usage(folder).free
     if needed > free:
         raise StorageError(
@@ -279,6 +290,7 @@ def _fill_cache(store: Store, manifest: Manifest, split: str, folder: str) -> No
                 f"{store.url}/{shard.name}: its CRC32C is not the manifest's; "
                 "the dataset is damaged, prepare it again"
             )
+        alive()
 
 
 def _is_cached(folder: str, shard: Any) -> bool:
@@ -369,15 +381,18 @@ def distributed_batches(
     seed: int,
     epoch: int,
     augmentation: AugmentationConfig | None = None,
+    first_replica: int = 0,
 ) -> Iterator[Any]:
     """Yields a per-replica batch for every step of `plan`, (steps, global batch) sample indices.
 
     The parts are handed to the replicas here rather than by a distributed dataset, which takes a
     quarter of a second longer to start and assigns samples by rules of its own.
+
+    Args:
+        first_replica: global number of this process' first replica.
     """
     num_replicas = strategy.num_replicas_in_sync
     num_local = len(strategy.extended.worker_devices)
-    resolver = strategy.cluster_resolver if num_local < num_replicas else None
     batches = make_batches(
         dataset,
         reader,
@@ -385,7 +400,7 @@ def distributed_batches(
         seed=seed,
         epoch=epoch,
         augmentation=augmentation,
-        first_replica=resolver.task_id * num_local if resolver else 0,
+        first_replica=first_replica,
         num_replicas=num_replicas,
         num_local_replicas=num_local,
     )

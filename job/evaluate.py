@@ -58,6 +58,7 @@ class Evaluator:
     metrics: Mapping[str, Any]  # of the reference, by name
     step: Callable[..., Any]  # batch -> sums, counts
     predict: Callable[[np.ndarray], np.ndarray]  # (1, H, W, C) pixels -> (1, H, W) class ids
+    first_replica: int = 0  # of this process, among all
 
     def evaluate(
         self,
@@ -82,7 +83,10 @@ class Evaluator:
         split = self.dataset.split(name)
         plan = global_batches(np.arange(len(split)), self.config.global_batch_size)
         batches = distributed_batches(
-            self.strategy, self.dataset, reader, plan, seed=self.config.seed, epoch=0
+            *(self.strategy, self.dataset, reader, plan),
+            seed=self.config.seed,
+            epoch=0,
+            first_replica=self.first_replica,
         )
         running, parts = RunningSums(), []
         with Progress(f"evaluate {name}", len(plan), unit="batches", shown=shown) as bar:
@@ -98,8 +102,13 @@ class Evaluator:
         return Evaluation(split, means, cases, _summary(split, cases, means, self.dataset))
 
 
-def make_evaluator(config: TrainConfig, strategy: Any, dataset: Dataset, model: Any) -> Evaluator:
+def make_evaluator(
+    config: TrainConfig, strategy: Any, dataset: Dataset, model: Any, *, first_replica: int = 0
+) -> Evaluator:
     """Returns the evaluator of `model`, which was made in the scope of `strategy`.
+
+    Args:
+        first_replica: global number of this process' first replica.
 
     Raises:
         UsageError: the loss does not fit the dataset's classes.
@@ -120,7 +129,9 @@ def make_evaluator(config: TrainConfig, strategy: Any, dataset: Dataset, model: 
         strategy, model, loss, metrics, len(manifest.classes), manifest.ignore_id
     )
     predict = _class_ids_of(make_probability_step(model))
-    return Evaluator(config, strategy, dataset, loss, metrics, step, predict)
+    return Evaluator(
+        *(config, strategy, dataset, loss, metrics, step, predict), first_replica=first_replica
+    )
 
 
 def means_of(running: Any, metrics: Mapping[str, Any]) -> dict[str, float]:

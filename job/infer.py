@@ -1,35 +1,42 @@
 """Masks for a folder of images of any size.
 
 Reading, the network and writing go on at the same time; how much waits between them is bounded, so
-that memory depends on the batch and not on the number of images.
+that memory depends on the batch and not on the number of images. Other processes may do parts of
+it: what is to do is decided first, and a part may be done twice.
 
 python -m job.infer RUN IMAGES [OUTPUT]
 """
 
+import functools
+import hashlib
 import itertools
 import json
+import math
 import os
 import posixpath
+import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import click
 import numpy as np
 
 from data_prep.command import SettingsCommand, given, run_command, settings_options
-from data_prep.errors import ContentError, UsageError
+from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import Geometry, apply_geometry, fit, read_image, undo_geometry
 from data_prep.pairs import IMAGE_ENDINGS
-from data_prep.pool import available_cores, in_order
+from data_prep.pool import OpenWorkers, available_cores, in_order
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.schema import Manifest
 from data_prep.settings import Settings, option, validated
 from data_prep.storage import NotFound, Store, join_url, open_store
 from data_prep.table import csv_table
-from job.trained import TrainedRun, find_checkpoint, load_model, open_trained
+from job.run import COMMIT_NAME, fetch_commit, find_commits
+from job.trained import TrainedRun, fetch_checkpoint, find_checkpoint, model_for, open_trained
 
 OVERLAYS_FOLDER = "overlays"
 UNREADABLE_NAME = "unreadable.csv"
@@ -64,6 +71,32 @@ class InferResult:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Images to predict, and all that a process needs for it; may run twice.
+
+    Attributes:
+        checkpoint: folder of the weights in the run.
+        checkpoint_digest: SHA-256 of its COMMIT.json.
+        needs_gpu: a process that sees none is refused.
+    """
+
+    run_url: str
+    checkpoint: str
+    checkpoint_digest: str
+    images_url: str
+    output_url: str
+    config: InferConfig
+    names: tuple[str, ...]
+    needs_gpu: bool = False
+
+
+@dataclass(frozen=True)
+class _Predictor:
+    step: Callable[[np.ndarray], Any]
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
 class _Picture:
     name: str
     pixels: np.ndarray  # (H, W, C), as the model takes it
@@ -72,12 +105,23 @@ class _Picture:
 
 
 def infer(
-    run_url: str, images_url: str, output_url: str | None, config: InferConfig
+    run_url: str,
+    images_url: str,
+    output_url: str | None,
+    config: InferConfig,
+    *,
+    open_workers: OpenWorkers | None = None,
+    needs_gpu: bool = False,
 ) -> InferResult:
     """Writes the mask of every image below `images_url`, in the classes' colours, at its own size.
 
     What `output_url` already has is kept, so that a stopped call continues. Images that cannot be
     read are listed in `unreadable.csv`.
+
+    Args:
+        open_workers: opens the workers that predict, when there is something to do. None: this
+            process.
+        needs_gpu: refuse a process that sees no GPU.
 
     Raises:
         UsageError: no run, no images, two images whose masks would have one name, or output and
@@ -92,9 +136,12 @@ def infer(
     if config.overlays:
         _refuse_overlays_folder(source, names)
     done = set() if config.overwrite else {stat.name for stat in output.list()}
-    todo = [name for name in names if mask_name(name) not in done]
-    _claim_output(run, source, output, config, is_continued=len(todo) < len(names))
-    unreadable = _predict(run, source, todo, output, config) if todo else []
+    todo = tuple(name for name in names if mask_name(name) not in done)
+    checkpoint = _checkpoint_of(run, config.checkpoint)
+    _claim_output(run, checkpoint, source, output, is_continued=len(todo) < len(names))
+    digest = hashlib.sha256(run.store.get(f"{checkpoint}/{COMMIT_NAME}")).hexdigest()
+    urls = run.store.url, checkpoint, digest, source.url, output.url
+    unreadable = _predict_all(Chunk(*urls, config, todo, needs_gpu), open_workers) if todo else []
     if unreadable:
         output.put(UNREADABLE_NAME, csv_table(["file", "reason"], unreadable).encode())
     else:
@@ -107,16 +154,34 @@ def infer(
     )
 
 
+def predict_chunk(chunk: Chunk) -> list[tuple[str, str]]:
+    """Writes the masks of `chunk`; returns (file, reason) of the images that cannot be read.
+
+    The model stays in this process for the next chunk. A chunk that runs again writes the same
+    bytes.
+    """
+    place = chunk.run_url, chunk.checkpoint, chunk.checkpoint_digest
+    return _predict(chunk, _kept_predictor(*place, needs_gpu=chunk.needs_gpu), lambda: None)
+
+
+def _checkpoint_of(run: TrainedRun, which: Literal["best", "last"]) -> str:
+    """Returns the folder of the weights; they stay the same while the run is trained further."""
+    if which == "best":
+        return find_checkpoint(run.store, which=which).prefix
+    # The last one whose weights are undamaged.
+    with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
+        return fetch_checkpoint(run.store, folder, which=which)[0]
+
+
 def _claim_output(
-    run: TrainedRun, source: Store, output: Store, config: InferConfig, *, is_continued: bool
+    run: TrainedRun, checkpoint: str, source: Store, output: Store, *, is_continued: bool
 ) -> None:
     """Writes down whose masks OUTPUT holds; masks of other images or weights are never kept.
 
     Raises:
         UsageError: masks would be kept that were made from others.
     """
-    place = find_checkpoint(run.store, which=config.checkpoint)
-    record = {"run": run.store.url, "checkpoint": place.prefix, "images": source.url}
+    record = {"run": run.store.url, "checkpoint": checkpoint, "images": source.url}
     try:
         found = json.loads(output.get(RECORD_NAME))
     except (NotFound, ValueError):
@@ -241,17 +306,85 @@ def _refuse_overlays_folder(source: Store, names: Sequence[str]) -> None:
             )
 
 
-def _predict(
-    run: TrainedRun, source: Store, names: Sequence[str], output: Store, config: InferConfig
-) -> list[tuple[str, str]]:
-    """Writes the masks of `names`; returns (file, reason) of those that cannot be read."""
+def _predict_all(whole: Chunk, open_workers: OpenWorkers | None) -> list[tuple[str, str]]:
+    """Writes the masks of `whole`, which workers do in parts; returns as `predict_chunk`."""
+    config = whole.config
+    if open_workers is None:
+        predictor = _load_predictor(whole.run_url, whole.checkpoint, needs_gpu=whole.needs_gpu)
+        with Progress("infer", len(whole.names), shown=config.progress) as progress:
+            return _predict(whole, predictor, progress.advance)
+    unreadable: list[tuple[str, str]] = []
+    with (
+        open_workers() as workers,
+        Progress("infer", len(whole.names), shown=config.progress) as progress,
+    ):
+        chunks = list(_cut(whole, workers.num_workers()))
+        found = workers.in_order(predict_chunk, chunks)
+        for chunk, refused in zip(chunks, found, strict=True):
+            unreadable += refused
+            progress.advance(len(chunk.names))
+    return unreadable
+
+
+def _cut(whole: Chunk, num_workers: int) -> Iterator[Chunk]:
+    """Yields parts of whole batches: several for each worker, so that none waits long for others.
+
+    At most 8 batches, which a worker that dies would have to do again.
+    """
+    names, batch_size = whole.names, whole.config.batch_size
+    num_batches = math.ceil(len(names) / batch_size)
+    size = batch_size * min(8, math.ceil(num_batches / (4 * num_workers)))
+    for start in range(0, len(names), size):
+        yield replace(whole, names=names[start : start + size])
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_predictor(
+    run_url: str, checkpoint: str, checkpoint_digest: str, *, needs_gpu: bool
+) -> _Predictor:
+    # The digest is there for the cache: the folder may have got other weights.
+    return _load_predictor(run_url, checkpoint, needs_gpu=needs_gpu)
+
+
+def _load_predictor(run_url: str, checkpoint: str, *, needs_gpu: bool) -> _Predictor:
     from job.runtime import import_tensorflow
 
-    import_tensorflow()
+    tf = import_tensorflow()
+    if needs_gpu and not tf.config.list_physical_devices("GPU"):
+        raise UsageError(
+            f"TensorFlow sees no GPU on {socket.gethostname()}, and one was asked for "
+            f"(CUDA_VISIBLE_DEVICES {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); install "
+            "the extra gpu and a driver there, or ask for none"
+        )
     from job.step import make_probability_step
 
-    step = make_probability_step(load_model(run, which=config.checkpoint))
-    manifest, num_waiting = run.manifest, 2 * config.batch_size
+    run = open_trained(run_url)
+    return _Predictor(make_probability_step(_model_at(run, checkpoint)), run.manifest)
+
+
+def _model_at(run: TrainedRun, checkpoint: str) -> Any:
+    from job.checkpoint import WEIGHTS_NAME, read_weights
+
+    places = [place for place in find_commits(run.store) if place.prefix == checkpoint]
+    if not places:
+        raise StorageError(
+            f"{run.store.url}/{checkpoint}: vanished, as training went on; run it again with "
+            "--overwrite, or with another OUTPUT"
+        )
+    with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
+        _, members = fetch_commit(run.store, places[0], folder, names=[WEIGHTS_NAME])
+        model = model_for(run.config, run.manifest)
+        read_weights(model, members[WEIGHTS_NAME])
+    return model
+
+
+def _predict(
+    chunk: Chunk, predictor: _Predictor, advance: Callable[[], None]
+) -> list[tuple[str, str]]:
+    """Writes the masks of `chunk`; returns (file, reason) of those that cannot be read."""
+    source, output = open_store(chunk.images_url), open_store(chunk.output_url)
+    config, manifest = chunk.config, predictor.manifest
+    num_waiting = 2 * config.batch_size
     unreadable: list[tuple[str, str]] = []
 
     def read(name: str) -> _Picture | tuple[str, str]:
@@ -260,16 +393,12 @@ def _predict(
     def write(task: tuple[_Picture, np.ndarray]) -> None:
         _write_picture(*task, manifest, output)
 
-    with (
-        _threads() as readers,
-        _threads() as writers,
-        Progress("infer", len(names), shown=config.progress) as progress,
-    ):
-        found = in_order(readers, read, names, num_waiting=num_waiting)
-        pictures = _readable(found, unreadable, progress)
-        predicted = _predicted(pictures, step, config.batch_size)
+    with _threads() as readers, _threads() as writers:
+        found = in_order(readers, read, chunk.names, num_waiting=num_waiting)
+        pictures = _readable(found, unreadable, advance)
+        predicted = _predicted(pictures, predictor.step, config.batch_size)
         for _ in in_order(writers, write, predicted, num_waiting=num_waiting):
-            progress.advance()
+            advance()
     return unreadable
 
 
@@ -308,14 +437,14 @@ def _preview(image: np.ndarray) -> np.ndarray:
 def _readable(
     found: Iterable[_Picture | tuple[str, str]],
     unreadable: list[tuple[str, str]],
-    progress: Progress,
+    advance: Callable[[], None],
 ) -> Iterator[_Picture]:
     for each in found:
         if isinstance(each, _Picture):
             yield each
         else:
             unreadable.append(each)
-            progress.advance()
+            advance()
 
 
 def _predicted(
@@ -358,6 +487,16 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     config = validated(InferConfig, given(options), "options")
     with quiet_interrupts():
         result = infer(run, images, output, config)
+    show_result(result, config)
+    return 0
+
+
+def show_result(result: InferResult, config: InferConfig) -> None:
+    """Prints where the masks are.
+
+    Raises:
+        ContentError: some images could not be read.
+    """
     kept = f", {result.num_kept} kept (--overwrite predicts them again)" if result.num_kept else ""
     click.echo(f"masks: {result.output_url} ({result.num_written} written{kept})")
     if config.overlays:
@@ -367,7 +506,6 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
             f"{len(result.unreadable)} of the images could not be read, first "
             f"{result.unreadable[0][1]}; all are in {join_url(result.output_url, UNREADABLE_NAME)}"
         )
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,6 +67,11 @@ class Adam:
                 grad=gradient,
             )
 
+    @property
+    def variables(self) -> list[Any]:
+        """The moments, as TensorFlow variables."""
+        return [*self._first, *self._second]
+
     def state(self) -> dict[str, np.ndarray]:
         """Returns the moments by name, `first/0000`, `second/0000`, ... in weight order."""
         moments: dict[str, np.ndarray] = {}

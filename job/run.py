@@ -9,7 +9,6 @@ and only commits on that chain count: one that a process wrote after it had lost
 picked. A commit is a folder whose `COMMIT.json` was put last.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -34,6 +33,7 @@ from data_prep.storage import (
     PreconditionFailed,
     Stat,
     Store,
+    Unavailable,
     crc32c_of_file,
     open_store,
     probe_preconditions,
@@ -113,6 +113,7 @@ class Lease(Settings):
     owner: str = option(..., "Host, process id and a random part of the owner.")
     beat: int = option(0, "Renewals so far.")
     released: bool = option(False, "The owner has closed the run.")
+    launch: str | None = option(None, "The launcher that started the owner, if one did.")
     bases: dict[int, str | None] = option(
         ..., "Of every attempt, the folder of the commit it resumes from."
     )
@@ -131,6 +132,10 @@ class _Ownership(Protocol):
 
     def confirm(self) -> None:
         """Raises LockedError when the run is no longer ours."""
+        ...
+
+    def check(self) -> None:
+        """Confirms when another process could have taken the run over since the last time."""
         ...
 
     def rebase(self, base: str | None) -> None:
@@ -156,19 +161,37 @@ class Run:
         self._mutex = threading.RLock()
 
     @classmethod
-    def open(cls, output_url: str, name: str, *, timing: LeaseTiming | None = None) -> "Run":
+    def open(
+        cls,
+        output_url: str,
+        name: str,
+        *,
+        timing: LeaseTiming | None = None,
+        launch: str | None = None,
+    ) -> "Run":
         """Takes ownership of the run `name` below `output_url`, new or not.
+
+        Args:
+            launch: names the launcher of this process. The next process of the same launcher does
+                not wait for the lease of the one before to expire: its launcher knows that it is
+                gone, and if it were not, it could not commit any more.
 
         Raises:
             UsageError: the name is not allowed.
             LockedError: another process owns the run; nothing was written.
             StorageError: storage fails, or is a server that does not enforce preconditions.
         """
-        return cls.own(open_store(output_url).below(checked_run_name(name)), timing=timing)
+        store = open_store(output_url).below(checked_run_name(name))
+        return cls.own(store, timing=timing, launch=launch)
 
     @classmethod
     def own(
-        cls, store: Store, *, timing: LeaseTiming | None = None, by_lease: bool | None = None
+        cls,
+        store: Store,
+        *,
+        timing: LeaseTiming | None = None,
+        by_lease: bool | None = None,
+        launch: str | None = None,
     ) -> "Run":
         """Takes ownership of the run whose folder is `store`; otherwise as `open`.
 
@@ -181,7 +204,7 @@ class Run:
         if not by_lease and store.local_root is not None:
             file = _lock_file(store.local_root)
             try:
-                lease, generation, candidates = _next_lease(store, _read_lease(store))
+                lease, generation, candidates = _next_lease(store, _read_lease(store), launch)
                 stat = _put_lease(store, lease, generation)
                 store.remove_unfinished()
             except BaseException:
@@ -191,12 +214,8 @@ class Run:
         if store.local_root is None:
             probe_preconditions(store)
         timing = timing or LeaseTiming()
-        lease, generation, candidates = _next_lease(store, _wait_for_lease(store, timing))
-        try:
-            stat = _put_lease(store, lease, generation)
-        except PreconditionFailed as error:
-            raise LockedError(f"{store.url}: another process took the run just now") from error
-        return cls(store, _Heartbeat(store, lease, stat.generation, timing), candidates)
+        lease, generation, candidates = _take_lease(store, timing, launch)
+        return cls(store, _Heartbeat(store, lease, generation, timing), candidates)
 
     def __enter__(self) -> "Run":
         return self
@@ -234,16 +253,21 @@ class Run:
             UsageError: some differ; names each with the stored and the new value.
         """
         given = _through_json({"config": identity, "dataset_digest": dataset_digest})
-        stored = self._read_json(IDENTITY_NAME)
+        stored = self.read_identity()
         if stored is None:
             self.put_text(IDENTITY_NAME, json.dumps(given, indent=1, sort_keys=True) + "\n")
         elif stored != given:
             raise UsageError(
                 f"run {self.url} was begun with other settings: "
-                f"{'; '.join(_differences(stored, given))}; give the old values or another name"
+                f"{'; '.join(differences(stored, given))}; give the old values or another name"
             )
         digest = hashlib.sha256(json.dumps(given["config"], sort_keys=True).encode()).hexdigest()
         self._digests = dataset_digest, digest
+
+    def read_identity(self) -> dict[str, Any] | None:
+        """Returns `config` and `dataset_digest` of the first attempt, None before it."""
+        identity: dict[str, Any] | None = self._read_json(IDENTITY_NAME)
+        return identity
 
     def commit(
         self, step: int, epoch: int, members: Mapping[str, str], state: Mapping[str, Any]
@@ -277,6 +301,7 @@ class Run:
             if len(data) > MAX_RECORD_BYTES:
                 raise ValueError(f"{COMMIT_NAME} would have {len(data)} bytes: state is too large")
             self.store.put(f"{prefix}/{COMMIT_NAME}", data, if_generation=0)
+            self._ownership.check()  # the process may have been paused since `confirm`
             self._newest = _commit_of(record, prefix)
             return self._newest
 
@@ -319,6 +344,7 @@ class Run:
             kept = {*keep, newest.prefix, *(p.prefix for p in valid[-max(keep_last, 1) :])}
             for place, stats in folders.items():
                 if place.prefix not in kept and place < newest:
+                    self._ownership.check()
                     self._delete_folder(stats)
 
     def put_text(self, name: str, text: str) -> None:
@@ -333,6 +359,7 @@ class Run:
         """
         if self.lost:
             raise _lost(self.store)
+        self._ownership.check()
         self.store.put(name, data)
 
     def read_outcome(self) -> dict[str, Any] | None:
@@ -504,6 +531,9 @@ class _FileLock:
         if not is_same:
             raise LockedError(f"{path} was removed while the run was going on; start it again")
 
+    def check(self) -> None:
+        """The kernel takes no lock from a living process."""
+
     def rebase(self, base: str | None) -> None:
         bases = {**self.lease.bases, self.lease.attempt: base}
         lease = self.lease.model_copy(update={"bases": bases})
@@ -515,13 +545,23 @@ class _FileLock:
 
 
 class _Heartbeat:
-    """Ownership by a lease that a thread renews."""
+    """Ownership by a lease that a thread renews.
+
+    Only a lease of another owner tells that the run is lost, never the time or an outage: nobody
+    can take the run over without storage either.
+    """
 
     def __init__(self, store: Store, lease: Lease, generation: int, timing: LeaseTiming) -> None:
         self.lease = lease
-        self._store = store
+        # A request that hangs must not let the lease expire.
+        self._store = store.with_limits(
+            retry_s=min(store.retry_s, max(timing.expire_s / 3, 1.0)),
+            timeout_s=max(timing.expire_s / 5, 1.0),
+        )
+        self._patience_s = store.retry_s
         self._generation = generation
         self._timing = timing
+        self._renewed_at = time.monotonic()
         self._mutex = threading.Lock()
         self._is_lost = False
         self._stop = threading.Event()
@@ -537,48 +577,70 @@ class _Heartbeat:
         return self._is_lost
 
     def confirm(self) -> None:
-        self._write({})
+        self._write_patiently({})
+
+    def check(self) -> None:
+        if time.monotonic() - self._renewed_at > self._timing.expire_s:
+            self.confirm()
 
     def rebase(self, base: str | None) -> None:
-        self._write({"bases": {**self.lease.bases, self.lease.attempt: base}})
+        self._write_patiently({"bases": {**self.lease.bases, self.lease.attempt: base}})
 
     def release(self) -> None:
         if self._stop.is_set():
             return
         self._stop.set()
         self._thread.join()
-        with contextlib.suppress(LockedError):
+        try:
             self._write({"released": True})
+        except LockedError:
+            pass
+        except StorageError as error:
+            logger.warning("%s is not given back, so that the next start has to wait: %s",
+                           self._store.url, error)  # fmt: skip
 
     def _renew(self) -> None:
         is_failing = False
         while not self._stop.wait(self._timing.renew_s):
             try:
-                self.confirm()
+                self._write({})
                 is_failing = False
             except LockedError:
                 return
             except StorageError as error:
-                # Nobody can take the run over without storage either; the next put tells.
                 if not is_failing:
                     logger.warning("the lease of %s is not renewed: %s", self._store.url, error)
                 is_failing = True
+
+    def _write_patiently(self, update: dict[str, Any]) -> None:
+        """Writes the lease as `_write`, as long as the run's other requests are repeated."""
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return self._write(update)
+            except Unavailable:
+                if self._stop.is_set() or time.monotonic() >= deadline:
+                    raise
 
     def _write(self, update: dict[str, Any]) -> None:
         with self._mutex:
             if self._is_lost:
                 raise _lost(self._store)
             lease = self.lease.model_copy(update={"beat": self.lease.beat + 1, **update})
-            try:
-                stat = _put_lease(self._store, lease, self._generation)
-            except PreconditionFailed as error:
-                # It may be our own: a renewal that timed out can have reached the server.
-                found = _read_lease(self._store)
-                if found is None or found[0].owner != lease.owner:
-                    self._is_lost = True
-                    raise _lost(self._store) from error
-                stat = _put_lease(self._store, lease, found[1])
-            self.lease, self._generation = lease, stat.generation
+            start = time.monotonic()
+            generation = self._generation
+            while True:
+                try:
+                    stat = _put_lease(self._store, lease, generation)
+                    break
+                except PreconditionFailed as error:
+                    # It may be our own: a renewal that timed out can have reached the server.
+                    found = _read_lease(self._store)
+                    if found is None or found[0].owner != lease.owner:
+                        self._is_lost = True
+                        raise _lost(self._store) from error
+                    generation = found[1]
+            self.lease, self._generation, self._renewed_at = lease, stat.generation, start
 
 
 def _lost(store: Store) -> LockedError:
@@ -600,7 +662,29 @@ def _read_lease(store: Store) -> tuple[Lease, int] | None:
             return lease, before.generation
 
 
-def _wait_for_lease(store: Store, timing: LeaseTiming) -> tuple[Lease, int] | None:
+def _take_lease(
+    store: Store, timing: LeaseTiming, launch: str | None
+) -> tuple[Lease, int, list[Place]]:
+    """Returns the lease of a new attempt, which is stored, its generation, what it may restore.
+
+    Raises:
+        LockedError: another process has the run, or was quicker.
+    """
+    found = _wait_for_lease(store, timing, launch)
+    while True:
+        lease, generation, candidates = _next_lease(store, found, launch)
+        try:
+            return lease, _put_lease(store, lease, generation).generation, candidates
+        except PreconditionFailed as error:
+            before, found = found, _read_lease(store)
+            is_renewed = before and found and before[0].owner == found[0].owner
+            if launch is None or not is_renewed or found is None or found[0].launch != launch:
+                raise LockedError(f"{store.url}: another process took the run just now") from error
+
+
+def _wait_for_lease(
+    store: Store, timing: LeaseTiming, launch: str | None
+) -> tuple[Lease, int] | None:
     """Returns the lease as soon as it may be taken: released, or unchanged for long enough.
 
     The time is this process's own; the clocks of two machines are never compared.
@@ -608,29 +692,40 @@ def _wait_for_lease(store: Store, timing: LeaseTiming) -> tuple[Lease, int] | No
     Raises:
         LockedError: the owner renewed it meanwhile.
     """
-    first = found = _read_lease(store)
+    first = _read_lease(store)
+    if first is None or first[0].released or (launch is not None and first[0].launch == launch):
+        return first
     start = time.monotonic()
-    while found and not found[0].released and time.monotonic() - start < timing.expire_s:
+    while time.monotonic() - start < timing.expire_s:
         time.sleep(timing.renew_s / 4)
-        found = _read_lease(store)
-        if found and found != first and not found[0].released:
+        asked_at = time.monotonic()
+        stat = store.stat(LEASE_NAME)
+        if stat is None or stat.generation != first[1]:
+            found = _read_lease(store)
+            if found is None or found[0].released:
+                return found
             raise LockedError(
                 f"{store.url}: the run is owned by {found[0].owner}; wait for it, stop it or "
                 "choose another name"
             )
-    return found
+        if time.monotonic() - asked_at > timing.expire_s / 3:
+            start = time.monotonic()  # storage was out of reach, so for the owner too
+    return first
 
 
-def _next_lease(store: Store, found: tuple[Lease, int] | None) -> tuple[Lease, int, list[Place]]:
+def _next_lease(
+    store: Store, found: tuple[Lease, int] | None, launch: str | None
+) -> tuple[Lease, int, list[Place]]:
     """Returns the lease of a new attempt, the generation it replaces, and what it may restore."""
     owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     if found is None:
-        return Lease(attempt=1, owner=owner, bases={1: None}), 0, []
+        return Lease(attempt=1, owner=owner, launch=launch, bases={1: None}), 0, []
     previous, generation = found
     candidates = _commits_on_chain(store, previous)
     attempt = previous.attempt + 1
     base = candidates[-1].prefix if candidates else None
-    lease = Lease(attempt=attempt, owner=owner, bases={**previous.bases, attempt: base})
+    bases = {**previous.bases, attempt: base}
+    lease = Lease(attempt=attempt, owner=owner, launch=launch, bases=bases)
     return lease, generation, candidates
 
 
@@ -724,8 +819,8 @@ def _through_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _differences(stored: Any, given: Any) -> list[str]:
-    """Returns a sentence for each leaf that differs."""
+def differences(stored: Any, given: Any) -> list[str]:
+    """Returns a sentence for each leaf of two nested JSON values that differs."""
     before, now = dict(_leaves(stored)), dict(_leaves(given))
     return [
         f"{name.removeprefix('config.')} was {_value(before, name)}, now {_value(now, name)}"

@@ -3,10 +3,15 @@
 `configure` must run before anything else touches TensorFlow; its runtime cannot be changed later.
 """
 
+import faulthandler
+import json
 import logging
 import os
+import signal
+import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +19,7 @@ from typing import Any
 
 from data_prep.errors import UsageError
 from job.config import TrainConfig
+from job.team import Place
 
 logger = logging.getLogger(__name__)
 
@@ -66,23 +72,132 @@ def _held_back_stderr() -> Iterator[None]:
             os.close(before)
 
 
-def configure(config: TrainConfig) -> Any:
+def configure(config: TrainConfig, place: Place | None = None) -> Any:
     """Sets TensorFlow up for `config` and returns its `tf.distribute.Strategy`.
 
-    All GPUs of this machine, or `cpu_replicas` logical CPUs where there is none.
+    All GPUs that this process sees, or `cpu_replicas` logical CPUs where there is none; together
+    with the other processes of `place`, which all must call it.
+
+    Args:
+        place: None, or of a cluster of one: this process alone.
+
+    Raises:
+        UsageError: the batch does not divide by the replicas of this process.
     """
     tf = import_tensorflow()
     gpus = tf.config.list_physical_devices("GPU")
     tf.config.threading.set_intra_op_parallelism_threads(config.threads)
+    if config.deterministic:
+        # Seeds of ours are explicit everywhere; op determinism still asks for a global one.
+        tf.random.set_seed(config.seed)
+        tf.config.experimental.enable_op_determinism()
+    if place is not None and place.size > 1:
+        return _of_many(tf, config, place, len(gpus))
+    # Otherwise a strategy of one process would look for the peers of another one's cluster.
+    os.environ.pop("TF_CONFIG", None)
+    return _of_one(tf, config, gpus)
+
+
+def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None) -> None:
+    """Refuses what the strategy could not be made with, before others wait for this process.
+
+    Args:
+        num_gpus: GPUs that this process was promised; None: whatever there is.
+
+    Raises:
+        UsageError: a promised GPU is not seen, or the batch does not divide by all replicas.
+    """
+    tf = import_tensorflow()
+    seen = len(tf.config.list_physical_devices("GPU"))
+    if num_gpus is not None and seen != num_gpus:
+        raise _other_gpus(tf, num_gpus, seen)
+    if place is None or place.size == 1:
+        return
+    if config.cpu_replicas > 1:
+        raise UsageError(
+            f"cpu_replicas={config.cpu_replicas}: each of {place.size} processes has one CPU "
+            "replica; leave it at 1"
+        )
+    check_batch(config, place.size, seen)
+
+
+def check_batch(config: TrainConfig, num_processes: int, num_gpus: int) -> None:
+    """Refuses a batch that cannot be cut into equal parts for every replica.
+
+    Raises:
+        UsageError: names the number of replicas.
+    """
+    num_replicas = num_processes * max(1, num_gpus)
+    if config.global_batch_size % num_replicas:
+        raise UsageError(
+            f"global_batch_size={config.global_batch_size} does not divide by the "
+            f"{num_replicas} replicas ({num_processes} processes, {num_gpus} GPUs each); choose a "
+            "multiple, or another number of workers"
+        )
+
+
+def _of_many(tf: Any, config: TrainConfig, place: Place, num_gpus: int) -> Any:
+    # Of a chief and workers, all become workers: who is first is the rank's to say.
+    tasks = {
+        "cluster": {"worker": place.addresses},
+        "task": {"type": "worker", "index": place.rank},
+    }
+    os.environ["TF_CONFIG"] = json.dumps(tasks)
+    # NCCL where there are GPUs. The ring is the one that sums in the same order every time.
+    kinds = tf.distribute.experimental.CommunicationImplementation
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=kinds.AUTO if num_gpus else kinds.RING
+    )
+    _let_watchdog_be_first(config, place)
+    # It holds the interpreter while it waits for the others, so that no thread of ours can end it.
+    faulthandler.dump_traceback_later(config.phase_timeout, exit=True, file=2)
+    try:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    if threading.current_thread() is threading.main_thread():
+        # The strategy's runtime has taken SIGTERM for itself, below Python's own handlers.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    return strategy
+
+
+def _let_watchdog_be_first(config: TrainConfig, place: Place) -> None:
+    """Makes TensorFlow's own heartbeat slower than our watchdog.
+
+    Its default of 10 s aborts every process when one is silent: no stacks, and the checkpoint that
+    is on its way is lost. A process that dies is noticed by its connections at once all the same.
+    """
+    # The strategy asks for a service only where none was configured; there is no public way.
+    from tensorflow.python.distribute.collective_all_reduce_strategy import coordination_config_pb2
+    from tensorflow.python.eager import context
+
+    patience_ms = int(2000 * (config.phase_timeout + config.storage_timeout))
+    job = coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=place.size)
+    context.context().configure_coordination_service(
+        service_type="standalone",
+        service_leader="/job:worker/replica:0/task:0",
+        cluster_register_timeout_in_ms=patience_ms,
+        heartbeat_timeout_in_ms=patience_ms,
+        coordinated_jobs=[job],
+    )
+
+
+def _other_gpus(tf: Any, promised: int, seen: int) -> UsageError:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+    reason = "is built with" if tf.test.is_built_with_cuda() else "is built without"
+    return UsageError(
+        f"{promised} GPUs were asked for and TensorFlow sees {seen} on {socket.gethostname()} "
+        f"(CUDA_VISIBLE_DEVICES {visible}; this TensorFlow {reason} CUDA); install the extra gpu "
+        "and a driver there, or ask for other workers"
+    )
+
+
+def _of_one(tf: Any, config: TrainConfig, gpus: list[Any]) -> Any:
     if not gpus and config.cpu_replicas > 1:
         tf.config.set_logical_device_configuration(
             tf.config.list_physical_devices("CPU")[0],
             [tf.config.LogicalDeviceConfiguration()] * config.cpu_replicas,
         )
-    if config.deterministic:
-        # Seeds of ours are explicit everywhere; op determinism still asks for a global one.
-        tf.random.set_seed(config.seed)
-        tf.config.experimental.enable_op_determinism()
     kind = "GPU" if gpus else "CPU"
     devices = [device.name for device in tf.config.list_logical_devices(kind)]
     used = max(n for n in range(1, len(devices) + 1) if config.global_batch_size % n == 0)

@@ -8,157 +8,208 @@ import math
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import click
 
 from data_prep.command import SettingsCommand, given, run_command, settings_options
-from data_prep.errors import DivergedError, StoppedError, UsageError
+from data_prep.errors import DivergedError, FlexUNetError, UsageError
 from data_prep.progress import Progress
 from data_prep.settings import merged, read_yaml, validated
-from data_prep.storage import join_url
+from data_prep.storage import join_url, open_store
 from job.config import TrainConfig, identity_of
-from job.data import open_dataset
+from job.data import Dataset, open_dataset
 from job.evaluate import show_summary
-from job.run import Run
+from job.run import Run, checked_run_name, differences
 from job.state import TrainState
+from job.team import Place, Team, meet, place_from_environment
+from job.watchdog import STACKS_FOLDER, Watchdog, end_process
 
 logger = logging.getLogger(__name__)
 
-# Called after every step with {"event": "step", "epoch", "num_epochs", "step", "num_steps",
-# "loss", "num_images", "images_per_s"} and after every epoch with {"event": "epoch"} and its row.
+_RETRY_S = 60.0
+_LAST_WORDS_S = 5.0  # for the stacks of a process that ends itself
+
+# Called with {"event": "phase", "name"} before every part of the work, after every step with
+# {"event": "step", "epoch", "num_epochs", "step", "num_steps", "loss", "num_images",
+# "epoch_images", "images_per_s"} and after every epoch with {"event": "epoch"} and its row.
 Report = Callable[[Mapping[str, Any]], None]
 
 
 def train_and_evaluate(
     config: TrainConfig,
-    run: Run,
+    run: Run | None,
     strategy: Any,
     report: Report,
     should_stop: Callable[[], bool],
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """Trains until the epochs are done or training stops early, then evaluates the test split.
 
     Resumes from the newest verified checkpoint of `run`. Every epoch ends with tables, curves,
-    predictions and, last, a checkpoint.
+    predictions and, last, a checkpoint. Every process of a team calls it.
 
     Args:
         config: precision already resolved.
-        run: opened, owned by this process.
+        run: opened, owned by this process; None but in the first process of a team.
         strategy: a `tf.distribute.Strategy`.
-        report: told of every step and every epoch.
-        should_stop: asked after every step.
+        report: told of every phase, step and epoch.
+        should_stop: asked after every step and every batch of an evaluation.
+        team: None: this process alone.
 
     Returns:
         The outcome, as written to `outcome.json`.
 
     Raises:
         UsageError: no dataset, or the run was begun with another one or other settings.
-        StoppedError: `should_stop` answered yes; a checkpoint was written.
+        StoppedError: `should_stop` answered yes in one process; a checkpoint was written.
         DivergedError: the loss is not finite; the outcome was written.
+        LockedError, StorageError: the run was lost, or could not be stored.
     """
-    dataset = open_dataset(str(config.data))
-    run.check_identity(identity_of(config), dataset.digest)
-    outcome = _earlier_outcome(config, run)
+    team = team or Team(strategy)
+
+    def begin(phase: str) -> None:
+        report({"event": "phase", "name": phase})
+
+    datasets: list[Dataset] = []
+    team.on_each(lambda: datasets.append(open_dataset(str(config.data))))
+    dataset = datasets[0]
+    _check_same(config, dataset, team)
+    outcome = team.on_first(lambda: earlier_outcome(config, run, dataset.digest))
     if outcome is not None:
         return outcome
     from job.session import open_session
 
-    with open_session(config, run, strategy, dataset) as session:
+    with (
+        open_session(
+            *(config, run, strategy, team, dataset), alive=lambda: begin("filling the cache")
+        ) as session,
+        _told_of_peers(team),
+    ):
+
+        def is_over() -> bool:
+            # A run that was lost, or cannot be stored, is told when it is ended.
+            return team.any(should_stop() or session.is_in_trouble)
+
+        begin("restoring")
         state = session.restore()
         while not state.is_finished(config.epochs):
+            begin(f"epoch {state.epoch + 1}")
             clock = _Clock()
             for loss, num_images in session.train_steps(state):
                 clock.tick(num_images)
-                report(
-                    _step_event(
-                        *(config, state, session.num_steps, loss),
-                        *(clock, num_images, len(dataset.split("train"))),
-                    )
-                )
+                report(_step_event(session, state, loss, clock, num_images))
                 if not math.isfinite(loss):
-                    raise _diverged(run, state, loss)
-                # A run that was lost is found out by the commit.
-                if should_stop() or run.lost:
-                    session.commit(state)
-                    raise _stopped(state)
+                    begin("storing the end")
+                    raise session.end_diverged(state, loss)
+                if is_over():
+                    begin("storing the end")
+                    raise session.end_stopped(state)
                 is_last = state.step_in_epoch == session.num_steps
                 if not is_last and clock.is_due(config.checkpoint_every_minutes):
-                    session.commit(state)
-            try:
-                row = session.validate(state, should_stop)
-            except StoppedError:
-                session.commit(state)
-                raise _stopped(state) from None
+                    session.save(state)
+            begin(f"validation of epoch {state.epoch + 1}")
+            row = session.validate(state, is_over)
+            begin(f"end of epoch {state.epoch + 1}")
+            if row is None:
+                raise session.end_stopped(state)
             if not math.isfinite(row["val_loss"]):
-                raise _diverged(run, state, row["val_loss"])
+                raise session.end_diverged(state, row["val_loss"])
             session.finish_epoch(state, row, images_per_s=clock.images_per_s)
             report({"event": "epoch", "num_epochs": config.epochs, **row})
-            if should_stop() and not state.is_finished(config.epochs):
-                raise _stopped(state)
-        outcome = {
-            "epochs": state.epoch,
-            "stopped_early": state.stopped_early,
-            "best": state.best,
-            "evaluation": session.evaluate_best(state, should_stop),
-        }
-    run.write_outcome("finished", 0, **outcome)
-    return outcome
+            if is_over() and not state.is_finished(config.epochs):
+                begin("storing the end")
+                raise session.end_stopped(state)
+        begin("evaluation")
+        evaluation = session.evaluate_best(state, is_over)
+        begin("storing the evaluation")
+        return session.end_finished(state, evaluation)
 
 
-def _earlier_outcome(config: TrainConfig, run: Run) -> dict[str, Any] | None:
-    """Returns the outcome of a run that is over; a higher `epochs` reopens a finished one."""
+def _check_same(config: TrainConfig, dataset: Dataset, team: Team) -> None:
+    """Refuses processes that were started with other settings or another dataset than the first.
+
+    Raises:
+        UsageError: on all of them; names the rank and what differs.
+    """
+
+    def settings() -> dict[str, Any]:
+        together = {"epochs": config.epochs, "dataset": dataset.digest}
+        return {**identity_of(config), **together}
+
+    first, *others = team.on_each(settings)
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            raise UsageError(
+                f"rank {rank} was started with other settings than rank 0: "
+                f"{'; '.join(differences(first, other))}; start all with the same"
+            )
+
+
+@contextmanager
+def _told_of_peers(team: Team) -> Iterator[None]:
+    """Turns what a collective says of a lost peer into a line.
+
+    Raises:
+        FlexUNetError: another process ended or cannot be reached.
+    """
+    import tensorflow as tf
+
+    try:
+        yield
+    except (tf.errors.UnavailableError, tf.errors.InternalError, tf.errors.AbortedError,
+            tf.errors.CancelledError, tf.errors.DeadlineExceededError) as error:  # fmt: skip
+        if team.size == 1:
+            raise
+        raise FlexUNetError(
+            f"rank {team.rank}: another process ended or cannot be reached "
+            f"({type(error).__name__}); the same command resumes"
+        ) from error
+
+
+def earlier_outcome(
+    config: TrainConfig, run: Run | None, dataset_digest: str
+) -> dict[str, Any] | None:
+    """Returns the outcome of a run that is over; a higher `epochs` reopens a finished one.
+
+    Args:
+        run: owned by this process.
+
+    Raises:
+        UsageError: it is a run of another dataset or other settings.
+        DivergedError: it diverged.
+    """
+    assert run is not None  # noqa: S101 - only who owns it asks
+    run.check_identity(identity_of(config), dataset_digest)
     outcome = run.read_outcome()
     if outcome is None:
         return None
     if outcome["status"] == "diverged":
         raise DivergedError(f"{outcome['reason']}; start a run of another name")
-    is_over = outcome["stopped_early"] or outcome["epochs"] >= config.epochs
-    if is_over:
+    if outcome["stopped_early"] or outcome["epochs"] >= config.epochs:
         logger.info("%s: finished already after %d epochs", run.store.url, outcome["epochs"])
         return outcome
     run.clear_outcome()
     return None
 
 
-def _diverged(run: Run, state: TrainState, loss: float) -> DivergedError:
-    reason = (
-        f"{run.store.url}: the loss became {loss} in epoch {state.epoch + 1}, step "
-        f"{state.step_in_epoch}; lower optimizer.learning_rate or set model.input_scaling=unit"
-    )
-    run.write_outcome("diverged", DivergedError.exit_code, reason=reason)
-    return DivergedError(reason)
-
-
-def _stopped(state: TrainState) -> StoppedError:
-    return StoppedError(
-        f"stopped and saved at epoch {state.epoch + 1}, step {state.step_in_epoch}; "
-        "the same command resumes"
-    )
-
-
 def _step_event(
-    config: TrainConfig,
-    state: TrainState,
-    num_steps: int,
-    loss: float,
-    clock: "_Clock",
-    num_images: int,
-    epoch_images: int,
+    session: Any, state: TrainState, loss: float, clock: "_Clock", num_images: int
 ) -> dict[str, Any]:
     return {
         "event": "step",
         "epoch": state.epoch,
-        "num_epochs": config.epochs,
+        "num_epochs": session.config.epochs,
         "step": state.step_in_epoch,
-        "num_steps": num_steps,
+        "num_steps": session.num_steps,
         "loss": loss,
         "num_images": num_images,
-        "epoch_images": epoch_images,
+        "epoch_images": len(session.dataset.split("train")),
         "images_per_s": clock.images_per_s,
     }
 
@@ -195,26 +246,124 @@ def run_local(config: TrainConfig) -> dict[str, Any]:
     Args:
         config: `data` and `name` are set.
     """
-    from job import runtime
+    with stop_signals() as should_stop, Display(config) as display:
+        return run_member(config, None, display.report, should_stop)
 
+
+def run_in_cluster(config: TrainConfig, place: Place) -> dict[str, Any]:
+    """Trains as the process `place` of a cluster; the body of `train` without `--local`."""
+    with stop_signals() as should_stop, Display(config) as display:
+        report = display.report if place.rank == 0 else lambda event: None
+        return run_member(config, place, report, should_stop)
+
+
+def run_member(
+    config: TrainConfig,
+    place: Place | None,
+    report: Report,
+    should_stop: Callable[[], bool],
+    *,
+    num_gpus: int | None = None,
+    launch: str | None = None,
+) -> dict[str, Any]:
+    """Trains as one of the processes that train together; all of them call it.
+
+    Args:
+        config: `data` and `name` are set.
+        place: None: this process alone.
+        num_gpus: GPUs that this process was promised; None: whatever there is.
+        launch: names the launcher, whose processes may follow one another at once.
+
+    Raises:
+        FlexUNetError: also where another process ended, or cannot be reached.
+    """
     # What can be refused at once is: TensorFlow takes seconds to come.
     open_dataset(str(config.data))
-    with Run.open(config.output, str(config.name)) as run, _stop_signals() as should_stop:
-        precision = runtime.resolve_precision(config.precision)
-        config = config.model_copy(update={"precision": precision})
-        strategy = runtime.configure(config)
-        with _Display(config) as display:
-            return train_and_evaluate(config, run, strategy, display.report, should_stop)
+    if place is None or place.size == 1:
+        with _own_run(config, launch) as run:
+            return _train(config, None, run, report, should_stop, num_gpus, launch)
+    return _train(config, place, None, report, should_stop, num_gpus, launch)
 
 
-class _Display:
+def _train(
+    config: TrainConfig,
+    place: Place | None,
+    run: Run | None,
+    report: Report,
+    should_stop: Callable[[], bool],
+    num_gpus: int | None,
+    launch: str | None,
+) -> dict[str, Any]:
+    from job import runtime
+
+    runtime.check_devices(config, place, num_gpus)
+    if place is not None:
+        meet(place, config.phase_timeout)
+    with _watched(config, place) as watchdog, ExitStack() as stack:
+        watchdog.enter("making the strategy")
+        strategy = runtime.configure(config, place)
+        team = Team(strategy, place)
+
+        def own() -> None:
+            nonlocal run
+            run = stack.enter_context(_own_run(config, launch))
+
+        def tell(event: Mapping[str, Any]) -> None:
+            if event["event"] == "phase":
+                watchdog.enter(event["name"])
+            report(event)
+
+        def ask() -> bool:
+            watchdog.beat()
+            return should_stop()
+
+        with _told_of_peers(team):
+            if place is not None:
+                team.on_first(own)
+            watchdog.enter("starting")
+            precisions = team.on_each(lambda: runtime.resolve_precision(config.precision))
+            # Machines of two kinds share what both compute natively.
+            precision = precisions[0] if len(set(precisions)) == 1 else "float32"
+            config = config.model_copy(update={"precision": precision})
+            return train_and_evaluate(config, run, strategy, tell, ask, team)
+
+
+def _own_run(config: TrainConfig, launch: str | None) -> Run:
+    # A request is repeated for a while, and the outbox repeats the whole call for longer.
+    retry_s = min(_RETRY_S, max(config.storage_timeout, 1.0))
+    store = open_store(config.output, retry_s=retry_s).below(checked_run_name(str(config.name)))
+    return Run.own(store, launch=launch)
+
+
+@contextmanager
+def _watched(config: TrainConfig, place: Place | None) -> Iterator[Watchdog]:
+    """Yields the watchdog of this process, which writes into the run what stood still where."""
+    rank = place.rank if place else 0
+    peers = {r: a for r, a in enumerate(place.addresses) if r != rank} if place else {}
+    store = open_store(config.output, retry_s=_LAST_WORDS_S).below(str(config.name))
+
+    def end(problem: str) -> None:
+        name = f"{STACKS_FOLDER}/{socket.gethostname()}-{os.getpid()}-rank-{rank}.txt"
+        end_process(store, name, f"rank {rank}: {problem}")
+
+    with Watchdog(
+        # The end of an epoch may wait for storage.
+        phase_s=config.phase_timeout + config.storage_timeout,
+        step_s=config.step_timeout,
+        expired=end,
+        peers=peers,
+    ) as watchdog:
+        yield watchdog
+
+
+class Display:
     """What a person sees of a run: one bar for all epochs and a line for each of them."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self._progress: Progress | None = None
 
-    def __enter__(self) -> "_Display":
+    def __enter__(self) -> "Display":
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -230,7 +379,7 @@ class _Display:
         if event["event"] == "step":
             note = f"epoch {event['epoch'] + 1}/{event['num_epochs']} loss {event['loss']:.4f}"
             self._progress.advance(event["num_images"], note)
-        else:
+        elif event["event"] == "epoch":
             self._progress.line(_epoch_line(event))
 
     def _open(self, event: Mapping[str, Any]) -> Progress:
@@ -250,7 +399,7 @@ def _epoch_line(row: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether SIGINT or SIGTERM came; a second one ends at once."""
     stop = threading.Event()
 
@@ -338,24 +487,29 @@ def _read_text(path: str) -> str:
         raise UsageError(f"{path}: config file cannot be read: {error}") from error
 
 
+def prep_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the flags for the datasets that a .config file of the reference prepares first."""
+    for name, text in (
+        ("--skip-bad", "leave bad pictures out, listed in the dataset's report/rejects.csv."),
+        ("--allow-leaks", "accept its splits though they share a group or a picture."),
+    ):
+        function = click.option(name, is_flag=True, help=f"With a .config file: {text}")(function)
+    return function
+
+
 @click.command(cls=SettingsCommand)
-@click.option("--local", is_flag=True, help="Train on the devices of this machine.")
+@click.option(
+    "--local",
+    is_flag=True,
+    help="Train on the devices of this machine; without it, join the cluster of TF_CONFIG.",
+)
 @click.option(
     "--config",
     "file",
     type=click.Path(),
     help="YAML file with any of these options, or the reference implementation's .config file.",
 )
-@click.option(
-    "--allow-leaks",
-    is_flag=True,
-    help="With a .config file: accept its splits though they share a group or a picture.",
-)
-@click.option(
-    "--skip-bad",
-    is_flag=True,
-    help="With a .config file: leave bad pictures out, listed in the dataset's report/rejects.csv.",
-)
+@prep_flags
 @settings_options(TrainConfig)
 def command(
     local: bool, file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any
@@ -364,12 +518,18 @@ def command(
 
     The same command again resumes the run. Ctrl-C saves first; the exit code is then 6.
     """
-    if not local:
-        raise UsageError("no cluster is described here; give --local to train on this machine")
+    place = None if local else place_from_environment()
+    if not local and place is None:
+        raise UsageError(
+            "no cluster is described here (TF_CONFIG is not set); give --local to train on this "
+            "machine, or use `flexunet launch train`"
+        )
     flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
     prep_options = {name: True for name, is_given in flags.items() if is_given}
     config = resolve_config(given(options), file, prep_options)
-    outcome = run_local(config)
+    outcome = run_in_cluster(config, place) if place else run_local(config)
+    if place and place.rank > 0:
+        return 0
     url = join_url(config.output, str(config.name))
     if outcome["evaluation"]:
         show_summary(outcome["evaluation"])

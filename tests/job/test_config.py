@@ -23,6 +23,9 @@ FREE = {
     "threads",
     "tensorboard",
     "progress",
+    "phase_timeout",
+    "step_timeout",
+    "storage_timeout",
 }
 IDENTITY = {
     "global_batch_size",

@@ -155,7 +155,7 @@ def commit_weights_of_nan(folder: Path, staging: Path) -> None:
     state = checkpoint.read_state(members[checkpoint.STATE_NAME])
     optimizer = Adam(trained.config.optimizer, model.trainable_variables)
     (staging / "new").mkdir()
-    members = checkpoint.write_members(str(staging / "new"), model, optimizer, state)
+    members = checkpoint.take(str(staging / "new"), model, optimizer, state)()
     with Run.open(str(folder.parent), folder.name) as run:
         run.check_identity(identity_of(trained.config), trained.dataset_digest)
         run.commit(state["step"] + 1, state["epoch"], members, {})

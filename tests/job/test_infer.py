@@ -1,12 +1,16 @@
 """Masks for images of every kind, by a run that the real command trained to find discs."""
 
 import csv
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from PIL import Image
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import fit
 from data_prep.pairs import find_sources
+from data_prep.pool import InlineExecutor, Workers
 from data_prep.prep import PrepConfig, prepare
 from data_prep.storage import join_url, open_store
 from job import checkpoint
@@ -318,7 +323,7 @@ def constant_run(like: Path, output: Path, name: str, bias: float) -> str:
     staging = output / f"{name}-staging"
     staging.mkdir(parents=True)
     state = {"best": {"step": 1, "attempt": 1}}
-    members = checkpoint.write_members(str(staging), model, optimizer, state)
+    members = checkpoint.take(str(staging), model, optimizer, state)()
     with Run.open(str(output), name) as run:
         run.check_identity(identity_of(config), trained.dataset_digest)
         for file in ("dataset.json", "config.yaml"):
@@ -411,3 +416,50 @@ def test_masks_of_other_images_or_weights_are_never_kept(trained_run: Path, tmp_
     again = config.model_copy(update={"overwrite": True})
     result = infer(str(trained_run), str(tmp_path / "second"), output, again)
     assert result.num_written == 1
+
+
+def test_parts_done_by_workers_are_the_whole(trained_run: Path, tmp_path: Path) -> None:
+    write_same(tmp_path / "images", 9)
+    (tmp_path / "images" / "image-009.png").write_bytes(b"no picture")
+    results = []
+    for name, workers in [("whole", None), ("parts", lambda: nullcontext(inline_workers()))]:
+        arguments = str(trained_run), str(tmp_path / "images"), str(tmp_path / name), QUIET
+        results.append(infer(*arguments, open_workers=workers))
+    assert results[0].num_written == results[1].num_written == 9
+    assert results[0].unreadable == results[1].unreadable != ()
+    for stat in open_store(str(tmp_path / "whole")).list():
+        whole, part = ((tmp_path / name / stat.name).read_bytes() for name in ("whole", "parts"))
+        assert whole == part
+
+
+def inline_workers() -> Workers:
+    return Workers(InlineExecutor(), lambda: 1)
+
+
+def test_weights_are_those_of_the_claim_while_training_goes_on(
+    own_run: Path, tmp_path: Path
+) -> None:
+    write_same(tmp_path / "images", 1)
+    claim = tmp_path / "masks" / "inference.json"
+
+    @contextmanager
+    def workers_while_training() -> Iterator[Workers]:
+        # What a training process does when a better epoch has ended.
+        shutil.rmtree(own_run / json.loads(claim.read_text())["checkpoint"])
+        yield inline_workers()
+
+    arguments = str(own_run), str(tmp_path / "images"), str(tmp_path / "masks"), QUIET
+    with pytest.raises(StorageError, match="vanished, as training went on; run it again"):
+        infer(*arguments, open_workers=workers_while_training)
+    assert not (tmp_path / "masks" / "image-000.png").exists()
+
+
+def test_a_gpu_that_is_missing_is_refused(trained_run: Path, tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    if tf.config.list_physical_devices("GPU"):
+        pytest.skip("this machine has a GPU")
+    write_same(tmp_path / "images", 1)
+    arguments = str(trained_run), str(tmp_path / "images"), str(tmp_path / "masks"), QUIET
+    with pytest.raises(UsageError, match=r"TensorFlow sees no GPU on .*CUDA_VISIBLE_DEVICES"):
+        infer(*arguments, needs_gpu=True)

@@ -169,7 +169,7 @@ def test_weights_start_from_another_run(finished: Any, one_cpu: Any, tmp_path: P
     config, _, cold = finished
     changes = {"output": str(tmp_path), "epochs": 1, "init_from": join_url(config.output, "run")}
     _, warm = train(config.model_copy(update=changes), one_cpu)
-    assert warm[0]["loss"] < cold[0]["loss"]
+    assert steps_of(warm)[0]["loss"] < steps_of(cold)[0]["loss"]
 
 
 def test_learning_rate_falls_on_a_plateau(dataset: str, one_cpu: Any, tmp_path: Path) -> None:

@@ -1,0 +1,339 @@
+"""What a run keeps and shows: tables, curves, predictions, events, checkpoints, evaluation.
+
+Written by the first process of a team alone. All of it goes through an outbox, in order, so that
+training does not wait for storage; the checkpoint comes last, so that an epoch whose tables or
+pictures are missing is done again.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from data_prep.errors import ContentError, FlexUNetError, StorageError
+from data_prep.image import read_image
+from data_prep.schema import MANIFEST_NAME
+from data_prep.settings import write_yaml
+from data_prep.storage import NotFound, open_store
+from data_prep.table import csv_table
+from job import checkpoint, plots
+from job.config import TrainConfig
+from job.data import Dataset, RecordReader, read_sample
+from job.evaluate import Evaluation, Evaluator, write_evaluation
+from job.history import History
+from job.infer import find_images, to_model_pixels
+from job.optimizer import Adam
+from job.outbox import Outbox
+from job.run import Place, Run, commit_prefix, fetch_commit
+from job.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Recorder:
+    """The writer of one run; made by `open_recorder`."""
+
+    config: TrainConfig
+    run: Run
+    outbox: Outbox
+    evaluator: Evaluator
+    model: Any
+    optimizer: Adam
+    pictures: dict[str, np.ndarray]  # predicted after every epoch, by name, (H, W, C)
+    staging: str
+    events: Any  # a tf.summary writer, or None
+    # What completes the checkpoints that are not stored yet, oldest first.
+    pending: list[Callable[[], dict[str, str]]] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_in_trouble(self) -> bool:
+        """Whether something could not be stored, or the run was lost; `flush` raises it."""
+        return self.outbox.has_failed or self.run.lost
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a checkpoint can be taken without waiting for those on their way."""
+        return self.outbox.has_room
+
+    def restore(self) -> dict[str, Any] | None:
+        """Reads the newest verified checkpoint into model and optimizer and returns its state.
+
+        None for a new run.
+        """
+        with tempfile.TemporaryDirectory(dir=self.staging) as folder:
+            found = self.run.restore(folder)
+            if found is None:
+                return None
+            commit, members = found
+            checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
+            checkpoint.read_optimizer(self.optimizer, members[checkpoint.OPTIMIZER_NAME])
+            values = checkpoint.read_state(members[checkpoint.STATE_NAME])
+        logger.info("resuming from %s", commit.prefix)
+        state = TrainState(**values)
+        self.write_tables(state)
+        self._rewrite_events(state)
+        return values
+
+    def save(self, state: TrainState) -> None:
+        """Takes a checkpoint of `state` and the weights as they are now, and stores it later.
+
+        Waits while two others are on their way. What fails is raised by `flush`.
+        """
+        try:
+            self._save(state)
+        except FlexUNetError as error:
+            self.outbox.fail(error)
+
+    def flush(self) -> None:
+        """Waits until everything is stored.
+
+        Raises:
+            LockedError: the run is no longer ours.
+            StorageError: storage is full, or was out of reach for too long.
+        """
+        try:
+            self.outbox.flush()
+        except StorageError as error:
+            raise StorageError(f"{error}{self._kept()}") from error
+
+    def _kept(self) -> str:
+        """Completes the checkpoints that were not stored; returns words on where the newest is."""
+        try:
+            folders = [os.path.dirname(next(iter(write().values()))) for write in self.pending]
+        except StorageError:
+            return ""
+        if not folders:
+            return ""
+        return (
+            f"; the checkpoint that could not be stored is kept in {folders[-1]} (its weights "
+            f"start a new run with --init-from {folders[-1]}/{checkpoint.WEIGHTS_NAME})"
+        )
+
+    def end_epoch(self, state: TrainState, row: Mapping[str, Any]) -> None:
+        """Stores all that an epoch leaves, and a checkpoint last."""
+        self.write_tables(state)
+        self._write_predictions(row["epoch"])
+        self._write_events(row)
+        self.save(state)
+
+    def write_tables(self, state: TrainState) -> None:
+        """Stores the tables and curves of the epochs done."""
+        metrics = self.evaluator.metrics
+        names = [*metrics, *(f"val_{name}" for name in metrics)]
+        for name, text in History(state.rows, metrics=names).tables().items():
+            self._put(f"metrics/{name}", text.encode())
+        if not state.rows:
+            return
+        columns = list(state.throughput[0])
+        rows = ([row[name] for name in columns] for row in state.throughput)
+        self._put("metrics/throughput.csv", csv_table(columns, rows).encode())
+        curves = {
+            "train_losses": ("loss", "val_loss"),
+            "train_metrics": tuple(names),
+            "foreground": ("val_foreground_dice", "val_foreground_iou"),
+        }
+        epochs = [row["epoch"] for row in state.rows]
+        for stem, lines in curves.items():
+            series = {
+                name: [float("nan") if row[name] is None else row[name] for row in state.rows]
+                for name in lines
+            }
+            if series:
+                unit = "loss" if "loss" in stem else "value"
+                self._put(f"metrics/{stem}.png", plots.curve_png(stem, epochs, series, unit))
+
+    def read_best(self, state: TrainState) -> None:
+        """Reads the weights of the best checkpoint into the model; the newest where it is damaged.
+
+        `state.best` must be set.
+        """
+        self.flush()
+        assert state.best is not None  # noqa: S101 - the caller's promise
+        step, attempt = state.best["step"], state.best["attempt"]
+        place = Place(attempt, step, commit_prefix(step, attempt))
+        with tempfile.TemporaryDirectory(dir=self.staging) as folder:
+            try:
+                _, members = fetch_commit(
+                    self.run.store, place, folder, names=[checkpoint.WEIGHTS_NAME]
+                )
+            except (ContentError, NotFound) as error:
+                logger.warning("the best checkpoint is damaged, the newest is evaluated: %s", error)
+                return
+            checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
+
+    def write_evaluation(self, evaluation: Evaluation, reader: RecordReader) -> None:
+        """Stores the evaluation of a split."""
+        self.outbox.post(
+            lambda: write_evaluation(self.run.store, evaluation, self.evaluator, reader)
+        )
+
+    def write_outcome(self, status: str, exit_code: int, details: Mapping[str, Any]) -> None:
+        """Stores how the run ended, after all that was posted before."""
+        self.outbox.post(lambda: self.run.write_outcome(status, exit_code, **details))
+        self.flush()
+
+    def write_description(self, dataset: Dataset, strategy: Any) -> None:
+        """Stores what describes the run: its config, its environment, a copy of the manifest."""
+        environment = _environment(self.config, dataset, strategy, self.run.attempt)
+        self._put("config.yaml", write_yaml(self.config).encode())
+        self._put(MANIFEST_NAME, open_store(dataset.url).get(MANIFEST_NAME))
+        self._put("environment.json", (json.dumps(environment, indent=2) + "\n").encode())
+
+    def _put(self, name: str, data: bytes) -> None:
+        self.outbox.post(lambda: self.run.put_bytes(name, data))
+
+    def _save(self, state: TrainState) -> None:
+        self.outbox.wait_for_room()
+        with checkpoint.disk_errors(self.staging):
+            folder = tempfile.mkdtemp(prefix="checkpoint-", dir=self.staging)
+        values = dataclasses.asdict(state)
+        finish = functools.cache(checkpoint.take(folder, self.model, self.optimizer, values))
+        step, epoch, position = state.step, state.epoch, {"step_in_epoch": state.step_in_epoch}
+        keep = [commit_prefix(state.best["step"], state.best["attempt"])] if state.best else []
+
+        def store() -> None:
+            self.run.commit(step, epoch, finish(), position)
+            self.run.collect_garbage(self.config.keep_checkpoints, keep)
+            self.pending.remove(finish)
+            shutil.rmtree(folder, ignore_errors=True)
+
+        self.pending.append(finish)
+        self.outbox.post(store, is_large=True)
+
+    def _write_predictions(self, epoch: int) -> None:
+        for name, pixels in self.pictures.items():
+            ids = self.evaluator.predict(pixels[np.newaxis])[0]
+            picture = plots.mask_png(ids, self.evaluator.dataset.manifest.classes)
+            # The reference counts epochs from 1 here.
+            self._put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", picture)
+
+    def _rewrite_events(self, state: TrainState) -> None:
+        """Makes the events of this attempt those of all epochs; an epoch done twice is there once.
+
+        A killed attempt may have stored events of an epoch whose checkpoint never came.
+        """
+        if self.events is None:
+            return
+        for row in state.rows:
+            self._write_events(row)
+
+        def forget() -> None:
+            for stat in self.run.store.list("tensorboard/"):
+                if not stat.name.startswith(f"tensorboard/attempt-{self.run.attempt}/"):
+                    self.run.store.delete(stat.name)
+
+        self.outbox.post(forget)
+
+    def _write_events(self, row: Mapping[str, Any]) -> None:
+        if self.events is None:
+            return
+        with self.events.as_default():
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    tf.summary.scalar(name, value, step=row["epoch"])
+        self.events.flush()
+        folder = os.path.join(self.staging, "tensorboard")
+        for name in os.listdir(folder):
+            with open(os.path.join(folder, name), "rb") as file:
+                self._put(f"tensorboard/attempt-{self.run.attempt}/{name}", file.read())
+
+
+@contextmanager
+def open_recorder(
+    config: TrainConfig,
+    run: Run,
+    evaluator: Evaluator,
+    model: Any,
+    optimizer: Adam,
+    reader: RecordReader,
+) -> Iterator[Recorder]:
+    """Yields the recorder of `run`; leaving the block waits until everything is stored.
+
+    Args:
+        reader: of the validation split.
+    """
+    with ExitStack() as stack:
+        staging = stack.enter_context(_staging())
+        events = None
+        if config.tensorboard:
+            events = tf.summary.create_file_writer(os.path.join(staging, "tensorboard"))
+            stack.callback(events.close)
+        outbox = stack.enter_context(Outbox(budget_s=config.storage_timeout))
+        pictures = _pictures(config, evaluator.dataset, reader)
+        yield Recorder(
+            *(config, run, outbox, evaluator, model, optimizer, pictures, staging, events)
+        )
+
+
+@contextmanager
+def _staging() -> Iterator[str]:
+    """Yields a local folder, which is kept when storage failed: it holds the newest checkpoint."""
+    folder = tempfile.mkdtemp(prefix="flexunet-")
+    try:
+        yield folder
+    except StorageError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _pictures(config: TrainConfig, dataset: Dataset, reader: RecordReader) -> dict[str, np.ndarray]:
+    """Returns the pictures to predict after every epoch, by name, at the model's size."""
+    count = config.prediction_images
+    if config.prediction_folder is None:
+        split = dataset.split("valid")
+        return {split.ids[i]: read_sample(reader, i)[0] for i in range(min(count, len(split)))}
+    store = open_store(config.prediction_folder)
+    pictures = {}
+    for name in find_images(store)[:count]:
+        image = read_image(store.get(name), name=f"{store.url}/{name}")
+        stem = os.path.splitext(name)[0].replace("/", "_")
+        pictures[stem] = to_model_pixels(image, dataset.manifest, name=name)[0]
+    return pictures
+
+
+def _environment(
+    config: TrainConfig, dataset: Dataset, strategy: Any, attempt: int
+) -> dict[str, Any]:
+    packages = ("flexunet", "tensorflow", "keras", "numpy", "opencv-python-headless")
+    return {
+        "packages": {name: version(name) for name in packages},
+        "commit": _source_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "devices": [device.name for device in tf.config.list_logical_devices()],
+        "replicas": strategy.num_replicas_in_sync,
+        "precision": config.precision,
+        "dataset": dataset.url,
+        "dataset_sha256": dataset.digest,
+        "attempt": attempt,
+    }
+
+
+def _source_commit() -> str | None:
+    """Returns the git commit that this package runs from; None where it was installed."""
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if not os.path.exists(os.path.join(folder, ".git")):
+        return None
+    arguments = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(arguments, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 - fixed arguments
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

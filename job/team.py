@@ -1,0 +1,282 @@
+"""The processes that train one run together, and how they agree.
+
+Every process computes the same state; the first alone owns the run and writes. What only one of
+them can know (a stop, an error, what was restored) is exchanged through the strategy's collectives,
+at points that all of them reach. A process alone is a team of one and exchanges nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from data_prep.errors import FlexUNetError, UsageError, error_of, kind_of
+from data_prep.settings import Settings
+
+T = TypeVar("T")
+
+_VARIABLE = "TF_CONFIG"
+_ANSWER_S = 5.0  # to connect, and for a greeting
+_WORDS = 64  # messages are padded to so many int32, so that few shapes are compiled
+
+
+class _Task(Settings):
+    type: str = "worker"
+    index: int = Field(0, ge=0)
+
+
+class _TFConfig(Settings):
+    cluster: dict[str, tuple[str, ...]]
+    task: _Task
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among those that train together."""
+
+    rank: int
+    addresses: tuple[str, ...]  # host:port of each process, by rank
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+        return len(self.addresses)
+
+
+def place_from_environment() -> Place | None:
+    """Returns the place that `TF_CONFIG` gives this process; None where it is not set.
+
+    Raises:
+        UsageError: it is not of TensorFlow's form, or of a cluster of another kind.
+    """
+    text = os.environ.get(_VARIABLE)
+    if not text:
+        return None
+    try:
+        config = _TFConfig.model_validate_json(text)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(str(part) for part in detail["loc"])
+        raise UsageError(
+            f'{_VARIABLE}: {where} {detail["msg"]}; expected {{"cluster": {{"worker": '
+            '["host:port", ...]}, "task": {"type": "worker", "index": 0}}}'
+        ) from error
+    kinds = ("chief", "worker")
+    other = sorted(set(config.cluster) - set(kinds))
+    if other or config.task.type not in config.cluster:
+        raise UsageError(
+            f"{_VARIABLE}: task type {config.task.type!r} of a cluster of "
+            f"{', '.join(config.cluster) or 'nothing'}; only workers (and a chief) train together"
+        )
+    first = {kind: sum(len(config.cluster.get(k, ())) for k in kinds[:i])
+             for i, kind in enumerate(kinds)}  # fmt: skip
+    if config.task.index >= len(config.cluster[config.task.type]):
+        raise UsageError(
+            f"{_VARIABLE}: task index {config.task.index}, but there are "
+            f"{len(config.cluster[config.task.type])} of type {config.task.type}"
+        )
+    addresses = tuple(address for kind in kinds for address in config.cluster.get(kind, ()))
+    return Place(first[config.task.type] + config.task.index, addresses)
+
+
+def meet(place: Place, timeout_s: float) -> None:
+    """Returns when every process of the cluster has called it.
+
+    TensorFlow's own start waits for a missing process for an hour, and holds the interpreter while
+    it does. So all meet here first, at the address where the first will serve in a moment.
+
+    Raises:
+        FlexUNetError: some did not come in time; names their ranks and addresses.
+    """
+    deadline = time.monotonic() + timeout_s
+    greeting = hashlib.sha256(json.dumps(place.addresses).encode()).digest()
+    if place.rank == 0:
+        _await_others(place, greeting, deadline)
+    else:
+        _join_first(place, greeting, deadline)
+
+
+def _await_others(place: Place, greeting: bytes, deadline: float) -> None:
+    port = int(place.addresses[0].rpartition(":")[2])
+    arrived: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as stack:
+        try:
+            is_dual = socket.has_dualstack_ipv6()
+            kind = socket.AF_INET6 if is_dual else socket.AF_INET
+            server = stack.enter_context(
+                socket.create_server(("", port), family=kind, dualstack_ipv6=is_dual)
+            )
+        except OSError as error:
+            raise FlexUNetError(
+                f"{place.addresses[0]}: this process cannot listen there ({error.strerror}); is "
+                "another one of the same cluster still running?"
+            ) from error
+        while len(arrived) < place.size - 1:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise _missing(place, set(range(1, place.size)) - set(arrived))
+            server.settimeout(min(left_s, 1.0))
+            with contextlib.suppress(OSError, ValueError):
+                connection = stack.enter_context(server.accept()[0])
+                connection.settimeout(_ANSWER_S)
+                rank = _heard_rank(connection, greeting)
+                if 0 < rank < place.size:
+                    arrived[rank] = connection
+        for connection in arrived.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(greeting)
+
+
+def _heard_rank(connection: socket.socket, greeting: bytes) -> int:
+    message = _received(connection, len(greeting) + 4)
+    if message[:-4] != greeting:
+        raise ValueError("not of this cluster")
+    return int.from_bytes(message[-4:], "big")
+
+
+def _received(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            raise ConnectionResetError("closed before the end")
+        data += part
+    return data
+
+
+def _join_first(place: Place, greeting: bytes, deadline: float) -> None:
+    host, _, port = place.addresses[0].rpartition(":")
+    while (left_s := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(OSError):
+            address = (host.strip("[]"), int(port))
+            with socket.create_connection(address, min(left_s, _ANSWER_S)) as connection:
+                connection.sendall(greeting + place.rank.to_bytes(4, "big"))
+                connection.settimeout(left_s)
+                if _received(connection, len(greeting)) == greeting:
+                    return
+        time.sleep(min(left_s, 0.2))
+    raise _missing(place, {0})
+
+
+def _missing(place: Place, ranks: Collection[int]) -> FlexUNetError:
+    names = ", ".join(f"rank {rank} ({place.addresses[rank]})" for rank in sorted(ranks))
+    return FlexUNetError(
+        f"rank {place.rank} of {place.size}: {names} did not come in time (--phase-timeout), or "
+        "waits for another; start all processes again with the same TF_CONFIG cluster"
+    )
+
+
+class Team:
+    """The processes of one `tf.distribute` strategy; every method is called by all of them."""
+
+    def __init__(self, strategy: Any, place: Place | None = None) -> None:
+        """Makes the team of `strategy`; `place` is None for a process alone."""
+        self.rank = place.rank if place else 0
+        self.size = place.size if place else 1
+        self._strategy = strategy
+        self._add: Callable[..., Any] | None = None
+
+    @property
+    def first_replica(self) -> int:
+        """The global number of this process' first replica; all processes have equally many."""
+        return self.rank * len(self._strategy.extended.worker_devices)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process owns the run."""
+        return self.rank == 0
+
+    def any(self, wish: bool) -> bool:
+        """Returns whether any process wishes it."""
+        if self.size == 1:
+            return wish
+        return bool(self._sum(np.array([wish], np.int32))[0])
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Returns on every process what `work` returned on the first, through JSON.
+
+        Raises:
+            FlexUNetError: the one that `work` raised there.
+        """
+        return self._shared(work, is_worker=self.is_first)[0]
+
+    def on_each(self, work: Callable[[], T]) -> list[T]:
+        """Returns on every process what `work` returned on each, by rank, through JSON.
+
+        Raises:
+            FlexUNetError: the one of the lowest rank on which `work` raised one.
+        """
+        return self._shared(work, is_worker=True)
+
+    def share(self, variables: Iterable[Any]) -> None:
+        """Sets `variables`, in the order in which all have them, to the values of the first."""
+        if self.size == 1:
+            return
+        for variable in variables:
+            value = np.asarray(variable.numpy())
+            # Sums of integers with zeros keep every bit; those of floats lose the sign of zero.
+            bits = np.frombuffer(value.tobytes() + bytes(-value.nbytes % 4), np.int32)
+            data = self._sum(bits if self.is_first else np.zeros_like(bits)).tobytes()
+            shared = np.frombuffer(data, value.dtype, value.size).reshape(value.shape)
+            variable.assign(shared)
+
+    def _shared(self, work: Callable[[], T], *, is_worker: bool) -> list[Any]:
+        message: dict[str, Any] = {}
+        failure: FlexUNetError | None = None
+        if is_worker:
+            try:
+                message["value"] = work()
+            except FlexUNetError as error:
+                failure = error
+                message = {"error": kind_of(error), "text": str(error)}
+        messages = [message] if self.size == 1 else self._exchange(message)
+        if failure is not None:
+            raise failure
+        for each in messages:
+            if "error" in each:
+                raise error_of(each["error"], each["text"])
+        return [each.get("value") for each in messages]
+
+    def _exchange(self, message: Any) -> list[Any]:
+        data = json.dumps(message).encode()
+        lengths = np.zeros(self.size, np.int32)
+        lengths[self.rank] = len(data)
+        lengths = self._sum(lengths)
+        num_words = -(-int(lengths.max()) // (4 * _WORDS)) * _WORDS
+        rows = np.zeros((self.size, num_words), np.int32)
+        rows[self.rank] = np.frombuffer(data.ljust(4 * num_words), np.int32)
+        texts = self._sum(rows.reshape(-1)).reshape(self.size, num_words)
+        return [
+            json.loads(row.tobytes()[:length]) for row, length in zip(texts, lengths, strict=True)
+        ]
+
+    def _sum(self, values: np.ndarray) -> np.ndarray:
+        """Returns the sum of `values`, int32 (N,), over all processes."""
+        import tensorflow as tf
+
+        strategy = self._strategy
+        if self._add is None:
+
+            def add(values: Any) -> Any:
+                context = tf.distribute.get_replica_context()
+                # An argument is on no device, and a collective needs to know one.
+                return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(values))
+
+            self._add = tf.function(lambda values: strategy.run(add, (values,)))
+        num_local = len(strategy.extended.worker_devices)
+        # Only the first replica of each process speaks for it.
+        parts = strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(
+                values if context.replica_id_in_sync_group % num_local == 0 else 0 * values
+            )
+        )
+        total = strategy.experimental_local_results(self._add(parts))[0]
+        return np.asarray(total.numpy())

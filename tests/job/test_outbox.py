@@ -1,0 +1,120 @@
+"""The outbox: order, outages, failures."""
+
+import threading
+import time
+
+import pytest
+
+from data_prep.errors import LockedError, StorageError
+from data_prep.storage import Unavailable
+from job import outbox
+from job.outbox import Outbox
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(outbox, "_LONGEST_PAUSE_S", 0.02)
+
+
+def test_calls_run_in_order_while_the_owner_goes_on() -> None:
+    gate, done = threading.Event(), []
+    with Outbox(budget_s=1) as box:
+        box.post(gate.wait)
+        for number in range(20):
+            box.post(lambda number=number: done.append(number))
+        assert done == []
+        gate.set()
+        box.flush()
+        assert done == list(range(20))
+
+
+def test_leaving_waits_for_what_was_posted() -> None:
+    done = []
+    with Outbox(budget_s=1) as box:
+        box.post(lambda: time.sleep(0.1))
+        box.post(lambda: done.append(1))
+    assert done == [1]
+
+
+def test_an_error_of_ours_waits_too_and_another_drops_the_rest() -> None:
+    for kind, expected in ((StorageError, [1]), (KeyboardInterrupt, [])):
+        done: list[int] = []
+        gate = threading.Event()
+        with pytest.raises(kind), Outbox(budget_s=1) as box:
+            box.post(lambda gate=gate: gate.wait(0.2))
+            box.post(lambda done=done: done.append(1))
+            raise kind
+        time.sleep(0.3)
+        assert done == expected
+
+
+def test_an_outage_is_waited_out() -> None:
+    tries = []
+
+    def call() -> None:
+        tries.append(1)
+        if len(tries) < 4:
+            raise Unavailable("no network")
+
+    with Outbox(budget_s=5) as box:
+        box.post(call)
+        box.flush()
+    assert len(tries) == 4
+
+
+def test_an_outage_beyond_the_budget_ends_the_deliveries() -> None:
+    done: list[int] = []
+
+    def call() -> None:
+        raise Unavailable("no network")
+
+    with Outbox(budget_s=0.1) as box:
+        box.post(call)
+        box.post(lambda: done.append(1))
+        with pytest.raises(StorageError, match=r"out of reach for .* no network"):
+            box.flush()
+        assert box.has_failed
+        with pytest.raises(StorageError):
+            box.flush()
+    assert done == []
+
+
+def test_another_error_is_not_repeated() -> None:
+    tries = []
+
+    def call() -> None:
+        tries.append(1)
+        raise LockedError("taken over")
+
+    with Outbox(budget_s=5) as box:
+        box.post(call)
+        with pytest.raises(LockedError):
+            box.flush()
+    assert tries == [1]
+
+
+def test_an_error_of_the_owner_lets_earlier_calls_end_and_takes_no_more() -> None:
+    done: list[int] = []
+    with Outbox(budget_s=1) as box:
+        box.post(lambda: time.sleep(0.2))
+        box.post(lambda: done.append(1))
+        box.fail(StorageError("the disk is full"))
+        assert box.has_failed
+        box.post(lambda: done.append(2))
+        with pytest.raises(StorageError, match="the disk is full"):
+            box.flush()
+    assert done == [1]
+
+
+def test_room_is_for_two_large_calls() -> None:
+    gate = threading.Event()
+    with Outbox(budget_s=1) as box:
+        box.post(gate.wait, is_large=True)
+        box.wait_for_room()
+        box.post(lambda: None, is_large=True)
+        timer = threading.Timer(0.3, gate.set)
+        begin = time.monotonic()
+        timer.start()
+        box.wait_for_room()
+        assert time.monotonic() - begin > 0.2

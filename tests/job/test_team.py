@@ -1,0 +1,241 @@
+"""Processes that train together: one computation, one end."""
+
+import csv
+import json
+import re
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.errors import UsageError
+from data_prep.storage import open_store
+from job.run import find_commits
+from job.team import Place, meet, place_from_environment
+from tests.conftest import FaultyBucket
+from tests.faults.proxy import Fault
+from tests.job.discs import prepare_discs
+from tests.job.processes import (
+    finish,
+    free_addresses,
+    run_alone,
+    start_cluster,
+    start_rank,
+    wait_until,
+    weights_of,
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    # 13 train, 5 valid, 4 test: no batch of 4 comes out even, and the last one of an epoch holds
+    # samples for one process only.
+    return prepare_discs(tmp_path_factory.mktemp("discs"), num_images=22)
+
+
+def options(dataset: str, output: Path, name: str, **changes: str) -> list[str]:
+    values = {
+        "data": dataset,
+        "output": str(output),
+        "name": name,
+        "epochs": "3",
+        "global-batch-size": "4",
+        "precision": "float64",
+        "prediction-images": "1",
+        "model.num-layers": "3",
+        "model.base-filters": "4",
+        "model.base-kernels": "3,3",
+        "model.dropout-rate": "0.1",
+        "augmentation.deformation-probability": "0.5",
+    } | changes
+    flags = ["--no-tensorboard", "--augmentation.enabled"]
+    return [*flags, *(part for key, value in values.items() for part in (f"--{key}", value))]
+
+
+def history_of(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics" / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_numbers(first: Path, second: Path) -> None:
+    assert len(history_of(first)) == 3
+    for a, b in zip(history_of(first), history_of(second), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-9), name
+    cases = [(run / "evaluation" / "per_case.csv").read_text() for run in (first, second)]
+    assert cases[0] == cases[1]
+
+
+@pytest.fixture(scope="module")
+def control(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the run of one process that is never stopped."""
+    output = tmp_path_factory.mktemp("control")
+    run_alone(options(dataset, output, "alone"))
+    return output / "alone"
+
+
+def test_two_processes_compute_what_one_does(dataset: str, control: Path, tmp_path: Path) -> None:
+    processes = start_cluster(2, options(dataset, tmp_path, "two"))
+    errors = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert_same_numbers(control, tmp_path / "two")
+    # Nobody but the first wrote: one of everything.
+    assert json.loads((tmp_path / "two" / "environment.json").read_text())["replicas"] == 2
+
+
+def test_two_then_one_then_two_processes_continue_one_run(
+    dataset: str, control: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "changing"
+    arguments = options(dataset, tmp_path, "changing")
+    # The second process is told to stop: the whole team hears it, and the first commits.
+    processes = start_cluster(2, arguments, stop_after=3)
+    errors = finish(processes)
+    assert [process.returncode for process in processes] == [6, 6], errors
+    assert all("stopped and saved at epoch 1, step 3; the same" in error for error in errors)
+    run_alone(arguments, stop_after=4)
+    steps = [place.step for place in find_commits(open_store(str(run)))]
+    assert max(steps) == 7
+    processes = start_cluster(2, arguments)
+    errors = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert_same_numbers(control, run)
+    expected, found = weights_of(control), weights_of(run)
+    for name, values in expected.items():
+        assert np.allclose(values, found[name], rtol=0, atol=1e-9), name
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_arrives_is_named(dataset: str, tmp_path: Path, rank: int) -> None:
+    addresses = free_addresses(2)
+    arguments = options(dataset, tmp_path, "lonely", **{"phase-timeout": "3"})
+    process = start_rank(rank, addresses, arguments)
+    (errors,) = finish([process], timeout=60)
+    assert process.returncode == 1
+    last = errors.strip().splitlines()[-1]
+    assert f"rank {1 - rank} ({addresses[1 - rank]}) did not come in time" in last
+
+
+def test_those_who_meet_wait_for_the_last_and_heed_no_stranger() -> None:
+    addresses = tuple(free_addresses(3))
+    order: list[str] = []
+
+    def come(rank: int, delay: float) -> None:
+        time.sleep(delay)
+        order.append("came")
+        meet(Place(rank, addresses), 20)
+        order.append("met")
+
+    threads = [threading.Thread(target=come, args=(i, d)) for i, d in ((0, 0), (2, 0), (1, 1.5))]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    host, port = addresses[0].split(":")
+    with socket.create_connection((host, int(port))) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\nHost: nobody\r\nUser-Agent: stranger\r\n\r\n")
+        for thread in threads:
+            thread.join(20)
+    assert order == ["came"] * 3 + ["met"] * 3
+
+
+def test_when_one_process_is_killed_the_other_ends_with_a_line(
+    dataset: str, tmp_path: Path
+) -> None:
+    processes = start_cluster(2, options(dataset, tmp_path, "killed", epochs="200"))
+    store = open_store(str(tmp_path / "killed"))
+    wait_until(lambda: len(find_commits(store)) > 0, processes)
+    processes[1].kill()
+    errors = finish(processes)
+    assert processes[0].returncode == 1
+    last = errors[0].strip().splitlines()[-1]
+    # Which of the two is quicker: the collective, or the look for the peer.
+    assert re.search(r"another process ended or cannot|rank 1 \(.*\) is gone", last)
+    assert "the same command resumes" in last
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"seed": "5"}, 2, "was begun with other settings: seed was 1234, now 5"),
+        ({"global-batch-size": "3"}, 2, "global_batch_size=3 does not divide by the 2 replicas"),
+    ],
+)
+def test_a_mistake_ends_all_processes_with_its_line(
+    dataset: str, control: Path, changes: dict[str, str], code: int, message: str
+) -> None:
+    arguments = options(dataset, control.parent, "alone", **changes)
+    processes = start_cluster(2, arguments)
+    errors = finish(processes)
+    assert [process.returncode for process in processes] == [code, code], errors
+    for error in errors:
+        assert message in error.strip().splitlines()[-1]
+
+
+def test_a_process_with_other_settings_is_named_by_all(dataset: str, tmp_path: Path) -> None:
+    addresses = free_addresses(2)
+    processes = [
+        start_rank(rank, addresses, options(dataset, tmp_path, "mixed", seed=str(5 + rank)))
+        for rank in range(2)
+    ]
+    errors = finish(processes)
+    assert [process.returncode for process in processes] == [2, 2], errors
+    for error in errors:
+        assert "rank 1 was started with other settings than rank 0: seed was 5, now 6" in error
+    assert not (tmp_path / "mixed" / "checkpoints").exists()
+
+
+def test_a_stop_waits_for_slow_storage_longer_than_for_a_step(
+    dataset: str, faulty_bucket: FaultyBucket
+) -> None:
+    limits = {"step-timeout": "3", "phase-timeout": "60", "epochs": "200"}
+    arguments = options(dataset, Path(faulty_bucket.url), "slow", **limits)
+    arguments[arguments.index("--output") + 1] = faulty_bucket.url
+    # Every answer takes longer than a step may.
+    faulty_bucket.proxy.add(Fault("stall", seconds=4.0, name="checkpoints/", count=3))
+    run_alone(arguments, stop_after=3)
+    assert [place.step for place in find_commits(open_store(f"{faulty_bucket.url}/slow"))] == [3]
+
+
+CLUSTER = {"worker": ["a:1", "b:2"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Invalid JSON"),
+        (json.dumps({"cluster": CLUSTER}), "task Field required"),
+        (json.dumps({"cluster": CLUSTER, "task": {"type": "worker", "index": 2}}), "index 2"),
+        (json.dumps({"cluster": CLUSTER, "task": {"type": "chief", "index": 0}}), "'chief'"),
+        (
+            json.dumps({"cluster": CLUSTER | {"ps": ["c:3"]}, "task": {"index": 0}}),
+            "only workers",
+        ),
+    ],
+)
+def test_a_cluster_that_makes_no_sense_is_refused(
+    text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(UsageError, match=message):
+        place_from_environment()
+
+
+def test_a_chief_comes_before_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = {"chief": ["c:0"], **CLUSTER}
+    ranks = []
+    for task in ({"type": "chief", "index": 0}, {"type": "worker", "index": 1}):
+        monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": task}))
+        place = place_from_environment()
+        assert place is not None
+        assert place.addresses == ("c:0", "a:1", "b:2")
+        ranks.append(place.rank)
+    assert ranks == [0, 2]
+
+
+def test_no_cluster_is_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    assert place_from_environment() is None

@@ -1,0 +1,151 @@
+"""The watchdog: what it takes for a stand-still, and what it leaves behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from job import watchdog
+from job.watchdog import Watchdog, unreachable
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.02)
+
+
+class Calls:
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.came = threading.Event()
+
+    def __call__(self, problem: str) -> None:
+        self.seen.append(problem)
+        self.came.set()
+
+
+def test_steps_that_come_are_progress(quick: None) -> None:
+    calls = Calls()
+    with Watchdog(phase_s=0.3, step_s=0.3, expired=calls) as dog:
+        dog.enter("training")
+        for _ in range(10):
+            time.sleep(0.1)
+            dog.beat()
+    time.sleep(0.4)
+    assert calls.seen == []
+
+
+def test_a_hung_step_is_told_once_with_its_phase(quick: None) -> None:
+    calls = Calls()
+    with Watchdog(phase_s=30, step_s=0.2, expired=calls) as dog:
+        dog.enter("epoch 3")
+        dog.beat()
+        assert calls.came.wait(5)
+        time.sleep(0.3)
+    assert calls.seen == [
+        "nothing has moved on for 0 s in: epoch 3 (--phase-timeout, --step-timeout)"
+    ]
+
+
+def test_the_first_step_of_a_phase_has_the_time_of_a_phase(quick: None) -> None:
+    calls = Calls()
+    with Watchdog(phase_s=0.5, step_s=0.1, expired=calls) as dog:
+        dog.beat()
+        dog.enter("validation")
+        assert not calls.came.wait(0.3)
+        assert calls.came.wait(5)
+
+
+def test_without_a_limit_a_step_may_take_ten_times_the_usual(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "_MIN_STEP_S", 0.1)
+    calls = Calls()
+    with Watchdog(phase_s=30, step_s=0, expired=calls) as dog:
+        for _ in range(4):
+            dog.beat()
+            time.sleep(0.06)
+        dog.beat()
+        assert not calls.came.wait(0.4)
+        assert calls.came.wait(5)
+
+
+HANGS = """
+import sys, time
+from data_prep.storage import open_store
+from job.watchdog import Watchdog, end_process
+
+def hang_here():
+    time.sleep(60)
+
+def end(problem):
+    end_process(open_store(sys.argv[1]), "stacks/rank-0.txt", f"rank 0: {problem}")
+
+with Watchdog(phase_s=float(sys.argv[2]), step_s=0, expired=end) as dog:
+    dog.enter("the test")
+    print("ready", flush=True)
+    hang_here()
+"""
+
+
+def test_a_process_that_hangs_ends_and_leaves_its_stacks(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path), "0.5"],
+        cwd=PROJECT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "(--phase-timeout, --step-timeout); the same command resumes (stacks: " in done.stderr
+    text = (tmp_path / "stacks" / "rank-0.txt").read_text()
+    assert text.startswith("rank 0: nothing has moved on for 1 s in: the test (")
+    assert "in hang_here" in text
+
+
+def test_a_paused_process_does_not_count_the_pause(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGS, str(tmp_path), "8"],
+        cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(9)
+    os.kill(process.pid, signal.SIGCONT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    assert not (tmp_path / "stacks").exists()
+    process.kill()
+    process.communicate()
+
+
+def test_a_peer_that_is_gone_is_told_long_before_a_hung_step(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "_QUIET_S", 0.2)
+    calls = Calls()
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        peers = {1: f"127.0.0.1:{listening.getsockname()[1]}"}
+        with Watchdog(phase_s=60, step_s=0, expired=calls, peers=peers) as dog:
+            dog.enter("epoch 3")
+            assert not calls.came.wait(1.0)
+            listening.close()
+            assert calls.came.wait(5)
+    assert calls.seen == [f"rank 1 ({peers[1]}) is gone"]
+
+
+def test_only_an_address_at_which_nothing_listens_is_unreachable() -> None:
+    with socket.socket() as listening, socket.socket() as silent:
+        for each in (listening, silent):
+            each.bind(("127.0.0.1", 0))
+        listening.listen()
+        addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in (listening, silent)]
+        assert unreachable(dict(enumerate(addresses))) == [f"rank 1 ({addresses[1]})"]
