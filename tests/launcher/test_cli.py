@@ -10,9 +10,12 @@ import pytest
 
 from data_prep import errors
 from data_prep.command import SettingsCommand
-from launcher.cli import COMMANDS, EXIT_CODES, command, main
+from launcher.cli import COMMANDS, command, main
+from launcher.group import EXIT_CODES
+from launcher.launch import COMMANDS as LAUNCH_COMMANDS
 
-ALL = sorted(COMMANDS)
+# By the words that name them; of a group, its members.
+ALL = sorted({*COMMANDS, *(f"launch {name}" for name in LAUNCH_COMMANDS)} - {"launch"})
 HEAVY = ("tensorflow", "keras", "ray", "google.cloud", "pyarrow", "matplotlib", "cv2", "h5py")
 # Options that are numbers without a unit: shares, factors, exponents, strengths and seeds.
 UNITLESS = {
@@ -35,14 +38,21 @@ UNITLESS = {
 }
 UNITS = (
     "pixel|sample|epoch|minute|MB|image|picture|case|layer|level|filter|channel|output|replica|"
-    "thread|process|fold|checkpoint|share|probability|side|degrees"
+    "thread|process|fold|checkpoint|share|probability|side|degrees|second|GB|worker|core|failure"
 )
 
 
 def options_of(name: str) -> list[click.Option]:
-    found = command.get_command(click.Context(command), name)
+    return [each for each in found_command(name).params if isinstance(each, click.Option)]
+
+
+def found_command(name: str) -> click.Command:
+    found: click.Command | None = command
+    for word in name.split():
+        assert isinstance(found, click.Group)
+        found = found.get_command(click.Context(found), word)
     assert found is not None
-    return [each for each in found.params if isinstance(each, click.Option)]
+    return found
 
 
 @pytest.fixture
@@ -77,7 +87,7 @@ def test_every_quantity_has_a_unit(name: str) -> None:
             assert re.search(UNITS, text, re.IGNORECASE), f"{each.opts[0]}: {text}"
 
 
-@pytest.mark.parametrize("argv", [[], *([name] for name in ALL)])
+@pytest.mark.parametrize("argv", [[], ["launch"], *(name.split() for name in ALL)])
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_help_fits_the_terminal(help_of: Callable[..., str], argv: list[str], width: int) -> None:
     assert max(len(line) for line in help_of(*argv, width=width).splitlines()) <= min(width, 100)
@@ -113,8 +123,7 @@ def test_help_lists_the_exit_codes_that_exist(help_of: Callable[..., str]) -> No
 
 def test_commands_have_readable_help() -> None:
     for name in ALL:
-        found = command.get_command(click.Context(command), name)
-        assert isinstance(found, SettingsCommand), name
+        assert isinstance(found_command(name), SettingsCommand), name
 
 
 # What `--help` of a command must not import, by asking the interpreter afterwards.
@@ -134,7 +143,8 @@ print(json.dumps([code, heavy]), file=sys.stderr)
     "argv",
     [
         ["launcher.cli"],
-        *(["launcher.cli", name] for name in ALL),
+        *(["launcher.cli", *name.split()] for name in ALL),
+        ["launcher", "prep"],
         ["data_prep"],
         ["data_prep.phantoms"],
         ["job.train"],
@@ -163,6 +173,8 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
         (["prep", "source"], "flexunet prep: Missing argument 'OUTPUT'."),
         (["evaluate", "run", "--split", "all"], "'all' is not one of 'train', 'valid', 'test'"),
         (["infer", "run", "images", "--batch-size", "0"], "batch_size=0: "),
+        (["launch", "tarin"], "flexunet launch: no command 'tarin'; did you mean 'train'?"),
+        (["launch", "prep", "source"], "flexunet launch prep: Missing argument 'OUTPUT'."),
         (["doctor", "--buckets", "x"], "did you mean '--bucket'?"),
     ],
 )

@@ -1,0 +1,8 @@
+"""`python -m launcher COMMAND`: the commands of `flexunet launch`."""
+
+import sys
+
+from launcher.launch import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""`flexunet launch infer`: masks predicted by processes on a Ray cluster.
+
+The masks are those of `flexunet infer`; here is where they are predicted.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from data_prep.command import SettingsCommand, given, settings_options
+from data_prep.pool import Workers
+from data_prep.progress import quiet_interrupts
+from data_prep.settings import Settings, option, validated
+from data_prep.storage import join_url
+from job.infer import InferConfig, infer, show_result
+from launcher.cluster import Demand, check_nodes, connected, require_places, widest
+from launcher.executor import RayProcesses
+
+
+class InferLaunchConfig(Settings):
+    """Where the masks are predicted."""
+
+    address: str | None = option(
+        None, "HOST:PORT of a Ray cluster; none: RAY_ADDRESS, else a Ray of this machine."
+    )
+    num_workers: int | None = option(
+        None,
+        "Processes that each hold the model; none: one for each share of a GPU, or for each node.",
+        ge=1,
+    )
+    gpus_per_worker: float = option(
+        0, "GPUs of each process; a share, as 0.5, lets several have one. 0: CPUs.", ge=0, le=1
+    )
+    cpus_per_worker: int | None = option(
+        None, "CPU cores of each process; none: as many as all of them can have.", ge=1
+    )
+
+
+@contextmanager
+def process_workers(
+    settings: InferLaunchConfig, reads: Sequence[str], writes: Sequence[str]
+) -> Iterator[Workers]:
+    """Yields processes on a Ray cluster whose nodes all see the folders, see `check_nodes`.
+
+    Raises:
+        UsageError: the cluster has no room for them.
+    """
+    with connected(settings.address, worker_logs=False):
+        num_workers, demand = _size(settings)
+        check_nodes(demand, reads=reads, writes=writes)
+        with RayProcesses(demand, num_workers) as executor:
+            yield Workers(executor, lambda: num_workers)
+
+
+def _size(settings: InferLaunchConfig) -> tuple[int, Demand]:
+    """Returns how many workers there are, and what each takes."""
+    num_gpus = settings.gpus_per_worker
+    least = Demand(settings.cpus_per_worker or 1, num_gpus)
+    found = require_places(least, settings.num_workers or 1)
+    is_one_per_node = not num_gpus and settings.cpus_per_worker is None
+    room = len(found) if is_one_per_node else sum(found.values())
+    num_workers = settings.num_workers or room
+    if settings.cpus_per_worker is None:
+        least = widest(num_workers, num_gpus=num_gpus)
+    return num_workers, least
+
+
+@click.command("infer", cls=SettingsCommand)
+@click.argument("run")
+@click.argument("images")
+@click.argument("output", required=False)
+@settings_options(InferLaunchConfig)
+@settings_options(InferConfig)
+def command(run: str, images: str, output: str | None, **options: Any) -> int:
+    """Predict masks for the images in a folder or bucket prefix, on a Ray cluster.
+
+    The masks are those of `flexunet infer`. RUN, IMAGES and OUTPUT (default: RUN/inference) are
+    gs:// URLs, or folders that all nodes mount. The same command continues after a stop.
+    """
+    where = {name: options.pop(name) for name in InferLaunchConfig.model_fields}
+    settings = validated(InferLaunchConfig, given(where), "options")
+    config = validated(InferConfig, given(options), "options")
+    target = output or join_url(run, "inference")
+    workers = functools.partial(process_workers, settings, [run, images], [target])
+    with quiet_interrupts():
+        result = infer(
+            run,
+            images,
+            target,
+            config,
+            open_workers=workers,
+            needs_gpu=settings.gpus_per_worker > 0,
+        )
+    show_result(result, config)
+    return 0

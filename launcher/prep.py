@@ -1,0 +1,64 @@
+"""`flexunet launch prep`: a dataset prepared by tasks on a Ray cluster.
+
+The tasks and the dataset are those of `flexunet prep`, byte for byte; here is where they run.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from data_prep.command import SettingsCommand, given, settings_options
+from data_prep.pairs import find_sources
+from data_prep.pool import Workers
+from data_prep.prep import PrepConfig, read_config, run
+from data_prep.progress import quiet_interrupts
+from data_prep.settings import Settings, option, validated
+from launcher.cluster import Demand, check_nodes, connected
+from launcher.executor import RayExecutor
+
+
+class PrepLaunchConfig(Settings):
+    """Where the pictures are read and encoded."""
+
+    address: str | None = option(
+        None, "HOST:PORT of a Ray cluster; none: RAY_ADDRESS, else a Ray of this machine."
+    )
+    memory_per_worker: float | None = option(
+        None, "Memory set aside for each worker, GB; none: as many as there are CPUs.", gt=0
+    )
+
+
+@contextmanager
+def task_workers(
+    address: str | None, demand: Demand, reads: Sequence[str], writes: Sequence[str]
+) -> Iterator[Workers]:
+    """Yields the tasks of a Ray cluster whose nodes all see the folders, see `check_nodes`."""
+    with connected(address, worker_logs=False):
+        check_nodes(demand, reads=reads, writes=writes)
+        executor = RayExecutor(demand)
+        yield Workers(executor, executor.num_workers)
+
+
+@click.command("prep", cls=SettingsCommand)
+@click.argument("source")
+@click.argument("output")
+@click.option("--config", "config_file", metavar="FILE", help="YAML file of options of prep.")
+@settings_options(PrepLaunchConfig)
+@settings_options(PrepConfig, skip=["num_processes"])
+def command(source: str, output: str, config_file: str | None, **options: Any) -> None:
+    """Turns the images and masks of SOURCE into a dataset at OUTPUT, on a Ray cluster.
+
+    The dataset is the one that `flexunet prep` writes. SOURCE and OUTPUT are gs:// URLs, or
+    folders that all nodes mount. The same command continues where an interrupted one stopped.
+    """
+    where = {name: options.pop(name) for name in PrepLaunchConfig.model_fields}
+    settings = validated(PrepLaunchConfig, given(where), "options")
+    config = read_config(config_file, options)
+    demand = Demand(memory_bytes=int((settings.memory_per_worker or 0) * 1e9))
+    folders = [url for each in find_sources(source) for url in (each.images, each.masks)]
+    workers = functools.partial(task_workers, settings.address, demand, folders, [output])
+    with quiet_interrupts():
+        run(source, output, config, workers)

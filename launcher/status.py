@@ -1,0 +1,51 @@
+"""`flexunet status`: how the jobs of a cluster are."""
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from data_prep.command import SettingsCommand, given, settings_options
+from data_prep.settings import validated
+from launcher.jobs import JobsConfig, checked_job_id, connect, printable, seconds_of
+
+_TITLES = ("job", "state", "started", "duration", "exit code", "command")
+
+
+@click.command("status", cls=SettingsCommand)
+@click.argument("job", required=False)
+@settings_options(JobsConfig)
+def command(job: str | None, **options: Any) -> None:
+    """Says how JOB is, or all jobs that were submitted to a cluster.
+
+    A job that was stopped has no exit code: Ray does not keep it.
+    """
+    config = validated(JobsConfig, given(options), "options")
+    job_id = checked_job_id(job) if job else None
+    client = connect(config)
+    found = [client.get_job_info(job_id)] if job_id else client.list_jobs()
+    # Programs that were started without Ray Jobs can be neither followed nor stopped.
+    submitted = [each for each in found if each.type == "SUBMISSION"]
+    _print_table([_row(each) for each in sorted(submitted, key=lambda each: each.start_time or 0)])
+
+
+def _row(details: Any) -> tuple[str, ...]:
+    started = datetime.datetime.fromtimestamp((details.start_time or 0) / 1000)
+    code = details.driver_exit_code
+    return (
+        str(details.submission_id),
+        str(details.status.value).lower(),
+        started.isoformat(" ", "seconds"),
+        str(datetime.timedelta(seconds=round(seconds_of(details)))),
+        "" if code is None else str(code),
+        printable(details.entrypoint),
+    )
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    rows = [_TITLES, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_TITLES))]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo(line.rstrip())

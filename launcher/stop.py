@@ -1,0 +1,51 @@
+"""`flexunet stop`: ends a job of a cluster, which stores a checkpoint first."""
+
+import time
+from typing import Any
+
+import click
+
+from data_prep.command import SettingsCommand, given, settings_options
+from data_prep.settings import validated
+from launcher.jobs import (
+    STOP_TIMEOUT_VARIABLE,
+    JobsConfig,
+    checked_job_id,
+    connect,
+    described_end,
+    wait,
+)
+
+
+@click.command("stop", cls=SettingsCommand)
+@click.argument("job")
+@settings_options(JobsConfig)
+def command(job: str, **options: Any) -> None:
+    """Asks JOB to stop, waits until it has ended, and says how.
+
+    Training stores a checkpoint first; the same command, submitted again, resumes. Processes that
+    have not ended after the --stop-timeout of `flexunet submit` are killed.
+    """
+    config = validated(JobsConfig, given(options), "options")
+    job_id = checked_job_id(job)
+    client = connect(config)
+    details = client.get_job_info(job_id)
+    if details.status.is_terminal():
+        click.echo(f"job {job_id} had ended already: {described_end(details)}")
+        return
+    begin = time.monotonic()
+    client.stop_job(job_id)
+    details = wait(client, job_id)
+    seconds = time.monotonic() - begin
+    click.echo(f"job {job_id}: {described_end(details)}{_manner(details, seconds)}")
+
+
+def _manner(details: Any, seconds: float) -> str:
+    """Returns how the processes of a job ended `seconds` after they were asked to, in words."""
+    variables = (details.runtime_env or {}).get("env_vars") or {}
+    allowed = variables.get(STOP_TIMEOUT_VARIABLE)
+    if details.status != "STOPPED" or allowed is None:
+        return ""
+    if seconds < int(allowed):
+        return f"; it ended by itself within {seconds:.0f} s"
+    return f"; it was killed, as it had not ended within {allowed} s"

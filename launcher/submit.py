@@ -1,0 +1,80 @@
+"""`flexunet submit`: hands a command to a cluster, whose head runs it through Ray Jobs."""
+
+import importlib
+import secrets
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from data_prep.command import SettingsCommand, given, settings_options
+from data_prep.errors import UsageError
+from data_prep.settings import option, suggestion, validated
+from launcher.jobs import JobsConfig, checked_job_id, connect, follow, start
+from launcher.launch import COMMANDS
+
+# What the head runs for each command, and the module that knows its options.
+_PROGRAMS = {name: (f"flexunet launch {name}", module) for name, (module, _) in COMMANDS.items()}
+_PROGRAMS["evaluate"] = ("flexunet evaluate", "job.evaluate")
+
+
+class SubmitConfig(JobsConfig):
+    """How a command is handed over."""
+
+    follow: bool = option(False, "Show its log until it ends, and end with its exit code.")
+    name: str | None = option(None, "Id of the job; none: the command and eight digits.")
+    stop_timeout: int = option(
+        120,
+        "Seconds that its processes have to store a checkpoint when it is stopped, before they "
+        "are killed.",
+        ge=1,
+    )
+
+
+@click.command("submit", cls=SettingsCommand, context_settings={"allow_interspersed_args": False})
+@click.argument("words", metavar="[--] COMMAND...", nargs=-1, type=click.UNPROCESSED, required=True)
+@settings_options(SubmitConfig)
+@click.pass_context
+def command(context: click.Context, /, words: Sequence[str], **options: Any) -> int:
+    """Hands COMMAND (prep, train, infer or evaluate, with its options) to a Ray cluster.
+
+    The cluster's head runs it as `flexunet launch COMMAND`, or `flexunet evaluate`, and it goes on
+    when this machine goes away. Paths are those of the cluster's machines; best are gs:// URLs.
+
+    The token of the cluster is read from RAY_AUTH_TOKEN, from the file RAY_AUTH_TOKEN_PATH, or
+    from ~/.ray/auth_token.
+
+    With --follow the exit code is that of the command; 128 + N when signal N ended it, 6 when it
+    was stopped, 1 when it could not start. Ctrl-C then leaves the job alone, and gives 130.
+    """
+    entrypoint = _entrypoint(context, words)
+    config = validated(SubmitConfig, given(options), "options")
+    job_id = checked_job_id(config.name or f"{words[0]}-{secrets.token_hex(4)}")
+    client = connect(config)
+    start(client, job_id=job_id, entrypoint=entrypoint, stop_timeout_s=config.stop_timeout)
+    _print_next(job_id, config)
+    return follow(client, job_id) if config.follow else 0
+
+
+def _entrypoint(context: click.Context, words: Sequence[str]) -> str:
+    """Returns what the head runs; mistakes are told here, and not by the cluster a minute later.
+
+    Raises:
+        UsageError: the command is not one that can be submitted.
+        click.UsageError: the command has no such option.
+    """
+    name, *arguments = words
+    if name not in _PROGRAMS:
+        raise UsageError(f"{name!r} cannot be submitted; {suggestion(name, list(_PROGRAMS))}")
+    program, module = _PROGRAMS[name]
+    found: click.Command = importlib.import_module(module).command
+    found.make_context(f"{context.command_path} {name}", list(arguments))
+    return f"{program} {shlex.join(arguments)}".strip()
+
+
+def _print_next(job_id: str, config: SubmitConfig) -> None:
+    where = f"--address {shlex.quote(config.address)}" + (" --insecure" if config.insecure else "")
+    click.echo(f"job: {job_id}")
+    for verb in ("status", "logs --follow", "stop"):
+        click.echo(f"  flexunet {verb} {where} {job_id}")

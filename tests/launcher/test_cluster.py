@@ -1,0 +1,248 @@
+"""Real clusters: one of two nodes, and one that lives as long as the block that asks for it."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_prep.errors import FlexUNetError, UsageError
+from launcher import cluster
+from tests.launcher.conftest import PROJECT, RayCluster
+
+# Runs as a process of its own: Ray is for one connection per process.
+PRELUDE = """
+import json, os, signal, sys
+from launcher import cluster
+from launcher.cluster import Demand, connected
+address = sys.argv[1]
+"""
+
+
+def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PRELUDE + textwrap.dedent(code), *arguments]
+    environment = {"PYTHONPATH": str(PROJECT)} | environment
+    # Not the project's folder: Ray's workers look for modules where the driver stands first.
+    return subprocess.run(
+        command, cwd="/", env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "remedy"),
+    [
+        ("ray://head:10001", "flexunet submit --address http://HOST:8265"),
+        ("http://head:8265", "the address of the job server"),
+        ("head", "not HOST:PORT, auto or local; Ray's usual port is 6379"),
+        ("head:70000", "not HOST:PORT"),
+        ("head:6379/x", "not HOST:PORT"),
+    ],
+)
+def test_addresses_of_other_kinds_are_refused(
+    monkeypatch: pytest.MonkeyPatch, address: str, remedy: str
+) -> None:
+    with pytest.raises(UsageError, match=f"^--address {address}: .*{remedy}"):
+        cluster.connected(address).__enter__()
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UsageError, match=f"^RAY_ADDRESS={address}: .*{remedy}"):
+        cluster.connected(None).__enter__()
+
+
+def test_an_address_where_nothing_listens_is_one_line_within_seconds() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(FlexUNetError, match=f"^--address {address}: no Ray cluster answers"):
+            cluster.connected(address).__enter__()
+    assert time.monotonic() - started < 20  # Ray alone: two minutes
+
+
+def test_a_server_of_another_kind_is_no_cluster(storage_server: str) -> None:
+    # As when the port of the dashboard is given.
+    address = storage_server.removeprefix("http://").replace("127.0.0.1", "localhost")
+    host, port = "127.0.0.2", address.rpartition(":")[2]
+    with pytest.raises(FlexUNetError, match="no Ray cluster answers"):
+        cluster.connected(f"{host}:{port}").__enter__()
+    with socket.create_connection(("127.0.0.1", int(port))) as connection:
+        assert not cluster._speaks_grpc(connection)
+
+
+def test_connected_joins_the_cluster_of_the_address_or_of_the_environment(
+    ray_cluster: RayCluster,
+) -> None:
+    code = """
+    with connected(address or None):
+        import ray
+        sums = cluster.places(Demand())
+        sums_of_two = cluster.places(Demand(num_cpus=2))
+        seen = ray.get(ray.remote(lambda: os.environ.get("STORAGE_EMULATOR_HOST")).remote())
+    print(json.dumps([sorted(sums.values()), sums_of_two, seen]))
+    """
+    place = ray_cluster.address
+    for arguments, environment in [((place,), {}), (("",), {"RAY_ADDRESS": place})]:
+        done = run(code, *arguments, STORAGE_EMULATOR_HOST="http://emulator", **environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == '[[1, 1], {}, "http://emulator"]\n'  # two nodes of one CPU
+        assert done.stderr == ""
+
+
+def test_connected_without_an_address_starts_its_own_and_leaves_nothing(
+    ray_cluster: RayCluster,
+) -> None:
+    code = """
+    import ray
+    signal.signal(signal.SIGTERM, lambda *_: print("terminated"))
+    with connected(None):
+        print(ray.get_runtime_context().gcs_address)
+        os.kill(os.getpid(), signal.SIGTERM)
+        ray.get(ray.remote(lambda: None).remote())
+        print(os.environ["RAY_AUTH_MODE"])
+    print(os.environ.get("RAY_AUTH_MODE"))
+    """
+    before = raylets(ray_cluster.folder)
+    assert len(before) == 2
+    # There Ray looks for a cluster that runs already; a home folder may be read-only.
+    environment = {"RAY_TMPDIR": ray_cluster.folder, "HOME": "/nonexistent"}
+    done = run(code, "", RAY_ADDRESS="", **environment)
+    assert done.returncode == 0, done.stderr
+    address, *rest = done.stdout.splitlines()
+    assert address != ray_cluster.address
+    # Without a token every user of this machine could run code as this one.
+    assert rest == ["terminated", "token", "None"]
+    assert done.stderr == ""
+    assert raylets(ray_cluster.folder) == before
+
+
+def test_a_killed_command_takes_its_own_ray_with_it() -> None:
+    code = """
+    with connected("local"):
+        print("ready", flush=True)
+        signal.pause()
+    """
+    folder = tempfile.mkdtemp(prefix="flexunet-ray-")
+    command = [sys.executable, "-c", PRELUDE + textwrap.dedent(code), ""]
+    environment = os.environ | {"RAY_TMPDIR": folder}
+    with subprocess.Popen(
+        command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        found = len(raylets(folder))
+        process.kill()
+    assert (ready, found) == ("ready\n", 1)
+    deadline = time.monotonic() + 30
+    while raylets(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    shutil.rmtree(folder)
+
+
+def raylets(folder: str) -> set[int]:
+    """Returns the process ids of the nodes whose sockets are in `folder`."""
+    return {
+        each.pid
+        for each in psutil.process_iter(["name", "cmdline"])
+        if each.info["name"] == "raylet" and folder in " ".join(each.info["cmdline"] or ())
+    }
+
+
+CHECK = """
+from data_prep.errors import UsageError
+demand = Demand(num_cpus=float(sys.argv[2]))
+with connected(address):
+    try:
+        cluster.check_nodes(demand, reads=sys.argv[3:4], writes=sys.argv[4:])
+    except UsageError as error:
+        print(error)
+"""
+
+
+def test_check_nodes_accepts_folders_that_all_nodes_see(
+    ray_cluster: RayCluster, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "picture.png").write_bytes(b"1")
+    done = run(CHECK, ray_cluster.address, "1", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_check_nodes_names_the_node_that_sees_another_folder(ray_cluster: RayCluster) -> None:
+    # Each process sees its own there, as each node does of a folder on its own disk.
+    done = run(CHECK, ray_cluster.address, "1", "/proc/self/task")
+    problem = "/proc/self/task is not the folder that this machine has there; use gs:// or a folder"
+    assert re.match(rf"Ray node [\d.]+: {problem} that all nodes mount", done.stdout), done.stderr
+
+
+def test_check_nodes_wants_the_same_version_everywhere(
+    ray_cluster: RayCluster, tmp_path: Path
+) -> None:
+    other = tmp_path / "other" / "flexunet-9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: flexunet\nVersion: 9.9\n")
+    broken = tmp_path / "broken" / "launcher"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('no launcher here')")
+    for folder, problem in [
+        ("other", "flexunet 9.9 is installed there and"),
+        ("broken", "flexunet cannot be imported there (no launcher here); install flexunet"),
+    ]:
+        path = str(tmp_path / folder)
+        ray_cluster.add_node("third", num_cpus=2, env_vars={"PYTHONPATH": path})
+        try:
+            done = run(CHECK, ray_cluster.address, "2", str(tmp_path))
+        finally:
+            ray_cluster.remove_node("third")
+        assert done.stdout.startswith("Ray node "), done.stderr
+        assert problem in done.stdout
+
+
+def test_a_wrong_token_is_one_line() -> None:
+    folder = tempfile.mkdtemp(prefix="flexunet-ray-")
+    # Ray tries a token 20 times, once a second.
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_TMPDIR": folder,
+        "RAY_NUM_REDIS_GET_RETRIES": "3",
+    }
+    code = """
+    import ray
+    with connected("local"):
+        print(ray.get_runtime_context().gcs_address, flush=True)
+        sys.stdin.readline()
+    """
+    command = [sys.executable, "-c", PRELUDE + textwrap.dedent(code), ""]
+    with subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env=os.environ | environment | {"RAY_AUTH_TOKEN": "a" * 32},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdin is not None and server.stdout is not None
+        address = server.stdout.readline().strip()
+        done = run(
+            """
+            from data_prep.errors import UsageError
+            try:
+                connected(address).__enter__()
+            except UsageError as error:
+                print(error)
+            """,
+            address,
+            **environment | {"RAY_AUTH_TOKEN": "b" * 32},
+        )
+        server.stdin.write("\n")
+    shutil.rmtree(folder)
+    assert done.stdout.startswith(f"--address {address}: the cluster asks for another token"), done
+    assert done.stderr == ""

@@ -1,0 +1,172 @@
+"""`flexunet launch infer` writes what `flexunet infer` writes, wherever it runs and dies."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from data_prep.storage import open_store
+from tests.launcher.conftest import PROJECT, Launch, RayCluster, ray_processes
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder of 41 images of several sizes, of which one cannot be read."""
+    folder = tmp_path_factory.mktemp("pictures") / "images"
+    folder.mkdir()
+    random = np.random.default_rng(1)
+    for index in range(40):
+        pixels = random.integers(0, 255, (30 + index, 60)).astype(np.uint8)
+        assert cv2.imwrite(
+            str(folder / f"case-{index:02d}.png"), cv2.GaussianBlur(pixels, (9, 9), 3)
+        )
+    (folder / "case-17-broken.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(
+    trained_run: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """Returns what `flexunet infer` writes."""
+    output = tmp_path_factory.mktemp("alone") / "masks"
+    command = [sys.executable, "-m", "job.infer", str(trained_run), str(images), str(output)]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr  # of the broken one
+    return objects(str(output))
+
+
+def objects(url: str) -> dict[str, bytes]:
+    store = open_store(url)
+    found = {stat.name: store.get(stat.name) for stat in store.list()}
+    # It says where the images were.
+    del found["inference.json"]
+    return found
+
+
+def launch(*arguments: Any) -> list[str]:
+    return ["launch", "infer", *map(str, arguments), "--batch-size=4"]
+
+
+def test_a_cluster_writes_the_masks_of_one_process(
+    flexunet: Launch,
+    ray_cluster: RayCluster,
+    trained_run: Path,
+    images: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "masks"
+    arguments = launch(trained_run, images, output, "--address", ray_cluster.address)
+    done = flexunet(*arguments)
+    assert done.returncode == 3, done.stderr
+    assert f"masks: {output} (40 written)" in done.stdout
+    assert "case-17-broken.png" in done.stderr.splitlines()[-1]
+    assert "infer: 41/41 images" in done.stderr
+    assert "ray" not in done.stdout + done.stderr
+    assert objects(str(output)) == expected
+    assert len(expected) == 81  # 40 masks with their overlays, and the list of the one
+    (images / "case-17-broken.png").rename(tmp_path / "broken.png")
+    try:
+        again = flexunet(*arguments)
+    finally:
+        (tmp_path / "broken.png").rename(images / "case-17-broken.png")
+    assert again.returncode == 0, again.stderr
+    assert "(0 written, 40 kept" in again.stdout
+
+
+def test_killed_processes_change_nothing(
+    ray_cluster: RayCluster,
+    trained_run: Path,
+    images: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    arguments = launch(trained_run, images, tmp_path / "masks", "--address", ray_cluster.address)
+    command = subprocess.Popen(
+        [sys.executable, "-m", "launcher.cli", *arguments],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with command:
+        wait_for_mask(tmp_path / "masks", command)
+        found = ray_processes(ray_cluster.folder, "_Process")
+        for process in found:
+            process.kill()
+        _, error = command.communicate(timeout=120)
+    assert len(found) == 2
+    assert command.returncode == 3, error
+    assert "ray" not in error
+    assert objects(str(tmp_path / "masks")) == expected
+
+
+def wait_for_mask(folder: Path, command: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not list(folder.glob("case-*.png")):
+        assert command.poll() is None, command.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_cluster_infers_from_a_bucket(
+    flexunet: Launch,
+    ray_cluster: RayCluster,
+    trained_run: Path,
+    images: Path,
+    expected: dict[str, bytes],
+    bucket_url: str,
+) -> None:
+    store = open_store(bucket_url)
+    for folder in (trained_run, images):
+        local = open_store(str(folder))
+        for stat in local.list():
+            store.put(f"{folder.name}/{stat.name}", local.get(stat.name))
+    run = f"{bucket_url}/{trained_run.name}"
+    place = f"--address={ray_cluster.address}"
+    done = flexunet(*launch(run, f"{bucket_url}/{images.name}", place, "--num-workers=1"))
+    assert done.returncode == 3, done.stderr
+    assert objects(f"{run}/inference") == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus-per-worker=1"], "workers of 1 CPUs, 1 GPUs each were asked for"),
+        (["--num-workers=3"], "and the cluster has room for 2: "),
+        (["--gpus-per-worker=2"], "gpus_per_worker=2"),
+    ],
+)
+def test_what_the_cluster_lacks_is_refused_at_once(
+    flexunet: Launch,
+    ray_cluster: RayCluster,
+    trained_run: Path,
+    images: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+) -> None:
+    arguments = launch(trained_run, images, tmp_path / "out")
+    done = flexunet(*arguments, *options, RAY_ADDRESS=ray_cluster.address)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert message in line
+
+
+def test_a_promised_gpu_that_tensorflow_does_not_see_is_refused(
+    flexunet: Launch, ray_cluster: RayCluster, trained_run: Path, images: Path, tmp_path: Path
+) -> None:
+    ray_cluster.add_node("third", num_gpus=1)
+    try:
+        arguments = launch(trained_run, images, tmp_path / "out", "--gpus-per-worker=0.5")
+        done = flexunet(*arguments, RAY_ADDRESS=ray_cluster.address)
+    finally:
+        ray_cluster.remove_node("third")
+    assert done.returncode == 2
+    assert "TensorFlow sees no GPU on" in done.stderr.splitlines()[-1]
