@@ -12,7 +12,7 @@ BIN := .venv/bin
 DEMO := demo
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint setup bench clean help
+.PHONY: demo test test-faults lint setup bench clean help
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -35,6 +35,9 @@ lint: .venv/.installed ## lint, format check, type check
 
 test: lint ## lint, then all tests
 	$(BIN)/pytest
+
+test-faults: .venv/.installed ## the tests of failures, half an hour; writes benchmarks/results/faults.json
+	$(BIN)/python -m tests.faults.table --output benchmarks/results/faults.json
 
 demo: .venv/.installed ## the whole way on synthetic mammograms
 	rm -rf $(DEMO)

@@ -17,6 +17,7 @@ import pytest
 from data_prep.settings import read_yaml, validated
 from job.config import TrainConfig
 from launcher.cli import COMMANDS
+from launcher.launch import COMMANDS as LAUNCH_COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,13 +78,25 @@ def check(words: list[str]) -> None:
     elif program == "flexunet":
         if rest[:1] in (["--help"], ["--version"]):
             return
-        if not rest or rest[0] not in COMMANDS:
-            raise ValueError(f"flexunet has no command {rest[:1]}")
-        parse(command_of(COMMANDS[rest[0]][0]), rest[1:])
+        check_flexunet(rest)
     elif re.fullmatch(r"(\S*/)?python[0-9.]*", program) and rest[:1] == ["-m"]:
         parse(command_of(rest[1]), rest[2:])
     elif program not in OTHERS:
         raise ValueError(f"unknown program {program!r}")
+
+
+def check_flexunet(words: list[str]) -> None:
+    """Raises where `flexunet` with these arguments cannot work; follows what is handed on."""
+    commands = COMMANDS
+    if words[:1] == ["launch"] and words[1:2] != ["--help"]:
+        words, commands = words[1:], LAUNCH_COMMANDS
+    if not words or words[0] not in commands:
+        raise ValueError(f"flexunet has no command {words[:1]}")
+    parse(command_of(commands[words[0]][0]), words[1:])
+    if words[0] == "submit" and "--" in words:
+        # Hands on `flexunet launch COMMAND ...`, or the command itself where a cluster is no use.
+        job = words[words.index("--") + 1 :]
+        check_flexunet(["launch", *job] if job[:1] and job[0] in LAUNCH_COMMANDS else job)
 
 
 def parse(command: click.Command, arguments: list[str]) -> None:
@@ -99,7 +112,8 @@ def parse(command: click.Command, arguments: list[str]) -> None:
 
 
 def own_options() -> set[str]:
-    commands = [command_of(module) for module, _ in COMMANDS.values()]
+    members = [*COMMANDS.values(), *LAUNCH_COMMANDS.values()]
+    commands = [command_of(module) for module, _ in members]
     options = [each for command in commands for each in command.params]
     names = {name for each in options for name in (*each.opts, *each.secondary_opts)}
     return names | {"--help", "--version"}
@@ -139,6 +153,9 @@ def test_linked_files_exist() -> None:
         ("flexunet trian", "no command"),
         ("flexunet trian --help", "no command"),
         ("flexunet prep a b extra", "unexpected extra argument"),
+        ("flexunet launch evaluate run", "no command"),
+        ("flexunet launch train --workers 2", "'--workers'"),
+        ("flexunet submit --address http://h:1 -- train --workers 2", "'--workers'"),
         ("python -m job.train --epochs x", "not a valid int"),
         ("python -m data_prep a b --sizes 3", "'--sizes'"),
         ("cd x && FOO=1 flexunet infer --batch 3 a b", "'--batch'"),

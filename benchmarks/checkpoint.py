@@ -1,0 +1,123 @@
+"""Measures how long training waits for a checkpoint, and how much slower steps are meanwhile.
+
+    python benchmarks/checkpoint.py [--output FOLDER_OR_GS_URL]
+
+Trains the reference's INbreast network (1.5 GB of weights and moments) on phantoms, and takes a
+checkpoint every so many steps: the seconds for which the loop stands still are those of
+`Session.save`; storing goes on beside the steps that follow.
+"""
+
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import click
+from machine import describe_machine, write_result
+
+from data_prep.pairs import find_sources
+from data_prep.phantoms import write_phantoms
+from data_prep.prep import PrepConfig, prepare
+from job.config import TrainConfig, identity_of
+from job.data import open_dataset
+from job.run import Run
+from job.team import Team
+
+
+@click.command()
+@click.option("--image-size", default=256, show_default=True, help="Side of the images, pixels.")
+@click.option("--batch-size", default=2, show_default=True, help="Images per step.")
+@click.option("--steps-per-save", default=100, show_default=True, help="Steps between two saves.")
+@click.option("--saves", default=3, show_default=True, help="Checkpoints taken.")
+@click.option("--output", help="Folder or gs:// URL of the run; none: a temporary folder.")
+def main(
+    image_size: int, batch_size: int, steps_per_save: int, saves: int, output: str | None
+) -> None:
+    """Measures the wait for checkpoints of the INbreast network."""
+    from job import runtime
+
+    with tempfile.TemporaryDirectory(prefix="flexunet-bench-") as folder:
+        write_phantoms(f"{folder}/source", 20, image_size, 1)
+        options = PrepConfig(image_size=image_size, fractions=(0.7, 0.2, 0.1), num_processes=1)
+        prepare(find_sources(f"{folder}/source"), f"{folder}/data", options, progress=False)
+        config = TrainConfig(
+            data=f"{folder}/data",
+            output=output or f"{folder}/runs",
+            name="checkpoint-benchmark",
+            epochs=10**6,
+            global_batch_size=batch_size,
+            precision="float32",
+            prediction_images=0,
+            tensorboard=False,
+            keep_checkpoints=1,
+        )
+        strategy = runtime.configure(config)
+        with Run.open(config.output, str(config.name)) as run:
+            result = _measure(config, run, strategy, steps_per_save, saves)
+    result = {"machine": describe_machine(), "image_size": image_size} | result
+    write_result(f"checkpoint-{'gs' if output and '://' in output else 'local'}", result)
+    waits, share = result["wait_s"], result["share_of_time"]
+    print(
+        f"a save waits {statistics.median(waits):.2f} s ({min(waits):.2f}-{max(waits):.2f}), "
+        f"{100 * share:.2f} % of the time with one per {steps_per_save} steps; stored in "
+        f"{statistics.median(result['stored_s']):.1f} s; steps meanwhile "
+        f"{result['slowdown']:.2f} times as long ({result['busy_step_s']:.2f} s against "
+        f"{result['idle_step_s']:.2f} s)"
+    )
+
+
+def _measure(
+    config: TrainConfig, run: Run, strategy: Any, steps_per_save: int, saves: int
+) -> dict[str, Any]:
+    from job.session import open_session
+    from job.state import TrainState
+
+    dataset = open_dataset(str(config.data))
+    run.check_identity(identity_of(config), dataset.digest)
+    waits: list[float] = []
+    stored: list[float] = []
+    idle: list[float] = []
+    busy: list[float] = []
+    with open_session(config, run, strategy, Team(strategy), dataset) as session:
+        assert session.recorder is not None
+        outbox = session.recorder.outbox
+        state = session.restore()
+        saved_at: float | None = None
+        num_steps = 0
+        outbox.flush()
+        while len(stored) < saves:
+            last = None
+            # A session's epoch is short here, and nothing but its steps is measured.
+            for _ in session.train_steps(state):
+                now = time.perf_counter()
+                was_busy = saved_at is not None
+                if saved_at is not None and not outbox.is_busy:
+                    stored.append(now - saved_at)
+                    saved_at = None
+                if last is not None and num_steps > 1:
+                    (busy if was_busy else idle).append(now - last)
+                num_steps += 1
+                if num_steps % steps_per_save == 0 and len(waits) < saves:
+                    begin = time.perf_counter()
+                    session.save(state)
+                    waits.append(time.perf_counter() - begin)
+                    saved_at = begin
+                last = time.perf_counter()
+            state = TrainState(state.learning_rate, epoch=state.epoch + 1, step=state.step)
+        outbox.flush()
+    step_s = statistics.median(idle)
+    return {
+        "steps_per_save": steps_per_save,
+        "wait_s": waits,
+        "stored_s": stored,
+        "idle_step_s": step_s,
+        "busy_step_s": statistics.median(busy),
+        "slowdown": statistics.median(busy) / step_s,
+        "num_idle_steps": len(idle),
+        "num_busy_steps": len(busy),
+        "share_of_time": statistics.median(waits) / (steps_per_save * step_s),
+    }
+
+
+if __name__ == "__main__":
+    main()
