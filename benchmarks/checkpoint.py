@@ -3,8 +3,9 @@
     python benchmarks/checkpoint.py [--output FOLDER_OR_GS_URL]
 
 Trains the reference's INbreast network (1.5 GB of weights and moments) on phantoms, and takes a
-checkpoint every so many steps: the seconds for which the loop stands still are those of
-`Session.save`; storing goes on beside the steps that follow.
+checkpoint every so many steps. Training waits twice for it: in `Session.save`, and in the update of
+the step after it, which copies what it changes (that step less the median of the others beside
+which a checkpoint was being stored). Storing goes on beside the steps that follow.
 """
 
 import statistics
@@ -23,11 +24,13 @@ from job.data import open_dataset
 from job.run import Run
 from job.team import Team
 
+_STEPS = 100  # between two saves, for the share of time; fewer are enough to measure one
+
 
 @click.command()
 @click.option("--image-size", default=256, show_default=True, help="Side of the images, pixels.")
 @click.option("--batch-size", default=2, show_default=True, help="Images per step.")
-@click.option("--steps-per-save", default=100, show_default=True, help="Steps between two saves.")
+@click.option("--steps-per-save", default=40, show_default=True, help="Steps between two saves.")
 @click.option("--saves", default=3, show_default=True, help="Checkpoints taken.")
 @click.option("--output", help="Folder or gs:// URL of the run; none: a temporary folder.")
 def main(
@@ -59,7 +62,7 @@ def main(
     waits, share = result["wait_s"], result["share_of_time"]
     print(
         f"a save waits {statistics.median(waits):.2f} s ({min(waits):.2f}-{max(waits):.2f}), "
-        f"{100 * share:.2f} % of the time with one per {steps_per_save} steps; stored in "
+        f"{100 * share:.2f} % of the time with one per {_STEPS} steps; stored in "
         f"{statistics.median(result['stored_s']):.1f} s; steps meanwhile "
         f"{result['slowdown']:.2f} times as long ({result['busy_step_s']:.2f} s against "
         f"{result['idle_step_s']:.2f} s)"
@@ -76,6 +79,7 @@ def _measure(
     run.check_identity(identity_of(config), dataset.digest)
     waits: list[float] = []
     stored: list[float] = []
+    first: list[float] = []
     idle: list[float] = []
     busy: list[float] = []
     with open_session(config, run, strategy, Team(strategy), dataset) as session:
@@ -91,11 +95,12 @@ def _measure(
             for _ in session.train_steps(state):
                 now = time.perf_counter()
                 was_busy = saved_at is not None
+                is_first = len(waits) > len(first)
                 if saved_at is not None and not outbox.is_busy:
                     stored.append(now - saved_at)
                     saved_at = None
                 if last is not None and num_steps > 1:
-                    (busy if was_busy else idle).append(now - last)
+                    (first if is_first else busy if was_busy else idle).append(now - last)
                 num_steps += 1
                 if num_steps % steps_per_save == 0 and len(waits) < saves:
                     begin = time.perf_counter()
@@ -105,17 +110,21 @@ def _measure(
                 last = time.perf_counter()
             state = TrainState(state.learning_rate, epoch=state.epoch + 1, step=state.step)
         outbox.flush()
-    step_s = statistics.median(idle)
+    step_s, busy_step_s = statistics.median(idle), statistics.median(busy)
+    # A pair for each save; a step that was no slower than the others copied in no time.
+    totals = [a + max(0.0, b - busy_step_s) for a, b in zip(waits, first, strict=True)]
     return {
         "steps_per_save": steps_per_save,
-        "wait_s": waits,
+        "wait_s": totals,
+        "save_call_s": waits,
+        "first_step_s": first,
         "stored_s": stored,
         "idle_step_s": step_s,
-        "busy_step_s": statistics.median(busy),
-        "slowdown": statistics.median(busy) / step_s,
+        "busy_step_s": busy_step_s,
+        "slowdown": busy_step_s / step_s,
         "num_idle_steps": len(idle),
         "num_busy_steps": len(busy),
-        "share_of_time": statistics.median(waits) / (steps_per_save * step_s),
+        "share_of_time": statistics.median(totals) / (_STEPS * step_s),
     }
 
 

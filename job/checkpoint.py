@@ -6,6 +6,7 @@ Weights are HDF5 and moments are arrays: data that is read without running anyth
 import contextlib
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -31,11 +32,11 @@ def take(
     """Takes a checkpoint of the weights, moments and state as they are now.
 
     Returns:
-        What writes the rest of its members into `folder` and returns their paths by name; training
-        may go on before it is called.
+        What writes its members into `folder` and returns their paths by name; training may go on
+        before it is called.
 
     Raises:
-        StorageError: the folder is full or cannot be written; the returned function too.
+        StorageError: the folder is too full; the returned function also where it cannot be written.
     """
     paths = {
         name: os.path.join(folder, name) for name in (WEIGHTS_NAME, OPTIMIZER_NAME, STATE_NAME)
@@ -43,11 +44,13 @@ def take(
     text = json.dumps(state)
     with disk_errors(folder):
         _check_space(folder, model)
-        model.save_weights(paths[WEIGHTS_NAME])
-    moments = optimizer.state()  # copies
+    # On a CPU these share memory with the variables, and the next update copies what it changes.
+    weights, moments = _weights(model), optimizer.state()
 
     def finish() -> dict[str, str]:
         with disk_errors(folder):
+            _write_weights(paths[WEIGHTS_NAME], weights)
+            weights.clear()
             with open(paths[OPTIMIZER_NAME], "wb") as file:
                 np.savez(file, allow_pickle=False, **moments)
             with open(paths[STATE_NAME], "w", encoding="utf-8") as file:
@@ -56,6 +59,42 @@ def take(
         return paths
 
     return finish
+
+
+def _weights(model: "keras.Model") -> dict[str, tuple[str, dict[str, np.ndarray]]]:
+    """Returns (layer name, arrays by name) of each layer, by its place in a Keras weight file.
+
+    Keras numbers the layers of each class; its own writer is not used because it reads the
+    variables while it writes, and training would have to wait for the disk.
+    """
+    num_seen: dict[str, int] = {}
+    found = {}
+    for layer in model.layers:
+        kind = _snake_case(type(layer).__name__)
+        index = num_seen[kind] = num_seen.get(kind, -1) + 1
+        variables: dict[str, Any] = {}
+        layer.save_own_variables(variables)
+        arrays = {name: variable.numpy() for name, variable in variables.items()}
+        found[f"layers/{kind}_{index}" if index else f"layers/{kind}"] = (layer.name, arrays)
+    return found
+
+
+def _snake_case(name: str) -> str:
+    """Returns a class name as Keras writes it in files: Conv2DTranspose is conv2d_transpose."""
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _write_weights(path: str, weights: Mapping[str, tuple[str, Mapping[str, np.ndarray]]]) -> None:
+    """Writes what `_weights` returned as a file that `keras.Model.load_weights` reads."""
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        for place, (layer_name, arrays) in weights.items():
+            group = file.create_group(f"{place}/vars")
+            group.attrs["name"] = layer_name
+            for name, array in arrays.items():
+                group[name] = array
 
 
 @contextlib.contextmanager
