@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,10 +26,22 @@ OPTIMIZER_NAME = "optimizer.npz"
 STATE_NAME = "state.json"
 
 
+# Arrays that checkpoints are copied into, kept from one to the next: to touch new memory takes
+# several times as long as the copy.
+Memory = list[dict[str, np.ndarray]]
+
+
 def take(
-    folder: str, model: "keras.Model", optimizer: "Adam", state: Mapping[str, Any]
+    folder: str,
+    model: "keras.Model",
+    optimizer: "Adam",
+    state: Mapping[str, Any],
+    memory: Memory | None = None,
 ) -> Callable[[], dict[str, str]]:
     """Takes a checkpoint of the weights, moments and state as they are now.
+
+    Args:
+        memory: of earlier checkpoints of this model; what is returned puts this one's back.
 
     Returns:
         What writes its members into `folder` and returns their paths by name; training may go on
@@ -44,38 +56,51 @@ def take(
     text = json.dumps(state)
     with disk_errors(folder):
         _check_space(folder, model)
-    # On a CPU these share memory with the variables, and the next update copies what it changes.
-    weights, moments = _weights(model), optimizer.state()
+    memory = [] if memory is None else memory
+    layers, variables = _layers(model), optimizer.named_variables()
+    moments = list(variables)
+    for *_, weights in layers:
+        variables |= weights
+    arrays = _copied(variables, memory.pop() if memory else {})
 
     def finish() -> dict[str, str]:
         with disk_errors(folder):
-            _write_weights(paths[WEIGHTS_NAME], weights)
-            weights.clear()
+            _write_weights(paths[WEIGHTS_NAME], layers, arrays)
             with open(paths[OPTIMIZER_NAME], "wb") as file:
-                np.savez(file, allow_pickle=False, **moments)
+                np.savez(file, allow_pickle=False, **{name: arrays[name] for name in moments})
             with open(paths[STATE_NAME], "w", encoding="utf-8") as file:
                 file.write(text)
-        moments.clear()
+        memory.append(arrays)
         return paths
 
     return finish
 
 
-def _weights(model: "keras.Model") -> dict[str, tuple[str, dict[str, np.ndarray]]]:
-    """Returns (layer name, arrays by name) of each layer, by its place in a Keras weight file.
+def _copied(variables: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Copies `variables` into `arrays`, which are made where missing, and returns these."""
+    for name, variable in variables.items():
+        values = np.asarray(memoryview(variable.read_value().cpu()))
+        if name not in arrays:
+            arrays[name] = np.empty_like(values)
+        np.copyto(arrays[name], values)
+    return arrays
 
-    Keras numbers the layers of each class; its own writer is not used because it reads the
+
+def _layers(model: "keras.Model") -> list[tuple[str, str, dict[str, Any]]]:
+    """Returns (name, group, variables by place) of each layer, as in a weight file of Keras.
+
+    Keras numbers the layers of each class. Its own writer is not used because it reads the
     variables while it writes, and training would have to wait for the disk.
     """
     num_seen: dict[str, int] = {}
-    found = {}
+    found = []
     for layer in model.layers:
         kind = _snake_case(type(layer).__name__)
         index = num_seen[kind] = num_seen.get(kind, -1) + 1
+        group = f"layers/{kind}_{index}/vars" if index else f"layers/{kind}/vars"
         variables: dict[str, Any] = {}
         layer.save_own_variables(variables)
-        arrays = {name: variable.numpy() for name, variable in variables.items()}
-        found[f"layers/{kind}_{index}" if index else f"layers/{kind}"] = (layer.name, arrays)
+        found.append((layer.name, group, {f"{group}/{n}": v.value for n, v in variables.items()}))
     return found
 
 
@@ -85,16 +110,17 @@ def _snake_case(name: str) -> str:
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
-def _write_weights(path: str, weights: Mapping[str, tuple[str, Mapping[str, np.ndarray]]]) -> None:
-    """Writes what `_weights` returned as a file that `keras.Model.load_weights` reads."""
+def _write_weights(
+    path: str, layers: Sequence[tuple[str, str, Iterable[str]]], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Writes weights as a file that `keras.Model.load_weights` reads."""
     import h5py
 
     with h5py.File(path, "w") as file:
-        for place, (layer_name, arrays) in weights.items():
-            group = file.create_group(f"{place}/vars")
-            group.attrs["name"] = layer_name
-            for name, array in arrays.items():
-                group[name] = array
+        for layer_name, group, names in layers:
+            file.create_group(group).attrs["name"] = layer_name
+            for name in names:
+                file[name] = arrays[name]
 
 
 @contextlib.contextmanager

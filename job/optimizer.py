@@ -72,13 +72,17 @@ class Adam:
         """The moments, as TensorFlow variables."""
         return [*self._first, *self._second]
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Returns the moments by name, `first/0000`, `second/0000`, ... in weight order."""
-        moments: dict[str, np.ndarray] = {}
+    def named_variables(self) -> dict[str, Any]:
+        """Returns the moments' variables by name: `first/0000`, `second/0000`, ... per weight."""
+        moments: dict[str, Any] = {}
         for name, first, second in zip(self._names, self._first, self._second, strict=True):
-            moments[f"first/{name}"] = first.numpy()
-            moments[f"second/{name}"] = second.numpy()
+            moments[f"first/{name}"] = first
+            moments[f"second/{name}"] = second
         return moments
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns copies of the moments by name."""
+        return {name: moment.numpy() for name, moment in self.named_variables().items()}
 
     def load_state(self, moments: Mapping[str, np.ndarray], *, source: str) -> None:
         """Sets the moments.

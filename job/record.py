@@ -57,6 +57,7 @@ class Recorder:
     events: Any  # a tf.summary writer, or None
     # What completes the checkpoints that are not stored yet, oldest first.
     pending: list[Callable[[], dict[str, str]]] = dataclasses.field(default_factory=list)
+    memory: checkpoint.Memory = dataclasses.field(default_factory=list)
 
     @property
     def is_in_trouble(self) -> bool:
@@ -200,7 +201,9 @@ class Recorder:
         with checkpoint.disk_errors(self.staging):
             folder = tempfile.mkdtemp(prefix="checkpoint-", dir=self.staging)
         values = dataclasses.asdict(state)
-        finish = functools.cache(checkpoint.take(folder, self.model, self.optimizer, values))
+        finish = functools.cache(
+            checkpoint.take(folder, self.model, self.optimizer, values, self.memory)
+        )
         step, epoch, position = state.step, state.epoch, {"step_in_epoch": state.step_in_epoch}
         keep = [commit_prefix(state.best["step"], state.best["attempt"])] if state.best else []
 

@@ -71,3 +71,25 @@ def test_a_checkpoint_holds_what_was_at_the_moment_it_was_taken(tmp_path):
     for name, moment in optimizer.state().items():
         np.testing.assert_array_equal(moment, moments[name])
     assert checkpoint.read_state(members[checkpoint.STATE_NAME]) == _STATE
+
+
+def test_memory_is_used_again_and_never_while_it_is_needed(tmp_path):
+    model = _model()
+    optimizer = Adam(OptimizerConfig(), model.trainable_variables)
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    memory: checkpoint.Memory = []
+    first = checkpoint.take(str(folders[0]), model, optimizer, _STATE, memory)
+    before = model.get_weights()
+    model.set_weights([weight + 1 for weight in before])
+    second = checkpoint.take(str(folders[1]), model, optimizer, _STATE, memory)
+    members = first()
+    (used,) = memory
+    third = checkpoint.take(str(folders[2]), model, optimizer, _STATE, memory)
+    assert memory == []
+    second(), third()
+    assert any(arrays is used for arrays in memory) and len(memory) == 2
+    checkpoint.read_weights(model, members[checkpoint.WEIGHTS_NAME])
+    for restored, taken in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(restored, taken)
