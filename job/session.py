@@ -126,7 +126,11 @@ class Session:
         """Ends the epoch in progress: schedules, then all that the first process stores.
 
         Everyone waits for the first, which may have to wait for earlier checkpoints.
+
+        Raises:
+            FlexUNetError: the processes no longer have the same weights.
         """
+        self.team.check_same(self.model.weights)
         is_best = self._schedule(state, row)
         state.rows.append(row)
         state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import google_crc32c
 import numpy as np
 from pydantic import Field, ValidationError
 
@@ -227,6 +228,33 @@ class Team:
             data = self._sum(bits if self.is_first else np.zeros_like(bits)).tobytes()
             shared = np.frombuffer(data, value.dtype, value.size).reshape(value.shape)
             variable.assign(shared)
+
+    def check_same(self, variables: Iterable[Any]) -> None:
+        """Checks that `variables` have the same bits in every process.
+
+        Collectives give all processes the same numbers; where one has others, its memory or its
+        arithmetic is at fault, and what the first stores would no longer be what all compute.
+
+        Raises:
+            FlexUNetError: on all of them; names the ranks that differ from the first.
+        """
+        if self.size == 1:
+            return
+
+        def digest() -> int:
+            value = 0
+            for variable in variables:
+                value = google_crc32c.extend(value, variable.numpy().tobytes())
+            return value
+
+        first, *others = self.on_each(digest)
+        different = [str(rank) for rank, other in enumerate(others, start=1) if other != first]
+        if different:
+            raise FlexUNetError(
+                f"the weights of rank {', '.join(different)} are not those of rank 0, which must "
+                "not happen; the same command resumes from the last checkpoint: look at the "
+                "machine of that rank if it comes again"
+            )
 
     def _shared(self, work: Callable[[], T], *, is_worker: bool) -> list[Any]:
         message: dict[str, Any] = {}

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +22,7 @@ from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
 from tests.job.discs import prepare_discs
 from tests.job.processes import (
+    PROJECT,
     finish,
     free_addresses,
     run_alone,
@@ -107,6 +111,50 @@ def test_two_then_one_then_two_processes_continue_one_run(
     expected, found = weights_of(control), weights_of(run)
     for name, values in expected.items():
         assert np.allclose(values, found[name], rtol=0, atol=1e-9), name
+
+
+# Says for equal and then for different weights whether they are the same.
+_CHECK = """
+import json, os, sys
+from job import runtime
+from job.config import TrainConfig
+from job.team import Team, meet, place_from_environment
+from data_prep.errors import FlexUNetError
+place = place_from_environment()
+config = TrainConfig(data="data", output="runs", name="check")
+meet(place, config.phase_timeout)
+tf = runtime.import_tensorflow()
+strategy = runtime.configure(config, place)
+team = Team(strategy, place)
+with strategy.scope():
+    weights = [tf.Variable([1.0, -0.0]), tf.Variable([2.0])]
+team.check_same(weights)
+for variable in strategy.experimental_local_results(weights[0]):
+    variable.assign([1.0, 0.0 if place.rank else -0.0])
+try:
+    team.check_same(weights)
+except FlexUNetError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_weights_that_differ_in_one_bit_end_all_processes() -> None:
+    addresses = free_addresses(2)
+    processes = []
+    for rank in (0, 1):
+        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", _CHECK],
+                cwd=PROJECT,
+                env=os.environ | {"TF_CONFIG": json.dumps(task)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    errors = finish(processes)
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert all("the weights of rank 1 are not those of rank 0" in error for error in errors)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
