@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from data_prep.storage import Store, crc32c_of_file, local_path, open_store
 from job.augment import AugmentationConfig, augment
 
 logger = logging.getLogger(__name__)
+
+_LOCK_TICK_S = 0.5
 
 PADDING = -1  # index of a sample that only fills the last batch
 
@@ -235,7 +238,7 @@ def open_reader(
     if cache == "ranges":
         return RecordReader(store, split, None)
     folder = Path(cache_dir or Path.home() / ".cache" / "flexunet") / dataset.digest
-    with _locked(folder):
+    with _locked(folder, alive):
         _fill_cache(store, dataset.manifest, split.name, str(folder), alive)
     return RecordReader(store, split, str(folder))
 
@@ -253,7 +256,7 @@ def _check_sizes(store: Store, manifest: Manifest, split: str) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, alive: Callable[[], None]) -> Iterator[None]:
     """Holds the cache's lock: one process of a machine fills it, the others wait."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,10 +264,20 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"{folder}: cache is not writable: {error.strerror}") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while not _is_taken(lock):
+            alive()
+            time.sleep(_LOCK_TICK_S)
         yield
     finally:
         os.close(lock)
+
+
+def _is_taken(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _fill_cache(

@@ -75,7 +75,8 @@ class Outbox:
     @property
     def has_room(self) -> bool:
         """Whether at most one large call is on its way."""
-        return sum(is_large for _, is_large in self._calls) < 2
+        with self._changed:
+            return sum(is_large for _, is_large in self._calls) < 2
 
     def wait_for_room(self) -> None:
         """Waits until at most one large call is on its way.

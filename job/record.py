@@ -5,18 +5,23 @@ training does not wait for storage; the checkpoint comes last, so that an epoch 
 pictures are missing is done again.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
+import hashlib
 import json
 import logging
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +45,8 @@ from job.run import Place, Run, commit_prefix, fetch_commit
 from job.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+_STAGING_LOCK = "in-use.lock"
 
 
 @dataclasses.dataclass
@@ -109,6 +116,7 @@ class Recorder:
             self.outbox.flush()
         except StorageError as error:
             raise StorageError(f"{error}{self._kept()}") from error
+        self.run.check_owned()
 
     def _kept(self) -> str:
         """Completes the checkpoints that were not stored; returns words on where the newest is."""
@@ -119,7 +127,8 @@ class Recorder:
         if not folders:
             return ""
         return (
-            f"; the checkpoint that could not be stored is kept in {folders[-1]} (its weights "
+            f"; the checkpoint that could not be stored is kept on {socket.gethostname()} in "
+            f"{folders[-1]} (its weights "
             f"start a new run with --init-from {folders[-1]}/{checkpoint.WEIGHTS_NAME})"
         )
 
@@ -269,7 +278,7 @@ def open_recorder(
         reader: of the validation split.
     """
     with ExitStack() as stack:
-        staging = stack.enter_context(_staging())
+        staging = stack.enter_context(_staging(run.url))
         events = None
         if config.tensorboard:
             events = tf.summary.create_file_writer(os.path.join(staging, "tensorboard"))
@@ -282,17 +291,39 @@ def open_recorder(
 
 
 @contextmanager
-def _staging() -> Iterator[str]:
-    """Yields a local folder, which is kept when storage failed: it holds the newest checkpoint."""
-    folder = tempfile.mkdtemp(prefix="flexunet-")
+def _staging(url: str) -> Iterator[str]:
+    """Yields a local folder, which is kept when storage failed: it holds the newest checkpoint.
+
+    What killed processes of the run `url` left on this machine is removed first.
+    """
+    prefix = f"flexunet-{hashlib.sha256(url.encode()).hexdigest()[:16]}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        _remove_abandoned(str(left))
+    folder = tempfile.mkdtemp(prefix=prefix)
+    lock = os.open(os.path.join(folder, _STAGING_LOCK), os.O_RDWR | os.O_CREAT, 0o600)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
     except StorageError:
+        # Without it, nobody takes this folder for one that was left behind.
+        os.unlink(os.path.join(folder, _STAGING_LOCK))
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(folder: str) -> None:
+    with contextlib.suppress(OSError):
+        lock = os.open(os.path.join(folder, _STAGING_LOCK), os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def _pictures(config: TrainConfig, dataset: Dataset, reader: RecordReader) -> dict[str, np.ndarray]:

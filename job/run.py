@@ -238,6 +238,11 @@ class Run:
         """Whether another process has taken the run over; the caller should stop."""
         return self._ownership.is_lost
 
+    def check_owned(self) -> None:
+        """Raises LockedError where another process is known to have taken the run over."""
+        if self.lost:
+            raise _lost(self.store)
+
     def close(self) -> None:
         """Gives the run back; a second call does nothing."""
         self._ownership.release()
@@ -293,14 +298,20 @@ class Run:
             newest = self._newest
             if newest and (newest.attempt, newest.step) == (self.attempt, step):
                 return newest
-            record = self._put_members(step, epoch, members, state)
-            self._ownership.confirm()
+            record = self._record(step, epoch, members, state)
             prefix = commit_prefix(step, self.attempt)
             # Not pydantic's own JSON: it turns NaN and infinity into null.
             data = json.dumps(record.model_dump()).encode()
             if len(data) > MAX_RECORD_BYTES:
                 raise ValueError(f"{COMMIT_NAME} would have {len(data)} bytes: state is too large")
-            self.store.put(f"{prefix}/{COMMIT_NAME}", data, if_generation=0)
+            # Before anything is touched: a commit of ours may be what the next owner rests on.
+            self._ownership.confirm()
+            if not self._is_stored(f"{prefix}/{COMMIT_NAME}", data):
+                self._delete_folder(self.store.list(f"{prefix}/"))  # of a try that was cut short
+                for name, path in members.items():
+                    self.store.put_file(f"{prefix}/{name}", path, if_generation=0)
+                self._ownership.confirm()
+                self.store.put(f"{prefix}/{COMMIT_NAME}", data, if_generation=0)
             self._ownership.check()  # the process may have been paused since `confirm`
             self._newest = _commit_of(record, prefix)
             return self._newest
@@ -357,8 +368,7 @@ class Run:
         Raises:
             LockedError: the run is known to be lost.
         """
-        if self.lost:
-            raise _lost(self.store)
+        self.check_owned()
         self._ownership.check()
         self.store.put(name, data)
 
@@ -382,13 +392,11 @@ class Run:
         self._ownership.confirm()
         self.store.delete(OUTCOME_NAME)
 
-    def _put_members(
+    def _record(
         self, step: int, epoch: int, members: Mapping[str, str], state: Mapping[str, Any]
     ) -> CommitRecord:
-        prefix = commit_prefix(step, self.attempt)
-        self._delete_folder(self.store.list(f"{prefix}/"))  # of an earlier try that was cut short
         dataset_digest, config_digest = self._digests or ("", "")
-        record = CommitRecord(
+        return CommitRecord(
             step=step,
             attempt=self.attempt,
             epoch=epoch,
@@ -397,9 +405,13 @@ class Run:
             config_digest=config_digest,
             state=_through_json(state),
         )
-        for name, path in members.items():
-            self.store.put_file(f"{prefix}/{name}", path, if_generation=0)
-        return record
+
+    def _is_stored(self, name: str, data: bytes) -> bool:
+        """Returns whether an earlier try, whose answer was lost, has stored `data` already."""
+        try:
+            return self.store.get(name) == data
+        except NotFound:
+            return False
 
     def _delete_folder(self, stats: list[Stat]) -> None:
         for stat in sorted(stats, key=lambda stat: not stat.name.endswith(f"/{COMMIT_NAME}")):

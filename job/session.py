@@ -195,7 +195,12 @@ class Session:
         recorder = self.recorder
         self.team.on_first(lambda: recorder.read_best(state) if recorder else None)
         self.team.share(self.model.weights)
-        return self._evaluate("test", should_stop)
+        try:
+            return self._evaluate("test", should_stop)
+        except StoppedError:
+            # It may be trouble that stopped it, and the first process knows.
+            self.team.on_first(lambda: recorder.flush() if recorder else None)
+            raise
 
     def end_finished(self, state: TrainState, evaluation: Evaluation | None) -> dict[str, Any]:
         """Stores the evaluation of the test split, ends the run, returns the outcome.
@@ -271,13 +276,13 @@ def open_session(
     evaluator = make_evaluator(config, strategy, dataset, model, first_replica=team.first_replica)
     readers: dict[str, RecordReader] = {}
 
-    def fill_cache() -> None:
+    def fill_cache(alive: Callable[[], None]) -> None:
         for name, split in dataset.splits.items():
             readers[name] = open_reader(
                 *(dataset, split), cache=config.cache, cache_dir=config.cache_dir, alive=alive
             )
 
-    team.on_each(fill_cache)
+    team.keep_alive(fill_cache, alive)
     plan = _exchange_plan(config, strategy, team, model)
     step = make_train_step(strategy, model, optimizer, evaluator.loss, evaluator.metrics, plan)
     with ExitStack() as stack:
@@ -302,9 +307,15 @@ def open_session(
 def _exchange_plan(
     config: TrainConfig, strategy: tf.distribute.Strategy, team: Team, model: Any
 ) -> Plan | None:
-    """Returns how gradients are exchanged, the same in all processes; None: by all-reduce."""
+    """Returns how gradients are exchanged, the same in all processes; None: by all-reduce.
+
+    What every replica computes for itself must have the same bits everywhere, and the gradients of
+    a GPU's convolutions have that only with deterministic operations.
+    """
     num_replicas = strategy.num_replicas_in_sync
     if num_replicas == 1 or config.gradient_exchange == "all_reduce":
+        return None
+    if tf.config.list_logical_devices("GPU") and not config.deterministic:
         return None
     ratio = config.exchange_flops_per_byte
     if ratio is None and config.deterministic:

@@ -6,12 +6,15 @@ at points that all of them reach. A process alone is a team of one and exchanges
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,15 +29,16 @@ T = TypeVar("T")
 
 _VARIABLE = "TF_CONFIG"
 _ANSWER_S = 5.0  # to connect, and for a greeting
-_WORDS = 64  # messages are padded to so many int32, so that few shapes are compiled
+_LOOK_S = 1.0  # between two looks at how far the others are
+_WORDS = 64  # messages are padded to so many int64, so that few shapes are compiled
 
 
-class _Task(Settings):
+class _Task(Settings, extra="ignore"):
     type: str = "worker"
     index: int = Field(0, ge=0)
 
 
-class _TFConfig(Settings):
+class _TFConfig(Settings, extra="ignore"):  # TensorFlow itself reads more than we need
     cluster: dict[str, tuple[str, ...]]
     task: _Task
 
@@ -199,7 +203,7 @@ class Team:
         """Returns whether any process wishes it."""
         if self.size == 1:
             return wish
-        return bool(self._sum(np.array([wish], np.int32))[0])
+        return bool(self._sum(np.array([wish], np.int64))[0])
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Returns on every process what `work` returned on the first, through JSON.
@@ -217,6 +221,38 @@ class Team:
         """
         return self._shared(work, is_worker=True)
 
+    def keep_alive(
+        self, work: Callable[[Callable[[], None]], None], alive: Callable[[], None]
+    ) -> None:
+        """Does `work` in every process, and returns when it is done in all of them.
+
+        It may take much longer in one process than in another. So whoever is done, or waits, tells
+        that there is life as long as there is progress somewhere.
+
+        Args:
+            work: is given a function to call whenever it has moved on.
+            alive: called in this thread.
+
+        Raises:
+            FlexUNetError: the one of the lowest rank on which `work` raised one.
+        """
+        if self.size == 1:
+            work(alive)
+            return
+        moved = threading.Event()
+        with ThreadPoolExecutor(1, thread_name_prefix="keep-alive") as pool:
+            future = pool.submit(work, moved.set)
+            is_over = False
+            while not is_over:
+                wait([future], _LOOK_S)
+                look = [future.done(), moved.is_set()]
+                moved.clear()
+                looks: list[list[bool]] = self.on_each(functools.partial(list, look))
+                is_over = all(is_done for is_done, _ in looks)
+                if any(has_moved for _, has_moved in looks):
+                    alive()
+        self.on_each(future.result)
+
     def share(self, variables: Iterable[Any]) -> None:
         """Sets `variables`, in the order in which all have them, to the values of the first."""
         if self.size == 1:
@@ -224,7 +260,7 @@ class Team:
         for variable in variables:
             value = np.asarray(variable.numpy())
             # Sums of integers with zeros keep every bit; those of floats lose the sign of zero.
-            bits = np.frombuffer(value.tobytes() + bytes(-value.nbytes % 4), np.int32)
+            bits = np.frombuffer(value.tobytes() + bytes(-value.nbytes % 8), np.int64)
             data = self._sum(bits if self.is_first else np.zeros_like(bits)).tobytes()
             shared = np.frombuffer(data, value.dtype, value.size).reshape(value.shape)
             variable.assign(shared)
@@ -252,8 +288,9 @@ class Team:
         if different:
             raise FlexUNetError(
                 f"the weights of rank {', '.join(different)} are not those of rank 0, which must "
-                "not happen; the same command resumes from the last checkpoint: look at the "
-                "machine of that rank if it comes again"
+                "not happen; the same command resumes from the last checkpoint: if it comes again, "
+                "give --gradient-exchange all_reduce where processors differ, else look at the "
+                "machine of that rank"
             )
 
     def _shared(self, work: Callable[[], T], *, is_worker: bool) -> list[Any]:
@@ -275,19 +312,19 @@ class Team:
 
     def _exchange(self, message: Any) -> list[Any]:
         data = json.dumps(message).encode()
-        lengths = np.zeros(self.size, np.int32)
+        lengths = np.zeros(self.size, np.int64)
         lengths[self.rank] = len(data)
         lengths = self._sum(lengths)
-        num_words = -(-int(lengths.max()) // (4 * _WORDS)) * _WORDS
-        rows = np.zeros((self.size, num_words), np.int32)
-        rows[self.rank] = np.frombuffer(data.ljust(4 * num_words), np.int32)
+        num_words = -(-int(lengths.max()) // (8 * _WORDS)) * _WORDS
+        rows = np.zeros((self.size, num_words), np.int64)
+        rows[self.rank] = np.frombuffer(data.ljust(8 * num_words), np.int64)
         texts = self._sum(rows.reshape(-1)).reshape(self.size, num_words)
         return [
             json.loads(row.tobytes()[:length]) for row, length in zip(texts, lengths, strict=True)
         ]
 
     def _sum(self, values: np.ndarray) -> np.ndarray:
-        """Returns the sum of `values`, int32 (N,), over all processes."""
+        """Returns the sum of `values`, int64 (N,), over all processes; int32 has no GPU kernels."""
         import tensorflow as tf
 
         strategy = self._strategy

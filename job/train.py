@@ -33,10 +33,11 @@ from job.watchdog import STACKS_FOLDER, Watchdog, end_process
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 60.0
+_STORING = "storing the end"
 _LAST_WORDS_S = 5.0  # for the stacks of a process that ends itself
 
-# Called with {"event": "phase", "name"} before every part of the work, after every step with
-# {"event": "step", "epoch", "num_epochs", "step", "num_steps", "loss", "num_images",
+# Called with {"event": "phase", "name", "needs_peers"} before every part of the work, after every
+# step with {"event": "step", "epoch", "num_epochs", "step", "num_steps", "loss", "num_images",
 # "epoch_images", "images_per_s"} and after every epoch with {"event": "epoch"} and its row.
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -73,8 +74,8 @@ def train_and_evaluate(
     """
     team = team or Team(strategy)
 
-    def begin(phase: str) -> None:
-        report({"event": "phase", "name": phase})
+    def begin(phase: str, needs_peers: bool = True) -> None:
+        report({"event": "phase", "name": phase, "needs_peers": needs_peers})
 
     datasets: list[Dataset] = []
     team.on_each(lambda: datasets.append(open_dataset(str(config.data))))
@@ -89,6 +90,7 @@ def train_and_evaluate(
         open_session(
             *(config, run, strategy, team, dataset), alive=lambda: begin("filling the cache")
         ) as session,
+        _ends_by_storing(begin),
         _told_of_peers(team),
     ):
 
@@ -105,10 +107,10 @@ def train_and_evaluate(
                 clock.tick(num_images)
                 report(_step_event(session, state, loss, clock, num_images))
                 if not math.isfinite(loss):
-                    begin("storing the end")
+                    begin(_STORING, needs_peers=False)
                     raise session.end_diverged(state, loss)
                 if is_over():
-                    begin("storing the end")
+                    begin(_STORING, needs_peers=False)
                     raise session.end_stopped(state)
                 is_last = state.step_in_epoch == session.num_steps
                 if not is_last and clock.is_due(config.checkpoint_every_minutes):
@@ -123,12 +125,22 @@ def train_and_evaluate(
             session.finish_epoch(state, row, images_per_s=clock.images_per_s)
             report({"event": "epoch", "num_epochs": config.epochs, **row})
             if is_over() and not state.is_finished(config.epochs):
-                begin("storing the end")
+                begin(_STORING, needs_peers=False)
                 raise session.end_stopped(state)
         begin("evaluation")
         evaluation = session.evaluate_best(state, is_over)
-        begin("storing the evaluation")
+        begin(_STORING, needs_peers=False)
         return session.end_finished(state, evaluation)
+
+
+@contextmanager
+def _ends_by_storing(begin: Callable[..., None]) -> Iterator[None]:
+    """Lets a process that ends by an error store what is on its way, whoever else is gone."""
+    try:
+        yield
+    except BaseException:
+        begin(_STORING, needs_peers=False)
+        raise
 
 
 def _check_same(config: TrainConfig, dataset: Dataset, team: Team) -> None:
@@ -310,7 +322,7 @@ def _train(
 
         def tell(event: Mapping[str, Any]) -> None:
             if event["event"] == "phase":
-                watchdog.enter(event["name"])
+                watchdog.enter(event["name"], needs_peers=event["needs_peers"])
             report(event)
 
         def ask() -> bool:
@@ -321,11 +333,20 @@ def _train(
             if place is not None:
                 team.on_first(own)
             watchdog.enter("starting")
-            precisions = team.on_each(lambda: runtime.resolve_precision(config.precision))
+            wished: str = config.precision
+            if wished == "auto":
+                # A run goes on as it began, on whatever it is resumed.
+                wished = team.on_first(lambda: _stored_precision(run)) or wished
+            precisions = team.on_each(lambda: runtime.resolve_precision(wished))
             # Machines of two kinds share what both compute natively.
             precision = precisions[0] if len(set(precisions)) == 1 else "float32"
             config = config.model_copy(update={"precision": precision})
             return train_and_evaluate(config, run, strategy, tell, ask, team)
+
+
+def _stored_precision(run: Run | None) -> str | None:
+    stored = run.read_identity() if run is not None else None
+    return str(stored["config"]["precision"]) if stored else None
 
 
 def _own_run(config: TrainConfig, launch: str | None) -> Run:

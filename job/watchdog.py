@@ -57,6 +57,7 @@ class Watchdog:
         self._step_s = step_s
         self._expired = expired
         self._phase = "starting"
+        self._needs_peers = True
         self._limit_s = phase_s
         self._last = time.monotonic()
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
@@ -71,9 +72,14 @@ class Watchdog:
     def __exit__(self, *error: Any) -> None:
         self._stop.set()
 
-    def enter(self, phase: str) -> None:
-        """Begins a phase; its name is what a person reads when it stands still."""
+    def enter(self, phase: str, *, needs_peers: bool = True) -> None:
+        """Begins a phase; its name is what a person reads when it stands still.
+
+        Args:
+            needs_peers: whether a process that is gone ends this one too.
+        """
         self._phase = phase
+        self._needs_peers = needs_peers
         self._limit_s, self._last = self._phase_s, time.monotonic()
 
     def beat(self) -> None:
@@ -100,11 +106,11 @@ class Watchdog:
                     "(--phase-timeout, --step-timeout)"
                 )
                 return
-            if past_s > _QUIET_S and now - looked > _QUIET_S:
+            if self._needs_peers and past_s > _QUIET_S and now - looked > _QUIET_S:
                 # Twice, because one refused connection may be an accident.
                 gone, missing = missing, set(unreachable(self._peers))
                 looked = before = time.monotonic()
-                if gone & missing:
+                if self._needs_peers and gone & missing:
                     self._expired(f"{', '.join(sorted(gone & missing))} is gone")
                     return
 

@@ -113,6 +113,13 @@ def require_places(demand: Demand, num_workers: int = 1) -> dict[str, int]:
     return found
 
 
+def total(resource: str) -> float:
+    """Returns how much of `resource` (CPU, GPU, ...) all nodes have together."""
+    import ray
+
+    return float(ray.cluster_resources().get(resource, 0.0))
+
+
 def widest(num_workers: int, *, num_gpus: float = 0) -> Demand:
     """Returns the demand of `num_workers` workers that have as many whole cores as all can have.
 

@@ -6,11 +6,13 @@ The workers run `job.train.run_member`; the bucket alone says where a run stands
 python -m launcher train --data DATASET --output RUNS --name NAME --num-workers 2
 """
 
+import contextlib
 import logging
 import os
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +39,7 @@ from launcher.cluster import (
     described_resources,
     places,
     require_places,
+    total,
     widest,
 )
 
@@ -184,12 +187,15 @@ class _Link:
         text = (
             str(error) if isinstance(error, FlexUNetError) else f"{type(error).__name__}: {error}"
         )
-        ray.get(self._board.end.remote(self._rank, kind, " ".join(text.split())))
+        if not isinstance(error, FlexUNetError):
+            self._add({"event": "log", "level": logging.ERROR, "text": traceback.format_exc()})
         end = time.monotonic() + _MEET_S
-        while time.monotonic() < end:
-            if ray.get(self._board.num_ends.remote()) == size:
-                return isinstance(error, FlexUNetError)
-            time.sleep(_TICK_S / 5)
+        with contextlib.suppress(ray.exceptions.RayError):  # it must not hide the error itself
+            ray.get(self._board.end.remote(self._rank, kind, " ".join(text.split())))
+            while time.monotonic() < end:
+                if ray.get(self._board.num_ends.remote()) == size:
+                    return isinstance(error, FlexUNetError)
+                time.sleep(_TICK_S / 5)
         return False
 
     def _add(self, event: dict[str, Any]) -> None:
@@ -207,6 +213,10 @@ class _Link:
                 events, self._events = self._events, []
             try:
                 wish = ray.get(self._board.tell.remote(self._rank, node, events))
+            except ray.exceptions.ActorUnavailableError:
+                with self._mutex:  # the network broke for a moment
+                    self._events[:0] = events
+                continue
             except ray.exceptions.RayError:
                 return  # without its driver this worker is about to be ended
             self._wish = wish or self._wish
@@ -370,6 +380,9 @@ def _sized(config: TrainConfig, settings: LaunchConfig) -> LaunchConfig:
     if num_cpus is None:
         num_cpus = int(widest(settings.num_workers, num_gpus=settings.gpus_per_worker).num_cpus)
     settings = settings.model_copy(update={"cpus_per_worker": num_cpus})
+    num_gpus = int(total("GPU"))
+    if num_gpus and not settings.gpus_per_worker:
+        logger.warning("computing on CPUs: the cluster has %d GPUs; --gpus-per-worker", num_gpus)
     demand = _demand(settings)
     if not settings.wait_for_nodes:
         require_places(demand, settings.num_workers)

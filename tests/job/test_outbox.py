@@ -1,5 +1,6 @@
 """The outbox: order, outages, failures."""
 
+import sys
 import threading
 import time
 
@@ -118,3 +119,16 @@ def test_room_is_for_two_large_calls() -> None:
         timer.start()
         box.wait_for_room()
         assert time.monotonic() - begin > 0.2
+
+
+def test_room_can_be_asked_for_while_calls_come_and_go() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with Outbox(budget_s=1) as box:
+            end = time.monotonic() + 1
+            while time.monotonic() < end:
+                box.post(lambda: None, is_large=True)
+                assert box.has_room in (True, False)
+    finally:
+        sys.setswitchinterval(interval)

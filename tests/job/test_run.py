@@ -413,6 +413,24 @@ def test_lost_lease_is_noticed_and_late_commit_never_picked(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
+def test_a_commit_whose_answer_was_lost_is_left_to_the_next_owner(tmp_path: Path) -> None:
+    late = Run.own(LocalStore(str(tmp_path / "run")), by_lease=True, timing=LeaseTiming(1e6, 1e6))
+    late.check_identity(IDENTITY, DIGEST)
+    commit(late, tmp_path, 10)
+    late._newest = None  # as where `check` failed after the commit was stored
+    before = {stat.name: stat.generation for stat in late.store.list("checkpoints/")}
+    assert commit(late, tmp_path, 10).step == 10  # the outbox repeats the call
+    assert {stat.name: stat.generation for stat in late.store.list("checkpoints/")} == before
+    late._newest = None
+    with own(tmp_path, by_lease=True) as run:
+        assert restored_step(run, tmp_path) == 10
+        with pytest.raises(LockedError, match="has taken the run over"):
+            commit(late, tmp_path, 10)
+    late.close()
+    with own(tmp_path, by_lease=True) as run:
+        assert restored_step(run, tmp_path) == 10
+
+
 def test_renewal_thread_notices_the_loss(tmp_path: Path) -> None:
     with own(tmp_path, by_lease=True) as run:
         store = LocalStore(str(tmp_path / "run"))

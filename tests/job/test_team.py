@@ -107,7 +107,8 @@ def test_two_then_one_then_two_processes_continue_one_run(
     run_alone(arguments, stop_after=4)
     steps = [place.step for place in find_commits(open_store(str(run)))]
     assert max(steps) == 7
-    processes = start_cluster(2, arguments)
+    # With auto, a run goes on in the precision in which it began.
+    processes = start_cluster(2, options(dataset, tmp_path, "changing", precision="auto"))
     errors = finish(processes)
     assert [process.returncode for process in processes] == [0, 0], errors
     assert_same_numbers(control, run)
@@ -116,6 +117,24 @@ def test_two_then_one_then_two_processes_continue_one_run(
         assert np.allclose(values, found[name], rtol=0, atol=1e-9), name
 
 
+# Rank 1 works for 4 s, with a sign of life every 0.4 s; prints how many signs came here.
+_SLOW = """
+import sys, time
+from job import runtime
+from job.config import TrainConfig
+from job.team import Team, meet, place_from_environment
+place = place_from_environment()
+config = TrainConfig(data="data", output="runs", name="slow")
+meet(place, config.phase_timeout)
+team = Team(runtime.configure(config, place), place)
+signs = []
+def work(alive):
+    for _ in range(10 * place.rank):
+        time.sleep(0.4)
+        alive()
+team.keep_alive(work, lambda: signs.append(1))
+sys.exit(f"{len(signs)} signs")
+"""
 # Says for equal and then for different weights whether they are the same.
 _CHECK = """
 import json, os, sys
@@ -141,14 +160,15 @@ except FlexUNetError as error:
 """
 
 
-def test_weights_that_differ_in_one_bit_end_all_processes() -> None:
+def run_two(script: str) -> list[str]:
+    """Runs `script` as both processes of a cluster; returns what each wrote to stderr."""
     addresses = free_addresses(2)
     processes = []
     for rank in (0, 1):
         task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", _CHECK],
+                [sys.executable, "-c", script],
                 cwd=PROJECT,
                 env=os.environ | {"TF_CONFIG": json.dumps(task)},
                 stderr=subprocess.PIPE,
@@ -157,7 +177,18 @@ def test_weights_that_differ_in_one_bit_end_all_processes() -> None:
         )
     errors = finish(processes)
     assert [process.returncode for process in processes] == [1, 1], errors
+    return errors
+
+
+def test_weights_that_differ_in_one_bit_end_all_processes() -> None:
+    errors = run_two(_CHECK)
     assert all("the weights of rank 1 are not those of rank 0" in error for error in errors)
+
+
+def test_who_waits_for_slow_work_of_another_is_told_that_it_goes_on() -> None:
+    for error in run_two(_SLOW):
+        signs = re.search(r"(\d+) signs", error)
+        assert signs and int(signs[1]) >= 2, error
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -285,6 +316,14 @@ def test_a_chief_comes_before_the_workers(monkeypatch: pytest.MonkeyPatch) -> No
         assert place.addresses == ("c:0", "a:1", "b:2")
         ranks.append(place.rank)
     assert ranks == [0, 2]
+
+
+def test_what_only_tensorflow_needs_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"environment": "cloud", "rpc_layer": "grpc"}
+    task = {"cluster": CLUSTER, "task": {"type": "worker", "index": 1, "trial": "1"}, **more}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(task))
+    place = place_from_environment()
+    assert place is not None and place.rank == 1
 
 
 def test_no_cluster_is_no_place(monkeypatch: pytest.MonkeyPatch) -> None:

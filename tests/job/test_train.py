@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from data_prep.errors import DivergedError, StoppedError, UsageError
+from data_prep.errors import DivergedError, LockedError, StoppedError, UsageError
 from data_prep.storage import join_url, open_store
 from job.config import ModelConfig, TrainConfig
-from job.run import Run, find_commits
+from job.run import LeaseTiming, Run, find_commits
 from job.train import resolve_config, run_name, train_and_evaluate
 from tests.job.discs import prepare_discs
 
@@ -163,6 +163,29 @@ def test_a_finished_run_trains_again_only_for_more_epochs(finished: Any, one_cpu
     store = open_store(join_url(config.output, "run"))
     steps = {place.step for place in find_commits(store)}
     assert steps == {3 * (longer["best"]["epoch"] + 1), 9}
+
+
+def test_a_run_that_is_lost_during_evaluation_ends_as_lost(
+    dataset: str, one_cpu: Any, tmp_path: Path
+) -> None:
+    config = config_for(dataset, tmp_path, epochs=1)
+    store = open_store(join_url(config.output, "run"))
+
+    def take_over(event: Any) -> None:
+        if event.get("name") != "evaluation":
+            return
+        lease = json.loads(store.get("lease.json"))
+        store.put("lease.json", json.dumps({**lease, "owner": "other", "attempt": 2}).encode())
+        deadline = time.monotonic() + 5
+        while not run.lost:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    with (
+        pytest.raises(LockedError, match="has taken the run over"),
+        Run.own(store, by_lease=True, timing=LeaseTiming(renew_s=0.05, expire_s=5)) as run,
+    ):
+        train_and_evaluate(config, run, one_cpu, take_over, lambda: False)
 
 
 def test_weights_start_from_another_run(finished: Any, one_cpu: Any, tmp_path: Path) -> None:
