@@ -10,9 +10,14 @@ UV_VERSION := 0.13.9
 UV := .uv/bin/uv
 BIN := .venv/bin
 DEMO := demo
+TARGET := cpu
+IMAGE := flexunet:$(TARGET)
+# The first that works: a docker client without its daemon builds nothing.
+ENGINE ?= $(shell for engine in docker podman buildah; do \
+	$$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-faults lint setup bench clean help
+.PHONY: demo test test-faults test-image image lint setup bench clean help
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -38,6 +43,14 @@ test: lint ## lint, then all tests
 
 test-faults: .venv/.installed ## the tests of failures, half an hour; writes benchmarks/results/faults.json
 	$(BIN)/python -m tests.faults.table --output benchmarks/results/faults.json
+
+image: ## build the container image: TARGET=cpu, gpu or bucket, IMAGE=name, BASE=base image
+	@test -n "$(ENGINE)" || { echo "make: no docker, podman or buildah that works; install one or give ENGINE" >&2; exit 2; }
+	$(ENGINE) build $(BUILD_FLAGS) --target $(TARGET) --tag $(IMAGE) $(if $(BASE),--build-arg BASE=$(BASE)) \
+		--build-arg REVISION=$$(git rev-parse HEAD) .
+
+test-image: ## build the image without a registry and run the product in it; Debian, as root, 15 GB
+	tests/image.sh
 
 demo: .venv/.installed ## the whole way on synthetic mammograms
 	rm -rf $(DEMO)

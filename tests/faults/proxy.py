@@ -111,7 +111,9 @@ class FaultProxy:
         num_changes: objects written or deleted so far.
     """
 
-    def __init__(self, upstream: str, *, port: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, upstream: str, *, host: str = "127.0.0.1", port: int = 0, seed: int = 0
+    ) -> None:
         self.down = False
         self.log: deque[Logged] = deque(maxlen=100_000)
         self.num_changes = 0
@@ -124,7 +126,7 @@ class FaultProxy:
         self._sessions: dict[str, tuple[str, str, int | None]] = {}
         self._finished: dict[str, _Answer] = {}
         self._released = threading.Event()  # ends stalls
-        self._server = _Server(("127.0.0.1", port), _Handler)
+        self._server = _Server((host, port), _Handler)
         self._server.proxy = self
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
 
@@ -449,13 +451,14 @@ def _error(status: int, message: str) -> _Answer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve a bucket that fails on request.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
     parser.add_argument("--bucket", default=BUCKET)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fault", action="append", default=[], help="a rule, as JSON")
     arguments = parser.parse_args()
     emulator, upstream = start_emulator(arguments.bucket)
-    proxy = FaultProxy(upstream, port=arguments.port, seed=arguments.seed)
+    proxy = FaultProxy(upstream, host=arguments.host, port=arguments.port, seed=arguments.seed)
     proxy.add(*(Fault(**json.loads(text)) for text in arguments.fault))
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -11,8 +11,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import psutil
@@ -25,6 +26,8 @@ __all__ = ["trained_run"]
 PROJECT = Path(__file__).resolve().parents[2]
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 _OBJECT_STORE_BYTES = 80_000_000  # Ray's smallest is 75 MB
+_TWO_NODES = MappingProxyType({"head": 1, "second": 1})
+_NO_VARIABLES = MappingProxyType[str, str]({})
 
 # Reads a line of JSON for each wish and answers with one; ends, with all nodes, when stdin does.
 _SERVER = """
@@ -70,15 +73,28 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def started_cluster() -> Iterator[RayCluster]:
-    """Yields a cluster of two nodes, `head` and `second`, with one CPU each."""
+def started_cluster(
+    nodes: Mapping[str, int] = _TWO_NODES,
+    *,
+    user: Sequence[str] = (),
+    variables: Mapping[str, str] = _NO_VARIABLES,
+) -> Iterator[RayCluster]:
+    """Yields a running cluster.
+
+    Args:
+        nodes: the CPUs of each node by name; the first is the head.
+        user: words before its command that make it another user's.
+        variables: of its environment, beside ours.
+    """
     # Not under pytest's folder: the path of a Unix socket is 107 bytes at most.
     folder = tempfile.mkdtemp(prefix="flexunet-ray-")
+    os.chmod(folder, 0o1777)  # noqa: S103 (like /tmp)
     environment = os.environ | {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
     # A test that needs it must see that the command sends it to the workers.
     environment.pop("STORAGE_EMULATOR_HOST", None)
+    environment |= variables
     with subprocess.Popen(
-        [sys.executable, "-c", _SERVER],
+        [*user, sys.executable, "-c", _SERVER],
         cwd=PROJECT,
         env=environment,
         stdin=subprocess.PIPE,
@@ -88,8 +104,8 @@ def started_cluster() -> Iterator[RayCluster]:
     ) as server:
         assert server.stdin is not None and server.stdout is not None
         cluster = RayCluster(server.stdin, server.stdout, folder, server.pid)
-        cluster.add_node("head")
-        cluster.add_node("second")
+        for name, num_cpus in nodes.items():
+            cluster.add_node(name, num_cpus=num_cpus)
         yield cluster
     shutil.rmtree(folder, ignore_errors=True)
 

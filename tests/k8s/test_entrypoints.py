@@ -1,0 +1,187 @@
+"""What the pods of the overlay `cpu` run is run here, to the end, as the manifests say.
+
+Commands, arguments, variables, config files and volumes come from the rendered objects. In place of
+the cluster: processes of uid 1000 (where this one is root), a Ray cluster with the nodes of the
+RayJob that asks for a token, and the program of the overlay's bucket.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from data_prep.storage import open_store
+from tests.faults.proxy import FaultProxy, start_emulator
+from tests.k8s.manifests import ROOT, Manifest, Pod, environment, find, pods, render
+from tests.launcher.conftest import started_cluster
+
+# The user of the pods; it may read all files, as Python may lie in a home that is closed to it.
+_USER = (
+    *("setpriv", "--reuid=1000", "--regid=1000", "--clear-groups"),
+    *("--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search", "--"),
+)
+
+
+@dataclass
+class Machine:
+    """Runs containers as processes.
+
+    Attributes:
+        objects: of the overlay.
+        folder: holds the volumes.
+        bucket: what STORAGE_EMULATOR_HOST is here, where no Service has a name.
+        user: words before each command that make it another user's.
+    """
+
+    objects: Sequence[Manifest]
+    folder: Path
+    bucket: str
+    user: Sequence[str]
+    places: dict[str, Path] = field(default_factory=dict)
+
+    def run_pod(self, pod: Pod) -> None:
+        """Runs all containers of a pod one after the other; each must end with exit code 0."""
+        self.mount(pod)
+        for container in pod.containers:
+            self.run(container, container["command"])
+
+    def run(
+        self,
+        container: Manifest,
+        command: Sequence[str],
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        values = self.variables(container) | dict(variables or {})
+        words = [re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], word) for word in command]
+        done = subprocess.run(
+            [*self.user, *(self.here(word) for word in words)],
+            cwd=self.folder,
+            env=values,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{words}: {done.stderr[-3000:]}{done.stdout[-3000:]}"
+
+    def variables(self, container: Manifest) -> dict[str, str]:
+        """Returns the environment of a container, with what the image sets."""
+        values = environment(self.objects, container)
+        if "STORAGE_EMULATOR_HOST" in values:
+            values["STORAGE_EMULATOR_HOST"] = self.bucket
+        programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        image = {"HOME": str(self.folder), "PATH": programs, "PYTHONDONTWRITEBYTECODE": "1"}
+        # The image has flexunet installed, and the tests the working tree.
+        return image | {"PYTHONPATH": str(ROOT)} | values
+
+    def mount(self, pod: Pod) -> None:
+        """Makes the volumes of a pod, and remembers where they are here."""
+        self.places = {}
+        for volume in pod.spec["volumes"]:
+            (path,) = {
+                mount["mountPath"]
+                for container in pod.containers
+                for mount in container["volumeMounts"]
+                if mount["name"] == volume["name"]
+            }
+            place = Path(tempfile.mkdtemp(prefix="volume-", dir=self.folder))
+            place.chmod(0o1777 if "emptyDir" in volume else 0o755)
+            self.places[path] = place
+        for volume in pod.spec["volumes"]:
+            if "configMap" in volume:
+                data = find(self.objects, "ConfigMap", volume["configMap"]["name"])["data"]
+                for name, text in data.items():
+                    (self.places["/etc/flexunet"] / name).write_text(self.here(text))
+
+    def here(self, text: str) -> str:
+        """Returns `text` with the paths of mounts replaced by those of this machine."""
+        # In one pass, as the places here are under /tmp, which is a mount too.
+        mounts = "|".join(re.escape(path) for path in self.places)
+        pattern = rf"(?<![\w/.-])({mounts})(?![\w.-])"
+        return re.sub(pattern, lambda found: str(self.places[found[1]]), text)
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    emulator, upstream = start_emulator("flexunet")
+    proxy = FaultProxy(upstream)
+    proxy.start()
+    yield proxy.address
+    proxy.close()
+    emulator.stop()
+
+
+def other_user() -> Sequence[str]:
+    """Returns the words that make a command the user's of the pods, none where that cannot be."""
+    command = [*_USER, sys.executable, "-c", "import os; print(os.geteuid())"]
+    with contextlib.suppress(OSError):  # no setpriv
+        if subprocess.run(command, capture_output=True, text=True).stdout.strip() == "1000":
+            return _USER
+    return ()
+
+
+@pytest.fixture
+def machine(bucket: str) -> Iterator[Machine]:
+    # Not under pytest's folder, which no other user may enter.
+    folder = Path(tempfile.mkdtemp(prefix="flexunet-k8s-"))
+    folder.chmod(0o1777)
+    yield Machine(render("overlays/cpu"), folder, bucket, other_user())
+    shutil.rmtree(folder)
+
+
+def train(machine: Machine) -> None:
+    """Runs the RayJob: a cluster with its nodes and a token, and a shell with its command."""
+    job = find(machine.objects, "RayJob", "train")["spec"]
+    cluster = job["rayClusterSpec"]
+    head, worker = (pod for pod in pods(machine.objects) if pod.owner.startswith("RayJob"))
+    machine.mount(head)
+    group = cluster["workerGroupSpecs"][0]
+    num_cpus = int(worker.spec["containers"][0]["resources"]["limits"]["cpu"])
+    nodes = {"head": int(cluster["headGroupSpec"]["rayStartParams"]["num-cpus"])}
+    nodes |= {f"worker-{number}": num_cpus for number in range(group["replicas"])}
+    assert cluster["authOptions"] == {"mode": "token"}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    container = head.spec["containers"][0]
+    variables = machine.variables(container) | token
+    with started_cluster(nodes, user=machine.user, variables=variables) as ray:
+        command = ["sh", "-c", job["entrypoint"]]
+        machine.run(container, command, token | {"RAY_ADDRESS": ray.address})
+
+
+@pytest.mark.timeout(280)
+def test_the_cpu_overlay_runs_to_the_end(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {pod.owner: pod for pod in pods(machine.objects)}
+    machine.run_pod(found["Job/prep"])
+    train(machine)
+    machine.run_pod(found["Job/evaluate"])
+    machine.run_pod(found["Job/infer"])
+
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", machine.bucket)
+    store = open_store("gs://flexunet")
+    stats = store.list()
+    # Seen with `pytest -rP`.
+    print(f"as uid {1000 if machine.user else os.geteuid()}")  # noqa: T201
+    for stat in stats:
+        print(f"{stat.size:9} {stat.name}")  # noqa: T201
+    names = {stat.name for stat in stats}
+    assert {
+        "dataset/dataset.json",
+        "runs/demo/outcome.json",
+        "runs/demo/evaluation/summary.json",
+    } <= names
+    assert any(re.fullmatch(r"runs/demo/checkpoints/.*/COMMIT\.json", name) for name in names)
+    assert sum(re.fullmatch(r"masks/phantom-[^/]*\.png", name) is not None for name in names) == 40
+    assert json.loads(store.get("runs/demo/environment.json"))["replicas"] == 2
+
+    # What a retried pod does: it goes on with what is there.
+    generation = store.stat("dataset/dataset.json")
+    machine.run_pod(found["Job/prep"])
+    assert store.stat("dataset/dataset.json") == generation
