@@ -187,7 +187,7 @@ class Session:
         recorder = self.recorder
         self.team.on_first(lambda: recorder.read_best(state) if recorder else None)
         self.team.share(self.model.weights)
-        return self._evaluate("test", should_stop)
+        return self._evaluate("test", should_stop, measured=True)
 
     def end_finished(self, state: TrainState, evaluation: Evaluation | None) -> dict[str, Any]:
         """Stores the evaluation of the test split, ends the run, returns the outcome.
@@ -212,8 +212,11 @@ class Session:
             lambda: recorder.write_outcome(status, exit_code, details) if recorder else None
         )
 
-    def _evaluate(self, split: str, should_stop: Callable[[], bool]) -> Evaluation:
-        return self.evaluator.evaluate(split, self.readers[split], should_stop=should_stop)
+    def _evaluate(
+        self, split: str, should_stop: Callable[[], bool], *, measured: bool = False
+    ) -> Evaluation:
+        reader = self.readers[split]
+        return self.evaluator.evaluate(split, reader, measured=measured, should_stop=should_stop)
 
     def _schedule(self, state: TrainState, row: dict[str, Any]) -> bool:
         """Lets both schedules see the validation loss; returns whether it is the best so far."""
