@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import ContentError, FlexUNetError, StorageError, UsageError
-from data_prep.image import read_image, read_mask_pixels
+from data_prep.image import Geometry, read_image, read_mask_pixels
 from data_prep.pool import available_cores
 from data_prep.schema import (
     Manifest,
@@ -50,6 +50,8 @@ class Split:
     shards: tuple[str, ...]  # of each sample
     offsets: np.ndarray  # (N,) int64, bytes
     lengths: np.ndarray  # (N,) int64, bytes
+    geometries: tuple[Geometry, ...]  # where each picture lies in the stored one
+    spacings: tuple[tuple[float, float] | None, ...]  # mm (rows, columns) of a source pixel
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -88,12 +90,30 @@ def open_dataset(url: str) -> Dataset:
         name: table.column(name).to_numpy()
         for name in ("split", "id", "filename", "group", "shard", "offset", "length")
     }
-    splits = {str(name): _split(str(name), columns) for name in np.unique(columns["split"])}
+    places = _places(table)
+    names = [str(name) for name in np.unique(columns["split"])]
+    splits = {name: _split(name, columns, places) for name in names}
     return Dataset(url=store.url, manifest=manifest, digest=digest, splits=splits)
 
 
-def _split(name: str, columns: dict[str, np.ndarray]) -> Split:
+def _places(table: Any) -> list[tuple[Geometry, tuple[float, float] | None]]:
+    """Returns the geometry and, where it is known, the spacing of each sample."""
+    names = ("geometry_kind", "source_height", "source_width", "top", "left", "height", "width")
+    geometries = zip(*(table.column(name).to_pylist() for name in names), strict=True)
+    spacings = (table.column(name).to_pylist() for name in ("spacing_y_mm", "spacing_x_mm"))
+    return [
+        (Geometry(*values), None if y is None or x is None else (y, x))
+        for values, y, x in zip(geometries, *spacings, strict=True)
+    ]
+
+
+def _split(
+    name: str,
+    columns: dict[str, np.ndarray],
+    places: list[tuple[Geometry, tuple[float, float] | None]],
+) -> Split:
     rows = columns["split"] == name
+    chosen = [place for place, is_chosen in zip(places, rows, strict=True) if is_chosen]
     return Split(
         name=name,
         ids=tuple(columns["id"][rows]),
@@ -102,6 +122,8 @@ def _split(name: str, columns: dict[str, np.ndarray]) -> Split:
         shards=tuple(columns["shard"][rows]),
         offsets=columns["offset"][rows],
         lengths=columns["length"][rows],
+        geometries=tuple(geometry for geometry, _ in chosen),
+        spacings=tuple(spacing for _, spacing in chosen),
     )
 
 

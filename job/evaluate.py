@@ -1,6 +1,8 @@
 """Evaluation of a split: exact sums over every case, tables, and pictures of some cases.
 
-Training and the command share the `Evaluator`.
+Training and the command share the `Evaluator`. Every epoch counts pixels, on all devices. A final
+evaluation also measures case by case: contours, lesions and thresholds, at the network's size and,
+by the recorded geometry, at the picture's own.
 
 python -m job.evaluate RUN --split test
 """
@@ -16,6 +18,7 @@ import numpy as np
 
 from data_prep.command import SettingsCommand, given, run_command, settings_options
 from data_prep.errors import StoppedError, UsageError
+from data_prep.image import Geometry, undo_geometry
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.settings import Settings, option, validated
 from data_prep.storage import Store
@@ -32,9 +35,32 @@ from job.data import (
     read_sample,
 )
 from job.history import evaluation_csv
+from job.infer import class_ids_at_source
+from job.measures import (
+    Case,
+    Scale,
+    ThresholdSweep,
+    case_cells,
+    case_columns,
+    measure_case,
+    measure_rows,
+    summarize_cases,
+    without_ignored,
+)
 from job.trained import TrainedRun, load_model, num_outputs, open_trained
 
 _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
+
+
+SIZES = ("network", "original")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured case by case, in the order of the split."""
+
+    cases: dict[str, list[Case]]  # by size
+    sweep: ThresholdSweep  # at the network's size
 
 
 @dataclass(frozen=True)
@@ -45,6 +71,7 @@ class Evaluation:
     means: dict[str, float]  # "loss" and the reference's metrics
     counts: np.ndarray  # (cases, classes, 4) int64: tp, fp, fn, tn
     summary: dict[str, Any]  # strict JSON
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -57,14 +84,19 @@ class Evaluator:
     loss: Callable[..., Any]
     metrics: Mapping[str, Any]  # of the reference, by name
     step: Callable[..., Any]  # batch -> sums, counts
-    predict: Callable[[np.ndarray], np.ndarray]  # (1, H, W, C) pixels -> (1, H, W) class ids
+    probabilities: Callable[[np.ndarray], Any]  # (B, H, W, C) pixels -> (B, H, W, K) float32
     first_replica: int = 0  # of this process, among all
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Returns the class ids (B, H, W) uint8 of pixels (B, H, W, C)."""
+        return _class_ids(self.probabilities(images).numpy())
 
     def evaluate(
         self,
         name: str,
         reader: RecordReader,
         *,
+        measured: bool = False,
         shown: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Evaluation:
@@ -72,8 +104,9 @@ class Evaluator:
 
         Args:
             reader: of that split.
+            measured: also measure case by case, which predicts each case once more.
             shown: show the progress.
-            should_stop: asked after every batch.
+            should_stop: asked after every batch, and after every case that is measured.
 
         Raises:
             StoppedError: `should_stop` answered yes.
@@ -99,7 +132,54 @@ class Evaluator:
         # The last batch is filled up with padding, which comes after every case.
         cases = np.concatenate(parts)[: len(split)]
         means = means_of(running, self.metrics)
-        return Evaluation(split, means, cases, _summary(split, cases, means, self.dataset))
+        summary = _summary(split, cases, means, self.dataset)
+        found = self._measure(split, reader, shown, should_stop) if measured else None
+        if found is not None:
+            names = _foreground_names(self.dataset)
+            summary["sizes"] = {
+                size: summarize_cases(each, split.groups, names)
+                for size, each in found.cases.items()
+            }
+        return Evaluation(split, means, cases, summary, found)
+
+    def _measure(
+        self, split: Split, reader: RecordReader, shown: bool, should_stop: Callable[[], bool]
+    ) -> Measured:
+        """Returns what is measured on each case; one case at a time is in memory.
+
+        Every process of a team does all of it: the others would only wait for the first.
+        """
+        cases: dict[str, list[Case]] = {size: [] for size in SIZES}
+        sweep = ThresholdSweep(_foreground_names(self.dataset))
+        with Progress(f"measure {split.name}", len(split), unit="cases", shown=shown) as bar:
+            for index in bar.tracked(range(len(split))):
+                image, truth = read_sample(reader, index)
+                probabilities = self.probabilities(image[np.newaxis]).numpy()[0]
+                for size, case in self._cases_of(split, index, truth, probabilities).items():
+                    cases[size].append(case)
+                sweep.add(*_counted(truth, probabilities, self.dataset.manifest.ignore_id))
+                if should_stop():
+                    raise StoppedError(f"stopped measuring {split.name}; the same command resumes")
+        return Measured(cases, sweep)
+
+    def _cases_of(
+        self, split: Split, index: int, truth: np.ndarray, probabilities: np.ndarray
+    ) -> dict[str, Case]:
+        """Returns the case at each size; where both sizes are one, it is measured once."""
+        manifest, geometry = self.dataset.manifest, split.geometries[index]
+        num_classes = len(manifest.classes)
+        scales = _scales(geometry, split.spacings[index])
+        masks = without_ignored(truth, _class_ids(probabilities), manifest.ignore_id)
+        network = measure_case(*masks, num_classes, scales["network"])
+        if (geometry.source_height, geometry.source_width) == truth.shape:
+            return {"network": network, "original": network}
+        masks = without_ignored(
+            undo_geometry(truth, geometry, nearest=True),
+            class_ids_at_source(probabilities, geometry),
+            manifest.ignore_id,
+        )
+        original = measure_case(*masks, num_classes, scales["original"])
+        return {"network": network, "original": original}
 
 
 def make_evaluator(
@@ -128,9 +208,10 @@ def make_evaluator(
     step = make_evaluation_step(
         strategy, model, loss, metrics, len(manifest.classes), manifest.ignore_id
     )
-    predict = _class_ids_of(make_probability_step(model))
+    probabilities = make_probability_step(model)
     return Evaluator(
-        *(config, strategy, dataset, loss, metrics, step, predict), first_replica=first_replica
+        *(config, strategy, dataset, loss, metrics, step, probabilities),
+        first_replica=first_replica,
     )
 
 
@@ -155,16 +236,36 @@ def _summary(split: Split, cases: np.ndarray, means: Mapping[str, float], datase
     return summary
 
 
-def _class_ids_of(step: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns `step`, which gives probabilities, as images (B, H, W, C) -> class ids (B, H, W)."""
+def _foreground_names(dataset: Dataset) -> list[str]:
+    return [each.name for each in dataset.manifest.classes if each.id != 0]
 
-    def predict(images: np.ndarray) -> np.ndarray:
-        probabilities = step(images).numpy()
-        if probabilities.shape[-1] == 1:
-            return (probabilities[..., 0] > 0.5).astype(np.uint8)
-        return np.argmax(probabilities, axis=-1).astype(np.uint8)
 
-    return predict
+def _scales(geometry: Geometry, spacing: tuple[float, float] | None) -> dict[str, Scale]:
+    """Returns the size of a pixel at each size of a picture."""
+    if spacing is None:
+        return {size: Scale((1.0, 1.0), "px") for size in SIZES}
+    network = (
+        spacing[0] * geometry.source_height / geometry.height,
+        spacing[1] * geometry.source_width / geometry.width,
+    )
+    return {"network": Scale(network, "mm"), "original": Scale(spacing, "mm")}
+
+
+def _class_ids(probabilities: np.ndarray) -> np.ndarray:
+    """Returns the most probable class (...) uint8 of (..., K); K = 1 is a sigmoid output."""
+    if probabilities.shape[-1] == 1:
+        return (probabilities[..., 0] > 0.5).astype(np.uint8)
+    return np.argmax(probabilities, axis=-1).astype(np.uint8)
+
+
+def _counted(
+    truth: np.ndarray, probabilities: np.ndarray, ignore_id: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns truth and probabilities, with nothing of a class where the truth is ignored."""
+    if ignore_id is None:
+        return truth, probabilities
+    ignored = truth == ignore_id
+    return np.where(ignored, 0, truth), np.where(ignored[..., np.newaxis], 0, probabilities)
 
 
 def write_evaluation(
@@ -190,6 +291,8 @@ def write_evaluation(
     target.delete("summary.json")
     target.put("evaluation.csv", table.encode())
     target.put("per_case.csv", _per_case_csv(evaluation, evaluator.dataset).encode())
+    for measured_name, text in _measured_tables(evaluation, evaluator.dataset):
+        target.put(measured_name, text.encode())
     for name, picture in pictures.items():
         target.put(f"examples/{name}.png", picture)
     summary = json.dumps(evaluation.summary, indent=2, allow_nan=False) + "\n"
@@ -212,6 +315,22 @@ def _per_case_csv(evaluation: Evaluation, dataset: Dataset) -> str:
         name = [split.ids[index], split.filenames[index], split.groups[index]]
         rows.append([*name, *defined, *(int(count) for count in case.reshape(-1))])
     return csv_table(columns, rows)
+
+
+def _measured_tables(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """Yields name and text of the tables of what was measured case by case."""
+    if evaluation.measured is None:
+        return
+    split, names = evaluation.split, _foreground_names(dataset)
+    columns = ["id", "group", *case_columns(names)]
+    for size, cases in evaluation.measured.cases.items():
+        rows = [
+            [split.ids[index], split.groups[index], *case_cells(case)]
+            for index, case in enumerate(cases)
+        ]
+        yield f"measures_{size}.csv", csv_table(columns, rows)
+    sweep = evaluation.measured.sweep
+    yield "thresholds.csv", csv_table(sweep.COLUMNS, sweep.rows())
 
 
 def _example_pictures(
@@ -272,7 +391,27 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     for name in baseline:
         values = [column[name] for column in columns.values()]
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for size, measures in summary.get("sizes", {}).items():
+        console.print(_measures_table(size, measures))
+
+
+def _measures_table(size: str, measures: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"{size} size: {measures['num_groups']} groups")
+    for title in ("measure", "value", "95 % interval", "cases"):
+        table.add_column(title, justify="left" if title == "measure" else "right")
+    for label, measure in measure_rows(measures):
+        value, low, high = measure["value"], measure["low"], measure["high"]
+        table.add_row(
+            label,
+            "-" if value is None else f"{value:.4f}",
+            "-" if low is None else f"{low:.4f} to {high:.4f}",
+            str(measure["num_cases"]),
+        )
+    return table
 
 
 class EvaluateConfig(Settings):
@@ -302,7 +441,7 @@ def evaluate_run(
         model = load_model(run, which=config.checkpoint)
     evaluator = make_evaluator(settings, strategy, dataset, model)
     reader = open_reader(dataset, split, cache=settings.cache, cache_dir=settings.cache_dir)
-    evaluation = evaluator.evaluate(split.name, reader, shown=config.progress)
+    evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
     return evaluation, write_evaluation(run.store, evaluation, evaluator, reader)
 
 

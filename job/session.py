@@ -196,7 +196,7 @@ class Session:
         self.team.on_first(lambda: recorder.read_best(state) if recorder else None)
         self.team.share(self.model.weights)
         try:
-            return self._evaluate("test", should_stop)
+            return self._evaluate("test", should_stop, measured=True)
         except StoppedError:
             # It may be trouble that stopped it, and the first process knows.
             self.team.on_first(lambda: recorder.flush() if recorder else None)
@@ -225,8 +225,11 @@ class Session:
             lambda: recorder.write_outcome(status, exit_code, details) if recorder else None
         )
 
-    def _evaluate(self, split: str, should_stop: Callable[[], bool]) -> Evaluation:
-        return self.evaluator.evaluate(split, self.readers[split], should_stop=should_stop)
+    def _evaluate(
+        self, split: str, should_stop: Callable[[], bool], *, measured: bool = False
+    ) -> Evaluation:
+        reader = self.readers[split]
+        return self.evaluator.evaluate(split, reader, measured=measured, should_stop=should_stop)
 
     def _schedule(self, state: TrainState, row: dict[str, Any]) -> bool:
         """Lets both schedules see the validation loss; returns whether it is the best so far."""

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from data_prep.image import read_image
+from data_prep.image import Geometry, read_image
 from job import checkpoint
 from job.config import identity_of
 from job.evaluate import EvaluateConfig, dataset_of, evaluate_run, main
@@ -123,6 +124,46 @@ def test_evaluate_shows_each_of_few_cases_once(evaluated: Path) -> None:
         # Three panels of 512 pixels side by side.
         data = (evaluated / "examples" / name).read_bytes()
         assert read_image(data, name=name).shape[1] > 3 * 512
+
+
+def test_evaluate_measures_contours_lesions_and_thresholds(evaluated: Path) -> None:
+    rows, summary = rows_of(evaluated), summary_of(evaluated)
+    network = summary["sizes"]["network"]
+    assert summary["sizes"]["original"] == network  # the pictures are as large as the network's
+    mass = network["classes"][0]
+    assert mass["dice_mean"]["value"] == pytest.approx(summary["foreground_mean"]["dice"])
+    assert mass["dice_pooled"]["value"] == pytest.approx(summary["foreground_pooled"]["dice"])
+    assert mass["dice_mean"]["low"] < mass["dice_mean"]["value"] < mass["dice_mean"]["high"]
+    assert 0 <= mass["hd95_px"]["value"] < 8
+    assert mass["num_lesions"] == 4
+    measures = list(csv.DictReader((evaluated / "measures_network.csv").read_text().splitlines()))
+    assert [row["id"] for row in measures] == [row["id"] for row in rows]
+    assert [row["dice_mass"] for row in measures] == [row["dice_mass"] for row in rows]
+    sweep = list(csv.DictReader((evaluated / "thresholds.csv").read_text().splitlines()))
+    half = next(row for row in sweep if row["threshold"] == "0.5")
+    assert float(half["dice_mean"]) == pytest.approx(summary["foreground_mean"]["dice"])
+
+
+def test_evaluate_measures_at_the_pictures_own_size_in_mm(own_run: Path) -> None:
+    run = open_trained(str(own_run))
+    dataset = dataset_of(run, None)
+    split = dataset.split("test")
+    # As if pictures of 64x96 pixels had been made narrower and lower.
+    geometry = Geometry("stretch", 64, 96, 0, 0, 32, 32)
+    wide = replace(split, geometries=(geometry,) * len(split), spacings=((0.1, 0.1),) * len(split))
+    dataset = replace(dataset, splits={**dataset.splits, "test": wide})
+    device = tf.distribute.OneDeviceStrategy("CPU:0")
+    evaluation, _ = evaluate_run(run, dataset, device, EvaluateConfig(progress=False))
+    assert evaluation.measured is not None
+    sizes = evaluation.measured.cases
+    for network, original in zip(sizes["network"], sizes["original"], strict=True):
+        small, large = network.classes[0], original.classes[0]
+        # A stored pixel is 2x3 pixels of the picture, 0.2 x 0.3 mm.
+        assert large.tp + large.fn == 6 * (small.tp + small.fn)
+        assert network.unit == original.unit == "mm"
+        assert small.hd95 is not None
+        assert large.hd95 == pytest.approx(small.hd95, abs=0.3)
+    assert any(case.classes[0].hd95 for case in sizes["original"])
 
 
 def test_evaluate_of_another_split_leaves_the_test_split_alone(own_run: Path) -> None:

@@ -1,0 +1,314 @@
+"""What is measured on one case beside its pixels, and the summary of all cases with intervals.
+
+Rules for empty masks, per case and class, counted as `num_neither`, `num_truth_only`,
+`num_prediction_only` and `num_both`:
+
+    in neither mask       no value; left out of every mean
+    in one mask only      Dice, IoU and surface Dice 0; HD95 the diagonal of the picture, which no
+                          distance in it exceeds: a lesion that is missed, or invented, never makes
+                          a mean better
+    in both               as measured
+
+Lesions and false positives are counts, and need no rule. Distances are in mm where the spacing of
+the pixels is known, else in pixels; the two are never averaged together. Knows nothing of files,
+models or TensorFlow.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from job.bootstrap import LEVEL, NUM_DRAWS, SEED, interval, ratio
+from job.lesions import LesionCounts, count_lesions
+from job.surface import Spacing, contour_distances, hausdorff, surface_dice
+
+Ids = npt.NDArray[np.uint8]
+Values = npt.NDArray[np.float64]
+Pair = tuple[Values, Values]  # what is above and below of a quotient of sums, of each case
+Unit = Literal["mm", "px"]
+Presence = Literal["neither", "truth_only", "prediction_only", "both"]
+
+TOLERANCES: dict[Unit, float] = {"mm": 1.0, "px": 2.0}  # within which contours agree
+_SHARED = ("dice_mean", "iou_mean", "dice_pooled", "iou_pooled")
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The size of a pixel (rows, columns), in mm or, where that is not known, 1 pixel."""
+
+    spacing: Spacing
+    unit: Unit
+
+
+@dataclass(frozen=True)
+class ClassCase:
+    """One class of one case.
+
+    Attributes:
+        tp, fp, fn: pixels.
+        hd95: in the case's unit; None where the class is in neither mask.
+        nsd: surface Dice within the tolerance; None likewise.
+    """
+
+    presence: Presence
+    tp: int
+    fp: int
+    fn: int
+    hd95: float | None
+    nsd: float | None
+    lesions: LesionCounts
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case at one size: its unit, and each foreground class (1, 2, ...)."""
+
+    unit: Unit
+    classes: tuple[ClassCase, ...]
+
+
+def without_ignored(truth: Ids, prediction: Ids, ignore_id: int | None) -> tuple[Ids, Ids]:
+    """Returns both masks with background where the truth has `ignore_id`."""
+    if ignore_id is None:
+        return truth, prediction
+    ignored = truth == ignore_id
+    zero = np.uint8(0)
+    return np.where(ignored, zero, truth), np.where(ignored, zero, prediction)
+
+
+def measure_case(truth: Ids, prediction: Ids, num_classes: int, scale: Scale) -> Case:
+    """Returns what is measured on masks (H, W) of class ids 0..num_classes-1."""
+    classes = (
+        _measure_class(truth == class_id, prediction == class_id, scale)
+        for class_id in range(1, num_classes)
+    )
+    return Case(scale.unit, tuple(classes))
+
+
+def _measure_class(
+    truth: npt.NDArray[np.bool_], prediction: npt.NDArray[np.bool_], scale: Scale
+) -> ClassCase:
+    tp = int(np.count_nonzero(truth & prediction))
+    fp = int(np.count_nonzero(prediction)) - tp
+    fn = int(np.count_nonzero(truth)) - tp
+    presence = _presence(tp + fn > 0, tp + fp > 0)
+    hd95, nsd = None, None
+    if presence == "both":
+        distances = contour_distances(truth, prediction, scale.spacing)
+        hd95 = hausdorff(distances, 95)
+        nsd = surface_dice(distances, TOLERANCES[scale.unit])
+    elif presence != "neither":
+        height, width = truth.shape
+        hd95, nsd = math.hypot(height * scale.spacing[0], width * scale.spacing[1]), 0.0
+    return ClassCase(presence, tp, fp, fn, hd95, nsd, count_lesions(truth, prediction))
+
+
+def _presence(is_true: bool, is_predicted: bool) -> Presence:
+    if is_true:
+        return "both" if is_predicted else "truth_only"
+    return "prediction_only" if is_predicted else "neither"
+
+
+def summarize_cases(
+    cases: Sequence[Case], groups: Sequence[str], names: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the measures of all cases at one size, JSON-ready; an undefined value is None.
+
+    Each measure is {"value", "low", "high", "num_cases"}: its value, the 95 % interval when groups
+    are drawn again (None for fewer than two groups) and the cases that it is of. `foreground` has
+    the mean over the classes.
+
+    Args:
+        groups: of each case.
+        names: of the foreground classes.
+    """
+    ratios = [_class_ratios(cases, index) for index in range(len(names))]
+    foreground = {name: _side_by_side(ratios, name) for name in _SHARED if ratios}
+    return {
+        "num_cases": len(cases),
+        "num_groups": len(set(groups)),
+        "interval": {"level": LEVEL, "num_draws": NUM_DRAWS, "seed": SEED, "drawn": "groups"},
+        "nsd_tolerance": dict(TOLERANCES),
+        "foreground": {name: _measure(*pair, groups) for name, pair in foreground.items()},
+        "classes": [
+            {
+                "id": index + 1,
+                "name": name,
+                **_class_counts(cases, index),
+                **{key: _measure(*pair, groups) for key, pair in ratios[index].items()},
+            }
+            for index, name in enumerate(names)
+        ],
+    }
+
+
+def _side_by_side(ratios: Sequence[Mapping[str, Pair]], name: str) -> Pair:
+    """Returns what is above and below of a measure, (N, classes) each."""
+    above, below = zip(*(each[name] for each in ratios), strict=True)
+    return np.stack(above, axis=1), np.stack(below, axis=1)
+
+
+def _class_ratios(cases: Sequence[Case], index: int) -> dict[str, Pair]:
+    """Returns what is above and below of each measure of a class, (N,) each, by name."""
+    found = [case.classes[index] for case in cases]
+    tp, fp, fn = (np.array([getattr(f, key) for f in found], float) for key in ("tp", "fp", "fn"))
+    defined = (tp + fp + fn > 0).astype(float)
+    both = np.maximum(2 * tp + fp + fn, 1)
+    either = np.maximum(tp + fp + fn, 1)
+    lesions = [each.lesions for each in found]
+    ratios = {
+        "dice_mean": (2 * tp / both, defined),
+        "iou_mean": (tp / either, defined),
+        "dice_pooled": (2 * tp, 2 * tp + fp + fn),
+        "iou_pooled": (tp, tp + fp + fn),
+        "lesion_sensitivity": (
+            np.array([each.num_found for each in lesions], float),
+            np.array([each.num_true for each in lesions], float),
+        ),
+        "false_positives_per_image": (
+            np.array([each.num_false_positives for each in lesions], float),
+            np.ones(len(lesions)),
+        ),
+    }
+    for unit in sorted({case.unit for case in cases}):
+        for name in ("hd95", "nsd"):
+            values = [
+                getattr(each, name) if case.unit == unit else None
+                for case, each in zip(cases, found, strict=True)
+            ]
+            ratios[f"{name}_{unit}"] = (
+                np.array([value or 0.0 for value in values]),
+                np.array([float(value is not None) for value in values]),
+            )
+    return ratios
+
+
+def _class_counts(cases: Sequence[Case], index: int) -> dict[str, int]:
+    found = [case.classes[index] for case in cases]
+    kinds: tuple[Presence, ...] = ("both", "neither", "truth_only", "prediction_only")
+    return {
+        **{f"num_{kind}": sum(each.presence == kind for each in found) for kind in kinds},
+        "num_lesions": sum(each.lesions.num_true for each in found),
+        "num_lesions_found": sum(each.lesions.num_found for each in found),
+        "num_false_positives": sum(each.lesions.num_false_positives for each in found),
+    }
+
+
+def _measure(above: Values, below: Values, groups: Sequence[str]) -> dict[str, Any]:
+    found = interval(above, below, groups)
+    low, high = found if found else (None, None)
+    num_cases = int(np.count_nonzero(below.reshape(len(below), -1).any(axis=1)))
+    return {"value": ratio(above, below), "low": low, "high": high, "num_cases": num_cases}
+
+
+class ThresholdSweep:
+    """Sums over cases of what a class would score at other thresholds of its probability."""
+
+    COLUMNS = (
+        "class",
+        "threshold",
+        "dice_mean",
+        "dice_pooled",
+        "lesion_sensitivity",
+        "false_positives_per_image",
+    )
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Sweeps the foreground classes of these names."""
+        self._names = names
+        shape = len(names), len(THRESHOLDS)
+        self._sums = {
+            key: np.zeros(shape)
+            for key in ("tp", "fp", "fn", "dice", "defined", "true", "found", "false", "images")
+        }
+
+    def add(self, truth: Ids, probabilities: npt.NDArray[np.float32]) -> None:
+        """Adds a case.
+
+        Args:
+            truth: (H, W) class ids.
+            probabilities: (H, W, K) of classes 0..K-1, or K = 1: of class 1.
+        """
+        first = 0 if probabilities.shape[-1] == 1 else 1
+        for index in range(len(self._names)):
+            self._add_class(index, truth == index + 1, probabilities[..., first + index])
+
+    def _add_class(
+        self, index: int, truth: npt.NDArray[np.bool_], probabilities: npt.NDArray[np.float32]
+    ) -> None:
+        for step, threshold in enumerate(THRESHOLDS):
+            predicted = probabilities >= np.float32(threshold)
+            tp = int(np.count_nonzero(truth & predicted))
+            fp = int(np.count_nonzero(predicted)) - tp
+            fn = int(np.count_nonzero(truth)) - tp
+            lesions = count_lesions(truth, predicted)
+            values = {
+                "tp": tp,
+                "fp": fp,
+                "fn": fn,
+                "dice": 2 * tp / max(2 * tp + fp + fn, 1),
+                "defined": tp + fp + fn > 0,
+                "true": lesions.num_true,
+                "found": lesions.num_found,
+                "false": lesions.num_false_positives,
+                "images": 1,
+            }
+            for key, value in values.items():
+                self._sums[key][index, step] += value
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """Returns a row of `COLUMNS` for each class and threshold; undefined values are None."""
+        s = self._sums
+        columns = [
+            (s["dice"], s["defined"]),
+            (2 * s["tp"], 2 * s["tp"] + s["fp"] + s["fn"]),
+            (s["found"], s["true"]),
+            (s["false"], s["images"]),
+        ]
+        return [
+            (
+                name,
+                threshold,
+                *(_quotient(above[c, t], below[c, t]) for above, below in columns),
+            )
+            for c, name in enumerate(self._names)
+            for t, threshold in enumerate(THRESHOLDS)
+        ]
+
+
+def _quotient(above: float, below: float) -> float | None:
+    return float(above / below) if below else None
+
+
+def case_columns(names: Sequence[str]) -> list[str]:
+    """Returns the columns of `case_cells` for the foreground classes of these names."""
+    keys = ("presence", "dice", "hd95", "nsd", "lesions", "lesions_found", "false_positives")
+    return ["unit", *(f"{key}_{name}" for name in names for key in keys)]
+
+
+def case_cells(case: Case) -> list[Any]:
+    """Returns the cells of a case; None is an empty cell: the class is in neither mask."""
+    cells: list[Any] = [case.unit]
+    for each in case.classes:
+        below = 2 * each.tp + each.fp + each.fn
+        cells += [each.presence, _quotient(2 * each.tp, below), each.hd95, each.nsd]
+        lesions = each.lesions
+        cells += [lesions.num_true, lesions.num_found, lesions.num_false_positives]
+    return cells
+
+
+def measure_rows(size: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns (label, measure) of what `summarize_cases` returned, for tables that people read."""
+    rows = [(f"foreground {name}", each) for name, each in size["foreground"].items()]
+    for each in size["classes"]:
+        rows += [
+            (f"{each['name']} {name}", value)
+            for name, value in each.items()
+            if isinstance(value, dict)
+        ]
+    return rows

@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from job.bootstrap import interval, ratio
+
+
+def test_ratio_is_of_sums_and_averages_over_classes() -> None:
+    above, below = np.array([1.0, 2.0]), np.array([2.0, 2.0])
+    assert ratio(above, below) == 3 / 4
+    two = np.stack([above, np.array([0.0, 1.0])], axis=1)
+    # 3 / 4 and 1 / 1; a class with nothing below plays no part.
+    assert ratio(two, np.array([[2.0, 0.0], [2.0, 1.0]])) == (0.75 + 1) / 2
+    assert ratio(two, np.array([[2.0, 0.0], [2.0, 0.0]])) == 0.75
+    assert ratio(above, np.zeros(2)) is None
+
+
+def test_interval_of_a_mean_is_near_the_normal_one() -> None:
+    random = np.random.default_rng(3)
+    values = random.normal(0.8, 0.1, 400)
+    found = interval(values, np.ones(400), [str(index) for index in range(400)])
+    assert found is not None
+    # 1.96 standard errors of the mean.
+    error = 1.96 * values.std() / 20
+    assert found == pytest.approx((values.mean() - error, values.mean() + error), abs=0.1 * error)
+
+
+def test_interval_draws_whole_groups() -> None:
+    # Ten cases of each of 20 patients are alike: as wide as that of 20 cases, not of 200.
+    random = np.random.default_rng(4)
+    patients = random.normal(0.5, 0.1, 20)
+    values, groups = np.repeat(patients, 10), np.repeat([str(i) for i in range(20)], 10)
+    by_patient = interval(values, np.ones(200), list(groups))
+    alone = interval(patients, np.ones(20), [str(i) for i in range(20)])
+    by_case = interval(values, np.ones(200), [str(i) for i in range(200)])
+    assert by_patient and alone and by_case
+    assert by_patient[1] - by_patient[0] == pytest.approx(alone[1] - alone[0], rel=0.1)
+    assert by_patient[1] - by_patient[0] > 2.5 * (by_case[1] - by_case[0])
+
+
+def test_interval_is_the_same_for_a_seed_and_contains_the_value() -> None:
+    values, groups = np.array([0.1, 0.5, 0.9]), ["a", "b", "c"]
+    first = interval(values, np.ones(3), groups)
+    assert first == interval(values, np.ones(3), groups)
+    assert first is not None
+    assert 0.1 <= first[0] <= 0.5 <= first[1] <= 0.9
+    assert first != interval(values, np.ones(3), groups, seed=1, num_draws=10)
+
+
+def test_interval_needs_two_groups_with_a_value() -> None:
+    assert interval(np.array([0.5, 0.7]), np.ones(2), ["a", "a"]) is None
+    assert interval(np.array([0.5, 0.0]), np.array([1.0, 0.0]), ["a", "b"]) is None
+    # A group without a value widens nothing: its draws are left out.
+    found = interval(np.array([0.5, 0.7, 0.0]), np.array([1.0, 1.0, 0.0]), ["a", "b", "c"])
+    assert found == pytest.approx((0.5, 0.7))

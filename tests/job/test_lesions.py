@@ -1,0 +1,60 @@
+import numpy as np
+
+from job.lesions import count_lesions, without_small_regions
+
+
+def mask_of(*rows: str) -> np.ndarray:
+    return np.array([[character == "#" for character in row] for row in rows])
+
+
+def test_pixels_that_touch_at_a_corner_are_one_lesion() -> None:
+    counts = count_lesions(mask_of("#..", ".#.", "..."), mask_of("...", "...", "..."))
+    assert (counts.num_true, counts.num_predicted, counts.num_found) == (1, 0, 0)
+
+
+def test_a_lesion_is_found_when_the_overlap_is_large_enough() -> None:
+    truth = mask_of("##########")
+    # One pixel of ten: IoU 0.1; beside a longer prediction 1 / 11.
+    assert count_lesions(truth, mask_of("#.........")).num_found == 1
+    truth = mask_of("..##########")
+    assert count_lesions(truth, mask_of("###.........")).num_found == 0
+
+
+def test_one_region_over_two_lesions_finds_one_at_most() -> None:
+    truth = mask_of("###..###")
+    counts = count_lesions(truth, mask_of("########"))
+    assert (counts.num_true, counts.num_found, counts.num_false_positives) == (2, 1, 0)
+    # Over everything, both are too small a part of it.
+    everything = np.ones((10, 8), bool)
+    small = np.zeros((10, 8), bool)
+    small[:1] = truth
+    counts = count_lesions(small, everything)
+    assert (counts.num_found, counts.num_false_positives) == (0, 1)
+
+
+def test_pieces_beside_the_best_one_are_false_positives() -> None:
+    counts = count_lesions(mask_of("########"), mask_of("##.#####"))
+    assert (counts.num_true, counts.num_found, counts.num_false_positives) == (1, 1, 1)
+
+
+def test_the_best_pairs_are_taken_first() -> None:
+    # The middle region overlaps both lesions; the right one fits the right lesion better.
+    truth = mask_of("####.####")
+    prediction = mask_of("..####.##")
+    # IoU of (left, middle) 2/6, (right, middle) 1/7, (right, right) 2/4.
+    counts = count_lesions(truth, prediction)
+    assert (counts.num_found, counts.num_false_positives) == (2, 0)
+
+
+def test_empty_masks_have_no_lesions() -> None:
+    nothing = np.zeros((3, 3), bool)
+    counts = count_lesions(nothing, nothing)
+    assert (counts.num_true, counts.num_predicted, counts.num_false_positives) == (0, 0, 0)
+    assert count_lesions(nothing, ~nothing).num_false_positives == 1
+
+
+def test_small_regions_are_removed_by_their_pixels() -> None:
+    mask = mask_of("##..#", "#....", "....#")
+    assert (without_small_regions(mask, 2) == mask_of("##...", "#....", ".....")).all()
+    assert not without_small_regions(mask, 4).any()
+    assert without_small_regions(mask, 0) is mask

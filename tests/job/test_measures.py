@@ -1,0 +1,172 @@
+"""Measures of cases and their summary; what an empty mask means is worked out by hand."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from job.measures import (
+    THRESHOLDS,
+    Case,
+    Scale,
+    ThresholdSweep,
+    case_cells,
+    case_columns,
+    measure_case,
+    measure_rows,
+    summarize_cases,
+    without_ignored,
+)
+
+PIXELS = Scale((1.0, 1.0), "px")
+MM = Scale((0.5, 0.25), "mm")
+
+
+def mask_of(*rows: str) -> np.ndarray:
+    return np.array([[int(character) for character in row] for row in rows], np.uint8)
+
+
+EMPTY = mask_of("0000", "0000", "0000")
+LESION = mask_of("0000", "0110", "0000")
+
+
+def measured(truth: np.ndarray, prediction: np.ndarray, scale: Scale = PIXELS) -> Case:
+    return measure_case(truth, prediction, 2, scale)
+
+
+def test_case_of_two_empty_masks_has_no_value() -> None:
+    found = measured(EMPTY, EMPTY).classes[0]
+    assert found.presence == "neither"
+    assert found.hd95 is None
+    assert found.nsd is None
+    assert found.lesions.num_true == found.lesions.num_false_positives == 0
+
+
+@pytest.mark.parametrize(("scale", "diagonal"), [(PIXELS, 5.0), (MM, math.hypot(1.5, 1.0))])
+def test_case_of_one_empty_mask_gets_the_diagonal(scale: Scale, diagonal: float) -> None:
+    # 3 rows and 4 columns: 5 pixels; 3 * 0.5 mm and 4 * 0.25 mm.
+    missed, invented = measured(LESION, EMPTY, scale), measured(EMPTY, LESION, scale)
+    assert missed.classes[0].presence == "truth_only"
+    assert invented.classes[0].presence == "prediction_only"
+    for case in (missed, invented):
+        assert case.classes[0].hd95 == pytest.approx(diagonal)
+        assert case.classes[0].nsd == 0
+    assert (missed.classes[0].lesions.num_true, missed.classes[0].lesions.num_found) == (1, 0)
+    assert invented.classes[0].lesions.num_false_positives == 1
+
+
+def test_case_measures_in_its_unit() -> None:
+    moved = mask_of("0000", "0000", "0110")
+    assert measured(LESION, moved).classes[0].hd95 == 1
+    # One row of half a millimetre.
+    assert measured(LESION, moved, MM).classes[0].hd95 == 0.5
+    assert measured(LESION, moved, MM).classes[0].nsd == 1
+
+
+def test_case_has_every_foreground_class() -> None:
+    case = measure_case(mask_of("0120"), mask_of("0110"), 3, PIXELS)
+    first, second = case.classes
+    assert (first.tp, first.fp, first.fn) == (1, 1, 0)
+    assert (second.tp, second.fp, second.fn, second.presence) == (0, 0, 1, "truth_only")
+
+
+def test_ignored_pixels_are_background_in_both() -> None:
+    truth, prediction = without_ignored(mask_of("0019"), mask_of("0111"), 9)
+    assert truth.tolist() == [[0, 0, 1, 0]]
+    assert prediction.tolist() == [[0, 1, 1, 0]]
+
+
+def summary_of(*cases: Case) -> dict[str, Any]:
+    summary = summarize_cases(cases, [str(index) for index in range(len(cases))], ["mass"])
+    json.dumps(summary, allow_nan=False)
+    return summary
+
+
+def test_summary_counts_empty_masks_and_leaves_only_double_ones_out() -> None:
+    summary = summary_of(
+        measured(LESION, LESION),
+        measured(EMPTY, EMPTY),
+        measured(LESION, EMPTY),
+        measured(EMPTY, LESION),
+    )
+    mass = summary["classes"][0]
+    counts = {key: mass[f"num_{key}"] for key in ("both", "neither", "truth_only")}
+    assert counts == {"both": 1, "neither": 1, "truth_only": 1}
+    assert mass["num_prediction_only"] == 1
+    # Dice 1, none, 0, 0; distances 0, none, 5, 5.
+    assert mass["dice_mean"]["value"] == pytest.approx(1 / 3)
+    assert mass["dice_mean"]["num_cases"] == 3
+    assert mass["hd95_px"]["value"] == pytest.approx(10 / 3)
+    assert mass["nsd_px"]["value"] == pytest.approx(1 / 3)
+    # tp 2, fp 2, fn 2.
+    assert mass["dice_pooled"]["value"] == pytest.approx(4 / 8)
+    assert mass["iou_pooled"]["value"] == pytest.approx(2 / 6)
+    assert mass["lesion_sensitivity"]["value"] == pytest.approx(1 / 2)
+    assert mass["false_positives_per_image"]["value"] == pytest.approx(1 / 4)
+    assert summary["foreground"]["dice_mean"]["value"] == mass["dice_mean"]["value"]
+
+
+def test_missing_a_lesion_never_makes_a_mean_better() -> None:
+    far = mask_of("0000", "0000", "1000")
+    near, missed = measured(LESION, far), measured(LESION, EMPTY)
+    other = measured(LESION, LESION)
+    found, lost = summary_of(other, near)["classes"][0], summary_of(other, missed)["classes"][0]
+    assert lost["hd95_px"]["value"] > found["hd95_px"]["value"]
+    for name in ("dice_mean", "iou_mean", "nsd_px", "lesion_sensitivity"):
+        assert lost[name]["value"] <= found[name]["value"], name
+
+
+def test_summary_never_averages_two_units() -> None:
+    moved = mask_of("0000", "0000", "0110")
+    mass = summary_of(measured(LESION, moved), measured(LESION, moved, MM))["classes"][0]
+    assert mass["hd95_px"] == {"value": 1.0, "low": None, "high": None, "num_cases": 1}
+    assert mass["hd95_mm"]["value"] == 0.5
+
+
+def test_summary_of_nothing_but_empty_masks_has_no_values() -> None:
+    summary = summary_of(measured(EMPTY, EMPTY), measured(EMPTY, EMPTY))
+    mass = summary["classes"][0]
+    for name in ("dice_mean", "dice_pooled", "hd95_px", "lesion_sensitivity"):
+        assert mass[name]["value"] is None
+    assert mass["false_positives_per_image"]["value"] == 0
+
+
+def test_summary_averages_classes_and_names_its_rows() -> None:
+    case = measure_case(mask_of("0120"), mask_of("0110"), 3, PIXELS)
+    summary = summarize_cases([case, case], ["a", "b"], ["mass", "cyst"])
+    # Dice of the classes: 2/3 and 0.
+    assert summary["foreground"]["dice_mean"]["value"] == pytest.approx(1 / 3)
+    assert summary["foreground"]["dice_mean"]["low"] == pytest.approx(1 / 3)
+    labels = [label for label, _ in measure_rows(summary)]
+    assert labels[0] == "foreground dice_mean"
+    assert "cyst hd95_px" in labels
+
+
+def test_cells_fit_the_columns() -> None:
+    columns = case_columns(["mass"])
+    cells = dict(zip(columns, case_cells(measured(EMPTY, EMPTY)), strict=True))
+    assert cells["presence_mass"] == "neither"
+    assert cells["hd95_mass"] is None
+    assert cells["dice_mass"] is None
+    cells = dict(zip(columns, case_cells(measured(LESION, EMPTY, MM)), strict=True))
+    assert (cells["unit"], cells["dice_mass"], cells["lesions_mass"]) == ("mm", 0, 1)
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2])
+def test_sweep_scores_every_threshold(num_outputs: int) -> None:
+    truth = mask_of("0110")
+    mass = np.array([[0.1, 0.4, 0.8, 0.6]], np.float32)
+    probabilities = mass[..., None] if num_outputs == 1 else np.stack([1 - mass, mass], axis=-1)
+    sweep = ThresholdSweep(["mass"])
+    sweep.add(truth, probabilities)
+    sweep.add(EMPTY, np.zeros((3, 4, num_outputs), np.float32))
+    rows = {row[1]: row[2:] for row in sweep.rows()}
+    assert list(rows) == list(THRESHOLDS)
+    # Columns 1 to 3 predicted: 4 / 5; one lesion found, nothing else predicted in two pictures.
+    assert rows[0.4] == (pytest.approx(0.8), pytest.approx(0.8), 1, 0)
+    # Columns 2 and 3: 2 / 4. Column 2 alone: 2 / 3. None: 0, the lesion is missed.
+    assert rows[0.6][0] == pytest.approx(0.5)
+    assert rows[0.8][0] == pytest.approx(2 / 3)
+    assert rows[0.85] == (0, 0, 0, 0)
