@@ -185,6 +185,19 @@ class TrainConfig(Settings):
     cpu_replicas: int = option(
         1, "Number of mirrored replicas on a machine without a GPU.", free=True, ge=1, le=64
     )
+    gradient_exchange: Literal["auto", "all_reduce"] = option(
+        "auto",
+        "Between replicas. auto: per layer, its gradient or what it is computed from, whichever "
+        "takes less time; all_reduce: always the gradient.",
+        free=True,
+    )
+    exchange_flops_per_byte: float | None = option(
+        None,
+        "FLOPs that a device does while it sends a byte, for auto; none: measured at the start, "
+        "1000 if deterministic.",
+        free=True,
+        gt=0,
+    )
     threads: int = option(0, "Number of CPU threads; 0: one per core.", free=True, ge=0)
     phase_timeout: float = option(
         600.0,

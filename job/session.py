@@ -6,6 +6,7 @@ one and computes the same; that of the first has a recorder too.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from job.data import (
     sample_order,
 )
 from job.evaluate import Evaluation, Evaluator, make_evaluator, means_of
+from job.exchange import NOMINAL_FLOPS_PER_BYTE, Plan, make_plan, measured_flops_per_byte
 from job.metrics import RunningSums
 from job.optimizer import Adam
 from job.record import Recorder, open_recorder
@@ -32,6 +34,8 @@ from job.state import TrainState
 from job.step import make_train_step
 from job.team import Team
 from job.trained import initialize_from, model_for
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -270,7 +274,8 @@ def open_session(
             )
 
     team.on_each(fill_cache)
-    step = make_train_step(strategy, model, optimizer, evaluator.loss, evaluator.metrics)
+    plan = _exchange_plan(config, strategy, team, model)
+    step = make_train_step(strategy, model, optimizer, evaluator.loss, evaluator.metrics, plan)
     with ExitStack() as stack:
         recorders: list[Recorder] = []
 
@@ -288,3 +293,29 @@ def open_session(
             *(config, strategy, team, dataset, readers, model, optimizer, step, evaluator),
             recorder=recorders[0] if recorders else None,
         )
+
+
+def _exchange_plan(
+    config: TrainConfig, strategy: tf.distribute.Strategy, team: Team, model: Any
+) -> Plan | None:
+    """Returns how gradients are exchanged, the same in all processes; None: by all-reduce."""
+    num_replicas = strategy.num_replicas_in_sync
+    if num_replicas == 1 or config.gradient_exchange == "all_reduce":
+        return None
+    ratio = config.exchange_flops_per_byte
+    if ratio is None and config.deterministic:
+        # A measured one differs from start to start, and with it the order of the sums.
+        ratio = NOMINAL_FLOPS_PER_BYTE
+    elif ratio is None:
+        ratio = measured_flops_per_byte(strategy, model.compute_dtype)
+    # Another choice in one process would be waited for without end.
+    agreed: float = team.on_first(lambda: ratio)
+    plan = make_plan(
+        model,
+        batch_size=config.global_batch_size // num_replicas,
+        num_replicas=num_replicas,
+        flops_per_byte=agreed,
+    )
+    if team.is_first:
+        logger.info("%s (%.0f FLOPs per byte)", plan.describe(), agreed)
+    return plan

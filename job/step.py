@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from job.dropout import sample_keys
+from job.exchange import Exchange, Plan
 from job.losses import replica_sum
 from job.metrics import confusion_counts
 from job.optimizer import Adam
@@ -29,28 +30,32 @@ def make_train_step(
     optimizer: Adam,
     loss: Loss,
     metrics: Metrics,
+    plan: Plan | None = None,
 ) -> Callable[[Batch, tf.Tensor, tf.Tensor], Sums]:
     """Returns the compiled `train_step(batch, step, learning_rate) -> sums`.
 
     `sums` has an entry for `loss` and one for every metric.
+
+    Args:
+        plan: how gradients are exchanged, the same on all replicas; None: by all-reduce.
     """
-    weights = model.trainable_variables
+    exchange = Exchange(model, plan)
 
     def replica_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> tf.Tensor:
         labels = tf.cast(batch["mask"], tf.int32)
-        with sample_keys(batch["key"]), tf.GradientTape() as tape:
+        keys = sample_keys(batch["key"])
+        with keys, exchange.recorded() as factors, tf.GradientTape() as tape:
             logits = model(prepared(model, batch["image"]), training=True)
             value = loss(labels, logits, batch["weight"], replica_sum)
         # `replica_sum` passes gradients through, so each replica's are its part of the global ones.
-        gradients = tape.gradient(value, [weight.value for weight in weights])
-        context = tf.distribute.get_replica_context()
-        gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+        gradients = exchange.gradients(tape, value, factors)
         optimizer.apply(gradients, step=step, learning_rate=learning_rate)
         return _sums(value, batch, labels, logits, metrics)
 
     @tf.function(reduce_retracing=True)
     def train_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> Sums:
-        sums = strategy.run(replica_step, (batch, step, learning_rate))
+        with exchange.tapped():
+            sums = strategy.run(replica_step, (batch, step, learning_rate))
         return _reduced(strategy, sums, metrics)
 
     return train_step

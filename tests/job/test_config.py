@@ -20,6 +20,8 @@ FREE = {
     "cache_dir",
     "cache",
     "cpu_replicas",
+    "gradient_exchange",
+    "exchange_flops_per_byte",
     "threads",
     "tensorboard",
     "progress",
