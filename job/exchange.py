@@ -354,13 +354,14 @@ def measured_flops_per_byte(strategy: tf.distribute.Strategy, dtype: str) -> flo
         dtype: of the model's computations.
     """
 
-    def multiply() -> tf.Tensor:
-        values = tf.cast(tf.random.stateless_uniform((_PROBE_SIZE, _PROBE_SIZE), (1, 2)), dtype)
+    def multiply(seed: tf.Tensor) -> tf.Tensor:
+        values = tf.random.stateless_uniform((_PROBE_SIZE, _PROBE_SIZE), seed)
+        values = tf.cast(values, dtype)
         return tf.reduce_max(tf.matmul(values, values))
 
-    def gather() -> tf.Tensor:
+    def gather(seed: tf.Tensor) -> tf.Tensor:
         context = tf.distribute.get_replica_context()
-        words = tf.random.stateless_uniform((_PROBE_BYTES // 4,), (1, 2))
+        words = tf.random.stateless_uniform((_PROBE_BYTES // 4,), seed)
         return tf.reduce_max(context.all_gather(words, axis=0))
 
     num_bytes = (strategy.num_replicas_in_sync - 1) * _PROBE_BYTES
@@ -369,12 +370,14 @@ def measured_flops_per_byte(strategy: tf.distribute.Strategy, dtype: str) -> flo
     )
 
 
-def _seconds(strategy: tf.distribute.Strategy, work: Callable[[], tf.Tensor]) -> float:
-    function = tf.function(lambda: strategy.run(work))
+def _seconds(strategy: tf.distribute.Strategy, work: Callable[[tf.Tensor], tf.Tensor]) -> float:
+    # The seed is an argument: work on constants would be done once, while compiling.
+    function = tf.function(lambda seed: strategy.run(work, (seed,)))
     times = []
-    for _ in range(1 + _PROBE_REPEATS):
+    for count in range(1 + _PROBE_REPEATS):
+        seed = tf.constant([1, count], tf.int32)
         started = time.perf_counter()
-        for result in strategy.experimental_local_results(function()):
+        for result in strategy.experimental_local_results(function(seed)):
             result.numpy()
         times.append(time.perf_counter() - started)
     return median(times[1:])  # the first one compiles

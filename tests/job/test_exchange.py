@@ -210,4 +210,6 @@ def test_the_inbreast_network_sends_an_eighth_on_two_replicas() -> None:
 
 
 def test_rates_are_measured(two_cpus: Any) -> None:
-    assert measured_flops_per_byte(two_cpus, "float32") > 0
+    # Between cores at 1 to 10000 GFLOP/s that copy 0.1 to 1000 GB/s: work that is not done, for it
+    # was folded into a constant, shows as a rate beyond all machines.
+    assert 1e-3 < measured_flops_per_byte(two_cpus, "float32") < 1e5
