@@ -178,7 +178,7 @@ def test_the_cpu_overlay_runs_to_the_end(machine: Machine, monkeypatch: pytest.M
         "runs/demo/evaluation/summary.json",
     } <= names
     assert any(re.fullmatch(r"runs/demo/checkpoints/.*/COMMIT\.json", name) for name in names)
-    assert sum(re.fullmatch(r"masks/phantom-[^/]*\.png", name) is not None for name in names) == 40
+    assert sum(re.fullmatch(r"masks/phantom-[^/]*\.png", name) is not None for name in names) == 24
     assert json.loads(store.get("runs/demo/environment.json"))["replicas"] == 2
 
     # What a retried pod does: it goes on with what is there.
