@@ -294,10 +294,14 @@ def write_evaluation(
     loss, metric = evaluator.config.loss.name, next(iter(evaluator.metrics), "")
     table = evaluation_csv(loss, means["loss"], metric, means.get(metric, math.nan))
     pictures = dict(_example_pictures(evaluation, evaluator, reader))
+    for folder in ("examples", "overlays"):
+        for stat in target.list(f"{folder}/"):
+            target.delete(stat.name)
     # Where there is a summary, all that it summarizes is there too.
     target.delete("summary.json")
     target.put("evaluation.csv", table.encode())
     target.put("per_case.csv", _per_case_csv(evaluation, evaluator.dataset).encode())
+    target.put("examples.csv", _examples_csv(evaluation).encode())
     for measured_name, text in _measured_tables(evaluation, evaluator.dataset):
         target.put(measured_name, text.encode())
     for name, picture in pictures.items():
@@ -351,7 +355,18 @@ def _example_pictures(
         prediction = evaluator.predict(image[np.newaxis])[0]
         title = plots.panel_title(evaluation.split.filenames[index], dice)
         yield f"examples/{name}", plots.panel_png(image, truth, prediction, classes, title)
-        yield f"overlays/{name}", plots.overlay_png(image, prediction, classes, truth, title)
+        yield f"overlays/{name}", plots.overlay_png(image, prediction, classes, truth)
+
+
+def _examples_csv(evaluation: Evaluation) -> str:
+    """Returns which case each picture in `examples/` and `overlays/` is of."""
+    columns = ("picture", "id", "filename", "foreground_dice")
+    split = evaluation.split
+    rows = [
+        (name, split.ids[index], split.filenames[index], dice)
+        for name, index, dice in _example_cases(evaluation.counts)
+    ]
+    return csv_table(columns, rows)
 
 
 def _example_cases(counts: np.ndarray) -> list[tuple[str, int, float | None]]:

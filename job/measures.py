@@ -318,8 +318,12 @@ def case_cells(case: Case) -> list[Any]:
 
 
 def measure_rows(size: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns (label, measure) of what `summarize_cases` returned, for tables that people read."""
-    rows = [(f"foreground {name}", each) for name, each in size["foreground"].items()]
+    """Returns (label, measure) of what `summarize_cases` returned, for tables that people read.
+
+    With one foreground class the mean over classes is that class, and is left out.
+    """
+    shared = size["foreground"] if len(size["classes"]) > 1 else {}
+    rows = [(f"foreground {name}", each) for name, each in shared.items()]
     for each in size["classes"]:
         rows += [
             (f"{each['name']} {name}", value)

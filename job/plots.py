@@ -93,12 +93,11 @@ def overlay_png(
     class_ids: Pixels,
     classes: Sequence[ClassColor],
     truth: Pixels | None = None,
-    title: str | None = None,
 ) -> bytes:
     """Returns the dimmed image with the contours of the prediction, and of the truth where given.
 
     With more than one foreground class the prediction is also tinted in the classes' colours. A
-    legend stands below the picture and a title above; they cover none of it.
+    legend stands below the picture and covers none of it.
 
     Args:
         image: (H, W), (H, W, 1) or (H, W, 3), uint8 or uint16.
@@ -124,8 +123,7 @@ def overlay_png(
     entries.append(_Entry("prediction", _PREDICTION_COLOR, is_line=True))
     if len(foreground) > 1:
         entries.extend(_Entry(each.name, each.color, is_line=False) for each in foreground)
-    heading = [] if title is None else [_line_of_text(title, width)]
-    return _png(_stacked([*heading, _picture(pixels), _legend(entries, width)]))
+    return _png(_stacked([_picture(pixels), _legend(entries, width)]))
 
 
 def panel_png(

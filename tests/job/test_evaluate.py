@@ -120,6 +120,10 @@ def test_evaluate_agrees_with_the_evaluation_that_ends_training(
 def test_evaluate_shows_each_of_few_cases_once(evaluated: Path) -> None:
     pictures = sorted(path.name for path in (evaluated / "examples").iterdir())
     assert pictures == sorted(path.name for path in (evaluated / "overlays").iterdir())
+    named = list(csv.DictReader((evaluated / "examples.csv").read_text().splitlines()))
+    assert [f"{row['picture']}.png" for row in named] == pictures
+    dices = [float(row["foreground_dice"]) for row in named]
+    assert dices == sorted((float(row["dice_mass"]) for row in rows_of(evaluated)), reverse=True)
     # The three best leave one of four cases, the worst.
     assert pictures == ["best-1.png", "best-2.png", "best-3.png", "worst-1.png"]
     for name in pictures:

@@ -152,6 +152,7 @@ def test_summary_averages_classes_and_names_its_rows() -> None:
     labels = [label for label, _ in measure_rows(summary)]
     assert labels[0] == "foreground dice_mean"
     assert "cyst hd95_px" in labels
+    assert measure_rows(summary_of(case, case))[0][0] == "mass dice_mean"
 
 
 def test_cells_fit_the_columns() -> None:

@@ -85,14 +85,6 @@ def test_overlay_png_places_the_contour_on_the_region() -> None:
     assert (columns.min(), columns.max()) == pytest.approx((128, 639), abs=2)
 
 
-def test_overlay_png_puts_a_title_above_the_picture() -> None:
-    image = np.full((64, 64), 200, np.uint8)
-    plain = pixels_of(overlay_png(image, square(8), CLASSES))
-    titled = pixels_of(overlay_png(image, square(8), CLASSES, title="14.png"))
-    assert np.array_equal(titled[28:], plain)
-    assert (titled[:28] > 100).any()
-
-
 def test_overlay_png_dims_the_image() -> None:
     png = overlay_png(np.full((64, 64, 3), 200, np.uint8), np.zeros((64, 64), np.uint8), CLASSES)
     # 0.65 * 200 = 130
