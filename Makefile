@@ -58,9 +58,11 @@ demo: .venv/.installed ## the whole way on synthetic mammograms
 	flexunet prep $(DEMO)/source $(DEMO)/dataset --image-size 128 --group-regex "phantom-p[0-9]+" --fractions 0.75,0.1,0.15
 	flexunet train --local --config docs/demo.yaml --data $(DEMO)/dataset --output $(DEMO)/runs --name demo
 	flexunet evaluate $(DEMO)/runs/demo --split test
+	flexunet report $(DEMO)/runs/demo
 	flexunet infer $(DEMO)/runs/demo $(DEMO)/source/images
 	@printf '%s\n' '' 'Look at:' \
 		'  $(DEMO)/dataset/report/              pictures of the data' \
+		'  $(DEMO)/runs/demo/report.html        all of it on one page' \
 		'  $(DEMO)/runs/demo/metrics/           curves and tables' \
 		'  $(DEMO)/runs/demo/evaluation/        summary.json, per_case.csv, examples/' \
 		'  $(DEMO)/runs/demo/inference/         masks, and overlays/'

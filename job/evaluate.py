@@ -60,6 +60,7 @@ class Measured:
     """What was measured case by case, in the order of the split."""
 
     cases: dict[str, list[Case]]  # by size
+    baseline: dict[str, list[Case]]  # the same with nothing predicted
     sweep: ThresholdSweep  # at the network's size
 
 
@@ -137,7 +138,7 @@ class Evaluator:
         if found is not None:
             names = _foreground_names(self.dataset)
             summary["sizes"] = {
-                size: summarize_cases(each, split.groups, names)
+                size: summarize_cases(each, found.baseline[size], split.groups, names)
                 for size, each in found.cases.items()
             }
         return Evaluation(split, means, cases, summary, found)
@@ -150,36 +151,42 @@ class Evaluator:
         Every process of a team does all of it: the others would only wait for the first.
         """
         cases: dict[str, list[Case]] = {size: [] for size in SIZES}
+        baseline: dict[str, list[Case]] = {size: [] for size in SIZES}
         sweep = ThresholdSweep(_foreground_names(self.dataset))
         with Progress(f"measure {split.name}", len(split), unit="cases", shown=shown) as bar:
             for index in bar.tracked(range(len(split))):
                 image, truth = read_sample(reader, index)
                 probabilities = self.probabilities(image[np.newaxis]).numpy()[0]
-                for size, case in self._cases_of(split, index, truth, probabilities).items():
-                    cases[size].append(case)
+                for size, pair in self._cases_of(split, index, truth, probabilities).items():
+                    cases[size].append(pair[0])
+                    baseline[size].append(pair[1])
                 sweep.add(*_counted(truth, probabilities, self.dataset.manifest.ignore_id))
                 if should_stop():
                     raise StoppedError(f"stopped measuring {split.name}; the same command resumes")
-        return Measured(cases, sweep)
+        return Measured(cases, baseline, sweep)
 
     def _cases_of(
         self, split: Split, index: int, truth: np.ndarray, probabilities: np.ndarray
-    ) -> dict[str, Case]:
-        """Returns the case at each size; where both sizes are one, it is measured once."""
-        manifest, geometry = self.dataset.manifest, split.geometries[index]
-        num_classes = len(manifest.classes)
+    ) -> dict[str, tuple[Case, Case]]:
+        """Returns the case, and the case with nothing predicted, at each size.
+
+        Where both sizes are one, it is measured once.
+        """
+        geometry = split.geometries[index]
         scales = _scales(geometry, split.spacings[index])
-        masks = without_ignored(truth, _class_ids(probabilities), manifest.ignore_id)
-        network = measure_case(*masks, num_classes, scales["network"])
+        network = self._measured(truth, _class_ids(probabilities), scales["network"])
         if (geometry.source_height, geometry.source_width) == truth.shape:
             return {"network": network, "original": network}
-        masks = without_ignored(
-            undo_geometry(truth, geometry, nearest=True),
-            class_ids_at_source(probabilities, geometry),
-            manifest.ignore_id,
-        )
-        original = measure_case(*masks, num_classes, scales["original"])
-        return {"network": network, "original": original}
+        truth = undo_geometry(truth, geometry, nearest=True)
+        ids = class_ids_at_source(probabilities, geometry)
+        return {"network": network, "original": self._measured(truth, ids, scales["original"])}
+
+    def _measured(self, truth: np.ndarray, ids: np.ndarray, scale: Scale) -> tuple[Case, Case]:
+        manifest = self.dataset.manifest
+        truth, ids = without_ignored(truth, ids, manifest.ignore_id)
+        num_classes = len(manifest.classes)
+        nothing = measure_case(truth, np.zeros_like(truth), num_classes, scale)
+        return measure_case(truth, ids, num_classes, scale), nothing
 
 
 def make_evaluator(
@@ -271,7 +278,7 @@ def _counted(
 def write_evaluation(
     store: Store, evaluation: Evaluation, evaluator: Evaluator, reader: RecordReader
 ) -> str:
-    """Writes the tables, the summary and panels of best, middle and worst cases of a split.
+    """Writes the tables, the summary and pictures of best, middle and worst cases of a split.
 
     They go to `evaluation/`, or to `evaluation/<split>/` for another split than test.
 
@@ -287,14 +294,18 @@ def write_evaluation(
     loss, metric = evaluator.config.loss.name, next(iter(evaluator.metrics), "")
     table = evaluation_csv(loss, means["loss"], metric, means.get(metric, math.nan))
     pictures = dict(_example_pictures(evaluation, evaluator, reader))
+    for folder in ("examples", "overlays"):
+        for stat in target.list(f"{folder}/"):
+            target.delete(stat.name)
     # Where there is a summary, all that it summarizes is there too.
     target.delete("summary.json")
     target.put("evaluation.csv", table.encode())
     target.put("per_case.csv", _per_case_csv(evaluation, evaluator.dataset).encode())
+    target.put("examples.csv", _examples_csv(evaluation).encode())
     for measured_name, text in _measured_tables(evaluation, evaluator.dataset):
         target.put(measured_name, text.encode())
     for name, picture in pictures.items():
-        target.put(f"examples/{name}.png", picture)
+        target.put(f"{name}.png", picture)
     summary = json.dumps(evaluation.summary, indent=2, allow_nan=False) + "\n"
     target.put("summary.json", summary.encode())
     return target.url
@@ -343,7 +354,19 @@ def _example_pictures(
         image, truth = read_sample(reader, index)
         prediction = evaluator.predict(image[np.newaxis])[0]
         title = plots.panel_title(evaluation.split.filenames[index], dice)
-        yield name, plots.panel_png(image, truth, prediction, classes, title)
+        yield f"examples/{name}", plots.panel_png(image, truth, prediction, classes, title)
+        yield f"overlays/{name}", plots.overlay_png(image, prediction, classes, truth)
+
+
+def _examples_csv(evaluation: Evaluation) -> str:
+    """Returns which case each picture in `examples/` and `overlays/` is of."""
+    columns = ("picture", "id", "filename", "foreground_dice")
+    split = evaluation.split
+    rows = [
+        (name, split.ids[index], split.filenames[index], dice)
+        for name, index, dice in _example_cases(evaluation.counts)
+    ]
+    return csv_table(columns, rows)
 
 
 def _example_cases(counts: np.ndarray) -> list[tuple[str, int, float | None]]:

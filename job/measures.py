@@ -115,32 +115,41 @@ def _presence(is_true: bool, is_predicted: bool) -> Presence:
 
 
 def summarize_cases(
-    cases: Sequence[Case], groups: Sequence[str], names: Sequence[str]
+    cases: Sequence[Case], baseline: Sequence[Case], groups: Sequence[str], names: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the measures of all cases at one size, JSON-ready; an undefined value is None.
 
-    Each measure is {"value", "low", "high", "num_cases"}: its value, the 95 % interval when groups
-    are drawn again (None for fewer than two groups) and the cases that it is of. `foreground` has
-    the mean over the classes.
+    Each measure is {"value", "low", "high", "num_cases", "all_background"}: its value, the 95 %
+    interval when groups are drawn again (None for fewer than two groups), the cases that it is of,
+    and what predicting nothing scores. `foreground` has the mean over the classes.
 
     Args:
+        baseline: the same cases with an empty prediction.
         groups: of each case.
         names: of the foreground classes.
     """
     ratios = [_class_ratios(cases, index) for index in range(len(names))]
-    foreground = {name: _side_by_side(ratios, name) for name in _SHARED if ratios}
+    nothing = [_class_ratios(baseline, index) for index in range(len(names))]
+    foreground = {
+        name: _measure(_side_by_side(ratios, name), _side_by_side(nothing, name), groups)
+        for name in _SHARED
+        if ratios
+    }
     return {
         "num_cases": len(cases),
         "num_groups": len(set(groups)),
         "interval": {"level": LEVEL, "num_draws": NUM_DRAWS, "seed": SEED, "drawn": "groups"},
         "nsd_tolerance": dict(TOLERANCES),
-        "foreground": {name: _measure(*pair, groups) for name, pair in foreground.items()},
+        "foreground": foreground,
         "classes": [
             {
                 "id": index + 1,
                 "name": name,
                 **_class_counts(cases, index),
-                **{key: _measure(*pair, groups) for key, pair in ratios[index].items()},
+                **{
+                    key: _measure(pair, nothing[index][key], groups)
+                    for key, pair in ratios[index].items()
+                },
             }
             for index, name in enumerate(names)
         ],
@@ -199,11 +208,17 @@ def _class_counts(cases: Sequence[Case], index: int) -> dict[str, int]:
     }
 
 
-def _measure(above: Values, below: Values, groups: Sequence[str]) -> dict[str, Any]:
+def _measure(pair: Pair, baseline: Pair, groups: Sequence[str]) -> dict[str, Any]:
+    above, below = pair
     found = interval(above, below, groups)
     low, high = found if found else (None, None)
-    num_cases = int(np.count_nonzero(below.reshape(len(below), -1).any(axis=1)))
-    return {"value": ratio(above, below), "low": low, "high": high, "num_cases": num_cases}
+    return {
+        "value": ratio(above, below),
+        "low": low,
+        "high": high,
+        "num_cases": int(np.count_nonzero(below.reshape(len(below), -1).any(axis=1))),
+        "all_background": ratio(*baseline),
+    }
 
 
 class ThresholdSweep:
@@ -303,8 +318,12 @@ def case_cells(case: Case) -> list[Any]:
 
 
 def measure_rows(size: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns (label, measure) of what `summarize_cases` returned, for tables that people read."""
-    rows = [(f"foreground {name}", each) for name, each in size["foreground"].items()]
+    """Returns (label, measure) of what `summarize_cases` returned, for tables that people read.
+
+    With one foreground class the mean over classes is that class, and is left out.
+    """
+    shared = size["foreground"] if len(size["classes"]) > 1 else {}
+    rows = [(f"foreground {name}", each) for name, each in shared.items()]
     for each in size["classes"]:
         rows += [
             (f"{each['name']} {name}", value)

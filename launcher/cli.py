@@ -15,6 +15,7 @@ COMMANDS = {
     "prep": ("data_prep.prep", "Images and masks into a dataset of TFRecord shards."),
     "train": ("job.train", "Train on a dataset, then evaluate; the same command resumes."),
     "evaluate": ("job.evaluate", "Evaluate a run on one split of its dataset."),
+    "report": ("job.report", "One page about a run: metrics, cases, curves, what failed."),
     "infer": ("job.infer", "Predict masks for a folder of images."),
     "launch": ("launcher.launch", "Prepare, train or infer on a Ray cluster."),
     "submit": ("launcher.submit", "Hand one of these commands to a Ray cluster, through Ray Jobs."),

@@ -17,8 +17,9 @@ from PIL import Image
 from data_prep.image import Geometry, read_image
 from job import checkpoint
 from job.config import identity_of
-from job.evaluate import EvaluateConfig, dataset_of, evaluate_run, main
+from job.evaluate import EvaluateConfig, _scales, dataset_of, evaluate_run, main
 from job.infer import InferConfig, infer
+from job.measures import Scale
 from job.optimizer import Adam
 from job.run import Run
 from job.trained import fetch_checkpoint, load_model, open_trained
@@ -118,6 +119,11 @@ def test_evaluate_agrees_with_the_evaluation_that_ends_training(
 
 def test_evaluate_shows_each_of_few_cases_once(evaluated: Path) -> None:
     pictures = sorted(path.name for path in (evaluated / "examples").iterdir())
+    assert pictures == sorted(path.name for path in (evaluated / "overlays").iterdir())
+    named = list(csv.DictReader((evaluated / "examples.csv").read_text().splitlines()))
+    assert [f"{row['picture']}.png" for row in named] == pictures
+    dices = [float(row["foreground_dice"]) for row in named]
+    assert dices == sorted((float(row["dice_mass"]) for row in rows_of(evaluated)), reverse=True)
     # The three best leave one of four cases, the worst.
     assert pictures == ["best-1.png", "best-2.png", "best-3.png", "worst-1.png"]
     for name in pictures:
@@ -164,6 +170,14 @@ def test_evaluate_measures_at_the_pictures_own_size_in_mm(own_run: Path) -> None
         assert small.hd95 is not None
         assert large.hd95 == pytest.approx(small.hd95, abs=0.3)
     assert any(case.classes[0].hd95 for case in sizes["original"])
+
+
+def test_scales_follow_the_geometry_of_each_axis() -> None:
+    # 64x96 source pixels of 0.1 x 0.2 mm in 32x32 stored ones.
+    scales = _scales(Geometry("stretch", 64, 96, 0, 0, 32, 32), (0.1, 0.2))
+    assert scales["original"] == Scale((0.1, 0.2), "mm")
+    assert scales["network"].spacing == pytest.approx((0.2, 0.6))
+    assert _scales(Geometry("stretch", 64, 96, 0, 0, 32, 32), None)["network"].unit == "px"
 
 
 def test_evaluate_of_another_split_leaves_the_test_split_alone(own_run: Path) -> None:

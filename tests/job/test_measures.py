@@ -78,8 +78,10 @@ def test_ignored_pixels_are_background_in_both() -> None:
     assert prediction.tolist() == [[0, 1, 1, 0]]
 
 
-def summary_of(*cases: Case) -> dict[str, Any]:
-    summary = summarize_cases(cases, [str(index) for index in range(len(cases))], ["mass"])
+def summary_of(*cases: Case, baseline: Case | None = None) -> dict[str, Any]:
+    groups = [str(index) for index in range(len(cases))]
+    nothing = [baseline] * len(cases) if baseline else cases
+    summary = summarize_cases(cases, nothing, groups, ["mass"])
     json.dumps(summary, allow_nan=False)
     return summary
 
@@ -121,8 +123,16 @@ def test_missing_a_lesion_never_makes_a_mean_better() -> None:
 def test_summary_never_averages_two_units() -> None:
     moved = mask_of("0000", "0000", "0110")
     mass = summary_of(measured(LESION, moved), measured(LESION, moved, MM))["classes"][0]
-    assert mass["hd95_px"] == {"value": 1.0, "low": None, "high": None, "num_cases": 1}
+    assert (mass["hd95_px"]["value"], mass["hd95_px"]["num_cases"]) == (1.0, 1)
+    assert mass["hd95_px"]["low"] is None  # of one group there is no interval
     assert mass["hd95_mm"]["value"] == 0.5
+
+
+def test_summary_says_what_predicting_nothing_scores() -> None:
+    mass = summary_of(measured(LESION, LESION), baseline=measured(LESION, EMPTY))["classes"][0]
+    assert (mass["dice_mean"]["value"], mass["dice_mean"]["all_background"]) == (1, 0)
+    assert (mass["hd95_px"]["value"], mass["hd95_px"]["all_background"]) == (0, 5)
+    assert mass["false_positives_per_image"]["all_background"] == 0
 
 
 def test_summary_of_nothing_but_empty_masks_has_no_values() -> None:
@@ -135,13 +145,14 @@ def test_summary_of_nothing_but_empty_masks_has_no_values() -> None:
 
 def test_summary_averages_classes_and_names_its_rows() -> None:
     case = measure_case(mask_of("0120"), mask_of("0110"), 3, PIXELS)
-    summary = summarize_cases([case, case], ["a", "b"], ["mass", "cyst"])
+    summary = summarize_cases([case, case], [case, case], ["a", "b"], ["mass", "cyst"])
     # Dice of the classes: 2/3 and 0.
     assert summary["foreground"]["dice_mean"]["value"] == pytest.approx(1 / 3)
     assert summary["foreground"]["dice_mean"]["low"] == pytest.approx(1 / 3)
     labels = [label for label, _ in measure_rows(summary)]
     assert labels[0] == "foreground dice_mean"
     assert "cyst hd95_px" in labels
+    assert measure_rows(summary_of(case, case))[0][0] == "mass dice_mean"
 
 
 def test_cells_fit_the_columns() -> None:

@@ -1,0 +1,453 @@
+"""`report.html`: one page about a run, made of nothing but the files that the run has stored.
+
+The page needs no network and no script: pictures are inside of it, and its own policy forbids
+everything else. Text from outside (names of files, groups, classes) is escaped. What is not there
+yet is said to be missing.
+
+python -m job.report RUN
+"""
+
+import base64
+import csv
+import html
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+
+from data_prep.command import SettingsCommand, run_command
+from data_prep.errors import ContentError, UsageError
+from data_prep.progress import quiet_interrupts
+from data_prep.storage import NotFound, Store, join_url, open_store
+from job.measures import measure_rows
+from job.run import LEASE_NAME, OUTCOME_NAME
+from job.watchdog import STACKS_FOLDER
+
+REPORT_NAME = "report.html"
+
+_FAILED_DICE = 0.5  # a case below is listed as a failure
+_MAX_FAILURES = 100
+_PICTURE_SIDE = 640  # pixels; pictures of cases are made smaller, so that the page stays small
+_JPEG_QUALITY = 85
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1d2329; background: #fff;
+       max-width: 1080px; margin: 0 auto; padding: 24px; }
+h1 { margin: 0 0 4px; } h2 { margin: 36px 0 8px; border-bottom: 2px solid #d7dde3; }
+h3 { margin: 20px 0 6px; } .quiet { color: #5a6570; }
+.warning { background: #fff4d6; border-left: 4px solid #d08700; padding: 6px 12px; margin: 8px 0; }
+table { border-collapse: collapse; margin: 8px 0; font-variant-numeric: tabular-nums; }
+th, td { padding: 3px 12px 3px 0; text-align: left; border-bottom: 1px solid #e6eaee; }
+.number { text-align: right; }
+.pictures { display: flex; flex-wrap: wrap; gap: 12px; }
+figure { margin: 0; } figure img { max-width: 100%; display: block; }
+.curve img { width: 500px; } .case { width: 340px; }
+figcaption { font-size: 13px; overflow-wrap: anywhere; }
+pre { background: #f5f7f9; padding: 12px; overflow-x: auto; font-size: 13px; }
+"""
+
+Row = Sequence[Any]
+
+
+def write_report(store: Store) -> str:
+    """Writes `report.html` into the run's folder `store` and returns its URL.
+
+    Raises:
+        UsageError: there is no run.
+        ContentError: a file of the run is damaged.
+    """
+    if store.stat("config.yaml") is None:
+        raise UsageError(
+            f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
+        )
+    store.put(REPORT_NAME, render(store).encode())
+    return join_url(store.url, REPORT_NAME)
+
+
+def render(store: Store) -> str:
+    """Returns the page of the run in `store`; the same files give the same page."""
+    summary = _json(store, "evaluation/summary.json")
+    name = store.url.rstrip("/").rsplit("/", 1)[-1]
+    parts = [
+        f"<h1>{_text(name)}</h1>",
+        f'<p class="quiet">{_text(store.url)}</p>',
+        _headline(store, summary),
+        _section("Metrics", _metrics(store, summary)),
+        _section("Cases", _cases(store)),
+        _section("Failures", _failures(store)),
+        _section("Curves", _curves(store)),
+        _section("Dataset", _dataset(store)),
+        _section("What was killed and resumed", _attempts(store)),
+        _section("Environment", _environment(store)),
+        _section("Config", f"<pre>{_text(_read(store, 'config.yaml') or '')}</pre>"),
+        '<p class="quiet">Research software: not a medical device.</p>',
+    ]
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>{_text(name)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+# Sections
+
+
+def _headline(store: Store, summary: Mapping[str, Any] | None) -> str:
+    outcome = _json(store, OUTCOME_NAME)
+    status = outcome["status"] if outcome else "not finished"
+    if summary is None:
+        return f"<p>Status: {_text(status)}.</p>"
+    mean, nothing = summary["foreground_mean"], summary["all_background"]["foreground_mean"]
+    return (
+        f"<p>Status: {_text(status)}. Foreground Dice <b>{_number(mean['dice'])}</b> over "
+        f"{summary['num_cases']} cases of the {_text(summary['split'])} split, mean over cases "
+        f"(an all-background prediction: {_number(nothing['dice'])}).</p>"
+    )
+
+
+def _metrics(store: Store, summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return _missing("evaluation/summary.json", "flexunet evaluate writes it")
+    parts = [
+        _table(
+            ("pixels", "value", "all background"),
+            [
+                (
+                    "pixel accuracy (hides what is missed)",
+                    summary["pixel_accuracy"],
+                    summary["all_background"]["pixel_accuracy"],
+                ),
+                ("loss", summary["loss"], None),
+            ],
+        )
+    ]
+    for size, measures in summary.get("sizes", {}).items():
+        parts.append(f"<h3>At {_text(size)} size</h3>")
+        parts.append(_measures(measures))
+    sweep = _rows(store, "evaluation/thresholds.csv")
+    if sweep:
+        parts.append("<h3>Other thresholds of the probability</h3>")
+        parts.append('<p class="quiet">On the same cases: choosing one here would flatter it.</p>')
+        rows = [
+            [row["class"], row["threshold"], *map(_value, list(row.values())[2:])] for row in sweep
+        ]
+        parts.append(_table(list(sweep[0]), rows))
+    return "".join(parts)
+
+
+def _measures(measures: Mapping[str, Any]) -> str:
+    rows = [
+        (label, m["value"], _interval(m), m["all_background"], m["num_cases"])
+        for label, m in measure_rows(measures)
+    ]
+    counts = [
+        (
+            each["name"],
+            *(each[f"num_{key}"] for key in ("both", "neither", "truth_only", "prediction_only")),
+            *(each[f"num_{key}"] for key in ("lesions", "lesions_found", "false_positives")),
+        )
+        for each in measures["classes"]
+    ]
+    tolerance = " or ".join(
+        f"{value:g} {unit}" for unit, value in measures["nsd_tolerance"].items()
+    )
+    return (
+        _table(("measure", "value", "95 % interval", "all background", "cases"), rows)
+        + f'<p class="quiet">Intervals draw the {measures["num_groups"]} groups again. nsd: '
+        f"surface Dice within {tolerance}. A class in neither mask is left out; in one mask only "
+        "it scores 0, and its HD95 is the diagonal of the picture.</p>"
+        + _table(
+            (
+                *("class", "in both masks", "in neither", "missed whole", "false alarm"),
+                *("lesions", "found", "false positives"),
+            ),
+            counts,
+        )
+    )
+
+
+def _cases(store: Store) -> str:
+    rows = _rows(store, "evaluation/examples.csv")
+    if not rows:
+        return _missing("evaluation/examples.csv", "flexunet evaluate writes it")
+    parts = ["<p>Contours: cyan is the truth, orange the prediction.</p>"]
+    for kind, title in (("best", "Best"), ("middle", "Median"), ("worst", "Worst")):
+        pictures = [_case(store, row) for row in rows if row["picture"].startswith(f"{kind}-")]
+        if pictures:
+            parts.append(f'<h3>{title}</h3><div class="pictures">{"".join(pictures)}</div>')
+    return "".join(parts)
+
+
+def _case(store: Store, row: Mapping[str, str]) -> str:
+    dice = _value(row["foreground_dice"])
+    score = "no foreground" if dice is None else f"Dice {dice:.3f}"
+    data = _bytes(store, f"evaluation/overlays/{row['picture']}.png")
+    caption = f"{row['filename']}: {score}"
+    return (
+        f"<p>{_text(caption)}</p>"
+        if data is None
+        else _figure(_jpeg(data), "jpeg", caption, "case")
+    )
+
+
+def _failures(store: Store) -> str:
+    rows = _rows(store, "evaluation/measures_network.csv")
+    if rows is None:
+        return _missing("evaluation/measures_network.csv", "flexunet evaluate writes it")
+    classes = [key.removeprefix("presence_") for key in rows[0] if key.startswith("presence_")]
+    failed = [
+        (float(row[f"dice_{name}"]), row, name)
+        for row in rows
+        for name in classes
+        if row[f"dice_{name}"] and float(row[f"dice_{name}"]) < _FAILED_DICE
+    ]
+    if not failed:
+        return f"<p>None of {len(rows)} cases has a Dice below {_FAILED_DICE}.</p>"
+    failed.sort(key=lambda each: each[0])
+    words = {"truth_only": "missed", "prediction_only": "false alarm", "both": "poor overlap"}
+    table = _table(
+        (
+            "case",
+            "group",
+            "class",
+            "what",
+            "Dice",
+            "HD95",
+            "unit",
+            "lesions found",
+            "false positives",
+        ),
+        [
+            (
+                *(row["id"], row["group"], name, words.get(row[f"presence_{name}"], "")),
+                *(dice, _value(row[f"hd95_{name}"]), row["unit"]),
+                f"{row[f'lesions_found_{name}']} of {row[f'lesions_{name}']}",
+                int(row[f"false_positives_{name}"]),
+            )
+            for dice, row, name in failed[:_MAX_FAILURES]
+        ],
+    )
+    shown = f", the first {_MAX_FAILURES} shown" if len(failed) > _MAX_FAILURES else ""
+    told = f"{len(failed)} with a Dice below {_FAILED_DICE}, of {len(rows)} cases{shown}."
+    return f"<p>{told}</p>{table}"
+
+
+def _curves(store: Store) -> str:
+    pictures = []
+    for stem in ("foreground", "train_losses", "train_metrics"):
+        data = _bytes(store, f"metrics/{stem}.png")
+        if data is not None:
+            pictures.append(_figure(data, "png", stem, "curve"))
+    if not pictures:
+        return _missing("metrics/", "training writes curves after the first epoch")
+    return f'<div class="pictures">{"".join(pictures)}</div>'
+
+
+def _dataset(store: Store) -> str:
+    card = _json(store, "dataset.json")
+    if card is None:
+        return _missing("dataset.json", "training copies it when it starts")
+    size = f"{card['image_width']} x {card['image_height']}, {card['channels']} channel(s)"
+    rows = [
+        ("name", card["name"]),
+        ("pictures", f"{size}, {card['bit_depth']} bits, {card['geometry']}"),
+        ("classes", ", ".join(each["name"] for each in card["classes"])),
+        ("split rule", f"{card['split_rule']}, seed {card['seed']}"),
+        ("made by version", card["tool_version"]),
+    ]
+    splits = [
+        (name, info["num_samples"], info["num_groups"]) for name, info in card["splits"].items()
+    ]
+    return (
+        _table(("dataset", ""), rows)
+        + _table(("split", "cases", "groups"), splits)
+        + _leak_check(card)
+    )
+
+
+def _leak_check(card: Mapping[str, Any]) -> str:
+    if card["leaky"]:
+        return _warning(
+            "Leak check: groups or pictures are in more than one split, which was accepted with "
+            "--allow-leaks. The metrics are too good."
+        )
+    if card["split_rule"] == "by file":
+        return _warning(
+            "Leak check: no picture is in two splits, but no groups were given: pictures of one "
+            "patient may be."
+        )
+    return "<p>Leak check: no group and no picture is in more than one split.</p>"
+
+
+def _attempts(store: Store) -> str:
+    lease = _json(store, LEASE_NAME)
+    if lease is None:
+        return _missing(LEASE_NAME, "training writes it when it starts")
+    bases = {int(attempt): base for attempt, base in lease["bases"].items()}
+    outcome = _json(store, OUTCOME_NAME)
+    rows = [
+        (attempt, base or "the beginning", _end_of(attempt, max(bases), outcome))
+        for attempt, base in sorted(bases.items())
+    ]
+    stacks = [stat.name for stat in store.list(f"{STACKS_FOLDER}/")]
+    told = f"<p>{len(bases) - 1} restart(s).</p>"
+    told += _table(("attempt", "began from", "end"), rows)
+    if stacks:
+        told += (
+            f"<p>Processes that stood still and ended themselves: {_text(', '.join(stacks))}</p>"
+        )
+    return told
+
+
+def _end_of(attempt: int, last: int, outcome: Mapping[str, Any] | None) -> str:
+    if attempt < last:
+        return "killed or stopped before the next attempt"
+    return str(outcome["status"]) if outcome else "not over"
+
+
+def _environment(store: Store) -> str:
+    values = _json(store, "environment.json")
+    if values is None:
+        return _missing("environment.json", "training writes it when it starts")
+    rows = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name} {version}" for name, version in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(str(each) for each in value)
+        rows.append((key, str(value)))
+    return _table(("environment of the last attempt", ""), rows)
+
+
+# Pieces of HTML
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>{body}</section>"
+
+
+def _missing(name: str, who: str) -> str:
+    return f'<p class="quiet">{_text(name)} is not there yet; {_text(who)}.</p>'
+
+
+def _warning(text: str) -> str:
+    return f'<p class="warning">{_text(text)}</p>'
+
+
+def _table(columns: Iterable[str], rows: Iterable[Row]) -> str:
+    """Returns a table; numbers stand at the right, None is a dash."""
+    lines = ["<tr>" + "".join(f"<th>{_text(name)}</th>" for name in columns) + "</tr>"]
+    lines += ["<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int | float):
+        return f'<td class="number">{_number(value)}</td>'
+    return f"<td>{'-' if value is None else _text(value)}</td>"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _interval(measure: Mapping[str, Any]) -> str | None:
+    if measure["low"] is None:
+        return None
+    return f"{measure['low']:.4f} to {measure['high']:.4f}"
+
+
+def _figure(data: bytes, kind: str, caption: str, style: str) -> str:
+    inline = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    caption = _text(caption)
+    image = f'<img src="{inline}" alt="{caption}">'
+    return f'<figure class="{style}">{image}<figcaption>{caption}</figcaption></figure>'
+
+
+def _jpeg(png: bytes) -> bytes:
+    """Returns a picture small enough for a page that holds many."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    buffer = io.BytesIO()
+    # Colour at full resolution: contours are one or two pixels wide.
+    picture.save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
+# Files of the run
+
+
+def _bytes(store: Store, name: str) -> bytes | None:
+    try:
+        return store.get(name)
+    except NotFound:
+        return None
+
+
+def _read(store: Store, name: str) -> str | None:
+    data = _bytes(store, name)
+    return None if data is None else data.decode(errors="replace")
+
+
+def _json(store: Store, name: str) -> dict[str, Any] | None:
+    text = _read(store, name)
+    if text is None:
+        return None
+    try:
+        values: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise ContentError(
+            f"{store.url}/{name}: not valid JSON ({error}); evaluate or train again"
+        ) from error
+    return values
+
+
+def _rows(store: Store, name: str) -> list[dict[str, str]] | None:
+    text = _read(store, name)
+    return None if text is None else list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def _value(cell: str) -> float | str | None:
+    """Returns a cell of a CSV as a number where it is one, None where it is empty."""
+    try:
+        return float(cell) if cell else None
+    except ValueError:
+        return cell
+
+
+# The command
+
+
+@click.command(cls=SettingsCommand)
+@click.argument("run")
+def command(run: str) -> int:
+    """Write RUN/report.html: one page with everything about a run, to be read without a network.
+
+    RUN is the folder or gs:// URL of a run (RUNS/NAME). Only files that the run stored are read.
+    """
+    with quiet_interrupts():
+        url = write_report(open_store(run))
+    click.echo(f"report: {url}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(command, argv, "flexunet report")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

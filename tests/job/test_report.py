@@ -1,0 +1,159 @@
+"""The page about a run, as text and as headless Chromium shows it."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.storage import open_store
+from job.report import main, render, write_report
+
+
+class Page(HTMLParser):
+    """The tags, their addresses and the words of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [str(value) for key, value in attributes if key in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.words += f" {data}"
+
+
+def page_of(run: Path) -> Page:
+    return Page(render(open_store(str(run))))
+
+
+def test_page_needs_no_network_and_no_script(trained_run: Path) -> None:
+    page = page_of(trained_run)
+    # Four cases and three curves.
+    assert page.tags.count("img") == 7
+    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert "url(" not in render(open_store(str(trained_run)))
+
+
+def test_page_shows_what_the_run_has_stored(trained_run: Path) -> None:
+    summary = json.loads((trained_run / "evaluation" / "summary.json").read_text())
+    mass = summary["sizes"]["network"]["classes"][0]
+    words = page_of(trained_run).words
+    for text in (
+        f"{mass['dice_mean']['value']:.4f}",
+        f"{mass['dice_mean']['low']:.4f} to {mass['dice_mean']['high']:.4f}",
+        f"{mass['hd95_px']['all_background']:.4f}",  # the diagonal of 32x32 pixels
+        "no groups were given",
+        "Status: finished",
+        "0 restart(s)",
+        "disc-",
+        "learning_rate: 0.003",  # the config
+        "tensorflow",  # the environment
+    ):
+        assert text in words, text
+    assert f"{32 * 2**0.5:.4f}" in words
+
+
+def test_page_lists_failures_worst_first(own_run: Path) -> None:
+    path = own_run / "evaluation" / "measures_network.csv"
+    header, first, second, *others = path.read_text().splitlines()
+    columns = header.split(",")
+
+    def changed(line: str, **values: str) -> str:
+        cells = dict(zip(columns, line.split(","), strict=True)) | values
+        return ",".join(cells.values())
+
+    first = changed(first, dice_mass="0.4")
+    second = changed(second, dice_mass="0.0", presence_mass="truth_only", lesions_found_mass="0")
+    path.write_text("\n".join([header, first, second, *others]) + "\n")
+    failures = page_of(own_run).words.split("Failures")[1].split("Curves")[0]
+    assert "2 with a Dice below 0.5, of 4 cases" in failures
+    assert failures.index("missed") < failures.index("poor overlap")
+    assert "0 of 1" in failures
+
+
+def test_page_tells_of_restarts_and_stalls(own_run: Path) -> None:
+    lease = json.loads((own_run / "lease.json").read_text())
+    lease["bases"] = {"1": None, "2": "checkpoints/step-00000012/a1"}
+    (own_run / "lease.json").write_text(json.dumps(lease))
+    (own_run / "stacks").mkdir()
+    (own_run / "stacks" / "host-1-rank-0.txt").write_text("stood still")
+    words = page_of(own_run).words
+    assert "1 restart(s)" in words
+    assert "killed or stopped before the next attempt" in words
+    assert "checkpoints/step-00000012/a1" in words
+    assert "stacks/host-1-rank-0.txt" in words
+
+
+def test_page_escapes_names_from_outside(own_run: Path) -> None:
+    path = own_run / "evaluation" / "examples.csv"
+    evil = "<script>alert(1)</script>"
+    path.write_text(re.sub(r"disc-\d+\.png", evil, path.read_text()))
+    text = render(open_store(str(own_run)))
+    assert evil not in text
+    assert evil in Page(text).words
+
+
+def test_page_warns_of_accepted_leaks(own_run: Path) -> None:
+    manifest = json.loads((own_run / "dataset.json").read_text())
+    (own_run / "dataset.json").write_text(json.dumps(manifest | {"leaky": True}))
+    assert "The metrics are too good" in page_of(own_run).words
+
+
+def test_page_of_a_run_that_is_not_over_says_what_is_missing(own_run: Path) -> None:
+    shutil.rmtree(own_run / "evaluation")
+    (own_run / "outcome.json").unlink()
+    words = page_of(own_run).words
+    assert "Status: not finished" in words
+    assert "evaluation/summary.json is not there yet" in words
+
+
+def test_command_writes_the_page_and_refuses_what_is_no_run(
+    own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(own_run)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert (own_run / "report.html").read_text() == render(open_store(str(own_run)))
+    assert main([str(tmp_path)]) == 2
+    assert "config.yaml is missing" in capsys.readouterr().err
+    (own_run / "evaluation" / "summary.json").write_text("{")
+    assert main([str(own_run)]) == 3
+    assert "not valid JSON" in capsys.readouterr().err
+
+
+def test_chromium_shows_the_page(own_run: Path, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium: install the Debian package of this name")
+    page, shot = write_report(open_store(str(own_run))), tmp_path / "shot.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1160,4000"]
+    subprocess.run(
+        [chromium, *flags, f"--screenshot={shot}", f"file://{page}"],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    assert pixels.shape == (4000, 1160, 3)
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    # The contours of the cases, orange and cyan however they were scaled, and both kinds of curve.
+    orange = (red - blue > 90) & (green - blue > 30) & (red - green > 40)
+    cyan = (blue - red > 90) & (green - red > 60)
+    assert orange.sum() > 100
+    assert cyan.sum() > 100
+    for color in ((0, 128, 0), (255, 0, 0)):
+        assert (np.abs(pixels - color).max(axis=-1) < 40).sum() > 50, color
+    # Ink down the page: no section is blank. 8 bands of 300 rows.
+    assert all((pixels[top : top + 300] < 128).any() for top in range(0, 2400, 300))
