@@ -142,16 +142,28 @@ def infer(
     digest = hashlib.sha256(run.store.get(f"{checkpoint}/{COMMIT_NAME}")).hexdigest()
     urls = run.store.url, checkpoint, digest, source.url, output.url
     unreadable = _predict_all(Chunk(*urls, config, todo, needs_gpu), open_workers) if todo else []
-    if unreadable:
-        output.put(UNREADABLE_NAME, csv_table(["file", "reason"], unreadable).encode())
-    else:
-        output.delete(UNREADABLE_NAME)
+    _list_unreadable(output, unreadable)
     return InferResult(
         output_url=output.url,
         num_written=len(todo) - len(unreadable),
         num_kept=len(names) - len(todo),
         unreadable=tuple(unreadable),
     )
+
+
+def _list_unreadable(output: Store, unreadable: Sequence[tuple[str, str]]) -> None:
+    """Nothing is touched that is right already: an account may create, and not replace."""
+    data = csv_table(["file", "reason"], unreadable).encode() if unreadable else None
+    try:
+        found = output.get(UNREADABLE_NAME)
+    except NotFound:
+        found = None
+    if data == found:
+        return
+    if data is None:
+        output.delete(UNREADABLE_NAME)
+    else:
+        output.put(UNREADABLE_NAME, data)
 
 
 def predict_chunk(chunk: Chunk) -> list[tuple[str, str]]:
@@ -194,7 +206,8 @@ def _claim_output(
             f"({', '.join(str(found.get(key)) for key in other)}); give another OUTPUT, or "
             "--overwrite to predict them again"
         )
-    output.put(RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+    if found != record:
+        output.put(RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def find_images(source: Store) -> list[str]:

@@ -39,6 +39,8 @@ from job.infer import (
 from job.optimizer import Adam
 from job.run import Run
 from job.trained import model_for, open_trained
+from tests.conftest import FaultyBucket
+from tests.faults.proxy import Fault
 from tests.job.discs import write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -430,6 +432,22 @@ def test_parts_done_by_workers_are_the_whole(trained_run: Path, tmp_path: Path) 
     for stat in open_store(str(tmp_path / "whole")).list():
         whole, part = ((tmp_path / name / stat.name).read_bytes() for name in ("whole", "parts"))
         assert whole == part
+
+
+def test_what_is_there_already_is_never_written_again(
+    trained_run: Path, tmp_path: Path, faulty_bucket: FaultyBucket
+) -> None:
+    write_same(tmp_path / "images", 2)
+    (tmp_path / "images" / "image-002.png").write_bytes(b"no picture")
+    arguments = str(trained_run), str(tmp_path / "images"), faulty_bucket.url, QUIET
+    infer(*arguments)
+    open_store(faulty_bucket.url).delete("image-001.png")  # as if it had been killed before
+    # An account that may create objects and view them is refused all else.
+    proxy = faulty_bucket.proxy
+    proxy.add(Fault("status", status=403, kinds=("delete",)))
+    proxy.add(Fault("status", status=403, kinds=("put",), name="inference.json|unreadable"))
+    result = infer(*arguments)
+    assert (result.num_written, result.num_kept) == (1, 1)
 
 
 def inline_workers() -> Workers:
