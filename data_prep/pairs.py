@@ -34,13 +34,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and its mask: the URL of a store and the name of the object in it, for each."""
+    """A picture and its mask: the URL of a store and the name of the object in it, for each.
+
+    `mask_name` is None where a release says so that there is nothing to see.
+    """
 
     id: str
     image_url: str
     image_name: str
     mask_url: str
-    mask_name: str
+    mask_name: str | None
     split: str | None
 
 
@@ -122,8 +125,13 @@ def _pair_source(source: Source, pairs: list[Pair], rejects: list[Reject]) -> No
             rejects.extend(Reject(join_url(url, name), reason) for name in names_here)
 
 
+def list_files(url: str) -> list[str]:
+    """Returns the names of all objects at `url`, without what file managers leave behind."""
+    return [stat.name for stat in open_store(url).list() if not _is_dropping(stat)]
+
+
 def _holds(url: str) -> bool:
-    return any(not _is_dropping(stat) for stat in open_store(url).list())
+    return bool(list_files(url))
 
 
 def _checked(source: Source) -> Source:
@@ -140,22 +148,22 @@ def _is_dropping(stat: Stat) -> bool:
 
 def _by_stem(url: str, endings: Sequence[str], rejects: list[Reject]) -> dict[str, list[str]]:
     """Returns the object names of each stem; files that are no candidates go to `rejects`."""
-    stats = [stat for stat in open_store(url).list() if not _is_dropping(stat)]
-    if not stats:
+    files = list_files(url)
+    if not files:
         raise UsageError(_MISSING.format(url))
     names: dict[str, list[str]] = {}
-    for stat in stats:
-        stem, ending = os.path.splitext(stat.name)
-        if "/" in stat.name:
+    for name in files:
+        stem, ending = os.path.splitext(name)
+        if "/" in name:
             reason = "lies in a folder of its own; move it up"
         elif ending.lower() not in endings:
             reason = f"its ending is not one of {', '.join(endings)}"
-        elif problem := name_problem(stat.name):
+        elif problem := name_problem(name):
             reason = f"storage refuses its name: {problem}; rename it"
         else:
-            names.setdefault(stem, []).append(stat.name)
+            names.setdefault(stem, []).append(name)
             continue
-        rejects.append(Reject(join_url(url, stat.name), reason))
+        rejects.append(Reject(join_url(url, name), reason))
     return names
 
 

@@ -7,11 +7,13 @@ vessels, calcifications, pectoral muscle, and masses with lobes or spicules. Bri
 not find a mass: muscle, glandular islands and calcifications are as bright.
 
 Command: python -m data_prep.phantoms FOLDER --num-images 100
+         python -m data_prep.phantoms FOLDER --format inbreast --num-patients 115
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import click
 import numpy as np
@@ -45,6 +47,23 @@ class _Canvas:
     strands: Plane  # 0..1: its fine structure
 
 
+@dataclass(frozen=True)
+class View:
+    """One view of a breast, chest wall at the left.
+
+    Attributes:
+        picture: brightness, what exceeds 0..1 is cut off by the detector.
+        mask: the pixels of masses.
+        outlines: of each mass, (N, 2) x, y as fractions of the size.
+        marks: some places of the tissue, x, y as fractions of the size.
+    """
+
+    picture: Plane
+    mask: Flags
+    outlines: tuple[npt.NDArray[np.float64], ...]
+    marks: tuple[tuple[float, float], ...]
+
+
 def make_phantom(
     seed: int, index: int, size: int = 512, *, patient: int | None = None
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
@@ -61,25 +80,52 @@ def make_phantom(
     Raises:
         ValueError: the size is too small.
     """
-    if size < MIN_SIZE:
-        raise ValueError(f"size {size} is too small for a phantom; give at least {MIN_SIZE}")
     body = np.random.default_rng([seed, 0, index if patient is None else patient])
-    view = np.random.default_rng([seed, 1, index])
-    is_oblique = bool(view.random() < 0.6)
-    canvas = _draw_breast(body, size, is_oblique)
-    picture = _tissue(view, canvas, is_oblique)
-    mask = np.zeros((size, size), bool)
-    picture = _add_distractors(view, picture, canvas)
-    for _ in range(_num_lesions(view)):
-        picture, lesion = _add_lesion(view, picture, canvas)
-        mask |= lesion
-    picture = _develop(view, picture, canvas)
-    is_right = bool(view.random() < 0.5)
+    rng = np.random.default_rng([seed, 1, index])
+    is_oblique = bool(rng.random() < 0.6)
+    view = draw_view(body, rng, size, is_oblique=is_oblique)
+    picture, mask = view.picture, view.mask
+    is_right = bool(rng.random() < 0.5)
     if is_right:
         picture, mask = picture[:, ::-1], mask[:, ::-1]
     pixels = np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
     _stamp_label(pixels, is_right=is_right, is_oblique=is_oblique)
     return pixels, mask.astype(np.uint8)
+
+
+def draw_view(
+    body: np.random.Generator,
+    rng: np.random.Generator,
+    size: int,
+    *,
+    is_oblique: bool,
+    num_masses: int | None = None,
+    num_marks: int = 0,
+) -> View:
+    """Returns a view, (size, size).
+
+    Args:
+        body: draws what all views of a patient share.
+        rng: draws the rest.
+        num_masses: None draws it, too.
+
+    Raises:
+        ValueError: the size is too small.
+    """
+    if size < MIN_SIZE:
+        raise ValueError(f"size {size} is too small for a phantom; give at least {MIN_SIZE}")
+    canvas = _draw_breast(body, size, is_oblique)
+    picture = _tissue(rng, canvas, is_oblique)
+    mask = np.zeros((size, size), bool)
+    outlines = []
+    picture = _add_distractors(rng, picture, canvas)
+    for _ in range(_num_lesions(rng) if num_masses is None else num_masses):
+        picture, lesion, outline = _add_lesion(rng, picture, canvas)
+        mask |= lesion
+        outlines.append(outline)
+    picture = _develop(rng, picture, canvas)
+    marks = [_place(rng, canvas, 0.04)[::-1] for _ in range(num_marks)]
+    return View(picture, mask, tuple(outlines), tuple(marks))
 
 
 def write_phantoms(
@@ -113,17 +159,40 @@ def write_phantoms(
 
 @click.command()
 @click.argument("folder")
-@click.option("--num-images", default=100, show_default=True, type=click.IntRange(min=1),
-              help="How many pictures.")  # fmt: skip
+@click.option("--format", "kind", default="pairs", show_default=True,
+              type=click.Choice(["pairs", "inbreast"]),
+              help="pairs: images/ and masks/; inbreast: DICOM files and annotations as in the "
+                   "INbreast release.")  # fmt: skip
+@click.option("--num-images", type=click.IntRange(min=1),
+              help="How many pictures. [default: 100; of a release 2 or 4 each]")  # fmt: skip
 @click.option("--size", default=512, show_default=True, type=click.IntRange(min=MIN_SIZE),
-              help="Side of each picture, pixels.")  # fmt: skip
+              help="Side of each picture, of a release height of the largest, pixels.")  # fmt: skip
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0),
               help="The same seed gives the same pictures.")  # fmt: skip
 @click.option("--num-patients", type=click.IntRange(min=1),
               help="The pictures are views of so many patients; the name says whose "
-                   "(phantom-p007-1.png). [default: one each]")  # fmt: skip
-def command(folder: str, num_images: int, size: int, seed: int, num_patients: int | None) -> None:
-    """Writes synthetic mammograms to FOLDER/images and their masks to FOLDER/masks."""
+                   "(phantom-p007-1.png). [default: one each; of a release 115]")  # fmt: skip
+def command(
+    folder: str,
+    kind: str,
+    num_images: int | None,
+    size: int,
+    seed: int,
+    num_patients: int | None,
+) -> None:
+    """Writes synthetic mammograms to FOLDER/images and their masks to FOLDER/masks.
+
+    Or, with --format inbreast, to FOLDER/AllDICOMs and their annotations to FOLDER/AllXML.
+    """
+    if kind == "inbreast":
+        from data_prep.phantom_release import NUM_PATIENTS, write_release
+
+        if num_images is not None:
+            raise UsageError("--num-images: give --num-patients with --format inbreast")
+        count = write_release(folder, num_patients or NUM_PATIENTS, size, seed)
+        click.echo(f"{count} phantoms as a release in {open_store(folder).url}")
+        return
+    num_images = num_images or 100
     write_phantoms(folder, num_images, size, seed, num_patients=num_patients)
     click.echo(f"{num_images} phantoms of {size}x{size} pixels in {open_store(folder).url}")
 
@@ -253,8 +322,10 @@ def _place(rng: np.random.Generator, canvas: _Canvas, margin: float) -> tuple[fl
     return (row + 0.5) / size, (column + 0.5) / size
 
 
-def _add_lesion(rng: np.random.Generator, picture: Plane, canvas: _Canvas) -> tuple[Plane, Flags]:
-    """Returns the picture with one mass, and the pixels of the mass.
+def _add_lesion(
+    rng: np.random.Generator, picture: Plane, canvas: _Canvas
+) -> tuple[Plane, Flags, npt.NDArray[np.float64]]:
+    """Returns the picture with one mass, the pixels of the mass, and its outline as in `View`.
 
     The spicules around it fade into the tissue and are not part of the mask.
     """
@@ -266,11 +337,11 @@ def _add_lesion(rng: np.random.Generator, picture: Plane, canvas: _Canvas) -> tu
     radius = diameter / 2
     row, column = _place(rng, canvas, radius + 0.02)
     angle, distance = np.arctan2(y - row, x - column), np.hypot(y - row, x - column)
-    outline = np.ones((size, size), np.float32)
-    for waves in range(2, 8):
-        height = rng.normal(0, 0.28 / waves)
-        outline += height * np.cos(waves * angle + rng.uniform(0, 2 * np.pi))
-    outline = radius * np.clip(outline, 0.55, 1.5)
+    lobes = [(n, rng.normal(0, 0.28 / n), rng.uniform(0, 2 * np.pi)) for n in range(2, 8)]
+    outline = radius * _lobed(angle, lobes)
+    around = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    reach = radius * _lobed(around, lobes)
+    points = np.stack([column + reach * np.cos(around), row + reach * np.sin(around)], axis=1)
     is_faint = rng.random() < _FAINT
     contrast = rng.uniform(0.16, 0.22) if is_faint else rng.uniform(0.26, 0.42)
     soft = 1 / (1 + np.exp(np.clip((distance - outline) / (0.08 * radius + 0.001), -30, 30)))
@@ -284,7 +355,15 @@ def _add_lesion(rng: np.random.Generator, picture: Plane, canvas: _Canvas) -> tu
         cv2.line(rays, ends[0], ends[1], 0.4 * contrast, max(1, size // 256))
     rays = cv2.GaussianBlur(rays, (0, 0), size / 400) * np.exp(-distance / (1.2 * radius))
     picture = np.where(canvas.breast, picture + rays * (1 - soft), 0)
-    return picture.astype(np.float32), distance < outline
+    return picture.astype(np.float32), distance < outline, points
+
+
+def _lobed(angle: npt.NDArray[Any], lobes: Sequence[tuple[int, float, float]]) -> npt.NDArray[Any]:
+    """Returns the distance of an outline from its centre at each angle, about 1; dtype kept."""
+    outline = np.ones_like(angle)
+    for waves, height, phase in lobes:
+        outline += height * np.cos(waves * angle + phase)
+    return np.clip(outline, 0.55, 1.5)
 
 
 def _develop(rng: np.random.Generator, picture: Plane, canvas: _Canvas) -> Plane:

@@ -6,11 +6,13 @@ Owns the order of the steps and the identity of a dataset. How pictures are read
 stored is decided elsewhere.
 """
 
+import csv
 import dataclasses
 import functools
 import hashlib
 import hmac
 import importlib.metadata
+import io
 import json
 import logging
 import os
@@ -21,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import click
 from pydantic import field_validator, model_validator
 
-from data_prep import report, scan, schema, shards, split
+from data_prep import inbreast, report, scan, schema, shards, split
 from data_prep.colormap import check_ignore_id, parse_color_map
 from data_prep.command import SettingsCommand, given, run_command, settings_options
 from data_prep.errors import ContentError, StorageError, UsageError
@@ -31,6 +33,7 @@ from data_prep.pool import OpenWorkers, Workers, available_cores, local_workers
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.settings import Settings, merged, option, read_yaml, validated
 from data_prep.storage import Store, crc32c_of, join_url, open_store, probe_writable
+from data_prep.table import csv_table
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,16 @@ _MAX_LISTED = 5
 class PrepConfig(Settings):
     """The options of `prep`. All but the free ones are the identity of a dataset."""
 
+    format: Literal["pairs", "inbreast"] = option(
+        "pairs",
+        "pairs: pictures and masks; inbreast: the original INbreast release, AllDICOMs/ and "
+        "AllXML/, where the patient in the file name is the group.",
+    )
+    rois: tuple[inbreast.Kind, ...] = option(
+        ("mass",),
+        f"Annotations of INbreast that are foreground: {', '.join(inbreast.KINDS)}.",
+        min_length=1,
+    )
     image_size: int = option(512, "Height and width of the stored images, pixels.", ge=8, le=16384)
     image_height: int | None = option(
         None, "Height where it differs from --image-size, pixels.", ge=8, le=16384
@@ -135,6 +148,19 @@ class PrepConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _format_fits(self) -> "PrepConfig":
+        if self.format == "pairs":
+            if self.rois != PrepConfig.model_fields["rois"].default:
+                raise ValueError("--rois is an option of --format inbreast")
+        elif len(parse_color_map(self.classes)) != 2:
+            raise ValueError(
+                "--format inbreast has a background and one foreground class; name two --classes"
+            )
+        elif (self.group_preset, self.group_regex, self.group_csv) != (None, None, None):
+            raise ValueError("the groups of --format inbreast are its patients; leave out --group")
+        return self
+
+    @model_validator(mode="after")
     def _one_group_rule(self) -> "PrepConfig":
         rules = ("group_preset", "group_regex", "group_csv")
         found = [f"--{name.replace('_', '-')}" for name in rules if getattr(self, name) is not None]
@@ -187,7 +213,8 @@ def prepare(
         raise UsageError("prep: no sources were given; give at least one folder of pictures")
     store = open_store(output_url)
     _refuse_overlap(store, sources)
-    pairs, rejects = find_pairs(sources)
+    find = inbreast.find_cases if config.format == "inbreast" else find_pairs
+    pairs, rejects = find(sources)
     grouped, ungrouped = _grouped(pairs, config)
     refused = _refused([*rejects, *ungrouped], config)
     items = _items_of(grouped, config)
@@ -244,6 +271,8 @@ def _prepare(
     table = schema.samples_to_parquet(rows)
     manifest = _manifest(work.config, name, target, tasks, written, assignment, table, plan)
     _write_report(work, manifest, rows, refused)
+    if work.config.format == "inbreast":
+        _write_counts(work.store, samples)
     shards.commit(work.store, manifest, table)
     shards.remove_state(work.store)
     if refused:
@@ -268,7 +297,9 @@ def _finished(
 ) -> schema.Manifest:
     """Returns the manifest that is there, if it is of these options and files."""
     manifest, _ = schema.read_manifest(work.store)
-    found = {"options": manifest.options, "source_sha256": manifest.source_sha256}
+    # An option that an earlier version did not have was at its default.
+    options = identity_of(PrepConfig()) | manifest.options
+    found = {"options": options, "source_sha256": manifest.source_sha256}
     plan = {"options": identity_of(work.config), "source_sha256": manifest.source_sha256}
     if found["options"] == plan["options"]:
         crcs = _run(work, scan.source_crcs, items, "comparing", len(items), lambda _: 1)
@@ -307,7 +338,7 @@ def _items_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[s
             filename=_hidden_name(pair.image_name, config),
             split=pair.split,
             image=file(pair.image_url, pair.image_name),
-            mask=file(pair.mask_url, pair.mask_name),
+            mask=file(pair.mask_url, pair.mask_name) if pair.mask_name else None,
         )
         for pair, group in grouped
     ]
@@ -322,7 +353,9 @@ def _grouped(
     if config.group_csv is not None:
         table = (_read_text(config.group_csv, "--group-csv"), config.group_csv)
     rule = split.group_of(preset=config.group_preset, regex=config.group_regex, table=table)
-    if (config.group_preset, config.group_regex, config.group_csv) == (None, None, None):
+    if config.format == "inbreast":
+        rule = inbreast.patient_of
+    elif (config.group_preset, config.group_regex, config.group_csv) == (None, None, None):
         _warn_of_files_as_groups(pairs)
     grouped, rejects = [], []
     for pair in pairs:
@@ -407,11 +440,15 @@ def _source_digest(
     refused: Sequence[tuple[str, str]],
 ) -> str:
     parts = [
-        (item.id, item.group, item.filename, item.split, item.image.size, item.mask.size, *crc)
+        (item.id, item.group, item.filename, item.split, *_sizes(item), *crc)
         for item, crc in zip(items, crcs, strict=True)
     ]
     alone = sorted(os.path.basename(file) for file, _ in refused)
     return hashlib.sha256(json.dumps([parts, alone]).encode()).hexdigest()
+
+
+def _sizes(item: scan.Item) -> tuple[int, int | None]:
+    return item.image.size, None if item.mask is None else item.mask.size
 
 
 # The passes
@@ -428,6 +465,8 @@ def _scan(work: _Work, items: Sequence[scan.Item]) -> list[scan.Scanned | scan.R
         ignore_id=config.ignore_id,
         off_map_limit=config.off_map_limit,
         max_pixels=config.max_pixels,
+        format=config.format,
+        rois=config.rois,
     )
     staging = shards.staging_url(work.store.url)
     tasks = [
@@ -536,6 +575,12 @@ def _tell_mixed(samples: Sequence[scan.Scanned], target: shards.Target, config: 
             "%d of %d pictures have 8 bits, the others 16: 255 becomes %d in them: %s",
             len(shallow), len(samples), target.value_max, _listed(shallow),
         )  # fmt: skip
+    scaled = [s.filename for s in samples if s.value_max not in (None, target.value_max)]
+    if scaled and not shallow:
+        logger.warning(
+            "%d of %d pictures are of detectors of fewer bits; their full scale becomes %d: %s",
+            len(scaled), len(samples), target.value_max, _listed(scaled),
+        )  # fmt: skip
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -600,6 +645,8 @@ def _split_infos(
 def _split_rule(is_ready_made: bool, config: PrepConfig) -> str:
     if is_ready_made:
         return "ready-made"
+    if config.format == "inbreast":
+        return "by group, patient of the release"
     if config.group_preset:
         return f"by group, preset {config.group_preset}"
     if config.group_regex:
@@ -631,6 +678,13 @@ def _write_report(
     store.put(report.STATISTICS_NAME, plot)
 
 
+def _write_counts(store: Store, samples: Sequence[scan.Scanned]) -> None:
+    findings = {sample.id: sample.findings for sample in samples}
+    groups = {sample.id: sample.group for sample in samples}
+    table = csv_table(inbreast.COUNTS_COLUMNS, inbreast.count_rows(findings, groups))
+    store.put(inbreast.COUNTS_NAME, table.encode())
+
+
 def _read_pair(store: Store, row: Mapping[str, Any]) -> report.Pair:
     """Returns a sample as a reader of the dataset would see it."""
     where = f"{store.url}/{row['shard']} at {row['offset']}"
@@ -655,8 +709,9 @@ def _read_pair(store: Store, row: Mapping[str, Any]) -> report.Pair:
 def command(source: str, output: str, config_file: str | None, **options: Any) -> None:
     """Turns the images and masks of SOURCE into a dataset at OUTPUT.
 
-    SOURCE holds images/ and masks/, or train/, valid/ and test/ that each hold both. Both may be
-    folders or gs:// URLs. The same command continues where an interrupted one stopped.
+    SOURCE holds images/ and masks/, or train/, valid/ and test/ that each hold both; with --format
+    inbreast AllDICOMs/ and AllXML/. Both may be folders or gs:// URLs. The same command continues
+    where an interrupted one stopped.
     """
     config = read_config(config_file, options)
     with quiet_interrupts():
@@ -683,8 +738,23 @@ def run(
     source: str, output: str, config: PrepConfig, open_workers: OpenWorkers | None = None
 ) -> None:
     """Prepares the dataset and prints what it holds; see `prepare`."""
-    manifest = prepare(find_sources(source), output, config, open_workers=open_workers)
-    _print_summary(manifest, open_store(output).url)
+    sources = sources_of(source, config)
+    manifest = prepare(sources, output, config, open_workers=open_workers)
+    store = open_store(output)
+    _print_summary(manifest, store.url)
+    if config.format == "inbreast":
+        _print_counts(store)
+
+
+def sources_of(source: str, config: PrepConfig) -> tuple[Source, ...]:
+    """Returns the folders that hold what is prepared.
+
+    Raises:
+        UsageError: one is missing or empty.
+    """
+    if config.format == "inbreast":
+        return inbreast.find_release(source)
+    return find_sources(source)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -715,3 +785,17 @@ def _print_summary(manifest: schema.Manifest, url: str) -> None:
     console = Console(soft_wrap=True)
     console.print(table)
     console.print(f"report: {url}/{report.STATISTICS_NAME}", markup=False, highlight=False)
+
+
+def _print_counts(store: Store) -> None:
+    """Prints what the release holds beside what was published of it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = list(csv.reader(io.StringIO(store.get(inbreast.COUNTS_NAME).decode())))
+    table = Table(*rows[0], title="found in the release, and published")
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table)

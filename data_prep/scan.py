@@ -17,8 +17,9 @@ from typing import Any, Literal
 import google_crc32c
 import numpy as np
 
-from data_prep import schema
+from data_prep import inbreast, schema
 from data_prep.colormap import ClassColor, read_npz_mask, to_class_ids
+from data_prep.dicom import read_dicom
 from data_prep.errors import ContentError
 from data_prep.image import (
     Geometry,
@@ -38,7 +39,12 @@ _EXACT_PIXELS = 2**17  # of 65535**2 each
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How pictures are stored; every field is part of the dataset's identity."""
+    """How pictures are read and stored; every field is part of the dataset's identity.
+
+    Attributes:
+        format: "pairs" of picture and mask, or "inbreast": DICOM file and annotation.
+        rois: kinds of annotations that are foreground.
+    """
 
     height: int
     width: int
@@ -48,6 +54,8 @@ class Layout:
     ignore_id: int | None
     off_map_limit: float
     max_pixels: int
+    format: Literal["pairs", "inbreast"] = "pairs"
+    rois: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +76,17 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One pair to scan. `id`, `group` and `filename` are what the dataset shows."""
+    """One pair to scan. `id`, `group` and `filename` are what the dataset shows.
+
+    `mask` is None where a release says so that there is nothing to see.
+    """
 
     id: str
     group: str
     filename: str
     split: str | None
     image: File
-    mask: File
+    mask: File | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +105,11 @@ class Scanned:
     Attributes:
         staged, offset, length: name of the staged object, place of the framed record in it, bytes.
         channels, bit_depth: as staged; `auto` keeps a picture as it is.
-        max_value: largest raw value of the source.
-        source_crcs: CRC32C of the image file and of the mask file.
+        max_value: largest raw value of the source; of full intensity where the file says it.
+        value_max: raw value of full intensity, None where the file does not say it.
+        spacing_mm: size of a pixel of the source (y, x), where it is known.
+        findings: annotations of a release.
+        source_crcs: CRC32C of the image file and of the mask file, 0 where there is none.
     """
 
     id: str
@@ -113,6 +127,9 @@ class Scanned:
     off_map_pixels: int
     sha256: str
     moments: Moments
+    value_max: int | None
+    spacing_mm: tuple[float, float] | None
+    findings: tuple[inbreast.Finding, ...]
     source_crcs: tuple[int, int]
 
 
@@ -138,6 +155,18 @@ class ScanTask:
     layout: Layout
     items: tuple[Item, ...]
     skip_bad: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """One pair as it was read: (H, W, C) pixels, (H, W) class ids, and as in `Scanned`."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    off_map_pixels: int = 0
+    value_max: int | None = None
+    spacing_mm: tuple[float, float] | None = None
+    findings: tuple[inbreast.Finding, ...] = ()
 
 
 def chunked(items: Sequence[Item], layout: Layout) -> Iterator[tuple[Item, ...]]:
@@ -181,7 +210,15 @@ def scan_chunk(task: ScanTask) -> list[Scanned | Refused]:
 
 def source_crcs(item: Item) -> tuple[int, int]:
     """Returns the CRC32C of the item's two files, as `scan_chunk` finds them."""
-    first, second = (google_crc32c.value(_read(file)) for file in (item.image, item.mask))
+    return _crcs(_read_both(item))
+
+
+def _read_both(item: Item) -> tuple[bytes, bytes | None]:
+    return _read(item.image), None if item.mask is None else _read(item.mask)
+
+
+def _crcs(data: tuple[bytes, bytes | None]) -> tuple[int, int]:
+    first, second = (0 if each is None else google_crc32c.value(each) for each in data)
     return first, second
 
 
@@ -212,14 +249,16 @@ def store_at(url: str) -> Store:
 def _scan_item(
     item: Item, layout: Layout, staged: str, offset: int, *, skip_bad: bool
 ) -> tuple[Scanned | Refused, bytes]:
-    data = _read(item.image), _read(item.mask)
-    crcs = google_crc32c.value(data[0]), google_crc32c.value(data[1])
+    data = _read_both(item)
+    crcs = _crcs(data)
     try:
-        sample, max_value = _fitted_sample(item, layout, *data)
+        read = _READERS[layout.format](item, layout, *data)
+        sample = _fitted_sample(item, layout, read)
     except ContentError as error:
         if not skip_bad:
             raise
-        at_fault = item.mask if str(error).startswith(item.mask.label) else item.image
+        is_mask = item.mask is not None and str(error).startswith(item.mask.label)
+        at_fault = item.mask if item.mask is not None and is_mask else item.image
         return Refused(at_fault.label, str(error), crcs), b""
     record = schema.frame_record(schema.encode_example(sample))
     image, mask = sample.image, sample.mask
@@ -233,42 +272,62 @@ def _scan_item(
         length=len(record),
         channels=image.shape[2],
         bit_depth=image.dtype.itemsize * 8,
-        max_value=max_value,
+        max_value=read.value_max or int(read.image.max()),
         geometry=sample.geometry,
         pixels_per_class=tuple(int(np.count_nonzero(mask == c.id)) for c in layout.classes),
         off_map_pixels=sample.off_map_pixels,
         sha256=sample.pixel_sha256,
         moments=moments_of(image),
+        value_max=read.value_max,
+        spacing_mm=read.spacing_mm,
+        findings=read.findings,
         source_crcs=crcs,
     )
     return result, record
 
 
-def _fitted_sample(
-    item: Item, layout: Layout, image_data: bytes, mask_data: bytes
-) -> tuple[schema.Sample, int]:
-    """Returns the sample as it is stored, and the largest raw value of its source."""
-    image = _read_picture(item, layout, image_data)
-    mask, off_map = _read_mask(item, layout, mask_data, image.shape[:2])
-    max_value = int(image.max())
+def _fitted_sample(item: Item, layout: Layout, read: _Read) -> schema.Sample:
+    """Returns the sample as it is stored."""
     size = layout.height, layout.width
     geometry = fit(
-        *image.shape[:2], target_height=size[0], target_width=size[1], kind=layout.geometry
+        *read.image.shape[:2], target_height=size[0], target_width=size[1], kind=layout.geometry
     )
-    image = apply_geometry(image, geometry, *size, nearest=False).reshape(*size, -1)
-    mask = apply_geometry(mask, geometry, *size, nearest=True)
-    sample = schema.Sample(
+    image = apply_geometry(read.image, geometry, *size, nearest=False).reshape(*size, -1)
+    return schema.Sample(
         id=item.id,
         group=item.group,
         image=image,
-        mask=mask,
+        mask=apply_geometry(read.mask, geometry, *size, nearest=True),
         filename=item.filename,
         geometry=geometry,
-        spacing_mm=None,
+        spacing_mm=read.spacing_mm,
         pixel_sha256=schema.sha256_of_pixels(image),
-        off_map_pixels=off_map,
+        off_map_pixels=read.off_map_pixels,
     )
-    return sample, max_value
+
+
+def _read_pair(item: Item, layout: Layout, image_data: bytes, mask_data: bytes | None) -> _Read:
+    image = _read_picture(item, layout, image_data)
+    if item.mask is None or mask_data is None:
+        raise ValueError(f"{item.image.label}: a pair without a mask")
+    mask, off_map = _read_mask(item, item.mask, layout, mask_data, image.shape[:2])
+    return _Read(image, mask, off_map)
+
+
+def _read_case(item: Item, layout: Layout, image_data: bytes, mask_data: bytes | None) -> _Read:
+    """Returns a picture of the INbreast release with the outlines of its annotation."""
+    found = read_dicom(image_data, name=item.image.label, max_pixels=layout.max_pixels)
+    image = to_rgb(found.pixels) if layout.channels == "rgb" else found.pixels
+    rois: list[inbreast.Roi] = []
+    if item.mask is not None and mask_data is not None:
+        rois = inbreast.read_rois(mask_data, name=item.mask.label)
+    label = item.image.label if item.mask is None else item.mask.label
+    mask = inbreast.draw_rois(rois, layout.rois, *image.shape[:2], name=label)
+    counts = inbreast.count_findings(rois)
+    return _Read(image, mask, 0, found.value_max, found.spacing_mm, counts)
+
+
+_READERS = {"pairs": _read_pair, "inbreast": _read_case}
 
 
 def _read_picture(item: Item, layout: Layout, data: bytes) -> np.ndarray:
@@ -296,11 +355,11 @@ def _is_grey(image: np.ndarray) -> bool:
 
 
 def _read_mask(
-    item: Item, layout: Layout, data: bytes, size: tuple[int, ...]
+    item: Item, file: File, layout: Layout, data: bytes, size: tuple[int, ...]
 ) -> tuple[np.ndarray, int]:
     """Returns (H, W) uint8 class ids of the whole mask, and its number of off-map pixels."""
-    label = item.mask.label
-    if item.mask.name.lower().endswith(".npz"):
+    label = file.label
+    if file.name.lower().endswith(".npz"):
         count = len(layout.classes)
         pixels = read_npz_mask(data, label, num_classes=count, max_pixels=layout.max_pixels)
     else:
@@ -333,7 +392,8 @@ def _staged_name(task: ScanTask) -> str:
     parts: list[Any] = [schema.FORMAT_VERSION, dataclasses.asdict(task.layout)]
     for item in task.items:
         files = [
-            (file.url, file.name, file.size, file.generation) for file in (item.image, item.mask)
+            file and (file.url, file.name, file.size, file.generation)
+            for file in (item.image, item.mask)
         ]
         parts.append((item.id, item.group, item.filename, item.split, files))
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -368,10 +428,13 @@ def _from_json(values: dict[str, Any]) -> Scanned | Refused:
     geometry = Geometry(**values.pop("geometry"))
     moments = {key: _tuple(value) for key, value in values.pop("moments").items()}
     counts = tuple(values.pop("pixels_per_class"))
+    findings = tuple(inbreast.Finding(**each) for each in values.pop("findings"))
     return Scanned(
         geometry=geometry,
         moments=Moments(**moments),
         pixels_per_class=counts,
+        findings=findings,
+        spacing_mm=_tuple(values.pop("spacing_mm")),
         source_crcs=crcs,
         **values,
     )

@@ -197,6 +197,7 @@ def sample_rows(
     """
     for task, shard in zip(tasks, shards, strict=True):
         for scanned, placed in zip(task.records, shard.records, strict=True):
+            spacing = scanned.spacing_mm or (None, None)
             yield {
                 "split": shard.info.split,
                 "shard": shard.info.name,
@@ -205,8 +206,8 @@ def sample_rows(
                 "id": scanned.id,
                 "group": scanned.group,
                 "filename": scanned.filename,
-                "spacing_y_mm": None,
-                "spacing_x_mm": None,
+                "spacing_y_mm": spacing[0],
+                "spacing_x_mm": spacing[1],
                 "pixels_per_class": scanned.pixels_per_class,
                 "off_map_pixels": scanned.off_map_pixels,
                 "sha256": placed.sha256,
@@ -254,6 +255,7 @@ def _final_record(staging: Store, scanned: Scanned, target: Target) -> tuple[byt
     features = schema.decode_example(payload)
     group = scanned.group.encode()
     is_as_stored = (scanned.channels, scanned.bit_depth) == (target.channels, target.bit_depth)
+    is_as_stored &= scanned.value_max in (None, target.value_max)
     if is_as_stored and features.get("image/group") == group:
         return record, scanned.sha256, scanned.moments
     features["image/group"] = group  # groups are joined after they were staged
@@ -262,23 +264,30 @@ def _final_record(staging: Store, scanned: Scanned, target: Target) -> tuple[byt
         encoded = features["image/encoded"]
         if not isinstance(encoded, bytes):
             raise ContentError(f"{where}: image/encoded is not bytes; delete {staging.url}")
-        image = convert(read_image(encoded, name=scanned.filename, max_pixels=2**62), target)
+        image = read_image(encoded, name=scanned.filename, max_pixels=2**62)
+        image = convert(image, target, value_max=scanned.value_max)
         features |= {"image/encoded": encode_png(image), "image/channels": image.shape[2]}
         sha256, moments = schema.sha256_of_pixels(image), moments_of(image)
     return schema.frame_record(schema.encode_features(features)), sha256, moments
 
 
-def convert(image: np.ndarray, target: Target) -> np.ndarray:
-    """Returns `image`, (H, W, C), in the channels and bit depth of `target`.
+def convert(image: np.ndarray, target: Target, *, value_max: int | None = None) -> np.ndarray:
+    """Returns `image`, (H, W, C), in the channels, bit depth and full scale of `target`.
 
-    In a 16-bit dataset, 255 of an 8-bit picture becomes `value_max`: both mean full intensity.
+    Args:
+        value_max: raw value of full intensity in `image`, which becomes the dataset's. None: 255
+            of 8 bits, and of 16 bits what it is in the dataset.
     """
     if target.channels == 3:
         image = to_rgb(image)
-    if target.bit_depth == 16 and image.dtype == np.uint8:
+    dtype = np.uint8 if target.bit_depth == 8 else np.uint16
+    if value_max is None:
+        value_max = 255 if image.dtype == np.uint8 else target.value_max
+    if value_max != target.value_max:
+        # 65535**2 and the half of 65535 fit into 32 bits.
         scaled = image.astype(np.uint32) * target.value_max
-        image = ((scaled + 127) // 255).astype(np.uint16)
-    return image
+        image = (scaled + value_max // 2) // value_max
+    return image.astype(dtype, copy=False)
 
 
 def _put_once(store: Store, name: str, data: bytes) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import click
 
 from data_prep.command import SettingsCommand, given, settings_options
-from data_prep.pairs import find_sources
 from data_prep.pool import Workers
-from data_prep.prep import PrepConfig, read_config, run
+from data_prep.prep import PrepConfig, read_config, run, sources_of
 from data_prep.progress import quiet_interrupts
 from data_prep.settings import Settings, option, validated
 from launcher.cluster import Demand, check_nodes, connected
@@ -58,7 +57,7 @@ def command(source: str, output: str, config_file: str | None, **options: Any) -
     settings = validated(PrepLaunchConfig, given(where), "options")
     config = read_config(config_file, options)
     demand = Demand(memory_bytes=int((settings.memory_per_worker or 0) * 1e9))
-    folders = [url for each in find_sources(source) for url in (each.images, each.masks)]
+    folders = [url for each in sources_of(source, config) for url in (each.images, each.masks)]
     workers = functools.partial(task_workers, settings.address, demand, folders, [output])
     with quiet_interrupts():
         run(source, output, config, workers)

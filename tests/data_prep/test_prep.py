@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -115,6 +116,16 @@ def test_second_run_changes_nothing_and_says_so(source, tmp_path):
     assert (second.returncode, "finished already" in second.stderr) == (0, True)
     assert "train" in second.stdout
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_dataset_of_a_version_with_fewer_options_is_still_finished(source, tmp_path):
+    _prepare(source, tmp_path / "out")
+    path = tmp_path / "out" / "dataset.json"
+    values = json.loads(path.read_text())
+    for name in ("format", "rois"):
+        del values["options"][name]
+    path.write_text(json.dumps(values))
+    assert _prepare(source, tmp_path / "out").options == values["options"]
 
 
 def test_other_options_or_files_in_the_same_place_are_named(source, tmp_path):
