@@ -233,7 +233,8 @@ def show_folds(config: TrainConfig) -> None:
 
     url = join_url(config.output, str(config.name))
     summary = json.loads(open_store(url).get(SUMMARY_NAME))
-    console = Console(soft_wrap=True)
+    # A log has 80 columns, which cut the numbers; a line that is too long is better.
+    console = Console(soft_wrap=True, width=max(Console().width, 70 + 12 * summary["num_folds"]))
     for size, found in summary["sizes"].items():
         folds = [dict(measure_rows(each)) for each in found["folds"]]
         table = Table(title=f"{size} size, cases of all folds: cross-validation")
