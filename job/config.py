@@ -147,6 +147,14 @@ class TrainConfig(Settings):
     )
     epochs: int = option(100, "Epochs: passes over the training split.", free=True, ge=1)
     global_batch_size: int = option(2, "Samples per step, over all devices.", ge=1)
+    folds: int | None = option(
+        None,
+        "Cross-validation: one run for each of so many folds of train and valid, whole groups "
+        "each. A fold is evaluated, the next one validates; the test split is not touched.",
+        ge=3,
+        le=100,
+    )
+    fold: int | None = option(None, "Train this fold alone, counted from 0.", ge=0)
     seed: int = option(1234, "Seed of weights, order, dropout and augmentation.", ge=0, lt=2**31)
     precision: Literal["auto", "float32", "mixed_bfloat16", "float64"] = option(
         "auto", "Arithmetic; auto: mixed_bfloat16 where the hardware computes it, else float32."
@@ -223,9 +231,18 @@ class TrainConfig(Settings):
     schedule: ScheduleConfig = ScheduleConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
 
+    @model_validator(mode="after")
+    def _fold_exists(self) -> "TrainConfig":
+        if self.fold is not None and (self.folds is None or self.fold >= self.folds):
+            raise ValueError(f"fold {self.fold} is none of folds={self.folds}; they count from 0")
+        return self
+
 
 def identity_of(config: TrainConfig) -> dict[str, Any]:
-    """Returns the values that identify a run, by dotted path; JSON types only."""
+    """Returns the values that identify a run, by dotted path; JSON types only.
+
+    Folds are named where there are some: runs that were begun before there were any go on.
+    """
     values = json.loads(config.model_dump_json())
     identity = {}
     for path, field in fields_of(TrainConfig):
@@ -235,5 +252,6 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
         value = values
         for part in path:
             value = value[part]
-        identity[".".join(path)] = value
+        if value is not None or path not in (("folds",), ("fold",)):
+            identity[".".join(path)] = value
     return identity

@@ -255,19 +255,20 @@ def open_reader(
     """
     store = open_store(dataset.url)
     if store.local_root is not None:
-        _check_sizes(store, dataset.manifest, split.name)
+        _check_sizes(store, dataset.manifest, split)
         return RecordReader(store, split, store.local_root)
     if cache == "ranges":
         return RecordReader(store, split, None)
     folder = Path(cache_dir or Path.home() / ".cache" / "flexunet") / dataset.digest
     with _locked(folder, alive):
-        _fill_cache(store, dataset.manifest, split.name, str(folder), alive)
+        _fill_cache(store, dataset.manifest, split, str(folder), alive)
     return RecordReader(store, split, str(folder))
 
 
-def _check_sizes(store: Store, manifest: Manifest, split: str) -> None:
+def _check_sizes(store: Store, manifest: Manifest, split: Split) -> None:
+    needed = set(split.shards)
     for shard in manifest.shards:
-        if shard.split == split:
+        if shard.name in needed:
             found = store.stat(shard.name)
             if found is None or found.size != shard.num_bytes:
                 size = "missing" if found is None else f"{found.size} bytes"
@@ -303,11 +304,11 @@ def _is_taken(lock: int) -> bool:
 
 
 def _fill_cache(
-    store: Store, manifest: Manifest, split: str, folder: str, alive: Callable[[], None]
+    store: Store, manifest: Manifest, split: Split, folder: str, alive: Callable[[], None]
 ) -> None:
-    missing = []
+    missing, used = [], set(split.shards)
     for shard in manifest.shards:
-        if shard.split == split and not _is_cached(folder, shard):
+        if shard.name in used and not _is_cached(folder, shard):
             missing.append(shard)
         alive()
     needed, free = sum(shard.num_bytes for shard in missing), shutil.disk_usage(folder).free

@@ -30,13 +30,14 @@ from job.data import (
     Split,
     distributed_batches,
     global_batches,
-    open_dataset,
     open_reader,
     read_sample,
 )
+from job.folds import open_folded
 from job.history import evaluation_csv
 from job.infer import class_ids_at_source
 from job.measures import (
+    SIZES,
     Case,
     Scale,
     ThresholdSweep,
@@ -52,15 +53,11 @@ from job.trained import TrainedRun, load_model, num_outputs, open_trained
 _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
 
 
-SIZES = ("network", "original")
-
-
 @dataclass(frozen=True)
 class Measured:
     """What was measured case by case, in the order of the split."""
 
     cases: dict[str, list[Case]]  # by size
-    baseline: dict[str, list[Case]]  # the same with nothing predicted
     sweep: ThresholdSweep  # at the network's size
 
 
@@ -136,9 +133,9 @@ class Evaluator:
         summary = _summary(split, cases, means, self.dataset)
         found = self._measure(split, reader, shown, should_stop) if measured else None
         if found is not None:
-            names = _foreground_names(self.dataset)
+            names = foreground_names(self.dataset)
             summary["sizes"] = {
-                size: summarize_cases(each, found.baseline[size], split.groups, names)
+                size: summarize_cases(each, split.groups, names)
                 for size, each in found.cases.items()
             }
         return Evaluation(split, means, cases, summary, found)
@@ -151,27 +148,22 @@ class Evaluator:
         Every process of a team does all of it: the others would only wait for the first.
         """
         cases: dict[str, list[Case]] = {size: [] for size in SIZES}
-        baseline: dict[str, list[Case]] = {size: [] for size in SIZES}
-        sweep = ThresholdSweep(_foreground_names(self.dataset))
+        sweep = ThresholdSweep(foreground_names(self.dataset))
         with Progress(f"measure {split.name}", len(split), unit="cases", shown=shown) as bar:
             for index in bar.tracked(range(len(split))):
                 image, truth = read_sample(reader, index)
                 probabilities = self.probabilities(image[np.newaxis]).numpy()[0]
-                for size, pair in self._cases_of(split, index, truth, probabilities).items():
-                    cases[size].append(pair[0])
-                    baseline[size].append(pair[1])
+                for size, case in self._cases_of(split, index, truth, probabilities).items():
+                    cases[size].append(case)
                 sweep.add(*_counted(truth, probabilities, self.dataset.manifest.ignore_id))
                 if should_stop():
                     raise StoppedError(f"stopped measuring {split.name}; the same command resumes")
-        return Measured(cases, baseline, sweep)
+        return Measured(cases, sweep)
 
     def _cases_of(
         self, split: Split, index: int, truth: np.ndarray, probabilities: np.ndarray
-    ) -> dict[str, tuple[Case, Case]]:
-        """Returns the case, and the case with nothing predicted, at each size.
-
-        Where both sizes are one, it is measured once.
-        """
+    ) -> dict[str, Case]:
+        """Returns the case at each size; where both sizes are one, it is measured once."""
         geometry = split.geometries[index]
         scales = _scales(geometry, split.spacings[index])
         network = self._measured(truth, _class_ids(probabilities), scales["network"])
@@ -181,12 +173,10 @@ class Evaluator:
         ids = class_ids_at_source(probabilities, geometry)
         return {"network": network, "original": self._measured(truth, ids, scales["original"])}
 
-    def _measured(self, truth: np.ndarray, ids: np.ndarray, scale: Scale) -> tuple[Case, Case]:
+    def _measured(self, truth: np.ndarray, ids: np.ndarray, scale: Scale) -> Case:
         manifest = self.dataset.manifest
         truth, ids = without_ignored(truth, ids, manifest.ignore_id)
-        num_classes = len(manifest.classes)
-        nothing = measure_case(truth, np.zeros_like(truth), num_classes, scale)
-        return measure_case(truth, ids, num_classes, scale), nothing
+        return measure_case(truth, ids, len(manifest.classes), scale)
 
 
 def make_evaluator(
@@ -243,7 +233,8 @@ def _summary(split: Split, cases: np.ndarray, means: Mapping[str, float], datase
     return summary
 
 
-def _foreground_names(dataset: Dataset) -> list[str]:
+def foreground_names(dataset: Dataset) -> list[str]:
+    """Returns the names of all classes but 0."""
     return [each.name for each in dataset.manifest.classes if each.id != 0]
 
 
@@ -332,7 +323,7 @@ def _measured_tables(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple
     """Yields name and text of the tables of what was measured case by case."""
     if evaluation.measured is None:
         return
-    split, names = evaluation.split, _foreground_names(dataset)
+    split, names = evaluation.split, foreground_names(dataset)
     columns = ["id", "group", *case_columns(names)]
     for size, cases in evaluation.measured.cases.items():
         rows = [
@@ -484,7 +475,7 @@ def dataset_of(run: TrainedRun, url: str | None) -> Dataset:
     Raises:
         UsageError: another dataset is there.
     """
-    dataset = open_dataset(url or str(run.config.data))
+    dataset = open_folded(run.config, url)
     if dataset.digest != run.dataset_digest:
         raise UsageError(
             f"{dataset.url}: not the dataset that this run was trained on (its manifest has sha256 "

@@ -32,6 +32,7 @@ Pair = tuple[Values, Values]  # what is above and below of a quotient of sums, o
 Unit = Literal["mm", "px"]
 Presence = Literal["neither", "truth_only", "prediction_only", "both"]
 
+SIZES = ("network", "original")  # at which cases are measured
 TOLERANCES: dict[Unit, float] = {"mm": 1.0, "px": 2.0}  # within which contours agree
 _SHARED = ("dice_mean", "iou_mean", "dice_pooled", "iou_pooled")
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -66,9 +67,14 @@ class ClassCase:
 
 @dataclass(frozen=True)
 class Case:
-    """A case at one size: its unit, and each foreground class (1, 2, ...)."""
+    """A case at one size: its unit, and each foreground class (1, 2, ...).
+
+    Attributes:
+        diagonal: of the picture, in the unit: no distance in it is longer.
+    """
 
     unit: Unit
+    diagonal: float
     classes: tuple[ClassCase, ...]
 
 
@@ -87,7 +93,23 @@ def measure_case(truth: Ids, prediction: Ids, num_classes: int, scale: Scale) ->
         _measure_class(truth == class_id, prediction == class_id, scale)
         for class_id in range(1, num_classes)
     )
-    return Case(scale.unit, tuple(classes))
+    return Case(scale.unit, _diagonal(truth.shape, scale), tuple(classes))
+
+
+def nothing_predicted(case: Case) -> Case:
+    """Returns what `measure_case` would find with an empty prediction."""
+    classes = []
+    for each in case.classes:
+        num_pixels = each.tp + each.fn
+        presence = _presence(num_pixels > 0, False)
+        hd95, nsd = (case.diagonal, 0.0) if num_pixels else (None, None)
+        lesions = LesionCounts(each.lesions.num_true, 0, 0)
+        classes.append(ClassCase(presence, 0, 0, num_pixels, hd95, nsd, lesions))
+    return Case(case.unit, case.diagonal, tuple(classes))
+
+
+def _diagonal(shape: tuple[int, ...], scale: Scale) -> float:
+    return math.hypot(shape[0] * scale.spacing[0], shape[1] * scale.spacing[1])
 
 
 def _measure_class(
@@ -103,8 +125,7 @@ def _measure_class(
         hd95 = hausdorff(distances, 95)
         nsd = surface_dice(distances, TOLERANCES[scale.unit])
     elif presence != "neither":
-        height, width = truth.shape
-        hd95, nsd = math.hypot(height * scale.spacing[0], width * scale.spacing[1]), 0.0
+        hd95, nsd = _diagonal(truth.shape, scale), 0.0
     return ClassCase(presence, tp, fp, fn, hd95, nsd, count_lesions(truth, prediction))
 
 
@@ -115,7 +136,7 @@ def _presence(is_true: bool, is_predicted: bool) -> Presence:
 
 
 def summarize_cases(
-    cases: Sequence[Case], baseline: Sequence[Case], groups: Sequence[str], names: Sequence[str]
+    cases: Sequence[Case], groups: Sequence[str], names: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the measures of all cases at one size, JSON-ready; an undefined value is None.
 
@@ -124,11 +145,11 @@ def summarize_cases(
     and what predicting nothing scores. `foreground` has the mean over the classes.
 
     Args:
-        baseline: the same cases with an empty prediction.
         groups: of each case.
         names: of the foreground classes.
     """
     ratios = [_class_ratios(cases, index) for index in range(len(names))]
+    baseline = [nothing_predicted(case) for case in cases]
     nothing = [_class_ratios(baseline, index) for index in range(len(names))]
     foreground = {
         name: _measure(_side_by_side(ratios, name), _side_by_side(nothing, name), groups)
@@ -300,21 +321,46 @@ def _quotient(above: float, below: float) -> float | None:
     return float(above / below) if below else None
 
 
+_CELLS = (
+    *("presence", "dice", "hd95", "nsd", "lesions", "lesions_found", "false_positives"),
+    *("tp_px", "fp_px", "fn_px"),
+)
+
+
 def case_columns(names: Sequence[str]) -> list[str]:
     """Returns the columns of `case_cells` for the foreground classes of these names."""
-    keys = ("presence", "dice", "hd95", "nsd", "lesions", "lesions_found", "false_positives")
-    return ["unit", *(f"{key}_{name}" for name in names for key in keys)]
+    return ["unit", "diagonal", *(f"{key}_{name}" for name in names for key in _CELLS)]
 
 
 def case_cells(case: Case) -> list[Any]:
     """Returns the cells of a case; None is an empty cell: the class is in neither mask."""
-    cells: list[Any] = [case.unit]
+    cells: list[Any] = [case.unit, case.diagonal]
     for each in case.classes:
         below = 2 * each.tp + each.fp + each.fn
         cells += [each.presence, _quotient(2 * each.tp, below), each.hd95, each.nsd]
         lesions = each.lesions
         cells += [lesions.num_true, lesions.num_found, lesions.num_false_positives]
+        cells += [each.tp, each.fp, each.fn]
     return cells
+
+
+def read_case(row: Mapping[str, str], names: Sequence[str]) -> Case:
+    """Returns the case that a row of a table holds, by `case_columns`.
+
+    Raises:
+        KeyError, ValueError: it is not such a row.
+    """
+    classes = []
+    for name in names:
+        num_found, num_false = (int(row[f"{key}_{name}"]) for key in _CELLS[5:7])
+        tp, fp, fn = (int(row[f"{key}_{name}"]) for key in _CELLS[7:])
+        hd95, nsd = (float(row[f"{key}_{name}"]) if row[f"{key}_{name}"] else None
+                     for key in ("hd95", "nsd"))  # fmt: skip
+        lesions = LesionCounts(int(row[f"lesions_{name}"]), num_found + num_false, num_found)
+        presence = _presence(tp + fn > 0, tp + fp > 0)
+        classes.append(ClassCase(presence, tp, fp, fn, hd95, nsd, lesions))
+    unit: Unit = "mm" if row["unit"] == "mm" else "px"
+    return Case(unit, float(row["diagonal"]), tuple(classes))
 
 
 def measure_rows(size: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -23,8 +23,9 @@ from data_prep.progress import Progress
 from data_prep.settings import merged, read_yaml, validated
 from data_prep.storage import join_url, open_store
 from job.config import TrainConfig, identity_of
-from job.data import Dataset, open_dataset
+from job.data import Dataset
 from job.evaluate import show_summary
+from job.folds import cross_validate, open_folded, own_process, show_folds
 from job.run import Run, checked_run_name, differences
 from job.state import TrainState
 from job.team import Place, Team, meet, place_from_environment
@@ -78,7 +79,7 @@ def train_and_evaluate(
         report({"event": "phase", "name": phase, "needs_peers": needs_peers})
 
     datasets: list[Dataset] = []
-    team.on_each(lambda: datasets.append(open_dataset(str(config.data))))
+    team.on_each(lambda: datasets.append(open_folded(config)))
     dataset = datasets[0]
     _check_same(config, dataset, team)
     outcome = team.on_first(lambda: earlier_outcome(config, run, dataset.digest))
@@ -290,7 +291,7 @@ def run_member(
         FlexUNetError: also where another process ended, or cannot be reached.
     """
     # What can be refused at once is: TensorFlow takes seconds to come.
-    open_dataset(str(config.data))
+    open_folded(config)
     if place is None or place.size == 1:
         with _own_run(config, launch) as run:
             return _train(config, None, run, report, should_stop, num_gpus, launch)
@@ -548,6 +549,8 @@ def command(
     flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
     prep_options = {name: True for name, is_given in flags.items() if is_given}
     config = resolve_config(given(options), file, prep_options)
+    if config.folds is not None and config.fold is None:
+        return _cross_validate(config, place)
     outcome = run_in_cluster(config, place) if place else run_local(config)
     if place and place.rank > 0:
         return 0
@@ -556,6 +559,19 @@ def command(
         show_summary(outcome["evaluation"])
     click.echo(f"run: {url}")
     return 0
+
+
+def _cross_validate(config: TrainConfig, place: Place | None) -> int:
+    if place is not None:
+        raise UsageError(
+            "--folds trains several runs: give --local, --fold for one of them, or use "
+            "`flexunet launch train`"
+        )
+    with stop_signals() as should_stop:
+        code = cross_validate(config, own_process("job.train", "--local"), 1, should_stop)
+    if code == 0:
+        show_folds(config)
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

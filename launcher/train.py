@@ -28,6 +28,7 @@ from data_prep.storage import join_url, open_store
 from job.config import TrainConfig
 from job.data import open_dataset
 from job.evaluate import show_summary
+from job.folds import cross_validate, own_process, show_folds
 from job.run import Run, find_commits
 from job.team import place_from_environment
 from job.train import Display, earlier_outcome, prep_flags, resolve_config, run_member, stop_signals
@@ -570,11 +571,60 @@ def command(file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any)
     settings = validated(LaunchConfig, given(where), "options")
     prep_options = {name: True for name, is_given in flags.items() if is_given}
     config = _absolute(resolve_config(given(options), file, prep_options))
+    if config.folds is not None and config.fold is None:
+        return _cross_validate(config, settings)
     outcome = launch(config, settings)
     if outcome["evaluation"]:
         show_summary(outcome["evaluation"])
     click.echo(f"run: {_url(config)}")
     return 0
+
+
+def _cross_validate(config: TrainConfig, settings: LaunchConfig) -> int:
+    """Trains the folds side by side, as many as the cluster has room for; returns the exit code."""
+    import ray
+
+    with stop_signals() as should_stop, connected(settings.address, worker_logs=False):
+        num_parallel, settings = _side_by_side(int(config.folds or 1), settings)
+        address = ray.get_runtime_context().gcs_address
+        arguments = _arguments(settings.model_copy(update={"address": address}))
+        command = own_process("launcher", "train", *arguments)
+        logger.info("%d folds, %d at a time", config.folds, num_parallel)
+        code = cross_validate(config, command, num_parallel, should_stop)
+    if code == 0:
+        show_folds(config)
+    return code
+
+
+def _side_by_side(num_folds: int, settings: LaunchConfig) -> tuple[int, LaunchConfig]:
+    """Returns how many folds have room at a time, and `settings` with the cores of each worker.
+
+    Raises:
+        UsageError: not even one has.
+    """
+    for count in range(num_folds, 0, -1):
+        num_workers, num_gpus = count * settings.num_workers, settings.gpus_per_worker
+        num_cpus = settings.cpus_per_worker
+        if num_cpus is None:
+            num_cpus = int(widest(num_workers, num_gpus=num_gpus).num_cpus)
+        sized = settings.model_copy(update={"cpus_per_worker": num_cpus})
+        if sum(places(_demand(sized)).values()) >= num_workers:
+            return count, sized
+    if not settings.wait_for_nodes:
+        require_places(_demand(sized), settings.num_workers)
+    return 1, sized
+
+
+def _arguments(settings: LaunchConfig) -> list[str]:
+    """Returns the command line that gives these settings."""
+    arguments = []
+    for name, value in settings.model_dump().items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            arguments += [f"--{flag}", str(value)]
+    return arguments
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:

@@ -110,9 +110,9 @@ def test_stop_at_every_change_of_a_bucket(
     faulty_bucket: FaultyBucket, worker: Worker, tmp_path: Path
 ) -> None:
     found = stop_bucket_at_every_change(faulty_bucket, worker, tmp_path, [10, 20])
-    # Probe, its deletion, lease, identity; then per step two members, lease, COMMIT.json and the
-    # lease; three deletions after the second step; the lease given back.
-    assert len(found) == 4 + 2 * 5 + 3 + 1
+    # Probe, its deletion, lease, identity; then per step the lease, two members, lease, COMMIT.json
+    # and the lease; three deletions after the second step; the lease given back.
+    assert len(found) == 4 + 2 * 6 + 3 + 1
     expected_after_stops(found, [10, 20])
 
 

@@ -1,5 +1,6 @@
 """Measures of cases and their summary; what an empty mask means is worked out by hand."""
 
+import csv
 import json
 import math
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep.table import csv_table
 from job.measures import (
     THRESHOLDS,
     Case,
@@ -16,6 +18,8 @@ from job.measures import (
     case_columns,
     measure_case,
     measure_rows,
+    nothing_predicted,
+    read_case,
     summarize_cases,
     without_ignored,
 )
@@ -78,10 +82,9 @@ def test_ignored_pixels_are_background_in_both() -> None:
     assert prediction.tolist() == [[0, 1, 1, 0]]
 
 
-def summary_of(*cases: Case, baseline: Case | None = None) -> dict[str, Any]:
+def summary_of(*cases: Case) -> dict[str, Any]:
     groups = [str(index) for index in range(len(cases))]
-    nothing = [baseline] * len(cases) if baseline else cases
-    summary = summarize_cases(cases, nothing, groups, ["mass"])
+    summary = summarize_cases(cases, groups, ["mass"])
     json.dumps(summary, allow_nan=False)
     return summary
 
@@ -129,7 +132,7 @@ def test_summary_never_averages_two_units() -> None:
 
 
 def test_summary_says_what_predicting_nothing_scores() -> None:
-    mass = summary_of(measured(LESION, LESION), baseline=measured(LESION, EMPTY))["classes"][0]
+    mass = summary_of(measured(LESION, LESION))["classes"][0]
     assert (mass["dice_mean"]["value"], mass["dice_mean"]["all_background"]) == (1, 0)
     assert (mass["hd95_px"]["value"], mass["hd95_px"]["all_background"]) == (0, 5)
     assert mass["false_positives_per_image"]["all_background"] == 0
@@ -145,7 +148,7 @@ def test_summary_of_nothing_but_empty_masks_has_no_values() -> None:
 
 def test_summary_averages_classes_and_names_its_rows() -> None:
     case = measure_case(mask_of("0120"), mask_of("0110"), 3, PIXELS)
-    summary = summarize_cases([case, case], [case, case], ["a", "b"], ["mass", "cyst"])
+    summary = summarize_cases([case, case], ["a", "b"], ["mass", "cyst"])
     # Dice of the classes: 2/3 and 0.
     assert summary["foreground"]["dice_mean"]["value"] == pytest.approx(1 / 3)
     assert summary["foreground"]["dice_mean"]["low"] == pytest.approx(1 / 3)
@@ -153,6 +156,23 @@ def test_summary_averages_classes_and_names_its_rows() -> None:
     assert labels[0] == "foreground dice_mean"
     assert "cyst hd95_px" in labels
     assert measure_rows(summary_of(case, case))[0][0] == "mass dice_mean"
+
+
+@pytest.mark.parametrize("scale", [PIXELS, MM])
+def test_nothing_predicted_is_what_an_empty_prediction_measures(scale: Scale) -> None:
+    for truth in (EMPTY, LESION):
+        for prediction in (EMPTY, LESION, 1 - EMPTY):
+            nothing = nothing_predicted(measured(truth, prediction, scale))
+            assert nothing == measured(truth, EMPTY, scale)
+
+
+@pytest.mark.parametrize("scale", [PIXELS, MM])
+def test_cases_are_read_back_from_their_table(scale: Scale) -> None:
+    for truth, prediction in ((EMPTY, EMPTY), (LESION, EMPTY), (LESION, 1 - EMPTY)):
+        case = measured(truth, prediction, scale)
+        text = csv_table(case_columns(["mass"]), [case_cells(case)])
+        (row,) = csv.DictReader(text.splitlines())
+        assert read_case(row, ["mass"]) == case
 
 
 def test_cells_fit_the_columns() -> None:

@@ -1,0 +1,258 @@
+"""Cross-validation: every case of train and valid is predicted by a run that never saw its group.
+
+One run for each fold, in a process of its own, named NAME-fold-0 and so on; each resumes as any
+run. Fold k is evaluated, fold k + 1 validates (it chooses the epoch), the others train; the test
+split is not touched. At the end the cases of all folds are pooled: one interval over all groups,
+where a single fold would have few.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import ContentError
+from data_prep.schema import MANIFEST_NAME, parse_manifest
+from data_prep.settings import write_yaml
+from data_prep.split import assign_folds
+from data_prep.storage import NotFound, Store, join_url, open_store
+from data_prep.table import csv_table
+from job.config import TrainConfig
+from job.data import Dataset, Split, open_dataset
+from job.measures import SIZES, case_cells, case_columns, measure_rows, read_case, summarize_cases
+from job.run import checked_run_name
+
+SUMMARY_NAME = "cross_validation.json"
+
+_TICK_S = 0.2
+
+Command = Callable[[TrainConfig, str], list[str]]  # a fold's config, its file -> arguments
+
+
+def open_folded(config: TrainConfig, url: str | None = None) -> Dataset:
+    """Returns the dataset of `config`, its splits those of the fold where one is named.
+
+    Args:
+        url: where the dataset is now; None: as the config says.
+    """
+    dataset = open_dataset(url or str(config.data))
+    if config.folds is None or config.fold is None:
+        return dataset
+    return fold_of(dataset, config.folds, config.fold)
+
+
+def fold_of(dataset: Dataset, num_folds: int, fold: int) -> Dataset:
+    """Returns `dataset` with `fold` as its test split, the next as valid, the others as train.
+
+    Folds are those of `prep --num-folds`, by the dataset's own seed; groups stay whole.
+
+    Raises:
+        UsageError: fewer groups than folds.
+    """
+    parts = [dataset.splits[name] for name in ("train", "valid") if name in dataset.splits]
+    ids = [sample for part in parts for sample in part.ids]
+    groups = [group for part in parts for group in part.groups]
+    members = dict(zip(ids, groups, strict=True))
+    folds = assign_folds(members, num_folds=num_folds, seed=dataset.manifest.seed)
+    role = {fold: "test", (fold + 1) % num_folds: "valid"}
+    names = np.array([role.get(folds[sample], "train") for sample in ids])
+    splits = {name: _joined(name, parts, names == name) for name in ("train", "valid", "test")}
+    return replace(dataset, splits=splits)
+
+
+def _joined(name: str, parts: Sequence[Split], chosen: np.ndarray) -> Split:
+    """Returns the `chosen` samples of the parts one after the other."""
+
+    def pick(field: str) -> tuple[Any, ...]:
+        values = [value for part in parts for value in getattr(part, field)]
+        return tuple(value for value, is_in in zip(values, chosen, strict=True) if is_in)
+
+    return Split(
+        name=name,
+        ids=pick("ids"),
+        filenames=pick("filenames"),
+        groups=pick("groups"),
+        shards=pick("shards"),
+        offsets=np.array(pick("offsets"), np.int64),
+        lengths=np.array(pick("lengths"), np.int64),
+        geometries=pick("geometries"),
+        spacings=pick("spacings"),
+    )
+
+
+def fold_configs(config: TrainConfig) -> list[TrainConfig]:
+    """Returns the config of every fold's run.
+
+    Raises:
+        UsageError: the names would be too long.
+    """
+    return [
+        config.model_copy(update={"fold": k, "name": checked_run_name(f"{config.name}-fold-{k}")})
+        for k in range(config.folds or 0)
+    ]
+
+
+def own_process(module: str, *arguments: str) -> Command:
+    """Returns the command line of a process that trains one fold by `module`."""
+
+    def command(config: TrainConfig, file: str) -> list[str]:
+        return [sys.executable, "-m", module, *arguments, "--config", file]
+
+    return command
+
+
+def cross_validate(
+    config: TrainConfig, command: Command, num_parallel: int, should_stop: Callable[[], bool]
+) -> int:
+    """Trains all folds, `num_parallel` at a time, pools their cases; returns the exit code.
+
+    A fold that is finished is not trained again. At the first that fails, or when `should_stop`
+    answers yes, the others are stopped, which saves them.
+
+    Raises:
+        UsageError: too few groups, or a name that is too long.
+    """
+    configs = fold_configs(config)
+    for each in configs:
+        for name in ("train", "valid"):
+            open_folded(each).split(name)
+    with tempfile.TemporaryDirectory(prefix="flexunet-folds-") as folder, _processes() as running:
+        waiting = list(configs)
+        code, is_told = 0, False
+        while running or (waiting and not code):
+            if should_stop() and not is_told:
+                code, is_told = code or 6, True
+                _terminate(running)
+            while waiting and not code and len(running) < num_parallel:
+                running.append(_start(waiting.pop(0), command, folder))
+            time.sleep(_TICK_S)
+            for process in [each for each in running if each.poll() is not None]:
+                running.remove(process)
+                if process.returncode and not code:
+                    code = process.returncode if process.returncode > 0 else 1
+                    _terminate(running)
+    if code == 0:
+        pool_folds(config)
+    return code
+
+
+@contextmanager
+def _processes() -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """Yields a list whose processes are ended with the block."""
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def _start(config: TrainConfig, command: Command, folder: str) -> "subprocess.Popen[bytes]":
+    path = os.path.join(folder, f"{config.name}.yaml")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(write_yaml(config))
+    # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
+    return subprocess.Popen(command(config, path), start_new_session=True)  # noqa: S603 - ours
+
+
+def _terminate(running: Sequence["subprocess.Popen[bytes]"]) -> None:
+    for process in running:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+
+
+# Pooling
+
+
+def pool_folds(config: TrainConfig) -> dict[str, Any]:
+    """Writes what all folds together score into the folder of their common name; returns it.
+
+    Raises:
+        ContentError: a fold's evaluation is missing or damaged.
+    """
+    output = open_store(config.output)
+    names = [str(each.name) for each in fold_configs(config)]
+    manifest = parse_manifest(output.below(names[0]).get(MANIFEST_NAME), MANIFEST_NAME)
+    classes = [each.name for each in manifest.classes if each.id != 0]
+    target = output.below(str(config.name))
+    summary: dict[str, Any] = {"num_folds": len(names), "runs": names, "sizes": {}}
+    for size in SIZES:
+        tables = [_read_table(output.below(name), size) for name in names]
+        rows = [row for table in tables for row in table]
+        cases = [read_case(row, classes) for row in rows]
+        groups = [row["group"] for row in rows]
+        cells = [
+            [fold, row["id"], row["group"], *case_cells(read_case(row, classes))]
+            for fold, table in enumerate(tables)
+            for row in table
+        ]
+        columns = ["fold", "id", "group", *case_columns(classes)]
+        target.put(f"measures_{size}.csv", csv_table(columns, cells).encode())
+        summary["sizes"][size] = {
+            "pooled": summarize_cases(cases, groups, classes),
+            "folds": [_fold_summary(table, classes) for table in tables],
+        }
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    target.put(SUMMARY_NAME, text.encode())
+    return summary
+
+
+def _fold_summary(table: Sequence[Mapping[str, str]], classes: Sequence[str]) -> dict[str, Any]:
+    cases = [read_case(row, classes) for row in table]
+    return summarize_cases(cases, [row["group"] for row in table], classes)
+
+
+def _read_table(run: Store, size: str) -> list[dict[str, str]]:
+    name = f"evaluation/measures_{size}.csv"
+    try:
+        text = run.get(name).decode()
+    except NotFound as error:
+        raise ContentError(
+            f"{run.url}/{name} is missing; flexunet evaluate {run.url} writes it"
+        ) from error
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def show_folds(config: TrainConfig) -> None:
+    """Prints the measures of every fold and of all of them together."""
+    from rich.console import Console
+    from rich.table import Table
+
+    url = join_url(config.output, str(config.name))
+    summary = json.loads(open_store(url).get(SUMMARY_NAME))
+    # A log has 80 columns, which cut the numbers; a line that is too long is better.
+    console = Console(soft_wrap=True, width=max(Console().width, 70 + 12 * summary["num_folds"]))
+    for size, found in summary["sizes"].items():
+        folds = [dict(measure_rows(each)) for each in found["folds"]]
+        table = Table(title=f"{size} size, cases of all folds: cross-validation")
+        table.add_column("measure", no_wrap=True)
+        for fold in range(len(folds)):
+            table.add_column(f"fold {fold}", justify="right")
+        for title in ("pooled", "95 % interval"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for label, measure in measure_rows(found["pooled"]):
+            cells = [_shown(each.get(label)) for each in [*folds, {label: measure}]]
+            low, high = measure["low"], measure["high"]
+            cells.append("-" if low is None else f"{low:.4f} to {high:.4f}")
+            table.add_row(label, *cells)
+        console.print(table)
+    console.print(f"cross-validation: {url}/{SUMMARY_NAME}", markup=False, highlight=False)
+
+
+def _shown(measure: Mapping[str, Any] | None) -> str:
+    if measure is None or measure["value"] is None:
+        return "-"
+    return f"{measure['value']:.4f}"

@@ -1,0 +1,169 @@
+"""Cross-validation: who is in which fold, the runs of the folds, and what is pooled of them."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.errors import UsageError
+from data_prep.pairs import find_sources
+from data_prep.prep import PrepConfig, prepare
+from job.config import TrainConfig
+from job.data import Dataset, open_dataset, open_reader, read_sample
+from job.folds import cross_validate, fold_configs, fold_of
+from tests.job.discs import prepare_discs, write_discs
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Returns 24 discs in ten groups, by the last digit of their number."""
+    folder = tmp_path_factory.mktemp("grouped")
+    write_discs(folder / "source", num_images=24, side=16)
+    config = PrepConfig(
+        image_size=16,
+        fractions=(0.5, 0.25, 0.25),
+        group_regex=r"([0-9])\.png$",
+        num_folds=4,
+        num_processes=1,
+    )
+    sources = find_sources(str(folder / "source"))
+    prepare(sources, str(folder / "dataset"), config, progress=False)
+    return open_dataset(str(folder / "dataset"))
+
+
+def members(dataset: Dataset, name: str) -> set[str]:
+    return set(dataset.split(name).ids)
+
+
+def test_folds_evaluate_every_case_of_train_and_valid_once(grouped: Dataset) -> None:
+    pool = members(grouped, "train") | members(grouped, "valid")
+    evaluated: list[str] = []
+    for fold in range(4):
+        folded = fold_of(grouped, 4, fold)
+        parts = [members(folded, name) for name in ("train", "valid", "test")]
+        assert set.union(*parts) == pool
+        assert sum(len(part) for part in parts) == len(pool)
+        evaluated += sorted(parts[2])
+        # The next fold validates.
+        assert parts[1] == members(fold_of(grouped, 4, (fold + 1) % 4), "test")
+    assert sorted(evaluated) == sorted(pool)
+
+
+def test_folds_keep_groups_whole_and_leave_the_test_split_out(grouped: Dataset) -> None:
+    for fold in range(4):
+        folded = fold_of(grouped, 4, fold)
+        groups = [set(folded.split(name).groups) for name in ("train", "valid", "test")]
+        assert not groups[0] & groups[1]
+        assert not groups[0] & groups[2]
+        assert not groups[1] & groups[2]
+        assert not groups[2] & set(grouped.split("test").groups)
+
+
+def test_folds_are_those_that_prep_has_written(grouped: Dataset) -> None:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(f"{grouped.url}/samples.parquet").read()
+    column = dict(zip(table["id"].to_pylist(), table["fold"].to_pylist(), strict=True))
+    for fold in range(4):
+        assert {column[name] for name in members(fold_of(grouped, 4, fold), "test")} == {fold}
+
+
+def test_folds_read_their_samples_from_the_shards_of_both_splits(grouped: Dataset) -> None:
+    most_shards = 0
+    for fold in range(4):
+        folded = fold_of(grouped, 4, fold)
+        for split in folded.splits.values():
+            most_shards = max(most_shards, len(set(split.shards)))
+            reader = open_reader(folded, split, cache="full", cache_dir=None)
+            for index in range(len(split)):
+                image, _ = read_sample(reader, index)  # checks the record's id
+                assert image.shape == (16, 16, 1)
+    assert most_shards == 2
+
+
+def test_folds_need_as_many_groups(grouped: Dataset) -> None:
+    with pytest.raises(UsageError, match="folds"):
+        fold_of(grouped, 50, 0)
+
+
+def test_config_refuses_a_fold_that_is_none(tmp_path: Path) -> None:
+    for values in ({"fold": 0}, {"folds": 3, "fold": 3}):
+        with pytest.raises(ValueError, match="count from 0"):
+            TrainConfig.model_validate(values)
+    config = TrainConfig(folds=3, name="a" * 41)
+    with pytest.raises(UsageError, match="is not allowed"):
+        fold_configs(config)
+
+
+def waiting(config: TrainConfig, file: str) -> list[str]:
+    """Returns a process that ends with 6 when it is asked to, and notes that it began."""
+    code = (
+        "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(6)); "
+        f"pathlib.Path({str(config.output)!r}, {str(config.name)!r}).touch(); time.sleep(60)"
+    )
+    return [sys.executable, "-c", code]
+
+
+def config_in(tmp_path: Path, data: str) -> TrainConfig:
+    (tmp_path / "out").mkdir()
+    return TrainConfig(data=data, output=str(tmp_path / "out"), name="cv", folds=3)
+
+
+def test_a_stop_is_passed_on_to_the_folds_that_run(tmp_path: Path) -> None:
+    config = config_in(tmp_path, prepare_discs(tmp_path, num_images=10, side=16))
+
+    def both_began() -> bool:
+        return len(os.listdir(config.output)) == 2
+
+    begin = time.monotonic()
+    assert cross_validate(config, waiting, 2, both_began) == 6
+    assert time.monotonic() - begin < 50  # they did not sleep to their end
+    assert sorted(os.listdir(config.output)) == ["cv-fold-0", "cv-fold-1"]
+
+
+def test_a_fold_that_fails_stops_the_others(tmp_path: Path) -> None:
+    config = config_in(tmp_path, prepare_discs(tmp_path, num_images=10, side=16))
+
+    def command(each: TrainConfig, file: str) -> list[str]:
+        if each.fold == 1:
+            return [sys.executable, "-c", "raise SystemExit(3)"]
+        return waiting(each, file)
+
+    assert cross_validate(config, command, 2, lambda: False) == 3
+    assert "cv-fold-2" not in os.listdir(config.output)
+
+
+def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
+    data = prepare_discs(tmp_path, num_images=15, side=16)
+    options = ["--folds", "3", "--epochs", "2", "--data", data, "--output", str(tmp_path / "runs")]
+    options += ["--name", "cv", "--no-tensorboard", "--prediction-images", "0", "--no-progress"]
+    options += ["--model.num-layers", "2", "--model.base-filters", "4", "--precision", "float32"]
+    command = [sys.executable, "-m", "job.train", "--local", *options]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "fold 2" in done.stdout
+    runs = tmp_path / "runs"
+    summary = json.loads((runs / "cv" / "cross_validation.json").read_text())
+    network = summary["sizes"]["network"]
+    rows = list(csv.DictReader((runs / "cv" / "measures_network.csv").read_text().splitlines()))
+    dataset = open_dataset(data)
+    assert {row["id"] for row in rows} == members(dataset, "train") | members(dataset, "valid")
+    for fold in range(3):
+        own = {row["id"] for row in rows if row["fold"] == str(fold)}
+        assert own == members(fold_of(dataset, 3, fold), "test")
+        config = (runs / f"cv-fold-{fold}" / "config.yaml").read_text()
+        assert f"fold: {fold}\n" in config
+    dices = [float(row["dice_mass"]) for row in rows]
+    pooled = network["pooled"]["classes"][0]["dice_mean"]
+    assert pooled["value"] == pytest.approx(np.mean(dices))
+    assert pooled["low"] <= pooled["value"] <= pooled["high"]
+    assert pooled["num_cases"] == len(rows) == 12
+    assert [each["num_cases"] for each in network["folds"]] == [4, 4, 4]
