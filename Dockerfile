@@ -1,4 +1,4 @@
-# The image of every pod: `flexunet`, `ray`, and nothing that builds.
+# The image of every pod: `flexunet`, `ray`, and no compiler.
 #
 #   make image                   target cpu, as flexunet:cpu
 #   make image TARGET=gpu        with the CUDA libraries of the `gpu` extra
@@ -68,5 +68,7 @@ FROM uv AS dependencies-gpu
 RUN uv sync --locked --no-default-groups --group current --extra gpu --no-install-project
 
 FROM runtime AS gpu
+# GKE mounts the driver there and leaves it to the image to look.
+ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64 PATH=${PATH}:/usr/local/nvidia/bin
 COPY --from=dependencies-gpu /opt/flexunet /opt/flexunet
 COPY --from=package /opt/flexunet /opt/flexunet

@@ -74,7 +74,7 @@ say "ray start --head, the probe of KubeRay, and training with two workers"
 inside bash -c 'set -e
     ray start --head --num-cpus 2 --object-store-memory 100000000 --dashboard-host 127.0.0.1 >/tmp/ray.log
     trap "ray stop >/dev/null" EXIT
-    until wget --tries 1 -T 2 -q -O- http://localhost:52365/api/local_raylet_healthz | grep success; do sleep 1; done
+    timeout 60 sh -c "until wget --tries 1 -T 2 -q -O- http://localhost:52365/api/local_raylet_healthz | grep success; do sleep 1; done"
     flexunet launch train --address auto --num-workers 2 --config /docs/demo.yaml --epochs 1 \
         --data /tmp/demo/dataset --output /tmp/demo/runs --name cluster'
 

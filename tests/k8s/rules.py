@@ -98,6 +98,13 @@ def pod_is_restricted(objects: Sequence[Manifest]) -> Iterator[str]:
                 yield f"{pod.owner}: {container['name']} may write to its root"
 
 
+def part_brings_its_config(objects: Sequence[Manifest]) -> Iterator[str]:
+    """Parts are applied with `base`, so what they read must be of it."""
+    for each in of_kind(objects, "ConfigMap", "ServiceAccount"):
+        if each["metadata"].get("labels", {}).get("flexunet/part") != "base":
+            yield f"{each['kind']}/{each['metadata']['name']}: not of the part base"
+
+
 def account_is_own(objects: Sequence[Manifest]) -> Iterator[str]:
     known = {each["metadata"]["name"] for each in of_kind(objects, "ServiceAccount")}
     for pod in pods(objects):
@@ -128,15 +135,34 @@ def policy_covers_every_pod(objects: Sequence[Manifest]) -> Iterator[str]:
 
 def _selects(selector: Manifest, labels: dict[str, str]) -> bool:
     exact = selector.get("matchLabels", {}).items() <= labels.items()
-    found = (each["key"] in labels for each in selector.get("matchExpressions", []))
+    found = (
+        each["operator"] == "Exists" and each["key"] in labels
+        for each in selector.get("matchExpressions", [])
+    )
     return exact and all(found)
+
+
+def policy_lets_in_no_stranger(objects: Sequence[Manifest]) -> Iterator[str]:
+    """Pods of ours and of the operator alone; out, whatever they need has a rule."""
+    for policy in of_kind(objects, "NetworkPolicy"):
+        name, spec = policy["metadata"]["name"], policy["spec"]
+        for rule in spec.get("ingress", []):
+            if not rule.get("from") or any("podSelector" not in each for each in rule["from"]):
+                yield f"NetworkPolicy/{name}: addresses may come in, not pods alone"
+        if "Egress" in spec["policyTypes"] and not spec.get("egress"):
+            yield f"NetworkPolicy/{name}: nothing may go out, not even to the bucket"
 
 
 def operator_is_admitted(objects: Sequence[Manifest]) -> Iterator[str]:
     """Without it the job is ended after 300 s, and not tried again."""
     for policy in of_kind(objects, "NetworkPolicy"):
         for rule in policy["spec"]["ingress"]:
-            peers = [each.get("podSelector", {}).get("matchLabels") for each in rule["from"]]
+            # In whatever namespace it is: without a selector of namespaces, only this one counts.
+            peers = [
+                each.get("podSelector", {}).get("matchLabels")
+                for each in rule["from"]
+                if each.get("namespaceSelector") == {}
+            ]
             if _OPERATOR in peers and 8265 in [each["port"] for each in rule.get("ports", [])]:
                 return
     yield "no network policy lets the operator reach port 8265"
@@ -147,6 +173,8 @@ def job_ends(objects: Sequence[Manifest]) -> Iterator[str]:
     for each in _jobs(objects):
         if not each["spec"].get("backoffLimit") or not each["spec"].get("activeDeadlineSeconds"):
             yield f"{each['kind']}/{each['metadata']['name']}: no backoffLimit or deadline"
+        if each["kind"] == "RayJob" and not each["spec"].get("preRunningDeadlineSeconds"):
+            yield f"RayJob/{each['metadata']['name']}: waits for nodes without an end"
 
 
 def exit_codes_end_job(objects: Sequence[Manifest]) -> Iterator[str]:
@@ -157,7 +185,8 @@ def exit_codes_end_job(objects: Sequence[Manifest]) -> Iterator[str]:
         codes = [rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule]
         if codes != [final]:
             yield f"Job/{each['metadata']['name']}: ends at exit codes {codes}, not {final}"
-        if not rules or rules[0]["action"] != "Ignore":
+        lost = [{"type": "DisruptionTarget", "status": "True"}]
+        if not rules or (rules[0]["action"], rules[0].get("onPodConditions")) != ("Ignore", lost):
             yield f"Job/{each['metadata']['name']}: a lost node counts as a failure"
 
 
@@ -184,6 +213,8 @@ def cluster_is_removed(objects: Sequence[Manifest]) -> Iterator[str]:
     for each in of_kind(objects, "RayJob"):
         if not each["spec"].get("shutdownAfterJobFinishes"):
             yield "the cluster stays and costs when the job has ended"
+        if each["spec"].get("ttlSecondsAfterFinished", 0) > 600:
+            yield "the cluster and its GPU nodes stay for more than 10 min after the end"
         if each["spec"].get("deletionStrategy"):
             yield "deletionStrategy and shutdownAfterJobFinishes exclude each other"
 
@@ -213,7 +244,11 @@ def head_is_safe(objects: Sequence[Manifest]) -> Iterator[str]:
         if _SPOT in keys | head["template"]["spec"].get("nodeSelector", {}).keys():
             yield "the head may be on a Spot node"
         labels = head["template"]["metadata"]["labels"] | {"ray.io/node-type": "head"}
-        budgets = [one["spec"]["selector"] for one in of_kind(objects, "PodDisruptionBudget")]
+        budgets = [
+            one["spec"]["selector"]
+            for one in of_kind(objects, "PodDisruptionBudget")
+            if one["spec"].get("minAvailable") == 1
+        ]
         if not any(_selects(selector, labels) for selector in budgets):
             yield "no disruption budget protects the head"
 
@@ -237,6 +272,9 @@ def gpu_pod_finds_its_node(objects: Sequence[Manifest]) -> Iterator[str]:
         selector = pod.spec.get("nodeSelector", {})
         if needs and (_GPU not in keys or "cloud.google.com/gke-accelerator" not in selector):
             yield f"{pod.owner}: does not name or tolerate the GPU nodes"
+        pools = [group["template"]["spec"].get("nodeSelector", {}) for group in _groups(objects)]
+        if needs and any((_SPOT in pool) != (_SPOT in selector) for pool in pools):
+            yield f"{pod.owner}: looks for other GPU nodes than the workers of the training"
         if (_SPOT in keys) != (_SPOT in selector):
             yield f"{pod.owner}: tolerates or selects Spot nodes, but not both"
 
@@ -250,6 +288,8 @@ RULES: tuple[Rule, ...] = (
     account_is_own,
     names_resolve,
     policy_covers_every_pod,
+    policy_lets_in_no_stranger,
+    part_brings_its_config,
     operator_is_admitted,
     job_ends,
     exit_codes_end_job,

@@ -2,6 +2,8 @@
 
 import copy
 import os
+import re
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -14,7 +16,7 @@ from data_prep.prep import PrepConfig
 from data_prep.settings import validated
 from job.config import TrainConfig
 from tests.k8s import rules
-from tests.k8s.manifests import OVERLAYS, ROOT, Manifest, find, of_kind, render
+from tests.k8s.manifests import OVERLAYS, ROOT, Manifest, find, of_kind, pods, render
 from tests.k8s.schema import errors_of
 from tests.test_readme import calls, check, shell_lines
 
@@ -63,7 +65,46 @@ BROKEN: tuple[tuple[rules.Rule, str, str, str, Any], ...] = (
         {"app": "evaluate"},
     ),
     (rules.operator_is_admitted, "NetworkPolicy", "flexunet", "spec.ingress.1.ports.0.port", 10001),
+    (
+        rules.operator_is_admitted,
+        "NetworkPolicy",
+        "flexunet",
+        "spec.ingress.1.from.0.namespaceSelector",
+        None,
+    ),
+    (
+        rules.policy_lets_in_no_stranger,
+        "NetworkPolicy",
+        "flexunet",
+        "spec.ingress.0.from.0",
+        {"ipBlock": {"cidr": "0.0.0.0/0"}},
+    ),
+    (rules.policy_lets_in_no_stranger, "NetworkPolicy", "flexunet", "spec.egress", []),
+    (
+        rules.part_brings_its_config,
+        "ConfigMap",
+        "flexunet-run",
+        "metadata.labels",
+        {"flexunet/part": "train"},
+    ),
     (rules.job_ends, "RayJob", "train", "spec.activeDeadlineSeconds", None),
+    (rules.job_ends, "RayJob", "train", "spec.preRunningDeadlineSeconds", None),
+    (rules.cluster_is_removed, "RayJob", "train", "spec.ttlSecondsAfterFinished", 3600),
+    (
+        rules.exit_codes_end_job,
+        "Job",
+        "infer",
+        "spec.podFailurePolicy.rules.0.onPodConditions.0.type",
+        "PodScheduled",
+    ),
+    (rules.head_is_safe, "PodDisruptionBudget", "train-head", "spec.minAvailable", 0),
+    (
+        rules.gpu_pod_finds_its_node,
+        "Job",
+        "infer",
+        f"{_POD}.nodeSelector",
+        {"cloud.google.com/gke-accelerator": "nvidia-l4"},
+    ),
     (
         rules.exit_codes_end_job,
         "Job",
@@ -182,9 +223,23 @@ def test_readme_commands_name_what_is_there() -> None:
     assert applied
     parts = {each["metadata"]["labels"]["flexunet/part"] for each in render("overlays/gpu")}
     for line in applied:
-        words = line.split()
+        words = shlex.split(line.replace("$OVERLAY", "k8s/overlays/gpu"))
         assert (ROOT / words[3] / "kustomization.yaml").is_file(), line
-        assert words[words.index("-l") + 1].removeprefix("flexunet/part=") in parts, line
+        selector = words[words.index("-l") + 1].removeprefix("flexunet/part")
+        named = re.findall("[a-z]+", selector.removeprefix(" in"))
+        assert named[0] == "base" and set(named) <= parts, line
+
+
+def test_queue_has_room_for_the_training() -> None:
+    """A resource that the queue does not cover is never admitted."""
+    documents = yaml.safe_load_all((ROOT / "k8s/components/kueue/queue.yaml").read_text())
+    (group,) = find(list(documents), "ClusterQueue", "flexunet")["spec"]["resourceGroups"]
+    asked: set[str] = set()
+    for pod in pods(of_kind(render("overlays/gpu-spot-kueue"), "RayJob")):
+        for container in pod.containers:
+            asked |= container["resources"]["requests"].keys()
+    assert asked == set(group["coveredResources"])
+    assert asked == {each["name"] for each in group["flavors"][0]["resources"]}
 
 
 def test_dockerfile_lints_clean() -> None:
