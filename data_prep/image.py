@@ -116,6 +116,16 @@ def encode_png(pixels: Pixels) -> bytes:
 
 
 @dataclass(frozen=True)
+class Box:
+    """A part of a picture, pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Geometry:
     """Where a picture lies in the stored image, all in pixels.
 
@@ -127,6 +137,8 @@ class Geometry:
         left: first column of the picture in the stored image.
         height: rows of the picture in the stored image.
         width: columns of the picture in the stored image.
+        crop: the part of the picture that is stored; None: all of it.
+        is_flipped: that part is mirrored, left to right.
     """
 
     kind: str
@@ -136,23 +148,43 @@ class Geometry:
     left: int
     height: int
     width: int
+    crop: Box | None = None
+    is_flipped: bool = False
+
+    @property
+    def part(self) -> Box:
+        """The part of the picture that is stored."""
+        return self.crop or Box(0, 0, self.source_height, self.source_width)
 
 
-def fit(height: int, width: int, *, target_height: int, target_width: int, kind: str) -> Geometry:
-    """Returns how a picture of `height` x `width` is laid into the target.
+def fit(
+    height: int,
+    width: int,
+    *,
+    target_height: int,
+    target_width: int,
+    kind: str,
+    crop: Box | None = None,
+    is_flipped: bool = False,
+) -> Geometry:
+    """Returns how a picture of `height` x `width`, or a part of it, is laid into the target.
 
     Args:
         kind: "stretch", or "pad" to keep the aspect and centre the picture.
+        crop: the part of the picture that is used; None: all of it.
+        is_flipped: it is mirrored, left to right.
 
     Raises:
         ValueError: a size below 1, or another kind.
     """
+    source = height, width
+    height, width = (crop.height, crop.width) if crop else source
     if min(height, width, target_height, target_width) < 1:
         raise ValueError(
             f"cannot fit {height}x{width} into {target_height}x{target_width}: sizes start at 1"
         )
     if kind == "stretch":
-        return Geometry(kind, height, width, 0, 0, target_height, target_width)
+        return Geometry(kind, *source, 0, 0, target_height, target_width, crop, is_flipped)
     if kind != "pad":
         raise ValueError(f"unknown geometry {kind!r}; known: pad, stretch")
     scale = min(target_height / height, target_width / width)
@@ -160,7 +192,8 @@ def fit(height: int, width: int, *, target_height: int, target_width: int, kind:
     inner_width = min(target_width, max(1, round(width * scale)))
     top = (target_height - inner_height) // 2
     left = (target_width - inner_width) // 2
-    return Geometry(kind, height, width, top, left, inner_height, inner_width)
+    inner = inner_height, inner_width
+    return Geometry(kind, *source, top, left, *inner, crop, is_flipped)
 
 
 def apply_geometry(
@@ -177,7 +210,10 @@ def apply_geometry(
     """
     if pixels.shape[:2] != (geometry.source_height, geometry.source_width):
         raise ValueError(f"pixels {pixels.shape} do not have the source size of {geometry}")
-    inner = _resize(pixels, geometry.height, geometry.width, nearest=nearest)
+    part = pixels[_slices(geometry.part)]
+    if geometry.is_flipped:
+        part = part[:, ::-1]
+    inner = _resize(part, geometry.height, geometry.width, nearest=nearest)
     if (geometry.height, geometry.width) == (target_height, target_width):
         return inner
     result = np.zeros((target_height, target_width, *pixels.shape[2:]), pixels.dtype)
@@ -187,6 +223,8 @@ def apply_geometry(
 
 def undo_geometry(pixels: Pixels, geometry: Geometry, *, nearest: bool) -> Pixels:
     """Returns the picture's part of the stored image at its source size, dtype kept.
+
+    What was cropped away is 0.
 
     Args:
         pixels: (H, W) or (H, W, C), the stored image or a mask of its size.
@@ -198,12 +236,24 @@ def undo_geometry(pixels: Pixels, geometry: Geometry, *, nearest: bool) -> Pixel
     inner = pixels[_inside(geometry)]
     if inner.shape[:2] != (geometry.height, geometry.width):
         raise ValueError(f"pixels {pixels.shape} are too small for {geometry}")
-    return _resize(inner, geometry.source_height, geometry.source_width, nearest=nearest)
+    box = geometry.part
+    part = _resize(inner, box.height, box.width, nearest=nearest)
+    if geometry.is_flipped:
+        part = np.ascontiguousarray(part[:, ::-1])
+    if geometry.crop is None:
+        return part
+    whole = geometry.source_height, geometry.source_width, *part.shape[2:]
+    result = np.zeros(whole, part.dtype)
+    result[_slices(box)] = part
+    return result
 
 
 def _inside(geometry: Geometry) -> tuple[slice, slice]:
-    rows = slice(geometry.top, geometry.top + geometry.height)
-    return rows, slice(geometry.left, geometry.left + geometry.width)
+    return _slices(Box(geometry.top, geometry.left, geometry.height, geometry.width))
+
+
+def _slices(box: Box) -> tuple[slice, slice]:
+    return slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
 
 
 def _resize(pixels: Pixels, height: int, width: int, *, nearest: bool) -> Pixels:

@@ -24,6 +24,7 @@ import click
 from pydantic import field_validator, model_validator
 
 from data_prep import inbreast, report, scan, schema, shards, split
+from data_prep.breast import Crop, Flip
 from data_prep.colormap import check_ignore_id, parse_color_map
 from data_prep.command import SettingsCommand, given, run_command, settings_options
 from data_prep.errors import ContentError, StorageError, UsageError
@@ -73,6 +74,14 @@ class PrepConfig(Settings):
     )
     geometry: Literal["stretch", "pad"] = option(
         "stretch", "stretch: fill the stored image; pad: keep the aspect, the rest is 0."
+    )
+    crop: Crop = option(
+        "none",
+        "breast: leave out the film around the breast; undone where masks are predicted.",
+    )
+    flip: Flip = option(
+        "none",
+        "Side on which the chest wall shall be; other pictures are mirrored, undone likewise.",
     )
     channels: Literal["auto", "grey", "rgb"] = option(
         "auto", "Channels of the stored images; auto: grey when every picture is grey."
@@ -467,6 +476,8 @@ def _scan(work: _Work, items: Sequence[scan.Item]) -> list[scan.Scanned | scan.R
         max_pixels=config.max_pixels,
         format=config.format,
         rois=config.rois,
+        crop=config.crop,
+        flip=config.flip,
     )
     staging = shards.staging_url(work.store.url)
     tasks = [
@@ -615,6 +626,8 @@ def _manifest(
         classes=parse_color_map(config.classes),
         ignore_id=config.ignore_id,
         geometry=config.geometry,
+        crop=config.crop,
+        flip=config.flip,
         split_rule=_split_rule(samples[0].split is not None, config),
         seed=config.seed,
         num_folds=config.num_folds,

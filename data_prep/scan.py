@@ -18,16 +18,11 @@ import google_crc32c
 import numpy as np
 
 from data_prep import inbreast, schema
+from data_prep.breast import Crop, Flip, frame
 from data_prep.colormap import ClassColor, read_npz_mask, to_class_ids
 from data_prep.dicom import read_dicom
 from data_prep.errors import ContentError
-from data_prep.image import (
-    Geometry,
-    apply_geometry,
-    fit,
-    read_image,
-    read_mask_pixels,
-)
+from data_prep.image import Box, Geometry, apply_geometry, read_image, read_mask_pixels
 from data_prep.storage import Store, open_store
 
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
@@ -56,6 +51,8 @@ class Layout:
     max_pixels: int
     format: Literal["pairs", "inbreast"] = "pairs"
     rois: tuple[str, ...] = ()
+    crop: Crop = "none"
+    flip: Flip = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,9 +286,15 @@ def _scan_item(
 def _fitted_sample(item: Item, layout: Layout, read: _Read) -> schema.Sample:
     """Returns the sample as it is stored."""
     size = layout.height, layout.width
-    geometry = fit(
-        *read.image.shape[:2], target_height=size[0], target_width=size[1], kind=layout.geometry
+    geometry = frame(
+        read.image,
+        height=size[0],
+        width=size[1],
+        kind=layout.geometry,
+        crop=layout.crop,
+        flip=layout.flip,
     )
+    _refuse_lost_foreground(item, layout, read.mask, geometry)
     image = apply_geometry(read.image, geometry, *size, nearest=False).reshape(*size, -1)
     return schema.Sample(
         id=item.id,
@@ -304,6 +307,21 @@ def _fitted_sample(item: Item, layout: Layout, read: _Read) -> schema.Sample:
         pixel_sha256=schema.sha256_of_pixels(image),
         off_map_pixels=read.off_map_pixels,
     )
+
+
+def _refuse_lost_foreground(
+    item: Item, layout: Layout, mask: np.ndarray, geometry: Geometry
+) -> None:
+    """A crop that cuts the truth would make every prediction look better than it is."""
+    box = geometry.part
+    is_foreground = (mask > 0) & (mask != layout.ignore_id)
+    inside = is_foreground[box.top : box.top + box.height, box.left : box.left + box.width]
+    num_lost = int(is_foreground.sum()) - int(inside.sum())
+    if num_lost:
+        raise ContentError(
+            f"{item.image.label}: the crop to the breast would cut off {num_lost} pixels of "
+            "foreground; look at the picture, and prepare without --crop if it is right"
+        )
 
 
 def _read_pair(item: Item, layout: Layout, image_data: bytes, mask_data: bytes | None) -> _Read:
@@ -425,7 +443,9 @@ def _from_json(values: dict[str, Any]) -> Scanned | Refused:
     crcs = tuple(values.pop("source_crcs"))
     if kind == Refused.__name__:
         return Refused(source_crcs=crcs, **values)
-    geometry = Geometry(**values.pop("geometry"))
+    geometry = values.pop("geometry")
+    crop = geometry.pop("crop")
+    geometry = Geometry(**geometry, crop=Box(**crop) if crop else None)
     moments = {key: _tuple(value) for key, value in values.pop("moments").items()}
     counts = tuple(values.pop("pixels_per_class"))
     findings = tuple(inbreast.Finding(**each) for each in values.pop("findings"))

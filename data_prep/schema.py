@@ -23,6 +23,7 @@ import google_crc32c
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
+from data_prep.breast import Crop, Flip
 from data_prep.colormap import ClassColor
 from data_prep.errors import ContentError, UsageError
 from data_prep.settings import Settings
@@ -41,6 +42,9 @@ SAMPLES_NAME = "samples.parquet"
 SHARD_PATTERN = re.compile(r"(train|valid|test)-(\d{5,})-of-(\d{5,})\.tfrecord")
 MAX_MANIFEST_BYTES = 64 * 2**20
 RECORD_OVERHEAD = 16  # bytes that the framing adds to a payload: length, its CRC, the payload's CRC
+
+# Added after version 0.1.0; null where nothing was cropped or flipped.
+_CROP_COLUMNS = ("crop_top", "crop_left", "crop_height", "crop_width")
 
 _HEADER = struct.Struct("<QI")  # payload length, masked CRC32C of the length
 _FOOTER = struct.Struct("<I")  # masked CRC32C of the payload
@@ -109,6 +113,8 @@ class Manifest(Settings):
     classes: tuple[ClassColor, ...] = Field(min_length=1)
     ignore_id: int | None = None
     geometry: Literal["stretch", "pad"]
+    crop: Crop = "none"
+    flip: Flip = "none"
     split_rule: str
     seed: int
     num_folds: int | None = None
@@ -250,7 +256,9 @@ def sample_schema() -> "pyarrow.Schema":
 
     `offset` is the position of the record header in the shard and `length` the whole record, both
     in bytes. `top`, `left`, `height` and `width` say where the picture lies in the stored image, in
-    pixels. `sha256` is `sha256_of_pixels` of the stored image. `fold` is null outside folds.
+    pixels; `crop_top` ... which part of the picture that is, in its own pixels, null for all of it,
+    and `is_flipped` whether it is mirrored, left to right. `sha256` is `sha256_of_pixels` of the
+    stored image. `fold` is null outside folds.
     """
     import pyarrow as pa
 
@@ -267,8 +275,10 @@ def sample_schema() -> "pyarrow.Schema":
         ("off_map_pixels", int64),
         ("sha256", text),
         ("fold", int64),
+        *((name, int64) for name in _CROP_COLUMNS),
+        ("is_flipped", pa.bool_()),
     ]
-    nullable = {"spacing_y_mm", "spacing_x_mm", "fold"}
+    nullable = {"spacing_y_mm", "spacing_x_mm", "fold", *_CROP_COLUMNS, "is_flipped"}
     return pa.schema([pa.field(name, kind, name in nullable) for name, kind in columns])
 
 
@@ -367,6 +377,9 @@ def read_samples(store: "Store", manifest: Manifest) -> "pyarrow.Table":
         table = pyarrow.parquet.ParquetFile(io.BytesIO(data)).read()
     except pa.ArrowException as error:
         raise ContentError(f"{where}: not a parquet table ({error})") from error
+    for field in sample_schema():
+        if field.name not in table.column_names and field.name in (*_CROP_COLUMNS, "is_flipped"):
+            table = table.append_column(field, pa.nulls(len(table), field.type))
     if not table.schema.equals(sample_schema()):
         raise ContentError(f"{where}: columns differ from this format; prepare the dataset again")
     _check_places(table, manifest, where)

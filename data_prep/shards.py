@@ -359,4 +359,6 @@ def _cut(samples: Sequence[Scanned], shard_bytes: float) -> Iterator[tuple[Scann
 
 def _geometry_columns(scanned: Scanned) -> dict[str, Any]:
     values = dataclasses.asdict(scanned.geometry)
-    return {"geometry_kind": values.pop("kind"), **values}
+    crop = values.pop("crop") or {}
+    part = {f"crop_{name}": crop.get(name) for name in ("top", "left", "height", "width")}
+    return {"geometry_kind": values.pop("kind"), **values, **part}

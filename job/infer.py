@@ -25,9 +25,18 @@ from typing import Any, Literal
 import click
 import numpy as np
 
+from data_prep.breast import frame
 from data_prep.command import SettingsCommand, given, run_command, settings_options
+from data_prep.dicom import DICOM_ENDINGS, is_dicom, read_dicom
 from data_prep.errors import ContentError, StorageError, UsageError
-from data_prep.image import Geometry, apply_geometry, fit, read_image, undo_geometry
+from data_prep.image import (
+    DEFAULT_MAX_PIXELS,
+    Geometry,
+    apply_geometry,
+    fit,
+    read_image,
+    undo_geometry,
+)
 from data_prep.pairs import IMAGE_ENDINGS
 from data_prep.pool import OpenWorkers, available_cores, in_order
 from data_prep.progress import Progress, quiet_interrupts
@@ -216,10 +225,11 @@ def find_images(source: Store) -> list[str]:
     Raises:
         UsageError: there are none, or two share all but the suffix.
     """
-    names = [each.name for each in source.list() if each.name.lower().endswith(IMAGE_ENDINGS)]
+    endings = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
+    names = [each.name for each in source.list() if each.name.lower().endswith(endings)]
     if not names:
         raise UsageError(
-            f"{source.url}: no images here; expected files ending in {', '.join(IMAGE_ENDINGS)}"
+            f"{source.url}: no images here; expected files ending in {', '.join(endings)}"
         )
     by_mask: dict[str, str] = {}
     for name in names:
@@ -236,12 +246,29 @@ def mask_name(image_name: str) -> str:
     return posixpath.splitext(image_name)[0] + ".png"
 
 
+def read_any(
+    data: bytes, *, name: str, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> tuple[np.ndarray, int | None]:
+    """Returns (h, w, 1|3) pixels of a picture or a DICOM file, and their full scale if it says so.
+
+    Raises:
+        ContentError: it cannot be read.
+    """
+    if is_dicom(data):
+        found = read_dicom(data, name=name, max_pixels=max_pixels)
+        return found.pixels, found.value_max
+    return read_image(data, name=name, max_pixels=max_pixels), None
+
+
 def to_model_pixels(
-    image: np.ndarray, manifest: Manifest, *, name: str = "image"
+    image: np.ndarray, manifest: Manifest, *, name: str = "image", value_max: int | None = None
 ) -> tuple[np.ndarray, Geometry]:
     """Returns `image` (h, w, 1|3) as the dataset would store it: (H, W, C), and where it lies.
 
     An 8-bit dataset takes the upper byte of images that use 16 bits.
+
+    Args:
+        value_max: raw value of full intensity, where it is known.
 
     Raises:
         ContentError: `image` has 16 bits but uses 12 at most, and the dataset has 8: whether it is
@@ -251,20 +278,26 @@ def to_model_pixels(
 
     from data_prep.shards import Target, convert
 
-    if manifest.bit_depth == 8 and image.dtype == np.uint16:
+    takes_upper_byte = manifest.bit_depth == 8 and image.dtype == np.uint16 and value_max is None
+    if takes_upper_byte:
         _refuse_unused_bits(image, name)
     size = manifest.image_height, manifest.image_width
-    geometry = fit(
-        *image.shape[:2], target_height=size[0], target_width=size[1], kind=manifest.geometry
+    geometry = frame(
+        image,
+        height=size[0],
+        width=size[1],
+        kind=manifest.geometry,
+        crop=manifest.crop,
+        flip=manifest.flip,
     )
     if manifest.channels == 1 and image.shape[2] == 3:
         # As prep does: the luma of ITU-R BT.601, which keeps the value of equal channels.
         image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, np.newaxis]
     pixels = apply_geometry(image, geometry, *size, nearest=False).reshape(*size, -1)
-    if manifest.bit_depth == 8 and pixels.dtype == np.uint16:
+    if takes_upper_byte:
         pixels = (pixels >> 8).astype(np.uint8)
     target = Target(manifest.channels, manifest.bit_depth, manifest.value_max)
-    return convert(pixels, target), geometry
+    return convert(pixels, target, value_max=value_max), geometry
 
 
 def _refuse_unused_bits(image: np.ndarray, name: str) -> None:
@@ -430,8 +463,8 @@ def _read_picture(
 ) -> _Picture | tuple[str, str]:
     """Returns the picture, or its name and why it cannot be read."""
     try:
-        image = read_image(source.get(name), name=name, max_pixels=config.max_pixels)
-        pixels, geometry = to_model_pixels(image, manifest, name=name)
+        image, value_max = read_any(source.get(name), name=name, max_pixels=config.max_pixels)
+        pixels, geometry = to_model_pixels(image, manifest, name=name, value_max=value_max)
     except ContentError as error:
         return name, str(error)
     return _Picture(name, pixels, geometry, _preview(image) if config.overlays else None)

@@ -28,7 +28,6 @@ import numpy as np
 import tensorflow as tf
 
 from data_prep.errors import ContentError, FlexUNetError, StorageError
-from data_prep.image import read_image
 from data_prep.schema import MANIFEST_NAME
 from data_prep.settings import write_yaml
 from data_prep.storage import NotFound, open_store
@@ -38,7 +37,7 @@ from job.config import TrainConfig
 from job.data import Dataset, RecordReader, read_sample
 from job.evaluate import Evaluation, Evaluator, write_evaluation
 from job.history import History
-from job.infer import find_images, to_model_pixels
+from job.infer import find_images, read_any, to_model_pixels
 from job.optimizer import Adam
 from job.outbox import Outbox
 from job.run import Place, Run, commit_prefix, fetch_commit
@@ -335,9 +334,9 @@ def _pictures(config: TrainConfig, dataset: Dataset, reader: RecordReader) -> di
     store = open_store(config.prediction_folder)
     pictures = {}
     for name in find_images(store)[:count]:
-        image = read_image(store.get(name), name=f"{store.url}/{name}")
+        image, value_max = read_any(store.get(name), name=f"{store.url}/{name}")
         stem = os.path.splitext(name)[0].replace("/", "_")
-        pictures[stem] = to_model_pixels(image, dataset.manifest, name=name)[0]
+        pictures[stem] = to_model_pixels(image, dataset.manifest, name=name, value_max=value_max)[0]
     return pictures
 
 

@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from data_prep.errors import ContentError
 from data_prep.image import (
+    Box,
     Geometry,
     Pixels,
     apply_geometry,
@@ -463,6 +464,31 @@ def test_apply_geometry_pads_with_zero() -> None:
     expected = np.zeros((8, 8, 3), np.uint8)
     expected[:, 2:6] = 9
     np.testing.assert_array_equal(result, expected)
+
+
+def test_crop_and_flip_store_a_part_and_put_it_back() -> None:
+    pixels = np.arange(1, 13, dtype=np.uint8).reshape(3, 4)
+    box = Box(top=1, left=1, height=2, width=3)
+    geometry = fit(3, 4, target_height=2, target_width=3, kind="pad", crop=box, is_flipped=True)
+    stored = apply_geometry(pixels, geometry, 2, 3, nearest=True)
+    # Rows 5..8 and 9..12 without their first column, mirrored.
+    assert stored.tolist() == [[8, 7, 6], [12, 11, 10]]
+    back = undo_geometry(stored, geometry, nearest=True)
+    assert back.tolist() == [[0, 0, 0, 0], [0, 6, 7, 8], [0, 10, 11, 12]]
+
+
+def test_crop_is_what_keeps_its_aspect() -> None:
+    # 10 x 5 of 20 x 20 into 8 x 8: scale 0.8, width 4, two columns at each side.
+    box = Box(top=0, left=3, height=10, width=5)
+    geometry = fit(20, 20, target_height=8, target_width=8, kind="pad", crop=box)
+    assert (geometry.top, geometry.left, geometry.height, geometry.width) == (0, 2, 8, 4)
+    colour = np.full((20, 20, 3), 9, np.uint8)
+    stored = apply_geometry(colour, geometry, 8, 8, nearest=False)
+    assert stored[:, 2:6].min() == 9
+    assert stored[:, :2].max() == stored[:, 6:].max() == 0
+    back = undo_geometry(stored, geometry, nearest=False)
+    assert back.shape == colour.shape
+    assert back.sum() == 9 * 10 * 5 * 3
 
 
 def test_apply_geometry_refuses_another_source_size() -> None:

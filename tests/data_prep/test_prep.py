@@ -17,7 +17,9 @@ import pytest
 
 from data_prep import prep, report, schema
 from data_prep.errors import ContentError, StorageError, UsageError
+from data_prep.image import Box, Geometry, apply_geometry
 from data_prep.pairs import find_sources
+from data_prep.phantoms import write_phantoms
 from data_prep.storage import open_store
 
 _INBREAST = Path(__file__).resolve().parents[3] / "shared" / "data" / "inbreast-mini"
@@ -118,11 +120,52 @@ def test_second_run_changes_nothing_and_says_so(source, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
+def test_crop_and_flip_are_recorded_for_each_sample(tmp_path):
+    write_phantoms(str(tmp_path / "source"), 12, 64, 1)
+    options = {"crop": "breast", "flip": "left", "geometry": "pad"}
+    manifest = _prepare(tmp_path / "source", tmp_path / "out", image_size=48, **options)
+    assert (manifest.crop, manifest.flip) == ("breast", "left")
+    flipped = []
+    for row in _rows(tmp_path / "out"):
+        truth = cv2.imread(str(tmp_path / "source" / "masks" / row["filename"]), 0) // 255
+        crop = Box(*(row[f"crop_{name}"] for name in ("top", "left", "height", "width")))
+        assert crop.width < 64
+        geometry = Geometry(
+            row["geometry_kind"],
+            *(row[name] for name in ("source_height", "source_width")),
+            *(row[name] for name in ("top", "left", "height", "width")),
+            crop,
+            row["is_flipped"],
+        )
+        record = (tmp_path / "out" / row["shard"]).read_bytes()[row["offset"] :][: row["length"]]
+        features = schema.decode_example(schema.unframe_record(record, where="x"))
+        image, mask = (
+            cv2.imdecode(np.frombuffer(features[key], np.uint8), cv2.IMREAD_UNCHANGED)
+            for key in ("image/encoded", "image/segmentation/class/encoded")
+        )
+        assert np.array_equal(mask, apply_geometry(truth, geometry, 48, 48, nearest=True))
+        # The chest wall is at the left border of the picture, where it was mirrored too.
+        inner = image[:, row["left"] : row["left"] + row["width"]]
+        assert inner[:, 0].mean() > 3 * inner[:, -1].mean()
+        flipped.append(row["is_flipped"])
+    assert 2 <= sum(flipped) <= 10
+
+
+def test_crop_that_cuts_the_truth_is_refused(source, tmp_path):
+    image = np.zeros((16, 16), np.uint8)
+    image[:, :6] = 200
+    for i in range(20):
+        assert cv2.imwrite(str(source / "images" / f"case_{i}.png"), image)
+    # The mask has columns 4 to 7, the breast 0 to 5: two columns of four pixels are lost.
+    with pytest.raises(ContentError, match=r"case_0\.png: the crop .* cut off 8 pixels"):
+        _prepare(source, tmp_path / "out", crop="breast")
+
+
 def test_dataset_of_a_version_with_fewer_options_is_still_finished(source, tmp_path):
     _prepare(source, tmp_path / "out")
     path = tmp_path / "out" / "dataset.json"
     values = json.loads(path.read_text())
-    for name in ("format", "rois"):
+    for name in ("format", "rois", "crop", "flip"):
         del values["options"][name]
     path.write_text(json.dumps(values))
     assert _prepare(source, tmp_path / "out").options == values["options"]

@@ -88,6 +88,11 @@ def _row(**changes):
         "off_map_pixels": 0,
         "sha256": "00",
         "fold": None,
+        "crop_top": None,
+        "crop_left": None,
+        "crop_height": None,
+        "crop_width": None,
+        "is_flipped": False,
     }
     return values | changes
 
@@ -252,7 +257,7 @@ def test_parse_manifest_refuses_what_is_not_json(data):
 
 
 def test_samples_survive_writing_and_have_stable_bytes(tmp_path):
-    rows = [_row(fold=2, spacing_y_mm=0.07, spacing_x_mm=0.07)]
+    rows = [_row(fold=2, spacing_y_mm=0.07, spacing_x_mm=0.07, crop_top=3, is_flipped=True)]
     assert schema.samples_to_parquet(rows) == schema.samples_to_parquet(rows)
     store, manifest = _stored(tmp_path, rows)
     assert schema.read_samples(store, manifest).to_pylist() == rows
@@ -301,6 +306,22 @@ def test_read_samples_refuses_other_columns(tmp_path):
     manifest = schema.Manifest.model_validate(_manifest(**sizes))
     with pytest.raises(ContentError, match="columns differ"):
         schema.read_samples(open_store(str(tmp_path)), manifest)
+
+
+def test_read_samples_reads_a_table_without_the_columns_of_crops(tmp_path):
+    import pyarrow.parquet
+
+    whole = _row()
+    added = {f"crop_{name}" for name in ("top", "left", "height", "width")} | {"is_flipped"}
+    store, _ = _stored(tmp_path, [whole])
+    table = pyarrow.parquet.ParquetFile(tmp_path / schema.SAMPLES_NAME).read()
+    old = table.drop_columns(sorted(added))
+    pyarrow.parquet.write_table(old, tmp_path / schema.SAMPLES_NAME, compression="zstd")
+    data = (tmp_path / schema.SAMPLES_NAME).read_bytes()
+    sizes = {"samples_num_bytes": len(data), "samples_crc32c": google_crc32c.value(data)}
+    manifest = schema.Manifest.model_validate(_manifest(**sizes))
+    (row,) = schema.read_samples(store, manifest).to_pylist()
+    assert row == whole | dict.fromkeys(added)
 
 
 def test_sample_is_frozen():

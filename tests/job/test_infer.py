@@ -22,8 +22,9 @@ from PIL import Image
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import fit
 from data_prep.pairs import find_sources
+from data_prep.phantom_release import write_release
 from data_prep.pool import InlineExecutor, Workers
-from data_prep.prep import PrepConfig, prepare
+from data_prep.prep import PrepConfig, prepare, sources_of
 from data_prep.storage import join_url, open_store
 from job import checkpoint
 from job.config import identity_of
@@ -32,6 +33,7 @@ from job.infer import (
     InferConfig,
     _read_picture,
     class_ids_at_source,
+    find_images,
     infer,
     main,
     to_model_pixels,
@@ -356,8 +358,15 @@ def test_class_ids_at_source_chooses_after_enlarging() -> None:
     assert class_ids_at_source(low_left, geometry).tolist() == [[1, 1, 1, 0]]
 
 
-@pytest.mark.parametrize("geometry", ["stretch", "pad"])
-def test_to_model_pixels_gives_what_prep_stores(tmp_path: Path, geometry: Any) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"geometry": "stretch"},
+        {"geometry": "pad"},
+        {"geometry": "pad", "crop": "breast", "flip": "right"},
+    ],
+)
+def test_to_model_pixels_gives_what_prep_stores(tmp_path: Path, layout: Any) -> None:
     write_discs(tmp_path / "source", num_images=6, side=50)
     for path in sorted((tmp_path / "source").rglob("*.png"))[::2]:
         # Half of the pairs are not square, so that pad has something to do.
@@ -366,7 +375,7 @@ def test_to_model_pixels_gives_what_prep_stores(tmp_path: Path, geometry: Any) -
             pixels = cv2.imread(str(each), cv2.IMREAD_GRAYSCALE)
             assert pixels is not None
             write(each, pixels[:40])
-    config = PrepConfig(image_size=24, geometry=geometry, num_processes=1)
+    config = PrepConfig(image_size=24, **layout, num_processes=1)
     sources = find_sources(str(tmp_path / "source"))
     prepare(sources, str(tmp_path / "dataset"), config, progress=False)
     dataset = open_dataset(str(tmp_path / "dataset"))
@@ -380,6 +389,52 @@ def test_to_model_pixels_gives_what_prep_stores(tmp_path: Path, geometry: Any) -
         # Colour that is grey is the same picture.
         colour, _ = to_model_pixels(np.dstack([pixels] * 3), dataset.manifest)
         assert np.array_equal(colour, made)
+
+
+def test_masks_of_cropped_and_flipped_pictures_are_put_back(trained_run: Path) -> None:
+    manifest = open_trained(str(trained_run)).manifest
+    framed = manifest.model_copy(update={"crop": "breast", "flip": "left"})
+    image = np.zeros((40, 60, 1), np.uint8)
+    image[10:30, 30:] = 100
+    image[12:20, 40:50] = 200  # to be found
+    for picture in (image, np.ascontiguousarray(image[:, ::-1])):
+        pixels, geometry = to_model_pixels(picture, framed)
+        assert geometry.is_flipped == (picture is image)
+        assert geometry.crop is not None
+        bright = pixels.astype(np.float32) / 255
+        ids = class_ids_at_source(np.concatenate([1 - bright, bright], axis=-1), geometry)
+        truth = (picture[..., 0] == 200).astype(np.uint8)
+        assert ids.shape == truth.shape
+        # Its border may move by a pixel: it went through a size of 32x32.
+        inner = cv2.erode(truth, np.ones((3, 3)))
+        outer = cv2.dilate(truth, np.ones((3, 3)))
+        assert np.all(inner <= ids)
+        assert np.all(ids <= outer)
+
+
+def test_dicom_files_are_predicted_as_prep_stores_them(tmp_path: Path) -> None:
+    write_release(str(tmp_path / "release"), 4, 64, 1)
+    config = PrepConfig(
+        format="inbreast", image_size=32, crop="breast", flip="left", num_processes=1
+    )
+    sources = sources_of(str(tmp_path / "release"), config)
+    prepare(sources, str(tmp_path / "dataset"), config, progress=False)
+    dataset = open_dataset(str(tmp_path / "dataset"))
+    split = dataset.split("train")
+    reader = open_reader(dataset, split, cache="full", cache_dir=None)
+    images = open_store(str(tmp_path / "release" / "AllDICOMs"))
+    assert set(split.filenames) < set(find_images(images))
+    for index, name in enumerate(split.filenames):
+        picture = _read_picture(images, name, dataset.manifest, QUIET)
+        assert not isinstance(picture, tuple)
+        assert np.array_equal(picture.pixels, read_sample(reader, index)[0])
+
+
+def test_dicom_files_fit_a_dataset_of_8_bits(trained_run: Path) -> None:
+    shallow = open_trained(str(trained_run)).manifest
+    # 819 of 4095 is a fifth of full intensity: 51 of 255. No upper byte is taken.
+    image = np.full((32, 32, 1), 819, np.uint16)
+    assert np.unique(to_model_pixels(image, shallow, value_max=4095)[0]).tolist() == [51]
 
 
 def test_to_model_pixels_changes_the_bit_depth(trained_run: Path) -> None:
