@@ -503,7 +503,8 @@ def test_owner_that_is_paused_within_a_commit_learns_of_the_loss(
     pid = worker.ask("fork")["pid"]
     worker.ask("open", url=store.url, renew_s=QUICK.renew_s, expire_s=QUICK.expire_s)
     worker.ask("commit", step=10)
-    proxy.add(Fault("stall", name=r"step-00000020/a1/COMMIT\.json", seconds=60))
+    fault = Fault("stall", kinds=("put",), name=r"step-00000020/a1/COMMIT\.json", seconds=60)
+    proxy.add(fault)
     worker.tell("commit", step=20)
     while not proxy.count("put", "step-00000020/a1/optimizer"):
         time.sleep(0.01)
