@@ -307,9 +307,7 @@ class Run:
             # Before anything is touched: a commit of ours may be what the next owner rests on.
             self._ownership.confirm()
             if not self._is_stored(f"{prefix}/{COMMIT_NAME}", data):
-                self._delete_folder(self.store.list(f"{prefix}/"))  # of a try that was cut short
-                for name, path in members.items():
-                    self.store.put_file(f"{prefix}/{name}", path, if_generation=0)
+                self._put_members(step, members)
                 self._ownership.confirm()
                 self.store.put(f"{prefix}/{COMMIT_NAME}", data, if_generation=0)
             self._ownership.check()  # the process may have been paused since `confirm`
@@ -405,6 +403,12 @@ class Run:
             config_digest=config_digest,
             state=_through_json(state),
         )
+
+    def _put_members(self, step: int, members: Mapping[str, str]) -> None:
+        prefix = commit_prefix(step, self.attempt)
+        self._delete_folder(self.store.list(f"{prefix}/"))  # of an earlier try that was cut short
+        for name, path in members.items():
+            self.store.put_file(f"{prefix}/{name}", path, if_generation=0)
 
     def _is_stored(self, name: str, data: bytes) -> bool:
         """Returns whether an earlier try, whose answer was lost, has stored `data` already."""
