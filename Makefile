@@ -6,6 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c 'import sys, venv; raise SystemExit(not (3, 11) <= sys.version_info < (3, 14))' \
 	2>/dev/null && echo $$python && break; done)
+OLDEST_PYTHON ?= $(shell for python in python3.11 python3.12; do \
+	$$python -c 'import venv' 2>/dev/null && echo $$python && break; done)
 UV_VERSION := 0.13.9
 UV := .uv/bin/uv
 BIN := .venv/bin
@@ -17,7 +19,7 @@ ENGINE ?= $(shell for engine in docker podman buildah; do \
 	$$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-faults test-image image lint setup bench clean help
+.PHONY: demo test test-oldest test-faults test-image image lint setup bench clean help
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -33,6 +35,12 @@ $(UV):
 	$(UV) sync --locked --quiet --compile-bytecode --python $(PYTHON)
 	@touch $@
 
+# tensorflow-io ended with Python 3.12.
+.venv-oldest/.installed: $(UV) pyproject.toml uv.lock
+	@test -n "$(OLDEST_PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; install one or give OLDEST_PYTHON=/path/to/python" >&2; exit 2; }
+	UV_PROJECT_ENVIRONMENT=.venv-oldest $(UV) sync --locked --quiet --compile-bytecode --python $(OLDEST_PYTHON) --no-group current --extra tfio
+	@touch $@
+
 lint: .venv/.installed ## lint, format check, type check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,6 +48,9 @@ lint: .venv/.installed ## lint, format check, type check
 
 test: lint ## lint, then all tests
 	$(BIN)/pytest
+
+test-oldest: .venv-oldest/.installed ## all tests on the oldest stack: TensorFlow 2.17 with tensorflow-io
+	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/pytest
 
 test-faults: .venv/.installed ## the tests of failures, half an hour; writes benchmarks/results/faults.json
 	$(BIN)/python -m tests.faults.table --output benchmarks/results/faults.json

@@ -18,18 +18,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from data_prep.errors import ContentError
 
 if TYPE_CHECKING:
-    from pydicom import Dataset
+    from pydicom import FileDataset
 
     from data_prep.image import Pixels
 
 DICOM_ENDINGS = (".dcm",)
+
+Reader = Literal["pydicom", "tfio"]
 
 _PREAMBLE_BYTES = 128
 _META_GROUP = 0x0002
@@ -66,15 +68,19 @@ def is_dicom(data: bytes) -> bool:
     return data[_PREAMBLE_BYTES : _PREAMBLE_BYTES + 4] == b"DICM"
 
 
-def read_dicom(data: bytes, *, name: str, max_pixels: int) -> Radiograph:
+def read_dicom(
+    data: bytes, *, name: str, max_pixels: int, reader: Reader = "pydicom"
+) -> Radiograph:
     """Returns the picture of a DICOM file.
 
     Args:
         data: the whole file.
         name: what to call the file in errors.
         max_pixels: larger pictures are refused before they are decoded.
+        reader: what decodes the pixels; both give the same.
 
     Raises:
+        UsageError: the reader is not installed.
         ContentError: not DICOM, compressed, not one grey frame of unsigned values, too large, cut
             off, or marked to have text burned in.
     """
@@ -83,14 +89,15 @@ def read_dicom(data: bytes, *, name: str, max_pixels: int) -> Radiograph:
     dataset = _parsed(data, name)
     _check_kind(dataset, name)
     _check_size(dataset, len(data), name, max_pixels)
-    pixels = _pixels_of(dataset, name)
+    is_inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+    pixels = _pixels_of(dataset, name, reader)
     value_max = 2 ** int(dataset.BitsStored) - 1
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
+    if is_inverted:
         pixels = pixels.dtype.type(value_max) - pixels
     return Radiograph(pixels[:, :, np.newaxis], value_max, _spacing_of(dataset, name))
 
 
-def _parsed(data: bytes, name: str) -> "Dataset":
+def _parsed(data: bytes, name: str) -> "FileDataset":
     """Returns the elements that are needed, each of the kind that the checks expect."""
     import pydicom
 
@@ -130,7 +137,7 @@ def _parsing(name: str) -> Iterator[None]:
         raise ContentError(f"{name}: damaged or incomplete DICOM file; replace it") from None
 
 
-def _check_kind(dataset: "Dataset", name: str) -> None:
+def _check_kind(dataset: "FileDataset", name: str) -> None:
     """Refuses all but one grey frame of unsigned values."""
     bits = [_number(dataset, key) for key in ("BitsAllocated", "BitsStored", "HighBit")]
     allocated, stored, high = bits
@@ -155,7 +162,7 @@ def _check_kind(dataset: "Dataset", name: str) -> None:
         )
 
 
-def _check_size(dataset: "Dataset", num_bytes: int, name: str, max_pixels: int) -> None:
+def _check_size(dataset: "FileDataset", num_bytes: int, name: str, max_pixels: int) -> None:
     height, width = _number(dataset, "Rows", 0), _number(dataset, "Columns", 0)
     if not height or not width or "PixelData" not in dataset:
         raise ContentError(f"{name}: holds no picture; leave the file out")
@@ -174,19 +181,35 @@ def _check_size(dataset: "Dataset", num_bytes: int, name: str, max_pixels: int) 
         raise ContentError(f"{name}: {num_bytes - found} bytes beside the pixels; replace the file")
 
 
-def _pixels_of(dataset: "Dataset", name: str) -> np.ndarray:
+def _pixels_of(dataset: "FileDataset", name: str, reader: Reader) -> np.ndarray:
     """Returns (H, W) uint8 or uint16: the bits stored, without what is above them."""
+    if reader == "tfio":
+        from data_prep.dicom_tfio import decode
+
+        pixels = decode(_plain_file(dataset), name)
+        return pixels.astype(np.uint8 if dataset.BitsAllocated == 8 else np.uint16, copy=False)
     with _parsing(name):
         return np.array(dataset.pixel_array)
 
 
-def _number(dataset: "Dataset", keyword: str, default: int | None = None) -> Any:
+def _plain_file(dataset: "FileDataset") -> bytes:
+    """Returns a file of the checked elements alone, as MONOCHROME2.
+
+    tensorflow-io applies rescaling and inverts MONOCHROME1 itself, 4095 to 1 instead of 0.
+    """
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
+def _number(dataset: "FileDataset", keyword: str, default: int | None = None) -> Any:
     """Returns a whole number, None or `default` where there is none."""
     value = dataset.get(keyword)
     return int(value) if isinstance(value, int) else default
 
 
-def _spacing_of(dataset: "Dataset", name: str) -> tuple[float, float] | None:
+def _spacing_of(dataset: "FileDataset", name: str) -> tuple[float, float] | None:
     """Returns the detector's spacing, else that of the picture; None where neither makes sense.
 
     Source: DICOM PS3.3 C.8.11.7 (ImagerPixelSpacing: rows first, at the detector's plane).

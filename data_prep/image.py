@@ -109,8 +109,10 @@ def encode_png(pixels: Pixels) -> bytes:
     options = [
         *(cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL),
         *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
-        *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_PAETH),
     ]
+    # OpenCV 4.11, the newest beside NumPy 1, has no choice: larger files of the same pixels.
+    if hasattr(cv2, "IMWRITE_PNG_FILTER"):
+        options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_PAETH]
     _, encoded = cv2.imencode(".png", np.ascontiguousarray(stored), options)
     return encoded.tobytes()
 

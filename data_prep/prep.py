@@ -27,6 +27,7 @@ from data_prep import inbreast, report, scan, schema, shards, split
 from data_prep.breast import Crop, Flip
 from data_prep.colormap import check_ignore_id, parse_color_map
 from data_prep.command import SettingsCommand, given, run_command, settings_options
+from data_prep.dicom import Reader
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import DEFAULT_MAX_PIXELS, read_image, read_mask_pixels
 from data_prep.pairs import Pair, Reject, Source, find_pairs, find_sources
@@ -128,6 +129,11 @@ class PrepConfig(Settings):
     shard_size: float = option(64.0, "Size of a shard to aim at, MB.", gt=0, le=1024)
     max_pixels: int = option(
         DEFAULT_MAX_PIXELS, "Largest picture that is read, pixels.", ge=1, le=2**31
+    )
+    dicom_reader: Reader = option(
+        "pydicom",
+        "What decodes DICOM files, to the same pixels; tfio: tensorflow-io, of the extra tfio.",
+        free=True,
     )
     num_processes: int | None = option(
         None, "Processes that read and encode; 1: this one. Unset: one per CPU.", free=True, ge=1
@@ -481,7 +487,7 @@ def _scan(work: _Work, items: Sequence[scan.Item]) -> list[scan.Scanned | scan.R
     )
     staging = shards.staging_url(work.store.url)
     tasks = [
-        scan.ScanTask(staging, layout, chunk, config.skip_bad)
+        scan.ScanTask(staging, layout, chunk, config.skip_bad, config.dicom_reader)
         for chunk in scan.chunked(items, layout)
     ]
     try:

@@ -20,7 +20,7 @@ import numpy as np
 from data_prep import inbreast, schema
 from data_prep.breast import Crop, Flip, frame
 from data_prep.colormap import ClassColor, read_npz_mask, to_class_ids
-from data_prep.dicom import read_dicom
+from data_prep.dicom import Reader, read_dicom
 from data_prep.errors import ContentError
 from data_prep.image import Box, Geometry, apply_geometry, read_image, read_mask_pixels
 from data_prep.storage import Store, open_store
@@ -146,12 +146,14 @@ class ScanTask:
     Attributes:
         staging_url: the store of staged objects.
         skip_bad: a bad pair becomes a `Refused` instead of an error.
+        dicom_reader: what decodes DICOM files; the pixels are the same.
     """
 
     staging_url: str
     layout: Layout
     items: tuple[Item, ...]
     skip_bad: bool
+    dicom_reader: Reader = "pydicom"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +197,7 @@ def scan_chunk(task: ScanTask) -> list[Scanned | Refused]:
         return found
     results, records, offset = [], [], 0
     for item in task.items:
-        result, record = _scan_item(item, task.layout, name, offset, skip_bad=task.skip_bad)
+        result, record = _scan_item(item, task, name, offset)
         results.append(result)
         records.append(record)
         offset += len(record)
@@ -244,15 +246,16 @@ def store_at(url: str) -> Store:
 
 
 def _scan_item(
-    item: Item, layout: Layout, staged: str, offset: int, *, skip_bad: bool
+    item: Item, task: ScanTask, staged: str, offset: int
 ) -> tuple[Scanned | Refused, bytes]:
+    layout = task.layout
     data = _read_both(item)
     crcs = _crcs(data)
     try:
-        read = _READERS[layout.format](item, layout, *data)
+        read = _READERS[layout.format](item, task, *data)
         sample = _fitted_sample(item, layout, read)
     except ContentError as error:
-        if not skip_bad:
+        if not task.skip_bad:
             raise
         is_mask = item.mask is not None and str(error).startswith(item.mask.label)
         at_fault = item.mask if item.mask is not None and is_mask else item.image
@@ -324,7 +327,8 @@ def _refuse_lost_foreground(
         )
 
 
-def _read_pair(item: Item, layout: Layout, image_data: bytes, mask_data: bytes | None) -> _Read:
+def _read_pair(item: Item, task: ScanTask, image_data: bytes, mask_data: bytes | None) -> _Read:
+    layout = task.layout
     image = _read_picture(item, layout, image_data)
     if item.mask is None or mask_data is None:
         raise ValueError(f"{item.image.label}: a pair without a mask")
@@ -332,9 +336,15 @@ def _read_pair(item: Item, layout: Layout, image_data: bytes, mask_data: bytes |
     return _Read(image, mask, off_map)
 
 
-def _read_case(item: Item, layout: Layout, image_data: bytes, mask_data: bytes | None) -> _Read:
+def _read_case(item: Item, task: ScanTask, image_data: bytes, mask_data: bytes | None) -> _Read:
     """Returns a picture of the INbreast release with the outlines of its annotation."""
-    found = read_dicom(image_data, name=item.image.label, max_pixels=layout.max_pixels)
+    layout = task.layout
+    found = read_dicom(
+        image_data,
+        name=item.image.label,
+        max_pixels=layout.max_pixels,
+        reader=task.dicom_reader,
+    )
     image = to_rgb(found.pixels) if layout.channels == "rgb" else found.pixels
     rois: list[inbreast.Roi] = []
     if item.mask is not None and mask_data is not None:

@@ -18,8 +18,12 @@ _numbers = itertools.count()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Lets google-api-core be imported beside a grpc without grpcio-status, which we never use."""
+    """Lets google-api-core be imported beside a grpc without grpcio-status, which we never use.
+
+    Its versions for protobuf 4 also tell when Google ends the support of this Python.
+    """
     config.addinivalue_line("filterwarnings", "ignore:Please install grpcio-status:ImportWarning")
+    config.addinivalue_line("filterwarnings", "ignore:You are using a Python version:FutureWarning")
 
 
 @pytest.fixture(scope="session")
