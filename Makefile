@@ -19,7 +19,7 @@ ENGINE ?= $(shell for engine in docker podman buildah; do \
 	$$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-oldest test-faults test-image image lint setup bench clean help
+.PHONY: demo demo-inbreast test test-oldest test-faults test-image image lint setup bench clean help
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -77,6 +77,11 @@ demo: .venv/.installed ## the whole way on synthetic mammograms
 		'  $(DEMO)/runs/demo/metrics/           curves and tables' \
 		'  $(DEMO)/runs/demo/evaluation/        summary.json, per_case.csv, examples/' \
 		'  $(DEMO)/runs/demo/inference/         masks, and overlays/'
+
+demo-inbreast: .venv/.installed ## a generated INbreast release, prepared; its counts beside the published ones
+	rm -rf $(DEMO)/release $(DEMO)/release-dataset
+	python -m data_prep.phantoms $(DEMO)/release --format inbreast --size 256
+	flexunet prep --format inbreast $(DEMO)/release $(DEMO)/release-dataset --image-size 128 --crop breast --flip left
 
 bench: .venv/.installed ## measure; writes benchmarks/results
 	$(BIN)/python benchmarks/prep.py

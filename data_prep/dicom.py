@@ -101,6 +101,8 @@ def _parsed(data: bytes, name: str) -> "FileDataset":
     """Returns the elements that are needed, each of the kind that the checks expect."""
     import pydicom
 
+    # What is not valid is refused below or not used; a warning would quote it.
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     with _parsing(name):
         # A deflated file must not be read further than its meta information: it may be a bomb.
         file = io.BytesIO(data[_PREAMBLE_BYTES + 4 :])
