@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import ContentError, FlexUNetError, StorageError, UsageError
-from data_prep.image import Geometry, read_image, read_mask_pixels
+from data_prep.image import Box, Geometry, read_image, read_mask_pixels
 from data_prep.pool import available_cores
 from data_prep.schema import (
     Manifest,
@@ -34,6 +34,7 @@ from job.augment import AugmentationConfig, augment
 
 logger = logging.getLogger(__name__)
 
+_SIDES = ("top", "left", "height", "width")
 _LOCK_TICK_S = 0.5
 
 PADDING = -1  # index of a sample that only fills the last batch
@@ -98,13 +99,31 @@ def open_dataset(url: str) -> Dataset:
 
 def _places(table: Any) -> list[tuple[Geometry, tuple[float, float] | None]]:
     """Returns the geometry and, where it is known, the spacing of each sample."""
-    names = ("geometry_kind", "source_height", "source_width", "top", "left", "height", "width")
-    geometries = zip(*(table.column(name).to_pylist() for name in names), strict=True)
-    spacings = (table.column(name).to_pylist() for name in ("spacing_y_mm", "spacing_x_mm"))
+    names = [*("source_height", "source_width"), *_SIDES]
+    columns = ["geometry_kind", *names, *(f"crop_{side}" for side in _SIDES), "is_flipped"]
+    rows = table.select([*columns, "spacing_y_mm", "spacing_x_mm"]).to_pylist()
     return [
-        (Geometry(*values), None if y is None or x is None else (y, x))
-        for values, y, x in zip(geometries, *spacings, strict=True)
+        (_geometry_of(row), _spacing_of(row["spacing_y_mm"], row["spacing_x_mm"])) for row in rows
     ]
+
+
+def _geometry_of(row: Mapping[str, Any]) -> Geometry:
+    crop = {side: row[f"crop_{side}"] for side in _SIDES}
+    return Geometry(
+        kind=row["geometry_kind"],
+        source_height=row["source_height"],
+        source_width=row["source_width"],
+        top=row["top"],
+        left=row["left"],
+        height=row["height"],
+        width=row["width"],
+        crop=None if None in crop.values() else Box(**crop),
+        is_flipped=bool(row["is_flipped"]),
+    )
+
+
+def _spacing_of(y: float | None, x: float | None) -> tuple[float, float] | None:
+    return None if y is None or x is None else (y, x)
 
 
 def _split(

@@ -167,7 +167,7 @@ class Evaluator:
         geometry = split.geometries[index]
         scales = _scales(geometry, split.spacings[index])
         network = self._measured(truth, _class_ids(probabilities), scales["network"])
-        if (geometry.source_height, geometry.source_width) == truth.shape:
+        if not geometry.crop and (geometry.source_height, geometry.source_width) == truth.shape:
             return {"network": network, "original": network}
         truth = undo_geometry(truth, geometry, nearest=True)
         ids = class_ids_at_source(probabilities, geometry)
@@ -243,8 +243,8 @@ def _scales(geometry: Geometry, spacing: tuple[float, float] | None) -> dict[str
     if spacing is None:
         return {size: Scale((1.0, 1.0), "px") for size in SIZES}
     network = (
-        spacing[0] * geometry.source_height / geometry.height,
-        spacing[1] * geometry.source_width / geometry.width,
+        spacing[0] * geometry.part.height / geometry.height,
+        spacing[1] * geometry.part.width / geometry.width,
     )
     return {"network": Scale(network, "mm"), "original": Scale(spacing, "mm")}
 

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from data_prep.breast import frame
 from data_prep.errors import ContentError, StorageError, UsageError
+from data_prep.image import read_image
 from data_prep.pairs import find_sources
+from data_prep.phantoms import write_phantoms
 from data_prep.prep import PrepConfig, prepare
 from data_prep.storage import open_store
 from job.augment import AugmentationConfig, augment
@@ -487,3 +490,25 @@ def test_damage_is_found_in_ranges_too(remote: str, copy: Path) -> None:
     open_store(remote).put(path.name, path.read_bytes())
     with pytest.raises(ContentError, match=f"{path.name}, sample '{split.ids[index]}'"):
         batches_of(dataset, plan_of(dataset), cache="ranges")
+
+
+def test_open_dataset_knows_the_part_of_each_picture_that_is_stored(tmp_path: Path) -> None:
+    write_phantoms(str(tmp_path / "source"), 6, 64, 1)
+    config = PrepConfig(
+        image_size=32, crop="breast", flip="left", fractions=(0.5, 0.25, 0.25), num_processes=1
+    )
+    prepare(find_sources(str(tmp_path / "source")), str(tmp_path / "out"), config, progress=False)
+    dataset = open_dataset(str(tmp_path / "out"))
+    found = []
+    for split in dataset.splits.values():
+        for name, geometry in zip(split.filenames, split.geometries, strict=True):
+            data = (tmp_path / "source" / "images" / name).read_bytes()
+            pixels = read_image(data, name=name)
+            expected = frame(
+                pixels, height=32, width=32, kind="stretch", crop="breast", flip="left"
+            )
+            assert geometry == expected
+            assert geometry.crop is not None
+            found.append(geometry.is_flipped)
+    assert True in found
+    assert False in found

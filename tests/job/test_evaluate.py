@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from data_prep.image import Geometry, read_image
+from data_prep.image import Box, Geometry, read_image
 from job import checkpoint
 from job.config import identity_of
 from job.evaluate import EvaluateConfig, _scales, dataset_of, evaluate_run, main
@@ -178,6 +178,27 @@ def test_scales_follow_the_geometry_of_each_axis() -> None:
     assert scales["original"] == Scale((0.1, 0.2), "mm")
     assert scales["network"].spacing == pytest.approx((0.2, 0.6))
     assert _scales(Geometry("stretch", 64, 96, 0, 0, 32, 32), None)["network"].unit == "px"
+    # Of which the 32x48 in the middle were stored: half as many in as many.
+    part = Geometry("stretch", 64, 96, 0, 0, 32, 32, Box(16, 24, 32, 48))
+    assert _scales(part, (0.1, 0.2))["network"].spacing == pytest.approx((0.1, 0.3))
+
+
+def test_evaluate_puts_cropped_and_flipped_cases_back(own_run: Path) -> None:
+    run = open_trained(str(own_run))
+    dataset = dataset_of(run, None)
+    split = dataset.split("test")
+    # As if the right half of pictures of 32x64 had been stored mirrored: the lesions stay as large.
+    geometry = Geometry("stretch", 32, 64, 0, 0, 32, 32, Box(0, 32, 32, 32), is_flipped=True)
+    part = replace(split, geometries=(geometry,) * len(split), spacings=((0.1, 0.1),) * len(split))
+    dataset = replace(dataset, splits={**dataset.splits, "test": part})
+    device = tf.distribute.OneDeviceStrategy("CPU:0")
+    evaluation, _ = evaluate_run(run, dataset, device, EvaluateConfig(progress=False))
+    assert evaluation.measured is not None
+    sizes = evaluation.measured.cases
+    for network, original in zip(sizes["network"], sizes["original"], strict=True):
+        small, large = network.classes[0], original.classes[0]
+        assert (small.tp, small.fp, small.fn) == (large.tp, large.fp, large.fn)
+        assert small.hd95 == pytest.approx(large.hd95)
 
 
 def test_evaluate_of_another_split_leaves_the_test_split_alone(own_run: Path) -> None:
