@@ -201,7 +201,7 @@ class TrainConfig(Settings):
     )
     exchange_flops_per_byte: float | None = option(
         None,
-        "FLOPs that a device does while it sends a byte, for auto; none: measured at the start, "
+        "FLOPs that a replica does while it sends a byte, for auto; none: measured at the start, "
         "1000 if deterministic.",
         free=True,
         gt=0,
