@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -32,6 +32,8 @@ from job.team import Place, Team, meet, place_from_environment
 from job.watchdog import STACKS_FOLDER, Watchdog, end_process
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _RETRY_S = 60.0
 _STORING = "storing the end"
@@ -78,6 +80,11 @@ def train_and_evaluate(
     def begin(phase: str, needs_peers: bool = True) -> None:
         report({"event": "phase", "name": phase, "needs_peers": needs_peers})
 
+    def end(store: Callable[..., T], *details: Any) -> T:
+        # Whoever else is gone: what is on its way to storage must arrive.
+        begin(_STORING, needs_peers=False)
+        return store(*details)
+
     datasets: list[Dataset] = []
     team.on_each(lambda: datasets.append(open_folded(config)))
     dataset = datasets[0]
@@ -108,11 +115,9 @@ def train_and_evaluate(
                 clock.tick(num_images)
                 report(_step_event(session, state, loss, clock, num_images))
                 if not math.isfinite(loss):
-                    begin(_STORING, needs_peers=False)
-                    raise session.end_diverged(state, loss)
+                    raise end(session.end_diverged, state, loss)
                 if is_over():
-                    begin(_STORING, needs_peers=False)
-                    raise session.end_stopped(state)
+                    raise end(session.end_stopped, state)
                 is_last = state.step_in_epoch == session.num_steps
                 if not is_last and clock.is_due(config.checkpoint_every_minutes):
                     session.save(state)
@@ -120,18 +125,16 @@ def train_and_evaluate(
             row = session.validate(state, is_over)
             begin(f"end of epoch {state.epoch + 1}")
             if row is None:
-                raise session.end_stopped(state)
+                raise end(session.end_stopped, state)
             if not math.isfinite(row["val_loss"]):
-                raise session.end_diverged(state, row["val_loss"])
+                raise end(session.end_diverged, state, row["val_loss"])
             session.finish_epoch(state, row, images_per_s=clock.images_per_s)
             report({"event": "epoch", "num_epochs": config.epochs, **row})
             if is_over() and not state.is_finished(config.epochs):
-                begin(_STORING, needs_peers=False)
-                raise session.end_stopped(state)
+                raise end(session.end_stopped, state)
         begin("evaluation")
         evaluation = session.evaluate_best(state, is_over)
-        begin(_STORING, needs_peers=False)
-        return session.end_finished(state, evaluation)
+        return end(session.end_finished, state, evaluation)
 
 
 @contextmanager
@@ -337,7 +340,7 @@ def _train(
             wished: str = config.precision
             if wished == "auto":
                 # A run goes on as it began, on whatever it is resumed.
-                wished = team.on_first(lambda: _stored_precision(run)) or wished
+                wished = team.on_first(lambda: stored_precision(run)) or wished
             precisions = team.on_each(lambda: runtime.resolve_precision(wished))
             # Machines of two kinds share what both compute natively.
             precision = precisions[0] if len(set(precisions)) == 1 else "float32"
@@ -345,7 +348,11 @@ def _train(
             return train_and_evaluate(config, run, strategy, tell, ask, team)
 
 
-def _stored_precision(run: Run | None) -> str | None:
+def stored_precision(run: Run | None) -> str | None:
+    """Returns the precision in which a run was begun; None for a new one, or where it is not ours.
+
+    Only the processes that train know what they compute natively, so `auto` is this one then.
+    """
     stored = run.read_identity() if run is not None else None
     return str(stored["config"]["precision"]) if stored else None
 

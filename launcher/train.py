@@ -31,7 +31,15 @@ from job.evaluate import show_summary
 from job.folds import cross_validate, own_process, show_folds
 from job.run import Run, find_commits
 from job.team import place_from_environment
-from job.train import Display, earlier_outcome, prep_flags, resolve_config, run_member, stop_signals
+from job.train import (
+    Display,
+    earlier_outcome,
+    prep_flags,
+    resolve_config,
+    run_member,
+    stop_signals,
+    stored_precision,
+)
 from job.watchdog import STACKS_FOLDER
 from launcher.cluster import (
     Demand,
@@ -358,12 +366,11 @@ def _outcome_so_far(config: TrainConfig, digest: str, launch_id: str) -> dict[st
         UsageError: it is a run of another dataset or other settings.
     """
     with Run.open(config.output, str(config.name), launch=launch_id) as run:
-        stored = run.read_identity()
-        if stored is None:
+        precision = stored_precision(run)
+        if precision is None:
             return None
         if config.precision == "auto":
-            # Only the workers know what they compute natively.
-            config = config.model_copy(update={"precision": stored["config"]["precision"]})
+            config = config.model_copy(update={"precision": precision})
         return earlier_outcome(config, run, digest)
 
 
