@@ -103,6 +103,12 @@ class Progress:
         return ", ".join(part for part in parts if part)
 
 
+def load_bar() -> None:
+    """Imports what draws a bar, where one will be drawn."""
+    if sys.stderr.isatty():
+        import rich.progress  # noqa: F401
+
+
 @contextmanager
 def quiet_interrupts() -> Iterator[None]:
     """Turns SIGTERM inside the block into the KeyboardInterrupt that Ctrl-C raises."""

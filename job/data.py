@@ -399,6 +399,8 @@ def make_batches(
     decode = _decoder(dataset.manifest, augmentation, seed, epoch)
     parallel = available_cores()
     data = tf.data.Dataset.from_tensor_slices((indices, weights, keys))
+    # Converted ones leave a file in the folder for temporary files when a process is killed.
+    load, decode = map(tf.autograph.experimental.do_not_convert, (load, decode))
     data = data.map(load, num_parallel_calls=parallel, deterministic=True)
     data = data.unbatch().map(decode, num_parallel_calls=parallel, deterministic=True)
     data = data.batch(indices.shape[1], drop_remainder=True)

@@ -33,6 +33,7 @@ from job.data import (
     open_reader,
     read_sample,
 )
+from job.fit import num_outputs
 from job.folds import open_folded
 from job.history import evaluation_csv
 from job.infer import class_ids_at_source
@@ -48,7 +49,7 @@ from job.measures import (
     summarize_cases,
     without_ignored,
 )
-from job.trained import TrainedRun, load_model, num_outputs, open_trained
+from job.trained import TrainedRun, load_model, open_trained
 
 _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
 

@@ -372,7 +372,7 @@ def measured_flops_per_byte(strategy: tf.distribute.Strategy, dtype: str) -> flo
 
 def _seconds(strategy: tf.distribute.Strategy, work: Callable[[tf.Tensor], tf.Tensor]) -> float:
     # The seed is an argument: work on constants would be done once, while compiling.
-    function = tf.function(lambda seed: strategy.run(work, (seed,)))
+    function = tf.function(lambda seed: strategy.run(work, (seed,)), autograph=False)
     times = []
     for count in range(1 + _PROBE_REPEATS):
         seed = tf.constant([1, count], tf.int32)

@@ -14,6 +14,7 @@ from data_prep.errors import ContentError, UsageError
 from data_prep.settings import suggestion
 from job.config import ModelConfig
 from job.dropout import SampleDropout
+from job.fit import check_sides
 
 # (config, image shape (H, W, C), num_classes, largest pixel value, seed, dtype policy) -> model
 Builder = Callable[..., keras.Model]
@@ -67,7 +68,7 @@ def build_flexunet(
     from the bottom, then the head.
     Source: TensorFlow-FlexUNet, sarah-antillia; U-Net, arXiv:1505.04597.
     """
-    _check_sides(image_shape, config.num_layers)
+    check_sides(image_shape, config.num_layers)
     block = _BlockFactory(config, seed=seed, policy=policy)
     image = keras.Input(image_shape, name="image")  # (B, H, W, C)
     x = keras.layers.Rescaling(
@@ -253,13 +254,3 @@ def _check_h5_dataset(entry: Any) -> None:
 
 def _text(name: Any) -> str:
     return name.decode() if isinstance(name, bytes) else str(name)
-
-
-def _check_sides(image_shape: tuple[int, int, int], num_layers: int) -> None:
-    multiple = 2 ** (num_layers - 1)
-    height, width, _ = image_shape
-    if height % multiple or width % multiple:
-        raise UsageError(
-            f"model.num_layers={num_layers} needs image sides that divide by {multiple}, "
-            f"got {height}x{width}; lower model.num_layers or prepare another image size"
-        )

@@ -9,15 +9,12 @@ import logging
 import os
 import signal
 import socket
-import sys
-import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UsageError
+from data_prep.stderr import held_back_stderr
 from job.config import TrainConfig
 from job.team import Place
 
@@ -34,7 +31,8 @@ def import_tensorflow() -> Any:
     os.environ.pop("TF_USE_LEGACY_KERAS", None)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    with _held_back_stderr():
+    # TensorFlow's C++ part writes several lines before its own log level applies.
+    with held_back_stderr(shown_on_error=True):
         import keras
         import tensorflow as tf
 
@@ -49,27 +47,6 @@ def import_tensorflow() -> Any:
             f"KERAS_BACKEND={keras.config.backend()}: this package trains with TensorFlow; unset it"
         )
     return tf
-
-
-@contextmanager
-def _held_back_stderr() -> Iterator[None]:
-    """Shows what libraries write to stderr inside the block only if it fails.
-
-    TensorFlow's C++ part writes several lines before its own log level applies.
-    """
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as held:
-        before = os.dup(2)
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except Exception:
-            held.seek(0)
-            os.write(before, held.read())
-            raise
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
 
 
 def configure(config: TrainConfig, place: Place | None = None) -> Any:

@@ -269,10 +269,8 @@ def open_session(
         alive: called for every shard that is found or copied.
 
     Raises:
-        UsageError: a split without samples, or a model that does not fit the dataset.
+        UsageError: a model that does not fit the dataset.
     """
-    for name in ("train", "valid"):
-        dataset.split(name)
     with strategy.scope():
         model = model_for(config, dataset.manifest)
         optimizer = Adam(config.optimizer, model.trainable_variables)

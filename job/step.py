@@ -52,7 +52,7 @@ def make_train_step(
         optimizer.apply(gradients, step=step, learning_rate=learning_rate)
         return _sums(value, batch, labels, logits, metrics)
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def train_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> Sums:
         with exchange.tapped():
             sums = strategy.run(replica_step, (batch, step, learning_rate))
@@ -82,7 +82,7 @@ def make_evaluation_step(
         counts = confusion_counts(labels, predicted_ids(logits), num_classes, ignore_id)
         return _sums(value, batch, labels, logits, metrics), counts
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def evaluation_step(batch: Batch) -> tuple[Sums, tf.Tensor]:
         sums, counts = strategy.run(replica_step, (batch,))
         return _reduced(strategy, sums, metrics), strategy.gather(counts, axis=0)
@@ -96,7 +96,7 @@ def make_probability_step(model: keras.Model) -> Callable[[Any], tf.Tensor]:
     Softmax over K, or the sigmoid where K = 1.
     """
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def probability_step(images: tf.Tensor) -> tf.Tensor:
         logits = model(prepared(model, images), training=False)
         is_single = logits.shape[-1] == 1

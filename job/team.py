@@ -335,7 +335,7 @@ class Team:
                 # An argument is on no device, and a collective needs to know one.
                 return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(values))
 
-            self._add = tf.function(lambda values: strategy.run(add, (values,)))
+            self._add = tf.function(lambda values: strategy.run(add, (values,)), autograph=False)
         num_local = len(strategy.extended.worker_devices)
         # Only the first replica of each process speaks for it.
         parts = strategy.experimental_distribute_values_from_function(

@@ -19,12 +19,13 @@ import click
 
 from data_prep.command import SettingsCommand, given, run_command, settings_options
 from data_prep.errors import DivergedError, FlexUNetError, UsageError
-from data_prep.progress import Progress
+from data_prep.progress import Progress, load_bar
 from data_prep.settings import merged, read_yaml, validated
 from data_prep.storage import join_url, open_store
 from job.config import TrainConfig, identity_of
 from job.data import Dataset
 from job.evaluate import show_summary
+from job.fit import check_fit
 from job.folds import cross_validate, open_folded, own_process, show_folds
 from job.run import Run, checked_run_name, differences
 from job.state import TrainState
@@ -201,6 +202,14 @@ def earlier_outcome(
         DivergedError: it diverged.
     """
     assert run is not None  # noqa: S101 - only who owns it asks
+    stored = run.read_identity()
+    if stored is not None and stored["dataset_digest"] != dataset_digest:
+        raise UsageError(
+            f"--data {config.data} is not the dataset with which run {run.url} was begun, which "
+            f"its config.yaml names, or was prepared anew since (sha256 of dataset.json: "
+            f"{stored['dataset_digest'][:12]}, now {dataset_digest[:12]}); give that dataset or "
+            "another --name"
+        )
     run.check_identity(identity_of(config), dataset_digest)
     outcome = run.read_outcome()
     if outcome is None:
@@ -294,7 +303,7 @@ def run_member(
         FlexUNetError: also where another process ended, or cannot be reached.
     """
     # What can be refused at once is: TensorFlow takes seconds to come.
-    open_folded(config)
+    check_fit(config, open_folded(config))
     if place is None or place.size == 1:
         with _own_run(config, launch) as run:
             return _train(config, None, run, report, should_stop, num_gpus, launch)
@@ -393,6 +402,7 @@ class Display:
         self._progress: Progress | None = None
 
     def __enter__(self) -> "Display":
+        load_bar()  # while no other thread imports anything
         return self
 
     def __exit__(self, *error: Any) -> None:

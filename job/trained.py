@@ -13,6 +13,7 @@ from data_prep.schema import MANIFEST_NAME, Manifest, parse_manifest
 from data_prep.settings import read_yaml, validated
 from data_prep.storage import NotFound, Store, open_store
 from job.config import TrainConfig
+from job.fit import image_shape, num_outputs
 from job.run import Place, commit_prefix, fetch_commit, fetch_newest, find_commits
 
 
@@ -123,30 +124,13 @@ def model_for(config: TrainConfig, manifest: Manifest) -> Any:
     """
     from job.model import build_model
 
-    channels = config.model.image_channels or manifest.channels
-    if channels != manifest.channels and manifest.channels != 1:
-        raise UsageError(
-            f"model.image_channels={channels}: the dataset has {manifest.channels} channels; "
-            "prepare it with --channels grey or leave model.image_channels unset"
-        )
     return build_model(
         config.model,
-        image_shape=(manifest.image_height, manifest.image_width, channels),
+        image_shape=image_shape(config, manifest),
         num_classes=num_outputs(config, manifest),
         value_max=float(manifest.value_max),
         seed=config.seed,
         precision=config.precision,
-    )
-
-
-def num_outputs(config: TrainConfig, manifest: Manifest) -> int:
-    """Returns the channels of the head: one per class, or 1 for a sigmoid output."""
-    found, wanted = len(manifest.classes), config.model.num_classes
-    if wanted is None or wanted == found or (wanted == 1 and found == 2):
-        return wanted or found
-    raise UsageError(
-        f"model.num_classes={wanted}: the dataset has {found} classes "
-        f"({', '.join(each.name for each in manifest.classes)}); leave model.num_classes unset"
     )
 
 

@@ -12,19 +12,20 @@ import os
 import pickle
 import re
 import secrets
-import signal
 import socket
-import sys
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from data_prep.errors import FlexUNetError, UsageError
 from data_prep.pool import available_cores
+from data_prep.stderr import held_back_stderr
 from data_prep.storage import Store, open_store
+
+logger = logging.getLogger(__name__)
 
 # Endpoints that every process must share. Credentials are each machine's own: they are never sent.
 PASSED_ON = ("STORAGE_EMULATOR_HOST",)
@@ -69,20 +70,24 @@ def connected(address: str | None, *, worker_logs: bool = True) -> Iterator[None
     """
     address, name = _resolved(address)
     is_local = address == "local"
-    with _environment(_settings_of_ray(is_local)):
+    with _environment(_settings_of_ray(is_local)), ThreadPoolExecutor(1) as thread:
         if not is_local:
             _check_answers(address, name)
         import ray
 
-        before = signal.getsignal(signal.SIGTERM)
+        logger.info("starting Ray on this machine" if is_local else f"joining Ray at {address}")
+        # In the main thread Ray takes SIGTERM for itself, which it warns of in another. That one
+        # lives as long as Ray, whose processes end with the thread that has started them.
+        logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
+        options = _init_options(is_local, worker_logs)
+        started = thread.submit(ray.init, address=address, **options)
         try:
-            with _one_line_errors(name), _held_back_stderr():
-                ray.init(address=address, **_init_options(is_local, worker_logs))
-            # Ray ends the process at SIGTERM, without a word and before anything is put in order.
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, before)
+            # With a wrong token Ray's C++ part writes a line a second for 20 s.
+            with _one_line_errors(name), held_back_stderr(shown_on_error=False):
+                started.result()
             yield
         finally:
+            wait([started])
             ray.shutdown()
 
 
@@ -111,6 +116,19 @@ def require_places(demand: Demand, num_workers: int = 1) -> dict[str, int]:
             f"{total}: {_described_nodes()}; ask for less or add nodes"
         )
     return found
+
+
+def described_shortage(demand: Demand, num_workers: int) -> str | None:
+    """Returns in words what is free now, None where `num_workers` workers could start at once."""
+    import ray
+
+    free = ray.available_resources()
+    needs = {"CPU": demand.num_cpus, "GPU": demand.num_gpus, "memory": demand.memory_bytes}
+    if all(free.get(name, 0.0) + 1e-6 >= num_workers * amount for name, amount in needs.items()):
+        return None
+    return ", ".join(
+        f"{free.get(name, 0.0):g} of {total(name):g} {name}s" for name in ("CPU", "GPU")
+    )
 
 
 def total(resource: str) -> float:
@@ -268,23 +286,6 @@ def _passed_on() -> dict[str, str]:
     known = (job.get("runtime_env") or {}).get("env_vars") or {}
     names = [name for name in PASSED_ON if name in os.environ and name not in known]
     return {name: os.environ[name] for name in names}
-
-
-@contextmanager
-def _held_back_stderr() -> Iterator[None]:
-    """Drops what Ray's C++ part writes to stderr inside the block; an error tells it in one line.
-
-    With a wrong token it writes a line a second for 20 s, and has no option for that.
-    """
-    sys.stderr.flush()
-    before = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
 
 
 @contextmanager

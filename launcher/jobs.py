@@ -97,7 +97,7 @@ def start(client: Any, *, job_id: str, entrypoint: str, stop_timeout_s: int) -> 
         entrypoint: a shell command; the machine of the cluster's head runs it.
 
     Raises:
-        UsageError: there is a job of this id already.
+        UsageError: there is, or was, a job of this id: Ray keeps its log.
         FlexUNetError: the job server failed or went away.
     """
     known = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
@@ -114,7 +114,9 @@ def start(client: Any, *, job_id: str, entrypoint: str, stop_timeout_s: int) -> 
         if "already exists" not in str(error):
             raise
         raise UsageError(
-            f"the cluster has a job {job_id} already; give another --name, or none"
+            f"the cluster has a job {job_id} already ({client.get_job_info(job_id).status.lower()}"
+            "); give another --name, or none: a run is continued by its own name, whatever the "
+            "job's"
         ) from error
 
 

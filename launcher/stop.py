@@ -23,8 +23,9 @@ from launcher.jobs import (
 def command(job: str, **options: Any) -> None:
     """Asks JOB to stop, waits until it has ended, and says how.
 
-    Training stores a checkpoint first; the same command, submitted again, resumes. Processes that
-    have not ended after the --stop-timeout of `flexunet submit` are killed.
+    Training stores a checkpoint first; the same command, submitted again, resumes (as a job of
+    another name: Ray keeps the ended one). Processes that have not ended after the --stop-timeout
+    of `flexunet submit` are killed.
     """
     config = validated(JobsConfig, given(options), "options")
     job_id = checked_job_id(job)

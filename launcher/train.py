@@ -15,7 +15,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +26,9 @@ from data_prep.errors import FlexUNetError, StoppedError, UsageError, error_of, 
 from data_prep.settings import Settings, option, validated
 from data_prep.storage import join_url, open_store
 from job.config import TrainConfig
-from job.data import open_dataset
 from job.evaluate import show_summary
-from job.folds import cross_validate, own_process, show_folds
+from job.fit import check_fit
+from job.folds import cross_validate, open_folded, own_process, show_folds
 from job.run import Run, find_commits
 from job.team import place_from_environment
 from job.train import (
@@ -46,6 +46,7 @@ from launcher.cluster import (
     check_nodes,
     connected,
     described_resources,
+    described_shortage,
     places,
     require_places,
     total,
@@ -263,20 +264,26 @@ def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
     """
     from job.runtime import check_batch
 
-    dataset = open_dataset(str(config.data))
-    check_batch(config, settings.num_workers, settings.gpus_per_worker)
     launch_id = uuid.uuid4().hex
-    with (
-        stop_signals() as should_stop,
-        connected(settings.address, worker_logs=False),
-        Display(config) as display,
-    ):
+    with stop_signals() as should_stop, Display(config) as display, ExitStack() as stack:
+
+        def check_wish() -> None:
+            if should_stop():
+                raise _stopped_at_start()
+
+        dataset = open_folded(config)
+        check_fit(config, dataset)
+        check_batch(config, settings.num_workers, settings.gpus_per_worker)
+        check_wish()
+        stack.enter_context(connected(settings.address, worker_logs=False))
         outcome = _outcome_so_far(config, dataset.digest, launch_id)
         if outcome is not None:
             return outcome
         settings = _sized(config, settings)
+        _tell_plan(settings)
         budget = _Budget(settings)
         while True:
+            check_wish()
             budget.begin(_newest_commit(config))
             stacks = _stacks(config)
             with _told_of_cluster():
@@ -399,6 +406,20 @@ def _sized(config: TrainConfig, settings: LaunchConfig) -> LaunchConfig:
     return settings
 
 
+def _tell_plan(settings: LaunchConfig) -> None:
+    demand = _demand(settings)
+    logger.info(
+        "starting %d workers with %s each, of %s",
+        *(settings.num_workers, demand, described_resources()),
+    )
+    shortage = described_shortage(demand, settings.num_workers)
+    if shortage is not None:
+        logger.warning(
+            "the cluster is busy (free: %s); waiting for room for %g s (--join-timeout)",
+            *(shortage, settings.join_timeout),
+        )
+
+
 def _demand(settings: LaunchConfig) -> Demand:
     return Demand(settings.cpus_per_worker or 1, settings.gpus_per_worker)
 
@@ -460,9 +481,7 @@ def _run_group(
             _look(group, display)
             if len(group.nodes) < settings.num_workers and not group.ends:
                 if should_stop():
-                    raise StoppedError(
-                        "stopped before all workers had started; the same command resumes"
-                    )
+                    raise _stopped_at_start()
                 if time.monotonic() - begin > settings.join_timeout:
                     group.failure = _not_started(group, settings)
                     break
@@ -491,6 +510,10 @@ def _draining() -> set[str]:
 
     # What Ray Train itself reads; there is no public form.
     return set(ray._private.state.state.get_draining_nodes())
+
+
+def _stopped_at_start() -> StoppedError:
+    return StoppedError("stopped before all workers had started; the same command resumes")
 
 
 def _not_started(group: _Group, settings: LaunchConfig) -> "_NotStartedError":

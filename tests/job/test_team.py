@@ -28,6 +28,7 @@ from tests.job.processes import (
     run_alone,
     start_cluster,
     start_rank,
+    training,
     wait_until,
     weights_of,
 )
@@ -255,6 +256,19 @@ def test_a_mistake_ends_all_processes_with_its_line(
     assert [process.returncode for process in processes] == [code, code], errors
     for error in errors:
         assert message in error.strip().splitlines()[-1]
+
+
+def test_another_dataset_is_named(dataset: str, control: Path, tmp_path: Path) -> None:
+    other = prepare_discs(tmp_path, num_images=8)
+    done = subprocess.run(
+        training(["--local", *options(other, control.parent, "alone")]),
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"--data {other} is not the dataset with which run" in done.stderr
+    assert "which its config.yaml names" in done.stderr
 
 
 def test_a_process_with_other_settings_is_named_by_all(dataset: str, tmp_path: Path) -> None:

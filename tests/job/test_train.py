@@ -266,8 +266,14 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
     broken = command(*options, "--name", "broken")
     run = tmp_path / "broken"
 
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+
     def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(broken, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environment = os.environ | {"TMPDIR": str(temporary)}
+        return subprocess.Popen(
+            broken, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     process = start()
     wait_for(run / "checkpoints" / "step-00000006" / "a1" / "COMMIT.json", process)
@@ -277,6 +283,8 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
     assert len(second.stderr.strip().splitlines()) == 1
     process.kill()
     process.communicate()
+    # Sources that TensorFlow generates, which a killed process leaves behind.
+    assert list(temporary.glob("*.py")) == []
 
     process = start()
     wait_for(run / "checkpoints" / "step-00000018" / "a2" / "COMMIT.json", process)

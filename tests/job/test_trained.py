@@ -15,7 +15,6 @@ from job.trained import (
     initialize_from,
     load_model,
     model_for,
-    num_outputs,
     open_trained,
 )
 
@@ -80,15 +79,6 @@ def test_initialize_from_refuses_another_network(trained_run: Path) -> None:
     model = model_for(with_model(run.config, base_filters=4), run.manifest)
     with pytest.raises(ContentError, match="does not fit this model"):
         initialize_from(model, str(trained_run))
-
-
-def test_num_outputs_is_one_per_class_or_a_sigmoid(trained_run: Path) -> None:
-    run = open_trained(str(trained_run))
-    assert num_outputs(run.config, run.manifest) == 2
-    assert num_outputs(with_model(run.config, num_classes=2), run.manifest) == 2
-    assert num_outputs(with_model(run.config, num_classes=1), run.manifest) == 1
-    with pytest.raises(UsageError, match=r"num_classes=3: the dataset has 2 classes"):
-        num_outputs(with_model(run.config, num_classes=3), run.manifest)
 
 
 def test_model_for_repeats_grey_and_refuses_to_drop_colour(trained_run: Path) -> None:

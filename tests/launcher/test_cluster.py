@@ -95,6 +95,25 @@ def test_connected_joins_the_cluster_of_the_address_or_of_the_environment(
         assert done.stderr == ""
 
 
+def test_a_busy_cluster_says_what_is_free(ray_cluster: RayCluster) -> None:
+    code = """
+    with connected(address):
+        import ray
+        print(cluster.described_shortage(Demand(), 2), cluster.described_shortage(Demand(), 3))
+        busy = ray.remote(num_cpus=1)(type("Busy", (), {"here": lambda self: None})).remote()
+        ray.get(busy.here.remote())
+        while ray.available_resources()["CPU"] > 1:
+            pass
+        print(cluster.described_shortage(Demand(), 1), cluster.described_shortage(Demand(), 2))
+    """
+    done = run(code, ray_cluster.address)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "None 2 of 2 CPUs, 0 of 0 GPUs",
+        "None 1 of 2 CPUs, 0 of 0 GPUs",
+    ]
+
+
 def test_connected_without_an_address_starts_its_own_and_leaves_nothing(
     ray_cluster: RayCluster,
 ) -> None:

@@ -117,6 +117,16 @@ def test_a_stopped_job_has_time_to_store_a_checkpoint(flexunet: Launch, head: He
     assert (again.returncode, "had ended already: stopped" in again.stdout) == (0, True)
 
 
+def test_the_name_of_an_ended_job_is_taken(flexunet: Launch, head: Head, tmp_path: Path) -> None:
+    words = ("--name", "again", "--follow", "--", "prep", tmp_path / "missing", tmp_path / "out")
+    submit = ("submit", "--address", head.address, *words)
+    assert flexunet(*submit, **head.environment).returncode == 2
+    done = flexunet(*submit, **head.environment)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "has a job again already (failed); give another --name, or none" in line
+
+
 def test_a_stopped_job_that_does_not_end_is_killed(flexunet: Launch, head: Head) -> None:
     job = head.start(_SLOW_STOP, stop_timeout_s=1)
     head.wait_for(job, "it runs")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from data_prep.storage import Store, join_url, open_store
 from job.run import LeaseTiming, Run, find_commits
@@ -172,16 +173,51 @@ def test_what_cannot_work_is_refused_before_a_worker_starts(
         (["--num-workers", "3"], "global_batch_size=2 does not divide by the 3 replicas"),
         (["--data", "nowhere"], "no dataset at"),
         (["--num-workers", "0"], "num_workers=0"),
+        (["--model.num-layers", "7"], "needs image sides that divide by 64"),
     ):
         done = flexunet(*where, *options(data, str(tmp_path / "runs"), "no"), *arguments)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
     timing = LeaseTiming(renew_s=0.5, expire_s=15)
     with Run.open(bucket_url, "taken", timing=timing):
         done = flexunet(*where, *options(data, bucket_url, "taken"), "--num-workers", "2")
     assert done.returncode == 4, done.stderr
     assert "the run is owned by" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("signals", "last_line"),
+    [
+        ([signal.SIGTERM], "stopped before all workers had started; the same command resumes"),
+        ([signal.SIGINT, signal.SIGINT], "interrupted; the same command continues"),
+    ],
+)
+def test_a_stop_while_ray_starts_is_told(
+    tmp_path: Path, signals: list[signal.Signals], last_line: str
+) -> None:
+    arguments = options(prepare_discs(tmp_path), str(tmp_path / "runs"), "new")
+    with subprocess.Popen(
+        [sys.executable, "-m", "launcher", "train", *arguments, "--num-workers", "2"],
+        cwd=PROJECT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as driver:
+        assert driver.stderr is not None
+        awaited = ["starting Ray on this machine", "stopping after this step"]
+        for number, line in zip(signals, awaited, strict=False):
+            assert driver.stderr.readline().startswith(line)
+            # Ray, once at work, would take the signal for itself.
+            time.sleep(1)
+            driver.send_signal(number)
+        lines = driver.stderr.read().splitlines()
+    assert driver.returncode == 6, lines
+    assert lines[-1] == f"flexunet: {last_line}"
+    assert not (tmp_path / "runs").exists() or not find_commits(
+        open_store(str(tmp_path / "runs" / "new"))
+    )
 
 
 def test_gpus_that_are_not_there_are_told_at_once(tmp_path: Path, flexunet: Any) -> None:

@@ -1,0 +1,61 @@
+"""Silence for C and C++ libraries that write to stderr and have no option for it."""
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def held_back_stderr(*, shown_on_error: bool) -> Iterator[None]:
+    """Drops what is written to file descriptor 2 inside the block; Python's own lines are shown.
+
+    Args:
+        shown_on_error: show it after all when the block fails.
+    """
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as held, open(original, "w", buffering=1) as shown:
+        os.dup2(held.fileno(), 2)
+        try:
+            with _lines_of_python(shown):
+                yield
+        except Exception:
+            if shown_on_error:
+                held.seek(0)
+                os.write(original, held.read())
+            raise
+        finally:
+            os.dup2(original, 2)
+
+
+@contextmanager
+def _lines_of_python(shown: object) -> Iterator[None]:
+    """Sends log records and `sys.stderr` to the stream `shown`, where they went to descriptor 2."""
+    before = sys.stderr
+    if not _is_descriptor_2(before):
+        yield
+        return
+    handlers = [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before
+    ]
+    with contextlib.redirect_stderr(shown):  # type: ignore[type-var]
+        for handler in handlers:
+            handler.setStream(shown)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.setStream(before)
+
+
+def _is_descriptor_2(stream: object) -> bool:
+    try:
+        return stream.fileno() == 2  # type: ignore[attr-defined]
+    except (AttributeError, OSError, ValueError):
+        return False

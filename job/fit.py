@@ -1,0 +1,63 @@
+"""Whether a network and a dataset go together: known before TensorFlow is there, or a run begun."""
+
+from data_prep.errors import UsageError
+from data_prep.schema import Manifest
+from job.config import TrainConfig
+from job.data import Dataset
+
+
+def check_fit(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuses a dataset on which `config` cannot train.
+
+    Raises:
+        UsageError: sides, channels or classes do not fit, or a split that is needed is empty.
+    """
+    for name in ("train", "valid"):
+        dataset.split(name)
+    num_outputs(config, dataset.manifest)
+    check_sides(image_shape(config, dataset.manifest), config.model.num_layers)
+
+
+def image_shape(config: TrainConfig, manifest: Manifest) -> tuple[int, int, int]:
+    """Returns (H, W, C) of the network's input, in pixels and channels.
+
+    Raises:
+        UsageError: its channels cannot be made of the dataset's.
+    """
+    channels = config.model.image_channels or manifest.channels
+    if channels != manifest.channels and manifest.channels != 1:
+        raise UsageError(
+            f"model.image_channels={channels}: the dataset has {manifest.channels} channels; "
+            "prepare it with --channels grey or leave model.image_channels unset"
+        )
+    return manifest.image_height, manifest.image_width, channels
+
+
+def num_outputs(config: TrainConfig, manifest: Manifest) -> int:
+    """Returns the channels of the head: one per class, or 1 for a sigmoid output.
+
+    Raises:
+        UsageError: the config names another number.
+    """
+    found, wanted = len(manifest.classes), config.model.num_classes
+    if wanted is None or wanted == found or (wanted == 1 and found == 2):
+        return wanted or found
+    raise UsageError(
+        f"model.num_classes={wanted}: the dataset has {found} classes "
+        f"({', '.join(each.name for each in manifest.classes)}); leave model.num_classes unset"
+    )
+
+
+def check_sides(shape: tuple[int, int, int], num_layers: int) -> None:
+    """Refuses sides of the image (H, W, C) that cannot be halved `num_layers` - 1 times.
+
+    Raises:
+        UsageError: names both.
+    """
+    multiple = 2 ** (num_layers - 1)
+    height, width, _ = shape
+    if height % multiple or width % multiple:
+        raise UsageError(
+            f"model.num_layers={num_layers} needs image sides that divide by {multiple}, "
+            f"got {height}x{width}; lower model.num_layers or prepare another image size"
+        )

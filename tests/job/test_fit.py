@@ -1,0 +1,59 @@
+"""Networks and datasets that do not go together."""
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import UsageError
+from job.config import ModelConfig, TrainConfig
+from job.data import Dataset, open_dataset
+from job.fit import check_fit, image_shape, num_outputs
+from tests.job.discs import prepare_discs
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Grey pictures of 32x32, of two classes."""
+    return open_dataset(prepare_discs(tmp_path_factory.mktemp("discs")))
+
+
+def config(**model: int) -> TrainConfig:
+    return TrainConfig(model=ModelConfig.model_validate({"num_layers": 3} | model))
+
+
+def test_heads_of_one_output_per_class_or_a_sigmoid_fit(dataset: Dataset) -> None:
+    for wanted, outputs in ((None, 2), (2, 2), (1, 1)):
+        fitting = config() if wanted is None else config(num_classes=wanted)
+        check_fit(fitting, dataset)
+        assert num_outputs(fitting, dataset.manifest) == outputs
+
+
+def test_grey_pictures_fit_a_network_for_colour(dataset: Dataset) -> None:
+    assert image_shape(config(image_channels=3), dataset.manifest) == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_classes": 3}, "num_classes=3: the dataset has 2 classes"),
+        ({"num_layers": 7}, "num_layers=7 needs image sides that divide by 64, got 32x32"),
+    ],
+)
+def test_what_does_not_fit_is_named(dataset: Dataset, wrong: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_fit(config(**wrong), dataset)
+
+
+def test_a_missing_split_is_named(dataset: Dataset) -> None:
+    del (splits := dict(dataset.splits))["valid"]
+    without = Dataset(dataset.url, dataset.manifest, dataset.digest, splits)
+    with pytest.raises(UsageError, match="split 'valid' has no samples"):
+        check_fit(config(), without)
+
+
+def test_a_run_is_not_begun_with_what_does_not_fit(dataset: Dataset, tmp_path: Path) -> None:
+    from job.train import main
+
+    options = ["--data", dataset.url, "--output", str(tmp_path), "--name", "new"]
+    assert main(["--local", *options, "--model.num-layers", "7"]) == 2
+    assert list(tmp_path.iterdir()) == []
