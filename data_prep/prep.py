@@ -51,6 +51,7 @@ _AUGMENTED = re.compile(
     r"sharpened|brightened)_"
 )
 _MAX_LISTED = 5
+_FEW_GROUPS = 5  # one of them moves the mean by a fifth and more
 
 
 class PrepConfig(Settings):
@@ -529,6 +530,7 @@ def _assign(samples: Sequence[scan.Scanned], config: PrepConfig) -> _Assignment:
     if samples[0].split is None:
         fractions: dict[str, float] = dict(zip(schema.SPLITS, config.fractions, strict=True))
         splits = split.assign_splits(groups, fractions=fractions, seed=config.seed)
+        _warn_of_small_splits(groups, splits)
         is_leaky = False
     else:
         splits = {sample.id: str(sample.split) for sample in samples}
@@ -538,6 +540,17 @@ def _assign(samples: Sequence[scan.Scanned], config: PrepConfig) -> _Assignment:
         members = {name: group for name, group in groups.items() if splits[name] != "test"}
         folds = split.assign_folds(members, num_folds=config.num_folds, seed=config.seed)
     return _Assignment(groups, splits, folds, is_leaky)
+
+
+def _warn_of_small_splits(groups: Mapping[str, str], splits: Mapping[str, str]) -> None:
+    for name in ("valid", "test"):
+        num_groups = len({groups[sample] for sample, its in splits.items() if its == name})
+        if 0 < num_groups < _FEW_GROUPS:
+            logger.warning(
+                "split %s has %d groups, so its figures say little: raise its part of "
+                "--fractions, or train with --folds",
+                *(name, num_groups),
+            )
 
 
 def _joined_groups(samples: Sequence[scan.Scanned]) -> dict[str, str]:

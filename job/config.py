@@ -6,12 +6,17 @@ so that `--help` answers at once.
 """
 
 import json
+import re
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
 from data_prep.settings import Settings, fields_of, option
 from job.augment import AugmentationConfig
+
+# A form that every storage and cluster takes.
+RUN_NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")
+RUN_NAME_RULE = "1 to 47 of a-z, 0-9 and -, from a letter, not to a -"
 
 LossName = Literal[
     "categorical_crossentropy",
@@ -141,9 +146,9 @@ class TrainConfig(Settings):
     output: str = option("runs", "Folder or gs:// URL that holds runs.", free=True)
     name: str | None = option(
         None,
-        "Run name; the same name again resumes that run. none: the dataset's name.",
+        f"Run name ({RUN_NAME_RULE}); the same name again resumes that run. none: the dataset's "
+        "name.",
         free=True,
-        pattern=r"^[a-z]([-a-z0-9]{0,45}[a-z0-9])?$",
     )
     epochs: int = option(100, "Epochs: passes over the training split.", free=True, ge=1)
     global_batch_size: int = option(2, "Samples per step, over all devices.", ge=1)
@@ -230,6 +235,13 @@ class TrainConfig(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _is_run_name(cls, name: str | None) -> str | None:
+        if name is not None and not RUN_NAME.fullmatch(name):
+            raise ValueError(f"a run's name is {RUN_NAME_RULE}")
+        return name
 
     @model_validator(mode="after")
     def _fold_exists(self) -> "TrainConfig":

@@ -165,7 +165,11 @@ class _Entry(NamedTuple):
 
 
 def _line_styles(names: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns (colour, marker) of each line: as in the reference, validation is red."""
     markers = "os^Dv"
+    if all(name.startswith("val_") for name in names):
+        # Nothing to tell it from but itself.
+        return [(f"C{i % 10}", markers[i % len(markers)]) for i in range(len(names))]
     styles = []
     counts = {"green": 0, "red": 0}
     for name in names:

@@ -38,6 +38,7 @@ from data_prep.storage import (
     open_store,
     probe_preconditions,
 )
+from job.config import RUN_NAME, RUN_NAME_RULE
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,6 @@ OUTCOME_NAME = "outcome.json"
 COMMIT_NAME = "COMMIT.json"
 MAX_RECORD_BYTES = 1 << 20
 MAX_MEMBERS = 64
-_RUN_NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]{0,127}")
 _FOLDER = re.compile(r"(checkpoints/step-(\d{8,18})/a(\d{1,9}))/([^/]+)")
 
@@ -436,11 +436,8 @@ def checked_run_name(name: str) -> str:
     Raises:
         UsageError: it is not of the form that every storage and cluster takes.
     """
-    if not _RUN_NAME.fullmatch(name):
-        raise UsageError(
-            f"run name {name!r} is not allowed; use 1 to 47 of a-z, 0-9 and -, beginning with a "
-            "letter and not ending with -"
-        )
+    if not RUN_NAME.fullmatch(name):
+        raise UsageError(f"run name {name!r} is not allowed; use {RUN_NAME_RULE}")
     return name
 
 

@@ -428,12 +428,13 @@ class Display:
 
 
 def _epoch_line(row: Mapping[str, Any]) -> str:
+    """Returns the numbers of an epoch in 80 columns; Dice is that of the validation split."""
     dice = row["val_foreground_dice"]
     return (
         f"epoch {row['epoch'] + 1:3d}/{row['num_epochs']}  loss {row['loss']:.4f}  "
         f"val_loss {row['val_loss']:.4f}  "
-        f"val foreground Dice {'-' if dice is None else f'{dice:.4f}'}  "
-        f"learning rate {row['learning_rate']:.2e}"
+        f"foreground Dice {'-' if dice is None else f'{dice:.4f}'}  "
+        f"lr {row['learning_rate']:.1e}"
     )
 
 

@@ -12,7 +12,9 @@ import os
 import pickle
 import re
 import secrets
+import signal
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 # Endpoints that every process must share. Credentials are each machine's own: they are never sent.
 PASSED_ON = ("STORAGE_EMULATOR_HOST",)
 
+_TICK_S = 0.1
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 120.0  # a worker process may have to start, and import from a slow disk
 _OBJECT_STORE_BYTES = 100 * 2**20  # results are small; Ray's minimum is 75 MB
@@ -84,6 +87,9 @@ def connected(address: str | None, *, worker_logs: bool = True) -> Iterator[None
         try:
             # With a wrong token Ray's C++ part writes a line a second for 20 s.
             with _one_line_errors(name), held_back_stderr(shown_on_error=False):
+                while not started.done():
+                    wait([started], _TICK_S)
+                    _take_sigterm_back()
                 started.result()
             yield
         finally:
@@ -286,6 +292,12 @@ def _passed_on() -> dict[str, str]:
     known = (job.get("runtime_env") or {}).get("env_vars") or {}
     names = [name for name in PASSED_ON if name in os.environ and name not in known]
     return {name: os.environ[name] for name in names}
+
+
+def _take_sigterm_back() -> None:
+    """Puts Python's handler of SIGTERM back in place of that of Ray's C++ part, which aborts."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ machine is refused. This module must not know what a job does.
 """
 
 import asyncio
+import http.client
 import ipaddress
 import logging
 import os
@@ -286,9 +287,11 @@ def _check(response: Any, address: str, *, has_job: bool = False) -> None:
         raise _no_job_server(address)
 
 
-def _no_answer(address: str, error: BaseException) -> NoAnswerError:
+def _no_answer(address: str, error: BaseException) -> FlexUNetError:
     while error.__context__ is not None:
         error = error.__context__  # requests wraps what has happened four times
+    if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
+        return _no_job_server(address)  # what answers speaks another language
     return NoAnswerError(
         f"--address {address}: no job server answers ({_last_line(str(error))}); start the cluster "
         "with `ray start --head`, or correct the address (Ray's usual port is 8265)"

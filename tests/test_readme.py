@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Programs of the system that a line may call; their options are not ours to check.
-OTHERS = {"cd", "source", "export", "uv", "tensorboard"}
+OTHERS = {"cd", "ray", "source", "export", "uv", "tensorboard"}
 PACKAGES = {"data_prep": "data_prep.prep"}
 
 

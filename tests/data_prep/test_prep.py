@@ -357,6 +357,12 @@ def test_groups_stay_whole(source, tmp_path):
     assert {len(splits) for splits in splits_of.values()} == {1}
 
 
+def test_small_splits_are_warned_of(source, tmp_path, caplog):
+    _prepare(source, tmp_path / "few", fractions=(0.6, 0.3, 0.1))
+    (warning,) = [record for record in caplog.records if "say little" in record.msg]
+    assert warning.getMessage().startswith("split test has 2 groups, so its figures say little")
+
+
 def test_the_same_picture_twice_stays_in_one_split(tmp_path, caplog):
     source = tmp_path / "source"
     for i in range(20):

@@ -41,6 +41,14 @@ def test_curve_png_shows_both_series_and_repeats_bitwise(num_epochs: int) -> Non
     assert not Image.open(io.BytesIO(png)).info.get("Software")
 
 
+def test_curve_png_tells_lines_of_validation_alone_apart() -> None:
+    values = {"val_foreground_dice": [0.1, 0.5, 0.7], "val_foreground_iou": [0.1, 0.3, 0.5]}
+    png = curve_png("foreground", range(3), values, "score")
+    # The first two of matplotlib's usual colours.
+    assert num_of(png, (0x1F, 0x77, 0xB4)) > 30
+    assert num_of(png, (0xFF, 0x7F, 0x0E)) > 30
+
+
 def test_curve_png_leaves_a_gap_for_nan_and_takes_any_title() -> None:
     png = curve_png("a$b_c^{", [0, 1, 2], {"loss": [1.0, float("nan"), 0.5]}, "loss")
     assert num_of(png, (255, 0, 0)) == 0

@@ -25,7 +25,7 @@ import pytest
 
 from launcher.cli import main
 from tests.job.discs import write_discs
-from tests.launcher.conftest import PROJECT, Launch
+from tests.launcher.conftest import PROJECT, Launch, RayCluster
 from tests.launcher.head import Head, ray_head
 
 # Needs 5 s to end when it is told to; Ray alone would give it 3.
@@ -115,6 +115,13 @@ def test_a_stopped_job_has_time_to_store_a_checkpoint(flexunet: Launch, head: He
     assert followed.returncode == 6
     again = flexunet("stop", *where, **head.environment)
     assert (again.returncode, "had ended already: stopped" in again.stdout) == (0, True)
+
+
+def test_the_port_of_the_cluster_itself_is_told(ray_cluster: RayCluster, flexunet: Launch) -> None:
+    done = flexunet("status", "--address", f"http://{ray_cluster.address}")
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.isprintable() and "no job server of Ray's; give the one" in line
 
 
 def test_the_name_of_an_ended_job_is_taken(flexunet: Launch, head: Head, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_a_stop_while_ray_starts_is_told(
             driver.send_signal(number)
         lines = driver.stderr.read().splitlines()
     assert driver.returncode == 6, lines
-    assert lines[-1] == f"flexunet: {last_line}"
+    assert lines[-1] == f"flexunet launch: {last_line}"
     assert not (tmp_path / "runs").exists() or not find_commits(
         open_store(str(tmp_path / "runs" / "new"))
     )
