@@ -75,8 +75,10 @@ def configure(config: TrainConfig, place: Place | None = None) -> Any:
     return _of_one(tf, config, gpus)
 
 
-def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None) -> None:
+def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None) -> int:
     """Refuses what the strategy could not be made with, before others wait for this process.
+
+    Returns the number of GPUs that this process sees.
 
     Args:
         num_gpus: GPUs that this process was promised; None: whatever there is.
@@ -89,13 +91,14 @@ def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None
     if num_gpus is not None and seen != num_gpus:
         raise _other_gpus(tf, num_gpus, seen)
     if place is None or place.size == 1:
-        return
+        return seen
     if config.cpu_replicas > 1:
         raise UsageError(
             f"cpu_replicas={config.cpu_replicas}: each of {place.size} processes has one CPU "
             "replica; leave it at 1"
         )
     check_batch(config, place.size, seen)
+    return seen
 
 
 def check_batch(config: TrainConfig, num_processes: int, num_gpus: int) -> None:

@@ -92,24 +92,33 @@ def place_from_environment() -> Place | None:
     return Place(first[config.task.type] + config.task.index, addresses)
 
 
-def meet(place: Place, timeout_s: float) -> None:
-    """Returns when every process of the cluster has called it.
+def meet(place: Place, timeout_s: float, num_gpus: int = 0) -> None:
+    """Returns when every process of the cluster has called it, with as many GPUs.
 
     TensorFlow's own start waits for a missing process for an hour, and holds the interpreter while
     it does. So all meet here first, at the address where the first will serve in a moment.
 
     Raises:
         FlexUNetError: some did not come in time; names their ranks and addresses.
+        UsageError: one sees another number of GPUs, on all of them; a strategy needs equally many.
     """
     deadline = time.monotonic() + timeout_s
     greeting = hashlib.sha256(json.dumps(place.addresses).encode()).digest()
     if place.rank == 0:
-        _await_others(place, greeting, deadline)
+        counts = _await_others(place, greeting, num_gpus, deadline)
     else:
-        _join_first(place, greeting, deadline)
+        counts = _join_first(place, greeting, num_gpus, deadline)
+    for rank, count in enumerate(counts):
+        if count != counts[0]:
+            raise UsageError(
+                f"rank {rank} ({place.addresses[rank]}) sees {count} GPUs and rank 0 sees "
+                f"{counts[0]}; give all processes equally many (CUDA_VISIBLE_DEVICES)"
+            )
 
 
-def _await_others(place: Place, greeting: bytes, deadline: float) -> None:
+def _await_others(place: Place, greeting: bytes, num_gpus: int, deadline: float) -> list[int]:
+    """Returns the number of GPUs of each process, by rank, when all have come."""
+    counts = {0: num_gpus}
     port = int(place.addresses[0].rpartition(":")[2])
     arrived: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as stack:
@@ -132,19 +141,31 @@ def _await_others(place: Place, greeting: bytes, deadline: float) -> None:
             with contextlib.suppress(OSError, ValueError):
                 connection = stack.enter_context(server.accept()[0])
                 connection.settimeout(_ANSWER_S)
-                rank = _heard_rank(connection, greeting)
+                rank, count = _heard(connection, greeting, 2)
                 if 0 < rank < place.size:
-                    arrived[rank] = connection
+                    arrived[rank], counts[rank] = connection, count
+        in_order = [counts[rank] for rank in range(place.size)]
         for connection in arrived.values():
             with contextlib.suppress(OSError):
-                connection.sendall(greeting)
+                connection.sendall(_message(greeting, in_order))
+    return in_order
 
 
-def _heard_rank(connection: socket.socket, greeting: bytes) -> int:
-    message = _received(connection, len(greeting) + 4)
-    if message[:-4] != greeting:
+def _message(greeting: bytes, numbers: Iterable[int]) -> bytes:
+    return greeting + b"".join(number.to_bytes(4, "big") for number in numbers)
+
+
+def _heard(connection: socket.socket, greeting: bytes, count: int) -> list[int]:
+    """Returns the `count` numbers of a message.
+
+    Raises:
+        ValueError: it is of another cluster.
+    """
+    message = _received(connection, len(greeting) + 4 * count)
+    if not message.startswith(greeting):
         raise ValueError("not of this cluster")
-    return int.from_bytes(message[-4:], "big")
+    numbers = message[len(greeting) :]
+    return [int.from_bytes(numbers[i : i + 4], "big") for i in range(0, 4 * count, 4)]
 
 
 def _received(connection: socket.socket, size: int) -> bytes:
@@ -157,16 +178,16 @@ def _received(connection: socket.socket, size: int) -> bytes:
     return data
 
 
-def _join_first(place: Place, greeting: bytes, deadline: float) -> None:
+def _join_first(place: Place, greeting: bytes, num_gpus: int, deadline: float) -> list[int]:
+    """Returns the number of GPUs of each process, by rank, when the first has met all."""
     host, _, port = place.addresses[0].rpartition(":")
     while (left_s := deadline - time.monotonic()) > 0:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             address = (host.strip("[]"), int(port))
             with socket.create_connection(address, min(left_s, _ANSWER_S)) as connection:
-                connection.sendall(greeting + place.rank.to_bytes(4, "big"))
+                connection.sendall(_message(greeting, [place.rank, num_gpus]))
                 connection.settimeout(left_s)
-                if _received(connection, len(greeting)) == greeting:
-                    return
+                return _heard(connection, greeting, place.size)
         time.sleep(min(left_s, 0.2))
     raise _missing(place, {0})
 

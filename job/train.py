@@ -321,9 +321,9 @@ def _train(
 ) -> dict[str, Any]:
     from job import runtime
 
-    runtime.check_devices(config, place, num_gpus)
+    num_seen = runtime.check_devices(config, place, num_gpus)
     if place is not None:
-        meet(place, config.phase_timeout)
+        meet(place, config.phase_timeout, num_seen)
     with _watched(config, place) as watchdog, ExitStack() as stack:
         watchdog.enter("making the strategy")
         strategy = runtime.configure(config, place)

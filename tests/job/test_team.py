@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,22 @@ def test_those_who_meet_wait_for_the_last_and_heed_no_stranger() -> None:
         for thread in threads:
             thread.join(20)
     assert order == ["came"] * 3 + ["met"] * 3
+
+
+def test_another_number_of_gpus_is_told_to_all() -> None:
+    addresses = tuple(free_addresses(3))
+
+    def come(rank: int) -> str:
+        with pytest.raises(UsageError) as caught:
+            meet(Place(rank, addresses), 20, num_gpus=4 if rank == 1 else 8)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(3) as threads:
+        told = list(threads.map(come, range(3)))
+    assert set(told) == {
+        f"rank 1 ({addresses[1]}) sees 4 GPUs and rank 0 sees 8; give all processes equally many "
+        "(CUDA_VISIBLE_DEVICES)"
+    }
 
 
 def test_when_one_process_is_killed_the_other_ends_with_a_line(
