@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -527,12 +528,18 @@ def test_weights_are_those_of_the_claim_while_training_goes_on(
     assert not (tmp_path / "masks" / "image-000.png").exists()
 
 
-def test_a_gpu_that_is_missing_is_refused(trained_run: Path, tmp_path: Path) -> None:
+def test_a_gpu_that_is_missing_is_refused(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import tensorflow as tf
 
     if tf.config.list_physical_devices("GPU"):
         pytest.skip("this machine has a GPU")
     write_same(tmp_path / "images", 1)
-    arguments = str(trained_run), str(tmp_path / "images"), str(tmp_path / "masks"), QUIET
-    with pytest.raises(UsageError, match=r"TensorFlow sees no GPU on .*CUDA_VISIBLE_DEVICES"):
-        infer(*arguments, needs_gpu=True)
+    arguments = [str(trained_run), str(tmp_path / "images"), str(tmp_path / "masks")]
+    assert main([*arguments, "--needs-gpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(
+        r"a GPU was asked for and TensorFlow sees none on .*CUDA_VISIBLE_DEVICES", line
+    )
+    assert not list((tmp_path / "masks").rglob("*.png"))
