@@ -41,7 +41,7 @@ from data_prep.pool import OpenWorkers, available_cores, in_order
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.schema import Manifest
 from data_prep.settings import Settings, option, validated
-from data_prep.storage import NotFound, Store, join_url, open_store
+from data_prep.storage import Forbidden, NotFound, Store, join_url, open_store
 from data_prep.table import csv_table
 from job.run import COMMIT_NAME, fetch_commit, find_commits
 from job.trained import TrainedRun, fetch_checkpoint, find_checkpoint, model_for, open_trained
@@ -507,9 +507,18 @@ def _write_picture(
     name = mask_name(picture.name)
     if picture.preview is not None:
         overlay = plots.overlay_png(picture.preview, ids, manifest.classes)
-        output.put(f"{OVERLAYS_FOLDER}/{name}", overlay)
+        _put_overlay(output, f"{OVERLAYS_FOLDER}/{name}", overlay)
     # The mask last: it is what a continued call looks for.
     output.put(name, plots.mask_png(ids, manifest.classes))
+
+
+def _put_overlay(output: Store, name: str, overlay: bytes) -> None:
+    """An overlay of a call that was stopped may stay: an account may create, and not replace."""
+    try:
+        output.put(name, overlay)
+    except Forbidden:
+        if output.stat(name) is None:
+            raise
 
 
 @click.command(cls=SettingsCommand)
