@@ -155,6 +155,8 @@ def test_overlay_is_valid(overlay: str) -> None:
     assert len(objects) == NUM_OBJECTS[overlay]
     found = {f"{each['kind']}/{each['metadata']['name']}": errors_of(each) for each in objects}
     assert {name: errors for name, errors in found.items() if errors} == {}
+    # Seen with `pytest -rP`: what was rendered.
+    print(f"{overlay}: {len(found)} valid objects: {', '.join(sorted(found))}")  # noqa: T201
 
 
 @pytest.mark.parametrize(
