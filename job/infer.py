@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import posixpath
@@ -45,6 +46,8 @@ from data_prep.storage import Forbidden, NotFound, Store, join_url, open_store
 from data_prep.table import csv_table
 from job.run import COMMIT_NAME, fetch_commit, find_commits
 from job.trained import TrainedRun, fetch_checkpoint, find_checkpoint, model_for, open_trained
+
+logger = logging.getLogger(__name__)
 
 OVERLAYS_FOLDER = "overlays"
 UNREADABLE_NAME = "unreadable.csv"
@@ -165,10 +168,17 @@ def _list_unreadable(output: Store, unreadable: Sequence[tuple[str, str]]) -> No
         found = None
     if data == found:
         return
-    if data is None:
-        output.delete(UNREADABLE_NAME)
-    else:
+    if data is not None:
         output.put(UNREADABLE_NAME, data)
+        return
+    try:
+        output.delete(UNREADABLE_NAME)
+    except Forbidden:
+        logger.warning(
+            "%s/%s is of an earlier call and stays, as these credentials may not delete; all "
+            "images were read",
+            *(output.url, UNREADABLE_NAME),
+        )
 
 
 def predict_chunk(chunk: Chunk) -> list[tuple[str, str]]:

@@ -490,7 +490,10 @@ def test_parts_done_by_workers_are_the_whole(trained_run: Path, tmp_path: Path) 
 
 
 def test_what_is_there_already_is_never_written_again(
-    trained_run: Path, tmp_path: Path, faulty_bucket: FaultyBucket
+    trained_run: Path,
+    tmp_path: Path,
+    faulty_bucket: FaultyBucket,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     write_same(tmp_path / "images", 2)
     (tmp_path / "images" / "image-002.png").write_bytes(b"no picture")
@@ -501,6 +504,10 @@ def test_what_is_there_already_is_never_written_again(
     faulty_bucket.proxy.creates_only = True
     result = infer(*arguments)
     assert (result.num_written, result.num_kept) == (1, 1)
+    write_same(tmp_path / "images", 3)  # the third is mended
+    result = infer(*arguments)
+    assert (result.num_written, result.num_kept, result.unreadable) == (1, 2, ())
+    assert f"{faulty_bucket.url}/unreadable.csv is of an earlier call and stays" in caplog.text
 
 
 def inline_workers() -> Workers:
