@@ -2,7 +2,7 @@
 # Builds the image and runs the product inside it as uid 1000, with neither a container engine's daemon
 # nor a registry: buildah, on a base image made with debootstrap.
 #
-#   apt-get install buildah debootstrap && tests/image.sh        as root; 20 minutes, 20 GB in TMPDIR
+#   apt-get install buildah debootstrap && tests/image.sh        as root; 20 minutes, 25 GB in TMPDIR
 #
 # Prints the size of each layer. Whatever fails ends it with another exit code than 0.
 set -euo pipefail
