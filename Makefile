@@ -60,7 +60,7 @@ image: ## build the container image: TARGET=cpu, gpu or bucket, IMAGE=name, BASE
 	$(ENGINE) build $(BUILD_FLAGS) --target $(TARGET) --tag $(IMAGE) $(if $(BASE),--build-arg BASE=$(BASE)) \
 		--build-arg REVISION=$$(git rev-parse HEAD) .
 
-test-image: ## build the image without a registry and run the product in it; Debian, as root, 20 GB
+test-image: ## build the image without a registry and run the product in it; Debian, as root, 25 GB
 	tests/image.sh
 
 demo: .venv/.installed ## the whole way on synthetic mammograms

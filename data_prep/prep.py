@@ -34,7 +34,14 @@ from data_prep.pairs import Pair, Reject, Source, find_pairs, find_sources
 from data_prep.pool import OpenWorkers, Workers, available_cores, local_workers
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.settings import Settings, merged, option, read_yaml, validated
-from data_prep.storage import Store, crc32c_of, join_url, open_store, probe_writable
+from data_prep.storage import (
+    Store,
+    crc32c_of,
+    join_url,
+    open_store,
+    probe_writable,
+    put_if_other,
+)
 from data_prep.table import csv_table
 
 logger = logging.getLogger(__name__)
@@ -236,7 +243,8 @@ def prepare(
     items = _items_of(grouped, config)
     is_finished = store.stat(schema.MANIFEST_NAME) is not None
     if not is_finished:
-        probe_writable(store)
+        # Beside what prep stages, with which it goes or stays.
+        probe_writable(store.below(shards.STATE_PREFIX), may_stay=True)
     with (open_workers or _processes(config, len(items)))() as workers:
         work = _Work(store, config, workers, progress)
         if is_finished:
@@ -693,7 +701,8 @@ def _write_report(
     refused: Sequence[tuple[str, str]],
 ) -> None:
     store = work.store
-    store.put(report.REJECTS_NAME, report.rejects_csv(sorted(refused)).encode())
+    # After a stop it may be there; the account may create and not replace.
+    put_if_other(store, report.REJECTS_NAME, report.rejects_csv(sorted(refused)).encode())
     statistics: dict[str, report.SplitStatistics] = {}
     for name in schema.SPLITS:
         members = [row for row in rows if row["split"] == name]
@@ -705,16 +714,16 @@ def _write_report(
         pairs = [_read_pair(store, row) for row in members[:_PAIRS_PER_SHEET]]
         title = f"{manifest.name}: {name}, {len(pairs)} of {len(members)} samples"
         sheet = report.sheet_png(pairs, manifest.classes, manifest.value_max, title)
-        store.put(report.sheet_name(name), sheet)
+        put_if_other(store, report.sheet_name(name), sheet)
     plot = report.statistics_png(statistics, manifest.classes, manifest.name)
-    store.put(report.STATISTICS_NAME, plot)
+    put_if_other(store, report.STATISTICS_NAME, plot)
 
 
 def _write_counts(store: Store, samples: Sequence[scan.Scanned]) -> None:
     findings = {sample.id: sample.findings for sample in samples}
     groups = {sample.id: sample.group for sample in samples}
     table = csv_table(inbreast.COUNTS_COLUMNS, inbreast.count_rows(findings, groups))
-    store.put(inbreast.COUNTS_NAME, table.encode())
+    put_if_other(store, inbreast.COUNTS_NAME, table.encode())
 
 
 def _read_pair(store: Store, row: Mapping[str, Any]) -> report.Pair:

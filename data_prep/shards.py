@@ -17,6 +17,7 @@ This module must not know where samples come from, nor how splits are drawn.
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -28,7 +29,9 @@ from data_prep import schema
 from data_prep.errors import ContentError, UsageError
 from data_prep.image import encode_png, read_image
 from data_prep.scan import Moments, Scanned, moments_of, store_at, to_rgb
-from data_prep.storage import NotFound, PreconditionFailed, Store, join_url
+from data_prep.storage import Forbidden, NotFound, PreconditionFailed, Store, holds, join_url
+
+logger = logging.getLogger(__name__)
 
 STATE_PREFIX = "prep-state"
 PLAN_NAME = f"{STATE_PREFIX}/plan.json"
@@ -240,12 +243,20 @@ def commit(store: Store, manifest: schema.Manifest, samples: bytes) -> None:
 def remove_state(store: Store) -> None:
     """Deletes the staged records and the plan; the dataset needs neither.
 
-    The plan goes last: it says what the rest is.
+    The plan goes last: it says what the rest is. Where the credentials may create and not delete,
+    all of it stays, which a warning tells.
     """
     store.remove_unfinished()
-    names = [stat.name for stat in store.list(f"{STATE_PREFIX}/")]
-    for name in sorted(names, key=lambda name: name == PLAN_NAME):
-        store.delete(name)
+    stats = store.list(f"{STATE_PREFIX}/")
+    try:
+        for stat in sorted(stats, key=lambda stat: stat.name == PLAN_NAME):
+            store.delete(stat.name)
+    except Forbidden:
+        logger.warning(
+            "%s: %d objects stay (%.1f MB), as these credentials may not delete; the dataset is "
+            "complete without them",
+            *(staging_url(store.url), len(stats), sum(stat.size for stat in stats) / _MEGABYTE),
+        )
 
 
 def _final_record(staging: Store, scanned: Scanned, target: Target) -> tuple[bytes, str, Moments]:
@@ -292,25 +303,20 @@ def convert(image: np.ndarray, target: Target, *, value_max: int | None = None) 
 
 def _put_once(store: Store, name: str, data: bytes) -> None:
     """Puts `data` where nothing is; the same bytes from an earlier attempt are kept."""
-    crc = google_crc32c.value(data)
-    if _kept(store, name, data, crc):
+    if _kept(store, name, data):
         return
     try:
         store.put(name, data, if_generation=0)
     except PreconditionFailed:
         # Another process of the same preparation was quicker.
-        _kept(store, name, data, crc)
+        _kept(store, name, data)
 
 
-def _kept(store: Store, name: str, data: bytes, crc: int) -> bool:
+def _kept(store: Store, name: str, data: bytes) -> bool:
     stat = store.stat(name)
     if stat is None:
         return False
-    same = stat.size == len(data)
-    if same:
-        found = google_crc32c.value(store.get(name)) if stat.crc32c is None else stat.crc32c
-        same = found == crc
-    if not same:
+    if not holds(store, stat, data):
         raise ContentError(
             f"{store.url}/{name}: is not what this preparation writes (damaged, or of another "
             "preparation); delete it and run the same command, or choose another folder"

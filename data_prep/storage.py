@@ -60,6 +60,10 @@ class NotFound(StorageError):
     """The object does not exist."""
 
 
+class Forbidden(StorageError):
+    """The bucket's roles do not let these credentials do it."""
+
+
 class _ChangedOnTheWay(StorageError):
     """The downloaded bytes are not those that the server has."""
 
@@ -271,8 +275,26 @@ def crc32c_of_file(path: str) -> int:
     return value
 
 
-def probe_writable(store: Store) -> None:
+def put_if_other(store: Store, name: str, data: bytes) -> None:
+    """Puts `data` unless the object holds it already: who may create may not always replace."""
+    stat = store.stat(name)
+    if stat is None or not holds(store, stat, data):
+        store.put(name, data)
+
+
+def holds(store: Store, stat: Stat, data: bytes) -> bool:
+    """Returns whether the object has the size and the CRC-32C of `data`."""
+    if stat.size != len(data):
+        return False
+    found = crc32c_of(store.get(stat.name)) if stat.crc32c is None else stat.crc32c
+    return found == crc32c_of(data)
+
+
+def probe_writable(store: Store, *, may_stay: bool = False) -> None:
     """Puts, gets and deletes a small object of a name nobody else has.
+
+    Args:
+        may_stay: leave it where the credentials may create and view, but not delete.
 
     Raises:
         StorageError: one of them fails; the message says what is missing.
@@ -284,7 +306,11 @@ def probe_writable(store: Store) -> None:
         if store.get(name) != data:
             raise StorageError(f"{store.url}: a probe came back with other bytes; check the server")
     finally:
-        store.delete(name)
+        try:
+            store.delete(name)
+        except Forbidden:
+            if not may_stay:
+                raise
 
 
 def probe_preconditions(store: Store) -> None:
@@ -831,7 +857,7 @@ def _describe_cloud_error(
             f"application-default login` ({text})"
         )
     if isinstance(error, api.Forbidden):
-        return StorageError(
+        return Forbidden(
             f"cannot {action} {url}: permission denied; grant these credentials "
             f"roles/storage.objectUser on bucket {bucket!r} ({text})"
         )

@@ -439,6 +439,7 @@ class EvaluateConfig(Settings):
     )
     batch_size: int | None = option(None, "Cases per step; unset: the run's batch.", ge=1)
     cpu_replicas: int = option(1, "Mirrored replicas on a machine without a GPU.", ge=1)
+    needs_gpu: bool = option(False, "Refuse a machine without a GPU instead of using its CPUs.")
     progress: bool = option(True, "Show a progress bar on a terminal.")
 
 
@@ -500,6 +501,8 @@ def command(run: str, **options: Any) -> int:
         dataset.split(config.split)
         from job import runtime
 
+        if config.needs_gpu:
+            runtime.require_gpu()
         strategy = runtime.configure(resolve_config(trained, config))
         evaluation, url = evaluate_run(trained, dataset, strategy, config)
     show_summary(evaluation.summary)

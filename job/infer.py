@@ -11,10 +11,10 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import posixpath
-import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -42,10 +42,12 @@ from data_prep.pool import OpenWorkers, available_cores, in_order
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.schema import Manifest
 from data_prep.settings import Settings, option, validated
-from data_prep.storage import NotFound, Store, join_url, open_store
+from data_prep.storage import Forbidden, NotFound, Store, join_url, open_store
 from data_prep.table import csv_table
 from job.run import COMMIT_NAME, fetch_commit, find_commits
 from job.trained import TrainedRun, fetch_checkpoint, find_checkpoint, model_for, open_trained
+
+logger = logging.getLogger(__name__)
 
 OVERLAYS_FOLDER = "overlays"
 UNREADABLE_NAME = "unreadable.csv"
@@ -65,6 +67,7 @@ class InferConfig(Settings):
     checkpoint: Literal["best", "last"] = option("best", "Weights.")
     overlays: bool = option(True, "Write contours over the images to OUTPUT/overlays.")
     overwrite: bool = option(False, "Predict again what OUTPUT already has.")
+    needs_gpu: bool = option(False, "Refuse a machine without a GPU instead of using its CPUs.")
     max_pixels: int = option(100_000_000, "Larger images are refused, pixels.", ge=1)
     progress: bool = option(True, "Show a progress bar on a terminal.")
 
@@ -86,7 +89,6 @@ class Chunk:
     Attributes:
         checkpoint: folder of the weights in the run.
         checkpoint_digest: SHA-256 of its COMMIT.json.
-        needs_gpu: a process that sees none is refused.
     """
 
     run_url: str
@@ -96,7 +98,6 @@ class Chunk:
     output_url: str
     config: InferConfig
     names: tuple[str, ...]
-    needs_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,6 @@ def infer(
     config: InferConfig,
     *,
     open_workers: OpenWorkers | None = None,
-    needs_gpu: bool = False,
 ) -> InferResult:
     """Writes the mask of every image below `images_url`, in the classes' colours, at its own size.
 
@@ -130,7 +130,6 @@ def infer(
     Args:
         open_workers: opens the workers that predict, when there is something to do. None: this
             process.
-        needs_gpu: refuse a process that sees no GPU.
 
     Raises:
         UsageError: no run, no images, two images whose masks would have one name, or output and
@@ -150,7 +149,7 @@ def infer(
     _claim_output(run, checkpoint, source, output, is_continued=len(todo) < len(names))
     digest = hashlib.sha256(run.store.get(f"{checkpoint}/{COMMIT_NAME}")).hexdigest()
     urls = run.store.url, checkpoint, digest, source.url, output.url
-    unreadable = _predict_all(Chunk(*urls, config, todo, needs_gpu), open_workers) if todo else []
+    unreadable = _predict_all(Chunk(*urls, config, todo), open_workers) if todo else []
     _list_unreadable(output, unreadable)
     return InferResult(
         output_url=output.url,
@@ -169,10 +168,17 @@ def _list_unreadable(output: Store, unreadable: Sequence[tuple[str, str]]) -> No
         found = None
     if data == found:
         return
-    if data is None:
-        output.delete(UNREADABLE_NAME)
-    else:
+    if data is not None:
         output.put(UNREADABLE_NAME, data)
+        return
+    try:
+        output.delete(UNREADABLE_NAME)
+    except Forbidden:
+        logger.warning(
+            "%s/%s is of an earlier call and stays, as these credentials may not delete; all "
+            "images were read",
+            *(output.url, UNREADABLE_NAME),
+        )
 
 
 def predict_chunk(chunk: Chunk) -> list[tuple[str, str]]:
@@ -182,7 +188,8 @@ def predict_chunk(chunk: Chunk) -> list[tuple[str, str]]:
     bytes.
     """
     place = chunk.run_url, chunk.checkpoint, chunk.checkpoint_digest
-    return _predict(chunk, _kept_predictor(*place, needs_gpu=chunk.needs_gpu), lambda: None)
+    predictor = _kept_predictor(*place, needs_gpu=chunk.config.needs_gpu)
+    return _predict(chunk, predictor, lambda: None)
 
 
 def _checkpoint_of(run: TrainedRun, which: Literal["best", "last"]) -> str:
@@ -356,7 +363,7 @@ def _predict_all(whole: Chunk, open_workers: OpenWorkers | None) -> list[tuple[s
     """Writes the masks of `whole`, which workers do in parts; returns as `predict_chunk`."""
     config = whole.config
     if open_workers is None:
-        predictor = _load_predictor(whole.run_url, whole.checkpoint, needs_gpu=whole.needs_gpu)
+        predictor = _load_predictor(whole.run_url, whole.checkpoint, needs_gpu=config.needs_gpu)
         with Progress("infer", len(whole.names), shown=config.progress) as progress:
             return _predict(whole, predictor, progress.advance)
     unreadable: list[tuple[str, str]] = []
@@ -393,15 +400,11 @@ def _kept_predictor(
 
 
 def _load_predictor(run_url: str, checkpoint: str, *, needs_gpu: bool) -> _Predictor:
-    from job.runtime import import_tensorflow
+    from job.runtime import import_tensorflow, require_gpu
 
-    tf = import_tensorflow()
-    if needs_gpu and not tf.config.list_physical_devices("GPU"):
-        raise UsageError(
-            f"TensorFlow sees no GPU on {socket.gethostname()}, and one was asked for "
-            f"(CUDA_VISIBLE_DEVICES {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); install "
-            "the extra gpu and a driver there, or ask for none"
-        )
+    import_tensorflow()
+    if needs_gpu:
+        require_gpu()
     from job.step import make_probability_step
 
     run = open_trained(run_url)
@@ -514,9 +517,18 @@ def _write_picture(
     name = mask_name(picture.name)
     if picture.preview is not None:
         overlay = plots.overlay_png(picture.preview, ids, manifest.classes)
-        output.put(f"{OVERLAYS_FOLDER}/{name}", overlay)
+        _put_overlay(output, f"{OVERLAYS_FOLDER}/{name}", overlay)
     # The mask last: it is what a continued call looks for.
     output.put(name, plots.mask_png(ids, manifest.classes))
+
+
+def _put_overlay(output: Store, name: str, overlay: bytes) -> None:
+    """An overlay of a call that was stopped may stay: an account may create, and not replace."""
+    try:
+        output.put(name, overlay)
+    except Forbidden:
+        if output.stat(name) is None:
+            raise
 
 
 @click.command(cls=SettingsCommand)

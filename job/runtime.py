@@ -101,6 +101,20 @@ def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None
     return seen
 
 
+def require_gpu() -> None:
+    """Refuses to compute on CPUs where a GPU was asked for.
+
+    Raises:
+        UsageError: this process sees no GPU.
+    """
+    tf = import_tensorflow()
+    if not tf.config.list_physical_devices("GPU"):
+        raise UsageError(
+            f"a GPU was asked for and TensorFlow sees none on {socket.gethostname()} "
+            f"({_reasons(tf)}); install the extra gpu and a driver there, or ask for none"
+        )
+
+
 def check_batch(config: TrainConfig, num_processes: int, num_gpus: int) -> None:
     """Refuses a batch that cannot be cut into equal parts for every replica.
 
@@ -163,13 +177,17 @@ def _let_watchdog_be_first(config: TrainConfig, place: Place) -> None:
 
 
 def _other_gpus(tf: Any, promised: int, seen: int) -> UsageError:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-    reason = "is built with" if tf.test.is_built_with_cuda() else "is built without"
     return UsageError(
         f"{promised} GPUs were asked for and TensorFlow sees {seen} on {socket.gethostname()} "
-        f"(CUDA_VISIBLE_DEVICES {visible}; this TensorFlow {reason} CUDA); install the extra gpu "
-        "and a driver there, or ask for other workers"
+        f"({_reasons(tf)}); install the extra gpu and a driver there, or ask for other workers"
     )
+
+
+def _reasons(tf: Any) -> str:
+    """Returns what may hide a GPU from TensorFlow."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+    built = "is built with" if tf.test.is_built_with_cuda() else "is built without"
+    return f"CUDA_VISIBLE_DEVICES {visible}; this TensorFlow {built} CUDA"
 
 
 def _of_one(tf: Any, config: TrainConfig, gpus: list[Any]) -> Any:

@@ -73,7 +73,7 @@ def _size(settings: InferLaunchConfig) -> tuple[int, Demand]:
 @click.argument("images")
 @click.argument("output", required=False)
 @settings_options(InferLaunchConfig)
-@settings_options(InferConfig)
+@settings_options(InferConfig, skip=["needs_gpu"])
 def command(run: str, images: str, output: str | None, **options: Any) -> int:
     """Predict masks for the images in a folder or bucket prefix, on a Ray cluster.
 
@@ -82,17 +82,11 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     """
     where = {name: options.pop(name) for name in InferLaunchConfig.model_fields}
     settings = validated(InferLaunchConfig, given(where), "options")
-    config = validated(InferConfig, given(options), "options")
+    needs_gpu = settings.gpus_per_worker > 0
+    config = validated(InferConfig, given(options) | {"needs_gpu": needs_gpu}, "options")
     target = output or join_url(run, "inference")
     workers = functools.partial(process_workers, settings, [run, images], [target])
     with quiet_interrupts():
-        result = infer(
-            run,
-            images,
-            target,
-            config,
-            open_workers=workers,
-            needs_gpu=settings.gpus_per_worker > 0,
-        )
+        result = infer(run, images, target, config, open_workers=workers)
     show_result(result, config)
     return 0

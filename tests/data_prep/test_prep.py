@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from data_prep.image import Box, Geometry, apply_geometry
 from data_prep.pairs import find_sources
 from data_prep.phantoms import write_phantoms
 from data_prep.storage import open_store
+from tests.faults.proxy import Fault
 
 _INBREAST = Path(__file__).resolve().parents[3] / "shared" / "data" / "inbreast-mini"
 
@@ -499,3 +501,33 @@ def test_bucket_is_a_source_too(source, tmp_path, bucket_url):
     _prepare(f"{bucket_url}/source", tmp_path / "remote")
     _prepare(source, tmp_path / "local")
     assert _files(tmp_path / "remote") == _files(tmp_path / "local")
+
+
+def test_an_account_that_only_creates_prepares_continues_and_skips(
+    source, tmp_path, faulty_bucket, caplog
+):
+    """The roles objectCreator and objectViewer: nothing is replaced, and nothing needs to go."""
+    proxy, remote = faulty_bucket.proxy, f"{faulty_bucket.url}/dataset"
+    proxy.creates_only = True
+    # Refused in the last moment, when all but the commit is there.
+    proxy.add(Fault("status", status=403, kinds=("put",), name="dataset.json", count=1))
+    with pytest.raises(StorageError, match="permission denied"):
+        _prepare(source, remote)
+    store = open_store(remote)
+    before = {stat.name: stat.generation for stat in store.list()}
+    assert "report/statistics.png" in before
+
+    for _ in range(2):  # continues, then finds it finished
+        caplog.clear()
+        _prepare(source, remote)
+        (warning,) = [r.message for r in caplog.records if "may not delete" in r.message]
+        assert re.match(rf"{remote}/prep-state: \d+ objects stay \(0\.0 MB\)", warning)
+    stats = {stat.name: stat for stat in store.list()}
+    assert {name: stats[name].generation for name in before} == before
+    _prepare(source, tmp_path / "out")
+    kept = {name for name in stats if not name.startswith("prep-state/")}
+    assert {name: store.get(name) for name in kept} == _files(tmp_path / "out")
+
+    proxy.creates_only = False  # who may delete clears up
+    _prepare(source, remote)
+    assert {stat.name for stat in store.list()} == kept

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from data_prep import storage
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.storage import (
+    Forbidden,
     GcsStore,
     LocalStore,
     NotFound,
@@ -34,6 +35,7 @@ from data_prep.storage import (
     open_store,
     probe_preconditions,
     probe_writable,
+    put_if_other,
 )
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Action, Fault
@@ -138,6 +140,29 @@ def test_store_pickles(store: Store) -> None:
 def test_probe_writable_leaves_nothing(store: Store) -> None:
     probe_writable(store)
     assert names(store) == []
+
+
+def test_account_that_only_creates_leaves_the_probe_where_it_may(
+    faulty_bucket: FaultyBucket,
+) -> None:
+    store = GcsStore(faulty_bucket.url)
+    faulty_bucket.proxy.creates_only = True
+    with pytest.raises(Forbidden, match=r"cannot delete .*permission denied; grant"):
+        probe_writable(store.below("a"))
+    probe_writable(store.below("b"), may_stay=True)
+    assert [name[:17] for name in names(store)] == ["a/flexunet-probe-", "b/flexunet-probe-"]
+
+
+def test_put_if_other_replaces_nothing_that_is_the_same(faulty_bucket: FaultyBucket) -> None:
+    store = GcsStore(faulty_bucket.url)
+    faulty_bucket.proxy.creates_only = True
+    put_if_other(store, "a", b"1")
+    put_if_other(store, "a", b"1")
+    with pytest.raises(Forbidden):
+        put_if_other(store, "a", b"2")
+    faulty_bucket.proxy.creates_only = False
+    put_if_other(store, "a", b"2")
+    assert store.get("a") == b"2"
 
 
 def test_conditional_puts_of_a_folder(tmp_path: Path) -> None:

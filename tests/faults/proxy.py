@@ -107,6 +107,8 @@ class FaultProxy:
 
     Attributes:
         down: whether there is an outage: every connection is broken.
+        creates_only: whether nothing may be deleted or replaced, as for an account with the roles
+            objectCreator and objectViewer: to replace an object takes storage.objects.delete.
         log: the latest requests, oldest first.
         num_changes: objects written or deleted so far.
     """
@@ -115,6 +117,7 @@ class FaultProxy:
         self, upstream: str, *, host: str = "127.0.0.1", port: int = 0, seed: int = 0
     ) -> None:
         self.down = False
+        self.creates_only = False
         self.log: deque[Logged] = deque(maxlen=100_000)
         self.num_changes = 0
         self._upstream = upstream.removeprefix("http://")
@@ -157,6 +160,7 @@ class FaultProxy:
             self._faults.clear()
             self._stop_at = None
             self.down = False
+            self.creates_only = False
             self.log.clear()
             self._released.set()
             self._released = threading.Event()
@@ -219,7 +223,7 @@ class FaultProxy:
                 return None
             if request.upload_id in self._finished:  # as Google answers; the emulator forgets it
                 return self._finished[request.upload_id]
-            refusal = self._check(request)
+            refusal = self._forbid(request) or self._check(request)
             if refusal:
                 return refusal
             answer = self._ask(request.method, request.path, body, dict(headers))
@@ -252,6 +256,14 @@ class FaultProxy:
         if then:
             then()
         return True
+
+    def _forbid(self, request: _Request) -> _Answer | None:
+        """Returns the refusal of a request that the account's roles do not allow."""
+        if not self.creates_only or request.kind not in ("put", "session", "part", "delete"):
+            return None
+        if self._metadata(request) is None:
+            return None
+        return _error(403, "the account does not have storage.objects.delete access to the object")
 
     def _check(self, request: _Request) -> _Answer | None:
         """Returns the refusal of a request whose preconditions do not hold."""

@@ -122,6 +122,20 @@ def test_stop_loses_the_answer_and_everything_after(client: Client, proxy: Fault
     assert [client.get(name) for name in "abc"] == [b"1", b"1", b""]
 
 
+def test_account_that_only_creates(client: Client, proxy: FaultProxy) -> None:
+    session = client.start("a", "")
+    proxy.creates_only = True
+    assert [client.put("a", b"1"), client.put("a", b"2")] == [200, 403]
+    assert client.put("a", b"2", "&ifGenerationMatch=0") == 403
+    # Neither by an upload in parts that began before the object was there.
+    assert client.ask("PUT", session, b"2")[0] == 403
+    path = f"/storage/v1/b/test-bucket/o/{client.folder}%2Fa"
+    assert [client.ask(method, path)[0] for method in ("GET", "DELETE")] == [200, 403]
+    assert client.get("a") == b"1"
+    proxy.clear()
+    assert [client.put("a", b"2"), client.ask("DELETE", path)[0]] == [200, 200]
+
+
 @pytest.mark.parametrize("generation", [0, 5])
 def test_precondition_of_one_request(generation: int, client: Client, proxy: FaultProxy) -> None:
     condition = f"&ifGenerationMatch={generation}"

@@ -260,3 +260,15 @@ def test_command_refuses_a_folder_without_a_run(
 ) -> None:
     assert main([str(tmp_path)]) == 2
     assert "config.yaml is missing" in capsys.readouterr().err
+
+
+def test_command_refuses_a_machine_without_the_gpu_that_was_asked_for(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if tf.config.list_physical_devices("GPU"):
+        pytest.skip("this machine has a GPU")
+    before = sorted(own_run.rglob("*"))
+    assert main([str(own_run), "--needs-gpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a GPU was asked for and TensorFlow sees none on" in line
+    assert sorted(own_run.rglob("*")) == before

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,6 @@ from job.optimizer import Adam
 from job.run import Run
 from job.trained import model_for, open_trained
 from tests.conftest import FaultyBucket
-from tests.faults.proxy import Fault
 from tests.job.discs import write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -490,7 +490,10 @@ def test_parts_done_by_workers_are_the_whole(trained_run: Path, tmp_path: Path) 
 
 
 def test_what_is_there_already_is_never_written_again(
-    trained_run: Path, tmp_path: Path, faulty_bucket: FaultyBucket
+    trained_run: Path,
+    tmp_path: Path,
+    faulty_bucket: FaultyBucket,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     write_same(tmp_path / "images", 2)
     (tmp_path / "images" / "image-002.png").write_bytes(b"no picture")
@@ -498,11 +501,13 @@ def test_what_is_there_already_is_never_written_again(
     infer(*arguments)
     open_store(faulty_bucket.url).delete("image-001.png")  # as if it had been killed before
     # An account that may create objects and view them is refused all else.
-    proxy = faulty_bucket.proxy
-    proxy.add(Fault("status", status=403, kinds=("delete",)))
-    proxy.add(Fault("status", status=403, kinds=("put",), name="inference.json|unreadable"))
+    faulty_bucket.proxy.creates_only = True
     result = infer(*arguments)
     assert (result.num_written, result.num_kept) == (1, 1)
+    write_same(tmp_path / "images", 3)  # the third is mended
+    result = infer(*arguments)
+    assert (result.num_written, result.num_kept, result.unreadable) == (1, 2, ())
+    assert f"{faulty_bucket.url}/unreadable.csv is of an earlier call and stays" in caplog.text
 
 
 def inline_workers() -> Workers:
@@ -527,12 +532,18 @@ def test_weights_are_those_of_the_claim_while_training_goes_on(
     assert not (tmp_path / "masks" / "image-000.png").exists()
 
 
-def test_a_gpu_that_is_missing_is_refused(trained_run: Path, tmp_path: Path) -> None:
+def test_a_gpu_that_is_missing_is_refused(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import tensorflow as tf
 
     if tf.config.list_physical_devices("GPU"):
         pytest.skip("this machine has a GPU")
     write_same(tmp_path / "images", 1)
-    arguments = str(trained_run), str(tmp_path / "images"), str(tmp_path / "masks"), QUIET
-    with pytest.raises(UsageError, match=r"TensorFlow sees no GPU on .*CUDA_VISIBLE_DEVICES"):
-        infer(*arguments, needs_gpu=True)
+    arguments = [str(trained_run), str(tmp_path / "images"), str(tmp_path / "masks")]
+    assert main([*arguments, "--needs-gpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(
+        r"a GPU was asked for and TensorFlow sees none on .*CUDA_VISIBLE_DEVICES", line
+    )
+    assert not list((tmp_path / "masks").rglob("*.png"))

@@ -279,6 +279,16 @@ def gpu_pod_finds_its_node(objects: Sequence[Manifest]) -> Iterator[str]:
             yield f"{pod.owner}: tolerates or selects Spot nodes, but not both"
 
 
+def gpu_is_used(objects: Sequence[Manifest]) -> Iterator[str]:
+    """A Job says that it needs the GPU it has; a RayJob's workers are promised theirs."""
+    for each in of_kind(objects, "Job"):
+        for container in each["spec"]["template"]["spec"]["containers"]:
+            has = _GPU in container.get("resources", {}).get("limits", {})
+            if has != ("--needs-gpu" in container["command"]):
+                name = f"Job/{each['metadata']['name']}"
+                yield f"{name}: has a GPU or --needs-gpu, but not both"
+
+
 RULES: tuple[Rule, ...] = (
     image_is_pinned,
     no_secret_is_kept,
@@ -301,4 +311,5 @@ RULES: tuple[Rule, ...] = (
     head_is_safe,
     workers_are_those_asked_for,
     gpu_pod_finds_its_node,
+    gpu_is_used,
 )

@@ -120,6 +120,14 @@ BROKEN: tuple[tuple[rules.Rule, str, str, str, Any], ...] = (
     (rules.head_is_safe, "PodDisruptionBudget", "train-head", "spec.selector.matchLabels.a", "b"),
     (rules.workers_are_those_asked_for, "RayJob", "train", f"{_WORKER}.maxReplicas", 4),
     (rules.gpu_pod_finds_its_node, "Job", "evaluate", f"{_POD}.tolerations", []),
+    (rules.gpu_is_used, "Job", "evaluate", f"{_POD}.containers.0.command.7", "--no-needs-gpu"),
+    (
+        rules.gpu_is_used,
+        "Job",
+        "infer",
+        f"{_POD}.containers.0.resources.limits",
+        {"memory": "24Gi"},
+    ),
 )
 
 
@@ -147,6 +155,8 @@ def test_overlay_is_valid(overlay: str) -> None:
     assert len(objects) == NUM_OBJECTS[overlay]
     found = {f"{each['kind']}/{each['metadata']['name']}": errors_of(each) for each in objects}
     assert {name: errors for name, errors in found.items() if errors} == {}
+    # Seen with `pytest -rP`: what was rendered.
+    print(f"{overlay}: {len(found)} valid objects: {', '.join(sorted(found))}")  # noqa: T201
 
 
 @pytest.mark.parametrize(
