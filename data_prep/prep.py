@@ -619,6 +619,7 @@ def _check_leaks(samples: Sequence[scan.Scanned], config: PrepConfig) -> bool:
 
 def _tell_mixed(samples: Sequence[scan.Scanned], target: shards.Target, config: PrepConfig) -> None:
     """Says which few pictures decided the format of all."""
+    samples = list({sample.picture: sample for sample in samples}.values())
     coloured = [sample.filename for sample in samples if sample.channels == 3]
     if config.channels == "auto" and 0 < len(coloured) < len(samples):
         logger.warning(

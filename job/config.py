@@ -224,6 +224,13 @@ class TrainConfig(Settings):
     )
     tensorboard: bool = option(True, "Write TensorBoard event files.", free=True)
     progress: bool = option(True, "Show a progress bar on a terminal.", free=True)
+    window_overlap: int | None = option(
+        None,
+        "Pixels by which windows overlap at least, where pictures larger than the network are "
+        "predicted in windows; none: half a window.",
+        free=True,
+        ge=0,
+    )
 
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()

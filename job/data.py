@@ -53,6 +53,8 @@ class Split:
     lengths: np.ndarray  # (N,) int64, bytes
     geometries: tuple[Geometry, ...]  # where each picture lies in the stored one
     spacings: tuple[tuple[float, float] | None, ...]  # mm (rows, columns) of a source pixel
+    pictures: tuple[str | None, ...]  # of a tile, the id of its picture
+    has_foreground: np.ndarray  # (N,) bool: a pixel of another class than 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -89,8 +91,11 @@ def open_dataset(url: str) -> Dataset:
     table = read_samples(store, manifest)
     columns = {
         name: table.column(name).to_numpy()
-        for name in ("split", "id", "filename", "group", "shard", "offset", "length")
+        for name in ("split", "id", "filename", "group", "shard", "offset", "length", "picture")
     }
+    columns["foreground"] = np.array(
+        [any(counts[1:]) for counts in table.column("pixels_per_class").to_pylist()], bool
+    )
     places = _places(table)
     names = [str(name) for name in np.unique(columns["split"])]
     splits = {name: _split(name, columns, places) for name in names}
@@ -143,6 +148,8 @@ def _split(
         lengths=columns["length"][rows],
         geometries=tuple(geometry for geometry, _ in chosen),
         spacings=tuple(spacing for _, spacing in chosen),
+        pictures=tuple(columns["picture"][rows]),
+        has_foreground=columns["foreground"][rows],
     )
 
 

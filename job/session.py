@@ -31,7 +31,7 @@ from job.record import Recorder, open_recorder
 from job.run import Run
 from job.schedule import EarlyStopping, PlateauReducer
 from job.state import TrainState
-from job.step import make_train_step
+from job.step import make_train_step, network_of
 from job.team import Team
 from job.trained import initialize_from, model_for
 
@@ -276,7 +276,9 @@ def open_session(
     with strategy.scope():
         model = model_for(config, dataset.manifest)
         optimizer = Adam(config.optimizer, model.trainable_variables)
-    evaluator = make_evaluator(config, strategy, dataset, model, first_replica=team.first_replica)
+    evaluator = make_evaluator(
+        config, strategy, dataset, network_of([model]), first_replica=team.first_replica
+    )
     readers: dict[str, RecordReader] = {}
 
     def fill_cache(alive: Callable[[], None]) -> None:

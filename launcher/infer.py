@@ -84,7 +84,8 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     settings = validated(InferLaunchConfig, given(where), "options")
     config = validated(InferConfig, given(options), "options")
     target = output or join_url(run, "inference")
-    workers = functools.partial(process_workers, settings, [run, images], [target])
+    reads = [run, *config.ensemble, images]
+    workers = functools.partial(process_workers, settings, reads, [target])
     with quiet_interrupts():
         result = infer(
             run,

@@ -132,3 +132,14 @@ def test_prepare_leaves_bad_pictures_out_and_continues(tmp_path):
     assert manifest.num_samples == 5 * 6
     again = _prepare(tmp_path / "broken", tmp_path / "out", skip_bad=True)
     assert again == manifest
+
+
+def test_prepare_tells_of_pictures_and_not_of_their_tiles(tmp_path, caplog):
+    for index in range(5):
+        _write(tmp_path / "source", f"case-{index}", index)
+    path = str(tmp_path / "source" / "images" / "case-1.png")
+    colours = np.random.default_rng(9).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    assert cv2.imwrite(path, colours)
+    _prepare(tmp_path / "source", tmp_path / "out")
+    assert "1 of 5 pictures have colour" in caplog.text
+    assert "case-1.png" in caplog.text

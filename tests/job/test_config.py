@@ -16,6 +16,7 @@ FREE = {
     "prediction_images",
     "prediction_folder",
     "checkpoint_every_minutes",
+    "window_overlap",
     "keep_checkpoints",
     "cache_dir",
     "cache",
