@@ -158,6 +158,27 @@ def sample_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_samples)
 
 
+def epoch_order(
+    has_foreground: np.ndarray, share: float | None, *, seed: int, epoch: int
+) -> np.ndarray:
+    """Returns the samples of an epoch in their order, (N,) int64; as many as there are.
+
+    Every sample once, or, where fewer than `share` of them have foreground: so many that have,
+    drawn in rounds of all of them, and the first of a permutation of the others.
+    """
+    count = len(has_foreground)
+    positive, negative = np.flatnonzero(has_foreground), np.flatnonzero(~has_foreground)
+    wanted = 0 if share is None else round(share * count)
+    if not len(positive) or wanted <= len(positive):
+        return sample_order(count, seed=seed, epoch=epoch)
+    # A stream of its own: that of `sample_order` has the same key.
+    random = np.random.Generator(np.random.Philox(key=[seed, epoch]).jumped())
+    num_rounds = -(-wanted // len(positive))
+    rounds = [random.permutation(positive) for _ in range(num_rounds)]
+    chosen = [*np.concatenate(rounds)[:wanted], *random.permutation(negative)[: count - wanted]]
+    return random.permutation(np.array(chosen, np.int64))
+
+
 def global_batches(order: np.ndarray, batch_size: int) -> np.ndarray:
     """Returns `order` cut into steps: (steps, batch_size) int64, the tail filled with PADDING."""
     num_steps = -(-len(order) // batch_size)
