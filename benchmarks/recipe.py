@@ -139,10 +139,11 @@ def main(pictures: str | None, steps: int, phantoms: int) -> None:
             write_phantoms(source, num_images=phantoms, size=SIDE, seed=1)
             regex = {"group_regex": "phantom-p[0-9]+"}
             found = compared(f"{folder}/phantoms", source, steps, **regex)
-            result["phantoms"] = {**setting, **found}
+            result[f"phantoms, {steps} steps"] = {**setting, **found}
         if pictures is not None:
             place, preset = f"{folder}/pictures", {"group_preset": "augmented"}
-            result["pictures"] = {**setting, **compared(place, pictures, steps, **preset)}
+            found = compared(place, pictures, steps, **preset)
+            result[f"pictures, {steps} steps"] = {**setting, **found}
     write_result("recipe", result)
 
 
