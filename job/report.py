@@ -203,7 +203,8 @@ def _regions(regions: Mapping[str, Any]) -> str:
     columns = ("class", "smallest region, pixels", "Dice there before", "Dice there with it")
     return (
         f"<p>Smaller regions are removed; fitted on {where['num_cases']} cases of the "
-        f"{_text(where['split'])} split.</p>{_table(columns, rows)}"
+        f"{_text(where['split'])} split. The thresholds below count regions of every size.</p>"
+        f"{_table(columns, rows)}"
     )
 
 
