@@ -58,7 +58,7 @@ def frame(image: Pixels, *, height: int, width: int, kind: str, crop: Crop, flip
 
     Args:
         image: (H, W, C) uint8 or uint16.
-        kind: "stretch" or "pad", see `image.fit`.
+        kind: "stretch", "pad" or "tile", see `image.fit`.
         crop: "breast" leaves out what lies around it.
         flip: the side on which the chest wall shall be.
     """

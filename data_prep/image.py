@@ -132,7 +132,8 @@ class Geometry:
     """Where a picture lies in the stored image, all in pixels.
 
     Attributes:
-        kind: "stretch" (fills the stored image) or "pad" (keeps its aspect; the rest is 0).
+        kind: "stretch" (fills the stored image), "pad" (keeps its aspect; the rest is 0) or "tile"
+            (a part at its own size, upper left; the rest is 0).
         source_height: height of the picture before.
         source_width: width of the picture before.
         top: first row of the picture in the stored image.
@@ -172,7 +173,8 @@ def fit(
     """Returns how a picture of `height` x `width`, or a part of it, is laid into the target.
 
     Args:
-        kind: "stretch", or "pad" to keep the aspect and centre the picture.
+        kind: "stretch", "pad" to keep the aspect and centre the picture, or "tile" to keep the size
+            and leave the target out of account.
         crop: the part of the picture that is used; None: all of it.
         is_flipped: it is mirrored, left to right.
 
@@ -187,8 +189,10 @@ def fit(
         )
     if kind == "stretch":
         return Geometry(kind, *source, 0, 0, target_height, target_width, crop, is_flipped)
+    if kind == "tile":
+        return Geometry(kind, *source, 0, 0, height, width, crop, is_flipped)
     if kind != "pad":
-        raise ValueError(f"unknown geometry {kind!r}; known: pad, stretch")
+        raise ValueError(f"unknown geometry {kind!r}; known: pad, stretch, tile")
     scale = min(target_height / height, target_width / width)
     inner_height = min(target_height, max(1, round(height * scale)))
     inner_width = min(target_width, max(1, round(width * scale)))

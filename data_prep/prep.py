@@ -84,6 +84,16 @@ class PrepConfig(Settings):
     geometry: Literal["stretch", "pad"] = option(
         "stretch", "stretch: fill the stored image; pad: keep the aspect, the rest is 0."
     )
+    tile: int | None = option(
+        None,
+        "Cut pictures, at their own size, into tiles of so many pixels a side; unset: each is "
+        "resized to --image-size.",
+        ge=8,
+        le=16384,
+    )
+    tile_overlap: int = option(
+        0, "Pixels by which neighbouring tiles overlap at least; with --tile.", ge=0
+    )
     crop: Crop = option(
         "none",
         "breast: leave out the film around the breast; undone where masks are predicted.",
@@ -184,6 +194,20 @@ class PrepConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _tiles_fit(self) -> "PrepConfig":
+        if self.tile is None:
+            if self.tile_overlap:
+                raise ValueError("--tile-overlap needs --tile")
+            return self
+        if self.tile_overlap >= self.tile:
+            raise ValueError(f"--tile-overlap must be below --tile, which is {self.tile}")
+        sizes = ("image_size", "image_height", "image_width", "geometry")
+        for name in sizes:
+            if getattr(self, name) != PrepConfig.model_fields[name].default:
+                raise ValueError(f"--{name.replace('_', '-')} and --tile exclude each other")
+        return self
+
+    @model_validator(mode="after")
     def _one_group_rule(self) -> "PrepConfig":
         rules = ("group_preset", "group_regex", "group_csv")
         found = [f"--{name.replace('_', '-')}" for name in rules if getattr(self, name) is not None]
@@ -194,12 +218,17 @@ class PrepConfig(Settings):
     @property
     def height(self) -> int:
         """Height of the stored images, pixels."""
-        return self.image_height or self.image_size
+        return self.tile or self.image_height or self.image_size
 
     @property
     def width(self) -> int:
         """Width of the stored images, pixels."""
-        return self.image_width or self.image_size
+        return self.tile or self.image_width or self.image_size
+
+    @property
+    def kind(self) -> Literal["stretch", "pad", "tile"]:
+        """Kind of geometry of the stored images."""
+        return "tile" if self.tile else self.geometry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +301,8 @@ def _prepare(
 ) -> schema.Manifest:
     results = _scan(work, items)
     samples = [result for result in results if isinstance(result, scan.Scanned)]
-    source_sha256 = _source_digest(items, [result.source_crcs for result in results], refused)
+    crcs = {result.picture: result.source_crcs for result in results}
+    source_sha256 = _source_digest(items, [crcs[item.id] for item in items], refused)
     refused = refused + [(r.file, r.reason) for r in results if isinstance(r, scan.Refused)]
     if not samples:
         raise ContentError(f"none of {len(refused)} files is usable; first: {refused[0][1]}")
@@ -483,7 +513,7 @@ def _scan(work: _Work, items: Sequence[scan.Item]) -> list[scan.Scanned | scan.R
     layout = scan.Layout(
         height=config.height,
         width=config.width,
-        geometry=config.geometry,
+        geometry=config.kind,
         channels=config.channels,
         classes=parse_color_map(config.classes),
         ignore_id=config.ignore_id,
@@ -493,6 +523,7 @@ def _scan(work: _Work, items: Sequence[scan.Item]) -> list[scan.Scanned | scan.R
         rois=config.rois,
         crop=config.crop,
         flip=config.flip,
+        tile_overlap=config.tile_overlap,
     )
     staging = shards.staging_url(work.store.url)
     tasks = [
@@ -500,10 +531,14 @@ def _scan(work: _Work, items: Sequence[scan.Item]) -> list[scan.Scanned | scan.R
         for chunk in scan.chunked(items, layout)
     ]
     try:
-        results = _run(work, scan.scan_chunk, tasks, "encoding", len(items), len)
+        results = _run(work, scan.scan_chunk, tasks, "encoding", len(items), _num_pictures)
     except ContentError as error:
         raise ContentError(f"{error}; --skip-bad leaves such files out") from error
     return [result for chunk in results for result in chunk]
+
+
+def _num_pictures(results: Sequence[scan.Scanned | scan.Refused]) -> int:
+    return len({result.picture for result in results})
 
 
 def _write(work: _Work, tasks: Sequence[shards.ShardTask]) -> list[shards.WrittenShard]:
@@ -576,7 +611,10 @@ def _joined_groups(samples: Sequence[scan.Scanned]) -> dict[str, str]:
     first_with: dict[str, str] = {}
     num_joined = 0
     for sample in samples:
-        group, other = root(sample.group), root(first_with.setdefault(sample.sha256, sample.group))
+        group, other = (
+            root(sample.group),
+            root(first_with.setdefault(sample.picture_sha256, sample.group)),
+        )
         if group != other:
             num_joined += 1
             parents[max(group, other)] = min(group, other)
@@ -587,7 +625,8 @@ def _joined_groups(samples: Sequence[scan.Scanned]) -> dict[str, str]:
 
 def _check_leaks(samples: Sequence[scan.Scanned], config: PrepConfig) -> bool:
     """Returns whether the ready-made splits leak; that is an error unless it is allowed."""
-    leaks = split.find_leaks((s.id, str(s.split), s.group, s.sha256) for s in samples)
+    pictures = {s.picture: s for s in samples}.values()
+    leaks = split.find_leaks((s.picture, str(s.split), s.group, s.picture_sha256) for s in pictures)
     if leaks and not config.allow_leaks:
         more = f"; and {len(leaks) - _MAX_LISTED} more" if len(leaks) > _MAX_LISTED else ""
         raise ContentError(
@@ -601,6 +640,7 @@ def _check_leaks(samples: Sequence[scan.Scanned], config: PrepConfig) -> bool:
 
 def _tell_mixed(samples: Sequence[scan.Scanned], target: shards.Target, config: PrepConfig) -> None:
     """Says which few pictures decided the format of all."""
+    samples = list({sample.picture: sample for sample in samples}.values())
     coloured = [sample.filename for sample in samples if sample.channels == 3]
     if config.channels == "auto" and 0 < len(coloured) < len(samples):
         logger.warning(
@@ -652,7 +692,7 @@ def _manifest(
         value_max=target.value_max,
         classes=parse_color_map(config.classes),
         ignore_id=config.ignore_id,
-        geometry=config.geometry,
+        geometry=config.kind,
         crop=config.crop,
         flip=config.flip,
         split_rule=_split_rule(samples[0].split is not None, config),
@@ -720,8 +760,8 @@ def _write_report(
 
 
 def _write_counts(store: Store, samples: Sequence[scan.Scanned]) -> None:
-    findings = {sample.id: sample.findings for sample in samples}
-    groups = {sample.id: sample.group for sample in samples}
+    findings = {sample.picture: sample.findings for sample in samples}
+    groups = {sample.picture: sample.group for sample in samples}
     table = csv_table(inbreast.COUNTS_COLUMNS, inbreast.count_rows(findings, groups))
     put_if_other(store, inbreast.COUNTS_NAME, table.encode())
 

@@ -24,6 +24,7 @@ from data_prep.dicom import Reader, read_dicom
 from data_prep.errors import ContentError
 from data_prep.image import Box, Geometry, apply_geometry, read_image, read_mask_pixels
 from data_prep.storage import Store, open_store
+from data_prep.tiles import cut
 
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _MIN_PAIRS, _MAX_PAIRS = 4, 32  # of a chunk; each costs two fsyncs, or two requests
@@ -39,11 +40,12 @@ class Layout:
     Attributes:
         format: "pairs" of picture and mask, or "inbreast": DICOM file and annotation.
         rois: kinds of annotations that are foreground.
+        tile_overlap: of neighbouring tiles, pixels; counts where `geometry` is "tile".
     """
 
     height: int
     width: int
-    geometry: Literal["stretch", "pad"]
+    geometry: Literal["stretch", "pad", "tile"]
     channels: Literal["auto", "grey", "rgb"]
     classes: tuple[ClassColor, ...]
     ignore_id: int | None
@@ -53,6 +55,7 @@ class Layout:
     rois: tuple[str, ...] = ()
     crop: Crop = "none"
     flip: Flip = "none"
+    tile_overlap: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +100,11 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class Scanned:
-    """What pass 1 found out about one good pair, and where its record is staged.
+    """What pass 1 found out about one sample of a good pair, and where its record is staged.
 
     Attributes:
+        picture: id of the pair; the sample's own id where pictures are stored whole.
+        picture_sha256: of the picture's pixels; `sha256` where it is stored whole.
         staged, offset, length: name of the staged object, place of the framed record in it, bytes.
         channels, bit_depth: as staged; `auto` keeps a picture as it is.
         max_value: largest raw value of the source; of full intensity where the file says it.
@@ -110,6 +115,7 @@ class Scanned:
     """
 
     id: str
+    picture: str
     group: str
     filename: str
     split: str | None
@@ -123,6 +129,7 @@ class Scanned:
     pixels_per_class: tuple[int, ...]
     off_map_pixels: int
     sha256: str
+    picture_sha256: str
     moments: Moments
     value_max: int | None
     spacing_mm: tuple[float, float] | None
@@ -132,8 +139,9 @@ class Scanned:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """A pair that cannot be used: the file at fault by its label, and why."""
+    """A pair that cannot be used: its id, the file at fault by its label, and why."""
 
+    picture: str
     file: str
     reason: str
     source_crcs: tuple[int, int]
@@ -173,6 +181,9 @@ def chunked(items: Sequence[Item], layout: Layout) -> Iterator[tuple[Item, ...]]
 
     The cut depends on nothing but the input, so that a restart finds what was staged before.
     """
+    if layout.geometry == "tile":  # of pictures whose size is not known yet
+        yield from ((item,) for item in items)
+        return
     worst_bytes = layout.height * layout.width * 7  # three 16-bit channels and the mask
     wanted = min(_MAX_PAIRS, max(_MIN_PAIRS, len(items) // 64))
     size = max(1, min(wanted, _MAX_BYTES // worst_bytes))
@@ -181,7 +192,7 @@ def chunked(items: Sequence[Item], layout: Layout) -> Iterator[tuple[Item, ...]]
 
 
 def scan_chunk(task: ScanTask) -> list[Scanned | Refused]:
-    """Returns what is known about each item of `task`, and stages their records.
+    """Returns what is known about each sample of `task`, and stages their records.
 
     Raises:
         ContentError: an item is bad and `skip_bad` is off.
@@ -197,10 +208,10 @@ def scan_chunk(task: ScanTask) -> list[Scanned | Refused]:
         return found
     results, records, offset = [], [], 0
     for item in task.items:
-        result, record = _scan_item(item, task, name, offset)
-        results.append(result)
-        records.append(record)
-        offset += len(record)
+        for result, record in _scan_item(item, task, name, offset):
+            results.append(result)
+            records.append(record)
+            offset += len(record)
     index = json.dumps([_to_json(result) for result in results]).encode()
     trailer = _TRAILER.pack(len(index), google_crc32c.value(index))
     staging.put(name, b"".join((*records, index, trailer)))
@@ -247,60 +258,95 @@ def store_at(url: str) -> Store:
 
 def _scan_item(
     item: Item, task: ScanTask, staged: str, offset: int
-) -> tuple[Scanned | Refused, bytes]:
+) -> Iterator[tuple[Scanned | Refused, bytes]]:
+    """Yields what is known about each sample of a pair, and its record."""
     layout = task.layout
     data = _read_both(item)
     crcs = _crcs(data)
     try:
         read = _READERS[layout.format](item, task, *data)
-        sample = _fitted_sample(item, layout, read)
+        whole = _framed(item, layout, read)
     except ContentError as error:
         if not task.skip_bad:
             raise
         is_mask = item.mask is not None and str(error).startswith(item.mask.label)
         at_fault = item.mask if item.mask is not None and is_mask else item.image
-        return Refused(at_fault.label, str(error), crcs), b""
-    record = schema.frame_record(schema.encode_example(sample))
-    image, mask = sample.image, sample.mask
-    result = Scanned(
-        id=item.id,
-        group=item.group,
-        filename=item.filename,
-        split=item.split,
-        staged=staged,
-        offset=offset,
-        length=len(record),
-        channels=image.shape[2],
-        bit_depth=image.dtype.itemsize * 8,
-        max_value=read.value_max or int(read.image.max()),
-        geometry=sample.geometry,
-        pixels_per_class=tuple(int(np.count_nonzero(mask == c.id)) for c in layout.classes),
-        off_map_pixels=sample.off_map_pixels,
-        sha256=sample.pixel_sha256,
-        moments=moments_of(image),
-        value_max=read.value_max,
-        spacing_mm=read.spacing_mm,
-        findings=read.findings,
-        source_crcs=crcs,
-    )
-    return result, record
+        yield Refused(item.id, at_fault.label, str(error), crcs), b""
+        return
+    is_cut = layout.geometry == "tile"
+    picture_sha256 = _sha256_at_own_size(read.image, whole) if is_cut else None
+    for sample in _samples(item, layout, read, whole):
+        record = schema.frame_record(schema.encode_example(sample))
+        image, mask = sample.image, sample.mask
+        result = Scanned(
+            id=sample.id,
+            picture=item.id,
+            group=item.group,
+            filename=item.filename,
+            split=item.split,
+            staged=staged,
+            offset=offset,
+            length=len(record),
+            channels=image.shape[2],
+            bit_depth=image.dtype.itemsize * 8,
+            max_value=read.value_max or int(read.image.max()),
+            geometry=sample.geometry,
+            pixels_per_class=tuple(int(np.count_nonzero(mask == c.id)) for c in layout.classes),
+            off_map_pixels=sample.off_map_pixels,
+            sha256=sample.pixel_sha256,
+            picture_sha256=picture_sha256 or sample.pixel_sha256,
+            moments=moments_of(image),
+            value_max=read.value_max,
+            spacing_mm=read.spacing_mm,
+            findings=read.findings,
+            source_crcs=crcs,
+        )
+        offset += len(record)
+        yield result, record
 
 
-def _fitted_sample(item: Item, layout: Layout, read: _Read) -> schema.Sample:
-    """Returns the sample as it is stored."""
-    size = layout.height, layout.width
+def _framed(item: Item, layout: Layout, read: _Read) -> Geometry:
+    """Returns how the picture is stored; where it is cut, before that."""
     geometry = frame(
         read.image,
-        height=size[0],
-        width=size[1],
+        height=layout.height,
+        width=layout.width,
         kind=layout.geometry,
         crop=layout.crop,
         flip=layout.flip,
     )
     _refuse_lost_foreground(item, layout, read.mask, geometry)
+    return geometry
+
+
+def _sha256_at_own_size(image: np.ndarray, whole: Geometry) -> str:
+    # Of the picture: tiles of film without tissue are alike in strangers.
+    pixels = apply_geometry(image, whole, whole.height, whole.width, nearest=False)
+    return schema.sha256_of_pixels(pixels)
+
+
+def _samples(item: Item, layout: Layout, read: _Read, whole: Geometry) -> Iterator[schema.Sample]:
+    """Yields the samples as they are stored: the picture, or its tiles."""
+    if layout.geometry != "tile":
+        yield _fitted_sample(item, layout, read, whole, item.id, None)
+        return
+    for place, geometry in cut(whole, layout.height, layout.width, layout.tile_overlap):
+        name = f"{item.id}_y{place.top}_x{place.left}"
+        yield _fitted_sample(item, layout, read, geometry, name, item.id)
+
+
+def _fitted_sample(
+    item: Item,
+    layout: Layout,
+    read: _Read,
+    geometry: Geometry,
+    sample_id: str,
+    picture: str | None,
+) -> schema.Sample:
+    size = layout.height, layout.width
     image = apply_geometry(read.image, geometry, *size, nearest=False).reshape(*size, -1)
     return schema.Sample(
-        id=item.id,
+        id=sample_id,
         group=item.group,
         image=image,
         mask=apply_geometry(read.mask, geometry, *size, nearest=True),
@@ -309,6 +355,7 @@ def _fitted_sample(item: Item, layout: Layout, read: _Read) -> schema.Sample:
         spacing_mm=read.spacing_mm,
         pixel_sha256=schema.sha256_of_pixels(image),
         off_map_pixels=read.off_map_pixels,
+        picture=picture,
     )
 
 

@@ -43,8 +43,9 @@ SHARD_PATTERN = re.compile(r"(train|valid|test)-(\d{5,})-of-(\d{5,})\.tfrecord")
 MAX_MANIFEST_BYTES = 64 * 2**20
 RECORD_OVERHEAD = 16  # bytes that the framing adds to a payload: length, its CRC, the payload's CRC
 
-# Added after version 0.1.0; null where nothing was cropped or flipped.
 _CROP_COLUMNS = ("crop_top", "crop_left", "crop_height", "crop_width")
+# Added after version 0.1.0; null where nothing was cropped, flipped or cut into tiles.
+_LATER_COLUMNS = (*_CROP_COLUMNS, "is_flipped", "picture")
 
 _HEADER = struct.Struct("<QI")  # payload length, masked CRC32C of the length
 _FOOTER = struct.Struct("<I")  # masked CRC32C of the payload
@@ -62,6 +63,7 @@ class Sample:
         spacing_mm: size of a pixel of the source (y, x), where it is known.
         pixel_sha256: `sha256_of_pixels(image)`.
         off_map_pixels: mask pixels whose colour was not exactly one of a class.
+        picture: of a tile, the id of the picture that it was cut from.
     """
 
     id: str
@@ -73,6 +75,7 @@ class Sample:
     spacing_mm: tuple[float, float] | None
     pixel_sha256: str
     off_map_pixels: int
+    picture: str | None = None
 
 
 class ShardInfo(Settings):
@@ -112,7 +115,7 @@ class Manifest(Settings):
     value_max: int = Field(ge=255, le=65535)
     classes: tuple[ClassColor, ...] = Field(min_length=1)
     ignore_id: int | None = None
-    geometry: Literal["stretch", "pad"]
+    geometry: Literal["stretch", "pad", "tile"]
     crop: Crop = "none"
     flip: Flip = "none"
     split_rule: str
@@ -167,13 +170,20 @@ def encode_example(sample: Sample) -> bytes:
     """Returns the `tf.train.Example` of `sample`; equal samples give equal bytes.
 
     Features: image/{encoded,format,height,width,channels,filename,id,group} and
-    image/segmentation/class/{encoded,format}; both pictures are lossless PNG.
+    image/segmentation/class/{encoded,format}; both pictures are lossless PNG. A tile has
+    image/tile/{picture,top,left} too: the picture's id, and its place there in pixels.
     """
     from data_prep.image import encode_png
 
     height, width, channels = sample.image.shape
+    place: dict[str, bytes | int] = {}
+    if sample.picture is not None:
+        box = sample.geometry.part
+        place["image/tile/picture"] = sample.picture.encode()
+        place |= {"image/tile/top": box.top, "image/tile/left": box.left}
     return encode_features(
         {
+            **place,
             "image/channels": channels,
             "image/encoded": encode_png(sample.image),
             "image/filename": sample.filename.encode(),
@@ -257,8 +267,10 @@ def sample_schema() -> "pyarrow.Schema":
     `offset` is the position of the record header in the shard and `length` the whole record, both
     in bytes. `top`, `left`, `height` and `width` say where the picture lies in the stored image, in
     pixels; `crop_top` ... which part of the picture that is, in its own pixels, null for all of it,
-    and `is_flipped` whether it is mirrored, left to right. `sha256` is `sha256_of_pixels` of the
-    stored image. `fold` is null outside folds.
+    and `is_flipped` whether it is mirrored, left to right. `picture` is the id of the picture that
+    a tile was cut from: all its tiles have its group, split and `off_map_pixels`; null where
+    samples are whole pictures. `sha256` is `sha256_of_pixels` of the stored image. `fold` is null
+    outside folds.
     """
     import pyarrow as pa
 
@@ -277,8 +289,9 @@ def sample_schema() -> "pyarrow.Schema":
         ("fold", int64),
         *((name, int64) for name in _CROP_COLUMNS),
         ("is_flipped", pa.bool_()),
+        ("picture", text),
     ]
-    nullable = {"spacing_y_mm", "spacing_x_mm", "fold", *_CROP_COLUMNS, "is_flipped"}
+    nullable = {"spacing_y_mm", "spacing_x_mm", "fold", *_LATER_COLUMNS}
     return pa.schema([pa.field(name, kind, name in nullable) for name, kind in columns])
 
 
@@ -378,7 +391,7 @@ def read_samples(store: "Store", manifest: Manifest) -> "pyarrow.Table":
     except pa.ArrowException as error:
         raise ContentError(f"{where}: not a parquet table ({error})") from error
     for field in sample_schema():
-        if field.name not in table.column_names and field.name in (*_CROP_COLUMNS, "is_flipped"):
+        if field.name not in table.column_names and field.name in _LATER_COLUMNS:
             table = table.append_column(field, pa.nulls(len(table), field.type))
     if not table.schema.equals(sample_schema()):
         raise ContentError(f"{where}: columns differ from this format; prepare the dataset again")

@@ -215,6 +215,7 @@ def sample_rows(
                 "off_map_pixels": scanned.off_map_pixels,
                 "sha256": placed.sha256,
                 "fold": folds.get(scanned.id),
+                "picture": scanned.picture if scanned.geometry.kind == "tile" else None,
                 **_geometry_columns(scanned),
             }
 

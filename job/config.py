@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from data_prep.settings import Settings, fields_of, option
+from data_prep.settings import Settings, fields_of, merged, option
 from job.augment import AugmentationConfig
 
 # A form that every storage and cluster takes.
@@ -27,6 +27,7 @@ LossName = Literal[
     "basnet_hybrid",
     "dice_multiclass",
     "focal",
+    "ce_dice",
 ]
 MetricName = Literal["dice_coef_multiclass", "dice_coef", "iou_coef", "sensitivity", "specificity"]
 MODELS = ("flexunet",)
@@ -52,7 +53,9 @@ class ModelConfig(Settings):
         ge=0.0,
         lt=1.0,
     )
-    normalization: Literal["none", "batch"] = option("none", "Normalisation after convolutions.")
+    normalization: Literal["none", "batch", "group"] = option(
+        "none", "Normalisation after convolutions; group: of 8 groups of channels in each picture."
+    )
     normalization_momentum: float = option(
         0.99,
         "Share of the old running statistics that a step keeps; runs of few steps need less.",
@@ -124,7 +127,7 @@ class OptimizerConfig(Settings):
 
 
 class ScheduleConfig(Settings):
-    """Learning rate on plateau and early stopping; both watch the validation loss."""
+    """Learning rate and early stopping. What watches anything watches the validation loss."""
 
     reduce_on_plateau: bool = option(True, "Reduce the learning rate on a plateau.")
     reducer_factor: float = option(0.4, "The learning rate is multiplied by this.", gt=0, lt=1)
@@ -133,11 +136,49 @@ class ScheduleConfig(Settings):
     early_stopping_patience: int = option(
         10, "Epochs without improvement before training stops; 0: it never does.", ge=0
     )
+    warmup_epochs: float = option(
+        0.0, "Epochs over which the learning rate grows from 0, step by step.", ge=0
+    )
+    cosine: bool = option(
+        False,
+        "After that let the learning rate fall along half a cosine, to 0 after the last epoch.",
+    )
+
+    @model_validator(mode="after")
+    def _one_fall(self) -> "ScheduleConfig":
+        if self.cosine and self.reduce_on_plateau:
+            raise ValueError("cosine and reduce_on_plateau exclude each other; switch one off")
+        return self
+
+
+# Laid under all other options. The defaults are the reference implementation's training; the
+# recipe is what benchmarks/recipe.py compares with it.
+PRESETS: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "recipe": {
+        "model": {"normalization": "group"},
+        "loss": {"name": "ce_dice"},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3, "clipvalue": None, "clipnorm": 1.0},
+        "schedule": {
+            "reduce_on_plateau": False,
+            "early_stopping_patience": 0,
+            "warmup_epochs": 1.0,
+            "cosine": True,
+        },
+        "foreground_share": 0.5,
+    },
+}
 
 
 class TrainConfig(Settings):
     """One training run."""
 
+    preset: Literal["reference", "recipe"] = option(
+        "reference",
+        "Defaults of the other options. recipe: group normalisation, cross-entropy with Dice of "
+        "the foreground, AdamW, warm-up and cosine, half of the samples with foreground.",
+        free=True,
+    )
     data: str | None = option(
         None,
         "Dataset: folder or gs:// URL that prep made. Required, but for a .config file.",
@@ -160,6 +201,13 @@ class TrainConfig(Settings):
         le=100,
     )
     fold: int | None = option(None, "Train this fold alone, counted from 0.", ge=0)
+    foreground_share: float | None = option(
+        None,
+        "Share of an epoch's samples that shall show foreground, where the dataset has fewer: some "
+        "come twice, and of the others some not at all. none: every sample once.",
+        gt=0,
+        lt=1,
+    )
     seed: int = option(1234, "Seed of weights, order, dropout and augmentation.", ge=0, lt=2**31)
     precision: Literal["auto", "float32", "mixed_bfloat16", "float64"] = option(
         "auto", "Arithmetic; auto: mixed_bfloat16 where the hardware computes it, else float32."
@@ -180,6 +228,13 @@ class TrainConfig(Settings):
         None,
         "Folder or gs:// URL of those images; none: the first of the validation split.",
         free=True,
+    )
+    window_overlap: int | None = option(
+        None,
+        "Pixels by which windows overlap at least, where pictures larger than the network are "
+        "predicted in windows; none: half a window.",
+        free=True,
+        ge=0,
     )
     checkpoint_every_minutes: float = option(
         10.0, "Minutes between checkpoints inside an epoch; 0: only after epochs.", free=True, ge=0
@@ -243,6 +298,14 @@ class TrainConfig(Settings):
             raise ValueError(f"a run's name is {RUN_NAME_RULE}")
         return name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _over_preset(cls, values: Any) -> Any:
+        """Lays the options that are given over those of the preset."""
+        if not isinstance(values, dict):
+            return values
+        return merged(PRESETS.get(str(values.get("preset")), {}), values)
+
     @model_validator(mode="after")
     def _fold_exists(self) -> "TrainConfig":
         if self.fold is not None and (self.folds is None or self.fold >= self.folds):
@@ -253,7 +316,8 @@ class TrainConfig(Settings):
 def identity_of(config: TrainConfig) -> dict[str, Any]:
     """Returns the values that identify a run, by dotted path; JSON types only.
 
-    Folds are named where there are some: runs that were begun before there were any go on.
+    Later fields are named where they are not at their default: runs that were begun before there
+    were any go on.
     """
     values = json.loads(config.model_dump_json())
     identity = {}
@@ -264,6 +328,13 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
         value = values
         for part in path:
             value = value[part]
-        if value is not None or path not in (("folds",), ("fold",)):
+        if path not in _LATER or value != field.default:
             identity[".".join(path)] = value
     return identity
+
+
+# Identity fields that came after version 0.1.0.
+_LATER = {
+    *(("folds",), ("fold",), ("foreground_share",)),
+    *(("schedule", "warmup_epochs"), ("schedule", "cosine")),
+}

@@ -53,6 +53,8 @@ class Split:
     lengths: np.ndarray  # (N,) int64, bytes
     geometries: tuple[Geometry, ...]  # where each picture lies in the stored one
     spacings: tuple[tuple[float, float] | None, ...]  # mm (rows, columns) of a source pixel
+    pictures: tuple[str | None, ...]  # of a tile, the id of its picture
+    has_foreground: np.ndarray  # (N,) bool: a pixel of another class than 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -89,8 +91,11 @@ def open_dataset(url: str) -> Dataset:
     table = read_samples(store, manifest)
     columns = {
         name: table.column(name).to_numpy()
-        for name in ("split", "id", "filename", "group", "shard", "offset", "length")
+        for name in ("split", "id", "filename", "group", "shard", "offset", "length", "picture")
     }
+    columns["foreground"] = np.array(
+        [any(counts[1:]) for counts in table.column("pixels_per_class").to_pylist()], bool
+    )
     places = _places(table)
     names = [str(name) for name in np.unique(columns["split"])]
     splits = {name: _split(name, columns, places) for name in names}
@@ -143,12 +148,35 @@ def _split(
         lengths=columns["length"][rows],
         geometries=tuple(geometry for geometry, _ in chosen),
         spacings=tuple(spacing for _, spacing in chosen),
+        pictures=tuple(columns["picture"][rows]),
+        has_foreground=columns["foreground"][rows],
     )
 
 
 def sample_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
     """Returns the order of an epoch: a permutation of 0..N-1, (N,) int64."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_samples)
+
+
+def epoch_order(
+    has_foreground: np.ndarray, share: float | None, *, seed: int, epoch: int
+) -> np.ndarray:
+    """Returns the samples of an epoch in their order, (N,) int64; as many as there are.
+
+    Every sample once, or, where fewer than `share` of them have foreground: so many that have,
+    drawn in rounds of all of them, and the first of a permutation of the others.
+    """
+    count = len(has_foreground)
+    positive, negative = np.flatnonzero(has_foreground), np.flatnonzero(~has_foreground)
+    wanted = 0 if share is None else round(share * count)
+    if not len(positive) or wanted <= len(positive):
+        return sample_order(count, seed=seed, epoch=epoch)
+    # A stream of its own: that of `sample_order` has the same key.
+    random = np.random.Generator(np.random.Philox(key=[seed, epoch]).jumped())
+    num_rounds = -(-wanted // len(positive))
+    rounds = [random.permutation(positive) for _ in range(num_rounds)]
+    chosen = [*np.concatenate(rounds)[:wanted], *random.permutation(negative)[: count - wanted]]
+    return random.permutation(np.array(chosen, np.int64))
 
 
 def global_batches(order: np.ndarray, batch_size: int) -> np.ndarray:

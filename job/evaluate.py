@@ -2,7 +2,8 @@
 
 Training and the command share the `Evaluator`. Every epoch counts pixels, on all devices. A final
 evaluation also measures case by case: contours, lesions and thresholds, at the network's size and,
-by the recorded geometry, at the picture's own.
+by the recorded geometry, at the picture's own. A case is a picture: tiles are put together and
+predicted in windows, unless each of them shall count as a picture.
 
 python -m job.evaluate RUN --split test
 """
@@ -10,7 +11,7 @@ python -m job.evaluate RUN --split test
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import click
@@ -20,8 +21,8 @@ from data_prep.command import SettingsCommand, given, run_command, settings_opti
 from data_prep.errors import StoppedError, UsageError
 from data_prep.image import Geometry, undo_geometry
 from data_prep.progress import Progress, quiet_interrupts
-from data_prep.settings import Settings, option, validated
-from data_prep.storage import Store
+from data_prep.settings import option, validated
+from data_prep.storage import Store, open_store
 from data_prep.table import csv_table
 from job.config import TrainConfig
 from job.data import (
@@ -30,13 +31,12 @@ from job.data import (
     Split,
     distributed_batches,
     global_batches,
+    open_dataset,
     open_reader,
-    read_sample,
 )
 from job.fit import num_outputs
 from job.folds import open_folded
 from job.history import evaluation_csv
-from job.infer import class_ids_at_source
 from job.measures import (
     SIZES,
     Case,
@@ -49,16 +49,30 @@ from job.measures import (
     summarize_cases,
     without_ignored,
 )
-from job.trained import TrainedRun, load_model, open_trained
+from job.pictures import Picture, pictures_of, read_picture
+from job.predict import (
+    Ids,
+    PredictConfig,
+    Probabilities,
+    area_scale,
+    class_ids,
+    class_ids_at_source,
+    probabilities_of,
+    window_overlap,
+    without_small,
+)
+from job.regions import FILE_NAME, ClassFit, RegionTally, fit_record
+from job.trained import TrainedRun, load_member, open_alike
 
 _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured case by case, in the order of the split."""
+    """What was measured picture by picture."""
 
     cases: dict[str, list[Case]]  # by size
+    counts: np.ndarray  # (pictures, classes, 4) int64, of the masks that were measured
     sweep: ThresholdSweep  # at the network's size
 
 
@@ -67,7 +81,8 @@ class Evaluation:
     """What was counted over one split."""
 
     split: Split
-    means: dict[str, float]  # "loss" and the reference's metrics
+    pictures: tuple[Picture, ...]  # the cases
+    means: dict[str, float]  # "loss" and the reference's metrics; of samples, which may be tiles
     counts: np.ndarray  # (cases, classes, 4) int64: tp, fp, fn, tn
     summary: dict[str, Any]  # strict JSON
     measured: Measured | None = None
@@ -75,7 +90,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A model on its devices, and how its errors on a dataset are counted."""
+    """A model on its devices, and how its errors on a dataset are counted.
+
+    Attributes:
+        overlap: of windows, pixels.
+        is_by_tile: a tile counts as a picture.
+        min_pixels: of each class but 0, at the network's size; smaller regions are not predicted.
+    """
 
     config: TrainConfig
     strategy: Any
@@ -84,11 +105,28 @@ class Evaluator:
     metrics: Mapping[str, Any]  # of the reference, by name
     step: Callable[..., Any]  # batch -> sums, counts
     probabilities: Callable[[np.ndarray], Any]  # (B, H, W, C) pixels -> (B, H, W, K) float32
+    overlap: int
     first_replica: int = 0  # of this process, among all
+    is_by_tile: bool = False
+    min_pixels: tuple[int, ...] = ()
 
-    def predict(self, images: np.ndarray) -> np.ndarray:
-        """Returns the class ids (B, H, W) uint8 of pixels (B, H, W, C)."""
-        return _class_ids(self.probabilities(images).numpy())
+    def pictures_of(self, split: Split) -> tuple[Picture, ...]:
+        """Returns the cases of `split`."""
+        return pictures_of(split, is_by_tile=self.is_by_tile)
+
+    def predict(self, image: np.ndarray) -> Probabilities:
+        """Returns the probabilities (H, W, K) of a picture (H, W, C) of any size."""
+        return probabilities_of(
+            image,
+            self.probabilities,
+            self.dataset.manifest,
+            overlap=self.overlap,
+            batch_size=self.config.global_batch_size,
+        )
+
+    def mask_of(self, image: np.ndarray) -> Ids:
+        """Returns the class ids (H, W) of a picture (H, W, C) of any size."""
+        return without_small(class_ids(self.predict(image)), self.min_pixels)
 
     def evaluate(
         self,
@@ -100,6 +138,8 @@ class Evaluator:
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Evaluation:
         """Returns the evaluation of every case of split `name`, with the weights as they are now.
+
+        Where it is not measured, the pixels of a picture are added over its tiles.
 
         Args:
             reader: of that split.
@@ -129,49 +169,69 @@ class Evaluator:
                 if should_stop():
                     raise StoppedError(f"stopped evaluating {name}; the same command resumes")
         # The last batch is filled up with padding, which comes after every case.
-        cases = np.concatenate(parts)[: len(split)]
+        samples = np.concatenate(parts)[: len(split)]
+        pictures = self.pictures_of(split)
         means = means_of(running, self.metrics)
-        summary = _summary(split, cases, means, self.dataset)
-        found = self._measure(split, reader, shown, should_stop) if measured else None
-        if found is not None:
-            names = foreground_names(self.dataset)
-            summary["sizes"] = {
-                size: summarize_cases(each, split.groups, names)
-                for size, each in found.cases.items()
-            }
-        return Evaluation(split, means, cases, summary, found)
+        if not measured:
+            counts = np.stack([samples[list(each.samples)].sum(axis=0) for each in pictures])
+            return Evaluation(split, pictures, means, counts, self._summary(name, counts, means))
+        found = self._measure(name, pictures, reader, shown, should_stop)
+        summary = self._summary(name, found.counts, means)
+        groups, names = [each.group for each in pictures], foreground_names(self.dataset)
+        summary["sizes"] = {
+            size: summarize_cases(each, groups, names) for size, each in found.cases.items()
+        }
+        return Evaluation(split, pictures, means, found.counts, summary, found)
+
+    def _summary(self, name: str, counts: np.ndarray, means: Mapping[str, float]) -> dict[str, Any]:
+        is_by_tile = self.is_by_tile and self.dataset.manifest.geometry == "tile"
+        case = {"case": "tile" if is_by_tile else "picture"}
+        return {**_summary(name, counts, means, self.dataset), **case}
 
     def _measure(
-        self, split: Split, reader: RecordReader, shown: bool, should_stop: Callable[[], bool]
+        self,
+        name: str,
+        pictures: Sequence[Picture],
+        reader: RecordReader,
+        shown: bool,
+        should_stop: Callable[[], bool],
     ) -> Measured:
         """Returns what is measured on each case; one case at a time is in memory.
 
         Every process of a team does all of it: the others would only wait for the first.
         """
+        from job.metrics import confusion_counts
+
+        manifest = self.dataset.manifest
         cases: dict[str, list[Case]] = {size: [] for size in SIZES}
+        counts = []
         sweep = ThresholdSweep(foreground_names(self.dataset))
-        with Progress(f"measure {split.name}", len(split), unit="cases", shown=shown) as bar:
-            for index in bar.tracked(range(len(split))):
-                image, truth = read_sample(reader, index)
-                probabilities = self.probabilities(image[np.newaxis]).numpy()[0]
-                for size, case in self._cases_of(split, index, truth, probabilities).items():
+        with Progress(f"measure {name}", len(pictures), unit="cases", shown=shown) as bar:
+            for picture in bar.tracked(pictures):
+                image, truth = read_picture(reader, picture)
+                probabilities = self.predict(image)
+                ids = without_small(class_ids(probabilities), self.min_pixels)
+                for size, case in self._cases_of(picture, truth, probabilities, ids).items():
                     cases[size].append(case)
-                sweep.add(*_counted(truth, probabilities, self.dataset.manifest.ignore_id))
+                pair = truth[np.newaxis], ids[np.newaxis]
+                counts.append(confusion_counts(*pair, len(manifest.classes), manifest.ignore_id))
+                sweep.add(*_counted(truth, probabilities, manifest.ignore_id))
                 if should_stop():
-                    raise StoppedError(f"stopped measuring {split.name}; the same command resumes")
-        return Measured(cases, sweep)
+                    raise StoppedError(f"stopped measuring {name}; the same command resumes")
+        return Measured(cases, np.concatenate(counts), sweep)
 
     def _cases_of(
-        self, split: Split, index: int, truth: np.ndarray, probabilities: np.ndarray
+        self, picture: Picture, truth: np.ndarray, probabilities: np.ndarray, ids: np.ndarray
     ) -> dict[str, Case]:
         """Returns the case at each size; where both sizes are one, it is measured once."""
-        geometry = split.geometries[index]
-        scales = _scales(geometry, split.spacings[index])
-        network = self._measured(truth, _class_ids(probabilities), scales["network"])
+        geometry = picture.geometry
+        scales = _scales(geometry, picture.spacing)
+        network = self._measured(truth, ids, scales["network"])
         if not geometry.crop and (geometry.source_height, geometry.source_width) == truth.shape:
             return {"network": network, "original": network}
         truth = undo_geometry(truth, geometry, nearest=True)
         ids = class_ids_at_source(probabilities, geometry)
+        ids = without_small(ids, self.min_pixels, area_scale(geometry))
         return {"network": network, "original": self._measured(truth, ids, scales["original"])}
 
     def _measured(self, truth: np.ndarray, ids: np.ndarray, scale: Scale) -> Case:
@@ -181,11 +241,17 @@ class Evaluator:
 
 
 def make_evaluator(
-    config: TrainConfig, strategy: Any, dataset: Dataset, model: Any, *, first_replica: int = 0
+    config: TrainConfig,
+    strategy: Any,
+    dataset: Dataset,
+    network: Callable[..., Any],
+    *,
+    first_replica: int = 0,
 ) -> Evaluator:
-    """Returns the evaluator of `model`, which was made in the scope of `strategy`.
+    """Returns the evaluator of a network, see `job.step.network_of`.
 
     Args:
+        network: of models that were made in the scope of `strategy`.
         first_replica: global number of this process' first replica.
 
     Raises:
@@ -204,11 +270,11 @@ def make_evaluator(
     )
     metrics = reference_metrics(config.metrics, ignore_id=manifest.ignore_id)
     step = make_evaluation_step(
-        strategy, model, loss, metrics, len(manifest.classes), manifest.ignore_id
+        strategy, network, loss, metrics, len(manifest.classes), manifest.ignore_id
     )
-    probabilities = make_probability_step(model)
     return Evaluator(
-        *(config, strategy, dataset, loss, metrics, step, probabilities),
+        *(config, strategy, dataset, loss, metrics, step, make_probability_step(network)),
+        overlap=window_overlap(manifest, config.window_overlap),
         first_replica=first_replica,
     )
 
@@ -219,12 +285,12 @@ def means_of(running: Any, metrics: Mapping[str, Any]) -> dict[str, float]:
     return {"loss": running.mean("loss"), **values}
 
 
-def _summary(split: Split, cases: np.ndarray, means: Mapping[str, float], dataset: Dataset) -> Any:
+def _summary(name: str, cases: np.ndarray, means: Mapping[str, float], dataset: Dataset) -> Any:
     from job.metrics import summarize
 
     values = {name: value if math.isfinite(value) else None for name, value in means.items()}
     summary = {
-        "split": split.name,
+        "split": name,
         **summarize(cases),
         "loss": values.pop("loss"),
         **{f"reference_{name}": value for name, value in values.items()},
@@ -250,13 +316,6 @@ def _scales(geometry: Geometry, spacing: tuple[float, float] | None) -> dict[str
     return {"network": Scale(network, "mm"), "original": Scale(spacing, "mm")}
 
 
-def _class_ids(probabilities: np.ndarray) -> np.ndarray:
-    """Returns the most probable class (...) uint8 of (..., K); K = 1 is a sigmoid output."""
-    if probabilities.shape[-1] == 1:
-        return (probabilities[..., 0] > 0.5).astype(np.uint8)
-    return np.argmax(probabilities, axis=-1).astype(np.uint8)
-
-
 def _counted(
     truth: np.ndarray, probabilities: np.ndarray, ignore_id: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -267,22 +326,24 @@ def _counted(
     return np.where(ignored, 0, truth), np.where(ignored[..., np.newaxis], 0, probabilities)
 
 
+def evaluation_folder(run: Store, split: str) -> Store:
+    """Returns where in a run the evaluation of a split lies."""
+    return run.below("evaluation" if split == "test" else f"evaluation/{split}")
+
+
 def write_evaluation(
-    store: Store, evaluation: Evaluation, evaluator: Evaluator, reader: RecordReader
+    target: Store, evaluation: Evaluation, evaluator: Evaluator, reader: RecordReader
 ) -> str:
     """Writes the tables, the summary and pictures of best, middle and worst cases of a split.
 
-    They go to `evaluation/`, or to `evaluation/<split>/` for another split than test.
-
     Args:
-        store: the run's folder.
+        target: the folder, see `evaluation_folder`.
         reader: of that split.
 
     Returns:
         The URL of the folder.
     """
-    split, means = evaluation.split.name, evaluation.means
-    target = store.below("evaluation" if split == "test" else f"evaluation/{split}")
+    means = evaluation.means
     loss, metric = evaluator.config.loss.name, next(iter(evaluator.metrics), "")
     table = evaluation_csv(loss, means["loss"], metric, means.get(metric, math.nan))
     pictures = dict(_example_pictures(evaluation, evaluator, reader))
@@ -298,6 +359,11 @@ def write_evaluation(
         target.put(measured_name, text.encode())
     for name, picture in pictures.items():
         target.put(f"{name}.png", picture)
+    regions = evaluation.summary.get("prediction", {}).get("small_regions")
+    if regions is None:
+        target.delete(FILE_NAME)
+    else:
+        target.put(FILE_NAME, (json.dumps(regions, indent=2, allow_nan=False) + "\n").encode())
     summary = json.dumps(evaluation.summary, indent=2, allow_nan=False) + "\n"
     target.put("summary.json", summary.encode())
     return target.url
@@ -306,16 +372,18 @@ def write_evaluation(
 def _per_case_csv(evaluation: Evaluation, dataset: Dataset) -> str:
     from job.metrics import scores
 
-    split, names = evaluation.split, [each.name for each in dataset.manifest.classes]
+    names = [each.name for each in dataset.manifest.classes]
     measures = scores(evaluation.counts)  # by name, (cases, classes)
     columns = ["id", "filename", "group"]
     columns += [f"{measure}_{name}" for name in names for measure in measures]
     columns += [f"{count}_px_{name}" for name in names for count in ("tp", "fp", "fn", "tn")]
     rows = []
-    for index, case in enumerate(evaluation.counts):
+    for index, (picture, case) in enumerate(
+        zip(evaluation.pictures, evaluation.counts, strict=True)
+    ):
         values = [measures[key][index, c] for c in range(len(names)) for key in measures]
         defined = [None if np.isnan(value) else float(value) for value in values]
-        name = [split.ids[index], split.filenames[index], split.groups[index]]
+        name = [picture.id, picture.filename, picture.group]
         rows.append([*name, *defined, *(int(count) for count in case.reshape(-1))])
     return csv_table(columns, rows)
 
@@ -324,12 +392,11 @@ def _measured_tables(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple
     """Yields name and text of the tables of what was measured case by case."""
     if evaluation.measured is None:
         return
-    split, names = evaluation.split, foreground_names(dataset)
-    columns = ["id", "group", *case_columns(names)]
+    columns = ["id", "group", *case_columns(foreground_names(dataset))]
     for size, cases in evaluation.measured.cases.items():
         rows = [
-            [split.ids[index], split.groups[index], *case_cells(case)]
-            for index, case in enumerate(cases)
+            [picture.id, picture.group, *case_cells(case)]
+            for picture, case in zip(evaluation.pictures, cases, strict=True)
         ]
         yield f"measures_{size}.csv", csv_table(columns, rows)
     sweep = evaluation.measured.sweep
@@ -343,9 +410,10 @@ def _example_pictures(
 
     classes = evaluator.dataset.manifest.classes
     for name, index, dice in _example_cases(evaluation.counts):
-        image, truth = read_sample(reader, index)
-        prediction = evaluator.predict(image[np.newaxis])[0]
-        title = plots.panel_title(evaluation.split.filenames[index], dice)
+        picture = evaluation.pictures[index]
+        image, truth = read_picture(reader, picture)
+        prediction = evaluator.mask_of(image)
+        title = plots.panel_title(picture.filename, dice)
         yield f"examples/{name}", plots.panel_png(image, truth, prediction, classes, title)
         yield f"overlays/{name}", plots.overlay_png(image, prediction, classes, truth)
 
@@ -353,9 +421,9 @@ def _example_pictures(
 def _examples_csv(evaluation: Evaluation) -> str:
     """Returns which case each picture in `examples/` and `overlays/` is of."""
     columns = ("picture", "id", "filename", "foreground_dice")
-    split = evaluation.split
+    pictures = evaluation.pictures
     rows = [
-        (name, split.ids[index], split.filenames[index], dice)
+        (name, pictures[index].id, pictures[index].filename, dice)
         for name, index, dice in _example_cases(evaluation.counts)
     ]
     return csv_table(columns, rows)
@@ -429,13 +497,23 @@ def _measures_table(size: str, measures: Mapping[str, Any]) -> Any:
     return table
 
 
-class EvaluateConfig(Settings):
+class EvaluateConfig(PredictConfig):
     """Options of `flexunet evaluate`."""
 
     split: Literal["train", "valid", "test"] = option("test", "Split whose cases are evaluated.")
-    checkpoint: Literal["best", "last"] = option("best", "Weights.")
     data: str | None = option(
         None, "Where the run's dataset is now; unset: where it was trained from."
+    )
+    output: str | None = option(
+        None, "Folder or gs:// URL of the evaluation; unset: RUN/evaluation."
+    )
+    tiles_as_pictures: bool = option(
+        False, "Evaluate every tile of a dataset of tiles as if it were a picture."
+    )
+    remove_small_regions: bool = option(
+        False,
+        "Predict no regions below a size, which is fitted on the validation split and written to "
+        "small_regions.json.",
     )
     batch_size: int | None = option(None, "Cases per step; unset: the run's batch.", ge=1)
     cpu_replicas: int = option(1, "Mirrored replicas on a machine without a GPU.", ge=1)
@@ -444,40 +522,123 @@ class EvaluateConfig(Settings):
 
 
 def evaluate_run(
-    run: TrainedRun, dataset: Dataset, strategy: Any, config: EvaluateConfig
+    run: TrainedRun,
+    dataset: Dataset,
+    strategy: Any,
+    config: EvaluateConfig,
+    others: Sequence[TrainedRun] = (),
 ) -> tuple[Evaluation, str]:
     """Returns the evaluation of one split with the weights of a run, and where it was written.
 
+    Args:
+        others: runs that predict together with it.
+
     Raises:
-        UsageError: no such split.
+        UsageError: no such split, or an ensemble without a place for its evaluation.
     """
+    from job.step import network_of
+
     settings = resolve_config(run, config)
     split = dataset.split(config.split)
+    target = _target(run, config)
     with strategy.scope():
-        model = load_model(run, which=config.checkpoint)
-    evaluator = make_evaluator(settings, strategy, dataset, model)
-    reader = open_reader(dataset, split, cache=settings.cache, cache_dir=settings.cache_dir)
+        loaded = [load_member(each, which=config.checkpoint) for each in (run, *others)]
+    network = network_of([model for model, _ in loaded], config.flips)
+    evaluator = replace(
+        make_evaluator(settings, strategy, dataset, network), is_by_tile=config.tiles_as_pictures
+    )
+    way: dict[str, Any] = {
+        "runs": [asdict(member) for _, member in loaded],
+        "flips": config.flips,
+        "overlap": evaluator.overlap if dataset.manifest.geometry == "tile" else None,
+        "small_regions": None,
+    }
+    if config.remove_small_regions:
+        fits, fitted_on = _fit_regions(evaluator, shown=config.progress)
+        members = [member for _, member in loaded]
+        way["small_regions"] = fit_record(fits, members, config.flips, fitted_on)
+        evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in fits))
+    reader = _reader_of(dataset, split, settings)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
-    return evaluation, write_evaluation(run.store, evaluation, evaluator, reader)
+    evaluation.summary["prediction"] = way
+    return evaluation, write_evaluation(target, evaluation, evaluator, reader)
+
+
+def _target(run: TrainedRun, config: EvaluateConfig) -> Store:
+    if config.output is not None:
+        store = open_store(config.output)
+        names = {stat.name for stat in store.list()}
+        # Pictures of an earlier evaluation are deleted there: it must be one.
+        if names and "per_case.csv" not in names:
+            raise UsageError(
+                f"{store.url}: holds other files than an evaluation; give --output a new folder"
+            )
+        return store
+    if config.ensemble:
+        raise UsageError("an ensemble's evaluation belongs to none of its runs; give --output")
+    return evaluation_folder(run.store, config.split)
+
+
+def _reader_of(dataset: Dataset, split: Split, settings: TrainConfig) -> RecordReader:
+    return open_reader(dataset, split, cache=settings.cache, cache_dir=settings.cache_dir)
+
+
+def _fit_regions(evaluator: Evaluator, *, shown: bool) -> tuple[list[ClassFit], dict[str, Any]]:
+    """Returns from which size on regions stay, and what it was fitted on: always `valid`."""
+    dataset = evaluator.dataset
+    split = dataset.split("valid")
+    reader = _reader_of(dataset, split, evaluator.config)
+    tally, pictures = RegionTally(foreground_names(dataset)), evaluator.pictures_of(split)
+    with Progress("fit on valid", len(pictures), unit="cases", shown=shown) as bar:
+        for picture in bar.tracked(pictures):
+            image, truth = read_picture(reader, picture)
+            ids = class_ids(evaluator.predict(image))
+            tally.add(*without_ignored(truth, ids, dataset.manifest.ignore_id))
+    fitted_on = {
+        "split": split.name,
+        "num_cases": tally.num_cases,
+        "dataset_sha256": dataset.digest,
+        "fold": evaluator.config.fold,
+    }
+    return tally.fit(), fitted_on
 
 
 def resolve_config(run: TrainedRun, config: EvaluateConfig) -> TrainConfig:
     """Returns the run's config with the batch and the devices of this evaluation."""
     batch_size = config.batch_size or run.config.global_batch_size
-    changes = {"global_batch_size": batch_size, "cpu_replicas": config.cpu_replicas}
+    changes: dict[str, Any] = {
+        "global_batch_size": batch_size,
+        "cpu_replicas": config.cpu_replicas,
+    }
+    if config.overlap is not None:
+        changes["window_overlap"] = config.overlap
     return run.config.model_copy(update=changes)
 
 
-def dataset_of(run: TrainedRun, url: str | None) -> Dataset:
+def dataset_of(run: TrainedRun, url: str | None, others: Sequence[TrainedRun] = ()) -> Dataset:
     """Returns the dataset that `run` was trained on.
+
+    Where runs of other folds predict with it, each has trained on what another validates, and the
+    only split that all have not seen is the dataset's own test split.
 
     Args:
         url: where it is now; None: where it was then.
 
     Raises:
-        UsageError: another dataset is there.
+        UsageError: another dataset is there, or one of `others` was trained on another.
     """
-    dataset = open_folded(run.config, url)
+    folds = {(each.config.folds, each.config.fold) for each in (run, *others)}
+    if len(folds) == 1:
+        dataset = open_folded(run.config, url)
+    else:
+        dataset = open_dataset(url or str(run.config.data))
+        dataset = replace(dataset, splits={"test": dataset.split("test")})
+    for each in others:
+        if each.dataset_digest != run.dataset_digest:
+            raise UsageError(
+                f"{each.store.url}: was trained on another dataset than {run.store.url}, and may "
+                "have seen the cases that would be evaluated; leave it out"
+            )
     if dataset.digest != run.dataset_digest:
         raise UsageError(
             f"{dataset.url}: not the dataset that this run was trained on (its manifest has sha256 "
@@ -496,15 +657,18 @@ def command(run: str, **options: Any) -> int:
     """
     config = validated(EvaluateConfig, given(options), "options")
     with quiet_interrupts():
-        trained = open_trained(run)
-        dataset = dataset_of(trained, config.data)
-        dataset.split(config.split)
+        trained, *others = open_alike([run, *config.ensemble])
+        dataset = dataset_of(trained, config.data, others)
+        for name in (config.split, *(["valid"] if config.remove_small_regions else [])):
+            dataset.split(name)
+        _target(trained, config)
+        window_overlap(dataset.manifest, config.overlap)
         from job import runtime
 
         if config.needs_gpu:
             runtime.require_gpu()
         strategy = runtime.configure(resolve_config(trained, config))
-        evaluation, url = evaluate_run(trained, dataset, strategy, config)
+        evaluation, url = evaluate_run(trained, dataset, strategy, config, others)
     show_summary(evaluation.summary)
     click.echo(f"tables and pictures: {url}")
     return 0

@@ -89,6 +89,8 @@ def _joined(name: str, parts: Sequence[Split], chosen: np.ndarray) -> Split:
         lengths=np.array(pick("lengths"), np.int64),
         geometries=pick("geometries"),
         spacings=pick("spacings"),
+        pictures=pick("pictures"),
+        has_foreground=np.array(pick("has_foreground"), bool),
     )
 
 

@@ -8,7 +8,6 @@ python -m job.infer RUN IMAGES [OUTPUT]
 """
 
 import functools
-import hashlib
 import itertools
 import json
 import logging
@@ -16,7 +15,7 @@ import math
 import os
 import posixpath
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from data_prep.breast import frame
 from data_prep.command import SettingsCommand, given, run_command, settings_options
 from data_prep.dicom import DICOM_ENDINGS, is_dicom, read_dicom
 from data_prep.errors import ContentError, StorageError, UsageError
@@ -41,11 +39,34 @@ from data_prep.pairs import IMAGE_ENDINGS
 from data_prep.pool import OpenWorkers, available_cores, in_order
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.schema import Manifest
-from data_prep.settings import Settings, option, validated
+from data_prep.settings import option, validated
 from data_prep.storage import Forbidden, NotFound, Store, join_url, open_store
 from data_prep.table import csv_table
-from job.run import COMMIT_NAME, fetch_commit, find_commits
-from job.trained import TrainedRun, fetch_checkpoint, find_checkpoint, model_for, open_trained
+from job.predict import (
+    Flips,
+    Ids,
+    PredictConfig,
+    Step,
+    area_scale,
+    class_ids,
+    class_ids_at_source,
+    slide,
+    to_model_pixels,
+    window_overlap,
+    without_small,
+)
+from job.regions import read_min_pixels
+from job.run import fetch_commit, find_commits
+from job.trained import (
+    Member,
+    TrainedRun,
+    fetch_checkpoint,
+    find_checkpoint,
+    member_of,
+    model_for,
+    open_alike,
+    open_trained,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +77,21 @@ RECORD_NAME = "inference.json"  # which run, weights and images the masks are of
 # The longest side of the picture that is kept for the overlay, pixels; no overlay is larger.
 _PREVIEW_SIDE = 1600
 
-# 12-bit detectors store 0..4095 in 16-bit files.
-_LARGEST_12_BIT = 4095
 
-
-class InferConfig(Settings):
+class InferConfig(PredictConfig):
     """Options of `flexunet infer`."""
 
-    batch_size: int = option(8, "Images predicted at once.", ge=1)
-    checkpoint: Literal["best", "last"] = option("best", "Weights.")
+    batch_size: int = option(8, "Images, or windows, predicted at once.", ge=1)
+    window: Literal["auto", "sliding"] = option(
+        "auto",
+        "sliding: predict pictures at their own size, in overlapping windows of the network's; "
+        "auto: do so where the run was trained on tiles, else resize them as for training.",
+    )
+    small_regions: str | None = option(
+        None,
+        "Evaluation (folder or gs:// URL) made with --remove-small-regions: predict no regions "
+        "below its sizes.",
+    )
     overlays: bool = option(True, "Write contours over the images to OUTPUT/overlays.")
     overwrite: bool = option(False, "Predict again what OUTPUT already has.")
     needs_gpu: bool = option(False, "Refuse a machine without a GPU instead of using its CPUs.")
@@ -87,29 +114,29 @@ class Chunk:
     """Images to predict, and all that a process needs for it; may run twice.
 
     Attributes:
-        checkpoint: folder of the weights in the run.
-        checkpoint_digest: SHA-256 of its COMMIT.json.
+        members: the weights whose mean predicts.
+        min_pixels: of each class but 0, at the network's size; smaller regions go.
     """
 
-    run_url: str
-    checkpoint: str
-    checkpoint_digest: str
+    members: tuple[Member, ...]
     images_url: str
     output_url: str
     config: InferConfig
     names: tuple[str, ...]
+    min_pixels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Predictor:
-    step: Callable[[np.ndarray], Any]
+    step: Step
     manifest: Manifest
+    run_overlap: int | None  # as the run's config says
 
 
 @dataclass(frozen=True)
 class _Picture:
     name: str
-    pixels: np.ndarray  # (H, W, C), as the model takes it
+    pixels: np.ndarray  # (H, W, C), as the model takes it, or larger where windows slide over it
     geometry: Geometry
     preview: np.ndarray | None  # (h, w, C), for the overlay
 
@@ -132,11 +159,13 @@ def infer(
             process.
 
     Raises:
-        UsageError: no run, no images, two images whose masks would have one name, or output and
-            images in one another.
+        UsageError: no run, runs that do not go together, no images, two images whose masks would
+            have one name, or output and images in one another.
         StorageError: an image vanished, or storage is unavailable; the same call continues.
     """
-    run = open_trained(run_url)
+    runs = open_alike([run_url, *config.ensemble])
+    manifest = runs[0].manifest
+    window_overlap(manifest, config.overlap, runs[0].config.window_overlap)
     source = open_store(images_url)
     output = open_store(output_url or join_url(run_url, "inference"))
     _refuse_overlap(source, output)
@@ -145,11 +174,12 @@ def infer(
         _refuse_overlays_folder(source, names)
     done = set() if config.overwrite else {stat.name for stat in output.list()}
     todo = tuple(name for name in names if mask_name(name) not in done)
-    checkpoint = _checkpoint_of(run, config.checkpoint)
-    _claim_output(run, checkpoint, source, output, is_continued=len(todo) < len(names))
-    digest = hashlib.sha256(run.store.get(f"{checkpoint}/{COMMIT_NAME}")).hexdigest()
-    urls = run.store.url, checkpoint, digest, source.url, output.url
-    unreadable = _predict_all(Chunk(*urls, config, todo), open_workers) if todo else []
+    members = tuple(member_of(run, _checkpoint_of(run, config.checkpoint)) for run in runs)
+    min_pixels = _min_pixels(config, manifest, members)
+    record = _record(members, source, config, manifest)
+    _claim_output(output, record, is_continued=len(todo) < len(names))
+    whole = Chunk(members, source.url, output.url, config, todo, min_pixels)
+    unreadable = _predict_all(whole, open_workers) if todo else []
     _list_unreadable(output, unreadable)
     return InferResult(
         output_url=output.url,
@@ -187,8 +217,7 @@ def predict_chunk(chunk: Chunk) -> list[tuple[str, str]]:
     The model stays in this process for the next chunk. A chunk that runs again writes the same
     bytes.
     """
-    place = chunk.run_url, chunk.checkpoint, chunk.checkpoint_digest
-    predictor = _kept_predictor(*place, needs_gpu=chunk.config.needs_gpu)
+    predictor = _kept_predictor(chunk.members, chunk.config.flips, needs_gpu=chunk.config.needs_gpu)
     return _predict(chunk, predictor, lambda: None)
 
 
@@ -201,22 +230,58 @@ def _checkpoint_of(run: TrainedRun, which: Literal["best", "last"]) -> str:
         return fetch_checkpoint(run.store, folder, which=which)[0]
 
 
-def _claim_output(
-    run: TrainedRun, checkpoint: str, source: Store, output: Store, *, is_continued: bool
-) -> None:
-    """Writes down whose masks OUTPUT holds; masks of other images or weights are never kept.
+def _is_sliding(config: InferConfig, manifest: Manifest) -> bool:
+    return config.window == "sliding" or manifest.geometry == "tile"
+
+
+def _min_pixels(
+    config: InferConfig, manifest: Manifest, members: Sequence[Member]
+) -> tuple[int, ...]:
+    if config.small_regions is None:
+        return ()
+    if _is_sliding(config, manifest) and manifest.geometry != "tile":
+        raise UsageError(
+            f"small_regions={config.small_regions}: its sizes are pixels of resized pictures, and "
+            "--window sliding does not resize; leave one of the two out"
+        )
+    return read_min_pixels(open_store(config.small_regions), members, config.flips)
+
+
+def _record(
+    members: Sequence[Member], source: Store, config: InferConfig, manifest: Manifest
+) -> dict[str, Any]:
+    """Returns whose masks OUTPUT holds; what is not asked for is not named."""
+    first, *others = members
+    record: dict[str, Any] = {
+        "run": first.run,
+        "checkpoint": first.checkpoint,
+        "images": source.url,
+    }
+    if others:
+        record["ensemble"] = [f"{each.run}/{each.checkpoint}" for each in others]
+    if config.flips != "none":
+        record["flips"] = config.flips
+    if _is_sliding(config, manifest):
+        record |= {"window": "sliding", "overlap": config.overlap}
+    if config.small_regions is not None:
+        record["small_regions"] = config.small_regions
+    return record
+
+
+def _claim_output(output: Store, record: Mapping[str, Any], *, is_continued: bool) -> None:
+    """Writes down whose masks OUTPUT holds; masks made from or with other things are never kept.
 
     Raises:
         UsageError: masks would be kept that were made from others.
     """
-    record = {"run": run.store.url, "checkpoint": checkpoint, "images": source.url}
     try:
         found = json.loads(output.get(RECORD_NAME))
     except (NotFound, ValueError):
         found = None
     if is_continued and found != record:
         found = found if isinstance(found, dict) else {}
-        other = [key for key in record if found.get(key) != record[key]]
+        keys = [*record, *(key for key in found if key not in record)]
+        other = [key for key in keys if found.get(key) != record.get(key)]
         raise UsageError(
             f"{output.url}: holds masks made with another {' and '.join(other)} "
             f"({', '.join(str(found.get(key)) for key in other)}); give another OUTPUT, or "
@@ -267,76 +332,6 @@ def read_any(
     return read_image(data, name=name, max_pixels=max_pixels), None
 
 
-def to_model_pixels(
-    image: np.ndarray, manifest: Manifest, *, name: str = "image", value_max: int | None = None
-) -> tuple[np.ndarray, Geometry]:
-    """Returns `image` (h, w, 1|3) as the dataset would store it: (H, W, C), and where it lies.
-
-    An 8-bit dataset takes the upper byte of images that use 16 bits.
-
-    Args:
-        value_max: raw value of full intensity, where it is known.
-
-    Raises:
-        ContentError: `image` has 16 bits but uses 12 at most, and the dataset has 8: whether it is
-            dark or of a detector of fewer bits cannot be told.
-    """
-    import cv2
-
-    from data_prep.shards import Target, convert
-
-    takes_upper_byte = manifest.bit_depth == 8 and image.dtype == np.uint16 and value_max is None
-    if takes_upper_byte:
-        _refuse_unused_bits(image, name)
-    size = manifest.image_height, manifest.image_width
-    geometry = frame(
-        image,
-        height=size[0],
-        width=size[1],
-        kind=manifest.geometry,
-        crop=manifest.crop,
-        flip=manifest.flip,
-    )
-    if manifest.channels == 1 and image.shape[2] == 3:
-        # As prep does: the luma of ITU-R BT.601, which keeps the value of equal channels.
-        image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, np.newaxis]
-    pixels = apply_geometry(image, geometry, *size, nearest=False).reshape(*size, -1)
-    if takes_upper_byte:
-        pixels = (pixels >> 8).astype(np.uint8)
-    target = Target(manifest.channels, manifest.bit_depth, manifest.value_max)
-    return convert(pixels, target, value_max=value_max), geometry
-
-
-def _refuse_unused_bits(image: np.ndarray, name: str) -> None:
-    """The upper byte of a 12-bit picture is nearly black, and its mask would be wrong."""
-    highest = int(image.max())
-    if highest <= _LARGEST_12_BIT:
-        raise ContentError(
-            f"{name}: 16-bit file whose largest value is {highest}, but the model was trained on "
-            "8-bit images; scale its range to 0..255, save it with 8 bits and infer again"
-        )
-
-
-def class_ids_at_source(probabilities: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Returns the mask at the image's own size: (h, w) uint8.
-
-    Probabilities are enlarged before the class is chosen, so that contours stay smooth; one class
-    at a time, because an image of 100 megapixels takes 400 MB for each.
-
-    Args:
-        probabilities: (H, W, K) float32 at the model's size; K = 1 is a sigmoid output.
-    """
-    highest = undo_geometry(probabilities[..., 0], geometry, nearest=False)
-    if probabilities.shape[-1] == 1:
-        return (highest > 0.5).astype(np.uint8)
-    ids = np.zeros(highest.shape, np.uint8)
-    for class_id in range(1, probabilities.shape[-1]):
-        plane = undo_geometry(probabilities[..., class_id], geometry, nearest=False)
-        ids[plane > highest] = class_id
-        np.maximum(highest, plane, out=highest)
-    return ids
-
-
 def _refuse_overlap(source: Store, output: Store) -> None:
     """Masks among the images would be taken for images by the next call, or replace some."""
     inner, outer = (
@@ -363,7 +358,7 @@ def _predict_all(whole: Chunk, open_workers: OpenWorkers | None) -> list[tuple[s
     """Writes the masks of `whole`, which workers do in parts; returns as `predict_chunk`."""
     config = whole.config
     if open_workers is None:
-        predictor = _load_predictor(whole.run_url, whole.checkpoint, needs_gpu=config.needs_gpu)
+        predictor = _load_predictor(whole.members, config.flips, needs_gpu=config.needs_gpu)
         with Progress("infer", len(whole.names), shown=config.progress) as progress:
             return _predict(whole, predictor, progress.advance)
     unreadable: list[tuple[str, str]] = []
@@ -392,23 +387,23 @@ def _cut(whole: Chunk, num_workers: int) -> Iterator[Chunk]:
 
 
 @functools.lru_cache(maxsize=1)
-def _kept_predictor(
-    run_url: str, checkpoint: str, checkpoint_digest: str, *, needs_gpu: bool
-) -> _Predictor:
-    # The digest is there for the cache: the folder may have got other weights.
-    return _load_predictor(run_url, checkpoint, needs_gpu=needs_gpu)
+def _kept_predictor(members: tuple[Member, ...], flips: Flips, *, needs_gpu: bool) -> _Predictor:
+    # A member's digest is there for the cache: the folder may have got other weights.
+    return _load_predictor(members, flips, needs_gpu=needs_gpu)
 
 
-def _load_predictor(run_url: str, checkpoint: str, *, needs_gpu: bool) -> _Predictor:
+def _load_predictor(members: Sequence[Member], flips: Flips, *, needs_gpu: bool) -> _Predictor:
     from job.runtime import import_tensorflow, require_gpu
 
     import_tensorflow()
     if needs_gpu:
         require_gpu()
-    from job.step import make_probability_step
+    from job.step import make_probability_step, network_of
 
-    run = open_trained(run_url)
-    return _Predictor(make_probability_step(_model_at(run, checkpoint)), run.manifest)
+    runs = [open_trained(member.run) for member in members]
+    models = [_model_at(run, member.checkpoint) for run, member in zip(runs, members, strict=True)]
+    step = make_probability_step(network_of(models, flips))
+    return _Predictor(step, runs[0].manifest, runs[0].config.window_overlap)
 
 
 def _model_at(run: TrainedRun, checkpoint: str) -> Any:
@@ -433,20 +428,26 @@ def _predict(
     """Writes the masks of `chunk`; returns (file, reason) of those that cannot be read."""
     source, output = open_store(chunk.images_url), open_store(chunk.output_url)
     config, manifest = chunk.config, predictor.manifest
-    num_waiting = 2 * config.batch_size
+    is_sliding = _is_sliding(config, manifest)
+    # Pictures at their own size are large: one is read and one written beside the one predicted.
+    num_waiting = 1 if is_sliding else 2 * config.batch_size
     unreadable: list[tuple[str, str]] = []
 
     def read(name: str) -> _Picture | tuple[str, str]:
         return _read_picture(source, name, manifest, config)
 
     def write(task: tuple[_Picture, np.ndarray]) -> None:
-        _write_picture(*task, manifest, output)
+        picture, found = task
+        ids = _mask_at_source(found, picture.geometry, chunk.min_pixels)
+        _write_picture(picture, ids, manifest, output)
 
     with _threads() as readers, _threads() as writers:
         found = in_order(readers, read, chunk.names, num_waiting=num_waiting)
         pictures = _readable(found, unreadable, advance)
-        predicted = _predicted(pictures, predictor.step, config.batch_size)
-        for _ in in_order(writers, write, predicted, num_waiting=num_waiting):
+        predict = _slid if is_sliding else _predicted
+        for _ in in_order(
+            writers, write, predict(pictures, predictor, config), num_waiting=num_waiting
+        ):
             advance()
     return unreadable
 
@@ -467,7 +468,10 @@ def _read_picture(
     """Returns the picture, or its name and why it cannot be read."""
     try:
         image, value_max = read_any(source.get(name), name=name, max_pixels=config.max_pixels)
-        pixels, geometry = to_model_pixels(image, manifest, name=name, value_max=value_max)
+        kind: Literal["tile"] | None = "tile" if config.window == "sliding" else None
+        pixels, geometry = to_model_pixels(
+            image, manifest, name=name, value_max=value_max, kind=kind
+        )
     except ContentError as error:
         return name, str(error)
     return _Picture(name, pixels, geometry, _preview(image) if config.overlays else None)
@@ -497,23 +501,56 @@ def _readable(
 
 
 def _predicted(
-    pictures: Iterator[_Picture], step: Callable[[np.ndarray], Any], batch_size: int
+    pictures: Iterator[_Picture], predictor: _Predictor, config: InferConfig
 ) -> Iterator[tuple[_Picture, np.ndarray]]:
     """Yields each picture with its probabilities, (H, W, K) float32."""
+    batch_size = config.batch_size
     while batch := list(itertools.islice(pictures, batch_size)):
         pixels = np.stack([picture.pixels for picture in batch])
         # The last batch is filled up: one shape, one compilation.
         filler = np.repeat(pixels[:1], batch_size - len(batch), axis=0)
-        probabilities = step(np.concatenate([pixels, filler])).numpy()
+        probabilities = predictor.step(np.concatenate([pixels, filler])).numpy()
         yield from zip(batch, probabilities[: len(batch)], strict=True)
 
 
-def _write_picture(
-    picture: _Picture, probabilities: np.ndarray, manifest: Manifest, output: Store
-) -> None:
+def _slid(
+    pictures: Iterator[_Picture], predictor: _Predictor, config: InferConfig
+) -> Iterator[tuple[_Picture, np.ndarray]]:
+    """Yields each picture, which is at its own size, with its class ids (H, W) uint8.
+
+    The probabilities of a large picture are never there all at once.
+    """
+    manifest = predictor.manifest
+    overlap = window_overlap(manifest, config.overlap, predictor.run_overlap)
+    for picture in pictures:
+        bands = slide(
+            picture.pixels,
+            predictor.step,
+            height=manifest.image_height,
+            width=manifest.image_width,
+            overlap=overlap,
+            batch_size=config.batch_size,
+        )
+        yield picture, np.concatenate([class_ids(band) for band in bands])
+
+
+def _mask_at_source(found: np.ndarray, geometry: Geometry, min_pixels: Sequence[int]) -> Ids:
+    """Returns the mask (h, w) of class ids or of probabilities, as `_slid` and `_predicted` yield.
+
+    Regions that are too small are left out.
+    """
+    is_mask = found.ndim == 2
+    ids = (
+        undo_geometry(found, geometry, nearest=True)
+        if is_mask
+        else class_ids_at_source(found, geometry)
+    )
+    return without_small(ids, min_pixels, area_scale(geometry))
+
+
+def _write_picture(picture: _Picture, ids: Ids, manifest: Manifest, output: Store) -> None:
     from job import plots
 
-    ids = class_ids_at_source(probabilities, picture.geometry)
     name = mask_name(picture.name)
     if picture.preview is not None:
         overlay = plots.overlay_png(picture.preview, ids, manifest.classes)

@@ -256,6 +256,18 @@ def _overlap_sums(batch: PixelBatch) -> list[tf.Tensor]:
     ]
 
 
+def _foreground_sums(batch: PixelBatch) -> list[tf.Tensor]:
+    """Returns `_overlap_sums` without class 0, whose many pixels hide what lesions add."""
+    truth, probabilities = batch.truth(), batch.probabilities()
+    if not batch.has_one_channel():
+        truth, probabilities = truth[..., 1:], probabilities[..., 1:]
+    weights = batch.weights()[..., tf.newaxis]
+    return [
+        tf.reduce_sum(weights * truth * probabilities),
+        tf.reduce_sum(weights * (truth + probabilities)),
+    ]
+
+
 def _dice_value(totals: Sequence[tf.Tensor]) -> tf.Tensor:
     return 1 - (2 * totals[0] + 1) / (totals[1] + 1)
 
@@ -328,6 +340,7 @@ def _focal_terms(gamma: float) -> tuple[tuple[float, Term], ...]:
 _CROSS_ENTROPY = Term(_cross_entropy_sums, _mean)
 _BINARY_CROSS_ENTROPY = Term(_binary_cross_entropy_sums, _mean)
 _DICE = Term(_overlap_sums, _dice_value)
+_FOREGROUND_DICE = Term(_foreground_sums, _dice_value)
 _IOU = Term(_overlap_sums, _iou_value)
 _IMAGE_DICE = Term(_image_dice_sums, _mean)
 _SSIM = Term(_ssim_sums, _mean)
@@ -344,6 +357,7 @@ LOSSES: dict[str, tuple[tuple[float, Term], ...]] = {
     "basnet_hybrid_loss": _BASNET,
     "dice_loss_multiclass": ((1.0, _IMAGE_DICE),),
     "focal": _focal_terms(2.0),
+    "ce_dice": ((0.5, _CROSS_ENTROPY), (0.5, _FOREGROUND_DICE)),
     "dice": ((1.0, _DICE),),
     "dice_multiclass": ((1.0, _IMAGE_DICE),),
     "bce_dice": _BCE_DICE,
@@ -363,6 +377,7 @@ bce_iou_loss              (binary cross-entropy + iou_loss) / 2
 basnet_hybrid_loss        (binary cross-entropy + mean over images of (1 - SSIM) + iou_loss) / 3
 dice_loss_multiclass      mean over images of 1 - (2 I + 1) / (S + 1), I and S of that image
 focal                     sum(w * (1 - p[true])**gamma * -log p[true]) / sum(w), arXiv:1708.02002
+ce_dice                   (categorical_crossentropy + dice_loss of all classes but 0) / 2
 
 The short names are the same losses. Class weights do not enter SSIM.
 """

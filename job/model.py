@@ -4,6 +4,7 @@ A model maps pixel values as stored, (B, H, W, C), to logits, (B, H, W, K). Anot
 function and one name in `BUILDERS`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from data_prep.settings import suggestion
 from job.config import ModelConfig
 from job.dropout import SampleDropout
 from job.fit import check_sides
+
+_NUM_GROUPS = 8  # of channels that are normalised together; fewer where they do not divide
 
 # (config, image shape (H, W, C), num_classes, largest pixel value, seed, dtype policy) -> model
 Builder = Callable[..., keras.Model]
@@ -118,7 +121,7 @@ class _BlockFactory:
         return kinds[name](seed=seed)
 
     def convolutions(self, x: Any, level: int) -> Any:
-        """Conv → [BatchNorm] → Dropout(rate × level) → Conv → [BatchNorm]."""
+        """Conv → [normalisation] → Dropout(rate × level) → Conv → [normalisation]."""
         x = self._normalized(self._convolution(level)(x))
         rate = self._config.dropout_rate * level
         if rate > 0.0:
@@ -150,6 +153,10 @@ class _BlockFactory:
     def _normalized(self, x: Any) -> Any:
         if self._config.normalization == "none":
             return x
+        if self._config.normalization == "group":
+            # Of one picture: small batches are no worse, and replicas need not talk.
+            groups = math.gcd(_NUM_GROUPS, x.shape[-1])
+            return keras.layers.GroupNormalization(groups, dtype=self._policy)(x)
         # Statistics over the global batch: replicas then compute what one device would.
         return keras.layers.BatchNormalization(
             momentum=self._config.normalization_momentum, synchronized=True, dtype=self._policy

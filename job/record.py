@@ -34,12 +34,14 @@ from data_prep.storage import NotFound, open_store
 from data_prep.table import csv_table
 from job import checkpoint, plots
 from job.config import TrainConfig
-from job.data import Dataset, RecordReader, read_sample
-from job.evaluate import Evaluation, Evaluator, write_evaluation
+from job.data import Dataset, RecordReader
+from job.evaluate import Evaluation, Evaluator, evaluation_folder, write_evaluation
 from job.history import History
-from job.infer import find_images, read_any, to_model_pixels
+from job.infer import find_images, read_any
 from job.optimizer import Adam
 from job.outbox import Outbox
+from job.pictures import read_picture
+from job.predict import to_model_pixels
 from job.run import Place, Run, commit_prefix, fetch_commit
 from job.state import TrainState
 
@@ -185,9 +187,8 @@ class Recorder:
 
     def write_evaluation(self, evaluation: Evaluation, reader: RecordReader) -> None:
         """Stores the evaluation of a split."""
-        self.outbox.post(
-            lambda: write_evaluation(self.run.store, evaluation, self.evaluator, reader)
-        )
+        target = evaluation_folder(self.run.store, evaluation.split.name)
+        self.outbox.post(lambda: write_evaluation(target, evaluation, self.evaluator, reader))
 
     def write_outcome(self, status: str, exit_code: int, details: Mapping[str, Any]) -> None:
         """Stores how the run ended, after all that was posted before."""
@@ -226,7 +227,7 @@ class Recorder:
 
     def _write_predictions(self, epoch: int) -> None:
         for name, pixels in self.pictures.items():
-            ids = self.evaluator.predict(pixels[np.newaxis])[0]
+            ids = self.evaluator.mask_of(pixels)
             picture = plots.mask_png(ids, self.evaluator.dataset.manifest.classes)
             # The reference counts epochs from 1 here.
             self._put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", picture)
@@ -283,7 +284,7 @@ def open_recorder(
             events = tf.summary.create_file_writer(os.path.join(staging, "tensorboard"))
             stack.callback(events.close)
         outbox = stack.enter_context(Outbox(budget_s=config.storage_timeout))
-        pictures = _pictures(config, evaluator.dataset, reader)
+        pictures = _pictures(config, evaluator, reader)
         yield Recorder(
             *(config, run, outbox, evaluator, model, optimizer, pictures, staging, events)
         )
@@ -325,12 +326,14 @@ def _remove_abandoned(folder: str) -> None:
             os.close(lock)
 
 
-def _pictures(config: TrainConfig, dataset: Dataset, reader: RecordReader) -> dict[str, np.ndarray]:
-    """Returns the pictures to predict after every epoch, by name, at the model's size."""
-    count = config.prediction_images
+def _pictures(
+    config: TrainConfig, evaluator: Evaluator, reader: RecordReader
+) -> dict[str, np.ndarray]:
+    """Returns the pictures to predict after every epoch, by name, as the dataset stores them."""
+    count, dataset = config.prediction_images, evaluator.dataset
     if config.prediction_folder is None:
-        split = dataset.split("valid")
-        return {split.ids[i]: read_sample(reader, i)[0] for i in range(min(count, len(split)))}
+        chosen = evaluator.pictures_of(dataset.split("valid"))[:count]
+        return {each.id: read_picture(reader, each)[0] for each in chosen}
     store = open_store(config.prediction_folder)
     pictures = {}
     for name in find_images(store)[:count]:

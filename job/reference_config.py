@@ -51,7 +51,7 @@ _METRIC_NAMES = ("dice_coef_multiclass", "dice_coef", "iou_coef", "sensitivity",
 _RUN_FOLDER = "results lie in the run's own folder, which is never deleted"
 _NO_EFFECT = "has no effect in the reference implementation either"
 _NEAREST = "a mask pixel takes the class of the nearest colour"
-_TILED = "pictures are predicted whole"
+_AFTER_EPOCHS = "after an epoch pictures are predicted as for training; see infer.images_dir"
 _UNUSED = {
     ("model", "dropout_seed_fixing"): "dropout is always repeatable: it depends on the seed",
     ("model", "show_summary"): "the layers are not printed",
@@ -63,10 +63,10 @@ _UNUSED = {
     ("train", "model_dir"): _RUN_FOLDER,
     ("train", "eval_dir"): _RUN_FOLDER,
     ("train", "epoch_change_infer_dir"): _RUN_FOLDER,
-    ("train", "epoch_change_tiled_infer"): _TILED,
-    ("train", "epoch_change_tiled_infer_dir"): _TILED,
-    ("train", "epoch_change_tiledinfer"): _TILED,
-    ("train", "epoch_change_tiledinfer_dir"): _TILED,
+    ("train", "epoch_change_tiled_infer"): _AFTER_EPOCHS,
+    ("train", "epoch_change_tiled_infer_dir"): _AFTER_EPOCHS,
+    ("train", "epoch_change_tiledinfer"): _AFTER_EPOCHS,
+    ("train", "epoch_change_tiledinfer_dir"): _AFTER_EPOCHS,
     ("train", "save_weights_only"): _NO_EFFECT,
     ("train", "create_backup"): _NO_EFFECT,
     (
@@ -74,9 +74,7 @@ _UNUSED = {
         "batch_size",
     ): "evaluation uses the batch size of training; results do not depend on it",
     ("infer", "output_dir"): "give the folder to `flexunet infer RUN IMAGES OUTPUT`",
-    ("tiledinfer", "overlapping"): _TILED,
-    ("tiledinfer", "images_dir"): _TILED,
-    ("tiledinfer", "output_dir"): _TILED,
+    ("tiledinfer", "output_dir"): "give it to `flexunet infer RUN IMAGES OUTPUT --window sliding`",
     ("image", "color_order"): "pictures are always read as RGB",
     ("mask", "mask_file_format"): "masks are found by stem and recognised by their content",
     ("mask", "mask_datatype"): "masks are recognised by their content",
@@ -498,6 +496,9 @@ def _read_inference(reader: _Reader) -> str | None:
     """Returns the folder of images to predict; sets what is predicted after every epoch."""
     folder: str | None = reader.take("infer", "images_dir", _optional(_folder(reader.path)), None)
     reader.describe("infer", "images_dir", "images for `flexunet infer`")
+    reader.take("tiledinfer", "overlapping", _optional(_whole(0)), None, "window_overlap")
+    reader.take("tiledinfer", "images_dir", _optional(_folder(reader.path)), None)
+    reader.describe("tiledinfer", "images_dir", "images for `flexunet infer --window sliding`")
     is_on = reader.take("train", "epoch_change_infer", _boolean, False)
     reader.describe("train", "epoch_change_infer", f"predictions after every epoch {_shown(is_on)}")
     with reader.without_effect(not is_on, "train.epoch_change_infer is False"):

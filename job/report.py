@@ -1,5 +1,7 @@
 """`report.html`: one page about a run, made of nothing but the files that the run has stored.
 
+The folder of a cross-validation gets a page about all its folds.
+
 The page needs no network and no script: pictures are inside of it, and its own policy forbids
 everything else. Text from outside (names of files, groups, classes) is escaped. What is not there
 yet is said to be missing.
@@ -21,6 +23,7 @@ from data_prep.command import SettingsCommand, run_command
 from data_prep.errors import ContentError, UsageError
 from data_prep.progress import quiet_interrupts
 from data_prep.storage import NotFound, Store, join_url, open_store
+from job.folds import SUMMARY_NAME
 from job.measures import measure_rows
 from job.run import LEASE_NAME, OUTCOME_NAME
 from job.watchdog import STACKS_FOLDER
@@ -52,27 +55,28 @@ Row = Sequence[Any]
 
 
 def write_report(store: Store) -> str:
-    """Writes `report.html` into the run's folder `store` and returns its URL.
+    """Writes `report.html` into the folder `store` of a run or a cross-validation; returns its URL.
 
     Raises:
-        UsageError: there is no run.
+        UsageError: there is neither.
         ContentError: a file of the run is damaged.
     """
-    if store.stat("config.yaml") is None:
+    if store.stat("config.yaml") is not None:
+        page = render(store)
+    elif store.stat(SUMMARY_NAME) is not None:
+        page = render_folds(store)
+    else:
         raise UsageError(
             f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
         )
-    store.put(REPORT_NAME, render(store).encode())
+    store.put(REPORT_NAME, page.encode())
     return join_url(store.url, REPORT_NAME)
 
 
 def render(store: Store) -> str:
     """Returns the page of the run in `store`; the same files give the same page."""
     summary = _json(store, "evaluation/summary.json")
-    name = store.url.rstrip("/").rsplit("/", 1)[-1]
     parts = [
-        f"<h1>{_text(name)}</h1>",
-        f'<p class="quiet">{_text(store.url)}</p>',
         _headline(store, summary),
         _section("Metrics", _metrics(store, summary)),
         _section("Cases", _cases(store)),
@@ -82,6 +86,39 @@ def render(store: Store) -> str:
         _section("What was killed and resumed", _attempts(store)),
         _section("Environment", _environment(store)),
         _section("Config", f"<pre>{_text(_read(store, 'config.yaml') or '')}</pre>"),
+    ]
+    return _page(store, parts)
+
+
+def render_folds(store: Store) -> str:
+    """Returns the page of the cross-validation in `store`."""
+    summary = _json(store, SUMMARY_NAME) or {}
+    links = "".join(
+        f'<li><a href="../{_text(name)}/{REPORT_NAME}">{_text(name)}</a></li>'
+        for name in summary["runs"]
+    )
+    parts = [
+        f"<p>Cross-validation: {summary['num_folds']} runs, each evaluated on cases whose groups "
+        f"it has not seen, and all of these cases together.</p><ul>{links}</ul>"
+    ]
+    for size, found in summary["sizes"].items():
+        folds = [dict(measure_rows(fold)) for fold in found["folds"]]
+        rows = [
+            (label, *(fold[label]["value"] if label in fold else None for fold in folds))
+            for label, _ in measure_rows(found["pooled"])
+        ]
+        columns = ["measure", *(f"fold {index}" for index in range(len(folds)))]
+        body = _measures(found["pooled"]) + "<h3>Fold by fold</h3>" + _table(columns, rows)
+        parts.append(_section(f"All cases at {size} size", body))
+    return _page(store, parts)
+
+
+def _page(store: Store, parts: Sequence[str]) -> str:
+    name = store.url.rstrip("/").rsplit("/", 1)[-1]
+    parts = [
+        f"<h1>{_text(name)}</h1>",
+        f'<p class="quiet">{_text(store.url)}</p>',
+        *parts,
         '<p class="quiet">Research software: not a medical device.</p>',
     ]
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -114,6 +151,7 @@ def _metrics(store: Store, summary: Mapping[str, Any] | None) -> str:
     if summary is None:
         return _missing("evaluation/summary.json", "flexunet evaluate writes it")
     parts = [
+        _way(summary),
         _table(
             ("pixels", "value", "all background"),
             [
@@ -124,7 +162,7 @@ def _metrics(store: Store, summary: Mapping[str, Any] | None) -> str:
                 ),
                 ("loss", summary["loss"], None),
             ],
-        )
+        ),
     ]
     for size, measures in summary.get("sizes", {}).items():
         parts.append(f"<h3>At {_text(size)} size</h3>")
@@ -138,6 +176,36 @@ def _metrics(store: Store, summary: Mapping[str, Any] | None) -> str:
         ]
         parts.append(_table(list(sweep[0]), rows))
     return "".join(parts)
+
+
+def _way(summary: Mapping[str, Any]) -> str:
+    """Returns how the cases were predicted, where that is not one plain pass of this run."""
+    lines = []
+    if summary.get("case") == "tile":
+        lines.append(_warning("Every tile is counted as if it were a picture."))
+    way = summary.get("prediction") or {}
+    if len(way.get("runs", ())) > 1:
+        runs = ", ".join(each["run"] for each in way["runs"])
+        lines.append(f"<p>Mean of {len(way['runs'])} runs: {_text(runs)}.</p>")
+    if way.get("flips", "none") != "none":
+        lines.append(f"<p>Mean over mirrored pictures: {_text(way['flips'])}.</p>")
+    if way.get("small_regions"):
+        lines.append(_regions(way["small_regions"]))
+    return "".join(lines)
+
+
+def _regions(regions: Mapping[str, Any]) -> str:
+    where = regions["fitted_on"]
+    rows = [
+        (each["name"], each["min_pixels"], each["dice_before"], each["dice"])
+        for each in regions["classes"]
+    ]
+    columns = ("class", "smallest region, pixels", "Dice there before", "Dice there with it")
+    return (
+        f"<p>Smaller regions are removed; fitted on {where['num_cases']} cases of the "
+        f"{_text(where['split'])} split. The thresholds below count regions of every size.</p>"
+        f"{_table(columns, rows)}"
+    )
 
 
 def _measures(measures: Mapping[str, Any]) -> str:
@@ -436,7 +504,8 @@ def _value(cell: str) -> float | str | None:
 def command(run: str) -> int:
     """Write RUN/report.html: one page with everything about a run, to be read without a network.
 
-    RUN is the folder or gs:// URL of a run (RUNS/NAME). Only files that the run stored are read.
+    RUN is the folder or gs:// URL of a run (RUNS/NAME), or of a cross-validation. Only files that
+    the run stored are read. Training writes it at its end.
     """
     with quiet_interrupts():
         url = write_report(open_store(run))

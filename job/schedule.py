@@ -1,17 +1,37 @@
-"""Owns learning rate on plateau and early stopping: Keras' rules, with state that can be saved.
+"""Owns warm-up and cosine of the learning rate, its reduction on a plateau, and early stopping.
 
-Both watch a value that should fall. As in Keras, an improvement is judged after rounding to
+The first two are a pure function of the step. The others are Keras' rules, with state that can be
+saved: both watch a value that should fall. As in Keras, an improvement is judged after rounding to
 float32, so that noise below 1e-7 of the value is none. Unlike in Keras, NaN is never the best
 value: there, a first NaN would stay the best for ever. Knows nothing of TensorFlow or of the loop.
 
 Source of the rules: `ReduceLROnPlateau` and `EarlyStopping` of Keras 3.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+
+def rate_factor(
+    step: int, *, steps_per_epoch: int, epochs: int, warmup_epochs: float, is_cosine: bool
+) -> float:
+    """Returns what the learning rate of `step`, from 0, is multiplied by.
+
+    Over the warm-up it grows linearly, 1 / n in the first of its n steps; then it is 1, or falls as
+    (1 + cos(pi t)) / 2 while t goes from 0 to 1 over the remaining steps of all epochs.
+    Source: Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts.
+    """
+    num_warmup = round(warmup_epochs * steps_per_epoch)
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    if not is_cosine:
+        return 1.0
+    rest = max(1, epochs * steps_per_epoch - num_warmup)
+    return (1 + math.cos(math.pi * min(1.0, (step - num_warmup) / rest))) / 2
 
 
 @dataclass

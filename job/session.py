@@ -19,9 +19,9 @@ from job.data import (
     Dataset,
     RecordReader,
     distributed_batches,
+    epoch_order,
     global_batches,
     open_reader,
-    sample_order,
 )
 from job.evaluate import Evaluation, Evaluator, make_evaluator, means_of
 from job.exchange import NOMINAL_FLOPS_PER_BYTE, Plan, make_plan, measured_flops_per_byte
@@ -29,9 +29,9 @@ from job.metrics import RunningSums
 from job.optimizer import Adam
 from job.record import Recorder, open_recorder
 from job.run import Run
-from job.schedule import EarlyStopping, PlateauReducer
+from job.schedule import EarlyStopping, PlateauReducer, rate_factor
 from job.state import TrainState
-from job.step import make_train_step
+from job.step import make_train_step, network_of
 from job.team import Team
 from job.trained import initialize_from, model_for
 
@@ -87,7 +87,12 @@ class Session:
     def train_steps(self, state: TrainState) -> Iterator[tuple[float, int]]:
         """Does the rest of the epoch in progress; yields (loss, images) of every update."""
         split = self.dataset.split("train")
-        order = sample_order(len(split), seed=self.config.seed, epoch=state.epoch)
+        order = epoch_order(
+            split.has_foreground,
+            self.config.foreground_share,
+            seed=self.config.seed,
+            epoch=state.epoch,
+        )
         plan = global_batches(order, self.config.global_batch_size)[state.step_in_epoch :]
         batches = distributed_batches(
             self.strategy,
@@ -104,13 +109,24 @@ class Session:
         for batch in batches:
             # Tensors, because a Python number would be compiled into a step of its own.
             step = tf.constant(state.step, tf.int64)
-            sums = self.train_step(batch, step, tf.constant(state.learning_rate, tf.float64))
+            sums = self.train_step(batch, step, tf.constant(self._rate(state), tf.float64))
             running.add(sums)
             state.sums = running.state()
             state.step += 1
             state.step_in_epoch += 1
             total, count = sums["loss"]
             yield float(total) / float(count), int(count)
+
+    def _rate(self, state: TrainState, offset: int = 0) -> float:
+        """Returns the learning rate of the step that comes next, or `offset` steps from it."""
+        settings = self.config.schedule
+        return state.learning_rate * rate_factor(
+            max(0, state.step + offset),
+            steps_per_epoch=self.num_steps,
+            epochs=self.config.epochs,
+            warmup_epochs=settings.warmup_epochs,
+            is_cosine=settings.cosine,
+        )
 
     def validate(self, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
         """Returns the numbers of the epoch whose steps are done; None when it was stopped."""
@@ -120,7 +136,7 @@ class Session:
             validation = self._evaluate("valid", should_stop)
         except StoppedError:
             return None
-        row: dict[str, Any] = {"epoch": state.epoch, "learning_rate": state.learning_rate}
+        row: dict[str, Any] = {"epoch": state.epoch, "learning_rate": self._rate(state, -1)}
         row |= means_of(running, self.evaluator.metrics)
         row |= {f"val_{name}": value for name, value in validation.means.items()}
         foreground = validation.summary["foreground_mean"]
@@ -274,7 +290,9 @@ def open_session(
     with strategy.scope():
         model = model_for(config, dataset.manifest)
         optimizer = Adam(config.optimizer, model.trainable_variables)
-    evaluator = make_evaluator(config, strategy, dataset, model, first_replica=team.first_replica)
+    evaluator = make_evaluator(
+        config, strategy, dataset, network_of([model]), first_replica=team.first_replica
+    )
     readers: dict[str, RecordReader] = {}
 
     def fill_cache(alive: Callable[[], None]) -> None:

@@ -4,7 +4,7 @@ Replicas return sums and counts; whoever reads them divides once. The loss is a 
 over the global batch, so that its value and gradient do not depend on the number of replicas.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -15,12 +15,14 @@ from job.exchange import Exchange, Plan
 from job.losses import replica_sum
 from job.metrics import confusion_counts
 from job.optimizer import Adam
+from job.predict import Flips
 
 # image (B, H, W, C) uint8|uint16, mask (B, H, W) uint8, weight (B,) float32: 0 for padding,
 # key (B,) int64: what dropout draws from.
 Batch = Mapping[str, tf.Tensor]
 Loss = Callable[..., tf.Tensor]
 Metrics = Mapping[str, Callable[..., tuple[tf.Tensor, tf.Tensor]]]
+Network = Callable[[tf.Tensor], tf.Tensor]  # stored pixels (B, H, W, C) -> logits (B, H, W, K)
 Sums = dict[str, tuple[tf.Tensor, tf.Tensor]]  # name -> (sum, count), () float64 each
 
 
@@ -61,9 +63,44 @@ def make_train_step(
     return train_step
 
 
+def network_of(models: Sequence[keras.Model], flips: Flips = "none") -> Network:
+    """Returns the network that `models` are together, over mirrored pictures where `flips` says so.
+
+    Its probabilities are the mean of theirs; one model without flips is what it always was.
+    """
+    axes = {"none": [], "horizontal": [2], "vertical": [1], "both": [2, 1]}[flips]
+    mirrored: list[list[int]] = [[]]
+    for axis in axes:
+        mirrored += [[*each, axis] for each in mirrored]
+
+    def logits_of(model: keras.Model, images: tf.Tensor, turned: list[int]) -> tf.Tensor:
+        if not turned:
+            return model(prepared(model, images), training=False)
+        found = model(prepared(model, tf.reverse(images, turned)), training=False)
+        return tf.reverse(found, turned)
+
+    def network(images: tf.Tensor) -> tf.Tensor:
+        parts = [logits_of(model, images, turned) for model in models for turned in mirrored]
+        return parts[0] if len(parts) == 1 else _logits_of_mean(tf.stack(parts))
+
+    return network
+
+
+def _logits_of_mean(logits: tf.Tensor) -> tf.Tensor:
+    """Returns logits (B, H, W, K) of the mean probabilities of (N, B, H, W, K), without overflow.
+
+    Logits of a softmax are logarithms of probabilities; of a sigmoid, of p / (1 - p).
+    """
+    if logits.shape[-1] == 1:
+        log_p, log_not_p = tf.math.log_sigmoid(logits), tf.math.log_sigmoid(-logits)
+        return tf.reduce_logsumexp(log_p, axis=0) - tf.reduce_logsumexp(log_not_p, axis=0)
+    count = tf.cast(tf.shape(logits)[0], logits.dtype)
+    return tf.reduce_logsumexp(tf.nn.log_softmax(logits), axis=0) - tf.math.log(count)
+
+
 def make_evaluation_step(
     strategy: tf.distribute.Strategy,
-    model: keras.Model,
+    network: Network,
     loss: Loss,
     metrics: Metrics,
     num_classes: int,
@@ -77,7 +114,7 @@ def make_evaluation_step(
 
     def replica_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
         labels = tf.cast(batch["mask"], tf.int32)
-        logits = model(prepared(model, batch["image"]), training=False)
+        logits = network(batch["image"])
         value = loss(labels, logits, batch["weight"], replica_sum)
         counts = confusion_counts(labels, predicted_ids(logits), num_classes, ignore_id)
         return _sums(value, batch, labels, logits, metrics), counts
@@ -90,7 +127,7 @@ def make_evaluation_step(
     return evaluation_step
 
 
-def make_probability_step(model: keras.Model) -> Callable[[Any], tf.Tensor]:
+def make_probability_step(network: Network) -> Callable[[Any], tf.Tensor]:
     """Returns the compiled `probability_step(images (B, H, W, C)) -> (B, H, W, K)` float32.
 
     Softmax over K, or the sigmoid where K = 1.
@@ -98,7 +135,7 @@ def make_probability_step(model: keras.Model) -> Callable[[Any], tf.Tensor]:
 
     @tf.function(reduce_retracing=True, autograph=False)
     def probability_step(images: tf.Tensor) -> tf.Tensor:
-        logits = model(prepared(model, images), training=False)
+        logits = network(images)
         is_single = logits.shape[-1] == 1
         probabilities = tf.sigmoid(logits) if is_single else tf.nn.softmax(logits)
         return tf.cast(probabilities, tf.float32)

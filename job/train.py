@@ -27,6 +27,7 @@ from job.data import Dataset
 from job.evaluate import show_summary
 from job.fit import check_fit
 from job.folds import cross_validate, open_folded, own_process, show_folds
+from job.report import write_report
 from job.run import Run, checked_run_name, differences
 from job.state import TrainState
 from job.team import Place, Team, meet, place_from_environment
@@ -576,6 +577,7 @@ def command(
     if outcome["evaluation"]:
         show_summary(outcome["evaluation"])
     click.echo(f"run: {url}")
+    click.echo(f"report: {write_report(open_store(url))}")
     return 0
 
 
@@ -589,6 +591,8 @@ def _cross_validate(config: TrainConfig, place: Place | None) -> int:
         code = cross_validate(config, own_process("job.train", "--local"), 1, should_stop)
     if code == 0:
         show_folds(config)
+        url = join_url(config.output, str(config.name))
+        click.echo(f"report: {write_report(open_store(url))}")
     return code
 
 

@@ -5,6 +5,7 @@ Reads a run without owning it, so that masks can be predicted while it is still 
 
 import hashlib
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from data_prep.settings import read_yaml, validated
 from data_prep.storage import NotFound, Store, open_store
 from job.config import TrainConfig
 from job.fit import image_shape, num_outputs
-from job.run import Place, commit_prefix, fetch_commit, fetch_newest, find_commits
+from job.run import COMMIT_NAME, Place, commit_prefix, fetch_commit, fetch_newest, find_commits
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,52 @@ def open_trained(run_url: str) -> TrainedRun:
     return TrainedRun(store, config, manifest, hashlib.sha256(data).hexdigest())
 
 
+@dataclass(frozen=True)
+class Member:
+    """Weights that predict: a checkpoint of a run, by its folder there and its COMMIT.json."""
+
+    run: str
+    checkpoint: str
+    commit_sha256: str
+
+
+def open_alike(urls: Sequence[str]) -> tuple[TrainedRun, ...]:
+    """Returns runs whose probabilities can be averaged: they see the same pixels and classes.
+
+    Raises:
+        UsageError: two differ in them, or one has no checkpoint.
+    """
+    runs = tuple(open_trained(url) for url in urls)
+    first = runs[0]
+    for run in runs[1:]:
+        for name in _SHARED:
+            theirs, ours = getattr(run.manifest, name), getattr(first.manifest, name)
+            if theirs != ours:
+                raise UsageError(
+                    f"{run.store.url}: {name} {_shown(theirs)}, but {first.store.url} has "
+                    f"{_shown(ours)}; only runs that are alike in it can predict together"
+                )
+        if num_outputs(run.config, run.manifest) != num_outputs(first.config, first.manifest):
+            raise UsageError(
+                f"{run.store.url}: model.num_classes differs from that of {first.store.url}; only "
+                "runs that are alike in it can predict together"
+            )
+    return runs
+
+
+# What makes pixels and probabilities of two runs mean the same.
+_SHARED = (
+    *("image_height", "image_width", "classes", "ignore_id", "channels", "bit_depth"),
+    *("value_max", "geometry", "crop", "flip"),
+)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(each.name for each in value)
+    return str(value)
+
+
 def load_model(run: TrainedRun, *, which: str) -> Any:
     """Returns the model of `run` with its "best" or its "last" weights.
 
@@ -56,13 +103,24 @@ def load_model(run: TrainedRun, *, which: str) -> Any:
         UsageError: no checkpoint is the best yet.
         ContentError: the checkpoint is damaged.
     """
+    return load_member(run, which=which)[0]
+
+
+def load_member(run: TrainedRun, *, which: str) -> tuple[Any, Member]:
+    """Returns what `load_model` does, and which weights these are."""
     from job import checkpoint
 
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
-        _, members = fetch_checkpoint(run.store, folder, which=which)
+        prefix, members = fetch_checkpoint(run.store, folder, which=which)
         model = model_for(run.config, run.manifest)
         checkpoint.read_weights(model, members[checkpoint.WEIGHTS_NAME])
-    return model
+    return model, member_of(run, prefix)
+
+
+def member_of(run: TrainedRun, prefix: str) -> Member:
+    """Returns the weights in the folder `prefix` of a run."""
+    digest = hashlib.sha256(run.store.get(f"{prefix}/{COMMIT_NAME}")).hexdigest()
+    return Member(run.store.url, prefix, digest)
 
 
 def find_checkpoint(store: Store, *, which: str) -> Place:

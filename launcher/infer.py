@@ -85,7 +85,8 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     needs_gpu = settings.gpus_per_worker > 0
     config = validated(InferConfig, given(options) | {"needs_gpu": needs_gpu}, "options")
     target = output or join_url(run, "inference")
-    workers = functools.partial(process_workers, settings, [run, images], [target])
+    reads = [run, *config.ensemble, images]
+    workers = functools.partial(process_workers, settings, reads, [target])
     with quiet_interrupts():
         result = infer(run, images, target, config, open_workers=workers)
     show_result(result, config)

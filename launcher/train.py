@@ -29,6 +29,7 @@ from job.config import TrainConfig
 from job.evaluate import show_summary
 from job.fit import check_fit
 from job.folds import cross_validate, open_folded, own_process, show_folds
+from job.report import write_report
 from job.run import Run, find_commits
 from job.team import place_from_environment
 from job.train import (
@@ -607,6 +608,7 @@ def command(file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any)
     if outcome["evaluation"]:
         show_summary(outcome["evaluation"])
     click.echo(f"run: {_url(config)}")
+    click.echo(f"report: {write_report(open_store(_url(config)))}")
     return 0
 
 
@@ -623,6 +625,7 @@ def _cross_validate(config: TrainConfig, settings: LaunchConfig) -> int:
         code = cross_validate(config, command, num_parallel, should_stop)
     if code == 0:
         show_folds(config)
+        click.echo(f"report: {write_report(open_store(_url(config)))}")
     return code
 
 

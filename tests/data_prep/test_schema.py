@@ -93,6 +93,7 @@ def _row(**changes):
         "crop_height": None,
         "crop_width": None,
         "is_flipped": False,
+        "picture": None,
     }
     return values | changes
 
@@ -257,7 +258,9 @@ def test_parse_manifest_refuses_what_is_not_json(data):
 
 
 def test_samples_survive_writing_and_have_stable_bytes(tmp_path):
-    rows = [_row(fold=2, spacing_y_mm=0.07, spacing_x_mm=0.07, crop_top=3, is_flipped=True)]
+    rows = [
+        _row(fold=2, spacing_y_mm=0.07, spacing_x_mm=0.07, crop_top=3, is_flipped=True, picture="a")
+    ]
     assert schema.samples_to_parquet(rows) == schema.samples_to_parquet(rows)
     store, manifest = _stored(tmp_path, rows)
     assert schema.read_samples(store, manifest).to_pylist() == rows
@@ -308,11 +311,12 @@ def test_read_samples_refuses_other_columns(tmp_path):
         schema.read_samples(open_store(str(tmp_path)), manifest)
 
 
-def test_read_samples_reads_a_table_without_the_columns_of_crops(tmp_path):
+def test_read_samples_reads_a_table_without_the_later_columns(tmp_path):
     import pyarrow.parquet
 
     whole = _row()
-    added = {f"crop_{name}" for name in ("top", "left", "height", "width")} | {"is_flipped"}
+    added = {f"crop_{name}" for name in ("top", "left", "height", "width")}
+    added |= {"is_flipped", "picture"}
     store, _ = _stored(tmp_path, [whole])
     table = pyarrow.parquet.ParquetFile(tmp_path / schema.SAMPLES_NAME).read()
     old = table.drop_columns(sorted(added))

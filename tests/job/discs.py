@@ -24,10 +24,17 @@ def write_discs(folder: Path, *, num_images: int, side: int = 32, seed: int = 0)
             assert cv2.imwrite(str(path), pixels.astype(np.uint8))
 
 
-def prepare_discs(folder: Path, *, num_images: int = 20, side: int = 32) -> str:
-    """Returns the URL of a dataset of discs: 60 % train, 20 % valid, 20 % test."""
+def prepare_discs(
+    folder: Path, *, num_images: int = 20, side: int = 32, tile: int | None = None
+) -> str:
+    """Returns the URL of a dataset of discs: 60 % train, 20 % valid, 20 % test.
+
+    Args:
+        tile: store tiles of so many pixels, which overlap by a quarter.
+    """
     write_discs(folder / "source", num_images=num_images, side=side)
-    config = PrepConfig(image_size=side, fractions=(0.6, 0.2, 0.2), num_processes=1)
+    size = {"tile": tile, "tile_overlap": tile // 4} if tile else {"image_size": side}
+    config = PrepConfig(**size, fractions=(0.6, 0.2, 0.2), num_processes=1)
     sources = find_sources(str(folder / "source"))
     prepare(sources, str(folder / "dataset"), config, progress=False)
     return str(folder / "dataset")

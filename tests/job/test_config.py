@@ -9,12 +9,14 @@ from job.config import LossName, MetricName, TrainConfig, identity_of
 # What may change between two attempts of one run. A field that is not here is part of the run's
 # identity: adding one to either side is a decision.
 FREE = {
+    "preset",
     "data",
     "output",
     "name",
     "epochs",
     "prediction_images",
     "prediction_folder",
+    "window_overlap",
     "checkpoint_every_minutes",
     "keep_checkpoints",
     "cache_dir",
@@ -69,9 +71,12 @@ IDENTITY = {
 def test_every_field_is_free_or_part_of_the_identity() -> None:
     names = {".".join(path) for path, _ in fields_of(TrainConfig)}
     of_augmentation = {name for name in names if name.startswith("augmentation.")}
-    identity = identity_of(TrainConfig(folds=3, fold=0))
-    assert set(identity) == IDENTITY | of_augmentation | {"folds", "fold"}
-    # Runs that were begun before there were folds keep their identity.
+    schedule = {"warmup_epochs": 1, "cosine": True, "reduce_on_plateau": False}
+    values = {"folds": 3, "fold": 0, "foreground_share": 0.5, "schedule": schedule}
+    identity = identity_of(validated(TrainConfig, values, "test"))
+    later = {"folds", "fold", "foreground_share", "schedule.warmup_epochs", "schedule.cosine"}
+    assert set(identity) == IDENTITY | of_augmentation | later
+    # Runs that were begun before there were these keep their identity.
     assert set(identity_of(TrainConfig())) == IDENTITY | of_augmentation
     assert names == FREE | set(identity)
     # Each kind of augmentation changes what is learned.
@@ -114,6 +119,19 @@ def test_defaults_are_the_inbreast_network() -> None:
     assert config.schedule.early_stopping_patience == 10
 
 
+def test_preset_lies_below_what_is_given() -> None:
+    values = {"preset": "recipe", "optimizer": {"learning_rate": 0.5}, "foreground_share": None}
+    config = validated(TrainConfig, values, "test")
+    assert (config.loss.name, config.model.normalization) == ("ce_dice", "group")
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 0.5)
+    assert config.foreground_share is None
+    assert config.model.num_layers == TrainConfig().model.num_layers
+    # A run's own file has every value written out, the preset's too.
+    again = validated(TrainConfig, read_yaml(write_yaml(config), "config.yaml"), "config.yaml")
+    assert again == config
+    assert identity_of(TrainConfig(preset="reference")) == identity_of(TrainConfig())
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -131,6 +149,8 @@ def test_defaults_are_the_inbreast_network() -> None:
         ({"name": "a-"}, "a run's name is"),
         ({"seed": 2**31}, "seed=2147483648: .*less than 2147483648"),
         ({"epochs": 0}, "epochs=0"),
+        ({"preset": "best"}, "preset='best': input should be 'reference' or 'recipe'"),
+        ({"schedule": {"cosine": True}}, "schedule: cosine and reduce_on_plateau exclude each"),
         ({"schedule": {"early_stopping_patience": -1}}, "greater than or equal to 0"),
     ],
 )

@@ -28,6 +28,7 @@ from job.data import (
     Dataset,
     distributed_batches,
     dropout_keys,
+    epoch_order,
     global_batches,
     iterate,
     make_batches,
@@ -113,6 +114,37 @@ def test_sample_order_is_a_permutation_by_seed_and_epoch() -> None:
 def test_sample_order_is_the_same_on_every_machine() -> None:
     # A restart elsewhere must continue this very order.
     assert sample_order(8, seed=3, epoch=2).tolist() == [7, 6, 4, 5, 1, 0, 3, 2]
+
+
+def test_epoch_order_draws_foreground_as_often_as_told() -> None:
+    has_foreground = np.arange(20) % 10 == 3  # two of 20
+    order = epoch_order(has_foreground, 0.5, seed=1, epoch=0)
+    counts = np.bincount(order, minlength=20)
+    assert len(order) == 20
+    # Ten places for two samples: five each. The other ten are all different.
+    assert counts[has_foreground].tolist() == [5, 5]
+    assert sorted(counts[~has_foreground]) == [0] * 8 + [1] * 10
+    assert order.tolist() == epoch_order(has_foreground, 0.5, seed=1, epoch=0).tolist()
+    others = [epoch_order(has_foreground, 0.5, seed=1, epoch=epoch) for epoch in range(1, 9)]
+    assert {tuple(each) for each in others} != {tuple(order)}
+    assert set(np.concatenate([order, *others])) == set(range(20))  # each has its turn
+
+
+def test_epoch_order_is_every_sample_once_where_there_is_foreground_enough() -> None:
+    plain = sample_order(20, seed=1, epoch=2).tolist()
+    half = np.arange(20) < 10
+    for has_foreground, share in ((half, 0.5), (half, None), (np.zeros(20, bool), 0.5)):
+        assert epoch_order(has_foreground, share, seed=1, epoch=2).tolist() == plain
+
+
+def test_split_knows_which_samples_have_foreground(tmp_path: Path) -> None:
+    data = prepare_discs(tmp_path, num_images=10, side=64, tile=16)
+    dataset = open_dataset(data)
+    split = dataset.split("train")
+    reader = open_reader(dataset, split, cache="full", cache_dir=None)
+    found = [bool(read_sample(reader, index)[1].any()) for index in range(len(split))]
+    assert split.has_foreground.tolist() == found
+    assert len(set(found)) == 2
 
 
 def test_global_batches_pads_the_tail() -> None:

@@ -167,3 +167,10 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
     assert pooled["low"] <= pooled["value"] <= pooled["high"]
     assert pooled["num_cases"] == len(rows) == 12
     assert [each["num_cases"] for each in network["folds"]] == [4, 4, 4]
+    page = (runs / "cv" / "report.html").read_text()
+    assert f'<td>mass dice_mean</td><td class="number">{pooled["value"]:.4f}</td>' in page
+    for fold, each in enumerate(network["folds"]):
+        dice = each["classes"][0]["dice_mean"]["value"]
+        assert f'<td class="number">{dice:.4f}</td>' in page
+        assert f'<a href="../cv-fold-{fold}/report.html">' in page
+        assert (runs / f"cv-fold-{fold}" / "report.html").exists()

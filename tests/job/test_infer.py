@@ -33,13 +33,12 @@ from job.data import open_dataset, open_reader, read_sample
 from job.infer import (
     InferConfig,
     _read_picture,
-    class_ids_at_source,
     find_images,
     infer,
     main,
-    to_model_pixels,
 )
 from job.optimizer import Adam
+from job.predict import class_ids_at_source, to_model_pixels
 from job.run import Run
 from job.trained import model_for, open_trained
 from tests.conftest import FaultyBucket

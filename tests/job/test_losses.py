@@ -81,6 +81,7 @@ def test_dice_loss_multiclass_agrees_with_the_reference_metric() -> None:
         ("bce_iou_loss", (math.log(4 / 3) + 0.4) / 2),
         ("dice_loss_multiclass", 1 - 2.5 / 3),
         ("focal", 0.25**2 * math.log(4 / 3)),
+        ("ce_dice", (math.log(4 / 3) + 1 - (2 * 0.75 + 1) / (1 + 0.75 + 1)) / 2),
     ],
 )
 def test_make_loss_of_one_pixel_is_as_by_hand(name: str, expected: float) -> None:

@@ -165,6 +165,18 @@ def test_kernels_shrink_to_three_and_dilations_to_one() -> None:
     assert model.output_shape == (None, 16, 24, 3)
 
 
+def test_group_normalisation_looks_at_one_picture_and_8_groups() -> None:
+    size = {"num_layers": 2, "base_filters": 12, "base_kernels": (3, 3)}
+    config = ModelConfig(**size, dropout_rate=0, normalization="group")
+    model = build_model(config, image_shape=(8, 8, 1), num_classes=2)
+    layers = [each for each in model.layers if isinstance(each, keras.layers.GroupNormalization)]
+    # 12 channels divide by 4, 24 by 8. Two convolutions at each of three places.
+    assert [layer.groups for layer in layers] == [4, 4, 8, 8, 4, 4]
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)).astype(np.float32)
+    alone = model(images[:1], training=True)
+    assert np.allclose(model(images, training=True)[:1], alone, atol=1e-5)
+
+
 def test_same_seed_gives_same_weights() -> None:
     first, second, other = (
         build_model(SMALL, image_shape=(8, 8, 1), num_classes=2, seed=seed) for seed in (1, 1, 2)

@@ -52,6 +52,20 @@ def inbreast() -> ReferenceConfig:
     return read_reference_config(str(INBREAST))
 
 
+def test_tiled_inference_becomes_windows(tmp_path: Path) -> None:
+    text = '[tiledinfer]\noverlapping = 64\nimages_dir = "./large"\noutput_dir = "./masks"\n'
+    config = read(tmp_path, MINIMAL + text)
+    assert TrainConfig.model_validate(config.train).window_overlap == 64
+    assert note_of(config, "tiledinfer.overlapping").detail == "window_overlap = 64"
+    images = note_of(config, "tiledinfer.images_dir")
+    assert (images.status, images.value) == ("mapped", '"./large"')
+    assert "--window sliding" in images.detail
+    assert "--window sliding" in note_of(config, "tiledinfer.output_dir").detail
+    assert TrainConfig.model_validate(read(tmp_path, MINIMAL).train).window_overlap is None
+    with pytest.raises(UsageError, match=r"line 7: tiledinfer\.overlapping"):
+        read(tmp_path, MINIMAL + "[tiledinfer]\noverlapping = -1\n")
+
+
 def test_inbreast_file_becomes_our_settings() -> None:
     train = inbreast().train
     # Copied by hand from the file; num_images 6 and everything it does not name are defaults.

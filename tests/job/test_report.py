@@ -37,6 +37,23 @@ def page_of(run: Path) -> Page:
     return Page(render(open_store(str(run))))
 
 
+def test_page_says_how_cases_were_predicted(own_run: Path) -> None:
+    path = own_run / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    assert "Mean of" not in render(open_store(str(own_run)))
+    fit = {"name": "mass", "min_pixels": 37, "dice_before": 0.5, "dice": 0.75}
+    regions = {"fitted_on": {"split": "valid", "num_cases": 4}, "classes": [fit]}
+    runs = [{"run": "runs/a"}, {"run": "runs/<b>"}]
+    summary["prediction"] = {"runs": runs, "flips": "both", "small_regions": regions}
+    path.write_text(json.dumps(summary | {"case": "tile"}))
+    page = render(open_store(str(own_run)))
+    assert "Mean of 2 runs: runs/a, runs/&lt;b&gt;." in page
+    assert "Mean over mirrored pictures: both." in page
+    assert "fitted on 4 cases of the valid split" in page
+    assert '<td>mass</td><td class="number">37</td><td class="number">0.5000</td>' in page
+    assert "as if it were a picture" in page
+
+
 def test_page_needs_no_network_and_no_script(trained_run: Path) -> None:
     page = page_of(trained_run)
     # Four cases and three curves.

@@ -8,9 +8,24 @@ import keras
 import numpy as np
 import pytest
 
-from job.schedule import EarlyStopping, PlateauReducer
+from job.schedule import EarlyStopping, PlateauReducer, rate_factor
 
 NUM_SEQUENCES = 12
+
+
+def test_rate_grows_then_falls_along_half_a_cosine() -> None:
+    def rates(warmup_epochs: float, is_cosine: bool) -> list[float]:
+        options: dict[str, Any] = {"warmup_epochs": warmup_epochs, "is_cosine": is_cosine}
+        return [rate_factor(step, steps_per_epoch=4, epochs=3, **options) for step in range(12)]
+
+    assert rates(0, False) == [1.0] * 12
+    assert rates(1, False) == [0.25, 0.5, 0.75, 1.0, *[1.0] * 8]
+    # Eight steps remain after the warm-up: cos(0), cos(pi / 8), ... cos(7 pi / 8).
+    falling = [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
+    assert rates(1, True) == pytest.approx([0.25, 0.5, 0.75, 1.0, *falling])
+    assert falling[4] == pytest.approx(0.5)
+    # A run that is trained longer than it was begun for stays at the end.
+    assert rate_factor(99, steps_per_epoch=4, epochs=3, warmup_epochs=1, is_cosine=True) == 0
 
 
 def values_of(seed: int) -> list[float]:

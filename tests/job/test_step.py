@@ -13,7 +13,7 @@ from job.losses import make_loss
 from job.metrics import RunningSums, reference_metrics
 from job.model import build_model
 from job.optimizer import Adam
-from job.step import make_evaluation_step, make_train_step
+from job.step import make_evaluation_step, make_train_step, network_of
 
 NUM_SAMPLES, SIDE, BATCH = 10, 16, 4
 MODEL = ModelConfig(num_layers=3, base_filters=4, base_kernels=(5, 5), dropout_rate=0.1)
@@ -150,7 +150,7 @@ def test_evaluation_step_counts_every_pixel_of_a_case(
                 MODEL, image_shape=(SIDE, SIDE, 1), num_classes=2, seed=5, precision="float64"
             )
         loss = make_loss("categorical_crossentropy", num_classes=2)
-        step = make_evaluation_step(strategy, model, loss, {}, 2, None)
+        step = make_evaluation_step(strategy, network_of([model]), loss, {}, 2, None)
         parts = next(batches(samples, 0, strategy.num_replicas_in_sync))
         batch = strategy.experimental_distribute_values_from_function(
             lambda context, parts=parts: parts[context.replica_id_in_sync_group]

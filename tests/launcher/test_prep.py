@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from data_prep.pairs import find_sources
-from data_prep.prep import PrepConfig, prepare
+from data_prep.phantom_release import write_release
+from data_prep.prep import PrepConfig, prepare, sources_of
 from data_prep.storage import open_store
 from tests.job.discs import write_discs
 from tests.launcher.conftest import PROJECT, Launch, RayCluster, ray_processes
@@ -52,6 +53,26 @@ def test_a_cluster_writes_the_bytes_of_one_process(
     assert objects(str(tmp_path / "cluster")) == prepared(source, tmp_path / "local")
     again = flexunet(*arguments)
     assert (again.returncode, "finished already" in again.stderr) == (0, True)
+
+
+def test_a_cluster_prepares_the_inbreast_release_in_tiles(
+    flexunet: Launch, ray_cluster: RayCluster, tmp_path: Path
+) -> None:
+    release = tmp_path / "release"
+    write_release(str(release), 6, 96, 1)
+    options = ["--format=inbreast", "--tile=32", "--tile-overlap=8", "--crop=breast", "--flip=left"]
+    address = ["--address", ray_cluster.address]
+    arguments = ["launch", "prep", str(release), str(tmp_path / "cluster"), *options, *address]
+    done = flexunet(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "encoding: 22/22 images" in done.stderr  # of 6 patients
+    assert "published" in done.stdout
+    values = {"format": "inbreast", "tile": 32, "tile_overlap": 8, "num_processes": 1}
+    config = PrepConfig.model_validate({**values, "crop": "breast", "flip": "left"})
+    sources = sources_of(str(release), config)
+    manifest = prepare(sources, str(tmp_path / "local"), config, progress=False)
+    assert manifest.num_samples > 22 * 4
+    assert objects(str(tmp_path / "cluster")) == objects(str(tmp_path / "local"))
 
 
 def test_a_ray_of_this_machine_writes_the_bytes_of_one_process(

@@ -1,0 +1,151 @@
+"""The recipe against the reference's preset: the same network, pictures and number of steps.
+
+python benchmarks/recipe.py [--pictures FOLDER]
+
+FOLDER holds images/ and masks/ whose names end in the number of their source, as those of
+--group-preset augmented. A seed draws the splits and trains; both presets get the same seeds.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import click
+from machine import RESULTS, describe_machine, write_result
+
+from data_prep.pairs import find_sources
+from data_prep.phantoms import write_phantoms
+from data_prep.prep import PrepConfig, prepare
+from data_prep.settings import merged, validated
+from job.config import TrainConfig
+from job.data import open_dataset
+from job.state import TrainState
+from job.team import Team
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# What two cores can do; the network of the reference's INbreast project is 512 x 512 with 8 levels.
+SIDE = 64
+NETWORK = {"num_layers": 4, "base_filters": 8, "base_kernels": (5, 5)}
+BATCH_SIZE = 2
+SEEDS = (0, 1, 2)
+ARMS: dict[str, dict[str, Any]] = {
+    "reference": {"preset": "reference"},
+    # How much of a difference is the learning rate alone.
+    "reference, rate of the recipe": {
+        "preset": "reference",
+        "optimizer": {"learning_rate": 1e-3},
+    },
+    "recipe": {"preset": "recipe"},
+}
+
+
+def prepared(folder: str, source: str, seed: int, **groups: str) -> str:
+    """Returns the URL of a dataset whose splits are drawn by `seed`."""
+    url = f"{folder}/dataset-{seed}"
+    fractions = (0.6, 0.2, 0.2)
+    config = PrepConfig(image_size=SIDE, fractions=fractions, seed=seed, **groups)
+    prepare(find_sources(source), url, config, progress=False)
+    return url
+
+
+def trained(data: str, num_steps: int, seed: int, arm: dict[str, Any]) -> float:
+    """Returns the foreground Dice on the test split of the best epoch of about `num_steps` steps.
+
+    The loop is that of `flexunet train`, without tables, pictures and checkpoints.
+    """
+    import tensorflow as tf
+
+    from job.session import open_session
+
+    dataset = open_dataset(data)
+    epochs = max(1, round(num_steps / -(-len(dataset.split("train")) // BATCH_SIZE)))
+    budget = {
+        "data": data,
+        "epochs": epochs,
+        "global_batch_size": BATCH_SIZE,
+        "seed": seed,
+        "precision": "float32",
+        "model": NETWORK,
+        # The same steps for all: none stops early.
+        "schedule": {"early_stopping_patience": 0},
+        "augmentation": {"enabled": True, "shrink_probability": 0.0},
+    }
+    config = validated(TrainConfig, merged(budget, arm), "benchmark")
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+    with open_session(config, None, strategy, Team(strategy, None), dataset) as session:
+        state = TrainState(learning_rate=config.optimizer.learning_rate)
+        best = session.model.get_weights()
+        while state.epoch < epochs:
+            for _ in session.train_steps(state):
+                pass
+            row = session.validate(state, lambda: False)
+            assert row is not None
+            session.finish_epoch(state, row, images_per_s=0.0)
+            if state.best and state.best["epoch"] == row["epoch"]:
+                best = session.model.get_weights()
+        session.model.set_weights(best)
+        summary = session.evaluator.evaluate("test", session.readers["test"]).summary
+    return float(summary["foreground_mean"]["dice"] or 0.0)
+
+
+def compared(folder: str, source: str, num_steps: int, **groups: str) -> dict[str, Any]:
+    """Returns the foreground Dice of the test split for each arm and seed."""
+    found: dict[str, list[float]] = {name: [] for name in ARMS}
+    for seed in SEEDS:
+        data = prepared(folder, source, seed, **groups)
+        for name, arm in ARMS.items():
+            started = time.monotonic()
+            dice = trained(data, num_steps, seed, arm)
+            found[name].append(dice)
+            seconds = time.monotonic() - started
+            click.echo(f"seed {seed}, {name}: {dice:.3f} ({seconds:.0f} s)")
+    sizes = {name: len(split) for name, split in open_dataset(data).splits.items()}
+    return {
+        "steps": num_steps,
+        "samples": sizes,
+        "foreground_dice": {name: _spread(values) for name, values in found.items()},
+    }
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.mean(values),
+        "least": min(values),
+        "most": max(values),
+        "by_seed": values,
+    }
+
+
+@click.command()
+@click.option("--pictures", help="Folder of real pictures, grouped by source.")
+@click.option("--steps", default=400, help="Steps of each training.")
+@click.option("--phantoms", default=60, help="Synthetic pictures; 0: none.")
+def main(pictures: str | None, steps: int, phantoms: int) -> None:
+    """Prints the foreground Dice and stores it in benchmarks/results/recipe.json.
+
+    What is not measured now stays there as it was.
+    """
+    path = RESULTS / "recipe.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    setting = {"machine": describe_machine(), "side": SIDE, "network": NETWORK}
+    setting |= {"batch_size": BATCH_SIZE, "seeds": SEEDS}
+    with tempfile.TemporaryDirectory(prefix="flexunet-recipe-") as folder:
+        if phantoms:
+            source = f"{folder}/phantoms/source"
+            write_phantoms(source, num_images=phantoms, size=SIDE, seed=1)
+            regex = {"group_regex": "phantom-p[0-9]+"}
+            found = compared(f"{folder}/phantoms", source, steps, **regex)
+            result[f"phantoms, {steps} steps"] = {**setting, **found}
+        if pictures is not None:
+            place, preset = f"{folder}/pictures", {"group_preset": "augmented"}
+            found = compared(place, pictures, steps, **preset)
+            result[f"pictures, {steps} steps"] = {**setting, **found}
+    write_result("recipe", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Small predicted regions that are no lesions: the size from which on they stay.
+
+It is fitted on the validation split alone, by the mean Dice over its cases, and stored with the
+evaluation that it was fitted for; `infer` takes it from there. No test case has a say in it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.errors import ContentError, UsageError
+from data_prep.storage import NotFound, Store
+from job.lesions import label_regions
+from job.predict import Ids
+from job.trained import Member
+
+FILE_NAME = "small_regions.json"
+
+
+@dataclass(frozen=True)
+class ClassFit:
+    """What was found for one class: regions of fewer than `min_pixels` go.
+
+    `dice` is the mean over the validation cases, None where none has the class.
+    """
+
+    name: str
+    min_pixels: int
+    dice_before: float | None
+    dice: float | None
+
+
+@dataclass(frozen=True)
+class _CaseRegions:
+    """The predicted regions of a class in one case, by rising size."""
+
+    sizes: npt.NDArray[np.int64]
+    hits: npt.NDArray[np.int64]  # true pixels of each
+    num_true: int
+
+
+class RegionTally:
+    """Collects the regions of validation cases, and says which size is best."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Collects for the foreground classes of these names."""
+        self._names = names
+        self._cases: list[list[_CaseRegions]] = [[] for _ in names]
+
+    @property
+    def num_cases(self) -> int:
+        """Cases that were added."""
+        return len(self._cases[0]) if self._cases else 0
+
+    def add(self, truth: Ids, prediction: Ids) -> None:
+        """Adds a case, two masks (H, W) of class ids without ignored pixels."""
+        for index, cases in enumerate(self._cases):
+            true = truth == index + 1
+            labels, sizes = label_regions(prediction == index + 1)
+            hits = np.bincount(labels[true], minlength=len(sizes))[1:]
+            order = np.argsort(sizes[1:], kind="stable")
+            cases.append(_CaseRegions(sizes[1:][order], hits[order], int(np.count_nonzero(true))))
+
+    def fit(self) -> list[ClassFit]:
+        """Returns the best size for each class; of equal ones the smallest."""
+        return [_fit(name, cases) for name, cases in zip(self._names, self._cases, strict=True)]
+
+
+def _fit(name: str, cases: Sequence[_CaseRegions]) -> ClassFit:
+    found = np.unique(np.concatenate([case.sizes for case in cases]))
+    limits = np.concatenate([[0], found + 1])  # nothing goes; all regions up to a size go
+    total, count = np.zeros(len(limits)), np.zeros(len(limits))
+    for case in cases:
+        num_gone = np.searchsorted(case.sizes, limits)
+        pixels, hits = (
+            sum_ - np.concatenate([[0], np.cumsum(each)])[num_gone]
+            for each, sum_ in ((case.sizes, case.sizes.sum()), (case.hits, case.hits.sum()))
+        )
+        both = pixels + case.num_true
+        total += 2 * hits / np.maximum(both, 1)
+        count += both > 0
+    if not count.any():
+        return ClassFit(name, 0, None, None)
+    dice = total / np.maximum(count, 1)
+    best = int(np.argmax(dice))
+    return ClassFit(name, int(limits[best]), float(dice[0]), float(dice[best]))
+
+
+def fit_record(
+    fits: Sequence[ClassFit], members: Sequence[Member], flips: str, fitted_on: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what is stored of a fit, JSON-ready.
+
+    Args:
+        fitted_on: dataset, split and number of cases.
+    """
+    return {
+        "fitted_on": dict(fitted_on),
+        "runs": [asdict(member) for member in members],
+        "flips": flips,
+        "pixels": "of the network's size",
+        "classes": [asdict(fit) for fit in fits],
+    }
+
+
+def read_min_pixels(store: Store, members: Sequence[Member], flips: str) -> tuple[int, ...]:
+    """Returns the sizes that were stored with the evaluation in `store`.
+
+    Raises:
+        UsageError: none were, or for other weights or flips.
+        ContentError: the file is damaged.
+    """
+    where = f"{store.url}/{FILE_NAME}"
+    try:
+        data = store.get(FILE_NAME)
+    except NotFound as error:
+        raise UsageError(
+            f"{where} is missing; flexunet evaluate --remove-small-regions fits and writes it"
+        ) from error
+    try:
+        found = json.loads(data)
+        sizes = tuple(int(each["min_pixels"]) for each in found["classes"])
+        digests = {str(each["commit_sha256"]) for each in found["runs"]}
+        fitted_flips = found["flips"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ContentError(f"{where}: damaged ({error}); evaluate again") from error
+    if digests != {member.commit_sha256 for member in members} or fitted_flips != flips:
+        raise UsageError(
+            f"{where}: was fitted for other weights or flips; evaluate again as you predict, with "
+            "--remove-small-regions"
+        )
+    return sizes

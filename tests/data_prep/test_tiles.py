@@ -1,0 +1,145 @@
+"""Tiles: where they lie, put together again, and datasets of them."""
+
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+
+from data_prep import prep, schema
+from data_prep.errors import ContentError
+from data_prep.image import Box, apply_geometry, fit
+from data_prep.pairs import find_sources
+from data_prep.storage import open_store
+from data_prep.tiles import around, cut, joined, starts
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "overlap", "expected"),
+    [
+        (16, 16, 0, [0]),
+        (10, 16, 4, [0]),  # smaller than a tile
+        (32, 16, 0, [0, 16]),
+        (33, 16, 0, [0, 8, 17]),  # 17 pixels remain: two gaps of 8.5, 8.5 rounds to 8
+        (40, 16, 8, [0, 8, 16, 24]),  # 24 remain in steps of at most 8
+    ],
+)
+def test_starts_cover_the_length_evenly(length, size, overlap, expected):
+    assert starts(length, size, overlap) == expected
+
+
+@pytest.mark.parametrize("size", [(37, 50), (16, 16), (9, 30), (5, 7)])
+@pytest.mark.parametrize("crop", [None, Box(2, 1, 3, 5)])
+@pytest.mark.parametrize("is_flipped", [False, True])
+def test_joined_tiles_are_the_framed_picture(size, crop, is_flipped):
+    image = np.random.default_rng(0).integers(0, 2**16, (*size, 3), dtype=np.uint16)
+    whole = fit(
+        *size, target_height=1, target_width=1, kind="tile", crop=crop, is_flipped=is_flipped
+    )
+    framed = apply_geometry(image, whole, whole.height, whole.width, nearest=False)
+    assert framed.shape[:2] == ((3, 5) if crop else size)
+    geometries = [geometry for _, geometry in cut(whole, 16, 16, 4)]
+    pieces = [apply_geometry(image, each, 16, 16, nearest=False) for each in geometries]
+    assert {piece.shape for piece in pieces} == {(16, 16, 3)}
+    for (place, _), piece in zip(cut(whole, 16, 16, 4), pieces, strict=True):
+        part = framed[place.top : place.top + 16, place.left : place.left + 16]
+        assert np.array_equal(piece[: part.shape[0], : part.shape[1]], part)
+        assert not piece[part.shape[0] :].any()
+    assert around(geometries) == whole
+    assert np.array_equal(joined(pieces, geometries), framed)
+
+
+def _write(folder, name, seed, size=(40, 24)):
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    image = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    image[-16:, -16:] = 0  # film: the same in all pictures
+    mask = np.zeros(size, np.uint8)
+    mask[2:6, 2:6] = 255
+    assert cv2.imwrite(str(folder / "images" / f"{name}.png"), image)
+    assert cv2.imwrite(str(folder / "masks" / f"{name}.png"), mask)
+
+
+def _prepare(source, output, **options):
+    values = {"tile": 16, "num_processes": 1, "fractions": (0.6, 0.2, 0.2)} | options
+    config = prep.PrepConfig(**values)
+    return prep.prepare(find_sources(str(source)), str(output), config, progress=False)
+
+
+def _rows(output):
+    store = open_store(str(output))
+    manifest, _ = schema.read_manifest(store)
+    return schema.read_samples(store, manifest).to_pylist()
+
+
+def test_prepare_records_each_tile_and_keeps_a_picture_in_one_split(tmp_path):
+    for index in range(10):
+        _write(tmp_path / "source", f"patient{index // 2}-{index}", index)
+    options = {"tile_overlap": 4, "group_regex": "patient([0-9])"}
+    manifest = _prepare(tmp_path / "source", tmp_path / "out", **options)
+    assert (manifest.geometry, manifest.image_height, manifest.image_width) == ("tile", 16, 16)
+    rows = _rows(tmp_path / "out")
+    # 40 rows in steps of at most 12: 0, 12, 24; 24 columns: 0, 8.
+    assert len(rows) == 10 * 3 * 2
+    assert manifest.num_samples == 60
+    assert len({row["id"] for row in rows}) == 60
+    splits = {}
+    for row in rows:
+        splits.setdefault(row["group"], set()).add(row["split"])
+        image = cv2.imread(str(tmp_path / "source" / "images" / row["filename"]), 0)
+        top, left = row["crop_top"], row["crop_left"]
+        assert row["id"] == f"{row['picture']}_y{top}_x{left}"
+        assert (row["source_height"], row["source_width"]) == (40, 24)
+        tile = np.ascontiguousarray(image[top : top + 16, left : left + 16])
+        assert row["sha256"] == schema.sha256_of_pixels(tile)
+        data = (tmp_path / "out" / row["shard"]).read_bytes()
+        record = data[row["offset"] :][: row["length"]]
+        features = schema.decode_example(schema.unframe_record(record, where="x"))
+        place = [features[f"image/tile/{name}"] for name in ("picture", "top", "left")]
+        assert place == [row["picture"].encode(), top, left]
+    # The tile of film is in all pictures, and yet the patients were not joined to one.
+    assert sorted(splits) == ["0", "1", "2", "3", "4"]
+    assert all(len(found) == 1 for found in splits.values())
+
+
+def test_prepare_joins_pictures_that_are_the_same(tmp_path, caplog):
+    for index in range(5):
+        _write(tmp_path / "source", f"case-{index}", index)
+    _write(tmp_path / "source", "copy", 3)
+    _prepare(tmp_path / "source", tmp_path / "out")
+    groups = {row["picture"]: row["group"] for row in _rows(tmp_path / "out")}
+    assert groups["copy"] == groups["case-3"]
+    assert len(set(groups.values())) == 5
+    assert "1 groups hold a picture of another group" in caplog.text
+
+
+def test_prepare_refuses_ready_made_splits_with_the_same_picture(tmp_path):
+    for index, split in enumerate(("train", "valid", "test")):
+        _write(tmp_path / "source" / split, f"case-{index}", index)
+    _prepare(tmp_path / "source", tmp_path / "out")  # the shared tile of film is no leak
+    _write(tmp_path / "source" / "test", "again", 0)
+    with pytest.raises(ContentError, match="leak"):
+        _prepare(tmp_path / "source", tmp_path / "other")
+
+
+def test_prepare_leaves_bad_pictures_out_and_continues(tmp_path):
+    for index in range(6):
+        _write(tmp_path / "source", f"case-{index}", index)
+    shutil.copytree(tmp_path / "source", tmp_path / "broken")
+    (tmp_path / "broken" / "images" / "case-2.png").write_bytes(b"no picture")
+    manifest = _prepare(tmp_path / "broken", tmp_path / "out", skip_bad=True)
+    # 3 x 2 tiles of five pictures.
+    assert manifest.num_samples == 5 * 6
+    again = _prepare(tmp_path / "broken", tmp_path / "out", skip_bad=True)
+    assert again == manifest
+
+
+def test_prepare_tells_of_pictures_and_not_of_their_tiles(tmp_path, caplog):
+    for index in range(5):
+        _write(tmp_path / "source", f"case-{index}", index)
+    path = str(tmp_path / "source" / "images" / "case-1.png")
+    colours = np.random.default_rng(9).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    assert cv2.imwrite(path, colours)
+    _prepare(tmp_path / "source", tmp_path / "out")
+    assert "1 of 5 pictures have colour" in caplog.text
+    assert "case-1.png" in caplog.text

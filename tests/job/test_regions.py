@@ -1,0 +1,101 @@
+"""The size below which predicted regions go, fitted by hand-worked cases."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.errors import ContentError, UsageError
+from data_prep.storage import open_store
+from job.predict import without_small
+from job.regions import FILE_NAME, RegionTally, fit_record, read_min_pixels
+from job.trained import Member
+
+
+def case(*parts: tuple[int, int, int]) -> np.ndarray:
+    """Returns a mask (8, 32) with class 1 in columns first..last of a row, for each part."""
+    ids = np.zeros((8, 32), np.uint8)
+    for row, first, last in parts:
+        ids[row, first:last] = 1
+    return ids
+
+
+def test_fit_keeps_lesions_and_drops_specks() -> None:
+    tally = RegionTally(["mass"])
+    # A lesion of 10, found whole, beside a speck of 2: 2*10/22, and 1 without the speck.
+    tally.add(case((0, 0, 10)), case((0, 0, 10), (4, 0, 2)))
+    # Nothing there, a speck of 3: 0, and left out of the mean without it.
+    tally.add(case(), case((2, 5, 8)))
+    # A lesion of 6 of which 4 are found: 8/10, which goes down to 0 where regions of 4 go.
+    tally.add(case((6, 0, 6)), case((6, 0, 4)))
+    (fit,) = tally.fit()
+    assert fit.name == "mass"
+    assert fit.min_pixels == 4  # 3 and fewer go
+    assert fit.dice_before == pytest.approx((20 / 22 + 0 + 0.8) / 3)
+    assert fit.dice == pytest.approx((1 + 0.8) / 2)
+
+
+def test_fit_drops_nothing_where_that_is_best() -> None:
+    tally = RegionTally(["mass"])
+    tally.add(case((0, 0, 2)), case((0, 0, 2)))
+    (fit,) = tally.fit()
+    assert (fit.min_pixels, fit.dice_before, fit.dice) == (0, 1.0, 1.0)
+
+
+def test_fit_of_cases_without_the_class() -> None:
+    tally = RegionTally(["mass", "calcification"])
+    tally.add(case(), case())
+    for fit in tally.fit():
+        assert (fit.min_pixels, fit.dice) == (0, None)
+
+
+def test_fit_agrees_with_removing_and_counting() -> None:
+    random = np.random.default_rng(3)
+    pairs = []
+    tally = RegionTally(["mass"])
+    for _ in range(8):
+        truth = np.zeros((40, 40), np.uint8)
+        row, column = random.integers(0, 30, 2)
+        truth[row : row + 9, column : column + 7] = 1
+        prediction = np.where(random.random((40, 40)) < 0.06, 1 - truth, truth).astype(np.uint8)
+        pairs.append((truth, prediction))
+        tally.add(truth, prediction)
+    (fit,) = tally.fit()
+
+    def mean_dice(limit: int) -> float:
+        scores = []
+        for truth, prediction in pairs:
+            kept = without_small(prediction, (limit,))
+            scores.append(2 * np.sum(truth & kept) / (truth.sum() + kept.sum()))
+        return float(np.mean(scores))
+
+    every = [mean_dice(limit) for limit in range(100)]
+    assert fit.dice_before == pytest.approx(every[0])
+    assert fit.dice == pytest.approx(max(every))
+    assert mean_dice(fit.min_pixels) == pytest.approx(max(every))
+
+
+def test_sizes_are_read_for_the_same_weights_only(tmp_path: Path) -> None:
+    import json
+
+    members = [Member("runs/a", "checkpoints/x", "1" * 64)]
+    store = open_store(str(tmp_path))
+    with pytest.raises(UsageError, match="is missing"):
+        read_min_pixels(store, members, "none")
+    tally = RegionTally(["mass"])
+    tally.add(case((0, 0, 10)), case((0, 0, 10), (4, 0, 2)))
+    record = fit_record(tally.fit(), members, "none", {"split": "valid"})
+    store.put(FILE_NAME, json.dumps(record).encode())
+    assert read_min_pixels(store, members, "none") == (3,)
+    # The same weights in another place.
+    moved = [Member("elsewhere/a", "checkpoints/x", "1" * 64)]
+    assert read_min_pixels(store, moved, "none") == (3,)
+    for others, flips in (
+        ([Member("runs/a", "checkpoints/x", "2" * 64)], "none"),
+        (members, "both"),
+    ):
+        with pytest.raises(UsageError, match="other weights or flips"):
+            read_min_pixels(store, others, flips)
+    store.put(FILE_NAME, b"{}")
+    with pytest.raises(ContentError, match="damaged"):
+        read_min_pixels(store, members, "none")

@@ -1,0 +1,262 @@
+"""A run that the real command trained on tiles: pictures are what is evaluated and predicted."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from data_prep.errors import UsageError
+from data_prep.storage import open_store
+from job.data import open_dataset, open_reader
+from job.evaluate import EvaluateConfig, dataset_of, evaluate_run
+from job.evaluate import main as evaluate_main
+from job.folds import fold_of
+from job.infer import InferConfig, infer
+from job.infer import main as infer_main
+from job.pictures import pictures_of, read_picture
+from job.trained import open_alike, open_trained
+from tests.job.discs import prepare_discs
+
+PROJECT = Path(__file__).resolve().parents[2]
+SIDE, TILE = 72, 32  # 72 in steps of at most 24: tiles at 0, 20 and 40
+
+
+@pytest.fixture(scope="module")
+def tiled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a run on 10 pictures of 72x72 in 9 tiles each: 6 train, 2 valid, 2 test."""
+    folder = tmp_path_factory.mktemp("tiled")
+    data = prepare_discs(folder, num_images=10, side=SIDE, tile=TILE)
+    options = {
+        "data": data,
+        "output": str(folder / "runs"),
+        "name": "tiles",
+        "epochs": "6",
+        "global-batch-size": "2",
+        "precision": "float32",
+        "prediction-images": "1",
+        "model.num-layers": "2",
+        "model.base-filters": "8",
+        "model.base-kernels": "5,5",
+        "optimizer.learning-rate": "0.003",
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    command = [sys.executable, "-m", "job.train", "--local", "--no-tensorboard", *arguments]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "tiles"
+
+
+@pytest.fixture
+def own_tiled_run(tiled_run: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "own" / "tiles"
+    shutil.copytree(tiled_run, folder)
+    return folder
+
+
+def evaluate(run: Path, **options: Any) -> tuple[dict[str, Any], Path]:
+    """Returns the summary and the folder of an evaluation."""
+    config = EvaluateConfig(progress=False, **options)
+    trained, *others = open_alike([str(run), *config.ensemble])
+    device = tf.distribute.OneDeviceStrategy("CPU:0")
+    dataset = dataset_of(trained, None, others)
+    evaluation, url = evaluate_run(trained, dataset, device, config, others)
+    return evaluation.summary, Path(url)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_pictures_are_put_together_from_their_tiles(tiled_run: Path) -> None:
+    source = tiled_run.parents[1] / "source"
+    dataset = open_dataset(str(tiled_run.parents[1] / "dataset"))
+    names = []
+    for split in dataset.splits.values():
+        reader = open_reader(dataset, split, cache="full", cache_dir=None)
+        pictures = pictures_of(split)
+        assert sorted(i for each in pictures for i in each.samples) == list(range(len(split)))
+        for picture in pictures:
+            names.append(picture.id)
+            image, mask = read_picture(reader, picture)
+            stored = cv2.imread(str(source / "images" / picture.filename), cv2.IMREAD_GRAYSCALE)
+            assert np.array_equal(image[..., 0], stored)
+            true = cv2.imread(str(source / "masks" / picture.filename), cv2.IMREAD_GRAYSCALE)
+            assert np.array_equal(255 * mask, true)
+            assert picture.geometry.crop is None
+    assert len(names) == len(set(names)) == 10
+
+
+def test_training_evaluates_and_shows_pictures(tiled_run: Path) -> None:
+    rows = rows_of(tiled_run / "evaluation" / "per_case.csv")
+    assert [row["filename"] for row in rows] == [f"{row['id']}.png" for row in rows]
+    assert len(rows) == 2
+    for row in rows:
+        counts = [int(row[f"{name}_px_mass"]) for name in ("tp", "fp", "fn", "tn")]
+        assert sum(counts) == SIDE * SIDE
+    summary = json.loads((tiled_run / "evaluation" / "summary.json").read_text())
+    assert summary["case"] == "picture"
+    assert summary["num_cases"] == summary["sizes"]["original"]["num_cases"] == 2
+    assert summary["foreground_mean"]["dice"] > 0.7
+    (shown, *_) = (tiled_run / "epoch_change_infer").iterdir()
+    assert cv2.imread(str(shown)).shape == (SIDE, SIDE, 3)
+
+
+def test_evaluate_counts_the_pixels_of_the_masks_that_infer_writes(
+    own_tiled_run: Path, tiled_run: Path, tmp_path: Path
+) -> None:
+    source = tiled_run.parents[1] / "source"
+    summary, folder = evaluate(own_tiled_run, overlap=8)
+    assert summary["prediction"]["overlap"] == 8
+    config = InferConfig(overlays=False, progress=False, overlap=8, batch_size=4)
+    infer(str(own_tiled_run), str(source / "images"), str(tmp_path / "masks"), config)
+    for row in rows_of(folder / "per_case.csv"):
+        predicted = np.asarray(Image.open(tmp_path / "masks" / row["filename"])) == 1
+        true = cv2.imread(str(source / "masks" / row["filename"]), cv2.IMREAD_GRAYSCALE) == 255
+        counts = [np.sum(predicted & true), np.sum(predicted & ~true), np.sum(~predicted & true)]
+        assert [int(row[f"{name}_px_mass"]) for name in ("tp", "fp", "fn")] == counts
+
+
+def test_tiles_are_cases_only_when_told(own_tiled_run: Path) -> None:
+    summary, folder = evaluate(own_tiled_run, split="valid", tiles_as_pictures=True)
+    assert (summary["case"], summary["num_cases"]) == ("tile", 18)
+    rows = rows_of(folder / "per_case.csv")
+    assert sum(int(row["tn_px_mass"]) for row in rows) < 18 * TILE * TILE
+    # Loss and metrics of the reference are of the tiles either way.
+    assert evaluate(own_tiled_run, split="valid")[0]["loss"] == pytest.approx(summary["loss"])
+
+
+def test_ensemble_of_a_run_with_itself_is_that_run(own_tiled_run: Path, tmp_path: Path) -> None:
+    alone, folder = evaluate(own_tiled_run)
+    twice, place = evaluate(
+        own_tiled_run, ensemble=(str(own_tiled_run),), output=str(tmp_path / "both")
+    )
+    assert place == tmp_path / "both"
+    assert (place / "per_case.csv").read_text() == (folder / "per_case.csv").read_text()
+    assert twice["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    assert len(twice["prediction"]["runs"]) == 2
+    flipped, _ = evaluate(own_tiled_run, flips="both")
+    assert flipped["loss"] != pytest.approx(alone["loss"], rel=1e-4)
+    assert flipped["foreground_mean"]["dice"] > 0.7
+
+
+def test_small_regions_are_fitted_on_valid_and_used_by_infer(
+    own_tiled_run: Path, tiled_run: Path, tmp_path: Path
+) -> None:
+    summary, folder = evaluate(own_tiled_run, remove_small_regions=True)
+    found = json.loads((folder / "small_regions.json").read_text())
+    assert found == summary["prediction"]["small_regions"]
+    assert (found["fitted_on"]["split"], found["fitted_on"]["num_cases"]) == ("valid", 2)
+    assert found["classes"][0]["dice"] >= found["classes"][0]["dice_before"]
+    # A size that removes everything, as if it had been fitted.
+    found["classes"][0]["min_pixels"] = SIDE * SIDE
+    (folder / "small_regions.json").write_text(json.dumps(found))
+    images = str(tiled_run.parents[1] / "source" / "images")
+    config = {"overlays": False, "progress": False, "batch_size": 4}
+    for name, options in (("all", {}), ("none", {"small_regions": str(folder)})):
+        infer(str(own_tiled_run), images, str(tmp_path / name), InferConfig(**config, **options))
+        masks = [np.asarray(Image.open(p)) for p in sorted((tmp_path / name).glob("*.png"))]
+        assert any(mask.any() for mask in masks) == (name == "all")
+    with pytest.raises(UsageError, match="other weights or flips"):
+        options = InferConfig(**config, flips="both", small_regions=str(folder))
+        infer(str(own_tiled_run), images, str(tmp_path / "other"), options)
+    # An evaluation without it leaves no size behind that it did not use.
+    evaluate(own_tiled_run)
+    assert not (folder / "small_regions.json").exists()
+
+
+def test_infer_slides_over_large_pictures_of_any_run(trained_run: Path, tmp_path: Path) -> None:
+    """A run on pictures of 32x32 finds the discs of a picture of 90x100 at their own size."""
+    y, x = np.mgrid[:90, :100]
+    centers = [(20, 20), (60, 75), (75, 25)]
+    truth = np.any([(y - a) ** 2 + (x - b) ** 2 <= 36 for a, b in centers], axis=0)
+    noise = np.random.default_rng(5).integers(20, 90, (90, 100))
+    (tmp_path / "images").mkdir()
+    assert cv2.imwrite(str(tmp_path / "images" / "a.png"), (noise + 120 * truth).astype(np.uint8))
+    config = {"progress": False, "batch_size": 3}
+    output = tmp_path / "masks"
+    infer(
+        str(trained_run), str(tmp_path / "images"), str(output),
+        InferConfig(**config, window="sliding", overlap=20),
+    )  # fmt: skip
+    predicted = np.asarray(Image.open(output / "a.png")) == 1
+    assert predicted.shape == truth.shape
+    assert 2 * np.sum(predicted & truth) / (predicted.sum() + truth.sum()) > 0.8
+    record = json.loads((output / "inference.json").read_text())
+    assert (record["window"], record["overlap"]) == ("sliding", 20)
+    with pytest.raises(UsageError, match="another window and overlap"):
+        infer(str(trained_run), str(tmp_path / "images"), str(output), InferConfig(**config))
+
+
+def test_infer_by_one_window_writes_the_masks_of_a_plain_pass(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    images = str(trained_run.parents[1] / "source" / "images")
+    masks = {}
+    for window in ("auto", "sliding"):
+        config = InferConfig(overlays=False, progress=False, window=window)
+        infer(str(trained_run), images, str(tmp_path / window), config)
+        store = open_store(str(tmp_path / window))
+        names = [stat.name for stat in store.list() if stat.name.endswith(".png")]
+        masks[window] = {name: store.get(name) for name in names}
+    assert len(masks["auto"]) == 20
+    assert masks["auto"] == masks["sliding"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ensemble", "TILES"], "geometry tile, but"),
+        (["--ensemble", "MISSING"], "no run here"),
+        (["--ensemble", "RUN"], "give --output"),
+        (["--overlap", "32"], "windows are 32x32 pixels"),
+        (["--output", "RUN"], "holds other files"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(
+    tiled_run: Path,
+    trained_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    places = {"TILES": str(tiled_run), "RUN": str(trained_run), "MISSING": str(trained_run) + "x"}
+    assert evaluate_main([str(trained_run), *(places.get(a, a) for a in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_infer_refuses_runs_that_are_not_alike(
+    tiled_run: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = str(trained_run.parents[1] / "source" / "images")
+    arguments = [str(trained_run), images, str(tmp_path / "out"), "--ensemble", str(tiled_run)]
+    assert infer_main(arguments) == 2
+    assert "only runs that are alike in it can predict together" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_other_folds_predict_the_test_split_alone(own_run: Path, tmp_path: Path) -> None:
+    folds = []
+    for fold in (0, 1):
+        folder = tmp_path / f"fold-{fold}"
+        shutil.copytree(own_run, folder)
+        text = (folder / "config.yaml").read_text()
+        text = text.replace("folds: null", "folds: 3").replace("fold: null", f"fold: {fold}")
+        (folder / "config.yaml").write_text(text)
+        folds.append(open_trained(str(folder)))
+    dataset = open_dataset(str(folds[0].config.data))
+    together = dataset_of(folds[0], None, folds[1:])
+    assert list(together.splits) == ["test"]
+    assert together.split("test").ids == dataset.split("test").ids
+    alone = dataset_of(folds[0], None)
+    assert alone.split("test").ids == fold_of(dataset, 3, 0).split("test").ids
