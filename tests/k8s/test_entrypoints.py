@@ -189,7 +189,4 @@ def test_the_cpu_overlay_runs_to_the_end(
 
     # What a retried pod does: it goes on with what is there.
     machine.run_pod(found["Job/prep"])
-    machine.run_pod(found["Job/infer"])
-    assert [stat for stat in store.list() if "flexunet-probe-" not in stat.name] == [
-        stat for stat in stats if "flexunet-probe-" not in stat.name
-    ]
+    assert store.list() == stats
