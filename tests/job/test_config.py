@@ -20,6 +20,7 @@ FREE = {
     "cache_dir",
     "cache",
     "cpu_replicas",
+    "accumulate",
     "gradient_exchange",
     "exchange_flops_per_byte",
     "threads",
@@ -132,6 +133,11 @@ def test_defaults_are_the_inbreast_network() -> None:
         ({"seed": 2**31}, "seed=2147483648: .*less than 2147483648"),
         ({"epochs": 0}, "epochs=0"),
         ({"schedule": {"early_stopping_patience": -1}}, "greater than or equal to 0"),
+        ({"global_batch_size": 4, "accumulate": 3}, "accumulate=3 does not divide .*size=4"),
+        (
+            {"accumulate": 2, "model": {"normalization": "batch"}},
+            "accumulate=2 would normalise over parts of the batch",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused(values: dict[str, Any], message: str) -> None:
