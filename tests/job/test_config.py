@@ -21,6 +21,7 @@ FREE = {
     "cache",
     "cpu_replicas",
     "accumulate",
+    "keep_memory",
     "gradient_exchange",
     "exchange_flops_per_byte",
     "threads",
