@@ -83,10 +83,17 @@ demo-inbreast: .venv/.installed ## a generated INbreast release, prepared; its c
 	python -m data_prep.phantoms $(DEMO)/release --format inbreast --size 256
 	flexunet prep --format inbreast $(DEMO)/release $(DEMO)/release-dataset --image-size 128 --crop breast --flip left
 
-bench: .venv/.installed ## measure; writes benchmarks/results
+bench: .venv/.installed ## measure, on a machine that does nothing else; writes benchmarks/results
 	$(BIN)/python benchmarks/prep.py
 	$(BIN)/python benchmarks/input.py
+	$(BIN)/python benchmarks/optimizer.py
+	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/exchange.py --image-size 256
+	$(BIN)/python benchmarks/exchange.py --image-size 512 --repeats 3
+	$(BIN)/python benchmarks/exchange.py --image-size 512 --table
+	$(BIN)/python benchmarks/plot.py
 
 clean: ## remove what the targets above made, but not .venv
 	rm -rf $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,10 +1,14 @@
-"""Measures two workers that train together against two that do not talk, one core each.
+"""Measures workers that train together against workers that do not talk, one core each.
 
-    python benchmarks/exchange.py [--image-size 256] [--batch-size 2] [--precision float32]
+    python benchmarks/exchange.py [--image-size 256] [--batch-size 2] [--num-workers 2]
+    python benchmarks/exchange.py --table
 
-Both processes take the three steps in turns: without talking, with all-reduce, with the planned
-exchange. The ratio of a turn is the images/s of both together over the sum of what they reach
-without talking. Bytes are those of the plan and those that the loopback device counted.
+All processes take the three steps in turns: without talking, with all-reduce, with the planned
+exchange. The ratio of a turn is the images/s of all together over the sum of what they reach
+without talking. Bytes are those of the plan and those that the loopback device counted. More
+workers than cores share cores: then only bytes are worth reading, and nobody is measured silent.
+
+`--table` trains nothing: it prints what the plan's cost model says of more workers and networks.
 """
 
 import json
@@ -13,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,139 +28,172 @@ from job.config import ModelConfig, OptimizerConfig, TrainConfig
 from job.team import Place, Team
 
 WAYS = ("silent", "all_reduce", "planned")
+TABLE_WORKERS = (2, 4, 8, 16, 32, 64)
+TABLE_GBIT_PER_S = (1.0, 10.0)
 
 
 @click.command()
 @click.option("--image-size", default=256, show_default=True, help="Side of the images, pixels.")
 @click.option("--batch-size", default=2, show_default=True, help="Images per worker and step.")
 @click.option("--precision", default="float32", show_default=True, help="float32, mixed_bfloat16.")
-@click.option("--repeats", default=5, show_default=True, help="Turns.")
+@click.option("--repeats", default=5, show_default=True, help="Turns; one more comes before them.")
 @click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
-@click.option("--port", default=41873, show_default=True, help="First of two free ports.")
-@click.option("--rank", type=int, help="Set for the workers, which this command starts.")
+@click.option("--num-workers", default=2, show_default=True, help="Processes.")
+@click.option("--port", default=41873, show_default=True, help="First of as many free ports.")
+@click.option("--table", is_flag=True, help="Only compute the table of the cost model.")
+@click.option("--gflops", default=60.0, show_default=True, help="Of a worker, for --table, per s.")
+@click.option("--rank", type=int, hidden=True, help="Set for the workers, started by this command.")
 def main(
-    image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int, port: int,
-    rank: int | None,
+    image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int,
+    num_workers: int, port: int, table: bool, gflops: float, rank: int | None,
 ) -> None:  # fmt: skip
-    """Measures how much of two workers' speed is left when they exchange gradients."""
-    if rank is not None:
-        measured = work(image_size, batch_size, precision, repeats, num_layers, port, rank)
-        print(json.dumps(measured))
+    """Measures how much of the workers' speed is left when they exchange gradients."""
+    network = {
+        "image_size": image_size, "batch_size": batch_size, "precision": precision,
+        "num_layers": num_layers,
+    }  # fmt: skip
+    if table:
+        write_and_print_table(network, gflops)
         return
+    if rank is not None:
+        print(json.dumps(work(network, repeats, num_workers, port, rank)))
+        return
+    measured = run_workers(num_workers)
+    first = measured[0]
+    result = {"machine": describe_machine(), **network, "num_workers": num_workers} | {
+        "step_s": [each["step_s"] for each in measured],
+        "first_step_s": first["first_step_s"],
+        "share_of_silent": shares([each["step_s"] for each in measured]),
+        "loopback_bytes_per_worker": {
+            way: statistics.median(counts) / num_workers
+            for way, counts in first["loopback_bytes"].items()
+        },
+        **{key: first[key] for key in ("plan_bytes", "all_reduce_bytes", "flops_per_byte")},
+    }
+    name = f"exchange-{image_size}-{precision}"
+    write_result(name if num_workers == 2 else f"{name}-{num_workers}-workers", result)
+    for way, values in result["share_of_silent"].items():
+        print(f"{way}: {statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
+    for way, times in first["step_s"].items():
+        print(f"{way}: {statistics.median(times):.2f} s ({min(times):.2f}-{max(times):.2f})")
+    print({key: result[key] for key in list(result)[-4:]})
+
+
+def run_workers(num_workers: int) -> list[dict[str, Any]]:
+    """Starts this command once per worker and returns what each measured."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     workers = [
         subprocess.Popen(
             [sys.executable, *sys.argv, "--rank", str(rank)],
             env=environment, stdout=subprocess.PIPE, text=True,
         )
-        for rank in range(2)
+        for rank in range(num_workers)
     ]  # fmt: skip
     outputs = [worker.communicate()[0] for worker in workers]
     if any(worker.returncode for worker in workers):
         raise SystemExit("a worker failed")
-    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
-    result = {
-        "machine": describe_machine(),
-        "image_size": image_size,
-        "batch_size": batch_size,
-        "precision": precision,
-        "step_s": [first["step_s"], second["step_s"]],
-        "share_of_silent": shares(first["step_s"], second["step_s"]),
-        "loopback_bytes_per_worker": {
-            way: statistics.median(first["loopback_bytes"][way]) / 2 for way in WAYS
-        },
-        **{key: first[key] for key in ("plan_bytes", "all_reduce_bytes", "flops_per_byte")},
-    }
-    write_result(f"exchange-{image_size}-{precision}", result)
-    for way, values in result["share_of_silent"].items():
-        print(f"{way}: {statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
-    print({key: result[key] for key in list(result)[-4:]})
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
-def shares(first: dict[str, list[float]], second: dict[str, list[float]]) -> dict[str, Any]:
-    """Returns for both ways of talking the images/s of both over the silent sum, per turn."""
-    silent = [1 / a + 1 / b for a, b in zip(first["silent"], second["silent"], strict=True)]
+def shares(step_s: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Returns for each way of talking the images/s of all over the silent sum, per turn."""
+    if "silent" not in step_s[0]:
+        return {}
+    silent = [sum(1 / time_s for time_s in turn) for turn in _turns(step_s, "silent")]
     return {
         way: [
-            2 / max(a, b) / rate for a, b, rate in zip(first[way], second[way], silent, strict=True)
+            len(step_s) / max(turn) / rate
+            for turn, rate in zip(_turns(step_s, way), silent, strict=True)
         ]
         for way in WAYS[1:]
     }
 
 
+def _turns(step_s: list[dict[str, list[float]]], way: str) -> Iterator[tuple[float, ...]]:
+    return zip(*(each[way] for each in step_s), strict=True)
+
+
 def work(
-    image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int, port: int,
-    rank: int,
-) -> dict[str, Any]:  # fmt: skip
+    network: dict[str, Any], repeats: int, num_workers: int, port: int, rank: int
+) -> dict[str, Any]:
     """Returns what the worker `rank` measured."""
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    ways = WAYS if num_workers <= len(cores) else WAYS[1:]
     from job import runtime
 
     tf = runtime.import_tensorflow()
-    place = Place(rank, (f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"))
-    config = TrainConfig(global_batch_size=2 * batch_size, threads=1)
+    batch_size: int = network["batch_size"]
+    place = Place(rank, tuple(f"127.0.0.1:{port + i}" for i in range(num_workers)))
+    config = TrainConfig(global_batch_size=num_workers * batch_size, threads=1)
     strategy = runtime.configure(config, place)
     from job.exchange import make_plan, measured_flops_per_byte
     from job.losses import make_loss
-    from job.model import build_model
     from job.optimizer import Adam
     from job.step import make_train_step
 
-    shape = (image_size, image_size)
-
-    def make_step(strategy: Any, ways: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
-        with strategy.scope():
-            model = build_model(
-                ModelConfig(num_layers=num_layers), image_shape=(*shape, 3), num_classes=2,
-                precision=precision,
-            )  # fmt: skip
+    told: dict[str, Any] = {}
+    shape = (network["image_size"], network["image_size"])
+    batch = {
+        "image": tf.zeros((batch_size, *shape, 3), tf.uint8),
+        "mask": tf.zeros((batch_size, *shape), tf.uint8),
+        "weight": tf.ones(batch_size),
+        "key": tf.range(batch_size, dtype=tf.int64),
+    }
+    runs: dict[str, tuple[Any, Any]] = {}
+    alone = tf.distribute.get_strategy()
+    for used, its_ways in ((alone, ways[:-2]), (strategy, ways[-2:])):
+        if not its_ways:
+            continue
+        with used.scope():
+            model = make_network(network)
             optimizer = Adam(OptimizerConfig(), model.trainable_variables)
         loss = make_loss("categorical_crossentropy", num_classes=2)
         plan = None
-        if "planned" in ways:
+        if used is strategy:
             ratio = measured_flops_per_byte(strategy, model.compute_dtype)
-            ratio = Team(strategy, place).on_first(lambda: ratio)
-            told["flops_per_byte"] = ratio
-            plan = make_plan(model, batch_size=batch_size, num_replicas=2, flops_per_byte=ratio)
+            told["flops_per_byte"] = Team(strategy, place).on_first(lambda ratio=ratio: ratio)
+            plan = make_plan(
+                model, batch_size=batch_size, num_replicas=num_workers,
+                flops_per_byte=told["flops_per_byte"],
+            )  # fmt: skip
             told.update(plan_bytes=plan.sent_bytes(), all_reduce_bytes=plan.all_reduce_bytes())
-        plans = {"planned": plan}
-        return strategy, {
-            way: make_train_step(strategy, model, optimizer, loss, {}, plans.get(way))
-            for way in ways
-        }
-
-    told: dict[str, Any] = {}
-    steps = [make_step(tf.distribute.get_strategy(), WAYS[:1]), make_step(strategy, WAYS[1:])]
-
-    def batch_for(strategy: Any) -> Any:
-        batch = {
-            "image": tf.zeros((batch_size, *shape, 3), tf.uint8),
-            "mask": tf.zeros((batch_size, *shape), tf.uint8),
-            "weight": tf.ones(batch_size),
-            "key": tf.range(batch_size, dtype=tf.int64),
-        }
-        return strategy.experimental_distribute_values_from_function(lambda context: batch)
-
-    runs = {
-        way: (step, batch_for(strategy)) for strategy, made in steps for way, step in made.items()
-    }
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    counted: dict[str, list[int]] = {way: [] for way in WAYS}
+        values = used.experimental_distribute_values_from_function(lambda context: batch)
+        for way in its_ways:
+            used_plan = plan if way == "planned" else None
+            step = make_train_step(used, model, optimizer, loss, {}, used_plan)
+            runs[way] = (step, values)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    counted: dict[str, list[int]] = {way: [] for way in ways}
     meeting = Team(strategy, place)
     for count in range(1 + repeats):
-        for way in WAYS:
-            step, batch = runs[way]
+        for way, (step, values) in runs.items():
             meeting.any(False)
             started, sent = time.perf_counter(), loopback_bytes()
-            sums = step(batch, tf.constant(count, tf.int64), tf.constant(1e-4, tf.float64))
+            sums = step(values, tf.constant(count, tf.int64), tf.constant(1e-4, tf.float64))
             float(sums["loss"][0])
             seconds[way].append(time.perf_counter() - started)
             counted[way].append(loopback_bytes() - sent)
+            if rank == 0:
+                # A turn of the large network takes a minute on a busy machine: slow, not hung.
+                print(f"turn {count}, {way}: {seconds[way][-1]:.1f} s", file=sys.stderr)
     # The first turn compiles.
     return told | {
+        "first_step_s": {way: values[0] for way, values in seconds.items()},
         "step_s": {way: values[1:] for way, values in seconds.items()},
         "loopback_bytes": {way: values[1:] for way, values in counted.items()},
     }
+
+
+def make_network(network: dict[str, Any]) -> Any:
+    """Returns the INbreast network, or one of fewer levels."""
+    from job.model import build_model
+
+    size = network["image_size"]
+    return build_model(
+        ModelConfig(num_layers=network["num_layers"]), image_shape=(size, size, 3), num_classes=2,
+        precision=network["precision"],
+    )  # fmt: skip
 
 
 def loopback_bytes() -> int:
@@ -165,6 +203,62 @@ def loopback_bytes() -> int:
         if name.strip() == "lo":
             return int(numbers.split()[8])
     raise RuntimeError("/proc/net/dev has no lo")
+
+
+def write_and_print_table(network: dict[str, Any], gflops: float) -> None:
+    """Writes and prints what the cost model says of `TABLE_WORKERS` at `TABLE_GBIT_PER_S`.
+
+    Nothing overlaps in this model: `kept` is the silent step over it plus the exchange.
+    """
+    from job import runtime
+
+    runtime.import_tensorflow()
+    from step import convolution_flops
+
+    from job.exchange import make_plan
+
+    model = make_network(network)
+    flops_per_s = gflops * 1e9
+    silent_s = 3 * convolution_flops(model) * network["batch_size"] / flops_per_s
+    rows = []
+    for gbit_per_s in TABLE_GBIT_PER_S:
+        bytes_per_s = gbit_per_s * 1e9 / 8
+        for num_workers in TABLE_WORKERS:
+            planned, reduced = (
+                make_plan(
+                    model, batch_size=network["batch_size"], num_replicas=num_workers,
+                    flops_per_byte=ratio,
+                )
+                for ratio in (flops_per_s / bytes_per_s, 0.0)
+            )  # fmt: skip
+            rows.append(
+                {
+                    "gbit_per_s": gbit_per_s,
+                    "num_workers": num_workers,
+                    "gathered_layers": len(planned.gathered),
+                    "plan_mb": planned.sent_bytes() / 1e6,
+                    "all_reduce_mb": reduced.sent_bytes() / 1e6,
+                    "extra_flops_share": planned.extra_flops() / flops_per_s / silent_s,
+                    "plan_kept": silent_s / (silent_s + planned.seconds(flops_per_s, bytes_per_s)),
+                    "all_reduce_kept": silent_s
+                    / (silent_s + reduced.seconds(flops_per_s, bytes_per_s)),
+                }
+            )
+    size, precision = network["image_size"], network["precision"]
+    write_result(
+        f"exchange-table-{size}-{precision}",
+        {**network, "worker_gflop_per_s": gflops, "silent_step_s": silent_s, "rows": rows},
+    )
+    print(f"{size}x{size}, {precision}, {gflops:.0f} GFLOP/s a worker, {silent_s:.2f} s a step")
+    print("Gbit/s workers layers  plan MB  all-reduce MB  ratio  more FLOPs  kept  all-reduce kept")
+    for row in rows:
+        ratio = row["all_reduce_mb"] / row["plan_mb"]
+        print(
+            f"{row['gbit_per_s']:6.0f} {row['num_workers']:7} {row['gathered_layers']:6} "
+            f"{row['plan_mb']:8.1f} {row['all_reduce_mb']:14.1f} {ratio:6.1f} "
+            f"{100 * row['extra_flops_share']:9.1f} % {row['plan_kept']:5.2f} "
+            f"{row['all_reduce_kept']:16.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What every benchmark shares: the machine's description and where results go."""
+"""What every benchmark shares: the machine's description, spreads, and where results go."""
 
 import json
 import os
 import platform
+import statistics
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def describe_machine() -> dict[str, Any]:
-    """Returns processor, cores, memory and versions."""
+    """Returns processor, cores, memory, versions, and how many processes want to run now."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -20,9 +22,21 @@ def describe_machine() -> dict[str, Any]:
         "cpu": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
         "memory_gib": round(pages / 2**30, 1),
+        "load_at_the_end": [round(load, 1) for load in os.getloadavg()],
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
     }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Returns median, least and most of `values`."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def shown(values: Sequence[float], digits: int = 2) -> str:
+    """Returns median (least-most) of `values` as text."""
+    median, least, most = (f"{v:.{digits}f}" for v in spread(values).values())
+    return f"{median} ({least}-{most})"
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:

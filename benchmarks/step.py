@@ -2,21 +2,40 @@
 
     python benchmarks/step.py [--image-size 512] [--batch-size 2] [--precision float32]
 
-Both are measured in turns in one run: a step, then multiplications of large matrices in the same
-dtype. The ratio of their FLOP rates is the share of the machine that the step uses. The model's
-FLOPs are those of its convolutions, 2 per multiply-add, forward once and backward twice.
+Three ways of training the same network, each in a process of its own, one after the other:
+
+ours       the step of `job/step.py`
+naive      a `tf.function` with a tape, Keras' loss and Keras' Adam
+reference  as the reference implementation trains: Keras' `fit` and Adam, one intra-op thread
+
+A step and a multiplication of large matrices in the same dtype take turns; the ratio of their FLOP
+rates is the share of the machine that the step uses. The model's FLOPs are those of its
+convolutions, 2 per multiply-add, forward once and backward twice. Last, every layer alone, forward
+and backward: the sum of their best times is what the step could reach if nothing came between.
+User and system time and page faults say whether a step computes or waits for memory.
 """
 
-import statistics
+import functools
+import json
+import os
+import resource
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from machine import describe_machine, write_result
+from machine import describe_machine, shown, write_result
 
 from data_prep.errors import UsageError
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
+
+WAYS = ("ours", "naive", "reference")
+LAYER_REPEATS = 3
+LEARNING_RATE = 1e-4
 
 
 def convolution_flops(model: Any) -> int:
@@ -34,12 +53,18 @@ def convolution_flops(model: Any) -> int:
 
 def matmul_flops_per_s(tf: Any, dtype: Any, size: int = 4096) -> float:
     """Returns the rate of one `size`³ multiplication, FLOP/s."""
-    a = tf.cast(tf.random.stateless_normal((size, size), (1, 2)), dtype)
-    product = tf.function(lambda x: tf.matmul(x, x))
-    product(a).numpy()
+    a, product = _matmul(tf, dtype, size)
     started = time.perf_counter()
-    product(a).numpy()
+    product(a, a).numpy()
     return float(2 * size**3 / (time.perf_counter() - started))
+
+
+@functools.cache
+def _matmul(tf: Any, dtype: Any, size: int) -> tuple[Any, Any]:
+    a = tf.cast(tf.random.stateless_normal((size, size), (1, 2)), dtype)
+    product = tf.function(tf.matmul)
+    product(a, a).numpy()
+    return a, product
 
 
 @click.command()
@@ -48,73 +73,293 @@ def matmul_flops_per_s(tf: Any, dtype: Any, size: int = 4096) -> float:
 @click.option("--precision", default="float32", show_default=True, help="float32, mixed_bfloat16.")
 @click.option("--repeats", default=5, show_default=True, help="Measurements of each.")
 @click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
-def main(image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int) -> None:
+@click.option("--ways", default=",".join(WAYS), show_default=True, help="Some of them.")
+@click.option("--layers/--no-layers", default=True, show_default=True, help="Each layer alone.")
+@click.option("--keep-memory", is_flag=True, help="Ours with the option of this name.")
+@click.option("--way", hidden=True, help="Set for the processes that this command starts.")
+def main(
+    image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int, ways: str,
+    layers: bool, keep_memory: bool, way: str | None,
+) -> None:  # fmt: skip
     """Measures the training step of the reference's INbreast network."""
-    from job import runtime
-
-    runtime.import_tensorflow()
-    import tensorflow as tf
-
-    from job.losses import make_loss
-    from job.metrics import reference_metrics
-    from job.model import build_model
-    from job.optimizer import Adam
-    from job.step import make_train_step
-
-    if precision == "mixed_bfloat16" and not runtime.supports_bfloat16():
-        raise UsageError("mixed_bfloat16: not computed by this hardware")
-    strategy = runtime.configure(TrainConfig(global_batch_size=batch_size))
-    config = ModelConfig(num_layers=num_layers)
-    with strategy.scope():
-        model = build_model(
-            config, image_shape=(image_size, image_size, 3), num_classes=2, precision=precision
-        )
-        optimizer = Adam(OptimizerConfig(), model.trainable_variables)
-    metrics = reference_metrics(["dice_coef_multiclass"])
-    step = make_train_step(
-        strategy, model, optimizer, make_loss("categorical_crossentropy", num_classes=2), metrics
-    )
-    shape = (batch_size, image_size, image_size)
-    batch = {
-        "image": tf.zeros((*shape, 3), tf.uint8),
-        "mask": tf.zeros(shape, tf.uint8),
-        "weight": tf.ones(batch_size),
-        "key": tf.range(batch_size, dtype=tf.int64),
-    }
-    rate = tf.constant(1e-4, tf.float64)
-    started = time.perf_counter()
-    float(step(batch, tf.constant(0, tf.int64), rate)["loss"][0])
-    first_s = time.perf_counter() - started
-    dtype = tf.bfloat16 if precision == "mixed_bfloat16" else tf.float32
-    flops = 3 * convolution_flops(model) * batch_size
-    steps, rates = [], []
-    for count in range(1, repeats + 1):
-        started = time.perf_counter()
-        float(step(batch, tf.constant(count, tf.int64), rate)["loss"][0])
-        steps.append(time.perf_counter() - started)
-        rates.append(matmul_flops_per_s(tf, dtype))
-    shares = [flops / time_s / rate for time_s, rate in zip(steps, rates, strict=True)]
+    if way is not None:
+        network = Network(image_size, batch_size, precision, num_layers, keep_memory)
+        print(json.dumps(network.work(way, repeats)))
+        return
+    names = [*ways.split(","), *(["layers"] if layers else [])]
+    measured = {name: _in_own_process(name) for name in names}
     result = {
         "machine": describe_machine(),
         "image_size": image_size,
         "batch_size": batch_size,
         "precision": precision,
-        "parameters": model.count_params(),
-        "forward_gflop_per_image": convolution_flops(model) / 1e9,
-        "first_step_s": first_s,
-        "step_s": steps,
-        "images_per_s": batch_size / statistics.median(steps),
-        "matmul_gflop_per_s": [rate / 1e9 for rate in rates],
-        "share_of_matmul_rate": shares,
-        "share_of_matmul_rate_median": statistics.median(shares),
+        "keep_memory": keep_memory,
+        **measured,
     }
     write_result(f"step-{image_size}-{precision}", result)
-    print(
-        f"step {statistics.median(steps):.2f} s ({min(steps):.2f}-{max(steps):.2f}), "
-        f"{result['images_per_s']:.2f} images/s, "
-        f"{statistics.median(shares):.2f} of the matmul rate ("
-        f"{min(shares):.2f}-{max(shares):.2f}), {statistics.median(rates) / 1e9:.0f} GFLOP/s"
-    )
+    for name in ways.split(","):
+        each = measured[name]
+        print(
+            f"{name}: step {shown(each['step_s'])} s, {shown(each['images_per_s'])} images/s, "
+            f"{shown(each['share_of_matmul_rate'])} of {shown(each['matmul_gflop_per_s'], 0)} "
+            f"GFLOP/s; user {shown(each['user_s'])} s, system {shown(each['system_s'])} s, "
+            f"{shown(each['page_faults'], 0)} page faults; peak {each['peak_rss_mb']:.0f} MB"
+        )
+    if layers:
+        total = measured["layers"]["sum_of_best_s"]
+        print(f"layers alone: {total:.2f} s, {measured['layers']['share_of_matmul_rate']:.2f}")
+        for name in ways.split(","):
+            print(
+                f"  over the step, {name}: {shown([total / t for t in measured[name]['step_s']])}"
+            )
+
+
+def _in_own_process(way: str) -> dict[str, Any]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, *sys.argv, "--way", way]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    print(f"{way}: measured", file=sys.stderr)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+class Network:
+    """The reference's INbreast network, and a batch for it."""
+
+    def __init__(
+        self, image_size: int, batch_size: int, precision: str, num_layers: int, keep_memory: bool
+    ) -> None:
+        self.keep_memory = keep_memory
+        self.image_size, self.batch_size = image_size, batch_size
+        self.precision, self.num_layers = precision, num_layers
+
+    def work(self, way: str, repeats: int) -> dict[str, Any]:
+        """Returns what this process measured of `way`."""
+        from job import runtime
+
+        self.tf = runtime.import_tensorflow()
+        if self.precision == "mixed_bfloat16" and not runtime.supports_bfloat16():
+            raise UsageError("mixed_bfloat16: not computed by this hardware")
+        threads = 1 if way == "reference" else 0
+        self.strategy = runtime.configure(
+            TrainConfig(
+                global_batch_size=self.batch_size,
+                threads=threads,
+                keep_memory=self.keep_memory and way in ("ours", "layers"),
+            )
+        )
+        self.dtype = self.tf.bfloat16 if self.precision == "mixed_bfloat16" else self.tf.float32
+        works: dict[str, Callable[[int], dict[str, Any]]] = {
+            "ours": self.ours, "naive": self.naive, "reference": self.reference,
+            "layers": self.layers,
+        }  # fmt: skip
+        return works[way](repeats)
+
+    def model(self) -> Any:
+        """Returns it, giving logits."""
+        from job.model import build_model
+
+        size = self.image_size
+        return build_model(
+            ModelConfig(num_layers=self.num_layers), image_shape=(size, size, 3), num_classes=2,
+            precision=self.precision,
+        )  # fmt: skip
+
+    def keras_model(self) -> Any:
+        """Returns it as others write it: Keras' dropout, giving probabilities."""
+        import keras
+
+        from job.dropout import SampleDropout
+
+        def cloned(layer: Any) -> Any:
+            if isinstance(layer, SampleDropout):
+                return keras.layers.Dropout(layer.rate, dtype=layer.dtype_policy)
+            return type(layer).from_config(layer.get_config())
+
+        model = keras.models.clone_model(self.model(), clone_function=cloned)
+        probabilities = keras.layers.Softmax(dtype="float32")(model.output)
+        return keras.Model(model.input, probabilities)
+
+    def flops(self, model: Any) -> int:
+        """Returns the FLOPs of a step."""
+        return 3 * convolution_flops(model) * self.batch_size
+
+    def ours(self, repeats: int) -> dict[str, Any]:
+        """Measures the step of this package."""
+        from job.losses import make_loss
+        from job.metrics import reference_metrics
+        from job.optimizer import Adam
+        from job.step import make_train_step
+
+        tf = self.tf
+        with self.strategy.scope():
+            model = self.model()
+            optimizer = Adam(OptimizerConfig(), model.trainable_variables)
+        loss = make_loss("categorical_crossentropy", num_classes=2)
+        metrics = reference_metrics(["dice_coef_multiclass"])
+        step = make_train_step(self.strategy, model, optimizer, loss, metrics)
+        shape = (self.batch_size, self.image_size, self.image_size)
+        batch = {
+            "image": tf.zeros((*shape, 3), tf.uint8),
+            "mask": tf.zeros(shape, tf.uint8),
+            "weight": tf.ones(self.batch_size),
+            "key": tf.range(self.batch_size, dtype=tf.int64),
+        }
+        rate = tf.constant(LEARNING_RATE, tf.float64)
+        clock = StepClock(self, model)
+        for count in range(1 + repeats):
+            clock.begin()
+            float(step(batch, tf.constant(count, tf.int64), rate)["loss"][0])
+            clock.end()
+        return clock.result() | {
+            "parameters": model.count_params(),
+            "forward_gflop_per_image": convolution_flops(model) / 1e9,
+        }
+
+    def naive(self, repeats: int) -> dict[str, Any]:
+        """Measures a training loop of the tutorials' kind, on all cores."""
+        import keras
+
+        tf = self.tf
+        model = self.keras_model()
+        optimizer = keras.optimizers.Adam(LEARNING_RATE, clipvalue=0.4)
+        loss = keras.losses.CategoricalCrossentropy()
+
+        @tf.function
+        def step(images: Any, labels: Any) -> Any:
+            with tf.GradientTape() as tape:
+                value = loss(labels, model(images, training=True))
+            gradients = tape.gradient(value, model.trainable_variables)
+            optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+            return value
+
+        images, labels = self.pictures()
+        clock = StepClock(self, model)
+        for _ in range(1 + repeats):
+            clock.begin()
+            float(step(images, labels))
+            clock.end()
+        return clock.result()
+
+    def reference(self, repeats: int) -> dict[str, Any]:
+        """Measures Keras' `fit`."""
+        import keras
+
+        model = self.keras_model()
+        model.compile(
+            keras.optimizers.Adam(LEARNING_RATE, clipvalue=0.4), "categorical_crossentropy"
+        )
+        clock = StepClock(self, model)
+
+        class Timer(keras.callbacks.Callback):
+            def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+                clock.begin()
+
+            def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+                clock.end()
+
+        data = self.tf.data.Dataset.from_tensors(self.pictures()).repeat(1 + repeats)
+        model.fit(data, callbacks=[Timer()], verbose=0)
+        return clock.result()
+
+    def pictures(self) -> tuple[Any, Any]:
+        """Returns images and one-hot labels, float32."""
+        shape = (self.batch_size, self.image_size, self.image_size)
+        labels = self.tf.one_hot(self.tf.zeros(shape, self.tf.int32), 2)
+        return self.tf.zeros((*shape, 3)), labels
+
+    def layers(self, repeats: int) -> dict[str, Any]:
+        """Measures every layer alone: forward, and backward where it is trained through."""
+        import keras
+
+        model = self.model()
+        times = {
+            layer.name: self.layer_times(layer, is_first=index <= 2)
+            for index, layer in enumerate(model.layers)
+            if not isinstance(layer, keras.layers.InputLayer)
+        }
+        total = sum(min(values) for values in times.values())
+        rate = max(matmul_flops_per_s(self.tf, self.dtype) for _ in range(repeats))
+        return {
+            "best_s": {name: min(values) for name, values in times.items()},
+            "sum_of_best_s": total,
+            "share_of_matmul_rate": self.flops(model) / total / rate,
+        }
+
+    def layer_times(self, layer: Any, *, is_first: bool) -> list[float]:
+        """Returns seconds of `layer` forward and backward, some times.
+
+        Args:
+            is_first: nothing before it is trained, so its input needs no gradient.
+        """
+        from job.dropout import sample_keys
+
+        tf = self.tf
+        given = layer.input if isinstance(layer.input, list) else [layer.input]
+        inputs = [self.noise(each) for each in given]
+        backward = self.noise(layer.output)
+        keys = tf.range(self.batch_size, dtype=tf.int64)
+
+        @tf.function
+        def run(inputs: list[Any], backward: Any) -> list[Any]:
+            with sample_keys(keys), tf.GradientTape() as tape:
+                tape.watch(inputs)
+                # A layer that takes one tensor is not given a list of one.
+                output = layer(inputs if len(inputs) > 1 else inputs[0], training=True)
+            sources = [weight.value for weight in layer.trainable_weights]
+            sources += [] if is_first else inputs
+            found = tape.gradient(output, sources, output_gradients=backward) if sources else []
+            return [output, *found]
+
+        times = []
+        for _ in range(1 + LAYER_REPEATS):
+            started = time.perf_counter()
+            run(inputs, backward)[-1].numpy()
+            times.append(time.perf_counter() - started)
+        return times[1:]
+
+    def noise(self, like: Any) -> Any:
+        """Returns random values of the shape and dtype of a Keras tensor, with this batch."""
+        values = self.tf.random.stateless_normal((self.batch_size, *like.shape[1:]), (3, 4))
+        return self.tf.cast(values, like.dtype)
+
+
+class StepClock:
+    """Times steps, and a multiplication of matrices after each."""
+
+    def __init__(self, network: Network, model: Any) -> None:
+        self._network, self._flops = network, network.flops(model)
+        self._rows: list[dict[str, float]] = []
+
+    def begin(self) -> None:
+        """Begins a step."""
+        self._started = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+
+    def end(self) -> None:
+        """Ends it; its results must have been computed."""
+        started, before = self._started
+        step_s, now = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+        rate = matmul_flops_per_s(self._network.tf, self._network.dtype)
+        self._rows.append(
+            {
+                "step_s": step_s,
+                "images_per_s": self._network.batch_size / step_s,
+                "user_s": now.ru_utime - before.ru_utime,
+                "system_s": now.ru_stime - before.ru_stime,
+                "page_faults": now.ru_minflt - before.ru_minflt,
+                "matmul_gflop_per_s": rate / 1e9,
+                "share_of_matmul_rate": self._flops / step_s / rate,
+            }
+        )
+
+    def result(self) -> dict[str, Any]:
+        """Returns the columns of all steps but the first, which compiles."""
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        first, *rows = self._rows
+        return {name: [row[name] for row in rows] for name in first} | {
+            "first_step_s": first["step_s"],
+            "peak_rss_mb": peak_kib * 1024 / 1e6,
+        }
 
 
 if __name__ == "__main__":

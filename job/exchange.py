@@ -176,6 +176,28 @@ class Factor:
     output: tf.Tensor
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a replica has found of the gradient, after one backward pass or several.
+
+    Attributes:
+        factors: every call of a gathered layer, with the gradient of its output.
+        others: of every other weight, the gradient.
+    """
+
+    factors: list[tuple[Factor, tf.Tensor]]
+    others: list[tf.Tensor]
+
+    def __add__(self, other: "Share") -> "Share":
+        """Returns the share of both backward passes together."""
+        others = [a + b for a, b in zip(self.others, other.others, strict=True)]
+        return Share(self.factors + other.factors, others)
+
+    def tensors(self) -> list[tf.Tensor]:
+        """Returns all that was computed backwards."""
+        return [*(gradient for _, gradient in self.factors), *self.others]
+
+
 _factors: ContextVar[list[Factor] | None] = ContextVar("factors", default=None)
 
 
@@ -207,32 +229,43 @@ class Exchange:
         finally:
             _factors.reset(token)
 
-    def gradients(
-        self, tape: tf.GradientTape, loss: tf.Tensor, factors: Sequence[Factor]
-    ) -> list[tf.Tensor]:
-        """Returns the global gradient of each weight, in the order of the model's weights.
+    def share(self, tape: tf.GradientTape, loss: tf.Tensor, factors: Sequence[Factor]) -> Share:
+        """Returns what this replica knows of the gradient before any exchange.
 
-        Called in replica context by all replicas; `loss` must have as gradient this replica's
-        share (`job.losses.replica_sum`).
+        Args:
+            loss: has as gradient this replica's share (`job.losses.replica_sum`).
+            factors: what `recorded` has collected on the way to it.
         """
-        from_factors = {id(w) for layer in self._layers for w in layer.trainable_weights}
-        others = [weight for weight in self._weights if id(weight) not in from_factors]
         found = tape.gradient(
-            loss, [*(factor.output for factor in factors), *(weight.value for weight in others)]
+            loss,
+            [*(factor.output for factor in factors), *(w.value for w in self._other_weights())],
         )
         # Backwards: the first that are known are the first that travel.
         pairs = list(zip(factors, found[: len(factors)], strict=True))[::-1]
+        return Share(pairs, found[len(factors) :])
+
+    def gradients(self, share: Share) -> list[tf.Tensor]:
+        """Returns the global gradient of each weight, in the order of the model's weights.
+
+        Called in replica context by all replicas, once per update.
+        """
         gradients: dict[int, tf.Tensor] = {}
-        for (factor, _), (inputs, output) in zip(pairs, _gathered(pairs), strict=True):
+        gathered = _gathered(share.factors)
+        for (factor, _), (inputs, output) in zip(share.factors, gathered, strict=True):
             totals = _global_weight_gradients(factor.layer, inputs, output)
             for weight, total in zip(factor.layer.trainable_weights, totals, strict=True):
                 called_before = gradients.get(id(weight))
                 gradients[id(weight)] = total if called_before is None else called_before + total
-        if others:
+        if share.others:
             context = tf.distribute.get_replica_context()
-            sums = context.all_reduce(tf.distribute.ReduceOp.SUM, found[len(factors) :])
+            sums = context.all_reduce(tf.distribute.ReduceOp.SUM, share.others)
+            others = self._other_weights()
             gradients |= {id(w): total for w, total in zip(others, sums, strict=True)}
         return [gradients[id(weight)] for weight in self._weights]
+
+    def _other_weights(self) -> list[Any]:
+        gathered = {id(w) for layer in self._layers for w in layer.trainable_weights}
+        return [weight for weight in self._weights if id(weight) not in gathered]
 
 
 def _tap(layer: Any) -> Callable[..., tf.Tensor]:

@@ -55,11 +55,20 @@ def replica_sum(values: tf.Tensor) -> tf.Tensor:
     """
     context = tf.distribute.get_replica_context()
     total = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.stop_gradient(values))
+    return part_of(total)(values)
 
-    def forward(_: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+
+def part_of(total: tf.Tensor) -> GlobalSum:
+    """Returns a global sum whose result is known: `total`, of which the values are a part.
+
+    Its gradient is the identity, as that of `replica_sum`.
+    """
+
+    @tf.custom_gradient
+    def known(values: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
         return tf.identity(total), tf.identity
 
-    return tf.custom_gradient(forward)(values)
+    return known
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,14 @@ def make_loss(
         return _evaluate(terms, batch, global_sum)
 
     return loss
+
+
+def is_mean(name: str) -> bool:
+    """Returns whether the loss is a mean whose denominator follows from labels and weights alone.
+
+    Then its gradient is known up to that factor before the whole batch has been seen.
+    """
+    return all(term.value is _mean for _, term in LOSSES[name])
 
 
 def _checked_class_weights(

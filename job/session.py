@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from data_prep.errors import DivergedError, StoppedError
+from data_prep.errors import DivergedError, StoppedError, UsageError
 from job.config import TrainConfig
 from job.data import (
     Dataset,
@@ -25,6 +25,7 @@ from job.data import (
 )
 from job.evaluate import Evaluation, Evaluator, make_evaluator, means_of
 from job.exchange import NOMINAL_FLOPS_PER_BYTE, Plan, make_plan, measured_flops_per_byte
+from job.losses import is_mean
 from job.metrics import RunningSums
 from job.optimizer import Adam
 from job.record import Recorder, open_recorder
@@ -285,8 +286,10 @@ def open_session(
         alive: called for every shard that is found or copied.
 
     Raises:
-        UsageError: a model that does not fit the dataset.
+        UsageError: a model that does not fit the dataset, or a replica's batch that the
+            micro-batches do not divide.
     """
+    _check_micro_batches(config, strategy.num_replicas_in_sync)
     with strategy.scope():
         model = model_for(config, dataset.manifest)
         optimizer = Adam(config.optimizer, model.trainable_variables)
@@ -303,7 +306,11 @@ def open_session(
 
     team.keep_alive(fill_cache, alive)
     plan = _exchange_plan(config, strategy, team, model)
-    step = make_train_step(strategy, model, optimizer, evaluator.loss, evaluator.metrics, plan)
+    step = make_train_step(
+        *(strategy, model, optimizer, evaluator.loss, evaluator.metrics, plan),
+        num_micro_batches=config.accumulate,
+        loss_is_mean=is_mean(config.loss.name),
+    )
     with ExitStack() as stack:
         recorders: list[Recorder] = []
 
@@ -320,6 +327,15 @@ def open_session(
         yield Session(
             *(config, strategy, team, dataset, readers, model, optimizer, step, evaluator),
             recorder=recorders[0] if recorders else None,
+        )
+
+
+def _check_micro_batches(config: TrainConfig, num_replicas: int) -> None:
+    local = config.global_batch_size // num_replicas
+    if local % config.accumulate:
+        raise UsageError(
+            f"accumulate={config.accumulate} does not divide the batch of {local} that each of "
+            f"{num_replicas} replicas holds; choose a divisor of it"
         )
 
 

@@ -5,14 +5,15 @@ over the global batch, so that its value and gradient do not depend on the numbe
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from job.dropout import sample_keys
-from job.exchange import Exchange, Plan
-from job.losses import replica_sum
+from job.exchange import Exchange, Plan, Share
+from job.losses import GlobalSum, part_of, replica_sum
 from job.metrics import confusion_counts
 from job.optimizer import Adam
 from job.predict import Flips
@@ -26,6 +27,19 @@ Network = Callable[[tf.Tensor], tf.Tensor]  # stored pixels (B, H, W, C) -> logi
 Sums = dict[str, tuple[tf.Tensor, tf.Tensor]]  # name -> (sum, count), () float64 each
 
 
+@dataclass(frozen=True)
+class _Backward:
+    """What one backward pass of a replica has found, or several together."""
+
+    share: Share
+    loss: tf.Tensor
+    metric_sums: tf.Tensor
+
+    def __add__(self, other: "_Backward") -> "_Backward":
+        metric_sums = self.metric_sums + other.metric_sums
+        return _Backward(self.share + other.share, other.loss, metric_sums)
+
+
 def make_train_step(
     strategy: tf.distribute.Strategy,
     model: keras.Model,
@@ -33,6 +47,9 @@ def make_train_step(
     loss: Loss,
     metrics: Metrics,
     plan: Plan | None = None,
+    *,
+    num_micro_batches: int = 1,
+    loss_is_mean: bool = False,
 ) -> Callable[[Batch, tf.Tensor, tf.Tensor], Sums]:
     """Returns the compiled `train_step(batch, step, learning_rate) -> sums`.
 
@@ -40,19 +57,59 @@ def make_train_step(
 
     Args:
         plan: how gradients are exchanged, the same on all replicas; None: by all-reduce.
+        num_micro_batches: parts of a replica's batch that go through the network one after the
+            other, for one exchange and one update; a divisor of that batch.
+        loss_is_mean: `job.losses.is_mean`; else several micro-batches cost a forward pass more.
     """
     exchange = Exchange(model, plan)
 
+    def forward(part: Batch) -> tf.Tensor:
+        with sample_keys(part["key"]):
+            return model(prepared(model, part["image"]), training=True)
+
+    def loss_of(part: Batch, logits: tf.Tensor, global_sum: GlobalSum) -> tf.Tensor:
+        return loss(tf.cast(part["mask"], tf.int32), logits, part["weight"], global_sum)
+
+    def local_sums(part: Batch) -> tf.Tensor:
+        """Returns the sums of which the loss is a function; if it is a mean, true counts alone."""
+        seen: list[tf.Tensor] = []
+        logits = no_logits(part) if loss_is_mean else forward(part)
+        loss_of(part, logits, _seen_by(tf.identity, seen))
+        return seen[0]
+
+    def no_logits(part: Batch) -> tf.Tensor:
+        return tf.zeros((*part["mask"].shape, model.output_shape[-1]), model.outputs[0].dtype)
+
+    def backward(part: Batch, global_sum: GlobalSum) -> _Backward:
+        with exchange.recorded() as factors, tf.GradientTape() as tape:
+            logits = forward(part)
+            value = loss_of(part, logits, global_sum)
+        share = exchange.share(tape, value, factors)
+        return _Backward(share, value, _metric_sums(part, logits, metrics))
+
+    def accumulated(batch: Batch) -> _Backward:
+        """Returns what `backward` of the whole batch would, with the memory of a part of it."""
+        parts = _micro_batches(batch, num_micro_batches)
+        # The gradient of a function of sums needs those of the whole batch.
+        sums: list[tf.Tensor] = []
+        for part in parts:
+            with tf.control_dependencies(sums[-1:]):
+                sums.append(local_sums(part))
+        seen: list[tf.Tensor] = []
+        global_sum = _seen_by(part_of(replica_sum(tf.add_n(sums))), seen)
+        done = backward(parts[0], global_sum)
+        for part in parts[1:]:
+            # One after the other: together they would need the memory of the whole batch.
+            with tf.control_dependencies(done.share.tensors()):
+                done += backward(part, global_sum)
+        true_sums = part_of(replica_sum(tf.add_n(seen)))
+        return replace(done, loss=loss_of(parts[0], no_logits(parts[0]), true_sums))
+
     def replica_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> tf.Tensor:
-        labels = tf.cast(batch["mask"], tf.int32)
-        keys = sample_keys(batch["key"])
-        with keys, exchange.recorded() as factors, tf.GradientTape() as tape:
-            logits = model(prepared(model, batch["image"]), training=True)
-            value = loss(labels, logits, batch["weight"], replica_sum)
         # `replica_sum` passes gradients through, so each replica's are its part of the global ones.
-        gradients = exchange.gradients(tape, value, factors)
-        optimizer.apply(gradients, step=step, learning_rate=learning_rate)
-        return _sums(value, batch, labels, logits, metrics)
+        done = backward(batch, replica_sum) if num_micro_batches == 1 else accumulated(batch)
+        optimizer.apply(exchange.gradients(done.share), step=step, learning_rate=learning_rate)
+        return tf.concat([_loss_sums(done.loss, batch), done.metric_sums], axis=0)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def train_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> Sums:
@@ -117,7 +174,8 @@ def make_evaluation_step(
         logits = network(batch["image"])
         value = loss(labels, logits, batch["weight"], replica_sum)
         counts = confusion_counts(labels, predicted_ids(logits), num_classes, ignore_id)
-        return _sums(value, batch, labels, logits, metrics), counts
+        sums = [_loss_sums(value, batch), _metric_sums(batch, logits, metrics)]
+        return tf.concat(sums, axis=0), counts
 
     @tf.function(reduce_retracing=True, autograph=False)
     def evaluation_step(batch: Batch) -> tuple[Sums, tf.Tensor]:
@@ -162,14 +220,33 @@ def predicted_ids(logits: tf.Tensor) -> tf.Tensor:
     return tf.argmax(logits, axis=-1, output_type=tf.int32)
 
 
-def _sums(
-    loss: tf.Tensor, batch: Batch, labels: tf.Tensor, logits: tf.Tensor, metrics: Metrics
-) -> tf.Tensor:
-    """Returns the sum and the count of the loss and of each metric, (2 + 2 metrics,) float64."""
+def _micro_batches(batch: Batch, number: int) -> list[Batch]:
+    parts = {name: tf.split(value, number) for name, value in batch.items()}
+    return [{name: values[i] for name, values in parts.items()} for i in range(number)]
+
+
+def _seen_by(global_sum: GlobalSum, seen: list[tf.Tensor]) -> GlobalSum:
+    """Returns `global_sum`, which adds what it is given to `seen`."""
+
+    def watched(values: tf.Tensor) -> tf.Tensor:
+        seen.append(values)
+        return global_sum(values)
+
+    return watched
+
+
+def _loss_sums(loss: tf.Tensor, batch: Batch) -> tf.Tensor:
+    """Returns the sum and the count of the loss, (2,) float64."""
     count = tf.reduce_sum(tf.cast(batch["weight"], tf.float64))
-    pairs = [(tf.cast(loss, tf.float64) * count, count)]
-    pairs += [metric(labels, logits, batch["weight"]) for metric in metrics.values()]
-    return tf.stack([tf.cast(value, tf.float64) for pair in pairs for value in pair])
+    return tf.stack([tf.cast(loss, tf.float64) * count, count])
+
+
+def _metric_sums(batch: Batch, logits: tf.Tensor, metrics: Metrics) -> tf.Tensor:
+    """Returns the sum and the count of each metric, (2 metrics,) float64."""
+    labels = tf.cast(batch["mask"], tf.int32)
+    pairs = [metric(labels, logits, batch["weight"]) for metric in metrics.values()]
+    values = [tf.cast(value, tf.float64) for pair in pairs for value in pair]
+    return tf.stack(values) if values else tf.zeros((0,), tf.float64)
 
 
 def _reduced(strategy: tf.distribute.Strategy, sums: Any, metrics: Metrics) -> Sums:

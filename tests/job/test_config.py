@@ -22,6 +22,8 @@ FREE = {
     "cache_dir",
     "cache",
     "cpu_replicas",
+    "accumulate",
+    "keep_memory",
     "gradient_exchange",
     "exchange_flops_per_byte",
     "threads",
@@ -152,6 +154,11 @@ def test_preset_lies_below_what_is_given() -> None:
         ({"preset": "best"}, "preset='best': input should be 'reference' or 'recipe'"),
         ({"schedule": {"cosine": True}}, "schedule: cosine and reduce_on_plateau exclude each"),
         ({"schedule": {"early_stopping_patience": -1}}, "greater than or equal to 0"),
+        ({"global_batch_size": 4, "accumulate": 3}, "accumulate=3 does not divide .*size=4"),
+        (
+            {"accumulate": 2, "model": {"normalization": "batch"}},
+            "accumulate=2 would normalise over parts of the batch",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused(values: dict[str, Any], message: str) -> None:

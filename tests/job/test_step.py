@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from job.config import LossName, ModelConfig, OptimizerConfig
 from job.data import PADDING, dropout_keys, global_batches, sample_order
-from job.losses import make_loss
+from job.exchange import make_plan
+from job.losses import is_mean, make_loss
 from job.metrics import RunningSums, reference_metrics
 from job.model import build_model
 from job.optimizer import Adam
@@ -60,6 +61,8 @@ class Trained:
         num_steps: int | None = None,
         model: ModelConfig = MODEL,
         optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3),  # noqa: B008 - frozen
+        num_micro_batches: int = 1,
+        gathers: bool = False,
     ) -> None:
         with strategy.scope():
             self.model = build_model(
@@ -68,7 +71,18 @@ class Trained:
             self.optimizer = Adam(optimizer, self.model.trainable_variables)
         loss = make_loss(loss_name, num_classes=2)
         metrics = reference_metrics(["dice_coef_multiclass", "sensitivity"])
-        step = make_train_step(strategy, self.model, self.optimizer, loss, metrics)
+        num_replicas = strategy.num_replicas_in_sync
+        plan = make_plan(
+            self.model,
+            batch_size=BATCH // num_replicas,
+            num_replicas=num_replicas,
+            flops_per_byte=1e12 if gathers else 0.0,  # computing costs nothing, or all there is
+        )
+        step = make_train_step(
+            *(strategy, self.model, self.optimizer, loss, metrics, plan),
+            num_micro_batches=num_micro_batches,
+            loss_is_mean=is_mean(loss_name),
+        )
         self.losses: list[float] = []
         self.sums = RunningSums()
         count = 0
@@ -161,3 +175,31 @@ def test_evaluation_step_counts_every_pixel_of_a_case(
     assert np.array_equal(results[0][1], results[1][1])
     assert results[0][1].shape == (BATCH, 2, 4)
     assert np.all(results[0][1].sum(axis=2) == SIDE * SIDE)
+
+
+ACCUMULATED: list[tuple[LossName, dict[str, Any]]] = [
+    ("categorical_crossentropy", {}),
+    ("focal", {"activation": "mish"}),
+    ("bce_dice", {}),  # no mean: its gradient needs the sums of the whole batch
+]
+
+
+@pytest.mark.parametrize(("loss_name", "changes"), ACCUMULATED)
+def test_micro_batches_train_as_the_whole_batch_does(
+    one_cpu: Any, two_cpus: Any, samples: Any, loss_name: LossName, changes: dict[str, Any]
+) -> None:
+    model = MODEL.model_copy(update=changes)
+    whole, on_one, on_two = (
+        Trained(strategy, samples, precision="float64", loss_name=loss_name, model=model,
+                num_micro_batches=number, gathers=gathers)
+        for strategy, number, gathers in (
+            (one_cpu, 1, False), (one_cpu, BATCH, False), (two_cpus, BATCH // 2, True),
+        )
+    )  # fmt: skip
+    # 10 samples in batches of 4: the last step has two micro-batches that are all padding.
+    for parts in (on_one, on_two):
+        assert np.allclose(whole.losses, parts.losses, rtol=1e-9, atol=0)
+        for name in ("loss", "dice_coef_multiclass", "sensitivity"):
+            assert whole.sums.mean(name) == pytest.approx(parts.sums.mean(name), rel=1e-9)
+        for a, b in zip(whole.model.weights, parts.model.weights, strict=True):
+            assert np.allclose(a.numpy(), b.numpy(), rtol=0, atol=1e-9)

@@ -1,0 +1,95 @@
+"""Measures prediction against the forward FLOPs at the machine's matrix-multiplication rate.
+
+    python benchmarks/inference.py [--image-size 512] [--batch-size 8]
+
+step: the compiled step that `infer` runs on a batch, in turns with a multiplication of matrices.
+path: what `infer` does with pictures, all of it: read, decode, fit, predict, argmax, encode, write;
+as images/s over those of the step alone. The network is the INbreast one with weights of no worth,
+which cost as much as trained ones.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import click
+from machine import describe_machine, shown, write_result
+from step import convolution_flops, matmul_flops_per_s
+
+from data_prep.pairs import find_sources
+from data_prep.phantoms import write_phantoms
+from data_prep.prep import PrepConfig, prepare
+from data_prep.schema import MANIFEST_NAME, parse_manifest
+from data_prep.storage import open_store
+from job.config import ModelConfig, TrainConfig
+
+
+@click.command()
+@click.option("--image-size", default=512, show_default=True, help="Side of the images, pixels.")
+@click.option("--batch-size", default=8, show_default=True, help="Images at once.")
+@click.option("--num-images", default=24, show_default=True, help="Pictures of a pass of `path`.")
+@click.option("--repeats", default=5, show_default=True, help="Turns; one more comes before them.")
+@click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
+def main(image_size: int, batch_size: int, num_images: int, repeats: int, num_layers: int) -> None:
+    """Measures prediction of the reference's INbreast network."""
+    from job import runtime
+
+    tf = runtime.import_tensorflow()
+    runtime.configure(TrainConfig(global_batch_size=batch_size))
+    from job.infer import Chunk, InferConfig, _predict, _Predictor, find_images
+    from job.step import make_probability_step
+    from job.trained import model_for
+
+    with tempfile.TemporaryDirectory(prefix="flexunet-bench-") as folder:
+        write_phantoms(f"{folder}/source", num_images, image_size, 1)
+        options = PrepConfig(image_size=image_size, num_processes=1)
+        prepare(find_sources(f"{folder}/source"), f"{folder}/data", options, progress=False)
+        text = Path(f"{folder}/data/{MANIFEST_NAME}").read_bytes()
+        manifest = parse_manifest(text, MANIFEST_NAME)
+        config = TrainConfig(
+            precision="float32", model=ModelConfig(num_layers=num_layers, image_channels=3)
+        )
+        model = model_for(config, manifest)
+        predictor = _Predictor(make_probability_step(model), manifest)
+        images = f"{folder}/source/images"
+        names = find_images(open_store(images))
+        flops = convolution_flops(model) * batch_size
+        batch = tf.zeros((batch_size, image_size, image_size, manifest.channels), tf.uint8)
+        step_s, rates, path_s = [], [], []
+        for count in range(1 + repeats):
+            started = time.perf_counter()
+            predictor.step(batch).numpy()
+            step_s.append(time.perf_counter() - started)
+            rates.append(matmul_flops_per_s(tf, tf.float32))
+            chunk = Chunk(
+                *("", "", "", images, f"{folder}/masks-{count}"),
+                InferConfig(batch_size=batch_size, progress=False), tuple(names),
+            )  # fmt: skip
+            started = time.perf_counter()
+            _predict(chunk, predictor, lambda: None)
+            path_s.append(time.perf_counter() - started)
+    step_s, rates, path_s = step_s[1:], rates[1:], path_s[1:]
+    share = [flops / t / rate for t, rate in zip(step_s, rates, strict=True)]
+    path = [
+        num_images / whole / (batch_size / one) for whole, one in zip(path_s, step_s, strict=True)
+    ]
+    write_result(
+        f"inference-{image_size}",
+        {
+            "machine": describe_machine(),
+            "image_size": image_size,
+            "batch_size": batch_size,
+            "step_s": step_s,
+            "matmul_gflop_per_s": [rate / 1e9 for rate in rates],
+            "share_of_matmul_rate": share,
+            "num_images": num_images,
+            "path_s": path_s,
+            "path_over_step": path,
+        },
+    )
+    print(f"step: {shown(step_s)} s, {shown(share)} of the matmul rate")
+    print(f"path: {shown([num_images / t for t in path_s])} images/s, {shown(path)} of the step's")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Measures the optimizer's update against a copy of the same bytes.
+
+    python benchmarks/optimizer.py [--parameters 125] [--repeats 7]
+
+An update reads and writes weight and both moments and reads the gradient: 7 times the parameters'
+bytes. A copy of 3.5 times the parameters moves as much. Copies, by one thread per core, our Adam
+and Keras' take turns.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import click
+import numpy as np
+from machine import describe_machine, shown, write_result
+
+from job.config import OptimizerConfig, TrainConfig
+
+COLUMNS = 1024
+NUM_WEIGHTS = 40  # about as many as FlexUNet has
+
+
+@click.command()
+@click.option("--parameters", default=125.0, show_default=True, help="Millions of float32.")
+@click.option("--repeats", default=7, show_default=True, help="Turns; one more comes before them.")
+def main(parameters: float, repeats: int) -> None:
+    """Measures the update of Adam with clipped values."""
+    from job import runtime
+
+    tf = runtime.import_tensorflow()
+    runtime.configure(TrainConfig())
+    rows = int(parameters * 1e6 / NUM_WEIGHTS / COLUMNS)
+    runs: dict[str, Callable[[], object]] = {
+        "copy": copying(int(3.5 * rows * COLUMNS * NUM_WEIGHTS)),
+        "ours": updating(tf, rows, is_keras=False),
+        "keras": updating(tf, rows, is_keras=True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(1 + repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    times = {name: values[1:] for name, values in times.items()}
+    ratios = {
+        name: [a / b for a, b in zip(times[name], times["copy"], strict=True)]
+        for name in ("ours", "keras")
+    }
+    write_result(
+        "optimizer",
+        {
+            "machine": describe_machine(),
+            "parameters": rows * COLUMNS * NUM_WEIGHTS,
+            "seconds": times,
+            "over_copy": ratios,
+        },
+    )
+    for name, values in times.items():
+        print(f"{name}: {shown(values, 3)} s")
+    for name, values in ratios.items():
+        print(f"{name} over copy: {shown(values)}")
+
+
+def copying(num_values: int) -> Callable[[], object]:
+    """Returns what copies so many float32, a part in each thread."""
+    source, target = np.ones(num_values, np.float32), np.empty(num_values, np.float32)
+    cores = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(cores)
+    parts = list(zip(np.array_split(target, cores), np.array_split(source, cores), strict=True))
+    return lambda: list(pool.map(lambda part: np.copyto(*part), parts))
+
+
+def updating(tf: Any, rows: int, *, is_keras: bool) -> Callable[[], object]:
+    """Returns what updates `NUM_WEIGHTS` weights of `rows` x `COLUMNS` once."""
+    import keras
+
+    from job.optimizer import Adam
+
+    weights = [keras.Variable(np.zeros((rows, COLUMNS), np.float32)) for _ in range(NUM_WEIGHTS)]
+    gradients = [tf.random.stateless_normal((rows, COLUMNS), (5, i)) for i in range(NUM_WEIGHTS)]
+    rate = tf.constant(1e-4, tf.float64)
+    if is_keras:
+        optimizer = keras.optimizers.Adam(1e-4, clipvalue=0.4)
+        optimizer.build(weights)
+        update = tf.function(lambda: optimizer.apply(gradients, weights))
+    else:
+        adam = Adam(OptimizerConfig(clipvalue=0.4), weights)
+        step = tf.constant(3, tf.int64)
+        update = tf.function(lambda: adam.apply(gradients, step=step, learning_rate=rate))
+
+    def run() -> None:
+        update()
+        weights[-1].value[-1, -1].numpy()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Draws the ratios of `results/*.json` beside their aims: `results/ratios.png`.
+
+python benchmarks/plot.py
+"""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+from machine import RESULTS
+
+# (label, result, path of a list of ratios or of a spread in it, aim, whether more is better)
+ROWS: list[tuple[str, str, tuple[str, ...], float, bool]] = [
+    ("step, float32: of the matmul rate", "step-512-float32",
+     ("ours", "share_of_matmul_rate"), 0.80, True),
+    ("step, mixed_bfloat16: of the matmul rate", "step-512-mixed_bfloat16",
+     ("ours", "share_of_matmul_rate"), 0.75, True),
+    ("update over a copy of the same bytes", "optimizer", ("over_copy", "ours"), 1.5, False),
+    ("two workers, 512²: of two that do not talk", "exchange-512-float32",
+     ("share_of_silent", "planned"), 0.94, True),
+    ("two workers, 256²: of two that do not talk", "exchange-256-float32",
+     ("share_of_silent", "planned"), 0.88, True),
+    ("input: of decoding alone (CPU)", "input", ("cpu_rate_ratios", "input / decode"), 0.95, True),
+    ("input: of decoding and warping (CPU)", "input",
+     ("cpu_rate_ratios", "input, warp / decode, warp"), 0.95, True),
+    ("prep: of decoding and encoding", "prep", ("ratios", "prep_1 / plain_1"), 0.85, True),
+    ("prep: two processes over one", "prep", ("ratios", "prep_2 / prep_1"), 1.8, True),
+    ("inference: of the matmul rate", "inference-512", ("share_of_matmul_rate",), 0.75, True),
+    ("start: over import, build and first step", "start", ("command_over_core",), 1.2, False),
+]  # fmt: skip
+
+
+@click.command()
+def main() -> None:
+    """Draws what has been measured, and names what has not."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = [(row, ratios_of(row)) for row in ROWS]
+    shown = [(row, ratios) for row, ratios in found if ratios is not None][::-1]
+    figure, axes = pyplot.subplots(figsize=(9, 0.55 * len(shown) + 1.2), layout="constrained")
+    for place, ((_, _, _, aim, more_is_better), (middle, least, most)) in enumerate(shown):
+        is_met = middle >= aim if more_is_better else middle <= aim
+        axes.barh(place, middle, color="tab:green" if is_met else "tab:orange", height=0.6)
+        axes.plot([least, most], [place, place], color="black", linewidth=1.2)
+        axes.plot([aim, aim], [place - 0.4, place + 0.4], color="tab:red", linewidth=2)
+        sign = "≥" if more_is_better else "≤"
+        axes.text(max(most, aim) + 0.03, place, f"{middle:.2f} ({sign} {aim})", va="center")
+    axes.set_yticks(range(len(shown)), [row[0] for row, _ in shown])
+    axes.set_xlabel("ratio: median (bar), least to most (line), aim (red)")
+    axes.set_xlim(0, 1.3 * max(max(row[3], ratios[2]) for row, ratios in shown))
+    figure.savefig(RESULTS / "ratios.png", dpi=110)
+    for row, ratios in found:
+        if ratios is None:
+            print(f"not measured: {row[0]} ({row[1]}.json)")
+
+
+def ratios_of(row: tuple[str, str, tuple[str, ...], float, bool]) -> Any:
+    """Returns median, least and most of a row; None where there is no such result."""
+    _, name, keys, _, _ = row
+    path = Path(RESULTS / f"{name}.json")
+    if not path.exists():
+        return None
+    value = json.loads(path.read_text(encoding="utf-8"))
+    for key in keys:
+        if key not in value:
+            return None
+        value = value[key]
+    if isinstance(value, dict):
+        return value["median"], value["min"], value["max"]
+    return median(value), min(value), max(value)
+
+
+if __name__ == "__main__":
+    main()

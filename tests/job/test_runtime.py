@@ -1,0 +1,60 @@
+"""What is chosen where there are GPUs, by what TensorFlow says of them."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import tensorflow as tf
+
+from data_prep.errors import UsageError
+from job.runtime import resolve_precision, supports_bfloat16
+
+PEEK = """
+import resource, sys
+from job import runtime
+from job.config import TrainConfig
+
+tf = runtime.import_tensorflow()
+runtime.configure(TrainConfig(keep_memory=sys.argv[1] == "kept"))
+work = tf.function(lambda x: tf.reduce_sum(tf.exp(x) * 2))
+x = tf.zeros(25_000_000)  # 100 MB, 24,000 pages
+float(work(x))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+float(work(x))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "is_native"),
+    [([(8, 0)], True), ([(9, 0), (8, 6)], True), ([(7, 5)], False), ([(9, 0), (7, 5)], False)],
+)
+def test_bfloat16_is_chosen_where_every_gpu_computes_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: list[tuple[int, int]], is_native: bool
+) -> None:
+    def details(gpu: int) -> dict[str, Any]:
+        return {"compute_capability": capabilities[gpu]}
+
+    def devices(kind: str | None = None) -> list[int]:
+        return list(range(len(capabilities))) if kind == "GPU" else []
+
+    monkeypatch.setattr(tf.config, "list_physical_devices", devices)
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", details)
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda gpu, grows: None)
+    assert supports_bfloat16() is is_native
+    assert resolve_precision("auto") == ("mixed_bfloat16" if is_native else "float32")
+    if not is_native:
+        with pytest.raises(UsageError, match="no bfloat16 arithmetic"):
+            resolve_precision("mixed_bfloat16")
+
+
+def test_kept_memory_is_used_again() -> None:
+    faults = {}
+    for way in ("kept", "returned"):
+        # In a process of its own: TensorFlow reads it once.
+        done = subprocess.run(
+            [sys.executable, "-c", PEEK, way], capture_output=True, text=True, check=True
+        )
+        faults[way] = int(done.stdout)
+    assert faults["kept"] < 2000 < 20_000 < faults["returned"]
