@@ -17,7 +17,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 PASSED_ON = ("STORAGE_EMULATOR_HOST",)
 
 _TICK_S = 0.1
+_PATIENCE_S = 10.0  # with a start of Ray that is no longer wanted
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 120.0  # a worker process may have to start, and import from a slow disk
 _OBJECT_STORE_BYTES = 100 * 2**20  # results are small; Ray's minimum is 75 MB
@@ -73,27 +74,18 @@ def connected(address: str | None, *, worker_logs: bool = True) -> Iterator[None
     """
     address, name = _resolved(address)
     is_local = address == "local"
-    with _environment(_settings_of_ray(is_local)), ThreadPoolExecutor(1) as thread:
+    with _environment(_settings_of_ray(is_local)):
         if not is_local:
             _check_answers(address, name)
         import ray
 
         logger.info("starting Ray on this machine" if is_local else f"joining Ray at {address}")
-        # In the main thread Ray takes SIGTERM for itself, which it warns of in another. That one
-        # lives as long as Ray, whose processes end with the thread that has started them.
-        logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
-        options = _init_options(is_local, worker_logs)
-        started = thread.submit(ray.init, address=address, **options)
+        # With a wrong token Ray's C++ part writes a line a second for 20 s.
+        with _one_line_errors(name), held_back_stderr(shown_on_error=False):
+            _init({"address": address} | _init_options(is_local, worker_logs))
         try:
-            # With a wrong token Ray's C++ part writes a line a second for 20 s.
-            with _one_line_errors(name), held_back_stderr(shown_on_error=False):
-                while not started.done():
-                    wait([started], _TICK_S)
-                    _take_sigterm_back()
-                started.result()
             yield
         finally:
-            wait([started])
             ray.shutdown()
 
 
@@ -292,6 +284,38 @@ def _passed_on() -> dict[str, str]:
     known = (job.get("runtime_env") or {}).get("env_vars") or {}
     names = [name for name in PASSED_ON if name in os.environ and name not in known]
     return {name: os.environ[name] for name in names}
+
+
+def _init(options: dict[str, Any]) -> None:
+    """Calls `ray.init` in a thread of its own: in the main one Ray takes SIGTERM for itself.
+
+    The thread stays, as the processes that Ray starts end with it.
+    """
+    import ray
+
+    started: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            ray.init(**options)
+        except BaseException as error:
+            started.set_exception(error)
+        else:
+            started.set_result(None)
+            threading.Event().wait()
+
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns of just that
+    threading.Thread(target=work, name="ray", daemon=True).start()
+    try:
+        while not started.done():
+            wait([started], _TICK_S)
+            _take_sigterm_back()
+        started.result()
+    except BaseException:
+        # Stopped half-way, it would leave processes behind; but it may also hang.
+        wait([started], _PATIENCE_S)
+        ray.shutdown()
+        raise
 
 
 def _take_sigterm_back() -> None:

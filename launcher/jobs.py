@@ -290,7 +290,7 @@ def _check(response: Any, address: str, *, has_job: bool = False) -> None:
 def _no_answer(address: str, error: BaseException) -> FlexUNetError:
     while error.__context__ is not None:
         error = error.__context__  # requests wraps what has happened four times
-    if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
+    if isinstance(error, http.client.BadStatusLine) and not isinstance(error, OSError):
         return _no_job_server(address)  # what answers speaks another language
     return NoAnswerError(
         f"--address {address}: no job server answers ({_last_line(str(error))}); start the cluster "

@@ -416,7 +416,7 @@ def _tell_plan(settings: LaunchConfig) -> None:
     shortage = described_shortage(demand, settings.num_workers)
     if shortage is not None:
         logger.warning(
-            "the cluster is busy (free: %s); waiting for room for %g s (--join-timeout)",
+            "there is no room yet (free: %s); waiting for room for %g s (--join-timeout)",
             *(shortage, settings.join_timeout),
         )
 

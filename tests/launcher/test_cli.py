@@ -37,7 +37,7 @@ UNITLESS = {
     "augmentation.sharpening-k",
 }
 UNITS = (
-    "pixel|sample|epoch|minute|MB|image|picture|case|layer|level|filter|channel|output|replica|"
+    "pixel|sample|micro-batch|epoch|minute|MB|image|picture|case|layer|level|filter|channel|output|replica|"
     "thread|process|fold|checkpoint|share|probability|side|degrees|second|GB|worker|core|failure"
 )
 
