@@ -16,6 +16,7 @@ import pytest
 import tensorflow as tf
 
 from data_prep.errors import DivergedError, LockedError, StoppedError, UsageError
+from data_prep.settings import write_yaml
 from data_prep.storage import join_url, open_store
 from job.config import ModelConfig, TrainConfig
 from job.run import LeaseTiming, Run, find_commits
@@ -341,6 +342,30 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     config = resolve_config({"epochs": 9, "model": {"num_layers": 5}}, str(path))
     assert (config.epochs, config.model.num_layers, config.model.base_filters) == (9, 5, 8)
     assert config.name == "where"
+
+
+def test_a_preset_is_refused_where_the_file_would_win_over_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("data: d\nloss:\n  name: dice\nmodel:\n  num_layers: 4\n")
+    recipe = {"preset": "recipe"}
+    with pytest.raises(UsageError, match=r"--preset recipe lies below .*which sets loss.name; "):
+        resolve_config(recipe, str(path))
+    again = resolve_config(recipe | {"loss": {"name": "dice"}}, str(path))
+    assert (again.loss.name, again.model.normalization) == ("dice", "group")
+    # A file may set them over its own preset; the same one again changes nothing.
+    path.write_text("preset: recipe\n" + path.read_text())
+    for options in ({}, recipe):
+        config = resolve_config(options, str(path))
+        assert (config.loss.name, config.model.normalization) == ("dice", "group")
+    with pytest.raises(UsageError, match="--preset reference lies below"):
+        resolve_config({"preset": "reference"}, str(path))
+
+
+def test_a_preset_is_refused_beside_a_run_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(write_yaml(TrainConfig(data="d")))
+    with pytest.raises(UsageError, match=r"sets foreground_share, loss.name, .*optimizer.name"):
+        resolve_config({"preset": "recipe"}, str(path))
 
 
 def test_an_unknown_key_of_the_file_is_named_with_the_nearest(tmp_path: Path) -> None:
