@@ -7,10 +7,12 @@ so that `--help` answers at once.
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from data_prep.errors import UsageError
 from data_prep.settings import Settings, fields_of, merged, option
 from job.augment import AugmentationConfig
 
@@ -107,6 +109,38 @@ class LossConfig(Settings):
         "Weight of a pixel by its true class, a number per class id; only their ratios matter. "
         "They count in every part of a loss but the structural similarity of basnet_hybrid.",
     )
+
+
+SSIM_SIZE = 11  # pixels, a side of the window of the structural similarity in basnet_hybrid
+
+
+def check_class_weights(weights: Sequence[float] | None, num_outputs: int) -> None:
+    """Refuses weights that are not one per class.
+
+    Raises:
+        UsageError: names how many there must be.
+    """
+    num_labels = max(num_outputs, 2)
+    if weights is None:
+        return
+    if len(weights) != num_labels or min(weights) < 0 or max(weights) == 0:
+        raise UsageError(
+            f"class_weights={tuple(weights)}: give {num_labels} numbers of 0 or more,"
+            " one per class in the order of the ids, not all 0"
+        )
+
+
+def check_ssim_sides(height: int, width: int) -> None:
+    """Refuses pictures that are smaller than the window of the structural similarity.
+
+    Raises:
+        UsageError: names both sizes.
+    """
+    if min(height, width) < SSIM_SIZE:
+        raise UsageError(
+            f"basnet_hybrid_loss needs pictures of at least {SSIM_SIZE}x{SSIM_SIZE} pixels,"
+            f" got {height}x{width}; take another loss or a larger image size"
+        )
 
 
 class OptimizerConfig(Settings):

@@ -128,7 +128,7 @@ def require_gpu() -> None:
 
 
 def check_batch(config: TrainConfig, num_processes: int, num_gpus: int) -> None:
-    """Refuses a batch that cannot be cut into equal parts for every replica.
+    """Refuses a batch that cannot be cut into equal parts for every replica and micro-batch.
 
     Raises:
         UsageError: names the number of replicas.
@@ -139,6 +139,21 @@ def check_batch(config: TrainConfig, num_processes: int, num_gpus: int) -> None:
             f"global_batch_size={config.global_batch_size} does not divide by the "
             f"{num_replicas} replicas ({num_processes} processes, {num_gpus} GPUs each); choose a "
             "multiple, or another number of workers"
+        )
+    check_micro_batches(config, num_replicas)
+
+
+def check_micro_batches(config: TrainConfig, num_replicas: int) -> None:
+    """Refuses a replica's batch that cannot be cut into equal micro-batches.
+
+    Raises:
+        UsageError: names the batch of a replica.
+    """
+    local = config.global_batch_size // num_replicas
+    if local % config.accumulate:
+        raise UsageError(
+            f"accumulate={config.accumulate} does not divide the batch of {local} that each of "
+            f"{num_replicas} replicas holds; choose a divisor of it"
         )
 
 

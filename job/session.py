@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from data_prep.errors import DivergedError, StoppedError, UsageError
+from data_prep.errors import DivergedError, StoppedError
 from job.config import TrainConfig
 from job.data import (
     Dataset,
@@ -286,10 +286,8 @@ def open_session(
         alive: called for every shard that is found or copied.
 
     Raises:
-        UsageError: a model that does not fit the dataset, or a replica's batch that the
-            micro-batches do not divide.
+        UsageError: a model that does not fit the dataset.
     """
-    _check_micro_batches(config, strategy.num_replicas_in_sync)
     with strategy.scope():
         model = model_for(config, dataset.manifest)
         optimizer = Adam(config.optimizer, model.trainable_variables)
@@ -327,15 +325,6 @@ def open_session(
         yield Session(
             *(config, strategy, team, dataset, readers, model, optimizer, step, evaluator),
             recorder=recorders[0] if recorders else None,
-        )
-
-
-def _check_micro_batches(config: TrainConfig, num_replicas: int) -> None:
-    local = config.global_batch_size // num_replicas
-    if local % config.accumulate:
-        raise UsageError(
-            f"accumulate={config.accumulate} does not divide the batch of {local} that each of "
-            f"{num_replicas} replicas holds; choose a divisor of it"
         )
 
 

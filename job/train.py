@@ -328,6 +328,7 @@ def _train(
     with _watched(config, place) as watchdog, ExitStack() as stack:
         watchdog.enter("making the strategy")
         strategy = runtime.configure(config, place)
+        runtime.check_micro_batches(config, strategy.num_replicas_in_sync)
         team = Team(strategy, place)
 
         def own() -> None:

@@ -336,6 +336,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def test_micro_batches_that_do_not_fit_the_replicas_begin_no_run(
+    dataset: str, tmp_path: Path
+) -> None:
+    sizes = ["--global-batch-size", "4", "--accumulate", "4", "--cpu-replicas", "2"]
+    network = ["--model.num-layers", "2", "--output", str(tmp_path), "--name", "new"]
+    result = subprocess.run(
+        [sys.executable, "-m", "job.train", "--local", "--data", dataset, *sizes, *network],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert result.returncode == 2, result.stderr
+    assert "accumulate=4 does not divide the batch of 2" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "new" / "identity.json").exists()
+
+
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("data: some/where\nepochs: 7\nmodel:\n  num_layers: 4\n  base_filters: 8\n")
