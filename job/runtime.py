@@ -90,13 +90,14 @@ def _keep_freed_memory() -> None:
 def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None) -> int:
     """Refuses what the strategy could not be made with, before others wait for this process.
 
-    Returns the number of GPUs that this process sees.
+    Returns the number of GPUs that this process sees. Whether the batch divides by all replicas is
+    known when the others have told theirs, see `check_batch`.
 
     Args:
         num_gpus: GPUs that this process was promised; None: whatever there is.
 
     Raises:
-        UsageError: a promised GPU is not seen, or the batch does not divide by all replicas.
+        UsageError: a promised GPU is not seen, or one process shall have several CPU replicas.
     """
     tf = import_tensorflow()
     seen = len(tf.config.list_physical_devices("GPU"))
@@ -109,7 +110,6 @@ def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None
             f"cpu_replicas={config.cpu_replicas}: each of {place.size} processes has one CPU "
             "replica; leave it at 1"
         )
-    check_batch(config, place.size, seen)
     return seen
 
 

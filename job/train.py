@@ -325,6 +325,8 @@ def _train(
     num_seen = runtime.check_devices(config, place, num_gpus)
     if place is not None:
         meet(place, config.phase_timeout, num_seen)
+        if place.size > 1:
+            runtime.check_batch(config, place.size, num_seen)
     with _watched(config, place) as watchdog, ExitStack() as stack:
         watchdog.enter("making the strategy")
         strategy = runtime.configure(config, place)
