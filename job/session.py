@@ -94,7 +94,7 @@ class Session:
             seed=self.config.seed,
             epoch=state.epoch,
         )
-        plan = global_batches(order, self.config.global_batch_size)[state.step_in_epoch :]
+        plan = global_batches(order, self.config.global_batch_size)
         batches = distributed_batches(
             self.strategy,
             self.dataset,
@@ -102,6 +102,7 @@ class Session:
             plan,
             seed=self.config.seed,
             epoch=state.epoch,
+            first_step=state.step_in_epoch,
             augmentation=self.config.augmentation,
             first_replica=self.team.first_replica,
         )
