@@ -230,8 +230,8 @@ class TrainConfig(Settings):
     accumulate: int = option(
         1,
         "Micro-batches per step: parts of the batch that go through the network one after the "
-        "other, for batches that do not fit into memory. The result is that of the whole batch; "
-        "losses with an overlap (dice, iou) then take one forward pass more.",
+        "other, for batches that do not fit into memory; in evaluations too. The result is that of "
+        "the whole batch; training with an overlap loss (dice, iou) takes a forward pass more.",
         free=True,
         ge=1,
     )

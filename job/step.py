@@ -162,20 +162,36 @@ def make_evaluation_step(
     metrics: Metrics,
     num_classes: int,
     ignore_id: int | None,
+    *,
+    num_micro_batches: int = 1,
 ) -> Callable[[Batch], tuple[Sums, tf.Tensor]]:
     """Returns the compiled `evaluation_step(batch) -> (sums, counts)`.
 
     `counts` is (global batch, classes, 4) int64: true and false positives, false and true
     negatives, in the order of the batch, padding included.
+
+    Args:
+        num_micro_batches: parts of a replica's batch that go through the network one after the
+            other; a divisor of that batch.
     """
 
     def replica_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
-        labels = tf.cast(batch["mask"], tf.int32)
-        logits = network(batch["image"])
-        value = loss(labels, logits, batch["weight"], replica_sum)
-        counts = confusion_counts(labels, predicted_ids(logits), num_classes, ignore_id)
-        sums = [_loss_sums(value, batch), _metric_sums(batch, logits, metrics)]
-        return tf.concat(sums, axis=0), counts
+        seen: list[tf.Tensor] = []  # the sums of which the loss is a function
+        metric_sums: list[tf.Tensor] = []
+        counts: list[tf.Tensor] = []
+        for part in _micro_batches(batch, num_micro_batches):
+            done = [each[-1] for each in (seen, metric_sums, counts) if each]
+            with tf.control_dependencies(done):
+                labels = tf.cast(part["mask"], tf.int32)
+                logits = network(part["image"])
+                loss(labels, logits, part["weight"], _seen_by(tf.identity, seen))
+                metric_sums.append(_metric_sums(part, logits, metrics))
+                ids = predicted_ids(logits)
+                counts.append(confusion_counts(labels, ids, num_classes, ignore_id))
+        # Of its arguments only the sums count, and these are given.
+        value = loss(labels, logits, part["weight"], part_of(replica_sum(tf.add_n(seen))))
+        sums = [_loss_sums(value, batch), tf.add_n(metric_sums)]
+        return tf.concat(sums, axis=0), tf.concat(counts, axis=0)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def evaluation_step(batch: Batch) -> tuple[Sums, tf.Tensor]:
