@@ -225,7 +225,13 @@ class TrainConfig(Settings):
         "name.",
         free=True,
     )
-    epochs: int = option(100, "Epochs: passes over the training split.", free=True, ge=1)
+    epochs: int = option(
+        100,
+        "Epochs: passes over the training split. More of them train a finished run on; with "
+        "schedule.cosine its learning rate jumps back up then.",
+        free=True,
+        ge=1,
+    )
     global_batch_size: int = option(2, "Samples per step, over all devices.", ge=1)
     accumulate: int = option(
         1,

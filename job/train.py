@@ -220,6 +220,12 @@ def earlier_outcome(
     if outcome["stopped_early"] or outcome["epochs"] >= config.epochs:
         logger.info("%s: finished already after %d epochs", run.store.url, outcome["epochs"])
         return outcome
+    if config.schedule.cosine:
+        logger.warning(
+            "%s: the cosine is one of all epochs: from its end after %d it jumps back up, to where "
+            "a run of %d would be; another --name trains such a run from the start",
+            *(run.store.url, outcome["epochs"], config.epochs),
+        )
     run.clear_outcome()
     return None
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ import tensorflow as tf
 from data_prep.errors import DivergedError, LockedError, StoppedError, UsageError
 from data_prep.settings import write_yaml
 from data_prep.storage import join_url, open_store
-from job.config import ModelConfig, TrainConfig
+from job.config import ModelConfig, ScheduleConfig, TrainConfig
 from job.run import LeaseTiming, Run, find_commits
 from job.train import resolve_config, run_name, train_and_evaluate
 from tests.job.discs import prepare_discs
@@ -105,6 +106,25 @@ def test_one_device_two_replicas_and_a_restart_compute_the_same(
     _, rest = train(again, one_cpu)
     assert len(steps_of(rest)) == 1
     assert_same_history(Path(config.output), tmp_path)
+
+
+def test_a_finished_cosine_that_is_trained_on_is_warned_of(
+    dataset: str, one_cpu: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    schedule = ScheduleConfig(cosine=True, reduce_on_plateau=False)
+    config = config_for(dataset, tmp_path, epochs=1, schedule=schedule)
+    train(config, one_cpu)
+    train(config, one_cpu)
+    assert "cosine" not in caplog.text
+    outcome, _ = train(config.model_copy(update={"epochs": 2}), one_cpu)
+    assert "the cosine is one of all epochs: from its end after 1 it jumps" in caplog.text
+    assert outcome["epochs"] == 2
+    last = [float(row["learning_rate"]) for row in history_of(tmp_path)]
+    # 3 steps each: the last is 2/3 of the way in the first epoch alone, then 5/6 of both.
+    rate = config.optimizer.learning_rate
+    assert last == pytest.approx(
+        [rate * (1 + math.cos(math.pi * part)) / 2 for part in (2 / 3, 5 / 6)]
+    )
 
 
 def test_a_stop_during_validation_keeps_the_epoch(
