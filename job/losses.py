@@ -250,19 +250,14 @@ def _log_probabilities(batch: PixelBatch) -> tuple[tf.Tensor, tf.Tensor]:
     return log_p, tf.stack(others, axis=-1)
 
 
-def _overlap_sums(batch: PixelBatch) -> list[tf.Tensor]:
-    truth, probabilities = batch.truth(), batch.probabilities()
-    weights = batch.weights()[..., tf.newaxis]
-    return [
-        tf.reduce_sum(weights * truth * probabilities),
-        tf.reduce_sum(weights * (truth + probabilities)),
-    ]
+def _overlap_sums(batch: PixelBatch, *, foreground_alone: bool = False) -> list[tf.Tensor]:
+    """Returns I and S, see `LOSSES`.
 
-
-def _foreground_sums(batch: PixelBatch) -> list[tf.Tensor]:
-    """Returns `_overlap_sums` without class 0, whose many pixels hide what lesions add."""
+    Args:
+        foreground_alone: without class 0, whose many pixels hide what lesions add.
+    """
     truth, probabilities = batch.truth(), batch.probabilities()
-    if not batch.has_one_channel():
+    if foreground_alone and not batch.has_one_channel():
         truth, probabilities = truth[..., 1:], probabilities[..., 1:]
     weights = batch.weights()[..., tf.newaxis]
     return [
@@ -338,7 +333,7 @@ def _focal_terms(gamma: float) -> tuple[tuple[float, Term], ...]:
 _CROSS_ENTROPY = Term(_cross_entropy_sums, _mean)
 _BINARY_CROSS_ENTROPY = Term(_binary_cross_entropy_sums, _mean)
 _DICE = Term(_overlap_sums, _dice_value)
-_FOREGROUND_DICE = Term(_foreground_sums, _dice_value)
+_FOREGROUND_DICE = Term(partial(_overlap_sums, foreground_alone=True), _dice_value)
 _IOU = Term(_overlap_sums, _iou_value)
 _IMAGE_DICE = Term(_image_dice_sums, _mean)
 _SSIM = Term(_ssim_sums, _mean)
