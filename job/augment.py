@@ -125,6 +125,7 @@ def augment(
     epoch: int,
     sample_index: int,
     value_max: int,
+    copy: int = 0,
 ) -> tuple[Pixels, npt.NDArray[np.uint8]]:
     """Returns the augmented image and mask; the very arguments when nothing was drawn.
 
@@ -137,10 +138,11 @@ def augment(
         epoch: 0..2**32 - 1.
         sample_index: of the sample in its split, 0..2**32 - 1.
         value_max: the largest pixel value; what sharpening and brightening clip to.
+        copy: how often the sample has come in this epoch before.
     """
     if not config.enabled:
         return image, mask
-    key = (seed, (epoch << 32) | sample_index)
+    key = (seed, (epoch << 32) | sample_index, copy)
     rng = _generator(key, _DECISIONS)
     drawn = {
         kind
@@ -158,9 +160,10 @@ def augment(
     return image, mask
 
 
-def _generator(key: tuple[int, int], stream: int) -> np.random.Generator:
+def _generator(key: tuple[int, int, int], stream: int) -> np.random.Generator:
+    *words, copy = key
     philox = np.random.Philox(
-        key=np.array(key, np.uint64), counter=np.array([0, 0, 0, stream], np.uint64)
+        key=np.array(words, np.uint64), counter=np.array([0, 0, copy, stream], np.uint64)
     )
     return np.random.Generator(philox)
 
@@ -174,7 +177,7 @@ def _source_field(
     drawn: set[str],
     picks: dict[str, float],
     config: AugmentationConfig,
-    key: tuple[int, int],
+    key: tuple[int, int, int],
 ) -> Points | None:
     """Returns where in the sample each pixel of the result comes from; None when nothing moves.
 
@@ -206,7 +209,7 @@ def _moved_by_random_fields(
     drawn: set[str],
     picks: dict[str, float],
     config: AugmentationConfig,
-    key: tuple[int, int],
+    key: tuple[int, int, int],
 ) -> Points:
     x, y = points
     height, width = y.size, x.size

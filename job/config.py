@@ -7,10 +7,12 @@ so that `--help` answers at once.
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from data_prep.errors import UsageError
 from data_prep.settings import Settings, fields_of, merged, option
 from job.augment import AugmentationConfig
 
@@ -109,6 +111,38 @@ class LossConfig(Settings):
     )
 
 
+SSIM_SIZE = 11  # pixels, a side of the window of the structural similarity in basnet_hybrid
+
+
+def check_class_weights(weights: Sequence[float] | None, num_outputs: int) -> None:
+    """Refuses weights that are not one per class.
+
+    Raises:
+        UsageError: names how many there must be.
+    """
+    num_labels = max(num_outputs, 2)
+    if weights is None:
+        return
+    if len(weights) != num_labels or min(weights) < 0 or max(weights) == 0:
+        raise UsageError(
+            f"class_weights={tuple(weights)}: give {num_labels} numbers of 0 or more,"
+            " one per class in the order of the ids, not all 0"
+        )
+
+
+def check_ssim_sides(height: int, width: int) -> None:
+    """Refuses pictures that are smaller than the window of the structural similarity.
+
+    Raises:
+        UsageError: names both sizes.
+    """
+    if min(height, width) < SSIM_SIZE:
+        raise UsageError(
+            f"basnet_hybrid_loss needs pictures of at least {SSIM_SIZE}x{SSIM_SIZE} pixels,"
+            f" got {height}x{width}; take another loss or a larger image size"
+        )
+
+
 class OptimizerConfig(Settings):
     """Adam or AdamW."""
 
@@ -191,13 +225,19 @@ class TrainConfig(Settings):
         "name.",
         free=True,
     )
-    epochs: int = option(100, "Epochs: passes over the training split.", free=True, ge=1)
+    epochs: int = option(
+        100,
+        "Epochs: passes over the training split. More of them train a finished run on; with "
+        "schedule.cosine its learning rate jumps back up then.",
+        free=True,
+        ge=1,
+    )
     global_batch_size: int = option(2, "Samples per step, over all devices.", ge=1)
     accumulate: int = option(
         1,
         "Micro-batches per step: parts of the batch that go through the network one after the "
-        "other, for batches that do not fit into memory. The result is that of the whole batch; "
-        "losses with an overlap (dice, iou) then take one forward pass more.",
+        "other, for batches that do not fit into memory; in evaluations too. The result is that of "
+        "the whole batch; training with an overlap loss (dice, iou) takes a forward pass more.",
         free=True,
         ge=1,
     )

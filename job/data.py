@@ -187,15 +187,34 @@ def global_batches(order: np.ndarray, batch_size: int) -> np.ndarray:
     return padded.reshape(num_steps, batch_size)
 
 
-def dropout_keys(indices: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """Returns a key per sample, (B,) int64: a hash of (seed, epoch, sample index).
+def copy_numbers(indices: np.ndarray) -> np.ndarray:
+    """Returns how often each of `indices` has come before, in the same shape, int64."""
+    flat = indices.ravel()
+    places = np.argsort(flat, kind="stable")
+    in_order = flat[places]
+    numbers = np.empty(len(flat), np.int64)
+    numbers[places] = np.arange(len(flat)) - np.searchsorted(in_order, in_order)
+    return numbers.reshape(indices.shape)
+
+
+def dropout_keys(
+    indices: np.ndarray, *, seed: int, epoch: int, copies: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns a key per sample, int64: a hash of (seed, epoch, sample index, number of the copy).
+
+    Args:
+        indices: of any shape.
+        copies: `copy_numbers` of the epoch, at the same places; None: each is the first.
 
     Source of the mixing function: SplitMix64, Steele et al., OOPSLA 2014.
     """
     with np.errstate(over="ignore"):
         start = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch)
         state = _mixed(np.asarray(start))
-        return _mixed(state + indices.astype(np.uint64)).astype(np.int64)
+        words = indices.astype(np.uint64)
+        if copies is not None:
+            words += copies.astype(np.uint64) << np.uint64(32)
+        return _mixed(state + words).astype(np.int64)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
@@ -395,6 +414,7 @@ def make_batches(
     *,
     seed: int,
     epoch: int,
+    first_step: int = 0,
     augmentation: AugmentationConfig | None = None,
     first_replica: int = 0,
     num_replicas: int = 1,
@@ -406,27 +426,34 @@ def make_batches(
     float32 and `key` (b,) int64, with b = global batch / num_replicas.
 
     Args:
-        batches: (steps, global batch) sample indices, PADDING included.
+        batches: (steps, global batch) sample indices of an epoch, PADDING included.
+        first_step: where to begin in them.
         first_replica: global number of this process' first replica.
         num_local_replicas: replicas of this process; each takes every num_local_replicas-th batch.
     """
     import tensorflow as tf
 
-    indices = _replica_indices(batches, first_replica, num_replicas, num_local_replicas)
+    # A sample that comes twice in an epoch is another one each time.
+    copies = np.where(batches == PADDING, 0, copy_numbers(batches))[first_step:]
+    batches = batches[first_step:]
+    indices, copies = (
+        _per_replica(each, first_replica, num_replicas, num_local_replicas)
+        for each in (batches, copies)
+    )
     weights = (indices != PADDING).astype(np.float32)
     # Padding repeats the step's first sample: real pixels, weight 0.
     fillers = np.repeat(batches[:, :1], num_local_replicas, axis=0)
     indices = np.where(indices == PADDING, fillers, indices)
-    keys = dropout_keys(indices, seed=seed, epoch=epoch)
+    keys = dropout_keys(indices, seed=seed, epoch=epoch, copies=copies)
 
-    def load(index: Any, weight: Any, key: Any) -> dict[str, Any]:
+    def load(index: Any, copy: Any, weight: Any, key: Any) -> dict[str, Any]:
         payloads = tf.numpy_function(reader.read_many, [index], tf.string)
         payloads = tf.ensure_shape(payloads, [indices.shape[1]])
-        return {"payload": payloads, "index": index, "weight": weight, "key": key}
+        return {"payload": payloads, "index": index, "copy": copy, "weight": weight, "key": key}
 
     decode = _decoder(dataset.manifest, augmentation, seed, epoch)
     parallel = available_cores()
-    data = tf.data.Dataset.from_tensor_slices((indices, weights, keys))
+    data = tf.data.Dataset.from_tensor_slices((indices, copies, weights, keys))
     # Converted ones leave a file in the folder for temporary files when a process is killed.
     load, decode = map(tf.autograph.experimental.do_not_convert, (load, decode))
     data = data.map(load, num_parallel_calls=parallel, deterministic=True)
@@ -465,10 +492,13 @@ def distributed_batches(
     *,
     seed: int,
     epoch: int,
+    first_step: int = 0,
     augmentation: AugmentationConfig | None = None,
     first_replica: int = 0,
 ) -> Iterator[Any]:
     """Yields a per-replica batch for every step of `plan`, (steps, global batch) sample indices.
+
+    `plan` is that of a whole epoch, and begun at `first_step`.
 
     The parts are handed to the replicas here rather than by a distributed dataset, which takes a
     quarter of a second longer to start and assigns samples by rules of its own.
@@ -484,6 +514,7 @@ def distributed_batches(
         plan,
         seed=seed,
         epoch=epoch,
+        first_step=first_step,
         augmentation=augmentation,
         first_replica=first_replica,
         num_replicas=num_replicas,
@@ -497,7 +528,7 @@ def distributed_batches(
         )
 
 
-def _replica_indices(
+def _per_replica(
     batches: np.ndarray, first_replica: int, num_replicas: int, num_local_replicas: int
 ) -> np.ndarray:
     num_steps, batch_size = batches.shape
@@ -518,7 +549,9 @@ def _decoder(
         "image/segmentation/class/encoded": tf.io.FixedLenFeature([], tf.string),
     }
 
-    def warp(image: np.ndarray, mask: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
+    def warp(
+        image: np.ndarray, mask: np.ndarray, index: np.ndarray, copy: np.ndarray
+    ) -> list[np.ndarray]:
         assert augmentation is not None  # noqa: S101 - only called where it is set
         return list(
             augment(
@@ -529,6 +562,7 @@ def _decoder(
                 epoch=epoch,
                 sample_index=int(index),
                 value_max=manifest.value_max,
+                copy=int(copy),
             )
         )
 
@@ -538,7 +572,7 @@ def _decoder(
         mask = tf.io.decode_png(example["image/segmentation/class/encoded"], 1, tf.uint8)[..., 0]
         if augmentation is not None and augmentation.enabled:
             image, mask = tf.numpy_function(
-                warp, [image, mask, element["index"]], [dtype, tf.uint8]
+                warp, [image, mask, element["index"], element["copy"]], [dtype, tf.uint8]
             )
         return {
             "image": tf.ensure_shape(image, [height, width, manifest.channels]),

@@ -121,7 +121,7 @@ class Evaluator:
             self.probabilities,
             self.dataset.manifest,
             overlap=self.overlap,
-            batch_size=self.config.global_batch_size,
+            batch_size=max(1, self.config.global_batch_size // self.config.accumulate),
         )
 
     def mask_of(self, image: np.ndarray) -> Ids:
@@ -269,8 +269,11 @@ def make_evaluator(
         ignore_id=manifest.ignore_id,
     )
     metrics = reference_metrics(config.metrics, ignore_id=manifest.ignore_id)
+    local_batch = config.global_batch_size // strategy.num_replicas_in_sync
     step = make_evaluation_step(
-        strategy, network, loss, metrics, len(manifest.classes), manifest.ignore_id
+        *(strategy, network, loss, metrics, len(manifest.classes), manifest.ignore_id),
+        # An evaluation may have another batch and other devices than the training.
+        num_micro_batches=math.gcd(local_batch, config.accumulate),
     )
     return Evaluator(
         *(config, strategy, dataset, loss, metrics, step, make_probability_step(network)),

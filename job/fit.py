@@ -2,20 +2,28 @@
 
 from data_prep.errors import UsageError
 from data_prep.schema import Manifest
-from job.config import TrainConfig
+from job.config import TrainConfig, check_class_weights, check_ssim_sides
 from job.data import Dataset
+from job.predict import window_overlap
 
 
 def check_fit(config: TrainConfig, dataset: Dataset) -> None:
     """Refuses a dataset on which `config` cannot train.
 
     Raises:
-        UsageError: sides, channels or classes do not fit, or a split that is needed is empty.
+        UsageError: sides, channels, classes, their weights or the overlap of windows do not fit,
+            or a split that is needed is empty.
     """
     for name in ("train", "valid"):
         dataset.split(name)
-    num_outputs(config, dataset.manifest)
-    check_sides(image_shape(config, dataset.manifest), config.model.num_layers)
+    manifest = dataset.manifest
+    check_class_weights(config.loss.class_weights, num_outputs(config, manifest))
+    height, width, _ = shape = image_shape(config, manifest)
+    check_sides(shape, config.model.num_layers)
+    if config.loss.name == "basnet_hybrid":
+        check_ssim_sides(height, width)
+    if manifest.geometry == "tile":
+        window_overlap(manifest, config.window_overlap)
 
 
 def image_shape(config: TrainConfig, manifest: Manifest) -> tuple[int, int, int]:

@@ -27,12 +27,12 @@ import tensorflow as tf
 
 from data_prep.errors import UsageError
 from data_prep.settings import suggestion
+from job.config import SSIM_SIZE, check_class_weights, check_ssim_sides
 
 GlobalSum: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
 LossFunction: TypeAlias = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, GlobalSum], tf.Tensor]
 
-# SSIM's window and constants: Wang et al. 2004, doi:10.1109/TIP.2003.819861; pictures in [0, 1].
-_SSIM_SIZE = 11
+# SSIM's constants: Wang et al. 2004, doi:10.1109/TIP.2003.819861; pictures in [0, 1].
 _SSIM_SIGMA = 1.5
 _SSIM_C1 = 0.01**2
 _SSIM_C2 = 0.03**2
@@ -153,7 +153,7 @@ def make_loss(
     """
     if name not in LOSSES:
         raise UsageError(f"loss={name!r}: unknown loss; {suggestion(name, list(LOSSES))}")
-    weights = _checked_class_weights(class_weights, num_classes)
+    check_class_weights(class_weights, num_classes)
     if focal_gamma < 1:
         raise UsageError(f"focal_gamma={focal_gamma}: must be 1 or more, or the gradient is NaN")
     terms = _focal_terms(focal_gamma) if name == "focal" else LOSSES[name]
@@ -161,7 +161,7 @@ def make_loss(
     def loss(
         labels: tf.Tensor, logits: tf.Tensor, sample_weights: tf.Tensor, global_sum: GlobalSum
     ) -> tf.Tensor:
-        batch = _pixel_batch(labels, logits, sample_weights, weights, ignore_id)
+        batch = _pixel_batch(labels, logits, sample_weights, class_weights, ignore_id)
         return _evaluate(terms, batch, global_sum)
 
     return loss
@@ -175,25 +175,11 @@ def is_mean(name: str) -> bool:
     return all(term.value is _mean for _, term in LOSSES[name])
 
 
-def _checked_class_weights(
-    class_weights: Sequence[float] | None, num_classes: int
-) -> tuple[float, ...] | None:
-    if class_weights is None:
-        return None
-    num_labels = max(num_classes, 2)
-    if len(class_weights) != num_labels or min(class_weights) < 0 or max(class_weights) == 0:
-        raise UsageError(
-            f"class_weights={tuple(class_weights)}: give {num_labels} numbers of 0 or more,"
-            " one per class in the order of the ids, not all 0"
-        )
-    return tuple(class_weights)
-
-
 def _pixel_batch(
     labels: tf.Tensor,
     logits: tf.Tensor,
     sample_weights: tf.Tensor,
-    class_weights: tuple[float, ...] | None,
+    class_weights: Sequence[float] | None,
     ignore_id: int | None,
 ) -> PixelBatch:
     dtype = tf.float64 if logits.dtype == tf.float64 else tf.float32
@@ -264,19 +250,14 @@ def _log_probabilities(batch: PixelBatch) -> tuple[tf.Tensor, tf.Tensor]:
     return log_p, tf.stack(others, axis=-1)
 
 
-def _overlap_sums(batch: PixelBatch) -> list[tf.Tensor]:
-    truth, probabilities = batch.truth(), batch.probabilities()
-    weights = batch.weights()[..., tf.newaxis]
-    return [
-        tf.reduce_sum(weights * truth * probabilities),
-        tf.reduce_sum(weights * (truth + probabilities)),
-    ]
+def _overlap_sums(batch: PixelBatch, *, foreground_alone: bool = False) -> list[tf.Tensor]:
+    """Returns I and S, see `LOSSES`.
 
-
-def _foreground_sums(batch: PixelBatch) -> list[tf.Tensor]:
-    """Returns `_overlap_sums` without class 0, whose many pixels hide what lesions add."""
+    Args:
+        foreground_alone: without class 0, whose many pixels hide what lesions add.
+    """
     truth, probabilities = batch.truth(), batch.probabilities()
-    if not batch.has_one_channel():
+    if foreground_alone and not batch.has_one_channel():
         truth, probabilities = truth[..., 1:], probabilities[..., 1:]
     weights = batch.weights()[..., tf.newaxis]
     return [
@@ -326,12 +307,7 @@ def structural_similarity(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
         UsageError: the pictures are smaller than the window.
     Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861.
     """
-    height, width = first.shape[1], first.shape[2]
-    if min(height or _SSIM_SIZE, width or _SSIM_SIZE) < _SSIM_SIZE:
-        raise UsageError(
-            f"basnet_hybrid_loss needs pictures of at least {_SSIM_SIZE}x{_SSIM_SIZE} pixels,"
-            f" got {height}x{width}; take another loss or a larger image size"
-        )
+    check_ssim_sides(first.shape[1] or SSIM_SIZE, first.shape[2] or SSIM_SIZE)
     mean_1, mean_2 = _blur(first), _blur(second)
     product, squares = mean_1 * mean_2, mean_1**2 + mean_2**2
     covariance = _blur(first * second) - product
@@ -343,7 +319,7 @@ def structural_similarity(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
 
 def _blur(images: tf.Tensor) -> tf.Tensor:
     """Returns `images` under the Gaussian window, (B, H - 10, W - 10, C)."""
-    offsets = tf.range(_SSIM_SIZE, dtype=images.dtype) - (_SSIM_SIZE - 1) / 2
+    offsets = tf.range(SSIM_SIZE, dtype=images.dtype) - (SSIM_SIZE - 1) / 2
     kernel = tf.nn.softmax(-(offsets**2) / (2 * _SSIM_SIGMA**2))
     kernel = tf.tile(kernel[:, tf.newaxis, tf.newaxis, tf.newaxis], [1, 1, images.shape[-1], 1])
     rows = tf.nn.depthwise_conv2d(images, kernel, [1, 1, 1, 1], "VALID")
@@ -357,7 +333,7 @@ def _focal_terms(gamma: float) -> tuple[tuple[float, Term], ...]:
 _CROSS_ENTROPY = Term(_cross_entropy_sums, _mean)
 _BINARY_CROSS_ENTROPY = Term(_binary_cross_entropy_sums, _mean)
 _DICE = Term(_overlap_sums, _dice_value)
-_FOREGROUND_DICE = Term(_foreground_sums, _dice_value)
+_FOREGROUND_DICE = Term(partial(_overlap_sums, foreground_alone=True), _dice_value)
 _IOU = Term(_overlap_sums, _iou_value)
 _IMAGE_DICE = Term(_image_dice_sums, _mean)
 _SSIM = Term(_ssim_sums, _mean)

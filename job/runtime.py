@@ -90,13 +90,14 @@ def _keep_freed_memory() -> None:
 def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None) -> int:
     """Refuses what the strategy could not be made with, before others wait for this process.
 
-    Returns the number of GPUs that this process sees.
+    Returns the number of GPUs that this process sees. Whether the batch divides by all replicas is
+    known when the others have told theirs, see `check_batch`.
 
     Args:
         num_gpus: GPUs that this process was promised; None: whatever there is.
 
     Raises:
-        UsageError: a promised GPU is not seen, or the batch does not divide by all replicas.
+        UsageError: a promised GPU is not seen, or one process shall have several CPU replicas.
     """
     tf = import_tensorflow()
     seen = len(tf.config.list_physical_devices("GPU"))
@@ -109,7 +110,6 @@ def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None
             f"cpu_replicas={config.cpu_replicas}: each of {place.size} processes has one CPU "
             "replica; leave it at 1"
         )
-    check_batch(config, place.size, seen)
     return seen
 
 
@@ -128,7 +128,7 @@ def require_gpu() -> None:
 
 
 def check_batch(config: TrainConfig, num_processes: int, num_gpus: int) -> None:
-    """Refuses a batch that cannot be cut into equal parts for every replica.
+    """Refuses a batch that cannot be cut into equal parts for every replica and micro-batch.
 
     Raises:
         UsageError: names the number of replicas.
@@ -139,6 +139,21 @@ def check_batch(config: TrainConfig, num_processes: int, num_gpus: int) -> None:
             f"global_batch_size={config.global_batch_size} does not divide by the "
             f"{num_replicas} replicas ({num_processes} processes, {num_gpus} GPUs each); choose a "
             "multiple, or another number of workers"
+        )
+    check_micro_batches(config, num_replicas)
+
+
+def check_micro_batches(config: TrainConfig, num_replicas: int) -> None:
+    """Refuses a replica's batch that cannot be cut into equal micro-batches.
+
+    Raises:
+        UsageError: names the batch of a replica.
+    """
+    local = config.global_batch_size // num_replicas
+    if local % config.accumulate:
+        raise UsageError(
+            f"accumulate={config.accumulate} does not divide the batch of {local} that each of "
+            f"{num_replicas} replicas holds; choose a divisor of it"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from data_prep.errors import DivergedError, StoppedError, UsageError
+from data_prep.errors import DivergedError, StoppedError
 from job.config import TrainConfig
 from job.data import (
     Dataset,
@@ -94,7 +94,7 @@ class Session:
             seed=self.config.seed,
             epoch=state.epoch,
         )
-        plan = global_batches(order, self.config.global_batch_size)[state.step_in_epoch :]
+        plan = global_batches(order, self.config.global_batch_size)
         batches = distributed_batches(
             self.strategy,
             self.dataset,
@@ -102,6 +102,7 @@ class Session:
             plan,
             seed=self.config.seed,
             epoch=state.epoch,
+            first_step=state.step_in_epoch,
             augmentation=self.config.augmentation,
             first_replica=self.team.first_replica,
         )
@@ -286,10 +287,8 @@ def open_session(
         alive: called for every shard that is found or copied.
 
     Raises:
-        UsageError: a model that does not fit the dataset, or a replica's batch that the
-            micro-batches do not divide.
+        UsageError: a model that does not fit the dataset.
     """
-    _check_micro_batches(config, strategy.num_replicas_in_sync)
     with strategy.scope():
         model = model_for(config, dataset.manifest)
         optimizer = Adam(config.optimizer, model.trainable_variables)
@@ -327,15 +326,6 @@ def open_session(
         yield Session(
             *(config, strategy, team, dataset, readers, model, optimizer, step, evaluator),
             recorder=recorders[0] if recorders else None,
-        )
-
-
-def _check_micro_batches(config: TrainConfig, num_replicas: int) -> None:
-    local = config.global_batch_size // num_replicas
-    if local % config.accumulate:
-        raise UsageError(
-            f"accumulate={config.accumulate} does not divide the batch of {local} that each of "
-            f"{num_replicas} replicas holds; choose a divisor of it"
         )
 
 

@@ -5,7 +5,7 @@ over the global batch, so that its value and gradient do not depend on the numbe
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -32,12 +32,10 @@ class _Backward:
     """What one backward pass of a replica has found, or several together."""
 
     share: Share
-    loss: tf.Tensor
     metric_sums: tf.Tensor
 
     def __add__(self, other: "_Backward") -> "_Backward":
-        metric_sums = self.metric_sums + other.metric_sums
-        return _Backward(self.share + other.share, other.loss, metric_sums)
+        return _Backward(self.share + other.share, self.metric_sums + other.metric_sums)
 
 
 def make_train_step(
@@ -80,14 +78,15 @@ def make_train_step(
     def no_logits(part: Batch) -> tf.Tensor:
         return tf.zeros((*part["mask"].shape, model.output_shape[-1]), model.outputs[0].dtype)
 
-    def backward(part: Batch, global_sum: GlobalSum) -> _Backward:
+    def backward(part: Batch, global_sum: GlobalSum) -> tuple[_Backward, tf.Tensor]:
+        """Returns what was found, and the loss."""
         with exchange.recorded() as factors, tf.GradientTape() as tape:
             logits = forward(part)
             value = loss_of(part, logits, global_sum)
         share = exchange.share(tape, value, factors)
-        return _Backward(share, value, _metric_sums(part, logits, metrics))
+        return _Backward(share, _metric_sums(part, logits, metrics)), value
 
-    def accumulated(batch: Batch) -> _Backward:
+    def accumulated(batch: Batch) -> tuple[_Backward, tf.Tensor]:
         """Returns what `backward` of the whole batch would, with the memory of a part of it."""
         parts = _micro_batches(batch, num_micro_batches)
         # The gradient of a function of sums needs those of the whole batch.
@@ -97,19 +96,20 @@ def make_train_step(
                 sums.append(local_sums(part))
         seen: list[tf.Tensor] = []
         global_sum = _seen_by(part_of(replica_sum(tf.add_n(sums))), seen)
-        done = backward(parts[0], global_sum)
+        done, _ = backward(parts[0], global_sum)
         for part in parts[1:]:
             # One after the other: together they would need the memory of the whole batch.
             with tf.control_dependencies(done.share.tensors()):
-                done += backward(part, global_sum)
+                done += backward(part, global_sum)[0]
         true_sums = part_of(replica_sum(tf.add_n(seen)))
-        return replace(done, loss=loss_of(parts[0], no_logits(parts[0]), true_sums))
+        return done, loss_of(parts[0], no_logits(parts[0]), true_sums)
 
     def replica_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> tf.Tensor:
         # `replica_sum` passes gradients through, so each replica's are its part of the global ones.
-        done = backward(batch, replica_sum) if num_micro_batches == 1 else accumulated(batch)
+        is_whole = num_micro_batches == 1
+        done, value = backward(batch, replica_sum) if is_whole else accumulated(batch)
         optimizer.apply(exchange.gradients(done.share), step=step, learning_rate=learning_rate)
-        return tf.concat([_loss_sums(done.loss, batch), done.metric_sums], axis=0)
+        return tf.concat([_loss_sums(value, batch), done.metric_sums], axis=0)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def train_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> Sums:
@@ -162,20 +162,36 @@ def make_evaluation_step(
     metrics: Metrics,
     num_classes: int,
     ignore_id: int | None,
+    *,
+    num_micro_batches: int = 1,
 ) -> Callable[[Batch], tuple[Sums, tf.Tensor]]:
     """Returns the compiled `evaluation_step(batch) -> (sums, counts)`.
 
     `counts` is (global batch, classes, 4) int64: true and false positives, false and true
     negatives, in the order of the batch, padding included.
+
+    Args:
+        num_micro_batches: parts of a replica's batch that go through the network one after the
+            other; a divisor of that batch.
     """
 
     def replica_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
-        labels = tf.cast(batch["mask"], tf.int32)
-        logits = network(batch["image"])
-        value = loss(labels, logits, batch["weight"], replica_sum)
-        counts = confusion_counts(labels, predicted_ids(logits), num_classes, ignore_id)
-        sums = [_loss_sums(value, batch), _metric_sums(batch, logits, metrics)]
-        return tf.concat(sums, axis=0), counts
+        seen: list[tf.Tensor] = []  # the sums of which the loss is a function
+        metric_sums: list[tf.Tensor] = []
+        counts: list[tf.Tensor] = []
+        for part in _micro_batches(batch, num_micro_batches):
+            done = [each[-1] for each in (seen, metric_sums, counts) if each]
+            with tf.control_dependencies(done):
+                labels = tf.cast(part["mask"], tf.int32)
+                logits = network(part["image"])
+                loss(labels, logits, part["weight"], _seen_by(tf.identity, seen))
+                metric_sums.append(_metric_sums(part, logits, metrics))
+                ids = predicted_ids(logits)
+                counts.append(confusion_counts(labels, ids, num_classes, ignore_id))
+        # Of its arguments only the sums count, and these are given.
+        value = loss(labels, logits, part["weight"], part_of(replica_sum(tf.add_n(seen))))
+        sums = [_loss_sums(value, batch), tf.add_n(metric_sums)]
+        return tf.concat(sums, axis=0), tf.concat(counts, axis=0)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def evaluation_step(batch: Batch) -> tuple[Sums, tf.Tensor]:

@@ -22,7 +22,7 @@ from data_prep.errors import DivergedError, FlexUNetError, UsageError
 from data_prep.progress import Progress, load_bar
 from data_prep.settings import merged, read_yaml, validated
 from data_prep.storage import join_url, open_store
-from job.config import TrainConfig, identity_of
+from job.config import PRESETS, TrainConfig, identity_of
 from job.data import Dataset
 from job.evaluate import show_summary
 from job.fit import check_fit
@@ -220,6 +220,12 @@ def earlier_outcome(
     if outcome["stopped_early"] or outcome["epochs"] >= config.epochs:
         logger.info("%s: finished already after %d epochs", run.store.url, outcome["epochs"])
         return outcome
+    if config.schedule.cosine:
+        logger.warning(
+            "%s: the cosine is one of all epochs: from its end after %d it jumps back up, to where "
+            "a run of %d would be; another --name trains such a run from the start",
+            *(run.store.url, outcome["epochs"], config.epochs),
+        )
     run.clear_outcome()
     return None
 
@@ -325,9 +331,12 @@ def _train(
     num_seen = runtime.check_devices(config, place, num_gpus)
     if place is not None:
         meet(place, config.phase_timeout, num_seen)
+        if place.size > 1:
+            runtime.check_batch(config, place.size, num_seen)
     with _watched(config, place) as watchdog, ExitStack() as stack:
         watchdog.enter("making the strategy")
         strategy = runtime.configure(config, place)
+        runtime.check_micro_batches(config, strategy.num_replicas_in_sync)
         team = Team(strategy, place)
 
         def own() -> None:
@@ -467,7 +476,7 @@ def resolve_config(
     given, its image folders are prepared first, beside the run, with `prep_options` as well.
 
     Raises:
-        UsageError: no dataset, or a value that is not allowed.
+        UsageError: no dataset, a value that is not allowed, or a preset that `file` overrules.
         ContentError: the image folders hold bad files or leaking splits.
     """
     from job.reference_config import is_reference_config
@@ -477,6 +486,8 @@ def resolve_config(
     if prep_options:
         raise _nothing_to_prepare(prep_options)
     values = read_yaml(_read_text(file), file) if file else {}
+    if file is not None:
+        _check_preset(options, values, file)
     config = validated(TrainConfig, merged(values, options), file or "options")
     if config.data is None:
         raise UsageError("no dataset: give --data DATASET, a folder or gs:// URL made by prep")
@@ -491,6 +502,7 @@ def _resolve_reference(
     from job.reference_config import format_notes, prepare_sources, read_reference_config
 
     reference = read_reference_config(file)
+    _check_preset(options, reference.train, file)
     from rich.console import Console
 
     Console(stderr=True).print(format_notes(reference.notes))
@@ -504,6 +516,33 @@ def _resolve_reference(
     elif prep_options:
         raise _nothing_to_prepare(prep_options)
     return config
+
+
+def _check_preset(options: Mapping[str, Any], values: Mapping[str, Any], file: str) -> None:
+    """Refuses a preset of the command line where `file` would win over parts of it.
+
+    Raises:
+        UsageError: names the keys that are set in the file and not on the command line.
+    """
+    preset = options.get("preset")
+    if preset in (None, values.get("preset", "reference")):
+        return
+    of_presets = set().union(*map(_keys, PRESETS.values()))
+    lost = sorted(of_presets & _keys(values) - _keys(options))
+    if lost:
+        raise UsageError(
+            f"--preset {preset} lies below {file}, which sets {', '.join(lost)}; take these out "
+            "of the file, give them as options too, or leave --preset out"
+        )
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """Returns the dotted keys of nested `values`."""
+    found: set[str] = set()
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found |= _keys(value, f"{name}.") if isinstance(value, Mapping) else {name}
+    return found
 
 
 def _nothing_to_prepare(prep_options: Mapping[str, bool]) -> UsageError:

@@ -82,7 +82,7 @@ def test_augment_is_a_function_of_seed_epoch_and_sample() -> None:
     again = run(image, mask, config)
     assert (first[0] == again[0]).all()
     assert (first[1] == again[1]).all()
-    for other in ({"seed": 8}, {"epoch": 3}, {"sample_index": 6}):
+    for other in ({"seed": 8}, {"epoch": 3}, {"sample_index": 6}, {"copy": 1}):
         assert (run(image, mask, config, **other)[0] != first[0]).any(), other
 
 

@@ -131,7 +131,18 @@ def test_preset_lies_below_what_is_given() -> None:
     # A run's own file has every value written out, the preset's too.
     again = validated(TrainConfig, read_yaml(write_yaml(config), "config.yaml"), "config.yaml")
     assert again == config
-    assert identity_of(TrainConfig(preset="reference")) == identity_of(TrainConfig())
+    assert TrainConfig(preset="reference") == TrainConfig()
+
+
+def test_what_a_preset_sets_identifies_the_run_although_its_name_is_free() -> None:
+    recipe, base = identity_of(TrainConfig(preset="recipe")), identity_of(TrainConfig())
+    optimizer = {f"optimizer.{each}" for each in ("name", "learning_rate", "clipvalue", "clipnorm")}
+    schedule = {
+        f"schedule.{each}"
+        for each in ("reduce_on_plateau", "early_stopping_patience", "warmup_epochs", "cosine")
+    }
+    others = {"model.normalization", "loss.name", "foreground_share"}
+    assert {key for key in recipe if recipe[key] != base.get(key)} == optimizer | schedule | others
 
 
 @pytest.mark.parametrize(

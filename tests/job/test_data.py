@@ -26,6 +26,7 @@ from job.augment import AugmentationConfig, augment
 from job.data import (
     PADDING,
     Dataset,
+    copy_numbers,
     distributed_batches,
     dropout_keys,
     epoch_order,
@@ -284,6 +285,27 @@ def test_augmentation_equals_the_eager_call(discs: str) -> None:
         np.testing.assert_array_equal(images[position], image)
         np.testing.assert_array_equal(masks[position], mask)
     assert not np.array_equal(batches[0]["image"], plain[0]["image"])
+
+
+def test_copies_of_a_sample_in_one_epoch_are_treated_differently(discs: str) -> None:
+    dataset = open_dataset(discs)
+    config = AugmentationConfig(enabled=True, deformation_probability=1.0)
+    plan = np.array([[0, 1, 0, 2], [3, 0, 4, PADDING]])
+    assert copy_numbers(plan).tolist() == [[0, 0, 1, 0], [0, 2, 0, 0]]
+    batches = batches_of(dataset, plan, augmentation=config)
+    places = ((0, 0), (0, 2), (1, 1))
+    keys, images = (
+        [batches[step][name][place] for step, place in places] for name in ("key", "image")
+    )
+    assert len(set(keys)) == len({image.tobytes() for image in images}) == 3
+    # The first is what it would be alone, and an epoch may be entered at any step.
+    assert keys[0] == dropout_keys(np.array([0]), seed=5, epoch=0)[0]
+    np.testing.assert_array_equal(
+        images[0], batches_of(dataset, plan[:, :2], augmentation=config)[0]["image"][0]
+    )
+    (later,) = batches_of(dataset, plan, augmentation=config, first_step=1)
+    for name, values in later.items():
+        np.testing.assert_array_equal(values, batches[1][name])
 
 
 def test_split_without_samples_is_refused(discs: str) -> None:

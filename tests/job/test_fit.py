@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UsageError
+from data_prep.settings import validated
 from job.config import ModelConfig, TrainConfig
 from job.data import Dataset, open_dataset
 from job.fit import check_fit, image_shape, num_outputs
@@ -42,6 +43,28 @@ def test_grey_pictures_fit_a_network_for_colour(dataset: Dataset) -> None:
 def test_what_does_not_fit_is_named(dataset: Dataset, wrong: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_fit(config(**wrong), dataset)
+
+
+def test_class_weights_must_be_one_per_class(dataset: Dataset) -> None:
+    values = {"model": {"num_layers": 3}, "loss": {"class_weights": [1, 2]}}
+    check_fit(validated(TrainConfig, values, "test"), dataset)
+    values["loss"] = {"class_weights": [1, 2, 3]}
+    with pytest.raises(UsageError, match=r"class_weights=\(1.0, 2.0, 3.0\): give 2 numbers"):
+        check_fit(validated(TrainConfig, values, "test"), dataset)
+
+
+def test_small_tiles_fit_neither_structural_similarity_nor_a_wide_overlap(tmp_path: Path) -> None:
+    tiles = open_dataset(prepare_discs(tmp_path, num_images=10, tile=8))
+    hybrid = {"model": {"num_layers": 3}, "loss": {"name": "basnet_hybrid"}}
+    with pytest.raises(UsageError, match="at least 11x11 pixels, got 8x8"):
+        check_fit(validated(TrainConfig, hybrid, "test"), tiles)
+    check_fit(config().model_copy(update={"window_overlap": 7}), tiles)
+    with pytest.raises(UsageError, match="overlap=8: windows are 8x8"):
+        check_fit(config().model_copy(update={"window_overlap": 8}), tiles)
+
+
+def test_pictures_that_are_never_cut_fit_any_overlap(dataset: Dataset) -> None:
+    check_fit(config().model_copy(update={"window_overlap": 99}), dataset)
 
 
 def test_a_missing_split_is_named(dataset: Dataset) -> None:

@@ -8,7 +8,9 @@ import pytest
 import tensorflow as tf
 
 from data_prep.errors import UsageError
-from job.runtime import resolve_precision, supports_bfloat16
+from job.config import TrainConfig
+from job.runtime import check_batch, check_devices, resolve_precision, supports_bfloat16
+from job.team import Place
 
 PEEK = """
 import resource, sys
@@ -58,3 +60,18 @@ def test_kept_memory_is_used_again() -> None:
         )
         faults[way] = int(done.stdout)
     assert faults["kept"] < 2000 < 20_000 < faults["returned"]
+
+
+def test_devices_are_checked_without_the_batch_that_others_share() -> None:
+    # Of processes that see 1 and 4 GPUs, one would end alone, and the other wait for it.
+    place = Place(1, ("localhost:1", "localhost:2"))
+    seen = len(tf.config.list_physical_devices("GPU"))
+    assert check_devices(TrainConfig(global_batch_size=3), place, None) == seen
+
+
+def test_micro_batches_divide_what_each_replica_holds() -> None:
+    config = TrainConfig(global_batch_size=8, accumulate=4)
+    check_batch(config, 2, 0)
+    check_batch(config, 1, 2)
+    with pytest.raises(UsageError, match=r"accumulate=4 does not divide the batch of 2 .* 4 repl"):
+        check_batch(config, 2, 2)

@@ -24,8 +24,12 @@ def test_rate_grows_then_falls_along_half_a_cosine() -> None:
     falling = [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
     assert rates(1, True) == pytest.approx([0.25, 0.5, 0.75, 1.0, *falling])
     assert falling[4] == pytest.approx(0.5)
-    # A run that is trained longer than it was begun for stays at the end.
+    # Past the last of these epochs it stays 0.
     assert rate_factor(99, steps_per_epoch=4, epochs=3, warmup_epochs=1, is_cosine=True) == 0
+    # More epochs are another cosine: where one of 4 ends, one of 8 is at half of its height.
+    options: dict[str, Any] = {"steps_per_epoch": 4, "warmup_epochs": 0, "is_cosine": True}
+    assert rate_factor(16, epochs=4, **options) == 0
+    assert rate_factor(16, epochs=8, **options) == pytest.approx(0.5)
 
 
 def values_of(seed: int) -> list[float]:

@@ -1,20 +1,30 @@
 """The training step: the same computation on one device and on two mirrored replicas."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from job.config import LossName, ModelConfig, OptimizerConfig
-from job.data import PADDING, dropout_keys, global_batches, sample_order
+from job.config import LossName, ModelConfig, OptimizerConfig, TrainConfig
+from job.data import (
+    PADDING,
+    dropout_keys,
+    global_batches,
+    open_dataset,
+    open_reader,
+    sample_order,
+)
+from job.evaluate import make_evaluator
 from job.exchange import make_plan
 from job.losses import is_mean, make_loss
 from job.metrics import RunningSums, reference_metrics
 from job.model import build_model
 from job.optimizer import Adam
-from job.step import make_evaluation_step, make_train_step, network_of
+from job.step import Network, make_evaluation_step, make_train_step, network_of
+from tests.job.discs import prepare_discs
 
 NUM_SAMPLES, SIDE, BATCH = 10, 16, 4
 MODEL = ModelConfig(num_layers=3, base_filters=4, base_kernels=(5, 5), dropout_rate=0.1)
@@ -154,27 +164,67 @@ def test_padding_counts_nowhere(one_cpu: Any, samples: Any) -> None:
     assert trained.sums.pair("loss")[1] == NUM_SAMPLES
 
 
+def told_size(network: Network, sizes: list[int]) -> Network:
+    """Returns `network`, which adds the number of pictures that it is given to `sizes`."""
+
+    def told(images: tf.Tensor) -> tf.Tensor:
+        sizes.append(images.shape[0])
+        return network(images)
+
+    return told
+
+
+@pytest.mark.parametrize("loss_name", ["categorical_crossentropy", "bce_dice", "basnet_hybrid"])
 def test_evaluation_step_counts_every_pixel_of_a_case(
-    one_cpu: Any, two_cpus: Any, samples: Any
+    one_cpu: Any, two_cpus: Any, samples: Any, loss_name: LossName
 ) -> None:
     results = []
-    for strategy in (one_cpu, two_cpus):
+    for strategy, number in ((one_cpu, 1), (one_cpu, BATCH), (two_cpus, 1), (two_cpus, 2)):
         with strategy.scope():
             model = build_model(
                 MODEL, image_shape=(SIDE, SIDE, 1), num_classes=2, seed=5, precision="float64"
             )
-        loss = make_loss("categorical_crossentropy", num_classes=2)
-        step = make_evaluation_step(strategy, network_of([model]), loss, {}, 2, None)
-        parts = next(batches(samples, 0, strategy.num_replicas_in_sync))
+        loss = make_loss(loss_name, num_classes=2)
+        metrics = reference_metrics(["dice_coef_multiclass", "sensitivity"])
+        sizes: list[int] = []
+        step = make_evaluation_step(
+            *(strategy, told_size(network_of([model]), sizes), loss, metrics, 2, None),
+            num_micro_batches=number,
+        )
+        *_, parts = batches(samples, 0, strategy.num_replicas_in_sync)  # two of four are padding
         batch = strategy.experimental_distribute_values_from_function(
             lambda context, parts=parts: parts[context.replica_id_in_sync_group]
         )
         sums, counts = step(batch)
-        results.append((float(sums["loss"][0]), counts.numpy()))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
-    assert np.array_equal(results[0][1], results[1][1])
-    assert results[0][1].shape == (BATCH, 2, 4)
-    assert np.all(results[0][1].sum(axis=2) == SIDE * SIDE)
+        assert set(sizes) == {BATCH // strategy.num_replicas_in_sync // number}
+        results.append(({name: float(pair[0]) for name, pair in sums.items()}, counts.numpy()))
+    (whole, counts), *others = results
+    for sums, found in others:
+        assert sums == pytest.approx(whole, rel=1e-9)
+        assert np.array_equal(found, counts)
+    assert whole["loss"] > 0
+    assert counts.shape == (BATCH, 2, 4)
+    assert np.all(counts.sum(axis=2) == SIDE * SIDE)
+
+
+def test_evaluations_and_windows_go_through_the_network_in_the_same_parts(
+    one_cpu: Any, tmp_path: Path
+) -> None:
+    dataset = open_dataset(prepare_discs(tmp_path))
+    config = TrainConfig(global_batch_size=4, accumulate=2)
+    sizes: list[int] = []
+
+    def network(images: tf.Tensor) -> tf.Tensor:
+        bright = tf.cast(images, tf.float32) - 128
+        return tf.concat([-bright, bright], axis=-1)
+
+    evaluator = make_evaluator(config, one_cpu, dataset, told_size(network, sizes))
+    reader = open_reader(dataset, dataset.split("valid"), cache="full", cache_dir=None)
+    assert evaluator.evaluate("valid", reader).summary["foreground_mean"]["dice"] > 0.5
+    assert set(sizes) == {2}
+    sizes.clear()
+    evaluator.predict(np.zeros((32, 160, 1), np.uint8))
+    assert set(sizes) == {2}
 
 
 ACCUMULATED: list[tuple[LossName, dict[str, Any]]] = [

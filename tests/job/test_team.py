@@ -261,6 +261,11 @@ def test_when_one_process_is_killed_the_other_ends_with_a_line(
     ("changes", "code", "message"),
     [
         ({"seed": "5"}, 2, "was begun with other settings: seed was 1234, now 5"),
+        (
+            {"global-batch-size": "4", "accumulate": "4"},
+            2,
+            "accumulate=4 does not divide the batch",
+        ),
         ({"global-batch-size": "3"}, 2, "global_batch_size=3 does not divide by the 2 replicas"),
     ],
 )

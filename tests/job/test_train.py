@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -16,8 +17,9 @@ import pytest
 import tensorflow as tf
 
 from data_prep.errors import DivergedError, LockedError, StoppedError, UsageError
+from data_prep.settings import write_yaml
 from data_prep.storage import join_url, open_store
-from job.config import ModelConfig, TrainConfig
+from job.config import ModelConfig, ScheduleConfig, TrainConfig
 from job.run import LeaseTiming, Run, find_commits
 from job.train import resolve_config, run_name, train_and_evaluate
 from tests.job.discs import prepare_discs
@@ -104,6 +106,25 @@ def test_one_device_two_replicas_and_a_restart_compute_the_same(
     _, rest = train(again, one_cpu)
     assert len(steps_of(rest)) == 1
     assert_same_history(Path(config.output), tmp_path)
+
+
+def test_a_finished_cosine_that_is_trained_on_is_warned_of(
+    dataset: str, one_cpu: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    schedule = ScheduleConfig(cosine=True, reduce_on_plateau=False)
+    config = config_for(dataset, tmp_path, epochs=1, schedule=schedule)
+    train(config, one_cpu)
+    train(config, one_cpu)
+    assert "cosine" not in caplog.text
+    outcome, _ = train(config.model_copy(update={"epochs": 2}), one_cpu)
+    assert "the cosine is one of all epochs: from its end after 1 it jumps" in caplog.text
+    assert outcome["epochs"] == 2
+    last = [float(row["learning_rate"]) for row in history_of(tmp_path)]
+    # 3 steps each: the last is 2/3 of the way in the first epoch alone, then 5/6 of both.
+    rate = config.optimizer.learning_rate
+    assert last == pytest.approx(
+        [rate * (1 + math.cos(math.pi * part)) / 2 for part in (2 / 3, 5 / 6)]
+    )
 
 
 def test_a_stop_during_validation_keeps_the_epoch(
@@ -335,12 +356,52 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def test_micro_batches_that_do_not_fit_the_replicas_begin_no_run(
+    dataset: str, tmp_path: Path
+) -> None:
+    sizes = ["--global-batch-size", "4", "--accumulate", "4", "--cpu-replicas", "2"]
+    network = ["--model.num-layers", "2", "--output", str(tmp_path), "--name", "new"]
+    result = subprocess.run(
+        [sys.executable, "-m", "job.train", "--local", "--data", dataset, *sizes, *network],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert result.returncode == 2, result.stderr
+    assert "accumulate=4 does not divide the batch of 2" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "new" / "identity.json").exists()
+
+
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("data: some/where\nepochs: 7\nmodel:\n  num_layers: 4\n  base_filters: 8\n")
     config = resolve_config({"epochs": 9, "model": {"num_layers": 5}}, str(path))
     assert (config.epochs, config.model.num_layers, config.model.base_filters) == (9, 5, 8)
     assert config.name == "where"
+
+
+def test_a_preset_is_refused_where_the_file_would_win_over_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("data: d\nloss:\n  name: dice\nmodel:\n  num_layers: 4\n")
+    recipe = {"preset": "recipe"}
+    with pytest.raises(UsageError, match=r"--preset recipe lies below .*which sets loss.name; "):
+        resolve_config(recipe, str(path))
+    again = resolve_config(recipe | {"loss": {"name": "dice"}}, str(path))
+    assert (again.loss.name, again.model.normalization) == ("dice", "group")
+    # A file may set them over its own preset; the same one again changes nothing.
+    path.write_text("preset: recipe\n" + path.read_text())
+    for options in ({}, recipe):
+        config = resolve_config(options, str(path))
+        assert (config.loss.name, config.model.normalization) == ("dice", "group")
+    with pytest.raises(UsageError, match="--preset reference lies below"):
+        resolve_config({"preset": "reference"}, str(path))
+
+
+def test_a_preset_is_refused_beside_a_run_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(write_yaml(TrainConfig(data="d")))
+    with pytest.raises(UsageError, match=r"sets foreground_share, loss.name, .*optimizer.name"):
+        resolve_config({"preset": "recipe"}, str(path))
 
 
 def test_an_unknown_key_of_the_file_is_named_with_the_nearest(tmp_path: Path) -> None:
