@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -242,7 +243,9 @@ def test_an_outage_for_good_keeps_the_newest_checkpoint(
         seconds = time.monotonic() - begin
         last = members[0].last_line
     assert codes == [5, 5], last
-    kept = last.split("is kept in ")[1].split()[0].rstrip(";.,")
+    found = re.search(r"is kept on \S+ in (\S+)", last)
+    assert found, last
+    kept = found[1].rstrip(";.,")
     assert Path(kept).is_relative_to(staging)
     steps = {json.loads(path.read_text())["step"]: path for path in Path(kept).rglob("state.json")}
     newest = max(steps)
