@@ -27,6 +27,7 @@ from job.data import Dataset
 from job.evaluate import show_summary
 from job.fit import check_fit
 from job.folds import cross_validate, open_folded, own_process, show_folds
+from job.predict import Alive, not_told
 from job.report import write_report
 from job.run import Run, checked_run_name, differences
 from job.state import TrainState
@@ -54,6 +55,7 @@ def train_and_evaluate(
     report: Report,
     should_stop: Callable[[], bool],
     team: Team | None = None,
+    alive: Alive = not_told,
 ) -> dict[str, Any]:
     """Trains until the epochs are done or training stops early, then evaluates the test split.
 
@@ -67,6 +69,7 @@ def train_and_evaluate(
         report: told of every phase, step and epoch.
         should_stop: asked after every step and every batch of an evaluation.
         team: None: this process alone.
+        alive: told of parts of what lies between, where that may take long.
 
     Returns:
         The outcome, as written to `outcome.json`.
@@ -96,10 +99,9 @@ def train_and_evaluate(
         return outcome
     from job.session import open_session
 
+    begin("opening the session")
     with (
-        open_session(
-            *(config, run, strategy, team, dataset), alive=lambda: begin("filling the cache")
-        ) as session,
+        open_session(*(config, run, strategy, team, dataset), alive=alive) as session,
         _ends_by_storing(begin),
         _told_of_peers(team),
     ):
@@ -364,7 +366,7 @@ def _train(
             # Machines of two kinds share what both compute natively.
             precision = precisions[0] if len(set(precisions)) == 1 else "float32"
             config = config.model_copy(update={"precision": precision})
-            return train_and_evaluate(config, run, strategy, tell, ask, team)
+            return train_and_evaluate(config, run, strategy, tell, ask, team, watchdog.alive)
 
 
 def stored_precision(run: Run | None) -> str | None:
