@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import click
 import numpy as np
+from pydantic import model_validator
 
 from data_prep.command import SettingsCommand, given, run_command, settings_options
 from data_prep.errors import StoppedError, UsageError
@@ -112,6 +113,11 @@ class Evaluator:
     first_replica: int = 0  # of this process, among all
     is_by_tile: bool = False
     min_pixels: tuple[int, ...] = ()
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether cases may be larger than the network."""
+        return self.dataset.manifest.geometry == "tile" and not self.is_by_tile
 
     def pictures_of(self, split: Split) -> tuple[Picture, ...]:
         """Returns the cases of `split`."""
@@ -527,6 +533,15 @@ class EvaluateConfig(PredictConfig):
     needs_gpu: bool = option(False, "Refuse a machine without a GPU instead of using its CPUs.")
     progress: bool = option(True, "Show a progress bar on a terminal.")
 
+    @model_validator(mode="after")
+    def _sizes_are_of_pictures(self) -> "EvaluateConfig":
+        if self.tiles_as_pictures and self.remove_small_regions:
+            raise ValueError(
+                "--remove-small-regions fits sizes for whole pictures; leave it out, or "
+                "--tiles-as-pictures"
+            )
+        return self
+
 
 def evaluate_run(
     run: TrainedRun,
@@ -557,13 +572,13 @@ def evaluate_run(
     way: dict[str, Any] = {
         "runs": [asdict(member) for _, member in loaded],
         "flips": config.flips,
-        "overlap": evaluator.overlap if dataset.manifest.geometry == "tile" else None,
+        "overlap": evaluator.overlap if evaluator.has_windows else None,
         "small_regions": None,
     }
     if config.remove_small_regions:
         fits, fitted_on = _fit_regions(evaluator, shown=config.progress)
         members = [member for _, member in loaded]
-        way["small_regions"] = fit_record(fits, members, config.flips, fitted_on)
+        way["small_regions"] = fit_record(*(fits, members, config.flips, way["overlap"], fitted_on))
         evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in fits))
     reader = _reader_of(dataset, split, settings)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)

@@ -165,7 +165,9 @@ def infer(
     """
     runs = open_alike([run_url, *config.ensemble])
     manifest = runs[0].manifest
-    window_overlap(manifest, config.overlap, runs[0].config.window_overlap)
+    overlap = None
+    if _is_sliding(config, manifest):
+        overlap = window_overlap(manifest, config.overlap, runs[0].config.window_overlap)
     source = open_store(images_url)
     output = open_store(output_url or join_url(run_url, "inference"))
     _refuse_overlap(source, output)
@@ -175,7 +177,7 @@ def infer(
     done = set() if config.overwrite else {stat.name for stat in output.list()}
     todo = tuple(name for name in names if mask_name(name) not in done)
     members = tuple(member_of(run, _checkpoint_of(run, config.checkpoint)) for run in runs)
-    min_pixels = _min_pixels(config, manifest, members)
+    min_pixels = _min_pixels(config, manifest, members, overlap)
     record = _record(members, source, config, manifest)
     _claim_output(output, record, is_continued=len(todo) < len(names))
     whole = Chunk(members, source.url, output.url, config, todo, min_pixels)
@@ -235,7 +237,7 @@ def _is_sliding(config: InferConfig, manifest: Manifest) -> bool:
 
 
 def _min_pixels(
-    config: InferConfig, manifest: Manifest, members: Sequence[Member]
+    config: InferConfig, manifest: Manifest, members: Sequence[Member], overlap: int | None
 ) -> tuple[int, ...]:
     if config.small_regions is None:
         return ()
@@ -244,7 +246,7 @@ def _min_pixels(
             f"small_regions={config.small_regions}: its sizes are pixels of resized pictures, and "
             "--window sliding does not resize; leave one of the two out"
         )
-    return read_min_pixels(open_store(config.small_regions), members, config.flips)
+    return read_min_pixels(open_store(config.small_regions), members, config.flips, overlap)
 
 
 def _record(

@@ -225,9 +225,13 @@ def test_small_regions_are_fitted_on_valid_and_used_by_infer(
         infer(str(own_tiled_run), images, str(tmp_path / name), InferConfig(**config, **options))
         masks = [np.asarray(Image.open(p)) for p in sorted((tmp_path / name).glob("*.png"))]
         assert any(mask.any() for mask in masks) == (name == "all")
-    with pytest.raises(UsageError, match="other weights or flips"):
-        options = InferConfig(**config, flips="both", small_regions=str(folder))
-        infer(str(own_tiled_run), images, str(tmp_path / "other"), options)
+    for options, words in (
+        ({"flips": "both"}, "fitted for flips none, not both"),
+        ({"overlap": 8}, "fitted for overlap 16, not 8"),
+    ):
+        other = InferConfig(**config, **options, small_regions=str(folder))
+        with pytest.raises(UsageError, match=words):
+            infer(str(own_tiled_run), images, str(tmp_path / "other"), other)
     # An evaluation without it leaves no size behind that it did not use.
     evaluate(own_tiled_run)
     assert not (folder / "small_regions.json").exists()
@@ -279,6 +283,7 @@ def test_infer_by_one_window_writes_the_masks_of_a_plain_pass(
         (["--ensemble", "RUN"], "give --output"),
         (["--overlap", "32"], "windows are 32x32 pixels"),
         (["--output", "RUN"], "holds other files"),
+        (["--tiles-as-pictures", "--remove-small-regions"], "fits sizes for whole pictures"),
     ],
 )
 def test_evaluate_refuses_in_one_line(
