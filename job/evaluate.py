@@ -9,6 +9,7 @@ python -m job.evaluate RUN --split test
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -63,6 +64,8 @@ from job.predict import (
 )
 from job.regions import FILE_NAME, ClassFit, RegionTally, fit_record
 from job.trained import TrainedRun, load_member, open_alike
+
+logger = logging.getLogger(__name__)
 
 _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
 
@@ -603,7 +606,10 @@ def _fit_regions(evaluator: Evaluator, *, shown: bool) -> tuple[list[ClassFit], 
         "dataset_sha256": dataset.digest,
         "fold": evaluator.config.fold,
     }
-    return tally.fit(), fitted_on
+    fits = tally.fit()
+    for line in tally.describe(fits):
+        logger.info("%s", line)
+    return fits, fitted_on
 
 
 def resolve_config(run: TrainedRun, config: EvaluateConfig) -> TrainConfig:
