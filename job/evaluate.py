@@ -366,9 +366,8 @@ def write_evaluation(
     for name, picture in pictures.items():
         target.put(f"{name}.png", picture)
     regions = evaluation.summary.get("prediction", {}).get("small_regions")
-    if regions is None:
-        target.delete(FILE_NAME)
-    else:
+    # An evaluation without it keeps an earlier fit: that names its weights, and fits no others.
+    if regions is not None:
         target.put(FILE_NAME, (json.dumps(regions, indent=2, allow_nan=False) + "\n").encode())
     summary = json.dumps(evaluation.summary, indent=2, allow_nan=False) + "\n"
     target.put("summary.json", summary.encode())
@@ -553,6 +552,7 @@ def evaluate_run(
     evaluator = replace(
         make_evaluator(settings, strategy, dataset, network), is_by_tile=config.tiles_as_pictures
     )
+    _tell_replaced(target, keeps_fit=not config.remove_small_regions)
     way: dict[str, Any] = {
         "runs": [asdict(member) for _, member in loaded],
         "flips": config.flips,
@@ -583,6 +583,13 @@ def _target(run: TrainedRun, config: EvaluateConfig) -> Store:
     if config.ensemble:
         raise UsageError("an ensemble's evaluation belongs to none of its runs; give --output")
     return evaluation_folder(run.store, config.split)
+
+
+def _tell_replaced(target: Store, *, keeps_fit: bool) -> None:
+    if target.stat("summary.json") is None:
+        return
+    stays = f"; {FILE_NAME} stays" if keeps_fit and target.stat(FILE_NAME) is not None else ""
+    logger.info("replacing the evaluation in %s (--output puts it elsewhere)%s", target.url, stays)
 
 
 def _reader_of(dataset: Dataset, split: Split, settings: TrainConfig) -> RecordReader:
