@@ -38,6 +38,7 @@ from job.data import (
 from job.fit import num_outputs
 from job.folds import open_folded
 from job.history import evaluation_csv
+from job.lesions import MIN_PIXELS
 from job.measures import (
     SIZES,
     Case,
@@ -45,9 +46,11 @@ from job.measures import (
     ThresholdSweep,
     case_cells,
     case_columns,
+    lesion_words,
     measure_case,
     measure_rows,
     summarize_cases,
+    titled_sizes,
     without_ignored,
 )
 from job.pictures import Picture, pictures_of, read_picture
@@ -208,7 +211,7 @@ class Evaluator:
         manifest = self.dataset.manifest
         cases: dict[str, list[Case]] = {size: [] for size in SIZES}
         counts = []
-        sweep = ThresholdSweep(foreground_names(self.dataset))
+        sweep = ThresholdSweep(foreground_names(self.dataset), min_lesion=MIN_PIXELS)
         with Progress(f"measure {name}", len(pictures), unit="cases", shown=shown) as bar:
             for picture in bar.tracked(pictures):
                 image, truth = read_picture(reader, picture)
@@ -229,18 +232,22 @@ class Evaluator:
         """Returns the case at each size; where both sizes are one, it is measured once."""
         geometry = picture.geometry
         scales = _scales(geometry, picture.spacing)
-        network = self._measured(truth, ids, scales["network"])
+        network = self._measured(truth, ids, scales["network"], MIN_PIXELS)
         if not geometry.crop and (geometry.source_height, geometry.source_width) == truth.shape:
             return {"network": network, "original": network}
         truth = undo_geometry(truth, geometry, nearest=True)
         ids = class_ids_at_source(probabilities, geometry)
-        ids = without_small(ids, self.min_pixels, area_scale(geometry))
-        return {"network": network, "original": self._measured(truth, ids, scales["original"])}
+        area = area_scale(geometry)
+        ids = without_small(ids, self.min_pixels, area)
+        # A speck is one at both sizes.
+        min_lesion = math.ceil(MIN_PIXELS * area)
+        original = self._measured(truth, ids, scales["original"], min_lesion)
+        return {"network": network, "original": original}
 
-    def _measured(self, truth: np.ndarray, ids: np.ndarray, scale: Scale) -> Case:
+    def _measured(self, truth: np.ndarray, ids: np.ndarray, scale: Scale, min_lesion: int) -> Case:
         manifest = self.dataset.manifest
         truth, ids = without_ignored(truth, ids, manifest.ignore_id)
-        return measure_case(truth, ids, len(manifest.classes), scale)
+        return measure_case(truth, ids, len(manifest.classes), scale, min_lesion=min_lesion)
 
 
 def make_evaluator(
@@ -481,16 +488,19 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     console = Console()
     console.print(table)
-    for size, measures in summary.get("sizes", {}).items():
-        console.print(_measures_table(size, measures))
+    sizes = titled_sizes(summary.get("sizes", {}))
+    for title, measures in sizes:
+        console.print(_measures_table(title, measures))
+    if sizes:
+        console.print(lesion_words(sizes[0][1]), style="dim")
 
 
-def _measures_table(size: str, measures: Mapping[str, Any]) -> Any:
+def _measures_table(title: str, measures: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"{size} size: {measures['num_groups']} groups")
-    for title in ("measure", "value", "95 % interval", "cases"):
-        table.add_column(title, justify="left" if title == "measure" else "right")
+    table = Table(title=f"{title}: {measures['num_groups']} groups")
+    for column in ("measure", "value", "95 % interval", "cases"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
     for label, measure in measure_rows(measures):
         value, low, high = measure["value"], measure["low"], measure["high"]
         table.add_row(
