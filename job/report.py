@@ -24,7 +24,7 @@ from data_prep.errors import ContentError, UsageError
 from data_prep.progress import quiet_interrupts
 from data_prep.storage import NotFound, Store, join_url, open_store
 from job.folds import SUMMARY_NAME
-from job.measures import measure_rows
+from job.measures import lesion_words, measure_rows, titled_sizes
 from job.run import LEASE_NAME, OUTCOME_NAME
 from job.watchdog import STACKS_FOLDER
 
@@ -32,6 +32,7 @@ REPORT_NAME = "report.html"
 
 _FAILED_DICE = 0.5  # a case below is listed as a failure
 _MAX_FAILURES = 100
+_LESION_COUNTS = ("lesions", "lesions_found", "false_positives", "specks")
 _PICTURE_SIDE = 640  # pixels; pictures of cases are made smaller, so that the page stays small
 _JPEG_QUALITY = 85
 
@@ -101,7 +102,7 @@ def render_folds(store: Store) -> str:
         f"<p>Cross-validation: {summary['num_folds']} runs, each evaluated on cases whose groups "
         f"it has not seen, and all of these cases together.</p><ul>{links}</ul>"
     ]
-    for size, found in summary["sizes"].items():
+    for title, found in titled_sizes(summary["sizes"]):
         folds = [dict(measure_rows(fold)) for fold in found["folds"]]
         rows = [
             (label, *(fold[label]["value"] if label in fold else None for fold in folds))
@@ -109,7 +110,7 @@ def render_folds(store: Store) -> str:
         ]
         columns = ["measure", *(f"fold {index}" for index in range(len(folds)))]
         body = _measures(found["pooled"]) + "<h3>Fold by fold</h3>" + _table(columns, rows)
-        parts.append(_section(f"All cases at {size} size", body))
+        parts.append(_section(f"All cases at {title}", body))
     return _page(store, parts)
 
 
@@ -164,8 +165,8 @@ def _metrics(store: Store, summary: Mapping[str, Any] | None) -> str:
             ],
         ),
     ]
-    for size, measures in summary.get("sizes", {}).items():
-        parts.append(f"<h3>At {_text(size)} size</h3>")
+    for title, measures in titled_sizes(summary.get("sizes", {})):
+        parts.append(f"<h3>At {_text(title)}</h3>")
         parts.append(_measures(measures))
     sweep = _rows(store, "evaluation/thresholds.csv")
     if sweep:
@@ -217,7 +218,7 @@ def _measures(measures: Mapping[str, Any]) -> str:
         (
             each["name"],
             *(each[f"num_{key}"] for key in ("both", "neither", "truth_only", "prediction_only")),
-            *(each[f"num_{key}"] for key in ("lesions", "lesions_found", "false_positives")),
+            *(each[f"num_{key}"] for key in _LESION_COUNTS),
         )
         for each in measures["classes"]
     ]
@@ -232,10 +233,12 @@ def _measures(measures: Mapping[str, Any]) -> str:
         + _table(
             (
                 *("class", "in both masks", "in neither", "missed whole", "false alarm"),
-                *("lesions", "found", "false positives"),
+                *("lesions", "found", "false positives", "specks"),
             ),
             counts,
         )
+        + '<p class="quiet">Missed whole: the case has the class and nothing of it was predicted; '
+        f"false alarm: predicted in a case without it. {_text(lesion_words(measures))}</p>"
     )
 
 
