@@ -751,12 +751,21 @@ def _write_report(
         counts = zip(*(row["pixels_per_class"] for row in members), strict=True)
         pixels = tuple(sum(column) for column in counts)
         statistics[name] = report.SplitStatistics(len(members), pixels)
-        pairs = [_read_pair(store, row) for row in members[:_PAIRS_PER_SHEET]]
-        title = f"{manifest.name}: {name}, {len(pairs)} of {len(members)} samples"
+        pairs = [_read_pair(store, row) for row in _shown(members)]
+        title = f"{manifest.name}: {name}, {len(pairs)} of {len(members)} samples, foreground first"
         sheet = report.sheet_png(pairs, manifest.classes, manifest.value_max, title)
         put_if_other(store, report.sheet_name(name), sheet)
     plot = report.statistics_png(statistics, manifest.classes, manifest.name)
     put_if_other(store, report.STATISTICS_NAME, plot)
+
+
+def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the samples for a sheet, those with foreground first.
+
+    A sheet shows whether masks fit their pictures, and most tiles have nothing of it.
+    """
+    ordered = sorted(rows, key=lambda row: not any(row["pixels_per_class"][1:]))
+    return ordered[:_PAIRS_PER_SHEET]
 
 
 def _write_counts(store: Store, samples: Sequence[scan.Scanned]) -> None:
