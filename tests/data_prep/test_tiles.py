@@ -110,7 +110,7 @@ def test_prepare_joins_pictures_that_are_the_same(tmp_path, caplog):
     groups = {row["picture"]: row["group"] for row in _rows(tmp_path / "out")}
     assert groups["copy"] == groups["case-3"]
     assert len(set(groups.values())) == 5
-    assert "1 groups hold a picture of another group" in caplog.text
+    assert "1 group holds a picture of another group" in caplog.text
 
 
 def test_prepare_refuses_ready_made_splits_with_the_same_picture(tmp_path):
