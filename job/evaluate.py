@@ -25,6 +25,7 @@ from data_prep.progress import Progress, quiet_interrupts
 from data_prep.settings import option, validated
 from data_prep.storage import Store, open_store
 from data_prep.table import csv_table
+from data_prep.words import counted
 from job.config import TrainConfig
 from job.data import (
     Dataset,
@@ -473,7 +474,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{summary['split']}: {summary['num_cases']} cases")
+    table = Table(title=f"{summary['split']}: {counted(summary['num_cases'], 'case')}")
     table.add_column("foreground")
     baseline = summary["all_background"]["foreground_mean"]
     columns = {
@@ -498,7 +499,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
 def _measures_table(title: str, measures: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"{title}: {measures['num_groups']} groups")
+    table = Table(title=f"{title}: {counted(measures['num_groups'], 'group')}")
     for column in ("measure", "value", "95 % interval", "cases"):
         table.add_column(column, justify="left" if column == "measure" else "right")
     for label, measure in measure_rows(measures):

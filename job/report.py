@@ -23,6 +23,7 @@ from data_prep.command import SettingsCommand, run_command
 from data_prep.errors import ContentError, UsageError
 from data_prep.progress import quiet_interrupts
 from data_prep.storage import NotFound, Store, join_url, open_store
+from data_prep.words import counted
 from job.folds import SUMMARY_NAME
 from job.measures import lesion_words, measure_rows, titled_sizes
 from job.run import LEASE_NAME, OUTCOME_NAME
@@ -143,8 +144,8 @@ def _headline(store: Store, summary: Mapping[str, Any] | None) -> str:
     mean, nothing = summary["foreground_mean"], summary["all_background"]["foreground_mean"]
     return (
         f"<p>Status: {_text(status)}. Foreground Dice <b>{_number(mean['dice'])}</b> over "
-        f"{summary['num_cases']} cases of the {_text(summary['split'])} split, mean over cases "
-        f"(an all-background prediction: {_number(nothing['dice'])}).</p>"
+        f"{counted(summary['num_cases'], 'case')} of the {_text(summary['split'])} split, mean "
+        f"over cases (an all-background prediction: {_number(nothing['dice'])}).</p>"
     )
 
 
@@ -203,7 +204,7 @@ def _regions(regions: Mapping[str, Any]) -> str:
     ]
     columns = ("class", "smallest region, pixels", "Dice there before", "Dice there with it")
     return (
-        f"<p>Smaller regions are removed; fitted on {where['num_cases']} cases of the "
+        f"<p>Smaller regions are removed; fitted on {counted(where['num_cases'], 'case')} of the "
         f"{_text(where['split'])} split. The thresholds below count regions of every size.</p>"
         f"{_table(columns, rows)}"
     )
@@ -227,9 +228,10 @@ def _measures(measures: Mapping[str, Any]) -> str:
     )
     return (
         _table(("measure", "value", "95 % interval", "all background", "cases"), rows)
-        + f'<p class="quiet">Intervals draw the {measures["num_groups"]} groups again. nsd: '
-        f"surface Dice within {tolerance}. A class in neither mask is left out; in one mask only "
-        "it scores 0, and its HD95 is the diagonal of the picture.</p>"
+        + f'<p class="quiet">Intervals draw the groups again '
+        f"({counted(measures['num_groups'], 'group')}). nsd: surface Dice within {tolerance}. A "
+        "class in neither mask is left out; in one mask only it scores 0, and its HD95 is the "
+        "diagonal of the picture.</p>"
         + _table(
             (
                 *("class", "in both masks", "in neither", "missed whole", "false alarm"),
@@ -278,7 +280,7 @@ def _failures(store: Store) -> str:
         if row[f"dice_{name}"] and float(row[f"dice_{name}"]) < _FAILED_DICE
     ]
     if not failed:
-        return f"<p>None of {len(rows)} cases has a Dice below {_FAILED_DICE}.</p>"
+        return f"<p>None of {counted(len(rows), 'case')} has a Dice below {_FAILED_DICE}.</p>"
     failed.sort(key=lambda each: each[0])
     words = {"truth_only": "missed", "prediction_only": "false alarm", "both": "poor overlap"}
     table = _table(
@@ -304,7 +306,9 @@ def _failures(store: Store) -> str:
         ],
     )
     shown = f", the first {_MAX_FAILURES} shown" if len(failed) > _MAX_FAILURES else ""
-    told = f"{len(failed)} with a Dice below {_FAILED_DICE}, of {len(rows)} cases{shown}."
+    told = (
+        f"{len(failed)} with a Dice below {_FAILED_DICE}, of {counted(len(rows), 'case')}{shown}."
+    )
     return f"<p>{told}</p>{table}"
 
 
@@ -323,7 +327,7 @@ def _dataset(store: Store) -> str:
     card = _json(store, "dataset.json")
     if card is None:
         return _missing("dataset.json", "training copies it when it starts")
-    size = f"{card['image_width']} x {card['image_height']}, {card['channels']} channel(s)"
+    size = f"{card['image_width']} x {card['image_height']}, {counted(card['channels'], 'channel')}"
     rows = [
         ("name", card["name"]),
         ("pictures", f"{size}, {card['bit_depth']} bits, {card['geometry']}"),
@@ -366,7 +370,7 @@ def _attempts(store: Store) -> str:
         for attempt, base in sorted(bases.items())
     ]
     stacks = [stat.name for stat in store.list(f"{STACKS_FOLDER}/")]
-    told = f"<p>{len(bases) - 1} restart(s).</p>"
+    told = f"<p>{counted(len(bases) - 1, 'restart')}.</p>"
     told += _table(("attempt", "began from", "end"), rows)
     if stacks:
         told += (
