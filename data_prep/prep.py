@@ -43,6 +43,7 @@ from data_prep.storage import (
     put_if_other,
 )
 from data_prep.table import csv_table
+from data_prep.words import counted, listed
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +53,6 @@ R = TypeVar("R")
 HASH_KEY_VARIABLE = "FLEXUNET_HASH_KEY"
 _HASH_LENGTH = 16  # hex digits: 64 bits, a clash among a million names has odds of 1 to 37 million
 _PAIRS_PER_SHEET = 6
-# How the reference implementation's off-line generator names its copies.
-_AUGMENTED = re.compile(
-    r"(barrdistorted|pincdistorted|deformed|distorted|rotated|hflipped|vflipped|shrinked|sheared|"
-    r"sharpened|brightened)_"
-)
 _MAX_LISTED = 5
 _FEW_GROUPS = 5  # one of them moves the mean by a fifth and more
 
@@ -204,7 +200,10 @@ class PrepConfig(Settings):
         sizes = ("image_size", "image_height", "image_width", "geometry")
         for name in sizes:
             if getattr(self, name) != PrepConfig.model_fields[name].default:
-                raise ValueError(f"--{name.replace('_', '-')} and --tile exclude each other")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for pictures that are resized, and --tile "
+                    f"{self.tile} stores them at their own size; leave out one of the two"
+                )
         return self
 
     @model_validator(mode="after")
@@ -305,7 +304,10 @@ def _prepare(
     source_sha256 = _source_digest(items, [crcs[item.id] for item in items], refused)
     refused = refused + [(r.file, r.reason) for r in results if isinstance(r, scan.Refused)]
     if not samples:
-        raise ContentError(f"none of {len(refused)} files is usable; first: {refused[0][1]}")
+        raise ContentError(f"none of {len(refused)} files is usable: {_named(refused)}")
+    if refused:
+        # Now, because what follows may fail, and rejects.csv comes with the dataset.
+        logger.warning("%s left out: %s", counted(len(refused), "file"), _named(refused))
     assignment = _assign(samples, work.config)
     samples = [dataclasses.replace(s, group=assignment.groups[s.id]) for s in samples]
     target = shards.common_target(samples)
@@ -330,9 +332,7 @@ def _prepare(
     shards.commit(work.store, manifest, table)
     shards.remove_state(work.store)
     if refused:
-        logger.warning(
-            "%d files left out, see %s/%s", len(refused), work.store.url, report.REJECTS_NAME
-        )
+        logger.warning("all files left out: %s/%s", work.store.url, report.REJECTS_NAME)
     return manifest
 
 
@@ -421,7 +421,7 @@ def _grouped(
 
 
 def _warn_of_files_as_groups(pairs: Sequence[Pair]) -> None:
-    augmented = [pair for pair in pairs if _AUGMENTED.match(pair.image_name)]
+    augmented = [pair for pair in pairs if split.is_augmented_copy(pair.image_name)]
     if augmented:
         logger.warning(
             "%d of %d names look like augmented copies (%s), and every file is a group of its own: "
@@ -439,13 +439,23 @@ def _refused(rejects: Sequence[Reject], config: PrepConfig) -> list[tuple[str, s
     """Returns (file, reason) of the files that are in no pair, as the report may show them."""
     if rejects and not config.skip_bad:
         first = rejects[0]
-        more = f" (and {len(rejects) - 1} more files)" if len(rejects) > 1 else ""
+        num_more = len(rejects) - 1
+        more = f" (and {num_more} more {'files' if num_more > 1 else 'file'})" if num_more else ""
         raise ContentError(
             f"{first.file}: {first.reason}{more}; mend it, or leave such files out with --skip-bad"
         )
     if not config.hash_names:
         return [(reject.file, reject.reason) for reject in rejects]
     return [(_hidden_name(r.file, config), _without_name(r, config)) for r in rejects]
+
+
+def _named(refused: Sequence[tuple[str, str]]) -> str:
+    """Returns the first (file, reason) in words, and how many more there are."""
+    return listed([_worded(*each) for each in refused], _MAX_LISTED)
+
+
+def _worded(file: str, reason: str) -> str:
+    return reason if reason.startswith(file) else f"{file}: {reason}"
 
 
 def _without_name(reject: Reject, config: PrepConfig) -> str:
@@ -590,9 +600,9 @@ def _warn_of_small_splits(groups: Mapping[str, str], splits: Mapping[str, str]) 
         num_groups = len({groups[sample] for sample, its in splits.items() if its == name})
         if 0 < num_groups < _FEW_GROUPS:
             logger.warning(
-                "split %s has %d groups, so its figures say little: raise its part of "
-                "--fractions, or train with --folds",
-                *(name, num_groups),
+                "split %s has %s, so its figures say little: raise its part of --fractions, or "
+                "train with --folds",
+                *(name, counted(num_groups, "group")),
             )
 
 
@@ -619,7 +629,10 @@ def _joined_groups(samples: Sequence[scan.Scanned]) -> dict[str, str]:
             num_joined += 1
             parents[max(group, other)] = min(group, other)
     if num_joined:
-        logger.warning("%d groups hold a picture of another group; joined", num_joined)
+        verb = "holds" if num_joined == 1 else "hold"
+        logger.warning(
+            "%s %s a picture of another group; joined", counted(num_joined, "group"), verb
+        )
     return {sample.id: root(sample.group) for sample in samples}
 
 
@@ -751,12 +764,21 @@ def _write_report(
         counts = zip(*(row["pixels_per_class"] for row in members), strict=True)
         pixels = tuple(sum(column) for column in counts)
         statistics[name] = report.SplitStatistics(len(members), pixels)
-        pairs = [_read_pair(store, row) for row in members[:_PAIRS_PER_SHEET]]
-        title = f"{manifest.name}: {name}, {len(pairs)} of {len(members)} samples"
+        pairs = [_read_pair(store, row) for row in _shown(members)]
+        title = f"{manifest.name}: {name}, {len(pairs)} of {len(members)} samples, foreground first"
         sheet = report.sheet_png(pairs, manifest.classes, manifest.value_max, title)
         put_if_other(store, report.sheet_name(name), sheet)
     plot = report.statistics_png(statistics, manifest.classes, manifest.name)
     put_if_other(store, report.STATISTICS_NAME, plot)
+
+
+def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the samples for a sheet, those with foreground first.
+
+    A sheet shows whether masks fit their pictures, and most tiles have nothing of it.
+    """
+    ordered = sorted(rows, key=lambda row: not any(row["pixels_per_class"][1:]))
+    return ordered[:_PAIRS_PER_SHEET]
 
 
 def _write_counts(store: Store, samples: Sequence[scan.Scanned]) -> None:

@@ -22,6 +22,7 @@ REJECTS_NAME = "report/rejects.csv"
 _THUMBNAIL = 320  # pixels of the longer side
 _GAP = 12  # pixels between thumbnails
 _OVERLAY_ALPHA = 0.45
+_LEAST_PERCENT = 1e-3  # of pixels; smaller shares are drawn there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,22 +109,30 @@ def _draw_counts(axes: "Axes", splits: Mapping[str, SplitStatistics]) -> None:
 def _draw_shares(
     axes: "Axes", splits: Mapping[str, SplitStatistics], classes: Sequence[ClassColor]
 ) -> None:
-    # A foreground of 1 % beside a background of 99 % shows only on a logarithmic axis.
+    # A foreground of 1 % beside a background of 99 % shows only on a logarithmic axis, where a bar
+    # has no beginning and its length means nothing: a point is a place and no more.
     height = 0.8 / len(splits)
     places = np.arange(len(classes))
     for i, (name, split) in enumerate(splits.items()):
         total = max(1, sum(split.class_pixels))
         percent = np.array([100 * count / total for count in split.class_pixels])
-        offset = (i - (len(splits) - 1) / 2) * height
-        bars = axes.barh(places + offset, np.maximum(percent, 1e-3), height, label=name)
-        axes.bar_label(bars, [f"{value:.2f} %" for value in percent], padding=3, fontsize=8)
+        rows = places + (i - (len(splits) - 1) / 2) * height
+        shown = np.maximum(percent, _LEAST_PERCENT)
+        axes.plot(shown, rows, "o", markersize=7, color=f"C{i}", label=name)
+        for value, place, row in zip(percent, shown, rows, strict=True):
+            axes.annotate(
+                f"{value:.3g} %", (place, row), (7, 0), textcoords="offset points",
+                va="center", fontsize=8,
+            )  # fmt: skip
     axes.set_xscale("log")
-    axes.set_xlim(1e-3, 1000)  # room for the numbers
-    axes.set_xticks([1e-3, 1e-2, 0.1, 1, 10, 100], ["0.001", "0.01", "0.1", "1", "10", "100"])
+    axes.set_xlim(_LEAST_PERCENT / 1.5, 1000)  # room for the numbers
+    axes.set_xticks([1e-3, 1e-2, 0.1, 1, 10, 100], ["<0.001", "0.01", "0.1", "1", "10", "100"])
+    axes.xaxis.grid(visible=True, color="0.9")
+    axes.set_axisbelow(True)
     axes.set_yticks(places, [_shortened(info.name) for info in classes])
-    axes.invert_yaxis()
+    axes.set_ylim(len(classes) - 0.5, -0.5)
     axes.set_title("Share of each class in the pixels")
-    axes.set_xlabel("% of pixels, logarithmic")
+    axes.set_xlabel("% of pixels; each step is ten times the one before")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", fontsize=8)
 

@@ -18,8 +18,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from data_prep.errors import ContentError, UsageError
 from data_prep.schema import SPLITS
+from data_prep.words import counted
 
 PRESETS = ("augmented",)
+
+# How the reference implementation's off-line generator names its copies.
+_AUGMENTED = re.compile(
+    r"(barrdistorted|pincdistorted|deformed|distorted|rotated|hflipped|vflipped|shrinked|sheared|"
+    r"sharpened|brightened)_"
+)
 
 _MAX_NAMED = 3  # files of one group that a leak names, of each split
 
@@ -37,10 +44,15 @@ def augmented_group(filename: str) -> str:
     found = re.search(r"(?:^|_)([0-9]+)$", stem)
     if not found:
         raise ContentError(
-            f"{filename}: does not end in _NUMBER, as the preset 'augmented' expects; "
-            "rename it or give groups by --group-regex or --group-csv"
+            "the name does not end in _NUMBER, as --group-preset augmented expects; rename it or "
+            "give groups by --group-regex or --group-csv"
         )
     return str(int(found[1]))
+
+
+def is_augmented_copy(filename: str) -> bool:
+    """Returns whether the reference implementation's generator names its copies so."""
+    return _AUGMENTED.match(filename) is not None
 
 
 def regex_group(pattern: str) -> Callable[[str], str]:
@@ -50,20 +62,21 @@ def regex_group(pattern: str) -> Callable[[str], str]:
 
     Raises:
         UsageError: the pattern is not a regular expression.
-        ContentError: (by the function) no match, or an empty one.
+        ContentError: (by the function) no match, or an empty one; it does not repeat the name.
     """
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UsageError(f"group_regex={pattern!r}: {error}; correct the expression") from error
+        raise UsageError(f"--group-regex {pattern!r}: {error}; correct the expression") from error
 
     def group(filename: str) -> str:
         found = compiled.search(filename)
         value = found[min(1, compiled.groups)] if found else None
         if not value:
-            raise ContentError(
-                f"{filename}: no group, {pattern!r} finds nothing in it; correct group_regex"
-            )
+            remedy = "correct --group-regex"
+            if is_augmented_copy(filename):
+                remedy += ", or give --group-preset augmented instead: it looks like such a copy"
+            raise ContentError(f"no group, {pattern!r} finds nothing in the name; {remedy}")
         return value
 
     return group
@@ -98,7 +111,7 @@ def csv_group(text: str, where: str) -> Callable[[str], str]:
         stem = os.path.splitext(filename)[0]
         found = groups.get(filename) or groups.get(stem)
         if found is None:
-            raise ContentError(f"{filename}: has no row in {where}; add one")
+            raise ContentError(f"has no row in {where}; add one")
         return found
 
     return group_of_file
@@ -128,7 +141,7 @@ def group_of(
     if preset is None:
         return lambda filename: os.path.splitext(filename)[0]
     if preset not in PRESETS:
-        raise UsageError(f"group_preset={preset!r} is unknown; known: {', '.join(PRESETS)}")
+        raise UsageError(f"--group-preset {preset!r} is unknown; known: {', '.join(PRESETS)}")
     return augmented_group
 
 
@@ -232,8 +245,8 @@ def _divide(
     sizes = Counter(groups.values())
     if len(sizes) < len(shares):
         raise UsageError(
-            f"{len(sizes)} groups cannot fill {len(shares)} {what}; add samples, group them less "
-            f"coarsely, or ask for fewer {what}"
+            f"{counted(len(sizes), 'group')} cannot fill {len(shares)} {what}; add samples, group "
+            f"them less coarsely, or ask for fewer {what}"
         )
     order = sorted(sizes, key=lambda group: (_draw(salt, group), group))
     missing = [share * len(groups) for share in shares]

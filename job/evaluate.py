@@ -9,6 +9,7 @@ python -m job.evaluate RUN --split test
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from data_prep.progress import Progress, quiet_interrupts
 from data_prep.settings import option, validated
 from data_prep.storage import Store, open_store
 from data_prep.table import csv_table
+from data_prep.words import counted
 from job.config import TrainConfig
 from job.data import (
     Dataset,
@@ -38,6 +40,7 @@ from job.data import (
 from job.fit import num_outputs
 from job.folds import open_folded
 from job.history import evaluation_csv
+from job.lesions import MIN_PIXELS
 from job.measures import (
     SIZES,
     Case,
@@ -45,9 +48,11 @@ from job.measures import (
     ThresholdSweep,
     case_cells,
     case_columns,
+    lesion_words,
     measure_case,
     measure_rows,
     summarize_cases,
+    titled_sizes,
     without_ignored,
 )
 from job.pictures import Picture, pictures_of, read_picture
@@ -66,6 +71,8 @@ from job.predict import (
 )
 from job.regions import FILE_NAME, ClassFit, RegionTally, fit_record
 from job.trained import TrainedRun, load_member, open_alike
+
+logger = logging.getLogger(__name__)
 
 _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
 
@@ -218,7 +225,7 @@ class Evaluator:
         manifest = self.dataset.manifest
         cases: dict[str, list[Case]] = {size: [] for size in SIZES}
         parts = []
-        sweep = ThresholdSweep(foreground_names(self.dataset))
+        sweep = ThresholdSweep(foreground_names(self.dataset), min_lesion=MIN_PIXELS)
         with Progress(f"measure {name}", len(pictures), unit="cases", shown=shown) as bar:
             for picture in bar.tracked(pictures):
                 image, truth = read_picture(reader, picture)
@@ -254,18 +261,22 @@ class Evaluator:
         """Returns the case at each size; where both sizes are one, it is measured once."""
         geometry = picture.geometry
         scales = _scales(geometry, picture.spacing)
-        network = self._measured(truth, ids, scales["network"])
+        network = self._measured(truth, ids, scales["network"], MIN_PIXELS)
         if not geometry.crop and (geometry.source_height, geometry.source_width) == truth.shape:
             return {"network": network, "original": network}
         truth = undo_geometry(truth, geometry, nearest=True)
         ids = class_ids_at_source(probabilities, geometry)
-        ids = without_small(ids, self.min_pixels, area_scale(geometry))
-        return {"network": network, "original": self._measured(truth, ids, scales["original"])}
+        area = area_scale(geometry)
+        ids = without_small(ids, self.min_pixels, area)
+        # A speck is one at both sizes.
+        min_lesion = math.ceil(MIN_PIXELS * area)
+        original = self._measured(truth, ids, scales["original"], min_lesion)
+        return {"network": network, "original": original}
 
-    def _measured(self, truth: np.ndarray, ids: np.ndarray, scale: Scale) -> Case:
+    def _measured(self, truth: np.ndarray, ids: np.ndarray, scale: Scale, min_lesion: int) -> Case:
         manifest = self.dataset.manifest
         truth, ids = without_ignored(truth, ids, manifest.ignore_id)
-        return measure_case(truth, ids, len(manifest.classes), scale)
+        return measure_case(truth, ids, len(manifest.classes), scale, min_lesion=min_lesion)
 
 
 def make_evaluator(
@@ -388,9 +399,8 @@ def write_evaluation(target: Store, evaluation: Evaluation, evaluator: Evaluator
     for name, picture in pictures.items():
         target.put(f"{name}.png", picture)
     regions = evaluation.summary.get("prediction", {}).get("small_regions")
-    if regions is None:
-        target.delete(FILE_NAME)
-    else:
+    # An evaluation without it keeps an earlier fit: that names its weights, and fits no others.
+    if regions is not None:
         target.put(FILE_NAME, (json.dumps(regions, indent=2, allow_nan=False) + "\n").encode())
     summary = json.dumps(evaluation.summary, indent=2, allow_nan=False) + "\n"
     target.put("summary.json", summary.encode())
@@ -474,7 +484,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{summary['split']}: {summary['num_cases']} cases")
+    table = Table(title=f"{summary['split']}: {counted(summary['num_cases'], 'case')}")
     table.add_column("foreground")
     baseline = summary["all_background"]["foreground_mean"]
     columns = {
@@ -489,16 +499,19 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     console = Console()
     console.print(table)
-    for size, measures in summary.get("sizes", {}).items():
-        console.print(_measures_table(size, measures))
+    sizes = titled_sizes(summary.get("sizes", {}))
+    for title, measures in sizes:
+        console.print(_measures_table(title, measures))
+    if sizes:
+        console.print(lesion_words(sizes[0][1]), style="dim")
 
 
-def _measures_table(size: str, measures: Mapping[str, Any]) -> Any:
+def _measures_table(title: str, measures: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"{size} size: {measures['num_groups']} groups")
-    for title in ("measure", "value", "95 % interval", "cases"):
-        table.add_column(title, justify="left" if title == "measure" else "right")
+    table = Table(title=f"{title}: {counted(measures['num_groups'], 'group')}")
+    for column in ("measure", "value", "95 % interval", "cases"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
     for label, measure in measure_rows(measures):
         value, low, high = measure["value"], measure["low"], measure["high"]
         table.add_row(
@@ -569,6 +582,7 @@ def evaluate_run(
     evaluator = replace(
         make_evaluator(settings, strategy, dataset, network), is_by_tile=config.tiles_as_pictures
     )
+    _tell_replaced(target, keeps_fit=not config.remove_small_regions)
     way: dict[str, Any] = {
         "runs": [asdict(member) for _, member in loaded],
         "flips": config.flips,
@@ -601,6 +615,13 @@ def _target(run: TrainedRun, config: EvaluateConfig) -> Store:
     return evaluation_folder(run.store, config.split)
 
 
+def _tell_replaced(target: Store, *, keeps_fit: bool) -> None:
+    if target.stat("summary.json") is None:
+        return
+    stays = f"; {FILE_NAME} stays" if keeps_fit and target.stat(FILE_NAME) is not None else ""
+    logger.info("replacing the evaluation in %s (--output puts it elsewhere)%s", target.url, stays)
+
+
 def _reader_of(dataset: Dataset, split: Split, settings: TrainConfig) -> RecordReader:
     return open_reader(dataset, split, cache=settings.cache, cache_dir=settings.cache_dir)
 
@@ -622,7 +643,10 @@ def _fit_regions(evaluator: Evaluator, *, shown: bool) -> tuple[list[ClassFit], 
         "dataset_sha256": dataset.digest,
         "fold": evaluator.config.fold,
     }
-    return tally.fit(), fitted_on
+    fits = tally.fit()
+    for line in tally.describe(fits):
+        logger.info("%s", line)
+    return fits, fitted_on
 
 
 def resolve_config(run: TrainedRun, config: EvaluateConfig) -> TrainConfig:

@@ -31,7 +31,15 @@ from data_prep.storage import NotFound, Store, join_url, open_store
 from data_prep.table import csv_table
 from job.config import TrainConfig
 from job.data import Dataset, Split, open_dataset
-from job.measures import SIZES, case_cells, case_columns, measure_rows, read_case, summarize_cases
+from job.measures import (
+    SIZES,
+    case_cells,
+    case_columns,
+    measure_rows,
+    read_case,
+    summarize_cases,
+    titled_sizes,
+)
 from job.run import checked_run_name
 
 SUMMARY_NAME = "cross_validation.json"
@@ -237,14 +245,14 @@ def show_folds(config: TrainConfig) -> None:
     summary = json.loads(open_store(url).get(SUMMARY_NAME))
     # A log has 80 columns, which cut the numbers; a line that is too long is better.
     console = Console(soft_wrap=True, width=max(Console().width, 70 + 12 * summary["num_folds"]))
-    for size, found in summary["sizes"].items():
+    for title, found in titled_sizes(summary["sizes"]):
         folds = [dict(measure_rows(each)) for each in found["folds"]]
-        table = Table(title=f"{size} size, cases of all folds: cross-validation")
+        table = Table(title=f"{title}, cases of all folds: cross-validation")
         table.add_column("measure", no_wrap=True)
         for fold in range(len(folds)):
             table.add_column(f"fold {fold}", justify="right")
-        for title in ("pooled", "95 % interval"):
-            table.add_column(title, justify="right", no_wrap=True)
+        for column in ("pooled", "95 % interval"):
+            table.add_column(column, justify="right", no_wrap=True)
         for label, measure in measure_rows(found["pooled"]):
             cells = [_shown(each.get(label)) for each in [*folds, {label: measure}]]
             low, high = measure["low"], measure["high"]

@@ -1,7 +1,8 @@
 """What is measured on one case beside its pixels, and the summary of all cases with intervals.
 
 Rules for empty masks, per case and class, counted as `num_neither`, `num_truth_only`,
-`num_prediction_only` and `num_both`:
+`num_prediction_only` and `num_both` (`num_missed` of `job/metrics.py` are more than
+`num_truth_only`: something may be predicted, but nowhere right):
 
     in neither mask       no value; left out of every mean
     in one mask only      Dice, IoU and surface Dice 0; HD95 the diagonal of the picture, which no
@@ -9,7 +10,8 @@ Rules for empty masks, per case and class, counted as `num_neither`, `num_truth_
                           a mean better
     in both               as measured
 
-Lesions and false positives are counts, and need no rule. Distances are in mm where the spacing of
+Lesions and false positives are counts, and need no rule; what is a lesion, and when it is found,
+says `job/lesions.py`. Distances are in mm where the spacing of
 the pixels is known, else in pixels; the two are never averaged together. Knows nothing of files,
 models or TensorFlow.
 """
@@ -17,19 +19,20 @@ models or TensorFlow.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from job.bootstrap import LEVEL, NUM_DRAWS, SEED, interval, ratio
-from job.lesions import LesionCounts, count_lesions
+from job.lesions import MIN_IOU, MIN_PIXELS, LesionCounts, count_lesions
 from job.surface import Spacing, contour_distances, hausdorff, surface_dice
 
 Ids = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float64]
 Pair = tuple[Values, Values]  # what is above and below of a quotient of sums, of each case
 Unit = Literal["mm", "px"]
+T = TypeVar("T")
 Presence = Literal["neither", "truth_only", "prediction_only", "both"]
 
 SIZES = ("network", "original")  # at which cases are measured
@@ -87,10 +90,16 @@ def without_ignored(truth: Ids, prediction: Ids, ignore_id: int | None) -> tuple
     return np.where(ignored, zero, truth), np.where(ignored, zero, prediction)
 
 
-def measure_case(truth: Ids, prediction: Ids, num_classes: int, scale: Scale) -> Case:
-    """Returns what is measured on masks (H, W) of class ids 0..num_classes-1."""
+def measure_case(
+    truth: Ids, prediction: Ids, num_classes: int, scale: Scale, *, min_lesion: int = 1
+) -> Case:
+    """Returns what is measured on masks (H, W) of class ids 0..num_classes-1.
+
+    Args:
+        min_lesion: pixels of a lesion at least; smaller true regions are specks.
+    """
     classes = (
-        _measure_class(truth == class_id, prediction == class_id, scale)
+        _measure_class(truth == class_id, prediction == class_id, scale, min_lesion)
         for class_id in range(1, num_classes)
     )
     return Case(scale.unit, _diagonal(truth.shape, scale), tuple(classes))
@@ -103,7 +112,7 @@ def nothing_predicted(case: Case) -> Case:
         num_pixels = each.tp + each.fn
         presence = _presence(num_pixels > 0, False)
         hd95, nsd = (case.diagonal, 0.0) if num_pixels else (None, None)
-        lesions = LesionCounts(each.lesions.num_true, 0, 0)
+        lesions = LesionCounts(each.lesions.num_true, 0, 0, each.lesions.num_specks)
         classes.append(ClassCase(presence, 0, 0, num_pixels, hd95, nsd, lesions))
     return Case(case.unit, case.diagonal, tuple(classes))
 
@@ -113,7 +122,7 @@ def _diagonal(shape: tuple[int, ...], scale: Scale) -> float:
 
 
 def _measure_class(
-    truth: npt.NDArray[np.bool_], prediction: npt.NDArray[np.bool_], scale: Scale
+    truth: npt.NDArray[np.bool_], prediction: npt.NDArray[np.bool_], scale: Scale, min_lesion: int
 ) -> ClassCase:
     tp = int(np.count_nonzero(truth & prediction))
     fp = int(np.count_nonzero(prediction)) - tp
@@ -126,7 +135,8 @@ def _measure_class(
         nsd = surface_dice(distances, TOLERANCES[scale.unit])
     elif presence != "neither":
         hd95, nsd = _diagonal(truth.shape, scale), 0.0
-    return ClassCase(presence, tp, fp, fn, hd95, nsd, count_lesions(truth, prediction))
+    lesions = count_lesions(truth, prediction, min_pixels=min_lesion)
+    return ClassCase(presence, tp, fp, fn, hd95, nsd, lesions)
 
 
 def _presence(is_true: bool, is_predicted: bool) -> Presence:
@@ -161,6 +171,7 @@ def summarize_cases(
         "num_groups": len(set(groups)),
         "interval": {"level": LEVEL, "num_draws": NUM_DRAWS, "seed": SEED, "drawn": "groups"},
         "nsd_tolerance": dict(TOLERANCES),
+        "lesion_rule": {"min_iou": MIN_IOU, "min_pixels": MIN_PIXELS},
         "foreground": foreground,
         "classes": [
             {
@@ -226,6 +237,7 @@ def _class_counts(cases: Sequence[Case], index: int) -> dict[str, int]:
         "num_lesions": sum(each.lesions.num_true for each in found),
         "num_lesions_found": sum(each.lesions.num_found for each in found),
         "num_false_positives": sum(each.lesions.num_false_positives for each in found),
+        "num_specks": sum(each.lesions.num_specks for each in found),
     }
 
 
@@ -254,9 +266,10 @@ class ThresholdSweep:
         "false_positives_per_image",
     )
 
-    def __init__(self, names: Sequence[str]) -> None:
-        """Sweeps the foreground classes of these names."""
+    def __init__(self, names: Sequence[str], *, min_lesion: int = 1) -> None:
+        """Sweeps the foreground classes of these names; `min_lesion` as in `measure_case`."""
         self._names = names
+        self._min_lesion = min_lesion
         shape = len(names), len(THRESHOLDS)
         self._sums = {
             key: np.zeros(shape)
@@ -282,7 +295,7 @@ class ThresholdSweep:
             tp = int(np.count_nonzero(truth & predicted))
             fp = int(np.count_nonzero(predicted)) - tp
             fn = int(np.count_nonzero(truth)) - tp
-            lesions = count_lesions(truth, predicted)
+            lesions = count_lesions(truth, predicted, min_pixels=self._min_lesion)
             values = {
                 "tp": tp,
                 "fp": fp,
@@ -323,7 +336,7 @@ def _quotient(above: float, below: float) -> float | None:
 
 _CELLS = (
     *("presence", "dice", "hd95", "nsd", "lesions", "lesions_found", "false_positives"),
-    *("tp_px", "fp_px", "fn_px"),
+    *("tp_px", "fp_px", "fn_px", "specks"),
 )
 
 
@@ -340,7 +353,7 @@ def case_cells(case: Case) -> list[Any]:
         cells += [each.presence, _quotient(2 * each.tp, below), each.hd95, each.nsd]
         lesions = each.lesions
         cells += [lesions.num_true, lesions.num_found, lesions.num_false_positives]
-        cells += [each.tp, each.fp, each.fn]
+        cells += [each.tp, each.fp, each.fn, lesions.num_specks]
     return cells
 
 
@@ -353,10 +366,11 @@ def read_case(row: Mapping[str, str], names: Sequence[str]) -> Case:
     classes = []
     for name in names:
         num_found, num_false = (int(row[f"{key}_{name}"]) for key in _CELLS[5:7])
-        tp, fp, fn = (int(row[f"{key}_{name}"]) for key in _CELLS[7:])
+        tp, fp, fn, num_specks = (int(row[f"{key}_{name}"]) for key in _CELLS[7:])
         hd95, nsd = (float(row[f"{key}_{name}"]) if row[f"{key}_{name}"] else None
                      for key in ("hd95", "nsd"))  # fmt: skip
-        lesions = LesionCounts(int(row[f"lesions_{name}"]), num_found + num_false, num_found)
+        num_true = int(row[f"lesions_{name}"])
+        lesions = LesionCounts(num_true, num_found + num_false, num_found, num_specks)
         presence = _presence(tp + fn > 0, tp + fp > 0)
         classes.append(ClassCase(presence, tp, fp, fn, hd95, nsd, lesions))
     unit: Unit = "mm" if row["unit"] == "mm" else "px"
@@ -377,3 +391,25 @@ def measure_rows(size: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
             if isinstance(value, dict)
         ]
     return rows
+
+
+def titled_sizes(sizes: Mapping[str, T]) -> list[tuple[str, T]]:
+    """Returns (title, measures) of every size that is measured; equal ones are one.
+
+    Pictures that were not resized, or are tiles put together, have the same measures at both.
+    """
+    if len(sizes) == 2 and sizes["network"] == sizes["original"]:
+        return [("original size, which is the network's", sizes["original"])]
+    return [(f"{size} size", each) for size, each in sizes.items()]
+
+
+def lesion_words(size: Mapping[str, Any]) -> str:
+    """Returns what counts as a lesion found in what `summarize_cases` returned, for readers."""
+    rule = size["lesion_rule"]
+    return (
+        "A lesion is a connected region of the truth. It is found when a predicted region overlaps "
+        f"it with an IoU of at least {rule['min_iou']:g}, one region for one lesion; all other "
+        f"predicted regions are false positives. True regions of fewer than {rule['min_pixels']} "
+        "pixels of the network's size are specks: they are no lesions, and what finds one is no "
+        "false positive."
+    )

@@ -2,6 +2,12 @@
 
 It is fitted on the validation split alone, by the mean Dice over its cases, and stored with the
 evaluation that it was fitted for; `infer` takes it from there. No test case has a say in it.
+
+Dice alone would pick a size above most lesions where few cases happen to gain by it, and small
+lesions of new cases would be gone. So no size is above the 5th percentile of the true lesions of
+the split: at most one in twenty is smaller, of fewer than 21 none. It is not their minimum,
+because then one slip of an annotation would forbid every size. Specks are no lesions, see
+`job/lesions.py`.
 """
 
 import json
@@ -14,11 +20,13 @@ import numpy.typing as npt
 
 from data_prep.errors import ContentError, UsageError
 from data_prep.storage import NotFound, Store
-from job.lesions import label_regions
+from job.lesions import MIN_PIXELS, label_regions
 from job.predict import Ids
 from job.trained import Member
 
 FILE_NAME = "small_regions.json"
+
+_CAP_PERCENTILE = 5  # of the sizes of true lesions
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,12 @@ class _CaseRegions:
 
     sizes: npt.NDArray[np.int64]
     hits: npt.NDArray[np.int64]  # true pixels of each
-    num_true: int
+    true_sizes: npt.NDArray[np.int64]  # pixels of each true region
+
+    @property
+    def num_true(self) -> int:
+        """True pixels."""
+        return int(self.true_sizes.sum())
 
 
 class RegionTally:
@@ -63,16 +76,44 @@ class RegionTally:
             labels, sizes = label_regions(prediction == index + 1)
             hits = np.bincount(labels[true], minlength=len(sizes))[1:]
             order = np.argsort(sizes[1:], kind="stable")
-            cases.append(_CaseRegions(sizes[1:][order], hits[order], int(np.count_nonzero(true))))
+            cases.append(_CaseRegions(sizes[1:][order], hits[order], label_regions(true)[1][1:]))
 
     def fit(self) -> list[ClassFit]:
         """Returns the best size for each class; of equal ones the smallest."""
         return [_fit(name, cases) for name, cases in zip(self._names, self._cases, strict=True)]
 
+    def describe(self, fits: Sequence[ClassFit]) -> list[str]:
+        """Returns a line for each class: what goes, what that does to Dice, what it would cost."""
+        return [
+            _described(fit, _lesion_sizes(cases))
+            for fit, cases in zip(fits, self._cases, strict=True)
+        ]
+
+
+def _lesion_sizes(cases: Sequence[_CaseRegions]) -> npt.NDArray[np.int64]:
+    sizes = np.concatenate([case.true_sizes for case in cases])
+    return sizes[sizes >= MIN_PIXELS]
+
+
+def _described(fit: ClassFit, lesions: npt.NDArray[np.int64]) -> str:
+    if fit.dice is None or fit.dice_before is None:
+        return f"{fit.name}: no case of valid has it, so every region stays"
+    if fit.min_pixels == 0:
+        return f"{fit.name}: every region stays (Dice on valid {fit.dice:.4f})"
+    num_smaller = int(np.count_nonzero(lesions < fit.min_pixels))
+    return (
+        f"{fit.name}: predicted regions of fewer than {fit.min_pixels} pixels go; Dice on valid "
+        f"{fit.dice_before:.4f} before, {fit.dice:.4f} with it; of {len(lesions)} lesions "
+        f"there {num_smaller} are so small"
+    )
+
 
 def _fit(name: str, cases: Sequence[_CaseRegions]) -> ClassFit:
     found = np.unique(np.concatenate([case.sizes for case in cases]))
     limits = np.concatenate([[0], found + 1])  # nothing goes; all regions up to a size go
+    lesions = _lesion_sizes(cases)
+    largest = np.percentile(lesions, _CAP_PERCENTILE, method="lower") if len(lesions) else 0
+    limits = limits[limits <= largest]
     total, count = np.zeros(len(limits)), np.zeros(len(limits))
     for case in cases:
         num_gone = np.searchsorted(case.sizes, limits)

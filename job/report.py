@@ -23,8 +23,9 @@ from data_prep.command import SettingsCommand, run_command
 from data_prep.errors import ContentError, UsageError
 from data_prep.progress import quiet_interrupts
 from data_prep.storage import NotFound, Store, join_url, open_store
+from data_prep.words import counted
 from job.folds import SUMMARY_NAME
-from job.measures import measure_rows
+from job.measures import lesion_words, measure_rows, titled_sizes
 from job.run import LEASE_NAME, OUTCOME_NAME
 from job.watchdog import STACKS_FOLDER
 
@@ -32,6 +33,7 @@ REPORT_NAME = "report.html"
 
 _FAILED_DICE = 0.5  # a case below is listed as a failure
 _MAX_FAILURES = 100
+_LESION_COUNTS = ("lesions", "lesions_found", "false_positives", "specks")
 _PICTURE_SIDE = 640  # pixels; pictures of cases are made smaller, so that the page stays small
 _JPEG_QUALITY = 85
 
@@ -101,7 +103,7 @@ def render_folds(store: Store) -> str:
         f"<p>Cross-validation: {summary['num_folds']} runs, each evaluated on cases whose groups "
         f"it has not seen, and all of these cases together.</p><ul>{links}</ul>"
     ]
-    for size, found in summary["sizes"].items():
+    for title, found in titled_sizes(summary["sizes"]):
         folds = [dict(measure_rows(fold)) for fold in found["folds"]]
         rows = [
             (label, *(fold[label]["value"] if label in fold else None for fold in folds))
@@ -109,7 +111,7 @@ def render_folds(store: Store) -> str:
         ]
         columns = ["measure", *(f"fold {index}" for index in range(len(folds)))]
         body = _measures(found["pooled"]) + "<h3>Fold by fold</h3>" + _table(columns, rows)
-        parts.append(_section(f"All cases at {size} size", body))
+        parts.append(_section(f"All cases at {title}", body))
     return _page(store, parts)
 
 
@@ -142,8 +144,8 @@ def _headline(store: Store, summary: Mapping[str, Any] | None) -> str:
     mean, nothing = summary["foreground_mean"], summary["all_background"]["foreground_mean"]
     return (
         f"<p>Status: {_text(status)}. Foreground Dice <b>{_number(mean['dice'])}</b> over "
-        f"{summary['num_cases']} cases of the {_text(summary['split'])} split, mean over cases "
-        f"(an all-background prediction: {_number(nothing['dice'])}).</p>"
+        f"{counted(summary['num_cases'], 'case')} of the {_text(summary['split'])} split, mean "
+        f"over cases (an all-background prediction: {_number(nothing['dice'])}).</p>"
     )
 
 
@@ -164,8 +166,8 @@ def _metrics(store: Store, summary: Mapping[str, Any] | None) -> str:
             ],
         ),
     ]
-    for size, measures in summary.get("sizes", {}).items():
-        parts.append(f"<h3>At {_text(size)} size</h3>")
+    for title, measures in titled_sizes(summary.get("sizes", {})):
+        parts.append(f"<h3>At {_text(title)}</h3>")
         parts.append(_measures(measures))
     sweep = _rows(store, "evaluation/thresholds.csv")
     if sweep:
@@ -202,7 +204,7 @@ def _regions(regions: Mapping[str, Any]) -> str:
     ]
     columns = ("class", "smallest region, pixels", "Dice there before", "Dice there with it")
     return (
-        f"<p>Smaller regions are removed; fitted on {where['num_cases']} cases of the "
+        f"<p>Smaller regions are removed; fitted on {counted(where['num_cases'], 'case')} of the "
         f"{_text(where['split'])} split. The thresholds below count regions of every size.</p>"
         f"{_table(columns, rows)}"
     )
@@ -217,7 +219,7 @@ def _measures(measures: Mapping[str, Any]) -> str:
         (
             each["name"],
             *(each[f"num_{key}"] for key in ("both", "neither", "truth_only", "prediction_only")),
-            *(each[f"num_{key}"] for key in ("lesions", "lesions_found", "false_positives")),
+            *(each[f"num_{key}"] for key in _LESION_COUNTS),
         )
         for each in measures["classes"]
     ]
@@ -226,16 +228,19 @@ def _measures(measures: Mapping[str, Any]) -> str:
     )
     return (
         _table(("measure", "value", "95 % interval", "all background", "cases"), rows)
-        + f'<p class="quiet">Intervals draw the {measures["num_groups"]} groups again. nsd: '
-        f"surface Dice within {tolerance}. A class in neither mask is left out; in one mask only "
-        "it scores 0, and its HD95 is the diagonal of the picture.</p>"
+        + f'<p class="quiet">Intervals draw the groups again '
+        f"({counted(measures['num_groups'], 'group')}). nsd: surface Dice within {tolerance}. A "
+        "class in neither mask is left out; in one mask only it scores 0, and its HD95 is the "
+        "diagonal of the picture.</p>"
         + _table(
             (
                 *("class", "in both masks", "in neither", "missed whole", "false alarm"),
-                *("lesions", "found", "false positives"),
+                *("lesions", "found", "false positives", "specks"),
             ),
             counts,
         )
+        + '<p class="quiet">Missed whole: the case has the class and nothing of it was predicted; '
+        f"false alarm: predicted in a case without it. {_text(lesion_words(measures))}</p>"
     )
 
 
@@ -275,7 +280,7 @@ def _failures(store: Store) -> str:
         if row[f"dice_{name}"] and float(row[f"dice_{name}"]) < _FAILED_DICE
     ]
     if not failed:
-        return f"<p>None of {len(rows)} cases has a Dice below {_FAILED_DICE}.</p>"
+        return f"<p>None of {counted(len(rows), 'case')} has a Dice below {_FAILED_DICE}.</p>"
     failed.sort(key=lambda each: each[0])
     words = {"truth_only": "missed", "prediction_only": "false alarm", "both": "poor overlap"}
     table = _table(
@@ -301,7 +306,9 @@ def _failures(store: Store) -> str:
         ],
     )
     shown = f", the first {_MAX_FAILURES} shown" if len(failed) > _MAX_FAILURES else ""
-    told = f"{len(failed)} with a Dice below {_FAILED_DICE}, of {len(rows)} cases{shown}."
+    told = (
+        f"{len(failed)} with a Dice below {_FAILED_DICE}, of {counted(len(rows), 'case')}{shown}."
+    )
     return f"<p>{told}</p>{table}"
 
 
@@ -320,7 +327,7 @@ def _dataset(store: Store) -> str:
     card = _json(store, "dataset.json")
     if card is None:
         return _missing("dataset.json", "training copies it when it starts")
-    size = f"{card['image_width']} x {card['image_height']}, {card['channels']} channel(s)"
+    size = f"{card['image_width']} x {card['image_height']}, {counted(card['channels'], 'channel')}"
     rows = [
         ("name", card["name"]),
         ("pictures", f"{size}, {card['bit_depth']} bits, {card['geometry']}"),
@@ -363,7 +370,7 @@ def _attempts(store: Store) -> str:
         for attempt, base in sorted(bases.items())
     ]
     stacks = [stat.name for stat in store.list(f"{STACKS_FOLDER}/")]
-    told = f"<p>{len(bases) - 1} restart(s).</p>"
+    told = f"<p>{counted(len(bases) - 1, 'restart')}.</p>"
     told += _table(("attempt", "began from", "end"), rows)
     if stacks:
         told += (

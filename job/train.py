@@ -22,6 +22,7 @@ from data_prep.errors import DivergedError, FlexUNetError, UsageError
 from data_prep.progress import Progress, load_bar
 from data_prep.settings import merged, read_yaml, validated
 from data_prep.storage import join_url, open_store
+from data_prep.words import counted
 from job.config import PRESETS, TrainConfig, identity_of
 from job.data import Dataset
 from job.evaluate import show_summary
@@ -220,7 +221,9 @@ def earlier_outcome(
     if outcome["status"] == "diverged":
         raise DivergedError(f"{outcome['reason']}; start a run of another name")
     if outcome["stopped_early"] or outcome["epochs"] >= config.epochs:
-        logger.info("%s: finished already after %d epochs", run.store.url, outcome["epochs"])
+        logger.info(
+            "%s: finished already after %s", run.store.url, counted(outcome["epochs"], "epoch")
+        )
         return outcome
     if config.schedule.cosine:
         logger.warning(

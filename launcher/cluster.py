@@ -26,6 +26,7 @@ from data_prep.errors import FlexUNetError, UsageError
 from data_prep.pool import available_cores
 from data_prep.stderr import held_back_stderr
 from data_prep.storage import Store, open_store
+from data_prep.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Demand:
     memory_bytes: int = 0
 
     def __str__(self) -> str:
-        parts = [f"{self.num_cpus:g} CPUs", f"{self.num_gpus:g} GPUs"]
+        parts = [counted(self.num_cpus, "CPU"), counted(self.num_gpus, "GPU")]
         if self.memory_bytes:
             parts.append(f"{self.memory_bytes / 1e9:.1f} GB")
         return ", ".join(parts)
@@ -110,7 +111,7 @@ def require_places(demand: Demand, num_workers: int = 1) -> dict[str, int]:
     total = sum(found.values())
     if total < num_workers:
         raise UsageError(
-            f"{num_workers} workers of {demand} each were asked for, and the cluster has room for "
+            f"{counted(num_workers, 'worker')} of {demand} each, and the cluster has room for "
             f"{total}: {_described_nodes()}; ask for less or add nodes"
         )
     return found
@@ -125,7 +126,7 @@ def described_shortage(demand: Demand, num_workers: int) -> str | None:
     if all(free.get(name, 0.0) + 1e-6 >= num_workers * amount for name, amount in needs.items()):
         return None
     return ", ".join(
-        f"{free.get(name, 0.0):g} of {total(name):g} {name}s" for name in ("CPU", "GPU")
+        f"{free.get(name, 0.0):g} of {counted(total(name), name)}" for name in ("CPU", "GPU")
     )
 
 
@@ -166,12 +167,13 @@ def check_nodes(demand: Demand, *, reads: Sequence[str] = (), writes: Sequence[s
 
 
 def described_resources() -> str:
-    """Returns what the cluster has in all, in words: `8 CPUs, 1 GPUs on 2 nodes`."""
+    """Returns what the cluster has in all, in words: `8 CPUs, 1 GPU on 2 nodes`."""
     import ray
 
     total = ray.cluster_resources()
     num_nodes = sum(node["Alive"] for node in ray.nodes())
-    return f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs on {num_nodes} nodes"
+    parts = counted(total.get("CPU", 0), "CPU"), counted(total.get("GPU", 0), "GPU")
+    return f"{', '.join(parts)} on {counted(num_nodes, 'node')}"
 
 
 # Connecting
@@ -362,8 +364,8 @@ def _described_nodes() -> str:
     import ray
 
     described = [
-        f"{node['NodeManagerAddress']} has {node['Resources'].get('CPU', 0):g} CPUs, "
-        f"{node['Resources'].get('GPU', 0):g} GPUs, "
+        f"{node['NodeManagerAddress']} has {counted(node['Resources'].get('CPU', 0), 'CPU')}, "
+        f"{counted(node['Resources'].get('GPU', 0), 'GPU')}, "
         f"{node['Resources'].get('memory', 0) / 1e9:.1f} GB"
         for node in ray.nodes()
         if node["Alive"]

@@ -25,6 +25,7 @@ from data_prep.command import SettingsCommand, given, settings_options
 from data_prep.errors import FlexUNetError, StoppedError, UsageError, error_of, kind_of
 from data_prep.settings import Settings, option, validated
 from data_prep.storage import join_url, open_store
+from data_prep.words import counted
 from job.config import TrainConfig
 from job.evaluate import show_summary
 from job.fit import check_fit
@@ -332,10 +333,10 @@ class _Budget:
         self._num_failures += not is_preempted
         limit = self._settings.max_preemptions
         if limit is not None and self._num_preemptions > limit:
-            raise StoppedError(f"{self._num_preemptions} nodes were preempted; {error}")
+            raise StoppedError(f"preempted nodes: {self._num_preemptions}; {error}")
         if self._num_failures > self._settings.max_failures:
             raise FlexUNetError(
-                f"{self._num_failures} failures without a checkpoint between them, the last: "
+                f"{counted(self._num_failures, 'failure')} without a new checkpoint, the last: "
                 f"{error}"
             )
         # What failed at once will fail at once again.
@@ -398,7 +399,10 @@ def _sized(config: TrainConfig, settings: LaunchConfig) -> LaunchConfig:
     settings = settings.model_copy(update={"cpus_per_worker": num_cpus})
     num_gpus = int(total("GPU"))
     if num_gpus and not settings.gpus_per_worker:
-        logger.warning("computing on CPUs: the cluster has %d GPUs; --gpus-per-worker", num_gpus)
+        logger.warning(
+            "computing on CPUs, though the cluster has %s; give --gpus-per-worker",
+            counted(num_gpus, "GPU"),
+        )
     demand = _demand(settings)
     if not settings.wait_for_nodes:
         require_places(demand, settings.num_workers)
@@ -410,8 +414,8 @@ def _sized(config: TrainConfig, settings: LaunchConfig) -> LaunchConfig:
 def _tell_plan(settings: LaunchConfig) -> None:
     demand = _demand(settings)
     logger.info(
-        "starting %d workers with %s each, of %s",
-        *(settings.num_workers, demand, described_resources()),
+        "starting %s with %s each, of %s",
+        *(counted(settings.num_workers, "worker"), demand, described_resources()),
     )
     shortage = described_shortage(demand, settings.num_workers)
     if shortage is not None:
@@ -520,8 +524,8 @@ def _stopped_at_start() -> StoppedError:
 def _not_started(group: _Group, settings: LaunchConfig) -> "_NotStartedError":
     missing = [str(rank) for rank in range(settings.num_workers) if rank not in group.nodes]
     return _NotStartedError(
-        f"rank {', '.join(missing)} of {settings.num_workers} workers did not start within "
-        f"{settings.join_timeout:g} s (--join-timeout); each needs {_demand(settings)}, the "
+        f"rank {', '.join(missing)} of {counted(settings.num_workers, 'worker')} did not start "
+        f"within {settings.join_timeout:g} s (--join-timeout); each needs {_demand(settings)}, the "
         f"cluster has {described_resources()}"
     )
 

@@ -245,7 +245,7 @@ def _group_lives(group):
         (["SOURCE", "OUT", "--fractions", "0.5,0.1,0.1"], 2, "add up to 1"),
         (["SOURCE", "OUT", "--group-regex", "(", "--seed", "1"], 2, "group_regex"),
         (["SOURCE", "OUT", "--group-regex", "a", "--group-csv", "b"], 2, "exclude each other"),
-        (["SOURCE", "OUT", "--tile", "16", "--image-size", "16"], 2, "exclude each other"),
+        (["SOURCE", "OUT", "--tile", "16", "--image-size", "16"], 2, "leave out one"),
         (["SOURCE", "OUT", "--tile", "16", "--tile-overlap", "16"], 2, "below --tile"),
         (["SOURCE", "OUT", "--tile-overlap", "4"], 2, "needs --tile"),
         (["SOURCE", "OUT", "--config", "missing.yaml"], 2, "missing.yaml"),
@@ -327,6 +327,26 @@ def test_nothing_usable_is_an_error(tmp_path):
     (source / "images" / "a.png").write_bytes(b"")
     with pytest.raises(ContentError, match=r"none of 1 .*a\.png"):
         _prepare(source, tmp_path / "out", skip_bad=True)
+
+
+def test_skip_bad_says_what_is_left_out_before_it_fails(source, tmp_path, caplog):
+    for index in range(18):
+        (source / "images" / f"case_{index}.png").write_bytes(b"broken")
+    with pytest.raises(UsageError, match="2 groups cannot fill 3 splits"):
+        _prepare(source, tmp_path / "out", skip_bad=True)
+    (told,) = [record.message for record in caplog.records if "left out" in record.message]
+    assert told.startswith(f"18 files left out: {source}/images/case_0.png: ")
+    assert told.endswith("; and 13 more")
+    assert told.count("case_") == 5
+
+
+def test_a_name_without_a_group_is_told_once(source, tmp_path):
+    _make_pair(source, "barrdistorted_1_0.3_23", 30)
+    code, errors = _main([str(source), str(tmp_path / "out"), "--group-regex", r"case_(\d+)"])
+    assert code == 3
+    assert errors.count("barrdistorted_1_0.3_23") == 1
+    assert "--group-preset augmented" in errors
+    assert "correct --group-regex" in errors
 
 
 def test_rejects_csv_is_safe_in_a_spreadsheet():

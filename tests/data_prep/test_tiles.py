@@ -110,7 +110,7 @@ def test_prepare_joins_pictures_that_are_the_same(tmp_path, caplog):
     groups = {row["picture"]: row["group"] for row in _rows(tmp_path / "out")}
     assert groups["copy"] == groups["case-3"]
     assert len(set(groups.values())) == 5
-    assert "1 groups hold a picture of another group" in caplog.text
+    assert "1 group holds a picture of another group" in caplog.text
 
 
 def test_prepare_refuses_ready_made_splits_with_the_same_picture(tmp_path):
@@ -143,3 +143,13 @@ def test_prepare_tells_of_pictures_and_not_of_their_tiles(tmp_path, caplog):
     _prepare(tmp_path / "source", tmp_path / "out")
     assert "1 of 5 pictures have colour" in caplog.text
     assert "case-1.png" in caplog.text
+
+
+def test_sheets_show_tiles_with_foreground_first(tmp_path):
+    for index in range(10):
+        _write(tmp_path / "source", f"case-{index}", index)
+    _prepare(tmp_path / "source", tmp_path / "out")
+    rows = [row for row in _rows(tmp_path / "out") if row["split"] == "train"]
+    # Of the 6 tiles of a picture one has a lesion; a sheet has room for 6 samples.
+    assert sum(row["pixels_per_class"][1] > 0 for row in rows) == 6
+    assert all(row["pixels_per_class"][1] for row in prep._shown(rows))

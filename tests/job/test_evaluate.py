@@ -17,11 +17,20 @@ from PIL import Image
 from data_prep.image import Box, Geometry, read_image
 from job import checkpoint
 from job.config import identity_of
-from job.evaluate import EvaluateConfig, _scales, dataset_of, evaluate_run, main
+from job.evaluate import (
+    EvaluateConfig,
+    _scales,
+    dataset_of,
+    evaluate_run,
+    main,
+    make_evaluator,
+)
 from job.infer import InferConfig, infer
 from job.measures import Scale
 from job.optimizer import Adam
+from job.pictures import Picture
 from job.run import Run
+from job.step import network_of
 from job.trained import fetch_checkpoint, load_model, open_trained
 from tests.job.discs import prepare_discs
 
@@ -170,6 +179,25 @@ def test_evaluate_measures_at_the_pictures_own_size_in_mm(own_run: Path) -> None
         assert small.hd95 is not None
         assert large.hd95 == pytest.approx(small.hd95, abs=0.3)
     assert any(case.classes[0].hd95 for case in sizes["original"])
+
+
+def test_specks_are_the_same_at_both_sizes(own_run: Path) -> None:
+    run = open_trained(str(own_run))
+    dataset = dataset_of(run, None)
+    # 64x96 pixels were stored as 32x32, each of them 6.
+    geometry = Geometry("stretch", 64, 96, 0, 0, 32, 32)
+    picture = Picture("a", "a.png", "a", geometry, None, (0,))
+    truth = np.zeros((32, 32), np.uint8)
+    truth[2, 2:7] = 1  # 5 pixels, 30 of the picture
+    truth[20, 2:8] = 1
+    nothing = np.zeros_like(truth)
+    probabilities = np.stack([1.0 - nothing, nothing], axis=-1).astype(np.float32)
+    device = tf.distribute.OneDeviceStrategy("CPU:0")
+    evaluator = make_evaluator(run.config, device, dataset, network_of([]))
+    cases = evaluator._cases_of(picture, truth, probabilities, nothing)
+    for size in ("network", "original"):
+        lesions = cases[size].classes[0].lesions
+        assert (lesions.num_true, lesions.num_specks) == (1, 1), size
 
 
 def test_scales_follow_the_geometry_of_each_axis() -> None:

@@ -46,6 +46,18 @@ def test_the_best_pairs_are_taken_first() -> None:
     assert (counts.num_found, counts.num_false_positives) == (2, 0)
 
 
+def test_specks_are_counted_apart_and_finding_one_is_no_false_positive() -> None:
+    truth = mask_of("######..#", ".........", "##.......")
+    nothing = count_lesions(truth, np.zeros_like(truth), min_pixels=3)
+    assert (nothing.num_true, nothing.num_specks, nothing.num_false_positives) == (1, 2, 0)
+    prediction = mask_of("#####...#", ".........", "....###..")
+    found = count_lesions(truth, prediction, min_pixels=3)
+    assert (found.num_true, found.num_found, found.num_specks) == (1, 1, 2)
+    assert found.num_false_positives == 1
+    everything = count_lesions(truth, prediction)
+    assert (everything.num_true, everything.num_found, everything.num_specks) == (3, 2, 0)
+
+
 def test_empty_masks_have_no_lesions() -> None:
     nothing = np.zeros((3, 3), bool)
     counts = count_lesions(nothing, nothing)

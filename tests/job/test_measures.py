@@ -21,6 +21,7 @@ from job.measures import (
     nothing_predicted,
     read_case,
     summarize_cases,
+    titled_sizes,
     without_ignored,
 )
 
@@ -175,6 +176,18 @@ def test_cases_are_read_back_from_their_table(scale: Scale) -> None:
         assert read_case(row, ["mass"]) == case
 
 
+def test_specks_stay_apart_in_cases_tables_and_summary() -> None:
+    case = measure_case(LESION, EMPTY, 2, PIXELS, min_lesion=3)
+    assert case.classes[0].fn == 2  # of pixels nothing is left out
+    assert nothing_predicted(case) == case
+    (row,) = csv.DictReader(csv_table(case_columns(["mass"]), [case_cells(case)]).splitlines())
+    assert (row["lesions_mass"], row["specks_mass"]) == ("0", "1")
+    assert read_case(row, ["mass"]) == case
+    mass = summary_of(case)["classes"][0]
+    assert (mass["num_lesions"], mass["num_specks"]) == (0, 1)
+    assert mass["lesion_sensitivity"]["value"] is None
+
+
 def test_cells_fit_the_columns() -> None:
     columns = case_columns(["mass"])
     cells = dict(zip(columns, case_cells(measured(EMPTY, EMPTY)), strict=True))
@@ -201,3 +214,18 @@ def test_sweep_scores_every_threshold(num_outputs: int) -> None:
     assert rows[0.6][0] == pytest.approx(0.5)
     assert rows[0.8][0] == pytest.approx(2 / 3)
     assert rows[0.85] == (0, 0, 0, 0)
+    # A speck is no lesion, and what finds it is no false positive.
+    sweep = ThresholdSweep(["mass"], min_lesion=3)
+    sweep.add(truth, probabilities)
+    rows = {row[1]: row[2:] for row in sweep.rows()}
+    assert rows[0.6][2:] == (None, 0)
+
+
+def test_sizes_that_measure_the_same_are_shown_once() -> None:
+    network, original = summary_of(measured(LESION, LESION)), summary_of(measured(LESION, EMPTY))
+    assert titled_sizes({"network": network, "original": dict(network)}) == [
+        ("original size, which is the network's", network)
+    ]
+    titles = [title for title, _ in titled_sizes({"network": network, "original": original})]
+    assert titles == ["network size", "original size"]
+    assert titled_sizes({}) == []

@@ -37,7 +37,7 @@ def test_fit_keeps_lesions_and_drops_specks() -> None:
 
 def test_fit_drops_nothing_where_that_is_best() -> None:
     tally = RegionTally(["mass"])
-    tally.add(case((0, 0, 2)), case((0, 0, 2)))
+    tally.add(case((0, 0, 7)), case((0, 0, 7)))
     (fit,) = tally.fit()
     assert (fit.min_pixels, fit.dice_before, fit.dice) == (0, 1.0, 1.0)
 
@@ -102,3 +102,46 @@ def test_sizes_are_read_for_the_same_weights_only(tmp_path: Path) -> None:
     store.put(FILE_NAME, b"{}")
     with pytest.raises(ContentError, match="damaged"):
         read_min_pixels(store, members, "none", 8)
+
+
+def test_fit_is_not_above_the_true_lesions() -> None:
+    # Two cases gain by a size above the lesions of a third, which are small and badly hit.
+    tally = RegionTally(["mass"])
+    for _ in range(2):
+        tally.add(case((0, 0, 20)), case((0, 0, 20), (4, 0, 12)))
+    tally.add(case((0, 0, 9)), case((0, 6, 12)))
+    (fit,) = tally.fit()
+    assert fit.min_pixels <= 9
+    assert fit.dice is not None
+    assert fit.dice_before is not None
+    assert fit.dice >= fit.dice_before
+
+
+def test_one_slip_of_many_lesions_does_not_forbid_a_size() -> None:
+    tally = RegionTally(["mass"])
+    for index in range(42):
+        slip = ((6, 26, 32),) if index == 0 else ()
+        tally.add(case((0, 0, 20), *slip), case((0, 0, 20), (4, 0, 9)))
+    (fit,) = tally.fit()
+    assert fit.min_pixels == 10
+    (line,) = tally.describe([fit])
+    assert line.startswith("mass: predicted regions of fewer than 10 pixels go; Dice on valid 0.")
+    assert line.endswith("of 43 lesions there 1 are so small")
+
+
+def test_specks_of_the_truth_do_not_forbid_a_size() -> None:
+    tally = RegionTally(["mass"])
+    for _ in range(3):
+        tally.add(case((0, 0, 20), (6, 30, 31)), case((0, 0, 20), (4, 0, 9)))
+    (fit,) = tally.fit()
+    assert fit.min_pixels == 10
+    (line,) = tally.describe([fit])
+    assert line.endswith("of 3 lesions there 0 are so small")
+
+
+def test_no_size_is_fitted_where_no_lesion_tells_how_small_they_are() -> None:
+    tally = RegionTally(["mass"])
+    tally.add(case(), case((2, 5, 8)))
+    (fit,) = tally.fit()
+    assert fit.min_pixels == 0
+    assert tally.describe([fit]) == ["mass: every region stays (Dice on valid 0.0000)"]

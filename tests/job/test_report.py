@@ -72,14 +72,20 @@ def test_page_shows_what_the_run_has_stored(trained_run: Path) -> None:
         f"{mass['dice_mean']['low']:.4f} to {mass['dice_mean']['high']:.4f}",
         f"{mass['hd95_px']['all_background']:.4f}",  # the diagonal of 32x32 pixels
         "no groups were given",
+        "an IoU of at least 0.1, one region for one lesion",
+        "True regions of fewer than 6 pixels of the network's size are specks",
+        "Missed whole: the case has the class and nothing of it was predicted",
         "Status: finished",
-        "0 restart(s)",
+        "0 restarts.",
         "disc-",
         "learning_rate: 0.003",  # the config
         "tensorflow",  # the environment
     ):
         assert text in words, text
     assert f"{32 * 2**0.5:.4f}" in words
+    # The pictures are as large as the network's: one table says it.
+    assert words.count("which is the network's") == 1
+    assert "At network size" not in words
 
 
 def test_page_lists_failures_worst_first(own_run: Path) -> None:
@@ -107,7 +113,7 @@ def test_page_tells_of_restarts_and_stalls(own_run: Path) -> None:
     (own_run / "stacks").mkdir()
     (own_run / "stacks" / "host-1-rank-0.txt").write_text("stood still")
     words = page_of(own_run).words
-    assert "1 restart(s)" in words
+    assert "1 restart." in words
     assert "killed or stopped before the next attempt" in words
     assert "checkpoints/step-00000012/a1" in words
     assert "stacks/host-1-rank-0.txt" in words

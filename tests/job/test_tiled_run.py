@@ -209,7 +209,7 @@ def test_ensemble_of_a_run_with_itself_is_that_run(own_tiled_run: Path, tmp_path
 
 
 def test_small_regions_are_fitted_on_valid_and_used_by_infer(
-    own_tiled_run: Path, tiled_run: Path, tmp_path: Path
+    own_tiled_run: Path, tiled_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     summary, folder = evaluate(own_tiled_run, remove_small_regions=True)
     found = json.loads((folder / "small_regions.json").read_text())
@@ -232,9 +232,16 @@ def test_small_regions_are_fitted_on_valid_and_used_by_infer(
         other = InferConfig(**config, **options, small_regions=str(folder))
         with pytest.raises(UsageError, match=words):
             infer(str(own_tiled_run), images, str(tmp_path / "other"), other)
-    # An evaluation without it leaves no size behind that it did not use.
-    evaluate(own_tiled_run)
-    assert not (folder / "small_regions.json").exists()
+    # An evaluation without it keeps the fit, and says what goes and what stays.
+    fit = (folder / "small_regions.json").read_bytes()
+    caplog.clear()
+    with caplog.at_level("INFO", logger="job.evaluate"):
+        assert evaluate(own_tiled_run)[0]["prediction"]["small_regions"] is None
+    assert (folder / "small_regions.json").read_bytes() == fit
+    assert [record.message for record in caplog.records] == [
+        f"replacing the evaluation in {folder} (--output puts it elsewhere); "
+        "small_regions.json stays"
+    ]
 
 
 def test_infer_slides_over_large_pictures_of_any_run(trained_run: Path, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_cluster_infers_from_a_bucket(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpus-per-worker=1"], "workers of 1 CPUs, 1 GPUs each were asked for"),
+        (["--gpus-per-worker=1"], "worker of 1 CPU, 1 GPU each, and the cluster has room for"),
         (["--num-workers=3"], "and the cluster has room for 2: "),
         (["--gpus-per-worker=2"], "gpus_per_worker=2"),
     ],
