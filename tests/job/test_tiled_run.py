@@ -225,6 +225,14 @@ def test_small_regions_are_fitted_on_valid_and_used_by_infer(
         infer(str(own_tiled_run), images, str(tmp_path / name), InferConfig(**config, **options))
         masks = [np.asarray(Image.open(p)) for p in sorted((tmp_path / name).glob("*.png"))]
         assert any(mask.any() for mask in masks) == (name == "all")
+        record = json.loads((tmp_path / name / "inference.json").read_text())
+        assert record["overlap"] == TILE // 2  # though nobody named it
+        assert record.get("min_pixels") == (None if name == "all" else [SIDE * SIDE])
+    # Masks by other sizes are not continued, though these lie in the same place.
+    found["classes"][0]["min_pixels"] = 0
+    (folder / "small_regions.json").write_text(json.dumps(found))
+    with pytest.raises(UsageError, match="masks made with another min_pixels"):
+        infer(str(own_tiled_run), images, str(tmp_path / "none"), InferConfig(**config, **options))
     for options, words in (
         ({"flips": "both"}, "fitted for flips none, not both"),
         ({"overlap": 8}, "fitted for overlap 16, not 8"),
