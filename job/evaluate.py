@@ -48,6 +48,7 @@ from job.measures import (
     ThresholdSweep,
     case_cells,
     case_columns,
+    checkpoint_words,
     lesion_words,
     measure_case,
     measure_rows,
@@ -70,7 +71,8 @@ from job.predict import (
     without_small,
 )
 from job.regions import FILE_NAME, ClassFit, RegionTally, fit_record
-from job.trained import TrainedRun, load_member, open_alike
+from job.run import read_commit, standing
+from job.trained import Member, TrainedRun, load_member, open_alike
 
 logger = logging.getLogger(__name__)
 
@@ -484,7 +486,10 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{summary['split']}: {counted(summary['num_cases'], 'case')}")
+    used = summary.get("checkpoint")
+    weights = f", {checkpoint_words(used)}" if used else ""
+    cases = counted(summary["num_cases"], "case")
+    table = Table(title=f"{summary['split']} split: {cases}{weights}")
     table.add_column("foreground")
     baseline = summary["all_background"]["foreground_mean"]
     columns = {
@@ -582,6 +587,8 @@ def evaluate_run(
     evaluator = replace(
         make_evaluator(settings, strategy, dataset, network), is_by_tile=config.tiles_as_pictures
     )
+    used = _checkpoint_used(config.checkpoint, [member for _, member in loaded])
+    _tell_checkpoint(run.store, used)
     _tell_replaced(target, keeps_fit=not config.remove_small_regions)
     way: dict[str, Any] = {
         "runs": [asdict(member) for _, member in loaded],
@@ -596,8 +603,21 @@ def evaluate_run(
         evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in fits))
     reader = _reader_of(dataset, split, settings)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
-    evaluation.summary["prediction"] = way
+    evaluation.summary.update(checkpoint=used, prediction=way)
     return evaluation, write_evaluation(target, evaluation, evaluator)
+
+
+def _checkpoint_used(which: str, members: Sequence[Member]) -> dict[str, Any]:
+    commits = [read_commit(open_store(each.run), each.checkpoint) for each in members]
+    return {"which": which, "epochs": [commit.epoch for commit in commits]}
+
+
+def _tell_checkpoint(run: Store, used: Mapping[str, Any]) -> None:
+    stands = {
+        "stopped": "; the run was stopped before its end",
+        "open": "; the run is not over: it is being trained, or its process was killed",
+    }
+    logger.info("evaluating %s%s", checkpoint_words(used), stands.get(standing(run), ""))
 
 
 def _target(run: TrainedRun, config: EvaluateConfig) -> Store:

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.words import counted
 from job.bootstrap import LEVEL, NUM_DRAWS, SEED, interval, ratio
 from job.lesions import MIN_IOU, MIN_PIXELS, LesionCounts, count_lesions
 from job.surface import Spacing, contour_distances, hausdorff, surface_dice
@@ -413,3 +414,10 @@ def lesion_words(size: Mapping[str, Any]) -> str:
         "pixels of the network's size are specks: they are no lesions, and what finds one is no "
         "false positive."
     )
+
+
+def checkpoint_words(used: Mapping[str, Any]) -> str:
+    """Returns which weights were evaluated: those of one run, or of several together."""
+    epochs = " and ".join(counted(each, "epoch") for each in used["epochs"])
+    noun = "checkpoint" if len(used["epochs"]) == 1 else "checkpoints"
+    return f"the {used['which']} {noun}, after {epochs}"

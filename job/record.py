@@ -32,6 +32,7 @@ from data_prep.schema import MANIFEST_NAME
 from data_prep.settings import write_yaml
 from data_prep.storage import NotFound, open_store
 from data_prep.table import csv_table
+from data_prep.words import counted
 from job import checkpoint, plots
 from job.config import TrainConfig
 from job.data import Dataset, RecordReader
@@ -90,8 +91,11 @@ class Recorder:
             checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
             checkpoint.read_optimizer(self.optimizer, members[checkpoint.OPTIMIZER_NAME])
             values = checkpoint.read_state(members[checkpoint.STATE_NAME])
-        logger.info("resuming from %s", commit.prefix)
         state = TrainState(**values)
+        logger.info(
+            "resuming from %s, after %s and %s of the next",
+            *(commit.prefix, counted(state.epoch, "epoch"), counted(state.step_in_epoch, "step")),
+        )
         self.write_tables(state)
         self._rewrite_events(state)
         return values
@@ -177,10 +181,10 @@ class Recorder:
                 unit = "loss" if "loss" in stem else "value"
                 self._put(f"metrics/{stem}.png", plots.curve_png(stem, epochs, series, unit))
 
-    def read_best(self, state: TrainState) -> None:
-        """Reads the weights of the best checkpoint into the model; the newest where it is damaged.
+    def read_best(self, state: TrainState) -> bool:
+        """Reads the weights of the best checkpoint into the model.
 
-        `state.best` must be set.
+        Returns whether it could: where it is damaged, the newest stay. `state.best` must be set.
         """
         self.flush()
         assert state.best is not None  # noqa: S101 - the caller's promise
@@ -193,13 +197,20 @@ class Recorder:
                 )
             except (ContentError, NotFound) as error:
                 logger.warning("the best checkpoint is damaged, the newest is evaluated: %s", error)
-                return
+                return False
             checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
+        return True
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Stores the evaluation of a split."""
         target = evaluation_folder(self.run.store, evaluation.split.name)
         self.outbox.post(lambda: write_evaluation(target, evaluation, self.evaluator))
+
+    def write_stop(self, state: TrainState) -> None:
+        """Stores that this attempt was stopped, after all that was posted before."""
+        place = {"epoch": state.epoch + 1, "step": state.step_in_epoch}
+        self.outbox.post(lambda: self.run.note_end("stopped", **place))
+        self.flush()
 
     def write_outcome(self, status: str, exit_code: int, details: Mapping[str, Any]) -> None:
         """Stores how the run ended, after all that was posted before."""

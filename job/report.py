@@ -25,14 +25,15 @@ from data_prep.progress import quiet_interrupts
 from data_prep.storage import NotFound, Store, join_url, open_store
 from data_prep.words import counted
 from job.folds import SUMMARY_NAME
-from job.measures import lesion_words, measure_rows, titled_sizes
-from job.run import LEASE_NAME, OUTCOME_NAME
+from job.measures import checkpoint_words, lesion_words, measure_rows, titled_sizes
+from job.run import LEASE_NAME, OUTCOME_NAME, read_ends, standing
 from job.watchdog import STACKS_FOLDER
 
 REPORT_NAME = "report.html"
 
 _FAILED_DICE = 0.5  # a case below is listed as a failure
 _MAX_FAILURES = 100
+_STANDINGS = {"open": "not finished", "stopped": "stopped before its end"}
 _LESION_COUNTS = ("lesions", "lesions_found", "false_positives", "specks")
 _PICTURE_SIDE = 640  # pixels; pictures of cases are made smaller, so that the page stays small
 _JPEG_QUALITY = 85
@@ -75,9 +76,14 @@ def write_report(store: Store) -> str:
     return join_url(store.url, REPORT_NAME)
 
 
+def read_summary(store: Store) -> dict[str, Any] | None:
+    """Returns the newest evaluation of a run's test split, None where there is none."""
+    return _json(store, "evaluation/summary.json")
+
+
 def render(store: Store) -> str:
     """Returns the page of the run in `store`; the same files give the same page."""
-    summary = _json(store, "evaluation/summary.json")
+    summary = read_summary(store)
     parts = [
         _headline(store, summary),
         _section("Metrics", _metrics(store, summary)),
@@ -85,7 +91,7 @@ def render(store: Store) -> str:
         _section("Failures", _failures(store)),
         _section("Curves", _curves(store)),
         _section("Dataset", _dataset(store)),
-        _section("What was killed and resumed", _attempts(store)),
+        _section("What was stopped or killed, and resumed", _attempts(store)),
         _section("Environment", _environment(store)),
         _section("Config", f"<pre>{_text(_read(store, 'config.yaml') or '')}</pre>"),
     ]
@@ -137,16 +143,22 @@ def _page(store: Store, parts: Sequence[str]) -> str:
 
 
 def _headline(store: Store, summary: Mapping[str, Any] | None) -> str:
-    outcome = _json(store, OUTCOME_NAME)
-    status = outcome["status"] if outcome else "not finished"
+    stands = standing(store)
+    status = _STANDINGS.get(stands, stands)
     if summary is None:
         return f"<p>Status: {_text(status)}.</p>"
     mean, nothing = summary["foreground_mean"], summary["all_background"]["foreground_mean"]
     return (
         f"<p>Status: {_text(status)}. Foreground Dice <b>{_number(mean['dice'])}</b> over "
         f"{counted(summary['num_cases'], 'case')} of the {_text(summary['split'])} split, mean "
-        f"over cases (an all-background prediction: {_number(nothing['dice'])}).</p>"
+        f"over cases{_weights(summary)} (an all-background prediction: "
+        f"{_number(nothing['dice'])}).</p>"
     )
+
+
+def _weights(summary: Mapping[str, Any]) -> str:
+    used = summary.get("checkpoint")
+    return f", by {checkpoint_words(used)}" if used else ""
 
 
 def _metrics(store: Store, summary: Mapping[str, Any] | None) -> str:
@@ -363,14 +375,21 @@ def _attempts(store: Store) -> str:
     lease = _json(store, LEASE_NAME)
     if lease is None:
         return _missing(LEASE_NAME, "training writes it when it starts")
-    bases = {int(attempt): base for attempt, base in lease["bases"].items()}
-    outcome = _json(store, OUTCOME_NAME)
+    outcome, ends = _json(store, OUTCOME_NAME), read_ends(store)
+    bases = {
+        int(attempt): base
+        for attempt, base in lease["bases"].items()
+        # These trained nothing: a launcher's look, a command that found the run over.
+        if ends.get(int(attempt), {}).get("end") != "looked"
+        and not (outcome and int(attempt) > outcome["attempt"])
+    }
+    last = max(bases, default=0)
     rows = [
-        (attempt, base or "the beginning", _end_of(attempt, max(bases), outcome))
+        (attempt, base or "the beginning", _end_of(attempt, last, outcome, ends.get(attempt)))
         for attempt, base in sorted(bases.items())
     ]
     stacks = [stat.name for stat in store.list(f"{STACKS_FOLDER}/")]
-    told = f"<p>{counted(len(bases) - 1, 'restart')}.</p>"
+    told = f"<p>{counted(max(len(bases) - 1, 0), 'restart')}.</p>"
     told += _table(("attempt", "began from", "end"), rows)
     if stacks:
         told += (
@@ -379,9 +398,13 @@ def _attempts(store: Store) -> str:
     return told
 
 
-def _end_of(attempt: int, last: int, outcome: Mapping[str, Any] | None) -> str:
+def _end_of(
+    attempt: int, last: int, outcome: Mapping[str, Any] | None, end: Mapping[str, Any] | None
+) -> str:
+    if end is not None:
+        return f"stopped and saved at epoch {end['epoch']}, step {end['step']}"
     if attempt < last:
-        return "killed or stopped before the next attempt"
+        return "killed, or ended by an error"
     return str(outcome["status"]) if outcome else "not over"
 
 

@@ -47,12 +47,16 @@ LOCK_NAME = ".lock"
 IDENTITY_NAME = "identity.json"
 OUTCOME_NAME = "outcome.json"
 COMMIT_NAME = "COMMIT.json"
+ENDS_FOLDER = "attempts"  # how an attempt ended that did not end the run
 MAX_RECORD_BYTES = 1 << 20
 MAX_MEMBERS = 64
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]{0,127}")
 _FOLDER = re.compile(r"(checkpoints/step-(\d{8,18})/a(\d{1,9}))/([^/]+)")
 
 R = TypeVar("R", bound=Settings)
+
+End = Literal["stopped", "looked"]  # a stop that saved; a launcher that saw what there is to do
+Standing = Literal["finished", "diverged", "stopped", "open"]
 
 
 @dataclass(frozen=True)
@@ -271,7 +275,7 @@ class Run:
 
     def read_identity(self) -> dict[str, Any] | None:
         """Returns `config` and `dataset_digest` of the first attempt, None before it."""
-        identity: dict[str, Any] | None = self._read_json(IDENTITY_NAME)
+        identity: dict[str, Any] | None = _read_json(self.store, IDENTITY_NAME)
         return identity
 
     def commit(
@@ -372,7 +376,7 @@ class Run:
 
     def read_outcome(self) -> dict[str, Any] | None:
         """Returns how the run ended (`status`, `exit_code` and more), None while it has not."""
-        outcome: dict[str, Any] | None = self._read_json(OUTCOME_NAME)
+        outcome: dict[str, Any] | None = _read_json(self.store, OUTCOME_NAME)
         return outcome
 
     def write_outcome(self, status: str, exit_code: int, **details: Any) -> None:
@@ -389,6 +393,11 @@ class Run:
         """Opens an ended run again, for example because it may now train longer."""
         self._ownership.confirm()
         self.store.delete(OUTCOME_NAME)
+
+    def note_end(self, how: End, **details: Any) -> None:
+        """Writes down how this attempt ends where the run does not; a killed one leaves nothing."""
+        text = json.dumps({"end": how, **details}) + "\n"
+        self.put_text(f"{ENDS_FOLDER}/{self.attempt}.json", text)
 
     def _record(
         self, step: int, epoch: int, members: Mapping[str, str], state: Mapping[str, Any]
@@ -421,13 +430,19 @@ class Run:
         for stat in sorted(stats, key=lambda stat: not stat.name.endswith(f"/{COMMIT_NAME}")):
             self.store.delete(stat.name)
 
-    def _read_json(self, name: str) -> Any:
-        try:
-            return json.loads(self.store.get(name))
-        except NotFound:
-            return None
-        except ValueError as error:
-            raise ContentError(f"{self.url}/{name}: not valid JSON: {error}") from error
+
+def _read_json(store: Store, name: str) -> Any:
+    """Returns what an object holds, None where there is none.
+
+    Raises:
+        ContentError: it is not JSON.
+    """
+    try:
+        return json.loads(store.get(name))
+    except NotFound:
+        return None
+    except ValueError as error:
+        raise ContentError(f"{store.url}/{name}: not valid JSON: {error}") from error
 
 
 def checked_run_name(name: str) -> str:
@@ -439,6 +454,42 @@ def checked_run_name(name: str) -> str:
     if not RUN_NAME.fullmatch(name):
         raise UsageError(f"run name {name!r} is not allowed; use {RUN_NAME_RULE}")
     return name
+
+
+def read_ends(store: Store) -> dict[int, dict[str, Any]]:
+    """Returns what `Run.note_end` wrote, by attempt."""
+    ends = {}
+    for stat in store.list(f"{ENDS_FOLDER}/"):
+        stem = stat.name.removeprefix(f"{ENDS_FOLDER}/").removesuffix(".json")
+        if stem.isdecimal():
+            ends[int(stem)] = _read_json(store, stat.name) or {}
+    return ends
+
+
+def standing(store: Store) -> Standing:
+    """Returns where the run in `store` stands, without owning it.
+
+    "open" is one that is being trained, or whose process was killed: from outside they look alike.
+    """
+    outcome = _read_json(store, OUTCOME_NAME)
+    if outcome is not None:
+        status: Standing = outcome["status"]
+        return status
+    found = _read_lease(store)
+    attempt = found[0].attempt if found else 0
+    ends = {n: each.get("end") for n, each in read_ends(store).items()}
+    while ends.get(attempt) == "looked":
+        attempt -= 1
+    return "stopped" if ends.get(attempt) == "stopped" else "open"
+
+
+def read_commit(store: Store, prefix: str) -> Commit:
+    """Returns the commit in the folder `prefix`.
+
+    Raises:
+        ContentError, NotFound: its record is damaged or missing.
+    """
+    return _commit_of(_read_record(store, f"{prefix}/{COMMIT_NAME}", CommitRecord), prefix)
 
 
 def commit_prefix(step: int, attempt: int) -> str:

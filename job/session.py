@@ -190,7 +190,7 @@ class Session:
         def store() -> None:
             if self.recorder is not None:
                 self.recorder.save(state)
-                self.recorder.flush()
+                self.recorder.write_stop(state)
 
         self.team.on_first(store)
         return StoppedError(
@@ -220,14 +220,20 @@ class Session:
         if state.best is None or "test" not in self.dataset.splits:
             return None
         recorder = self.recorder
-        self.team.on_first(lambda: recorder.read_best(state) if recorder else None)
+        is_best = self.team.on_first(lambda: recorder.read_best(state) if recorder else None)
         self.team.share(self.model.weights)
         try:
-            return self._evaluate("test", should_stop, measured=True)
+            evaluation = self._evaluate("test", should_stop, measured=True)
         except StoppedError:
             # It may be trouble that stopped it, and the first process knows.
-            self.team.on_first(lambda: recorder.flush() if recorder else None)
+            self.team.on_first(lambda: recorder.write_stop(state) if recorder else None)
             raise
+        epochs = state.best["epoch"] + 1 if is_best else state.epoch
+        evaluation.summary["checkpoint"] = {
+            "which": "best" if is_best else "last",
+            "epochs": [epochs],
+        }
+        return evaluation
 
     def end_finished(self, state: TrainState, evaluation: Evaluation | None) -> dict[str, Any]:
         """Stores the evaluation of the test split, ends the run, returns the outcome.

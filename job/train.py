@@ -29,7 +29,7 @@ from job.evaluate import show_summary
 from job.fit import check_fit
 from job.folds import cross_validate, open_folded, own_process, show_folds
 from job.predict import Alive, not_told
-from job.report import write_report
+from job.report import read_summary, write_report
 from job.run import Run, checked_run_name, differences
 from job.state import TrainState
 from job.team import Place, Team, meet, place_from_environment
@@ -41,6 +41,12 @@ T = TypeVar("T")
 
 _RETRY_S = 60.0
 _STORING = "storing the end"
+# Phases that take long and show nothing themselves, and what is said of them.
+_SHOWN_PHASES = {
+    "building the network": "building the network",
+    "filling the cache": "filling the cache",
+    "evaluation": "evaluating the test split with the best checkpoint",
+}
 _LAST_WORDS_S = 5.0  # for the stacks of a process that ends itself
 
 # Called with {"event": "phase", "name", "needs_peers"} before every part of the work, after every
@@ -98,6 +104,7 @@ def train_and_evaluate(
     outcome = team.on_first(lambda: earlier_outcome(config, run, dataset.digest))
     if outcome is not None:
         return outcome
+    begin("building the network")
     from job.session import open_session
 
     begin("opening the session")
@@ -415,6 +422,7 @@ class Display:
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self._progress: Progress | None = None
+        self._phase = ""
 
     def __enter__(self) -> "Display":
         load_bar()  # while no other thread imports anything
@@ -425,7 +433,13 @@ class Display:
             self._progress.__exit__(*error)
 
     def report(self, event: Mapping[str, Any]) -> None:
-        """Shows a step or an epoch; the first step of a process opens the bar."""
+        """Shows a step, an epoch, or what takes long without either.
+
+        The first step of a process opens the bar.
+        """
+        if event["event"] == "phase":
+            self._show_phase(event["name"])
+            return
         if self._progress is None and event["event"] == "step":
             self._progress = self._open(event)
         if self._progress is None:
@@ -435,6 +449,20 @@ class Display:
             self._progress.advance(event["num_images"], note)
         elif event["event"] == "epoch":
             self._progress.line(_epoch_line(event))
+
+    def _show_phase(self, name: str) -> None:
+        """Says what is done where else nothing would be seen for long."""
+        if name.startswith("epoch ") and self._progress is None:
+            text = f"compiling the first step of {name}"
+        elif name in _SHOWN_PHASES and name != self._phase:
+            text = _SHOWN_PHASES[name]
+        else:
+            return
+        self._phase = name
+        if self._progress is not None:
+            self._progress.line(text)
+        elif self._config.progress:
+            logger.info("%s", text)
 
     def _open(self, event: Mapping[str, Any]) -> Progress:
         done = (event["step"] - 1) * self._config.global_batch_size
@@ -617,12 +645,21 @@ def command(
     outcome = run_in_cluster(config, place) if place else run_local(config)
     if place and place.rank > 0:
         return 0
-    url = join_url(config.output, str(config.name))
-    if outcome["evaluation"]:
-        show_summary(outcome["evaluation"])
-    click.echo(f"run: {url}")
-    click.echo(f"report: {write_report(open_store(url))}")
+    show_end(outcome, join_url(config.output, str(config.name)))
     return 0
+
+
+def show_end(outcome: Mapping[str, Any], url: str) -> None:
+    """Prints the newest evaluation of the test split, as the report shows it, and where all is.
+
+    That is not always the one that ended training: `evaluate` may have replaced it since.
+    """
+    store = open_store(url)
+    summary = read_summary(store) or outcome["evaluation"]
+    if summary:
+        show_summary(summary)
+    click.echo(f"run: {url}")
+    click.echo(f"report: {write_report(store)}")
 
 
 def _cross_validate(config: TrainConfig, place: Place | None) -> int:

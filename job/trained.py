@@ -15,7 +15,15 @@ from data_prep.settings import read_yaml, validated
 from data_prep.storage import NotFound, Store, open_store
 from job.config import TrainConfig
 from job.fit import image_shape, num_outputs
-from job.run import COMMIT_NAME, Place, commit_prefix, fetch_commit, fetch_newest, find_commits
+from job.run import (
+    COMMIT_NAME,
+    Place,
+    commit_prefix,
+    fetch_commit,
+    fetch_newest,
+    find_commits,
+    standing,
+)
 
 
 @dataclass(frozen=True)
@@ -171,7 +179,14 @@ def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dic
 
 
 def _no_checkpoint(store: Store) -> UsageError:
-    return UsageError(f"{store.url}: no checkpoint yet; wait for the first epoch to end")
+    remedies = {
+        "diverged": "it diverged; start a run of another name",
+        "stopped": "it was stopped before it had one; the same train command goes on",
+        "open": "wait for the first epoch to end, or, where its process is dead, train it again by "
+        "the same command",
+    }
+    remedy = remedies.get(standing(store), "its checkpoints were deleted")
+    return UsageError(f"{store.url}: no checkpoint yet; {remedy}")
 
 
 def model_for(config: TrainConfig, manifest: Manifest) -> Any:

@@ -27,7 +27,6 @@ from data_prep.settings import Settings, option, validated
 from data_prep.storage import join_url, open_store
 from data_prep.words import counted
 from job.config import TrainConfig
-from job.evaluate import show_summary
 from job.fit import check_fit
 from job.folds import cross_validate, open_folded, own_process, show_folds
 from job.report import write_report
@@ -39,6 +38,7 @@ from job.train import (
     prep_flags,
     resolve_config,
     run_member,
+    show_end,
     stop_signals,
     stored_precision,
 )
@@ -376,11 +376,14 @@ def _outcome_so_far(config: TrainConfig, digest: str, launch_id: str) -> dict[st
     """
     with Run.open(config.output, str(config.name), launch=launch_id) as run:
         precision = stored_precision(run)
-        if precision is None:
-            return None
-        if config.precision == "auto":
-            config = config.model_copy(update={"precision": precision})
-        return earlier_outcome(config, run, digest)
+        outcome = None
+        if precision is not None:
+            if config.precision == "auto":
+                config = config.model_copy(update={"precision": precision})
+            outcome = earlier_outcome(config, run, digest)
+        if outcome is None:
+            run.note_end("looked")
+        return outcome
 
 
 def _sized(config: TrainConfig, settings: LaunchConfig) -> LaunchConfig:
@@ -483,7 +486,10 @@ def _run_group(
             thread.join(_TICK_S)
             if should_stop():
                 board.wish.remote(_STOPPED)
+            num_before = len(group.nodes)
             _look(group, display)
+            if num_before < settings.num_workers == len(group.nodes):
+                logger.info("all workers have started; they load TensorFlow")
             if len(group.nodes) < settings.num_workers and not group.ends:
                 if should_stop():
                     raise _stopped_at_start()
@@ -608,11 +614,7 @@ def command(file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any)
     config = _absolute(resolve_config(given(options), file, prep_options))
     if config.folds is not None and config.fold is None:
         return _cross_validate(config, settings)
-    outcome = launch(config, settings)
-    if outcome["evaluation"]:
-        show_summary(outcome["evaluation"])
-    click.echo(f"run: {_url(config)}")
-    click.echo(f"report: {write_report(open_store(_url(config)))}")
+    show_end(launch(config, settings), _url(config))
     return 0
 
 

@@ -31,6 +31,7 @@ from job.optimizer import Adam
 from job.pictures import Picture
 from job.run import Run
 from job.step import network_of
+from job.train import show_end
 from job.trained import fetch_checkpoint, load_model, open_trained
 from tests.job.discs import prepare_discs
 
@@ -247,6 +248,27 @@ def test_evaluate_takes_the_last_weights_when_told(own_run: Path, tmp_path: Path
     assert summary["foreground_mean"]["dice"] == 0
     assert summary["loss"] is None
     assert math.isnan(float((folder / "evaluation.csv").read_text().splitlines()[0].split(",")[1]))
+
+
+def test_evaluate_says_which_checkpoint_it_took(
+    own_run: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = json.loads((own_run / "outcome.json").read_text())
+    best = outcome["best"]["epoch"] + 1
+    assert outcome["evaluation"]["checkpoint"] == {"which": "best", "epochs": [best]}
+    caplog.set_level("INFO")
+    summary = summary_of(Path(evaluate(own_run, checkpoint="last")))
+    assert summary["checkpoint"] == {"which": "last", "epochs": [5]}
+    assert caplog.messages[0] == "evaluating the last checkpoint, after 5 epochs"
+    # A later `train` shows this one too, as the report does.
+    show_end(outcome, str(own_run))
+    printed = capsys.readouterr().out
+    assert "test split: 4 cases, the last checkpoint" in " ".join(printed.split())
+    assert "by the last checkpoint, after 5 epochs" in (own_run / "report.html").read_text()
+    (own_run / "outcome.json").unlink()
+    caplog.clear()
+    evaluate(own_run)
+    assert "it is being trained, or its process was killed" in caplog.messages[0]
 
 
 def commit_weights_of_nan(folder: Path, staging: Path) -> None:

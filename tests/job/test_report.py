@@ -108,13 +108,22 @@ def test_page_lists_failures_worst_first(own_run: Path) -> None:
 
 def test_page_tells_of_restarts_and_stalls(own_run: Path) -> None:
     lease = json.loads((own_run / "lease.json").read_text())
-    lease["bases"] = {"1": None, "2": "checkpoints/step-00000012/a1"}
+    base = "checkpoints/step-00000012/a1"
+    # A stop, a launcher's look, a kill, the end, and a command that found the run over.
+    lease["bases"] = {"1": None, "2": base, "3": base, "4": base, "5": base}
     (own_run / "lease.json").write_text(json.dumps(lease))
+    outcome = json.loads((own_run / "outcome.json").read_text())
+    (own_run / "outcome.json").write_text(json.dumps(outcome | {"attempt": 4}))
+    (own_run / "attempts").mkdir()
+    stop = {"end": "stopped", "epoch": 2, "step": 7}
+    (own_run / "attempts" / "1.json").write_text(json.dumps(stop))
+    (own_run / "attempts" / "2.json").write_text('{"end": "looked"}')
     (own_run / "stacks").mkdir()
     (own_run / "stacks" / "host-1-rank-0.txt").write_text("stood still")
     words = page_of(own_run).words
-    assert "1 restart." in words
-    assert "killed or stopped before the next attempt" in words
+    assert "2 restarts." in words
+    assert words.count("stopped and saved at epoch 2, step 7") == 1
+    assert words.count("killed, or ended by an error") == 1
     assert "checkpoints/step-00000012/a1" in words
     assert "stacks/host-1-rank-0.txt" in words
 

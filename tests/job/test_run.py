@@ -23,6 +23,8 @@ from job.run import (
     commit_prefix,
     fetch_commit,
     find_commits,
+    read_ends,
+    standing,
 )
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -84,6 +86,24 @@ def test_commit_is_restored_by_the_next_attempt(tmp_path: Path, by_lease: bool) 
         assert restored[0] == made == Commit(20, 1, 2, made.prefix, {"step": 20})
         assert commit(run, tmp_path, 30).prefix == "checkpoints/step-00000030/a2"
         assert restored_step(run, tmp_path) == 30
+
+
+def test_a_run_stands_where_its_newest_attempt_left_it(tmp_path: Path, by_lease: bool) -> None:
+    store = open_store(str(tmp_path / "run"))
+    assert standing(store) == "open"
+    with Run.own(store, by_lease=by_lease) as run:
+        run.note_end("looked")
+    assert standing(store) == "open"
+    with Run.own(store, by_lease=by_lease) as run:
+        run.note_end("stopped", epoch=1, step=3)
+    with Run.own(store, by_lease=by_lease) as run:
+        run.note_end("looked")
+    assert standing(store) == "stopped"
+    assert read_ends(store)[2] == {"end": "stopped", "epoch": 1, "step": 3}
+    with Run.own(store, by_lease=by_lease) as run:
+        assert standing(store) == "open"
+        run.write_outcome("finished", 0)
+    assert standing(store) == "finished"
 
 
 def test_state_keeps_every_float(tmp_path: Path) -> None:

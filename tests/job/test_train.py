@@ -20,7 +20,7 @@ from data_prep.errors import DivergedError, LockedError, StoppedError, UsageErro
 from data_prep.settings import write_yaml
 from data_prep.storage import join_url, open_store
 from job.config import ModelConfig, ScheduleConfig, TrainConfig
-from job.run import LeaseTiming, Run, find_commits
+from job.run import LeaseTiming, Run, find_commits, read_ends, standing
 from job.train import resolve_config, run_name, train_and_evaluate
 from tests.job.discs import prepare_discs
 
@@ -138,9 +138,13 @@ def test_a_stop_during_validation_keeps_the_epoch(
         Run.open(again.output, str(again.name)) as run,
     ):
         train_and_evaluate(again, run, one_cpu, lambda event: None, lambda: next(asked, True))
+    store = open_store(again.output).below(str(again.name))
+    assert read_ends(store) == {1: {"end": "stopped", "epoch": 1, "step": 3}}
+    assert standing(store) == "stopped"
     _, rest = train(again, one_cpu)
     assert len(steps_of(rest)) == 3
     assert_same_history(Path(config.output), tmp_path)
+    assert standing(store) == "finished"
 
 
 def test_a_run_leaves_all_its_outputs(finished: Any) -> None:
@@ -281,8 +285,14 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
         *("--model.base-kernels", "3,3", "--model.dropout-rate", "0.1", "--augmentation.enabled"),
         *("--augmentation.deformation-probability", "0.5", "--no-tensorboard"),
     ]
-    control = subprocess.run(command(*options, "--name", "control"), capture_output=True, text=True)
+    shown = [*command(*options, "--name", "control"), "--progress"]
+    control = subprocess.run(shown, capture_output=True, text=True)
     assert control.returncode == 0, control.stderr
+    told = control.stderr.splitlines()
+    for phase in ("building the network", "filling the cache"):
+        assert told.count(phase) == 1
+    assert told.count("compiling the first step of epoch 1") == 1
+    assert told.count("evaluating the test split with the best checkpoint") == 1
 
     broken = command(*options, "--name", "broken")
     run = tmp_path / "broken"
@@ -316,7 +326,7 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
 
     last = subprocess.run(broken, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
-    assert "resuming" in last.stderr
+    assert re.search(r"resuming from \S+, after \d epochs? and \d steps?", last.stderr)
 
     expected, found = arrays_of(tmp_path / "control"), arrays_of(run)
     assert expected.keys() == found.keys()

@@ -31,7 +31,12 @@ def test_open_trained_needs_a_run(tmp_path: Path) -> None:
 def test_open_trained_needs_a_checkpoint(own_run: Path) -> None:
     for member in (own_run / "checkpoints").rglob("COMMIT.json"):
         member.unlink()
-    with pytest.raises(UsageError, match="no checkpoint yet"):
+    (own_run / "outcome.json").unlink()
+    with pytest.raises(UsageError, match=r"no checkpoint yet; wait .*train it again by the same"):
+        open_trained(str(own_run))
+    (own_run / "attempts").mkdir()
+    (own_run / "attempts" / "1.json").write_text('{"end": "stopped"}')
+    with pytest.raises(UsageError, match="no checkpoint yet; it was stopped before it had one"):
         open_trained(str(own_run))
 
 
