@@ -37,7 +37,7 @@ def main(image_size: int, batch_size: int, num_images: int, repeats: int, num_la
     tf = runtime.import_tensorflow()
     runtime.configure(TrainConfig(global_batch_size=batch_size))
     from job.infer import Chunk, InferConfig, _predict, _Predictor, find_images
-    from job.step import make_probability_step
+    from job.step import make_probability_step, network_of
     from job.trained import model_for
 
     with tempfile.TemporaryDirectory(prefix="flexunet-bench-") as folder:
@@ -50,7 +50,7 @@ def main(image_size: int, batch_size: int, num_images: int, repeats: int, num_la
             precision="float32", model=ModelConfig(num_layers=num_layers, image_channels=3)
         )
         model = model_for(config, manifest)
-        predictor = _Predictor(make_probability_step(model), manifest)
+        predictor = _Predictor(make_probability_step(network_of([model])), manifest)
         images = f"{folder}/source/images"
         names = find_images(open_store(images))
         flops = convolution_flops(model) * batch_size
@@ -62,8 +62,8 @@ def main(image_size: int, batch_size: int, num_images: int, repeats: int, num_la
             step_s.append(time.perf_counter() - started)
             rates.append(matmul_flops_per_s(tf, tf.float32))
             chunk = Chunk(
-                *("", "", "", images, f"{folder}/masks-{count}"),
-                InferConfig(batch_size=batch_size, progress=False), tuple(names),
+                (), images, f"{folder}/masks-{count}",
+                InferConfig(batch_size=batch_size, progress=False), tuple(names), (), None,
             )  # fmt: skip
             started = time.perf_counter()
             _predict(chunk, predictor, lambda: None)
