@@ -288,9 +288,8 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
     shown = [*command(*options, "--name", "control"), "--progress"]
     control = subprocess.run(shown, capture_output=True, text=True)
     assert control.returncode == 0, control.stderr
-    told = control.stderr.splitlines()
-    for phase in ("building the network", "filling the cache"):
-        assert told.count(phase) == 1
+    told = [line.strip() for line in control.stderr.splitlines()]
+    assert told.count("building the network") == 1
     assert told.count("compiling the first step of epoch 1") == 1
     assert told.count("evaluating the test split with the best checkpoint") == 1
 
