@@ -227,5 +227,5 @@ def test_gpus_that_are_not_there_are_told_at_once(tmp_path: Path, flexunet: Any)
     environment = {name: os.environ[name] for name in ("PATH",)}
     done = flexunet("launch", "train", *arguments, "--gpus-per-worker", "1", **environment)
     assert done.returncode == 2, done.stderr
-    assert "1 GPUs" in done.stderr and "0 GPUs" in done.stderr
+    assert "1 GPU each" in done.stderr and "0 GPUs" in done.stderr
     assert time.monotonic() - begin < 60
