@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import click
 import numpy as np
+from pydantic import model_validator
 
 from data_prep.command import SettingsCommand, given, run_command, settings_options
 from data_prep.errors import StoppedError, UsageError
@@ -57,12 +58,14 @@ from job.measures import (
 )
 from job.pictures import Picture, pictures_of, read_picture
 from job.predict import (
+    Alive,
     Ids,
     PredictConfig,
     Probabilities,
     area_scale,
     class_ids,
     class_ids_at_source,
+    not_told,
     probabilities_of,
     window_overlap,
     without_small,
@@ -83,6 +86,7 @@ class Measured:
     cases: dict[str, list[Case]]  # by size
     counts: np.ndarray  # (pictures, classes, 4) int64, of the masks that were measured
     sweep: ThresholdSweep  # at the network's size
+    examples: dict[str, bytes]  # PNG by name: best, middle and worst cases, as panels and overlays
 
 
 @dataclass(frozen=True)
@@ -119,23 +123,29 @@ class Evaluator:
     is_by_tile: bool = False
     min_pixels: tuple[int, ...] = ()
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether cases may be larger than the network."""
+        return self.dataset.manifest.geometry == "tile" and not self.is_by_tile
+
     def pictures_of(self, split: Split) -> tuple[Picture, ...]:
         """Returns the cases of `split`."""
         return pictures_of(split, is_by_tile=self.is_by_tile)
 
-    def predict(self, image: np.ndarray) -> Probabilities:
+    def predict(self, image: np.ndarray, alive: Alive = not_told) -> Probabilities:
         """Returns the probabilities (H, W, K) of a picture (H, W, C) of any size."""
         return probabilities_of(
             image,
             self.probabilities,
             self.dataset.manifest,
+            alive=alive,
             overlap=self.overlap,
             batch_size=max(1, self.config.global_batch_size // self.config.accumulate),
         )
 
-    def mask_of(self, image: np.ndarray) -> Ids:
+    def mask_of(self, image: np.ndarray, alive: Alive = not_told) -> Ids:
         """Returns the class ids (H, W) of a picture (H, W, C) of any size."""
-        return without_small(class_ids(self.predict(image)), self.min_pixels)
+        return without_small(class_ids(self.predict(image, alive)), self.min_pixels)
 
     def evaluate(
         self,
@@ -145,6 +155,7 @@ class Evaluator:
         measured: bool = False,
         shown: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
+        alive: Alive = not_told,
     ) -> Evaluation:
         """Returns the evaluation of every case of split `name`, with the weights as they are now.
 
@@ -155,6 +166,7 @@ class Evaluator:
             measured: also measure case by case, which predicts each case once more.
             shown: show the progress.
             should_stop: asked after every batch, and after every case that is measured.
+            alive: told of every batch of windows in which a case is predicted.
 
         Raises:
             StoppedError: `should_stop` answered yes.
@@ -184,7 +196,7 @@ class Evaluator:
         if not measured:
             counts = np.stack([samples[list(each.samples)].sum(axis=0) for each in pictures])
             return Evaluation(split, pictures, means, counts, self._summary(name, counts, means))
-        found = self._measure(name, pictures, reader, shown, should_stop)
+        found = self._measure(name, pictures, reader, shown, should_stop, alive)
         summary = self._summary(name, found.counts, means)
         groups, names = [each.group for each in pictures], foreground_names(self.dataset)
         summary["sizes"] = {
@@ -204,8 +216,9 @@ class Evaluator:
         reader: RecordReader,
         shown: bool,
         should_stop: Callable[[], bool],
+        alive: Alive,
     ) -> Measured:
-        """Returns what is measured on each case; one case at a time is in memory.
+        """Returns what is measured on each case, and some of them; one at a time is in memory.
 
         Every process of a team does all of it: the others would only wait for the first.
         """
@@ -213,21 +226,36 @@ class Evaluator:
 
         manifest = self.dataset.manifest
         cases: dict[str, list[Case]] = {size: [] for size in SIZES}
-        counts = []
+        parts = []
         sweep = ThresholdSweep(foreground_names(self.dataset), min_lesion=MIN_PIXELS)
         with Progress(f"measure {name}", len(pictures), unit="cases", shown=shown) as bar:
             for picture in bar.tracked(pictures):
                 image, truth = read_picture(reader, picture)
-                probabilities = self.predict(image)
+                probabilities = self.predict(image, alive)
                 ids = without_small(class_ids(probabilities), self.min_pixels)
                 for size, case in self._cases_of(picture, truth, probabilities, ids).items():
                     cases[size].append(case)
                 pair = truth[np.newaxis], ids[np.newaxis]
-                counts.append(confusion_counts(*pair, len(manifest.classes), manifest.ignore_id))
+                parts.append(confusion_counts(*pair, len(manifest.classes), manifest.ignore_id))
                 sweep.add(*_counted(truth, probabilities, manifest.ignore_id))
                 if should_stop():
                     raise StoppedError(f"stopped measuring {name}; the same command resumes")
-        return Measured(cases, np.concatenate(counts), sweep)
+        counts = np.concatenate(parts)
+        examples = dict(self._examples(pictures, counts, reader, alive))
+        return Measured(cases, counts, sweep, examples)
+
+    def _examples(
+        self, pictures: Sequence[Picture], counts: np.ndarray, reader: RecordReader, alive: Alive
+    ) -> Iterator[tuple[str, bytes]]:
+        from job import plots
+
+        classes = self.dataset.manifest.classes
+        for name, index, dice in _example_cases(counts):
+            image, truth = read_picture(reader, pictures[index])
+            prediction = self.mask_of(image, alive)
+            title = plots.panel_title(pictures[index].filename, dice)
+            yield f"examples/{name}", plots.panel_png(image, truth, prediction, classes, title)
+            yield f"overlays/{name}", plots.overlay_png(image, prediction, classes, truth)
 
     def _cases_of(
         self, picture: Picture, truth: np.ndarray, probabilities: np.ndarray, ids: np.ndarray
@@ -347,14 +375,11 @@ def evaluation_folder(run: Store, split: str) -> Store:
     return run.below("evaluation" if split == "test" else f"evaluation/{split}")
 
 
-def write_evaluation(
-    target: Store, evaluation: Evaluation, evaluator: Evaluator, reader: RecordReader
-) -> str:
+def write_evaluation(target: Store, evaluation: Evaluation, evaluator: Evaluator) -> str:
     """Writes the tables, the summary and pictures of best, middle and worst cases of a split.
 
     Args:
         target: the folder, see `evaluation_folder`.
-        reader: of that split.
 
     Returns:
         The URL of the folder.
@@ -362,7 +387,7 @@ def write_evaluation(
     means = evaluation.means
     loss, metric = evaluator.config.loss.name, next(iter(evaluator.metrics), "")
     table = evaluation_csv(loss, means["loss"], metric, means.get(metric, math.nan))
-    pictures = dict(_example_pictures(evaluation, evaluator, reader))
+    pictures = evaluation.measured.examples if evaluation.measured else {}
     for folder in ("examples", "overlays"):
         for stat in target.list(f"{folder}/"):
             target.delete(stat.name)
@@ -416,21 +441,6 @@ def _measured_tables(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple
         yield f"measures_{size}.csv", csv_table(columns, rows)
     sweep = evaluation.measured.sweep
     yield "thresholds.csv", csv_table(sweep.COLUMNS, sweep.rows())
-
-
-def _example_pictures(
-    evaluation: Evaluation, evaluator: Evaluator, reader: RecordReader
-) -> Iterator[tuple[str, bytes]]:
-    from job import plots
-
-    classes = evaluator.dataset.manifest.classes
-    for name, index, dice in _example_cases(evaluation.counts):
-        picture = evaluation.pictures[index]
-        image, truth = read_picture(reader, picture)
-        prediction = evaluator.mask_of(image)
-        title = plots.panel_title(picture.filename, dice)
-        yield f"examples/{name}", plots.panel_png(image, truth, prediction, classes, title)
-        yield f"overlays/{name}", plots.overlay_png(image, prediction, classes, truth)
 
 
 def _examples_csv(evaluation: Evaluation) -> str:
@@ -541,6 +551,15 @@ class EvaluateConfig(PredictConfig):
     needs_gpu: bool = option(False, "Refuse a machine without a GPU instead of using its CPUs.")
     progress: bool = option(True, "Show a progress bar on a terminal.")
 
+    @model_validator(mode="after")
+    def _sizes_are_of_pictures(self) -> "EvaluateConfig":
+        if self.tiles_as_pictures and self.remove_small_regions:
+            raise ValueError(
+                "--remove-small-regions fits sizes for whole pictures; leave it out, or "
+                "--tiles-as-pictures"
+            )
+        return self
+
 
 def evaluate_run(
     run: TrainedRun,
@@ -574,18 +593,18 @@ def evaluate_run(
     way: dict[str, Any] = {
         "runs": [asdict(member) for _, member in loaded],
         "flips": config.flips,
-        "overlap": evaluator.overlap if dataset.manifest.geometry == "tile" else None,
+        "overlap": evaluator.overlap if evaluator.has_windows else None,
         "small_regions": None,
     }
     if config.remove_small_regions:
         fits, fitted_on = _fit_regions(evaluator, shown=config.progress)
         members = [member for _, member in loaded]
-        way["small_regions"] = fit_record(fits, members, config.flips, fitted_on)
+        way["small_regions"] = fit_record(*(fits, members, config.flips, way["overlap"], fitted_on))
         evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in fits))
     reader = _reader_of(dataset, split, settings)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
     evaluation.summary.update(checkpoint=used, prediction=way)
-    return evaluation, write_evaluation(target, evaluation, evaluator, reader)
+    return evaluation, write_evaluation(target, evaluation, evaluator)
 
 
 def _checkpoint_used(which: str, members: Sequence[Member]) -> dict[str, Any]:

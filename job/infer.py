@@ -116,6 +116,7 @@ class Chunk:
     Attributes:
         members: the weights whose mean predicts.
         min_pixels: of each class but 0, at the network's size; smaller regions go.
+        overlap: of windows, pixels; None where pictures are predicted whole.
     """
 
     members: tuple[Member, ...]
@@ -123,14 +124,14 @@ class Chunk:
     output_url: str
     config: InferConfig
     names: tuple[str, ...]
-    min_pixels: tuple[int, ...] = ()
+    min_pixels: tuple[int, ...]
+    overlap: int | None
 
 
 @dataclass(frozen=True)
 class _Predictor:
     step: Step
     manifest: Manifest
-    run_overlap: int | None  # as the run's config says
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,9 @@ def infer(
     """
     runs = open_alike([run_url, *config.ensemble])
     manifest = runs[0].manifest
-    window_overlap(manifest, config.overlap, runs[0].config.window_overlap)
+    overlap = None
+    if _is_sliding(config, manifest):
+        overlap = window_overlap(manifest, config.overlap, runs[0].config.window_overlap)
     source = open_store(images_url)
     output = open_store(output_url or join_url(run_url, "inference"))
     _refuse_overlap(source, output)
@@ -175,10 +178,10 @@ def infer(
     done = set() if config.overwrite else {stat.name for stat in output.list()}
     todo = tuple(name for name in names if mask_name(name) not in done)
     members = tuple(member_of(run, _checkpoint_of(run, config.checkpoint)) for run in runs)
-    min_pixels = _min_pixels(config, manifest, members)
-    record = _record(members, source, config, manifest)
+    min_pixels = _min_pixels(config, manifest, members, overlap)
+    record = _record(members, source, config, min_pixels, overlap)
     _claim_output(output, record, is_continued=len(todo) < len(names))
-    whole = Chunk(members, source.url, output.url, config, todo, min_pixels)
+    whole = Chunk(members, source.url, output.url, config, todo, min_pixels, overlap)
     unreadable = _predict_all(whole, open_workers) if todo else []
     _list_unreadable(output, unreadable)
     return InferResult(
@@ -235,7 +238,7 @@ def _is_sliding(config: InferConfig, manifest: Manifest) -> bool:
 
 
 def _min_pixels(
-    config: InferConfig, manifest: Manifest, members: Sequence[Member]
+    config: InferConfig, manifest: Manifest, members: Sequence[Member], overlap: int | None
 ) -> tuple[int, ...]:
     if config.small_regions is None:
         return ()
@@ -244,11 +247,15 @@ def _min_pixels(
             f"small_regions={config.small_regions}: its sizes are pixels of resized pictures, and "
             "--window sliding does not resize; leave one of the two out"
         )
-    return read_min_pixels(open_store(config.small_regions), members, config.flips)
+    return read_min_pixels(open_store(config.small_regions), members, config.flips, overlap)
 
 
 def _record(
-    members: Sequence[Member], source: Store, config: InferConfig, manifest: Manifest
+    members: Sequence[Member],
+    source: Store,
+    config: InferConfig,
+    min_pixels: Sequence[int],
+    overlap: int | None,
 ) -> dict[str, Any]:
     """Returns whose masks OUTPUT holds; what is not asked for is not named."""
     first, *others = members
@@ -261,10 +268,11 @@ def _record(
         record["ensemble"] = [f"{each.run}/{each.checkpoint}" for each in others]
     if config.flips != "none":
         record["flips"] = config.flips
-    if _is_sliding(config, manifest):
-        record |= {"window": "sliding", "overlap": config.overlap}
+    if overlap is not None:
+        record |= {"window": "sliding", "overlap": overlap}
     if config.small_regions is not None:
-        record["small_regions"] = config.small_regions
+        # The file may be another one by the next call.
+        record |= {"small_regions": config.small_regions, "min_pixels": list(min_pixels)}
     return record
 
 
@@ -403,7 +411,7 @@ def _load_predictor(members: Sequence[Member], flips: Flips, *, needs_gpu: bool)
     runs = [open_trained(member.run) for member in members]
     models = [_model_at(run, member.checkpoint) for run, member in zip(runs, members, strict=True)]
     step = make_probability_step(network_of(models, flips))
-    return _Predictor(step, runs[0].manifest, runs[0].config.window_overlap)
+    return _Predictor(step, runs[0].manifest)
 
 
 def _model_at(run: TrainedRun, checkpoint: str) -> Any:
@@ -428,9 +436,8 @@ def _predict(
     """Writes the masks of `chunk`; returns (file, reason) of those that cannot be read."""
     source, output = open_store(chunk.images_url), open_store(chunk.output_url)
     config, manifest = chunk.config, predictor.manifest
-    is_sliding = _is_sliding(config, manifest)
     # Pictures at their own size are large: one is read and one written beside the one predicted.
-    num_waiting = 1 if is_sliding else 2 * config.batch_size
+    num_waiting = 2 * config.batch_size if chunk.overlap is None else 1
     unreadable: list[tuple[str, str]] = []
 
     def read(name: str) -> _Picture | tuple[str, str]:
@@ -444,10 +451,11 @@ def _predict(
     with _threads() as readers, _threads() as writers:
         found = in_order(readers, read, chunk.names, num_waiting=num_waiting)
         pictures = _readable(found, unreadable, advance)
-        predict = _slid if is_sliding else _predicted
-        for _ in in_order(
-            writers, write, predict(pictures, predictor, config), num_waiting=num_waiting
-        ):
+        if chunk.overlap is None:
+            predicted = _predicted(pictures, predictor, config.batch_size)
+        else:
+            predicted = _slid(pictures, predictor, config.batch_size, chunk.overlap)
+        for _ in in_order(writers, write, predicted, num_waiting=num_waiting):
             advance()
     return unreadable
 
@@ -501,10 +509,9 @@ def _readable(
 
 
 def _predicted(
-    pictures: Iterator[_Picture], predictor: _Predictor, config: InferConfig
+    pictures: Iterator[_Picture], predictor: _Predictor, batch_size: int
 ) -> Iterator[tuple[_Picture, np.ndarray]]:
     """Yields each picture with its probabilities, (H, W, K) float32."""
-    batch_size = config.batch_size
     while batch := list(itertools.islice(pictures, batch_size)):
         pixels = np.stack([picture.pixels for picture in batch])
         # The last batch is filled up: one shape, one compilation.
@@ -514,14 +521,13 @@ def _predicted(
 
 
 def _slid(
-    pictures: Iterator[_Picture], predictor: _Predictor, config: InferConfig
+    pictures: Iterator[_Picture], predictor: _Predictor, batch_size: int, overlap: int
 ) -> Iterator[tuple[_Picture, np.ndarray]]:
     """Yields each picture, which is at its own size, with its class ids (H, W) uint8.
 
     The probabilities of a large picture are never there all at once.
     """
     manifest = predictor.manifest
-    overlap = window_overlap(manifest, config.overlap, predictor.run_overlap)
     for picture in pictures:
         bands = slide(
             picture.pixels,
@@ -529,7 +535,7 @@ def _slid(
             height=manifest.image_height,
             width=manifest.image_width,
             overlap=overlap,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
         )
         yield picture, np.concatenate([class_ids(band) for band in bands])
 

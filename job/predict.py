@@ -28,11 +28,16 @@ Probabilities = npt.NDArray[np.float32]
 Flips = Literal["none", "horizontal", "vertical", "both"]
 # Stored pixels (B, H, W, C) -> (B, H, W, K) float32, as a tensor; K = 1 is a sigmoid output.
 Step = Callable[[np.ndarray], Any]
+Alive = Callable[[], None]  # told that work which may take long has moved on
 
 _SIGMA = 1 / 8  # of the side of a window
 
 # 12-bit detectors store 0..4095 in 16-bit files.
 _LARGEST_12_BIT = 4095
+
+
+def not_told() -> None:
+    """Stands for an `Alive` where nobody waits."""
 
 
 class PredictConfig(Settings):
@@ -85,7 +90,14 @@ def window_weights(length: int, size: int, begins: Sequence[int]) -> npt.NDArray
 
 
 def slide(
-    image: np.ndarray, step: Step, *, height: int, width: int, overlap: int, batch_size: int
+    image: np.ndarray,
+    step: Step,
+    *,
+    height: int,
+    width: int,
+    overlap: int,
+    batch_size: int,
+    alive: Alive = not_told,
 ) -> Iterator[Probabilities]:
     """Yields the probabilities of `image` as bands of rows, top to bottom: (h, W, K) float32 each.
 
@@ -96,6 +108,7 @@ def slide(
         image: (H, W, C) stored pixels.
         height, width: of a window.
         batch_size: windows predicted at once; fewer are filled up, so that all batches are alike.
+        alive: told of every batch.
     """
     num_rows, num_columns = image.shape[:2]
     tops, lefts = (
@@ -112,6 +125,7 @@ def slide(
             windows = [_window(image, top, left, height, width) for left in part]
             windows += windows[:1] * (batch_size - len(part))
             found = np.asarray(step(np.stack(windows)), np.float32)
+            alive()
             if sums is None:
                 sums = np.zeros((height, max(num_columns, width), found.shape[-1]), np.float32)
             for j, left in enumerate(part):
@@ -134,15 +148,31 @@ def _window(image: np.ndarray, top: int, left: int, height: int, width: int) -> 
 
 
 def probabilities_of(
-    image: np.ndarray, step: Step, manifest: Manifest, *, overlap: int, batch_size: int
+    image: np.ndarray,
+    step: Step,
+    manifest: Manifest,
+    *,
+    overlap: int,
+    batch_size: int,
+    alive: Alive = not_told,
 ) -> Probabilities:
-    """Returns the probabilities (H, W, K) of an image (H, W, C) of any size, at that size."""
-    size = manifest.image_height, manifest.image_width
-    if image.shape[:2] == size:
+    """Returns the probabilities (H, W, K) of an image (H, W, C) of any size, at that size.
+
+    Args:
+        alive: told of every batch of windows, or of the picture.
+    """
+    height, width = manifest.image_height, manifest.image_width
+    if image.shape[:2] == (height, width):
         found: Probabilities = np.asarray(step(image[np.newaxis]))[0]
+        alive()
         return found
     bands = slide(
-        image, step, height=size[0], width=size[1], overlap=overlap, batch_size=batch_size
+        *(image, step),
+        height=height,
+        width=width,
+        overlap=overlap,
+        batch_size=batch_size,
+        alive=alive,
     )
     return np.concatenate(list(bands))
 

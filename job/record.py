@@ -42,7 +42,7 @@ from job.infer import find_images, read_any
 from job.optimizer import Adam
 from job.outbox import Outbox
 from job.pictures import read_picture
-from job.predict import to_model_pixels
+from job.predict import Alive, to_model_pixels
 from job.run import Place, Run, commit_prefix, fetch_commit
 from job.state import TrainState
 
@@ -137,10 +137,21 @@ class Recorder:
             f"start a new run with --init-from {folders[-1]}/{checkpoint.WEIGHTS_NAME})"
         )
 
+    def write_predictions(self, epoch: int, alive: Alive) -> None:
+        """Stores the masks of some pictures, by the weights as they are now.
+
+        Args:
+            alive: told of every batch of windows.
+        """
+        for name, pixels in self.pictures.items():
+            ids = self.evaluator.mask_of(pixels, alive)
+            picture = plots.mask_png(ids, self.evaluator.dataset.manifest.classes)
+            # The reference counts epochs from 1 here.
+            self._put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", picture)
+
     def end_epoch(self, state: TrainState, row: Mapping[str, Any]) -> None:
-        """Stores all that an epoch leaves, and a checkpoint last."""
+        """Stores all that an epoch leaves beside predictions, and a checkpoint last."""
         self.write_tables(state)
-        self._write_predictions(row["epoch"])
         self._write_events(row)
         self.save(state)
 
@@ -190,10 +201,10 @@ class Recorder:
             checkpoint.read_weights(self.model, members[checkpoint.WEIGHTS_NAME])
         return True
 
-    def write_evaluation(self, evaluation: Evaluation, reader: RecordReader) -> None:
+    def write_evaluation(self, evaluation: Evaluation) -> None:
         """Stores the evaluation of a split."""
         target = evaluation_folder(self.run.store, evaluation.split.name)
-        self.outbox.post(lambda: write_evaluation(target, evaluation, self.evaluator, reader))
+        self.outbox.post(lambda: write_evaluation(target, evaluation, self.evaluator))
 
     def write_stop(self, state: TrainState) -> None:
         """Stores that this attempt was stopped, after all that was posted before."""
@@ -235,13 +246,6 @@ class Recorder:
 
         self.pending.append(finish)
         self.outbox.post(store, is_large=True)
-
-    def _write_predictions(self, epoch: int) -> None:
-        for name, pixels in self.pictures.items():
-            ids = self.evaluator.mask_of(pixels)
-            picture = plots.mask_png(ids, self.evaluator.dataset.manifest.classes)
-            # The reference counts epochs from 1 here.
-            self._put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", picture)
 
     def _rewrite_events(self, state: TrainState) -> None:
         """Makes the events of this attempt those of all epochs; an epoch done twice is there once.

@@ -132,27 +132,38 @@ def _fit(name: str, cases: Sequence[_CaseRegions]) -> ClassFit:
 
 
 def fit_record(
-    fits: Sequence[ClassFit], members: Sequence[Member], flips: str, fitted_on: Mapping[str, Any]
+    fits: Sequence[ClassFit],
+    members: Sequence[Member],
+    flips: str,
+    overlap: int | None,
+    fitted_on: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns what is stored of a fit, JSON-ready.
 
     Args:
+        overlap: of windows, pixels; None where pictures are predicted whole.
         fitted_on: dataset, split and number of cases.
     """
     return {
         "fitted_on": dict(fitted_on),
         "runs": [asdict(member) for member in members],
         "flips": flips,
+        "overlap": overlap,
         "pixels": "of the network's size",
         "classes": [asdict(fit) for fit in fits],
     }
 
 
-def read_min_pixels(store: Store, members: Sequence[Member], flips: str) -> tuple[int, ...]:
+def read_min_pixels(
+    store: Store, members: Sequence[Member], flips: str, overlap: int | None
+) -> tuple[int, ...]:
     """Returns the sizes that were stored with the evaluation in `store`.
 
+    Args:
+        overlap: of windows, pixels; None where pictures are predicted whole.
+
     Raises:
-        UsageError: none were, or for other weights or flips.
+        UsageError: none were, or for other weights, flips or overlap.
         ContentError: the file is damaged.
     """
     where = f"{store.url}/{FILE_NAME}"
@@ -166,12 +177,17 @@ def read_min_pixels(store: Store, members: Sequence[Member], flips: str) -> tupl
         found = json.loads(data)
         sizes = tuple(int(each["min_pixels"]) for each in found["classes"])
         digests = {str(each["commit_sha256"]) for each in found["runs"]}
-        fitted_flips = found["flips"]
+        fitted = {"flips": found["flips"], "overlap": found["overlap"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ContentError(f"{where}: damaged ({error}); evaluate again") from error
-    if digests != {member.commit_sha256 for member in members} or fitted_flips != flips:
+    wanted = {"flips": flips, "overlap": overlap}
+    other = [f"{name} {fitted[name]}, not {each}" for name, each in wanted.items()
+             if fitted[name] != each]  # fmt: skip
+    if digests != {member.commit_sha256 for member in members}:
+        other.insert(0, "other weights")
+    if other:
         raise UsageError(
-            f"{where}: was fitted for other weights or flips; evaluate again as you predict, with "
+            f"{where}: was fitted for {' and '.join(other)}; evaluate again as you predict, with "
             "--remove-small-regions"
         )
     return sizes

@@ -28,6 +28,7 @@ from job.exchange import NOMINAL_FLOPS_PER_BYTE, Plan, make_plan, measured_flops
 from job.losses import is_mean
 from job.metrics import RunningSums
 from job.optimizer import Adam
+from job.predict import Alive, not_told
 from job.record import Recorder, open_recorder
 from job.run import Run
 from job.schedule import EarlyStopping, PlateauReducer, rate_factor
@@ -53,6 +54,7 @@ class Session:
     train_step: Any
     evaluator: Evaluator
     recorder: Recorder | None  # of the first process
+    alive: Alive  # told in this process of parts of work that takes long
     attempt: int = 0  # of the run, known from `restore` on
 
     @property
@@ -161,6 +163,13 @@ class Session:
             state.best = best | {"step": state.step, "attempt": self.attempt}
         state.throughput.append({"epoch": row["epoch"], "train_images_per_s": images_per_s})
         recorder = self.recorder
+
+        def predict(alive: Alive) -> None:
+            if recorder is not None:
+                recorder.write_predictions(row["epoch"], alive)
+
+        # Pictures of many windows take long, and the others would hear nothing of it.
+        self.team.keep_alive(predict, self.alive)
         self.team.on_first(lambda: recorder.end_epoch(state, row) if recorder else None)
 
     def save(self, state: TrainState) -> None:
@@ -239,7 +248,7 @@ class Session:
             "evaluation": dict(evaluation.summary) if evaluation else {},
         }
         if self.recorder is not None and evaluation is not None:
-            self.recorder.write_evaluation(evaluation, self.readers["test"])
+            self.recorder.write_evaluation(evaluation)
         self._write_outcome("finished", 0, outcome)
         return outcome
 
@@ -252,8 +261,12 @@ class Session:
     def _evaluate(
         self, split: str, should_stop: Callable[[], bool], *, measured: bool = False
     ) -> Evaluation:
-        reader = self.readers[split]
-        return self.evaluator.evaluate(split, reader, measured=measured, should_stop=should_stop)
+        return self.evaluator.evaluate(
+            *(split, self.readers[split]),
+            measured=measured,
+            should_stop=should_stop,
+            alive=self.alive,
+        )
 
     def _schedule(self, state: TrainState, row: dict[str, Any]) -> bool:
         """Lets both schedules see the validation loss; returns whether it is the best so far."""
@@ -284,13 +297,13 @@ def open_session(
     team: Team,
     dataset: Dataset,
     *,
-    alive: Callable[[], None] = lambda: None,
+    alive: Alive = not_told,
 ) -> Iterator[Session]:
     """Yields a session whose model, steps and readers are ready; nothing is trained yet.
 
     Args:
         run: None but in the first process.
-        alive: called for every shard that is found or copied.
+        alive: told of every shard that is found or copied, and of every batch of windows.
 
     Raises:
         UsageError: a model that does not fit the dataset.
@@ -303,7 +316,7 @@ def open_session(
     )
     readers: dict[str, RecordReader] = {}
 
-    def fill_cache(alive: Callable[[], None]) -> None:
+    def fill_cache(alive: Alive) -> None:
         for name, split in dataset.splits.items():
             readers[name] = open_reader(
                 *(dataset, split), cache=config.cache, cache_dir=config.cache_dir, alive=alive
@@ -332,6 +345,7 @@ def open_session(
         yield Session(
             *(config, strategy, team, dataset, readers, model, optimizer, step, evaluator),
             recorder=recorders[0] if recorders else None,
+            alive=alive,
         )
 
 

@@ -28,6 +28,7 @@ from job.data import Dataset
 from job.evaluate import show_summary
 from job.fit import check_fit
 from job.folds import cross_validate, open_folded, own_process, show_folds
+from job.predict import Alive, not_told
 from job.report import read_summary, write_report
 from job.run import Run, checked_run_name, differences
 from job.state import TrainState
@@ -42,8 +43,7 @@ _RETRY_S = 60.0
 _STORING = "storing the end"
 # Phases that take long and show nothing themselves, and what is said of them.
 _SHOWN_PHASES = {
-    "building the network": "building the network",
-    "filling the cache": "filling the cache",
+    "opening the session": "building the network",
     "evaluation": "evaluating the test split with the best checkpoint",
 }
 _LAST_WORDS_S = 5.0  # for the stacks of a process that ends itself
@@ -61,6 +61,7 @@ def train_and_evaluate(
     report: Report,
     should_stop: Callable[[], bool],
     team: Team | None = None,
+    alive: Alive = not_told,
 ) -> dict[str, Any]:
     """Trains until the epochs are done or training stops early, then evaluates the test split.
 
@@ -74,6 +75,7 @@ def train_and_evaluate(
         report: told of every phase, step and epoch.
         should_stop: asked after every step and every batch of an evaluation.
         team: None: this process alone.
+        alive: told of parts of what lies between, where that may take long.
 
     Returns:
         The outcome, as written to `outcome.json`.
@@ -101,13 +103,11 @@ def train_and_evaluate(
     outcome = team.on_first(lambda: earlier_outcome(config, run, dataset.digest))
     if outcome is not None:
         return outcome
-    begin("building the network")
     from job.session import open_session
 
+    begin("opening the session")
     with (
-        open_session(
-            *(config, run, strategy, team, dataset), alive=lambda: begin("filling the cache")
-        ) as session,
+        open_session(*(config, run, strategy, team, dataset), alive=alive) as session,
         _ends_by_storing(begin),
         _told_of_peers(team),
     ):
@@ -374,7 +374,7 @@ def _train(
             # Machines of two kinds share what both compute natively.
             precision = precisions[0] if len(set(precisions)) == 1 else "float32"
             config = config.model_copy(update={"precision": precision})
-            return train_and_evaluate(config, run, strategy, tell, ask, team)
+            return train_and_evaluate(config, run, strategy, tell, ask, team, watchdog.alive)
 
 
 def stored_precision(run: Run | None) -> str | None:

@@ -59,13 +59,13 @@ class Watchdog:
         self._phase = "starting"
         self._needs_peers = True
         self._limit_s = phase_s
-        self._last = time.monotonic()
+        self._begin = self._last = time.monotonic()  # of the step in progress; of its last sign
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self._last = time.monotonic()
+        self._begin = self._last = time.monotonic()
         self._thread.start()
         return self
 
@@ -80,16 +80,24 @@ class Watchdog:
         """
         self._phase = phase
         self._needs_peers = needs_peers
-        self._limit_s, self._last = self._phase_s, time.monotonic()
+        self._limit_s, self._begin = self._phase_s, time.monotonic()
+        self._last = self._begin
 
     def beat(self) -> None:
         """Tells that a step of the phase is done."""
         now = time.monotonic()
         if self._limit_s != self._phase_s:
-            self._steps.append(now - self._last)
+            self._steps.append(now - self._begin)
         usual = statistics.median(self._steps) if self._steps else 0.0
         limit_s = self._step_s or max(_MIN_STEP_S, _FACTOR * usual)
-        self._limit_s, self._last = limit_s, now
+        self._limit_s, self._begin, self._last = limit_s, now, now
+
+    def alive(self) -> None:
+        """Tells that the step in progress has moved on; the rest of it has all of its time again.
+
+        How long steps take is still told by `beat` alone.
+        """
+        self._last = time.monotonic()
 
     def _watch(self) -> None:
         before = looked = time.monotonic()
@@ -97,7 +105,8 @@ class Watchdog:
         while not self._stop.wait(_TICK_S):
             now = time.monotonic()
             # This whole process stood still (Ctrl-Z, a paused container): not the training's fault.
-            self._last += max(0.0, now - before - 10 * _TICK_S)
+            pause_s = max(0.0, now - before - 10 * _TICK_S)
+            self._begin, self._last = self._begin + pause_s, self._last + pause_s
             before = now
             past_s = now - self._last
             if past_s > self._limit_s:

@@ -81,24 +81,27 @@ def test_sizes_are_read_for_the_same_weights_only(tmp_path: Path) -> None:
     members = [Member("runs/a", "checkpoints/x", "1" * 64)]
     store = open_store(str(tmp_path))
     with pytest.raises(UsageError, match="is missing"):
-        read_min_pixels(store, members, "none")
+        read_min_pixels(store, members, "none", 8)
     tally = RegionTally(["mass"])
     tally.add(case((0, 0, 10)), case((0, 0, 10), (4, 0, 2)))
-    record = fit_record(tally.fit(), members, "none", {"split": "valid"})
+    record = fit_record(tally.fit(), members, "none", 8, {"split": "valid"})
     store.put(FILE_NAME, json.dumps(record).encode())
-    assert read_min_pixels(store, members, "none") == (3,)
+    assert read_min_pixels(store, members, "none", 8) == (3,)
     # The same weights in another place.
     moved = [Member("elsewhere/a", "checkpoints/x", "1" * 64)]
-    assert read_min_pixels(store, moved, "none") == (3,)
-    for others, flips in (
-        ([Member("runs/a", "checkpoints/x", "2" * 64)], "none"),
-        (members, "both"),
+    assert read_min_pixels(store, moved, "none", 8) == (3,)
+    others = [Member("runs/a", "checkpoints/x", "2" * 64)]
+    for arguments, words in (
+        ((others, "none", 8), "fitted for other weights; evaluate again"),
+        ((members, "both", 8), "fitted for flips none, not both; evaluate again"),
+        ((members, "none", None), "fitted for overlap 8, not None; evaluate again"),
+        ((others, "none", 4), "fitted for other weights and overlap 8, not 4; evaluate again"),
     ):
-        with pytest.raises(UsageError, match="other weights or flips"):
-            read_min_pixels(store, others, flips)
+        with pytest.raises(UsageError, match=words):
+            read_min_pixels(store, *arguments)
     store.put(FILE_NAME, b"{}")
     with pytest.raises(ContentError, match="damaged"):
-        read_min_pixels(store, members, "none")
+        read_min_pixels(store, members, "none", 8)
 
 
 def test_fit_is_not_above_the_true_lesions() -> None:

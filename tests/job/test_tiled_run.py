@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,19 @@ from PIL import Image
 
 from data_prep.errors import UsageError
 from data_prep.storage import open_store
+from job import watchdog
 from job.data import open_dataset, open_reader
-from job.evaluate import EvaluateConfig, dataset_of, evaluate_run
+from job.evaluate import EvaluateConfig, dataset_of, evaluate_run, make_evaluator
 from job.evaluate import main as evaluate_main
 from job.folds import fold_of
 from job.infer import InferConfig, infer
 from job.infer import main as infer_main
 from job.pictures import pictures_of, read_picture
-from job.trained import open_alike, open_trained
+from job.run import Run
+from job.step import network_of
+from job.train import train_and_evaluate
+from job.trained import model_for, open_alike, open_trained
+from job.watchdog import Watchdog
 from tests.job.discs import prepare_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -70,6 +77,59 @@ def evaluate(run: Path, **options: Any) -> tuple[dict[str, Any], Path]:
     dataset = dataset_of(trained, None, others)
     evaluation, url = evaluate_run(trained, dataset, device, config, others)
     return evaluation.summary, Path(url)
+
+
+class SlowNetwork:
+    """A network that takes its time for each batch of windows."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.num_batches = 0
+
+    def __call__(self, windows: np.ndarray) -> np.ndarray:
+        time.sleep(self.seconds)
+        self.num_batches += 1
+        return np.full((*windows.shape[:3], 2), 0.5, np.float32)
+
+
+def test_a_large_picture_may_take_longer_than_a_step(
+    tiled_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.02)
+    run = open_trained(str(tiled_run))
+    device = tf.distribute.OneDeviceStrategy("CPU:0")
+    network = network_of([model_for(run.config, run.manifest)])
+    slow = SlowNetwork(0.1)
+    evaluator = replace(
+        make_evaluator(run.config, device, dataset_of(run, None), network), probabilities=slow
+    )
+    expired: list[str] = []
+    with Watchdog(phase_s=0.6, step_s=0.6, expired=expired.append) as dog:
+        dog.enter("end of epoch 1")
+        evaluator.mask_of(np.zeros((120, 120, 1), np.uint8), dog.alive)
+        assert slow.num_batches == 7 * 4  # 2.8 s
+    assert expired == []
+
+
+def test_training_tells_of_every_batch_of_windows(tiled_run: Path, tmp_path: Path) -> None:
+    config = open_trained(str(tiled_run)).config
+    config = config.model_copy(update={"output": str(tmp_path), "name": "again", "epochs": 1})
+    device = tf.distribute.OneDeviceStrategy("CPU:0")
+    told: dict[str, int] = {}
+    phases = ["starting"]
+
+    def report(event: Any) -> None:
+        if event["event"] == "phase":
+            phases.append(event["name"])
+
+    def alive() -> None:
+        told[phases[-1]] = told.get(phases[-1], 0) + 1
+
+    with Run.open(str(tmp_path), "again") as run:
+        train_and_evaluate(config, run, device, report, lambda: False, None, alive)
+    # 4 rows of 4 windows in batches of 2, for one picture after an epoch; for two of the test
+    # split when they are measured, and again when they are shown.
+    assert told == {"end of epoch 1": 8, "evaluation": 2 * 8 + 2 * 8}
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -165,9 +225,21 @@ def test_small_regions_are_fitted_on_valid_and_used_by_infer(
         infer(str(own_tiled_run), images, str(tmp_path / name), InferConfig(**config, **options))
         masks = [np.asarray(Image.open(p)) for p in sorted((tmp_path / name).glob("*.png"))]
         assert any(mask.any() for mask in masks) == (name == "all")
-    with pytest.raises(UsageError, match="other weights or flips"):
-        options = InferConfig(**config, flips="both", small_regions=str(folder))
-        infer(str(own_tiled_run), images, str(tmp_path / "other"), options)
+        record = json.loads((tmp_path / name / "inference.json").read_text())
+        assert record["overlap"] == TILE // 2  # though nobody named it
+        assert record.get("min_pixels") == (None if name == "all" else [SIDE * SIDE])
+    # Masks by other sizes are not continued, though these lie in the same place.
+    found["classes"][0]["min_pixels"] = 0
+    (folder / "small_regions.json").write_text(json.dumps(found))
+    with pytest.raises(UsageError, match="masks made with another min_pixels"):
+        infer(str(own_tiled_run), images, str(tmp_path / "none"), InferConfig(**config, **options))
+    for options, words in (
+        ({"flips": "both"}, "fitted for flips none, not both"),
+        ({"overlap": 8}, "fitted for overlap 16, not 8"),
+    ):
+        other = InferConfig(**config, **options, small_regions=str(folder))
+        with pytest.raises(UsageError, match=words):
+            infer(str(own_tiled_run), images, str(tmp_path / "other"), other)
     # An evaluation without it keeps the fit, and says what goes and what stays.
     fit = (folder / "small_regions.json").read_bytes()
     caplog.clear()
@@ -226,6 +298,7 @@ def test_infer_by_one_window_writes_the_masks_of_a_plain_pass(
         (["--ensemble", "RUN"], "give --output"),
         (["--overlap", "32"], "windows are 32x32 pixels"),
         (["--output", "RUN"], "holds other files"),
+        (["--tiles-as-pictures", "--remove-small-regions"], "fits sizes for whole pictures"),
     ],
 )
 def test_evaluate_refuses_in_one_line(

@@ -78,6 +78,33 @@ def test_without_a_limit_a_step_may_take_ten_times_the_usual(
         assert calls.came.wait(5)
 
 
+def test_a_step_of_many_parts_may_take_longer_than_its_limit(quick: None) -> None:
+    calls = Calls()
+    with Watchdog(phase_s=30, step_s=0.3, expired=calls) as dog:
+        dog.enter("evaluation")
+        dog.beat()
+        for _ in range(8):
+            time.sleep(0.1)
+            dog.alive()
+        assert calls.seen == []
+        assert calls.came.wait(5)  # a part that never ends
+
+
+def test_the_usual_step_is_all_of_its_parts(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_MIN_STEP_S", 0.1)
+    calls = Calls()
+    with Watchdog(phase_s=30, step_s=0, expired=calls) as dog:
+        dog.beat()
+        for _ in range(3):
+            for _ in range(4):
+                time.sleep(0.05)
+                dog.alive()
+            dog.beat()
+        # Ten times 0.2 s; of parts it would be 0.5 s.
+        assert not calls.came.wait(1.2)
+        assert calls.came.wait(5)
+
+
 HANGS = """
 import sys, time
 from data_prep.storage import open_store
