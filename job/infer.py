@@ -585,7 +585,8 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     RUN is the folder or gs:// URL of a run (RUNS/NAME), IMAGES a folder of images of any size,
     OUTPUT a folder or gs:// URL (default: RUN/inference). The same command continues after a stop.
     """
-    config = validated(InferConfig, given(options), "options")
+    values = given(options)
+    config = validated(InferConfig, values, "options", typed=values)
     with quiet_interrupts():
         result = infer(run, images, output, config)
     show_result(result, config)

@@ -519,7 +519,7 @@ def resolve_config(
     values = read_yaml(_read_text(file), file) if file else {}
     if file is not None:
         _check_preset(options, values, file)
-    config = validated(TrainConfig, merged(values, options), file or "options")
+    config = validated(TrainConfig, merged(values, options), file or "options", typed=options)
     if config.data is None:
         raise UsageError("no dataset: give --data DATASET, a folder or gs:// URL made by prep")
     # The run must find it again from another working folder.
@@ -537,7 +537,7 @@ def _resolve_reference(
     from rich.console import Console
 
     Console(stderr=True).print(format_notes(reference.notes))
-    config = validated(TrainConfig, merged(reference.train, options), file)
+    config = validated(TrainConfig, merged(reference.train, options), file, typed=options)
     name = config.name or run_name(config.data or os.path.dirname(os.path.abspath(file)))
     config = config.model_copy(update={"name": name})
     if config.data is None:

@@ -345,8 +345,8 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
         ([], "give --local"),
         (["--local", "--data", "nowhere"], "no dataset at"),
         (["--local", "--epoch", "3"], "--epochs"),
-        (["--local", "--data", "x", "--epochs", "0"], "epochs=0"),
-        (["--local", "--data", "x", "--name", "Not OK"], "name='Not OK'"),
+        (["--local", "--data", "x", "--epochs", "0"], "--epochs=0"),
+        (["--local", "--data", "x", "--name", "Not OK"], "--name='Not OK'"),
         (["--local", "--config", "missing.yaml"], r"missing\.yaml: config file cannot be read"),
     ],
 )

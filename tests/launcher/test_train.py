@@ -172,7 +172,7 @@ def test_what_cannot_work_is_refused_before_a_worker_starts(
     for arguments, message in (
         (["--num-workers", "3"], "global_batch_size=2 does not divide by the 3 replicas"),
         (["--data", "nowhere"], "no dataset at"),
-        (["--num-workers", "0"], "num_workers=0"),
+        (["--num-workers", "0"], "--num-workers=0"),
         (["--model.num-layers", "7"], "needs image sides that divide by 64"),
     ):
         done = flexunet(*where, *options(data, str(tmp_path / "runs"), "no"), *arguments)
