@@ -190,9 +190,9 @@ def _describe(
 ) -> str:
     path = [str(part) for part in detail["loc"]]
     name = _shortened(".".join(path)) or "values"
-    field = path[:-1] if path and path[-1].isdecimal() else path  # of a list, its third value
-    if _is_typed(field, typed) or (typed is not None and detail["type"] == "missing"):
-        name = flag_of(field)
+    place = path[:-1] if path and path[-1].isdecimal() else path  # a value of a list
+    if _is_typed(place, typed) or (typed is not None and detail["type"] == "missing"):
+        name = flag_of(place)
     if detail["type"] == "extra_forbidden":
         group: Any = cls
         for part in path[:-1]:
