@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from data_prep.errors import FlexUNetError
-from data_prep.settings import Settings, fields_of
+from data_prep.settings import Settings, fields_of, flag_of
 
 MAX_WIDTH = 100  # columns of help, on a terminal that is wider
 
@@ -201,7 +201,7 @@ def _click_option(
     cls: type[Settings], path: tuple[str, ...], field: FieldInfo
 ) -> Callable[..., Any]:
     dashed = [part.replace("_", "-") for part in path]
-    declarations = ["--" + ".".join(dashed)]
+    declarations = [flag_of(path)]
     kind = _without_none(field.annotation)
     attributes: dict[str, Any] = {
         "cls": _SettingsOption,

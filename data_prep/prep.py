@@ -834,7 +834,8 @@ def read_config(config_file: str | None, options: dict[str, Any]) -> PrepConfig:
     if config_file:
         values = read_yaml(_read_text(config_file, "--config"), config_file)
     where = f"prep options and {config_file}" if config_file else "prep options"
-    return validated(PrepConfig, merged(values, given(options)), where)
+    typed = given(options)
+    return validated(PrepConfig, merged(values, typed), where, typed=typed)
 
 
 def run(

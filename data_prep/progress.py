@@ -33,6 +33,7 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._note = ""
+        self._num_told = -1  # items done when the last line was written
 
     def __enter__(self) -> "Progress":
         if self._shown and sys.stderr.isatty():
@@ -47,7 +48,12 @@ class Progress:
             self._bar.update(self._task, advance=count, speed=self._speed(), note=note)
         elif self._shown and time.monotonic() - self._last_line > _LINE_EVERY_S:
             self._last_line = time.monotonic()
+            self._num_told = self._done
             logger.info("%s", self._line())
+
+    def note(self, text: str) -> None:
+        """Shows `text` beside the count: how far an item is that takes long."""
+        self.advance(0, text)
 
     def line(self, text: str) -> None:
         """Shows `text` on a line of its own, above the bar where there is one."""
@@ -70,7 +76,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._shown and kind is None:
+        elif self._shown and kind is None and self._num_told != self._done:
             logger.info("%s", self._line())
 
     def _open_bar(self) -> None:

@@ -4,9 +4,10 @@ A settings class is plain data. Unknown keys are errors that name the nearest kn
 """
 
 import difflib
+import re
 import reprlib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import yaml
@@ -55,11 +56,19 @@ def option(default: Any, description: str, *, free: bool = False, **constraints:
     return Field(default, description=description, json_schema_extra={"free": free}, **constraints)
 
 
-def validated(cls: type[S], values: Mapping[str, Any], where: str) -> S:
+def validated(
+    cls: type[S],
+    values: Mapping[str, Any],
+    where: str,
+    *,
+    typed: Mapping[str, Any] | None = None,
+) -> S:
     """Returns `cls` made from nested `values`.
 
     Args:
         where: what the values came from, named in the error.
+        typed: those of `values` that were given on the command line; the error names them as
+            options. None: there is no command line.
 
     Raises:
         UsageError: a key is unknown or a value is not allowed; the message is one line.
@@ -68,7 +77,7 @@ def validated(cls: type[S], values: Mapping[str, Any], where: str) -> S:
         return cls.model_validate(dict(values))
     except ValidationError as error:
         details = error.errors()
-        problems = [_describe(cls, detail) for detail in details[:_MAX_PROBLEMS]]
+        problems = [_describe(cls, detail, typed) for detail in details[:_MAX_PROBLEMS]]
         if len(details) > _MAX_PROBLEMS:
             problems.append(f"and {len(details) - _MAX_PROBLEMS} more")
         raise UsageError(f"{where}: {'; '.join(problems)}") from error
@@ -151,9 +160,39 @@ def suggestion(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def _describe(cls: type[Settings], detail: ErrorDetails) -> str:
+def flag_of(path: Sequence[str]) -> str:
+    """Returns the option of the field at `path`: `--model.num-layers`."""
+    return "--" + ".".join(part.replace("_", "-") for part in path)
+
+
+def _is_typed(path: Sequence[str], typed: Mapping[str, Any] | None) -> bool:
+    values: Any = typed
+    for part in path:
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _as_typed(message: str, typed: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
+    """Returns a message about several fields, `name=value`, with the names that were typed."""
+    for name, value in typed.items():
+        below = (*path, name)
+        if isinstance(value, Mapping):
+            message = _as_typed(message, value, below)
+        else:
+            message = re.sub(rf"(?<![\w.-]){re.escape(name)}=", f"{flag_of(below)}=", message)
+    return message
+
+
+def _describe(
+    cls: type[Settings], detail: ErrorDetails, typed: Mapping[str, Any] | None = None
+) -> str:
     path = [str(part) for part in detail["loc"]]
     name = _shortened(".".join(path)) or "values"
+    place = path[:-1] if path and path[-1].isdecimal() else path  # a value of a list
+    if _is_typed(place, typed) or (typed is not None and detail["type"] == "missing"):
+        name = flag_of(place)
     if detail["type"] == "extra_forbidden":
         group: Any = cls
         for part in path[:-1]:
@@ -168,7 +207,8 @@ def _describe(cls: type[Settings], detail: ErrorDetails) -> str:
         return f"{name} is required"
     # A group's own check already names its fields; its input is the whole group.
     if isinstance(detail["input"], Mapping):
-        return f"{name}: {message}" if path else message
+        message = _as_typed(message, typed or {})
+        return f"{'.'.join(path)}: {message}" if path else message
     return f"{name}={_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
 
 

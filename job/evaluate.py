@@ -721,7 +721,8 @@ def command(run: str, **options: Any) -> int:
 
     RUN is the folder or gs:// URL of a run (RUNS/NAME). Writes RUN/evaluation.
     """
-    config = validated(EvaluateConfig, given(options), "options")
+    values = given(options)
+    config = validated(EvaluateConfig, values, "options", typed=values)
     with quiet_interrupts():
         trained, *others = open_alike([run, *config.ensemble])
         dataset = dataset_of(trained, config.data, others)

@@ -42,6 +42,7 @@ from data_prep.schema import Manifest
 from data_prep.settings import option, validated
 from data_prep.storage import Forbidden, NotFound, Store, join_url, open_store
 from data_prep.table import csv_table
+from data_prep.tiles import starts
 from job.predict import (
     Flips,
     Ids,
@@ -368,7 +369,7 @@ def _predict_all(whole: Chunk, open_workers: OpenWorkers | None) -> list[tuple[s
     if open_workers is None:
         predictor = _load_predictor(whole.members, config.flips, needs_gpu=config.needs_gpu)
         with Progress("infer", len(whole.names), shown=config.progress) as progress:
-            return _predict(whole, predictor, progress.advance)
+            return _predict(whole, predictor, progress.advance, progress.note)
     unreadable: list[tuple[str, str]] = []
     with (
         open_workers() as workers,
@@ -431,7 +432,10 @@ def _model_at(run: TrainedRun, checkpoint: str) -> Any:
 
 
 def _predict(
-    chunk: Chunk, predictor: _Predictor, advance: Callable[[], None]
+    chunk: Chunk,
+    predictor: _Predictor,
+    advance: Callable[[], None],
+    tell: Callable[[str], None] = lambda text: None,
 ) -> list[tuple[str, str]]:
     """Writes the masks of `chunk`; returns (file, reason) of those that cannot be read."""
     source, output = open_store(chunk.images_url), open_store(chunk.output_url)
@@ -454,7 +458,7 @@ def _predict(
         if chunk.overlap is None:
             predicted = _predicted(pictures, predictor, config.batch_size)
         else:
-            predicted = _slid(pictures, predictor, config.batch_size, chunk.overlap)
+            predicted = _slid(pictures, predictor, config.batch_size, chunk.overlap, tell)
         for _ in in_order(writers, write, predicted, num_waiting=num_waiting):
             advance()
     return unreadable
@@ -521,11 +525,15 @@ def _predicted(
 
 
 def _slid(
-    pictures: Iterator[_Picture], predictor: _Predictor, batch_size: int, overlap: int
+    pictures: Iterator[_Picture],
+    predictor: _Predictor,
+    batch_size: int,
+    overlap: int,
+    tell: Callable[[str], None],
 ) -> Iterator[tuple[_Picture, np.ndarray]]:
     """Yields each picture, which is at its own size, with its class ids (H, W) uint8.
 
-    The probabilities of a large picture are never there all at once.
+    The probabilities of a large picture are never there all at once; `tell` hears how far it is.
     """
     manifest = predictor.manifest
     for picture in pictures:
@@ -537,7 +545,12 @@ def _slid(
             overlap=overlap,
             batch_size=batch_size,
         )
-        yield picture, np.concatenate([class_ids(band) for band in bands])
+        num_rows = len(starts(picture.pixels.shape[0], manifest.image_height, overlap))
+        parts = []
+        for number, band in enumerate(bands, start=1):
+            parts.append(class_ids(band))
+            tell(f"{picture.name}: {number}/{num_rows} rows of windows")
+        yield picture, np.concatenate(parts)
 
 
 def _mask_at_source(found: np.ndarray, geometry: Geometry, min_pixels: Sequence[int]) -> Ids:
@@ -585,7 +598,8 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     RUN is the folder or gs:// URL of a run (RUNS/NAME), IMAGES a folder of images of any size,
     OUTPUT a folder or gs:// URL (default: RUN/inference). The same command continues after a stop.
     """
-    config = validated(InferConfig, given(options), "options")
+    values = given(options)
+    config = validated(InferConfig, values, "options", typed=values)
     with quiet_interrupts():
         result = infer(run, images, output, config)
     show_result(result, config)

@@ -143,8 +143,8 @@ def _page(store: Store, parts: Sequence[str]) -> str:
 
 
 def _headline(store: Store, summary: Mapping[str, Any] | None) -> str:
-    stands = standing(store)
-    status = _STANDINGS.get(stands, stands)
+    found = standing(store)
+    status = _STANDINGS.get(found, found)
     if summary is None:
         return f"<p>Status: {_text(status)}.</p>"
     mean, nothing = summary["foreground_mean"], summary["all_background"]["foreground_mean"]

@@ -43,8 +43,7 @@ _RETRY_S = 60.0
 _STORING = "storing the end"
 # Phases that take long and show nothing themselves, and what is said of them.
 _SHOWN_PHASES = {
-    "building the network": "building the network",
-    "filling the cache": "filling the cache",
+    "opening the session": "building the network",
     "evaluation": "evaluating the test split with the best checkpoint",
 }
 _LAST_WORDS_S = 5.0  # for the stacks of a process that ends itself
@@ -104,7 +103,6 @@ def train_and_evaluate(
     outcome = team.on_first(lambda: earlier_outcome(config, run, dataset.digest))
     if outcome is not None:
         return outcome
-    begin("building the network")
     from job.session import open_session
 
     begin("opening the session")
@@ -521,7 +519,7 @@ def resolve_config(
     values = read_yaml(_read_text(file), file) if file else {}
     if file is not None:
         _check_preset(options, values, file)
-    config = validated(TrainConfig, merged(values, options), file or "options")
+    config = validated(TrainConfig, merged(values, options), file or "options", typed=options)
     if config.data is None:
         raise UsageError("no dataset: give --data DATASET, a folder or gs:// URL made by prep")
     # The run must find it again from another working folder.
@@ -539,7 +537,7 @@ def _resolve_reference(
     from rich.console import Console
 
     Console(stderr=True).print(format_notes(reference.notes))
-    config = validated(TrainConfig, merged(reference.train, options), file)
+    config = validated(TrainConfig, merged(reference.train, options), file, typed=options)
     name = config.name or run_name(config.data or os.path.dirname(os.path.abspath(file)))
     config = config.model_copy(update={"name": name})
     if config.data is None:

@@ -81,9 +81,10 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     gs:// URLs, or folders that all nodes mount. The same command continues after a stop.
     """
     where = {name: options.pop(name) for name in InferLaunchConfig.model_fields}
-    settings = validated(InferLaunchConfig, given(where), "options")
+    settings = validated(InferLaunchConfig, given(where), "options", typed=given(where))
     needs_gpu = settings.gpus_per_worker > 0
-    config = validated(InferConfig, given(options) | {"needs_gpu": needs_gpu}, "options")
+    values = given(options)
+    config = validated(InferConfig, values | {"needs_gpu": needs_gpu}, "options", typed=values)
     target = output or join_url(run, "inference")
     reads = [run, *config.ensemble, images]
     workers = functools.partial(process_workers, settings, reads, [target])

@@ -24,7 +24,8 @@ def command(job: str, **options: Any) -> int:
     With --follow the exit code is that of the job, as of `flexunet submit --follow`. Ctrl-C then
     leaves the job alone, and gives 130.
     """
-    config = validated(LogsConfig, given(options), "options")
+    values = given(options)
+    config = validated(LogsConfig, values, "options", typed=values)
     job_id = checked_job_id(job)
     client = connect(config)
     if config.follow:

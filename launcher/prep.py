@@ -54,7 +54,7 @@ def command(source: str, output: str, config_file: str | None, **options: Any) -
     folders that all nodes mount. The same command continues where an interrupted one stopped.
     """
     where = {name: options.pop(name) for name in PrepLaunchConfig.model_fields}
-    settings = validated(PrepLaunchConfig, given(where), "options")
+    settings = validated(PrepLaunchConfig, given(where), "options", typed=given(where))
     config = read_config(config_file, options)
     demand = Demand(memory_bytes=int((settings.memory_per_worker or 0) * 1e9))
     folders = [url for each in sources_of(source, config) for url in (each.images, each.masks)]

@@ -21,7 +21,8 @@ def command(job: str | None, **options: Any) -> None:
 
     A job that was stopped has no exit code: Ray does not keep it.
     """
-    config = validated(JobsConfig, given(options), "options")
+    values = given(options)
+    config = validated(JobsConfig, values, "options", typed=values)
     job_id = checked_job_id(job) if job else None
     client = connect(config)
     found = [client.get_job_info(job_id)] if job_id else client.list_jobs()

@@ -27,7 +27,8 @@ def command(job: str, **options: Any) -> None:
     another name: Ray keeps the ended one). Processes that have not ended after the --stop-timeout
     of `flexunet submit` are killed.
     """
-    config = validated(JobsConfig, given(options), "options")
+    values = given(options)
+    config = validated(JobsConfig, values, "options", typed=values)
     job_id = checked_job_id(job)
     client = connect(config)
     details = client.get_job_info(job_id)

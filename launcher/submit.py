@@ -49,7 +49,8 @@ def command(context: click.Context, /, words: Sequence[str], **options: Any) -> 
     was stopped, 1 when it could not start. Ctrl-C then leaves the job alone, and gives 130.
     """
     entrypoint = _entrypoint(context, words)
-    config = validated(SubmitConfig, given(options), "options")
+    values = given(options)
+    config = validated(SubmitConfig, values, "options", typed=values)
     job_id = checked_job_id(config.name or f"{words[0]}-{secrets.token_hex(4)}")
     client = connect(config)
     start(client, job_id=job_id, entrypoint=entrypoint, stop_timeout_s=config.stop_timeout)

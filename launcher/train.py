@@ -609,7 +609,7 @@ def command(file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any)
     """
     flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
     where = {name: options.pop(name) for name in LaunchConfig.model_fields}
-    settings = validated(LaunchConfig, given(where), "options")
+    settings = validated(LaunchConfig, given(where), "options", typed=given(where))
     prep_options = {name: True for name, is_given in flags.items() if is_given}
     config = _absolute(resolve_config(given(options), file, prep_options))
     if config.folds is not None and config.fold is None:

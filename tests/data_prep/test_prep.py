@@ -239,11 +239,11 @@ def _group_lives(group):
     ("arguments", "code", "words"),
     [
         (["SOURCE", "OUT", "--image-size", "abc"], 2, "image-size"),
-        (["SOURCE", "OUT", "--image-size", "0"], 2, "image_size=0"),
+        (["SOURCE", "OUT", "--image-size", "0"], 2, "--image-size=0"),
         (["SOURCE", "OUT", "--seed", "1", "--no-such"], 2, "--no-such"),
         (["SOURCE", "OUT", "--classes", "a=1"], 2, "classes"),
         (["SOURCE", "OUT", "--fractions", "0.5,0.1,0.1"], 2, "add up to 1"),
-        (["SOURCE", "OUT", "--group-regex", "(", "--seed", "1"], 2, "group_regex"),
+        (["SOURCE", "OUT", "--group-regex", "(", "--seed", "1"], 2, "--group-regex"),
         (["SOURCE", "OUT", "--group-regex", "a", "--group-csv", "b"], 2, "exclude each other"),
         (["SOURCE", "OUT", "--tile", "16", "--image-size", "16"], 2, "leave out one"),
         (["SOURCE", "OUT", "--tile", "16", "--tile-overlap", "16"], 2, "below --tile"),

@@ -39,6 +39,17 @@ def test_a_log_gets_a_line_now_and_then(
     assert messages(caplog) == ["read: 3/4 files", "read: 4/4 files"]
 
 
+def test_a_log_is_told_the_end_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    with Progress("read", 1) as bar:
+        bar.note("a.png: 1/2 rows of windows")
+        bar.advance()
+    assert messages(caplog) == ["read: 0/1 images, a.png: 1/2 rows of windows", "read: 1/1 images"]
+
+
 def test_a_log_says_how_fast_long_work_is(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with Progress("read", 6) as bar:

@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from data_prep.errors import UsageError
 from data_prep.settings import (
@@ -102,6 +102,38 @@ def test_a_required_field_that_is_missing_is_named() -> None:
 
     with pytest.raises(UsageError, match="options: data is required"):
         validated(Strict, {}, "options")
+    with pytest.raises(UsageError, match="options: --data is required"):
+        validated(Strict, {}, "options", typed={})
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ({"inner": {"num_layers": 0}}, r"--inner\.num-layers=0: input should be"),
+        ({"inner": {"kernels": [1, "a"]}}, r"--inner\.kernels='a': input should be"),
+        ({"is_on": 3}, "--is-on=3: input should be"),
+        ({"epochs": 3}, r": rate='x': input should be"),  # of the file
+    ],
+)
+def test_what_was_typed_is_named_as_an_option(typed: dict[str, Any], message: str) -> None:
+    values = {"rate": "x"} if "epochs" in typed else {}
+    with pytest.raises(UsageError, match=message):
+        validated(Outer, merged(values, typed), "options", typed=typed)
+
+
+def test_fields_that_do_not_fit_are_named_as_they_were_given() -> None:
+    class Pair(Settings):
+        """Two that belong together."""
+
+        batch_size: int = 1
+        parts: int = 1
+
+        @model_validator(mode="after")
+        def _fits(self) -> "Pair":
+            raise ValueError(f"parts={self.parts} does not divide batch_size={self.batch_size}")
+
+    with pytest.raises(UsageError, match="options: parts=2 does not divide --batch-size=3"):
+        validated(Pair, {"batch_size": 3, "parts": 2}, "options", typed={"batch_size": 3})
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from data_prep import progress
 from data_prep.errors import UsageError
 from data_prep.storage import open_store
 from job import watchdog
@@ -246,7 +247,7 @@ def test_small_regions_are_fitted_on_valid_and_used_by_infer(
     with caplog.at_level("INFO", logger="job.evaluate"):
         assert evaluate(own_tiled_run)[0]["prediction"]["small_regions"] is None
     assert (folder / "small_regions.json").read_bytes() == fit
-    assert [record.message for record in caplog.records][1:] == [
+    assert caplog.messages[1:] == [
         f"replacing the evaluation in {folder} (--output puts it elsewhere); "
         "small_regions.json stays"
     ]
@@ -273,6 +274,26 @@ def test_infer_slides_over_large_pictures_of_any_run(trained_run: Path, tmp_path
     assert (record["window"], record["overlap"]) == ("sliding", 20)
     with pytest.raises(UsageError, match="another window and overlap"):
         infer(str(trained_run), str(tmp_path / "images"), str(output), InferConfig(**config))
+
+
+def test_infer_says_how_far_a_large_picture_is(
+    trained_run: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    (tmp_path / "images").mkdir()
+    assert cv2.imwrite(str(tmp_path / "images" / "a.png"), np.zeros((70, 40), np.uint8))
+    caplog.set_level("INFO")
+    config = InferConfig(window="sliding", overlap=10, overlays=False)
+    infer(str(trained_run), str(tmp_path / "images"), str(tmp_path / "masks"), config)
+    # 70 rows in windows of 32 that overlap by 10.
+    told = [line for line in caplog.messages if line.startswith("infer: ")]
+    assert [line.split(", ")[-1] for line in told[:3]] == [
+        f"a.png: {number}/3 rows of windows" for number in (1, 2, 3)
+    ]
+    assert told[-1].startswith("infer: 1/1 images")
 
 
 def test_infer_by_one_window_writes_the_masks_of_a_plain_pass(

@@ -285,10 +285,10 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
         *("--model.base-kernels", "3,3", "--model.dropout-rate", "0.1", "--augmentation.enabled"),
         *("--augmentation.deformation-probability", "0.5", "--no-tensorboard"),
     ]
-    shown = [*command(*options, "--name", "control"), "--progress"]
-    control = subprocess.run(shown, capture_output=True, text=True)
+    arguments = [*options, "--name", "control", "--progress"]
+    control = subprocess.run(command(*arguments), capture_output=True, text=True)
     assert control.returncode == 0, control.stderr
-    told = [line.strip() for line in control.stderr.splitlines()]
+    told = control.stderr.splitlines()
     assert told.count("building the network") == 1
     assert told.count("compiling the first step of epoch 1") == 1
     assert told.count("evaluating the test split with the best checkpoint") == 1
@@ -345,8 +345,8 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
         ([], "give --local"),
         (["--local", "--data", "nowhere"], "no dataset at"),
         (["--local", "--epoch", "3"], "--epochs"),
-        (["--local", "--data", "x", "--epochs", "0"], "epochs=0"),
-        (["--local", "--data", "x", "--name", "Not OK"], "name='Not OK'"),
+        (["--local", "--data", "x", "--epochs", "0"], "--epochs=0"),
+        (["--local", "--data", "x", "--name", "Not OK"], "--name='Not OK'"),
         (["--local", "--config", "missing.yaml"], r"missing\.yaml: config file cannot be read"),
     ],
 )

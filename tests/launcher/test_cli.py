@@ -172,7 +172,7 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
         (["prep", "--image-sizes", "3"], "did you mean '--image-size'?"),
         (["prep", "source"], "flexunet prep: Missing argument 'OUTPUT'."),
         (["evaluate", "run", "--split", "all"], "'all' is not one of 'train', 'valid', 'test'"),
-        (["infer", "run", "images", "--batch-size", "0"], "batch_size=0: "),
+        (["infer", "run", "images", "--batch-size", "0"], "--batch-size=0: "),
         (["launch", "tarin"], "flexunet launch: no command 'tarin'; did you mean 'train'?"),
         (["launch", "prep", "source"], "flexunet launch prep: Missing argument 'OUTPUT'."),
         (["doctor", "--buckets", "x"], "did you mean '--bucket'?"),

@@ -140,7 +140,7 @@ def test_a_cluster_infers_from_a_bucket(
     [
         (["--gpus-per-worker=1"], "worker of 1 CPU, 1 GPU each, and the cluster has room for"),
         (["--num-workers=3"], "and the cluster has room for 2: "),
-        (["--gpus-per-worker=2"], "gpus_per_worker=2"),
+        (["--gpus-per-worker=2"], "--gpus-per-worker=2"),
     ],
 )
 def test_what_the_cluster_lacks_is_refused_at_once(

@@ -412,7 +412,7 @@ def test_the_token_is_not_sent_elsewhere(flexunet: Launch, tmp_path: Path) -> No
         (["status", "--address", "http://head:port"], 2, "Port could not be cast to integer"),
         (["status", "--address", "http://me:canary@head:8265"], 2, "no password or token"),
         (["status", "--address", "http://head:8265?a=b"], 2, "not the URL of a job server alone"),
-        (["status"], 2, "address is required"),
+        (["status"], 2, "--address is required"),
         (["status", "--address", "http://127.0.0.1:1"], 1, "no job server answers ([Errno 111]"),
         (["stop", "--address", "http://127.0.0.1:1", "../x"], 2, "a job is named by at most 100"),
         (["submit", "--address=http://h:1", "doctor"], 2, "'doctor' cannot be submitted; "),

@@ -172,7 +172,7 @@ def test_what_cannot_work_is_refused_before_a_worker_starts(
     for arguments, message in (
         (["--num-workers", "3"], "global_batch_size=2 does not divide by the 3 replicas"),
         (["--data", "nowhere"], "no dataset at"),
-        (["--num-workers", "0"], "num_workers=0"),
+        (["--num-workers", "0"], "--num-workers=0"),
         (["--model.num-layers", "7"], "needs image sides that divide by 64"),
     ):
         done = flexunet(*where, *options(data, str(tmp_path / "runs"), "no"), *arguments)
@@ -227,5 +227,5 @@ def test_gpus_that_are_not_there_are_told_at_once(tmp_path: Path, flexunet: Any)
     environment = {name: os.environ[name] for name in ("PATH",)}
     done = flexunet("launch", "train", *arguments, "--gpus-per-worker", "1", **environment)
     assert done.returncode == 2, done.stderr
-    assert "1 GPUs" in done.stderr and "0 GPUs" in done.stderr
+    assert "1 GPU each" in done.stderr and "0 GPUs" in done.stderr
     assert time.monotonic() - begin < 60
