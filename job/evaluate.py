@@ -204,8 +204,11 @@ class Evaluator:
 
     def _summary(self, name: str, counts: np.ndarray, means: Mapping[str, float]) -> dict[str, Any]:
         is_by_tile = self.is_by_tile and self.dataset.manifest.geometry == "tile"
-        case = {"case": "tile" if is_by_tile else "picture"}
-        return {**_summary(name, counts, means, self.dataset), **case}
+        way = {
+            "case": "tile" if is_by_tile else "picture",
+            "overlap": self.overlap if self.has_windows else None,
+        }
+        return {**_summary(name, counts, means, self.dataset), **way}
 
     def _measure(
         self,
@@ -585,14 +588,15 @@ def evaluate_run(
     _tell_replaced(target, keeps_fit=not config.remove_small_regions)
     way: dict[str, Any] = {
         "runs": [asdict(member) for _, member in loaded],
+        "checkpoint": config.checkpoint,
         "flips": config.flips,
-        "overlap": evaluator.overlap if evaluator.has_windows else None,
         "small_regions": None,
     }
     if config.remove_small_regions:
         fits, fitted_on = _fit_regions(evaluator, shown=config.progress)
         members = [member for _, member in loaded]
-        way["small_regions"] = fit_record(*(fits, members, config.flips, way["overlap"], fitted_on))
+        overlap = evaluator.overlap if evaluator.has_windows else None
+        way["small_regions"] = fit_record(fits, members, config.flips, overlap, fitted_on)
         evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in fits))
     reader = _reader_of(dataset, split, settings)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)

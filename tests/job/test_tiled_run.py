@@ -163,7 +163,7 @@ def test_training_evaluates_and_shows_pictures(tiled_run: Path) -> None:
         counts = [int(row[f"{name}_px_mass"]) for name in ("tp", "fp", "fn", "tn")]
         assert sum(counts) == SIDE * SIDE
     summary = json.loads((tiled_run / "evaluation" / "summary.json").read_text())
-    assert summary["case"] == "picture"
+    assert (summary["case"], summary["overlap"]) == ("picture", TILE // 2)
     assert summary["num_cases"] == summary["sizes"]["original"]["num_cases"] == 2
     assert summary["foreground_mean"]["dice"] > 0.7
     (shown, *_) = (tiled_run / "epoch_change_infer").iterdir()
@@ -175,7 +175,7 @@ def test_evaluate_counts_the_pixels_of_the_masks_that_infer_writes(
 ) -> None:
     source = tiled_run.parents[1] / "source"
     summary, folder = evaluate(own_tiled_run, overlap=8)
-    assert summary["prediction"]["overlap"] == 8
+    assert summary["overlap"] == 8
     config = InferConfig(overlays=False, progress=False, overlap=8, batch_size=4)
     infer(str(own_tiled_run), str(source / "images"), str(tmp_path / "masks"), config)
     for row in rows_of(folder / "per_case.csv"):
