@@ -104,7 +104,7 @@ class Evaluator:
     """A model on its devices, and how its errors on a dataset are counted.
 
     Attributes:
-        overlap: of windows, pixels.
+        overlap: of windows, pixels; 0 where the dataset's pictures are all of the network's size.
         is_by_tile: a tile counts as a picture.
         min_pixels: of each class but 0, at the network's size; smaller regions are not predicted.
     """
@@ -297,7 +297,7 @@ def make_evaluator(
         first_replica: global number of this process' first replica.
 
     Raises:
-        UsageError: the loss does not fit the dataset's classes.
+        UsageError: the loss does not fit the dataset's classes, or the overlap its tiles.
     """
     from job.losses import make_loss
     from job.metrics import reference_metrics
@@ -317,9 +317,12 @@ def make_evaluator(
         # An evaluation may have another batch and other devices than the training.
         num_micro_batches=math.gcd(local_batch, config.accumulate),
     )
+    overlap = 0
+    if manifest.geometry == "tile":
+        overlap = window_overlap(manifest, config.window_overlap, flag="--window-overlap")
     return Evaluator(
         *(config, strategy, dataset, loss, metrics, step, make_probability_step(network)),
-        overlap=window_overlap(manifest, config.window_overlap),
+        overlap=overlap,
         first_replica=first_replica,
     )
 
@@ -712,7 +715,8 @@ def command(run: str, **options: Any) -> int:
         for name in (config.split, *(["valid"] if config.remove_small_regions else [])):
             dataset.split(name)
         _target(trained, config)
-        window_overlap(dataset.manifest, config.overlap)
+        if dataset.manifest.geometry == "tile":
+            window_overlap(dataset.manifest, config.overlap, trained.config.window_overlap)
         from job import runtime
 
         if config.needs_gpu:

@@ -125,7 +125,7 @@ def test_window_overlap_is_the_first_that_is_set(trained_run: Path) -> None:
     assert window_overlap(manifest, None, None) == 16
     assert window_overlap(manifest, None, 4) == 4
     assert window_overlap(manifest, 0, 4) == 0
-    with pytest.raises(UsageError, match="overlap=32: windows are 32x32"):
+    with pytest.raises(UsageError, match="overlap by 32; give --overlap below 32"):
         window_overlap(manifest, 32)
 
 

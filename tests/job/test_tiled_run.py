@@ -31,7 +31,7 @@ from job.step import network_of
 from job.train import train_and_evaluate
 from job.trained import model_for, open_alike, open_trained
 from job.watchdog import Watchdog
-from tests.job.discs import prepare_discs
+from tests.job.discs import prepare_discs, write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
 SIDE, TILE = 72, 32  # 72 in steps of at most 24: tiles at 0, 20 and 40
@@ -296,7 +296,6 @@ def test_infer_by_one_window_writes_the_masks_of_a_plain_pass(
         (["--ensemble", "TILES"], "geometry tile, but"),
         (["--ensemble", "MISSING"], "no run here"),
         (["--ensemble", "RUN"], "give --output"),
-        (["--overlap", "32"], "windows are 32x32 pixels"),
         (["--output", "RUN"], "holds other files"),
         (["--tiles-as-pictures", "--remove-small-regions"], "fits sizes for whole pictures"),
     ],
@@ -313,6 +312,27 @@ def test_evaluate_refuses_in_one_line(
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_an_overlap_is_refused_where_there_are_windows(
+    own_run: Path, own_tiled_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in (own_run, own_tiled_run):  # as a config of the reference may say it
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text.replace("window_overlap: null", "window_overlap: 32"))
+    write_discs(tmp_path / "source", num_images=1)
+    images = str(tmp_path / "source" / "images")
+    line = "windows of 32x32 pixels cannot overlap by 32; give --overlap below 32"
+    for command, arguments in (
+        (evaluate_main, [str(own_tiled_run)]),
+        (infer_main, [str(own_tiled_run), images]),
+        (infer_main, [str(own_run), images, "--window", "sliding"]),
+    ):
+        assert command(arguments) == 2
+        assert capsys.readouterr().err.endswith(f"{line}\n")
+    assert infer_main([str(own_run), images]) == 0
+    evaluate(own_run)
+    assert json.loads((own_run / "evaluation" / "summary.json").read_text())["overlap"] is None
 
 
 def test_infer_refuses_runs_that_are_not_alike(
