@@ -553,11 +553,16 @@ class EvaluateConfig(PredictConfig):
     progress: bool = option(True, "Show a progress bar on a terminal.")
 
     @model_validator(mode="after")
-    def _sizes_are_of_pictures(self) -> "EvaluateConfig":
+    def _small_regions_fit(self) -> "EvaluateConfig":
         if self.tiles_as_pictures and self.remove_small_regions:
             raise ValueError(
                 "--remove-small-regions fits sizes for whole pictures; leave it out, or "
                 "--tiles-as-pictures"
+            )
+        if self.split == "valid" and self.remove_small_regions:
+            raise ValueError(
+                "--remove-small-regions is fitted on the validation split, so --split valid would "
+                "flatter it; evaluate another split, or leave it out"
             )
         return self
 

@@ -298,6 +298,7 @@ def test_infer_by_one_window_writes_the_masks_of_a_plain_pass(
         (["--ensemble", "RUN"], "give --output"),
         (["--output", "RUN"], "holds other files"),
         (["--tiles-as-pictures", "--remove-small-regions"], "fits sizes for whole pictures"),
+        (["--split", "valid", "--remove-small-regions"], "--split valid would flatter it"),
     ],
 )
 def test_evaluate_refuses_in_one_line(
