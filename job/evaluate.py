@@ -106,7 +106,7 @@ class Evaluator:
     """A model on its devices, and how its errors on a dataset are counted.
 
     Attributes:
-        overlap: of windows, pixels.
+        overlap: of windows, pixels; 0 where the dataset's pictures are all of the network's size.
         is_by_tile: a tile counts as a picture.
         min_pixels: of each class but 0, at the network's size; smaller regions are not predicted.
     """
@@ -206,8 +206,11 @@ class Evaluator:
 
     def _summary(self, name: str, counts: np.ndarray, means: Mapping[str, float]) -> dict[str, Any]:
         is_by_tile = self.is_by_tile and self.dataset.manifest.geometry == "tile"
-        case = {"case": "tile" if is_by_tile else "picture"}
-        return {**_summary(name, counts, means, self.dataset), **case}
+        way = {
+            "case": "tile" if is_by_tile else "picture",
+            "overlap": self.overlap if self.has_windows else None,
+        }
+        return {**_summary(name, counts, means, self.dataset), **way}
 
     def _measure(
         self,
@@ -296,7 +299,7 @@ def make_evaluator(
         first_replica: global number of this process' first replica.
 
     Raises:
-        UsageError: the loss does not fit the dataset's classes.
+        UsageError: the loss does not fit the dataset's classes, or the overlap its tiles.
     """
     from job.losses import make_loss
     from job.metrics import reference_metrics
@@ -316,9 +319,12 @@ def make_evaluator(
         # An evaluation may have another batch and other devices than the training.
         num_micro_batches=math.gcd(local_batch, config.accumulate),
     )
+    overlap = 0
+    if manifest.geometry == "tile":
+        overlap = window_overlap(manifest, config.window_overlap, flag="--window-overlap")
     return Evaluator(
         *(config, strategy, dataset, loss, metrics, step, make_probability_step(network)),
-        overlap=window_overlap(manifest, config.window_overlap),
+        overlap=overlap,
         first_replica=first_replica,
     )
 
@@ -552,11 +558,16 @@ class EvaluateConfig(PredictConfig):
     progress: bool = option(True, "Show a progress bar on a terminal.")
 
     @model_validator(mode="after")
-    def _sizes_are_of_pictures(self) -> "EvaluateConfig":
+    def _small_regions_fit(self) -> "EvaluateConfig":
         if self.tiles_as_pictures and self.remove_small_regions:
             raise ValueError(
                 "--remove-small-regions fits sizes for whole pictures; leave it out, or "
                 "--tiles-as-pictures"
+            )
+        if self.split == "valid" and self.remove_small_regions:
+            raise ValueError(
+                "--remove-small-regions is fitted on the validation split, so --split valid would "
+                "flatter it; evaluate another split, or leave it out"
             )
         return self
 
@@ -592,14 +603,15 @@ def evaluate_run(
     _tell_replaced(target, keeps_fit=not config.remove_small_regions)
     way: dict[str, Any] = {
         "runs": [asdict(member) for _, member in loaded],
+        "checkpoint": config.checkpoint,
         "flips": config.flips,
-        "overlap": evaluator.overlap if evaluator.has_windows else None,
         "small_regions": None,
     }
     if config.remove_small_regions:
         fits, fitted_on = _fit_regions(evaluator, shown=config.progress)
         members = [member for _, member in loaded]
-        way["small_regions"] = fit_record(*(fits, members, config.flips, way["overlap"], fitted_on))
+        overlap = evaluator.overlap if evaluator.has_windows else None
+        way["small_regions"] = fit_record(fits, members, config.flips, overlap, fitted_on)
         evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in fits))
     reader = _reader_of(dataset, split, settings)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
@@ -729,7 +741,8 @@ def command(run: str, **options: Any) -> int:
         for name in (config.split, *(["valid"] if config.remove_small_regions else [])):
             dataset.split(name)
         _target(trained, config)
-        window_overlap(dataset.manifest, config.overlap)
+        if dataset.manifest.geometry == "tile":
+            window_overlap(dataset.manifest, config.overlap, trained.config.window_overlap)
         from job import runtime
 
         if config.needs_gpu:

@@ -23,7 +23,7 @@ def check_fit(config: TrainConfig, dataset: Dataset) -> None:
     if config.loss.name == "basnet_hybrid":
         check_ssim_sides(height, width)
     if manifest.geometry == "tile":
-        window_overlap(manifest, config.window_overlap)
+        window_overlap(manifest, config.window_overlap, flag="--window-overlap")
 
 
 def image_shape(config: TrainConfig, manifest: Manifest) -> tuple[int, int, int]:

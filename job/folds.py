@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import ContentError
+from data_prep.errors import ContentError, UsageError
 from data_prep.schema import MANIFEST_NAME, parse_manifest
 from data_prep.settings import write_yaml
 from data_prep.split import assign_folds
@@ -191,10 +191,12 @@ def pool_folds(config: TrainConfig) -> dict[str, Any]:
     """Writes what all folds together score into the folder of their common name; returns it.
 
     Raises:
+        UsageError: folds were evaluated in unequal ways.
         ContentError: a fold's evaluation is missing or damaged.
     """
     output = open_store(config.output)
     names = [str(each.name) for each in fold_configs(config)]
+    _check_alike([output.below(name) for name in names])
     manifest = parse_manifest(output.below(names[0]).get(MANIFEST_NAME), MANIFEST_NAME)
     classes = [each.name for each in manifest.classes if each.id != 0]
     target = output.below(str(config.name))
@@ -220,6 +222,51 @@ def pool_folds(config: TrainConfig) -> dict[str, Any]:
     return summary
 
 
+def _check_alike(runs: Sequence[Store]) -> None:
+    """Refuses folds whose numbers mean different things, as one was evaluated again in another way.
+
+    Raises:
+        UsageError: names two of them, and what differs.
+        ContentError: an evaluation is missing or damaged.
+    """
+    first, *others = [_read_way(run) for run in runs]
+    for run, other in zip(runs[1:], others, strict=True):
+        different = [name for name in first if other[name] != first[name]]
+        if different:
+            raise UsageError(
+                f"{run.url}: evaluated with another {' and '.join(different)} "
+                f"({', '.join(str(other[name]) for name in different)}) than {runs[0].url} "
+                f"({', '.join(str(first[name]) for name in different)}); evaluate all folds alike"
+            )
+
+
+def _read_way(run: Store) -> dict[str, Any]:
+    """Returns how the cases of a fold were predicted; one that training evaluated: plainly."""
+    name = "evaluation/summary.json"
+    try:
+        summary = json.loads(run.get(name))
+        way = summary.get("prediction") or {}
+        found = {
+            "checkpoint": way.get("checkpoint", "best"),
+            "number of runs": len(way.get("runs", ["itself"])),
+            "flips": way.get("flips", "none"),
+            "overlap": summary["overlap"],
+            "removal of small regions": bool(way.get("small_regions")),
+            "kind of case": summary["case"],
+        }
+    except NotFound as error:
+        raise _missing(run, name) from error
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ContentError(
+            f"{run.url}/{name}: damaged; flexunet evaluate {run.url} writes it again"
+        ) from error
+    return found
+
+
+def _missing(run: Store, name: str) -> ContentError:
+    return ContentError(f"{run.url}/{name} is missing; flexunet evaluate {run.url} writes it")
+
+
 def _fold_summary(table: Sequence[Mapping[str, str]], classes: Sequence[str]) -> dict[str, Any]:
     cases = [read_case(row, classes) for row in table]
     return summarize_cases(cases, [row["group"] for row in table], classes)
@@ -230,9 +277,7 @@ def _read_table(run: Store, size: str) -> list[dict[str, str]]:
     try:
         text = run.get(name).decode()
     except NotFound as error:
-        raise ContentError(
-            f"{run.url}/{name} is missing; flexunet evaluate {run.url} writes it"
-        ) from error
+        raise _missing(run, name) from error
     return list(csv.DictReader(io.StringIO(text, newline="")))
 
 

@@ -58,8 +58,11 @@ class PredictConfig(Settings):
     )
 
 
-def window_overlap(manifest: Manifest, *wanted: int | None) -> int:
-    """Returns the first of `wanted` that is set, or half a window.
+def window_overlap(manifest: Manifest, *wanted: int | None, flag: str = "--overlap") -> int:
+    """Returns the first of `wanted` that is set, or half a window; pixels.
+
+    Args:
+        flag: the option by which the user can set it.
 
     Raises:
         UsageError: it is not smaller than a window.
@@ -68,8 +71,8 @@ def window_overlap(manifest: Manifest, *wanted: int | None) -> int:
     overlap = next((each for each in wanted if each is not None), side // 2)
     if overlap >= side:
         raise UsageError(
-            f"overlap={overlap}: windows are {manifest.image_height}x{manifest.image_width} "
-            "pixels; give fewer"
+            f"windows of {manifest.image_height}x{manifest.image_width} pixels cannot overlap by "
+            f"{overlap}; give {flag} below {side}"
         )
     return overlap
 

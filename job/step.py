@@ -138,7 +138,11 @@ def network_of(models: Sequence[keras.Model], flips: Flips = "none") -> Network:
 
     def network(images: tf.Tensor) -> tf.Tensor:
         parts = [logits_of(model, images, turned) for model in models for turned in mirrored]
-        return parts[0] if len(parts) == 1 else _logits_of_mean(tf.stack(parts))
+        if len(parts) == 1:
+            return parts[0]
+        # Models may compute in several precisions.
+        widest = max((part.dtype for part in parts), key=lambda dtype: dtype.size)
+        return _logits_of_mean(tf.stack([tf.cast(part, widest) for part in parts]))
 
     return network
 

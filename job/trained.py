@@ -70,6 +70,8 @@ class Member:
 def open_alike(urls: Sequence[str]) -> tuple[TrainedRun, ...]:
     """Returns runs whose probabilities can be averaged: they see the same pixels and classes.
 
+    Their precisions may differ: each computes in its own, and gives logits of float32 or wider.
+
     Raises:
         UsageError: two differ in them, or one has no checkpoint.
     """

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from data_prep.image import Box, Geometry, read_image
 from job import checkpoint
 from job.config import identity_of
+from job.data import open_reader, read_sample
 from job.evaluate import (
     EvaluateConfig,
     _scales,
@@ -32,7 +34,7 @@ from job.pictures import Picture
 from job.run import Run
 from job.step import network_of
 from job.train import show_end
-from job.trained import fetch_checkpoint, load_model, open_trained
+from job.trained import fetch_checkpoint, load_model, open_alike, open_trained
 from tests.job.discs import prepare_discs
 
 
@@ -240,7 +242,7 @@ def test_evaluate_of_another_split_leaves_the_test_split_alone(own_run: Path) ->
 
 
 def test_evaluate_takes_the_last_weights_when_told(own_run: Path, tmp_path: Path) -> None:
-    commit_weights_of_nan(own_run, tmp_path)
+    commit_weights(own_run, tmp_path, lambda weights: np.full(weights.shape, np.nan))
     assert summary_of(Path(evaluate(own_run)))["foreground_mean"]["dice"] > 0.85
     folder = Path(evaluate(own_run, checkpoint="last"))
     # No probability is the highest, so every pixel is background; the JSON stays strict.
@@ -271,12 +273,12 @@ def test_evaluate_says_which_checkpoint_it_took(
     assert "it is being trained, or its process was killed" in caplog.messages[0]
 
 
-def commit_weights_of_nan(folder: Path, staging: Path) -> None:
-    """Adds a checkpoint to a run, after its best one, whose weights are all NaN."""
+def commit_weights(folder: Path, staging: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Adds a checkpoint to a run, after its best one, whose weights are changed."""
     trained = open_trained(str(folder))
     model = load_model(trained, which="last")
     for weight in model.weights:
-        weight.assign(np.full(weight.shape, np.nan))
+        weight.assign(change(weight.numpy()))
     _, members = fetch_checkpoint(trained.store, str(staging), which="last")
     state = checkpoint.read_state(members[checkpoint.STATE_NAME])
     optimizer = Adam(trained.config.optimizer, model.trainable_variables)
@@ -285,6 +287,44 @@ def commit_weights_of_nan(folder: Path, staging: Path) -> None:
     with Run.open(str(folder.parent), folder.name) as run:
         run.check_identity(identity_of(trained.config), trained.dataset_digest)
         run.commit(state["step"] + 1, state["epoch"], members, {})
+
+
+def test_ensemble_predicts_the_mean_of_its_runs(own_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "discs"
+    shutil.copytree(own_run, other)
+    random = np.random.default_rng(4)
+    commit_weights(other, tmp_path, lambda w: w * random.uniform(0.3, 1.7, w.shape))
+    options = {"checkpoint": "last", "progress": False}
+    config = EvaluateConfig(ensemble=(str(other),), output=str(tmp_path / "both"), **options)
+    runs = open_alike([str(own_run), str(other)])
+    dataset = dataset_of(runs[0], None, runs[1:])
+    device = tf.distribute.OneDeviceStrategy("CPU:0")
+    evaluation, _ = evaluate_run(runs[0], dataset, device, config, runs[1:])
+    images = own_run.parents[1] / "images"
+    images.mkdir()
+    split = dataset.split("test")
+    reader = open_reader(dataset, split, cache="full", cache_dir=None)
+    truths = []
+    for index, name in enumerate(split.filenames):
+        pixels, truth = read_sample(reader, index)
+        truths.append(truth)
+        assert cv2.imwrite(str(images / name), pixels)
+    masks = InferConfig(overlays=False, ensemble=(str(other),), **options)
+    infer(str(own_run), str(images), str(tmp_path / "masks"), masks)
+
+    networks = [load_model(run, which="last") for run in runs]
+    differing = 0
+    for index, name in enumerate(split.filenames):
+        pixels = cv2.imread(str(images / name), cv2.IMREAD_GRAYSCALE)
+        batch = pixels[np.newaxis, ..., np.newaxis].astype(np.float32)
+        parts = [tf.nn.softmax(network(batch)).numpy()[0] for network in networks]
+        expected = np.argmax(np.mean(parts, axis=0), axis=-1)
+        differing += sum(np.any(np.argmax(part, axis=-1) != expected) for part in parts)
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "masks" / name)), expected)
+        pairs = [(1, 1), (0, 1), (1, 0), (0, 0)]  # (truth, prediction): tp, fp, fn, tn
+        counts = [np.sum((truths[index] == t) & (expected == p)) for t, p in pairs]
+        assert evaluation.counts[index, 1].tolist() == counts
+    assert differing == 2 * len(split)  # it is neither of the two
 
 
 def test_command_refuses_another_dataset(

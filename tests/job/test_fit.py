@@ -59,7 +59,7 @@ def test_small_tiles_fit_neither_structural_similarity_nor_a_wide_overlap(tmp_pa
     with pytest.raises(UsageError, match="at least 11x11 pixels, got 8x8"):
         check_fit(validated(TrainConfig, hybrid, "test"), tiles)
     check_fit(config().model_copy(update={"window_overlap": 7}), tiles)
-    with pytest.raises(UsageError, match="overlap=8: windows are 8x8"):
+    with pytest.raises(UsageError, match="overlap by 8; give --window-overlap below 8"):
         check_fit(config().model_copy(update={"window_overlap": 8}), tiles)
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from data_prep.errors import UsageError
+from data_prep.errors import ContentError, UsageError
 from data_prep.pairs import find_sources
 from data_prep.prep import PrepConfig, prepare
 from job.config import TrainConfig
 from job.data import Dataset, open_dataset, open_reader, read_sample
-from job.folds import cross_validate, fold_configs, fold_of
+from job.folds import cross_validate, fold_configs, fold_of, pool_folds
 from tests.job.discs import prepare_discs, write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -174,3 +175,34 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
         assert f'<td class="number">{dice:.4f}</td>' in page
         assert f'<a href="../cv-fold-{fold}/report.html">' in page
         assert (runs / f"cv-fold-{fold}" / "report.html").exists()
+    check_pools_only_what_was_evaluated_alike(runs)
+
+
+def check_pools_only_what_was_evaluated_alike(runs: Path) -> None:
+    values = yaml.safe_load((runs / "cv-fold-1" / "config.yaml").read_text())
+    config = TrainConfig.model_validate(values | {"name": "cv", "fold": None})
+    before = (runs / "cv" / "measures_network.csv").read_text()
+
+    def evaluate(*options: str) -> None:
+        # In a process of its own, like training: TensorFlow's devices are set once for each.
+        command = [sys.executable, "-m", "job.evaluate", str(runs / "cv-fold-1"), *options]
+        subprocess.run(command, cwd=PROJECT, capture_output=True, check=True)
+
+    evaluate()  # as training did
+    pool_folds(config)
+    assert (runs / "cv" / "measures_network.csv").read_text() == before
+    evaluate("--flips", "both", "--checkpoint", "last")
+    with pytest.raises(
+        UsageError,
+        match=r"cv-fold-1: evaluated with another checkpoint and flips \(last, both\) than "
+        r".*cv-fold-0 \(best, none\); evaluate all folds alike",
+    ):
+        pool_folds(config)
+    summary = runs / "cv-fold-1" / "evaluation" / "summary.json"
+    for text in ("[]", '{"case": "picture"}', "[" * 100_000):
+        summary.write_text(text)
+        with pytest.raises(ContentError, match="damaged"):
+            pool_folds(config)
+    summary.unlink()
+    with pytest.raises(ContentError, match=r"summary\.json is missing"):
+        pool_folds(config)

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from data_prep.errors import UsageError
 from data_prep.tiles import starts
+from job.config import ModelConfig
+from job.model import build_model
 from job.predict import (
     class_ids,
     probabilities_of,
@@ -125,7 +127,7 @@ def test_window_overlap_is_the_first_that_is_set(trained_run: Path) -> None:
     assert window_overlap(manifest, None, None) == 16
     assert window_overlap(manifest, None, 4) == 4
     assert window_overlap(manifest, 0, 4) == 0
-    with pytest.raises(UsageError, match="overlap=32: windows are 32x32"):
+    with pytest.raises(UsageError, match="overlap by 32; give --overlap below 32"):
         window_overlap(manifest, 32)
 
 
@@ -161,6 +163,22 @@ def test_network_of_several_is_the_mean_of_their_probabilities(num_classes: int)
     assert both(images).numpy() == pytest.approx(np.mean(parts[::4], axis=0), abs=1e-5)
     horizontal = make_probability_step(network_of(models[:1], "horizontal"))
     assert horizontal(images).numpy() == pytest.approx(np.mean(parts[:2], axis=0), abs=1e-5)
+
+
+def test_network_of_several_precisions_is_their_mean() -> None:
+    config = ModelConfig(num_layers=2, base_filters=4, base_kernels=(3, 3))
+    images = np.random.default_rng(3).integers(0, 256, (2, 16, 16, 1), dtype=np.uint8)
+    models = [
+        build_model(
+            config, image_shape=(16, 16, 1), num_classes=2, value_max=255.0, seed=i, precision=each
+        )
+        for i, each in enumerate(("float64", "mixed_bfloat16", "float32"))
+    ]
+    alone = [make_probability_step(network_of([model]))(images).numpy() for model in models]
+    assert not np.allclose(alone[0], alone[2], atol=1e-3)
+    together = make_probability_step(network_of(models))(images).numpy()
+    assert together.dtype == np.float32
+    assert together == pytest.approx(np.mean(alone, axis=0), abs=1e-3)
 
 
 def test_network_of_several_survives_logits_without_doubt() -> None:

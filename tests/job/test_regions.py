@@ -1,15 +1,26 @@
 """The size below which predicted regions go, fitted by hand-worked cases."""
 
+import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import tensorflow as tf
+from PIL import Image
 
 from data_prep.errors import ContentError, UsageError
+from data_prep.image import undo_geometry
+from data_prep.pairs import find_sources
+from data_prep.prep import PrepConfig, prepare
 from data_prep.storage import open_store
-from job.predict import without_small
+from job.data import open_reader, read_sample
+from job.evaluate import EvaluateConfig, dataset_of, evaluate_run
+from job.infer import InferConfig, infer
+from job.predict import class_ids, without_small
 from job.regions import FILE_NAME, RegionTally, fit_record, read_min_pixels
-from job.trained import Member
+from job.step import make_probability_step, network_of
+from job.trained import Member, load_model, open_trained
 
 
 def case(*parts: tuple[int, int, int]) -> np.ndarray:
@@ -73,6 +84,83 @@ def test_fit_agrees_with_removing_and_counting() -> None:
     assert fit.dice_before == pytest.approx(every[0])
     assert fit.dice == pytest.approx(max(every))
     assert mean_dice(fit.min_pixels) == pytest.approx(max(every))
+
+
+def write_specked(folder: Path, num_images: int) -> None:
+    """Writes pictures of 64x96 with a bright disc, and bright specks that are in no mask."""
+    random = np.random.default_rng(6)
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    y, x = np.mgrid[:64, :96]
+    for index in range(num_images):
+        a, b = random.uniform(28, 36), random.uniform(40, 55)
+        disc = (y - a) ** 2 + (x - b) ** 2 <= random.uniform(15, 18) ** 2
+        bright = disc.copy()
+        for top, left in ((2, 2), (50, 80), (2, 80)):
+            bright[top : top + 12, left : left + 14] = True
+        image = random.integers(20, 90, (64, 96)) + 120 * bright
+        for kind, pixels in (("images", image), ("masks", 255 * disc)):
+            path = folder / kind / f"disc-{index:02d}.png"
+            assert cv2.imwrite(str(path), pixels.astype(np.uint8))
+
+
+def without(mask: np.ndarray, least: float) -> np.ndarray:
+    """Returns the mask (H, W) bool without regions of fewer than `least` pixels."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    kept = [i for i in range(1, len(stats)) if stats[i, cv2.CC_STAT_AREA] >= least]
+    return np.isin(labels, kept)
+
+
+def test_specks_go_at_both_sizes_of_resized_pictures(own_run: Path, tmp_path: Path) -> None:
+    write_specked(tmp_path / "source", 15)
+    prep = PrepConfig(image_size=32, fractions=(0.4, 0.3, 0.3), num_processes=1)
+    sources = find_sources(str(tmp_path / "source"))
+    prepare(sources, str(tmp_path / "dataset"), prep, progress=False)
+    # As if the run had been trained on it.
+    shutil.copy(tmp_path / "dataset" / "dataset.json", own_run / "dataset.json")
+    run = open_trained(str(own_run))
+    dataset = dataset_of(run, str(tmp_path / "dataset"))
+    config = EvaluateConfig(remove_small_regions=True, progress=False)
+    device = tf.distribute.OneDeviceStrategy("CPU:0")
+    evaluation, url = evaluate_run(run, dataset, device, config)
+    (fit,) = evaluation.summary["prediction"]["small_regions"]["classes"]
+    assert fit["min_pixels"] > 1
+    assert fit["dice"] > fit["dice_before"] + 0.05
+
+    options = {"overlays": False, "progress": False}
+    masks: dict[str, dict[str, np.ndarray]] = {}
+    for name, small_regions in (("all", None), ("large", url)):
+        output = tmp_path / name
+        infer(
+            str(own_run), str(tmp_path / "source" / "images"), str(output),
+            InferConfig(small_regions=small_regions, **options),
+        )  # fmt: skip
+        masks[name] = {p.name: np.asarray(Image.open(p)) == 1 for p in output.glob("*.png")}
+    least = fit["min_pixels"] * 64 * 96 / (32 * 32)  # as large a part of the picture
+    num_removed = 0
+    for name, mask in masks["all"].items():
+        assert np.array_equal(masks["large"][name], without(mask, least))
+        num_removed += int(np.any(masks["large"][name] != mask))
+    assert num_removed == 15
+
+    step = make_probability_step(network_of([load_model(run, which="best")]))
+    reader = open_reader(dataset, evaluation.split, cache="full", cache_dir=None)
+    assert evaluation.measured is not None
+    sizes = evaluation.measured.cases
+    for index, picture in enumerate(evaluation.pictures):
+        image, truth = read_sample(reader, index)
+        found = class_ids(step(image[np.newaxis]).numpy()[0]) == 1
+        source = tmp_path / "source" / "masks" / picture.filename
+        pairs = {
+            "network": (truth == 1, without(found, fit["min_pixels"])),
+            "original": (undo_geometry(truth, picture.geometry, nearest=True) == 1,
+                         masks["large"][picture.filename]),
+        }  # fmt: skip
+        assert pairs["original"][0].shape == cv2.imread(str(source)).shape[:2]
+        for size, (true, predicted) in pairs.items():
+            case = sizes[size][index].classes[0]
+            counts = np.sum(true & predicted), np.sum(~true & predicted), np.sum(true & ~predicted)
+            assert (case.tp, case.fp, case.fn) == counts
 
 
 def test_sizes_are_read_for_the_same_weights_only(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from job.step import network_of
 from job.train import train_and_evaluate
 from job.trained import model_for, open_alike, open_trained
 from job.watchdog import Watchdog
-from tests.job.discs import prepare_discs
+from tests.job.discs import prepare_discs, write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
 SIDE, TILE = 72, 32  # 72 in steps of at most 24: tiles at 0, 20 and 40
@@ -164,7 +164,7 @@ def test_training_evaluates_and_shows_pictures(tiled_run: Path) -> None:
         counts = [int(row[f"{name}_px_mass"]) for name in ("tp", "fp", "fn", "tn")]
         assert sum(counts) == SIDE * SIDE
     summary = json.loads((tiled_run / "evaluation" / "summary.json").read_text())
-    assert summary["case"] == "picture"
+    assert (summary["case"], summary["overlap"]) == ("picture", TILE // 2)
     assert summary["num_cases"] == summary["sizes"]["original"]["num_cases"] == 2
     assert summary["foreground_mean"]["dice"] > 0.7
     (shown, *_) = (tiled_run / "epoch_change_infer").iterdir()
@@ -176,7 +176,7 @@ def test_evaluate_counts_the_pixels_of_the_masks_that_infer_writes(
 ) -> None:
     source = tiled_run.parents[1] / "source"
     summary, folder = evaluate(own_tiled_run, overlap=8)
-    assert summary["prediction"]["overlap"] == 8
+    assert summary["overlap"] == 8
     config = InferConfig(overlays=False, progress=False, overlap=8, batch_size=4)
     infer(str(own_tiled_run), str(source / "images"), str(tmp_path / "masks"), config)
     for row in rows_of(folder / "per_case.csv"):
@@ -216,7 +216,9 @@ def test_small_regions_are_fitted_on_valid_and_used_by_infer(
     found = json.loads((folder / "small_regions.json").read_text())
     assert found == summary["prediction"]["small_regions"]
     assert (found["fitted_on"]["split"], found["fitted_on"]["num_cases"]) == ("valid", 2)
-    assert found["classes"][0]["dice"] >= found["classes"][0]["dice_before"]
+    valid = evaluate(own_tiled_run, split="valid")[0]
+    dice_before = found["classes"][0]["dice_before"]
+    assert dice_before == pytest.approx(valid["foreground_mean"]["dice"])
     # A size that removes everything, as if it had been fitted.
     found["classes"][0]["min_pixels"] = SIDE * SIDE
     (folder / "small_regions.json").write_text(json.dumps(found))
@@ -317,9 +319,9 @@ def test_infer_by_one_window_writes_the_masks_of_a_plain_pass(
         (["--ensemble", "TILES"], "geometry tile, but"),
         (["--ensemble", "MISSING"], "no run here"),
         (["--ensemble", "RUN"], "give --output"),
-        (["--overlap", "32"], "windows are 32x32 pixels"),
         (["--output", "RUN"], "holds other files"),
         (["--tiles-as-pictures", "--remove-small-regions"], "fits sizes for whole pictures"),
+        (["--split", "valid", "--remove-small-regions"], "--split valid would flatter it"),
     ],
 )
 def test_evaluate_refuses_in_one_line(
@@ -334,6 +336,27 @@ def test_evaluate_refuses_in_one_line(
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_an_overlap_is_refused_where_there_are_windows(
+    own_run: Path, own_tiled_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in (own_run, own_tiled_run):  # as a config of the reference may say it
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text.replace("window_overlap: null", "window_overlap: 32"))
+    write_discs(tmp_path / "source", num_images=1)
+    images = str(tmp_path / "source" / "images")
+    line = "windows of 32x32 pixels cannot overlap by 32; give --overlap below 32"
+    for command, arguments in (
+        (evaluate_main, [str(own_tiled_run)]),
+        (infer_main, [str(own_tiled_run), images]),
+        (infer_main, [str(own_run), images, "--window", "sliding"]),
+    ):
+        assert command(arguments) == 2
+        assert capsys.readouterr().err.endswith(f"{line}\n")
+    assert infer_main([str(own_run), images]) == 0
+    evaluate(own_run)
+    assert json.loads((own_run / "evaluation" / "summary.json").read_text())["overlap"] is None
 
 
 def test_infer_refuses_runs_that_are_not_alike(
