@@ -24,10 +24,11 @@ from data_prep.dicom import Reader, read_dicom
 from data_prep.errors import ContentError
 from data_prep.image import Box, Geometry, apply_geometry, read_image, read_mask_pixels
 from data_prep.storage import Store, open_store
-from data_prep.tiles import cut
+from data_prep.tiles import count, cut
 
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _MIN_PAIRS, _MAX_PAIRS = 4, 32  # of a chunk; each costs two fsyncs, or two requests
+_MAX_TILES = 20_000  # of a picture; tiles of 64 that overlap by half cut 4096x3328 into 13081
 _MAX_BYTES = 64 * 2**20  # of a chunk whose PNGs do not compress at all
 _SHOWN_COLORS = 3
 _EXACT_PIXELS = 2**17  # of 65535**2 each
@@ -274,6 +275,7 @@ def _scan_item(
         yield Refused(item.id, at_fault.label, str(error), crcs), b""
         return
     is_cut = layout.geometry == "tile"
+    max_value = read.value_max or int(read.image.max())
     picture_sha256 = _sha256_at_own_size(read.image, whole) if is_cut else None
     for sample in _samples(item, layout, read, whole):
         record = schema.frame_record(schema.encode_example(sample))
@@ -289,7 +291,7 @@ def _scan_item(
             length=len(record),
             channels=image.shape[2],
             bit_depth=image.dtype.itemsize * 8,
-            max_value=read.value_max or int(read.image.max()),
+            max_value=max_value,
             geometry=sample.geometry,
             pixels_per_class=tuple(int(np.count_nonzero(mask == c.id)) for c in layout.classes),
             off_map_pixels=sample.off_map_pixels,
@@ -316,7 +318,18 @@ def _framed(item: Item, layout: Layout, read: _Read) -> Geometry:
         flip=layout.flip,
     )
     _refuse_lost_foreground(item, layout, read.mask, geometry)
+    if layout.geometry == "tile":
+        _refuse_many_tiles(item, layout, geometry)
     return geometry
+
+
+def _refuse_many_tiles(item: Item, layout: Layout, whole: Geometry) -> None:
+    num_tiles = count(whole, layout.height, layout.width, layout.tile_overlap)
+    if num_tiles > _MAX_TILES:
+        raise ContentError(
+            f"{item.image.label}: {whole.height}x{whole.width} pixels would be {num_tiles} tiles, "
+            f"more than {_MAX_TILES}; raise --tile or lower --tile-overlap"
+        )
 
 
 def _sha256_at_own_size(image: np.ndarray, whole: Geometry) -> str:

@@ -25,6 +25,12 @@ def starts(length: int, size: int, overlap: int) -> list[int]:
     return [round(i * rest / num_gaps) for i in range(num_gaps + 1)]
 
 
+def count(whole: Geometry, height: int, width: int, overlap: int) -> int:
+    """Returns how many tiles `cut` yields."""
+    part = whole.part
+    return len(starts(part.height, height, overlap)) * len(starts(part.width, width, overlap))
+
+
 def cut(whole: Geometry, height: int, width: int, overlap: int) -> Iterator[tuple[Box, Geometry]]:
     """Yields the tiles of `height` x `width` of a picture, row by row, none of them resized.
 

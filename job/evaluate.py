@@ -70,7 +70,7 @@ from job.predict import (
     window_overlap,
     without_small,
 )
-from job.regions import FILE_NAME, ClassFit, RegionTally, fit_record
+from job.regions import FILE_NAME, ClassFit, FittedOn, RegionTally, SmallRegions
 from job.run import read_commit, standing
 from job.trained import Member, TrainedRun, load_member, open_alike
 
@@ -609,9 +609,14 @@ def evaluate_run(
     }
     if config.remove_small_regions:
         fits, fitted_on = _fit_regions(evaluator, shown=config.progress)
-        members = [member for _, member in loaded]
-        overlap = evaluator.overlap if evaluator.has_windows else None
-        way["small_regions"] = fit_record(fits, members, config.flips, overlap, fitted_on)
+        regions = SmallRegions(
+            fitted_on=fitted_on,
+            runs=tuple(member for _, member in loaded),
+            flips=config.flips,
+            overlap=evaluator.overlap if evaluator.has_windows else None,
+            classes=fits,
+        )
+        way["small_regions"] = regions.model_dump(mode="json")
         evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in fits))
     reader = _reader_of(dataset, split, settings)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
@@ -658,7 +663,7 @@ def _reader_of(dataset: Dataset, split: Split, settings: TrainConfig) -> RecordR
     return open_reader(dataset, split, cache=settings.cache, cache_dir=settings.cache_dir)
 
 
-def _fit_regions(evaluator: Evaluator, *, shown: bool) -> tuple[list[ClassFit], dict[str, Any]]:
+def _fit_regions(evaluator: Evaluator, *, shown: bool) -> tuple[tuple[ClassFit, ...], FittedOn]:
     """Returns from which size on regions stay, and what it was fitted on: always `valid`."""
     dataset = evaluator.dataset
     split = dataset.split("valid")
@@ -669,13 +674,13 @@ def _fit_regions(evaluator: Evaluator, *, shown: bool) -> tuple[list[ClassFit], 
             image, truth = read_picture(reader, picture)
             ids = class_ids(evaluator.predict(image))
             tally.add(*without_ignored(truth, ids, dataset.manifest.ignore_id))
-    fitted_on = {
-        "split": split.name,
-        "num_cases": tally.num_cases,
-        "dataset_sha256": dataset.digest,
-        "fold": evaluator.config.fold,
-    }
-    fits = tally.fit()
+    fitted_on = FittedOn(
+        split=split.name,
+        num_cases=tally.num_cases,
+        dataset_sha256=dataset.digest,
+        fold=evaluator.config.fold,
+    )
+    fits = tuple(tally.fit())
     for line in tally.describe(fits):
         logger.info("%s", line)
     return fits, fitted_on

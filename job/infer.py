@@ -248,7 +248,8 @@ def _min_pixels(
             f"small_regions={config.small_regions}: its sizes are pixels of resized pictures, and "
             "--window sliding does not resize; leave one of the two out"
         )
-    return read_min_pixels(open_store(config.small_regions), members, config.flips, overlap)
+    names = [each.name for each in manifest.classes if each.id != 0]
+    return read_min_pixels(open_store(config.small_regions), names, members, config.flips, overlap)
 
 
 def _record(

@@ -11,35 +11,62 @@ because then one slip of an annotation would forbid every size. Specks are no le
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from data_prep.errors import ContentError, UsageError
-from data_prep.storage import NotFound, Store
+from data_prep.settings import Settings, validated
+from data_prep.storage import Store
 from job.lesions import MIN_PIXELS, label_regions
-from job.predict import Ids
+from job.predict import Flips, Ids
 from job.trained import Member
 
 FILE_NAME = "small_regions.json"
 
+_MAX_BYTES = 2**20
 _CAP_PERCENTILE = 5  # of the sizes of true lesions
 
 
-@dataclass(frozen=True)
-class ClassFit:
+class ClassFit(Settings):
     """What was found for one class: regions of fewer than `min_pixels` go.
 
     `dice` is the mean over the validation cases, None where none has the class.
     """
 
     name: str
-    min_pixels: int
+    min_pixels: int = Field(ge=0, lt=2**31)
     dice_before: float | None
     dice: float | None
+
+
+class FittedOn(Settings):
+    """The cases that a fit has seen."""
+
+    split: str
+    num_cases: int
+    dataset_sha256: str
+    fold: int | None
+
+
+class SmallRegions(Settings):
+    """A fit as it is stored, and for which predictions it holds.
+
+    Attributes:
+        overlap: of windows, pixels; None where pictures are predicted whole.
+        pixels: which pixels the sizes count.
+    """
+
+    fitted_on: FittedOn
+    runs: tuple[Member, ...]
+    flips: Flips
+    overlap: int | None
+    pixels: Literal["of the network's size"] = "of the network's size"
+    classes: tuple[ClassFit, ...]
 
 
 @dataclass(frozen=True)
@@ -125,41 +152,28 @@ def _fit(name: str, cases: Sequence[_CaseRegions]) -> ClassFit:
         total += 2 * hits / np.maximum(both, 1)
         count += both > 0
     if not count.any():
-        return ClassFit(name, 0, None, None)
+        return ClassFit(name=name, min_pixels=0, dice_before=None, dice=None)
     dice = total / np.maximum(count, 1)
     best = int(np.argmax(dice))
-    return ClassFit(name, int(limits[best]), float(dice[0]), float(dice[best]))
-
-
-def fit_record(
-    fits: Sequence[ClassFit],
-    members: Sequence[Member],
-    flips: str,
-    overlap: int | None,
-    fitted_on: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Returns what is stored of a fit, JSON-ready.
-
-    Args:
-        overlap: of windows, pixels; None where pictures are predicted whole.
-        fitted_on: dataset, split and number of cases.
-    """
-    return {
-        "fitted_on": dict(fitted_on),
-        "runs": [asdict(member) for member in members],
-        "flips": flips,
-        "overlap": overlap,
-        "pixels": "of the network's size",
-        "classes": [asdict(fit) for fit in fits],
-    }
+    return ClassFit(
+        name=name,
+        min_pixels=int(limits[best]),
+        dice_before=float(dice[0]),
+        dice=float(dice[best]),
+    )
 
 
 def read_min_pixels(
-    store: Store, members: Sequence[Member], flips: str, overlap: int | None
+    store: Store,
+    names: Sequence[str],
+    members: Sequence[Member],
+    flips: Flips,
+    overlap: int | None,
 ) -> tuple[int, ...]:
-    """Returns the sizes that were stored with the evaluation in `store`.
+    """Returns the sizes that were stored with the evaluation in `store`, of each of `names`.
 
     Args:
+        names: of the foreground classes.
         overlap: of windows, pixels; None where pictures are predicted whole.
 
     Raises:
@@ -167,27 +181,41 @@ def read_min_pixels(
         ContentError: the file is damaged.
     """
     where = f"{store.url}/{FILE_NAME}"
-    try:
-        data = store.get(FILE_NAME)
-    except NotFound as error:
-        raise UsageError(
-            f"{where} is missing; flexunet evaluate --remove-small-regions fits and writes it"
-        ) from error
-    try:
-        found = json.loads(data)
-        sizes = tuple(int(each["min_pixels"]) for each in found["classes"])
-        digests = {str(each["commit_sha256"]) for each in found["runs"]}
-        fitted = {"flips": found["flips"], "overlap": found["overlap"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ContentError(f"{where}: damaged ({error}); evaluate again") from error
-    wanted = {"flips": flips, "overlap": overlap}
-    other = [f"{name} {fitted[name]}, not {each}" for name, each in wanted.items()
-             if fitted[name] != each]  # fmt: skip
-    if digests != {member.commit_sha256 for member in members}:
-        other.insert(0, "other weights")
+    found = _read(store, where)
+    if [each.name for each in found.classes] != list(names):
+        raise ContentError(
+            f"{where}: damaged (its classes are {', '.join(each.name for each in found.classes)}, "
+            f"the run's {', '.join(names)}); evaluate again"
+        )
+    other = []
+    if {each.commit_sha256 for each in found.runs} != {each.commit_sha256 for each in members}:
+        other.append("other weights")
+    if found.flips != flips:
+        other.append(f"flips {found.flips}, not {flips}")
+    if found.overlap != overlap:
+        other.append(f"overlap {found.overlap}, not {overlap}")
     if other:
         raise UsageError(
             f"{where}: was fitted for {' and '.join(other)}; evaluate again as you predict, with "
             "--remove-small-regions"
         )
-    return sizes
+    return tuple(each.min_pixels for each in found.classes)
+
+
+def _read(store: Store, where: str) -> SmallRegions:
+    stat = store.stat(FILE_NAME)
+    if stat is None:
+        raise UsageError(
+            f"{where} is missing; flexunet evaluate --remove-small-regions fits and writes it"
+        )
+    if stat.size > _MAX_BYTES:
+        raise ContentError(f"{where}: damaged ({stat.size} bytes); evaluate again")
+    try:
+        values = json.loads(store.get(FILE_NAME))
+        if not isinstance(values, dict):
+            raise ContentError(f"{where}: damaged (not a JSON object); evaluate again")
+        return validated(SmallRegions, values, where)
+    except (ValueError, RecursionError) as error:
+        raise ContentError(f"{where}: damaged ({error}); evaluate again") from error
+    except UsageError as error:
+        raise ContentError(f"{error}; evaluate again") from error

@@ -11,7 +11,7 @@ from data_prep.errors import ContentError
 from data_prep.image import Box, apply_geometry, fit
 from data_prep.pairs import find_sources
 from data_prep.storage import open_store
-from data_prep.tiles import around, cut, joined, starts
+from data_prep.tiles import around, count, cut, joined, starts
 
 
 @pytest.mark.parametrize(
@@ -153,3 +153,25 @@ def test_sheets_show_tiles_with_foreground_first(tmp_path):
     # Of the 6 tiles of a picture one has a lesion; a sheet has room for 6 samples.
     assert sum(row["pixels_per_class"][1] > 0 for row in rows) == 6
     assert all(row["pixels_per_class"][1] for row in prep._shown(rows))
+
+
+def test_a_picture_of_too_many_tiles_is_refused_in_one_line(tmp_path):
+    source = tmp_path / "source"
+    for kind in ("images", "masks"):
+        (source / kind).mkdir(parents=True)
+    for index, side in enumerate((160, 20, 20, 20)):
+        image = np.random.default_rng(index).integers(0, 256, (side, side), np.uint8)
+        for kind, pixels in (("images", image), ("masks", 255 * (image > 9))):
+            assert cv2.imwrite(str(source / kind / f"{index}.png"), pixels.astype(np.uint8))
+    options = {"tile": 8, "tile_overlap": 7, "fractions": (0.5, 0.25, 0.25)}
+    problem = (
+        r"0\.png: 160x160 pixels would be 23409 tiles, more than 20000; raise --tile or lower "
+        r"--tile-overlap; --skip-bad leaves such files out$"
+    )
+    with pytest.raises(ContentError, match=problem):
+        _prepare(source, tmp_path / "out", **options)
+    _prepare(source, tmp_path / "others", **options, skip_bad=True)
+    assert {row["picture"] for row in _rows(tmp_path / "others")} == {"1", "2", "3"}
+    whole = fit(20, 20, target_height=1, target_width=1, kind="tile")
+    assert count(whole, 8, 8, 7) == len(list(cut(whole, 8, 8, 7))) == 13 * 13
+    assert len(_rows(tmp_path / "others")) == 3 * 13 * 13

@@ -18,7 +18,7 @@ from job.data import open_reader, read_sample
 from job.evaluate import EvaluateConfig, dataset_of, evaluate_run
 from job.infer import InferConfig, infer
 from job.predict import class_ids, without_small
-from job.regions import FILE_NAME, RegionTally, fit_record, read_min_pixels
+from job.regions import FILE_NAME, FittedOn, RegionTally, SmallRegions, read_min_pixels
 from job.step import make_probability_step, network_of
 from job.trained import Member, load_model, open_trained
 
@@ -169,15 +169,21 @@ def test_sizes_are_read_for_the_same_weights_only(tmp_path: Path) -> None:
     members = [Member("runs/a", "checkpoints/x", "1" * 64)]
     store = open_store(str(tmp_path))
     with pytest.raises(UsageError, match="is missing"):
-        read_min_pixels(store, members, "none", 8)
+        read_min_pixels(store, ["mass"], members, "none", 8)
     tally = RegionTally(["mass"])
     tally.add(case((0, 0, 10)), case((0, 0, 10), (4, 0, 2)))
-    record = fit_record(tally.fit(), members, "none", 8, {"split": "valid"})
-    store.put(FILE_NAME, json.dumps(record).encode())
-    assert read_min_pixels(store, members, "none", 8) == (3,)
+    regions = SmallRegions(
+        fitted_on=FittedOn(split="valid", num_cases=1, dataset_sha256="3" * 64, fold=None),
+        runs=tuple(members),
+        flips="none",
+        overlap=8,
+        classes=tuple(tally.fit()),
+    )
+    store.put(FILE_NAME, regions.model_dump_json().encode())
+    assert read_min_pixels(store, ["mass"], members, "none", 8) == (3,)
     # The same weights in another place.
     moved = [Member("elsewhere/a", "checkpoints/x", "1" * 64)]
-    assert read_min_pixels(store, moved, "none", 8) == (3,)
+    assert read_min_pixels(store, ["mass"], moved, "none", 8) == (3,)
     others = [Member("runs/a", "checkpoints/x", "2" * 64)]
     for arguments, words in (
         ((others, "none", 8), "fitted for other weights; evaluate again"),
@@ -186,10 +192,27 @@ def test_sizes_are_read_for_the_same_weights_only(tmp_path: Path) -> None:
         ((others, "none", 4), "fitted for other weights and overlap 8, not 4; evaluate again"),
     ):
         with pytest.raises(UsageError, match=words):
-            read_min_pixels(store, *arguments)
-    store.put(FILE_NAME, b"{}")
-    with pytest.raises(ContentError, match="damaged"):
-        read_min_pixels(store, members, "none", 8)
+            read_min_pixels(store, ["mass"], *arguments)
+    with pytest.raises(ContentError, match="its classes are mass, the run's mass, calcification"):
+        read_min_pixels(store, ["mass", "calcification"], members, "none", 8)
+    whole = regions.model_dump(mode="json")
+    (fit,) = whole["classes"]
+    for data, words in (
+        (b"{}", "is required"),
+        (b"[1]", "not a JSON object"),
+        (b"\xff", "damaged"),
+        (b"[" * 100_000, "damaged"),
+        (b" " * (2**20 + 1), "1048577 bytes"),
+        (json.dumps({**whole, "classes": [{**fit, "min_pixels": -1}]}).encode(), "min_pixels=-1"),
+        (json.dumps({**whole, "classes": [{**fit, "min_pixels": 1e999}]}).encode(), "min_pixels"),
+        (json.dumps({**whole, "flips": "twice"}).encode(), "flips='twice'"),
+        (json.dumps({**whole, "runs": [{"run": "a"}]}).encode(), "checkpoint is required"),
+    ):
+        store.put(FILE_NAME, data)
+        with pytest.raises(ContentError, match=words) as caught:
+            read_min_pixels(store, ["mass"], members, "none", 8)
+        assert str(caught.value).endswith("; evaluate again")
+        assert "\n" not in str(caught.value)
 
 
 def test_fit_is_not_above_the_true_lesions() -> None:
@@ -199,10 +222,9 @@ def test_fit_is_not_above_the_true_lesions() -> None:
         tally.add(case((0, 0, 20)), case((0, 0, 20), (4, 0, 12)))
     tally.add(case((0, 0, 9)), case((0, 6, 12)))
     (fit,) = tally.fit()
-    assert fit.min_pixels <= 9
-    assert fit.dice is not None
-    assert fit.dice_before is not None
-    assert fit.dice >= fit.dice_before
+    # Of 13 on, the first two would be found whole and the third not at all: 2/3.
+    assert fit.min_pixels == 0
+    assert fit.dice == fit.dice_before == pytest.approx((2 * 40 / 52 + 6 / 15) / 3)
 
 
 def test_one_slip_of_many_lesions_does_not_forbid_a_size() -> None:
