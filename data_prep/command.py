@@ -12,14 +12,16 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from data_prep.errors import FlexUNetError
-from data_prep.settings import Settings, fields_of, flag_of
+from data_prep.settings import Settings, fields_of, flag_of, validated
+
+S = TypeVar("S", bound=Settings)
 
 MAX_WIDTH = 100  # columns of help, on a terminal that is wider
 
@@ -112,6 +114,16 @@ def given(parameters: dict[str, Any]) -> dict[str, Any]:
             target = target.setdefault(group, {})
         target[leaf] = None if value is _UNSET else value
     return values
+
+
+def from_options(cls: type[S], parameters: dict[str, Any]) -> S:
+    """Returns `cls` made from what was given on the command line.
+
+    Raises:
+        UsageError: a value is not allowed; the message names the option.
+    """
+    values = given(parameters)
+    return validated(cls, values, "options", typed=values)
 
 
 def run_command(command: click.Command, argv: Sequence[str] | None, program: str) -> int:

@@ -440,7 +440,7 @@ def _refused(rejects: Sequence[Reject], config: PrepConfig) -> list[tuple[str, s
     if rejects and not config.skip_bad:
         first = rejects[0]
         num_more = len(rejects) - 1
-        more = f" (and {num_more} more {'files' if num_more > 1 else 'file'})" if num_more else ""
+        more = f" (and {counted(num_more, 'more file')})" if num_more else ""
         raise ContentError(
             f"{first.file}: {first.reason}{more}; mend it, or leave such files out with --skip-bad"
         )

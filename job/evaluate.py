@@ -19,11 +19,11 @@ import click
 import numpy as np
 from pydantic import model_validator
 
-from data_prep.command import SettingsCommand, given, run_command, settings_options
+from data_prep.command import SettingsCommand, from_options, run_command, settings_options
 from data_prep.errors import StoppedError, UsageError
 from data_prep.image import Geometry, undo_geometry
 from data_prep.progress import Progress, quiet_interrupts
-from data_prep.settings import option, validated
+from data_prep.settings import option
 from data_prep.storage import Store, open_store
 from data_prep.table import csv_table
 from data_prep.words import counted
@@ -554,7 +554,6 @@ class EvaluateConfig(PredictConfig):
     )
     batch_size: int | None = option(None, "Cases per step; unset: the run's batch.", ge=1)
     cpu_replicas: int = option(1, "Mirrored replicas on a machine without a GPU.", ge=1)
-    needs_gpu: bool = option(False, "Refuse a machine without a GPU instead of using its CPUs.")
     progress: bool = option(True, "Show a progress bar on a terminal.")
 
     @model_validator(mode="after")
@@ -738,8 +737,7 @@ def command(run: str, **options: Any) -> int:
 
     RUN is the folder or gs:// URL of a run (RUNS/NAME). Writes RUN/evaluation.
     """
-    values = given(options)
-    config = validated(EvaluateConfig, values, "options", typed=values)
+    config = from_options(EvaluateConfig, options)
     with quiet_interrupts():
         trained, *others = open_alike([run, *config.ensemble])
         dataset = dataset_of(trained, config.data, others)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from data_prep.command import SettingsCommand, given, run_command, settings_options
+from data_prep.command import SettingsCommand, from_options, run_command, settings_options
 from data_prep.dicom import DICOM_ENDINGS, is_dicom, read_dicom
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import (
@@ -39,7 +39,7 @@ from data_prep.pairs import IMAGE_ENDINGS
 from data_prep.pool import OpenWorkers, available_cores, in_order
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.schema import Manifest
-from data_prep.settings import option, validated
+from data_prep.settings import option
 from data_prep.storage import Forbidden, NotFound, Store, join_url, open_store
 from data_prep.table import csv_table
 from data_prep.tiles import starts
@@ -95,7 +95,6 @@ class InferConfig(PredictConfig):
     )
     overlays: bool = option(True, "Write contours over the images to OUTPUT/overlays.")
     overwrite: bool = option(False, "Predict again what OUTPUT already has.")
-    needs_gpu: bool = option(False, "Refuse a machine without a GPU instead of using its CPUs.")
     max_pixels: int = option(100_000_000, "Larger images are refused, pixels.", ge=1)
     progress: bool = option(True, "Show a progress bar on a terminal.")
 
@@ -599,8 +598,7 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     RUN is the folder or gs:// URL of a run (RUNS/NAME), IMAGES a folder of images of any size,
     OUTPUT a folder or gs:// URL (default: RUN/inference). The same command continues after a stop.
     """
-    values = given(options)
-    config = validated(InferConfig, values, "options", typed=values)
+    config = from_options(InferConfig, options)
     with quiet_interrupts():
         result = infer(run, images, output, config)
     show_result(result, config)

@@ -56,6 +56,7 @@ class PredictConfig(Settings):
         "the run's window_overlap, or half a window.",
         ge=0,
     )
+    needs_gpu: bool = option(False, "Refuse a machine without a GPU instead of using its CPUs.")
 
 
 def window_overlap(manifest: Manifest, *wanted: int | None, flag: str = "--overlap") -> int:

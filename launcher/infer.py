@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, given, settings_options
+from data_prep.command import SettingsCommand, from_options, given, settings_options
 from data_prep.pool import Workers
 from data_prep.progress import quiet_interrupts
 from data_prep.settings import Settings, option, validated
@@ -81,7 +81,7 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     gs:// URLs, or folders that all nodes mount. The same command continues after a stop.
     """
     where = {name: options.pop(name) for name in InferLaunchConfig.model_fields}
-    settings = validated(InferLaunchConfig, given(where), "options", typed=given(where))
+    settings = from_options(InferLaunchConfig, where)
     needs_gpu = settings.gpus_per_worker > 0
     values = given(options)
     config = validated(InferConfig, values | {"needs_gpu": needs_gpu}, "options", typed=values)

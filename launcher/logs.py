@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, given, settings_options
-from data_prep.settings import option, validated
+from data_prep.command import SettingsCommand, from_options, settings_options
+from data_prep.settings import option
 from launcher.jobs import JobsConfig, checked_job_id, connect, follow
 
 
@@ -24,8 +24,7 @@ def command(job: str, **options: Any) -> int:
     With --follow the exit code is that of the job, as of `flexunet submit --follow`. Ctrl-C then
     leaves the job alone, and gives 130.
     """
-    values = given(options)
-    config = validated(LogsConfig, values, "options", typed=values)
+    config = from_options(LogsConfig, options)
     job_id = checked_job_id(job)
     client = connect(config)
     if config.follow:

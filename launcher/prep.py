@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, given, settings_options
+from data_prep.command import SettingsCommand, from_options, settings_options
 from data_prep.pool import Workers
 from data_prep.prep import PrepConfig, read_config, run, sources_of
 from data_prep.progress import quiet_interrupts
-from data_prep.settings import Settings, option, validated
+from data_prep.settings import Settings, option
 from launcher.cluster import Demand, check_nodes, connected
 from launcher.executor import RayExecutor
 
@@ -54,7 +54,7 @@ def command(source: str, output: str, config_file: str | None, **options: Any) -
     folders that all nodes mount. The same command continues where an interrupted one stopped.
     """
     where = {name: options.pop(name) for name in PrepLaunchConfig.model_fields}
-    settings = validated(PrepLaunchConfig, given(where), "options", typed=given(where))
+    settings = from_options(PrepLaunchConfig, where)
     config = read_config(config_file, options)
     demand = Demand(memory_bytes=int((settings.memory_per_worker or 0) * 1e9))
     folders = [url for each in sources_of(source, config) for url in (each.images, each.masks)]

@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, given, settings_options
-from data_prep.settings import validated
+from data_prep.command import SettingsCommand, from_options, settings_options
 from launcher.jobs import JobsConfig, checked_job_id, connect, printable, seconds_of
 
 _TITLES = ("job", "state", "started", "duration", "exit code", "command")
@@ -21,8 +20,7 @@ def command(job: str | None, **options: Any) -> None:
 
     A job that was stopped has no exit code: Ray does not keep it.
     """
-    values = given(options)
-    config = validated(JobsConfig, values, "options", typed=values)
+    config = from_options(JobsConfig, options)
     job_id = checked_job_id(job) if job else None
     client = connect(config)
     found = [client.get_job_info(job_id)] if job_id else client.list_jobs()

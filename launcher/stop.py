@@ -5,8 +5,7 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, given, settings_options
-from data_prep.settings import validated
+from data_prep.command import SettingsCommand, from_options, settings_options
 from launcher.jobs import (
     STOP_TIMEOUT_VARIABLE,
     JobsConfig,
@@ -27,8 +26,7 @@ def command(job: str, **options: Any) -> None:
     another name: Ray keeps the ended one). Processes that have not ended after the --stop-timeout
     of `flexunet submit` are killed.
     """
-    values = given(options)
-    config = validated(JobsConfig, values, "options", typed=values)
+    config = from_options(JobsConfig, options)
     job_id = checked_job_id(job)
     client = connect(config)
     details = client.get_job_info(job_id)

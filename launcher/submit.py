@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, given, settings_options
+from data_prep.command import SettingsCommand, from_options, settings_options
 from data_prep.errors import UsageError
-from data_prep.settings import option, suggestion, validated
+from data_prep.settings import option, suggestion
 from launcher.jobs import JobsConfig, checked_job_id, connect, follow, start
 from launcher.launch import COMMANDS
 
@@ -49,8 +49,7 @@ def command(context: click.Context, /, words: Sequence[str], **options: Any) -> 
     was stopped, 1 when it could not start. Ctrl-C then leaves the job alone, and gives 130.
     """
     entrypoint = _entrypoint(context, words)
-    values = given(options)
-    config = validated(SubmitConfig, values, "options", typed=values)
+    config = from_options(SubmitConfig, options)
     job_id = checked_job_id(config.name or f"{words[0]}-{secrets.token_hex(4)}")
     client = connect(config)
     start(client, job_id=job_id, entrypoint=entrypoint, stop_timeout_s=config.stop_timeout)

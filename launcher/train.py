@@ -21,9 +21,9 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, given, settings_options
+from data_prep.command import SettingsCommand, from_options, given, settings_options
 from data_prep.errors import FlexUNetError, StoppedError, UsageError, error_of, kind_of
-from data_prep.settings import Settings, option, validated
+from data_prep.settings import Settings, option
 from data_prep.storage import join_url, open_store
 from data_prep.words import counted
 from job.config import TrainConfig
@@ -609,7 +609,7 @@ def command(file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any)
     """
     flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
     where = {name: options.pop(name) for name in LaunchConfig.model_fields}
-    settings = validated(LaunchConfig, given(where), "options", typed=given(where))
+    settings = from_options(LaunchConfig, where)
     prep_options = {name: True for name, is_given in flags.items() if is_given}
     config = _absolute(resolve_config(given(options), file, prep_options))
     if config.folds is not None and config.fold is None:
