@@ -6,7 +6,8 @@ Three ways of training the same network, each in a process of its own, one after
 
 ours       the step of `job/step.py`
 naive      a `tf.function` with a tape, Keras' loss and Keras' Adam
-reference  as the reference implementation trains: Keras' `fit` and Adam, one intra-op thread
+reference  as the reference implementation trains: Keras' `fit` and Adam, one intra-op thread; float32,
+           whatever the others compute in
 
 A step and a multiplication of large matrices in the same dtype take turns; the ratio of their FLOP
 rates is the share of the machine that the step uses. The model's FLOPs are those of its
@@ -19,6 +20,7 @@ import functools
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -105,6 +107,9 @@ def main(
             f"GFLOP/s; user {shown(each['user_s'])} s, system {shown(each['system_s'])} s, "
             f"{shown(each['page_faults'], 0)} page faults; peak {each['peak_rss_mb']:.0f} MB"
         )
+    if "ours" in measured and "reference" in measured:
+        rates = [statistics.median(measured[way]["images_per_s"]) for way in ("ours", "reference")]
+        print(f"images/s, ours over reference: {rates[0] / rates[1]:.2f}")
     if layers:
         total = measured["layers"]["sum_of_best_s"]
         print(f"layers alone: {total:.2f} s, {measured['layers']['share_of_matmul_rate']:.2f}")
@@ -135,25 +140,36 @@ class Network:
 
     def work(self, way: str, repeats: int) -> dict[str, Any]:
         """Returns what this process measured of `way`."""
-        from job import runtime
-
-        self.tf = runtime.import_tensorflow()
-        if self.precision == "mixed_bfloat16" and not runtime.supports_bfloat16():
-            raise UsageError("mixed_bfloat16: not computed by this hardware")
-        threads = 1 if way == "reference" else 0
-        self.strategy = runtime.configure(
-            TrainConfig(
-                global_batch_size=self.batch_size,
-                threads=threads,
-                keep_memory=self.keep_memory and way in ("ours", "layers"),
-            )
-        )
+        if way == "reference":
+            self.precision = "float32"
+        if way in ("naive", "reference"):
+            self.tf = self.plain_tensorflow(threads=1 if way == "reference" else 0)
+        else:
+            self.configure()
         self.dtype = self.tf.bfloat16 if self.precision == "mixed_bfloat16" else self.tf.float32
         works: dict[str, Callable[[int], dict[str, Any]]] = {
             "ours": self.ours, "naive": self.naive, "reference": self.reference,
             "layers": self.layers,
         }  # fmt: skip
         return works[way](repeats)
+
+    def plain_tensorflow(self, threads: int) -> Any:
+        """Returns TensorFlow as others use it: none of this package's settings but `threads`."""
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        return tf
+
+    def configure(self) -> None:
+        """Sets TensorFlow up as `train` does."""
+        from job import runtime
+
+        self.tf = runtime.import_tensorflow()
+        if self.precision == "mixed_bfloat16" and not runtime.supports_bfloat16():
+            raise UsageError("mixed_bfloat16: not computed by this hardware")
+        self.strategy = runtime.configure(
+            TrainConfig(global_batch_size=self.batch_size, keep_memory=self.keep_memory)
+        )
 
     def model(self) -> Any:
         """Returns it, giving logits."""
