@@ -7,8 +7,6 @@ where a single fold would have few.
 """
 
 import contextlib
-import csv
-import io
 import json
 import os
 import signal
@@ -18,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,12 +25,13 @@ from data_prep.errors import ContentError, UsageError
 from data_prep.schema import MANIFEST_NAME, parse_manifest
 from data_prep.settings import write_yaml
 from data_prep.split import assign_folds
-from data_prep.storage import NotFound, Store, join_url, open_store
+from data_prep.storage import Store, join_url, open_store
 from data_prep.table import csv_table
 from job.config import TrainConfig
 from job.data import Dataset, Split, open_dataset
 from job.measures import (
     SIZES,
+    Case,
     case_cells,
     case_columns,
     measure_rows,
@@ -41,6 +40,7 @@ from job.measures import (
     titled_sizes,
 )
 from job.run import checked_run_name
+from job.stored import evaluate_again, read_json, read_table
 
 SUMMARY_NAME = "cross_validation.json"
 
@@ -192,7 +192,7 @@ def pool_folds(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         UsageError: folds were evaluated in unequal ways.
-        ContentError: a fold's evaluation is missing or damaged.
+        ContentError: a fold's evaluation is missing or damaged, or lacks what has come since.
     """
     output = open_store(config.output)
     names = [str(each.name) for each in fold_configs(config)]
@@ -202,20 +202,17 @@ def pool_folds(config: TrainConfig) -> dict[str, Any]:
     target = output.below(str(config.name))
     summary: dict[str, Any] = {"num_folds": len(names), "runs": names, "sizes": {}}
     for size in SIZES:
-        tables = [_read_table(output.below(name), size) for name in names]
-        rows = [row for table in tables for row in table]
-        cases = [read_case(row, classes) for row in rows]
-        groups = [row["group"] for row in rows]
+        folds = [_read_cases(output.below(name), size, classes) for name in names]
         cells = [
-            [fold, row["id"], row["group"], *case_cells(read_case(row, classes))]
-            for fold, table in enumerate(tables)
-            for row in table
+            [number, each.id, each.group, *case_cells(each.case)]
+            for number, fold in enumerate(folds)
+            for each in fold
         ]
         columns = ["fold", "id", "group", *case_columns(classes)]
         target.put(f"measures_{size}.csv", csv_table(columns, cells).encode())
         summary["sizes"][size] = {
-            "pooled": summarize_cases(cases, groups, classes),
-            "folds": [_fold_summary(table, classes) for table in tables],
+            "pooled": _summarized([each for fold in folds for each in fold], classes),
+            "folds": [_summarized(fold, classes) for fold in folds],
         }
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     target.put(SUMMARY_NAME, text.encode())
@@ -243,10 +240,12 @@ def _check_alike(runs: Sequence[Store]) -> None:
 def _read_way(run: Store) -> dict[str, Any]:
     """Returns how the cases of a fold were predicted; one that training evaluated: plainly."""
     name = "evaluation/summary.json"
+    summary = read_json(run, name, evaluate_again(run))
+    if summary is None:
+        raise _missing(run, name)
     try:
-        summary = json.loads(run.get(name))
         way = summary.get("prediction") or {}
-        found = {
+        return {
             "checkpoint": way.get("checkpoint", "best"),
             "number of runs": len(way.get("runs", ["itself"])),
             "flips": way.get("flips", "none"),
@@ -254,31 +253,40 @@ def _read_way(run: Store) -> dict[str, Any]:
             "removal of small regions": bool(way.get("small_regions")),
             "kind of case": summary["case"],
         }
-    except NotFound as error:
-        raise _missing(run, name) from error
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise ContentError(
-            f"{run.url}/{name}: damaged; flexunet evaluate {run.url} writes it again"
-        ) from error
-    return found
+    except (TypeError, AttributeError) as error:
+        raise _damaged(run, name) from error
+
+
+@dataclass(frozen=True)
+class _FoldCase:
+    """A case of a fold, as its evaluation has stored it."""
+
+    id: str
+    group: str
+    case: Case
+
+
+def _summarized(cases: Sequence[_FoldCase], classes: Sequence[str]) -> dict[str, Any]:
+    return summarize_cases([each.case for each in cases], [each.group for each in cases], classes)
+
+
+def _read_cases(run: Store, size: str, classes: Sequence[str]) -> list[_FoldCase]:
+    name = f"evaluation/measures_{size}.csv"
+    rows = read_table(run, name, evaluate_again(run))
+    if rows is None:
+        raise _missing(run, name)
+    try:
+        return [_FoldCase(row["id"], row["group"], read_case(row, classes)) for row in rows]
+    except ValueError as error:
+        raise _damaged(run, name) from error
 
 
 def _missing(run: Store, name: str) -> ContentError:
-    return ContentError(f"{run.url}/{name} is missing; flexunet evaluate {run.url} writes it")
+    return ContentError(f"{run.url}/{name} is missing; {evaluate_again(run)}")
 
 
-def _fold_summary(table: Sequence[Mapping[str, str]], classes: Sequence[str]) -> dict[str, Any]:
-    cases = [read_case(row, classes) for row in table]
-    return summarize_cases(cases, [row["group"] for row in table], classes)
-
-
-def _read_table(run: Store, size: str) -> list[dict[str, str]]:
-    name = f"evaluation/measures_{size}.csv"
-    try:
-        text = run.get(name).decode()
-    except NotFound as error:
-        raise _missing(run, name) from error
-    return list(csv.DictReader(io.StringIO(text, newline="")))
+def _damaged(run: Store, name: str) -> ContentError:
+    return ContentError(f"{run.url}/{name}: damaged; {evaluate_again(run)}")
 
 
 def show_folds(config: TrainConfig) -> None:

@@ -10,23 +10,22 @@ python -m job.report RUN
 """
 
 import base64
-import csv
 import html
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
 
 from data_prep.command import SettingsCommand, run_command
-from data_prep.errors import ContentError, UsageError
+from data_prep.errors import UsageError
 from data_prep.progress import quiet_interrupts
 from data_prep.storage import NotFound, Store, join_url, open_store
 from data_prep.words import counted
 from job.folds import SUMMARY_NAME
 from job.measures import checkpoint_words, lesion_words, measure_rows, titled_sizes
 from job.run import LEASE_NAME, OUTCOME_NAME, read_ends, standing
+from job.stored import evaluate_again, read_json, read_table
 from job.watchdog import STACKS_FOLDER
 
 REPORT_NAME = "report.html"
@@ -37,6 +36,11 @@ _STANDINGS = {"open": "not finished", "stopped": "stopped before its end"}
 _LESION_COUNTS = ("lesions", "lesions_found", "false_positives", "specks")
 _PICTURE_SIDE = 640  # pixels; pictures of cases are made smaller, so that the page stays small
 _JPEG_QUALITY = 85
+_TRAIN_AGAIN = "restore the file, or train a run of another name"
+_POOL_AGAIN = (
+    "evaluate the run of every fold again (flexunet evaluate RUN), then give the train command "
+    "with --folds again, which pools them"
+)
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1d2329; background: #fff;
@@ -62,7 +66,7 @@ def write_report(store: Store) -> str:
 
     Raises:
         UsageError: there is neither.
-        ContentError: a file of the run is damaged.
+        ContentError: a file of the run is damaged, or lacks what has come since it was written.
     """
     if store.stat("config.yaml") is not None:
         page = render(store)
@@ -78,7 +82,7 @@ def write_report(store: Store) -> str:
 
 def read_summary(store: Store) -> dict[str, Any] | None:
     """Returns the newest evaluation of a run's test split, None where there is none."""
-    return _json(store, "evaluation/summary.json")
+    return read_json(store, "evaluation/summary.json", evaluate_again(store))
 
 
 def render(store: Store) -> str:
@@ -100,7 +104,7 @@ def render(store: Store) -> str:
 
 def render_folds(store: Store) -> str:
     """Returns the page of the cross-validation in `store`."""
-    summary = _json(store, SUMMARY_NAME) or {}
+    summary = read_json(store, SUMMARY_NAME, _POOL_AGAIN) or {}
     links = "".join(
         f'<li><a href="../{_text(name)}/{REPORT_NAME}">{_text(name)}</a></li>'
         for name in summary["runs"]
@@ -181,7 +185,7 @@ def _metrics(store: Store, summary: Mapping[str, Any] | None) -> str:
     for title, measures in titled_sizes(summary.get("sizes", {})):
         parts.append(f"<h3>At {_text(title)}</h3>")
         parts.append(_measures(measures))
-    sweep = _rows(store, "evaluation/thresholds.csv")
+    sweep = read_table(store, "evaluation/thresholds.csv", evaluate_again(store))
     if sweep:
         parts.append("<h3>Other thresholds of the probability</h3>")
         parts.append('<p class="quiet">On the same cases: choosing one here would flatter it.</p>')
@@ -257,7 +261,7 @@ def _measures(measures: Mapping[str, Any]) -> str:
 
 
 def _cases(store: Store) -> str:
-    rows = _rows(store, "evaluation/examples.csv")
+    rows = read_table(store, "evaluation/examples.csv", evaluate_again(store))
     if not rows:
         return _missing("evaluation/examples.csv", "flexunet evaluate writes it")
     parts = ["<p>Contours: cyan is the truth, orange the prediction.</p>"]
@@ -281,8 +285,8 @@ def _case(store: Store, row: Mapping[str, str]) -> str:
 
 
 def _failures(store: Store) -> str:
-    rows = _rows(store, "evaluation/measures_network.csv")
-    if rows is None:
+    rows = read_table(store, "evaluation/measures_network.csv", evaluate_again(store))
+    if not rows:
         return _missing("evaluation/measures_network.csv", "flexunet evaluate writes it")
     classes = [key.removeprefix("presence_") for key in rows[0] if key.startswith("presence_")]
     failed = [
@@ -336,7 +340,7 @@ def _curves(store: Store) -> str:
 
 
 def _dataset(store: Store) -> str:
-    card = _json(store, "dataset.json")
+    card = read_json(store, "dataset.json", _TRAIN_AGAIN)
     if card is None:
         return _missing("dataset.json", "training copies it when it starts")
     size = f"{card['image_width']} x {card['image_height']}, {counted(card['channels'], 'channel')}"
@@ -372,10 +376,10 @@ def _leak_check(card: Mapping[str, Any]) -> str:
 
 
 def _attempts(store: Store) -> str:
-    lease = _json(store, LEASE_NAME)
+    lease = read_json(store, LEASE_NAME, _TRAIN_AGAIN)
     if lease is None:
         return _missing(LEASE_NAME, "training writes it when it starts")
-    outcome, ends = _json(store, OUTCOME_NAME), read_ends(store)
+    outcome, ends = read_json(store, OUTCOME_NAME, _TRAIN_AGAIN), read_ends(store)
     bases = {
         int(attempt): base
         for attempt, base in lease["bases"].items()
@@ -409,7 +413,7 @@ def _end_of(
 
 
 def _environment(store: Store) -> str:
-    values = _json(store, "environment.json")
+    values = read_json(store, "environment.json", _TRAIN_AGAIN)
     if values is None:
         return _missing("environment.json", "training writes it when it starts")
     rows = []
@@ -498,24 +502,6 @@ def _bytes(store: Store, name: str) -> bytes | None:
 def _read(store: Store, name: str) -> str | None:
     data = _bytes(store, name)
     return None if data is None else data.decode(errors="replace")
-
-
-def _json(store: Store, name: str) -> dict[str, Any] | None:
-    text = _read(store, name)
-    if text is None:
-        return None
-    try:
-        values: dict[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise ContentError(
-            f"{store.url}/{name}: not valid JSON ({error}); evaluate or train again"
-        ) from error
-    return values
-
-
-def _rows(store: Store, name: str) -> list[dict[str, str]] | None:
-    text = _read(store, name)
-    return None if text is None else list(csv.DictReader(io.StringIO(text, newline="")))
 
 
 def _value(cell: str) -> float | str | None:

@@ -15,9 +15,11 @@ import yaml
 from data_prep.errors import ContentError, UsageError
 from data_prep.pairs import find_sources
 from data_prep.prep import PrepConfig, prepare
+from data_prep.storage import open_store
 from job.config import TrainConfig
 from job.data import Dataset, open_dataset, open_reader, read_sample
 from job.folds import cross_validate, fold_configs, fold_of, pool_folds
+from job.report import write_report
 from tests.job.discs import prepare_discs, write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -191,6 +193,7 @@ def check_pools_only_what_was_evaluated_alike(runs: Path) -> None:
     evaluate()  # as training did
     pool_folds(config)
     assert (runs / "cv" / "measures_network.csv").read_text() == before
+    check_tells_what_an_earlier_version_has_not_stored(runs, config)
     evaluate("--flips", "both", "--checkpoint", "last")
     with pytest.raises(
         UsageError,
@@ -201,8 +204,27 @@ def check_pools_only_what_was_evaluated_alike(runs: Path) -> None:
     summary = runs / "cv-fold-1" / "evaluation" / "summary.json"
     for text in ("[]", '{"case": "picture"}', "[" * 100_000):
         summary.write_text(text)
-        with pytest.raises(ContentError, match="damaged"):
+        with pytest.raises(ContentError, match=r"evaluate the run again: .*cv-fold-1"):
             pool_folds(config)
     summary.unlink()
     with pytest.raises(ContentError, match=r"summary\.json is missing"):
         pool_folds(config)
+
+
+def check_tells_what_an_earlier_version_has_not_stored(runs: Path, config: TrainConfig) -> None:
+    table = runs / "cv-fold-1" / "evaluation" / "measures_network.csv"
+    text = table.read_text()
+    table.write_text(text.replace("specks_mass", "another"))
+    with pytest.raises(
+        ContentError,
+        match=r"cv-fold-1/evaluation/measures_network\.csv: 'specks_mass' is missing.*; "
+        r"evaluate the run again: flexunet evaluate .*cv-fold-1$",
+    ):
+        pool_folds(config)
+    table.write_text(text)
+    pooled = runs / "cv" / "cross_validation.json"
+    text = pooled.read_text()
+    pooled.write_text(text.replace('"num_specks"', '"another"'))
+    with pytest.raises(ContentError, match=r"cross_validation\.json: 'num_specks' is missing"):
+        write_report(open_store(str(runs / "cv")))
+    pooled.write_text(text)

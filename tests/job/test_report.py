@@ -1,18 +1,23 @@
 """The page about a run, as text and as headless Chromium shows it."""
 
+import csv
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.errors import ContentError
 from data_prep.storage import open_store
+from data_prep.table import csv_table
 from job.report import main, render, write_report
+from job.train import show_end
 
 
 class Page(HTMLParser):
@@ -159,9 +164,52 @@ def test_command_writes_the_page_and_refuses_what_is_no_run(
     assert (own_run / "report.html").read_text() == render(open_store(str(own_run)))
     assert main([str(tmp_path)]) == 2
     assert "config.yaml is missing" in capsys.readouterr().err
-    (own_run / "evaluation" / "summary.json").write_text("{")
+    for text, problem in (("{", "not valid JSON"), ("[]", "not a JSON object")):
+        (own_run / "evaluation" / "summary.json").write_text(text)
+        assert main([str(own_run)]) == 3
+        assert problem in capsys.readouterr().err
+
+
+def without(value: Any, key: str) -> Any:
+    """Returns JSON without a field, wherever it is."""
+    if isinstance(value, dict):
+        return {name: without(each, key) for name, each in value.items() if name != key}
+    return [without(each, key) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("summary.json", "num_specks"),
+        ("summary.json", "lesion_rule"),
+        ("measures_network.csv", "false_positives_mass"),
+    ],
+)
+def test_an_evaluation_of_an_earlier_version_is_refused_in_a_line(
+    own_run: Path, capsys: pytest.CaptureFixture[str], name: str, key: str
+) -> None:
+    path = own_run / "evaluation" / name
+    if name.endswith(".csv"):
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        rows = [{k: "0" if k == "dice_mass" else v for k, v in without(row, key).items()}
+                for row in rows]  # fmt: skip
+        path.write_text(csv_table(list(rows[0]), [list(row.values()) for row in rows]))
+    else:
+        path.write_text(json.dumps(without(json.loads(path.read_text()), key)))
     assert main([str(own_run)]) == 3
-    assert "not valid JSON" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path}: '{key}' is missing" in line
+    assert line.endswith(f"evaluate the run again: flexunet evaluate {own_run}")
+
+
+def test_a_run_that_is_over_refuses_to_show_an_evaluation_of_an_earlier_version(
+    own_run: Path,
+) -> None:
+    path = own_run / "evaluation" / "summary.json"
+    path.write_text(json.dumps(without(json.loads(path.read_text()), "lesion_rule")))
+    outcome = json.loads((own_run / "outcome.json").read_text())
+    with pytest.raises(ContentError, match=r"'lesion_rule' is missing.*flexunet evaluate"):
+        show_end(outcome, str(own_run))
 
 
 def test_chromium_shows_the_page(own_run: Path, tmp_path: Path) -> None:
