@@ -72,7 +72,7 @@ from job.predict import (
 )
 from job.regions import FILE_NAME, ClassFit, FittedOn, RegionTally, SmallRegions
 from job.run import read_commit, standing
-from job.trained import Member, TrainedRun, load_member, open_alike
+from job.trained import Member, TrainedRun, load_model, member_of, open_alike
 
 logger = logging.getLogger(__name__)
 
@@ -592,16 +592,19 @@ def evaluate_run(
     split = dataset.split(config.split)
     target = _target(run, config)
     with strategy.scope():
-        loaded = [load_member(each, which=config.checkpoint) for each in (run, *others)]
+        loaded = [load_model(each, which=config.checkpoint) for each in (run, *others)]
+    members = [
+        member_of(each, prefix) for each, (_, prefix) in zip((run, *others), loaded, strict=True)
+    ]
     network = network_of([model for model, _ in loaded], config.flips)
     evaluator = replace(
         make_evaluator(settings, strategy, dataset, network), is_by_tile=config.tiles_as_pictures
     )
-    used = _checkpoint_used(config.checkpoint, [member for _, member in loaded])
+    used = _checkpoint_used(config.checkpoint, members)
     _tell_checkpoint(run.store, used)
     _tell_replaced(target, keeps_fit=not config.remove_small_regions)
     way: dict[str, Any] = {
-        "runs": [asdict(member) for _, member in loaded],
+        "runs": [asdict(member) for member in members],
         "checkpoint": config.checkpoint,
         "flips": config.flips,
         "small_regions": None,
@@ -610,7 +613,7 @@ def evaluate_run(
         fits, fitted_on = _fit_regions(evaluator, shown=config.progress)
         regions = SmallRegions(
             fitted_on=fitted_on,
-            runs=tuple(member for _, member in loaded),
+            runs=tuple(members),
             flips=config.flips,
             overlap=evaluator.overlap if evaluator.has_windows else None,
             classes=fits,

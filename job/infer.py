@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import posixpath
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -57,14 +56,12 @@ from job.predict import (
     without_small,
 )
 from job.regions import read_min_pixels
-from job.run import fetch_commit, find_commits
 from job.trained import (
     Member,
     TrainedRun,
-    fetch_checkpoint,
     find_checkpoint,
+    load_model,
     member_of,
-    model_for,
     open_alike,
     open_trained,
 )
@@ -177,7 +174,10 @@ def infer(
         _refuse_overlays_folder(source, names)
     done = set() if config.overwrite else {stat.name for stat in output.list()}
     todo = tuple(name for name in names if mask_name(name) not in done)
-    members = tuple(member_of(run, _checkpoint_of(run, config.checkpoint)) for run in runs)
+    # Named by their folders: these weights stay the same while the run is trained further.
+    members = tuple(
+        member_of(run, find_checkpoint(run.store, which=config.checkpoint)) for run in runs
+    )
     min_pixels = _min_pixels(config, manifest, members, overlap)
     record = _record(members, source, config, min_pixels, overlap)
     _claim_output(output, record, is_continued=len(todo) < len(names))
@@ -222,15 +222,6 @@ def predict_chunk(chunk: Chunk) -> list[tuple[str, str]]:
     """
     predictor = _kept_predictor(chunk.members, chunk.config.flips, needs_gpu=chunk.config.needs_gpu)
     return _predict(chunk, predictor, lambda: None)
-
-
-def _checkpoint_of(run: TrainedRun, which: Literal["best", "last"]) -> str:
-    """Returns the folder of the weights; they stay the same while the run is trained further."""
-    if which == "best":
-        return find_checkpoint(run.store, which=which).prefix
-    # The last one whose weights are undamaged.
-    with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
-        return fetch_checkpoint(run.store, folder, which=which)[0]
 
 
 def _is_sliding(config: InferConfig, manifest: Manifest) -> bool:
@@ -410,25 +401,19 @@ def _load_predictor(members: Sequence[Member], flips: Flips, *, needs_gpu: bool)
     from job.step import make_probability_step, network_of
 
     runs = [open_trained(member.run) for member in members]
-    models = [_model_at(run, member.checkpoint) for run, member in zip(runs, members, strict=True)]
+    models = [_model_of(run, member) for run, member in zip(runs, members, strict=True)]
     step = make_probability_step(network_of(models, flips))
     return _Predictor(step, runs[0].manifest)
 
 
-def _model_at(run: TrainedRun, checkpoint: str) -> Any:
-    from job.checkpoint import WEIGHTS_NAME, read_weights
-
-    places = [place for place in find_commits(run.store) if place.prefix == checkpoint]
-    if not places:
+def _model_of(run: TrainedRun, member: Member) -> Any:
+    try:
+        return load_model(run, which=member.checkpoint)[0]
+    except NotFound as error:
         raise StorageError(
-            f"{run.store.url}/{checkpoint}: vanished, as training went on; run it again with "
-            "--overwrite, or with another OUTPUT"
-        )
-    with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
-        _, members = fetch_commit(run.store, places[0], folder, names=[WEIGHTS_NAME])
-        model = model_for(run.config, run.manifest)
-        read_weights(model, members[WEIGHTS_NAME])
-    return model
+            f"{run.store.url}/{member.checkpoint}: vanished, as training went on; run it again "
+            "with --overwrite, or with another OUTPUT"
+        ) from error
 
 
 def _predict(

@@ -106,25 +106,24 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def load_model(run: TrainedRun, *, which: str) -> Any:
-    """Returns the model of `run` with its "best" or its "last" weights.
+def load_model(run: TrainedRun, *, which: str) -> tuple[Any, str]:
+    """Returns the model of `run` with the weights of a checkpoint, and the folder of these.
+
+    Args:
+        which: "best", "last", or the folder of a checkpoint.
 
     Raises:
         UsageError: no checkpoint is the best yet.
         ContentError: the checkpoint is damaged.
+        NotFound: that folder has none any more.
     """
-    return load_member(run, which=which)[0]
-
-
-def load_member(run: TrainedRun, *, which: str) -> tuple[Any, Member]:
-    """Returns what `load_model` does, and which weights these are."""
     from job import checkpoint
 
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
         prefix, members = fetch_checkpoint(run.store, folder, which=which)
         model = model_for(run.config, run.manifest)
         checkpoint.read_weights(model, members[checkpoint.WEIGHTS_NAME])
-    return model, member_of(run, prefix)
+    return model, prefix
 
 
 def member_of(run: TrainedRun, prefix: str) -> Member:
@@ -133,38 +132,31 @@ def member_of(run: TrainedRun, prefix: str) -> Member:
     return Member(run.store.url, prefix, digest)
 
 
-def find_checkpoint(store: Store, *, which: str) -> Place:
-    """Returns where a run's "best" or "last" checkpoint lies.
+def find_checkpoint(store: Store, *, which: str) -> str:
+    """Returns the folder of a run's "best" or "last" checkpoint.
+
+    The last is the newest whose weights are undamaged, so these are read.
 
     Raises:
         UsageError: there is no such checkpoint yet.
         ContentError: none is undamaged.
     """
-    from job import checkpoint
-
+    if which == "best":
+        return _find_best(store).prefix
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
-        names = [checkpoint.STATE_NAME]
-        newest = fetch_newest(store, find_commits(store), folder, names=names)
-        if newest is None:
-            raise _no_checkpoint(store)
-        commit, members = newest
-        best = checkpoint.read_state(members[checkpoint.STATE_NAME])["best"]
-    if which == "last":
-        return Place(commit.attempt, commit.step, commit.prefix)
-    if best is None:
-        raise UsageError(
-            f"{store.url}: no epoch has ended yet, so no checkpoint is the best; use the last"
-        )
-    step, attempt = best["step"], best["attempt"]
-    return Place(attempt, step, commit_prefix(step, attempt))
+        return fetch_checkpoint(store, folder, which=which)[0]
 
 
 def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dict[str, str]]:
-    """Returns the prefix of a run's best or last checkpoint, and the path of its weights by name.
+    """Returns the folder of a run's checkpoint in its store, and the path of its weights by name.
+
+    Args:
+        which: as for `load_model`.
 
     Raises:
         UsageError: there is no such checkpoint yet.
         ContentError: it is damaged.
+        NotFound: it was named by its folder, which has none any more.
     """
     from job import checkpoint
 
@@ -175,9 +167,33 @@ def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dic
         if newest is None:
             raise _no_checkpoint(store)
         return newest[0].prefix, newest[1]
-    place = find_checkpoint(store, which=which)
+    place = _find_best(store) if which == "best" else _place_of(store, which)
     _, members = fetch_commit(store, place, folder, names=[checkpoint.WEIGHTS_NAME])
     return place.prefix, members
+
+
+def _find_best(store: Store) -> Place:
+    from job import checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
+        names = [checkpoint.STATE_NAME]
+        newest = fetch_newest(store, find_commits(store), folder, names=names)
+        if newest is None:
+            raise _no_checkpoint(store)
+        best = checkpoint.read_state(newest[1][checkpoint.STATE_NAME])["best"]
+    if best is None:
+        raise UsageError(
+            f"{store.url}: no epoch has ended yet, so no checkpoint is the best; use the last"
+        )
+    step, attempt = best["step"], best["attempt"]
+    return Place(attempt, step, commit_prefix(step, attempt))
+
+
+def _place_of(store: Store, prefix: str) -> Place:
+    for place in find_commits(store):
+        if place.prefix == prefix:
+            return place
+    raise NotFound(f"{store.url}/{prefix} does not exist")
 
 
 def _no_checkpoint(store: Store) -> UsageError:

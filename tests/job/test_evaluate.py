@@ -276,7 +276,7 @@ def test_evaluate_says_which_checkpoint_it_took(
 def commit_weights(folder: Path, staging: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Adds a checkpoint to a run, after its best one, whose weights are changed."""
     trained = open_trained(str(folder))
-    model = load_model(trained, which="last")
+    model = load_model(trained, which="last")[0]
     for weight in model.weights:
         weight.assign(change(weight.numpy()))
     _, members = fetch_checkpoint(trained.store, str(staging), which="last")
@@ -314,7 +314,7 @@ def test_ensemble_predicts_the_mean_of_its_runs(own_run: Path, tmp_path: Path) -
     masks = InferConfig(overlays=False, ensemble=others, **options)
     infer(str(own_run), str(images), str(tmp_path / "masks"), masks)
 
-    networks = [load_model(run, which="last") for run in runs]
+    networks = [load_model(run, which="last")[0] for run in runs]
     num_differing = np.zeros(4, int)  # from each run, and from the mean of logits
     for index, name in enumerate(split.filenames):
         pixels = cv2.imread(str(images / name), cv2.IMREAD_GRAYSCALE)

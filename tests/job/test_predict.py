@@ -98,7 +98,7 @@ def test_slide_trusts_the_middle_of_a_window() -> None:
 
 def test_one_window_is_the_plain_forward_pass(trained_run: Path) -> None:
     run = open_trained(str(trained_run))
-    step = make_probability_step(network_of([load_model(run, which="best")]))
+    step = make_probability_step(network_of([load_model(run, which="best")[0]]))
     image = np.random.default_rng(1).integers(0, 256, (32, 32, 1), dtype=np.uint8)
     plain = step(image[np.newaxis]).numpy()[0]
     assert np.array_equal(

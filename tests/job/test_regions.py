@@ -143,7 +143,7 @@ def test_specks_go_at_both_sizes_of_resized_pictures(own_run: Path, tmp_path: Pa
         num_removed += int(np.any(masks["large"][name] != mask))
     assert num_removed == 15
 
-    step = make_probability_step(network_of([load_model(run, which="best")]))
+    step = make_probability_step(network_of([load_model(run, which="best")[0]]))
     reader = open_reader(dataset, evaluation.split, cache="full", cache_dir=None)
     assert evaluation.measured is not None
     sizes = evaluation.measured.cases

@@ -65,7 +65,7 @@ def test_initialize_from_copies_the_best_weights_of_a_run(
     trained_run: Path, tmp_path: Path
 ) -> None:
     run = open_trained(str(trained_run))
-    best = load_model(run, which="best")
+    best = load_model(run, which="best")[0]
     _, members = fetch_checkpoint(run.store, str(tmp_path), which="best")
     file = tmp_path / "some.weights.h5"
     shutil.copy(members[checkpoint.WEIGHTS_NAME], file)
