@@ -71,8 +71,8 @@ from job.predict import (
     without_small,
 )
 from job.regions import FILE_NAME, ClassFit, FittedOn, RegionTally, SmallRegions
-from job.run import read_commit, standing
-from job.trained import Member, TrainedRun, load_model, member_of, open_alike
+from job.run import standing
+from job.trained import TrainedRun, load_model, member_of, open_alike
 
 logger = logging.getLogger(__name__)
 
@@ -594,13 +594,13 @@ def evaluate_run(
     with strategy.scope():
         loaded = [load_model(each, which=config.checkpoint) for each in (run, *others)]
     members = [
-        member_of(each, prefix) for each, (_, prefix) in zip((run, *others), loaded, strict=True)
+        member_of(each, commit) for each, (_, commit) in zip((run, *others), loaded, strict=True)
     ]
     network = network_of([model for model, _ in loaded], config.flips)
     evaluator = replace(
         make_evaluator(settings, strategy, dataset, network), is_by_tile=config.tiles_as_pictures
     )
-    used = _checkpoint_used(config.checkpoint, members)
+    used = {"which": config.checkpoint, "epochs": [commit.epoch for _, commit in loaded]}
     _tell_checkpoint(run.store, used)
     _tell_replaced(target, keeps_fit=not config.remove_small_regions)
     way: dict[str, Any] = {
@@ -624,11 +624,6 @@ def evaluate_run(
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
     evaluation.summary.update(checkpoint=used, prediction=way)
     return evaluation, write_evaluation(target, evaluation, evaluator)
-
-
-def _checkpoint_used(which: str, members: Sequence[Member]) -> dict[str, Any]:
-    commits = [read_commit(open_store(each.run), each.checkpoint) for each in members]
-    return {"which": which, "epochs": [commit.epoch for commit in commits]}
 
 
 def _tell_checkpoint(run: Store, used: Mapping[str, Any]) -> None:

@@ -78,13 +78,19 @@ class Place:
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit as its COMMIT.json tells it; `state` is what the caller gave, through JSON."""
+    """A commit as its COMMIT.json tells it.
+
+    Attributes:
+        state: what the caller gave, through JSON.
+        sha256: of the COMMIT.json, hex.
+    """
 
     step: int
     attempt: int
     epoch: int
     prefix: str
     state: dict[str, Any]
+    sha256: str
 
 
 class Member(Settings):
@@ -315,7 +321,7 @@ class Run:
                 self._ownership.confirm()
                 self.store.put(f"{prefix}/{COMMIT_NAME}", data, if_generation=0)
             self._ownership.check()  # the process may have been paused since `confirm`
-            self._newest = _commit_of(record, prefix)
+            self._newest = _commit_of(record, prefix, data)
             return self._newest
 
     def restore(self, staging_dir: str) -> tuple[Commit, dict[str, str]] | None:
@@ -489,7 +495,7 @@ def read_commit(store: Store, prefix: str) -> Commit:
     Raises:
         ContentError, NotFound: its record is damaged or missing.
     """
-    return _commit_of(_read_record(store, f"{prefix}/{COMMIT_NAME}", CommitRecord), prefix)
+    return _read_commit(store, prefix)[1]
 
 
 def commit_prefix(step: int, attempt: int) -> str:
@@ -550,7 +556,7 @@ def fetch_commit(
     Raises:
         ContentError, NotFound: an object is damaged or missing; the message names it.
     """
-    record = _read_record(store, f"{place.prefix}/{COMMIT_NAME}", CommitRecord)
+    record, commit = _read_commit(store, place.prefix)
     where = f"{store.url}/{place.prefix}/{COMMIT_NAME}"
     if (record.attempt, record.step) != (place.attempt, place.step):
         raise ContentError(f"{where}: it is of attempt {record.attempt}, step {record.step}")
@@ -565,7 +571,14 @@ def fetch_commit(
         path = os.path.join(staging_dir, place.prefix.replace("/", "-"), member.name)
         _fetch_member(store, f"{place.prefix}/{member.name}", member, path)
         paths[member.name] = path
-    return _commit_of(record, place.prefix), paths
+    return commit, paths
+
+
+def _read_commit(store: Store, prefix: str) -> tuple[CommitRecord, Commit]:
+    name = f"{prefix}/{COMMIT_NAME}"
+    data = _read_small(store, name)
+    record = _parsed(data, CommitRecord, f"{store.url}/{name}")
+    return record, _commit_of(record, prefix, data)
 
 
 class _FileLock:
@@ -834,17 +847,25 @@ def _read_record(store: Store, name: str, kind: type[R]) -> R:
     Raises:
         ContentError: it is too large or not of that kind.
     """
+    return _parsed(_read_small(store, name), kind, f"{store.url}/{name}")
+
+
+def _read_small(store: Store, name: str) -> bytes:
     stat = store.stat(name)
     if stat is None:
         raise NotFound(f"{store.url}/{name} does not exist")
     if stat.size > MAX_RECORD_BYTES:
         raise ContentError(f"{store.url}/{name} has {stat.size} bytes, over {MAX_RECORD_BYTES}")
+    return store.get(name)
+
+
+def _parsed(data: bytes, kind: type[R], where: str) -> R:
     try:
-        return kind.model_validate_json(store.get(name))
+        return kind.model_validate_json(data)
     except ValidationError as error:
         detail = error.errors()[0]
         field_name = ".".join(str(part) for part in detail["loc"])
-        raise ContentError(f"{store.url}/{name}: {field_name} {detail['msg']}") from error
+        raise ContentError(f"{where}: {field_name} {detail['msg']}") from error
 
 
 def _fetch_member(store: Store, name: str, member: Member, path: str) -> None:
@@ -869,8 +890,9 @@ def _describe_member(name: str, path: str) -> Member:
     )
 
 
-def _commit_of(record: CommitRecord, prefix: str) -> Commit:
-    return Commit(record.step, record.attempt, record.epoch, prefix, record.state)
+def _commit_of(record: CommitRecord, prefix: str, data: bytes) -> Commit:
+    digest = hashlib.sha256(data).hexdigest()
+    return Commit(record.step, record.attempt, record.epoch, prefix, record.state, digest)
 
 
 def _sha256_of_file(path: str) -> str:

@@ -16,12 +16,13 @@ from data_prep.storage import NotFound, Store, open_store
 from job.config import TrainConfig
 from job.fit import image_shape, num_outputs
 from job.run import (
-    COMMIT_NAME,
+    Commit,
     Place,
     commit_prefix,
     fetch_commit,
     fetch_newest,
     find_commits,
+    read_commit,
     standing,
 )
 
@@ -106,8 +107,8 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def load_model(run: TrainedRun, *, which: str) -> tuple[Any, str]:
-    """Returns the model of `run` with the weights of a checkpoint, and the folder of these.
+def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Commit]:
+    """Returns the model of `run` with the weights of a checkpoint, and the commit of these.
 
     Args:
         which: "best", "last", or the folder of a checkpoint.
@@ -120,20 +121,19 @@ def load_model(run: TrainedRun, *, which: str) -> tuple[Any, str]:
     from job import checkpoint
 
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
-        prefix, members = fetch_checkpoint(run.store, folder, which=which)
+        commit, members = fetch_checkpoint(run.store, folder, which=which)
         model = model_for(run.config, run.manifest)
         checkpoint.read_weights(model, members[checkpoint.WEIGHTS_NAME])
-    return model, prefix
+    return model, commit
 
 
-def member_of(run: TrainedRun, prefix: str) -> Member:
-    """Returns the weights in the folder `prefix` of a run."""
-    digest = hashlib.sha256(run.store.get(f"{prefix}/{COMMIT_NAME}")).hexdigest()
-    return Member(run.store.url, prefix, digest)
+def member_of(run: TrainedRun, commit: Commit) -> Member:
+    """Returns the weights of a commit of a run."""
+    return Member(run.store.url, commit.prefix, commit.sha256)
 
 
-def find_checkpoint(store: Store, *, which: str) -> str:
-    """Returns the folder of a run's "best" or "last" checkpoint.
+def find_checkpoint(store: Store, *, which: str) -> Commit:
+    """Returns a run's "best" or "last" checkpoint.
 
     The last is the newest whose weights are undamaged, so these are read.
 
@@ -142,13 +142,13 @@ def find_checkpoint(store: Store, *, which: str) -> str:
         ContentError: none is undamaged.
     """
     if which == "best":
-        return _find_best(store).prefix
+        return read_commit(store, _find_best(store).prefix)
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
         return fetch_checkpoint(store, folder, which=which)[0]
 
 
-def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dict[str, str]]:
-    """Returns the folder of a run's checkpoint in its store, and the path of its weights by name.
+def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[Commit, dict[str, str]]:
+    """Returns a run's checkpoint, and the local path of its weights by name.
 
     Args:
         which: as for `load_model`.
@@ -166,10 +166,9 @@ def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[str, dic
         newest = fetch_newest(store, find_commits(store), folder, names=names)
         if newest is None:
             raise _no_checkpoint(store)
-        return newest[0].prefix, newest[1]
+        return newest
     place = _find_best(store) if which == "best" else _place_of(store, which)
-    _, members = fetch_commit(store, place, folder, names=[checkpoint.WEIGHTS_NAME])
-    return place.prefix, members
+    return fetch_commit(store, place, folder, names=[checkpoint.WEIGHTS_NAME])
 
 
 def _find_best(store: Store) -> Place:

@@ -1,5 +1,6 @@
 """The run protocol on a folder, by lock and by lease; kills are real exits of real processes."""
 
+import hashlib
 import json
 import logging
 import os
@@ -83,7 +84,8 @@ def test_commit_is_restored_by_the_next_attempt(tmp_path: Path, by_lease: bool) 
         assert run.attempt == 2
         restored = run.restore(str(tmp_path / "staging"))
         assert restored is not None
-        assert restored[0] == made == Commit(20, 1, 2, made.prefix, {"step": 20})
+        digest = hashlib.sha256(run.store.get(f"{made.prefix}/COMMIT.json")).hexdigest()
+        assert restored[0] == made == Commit(20, 1, 2, made.prefix, {"step": 20}, digest)
         assert commit(run, tmp_path, 30).prefix == "checkpoints/step-00000030/a2"
         assert restored_step(run, tmp_path) == 30
 

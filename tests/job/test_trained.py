@@ -1,19 +1,22 @@
 """A trained run as something to use: what is read, which weights, and what is refused."""
 
+import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep.errors import ContentError, UsageError
-from data_prep.storage import open_store
+from data_prep.storage import LocalStore, open_store
 from job import checkpoint
 from job.config import TrainConfig
 from job.trained import (
     fetch_checkpoint,
     initialize_from,
     load_model,
+    member_of,
     model_for,
     open_trained,
 )
@@ -44,10 +47,10 @@ def test_fetch_checkpoint_finds_the_best_and_the_last(trained_run: Path, tmp_pat
     store = open_store(str(trained_run))
     last, members = fetch_checkpoint(store, str(tmp_path), which="last")
     # 12 samples, one per step, 5 epochs.
-    assert last == "checkpoints/step-00000060/a1"
+    assert last.prefix == "checkpoints/step-00000060/a1"
     state = checkpoint.read_state(members[checkpoint.STATE_NAME])
     best, _ = fetch_checkpoint(store, str(tmp_path), which="best")
-    assert best == f"checkpoints/step-{state['best']['step']:08d}/a1"
+    assert best.prefix == f"checkpoints/step-{state['best']['step']:08d}/a1"
 
 
 def test_load_model_takes_an_older_checkpoint_where_the_last_is_damaged(own_run: Path) -> None:
@@ -59,6 +62,26 @@ def test_load_model_takes_an_older_checkpoint_where_the_last_is_damaged(own_run:
         (folder / "a1" / checkpoint.WEIGHTS_NAME).write_bytes(b"")
     with pytest.raises(ContentError, match="no undamaged commit"):
         load_model(open_trained(str(own_run)), which="last")
+
+
+class ReadingStore(LocalStore):
+    """A folder that knows which of its objects were read."""
+
+    read: list[str] = []  # noqa: RUF012 - a frozen class; the test empties it
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        self.read.append(name)
+        return super().get(name, start, length)
+
+
+def test_load_model_reads_the_record_of_a_commit_once(trained_run: Path) -> None:
+    run = replace(open_trained(str(trained_run)), store=ReadingStore(str(trained_run)))
+    ReadingStore.read.clear()
+    _, commit = load_model(run, which="last")
+    data = (trained_run / commit.prefix / "COMMIT.json").read_bytes()
+    assert member_of(run, commit).commit_sha256 == hashlib.sha256(data).hexdigest()
+    assert commit.epoch == 5
+    assert ReadingStore.read == ["lease.json", f"{commit.prefix}/COMMIT.json"]
 
 
 def test_initialize_from_copies_the_best_weights_of_a_run(
