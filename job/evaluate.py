@@ -542,7 +542,10 @@ class EvaluateConfig(PredictConfig):
         None, "Where the run's dataset is now; unset: where it was trained from."
     )
     output: str | None = option(
-        None, "Folder or gs:// URL of the evaluation; unset: RUN/evaluation."
+        None,
+        "Your own folder or gs:// URL for the tables and pictures: new, or of an earlier "
+        "evaluation, which is replaced; one with other files is refused. Unset: in the run, "
+        "RUN/evaluation for the test split, else RUN/evaluation/SPLIT; an ensemble needs it.",
     )
     tiles_as_pictures: bool = option(
         False, "Evaluate every tile of a dataset of tiles as if it were a picture."
@@ -733,7 +736,9 @@ def dataset_of(run: TrainedRun, url: str | None, others: Sequence[TrainedRun] = 
 def command(run: str, **options: Any) -> int:
     """Evaluate a run on one split of its dataset.
 
-    RUN is the folder or gs:// URL of a run (RUNS/NAME). Writes RUN/evaluation.
+    RUN is the folder or gs:// URL of a run (RUNS/NAME). Writes tables (per_case.csv), summary.json
+    and pictures of some cases to RUN/evaluation, or to --output; what an earlier evaluation wrote
+    there is replaced, but for small_regions.json, which only --remove-small-regions replaces.
     """
     config = from_options(EvaluateConfig, options)
     with quiet_interrupts():
@@ -742,6 +747,11 @@ def command(run: str, **options: Any) -> int:
         for name in (config.split, *(["valid"] if config.remove_small_regions else [])):
             dataset.split(name)
         _target(trained, config)
+        if config.tiles_as_pictures and dataset.manifest.geometry != "tile":
+            raise UsageError(
+                f"--tiles-as-pictures: {dataset.url} was prepared without tiles "
+                f"(geometry {dataset.manifest.geometry}); leave it out"
+            )
         if dataset.manifest.geometry == "tile":
             window_overlap(dataset.manifest, config.overlap, trained.config.window_overlap)
         from job import runtime

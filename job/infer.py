@@ -581,7 +581,11 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     """Predict masks for the images in a folder or bucket prefix.
 
     RUN is the folder or gs:// URL of a run (RUNS/NAME), IMAGES a folder of images of any size,
-    OUTPUT a folder or gs:// URL (default: RUN/inference). The same command continues after a stop.
+    OUTPUT your own folder or gs:// URL for the masks (default: in the run, RUN/inference), new or
+    not, outside of IMAGES. Writes a mask of IMAGES' name for each image, overlays/, inference.json
+    and, where needed, unreadable.csv. Masks that OUTPUT has are kept, so that the same command
+    continues after a stop; those of another run, checkpoint or images are refused. --overwrite
+    predicts all again. Other files stay.
     """
     config = from_options(InferConfig, options)
     with quiet_interrupts():

@@ -1,8 +1,8 @@
-"""From a picture to its mask: the one path that training, evaluation and inference share.
+"""From a picture to its mask: what training, evaluation and inference share, and its options.
 
 A picture of the network's size is predicted at once. A larger one is predicted in windows of that
 size, which overlap and are added with Gaussian weights: a window knows least about its border.
-Knows nothing of files, runs or TensorFlow.
+The network is a function that the caller gives: no run is opened here, and no TensorFlow imported.
 
 Source of the weights, sigma an eighth of a window: nnU-Net, Isensee et al. 2021,
 doi:10.1038/s41592-020-01008-z.

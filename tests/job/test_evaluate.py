@@ -340,6 +340,17 @@ def test_command_refuses_another_dataset(
     assert error.count("\n") == 1
 
 
+def test_command_refuses_tiles_as_pictures_where_there_are_none(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(own_run.rglob("*"))
+    assert main([str(own_run), "--tiles-as-pictures"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--tiles-as-pictures: " in line
+    assert "was prepared without tiles (geometry stretch)" in line
+    assert sorted(own_run.rglob("*")) == before
+
+
 def test_command_refuses_a_run_without_a_checkpoint(
     own_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
