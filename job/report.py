@@ -24,7 +24,7 @@ from data_prep.storage import NotFound, Store, join_url, open_store
 from data_prep.words import counted
 from job.folds import SUMMARY_NAME
 from job.measures import checkpoint_words, lesion_words, measure_rows, titled_sizes
-from job.run import LEASE_NAME, OUTCOME_NAME, read_ends, standing
+from job.run import LEASE_NAME, OUTCOME_NAME, RESTORE, read_ends, standing
 from job.stored import evaluate_again, read_json, read_table
 from job.watchdog import STACKS_FOLDER
 
@@ -36,7 +36,6 @@ _STANDINGS = {"open": "not finished", "stopped": "stopped before its end"}
 _LESION_COUNTS = ("lesions", "lesions_found", "false_positives", "specks")
 _PICTURE_SIDE = 640  # pixels; pictures of cases are made smaller, so that the page stays small
 _JPEG_QUALITY = 85
-_TRAIN_AGAIN = "restore the file, or train a run of another name"
 _POOL_AGAIN = (
     "evaluate the run of every fold again (flexunet evaluate RUN), then give the train command "
     "with --folds again, which pools them"
@@ -340,7 +339,7 @@ def _curves(store: Store) -> str:
 
 
 def _dataset(store: Store) -> str:
-    card = read_json(store, "dataset.json", _TRAIN_AGAIN)
+    card = read_json(store, "dataset.json", RESTORE)
     if card is None:
         return _missing("dataset.json", "training copies it when it starts")
     size = f"{card['image_width']} x {card['image_height']}, {counted(card['channels'], 'channel')}"
@@ -376,10 +375,10 @@ def _leak_check(card: Mapping[str, Any]) -> str:
 
 
 def _attempts(store: Store) -> str:
-    lease = read_json(store, LEASE_NAME, _TRAIN_AGAIN)
+    lease = read_json(store, LEASE_NAME, RESTORE)
     if lease is None:
         return _missing(LEASE_NAME, "training writes it when it starts")
-    outcome, ends = read_json(store, OUTCOME_NAME, _TRAIN_AGAIN), read_ends(store)
+    outcome, ends = read_json(store, OUTCOME_NAME, RESTORE), read_ends(store)
     bases = {
         int(attempt): base
         for attempt, base in lease["bases"].items()
@@ -413,7 +412,7 @@ def _end_of(
 
 
 def _environment(store: Store) -> str:
-    values = read_json(store, "environment.json", _TRAIN_AGAIN)
+    values = read_json(store, "environment.json", RESTORE)
     if values is None:
         return _missing("environment.json", "training writes it when it starts")
     rows = []

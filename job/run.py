@@ -39,6 +39,7 @@ from data_prep.storage import (
     probe_preconditions,
 )
 from job.config import RUN_NAME, RUN_NAME_RULE
+from job.stored import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ IDENTITY_NAME = "identity.json"
 OUTCOME_NAME = "outcome.json"
 COMMIT_NAME = "COMMIT.json"
 ENDS_FOLDER = "attempts"  # how an attempt ended that did not end the run
+RESTORE = "restore the file, or train a run of another name"  # where one of these is damaged
 MAX_RECORD_BYTES = 1 << 20
 MAX_MEMBERS = 64
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]{0,127}")
@@ -281,8 +283,7 @@ class Run:
 
     def read_identity(self) -> dict[str, Any] | None:
         """Returns `config` and `dataset_digest` of the first attempt, None before it."""
-        identity: dict[str, Any] | None = _read_json(self.store, IDENTITY_NAME)
-        return identity
+        return read_json(self.store, IDENTITY_NAME, RESTORE)
 
     def commit(
         self, step: int, epoch: int, members: Mapping[str, str], state: Mapping[str, Any]
@@ -382,8 +383,7 @@ class Run:
 
     def read_outcome(self) -> dict[str, Any] | None:
         """Returns how the run ended (`status`, `exit_code` and more), None while it has not."""
-        outcome: dict[str, Any] | None = _read_json(self.store, OUTCOME_NAME)
-        return outcome
+        return read_json(self.store, OUTCOME_NAME, RESTORE)
 
     def write_outcome(self, status: str, exit_code: int, **details: Any) -> None:
         """Ends the run: a later attempt finds this and does not start.
@@ -437,20 +437,6 @@ class Run:
             self.store.delete(stat.name)
 
 
-def _read_json(store: Store, name: str) -> Any:
-    """Returns what an object holds, None where there is none.
-
-    Raises:
-        ContentError: it is not JSON.
-    """
-    try:
-        return json.loads(store.get(name))
-    except NotFound:
-        return None
-    except ValueError as error:
-        raise ContentError(f"{store.url}/{name}: not valid JSON: {error}") from error
-
-
 def checked_run_name(name: str) -> str:
     """Returns `name` when a run may have it.
 
@@ -468,7 +454,7 @@ def read_ends(store: Store) -> dict[int, dict[str, Any]]:
     for stat in store.list(f"{ENDS_FOLDER}/"):
         stem = stat.name.removeprefix(f"{ENDS_FOLDER}/").removesuffix(".json")
         if stem.isdecimal():
-            ends[int(stem)] = _read_json(store, stat.name) or {}
+            ends[int(stem)] = read_json(store, stat.name, RESTORE) or {}
     return ends
 
 
@@ -477,7 +463,7 @@ def standing(store: Store) -> Standing:
 
     "open" is one that is being trained, or whose process was killed: from outside they look alike.
     """
-    outcome = _read_json(store, OUTCOME_NAME)
+    outcome = read_json(store, OUTCOME_NAME, RESTORE)
     if outcome is not None:
         status: Standing = outcome["status"]
         return status

@@ -170,6 +170,17 @@ def test_command_writes_the_page_and_refuses_what_is_no_run(
         assert problem in capsys.readouterr().err
 
 
+def test_a_damaged_record_of_the_run_is_refused_in_a_line(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text, problem in (("{", "not valid JSON"), ("{}", "'status' is missing")):
+        (own_run / "outcome.json").write_text(text)
+        assert main([str(own_run)]) == 3
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{own_run}/outcome.json: {problem}" in line
+        assert "train a run of another name" in line
+
+
 def without(value: Any, key: str) -> Any:
     """Returns JSON without a field, wherever it is."""
     if isinstance(value, dict):
