@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import click
@@ -86,7 +86,6 @@ class Measured:
     cases: dict[str, list[Case]]  # by size
     counts: np.ndarray  # (pictures, classes, 4) int64, of the masks that were measured
     sweep: ThresholdSweep  # at the network's size
-    examples: dict[str, bytes]  # PNG by name: best, middle and worst cases, as panels and overlays
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,7 @@ class Evaluation:
     counts: np.ndarray  # (cases, classes, 4) int64: tp, fp, fn, tn
     summary: dict[str, Any]  # strict JSON
     measured: Measured | None = None
+    examples: Mapping[str, bytes] = field(default_factory=dict)  # PNG by name, see `draw_examples`
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Evaluator:
         should_stop: Callable[[], bool],
         alive: Alive,
     ) -> Measured:
-        """Returns what is measured on each case, and some of them; one at a time is in memory.
+        """Returns what is measured on each case; one at a time is in memory.
 
         Every process of a team does all of it: the others would only wait for the first.
         """
@@ -243,22 +243,27 @@ class Evaluator:
                 sweep.add(*_counted(truth, probabilities, manifest.ignore_id))
                 if should_stop():
                     raise StoppedError(f"stopped measuring {name}; the same command resumes")
-        counts = np.concatenate(parts)
-        examples = dict(self._examples(pictures, counts, reader, alive))
-        return Measured(cases, counts, sweep, examples)
+        return Measured(cases, np.concatenate(parts), sweep)
 
-    def _examples(
-        self, pictures: Sequence[Picture], counts: np.ndarray, reader: RecordReader, alive: Alive
-    ) -> Iterator[tuple[str, bytes]]:
+    def draw_examples(
+        self, evaluation: Evaluation, reader: RecordReader, alive: Alive = not_told
+    ) -> dict[str, bytes]:
+        """Returns PNGs by name of the best, middle and worst cases: as panels and as overlays.
+
+        For who stores them: they are predicted again, as measuring keeps no masks.
+        """
         from job import plots
 
         classes = self.dataset.manifest.classes
-        for name, index, dice in _example_cases(counts):
-            image, truth = read_picture(reader, pictures[index])
-            prediction = self.mask_of(image, alive)
-            title = plots.panel_title(pictures[index].filename, dice)
-            yield f"examples/{name}", plots.panel_png(image, truth, prediction, classes, title)
-            yield f"overlays/{name}", plots.overlay_png(image, prediction, classes, truth)
+        found = {}
+        for name, index, dice in _example_cases(evaluation.counts):
+            picture = evaluation.pictures[index]
+            image, truth = read_picture(reader, picture)
+            ids = self.mask_of(image, alive)
+            title = plots.panel_title(picture.filename, dice)
+            found[f"examples/{name}"] = plots.panel_png(image, truth, ids, classes, title)
+            found[f"overlays/{name}"] = plots.overlay_png(image, ids, classes, truth)
+        return found
 
     def _cases_of(
         self, picture: Picture, truth: np.ndarray, probabilities: np.ndarray, ids: np.ndarray
@@ -393,7 +398,6 @@ def write_evaluation(target: Store, evaluation: Evaluation, evaluator: Evaluator
     means = evaluation.means
     loss, metric = evaluator.config.loss.name, next(iter(evaluator.metrics), "")
     table = evaluation_csv(loss, means["loss"], metric, means.get(metric, math.nan))
-    pictures = evaluation.measured.examples if evaluation.measured else {}
     for folder in ("examples", "overlays"):
         for stat in target.list(f"{folder}/"):
             target.delete(stat.name)
@@ -404,7 +408,7 @@ def write_evaluation(target: Store, evaluation: Evaluation, evaluator: Evaluator
     target.put("examples.csv", _examples_csv(evaluation).encode())
     for measured_name, text in _measured_tables(evaluation, evaluator.dataset):
         target.put(measured_name, text.encode())
-    for name, picture in pictures.items():
+    for name, picture in evaluation.examples.items():
         target.put(f"{name}.png", picture)
     regions = evaluation.summary.get("prediction", {}).get("small_regions")
     # An evaluation without it keeps an earlier fit: that names its weights, and fits no others.
@@ -626,6 +630,7 @@ def evaluate_run(
     reader = _reader_of(dataset, split, settings)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
     evaluation.summary.update(checkpoint=used, prediction=way)
+    evaluation = replace(evaluation, examples=evaluator.draw_examples(evaluation, reader))
     return evaluation, write_evaluation(target, evaluation, evaluator)
 
 

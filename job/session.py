@@ -233,7 +233,16 @@ class Session:
             "which": "best" if is_best else "last",
             "epochs": [epochs],
         }
-        return evaluation
+        examples: dict[str, bytes] = {}
+
+        def draw(alive: Alive) -> None:
+            if recorder is not None:
+                examples.update(
+                    self.evaluator.draw_examples(evaluation, self.readers["test"], alive)
+                )
+
+        self.team.keep_alive(draw, self.alive)
+        return dataclasses.replace(evaluation, examples=examples)
 
     def end_finished(self, state: TrainState, evaluation: Evaluation | None) -> dict[str, Any]:
         """Stores the evaluation of the test split, ends the run, returns the outcome.

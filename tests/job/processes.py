@@ -35,13 +35,17 @@ def training(arguments: Sequence[str], stop_after: int | None = None) -> list[st
 
 
 def start_rank(
-    rank: int, addresses: Sequence[str], arguments: Sequence[str], stop_after: int | None = None
+    rank: int,
+    addresses: Sequence[str],
+    arguments: Sequence[str],
+    stop_after: int | None = None,
+    command: Sequence[str] | None = None,
 ) -> subprocess.Popen[str]:
-    """Starts one process of a cluster."""
+    """Starts one process of a cluster; `command` stands for `python -m job.train`."""
     config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
-    command = training(arguments, stop_after)
+    words = training(arguments, stop_after) if command is None else [*command, *arguments]
     return subprocess.Popen(
-        command,
+        words,
         cwd=PROJECT,
         env=os.environ | {"TF_CONFIG": json.dumps(config)},
         stdout=subprocess.PIPE,
@@ -51,12 +55,15 @@ def start_rank(
 
 
 def start_cluster(
-    size: int, arguments: Sequence[str], stop_after: int | None = None
+    size: int,
+    arguments: Sequence[str],
+    stop_after: int | None = None,
+    command: Sequence[str] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """Starts `size` processes that train together; the last may be stopped after so many steps."""
     addresses = free_addresses(size)
     return [
-        start_rank(rank, addresses, arguments, stop_after if rank == size - 1 else None)
+        start_rank(rank, addresses, arguments, stop_after if rank == size - 1 else None, command)
         for rank in range(size)
     ]
 

@@ -193,6 +193,38 @@ def test_who_waits_for_slow_work_of_another_is_told_that_it_goes_on() -> None:
         assert signs and int(signs[1]) >= 2, error
 
 
+DRAWING = """
+import sys
+
+from job import plots, train
+
+def telling(name):
+    draw = getattr(plots, name)
+
+    def drawn(*arguments):
+        print("drawn by", name, file=sys.stderr)
+        return draw(*arguments)
+
+    setattr(plots, name, drawn)
+
+for name in ("panel_png", "overlay_png", "mask_png"):
+    telling(name)
+raise SystemExit(train.main(sys.argv[1:]))
+"""
+
+
+def test_only_the_process_that_stores_pictures_draws_them(dataset: str, tmp_path: Path) -> None:
+    arguments = ["--no-progress", "--threads", "1"]
+    arguments += options(dataset, tmp_path, "drawn", epochs="1", precision="float32")
+    processes = start_cluster(2, arguments, command=[sys.executable, "-c", DRAWING])
+    errors = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert len(list((tmp_path / "drawn" / "evaluation" / "examples").iterdir())) == 4
+    counts = [[text.count(f"drawn by {name}") for name in ("panel_png", "overlay_png", "mask_png")]
+              for text in errors]  # fmt: skip
+    assert counts == [[4, 4, 1], [0, 0, 0]]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_arrives_is_named(dataset: str, tmp_path: Path, rank: int) -> None:
     addresses = free_addresses(2)
