@@ -144,13 +144,13 @@ def check_ignore_id(classes: Sequence[ClassColor], ignore_id: int | None) -> Non
         return
     if not len(classes) <= ignore_id < MAX_CLASSES:
         raise UsageError(
-            f"ignore_id={ignore_id}: ids up to {len(classes) - 1} are classes and the largest "
+            f"--ignore-id={ignore_id}: ids up to {len(classes) - 1} are classes and the largest "
             f"possible is {MAX_CLASSES - 1}; choose one between"
         )
     for entry in classes:
         if _grey_level(entry.color) == ignore_id:
             raise UsageError(
-                f"ignore_id={ignore_id} is also the grey level of {entry.name!r} {entry.color}; "
+                f"--ignore-id={ignore_id} is also the grey level of {entry.name!r} {entry.color}; "
                 "give one of them another value"
             )
 

@@ -142,7 +142,7 @@ def write_phantoms(
     """
     num_patients = num_images if num_patients is None else num_patients
     if not 1 <= num_patients <= num_images:
-        raise UsageError(f"num_patients={num_patients}: from 1 to the {num_images} images")
+        raise UsageError(f"--num-patients={num_patients}: from 1 to the {num_images} images")
     store = open_store(folder)
     patients = [i * num_patients // num_images for i in range(num_images)]
     names = [f"phantom-p{p:03d}-{i - patients.index(p) + 1}.png" for i, p in enumerate(patients)]

@@ -166,7 +166,7 @@ def assign_splits(
         sum(fractions.values()), 1, abs_tol=1e-6
     ):
         shares = ", ".join(f"{name} {share}" for name, share in fractions.items())
-        raise UsageError(f"fractions {shares}: each is at least 0 and together they are 1")
+        raise UsageError(f"--fractions {shares}: each is at least 0 and together they are 1")
     names: list[str] = [name for name in SPLITS if fractions.get(name, 0) > 0]
     place = _divide(groups, [fractions[name] for name in names], f"split {seed}", "splits")
     return {sample: names[place[group]] for sample, group in groups.items()}
@@ -179,7 +179,7 @@ def assign_folds(groups: Mapping[str, str], *, num_folds: int, seed: int) -> dic
         UsageError: fewer than two folds, or fewer groups than folds.
     """
     if num_folds < 2:
-        raise UsageError(f"num_folds={num_folds}: at least 2")
+        raise UsageError(f"{counted(num_folds, 'fold')}: at least 2 are needed")
     place = _divide(groups, [1 / num_folds] * num_folds, f"fold {seed}", "folds")
     return {sample: place[group] for sample, group in groups.items()}
 

@@ -94,7 +94,7 @@ class ModelConfig(Settings):
         deepest = self.dropout_rate * (self.num_layers - 1)
         if deepest >= 1.0:
             raise ValueError(
-                f"dropout_rate {self.dropout_rate} gives {deepest:.2f} at level "
+                f"dropout_rate={self.dropout_rate} gives {deepest:.2f} at level "
                 f"{self.num_layers - 1}; it must stay below 1"
             )
         return self
@@ -124,9 +124,10 @@ def check_class_weights(weights: Sequence[float] | None, num_outputs: int) -> No
     if weights is None:
         return
     if len(weights) != num_labels or min(weights) < 0 or max(weights) == 0:
+        found = ",".join(f"{each:g}" for each in weights)
         raise UsageError(
-            f"class_weights={tuple(weights)}: give {num_labels} numbers of 0 or more,"
-            " one per class in the order of the ids, not all 0"
+            f"--loss.class-weights={found}: give {num_labels} numbers of 0 or more, one per class"
+            " in the order of the ids, not all 0"
         )
 
 
@@ -377,7 +378,7 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _fold_exists(self) -> "TrainConfig":
         if self.fold is not None and (self.folds is None or self.fold >= self.folds):
-            raise ValueError(f"fold {self.fold} is none of folds={self.folds}; they count from 0")
+            raise ValueError(f"fold={self.fold} is none of folds={self.folds}; they count from 0")
         return self
 
 

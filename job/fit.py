@@ -35,8 +35,8 @@ def image_shape(config: TrainConfig, manifest: Manifest) -> tuple[int, int, int]
     channels = config.model.image_channels or manifest.channels
     if channels != manifest.channels and manifest.channels != 1:
         raise UsageError(
-            f"model.image_channels={channels}: the dataset has {manifest.channels} channels; "
-            "prepare it with --channels grey or leave model.image_channels unset"
+            f"--model.image-channels={channels}: the dataset has {manifest.channels} channels; "
+            "prepare it with --channels grey or leave --model.image-channels out"
         )
     return manifest.image_height, manifest.image_width, channels
 
@@ -51,8 +51,8 @@ def num_outputs(config: TrainConfig, manifest: Manifest) -> int:
     if wanted is None or wanted == found or (wanted == 1 and found == 2):
         return wanted or found
     raise UsageError(
-        f"model.num_classes={wanted}: the dataset has {found} classes "
-        f"({', '.join(each.name for each in manifest.classes)}); leave model.num_classes unset"
+        f"--model.num-classes={wanted}: the dataset has {found} classes "
+        f"({', '.join(each.name for each in manifest.classes)}); leave --model.num-classes out"
     )
 
 
@@ -66,6 +66,6 @@ def check_sides(shape: tuple[int, int, int], num_layers: int) -> None:
     height, width, _ = shape
     if height % multiple or width % multiple:
         raise UsageError(
-            f"model.num_layers={num_layers} needs image sides that divide by {multiple}, "
-            f"got {height}x{width}; lower model.num_layers or prepare another image size"
+            f"--model.num-layers={num_layers} needs image sides that divide by {multiple}, "
+            f"got {height}x{width}; lower --model.num-layers or prepare another image size"
         )

@@ -235,8 +235,8 @@ def _min_pixels(
         return ()
     if _is_sliding(config, manifest) and manifest.geometry != "tile":
         raise UsageError(
-            f"small_regions={config.small_regions}: its sizes are pixels of resized pictures, and "
-            "--window sliding does not resize; leave one of the two out"
+            f"--small-regions={config.small_regions}: its sizes are pixels of resized pictures, "
+            "and --window sliding does not resize; leave one of the two out"
         )
     names = [each.name for each in manifest.classes if each.id != 0]
     return read_min_pixels(open_store(config.small_regions), names, members, config.flips, overlap)

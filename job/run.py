@@ -27,7 +27,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from pydantic import ValidationError
 
 from data_prep.errors import ContentError, LockedError, StorageError, UsageError
-from data_prep.settings import Settings, option
+from data_prep.settings import Settings, flag_of, option
 from data_prep.storage import (
     NotFound,
     PreconditionFailed,
@@ -892,13 +892,21 @@ def _through_json(value: Any) -> Any:
 
 
 def differences(stored: Any, given: Any) -> list[str]:
-    """Returns a sentence for each leaf of two nested JSON values that differs."""
+    """Returns a sentence for each leaf of two nested JSON values that differs.
+
+    What is below `config` is named as the option that sets it.
+    """
     before, now = dict(_leaves(stored)), dict(_leaves(given))
     return [
-        f"{name.removeprefix('config.')} was {_value(before, name)}, now {_value(now, name)}"
+        f"{_as_option(name)} was {_value(before, name)}, now {_value(now, name)}"
         for name in sorted(before.keys() | now.keys())
         if _value(before, name) != _value(now, name)
     ]
+
+
+def _as_option(name: str) -> str:
+    group, *path = name.split(".")
+    return flag_of(path) if group == "config" and path else name
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -128,7 +128,7 @@ def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None
         return seen
     if config.cpu_replicas > 1:
         raise UsageError(
-            f"cpu_replicas={config.cpu_replicas}: each of {place.size} processes has one CPU "
+            f"--cpu-replicas={config.cpu_replicas}: each of {place.size} processes has one CPU "
             "replica; leave it at 1"
         )
     return seen
@@ -157,7 +157,7 @@ def check_batch(config: TrainConfig, num_processes: int, num_gpus: int) -> None:
     num_replicas = num_processes * max(1, num_gpus)
     if config.global_batch_size % num_replicas:
         raise UsageError(
-            f"global_batch_size={config.global_batch_size} does not divide by the "
+            f"--global-batch-size={config.global_batch_size} does not divide by the "
             f"{num_replicas} replicas ({num_processes} processes, {num_gpus} GPUs each); choose a "
             "multiple, or another number of workers"
         )
@@ -173,7 +173,7 @@ def check_micro_batches(config: TrainConfig, num_replicas: int) -> None:
     local = config.global_batch_size // num_replicas
     if local % config.accumulate:
         raise UsageError(
-            f"accumulate={config.accumulate} does not divide the batch of {local} that each of "
+            f"--accumulate={config.accumulate} does not divide the batch of {local} that each of "
             f"{num_replicas} replicas holds; choose a divisor of it"
         )
 
@@ -249,8 +249,8 @@ def _of_one(tf: Any, config: TrainConfig, gpus: list[Any]) -> Any:
     used = max(n for n in range(1, len(devices) + 1) if config.global_batch_size % n == 0)
     if used < len(devices) and not gpus:
         raise UsageError(
-            f"cpu_replicas={len(devices)}: the batch of {config.global_batch_size} does not divide "
-            "by it; choose a divisor of the batch"
+            f"--cpu-replicas={len(devices)}: the batch of {config.global_batch_size} does not "
+            "divide by it; choose a divisor of the batch"
         )
     if used < len(devices):
         logger.warning(

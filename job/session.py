@@ -202,8 +202,8 @@ class Session:
         """Ends the run for good and returns what to raise."""
         reason = (
             f"{self.config.output}/{self.config.name}: the loss became {loss} in epoch "
-            f"{state.epoch + 1}, step {state.step_in_epoch}; lower optimizer.learning_rate or set "
-            "model.input_scaling=unit"
+            f"{state.epoch + 1}, step {state.step_in_epoch}; lower --optimizer.learning-rate or "
+            "give --model.input-scaling=unit"
         )
         self._write_outcome("diverged", DivergedError.exit_code, {"reason": reason})
         return DivergedError(reason)

@@ -165,8 +165,8 @@ def _check_same(config: TrainConfig, dataset: Dataset, team: Team) -> None:
     """
 
     def settings() -> dict[str, Any]:
-        together = {"epochs": config.epochs, "dataset": dataset.digest}
-        return {**identity_of(config), **together}
+        together = {**identity_of(config), "epochs": config.epochs}
+        return {"config": together, "dataset": dataset.digest}
 
     first, *others = team.on_each(settings)
     for rank, other in enumerate(others, start=1):

@@ -88,7 +88,7 @@ def open_alike(urls: Sequence[str]) -> tuple[TrainedRun, ...]:
                 )
         if num_outputs(run.config, run.manifest) != num_outputs(first.config, first.manifest):
             raise UsageError(
-                f"{run.store.url}: model.num_classes differs from that of {first.store.url}; only "
+                f"{run.store.url}: another --model.num-classes than {first.store.url} has; only "
                 "runs that are alike in it can predict together"
             )
     return runs

@@ -230,7 +230,7 @@ def test_assign_folds_keeps_groups_whole_and_folds_equal(sizes: list[int], seed:
 def test_assign_folds_refuses_too_few_groups_or_folds() -> None:
     with pytest.raises(UsageError, match="4 groups cannot fill 5 folds"):
         assign_folds(samples_of([3] * 4), num_folds=5, seed=1)
-    with pytest.raises(UsageError, match="num_folds=1: at least 2"):
+    with pytest.raises(UsageError, match="1 fold: at least 2"):
         assign_folds(samples_of([3] * 4), num_folds=1, seed=1)
 
 

@@ -152,7 +152,7 @@ def test_what_a_preset_sets_identifies_the_run_although_its_name_is_free() -> No
         ({"model": {"dilation": [0, 1]}}, "a dilation must be 1 or more"),
         ({"model": {"num_layers": 13}}, "model.num_layers=13: .*less than or equal to 12"),
         # 0.2 times 7 is 1.4 at level 7.
-        ({"model": {"dropout_rate": 0.2}}, "model: dropout_rate 0.2 gives 1.40 at level 7"),
+        ({"model": {"dropout_rate": 0.2}}, "model: dropout_rate=0.2 gives 1.40 at level 7"),
         ({"loss": {"name": "dise"}}, "loss.name='dise': input should be 'categorical_crossentr"),
         ({"metrics": ["dice"]}, "metrics.0='dice': input should be 'dice_coef_multiclass'"),
         ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate=0: .*greater than 0"),

@@ -36,8 +36,8 @@ def test_grey_pictures_fit_a_network_for_colour(dataset: Dataset) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_classes": 3}, "num_classes=3: the dataset has 2 classes"),
-        ({"num_layers": 7}, "num_layers=7 needs image sides that divide by 64, got 32x32"),
+        ({"num_classes": 3}, "--model.num-classes=3: the dataset has 2 classes"),
+        ({"num_layers": 7}, "--model.num-layers=7 needs image sides that divide by 64, got 32x32"),
     ],
 )
 def test_what_does_not_fit_is_named(dataset: Dataset, wrong: dict[str, int], message: str) -> None:
@@ -49,7 +49,7 @@ def test_class_weights_must_be_one_per_class(dataset: Dataset) -> None:
     values = {"model": {"num_layers": 3}, "loss": {"class_weights": [1, 2]}}
     check_fit(validated(TrainConfig, values, "test"), dataset)
     values["loss"] = {"class_weights": [1, 2, 3]}
-    with pytest.raises(UsageError, match=r"class_weights=\(1.0, 2.0, 3.0\): give 2 numbers"):
+    with pytest.raises(UsageError, match=r"--loss\.class-weights=1,2,3: give 2 numbers"):
         check_fit(validated(TrainConfig, values, "test"), dataset)
 
 

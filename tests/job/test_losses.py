@@ -246,7 +246,7 @@ def test_make_loss_names_the_nearest_known_loss() -> None:
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, -1.0), (0.0, 0.0), (1.0, 1.0, 1.0)])
 def test_make_loss_refuses_wrong_class_weights(weights: tuple[float, ...]) -> None:
-    with pytest.raises(UsageError, match=r"class_weights=.*give 2 numbers"):
+    with pytest.raises(UsageError, match=r"--loss\.class-weights=.*give 2 numbers"):
         make_loss("dice", num_classes=2, class_weights=weights)
 
 

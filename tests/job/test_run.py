@@ -506,7 +506,7 @@ def test_garbage_collection_keeps_the_last_and_the_best(tmp_path: Path) -> None:
 def test_other_identity_is_named(tmp_path: Path) -> None:
     with own(tmp_path) as run:
         run.check_identity({"seed": 1, "model": {"num_layers": 8}}, DIGEST)
-        expected = "model.num_layers was 8, now 6; seed was 1, now not set; give the old values"
+        expected = "--model.num-layers was 8, now 6; --seed was 1, now not set; give the old values"
         with pytest.raises(UsageError, match=expected):
             run.check_identity({"model": {"num_layers": 6}}, DIGEST)
         with pytest.raises(UsageError, match=r'dataset_digest was "d+", now "e"'):

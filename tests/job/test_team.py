@@ -292,13 +292,13 @@ def test_when_one_process_is_killed_the_other_ends_with_a_line(
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
-        ({"seed": "5"}, 2, "was begun with other settings: seed was 1234, now 5"),
+        ({"seed": "5"}, 2, "was begun with other settings: --seed was 1234, now 5"),
         (
             {"global-batch-size": "4", "accumulate": "4"},
             2,
-            "accumulate=4 does not divide the batch",
+            "--accumulate=4 does not divide the batch",
         ),
-        ({"global-batch-size": "3"}, 2, "global_batch_size=3 does not divide by the 2 replicas"),
+        ({"global-batch-size": "3"}, 2, "--global-batch-size=3 does not divide by the 2 replicas"),
     ],
 )
 def test_a_mistake_ends_all_processes_with_its_line(
@@ -334,7 +334,7 @@ def test_a_process_with_other_settings_is_named_by_all(dataset: str, tmp_path: P
     errors = finish(processes)
     assert [process.returncode for process in processes] == [2, 2], errors
     for error in errors:
-        assert "rank 1 was started with other settings than rank 0: seed was 5, now 6" in error
+        assert "rank 1 was started with other settings than rank 0: --seed was 5, now 6" in error
     assert not (tmp_path / "mixed" / "checkpoints").exists()
 
 

@@ -377,7 +377,7 @@ def test_micro_batches_that_do_not_fit_the_replicas_begin_no_run(
         cwd=Path(__file__).resolve().parents[2],
     )
     assert result.returncode == 2, result.stderr
-    assert "accumulate=4 does not divide the batch of 2" in result.stderr.splitlines()[-1]
+    assert "--accumulate=4 does not divide the batch of 2" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "new" / "identity.json").exists()
 
 

@@ -114,5 +114,5 @@ def test_model_for_repeats_grey_and_refuses_to_drop_colour(trained_run: Path) ->
     grey = with_model(run.config, image_channels=3)
     assert model_for(grey, run.manifest).input_shape == (None, 32, 32, 3)
     colour = run.manifest.model_copy(update={"channels": 3})
-    with pytest.raises(UsageError, match=r"model\.image_channels=1: the dataset has 3 channels"):
+    with pytest.raises(UsageError, match=r"--model\.image-channels=1: the dataset has 3 channels"):
         model_for(with_model(run.config, image_channels=1), colour)

@@ -155,7 +155,7 @@ def test_divergence_is_told_at_once_and_not_tried_again(
     arguments = options(data, str(tmp_path / "runs"), "wild", **changes)
     code, errors = Driver(ray_cluster, arguments).end()
     assert code == 7, errors
-    assert "lower optimizer.learning_rate" in errors.strip().splitlines()[-1]
+    assert "lower --optimizer.learning-rate" in errors.strip().splitlines()[-1]
     assert "starting the workers again" not in errors
     outcome = json.loads((tmp_path / "runs" / "wild" / "outcome.json").read_text())
     assert (outcome["status"], outcome["exit_code"]) == ("diverged", 7)
@@ -170,7 +170,7 @@ def test_what_cannot_work_is_refused_before_a_worker_starts(
     data = prepare_discs(tmp_path)
     where = ["launch", "train", "--address", ray_cluster.address]
     for arguments, message in (
-        (["--num-workers", "3"], "global_batch_size=2 does not divide by the 3 replicas"),
+        (["--num-workers", "3"], "--global-batch-size=2 does not divide by the 3 replicas"),
         (["--data", "nowhere"], "no dataset at"),
         (["--num-workers", "0"], "--num-workers=0"),
         (["--model.num-layers", "7"], "needs image sides that divide by 64"),
