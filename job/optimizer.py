@@ -80,10 +80,6 @@ class Adam:
             moments[f"second/{name}"] = second
         return moments
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Returns copies of the moments by name."""
-        return {name: moment.numpy() for name, moment in self.named_variables().items()}
-
     def load_state(self, moments: Mapping[str, np.ndarray], *, source: str) -> None:
         """Sets the moments.
 

@@ -67,7 +67,7 @@ def test_saved_moments_continue_bit_by_bit(gradients: list[list[np.ndarray]]) ->
     optimizer = Adam(config, weights)
     for step, values in enumerate(gradients):
         if step == 4:
-            state = optimizer.state()
+            state = {name: v.numpy().copy() for name, v in optimizer.named_variables().items()}
             optimizer = Adam(config, weights)
             optimizer.load_state(state, source="test")
         optimizer.apply(
