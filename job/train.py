@@ -62,6 +62,7 @@ def train_and_evaluate(
     should_stop: Callable[[], bool],
     team: Team | None = None,
     alive: Alive = not_told,
+    dataset: Dataset | None = None,
 ) -> dict[str, Any]:
     """Trains until the epochs are done or training stops early, then evaluates the test split.
 
@@ -76,6 +77,7 @@ def train_and_evaluate(
         should_stop: asked after every step and every batch of an evaluation.
         team: None: this process alone.
         alive: told of parts of what lies between, where that may take long.
+        dataset: of `config`, where it was opened already.
 
     Returns:
         The outcome, as written to `outcome.json`.
@@ -96,9 +98,8 @@ def train_and_evaluate(
         begin(_STORING, needs_peers=False)
         return store(*details)
 
-    datasets: list[Dataset] = []
-    team.on_each(lambda: datasets.append(open_folded(config)))
-    dataset = datasets[0]
+    if dataset is None:
+        dataset = open_folded(config)
     _check_same(config, dataset, team)
     outcome = team.on_first(lambda: earlier_outcome(config, run, dataset.digest))
     if outcome is not None:
@@ -320,15 +321,17 @@ def run_member(
         FlexUNetError: also where another process ended, or cannot be reached.
     """
     # What can be refused at once is: TensorFlow takes seconds to come.
-    check_fit(config, open_folded(config))
+    dataset = open_folded(config)
+    check_fit(config, dataset)
     if place is None or place.size == 1:
         with _own_run(config, launch) as run:
-            return _train(config, None, run, report, should_stop, num_gpus, launch)
-    return _train(config, place, None, report, should_stop, num_gpus, launch)
+            return _train(config, dataset, None, run, report, should_stop, num_gpus, launch)
+    return _train(config, dataset, place, None, report, should_stop, num_gpus, launch)
 
 
 def _train(
     config: TrainConfig,
+    dataset: Dataset,
     place: Place | None,
     run: Run | None,
     report: Report,
@@ -374,7 +377,9 @@ def _train(
             # Machines of two kinds share what both compute natively.
             precision = precisions[0] if len(set(precisions)) == 1 else "float32"
             config = config.model_copy(update={"precision": precision})
-            return train_and_evaluate(config, run, strategy, tell, ask, team, watchdog.alive)
+            return train_and_evaluate(
+                *(config, run, strategy, tell, ask, team, watchdog.alive, dataset)
+            )
 
 
 def stored_precision(run: Run | None) -> str | None:
