@@ -196,6 +196,8 @@ class Evaluator:
         if not measured:
             counts = np.stack([samples[list(each.samples)].sum(axis=0) for each in pictures])
             return Evaluation(split, pictures, means, counts, self._summary(name, counts, means))
+        # Predicted again: the loss and the reference's metrics are of samples, which may be tiles,
+        # in batches spread over devices; a case is a picture, in windows where it is large.
         found = self._measure(name, pictures, reader, shown, should_stop, alive)
         summary = self._summary(name, found.counts, means)
         groups, names = [each.group for each in pictures], foreground_names(self.dataset)
