@@ -93,7 +93,7 @@ demo-inbreast: .venv/.installed ## a generated INbreast release, prepared; its c
 	python -m data_prep.phantoms $(DEMO)/release --format inbreast --size 256
 	flexunet prep --format inbreast $(DEMO)/release $(DEMO)/release-dataset --image-size 128 --crop breast --flip left
 
-bench: .venv/.installed ## measure, on a machine that does nothing else; writes benchmarks/results
+bench: .venv/.installed ## measure, on a machine that does nothing else; writes benchmarks/results (not bench-peers)
 	$(BIN)/python benchmarks/prep.py
 	$(BIN)/python benchmarks/input.py
 	$(BIN)/python benchmarks/optimizer.py
