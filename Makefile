@@ -11,6 +11,7 @@ OLDEST_PYTHON ?= $(shell for python in python3.11 python3.12; do \
 UV_VERSION := 0.13.9
 UV := .uv/bin/uv
 BIN := .venv/bin
+PEERS := webdataset==1.0.2 mosaicml-streaming==0.13.0 torch==2.15.0
 DEMO := demo
 TARGET := cpu
 IMAGE := flexunet:$(TARGET)
@@ -19,7 +20,7 @@ ENGINE ?= $(shell for engine in docker podman buildah; do \
 	$$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo demo-inbreast test test-oldest test-faults test-image image lint setup bench clean help
+.PHONY: demo demo-inbreast test test-oldest test-faults test-image image lint setup bench bench-peers clean help
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -39,6 +40,15 @@ $(UV):
 .venv-oldest/.installed: $(UV) pyproject.toml uv.lock
 	@test -n "$(OLDEST_PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; install one or give OLDEST_PYTHON=/path/to/python" >&2; exit 2; }
 	UV_PROJECT_ENVIRONMENT=.venv-oldest $(UV) sync --locked --quiet --compile-bytecode --python $(OLDEST_PYTHON) --no-group current --extra tfio
+	@touch $@
+
+# What the input is compared with. MosaicML Streaming asks for older releases than this project runs on: the
+# project's own win, so that all ways have the same NumPy and Pillow.
+.venv-peers/.installed: $(UV) pyproject.toml uv.lock
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 to 3.13 with venv found; install one or give PYTHON=/path/to/python" >&2; exit 2; }
+	UV_PROJECT_ENVIRONMENT=.venv-peers $(UV) sync --locked --quiet --compile-bytecode --python $(PYTHON)
+	$(UV) export --locked --quiet --no-hashes --no-emit-project --output-file .venv-peers/locked.txt
+	$(UV) pip install --quiet --python .venv-peers/bin/python --overrides .venv-peers/locked.txt $(PEERS)
 	@touch $@
 
 lint: .venv/.installed ## lint, format check, type check
@@ -83,7 +93,7 @@ demo-inbreast: .venv/.installed ## a generated INbreast release, prepared; its c
 	python -m data_prep.phantoms $(DEMO)/release --format inbreast --size 256
 	flexunet prep --format inbreast $(DEMO)/release $(DEMO)/release-dataset --image-size 128 --crop breast --flip left
 
-bench: .venv/.installed ## measure, on a machine that does nothing else; writes benchmarks/results
+bench: .venv/.installed ## measure, on a machine that does nothing else; writes benchmarks/results (not bench-peers)
 	$(BIN)/python benchmarks/prep.py
 	$(BIN)/python benchmarks/input.py
 	$(BIN)/python benchmarks/optimizer.py
@@ -94,6 +104,9 @@ bench: .venv/.installed ## measure, on a machine that does nothing else; writes 
 	$(BIN)/python benchmarks/exchange.py --image-size 512 --repeats 3
 	$(BIN)/python benchmarks/exchange.py --image-size 512 --table
 	$(BIN)/python benchmarks/plot.py
+
+bench-peers: .venv-peers/.installed ## measure the input against WebDataset, MosaicML Streaming, TFRecordDataset; 9 GB
+	.venv-peers/bin/python benchmarks/peers.py
 
 clean: ## remove what the targets above made, but not .venv
 	rm -rf $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis

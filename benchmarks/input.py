@@ -13,7 +13,7 @@ this process: the number to read on a machine that others use too. Last, memory 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -69,12 +69,16 @@ def main(num_images: int, image_size: int, batch_size: int, repeats: int, epochs
     print_table(result)
 
 
-def prepare_phantoms(work: str, num_images: int, size: int) -> Dataset:
+def prepare_phantoms(
+    work: str, num_images: int, size: int, *, shard_size_mb: float = 64.0
+) -> Dataset:
     """Returns a dataset whose train split holds all phantoms but two."""
     write_phantoms(f"{work}/source", num_images + 2, size, 1)
     share = 1 / (num_images + 2)
     fractions = (1 - 2 * share, share, share)
-    config = PrepConfig(image_size=size, fractions=fractions, num_processes=1)
+    config = PrepConfig(
+        image_size=size, fractions=fractions, num_processes=1, shard_size=shard_size_mb
+    )
     prepare(find_sources(f"{work}/source"), f"{work}/dataset", config, progress=False)
     return open_dataset(f"{work}/dataset")
 
@@ -92,10 +96,17 @@ class Input:
         self.num_samples = len(dataset.split("train"))
 
     def run(self, augmentation: AugmentationConfig | None, *, epoch: int, limit: int) -> None:
-        """Takes `limit` samples as `job/session.py` does, each again where there are fewer."""
+        """Takes `limit` samples, each again where there are fewer."""
+        for _ in self.batches(augmentation, epoch=epoch, limit=limit):
+            pass
+
+    def batches(
+        self, augmentation: AugmentationConfig | None, *, epoch: int, limit: int
+    ) -> Iterator[Any]:
+        """Returns the batches of `limit` samples, made as `job/session.py` does."""
         order = sample_order(self.num_samples, seed=0, epoch=epoch)
         plan = global_batches(np.resize(order, limit), self.batch_size)
-        for _ in distributed_batches(
+        return distributed_batches(
             self.strategy,
             self.dataset,
             self.reader,
@@ -103,8 +114,7 @@ class Input:
             seed=0,
             epoch=epoch,
             augmentation=augmentation,
-        ):
-            pass
+        )
 
 
 def decode_run(measured: Input, augmentation: AugmentationConfig | None) -> Callable[[int], None]:
