@@ -236,7 +236,7 @@ def test_learning_rate_falls_on_a_plateau(dataset: str, one_cpu: Any, tmp_path: 
 
 def test_divergence_ends_the_run_for_good(dataset: str, one_cpu: Any, tmp_path: Path) -> None:
     config = config_for(dataset, tmp_path, optimizer={"learning_rate": 1e300, "clipvalue": 0})
-    with pytest.raises(DivergedError, match=r"lower optimizer\.learning_rate"):
+    with pytest.raises(DivergedError, match=r"lower --optimizer\.learning-rate"):
         train(config, one_cpu)
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
     assert (outcome["status"], outcome["exit_code"]) == ("diverged", 7)
