@@ -6,8 +6,8 @@ Three ways of training the same network, each in a process of its own, one after
 
 ours       the step of `job/step.py`
 naive      a `tf.function` with a tape, Keras' loss and Keras' Adam
-reference  as the reference implementation trains: Keras' `fit` and Adam, one intra-op thread
-           in float32
+reference  as the reference implementation trains: Keras' `fit` and Adam, one intra-op
+           thread, float32
 
 A step and a multiplication of large matrices in the same dtype take turns; the ratio of their FLOP
 rates is the share of the machine that the step uses. The model's FLOPs are those of its

@@ -1,6 +1,7 @@
 """What is chosen where there are GPUs, by what TensorFlow says of them."""
 
 import os
+import platform
 import subprocess
 import sys
 from typing import Any
@@ -29,6 +30,29 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+REUSE = """
+import ctypes, resource, sys
+from job import runtime
+from job.config import TrainConfig
+
+if sys.argv[1] == "configured":
+    runtime.configure(TrainConfig())
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+size = 100_000_000  # 24,000 pages
+
+def work():
+    piece = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size)))
+    ctypes.memset(piece, 1, size)
+    libc.free(piece)
+
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
 @pytest.mark.parametrize(
     ("capabilities", "is_native"),
     [([(8, 0)], True), ([(9, 0), (8, 6)], True), ([(7, 5)], False), ([(9, 0), (7, 5)], False)],
@@ -50,6 +74,17 @@ def test_bfloat16_is_chosen_where_every_gpu_computes_it(
     if not is_native:
         with pytest.raises(UsageError, match="no bfloat16 arithmetic"):
             resolve_precision("mixed_bfloat16")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
+def test_freed_memory_is_used_again() -> None:
+    faults = {}
+    for way in ("configured", "plain"):
+        done = subprocess.run(
+            [sys.executable, "-c", REUSE, way], capture_output=True, text=True, check=True
+        )
+        faults[way] = int(done.stdout)
+    assert faults["configured"] < 2000 < 20_000 < faults["plain"]
 
 
 def test_kept_memory_is_used_again() -> None:
