@@ -10,7 +10,6 @@ between. Kinds take turns and ratios are of neighbours in time. `cpu` is the tim
 this process: the number to read on a machine that others use too. Last, memory over epochs.
 """
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 import psutil
-from machine import describe_machine, write_result
+from machine import describe_machine, spread, write_result
 
 from data_prep.pairs import find_sources
 from data_prep.phantoms import write_phantoms
@@ -202,11 +201,6 @@ def measure_memory(measured: Input, num_epochs: int) -> list[float]:
         measured.run(AUGMENTATION, epoch=epoch, limit=measured.num_samples)
         memory.append(psutil.Process().memory_info().rss / 1e6)
     return memory
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Returns median, least and most of `values`."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ that a busy machine meets all alike; ratios are of neighbours in time.
 
 import contextlib
 import shutil
-import statistics
 import tempfile
 import threading
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import click
 import psutil
-from machine import describe_machine, write_result
+from machine import describe_machine, spread, write_result
 
 from data_prep.image import encode_png, read_image, read_mask_pixels
 from data_prep.pairs import Pair, Source, find_pairs, find_sources
@@ -136,11 +135,6 @@ def run_prep(sources: Sources, output: str, size: int, executor: Executor | None
 def two_workers(executor: Executor) -> OpenWorkers:
     """Returns what opens `executor`, which runs two calls at once and stays open."""
     return lambda: contextlib.nullcontext(Workers(executor, lambda: 2))
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Returns median, least and most of `values`."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 @contextmanager
