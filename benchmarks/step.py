@@ -2,12 +2,13 @@
 
     python benchmarks/step.py [--image-size 512] [--batch-size 2] [--precision float32]
 
-Three ways of training the same network, each in a process of its own, one after the other:
+Four ways of training the same network, each in a process of its own, one after the other:
 
 ours       the step of `job/step.py`
 naive      a `tf.function` with a tape, Keras' loss and Keras' Adam
 reference  as the reference implementation trains: Keras' `fit` and Adam, one intra-op
            thread, float32
+pinned     the same with one inter-op thread too: no two operations side by side
 
 A step and a multiplication of large matrices in the same dtype take turns; the ratio of their FLOP
 rates is the share of the machine that the step uses. The model's FLOPs are those of its
@@ -35,7 +36,7 @@ from machine import describe_machine, shown, write_result
 from data_prep.errors import UsageError
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
 
-WAYS = ("ours", "naive", "reference")
+WAYS = ("ours", "naive", "reference", "pinned")
 LAYER_REPEATS = 3
 LEARNING_RATE = 1e-4
 
@@ -78,14 +79,16 @@ def _matmul(tf: Any, dtype: Any, size: int) -> tuple[Any, Any]:
 @click.option("--ways", default=",".join(WAYS), show_default=True, help="Some of them.")
 @click.option("--layers/--no-layers", default=True, show_default=True, help="Each layer alone.")
 @click.option("--keep-memory", is_flag=True, help="Ours with the option of this name.")
+@click.option("--xla", default="auto", show_default=True, help="Ours with it: auto, on, off.")
 @click.option("--way", hidden=True, help="Set for the processes that this command starts.")
 def main(
     image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int, ways: str,
-    layers: bool, keep_memory: bool, way: str | None,
+    layers: bool, keep_memory: bool, xla: Any, way: str | None,
 ) -> None:  # fmt: skip
     """Measures the training step of the reference's INbreast network."""
     if way is not None:
-        network = Network(image_size, batch_size, precision, num_layers, keep_memory)
+        config = TrainConfig(global_batch_size=batch_size, keep_memory=keep_memory, xla=xla)
+        network = Network(image_size, precision, num_layers, config)
         print(json.dumps(network.work(way, repeats)))
         return
     names = [*ways.split(","), *(["layers"] if layers else [])]
@@ -96,6 +99,7 @@ def main(
         "batch_size": batch_size,
         "precision": precision,
         "keep_memory": keep_memory,
+        "xla": xla,
         **measured,
     }
     write_result(f"step-{image_size}-{precision}", result)
@@ -107,9 +111,10 @@ def main(
             f"GFLOP/s; user {shown(each['user_s'])} s, system {shown(each['system_s'])} s, "
             f"{shown(each['page_faults'], 0)} page faults; peak {each['peak_rss_mb']:.0f} MB"
         )
-    if "ours" in measured and "reference" in measured:
-        rates = [statistics.median(measured[way]["images_per_s"]) for way in ("ours", "reference")]
-        print(f"images/s, ours over reference: {rates[0] / rates[1]:.2f}")
+    rates = {name: statistics.median(measured[name]["images_per_s"]) for name in ways.split(",")}
+    ours = rates.pop("ours", None)
+    for name, rate in rates.items() if ours else ():
+        print(f"images/s, ours over {name}: {ours / rate:.2f}")
     if layers:
         total = measured["layers"]["sum_of_best_s"]
         print(f"layers alone: {total:.2f} s, {measured['layers']['share_of_matmul_rate']:.2f}")
@@ -132,32 +137,34 @@ class Network:
     """The reference's INbreast network, and a batch for it."""
 
     def __init__(
-        self, image_size: int, batch_size: int, precision: str, num_layers: int, keep_memory: bool
+        self, image_size: int, precision: str, num_layers: int, config: TrainConfig
     ) -> None:
-        self.keep_memory = keep_memory
-        self.image_size, self.batch_size = image_size, batch_size
+        self.config = config
+        self.image_size, self.batch_size = image_size, config.global_batch_size
         self.precision, self.num_layers = precision, num_layers
 
     def work(self, way: str, repeats: int) -> dict[str, Any]:
         """Returns what this process measured of `way`."""
-        if way == "reference":
+        if way in ("reference", "pinned"):
             self.precision = "float32"
-        if way in ("naive", "reference"):
-            self.tf = self.plain_tensorflow(threads=1 if way == "reference" else 0)
+        threads = {"naive": (0, 0), "reference": (1, 0), "pinned": (1, 1)}
+        if way in threads:
+            self.tf = self.plain_tensorflow(*threads[way])
         else:
             self.configure()
         self.dtype = self.tf.bfloat16 if self.precision == "mixed_bfloat16" else self.tf.float32
         works: dict[str, Callable[[int], dict[str, Any]]] = {
             "ours": self.ours, "naive": self.naive, "reference": self.reference,
-            "layers": self.layers,
+            "pinned": self.reference, "layers": self.layers,
         }  # fmt: skip
         return works[way](repeats)
 
-    def plain_tensorflow(self, threads: int) -> Any:
-        """Returns TensorFlow as others use it: none of this package's settings but `threads`."""
+    def plain_tensorflow(self, intra_op: int, inter_op: int) -> Any:
+        """Returns TensorFlow as others use it, with so many threads; 0: as it chooses."""
         import tensorflow as tf
 
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_intra_op_parallelism_threads(intra_op)
+        tf.config.threading.set_inter_op_parallelism_threads(inter_op)
         return tf
 
     def configure(self) -> None:
@@ -167,9 +174,7 @@ class Network:
         self.tf = runtime.import_tensorflow()
         if self.precision == "mixed_bfloat16" and not runtime.supports_bfloat16():
             raise UsageError("mixed_bfloat16: not computed by this hardware")
-        self.strategy = runtime.configure(
-            TrainConfig(global_batch_size=self.batch_size, keep_memory=self.keep_memory)
-        )
+        self.strategy = runtime.configure(self.config)
 
     def model(self) -> Any:
         """Returns it, giving logits."""
@@ -205,6 +210,7 @@ class Network:
         from job.losses import make_loss
         from job.metrics import reference_metrics
         from job.optimizer import Adam
+        from job.session import uses_xla
         from job.step import make_train_step
 
         tf = self.tf
@@ -213,7 +219,9 @@ class Network:
             optimizer = Adam(OptimizerConfig(), model.trainable_variables)
         loss = make_loss("categorical_crossentropy", num_classes=2)
         metrics = reference_metrics(["dice_coef_multiclass"])
-        step = make_train_step(self.strategy, model, optimizer, loss, metrics)
+        step = make_train_step(
+            *(self.strategy, model, optimizer, loss, metrics), uses_xla=uses_xla(self.config)
+        )
         shape = (self.batch_size, self.image_size, self.image_size)
         batch = {
             "image": tf.zeros((*shape, 3), tf.uint8),

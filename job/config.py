@@ -321,6 +321,12 @@ class TrainConfig(Settings):
         "memory, 70 % more at 512x512. Changes nothing where TensorFlow uses oneDNN.",
         free=True,
     )
+    xla: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Compile the network of a training step. auto: on GPUs, where nothing is in the way: batch "
+        "normalization, deterministic, layers' gradients from gathered inputs.",
+        free=True,
+    )
     threads: int = option(0, "Number of CPU threads; 0: one per core.", free=True, ge=0)
     phase_timeout: float = option(
         600.0,
@@ -363,6 +369,11 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _micro_batches_are_equal(self) -> "TrainConfig":
+        if self.xla == "on" and self.model.normalization == "batch":
+            raise ValueError(
+                "xla=on does not go together with model.normalization=batch, whose layers talk to "
+                "other replicas; choose model.normalization=group, or xla=auto"
+            )
         if self.accumulate > 1 and self.model.normalization == "batch":
             raise ValueError(
                 f"accumulate={self.accumulate} would normalise over parts of the batch; use "

@@ -11,11 +11,11 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,8 @@ from data_prep.storage import Store, crc32c_of_file, local_path, open_store
 from job.augment import AugmentationConfig, augment
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SIDES = ("top", "left", "height", "width")
 _LOCK_TICK_S = 0.5
@@ -523,9 +525,34 @@ def distributed_batches(
     elements = iterate(batches, reader)
     for first in elements:
         parts = [first, *itertools.islice(elements, num_local - 1)]
+        on_devices = [
+            _on_device(part, device)
+            for part, device in zip(parts, strategy.extended.worker_devices, strict=True)
+        ]
         yield strategy.experimental_distribute_values_from_function(
-            lambda context, parts=parts: parts[context.replica_id_in_sync_group % num_local]
+            lambda context, parts=on_devices: parts[context.replica_id_in_sync_group % num_local]
         )
+
+
+def one_ahead(begin: Callable[[Any], T], batches: Iterable[Any]) -> Iterator[T]:
+    """Yields `begin(batch)` of each batch; by then the next batch has been taken.
+
+    A step on a GPU is only begun by its call, and whoever reads its result waits. In between the
+    next batch is on its way to the GPU.
+    """
+    remaining = iter(batches)
+    batch = next(remaining, None)
+    while batch is not None:
+        result = begin(batch)
+        batch = next(remaining, None)
+        yield result
+
+
+def _on_device(part: Mapping[str, Any], device: str) -> dict[str, Any]:
+    import tensorflow as tf
+
+    with tf.device(device):
+        return {name: tf.identity(value) for name, value in part.items()}
 
 
 def _per_replica(

@@ -6,7 +6,7 @@ replicas and after a restart. The keys reach the layers through `sample_keys`, b
 functional model sees only its own input.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -14,17 +14,57 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-_keys: ContextVar[tf.Tensor | None] = ContextVar("sample_keys", default=None)
+# Returns what a layer keeps of values of shape (B, *shape), bool.
+Draw = Callable[["SampleDropout", tuple[int, ...]], tf.Tensor]
+
+_draw: ContextVar[Draw | None] = ContextVar("draw", default=None)
 
 
 @contextmanager
 def sample_keys(keys: tf.Tensor) -> Iterator[None]:
     """Gives `keys`, (B,) int64, to the dropout layers that are called inside the block."""
-    token = _keys.set(keys)
+    with _drawn_by(lambda layer, shape: _drawn(layer, shape, keys)):
+        yield
+
+
+@contextmanager
+def kept_values(kept: Mapping[str, tf.Tensor]) -> Iterator[None]:
+    """Gives the dropout layers that are called inside the block what `draw_kept` returned."""
+    with _drawn_by(lambda layer, shape: kept[layer.name]):
+        yield
+
+
+def draw_kept(model: keras.Model, keys: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Returns what the dropout layers of `model` keep, (B, ...) bool by name of the layer.
+
+    For code that XLA compiles: its generator gives other numbers for the same seeds.
+
+    Args:
+        keys: (B,) int64, as for `sample_keys`.
+    """
+    layers = [layer for layer in model.layers if isinstance(layer, SampleDropout) and layer.rate]
+    return {layer.name: _drawn(layer, layer.output.shape[1:], keys) for layer in layers}
+
+
+@contextmanager
+def _drawn_by(draw: Draw) -> Iterator[None]:
+    token = _draw.set(draw)
     try:
         yield
     finally:
-        _keys.reset(token)
+        _draw.reset(token)
+
+
+def _drawn(layer: "SampleDropout", shape: tuple[int, ...], keys: tf.Tensor) -> tf.Tensor:
+    # One draw per sample: the batch is small and its size static, and a draw that covered the
+    # batch would tie a sample's values to its place in it.
+    index = tf.constant(layer.index, tf.int64)
+    return tf.stack(
+        [
+            tf.random.stateless_uniform(shape, seed=tf.stack([key, index])) >= layer.rate
+            for key in tf.unstack(keys)
+        ]
+    )
 
 
 class SampleDropout(keras.layers.Layer):
@@ -44,19 +84,9 @@ class SampleDropout(keras.layers.Layer):
         """
         if not training or self.rate == 0.0:
             return inputs
-        keys = _keys.get()
-        if keys is None:
+        draw = _draw.get()
+        if draw is None:
             raise RuntimeError(f"{self.name} is trained outside of `sample_keys`")
-        # One draw per sample: the batch is small and its size static, and a draw that covered
-        # the batch would tie a sample's values to its place in it.
-        keep = tf.stack(
-            [
-                tf.random.stateless_uniform(
-                    inputs.shape[1:], seed=tf.stack([key, tf.cast(self.index, tf.int64)])
-                )
-                >= self.rate
-                for key in tf.unstack(keys)
-            ]
-        )
+        keep = draw(self, tuple(inputs.shape[1:]))
         scale = tf.cast(1.0 / (1.0 - self.rate), inputs.dtype)
         return tf.where(keep, inputs * scale, tf.zeros_like(inputs))

@@ -287,6 +287,23 @@ def supports_bfloat16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
+def compiles_with_xla() -> bool:
+    """Returns whether XLA can compile for this machine's devices; a warning says why it cannot.
+
+    For a GPU it needs parts of CUDA that TensorFlow itself runs without.
+    """
+    tf = import_tensorflow()
+    try:
+        tf.function(tf.nn.softplus, jit_compile=True, autograph=False)(tf.zeros(8)).numpy()
+    except tf.errors.OpError as error:
+        logger.warning(
+            "XLA compiles nothing here (%s): training goes on without it; --xla=off asks for that",
+            str(error.message).splitlines()[0],
+        )
+        return False
+    return True
+
+
 def cpu_flags() -> set[str]:
     """Returns the feature flags of the first CPU; empty where Linux does not tell."""
     try:

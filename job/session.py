@@ -21,6 +21,7 @@ from job.data import (
     distributed_batches,
     epoch_order,
     global_batches,
+    one_ahead,
     open_reader,
 )
 from job.evaluate import Evaluation, Evaluator, make_evaluator, means_of
@@ -31,9 +32,10 @@ from job.optimizer import Adam
 from job.predict import Alive, not_told
 from job.record import Recorder, open_recorder
 from job.run import Run
+from job.runtime import compiles_with_xla
 from job.schedule import EarlyStopping, PlateauReducer, rate_factor
 from job.state import TrainState
-from job.step import make_train_step, network_of
+from job.step import Sums, make_train_step, network_of
 from job.team import Team
 from job.trained import initialize_from, model_for
 
@@ -110,10 +112,13 @@ class Session:
         )
         running = RunningSums()
         running.load_state(state.sums)
-        for batch in batches:
+
+        def begun(batch: Any) -> Sums:
             # Tensors, because a Python number would be compiled into a step of its own.
             step = tf.constant(state.step, tf.int64)
-            sums = self.train_step(batch, step, tf.constant(self._rate(state), tf.float64))
+            return self.train_step(batch, step, tf.constant(self._rate(state), tf.float64))
+
+        for sums in one_ahead(begun, batches):
             running.add(sums)
             state.sums = running.state()
             state.step += 1
@@ -332,11 +337,13 @@ def open_session(
             )
 
     team.keep_alive(fill_cache, alive)
-    plan = _exchange_plan(config, strategy, team, model)
+    is_compiled = uses_xla(config)
+    plan = None if is_compiled else _exchange_plan(config, strategy, team, model)
     step = make_train_step(
         *(strategy, model, optimizer, evaluator.loss, evaluator.metrics, plan),
         num_micro_batches=config.accumulate,
         loss_is_mean=is_mean(config.loss.name),
+        uses_xla=is_compiled,
     )
     with ExitStack() as stack:
         recorders: list[Recorder] = []
@@ -356,6 +363,16 @@ def open_session(
             recorder=recorders[0] if recorders else None,
             alive=alive,
         )
+
+
+def uses_xla(config: TrainConfig) -> bool:
+    """Returns whether the network of a training step is compiled by XLA."""
+    if config.xla != "auto":
+        return config.xla == "on"
+    if not tf.config.list_logical_devices("GPU") or config.deterministic:
+        return False
+    # Batch normalization sums over the replicas in the middle of the network.
+    return config.model.normalization != "batch" and compiles_with_xla()
 
 
 def _exchange_plan(

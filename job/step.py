@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from job.dropout import sample_keys
+from job.dropout import draw_kept, kept_values, sample_keys
 from job.exchange import Exchange, Plan, Share
 from job.losses import GlobalSum, part_of, replica_sum
 from job.metrics import confusion_counts
@@ -48,6 +48,7 @@ def make_train_step(
     *,
     num_micro_batches: int = 1,
     loss_is_mean: bool = False,
+    uses_xla: bool = False,
 ) -> Callable[[Batch, tf.Tensor, tf.Tensor], Sums]:
     """Returns the compiled `train_step(batch, step, learning_rate) -> sums`.
 
@@ -58,10 +59,15 @@ def make_train_step(
         num_micro_batches: parts of a replica's batch that go through the network one after the
             other, for one exchange and one update; a divisor of that batch.
         loss_is_mean: `job.losses.is_mean`; else several micro-batches cost a forward pass more.
+        uses_xla: the network is compiled, forward and backward; it must hold no collective, so no
+            batch normalization and a plan that gathers nothing.
     """
     exchange = Exchange(model, plan)
+    compiled = _compiled(model)
 
     def forward(part: Batch) -> tf.Tensor:
+        if uses_xla:
+            return compiled(part["image"], draw_kept(model, part["key"]))
         with sample_keys(part["key"]):
             return model(prepared(model, part["image"]), training=True)
 
@@ -118,6 +124,21 @@ def make_train_step(
         return _reduced(strategy, sums, metrics)
 
     return train_step
+
+
+def _compiled(model: keras.Model) -> Callable[[tf.Tensor, Mapping[str, tf.Tensor]], tf.Tensor]:
+    """Returns the network in training as one program of XLA, and so its gradient.
+
+    It is given what dropout keeps: XLA's generator draws other numbers from the same keys. On GPUs
+    XLA fuses what stands between the convolutions, and pads their channels for tensor cores.
+    """
+
+    @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
+    def network(images: tf.Tensor, kept: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        with kept_values(kept):
+            return model(prepared(model, images), training=True)
+
+    return network
 
 
 def network_of(models: Sequence[keras.Model], flips: Flips = "none") -> Network:

@@ -27,6 +27,7 @@ FREE = {
     "gradient_exchange",
     "exchange_flops_per_byte",
     "threads",
+    "xla",
     "tensorboard",
     "progress",
     "phase_timeout",
@@ -166,6 +167,10 @@ def test_what_a_preset_sets_identifies_the_run_although_its_name_is_free() -> No
         ({"schedule": {"cosine": True}}, "schedule: cosine and reduce_on_plateau exclude each"),
         ({"schedule": {"early_stopping_patience": -1}}, "greater than or equal to 0"),
         ({"global_batch_size": 4, "accumulate": 3}, "accumulate=3 does not divide .*size=4"),
+        (
+            {"xla": "on", "model": {"normalization": "batch"}},
+            "xla=on does not go together with model.normalization=batch",
+        ),
         (
             {"accumulate": 2, "model": {"normalization": "batch"}},
             "accumulate=2 would normalise over parts of the batch",

@@ -33,6 +33,7 @@ from job.data import (
     global_batches,
     iterate,
     make_batches,
+    one_ahead,
     open_dataset,
     open_reader,
     read_sample,
@@ -210,6 +211,36 @@ def test_replicas_take_their_batches_in_order(discs: str, two_cpus: Any) -> None
     assert [np.concatenate([part.numpy() for part in step]).tolist() for step in steps] == [
         each["key"].tolist() for each in batches_of(dataset, plan)
     ]
+
+
+def test_batches_lie_on_the_devices_of_their_replicas(discs: str, two_cpus: Any) -> None:
+    dataset = open_dataset(discs)
+    reader = open_reader(dataset, dataset.split("train"), cache="full", cache_dir=None)
+    distributed = distributed_batches(two_cpus, dataset, reader, plan_of(dataset), seed=5, epoch=0)
+    for name, value in next(distributed).items():
+        parts = two_cpus.experimental_local_results(value)
+        assert [part.device[-5:] for part in parts] == ["CPU:0", "CPU:1"], name
+
+
+def test_the_next_batch_is_taken_before_a_result_is_read() -> None:
+    events: list[str] = []
+
+    def batches() -> Iterator[int]:
+        for number in range(3):
+            events.append(f"take {number}")
+            yield number
+
+    def begin(number: int) -> int:
+        events.append(f"begin {number}")
+        return number
+
+    for result in one_ahead(begin, batches()):
+        events.append(f"read {result}")
+    assert events == [
+        *("take 0", "begin 0", "take 1", "read 0", "begin 1", "take 2", "read 1"),
+        *("begin 2", "read 2"),
+    ]
+    assert list(one_ahead(begin, [])) == []
 
 
 def test_padding_has_weight_0_and_real_pixels(discs: str) -> None:

@@ -1,10 +1,11 @@
 """Dropout depends on the sample's key and the layer, and on nothing else."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from job.dropout import SampleDropout, sample_keys
+from job.dropout import SampleDropout, draw_kept, kept_values, sample_keys
 
 
 def dropped(keys: list[int], *, index: int = 0, rate: float = 0.25) -> np.ndarray:
@@ -41,3 +42,13 @@ def test_inference_passes_values_on() -> None:
 def test_training_without_keys_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="outside of `sample_keys`"):
         SampleDropout(0.5, 0)(tf.ones((1, 2, 2, 1)), training=True)
+
+
+def test_what_is_drawn_before_is_what_the_layers_draw() -> None:
+    inputs = keras.Input((8, 8, 4))
+    model = keras.Model(inputs, SampleDropout(0.25, 0)(SampleDropout(0.5, 1)(inputs)))
+    values, keys = tf.ones((3, 8, 8, 4)), tf.constant([7, 3, 2**40], tf.int64)
+    with sample_keys(keys):
+        drawn_inside = model(values, training=True)
+    with kept_values(draw_kept(model, keys)):
+        assert np.array_equal(model(values, training=True), drawn_inside)

@@ -11,7 +11,14 @@ import tensorflow as tf
 
 from data_prep.errors import UsageError
 from job.config import TrainConfig
-from job.runtime import check_batch, check_devices, resolve_precision, supports_bfloat16
+from job.runtime import (
+    check_batch,
+    check_devices,
+    compiles_with_xla,
+    resolve_precision,
+    supports_bfloat16,
+)
+from job.session import uses_xla
 from job.team import Place
 
 PEEK = """
@@ -74,6 +81,38 @@ def test_bfloat16_is_chosen_where_every_gpu_computes_it(
     if not is_native:
         with pytest.raises(UsageError, match="no bfloat16 arithmetic"):
             resolve_precision("mixed_bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "has_gpu", "expected"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"xla": "off"}, True, False),
+        ({"xla": "on"}, False, True),
+        ({"deterministic": True}, True, False),
+        ({"model": {"normalization": "batch"}}, True, False),
+        ({"model": {"normalization": "group"}}, True, True),
+    ],
+)
+def test_xla_is_used_on_gpus_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], has_gpu: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [0] if has_gpu else [])
+    assert uses_xla(TrainConfig(**options)) is expected
+
+
+def test_what_xla_cannot_compile_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert compiles_with_xla()
+    assert not caplog.records
+    # No backend of XLA has strings.
+    monkeypatch.setattr(tf.nn, "softplus", tf.strings.as_string)
+    assert not compiles_with_xla()
+    (record,) = caplog.records
+    assert "XLA compiles nothing here (" in record.message
+    assert "\n" not in record.message
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")

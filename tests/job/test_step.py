@@ -73,6 +73,7 @@ class Trained:
         optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3),  # noqa: B008 - frozen
         num_micro_batches: int = 1,
         gathers: bool = False,
+        uses_xla: bool = False,
     ) -> None:
         with strategy.scope():
             self.model = build_model(
@@ -88,10 +89,11 @@ class Trained:
             num_replicas=num_replicas,
             flops_per_byte=1e12 if gathers else 0.0,  # computing costs nothing, or all there is
         )
-        step = make_train_step(
+        self.step = make_train_step(
             *(strategy, self.model, self.optimizer, loss, metrics, plan),
             num_micro_batches=num_micro_batches,
             loss_is_mean=is_mean(loss_name),
+            uses_xla=uses_xla,
         )
         self.losses: list[float] = []
         self.sums = RunningSums()
@@ -104,7 +106,8 @@ class Trained:
                     lambda context, parts=parts: parts[context.replica_id_in_sync_group]
                 )
                 rate = tf.constant(1e-3, tf.float64)
-                sums = step(batch, tf.constant(count, tf.int64), rate)
+                self.arguments = (batch, tf.constant(count, tf.int64), rate)
+                sums = self.step(*self.arguments)
                 self.sums.add(sums)
                 self.losses.append(float(sums["loss"][0]) / float(sums["loss"][1]))
                 count += 1
@@ -256,3 +259,26 @@ def test_micro_batches_train_as_the_whole_batch_does(
             assert whole.sums.mean(name) == pytest.approx(parts.sums.mean(name), rel=1e-9)
         for a, b in zip(whole.model.weights, parts.model.weights, strict=True):
             assert np.allclose(a.numpy(), b.numpy(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize("devices", ["one_cpu", "two_cpus"])
+def test_the_network_trains_alike_when_xla_compiles_it(
+    request: pytest.FixtureRequest, samples: Any, devices: str, num_micro_batches: int
+) -> None:
+    plain, compiled = (
+        Trained(request.getfixturevalue(devices), samples, precision="float64",
+                num_micro_batches=num_micro_batches, uses_xla=uses_xla)
+        for uses_xla in (False, True)
+    )  # fmt: skip
+    assert num_compiled(plain) == 0
+    assert num_compiled(compiled) >= 2  # forward and backward
+    assert np.allclose(plain.losses, compiled.losses, rtol=1e-12, atol=0)
+    for a, b in zip(plain.model.weights, compiled.model.weights, strict=True):
+        assert np.allclose(a.numpy(), b.numpy(), rtol=0, atol=1e-12)
+
+
+def num_compiled(trained: Trained) -> int:
+    """Returns how many parts of the training step XLA compiles."""
+    graph = trained.step.get_concrete_function(*trained.arguments).graph  # type: ignore[attr-defined]
+    return sum("_XlaMustCompile" in each.attr for each in graph.as_graph_def().library.function)

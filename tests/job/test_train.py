@@ -108,6 +108,14 @@ def test_one_device_two_replicas_and_a_restart_compute_the_same(
     assert_same_history(Path(config.output), tmp_path)
 
 
+def test_a_run_that_xla_compiles_has_the_same_numbers(
+    finished: Any, one_cpu: Any, tmp_path: Path
+) -> None:
+    config, _, _ = finished
+    train(config.model_copy(update={"output": str(tmp_path), "xla": "on"}), one_cpu)
+    assert_same_history(Path(config.output), tmp_path)
+
+
 def test_a_finished_cosine_that_is_trained_on_is_warned_of(
     dataset: str, one_cpu: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
