@@ -5,7 +5,8 @@
 
 All processes take the three steps in turns: without talking, with all-reduce, with the planned
 exchange. The ratio of a turn is the images/s of all together over the sum of what they reach
-without talking. Bytes are those of the plan and those that the loopback device counted. More
+without talking; beside it stands what the plan's cost model says of it. Bytes are those of the plan
+and those that the loopback device counted. More
 workers than cores share cores: then only bytes are worth reading, and nobody is measured silent.
 
 `--table` trains nothing: it prints what the plan's cost model says of more workers and networks.
@@ -60,6 +61,10 @@ def main(
         return
     measured = run_workers(num_workers)
     first = measured[0]
+    told_by_plan = (
+        *("plan_bytes", "all_reduce_bytes", "flops_per_byte"),
+        *("step_flops", "extra_flops_share"),
+    )
     result = {"machine": describe_machine(), **network, "num_workers": num_workers} | {
         "step_s": [each["step_s"] for each in measured],
         "first_step_s": first["first_step_s"],
@@ -68,15 +73,18 @@ def main(
             way: statistics.median(counts) / num_workers
             for way, counts in first["loopback_bytes"].items()
         },
-        **{key: first[key] for key in ("plan_bytes", "all_reduce_bytes", "flops_per_byte")},
+        **{key: first[key] for key in told_by_plan},
     }
+    result["predicted_share"] = predicted(result)
     name = f"exchange-{image_size}-{precision}"
     write_result(name if num_workers == 2 else f"{name}-{num_workers}-workers", result)
     for way, values in result["share_of_silent"].items():
         print(f"{way}: {statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
     for way, times in first["step_s"].items():
         print(f"{way}: {statistics.median(times):.2f} s ({min(times):.2f}-{max(times):.2f})")
-    print({key: result[key] for key in list(result)[-4:]})
+    print({key: result[key] for key in ("loopback_bytes_per_worker", *told_by_plan)})
+    for way, share in result["predicted_share"].items():
+        print(f"{way}: the cost model predicts {share:.2f}")
 
 
 def run_workers(num_workers: int) -> list[dict[str, Any]]:
@@ -107,6 +115,27 @@ def shares(step_s: list[dict[str, list[float]]]) -> dict[str, list[float]]:
         ]
         for way in WAYS[1:]
     }
+
+
+def predicted(result: dict[str, Any]) -> dict[str, float]:
+    """Returns what the plan's cost model says that is left of the workers' speed.
+
+    From the workers' own rates: FLOP/s of a silent step, and the bytes that fit to them.
+    """
+    step_flops = result["step_flops"]
+    per_byte = result["flops_per_byte"]
+    sent = result["plan_bytes"] * per_byte / step_flops
+    return {
+        "all_reduce": 1 / (1 + result["all_reduce_bytes"] * per_byte / step_flops),
+        "planned": 1 / (1 + sent + result["extra_flops_share"]),
+    }
+
+
+def step_flops(model: Any, batch_size: int) -> int:
+    """Returns the FLOPs of a worker's step without any exchange."""
+    from step import convolution_flops
+
+    return 3 * convolution_flops(model) * batch_size
 
 
 def _turns(step_s: list[dict[str, list[float]]], way: str) -> Iterator[tuple[float, ...]]:
@@ -158,6 +187,8 @@ def work(
                 flops_per_byte=told["flops_per_byte"],
             )  # fmt: skip
             told.update(plan_bytes=plan.sent_bytes(), all_reduce_bytes=plan.all_reduce_bytes())
+            told["extra_flops_share"] = plan.extra_flops() / step_flops(model, batch_size)
+            told["step_flops"] = step_flops(model, batch_size)
         values = used.experimental_distribute_values_from_function(lambda context: batch)
         for way in its_ways:
             used_plan = plan if way == "planned" else None
@@ -213,13 +244,11 @@ def write_and_print_table(network: dict[str, Any], gflops: float) -> None:
     from job import runtime
 
     runtime.import_tensorflow()
-    from step import convolution_flops
-
     from job.exchange import make_plan
 
     model = make_network(network)
     flops_per_s = gflops * 1e9
-    silent_s = 3 * convolution_flops(model) * network["batch_size"] / flops_per_s
+    silent_s = step_flops(model, network["batch_size"]) / flops_per_s
     rows = []
     for gbit_per_s in TABLE_GBIT_PER_S:
         bytes_per_s = gbit_per_s * 1e9 / 8

@@ -9,7 +9,8 @@ On the left stands all-reduce: N replicas send `2 (N-1)/N |W|` bytes each, as a 
 right every replica gathers the inputs and the output gradients of all, `(N-1)(|x| + |dy|)` bytes
 each, and computes `g` for the whole batch, `N-1` times more than its share. Both are the same sum
 in another order. Deep layers of a U-Net have large kernels and few pixels: there the right side
-sends a hundredth. `make_plan` takes for each layer what is sooner done.
+sends a hundredth. `make_plan` takes for each layer what is sooner done, and where both take about
+as long, what sends less.
 
 Known as sufficient factor broadcasting: Xie et al. 2015, arXiv:1511.08486; the choice per layer as
 in Poseidon, Zhang et al. 2017, arXiv:1706.03292.
@@ -34,6 +35,8 @@ import tensorflow as tf
 NOMINAL_FLOPS_PER_BYTE = 1000.0
 
 _PLAIN_LAYERS = (keras.layers.Conv2D, keras.layers.Conv2DTranspose, keras.layers.Dense)
+# How much longer gathering may take than all-reduce: a network is shared, and no probe sees that.
+_PATIENCE = 1.25
 _BUCKET_BYTES = 4 << 20  # gathered together: large enough for bandwidth to count, not latency
 _PROBE_BYTES = 16 << 20
 _PROBE_SIZE = 1024
@@ -108,7 +111,7 @@ def _reduced_bytes(num_bytes: int, num_replicas: int) -> float:
 def make_plan(
     model: keras.Model, *, batch_size: int, num_replicas: int, flops_per_byte: float
 ) -> Plan:
-    """Returns the plan that takes the least time.
+    """Returns the plan that takes the least time; of two that take about as long, what sends less.
 
     Args:
         batch_size: samples of one replica.
@@ -117,16 +120,18 @@ def make_plan(
     costs = tuple(_cost(layer, batch_size) for layer in _plain_layers(model))
     total = sum(_num_bytes(weight) for weight in model.trainable_weights)
 
-    def is_sooner_gathered(cost: LayerCost) -> bool:
+    def is_gathered(cost: LayerCost) -> bool:
         computed = cost.flops / flops_per_byte if flops_per_byte else float("inf")
         gathered = (num_replicas - 1) * (cost.factor_bytes + computed)
-        return gathered < _reduced_bytes(cost.weight_bytes, num_replicas)
+        reduced = _reduced_bytes(cost.weight_bytes, num_replicas)
+        sends_less = (num_replicas - 1) * cost.factor_bytes < reduced
+        return sends_less and gathered < _PATIENCE * reduced
 
     return Plan(
         num_replicas,
         costs,
         total - sum(cost.weight_bytes for cost in costs),
-        frozenset(cost.name for cost in costs if is_sooner_gathered(cost)),
+        frozenset(cost.name for cost in costs if is_gathered(cost)),
     )
 
 

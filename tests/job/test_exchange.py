@@ -214,3 +214,15 @@ def test_rates_are_measured(two_cpus: Any) -> None:
     # Between cores at 1 to 10000 GFLOP/s that copy 0.1 to 1000 GB/s: work that is not done, for it
     # was folded into a constant, shows as a rate beyond all machines.
     assert 1e-3 < measured_flops_per_byte(two_cpus, "float32") < 1e5
+
+
+@pytest.mark.parametrize("excess", [0.9, 1.2, 1.3])
+def test_what_takes_about_as_long_sends_less(excess: float) -> None:
+    inputs = keras.Input((4, 4, 64))
+    model = keras.Model(inputs, keras.layers.Conv2D(64, 3, name="deep")(inputs))
+    (cost,) = plan_of(model, 1.0).costs
+    # All-reduce between two replicas sends a weight once; the ratio makes gathering take `excess`
+    # times as long.
+    assert cost.factor_bytes < cost.weight_bytes
+    ratio = cost.flops / (excess * cost.weight_bytes - cost.factor_bytes)
+    assert (plan_of(model, ratio).gathered == {"deep"}) is (excess < 1.25)
