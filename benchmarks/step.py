@@ -93,6 +93,9 @@ def main(
         return
     names = [*ways.split(","), *(["layers"] if layers else [])]
     measured = {name: _in_own_process(name) for name in names}
+    rates = {name: statistics.median(measured[name]["images_per_s"]) for name in ways.split(",")}
+    ours = rates.pop("ours", None)
+    over = {name: ours / rate for name, rate in rates.items()} if ours else {}
     result = {
         "machine": describe_machine(),
         "image_size": image_size,
@@ -100,6 +103,7 @@ def main(
         "precision": precision,
         "keep_memory": keep_memory,
         "xla": xla,
+        "ours_over": over,
         **measured,
     }
     write_result(f"step-{image_size}-{precision}", result)
@@ -111,17 +115,14 @@ def main(
             f"GFLOP/s; user {shown(each['user_s'])} s, system {shown(each['system_s'])} s, "
             f"{shown(each['page_faults'], 0)} page faults; peak {each['peak_rss_mb']:.0f} MB"
         )
-    rates = {name: statistics.median(measured[name]["images_per_s"]) for name in ways.split(",")}
-    ours = rates.pop("ours", None)
-    for name, rate in rates.items() if ours else ():
-        print(f"images/s, ours over {name}: {ours / rate:.2f}")
+    for name, ratio in over.items():
+        print(f"images/s, ours over {name}: {ratio:.2f}")
     if layers:
         total = measured["layers"]["sum_of_best_s"]
         print(f"layers alone: {total:.2f} s, {measured['layers']['share_of_matmul_rate']:.2f}")
         for name in ways.split(","):
-            print(
-                f"  over the step, {name}: {shown([total / t for t in measured[name]['step_s']])}"
-            )
+            shares = [total / step_s for step_s in measured[name]["step_s"]]
+            print(f"  over the step, {name}: {shown(shares)}")
 
 
 def _in_own_process(way: str) -> dict[str, Any]:

@@ -207,6 +207,8 @@ class _Reading:
 def _read_grey(
     plane: Pixels, colors: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], tolerance: int
 ) -> _Reading:
+    import cv2
+
     counts = np.bincount(plane.ravel())
     levels = np.flatnonzero(counts)
     if np.isin(levels, ids).all():
@@ -215,11 +217,13 @@ def _read_grey(
     scale = _LEVELS_16_BIT if levels[-1] > 255 else 1
     shades = np.repeat(levels[:, np.newaxis], 3, axis=1)
     nearest, distances = _nearest(shades, colors * scale)
-    table = np.zeros(len(counts), np.uint8)
+    table = np.zeros(max(256, len(counts)), np.uint8)
     table[levels] = ids[nearest]
     off = distances > tolerance * scale
+    # OpenCV's table is four times as fast, and has 256 places.
+    read = cv2.LUT(plane, table) if plane.dtype == np.uint8 else np.take(table, plane)
     return _Reading(
-        np.take(table, plane), shades[off], counts[levels[off]], distances[off] // scale
+        np.asarray(read, np.uint8), shades[off], counts[levels[off]], distances[off] // scale
     )
 
 

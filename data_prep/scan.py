@@ -377,9 +377,11 @@ def _refuse_lost_foreground(
 ) -> None:
     """A crop that cuts the truth would make every prediction look better than it is."""
     box = geometry.part
-    is_foreground = (mask > 0) & (mask != layout.ignore_id)
+    is_foreground = mask > 0
+    if layout.ignore_id is not None:
+        is_foreground &= mask != layout.ignore_id
     inside = is_foreground[box.top : box.top + box.height, box.left : box.left + box.width]
-    num_lost = int(is_foreground.sum()) - int(inside.sum())
+    num_lost = np.count_nonzero(is_foreground) - np.count_nonzero(inside)
     if num_lost:
         raise ContentError(
             f"{item.image.label}: the crop to the breast would cut off {num_lost} pixels of "

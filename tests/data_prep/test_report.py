@@ -1,0 +1,51 @@
+"""The sheet of sample pairs shows each picture, and its mask on it."""
+
+import io
+
+import numpy as np
+import PIL.Image
+
+from data_prep.colormap import ClassColor
+from data_prep.report import Pair, sheet_png
+
+CLASSES = [ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255))]
+
+
+def sheet(pairs: list[Pair], value_max: int = 255) -> np.ndarray:
+    """Returns the pixels of the sheet, (h, w, 3) int."""
+    png = sheet_png(pairs, CLASSES, value_max, "a title")
+    return np.asarray(PIL.Image.open(io.BytesIO(png)), int)
+
+
+def is_green(pixels: np.ndarray) -> np.ndarray:
+    """Returns where `pixels` are those of `green`, (h, w) bool; text and overlays are others."""
+    return np.all(np.abs(pixels - (51, 127, 51)) <= 1, axis=2)
+
+
+def green(height: int, width: int) -> np.ndarray:
+    """Returns a picture with values up to 60000."""
+    return np.full((height, width, 3), (12000, 30000, 12000), np.uint16)
+
+
+def test_a_mask_is_drawn_on_the_second_picture_alone() -> None:
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:30, 20:50] = 1
+    counts = is_green(sheet([Pair("one", green(40, 60), mask)], value_max=60000)).sum(axis=1)
+    plain, masked = 60, 60 - 30
+    assert counts[counts > 0].tolist() == [
+        *40 * [plain],
+        *10 * [plain],
+        *20 * [masked],
+        *10 * [plain],
+    ]
+
+
+def test_names_of_narrow_pictures_have_room() -> None:
+    pairs = [
+        Pair(f"a-long-name-of-a-case-{i}", green(80, 4), np.zeros((80, 4), np.uint8))
+        for i in range(3)
+    ]
+    columns = np.any(is_green(sheet(pairs, value_max=60000)), axis=0)
+    starts = np.flatnonzero(np.diff(columns.astype(int)) == 1)
+    assert len(starts) == 3
+    assert np.diff(starts).min() > 100  # pixels of the name
