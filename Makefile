@@ -100,8 +100,10 @@ bench: .venv/.installed ## measure, on a machine that does nothing else; writes 
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --precision mixed_bfloat16
 	$(BIN)/python benchmarks/exchange.py --image-size 256
 	$(BIN)/python benchmarks/exchange.py --image-size 512 --repeats 3
+	$(BIN)/python benchmarks/exchange.py --image-size 256 --num-workers 4 --repeats 2
 	$(BIN)/python benchmarks/exchange.py --image-size 512 --table
 	$(BIN)/python benchmarks/plot.py
 

@@ -6,8 +6,8 @@
 All processes take the three steps in turns: without talking, with all-reduce, with the planned
 exchange. The ratio of a turn is the images/s of all together over the sum of what they reach
 without talking; beside it stands what the plan's cost model says of it. Bytes are those of the plan
-and those that the loopback device counted. More
-workers than cores share cores: then only bytes are worth reading, and nobody is measured silent.
+and those that the loopback device counted. More workers than cores share cores: then only bytes are
+worth reading, and nobody is measured silent.
 
 `--table` trains nothing: it prints what the plan's cost model says of more workers and networks.
 """
@@ -76,6 +76,8 @@ def main(
         **{key: first[key] for key in told_by_plan},
     }
     result["predicted_share"] = predicted(result)
+    counted = result["loopback_bytes_per_worker"]
+    result["sent_over_all_reduce"] = counted["planned"] / counted["all_reduce"]
     name = f"exchange-{image_size}-{precision}"
     write_result(name if num_workers == 2 else f"{name}-{num_workers}-workers", result)
     for way, values in result["share_of_silent"].items():
@@ -83,6 +85,7 @@ def main(
     for way, times in first["step_s"].items():
         print(f"{way}: {statistics.median(times):.2f} s ({min(times):.2f}-{max(times):.2f})")
     print({key: result[key] for key in ("loopback_bytes_per_worker", *told_by_plan)})
+    print(f"sent, planned over all-reduce: {result['sent_over_all_reduce']:.4f}")
     for way, share in result["predicted_share"].items():
         print(f"{way}: the cost model predicts {share:.2f}")
 

@@ -17,14 +17,26 @@ ROWS: list[tuple[str, str, tuple[str, ...], float, bool]] = [
      ("ours", "share_of_matmul_rate"), 0.80, True),
     ("step, mixed_bfloat16: of the matmul rate", "step-512-mixed_bfloat16",
      ("ours", "share_of_matmul_rate"), 0.75, True),
+    ("step, float32, images/s: over Keras' fit on one thread", "step-512-float32",
+     ("ours_over", "pinned"), 2.0, True),
+    ("step, mixed_bfloat16, images/s: over the same in float32", "step-512-mixed_bfloat16",
+     ("ours_over", "pinned"), 4.0, True),
     ("update over a copy of the same bytes", "optimizer", ("over_copy", "ours"), 1.5, False),
     ("two workers, 512²: of two that do not talk", "exchange-512-float32",
      ("share_of_silent", "planned"), 0.94, True),
     ("two workers, 256²: of two that do not talk", "exchange-256-float32",
      ("share_of_silent", "planned"), 0.88, True),
+    ("two workers, 512²: bytes sent, of all-reduce", "exchange-512-float32",
+     ("sent_over_all_reduce",), 0.125, False),
     ("input: of decoding alone (CPU)", "input", ("cpu_rate_ratios", "input / decode"), 0.95, True),
     ("input: of decoding and warping (CPU)", "input",
      ("cpu_rate_ratios", "input, warp / decode, warp"), 0.95, True),
+    ("input, images/s: over WebDataset", "peers",
+     ("rate_ratios", "flexunet / WebDataset"), 1.4, True),
+    ("input, images/s: over MosaicML Streaming", "peers",
+     ("rate_ratios", "flexunet / MosaicML Streaming"), 1.4, True),
+    ("input, images/s: over TFRecordDataset, 2 calls", "peers",
+     ("rate_ratios", "flexunet / TFRecordDataset, not tuned"), 1.0, True),
     ("prep: of decoding and encoding", "prep", ("ratios", "prep_1 / plain_1"), 0.85, True),
     ("prep: two processes over one", "prep", ("ratios", "prep_2 / prep_1"), 1.8, True),
     ("inference: of the matmul rate", "inference-512", ("share_of_matmul_rate",), 0.75, True),
@@ -70,6 +82,8 @@ def ratios_of(row: tuple[str, str, tuple[str, ...], float, bool]) -> Any:
         if key not in value:
             return None
         value = value[key]
+    if isinstance(value, float):
+        return value, value, value
     if isinstance(value, dict):
         return value["median"], value["min"], value["max"]
     return median(value), min(value), max(value)
