@@ -122,7 +122,7 @@ def run_plain(pairs: list[Pair]) -> None:
         image = open_store(pair.image_url).get(pair.image_name)
         mask = open_store(pair.mask_url).get(pair.mask_name)
         encode_png(read_image(image, name=pair.id))
-        encode_png(read_mask_pixels(mask, name=pair.id))
+        encode_png(read_mask_pixels(mask, name=pair.id), is_mask=True)
 
 
 def run_prep(sources: Sources, output: str, size: int, executor: Executor | None = None) -> None:

@@ -209,7 +209,7 @@ def _read_grey(
 ) -> _Reading:
     import cv2
 
-    counts = np.bincount(plane.ravel())
+    counts = _counts(plane)
     levels = np.flatnonzero(counts)
     if np.isin(levels, ids).all():
         nothing = np.zeros(0, np.int64)
@@ -225,6 +225,17 @@ def _read_grey(
     return _Reading(
         np.asarray(read, np.uint8), shades[off], counts[levels[off]], distances[off] // scale
     )
+
+
+def _counts(plane: Pixels) -> npt.NDArray[np.int64]:
+    """Returns how often each value occurs, up to the largest of the type or of `plane`."""
+    import cv2
+
+    if plane.dtype == np.uint8 and plane.size < 2**24:
+        # Five times as fast, and in float32: exact up to that many pixels.
+        histogram = cv2.calcHist([plane], [0], None, [256], [0, 256])
+        return histogram.ravel().astype(np.int64)
+    return np.bincount(plane.ravel())
 
 
 def _read_colors(

@@ -191,7 +191,7 @@ def encode_example(sample: Sample) -> bytes:
             "image/group": sample.group.encode(),
             "image/height": height,
             "image/id": sample.id.encode(),
-            "image/segmentation/class/encoded": encode_png(sample.mask),
+            "image/segmentation/class/encoded": encode_png(sample.mask, is_mask=True),
             "image/segmentation/class/format": b"png",
             "image/width": width,
         }
