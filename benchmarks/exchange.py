@@ -123,7 +123,8 @@ def shares(step_s: list[dict[str, list[float]]]) -> dict[str, list[float]]:
 def predicted(result: dict[str, Any]) -> dict[str, float]:
     """Returns what the plan's cost model says that is left of the workers' speed.
 
-    From the workers' own rates: FLOP/s of a silent step, and the bytes that fit to them.
+    In FLOPs: a step's, those that gathering adds, and as many per byte as the probe found. So it
+    takes the network to be slower than the probe by as much as the step is than its multiplication.
     """
     step_flops = result["step_flops"]
     per_byte = result["flops_per_byte"]

@@ -109,7 +109,8 @@ def main(
         "ours_over": over,
         **measured,
     }
-    write_result(f"step-{image_size}-{precision}", result)
+    variant = ("-keep-memory" if keep_memory else "") + (f"-xla-{xla}" if xla != "auto" else "")
+    write_result(f"step-{image_size}-{precision}{variant}", result)
     for name in ways.split(","):
         each = measured[name]
         print(

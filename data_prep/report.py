@@ -204,6 +204,7 @@ def _overlay_color(class_id: int) -> tuple[int, int, int]:
 
 
 def _shortened(text: str, length: int = 28) -> str:
+    text = " ".join(text.split())  # a line break cannot be drawn
     return text if len(text) <= length else f"{text[: length - 10]}...{text[-7:]}"
 
 

@@ -305,7 +305,7 @@ class TrainConfig(Settings):
     gradient_exchange: Literal["auto", "all_reduce"] = option(
         "auto",
         "Between replicas. auto: per layer, its gradient or what it is computed from, whichever "
-        "takes less time; all_reduce: always the gradient.",
+        "takes less time, or about as long and sends less; all_reduce: always the gradient.",
         free=True,
     )
     exchange_flops_per_byte: float | None = option(
@@ -323,8 +323,8 @@ class TrainConfig(Settings):
     )
     xla: Literal["auto", "on", "off"] = option(
         "auto",
-        "Compile the network of a training step. auto: on GPUs, where nothing is in the way: batch "
-        "normalization, deterministic, layers' gradients from gathered inputs.",
+        "Compile the network of a training step; gradients are then always all-reduced. auto: on "
+        "GPUs, without batch normalization or deterministic; not yet run on any.",
         free=True,
     )
     threads: int = option(0, "Number of CPU threads; 0: one per core.", free=True, ge=0)

@@ -11,7 +11,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -534,25 +535,23 @@ def distributed_batches(
         )
 
 
-def one_ahead(begin: Callable[[Any], T], batches: Iterable[Any]) -> Iterator[T]:
-    """Yields `begin(batch)` of each batch; by then the next batch has been taken.
-
-    A step on a GPU is only begun by its call, and whoever reads its result waits. In between the
-    next batch is on its way to the GPU.
-    """
-    remaining = iter(batches)
-    batch = next(remaining, None)
-    while batch is not None:
-        result = begin(batch)
-        batch = next(remaining, None)
-        yield result
+def one_ahead(batches: Iterator[T]) -> Iterator[T]:
+    """Yields `batches`, the next of which a thread takes, and hands to its device, meanwhile."""
+    with ThreadPoolExecutor(1, thread_name_prefix="next-batch") as thread:
+        taken = thread.submit(next, batches, None)
+        while (batch := taken.result()) is not None:
+            taken = thread.submit(next, batches, None)
+            yield batch
 
 
 def _on_device(part: Mapping[str, Any], device: str) -> dict[str, Any]:
     import tensorflow as tf
 
     with tf.device(device):
-        return {name: tf.identity(value) for name, value in part.items()}
+        # Random generators take their keys from the host.
+        return {
+            name: value if name == "key" else tf.identity(value) for name, value in part.items()
+        }
 
 
 def _per_replica(

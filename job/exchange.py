@@ -35,8 +35,9 @@ import tensorflow as tf
 NOMINAL_FLOPS_PER_BYTE = 1000.0
 
 _PLAIN_LAYERS = (keras.layers.Conv2D, keras.layers.Conv2DTranspose, keras.layers.Dense)
-# How much longer gathering may take than all-reduce: a network is shared, and no probe sees that.
-_PATIENCE = 1.25
+# How much longer gathering a layer may take than all-reduce, for fewer bytes on a network that
+# others use too.
+_PATIENCE = 1.15
 _BUCKET_BYTES = 4 << 20  # gathered together: large enough for bandwidth to count, not latency
 _PROBE_BYTES = 16 << 20
 _PROBE_SIZE = 1024

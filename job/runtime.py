@@ -287,21 +287,26 @@ def supports_bfloat16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
-def compiles_with_xla() -> bool:
-    """Returns whether XLA can compile for this machine's devices; a warning says why it cannot.
+def why_not_xla() -> str | None:
+    """Returns why XLA cannot compile a network for this machine's devices; None: it can.
 
     For a GPU it needs parts of CUDA that TensorFlow itself runs without.
     """
     tf = import_tensorflow()
+
+    @tf.function(jit_compile=True, autograph=False)
+    def convolution(images: Any, kernel: Any) -> Any:
+        return tf.nn.softplus(tf.nn.conv2d(images, kernel, 1, "SAME"))
+
+    kernel = tf.ones((3, 3, 8, 8))
     try:
-        tf.function(tf.nn.softplus, jit_compile=True, autograph=False)(tf.zeros(8)).numpy()
+        with tf.GradientTape() as tape:
+            tape.watch(kernel)
+            value = convolution(tf.ones((1, 8, 8, 8)), kernel)
+        tape.gradient(value, kernel).numpy()
     except tf.errors.OpError as error:
-        logger.warning(
-            "XLA compiles nothing here (%s): training goes on without it; --xla=off asks for that",
-            str(error.message).splitlines()[0],
-        )
-        return False
-    return True
+        return str(error.message).splitlines()[0]
+    return None
 
 
 def cpu_flags() -> set[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from data_prep.errors import DivergedError, StoppedError
+from data_prep.errors import DivergedError, StoppedError, UsageError
 from job.config import TrainConfig
 from job.data import (
     Dataset,
@@ -32,10 +32,10 @@ from job.optimizer import Adam
 from job.predict import Alive, not_told
 from job.record import Recorder, open_recorder
 from job.run import Run
-from job.runtime import compiles_with_xla
+from job.runtime import why_not_xla
 from job.schedule import EarlyStopping, PlateauReducer, rate_factor
 from job.state import TrainState
-from job.step import Sums, make_train_step, network_of
+from job.step import make_train_step, network_of
 from job.team import Team
 from job.trained import initialize_from, model_for
 
@@ -113,12 +113,10 @@ class Session:
         running = RunningSums()
         running.load_state(state.sums)
 
-        def begun(batch: Any) -> Sums:
+        for batch in one_ahead(batches):
             # Tensors, because a Python number would be compiled into a step of its own.
             step = tf.constant(state.step, tf.int64)
-            return self.train_step(batch, step, tf.constant(self._rate(state), tf.float64))
-
-        for sums in one_ahead(begun, batches):
+            sums = self.train_step(batch, step, tf.constant(self._rate(state), tf.float64))
             running.add(sums)
             state.sums = running.state()
             state.step += 1
@@ -366,13 +364,22 @@ def open_session(
 
 
 def uses_xla(config: TrainConfig) -> bool:
-    """Returns whether the network of a training step is compiled by XLA."""
-    if config.xla != "auto":
-        return config.xla == "on"
-    if not tf.config.list_logical_devices("GPU") or config.deterministic:
-        return False
+    """Returns whether the network of a training step is compiled by XLA.
+
+    Raises:
+        UsageError: asked for, and XLA compiles nothing here.
+    """
     # Batch normalization sums over the replicas in the middle of the network.
-    return config.model.normalization != "batch" and compiles_with_xla()
+    may = config.model.normalization != "batch" and not config.deterministic
+    is_wanted = config.xla == "on" or (
+        config.xla == "auto" and bool(tf.config.list_logical_devices("GPU")) and may
+    )
+    reason = why_not_xla() if is_wanted else None
+    if reason is not None and config.xla == "on":
+        raise UsageError(f"--xla=on: XLA compiles nothing here ({reason}); leave it at auto")
+    if reason is not None:
+        logger.warning("XLA compiles nothing here (%s): training goes on without it", reason)
+    return is_wanted and reason is None
 
 
 def _exchange_plan(

@@ -158,6 +158,9 @@ def _ends_by_storing(begin: Callable[..., None]) -> Iterator[None]:
         raise
 
 
+_ALIKE = ("epochs", "accumulate", "gradient_exchange", "exchange_flops_per_byte", "xla")
+
+
 def _check_same(config: TrainConfig, dataset: Dataset, team: Team) -> None:
     """Refuses processes that were started with other settings or another dataset than the first.
 
@@ -166,7 +169,9 @@ def _check_same(config: TrainConfig, dataset: Dataset, team: Team) -> None:
     """
 
     def settings() -> dict[str, Any]:
-        together = {**identity_of(config), "epochs": config.epochs}
+        # These decide which collectives run, and when: one that differs is waited for without end.
+        free = {name: getattr(config, name) for name in _ALIKE}
+        together = {**identity_of(config), **free}
         return {"config": together, "dataset": dataset.digest}
 
     first, *others = team.on_each(settings)

@@ -216,7 +216,7 @@ def test_rates_are_measured(two_cpus: Any) -> None:
     assert 1e-3 < measured_flops_per_byte(two_cpus, "float32") < 1e5
 
 
-@pytest.mark.parametrize("excess", [0.9, 1.2, 1.3])
+@pytest.mark.parametrize("excess", [0.9, 1.1, 1.2])
 def test_what_takes_about_as_long_sends_less(excess: float) -> None:
     inputs = keras.Input((4, 4, 64))
     model = keras.Model(inputs, keras.layers.Conv2D(64, 3, name="deep")(inputs))
@@ -225,4 +225,4 @@ def test_what_takes_about_as_long_sends_less(excess: float) -> None:
     # times as long.
     assert cost.factor_bytes < cost.weight_bytes
     ratio = cost.flops / (excess * cost.weight_bytes - cost.factor_bytes)
-    assert (plan_of(model, ratio).gathered == {"deep"}) is (excess < 1.25)
+    assert (plan_of(model, ratio).gathered == {"deep"}) is (excess < 1.15)

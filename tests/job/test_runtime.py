@@ -14,9 +14,9 @@ from job.config import TrainConfig
 from job.runtime import (
     check_batch,
     check_devices,
-    compiles_with_xla,
     resolve_precision,
     supports_bfloat16,
+    why_not_xla,
 )
 from job.session import uses_xla
 from job.team import Place
@@ -90,6 +90,7 @@ def test_bfloat16_is_chosen_where_every_gpu_computes_it(
         ({}, False, False),
         ({"xla": "off"}, True, False),
         ({"xla": "on"}, False, True),
+        ({"xla": "on", "deterministic": True}, False, True),
         ({"deterministic": True}, True, False),
         ({"model": {"normalization": "batch"}}, True, False),
         ({"model": {"normalization": "group"}}, True, True),
@@ -105,14 +106,18 @@ def test_xla_is_used_on_gpus_where_it_can_be(
 def test_what_xla_cannot_compile_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert compiles_with_xla()
-    assert not caplog.records
+    assert why_not_xla() is None
     # No backend of XLA has strings.
     monkeypatch.setattr(tf.nn, "softplus", tf.strings.as_string)
-    assert not compiles_with_xla()
-    (record,) = caplog.records
-    assert "XLA compiles nothing here (" in record.message
-    assert "\n" not in record.message
+    reason = why_not_xla()
+    assert reason is not None
+    assert "\n" not in reason
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [0])
+    assert not uses_xla(TrainConfig())
+    (record,) = [record for record in caplog.records if record.name == "job.session"]
+    assert "AsString" in record.message
+    with pytest.raises(UsageError, match="--xla=on: XLA compiles nothing here"):
+        uses_xla(TrainConfig(xla="on"))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")

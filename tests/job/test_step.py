@@ -278,6 +278,16 @@ def test_the_network_trains_alike_when_xla_compiles_it(
         assert np.allclose(a.numpy(), b.numpy(), rtol=0, atol=1e-12)
 
 
+def test_the_network_is_compiled_in_bfloat16_too(two_cpus: Any, samples: Any) -> None:
+    plain, compiled = (
+        Trained(two_cpus, samples, precision="mixed_bfloat16", uses_xla=uses_xla)
+        for uses_xla in (False, True)
+    )
+    # Eight bits of precision, and XLA rounds at other places.
+    assert np.allclose(plain.losses, compiled.losses, rtol=0.05, atol=0)
+    assert compiled.losses[-1] < compiled.losses[0]
+
+
 def num_compiled(trained: Trained) -> int:
     """Returns how many parts of the training step XLA compiles."""
     graph = trained.step.get_concrete_function(*trained.arguments).graph  # type: ignore[attr-defined]

@@ -325,16 +325,23 @@ def test_another_dataset_is_named(dataset: str, control: Path, tmp_path: Path) -
     assert "which its config.yaml names" in done.stderr
 
 
-def test_a_process_with_other_settings_is_named_by_all(dataset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [("seed", ("5", "6")), ("gradient-exchange", ("auto", "all_reduce"))],  # the last is free
+)
+def test_a_process_with_other_settings_is_named_by_all(
+    dataset: str, tmp_path: Path, option: str, values: tuple[str, str]
+) -> None:
     addresses = free_addresses(2)
     processes = [
-        start_rank(rank, addresses, options(dataset, tmp_path, "mixed", seed=str(5 + rank)))
+        start_rank(rank, addresses, options(dataset, tmp_path, "mixed", **{option: values[rank]}))
         for rank in range(2)
     ]
     errors = finish(processes)
     assert [process.returncode for process in processes] == [2, 2], errors
     for error in errors:
-        assert "rank 1 was started with other settings than rank 0: --seed was 5, now 6" in error
+        told = f"rank 1 was started with other settings than rank 0: --{option} was "
+        assert f"{told}{values[0]}, now {values[1]}" in error.replace('"', "")
     assert not (tmp_path / "mixed" / "checkpoints").exists()
 
 
