@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import itertools
 import logging
 import mimetypes
 import os
@@ -251,10 +252,15 @@ def local_path(root: str, name: str) -> str:
         ContentError: the name is not safe, or a symbolic link leads out of `root`.
     """
     path = os.path.join(root, checked_name(name))
-    real_root = os.path.realpath(root)
-    if not _is_inside(os.path.realpath(path), real_root):
+    # Without a link below the root it is inside; to resolve both asks for every folder above.
+    if _has_link(root, name) and not _is_inside(os.path.realpath(path), os.path.realpath(root)):
         raise ContentError(f"{path}: a symbolic link leads out of {root}; copy the file into it")
     return path
+
+
+def _has_link(root: str, name: str) -> bool:
+    parts = itertools.accumulate(name.split("/"), os.path.join)
+    return any(os.path.islink(os.path.join(root, part)) for part in parts)
 
 
 def crc32c_of(data: bytes, value: int = 0) -> int:
