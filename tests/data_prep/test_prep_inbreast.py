@@ -104,7 +104,7 @@ def test_command_prints_what_was_found_beside_what_was_published(release, tmp_pa
     files = len(list((release / "AllXML").iterdir()))
     assert rows["no annotation"][:3] == ["", "", str(42 - files)]
     assert 0 < int(rows["no annotation"][3]) <= 12
-    assert "a patient may have several" in " ".join(said.split())
+    assert "A patient may have several cases" in " ".join(said.split())
     assert rows["mass"] == ["12", "0", "11", "10", "116 in 107 images"]
     assert set(rows) == {"all", "no annotation", *inbreast.KINDS}
     assert prep.main([*arguments, "--num-processes", "1"]) == 0  # finished already
