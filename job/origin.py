@@ -64,19 +64,16 @@ def refuse_seen(config: TrainConfig, dataset: Dataset) -> Origin | None:
         dataset: as for `origin_of`.
 
     Raises:
-        UsageError: they have, or they are a run that is not there.
+        UsageError: they have.
     """
-    source = config.init_from
-    if source is not None and not source.endswith(WEIGHT_FILES):
-        open_trained(source)
     origin = origin_of(config, dataset)
     if origin is not None and origin.seen == "yes":
         cases = "the test split"
         if config.fold is not None:
             cases = f"fold {config.fold} of {config.folds}"
         raise UsageError(
-            f"--init-from {source}: its weights come from training or validation on groups of "
-            f"{cases}, on which {config.name} is evaluated; leave it out, or give a run of the "
+            f"--init-from {origin.source}: its weights come from training or validation on groups "
+            f"of {cases}, on which {config.name} is evaluated; leave it out, or give a run of the "
             "same splits or of the same fold"
         )
     return origin
@@ -86,10 +83,15 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
     """Refuses a new run by `refuse_seen`, and warns where nothing is known of its weights.
 
     A run that has a checkpoint needs its source no more.
+
+    Raises:
+        UsageError: the weights have seen its cases, or are a run that is not there.
     """
     store = open_store(join_url(config.output, str(config.name)))
     if config.init_from is None or find_commits(store):
         return
+    if not config.init_from.endswith(WEIGHT_FILES):
+        open_trained(config.init_from)
     origin = refuse_seen(config, dataset)
     if origin is not None and origin.seen == "unknown":
         logger.warning(

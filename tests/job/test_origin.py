@@ -126,6 +126,10 @@ def test_no_fold_begins_where_one_would_leak(
 
     with pytest.raises(UsageError, match="groups of fold 0"):
         cross_validate(config, command, 1, lambda: False)
+    # Folds that are trained need a source no more that is gone; the others say so themselves.
+    gone = config.model_copy(update={"init_from": str(tmp_path / "gone")})
+    with pytest.raises(AssertionError, match="a fold was started"):
+        cross_validate(gone, command, 1, lambda: False)
 
 
 @pytest.mark.parametrize("module", [("job.train", "--local"), ("launcher", "train")])
