@@ -7,7 +7,8 @@ Owns the names, the annotations and their spellings, and the contours' pixels. I
 how datasets are stored.
 
 - Picture and annotation have the first part of the name in common; the second part stands for the
-  patient. A picture without an annotation has no finding.
+  patient, who may have several of the published cases. A picture without an annotation has no
+  finding; how many there are is counted, as a file that is missing looks the same.
 - An annotation is a property list as OsiriX exports it. It is data from a stranger: its size is
   limited before it is parsed, entities are refused, and points are read by a pattern.
 - A contour of one or two points is a mark, not an outline: counted, never drawn.
@@ -21,7 +22,7 @@ import os
 import plistlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,8 +54,14 @@ _SPELLINGS: dict[str, Kind] = {
     "assymetry": "asymmetry",
     "distortion": "distortion",
 }
-# Images and patients as the paper's abstract has them; masses as later work quotes the paper.
-_PUBLISHED = {"all": "410 of 115 patients", "mass": "116 in 107 images"}
+# By finding. Images and cases as the paper's abstract has them (90 cases of both breasts with four
+# images, 25 of mastectomy patients with two); masses as later work quotes the paper.
+PUBLISHED = {"all": "410 images, 115 cases", "mass": "116 in 107 images"}
+PUBLISHED_NOTE = (
+    "Published: images and cases by Moreira et al. 2012, masses as later work quotes it; other "
+    "findings are not compared. A patient may have several cases. A picture without an annotation "
+    "counts as healthy: where AllXML/ is incomplete, some are not."
+)
 
 _MAX_BYTES = 16 * 2**20  # of an annotation; the largest has some hundred calcifications
 _MAX_POINTS = 200_000  # of an annotation
@@ -295,16 +302,21 @@ def _point_of(text: Any, name: str) -> tuple[float, float]:
 
 
 def count_rows(
-    findings: Mapping[str, Sequence[Finding]], groups: Mapping[str, str]
+    findings: Mapping[str, Sequence[Finding]],
+    groups: Mapping[str, str],
+    unannotated: Collection[str],
 ) -> Iterator[tuple[str, ...]]:
     """Yields the rows of `COUNTS_COLUMNS`: what was found beside what was published.
 
     Args:
         findings: of each picture.
         groups: patient of each picture.
+        unannotated: pictures that came without an annotation file.
     """
     counts = ("", "", str(len(findings)), str(len(set(groups.values()))))
-    yield "all", *counts, _PUBLISHED["all"]
+    yield "all", *counts, PUBLISHED["all"]
+    num_patients = len({groups[id_] for id_ in unannotated})
+    yield "no annotation", "", "", str(len(unannotated)), str(num_patients), ""
     for kind in KINDS:
         of_kind = [(id_, each) for id_, all_ in findings.items() for each in all_
                    if each.kind == kind]  # fmt: skip
@@ -315,4 +327,4 @@ def count_rows(
             str(len(drawn)),
             str(len({groups[id_] for id_ in drawn})),
         )
-        yield kind, *counts, _PUBLISHED.get(kind, "")
+        yield kind, *counts, PUBLISHED.get(kind, "")

@@ -3,8 +3,9 @@
 Owns the form of the release as it is written: names, matrix sizes, bits, kinds and spellings of
 annotations, how many there are of each. What a phantom looks like is decided in `phantoms.py`.
 
-The shares are those of the release: of 115 patients 90 have four views and 25 have two, which are
-410 pictures; 107 of them have a mass, and nine of these a second one.
+The shares are those of the release: of 115 cases, each of a phantom patient of its own, 90 have
+four views and 25 have two, which are 410 pictures; 107 of them have a mass, and nine of these a
+second one.
 
 Command: python -m data_prep.phantoms FOLDER --format inbreast
 """

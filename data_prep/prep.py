@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import click
@@ -54,6 +54,7 @@ HASH_KEY_VARIABLE = "FLEXUNET_HASH_KEY"
 _HASH_LENGTH = 16  # hex digits: 64 bits, a clash among a million names has odds of 1 to 37 million
 _PAIRS_PER_SHEET = 6
 _MAX_LISTED = 5
+_COUNTS_WIDTH = 84  # columns of a terminal
 _FEW_GROUPS = 5  # one of them moves the mean by a fifth and more
 
 
@@ -63,7 +64,8 @@ class PrepConfig(Settings):
     format: Literal["pairs", "inbreast"] = option(
         "pairs",
         "pairs: pictures and masks; inbreast: the original INbreast release, AllDICOMs/ and "
-        "AllXML/, where the patient in the file name is the group.",
+        "AllXML/, where the patient in the file name is the group and a picture without an XML "
+        "file has no finding.",
     )
     rois: tuple[inbreast.Kind, ...] = option(
         ("mass",),
@@ -309,6 +311,7 @@ def _prepare(
         # Now, because what follows may fail, and rejects.csv comes with the dataset.
         logger.warning("%s left out: %s", counted(len(refused), "file"), _named(refused))
     assignment = _assign(samples, work.config)
+    _warn_of_missing_classes(samples, assignment, work.config)
     samples = [dataclasses.replace(s, group=assignment.groups[s.id]) for s in samples]
     target = shards.common_target(samples)
     _tell_mixed(samples, target, work.config)
@@ -328,7 +331,8 @@ def _prepare(
     manifest = _manifest(work.config, name, target, tasks, written, assignment, table, plan)
     _write_report(work, manifest, rows, refused)
     if work.config.format == "inbreast":
-        _write_counts(work.store, samples)
+        without = {item.id for item in items if item.mask is None}
+        _write_counts(work.store, samples, without)
     shards.commit(work.store, manifest, table)
     shards.remove_state(work.store)
     if refused:
@@ -606,6 +610,20 @@ def _warn_of_small_splits(groups: Mapping[str, str], splits: Mapping[str, str]) 
             )
 
 
+def _warn_of_missing_classes(
+    samples: Sequence[scan.Scanned], assignment: _Assignment, config: PrepConfig
+) -> None:
+    names = [each.name for each in parse_color_map(config.classes)]
+    in_splits = [(f"split {assignment.splits[s.id]}", s.pixels_per_class) for s in samples]
+    in_folds = [
+        (f"fold {assignment.folds[s.id]}", s.pixels_per_class)
+        for s in samples
+        if s.id in assignment.folds
+    ]
+    for line in split.classes_missing([*in_splits, *in_folds], names):
+        logger.warning("%s", line)
+
+
 def _joined_groups(samples: Sequence[scan.Scanned]) -> dict[str, str]:
     """Returns the group of each id; groups that hold the same picture become one.
 
@@ -708,7 +726,8 @@ def _manifest(
         geometry=config.kind,
         crop=config.crop,
         flip=config.flip,
-        split_rule=_split_rule(samples[0].split is not None, config),
+        split_rule="drawn" if samples[0].split is None else "ready-made",
+        group_rule=schema.group_rule_of(plan["options"]),
         seed=config.seed,
         num_folds=config.num_folds,
         leaky=assignment.is_leaky,
@@ -733,18 +752,6 @@ def _split_infos(
         num_groups = len({sample.group for sample in members})
         infos[name] = schema.SplitInfo(num_samples=len(members), num_groups=num_groups)
     return infos
-
-
-def _split_rule(is_ready_made: bool, config: PrepConfig) -> str:
-    if is_ready_made:
-        return "ready-made"
-    if config.format == "inbreast":
-        return "by group, patient of the release"
-    if config.group_preset:
-        return f"by group, preset {config.group_preset}"
-    if config.group_regex:
-        return f"by group, regular expression {config.group_regex}"
-    return "by group, table" if config.group_csv else "by file"
 
 
 def _write_report(
@@ -781,10 +788,13 @@ def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return ordered[:_PAIRS_PER_SHEET]
 
 
-def _write_counts(store: Store, samples: Sequence[scan.Scanned]) -> None:
+def _write_counts(
+    store: Store, samples: Sequence[scan.Scanned], unannotated: Collection[str]
+) -> None:
     findings = {sample.picture: sample.findings for sample in samples}
     groups = {sample.picture: sample.group for sample in samples}
-    table = csv_table(inbreast.COUNTS_COLUMNS, inbreast.count_rows(findings, groups))
+    found = [picture for picture in findings if picture in unannotated]
+    table = csv_table(inbreast.COUNTS_COLUMNS, inbreast.count_rows(findings, groups, found))
     put_if_other(store, inbreast.COUNTS_NAME, table.encode())
 
 
@@ -897,9 +907,12 @@ def _print_counts(store: Store) -> None:
     from rich.table import Table
 
     rows = list(csv.reader(io.StringIO(store.get(inbreast.COUNTS_NAME).decode())))
-    table = Table(*rows[0], title="found in the release, and published")
+    title = "found in the release, and published"
+    table = Table(*rows[0], title=title, caption=inbreast.PUBLISHED_NOTE, caption_justify="left")
     for column in table.columns[1:-1]:
         column.justify = "right"
     for row in rows[1:]:
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+        # An earlier version wrote other words into the last column.
+        table.add_row(*row[:-1], inbreast.PUBLISHED.get(row[0], ""))
+    # A log has 80 columns, which break the last of these.
+    Console(soft_wrap=True, width=max(Console().width, _COUNTS_WIDTH)).print(table)

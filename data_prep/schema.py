@@ -41,6 +41,8 @@ MANIFEST_NAME = "dataset.json"
 SAMPLES_NAME = "samples.parquet"
 SHARD_PATTERN = re.compile(r"(train|valid|test)-(\d{5,})-of-(\d{5,})\.tfrecord")
 MAX_MANIFEST_BYTES = 64 * 2**20
+GROUPS_BY_FILE = "by file"  # a `Manifest.group_rule`: every picture is a group of its own
+GROUPS_UNKNOWN = "not recorded"
 RECORD_OVERHEAD = 16  # bytes that the framing adds to a payload: length, its CRC, the payload's CRC
 
 _CROP_COLUMNS = ("crop_top", "crop_left", "crop_height", "crop_width")
@@ -99,6 +101,8 @@ class Manifest(Settings):
     """`dataset.json`: everything a reader must know before it reads a shard.
 
     Attributes:
+        split_rule: "ready-made" or "drawn"; earlier versions wrote the group rule here as well.
+        group_rule: what the groups are, see `group_rule_of`.
         value_max: the raw value that means full intensity: 255, or 2**bits - 1 of the bits in use.
         ignore_id: class id of mask pixels that count nowhere.
         mean: per channel, of the raw values of the train split; `std` likewise.
@@ -119,6 +123,7 @@ class Manifest(Settings):
     crop: Crop = "none"
     flip: Flip = "none"
     split_rule: str
+    group_rule: str
     seed: int
     num_folds: int | None = None
     leaky: bool = False
@@ -131,6 +136,14 @@ class Manifest(Settings):
     tool_version: str
     options: dict[str, Any] = Field(default_factory=dict)
     source_sha256: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_group_rule(cls, values: Any) -> Any:
+        """Adds what manifests of earlier versions lack: their options say it."""
+        if isinstance(values, dict) and "group_rule" not in values:
+            return values | {"group_rule": _earlier_group_rule(values)}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
@@ -150,6 +163,29 @@ class Manifest(Settings):
         """Returns the bytes of `dataset.json`; equal manifests give equal bytes."""
         text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
         return text.encode() + b"\n"
+
+
+def group_rule_of(options: Mapping[str, Any]) -> str:
+    """Returns how the options of `prep` find the group of a picture, in words."""
+    if options["format"] == "inbreast":
+        return "by patient of the release"
+    if options["group_preset"]:
+        return f"by preset {options['group_preset']}"
+    if options["group_regex"]:
+        return f"by regular expression {options['group_regex']}"
+    return "by table" if options["group_csv"] else GROUPS_BY_FILE
+
+
+def _earlier_group_rule(values: Mapping[str, Any]) -> str:
+    options, split_rule = values.get("options"), str(values.get("split_rule"))
+    if split_rule == GROUPS_BY_FILE:
+        return GROUPS_BY_FILE
+    if split_rule.startswith("by group, "):
+        return "by " + split_rule.removeprefix("by group, ")
+    try:
+        return group_rule_of({"format": "pairs", **(options or {})})
+    except (KeyError, TypeError):
+        return GROUPS_UNKNOWN  # not made by our `prep`
 
 
 def shard_name(split: str, index: int, count: int) -> str:

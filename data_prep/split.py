@@ -219,6 +219,27 @@ def count_duplicates(samples: Iterable[tuple[str, str, str, str]]) -> int:
     return sum(number - 1 for number in count.values())
 
 
+def classes_missing(
+    samples: Iterable[tuple[str, Sequence[int]]], classes: Sequence[str]
+) -> list[str]:
+    """Returns a sentence for every place in which a class but the first has no pixel.
+
+    Args:
+        samples: (place, pixels of each class) each; a place is a split or a fold, in words.
+        classes: names, in the order of the ids.
+    """
+    totals: dict[str, list[int]] = {}
+    for place, pixels in samples:
+        found = totals.setdefault(place, [0] * len(classes))
+        totals[place] = [a + b for a, b in zip(found, pixels, strict=False)]
+    return [
+        f"{place} has no pixel of class {name}: its figures say nothing of how {name} is found"
+        for place, found in sorted(totals.items(), key=lambda each: (len(each[0]), each[0]))
+        for name, total in list(zip(classes, found, strict=True))[1:]
+        if not total
+    ]
+
+
 def _places(places: Mapping[str, Sequence[str]]) -> str:
     texts = []
     for split in sorted(places, key=_split_order):

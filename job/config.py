@@ -265,7 +265,9 @@ class TrainConfig(Settings):
         False, "Bitwise the same result every time, at some cost in speed."
     )
     init_from: str | None = option(
-        None, "Weights to start from: an earlier run, or a .h5 file of the reference family."
+        None,
+        "Weights to start from: an earlier run, or a .h5 file of the reference family. A run that "
+        "has seen groups of the evaluated cases is refused; of a file it is not known.",
     )
     metrics: tuple[MetricName, ...] = option(
         ("dice_coef_multiclass",), "Metrics of the reference, in train_metrics.csv."

@@ -38,7 +38,6 @@ from job.data import (
     open_reader,
 )
 from job.fit import num_outputs
-from job.folds import open_folded
 from job.history import evaluation_csv
 from job.lesions import MIN_PIXELS
 from job.measures import (
@@ -56,6 +55,7 @@ from job.measures import (
     titled_sizes,
     without_ignored,
 )
+from job.origin import as_record, origin_of
 from job.pictures import Picture, pictures_of, read_picture
 from job.predict import (
     Alive,
@@ -72,6 +72,7 @@ from job.predict import (
 )
 from job.regions import FILE_NAME, ClassFit, FittedOn, RegionTally, SmallRegions
 from job.run import standing
+from job.splits import open_folded
 from job.trained import TrainedRun, load_model, member_of, open_alike
 
 logger = logging.getLogger(__name__)
@@ -631,7 +632,8 @@ def evaluate_run(
         evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in fits))
     reader = _reader_of(dataset, split, settings)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
-    evaluation.summary.update(checkpoint=used, prediction=way)
+    origins = [origin_of(each.config, dataset, split.name) for each in (run, *others)]
+    evaluation.summary.update(checkpoint=used, prediction=way, init_from=as_record(*origins))
     evaluation = replace(evaluation, examples=evaluator.draw_examples(evaluation, reader))
     return evaluation, write_evaluation(target, evaluation, evaluator)
 

@@ -8,6 +8,7 @@ where a single fold would have few.
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,19 +17,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from data_prep.errors import ContentError, UsageError
-from data_prep.schema import MANIFEST_NAME, parse_manifest
+from data_prep.schema import MANIFEST_NAME, parse_manifest, read_samples
 from data_prep.settings import write_yaml
-from data_prep.split import assign_folds
+from data_prep.split import assign_folds, classes_missing
 from data_prep.storage import Store, join_url, open_store
 from data_prep.table import csv_table
 from job.config import TrainConfig
-from job.data import Dataset, Split, open_dataset
+from job.data import open_dataset
 from job.measures import (
     SIZES,
     Case,
@@ -39,67 +38,19 @@ from job.measures import (
     summarize_cases,
     titled_sizes,
 )
+from job.origin import as_record, origin_of, refuse_seen
+from job.pictures import pictures_of
 from job.run import checked_run_name
+from job.splits import open_folded
 from job.stored import evaluate_again, read_json, read_table
+
+logger = logging.getLogger(__name__)
 
 SUMMARY_NAME = "cross_validation.json"
 
 _TICK_S = 0.2
 
 Command = Callable[[TrainConfig, str], list[str]]  # a fold's config, its file -> arguments
-
-
-def open_folded(config: TrainConfig, url: str | None = None) -> Dataset:
-    """Returns the dataset of `config`, its splits those of the fold where one is named.
-
-    Args:
-        url: where the dataset is now; None: as the config says.
-    """
-    dataset = open_dataset(url or str(config.data))
-    if config.folds is None or config.fold is None:
-        return dataset
-    return fold_of(dataset, config.folds, config.fold)
-
-
-def fold_of(dataset: Dataset, num_folds: int, fold: int) -> Dataset:
-    """Returns `dataset` with `fold` as its test split, the next as valid, the others as train.
-
-    Folds are those of `prep --num-folds`, by the dataset's own seed; groups stay whole.
-
-    Raises:
-        UsageError: fewer groups than folds.
-    """
-    parts = [dataset.splits[name] for name in ("train", "valid") if name in dataset.splits]
-    ids = [sample for part in parts for sample in part.ids]
-    groups = [group for part in parts for group in part.groups]
-    members = dict(zip(ids, groups, strict=True))
-    folds = assign_folds(members, num_folds=num_folds, seed=dataset.manifest.seed)
-    role = {fold: "test", (fold + 1) % num_folds: "valid"}
-    names = np.array([role.get(folds[sample], "train") for sample in ids])
-    splits = {name: _joined(name, parts, names == name) for name in ("train", "valid", "test")}
-    return replace(dataset, splits=splits)
-
-
-def _joined(name: str, parts: Sequence[Split], chosen: np.ndarray) -> Split:
-    """Returns the `chosen` samples of the parts one after the other."""
-
-    def pick(field: str) -> tuple[Any, ...]:
-        values = [value for part in parts for value in getattr(part, field)]
-        return tuple(value for value, is_in in zip(values, chosen, strict=True) if is_in)
-
-    return Split(
-        name=name,
-        ids=pick("ids"),
-        filenames=pick("filenames"),
-        groups=pick("groups"),
-        shards=pick("shards"),
-        offsets=np.array(pick("offsets"), np.int64),
-        lengths=np.array(pick("lengths"), np.int64),
-        geometries=pick("geometries"),
-        spacings=pick("spacings"),
-        pictures=pick("pictures"),
-        has_foreground=np.array(pick("has_foreground"), bool),
-    )
 
 
 def fold_configs(config: TrainConfig) -> list[TrainConfig]:
@@ -132,12 +83,16 @@ def cross_validate(
     answers yes, the others are stopped, which saves them.
 
     Raises:
-        UsageError: too few groups, or a name that is too long.
+        UsageError: too few groups, a name that is too long, or a fold would start from weights
+            that have seen its cases.
     """
     configs = fold_configs(config)
     for each in configs:
+        dataset = open_folded(each)
         for name in ("train", "valid"):
-            open_folded(each).split(name)
+            dataset.split(name)
+        refuse_seen(each, dataset)
+    _tell_missing_classes(config)
     with tempfile.TemporaryDirectory(prefix="flexunet-folds-") as folder, _processes() as running:
         waiting = list(configs)
         code, is_told = 0, False
@@ -156,6 +111,21 @@ def cross_validate(
     if code == 0:
         pool_folds(config)
     return code
+
+
+def _tell_missing_classes(config: TrainConfig) -> None:
+    """Warns of folds without a pixel of a class, whose figures then say nothing of it."""
+    dataset = open_dataset(str(config.data))
+    rows = read_samples(open_store(dataset.url), dataset.manifest).to_pylist()
+    pool = [row for row in rows if row["split"] != "test"]
+    folds = assign_folds(
+        {row["id"]: row["group"] for row in pool},
+        num_folds=int(config.folds or 0),
+        seed=dataset.manifest.seed,
+    )
+    places = [(f"fold {folds[row['id']]}", row["pixels_per_class"]) for row in pool]
+    for line in classes_missing(places, [each.name for each in dataset.manifest.classes]):
+        logger.warning("%s", line)
 
 
 @contextmanager
@@ -191,16 +161,20 @@ def pool_folds(config: TrainConfig) -> dict[str, Any]:
     """Writes what all folds together score into the folder of their common name; returns it.
 
     Raises:
-        UsageError: folds were evaluated in unequal ways.
+        UsageError: folds were evaluated in unequal ways, or on other cases than their own.
         ContentError: a fold's evaluation is missing or damaged, or lacks what has come since.
     """
     output = open_store(config.output)
     names = [str(each.name) for each in fold_configs(config)]
     _check_alike([output.below(name) for name in names])
-    manifest = parse_manifest(output.below(names[0]).get(MANIFEST_NAME), MANIFEST_NAME)
+    described = output.below(names[0]).get(MANIFEST_NAME)
+    manifest = parse_manifest(described, MANIFEST_NAME)
     classes = [each.name for each in manifest.classes if each.id != 0]
     target = output.below(str(config.name))
-    summary: dict[str, Any] = {"num_folds": len(names), "runs": names, "sizes": {}}
+    summary: dict[str, Any] = {"num_folds": len(names), "runs": names}
+    summary["init_from"] = _check_cases(config, classes)
+    target.put(MANIFEST_NAME, described)
+    summary["sizes"] = {}
     for size in SIZES:
         folds = [_read_cases(output.below(name), size, classes) for name in names]
         cells = [
@@ -217,6 +191,47 @@ def pool_folds(config: TrainConfig) -> dict[str, Any]:
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     target.put(SUMMARY_NAME, text.encode())
     return summary
+
+
+def _check_cases(config: TrainConfig, classes: Sequence[str]) -> list[dict[str, str]]:
+    """Refuses folds that were not evaluated on their own cases; returns what their runs began from.
+
+    Another split of a run, and an ensemble of runs of several folds, have seen what they are
+    evaluated on, or are evaluated on other cases.
+
+    Raises:
+        UsageError: names the fold, and what is wrong with it.
+    """
+    started: list[dict[str, str]] = []
+    for fold, each in enumerate(fold_configs(config)):
+        run = open_store(config.output).below(str(each.name))
+        summary = read_json(run, "evaluation/summary.json", evaluate_again(run)) or {}
+        dataset, where = open_folded(each), f"{run.url}/evaluation"
+        if summary["split"] != "test":
+            raise UsageError(
+                f"{where}: of the {summary['split']} split of a run, which is no fold; "
+                f"{evaluate_again(run)}"
+            )
+        own = pictures_of(dataset.split("test"), is_by_tile=summary["case"] == "tile")
+        expected = {picture.id for picture in own}
+        for size in SIZES:
+            found = {case.id for case in _read_cases(run, size, classes)}
+            if found != expected:
+                raise UsageError(
+                    f"{where}: holds {len(found - expected)} cases that are not of fold {fold} and "
+                    f"lacks {len(expected - found)} of its {len(expected)}; {evaluate_again(run)}"
+                )
+        origins = summary.get("init_from")
+        # An earlier version did not record it.
+        origins = as_record(origin_of(each, dataset)) if origins is None else origins
+        for origin in origins:
+            if origin["seen"] == "yes":
+                raise UsageError(
+                    f"{where}: {origin['run']} was started from {origin['source']}, which has seen "
+                    f"groups of fold {fold}; train the folds under another name without it"
+                )
+        started += origins
+    return started
 
 
 def _check_alike(runs: Sequence[Store]) -> None:

@@ -20,6 +20,14 @@ import click
 from data_prep.command import SettingsCommand, run_command
 from data_prep.errors import UsageError
 from data_prep.progress import quiet_interrupts
+from data_prep.schema import (
+    GROUPS_BY_FILE,
+    GROUPS_UNKNOWN,
+    MANIFEST_NAME,
+    Manifest,
+    parse_manifest,
+)
+from data_prep.settings import read_yaml
 from data_prep.storage import NotFound, Store, join_url, open_store
 from data_prep.words import counted
 from job.folds import SUMMARY_NAME
@@ -87,13 +95,15 @@ def read_summary(store: Store) -> dict[str, Any] | None:
 def render(store: Store) -> str:
     """Returns the page of the run in `store`; the same files give the same page."""
     summary = read_summary(store)
+    manifest = _manifest(store)
     parts = [
         _headline(store, summary),
-        _section("Metrics", _metrics(store, summary)),
+        _start(store, summary),
+        _section("Metrics", _drawn_units(manifest) + _metrics(store, summary)),
         _section("Cases", _cases(store)),
         _section("Failures", _failures(store)),
         _section("Curves", _curves(store)),
-        _section("Dataset", _dataset(store)),
+        _section("Dataset", _dataset(manifest, _fold_of(store))),
         _section("What was stopped or killed, and resumed", _attempts(store)),
         _section("Environment", _environment(store)),
         _section("Config", f"<pre>{_text(_read(store, 'config.yaml') or '')}</pre>"),
@@ -108,9 +118,15 @@ def render_folds(store: Store) -> str:
         f'<li><a href="../{_text(name)}/{REPORT_NAME}">{_text(name)}</a></li>'
         for name in summary["runs"]
     )
+    manifest = _manifest(store)
+    # An earlier version did not copy it there.
+    drawn = "whole groups" if manifest is None else f"groups {manifest.group_rule}"
     parts = [
         f"<p>Cross-validation: {summary['num_folds']} runs, each evaluated on cases whose groups "
-        f"it has not seen, and all of these cases together.</p><ul>{links}</ul>"
+        f"it was not trained on ({_text(drawn)}), and all of these cases together.</p>"
+        f"<ul>{links}</ul>",
+        _origins(summary.get("init_from")),
+        _drawn_units(manifest),
     ]
     for title, found in titled_sizes(summary["sizes"]):
         folds = [dict(measure_rows(fold)) for fold in found["folds"]]
@@ -121,6 +137,8 @@ def render_folds(store: Store) -> str:
         columns = ["measure", *(f"fold {index}" for index in range(len(folds)))]
         body = _measures(found["pooled"]) + "<h3>Fold by fold</h3>" + _table(columns, rows)
         parts.append(_section(f"All cases at {title}", body))
+    folds_of = f"{summary['num_folds']} folds"
+    parts.append(_section("Dataset", _dataset(manifest, folds_of)))
     return _page(store, parts)
 
 
@@ -288,6 +306,7 @@ def _failures(store: Store) -> str:
     if not rows:
         return _missing("evaluation/measures_network.csv", "flexunet evaluate writes it")
     classes = [key.removeprefix("presence_") for key in rows[0] if key.startswith("presence_")]
+    num_pairs = sum(bool(row[f"dice_{name}"]) for row in rows for name in classes)
     failed = [
         (float(row[f"dice_{name}"]), row, name)
         for row in rows
@@ -295,7 +314,7 @@ def _failures(store: Store) -> str:
         if row[f"dice_{name}"] and float(row[f"dice_{name}"]) < _FAILED_DICE
     ]
     if not failed:
-        return f"<p>None of {counted(len(rows), 'case')} has a Dice below {_FAILED_DICE}.</p>"
+        return f"<p>None of {_pairs(num_pairs)} has a Dice below {_FAILED_DICE}.</p>"
     failed.sort(key=lambda each: each[0])
     words = {"truth_only": "missed", "prediction_only": "false alarm", "both": "poor overlap"}
     table = _table(
@@ -321,10 +340,12 @@ def _failures(store: Store) -> str:
         ],
     )
     shown = f", the first {_MAX_FAILURES} shown" if len(failed) > _MAX_FAILURES else ""
-    told = (
-        f"{len(failed)} with a Dice below {_FAILED_DICE}, of {counted(len(rows), 'case')}{shown}."
-    )
+    told = f"{len(failed)} with a Dice below {_FAILED_DICE}, of {_pairs(num_pairs)}{shown}."
     return f"<p>{told}</p>{table}"
+
+
+def _pairs(count: int) -> str:
+    return f"{counted(count, 'pair')} of a case and a class that is in one of its masks"
 
 
 def _curves(store: Store) -> str:
@@ -338,40 +359,113 @@ def _curves(store: Store) -> str:
     return f'<div class="pictures">{"".join(pictures)}</div>'
 
 
-def _dataset(store: Store) -> str:
-    card = read_json(store, "dataset.json", RESTORE)
+def _dataset(card: Manifest | None, folds: str | None) -> str:
+    """Returns the card of a dataset.
+
+    Args:
+        folds: what is taken of train and valid, in words; None: the dataset's own splits are used.
+    """
     if card is None:
-        return _missing("dataset.json", "training copies it when it starts")
-    size = f"{card['image_width']} x {card['image_height']}, {counted(card['channels'], 'channel')}"
+        return _missing(
+            MANIFEST_NAME,
+            "training copies it when it starts" if folds is None else "the train command copies it",
+        )
+    size = f"{card.image_width} x {card.image_height}, {counted(card.channels, 'channel')}"
     rows = [
-        ("name", card["name"]),
-        ("pictures", f"{size}, {card['bit_depth']} bits, {card['geometry']}"),
-        ("classes", ", ".join(each["name"] for each in card["classes"])),
-        ("split rule", f"{card['split_rule']}, seed {card['seed']}"),
-        ("made by version", card["tool_version"]),
+        ("name", card.name),
+        ("pictures", f"{size}, {card.bit_depth} bits, {card.geometry}"),
+        ("classes", ", ".join(each.name for each in card.classes)),
+        ("splits", f"{card.split_rule}, seed {card.seed}"),
+        ("groups", card.group_rule),
+        ("made by version", card.tool_version),
     ]
-    splits = [
-        (name, info["num_samples"], info["num_groups"]) for name, info in card["splits"].items()
-    ]
-    return (
-        _table(("dataset", ""), rows)
-        + _table(("split", "cases", "groups"), splits)
-        + _leak_check(card)
-    )
+    samples = "tiles" if card.geometry == "tile" else "pictures"
+    if folds is None:
+        splits = [(name, info.num_samples, info.num_groups) for name, info in card.splits.items()]
+        taken = _table(("split", samples, "groups"), splits)
+    else:
+        of_both = [card.splits[name] for name in ("train", "valid") if name in card.splits]
+        taken = (
+            f"<p>{_text(folds)}, taken from train and valid ("
+            f"{sum(info.num_samples for info in of_both)} {samples}); the dataset's test split "
+            "was not touched.</p>"
+        )
+    return _table(("dataset", ""), rows) + taken + _leak_check(card, is_folded=folds is not None)
 
 
-def _leak_check(card: Mapping[str, Any]) -> str:
-    if card["leaky"]:
+def _leak_check(card: Manifest, *, is_folded: bool) -> str:
+    # Folds are drawn of whole groups, whatever the dataset's own splits share.
+    if card.leaky and not is_folded:
         return _warning(
             "Leak check: groups or pictures are in more than one split, which was accepted with "
             "--allow-leaks. The metrics are too good."
         )
-    if card["split_rule"] == "by file":
+    if card.group_rule == GROUPS_BY_FILE:
         return _warning(
             "Leak check: no picture is in two splits, but no groups were given: pictures of one "
             "patient may be."
         )
-    return "<p>Leak check: no group and no picture is in more than one split.</p>"
+    if card.group_rule == GROUPS_UNKNOWN:
+        return _warning(
+            "Leak check: no group is in two splits, but how groups were made is not recorded: "
+            "pictures of one patient may be."
+        )
+    what = (
+        "in what a fold is evaluated on and in what trained it"
+        if is_folded
+        else ("in more than one split")
+    )
+    return f"<p>Leak check: no group and no picture is {what}.</p>"
+
+
+def _drawn_units(card: Manifest | None) -> str:
+    """Returns what the intervals draw, where it is not what a reader takes it for."""
+    if card is None or card.group_rule not in (GROUPS_BY_FILE, GROUPS_UNKNOWN):
+        return ""
+    if card.group_rule == GROUPS_UNKNOWN:
+        return _warning("How groups were made is not recorded: intervals may not draw patients.")
+    return _warning(
+        "No groups were given: intervals draw pictures, not patients, and are too narrow where a "
+        "patient has several."
+    )
+
+
+def _fold_of(store: Store) -> str | None:
+    """Returns which fold a run trains, in words; None: the dataset's own splits."""
+    config = _config(store)
+    if config.get("fold") is None:
+        return None
+    return f"Fold {config['fold']} (counted from 0) of {config.get('folds')}"
+
+
+def _start(store: Store, summary: Mapping[str, Any] | None) -> str:
+    """Returns where the weights of a run came from."""
+    if summary is not None and "init_from" in summary:
+        return _origins(summary["init_from"])
+    source = _config(store).get("init_from")
+    return _origins([{"source": source, "seen": "unknown"}] if source else [])
+
+
+def _origins(origins: Sequence[Mapping[str, Any]] | None) -> str:
+    """Returns what weights started from, each source once, and whether it has seen the cases."""
+    if origins is None:
+        return _warning("Where the weights started from is not recorded.")
+    if not origins:
+        return "<p>The weights started from the seed.</p>"
+    found = sorted({(str(each["source"]), str(each["seen"])) for each in origins})
+    return "".join(_origin(source, seen) for source, seen in found)
+
+
+def _origin(source: str, seen: str) -> str:
+    start = f"The weights started from {source}"
+    if seen == "no":
+        return f"<p>{_text(start)}, which was trained on no group that is evaluated here.</p>"
+    if seen == "yes":
+        return _warning(f"{start}, which has seen groups that are evaluated here: too good.")
+    return _warning(
+        f"{start}; which cases trained these is not known. Where some of those evaluated here are "
+        "among them, the metrics are too good."
+    )
 
 
 def _attempts(store: Store) -> str:
@@ -489,6 +583,16 @@ def _jpeg(png: bytes) -> bytes:
 
 
 # Files of the run
+
+
+def _config(store: Store) -> dict[str, Any]:
+    text = _read(store, "config.yaml")
+    return {} if text is None else read_yaml(text, join_url(store.url, "config.yaml"))
+
+
+def _manifest(store: Store) -> Manifest | None:
+    data = _bytes(store, MANIFEST_NAME)
+    return None if data is None else parse_manifest(data, join_url(store.url, MANIFEST_NAME))
 
 
 def _bytes(store: Store, name: str) -> bytes | None:

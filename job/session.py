@@ -29,6 +29,7 @@ from job.exchange import NOMINAL_FLOPS_PER_BYTE, Plan, make_plan, measured_flops
 from job.losses import is_mean
 from job.metrics import RunningSums
 from job.optimizer import Adam
+from job.origin import as_record, origin_of
 from job.predict import Alive, not_told
 from job.record import Recorder, open_recorder
 from job.run import Run
@@ -236,6 +237,10 @@ class Session:
             "which": "best" if is_best else "last",
             "epochs": [epochs],
         }
+        # Read by the first alone: all must say the same.
+        evaluation.summary["init_from"] = self.team.on_first(
+            lambda: as_record(origin_of(self.config, self.dataset))
+        )
         examples: dict[str, bytes] = {}
 
         def draw(alive: Alive) -> None:

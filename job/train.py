@@ -27,10 +27,12 @@ from job.config import PRESETS, TrainConfig, identity_of
 from job.data import Dataset
 from job.evaluate import show_summary
 from job.fit import check_fit
-from job.folds import cross_validate, open_folded, own_process, show_folds
+from job.folds import cross_validate, own_process, show_folds
+from job.origin import check_origin
 from job.predict import Alive, not_told
 from job.report import read_summary, write_report
 from job.run import Run, checked_run_name, differences
+from job.splits import open_folded
 from job.state import TrainState
 from job.team import Place, Team, meet, place_from_environment
 from job.watchdog import STACKS_FOLDER, Watchdog, end_process
@@ -328,6 +330,8 @@ def run_member(
     # What can be refused at once is: TensorFlow takes seconds to come.
     dataset = open_folded(config)
     check_fit(config, dataset)
+    if launch is None:  # a launcher has done it
+        check_origin(config, dataset)
     if place is None or place.size == 1:
         with _own_run(config, launch) as run:
             return _train(config, dataset, None, run, report, should_stop, num_gpus, launch)

@@ -26,6 +26,8 @@ from job.run import (
     standing,
 )
 
+WEIGHT_FILES = (".h5", ".hdf5")  # endings of files to start from; anything else is a run
+
 
 @dataclass(frozen=True)
 class TrainedRun:
@@ -235,7 +237,7 @@ def initialize_from(model: Any, source: str) -> None:
 
     if source.endswith(".weights.h5"):
         checkpoint.read_weights(model, source)
-    elif source.endswith((".h5", ".hdf5")):
+    elif source.endswith(WEIGHT_FILES):
         load_reference_weights(model, source)
     else:
         with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:

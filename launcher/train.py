@@ -28,9 +28,11 @@ from data_prep.storage import join_url, open_store
 from data_prep.words import counted
 from job.config import TrainConfig
 from job.fit import check_fit
-from job.folds import cross_validate, open_folded, own_process, show_folds
+from job.folds import cross_validate, own_process, show_folds
+from job.origin import check_origin
 from job.report import write_report
 from job.run import Run, find_commits
+from job.splits import open_folded
 from job.team import place_from_environment
 from job.train import (
     Display,
@@ -275,6 +277,7 @@ def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
 
         dataset = open_folded(config)
         check_fit(config, dataset)
+        check_origin(config, dataset)
         check_batch(config, settings.num_workers, settings.gpus_per_worker)
         check_wish()
         stack.enter_context(connected(settings.address, worker_logs=False))

@@ -414,11 +414,29 @@ def test_ready_made_splits_are_kept_and_leaks_named(tmp_path):
     manifest = _prepare(tmp_path / "source", tmp_path / "good")
     assert {row["id"][:-1] == row["split"] for row in _rows(tmp_path / "good")} == {True}
     assert (manifest.leaky, manifest.split_rule) == (False, "ready-made")
+    # Whose groups are known is another thing than who made the splits.
+    assert manifest.group_rule == "by file"
+    regex = {"group_regex": r"([a-z]+[0-9])"}
+    of_names = _prepare(tmp_path / "source", tmp_path / "grouped", **regex)
+    assert (of_names.split_rule, of_names.group_rule) == (
+        "ready-made", "by regular expression ([a-z]+[0-9])",
+    )  # fmt: skip
     _make_pair(tmp_path / "source" / "test", "test0", 1)  # the picture of train1
     with pytest.raises(ContentError, match=r"train \(train1\) and test \(test0\)"):
         _prepare(tmp_path / "source", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.*"))
     assert _prepare(tmp_path / "source", tmp_path / "out", allow_leaks=True).leaky
+
+
+def test_splits_and_folds_without_a_class_are_told(source, tmp_path, caplog):
+    blank = np.zeros((16, 16), np.uint8)
+    for i in range(1, 20):
+        assert cv2.imwrite(str(source / "masks" / f"case_{i}.png"), blank)
+    _prepare(source, tmp_path / "out", num_folds=3)
+    (row,) = [row for row in _rows(tmp_path / "out") if row["pixels_per_class"][1]]
+    has_class = {f"split {row['split']}", f"fold {row['fold']}"}
+    for place in (*(f"split {name}" for name in schema.SPLITS), "fold 0", "fold 1", "fold 2"):
+        assert (f"{place} has no pixel of class mass" in caplog.text) != (place in has_class)
 
 
 def test_folds_cover_train_and_valid(source, tmp_path):

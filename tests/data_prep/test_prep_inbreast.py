@@ -25,7 +25,7 @@ SIZE = 64
 TEXT = {"AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"}
 # The reader looks at these two; another value than theirs is refused, see below.
 READ = {"PhotometricInterpretation", "BurnedInAnnotation"}
-CANARY = "CANARY^JANE DOE"
+CANARY = "CANARY^JANE DOES"
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def _run(*arguments):
 def test_prepare_writes_what_the_release_holds(release, tmp_path):
     manifest = _prepare(release, tmp_path / "out", geometry="pad", rois=("mass", "cluster"))
     assert (manifest.channels, manifest.bit_depth, manifest.value_max) == (1, 16, 2**14 - 1)
-    assert manifest.split_rule == "by group, patient of the release"
+    assert (manifest.split_rule, manifest.group_rule) == ("drawn", "by patient of the release")
     assert sum(info.num_groups for info in manifest.splits.values()) == 12
     num_foreground = 0
     for row, image, mask in _samples(tmp_path / "out"):
@@ -100,10 +100,20 @@ def test_command_prints_what_was_found_beside_what_was_published(release, tmp_pa
     # 42 * 9 / 410 = 1 with a second one. The first two are of one patient.
     lines = [[cell.strip() for cell in line.split("│")] for line in said.splitlines()]
     rows = {line[1]: line[2:-1] for line in lines if len(line) == 8}
-    assert rows["all"] == ["", "", "42", "12", "410 of 115 patients"]
+    assert rows["all"] == ["", "", "42", "12", "410 images, 115 cases"]
+    files = len(list((release / "AllXML").iterdir()))
+    assert rows["no annotation"][:3] == ["", "", str(42 - files)]
+    assert 0 < int(rows["no annotation"][3]) <= 12
+    assert "A patient may have several cases" in " ".join(said.split())
     assert rows["mass"] == ["12", "0", "11", "10", "116 in 107 images"]
-    assert set(rows) == {"all", *inbreast.KINDS}
+    assert set(rows) == {"all", "no annotation", *inbreast.KINDS}
     assert prep.main([*arguments, "--num-processes", "1"]) == 0  # finished already
+    assert capsys.readouterr().out == said
+    # A dataset of an earlier version, which took the published cases for patients.
+    counts = tmp_path / "out" / inbreast.COUNTS_NAME
+    counts.write_text(counts.read_text().replace('"410 images, 115 cases"', "410 of 115 patients"))
+    assert "410 of" in counts.read_text()
+    assert prep.main([*arguments, "--num-processes", "1"]) == 0
     assert capsys.readouterr().out == said
 
 
@@ -122,7 +132,7 @@ def test_what_is_left_out_is_told(release, tmp_path):
     assert "bytes of pixels, but" in rejects
     assert "no picture of this number" in rejects
     counts = (tmp_path / "out" / inbreast.COUNTS_NAME).read_text()
-    assert counts.splitlines()[1] == "all,,,40,12,410 of 115 patients"
+    assert counts.splitlines()[1] == 'all,,,40,12,"410 images, 115 cases"'
 
 
 def test_options_that_do_not_fit_are_refused(release, tmp_path):
@@ -218,7 +228,7 @@ def test_no_text_of_the_source_is_in_any_output_byte(tmp_path, options):
     found = _everything(output)
     assert b".tfrecord" in found
     said = (failed.stderr + result.stderr + failed.stdout + result.stdout).encode()
-    for part in ("CANARY", "JANE", "DOE"):
+    for part in ("CANARY", "JANE", "DOES"):
         for where in (staged, found, said):
             assert part.encode() not in where
     # Pixels are compressed, so that text could hide beside them: there is nothing beside them.

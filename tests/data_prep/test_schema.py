@@ -331,3 +331,32 @@ def test_read_samples_reads_a_table_without_the_later_columns(tmp_path):
 def test_sample_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         _sample().id = "b"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "rule"),
+    [
+        ({"split_rule": "by file"}, "by file"),
+        ({"split_rule": "by group, preset augmented"}, "by preset augmented"),
+        ({"split_rule": "by group, patient of the release"}, "by patient of the release"),
+        (
+            {
+                "split_rule": "ready-made",
+                "options": {"group_preset": None, "group_regex": None, "group_csv": None},
+            },
+            "by file",
+        ),
+        (
+            {
+                "split_rule": "ready-made",
+                "options": {"group_preset": None, "group_regex": None, "group_csv": "a.csv"},
+            },
+            "by table",
+        ),
+        ({"split_rule": "ready-made"}, "not recorded"),
+        ({"split_rule": "ready-made", "options": {}}, "not recorded"),
+    ],
+)
+def test_groups_of_earlier_manifests_are_told_from_what_they_say(earlier, rule):
+    data = json.dumps({**_manifest(**earlier), "format_version": 1}).encode()
+    assert schema.parse_manifest(data, "x").group_rule == rule

@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import yaml
@@ -18,8 +20,9 @@ from data_prep.prep import PrepConfig, prepare
 from data_prep.storage import open_store
 from job.config import TrainConfig
 from job.data import Dataset, open_dataset, open_reader, read_sample
-from job.folds import cross_validate, fold_configs, fold_of, pool_folds
+from job.folds import cross_validate, fold_configs, pool_folds
 from job.report import write_report
+from job.splits import fold_of
 from tests.job.discs import prepare_discs, write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -90,6 +93,24 @@ def test_folds_read_their_samples_from_the_shards_of_both_splits(grouped: Datase
                 image, _ = read_sample(reader, index)  # checks the record's id
                 assert image.shape == (16, 16, 1)
     assert most_shards == 2
+
+
+def test_folds_without_a_class_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_discs(tmp_path / "source", num_images=9, side=16)
+    for path in sorted((tmp_path / "source" / "masks").iterdir())[1:]:
+        assert cv2.imwrite(str(path), np.zeros((16, 16), np.uint8))
+    options = PrepConfig(image_size=16, fractions=(0.5, 0.5, 0.0), num_processes=1)
+    sources = find_sources(str(tmp_path / "source"))
+    prepare(sources, str(tmp_path / "dataset"), options, progress=False)
+    config = config_in(tmp_path, str(tmp_path / "dataset"))
+    caplog.clear()
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    assert cross_validate(config, lambda *_: command, 3, lambda: False) == 3
+    dataset = open_dataset(str(tmp_path / "dataset"))
+    for fold in range(3):
+        has_mass = bool(fold_of(dataset, 3, fold).split("test").has_foreground.any())
+        assert (f"fold {fold} has no pixel of class mass" in caplog.text) != has_mass
+    assert caplog.text.count("has no pixel of class mass") == 2
 
 
 def test_folds_need_as_many_groups(grouped: Dataset) -> None:
@@ -172,6 +193,13 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
     assert [each["num_cases"] for each in network["folds"]] == [4, 4, 4]
     page = (runs / "cv" / "report.html").read_text()
     assert f'<td>mass dice_mean</td><td class="number">{pooled["value"]:.4f}</td>' in page
+    for words in (
+        "3 folds, taken from train and valid (12 pictures)",
+        "no groups were given: pictures of one patient may be",
+        "intervals draw pictures, not patients",
+        "The weights started from the seed.",
+    ):
+        assert words in page
     for fold, each in enumerate(network["folds"]):
         dice = each["classes"][0]["dice_mean"]["value"]
         assert f'<td class="number">{dice:.4f}</td>' in page
@@ -185,14 +213,16 @@ def check_pools_only_what_was_evaluated_alike(runs: Path) -> None:
     config = TrainConfig.model_validate(values | {"name": "cv", "fold": None})
     before = (runs / "cv" / "measures_network.csv").read_text()
 
-    def evaluate(*options: str) -> None:
+    def evaluate(*options: str, run: str = "cv-fold-1") -> None:
         # In a process of its own, like training: TensorFlow's devices are set once for each.
-        command = [sys.executable, "-m", "job.evaluate", str(runs / "cv-fold-1"), *options]
+        command = [sys.executable, "-m", "job.evaluate", str(runs / run), *options]
         subprocess.run(command, cwd=PROJECT, capture_output=True, check=True)
 
     evaluate()  # as training did
     pool_folds(config)
     assert (runs / "cv" / "measures_network.csv").read_text() == before
+    check_pools_only_the_cases_of_the_folds(runs, config, evaluate)
+    evaluate()
     check_tells_what_an_earlier_version_has_not_stored(runs, config)
     evaluate("--flips", "both", "--checkpoint", "last")
     with pytest.raises(
@@ -209,6 +239,34 @@ def check_pools_only_what_was_evaluated_alike(runs: Path) -> None:
     summary.unlink()
     with pytest.raises(ContentError, match=r"summary\.json is missing"):
         pool_folds(config)
+
+
+def check_pools_only_the_cases_of_the_folds(
+    runs: Path, config: TrainConfig, evaluate: Callable[..., None]
+) -> None:
+    output = ("--output", str(runs / "cv-fold-1" / "evaluation"))
+    # Of three folds one trains: what trained fold 2 is evaluated by fold 1, case by case.
+    evaluate("--split", "train", *output, run="cv-fold-2")
+    with pytest.raises(UsageError, match=r"cv-fold-1/evaluation: of the train split of a run"):
+        pool_folds(config)
+    evaluate("--ensemble", str(runs / "cv-fold-0"), *output)
+    alone = runs / "cv-fold-1" / "evaluation" / "summary.json"
+    summary = json.loads(alone.read_text())
+    summary["prediction"]["runs"] = summary["prediction"]["runs"][:1]
+    alone.write_text(json.dumps(summary))
+    with pytest.raises(
+        UsageError, match=r"holds 3 cases that are not of fold 1 and lacks 4 of its 4; evaluate"
+    ):
+        pool_folds(config)
+    evaluate()
+    summary = json.loads(alone.read_text())
+    origin = {"run": "cv-fold-1", "source": "runs/first", "seen": "yes"}
+    alone.write_text(json.dumps(summary | {"init_from": [origin]}))
+    with pytest.raises(UsageError, match="runs/first, which has seen groups of fold 1"):
+        pool_folds(config)
+    del summary["init_from"]  # an earlier version
+    alone.write_text(json.dumps(summary))
+    assert pool_folds(config)["init_from"] == []
 
 
 def check_tells_what_an_earlier_version_has_not_stored(runs: Path, config: TrainConfig) -> None:

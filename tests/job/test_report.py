@@ -106,7 +106,7 @@ def test_page_lists_failures_worst_first(own_run: Path) -> None:
     second = changed(second, dice_mass="0.0", presence_mass="truth_only", lesions_found_mass="0")
     path.write_text("\n".join([header, first, second, *others]) + "\n")
     failures = page_of(own_run).words.split("Failures")[1].split("Curves")[0]
-    assert "2 with a Dice below 0.5, of 4 cases" in failures
+    assert "2 with a Dice below 0.5, of 4 pairs of a case and a class" in failures
     assert failures.index("missed") < failures.index("poor overlap")
     assert "0 of 1" in failures
 
@@ -146,6 +146,71 @@ def test_page_warns_of_accepted_leaks(own_run: Path) -> None:
     manifest = json.loads((own_run / "dataset.json").read_text())
     (own_run / "dataset.json").write_text(json.dumps(manifest | {"leaky": True}))
     assert "The metrics are too good" in page_of(own_run).words
+
+
+def test_page_warns_where_groups_were_not_given_whoever_made_the_splits(own_run: Path) -> None:
+    path = own_run / "dataset.json"
+    manifest = json.loads(path.read_text())
+    assert (manifest["split_rule"], manifest["group_rule"]) == ("drawn", "by file")
+    sound = "no group and no picture is in more than one split"
+    for changes, words in (
+        ({"split_rule": "ready-made"}, "no groups were given"),
+        ({"group_rule": "not recorded"}, "how groups were made is not recorded"),
+        ({"group_rule": "by table"}, sound),
+    ):
+        path.write_text(json.dumps(manifest | changes))
+        found = page_of(own_run).words
+        assert words in found
+        assert (sound in found) == (words == sound)
+    # As earlier versions wrote it of folders train, valid and test.
+    del manifest["group_rule"]
+    path.write_text(json.dumps(manifest | {"split_rule": "ready-made"}))
+    assert "no groups were given" in page_of(own_run).words
+
+
+def test_page_says_what_intervals_draw(own_run: Path) -> None:
+    words = "intervals draw pictures, not patients"
+    assert words in page_of(own_run).words
+    path = own_run / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"group_rule": "by table"}))
+    assert words not in page_of(own_run).words
+
+
+def test_page_says_where_weights_came_from(own_run: Path) -> None:
+    path = own_run / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    assert "The weights started from the seed." in page_of(own_run).words
+    for seen, words in (
+        ("no", "which was trained on no group that is evaluated here"),
+        ("yes", "which has seen groups that are evaluated here"),
+        ("unknown", "which cases trained these is not known"),
+    ):
+        origin = {"run": "discs", "source": "runs/<first>", "seen": seen}
+        path.write_text(json.dumps(summary | {"init_from": [origin]}))
+        assert "The weights started from runs/<first>" in page_of(own_run).words
+        assert words in page_of(own_run).words
+    # An evaluation of an earlier version did not record it, the config did.
+    path.write_text(json.dumps(without(summary, "init_from")))
+    assert "The weights started from the seed." in page_of(own_run).words
+    config = own_run / "config.yaml"
+    config.write_text(config.read_text().replace("init_from: null", "init_from: a.h5"))
+    found = page_of(own_run).words
+    assert "The weights started from a.h5; which cases trained these is not known" in found
+
+
+def test_card_counts_tiles_as_tiles_and_tells_a_fold(own_run: Path) -> None:
+    path = own_run / "dataset.json"
+    assert "<th>split</th><th>pictures</th>" in render(open_store(str(own_run)))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"geometry": "tile"}))
+    page = render(open_store(str(own_run)))
+    assert "<th>split</th><th>tiles</th><th>groups</th>" in page
+    config = own_run / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("fold: null", "fold: 1").replace("folds: null", "folds: 3"))
+    page = render(open_store(str(own_run)))
+    assert "Fold 1 (counted from 0) of 3, taken from train and valid (16 tiles)" in page
+    assert "test split was not touched" in page
+    assert "<th>split</th>" not in page
 
 
 def test_page_of_a_run_that_is_not_over_says_what_is_missing(own_run: Path) -> None:

@@ -23,11 +23,11 @@ from job import watchdog
 from job.data import open_dataset, open_reader
 from job.evaluate import EvaluateConfig, dataset_of, evaluate_run, make_evaluator
 from job.evaluate import main as evaluate_main
-from job.folds import fold_of
 from job.infer import InferConfig, infer
 from job.infer import main as infer_main
 from job.pictures import pictures_of, read_picture
 from job.run import Run
+from job.splits import fold_of
 from job.step import network_of
 from job.train import train_and_evaluate
 from job.trained import model_for, open_alike, open_trained
