@@ -172,6 +172,7 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
     assert [each["num_cases"] for each in network["folds"]] == [4, 4, 4]
     page = (runs / "cv" / "report.html").read_text()
     assert f'<td>mass dice_mean</td><td class="number">{pooled["value"]:.4f}</td>' in page
+    assert f"{pooled['low']:.4f} to {pooled['high']:.4f}" in page
     for fold, each in enumerate(network["folds"]):
         dice = each["classes"][0]["dice_mean"]["value"]
         assert f'<td class="number">{dice:.4f}</td>' in page
