@@ -547,7 +547,8 @@ def _measures_table(title: str, measures: Mapping[str, Any]) -> Any:
             "-" if value is None else f"{value:.4f}",
             "-" if low is None else f"{low:.4f} to {high:.4f}",
             str(measure["num_cases"]),
-            str(measure["num_groups"]),
+            # The outcome of a run of an earlier version has none.
+            str(measure.get("num_groups", "-")),
         )
     return table
 

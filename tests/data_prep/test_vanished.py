@@ -26,6 +26,16 @@ def test_regions_between_the_kept_pixels_have_vanished() -> None:
     assert found.is_emptied
 
 
+def test_a_mirrored_mask_keeps_other_columns() -> None:
+    mask = np.zeros((16, 16), np.uint8)
+    mask[2, [2, 13]] = 1
+    mask[6, 9] = 1
+    plain = Geometry("stretch", 16, 16, 0, 0, 4, 4)  # columns 2, 6, 10, 14; mirrored 13, 9, 5, 1
+    mirrored = Geometry("stretch", 16, 16, 0, 0, 4, 4, is_flipped=True)
+    assert count_regions(mask, plain, 2) == RegionCounts((0, 3), (0, 2))
+    assert count_regions(mask, mirrored, 2) == RegionCounts((0, 3), (0, 1))
+
+
 def test_an_empty_mask_has_no_regions_and_is_not_emptied() -> None:
     found = count_regions(np.zeros((9, 9), np.uint8), Geometry("stretch", 9, 9, 0, 0, 4, 4), 2)
     assert found == RegionCounts((0, 0), (0, 0))
