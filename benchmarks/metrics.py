@@ -13,6 +13,7 @@ from job.metrics import dice, iou
 from job.surface import contour_distances, hausdorff, surface_dice
 
 TOLERANCE = 1.0  # in the unit of the spacing
+DIVIDING = (0.05, 0.1, 0.2, 0.25, 0.5, 1.0)  # spacings with contours that lie on the tolerance
 
 
 def random_mask(random: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -38,7 +39,9 @@ def differences(num_masks: int, seed: int = 0) -> dict[str, float]:
     random = np.random.default_rng(seed)
     for _ in range(num_masks):
         height, width = random.integers(1, 96, 2)
-        spacing = float(random.uniform(0.05, 2)), float(random.uniform(0.05, 2))
+        is_dividing = random.random() < 0.5
+        rows, columns = random.choice(DIVIDING, 2) if is_dividing else random.uniform(0.05, 2, 2)
+        spacing = float(rows), float(columns)
         truth = random_mask(random, height, width)
         is_near = random.random() < 0.5
         prediction = (

@@ -230,6 +230,17 @@ def apply_geometry(
     return result
 
 
+def kept_lines(geometry: Geometry) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Returns the rows and the columns of the source that `apply_geometry` takes for a mask."""
+    box = geometry.part
+    rows, columns = (np.arange(length, dtype=np.int32) for length in (box.height, box.width))
+    if geometry.is_flipped:
+        columns = columns[::-1]
+    rows = _resize(rows[:, np.newaxis], geometry.height, 1, nearest=True)[:, 0]
+    columns = _resize(columns[np.newaxis], 1, geometry.width, nearest=True)[0]
+    return box.top + rows, box.left + columns
+
+
 def undo_geometry(pixels: Pixels, geometry: Geometry, *, nearest: bool) -> Pixels:
     """Returns the picture's part of the stored image at its source size, dtype kept.
 

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import click
@@ -278,8 +278,11 @@ def prepare(
     with (open_workers or _processes(config, len(items)))() as workers:
         work = _Work(store, config, workers, progress)
         if is_finished:
-            return _finished(work, items, refused)
-        return _prepare(work, items, refused, _dataset_name(sources, config))
+            manifest = _finished(work, items, refused)
+        else:
+            manifest = _prepare(work, items, refused, _dataset_name(sources, config))
+    _warn_of_vanished(manifest)
+    return manifest
 
 
 def _processes(config: PrepConfig, num_items: int) -> OpenWorkers:
@@ -739,6 +742,7 @@ def _manifest(
         std=std,
         tool_version=importlib.metadata.version("flexunet"),
         options=dict(plan["options"]),
+        reduced=_reduced(samples, assignment.splits),
         source_sha256=plan["source_sha256"],
     )
 
@@ -752,6 +756,40 @@ def _split_infos(
         num_groups = len({sample.group for sample in members})
         infos[name] = schema.SplitInfo(num_samples=len(members), num_groups=num_groups)
     return infos
+
+
+def _reduced(
+    samples: Sequence[scan.Scanned], splits: Mapping[str, str]
+) -> dict[schema.Split, schema.ReducedInfo]:
+    infos = {}
+    for name in schema.SPLITS:
+        counts = [s.regions for s in samples if splits[s.id] == name and s.regions is not None]
+        if counts:
+            infos[name] = schema.ReducedInfo(
+                num_pictures=len(counts),
+                num_emptied=sum(each.is_emptied for each in counts),
+                num_regions=_sums(each.regions for each in counts),
+                num_vanished=_sums(each.vanished for each in counts),
+            )
+    return infos
+
+
+def _sums(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(sum(column) for column in zip(*rows, strict=True))
+
+
+def _warn_of_vanished(manifest: schema.Manifest) -> None:
+    infos = manifest.reduced.values()
+    num_vanished = sum(sum(info.num_vanished) for info in infos)
+    if num_vanished:
+        logger.warning(
+            "%d of %s of the masks have no pixel in the stored masks, which are smaller, and %s "
+            "lost all foreground: training does not see them, and no evaluation counts them as "
+            "missed; raise --image-size, or cut tiles (--tile)",
+            num_vanished,
+            counted(sum(sum(info.num_regions) for info in infos), "region"),
+            counted(sum(info.num_emptied for info in infos), "picture"),
+        )
 
 
 def _write_report(

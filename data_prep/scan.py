@@ -25,7 +25,9 @@ from data_prep.errors import ContentError
 from data_prep.image import Box, Geometry, apply_geometry, read_image, read_mask_pixels
 from data_prep.storage import Store, open_store
 from data_prep.tiles import count, cut
+from data_prep.vanished import RegionCounts, count_regions
 
+_VERSION = 2  # of what is staged; another version's is not found
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _MIN_PAIRS, _MAX_PAIRS = 4, 32  # of a chunk; each costs two fsyncs, or two requests
 _MAX_TILES = 20_000  # of a picture; tiles of 64 that overlap by half cut 4096x3328 into 13081
@@ -112,6 +114,7 @@ class Scanned:
         value_max: raw value of full intensity, None where the file does not say it.
         spacing_mm: size of a pixel of the source (y, x), where it is known.
         findings: annotations of a release.
+        regions: of the source's mask, None where it is not made smaller.
         source_crcs: CRC32C of the image file and of the mask file, 0 where there is none.
     """
 
@@ -135,6 +138,7 @@ class Scanned:
     value_max: int | None
     spacing_mm: tuple[float, float] | None
     findings: tuple[inbreast.Finding, ...]
+    regions: RegionCounts | None
     source_crcs: tuple[int, int]
 
 
@@ -301,6 +305,7 @@ def _scan_item(
             value_max=read.value_max,
             spacing_mm=read.spacing_mm,
             findings=read.findings,
+            regions=count_regions(read.mask, sample.geometry, len(layout.classes)),
             source_crcs=crcs,
         )
         offset += len(record)
@@ -479,7 +484,7 @@ def _read(file: File) -> bytes:
 
 def _staged_name(task: ScanTask) -> str:
     # Labels and places are left out: the same pair by another path is the same work.
-    parts: list[Any] = [schema.FORMAT_VERSION, dataclasses.asdict(task.layout)]
+    parts: list[Any] = [schema.FORMAT_VERSION, _VERSION, dataclasses.asdict(task.layout)]
     for item in task.items:
         files = [
             file and (file.url, file.name, file.size, file.generation)
@@ -521,11 +526,15 @@ def _from_json(values: dict[str, Any]) -> Scanned | Refused:
     moments = {key: _tuple(value) for key, value in values.pop("moments").items()}
     counts = tuple(values.pop("pixels_per_class"))
     findings = tuple(inbreast.Finding(**each) for each in values.pop("findings"))
+    regions = values.pop("regions")
+    if regions is not None:
+        regions = RegionCounts(**{key: _tuple(value) for key, value in regions.items()})
     return Scanned(
         geometry=geometry,
         moments=Moments(**moments),
         pixels_per_class=counts,
         findings=findings,
+        regions=regions,
         spacing_mm=_tuple(values.pop("spacing_mm")),
         source_crcs=crcs,
         **values,

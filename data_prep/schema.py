@@ -97,6 +97,21 @@ class SplitInfo(Settings):
     num_groups: int = Field(ge=0)
 
 
+class ReducedInfo(Settings):
+    """Masks of one split that were made smaller, and what became of their regions.
+
+    Attributes:
+        num_emptied: pictures with foreground in the source and none in what is stored.
+        num_regions: of the sources, by class id; 0 of class 0.
+        num_vanished: those of them without a stored pixel, likewise.
+    """
+
+    num_pictures: int = Field(ge=0)
+    num_emptied: int = Field(ge=0)
+    num_regions: tuple[int, ...]
+    num_vanished: tuple[int, ...]
+
+
 class Manifest(Settings):
     """`dataset.json`: everything a reader must know before it reads a shard.
 
@@ -107,6 +122,7 @@ class Manifest(Settings):
         ignore_id: class id of mask pixels that count nowhere.
         mean: per channel, of the raw values of the train split; `std` likewise.
         options: the options that decide what is written; the dataset's identity with its source.
+        reduced: of splits with masks that were made smaller; empty in datasets of version 0.1.0.
         source_sha256: digest of names, sizes and checksums of the source files.
     """
 
@@ -135,6 +151,7 @@ class Manifest(Settings):
     std: tuple[float, ...]
     tool_version: str
     options: dict[str, Any] = Field(default_factory=dict)
+    reduced: dict[Split, ReducedInfo] = Field(default_factory=dict)
     source_sha256: str = ""
 
     @model_validator(mode="before")

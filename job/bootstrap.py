@@ -16,6 +16,7 @@ Values = npt.NDArray[np.float64]
 LEVEL = 0.95
 NUM_DRAWS = 2000
 SEED = 0
+MIN_GROUPS = 5  # with fewer, what they happen to agree in looks certain
 
 _MAX_WEIGHTS = 2**22  # of one block of draws: 32 MB
 
@@ -42,16 +43,16 @@ def interval(
 ) -> tuple[float, float] | None:
     """Returns the interval of `ratio` when groups are drawn with replacement.
 
-    Draws in which nothing is below have no value and are left out. None where fewer than two
-    groups have a value, because nothing can be said then.
+    Draws in which nothing is below have no value and are left out. None where fewer than
+    `MIN_GROUPS` groups contribute, because little can be said then.
 
     Args:
         groups: (N,) the group of each case.
     """
+    if num_contributing(denominators, groups) < MIN_GROUPS:
+        return None
     names, index = np.unique(np.asarray(groups), return_inverse=True)
     above, below = _per_group(numerators, index), _per_group(denominators, index)
-    if np.count_nonzero(below.reshape(len(names), -1).any(axis=1)) < 2:
-        return None
     random = np.random.default_rng(seed)
     values = []
     block = max(1, _MAX_WEIGHTS // len(names))
@@ -62,6 +63,12 @@ def interval(
     tail = (1 - level) / 2
     low, high = np.nanquantile(np.concatenate(values), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def num_contributing(denominators: Values, groups: Sequence[str]) -> int:
+    """Returns how many groups have something below, in any of the quotients."""
+    has_value = denominators.reshape(len(denominators), -1).any(axis=1)
+    return len(set(np.asarray(groups)[has_value].tolist()))
 
 
 def _per_group(values: Values, index: npt.NDArray[np.int64]) -> Values:

@@ -42,6 +42,7 @@ from job.history import evaluation_csv
 from job.lesions import MIN_PIXELS
 from job.measures import (
     SIZES,
+    TRUTHS,
     Case,
     Scale,
     ThresholdSweep,
@@ -51,6 +52,8 @@ from job.measures import (
     lesion_words,
     measure_case,
     measure_rows,
+    size_notes,
+    specks_of,
     summarize_cases,
     titled_sizes,
     without_ignored,
@@ -202,6 +205,7 @@ class Evaluator:
         found = self._measure(name, pictures, reader, shown, should_stop, alive)
         summary = self._summary(name, found.counts, means)
         groups, names = [each.group for each in pictures], foreground_names(self.dataset)
+        summary["truth"] = dict(TRUTHS)
         summary["sizes"] = {
             size: summarize_cases(each, groups, names) for size, each in found.cases.items()
         }
@@ -272,24 +276,29 @@ class Evaluator:
         self, picture: Picture, truth: np.ndarray, probabilities: np.ndarray, ids: np.ndarray
     ) -> dict[str, Case]:
         """Returns the case at each size; where both sizes are one, it is measured once."""
+        manifest = self.dataset.manifest
         geometry = picture.geometry
         scales = _scales(geometry, picture.spacing)
-        network = self._measured(truth, ids, scales["network"], MIN_PIXELS)
+        # Decided once: stored pixels are not all equally many of the picture's.
+        specks = specks_of(
+            without_ignored(truth, truth, manifest.ignore_id)[0], len(manifest.classes), MIN_PIXELS
+        )
+        network = self._measured(truth, ids, scales["network"], specks)
         if not geometry.crop and (geometry.source_height, geometry.source_width) == truth.shape:
             return {"network": network, "original": network}
         truth = undo_geometry(truth, geometry, nearest=True)
         ids = class_ids_at_source(probabilities, geometry)
-        area = area_scale(geometry)
-        ids = without_small(ids, self.min_pixels, area)
-        # A speck is one at both sizes.
-        min_lesion = math.ceil(MIN_PIXELS * area)
-        original = self._measured(truth, ids, scales["original"], min_lesion)
+        ids = without_small(ids, self.min_pixels, area_scale(geometry))
+        specks = undo_geometry(specks.view(np.uint8), geometry, nearest=True).view(bool)
+        original = self._measured(truth, ids, scales["original"], specks)
         return {"network": network, "original": original}
 
-    def _measured(self, truth: np.ndarray, ids: np.ndarray, scale: Scale, min_lesion: int) -> Case:
+    def _measured(
+        self, truth: np.ndarray, ids: np.ndarray, scale: Scale, specks: np.ndarray
+    ) -> Case:
         manifest = self.dataset.manifest
         truth, ids = without_ignored(truth, ids, manifest.ignore_id)
-        return measure_case(truth, ids, len(manifest.classes), scale, min_lesion=min_lesion)
+        return measure_case(truth, ids, len(manifest.classes), scale, specks=specks)
 
 
 def make_evaluator(
@@ -520,6 +529,8 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     sizes = titled_sizes(summary.get("sizes", {}))
     for title, measures in sizes:
         console.print(_measures_table(title, measures))
+        for line in size_notes(title, measures):
+            console.print(line, style="dim")
     if sizes:
         console.print(lesion_words(sizes[0][1]), style="dim")
 
@@ -528,7 +539,7 @@ def _measures_table(title: str, measures: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{title}: {counted(measures['num_groups'], 'group')}")
-    for column in ("measure", "value", "95 % interval", "cases"):
+    for column in ("measure", "value", "95 % interval", "cases", "groups"):
         table.add_column(column, justify="left" if column == "measure" else "right")
     for label, measure in measure_rows(measures):
         value, low, high = measure["value"], measure["low"], measure["high"]
@@ -537,6 +548,8 @@ def _measures_table(title: str, measures: Mapping[str, Any]) -> Any:
             "-" if value is None else f"{value:.4f}",
             "-" if low is None else f"{low:.4f} to {high:.4f}",
             str(measure["num_cases"]),
+            # The outcome of a run of an earlier version has none.
+            str(measure.get("num_groups", "-")),
         )
     return table
 
@@ -748,6 +761,10 @@ def command(run: str, **options: Any) -> int:
     RUN is the folder or gs:// URL of a run (RUNS/NAME). Writes tables (per_case.csv), summary.json
     and pictures of some cases to RUN/evaluation, or to --output; what an earlier evaluation wrote
     there is replaced, but for small_regions.json, which only --remove-small-regions replaces.
+
+    Cases are measured at the network's size and at the picture's own. The truth is the stored mask,
+    for the picture's own size enlarged: what making it smaller lost does not count as missed, and
+    flexunet prep says how much that is.
     """
     config = from_options(EvaluateConfig, options)
     with quiet_interrupts():

@@ -54,7 +54,12 @@ def label_regions(mask: Mask) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int
 
 
 def count_lesions(
-    truth: Mask, prediction: Mask, *, min_iou: float = MIN_IOU, min_pixels: int = 1
+    truth: Mask,
+    prediction: Mask,
+    *,
+    min_iou: float = MIN_IOU,
+    min_pixels: int = 1,
+    specks: Mask | None = None,
 ) -> LesionCounts:
     """Returns how many regions there are and how many are found, for masks (H, W) bool.
 
@@ -62,6 +67,8 @@ def count_lesions(
 
     Args:
         min_pixels: smaller true regions are specks.
+        specks: (H, W) bool, the pixels of specks, where that is known already: a true region that
+            is all of such pixels is one, whatever its size.
     """
     true, true_sizes = label_regions(truth)
     predicted, predicted_sizes = label_regions(prediction)
@@ -72,6 +79,8 @@ def count_lesions(
     ious = overlaps / unions
     free_true, free_predicted = set(pairs[0]), set(pairs[1])
     is_speck = true_sizes < min_pixels
+    if specks is not None:
+        is_speck = np.bincount(true[truth & ~specks], minlength=len(true_sizes)) == 0
     num_found = num_specks_found = 0
     for index in np.argsort(-ious, kind="stable"):
         first, second = pairs[0][index], pairs[1][index]

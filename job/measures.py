@@ -10,6 +10,9 @@ Rules for empty masks, per case and class, counted as `num_neither`, `num_truth_
                           a mean better
     in both               as measured
 
+Pooled Dice and IoU are no means over cases: they are of all pixels, where what is invented beside a
+lesion may weigh more than what is found of it.
+
 Lesions and false positives are counts, and need no rule; what is a lesion, and when it is found,
 says `job/lesions.py`. Distances are in mm where the spacing of
 the pixels is known, else in pixels; the two are never averaged together. Knows nothing of files,
@@ -25,8 +28,22 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.words import counted
-from job.bootstrap import LEVEL, NUM_DRAWS, SEED, interval, ratio
-from job.lesions import MIN_IOU, MIN_PIXELS, LesionCounts, count_lesions
+from job.bootstrap import (
+    LEVEL,
+    MIN_GROUPS,
+    NUM_DRAWS,
+    SEED,
+    interval,
+    num_contributing,
+    ratio,
+)
+from job.lesions import (
+    MIN_IOU,
+    MIN_PIXELS,
+    LesionCounts,
+    count_lesions,
+    without_small_regions,
+)
 from job.surface import Spacing, contour_distances, hausdorff, surface_dice
 
 Ids = npt.NDArray[np.uint8]
@@ -37,6 +54,10 @@ T = TypeVar("T")
 Presence = Literal["neither", "truth_only", "prediction_only", "both"]
 
 SIZES = ("network", "original")  # at which cases are measured
+TRUTHS = {  # with which a prediction is compared
+    "network": "the stored mask",
+    "original": "the stored mask, enlarged to the picture's own size",
+}
 TOLERANCES: dict[Unit, float] = {"mm": 1.0, "px": 2.0}  # within which contours agree
 _SHARED = ("dice_mean", "iou_mean", "dice_pooled", "iou_pooled")
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -91,16 +112,31 @@ def without_ignored(truth: Ids, prediction: Ids, ignore_id: int | None) -> tuple
     return np.where(ignored, zero, truth), np.where(ignored, zero, prediction)
 
 
+def specks_of(truth: Ids, num_classes: int, min_lesion: int) -> npt.NDArray[np.bool_]:
+    """Returns the pixels (H, W) bool of true regions with fewer than `min_lesion` pixels."""
+    specks = np.zeros(truth.shape, bool)
+    for class_id in range(1, num_classes):
+        mask = truth == class_id
+        specks |= mask & ~without_small_regions(mask, min_lesion)
+    return specks
+
+
 def measure_case(
-    truth: Ids, prediction: Ids, num_classes: int, scale: Scale, *, min_lesion: int = 1
+    truth: Ids,
+    prediction: Ids,
+    num_classes: int,
+    scale: Scale,
+    *,
+    min_lesion: int = 1,
+    specks: npt.NDArray[np.bool_] | None = None,
 ) -> Case:
     """Returns what is measured on masks (H, W) of class ids 0..num_classes-1.
 
     Args:
-        min_lesion: pixels of a lesion at least; smaller true regions are specks.
+        min_lesion, specks: of the true regions, those that are no lesions, see `count_lesions`.
     """
     classes = (
-        _measure_class(truth == class_id, prediction == class_id, scale, min_lesion)
+        _measure_class(truth == class_id, prediction == class_id, scale, min_lesion, specks)
         for class_id in range(1, num_classes)
     )
     return Case(scale.unit, _diagonal(truth.shape, scale), tuple(classes))
@@ -123,7 +159,11 @@ def _diagonal(shape: tuple[int, ...], scale: Scale) -> float:
 
 
 def _measure_class(
-    truth: npt.NDArray[np.bool_], prediction: npt.NDArray[np.bool_], scale: Scale, min_lesion: int
+    truth: npt.NDArray[np.bool_],
+    prediction: npt.NDArray[np.bool_],
+    scale: Scale,
+    min_lesion: int,
+    specks: npt.NDArray[np.bool_] | None,
 ) -> ClassCase:
     tp = int(np.count_nonzero(truth & prediction))
     fp = int(np.count_nonzero(prediction)) - tp
@@ -136,7 +176,7 @@ def _measure_class(
         nsd = surface_dice(distances, TOLERANCES[scale.unit])
     elif presence != "neither":
         hd95, nsd = _diagonal(truth.shape, scale), 0.0
-    lesions = count_lesions(truth, prediction, min_pixels=min_lesion)
+    lesions = count_lesions(truth, prediction, min_pixels=min_lesion, specks=specks)
     return ClassCase(presence, tp, fp, fn, hd95, nsd, lesions)
 
 
@@ -151,9 +191,11 @@ def summarize_cases(
 ) -> dict[str, Any]:
     """Returns the measures of all cases at one size, JSON-ready; an undefined value is None.
 
-    Each measure is {"value", "low", "high", "num_cases", "all_background"}: its value, the 95 %
-    interval when groups are drawn again (None for fewer than two groups), the cases that it is of,
-    and what predicting nothing scores. `foreground` has the mean over the classes.
+    Each measure is {"value", "low", "high", "num_cases", "num_groups", "all_background",
+    "all_background_num_cases"}: its value, the 95 % interval when groups are drawn again (None
+    where fewer than `MIN_GROUPS` contribute), the cases and groups that it is of, what predicting
+    nothing scores, and of how many cases that is: a case without the class has a distance only
+    where something was predicted. `foreground` has the mean over the classes.
 
     Args:
         groups: of each case.
@@ -170,7 +212,13 @@ def summarize_cases(
     return {
         "num_cases": len(cases),
         "num_groups": len(set(groups)),
-        "interval": {"level": LEVEL, "num_draws": NUM_DRAWS, "seed": SEED, "drawn": "groups"},
+        "interval": {
+            "level": LEVEL,
+            "num_draws": NUM_DRAWS,
+            "seed": SEED,
+            "drawn": "groups",
+            "min_groups": MIN_GROUPS,
+        },
         "nsd_tolerance": dict(TOLERANCES),
         "lesion_rule": {"min_iou": MIN_IOU, "min_pixels": MIN_PIXELS},
         "foreground": foreground,
@@ -250,9 +298,15 @@ def _measure(pair: Pair, baseline: Pair, groups: Sequence[str]) -> dict[str, Any
         "value": ratio(above, below),
         "low": low,
         "high": high,
-        "num_cases": int(np.count_nonzero(below.reshape(len(below), -1).any(axis=1))),
+        "num_cases": _num_cases(below),
+        "num_groups": num_contributing(below, groups),
         "all_background": ratio(*baseline),
+        "all_background_num_cases": _num_cases(baseline[1]),
     }
+
+
+def _num_cases(below: Values) -> int:
+    return int(np.count_nonzero(below.reshape(len(below), -1).any(axis=1)))
 
 
 class ThresholdSweep:
@@ -336,7 +390,8 @@ def _quotient(above: float, below: float) -> float | None:
 
 
 _CELLS = (
-    *("presence", "dice", "hd95", "nsd", "lesions", "lesions_found", "false_positives"),
+    # None is another one's beginning: with `lesions_found`, classes x and found_x would collide.
+    *("presence", "dice", "hd95", "nsd", "lesions", "found_lesions", "false_positives"),
     *("tp_px", "fp_px", "fn_px", "specks"),
 )
 
@@ -402,6 +457,22 @@ def titled_sizes(sizes: Mapping[str, T]) -> list[tuple[str, T]]:
     if len(sizes) == 2 and sizes["network"] == sizes["original"]:
         return [("original size, which is the network's", sizes["original"])]
     return [(f"{size} size", each) for size, each in sizes.items()]
+
+
+def size_notes(title: str, size: Mapping[str, Any]) -> list[str]:
+    """Returns what a reader must know of the measures at one of `titled_sizes`."""
+    notes = []
+    if title == "original size":
+        notes.append(
+            f"Truth at this size: {TRUTHS['original']}, and not the source's; what was lost when "
+            "it was stored does not count as missed."
+        )
+    if title == "network size" and any("hd95_px" in each for each in size["classes"]):
+        notes.append(
+            "Distances in pixels of this size take the stored pixels as square, which they are not "
+            "where pictures of another aspect were stretched (--geometry stretch)."
+        )
+    return notes
 
 
 def lesion_words(size: Mapping[str, Any]) -> str:

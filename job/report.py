@@ -31,7 +31,7 @@ from data_prep.settings import read_yaml
 from data_prep.storage import NotFound, Store, join_url, open_store
 from data_prep.words import counted
 from job.folds import SUMMARY_NAME
-from job.measures import checkpoint_words, lesion_words, measure_rows, titled_sizes
+from job.measures import checkpoint_words, lesion_words, measure_rows, size_notes, titled_sizes
 from job.run import LEASE_NAME, OUTCOME_NAME, RESTORE, read_ends, standing
 from job.stored import evaluate_again, read_json, read_table
 from job.watchdog import STACKS_FOLDER
@@ -135,7 +135,7 @@ def render_folds(store: Store) -> str:
             for label, _ in measure_rows(found["pooled"])
         ]
         columns = ["measure", *(f"fold {index}" for index in range(len(folds)))]
-        body = _measures(found["pooled"]) + "<h3>Fold by fold</h3>" + _table(columns, rows)
+        body = _measures(title, found["pooled"]) + "<h3>Fold by fold</h3>" + _table(columns, rows)
         parts.append(_section(f"All cases at {title}", body))
     folds_of = f"{summary['num_folds']} folds"
     parts.append(_section("Dataset", _dataset(manifest, folds_of)))
@@ -201,7 +201,9 @@ def _metrics(store: Store, summary: Mapping[str, Any] | None) -> str:
     ]
     for title, measures in titled_sizes(summary.get("sizes", {})):
         parts.append(f"<h3>At {_text(title)}</h3>")
-        parts.append(_measures(measures))
+        parts.append(_measures(title, measures))
+    if summary.get("sizes"):
+        parts.append(_vanished(store))
     sweep = read_table(store, "evaluation/thresholds.csv", evaluate_again(store))
     if sweep:
         parts.append("<h3>Other thresholds of the probability</h3>")
@@ -243,9 +245,37 @@ def _regions(regions: Mapping[str, Any]) -> str:
     )
 
 
-def _measures(measures: Mapping[str, Any]) -> str:
+def _vanished(store: Store) -> str:
+    """Returns the regions that the dataset's masks lost, where they were made smaller."""
+    card = read_json(store, "dataset.json", RESTORE) or {}
     rows = [
-        (label, m["value"], _interval(m), m["all_background"], m["num_cases"])
+        (split, each["name"], info["num_pictures"], info["num_regions"][each["id"]],
+         info["num_vanished"][each["id"]], info["num_emptied"])
+        for split, info in card.get("reduced", {}).items()
+        for each in card["classes"]
+        if each["id"]
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    columns = (
+        *("split", "class", "pictures", "regions of the source", "without a stored pixel"),
+        "pictures that lost all foreground",
+    )
+    return (
+        "<h3>Lost before training</h3>"
+        + _table(columns, rows)
+        + '<p class="quiet">Masks were made smaller for the dataset. A region of a source mask '
+        "that has no stored pixel is in none of the counts above: to miss it is no error there. A "
+        "larger --image-size of flexunet prep, or --tile, keeps it.</p>"
+    )
+
+
+def _measures(title: str, measures: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            *(label, m["value"], _interval(m), m["num_cases"], m["num_groups"]),
+            *(m["all_background"], m["all_background_num_cases"]),
+        )
         for label, m in measure_rows(measures)
     ]
     counts = [
@@ -260,9 +290,18 @@ def _measures(measures: Mapping[str, Any]) -> str:
         f"{value:g} {unit}" for unit, value in measures["nsd_tolerance"].items()
     )
     return (
-        _table(("measure", "value", "95 % interval", "all background", "cases"), rows)
+        _table(
+            (
+                *("measure", "value", "95 % interval", "cases", "groups"),
+                *("all background", "over cases"),
+            ),
+            rows,
+        )
         + f'<p class="quiet">Intervals draw the groups again '
-        f"({counted(measures['num_groups'], 'group')}). nsd: surface Dice within {tolerance}. A "
+        f"({counted(measures['num_groups'], 'group')}); there is none where fewer than "
+        f"{measures['interval']['min_groups']} groups have the measure. All background, what "
+        "predicting nothing scores, is over its own cases: one without the class has a distance "
+        f"only where something was predicted. nsd: surface Dice within {tolerance}. A "
         "class in neither mask is left out; in one mask only it scores 0, and its HD95 is the "
         "diagonal of the picture.</p>"
         + _table(
@@ -274,6 +313,7 @@ def _measures(measures: Mapping[str, Any]) -> str:
         )
         + '<p class="quiet">Missed whole: the case has the class and nothing of it was predicted; '
         f"false alarm: predicted in a case without it. {_text(lesion_words(measures))}</p>"
+        + "".join(f'<p class="quiet">{_text(note)}</p>' for note in size_notes(title, measures))
     )
 
 
@@ -333,7 +373,7 @@ def _failures(store: Store) -> str:
             (
                 *(row["id"], row["group"], name, words.get(row[f"presence_{name}"], "")),
                 *(dice, _value(row[f"hd95_{name}"]), row["unit"]),
-                f"{row[f'lesions_found_{name}']} of {row[f'lesions_{name}']}",
+                f"{row[f'found_lesions_{name}']} of {row[f'lesions_{name}']}",
                 int(row[f"false_positives_{name}"]),
             )
             for dice, row, name in failed[:_MAX_FAILURES]

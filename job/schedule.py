@@ -2,8 +2,9 @@
 
 The first two are a pure function of the step. The others are Keras' rules, with state that can be
 saved: both watch a value that should fall. As in Keras, an improvement is judged after rounding to
-float32, so that noise below 1e-7 of the value is none. Unlike in Keras, NaN is never the best
-value: there, a first NaN would stay the best for ever. Knows nothing of TensorFlow or of the loop.
+float32, so that noise below 1e-7 of the value is none. Unlike in Keras, what is not finite never
+is the best value: there, a first NaN would stay the best for ever. Knows nothing of TensorFlow or
+of the loop.
 
 Source of the rules: `ReduceLROnPlateau` and `EarlyStopping` of Keras 3.
 """
@@ -120,7 +121,19 @@ class EarlyStopping:
         self.wait = state["wait"]
 
 
+def is_best(value: float, best: float | None) -> bool:
+    """Returns whether `value` takes the place of `best`, None before the first.
+
+    The first is the best whatever it is, so that there is one; a finite one beats all that are not.
+    """
+    if best is None or not math.isfinite(best):
+        return best is None or math.isfinite(value)
+    return math.isfinite(value) and value < best
+
+
 def _is_improvement(value: float, best: float | None, min_delta: float) -> bool:
+    if not math.isfinite(value):
+        return False
     if best is None:
-        return not np.isnan(value)
+        return True
     return bool(np.float32(value + min_delta) < np.float32(best))

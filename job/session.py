@@ -34,7 +34,7 @@ from job.predict import Alive, not_told
 from job.record import Recorder, open_recorder
 from job.run import Run
 from job.runtime import why_not_xla
-from job.schedule import EarlyStopping, PlateauReducer, rate_factor
+from job.schedule import EarlyStopping, PlateauReducer, is_best, rate_factor
 from job.state import TrainState
 from job.step import make_train_step, network_of
 from job.team import Team
@@ -303,7 +303,7 @@ class Session:
             stopping.load_state(state.stopping)
         state.stopped_early = stopping.update(loss, row["epoch"])
         state.stopping = stopping.state()
-        return state.best is None or loss < state.best["val_loss"]
+        return is_best(loss, state.best["val_loss"] if state.best else None)
 
 
 @contextmanager

@@ -388,6 +388,31 @@ def test_small_splits_are_warned_of(source, tmp_path, caplog):
     assert warning.getMessage().startswith("split test has 2 groups, so its figures say little")
 
 
+def test_regions_that_vanish_in_a_smaller_mask_are_told_and_recorded(source, tmp_path, caplog):
+    path = source / "masks" / "case_3.png"
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4, 4] = mask[6, 10] = 255  # only odd rows and columns are stored
+    assert cv2.imwrite(str(path), mask)
+    manifest = _prepare(source, tmp_path / "out", image_size=8)
+    infos = manifest.reduced.values()
+    assert sum(info.num_pictures for info in infos) == 20
+    assert sum(info.num_emptied for info in infos) == 1
+    assert [sum(info.num_vanished[c] for info in infos) for c in (0, 1)] == [0, 2]
+    told = "2 of 21 regions of the masks have no pixel in the stored masks"
+    assert told in caplog.text
+    assert "1 picture lost all foreground" in caplog.text
+    assert "raise --image-size, or cut tiles" in caplog.text
+    # Found finished, it is told again.
+    caplog.clear()
+    assert _prepare(source, tmp_path / "out", image_size=8) == manifest
+    assert told in caplog.text
+
+
+def test_masks_that_keep_their_size_are_not_counted(source, tmp_path, caplog):
+    assert _prepare(source, tmp_path / "out").reduced == {}
+    assert "have no pixel" not in caplog.text
+
+
 def test_the_same_picture_twice_stays_in_one_split(tmp_path, caplog):
     source = tmp_path / "source"
     for i in range(20):

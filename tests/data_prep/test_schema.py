@@ -215,6 +215,12 @@ def test_manifest_survives_writing_and_is_named_by_its_digest(tmp_path):
     assert digest == hashlib.sha256(manifest.to_json()).hexdigest()
 
 
+def test_manifest_of_a_version_that_counted_no_regions_is_read():
+    values = json.loads(schema.Manifest.model_validate(_manifest()).to_json())
+    del values["reduced"]
+    assert schema.parse_manifest(json.dumps(values).encode(), "here").reduced == {}
+
+
 def test_read_manifest_says_how_to_make_a_dataset(tmp_path):
     with pytest.raises(UsageError, match=r"dataset\.json is missing; run flexunet prep"):
         schema.read_manifest(open_store(str(tmp_path)))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from job.bootstrap import interval, ratio
+from job.bootstrap import interval, num_contributing, ratio
 
 
 def test_ratio_is_of_sums_and_averages_over_classes() -> None:
@@ -38,17 +38,28 @@ def test_interval_draws_whole_groups() -> None:
 
 
 def test_interval_is_the_same_for_a_seed_and_contains_the_value() -> None:
-    values, groups = np.array([0.1, 0.5, 0.9]), ["a", "b", "c"]
-    first = interval(values, np.ones(3), groups)
-    assert first == interval(values, np.ones(3), groups)
+    values, groups = np.array([0.1, 0.3, 0.5, 0.7, 0.9]), list("abcde")
+    first = interval(values, np.ones(5), groups)
+    assert first == interval(values, np.ones(5), groups)
     assert first is not None
     assert 0.1 <= first[0] <= 0.5 <= first[1] <= 0.9
-    assert first != interval(values, np.ones(3), groups, seed=1, num_draws=10)
+    assert first != interval(values, np.ones(5), groups, seed=1, num_draws=10)
 
 
-def test_interval_needs_two_groups_with_a_value() -> None:
-    assert interval(np.array([0.5, 0.7]), np.ones(2), ["a", "a"]) is None
-    assert interval(np.array([0.5, 0.0]), np.array([1.0, 0.0]), ["a", "b"]) is None
-    # A group without a value widens nothing: its draws are left out.
-    found = interval(np.array([0.5, 0.7, 0.0]), np.array([1.0, 1.0, 0.0]), ["a", "b", "c"])
-    assert found == pytest.approx((0.5, 0.7))
+def test_interval_needs_five_groups_with_a_value() -> None:
+    values = np.array([0.5, 0.5, 0.5, 0.7, 0.9, 0.0])
+    assert interval(values, np.ones(6), ["a", "a", "b", "c", "d", "d"]) is None
+    has_value = np.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    assert num_contributing(has_value, list("abcdef")) == 4
+    assert interval(values * has_value, has_value, list("abcdef")) is None
+    # A group without a value pulls nothing towards 0.
+    has_value[4] = 1
+    found = interval(values, has_value, list("abcdef"))
+    assert num_contributing(has_value, list("abcdef")) == 5
+    assert found is not None
+    assert 0.5 <= found[0] < found[1] <= 0.9
+
+
+def test_groups_contribute_by_any_of_several_quotients() -> None:
+    below = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
+    assert num_contributing(below, ["a", "b", "c", "b"]) == 2

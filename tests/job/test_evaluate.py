@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.image import Box, Geometry, read_image
@@ -28,7 +30,7 @@ from job.evaluate import (
     make_evaluator,
 )
 from job.infer import InferConfig, infer
-from job.measures import Scale
+from job.measures import Scale, nothing_predicted
 from job.optimizer import Adam
 from job.pictures import Picture
 from job.run import Run
@@ -151,7 +153,9 @@ def test_evaluate_measures_contours_lesions_and_thresholds(evaluated: Path) -> N
     mass = network["classes"][0]
     assert mass["dice_mean"]["value"] == pytest.approx(summary["foreground_mean"]["dice"])
     assert mass["dice_pooled"]["value"] == pytest.approx(summary["foreground_pooled"]["dice"])
-    assert mass["dice_mean"]["low"] < mass["dice_mean"]["value"] < mass["dice_mean"]["high"]
+    assert mass["dice_mean"]["num_groups"] == 4  # too few for an interval
+    assert mass["dice_mean"]["low"] is mass["dice_mean"]["high"] is None
+    assert "enlarged" in summary["truth"]["original"]
     assert 0 <= mass["hd95_px"]["value"] < 8
     assert mass["num_lesions"] == 4
     measures = list(csv.DictReader((evaluated / "measures_network.csv").read_text().splitlines()))
@@ -201,6 +205,68 @@ def test_specks_are_the_same_at_both_sizes(own_run: Path) -> None:
     for size in ("network", "original"):
         lesions = cases[size].classes[0].lesions
         assert (lesions.num_true, lesions.num_specks) == (1, 1), size
+
+
+@pytest.mark.parametrize("factor", [1.3, 2.6, 5.2])
+def test_specks_are_the_same_where_the_factor_is_no_whole_number(
+    own_run: Path, factor: float
+) -> None:
+    run = open_trained(str(own_run))
+    dataset = dataset_of(run, None)
+    height, width = round(128 * factor), round(128 * 1.25 * factor)
+    geometry = Geometry("stretch", height, width, 0, 0, 128, 128)
+    picture = Picture("a", "a.png", "a", geometry, None, (0,))
+    truth = np.zeros((128, 128), np.uint8)
+    for index, (row, column) in enumerate(np.ndindex(25, 18)):
+        # By turns 6 and 5 stored pixels, which are not equally many of the picture's.
+        truth[row * 5 + 1 : row * 5 + 3, column * 7 + 1 : column * 7 + 4] = 1
+        if index % 2:
+            truth[row * 5 + 1, column * 7 + 1] = 0
+    probabilities = np.stack([1.0 - truth, truth], axis=-1).astype(np.float32)
+    device = tf.distribute.OneDeviceStrategy("CPU:0")
+    evaluator = make_evaluator(run.config, device, dataset, network_of([]))
+    cases = evaluator._cases_of(picture, truth, probabilities, truth)
+    for size in ("network", "original"):
+        lesions = cases[size].classes[0].lesions
+        assert (lesions.num_true, lesions.num_specks) == (225, 225), size
+    assert cases["network"].classes[0].lesions.num_found == 225
+
+
+def test_missing_all_never_makes_a_case_better_at_either_size(own_run: Path) -> None:
+    run = open_trained(str(own_run))
+    device = tf.distribute.OneDeviceStrategy("CPU:0")
+    evaluator = make_evaluator(run.config, device, dataset_of(run, None), network_of([]))
+
+    @settings(deadline=None)
+    @given(
+        seed=st.integers(0, 2**32 - 1), source=st.tuples(st.integers(16, 70), st.integers(16, 70))
+    )
+    def check(seed: int, source: tuple[int, int]) -> None:
+        random = np.random.default_rng(seed)
+        picture = Picture("a", "a.png", "a", Geometry("stretch", *source, 0, 0, 16, 16), None, (0,))
+        truth = (random.random((16, 16)) < random.uniform(0.05, 0.6)).astype(np.uint8)
+        truth[8, 8] = 1
+        mass = random.random((16, 16)).astype(np.float32)
+        found, lost = (
+            evaluator._cases_of(
+                picture, truth, np.stack([1 - each, each], axis=-1), (each > 0.5).astype(np.uint8)
+            )
+            for each in (mass, np.zeros_like(mass))
+        )
+        for size in ("network", "original"):
+            one, other = found[size].classes[0], lost[size].classes[0]
+            assert (other.presence, other.tp, other.nsd) == ("truth_only", 0, 0)
+            assert other.tp + other.fn == one.tp + one.fn
+            assert one.hd95 is not None
+            assert other.hd95 is not None
+            assert other.hd95 >= one.hd95
+            assert other.lesions.num_true == one.lesions.num_true
+            assert other.lesions.num_found == 0
+            assert other.lesions.num_true == lost["network"].classes[0].lesions.num_true
+        # As with an empty prediction, which is the baseline.
+        assert nothing_predicted(found["original"]) == lost["original"]
+
+    check()
 
 
 def test_scales_follow_the_geometry_of_each_axis() -> None:

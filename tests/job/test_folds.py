@@ -200,6 +200,7 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
         "The weights started from the seed.",
     ):
         assert words in page
+    assert f"{pooled['low']:.4f} to {pooled['high']:.4f}" in page
     for fold, each in enumerate(network["folds"]):
         dice = each["classes"][0]["dice_mean"]["value"]
         assert f'<td class="number">{dice:.4f}</td>' in page

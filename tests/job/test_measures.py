@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep.table import csv_table
+from job.lesions import label_regions
 from job.measures import (
     THRESHOLDS,
     Case,
@@ -20,6 +23,7 @@ from job.measures import (
     measure_rows,
     nothing_predicted,
     read_case,
+    size_notes,
     summarize_cases,
     titled_sizes,
     without_ignored,
@@ -114,14 +118,49 @@ def test_summary_counts_empty_masks_and_leaves_only_double_ones_out() -> None:
     assert summary["foreground"]["dice_mean"]["value"] == mass["dice_mean"]["value"]
 
 
+NEVER_BETTER = ("dice_mean", "iou_mean", "nsd_px")
+
+
 def test_missing_a_lesion_never_makes_a_mean_better() -> None:
-    far = mask_of("0000", "0000", "1000")
-    near, missed = measured(LESION, far), measured(LESION, EMPTY)
+    far, partly = mask_of("0000", "0000", "1000"), mask_of("0000", "0010", "0010")
     other = measured(LESION, LESION)
-    found, lost = summary_of(other, near)["classes"][0], summary_of(other, missed)["classes"][0]
-    assert lost["hd95_px"]["value"] > found["hd95_px"]["value"]
-    for name in ("dice_mean", "iou_mean", "nsd_px", "lesion_sensitivity"):
+    lost = summary_of(other, measured(LESION, EMPTY))["classes"][0]
+    beside = summary_of(other, measured(LESION, far))["classes"][0]
+    hit = summary_of(other, measured(LESION, partly))["classes"][0]
+    for found in (beside, hit):
+        assert lost["hd95_px"]["value"] > found["hd95_px"]["value"]
+        for name in (*NEVER_BETTER, "lesion_sensitivity"):
+            assert lost[name]["value"] <= found[name]["value"], name
+    # One of two pixels is found: each of them falls when that is lost.
+    for name in (*NEVER_BETTER, "dice_pooled", "iou_pooled", "lesion_sensitivity"):
+        assert lost[name]["value"] < hit[name]["value"], name
+
+
+@given(seed=st.integers(0, 2**32 - 1), min_lesion=st.integers(1, 5))
+def test_missing_all_of_a_random_mask_never_makes_a_mean_better(seed: int, min_lesion: int) -> None:
+    random = np.random.default_rng(seed)
+    shape = random.integers(2, 14, 2)
+    truth, prediction = (
+        (random.random(shape) < random.uniform(0.05, 0.7)).astype(np.uint8) for _ in range(2)
+    )
+    truth[0, 0] = 1
+    nothing = np.zeros_like(truth)
+    other = measured(LESION, LESION)
+    found, lost = (
+        summary_of(other, measure_case(truth, each, 2, PIXELS, min_lesion=min_lesion))["classes"][0]
+        for each in (prediction, nothing)
+    )
+    assert lost["hd95_px"]["value"] >= found["hd95_px"]["value"]
+    for name in NEVER_BETTER:
         assert lost[name]["value"] <= found[name]["value"], name
+    assert lost["num_lesions"] == found["num_lesions"]
+    # Losing any single region finds no more lesions.
+    labels, sizes = label_regions(prediction == 1)
+    for region in range(1, len(sizes)):
+        fewer = np.where(labels == region, 0, prediction).astype(np.uint8)
+        case = measure_case(truth, fewer, 2, PIXELS, min_lesion=min_lesion)
+        # The other case has one more, which is found.
+        assert case.classes[0].lesions.num_found + 1 <= found["num_lesions_found"]
 
 
 def test_summary_never_averages_two_units() -> None:
@@ -147,12 +186,47 @@ def test_summary_of_nothing_but_empty_masks_has_no_values() -> None:
     assert mass["false_positives_per_image"]["value"] == 0
 
 
+def test_a_few_patients_whose_lesions_are_all_found_give_no_interval() -> None:
+    def sensitivity(num_with_lesions: int) -> dict[str, Any]:
+        cases = [measured(LESION, LESION)] * num_with_lesions
+        cases += [measured(EMPTY, EMPTY)] * (40 - num_with_lesions)
+        summary = summary_of(*cases)
+        assert summary["num_groups"] == 40
+        assert summary["classes"][0]["false_positives_per_image"]["num_groups"] == 40
+        found: dict[str, Any] = summary["classes"][0]["lesion_sensitivity"]
+        return found
+
+    for few in (3, 4):
+        found = sensitivity(few)
+        assert (found["value"], found["num_cases"], found["num_groups"]) == (1, few, few)
+        assert (found["low"], found["high"]) == (None, None)
+    assert sensitivity(5)["low"] == 1
+
+
+def test_baseline_says_of_how_many_cases_it_is() -> None:
+    # An invention has a distance; with nothing predicted, the case has none.
+    mass = summary_of(*[measured(EMPTY, LESION)] * 3, measured(LESION, LESION))["classes"][0]
+    distance = mass["hd95_px"]
+    assert (distance["value"], distance["num_cases"]) == (pytest.approx(15 / 4), 4)
+    assert (distance["all_background"], distance["all_background_num_cases"]) == (5, 1)
+    assert mass["dice_mean"]["all_background_num_cases"] == 1
+    assert mass["false_positives_per_image"]["all_background_num_cases"] == 4
+
+
+def test_columns_of_classes_with_such_names_do_not_collide() -> None:
+    names = ["x", "found_x", "lesions_x", "px_x"]
+    columns = case_columns(names)
+    assert len(set(columns)) == len(columns)
+    case = measure_case(mask_of("0120", "0004"), mask_of("0110", "0004"), 5, PIXELS)
+    (row,) = csv.DictReader(csv_table(columns, [case_cells(case)]).splitlines())
+    assert read_case(row, names) == case
+
+
 def test_summary_averages_classes_and_names_its_rows() -> None:
     case = measure_case(mask_of("0120"), mask_of("0110"), 3, PIXELS)
     summary = summarize_cases([case, case], ["a", "b"], ["mass", "cyst"])
     # Dice of the classes: 2/3 and 0.
     assert summary["foreground"]["dice_mean"]["value"] == pytest.approx(1 / 3)
-    assert summary["foreground"]["dice_mean"]["low"] == pytest.approx(1 / 3)
     labels = [label for label, _ in measure_rows(summary)]
     assert labels[0] == "foreground dice_mean"
     assert "cyst hd95_px" in labels
@@ -219,6 +293,14 @@ def test_sweep_scores_every_threshold(num_outputs: int) -> None:
     sweep.add(truth, probabilities)
     rows = {row[1]: row[2:] for row in sweep.rows()}
     assert rows[0.6][2:] == (None, 0)
+
+
+def test_notes_say_what_the_numbers_at_a_size_are_of() -> None:
+    pixels, mm = summary_of(measured(LESION, LESION)), summary_of(measured(LESION, LESION, MM))
+    assert "the stored mask, enlarged" in size_notes("original size", mm)[0]
+    assert "take the stored pixels as square" in size_notes("network size", pixels)[0]
+    assert size_notes("network size", mm) == []
+    assert size_notes("original size, which is the network's", pixels) == []
 
 
 def test_sizes_that_measure_the_same_are_shown_once() -> None:

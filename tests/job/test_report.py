@@ -74,7 +74,7 @@ def test_page_shows_what_the_run_has_stored(trained_run: Path) -> None:
     words = page_of(trained_run).words
     for text in (
         f"{mass['dice_mean']['value']:.4f}",
-        f"{mass['dice_mean']['low']:.4f} to {mass['dice_mean']['high']:.4f}",
+        "where fewer than 5 groups have the measure",
         f"{mass['hd95_px']['all_background']:.4f}",  # the diagonal of 32x32 pixels
         "no groups were given",
         "an IoU of at least 0.1, one region for one lesion",
@@ -103,7 +103,7 @@ def test_page_lists_failures_worst_first(own_run: Path) -> None:
         return ",".join(cells.values())
 
     first = changed(first, dice_mass="0.4")
-    second = changed(second, dice_mass="0.0", presence_mass="truth_only", lesions_found_mass="0")
+    second = changed(second, dice_mass="0.0", presence_mass="truth_only", found_lesions_mass="0")
     path.write_text("\n".join([header, first, second, *others]) + "\n")
     failures = page_of(own_run).words.split("Failures")[1].split("Curves")[0]
     assert "2 with a Dice below 0.5, of 4 pairs of a case and a class" in failures
@@ -131,6 +131,35 @@ def test_page_tells_of_restarts_and_stalls(own_run: Path) -> None:
     assert words.count("killed, or ended by an error") == 1
     assert "checkpoints/step-00000012/a1" in words
     assert "stacks/host-1-rank-0.txt" in words
+
+
+def test_page_shows_regions_that_the_dataset_lost(own_run: Path) -> None:
+    path = own_run / "dataset.json"
+    manifest = json.loads(path.read_text())
+    assert "Lost before training" not in page_of(own_run).words
+    lost = {"num_pictures": 41, "num_emptied": 3, "num_regions": [0, 52], "num_vanished": [0, 17]}
+    path.write_text(json.dumps(manifest | {"reduced": {"test": lost}}))
+    text = render(open_store(str(own_run)))
+    cells = "".join(f'<td class="number">{number}</td>' for number in (41, 52, 17, 3))
+    assert f"<td>test</td><td>mass</td>{cells}" in text
+    # As a version that did not count them has written it.
+    del manifest["reduced"]
+    path.write_text(json.dumps(manifest))
+    assert "Lost before training" not in page_of(own_run).words
+
+
+def test_page_shows_groups_and_says_what_the_truth_is(own_run: Path) -> None:
+    path = own_run / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    mass = summary["sizes"]["original"]["classes"][0]
+    mass["dice_mean"] |= {"value": 0.625, "low": 0.5, "high": 0.75, "num_cases": 31}
+    mass["dice_mean"] |= {"num_groups": 29, "all_background_num_cases": 23}
+    path.write_text(json.dumps(summary))
+    text = render(open_store(str(own_run)))
+    numbers = "".join(f'<td class="number">{n}</td>' for n in (31, 29, "0.0000", 23))
+    assert f"0.6250</td><td>0.5000 to 0.7500</td>{numbers}" in text
+    assert "Truth at this size: the stored mask, enlarged" in text
+    assert "take the stored pixels as square" in text
 
 
 def test_page_escapes_names_from_outside(own_run: Path) -> None:
@@ -258,7 +287,9 @@ def without(value: Any, key: str) -> Any:
     [
         ("summary.json", "num_specks"),
         ("summary.json", "lesion_rule"),
+        ("summary.json", "all_background_num_cases"),
         ("measures_network.csv", "false_positives_mass"),
+        ("measures_network.csv", "found_lesions_mass"),
     ],
 )
 def test_an_evaluation_of_an_earlier_version_is_refused_in_a_line(
@@ -286,6 +317,16 @@ def test_a_run_that_is_over_refuses_to_show_an_evaluation_of_an_earlier_version(
     outcome = json.loads((own_run / "outcome.json").read_text())
     with pytest.raises(ContentError, match=r"'lesion_rule' is missing.*flexunet evaluate"):
         show_end(outcome, str(own_run))
+
+
+def test_outcome_without_groups_is_shown(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = json.loads((own_run / "outcome.json").read_text())
+    for size in outcome["evaluation"]["sizes"].values():
+        size["classes"] = without(size["classes"], "num_groups")
+    # As where a new evaluation was stopped while it replaced this one.
+    (own_run / "evaluation" / "summary.json").unlink()
+    show_end(outcome, str(own_run))
+    assert "mass dice_mean" in capsys.readouterr().out
 
 
 def test_chromium_shows_the_page(own_run: Path, tmp_path: Path) -> None:

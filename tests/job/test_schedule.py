@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from job.schedule import EarlyStopping, PlateauReducer, rate_factor
+from job.schedule import EarlyStopping, PlateauReducer, is_best, rate_factor
 
 NUM_SEQUENCES = 12
 
@@ -118,13 +118,26 @@ def test_early_stopping_without_patience_never_stops_but_keeps_the_best(patience
     assert (stopping.best, stopping.best_epoch) == (1.0, 1)
 
 
-def test_nan_is_never_the_best_value() -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_finite_loss_beats_one_that_is_not(bad: float) -> None:
+    assert is_best(bad, None)
+    assert is_best(2.0, bad)
+    assert not is_best(bad, bad)
+    assert not is_best(bad, 2.0)
+    assert is_best(1.0, 2.0)
+    assert not is_best(2.0, 2.0)
     stopping, reducer = EarlyStopping(5), PlateauReducer(0.5, 5)
-    for epoch, value in enumerate([math.nan, 2.0, math.nan]):
+    for epoch, value in enumerate([bad, 2.0, bad]):
         stopping.update(value, epoch)
         reducer.update(value, 1.0)
     assert (stopping.best, stopping.best_epoch, stopping.wait) == (2.0, 1, 1)
     assert (reducer.best, reducer.wait) == (2.0, 1)
+
+
+def test_training_whose_loss_is_never_finite_is_stopped() -> None:
+    stopping = EarlyStopping(3)
+    assert [stopping.update(math.nan, epoch) for epoch in range(4)] == [False, False, True, True]
+    assert stopping.best is None
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 7, 20])

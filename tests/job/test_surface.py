@@ -65,6 +65,19 @@ def test_surface_dice_counts_length_within_the_tolerance() -> None:
     assert surface_dice(distances, 0.0) == pytest.approx((2 + 2 * corner) / (4 + 4 * corner))
 
 
+@pytest.mark.parametrize(("spacing", "num_pixels"), [(0.2, 5), (0.1, 10), (0.05, 20)])
+def test_surface_dice_does_not_depend_on_the_place_in_the_picture(
+    spacing: float, num_pixels: int
+) -> None:
+    for left in range(0, 200, 7):
+        truth, prediction = np.zeros((30, 260), bool), np.zeros((30, 260), bool)
+        truth[5:25, left : left + 30] = True
+        prediction[5:25, left + num_pixels : left + num_pixels + 30] = True
+        # One millimetre apart: every element lies within, many on the tolerance.
+        distances = contour_distances(truth, prediction, (spacing, spacing))
+        assert surface_dice(distances, 1.0) == 1, left
+
+
 def test_distances_refuse_an_empty_mask_and_other_shapes() -> None:
     with pytest.raises(ValueError, match="empty mask has no contour"):
         contour_distances(square(4, 6), np.zeros((20, 20), bool), (1.0, 1.0))
