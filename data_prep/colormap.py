@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.errors import ContentError, UsageError
-from data_prep.image import DEFAULT_MAX_PIXELS, Pixels
+from data_prep.image import DEFAULT_MAX_PIXELS, Pixels, grey_channel
 
 Color = tuple[int, int, int]
 ClassIds = npt.NDArray[np.uint8]
@@ -110,7 +110,7 @@ def to_class_ids(
     ids = [entry.id for entry in classes]
     if ignore_id is not None:
         colors, ids = [*colors, (ignore_id,) * 3], [*ids, ignore_id]
-    plane = _grey_plane(pixels)
+    plane = grey_channel(pixels)
     if plane is None:
         reading = _read_colors(pixels, np.array(colors), np.array(ids), exact_tolerance)
     else:
@@ -303,16 +303,6 @@ def _refuse_unexplained(
             f"{name}: would be read as empty, but has {reading.off_counts.sum()} pixels of colours "
             f"that are no class's: {colors}; give the classes of these masks"
         )
-
-
-def _grey_plane(pixels: Pixels) -> Pixels | None:
-    """Returns the one channel of a mask that is all grey, None for other colours."""
-    if pixels.ndim == 2:
-        return pixels
-    first = pixels[..., 0]
-    if all(np.array_equal(first, pixels[..., i]) for i in range(1, pixels.shape[2])):
-        return first
-    return None
 
 
 def _grey_level(color: Color) -> int | None:

@@ -22,7 +22,14 @@ from data_prep.breast import Crop, Flip, frame
 from data_prep.colormap import ClassColor, read_npz_mask, to_class_ids
 from data_prep.dicom import Reader, read_dicom
 from data_prep.errors import ContentError
-from data_prep.image import Box, Geometry, apply_geometry, read_image, read_mask_pixels
+from data_prep.image import (
+    Box,
+    Geometry,
+    apply_geometry,
+    grey_channel,
+    read_image,
+    read_mask_pixels,
+)
 from data_prep.storage import Store, open_store
 from data_prep.tiles import count, cut
 from data_prep.vanished import RegionCounts, count_regions
@@ -432,8 +439,9 @@ def _read_picture(item: Item, layout: Layout, data: bytes) -> np.ndarray:
     image = read_image(data, name=item.image.label, max_pixels=layout.max_pixels)
     if layout.channels == "rgb":
         return to_rgb(image)
-    if image.shape[2] == 1 or _is_grey(image):
-        return np.ascontiguousarray(image[:, :, :1])
+    grey = grey_channel(image)
+    if grey is not None:
+        return grey[:, :, np.newaxis]
     if layout.channels == "grey":  # the luma of ITU-R BT.601
         return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, np.newaxis]
     return image
@@ -442,11 +450,6 @@ def _read_picture(item: Item, layout: Layout, data: bytes) -> np.ndarray:
 def to_rgb(image: np.ndarray) -> np.ndarray:
     """Returns (H, W, 3); a grey picture gets its channel three times."""
     return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
-
-
-def _is_grey(image: np.ndarray) -> bool:
-    first = image[:, :, 0]
-    return all(np.array_equal(first, image[:, :, i]) for i in range(1, image.shape[2]))
 
 
 def _read_mask(
