@@ -71,6 +71,7 @@ class Dataset:
     manifest: Manifest
     digest: str  # sha256 of the manifest
     splits: dict[str, Split]
+    fold: tuple[int, int] | None = None  # (k, of how many) where the splits are those of a fold
 
     def split(self, name: str) -> Split:
         """Returns the split `name`.

@@ -75,7 +75,7 @@ from job.predict import (
 )
 from job.regions import FILE_NAME, ClassFit, FittedOn, RegionTally, SmallRegions
 from job.run import standing
-from job.splits import open_folded
+from job.splits import open_folded, split_words
 from job.trained import TrainedRun, load_model, member_of, open_alike
 
 logger = logging.getLogger(__name__)
@@ -216,6 +216,7 @@ class Evaluator:
         way = {
             "case": "tile" if is_by_tile else "picture",
             "overlap": self.overlap if self.has_windows else None,
+            "fold": list(self.dataset.fold) if self.dataset.fold else None,
         }
         return {**_summary(name, counts, means, self.dataset), **way}
 
@@ -511,7 +512,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     used = summary.get("checkpoint")
     weights = f", {checkpoint_words(used)}" if used else ""
     cases = counted(summary["num_cases"], "case")
-    table = Table(title=f"{summary['split']} split: {cases}{weights}")
+    table = Table(title=f"{summarized_words(summary)}: {cases}{weights}")
     table.add_column("foreground")
     baseline = summary["all_background"]["foreground_mean"]
     columns = {
@@ -526,16 +527,41 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     console = Console()
     console.print(table)
+    if not has_foreground(summary):
+        console.print(no_foreground_words(summary))
     sizes = titled_sizes(summary.get("sizes", {}))
     for title, measures in sizes:
-        console.print(_measures_table(title, measures))
+        console.print(measures_table(title, measures))
         for line in size_notes(title, measures):
             console.print(line, style="dim")
     if sizes:
         console.print(lesion_words(sizes[0][1]), style="dim")
 
 
-def _measures_table(title: str, measures: Mapping[str, Any]) -> Any:
+def summarized_words(summary: Mapping[str, Any]) -> str:
+    """Returns which cases a summary is of."""
+    # An earlier version did not write the fold.
+    return split_words(summary["split"], summary.get("fold"))
+
+
+def has_foreground(summary: Mapping[str, Any]) -> bool:
+    """Returns whether a case of a summary has a foreground class in its truth."""
+    return summary["all_background"]["foreground_mean"]["dice"] is not None
+
+
+def no_foreground_words(summary: Mapping[str, Any]) -> str:
+    """Returns what can be said of cases without any foreground."""
+    alarms = ", ".join(
+        f"{each['name']} in {each['num_false_alarms']}" for each in summary["classes"][1:]
+    )
+    return (
+        f"No case of {summarized_words(summary)} has foreground, so none can be found: false "
+        f"alarms of {alarms} of {counted(summary['num_cases'], 'case')}."
+    )
+
+
+def measures_table(title: str, measures: Mapping[str, Any]) -> Any:
+    """Returns what `summarize_cases` returned as a table for people, at most 80 columns wide."""
     from rich.table import Table
 
     table = Table(title=f"{title}: {counted(measures['num_groups'], 'group')}")

@@ -28,20 +28,23 @@ from data_prep.storage import Store, join_url, open_store
 from data_prep.table import csv_table
 from job.config import TrainConfig
 from job.data import open_dataset
+from job.evaluate import measures_table
 from job.measures import (
     SIZES,
     Case,
     case_cells,
     case_columns,
+    lesion_words,
     measure_rows,
     read_case,
+    size_notes,
     summarize_cases,
     titled_sizes,
 )
 from job.origin import as_record, origin_of, refuse_seen
 from job.pictures import pictures_of
 from job.run import checked_run_name
-from job.splits import open_folded
+from job.splits import evaluated_words, open_folded
 from job.stored import evaluate_again, read_json, read_table
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ logger = logging.getLogger(__name__)
 SUMMARY_NAME = "cross_validation.json"
 
 _TICK_S = 0.2
+_FOLDS_BESIDE = 5  # of a table that fits 80 columns
 
 Command = Callable[[TrainConfig, str], list[str]]  # a fold's config, its file -> arguments
 
@@ -101,7 +105,9 @@ def cross_validate(
                 code, is_told = code or 6, True
                 _terminate(running)
             while waiting and not code and len(running) < num_parallel:
-                running.append(_start(waiting.pop(0), command, folder))
+                each = waiting.pop(0)
+                logger.info("%s: %s/%s", evaluated_words(each), each.output, each.name)
+                running.append(_start(each, command, folder))
             time.sleep(_TICK_S)
             for process in [each for each in running if each.poll() is not None]:
                 running.remove(process)
@@ -307,27 +313,36 @@ def _damaged(run: Store, name: str) -> ContentError:
 def show_folds(config: TrainConfig) -> None:
     """Prints the measures of every fold and of all of them together."""
     from rich.console import Console
-    from rich.table import Table
 
     url = join_url(config.output, str(config.name))
     summary = json.loads(open_store(url).get(SUMMARY_NAME))
-    # A log has 80 columns, which cut the numbers; a line that is too long is better.
-    console = Console(soft_wrap=True, width=max(Console().width, 70 + 12 * summary["num_folds"]))
-    for title, found in titled_sizes(summary["sizes"]):
+    console = Console()
+    sizes = titled_sizes(summary["sizes"])
+    for title, found in sizes:
+        console.print(measures_table(f"cases of all folds, {title}", found["pooled"]))
+        labels = [label for label, _ in measure_rows(found["pooled"])]
         folds = [dict(measure_rows(each)) for each in found["folds"]]
-        table = Table(title=f"{title}, cases of all folds: cross-validation")
-        table.add_column("measure", no_wrap=True)
-        for fold in range(len(folds)):
-            table.add_column(f"fold {fold}", justify="right")
-        for column in ("pooled", "95 % interval"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for label, measure in measure_rows(found["pooled"]):
-            cells = [_shown(each.get(label)) for each in [*folds, {label: measure}]]
-            low, high = measure["low"], measure["high"]
-            cells.append("-" if low is None else f"{low:.4f} to {high:.4f}")
-            table.add_row(label, *cells)
-        console.print(table)
-    console.print(f"cross-validation: {url}/{SUMMARY_NAME}", markup=False, highlight=False)
+        for first in range(0, len(folds), _FOLDS_BESIDE):
+            beside = dict(enumerate(folds[first : first + _FOLDS_BESIDE], start=first))
+            console.print(_folds_table(title, labels, beside))
+        for line in size_notes(title, found["pooled"]):
+            console.print(line, style="dim")
+    console.print(lesion_words(sizes[0][1]["pooled"]), style="dim")
+    console.print(
+        f"cross-validation: {url}/{SUMMARY_NAME}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def _folds_table(title: str, labels: Sequence[str], folds: Mapping[int, Mapping[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"fold by fold, {title}")
+    table.add_column("measure")
+    for fold in folds:
+        table.add_column(f"{fold}", justify="right", no_wrap=True)
+    for label in labels:
+        table.add_row(label, *(_shown(each.get(label)) for each in folds.values()))
+    return table
 
 
 def _shown(measure: Mapping[str, Any] | None) -> str:

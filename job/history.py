@@ -10,6 +10,11 @@ from typing import Any
 from data_prep.table import csv_table
 
 _LOSSES = ("loss", "val_loss")
+CURVE_TITLES = {  # of each picture of curves
+    "foreground": "Foreground of what validates",
+    "train_losses": "Loss",
+    "train_metrics": "Metrics of the reference, background included",
+}
 
 
 class History:

@@ -1,8 +1,8 @@
 """What is measured on one case beside its pixels, and the summary of all cases with intervals.
 
 Rules for empty masks, per case and class, counted as `num_neither`, `num_truth_only`,
-`num_prediction_only` and `num_both` (`num_missed` of `job/metrics.py` are more than
-`num_truth_only`: something may be predicted, but nowhere right):
+`num_prediction_only` and `num_both`. `num_missed` are those of the truth without one pixel found:
+more than `num_truth_only`, as something may be predicted, but nowhere right.
 
     in neither mask       no value; left out of every mean
     in one mask only      Dice, IoU and surface Dice 0; HD95 the diagonal of the picture, which no
@@ -283,6 +283,7 @@ def _class_counts(cases: Sequence[Case], index: int) -> dict[str, int]:
     kinds: tuple[Presence, ...] = ("both", "neither", "truth_only", "prediction_only")
     return {
         **{f"num_{kind}": sum(each.presence == kind for each in found) for kind in kinds},
+        "num_missed": sum(each.tp == 0 and each.fn > 0 for each in found),
         "num_lesions": sum(each.lesions.num_true for each in found),
         "num_lesions_found": sum(each.lesions.num_found for each in found),
         "num_false_positives": sum(each.lesions.num_false_positives for each in found),

@@ -37,7 +37,7 @@ from job import checkpoint, plots
 from job.config import TrainConfig
 from job.data import Dataset, RecordReader
 from job.evaluate import Evaluation, Evaluator, evaluation_folder, write_evaluation
-from job.history import History
+from job.history import CURVE_TITLES, History
 from job.infer import find_images, read_any
 from job.optimizer import Adam
 from job.outbox import Outbox
@@ -179,7 +179,9 @@ class Recorder:
             }
             if series:
                 unit = "loss" if "loss" in stem else "value"
-                self._put(f"metrics/{stem}.png", plots.curve_png(stem, epochs, series, unit))
+                self._put(
+                    f"metrics/{stem}.png", plots.curve_png(CURVE_TITLES[stem], epochs, series, unit)
+                )
 
     def read_best(self, state: TrainState) -> bool:
         """Reads the weights of the best checkpoint into the model.

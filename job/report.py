@@ -25,14 +25,18 @@ from data_prep.schema import (
     GROUPS_UNKNOWN,
     MANIFEST_NAME,
     Manifest,
+    ReducedInfo,
     parse_manifest,
 )
 from data_prep.settings import read_yaml
 from data_prep.storage import NotFound, Store, join_url, open_store
 from data_prep.words import counted
+from job.evaluate import has_foreground, no_foreground_words, summarized_words
 from job.folds import SUMMARY_NAME
+from job.history import CURVE_TITLES
 from job.measures import checkpoint_words, lesion_words, measure_rows, size_notes, titled_sizes
 from job.run import LEASE_NAME, OUTCOME_NAME, RESTORE, read_ends, standing
+from job.splits import fold_words
 from job.stored import evaluate_again, read_json, read_table
 from job.watchdog import STACKS_FOLDER
 
@@ -41,6 +45,7 @@ REPORT_NAME = "report.html"
 _FAILED_DICE = 0.5  # a case below is listed as a failure
 _MAX_FAILURES = 100
 _STANDINGS = {"open": "not finished", "stopped": "stopped before its end"}
+_PRESENCES = ("neither", "both", "truth_only", "missed", "prediction_only")
 _LESION_COUNTS = ("lesions", "lesions_found", "false_positives", "specks")
 _PICTURE_SIDE = 640  # pixels; pictures of cases are made smaller, so that the page stays small
 _JPEG_QUALITY = 85
@@ -55,7 +60,8 @@ body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1d2329; back
 h1 { margin: 0 0 4px; } h2 { margin: 36px 0 8px; border-bottom: 2px solid #d7dde3; }
 h3 { margin: 20px 0 6px; } .quiet { color: #5a6570; }
 .warning { background: #fff4d6; border-left: 4px solid #d08700; padding: 6px 12px; margin: 8px 0; }
-table { border-collapse: collapse; margin: 8px 0; font-variant-numeric: tabular-nums; }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: 8px 0;
+        font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 12px 3px 0; text-align: left; border-bottom: 1px solid #e6eaee; }
 .number { text-align: right; }
 .pictures { display: flex; flex-wrap: wrap; gap: 12px; }
@@ -137,6 +143,7 @@ def render_folds(store: Store) -> str:
         columns = ["measure", *(f"fold {index}" for index in range(len(folds)))]
         body = _measures(title, found["pooled"]) + "<h3>Fold by fold</h3>" + _table(columns, rows)
         parts.append(_section(f"All cases at {title}", body))
+    parts.append(_vanished(manifest, is_folded=True))
     folds_of = f"{summary['num_folds']} folds"
     parts.append(_section("Dataset", _dataset(manifest, folds_of)))
     return _page(store, parts)
@@ -153,6 +160,7 @@ def _page(store: Store, parts: Sequence[str]) -> str:
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>{_text(name)}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)
@@ -168,10 +176,15 @@ def _headline(store: Store, summary: Mapping[str, Any] | None) -> str:
     status = _STANDINGS.get(found, found)
     if summary is None:
         return f"<p>Status: {_text(status)}.</p>"
+    if not has_foreground(summary):
+        return (
+            f"<p>Status: {_text(status)}{_weights(summary)}.</p>"
+            f"{_warning(no_foreground_words(summary))}"
+        )
     mean, nothing = summary["foreground_mean"], summary["all_background"]["foreground_mean"]
     return (
         f"<p>Status: {_text(status)}. Foreground Dice <b>{_number(mean['dice'])}</b> over "
-        f"{counted(summary['num_cases'], 'case')} of the {_text(summary['split'])} split, mean "
+        f"{counted(summary['num_cases'], 'case')} of {_text(summarized_words(summary))}, mean "
         f"over cases{_weights(summary)} (an all-background prediction: "
         f"{_number(nothing['dice'])}).</p>"
     )
@@ -203,7 +216,7 @@ def _metrics(store: Store, summary: Mapping[str, Any] | None) -> str:
         parts.append(f"<h3>At {_text(title)}</h3>")
         parts.append(_measures(title, measures))
     if summary.get("sizes"):
-        parts.append(_vanished(store))
+        parts.append(_vanished(_manifest(store), is_folded=_fold_of(store) is not None))
     sweep = read_table(store, "evaluation/thresholds.csv", evaluate_again(store))
     if sweep:
         parts.append("<h3>Other thresholds of the probability</h3>")
@@ -245,20 +258,31 @@ def _regions(regions: Mapping[str, Any]) -> str:
     )
 
 
-def _vanished(store: Store) -> str:
-    """Returns the regions that the dataset's masks lost, where they were made smaller."""
-    card = read_json(store, "dataset.json", RESTORE) or {}
-    rows = [
-        (split, each["name"], info["num_pictures"], info["num_regions"][each["id"]],
-         info["num_vanished"][each["id"]], info["num_emptied"])
-        for split, info in card.get("reduced", {}).items()
-        for each in card["classes"]
-        if each["id"]
-    ]  # fmt: skip
-    if not rows:
+def _vanished(card: Manifest | None, *, is_folded: bool) -> str:
+    """Returns the regions that the dataset's masks lost, where they were made smaller.
+
+    Args:
+        is_folded: folds are drawn of train and valid together, and nothing of test.
+    """
+    if card is None or not card.reduced:
         return ""
+    of_splits: dict[str, list[ReducedInfo]] = {}
+    for split, info in card.reduced.items():
+        if not (is_folded and split == "test"):
+            of_splits.setdefault("all folds" if is_folded else split, []).append(info)
+    rows = [
+        (
+            *(cases, each.name, sum(info.num_pictures for info in infos)),
+            sum(info.num_regions[each.id] for info in infos),
+            sum(info.num_vanished[each.id] for info in infos),
+            sum(info.num_emptied for info in infos),
+        )
+        for cases, infos in of_splits.items()
+        for each in card.classes
+        if each.id
+    ]
     columns = (
-        *("split", "class", "pictures", "regions of the source", "without a stored pixel"),
+        *("cases", "class", "pictures", "regions of the source", "without a stored pixel"),
         "pictures that lost all foreground",
     )
     return (
@@ -281,7 +305,7 @@ def _measures(title: str, measures: Mapping[str, Any]) -> str:
     counts = [
         (
             each["name"],
-            *(each[f"num_{key}"] for key in ("both", "neither", "truth_only", "prediction_only")),
+            *(each[f"num_{key}"] for key in _PRESENCES),
             *(each[f"num_{key}"] for key in _LESION_COUNTS),
         )
         for each in measures["classes"]
@@ -306,13 +330,15 @@ def _measures(title: str, measures: Mapping[str, Any]) -> str:
         "diagonal of the picture.</p>"
         + _table(
             (
-                *("class", "in both masks", "in neither", "missed whole", "false alarm"),
+                *("class", "in neither mask", "in both", "nothing predicted"),
+                *("not a pixel found", "false alarm"),
                 *("lesions", "found", "false positives", "specks"),
             ),
             counts,
         )
-        + '<p class="quiet">Missed whole: the case has the class and nothing of it was predicted; '
-        f"false alarm: predicted in a case without it. {_text(lesion_words(measures))}</p>"
+        + '<p class="quiet">Nothing predicted: the case has the class, the prediction does not. '
+        "Not a pixel found: these, and the cases where all that was predicted lies elsewhere. "
+        f"False alarm: predicted in a case without it. {_text(lesion_words(measures))}</p>"
         + "".join(f'<p class="quiet">{_text(note)}</p>' for note in size_notes(title, measures))
     )
 
@@ -356,7 +382,6 @@ def _failures(store: Store) -> str:
     if not failed:
         return f"<p>None of {_pairs(num_pairs)} has a Dice below {_FAILED_DICE}.</p>"
     failed.sort(key=lambda each: each[0])
-    words = {"truth_only": "missed", "prediction_only": "false alarm", "both": "poor overlap"}
     table = _table(
         (
             "case",
@@ -371,7 +396,7 @@ def _failures(store: Store) -> str:
         ),
         [
             (
-                *(row["id"], row["group"], name, words.get(row[f"presence_{name}"], "")),
+                *(row["id"], row["group"], name, _failure(row, name)),
                 *(dice, _value(row[f"hd95_{name}"]), row["unit"]),
                 f"{row[f'found_lesions_{name}']} of {row[f'lesions_{name}']}",
                 int(row[f"false_positives_{name}"]),
@@ -384,16 +409,23 @@ def _failures(store: Store) -> str:
     return f"<p>{told}</p>{table}"
 
 
+def _failure(row: Mapping[str, str], name: str) -> str:
+    if row[f"presence_{name}"] != "both":
+        words = {"truth_only": "nothing predicted", "prediction_only": "false alarm"}
+        return words.get(row[f"presence_{name}"], "")
+    return "poor overlap" if int(row[f"tp_px_{name}"]) else "not a pixel found"
+
+
 def _pairs(count: int) -> str:
     return f"{counted(count, 'pair')} of a case and a class that is in one of its masks"
 
 
 def _curves(store: Store) -> str:
     pictures = []
-    for stem in ("foreground", "train_losses", "train_metrics"):
+    for stem, title in CURVE_TITLES.items():
         data = _bytes(store, f"metrics/{stem}.png")
         if data is not None:
-            pictures.append(_figure(data, "png", stem, "curve"))
+            pictures.append(_figure(data, "png", title, "curve"))
     if not pictures:
         return _missing("metrics/", "training writes curves after the first epoch")
     return f'<div class="pictures">{"".join(pictures)}</div>'
@@ -475,7 +507,8 @@ def _fold_of(store: Store) -> str | None:
     config = _config(store)
     if config.get("fold") is None:
         return None
-    return f"Fold {config['fold']} (counted from 0) of {config.get('folds')}"
+    fold = fold_words((int(config["fold"]), int(config["folds"])))
+    return fold.capitalize()
 
 
 def _start(store: Store, summary: Mapping[str, Any] | None) -> str:

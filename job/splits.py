@@ -43,7 +43,31 @@ def fold_of(dataset: Dataset, num_folds: int, fold: int) -> Dataset:
     role = {fold: "test", (fold + 1) % num_folds: "valid"}
     names = np.array([role.get(folds[sample], "train") for sample in ids])
     splits = {name: _joined(name, parts, names == name) for name in ("train", "valid", "test")}
-    return replace(dataset, splits=splits)
+    return replace(dataset, splits=splits, fold=(fold, num_folds))
+
+
+def split_words(name: str, fold: Sequence[int] | None) -> str:
+    """Returns what people are told of split `name`; `fold` as in `Dataset`."""
+    if fold is None:
+        return f"the {name} split"
+    if name == "train":
+        return f"what trains {fold_words(fold)}"
+    if name == "valid":
+        return f"what validates {fold_words(fold)}"
+    return fold_words(fold)
+
+
+def evaluated_words(config: TrainConfig) -> str:
+    """Returns what people are told of the cases on which a run is evaluated."""
+    if config.folds is None or config.fold is None:
+        return split_words("test", None)
+    return split_words("test", (config.fold, config.folds))
+
+
+def fold_words(fold: Sequence[int]) -> str:
+    """Returns (k, of how many) in words."""
+    index, num_folds = fold
+    return f"fold {index} (of 0 to {num_folds - 1})"
 
 
 def _joined(name: str, parts: Sequence[Split], chosen: np.ndarray) -> Split:

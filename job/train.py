@@ -32,7 +32,7 @@ from job.origin import check_origin
 from job.predict import Alive, not_told
 from job.report import read_summary, write_report
 from job.run import Run, checked_run_name, differences
-from job.splits import open_folded
+from job.splits import evaluated_words, open_folded
 from job.state import TrainState
 from job.team import Place, Team, meet, place_from_environment
 from job.watchdog import STACKS_FOLDER, Watchdog, end_process
@@ -46,7 +46,7 @@ _STORING = "storing the end"
 # Phases that take long and show nothing themselves, and what is said of them.
 _SHOWN_PHASES = {
     "opening the session": "building the network",
-    "evaluation": "evaluating the test split with the best checkpoint",
+    "evaluation": "evaluating {cases} with the best checkpoint",
 }
 _LAST_WORDS_S = 5.0  # for the stacks of a process that ends itself
 
@@ -467,7 +467,7 @@ class Display:
         if name.startswith("epoch ") and self._progress is None:
             text = f"compiling the first step of {name}"
         elif name in _SHOWN_PHASES and name != self._phase:
-            text = _SHOWN_PHASES[name]
+            text = _SHOWN_PHASES[name].format(cases=evaluated_words(self._config))
         else:
             return
         self._phase = name

@@ -168,13 +168,22 @@ def test_a_fold_that_fails_stops_the_others(tmp_path: Path) -> None:
 def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
     data = prepare_discs(tmp_path, num_images=15, side=16)
     options = ["--folds", "3", "--epochs", "2", "--data", data, "--output", str(tmp_path / "runs")]
-    options += ["--name", "cv", "--no-tensorboard", "--prediction-images", "0", "--no-progress"]
+    options += ["--name", "cv", "--no-tensorboard", "--prediction-images", "0"]
     options += ["--model.num-layers", "2", "--model.base-filters", "4", "--precision", "float32"]
     command = [sys.executable, "-m", "job.train", "--local", *options]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "fold 2" in done.stdout
     runs = tmp_path / "runs"
+    tables = done.stdout + done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= max(80, len(f"cross-validation: {runs}") + 30)
+    for fold in range(3):
+        assert f"fold {fold} (of 0 to 2): {runs}/cv-fold-{fold}" in done.stderr
+        assert f"evaluating fold {fold} (of 0 to 2) with the best checkpoint" in tables
+        assert f"fold {fold} (of 0 to 2): 4 cases, the best checkpoint" in " ".join(tables.split())
+        page = (runs / f"cv-fold-{fold}" / "report.html").read_text()
+        assert f"over 4 cases of fold {fold} (of 0 to 2), mean over cases" in page
+    assert "test split" not in tables
+    assert "cases of all folds, original size, which is the network's: 12 groups" in tables
     summary = json.loads((runs / "cv" / "cross_validation.json").read_text())
     network = summary["sizes"]["network"]
     rows = list(csv.DictReader((runs / "cv" / "measures_network.csv").read_text().splitlines()))

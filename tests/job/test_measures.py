@@ -121,6 +121,12 @@ def test_summary_counts_empty_masks_and_leaves_only_double_ones_out() -> None:
 NEVER_BETTER = ("dice_mean", "iou_mean", "nsd_px")
 
 
+def test_summary_counts_what_is_predicted_elsewhere_as_missed() -> None:
+    elsewhere = mask_of("0000", "0000", "0110")
+    mass = summary_of(measured(LESION, elsewhere), measured(LESION, EMPTY))["classes"][0]
+    assert (mass["num_both"], mass["num_truth_only"], mass["num_missed"]) == (1, 1, 2)
+
+
 def test_missing_a_lesion_never_makes_a_mean_better() -> None:
     far, partly = mask_of("0000", "0000", "1000"), mask_of("0000", "0010", "0010")
     other = measured(LESION, LESION)

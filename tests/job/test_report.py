@@ -16,6 +16,7 @@ from PIL import Image
 from data_prep.errors import ContentError
 from data_prep.storage import open_store
 from data_prep.table import csv_table
+from job.evaluate import show_summary
 from job.report import main, render, write_report
 from job.train import show_end
 
@@ -36,6 +37,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words += f" {data}"
+
+
+def become_fold(run: Path) -> None:
+    config = run / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("fold: null", "fold: 1").replace("folds: null", "folds: 3"))
 
 
 def page_of(run: Path) -> Page:
@@ -79,7 +86,7 @@ def test_page_shows_what_the_run_has_stored(trained_run: Path) -> None:
         "no groups were given",
         "an IoU of at least 0.1, one region for one lesion",
         "True regions of fewer than 6 pixels of the network's size are specks",
-        "Missed whole: the case has the class and nothing of it was predicted",
+        "Nothing predicted: the case has the class, the prediction does not.",
         "Status: finished",
         "0 restarts.",
         "disc-",
@@ -95,7 +102,7 @@ def test_page_shows_what_the_run_has_stored(trained_run: Path) -> None:
 
 def test_page_lists_failures_worst_first(own_run: Path) -> None:
     path = own_run / "evaluation" / "measures_network.csv"
-    header, first, second, *others = path.read_text().splitlines()
+    header, first, second, third, *others = path.read_text().splitlines()
     columns = header.split(",")
 
     def changed(line: str, **values: str) -> str:
@@ -104,11 +111,31 @@ def test_page_lists_failures_worst_first(own_run: Path) -> None:
 
     first = changed(first, dice_mass="0.4")
     second = changed(second, dice_mass="0.0", presence_mass="truth_only", found_lesions_mass="0")
-    path.write_text("\n".join([header, first, second, *others]) + "\n")
+    third = changed(third, dice_mass="0.0", presence_mass="both", tp_px_mass="0")
+    path.write_text("\n".join([header, first, second, third, *others]) + "\n")
     failures = page_of(own_run).words.split("Failures")[1].split("Curves")[0]
-    assert "2 with a Dice below 0.5, of 4 pairs of a case and a class" in failures
-    assert failures.index("missed") < failures.index("poor overlap")
+    assert "3 with a Dice below 0.5, of 4 pairs of a case and a class" in failures
+    places = [failures.index(words) for words in ("nothing predicted", "not a pixel found")]
+    assert sorted(places) == places
+    assert places[-1] < failures.index("poor overlap")
     assert "0 of 1" in failures
+
+
+def test_page_of_cases_without_foreground_says_that_there_was_none(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = own_run / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["foreground_mean"]["dice"] = 0.0
+    summary["all_background"]["foreground_mean"] = {"dice": None, "iou": None}
+    summary["classes"][1] |= {"num_empty": 1, "num_missed": 0, "num_false_alarms": 3}
+    path.write_text(json.dumps(summary))
+    words = "No case of the test split has foreground, so none can be found: false alarms of mass"
+    page = page_of(own_run).words
+    assert f"{words} in 3 of 4 cases." in page
+    assert "Foreground Dice" not in page
+    show_summary(summary)
+    assert f"{words} in 3 of 4 cases." in " ".join(capsys.readouterr().out.split())
 
 
 def test_page_tells_of_restarts_and_stalls(own_run: Path) -> None:
@@ -138,10 +165,17 @@ def test_page_shows_regions_that_the_dataset_lost(own_run: Path) -> None:
     manifest = json.loads(path.read_text())
     assert "Lost before training" not in page_of(own_run).words
     lost = {"num_pictures": 41, "num_emptied": 3, "num_regions": [0, 52], "num_vanished": [0, 17]}
-    path.write_text(json.dumps(manifest | {"reduced": {"test": lost}}))
+    reduced = {"test": lost, "train": lost, "valid": lost | {"num_pictures": 9}}
+    path.write_text(json.dumps(manifest | {"reduced": reduced}))
     text = render(open_store(str(own_run)))
     cells = "".join(f'<td class="number">{number}</td>' for number in (41, 52, 17, 3))
     assert f"<td>test</td><td>mass</td>{cells}" in text
+    # A fold is drawn of train and valid together.
+    become_fold(own_run)
+    text = render(open_store(str(own_run)))
+    cells = "".join(f'<td class="number">{number}</td>' for number in (50, 104, 34, 6))
+    assert f"<td>all folds</td><td>mass</td>{cells}" in text
+    assert "<td>test</td>" not in text
     # As a version that did not count them has written it.
     del manifest["reduced"]
     path.write_text(json.dumps(manifest))
@@ -233,11 +267,9 @@ def test_card_counts_tiles_as_tiles_and_tells_a_fold(own_run: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"geometry": "tile"}))
     page = render(open_store(str(own_run)))
     assert "<th>split</th><th>tiles</th><th>groups</th>" in page
-    config = own_run / "config.yaml"
-    text = config.read_text()
-    config.write_text(text.replace("fold: null", "fold: 1").replace("folds: null", "folds: 3"))
+    become_fold(own_run)
     page = render(open_store(str(own_run)))
-    assert "Fold 1 (counted from 0) of 3, taken from train and valid (16 tiles)" in page
+    assert "Fold 1 (of 0 to 2), taken from train and valid (16 tiles)" in page
     assert "test split was not touched" in page
     assert "<th>split</th>" not in page
 
