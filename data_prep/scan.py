@@ -34,7 +34,7 @@ from data_prep.storage import Store, open_store
 from data_prep.tiles import count, cut
 from data_prep.vanished import RegionCounts, count_regions
 
-_VERSION = 2  # of what is staged; another version's is not found
+_VERSION = 3  # of what is staged; another version's is not found
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _MIN_PAIRS, _MAX_PAIRS = 4, 32  # of a chunk; each costs two fsyncs, or two requests
 _MAX_TILES = 20_000  # of a picture; tiles of 64 that overlap by half cut 4096x3328 into 13081
@@ -115,6 +115,7 @@ class Scanned:
     Attributes:
         picture: id of the pair; the sample's own id where pictures are stored whole.
         picture_sha256: of the picture's pixels; `sha256` where it is stored whole.
+        group: of the sample; `staged_group` is that of its record, before groups were joined.
         staged, offset, length: name of the staged object, place of the framed record in it, bytes.
         channels, bit_depth: as staged; `auto` keeps a picture as it is.
         max_value: largest raw value of the source; of full intensity where the file says it.
@@ -131,6 +132,7 @@ class Scanned:
     filename: str
     split: str | None
     staged: str
+    staged_group: str
     offset: int
     length: int
     channels: int
@@ -197,7 +199,7 @@ def chunked(items: Sequence[Item], layout: Layout) -> Iterator[tuple[Item, ...]]
         yield from ((item,) for item in items)
         return
     worst_bytes = layout.height * layout.width * 7  # three 16-bit channels and the mask
-    wanted = min(_MAX_PAIRS, max(_MIN_PAIRS, len(items) // 64))
+    wanted = min(_MAX_PAIRS, max(_MIN_PAIRS, len(items) // 48))
     size = max(1, min(wanted, _MAX_BYTES // worst_bytes))
     for start in range(0, len(items), size):
         yield tuple(items[start : start + size])
@@ -224,7 +226,7 @@ def scan_chunk(task: ScanTask) -> list[Scanned | Refused]:
             results.append(result)
             records.append(record)
             offset += len(record)
-    index = json.dumps([_to_json(result) for result in results]).encode()
+    index = json.dumps([_to_json(result) for result in results], default=vars).encode()
     trailer = _TRAILER.pack(len(index), google_crc32c.value(index))
     staging.put(name, b"".join((*records, index, trailer)))
     return results
@@ -255,7 +257,7 @@ def moments_of(image: np.ndarray) -> Moments:
     height, width, _ = image.shape
     num_rows = max(1, _EXACT_PIXELS // width)
     sums, squares = [], []
-    for channel in cv2.split(image):
+    for channel in (image[..., 0],) if image.shape[2] == 1 else cv2.split(image):
         blocks = [channel[row : row + num_rows] for row in range(0, height, num_rows)]
         sums.append(sum(round(cv2.sumElems(block)[0]) for block in blocks))
         squares.append(sum(round(cv2.norm(block, cv2.NORM_L2SQR)) for block in blocks))
@@ -298,6 +300,7 @@ def _scan_item(
             filename=item.filename,
             split=item.split,
             staged=staged,
+            staged_group=item.group,
             offset=offset,
             length=len(record),
             channels=image.shape[2],
@@ -515,7 +518,7 @@ def _read_index(staging: Store, name: str) -> list[Scanned | Refused] | None:
 
 
 def _to_json(result: Scanned | Refused) -> dict[str, Any]:
-    return {"kind": type(result).__name__} | dataclasses.asdict(result)
+    return {"kind": type(result).__name__} | vars(result)
 
 
 def _from_json(values: dict[str, Any]) -> Scanned | Refused:

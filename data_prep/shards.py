@@ -264,13 +264,12 @@ def _final_record(staging: Store, scanned: Scanned, target: Target) -> tuple[byt
     record = staging.get(scanned.staged, scanned.offset, scanned.length)
     where = f"{staging.url}/{scanned.staged} at {scanned.offset}"
     payload = schema.unframe_record(record, where=where)
-    features = schema.decode_example(payload)
-    group = scanned.group.encode()
     is_as_stored = (scanned.channels, scanned.bit_depth) == (target.channels, target.bit_depth)
     is_as_stored &= scanned.value_max in (None, target.value_max)
-    if is_as_stored and features.get("image/group") == group:
+    if is_as_stored and scanned.group == scanned.staged_group:
         return record, scanned.sha256, scanned.moments
-    features["image/group"] = group  # groups are joined after they were staged
+    features = schema.decode_example(payload)
+    features["image/group"] = scanned.group.encode()  # groups are joined after they were staged
     sha256, moments = scanned.sha256, scanned.moments
     if not is_as_stored:
         encoded = features["image/encoded"]
