@@ -313,6 +313,7 @@ def _prepare(
     if refused:
         # Now, because what follows may fail, and rejects.csv comes with the dataset.
         logger.warning("%s left out: %s", counted(len(refused), "file"), _named(refused))
+    _refuse_all_empty(samples)
     assignment = _assign(samples, work.config)
     _warn_of_missing_classes(samples, assignment, work.config)
     samples = [dataclasses.replace(s, group=assignment.groups[s.id]) for s in samples]
@@ -552,6 +553,25 @@ def _scan(work: _Work, items: Sequence[scan.Item]) -> list[scan.Scanned | scan.R
     except ContentError as error:
         raise ContentError(f"{error}; --skip-bad leaves such files out") from error
     return [result for chunk in results for result in chunk]
+
+
+def _refuse_all_empty(samples: Sequence[scan.Scanned]) -> None:
+    """Refuses masks that hold something, of which not one pixel was read as foreground.
+
+    Noise, as JPEG adds it, hides an area of another colour from the check of a single mask.
+    """
+    has_foreground = any(
+        any(s.pixels_per_class[1:]) or (s.regions is not None and any(s.regions.regions))
+        for s in samples
+    )
+    pictures = {s.picture: s for s in samples}.values()
+    others = [s.filename for s in pictures if s.off_map_pixels]
+    if others and not has_foreground:
+        raise ContentError(
+            f"all {len(pictures)} masks would be read as empty, but {len(others)} of them have "
+            f"pixels of colours that are no class's, as that of {others[0]}; give the colours of "
+            "these masks with --classes"
+        )
 
 
 def _num_pictures(results: Sequence[scan.Scanned | scan.Refused]) -> int:

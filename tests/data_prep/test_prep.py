@@ -113,6 +113,30 @@ def test_any_number_of_processes_and_any_place_give_the_same_bytes(source, tmp_p
     assert first == second
 
 
+def test_masks_of_another_colour_are_not_stored_as_empty(source, tmp_path):
+    masks = sorted((source / "masks").iterdir())
+    for path in masks:
+        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        assert cv2.imwrite(str(path), (mask // 255 * 100).astype(np.uint8))
+    done = _run(source, tmp_path / "out", "--image-size", "16", "--off-map-limit", "1")
+    assert done.returncode == 3
+    words = r"case_\d+\.png: would be read as empty, but has 16 pixels .*\(100, 100, 100\); give"
+    assert re.search(words, done.stderr.splitlines()[-1])
+    # With noise on them no mask tells by itself.
+    for seed, path in enumerate(masks):
+        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        noise = np.random.default_rng(seed).integers(-9, 9, mask.shape)
+        assert cv2.imwrite(str(path), np.where(mask, 100 + noise, 0).astype(np.uint8))
+    done = _run(source, tmp_path / "out", "--image-size", "16")
+    assert done.returncode == 3
+    assert "or raise --off-map-limit where they are blends" in done.stderr.splitlines()[-1]
+    done = _run(source, tmp_path / "out", "--image-size", "16", "--off-map-limit", "1")
+    assert done.returncode == 3
+    words = "all 20 masks would be read as empty, but 20 of them have pixels of colours"
+    assert words in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
 def test_second_run_changes_nothing_and_says_so(source, tmp_path):
     _prepare(source, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
