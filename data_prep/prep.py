@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -55,6 +56,7 @@ _HASH_LENGTH = 16  # hex digits: 64 bits, a clash among a million names has odds
 _PAIRS_PER_SHEET = 6
 _MAX_LISTED = 5
 _COUNTS_WIDTH = 84  # columns of a terminal
+_LOG_WIDTH = 80  # likewise, where there is none
 _FEW_GROUPS = 5  # one of them moves the mean by a fifth and more
 
 
@@ -966,11 +968,12 @@ def _print_counts(store: Store) -> None:
 
     rows = list(csv.reader(io.StringIO(store.get(inbreast.COUNTS_NAME).decode())))
     title = "found in the release, and published"
-    table = Table(*rows[0], title=title, caption=inbreast.PUBLISHED_NOTE, caption_justify="left")
+    note = textwrap.fill(inbreast.PUBLISHED_NOTE, _LOG_WIDTH)
+    table = Table(*rows[0], title=title, caption=note, caption_justify="left")
     for column in table.columns[1:-1]:
         column.justify = "right"
     for row in rows[1:]:
         # An earlier version wrote other words into the last column.
         table.add_row(*row[:-1], inbreast.PUBLISHED.get(row[0], ""))
-    # A log has 80 columns, which break the last of these.
+    # A log has fewer columns, which break the last of these.
     Console(soft_wrap=True, width=max(Console().width, _COUNTS_WIDTH)).print(table)
