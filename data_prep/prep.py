@@ -157,6 +157,13 @@ class PrepConfig(Settings):
         None, "Processes that read and encode; 1: this one. Unset: one per CPU.", free=True, ge=1
     )
 
+    @field_validator("fractions", mode="before")
+    @classmethod
+    def _fractions_are_three(cls, values: Any) -> Any:
+        if isinstance(values, list | tuple) and len(values) != 3:
+            raise ValueError("three shares are needed: of train, valid and test")
+        return values
+
     @field_validator("fractions")
     @classmethod
     def _fractions_add_up(cls, values: tuple[float, float, float]) -> tuple[float, float, float]:

@@ -267,6 +267,8 @@ def _group_lives(group):
         (["SOURCE", "OUT", "--seed", "1", "--no-such"], 2, "--no-such"),
         (["SOURCE", "OUT", "--classes", "a=1"], 2, "classes"),
         (["SOURCE", "OUT", "--fractions", "0.5,0.1,0.1"], 2, "add up to 1"),
+        (["SOURCE", "OUT", "--fractions", "0.5,0.5"], 2, "'0.5']: three shares are needed: of"),
+        (["SOURCE", "OUT", "--fractions", "0.5,0.5,0,0"], 2, "three shares are needed: of train"),
         (["SOURCE", "OUT", "--group-regex", "(", "--seed", "1"], 2, "--group-regex"),
         (["SOURCE", "OUT", "--group-regex", "a", "--group-csv", "b"], 2, "exclude each other"),
         (["SOURCE", "OUT", "--tile", "16", "--image-size", "16"], 2, "leave out one"),
