@@ -31,14 +31,17 @@ from data_prep.command import SettingsCommand, given, run_command, settings_opti
 from data_prep.dicom import Reader
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import DEFAULT_MAX_PIXELS, read_image, read_mask_pixels
-from data_prep.pairs import Pair, Reject, Source, find_pairs, find_sources
+from data_prep.pairs import Pair, Reject, Source, find_pairs, find_sources, folder_made_by
 from data_prep.pool import OpenWorkers, Workers, available_cores, local_workers
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.settings import Settings, merged, option, read_yaml, validated
 from data_prep.storage import (
     Store,
     crc32c_of,
+    folder_problem,
+    is_file,
     join_url,
+    lies_in,
     open_store,
     probe_writable,
     put_if_other,
@@ -267,13 +270,16 @@ def prepare(
         progress: show it on stderr.
 
     Raises:
-        UsageError: a source is missing or empty, or another preparation is in the output.
+        UsageError: a source is missing or empty, the output is a file or in a source, or another
+            preparation is in it.
         ContentError: a file is bad or splits leak; nothing was committed.
         StorageError: storage is unavailable, unwritable or full; the same call continues.
     """
     if not sources:
         raise UsageError("prep: no sources were given; give at least one folder of pictures")
     store = open_store(output_url)
+    if is_file(store):
+        raise UsageError(f"{store.url}: is a file; give OUTPUT a folder, which prep makes")
     _refuse_overlap(store, sources)
     find = inbreast.find_cases if config.format == "inbreast" else find_pairs
     pairs, rejects = find(sources)
@@ -499,10 +505,9 @@ def _hidden_name(name: str, config: PrepConfig) -> str:
 def _refuse_overlap(store: Store, sources: Sequence[Source]) -> None:
     for source in sources:
         for url in (source.images, source.masks):
-            folder = open_store(url).url
-            if store.url == folder or store.url.startswith(f"{folder}/"):
+            if lies_in(store, open_store(url)):
                 raise UsageError(
-                    f"{store.url}: the output lies in the source folder {folder}; choose another"
+                    f"{store.url}: the output lies in the source folder {url}; choose another"
                 )
 
 
@@ -920,6 +925,7 @@ def run(
 ) -> None:
     """Prepares the dataset and prints what it holds; see `prepare`."""
     sources = sources_of(source, config)
+    _refuse_other_layout(source, output, config)
     manifest = prepare(sources, output, config, open_workers=open_workers)
     store = open_store(output)
     _print_summary(manifest, store.url)
@@ -933,9 +939,23 @@ def sources_of(source: str, config: PrepConfig) -> tuple[Source, ...]:
     Raises:
         UsageError: one is missing or empty.
     """
+    url = open_store(source).url
+    problem = folder_problem(open_store(source))
+    if problem:
+        raise UsageError(f"{url}: {problem}; give the folder that holds the source")
     if config.format == "inbreast":
         return inbreast.find_release(source)
     return find_sources(source)
+
+
+def _refuse_other_layout(source: str, output: str, config: PrepConfig) -> None:
+    store = open_store(output)
+    folder = folder_made_by(store, source) if config.format == "pairs" else None
+    if folder:
+        raise UsageError(
+            f"{store.url}: the output would make {folder}, where the next prep looks for pictures; "
+            "choose another"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -275,19 +275,42 @@ def _group_lives(group):
         (["SOURCE", "OUT", "--tile", "16", "--tile-overlap", "16"], 2, "below --tile"),
         (["SOURCE", "OUT", "--tile-overlap", "4"], 2, "needs --tile"),
         (["SOURCE", "OUT", "--config", "missing.yaml"], 2, "missing.yaml"),
-        (["MISSING", "OUT"], 2, "MISSING"),
+        (["MISSING", "OUT"], 2, "MISSING: does not exist; give the folder"),
+        (["MISSING", "OUT", "--format", "inbreast"], 2, "MISSING: does not exist; give the folder"),
+        (["FILE", "OUT"], 2, "FILE: is a file, not a folder; give the folder"),
+        (["SOURCE", "FILE"], 2, "FILE: is a file; give OUTPUT a folder, which prep makes"),
         (["SOURCE", "SOURCE/images/out"], 2, "lies in the source folder"),
+        (["SOURCE", "LINK/out"], 2, "lies in the source folder"),
+        (["SOURCE", "SOURCE/test"], 2, "source/test, where the next prep looks for pictures"),
+        (["SOURCE", "SOURCE/val/out"], 2, "source/val, where the next prep looks for pictures"),
         (["SOURCE", "/proc/no/such"], 5, "/proc/no"),
     ],
 )
 def test_mistakes_are_one_line_and_a_code(source, tmp_path, arguments, code, words):
-    places = {"SOURCE": str(source), "OUT": str(tmp_path / "out")}
-    arguments = [places.get(word, word.replace("SOURCE/", f"{source}/")) for word in arguments]
+    (tmp_path / "FILE").write_bytes(b"kept")
+    (tmp_path / "LINK").symlink_to(source / "masks")
+    names = {"SOURCE": source.name, "OUT": "out"}
+    arguments = [
+        re.sub(
+            r"^(SOURCE|OUT|FILE|LINK|MISSING)",
+            lambda m: str(tmp_path / names.get(m[0], m[0])),
+            word,
+        )
+        for word in arguments
+    ]
     code_found, errors = _main(arguments)
     assert code_found == code, errors
     assert words in errors
     assert len(errors.strip().splitlines()) == 1
     assert not (tmp_path / "out" / schema.MANIFEST_NAME).exists()
+
+
+def test_an_output_beside_the_pictures_does_no_harm(source):
+    for output in (source, source / "out"):
+        arguments = [str(source), str(output), "--image-size", "16", "--num-processes", "1"]
+        for _ in range(2):  # made, found finished
+            assert _main(arguments)[0] == 0
+    assert len(prep.find_pairs(find_sources(str(source)))[0]) == 20
 
 
 def _main(arguments):
