@@ -112,6 +112,11 @@ def find_release(source_url: str) -> tuple[Source, ...]:
     return (source,)
 
 
+def is_release(source_url: str) -> bool:
+    """Returns whether both folders of a release hold files."""
+    return all(list_files(join_url(source_url, name)) for name in (_IMAGES, _ANNOTATIONS))
+
+
 def find_cases(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
     """Returns the pictures with their annotations, sorted by id, and the files that are in none.
 

@@ -945,7 +945,14 @@ def sources_of(source: str, config: PrepConfig) -> tuple[Source, ...]:
         raise UsageError(f"{url}: {problem}; give the folder that holds the source")
     if config.format == "inbreast":
         return inbreast.find_release(source)
-    return find_sources(source)
+    try:
+        return find_sources(source)
+    except UsageError as error:
+        if not inbreast.is_release(source):
+            raise
+        raise UsageError(
+            f"{url}: no images/ and masks/, but a release of INbreast; give --format inbreast"
+        ) from error
 
 
 def _refuse_other_layout(source: str, output: str, config: PrepConfig) -> None:
