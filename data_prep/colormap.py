@@ -39,6 +39,7 @@ _LEVELS_16_BIT = 257  # 65535 / 255: one 8-bit grey level in 16 bits
 _MAX_DISTANCES = 2**18  # colours x classes compared at once: 6 MB
 _NOT_A_BLEND = 128  # a blend of two colours differs by less from the nearer one
 _MAX_ID_LIKE = 64
+_SOLID_SIDE = 3  # pixels; blends lie along edges, which are thinner
 _NPZ_BYTES_PER_PIXEL = 64  # eight one-hot classes as float64, or 64 as uint8
 
 
@@ -101,7 +102,7 @@ def to_class_ids(
         ignore_id: id of pixels that count nowhere.
 
     Raises:
-        ContentError: the mask would be read as empty although it has pixels of other colours or
+        ContentError: the mask would be read as empty although it has areas of other colours or
             ids: the classes do not describe it.
         UsageError: `ignore_id` is a class id, or the grey level of a class.
     """
@@ -119,7 +120,8 @@ def to_class_ids(
     commonest = np.argsort(-reading.off_counts, kind="stable")[:_NUM_COLORS_NAMED]
     named = [_as_color(color) for color in reading.off_colors[commonest]]
     if off_map and _is_empty(reading.ids, ignore_id):
-        _refuse_unexplained(reading, classes, named, name=name)
+        is_solid = 2 * _num_solid(pixels, colors, exact_tolerance) > off_map
+        _refuse_unexplained(reading, classes, named, name=name, is_solid=is_solid)
     return reading.ids, off_map, named
 
 
@@ -307,14 +309,34 @@ def _is_empty(class_ids: ClassIds, ignore_id: int | None) -> bool:
     return not foreground.any()
 
 
+def _num_solid(pixels: Pixels, colors: Sequence[Color], tolerance: int) -> int:
+    """Returns how many pixels lie in squares of one shade that is none of `colors`."""
+    import cv2
+
+    channels = pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
+    square = np.ones((_SOLID_SIDE, _SOLID_SIDE), np.uint8)
+    highest, lowest = cv2.dilate(pixels, square), cv2.erode(pixels, square)
+    is_centre = (highest == lowest).reshape(channels.shape).all(axis=2)
+    is_solid = cv2.dilate(is_centre.astype(np.uint8), square).astype(bool)
+    for color in colors:
+        is_solid &= (np.abs(channels.astype(np.int32) - color) > tolerance).any(axis=2)
+    return int(np.count_nonzero(is_solid))
+
+
 def _refuse_unexplained(
-    reading: _Reading, classes: Sequence[ClassColor], named: list[Color], *, name: str
+    reading: _Reading,
+    classes: Sequence[ClassColor],
+    named: list[Color],
+    *,
+    name: str,
+    is_solid: bool,
 ) -> None:
     """Refuses a mask that would become empty although it seems to hold something.
 
     The faint rest of a lesion that was warped out of the picture is a blend, near the background's
-    colour. A colour far from it, or grey levels 0, 1, 2 and so on without a gap, is a mask of
-    other classes; below the limit for off-map pixels it would be lost without a word.
+    colour. A colour far from it, grey levels 0, 1, 2 and so on without a gap, or areas of one
+    shade (`is_solid`: most of what is off the map) are a mask of other classes; below the limit for
+    off-map pixels, or with a higher one, it would be lost without a word.
     """
     levels = np.unique(reading.off_colors)
     is_grey = np.all(reading.off_colors == reading.off_colors[:, :1])
@@ -323,11 +345,11 @@ def _refuse_unexplained(
     is_id_like = is_grey and levels[-1] < _MAX_ID_LIKE and len(seen) == levels[-1] + 1
     # Grey of 9 to 15 bits in a 16-bit file: white is not 65535 there.
     is_scaled = levels[-1] > 255
-    if is_id_like or is_scaled or reading.off_distances.max() >= _NOT_A_BLEND:
+    if is_solid or is_id_like or is_scaled or reading.off_distances.max() >= _NOT_A_BLEND:
         colors = ", ".join(map(str, named))
         raise ContentError(
             f"{name}: would be read as empty, but has {reading.off_counts.sum()} pixels of colours "
-            f"that are no class's: {colors}; give the classes of these masks"
+            f"that are no class's: {colors}; give the colours of these masks with --classes"
         )
 
 

@@ -36,6 +36,7 @@ Pixels = npt.NDArray[Any]
 """(H, W) or (H, W, C) uint8 or uint16."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8", b"II*\0", b"MM\0*", b"BM")
 _MAX_BYTES_PER_PIXEL = 8  # four channels of 16 bits, not compressed
 _MAX_METADATA_BYTES = 64 * 2**20
 
@@ -319,7 +320,7 @@ def _decode(data: bytes, *, name: str, max_pixels: int) -> Pixels:
             f"{name}: {len(data)} bytes are more than a picture of {max_pixels} pixels can need; "
             "make it smaller or raise max_pixels"
         )
-    with _decoding(name):
+    with _decoding(data, name=name):
         image = _open(data, name=name, max_pixels=max_pixels)
         if image.format == "PNG":
             return _decode_png(data, image, name=name)
@@ -330,7 +331,7 @@ def _decode(data: bytes, *, name: str, max_pixels: int) -> Pixels:
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def _decoding(data: bytes, *, name: str) -> Iterator[None]:
     """Turns whatever a decoder raises on broken bytes into one ContentError that names the file."""
     try:
         # Pillow warns of odd but harmless tags; anything that harms the pixels is an error of its.
@@ -343,8 +344,12 @@ def _decoding(name: str) -> Iterator[None]:
     # more; nothing in this block does anything but decode these bytes.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        if reason.startswith("cannot identify image file"):
+        if "truncated" in reason.lower():
+            reason = "the picture is cut off or damaged"
+        elif reason.startswith("cannot identify image file"):
             reason = f"not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file"
+            if data.startswith(_SIGNATURES):
+                reason = "the picture is cut off or damaged, or of a kind that is not read"
         raise ContentError(f"{name}: {reason}; replace the file") from error
 
 
@@ -428,6 +433,8 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
+        if end > len(data):
+            raise ValueError("truncated chunk")  # the last: verify does not look at its checksum
         yield kind, data[position:end]
         position = end
 

@@ -59,8 +59,10 @@ _SPELLINGS: dict[str, Kind] = {
 PUBLISHED = {"all": "410 images, 115 cases", "mass": "116 in 107 images"}
 PUBLISHED_NOTE = (
     "Published: images and cases by Moreira et al. 2012, masses as later work quotes it; other "
-    "findings are not compared. A patient may have several cases. A picture without an annotation "
-    "counts as healthy: where AllXML/ is incomplete, some are not."
+    "findings are not compared. Images and patients are those with a contour or a point of the "
+    "finding; of masses those with a contour, as the published ones. A patient may have several "
+    "cases. A picture without an annotation counts as healthy: where AllXML/ is incomplete, some "
+    "are not."
 )
 
 _MAX_BYTES = 16 * 2**20  # of an annotation; the largest has some hundred calcifications
@@ -108,6 +110,11 @@ def find_release(source_url: str) -> tuple[Source, ...]:
                 f"{_IMAGES}/ and {_ANNOTATIONS}/"
             )
     return (source,)
+
+
+def is_release(source_url: str) -> bool:
+    """Returns whether both folders of a release hold files."""
+    return all(list_files(join_url(source_url, name)) for name in (_IMAGES, _ANNOTATIONS))
 
 
 def find_cases(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
@@ -308,6 +315,9 @@ def count_rows(
 ) -> Iterator[tuple[str, ...]]:
     """Yields the rows of `COUNTS_COLUMNS`: what was found beside what was published.
 
+    Images and patients of a finding are those with a contour or a point of it; of masses those with
+    a contour, because the published ones are outlined.
+
     Args:
         findings: of each picture.
         groups: patient of each picture.
@@ -320,11 +330,11 @@ def count_rows(
     for kind in KINDS:
         of_kind = [(id_, each) for id_, all_ in findings.items() for each in all_
                    if each.kind == kind]  # fmt: skip
-        drawn = [id_ for id_, each in of_kind if each.num_contours]
+        having = {id_ for id_, each in of_kind if each.num_contours or kind != "mass"}
         counts = (
             str(sum(each.num_contours for _, each in of_kind)),
             str(sum(each.num_points for _, each in of_kind)),
-            str(len(drawn)),
-            str(len({groups[id_] for id_ in drawn})),
+            str(len(having)),
+            str(len({groups[id_] for id_ in having})),
         )
         yield kind, *counts, PUBLISHED.get(kind, "")

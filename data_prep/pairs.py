@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_prep.errors import UsageError
-from data_prep.storage import Stat, join_url, name_problem, open_store
+from data_prep.storage import Stat, Store, join_url, lies_in, name_problem, open_store
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 MASK_ENDINGS = (*IMAGE_ENDINGS, ".npz")
@@ -105,6 +105,18 @@ def find_pairs(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
     unique, doubles = _without_doubles(pairs)
     rejects.extend(doubles)
     return sorted(unique, key=lambda pair: pair.id), sorted(rejects, key=lambda entry: entry.file)
+
+
+def folder_made_by(output: Store, source_url: str) -> str | None:
+    """Returns the folder where `find_sources` looks for pictures and `output` would be the first.
+
+    The next call would take the source for one of another layout.
+    """
+    for name in (_IMAGES, _MASKS, *_SPLIT_FOLDERS):
+        url = join_url(open_store(source_url).url, name)
+        if lies_in(output, open_store(url)) and not _holds(url):
+            return url
+    return None
 
 
 def _pair_source(source: Source, pairs: list[Pair], rejects: list[Reject]) -> None:

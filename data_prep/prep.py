@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -30,14 +31,17 @@ from data_prep.command import SettingsCommand, given, run_command, settings_opti
 from data_prep.dicom import Reader
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import DEFAULT_MAX_PIXELS, read_image, read_mask_pixels
-from data_prep.pairs import Pair, Reject, Source, find_pairs, find_sources
+from data_prep.pairs import Pair, Reject, Source, find_pairs, find_sources, folder_made_by
 from data_prep.pool import OpenWorkers, Workers, available_cores, local_workers
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.settings import Settings, merged, option, read_yaml, validated
 from data_prep.storage import (
     Store,
     crc32c_of,
+    folder_problem,
+    is_file,
     join_url,
+    lies_in,
     open_store,
     probe_writable,
     put_if_other,
@@ -55,6 +59,7 @@ _HASH_LENGTH = 16  # hex digits: 64 bits, a clash among a million names has odds
 _PAIRS_PER_SHEET = 6
 _MAX_LISTED = 5
 _COUNTS_WIDTH = 84  # columns of a terminal
+_LOG_WIDTH = 80  # likewise, where there is none
 _FEW_GROUPS = 5  # one of them moves the mean by a fifth and more
 
 
@@ -154,6 +159,13 @@ class PrepConfig(Settings):
     num_processes: int | None = option(
         None, "Processes that read and encode; 1: this one. Unset: one per CPU.", free=True, ge=1
     )
+
+    @field_validator("fractions", mode="before")
+    @classmethod
+    def _fractions_are_three(cls, values: Any) -> Any:
+        if isinstance(values, list | tuple) and len(values) != 3:
+            raise ValueError("three shares are needed: of train, valid and test")
+        return values
 
     @field_validator("fractions")
     @classmethod
@@ -258,13 +270,16 @@ def prepare(
         progress: show it on stderr.
 
     Raises:
-        UsageError: a source is missing or empty, or another preparation is in the output.
+        UsageError: a source is missing or empty, the output is a file or in a source, or another
+            preparation is in it.
         ContentError: a file is bad or splits leak; nothing was committed.
         StorageError: storage is unavailable, unwritable or full; the same call continues.
     """
     if not sources:
         raise UsageError("prep: no sources were given; give at least one folder of pictures")
     store = open_store(output_url)
+    if is_file(store):
+        raise UsageError(f"{store.url}: is a file; give OUTPUT a folder, which prep makes")
     _refuse_overlap(store, sources)
     find = inbreast.find_cases if config.format == "inbreast" else find_pairs
     pairs, rejects = find(sources)
@@ -313,6 +328,7 @@ def _prepare(
     if refused:
         # Now, because what follows may fail, and rejects.csv comes with the dataset.
         logger.warning("%s left out: %s", counted(len(refused), "file"), _named(refused))
+    _refuse_all_empty(samples)
     assignment = _assign(samples, work.config)
     _warn_of_missing_classes(samples, assignment, work.config)
     samples = [dataclasses.replace(s, group=assignment.groups[s.id]) for s in samples]
@@ -489,10 +505,9 @@ def _hidden_name(name: str, config: PrepConfig) -> str:
 def _refuse_overlap(store: Store, sources: Sequence[Source]) -> None:
     for source in sources:
         for url in (source.images, source.masks):
-            folder = open_store(url).url
-            if store.url == folder or store.url.startswith(f"{folder}/"):
+            if lies_in(store, open_store(url)):
                 raise UsageError(
-                    f"{store.url}: the output lies in the source folder {folder}; choose another"
+                    f"{store.url}: the output lies in the source folder {url}; choose another"
                 )
 
 
@@ -552,6 +567,25 @@ def _scan(work: _Work, items: Sequence[scan.Item]) -> list[scan.Scanned | scan.R
     except ContentError as error:
         raise ContentError(f"{error}; --skip-bad leaves such files out") from error
     return [result for chunk in results for result in chunk]
+
+
+def _refuse_all_empty(samples: Sequence[scan.Scanned]) -> None:
+    """Refuses masks that hold something, of which not one pixel was read as foreground.
+
+    Noise, as JPEG adds it, hides an area of another colour from the check of a single mask.
+    """
+    has_foreground = any(
+        any(s.pixels_per_class[1:]) or (s.regions is not None and any(s.regions.regions))
+        for s in samples
+    )
+    pictures = {s.picture: s for s in samples}.values()
+    others = [s.filename for s in pictures if s.off_map_pixels]
+    if others and not has_foreground:
+        raise ContentError(
+            f"all {len(pictures)} masks would be read as empty, but {len(others)} of them have "
+            f"pixels of colours that are no class's, as that of {others[0]}; give the colours of "
+            "these masks with --classes"
+        )
 
 
 def _num_pictures(results: Sequence[scan.Scanned | scan.Refused]) -> int:
@@ -891,6 +925,7 @@ def run(
 ) -> None:
     """Prepares the dataset and prints what it holds; see `prepare`."""
     sources = sources_of(source, config)
+    _refuse_other_layout(source, output, config)
     manifest = prepare(sources, output, config, open_workers=open_workers)
     store = open_store(output)
     _print_summary(manifest, store.url)
@@ -904,9 +939,30 @@ def sources_of(source: str, config: PrepConfig) -> tuple[Source, ...]:
     Raises:
         UsageError: one is missing or empty.
     """
+    url = open_store(source).url
+    problem = folder_problem(open_store(source))
+    if problem:
+        raise UsageError(f"{url}: {problem}; give the folder that holds the source")
     if config.format == "inbreast":
         return inbreast.find_release(source)
-    return find_sources(source)
+    try:
+        return find_sources(source)
+    except UsageError as error:
+        if not inbreast.is_release(source):
+            raise
+        raise UsageError(
+            f"{url}: no images/ and masks/, but a release of INbreast; give --format inbreast"
+        ) from error
+
+
+def _refuse_other_layout(source: str, output: str, config: PrepConfig) -> None:
+    store = open_store(output)
+    folder = folder_made_by(store, source) if config.format == "pairs" else None
+    if folder:
+        raise UsageError(
+            f"{store.url}: the output would make {folder}, where the next prep looks for pictures; "
+            "choose another"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -946,11 +1002,12 @@ def _print_counts(store: Store) -> None:
 
     rows = list(csv.reader(io.StringIO(store.get(inbreast.COUNTS_NAME).decode())))
     title = "found in the release, and published"
-    table = Table(*rows[0], title=title, caption=inbreast.PUBLISHED_NOTE, caption_justify="left")
+    note = textwrap.fill(inbreast.PUBLISHED_NOTE, _LOG_WIDTH)
+    table = Table(*rows[0], title=title, caption=note, caption_justify="left")
     for column in table.columns[1:-1]:
         column.justify = "right"
     for row in rows[1:]:
         # An earlier version wrote other words into the last column.
         table.add_row(*row[:-1], inbreast.PUBLISHED.get(row[0], ""))
-    # A log has 80 columns, which break the last of these.
+    # A log has fewer columns, which break the last of these.
     Console(soft_wrap=True, width=max(Console().width, _COUNTS_WIDTH)).print(table)

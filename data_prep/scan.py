@@ -479,7 +479,7 @@ def _read_mask(
         raise ContentError(
             f"{label}: {share:.2f} % of the pixels have no class colour, more than "
             f"{100 * layout.off_map_limit:g} % allowed; most common: {shown}; name them in "
-            "--classes or raise --off-map-limit"
+            "--classes, or raise --off-map-limit where they are blends along edges"
         )
     return ids, off_map
 

@@ -203,6 +203,8 @@ def _describe(
     if detail["type"] == "model_type":
         return f"{name}: expected a group of keys, got {_shown(detail['input'])}"
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "missing" and place != path:
+        return f"{name}={_shown(detail['input'])}: too few values"
     if detail["type"] == "missing":
         return f"{name} is required"
     # A group's own check already names its fields; its input is the whole group.

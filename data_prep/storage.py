@@ -203,6 +203,27 @@ def join_url(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def is_file(store: Store) -> bool:
+    """Returns whether a file lies where the store's local folder should be."""
+    return store.local_root is not None and os.path.isfile(store.local_root)
+
+
+def folder_problem(store: Store) -> str | None:
+    """Returns why a store has no local folder to read; None where it has, and of a bucket."""
+    if store.local_root is None or os.path.isdir(store.local_root):
+        return None
+    return "is a file, not a folder" if is_file(store) else "does not exist"
+
+
+def lies_in(inner: Store, outer: Store) -> bool:
+    """Returns whether `inner` is `outer` or a folder in it, also by way of symbolic links."""
+    return _is_inside(_real_url(inner), _real_url(outer))
+
+
+def _real_url(store: Store) -> str:
+    return os.path.realpath(store.local_root) if store.local_root else store.url
+
+
 def checked_name(name: str) -> str:
     """Returns `name` when it is a safe object name.
 

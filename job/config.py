@@ -18,7 +18,7 @@ from job.augment import AugmentationConfig
 
 # A form that every storage and cluster takes.
 RUN_NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")
-RUN_NAME_RULE = "1 to 47 of a-z, 0-9 and -, from a letter, not to a -"
+RUN_NAME_RULE = "1 to 47 small letters a-z, digits and hyphens; a letter first, no hyphen last"
 
 LossName = Literal[
     "categorical_crossentropy",
@@ -390,7 +390,11 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _fold_exists(self) -> "TrainConfig":
-        if self.fold is not None and (self.folds is None or self.fold >= self.folds):
+        if self.fold is None:
+            return self
+        if self.folds is None:
+            raise ValueError("--fold needs --folds: into how many the cases are divided")
+        if self.fold >= self.folds:
             raise ValueError(f"fold={self.fold} is none of folds={self.folds}; they count from 0")
         return self
 

@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -39,7 +38,16 @@ from data_prep.pool import OpenWorkers, available_cores, in_order
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.schema import Manifest
 from data_prep.settings import option
-from data_prep.storage import Forbidden, NotFound, Store, join_url, open_store
+from data_prep.storage import (
+    Forbidden,
+    NotFound,
+    Store,
+    folder_problem,
+    is_file,
+    join_url,
+    lies_in,
+    open_store,
+)
 from data_prep.table import csv_table
 from data_prep.tiles import starts
 from job.predict import (
@@ -168,6 +176,7 @@ def infer(
         overlap = window_overlap(manifest, config.overlap, runs[0].config.window_overlap)
     source = open_store(images_url)
     output = open_store(output_url or join_url(run_url, "inference"))
+    _refuse_files(source, output)
     _refuse_overlap(source, output)
     names = find_images(source)
     if config.overlays:
@@ -332,13 +341,17 @@ def read_any(
     return read_image(data, name=name, max_pixels=max_pixels), None
 
 
+def _refuse_files(source: Store, output: Store) -> None:
+    problem = folder_problem(source)
+    if problem:
+        raise UsageError(f"{source.url}: {problem}; give IMAGES a folder of images")
+    if is_file(output):
+        raise UsageError(f"{output.url}: is a file; give OUTPUT a folder, which infer makes")
+
+
 def _refuse_overlap(source: Store, output: Store) -> None:
     """Masks among the images would be taken for images by the next call, or replace some."""
-    inner, outer = (
-        f"{os.path.realpath(store.url) if store.local_root else store.url}/"
-        for store in (source, output)
-    )
-    if inner.startswith(outer) or outer.startswith(inner):
+    if lies_in(source, output) or lies_in(output, source):
         raise UsageError(
             f"{output.url}: the output and the images in {source.url} must not lie in one "
             "another; give another OUTPUT"

@@ -2,13 +2,18 @@
 
 Weights that were trained on a case, or whose epoch was chosen by it, give it away, however the run
 that starts from them divides its dataset. What a source was started from counts as well.
+
+Datasets of the same files have the same names and groups, whatever else differs. Those of other
+files, or of the same in other groups, have pictures in common where the stored pixels are the same.
 """
 
+import hashlib
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from data_prep.errors import FlexUNetError, UsageError
+from data_prep.schema import read_samples
 from data_prep.storage import join_url, open_store
 from job.config import TrainConfig
 from job.data import Dataset
@@ -29,11 +34,13 @@ class Origin:
         run: name of the run.
         source: its `--init-from`.
         seen: whether groups of the evaluated cases were among those that trained or validated it.
+        why: it is not known, in words.
     """
 
     run: str
     source: str
     seen: Seen
+    why: str = ""
 
 
 def origin_of(config: TrainConfig, dataset: Dataset, evaluated: str = "test") -> Origin | None:
@@ -46,15 +53,19 @@ def origin_of(config: TrainConfig, dataset: Dataset, evaluated: str = "test") ->
     if config.init_from is None:
         return None
     try:
-        seen = _has_seen(config.init_from, dataset, evaluated)
-    except FlexUNetError:  # it is gone, or cannot be read any more
-        seen = "unknown"
-    return Origin(str(config.name), config.init_from, seen)
+        seen, why = _has_seen(config.init_from, dataset, evaluated)
+    except FlexUNetError as error:  # it is gone, or cannot be read any more
+        seen, why = "unknown", str(error)
+    return Origin(str(config.name), config.init_from, seen, why)
 
 
 def as_record(*origins: Origin | None) -> list[dict[str, str]]:
     """Returns those that are not None as JSON values, for what an evaluation keeps."""
-    return [asdict(origin) for origin in origins if origin is not None]
+    return [
+        {"run": each.run, "source": each.source, "seen": each.seen}
+        for each in origins
+        if each is not None
+    ]
 
 
 def refuse_seen(config: TrainConfig, dataset: Dataset) -> Origin | None:
@@ -95,44 +106,105 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
     origin = refuse_seen(config, dataset)
     if origin is not None and origin.seen == "unknown":
         logger.warning(
-            "--init-from %s: which cases these weights were trained on is not known; if cases of "
-            "the test split are among them, its metrics are too good",
-            config.init_from,
+            "--init-from %s: whether these weights were trained on cases of the test split is not "
+            "known (%s); if they were, its metrics are too good",
+            *(config.init_from, origin.why),
         )
 
 
-def _has_seen(source: str, dataset: Dataset, evaluated: str) -> Seen:
+def _has_seen(source: str, dataset: Dataset, evaluated: str) -> tuple[Seen, str]:
+    """Returns whether weights have seen the evaluated cases, and why that is not known."""
     split = dataset.splits.get(evaluated)
     if split is None:
-        return "no"
+        return "no", ""
     own = {g for name, each in dataset.splits.items() if name != evaluated for g in each.groups}
     # Of a dataset with accepted leaks the run itself has other pictures of a group.
     groups, ids = set(split.groups) - own, set(split.ids)
-    is_known, passed = True, set[str]()
+    why, passed = "", set[str]()
     while source not in passed:
         passed.add(source)
         if source.endswith(WEIGHT_FILES):
-            return "unknown"
+            return "unknown", f"a file of weights, {source}, does not say it"
         run = open_trained(source)
-        known = _dataset_of(run, dataset)
-        is_known &= known is not None
-        for name in ("train", "valid"):
-            trained = known.splits.get(name) if known is not None else None
-            if trained is not None and (groups & set(trained.groups) or ids & set(trained.ids)):
-                return "yes"
+        found = _trained_on(run, dataset)
+        if groups & found.groups or ids & found.ids:
+            return "yes", ""
+        why = why or found.lacks
         if run.config.init_from is None:
             break
         source = run.config.init_from
-    return "no" if is_known else "unknown"
+    return ("unknown" if why else "no"), why
 
 
-def _dataset_of(run: TrainedRun, dataset: Dataset) -> Dataset | None:
-    """Returns what `run` was trained on; None where its cases cannot be compared with ours."""
+@dataclass(frozen=True)
+class _TrainedOn:
+    """Samples and groups of our dataset that trained or validated a run; why some may lack."""
+
+    ids: frozenset[str]
+    groups: frozenset[str]
+    lacks: str = ""
+
+
+def _trained_on(run: TrainedRun, dataset: Dataset) -> _TrainedOn:
     if run.dataset_digest == dataset.digest:
-        return open_folded(run.config, dataset.url)
+        return _of_same_files(open_folded(run.config, dataset.url))
+    theirs = _dataset_of(run)
+    if theirs is None:
+        lacks = f"the dataset {run.config.data} of {run.store.url} is gone, or another one by now"
+        return _TrainedOn(frozenset(), frozenset(), lacks)
     digest = dataset.manifest.source_sha256
-    if not digest or run.manifest.source_sha256 != digest:
+    if digest and theirs.manifest.source_sha256 == digest:
+        return _of_same_files(theirs)
+    return _of_other_files(theirs, dataset)
+
+
+def _dataset_of(run: TrainedRun) -> Dataset | None:
+    """Returns what `run` was trained on, None where it is not there any more."""
+    try:
+        found = open_folded(run.config)
+    except UsageError:
         return None
-    # The same files in another form: names and groups are the same.
-    found = open_folded(run.config)
     return found if found.digest == run.dataset_digest else None
+
+
+def _of_same_files(theirs: Dataset) -> _TrainedOn:
+    parts = [theirs.splits[name] for name in ("train", "valid") if name in theirs.splits]
+    return _TrainedOn(
+        frozenset(sample for part in parts for sample in part.ids),
+        frozenset(group for part in parts for group in part.groups),
+    )
+
+
+def _of_other_files(theirs: Dataset, ours: Dataset) -> _TrainedOn:
+    pixels, own_pixels = _pixels(theirs), _pixels(ours)
+    trained = {pixels[sample] for sample in _of_same_files(theirs).ids}
+    found = [
+        (sample, group)
+        for split in ours.splits.values()
+        for sample, group in zip(split.ids, split.groups, strict=True)
+        if own_pixels[sample] in trained
+    ]
+    num_other = len(trained - set(own_pixels.values()))
+    lacks = (
+        f"of the {len(trained)} pictures of {theirs.url} that it was trained on, {num_other} are "
+        "not in this dataset, or stored in another way"
+    )
+    return _TrainedOn(
+        frozenset(sample for sample, _ in found),
+        frozenset(group for _, group in found),
+        lacks if num_other else "",
+    )
+
+
+def _pixels(dataset: Dataset) -> dict[str, str]:
+    """Returns a digest of the whole picture of each sample: tiles alone are alike in strangers."""
+    table = read_samples(open_store(dataset.url), dataset.manifest)
+    rows = table.select(["id", "picture", "sha256"]).to_pylist()
+    parts: dict[str, list[str]] = {}
+    for row in rows:
+        parts.setdefault(row["picture"] or row["id"], []).append(row["sha256"])
+    digests = {
+        name: hashlib.sha256("".join(sorted(each)).encode()).hexdigest()
+        for name, each in parts.items()
+    }
+    return {row["id"]: digests[row["picture"] or row["id"]] for row in rows}

@@ -49,9 +49,7 @@ def open_trained(run_url: str) -> TrainedRun:
     try:
         text = store.get("config.yaml").decode()
     except NotFound as error:
-        raise UsageError(
-            f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
-        ) from error
+        raise _no_run(store) from error
     where = f"{store.url}/config.yaml"
     config = validated(TrainConfig, read_yaml(text, where), where)
     if not find_commits(store):
@@ -59,6 +57,19 @@ def open_trained(run_url: str) -> TrainedRun:
     data = store.get(MANIFEST_NAME)  # a copy of the dataset's, byte by byte
     manifest = parse_manifest(data, f"{store.url}/{MANIFEST_NAME}")
     return TrainedRun(store, config, manifest, hashlib.sha256(data).hexdigest())
+
+
+def _no_run(store: Store) -> UsageError:
+    from job.folds import SUMMARY_NAME  # a module that needs this one
+
+    if store.stat(SUMMARY_NAME) is not None:
+        return UsageError(
+            f"{store.url}: a cross-validation, which has no weights of its own; give the run of a "
+            f"fold, {store.url}-fold-0 and so on"
+        )
+    return UsageError(
+        f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
+    )
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,40 @@ def test_to_class_ids_refuses_to_read_other_classes_as_empty(pixels: Pixels) -> 
         to_class_ids(pixels, DEFAULT_CLASSES, name="m.png")
 
 
+def solid(*levels: int) -> Pixels:
+    """Returns 12x12 zeros with an area of 3x3 pixels of each of two levels, three in between."""
+    mask = np.zeros((12, 12), np.uint8)
+    for place, level in zip(((1, 1), (7, 7)), levels, strict=True):
+        mask[place[0] : place[0] + 3, place[1] : place[1] + 3] = level
+    return mask
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        solid(100, 100),  # grey masks, nearer to black
+        solid(100, 60),  # of two classes
+        solid(2, 2),  # id of another class
+        solid(100, 100).astype(np.uint16),
+        np.stack([solid(100, 60), solid(0, 0), solid(0, 0)], axis=2),
+    ],
+)
+def test_to_class_ids_refuses_to_read_solid_areas_as_empty(pixels: Pixels) -> None:
+    with pytest.raises(ContentError, match=r"read as empty, but has 18 pixels .*with --classes"):
+        to_class_ids(pixels, DEFAULT_CLASSES, name="m.png")
+
+
+def test_to_class_ids_takes_thin_blends_of_one_shade_as_background() -> None:
+    # A box that was shifted by part of a pixel, and a line that was made smaller.
+    pixels = np.zeros((12, 12), np.uint8)
+    pixels[2:10, 0] = pixels[2:10, 6] = 100
+    ids, off_map, _ = to_class_ids(pixels, DEFAULT_CLASSES, name="a")
+    assert (ids.any(), off_map) == (False, 16)
+    # Of the 25 pixels of a blurred rest 9 are a square.
+    pixels[0:3, 9:12] = 3
+    assert to_class_ids(pixels, DEFAULT_CLASSES, name="a")[1] == 25
+
+
 def test_to_class_ids_does_not_take_ignored_pixels_for_content() -> None:
     # Ids 0 to 4 are five classes, not four; as colours all are nearest to black.
     with pytest.raises(ContentError, match="has 4 pixels of colours that are no class's"):

@@ -118,6 +118,23 @@ def test_count_findings_tells_outlines_from_marks():
     )  # fmt: skip
 
 
+def test_count_rows_counts_images_of_points_but_not_of_masses():
+    findings = {
+        "a": (Finding("mass", 1, 1), Finding("other", 0, 2)),
+        "b": (Finding("mass", 0, 1), Finding("calcification", 1, 0)),
+        "c": (Finding("calcification", 0, 3),),
+        "d": (),
+    }
+    patients = {"a": "p", "b": "p", "c": "q", "d": "r"}
+    rows = {row[0]: row[1:-1] for row in inbreast.count_rows(findings, patients, ["d"])}
+    assert rows["all"] == ("", "", "4", "3")
+    assert rows["no annotation"] == ("", "", "1", "1")
+    # Contours, points, images, patients; the mark of b is no mass.
+    assert rows["mass"] == ("1", "2", "1", "1")
+    assert rows["calcification"] == ("1", "3", "2", "2")
+    assert rows["other"] == ("0", "2", "1", "1")
+
+
 _ENTITY = b"""<?xml version="1.0"?><!DOCTYPE plist [<!ENTITY a SYSTEM "file:///etc/passwd">]>
 <plist version="1.0"><dict><key>Images</key><string>&a;</string></dict></plist>"""
 _LAUGHS = b"""<?xml version="1.0"?><!DOCTYPE plist [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;">]>

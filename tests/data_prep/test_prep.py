@@ -113,6 +113,30 @@ def test_any_number_of_processes_and_any_place_give_the_same_bytes(source, tmp_p
     assert first == second
 
 
+def test_masks_of_another_colour_are_not_stored_as_empty(source, tmp_path):
+    masks = sorted((source / "masks").iterdir())
+    for path in masks:
+        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        assert cv2.imwrite(str(path), (mask // 255 * 100).astype(np.uint8))
+    done = _run(source, tmp_path / "out", "--image-size", "16", "--off-map-limit", "1")
+    assert done.returncode == 3
+    words = r"case_\d+\.png: would be read as empty, but has 16 pixels .*\(100, 100, 100\); give"
+    assert re.search(words, done.stderr.splitlines()[-1])
+    # With noise on them no mask tells by itself.
+    for seed, path in enumerate(masks):
+        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        noise = np.random.default_rng(seed).integers(-9, 9, mask.shape)
+        assert cv2.imwrite(str(path), np.where(mask, 100 + noise, 0).astype(np.uint8))
+    done = _run(source, tmp_path / "out", "--image-size", "16")
+    assert done.returncode == 3
+    assert "or raise --off-map-limit where they are blends" in done.stderr.splitlines()[-1]
+    done = _run(source, tmp_path / "out", "--image-size", "16", "--off-map-limit", "1")
+    assert done.returncode == 3
+    words = "all 20 masks would be read as empty, but 20 of them have pixels of colours"
+    assert words in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
 def test_second_run_changes_nothing_and_says_so(source, tmp_path):
     _prepare(source, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
@@ -243,25 +267,50 @@ def _group_lives(group):
         (["SOURCE", "OUT", "--seed", "1", "--no-such"], 2, "--no-such"),
         (["SOURCE", "OUT", "--classes", "a=1"], 2, "classes"),
         (["SOURCE", "OUT", "--fractions", "0.5,0.1,0.1"], 2, "add up to 1"),
+        (["SOURCE", "OUT", "--fractions", "0.5,0.5"], 2, "'0.5']: three shares are needed: of"),
+        (["SOURCE", "OUT", "--fractions", "0.5,0.5,0,0"], 2, "three shares are needed: of train"),
         (["SOURCE", "OUT", "--group-regex", "(", "--seed", "1"], 2, "--group-regex"),
         (["SOURCE", "OUT", "--group-regex", "a", "--group-csv", "b"], 2, "exclude each other"),
         (["SOURCE", "OUT", "--tile", "16", "--image-size", "16"], 2, "leave out one"),
         (["SOURCE", "OUT", "--tile", "16", "--tile-overlap", "16"], 2, "below --tile"),
         (["SOURCE", "OUT", "--tile-overlap", "4"], 2, "needs --tile"),
         (["SOURCE", "OUT", "--config", "missing.yaml"], 2, "missing.yaml"),
-        (["MISSING", "OUT"], 2, "MISSING"),
+        (["MISSING", "OUT"], 2, "MISSING: does not exist; give the folder"),
+        (["MISSING", "OUT", "--format", "inbreast"], 2, "MISSING: does not exist; give the folder"),
+        (["FILE", "OUT"], 2, "FILE: is a file, not a folder; give the folder"),
+        (["SOURCE", "FILE"], 2, "FILE: is a file; give OUTPUT a folder, which prep makes"),
         (["SOURCE", "SOURCE/images/out"], 2, "lies in the source folder"),
+        (["SOURCE", "LINK/out"], 2, "lies in the source folder"),
+        (["SOURCE", "SOURCE/test"], 2, "source/test, where the next prep looks for pictures"),
+        (["SOURCE", "SOURCE/val/out"], 2, "source/val, where the next prep looks for pictures"),
         (["SOURCE", "/proc/no/such"], 5, "/proc/no"),
     ],
 )
 def test_mistakes_are_one_line_and_a_code(source, tmp_path, arguments, code, words):
-    places = {"SOURCE": str(source), "OUT": str(tmp_path / "out")}
-    arguments = [places.get(word, word.replace("SOURCE/", f"{source}/")) for word in arguments]
+    (tmp_path / "FILE").write_bytes(b"kept")
+    (tmp_path / "LINK").symlink_to(source / "masks")
+    names = {"SOURCE": source.name, "OUT": "out"}
+    arguments = [
+        re.sub(
+            r"^(SOURCE|OUT|FILE|LINK|MISSING)",
+            lambda m: str(tmp_path / names.get(m[0], m[0])),
+            word,
+        )
+        for word in arguments
+    ]
     code_found, errors = _main(arguments)
     assert code_found == code, errors
     assert words in errors
     assert len(errors.strip().splitlines()) == 1
     assert not (tmp_path / "out" / schema.MANIFEST_NAME).exists()
+
+
+def test_an_output_beside_the_pictures_does_no_harm(source):
+    for output in (source, source / "out"):
+        arguments = [str(source), str(output), "--image-size", "16", "--num-processes", "1"]
+        for _ in range(2):  # made, found finished
+            assert _main(arguments)[0] == 0
+    assert len(prep.find_pairs(find_sources(str(source)))[0]) == 20
 
 
 def _main(arguments):

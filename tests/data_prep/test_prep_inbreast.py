@@ -107,6 +107,7 @@ def test_command_prints_what_was_found_beside_what_was_published(release, tmp_pa
     assert "A patient may have several cases" in " ".join(said.split())
     assert rows["mass"] == ["12", "0", "11", "10", "116 in 107 images"]
     assert set(rows) == {"all", "no annotation", *inbreast.KINDS}
+    assert max(map(len, said.split("Published:")[1].splitlines())) <= 80
     assert prep.main([*arguments, "--num-processes", "1"]) == 0  # finished already
     assert capsys.readouterr().out == said
     # A dataset of an earlier version, which took the published cases for patients.
@@ -115,6 +116,14 @@ def test_command_prints_what_was_found_beside_what_was_published(release, tmp_pa
     assert "410 of" in counts.read_text()
     assert prep.main([*arguments, "--num-processes", "1"]) == 0
     assert capsys.readouterr().out == said
+
+
+def test_a_release_without_its_format_is_told(release, tmp_path, capsys):
+    assert prep.main([str(release), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith("a release of INbreast; give --format inbreast\n")
+    (tmp_path / "AllXML").mkdir()
+    assert prep.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "no files in images/ and masks/" in capsys.readouterr().err
 
 
 def test_what_is_left_out_is_told(release, tmp_path):

@@ -190,7 +190,7 @@ def test_infer_reads_from_and_writes_to_a_bucket(
     [
         (["a.png", "a.tif"], "a.png and a.tif would both become a.png"),
         (["notes.txt"], "no images here"),
-        ([], "no images here"),
+        ([], "images: does not exist; give IMAGES a folder"),
         (["overlays/a.png"], "would lie among the overlays"),
     ],
 )
@@ -217,6 +217,23 @@ def test_command_refuses_a_folder_without_a_run(
     write_same(tmp_path / "images", 1)
     assert main([str(tmp_path / "run"), str(tmp_path / "images")]) == 2
     assert "config.yaml is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "output", "problem"),
+    [
+        ("images/image-000.png", "output", "000.png: is a file, not a folder; give IMAGES"),
+        ("images", "file", "/file: is a file; give OUTPUT a folder"),
+    ],
+)
+def test_infer_refuses_what_is_no_folder(
+    trained_run: Path, tmp_path: Path, images: str, output: str, problem: str
+) -> None:
+    write_same(tmp_path / "images", 1)
+    (tmp_path / "file").write_bytes(b"kept")
+    with pytest.raises(UsageError, match=problem):
+        infer(str(trained_run), str(tmp_path / images), str(tmp_path / output), QUIET)
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize("output", ["images", "images/masks", "", "link"])

@@ -17,7 +17,7 @@ from job.data import Dataset, open_dataset
 from job.folds import cross_validate
 from job.origin import Origin, check_origin, origin_of, refuse_seen
 from job.splits import fold_of
-from tests.job.discs import prepare_discs
+from tests.job.discs import write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +32,13 @@ def config_of(tmp_path: Path, source: Path | str, **values: object) -> TrainConf
     return TrainConfig.model_validate(
         {"name": "new", "output": output, "init_from": str(source)} | values
     )
+
+
+def prepared(source: Path, output: Path, **options: object) -> Dataset:
+    values = {"fractions": (0.6, 0.2, 0.2), "num_processes": 1} | options
+    config = PrepConfig.model_validate(values)
+    prepare(find_sources(str(source)), str(output), config, progress=False)
+    return open_dataset(str(output))
 
 
 def changed(run: Path, **values: object) -> None:
@@ -84,26 +91,60 @@ def test_what_a_source_began_from_counts_too(
 def test_the_same_pictures_in_another_form_are_recognized(
     trained_run: Path, tmp_path: Path
 ) -> None:
-    options = PrepConfig(image_size=16, fractions=(0.6, 0.2, 0.2), num_processes=1)
-    sources = find_sources(str(trained_run.parents[1] / "source"))
-    prepare(sources, str(tmp_path / "small"), options, progress=False)
-    small = open_dataset(str(tmp_path / "small"))
+    classes = "background=0,0,0;disc=255,255,255"
+    source = trained_run.parents[1] / "source"
+    small = prepared(source, tmp_path / "small", image_size=16, classes=classes)
     config = config_of(tmp_path, trained_run)
     assert refuse_seen(config, small) == Origin("new", str(trained_run), "no")
     with pytest.raises(UsageError, match="groups of fold 0"):
         refuse_seen(config_of(tmp_path, trained_run, folds=3, fold=0), fold_of(small, 3, 0))
 
 
-def test_weights_of_unknown_cases_are_warned_of(
-    trained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("size", [{"image_size": 32}, {"tile": 16}])
+def test_the_same_pictures_in_other_groups_are_recognized(
+    own_run: Path, dataset: Dataset, tmp_path: Path, size: dict[str, int]
 ) -> None:
-    other = open_dataset(prepare_discs(tmp_path, num_images=10))
-    for source in (str(trained_run), str(tmp_path / "best_model.h5")):
+    source = Path(dataset.url).parent / "source"
+    base = prepared(source, tmp_path / "base", **size)
+    changed(own_run, data=base.url)
+    shutil.copy(tmp_path / "base" / "dataset.json", own_run)
+    config = config_of(tmp_path, own_run)
+    # Groups of two pictures: of the 4 that are tested, some were trained on.
+    paired = prepared(source, tmp_path / "paired", group_regex=r"([0-9])\.", **size)
+    with pytest.raises(UsageError, match="groups of the test split, on which new is evaluated"):
+        refuse_seen(config, paired)
+    # Ready-made, and the same splits.
+    for name, split in base.splits.items():
+        for kind in ("images", "masks"):
+            (tmp_path / "made" / name / kind).mkdir(parents=True)
+            for file in set(split.filenames):
+                shutil.copy(source / kind / file, tmp_path / "made" / name / kind)
+    made = prepared(tmp_path / "made", tmp_path / "again", **size)
+    assert made.manifest.source_sha256 != base.manifest.source_sha256
+    assert refuse_seen(config, made) == Origin("new", str(own_run), "no")
+
+
+def test_weights_of_unknown_cases_are_warned_of(
+    own_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_discs(tmp_path / "source", num_images=10, seed=1)
+    other = prepared(tmp_path / "source", tmp_path / "other", image_size=32)
+
+    def warned(source: Path) -> str:
         caplog.clear()
         check_origin(config_of(tmp_path, source), other)
-        assert "which cases these weights were trained on is not known" in caplog.text
+        return caplog.text
+
+    # 12 of train and 4 of valid.
+    text = warned(own_run)
+    assert "were trained on cases of the test split is not known (of the 16 pictures of" in text
+    assert "that it was trained on, 16 are not in this dataset, or stored in" in text
+    file = tmp_path / "best_model.h5"
+    assert f"is not known (a file of weights, {file}, does not say it); if" in warned(file)
+    changed(own_run, data=other.url)
+    assert f"(the dataset {other.url} of {own_run} is gone, or another one" in warned(own_run)
     with pytest.raises(UsageError, match="no run here"):
-        check_origin(config_of(tmp_path, tmp_path / "gone"), other)
+        warned(tmp_path / "gone")
 
 
 def test_a_run_that_has_begun_needs_its_source_no_more(
