@@ -43,13 +43,11 @@ from job.measures import (
 )
 from job.origin import as_record, origin_of, refuse_seen
 from job.pictures import pictures_of
-from job.run import checked_run_name
+from job.run import CROSS_VALIDATION_NAME, checked_run_name
 from job.splits import evaluated_words, open_folded
 from job.stored import evaluate_again, read_json, read_table
 
 logger = logging.getLogger(__name__)
-
-SUMMARY_NAME = "cross_validation.json"
 
 _TICK_S = 0.2
 _FOLDS_BESIDE = 5  # of a table that fits 80 columns
@@ -195,7 +193,7 @@ def pool_folds(config: TrainConfig) -> dict[str, Any]:
             "folds": [_summarized(fold, classes) for fold in folds],
         }
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    target.put(SUMMARY_NAME, text.encode())
+    target.put(CROSS_VALIDATION_NAME, text.encode())
     return summary
 
 
@@ -315,7 +313,7 @@ def show_folds(config: TrainConfig) -> None:
     from rich.console import Console
 
     url = join_url(config.output, str(config.name))
-    summary = json.loads(open_store(url).get(SUMMARY_NAME))
+    summary = json.loads(open_store(url).get(CROSS_VALIDATION_NAME))
     console = Console()
     sizes = titled_sizes(summary["sizes"])
     for title, found in sizes:
@@ -328,9 +326,8 @@ def show_folds(config: TrainConfig) -> None:
         for line in size_notes(title, found["pooled"]):
             console.print(line, style="dim")
     console.print(lesion_words(sizes[0][1]["pooled"]), style="dim")
-    console.print(
-        f"cross-validation: {url}/{SUMMARY_NAME}", markup=False, highlight=False, soft_wrap=True
-    )
+    where = f"cross-validation: {url}/{CROSS_VALIDATION_NAME}"
+    console.print(where, markup=False, highlight=False, soft_wrap=True)
 
 
 def _folds_table(title: str, labels: Sequence[str], folds: Mapping[int, Mapping[str, Any]]) -> Any:

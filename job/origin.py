@@ -18,7 +18,7 @@ from data_prep.storage import join_url, open_store
 from job.config import TrainConfig
 from job.data import Dataset
 from job.run import find_commits
-from job.splits import open_folded
+from job.splits import evaluated_words, open_folded
 from job.trained import WEIGHT_FILES, TrainedRun, open_trained
 
 logger = logging.getLogger(__name__)
@@ -79,13 +79,10 @@ def refuse_seen(config: TrainConfig, dataset: Dataset) -> Origin | None:
     """
     origin = origin_of(config, dataset)
     if origin is not None and origin.seen == "yes":
-        cases = "the test split"
-        if config.fold is not None:
-            cases = f"fold {config.fold} of {config.folds}"
         raise UsageError(
             f"--init-from {origin.source}: its weights come from training or validation on groups "
-            f"of {cases}, on which {config.name} is evaluated; leave it out, or give a run of the "
-            "same splits or of the same fold"
+            f"of {evaluated_words(config)}, on which {config.name} is evaluated; leave it out, or "
+            "give a run of the same splits or of the same fold"
         )
     return origin
 
@@ -106,9 +103,9 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
     origin = refuse_seen(config, dataset)
     if origin is not None and origin.seen == "unknown":
         logger.warning(
-            "--init-from %s: whether these weights were trained on cases of the test split is not "
+            "--init-from %s: whether these weights were trained on cases of %s is not "
             "known (%s); if they were, its metrics are too good",
-            *(config.init_from, origin.why),
+            *(config.init_from, evaluated_words(config), origin.why),
         )
 
 

@@ -32,10 +32,9 @@ from data_prep.settings import read_yaml
 from data_prep.storage import NotFound, Store, join_url, open_store
 from data_prep.words import counted
 from job.evaluate import has_foreground, no_foreground_words, summarized_words
-from job.folds import SUMMARY_NAME
 from job.history import CURVE_TITLES
 from job.measures import checkpoint_words, lesion_words, measure_rows, size_notes, titled_sizes
-from job.run import LEASE_NAME, OUTCOME_NAME, RESTORE, read_ends, standing
+from job.run import CROSS_VALIDATION_NAME, LEASE_NAME, OUTCOME_NAME, RESTORE, read_ends, standing
 from job.splits import fold_words
 from job.stored import evaluate_again, read_json, read_table
 from job.watchdog import STACKS_FOLDER
@@ -83,7 +82,7 @@ def write_report(store: Store) -> str:
     """
     if store.stat("config.yaml") is not None:
         page = render(store)
-    elif store.stat(SUMMARY_NAME) is not None:
+    elif store.stat(CROSS_VALIDATION_NAME) is not None:
         page = render_folds(store)
     else:
         raise UsageError(
@@ -119,7 +118,7 @@ def render(store: Store) -> str:
 
 def render_folds(store: Store) -> str:
     """Returns the page of the cross-validation in `store`."""
-    summary = read_json(store, SUMMARY_NAME, _POOL_AGAIN) or {}
+    summary = read_json(store, CROSS_VALIDATION_NAME, _POOL_AGAIN) or {}
     links = "".join(
         f'<li><a href="../{_text(name)}/{REPORT_NAME}">{_text(name)}</a></li>'
         for name in summary["runs"]

@@ -16,6 +16,7 @@ from data_prep.storage import NotFound, Store, open_store
 from job.config import TrainConfig
 from job.fit import image_shape, num_outputs
 from job.run import (
+    CROSS_VALIDATION_NAME,
     Commit,
     Place,
     commit_prefix,
@@ -60,9 +61,7 @@ def open_trained(run_url: str) -> TrainedRun:
 
 
 def _no_run(store: Store) -> UsageError:
-    from job.folds import SUMMARY_NAME  # a module that needs this one
-
-    if store.stat(SUMMARY_NAME) is not None:
+    if store.stat(CROSS_VALIDATION_NAME) is not None:
         return UsageError(
             f"{store.url}: a cross-validation, which has no weights of its own; give the run of a "
             f"fold, {store.url}-fold-0 and so on"

@@ -61,7 +61,7 @@ def test_a_fold_is_refused_weights_that_have_seen_it(
 ) -> None:
     for fold in range(3):
         config = config_of(tmp_path, trained_run, folds=3, fold=fold)
-        with pytest.raises(UsageError, match=rf"validation on groups of fold {fold} of 3"):
+        with pytest.raises(UsageError, match=f"on groups of fold {fold} .of 0 to 2., on which"):
             refuse_seen(config, fold_of(dataset, 3, fold))
     # The run of a fold: the same fold alone, as it was trained on one other and chose by the next.
     changed(own_run, folds=3, fold=1)
@@ -183,7 +183,8 @@ def test_commands_refuse_weights_that_have_seen_the_cases(
     command = [sys.executable, "-m", *module, *options]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "groups of fold 1 of 3, on which leaks is evaluated" in done.stderr.splitlines()[-1]
+    told = done.stderr.splitlines()[-1]
+    assert "groups of fold 1 (of 0 to 2), on which leaks is evaluated" in told
     assert not (tmp_path / "runs" / "leaks" / "checkpoints").exists()
 
 

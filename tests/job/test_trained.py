@@ -12,7 +12,7 @@ from data_prep.errors import ContentError, UsageError
 from data_prep.storage import LocalStore, open_store
 from job import checkpoint
 from job.config import TrainConfig
-from job.folds import SUMMARY_NAME
+from job.run import CROSS_VALIDATION_NAME
 from job.trained import (
     fetch_checkpoint,
     initialize_from,
@@ -33,7 +33,7 @@ def test_open_trained_needs_a_run(tmp_path: Path) -> None:
 
 
 def test_open_trained_names_the_runs_of_a_cross_validation(tmp_path: Path) -> None:
-    (tmp_path / SUMMARY_NAME).write_text("{}")
+    (tmp_path / CROSS_VALIDATION_NAME).write_text("{}")
     with pytest.raises(UsageError, match=f"a cross-validation, .* {tmp_path}-fold-0 and so on"):
         open_trained(str(tmp_path))
 

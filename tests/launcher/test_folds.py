@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job.folds import SUMMARY_NAME
+from job.run import CROSS_VALIDATION_NAME
 from launcher.train import LaunchConfig, _arguments
 from launcher.train import command as launch_train
 from tests.job.discs import prepare_discs
@@ -72,5 +72,5 @@ def test_launch_trains_every_fold_and_pools_them(
     )
     assert done.returncode == 0, done.stderr
     assert "3 folds, 2 at a time" in done.stderr
-    summary = json.loads((tmp_path / "runs" / "cv" / SUMMARY_NAME).read_text())
+    summary = json.loads((tmp_path / "runs" / "cv" / CROSS_VALIDATION_NAME).read_text())
     assert summary["sizes"]["network"]["pooled"]["num_cases"] == 12
