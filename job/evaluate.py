@@ -58,7 +58,7 @@ from job.measures import (
     titled_sizes,
     without_ignored,
 )
-from job.origin import as_record, origin_of
+from job.origin import as_record, read_origin
 from job.pictures import Picture, pictures_of, read_picture
 from job.predict import (
     Alive,
@@ -671,8 +671,10 @@ def evaluate_run(
         evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in fits))
     reader = _reader_of(dataset, split, settings)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
-    origins = [origin_of(each.config, dataset, split.name) for each in (run, *others)]
-    evaluation.summary.update(checkpoint=used, prediction=way, init_from=as_record(*origins))
+    origins = as_record(
+        [read_origin(each.store, each.config) for each in (run, *others)], dataset, split.name
+    )
+    evaluation.summary.update(checkpoint=used, prediction=way, init_from=origins)
     evaluation = replace(evaluation, examples=evaluator.draw_examples(evaluation, reader))
     return evaluation, write_evaluation(target, evaluation, evaluator)
 

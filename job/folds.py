@@ -41,7 +41,7 @@ from job.measures import (
     summarize_cases,
     titled_sizes,
 )
-from job.origin import as_record, origin_of, refuse_seen
+from job.origin import as_record, read_origin, refuse_seen
 from job.pictures import pictures_of
 from job.run import CROSS_VALIDATION_NAME, checked_run_name
 from job.splits import evaluated_words, open_folded
@@ -227,7 +227,8 @@ def _check_cases(config: TrainConfig, classes: Sequence[str]) -> list[dict[str, 
                 )
         origins = summary.get("init_from")
         # An earlier version did not record it.
-        origins = as_record(origin_of(each, dataset)) if origins is None else origins
+        if origins is None:
+            origins = as_record([read_origin(run, each)], dataset)
         for origin in origins:
             if origin["seen"] == "yes":
                 raise UsageError(

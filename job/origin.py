@@ -3,22 +3,28 @@
 Weights that were trained on a case, or whose epoch was chosen by it, give it away, however the run
 that starts from them divides its dataset. What a source was started from counts as well.
 
+It is found out when the weights are read, and kept in the run as `origin.json`: later the source
+may be gone, or another one by that name.
+
 Datasets of the same files have the same names and groups, whatever else differs. Those of other
 files, or of the same in other groups, have pictures in common where the stored pixels are the same.
 """
 
 import hashlib
+import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from data_prep.errors import FlexUNetError, UsageError
 from data_prep.schema import read_samples
-from data_prep.storage import join_url, open_store
+from data_prep.storage import Store, join_url, open_store
 from job.config import TrainConfig
 from job.data import Dataset
-from job.run import find_commits
+from job.run import ORIGIN_NAME, RESTORE, find_commits
 from job.splits import evaluated_words, open_folded
+from job.stored import read_json
 from job.trained import WEIGHT_FILES, TrainedRun, open_trained
 
 logger = logging.getLogger(__name__)
@@ -33,52 +39,94 @@ class Origin:
     Attributes:
         run: name of the run.
         source: its `--init-from`.
-        seen: whether groups of the evaluated cases were among those that trained or validated it.
-        why: it is not known, in words.
+        ids: samples of the run's dataset that trained or validated these weights, sorted.
+        groups: theirs, likewise; of the same files, all groups that did.
+        lacks: why there may be more; empty where all is known.
     """
 
     run: str
     source: str
-    seen: Seen
-    why: str = ""
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    lacks: str
+
+    def seen(self, dataset: Dataset, evaluated: str = "test") -> Seen:
+        """Returns whether groups of the cases of split `evaluated` are among those."""
+        split = dataset.splits.get(evaluated)
+        if split is None:
+            return "no"
+        if set(split.groups) & set(self.groups) or set(split.ids) & set(self.ids):
+            return "yes"
+        return "unknown" if self.lacks else "no"
 
 
-def origin_of(config: TrainConfig, dataset: Dataset, evaluated: str = "test") -> Origin | None:
-    """Returns what a run started from; None: from the seed.
+def as_record(
+    origins: Iterable[Origin | None], dataset: Dataset, evaluated: str = "test"
+) -> list[dict[str, str]]:
+    """Returns those that are not None as JSON values, for what an evaluation keeps."""
+    return [
+        {"run": each.run, "source": each.source, "seen": each.seen(dataset, evaluated)}
+        for each in origins
+        if each is not None
+    ]
+
+
+def find_origin(config: TrainConfig, dataset: Dataset) -> Origin | None:
+    """Returns what a new run starts from; None: from the seed.
 
     Args:
         dataset: of `config`, its splits those of its fold.
-        evaluated: the split whose cases are evaluated.
     """
     if config.init_from is None:
         return None
     try:
-        seen, why = _has_seen(config.init_from, dataset, evaluated)
+        ids, groups, lacks = _trained_by(config.init_from, dataset)
     except FlexUNetError as error:  # it is gone, or cannot be read any more
-        seen, why = "unknown", str(error)
-    return Origin(str(config.name), config.init_from, seen, why)
+        ids, groups, lacks = set[str](), set[str](), str(error)
+    return Origin(
+        str(config.name), config.init_from, tuple(sorted(ids)), tuple(sorted(groups)), lacks
+    )
 
 
-def as_record(*origins: Origin | None) -> list[dict[str, str]]:
-    """Returns those that are not None as JSON values, for what an evaluation keeps."""
-    return [
-        {"run": each.run, "source": each.source, "seen": each.seen}
-        for each in origins
-        if each is not None
-    ]
+def origin_json(origin: Origin) -> str:
+    """Returns the text of `origin.json`."""
+    return json.dumps(asdict(origin), indent=1) + "\n"
+
+
+def read_origin(run: Store, config: TrainConfig) -> Origin | None:
+    """Returns what the run in `run` started from; None: from the seed.
+
+    Raises:
+        ContentError: its file is damaged.
+    """
+    if config.init_from is None:
+        return None
+    values = read_json(run, ORIGIN_NAME, RESTORE)
+    if values is None:
+        lacks = f"{run.url} has not recorded it"
+        return Origin(str(config.name), config.init_from, (), (), lacks)
+    return Origin(
+        *(values["run"], values["source"], tuple(values["ids"]), tuple(values["groups"])),
+        lacks=values["lacks"],
+    )
 
 
 def refuse_seen(config: TrainConfig, dataset: Dataset) -> Origin | None:
     """Refuses weights that have seen the cases which a run is evaluated on; returns their origin.
 
     Args:
-        dataset: as for `origin_of`.
+        dataset: as for `find_origin`.
 
     Raises:
         UsageError: they have.
     """
-    origin = origin_of(config, dataset)
-    if origin is not None and origin.seen == "yes":
+    origin = find_origin(config, dataset)
+    split = dataset.splits.get("test")
+    if origin is None or split is None:
+        return origin
+    # Of a dataset with accepted leaks the run itself has other pictures of a group.
+    own = {g for name, each in dataset.splits.items() if name != "test" for g in each.groups}
+    if (set(split.groups) - own) & set(origin.groups) or set(split.ids) & set(origin.ids):
         raise UsageError(
             f"--init-from {origin.source}: its weights come from training or validation on groups "
             f"of {evaluated_words(config)}, on which {config.name} is evaluated; leave it out, or "
@@ -101,58 +149,39 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
     if not config.init_from.endswith(WEIGHT_FILES):
         open_trained(config.init_from)
     origin = refuse_seen(config, dataset)
-    if origin is not None and origin.seen == "unknown":
+    if origin is not None and origin.seen(dataset) == "unknown":
         logger.warning(
-            "--init-from %s: whether these weights were trained on cases of %s is not "
-            "known (%s); if they were, its metrics are too good",
-            *(config.init_from, evaluated_words(config), origin.why),
+            "--init-from %s: whether these weights were trained on cases of %s is not known (%s); "
+            "if they were, its metrics are too good",
+            *(config.init_from, evaluated_words(config), origin.lacks),
         )
 
 
-def _has_seen(source: str, dataset: Dataset, evaluated: str) -> tuple[Seen, str]:
-    """Returns whether weights have seen the evaluated cases, and why that is not known."""
-    split = dataset.splits.get(evaluated)
-    if split is None:
-        return "no", ""
-    own = {g for name, each in dataset.splits.items() if name != evaluated for g in each.groups}
-    # Of a dataset with accepted leaks the run itself has other pictures of a group.
-    groups, ids = set(split.groups) - own, set(split.ids)
-    why, passed = "", set[str]()
-    while source not in passed:
-        passed.add(source)
-        if source.endswith(WEIGHT_FILES):
-            return "unknown", f"a file of weights, {source}, does not say it"
-        run = open_trained(source)
-        found = _trained_on(run, dataset)
-        if groups & found.groups or ids & found.ids:
-            return "yes", ""
-        why = why or found.lacks
-        if run.config.init_from is None:
-            break
-        source = run.config.init_from
-    return ("unknown" if why else "no"), why
-
-
-@dataclass(frozen=True)
-class _TrainedOn:
-    """Samples and groups of our dataset that trained or validated a run; why some may lack."""
-
-    ids: frozenset[str]
-    groups: frozenset[str]
-    lacks: str = ""
-
-
-def _trained_on(run: TrainedRun, dataset: Dataset) -> _TrainedOn:
-    if run.dataset_digest == dataset.digest:
-        return _of_same_files(open_folded(run.config, dataset.url))
-    theirs = _dataset_of(run)
+def _trained_by(source: str, dataset: Dataset) -> tuple[set[str], set[str], str]:
+    """Returns ids and groups of `dataset` that trained weights, and why there may be more."""
+    if source.endswith(WEIGHT_FILES):
+        return set(), set(), f"a file of weights, {source}, does not say it"
+    run = open_trained(source)
+    earlier = read_origin(run.store, run.config)
+    lacks = earlier.lacks if earlier else ""
+    is_same = run.dataset_digest == dataset.digest
+    theirs = open_folded(run.config, dataset.url) if is_same else _dataset_of(run)
     if theirs is None:
-        lacks = f"the dataset {run.config.data} of {run.store.url} is gone, or another one by now"
-        return _TrainedOn(frozenset(), frozenset(), lacks)
+        gone = f"the dataset {run.config.data} of {run.store.url} is gone, or another one by now"
+        return set(), set(), gone
+    parts = [theirs.splits[name] for name in ("train", "valid") if name in theirs.splits]
+    ids = {sample for part in parts for sample in part.ids}.union(earlier.ids if earlier else ())
     digest = dataset.manifest.source_sha256
-    if digest and theirs.manifest.source_sha256 == digest:
-        return _of_same_files(theirs)
-    return _of_other_files(theirs, dataset)
+    if is_same or (digest and theirs.manifest.source_sha256 == digest):
+        groups = {group for part in parts for group in part.groups}
+        return ids, groups.union(earlier.groups if earlier else ()), lacks
+    ids, groups, num_other = _same_pixels(ids, theirs, dataset)
+    if num_other:
+        lacks = lacks or (
+            f"{num_other} pictures of {theirs.url} that it was trained on are not in this dataset, "
+            "or stored in another way"
+        )
+    return ids, groups, lacks
 
 
 def _dataset_of(run: TrainedRun) -> Dataset | None:
@@ -164,17 +193,15 @@ def _dataset_of(run: TrainedRun) -> Dataset | None:
     return found if found.digest == run.dataset_digest else None
 
 
-def _of_same_files(theirs: Dataset) -> _TrainedOn:
-    parts = [theirs.splits[name] for name in ("train", "valid") if name in theirs.splits]
-    return _TrainedOn(
-        frozenset(sample for part in parts for sample in part.ids),
-        frozenset(group for part in parts for group in part.groups),
-    )
+def _same_pixels(
+    ids: Collection[str], theirs: Dataset, ours: Dataset
+) -> tuple[set[str], set[str], int]:
+    """Returns ids and groups of `ours` with the pictures of samples `ids` of `theirs`.
 
-
-def _of_other_files(theirs: Dataset, ours: Dataset) -> _TrainedOn:
+    Also returns how many of those pictures are not among ours.
+    """
     pixels, own_pixels = _pixels(theirs), _pixels(ours)
-    trained = {pixels[sample] for sample in _of_same_files(theirs).ids}
+    trained = {pixels[sample] for sample in ids}
     found = [
         (sample, group)
         for split in ours.splits.values()
@@ -182,15 +209,7 @@ def _of_other_files(theirs: Dataset, ours: Dataset) -> _TrainedOn:
         if own_pixels[sample] in trained
     ]
     num_other = len(trained - set(own_pixels.values()))
-    lacks = (
-        f"of the {len(trained)} pictures of {theirs.url} that it was trained on, {num_other} are "
-        "not in this dataset, or stored in another way"
-    )
-    return _TrainedOn(
-        frozenset(sample for sample, _ in found),
-        frozenset(group for _, group in found),
-        lacks if num_other else "",
-    )
+    return {sample for sample, _ in found}, {group for _, group in found}, num_other
 
 
 def _pixels(dataset: Dataset) -> dict[str, str]:

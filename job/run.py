@@ -48,6 +48,7 @@ LOCK_NAME = ".lock"
 IDENTITY_NAME = "identity.json"
 OUTCOME_NAME = "outcome.json"
 COMMIT_NAME = "COMMIT.json"
+ORIGIN_NAME = "origin.json"
 CROSS_VALIDATION_NAME = "cross_validation.json"  # of all folds, in the folder of their common name
 ENDS_FOLDER = "attempts"  # how an attempt ended that did not end the run
 RESTORE = "restore the file, or train a run of another name"  # where one of these is damaged

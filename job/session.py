@@ -29,10 +29,10 @@ from job.exchange import NOMINAL_FLOPS_PER_BYTE, Plan, make_plan, measured_flops
 from job.losses import is_mean
 from job.metrics import RunningSums
 from job.optimizer import Adam
-from job.origin import as_record, origin_of
+from job.origin import Origin, as_record, origin_json, read_origin, refuse_seen
 from job.predict import Alive, not_told
 from job.record import Recorder, open_recorder
-from job.run import Run
+from job.run import ORIGIN_NAME, Run
 from job.runtime import why_not_xla
 from job.schedule import EarlyStopping, PlateauReducer, is_best, rate_factor
 from job.state import TrainState
@@ -59,6 +59,7 @@ class Session:
     recorder: Recorder | None  # of the first process
     alive: Alive  # told in this process of parts of work that takes long
     attempt: int = 0  # of the run, known from `restore` on
+    init_from: list[dict[str, str]] = dataclasses.field(default_factory=list)  # likewise
 
     @property
     def num_steps(self) -> int:
@@ -76,19 +77,29 @@ class Session:
         def read() -> dict[str, Any]:
             if self.recorder is None:
                 return {}
-            state = self.recorder.restore()
-            if state is None and self.config.init_from is not None:
-                initialize_from(self.model, self.config.init_from)
-            return {"state": state, "attempt": self.recorder.run.attempt}
+            run, state = self.recorder.run, self.recorder.restore()
+            origin = self._initialize(run) if state is None else read_origin(run.store, self.config)
+            known = as_record([origin], self.dataset)
+            return {"state": state, "attempt": run.attempt, "init_from": known}
 
         found = self.team.on_first(read)
-        self.attempt = found["attempt"]
+        self.attempt, self.init_from = found["attempt"], found["init_from"]
         # The weights of a new run are the same everywhere: they come from the seed.
         if found["state"] is not None or self.config.init_from is not None:
             self.team.share([*self.model.weights, *self.optimizer.variables])
         if found["state"] is None:
             return TrainState(learning_rate=self.config.optimizer.learning_rate)
         return TrainState(**found["state"])
+
+    def _initialize(self, run: Run) -> Origin | None:
+        """Reads the weights that a new run starts from; returns and keeps what they have seen."""
+        if self.config.init_from is None:
+            return None
+        origin = refuse_seen(self.config, self.dataset)
+        initialize_from(self.model, self.config.init_from)
+        if origin is not None:
+            run.put_text(ORIGIN_NAME, origin_json(origin))
+        return origin
 
     def train_steps(self, state: TrainState) -> Iterator[tuple[float, int]]:
         """Does the rest of the epoch in progress; yields (loss, images) of every update."""
@@ -237,10 +248,7 @@ class Session:
             "which": "best" if is_best else "last",
             "epochs": [epochs],
         }
-        # Read by the first alone: all must say the same.
-        evaluation.summary["init_from"] = self.team.on_first(
-            lambda: as_record(origin_of(self.config, self.dataset))
-        )
+        evaluation.summary["init_from"] = self.init_from
         examples: dict[str, bytes] = {}
 
         def draw(alive: Alive) -> None:

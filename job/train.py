@@ -330,9 +330,9 @@ def run_member(
     # What can be refused at once is: TensorFlow takes seconds to come.
     dataset = open_folded(config)
     check_fit(config, dataset)
-    if launch is None:  # a launcher has done it
-        check_origin(config, dataset)
     if place is None or place.size == 1:
+        if launch is None:  # a launcher has done it
+            check_origin(config, dataset)
         with _own_run(config, launch) as run:
             return _train(config, dataset, None, run, report, should_stop, num_gpus, launch)
     return _train(config, dataset, place, None, report, should_stop, num_gpus, launch)
@@ -377,6 +377,8 @@ def _train(
         with _told_of_peers(team):
             if place is not None:
                 team.on_first(own)
+                if launch is None:
+                    team.on_first(lambda: check_origin(config, dataset))
             watchdog.enter("starting")
             wished: str = config.precision
             if wished == "auto":
@@ -536,9 +538,17 @@ def resolve_config(
     config = validated(TrainConfig, merged(values, options), file or "options", typed=options)
     if config.data is None:
         raise UsageError("no dataset: give --data DATASET, a folder or gs:// URL made by prep")
-    # The run must find it again from another working folder.
-    data = config.data if "://" in config.data else os.path.abspath(config.data)
-    return config.model_copy(update={"data": data, "name": config.name or run_name(data)})
+    return _absolute(config.model_copy(update={"name": config.name or run_name(config.data)}))
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Returns `config` with paths that a run needs again, wherever it is read from."""
+    paths = {}
+    for name in ("data", "init_from"):
+        value = getattr(config, name)
+        if value is not None and "://" not in value:
+            paths[name] = os.path.abspath(value)
+    return config.model_copy(update=paths)
 
 
 def _resolve_reference(
@@ -560,7 +570,7 @@ def _resolve_reference(
         config = config.model_copy(update={"data": data})
     elif prep_options:
         raise _nothing_to_prepare(prep_options)
-    return config
+    return _absolute(config)
 
 
 def _check_preset(options: Mapping[str, Any], values: Mapping[str, Any], file: str) -> None:

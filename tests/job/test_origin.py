@@ -1,6 +1,7 @@
 """Weights to start from: which were trained on what a run is evaluated on, and who refuses them."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import yaml
 from data_prep.errors import UsageError
 from data_prep.pairs import find_sources
 from data_prep.prep import PrepConfig, prepare
+from data_prep.storage import open_store
 from job.config import TrainConfig
 from job.data import Dataset, open_dataset
 from job.folds import cross_validate
-from job.origin import Origin, check_origin, origin_of, refuse_seen
+from job.origin import check_origin, find_origin, origin_json, read_origin, refuse_seen
 from job.splits import fold_of
 from tests.job.discs import write_discs
 
@@ -41,6 +43,22 @@ def prepared(source: Path, output: Path, **options: object) -> Dataset:
     return open_dataset(str(output))
 
 
+def seen(config: TrainConfig, dataset: Dataset, evaluated: str = "test") -> str:
+    origin = find_origin(config, dataset)
+    assert origin is not None
+    assert (origin.run, origin.source) == ("new", config.init_from)
+    return origin.seen(dataset, evaluated)
+
+
+def keep_origin(run: Path, source: Path | str, dataset: Dataset, **values: object) -> None:
+    """Lets `run` have started from `source`, as training keeps it."""
+    changed(run, init_from=str(source), **values)
+    config = TrainConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
+    origin = find_origin(config, dataset)
+    assert origin is not None
+    (run / "origin.json").write_text(origin_json(origin))
+
+
 def changed(run: Path, **values: object) -> None:
     """Changes the config that a run has stored."""
     path = run / "config.yaml"
@@ -51,9 +69,9 @@ def test_weights_of_the_same_splits_are_no_leak(
     trained_run: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     config = config_of(tmp_path, trained_run)
-    assert refuse_seen(config, dataset) == Origin("new", str(trained_run), "no")
-    assert origin_of(config.model_copy(update={"init_from": None}), dataset) is None
-    assert origin_of(config, dataset, "valid") == Origin("new", str(trained_run), "yes")
+    refuse_seen(config, dataset)
+    assert find_origin(config.model_copy(update={"init_from": None}), dataset) is None
+    assert [seen(config, dataset, split) for split in ("test", "valid")] == ["no", "yes"]
 
 
 def test_a_fold_is_refused_weights_that_have_seen_it(
@@ -67,25 +85,44 @@ def test_a_fold_is_refused_weights_that_have_seen_it(
     changed(own_run, folds=3, fold=1)
     for fold in range(3):
         config = config_of(tmp_path, own_run, folds=3, fold=fold)
-        origin = origin_of(config, fold_of(dataset, 3, fold))
-        assert origin is not None
-        assert origin.seen == ("no" if fold == 1 else "yes")
+        assert seen(config, fold_of(dataset, 3, fold)) == ("no" if fold == 1 else "yes")
 
 
 def test_what_a_source_began_from_counts_too(
     trained_run: Path, own_run: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
-    config = config_of(tmp_path, own_run, folds=3, fold=1)
-    for source, seen in (
-        (str(trained_run), "yes"),
-        ("best_model.h5", "unknown"),
-        (str(tmp_path / "gone"), "unknown"),
-        (str(own_run), "no"),  # itself
-    ):
-        changed(own_run, folds=3, fold=1, init_from=source)
-        origin = origin_of(config, fold_of(dataset, 3, 1))
+    config, fold = config_of(tmp_path, own_run, folds=3, fold=1), fold_of(dataset, 3, 1)
+    for source, verdict in ((trained_run, "yes"), ("best_model.h5", "unknown")):
+        keep_origin(own_run, source, fold, folds=3, fold=1)
+        assert seen(config, fold) == verdict, source
+        origin = find_origin(config, fold)
         assert origin is not None
-        assert origin.seen == seen, source
+        pool = [group for part in fold.splits.values() for group in part.groups]
+        trained = (
+            pool if verdict == "yes" else [g for g in pool if g not in fold.split("test").groups]
+        )
+        assert set(origin.groups) == set(trained)
+    # It is what it was then: that its source is gone or another one by now says nothing.
+    keep_origin(own_run, trained_run, fold, folds=3, fold=1)
+    changed(own_run, init_from=str(tmp_path / "gone"))
+    assert seen(config, fold) == "yes"
+    (own_run / "origin.json").unlink()
+    assert seen(config, fold) == "unknown"
+
+
+def test_what_a_source_began_from_is_found_by_its_pixels(
+    trained_run: Path, own_run: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    of_run = fold_of(dataset, 3, 1)
+    keep_origin(own_run, trained_run, of_run, folds=3, fold=1)
+    source = Path(dataset.url).parent / "source"
+    paired = prepared(source, tmp_path / "paired", group_regex=r"([0-9])\.", image_size=32)
+    origin = find_origin(config_of(tmp_path, own_run), paired)
+    assert origin is not None
+    # The run was trained on two folds of three, and its source on this one too.
+    trained = {name for part in of_run.splits.values() for name in part.ids}
+    assert set(origin.ids) == trained
+    assert set(of_run.split("test").ids) & set(origin.ids)
 
 
 def test_the_same_pictures_in_another_form_are_recognized(
@@ -95,7 +132,8 @@ def test_the_same_pictures_in_another_form_are_recognized(
     source = trained_run.parents[1] / "source"
     small = prepared(source, tmp_path / "small", image_size=16, classes=classes)
     config = config_of(tmp_path, trained_run)
-    assert refuse_seen(config, small) == Origin("new", str(trained_run), "no")
+    refuse_seen(config, small)
+    assert seen(config, small) == "no"
     with pytest.raises(UsageError, match="groups of fold 0"):
         refuse_seen(config_of(tmp_path, trained_run, folds=3, fold=0), fold_of(small, 3, 0))
 
@@ -121,7 +159,8 @@ def test_the_same_pictures_in_other_groups_are_recognized(
                 shutil.copy(source / kind / file, tmp_path / "made" / name / kind)
     made = prepared(tmp_path / "made", tmp_path / "again", **size)
     assert made.manifest.source_sha256 != base.manifest.source_sha256
-    assert refuse_seen(config, made) == Origin("new", str(own_run), "no")
+    refuse_seen(config, made)
+    assert seen(config, made) == "no"
 
 
 def test_weights_of_unknown_cases_are_warned_of(
@@ -137,8 +176,8 @@ def test_weights_of_unknown_cases_are_warned_of(
 
     # 12 of train and 4 of valid.
     text = warned(own_run)
-    assert "were trained on cases of the test split is not known (of the 16 pictures of" in text
-    assert "that it was trained on, 16 are not in this dataset, or stored in" in text
+    assert "were trained on cases of the test split is not known (16 pictures of" in text
+    assert "that it was trained on are not in this dataset, or stored in" in text
     file = tmp_path / "best_model.h5"
     assert f"is not known (a file of weights, {file}, does not say it); if" in warned(file)
     changed(own_run, data=other.url)
@@ -188,14 +227,59 @@ def test_commands_refuse_weights_that_have_seen_the_cases(
     assert not (tmp_path / "runs" / "leaks" / "checkpoints").exists()
 
 
-def test_an_evaluation_records_what_its_weights_began_from(
-    trained_run: Path, own_run: Path, tmp_path: Path
+def test_groups_that_a_run_itself_trains_are_no_refusal_and_no_clean_record(
+    own_run: Path, tmp_path: Path
+) -> None:
+    for name, numbers in {"train": (0, 1, 2), "valid": (3,), "test": (0,)}.items():
+        write_discs(tmp_path / "leaky" / name, num_images=1, seed=len(name))
+        for kind in ("images", "masks"):
+            first = next((tmp_path / "leaky" / name / kind).iterdir())
+            for number in numbers:
+                shutil.copy(first, first.with_name(f"{name}-patient{number}.png"))
+            first.unlink()
+    options = {"group_regex": "patient([0-9])", "allow_leaks": True, "image_size": 32}
+    leaky = prepared(tmp_path / "leaky", tmp_path / "prepared", **options)
+    changed(own_run, data=leaky.url)
+    shutil.copy(tmp_path / "prepared" / "dataset.json", own_run)
+    config = config_of(tmp_path, own_run)
+    refuse_seen(config, leaky)
+    assert seen(config, leaky) == "yes"
+
+
+def test_a_run_keeps_what_its_weights_began_from(
+    trained_run: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     summary = json.loads((trained_run / "evaluation" / "summary.json").read_text())
     assert summary["init_from"] == []
-    changed(own_run, init_from=str(trained_run))
-    command = [sys.executable, "-m", "job.evaluate", str(own_run), "--no-progress"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((own_run / "evaluation" / "summary.json").read_text())
-    assert summary["init_from"] == [{"run": "discs", "source": str(trained_run), "seen": "no"}]
+    shutil.copytree(trained_run, tmp_path / "source-run")
+    options = ["--data", dataset.url, "--output", str(tmp_path / "runs"), "--name", "next"]
+    options += ["--init-from", "source-run", "--epochs", "1", "--prediction-images", "0"]
+    options += ["--model.num-layers", "2", "--model.base-filters", "8", "--no-tensorboard"]
+    options += ["--model.base-kernels", "5,5", "--precision", "float32"]
+    run, known = (
+        tmp_path / "runs" / "next",
+        [{"run": "next", "source": str(tmp_path / "source-run"), "seen": "no"}],
+    )
+
+    def call(*command: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        )
+        assert done.returncode == 0, done.stderr
+
+    call("job.train", "--local", *options)
+    summary = json.loads((run / "evaluation" / "summary.json").read_text())
+    assert summary["init_from"] == known
+    origin = read_origin(open_store(str(run)), config_of(tmp_path, tmp_path / "source-run"))
+    assert origin is not None
+    assert set(origin.ids) == set(dataset.split("train").ids) | set(dataset.split("valid").ids)
+    # What is there by now, under the name of the source, is not asked.
+    shutil.rmtree(tmp_path / "source-run")
+    call("job.evaluate", str(run), "--no-progress")
+    summary = json.loads((run / "evaluation" / "summary.json").read_text())
+    assert summary["init_from"] == known
