@@ -344,12 +344,10 @@ def _decoding(data: bytes, *, name: str) -> Iterator[None]:
     # more; nothing in this block does anything but decode these bytes.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        if "truncated" in reason.lower():
-            reason = "the picture is cut off or damaged"
+        if data.startswith(_SIGNATURES):
+            reason = f"the picture is cut off or damaged, or of a kind that is not read ({reason})"
         elif reason.startswith("cannot identify image file"):
             reason = f"not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file"
-            if data.startswith(_SIGNATURES):
-                reason = "the picture is cut off or damaged, or of a kind that is not read"
         raise ContentError(f"{name}: {reason}; replace the file") from error
 
 

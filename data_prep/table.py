@@ -11,6 +11,7 @@ from typing import Any
 # A spreadsheet takes a cell that starts with one of these for a formula.
 # Source: OWASP, "CSV Injection".
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+_GUARD = "'"
 
 
 def csv_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -28,7 +29,15 @@ def csv_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def guarded_cell(value: Any) -> Any:
-    """Returns `value`, with a leading apostrophe where it is text that starts like a formula."""
-    if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
-        return f"'{value}"
+    """Returns `value`, with a leading apostrophe where it is text that starts like a formula.
+
+    Text that starts with an apostrophe gets one too, so that `plain_cell` knows whose it is.
+    """
+    if isinstance(value, str) and value.startswith((*_FORMULA_STARTS, _GUARD)):
+        return f"{_GUARD}{value}"
     return value
+
+
+def plain_cell(text: str) -> str:
+    """Returns the text of which `guarded_cell` made `text`."""
+    return text.removeprefix(_GUARD)

@@ -565,8 +565,9 @@ def measures_table(title: str, measures: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{title}: {counted(measures['num_groups'], 'group')}")
-    for column in ("measure", "value", "95 % interval", "cases", "groups"):
-        table.add_column(column, justify="left" if column == "measure" else "right")
+    table.add_column("measure", overflow="fold")
+    for column in ("value", "95 % interval", "cases", "groups"):
+        table.add_column(column, justify="right", no_wrap=True)
     for label, measure in measure_rows(measures):
         value, low, high = measure["value"], measure["low"], measure["high"]
         table.add_row(

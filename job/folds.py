@@ -50,7 +50,7 @@ from job.stored import evaluate_again, read_json, read_table
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.2
-_FOLDS_BESIDE = 5  # of a table that fits 80 columns
+_FOLDS_BESIDE = 4  # of a table that fits 80 columns
 
 Command = Callable[[TrainConfig, str], list[str]]  # a fold's config, its file -> arguments
 
@@ -335,7 +335,7 @@ def _folds_table(title: str, labels: Sequence[str], folds: Mapping[int, Mapping[
     from rich.table import Table
 
     table = Table(title=f"fold by fold, {title}")
-    table.add_column("measure")
+    table.add_column("measure", overflow="fold")
     for fold in folds:
         table.add_column(f"{fold}", justify="right", no_wrap=True)
     for label in labels:

@@ -58,7 +58,6 @@ def count_lesions(
     prediction: Mask,
     *,
     min_iou: float = MIN_IOU,
-    min_pixels: int = 1,
     specks: Mask | None = None,
 ) -> LesionCounts:
     """Returns how many regions there are and how many are found, for masks (H, W) bool.
@@ -66,9 +65,7 @@ def count_lesions(
     Pairs are taken by falling intersection over union, as long as it is at least `min_iou`.
 
     Args:
-        min_pixels: smaller true regions are specks.
-        specks: (H, W) bool, the pixels of specks, where that is known already: a true region that
-            is all of such pixels is one, whatever its size.
+        specks: (H, W) bool; a true region that is all of such pixels is a speck.
     """
     true, true_sizes = label_regions(truth)
     predicted, predicted_sizes = label_regions(prediction)
@@ -78,9 +75,8 @@ def count_lesions(
     unions = true_sizes[pairs[0]] + predicted_sizes[pairs[1]] - overlaps
     ious = overlaps / unions
     free_true, free_predicted = set(pairs[0]), set(pairs[1])
-    is_speck = true_sizes < min_pixels
-    if specks is not None:
-        is_speck = np.bincount(true[truth & ~specks], minlength=len(true_sizes)) == 0
+    lesions = truth if specks is None else truth & ~specks
+    is_speck = np.bincount(true[lesions], minlength=len(true_sizes)) == 0
     num_found = num_specks_found = 0
     for index in np.argsort(-ious, kind="stable"):
         first, second = pairs[0][index], pairs[1][index]

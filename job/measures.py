@@ -127,16 +127,15 @@ def measure_case(
     num_classes: int,
     scale: Scale,
     *,
-    min_lesion: int = 1,
     specks: npt.NDArray[np.bool_] | None = None,
 ) -> Case:
     """Returns what is measured on masks (H, W) of class ids 0..num_classes-1.
 
     Args:
-        min_lesion, specks: of the true regions, those that are no lesions, see `count_lesions`.
+        specks: (H, W) bool, pixels of true regions that are no lesions, see `specks_of`.
     """
     classes = (
-        _measure_class(truth == class_id, prediction == class_id, scale, min_lesion, specks)
+        _measure_class(truth == class_id, prediction == class_id, scale, specks)
         for class_id in range(1, num_classes)
     )
     return Case(scale.unit, _diagonal(truth.shape, scale), tuple(classes))
@@ -162,7 +161,6 @@ def _measure_class(
     truth: npt.NDArray[np.bool_],
     prediction: npt.NDArray[np.bool_],
     scale: Scale,
-    min_lesion: int,
     specks: npt.NDArray[np.bool_] | None,
 ) -> ClassCase:
     tp = int(np.count_nonzero(truth & prediction))
@@ -176,7 +174,7 @@ def _measure_class(
         nsd = surface_dice(distances, TOLERANCES[scale.unit])
     elif presence != "neither":
         hd95, nsd = _diagonal(truth.shape, scale), 0.0
-    lesions = count_lesions(truth, prediction, min_pixels=min_lesion, specks=specks)
+    lesions = count_lesions(truth, prediction, specks=specks)
     return ClassCase(presence, tp, fp, fn, hd95, nsd, lesions)
 
 
@@ -323,7 +321,7 @@ class ThresholdSweep:
     )
 
     def __init__(self, names: Sequence[str], *, min_lesion: int = 1) -> None:
-        """Sweeps the foreground classes of these names; `min_lesion` as in `measure_case`."""
+        """Sweeps the foreground classes of these names; `min_lesion` as in `specks_of`."""
         self._names = names
         self._min_lesion = min_lesion
         shape = len(names), len(THRESHOLDS)
@@ -346,12 +344,13 @@ class ThresholdSweep:
     def _add_class(
         self, index: int, truth: npt.NDArray[np.bool_], probabilities: npt.NDArray[np.float32]
     ) -> None:
+        specks = truth & ~without_small_regions(truth, self._min_lesion)
         for step, threshold in enumerate(THRESHOLDS):
             predicted = probabilities >= np.float32(threshold)
             tp = int(np.count_nonzero(truth & predicted))
             fp = int(np.count_nonzero(predicted)) - tp
             fn = int(np.count_nonzero(truth)) - tp
-            lesions = count_lesions(truth, predicted, min_pixels=self._min_lesion)
+            lesions = count_lesions(truth, predicted, specks=specks)
             values = {
                 "tp": tp,
                 "fp": fp,

@@ -121,16 +121,6 @@ class EarlyStopping:
         self.wait = state["wait"]
 
 
-def is_best(value: float, best: float | None) -> bool:
-    """Returns whether `value` takes the place of `best`, None before the first.
-
-    The first is the best whatever it is, so that there is one; a finite one beats all that are not.
-    """
-    if best is None or not math.isfinite(best):
-        return best is None or math.isfinite(value)
-    return math.isfinite(value) and value < best
-
-
 def _is_improvement(value: float, best: float | None, min_delta: float) -> bool:
     if not math.isfinite(value):
         return False

@@ -34,7 +34,7 @@ from job.predict import Alive, not_told
 from job.record import Recorder, open_recorder
 from job.run import ORIGIN_NAME, Run
 from job.runtime import why_not_xla
-from job.schedule import EarlyStopping, PlateauReducer, is_best, rate_factor
+from job.schedule import EarlyStopping, PlateauReducer, rate_factor
 from job.state import TrainState
 from job.step import make_train_step, network_of
 from job.team import Team
@@ -311,7 +311,7 @@ class Session:
             stopping.load_state(state.stopping)
         state.stopped_early = stopping.update(loss, row["epoch"])
         state.stopping = stopping.state()
-        return is_best(loss, state.best["val_loss"] if state.best else None)
+        return state.best is None or loss < state.best["val_loss"]
 
 
 @contextmanager
@@ -348,7 +348,7 @@ def open_session(
             )
 
     team.keep_alive(fill_cache, alive)
-    is_compiled = uses_xla(config)
+    is_compiled = uses_xla(config, team)
     plan = None if is_compiled else _exchange_plan(config, strategy, team, model)
     step = make_train_step(
         *(strategy, model, optimizer, evaluator.loss, evaluator.metrics, plan),
@@ -376,23 +376,29 @@ def open_session(
         )
 
 
-def uses_xla(config: TrainConfig) -> bool:
-    """Returns whether the network of a training step is compiled by XLA.
+def uses_xla(config: TrainConfig, team: Team) -> bool:
+    """Returns whether the network of a training step is compiled by XLA, the same in all processes.
 
     Raises:
-        UsageError: asked for, and XLA compiles nothing here.
+        UsageError: asked for, and XLA compiles nothing in one of them.
     """
+    if config.xla == "off":
+        return False
     # Batch normalization sums over the replicas in the middle of the network.
     may = config.model.normalization != "batch" and not config.deterministic
-    is_wanted = config.xla == "on" or (
-        config.xla == "auto" and bool(tf.config.list_logical_devices("GPU")) and may
-    )
-    reason = why_not_xla() if is_wanted else None
+
+    def look() -> dict[str, Any]:
+        has_gpu = bool(tf.config.list_logical_devices("GPU"))
+        is_wanted = config.xla == "on" or (has_gpu and may)
+        return {"is_wanted": is_wanted, "reason": why_not_xla() if is_wanted else None}
+
+    found = team.on_each(look)
+    reason = next((each["reason"] for each in found if each["reason"] is not None), None)
     if reason is not None and config.xla == "on":
         raise UsageError(f"--xla=on: XLA compiles nothing here ({reason}); leave it at auto")
     if reason is not None:
         logger.warning("XLA compiles nothing here (%s): training goes on without it", reason)
-    return is_wanted and reason is None
+    return reason is None and all(each["is_wanted"] for each in found)
 
 
 def _exchange_plan(

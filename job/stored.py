@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep.errors import ContentError
 from data_prep.storage import NotFound, Store
+from data_prep.table import plain_cell
 
 
 class _Stored(dict[str, Any]):
@@ -69,7 +70,14 @@ def read_table(store: Store, name: str, remedy: str) -> list[dict[str, str]] | N
         rows = csv.DictReader(io.StringIO(store.get(name).decode(), newline=""), strict=True)
         # A row that was cut short lacks its last columns.
         return [
-            _Stored(((k, v) for k, v in row.items() if None not in (k, v)), where, remedy)
+            _Stored(
+                (
+                    (plain_cell(k), plain_cell(v))
+                    for k, v in row.items()
+                    if k is not None and v is not None
+                ),
+                *(where, remedy),
+            )
             for row in rows
         ]
     except NotFound:

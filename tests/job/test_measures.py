@@ -24,6 +24,7 @@ from job.measures import (
     nothing_predicted,
     read_case,
     size_notes,
+    specks_of,
     summarize_cases,
     titled_sizes,
     without_ignored,
@@ -150,10 +151,10 @@ def test_missing_all_of_a_random_mask_never_makes_a_mean_better(seed: int, min_l
         (random.random(shape) < random.uniform(0.05, 0.7)).astype(np.uint8) for _ in range(2)
     )
     truth[0, 0] = 1
-    nothing = np.zeros_like(truth)
+    nothing, specks = np.zeros_like(truth), specks_of(truth, 2, min_lesion)
     other = measured(LESION, LESION)
     found, lost = (
-        summary_of(other, measure_case(truth, each, 2, PIXELS, min_lesion=min_lesion))["classes"][0]
+        summary_of(other, measure_case(truth, each, 2, PIXELS, specks=specks))["classes"][0]
         for each in (prediction, nothing)
     )
     assert lost["hd95_px"]["value"] >= found["hd95_px"]["value"]
@@ -164,7 +165,7 @@ def test_missing_all_of_a_random_mask_never_makes_a_mean_better(seed: int, min_l
     labels, sizes = label_regions(prediction == 1)
     for region in range(1, len(sizes)):
         fewer = np.where(labels == region, 0, prediction).astype(np.uint8)
-        case = measure_case(truth, fewer, 2, PIXELS, min_lesion=min_lesion)
+        case = measure_case(truth, fewer, 2, PIXELS, specks=specks)
         # The other case has one more, which is found.
         assert case.classes[0].lesions.num_found + 1 <= found["num_lesions_found"]
 
@@ -257,7 +258,7 @@ def test_cases_are_read_back_from_their_table(scale: Scale) -> None:
 
 
 def test_specks_stay_apart_in_cases_tables_and_summary() -> None:
-    case = measure_case(LESION, EMPTY, 2, PIXELS, min_lesion=3)
+    case = measure_case(LESION, EMPTY, 2, PIXELS, specks=specks_of(LESION, 2, 3))
     assert case.classes[0].fn == 2  # of pixels nothing is left out
     assert nothing_predicted(case) == case
     (row,) = csv.DictReader(csv_table(case_columns(["mass"]), [case_cells(case)]).splitlines())

@@ -19,7 +19,7 @@ from job.runtime import (
     why_not_xla,
 )
 from job.session import uses_xla
-from job.team import Place
+from job.team import Place, Team
 
 PEEK = """
 import resource, sys
@@ -32,7 +32,8 @@ work = tf.function(lambda x: tf.reduce_sum(tf.exp(x) * 2))
 x = tf.zeros(25_000_000)  # 100 MB, 24,000 pages
 float(work(x))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-float(work(x))
+for _ in range(5):
+    float(work(x))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -100,7 +101,7 @@ def test_xla_is_used_on_gpus_where_it_can_be(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], has_gpu: bool, expected: bool
 ) -> None:
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [0] if has_gpu else [])
-    assert uses_xla(TrainConfig(**options)) is expected
+    assert uses_xla(TrainConfig(**options), Team(tf.distribute.get_strategy())) is expected
 
 
 def test_what_xla_cannot_compile_is_said(
@@ -113,11 +114,12 @@ def test_what_xla_cannot_compile_is_said(
     assert reason is not None
     assert "\n" not in reason
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [0])
-    assert not uses_xla(TrainConfig())
+    team = Team(tf.distribute.get_strategy())
+    assert not uses_xla(TrainConfig(), team)
     (record,) = [record for record in caplog.records if record.name == "job.session"]
     assert "AsString" in record.message
     with pytest.raises(UsageError, match="--xla=on: XLA compiles nothing here"):
-        uses_xla(TrainConfig(xla="on"))
+        uses_xla(TrainConfig(xla="on"), team)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
@@ -142,7 +144,8 @@ def test_kept_memory_is_used_again() -> None:
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         faults[way] = int(done.stdout)
-    assert faults["kept"] < 2000 < 20_000 < faults["returned"]
+    # Now and then the next call finds what the last one left.
+    assert faults["kept"] < 2000 < 50_000 < faults["returned"]
 
 
 def test_devices_are_checked_without_the_batch_that_others_share() -> None:

@@ -161,6 +161,27 @@ except FlexUNetError as error:
     sys.exit(str(error))
 """
 
+# Says whether XLA is used, where it compiles nothing on rank 1: no backend of it has strings.
+_XLA = """
+import sys
+from job import runtime
+from job.config import TrainConfig
+from job.team import Team, meet, place_from_environment
+from data_prep.errors import UsageError
+place = place_from_environment()
+config = TrainConfig(data="data", output="runs", name="xla", xla="on")
+meet(place, config.phase_timeout)
+tf = runtime.import_tensorflow()
+team = Team(runtime.configure(config, place), place)
+from job.session import uses_xla
+if place.rank:
+    tf.nn.softplus = tf.strings.as_string
+try:
+    uses_xla(config, team)
+except UsageError as error:
+    sys.exit(str(error))
+"""
+
 
 def run_two(script: str) -> list[str]:
     """Runs `script` as both processes of a cluster; returns what each wrote to stderr."""
@@ -404,3 +425,8 @@ def test_what_only_tensorflow_needs_is_passed_over(monkeypatch: pytest.MonkeyPat
 def test_no_cluster_is_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TF_CONFIG", raising=False)
     assert place_from_environment() is None
+
+
+def test_xla_is_used_by_all_or_none() -> None:
+    for error in run_two(_XLA):
+        assert "--xla=on: XLA compiles nothing here" in error
