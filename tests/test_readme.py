@@ -5,8 +5,10 @@ value that is no choice or a missing argument fails here.
 """
 
 import importlib
+import json
 import re
 import shlex
+import statistics
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,3 +191,13 @@ def test_a_command_that_works_passes(line: str) -> None:
     (joined,) = shell_lines(f"```bash\n{line}\n```\n")
     for words in calls(joined):
         check(words)
+
+
+def test_numbers_of_a_step_are_those_that_were_measured() -> None:
+    text = " ".join(README.split())
+    found = re.search(r"takes ([0-9.]+) s in float32, ([0-9.]+) of the machine's rate", text)
+    assert found is not None
+    path = ROOT / "benchmarks" / "results" / "step-512-float32.json"
+    ours = json.loads(path.read_text(encoding="utf-8"))["ours"]
+    medians = [statistics.median(ours[key]) for key in ("step_s", "share_of_matmul_rate")]
+    assert list(found.groups()) == [f"{median:.2f}" for median in medians]
