@@ -128,7 +128,8 @@ class PrepConfig(Settings):
         "file is a group.",
     )
     group_regex: str | None = option(
-        None, "Regular expression on the name without ending; its first group is the sample group."
+        None,
+        "Regular expression found in the file name; its first group, or all of it, is the sample group.",
     )
     group_csv: str | None = option(None, "CSV file with the columns file and group.")
     fractions: tuple[float, float, float] = option(

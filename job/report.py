@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from data_prep.command import SettingsCommand, run_command
-from data_prep.errors import UsageError
+from data_prep.errors import ContentError, UsageError
 from data_prep.progress import quiet_interrupts
 from data_prep.schema import (
     GROUPS_BY_FILE,
@@ -118,7 +118,9 @@ def render(store: Store) -> str:
 
 def render_folds(store: Store) -> str:
     """Returns the page of the cross-validation in `store`."""
-    summary = read_json(store, CROSS_VALIDATION_NAME, _POOL_AGAIN) or {}
+    summary = read_json(store, CROSS_VALIDATION_NAME, _POOL_AGAIN)
+    if summary is None:
+        raise ContentError(f"{store.url}/{CROSS_VALIDATION_NAME} is missing; {_POOL_AGAIN}")
     links = "".join(
         f'<li><a href="../{_text(name)}/{REPORT_NAME}">{_text(name)}</a></li>'
         for name in summary["runs"]

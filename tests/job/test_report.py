@@ -307,6 +307,16 @@ def test_a_damaged_record_of_the_run_is_refused_in_a_line(
         assert "train a run of another name" in line
 
 
+def test_a_damaged_summary_of_folds_is_refused_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text, problem in (("{", "not valid JSON"), ("{}", "'runs' is missing")):
+        (tmp_path / "cross_validation.json").write_text(text)
+        assert main([str(tmp_path)]) == 3
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{tmp_path}/cross_validation.json: {problem}" in line
+
+
 def without(value: Any, key: str) -> Any:
     """Returns JSON without a field, wherever it is."""
     if isinstance(value, dict):
