@@ -129,7 +129,7 @@ class PrepConfig(Settings):
     )
     group_regex: str | None = option(
         None,
-        "Regular expression found in the file name; its first group, or all of it, is the sample group.",
+        "Regular expression, found in the file name: its first group, or all of it, is the group.",
     )
     group_csv: str | None = option(None, "CSV file with the columns file and group.")
     fractions: tuple[float, float, float] = option(
