@@ -80,6 +80,8 @@ def validated(
         problems = [_describe(cls, detail, typed) for detail in details[:_MAX_PROBLEMS]]
         if len(details) > _MAX_PROBLEMS:
             problems.append(f"and {len(details) - _MAX_PROBLEMS} more")
+        if all((place := _option_of(detail)) and _is_typed(place, typed) for detail in details):
+            where = "options"
         raise UsageError(f"{where}: {'; '.join(problems)}") from error
 
 
@@ -185,12 +187,18 @@ def _as_typed(message: str, typed: Mapping[str, Any], path: tuple[str, ...] = ()
     return message
 
 
+def _option_of(detail: ErrorDetails) -> list[str]:
+    """Returns the path of the option that is wrong, or has a wrong value in its list."""
+    path = [str(part) for part in detail["loc"]]
+    return path[:-1] if path and path[-1].isdecimal() else path
+
+
 def _describe(
     cls: type[Settings], detail: ErrorDetails, typed: Mapping[str, Any] | None = None
 ) -> str:
     path = [str(part) for part in detail["loc"]]
     name = _shortened(".".join(path)) or "values"
-    place = path[:-1] if path and path[-1].isdecimal() else path  # a value of a list
+    place = _option_of(detail)
     if _is_typed(place, typed) or (typed is not None and detail["type"] == "missing"):
         name = flag_of(place)
     if detail["type"] == "extra_forbidden":

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -155,12 +156,33 @@ def read_weights(model: "keras.Model", path: str) -> None:
         ContentError: not weights of this model.
     """
     try:
-        model.load_weights(path)
+        # Keras passes over what the model has no place for.
+        found, wanted = _num_arrays(path), len(model.weights)
+        if found != wanted:
+            raise ValueError(f"it holds {found} arrays, the model has {wanted}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a page of them before the error
+            model.load_weights(path)
     except (OSError, KeyError, ValueError) as error:
         problem = str(error).strip().splitlines()[0]
         raise ContentError(
             f"{path}: does not fit this model: {problem}; use the model options it was saved with"
         ) from error
+
+
+def _num_arrays(path: str) -> int:
+    """Returns how many arrays an HDF5 file holds."""
+    import h5py
+
+    names: list[str] = []
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            names.append(name)
+
+    with h5py.File(path, "r") as file:
+        file.visititems(visit)
+    return len(names)
 
 
 def read_optimizer(optimizer: "Adam", path: str) -> None:

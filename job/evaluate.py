@@ -516,7 +516,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     table.add_column("foreground")
     baseline = summary["all_background"]["foreground_mean"]
     columns = {
-        "mean over cases": summary["foreground_mean"],
+        f"mean over {counted_cases(summary)}": summary["foreground_mean"],
         "pooled pixels": summary["foreground_pooled"],
         "all background": baseline,
     }
@@ -542,6 +542,16 @@ def summarized_words(summary: Mapping[str, Any]) -> str:
     """Returns which cases a summary is of."""
     # An earlier version did not write the fold.
     return split_words(summary["split"], summary.get("fold"))
+
+
+def counted_cases(summary: Mapping[str, Any]) -> str:
+    """Returns how many cases the mean foreground Dice is over: those with a class in a mask."""
+    total = summary["num_cases"]
+    counts = {total - each["num_empty"] for each in summary["classes"][1:]}
+    if counts == {total}:
+        return counted(total, "case")
+    number = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    return f"{number} of {counted(total, 'case')}"
 
 
 def has_foreground(summary: Mapping[str, Any]) -> bool:
@@ -775,8 +785,10 @@ def dataset_of(run: TrainedRun, url: str | None, others: Sequence[TrainedRun] = 
             )
     if dataset.digest != run.dataset_digest:
         raise UsageError(
-            f"{dataset.url}: not the dataset that this run was trained on (its manifest has sha256 "
-            f"{dataset.digest[:12]}, the run's {run.dataset_digest[:12]}); give it with --data"
+            f"{dataset.url}: not the dataset that this run was trained on, the only one that it "
+            f"can be evaluated on (its manifest has sha256 {dataset.digest[:12]}, the run's "
+            f"{run.dataset_digest[:12]}): that was {run.config.data}; give --data only where it "
+            "lies elsewhere now"
         )
     return dataset
 
@@ -799,6 +811,11 @@ def command(run: str, **options: Any) -> int:
     with quiet_interrupts():
         trained, *others = open_alike([run, *config.ensemble])
         dataset = dataset_of(trained, config.data, others)
+        if config.split not in dataset.splits and others:
+            raise UsageError(
+                f"--split {config.split}: runs of several folds have each trained on what others "
+                "validate; all of them have only the test split not seen"
+            )
         for name in (config.split, *(["valid"] if config.remove_small_regions else [])):
             dataset.split(name)
         _target(trained, config)

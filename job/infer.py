@@ -179,6 +179,13 @@ def infer(
     _refuse_files(source, output)
     _refuse_overlap(source, output)
     names = find_images(source)
+    if config.window == "sliding" and manifest.geometry != "tile":
+        logger.warning(
+            "--window sliding: windows of %dx%d pixels of the pictures as they are, by a run that "
+            "was trained on whole pictures of that size: in larger ones all looks larger than what "
+            "it has learnt",
+            *(manifest.image_width, manifest.image_height),
+        )
     if config.overlays:
         _refuse_overlays_folder(source, names)
     done = set() if config.overwrite else {stat.name for stat in output.list()}

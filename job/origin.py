@@ -22,12 +22,19 @@ from data_prep.schema import read_samples
 from data_prep.storage import Store, join_url, open_store
 from job.config import TrainConfig
 from job.data import Dataset
+from job.fit import image_shape, num_outputs
 from job.run import ORIGIN_NAME, RESTORE, find_commits
 from job.splits import evaluated_words, open_folded
 from job.stored import read_json
 from job.trained import WEIGHT_FILES, TrainedRun, open_trained
 
 logger = logging.getLogger(__name__)
+
+# Of the model, those that decide which weights there are and what they mean.
+_MODEL_FIELDS = (
+    *("name", "num_layers", "base_filters", "base_kernels", "dilation", "normalization"),
+    *("activation", "input_scaling"),
+)
 
 Seen = Literal["no", "yes", "unknown"]
 
@@ -141,19 +148,54 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
     A run that has a checkpoint needs its source no more.
 
     Raises:
-        UsageError: the weights have seen its cases, or are a run that is not there.
+        UsageError: the weights have seen its cases, are a run that is not there, or of another
+            network.
     """
     store = open_store(join_url(config.output, str(config.name)))
     if config.init_from is None or find_commits(store):
         return
+    source = None
     if not config.init_from.endswith(WEIGHT_FILES):
-        open_trained(config.init_from)
+        source = open_trained(config.init_from)
     origin = refuse_seen(config, dataset)
+    if source is not None:
+        _check_model(config, dataset, source)
     if origin is not None and origin.seen(dataset) == "unknown":
         logger.warning(
             "--init-from %s: whether these weights were trained on cases of %s is not known (%s); "
             "if they were, its metrics are too good",
             *(config.init_from, evaluated_words(config), origin.lacks),
+        )
+
+
+def _check_model(config: TrainConfig, dataset: Dataset, source: TrainedRun) -> None:
+    """Refuses a network in which the weights of `source` mean nothing, or have no place.
+
+    Keras reads what has a name in both, and leaves the rest without a word.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    told = [
+        f"--model.{name.replace('_', '-')} was {theirs}, now {ours}"
+        for name in _MODEL_FIELDS
+        if (theirs := getattr(source.config.model, name)) != (ours := getattr(config.model, name))
+    ]
+    pairs = {
+        "channels": [
+            image_shape(source.config, source.manifest)[-1],
+            image_shape(config, dataset.manifest)[-1],
+        ],
+        "outputs": [
+            num_outputs(source.config, source.manifest),
+            num_outputs(config, dataset.manifest),
+        ],
+    }
+    told += [f"{was} {name}, now {now}" for name, (was, now) in pairs.items() if was != now]
+    if told:
+        raise UsageError(
+            f"--init-from {config.init_from}: its network is another one: {'; '.join(told)}; give "
+            "the options that it was trained with"
         )
 
 

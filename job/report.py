@@ -31,7 +31,7 @@ from data_prep.schema import (
 from data_prep.settings import read_yaml
 from data_prep.storage import NotFound, Store, join_url, open_store
 from data_prep.words import counted
-from job.evaluate import has_foreground, no_foreground_words, summarized_words
+from job.evaluate import counted_cases, has_foreground, no_foreground_words, summarized_words
 from job.history import CURVE_TITLES
 from job.measures import checkpoint_words, lesion_words, measure_rows, size_notes, titled_sizes
 from job.run import CROSS_VALIDATION_NAME, LEASE_NAME, OUTCOME_NAME, RESTORE, read_ends, standing
@@ -185,9 +185,9 @@ def _headline(store: Store, summary: Mapping[str, Any] | None) -> str:
     mean, nothing = summary["foreground_mean"], summary["all_background"]["foreground_mean"]
     return (
         f"<p>Status: {_text(status)}. Foreground Dice <b>{_number(mean['dice'])}</b> over "
-        f"{counted(summary['num_cases'], 'case')} of {_text(summarized_words(summary))}, mean "
-        f"over cases{_weights(summary)} (an all-background prediction: "
-        f"{_number(nothing['dice'])}).</p>"
+        f"{counted_cases(summary)} of {_text(summarized_words(summary))}, mean over cases"
+        f"{_weights(summary)} (an all-background prediction: {_number(nothing['dice'])}). Cases "
+        "with a class in neither mask are not in its mean.</p>"
     )
 
 
@@ -324,7 +324,8 @@ def _measures(title: str, measures: Mapping[str, Any]) -> str:
         )
         + f'<p class="quiet">Intervals draw the groups again '
         f"({counted(measures['num_groups'], 'group')}); there is none where fewer than "
-        f"{measures['interval']['min_groups']} groups have the measure. All background, what "
+        f"{measures['interval']['min_groups']} groups have the measure, and one of a single value "
+        "says that all groups have it, not that it is certain. All background, what "
         "predicting nothing scores, is over its own cases: one without the class has a distance "
         f"only where something was predicted. nsd: surface Dice within {tolerance}. A "
         "class in neither mask is left out; in one mask only it scores 0, and its HD95 is the "

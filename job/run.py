@@ -276,9 +276,12 @@ class Run:
         if stored is None:
             self.put_text(IDENTITY_NAME, json.dumps(given, indent=1, sort_keys=True) + "\n")
         elif stored != given:
+            remedy = "give the old values or another name"
+            if not find_commits(self.store):
+                remedy += ", or delete the folder: it has no checkpoint yet"
             raise UsageError(
                 f"run {self.url} was begun with other settings: "
-                f"{'; '.join(differences(stored, given))}; give the old values or another name"
+                f"{'; '.join(differences(stored, given))}; {remedy}"
             )
         digest = hashlib.sha256(json.dumps(given["config"], sort_keys=True).encode()).hexdigest()
         self._digests = dataset_digest, digest

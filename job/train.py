@@ -443,8 +443,12 @@ class Display:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._close(*error)
+
+    def _close(self, *error: Any) -> None:
         if self._progress is not None:
-            self._progress.__exit__(*error)
+            self._progress.__exit__(*(error or (None, None, None)))
+            self._progress = None
 
     def report(self, event: Mapping[str, Any]) -> None:
         """Shows a step, an epoch, or what takes long without either.
@@ -459,7 +463,7 @@ class Display:
         if self._progress is None:
             return
         if event["event"] == "step":
-            note = f"epoch {event['epoch'] + 1}/{event['num_epochs']} loss {event['loss']:.4f}"
+            note = f"epoch {event['epoch'] + 1}/{event['num_epochs']} step loss {event['loss']:.4f}"
             self._progress.advance(event["num_images"], note)
         elif event["event"] == "epoch":
             self._progress.line(_epoch_line(event))
@@ -473,6 +477,8 @@ class Display:
         else:
             return
         self._phase = name
+        if self._progress is not None and name == "evaluation":
+            self._close()  # there are no steps any more
         if self._progress is not None:
             self._progress.line(text)
         elif self._config.progress:
@@ -542,9 +548,9 @@ def resolve_config(
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
-    """Returns `config` with paths that a run needs again, wherever it is read from."""
+    """Returns `config` with paths that mean the same in every working folder."""
     paths = {}
-    for name in ("data", "init_from"):
+    for name in ("data", "output", "cache_dir", "prediction_folder", "init_from"):
         value = getattr(config, name)
         if value is not None and "://" not in value:
             paths[name] = os.path.abspath(value)

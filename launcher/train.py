@@ -614,7 +614,7 @@ def command(file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any)
     where = {name: options.pop(name) for name in LaunchConfig.model_fields}
     settings = from_options(LaunchConfig, where)
     prep_options = {name: True for name, is_given in flags.items() if is_given}
-    config = _absolute(resolve_config(given(options), file, prep_options))
+    config = resolve_config(given(options), file, prep_options)
     if config.folds is not None and config.fold is None:
         return _cross_validate(config, settings)
     show_end(launch(config, settings), _url(config))
@@ -667,13 +667,3 @@ def _arguments(settings: LaunchConfig) -> list[str]:
         elif value is not None:
             arguments += [f"--{flag}", str(value)]
     return arguments
-
-
-def _absolute(config: TrainConfig) -> TrainConfig:
-    """Returns `config` with local paths that mean the same in a worker's folder."""
-    paths = {}
-    for name in ("output", "cache_dir", "prediction_folder", "init_from"):
-        value = getattr(config, name)
-        if value is not None and "://" not in value:
-            paths[name] = os.path.abspath(value)
-    return config.model_copy(update=paths)

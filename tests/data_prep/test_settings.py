@@ -114,13 +114,16 @@ def test_a_required_field_that_is_missing_is_named() -> None:
         ({"inner": {"num_layers": 0}}, r"--inner\.num-layers=0: input should be"),
         ({"inner": {"kernels": [1, "a"]}}, r"--inner\.kernels='a': input should be"),
         ({"is_on": 3}, "--is-on=3: input should be"),
-        ({"epochs": 3}, r": rate='x': input should be"),  # of the file
+        ({"epochs": 3}, r": rate='x': input should be"),
     ],
 )
 def test_what_was_typed_is_named_as_an_option(typed: dict[str, Any], message: str) -> None:
-    values = {"rate": "x"} if "epochs" in typed else {}
-    with pytest.raises(UsageError, match=message):
-        validated(Outer, merged(values, typed), "options", typed=typed)
+    is_of_file = "epochs" in typed
+    values = {"rate": "x"} if is_of_file else {}
+    where = "my.yaml" if is_of_file else "options"
+    with pytest.raises(UsageError, match=message) as caught:
+        validated(Outer, merged(values, typed), "my.yaml", typed=typed)
+    assert str(caught.value).startswith(f"{where}: ")
 
 
 def test_fields_that_do_not_fit_are_named_as_they_were_given() -> None:

@@ -30,10 +30,9 @@ def dataset(trained_run: Path) -> Dataset:
 
 
 def config_of(tmp_path: Path, source: Path | str, **values: object) -> TrainConfig:
-    output = str(tmp_path / "new-runs")
-    return TrainConfig.model_validate(
-        {"name": "new", "output": output, "init_from": str(source)} | values
-    )
+    model = {"num_layers": 2, "base_filters": 8, "base_kernels": (5, 5)}  # of `trained_run`
+    given = {"name": "new", "output": str(tmp_path / "new-runs"), "model": model}
+    return TrainConfig.model_validate(given | {"init_from": str(source)} | values)
 
 
 def prepared(source: Path, output: Path, **options: object) -> Dataset:
@@ -184,6 +183,23 @@ def test_weights_of_unknown_cases_are_warned_of(
     assert f"(the dataset {other.url} of {own_run} is gone, or another one" in warned(own_run)
     with pytest.raises(UsageError, match="no run here"):
         warned(tmp_path / "gone")
+
+
+def test_weights_of_another_network_are_refused(
+    trained_run: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    own = {"num_layers": 2, "base_filters": 8, "base_kernels": (5, 5)}
+    check_origin(config_of(tmp_path, trained_run, model=own | {"dropout_rate": 0.5}), dataset)
+    for changed_part, told in (
+        ({"base_filters": 4}, "--model.base-filters was 8, now 4"),
+        ({"normalization": "group"}, "--model.normalization was none, now group"),
+        ({"input_scaling": "none"}, "--model.input-scaling was unit, now none"),
+        ({"num_classes": 1}, "2 outputs, now 1"),
+        ({"image_channels": 3}, "1 channels, now 3"),
+    ):
+        config = config_of(tmp_path, trained_run, model=own | changed_part)
+        with pytest.raises(UsageError, match=f"its network is another one: {told}; give the"):
+            check_origin(config, dataset)
 
 
 def test_a_run_that_has_begun_needs_its_source_no_more(

@@ -121,6 +121,18 @@ def test_page_lists_failures_worst_first(own_run: Path) -> None:
     assert "0 of 1" in failures
 
 
+def test_headline_counts_the_cases_of_its_mean(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = own_run / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["classes"][1]["num_empty"] = 1
+    path.write_text(json.dumps(summary))
+    assert " over 3 of 4 cases of the test split, mean over cases" in page_of(own_run).words
+    show_summary(summary)
+    assert "mean over 3 of 4 cases" in " ".join(capsys.readouterr().out.split())
+
+
 def test_page_of_cases_without_foreground_says_that_there_was_none(
     own_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -509,6 +509,8 @@ def test_other_identity_is_named(tmp_path: Path) -> None:
         expected = "--model.num-layers was 8, now 6; --seed was 1, now not set; give the old values"
         with pytest.raises(UsageError, match=expected):
             run.check_identity({"model": {"num_layers": 6}}, DIGEST)
+        with pytest.raises(UsageError, match="delete the folder: it has no checkpoint yet"):
+            run.check_identity({"model": {"num_layers": 6}}, DIGEST)
         with pytest.raises(UsageError, match=r'dataset_digest was "d+", now "e"'):
             run.check_identity(IDENTITY, "e")
 

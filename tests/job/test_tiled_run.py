@@ -296,6 +296,7 @@ def test_infer_says_how_far_a_large_picture_is(
         f"a.png: {number}/3 rows of windows" for number in (1, 2, 3)
     ]
     assert told[-1].startswith("infer: 1/1 images")
+    assert "windows of 32x32 pixels of the pictures as they are, by a run that" in caplog.text
 
 
 def test_infer_by_one_window_writes_the_masks_of_a_plain_pass(
@@ -369,7 +370,9 @@ def test_infer_refuses_runs_that_are_not_alike(
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_of_other_folds_predict_the_test_split_alone(own_run: Path, tmp_path: Path) -> None:
+def test_runs_of_other_folds_predict_the_test_split_alone(
+    own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folds = []
     for fold in (0, 1):
         folder = tmp_path / f"fold-{fold}"
@@ -384,3 +387,7 @@ def test_runs_of_other_folds_predict_the_test_split_alone(own_run: Path, tmp_pat
     assert together.split("test").ids == dataset.split("test").ids
     alone = dataset_of(folds[0], None)
     assert alone.split("test").ids == fold_of(dataset, 3, 0).split("test").ids
+    first, second = (each.store.url for each in folds)
+    arguments = ["--ensemble", second, "--split", "valid", "--output", str(tmp_path / "out")]
+    assert evaluate_main([first, *arguments]) == 2
+    assert "--split valid: runs of several folds have each trained on" in capsys.readouterr().err

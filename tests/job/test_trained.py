@@ -109,11 +109,17 @@ def test_initialize_from_copies_the_best_weights_of_a_run(
 
 # Keras warns before it fails.
 @pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
-def test_initialize_from_refuses_another_network(trained_run: Path) -> None:
+def test_initialize_from_refuses_another_network(trained_run: Path, tmp_path: Path) -> None:
     run = open_trained(str(trained_run))
     model = model_for(with_model(run.config, base_filters=4), run.manifest)
     with pytest.raises(ContentError, match="does not fit this model"):
         initialize_from(model, str(trained_run))
+    # All that this one wants is there, and more.
+    normalized = model_for(with_model(run.config, normalization="group"), run.manifest)
+    normalized.save_weights(tmp_path / "group.weights.h5")
+    model = model_for(run.config, run.manifest)
+    with pytest.raises(ContentError, match="it holds 28 arrays, the model has 16; use"):
+        initialize_from(model, str(tmp_path / "group.weights.h5"))
 
 
 def test_model_for_repeats_grey_and_refuses_to_drop_colour(trained_run: Path) -> None:
