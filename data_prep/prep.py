@@ -356,7 +356,7 @@ def _prepare(
     shards.commit(work.store, manifest, table)
     shards.remove_state(work.store)
     if refused:
-        logger.warning("all files left out: %s/%s", work.store.url, report.REJECTS_NAME)
+        logger.warning("list of the files left out: %s/%s", work.store.url, report.REJECTS_NAME)
     return manifest
 
 

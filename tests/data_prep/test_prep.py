@@ -339,14 +339,16 @@ def test_missing_mask_exits_3_and_is_named(source, tmp_path):
     assert (code, "images/case_5.png: no mask" in errors) == (3, True)
 
 
-def test_skip_bad_lists_every_file(source, tmp_path):
+def test_skip_bad_lists_every_file(source, tmp_path, caplog):
     (source / "images" / "case_5.png").write_bytes(b"\x89PNG broken")
     os.remove(source / "masks" / "case_6.png")
     with pytest.raises(ContentError):
         _prepare(source, tmp_path / "out")
     manifest = _prepare(source, tmp_path / "out", skip_bad=True)
     assert manifest.num_samples == 18
-    lines = (tmp_path / "out" / report.REJECTS_NAME).read_text().splitlines()
+    table = f"{tmp_path}/out/{report.REJECTS_NAME}"
+    assert f"list of the files left out: {table}" in [record.message for record in caplog.records]
+    lines = Path(table).read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == [
         "file",
         f"{source}/images/case_5.png",
