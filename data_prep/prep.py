@@ -675,19 +675,19 @@ def _joined_groups(samples: Sequence[scan.Scanned]) -> dict[str, str]:
         return group
 
     first_with: dict[str, str] = {}
-    num_joined = 0
+    joined: list[str] = []
     for sample in samples:
-        group, other = (
-            root(sample.group),
-            root(first_with.setdefault(sample.picture_sha256, sample.group)),
-        )
+        first = first_with.setdefault(sample.picture_sha256, sample.group)
+        group, other = root(sample.group), root(first)
         if group != other:
-            num_joined += 1
+            joined.append(f"{sample.group} with {first}")
             parents[max(group, other)] = min(group, other)
-    if num_joined:
-        verb = "holds" if num_joined == 1 else "hold"
+    if joined:
         logger.warning(
-            "%s %s a picture of another group; joined", counted(num_joined, "group"), verb
+            "%s a picture of another group and %s joined with it: %s",
+            "1 group holds" if len(joined) == 1 else f"{len(joined)} groups hold",
+            "is" if len(joined) == 1 else "are",
+            listed(joined, _MAX_LISTED),
         )
     return {sample.id: root(sample.group) for sample in samples}
 

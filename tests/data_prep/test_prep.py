@@ -480,7 +480,9 @@ def test_the_same_picture_twice_stays_in_one_split(tmp_path, caplog):
         record = store.get(row["shard"], row["offset"], row["length"])
         features = schema.decode_example(schema.unframe_record(record, where="record"))
         assert (features["image/id"], features["image/group"]) == (row["id"].encode(), b"a2")
-    assert "20 groups hold a picture of another group" in caplog.text
+    told = "20 groups hold a picture of another group and are joined with it: b0 with a0; b1 with a1; "
+    assert told in caplog.text
+    assert "b12 with a12; and 15 more\n" in caplog.text
 
 
 def test_ready_made_splits_are_kept_and_leaks_named(tmp_path):
