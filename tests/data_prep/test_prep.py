@@ -122,6 +122,7 @@ def test_masks_of_another_colour_are_not_stored_as_empty(source, tmp_path):
     assert done.returncode == 3
     words = r"case_\d+\.png: would be read as empty, but has 16 pixels .*\(100, 100, 100\); give"
     assert re.search(words, done.stderr.splitlines()[-1])
+    assert done.stderr.count("--skip-bad") == 1
     # With noise on them no mask tells by itself.
     for seed, path in enumerate(masks):
         mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
