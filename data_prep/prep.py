@@ -262,6 +262,7 @@ def prepare(
     *,
     open_workers: OpenWorkers | None = None,
     progress: bool = True,
+    has_options: bool = True,
 ) -> schema.Manifest:
     """Returns the manifest of the dataset at `output_url`, prepared now or found finished.
 
@@ -269,6 +270,7 @@ def prepare(
         open_workers: opens the workers that read and encode, after all else was checked. None:
             processes of this machine.
         progress: show it on stderr.
+        has_options: whether the command that is running has the options of `prep`.
 
     Raises:
         UsageError: a source is missing or empty, the output is a file or in a source, or another
@@ -284,7 +286,7 @@ def prepare(
     _refuse_overlap(store, sources)
     find = inbreast.find_cases if config.format == "inbreast" else find_pairs
     pairs, rejects = find(sources)
-    grouped, ungrouped = _grouped(pairs, config)
+    grouped, ungrouped = _grouped(pairs, config, has_options=has_options)
     refused = _refused([*rejects, *ungrouped], config)
     items = _items_of(grouped, config)
     is_finished = store.stat(schema.MANIFEST_NAME) is not None
@@ -424,7 +426,7 @@ def _items_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[s
 
 
 def _grouped(
-    pairs: Sequence[Pair], config: PrepConfig
+    pairs: Sequence[Pair], config: PrepConfig, *, has_options: bool
 ) -> tuple[list[tuple[Pair, str]], list[Reject]]:
     """Returns the pairs with their groups, and those whose name gives none."""
     table = None
@@ -434,7 +436,7 @@ def _grouped(
     if config.format == "inbreast":
         rule = inbreast.patient_of
     elif (config.group_preset, config.group_regex, config.group_csv) == (None, None, None):
-        _warn_of_files_as_groups(pairs)
+        _warn_of_files_as_groups(pairs, has_options=has_options)
     grouped, rejects = [], []
     for pair in pairs:
         try:
@@ -444,18 +446,27 @@ def _grouped(
     return grouped, rejects
 
 
-def _warn_of_files_as_groups(pairs: Sequence[Pair]) -> None:
+def _warn_of_files_as_groups(pairs: Sequence[Pair], *, has_options: bool) -> None:
+    elsewhere = "prepare them with `flexunet prep ... %s` and give the dataset with --data"
     augmented = [pair for pair in pairs if split.is_augmented_copy(pair.image_name)]
     if augmented:
         logger.warning(
             "%d of %d names look like augmented copies (%s), and every file is a group of its own: "
-            "copies of one picture may lie in several splits; see --group-preset augmented",
+            "copies of one picture may lie in several splits; %s",
             *(len(augmented), len(pairs), augmented[0].image_name),
+            "see --group-preset augmented"
+            if has_options
+            else elsewhere % "--group-preset augmented",
         )
-    else:
+    elif has_options:
         logger.warning(
             "no --group option: every file is a group of its own; give one where a patient has "
             "several pictures"
+        )
+    else:
+        logger.warning(
+            "every file is a group of its own; where a patient has several pictures, %s",
+            elsewhere % "--group-regex REGEX",
         )
 
 
