@@ -74,7 +74,8 @@ class PrepConfig(Settings):
     )
     rois: tuple[inbreast.Kind, ...] = option(
         ("mass",),
-        f"Annotations of INbreast that are foreground: {', '.join(inbreast.KINDS)}.",
+        f"Annotations of INbreast that are foreground: {', '.join(inbreast.KINDS)}. They name the "
+        "class where --classes is not given: mass+spiculated.",
         min_length=1,
     )
     image_size: int = option(512, "Height and width of the stored images, pixels.", ge=8, le=16384)
@@ -160,6 +161,19 @@ class PrepConfig(Settings):
     num_processes: int | None = option(
         None, "Processes that read and encode; 1: this one. Unset: one per CPU.", free=True, ge=1
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _class_is_named_after_rois(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "rois" not in values or "classes" in values:
+            return values
+        rois = values["rois"]
+        # Others are refused below.
+        is_known = isinstance(rois, list | tuple) and all(roi in inbreast.KINDS for roi in rois)
+        if values.get("format") != "inbreast" or not rois or not is_known:
+            return values
+        name = "+".join(dict.fromkeys(rois))
+        return values | {"classes": f"background=0,0,0;{name}=255,255,255"}
 
     @field_validator("fractions", mode="before")
     @classmethod
