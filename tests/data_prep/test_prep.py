@@ -280,6 +280,7 @@ def _group_lives(group):
         (["MISSING", "OUT", "--format", "inbreast"], 2, "MISSING: does not exist; give the folder"),
         (["FILE", "OUT"], 2, "FILE: is a file, not a folder; give the folder"),
         (["SOURCE", "FILE"], 2, "FILE: is a file; give OUTPUT a folder, which prep makes"),
+        (["SOURCE", "FILE/out"], 2, "FILE is a file, not a folder; give a folder"),
         (["SOURCE", "SOURCE/images/out"], 2, "lies in the source folder"),
         (["SOURCE", "LINK/out"], 2, "lies in the source folder"),
         (["SOURCE", "SOURCE/test"], 2, "source/test, where the next prep looks for pictures"),
@@ -481,7 +482,9 @@ def test_the_same_picture_twice_stays_in_one_split(tmp_path, caplog):
         record = store.get(row["shard"], row["offset"], row["length"])
         features = schema.decode_example(schema.unframe_record(record, where="record"))
         assert (features["image/id"], features["image/group"]) == (row["id"].encode(), b"a2")
-    told = "20 groups hold a picture of another group and are joined with it: b0 with a0; b1 with a1; "
+    told = (
+        "20 groups hold a picture of another group and are joined with it: b0 with a0; b1 with a1; "
+    )
     assert told in caplog.text
     assert "b12 with a12; and 15 more\n" in caplog.text
 

@@ -253,10 +253,15 @@ def test_command_ends_with_one_line_when_the_output_cannot_be_written(
     write_same(tmp_path / "images", 9)
     (tmp_path / "file").write_bytes(b"")
     output = tmp_path / "file" / "masks"
-    assert main([str(trained_run), str(tmp_path / "images"), str(output), "--no-progress"]) == 5
-    error = capsys.readouterr().err
-    assert "cannot write" in error
-    assert error.count("\n") == 1
+    for place, code, words in (
+        (output, 2, f"{tmp_path}/file is a file, not a folder; give a folder"),
+        ("/proc/none/masks", 5, "cannot write"),
+    ):
+        arguments = [str(trained_run), str(tmp_path / "images"), str(place), "--no-progress"]
+        assert main(arguments) == code
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
 
 
 def test_a_vanished_image_is_not_an_unreadable_one(trained_run: Path, tmp_path: Path) -> None:
