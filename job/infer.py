@@ -312,6 +312,11 @@ def find_images(source: Store) -> list[str]:
         raise UsageError(
             f"{source.url}: no images here; expected files ending in {', '.join(endings)}"
         )
+    if {"images", "masks"} <= {name.rpartition("/")[0] for name in names}:
+        raise UsageError(
+            f"{source.url}: holds images/ and masks/, and masks are no images to predict; give "
+            f"{join_url(source.url, 'images')}"
+        )
     by_mask: dict[str, str] = {}
     for name in names:
         other = by_mask.setdefault(mask_name(name), name)

@@ -219,6 +219,16 @@ def test_command_refuses_a_folder_without_a_run(
     assert "config.yaml is missing" in capsys.readouterr().err
 
 
+def test_infer_refuses_the_folder_that_prep_takes(tmp_path: Path) -> None:
+    write_same(tmp_path / "images", 2)
+    assert len(find_images(open_store(str(tmp_path)))) == 2
+    write_same(tmp_path / "masks", 2)
+    message = rf"^{tmp_path}: holds images/ and masks/, .*; give {tmp_path}/images$"
+    with pytest.raises(UsageError, match=message):
+        find_images(open_store(str(tmp_path)))
+    assert len(find_images(open_store(str(tmp_path / "images")))) == 2
+
+
 @pytest.mark.parametrize(
     ("images", "output", "problem"),
     [
