@@ -499,8 +499,23 @@ def test_masks_of_other_images_or_weights_are_never_kept(trained_run: Path, tmp_
     config = InferConfig(progress=False)
     output = str(tmp_path / "masks")
     infer(str(trained_run), str(tmp_path / "first"), output, config)
-    with pytest.raises(UsageError, match=r"masks made with another images .*first"):
+    changed = rf"holds masks made in another way: images was {tmp_path}/first, now .*/second; give"
+    with pytest.raises(UsageError, match=changed):
         infer(str(trained_run), str(tmp_path / "second"), output, config)
+    other = config.model_copy(update={"ensemble": (str(trained_run),), "window": "sliding"})
+    weights = json.loads((tmp_path / "masks" / "inference.json").read_text())["checkpoint"]
+    changed = (
+        rf"way: --ensemble was none, now {trained_run}/{weights}; "
+        r"--window was auto, now sliding; give another OUTPUT"
+    )
+    with pytest.raises(UsageError, match=changed):
+        infer(str(trained_run), str(tmp_path / "first"), output, other)
+    sliding = config.model_copy(update={"window": "sliding", "overwrite": True, "overlap": 8})
+    infer(str(trained_run), str(tmp_path / "first"), output, sliding)
+    other = config.model_copy(update={"window": "sliding", "flips": "both"})
+    changed = r"way: --flips was none, now both; --overlap was 8, now 16; give"
+    with pytest.raises(UsageError, match=changed):
+        infer(str(trained_run), str(tmp_path / "first"), output, other)
     again = config.model_copy(update={"overwrite": True})
     result = infer(str(trained_run), str(tmp_path / "second"), output, again)
     assert result.num_written == 1
