@@ -349,8 +349,7 @@ def _refuse_unexplained(
         colors = ", ".join(map(str, named))
         raise ContentError(
             f"{name}: would be read as empty, but has {reading.off_counts.sum()} pixels of colours "
-            f"that are no class's: {colors}; give the colours of these masks with --classes, "
-            "or leave such pictures out with --skip-bad"
+            f"that are no class's: {colors}; give the colours of these masks with --classes"
         )
 
 

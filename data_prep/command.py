@@ -233,7 +233,7 @@ def _click_option(
             value_type = _NullableType(value_type)
         attributes |= {"type": value_type, "metavar": metavar}
     # A line must not break inside of it; the command's help puts the blanks back.
-    text = f"{text} [{_default_text(field)}]".replace("default: ", "default:" + _FIXED_BLANK)
+    text = (text + _default_text(field)).replace("default: ", "default:" + _FIXED_BLANK)
     return click.option(*declarations, _SEPARATOR.join(path), help=text, **attributes)
 
 
@@ -290,9 +290,11 @@ def _without_none(annotation: Any) -> Any:
 
 
 def _default_text(field: FieldInfo) -> str:
+    """Returns what ends an option's text; nothing where the default is an empty list."""
     if field.default is PydanticUndefined:
-        return "required"
-    return f"default: {_shown(field.default)}"
+        return " [required]"
+    shown = _shown(field.default)
+    return f" [default: {shown}]" if shown else ""
 
 
 def _shown(value: Any) -> str:

@@ -74,7 +74,8 @@ class PrepConfig(Settings):
     )
     rois: tuple[inbreast.Kind, ...] = option(
         ("mass",),
-        f"Annotations of INbreast that are foreground: {', '.join(inbreast.KINDS)}.",
+        f"Annotations of INbreast that are foreground: {', '.join(inbreast.KINDS)}. They name the "
+        "class where --classes is not given: mass+spiculated.",
         min_length=1,
     )
     image_size: int = option(512, "Height and width of the stored images, pixels.", ge=8, le=16384)
@@ -160,6 +161,19 @@ class PrepConfig(Settings):
     num_processes: int | None = option(
         None, "Processes that read and encode; 1: this one. Unset: one per CPU.", free=True, ge=1
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _class_is_named_after_rois(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "rois" not in values or "classes" in values:
+            return values
+        rois = values["rois"]
+        # Others are refused below.
+        is_known = isinstance(rois, list | tuple) and all(roi in inbreast.KINDS for roi in rois)
+        if values.get("format") != "inbreast" or not rois or not is_known:
+            return values
+        name = "+".join(dict.fromkeys(rois))
+        return values | {"classes": f"background=0,0,0;{name}=255,255,255"}
 
     @field_validator("fractions", mode="before")
     @classmethod
@@ -262,6 +276,7 @@ def prepare(
     *,
     open_workers: OpenWorkers | None = None,
     progress: bool = True,
+    has_options: bool = True,
 ) -> schema.Manifest:
     """Returns the manifest of the dataset at `output_url`, prepared now or found finished.
 
@@ -269,6 +284,7 @@ def prepare(
         open_workers: opens the workers that read and encode, after all else was checked. None:
             processes of this machine.
         progress: show it on stderr.
+        has_options: whether the command that is running has the options of `prep`.
 
     Raises:
         UsageError: a source is missing or empty, the output is a file or in a source, or another
@@ -284,7 +300,7 @@ def prepare(
     _refuse_overlap(store, sources)
     find = inbreast.find_cases if config.format == "inbreast" else find_pairs
     pairs, rejects = find(sources)
-    grouped, ungrouped = _grouped(pairs, config)
+    grouped, ungrouped = _grouped(pairs, config, has_options=has_options)
     refused = _refused([*rejects, *ungrouped], config)
     items = _items_of(grouped, config)
     is_finished = store.stat(schema.MANIFEST_NAME) is not None
@@ -356,7 +372,7 @@ def _prepare(
     shards.commit(work.store, manifest, table)
     shards.remove_state(work.store)
     if refused:
-        logger.warning("all files left out: %s/%s", work.store.url, report.REJECTS_NAME)
+        logger.warning("list of the files left out: %s/%s", work.store.url, report.REJECTS_NAME)
     return manifest
 
 
@@ -424,7 +440,7 @@ def _items_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[s
 
 
 def _grouped(
-    pairs: Sequence[Pair], config: PrepConfig
+    pairs: Sequence[Pair], config: PrepConfig, *, has_options: bool
 ) -> tuple[list[tuple[Pair, str]], list[Reject]]:
     """Returns the pairs with their groups, and those whose name gives none."""
     table = None
@@ -434,7 +450,7 @@ def _grouped(
     if config.format == "inbreast":
         rule = inbreast.patient_of
     elif (config.group_preset, config.group_regex, config.group_csv) == (None, None, None):
-        _warn_of_files_as_groups(pairs)
+        _warn_of_files_as_groups(pairs, has_options=has_options)
     grouped, rejects = [], []
     for pair in pairs:
         try:
@@ -444,18 +460,27 @@ def _grouped(
     return grouped, rejects
 
 
-def _warn_of_files_as_groups(pairs: Sequence[Pair]) -> None:
+def _warn_of_files_as_groups(pairs: Sequence[Pair], *, has_options: bool) -> None:
+    elsewhere = "prepare them with `flexunet prep ... %s` and give the dataset with --data"
     augmented = [pair for pair in pairs if split.is_augmented_copy(pair.image_name)]
     if augmented:
         logger.warning(
             "%d of %d names look like augmented copies (%s), and every file is a group of its own: "
-            "copies of one picture may lie in several splits; see --group-preset augmented",
+            "copies of one picture may lie in several splits; %s",
             *(len(augmented), len(pairs), augmented[0].image_name),
+            "see --group-preset augmented"
+            if has_options
+            else elsewhere % "--group-preset augmented",
         )
-    else:
+    elif has_options:
         logger.warning(
             "no --group option: every file is a group of its own; give one where a patient has "
             "several pictures"
+        )
+    else:
+        logger.warning(
+            "every file is a group of its own; where a patient has several pictures, %s",
+            elsewhere % "--group-regex REGEX",
         )
 
 
@@ -675,19 +700,19 @@ def _joined_groups(samples: Sequence[scan.Scanned]) -> dict[str, str]:
         return group
 
     first_with: dict[str, str] = {}
-    num_joined = 0
+    joined: list[str] = []
     for sample in samples:
-        group, other = (
-            root(sample.group),
-            root(first_with.setdefault(sample.picture_sha256, sample.group)),
-        )
+        first = first_with.setdefault(sample.picture_sha256, sample.group)
+        group, other = root(sample.group), root(first)
         if group != other:
-            num_joined += 1
+            joined.append(f"{sample.group} with {first}")
             parents[max(group, other)] = min(group, other)
-    if num_joined:
-        verb = "holds" if num_joined == 1 else "hold"
+    if joined:
         logger.warning(
-            "%s %s a picture of another group; joined", counted(num_joined, "group"), verb
+            "%s a picture of another group and %s joined with it: %s",
+            "1 group holds" if len(joined) == 1 else f"{len(joined)} groups hold",
+            "is" if len(joined) == 1 else "are",
+            listed(joined, _MAX_LISTED),
         )
     return {sample.id: root(sample.group) for sample in samples}
 

@@ -65,6 +65,13 @@ class Forbidden(StorageError):
     """The bucket's roles do not let these credentials do it."""
 
 
+class NotAFolder(UsageError, StorageError):
+    """A file lies where a folder should be: a mistake, and of a run that is on its way a failure.
+
+    It is a StorageError for those who keep what could not be stored.
+    """
+
+
 class _ChangedOnTheWay(StorageError):
     """The downloaded bytes are not those that the server has."""
 
@@ -929,8 +936,10 @@ def _local_errors(action: str, path: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         if action == "read":
             raise NotFound(f"{path} does not exist") from error
+        refuse_file_above(path, error)
         raise StorageError(f"cannot {action} {path}: {error.strerror}") from error
     except OSError as error:
+        refuse_file_above(path, error)
         remedy = {
             errno.ENOSPC: "; free some space or choose another folder",
             errno.EDQUOT: "; free some space or choose another folder",
@@ -938,6 +947,21 @@ def _local_errors(action: str, path: str) -> Iterator[None]:
             errno.EROFS: "; choose a folder that can be written",
         }.get(error.errno or 0, "")
         raise StorageError(f"cannot {action} {path}: {error.strerror or error}{remedy}") from error
+
+
+def refuse_file_above(path: str, error: OSError) -> None:
+    """Names the file in whose place `path` needs a folder, if that is why `error` came.
+
+    Raises:
+        NotAFolder: it is.
+    """
+    if error.errno not in (errno.ENOTDIR, errno.EEXIST):
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if os.path.isfile(folder):
+        raise NotAFolder(f"{folder} is a file, not a folder; give a folder") from error
 
 
 def _stat_path(name: str, path: str) -> Stat | None:

@@ -37,7 +37,7 @@ from data_prep.pairs import IMAGE_ENDINGS
 from data_prep.pool import OpenWorkers, available_cores, in_order
 from data_prep.progress import Progress, quiet_interrupts
 from data_prep.schema import Manifest
-from data_prep.settings import option
+from data_prep.settings import flag_of, option
 from data_prep.storage import (
     Forbidden,
     NotFound,
@@ -82,6 +82,18 @@ RECORD_NAME = "inference.json"  # which run, weights and images the masks are of
 
 # The longest side of the picture that is kept for the overlay, pixels; no overlay is larger.
 _PREVIEW_SIDE = 1600
+
+# What a record says and what it is where the record lacks it; None: no option of that name.
+_RECORDED = {
+    "run": None,
+    "checkpoint": None,
+    "images": None,
+    "ensemble": "none",
+    "flips": "none",
+    "window": "auto",
+    "small_regions": "none",
+}
+_MAX_CHANGES = 3  # that are told
 
 
 class InferConfig(PredictConfig):
@@ -295,29 +307,58 @@ def _claim_output(output: Store, record: Mapping[str, Any], *, is_continued: boo
     except (NotFound, ValueError):
         found = None
     if is_continued and found != record:
-        found = found if isinstance(found, dict) else {}
-        keys = [*record, *(key for key in found if key not in record)]
-        other = [key for key in keys if found.get(key) != record.get(key)]
+        changes = _changes(found if isinstance(found, dict) else {}, record)
         raise UsageError(
-            f"{output.url}: holds masks made with another {' and '.join(other)} "
-            f"({', '.join(str(found.get(key)) for key in other)}); give another OUTPUT, or "
-            "--overwrite to predict them again"
+            f"{output.url}: holds masks made in another way: {'; '.join(changes[:_MAX_CHANGES])}; "
+            "give another OUTPUT, or --overwrite to predict them again"
         )
     if found != record:
         output.put(RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns in words what differs between two records (see `_record`)."""
+    changes = []
+    for name, default in _RECORDED.items():
+        before, now = (_worded(record.get(name, default)) for record in (old, new))
+        if before != now:
+            changes.append(
+                f"{name if default is None else flag_of([name])} was {before}, now {now}"
+            )
+    # What follows from one of these is told where it alone differs.
+    both = [record for record in (old, new) if "overlap" in record]
+    if len(both) == 2 and old["overlap"] != new["overlap"]:
+        changes.append(f"--overlap was {old['overlap']}, now {new['overlap']}")
+    if old.get("small_regions") == new.get("small_regions"):
+        sizes = [record.get("min_pixels") for record in (old, new)]
+        if sizes[0] != sizes[1]:
+            where = new.get("small_regions")
+            changes.append(f"the sizes of {where} were {sizes[0]}, now {sizes[1]}")
+    return changes or ["by another version"]
+
+
+def _worded(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def find_images(source: Store) -> list[str]:
     """Returns the names of all images below `source`, sorted.
 
     Raises:
-        UsageError: there are none, or two share all but the suffix.
+        UsageError: there are none, masks lie beside them, or two share all but the suffix.
     """
     endings = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
     names = [each.name for each in source.list() if each.name.lower().endswith(endings)]
     if not names:
         raise UsageError(
             f"{source.url}: no images here; expected files ending in {', '.join(endings)}"
+        )
+    if {"images", "masks"} <= {name.rpartition("/")[0] for name in names}:
+        raise UsageError(
+            f"{source.url}: holds images/ and masks/, and masks are no images to predict; give "
+            f"{join_url(source.url, 'images')}"
         )
     by_mask: dict[str, str] = {}
     for name in names:

@@ -178,7 +178,7 @@ def prepare_sources(
         )
     config = validated(PrepConfig, {**reference.prep, **options}, path)
     logger.info("preparing the images of %s in %s", path, output_url)
-    prepare(reference.sources, output_url, config)
+    prepare(reference.sources, output_url, config, has_options=False)
 
 
 def format_notes(notes: Sequence[KeyNote]) -> "Table":

@@ -153,6 +153,19 @@ def test_help_fits_the_terminal_and_stays_readable_on_a_wide_one(
     assert max(len(line) for line in lines) <= widest
 
 
+def test_an_empty_default_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    class Others(Settings):
+        runs: tuple[str, ...] = option((), "More runs.")
+
+    @click.command(cls=SettingsCommand)
+    @settings_options(Others)
+    def command(**options: Any) -> None:
+        """Does nothing."""
+
+    assert run_command(command, ["--help"], "tool") == 0
+    assert "  --runs LIST  More runs.\n" in capsys.readouterr().out
+
+
 def test_skipped_fields_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
     @click.command(cls=SettingsCommand)
     @settings_options(Outer, skip=("data", "inner"))

@@ -122,6 +122,7 @@ def test_masks_of_another_colour_are_not_stored_as_empty(source, tmp_path):
     assert done.returncode == 3
     words = r"case_\d+\.png: would be read as empty, but has 16 pixels .*\(100, 100, 100\); give"
     assert re.search(words, done.stderr.splitlines()[-1])
+    assert done.stderr.count("--skip-bad") == 1
     # With noise on them no mask tells by itself.
     for seed, path in enumerate(masks):
         mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
@@ -279,6 +280,7 @@ def _group_lives(group):
         (["MISSING", "OUT", "--format", "inbreast"], 2, "MISSING: does not exist; give the folder"),
         (["FILE", "OUT"], 2, "FILE: is a file, not a folder; give the folder"),
         (["SOURCE", "FILE"], 2, "FILE: is a file; give OUTPUT a folder, which prep makes"),
+        (["SOURCE", "FILE/out"], 2, "FILE is a file, not a folder; give a folder"),
         (["SOURCE", "SOURCE/images/out"], 2, "lies in the source folder"),
         (["SOURCE", "LINK/out"], 2, "lies in the source folder"),
         (["SOURCE", "SOURCE/test"], 2, "source/test, where the next prep looks for pictures"),
@@ -339,14 +341,16 @@ def test_missing_mask_exits_3_and_is_named(source, tmp_path):
     assert (code, "images/case_5.png: no mask" in errors) == (3, True)
 
 
-def test_skip_bad_lists_every_file(source, tmp_path):
+def test_skip_bad_lists_every_file(source, tmp_path, caplog):
     (source / "images" / "case_5.png").write_bytes(b"\x89PNG broken")
     os.remove(source / "masks" / "case_6.png")
     with pytest.raises(ContentError):
         _prepare(source, tmp_path / "out")
     manifest = _prepare(source, tmp_path / "out", skip_bad=True)
     assert manifest.num_samples == 18
-    lines = (tmp_path / "out" / report.REJECTS_NAME).read_text().splitlines()
+    table = f"{tmp_path}/out/{report.REJECTS_NAME}"
+    assert f"list of the files left out: {table}" in [record.message for record in caplog.records]
+    lines = Path(table).read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == [
         "file",
         f"{source}/images/case_5.png",
@@ -478,7 +482,11 @@ def test_the_same_picture_twice_stays_in_one_split(tmp_path, caplog):
         record = store.get(row["shard"], row["offset"], row["length"])
         features = schema.decode_example(schema.unframe_record(record, where="record"))
         assert (features["image/id"], features["image/group"]) == (row["id"].encode(), b"a2")
-    assert "20 groups hold a picture of another group" in caplog.text
+    told = (
+        "20 groups hold a picture of another group and are joined with it: b0 with a0; b1 with a1; "
+    )
+    assert told in caplog.text
+    assert "b12 with a12; and 15 more\n" in caplog.text
 
 
 def test_ready_made_splits_are_kept_and_leaks_named(tmp_path):

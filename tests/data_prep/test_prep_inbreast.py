@@ -156,6 +156,35 @@ def test_options_that_do_not_fit_are_refused(release, tmp_path):
             _prepare(release, tmp_path / "out", **options)
 
 
+def test_the_class_is_named_after_the_rois(release, tmp_path):
+    classes = {
+        "mass": "mass",
+        "calcification": "calcification",
+        "spiculated,mass": "spiculated+mass",
+    }
+    for rois, name in classes.items():
+        arguments = ["--format", "inbreast", "--rois", rois]
+        config = prep.read_config(None, _options(*arguments))
+        assert config.classes == f"background=0,0,0;{name}=255,255,255"
+        assert prep.identity_of(config)["classes"] == config.classes
+    (tmp_path / "prep.yaml").write_text("format: inbreast\nrois: [cluster]\n")
+    config = prep.read_config(str(tmp_path / "prep.yaml"), {})
+    assert config.classes == "background=0,0,0;cluster=255,255,255"
+    named = "none=0,0,0;lesion=9,9,9"
+    config = prep.read_config(None, _options(*arguments, "--classes", named))
+    assert config.classes == named
+    manifest = _prepare(release, tmp_path / "out", rois=("mass", "cluster"))
+    assert [each.name for each in manifest.classes] == ["background", "mass+cluster"]
+    assert manifest.options["classes"] == "background=0,0,0;mass+cluster=255,255,255"
+
+
+def _options(*arguments):
+    """Returns the options that the command line `arguments` gives, without its own."""
+    with prep.command.make_context("prep", ["source", "output", *arguments]) as context:
+        own = ("source", "output", "config_file")
+        return {name: value for name, value in context.params.items() if name not in own}
+
+
 # No patient data beyond the hash
 
 

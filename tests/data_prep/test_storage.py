@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import storage
-from data_prep.errors import ContentError, StorageError, UsageError
+from data_prep.errors import ContentError, StorageError, UsageError, kind_of
 from data_prep.storage import (
     Forbidden,
     GcsStore,
@@ -532,8 +532,13 @@ def test_symbolic_links_do_not_lead_out(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match=r"cannot write .*/file/x/a: Not a directory"):
-        LocalStore(str(tmp_path / "file" / "x")).put("a", b"")
+    for place in ("file", "file/x", "file/x/y"):
+        with pytest.raises(UsageError) as refused:
+            LocalStore(str(tmp_path / place)).put("a", b"")
+        assert str(refused.value) == f"{tmp_path}/file is a file, not a folder; give a folder"
+        assert (refused.value.exit_code, kind_of(refused.value)) == (2, "UsageError")
+        # Whoever keeps work that cannot be stored keeps it here too.
+        assert isinstance(refused.value, StorageError)
     with pytest.raises(StorageError, match="cannot write /proc/flexunet/a"):
         LocalStore("/proc/flexunet").put("a", b"")
 

@@ -91,7 +91,11 @@ def test_bucket_check_writes_and_leaves_nothing(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_bucket_check_says_what_is_wrong_and_how_bad() -> None:
+def test_bucket_check_says_what_is_wrong_and_how_bad(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    no_folder = bucket_check(str(tmp_path / "file"))
+    assert (no_folder.state, no_folder.exit_code) == ("failed", 2)
+    assert no_folder.found == f"{tmp_path}/file is a file, not a folder; give a folder"
     unwritable = bucket_check("/proc/none")
     assert (unwritable.state, unwritable.exit_code) == ("failed", 5)
     assert "/proc/none" in unwritable.found

@@ -219,6 +219,16 @@ def test_command_refuses_a_folder_without_a_run(
     assert "config.yaml is missing" in capsys.readouterr().err
 
 
+def test_infer_refuses_the_folder_that_prep_takes(tmp_path: Path) -> None:
+    write_same(tmp_path / "images", 2)
+    assert len(find_images(open_store(str(tmp_path)))) == 2
+    write_same(tmp_path / "masks", 2)
+    message = rf"^{tmp_path}: holds images/ and masks/, .*; give {tmp_path}/images$"
+    with pytest.raises(UsageError, match=message):
+        find_images(open_store(str(tmp_path)))
+    assert len(find_images(open_store(str(tmp_path / "images")))) == 2
+
+
 @pytest.mark.parametrize(
     ("images", "output", "problem"),
     [
@@ -253,10 +263,15 @@ def test_command_ends_with_one_line_when_the_output_cannot_be_written(
     write_same(tmp_path / "images", 9)
     (tmp_path / "file").write_bytes(b"")
     output = tmp_path / "file" / "masks"
-    assert main([str(trained_run), str(tmp_path / "images"), str(output), "--no-progress"]) == 5
-    error = capsys.readouterr().err
-    assert "cannot write" in error
-    assert error.count("\n") == 1
+    for place, code, words in (
+        (output, 2, f"{tmp_path}/file is a file, not a folder; give a folder"),
+        ("/proc/none/masks", 5, "cannot write"),
+    ):
+        arguments = [str(trained_run), str(tmp_path / "images"), str(place), "--no-progress"]
+        assert main(arguments) == code
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
 
 
 def test_a_vanished_image_is_not_an_unreadable_one(trained_run: Path, tmp_path: Path) -> None:
@@ -484,8 +499,23 @@ def test_masks_of_other_images_or_weights_are_never_kept(trained_run: Path, tmp_
     config = InferConfig(progress=False)
     output = str(tmp_path / "masks")
     infer(str(trained_run), str(tmp_path / "first"), output, config)
-    with pytest.raises(UsageError, match=r"masks made with another images .*first"):
+    changed = rf"holds masks made in another way: images was {tmp_path}/first, now .*/second; give"
+    with pytest.raises(UsageError, match=changed):
         infer(str(trained_run), str(tmp_path / "second"), output, config)
+    other = config.model_copy(update={"ensemble": (str(trained_run),), "window": "sliding"})
+    weights = json.loads((tmp_path / "masks" / "inference.json").read_text())["checkpoint"]
+    changed = (
+        rf"way: --ensemble was none, now {trained_run}/{weights}; "
+        r"--window was auto, now sliding; give another OUTPUT"
+    )
+    with pytest.raises(UsageError, match=changed):
+        infer(str(trained_run), str(tmp_path / "first"), output, other)
+    sliding = config.model_copy(update={"window": "sliding", "overwrite": True, "overlap": 8})
+    infer(str(trained_run), str(tmp_path / "first"), output, sliding)
+    other = config.model_copy(update={"window": "sliding", "flips": "both"})
+    changed = r"way: --flips was none, now both; --overlap was 8, now 16; give"
+    with pytest.raises(UsageError, match=changed):
+        infer(str(trained_run), str(tmp_path / "first"), output, other)
     again = config.model_copy(update={"overwrite": True})
     result = infer(str(trained_run), str(tmp_path / "second"), output, again)
     assert result.num_written == 1

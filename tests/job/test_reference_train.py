@@ -146,6 +146,20 @@ def test_bad_pictures_can_be_left_out(project: Path, tmp_path: Path) -> None:
     assert "train-disc-00.png" in rejects
 
 
+def test_a_missing_group_is_told_with_the_command_that_has_groups(
+    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    resolve_config({"output": str(tmp_path / "runs")}, str(project))
+    how = "prepare them with `flexunet prep ... {}` and give the dataset with --data"
+    assert how.format("--group-regex REGEX") in caplog.text
+    caplog.clear()
+    for path in (tmp_path / "dataset" / "Discs" / "train").glob("*/train-disc-00.png"):
+        path.rename(path.with_name("rotated_90_1.png"))
+    resolve_config({"output": str(tmp_path / "others")}, str(project))
+    assert "1 of 8 names look like augmented copies (rotated_90_1.png)" in caplog.text
+    assert how.format("--group-preset augmented") in caplog.text
+
+
 @pytest.mark.parametrize("flag", ["--allow-leaks", "--skip-bad"])
 def test_flags_of_preparation_are_refused_where_nothing_is_prepared(
     project: Path, capsys: pytest.CaptureFixture[str], flag: str

@@ -234,7 +234,8 @@ def test_small_regions_are_fitted_on_valid_and_used_by_infer(
     # Masks by other sizes are not continued, though these lie in the same place.
     found["classes"][0]["min_pixels"] = 0
     (folder / "small_regions.json").write_text(json.dumps(found))
-    with pytest.raises(UsageError, match="masks made with another min_pixels"):
+    changed = rf"way: the sizes of {folder} were \[{SIDE * SIDE}\], now \[0\]; give"
+    with pytest.raises(UsageError, match=changed):
         infer(str(own_tiled_run), images, str(tmp_path / "none"), InferConfig(**config, **options))
     for options, words in (
         ({"flips": "both"}, "fitted for flips none, not both"),
