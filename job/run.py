@@ -37,6 +37,7 @@ from data_prep.storage import (
     crc32c_of_file,
     open_store,
     probe_preconditions,
+    refuse_file_above,
 )
 from job.config import RUN_NAME, RUN_NAME_RULE
 from job.stored import read_json
@@ -950,6 +951,7 @@ def _lock_file(root: str) -> int:
         os.makedirs(root, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
+        refuse_file_above(path, error)
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -515,6 +515,15 @@ def test_other_identity_is_named(tmp_path: Path) -> None:
             run.check_identity(IDENTITY, "e")
 
 
+def test_a_run_below_a_file_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with (
+        pytest.raises(UsageError, match="runs is a file, not a folder; give a folder"),
+        Run.own(LocalStore(str(tmp_path / "runs" / "first"))),
+    ):
+        pass
+
+
 def test_tuples_of_the_identity_are_lists_in_storage(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path / "run"))
     for _ in range(2):
