@@ -290,11 +290,10 @@ def _without_none(annotation: Any) -> Any:
 
 
 def _default_text(field: FieldInfo) -> str:
-    """Returns what ends an option's text; nothing where the default is an empty list."""
+    """Returns what ends an option's text."""
     if field.default is PydanticUndefined:
         return " [required]"
-    shown = _shown(field.default)
-    return f" [default: {shown}]" if shown else ""
+    return f" [default: {_shown(field.default) or 'none'}]"
 
 
 def _shown(value: Any) -> str:

@@ -153,7 +153,7 @@ def test_help_fits_the_terminal_and_stays_readable_on_a_wide_one(
     assert max(len(line) for line in lines) <= widest
 
 
-def test_an_empty_default_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_default_is_shown_as_none(capsys: pytest.CaptureFixture[str]) -> None:
     class Others(Settings):
         runs: tuple[str, ...] = option((), "More runs.")
 
@@ -163,7 +163,7 @@ def test_an_empty_default_is_not_shown(capsys: pytest.CaptureFixture[str]) -> No
         """Does nothing."""
 
     assert run_command(command, ["--help"], "tool") == 0
-    assert "  --runs LIST  More runs.\n" in capsys.readouterr().out
+    assert "  --runs LIST  More runs. [default: none]\n" in capsys.readouterr().out
 
 
 def test_skipped_fields_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
