@@ -390,7 +390,7 @@ def race(
     answers = [worker.hear() for worker in workers]
     won = [answer for answer in answers if "attempt" in answer]
     lost = [answer for answer in answers if answer.get("error") == "LockedError"]
-    assert (len(won), len(lost)) == (1, 1)
+    assert (len(won), len(lost)) == (1, 1), answers
     store = open_store(url)
     # Of the loser there is nothing; what is there, the winner wrote.
     assert {stat.name for stat in store.list()} <= {"lease.json", "identity.json", ".lock"}
