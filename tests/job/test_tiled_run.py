@@ -275,7 +275,7 @@ def test_infer_slides_over_large_pictures_of_any_run(trained_run: Path, tmp_path
     assert 2 * np.sum(predicted & truth) / (predicted.sum() + truth.sum()) > 0.8
     record = json.loads((output / "inference.json").read_text())
     assert (record["window"], record["overlap"]) == ("sliding", 20)
-    with pytest.raises(UsageError, match="--window was sliding, now auto"):
+    with pytest.raises(UsageError, match="another way: --window was sliding, now auto; give"):
         infer(str(trained_run), str(tmp_path / "images"), str(output), InferConfig(**config))
 
 
