@@ -73,7 +73,7 @@ class NotAFolder(UsageError, StorageError):
 
 
 class _ChangedOnTheWay(StorageError):
-    """The downloaded bytes are not those that the server has."""
+    """The downloaded bytes are not, or no longer, those that the server has."""
 
 
 class _SessionLost(StorageError):
@@ -579,7 +579,7 @@ class GcsStore:
             return data
 
         with self._errors("read", name):
-            return _unchanged(fetch)
+            return _unchanged(fetch, join_url(self.url, name))
 
     def get_file(self, name: str, path: str) -> int:
         """See `Store.get_file`."""
@@ -594,7 +594,7 @@ class GcsStore:
             return value
 
         with self._errors("read", name):
-            return _unchanged(fetch)
+            return _unchanged(fetch, join_url(self.url, name))
 
     def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
         """See `Store.put`."""
@@ -806,14 +806,34 @@ class _UploadInParts:
         return None
 
 
-def _unchanged(fetch: Callable[[], T]) -> T:
-    """Returns what `fetch` returns, which is repeated when bytes changed on the way."""
+def _unchanged(fetch: Callable[[], T], url: str) -> T:
+    """Returns what `fetch` reads from `url`, which is repeated when bytes changed on the way."""
     from google.cloud.storage.exceptions import DataCorruption
 
     for _ in range(_MAX_DOWNLOADS - 1):
-        with contextlib.suppress(DataCorruption, _ChangedOnTheWay):
+        with contextlib.suppress(DataCorruption, _ChangedOnTheWay), _replaced_told(url):
             return fetch()
-    return fetch()
+    with _replaced_told(url):
+        return fetch()
+
+
+@contextlib.contextmanager
+def _replaced_told(url: str) -> Iterator[None]:
+    """Tells an object that was replaced in the middle of its download from one that is missing.
+
+    Where a download breaks off, the client library asks for the rest of that generation.
+    """
+    from google.api_core.exceptions import NotFound as NoSuchObject
+
+    try:
+        yield
+    except NoSuchObject as error:
+        query = urllib.parse.urlsplit(error.response.request.url).query
+        if "generation" in urllib.parse.parse_qs(query):
+            raise _ChangedOnTheWay(
+                f"{url}: another process replaced or deleted it while it was read; try again"
+            ) from error
+        raise
 
 
 @functools.lru_cache(maxsize=4)

@@ -331,6 +331,33 @@ def test_download_is_repeated_until_it_is_whole(
     assert os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("in_file", [False, True])
+def test_download_broken_off_and_overtaken_by_a_put_begins_anew(
+    in_file: bool, faulty_bucket: FaultyBucket, tmp_path: Path
+) -> None:
+    """The client library asks for the rest of what it had begun, which is there no longer."""
+    store = GcsStore(faulty_bucket.url)
+    store.put("a", os.urandom(100_000))  # so that some of it has been kept
+    faulty_bucket.proxy.add(
+        Fault("truncate", kinds=("get",), count=1), Fault("stall", kinds=("get",), count=1)
+    )
+    with ThreadPoolExecutor(1) as pool:
+        if in_file:
+            read = pool.submit(store.get_file, "a", str(tmp_path / "a"))
+        else:
+            read = pool.submit(store.get, "a")
+        while not faulty_bucket.proxy.count("get"):
+            time.sleep(0.01)
+        store.put("a", b"after")
+        assert read.result() == (crc32c_of(b"after") if in_file else b"after")
+    assert faulty_bucket.proxy.count("get", status=404) == 1
+    faulty_bucket.proxy.clear()
+    store.delete("a")
+    with pytest.raises(NotFound):
+        store.get("a")
+    assert faulty_bucket.proxy.count("get") == 1
+
+
 def test_download_that_stays_changed_is_an_error(
     faulty_bucket: FaultyBucket, tmp_path: Path
 ) -> None:

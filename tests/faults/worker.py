@@ -97,7 +97,8 @@ class Commands:
             store = open_store(url)
             self._run = own_run(store, LeaseTiming(renew_s, expire_s), by_lease=by_lease)
         except FlexUNetError as error:
-            return {"error": type(error).__name__, "seconds": time.monotonic() - start}
+            seconds = time.monotonic() - start
+            return {"error": type(error).__name__, "told": str(error), "seconds": seconds}
         return {"attempt": self._run.attempt, "seconds": time.monotonic() - start}
 
     def commit(self, step: int) -> dict[str, Any]:
