@@ -84,6 +84,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="file for the result, JSON")
     parser.add_argument("--update", action="store_true", help="keep there what did not run now")
     arguments, options = parser.parse_known_args()
+    if arguments.update and not (arguments.output and arguments.output.is_file()):
+        parser.error(f"--update needs an --output that exists, not {arguments.output}")
     with tempfile.TemporaryDirectory() as folder:
         path, report = Path(folder) / "faults.jsonl", Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "faults", f"--junitxml={report}", *options]
