@@ -841,6 +841,10 @@ def _cloud_client(process_id: int, emulator: str | None) -> Any:
     """Returns a client; one per process, because connections must not be shared by a fork."""
     from google.cloud import storage
 
+    # Since 3.11 a client asks for the bucket itself beside the first request for an object. An
+    # account that may only use objects is refused, with an error in the bucket's audit log
+    # (https://github.com/googleapis/google-cloud-python/issues/17650). It has no other switch.
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     if emulator is None:
         return storage.Client()
     endpoint = emulator if "://" in emulator else f"http://{emulator}"

@@ -449,6 +449,14 @@ def test_retries_wait_for_random_times(faulty_bucket: FaultyBucket) -> None:
     assert waits[-1] - waits[0] > 0.1
 
 
+def test_only_objects_are_asked_for(faulty_bucket: FaultyBucket) -> None:
+    """The bucket itself takes another right (storage.buckets.get), which few accounts have."""
+    script = 'import sys; from data_prep.storage import *; open_store(sys.argv[1]).put("a", b"1")'
+    command = [sys.executable, "-c", f"{script}; import time; time.sleep(0.5)", faulty_bucket.url]
+    subprocess.run(command, check=True)
+    assert [entry.kind for entry in faulty_bucket.proxy.log] == ["put"]
+
+
 def test_missing_bucket_is_named_at_once(bucket_url: str) -> None:
     store = open_store("gs://no-such-bucket/x")
     with pytest.raises(StorageError, match="bucket 'no-such-bucket' does not exist"):
