@@ -483,30 +483,31 @@ class LocalStore:
                     write(file)
                     file.flush()
                     os.fsync(file.fileno())
-                self._publish(temporary, path, if_generation)
+                info = self._publish(temporary, path, if_generation)
                 _sync_folder(os.path.dirname(path))
-                stat = _stat_path(name, path)
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
-        if stat is None:
-            raise StorageError(f"{path} vanished while it was written; who else uses it?")
-        return stat
+        return Stat(name, info.st_size, info.st_mtime_ns, None)
 
-    def _publish(self, temporary: str, path: str, if_generation: int | None) -> None:
+    def _publish(self, temporary: str, path: str, if_generation: int | None) -> os.stat_result:
+        """Gives a file its name; returns its own stat, as the next writer may be here already."""
         if if_generation is None:
-            _follow(temporary, _stat_path("", path))
+            info = _follow(temporary, _stat_path("", path))
             os.replace(temporary, path)
-            return
-        if if_generation == 0 and _link(temporary, path):
-            return
+            return info
+        if if_generation == 0:
+            info = _follow(temporary, None)
+            if _link(temporary, path):
+                return info
         with _folder_lock(os.path.dirname(path)):
             found = _stat_path("", path)
             generation = found.generation if found else 0
             if generation != if_generation:
                 raise _refused(path, if_generation, generation)
-            _follow(temporary, found)
+            info = _follow(temporary, found)
             os.replace(temporary, path)
+            return info
 
 
 class GcsStore:
@@ -1051,19 +1052,19 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _follow(temporary: str, previous: Stat | None) -> None:
-    """Gives `temporary` a modification time after the one of the object it replaces.
+def _follow(temporary: str, previous: Stat | None) -> os.stat_result:
+    """Gives `temporary` a modification time after the one of the object it replaces; its stat.
 
     The kernel's clock for files ticks every few ms, so two puts could carry the same time.
     """
     now = time.time_ns()
     generation = max(now, previous.generation + 1) if previous else now
     os.utime(temporary, ns=(now, generation))
+    return os.stat(temporary)
 
 
 def _link(temporary: str, path: str) -> bool:
     """Publishes `temporary` where nothing is yet; returns False where files cannot be linked."""
-    _follow(temporary, None)
     try:
         os.link(temporary, path)
     except FileExistsError as error:

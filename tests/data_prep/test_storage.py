@@ -123,6 +123,29 @@ def test_generation_changes_with_every_put(store: Store) -> None:
     assert generations == sorted(set(generations))
 
 
+def test_put_returns_its_own_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another writer comes between a put's replacement and its return."""
+    store = LocalStore(str(tmp_path))
+    before = store.put("a", b"0").generation
+    sync_folder = storage._sync_folder
+    others: list[int] = []
+
+    def overtaken(folder: str) -> None:
+        sync_folder(folder)
+        if not others:
+            others.append(0)
+            stat = store.stat("a")
+            assert stat is not None
+            others[0] = store.put("a", b"other", if_generation=stat.generation).generation
+
+    monkeypatch.setattr(storage, "_sync_folder", overtaken)
+    own = store.put("a", b"own", if_generation=before)
+    assert before < own.generation < others[0]
+    with pytest.raises(PreconditionFailed):
+        store.put("a", b"next", if_generation=own.generation)
+    assert store.get("a") == b"other"
+
+
 def test_delete_removes_the_object_and_nothing_else(store: Store) -> None:
     store.put("a/b/c", b"")
     store.put("a/d", b"")

@@ -142,15 +142,21 @@ def ray_head(token: str | None, *, num_nodes: int = 1) -> Iterator[Head]:
             _wait_for(head, lambda: head.num_nodes() == num_nodes, nodes, folder / "log")
             yield head
         finally:
-            processes = [p for node in nodes for p in (node, *node.children(recursive=True))]
-            for node in reversed(nodes):
-                node.terminate()
-            psutil.wait_procs(processes, timeout=15)
-            for each in processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
-            psutil.wait_procs(nodes, timeout=15)
+            _end(nodes)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(nodes: list[psutil.Popen]) -> None:
+    processes: list[psutil.Process] = []
+    for node in reversed(nodes):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that could not start
+            processes += [node, *node.children(recursive=True)]
+            node.terminate()
+    psutil.wait_procs(processes, timeout=15)
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(nodes, timeout=15)
 
 
 def _wait_for(
