@@ -26,7 +26,7 @@ import time
 import urllib.parse
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NoReturn
@@ -102,6 +102,14 @@ class _Answer:
     headers: dict[str, str]
 
 
+@dataclass
+class _Gate:
+    """What holds requests back."""
+
+    opened: threading.Event = field(default_factory=threading.Event)
+    is_cleared: bool = False
+
+
 class FaultProxy:
     """The proxy; usable from any thread, also while it serves.
 
@@ -111,6 +119,7 @@ class FaultProxy:
             objectCreator and objectViewer: to replace an object takes storage.objects.delete.
         log: the latest requests, oldest first.
         num_changes: objects written or deleted so far.
+        num_stalls: requests that were held back since the last `clear`.
     """
 
     def __init__(
@@ -128,7 +137,8 @@ class FaultProxy:
         self._stop_at: tuple[int, Callable[[], None] | None] | None = None
         self._sessions: dict[str, tuple[str, str, int | None]] = {}
         self._finished: dict[str, _Answer] = {}
-        self._released = threading.Event()  # ends stalls
+        self.num_stalls = 0
+        self._gate = _Gate()
         self._server = _Server((host, port), _Handler)
         self._server.proxy = self
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
@@ -144,7 +154,7 @@ class FaultProxy:
 
     def close(self) -> None:
         """Ends the service; requests that are under way are dropped."""
-        self._released.set()
+        self._open_gate(is_cleared=True)
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -162,8 +172,12 @@ class FaultProxy:
             self.down = False
             self.creates_only = False
             self.log.clear()
-            self._released.set()
-            self._released = threading.Event()
+            self.num_stalls = 0
+        self._open_gate(is_cleared=True)
+
+    def resume(self) -> None:
+        """Lets the requests that are held back go on."""
+        self._open_gate(is_cleared=False)
 
     def stop_after(self, num_changes: int, then: Callable[[], None] | None = None) -> None:
         """Starts an outage when so many more changes have been made; the last one's answer is lost.
@@ -194,9 +208,13 @@ class FaultProxy:
                     return fault
         return None
 
-    def is_released(self, seconds: float) -> bool:
-        """Waits so long, or until the faults are cleared; returns whether they were."""
-        return self._released.wait(seconds)
+    def hold(self, seconds: float) -> bool:
+        """Waits so long, or until `resume` or `clear`; returns whether the faults were cleared."""
+        with self._mutex:
+            gate = self._gate
+            self.num_stalls += 1
+        gate.opened.wait(seconds)
+        return gate.is_cleared
 
     def parse(self, method: str, target: str, headers: Message, head: bytes) -> _Request:
         """Returns what a request means; `head` is the beginning of its body."""
@@ -234,6 +252,12 @@ class FaultProxy:
                 if self._has_changed():
                     return None
             return answer
+
+    def _open_gate(self, *, is_cleared: bool) -> None:
+        with self._mutex:
+            gate, self._gate = self._gate, _Gate()
+        gate.is_cleared = is_cleared
+        gate.opened.set()
 
     def _is_hit(self, fault: Fault, num_hits: int, request: _Request) -> bool:
         return (
@@ -337,7 +361,7 @@ class _Handler(BaseHTTPRequestHandler):
         action = fault.action if fault else ""
         if action != "reset-early":
             head += b"".join(body)
-        if fault and action == "stall" and proxy.is_released(fault.seconds):
+        if fault and action == "stall" and proxy.hold(fault.seconds):
             action = "reset"  # the client is of a test that has ended
         if fault and action == "status":
             answer: _Answer | None = _error(fault.status, "a fault was asked for")
@@ -346,7 +370,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             answer = proxy.carry_out(request, head, self.headers)
         if fault and action == "stall-answer":
-            proxy.is_released(fault.seconds)
+            proxy.hold(fault.seconds)
         if action == "lose-answer":
             answer = None
         status = answer.status if answer else 0

@@ -32,7 +32,9 @@ from tests.faults.worker import (
 )
 
 QUICK = LeaseTiming(renew_s=0.1, expire_s=1.0)
-RACING = LeaseTiming(renew_s=0.1, expire_s=5)  # seen at once, and kept by a process that is starved
+RACING = LeaseTiming(
+    renew_s=0.1, expire_s=30
+)  # seen at once, and kept by a process that is starved
 STILL = LeaseTiming(renew_s=1e3, expire_s=1e3)  # a lease that nobody renews while a test runs
 Record = Callable[[str, int, int, str], None]
 
@@ -376,7 +378,7 @@ def test_lease_expires_by_a_clock_that_does_not_jump(
     start = time.monotonic()
     with own_run(store, QUICK) as run:
         assert run.attempt == 2
-        assert QUICK.expire_s <= time.monotonic() - start < 5
+        assert QUICK.expire_s <= time.monotonic() - start < 20
 
 
 def race(
@@ -413,7 +415,7 @@ def test_one_of_two_processes_wins_each_race(
     kind: str, faulty_bucket: FaultyBucket, tmp_path: Path
 ) -> None:
     url = faulty_bucket.url if kind == "bucket" else str(tmp_path)
-    assert race_often(url, 10, RACING, by_lease=None) < 5
+    assert race_often(url, 10, RACING, by_lease=None) < RACING.expire_s / 2  # it waits for none
 
 
 @pytest.mark.faults
@@ -506,9 +508,8 @@ def test_owner_that_is_paused_within_a_commit_learns_of_the_loss(
     fault = Fault("stall", kinds=("put",), name=r"step-00000020/a1/COMMIT\.json", seconds=60)
     proxy.add(fault)
     worker.tell("commit", step=20)
-    while not proxy.count("put", "step-00000020/a1/optimizer"):
+    while not proxy.num_stalls:  # the lease is confirmed, COMMIT.json is on its way
         time.sleep(0.01)
-    time.sleep(0.3)  # the lease is confirmed, COMMIT.json is on its way
     os.kill(pid, signal.SIGSTOP)
     try:
         with own_run(store, QUICK) as run:

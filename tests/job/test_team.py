@@ -257,25 +257,36 @@ def test_a_process_that_never_arrives_is_named(dataset: str, tmp_path: Path, ran
     assert f"rank {1 - rank} ({addresses[1 - rank]}) did not come in time" in last
 
 
+def connected(address: str) -> socket.socket:
+    """Returns a connection to a process that is about to listen there."""
+    host, port = address.split(":")
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return socket.create_connection((host, int(port)))
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
 def test_those_who_meet_wait_for_the_last_and_heed_no_stranger() -> None:
     addresses = tuple(free_addresses(3))
     order: list[str] = []
 
-    def come(rank: int, delay: float) -> None:
-        time.sleep(delay)
+    def come(rank: int) -> None:
         order.append("came")
-        meet(Place(rank, addresses), 20)
+        meet(Place(rank, addresses), 60)
         order.append("met")
 
-    threads = [threading.Thread(target=come, args=(i, d)) for i, d in ((0, 0), (2, 0), (1, 1.5))]
-    for thread in threads:
+    threads = [threading.Thread(target=come, args=(i,)) for i in (0, 2, 1)]
+    for thread in threads[:2]:
         thread.start()
-    time.sleep(0.3)
-    host, port = addresses[0].split(":")
-    with socket.create_connection((host, int(port))) as stranger:
+    with connected(addresses[0]) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\nHost: nobody\r\nUser-Agent: stranger\r\n\r\n")
+        time.sleep(1)
+        threads[2].start()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
     assert order == ["came"] * 3 + ["met"] * 3
 
 

@@ -23,6 +23,7 @@ from job.config import ModelConfig, ScheduleConfig, TrainConfig
 from job.run import LeaseTiming, Run, find_commits, read_ends, standing
 from job.train import resolve_config, run_name, train_and_evaluate
 from tests.job.discs import prepare_discs
+from tests.job.rival import take_over
 
 MODEL = ModelConfig(num_layers=2, base_filters=4, base_kernels=(3, 3), dropout_rate=0.2)
 
@@ -204,21 +205,15 @@ def test_a_run_that_is_lost_during_evaluation_ends_as_lost(
     config = config_for(dataset, tmp_path, epochs=1)
     store = open_store(join_url(config.output, "run"))
 
-    def take_over(event: Any) -> None:
-        if event.get("name") != "evaluation":
-            return
-        lease = json.loads(store.get("lease.json"))
-        store.put("lease.json", json.dumps({**lease, "owner": "other", "attempt": 2}).encode())
-        deadline = time.monotonic() + 5
-        while not run.lost:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    def lose(event: Any) -> None:
+        if event.get("name") == "evaluation":
+            take_over(run)
 
     with (
         pytest.raises(LockedError, match="has taken the run over"),
         Run.own(store, by_lease=True, timing=LeaseTiming(renew_s=0.05, expire_s=5)) as run,
     ):
-        train_and_evaluate(config, run, one_cpu, take_over, lambda: False)
+        train_and_evaluate(config, run, one_cpu, lose, lambda: False)
 
 
 def test_weights_start_from_another_run(finished: Any, one_cpu: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The watchdog: what it takes for a stand-still, and what it leaves behind."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -34,12 +35,12 @@ class Calls:
 
 def test_steps_that_come_are_progress(quick: None) -> None:
     calls = Calls()
-    with Watchdog(phase_s=0.3, step_s=0.3, expired=calls) as dog:
+    with Watchdog(phase_s=1, step_s=1, expired=calls) as dog:
         dog.enter("training")
-        for _ in range(10):
+        for _ in range(15):
             time.sleep(0.1)
             dog.beat()
-    time.sleep(0.4)
+    time.sleep(1.1)
     assert calls.seen == []
 
 
@@ -48,7 +49,7 @@ def test_a_hung_step_is_told_once_with_its_phase(quick: None) -> None:
     with Watchdog(phase_s=30, step_s=0.2, expired=calls) as dog:
         dog.enter("epoch 3")
         dog.beat()
-        assert calls.came.wait(5)
+        assert calls.came.wait(60)
         time.sleep(0.3)
     assert calls.seen == [
         "nothing has moved on for 0 s in: epoch 3 (--phase-timeout, --step-timeout)"
@@ -61,48 +62,49 @@ def test_the_first_step_of_a_phase_has_the_time_of_a_phase(quick: None) -> None:
         dog.beat()
         dog.enter("validation")
         assert not calls.came.wait(0.3)
-        assert calls.came.wait(5)
+        assert calls.came.wait(60)
 
 
 def test_without_a_limit_a_step_may_take_ten_times_the_usual(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watchdog, "_MIN_STEP_S", 0.1)
     calls = Calls()
     with Watchdog(phase_s=30, step_s=0, expired=calls) as dog:
         for _ in range(4):
             dog.beat()
             time.sleep(0.06)
+        monkeypatch.setattr(watchdog, "_MIN_STEP_S", 0.1)  # not before steps have been measured
         dog.beat()
         assert not calls.came.wait(0.4)
-        assert calls.came.wait(5)
+        assert calls.came.wait(60)
 
 
 def test_a_step_of_many_parts_may_take_longer_than_its_limit(quick: None) -> None:
     calls = Calls()
-    with Watchdog(phase_s=30, step_s=0.3, expired=calls) as dog:
+    with Watchdog(phase_s=30, step_s=1, expired=calls) as dog:
         dog.enter("evaluation")
         dog.beat()
-        for _ in range(8):
+        for _ in range(15):
             time.sleep(0.1)
             dog.alive()
         assert calls.seen == []
-        assert calls.came.wait(5)  # a part that never ends
+        assert calls.came.wait(60)  # a part that never ends
 
 
 def test_the_usual_step_is_all_of_its_parts(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "_MIN_STEP_S", 0.1)
     calls = Calls()
     with Watchdog(phase_s=30, step_s=0, expired=calls) as dog:
         dog.beat()
-        for _ in range(3):
+        for i in range(3):
             for _ in range(4):
                 time.sleep(0.05)
                 dog.alive()
+            if i == 2:  # not before steps have been measured
+                monkeypatch.setattr(watchdog, "_MIN_STEP_S", 0.1)
             dog.beat()
         # Ten times 0.2 s; of parts it would be 0.5 s.
         assert not calls.came.wait(1.2)
-        assert calls.came.wait(5)
+        assert calls.came.wait(60)
 
 
 HANGS = """
@@ -131,7 +133,7 @@ def test_a_process_that_hangs_ends_and_leaves_its_stacks(tmp_path: Path) -> None
     assert done.returncode == 1
     assert "(--phase-timeout, --step-timeout); the same command resumes (stacks: " in done.stderr
     text = (tmp_path / "stacks" / "rank-0.txt").read_text()
-    assert text.startswith("rank 0: nothing has moved on for 1 s in: the test (")
+    assert re.match(r"rank 0: nothing has moved on for \d+ s in: the test \(", text)
     assert "in hang_here" in text
 
 
@@ -168,7 +170,7 @@ def test_a_peer_that_is_gone_is_told_long_before_a_hung_step(
             dog.enter("storing the end", needs_peers=False)
             assert not calls.came.wait(1.0)
             dog.enter("epoch 3")
-            assert calls.came.wait(5)
+            assert calls.came.wait(60)
     assert calls.seen == [f"rank 1 ({peers[1]}) is gone"]
 
 

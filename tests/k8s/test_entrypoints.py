@@ -156,7 +156,6 @@ def train(machine: Machine) -> None:
         machine.run(container, command, token | {"RAY_ADDRESS": ray.address})
 
 
-@pytest.mark.timeout(280)
 def test_the_cpu_overlay_runs_to_the_end(
     machine: Machine, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

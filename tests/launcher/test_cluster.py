@@ -63,7 +63,7 @@ def test_an_address_where_nothing_listens_is_one_line_within_seconds() -> None:
         started = time.monotonic()
         with pytest.raises(FlexUNetError, match=f"^--address {address}: no Ray cluster answers"):
             cluster.connected(address).__enter__()
-    assert time.monotonic() - started < 20  # Ray alone: two minutes
+    assert time.monotonic() - started < 60  # Ray alone: two minutes
 
 
 def test_a_server_of_another_kind_is_no_cluster(storage_server: str) -> None:

@@ -65,7 +65,7 @@ class Driver:
             time.sleep(0.02)
         return found
 
-    def end(self, timeout: float = 200) -> tuple[int, str]:
+    def end(self, timeout: float = 600) -> tuple[int, str]:
         """Returns exit code and stderr."""
         errors = self.process.communicate(timeout=timeout)[1]
         return self.process.returncode, errors
@@ -136,15 +136,15 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(
     driver = Driver(ray_cluster, arguments, num_workers=1)
     code, errors = driver.end()
     assert code == 0, errors
+    assert "starting 1 worker" in errors
     assert f"resuming from checkpoints/step-{stopped_at:08d}" in errors
     assert json.loads(store.get("environment.json"))["replicas"] == 1
 
     # Over: the same command again starts no worker.
-    begin = time.monotonic()
     code, errors = Driver(ray_cluster, arguments).end()
     assert code == 0
     assert "finished already after 6 epochs" in errors
-    assert time.monotonic() - begin < 30
+    assert "starting" not in errors
 
 
 def test_divergence_is_told_at_once_and_not_tried_again(
@@ -228,4 +228,4 @@ def test_gpus_that_are_not_there_are_told_at_once(tmp_path: Path, flexunet: Any)
     done = flexunet("launch", "train", *arguments, "--gpus-per-worker", "1", **environment)
     assert done.returncode == 2, done.stderr
     assert "1 GPU each" in done.stderr and "0 GPUs" in done.stderr
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 200  # not after --join-timeout
