@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 STATISTICS_NAME = "report/statistics.png"
 REJECTS_NAME = "report/rejects.csv"
 _THUMBNAIL = 240  # pixels of the longer side
+_MIN_COLUMN = 100  # pixels, so that names of small pictures can be told apart
 _GAP = 12  # pixels between thumbnails
 _LINE = 18  # pixels of a line of text
 _OVERLAY_ALPHA = 0.45
@@ -92,13 +93,13 @@ def sheet_png(
     columns = []
     for pair in pairs:
         image, mask = _thumbnails(pair, value_max)
-        columns.append((_shortened(pair.title), image, _overlaid(image, mask)))
-    widths = [max(image.shape[1], _text_width(small, text)) for text, image, _ in columns]
+        columns.append((pair.title, image, _overlaid(image, mask)))
+    widest = max(_MIN_COLUMN, *(image.shape[1] for _, image, _ in columns))
     tallest = max(image.shape[0] for _, image, _ in columns)
     legend = [(_shortened(info.name), _overlay_color(info.id)) for info in classes[1:10]]
     legend_widths = [_text_width(small, name) + 3 * _GAP for name, _ in legend]
     width = max(
-        sum(widths) + _GAP * len(widths), _text_width(large, title) + _GAP, sum(legend_widths)
+        (widest + _GAP) * len(columns), _text_width(large, title) + _GAP, sum(legend_widths)
     )
     top = 2 * _LINE + _GAP
     bottom = top + 2 * (tallest + _GAP)
@@ -106,11 +107,11 @@ def sheet_png(
     draw = PIL.ImageDraw.Draw(canvas)
     draw.text(((width + _GAP) / 2, _GAP), title, "black", large, anchor="mt")
     left = _GAP
-    for (text, image, overlay), column_width in zip(columns, widths, strict=True):
-        draw.text((left, top - 4), text, "black", small, anchor="ls")
+    for text, image, overlay in columns:
+        draw.text((left, top - 4), _fitted(text, small, widest), "black", small, anchor="ls")
         canvas.paste(PIL.Image.fromarray(image), (left, top))
         canvas.paste(PIL.Image.fromarray(overlay), (left, top + tallest + _GAP))
-        left += column_width + _GAP
+        left += widest + _GAP
     left = max(_GAP, (width + _GAP - sum(legend_widths)) // 2)
     for (name, color), name_width in zip(legend, legend_widths, strict=True):
         draw.rectangle((left, bottom, left + _GAP, bottom + _GAP), color)
@@ -128,6 +129,17 @@ def _font(size: int) -> PIL.ImageFont.FreeTypeFont:
 
 def _text_width(font: PIL.ImageFont.FreeTypeFont, text: str) -> int:
     return math.ceil(font.getlength(text))
+
+
+def _fitted(text: str, font: PIL.ImageFont.FreeTypeFont, width: int) -> str:
+    """Returns `text`, or both of its ends around an ellipsis, at most `width` pixels wide."""
+    text = " ".join(text.split())  # a line break cannot be drawn
+    for num_kept in range(len(text), 1, -1):
+        start, end = text[: (num_kept + 1) // 2], text[len(text) - num_kept // 2 :]
+        shown = text if num_kept == len(text) else f"{start}…{end}"
+        if _text_width(font, shown) <= width:
+            return shown
+    return "…"
 
 
 def _draw_counts(axes: "Axes", splits: Mapping[str, SplitStatistics]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 
 from data_prep.colormap import ClassColor
-from data_prep.report import Pair, sheet_png
+from data_prep.report import _GAP, Pair, sheet_png
 
 CLASSES = [ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255))]
 
@@ -49,3 +49,16 @@ def test_names_of_narrow_pictures_have_room() -> None:
     starts = np.flatnonzero(np.diff(columns.astype(int)) == 1)
     assert len(starts) == 3
     assert np.diff(starts).min() > 100  # pixels of the name
+
+
+def test_long_names_keep_the_columns_even() -> None:
+    names = ("a", "barrdistorted_1003_0.3_0.3_" * 4 + "23", "b\nc")
+    pairs = [Pair(name, green(80, 120), np.zeros((80, 120), np.uint8)) for name in names]
+    pixels = sheet(pairs, value_max=60000)
+    columns = np.any(is_green(pixels), axis=0)
+    starts = np.flatnonzero(np.diff(columns.astype(int)) == 1)
+    ends = np.flatnonzero(np.diff(columns.astype(int)) == -1)
+    assert np.diff(starts).tolist() == [120 + _GAP] * 2
+    first = np.flatnonzero(np.any(is_green(pixels), axis=1))[0]
+    for end, start in zip(ends[:-1], starts[1:], strict=True):
+        assert np.all(pixels[first - 16 : first - 4, end + 1 : start] == 255)  # no name goes over
