@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_prep.errors import UsageError
+from data_prep.errors import ContentError, UsageError
 from data_prep.storage import Stat, Store, join_url, lies_in, name_problem, open_store
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
@@ -97,6 +97,7 @@ def find_pairs(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
 
     Raises:
         UsageError: a folder is missing or empty.
+        ContentError: no name of one folder is in the other.
     """
     pairs: list[Pair] = []
     rejects: list[Reject] = []
@@ -123,6 +124,13 @@ def _pair_source(source: Source, pairs: list[Pair], rejects: list[Reject]) -> No
     """Adds the pairs of one source, and what is in none."""
     images = _by_stem(source.images, IMAGE_ENDINGS, rejects)
     masks = _by_stem(source.masks, MASK_ENDINGS, rejects)
+    if images and masks and not images.keys() & masks.keys():
+        image, mask = min(images), min(masks)
+        raise ContentError(
+            f"{source.images} and {source.masks}: image and mask belong together by name, and no "
+            f"name is in both (there is {images[image][0]} here and {masks[mask][0]} there, where "
+            f"{image}.png would be its mask); rename one of them"
+        )
     for stem in images.keys() | masks.keys():
         of_image, of_mask = images.get(stem, []), masks.get(stem, [])
         if len(of_image) == len(of_mask) == 1:

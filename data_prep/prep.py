@@ -78,7 +78,13 @@ class PrepConfig(Settings):
         "class where --classes is not given: mass+spiculated.",
         min_length=1,
     )
-    image_size: int = option(512, "Height and width of the stored images, pixels.", ge=8, le=16384)
+    image_size: int = option(
+        512,
+        "Height and width of the stored images, pixels. A network of 8 levels, as training's "
+        "default is, needs a multiple of 128; each level less halves that.",
+        ge=8,
+        le=16384,
+    )
     image_height: int | None = option(
         None, "Height where it differs from --image-size, pixels.", ge=8, le=16384
     )
@@ -457,6 +463,10 @@ def _grouped(
             grouped.append((pair, rule(pair.image_name)))
         except ContentError as error:
             rejects.append(Reject(join_url(pair.image_url, pair.image_name), str(error)))
+    if rejects and not grouped:
+        raise ContentError(
+            f"{rejects[0].file}: {rejects[0].reason} (so with all {counted(len(rejects), 'file')})"
+        )
     return grouped, rejects
 
 

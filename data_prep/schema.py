@@ -386,7 +386,8 @@ def read_manifest(store: "Store") -> tuple[Manifest, str]:
     stat = store.stat(MANIFEST_NAME)
     if stat is None:
         raise UsageError(
-            f"no dataset at {store.url}: {MANIFEST_NAME} is missing; run flexunet prep"
+            f"no dataset at {store.url}: {MANIFEST_NAME} is missing; give --data, the folder that "
+            "flexunet prep has written"
         )
     if stat.size > MAX_MANIFEST_BYTES:
         raise ContentError(f"{where}: {stat.size} bytes, more than {MAX_MANIFEST_BYTES} allowed")

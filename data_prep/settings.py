@@ -206,6 +206,9 @@ def _describe(
         for part in path[:-1]:
             field = getattr(group, "model_fields", {}).get(part)
             group = field.annotation if field else None
+        elsewhere = [known for known in _keys_of(cls) if known.rpartition(".")[2] == path[-1]]
+        if elsewhere:
+            return f"unknown key {name!r}; did you mean {elsewhere[0]!r}?"
         known = list(getattr(group, "model_fields", {}))
         return f"unknown key {name!r}; {suggestion(path[-1], known)}"
     if detail["type"] == "model_type":
@@ -220,6 +223,15 @@ def _describe(
         message = _as_typed(message, typed or {})
         return f"{'.'.join(path)}: {message}" if path else message
     return f"{name}={_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_of(cls: type[Settings]) -> Iterator[str]:
+    """Yields the keys of `cls` and of its groups, as `group.key`."""
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from (f"{name}.{key}" for key in _keys_of(field.annotation))
+        else:
+            yield name
 
 
 def _shown(value: Any) -> str:

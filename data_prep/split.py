@@ -76,7 +76,10 @@ def regex_group(pattern: str) -> Callable[[str], str]:
             remedy = "correct --group-regex"
             if is_augmented_copy(filename):
                 remedy += ", or give --group-preset augmented instead: it looks like such a copy"
-            raise ContentError(f"no group, {pattern!r} finds nothing in the name; {remedy}")
+            raise ContentError(
+                f"no group, {pattern!r} finds nothing in the file name (its ending belongs to it); "
+                f"{remedy}"
+            )
         return value
 
     return group

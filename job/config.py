@@ -33,6 +33,7 @@ LossName = Literal[
 ]
 MetricName = Literal["dice_coef_multiclass", "dice_coef", "iou_coef", "sensitivity", "specificity"]
 MODELS = ("flexunet",)
+_MIN_FOLDS = 3
 
 
 class ModelConfig(Settings):
@@ -228,8 +229,8 @@ class TrainConfig(Settings):
     )
     epochs: int = option(
         100,
-        "Epochs: passes over the training split. More of them train a finished run on; with "
-        "schedule.cosine its learning rate jumps back up then.",
+        "Epochs: passes over the training split. More of them train a finished run on, unless it "
+        "stopped early; with schedule.cosine its learning rate jumps back up then.",
         free=True,
         ge=1,
     )
@@ -245,8 +246,8 @@ class TrainConfig(Settings):
     folds: int | None = option(
         None,
         "Cross-validation: one run for each of so many folds of train and valid, whole groups "
-        "each. A fold is evaluated, the next one validates; the test split is not touched.",
-        ge=3,
+        "each, at least 3. A fold is evaluated, the next one validates, the others train; the test "
+        "split is not touched.",
         le=100,
     )
     fold: int | None = option(None, "Train this fold alone, counted from 0.", ge=0)
@@ -390,6 +391,11 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _fold_exists(self) -> "TrainConfig":
+        if self.folds is not None and self.folds < _MIN_FOLDS:
+            raise ValueError(
+                f"folds={self.folds} is too few: one fold is evaluated, one validates, the others "
+                f"train; give at least {_MIN_FOLDS}"
+            )
         if self.fold is None:
             return self
         if self.folds is None:

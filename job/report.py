@@ -35,6 +35,7 @@ from job.evaluate import counted_cases, has_foreground, no_foreground_words, sum
 from job.history import CURVE_TITLES
 from job.measures import checkpoint_words, lesion_words, measure_rows, size_notes, titled_sizes
 from job.run import CROSS_VALIDATION_NAME, LEASE_NAME, OUTCOME_NAME, RESTORE, read_ends, standing
+from job.schedule import stopped_early_words
 from job.splits import fold_words
 from job.stored import evaluate_again, read_json, read_table
 from job.watchdog import STACKS_FOLDER
@@ -175,6 +176,9 @@ def _page(store: Store, parts: Sequence[str]) -> str:
 def _headline(store: Store, summary: Mapping[str, Any] | None) -> str:
     found = standing(store)
     status = _STANDINGS.get(found, found)
+    outcome = read_json(store, OUTCOME_NAME, RESTORE)
+    if outcome and outcome.get("stopped_early"):
+        status += f" ({stopped_early_words(outcome['epochs'], outcome['best']['epoch'])})"
     if summary is None:
         return f"<p>Status: {_text(status)}.</p>"
     if not has_foreground(summary):

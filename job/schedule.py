@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.words import counted
+
 
 def rate_factor(
     step: int, *, steps_per_epoch: int, epochs: int, warmup_epochs: float, is_cosine: bool
@@ -119,6 +121,14 @@ class EarlyStopping:
         self.best = state["best"]
         self.best_epoch = state["best_epoch"]
         self.wait = state["wait"]
+
+
+def stopped_early_words(epochs: int, best_epoch: int) -> str:
+    """Returns why training ended after so many epochs, for a person; `best_epoch` counts from 0."""
+    return (
+        f"stopped early after {counted(epochs, 'epoch')}, as the validation loss has not fallen "
+        f"since epoch {best_epoch + 1}"
+    )
 
 
 def _is_improvement(value: float, best: float | None, min_delta: float) -> bool:

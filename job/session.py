@@ -34,7 +34,7 @@ from job.predict import Alive, not_told
 from job.record import Recorder, open_recorder
 from job.run import ORIGIN_NAME, Run
 from job.runtime import why_not_xla
-from job.schedule import EarlyStopping, PlateauReducer, rate_factor
+from job.schedule import EarlyStopping, PlateauReducer, rate_factor, stopped_early_words
 from job.state import TrainState
 from job.step import make_train_step, network_of
 from job.team import Team
@@ -186,6 +186,9 @@ class Session:
         # Pictures of many windows take long, and the others would hear nothing of it.
         self.team.keep_alive(predict, self.alive)
         self.team.on_first(lambda: recorder.end_epoch(state, row) if recorder else None)
+        if state.stopped_early and state.best is not None and recorder is not None:
+            words = stopped_early_words(state.epoch, state.best["epoch"])
+            logger.info("%s (--schedule.early-stopping-patience)", words)
 
     def save(self, state: TrainState) -> None:
         """Takes a checkpoint that is stored while training goes on.

@@ -32,6 +32,7 @@ from job.origin import check_origin
 from job.predict import Alive, not_told
 from job.report import read_summary, write_report
 from job.run import Run, checked_run_name, differences
+from job.schedule import stopped_early_words
 from job.splits import evaluated_words, open_folded
 from job.state import TrainState
 from job.team import Place, Team, meet, place_from_environment
@@ -233,7 +234,15 @@ def earlier_outcome(
         return None
     if outcome["status"] == "diverged":
         raise DivergedError(f"{outcome['reason']}; start a run of another name")
-    if outcome["stopped_early"] or outcome["epochs"] >= config.epochs:
+    if outcome["stopped_early"]:
+        words = stopped_early_words(outcome["epochs"], outcome["best"]["epoch"])
+        logger.info(
+            "%s: finished already: %s; to go on from its best weights, give another "
+            "--name and --init-from %s",
+            *(run.store.url, words, run.store.url),
+        )
+        return outcome
+    if outcome["epochs"] >= config.epochs:
         logger.info(
             "%s: finished already after %s", run.store.url, counted(outcome["epochs"], "epoch")
         )

@@ -1,10 +1,11 @@
 """Layouts of a source, pairing by stem, and a reason for every file left over."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from data_prep.errors import UsageError
+from data_prep.errors import ContentError, UsageError
 from data_prep.pairs import Pair, Reject, Source, find_pairs, find_sources
 
 
@@ -120,6 +121,13 @@ def test_find_pairs_gives_a_reason_for_every_file_left_over(tmp_path: Path) -> N
         Reject(f"{masks}/many.png", double),
         Reject(f"{masks}/twice.png", partner),
     ]
+
+
+def test_folders_without_one_common_name_say_what_the_masks_are_called(tmp_path: Path) -> None:
+    url = fill(tmp_path, "images/b.png", "images/a.jpg", "masks/b_mask.png", "masks/a_mask.png")
+    expected = re.escape("there is a.jpg here and a_mask.png there, where a.png would be its mask")
+    with pytest.raises(ContentError, match=rf"/masks: .*\({expected}\); rename one"):
+        find_pairs(find_sources(url))
 
 
 def test_find_pairs_rejects_a_name_that_two_splits_share(tmp_path: Path) -> None:

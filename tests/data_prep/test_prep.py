@@ -403,6 +403,17 @@ def test_a_name_without_a_group_is_told_once(source, tmp_path):
     assert "correct --group-regex" in errors
 
 
+def test_names_of_which_none_has_a_group_are_not_to_be_skipped(source, tmp_path):
+    for extra in ((), ("--skip-bad",)):
+        code, errors = _main(
+            [str(source), str(tmp_path / "out"), "--group-regex", "_(x+)$", *extra]
+        )
+        assert code == 3
+        (line,) = (line for line in errors.splitlines() if "no group" in line)
+        assert "case_0.png: no group, '_(x+)$' finds nothing in the file name (its ending" in line
+        assert line.endswith("correct --group-regex (so with all 20 files)")
+
+
 def test_rejects_csv_is_safe_in_a_spreadsheet():
     text = report.rejects_csv([("=1+1.png", "@x"), ("plain.png", 'with, "both"')])
     assert text == 'file,reason\n\'=1+1.png,\'@x\nplain.png,"with, ""both"""\n'

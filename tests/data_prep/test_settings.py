@@ -59,6 +59,7 @@ def test_validated_fills_in_defaults_and_converts() -> None:
         ),
         ("inner: {kernels: [9]}", r"inner\.kernels\.1=\[9\]: too few values"),
         ("inner: {kernels: []}", r"inner\.kernels\.0=\[\]: too few values"),
+        ("num_layers: 3", r"unknown key 'num_layers'; did you mean 'inner\.num_layers'\?"),
         ("xyzzy: 3", "unknown key 'xyzzy'; known: epochs, inner, is_on, name, rate"),
         ("inner: {kernels: [1, 2, 3]}", r"inner\.kernels=\[1, 2, 3\]: tuple should have at most 2"),
         ("inner: {kernels: [1, a]}", r"inner\.kernels\.1='a': input should be a valid integer"),

@@ -161,6 +161,7 @@ def test_what_a_preset_sets_identifies_the_run_although_its_name_is_free() -> No
         ({"name": "Uppercase"}, "name='Uppercase': a run's name is 1 to 47 small letters"),
         ({"name": "a" * 48}, "a run's name is"),
         ({"name": "a-"}, "a run's name is"),
+        ({"folds": 2}, "folds=2 is too few: one fold is evaluated, one validates"),
         ({"fold": 0}, "--fold needs --folds: into how many"),
         ({"fold": 3, "folds": 3}, "fold=3 is none of folds=3; they count from 0"),
         ({"seed": 2**31}, "seed=2147483648: .*less than 2147483648"),

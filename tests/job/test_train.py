@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from data_prep.errors import DivergedError, LockedError, StoppedError, UsageErro
 from data_prep.settings import write_yaml
 from data_prep.storage import join_url, open_store
 from job.config import ModelConfig, ScheduleConfig, TrainConfig
+from job.report import render
 from job.run import LeaseTiming, Run, find_commits, read_ends, standing
 from job.train import resolve_config, run_name, train_and_evaluate
 from tests.job.discs import prepare_discs
@@ -115,6 +117,32 @@ def test_a_run_that_xla_compiles_has_the_same_numbers(
     config, _, _ = finished
     train(config.model_copy(update={"output": str(tmp_path), "xla": "on"}), one_cpu)
     assert_same_history(Path(config.output), tmp_path)
+
+
+def test_a_run_that_stops_early_says_so_and_what_goes_on(
+    dataset: str, one_cpu: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = config_for(
+        dataset,
+        tmp_path,
+        epochs=3,
+        optimizer={"learning_rate": 1e-30},  # too small to change a weight
+        schedule={"early_stopping_patience": 1},
+    )
+    outcome, _ = train(config, one_cpu)
+    assert (outcome["epochs"], outcome["stopped_early"]) == (2, True)
+    words = "stopped early after 2 epochs, as the validation loss has not fallen since epoch 1"
+    (line,) = (text for text in caplog.messages if words in text)
+    assert line == f"{words} (--schedule.early-stopping-patience)"
+    url = f"{tmp_path}/run"
+    assert f"Status: finished ({words})" in render(open_store(url))
+
+    again, events = train(config, one_cpu)
+    assert (again["epochs"], events) == (2, [])
+    assert caplog.messages[-1].startswith(f"{url}: finished already: {words}; to go on")
+    assert caplog.messages[-1].endswith(f"give another --name and --init-from {url}")
+    train(config.model_copy(update={"epochs": 1, "init_from": url, "name": "on"}), one_cpu)
 
 
 def test_a_finished_cosine_that_is_trained_on_is_warned_of(
