@@ -62,7 +62,7 @@ test: lint ## lint, then all tests
 test-oldest: .venv-oldest/.installed ## all tests on the oldest stack: TensorFlow 2.17 with tensorflow-io
 	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/pytest
 
-test-faults: .venv/.installed ## the tests of failures, half an hour; writes benchmarks/results/faults.json
+test-faults: .venv/.installed ## the tests of failures, 40 minutes; writes benchmarks/results/faults.json
 	$(BIN)/python -m tests.faults.table --output benchmarks/results/faults.json
 
 image: ## build the container image: TARGET=cpu, gpu or bucket, IMAGE=name, BASE=base image
