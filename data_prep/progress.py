@@ -22,12 +22,14 @@ class Progress:
     On a terminal it draws one bar; in a log it writes a line every 15 s and one at the end.
     """
 
-    def __init__(self, title: str, total: int, *, unit: str = "images", shown: bool = True) -> None:
-        """Starts at 0 of `total`; nothing is drawn unless `shown`."""
+    def __init__(
+        self, title: str, total: int, *, done: int = 0, unit: str = "images", shown: bool = True
+    ) -> None:
+        """Starts at `done` of `total`; nothing is drawn unless `shown`."""
         self._title = title
         self._total = total
         self._unit = unit
-        self._done = 0
+        self._done = self._begin = done
         self._started = self._last_line = time.monotonic()
         self._shown = shown
         self._bar: Any = None
@@ -93,12 +95,16 @@ class Progress:
             console=Console(stderr=True),
             expand=True,
         )
-        self._task = self._bar.add_task(self._title, total=self._total, speed="", note="")
+        self._task = self._bar.add_task(
+            self._title, total=self._total, completed=self._done, speed="", note=""
+        )
         self._bar.start()
 
     def _speed(self) -> str:
         elapsed = time.monotonic() - self._started
-        return f"{self._done / elapsed:.1f} {self._unit}/s" if elapsed > 0.5 else ""
+        if elapsed <= 0.5:
+            return ""
+        return f"{(self._done - self._begin) / elapsed:.1f} {self._unit}/s"
 
     def _line(self) -> str:
         parts = [

@@ -494,9 +494,10 @@ class Display:
             logger.info("%s", text)
 
     def _open(self, event: Mapping[str, Any]) -> Progress:
-        done = (event["step"] - 1) * self._config.global_batch_size
-        total = (event["num_epochs"] - event["epoch"]) * event["epoch_images"] - done
-        return Progress("train", total, shown=self._config.progress).__enter__()
+        before = (event["step"] - 1) * self._config.global_batch_size
+        done = event["epoch"] * event["epoch_images"] + before
+        total = event["num_epochs"] * event["epoch_images"]
+        return Progress("train", total, done=done, shown=self._config.progress).__enter__()
 
 
 def _epoch_line(row: Mapping[str, Any]) -> str:

@@ -52,6 +52,17 @@ def test_a_log_gets_a_line_now_and_then(
     assert last == "read: 4/4 files"
 
 
+def test_work_that_goes_on_counts_what_was_done_before(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    now = standing_clock(monkeypatch)
+    with Progress("read", 10, done=4) as bar:
+        now[0] = 2.0
+        bar.advance(3)
+    assert messages(caplog) == ["read: 7/10 images, 1.5 images/s"]
+
+
 def test_a_log_is_told_the_end_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from data_prep.storage import join_url, open_store
 from job.config import ModelConfig, ScheduleConfig, TrainConfig
 from job.report import render
 from job.run import LeaseTiming, Run, find_commits, read_ends, standing
-from job.train import resolve_config, run_name, train_and_evaluate
+from job.train import Display, resolve_config, run_name, train_and_evaluate
 from tests.job.discs import prepare_discs
 from tests.job.rival import take_over
 
@@ -117,6 +117,17 @@ def test_a_run_that_xla_compiles_has_the_same_numbers(
     config, _, _ = finished
     train(config.model_copy(update={"output": str(tmp_path), "xla": "on"}), one_cpu)
     assert_same_history(Path(config.output), tmp_path)
+
+
+def test_progress_of_a_resumed_run_is_that_of_the_whole_run(
+    dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    step = {"epoch": 1, "step": 2, "num_epochs": 3, "epoch_images": 12, "num_images": 4, "loss": 1}
+    with Display(config_for(dataset, tmp_path)) as display:
+        display.report({"event": "step", **step})
+    # An epoch of 12, a step of 4, and this one.
+    assert caplog.messages == ["train: 20/36 images, epoch 2/3 step loss 1.0000"]
 
 
 def test_a_run_that_stops_early_says_so_and_what_goes_on(
