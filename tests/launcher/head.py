@@ -99,31 +99,44 @@ def ray_head(token: str | None, *, num_nodes: int = 1) -> Iterator[Head]:
     """
     # Not under pytest's folder: the path of a Unix socket is 107 bytes at most.
     folder = Path(tempfile.mkdtemp(prefix="flexunet-ray-"))
+    try:
+        head, nodes = _started(folder, token, num_nodes)
+        try:
+            yield head
+        finally:
+            _end(nodes)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _started(
+    folder: Path, token: str | None, num_nodes: int, num_tries: int = 3
+) -> tuple[Head, list[psutil.Popen]]:
+    """Returns a head and the processes of `ray start`, as a person who tries again gets it.
+
+    Raises:
+        AssertionError: it ended each time, or did not answer; with its log.
+    """
     access = {"RAY_AUTH_MODE": "disabled"}
     if token is not None:
         (folder / "token").write_text(token)
         access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-    port, gcs = free_port(), free_port()
+    port, gcs = free_port(), free_port()  # which others may take before Ray does
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    options = {
+    others = {
         "node-ip-address": "127.0.0.1",
+        "dashboard-agent-listen-port": 0,
+        "num-cpus": 1,
+        "object-store-memory": 80_000_000,
+    }
+    first = {
         "port": gcs,
         "dashboard-host": "127.0.0.1",
         "dashboard-port": port,
-        "dashboard-agent-listen-port": 0,
         "ray-client-server-port": free_port(),
         "min-worker-port": 0,
         "max-worker-port": 0,
-        "num-cpus": 1,
-        "object-store-memory": 80_000_000,
-        "temp-dir": folder / "ray",
-    }
-    others = {
-        "address": f"127.0.0.1:{gcs}",
-        "node-ip-address": "127.0.0.1",
-        "dashboard-agent-listen-port": 0,
-        "num-cpus": 1,
-        "object-store-memory": 80_000_000,
+        "temp-dir": folder / f"ray{num_tries}",
     }
     environment = os.environ | access | {"RAY_USAGE_STATS_ENABLED": "0", "PATH": programs}
     environment.pop("STORAGE_EMULATOR_HOST", None)
@@ -135,15 +148,20 @@ def ray_head(token: str | None, *, num_nodes: int = 1) -> Iterator[Head]:
 
     head = Head(f"http://127.0.0.1:{port}", token, access)
     with (folder / "log").open("wb") as log:
-        nodes = [start("--head", **options)]
+        nodes = [start("--head", **others, **first)]
         try:
             _wait_for(head, lambda: head.ask("/api/version"), nodes, folder / "log")
-            nodes += [start(**others) for _ in range(num_nodes - 1)]
+            nodes += [start(**others, address=f"127.0.0.1:{gcs}") for _ in range(num_nodes - 1)]
             _wait_for(head, lambda: head.num_nodes() == num_nodes, nodes, folder / "log")
-            yield head
-        finally:
+            return head, nodes
+        except AssertionError:
             _end(nodes)
-            shutil.rmtree(folder, ignore_errors=True)
+            if num_tries == 1:
+                raise
+        except BaseException:
+            _end(nodes)
+            raise
+    return _started(folder, token, num_nodes, num_tries - 1)
 
 
 def _end(nodes: list[psutil.Popen]) -> None:
@@ -162,7 +180,7 @@ def _end(nodes: list[psutil.Popen]) -> None:
 def _wait_for(
     head: Head, is_there: Callable[[], Any], nodes: list[psutil.Popen], log: Path
 ) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while True:
         running = all(node.poll() is None for node in nodes)
         assert running and time.monotonic() < deadline, log.read_text()
