@@ -222,7 +222,9 @@ def test_manifest_of_a_version_that_counted_no_regions_is_read():
 
 
 def test_read_manifest_says_how_to_make_a_dataset(tmp_path):
-    with pytest.raises(UsageError, match=r"dataset\.json is missing; run flexunet prep"):
+    with pytest.raises(
+        UsageError, match=r"dataset\.json is missing; give --data, the folder that flexunet prep"
+    ):
         schema.read_manifest(open_store(str(tmp_path)))
 
 
