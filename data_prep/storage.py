@@ -1053,7 +1053,7 @@ def _sync_folder(folder: str) -> None:
 
 
 def _follow(temporary: str, previous: Stat | None) -> os.stat_result:
-    """Gives `temporary` a modification time after the one of the object it replaces; its stat.
+    """Returns the stat of `temporary`, given a time after that of the object it replaces.
 
     The kernel's clock for files ticks every few ms, so two puts could carry the same time.
     """

@@ -390,7 +390,7 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _fold_exists(self) -> "TrainConfig":
+    def _folds_fit(self) -> "TrainConfig":
         if self.folds is not None and self.folds < _MIN_FOLDS:
             raise ValueError(
                 f"folds={self.folds} is too few: one fold is evaluated, one validates, the others "

@@ -101,16 +101,17 @@ def read_summary(store: Store) -> dict[str, Any] | None:
 def render(store: Store) -> str:
     """Returns the page of the run in `store`; the same files give the same page."""
     summary = read_summary(store)
+    outcome = read_json(store, OUTCOME_NAME, RESTORE)
     manifest = _manifest(store)
     parts = [
-        _headline(store, summary),
+        _headline(store, summary, outcome),
         _start(store, summary),
         _section("Metrics", _drawn_units(manifest) + _metrics(store, summary)),
         _section("Cases", _cases(store)),
         _section("Failures", _failures(store)),
         _section("Curves", _curves(store)),
         _section("Dataset", _dataset(manifest, _fold_of(store))),
-        _section("What was stopped or killed, and resumed", _attempts(store)),
+        _section("What was stopped or killed, and resumed", _attempts(store, outcome)),
         _section("Environment", _environment(store)),
         _section("Config", f"<pre>{_text(_read(store, 'config.yaml') or '')}</pre>"),
     ]
@@ -173,10 +174,11 @@ def _page(store: Store, parts: Sequence[str]) -> str:
 # Sections
 
 
-def _headline(store: Store, summary: Mapping[str, Any] | None) -> str:
+def _headline(
+    store: Store, summary: Mapping[str, Any] | None, outcome: Mapping[str, Any] | None
+) -> str:
     found = standing(store)
     status = _STANDINGS.get(found, found)
-    outcome = read_json(store, OUTCOME_NAME, RESTORE)
     if outcome and outcome.get("stopped_early"):
         status += f" ({stopped_early_words(outcome['epochs'], outcome['best']['epoch'])})"
     if summary is None:
@@ -547,11 +549,11 @@ def _origin(source: str, seen: str) -> str:
     )
 
 
-def _attempts(store: Store) -> str:
+def _attempts(store: Store, outcome: Mapping[str, Any] | None) -> str:
     lease = read_json(store, LEASE_NAME, RESTORE)
     if lease is None:
         return _missing(LEASE_NAME, "training writes it when it starts")
-    outcome, ends = read_json(store, OUTCOME_NAME, RESTORE), read_ends(store)
+    ends = read_ends(store)
     bases = {
         int(attempt): base
         for attempt, base in lease["bases"].items()
