@@ -330,8 +330,7 @@ def test_upload_in_parts_is_refused_at_its_end(
     faulty_bucket.proxy.add(Fault("stall", kinds=("part",), seconds=60, count=1))
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(store.put_file, "a", str(tmp_path / "file"), if_generation=0)
-        while not faulty_bucket.proxy.num_stalls:
-            time.sleep(0.01)
+        faulty_bucket.proxy.wait_for_stall()
         store.put("a", b"other", if_generation=0)
         faulty_bucket.proxy.resume()
         with pytest.raises(PreconditionFailed, match="exists already"):
@@ -371,8 +370,7 @@ def test_download_broken_off_and_overtaken_by_a_put_begins_anew(
             read = pool.submit(store.get_file, "a", str(tmp_path / "a"))
         else:
             read = pool.submit(store.get, "a")
-        while not faulty_bucket.proxy.num_stalls:
-            time.sleep(0.01)
+        faulty_bucket.proxy.wait_for_stall()
         store.put("a", b"after")
         faulty_bucket.proxy.resume()
         assert read.result() == (crc32c_of(b"after") if in_file else b"after")

@@ -119,7 +119,6 @@ class FaultProxy:
             objectCreator and objectViewer: to replace an object takes storage.objects.delete.
         log: the latest requests, oldest first.
         num_changes: objects written or deleted so far.
-        num_stalls: requests that were held back since the last `clear`.
     """
 
     def __init__(
@@ -137,7 +136,7 @@ class FaultProxy:
         self._stop_at: tuple[int, Callable[[], None] | None] | None = None
         self._sessions: dict[str, tuple[str, str, int | None]] = {}
         self._finished: dict[str, _Answer] = {}
-        self.num_stalls = 0
+        self._stalled = threading.Event()  # a request was held back since the last `clear`
         self._gate = _Gate()
         self._server = _Server((host, port), _Handler)
         self._server.proxy = self
@@ -172,8 +171,12 @@ class FaultProxy:
             self.down = False
             self.creates_only = False
             self.log.clear()
-            self.num_stalls = 0
+            self._stalled.clear()
         self._open_gate(is_cleared=True)
+
+    def wait_for_stall(self) -> None:
+        """Waits until a request is held back."""
+        self._stalled.wait()
 
     def resume(self) -> None:
         """Lets the requests that are held back go on."""
@@ -212,7 +215,7 @@ class FaultProxy:
         """Waits so long, or until `resume` or `clear`; returns whether the faults were cleared."""
         with self._mutex:
             gate = self._gate
-            self.num_stalls += 1
+            self._stalled.set()
         gate.opened.wait(seconds)
         return gate.is_cleared
 

@@ -108,8 +108,7 @@ def test_stall_ends_when_it_is_told_to(client: Client, proxy: FaultProxy) -> Non
     proxy.add(Fault("stall", seconds=60, count=1))
     with ThreadPoolExecutor(1) as pool:
         status = pool.submit(client.put, "a", b"1")
-        while not proxy.num_stalls:
-            time.sleep(0.01)
+        proxy.wait_for_stall()
         proxy.resume()
         assert status.result() == 200
 

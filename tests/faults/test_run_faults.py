@@ -32,9 +32,7 @@ from tests.faults.worker import (
 )
 
 QUICK = LeaseTiming(renew_s=0.1, expire_s=1.0)
-RACING = LeaseTiming(
-    renew_s=0.1, expire_s=30
-)  # seen at once, and kept by a process that is starved
+RACING = LeaseTiming(renew_s=0.1, expire_s=30)  # seen at once, and kept by a starved process
 STILL = LeaseTiming(renew_s=1e3, expire_s=1e3)  # a lease that nobody renews while a test runs
 Record = Callable[[str, int, int, str], None]
 
@@ -508,8 +506,7 @@ def test_owner_that_is_paused_within_a_commit_learns_of_the_loss(
     fault = Fault("stall", kinds=("put",), name=r"step-00000020/a1/COMMIT\.json", seconds=60)
     proxy.add(fault)
     worker.tell("commit", step=20)
-    while not proxy.num_stalls:  # the lease is confirmed, COMMIT.json is on its way
-        time.sleep(0.01)
+    proxy.wait_for_stall()  # the lease is confirmed, COMMIT.json is on its way
     os.kill(pid, signal.SIGSTOP)
     try:
         with own_run(store, QUICK) as run:

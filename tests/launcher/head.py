@@ -100,7 +100,7 @@ def ray_head(token: str | None, *, num_nodes: int = 1) -> Iterator[Head]:
     # Not under pytest's folder: the path of a Unix socket is 107 bytes at most.
     folder = Path(tempfile.mkdtemp(prefix="flexunet-ray-"))
     try:
-        head, nodes = _started(folder, token, num_nodes)
+        head, nodes = _started_after_all(folder, token, num_nodes)
         try:
             yield head
         finally:
@@ -109,14 +109,23 @@ def ray_head(token: str | None, *, num_nodes: int = 1) -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _started(
-    folder: Path, token: str | None, num_nodes: int, num_tries: int = 3
+def _started_after_all(
+    folder: Path, token: str | None, num_nodes: int
 ) -> tuple[Head, list[psutil.Popen]]:
-    """Returns a head and the processes of `ray start`, as a person who tries again gets it.
+    """Returns what `_started` does, as a person gets it who tries three times."""
+    for number in range(2):
+        with contextlib.suppress(AssertionError):
+            return _started(folder / str(number), token, num_nodes)
+    return _started(folder / "2", token, num_nodes)
+
+
+def _started(folder: Path, token: str | None, num_nodes: int) -> tuple[Head, list[psutil.Popen]]:
+    """Returns a head and the processes of `ray start`, which use the new folder `folder`.
 
     Raises:
-        AssertionError: it ended each time, or did not answer; with its log.
+        AssertionError: one of them ended, or did not answer; with their log.
     """
+    folder.mkdir()
     access = {"RAY_AUTH_MODE": "disabled"}
     if token is not None:
         (folder / "token").write_text(token)
@@ -136,7 +145,7 @@ def _started(
         "ray-client-server-port": free_port(),
         "min-worker-port": 0,
         "max-worker-port": 0,
-        "temp-dir": folder / f"ray{num_tries}",
+        "temp-dir": folder / "ray",
     }
     environment = os.environ | access | {"RAY_USAGE_STATS_ENABLED": "0", "PATH": programs}
     environment.pop("STORAGE_EMULATOR_HOST", None)
@@ -154,14 +163,9 @@ def _started(
             nodes += [start(**others, address=f"127.0.0.1:{gcs}") for _ in range(num_nodes - 1)]
             _wait_for(head, lambda: head.num_nodes() == num_nodes, nodes, folder / "log")
             return head, nodes
-        except AssertionError:
-            _end(nodes)
-            if num_tries == 1:
-                raise
         except BaseException:
             _end(nodes)
             raise
-    return _started(folder, token, num_nodes, num_tries - 1)
 
 
 def _end(nodes: list[psutil.Popen]) -> None:
