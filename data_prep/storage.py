@@ -15,14 +15,13 @@ import logging
 import mimetypes
 import os
 import re
-import shutil
 import stat as stat_module
 import time
 import unicodedata
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 import google_crc32c
@@ -36,6 +35,7 @@ T = TypeVar("T")
 _HIDDEN = ".flexunet-"  # our own temporary and lock files; never listed, never a name
 _TEMPORARY = f"{_HIDDEN}tmp-"
 _CHUNK_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 14
 _MAX_PART_BYTES = 255  # NAME_MAX of every Linux file system
 _MAX_NAME_BYTES = 1024  # https://cloud.google.com/storage/docs/objects#naming
 _RETRY_S = 120.0
@@ -172,9 +172,21 @@ class Store(Protocol):
         """
         ...
 
+    def watched(self, moved: Callable[[], None]) -> "Store":
+        """Returns the same storage, which calls `moved` whenever bytes of an object have moved.
+
+        A large file calls it many times on its way, in either direction, in the thread that puts or
+        gets it.
+        """
+        ...
+
     def remove_unfinished(self) -> int:
         """Deletes what killed puts left behind and returns how many; only for the sole writer."""
         ...
+
+
+def _nobody_watches() -> None:
+    """Stands for `moved` where nobody asks."""
 
 
 def open_store(url: str, *, retry_s: float = _RETRY_S) -> Store:
@@ -376,9 +388,11 @@ class LocalStore:
     """
 
     url: str
+    _moved: Callable[[], None] = field(repr=False, compare=False)
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, moved: Callable[[], None] = _nobody_watches) -> None:
         object.__setattr__(self, "url", os.path.abspath(path))
+        object.__setattr__(self, "_moved", moved)
 
     @property
     def local_root(self) -> str:
@@ -430,6 +444,7 @@ class LocalStore:
             while chunk := file.read(_CHUNK_BYTES):
                 value = crc32c_of(chunk, value)
                 copy.write(chunk)
+                self._moved()
         return value
 
     def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
@@ -439,9 +454,13 @@ class LocalStore:
     def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
         """See `Store.put_file`."""
         with _local_errors("read", path), open(path, "rb") as source:
-            return self._put(
-                name, lambda file: shutil.copyfileobj(source, file, _CHUNK_BYTES), if_generation
-            )
+
+            def copy(file: BinaryIO) -> None:
+                while chunk := source.read(_CHUNK_BYTES):
+                    file.write(chunk)
+                    self._moved()
+
+            return self._put(name, copy, if_generation)
 
     def delete(self, name: str) -> None:
         """See `Store.delete`; folders that become empty go too, up to the store's own."""
@@ -457,11 +476,15 @@ class LocalStore:
 
     def below(self, prefix: str) -> "LocalStore":
         """See `Store.below`."""
-        return LocalStore(local_path(self.url, prefix))
+        return LocalStore(local_path(self.url, prefix), moved=self._moved)
 
     def with_limits(self, *, retry_s: float, timeout_s: float) -> "LocalStore":
         """See `Store.with_limits`; a folder has none."""
         return self
+
+    def watched(self, moved: Callable[[], None]) -> "LocalStore":
+        """See `Store.watched`."""
+        return LocalStore(self.url, moved=moved)
 
     def remove_unfinished(self) -> int:
         """See `Store.remove_unfinished`."""
@@ -521,7 +544,12 @@ class GcsStore:
     """
 
     def __init__(
-        self, url: str, *, retry_s: float = _RETRY_S, timeout_s: float | None = None
+        self,
+        url: str,
+        *,
+        retry_s: float = _RETRY_S,
+        timeout_s: float | None = None,
+        moved: Callable[[], None] = _nobody_watches,
     ) -> None:
         bucket, _, prefix = url.removeprefix("gs://").partition("/")
         prefix = prefix.strip("/")
@@ -536,6 +564,7 @@ class GcsStore:
         self._folder = f"{prefix}/" if prefix else ""
         self.retry_s = retry_s
         self._timeout_s = timeout_s or min(max(retry_s / 2, 1.0), _MAX_TIMEOUT_S)
+        self._moved = moved
 
     def __repr__(self) -> str:
         return f"GcsStore({self.url!r})"
@@ -577,6 +606,7 @@ class GcsStore:
             data = self._download(blob, start, length)
             if start == 0 and length is None:
                 self._verify(name, blob, crc32c_of(data))
+            self._moved()
             return data
 
         with self._errors("read", name):
@@ -588,7 +618,8 @@ class GcsStore:
         def fetch() -> int:
             with _whole_file(path) as file:
                 blob = self._blob(name)
-                blob.download_to_file(file, retry=self._retry(), timeout=self._timeout_s)
+                target = _WatchedFile(file, self._moved)
+                blob.download_to_file(target, retry=self._retry(), timeout=self._timeout_s)
                 file.flush()
                 value = crc32c_of_file(file.name)
                 self._verify(name, blob, value)
@@ -629,11 +660,18 @@ class GcsStore:
     def below(self, prefix: str) -> "GcsStore":
         """See `Store.below`."""
         url = join_url(self.url, checked_name(prefix))
-        return GcsStore(url, retry_s=self.retry_s, timeout_s=self._timeout_s)
+        return self._like(url, retry_s=self.retry_s, timeout_s=self._timeout_s)
 
     def with_limits(self, *, retry_s: float, timeout_s: float) -> "GcsStore":
         """See `Store.with_limits`."""
-        return GcsStore(self.url, retry_s=retry_s, timeout_s=timeout_s)
+        return self._like(self.url, retry_s=retry_s, timeout_s=timeout_s)
+
+    def watched(self, moved: Callable[[], None]) -> "GcsStore":
+        """See `Store.watched`."""
+        return GcsStore(self.url, retry_s=self.retry_s, timeout_s=self._timeout_s, moved=moved)
+
+    def _like(self, url: str, *, retry_s: float, timeout_s: float) -> "GcsStore":
+        return GcsStore(url, retry_s=retry_s, timeout_s=timeout_s, moved=self._moved)
 
     def remove_unfinished(self) -> int:
         """See `Store.remove_unfinished`; the server forgets unfinished uploads by itself."""
@@ -701,11 +739,22 @@ class GcsStore:
     def _send_session(
         self, name: str, blob: Any, file: BinaryIO, size: int, options: dict[str, Any]
     ) -> Stat:
+        from google.api_core.exceptions import RetryError
+
         url = blob.create_resumable_upload_session(size=size, checksum=None, **options)
-        upload = _UploadInParts(self._client()._http, url, file, size, self._timeout_s)
-        found = None
+        http = self._client()._http
+        upload = _UploadInParts(http, url, file, size, self._timeout_s, self._moved)
+        repeated, found = options["retry"], None
         while found is None:
-            found = options["retry"](upload.send_next)()
+            before = upload.num_arrived
+            try:
+                found = repeated(upload.send_next)()
+            except RetryError:
+                # A slow line may need all of that time for a part that then breaks off: as long as
+                # something arrives, the upload goes on.
+                found = repeated(upload.ask)()
+                if found is None and upload.num_arrived == before:
+                    raise
         crc32c = _decoded_crc32c(found["crc32c"])
         return Stat(name, int(found["size"]), int(found["generation"]), crc32c)
 
@@ -725,7 +774,9 @@ class GcsStore:
             blob.metadata = {"flexunet-put": token}
         with self._errors("write", name, missing="bucket"):
             try:
-                return send(blob, **options)
+                stat = send(blob, **options)
+                self._moved()
+                return stat
             except Refused as error:
                 # A put whose answer got lost is refused when it is repeated, by its own success.
                 if not (interrupted and self._is_stored(name, token)):
@@ -765,13 +816,23 @@ class _UploadInParts:
     one had to be repeated (google-cloud-storage 3.17.1).
     """
 
-    def __init__(self, http: Any, url: str, file: BinaryIO, size: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        http: Any,
+        url: str,
+        file: BinaryIO,
+        size: int,
+        timeout_s: float,
+        moved: Callable[[], None],
+    ) -> None:
         self._http = http
         self._url = url
         self._file = file
         self._size = size
         self._timeout_s = timeout_s
+        self._moved = moved
         self._offset: int | None = 0  # how much has arrived; None: ask
+        self.num_arrived = 0  # bytes, as the server last said
 
     def send_next(self) -> dict[str, Any] | None:
         """Sends a part; returns the object's metadata after the last one.
@@ -780,15 +841,20 @@ class _UploadInParts:
             _SessionLost: the server knows the session no longer.
         """
         if self._offset is None:
-            found = self._put(b"", f"bytes */{self._size}")
+            found = self.ask()
             if found or self._offset is None:
                 return found
         offset, self._offset = self._offset, None
         self._file.seek(offset)
         data = self._file.read(_PART_BYTES)
-        return self._put(data, f"bytes {offset}-{offset + len(data) - 1}/{self._size}")
+        body = _WatchedBytes(data, self._moved)
+        return self._put(body, f"bytes {offset}-{offset + len(data) - 1}/{self._size}")
 
-    def _put(self, data: bytes, content_range: str) -> dict[str, Any] | None:
+    def ask(self) -> dict[str, Any] | None:
+        """Asks how much has arrived; returns the object's metadata if that is all of it."""
+        return self._put(b"", f"bytes */{self._size}")
+
+    def _put(self, data: Any, content_range: str) -> dict[str, Any] | None:
         import google.api_core.exceptions as api
 
         headers = {"Content-Range": content_range}
@@ -801,10 +867,50 @@ class _UploadInParts:
         if answer.status_code != 308:
             raise api.from_http_response(answer)  # type: ignore[no-untyped-call]
         arrived = re.fullmatch(r"bytes=0-(\d+)", answer.headers.get("Range", ""))
-        self._offset = int(arrived[1]) + 1 if arrived else 0
+        self._offset = self.num_arrived = int(arrived[1]) + 1 if arrived else 0
         if self._offset >= self._size:
             raise _SessionLost(f"{self._url}: the server does not end the upload; try again")
         return None
+
+
+class _WatchedBytes:
+    """The body of a request; calls `moved` for every piece that the connection takes."""
+
+    def __init__(self, data: bytes, moved: Callable[[], None]) -> None:
+        self._data = memoryview(data)
+        self._moved = moved
+        self._begin = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[bytes]:  # by this, `requests` knows a stream
+        while piece := self.read(_PIECE_BYTES):
+            yield piece
+
+    def read(self, size: int = -1) -> bytes:
+        """Returns the next bytes. After the end it begins again: a refused request is repeated."""
+        end = len(self._data) if size < 0 else self._begin + size
+        piece = bytes(self._data[self._begin : end])
+        self._begin = self._begin + len(piece) if piece else 0
+        self._moved()
+        return piece
+
+
+class _WatchedFile:
+    """A file to write into; calls `moved` for every write."""
+
+    def __init__(self, file: BinaryIO, moved: Callable[[], None]) -> None:
+        self._file = file
+        self._moved = moved
+
+    def write(self, data: bytes) -> int:
+        """Writes `data`."""
+        self._moved()
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _unchanged(fetch: Callable[[], T], url: str) -> T:
