@@ -6,7 +6,8 @@ It must not know TensorFlow, nor what the members of a commit hold.
 A run is owned by one process at a time. Each opening is an attempt with a number of its own, and
 writes into `lease.json` the commit that it resumes from. So the lease names a chain of attempts,
 and only commits on that chain count: one that a process wrote after it had lost the run is never
-picked. A commit is a folder whose `COMMIT.json` was put last.
+picked. A commit is a folder whose `COMMIT.json` was put last. Whatever else a run stores goes
+through `Run.store`, which refuses every change once the run is lost.
 """
 
 import fcntl
@@ -19,8 +20,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -40,6 +42,7 @@ from data_prep.storage import (
     refuse_file_above,
 )
 from job.config import RUN_NAME, RUN_NAME_RULE
+from job.fenced_store import FencedStore
 from job.stored import read_json
 
 logger = logging.getLogger(__name__)
@@ -54,7 +57,9 @@ CROSS_VALIDATION_NAME = "cross_validation.json"  # of all folds, in the folder o
 ENDS_FOLDER = "attempts"  # how an attempt ended that did not end the run
 RESTORE = "restore the file, or train a run of another name"  # where one of these is damaged
 MAX_RECORD_BYTES = 1 << 20
+_MAX_LEASE_BYTES = 64 << 20  # version 0.1.0 added 40 bytes at every attempt
 MAX_MEMBERS = 64
+_KEEP = "keep"  # in the state of a COMMIT.json: folders of other commits that this one needs
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]{0,127}")
 _FOLDER = re.compile(r"(checkpoints/step-(\d{8,18})/a(\d{1,9}))/([^/]+)")
 
@@ -88,6 +93,7 @@ class Commit:
     Attributes:
         state: what the caller gave, through JSON.
         sha256: of the COMMIT.json, hex.
+        keep: folders of other commits that it needs; None where version 0.1.0 did not write it.
     """
 
     step: int
@@ -96,6 +102,7 @@ class Commit:
     prefix: str
     state: dict[str, Any]
     sha256: str
+    keep: tuple[str, ...] | None
 
 
 class Member(Settings):
@@ -146,11 +153,11 @@ class _Ownership(Protocol):
     def is_lost(self) -> bool: ...
 
     def confirm(self) -> None:
-        """Raises LockedError when the run is no longer ours."""
+        """Raises LockedError when the run is no longer ours; asks storage."""
         ...
 
     def check(self) -> None:
-        """Confirms when another process could have taken the run over since the last time."""
+        """Raises LockedError when the run is no longer ours; asks storage where that can be."""
         ...
 
     def rebase(self, base: str | None) -> None:
@@ -164,15 +171,19 @@ class Run:
     """A run that this process owns until `close`; a context manager.
 
     Methods may be called from several threads.
+
+    Attributes:
+        store: the run's folder. A change by a process that has lost the run is a LockedError.
     """
 
     def __init__(self, store: Store, ownership: _Ownership, candidates: list[Place]) -> None:
-        self.store = store
+        self.store: Store = FencedStore(store, ownership.check)
         self.attempt = ownership.lease.attempt
         self._ownership = ownership
         self._candidates = candidates
         self._newest: Commit | None = None
         self._digests: tuple[str, str] | None = None
+        self._kept_by: dict[str, tuple[str, ...] | None] = {}  # see `_needed_by`
         self._mutex = threading.RLock()
 
     @classmethod
@@ -292,7 +303,14 @@ class Run:
         return read_json(self.store, IDENTITY_NAME, RESTORE)
 
     def commit(
-        self, step: int, epoch: int, members: Mapping[str, str], state: Mapping[str, Any]
+        self,
+        step: int,
+        epoch: int,
+        members: Mapping[str, str],
+        state: Mapping[str, Any],
+        *,
+        keep: Collection[str] = (),
+        moved: Callable[[], None] | None = None,
     ) -> Commit:
         """Stores the local files `members` (name: path) and `state`, all of it or nothing.
 
@@ -301,6 +319,8 @@ class Run:
 
         Args:
             state: JSON values; NaN and infinity are kept.
+            keep: folders of other commits that must stay as long as this one.
+            moved: called while bytes move, see `Store.watched`.
 
         Raises:
             LockedError: the run is no longer ours; there is no commit.
@@ -315,6 +335,7 @@ class Run:
             newest = self._newest
             if newest and (newest.attempt, newest.step) == (self.attempt, step):
                 return newest
+            state = {**state, _KEEP: list(keep)}
             record = self._record(step, epoch, members, state)
             prefix = commit_prefix(step, self.attempt)
             # Not pydantic's own JSON: it turns NaN and infinity into null.
@@ -324,18 +345,23 @@ class Run:
             # Before anything is touched: a commit of ours may be what the next owner rests on.
             self._ownership.confirm()
             if not self._is_stored(f"{prefix}/{COMMIT_NAME}", data):
-                self._put_members(step, members)
+                self._put_members(step, members, moved)
                 self._ownership.confirm()
                 self.store.put(f"{prefix}/{COMMIT_NAME}", data, if_generation=0)
             self._ownership.check()  # the process may have been paused since `confirm`
             self._newest = _commit_of(record, prefix, data)
             return self._newest
 
-    def restore(self, staging_dir: str) -> tuple[Commit, dict[str, str]] | None:
+    def restore(
+        self, staging_dir: str, *, moved: Callable[[], None] | None = None
+    ) -> tuple[Commit, dict[str, str]] | None:
         """Returns the newest commit and its members' local paths by name; None for a new run.
 
         Every member is checked in size, crc32c and sha256 while it is copied to `staging_dir`. A
         damaged commit is passed over with a warning, for the next older one.
+
+        Args:
+            moved: called while bytes move, see `Store.watched`.
 
         Raises:
             ContentError: there are commits, but all of them are damaged.
@@ -344,7 +370,8 @@ class Run:
             places = list(self._candidates)
             if self._newest and self._newest.attempt == self.attempt:
                 places.append(Place(self.attempt, self._newest.step, self._newest.prefix))
-            restored = fetch_newest(self.store, places, staging_dir, self._digests)
+            store = _watched(self.store, moved)
+            restored = fetch_newest(store, places, staging_dir, self._digests)
             if restored is None:
                 return None
             commit = restored[0]
@@ -354,10 +381,14 @@ class Run:
             return restored
 
     def collect_garbage(self, keep_last: int, keep: Collection[str] = ()) -> None:
-        """Deletes commits, except the newest `keep_last`, the folders in `keep` and the newest.
+        """Deletes commits, except the newest, the newest `keep_last`, and what these need.
 
-        What older attempts left unfinished goes too. A commit's COMMIT.json is deleted first, so a
-        kill in between leaves an unfinished one.
+        A commit needs the folders that it was committed with as `keep`. What older attempts left
+        unfinished goes too. A commit's COMMIT.json is deleted first, so a kill in between leaves an
+        unfinished one.
+
+        Args:
+            keep: more folders that the newest commit needs.
         """
         with self._mutex:
             if self._newest is None:
@@ -367,11 +398,28 @@ class Run:
             folders = _list_folders(self.store)
             committed = [place for place in folders if _is_committed(folders[place])]
             valid = sorted(p for p in committed if _is_on_chain(self._ownership.lease, p))
-            kept = {*keep, newest.prefix, *(p.prefix for p in valid[-max(keep_last, 1) :])}
+            kept = {newest.prefix, *(p.prefix for p in valid[-max(keep_last, 1) :])}
+            needed = {prefix: self._needed_by(prefix) for prefix in kept}
+            needed[newest.prefix] = (*(needed[newest.prefix] or ()), *keep)
+            self._kept_by = needed
+            if None in needed.values():
+                kept |= {place.prefix for place in committed}
+            kept |= {prefix for each in needed.values() for prefix in each or ()}
             for place, stats in folders.items():
                 if place.prefix not in kept and place < newest:
-                    self._ownership.check()
                     self._delete_folder(stats)
+
+    def _needed_by(self, prefix: str) -> tuple[str, ...] | None:
+        """Returns the folders that the commit in `prefix` needs; None where it does not say.
+
+        A commit that is damaged needs nothing any more.
+        """
+        if prefix not in self._kept_by:
+            try:
+                self._kept_by[prefix] = read_commit(self.store, prefix).keep
+            except (ContentError, NotFound):
+                self._kept_by[prefix] = ()
+        return self._kept_by[prefix]
 
     def put_text(self, name: str, text: str) -> None:
         """Writes a whole text file of the run (a table, the config), replacing the one before."""
@@ -381,10 +429,8 @@ class Run:
         """Writes a whole file of the run, replacing the one before.
 
         Raises:
-            LockedError: the run is known to be lost.
+            LockedError: the run is lost.
         """
-        self.check_owned()
-        self._ownership.check()
         self.store.put(name, data)
 
     def read_outcome(self) -> dict[str, Any] | None:
@@ -425,11 +471,13 @@ class Run:
             state=_through_json(state),
         )
 
-    def _put_members(self, step: int, members: Mapping[str, str]) -> None:
-        prefix = commit_prefix(step, self.attempt)
-        self._delete_folder(self.store.list(f"{prefix}/"))  # of an earlier try that was cut short
+    def _put_members(
+        self, step: int, members: Mapping[str, str], moved: Callable[[], None] | None
+    ) -> None:
+        prefix, store = commit_prefix(step, self.attempt), _watched(self.store, moved)
+        self._delete_folder(store.list(f"{prefix}/"))  # of an earlier try that was cut short
         for name, path in members.items():
-            self.store.put_file(f"{prefix}/{name}", path, if_generation=0)
+            store.put_file(f"{prefix}/{name}", path, if_generation=0)
 
     def _is_stored(self, name: str, data: bytes) -> bool:
         """Returns whether an earlier try, whose answer was lost, has stored `data` already."""
@@ -441,6 +489,10 @@ class Run:
     def _delete_folder(self, stats: list[Stat]) -> None:
         for stat in sorted(stats, key=lambda stat: not stat.name.endswith(f"/{COMMIT_NAME}")):
             self.store.delete(stat.name)
+
+
+def _watched(store: Store, moved: Callable[[], None] | None) -> Store:
+    return store if moved is None else store.watched(moved)
 
 
 def checked_run_name(name: str) -> str:
@@ -601,7 +653,8 @@ class _FileLock:
             raise LockedError(f"{path} was removed while the run was going on; start it again")
 
     def check(self) -> None:
-        """The kernel takes no lock from a living process."""
+        """Costs no more than to `confirm`."""
+        self.confirm()
 
     def rebase(self, base: str | None) -> None:
         bases = {**self.lease.bases, self.lease.attempt: base}
@@ -617,7 +670,8 @@ class _Heartbeat:
     """Ownership by a lease that a thread renews.
 
     Only a lease of another owner tells that the run is lost, never the time or an outage: nobody
-    can take the run over without storage either.
+    can take the run over without storage either. A lease that something else has damaged is written
+    again as long as it cannot have expired; later, nobody knows whose it was, and the run is lost.
     """
 
     def __init__(self, store: Store, lease: Lease, generation: int, timing: LeaseTiming) -> None:
@@ -649,8 +703,12 @@ class _Heartbeat:
         self._write_patiently({})
 
     def check(self) -> None:
-        if time.monotonic() - self._renewed_at > self._timing.expire_s:
+        if self._is_lost or self._may_have_expired:
             self.confirm()
+
+    @property
+    def _may_have_expired(self) -> bool:
+        return time.monotonic() - self._renewed_at > self._timing.expire_s
 
     def rebase(self, base: str | None) -> None:
         self._write_patiently({"bases": {**self.lease.bases, self.lease.attempt: base}})
@@ -680,6 +738,10 @@ class _Heartbeat:
                 if not is_failing:
                     logger.warning("the lease of %s is not renewed: %s", self._store.url, error)
                 is_failing = True
+            except Exception:
+                # Nobody renews the lease any more, and the owner must hear of it.
+                self._is_lost = True
+                raise
 
     def _write_patiently(self, update: dict[str, Any]) -> None:
         """Writes the lease as `_write`, as long as the run's other requests are repeated."""
@@ -704,12 +766,24 @@ class _Heartbeat:
                     break
                 except PreconditionFailed as error:
                     # It may be our own: a renewal that timed out can have reached the server.
-                    found = _read_lease(self._store)
-                    if found is None or found[0].owner != lease.owner:
+                    found = self._generation_of(lease.owner)
+                    if found is None:
                         self._is_lost = True
                         raise _lost(self._store) from error
-                    generation = found[1]
+                    generation = found
             self.lease, self._generation, self._renewed_at = lease, stat.generation, start
+
+    def _generation_of(self, owner: str) -> int | None:
+        """Returns the generation of the stored lease where `owner` may replace it, else None."""
+        before = self._store.stat(LEASE_NAME)
+        try:
+            found = _read_lease(self._store)
+        except ContentError as error:
+            if before is None or self._may_have_expired:
+                return None
+            logger.warning("%s; this process owns the run and writes it again", error)
+            return before.generation
+        return found[1] if found is not None and found[0].owner == owner else None
 
 
 def _lost(store: Store) -> LockedError:
@@ -726,7 +800,8 @@ def _read_lease(store: Store) -> tuple[Lease, int] | None:
         before = store.stat(LEASE_NAME)
         if before is None:
             return None
-        lease = _read_record(store, LEASE_NAME, Lease)
+        data = _read_small(store, LEASE_NAME, _MAX_LEASE_BYTES)
+        lease = _parsed(data, Lease, f"{store.url}/{LEASE_NAME}")
         if store.stat(LEASE_NAME) == before:
             return lease, before.generation
 
@@ -792,10 +867,23 @@ def _next_lease(
     previous, generation = found
     candidates = _commits_on_chain(store, previous)
     attempt = previous.attempt + 1
-    base = candidates[-1].prefix if candidates else None
-    bases = {**previous.bases, attempt: base}
+    bases = _bases_of(attempt, candidates)
     lease = Lease(attempt=attempt, owner=owner, launch=launch, bases=bases)
     return lease, generation, candidates
+
+
+def _bases_of(attempt: int, candidates: Sequence[Place]) -> dict[int, str | None]:
+    """Returns the chain of a new attempt: itself and the attempts that its candidates are of.
+
+    Each rests on the newest candidate of an attempt before it. Attempts whose commits are all gone
+    are left out, so that the lease does not grow with every attempt.
+
+    Args:
+        candidates: the commits on the chain of the attempt before, oldest first.
+    """
+    newest = {place.attempt: place.prefix for place in candidates}
+    on_chain = [*newest, attempt]
+    return {each: newest.get(before) for before, each in pairwise((0, *on_chain))}
 
 
 def _commits_on_chain(store: Store, lease: Lease) -> list[Place]:
@@ -833,21 +921,17 @@ def _is_committed(stats: list[Stat]) -> bool:
     return any(stat.name.endswith(f"/{COMMIT_NAME}") for stat in stats)
 
 
-def _read_record(store: Store, name: str, kind: type[R]) -> R:
-    """Returns a small JSON object as `kind`.
+def _read_small(store: Store, name: str, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
+    """Returns an object that holds a record.
 
     Raises:
-        ContentError: it is too large or not of that kind.
+        ContentError: it has more than `max_bytes`.
     """
-    return _parsed(_read_small(store, name), kind, f"{store.url}/{name}")
-
-
-def _read_small(store: Store, name: str) -> bytes:
     stat = store.stat(name)
     if stat is None:
         raise NotFound(f"{store.url}/{name} does not exist")
-    if stat.size > MAX_RECORD_BYTES:
-        raise ContentError(f"{store.url}/{name} has {stat.size} bytes, over {MAX_RECORD_BYTES}")
+    if stat.size > max_bytes:
+        raise ContentError(f"{store.url}/{name} has {stat.size} bytes, over {max_bytes}; {RESTORE}")
     return store.get(name)
 
 
@@ -856,8 +940,8 @@ def _parsed(data: bytes, kind: type[R], where: str) -> R:
         return kind.model_validate_json(data)
     except ValidationError as error:
         detail = error.errors()[0]
-        field_name = ".".join(str(part) for part in detail["loc"])
-        raise ContentError(f"{where}: {field_name} {detail['msg']}") from error
+        field_name = ".".join(str(part) for part in detail["loc"]) or "content"
+        raise ContentError(f"{where}: {field_name}: {detail['msg']}; {RESTORE}") from error
 
 
 def _fetch_member(store: Store, name: str, member: Member, path: str) -> None:
@@ -883,8 +967,17 @@ def _describe_member(name: str, path: str) -> Member:
 
 
 def _commit_of(record: CommitRecord, prefix: str, data: bytes) -> Commit:
-    digest = hashlib.sha256(data).hexdigest()
-    return Commit(record.step, record.attempt, record.epoch, prefix, record.state, digest)
+    state = dict(record.state)
+    keep = state.pop(_KEEP, None)
+    return Commit(
+        step=record.step,
+        attempt=record.attempt,
+        epoch=record.epoch,
+        prefix=prefix,
+        state=state,
+        sha256=hashlib.sha256(data).hexdigest(),
+        keep=None if keep is None else tuple(keep),
+    )
 
 
 def _sha256_of_file(path: str) -> str:

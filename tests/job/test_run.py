@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from data_prep.errors import ContentError, LockedError, StorageError, UsageError
 from data_prep.storage import LocalStore, Store, open_store
 from job.run import (
     Commit,
+    Lease,
     LeaseTiming,
     Run,
     checked_run_name,
@@ -27,6 +29,7 @@ from job.run import (
     read_ends,
     standing,
 )
+from tests.job.processes import wait_until
 from tests.job.rival import take_over
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -87,7 +90,7 @@ def test_commit_is_restored_by_the_next_attempt(tmp_path: Path, by_lease: bool) 
         restored = run.restore(str(tmp_path / "staging"))
         assert restored is not None
         digest = hashlib.sha256(run.store.get(f"{made.prefix}/COMMIT.json")).hexdigest()
-        assert restored[0] == made == Commit(20, 1, 2, made.prefix, {"step": 20}, digest)
+        assert restored[0] == made == Commit(20, 1, 2, made.prefix, {"step": 20}, digest, ())
         assert commit(run, tmp_path, 30).prefix == "checkpoints/step-00000030/a2"
         assert restored_step(run, tmp_path) == 30
 
@@ -295,6 +298,7 @@ def test_kill_at_every_operation_leaves_the_old_or_the_new_commit(tmp_path: Path
 
 RACER = """
 import sys
+import threading
 from data_prep.errors import LockedError
 from data_prep.storage import LocalStore
 from job.run import LeaseTiming, Run
@@ -501,6 +505,48 @@ def test_garbage_collection_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["note.txt", "step-00000040"]
 
 
+def test_garbage_collection_keeps_the_best_of_every_kept_commit(tmp_path: Path) -> None:
+    """After a damaged commit, the one before it is restored, with the best that it names."""
+
+    def committed(run: Run, step: int, best: int) -> None:
+        run.commit(step, 0, members(tmp_path, str(step)), {}, keep=[commit_prefix(best, 1)])
+
+    with own(tmp_path) as run:
+        for step, best in ((10, 10), (20, 10), (30, 10), (40, 40)):
+            committed(run, step, best)
+            run.collect_garbage(2)
+        assert [place.step for place in find_commits(run.store)] == [10, 30, 40]
+    (tmp_path / "run" / commit_prefix(40, 1) / "model.h5").write_text("damaged")
+    with own(tmp_path) as run:
+        restored = run.restore(str(tmp_path / "staging"))
+        assert restored is not None
+        assert restored[0].keep == (commit_prefix(10, 1),)
+        # What a commit needs is read from storage by a process that has not written it.
+        for step in (50, 60):
+            run.commit(step, 0, members(tmp_path, str(step)), {}, keep=[])
+            run.collect_garbage(2)
+            kept = [place.step for place in find_commits(run.store)]
+            assert kept == {50: [10, 30, 50], 60: [50, 60]}[step]
+
+
+def test_garbage_collection_spares_what_a_commit_of_version_0_1_0_may_need(tmp_path: Path) -> None:
+    with own(tmp_path) as run:
+        for step in (10, 20, 30):
+            commit(run, tmp_path, step)
+    for step in (10, 20, 30):
+        path = tmp_path / "run" / commit_prefix(step, 1) / "COMMIT.json"
+        record = json.loads(path.read_text())
+        del record["state"]["keep"]
+        path.write_text(json.dumps(record))
+    with own(tmp_path) as run:
+        assert restored_step(run, tmp_path) == 30
+        expected = {40: [10, 20, 30, 40], 50: [40, 50]}
+        for step, kept in expected.items():
+            commit(run, tmp_path, step)
+            run.collect_garbage(2)
+            assert [place.step for place in find_commits(run.store)] == kept
+
+
 def test_other_identity_is_named(tmp_path: Path) -> None:
     with own(tmp_path) as run:
         run.check_identity({"seed": 1, "model": {"num_layers": 8}}, DIGEST)
@@ -602,6 +648,76 @@ def test_damaged_lease_is_named(tmp_path: Path) -> None:
     (tmp_path / "run" / "lease.json").write_text('{"attempt": 0}')
     with pytest.raises(ContentError, match=r"lease\.json: attempt"):
         own(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [b'{"attempt":', b"", b"\xff\xfe", b"[]"])
+def test_owner_writes_a_lease_that_others_damaged_again(
+    damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalStore(str(tmp_path / "run"))
+    with own(tmp_path, by_lease=True, timing=PATIENT) as run:
+        store.put("lease.json", damage)
+        wait_until(lambda: b'"beat"' in store.get("lease.json"), [])
+        assert "this process owns the run and writes it again" in caplog.text
+        assert commit(run, tmp_path, 10).step == 10
+    with own(tmp_path, by_lease=True) as run:
+        assert restored_step(run, tmp_path) == 10
+
+
+def test_owner_of_a_damaged_lease_that_may_have_expired_has_lost_the_run(tmp_path: Path) -> None:
+    """Another process may have taken the run over before its lease was damaged."""
+    timing = LeaseTiming(renew_s=1e3, expire_s=0.1)
+    run = Run.own(LocalStore(str(tmp_path / "run")), by_lease=True, timing=timing)
+    LocalStore(str(tmp_path / "run")).put("lease.json", b"{")
+    time.sleep(0.2)
+    with pytest.raises(LockedError, match="has taken the run over"):
+        run.put_text("table.csv", "")
+    assert run.lost
+
+
+def test_owner_whose_renewals_end_by_a_bug_has_lost_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    with own(tmp_path, by_lease=True) as run, monkeypatch.context() as broken:
+        broken.setattr("job.run._put_lease", lambda *_: 1 // 0)
+        wait_until(lambda: run.lost, [])
+    assert [each.exc_type for each in seen] == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("commits_every", [1, 3, 1000])
+def test_lease_of_many_attempts_stays_small(
+    commits_every: int, tmp_path: Path, by_lease: bool
+) -> None:
+    """Attempts whose commits are gone leave nothing in it, and all that count are found."""
+    sizes = []
+    for attempt in range(1, 16):
+        with own(tmp_path, by_lease) as run:
+            newest = restored_step(run, tmp_path)
+            assert newest == (attempt - 1) // commits_every * commits_every or newest is None
+            if attempt % commits_every == 0:
+                run.commit(
+                    attempt, 0, members(tmp_path, str(attempt)), {"step": attempt},
+                    keep=[commit_prefix(commits_every, commits_every)],
+                )  # fmt: skip
+                run.collect_garbage(2)
+        sizes.append((tmp_path / "run" / "lease.json").stat().st_size)
+    assert max(sizes) < 500
+    steps = [place.step for place in find_commits(LocalStore(str(tmp_path / "run")))]
+    assert steps == sorted({commits_every, 15 - commits_every, 15} & set(range(commits_every, 16)))
+
+
+def test_overgrown_lease_of_version_0_1_0_is_opened(tmp_path: Path) -> None:
+    num_attempts = 30_000
+    bases = {n: f"checkpoints/step-{n:08d}/a{n - 1}" for n in range(2, num_attempts + 1)}
+    lease = Lease(attempt=num_attempts, owner="gone", released=True, bases={1: None, **bases})
+    store = LocalStore(str(tmp_path / "run"))
+    store.put("lease.json", lease.model_dump_json().encode())
+    with own(tmp_path, by_lease=True) as run:
+        assert run.attempt == num_attempts + 1
+        commit(run, tmp_path, 10)
+    assert len(store.get("lease.json")) < 500
 
 
 def test_run_knows_no_tensorflow() -> None:
