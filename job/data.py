@@ -321,7 +321,7 @@ def open_reader(
     Args:
         cache: "full" or "ranges".
         cache_dir: folder of the cache; None: `~/.cache/flexunet`.
-        alive: called for every shard that is found in the cache or copied there.
+        alive: called for every shard that is found in the cache, and while one is copied there.
     """
     store = open_store(dataset.url)
     if store.local_root is not None:
@@ -331,7 +331,7 @@ def open_reader(
         return RecordReader(store, split, None)
     folder = Path(cache_dir or Path.home() / ".cache" / "flexunet") / dataset.digest
     with _locked(folder, alive):
-        _fill_cache(store, dataset.manifest, split, str(folder), alive)
+        _fill_cache(store.watched(alive), dataset.manifest, split, str(folder), alive)
     return RecordReader(store, split, str(folder))
 
 

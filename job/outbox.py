@@ -1,7 +1,8 @@
 """What is on its way to storage: a thread that carries it there, in order, while training goes on.
 
 Knows nothing of what is stored. An outage is waited out up to a budget; whatever else fails ends
-the deliveries, and the owner is told at its next question.
+the deliveries, and the owner is told at its next question. Whoever waits is told as long as bytes
+move: a slow line is no outage.
 """
 
 import logging
@@ -11,28 +12,39 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from data_prep.errors import FlexUNetError, StorageError
+from data_prep.errors import StorageError
 from data_prep.storage import Unavailable
 
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _LAST_CALL_S = 5.0  # for the call that is running when the rest is dropped
+_LOOK_S = 1.0  # between two looks, while waiting, at whether bytes have moved
+
+Alive = Callable[[], None]  # called while work that may take long moves on
+
+
+def _not_told() -> None:
+    """Stands for an `Alive` where nobody waits."""
 
 
 class Outbox:
     """Runs the calls that are posted, one after the other, in a thread; a context manager.
 
-    Leaving the block waits for all of them, unless it is left by an error that is not ours.
+    Leaving the block waits for all of them, whatever error it is left by, unless by an interrupt.
     """
 
-    def __init__(self, *, budget_s: float) -> None:
+    def __init__(self, *, budget_s: float, alive: Alive = _not_told) -> None:
         """Starts the thread.
 
         Args:
             budget_s: seconds for which one call is repeated while storage is out of reach.
+            alive: called while the block is left and bytes still move.
         """
         self._budget_s = budget_s
+        self._alive = alive
+        self._num_moves = 0
+        self._moved_at = time.monotonic()
         self._calls: deque[tuple[Callable[[], Any], bool]] = deque()  # the first one is running
         self._changed = threading.Condition()
         self._failure: Exception | None = None
@@ -45,8 +57,10 @@ class Outbox:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
-        if kind is None or issubclass(kind, FlexUNetError):
-            self._wait_until(lambda: not self._calls)
+        if kind is None or issubclass(kind, Exception):
+            self._wait_until(lambda: not self._calls, self._alive)
+            if kind is not None and self._failure is not None:
+                logger.warning("what was on its way to storage is lost: %s", self._failure)
         # Calls that are left would run beside the next owner of whatever they write.
         self._drop()
         self._thread.join(_LAST_CALL_S)
@@ -78,22 +92,33 @@ class Outbox:
         with self._changed:
             return sum(is_large for _, is_large in self._calls) < 2
 
-    def wait_for_room(self) -> None:
+    def moved(self) -> None:
+        """Tells that bytes of the running call have moved; called by that call, often."""
+        self._num_moves += 1
+        self._moved_at = time.monotonic()
+
+    def wait_for_room(self, alive: Alive = _not_told) -> None:
         """Waits until at most one large call is on its way.
+
+        Args:
+            alive: called while bytes move.
 
         Raises:
             Exception: the one that ended the deliveries.
         """
-        self._wait_until(lambda: self.has_room)
+        self._wait_until(lambda: self.has_room, alive)
         self._raise_failure()
 
-    def flush(self) -> None:
+    def flush(self, alive: Alive = _not_told) -> None:
         """Waits until every call is done.
+
+        Args:
+            alive: called while bytes move.
 
         Raises:
             Exception: the one that ended the deliveries, at every call from then on.
         """
-        self._wait_until(lambda: not self._calls)
+        self._wait_until(lambda: not self._calls, alive)
         self._raise_failure()
 
     def fail(self, error: Exception) -> None:
@@ -101,9 +126,17 @@ class Outbox:
         with self._changed:
             self._refusal = self._refusal or error
 
-    def _wait_until(self, predicate: Callable[[], bool]) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or predicate())
+    def _wait_until(self, predicate: Callable[[], bool], alive: Alive) -> None:
+        num_moves = self._num_moves
+        while True:
+            with self._changed:
+                if self._changed.wait_for(
+                    lambda: self._failure is not None or predicate(), timeout=_LOOK_S
+                ):
+                    return
+            if self._num_moves != num_moves:
+                num_moves = self._num_moves
+                alive()
 
     def _raise_failure(self) -> None:
         error = self._failure or self._refusal
@@ -127,18 +160,21 @@ class Outbox:
             except Exception as error:
                 self._failure = error
                 self._drop()
+            self.moved()
             with self._changed:
                 self._calls.popleft()
                 self._changed.notify_all()
 
     def _repeat(self, call: Callable[[], Any]) -> None:
         begin, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        since: float | None = None  # bytes last moved before the first failure
         while True:
             try:
                 call()
                 return
             except Unavailable as error:
-                past_s = time.monotonic() - begin
+                since = max(begin, self._moved_at) if since is None else since
+                past_s = time.monotonic() - since
                 if past_s + pause_s > self._budget_s:
                     raise StorageError(
                         f"storage was out of reach for {past_s:.0f} s: {error}"

@@ -78,13 +78,16 @@ class Recorder:
         """Whether a checkpoint can be taken without waiting for those on their way."""
         return self.outbox.has_room
 
-    def restore(self) -> dict[str, Any] | None:
+    def restore(self, alive: Alive) -> dict[str, Any] | None:
         """Reads the newest verified checkpoint into model and optimizer and returns its state.
 
         None for a new run.
+
+        Args:
+            alive: called while bytes move.
         """
         with tempfile.TemporaryDirectory(dir=self.staging) as folder:
-            found = self.run.restore(folder)
+            found = self.run.restore(folder, moved=alive)
             if found is None:
                 return None
             commit, members = found
@@ -100,25 +103,31 @@ class Recorder:
         self._rewrite_events(state)
         return values
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, alive: Alive) -> None:
         """Takes a checkpoint of `state` and the weights as they are now, and stores it later.
 
         Waits while two others are on their way. What fails is raised by `flush`.
+
+        Args:
+            alive: called while it waits and bytes move.
         """
         try:
-            self._save(state)
+            self._save(state, alive)
         except FlexUNetError as error:
             self.outbox.fail(error)
 
-    def flush(self) -> None:
+    def flush(self, alive: Alive) -> None:
         """Waits until everything is stored.
+
+        Args:
+            alive: called while bytes move.
 
         Raises:
             LockedError: the run is no longer ours.
             StorageError: storage is full, or was out of reach for too long.
         """
         try:
-            self.outbox.flush()
+            self.outbox.flush(alive)
         except StorageError as error:
             raise StorageError(f"{error}{self._kept()}") from error
         self.run.check_owned()
@@ -149,11 +158,15 @@ class Recorder:
             # The reference counts epochs from 1 here.
             self._put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", picture)
 
-    def end_epoch(self, state: TrainState, row: Mapping[str, Any]) -> None:
-        """Stores all that an epoch leaves beside predictions, and a checkpoint last."""
+    def end_epoch(self, state: TrainState, row: Mapping[str, Any], alive: Alive) -> None:
+        """Stores all that an epoch leaves beside predictions, and a checkpoint last.
+
+        Args:
+            alive: as for `save`.
+        """
         self.write_tables(state)
         self._write_events(row)
-        self.save(state)
+        self.save(state, alive)
 
     def write_tables(self, state: TrainState) -> None:
         """Stores the tables and curves of the epochs done."""
@@ -183,20 +196,22 @@ class Recorder:
                     f"metrics/{stem}.png", plots.curve_png(CURVE_TITLES[stem], epochs, series, unit)
                 )
 
-    def read_best(self, state: TrainState) -> bool:
+    def read_best(self, state: TrainState, alive: Alive) -> bool:
         """Reads the weights of the best checkpoint into the model.
 
         Returns whether it could: where it is damaged, the newest stay. `state.best` must be set.
+
+        Args:
+            alive: called while bytes move.
         """
-        self.flush()
+        self.flush(alive)
         assert state.best is not None  # noqa: S101 - the caller's promise
         step, attempt = state.best["step"], state.best["attempt"]
         place = Place(attempt, step, commit_prefix(step, attempt))
         with tempfile.TemporaryDirectory(dir=self.staging) as folder:
             try:
-                _, members = fetch_commit(
-                    self.run.store, place, folder, names=[checkpoint.WEIGHTS_NAME]
-                )
+                store = self.run.store.watched(alive)
+                _, members = fetch_commit(store, place, folder, names=[checkpoint.WEIGHTS_NAME])
             except (ContentError, NotFound) as error:
                 logger.warning("the best checkpoint is damaged, the newest is evaluated: %s", error)
                 return False
@@ -208,16 +223,18 @@ class Recorder:
         target = evaluation_folder(self.run.store, evaluation.split.name)
         self.outbox.post(lambda: write_evaluation(target, evaluation, self.evaluator))
 
-    def write_stop(self, state: TrainState) -> None:
+    def write_stop(self, state: TrainState, alive: Alive) -> None:
         """Stores that this attempt was stopped, after all that was posted before."""
         place = {"epoch": state.epoch + 1, "step": state.step_in_epoch}
         self.outbox.post(lambda: self.run.note_end("stopped", **place))
-        self.flush()
+        self.flush(alive)
 
-    def write_outcome(self, status: str, exit_code: int, details: Mapping[str, Any]) -> None:
+    def write_outcome(
+        self, status: str, exit_code: int, details: Mapping[str, Any], alive: Alive
+    ) -> None:
         """Stores how the run ended, after all that was posted before."""
         self.outbox.post(lambda: self.run.write_outcome(status, exit_code, **details))
-        self.flush()
+        self.flush(alive)
 
     def write_description(self, dataset: Dataset, strategy: Any) -> None:
         """Stores what describes the run: its config, its environment, a copy of the manifest."""
@@ -229,8 +246,8 @@ class Recorder:
     def _put(self, name: str, data: bytes) -> None:
         self.outbox.post(lambda: self.run.put_bytes(name, data))
 
-    def _save(self, state: TrainState) -> None:
-        self.outbox.wait_for_room()
+    def _save(self, state: TrainState, alive: Alive) -> None:
+        self.outbox.wait_for_room(alive)
         with checkpoint.disk_errors(self.staging):
             folder = tempfile.mkdtemp(prefix="checkpoint-", dir=self.staging)
         values = dataclasses.asdict(state)
@@ -241,8 +258,9 @@ class Recorder:
         keep = [commit_prefix(state.best["step"], state.best["attempt"])] if state.best else []
 
         def store() -> None:
-            self.run.commit(step, epoch, finish(), position)
-            self.run.collect_garbage(self.config.keep_checkpoints, keep)
+            members, moved = finish(), self.outbox.moved
+            self.run.commit(step, epoch, members, position, keep=keep, moved=moved)
+            self.run.collect_garbage(self.config.keep_checkpoints)
             self.pending.remove(finish)
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -288,11 +306,14 @@ def open_recorder(
     model: Any,
     optimizer: Adam,
     reader: RecordReader,
+    *,
+    alive: Alive,
 ) -> Iterator[Recorder]:
     """Yields the recorder of `run`; leaving the block waits until everything is stored.
 
     Args:
         reader: of the validation split.
+        alive: called while that takes long and bytes move.
     """
     with ExitStack() as stack:
         staging = stack.enter_context(_staging(run.url))
@@ -300,7 +321,7 @@ def open_recorder(
         if config.tensorboard:
             events = tf.summary.create_file_writer(os.path.join(staging, "tensorboard"))
             stack.callback(events.close)
-        outbox = stack.enter_context(Outbox(budget_s=config.storage_timeout))
+        outbox = stack.enter_context(Outbox(budget_s=config.storage_timeout, alive=alive))
         pictures = _pictures(config, evaluator, reader)
         yield Recorder(
             *(config, run, outbox, evaluator, model, optimizer, pictures, staging, events)

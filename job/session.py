@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import tensorflow as tf
 
@@ -41,6 +41,8 @@ from job.team import Team
 from job.trained import initialize_from, model_for
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -74,15 +76,21 @@ class Session:
     def restore(self) -> TrainState:
         """Returns the state of the newest verified checkpoint, or of a new run."""
 
-        def read() -> dict[str, Any]:
+        def read(alive: Alive) -> dict[str, Any]:
             if self.recorder is None:
                 return {}
-            run, state = self.recorder.run, self.recorder.restore()
-            origin = self._initialize(run) if state is None else read_origin(run.store, self.config)
-            known = as_record([origin], self.dataset)
+            run, state = self.recorder.run, self.recorder.restore(alive)
+            known = as_record(
+                [
+                    self._initialize(run, alive)
+                    if state is None
+                    else read_origin(run.store, self.config)
+                ],
+                self.dataset,
+            )
             return {"state": state, "attempt": run.attempt, "init_from": known}
 
-        found = self.team.on_first(read)
+        found = self.team.keep_alive(read, self.alive)[0]
         self.attempt, self.init_from = found["attempt"], found["init_from"]
         # The weights of a new run are the same everywhere: they come from the seed.
         if found["state"] is not None or self.config.init_from is not None:
@@ -91,12 +99,12 @@ class Session:
             return TrainState(learning_rate=self.config.optimizer.learning_rate)
         return TrainState(**found["state"])
 
-    def _initialize(self, run: Run) -> Origin | None:
+    def _initialize(self, run: Run, alive: Alive) -> Origin | None:
         """Reads the weights that a new run starts from; returns and keeps what they have seen."""
         if self.config.init_from is None:
             return None
         origin = refuse_seen(self.config, self.dataset)
-        initialize_from(self.model, self.config.init_from)
+        initialize_from(self.model, self.config.init_from, alive)
         if origin is not None:
             run.put_text(ORIGIN_NAME, origin_json(origin))
         return origin
@@ -179,13 +187,12 @@ class Session:
         state.throughput.append({"epoch": row["epoch"], "train_images_per_s": images_per_s})
         recorder = self.recorder
 
-        def predict(alive: Alive) -> None:
-            if recorder is not None:
-                recorder.write_predictions(row["epoch"], alive)
+        def store(recorder: Recorder, alive: Alive) -> None:
+            recorder.write_predictions(row["epoch"], alive)
+            recorder.end_epoch(state, row, alive)
 
-        # Pictures of many windows take long, and the others would hear nothing of it.
-        self.team.keep_alive(predict, self.alive)
-        self.team.on_first(lambda: recorder.end_epoch(state, row) if recorder else None)
+        # Pictures of many windows take long, as does a slow line to storage.
+        self._recorded(store)
         if state.stopped_early and state.best is not None and recorder is not None:
             words = stopped_early_words(state.epoch, state.best["epoch"])
             logger.info("%s (--schedule.early-stopping-patience)", words)
@@ -196,7 +203,7 @@ class Session:
         Nothing is taken while two are on their way: no step waits for storage.
         """
         if self.recorder is not None and self.recorder.has_room:
-            self.recorder.save(state)
+            self.recorder.save(state, self.alive)
 
     def end_stopped(self, state: TrainState) -> StoppedError:
         """Stores a checkpoint and returns what to raise.
@@ -205,12 +212,11 @@ class Session:
             LockedError, StorageError: the run was lost, or could not be stored.
         """
 
-        def store() -> None:
-            if self.recorder is not None:
-                self.recorder.save(state)
-                self.recorder.write_stop(state)
+        def store(recorder: Recorder, alive: Alive) -> None:
+            recorder.save(state, alive)
+            recorder.write_stop(state, alive)
 
-        self.team.on_first(store)
+        self._recorded(store)
         return StoppedError(
             f"stopped and saved at epoch {state.epoch + 1}, step {state.step_in_epoch}; "
             "the same command resumes"
@@ -237,14 +243,13 @@ class Session:
         """
         if state.best is None or "test" not in self.dataset.splits:
             return None
-        recorder = self.recorder
-        is_best = self.team.on_first(lambda: recorder.read_best(state) if recorder else None)
+        is_best = self._recorded(lambda recorder, alive: recorder.read_best(state, alive))
         self.team.share(self.model.weights)
         try:
             evaluation = self._evaluate("test", should_stop, measured=True)
         except StoppedError:
             # It may be trouble that stopped it, and the first process knows.
-            self.team.on_first(lambda: recorder.write_stop(state) if recorder else None)
+            self._recorded(lambda recorder, alive: recorder.write_stop(state, alive))
             raise
         epochs = state.best["epoch"] + 1 if is_best else state.epoch
         evaluation.summary["checkpoint"] = {
@@ -254,13 +259,10 @@ class Session:
         evaluation.summary["init_from"] = self.init_from
         examples: dict[str, bytes] = {}
 
-        def draw(alive: Alive) -> None:
-            if recorder is not None:
-                examples.update(
-                    self.evaluator.draw_examples(evaluation, self.readers["test"], alive)
-                )
+        def draw(recorder: Recorder, alive: Alive) -> None:
+            examples.update(self.evaluator.draw_examples(evaluation, self.readers["test"], alive))
 
-        self.team.keep_alive(draw, self.alive)
+        self._recorded(draw)
         return dataclasses.replace(evaluation, examples=examples)
 
     def end_finished(self, state: TrainState, evaluation: Evaluation | None) -> dict[str, Any]:
@@ -281,10 +283,21 @@ class Session:
         return outcome
 
     def _write_outcome(self, status: str, exit_code: int, details: dict[str, Any]) -> None:
-        recorder = self.recorder
-        self.team.on_first(
-            lambda: recorder.write_outcome(status, exit_code, details) if recorder else None
+        self._recorded(
+            lambda recorder, alive: recorder.write_outcome(status, exit_code, details, alive)
         )
+
+    def _recorded(self, work: Callable[[Recorder, Alive], T]) -> T | None:
+        """Returns on every process what `work` returned in the first, which has the recorder.
+
+        The others wait as long as it moves on.
+        """
+        recorder = self.recorder
+
+        def of_first(alive: Alive) -> T | None:
+            return work(recorder, alive) if recorder is not None else None
+
+        return self.team.keep_alive(of_first, self.alive)[0]
 
     def _evaluate(
         self, split: str, should_stop: Callable[[], bool], *, measured: bool = False
@@ -366,7 +379,9 @@ def open_session(
             if run is None:
                 return
             recorder = stack.enter_context(
-                open_recorder(config, run, evaluator, model, optimizer, readers["valid"])
+                open_recorder(
+                    *(config, run, evaluator, model, optimizer, readers["valid"]), alive=alive
+                )
             )
             recorder.write_description(dataset, strategy)
             recorders.append(recorder)

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -200,6 +200,20 @@ def _missing(place: Place, ranks: Collection[int]) -> FlexUNetError:
     )
 
 
+def _in_thread(work: Callable[[], T]) -> "Future[T]":
+    """Starts `work` in a thread that does not keep an interrupted process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="keep-alive", daemon=True).start()
+    return future
+
+
 class Team:
     """The processes of one `tf.distribute` strategy; every method is called by all of them."""
 
@@ -243,9 +257,9 @@ class Team:
         return self._shared(work, is_worker=True)
 
     def keep_alive(
-        self, work: Callable[[Callable[[], None]], None], alive: Callable[[], None]
-    ) -> None:
-        """Does `work` in every process, and returns when it is done in all of them.
+        self, work: Callable[[Callable[[], None]], T], alive: Callable[[], None]
+    ) -> list[T]:
+        """Returns on every process what `work` returned on each, by rank, through JSON.
 
         It may take much longer in one process than in another. So whoever is done, or waits, tells
         that there is life as long as there is progress somewhere.
@@ -258,21 +272,31 @@ class Team:
             FlexUNetError: the one of the lowest rank on which `work` raised one.
         """
         if self.size == 1:
-            work(alive)
-            return
+            return [work(alive)]
         moved = threading.Event()
-        with ThreadPoolExecutor(1, thread_name_prefix="keep-alive") as pool:
-            future = pool.submit(work, moved.set)
-            is_over = False
+        future = _in_thread(lambda: work(moved.set))
+
+        def look() -> list[bool]:
+            """Returns whether this process is done, and whether it has moved on."""
+            wait([future], _LOOK_S)
+            found = [future.done(), moved.is_set()]
+            moved.clear()
+            return found
+
+        is_over = False
+        try:
             while not is_over:
-                wait([future], _LOOK_S)
-                look = [future.done(), moved.is_set()]
-                moved.clear()
-                looks: list[list[bool]] = self.on_each(functools.partial(list, look))
+                looks: list[list[bool]] = self.on_each(functools.partial(list, look()))
                 is_over = all(is_done for is_done, _ in looks)
                 if any(has_moved for _, has_moved in looks):
                     alive()
-        self.on_each(future.result)
+        except Exception:
+            # Another process is gone: what this one is storing must arrive all the same.
+            while not future.done():
+                if look()[1]:
+                    alive()
+            raise
+        return self.on_each(future.result)
 
     def share(self, variables: Iterable[Any]) -> None:
         """Sets `variables`, in the order in which all have them, to the values of the first."""

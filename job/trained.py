@@ -15,6 +15,7 @@ from data_prep.settings import read_yaml, validated
 from data_prep.storage import NotFound, Store, open_store
 from job.config import TrainConfig
 from job.fit import image_shape, num_outputs
+from job.predict import Alive, not_told
 from job.run import (
     CROSS_VALIDATION_NAME,
     Commit,
@@ -236,11 +237,14 @@ def model_for(config: TrainConfig, manifest: Manifest) -> Any:
     )
 
 
-def initialize_from(model: Any, source: str) -> None:
+def initialize_from(model: Any, source: str, alive: Alive = not_told) -> None:
     """Sets the weights of `model` from another run (its best), or from a `.h5` file.
 
     The file is the reference family's `best_model.h5` or Keras weights of this package; it is read
     as data, nothing in it is run.
+
+    Args:
+        alive: called while bytes of a run move.
     """
     from job import checkpoint
     from job.model import load_reference_weights
@@ -251,5 +255,6 @@ def initialize_from(model: Any, source: str) -> None:
         load_reference_weights(model, source)
     else:
         with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
-            _, members = fetch_checkpoint(open_store(source), folder, which="best")
+            store = open_store(source).watched(alive)
+            _, members = fetch_checkpoint(store, folder, which="best")
             checkpoint.read_weights(model, members[checkpoint.WEIGHTS_NAME])

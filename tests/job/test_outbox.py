@@ -10,6 +10,7 @@ from data_prep.errors import LockedError, StorageError
 from data_prep.storage import Unavailable
 from job import outbox
 from job.outbox import Outbox
+from job.watchdog import Watchdog
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,27 @@ def test_an_error_of_ours_waits_for_what_was_posted() -> None:
     assert done == [1]
 
 
-def test_another_error_drops_what_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_is_not_ours_waits_for_what_was_posted() -> None:
+    """Of a step that ran out of memory, say: the checkpoint of the epoch before is stored."""
+    done: list[str] = []
+    with pytest.raises(MemoryError), Outbox(budget_s=1) as box:
+        box.post(lambda: time.sleep(0.2))
+        box.post(lambda: done.append("checkpoint"), is_large=True)
+        raise MemoryError
+    assert done == ["checkpoint"]
+
+
+def test_what_an_error_leaves_unstored_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def call() -> None:
+        raise StorageError("the disk is full")
+
+    with pytest.raises(MemoryError), Outbox(budget_s=1) as box:
+        box.post(call)
+        raise MemoryError
+    assert caplog.messages == ["what was on its way to storage is lost: the disk is full"]
+
+
+def test_an_interrupt_drops_what_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "_LAST_CALL_S", 0.0)
     done: list[int] = []
     gate = threading.Event()
@@ -89,6 +110,65 @@ def test_an_outage_beyond_the_budget_ends_the_deliveries() -> None:
         with pytest.raises(StorageError):
             box.flush()
     assert done == []
+
+
+def test_a_long_call_whose_bytes_moved_until_it_failed_is_repeated() -> None:
+    """The budget is for an outage, and not for a slow line."""
+    tries = []
+
+    def call() -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            for _ in range(6):
+                time.sleep(0.1)
+                box.moved()
+            raise Unavailable("broken off at its end")
+
+    with Outbox(budget_s=0.3) as box:
+        box.post(call)
+        box.flush()
+    assert len(tries) == 2
+
+
+class Upload:
+    """A call whose bytes move for a while, and then stand still until the test ends."""
+
+    def __init__(self, box: Outbox, seconds: float) -> None:
+        self._box, self._seconds = box, seconds
+        self.stalled, self.gate = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        end = time.monotonic() + self._seconds
+        while time.monotonic() < end:
+            time.sleep(0.02)
+            self._box.moved()
+        self.stalled.set()
+        self.gate.wait()
+
+
+@pytest.mark.parametrize("wait", ["room", "flush", "leave"])
+def test_only_an_upload_that_stands_still_lets_a_waiting_process_expire(
+    wait: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "_LOOK_S", 0.05)
+    monkeypatch.setattr("job.watchdog._TICK_S", 0.02)
+    limit_s = 0.3
+    seen: list[tuple[bool, str]] = []
+
+    def expired(problem: str) -> None:
+        seen.append((upload.stalled.is_set(), problem))
+        upload.gate.set()
+
+    with Watchdog(phase_s=limit_s, step_s=0, expired=expired) as dog:
+        dog.enter("end of epoch 3")
+        with Outbox(budget_s=1, alive=dog.alive) as box:
+            upload = Upload(box, seconds=3 * limit_s)
+            box.post(upload, is_large=True)
+            box.post(lambda: None, is_large=True)
+            if wait != "leave":
+                {"room": box.wait_for_room, "flush": box.flush}[wait](dog.alive)
+    assert [stalled for stalled, _ in seen] == [True]
+    assert "in: end of epoch 3" in seen[0][1]
 
 
 def test_another_error_is_not_repeated() -> None:
