@@ -1,6 +1,7 @@
 """Model and optimizer state as the members of a commit, and back.
 
-Weights are HDF5 and moments are arrays: data that is read without running anything.
+Weights are HDF5, an array per variable by its path, and moments are arrays: data that is read
+without running anything.
 """
 
 import contextlib
@@ -10,12 +11,13 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_prep.errors import ContentError, StorageError
+from job.h5 import check_array, entry_at
 
 if TYPE_CHECKING:
     import keras
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "model.weights.h5"
 OPTIMIZER_NAME = "optimizer.npz"
 STATE_NAME = "state.json"
-
+_VERSION = "flexunet_weights"  # attribute of a weight file; without it, the file is one of Keras
+_ARRAY = ":0"  # ends the name of an array
 
 # Arrays that checkpoints are copied into, kept from one to the next: to touch new memory takes
 # several times as long as the copy.
@@ -58,17 +61,20 @@ def take(
     with disk_errors(folder):
         _check_space(folder, model)
     memory = [] if memory is None else memory
-    layers, variables = _layers(model), optimizer.named_variables()
-    moments = list(variables)
-    for *_, weights in layers:
-        variables |= weights
-    arrays = _copied(variables, memory.pop() if memory else {})
+    weights = {name: variable.value for name, variable in weights_by_path(model).items()}
+    moments = optimizer.named_variables()
+    # Both kinds in one memory; a weight could have the name of a moment.
+    named = {f"weights/{name}": each for name, each in weights.items()}
+    named |= {f"moments/{name}": each for name, each in moments.items()}
+    arrays = _copied(named, memory.pop() if memory else {})
 
     def finish() -> dict[str, str]:
         with disk_errors(folder):
-            _write_weights(paths[WEIGHTS_NAME], layers, arrays)
+            values = {name: arrays[f"weights/{name}"] for name in weights}
+            _write_weights(paths[WEIGHTS_NAME], values)
+            values = {name: arrays[f"moments/{name}"] for name in moments}
             with open(paths[OPTIMIZER_NAME], "wb") as file:
-                np.savez(file, allow_pickle=False, **{name: arrays[name] for name in moments})
+                np.savez(file, allow_pickle=False, **values)
             with open(paths[STATE_NAME], "w", encoding="utf-8") as file:
                 file.write(text)
         memory.append(arrays)
@@ -79,49 +85,96 @@ def take(
 
 def _copied(variables: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Copies `variables` into `arrays`, which are made where missing, and returns these."""
+    import tensorflow as tf
+
+    def on_host(variable: Any) -> Any:
+        with tf.device("CPU:0"):
+            return tf.identity(variable.read_value())
+
     for name, variable in variables.items():
-        values = np.asarray(memoryview(variable.read_value().cpu()))
+        values = np.asarray(memoryview(on_host(variable)))
         if name not in arrays:
             arrays[name] = np.empty_like(values)
         np.copyto(arrays[name], values)
     return arrays
 
 
-def _layers(model: "keras.Model") -> list[tuple[str, str, dict[str, Any]]]:
-    """Returns (name, group, variables by place) of each layer, as in a weight file of Keras.
+def weights_by_path(model: "keras.Model") -> dict[str, Any]:
+    """Returns every variable of a model by its path, which is the same in every process.
 
-    Keras numbers the layers of each class. Its own writer is not used because it reads the
-    variables while it writes, and training would have to wait for the disk.
+    Keras numbers layers without a name over all models of a process. Here they are numbered anew,
+    among their neighbours, in the order of the model's variables: `conv2d`, `conv2d_1`. Variables
+    that share a path in Keras are numbered too.
     """
-    num_seen: dict[str, int] = {}
-    found = []
-    for layer in model.layers:
-        kind = _snake_case(type(layer).__name__)
-        index = num_seen[kind] = num_seen.get(kind, -1) + 1
-        group = f"layers/{kind}_{index}/vars" if index else f"layers/{kind}/vars"
-        variables: dict[str, Any] = {}
-        layer.save_own_variables(variables)
-        found.append((layer.name, group, {f"{group}/{n}": v.value for n, v in variables.items()}))
+    numbers: dict[tuple[str, str], dict[str, int]] = {}
+
+    def numbered(parent: str, name: str, identity: str) -> str:
+        stem = re.sub(r"_\d+$", "", name)
+        seen = numbers.setdefault((parent, stem), {})
+        number = seen.setdefault(identity, len(seen))
+        return f"{parent}/{stem}_{number}" if number else f"{parent}/{stem}"
+
+    found: dict[str, Any] = {}
+    for variable in model.variables:
+        *layers, name = variable.path.split("/")
+        path = ""
+        for layer in layers:
+            path = numbered(path, layer, layer)
+        found[numbered(path, name, f"{name} {id(variable)}").removeprefix("/")] = variable
     return found
 
 
-def _snake_case(name: str) -> str:
-    """Returns a class name as Keras writes it in files: Conv2DTranspose is conv2d_transpose."""
-    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
-    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+def _write_weights(path: str, weights: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays by the path of their variable.
 
-
-def _write_weights(
-    path: str, layers: Sequence[tuple[str, str, Iterable[str]]], arrays: Mapping[str, np.ndarray]
-) -> None:
-    """Writes weights as a file that `keras.Model.load_weights` reads."""
+    Raises:
+        StorageError: the file does not hold just these afterwards.
+    """
     import h5py
 
     with h5py.File(path, "w") as file:
-        for layer_name, group, names in layers:
-            file.create_group(group).attrs["name"] = layer_name
-            for name in names:
-                file[name] = arrays[name]
+        file.attrs[_VERSION] = 2
+        for name, values in weights.items():
+            file[_entry_name(name)] = values
+    expected = {name: values.shape for name, values in weights.items()}
+    with h5py.File(path, "r") as file:
+        problem = _difference(_shapes(file), expected)
+    if problem:
+        raise StorageError(f"{path}: does not hold the weights it was written with: {problem}")
+
+
+def _entry_name(path: str) -> str:
+    # A layer may have a variable and a layer of one name.
+    return f"{path}{_ARRAY}"
+
+
+def _shapes(file: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every array of an HDF5 file, by the path of its variable."""
+    import h5py
+
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            shapes[name.removesuffix(_ARRAY)] = item.shape
+
+    file.visititems(visit)
+    return shapes
+
+
+def _difference(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """Returns what is wrong with the arrays that were found; None: nothing."""
+    missing = [name for name in wanted if name not in found]
+    more = [name for name in found if name not in wanted]
+    if missing or more:
+        lacks = f"it lacks {missing[0]}" if missing else f"the model has no {more[0]}"
+        return f"it holds {len(found)} arrays, the model has {len(wanted)}; {lacks}"
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            return f"{name} has shape {found[name]}, the model's {shape}"
+    return None
 
 
 @contextlib.contextmanager
@@ -135,7 +188,7 @@ def disk_errors(folder: str) -> Iterator[None]:
 
 def _check_space(folder: str, model: "keras.Model") -> None:
     """Refuses a folder that is too full: HDF5 ends the process when a write of its own fails."""
-    weights = sum(_num_bytes(weight) for weight in model.non_trainable_weights)
+    weights = sum(_num_bytes(weight) for weight in model.non_trainable_variables)
     needed = weights + 3 * sum(_num_bytes(weight) for weight in model.trainable_weights)
     free = shutil.disk_usage(folder).free
     if free < needed * 1.05 + 2**20:
@@ -150,39 +203,47 @@ def _num_bytes(weight: Any) -> int:
 
 
 def read_weights(model: "keras.Model", path: str) -> None:
-    """Sets the weights of `model` from a member that `take` wrote.
+    """Sets the weights of `model` from a member that `take` wrote, of this version or of 0.1.0.
+
+    Nothing is set where they do not fit. Keras' own weight files are read as well.
 
     Raises:
         ContentError: not weights of this model.
     """
+    import h5py
+
     try:
+        with h5py.File(path, "r") as file:
+            version = file.attrs.get(_VERSION)
+            if version is not None:
+                _set_by_path(model, file, version)
+                return
+            found, wanted = len(_shapes(file)), len(model.weights)
         # Keras passes over what the model has no place for.
-        found, wanted = _num_arrays(path), len(model.weights)
         if found != wanted:
             raise ValueError(f"it holds {found} arrays, the model has {wanted}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a page of them before the error
             model.load_weights(path)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         problem = str(error).strip().splitlines()[0]
         raise ContentError(
             f"{path}: does not fit this model: {problem}; use the model options it was saved with"
         ) from error
 
 
-def _num_arrays(path: str) -> int:
-    """Returns how many arrays an HDF5 file holds."""
-    import h5py
-
-    names: list[str] = []
-
-    def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            names.append(name)
-
-    with h5py.File(path, "r") as file:
-        file.visititems(visit)
-    return len(names)
+def _set_by_path(model: "keras.Model", file: Any, version: Any) -> None:
+    if version != 2:
+        raise ValueError(f"it is of version {version} of this format, and 2 is known")
+    weights = weights_by_path(model)
+    problem = _difference(_shapes(file), {name: tuple(w.shape) for name, w in weights.items()})
+    if problem:
+        raise ValueError(problem)
+    entries = {name: entry_at(file, _entry_name(name)) for name in weights}
+    for entry in entries.values():
+        check_array(entry, kinds="fiub")
+    for name, weight in weights.items():
+        weight.assign(np.asarray(entries[name]))
 
 
 def read_optimizer(optimizer: "Adam", path: str) -> None:

@@ -16,6 +16,7 @@ from data_prep.settings import suggestion
 from job.config import ModelConfig
 from job.dropout import SampleDropout
 from job.fit import check_sides
+from job.h5 import check_array, entry_at
 
 _NUM_GROUPS = 8  # of channels that are normalised together; fewer where they do not divide
 
@@ -226,37 +227,14 @@ def creation_order(model: keras.Model) -> list[Any]:
 
 def _h5_datasets(file: Any) -> list[Any]:
     """Returns the datasets of all weights, unread, in the order of the file's lists."""
-    root = _h5_entry(file, "model_weights") if "model_weights" in file else file
+    root = entry_at(file, "model_weights") if "model_weights" in file else file
     datasets = []
     for layer in root.attrs["layer_names"]:
-        group = _h5_entry(root, _text(layer))
+        group = entry_at(root, _text(layer))
         for name in group.attrs["weight_names"]:
-            datasets.append(_h5_entry(group, _text(name)))
-            _check_h5_dataset(datasets[-1])
+            datasets.append(entry_at(group, _text(name)))
+            check_array(datasets[-1])
     return datasets
-
-
-def _h5_entry(group: Any, path: str) -> Any:
-    """Returns what lies at `path`; a link could lead to any file of this machine."""
-    import h5py
-
-    entry = group
-    for name in path.split("/"):
-        if not isinstance(entry, h5py.Group):
-            raise TypeError(f"{entry.name} is not a group")
-        if not isinstance(entry.get(name, getlink=True), h5py.HardLink):
-            raise TypeError(f"{path} is a link; only plain entries are read")
-        entry = entry[name]
-    return entry
-
-
-def _check_h5_dataset(entry: Any) -> None:
-    import h5py
-
-    if not isinstance(entry, h5py.Dataset) or entry.dtype.kind != "f":
-        raise TypeError(f"{entry.name} holds no floating-point numbers")
-    if entry.external or entry.is_virtual:
-        raise TypeError(f"{entry.name} keeps its values in other files")
 
 
 def _text(name: Any) -> str:

@@ -94,7 +94,7 @@ class Session:
         self.attempt, self.init_from = found["attempt"], found["init_from"]
         # The weights of a new run are the same everywhere: they come from the seed.
         if found["state"] is not None or self.config.init_from is not None:
-            self.team.share([*self.model.weights, *self.optimizer.variables])
+            self.team.share([*self.model.variables, *self.optimizer.variables])
         if found["state"] is None:
             return TrainState(learning_rate=self.config.optimizer.learning_rate)
         return TrainState(**found["state"])
@@ -177,7 +177,7 @@ class Session:
         Raises:
             FlexUNetError: the processes no longer have the same weights.
         """
-        self.team.check_same(self.model.weights)
+        self.team.check_same(self.model.variables)
         is_best = self._schedule(state, row)
         state.rows.append(row)
         state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
@@ -244,7 +244,7 @@ class Session:
         if state.best is None or "test" not in self.dataset.splits:
             return None
         is_best = self._recorded(lambda recorder, alive: recorder.read_best(state, alive))
-        self.team.share(self.model.weights)
+        self.team.share(self.model.variables)
         try:
             evaluation = self._evaluate("test", should_stop, measured=True)
         except StoppedError:

@@ -1,49 +1,165 @@
-"""Checkpoints: taken at one moment, written later, in the form of Keras' own weight files."""
+"""Checkpoints: of any model, taken at one moment, written later, read by the same model alone."""
 
 import h5py
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from data_prep.errors import ContentError, StorageError
 from job import checkpoint
 from job.config import ModelConfig, OptimizerConfig
-from job.model import BUILDERS, build_model
+from job.model import build_model
 from job.optimizer import Adam
 
 _STATE = {"step": 3}
 
 
-def _model(name="flexunet", **options):
-    config = ModelConfig(name=name, base_filters=4, num_layers=3, **options)
+def _model(**options):
+    config = ModelConfig(base_filters=4, num_layers=3, **options)
     return build_model(config, image_shape=(8, 8, 3), num_classes=2)
 
 
-def _entries(path):
-    """Every dataset and attribute of an HDF5 file."""
-    found = {}
+class _Block(keras.layers.Layer):
+    """A layer made of layers, which each have a weight of the block's own name."""
 
-    def visit(name, entry):
-        found.update({f"{name}@{key}": value for key, value in entry.attrs.items()})
-        if isinstance(entry, h5py.Dataset):
-            found[name] = entry[()].tobytes()
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.first = keras.layers.Conv2D(3, 3, padding="same", name="gain")
+        self.second = keras.Sequential(
+            [keras.layers.Conv2D(3, 1), keras.layers.BatchNormalization()], name="inner_2"
+        )
 
-    with h5py.File(path) as file:
-        file.visititems(visit)
-    return found
+    def build(self, shape):
+        self.gain = self.add_weight(shape=(1,), name="gain")
+        self.count = self.add_weight(shape=(), dtype="int32", trainable=False, name="count")
+        self.twice = [self.add_weight(shape=(n + 1,), name="same") for n in range(2)]
+        self.first.build(shape)
+        self.second.build((*shape[:-1], 3))
+
+    def call(self, x):
+        return self.gain * self.second(self.first(x))
 
 
-@pytest.mark.parametrize("name", sorted(BUILDERS))
-@pytest.mark.parametrize("normalization", ["none", "batch"])
-def test_weights_are_what_keras_itself_would_write(tmp_path, name, normalization):
-    model = _model(name, normalization=normalization, dropout_rate=0.1)
+def _nested(i):
+    return _Block()(_Block()(i))
+
+
+def _sequential(i):
+    inner = keras.Sequential([keras.layers.Conv2D(4, 3), keras.layers.Conv2D(4, 3)], name="b_1")
+    return keras.Sequential([inner, keras.layers.BatchNormalization()])(i)
+
+
+def _shared(i):
+    layer = keras.layers.Conv2D(3, 3, padding="same")
+    return layer(layer(i))
+
+
+def _of_models(i):
+    inner = keras.Input((8, 8, 3))
+    block = keras.Model(inner, keras.layers.Dense(3)(keras.layers.Dense(4)(inner)), name="block")
+    return block(block(i))
+
+
+def _with_state(i):
+    return keras.layers.Dropout(0.5)(keras.layers.BatchNormalization()(i))  # its seed counts draws
+
+
+BODIES = [_nested, _sequential, _shared, _of_models, _with_state]
+
+
+def _of(body):
+    image = keras.Input((8, 8, 3))
+    model = keras.Model(image, keras.layers.Conv2D(2, 1)(body(image)))
+    for number, variable in enumerate(model.variables):
+        variable.assign(tf.cast(tf.fill(variable.shape, number + 1), variable.dtype))
+    return model
+
+
+def _saved(folder, model):
     optimizer = Adam(OptimizerConfig(), model.trainable_variables)
-    members = checkpoint.take(str(tmp_path), model, optimizer, _STATE)()
+    return checkpoint.take(str(folder), model, optimizer, _STATE)()
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_any_model_comes_back_whatever_was_built_before_it(tmp_path, body):
+    model = _of(body)
+    values = [variable.numpy() for variable in model.variables]
+    members = _saved(tmp_path, model)
+    names = list(checkpoint.weights_by_path(model))
+    assert len(names) == len(values)
+    for _ in range(2):  # Keras' own names are others now
+        again = _of(body)
+    assert list(checkpoint.weights_by_path(again)) == names
+    for variable in again.variables:
+        variable.assign(tf.zeros(variable.shape, variable.dtype))
+    checkpoint.read_weights(again, members[checkpoint.WEIGHTS_NAME])
+    for variable, value in zip(again.variables, values, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("other", BODIES)
+def test_weights_of_another_model_are_refused_and_nothing_is_set(tmp_path, body, other):
+    if body is other:
+        return
+    members = _saved(tmp_path, _of(body))
+    model = _of(other)
+    before = [variable.numpy() for variable in model.variables]
+    with pytest.raises(ContentError, match="does not fit this model: it holds"):
+        checkpoint.read_weights(model, members[checkpoint.WEIGHTS_NAME])
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+
+
+def test_weights_of_another_shape_are_named(tmp_path):
+    members = _saved(tmp_path, _model())
+    with pytest.raises(ContentError, match=r"conv2d/kernel has shape .*; use the model options"):
+        checkpoint.read_weights(_model(base_kernels=(5, 5)), members[checkpoint.WEIGHTS_NAME])
+
+
+@pytest.mark.parametrize("damage", ["one is missing", "one is more", "one has another shape"])
+def test_a_file_that_does_not_hold_the_model_is_never_handed_over(tmp_path, damage, monkeypatch):
+    class Broken(h5py.File):
+        def __setitem__(self, name, values):
+            is_first = name == "conv2d/kernel:0"
+            if damage == "one is missing" and is_first:
+                return
+            if damage == "one is more" and is_first:
+                super().__setitem__("more:0", values)
+            if damage == "one has another shape" and is_first:
+                values = values[..., :1]
+            super().__setitem__(name, values)
+
+    monkeypatch.setattr(h5py, "File", Broken)
+    with pytest.raises(StorageError, match="does not hold the weights"):
+        _saved(tmp_path, _model())
+
+
+@pytest.mark.parametrize("normalization", ["none", "batch", "group"])
+def test_weight_files_of_keras_and_of_version_0_1_0_are_read(tmp_path, normalization):
+    """Version 0.1.0 wrote what Keras writes."""
+    model = _model(normalization=normalization)
     model.save_weights(tmp_path / "keras.weights.h5")
-    expected = _entries(tmp_path / "keras.weights.h5")
-    assert {key for key in expected if "/vars/" in key}
-    ours = _entries(members[checkpoint.WEIGHTS_NAME])
-    # Keras also writes the name of the model itself, which no reader asks for.
-    assert ours == {key: value for key, value in expected.items() if key.startswith("layers/")}
+    values = model.get_weights()
+    again = _model(normalization=normalization)
+    again.set_weights([value + 1 for value in values])
+    checkpoint.read_weights(again, str(tmp_path / "keras.weights.h5"))
+    for restored, value in zip(again.get_weights(), values, strict=True):
+        np.testing.assert_array_equal(restored, value)
+
+
+def test_a_link_in_a_weight_file_is_not_followed(tmp_path):
+    members = _saved(tmp_path, _model())
+    path = members[checkpoint.WEIGHTS_NAME]
+    with h5py.File(path, "r+") as file:
+        values = file["conv2d/kernel:0"][()]
+        with h5py.File(tmp_path / "other.h5", "w") as other:
+            other["values"] = values
+        del file["conv2d/kernel:0"]
+        file["conv2d/kernel:0"] = h5py.ExternalLink("other.h5", "values")
+    with pytest.raises(ContentError, match="does not fit"):
+        checkpoint.read_weights(_model(), path)
 
 
 def test_a_checkpoint_holds_what_was_at_the_moment_it_was_taken(tmp_path):

@@ -1,0 +1,43 @@
+"""Reads HDF5 files of others as data: no link is followed, and no other file is opened."""
+
+from typing import Any
+
+
+def entry_at(group: Any, path: str) -> Any:
+    """Returns the group or dataset at `path` below an open h5py group.
+
+    Raises:
+        KeyError: there is none.
+        TypeError: a link lies on the way, which could lead to any file of this machine.
+    """
+    import h5py
+
+    entry = group
+    for name in path.split("/"):
+        if not isinstance(entry, h5py.Group):
+            raise TypeError(f"{entry.name} is not a group")
+        link = entry.get(name, getlink=True)
+        if link is None:
+            raise KeyError(f"{path} is missing")
+        if not isinstance(link, h5py.HardLink):
+            raise TypeError(f"{path} is a link; only plain entries are read")
+        entry = entry[name]
+    return entry
+
+
+def check_array(entry: Any, kinds: str = "f") -> None:
+    """Checks that an entry is an array which the file itself holds.
+
+    Args:
+        kinds: of NumPy types that are allowed.
+
+    Raises:
+        TypeError: it is not.
+    """
+    import h5py
+
+    if not isinstance(entry, h5py.Dataset) or entry.dtype.kind not in kinds:
+        what = "floating-point numbers" if kinds == "f" else "numbers"
+        raise TypeError(f"{entry.name} holds no {what}")
+    if entry.external or entry.is_virtual:
+        raise TypeError(f"{entry.name} keeps its values in other files")
