@@ -103,7 +103,7 @@ class Input:
         self, augmentation: AugmentationConfig | None, *, epoch: int, limit: int
     ) -> Iterator[Any]:
         """Returns the batches of `limit` samples, made as `job/session.py` does."""
-        order = sample_order(self.num_samples, seed=0, epoch=epoch)
+        order = sample_order(self.num_samples, seed=0, epoch=epoch, version=2)
         plan = global_batches(np.resize(order, limit), self.batch_size)
         return distributed_batches(
             self.strategy,
@@ -121,7 +121,7 @@ def decode_run(measured: Input, augmentation: AugmentationConfig | None) -> Call
     import tensorflow as tf
 
     keys = ("image/encoded", "image/segmentation/class/encoded")
-    order = sample_order(measured.num_samples, seed=0, epoch=0)
+    order = sample_order(measured.num_samples, seed=0, epoch=0, version=2)
     samples = [decode_example(measured.reader.read(int(i))) for i in order]
     images, masks = ([sample[key] for sample in samples] for key in keys)
 

@@ -12,6 +12,8 @@ The kinds and their formulas are the reference implementation's; what differs fr
 Must not know TensorFlow, files or batches.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,12 +21,14 @@ import numpy.typing as npt
 from pydantic import model_validator
 
 from data_prep.settings import Settings, option
+from job.random_streams import Purpose, sample_generator
 
 Pixels: TypeAlias = npt.NDArray[Any]  # uint8 or uint16
 Field: TypeAlias = npt.NDArray[np.float32]  # (2, H, W): x and y, pixels
 # x and y of points, pixels, each of a shape that broadcasts to (H, W): a grid that nothing has bent
 # yet costs a row and a column.
 Points: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+Draws: TypeAlias = Callable[[Purpose], np.random.Generator]  # of one sample
 
 _KINDS = (
     "hflip",
@@ -39,9 +43,6 @@ _KINDS = (
     "sharpening",
     "brightening",
 )
-# Streams of random numbers of one sample: a kind that needs many draws has its own, so that
-# switching it on leaves the other kinds as they are.
-_DECISIONS, _DEFORMATION, _DISTORTION = range(3)
 # A field smoothed with sigma is drawn at a spacing of sigma / 4 and interpolated: 16 times fewer
 # numbers, and no visible kinks.
 _CELLS_PER_SIGMA = 4
@@ -142,15 +143,17 @@ def augment(
     """
     if not config.enabled:
         return image, mask
-    key = (seed, (epoch << 32) | sample_index, copy)
-    rng = _generator(key, _DECISIONS)
+    # A kind that needs many draws has a stream of its own, so that switching it on leaves the
+    # other kinds as they are.
+    draws = partial(sample_generator, seed=seed, epoch=epoch, sample_index=sample_index, copy=copy)
+    rng = draws(Purpose.DECISIONS)
     drawn = {
         kind
         for kind, number in zip(_KINDS, rng.random(len(_KINDS)), strict=True)
         if number < getattr(config, f"{kind}_probability")
     }
     picks = dict(zip(_KINDS, rng.random(len(_KINDS)), strict=True))
-    source = _source_field(mask.shape, drawn, picks, config, key)
+    source = _source_field(mask.shape, drawn, picks, config, draws)
     if source is not None:
         image, mask = _warp(image, mask, source)
     if "sharpening" in drawn:
@@ -158,14 +161,6 @@ def augment(
     if "brightening" in drawn:
         image = _brightened(image, config.brightening_alpha, config.brightening_beta, value_max)
     return image, mask
-
-
-def _generator(key: tuple[int, int, int], stream: int) -> np.random.Generator:
-    *words, copy = key
-    philox = np.random.Philox(
-        key=np.array(words, np.uint64), counter=np.array([0, 0, copy, stream], np.uint64)
-    )
-    return np.random.Generator(philox)
 
 
 def _pick(options: tuple[float, ...], number: float) -> float:
@@ -177,7 +172,7 @@ def _source_field(
     drawn: set[str],
     picks: dict[str, float],
     config: AugmentationConfig,
-    key: tuple[int, int, int],
+    draws: Draws,
 ) -> Points | None:
     """Returns where in the sample each pixel of the result comes from; None when nothing moves.
 
@@ -191,7 +186,7 @@ def _source_field(
         np.arange(width, dtype=np.float32)[np.newaxis, :],
         np.arange(height, dtype=np.float32)[:, np.newaxis],
     )
-    points = _moved_by_random_fields(points, drawn, picks, config, key)
+    points = _moved_by_random_fields(points, drawn, picks, config, draws)
     for kind in ("pincushion", "barrel"):
         if kind in drawn:
             centers = getattr(config, f"{kind}_centers")
@@ -209,18 +204,18 @@ def _moved_by_random_fields(
     drawn: set[str],
     picks: dict[str, float],
     config: AugmentationConfig,
-    key: tuple[int, int, int],
+    draws: Draws,
 ) -> Points:
     x, y = points
     height, width = y.size, x.size
     fields = []
     if "deformation" in drawn:
         sigma = _pick(config.deformation_sigmas, picks["deformation"])
-        rng = _generator(key, _DEFORMATION)
+        rng = draws(Purpose.DEFORMATION)
         fields.append(elastic_field(height, width, config.deformation_alpha, sigma, rng))
     if "distortion" in drawn:
         shift = _pick(config.distortion_sizes, picks["distortion"]) * max(height, width)
-        rng = _generator(key, _DISTORTION)
+        rng = draws(Purpose.DISTORTION)
         fields.append(distortion_field(height, width, shift, config.distortion_sigma, rng))
     if not fields:
         return points

@@ -7,13 +7,13 @@ so that `--help` answers at once.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
 from data_prep.errors import UsageError
-from data_prep.settings import Settings, fields_of, merged, option
+from data_prep.settings import Settings, fields_of, merged, option, validated
 from job.augment import AugmentationConfig
 
 # A form that every storage and cluster takes.
@@ -259,6 +259,9 @@ class TrainConfig(Settings):
         lt=1,
     )
     seed: int = option(1234, "Seed of weights, order, dropout and augmentation.", ge=0, lt=2**31)
+    random_streams: int = option(
+        2, "Version of what is drawn from the seed; 1: as version 0.1.0 did.", ge=1, le=2
+    )
     precision: Literal["auto", "float32", "mixed_bfloat16", "float64"] = option(
         "auto", "Arithmetic; auto: mixed_bfloat16 where the hardware computes it, else float32."
     )
@@ -405,11 +408,13 @@ class TrainConfig(Settings):
         return self
 
 
-def identity_of(config: TrainConfig) -> dict[str, Any]:
+def identity_of(config: TrainConfig, *, is_whole: bool = False) -> dict[str, Any]:
     """Returns the values that identify a run, by dotted path; JSON types only.
 
-    Later fields are named where they are not at their default: runs that were begun before there
-    were any go on.
+    A later field is left out where it says what runs did that were begun before it: they go on.
+
+    Args:
+        is_whole: leave nothing out.
     """
     values = json.loads(config.model_dump_json())
     identity = {}
@@ -420,13 +425,44 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
         value = values
         for part in path:
             value = value[part]
-        if path not in _LATER or value != field.default:
-            identity[".".join(path)] = value
+        name = ".".join(path)
+        if is_whole or name not in _LATER or value != _LATER[name]:
+            identity[name] = value
     return identity
 
 
-# Identity fields that came after version 0.1.0.
-_LATER = {
-    *(("folds",), ("fold",), ("foreground_share",)),
-    *(("schedule", "warmup_epochs"), ("schedule", "cosine")),
+def values_of_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested values of the config that has this identity, see `identity_of`."""
+    values: dict[str, Any] = {}
+    for name, value in {**_LATER, **identity}.items():
+        *groups, last = name.split(".")
+        group = values
+        for each in groups:
+            group = group.setdefault(each, {})
+        group[last] = value
+    return values
+
+
+def stored_config(values: Mapping[str, Any], where: str) -> TrainConfig:
+    """Returns the config that a run has stored, all of its options written out.
+
+    Args:
+        values: of its `config.yaml`; one of an earlier version lacks options that came later.
+        where: named in the error.
+
+    Raises:
+        UsageError: it is not a config.
+    """
+    return validated(TrainConfig, merged(values_of_identity({}), values), where)
+
+
+# Identity fields that came later, and what runs did that do not name them. The values are frozen: a
+# new default changes none of them.
+_LATER: dict[str, Any] = {
+    "folds": None,
+    "fold": None,
+    "foreground_share": None,
+    "schedule.warmup_epochs": 0.0,
+    "schedule.cosine": False,
+    "random_streams": 1,
 }

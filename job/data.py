@@ -32,6 +32,7 @@ from data_prep.schema import (
 )
 from data_prep.storage import Store, crc32c_of_file, local_path, open_store
 from job.augment import AugmentationConfig, augment
+from job.random_streams import Purpose, epoch_generator
 
 logger = logging.getLogger(__name__)
 
@@ -157,26 +158,33 @@ def _split(
     )
 
 
-def sample_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of an epoch: a permutation of 0..N-1, (N,) int64."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_samples)
+def sample_order(num_samples: int, *, seed: int, epoch: int, version: int) -> np.ndarray:
+    """Returns the order of an epoch: a permutation of 0..N-1, (N,) int64.
+
+    Args:
+        version: of the random streams.
+    """
+    random = epoch_generator(Purpose.ORDER, seed=seed, epoch=epoch, version=version)
+    return random.permutation(num_samples)
 
 
 def epoch_order(
-    has_foreground: np.ndarray, share: float | None, *, seed: int, epoch: int
+    has_foreground: np.ndarray, share: float | None, *, seed: int, epoch: int, version: int
 ) -> np.ndarray:
     """Returns the samples of an epoch in their order, (N,) int64; as many as there are.
 
     Every sample once, or, where fewer than `share` of them have foreground: so many that have,
     drawn in rounds of all of them, and the first of a permutation of the others.
+
+    Args:
+        version: of the random streams.
     """
     count = len(has_foreground)
     positive, negative = np.flatnonzero(has_foreground), np.flatnonzero(~has_foreground)
     wanted = 0 if share is None else round(share * count)
     if not len(positive) or wanted <= len(positive):
-        return sample_order(count, seed=seed, epoch=epoch)
-    # A stream of its own: that of `sample_order` has the same key.
-    random = np.random.Generator(np.random.Philox(key=[seed, epoch]).jumped())
+        return sample_order(count, seed=seed, epoch=epoch, version=version)
+    random = epoch_generator(Purpose.FOREGROUND_ORDER, seed=seed, epoch=epoch, version=version)
     num_rounds = -(-wanted // len(positive))
     rounds = [random.permutation(positive) for _ in range(num_rounds)]
     chosen = [*np.concatenate(rounds)[:wanted], *random.permutation(negative)[: count - wanted]]

@@ -117,6 +117,7 @@ class Session:
             self.config.foreground_share,
             seed=self.config.seed,
             epoch=state.epoch,
+            version=self.config.random_streams,
         )
         plan = global_batches(order, self.config.global_batch_size)
         batches = distributed_batches(

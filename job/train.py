@@ -3,6 +3,7 @@
 python -m job.train --local --data DATASET --output RUNS --name NAME
 """
 
+import json
 import logging
 import math
 import os
@@ -20,21 +21,22 @@ import click
 from data_prep.command import SettingsCommand, given, run_command, settings_options
 from data_prep.errors import DivergedError, FlexUNetError, UsageError
 from data_prep.progress import Progress, load_bar
-from data_prep.settings import merged, read_yaml, validated
+from data_prep.settings import flag_of, merged, read_yaml, validated
 from data_prep.storage import join_url, open_store
 from data_prep.words import counted
-from job.config import PRESETS, TrainConfig, identity_of
+from job.config import PRESETS, TrainConfig, identity_of, values_of_identity
 from job.data import Dataset
 from job.evaluate import show_summary
 from job.fit import check_fit
-from job.folds import cross_validate, own_process, show_folds
+from job.folds import cross_validate, fold_configs, own_process, show_folds
 from job.origin import check_origin
 from job.predict import Alive, not_told
 from job.report import read_summary, write_report
-from job.run import Run, checked_run_name, differences
+from job.run import IDENTITY_NAME, RESTORE, Run, checked_run_name, differences
 from job.schedule import stopped_early_words
 from job.splits import evaluated_words, open_folded
 from job.state import TrainState
+from job.stored import read_json
 from job.team import Place, Team, meet, place_from_environment
 from job.watchdog import STACKS_FOLDER, Watchdog, end_process
 
@@ -535,6 +537,9 @@ def resolve_config(
 ) -> TrainConfig:
     """Returns the config of `file` with the options of the command line laid over it.
 
+    A run that exists goes on as it was begun: what neither of them says is taken from its identity,
+    whatever the defaults are by now.
+
     A file of the reference implementation (.config, .ini) is read as it is; when no dataset is
     given, its image folders are prepared first, beside the run, with `prep_options` as well.
 
@@ -551,10 +556,61 @@ def resolve_config(
     values = read_yaml(_read_text(file), file) if file else {}
     if file is not None:
         _check_preset(options, values, file)
-    config = validated(TrainConfig, merged(values, options), file or "options", typed=options)
+    values = merged(values, options)
+    config = validated(TrainConfig, values, file or "options", typed=options)
     if config.data is None:
         raise UsageError("no dataset: give --data DATASET, a folder or gs:// URL made by prep")
-    return _absolute(config.model_copy(update={"name": config.name or run_name(config.data)}))
+    config = config.model_copy(update={"name": config.name or run_name(config.data)})
+    return _absolute(_as_begun(config, values, file or "options", options))
+
+
+def _as_begun(
+    config: TrainConfig, values: Mapping[str, Any], where: str, options: Mapping[str, Any]
+) -> TrainConfig:
+    """Returns `config` with what `values` do not say as it was when the run was begun.
+
+    Args:
+        config: made from `values`; its name is set.
+        where: what the values came from.
+        options: those of them that were given on the command line.
+    """
+    identity = _stored_identity(config)
+    if identity is None:
+        return config
+    given = merged(PRESETS.get(str(values.get("preset")), {}), values)
+    begun = validated(
+        TrainConfig, merged(values_of_identity(identity), given), where, typed=options
+    )
+    before, now = (identity_of(each, is_whole=True) for each in (config, begun))
+    kept = [
+        f"{flag_of(name.split('.'))} {json.dumps(value)}"
+        for name, value in now.items()
+        if value != before[name]
+    ]
+    if kept:
+        logger.info(
+            "%s goes on as it was begun: %s",
+            *(join_url(config.output, str(config.name)), ", ".join(kept)),
+        )
+    return begun.model_copy(update={"name": config.name, "data": config.data})
+
+
+def _stored_identity(config: TrainConfig) -> dict[str, Any] | None:
+    """Returns the identity of the run, or of a fold that there is; None for a new run.
+
+    Without the precision: `auto` is what the run was begun in, see `stored_precision`.
+    """
+    output, names = open_store(config.output), [str(config.name)]
+    if config.folds is not None and config.fold is None:
+        names = [str(each.name) for each in fold_configs(config)]
+    for name in names:
+        found = read_json(output.below(name), IDENTITY_NAME, RESTORE)
+        if found is not None:
+            # Each fold has its own number; what all of them have in common is asked for.
+            identity = {**found["config"], "fold": config.fold}
+            identity.pop("precision", None)
+            return identity
+    return None
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -577,9 +633,10 @@ def _resolve_reference(
     from rich.console import Console
 
     Console(stderr=True).print(format_notes(reference.notes))
-    config = validated(TrainConfig, merged(reference.train, options), file, typed=options)
+    values = merged(reference.train, options)
+    config = validated(TrainConfig, values, file, typed=options)
     name = config.name or run_name(config.data or os.path.dirname(os.path.abspath(file)))
-    config = config.model_copy(update={"name": name})
+    config = _as_begun(config.model_copy(update={"name": name}), values, file, options)
     if config.data is None:
         data = join_url(config.output, f"{name}-dataset")
         prepare_sources(reference, data, file, prep_options)

@@ -11,9 +11,9 @@ from typing import Any
 
 from data_prep.errors import UsageError
 from data_prep.schema import MANIFEST_NAME, Manifest, parse_manifest
-from data_prep.settings import read_yaml, validated
+from data_prep.settings import read_yaml
 from data_prep.storage import NotFound, Store, open_store
-from job.config import TrainConfig
+from job.config import TrainConfig, stored_config
 from job.fit import image_shape, num_outputs
 from job.predict import Alive, not_told
 from job.run import (
@@ -53,7 +53,7 @@ def open_trained(run_url: str) -> TrainedRun:
     except NotFound as error:
         raise _no_run(store) from error
     where = f"{store.url}/config.yaml"
-    config = validated(TrainConfig, read_yaml(text, where), where)
+    config = stored_config(read_yaml(text, where), where)
     if not find_commits(store):
         raise _no_checkpoint(store)
     data = store.get(MANIFEST_NAME)  # a copy of the dataset's, byte by byte

@@ -42,7 +42,7 @@ def batches(
 ) -> Iterator[list[dict[str, Any]]]:
     """Yields the parts of every global batch, one per replica; the last has padding."""
     images, masks = samples
-    order = sample_order(NUM_SAMPLES, seed=3, epoch=epoch)
+    order = sample_order(NUM_SAMPLES, seed=3, epoch=epoch, version=2)
     for indices in global_batches(order, BATCH):
         rows = np.where(indices == PADDING, indices[0], indices)
         whole = {

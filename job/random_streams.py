@@ -1,0 +1,53 @@
+"""The streams of random numbers that a run draws from, each for one purpose.
+
+All are numpy's Philox with the run's seed in its key. The last word of the counter names the
+purpose, so that no two streams share a number. In version 1, of runs of version 0.1.0, the order of
+epoch i and the augmentation of sample i in epoch 0 were drawn from the same numbers.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Purpose(IntEnum):
+    """What numbers are drawn for; the values are part of every run."""
+
+    DECISIONS = 0  # which kinds of augmentation a sample gets, and how strong
+    DEFORMATION = 1
+    DISTORTION = 2
+    ORDER = 3  # of an epoch's samples
+    FOREGROUND_ORDER = 4  # of an epoch in which samples with foreground come more often
+
+
+def sample_generator(
+    purpose: Purpose, *, seed: int, epoch: int, sample_index: int, copy: int
+) -> np.random.Generator:
+    """Returns the generator of one sample in one epoch.
+
+    Args:
+        seed: of the run, 0..2**64 - 1.
+        epoch: 0..2**32 - 1.
+        sample_index: of the sample in its split, 0..2**32 - 1.
+        copy: how often the sample has come in this epoch before.
+    """
+    key = np.array([seed, (epoch << 32) | sample_index], np.uint64)
+    counter = np.array([0, 0, copy, purpose], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def epoch_generator(
+    purpose: Purpose, *, seed: int, epoch: int, version: int
+) -> np.random.Generator:
+    """Returns the generator of one epoch.
+
+    Args:
+        version: of the streams, `TrainConfig.random_streams`.
+    """
+    if version == 1:
+        philox = np.random.Philox(key=[seed, epoch])
+        return np.random.Generator(
+            philox.jumped() if purpose == Purpose.FOREGROUND_ORDER else philox
+        )
+    key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, 0, purpose], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
