@@ -43,6 +43,7 @@ from job.optimizer import Adam
 from job.outbox import Outbox
 from job.pictures import read_picture
 from job.predict import Alive, to_model_pixels
+from job.report import write_report
 from job.run import Place, Run, commit_prefix, fetch_commit
 from job.state import TrainState
 
@@ -232,8 +233,9 @@ class Recorder:
     def write_outcome(
         self, status: str, exit_code: int, details: Mapping[str, Any], alive: Alive
     ) -> None:
-        """Stores how the run ended, after all that was posted before."""
+        """Stores how the run ended, after all that was posted before, and the page of all of it."""
         self.outbox.post(lambda: self.run.write_outcome(status, exit_code, **details))
+        self.outbox.post(lambda: write_report(self.run.store))
         self.flush(alive)
 
     def write_description(self, dataset: Dataset, strategy: Any) -> None:

@@ -31,7 +31,7 @@ from job.fit import check_fit
 from job.folds import cross_validate, fold_configs, own_process, show_folds
 from job.origin import check_origin
 from job.predict import Alive, not_told
-from job.report import read_summary, write_report
+from job.report import REPORT_NAME, read_summary, write_report
 from job.run import IDENTITY_NAME, RESTORE, Run, checked_run_name, differences
 from job.schedule import stopped_early_words
 from job.splits import evaluated_words, open_folded
@@ -108,6 +108,8 @@ def train_and_evaluate(
     _check_same(config, dataset, team)
     outcome = team.on_first(lambda: earlier_outcome(config, run, dataset.digest))
     if outcome is not None:
+        # It may have been evaluated anew since.
+        team.on_first(lambda: write_report(run.store) if run is not None else None)
         return outcome
     from job.session import open_session
 
@@ -747,14 +749,15 @@ def command(
 def show_end(outcome: Mapping[str, Any], url: str) -> None:
     """Prints the newest evaluation of the test split, as the report shows it, and where all is.
 
-    That is not always the one that ended training: `evaluate` may have replaced it since.
+    That is not always the evaluation that ended training: `evaluate` may have replaced it since.
+    The report was written while the run was owned.
     """
     store = open_store(url)
     summary = read_summary(store) or outcome["evaluation"]
     if summary:
         show_summary(summary)
     click.echo(f"run: {url}")
-    click.echo(f"report: {write_report(store)}")
+    click.echo(f"report: {join_url(store.url, REPORT_NAME)}")
 
 
 def _cross_validate(config: TrainConfig, place: Place | None) -> int:

@@ -386,6 +386,8 @@ def _outcome_so_far(config: TrainConfig, digest: str, launch_id: str) -> dict[st
             outcome = earlier_outcome(config, run, digest)
         if outcome is None:
             run.note_end("looked")
+        else:
+            write_report(run.store)  # it may have been evaluated anew since
         return outcome
 
 

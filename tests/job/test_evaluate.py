@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.image import Box, Geometry, read_image
+from data_prep.storage import open_store
 from job import checkpoint
 from job.config import identity_of
 from job.data import open_reader, read_sample
@@ -33,6 +34,7 @@ from job.infer import InferConfig, infer
 from job.measures import Scale, nothing_predicted
 from job.optimizer import Adam
 from job.pictures import Picture
+from job.report import write_report
 from job.run import Run
 from job.step import network_of
 from job.train import show_end
@@ -332,6 +334,7 @@ def test_evaluate_says_which_checkpoint_it_took(
     show_end(outcome, str(own_run))
     printed = capsys.readouterr().out
     assert "test split: 4 cases, the last checkpoint" in " ".join(printed.split())
+    write_report(open_store(str(own_run)))
     assert "by the last checkpoint, after 5 epochs" in (own_run / "report.html").read_text()
     (own_run / "outcome.json").unlink()
     caplog.clear()

@@ -368,9 +368,8 @@ def test_a_run_that_is_over_refuses_to_show_an_evaluation_of_an_earlier_version(
 ) -> None:
     path = own_run / "evaluation" / "summary.json"
     path.write_text(json.dumps(without(json.loads(path.read_text()), "lesion_rule")))
-    outcome = json.loads((own_run / "outcome.json").read_text())
     with pytest.raises(ContentError, match=r"'lesion_rule' is missing.*flexunet evaluate"):
-        show_end(outcome, str(own_run))
+        write_report(open_store(str(own_run)))
 
 
 def test_outcome_without_groups_is_shown(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
