@@ -338,6 +338,51 @@ def test_upload_in_parts_is_refused_at_its_end(
     assert store.get("a") == b"other"
 
 
+@pytest.mark.parametrize("in_parts", [True, False])
+def test_a_watched_store_tells_of_bytes_on_their_way(
+    in_parts: bool, faulty_bucket: FaultyBucket, tmp_path: Path, parts: int
+) -> None:
+    """Both ways, and many times for each large object."""
+    data = os.urandom(5 * parts if in_parts else parts)
+    (tmp_path / "file").write_bytes(data)
+    moves: list[int] = []
+    store = GcsStore(faulty_bucket.url).watched(lambda: moves.append(1)).below("a")
+    store.put_file("b", str(tmp_path / "file"))
+    assert len(moves) >= (5 * parts / 2**14 if in_parts else 1)
+    moves.clear()
+    store.with_limits(retry_s=5, timeout_s=2).get_file("b", str(tmp_path / "back"))
+    assert len(moves) >= 4
+    assert (tmp_path / "back").read_bytes() == data
+
+
+def test_a_watched_folder_tells_of_bytes_on_their_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(3 << 20))
+    moves: list[int] = []
+    store = LocalStore(str(tmp_path / "store")).watched(lambda: moves.append(1)).below("a")
+    store.put_file("b", str(tmp_path / "file"))
+    assert len(moves) == 3
+    store.get_file("b", str(tmp_path / "back"))
+    assert len(moves) == 6
+
+
+def test_upload_over_a_line_that_breaks_every_part_goes_on_while_something_arrives(
+    faulty_bucket: FaultyBucket, tmp_path: Path, parts: int
+) -> None:
+    """Every part takes longer than requests are repeated, and its answer is lost."""
+    data = os.urandom(4 * parts + 1)
+    (tmp_path / "file").write_bytes(data)
+    proxy = faulty_bucket.proxy
+    for _ in range(4):
+        proxy.add(Fault("lose-answer", kinds=("part",), delay_s=0.6, count=1))
+        proxy.add(Fault("slow", kinds=("part",), bytes_per_s=1e9, count=1))  # the question
+    store = GcsStore(faulty_bucket.url, retry_s=0.5)
+    assert store.put_file("a", str(tmp_path / "file")).size == len(data)
+    assert store.get("a") == data
+    proxy.add(Fault("status", kinds=("part",)))
+    with pytest.raises(Unavailable):
+        store.put_file("b", str(tmp_path / "file"))
+
+
 @pytest.mark.parametrize("action", ["flip", "truncate", "reset"])
 def test_download_is_repeated_until_it_is_whole(
     action: Action, faulty_bucket: FaultyBucket, tmp_path: Path

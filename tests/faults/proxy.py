@@ -25,13 +25,14 @@ import threading
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NoReturn
 
 BUCKET = "test-bucket"
+_PIECE_BYTES = 1 << 13  # that a slow line carries at once
 _HEAD_BYTES = 1 << 16  # of a body; the metadata of an upload come first in it
 _OBJECT = re.compile(r"(?:/download)?(?:/storage/v1)?/b/([^/]+)/o/([^/]+)")
 _COPY = re.compile(r"(?:/storage/v1)?/b/[^/]+/o/[^/]+/(?:copyTo|rewriteTo)/b/([^/]+)/o/([^/]+)")
@@ -50,6 +51,7 @@ Action = Literal[
     "stall-answer",  # it is carried out at once, and answered `seconds` late
     "truncate",  # half of the answer's body arrives, then the connection breaks
     "flip",  # one bit of the answer's body is wrong
+    "slow",  # the bodies of request and answer take `bytes_per_s`
 ]
 
 
@@ -64,6 +66,8 @@ class Fault:
     action: Action
     status: int = 503
     seconds: float = 1.0
+    bytes_per_s: float = 1e6
+    delay_s: float = 0.0  # before that happens
     kinds: tuple[Kind, ...] = ()
     method: str = ""
     name: str = ""
@@ -362,7 +366,9 @@ class _Handler(BaseHTTPRequestHandler):
         request = proxy.parse(self.command, self.path, self.headers, head)
         fault = proxy.fault_of(request)
         action = fault.action if fault else ""
-        if action != "reset-early":
+        if fault and action == "slow":
+            head += b"".join(_slowly(body, fault.bytes_per_s))
+        elif action != "reset-early":
             head += b"".join(body)
         if fault and action == "stall" and proxy.hold(fault.seconds):
             action = "reset"  # the client is of a test that has ended
@@ -374,11 +380,13 @@ class _Handler(BaseHTTPRequestHandler):
             answer = proxy.carry_out(request, head, self.headers)
         if fault and action == "stall-answer":
             proxy.hold(fault.seconds)
+        if fault and fault.delay_s:
+            time.sleep(fault.delay_s)
         if action == "lose-answer":
             answer = None
         status = answer.status if answer else 0
         proxy.log.append(Logged(self.command, request.kind, request.name, status, action))
-        self._answer(answer, action)
+        self._answer(answer, action, fault.bytes_per_s if fault else 0.0)
 
     def _body(self) -> Iterator[bytes]:
         """Yields the request's body, first its head."""
@@ -390,9 +398,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         length = int(self.headers.get("Content-Length") or 0)
         yield self.rfile.read(min(length, _HEAD_BYTES))
-        yield self.rfile.read(length - min(length, _HEAD_BYTES))
+        for begin in range(_HEAD_BYTES, length, _PIECE_BYTES):
+            yield self.rfile.read(min(_PIECE_BYTES, length - begin))
 
-    def _answer(self, answer: _Answer | None, action: str) -> None:
+    def _answer(self, answer: _Answer | None, action: str, bytes_per_s: float) -> None:
         if answer is None:
             self._break()
         body = answer.body
@@ -408,6 +417,11 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "truncate":
             body = body[: len(body) // 2]
             self.close_connection = True  # politely, or the client could miss what was sent
+        if action == "slow":
+            pieces = (body[i : i + _PIECE_BYTES] for i in range(0, len(body), _PIECE_BYTES))
+            for piece in _slowly(pieces, bytes_per_s):
+                self.wfile.write(piece)
+            return
         self.wfile.write(body)
 
     def _break(self) -> NoReturn:
@@ -422,6 +436,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+
+def _slowly(pieces: Iterable[bytes], bytes_per_s: float) -> Iterator[bytes]:
+    """Yields `pieces` as a line of this rate would carry them."""
+    for piece in pieces:
+        time.sleep(len(piece) / bytes_per_s)
+        yield piece
 
 
 def start_emulator(bucket: str = BUCKET) -> tuple[Any, str]:
