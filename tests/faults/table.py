@@ -38,6 +38,7 @@ ROWS = {
     "R16": "a process that never comes, or dies before the first step",
     "R22": "tables after restarts",
     "R24": "errors that are tried again, and those that are not",
+    "R25": "a line to storage that is slower than the timeouts ask for",
 }
 
 

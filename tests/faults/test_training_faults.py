@@ -24,7 +24,7 @@ from job.run import find_commits
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
 from tests.faults.test_run_faults import storm
-from tests.faults.traced import events_of, set_trap
+from tests.faults.traced import PART_BYTES, events_of, set_trap
 from tests.faults.training import (
     NUM_EPOCHS,
     NUM_STEPS,
@@ -341,6 +341,33 @@ def test_uneven_data_neither_hang_nor_change_a_number(
     record_fault("R14", 1, 0, note)
 
 
+def test_an_upload_at_a_tenth_of_the_needed_speed_ends_nothing(
+    case: Case, record_fault: Record
+) -> None:
+    """All limits are 20 s, the checkpoint takes 200 s, and both processes wait so long."""
+    limits = {"phase-timeout": "15", "storage-timeout": "5", "step-timeout": "20"}
+    network = {"model.base-filters": "40", "model.base-kernels": "5,5", "epochs": "1"}
+    options = case.options(**limits, **network, **{"checkpoint-every-minutes": "0"})
+    with team(case.folder, options, **{PART_BYTES: str(1 << 18)}) as members:
+        members[0].wait_for(lambda: case.step() >= NUM_STEPS - 1)
+        case.proxy.add(Fault("slow", kinds=("part",), bytes_per_s=SLOW_BYTES_PER_S))
+        begin = time.monotonic()
+        codes = [each.end(600) for each in members]
+        seconds = time.monotonic() - begin
+    assert codes == [0, 0], members[0].errors
+    (place,) = find_commits(case.run)
+    num_bytes = sum(stat.size for stat in case.run.list(f"{place.prefix}/"))
+    needed_s = num_bytes / SLOW_BYTES_PER_S
+    assert needed_s > 9 * 20  # a checkpoint has 9 to 10 MB
+    assert (place.step, case.run.list("stacks/")) == (NUM_STEPS, [])
+    note = (
+        f"checkpoint of {num_bytes / 1e6:.1f} MB at {SLOW_BYTES_PER_S / 1e3:.0f} kB/s, all limits "
+        f"20 s: both processes waited and finished {seconds:.0f} s later"
+    )
+    record_fault("R25", 1, 0, note)
+
+
+SLOW_BYTES_PER_S = 50e3
 HASTY = {"step-timeout": "10", "phase-timeout": "40", "storage-timeout": "5"}
 
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+PART_BYTES = "FLEXUNET_TEST_PART_BYTES"  # of the environment: larger files go up in such parts
+
 # Where a trap can be, and what its `at` means there.
 #   meet      the processes have met, the strategy is not made yet
 #   phase     a phase begins whose name starts with `at`
@@ -75,8 +77,12 @@ class Trace:
         from job import runtime
 
         runtime.import_tensorflow()
+        from data_prep import storage
         from job import data, run, session, train, watchdog
 
+        part = os.environ.get(PART_BYTES)
+        if part is not None:
+            storage._SINGLE_BYTES = storage._PART_BYTES = int(part)
         self.tell("start")
         self._after(train, "meet", lambda *_: self.pass_by("meet"))
         self._before(watchdog.Watchdog, "enter", lambda _, name: self._enter(name))
