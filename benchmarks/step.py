@@ -79,7 +79,7 @@ def _matmul(tf: Any, dtype: Any, size: int) -> tuple[Any, Any]:
 @click.option("--ways", default=",".join(WAYS), show_default=True, help="Some of them.")
 @click.option("--layers/--no-layers", default=True, show_default=True, help="Each layer alone.")
 @click.option("--keep-memory", is_flag=True, help="Ours with the option of this name.")
-@click.option("--xla", default="auto", show_default=True, help="Ours with it: auto, on, off.")
+@click.option("--xla", default="off", show_default=True, help="Ours with it: auto, on, off.")
 @click.option("--way", hidden=True, help="Set for the processes that this command starts.")
 def main(
     image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int, ways: str,
@@ -109,7 +109,7 @@ def main(
         "ours_over": over,
         **measured,
     }
-    variant = ("-keep-memory" if keep_memory else "") + (f"-xla-{xla}" if xla != "auto" else "")
+    variant = ("-keep-memory" if keep_memory else "") + (f"-xla-{xla}" if xla != "off" else "")
     write_result(f"step-{image_size}-{precision}{variant}", result)
     for name in ways.split(","):
         each = measured[name]
@@ -215,6 +215,7 @@ class Network:
         from job.optimizer import Adam
         from job.session import uses_xla
         from job.step import make_train_step
+        from job.team import Team
 
         tf = self.tf
         with self.strategy.scope():
@@ -223,7 +224,8 @@ class Network:
         loss = make_loss("categorical_crossentropy", num_classes=2)
         metrics = reference_metrics(["dice_coef_multiclass"])
         step = make_train_step(
-            *(self.strategy, model, optimizer, loss, metrics), uses_xla=uses_xla(self.config)
+            *(self.strategy, model, optimizer, loss, metrics),
+            uses_xla=uses_xla(self.config, Team(self.strategy)),
         )
         shape = (self.batch_size, self.image_size, self.image_size)
         batch = {

@@ -328,9 +328,9 @@ class TrainConfig(Settings):
         free=True,
     )
     xla: Literal["auto", "on", "off"] = option(
-        "auto",
+        "off",
         "Compile the network of a training step; gradients are then always all-reduced. auto: on "
-        "GPUs, without batch normalization or deterministic; not yet run on any.",
+        "GPUs, without batch normalization or deterministic. Not yet run on any GPU.",
         free=True,
     )
     threads: int = option(0, "Number of CPU threads; 0: one per core.", free=True, ge=0)
@@ -378,7 +378,7 @@ class TrainConfig(Settings):
         if self.xla == "on" and self.model.normalization == "batch":
             raise ValueError(
                 "xla=on does not go together with model.normalization=batch, whose layers talk to "
-                "other replicas; choose model.normalization=group, or xla=auto"
+                "other replicas; choose model.normalization=group, or xla=off"
             )
         if self.accumulate > 1 and self.model.normalization == "batch":
             raise ValueError(

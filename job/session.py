@@ -414,7 +414,7 @@ def uses_xla(config: TrainConfig, team: Team) -> bool:
     found = team.on_each(look)
     reason = next((each["reason"] for each in found if each["reason"] is not None), None)
     if reason is not None and config.xla == "on":
-        raise UsageError(f"--xla=on: XLA compiles nothing here ({reason}); leave it at auto")
+        raise UsageError(f"--xla=on: XLA compiles nothing here ({reason}); leave it out")
     if reason is not None:
         logger.warning("XLA compiles nothing here (%s): training goes on without it", reason)
     return reason is None and all(each["is_wanted"] for each in found)

@@ -87,14 +87,15 @@ def test_bfloat16_is_chosen_where_every_gpu_computes_it(
 @pytest.mark.parametrize(
     ("options", "has_gpu", "expected"),
     [
-        ({}, True, True),
-        ({}, False, False),
+        ({}, True, False),  # XLA has run on no GPU yet
+        ({"xla": "auto"}, True, True),
+        ({"xla": "auto"}, False, False),
         ({"xla": "off"}, True, False),
         ({"xla": "on"}, False, True),
         ({"xla": "on", "deterministic": True}, False, True),
-        ({"deterministic": True}, True, False),
-        ({"model": {"normalization": "batch"}}, True, False),
-        ({"model": {"normalization": "group"}}, True, True),
+        ({"xla": "auto", "deterministic": True}, True, False),
+        ({"xla": "auto", "model": {"normalization": "batch"}}, True, False),
+        ({"xla": "auto", "model": {"normalization": "group"}}, True, True),
     ],
 )
 def test_xla_is_used_on_gpus_where_it_can_be(
@@ -115,7 +116,7 @@ def test_what_xla_cannot_compile_is_said(
     assert "\n" not in reason
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [0])
     team = Team(tf.distribute.get_strategy())
-    assert not uses_xla(TrainConfig(), team)
+    assert not uses_xla(TrainConfig(xla="auto"), team)
     (record,) = [record for record in caplog.records if record.name == "job.session"]
     assert "AsString" in record.message
     with pytest.raises(UsageError, match="--xla=on: XLA compiles nothing here"):
