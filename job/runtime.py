@@ -1,26 +1,34 @@
 """TensorFlow before its first operation: Keras 3, threads, logical devices, precision, strategy.
 
-`configure` must run before anything else touches TensorFlow; its runtime cannot be changed later.
+Call `configure` before anything else uses TensorFlow: its runtime cannot be changed later. Where a
+notebook has used it already, `configure` does what still works. It warns of what is missing, and
+refuses to go on where the result would differ.
 """
 
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import json
 import logging
 import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UsageError
 from data_prep.stderr import held_back_stderr
+from data_prep.words import counted
 from job.config import TrainConfig
 from job.team import Place
 
 logger = logging.getLogger(__name__)
+
+_POOL_VARIABLE = "TF_CPU_ALLOCATOR_USE_BFC"
+_RESTART = "start a new process (in a notebook: restart the kernel) and do this first"
 
 
 def import_tensorflow() -> Any:
@@ -41,7 +49,8 @@ def import_tensorflow() -> Any:
         # The first look at the devices writes as much as the import.
         for gpu in tf.config.list_physical_devices("GPU"):
             # Otherwise the first process of a machine takes all of its memory.
-            tf.config.experimental.set_memory_growth(gpu, True)
+            with contextlib.suppress(RuntimeError, ValueError):  # `configure` tells it
+                tf.config.experimental.set_memory_growth(gpu, True)
     if int(keras.__version__.split(".")[0]) < 3:
         raise RuntimeError(f"Keras {keras.__version__} found, 3 or newer needed")
     if keras.config.backend() != "tensorflow":
@@ -61,14 +70,24 @@ def configure(config: TrainConfig, place: Place | None = None) -> Any:
         place: None, or of a cluster of one: this process alone.
 
     Raises:
-        UsageError: the batch does not divide by the replicas of this process.
+        UsageError: the batch does not divide by the replicas of this process, or TensorFlow was
+            used before and the result would be another one.
     """
     tf = import_tensorflow()
+    refuse_used(place)
     _reuse_freed_memory()
-    if config.keep_memory:
-        _use_memory_pool()
     gpus = tf.config.list_physical_devices("GPU")
-    tf.config.threading.set_intra_op_parallelism_threads(config.threads)
+    too_late = [
+        *([] if _grow(tf, gpus) else ["GPU memory that grows as needed"]),
+        *([] if not config.keep_memory or _use_memory_pool() else ["--keep-memory"]),
+        *([] if _set_threads(tf, config) else [f"--threads={config.threads}"]),
+    ]
+    if too_late:
+        logger.warning(
+            "TensorFlow was used before in this process, too late for %s: training goes on "
+            "without; to have it, %s",
+            *(" and ".join(too_late), _RESTART),
+        )
     if config.deterministic:
         # Seeds of ours are explicit everywhere; op determinism still asks for a global one.
         tf.random.set_seed(config.seed)
@@ -78,6 +97,54 @@ def configure(config: TrainConfig, place: Place | None = None) -> Any:
     # Otherwise a strategy of one process would look for the peers of another one's cluster.
     os.environ.pop("TF_CONFIG", None)
     return _of_one(tf, config, gpus)
+
+
+def was_used() -> bool:
+    """Returns whether TensorFlow has made its devices in this process, as its first op does."""
+    from tensorflow.python.eager import context
+
+    # Every public function that tells anything of its devices makes them.
+    return context.context()._context_handle is not None
+
+
+def refuse_used(place: Place | None) -> None:
+    """Refuses a cluster of processes where TensorFlow was used before in this one.
+
+    Raises:
+        UsageError: says what to do.
+    """
+    if place is not None and place.size > 1 and was_used():
+        raise UsageError(
+            f"TensorFlow was used before in this process, too late to join a cluster of "
+            f"{place.size} processes; {_RESTART}"
+        )
+
+
+def _grow(tf: Any, gpus: list[Any]) -> bool:
+    """Returns whether the memory of every GPU grows as needed."""
+    return all(tf.config.experimental.get_memory_growth(gpu) for gpu in gpus)
+
+
+def _set_threads(tf: Any, config: TrainConfig) -> bool:
+    """Sets the number of threads of an operation; returns whether it could.
+
+    Raises:
+        UsageError: it could not, and bits that depend on the number are asked for.
+    """
+    threading_of_tf = tf.config.threading
+    found = threading_of_tf.get_intra_op_parallelism_threads() or 0
+    if found == config.threads:
+        return True
+    if not was_used():
+        threading_of_tf.set_intra_op_parallelism_threads(config.threads)
+        return True
+    if config.deterministic:
+        raise UsageError(
+            f"--deterministic: TensorFlow was used before in this process, with "
+            f"{counted(found, 'thread') if found else 'one thread per core'}, too late for "
+            f"--threads={config.threads}, and the last bits depend on it; {_RESTART}"
+        )
+    return False
 
 
 def _reuse_freed_memory() -> None:
@@ -98,14 +165,19 @@ def _reuse_freed_memory() -> None:
             set_option(option, value)
 
 
-def _use_memory_pool() -> None:
+def _use_memory_pool() -> bool:
     """Lets TensorFlow hold what is freed in a pool of its own, also above 1 GiB.
+
+    Returns whether it could.
 
     Convolutions without oneDNN make such tensors: a step at 512 x 512 then took 40 % of its CPU
     time for new pages, and 11.8 GB instead of 6.9 with the pool. Read when TensorFlow makes its
     first CPU device; its allocator for oneDNN does not look at it.
     """
-    os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "true"
+    if was_used():
+        return os.environ.get(_POOL_VARIABLE) == "true"
+    os.environ[_POOL_VARIABLE] = "true"
+    return True
 
 
 def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None) -> int:
@@ -118,7 +190,8 @@ def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None
         num_gpus: GPUs that this process was promised; None: whatever there is.
 
     Raises:
-        UsageError: a promised GPU is not seen, or one process shall have several CPU replicas.
+        UsageError: a promised GPU is not seen, one process of several shall have several CPU
+            replicas, or has used TensorFlow before.
     """
     tf = import_tensorflow()
     seen = len(tf.config.list_physical_devices("GPU"))
@@ -126,6 +199,7 @@ def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None
         raise _other_gpus(tf, num_gpus, seen)
     if place is None or place.size == 1:
         return seen
+    refuse_used(place)
     if config.cpu_replicas > 1:
         raise UsageError(
             f"--cpu-replicas={config.cpu_replicas}: each of {place.size} processes has one CPU "
@@ -239,13 +313,10 @@ def _reasons(tf: Any) -> str:
 
 
 def _of_one(tf: Any, config: TrainConfig, gpus: list[Any]) -> Any:
-    if not gpus and config.cpu_replicas > 1:
-        tf.config.set_logical_device_configuration(
-            tf.config.list_physical_devices("CPU")[0],
-            [tf.config.LogicalDeviceConfiguration()] * config.cpu_replicas,
-        )
-    kind = "GPU" if gpus else "CPU"
-    devices = [device.name for device in tf.config.list_logical_devices(kind)]
+    if gpus:
+        devices = [device.name for device in tf.config.list_logical_devices("GPU")]
+    else:
+        devices = _logical_cpus(tf, config.cpu_replicas)
     used = max(n for n in range(1, len(devices) + 1) if config.global_batch_size % n == 0)
     if used < len(devices) and not gpus:
         raise UsageError(
@@ -258,7 +329,52 @@ def _of_one(tf: Any, config: TrainConfig, gpus: list[Any]) -> Any:
             *(used, len(devices), config.global_batch_size, len(devices)),
         )
         devices = devices[:used]
-    return tf.distribute.MirroredStrategy([name.split("device:")[-1] for name in devices])
+    return _mirrored(tuple(name.split("device:")[-1] for name in devices))
+
+
+def _logical_cpus(tf: Any, number: int) -> list[str]:
+    """Returns the names of so many logical CPUs, which are made where they may be.
+
+    Raises:
+        UsageError: TensorFlow was used before, with fewer.
+    """
+    if number > 1 and not was_used():
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * number,
+        )
+    names = [device.name for device in tf.config.list_logical_devices("CPU")]
+    if len(names) < number:
+        raise UsageError(
+            f"--cpu-replicas={number}: TensorFlow was used before in this process, with "
+            f"{counted(len(names), 'CPU device')}, too late for more; {_RESTART}"
+        )
+    return names[:number]
+
+
+@functools.cache
+def _mirrored(devices: tuple[str, ...]) -> Any:
+    """Returns the one strategy of this process over `devices`.
+
+    A second one would number its collectives from the start again, and TensorFlow would find other
+    shapes under the same number.
+    """
+    import tensorflow as tf
+
+    with _without_hints():
+        return tf.distribute.MirroredStrategy(list(devices))
+
+
+@contextlib.contextmanager
+def _without_hints() -> Iterator[None]:
+    """Holds back what TensorFlow advises on collectives where it was used before."""
+    log = logging.getLogger("tensorflow")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def resolve_precision(requested: str) -> str:

@@ -1,0 +1,123 @@
+"""Training in a process that has used TensorFlow before, as a notebook does in an earlier cell."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.job.discs import prepare_discs
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+# Prints what `configure` made or raised, and what it warned of, for each set of options.
+CONFIGURED = """
+import json, logging, sys
+import tensorflow as tf
+
+tf.constant(1.0) + 1
+from data_prep.errors import UsageError
+from job.config import TrainConfig
+from job.runtime import check_devices, configure
+from job.team import Place
+
+warned = []
+logging.basicConfig(level=logging.WARNING)
+logging.getLogger().handlers[0].emit = lambda record: warned.append(record.getMessage())
+
+def found(options, place):
+    warned.clear()
+    try:
+        config = TrainConfig(**options)
+        check_devices(config, place, None)
+        made = configure(config, place).num_replicas_in_sync
+    except UsageError as error:
+        made = str(error)
+    return {"made": made, "warned": list(warned)}
+
+results = []
+for options, size in json.loads(sys.argv[1]):
+    place = Place(0, tuple(f"localhost:{1 + rank}" for rank in range(size))) if size else None
+    results.append(found(options, place))
+print(json.dumps(results))
+"""
+
+# Options, processes of a cluster (0: none), what is made or said, what is warned of.
+TABLE: list[tuple[dict[str, Any], int, int | str, str | None]] = [
+    ({}, 0, 1, None),
+    ({"deterministic": True}, 0, 1, None),
+    ({"threads": 2}, 0, 1, "too late for --threads=2: training goes on without"),
+    ({"keep_memory": True}, 0, 1, "too late for --keep-memory: training"),
+    ({"threads": 2, "keep_memory": True}, 1, 1, "for --keep-memory and --threads=2: training"),
+    ({"threads": 2, "deterministic": True}, 0, "one thread per core, too late for --thr", None),
+    ({"cpu_replicas": 2}, 0, "with 1 CPU device, too late for more", None),
+    ({}, 2, "too late to join a cluster of 2 processes", None),
+]
+
+# Trains as `flexunet train` does, where TensorFlow has so many CPUs; prints the exit codes.
+TRAINED = """
+import json, sys
+import tensorflow as tf
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+number = int(sys.argv[1])
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * number)
+tf.constant(1.0) + 1
+from job.train import main
+
+print([main(["--local", *arguments]) for arguments in json.loads(sys.argv[2])])
+"""
+
+
+def python(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_what_comes_too_late_is_told_and_refused_where_it_changes_the_result() -> None:
+    asked = [(options, size) for options, size, _, _ in TABLE]
+    results = json.loads(python(CONFIGURED, json.dumps(asked)).stdout)
+    for (options, _, made, warned), found in zip(TABLE, results, strict=True):
+        if isinstance(made, int):
+            assert found["made"] == made, options
+        else:
+            assert made in found["made"], options
+            assert "restart the kernel" in found["made"]
+            assert "\n" not in found["made"]
+        # One line for all that is too late, and none where nothing is.
+        assert len(found["warned"]) == (warned is not None), options
+        if warned is not None:
+            assert warned in found["warned"][0]
+            assert "restart the kernel" in found["warned"][0]
+
+
+@pytest.mark.parametrize(("num_cpus", "names"), [(1, ["first"]), (2, ["first", "second"])])
+def test_a_run_trains_after_tensorflow_was_used(
+    num_cpus: int, names: list[str], tmp_path: Path
+) -> None:
+    options = [
+        *("--data", prepare_discs(tmp_path), "--output", str(tmp_path / "runs"), "--epochs", "1"),
+        *("--global-batch-size", "4", "--cpu-replicas", str(num_cpus), "--threads", "0"),
+        *("--model.num-layers", "2", "--model.base-filters", "4", "--model.base-kernels", "3,3"),
+        *("--no-tensorboard", "--no-progress", "--prediction-images", "0"),
+    ]
+    # The second has other shapes.
+    other = {"first": [], "second": ["--model.base-filters", "8"]}
+    runs = [[*options, "--name", name, *other[name]] for name in names]
+    done = python(TRAINED, str(num_cpus), json.dumps(runs))
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == [0] * len(names), done.stderr
+    assert not re.search("too late|Collective ops", done.stderr)
+    for name in names:
+        folder = tmp_path / "runs" / name
+        assert json.loads((folder / "environment.json").read_text())["replicas"] == num_cpus
+        assert json.loads((folder / "outcome.json").read_text())["status"] == "finished"
