@@ -76,6 +76,7 @@ from job.predict import (
 from job.regions import FILE_NAME, ClassFit, FittedOn, RegionTally, SmallRegions
 from job.run import standing
 from job.splits import open_folded, split_words
+from job.stored import read_json
 from job.trained import TrainedRun, load_model, member_of, open_alike
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,12 @@ class Evaluator:
         """Whether cases may be larger than the network."""
         return self.dataset.manifest.geometry == "tile" and not self.is_by_tile
 
+    @property
+    def num_windows(self) -> int:
+        """Windows that one device predicts at once: what a replica's network holds at once."""
+        num_replicas = self.strategy.num_replicas_in_sync
+        return max(1, self.config.global_batch_size // num_replicas // self.config.accumulate)
+
     def pictures_of(self, split: Split) -> tuple[Picture, ...]:
         """Returns the cases of `split`."""
         return pictures_of(split, is_by_tile=self.is_by_tile)
@@ -144,7 +151,7 @@ class Evaluator:
             self.dataset.manifest,
             alive=alive,
             overlap=self.overlap,
-            batch_size=max(1, self.config.global_batch_size // self.config.accumulate),
+            batch_size=self.num_windows,
         )
 
     def mask_of(self, image: np.ndarray, alive: Alive = not_told) -> Ids:
@@ -612,7 +619,11 @@ class EvaluateConfig(PredictConfig):
         "Predict no regions below a size, which is fitted on the validation split and written to "
         "small_regions.json.",
     )
-    batch_size: int | None = option(None, "Cases per step; unset: the run's batch.", ge=1)
+    batch_size: int | None = option(
+        None,
+        "Cases per step, over all devices; unset: on each device what each held in training.",
+        ge=1,
+    )
     cpu_replicas: int = option(1, "Mirrored replicas on a machine without a GPU.", ge=1)
     progress: bool = option(True, "Show a progress bar on a terminal.")
 
@@ -648,7 +659,7 @@ def evaluate_run(
     """
     from job.step import network_of
 
-    settings = resolve_config(run, config)
+    settings = resolve_config(run, config, strategy.num_replicas_in_sync, others)
     split = dataset.split(config.split)
     target = _target(run, config)
     with strategy.scope():
@@ -747,16 +758,35 @@ def _fit_regions(evaluator: Evaluator, *, shown: bool) -> tuple[tuple[ClassFit, 
     return fits, fitted_on
 
 
-def resolve_config(run: TrainedRun, config: EvaluateConfig) -> TrainConfig:
-    """Returns the run's config with the batch and the devices of this evaluation."""
-    batch_size = config.batch_size or run.config.global_batch_size
-    changes: dict[str, Any] = {
-        "global_batch_size": batch_size,
-        "cpu_replicas": config.cpu_replicas,
-    }
+def resolve_config(
+    run: TrainedRun, config: EvaluateConfig, num_devices: int, others: Sequence[TrainedRun] = ()
+) -> TrainConfig:
+    """Returns the run's config with the batch and the devices of this evaluation.
+
+    Each device gets what a replica held in training, in as many micro-batches; of several runs, of
+    that which held the fewest pictures at once. More may not fit into its memory.
+    """
+    changes: dict[str, Any] = {"cpu_replicas": config.cpu_replicas}
+    if config.batch_size is not None:
+        changes["global_batch_size"] = config.batch_size
+    else:
+        local, accumulate = min(
+            (_held_batch(each) for each in (run, *others)), key=lambda held: held[0] // held[1]
+        )
+        changes |= {"global_batch_size": local * num_devices, "accumulate": accumulate}
     if config.overlap is not None:
         changes["window_overlap"] = config.overlap
     return run.config.model_copy(update=changes)
+
+
+def _held_batch(run: TrainedRun) -> tuple[int, int]:
+    """Returns the batch that a replica of `run` held, and its micro-batches.
+
+    A run that does not tell its replicas counts as one of a single replica.
+    """
+    environment = read_json(run.store, "environment.json", "restore it, or give --batch-size") or {}
+    local = run.config.global_batch_size // int(environment.get("replicas", 1))
+    return max(1, local), run.config.accumulate
 
 
 def dataset_of(run: TrainedRun, url: str | None, others: Sequence[TrainedRun] = ()) -> Dataset:
@@ -830,7 +860,8 @@ def command(run: str, **options: Any) -> int:
 
         if config.needs_gpu:
             runtime.require_gpu()
-        strategy = runtime.configure(resolve_config(trained, config))
+        num_devices = runtime.num_devices(config.cpu_replicas)
+        strategy = runtime.configure(resolve_config(trained, config, num_devices, others))
         evaluation, url = evaluate_run(trained, dataset, strategy, config, others)
     show_summary(evaluation.summary)
     click.echo(f"tables and pictures: {url}")

@@ -29,6 +29,7 @@ from job.evaluate import (
     evaluate_run,
     main,
     make_evaluator,
+    resolve_config,
 )
 from job.infer import InferConfig, infer
 from job.measures import Scale, nothing_predicted
@@ -36,7 +37,7 @@ from job.optimizer import Adam
 from job.pictures import Picture
 from job.report import write_report
 from job.run import Run
-from job.step import network_of
+from job.step import Network, network_of
 from job.train import show_end
 from job.trained import fetch_checkpoint, load_model, open_alike, open_trained
 from tests.job.discs import prepare_discs
@@ -397,6 +398,59 @@ def test_ensemble_predicts_the_mean_of_its_runs(own_run: Path, tmp_path: Path) -
         counts = [np.sum((truths[index] == t) & (expected == p)) for t, p in pairs]
         assert evaluation.counts[index, 1].tolist() == counts
     assert num_differing.min() > 0, num_differing
+
+
+def seen_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns the list to which each network adds how many pictures it is given at once."""
+    sizes: list[int] = []
+
+    def watched(*arguments: Any) -> Network:
+        network = network_of(*arguments)
+
+        def told(images: tf.Tensor) -> tf.Tensor:
+            sizes.append(images.shape[0])
+            return network(images)
+
+        return told
+
+    monkeypatch.setattr("job.step.network_of", watched)
+    return sizes
+
+
+def test_a_device_gets_what_a_replica_held_in_training(
+    evaluated: Path, own_run: Path, two_cpus: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # As if four replicas had trained it, each with 4 pictures of a batch of 16, two at a time.
+    path = own_run / "config.yaml"
+    text = path.read_text().replace("global_batch_size: 1\n", "global_batch_size: 16\n")
+    path.write_text(text.replace("accumulate: 1\n", "accumulate: 2\n"))
+    environment = json.loads((own_run / "environment.json").read_text())
+    environment["replicas"] = 4
+    (own_run / "environment.json").write_text(json.dumps(environment))
+
+    run, config = open_trained(str(own_run)), EvaluateConfig(progress=False)
+    assert resolve_config(run, config, 2).global_batch_size == 8
+    sizes = seen_sizes(monkeypatch)
+    found = evaluate_run(run, dataset_of(run, None), two_cpus, config)[1]
+    assert set(sizes) == {1, 2}  # a case of the network's size is measured alone
+    assert rows_of(Path(found)) == rows_of(evaluated)
+    loss = summary_of(evaluated)["loss"]
+    assert summary_of(Path(found))["loss"] == pytest.approx(loss, rel=1e-5)
+
+    # What is asked for is spread over the devices, and windows with it.
+    sizes.clear()
+    asked = EvaluateConfig(progress=False, batch_size=4, output=str(tmp_path / "asked"))
+    evaluate_run(run, dataset_of(run, None), two_cpus, asked)
+    assert set(sizes) == {1}
+
+    # Of two runs, the one that held less says how many.
+    less = replace(run, config=run.config.model_copy(update={"accumulate": 4}))
+    both = resolve_config(run, config, 3, [less])
+    assert (both.global_batch_size, both.accumulate) == (12, 4)
+
+    # An earlier version may not have told its replicas: then there was one.
+    (own_run / "environment.json").unlink()
+    assert resolve_config(run, config, 2).global_batch_size == 32
 
 
 def test_command_refuses_another_dataset(

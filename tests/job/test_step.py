@@ -213,18 +213,20 @@ def test_evaluation_step_counts_every_pixel_of_a_case(
     assert np.all(counts.sum(axis=2) == SIDE * SIDE)
 
 
+@pytest.mark.parametrize(("devices", "accumulate"), [("one_cpu", 2), ("two_cpus", 1)])
 def test_evaluations_and_windows_go_through_the_network_in_the_same_parts(
-    one_cpu: Any, tmp_path: Path
+    request: pytest.FixtureRequest, tmp_path: Path, devices: str, accumulate: int
 ) -> None:
     dataset = open_dataset(prepare_discs(tmp_path))
-    config = TrainConfig(global_batch_size=4, accumulate=2)
+    config = TrainConfig(global_batch_size=4, accumulate=accumulate)
     sizes: list[int] = []
 
     def network(images: tf.Tensor) -> tf.Tensor:
         bright = tf.cast(images, tf.float32) - 128
         return tf.concat([-bright, bright], axis=-1)
 
-    evaluator = make_evaluator(config, one_cpu, dataset, told_size(network, sizes))
+    strategy = request.getfixturevalue(devices)
+    evaluator = make_evaluator(config, strategy, dataset, told_size(network, sizes))
     reader = open_reader(dataset, dataset.split("valid"), cache="full", cache_dir=None)
     assert evaluator.evaluate("valid", reader).summary["foreground_mean"]["dice"] > 0.5
     assert set(sizes) == {2}
