@@ -262,8 +262,10 @@ class TrainConfig(Settings):
     random_streams: int = option(
         2, "Version of what is drawn from the seed; 1: as version 0.1.0 did.", ge=1, le=2
     )
-    precision: Literal["auto", "float32", "mixed_bfloat16", "float64"] = option(
-        "auto", "Arithmetic; auto: mixed_bfloat16 where the hardware computes it, else float32."
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16", "float64"] = option(
+        "auto",
+        "Arithmetic. auto: mixed_bfloat16 where the hardware computes it; mixed_float16, with a "
+        "dynamic loss scale, on GPUs of compute capability 7.0 to 7.5; else float32.",
     )
     deterministic: bool = option(
         False, "Bitwise the same result every time, at some cost in speed."

@@ -77,7 +77,8 @@ def build_flexunet(
     image = keras.Input(image_shape, name="image")  # (B, H, W, C)
     x = keras.layers.Rescaling(
         1.0 / value_max if config.input_scaling == "unit" else 1.0,
-        dtype=policy,
+        # Pixels of 16 bits are beyond float16 until they are scaled.
+        dtype="float32" if policy.compute_dtype == "float16" else policy,
         name="input_scaling",
     )(image)
     skips = []

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from data_prep.errors import ContentError
 from job.config import OptimizerConfig
+from job.loss_scale import LossScale
 
 
 class Adam:
@@ -22,12 +23,19 @@ class Adam:
     AdamW shrinks the weight by `learning_rate * weight_decay` before the update.
     """
 
-    def __init__(self, config: OptimizerConfig, weights: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        weights: Sequence[Any],
+        loss_scale: LossScale | None = None,
+    ) -> None:
         """Creates zero moments for `weights`; call it inside the strategy's scope.
 
         Args:
             weights: trainable Keras variables, in the order in which gradients will come.
+            loss_scale: with which these are computed; saved and restored with the moments.
         """
+        self.loss_scale = loss_scale
         self._config = config
         self._weights = [weight.value for weight in weights]
         self._names = [f"{index:04d}" for index in range(len(weights))]
@@ -69,22 +77,25 @@ class Adam:
 
     @property
     def variables(self) -> list[Any]:
-        """The moments, as TensorFlow variables."""
-        return [*self._first, *self._second]
+        """The moments and the loss scale, as TensorFlow variables."""
+        return list(self.named_variables().values())
 
     def named_variables(self) -> dict[str, Any]:
-        """Returns the moments' variables by name: `first/0000`, `second/0000`, ... per weight."""
+        """Returns the variables by name: `first/0000`, `second/0000`, ... per weight.
+
+        With a loss scale, those of `LossScale.named_variables` too.
+        """
         moments: dict[str, Any] = {}
         for name, first, second in zip(self._names, self._first, self._second, strict=True):
             moments[f"first/{name}"] = first
             moments[f"second/{name}"] = second
-        return moments
+        return moments | (self.loss_scale.named_variables() if self.loss_scale else {})
 
     def load_state(self, moments: Mapping[str, np.ndarray], *, source: str) -> None:
-        """Sets the moments.
+        """Sets the moments, and the loss scale where there is one.
 
         Raises:
-            ContentError: names or shapes are not those of these weights.
+            ContentError: names or shapes are not those of these weights, or no loss scale is there.
         """
         for kind, variables in (("first", self._first), ("second", self._second)):
             for name, variable in zip(self._names, variables, strict=True):
@@ -96,6 +107,8 @@ class Adam:
                         f"{tuple(variable.shape)}; it belongs to another model"
                     )
                 variable.assign(value)
+        if self.loss_scale:
+            self.loss_scale.load_state(moments, source=source)
 
     def _clipped(self, gradient: tf.Tensor) -> tf.Tensor:
         if self._config.clipnorm:

@@ -181,6 +181,9 @@ def _headline(
     status = _STANDINGS.get(found, found)
     if outcome and outcome.get("stopped_early"):
         status += f" ({stopped_early_words(outcome['epochs'], outcome['best']['epoch'])})"
+    if outcome and outcome.get("skipped_steps"):
+        number = counted(outcome["skipped_steps"], "training step")
+        status += f" ({number} skipped, whose gradients overflowed float16)"
     if summary is None:
         return f"<p>Status: {_text(status)}.</p>"
     if not has_foreground(summary):

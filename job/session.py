@@ -7,6 +7,7 @@ one and computes the same; that of the first has a recorder too.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from data_prep.errors import DivergedError, StoppedError, UsageError
+from data_prep.words import counted
 from job.config import TrainConfig
 from job.data import (
     Dataset,
@@ -26,6 +28,7 @@ from job.data import (
 )
 from job.evaluate import Evaluation, Evaluator, make_evaluator, means_of
 from job.exchange import NOMINAL_FLOPS_PER_BYTE, Plan, make_plan, measured_flops_per_byte
+from job.loss_scale import MOST_SKIPPED, loss_scale_for
 from job.losses import is_mean
 from job.metrics import RunningSums
 from job.optimizer import Adam
@@ -36,7 +39,7 @@ from job.run import ORIGIN_NAME, Run
 from job.runtime import why_not_xla
 from job.schedule import EarlyStopping, PlateauReducer, rate_factor, stopped_early_words
 from job.state import TrainState
-from job.step import make_train_step, network_of
+from job.step import SKIPPED, Sums, make_train_step, network_of
 from job.team import Team
 from job.trained import initialize_from, model_for
 
@@ -62,6 +65,7 @@ class Session:
     alive: Alive  # told in this process of parts of work that takes long
     attempt: int = 0  # of the run, known from `restore` on
     init_from: list[dict[str, str]] = dataclasses.field(default_factory=list)  # likewise
+    skipped_in_row: int = 0  # steps until now, see `LossScale`
 
     @property
     def num_steps(self) -> int:
@@ -72,6 +76,11 @@ class Session:
     def is_in_trouble(self) -> bool:
         """Whether this process must end: `end_stopped` says why."""
         return self.recorder is not None and self.recorder.is_in_trouble
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether no loss scale keeps the gradient finite: `end_diverged` says so."""
+        return self.skipped_in_row >= MOST_SKIPPED
 
     def restore(self) -> TrainState:
         """Returns the state of the newest verified checkpoint, or of a new run."""
@@ -110,7 +119,7 @@ class Session:
         return origin
 
     def train_steps(self, state: TrainState) -> Iterator[tuple[float, int]]:
-        """Does the rest of the epoch in progress; yields (loss, images) of every update."""
+        """Does the rest of the epoch in progress; yields (loss, images) of every step."""
         split = self.dataset.split("train")
         order = epoch_order(
             split.has_foreground,
@@ -133,23 +142,41 @@ class Session:
         )
         running = RunningSums()
         running.load_state(state.sums)
+        skipped_before = state.skipped
 
         for batch in one_ahead(batches):
             # Tensors, because a Python number would be compiled into a step of its own.
-            step = tf.constant(state.step, tf.int64)
+            step = tf.constant(state.updates, tf.int64)
             sums = self.train_step(batch, step, tf.constant(self._rate(state), tf.float64))
+            self._count_skipped(state, sums)
             running.add(sums)
             state.sums = running.state()
             state.step += 1
             state.step_in_epoch += 1
             total, count = sums["loss"]
             yield float(total) / float(count), int(count)
+        self._tell_skipped(state, state.skipped - skipped_before)
+
+    def _count_skipped(self, state: TrainState, sums: Sums) -> None:
+        """Takes out of `sums` whether the step was skipped, and counts it."""
+        total, count = sums.pop(SKIPPED, (0, 1))
+        self.skipped_in_row = int(float(total) / float(count))
+        state.skipped += self.skipped_in_row > 0
+
+    def _tell_skipped(self, state: TrainState, number: int) -> None:
+        scale = self.optimizer.loss_scale
+        if number and scale is not None and self.team.is_first:
+            logger.info(
+                "epoch %d: %s skipped, whose gradients overflowed float16; the loss scale is now "
+                "%g",
+                *(state.epoch + 1, counted(number, "step"), scale.value),
+            )
 
     def _rate(self, state: TrainState, offset: int = 0) -> float:
-        """Returns the learning rate of the step that comes next, or `offset` steps from it."""
+        """Returns the learning rate of the update that comes next, or `offset` from it."""
         settings = self.config.schedule
         return state.learning_rate * rate_factor(
-            max(0, state.step + offset),
+            max(0, state.updates + offset),
             steps_per_epoch=self.num_steps,
             epochs=self.config.epochs,
             warmup_epochs=settings.warmup_epochs,
@@ -225,10 +252,15 @@ class Session:
 
     def end_diverged(self, state: TrainState, loss: float) -> DivergedError:
         """Ends the run for good and returns what to raise."""
+        remedy = "lower --optimizer.learning-rate or give --model.input-scaling=unit"
+        problem = f"the loss became {loss}"
+        if self.is_stuck and math.isfinite(loss):
+            problem = f"the gradient was not finite in {self.skipped_in_row} steps in a row"
+        if self.optimizer.loss_scale is not None:
+            remedy += ", or train a run with --precision float32"
         reason = (
-            f"{self.config.output}/{self.config.name}: the loss became {loss} in epoch "
-            f"{state.epoch + 1}, step {state.step_in_epoch}; lower --optimizer.learning-rate or "
-            "give --model.input-scaling=unit"
+            f"{self.config.output}/{self.config.name}: {problem} in epoch {state.epoch + 1}, step "
+            f"{state.step_in_epoch}; {remedy}"
         )
         self._write_outcome("diverged", DivergedError.exit_code, {"reason": reason})
         return DivergedError(reason)
@@ -276,6 +308,7 @@ class Session:
             "epochs": state.epoch,
             "stopped_early": state.stopped_early,
             "best": state.best,
+            "skipped_steps": state.skipped,
             "evaluation": dict(evaluation.summary) if evaluation else {},
         }
         if self.recorder is not None and evaluation is not None:
@@ -352,7 +385,8 @@ def open_session(
     """
     with strategy.scope():
         model = model_for(config, dataset.manifest)
-        optimizer = Adam(config.optimizer, model.trainable_variables)
+        scale = loss_scale_for(config.precision)
+        optimizer = Adam(config.optimizer, model.trainable_variables, scale)
     evaluator = make_evaluator(
         config, strategy, dataset, network_of([model]), first_replica=team.first_replica
     )

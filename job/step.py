@@ -26,6 +26,8 @@ Metrics = Mapping[str, Callable[..., tuple[tf.Tensor, tf.Tensor]]]
 Network = Callable[[tf.Tensor], tf.Tensor]  # stored pixels (B, H, W, C) -> logits (B, H, W, K)
 Sums = dict[str, tuple[tf.Tensor, tf.Tensor]]  # name -> (sum, count), () float64 each
 
+SKIPPED = "skipped_in_row"  # among the sums of a training step with a loss scale
+
 
 @dataclass(frozen=True)
 class _Backward:
@@ -52,7 +54,8 @@ def make_train_step(
 ) -> Callable[[Batch, tf.Tensor, tf.Tensor], Sums]:
     """Returns the compiled `train_step(batch, step, learning_rate) -> sums`.
 
-    `sums` has an entry for `loss` and one for every metric.
+    `sums` has an entry for `loss` and one for every metric. Where `optimizer` has a loss scale it
+    has one for `SKIPPED`, too: how many steps in a row were skipped until now, 0 after an update.
 
     Args:
         plan: how gradients are exchanged, the same on all replicas; None: by all-reduce.
@@ -64,6 +67,8 @@ def make_train_step(
     """
     exchange = Exchange(model, plan)
     compiled = _compiled(model)
+    scale = optimizer.loss_scale
+    names = ["loss", *metrics, *([SKIPPED] if scale else [])]
 
     def forward(part: Batch) -> tf.Tensor:
         if uses_xla:
@@ -85,11 +90,12 @@ def make_train_step(
         return tf.zeros((*part["mask"].shape, model.output_shape[-1]), model.outputs[0].dtype)
 
     def backward(part: Batch, global_sum: GlobalSum) -> tuple[_Backward, tf.Tensor]:
-        """Returns what was found, and the loss."""
+        """Returns what was found, of the scaled loss, and the loss."""
         with exchange.recorded() as factors, tf.GradientTape() as tape:
             logits = forward(part)
             value = loss_of(part, logits, global_sum)
-        share = exchange.share(tape, value, factors)
+            scaled = scale.scaled(value) if scale else value
+        share = exchange.share(tape, scaled, factors)
         return _Backward(share, _metric_sums(part, logits, metrics)), value
 
     def accumulated(batch: Batch) -> tuple[_Backward, tf.Tensor]:
@@ -110,18 +116,31 @@ def make_train_step(
         true_sums = part_of(replica_sum(tf.add_n(seen)))
         return done, loss_of(parts[0], no_logits(parts[0]), true_sums)
 
+    def update(
+        gradients: list[tf.Tensor], step: tf.Tensor, learning_rate: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """Updates the weights; returns the sums of `SKIPPED`, (2,) float64, where there are any."""
+        if scale is None:
+            optimizer.apply(gradients, step=step, learning_rate=learning_rate)
+            return []
+        skipped = scale.apply(
+            gradients,
+            lambda found: optimizer.apply(found, step=step, learning_rate=learning_rate),
+        )
+        return [tf.stack([tf.cast(skipped, tf.float64), tf.constant(1.0, tf.float64)])]
+
     def replica_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> tf.Tensor:
         # `replica_sum` passes gradients through, so each replica's are its part of the global ones.
         is_whole = num_micro_batches == 1
         done, value = backward(batch, replica_sum) if is_whole else accumulated(batch)
-        optimizer.apply(exchange.gradients(done.share), step=step, learning_rate=learning_rate)
-        return tf.concat([_loss_sums(value, batch), done.metric_sums], axis=0)
+        skipped = update(exchange.gradients(done.share), step, learning_rate)
+        return tf.concat([_loss_sums(value, batch), done.metric_sums, *skipped], axis=0)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def train_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> Sums:
         with exchange.tapped():
             sums = strategy.run(replica_step, (batch, step, learning_rate))
-        return _reduced(strategy, sums, metrics)
+        return _reduced(strategy, sums, names)
 
     return train_step
 
@@ -222,7 +241,7 @@ def make_evaluation_step(
     @tf.function(reduce_retracing=True, autograph=False)
     def evaluation_step(batch: Batch) -> tuple[Sums, tf.Tensor]:
         sums, counts = strategy.run(replica_step, (batch,))
-        return _reduced(strategy, sums, metrics), strategy.gather(counts, axis=0)
+        return _reduced(strategy, sums, ["loss", *metrics]), strategy.gather(counts, axis=0)
 
     return evaluation_step
 
@@ -297,8 +316,7 @@ def _metric_sums(batch: Batch, logits: tf.Tensor, metrics: Metrics) -> tf.Tensor
     return tf.stack(values) if values else tf.zeros((0,), tf.float64)
 
 
-def _reduced(strategy: tf.distribute.Strategy, sums: Any, metrics: Metrics) -> Sums:
+def _reduced(strategy: tf.distribute.Strategy, sums: Any, names: Sequence[str]) -> Sums:
     """Returns the sums over all replicas by name; one exchange for all of them."""
     total = tf.unstack(strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None))
-    names = ["loss", *metrics]
     return {name: (total[2 * i], total[2 * i + 1]) for i, name in enumerate(names)}

@@ -90,7 +90,8 @@ def train_and_evaluate(
     Raises:
         UsageError: no dataset, or the run was begun with another one or other settings.
         StoppedError: `should_stop` answered yes in one process; a checkpoint was written.
-        DivergedError: the loss is not finite; the outcome was written.
+        DivergedError: the loss, or with every scale its gradient, is not finite; the outcome was
+            written.
         LockedError, StorageError: the run was lost, or could not be stored.
     """
     team = team or Team(strategy)
@@ -132,7 +133,7 @@ def train_and_evaluate(
             for loss, num_images in session.train_steps(state):
                 clock.tick(num_images)
                 report(_step_event(session, state, loss, clock, num_images))
-                if not math.isfinite(loss):
+                if not math.isfinite(loss) or session.is_stuck:
                     raise end(session.end_diverged, state, loss)
                 if is_over():
                     raise end(session.end_stopped, state)

@@ -218,5 +218,17 @@ def test_mixed_precision_keeps_logits_in_float32() -> None:
     assert model.layers[2].compute_dtype == "bfloat16"
 
 
+def test_pixels_of_16_bits_are_scaled_before_float16_sees_them() -> None:
+    pixels = np.random.default_rng(0).integers(0, 2**16, (1, 8, 8, 1)).astype(np.float32)
+    pixels[0, 0, 0] = 65535.0  # float16 ends at 65504
+    options = {"image_shape": (8, 8, 1), "num_classes": 2, "value_max": 65535.0, "seed": 1}
+    exact, half = (
+        build_model(SMALL, precision=precision, **options)(pixels)
+        for precision in ("float32", "mixed_float16")
+    )
+    assert half.dtype == "float32"
+    assert np.allclose(exact, half, rtol=0, atol=0.01)
+
+
 def build_small() -> keras.Model:
     return build_model(SMALL, image_shape=(8, 8, 1), num_classes=2)
