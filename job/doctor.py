@@ -102,7 +102,7 @@ def python_check(version: tuple[int, ...], system: str) -> Check:
 
 def tensorflow_checks() -> list[Check]:
     """Returns the checks that need TensorFlow: its version, GPU and precision."""
-    from job.runtime import import_tensorflow, resolve_precision, supports_bfloat16
+    from job.runtime import import_tensorflow, resolve_precision
 
     try:
         tf = import_tensorflow()
@@ -112,13 +112,15 @@ def tensorflow_checks() -> list[Check]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return [Check("TensorFlow", "failed", reason[:200], "install again: uv sync --locked", 2)]
     precision = resolve_precision("auto")
-    arithmetic = "computes" if supports_bfloat16() else "does not compute"
+    arithmetic = {
+        "mixed_bfloat16": "the hardware computes bfloat16 natively",
+        "mixed_float16": "the GPU computes float16 natively, and no bfloat16",
+        "float32": "the hardware does not compute bfloat16 natively",
+    }[precision]
     return [
         Check("TensorFlow", "ok", f"{tf.__version__}, Keras {keras.__version__}"),
         _gpu_check(tf),
-        Check(
-            "precision", "ok", f"auto is {precision}: the hardware {arithmetic} bfloat16 natively"
-        ),
+        Check("precision", "ok", f"auto is {precision}: {arithmetic}"),
     ]
 
 

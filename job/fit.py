@@ -6,13 +6,15 @@ from job.config import TrainConfig, check_class_weights, check_ssim_sides
 from job.data import Dataset
 from job.predict import window_overlap
 
+FLOAT16_MAX = 65504.0
+
 
 def check_fit(config: TrainConfig, dataset: Dataset) -> None:
     """Refuses a dataset on which `config` cannot train.
 
     Raises:
-        UsageError: sides, channels, classes, their weights or the overlap of windows do not fit,
-            or a split that is needed is empty.
+        UsageError: sides, channels, classes, their weights, the precision or the overlap of windows
+            do not fit, or a split that is needed is empty.
     """
     for name in ("train", "valid"):
         dataset.split(name)
@@ -20,6 +22,8 @@ def check_fit(config: TrainConfig, dataset: Dataset) -> None:
     check_class_weights(config.loss.class_weights, num_outputs(config, manifest))
     height, width, _ = shape = image_shape(config, manifest)
     check_sides(shape, config.model.num_layers)
+    if config.precision == "mixed_float16":
+        check_float16(input_max(config, manifest))
     if config.loss.name == "basnet_hybrid":
         check_ssim_sides(height, width)
     if manifest.geometry == "tile":
@@ -41,6 +45,11 @@ def image_shape(config: TrainConfig, manifest: Manifest) -> tuple[int, int, int]
     return manifest.image_height, manifest.image_width, channels
 
 
+def input_max(config: TrainConfig, manifest: Manifest) -> float:
+    """Returns the largest number that the network's first convolution can be given."""
+    return 1.0 if config.model.input_scaling == "unit" else float(manifest.value_max)
+
+
 def num_outputs(config: TrainConfig, manifest: Manifest) -> int:
     """Returns the channels of the head: one per class, or 1 for a sigmoid output.
 
@@ -54,6 +63,19 @@ def num_outputs(config: TrainConfig, manifest: Manifest) -> int:
         f"--model.num-classes={wanted}: the dataset has {found} classes "
         f"({', '.join(each.name for each in manifest.classes)}); leave --model.num-classes out"
     )
+
+
+def check_float16(largest: float) -> None:
+    """Refuses inputs of the network that float16 cannot hold.
+
+    Raises:
+        UsageError: names what `largest` is.
+    """
+    if largest > FLOAT16_MAX:
+        raise UsageError(
+            f"--precision=mixed_float16: pixels of up to {largest:g} are beyond float16's largest "
+            f"number, {FLOAT16_MAX:g}; give --model.input-scaling=unit or --precision=float32"
+        )
 
 
 def check_sides(shape: tuple[int, int, int], num_layers: int) -> None:

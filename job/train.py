@@ -27,7 +27,7 @@ from data_prep.words import counted
 from job.config import PRESETS, TrainConfig, identity_of, values_of_identity
 from job.data import Dataset
 from job.evaluate import show_summary
-from job.fit import check_fit
+from job.fit import check_fit, input_max
 from job.folds import cross_validate, fold_configs, own_process, show_folds
 from job.origin import check_origin
 from job.predict import Alive, not_told
@@ -398,7 +398,8 @@ def _train(
             if wished == "auto":
                 # A run goes on as it began, on whatever it is resumed.
                 wished = team.on_first(lambda: stored_precision(run)) or wished
-            precisions = team.on_each(lambda: runtime.resolve_precision(wished))
+            largest = input_max(config, dataset.manifest)
+            precisions = team.on_each(lambda: runtime.resolve_precision(wished, largest))
             # Machines of two kinds share what both compute natively.
             precision = precisions[0] if len(set(precisions)) == 1 else "float32"
             config = config.model_copy(update={"precision": precision})

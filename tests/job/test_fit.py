@@ -1,5 +1,6 @@
 """Networks and datasets that do not go together."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(prepare_discs(tmp_path_factory.mktemp("discs")))
 
 
-def config(**model: int) -> TrainConfig:
+def config(**model: int | str) -> TrainConfig:
     return TrainConfig(model=ModelConfig.model_validate({"num_layers": 3} | model))
 
 
@@ -80,3 +81,14 @@ def test_a_run_is_not_begun_with_what_does_not_fit(dataset: Dataset, tmp_path: P
     options = ["--data", dataset.url, "--output", str(tmp_path), "--name", "new"]
     assert main(["--local", *options, "--model.num-layers", "7"]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pixels_that_float16_cannot_hold_are_refused(dataset: Dataset) -> None:
+    deep = replace(dataset, manifest=dataset.manifest.model_copy(update={"value_max": 65535}))
+    half = config().model_copy(update={"precision": "mixed_float16"})
+    check_fit(half, deep)
+    as_stored = half.model_copy(update={"model": config(input_scaling="none").model})
+    check_fit(as_stored, dataset)
+    with pytest.raises(UsageError, match="pixels of up to 65535 are beyond float16's largest"):
+        check_fit(as_stored, deep)
+    check_fit(as_stored.model_copy(update={"precision": "float32"}), deep)
