@@ -39,19 +39,21 @@ def _lines_of_python(shown: object) -> Iterator[None]:
     if not _is_descriptor_2(before):
         yield
         return
-    handlers = [
-        handler
-        for handler in logging.getLogger().handlers
-        if isinstance(handler, logging.StreamHandler) and handler.stream is before
-    ]
     with contextlib.redirect_stderr(shown):  # type: ignore[type-var]
-        for handler in handlers:
-            handler.setStream(shown)
+        _move_handlers(before, shown)
         try:
             yield
         finally:
-            for handler in handlers:
-                handler.setStream(before)
+            # Those too that an imported library has made meanwhile: `shown` is closed soon.
+            _move_handlers(shown, before)
+
+
+def _move_handlers(old: object, new: object) -> None:
+    """Gives the log handlers that write to the stream `old` the stream `new`."""
+    for logger in [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]:
+        for handler in getattr(logger, "handlers", []):  # a placeholder has none
+            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+                handler.setStream(new)
 
 
 def _is_descriptor_2(stream: object) -> bool:

@@ -32,6 +32,18 @@ def test_only_what_does_not_come_from_python_is_held_back() -> None:
     assert lines == [*inside, "noise after", *after]
 
 
+def test_a_logger_that_came_inside_still_has_its_stream_after() -> None:
+    lines = stderr_of("""
+    logger = logging.getLogger("library")
+    logger.propagate = False
+    with held_back_stderr(shown_on_error=True):
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+        logger.warning("inside")
+    logger.warning("after")
+    """)
+    assert lines == ["inside", "after"]
+
+
 @pytest.mark.parametrize("shown", [True, False])
 def test_a_failure_shows_it_where_that_is_wished(shown: bool) -> None:
     lines = stderr_of(f"""
