@@ -9,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+# A run that is only to show that a script still works must not overwrite what was measured.
+RESULTS = Path(os.environ.get("FLEXUNET_BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -40,7 +41,7 @@ def shown(values: Sequence[float], digits: int = 2) -> str:
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:
-    """Writes `results/<name>.json`."""
-    RESULTS.mkdir(exist_ok=True)
+    """Writes `<name>.json` into `benchmarks/results`, or into $FLEXUNET_BENCHMARK_RESULTS."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2) + "\n"
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")

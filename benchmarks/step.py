@@ -35,9 +35,11 @@ from machine import describe_machine, shown, write_result
 
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
 from job.runtime import supports_bfloat16
+from job.team import Team
 
 WAYS = ("ours", "naive", "reference", "pinned")
 LAYER_REPEATS = 3
+MATMUL_SIZE = 4096  # side of the matrices that are multiplied
 LEARNING_RATE = 1e-4
 
 
@@ -54,18 +56,24 @@ def convolution_flops(model: Any) -> int:
     return total
 
 
-def matmul_flops_per_s(tf: Any, dtype: Any, size: int = 4096) -> float:
-    """Returns the rate of one `size`³ multiplication, FLOP/s."""
+def matmul_flops_per_s(tf: Any, dtype: Any, size: int = MATMUL_SIZE, count: int = 1) -> float:
+    """Returns the rate of `count` multiplications of `size` x `size` matrices, FLOP/s.
+
+    One element is read back at the end: all of them would take a GPU longer than the product.
+    """
     a, product = _matmul(tf, dtype, size)
     started = time.perf_counter()
-    product(a, a).numpy()
-    return float(2 * size**3 / (time.perf_counter() - started))
+    for _ in range(count):
+        last = product(a, a)
+    last.numpy()
+    return float(count * 2 * size**3 / (time.perf_counter() - started))
 
 
 @functools.cache
 def _matmul(tf: Any, dtype: Any, size: int) -> tuple[Any, Any]:
     a = tf.cast(tf.random.stateless_normal((size, size), (1, 2)), dtype)
-    product = tf.function(tf.matmul)
+    # Nothing in TensorFlow leaves out the elements that are not asked for.
+    product = tf.function(lambda a, b: tf.matmul(a, b)[0, 0])
     product(a, a).numpy()
     return a, product
 
@@ -80,15 +88,16 @@ def _matmul(tf: Any, dtype: Any, size: int) -> tuple[Any, Any]:
 @click.option("--layers/--no-layers", default=True, show_default=True, help="Each layer alone.")
 @click.option("--keep-memory", is_flag=True, help="Ours with the option of this name.")
 @click.option("--xla", default="off", show_default=True, help="Ours with it: auto, on, off.")
+@click.option("--matmul-size", default=MATMUL_SIZE, show_default=True, help="Side of matrices.")
 @click.option("--way", hidden=True, help="Set for the processes that this command starts.")
 def main(
     image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int, ways: str,
-    layers: bool, keep_memory: bool, xla: Any, way: str | None,
+    layers: bool, keep_memory: bool, xla: Any, matmul_size: int, way: str | None,
 ) -> None:  # fmt: skip
     """Measures the training step of the reference's INbreast network."""
     if way is not None:
         config = TrainConfig(global_batch_size=batch_size, keep_memory=keep_memory, xla=xla)
-        network = Network(image_size, precision, num_layers, config)
+        network = Network(image_size, precision, num_layers, config, matmul_size=matmul_size)
         print(json.dumps(network.work(way, repeats)))
         return
     if precision == "mixed_bfloat16" and not supports_bfloat16():
@@ -142,9 +151,17 @@ class Network:
     """The reference's INbreast network, and a batch for it."""
 
     def __init__(
-        self, image_size: int, precision: str, num_layers: int, config: TrainConfig
+        self,
+        image_size: int,
+        precision: str,
+        num_layers: int,
+        config: TrainConfig,
+        *,
+        matmul_size: int = MATMUL_SIZE,
+        num_matmuls: int = 1,
     ) -> None:
         self.config = config
+        self.matmul_size, self.num_matmuls = matmul_size, num_matmuls
         self.image_size, self.batch_size = image_size, config.global_batch_size
         self.precision, self.num_layers = precision, num_layers
 
@@ -157,7 +174,7 @@ class Network:
             self.tf = self.plain_tensorflow(*threads[way])
         else:
             self.configure()
-        self.dtype = self.tf.bfloat16 if self.precision == "mixed_bfloat16" else self.tf.float32
+        self.dtype = self.compute_dtype()
         works: dict[str, Callable[[int], dict[str, Any]]] = {
             "ours": self.ours, "naive": self.naive, "reference": self.reference,
             "pinned": self.reference, "layers": self.layers,
@@ -207,6 +224,16 @@ class Network:
     def flops(self, model: Any) -> int:
         """Returns the FLOPs of a step."""
         return 3 * convolution_flops(model) * self.batch_size
+
+    def compute_dtype(self) -> Any:
+        """Returns the dtype that its convolutions multiply."""
+        import keras
+
+        return self.tf.as_dtype(keras.DTypePolicy(self.precision).compute_dtype)
+
+    def matmul_flops_per_s(self) -> float:
+        """Returns the machine's rate of multiplication in this network's dtype, FLOP/s."""
+        return matmul_flops_per_s(self.tf, self.dtype, self.matmul_size, self.num_matmuls)
 
     def ours(self, repeats: int) -> dict[str, Any]:
         """Measures the step of this package."""
@@ -308,7 +335,7 @@ class Network:
             if not isinstance(layer, keras.layers.InputLayer)
         }
         total = sum(min(values) for values in times.values())
-        rate = max(matmul_flops_per_s(self.tf, self.dtype) for _ in range(repeats))
+        rate = max(self.matmul_flops_per_s() for _ in range(repeats))
         return {
             "best_s": {name: min(values) for name, values in times.items()},
             "sum_of_best_s": total,
@@ -368,7 +395,7 @@ class StepClock:
         """Ends it; its results must have been computed."""
         started, before = self._started
         step_s, now = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
-        rate = matmul_flops_per_s(self._network.tf, self._network.dtype)
+        rate = self._network.matmul_flops_per_s()
         self._rows.append(
             {
                 "step_s": step_s,
