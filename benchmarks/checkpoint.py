@@ -19,7 +19,7 @@ from machine import describe_machine, write_result
 from data_prep.pairs import find_sources
 from data_prep.phantoms import write_phantoms
 from data_prep.prep import PrepConfig, prepare
-from job.config import TrainConfig, identity_of
+from job.config import ModelConfig, TrainConfig, identity_of
 from job.data import open_dataset
 from job.run import Run
 from job.team import Team
@@ -32,10 +32,12 @@ _STEPS = 100  # between two saves, for the share of time; fewer are enough to me
 @click.option("--batch-size", default=2, show_default=True, help="Images per step.")
 @click.option("--steps-per-save", default=40, show_default=True, help="Steps between two saves.")
 @click.option("--saves", default=3, show_default=True, help="Checkpoints taken.")
+@click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
 @click.option("--output", help="Folder or gs:// URL of the run; none: a temporary folder.")
 def main(
-    image_size: int, batch_size: int, steps_per_save: int, saves: int, output: str | None
-) -> None:
+    image_size: int, batch_size: int, steps_per_save: int, saves: int, num_layers: int,
+    output: str | None,
+) -> None:  # fmt: skip
     """Measures the wait for checkpoints of the INbreast network."""
     from job import runtime
 
@@ -50,6 +52,7 @@ def main(
             epochs=10**6,
             global_batch_size=batch_size,
             precision="float32",
+            model=ModelConfig(num_layers=num_layers),
             prediction_images=0,
             tensorboard=False,
             keep_checkpoints=1,

@@ -12,8 +12,10 @@ worth reading, and nobody is measured silent.
 `--table` trains nothing: it prints what the plan's cost model says of more workers and networks.
 """
 
+import contextlib
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -40,13 +42,13 @@ TABLE_GBIT_PER_S = (1.0, 10.0)
 @click.option("--repeats", default=5, show_default=True, help="Turns; one more comes before them.")
 @click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
 @click.option("--num-workers", default=2, show_default=True, help="Processes.")
-@click.option("--port", default=41873, show_default=True, help="First of as many free ports.")
 @click.option("--table", is_flag=True, help="Only compute the table of the cost model.")
 @click.option("--gflops", default=60.0, show_default=True, help="Of a worker, for --table, per s.")
 @click.option("--rank", type=int, hidden=True, help="Set for the workers, started by this command.")
+@click.option("--addresses", default="", hidden=True, help="Likewise.")
 def main(
     image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int,
-    num_workers: int, port: int, table: bool, gflops: float, rank: int | None,
+    num_workers: int, table: bool, gflops: float, rank: int | None, addresses: str,
 ) -> None:  # fmt: skip
     """Measures how much of the workers' speed is left when they exchange gradients."""
     network = {
@@ -57,7 +59,7 @@ def main(
         write_and_print_table(network, gflops)
         return
     if rank is not None:
-        print(json.dumps(work(network, repeats, num_workers, port, rank)))
+        print(json.dumps(work(network, repeats, Place(rank, tuple(addresses.split(","))))))
         return
     measured = run_workers(num_workers)
     first = measured[0]
@@ -93,9 +95,10 @@ def main(
 def run_workers(num_workers: int) -> list[dict[str, Any]]:
     """Starts this command once per worker and returns what each measured."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    addresses = ",".join(free_addresses(num_workers))
     workers = [
         subprocess.Popen(
-            [sys.executable, *sys.argv, "--rank", str(rank)],
+            [sys.executable, *sys.argv, "--addresses", addresses, "--rank", str(rank)],
             env=environment, stdout=subprocess.PIPE, text=True,
         )
         for rank in range(num_workers)
@@ -104,6 +107,15 @@ def run_workers(num_workers: int) -> list[dict[str, Any]]:
     if any(worker.returncode for worker in workers):
         raise SystemExit("a worker failed")
     return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def free_addresses(count: int) -> list[str]:
+    """Returns `count` addresses of this machine at which nothing listens."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
 
 
 def shares(step_s: list[dict[str, list[float]]]) -> dict[str, list[float]]:
@@ -146,10 +158,9 @@ def _turns(step_s: list[dict[str, list[float]]], way: str) -> Iterator[tuple[flo
     return zip(*(each[way] for each in step_s), strict=True)
 
 
-def work(
-    network: dict[str, Any], repeats: int, num_workers: int, port: int, rank: int
-) -> dict[str, Any]:
-    """Returns what the worker `rank` measured."""
+def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
+    """Returns what the worker at `place` measured."""
+    rank, num_workers = place.rank, place.size
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     ways = WAYS if num_workers <= len(cores) else WAYS[1:]
@@ -157,7 +168,6 @@ def work(
 
     tf = runtime.import_tensorflow()
     batch_size: int = network["batch_size"]
-    place = Place(rank, tuple(f"127.0.0.1:{port + i}" for i in range(num_workers)))
     config = TrainConfig(global_batch_size=num_workers * batch_size, threads=1)
     strategy = runtime.configure(config, place)
     from job.exchange import make_plan, measured_flops_per_byte

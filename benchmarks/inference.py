@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 from machine import describe_machine, shown, write_result
-from step import convolution_flops, matmul_flops_per_s
+from step import MATMUL_SIZE, convolution_flops, matmul_flops_per_s
 
 from data_prep.pairs import find_sources
 from data_prep.phantoms import write_phantoms
@@ -30,7 +30,11 @@ from job.config import ModelConfig, TrainConfig
 @click.option("--num-images", default=24, show_default=True, help="Pictures of a pass of `path`.")
 @click.option("--repeats", default=5, show_default=True, help="Turns; one more comes before them.")
 @click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
-def main(image_size: int, batch_size: int, num_images: int, repeats: int, num_layers: int) -> None:
+@click.option("--matmul-size", default=MATMUL_SIZE, show_default=True, help="Side of matrices.")
+def main(
+    image_size: int, batch_size: int, num_images: int, repeats: int, num_layers: int,
+    matmul_size: int,
+) -> None:  # fmt: skip
     """Measures prediction of the reference's INbreast network."""
     from job import runtime
 
@@ -61,7 +65,7 @@ def main(image_size: int, batch_size: int, num_images: int, repeats: int, num_la
             predictor.step(batch).numpy()
             step_s.append(time.perf_counter() - started)
             # One alone is often the slower for what the step has left in the caches.
-            rates.append(max(matmul_flops_per_s(tf, tf.float32) for _ in range(3)))
+            rates.append(max(matmul_flops_per_s(tf, tf.float32, matmul_size) for _ in range(3)))
             chunk = Chunk(
                 (), images, f"{folder}/masks-{count}",
                 InferConfig(batch_size=batch_size, progress=False), tuple(names), (), None,

@@ -4,7 +4,6 @@ python benchmarks/plot.py
 """
 
 import json
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -54,6 +53,8 @@ def main() -> None:
 
     found = [(row, ratios_of(row)) for row in ROWS]
     shown = [(row, ratios) for row, ratios in found if ratios is not None][::-1]
+    if not shown:
+        raise click.ClickException(f"{RESULTS}: nothing has been measured; run make bench")
     figure, axes = pyplot.subplots(figsize=(9, 0.55 * len(shown) + 1.2), layout="constrained")
     for place, ((_, _, _, aim, more_is_better), (middle, least, most)) in enumerate(shown):
         is_met = middle >= aim if more_is_better else middle <= aim
@@ -74,7 +75,7 @@ def main() -> None:
 def ratios_of(row: tuple[str, str, tuple[str, ...], float, bool]) -> Any:
     """Returns median, least and most of a row; None where there is no such result."""
     _, name, keys, _, _ = row
-    path = Path(RESULTS / f"{name}.json")
+    path = RESULTS / f"{name}.json"
     if not path.exists():
         return None
     value = json.loads(path.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -31,7 +32,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 SIDE = 64
 NETWORK = {"num_layers": 4, "base_filters": 8, "base_kernels": (5, 5)}
 BATCH_SIZE = 2
-SEEDS = (0, 1, 2)
+SEEDS = "0,1,2"
 ARMS: dict[str, dict[str, Any]] = {
     "reference": {"preset": "reference"},
     # How much of a difference is the learning rate alone.
@@ -92,14 +93,21 @@ def trained(data: str, num_steps: int, seed: int, arm: dict[str, Any]) -> float:
     return float(summary["foreground_mean"]["dice"] or 0.0)
 
 
-def compared(folder: str, source: str, num_steps: int, **groups: str) -> dict[str, Any]:
+def compared(
+    folder: str,
+    source: str,
+    num_steps: int,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    **groups: str,
+) -> dict[str, Any]:
     """Returns the foreground Dice of the test split for each arm and seed."""
-    found: dict[str, list[float]] = {name: [] for name in ARMS}
-    for seed in SEEDS:
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for seed in seeds:
         data = prepared(folder, source, seed, **groups)
-        for name, arm in ARMS.items():
+        for name in arms:
             started = time.monotonic()
-            dice = trained(data, num_steps, seed, arm)
+            dice = trained(data, num_steps, seed, ARMS[name])
             found[name].append(dice)
             seconds = time.monotonic() - started
             click.echo(f"seed {seed}, {name}: {dice:.3f} ({seconds:.0f} s)")
@@ -124,7 +132,11 @@ def _spread(values: list[float]) -> dict[str, Any]:
 @click.option("--pictures", help="Folder of real pictures, grouped by source.")
 @click.option("--steps", default=400, help="Steps of each training.")
 @click.option("--phantoms", default=60, help="Synthetic pictures; 0: none.")
-def main(pictures: str | None, steps: int, phantoms: int) -> None:
+@click.option("--arm", "arms", multiple=True, type=click.Choice(list(ARMS)), help="Only these.")
+@click.option("--seeds", default=SEEDS, show_default=True, help="Of the splits and trainings.")
+def main(
+    pictures: str | None, steps: int, phantoms: int, arms: tuple[str, ...], seeds: str
+) -> None:
     """Prints the foreground Dice and stores it in benchmarks/results/recipe.json.
 
     What is not measured now stays there as it was.
@@ -132,17 +144,19 @@ def main(pictures: str | None, steps: int, phantoms: int) -> None:
     path = RESULTS / "recipe.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     setting = {"machine": describe_machine(), "side": SIDE, "network": NETWORK}
-    setting |= {"batch_size": BATCH_SIZE, "seeds": SEEDS}
+    drawn = [int(seed) for seed in seeds.split(",")]
+    chosen = arms or tuple(ARMS)
+    setting |= {"batch_size": BATCH_SIZE, "seeds": drawn}
     with tempfile.TemporaryDirectory(prefix="flexunet-recipe-") as folder:
         if phantoms:
             source = f"{folder}/phantoms/source"
             write_phantoms(source, num_images=phantoms, size=SIDE, seed=1)
             regex = {"group_regex": "phantom-p[0-9]+"}
-            found = compared(f"{folder}/phantoms", source, steps, **regex)
+            found = compared(f"{folder}/phantoms", source, steps, chosen, drawn, **regex)
             result[f"phantoms, {steps} steps"] = {**setting, **found}
         if pictures is not None:
             place, preset = f"{folder}/pictures", {"group_preset": "augmented"}
-            found = compared(place, pictures, steps, **preset)
+            found = compared(place, pictures, steps, chosen, drawn, **preset)
             result[f"pictures, {steps} steps"] = {**setting, **found}
     write_result("recipe", result)
 

@@ -69,16 +69,17 @@ __import__("os")._exit(0)
 
 @click.command()
 @click.option("--image-size", default=256, show_default=True, help="Side of the images, pixels.")
-@click.option("--repeats", default=5, show_default=True, help="Starts of each; one more before.")
+@click.option("--repeats", default=5, show_default=True, help="Starts of each that count.")
+@click.option("--warm-ups", default=1, show_default=True, help="Starts of each before them.")
 @click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
-def main(image_size: int, repeats: int, num_layers: int) -> None:
+def main(image_size: int, repeats: int, warm_ups: int, num_layers: int) -> None:
     """Measures the start of training of the reference's INbreast network."""
     times: dict[str, list[float]] = {"command": [], "core": []}
     with tempfile.TemporaryDirectory(prefix="flexunet-bench-") as folder:
         write_phantoms(f"{folder}/source", 20, image_size, 1)
         options = PrepConfig(image_size=image_size, num_processes=1)
         prepare(find_sources(f"{folder}/source"), f"{folder}/data", options, progress=False)
-        for count in range(1 + repeats):
+        for count in range(warm_ups + repeats):
             command = [
                 "--local", "--data", f"{folder}/data", "--output", f"{folder}/runs",
                 "--name", f"start-{count}", "--precision", "float32",
@@ -86,7 +87,7 @@ def main(image_size: int, repeats: int, num_layers: int) -> None:
             ]  # fmt: skip
             times["command"].append(seconds_of(COMMAND, command))
             times["core"].append(seconds_of(CORE, [str(image_size), str(num_layers)]))
-    times = {name: values[1:] for name, values in times.items()}
+    times = {name: values[warm_ups:] for name, values in times.items()}
     ratios = [a / b for a, b in zip(times["command"], times["core"], strict=True)]
     write_result(
         "start",
