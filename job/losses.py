@@ -113,6 +113,9 @@ class PixelBatch:
             return tf.nn.sigmoid_cross_entropy_with_logits(
                 labels=self.truth()[..., 0], logits=self.logits[..., 0]
             )
+        if self.logits.dtype == tf.float64:
+            # The operation for labels that are ids has no GPU kernel for float64.
+            return tf.nn.softmax_cross_entropy_with_logits(labels=self.truth(), logits=self.logits)
         return tf.nn.sparse_softmax_cross_entropy_with_logits(
             labels=self.labels, logits=self.logits
         )
