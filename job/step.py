@@ -174,7 +174,8 @@ def network_of(models: Sequence[keras.Model], flips: Flips = "none") -> Network:
     def logits_of(model: keras.Model, images: tf.Tensor, turned: list[int]) -> tf.Tensor:
         if not turned:
             return model(prepared(model, images), training=False)
-        found = model(prepared(model, tf.reverse(images, turned)), training=False)
+        # Turned when they are floating point: 16-bit pixels have no GPU kernel for it.
+        found = model(tf.reverse(prepared(model, images), turned), training=False)
         return tf.reverse(found, turned)
 
     def network(images: tf.Tensor) -> tf.Tensor:
@@ -236,12 +237,15 @@ def make_evaluation_step(
         # Of its arguments only the sums count, and these are given.
         value = loss(labels, logits, part["weight"], part_of(replica_sum(tf.add_n(seen))))
         sums = [_loss_sums(value, batch), tf.add_n(metric_sums)]
-        return tf.concat(sums, axis=0), tf.concat(counts, axis=0)
+        # Gathering pads, for which whole numbers of 64 bits have no GPU kernel; pixels that are
+        # counted are exact in float64.
+        return tf.concat(sums, axis=0), tf.cast(tf.concat(counts, axis=0), tf.float64)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def evaluation_step(batch: Batch) -> tuple[Sums, tf.Tensor]:
         sums, counts = strategy.run(replica_step, (batch,))
-        return _reduced(strategy, sums, ["loss", *metrics]), strategy.gather(counts, axis=0)
+        gathered = tf.cast(strategy.gather(counts, axis=0), tf.int64)
+        return _reduced(strategy, sums, ["loss", *metrics]), gathered
 
     return evaluation_step
 
