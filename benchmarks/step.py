@@ -242,7 +242,6 @@ class Network:
         from job.optimizer import Adam
         from job.session import uses_xla
         from job.step import make_train_step
-        from job.team import Team
 
         tf = self.tf
         with self.strategy.scope():
