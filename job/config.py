@@ -206,6 +206,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def dotted_keys(values: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """Returns the dotted keys of nested `values`."""
+    found: set[str] = set()
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found |= dotted_keys(value, f"{name}.") if isinstance(value, Mapping) else {name}
+    return found
+
+
+PRESET_KEYS = frozenset().union(*map(dotted_keys, PRESETS.values()))
+
+
 class TrainConfig(Settings):
     """One training run."""
 
@@ -435,8 +447,19 @@ def identity_of(config: TrainConfig, *, is_whole: bool = False) -> dict[str, Any
 
 def values_of_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the nested values of the config that has this identity, see `identity_of`."""
+    return _nested({**_LATER, **identity})
+
+
+def preset_values(config: TrainConfig) -> dict[str, Any]:
+    """Returns the nested values that `config` has wherever some preset sets one."""
+    whole = identity_of(config, is_whole=True)
+    return _nested({name: whole[name] for name in PRESET_KEYS})
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values by dotted path as groups of values."""
     values: dict[str, Any] = {}
-    for name, value in {**_LATER, **identity}.items():
+    for name, value in flat.items():
         *groups, last = name.split(".")
         group = values
         for each in groups:

@@ -24,7 +24,14 @@ from data_prep.progress import Progress, load_bar
 from data_prep.settings import flag_of, merged, read_yaml, validated
 from data_prep.storage import join_url, open_store
 from data_prep.words import counted
-from job.config import PRESETS, TrainConfig, identity_of, values_of_identity
+from job.config import (
+    PRESET_KEYS,
+    TrainConfig,
+    dotted_keys,
+    identity_of,
+    preset_values,
+    values_of_identity,
+)
 from job.data import Dataset
 from job.evaluate import show_summary
 from job.fit import check_fit, input_max
@@ -581,7 +588,8 @@ def _as_begun(
     identity = _stored_identity(config)
     if identity is None:
         return config
-    given = merged(PRESETS.get(str(values.get("preset")), {}), values)
+    # A preset that is asked for says all that presets say.
+    given = merged(preset_values(config), values) if "preset" in values else values
     begun = validated(
         TrainConfig, merged(values_of_identity(identity), given), where, typed=options
     )
@@ -659,22 +667,12 @@ def _check_preset(options: Mapping[str, Any], values: Mapping[str, Any], file: s
     preset = options.get("preset")
     if preset in (None, values.get("preset", "reference")):
         return
-    of_presets = set().union(*map(_keys, PRESETS.values()))
-    lost = sorted(of_presets & _keys(values) - _keys(options))
+    lost = sorted(PRESET_KEYS & dotted_keys(values) - dotted_keys(options))
     if lost:
         raise UsageError(
             f"--preset {preset} lies below {file}, which sets {', '.join(lost)}; take these out "
             "of the file, give them as options too, or leave --preset out"
         )
-
-
-def _keys(values: Mapping[str, Any], prefix: str = "") -> set[str]:
-    """Returns the dotted keys of nested `values`."""
-    found: set[str] = set()
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        found |= _keys(value, f"{name}.") if isinstance(value, Mapping) else {name}
-    return found
 
 
 def _nothing_to_prepare(prep_options: Mapping[str, bool]) -> UsageError:

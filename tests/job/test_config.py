@@ -1,10 +1,18 @@
+import json
 from typing import Any, get_args
 
 import pytest
 
 from data_prep.errors import UsageError
 from data_prep.settings import fields_of, read_yaml, validated, write_yaml
-from job.config import LossName, MetricName, TrainConfig, identity_of
+from job.config import (
+    LossName,
+    MetricName,
+    TrainConfig,
+    identity_of,
+    stored_config,
+    values_of_identity,
+)
 
 # What may change between two attempts of one run. A field that is not here is part of the run's
 # identity: adding one to either side is a decision.
@@ -78,9 +86,10 @@ def test_every_field_is_free_or_part_of_the_identity() -> None:
     values = {"folds": 3, "fold": 0, "foreground_share": 0.5, "schedule": schedule}
     identity = identity_of(validated(TrainConfig, values, "test"))
     later = {"folds", "fold", "foreground_share", "schedule.warmup_epochs", "schedule.cosine"}
+    later.add("random_streams")
     assert set(identity) == IDENTITY | of_augmentation | later
     # Runs that were begun before there were these keep their identity.
-    assert set(identity_of(TrainConfig())) == IDENTITY | of_augmentation
+    assert set(identity_of(TrainConfig(random_streams=1))) == IDENTITY | of_augmentation
     assert names == FREE | set(identity)
     # Each kind of augmentation changes what is learned.
     assert len(of_augmentation) == 28
@@ -93,6 +102,31 @@ def test_identity_changes_with_the_values_and_not_with_free_ones() -> None:
     assert {key for key in base if base[key] != changed[key]} == {"model.base_kernels"}
     # JSON types: a tuple that was read back from a file is a list.
     assert changed["model.base_kernels"] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(),
+        TrainConfig(random_streams=1, foreground_share=0.5),
+        validated(TrainConfig, {"preset": "recipe"}, "test"),
+        validated(TrainConfig, {"folds": 3, "fold": 0, "loss": {"class_weights": [1, 2]}}, "test"),
+    ],
+)
+def test_an_identity_gives_its_config_back(config: TrainConfig) -> None:
+    again = validated(TrainConfig, values_of_identity(identity_of(config)), "test")
+    assert identity_of(again) == identity_of(config)
+    assert identity_of(again, is_whole=True) == identity_of(config, is_whole=True)
+
+
+def test_a_config_that_lacks_what_came_later_means_what_it_meant() -> None:
+    values = json.loads(TrainConfig(foreground_share=0.5).model_dump_json())
+    for name in ("random_streams", "folds", "fold", "foreground_share"):
+        del values[name]
+    found = stored_config(values, "config.yaml")
+    assert (found.random_streams, found.foreground_share) == (1, None)
+    with pytest.raises(UsageError, match=r"config\.yaml: unknown key 'epoch'"):
+        stored_config({"epoch": 3}, "config.yaml")
 
 
 def test_a_written_config_is_read_as_the_same() -> None:

@@ -18,9 +18,9 @@ import pytest
 import tensorflow as tf
 
 from data_prep.errors import DivergedError, LockedError, StoppedError, UsageError
-from data_prep.settings import write_yaml
+from data_prep.settings import validated, write_yaml
 from data_prep.storage import join_url, open_store
-from job.config import ModelConfig, ScheduleConfig, TrainConfig
+from job.config import ModelConfig, ScheduleConfig, TrainConfig, identity_of
 from job.report import render
 from job.run import LeaseTiming, Run, find_commits, read_ends, standing
 from job.train import Display, resolve_config, run_name, train_and_evaluate
@@ -483,3 +483,51 @@ def test_a_file_cannot_run_code(tmp_path: Path) -> None:
 )
 def test_run_name_comes_from_the_dataset(url: str, name: str) -> None:
     assert run_name(url) == name
+
+
+def begin_run(output: Path, name: str, config: TrainConfig) -> None:
+    """Leaves what a run has when its first process has just begun."""
+    with Run.open(str(output), name) as run:
+        run.check_identity(identity_of(config), "d" * 64)
+
+
+def test_a_run_goes_on_as_it_was_begun_where_the_command_says_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"data": "gs://b/data", "output": str(tmp_path), "name": "run"}
+    begun = validated(
+        TrainConfig,
+        options | {"preset": "recipe", "random_streams": 1, "precision": "float32",
+                   "model": {"num_layers": 5}},
+        "test",
+    )  # fmt: skip
+    begin_run(tmp_path, "run", begun)
+    caplog.set_level("INFO")
+    found = resolve_config(options | {"epochs": 7}, None)
+    # Whatever is no part of what a run is (and its precision, which `auto` finds) is today's.
+    expected = begun.model_copy(update={"epochs": 7, "preset": "reference", "precision": "auto"})
+    assert found == expected
+    assert "run goes on as it was begun: " in caplog.text
+    for told in ("--model.num-layers 5", "--random-streams 1", "--optimizer.clipvalue null"):
+        assert told in caplog.text
+    # The command that began it says nothing new, and one that says something else is refused later.
+    caplog.clear()
+    same = options | {"preset": "recipe", "random_streams": 1, "model": {"num_layers": 5}}
+    assert identity_of(resolve_config(same, None)) == identity_of(found)
+    assert caplog.text == ""
+    other = resolve_config(options | {"preset": "reference", "seed": 5}, None)
+    assert (other.seed, other.model.num_layers, other.model.normalization) == (5, 5, "none")
+
+
+def test_folds_go_on_as_the_first_of_them_that_was_begun(tmp_path: Path) -> None:
+    options = {"data": "gs://b/data", "output": str(tmp_path), "name": "cv", "folds": 3}
+    begun = validated(TrainConfig, options | {"fold": 1, "seed": 7, "random_streams": 1}, "test")
+    begin_run(tmp_path, "cv-fold-1", begun)
+    found = resolve_config(options, None)
+    assert (found.seed, found.random_streams, found.folds, found.fold) == (7, 1, 3, None)
+
+
+def test_a_new_run_takes_the_defaults_of_today(tmp_path: Path) -> None:
+    options = {"data": "gs://b/data", "output": str(tmp_path), "name": "new"}
+    assert resolve_config(options, None).random_streams == 2
+    assert not list(tmp_path.iterdir())
