@@ -123,6 +123,9 @@ def _shown(value: Any) -> str:
 def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Commit]:
     """Returns the model of `run` with the weights of a checkpoint, and the commit of these.
 
+    It computes in the precision of the training; of float16, which CPUs only emulate, in float32
+    where there is no GPU.
+
     Args:
         which: "best", "last", or the folder of a checkpoint.
 
@@ -132,10 +135,13 @@ def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Commit]:
         NotFound: that folder has none any more.
     """
     from job import checkpoint
+    from job.runtime import predicting_precision
 
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
         commit, members = fetch_checkpoint(run.store, folder, which=which)
-        model = model_for(run.config, run.manifest)
+        precision = predicting_precision(run.config.precision)
+        config = run.config.model_copy(update={"precision": precision})
+        model = model_for(config, run.manifest)
         checkpoint.read_weights(model, members[checkpoint.WEIGHTS_NAME])
     return model, commit
 

@@ -453,6 +453,16 @@ def test_a_device_gets_what_a_replica_held_in_training(
     assert resolve_config(run, config, 2).global_batch_size == 32
 
 
+def test_a_run_in_float16_predicts_in_float32_on_a_cpu(own_run: Path) -> None:
+    if tf.config.list_physical_devices("GPU"):
+        pytest.skip("this machine has a GPU")
+    run = open_trained(str(own_run))
+    for precision, computed in (("mixed_float16", "float32"), ("mixed_bfloat16", "bfloat16")):
+        config = run.config.model_copy(update={"precision": precision})
+        model, _ = load_model(replace(run, config=config), which="best")
+        assert model.layers[2].compute_dtype == computed
+
+
 def test_command_refuses_another_dataset(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
