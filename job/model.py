@@ -17,6 +17,7 @@ from job.config import ModelConfig
 from job.dropout import SampleDropout
 from job.fit import check_sides
 from job.h5 import check_array, entry_at
+from job.normalization import BatchNormalization, GroupNormalization
 
 _NUM_GROUPS = 8  # of channels that are normalised together; fewer where they do not divide
 
@@ -158,9 +159,9 @@ class _BlockFactory:
         if self._config.normalization == "group":
             # Of one picture: small batches are no worse, and replicas need not talk.
             groups = math.gcd(_NUM_GROUPS, x.shape[-1])
-            return keras.layers.GroupNormalization(groups, dtype=self._policy)(x)
+            return GroupNormalization(groups, dtype=self._policy)(x)
         # Statistics over the global batch: replicas then compute what one device would.
-        return keras.layers.BatchNormalization(
+        return BatchNormalization(
             momentum=self._config.normalization_momentum, synchronized=True, dtype=self._policy
         )(x)
 

@@ -15,6 +15,7 @@ from job.dropout import draw_kept, kept_values, sample_keys
 from job.exchange import Exchange, Plan, Share
 from job.losses import GlobalSum, part_of, replica_sum
 from job.metrics import confusion_counts
+from job.normalization import counted_samples
 from job.optimizer import Adam
 from job.predict import Flips
 
@@ -73,7 +74,7 @@ def make_train_step(
     def forward(part: Batch) -> tf.Tensor:
         if uses_xla:
             return compiled(part["image"], draw_kept(model, part["key"]))
-        with sample_keys(part["key"]):
+        with sample_keys(part["key"]), counted_samples(part["weight"]):
             return model(prepared(model, part["image"]), training=True)
 
     def loss_of(part: Batch, logits: tf.Tensor, global_sum: GlobalSum) -> tf.Tensor:

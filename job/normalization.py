@@ -1,0 +1,222 @@
+"""Owns group and batch normalisation: exact over large images, and blind to padding.
+
+Weights, options and file entries are those of Keras' layers of the same names; what is computed is
+ours, for two reasons.
+
+Sums. TensorFlow sums an axis in the middle as one chain of float32 additions, which over a whole
+image loses up to three digits: Keras' group normalisation of a batch of 1 is off by 1e-3 at
+512 x 512, and an image alone differs from the same image in a batch. Here a mean over pixels is
+taken along W, then along H, so that no chain is longer than a side. The variance is the mean of
+centred squares, and the gradients of the weights are sums of the same kind.
+
+Padding. Batch normalisation sees all samples of the global batch but those of weight 0. The
+weights reach the layers through `counted_samples`, because a layer of a functional model sees
+only its own input.
+
+Numbers. 16-bit inputs are computed in float32. Knows nothing of the step, which gives the weights.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import keras
+import tensorflow as tf
+
+Gradients: TypeAlias = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
+
+_sample_weights: ContextVar[tf.Tensor | None] = ContextVar("sample_weights", default=None)
+
+
+@contextmanager
+def counted_samples(weights: tf.Tensor) -> Iterator[None]:
+    """Gives `weights`, (B,), to the batch normalisation layers that are called inside the block.
+
+    A sample of weight 0 changes neither statistics nor gradients. Outside, all samples count.
+    """
+    token = _sample_weights.set(weights)
+    try:
+        yield
+    finally:
+        _sample_weights.reset(token)
+
+
+class GroupNormalization(keras.layers.GroupNormalization):
+    """Normalises each group of channels of each image, as Wu and He 2018, arXiv:1803.08494."""
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Creates gamma and beta, (C,) each, for inputs (B, H, W, C).
+
+        Raises:
+            ValueError: other inputs, or channels that the groups do not divide.
+        """
+        _check_axes(self, input_shape)
+        super().build(input_shape)
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Returns `inputs` (B, H, W, C) normalised, in the layer's compute dtype."""
+        outputs, _, _ = _normalized(self, inputs, _Groups(inputs.shape[-1] // self.groups))
+        return tf.cast(outputs, self.compute_dtype)
+
+
+class BatchNormalization(keras.layers.BatchNormalization):
+    """Normalises each channel over the samples that count, as arXiv:1502.03167.
+
+    With `synchronized` these are the samples of all replicas; in replica context all must call.
+    """
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Creates gamma, beta and the moving mean and variance, (C,) each.
+
+        Raises:
+            ValueError: inputs other than (B, H, W, C), or `renorm`.
+        """
+        _check_axes(self, input_shape)
+        if self.renorm:
+            raise ValueError(f"{self.name}: renorm=True is not computed here; leave it out")
+        super().build(input_shape)
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """Returns `inputs` (B, H, W, C) normalised, in the layer's compute dtype.
+
+        By statistics of the batch in training, which then move the moving ones; else by these.
+        """
+        if not (training and self.trainable):
+            return super().call(inputs, training=False)
+        samples = _Samples(_counted(inputs), is_global=self.synchronized)
+        outputs, mean, variance = _normalized(self, inputs, samples)
+        for moving, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            change = tf.cast(value[0], moving.dtype) * (1 - self.momentum)
+            moving.assign(moving * self.momentum + change)
+        return tf.cast(outputs, self.compute_dtype)
+
+
+def _check_axes(layer: keras.layers.Layer, input_shape: tuple[int | None, ...]) -> None:
+    if len(input_shape) != 4 or layer.axis not in (-1, 3):
+        raise ValueError(
+            f"{layer.name}: axis={layer.axis} of inputs {input_shape}; "
+            "only the channels of (B, H, W, C) are normalised"
+        )
+
+
+def _counted(inputs: tf.Tensor) -> tf.Tensor:
+    """Returns 1 for each sample of `inputs` that counts, else 0: (B, 1) float32."""
+    weights = _sample_weights.get()
+    if weights is None:
+        return tf.ones((tf.shape(inputs)[0], 1))
+    return tf.cast(weights > 0, tf.float32)[:, tf.newaxis]
+
+
+class _Together(Protocol):
+    """What shares a mean and a variance, beside the pixels of an image."""
+
+    def average(self, values: tf.Tensor) -> tf.Tensor:
+        """Returns the mean, broadcastable to (B, C), of `values` (B, C), of an image each."""
+
+    def spread(self, gradient: tf.Tensor) -> tf.Tensor:
+        """Returns the gradient of the values, (B, C), given that of their mean, (B, C)."""
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The channels of a group."""
+
+    num_channels: int  # of one group
+
+    def average(self, values: tf.Tensor) -> tf.Tensor:
+        num_groups = values.shape[-1] // self.num_channels
+        grouped = tf.reshape(values, (-1, num_groups, self.num_channels))
+        means = tf.reduce_mean(grouped, axis=2, keepdims=True)
+        return tf.reshape(tf.broadcast_to(means, tf.shape(grouped)), tf.shape(values))
+
+    def spread(self, gradient: tf.Tensor) -> tf.Tensor:
+        return self.average(gradient)  # a symmetric matrix
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of a batch that count, those of all replicas if it is global."""
+
+    counted: tf.Tensor  # (B, 1) float32, 0 or 1
+    is_global: bool
+
+    def average(self, values: tf.Tensor) -> tf.Tensor:
+        return self._mean_of_sum(values * tf.cast(self.counted, values.dtype))
+
+    def spread(self, gradient: tf.Tensor) -> tf.Tensor:
+        # Padding, too, is normalised by the statistics, but has no part in them.
+        return self._mean_of_sum(gradient) * tf.cast(self.counted, gradient.dtype)
+
+    def _mean_of_sum(self, values: tf.Tensor) -> tf.Tensor:
+        """Returns the sum of `values` (B, C) over all samples by the number that count, (1, C)."""
+        number = tf.cast(tf.reduce_sum(self.counted), values.dtype)
+        sums = tf.concat([tf.reduce_sum(values, axis=0), [number]], axis=0)
+        # None where a strategy is entered but not run, as when a model is built.
+        context = tf.distribute.get_replica_context()
+        if self.is_global and context is not None:
+            sums = context.all_reduce(tf.distribute.ReduceOp.SUM, sums)
+        return tf.math.divide_no_nan(sums[:-1], sums[-1])[tf.newaxis]
+
+
+def _normalized(
+    layer: Any, inputs: tf.Tensor, together: _Together
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the outputs, and mean and variance, broadcastable to (B, C), without gradient.
+
+    The gradient is written out, because the sums of an automatic one would be inexact again, and
+    to read the inputs less often. With x the centred inputs, s = 1 / sqrt(variance + epsilon),
+    y = gamma s x + beta and g the gradient of y, that of the inputs is
+
+        gamma s g - M(gamma s g) - s^2 x M(gamma s g x)
+
+    where M is the mean over everything that is normalised together.
+    """
+    # Keras computes wider than float32 in float64 alone, and so do we.
+    inputs = tf.cast(inputs, tf.float64 if inputs.dtype == tf.float64 else tf.float32)
+    fixed = tf.stop_gradient(inputs)
+    mean = together.average(_pixel_mean(fixed))
+    squares = tf.math.squared_difference(fixed, _per_pixel(mean))
+    variance = together.average(_pixel_mean(squares))
+    inverse = tf.math.rsqrt(variance + layer.epsilon)
+
+    @tf.custom_gradient
+    def normalized(
+        inputs: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
+    ) -> tuple[tf.Tensor, Gradients]:
+        scale = gamma * inverse
+
+        def gradients(output: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            # Not before the gradient is there, or TensorFlow centres too early and keeps it long.
+            with tf.control_dependencies([output]):
+                centred = inputs - _per_pixel(mean)
+            plain, along = _pixel_mean(output), _pixel_mean(output * centred)
+            # Both at once: a collective of replicas costs more than what it carries.
+            both = together.spread(tf.concat([scale * plain, scale * along], axis=1))
+            offset, slope = tf.split(both, 2, axis=1)
+            found = output * _per_pixel(scale) - centred * _per_pixel(slope * inverse**2)
+            num_pixels = tf.cast(tf.reduce_prod(tf.shape(inputs)[1:3]), inputs.dtype)
+            return (
+                found - _per_pixel(offset),
+                num_pixels * tf.reduce_sum(along * inverse, axis=0),
+                num_pixels * tf.reduce_sum(plain, axis=0),
+            )
+
+        # Not by way of the centred inputs, which is one more pass over them.
+        return inputs * _per_pixel(scale) + _per_pixel(beta - mean * scale), gradients
+
+    channels = inputs.shape[-1]
+    gamma = tf.cast(layer.gamma, inputs.dtype) if layer.scale else tf.ones(channels, inputs.dtype)
+    beta = tf.cast(layer.beta, inputs.dtype) if layer.center else tf.zeros(channels, inputs.dtype)
+    return normalized(inputs, gamma, beta), mean, variance
+
+
+def _pixel_mean(values: tf.Tensor) -> tf.Tensor:
+    """Returns the mean over the pixels of each image, (B, C), of `values` (B, H, W, C)."""
+    return tf.reduce_mean(tf.reduce_mean(values, axis=2), axis=1)
+
+
+def _per_pixel(values: tf.Tensor) -> tf.Tensor:
+    """Returns `values` (B, C) as (B, 1, 1, C)."""
+    return values[:, tf.newaxis, tf.newaxis, :]

@@ -1,0 +1,291 @@
+"""Normalisation: exact over large images, blind to padding, and at home in older files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import job.model
+from job.checkpoint import read_weights
+from job.config import ModelConfig, OptimizerConfig
+from job.losses import make_loss
+from job.model import build_model
+from job.normalization import BatchNormalization, GroupNormalization, counted_samples
+from job.optimizer import Adam
+from job.step import make_evaluation_step, make_train_step, network_of
+
+# What is normalised together, of values (B, H, W, groups, channels of a group).
+LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "group": (lambda: GroupNormalization(2), (1, 2, 4)),
+    "batch": (lambda: BatchNormalization(synchronized=True), (0, 1, 2)),
+}
+
+
+def activations(shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns values as after a ReLU, and a gradient that has to do with them; float32."""
+    random = np.random.default_rng(seed)
+    values = np.maximum(random.normal(0.5, 1 + np.arange(shape[-1]) / 4, shape), 0)
+    gradient = random.normal(0.1, 1, shape) + 0.1 * values
+    return values.astype(np.float32), gradient.astype(np.float32)
+
+
+def expected(
+    values: np.ndarray, gradient: np.ndarray, gamma: np.ndarray, axes: tuple[int, ...]
+) -> list[np.ndarray]:
+    """Returns outputs without beta, and the gradients of inputs, gamma and beta, in float64."""
+    shape = (*values.shape[:3], 2, values.shape[3] // 2)
+    x, g = (each.astype(np.float64).reshape(shape) for each in (values, gradient))
+    gamma = gamma.astype(np.float64).reshape(shape[3:])
+    centred = x - x.mean(axes, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(axes, keepdims=True) + 1e-3)
+    inverse = 1 / np.sqrt((centred**2).mean(axes, keepdims=True) + 1e-3)
+    by_scaled = gamma * g
+    along = (by_scaled * scaled).mean(axes, keepdims=True)
+    inputs = inverse * (by_scaled - by_scaled.mean(axes, keepdims=True) - scaled * along)
+    found = [gamma * scaled, inputs, (g * scaled).sum((0, 1, 2)), g.sum((0, 1, 2))]
+    return [each.reshape(values.shape if each.ndim == 5 else -1) for each in found]
+
+
+def relative_error(found: Any, exact: np.ndarray) -> float:
+    return float(np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max())
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(("batch", "side"), [(1, 512), (1, 1024), (2, 512)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_values_and_gradients_are_those_of_float64(
+    name: str, batch: int, side: int, is_compiled: bool
+) -> None:
+    values, gradient = activations((batch, side, side, 4))
+    make, axes = LAYERS[name]
+    layer = make()
+    layer.build(values.shape)
+    gamma = np.array([0.8, 1.1, 0.9, 1.3], np.float32)
+    layer.gamma.assign(gamma)
+
+    # XLA keeps no collective, so batch normalisation is called outside of a strategy.
+    @tf.function(jit_compile=is_compiled, autograph=False)
+    def run(inputs: tf.Tensor, output_gradient: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = layer(inputs, training=True) if name == "batch" else layer(inputs)
+        weights = [layer.gamma.value, layer.beta.value]
+        return [outputs, *tape.gradient(outputs, [inputs, *weights], output_gradient)]
+
+    found = run(tf.constant(values), tf.constant(gradient))
+    for each, exact in zip(found, expected(values, gradient, gamma, axes), strict=True):
+        assert relative_error(each, exact) < 1e-5
+
+
+def test_the_gradients_of_16_bits_are_computed_in_32() -> None:
+    values, gradient = activations((2, 32, 32, 4))
+    values, gradient = (
+        np.asarray(tf.cast(tf.cast(each, tf.bfloat16), tf.float32)) for each in (values, gradient)
+    )
+    layer = GroupNormalization(2, dtype="mixed_bfloat16")
+    inputs = tf.cast(values, tf.bfloat16)
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        outputs = layer(inputs)
+    weights = [inputs, layer.gamma.value, layer.beta.value]
+    found = tape.gradient(outputs, weights, tf.cast(gradient, tf.bfloat16))
+    exact = expected(values, gradient, np.ones(4, np.float32), (1, 2, 4))
+    assert outputs.dtype == found[0].dtype == tf.bfloat16
+    for each, right in zip([outputs, found[0]], exact[:2], strict=True):
+        rounded = np.asarray(tf.cast(tf.cast(right, tf.bfloat16), tf.float64))
+        # Half a unit in the last place, where float32 falls on the other side of the middle.
+        assert np.mean(np.asarray(tf.cast(each, tf.float64)) != rounded) < 1e-3
+    for each, right in zip(found[1:], exact[2:], strict=True):
+        assert relative_error(each, right) < 1e-5
+
+
+def test_a_variance_beside_a_large_mean_is_exact() -> None:
+    values = np.random.default_rng(0).normal(1000, 1, (2, 64, 64, 4)).astype(np.float32)
+    layer = BatchNormalization(synchronized=True, momentum=0.0)
+    layer(values, training=True)
+    exact = values.astype(np.float64).var(axis=(0, 1, 2))
+    assert relative_error(layer.moving_variance.value, exact) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("precision", "max_difference", "max_share"),
+    [("float32", 1e-5, 1e-5), ("mixed_bfloat16", 5e-3, 5e-4)],  # Keras: 2e-3, 8e-5; 2e-2, 1e-3
+)
+def test_an_image_alone_is_segmented_as_in_a_batch(
+    precision: str, max_difference: float, max_share: float
+) -> None:
+    config = ModelConfig(
+        num_layers=2, base_filters=8, base_kernels=(3, 3), dropout_rate=0, normalization="group"
+    )
+    model = build_model(
+        config, image_shape=(512, 512, 1), num_classes=2, seed=3, precision=precision
+    )
+    images = np.random.default_rng(0).integers(0, 256, (2, 512, 512, 1)).astype(np.float32)
+    logits = model(images, training=False)[:1], model(images[:1], training=False)
+    together, alone = (tf.nn.softmax(each).numpy() for each in logits)
+    assert np.abs(together - alone).max() <= max_difference
+    assert np.mean(together.argmax(-1) != alone.argmax(-1)) <= max_share
+
+
+SIDE = 16
+BATCH_NORM = ModelConfig(
+    num_layers=2, base_filters=4, base_kernels=(3, 3), normalization="batch", dropout_rate=0.1
+)
+
+
+def two_samples(filler: int | None) -> dict[str, np.ndarray]:
+    """Returns a batch of two samples, and of two of padding that are all `filler`, if any."""
+    images = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 1), dtype=np.uint8)
+    masks = (images[..., 0] > 150).astype(np.uint8)
+    weights, keys = np.ones(2, np.float32), np.array([3, 4])
+    if filler is not None:
+        images = np.concatenate([images, np.full_like(images, filler)])
+        masks = np.concatenate([masks, np.ones_like(masks)])
+        weights, keys = np.array([1, 1, 0, 0], np.float32), np.array([3, 4, 5, 6])
+    return {"image": images, "mask": masks, "weight": weights, "key": keys.astype(np.int64)}
+
+
+def trained_and_evaluated(strategy: Any, batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Returns losses, moments of the optimizer and weights after two steps, and an evaluation."""
+    with strategy.scope():
+        model = build_model(
+            BATCH_NORM, image_shape=(SIDE, SIDE, 1), num_classes=2, seed=5, precision="float64"
+        )
+        adam = Adam(OptimizerConfig(learning_rate=1e-2), model.trainable_variables)
+    loss = make_loss("ce_dice", num_classes=2)
+    step = make_train_step(strategy, model, adam, loss, {})
+    evaluation = make_evaluation_step(strategy, network_of([model]), loss, {}, 2, None)
+    size = len(batch["weight"]) // strategy.num_replicas_in_sync
+
+    def part(context: Any) -> dict[str, tf.Tensor]:
+        start = context.replica_id_in_sync_group * size
+        return {name: tf.constant(each[start : start + size]) for name, each in batch.items()}
+
+    given = strategy.experimental_distribute_values_from_function(part)
+    rate = tf.constant(1e-2, tf.float64)
+    sums = [step(given, tf.constant(i, tf.int64), rate)["loss"] for i in range(2)]
+    sums.append(evaluation(given)[0]["loss"])
+    variables = [*adam.named_variables().values(), *model.weights]
+    return [np.array(sums), *(variable.numpy() for variable in variables)]
+
+
+@pytest.fixture(scope="module")
+def unpadded() -> list[np.ndarray]:
+    return trained_and_evaluated(tf.distribute.OneDeviceStrategy("CPU:0"), two_samples(None))
+
+
+@pytest.mark.parametrize("filler", [0, 255])
+def test_padding_counts_nowhere(unpadded: list[np.ndarray], filler: int) -> None:
+    one_cpu = tf.distribute.OneDeviceStrategy("CPU:0")
+    padded = trained_and_evaluated(one_cpu, two_samples(filler))
+    for with_padding, without in zip(padded, unpadded, strict=True):
+        np.testing.assert_allclose(with_padding, without, rtol=1e-9, atol=1e-9)
+
+
+def test_a_replica_of_padding_alone_counts_nowhere(
+    two_cpus: Any, unpadded: list[np.ndarray]
+) -> None:
+    padded = trained_and_evaluated(two_cpus, two_samples(255))
+    for with_padding, without in zip(padded, unpadded, strict=True):
+        np.testing.assert_allclose(with_padding, without, rtol=1e-9, atol=1e-9)
+
+
+def test_a_sample_of_weight_0_is_normalised_by_the_others() -> None:
+    values, _ = activations((3, 8, 8, 4))
+    layer, other = (BatchNormalization(momentum=0.5) for _ in range(2))
+    with counted_samples(tf.constant([1.0, 0.0, 1.0])):
+        found = layer(values, training=True)
+    assert np.allclose(found[::2], other(values[::2], training=True), atol=1e-6)
+    for ours, right in zip(layer.weights, other.weights, strict=True):
+        assert np.allclose(ours, right, atol=1e-6)
+
+
+def test_all_samples_count_where_no_weights_are_given() -> None:
+    values, _ = activations((3, 8, 8, 4))
+    ours, theirs = (
+        module.BatchNormalization(momentum=0.9) for module in (job.normalization, keras.layers)
+    )
+    assert np.allclose(ours(values, training=True), theirs(values, training=True), atol=1e-5)
+    for weight, right in zip(ours.weights, theirs.weights, strict=True):
+        assert weight.name == right.name
+        assert np.allclose(weight, right, atol=1e-6)  # the variance, too, is that of Keras
+    assert np.allclose(ours(values), theirs(values), atol=1e-5)
+
+
+def test_replicas_that_are_not_synchronised_see_their_own_samples(two_cpus: Any) -> None:
+    values, _ = activations((2, 8, 8, 4))
+    with two_cpus.scope():
+        layer = BatchNormalization()
+        layer.build(values.shape)
+
+    def run() -> tf.Tensor:
+        own = tf.distribute.get_replica_context().replica_id_in_sync_group
+        return layer(tf.gather(values, [own]), training=True)
+
+    found = two_cpus.experimental_local_results(two_cpus.run(tf.function(run)))
+    for each, right in zip(found, values, strict=True):
+        assert np.allclose(each, BatchNormalization()(right[np.newaxis], training=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("normalization", ["group", "batch"])
+def test_weights_that_keras_layers_wrote_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalization: str
+) -> None:
+    def model() -> keras.Model:
+        config = BATCH_NORM.model_copy(update={"normalization": normalization})
+        return build_model(config, image_shape=(8, 8, 1), num_classes=2)
+
+    with monkeypatch.context() as patch:
+        for name in ("GroupNormalization", "BatchNormalization"):
+            patch.setattr(job.model, name, getattr(keras.layers, name))
+        written = model()
+    random = np.random.default_rng(0)
+    for weight in written.weights:
+        weight.assign(random.uniform(0.5, 1.5, weight.shape))
+    path = str(tmp_path / "model.weights.h5")
+    written.save_weights(path)
+    ours = model()
+    kinds = [[each.name.rstrip("_0123456789") for each in m.layers] for m in (ours, written)]
+    assert kinds[0] == kinds[1]
+    read_weights(ours, path)
+    for weight, right in zip(ours.weights, written.weights, strict=True):
+        assert weight.name == right.name
+        assert np.array_equal(weight, right)
+    images = random.uniform(0, 255, (2, 8, 8, 1)).astype(np.float32)
+    assert relative_error(ours(images), np.asarray(written(images), np.float64)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        GroupNormalization(4, epsilon=1e-5, center=False),
+        BatchNormalization(momentum=0.9, epsilon=1e-5, scale=False, synchronized=True),
+    ],
+    ids=["group", "batch"],
+)
+def test_options_are_those_of_keras(layer: keras.layers.Layer) -> None:
+    config = layer.get_config()
+    again = type(layer).from_config(config)
+    theirs = getattr(keras.layers, type(layer).__name__).from_config(config)
+    assert again.get_config() == theirs.get_config() == config
+    values, _ = activations((2, 8, 8, 8))
+    assert np.allclose(again(values), theirs(values), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (GroupNormalization(2, axis=1), (None, 4, 8, 8), "axis=1 of inputs"),
+        (BatchNormalization(), (None, 4), "only the channels of"),
+        (BatchNormalization(renorm=True), (None, 8, 8, 4), "renorm=True is not computed"),
+    ],
+)
+def test_what_is_not_computed_is_refused(
+    layer: keras.layers.Layer, shape: tuple[int | None, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer.build(shape)
