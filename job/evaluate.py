@@ -112,6 +112,7 @@ class Evaluator:
 
     Attributes:
         overlap: of windows, pixels; 0 where the dataset's pictures are all of the network's size.
+        held: pictures, or windows, that go through the network of a device at once.
         is_by_tile: a tile counts as a picture.
         min_pixels: of each class but 0, at the network's size; smaller regions are not predicted.
     """
@@ -124,6 +125,7 @@ class Evaluator:
     step: Callable[..., Any]  # batch -> sums, counts
     probabilities: Callable[[np.ndarray], Any]  # (B, H, W, C) pixels -> (B, H, W, K) float32
     overlap: int
+    held: int
     first_replica: int = 0  # of this process, among all
     is_by_tile: bool = False
     min_pixels: tuple[int, ...] = ()
@@ -132,12 +134,6 @@ class Evaluator:
     def has_windows(self) -> bool:
         """Whether cases may be larger than the network."""
         return self.dataset.manifest.geometry == "tile" and not self.is_by_tile
-
-    @property
-    def num_windows(self) -> int:
-        """Windows that one device predicts at once: what a replica's network holds at once."""
-        num_replicas = self.strategy.num_replicas_in_sync
-        return max(1, self.config.global_batch_size // num_replicas // self.config.accumulate)
 
     def pictures_of(self, split: Split) -> tuple[Picture, ...]:
         """Returns the cases of `split`."""
@@ -151,7 +147,7 @@ class Evaluator:
             self.dataset.manifest,
             alive=alive,
             overlap=self.overlap,
-            batch_size=self.num_windows,
+            batch_size=self.held,
         )
 
     def mask_of(self, image: np.ndarray, alive: Alive = not_told) -> Ids:
@@ -315,12 +311,15 @@ def make_evaluator(
     dataset: Dataset,
     network: Callable[..., Any],
     *,
+    most_held: int | None = None,
     first_replica: int = 0,
 ) -> Evaluator:
     """Returns the evaluator of a network, see `job.step.network_of`.
 
     Args:
         network: of models that were made in the scope of `strategy`.
+        most_held: pictures that may go through the network of a device at once; None: what the
+            config's batch, devices and micro-batches make.
         first_replica: global number of this process' first replica.
 
     Raises:
@@ -339,10 +338,14 @@ def make_evaluator(
     )
     metrics = reference_metrics(config.metrics, ignore_id=manifest.ignore_id)
     local_batch = config.global_batch_size // strategy.num_replicas_in_sync
+    # An evaluation may have another batch and other devices than the training.
+    num_micro_batches = math.gcd(local_batch, config.accumulate)
+    if most_held is not None:
+        divisors = (n for n in range(1, local_batch + 1) if local_batch % n == 0)
+        num_micro_batches = next(n for n in divisors if local_batch // n <= most_held)
     step = make_evaluation_step(
         *(strategy, network, loss, metrics, len(manifest.classes), manifest.ignore_id),
-        # An evaluation may have another batch and other devices than the training.
-        num_micro_batches=math.gcd(local_batch, config.accumulate),
+        num_micro_batches=num_micro_batches,
     )
     overlap = 0
     if manifest.geometry == "tile":
@@ -350,6 +353,7 @@ def make_evaluator(
     return Evaluator(
         *(config, strategy, dataset, loss, metrics, step, make_probability_step(network)),
         overlap=overlap,
+        held=local_batch // num_micro_batches,
         first_replica=first_replica,
     )
 
@@ -621,7 +625,8 @@ class EvaluateConfig(PredictConfig):
     )
     batch_size: int | None = option(
         None,
-        "Cases per step, over all devices; unset: on each device what each held in training.",
+        "Cases per step, over all devices; unset: the run's batch, of which a device takes no more "
+        "at once than in training.",
         ge=1,
     )
     cpu_replicas: int = option(1, "Mirrored replicas on a machine without a GPU.", ge=1)
@@ -659,7 +664,7 @@ def evaluate_run(
     """
     from job.step import network_of
 
-    settings = resolve_config(run, config, strategy.num_replicas_in_sync, others)
+    settings = resolve_config(run, config)
     split = dataset.split(config.split)
     target = _target(run, config)
     with strategy.scope():
@@ -668,8 +673,10 @@ def evaluate_run(
         member_of(each, commit) for each, (_, commit) in zip((run, *others), loaded, strict=True)
     ]
     network = network_of([model for model, _ in loaded], config.flips)
+    most_held = None if config.batch_size else min(map(_held, (run, *others)))
     evaluator = replace(
-        make_evaluator(settings, strategy, dataset, network), is_by_tile=config.tiles_as_pictures
+        make_evaluator(settings, strategy, dataset, network, most_held=most_held),
+        is_by_tile=config.tiles_as_pictures,
     )
     used = {"which": config.checkpoint, "epochs": [commit.epoch for _, commit in loaded]}
     _tell_checkpoint(run.store, used)
@@ -758,35 +765,26 @@ def _fit_regions(evaluator: Evaluator, *, shown: bool) -> tuple[tuple[ClassFit, 
     return fits, fitted_on
 
 
-def resolve_config(
-    run: TrainedRun, config: EvaluateConfig, num_devices: int, others: Sequence[TrainedRun] = ()
-) -> TrainConfig:
-    """Returns the run's config with the batch and the devices of this evaluation.
-
-    Each device gets what a replica held in training, in as many micro-batches; of several runs, of
-    that which held the fewest pictures at once. More may not fit into its memory.
-    """
-    changes: dict[str, Any] = {"cpu_replicas": config.cpu_replicas}
-    if config.batch_size is not None:
-        changes["global_batch_size"] = config.batch_size
-    else:
-        local, accumulate = min(
-            (_held_batch(each) for each in (run, *others)), key=lambda held: held[0] // held[1]
-        )
-        changes |= {"global_batch_size": local * num_devices, "accumulate": accumulate}
+def resolve_config(run: TrainedRun, config: EvaluateConfig) -> TrainConfig:
+    """Returns the run's config with the batch and the devices of this evaluation."""
+    batch_size = config.batch_size or run.config.global_batch_size
+    changes: dict[str, Any] = {
+        "global_batch_size": batch_size,
+        "cpu_replicas": config.cpu_replicas,
+    }
     if config.overlap is not None:
         changes["window_overlap"] = config.overlap
     return run.config.model_copy(update=changes)
 
 
-def _held_batch(run: TrainedRun) -> tuple[int, int]:
-    """Returns the batch that a replica of `run` held, and its micro-batches.
+def _held(run: TrainedRun) -> int:
+    """Returns how many pictures went through the network of a replica at once in training.
 
     A run that does not tell its replicas counts as one of a single replica.
     """
     environment = read_json(run.store, "environment.json", "restore it, or give --batch-size") or {}
     local = run.config.global_batch_size // int(environment.get("replicas", 1))
-    return max(1, local), run.config.accumulate
+    return max(1, local // run.config.accumulate)
 
 
 def dataset_of(run: TrainedRun, url: str | None, others: Sequence[TrainedRun] = ()) -> Dataset:
@@ -860,8 +858,7 @@ def command(run: str, **options: Any) -> int:
 
         if config.needs_gpu:
             runtime.require_gpu()
-        num_devices = runtime.num_devices(config.cpu_replicas)
-        strategy = runtime.configure(resolve_config(trained, config, num_devices, others))
+        strategy = runtime.configure(resolve_config(trained, config))
         evaluation, url = evaluate_run(trained, dataset, strategy, config, others)
     show_summary(evaluation.summary)
     click.echo(f"tables and pictures: {url}")

@@ -212,11 +212,6 @@ def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None
     return seen
 
 
-def num_devices(cpu_replicas: int) -> int:
-    """Returns how many devices a process alone computes on: its GPUs, or its CPU replicas."""
-    return len(import_tensorflow().config.list_physical_devices("GPU")) or cpu_replicas
-
-
 def require_gpu() -> None:
     """Refuses to compute on CPUs where a GPU was asked for.
 

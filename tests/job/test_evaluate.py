@@ -29,7 +29,6 @@ from job.evaluate import (
     evaluate_run,
     main,
     make_evaluator,
-    resolve_config,
 )
 from job.infer import InferConfig, infer
 from job.measures import Scale, nothing_predicted
@@ -417,40 +416,38 @@ def seen_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_a_device_gets_what_a_replica_held_in_training(
-    evaluated: Path, own_run: Path, two_cpus: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_device_gets_no_more_at_once_than_in_training(
+    own_run: Path, two_cpus: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # As if four replicas had trained it, each with 4 pictures of a batch of 16, two at a time.
+    """The loss depends on the batch (dice_loss is of all of it), and never on the devices."""
     path = own_run / "config.yaml"
-    text = path.read_text().replace("global_batch_size: 1\n", "global_batch_size: 16\n")
-    path.write_text(text.replace("accumulate: 1\n", "accumulate: 2\n"))
-    environment = json.loads((own_run / "environment.json").read_text())
-    environment["replicas"] = 4
-    (own_run / "environment.json").write_text(json.dumps(environment))
-
-    run, config = open_trained(str(own_run)), EvaluateConfig(progress=False)
-    assert resolve_config(run, config, 2).global_batch_size == 8
+    text = path.read_text().replace("global_batch_size: 1\n", "global_batch_size: 4\n")
+    path.write_text(text.replace("name: categorical_crossentropy", "name: dice"))
     sizes = seen_sizes(monkeypatch)
-    found = evaluate_run(run, dataset_of(run, None), two_cpus, config)[1]
-    assert set(sizes) == {1, 2}  # a case of the network's size is measured alone
-    assert rows_of(Path(found)) == rows_of(evaluated)
-    loss = summary_of(evaluated)["loss"]
-    assert summary_of(Path(found))["loss"] == pytest.approx(loss, rel=1e-5)
 
-    # What is asked for is spread over the devices, and windows with it.
-    sizes.clear()
-    asked = EvaluateConfig(progress=False, batch_size=4, output=str(tmp_path / "asked"))
-    evaluate_run(run, dataset_of(run, None), two_cpus, asked)
-    assert set(sizes) == {1}
+    def evaluated_by(strategy: Any, replicas: int | None, name: str, **options: Any) -> Any:
+        """Returns the summary, for a run that says how many replicas have trained it."""
+        environment = {} if replicas is None else {"replicas": replicas}
+        (own_run / "environment.json").write_text(json.dumps(environment))
+        sizes.clear()
+        run = open_trained(str(own_run))
+        config = EvaluateConfig(progress=False, output=str(tmp_path / name), **options)
+        return evaluate_run(run, dataset_of(run, None), strategy, config)[0].summary
 
-    # Of two runs, the one that held less says how many.
-    less = replace(run, config=run.config.model_copy(update={"accumulate": 4}))
-    both = resolve_config(run, config, 3, [less])
-    assert (both.global_batch_size, both.accumulate) == (12, 4)
-
-    # An earlier version may not have told its replicas: then there was one.
-    (own_run / "environment.json").unlink()
-    assert resolve_config(run, config, 2).global_batch_size == 32
+    one_cpu = tf.distribute.OneDeviceStrategy("CPU:0")
+    # A case of the network's size is measured alone, so 1 is always among them.
+    expected = evaluated_by(one_cpu, 1, "whole")
+    assert set(sizes) == {1, 4}
+    for strategy, replicas, held in (
+        (one_cpu, None, 4), (one_cpu, 2, 2), (one_cpu, 4, 1), (two_cpus, 1, 2), (two_cpus, 4, 1),
+    ):  # fmt: skip
+        found = evaluated_by(strategy, replicas, "again")
+        assert set(sizes) == {1, held}, (replicas, held)
+        assert found["classes"] == expected["classes"]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    # What is asked for is spread over the devices, however much that is.
+    evaluated_by(two_cpus, 4, "asked", batch_size=4)
+    assert set(sizes) == {1, 2}
 
 
 def test_a_run_in_float16_predicts_in_float32_on_a_cpu(own_run: Path) -> None:
