@@ -97,6 +97,7 @@ bench: .venv/.installed ## measure, on a machine that does nothing else; writes 
 	$(BIN)/python benchmarks/prep.py
 	$(BIN)/python benchmarks/input.py
 	$(BIN)/python benchmarks/optimizer.py
+	$(BIN)/python benchmarks/normalization.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/step.py

@@ -116,6 +116,12 @@ SMOKES = [
         "optimizer.json",
         ("over_copy.ours", "over_copy.keras"),
     ),
+    Smoke(
+        "normalization.py",
+        ("--sides", "16", "--batch-sizes", "1", "--channels", "8", "--repeats", "1"),
+        "normalization.json",
+        ("cases.0.errors.keras.gamma", "cases.0.time_over_keras.forward_backward.median"),
+    ),
     Smoke("plot.py", (), "ratios.png"),
 ]
 
