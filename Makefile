@@ -20,7 +20,7 @@ ENGINE ?= $(shell for engine in docker podman buildah; do \
 	$$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo demo-inbreast test test-oldest test-faults test-image image lint setup bench bench-peers clean help
+.PHONY: demo demo-inbreast test test-oldest test-faults test-image image lint setup bench bench-gpu bench-peers clean help
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -93,7 +93,7 @@ demo-inbreast: .venv/.installed ## a generated INbreast release, prepared; its c
 	python -m data_prep.phantoms $(DEMO)/release --format inbreast --size 256
 	flexunet prep --format inbreast $(DEMO)/release $(DEMO)/release-dataset --image-size 128 --crop breast --flip left
 
-bench: .venv/.installed ## measure, on a machine that does nothing else; writes benchmarks/results (not bench-peers)
+bench: .venv/.installed ## measure, on a machine that does nothing else; writes benchmarks/results (not bench-gpu, bench-peers)
 	$(BIN)/python benchmarks/prep.py
 	$(BIN)/python benchmarks/input.py
 	$(BIN)/python benchmarks/optimizer.py
@@ -107,6 +107,9 @@ bench: .venv/.installed ## measure, on a machine that does nothing else; writes 
 	$(BIN)/python benchmarks/exchange.py --image-size 256 --num-workers 4 --repeats 2
 	$(BIN)/python benchmarks/exchange.py --image-size 512 --table
 	$(BIN)/python benchmarks/plot.py
+
+bench-gpu: .venv/.installed ## check and measure a GPU, 6 minutes; writes benchmarks/results/gpu-NAME.json
+	$(BIN)/python benchmarks/gpu.py
 
 bench-peers: .venv-peers/.installed ## measure the input against WebDataset, MosaicML Streaming, TFRecordDataset; 9 GB
 	.venv-peers/bin/python benchmarks/peers.py

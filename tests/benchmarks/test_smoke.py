@@ -37,7 +37,7 @@ class Smoke:
 
     Attributes:
         writes: name of the result.
-        numbers: paths of values in it, joined by ".", that must be there and positive.
+        numbers: paths of values in it, joined by ">", that must be there and positive.
     """
 
     script: str
@@ -55,35 +55,48 @@ SMOKES = [
         (*TINY_NETWORK, "--matmul-size", "64", "--ways", "ours,naive,pinned"),
         "step-32-float32.json",
         (
-            "ours_over.naive",
-            "ours_over.pinned",
-            "ours.share_of_matmul_rate",
-            "layers.sum_of_best_s",
+            "ours_over>naive",
+            "ours_over>pinned",
+            "ours>share_of_matmul_rate",
+            "layers>sum_of_best_s",
+        ),
+    ),
+    Smoke(
+        "gpu.py",
+        ("--device", "cpu", "--small", "--minutes", "30"),  # a busy machine must not fail
+        "gpu-cpu.json",
+        (
+            "sections>precisions>found>mixed_bfloat16, images_per_s",
+            "sections>resume>found>optimizer.npz, arrays",
+            "sections>input>found>augmented, images_per_s",
+            "sections>xla>found>on, step_s",
+            "sections>rate>found>float32, batch 2, XLA off>share_of_matmul_rate",
+            "sections>rate>found>float32, batch 2, XLA off>peak_memory_mb",
         ),
     ),
     Smoke(
         "start.py",
         (*TINY_NETWORK, "--warm-ups", "0"),
         "start.json",
-        ("command_over_core", "seconds.command"),
+        ("command_over_core", "seconds>command"),
     ),
     Smoke(
         "exchange.py",
         TINY_NETWORK,
         "exchange-32-float32.json",
-        ("share_of_silent.planned", "predicted_share.planned", "sent_over_all_reduce"),
+        ("share_of_silent>planned", "predicted_share>planned", "sent_over_all_reduce"),
     ),
     Smoke(
         "exchange.py",
         ("--table", "--image-size", "32", "--num-layers", "2"),
         "exchange-table-32-float32.json",
-        ("silent_step_s", "rows.0.plan_kept"),
+        ("silent_step_s", "rows>0>plan_kept"),
     ),
     Smoke(
         "recipe.py",
         ("--steps", "2", "--phantoms", "10", "--seeds", "0", "--arm", "recipe"),
         "recipe.json",
-        ("phantoms, 2 steps.samples.train", "phantoms, 2 steps.foreground_dice.recipe.most"),
+        ("phantoms, 2 steps>samples>train", "phantoms, 2 steps>foreground_dice>recipe>most"),
     ),
     Smoke(
         "checkpoint.py",
@@ -101,20 +114,20 @@ SMOKES = [
         "input.py",
         (*TINY, "--num-images", "12", "--epochs", "2"),
         "input.json",
-        ("cpu_rate_ratios.input / decode.median", "rss_mb_after_epoch"),
+        ("wall_ms_of_epoch_of_10>input>median", "rss_mb_after_epoch"),
     ),
     Smoke(
         "prep.py",
         (*TINY, "--num-images", "24"),
         "prep.json",
-        ("images_per_s.prep_1.median", "peak_worker_rss_mb.24"),
+        ("images_per_s>prep_1>median", "peak_worker_rss_mb>24"),
     ),
     Smoke("metrics.py", ("--masks", "5"), "metrics.json", ("num_compared",)),
     Smoke(
         "optimizer.py",
         ("--parameters", "1", "--repeats", "1"),
         "optimizer.json",
-        ("over_copy.ours", "over_copy.keras"),
+        ("over_copy>ours", "over_copy>keras"),
     ),
     Smoke(
         "normalization.py",
@@ -126,12 +139,14 @@ SMOKES = [
 ]
 
 
-def run_script(path: Path, arguments: tuple[str, ...], results: Path, log: Path) -> None:
+def run_script(
+    path: Path, arguments: tuple[str, ...], environment: Mapping[str, str], log: Path
+) -> None:
     """Runs a script in this process as Python would, with its output in the file `log`."""
     with log.open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    os.environ["FLEXUNET_BENCHMARK_RESULTS"] = str(results)
+    os.environ.update(environment)
     os.chdir(PROJECT)
     sys.path.insert(0, str(SCRIPTS))
     sys.argv = [str(path), *arguments]
@@ -147,7 +162,7 @@ class Ended:
     output: str
 
 
-def ended(smoke: Smoke, folder: Path) -> Ended:
+def ended(smoke: Smoke, folder: Path, **environment: str) -> Ended:
     """Returns how `smoke` ended, run in a process of its own."""
     results, log = folder / "results", folder / "log.txt"
     results.mkdir(parents=True)
@@ -157,8 +172,9 @@ def ended(smoke: Smoke, folder: Path) -> Ended:
     context = multiprocessing.get_context("forkserver")
     # Only what does not belong to the project: it would be found in another place there.
     context.set_forkserver_preload(["tensorflow", "keras", "matplotlib.pyplot", "pyarrow"])
+    environment["FLEXUNET_BENCHMARK_RESULTS"] = str(results)
     process = context.Process(
-        target=run_script, args=(SCRIPTS / smoke.script, smoke.arguments, results, log)
+        target=run_script, args=(SCRIPTS / smoke.script, smoke.arguments, environment, log)
     )
     process.start()
     process.join(TIMEOUT_S)
@@ -201,7 +217,7 @@ def test_a_benchmark_still_runs(smoke: Smoke, all_ended: Mapping[str, Future[End
 
 def numbers_at(result: Any, name: str) -> list[float]:
     """Returns the number or numbers at the path `name`."""
-    for key in name.split("."):
+    for key in name.split(">"):
         result = result[int(key)] if isinstance(result, list) else result[key]
     numbers = result if isinstance(result, list) else [result]
     assert numbers, name
@@ -212,3 +228,39 @@ def numbers_at(result: Any, name: str) -> list[float]:
 def test_every_benchmark_is_run_here() -> None:
     scripts = {path.name for path in SCRIPTS.glob("*.py")}
     assert scripts == {smoke.script for smoke in SMOKES} | set(ELSEWHERE)
+
+
+def test_a_gpu_report_goes_on_after_a_section_that_failed(tmp_path: Path) -> None:
+    # Sides that the network's levels do not divide.
+    arguments = ("--device", "cpu", "--small", "--image-size", "33")
+    arguments = (*arguments, "--minutes", "30")
+    smoke = Smoke("gpu.py", (*arguments, "--sections", "precisions,input"), "gpu-cpu.json")
+    found = ended(smoke, tmp_path)
+    assert found.exit_code == 1, found.output
+    sections = json.loads((found.results / smoke.writes).read_text())["sections"]
+    assert {name: each["status"] for name, each in sections.items()} == {
+        "devices": "holds",
+        "precisions": "failed",
+        "input": "holds",
+    }
+    assert sections["precisions"]["error"].startswith("data_prep.errors.UsageError: --model.num")
+    assert "does not hold: precisions" in found.output
+
+
+def test_a_gpu_report_tells_what_does_not_agree(tmp_path: Path) -> None:
+    arguments = ("--device", "cpu", "--small", "--minutes", "30", "--sections", "xla")
+    smoke = Smoke("gpu.py", (*arguments, "--tolerance", "0"), "gpu-cpu.json")
+    found = ended(smoke, tmp_path)
+    assert found.exit_code == 1, found.output
+    section = json.loads((found.results / smoke.writes).read_text())["sections"]["xla"]
+    assert section["status"] == "does not hold"
+    assert section["found"]["fault: gradients"].endswith("at most 0 is allowed")
+    assert 0 < section["found"]["gradients"] < 1e-5  # XLA adds in another order
+
+
+def test_without_a_gpu_the_report_of_one_is_refused_in_a_line(tmp_path: Path) -> None:
+    found = ended(Smoke("gpu.py", (), "none"), tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert found.exit_code == 2, found.output
+    last = found.output.splitlines()[-1]
+    assert last == "no GPU for TensorFlow (it sees none); --device cpu measures the CPU"
+    assert list(found.results.iterdir()) == []
