@@ -1,8 +1,12 @@
 """A store that changes nothing once its owner has lost the right to write.
 
 Every put and delete first asks the owner's `check`, which raises where another process has taken
-over. What remains: a process that is paused between the check and the request can still replace a
-table or a picture. Checkpoints are safe from that too, see `job/run.py`.
+over. Two gaps remain for tables and pictures; checkpoints are safe from both, see `job/run.py`. A
+process may be paused between the check and the request. And a process of the same launcher takes
+over without a wait, which its predecessor, if it should still live, notices at its next renewal.
+
+Commands that never own a run (`evaluate`, `infer`, `report`) and the stacks of a process that hangs
+do not pass here.
 """
 
 from collections.abc import Callable
