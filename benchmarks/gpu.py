@@ -59,6 +59,7 @@ class Sizes:
     tolerance: float = 1e-3
     image_size: int = 512  # pixels a side, of `rate`, `input` and the steps of `precisions`
     num_layers: int = 8  # levels of the network of `rate`
+    num_small_layers: int = 3  # of the networks of the other sections
     batch_sizes: tuple[int, ...] = (2, 16)  # of `rate`
     repeats: int = 10  # steps that are measured
     matmul_size: int = 8192
@@ -77,6 +78,7 @@ class Sizes:
 SMALL = Sizes(
     image_size=32,
     num_layers=2,
+    num_small_layers=2,
     batch_sizes=(2,),
     repeats=2,
     matmul_size=64,
@@ -166,11 +168,11 @@ def agreement(section: Section) -> None:
             if not section.budget.allows(4):
                 section.skip(name)
                 continue
-            with _session(tf, data, "CPU", case) as session:
+            with _session(section, tf, data, "CPU", case) as session:
                 expected = _first_step(session)
             for allowed in (False, True) if count == 0 else (False,):
                 allow_tensor_float_32(allowed)
-                with _session(tf, data, section.device, case) as session:
+                with _session(section, tf, data, section.device, case) as session:
                     distances = _distances(_first_step(session), expected)
                     weights_are_on = session.model.weights[0].value.device
                 section.expect(f"{name}, weights are on it", section.device in weights_are_on)
@@ -189,7 +191,7 @@ def placement(section: Section) -> None:
             if not section.budget.allows(4):
                 section.skip(name)
                 continue
-            with _session(tf, data, section.device, case) as session:
+            with _session(section, tf, data, section.device, case) as session:
                 # Reading is for the CPU: it is over before.
                 batch = next(_batches(session))
                 step, rate = tf.constant(0, tf.int64), tf.constant(1e-3, tf.float64)
@@ -221,7 +223,7 @@ def precisions(section: Section) -> None:
                 section.tell(f"refused: {precision}", str(error))
                 continue
             change = {"precision": precision, "global_batch_size": batch}
-            with _session(tf, data, section.device, change) as session:
+            with _session(section, tf, data, section.device, change) as session:
                 steps = _steps(session, 2 + sizes.repeats)
             losses = [loss for loss, _ in steps]
             section.tell(f"{precision}, loss", losses[-1])
@@ -236,7 +238,7 @@ def xla(section: Section) -> None:
     found = {}
     with _dataset(32, section.sizes.image_size, (0.8, 0.1, 0.1)) as data:
         for way in ("off", "on"):
-            with _session(tf, data, section.device, {"xla": way}) as session:
+            with _session(section, tf, data, section.device, {"xla": way}) as session:
                 # The two shall differ by the order of their additions alone.
                 allow_tensor_float_32(False)
                 started = time.perf_counter()
@@ -334,7 +336,7 @@ def resume(section: Section) -> None:
             "prediction-images": "0",
             "checkpoint-every-minutes": "0.0001",  # one after the other
             "schedule.early-stopping-patience": "0",
-            "model.num-layers": "3",
+            "model.num-layers": str(section.sizes.num_small_layers),
             "model.base-filters": "8",
             "model.base-kernels": "3,3",
             "model.dropout-rate": "0.1",
@@ -411,7 +413,9 @@ def _configured(section: Section, config: TrainConfig) -> Any:
 
 
 @contextlib.contextmanager
-def _session(tf: Any, data: Any, device: str, change: Mapping[str, Any]) -> Iterator[Any]:
+def _session(
+    section: Section, tf: Any, data: Any, device: str, change: Mapping[str, Any]
+) -> Iterator[Any]:
     """Yields a small network in training on one device."""
     from job.session import open_session
     from job.team import Team
@@ -420,7 +424,12 @@ def _session(tf: Any, data: Any, device: str, change: Mapping[str, Any]) -> Iter
         "global_batch_size": 4,
         "precision": "float32",
         "xla": "off",
-        "model": {"num_layers": 3, "base_filters": 8, "base_kernels": (5, 5), "dropout_rate": 0.1},
+        "model": {
+            "num_layers": section.sizes.num_small_layers,
+            "base_filters": 8,
+            "base_kernels": (5, 5),
+            "dropout_rate": 0.1,
+        },
         # With the gradient alone in it, the first moment tells what the gradient was.
         "optimizer": {"clipvalue": None},
     }
