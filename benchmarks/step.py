@@ -237,6 +237,7 @@ class Network:
 
     def ours(self, repeats: int) -> dict[str, Any]:
         """Measures the step of this package."""
+        from job.loss_scale import loss_scale_for
         from job.losses import make_loss
         from job.metrics import reference_metrics
         from job.optimizer import Adam
@@ -246,7 +247,8 @@ class Network:
         tf = self.tf
         with self.strategy.scope():
             model = self.model()
-            optimizer = Adam(OptimizerConfig(), model.trainable_variables)
+            scale = loss_scale_for(self.precision)
+            optimizer = Adam(OptimizerConfig(), model.trainable_variables, scale)
         loss = make_loss("categorical_crossentropy", num_classes=2)
         metrics = reference_metrics(["dice_coef_multiclass"])
         step = make_train_step(
