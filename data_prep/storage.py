@@ -7,6 +7,7 @@ numbers that change with every write. It must not know what the objects mean.
 
 import base64
 import contextlib
+import copy
 import errno
 import fcntl
 import functools
@@ -94,7 +95,10 @@ class Stat:
 
 
 class Store(Protocol):
-    """Named objects below one URL. Every failure is a StorageError of one line; stores pickle."""
+    """Named objects below one URL. Every failure is a StorageError of one line.
+
+    Stores pickle, unless they are watched or guarded.
+    """
 
     @property
     def url(self) -> str:
@@ -176,7 +180,14 @@ class Store(Protocol):
         """Returns the same storage, which calls `moved` whenever bytes of an object have moved.
 
         A large file calls it many times on its way, in either direction, in the thread that puts or
-        gets it.
+        gets it; other objects once, at their end.
+        """
+        ...
+
+    def guarded(self, check: Callable[[], None]) -> "Store":
+        """Returns the same storage, which calls `check` before every try of a put or a delete.
+
+        What `check` raises ends the put or delete, also one that is being repeated.
         """
         ...
 
@@ -185,8 +196,8 @@ class Store(Protocol):
         ...
 
 
-def _nobody_watches() -> None:
-    """Stands for `moved` where nobody asks."""
+def _do_nothing() -> None:
+    """Stands for `moved` and `check` where nobody asks."""
 
 
 def open_store(url: str, *, retry_s: float = _RETRY_S) -> Store:
@@ -389,10 +400,18 @@ class LocalStore:
 
     url: str
     _moved: Callable[[], None] = field(repr=False, compare=False)
+    _check: Callable[[], None] = field(repr=False, compare=False)
 
-    def __init__(self, path: str, *, moved: Callable[[], None] = _nobody_watches) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        moved: Callable[[], None] = _do_nothing,
+        check: Callable[[], None] = _do_nothing,
+    ) -> None:
         object.__setattr__(self, "url", os.path.abspath(path))
         object.__setattr__(self, "_moved", moved)
+        object.__setattr__(self, "_check", check)
 
     @property
     def local_root(self) -> str:
@@ -434,7 +453,9 @@ class LocalStore:
         path = local_path(self.url, name)
         with _local_errors("read", path), open(path, "rb") as file:
             file.seek(start)
-            return file.read(-1 if length is None else length)
+            data = file.read(-1 if length is None else length)
+        self._moved()
+        return data
 
     def get_file(self, name: str, path: str) -> int:
         """See `Store.get_file`; the copy is not forced to disk."""
@@ -449,7 +470,9 @@ class LocalStore:
 
     def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
         """See `Store.put`."""
-        return self._put(name, lambda file: file.write(data), if_generation)
+        stat = self._put(name, lambda file: file.write(data), if_generation)
+        self._moved()
+        return stat
 
     def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
         """See `Store.put_file`."""
@@ -464,6 +487,7 @@ class LocalStore:
 
     def delete(self, name: str) -> None:
         """See `Store.delete`; folders that become empty go too, up to the store's own."""
+        self._check()
         path = local_path(self.url, name)
         with _local_errors("delete", path):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -476,7 +500,7 @@ class LocalStore:
 
     def below(self, prefix: str) -> "LocalStore":
         """See `Store.below`."""
-        return LocalStore(local_path(self.url, prefix), moved=self._moved)
+        return LocalStore(local_path(self.url, prefix), moved=self._moved, check=self._check)
 
     def with_limits(self, *, retry_s: float, timeout_s: float) -> "LocalStore":
         """See `Store.with_limits`; a folder has none."""
@@ -484,10 +508,20 @@ class LocalStore:
 
     def watched(self, moved: Callable[[], None]) -> "LocalStore":
         """See `Store.watched`."""
-        return LocalStore(self.url, moved=moved)
+        return self._with("_moved", moved)
+
+    def guarded(self, check: Callable[[], None]) -> "LocalStore":
+        """See `Store.guarded`."""
+        return self._with("_check", check)
+
+    def _with(self, name: str, call: Callable[[], None]) -> "LocalStore":
+        twin = copy.copy(self)
+        object.__setattr__(twin, name, call)
+        return twin
 
     def remove_unfinished(self) -> int:
         """See `Store.remove_unfinished`."""
+        self._check()
         num_removed = 0
         for folder, _, files in os.walk(self.url):
             for file in files:
@@ -498,6 +532,7 @@ class LocalStore:
         return num_removed
 
     def _put(self, name: str, write: Callable[[Any], Any], if_generation: int | None) -> Stat:
+        self._check()
         path = local_path(self.url, name)
         with _local_errors("write", path):
             temporary = _temporary_beside(path)
@@ -549,7 +584,8 @@ class GcsStore:
         *,
         retry_s: float = _RETRY_S,
         timeout_s: float | None = None,
-        moved: Callable[[], None] = _nobody_watches,
+        moved: Callable[[], None] = _do_nothing,
+        check: Callable[[], None] = _do_nothing,
     ) -> None:
         bucket, _, prefix = url.removeprefix("gs://").partition("/")
         prefix = prefix.strip("/")
@@ -565,6 +601,7 @@ class GcsStore:
         self.retry_s = retry_s
         self._timeout_s = timeout_s or min(max(retry_s / 2, 1.0), _MAX_TIMEOUT_S)
         self._moved = moved
+        self._check = check
 
     def __repr__(self) -> str:
         return f"GcsStore({self.url!r})"
@@ -619,7 +656,9 @@ class GcsStore:
             with _whole_file(path) as file:
                 blob = self._blob(name)
                 target = _WatchedFile(file, self._moved)
-                blob.download_to_file(target, retry=self._retry(), timeout=self._timeout_s)
+                blob.download_to_file(
+                    target, retry=self._retry_while(target), timeout=self._timeout_s
+                )
                 file.flush()
                 value = crc32c_of_file(file.name)
                 self._verify(name, blob, value)
@@ -654,24 +693,37 @@ class GcsStore:
 
     def delete(self, name: str) -> None:
         """See `Store.delete`."""
+        self._check()
         with contextlib.suppress(NotFound), self._errors("delete", name):
-            self._blob(name).delete(retry=self._retry(), timeout=self._timeout_s)
+            retry = self._retry(lambda error: self._check())
+            self._blob(name).delete(retry=retry, timeout=self._timeout_s)
 
     def below(self, prefix: str) -> "GcsStore":
         """See `Store.below`."""
         url = join_url(self.url, checked_name(prefix))
-        return self._like(url, retry_s=self.retry_s, timeout_s=self._timeout_s)
+        return self._like(url)
 
     def with_limits(self, *, retry_s: float, timeout_s: float) -> "GcsStore":
         """See `Store.with_limits`."""
-        return self._like(self.url, retry_s=retry_s, timeout_s=timeout_s)
+        return self._like(retry_s=retry_s, timeout_s=timeout_s)
 
     def watched(self, moved: Callable[[], None]) -> "GcsStore":
         """See `Store.watched`."""
-        return GcsStore(self.url, retry_s=self.retry_s, timeout_s=self._timeout_s, moved=moved)
+        return self._like(moved=moved)
 
-    def _like(self, url: str, *, retry_s: float, timeout_s: float) -> "GcsStore":
-        return GcsStore(url, retry_s=retry_s, timeout_s=timeout_s, moved=self._moved)
+    def guarded(self, check: Callable[[], None]) -> "GcsStore":
+        """See `Store.guarded`."""
+        return self._like(check=check)
+
+    def _like(self, url: str | None = None, **changes: Any) -> "GcsStore":
+        """Returns the same storage but for what is given."""
+        own: dict[str, Any] = {
+            "retry_s": self.retry_s,
+            "timeout_s": self._timeout_s,
+            "moved": self._moved,
+            "check": self._check,
+        }
+        return GcsStore(url or self.url, **(own | changes))
 
     def remove_unfinished(self) -> int:
         """See `Store.remove_unfinished`; the server forgets unfinished uploads by itself."""
@@ -701,6 +753,20 @@ class GcsStore:
             predicate=_is_transient, initial=0.2, maximum=min(self._timeout_s, _MAX_PAUSE_S),
             timeout=self.retry_s, on_error=on_error,
         )  # fmt: skip
+
+    def _retry_while(self, target: "_WatchedFile") -> Any:
+        """Returns how a download is repeated: as long as bytes come, however long all of it takes.
+
+        The client library goes on where it broke off.
+        """
+        from google.api_core.exceptions import RetryError
+
+        def give_up(error: Exception) -> None:
+            if time.monotonic() - target.written_at > self.retry_s:
+                message = f"nothing came for {self.retry_s:.1f} s, last exception: {error}"
+                raise RetryError(message, error) from error  # type: ignore[no-untyped-call]
+
+        return self._retry(give_up).with_timeout(None)
 
     def _download(self, blob: Any, start: int, length: int | None) -> bytes:
         from google.api_core.exceptions import RequestRangeNotSatisfiable
@@ -761,11 +827,17 @@ class GcsStore:
     def _upload(self, name: str, send: Callable[..., Stat], if_generation: int | None) -> Stat:
         from google.api_core.exceptions import PreconditionFailed as Refused
 
+        self._check()
         blob = self._blob(name)
         interrupted: list[Exception] = []
+
+        def on_error(error: Exception) -> None:
+            interrupted.append(error)
+            self._check()
+
         options: dict[str, Any] = {
             "content_type": mimetypes.guess_type(name)[0] or "application/octet-stream",
-            "retry": self._retry(interrupted.append),
+            "retry": self._retry(on_error),
             "timeout": self._timeout_s,
         }
         token = uuid.uuid4().hex
@@ -898,15 +970,21 @@ class _WatchedBytes:
 
 
 class _WatchedFile:
-    """A file to write into; calls `moved` for every write."""
+    """A file to write into; calls `moved` for every write.
+
+    Attributes:
+        written_at: when it was last, or made; of `time.monotonic`.
+    """
 
     def __init__(self, file: BinaryIO, moved: Callable[[], None]) -> None:
         self._file = file
         self._moved = moved
+        self.written_at = time.monotonic()
 
     def write(self, data: bytes) -> int:
         """Writes `data`."""
         self._moved()
+        self.written_at = time.monotonic()
         return self._file.write(data)
 
     def __getattr__(self, name: str) -> Any:

@@ -102,26 +102,40 @@ def _copied(variables: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> dict
 def weights_by_path(model: "keras.Model") -> dict[str, Any]:
     """Returns every variable of a model by its path, which is the same in every process.
 
-    Keras numbers layers without a name over all models of a process. Here they are numbered anew,
-    among their neighbours, in the order of the model's variables: `conv2d`, `conv2d_1`. Variables
-    that share a path in Keras are numbered too.
+    Keras numbers layers without a name over all models of a process: `conv2d_8`. Here they are
+    numbered anew among their neighbours, in the order of the model's variables: `conv2d`,
+    `conv2d_1`. Names that somebody gave stay. Of variables of one path the later get a number.
     """
-    numbers: dict[tuple[str, str], dict[str, int]] = {}
+    automatic = {_snake_case(type(layer).__name__) for layer in model._flatten_layers()}
+    automatic.add("seed_generator")  # of a layer that draws; no layer itself
+    seen: dict[tuple[str, str], dict[str, int]] = {}
 
-    def numbered(parent: str, name: str, identity: str) -> str:
+    def renamed(parent: str, name: str) -> str:
         stem = re.sub(r"_\d+$", "", name)
-        seen = numbers.setdefault((parent, stem), {})
-        number = seen.setdefault(identity, len(seen))
-        return f"{parent}/{stem}_{number}" if number else f"{parent}/{stem}"
+        if stem not in automatic:
+            return name
+        numbers = seen.setdefault((parent, stem), {})
+        number = numbers.setdefault(name, len(numbers))
+        return f"{stem}_{number}" if number else stem
 
     found: dict[str, Any] = {}
     for variable in model.variables:
-        *layers, name = variable.path.split("/")
-        path = ""
+        *layers, last = variable.path.split("/")
+        parent = ""
         for layer in layers:
-            path = numbered(path, layer, layer)
-        found[numbered(path, name, f"{name} {id(variable)}").removeprefix("/")] = variable
+            parent += f"{renamed(parent, layer)}/"
+        path, number = f"{parent}{last}", 0
+        while path in found:
+            number += 1
+            path = f"{parent}{last}_{number}"
+        found[path] = variable
     return found
+
+
+def _snake_case(name: str) -> str:
+    """Returns a class name as Keras makes names of it: Conv2DTranspose is conv2d_transpose."""
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
 def _write_weights(path: str, weights: Mapping[str, np.ndarray]) -> None:

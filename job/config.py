@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from data_prep.errors import UsageError
+from data_prep.errors import ContentError, UsageError
 from data_prep.settings import Settings, fields_of, merged, option, validated
 from job.augment import AugmentationConfig
 
@@ -466,6 +466,28 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             group = group.setdefault(each, {})
         group[last] = value
     return values
+
+
+def stored_options(identity: Any, values: Mapping[str, Any], run_url: str) -> dict[str, Any]:
+    """Returns the options of a run that exists, as nested values.
+
+    Args:
+        identity: of the run, by dotted path; it wins over `values`.
+        values: of its `config.yaml`; empty where it has none yet.
+        run_url: named in the error.
+
+    Raises:
+        ContentError: they are no config, as they are damaged, or of a later version.
+    """
+    try:
+        found = merged(merged(values_of_identity({}), values), values_of_identity(identity))
+        validated(TrainConfig, found, run_url)
+    except (UsageError, AttributeError, TypeError) as error:
+        raise ContentError(
+            f"{run_url}: its identity.json and config.yaml are no settings of this version "
+            f"({error}); restore the files, or train with the version that wrote them"
+        ) from error
+    return found
 
 
 def stored_config(values: Mapping[str, Any], where: str) -> TrainConfig:

@@ -112,7 +112,7 @@ class Evaluator:
 
     Attributes:
         overlap: of windows, pixels; 0 where the dataset's pictures are all of the network's size.
-        held: pictures, or windows, that go through the network of a device at once.
+        images_at_once: pictures, or windows, that go through the network of a device at once.
         is_by_tile: a tile counts as a picture.
         min_pixels: of each class but 0, at the network's size; smaller regions are not predicted.
     """
@@ -125,7 +125,7 @@ class Evaluator:
     step: Callable[..., Any]  # batch -> sums, counts
     probabilities: Callable[[np.ndarray], Any]  # (B, H, W, C) pixels -> (B, H, W, K) float32
     overlap: int
-    held: int
+    images_at_once: int
     first_replica: int = 0  # of this process, among all
     is_by_tile: bool = False
     min_pixels: tuple[int, ...] = ()
@@ -147,7 +147,7 @@ class Evaluator:
             self.dataset.manifest,
             alive=alive,
             overlap=self.overlap,
-            batch_size=self.held,
+            batch_size=self.images_at_once,
         )
 
     def mask_of(self, image: np.ndarray, alive: Alive = not_told) -> Ids:
@@ -311,15 +311,15 @@ def make_evaluator(
     dataset: Dataset,
     network: Callable[..., Any],
     *,
-    most_held: int | None = None,
+    max_images_at_once: int | None = None,
     first_replica: int = 0,
 ) -> Evaluator:
     """Returns the evaluator of a network, see `job.step.network_of`.
 
     Args:
         network: of models that were made in the scope of `strategy`.
-        most_held: pictures that may go through the network of a device at once; None: what the
-            config's batch, devices and micro-batches make.
+        max_images_at_once: pictures that may go through the network of a device at once; None:
+            what the config's batch, devices and micro-batches make.
         first_replica: global number of this process' first replica.
 
     Raises:
@@ -340,9 +340,9 @@ def make_evaluator(
     local_batch = config.global_batch_size // strategy.num_replicas_in_sync
     # An evaluation may have another batch and other devices than the training.
     num_micro_batches = math.gcd(local_batch, config.accumulate)
-    if most_held is not None:
+    if max_images_at_once is not None:
         divisors = (n for n in range(1, local_batch + 1) if local_batch % n == 0)
-        num_micro_batches = next(n for n in divisors if local_batch // n <= most_held)
+        num_micro_batches = next(n for n in divisors if local_batch // n <= max_images_at_once)
     step = make_evaluation_step(
         *(strategy, network, loss, metrics, len(manifest.classes), manifest.ignore_id),
         num_micro_batches=num_micro_batches,
@@ -353,7 +353,7 @@ def make_evaluator(
     return Evaluator(
         *(config, strategy, dataset, loss, metrics, step, make_probability_step(network)),
         overlap=overlap,
-        held=local_batch // num_micro_batches,
+        images_at_once=local_batch // num_micro_batches,
         first_replica=first_replica,
     )
 
@@ -673,9 +673,9 @@ def evaluate_run(
         member_of(each, commit) for each, (_, commit) in zip((run, *others), loaded, strict=True)
     ]
     network = network_of([model for model, _ in loaded], config.flips)
-    most_held = None if config.batch_size else min(map(_held, (run, *others)))
+    max_images_at_once = None if config.batch_size else min(map(_images_at_once, (run, *others)))
     evaluator = replace(
-        make_evaluator(settings, strategy, dataset, network, most_held=most_held),
+        make_evaluator(settings, strategy, dataset, network, max_images_at_once=max_images_at_once),
         is_by_tile=config.tiles_as_pictures,
     )
     used = {"which": config.checkpoint, "epochs": [commit.epoch for _, commit in loaded]}
@@ -777,7 +777,7 @@ def resolve_config(run: TrainedRun, config: EvaluateConfig) -> TrainConfig:
     return run.config.model_copy(update=changes)
 
 
-def _held(run: TrainedRun) -> int:
+def _images_at_once(run: TrainedRun) -> int:
     """Returns how many pictures went through the network of a replica at once in training.
 
     A run that does not tell its replicas counts as one of a single replica.

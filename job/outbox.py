@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _LAST_CALL_S = 5.0  # for the call that is running when the rest is dropped
+_MOST_BUDGETS = 10  # for one call, however often bytes moved
 _LOOK_S = 1.0  # between two looks, while waiting, at whether bytes have moved
 
 Alive = Callable[[], None]  # called while work that may take long moves on
@@ -131,7 +132,8 @@ class Outbox:
         while True:
             with self._changed:
                 if self._changed.wait_for(
-                    lambda: self._failure is not None or predicate(), timeout=_LOOK_S
+                    lambda: self._failure is not None or self._dropped.is_set() or predicate(),
+                    timeout=_LOOK_S,
                 ):
                     return
             if self._num_moves != num_moves:
@@ -166,16 +168,24 @@ class Outbox:
                 self._changed.notify_all()
 
     def _repeat(self, call: Callable[[], Any]) -> None:
-        begin, pause_s = time.monotonic(), _FIRST_PAUSE_S
-        since: float | None = None  # bytes last moved before the first failure
+        """Repeats `call` while storage is out of reach, up to the budget since bytes last moved.
+
+        A line that breaks again and again after some bytes has ten times as long, all in all.
+        """
+        begin = looked_at = time.monotonic()
+        since: float | None = None  # storage is out of reach
+        pause_s = _FIRST_PAUSE_S
         while True:
             try:
                 call()
                 return
             except Unavailable as error:
-                since = max(begin, self._moved_at) if since is None else since
-                past_s = time.monotonic() - since
-                if past_s + pause_s > self._budget_s:
+                if since is None or self._moved_at > looked_at:
+                    since = max(begin, self._moved_at)
+                looked_at = time.monotonic()
+                past_s = looked_at - since
+                is_over = past_s + pause_s > self._budget_s
+                if is_over or looked_at - begin > _MOST_BUDGETS * self._budget_s:
                     raise StorageError(
                         f"storage was out of reach for {past_s:.0f} s: {error}"
                     ) from error

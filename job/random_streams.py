@@ -1,8 +1,9 @@
-"""The streams of random numbers that a run draws from, each for one purpose.
+"""The streams of random numbers for the order and the augmentation of samples.
 
-All are numpy's Philox with the run's seed in its key. The last word of the counter names the
-purpose, so that no two streams share a number. In version 1, of runs of version 0.1.0, the order of
-epoch i and the augmentation of sample i in epoch 0 were drawn from the same numbers.
+Dropout and initial weights draw from generators of TensorFlow and Keras. These are numpy's Philox,
+with the run's seed in the key. The last word of the counter names the purpose, so that no two
+streams share a number. In version 1, of runs of version 0.1.0, the order of epoch i and the
+augmentation of sample i in epoch 0 were drawn from the same numbers.
 """
 
 from enum import IntEnum

@@ -18,7 +18,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from data_prep.errors import ContentError, FlexUNetError, StorageError
+from data_prep.errors import ContentError, FlexUNetError, LockedError, StorageError
 from data_prep.schema import MANIFEST_NAME
 from data_prep.settings import write_yaml
-from data_prep.storage import NotFound, open_store
+from data_prep.storage import NotFound, Store, open_store
 from data_prep.table import csv_table
 from data_prep.words import counted
 from job import checkpoint, plots
@@ -43,7 +43,7 @@ from job.optimizer import Adam
 from job.outbox import Outbox
 from job.pictures import read_picture
 from job.predict import Alive, to_model_pixels
-from job.report import write_report
+from job.report import renew_report
 from job.run import Place, Run, commit_prefix, fetch_commit
 from job.state import TrainState
 
@@ -73,6 +73,11 @@ class Recorder:
     def is_in_trouble(self) -> bool:
         """Whether something could not be stored, or the run was lost; `flush` raises it."""
         return self.outbox.has_failed or self.run.lost
+
+    @property
+    def _store(self) -> Store:
+        """The run's folder, for the thread of the outbox: bytes that move are told."""
+        return self.run.store.watched(self.outbox.moved)
 
     @property
     def has_room(self) -> bool:
@@ -136,16 +141,9 @@ class Recorder:
     def _kept(self) -> str:
         """Completes the checkpoints that were not stored; returns words on where the newest is."""
         try:
-            folders = [os.path.dirname(next(iter(write().values()))) for write in self.pending]
+            return _kept_words(self.pending)
         except StorageError:
             return ""
-        if not folders:
-            return ""
-        return (
-            f"; the checkpoint that could not be stored is kept on {socket.gethostname()} in "
-            f"{folders[-1]} (its weights "
-            f"start a new run with --init-from {folders[-1]}/{checkpoint.WEIGHTS_NAME})"
-        )
 
     def write_predictions(self, epoch: int, alive: Alive) -> None:
         """Stores the masks of some pictures, by the weights as they are now.
@@ -221,7 +219,7 @@ class Recorder:
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Stores the evaluation of a split."""
-        target = evaluation_folder(self.run.store, evaluation.split.name)
+        target = evaluation_folder(self._store, evaluation.split.name)
         self.outbox.post(lambda: write_evaluation(target, evaluation, self.evaluator))
 
     def write_stop(self, state: TrainState, alive: Alive) -> None:
@@ -235,7 +233,7 @@ class Recorder:
     ) -> None:
         """Stores how the run ended, after all that was posted before, and the page of all of it."""
         self.outbox.post(lambda: self.run.write_outcome(status, exit_code, **details))
-        self.outbox.post(lambda: write_report(self.run.store))
+        self.outbox.post(lambda: renew_report(self._store))
         self.flush(alive)
 
     def write_description(self, dataset: Dataset, strategy: Any) -> None:
@@ -246,7 +244,7 @@ class Recorder:
         self._put("environment.json", (json.dumps(environment, indent=2) + "\n").encode())
 
     def _put(self, name: str, data: bytes) -> None:
-        self.outbox.post(lambda: self.run.put_bytes(name, data))
+        self.outbox.post(lambda: self._store.put(name, data))
 
     def _save(self, state: TrainState, alive: Alive) -> None:
         self.outbox.wait_for_room(alive)
@@ -317,8 +315,8 @@ def open_recorder(
         reader: of the validation split.
         alive: called while that takes long and bytes move.
     """
-    with ExitStack() as stack:
-        staging = stack.enter_context(_staging(run.url))
+    pending: list[Callable[[], dict[str, str]]] = []
+    with _staging(run.url) as staging, _kept_if_unstored(pending), ExitStack() as stack:
         events = None
         if config.tensorboard:
             events = tf.summary.create_file_writer(os.path.join(staging, "tensorboard"))
@@ -326,8 +324,44 @@ def open_recorder(
         outbox = stack.enter_context(Outbox(budget_s=config.storage_timeout, alive=alive))
         pictures = _pictures(config, evaluator, reader)
         yield Recorder(
-            *(config, run, outbox, evaluator, model, optimizer, pictures, staging, events)
+            *(config, run, outbox, evaluator, model, optimizer, pictures, staging, events),
+            pending=pending,
         )
+
+
+def _kept_words(pending: Sequence[Callable[[], dict[str, str]]]) -> str:
+    """Completes the checkpoints that were not stored; returns words on where the newest is.
+
+    Raises:
+        StorageError: this machine's disk is full.
+    """
+    folders = [os.path.dirname(next(iter(write().values()))) for write in pending]
+    if not folders:
+        return ""
+    return (
+        f"; the checkpoint that could not be stored is kept on {socket.gethostname()} in "
+        f"{folders[-1]} (its weights "
+        f"start a new run with --init-from {folders[-1]}/{checkpoint.WEIGHTS_NAME})"
+    )
+
+
+@contextmanager
+def _kept_if_unstored(pending: Sequence[Callable[[], dict[str, str]]]) -> Iterator[None]:
+    """Keeps checkpoints that were taken when another error came beside an outage.
+
+    Raises:
+        StorageError: names their folder, which it keeps.
+    """
+    try:
+        yield
+    except (StorageError, LockedError):
+        raise  # the first says itself where they are; a run that is lost needs none
+    except Exception as error:
+        words = _kept_words(pending)
+        if not words:
+            raise
+        problem = str(error) if isinstance(error, FlexUNetError) else repr(error)
+        raise StorageError(f"{problem}{words}") from error
 
 
 @contextmanager

@@ -12,13 +12,14 @@ python -m job.report RUN
 import base64
 import html
 import io
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
 
 from data_prep.command import SettingsCommand, run_command
-from data_prep.errors import ContentError, UsageError
+from data_prep.errors import ContentError, LockedError, StorageError, UsageError
 from data_prep.progress import quiet_interrupts
 from data_prep.schema import (
     GROUPS_BY_FILE,
@@ -71,6 +72,8 @@ figcaption { font-size: 13px; overflow-wrap: anywhere; }
 pre { background: #f5f7f9; padding: 12px; overflow-x: auto; font-size: 13px; }
 """
 
+logger = logging.getLogger(__name__)
+
 Row = Sequence[Any]
 
 
@@ -91,6 +94,25 @@ def write_report(store: Store) -> str:
         )
     store.put(REPORT_NAME, page.encode())
     return join_url(store.url, REPORT_NAME)
+
+
+def renew_report(store: Store) -> None:
+    """Writes the report of a run that is over; one that cannot be made is a warning.
+
+    The run is what it is without it.
+
+    Raises:
+        LockedError, StorageError: the run was lost, or storage fails.
+    """
+    try:
+        write_report(store)
+    except (LockedError, StorageError):
+        raise
+    except Exception as error:
+        logger.warning(
+            "%s could not be made (%s); the run is not touched by that: flexunet report %s",
+            *(join_url(store.url, REPORT_NAME), error, store.url),
+        )
 
 
 def read_summary(store: Store) -> dict[str, Any] | None:

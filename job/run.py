@@ -42,7 +42,6 @@ from data_prep.storage import (
     refuse_file_above,
 )
 from job.config import RUN_NAME, RUN_NAME_RULE
-from job.fenced_store import FencedStore
 from job.stored import read_json
 
 logger = logging.getLogger(__name__)
@@ -177,7 +176,7 @@ class Run:
     """
 
     def __init__(self, store: Store, ownership: _Ownership, candidates: list[Place]) -> None:
-        self.store: Store = FencedStore(store, ownership.check)
+        self.store = store.guarded(ownership.check)
         self.attempt = ownership.lease.attempt
         self._ownership = ownership
         self._candidates = candidates
@@ -265,9 +264,9 @@ class Run:
         return self._ownership.is_lost
 
     def check_owned(self) -> None:
-        """Raises LockedError where another process is known to have taken the run over."""
+        """Raises LockedError where the run is known to be lost."""
         if self.lost:
-            raise _lost(self.store)
+            self._ownership.confirm()
 
     def close(self) -> None:
         """Gives the run back; a second call does nothing."""
@@ -400,11 +399,10 @@ class Run:
             valid = sorted(p for p in committed if _is_on_chain(self._ownership.lease, p))
             kept = {newest.prefix, *(p.prefix for p in valid[-max(keep_last, 1) :])}
             needed = {prefix: self._needed_by(prefix) for prefix in kept}
-            needed[newest.prefix] = (*(needed[newest.prefix] or ()), *keep)
             self._kept_by = needed
             if None in needed.values():
                 kept |= {place.prefix for place in committed}
-            kept |= {prefix for each in needed.values() for prefix in each or ()}
+            kept |= {*keep, *(prefix for each in needed.values() for prefix in each or ())}
             for place, stats in folders.items():
                 if place.prefix not in kept and place < newest:
                     self._delete_folder(stats)
@@ -633,6 +631,7 @@ class _FileLock:
         self._store = store
         self._file = file
         self._generation = generation
+        self._is_released = False
 
     @property
     def base(self) -> str | None:
@@ -644,6 +643,8 @@ class _FileLock:
 
     def confirm(self) -> None:
         """Also notices that the lock file, and with it the run, was removed by hand."""
+        if self._is_released:
+            raise _given_back(self._store)
         path = os.path.join(self._store.local_root or "", LOCK_NAME)
         try:
             is_same = os.path.samestat(os.stat(path), os.fstat(self._file))
@@ -653,7 +654,7 @@ class _FileLock:
             raise LockedError(f"{path} was removed while the run was going on; start it again")
 
     def check(self) -> None:
-        """Costs no more than to `confirm`."""
+        """The same: it asks no other machine."""
         self.confirm()
 
     def rebase(self, base: str | None) -> None:
@@ -663,6 +664,7 @@ class _FileLock:
         self.lease = lease
 
     def release(self) -> None:
+        self._is_released = True
         _close_lock(self._file)
 
 
@@ -684,9 +686,11 @@ class _Heartbeat:
         self._patience_s = store.retry_s
         self._generation = generation
         self._timing = timing
-        self._renewed_at = time.monotonic()
+        self._renewed_at = _now()
         self._mutex = threading.Lock()
         self._is_lost = False
+        self._why_lost: str | None = None
+        self._is_released = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -700,15 +704,17 @@ class _Heartbeat:
         return self._is_lost
 
     def confirm(self) -> None:
+        if self._is_released:
+            raise _given_back(self._store)
         self._write_patiently({})
 
     def check(self) -> None:
-        if self._is_lost or self._may_have_expired:
+        if self._is_lost or self._is_released or self._may_have_expired:
             self.confirm()
 
     @property
     def _may_have_expired(self) -> bool:
-        return time.monotonic() - self._renewed_at > self._timing.expire_s
+        return _now() - self._renewed_at > self._timing.expire_s
 
     def rebase(self, base: str | None) -> None:
         self._write_patiently({"bases": {**self.lease.bases, self.lease.attempt: base}})
@@ -718,6 +724,7 @@ class _Heartbeat:
             return
         self._stop.set()
         self._thread.join()
+        self._is_released = True
         try:
             self._write({"released": True})
         except LockedError:
@@ -738,9 +745,9 @@ class _Heartbeat:
                 if not is_failing:
                     logger.warning("the lease of %s is not renewed: %s", self._store.url, error)
                 is_failing = True
-            except Exception:
+            except Exception as error:
                 # Nobody renews the lease any more, and the owner must hear of it.
-                self._is_lost = True
+                self._lose(f"the lease is not renewed any more, because of a bug ({error!r})")
                 raise
 
     def _write_patiently(self, update: dict[str, Any]) -> None:
@@ -756,9 +763,9 @@ class _Heartbeat:
     def _write(self, update: dict[str, Any]) -> None:
         with self._mutex:
             if self._is_lost:
-                raise _lost(self._store)
+                raise _lost(self._store, self._why_lost)
             lease = self.lease.model_copy(update={"beat": self.lease.beat + 1, **update})
-            start = time.monotonic()
+            start = _now()
             generation = self._generation
             while True:
                 try:
@@ -768,26 +775,49 @@ class _Heartbeat:
                     # It may be our own: a renewal that timed out can have reached the server.
                     found = self._generation_of(lease.owner)
                     if found is None:
-                        self._is_lost = True
-                        raise _lost(self._store) from error
+                        raise _lost(self._store, self._why_lost) from error
                     generation = found
             self.lease, self._generation, self._renewed_at = lease, stat.generation, start
 
     def _generation_of(self, owner: str) -> int | None:
-        """Returns the generation of the stored lease where `owner` may replace it, else None."""
+        """Returns the generation of the stored lease where `owner` may replace it.
+
+        None: the run is lost, which this process knows from now on.
+        """
         before = self._store.stat(LEASE_NAME)
         try:
             found = _read_lease(self._store)
         except ContentError as error:
-            if before is None or self._may_have_expired:
-                return None
-            logger.warning("%s; this process owns the run and writes it again", error)
-            return before.generation
-        return found[1] if found is not None and found[0].owner == owner else None
+            if before is not None and not self._may_have_expired:
+                logger.warning("%s; this process owns the run and writes it again", error)
+                return before.generation
+            self._lose(f"the lease may have expired, and is damaged ({error})")
+            return None
+        if found is None:
+            self._lose(f"{LEASE_NAME} was deleted, so nobody knows who owns the run")
+            return None
+        if found[0].owner != owner:
+            self._lose(None)
+            return None
+        return found[1]
+
+    def _lose(self, why: str | None) -> None:
+        """Remembers that the run is lost; None: to another process."""
+        self._is_lost, self._why_lost = True, why
 
 
-def _lost(store: Store) -> LockedError:
-    return LockedError(f"{store.url}: another process has taken the run over; this one stops")
+def _now() -> float:
+    """Returns seconds by a clock that goes on while a machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _lost(store: Store, why: str | None = None) -> LockedError:
+    why = why or "another process has taken the run over"
+    return LockedError(f"{store.url}: {why}; this process stops")
+
+
+def _given_back(store: Store) -> LockedError:
+    return LockedError(f"{store.url}: this process has given the run back and writes nothing more")
 
 
 def _put_lease(store: Store, lease: Lease, generation: int) -> Stat:

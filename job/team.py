@@ -266,7 +266,7 @@ class Team:
 
         Args:
             work: is given a function to call whenever it has moved on.
-            alive: called in this thread.
+            alive: called in this thread, and in that of `work`.
 
         Raises:
             FlexUNetError: the one of the lowest rank on which `work` raised one.
@@ -274,7 +274,12 @@ class Team:
         if self.size == 1:
             return [work(alive)]
         moved = threading.Event()
-        future = _in_thread(lambda: work(moved.set))
+
+        def tell() -> None:
+            moved.set()
+            alive()  # a collective may hang, and the work go on
+
+        future = _in_thread(lambda: work(tell))
 
         def look() -> list[bool]:
             """Returns whether this process is done, and whether it has moved on."""
@@ -292,9 +297,7 @@ class Team:
                     alive()
         except Exception:
             # Another process is gone: what this one is storing must arrive all the same.
-            while not future.done():
-                if look()[1]:
-                    alive()
+            wait([future])
             raise
         return self.on_each(future.result)
 

@@ -22,7 +22,7 @@ from data_prep.command import SettingsCommand, given, run_command, settings_opti
 from data_prep.errors import DivergedError, FlexUNetError, UsageError
 from data_prep.progress import Progress, load_bar
 from data_prep.settings import flag_of, merged, read_yaml, validated
-from data_prep.storage import join_url, open_store
+from data_prep.storage import NotFound, Store, join_url, open_store
 from data_prep.words import counted
 from job.config import (
     PRESET_KEYS,
@@ -30,7 +30,7 @@ from job.config import (
     dotted_keys,
     identity_of,
     preset_values,
-    values_of_identity,
+    stored_options,
 )
 from job.data import Dataset
 from job.evaluate import show_summary
@@ -38,7 +38,7 @@ from job.fit import check_fit, input_max
 from job.folds import cross_validate, fold_configs, own_process, show_folds
 from job.origin import check_origin
 from job.predict import Alive, not_told
-from job.report import REPORT_NAME, read_summary, write_report
+from job.report import REPORT_NAME, read_summary, renew_report, write_report
 from job.run import IDENTITY_NAME, RESTORE, Run, checked_run_name, differences
 from job.schedule import stopped_early_words
 from job.splits import evaluated_words, open_folded
@@ -117,7 +117,7 @@ def train_and_evaluate(
     outcome = team.on_first(lambda: earlier_outcome(config, run, dataset.digest))
     if outcome is not None:
         # It may have been evaluated anew since.
-        team.on_first(lambda: write_report(run.store) if run is not None else None)
+        team.on_first(lambda: renew_report(run.store) if run is not None else None)
         return outcome
     from job.session import open_session
 
@@ -402,12 +402,27 @@ def _train(
                     team.on_first(lambda: check_origin(config, dataset))
             watchdog.enter("starting")
             wished: str = config.precision
+            begun_in: str | None = None
             if wished == "auto":
                 # A run goes on as it began, on whatever it is resumed.
-                wished = team.on_first(lambda: stored_precision(run)) or wished
+                begun_in = team.on_first(lambda: stored_precision(run))
+                wished = begun_in or wished
             largest = input_max(config, dataset.manifest)
-            precisions = team.on_each(lambda: runtime.resolve_precision(wished, largest))
-            # Machines of two kinds share what both compute natively.
+
+            def resolve() -> str:
+                try:
+                    return runtime.resolve_precision(wished, largest)
+                except UsageError as error:
+                    if begun_in is None:
+                        raise
+                    raise UsageError(
+                        f"{config.output}/{config.name} was begun in {begun_in}, which "
+                        f"{socket.gethostname()} does not compute; resume it on a machine that "
+                        "does, or train another --name"
+                    ) from error
+
+            precisions = team.on_each(resolve)
+            # Where machines are of two kinds, all of them compute in float32.
             precision = precisions[0] if len(set(precisions)) == 1 else "float32"
             config = config.model_copy(update={"precision": precision})
             return train_and_evaluate(
@@ -548,8 +563,8 @@ def resolve_config(
 ) -> TrainConfig:
     """Returns the config of `file` with the options of the command line laid over it.
 
-    A run that exists goes on as it was begun: what neither of them says is taken from its identity,
-    whatever the defaults are by now.
+    A run that exists goes on as it was begun: what neither of them says is taken from its own
+    `config.yaml`, whatever the defaults are by now.
 
     A file of the reference implementation (.config, .ini) is read as it is; when no dataset is
     given, its image folders are prepared first, beside the run, with `prep_options` as well.
@@ -567,62 +582,87 @@ def resolve_config(
     values = read_yaml(_read_text(file), file) if file else {}
     if file is not None:
         _check_preset(options, values, file)
-    values = merged(values, options)
-    config = validated(TrainConfig, values, file or "options", typed=options)
+    config = _resolved(merged(values, options), file or "options", options, _named_after_data)
     if config.data is None:
         raise UsageError("no dataset: give --data DATASET, a folder or gs:// URL made by prep")
-    config = config.model_copy(update={"name": config.name or run_name(config.data)})
-    return _absolute(_as_begun(config, values, file or "options", options))
+    return _absolute(config)
 
 
-def _as_begun(
-    config: TrainConfig, values: Mapping[str, Any], where: str, options: Mapping[str, Any]
+def _named_after_data(config: TrainConfig) -> str:
+    if config.data is None:
+        raise UsageError("no dataset: give --data DATASET, a folder or gs:// URL made by prep")
+    return run_name(config.data)
+
+
+def _resolved(
+    values: Mapping[str, Any],
+    where: str,
+    options: Mapping[str, Any],
+    name_for: Callable[[TrainConfig], str],
 ) -> TrainConfig:
-    """Returns `config` with what `values` do not say as it was when the run was begun.
+    """Returns the config of `values`; of a run that exists, what they do not say is as it was.
 
     Args:
-        config: made from `values`; its name is set.
-        where: what the values came from.
+        where: what the values came from, named in errors.
         options: those of them that were given on the command line.
+        name_for: the name of a run for which `values` have none.
     """
-    identity = _stored_identity(config)
-    if identity is None:
-        return config
-    # A preset that is asked for says all that presets say.
-    given = merged(preset_values(config), values) if "preset" in values else values
-    begun = validated(
-        TrainConfig, merged(values_of_identity(identity), given), where, typed=options
-    )
-    before, now = (identity_of(each, is_whole=True) for each in (config, begun))
-    kept = [
-        f"{flag_of(name.split('.'))} {json.dumps(value)}"
-        for name, value in now.items()
-        if value != before[name]
+    place = {name: values[name] for name in _PLACE if name in values}
+    found = validated(TrainConfig, place, where, typed=options)
+    name = found.name or name_for(found)
+    stored = _stored_values(found.model_copy(update={"name": name}))
+    if stored is None:
+        return validated(TrainConfig, {**values, "name": name}, where, typed=options)
+    given = {**values, "name": name}
+    if "preset" in values:  # it says all that presets say
+        preset = validated(TrainConfig, {"preset": values["preset"]}, where, typed=options)
+        given = merged(preset_values(preset), given)
+    config = validated(TrainConfig, merged(stored, given), where, typed=options)
+    now, defaults = (identity_of(each, is_whole=True) for each in (config, TrainConfig()))
+    own = [
+        f"{flag_of(key.split('.'))} {json.dumps(value)}"
+        for key, value in {**now, "epochs": config.epochs}.items()
+        if key not in dotted_keys(given) and value != {**defaults, "epochs": 100}[key]
     ]
-    if kept:
-        logger.info(
-            "%s goes on as it was begun: %s",
-            *(join_url(config.output, str(config.name)), ", ".join(kept)),
-        )
-    return begun.model_copy(update={"name": config.name, "data": config.data})
+    if own:
+        url = join_url(config.output, name)
+        logger.info("%s goes on as it was begun: %s", url, ", ".join(own))
+    return config
 
 
-def _stored_identity(config: TrainConfig) -> dict[str, Any] | None:
-    """Returns the identity of the run, or of a fold that there is; None for a new run.
+# What says which run is meant.
+_PLACE = ("data", "output", "name", "folds", "fold")
+
+
+def _stored_values(place: TrainConfig) -> dict[str, Any] | None:
+    """Returns the options of a run, or of a fold of it that exists, as values; None for a new run.
 
     Without the precision: `auto` is what the run was begun in, see `stored_precision`.
+
+    Raises:
+        ContentError: what the run has stored is damaged, or of a later version.
     """
-    output, names = open_store(config.output), [str(config.name)]
-    if config.folds is not None and config.fold is None:
-        names = [str(each.name) for each in fold_configs(config)]
-    for name in names:
-        found = read_json(output.below(name), IDENTITY_NAME, RESTORE)
-        if found is not None:
-            # Each fold has its own number; what all of them have in common is asked for.
-            identity = {**found["config"], "fold": config.fold}
-            identity.pop("precision", None)
-            return identity
+    output, names = open_store(place.output), [str(place.name)]
+    is_parent = place.folds is not None and place.fold is None
+    if is_parent:
+        names = [str(each.name) for each in fold_configs(place)]
+    for run in map(output.below, names):
+        identity = read_json(run, IDENTITY_NAME, RESTORE)
+        if identity is None:
+            continue
+        values = stored_options(identity["config"], _stored_yaml(run), run.url)
+        for name in ("precision", "output", "name", *(["fold"] if is_parent else [])):
+            values.pop(name, None)
+        return values
     return None
+
+
+def _stored_yaml(run: Store) -> dict[str, Any]:
+    """Returns `config.yaml` of a run; empty where its first process has not come so far."""
+    try:
+        return read_yaml(run.get("config.yaml").decode(), f"{run.url}/config.yaml")
+    except NotFound:
+        return {}
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -645,10 +685,12 @@ def _resolve_reference(
     from rich.console import Console
 
     Console(stderr=True).print(format_notes(reference.notes))
-    values = merged(reference.train, options)
-    config = validated(TrainConfig, values, file, typed=options)
-    name = config.name or run_name(config.data or os.path.dirname(os.path.abspath(file)))
-    config = _as_begun(config.model_copy(update={"name": name}), values, file, options)
+    folder = os.path.dirname(os.path.abspath(file))
+    config = _resolved(
+        *(merged(reference.train, options), file, options),
+        lambda found: run_name(found.data or folder),
+    )
+    name = str(config.name)
     if config.data is None:
         data = join_url(config.output, f"{name}-dataset")
         prepare_sources(reference, data, file, prep_options)

@@ -30,7 +30,7 @@ from job.config import TrainConfig
 from job.fit import check_fit
 from job.folds import cross_validate, own_process, show_folds
 from job.origin import check_origin
-from job.report import write_report
+from job.report import renew_report, write_report
 from job.run import Run, find_commits
 from job.splits import open_folded
 from job.team import place_from_environment
@@ -387,7 +387,7 @@ def _outcome_so_far(config: TrainConfig, digest: str, launch_id: str) -> dict[st
         if outcome is None:
             run.note_end("looked")
         else:
-            write_report(run.store)  # it may have been evaluated anew since
+            renew_report(run.store)  # it may have been evaluated anew since
         return outcome
 
 

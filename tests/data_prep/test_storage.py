@@ -399,6 +399,21 @@ def test_download_is_repeated_until_it_is_whole(
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_download_over_a_line_that_breaks_goes_on_while_bytes_come(
+    faulty_bucket: FaultyBucket, tmp_path: Path
+) -> None:
+    """All in all it takes longer than requests are repeated."""
+    data = os.urandom(1 << 20)
+    store = GcsStore(faulty_bucket.url, retry_s=0.6)
+    store.put("a", data)
+    faulty_bucket.proxy.add(Fault("truncate", kinds=("get",), delay_s=0.3, count=5))
+    assert store.get_file("a", str(tmp_path / "a")) == crc32c_of(data)
+    assert faulty_bucket.proxy.count("get") == 6
+    faulty_bucket.proxy.add(Fault("status", kinds=("get",)))
+    with pytest.raises(Unavailable, match="nothing came for"):
+        store.get_file("a", str(tmp_path / "b"))
+
+
 @pytest.mark.parametrize("in_file", [False, True])
 def test_download_broken_off_and_overtaken_by_a_put_begins_anew(
     in_file: bool, faulty_bucket: FaultyBucket, tmp_path: Path

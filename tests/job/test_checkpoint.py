@@ -5,6 +5,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep.errors import ContentError, StorageError
 from job import checkpoint
@@ -96,6 +98,80 @@ def test_any_model_comes_back_whatever_was_built_before_it(tmp_path, body):
     checkpoint.read_weights(again, members[checkpoint.WEIGHTS_NAME])
     for variable, value in zip(again.variables, values, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value)
+
+
+class _Named(keras.layers.Layer):
+    """A layer whose weights have the names that it is given."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def build(self, shape):
+        self.all = [self.add_weight(shape=(), name=name) for name in self.names]
+
+    def call(self, x):
+        return x * sum(self.all)
+
+
+names = st.lists(
+    st.sampled_from(["w", "w_1", "w_1_1", "w_2", "conv2d", "conv2d_1"]), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(names=names)
+def test_no_variable_is_lost_whatever_its_name(names):
+    image = keras.Input((8, 8, 3))
+    found = checkpoint.weights_by_path(keras.Model(image, _Named(names)(image)))
+    assert len({id(variable) for variable in found.values()}) == len(names)
+
+
+def test_names_that_somebody_gave_stay():
+    """Else two layers that change places in the code would take each other's weights."""
+    image = keras.Input((8, 8, 3))
+
+    def model(order):
+        layers = {n: keras.layers.Conv2D(3, 1, use_bias=False, name=n) for n in order}
+        x = image
+        for layer in layers.values():
+            x = layer(x)
+        return keras.Model(image, x)
+
+    for order in (["enc_1", "enc_2"], ["enc_2", "enc_1"]):
+        found = checkpoint.weights_by_path(model(order))
+        assert list(found) == [f"{name}/kernel" for name in order]
+
+
+# Checkpoints in the world have these names: they may never change.
+@pytest.mark.parametrize(
+    ("normalization", "of_a_layer"),
+    [
+        ("none", []),
+        ("group", ["group_normalization/beta", "group_normalization/gamma"]),
+        (
+            "batch",
+            ["batch_normalization/beta", "batch_normalization/gamma",
+             "batch_normalization/moving_mean", "batch_normalization/moving_variance"],
+        ),
+    ],
+)  # fmt: skip
+def test_names_of_the_weights_of_flexunet_stay(normalization, of_a_layer):
+    found = checkpoint.weights_by_path(_model(normalization=normalization))
+    convolutions = {
+        f"conv2d{number}/{kind}"
+        for number in ("", *(f"_{n}" for n in range(1, 10)))
+        for kind in ("bias", "kernel")
+    }
+    transposed = {
+        f"conv2d_transpose{number}/{kind}" for number in ("", "_1") for kind in ("bias", "kernel")
+    }
+    norms = {
+        name.replace("/", f"{number}/")
+        for number in ("", *(f"_{n}" for n in range(1, 10)))
+        for name in of_a_layer
+    }
+    assert set(found) == convolutions | transposed | norms | {"head/bias", "head/kernel"}
 
 
 @pytest.mark.parametrize("body", BODIES)

@@ -10,11 +10,12 @@ import pytest
 import tensorflow as tf
 
 from data_prep.errors import LockedError
-from data_prep.storage import LocalStore, Stat, Store
+from data_prep.storage import LocalStore, Stat, Store, open_store
 from job.config import TrainConfig
-from job.fenced_store import FencedStore
 from job.run import LeaseTiming, Run
 from job.train import train_and_evaluate
+from tests.conftest import FaultyBucket
+from tests.faults.proxy import Fault
 from tests.job.discs import prepare_discs
 
 QUICK = LeaseTiming(renew_s=0.05, expire_s=0.2)
@@ -46,18 +47,19 @@ class RecordingStore(LocalStore):
 
     def below(self, prefix: str) -> "RecordingStore":
         return RecordingStore(
-            super().below(prefix).url, self._changes, f"{self._prefix}{prefix}/", moved=self._moved
+            super().below(prefix).url,
+            self._changes,
+            f"{self._prefix}{prefix}/",
+            moved=self._moved,
+            check=self._check,
         )
-
-    def watched(self, moved: Callable[[], None]) -> "RecordingStore":
-        return RecordingStore(self.url, self._changes, self._prefix, moved=moved)
 
 
 def digest_of(folder: Path) -> str:
-    """Returns a digest of all names and bytes but the lease."""
+    """Returns a digest of all names and bytes but those of the lease."""
     value = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "lease.json":
+        if path.is_file() and path.name not in ("lease.json", ".flexunet-lock"):
             value.update(str(path).encode() + path.read_bytes())
     return value.hexdigest()
 
@@ -140,18 +142,87 @@ WRITERS: list[Callable[[Run, str], Any]] = [
 ]
 
 
-def test_every_change_of_a_store_is_fenced() -> None:
-    """A new method of `Store` is either known here as one that reads, or fenced."""
+class NotAllowedError(Exception):
+    pass
+
+
+def refuse() -> None:
+    raise NotAllowedError
+
+
+@pytest.mark.parametrize("kind", ["bucket", "folder"])
+def test_every_change_of_a_guarded_store_asks_first(
+    kind: str, bucket_url: str, tmp_path: Path
+) -> None:
+    """A new method of `Store` is either known here as one that reads, or guarded."""
     reading = {"stat", "list", "get", "get_file", "url", "local_root", "retry_s"}
-    making = {"below", "with_limits", "watched"}  # give a store that is fenced again
-    changing = {"put", "put_file", "delete", "remove_unfinished"}
+    making = {"below", "with_limits", "watched", "guarded"}  # give a store that is guarded too
+    (tmp_path / "member").write_bytes(b"late")
+    changing: dict[str, tuple[Any, ...]] = {
+        "put": ("a", b"1"), "put_file": ("a", str(tmp_path / "member")), "delete": ("a",),
+        "remove_unfinished": (),
+    }  # fmt: skip
     methods = {name for name in dir(Store) if not name.startswith("_")}
-    assert methods == reading | making | changing
-    inner = LocalStore("/nowhere")
-    fenced = FencedStore(inner, lambda: None)
-    for store in (fenced.below("a"), fenced.with_limits(retry_s=1, timeout_s=1)):
-        assert isinstance(store, FencedStore)
-    assert isinstance(fenced.watched(lambda: None), FencedStore)
+    assert methods == reading | making | set(changing)
+    inner = open_store(bucket_url if kind == "bucket" else str(tmp_path / "store"))
+    inner.put("a", b"0")
+    inner.put("b/a", b"0")
+    guarded = inner.guarded(refuse)
+    for store in (
+        guarded, guarded.below("b"), guarded.watched(lambda: None),
+        guarded.with_limits(retry_s=1, timeout_s=1),
+    ):  # fmt: skip
+        for name, arguments in changing.items():
+            if (kind, name) == ("bucket", "remove_unfinished"):
+                continue  # there is nothing that it could remove
+            with pytest.raises(NotAllowedError):
+                getattr(store, name)(*arguments)
+        assert store.get("a") == b"0"
+
+
+@pytest.mark.parametrize("call", ["put", "put_file", "put_parts", "delete"])
+def test_a_change_that_is_repeated_asks_again_before_every_try(
+    call: str, faulty_bucket: FaultyBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage of this machine alone: another one takes the run over meanwhile."""
+    store = open_store(faulty_bucket.url)
+    store.put("a", b"of the new owner")
+    path = tmp_path / "member"
+    path.write_bytes(bytes(3 << 18))
+    if call == "put_parts":
+        monkeypatch.setattr("data_prep.storage._SINGLE_BYTES", 1 << 18)
+        monkeypatch.setattr("data_prep.storage._PART_BYTES", 1 << 18)
+    tries: list[int] = []
+
+    def check() -> None:
+        tries.append(1)
+        if len(tries) > 2:
+            raise NotAllowedError
+
+    faulty_bucket.proxy.add(Fault("status", kinds=("put", "session", "delete"), count=2))
+    late = store.guarded(check)
+    with pytest.raises(NotAllowedError):
+        {
+            "put": lambda: late.put("a", b"late"),
+            "put_file": lambda: late.put_file("a", str(path)),
+            "put_parts": lambda: late.put_file("a", str(path)),
+            "delete": lambda: late.delete("a"),
+        }[call]()
+    assert len(tries) == 3
+    assert store.get("a") == b"of the new owner"
+
+
+def test_a_run_that_was_given_back_is_not_written_any_more(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "run"))
+    for by_lease in (True, False):
+        run = Run.own(store, by_lease=by_lease, timing=LeaseTiming(1, 30))
+        run.put_text("table.csv", "before")
+        run.close()
+        for call in WRITERS:
+            with pytest.raises(LockedError, match="has given the run back"):
+                run.check_identity({"x": 1}, "0" * 64) if run.read_identity() is None else None
+                call(run, str(tmp_path / "run" / "table.csv"))
+        assert store.get("table.csv") == b"before"
 
 
 def test_a_run_whose_folder_was_removed_and_made_anew_is_left_alone(tmp_path: Path) -> None:

@@ -130,6 +130,37 @@ def test_a_long_call_whose_bytes_moved_until_it_failed_is_repeated() -> None:
     assert len(tries) == 2
 
 
+def test_time_in_which_bytes_move_is_no_outage_in_whatever_try() -> None:
+    tries = []
+
+    def call() -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise Unavailable("a short outage")
+        if len(tries) == 2:
+            for _ in range(6):
+                time.sleep(0.1)
+                box.moved()
+            raise Unavailable("broken off at its end")
+
+    with Outbox(budget_s=0.3) as box:
+        box.post(call)
+        box.flush()
+    assert len(tries) == 3
+
+
+def test_a_line_that_breaks_for_ever_after_some_bytes_ends_the_deliveries() -> None:
+    def call() -> None:
+        box.moved()
+        time.sleep(0.01)
+        raise Unavailable("broken off")
+
+    with Outbox(budget_s=0.1) as box:
+        box.post(call)
+        with pytest.raises(StorageError, match="out of reach"):
+            box.flush()
+
+
 class Upload:
     """A call whose bytes move for a while, and then stand still until the test ends."""
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import StorageError
-from job.record import _staging
+from data_prep.errors import FlexUNetError, StorageError
+from job.record import _kept_if_unstored, _staging
 
 # Holds a staging folder until it is killed.
 _HOLD = """
@@ -47,3 +47,25 @@ def test_a_checkpoint_that_could_not_be_stored_is_kept(tmp_path: Path) -> None:
         raise StorageError("storage is full")
     with _staging("gs://b/run"):
         assert os.path.exists(folder)
+
+
+@pytest.mark.parametrize("error", [MemoryError("of the device"), FlexUNetError("a peer is gone")])
+def test_a_checkpoint_is_kept_when_another_error_comes_beside_an_outage(
+    error: Exception, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(StorageError, match=r"(MemoryError|a peer).*; the checkpoint .* is kept on"),
+        _staging("gs://b/run") as folder,
+        _kept_if_unstored(
+            [lambda: {"model.weights.h5": f"{folder}/checkpoint-1/model.weights.h5"}]
+        ),
+    ):
+        raise error
+    assert os.path.exists(folder)
+
+
+def test_nothing_is_kept_where_all_is_stored_or_an_interrupt_came(tmp_path: Path) -> None:
+    for error, pending in ((MemoryError, []), (KeyboardInterrupt, [lambda: {"a": "b/c"}])):
+        with pytest.raises(error), _staging("gs://b/run") as folder, _kept_if_unstored(pending):
+            raise error
+        assert not os.path.exists(folder)

@@ -670,9 +670,17 @@ def test_owner_of_a_damaged_lease_that_may_have_expired_has_lost_the_run(tmp_pat
     run = Run.own(LocalStore(str(tmp_path / "run")), by_lease=True, timing=timing)
     LocalStore(str(tmp_path / "run")).put("lease.json", b"{")
     time.sleep(0.2)
-    with pytest.raises(LockedError, match="has taken the run over"):
+    with pytest.raises(LockedError, match=r"the lease may have expired, and is damaged"):
         run.put_text("table.csv", "")
     assert run.lost
+
+
+def test_owner_whose_lease_was_deleted_has_lost_the_run(tmp_path: Path) -> None:
+    with own(tmp_path, by_lease=True) as run:
+        (tmp_path / "run" / "lease.json").unlink()
+        wait_until(lambda: run.lost, [])
+        with pytest.raises(LockedError, match=r"lease\.json was deleted"):
+            run.put_text("table.csv", "")
 
 
 def test_owner_whose_renewals_end_by_a_bug_has_lost_the_run(

@@ -17,8 +17,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from data_prep.errors import DivergedError, LockedError, StoppedError, UsageError
-from data_prep.settings import validated, write_yaml
+from data_prep.errors import (
+    ContentError,
+    DivergedError,
+    LockedError,
+    StoppedError,
+    UsageError,
+)
+from data_prep.settings import fields_of, validated, write_yaml
 from data_prep.storage import join_url, open_store
 from job.config import ModelConfig, ScheduleConfig, TrainConfig, identity_of
 from job.report import render
@@ -489,34 +495,85 @@ def begin_run(output: Path, name: str, config: TrainConfig) -> None:
     """Leaves what a run has when its first process has just begun."""
     with Run.open(str(output), name) as run:
         run.check_identity(identity_of(config), "d" * 64)
+        run.put_text("config.yaml", write_yaml(config))
+
+
+BEGUN: dict[str, Any] = {
+    "preset": "recipe", "random_streams": 1, "precision": "float32", "epochs": 50,
+    "global_batch_size": 8, "accumulate": 8, "model": {"num_layers": 5},
+}  # fmt: skip
 
 
 def test_a_run_goes_on_as_it_was_begun_where_the_command_says_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = {"data": "gs://b/data", "output": str(tmp_path), "name": "run"}
-    begun = validated(
-        TrainConfig,
-        options | {"preset": "recipe", "random_streams": 1, "precision": "float32",
-                   "model": {"num_layers": 5}},
-        "test",
-    )  # fmt: skip
+    place = {"data": "gs://b/data", "output": str(tmp_path), "name": "run"}
+    begun = validated(TrainConfig, place | BEGUN, "test")
     begin_run(tmp_path, "run", begun)
     caplog.set_level("INFO")
-    found = resolve_config(options | {"epochs": 7}, None)
-    # Whatever is no part of what a run is (and its precision, which `auto` finds) is today's.
-    expected = begun.model_copy(update={"epochs": 7, "preset": "reference", "precision": "auto"})
-    assert found == expected
+    # Its precision is what `auto` finds.
+    expected = begun.model_copy(update={"precision": "auto"})
+    assert resolve_config(place, None) == expected
     assert "run goes on as it was begun: " in caplog.text
     for told in ("--model.num-layers 5", "--random-streams 1", "--optimizer.clipvalue null"):
         assert told in caplog.text
+    # By its name alone, and one thing at a time, whatever does not go with today's defaults.
+    del place["data"]
+    assert resolve_config(place, None) == expected
+    assert resolve_config(place | {"accumulate": 4}, None).accumulate == 4
+    assert resolve_config(place | {"schedule": {"cosine": True}}, None) == expected
+    assert resolve_config(place | {"epochs": 70}, None).epochs == 70
     # The command that began it says nothing new, and one that says something else is refused later.
     caplog.clear()
-    same = options | {"preset": "recipe", "random_streams": 1, "model": {"num_layers": 5}}
-    assert identity_of(resolve_config(same, None)) == identity_of(found)
+    assert identity_of(resolve_config(place | BEGUN, None)) == identity_of(begun)
     assert caplog.text == ""
-    other = resolve_config(options | {"preset": "reference", "seed": 5}, None)
+    other = resolve_config(place | {"preset": "reference", "seed": 5}, None)
     assert (other.seed, other.model.num_layers, other.model.normalization) == (5, 5, "none")
+
+
+def test_every_part_of_an_identity_is_kept(tmp_path: Path) -> None:
+    """Each field alone, with another value than the default, as where it was the only option."""
+    base = TrainConfig(data="gs://b/data", output=str(tmp_path), name="run")
+    others = {"categorical_crossentropy": "dice", "adam": "adamw", "none": "group"}
+    for number, (path, _) in enumerate(fields_of(TrainConfig)):
+        name = ".".join(path)
+        if name not in identity_of(base, is_whole=True) or name in ("precision", "fold", "folds"):
+            continue
+        value = changed(identity_of(base, is_whole=True)[name], others)
+        nested: Any = value
+        for part in reversed(path):
+            nested = {part: nested}
+        options = {"data": "gs://b/data", "output": str(tmp_path), "name": f"run-{number}"}
+        try:
+            begun = validated(TrainConfig, options | nested, "test")
+        except UsageError:
+            continue  # no such value: some other test has it
+        begin_run(tmp_path, f"run-{number}", begun)
+        found = resolve_config(options, None)
+        assert identity_of(found, is_whole=True)[name] == value, name
+        assert identity_of(found) == identity_of(begun), name
+
+
+def changed(value: Any, others: dict[str, str]) -> Any:
+    """Returns another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1 if isinstance(value, int) else value / 2 + 0.01
+    if isinstance(value, list) and value and not isinstance(value[0], str):
+        return [each + 2 if isinstance(each, int) else each for each in value]
+    return others.get(value, value) if isinstance(value, str) else value
+
+
+def test_a_single_fold_goes_on_by_its_own_name(tmp_path: Path) -> None:
+    place = {"data": "gs://b/data", "output": str(tmp_path)}
+    begun = validated(
+        TrainConfig, place | {"name": "cv-fold-1", "folds": 3, "fold": 1, "seed": 7}, "test"
+    )
+    begin_run(tmp_path, "cv-fold-1", begun)
+    assert resolve_config(place | {"name": "cv-fold-1"}, None) == begun
+    both = resolve_config(place | {"name": "cv-fold-1", "folds": 3, "fold": 1}, None)
+    assert both == begun
 
 
 def test_folds_go_on_as_the_first_of_them_that_was_begun(tmp_path: Path) -> None:
@@ -524,10 +581,25 @@ def test_folds_go_on_as_the_first_of_them_that_was_begun(tmp_path: Path) -> None
     begun = validated(TrainConfig, options | {"fold": 1, "seed": 7, "random_streams": 1}, "test")
     begin_run(tmp_path, "cv-fold-1", begun)
     found = resolve_config(options, None)
-    assert (found.seed, found.random_streams, found.folds, found.fold) == (7, 1, 3, None)
+    assert (found.name, found.seed, found.random_streams) == ("cv", 7, 1)
+    assert (found.folds, found.fold) == (3, None)
 
 
 def test_a_new_run_takes_the_defaults_of_today(tmp_path: Path) -> None:
     options = {"data": "gs://b/data", "output": str(tmp_path), "name": "new"}
     assert resolve_config(options, None).random_streams == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["[]", '"x"', "3", '{"model": 3, "model.num_layers": 4}', '{"model.of_later": 1}',
+     '{"random_streams": 9}'],
+)  # fmt: skip
+def test_an_identity_that_cannot_be_read_is_named(config: str, tmp_path: Path) -> None:
+    place = {"data": "gs://b/data", "output": str(tmp_path), "name": "run"}
+    (tmp_path / "run").mkdir()
+    text = f'{{"config": {config}, "dataset_digest": "d"}}'
+    (tmp_path / "run" / "identity.json").write_text(text)
+    with pytest.raises(ContentError, match=r"/run: its identity\.json and config\.yaml are no"):
+        resolve_config(place, None)
