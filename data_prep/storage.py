@@ -741,12 +741,12 @@ class GcsStore:
         from google.api_core.retry import Retry
 
         def on_error(error: Exception) -> None:
-            if tell is not None:
-                tell(error)
             # The client library leaves the connection of a refused download open.
             response = getattr(error, "response", None)
             if response is not None:
                 response.close()
+            if tell is not None:
+                tell(error)
 
         # The pauses are random, from 0 to a limit that doubles from 0.2 s to the largest one.
         return Retry(
