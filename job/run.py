@@ -399,6 +399,9 @@ class Run:
             valid = sorted(p for p in committed if _is_on_chain(self._ownership.lease, p))
             kept = {newest.prefix, *(p.prefix for p in valid[-max(keep_last, 1) :])}
             needed = {prefix: self._needed_by(prefix) for prefix in kept}
+            own = needed[newest.prefix]
+            if own is not None:
+                needed[newest.prefix] = (*own, *keep)
             self._kept_by = needed
             if None in needed.values():
                 kept |= {place.prefix for place in committed}
