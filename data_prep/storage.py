@@ -44,6 +44,7 @@ _MAX_TIMEOUT_S = 30.0  # to connect, and between two bytes of an answer
 _MAX_PAUSE_S = 10.0  # between two tries
 _MAX_DOWNLOADS = 3  # of one object whose bytes changed on the way
 _MAX_SESSIONS = 3  # of one upload in parts; a server may forget a session
+_MAX_FOLDERS = 100  # made for one put, while other processes delete them
 _SINGLE_BYTES = 8 << 20  # up to here an object is uploaded in one request
 _PART_BYTES = 32 << 20  # held in memory; a multiple of 256 KiB, as the server wants
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
@@ -535,17 +536,18 @@ class LocalStore:
         self._check()
         path = local_path(self.url, name)
         with _local_errors("write", path):
-            temporary = _temporary_beside(path)
+            file = _open_temporary(path)
             try:
-                with open(temporary, "xb") as file:
+                with file:
                     write(file)
                     file.flush()
                     os.fsync(file.fileno())
-                info = self._publish(temporary, path, if_generation)
-                _sync_folder(os.path.dirname(path))
+                info = self._publish(file.name, path, if_generation)
+                with contextlib.suppress(FileNotFoundError):  # another process has deleted both
+                    _sync_folder(os.path.dirname(path))
             finally:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
+                    os.unlink(file.name)
         return Stat(name, info.st_size, info.st_mtime_ns, None)
 
     def _publish(self, temporary: str, path: str, if_generation: int | None) -> os.stat_result:
@@ -1207,24 +1209,35 @@ def _walk(
                 yield entry_name, entry.stat()
 
 
-def _temporary_beside(path: str) -> str:
+def _open_temporary(path: str) -> BinaryIO:
+    """Opens a temporary file for writing beside `path`, in a folder that is made where it lacks.
+
+    A delete of another process removes folders that are empty, and this one is until the file is
+    in it. Then it is made again.
+    """
     folder = os.path.dirname(path)
+    temporary = os.path.join(folder, f"{_TEMPORARY}{uuid.uuid4().hex}")
+    for _ in range(_MAX_FOLDERS - 1):
+        # It says that the folder exists when it vanished between two looks.
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            os.makedirs(folder, exist_ok=True)
+            return open(temporary, "xb")
     os.makedirs(folder, exist_ok=True)
-    return os.path.join(folder, f"{_TEMPORARY}{uuid.uuid4().hex}")
+    return open(temporary, "xb")
 
 
 @contextlib.contextmanager
 def _whole_file(path: str) -> Iterator[Any]:
     """Opens a temporary file for writing that becomes `path` when the block ends well."""
     with _local_errors("write", path):
-        temporary = _temporary_beside(os.path.abspath(path))
+        file = _open_temporary(os.path.abspath(path))
         try:
-            with open(temporary, "xb") as file:
+            with file:
                 yield file
-            os.replace(temporary, path)
+            os.replace(file.name, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+                os.unlink(file.name)
 
 
 def _sync_folder(folder: str) -> None:

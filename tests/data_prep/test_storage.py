@@ -155,6 +155,51 @@ def test_delete_removes_the_object_and_nothing_else(store: Store) -> None:
         assert os.listdir(os.path.join(store.local_root, "a")) == ["d"]
 
 
+@pytest.mark.parametrize("moment", ["made", "looked at"])
+def test_put_makes_a_folder_again_that_another_process_deletes(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its delete removes folders that are empty, as the put's is before its file is in it."""
+    make, left = os.makedirs, [3]
+
+    def make_and_lose(folder: str, exist_ok: bool = False) -> None:
+        make(folder, exist_ok=exist_ok)
+        if left[0]:
+            left[0] -= 1
+            os.rmdir(folder)
+            if moment == "looked at":  # gone between mkdir's refusal and the look at what is there
+                raise FileExistsError(17, "File exists", folder)
+
+    (tmp_path / "file").write_bytes(b"1")
+    monkeypatch.setattr(os, "makedirs", make_and_lose)
+    store = LocalStore(str(tmp_path / "store"))
+    store.put("a/b", b"1")
+    left[0] = 3
+    store.delete("a/b")
+    store.put_file("a/b", str(tmp_path / "file"), if_generation=0)
+    left[0] = 3
+    store.get_file("a/b", str(tmp_path / "copy" / "b"))
+    assert (tmp_path / "copy" / "b").read_bytes() == b"1"
+    left[0] = -1
+    with pytest.raises(StorageError, match=r"cannot write .*a/c/d"):
+        store.put("a/c/d", b"")
+
+
+def test_put_that_is_deleted_at_once_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(str(tmp_path))
+    replace = os.replace
+
+    def replace_and_lose(source: str, target: str) -> None:
+        replace(source, target)
+        store.delete("a/b")
+
+    monkeypatch.setattr(os, "replace", replace_and_lose)
+    assert store.put("a/b", b"1").size == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_store_pickles(store: Store) -> None:
     store.put("a", b"1")
     assert pickle.loads(pickle.dumps(store)).get("a") == b"1"  # noqa: S301
