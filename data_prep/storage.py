@@ -16,6 +16,7 @@ import logging
 import mimetypes
 import os
 import re
+import ssl
 import stat as stat_module
 import time
 import unicodedata
@@ -48,6 +49,8 @@ _MAX_FOLDERS = 100  # made for one put, while other processes delete them
 _SINGLE_BYTES = 8 << 20  # up to here an object is uploaded in one request
 _PART_BYTES = 32 << 20  # held in memory; a multiple of 256 KiB, as the server wants
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+# OpenSSL's reasons of a handshake that fails each time; a broken line has others.
+_REFUSED_TLS = re.compile("CERTIFICATE|CIPHER|HANDSHAKE|HTTP|PROTOCOL|UNKNOWN_CA|VERSION")
 _BUCKET = re.compile(r"[a-z0-9][-a-z0-9._]{1,220}[a-z0-9]")
 
 
@@ -577,7 +580,7 @@ class GcsStore:
     A request that fails for the moment (network, 408, 429, 5xx) is repeated, after pauses of random
     length, until `retry_s` seconds have passed, and then is `Unavailable`; none waits longer than
     `timeout_s` (30 s, or half of `retry_s`) for a byte. A missing bucket, permission or credential
-    is an error at once.
+    is an error at once, and so is a server's certificate that is not trusted.
     """
 
     def __init__(
@@ -1047,6 +1050,8 @@ def _is_transient(error: Exception) -> bool:
     import urllib3
     from google.auth.exceptions import GoogleAuthError, TransportError
 
+    if _refused_tls(error) is not None:
+        return False
     if isinstance(error, TransportError):
         # A refused token never heals; google-auth wraps the network's error in its arguments.
         return bool(error.args) and isinstance(error.args[0], OSError)
@@ -1067,6 +1072,45 @@ def _is_transient(error: Exception) -> bool:
     )
 
 
+def _causes(error: Exception) -> Iterator[Any]:
+    """Yields `error` and what it wraps: google-auth, requests and urllib3 each wrap the other."""
+    found: Any = error
+    while isinstance(found, Exception):
+        yield found
+        inner = getattr(found, "reason", None)
+        found = inner if isinstance(inner, Exception) else next(iter(found.args), None)
+
+
+def _refused_tls(error: Exception) -> ssl.SSLError | None:
+    """Returns why no connection can come about; None where `error` is another one.
+
+    `requests` makes no difference between it and a line that broke, which may heal.
+    """
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLError) and _REFUSED_TLS.search(cause.reason or ""):
+            return cause
+    return None
+
+
+def _describe_tls_error(error: Exception) -> str | None:
+    """Returns what is wrong with a connection's encryption and what to do; None of other errors."""
+    refused = _refused_tls(error)
+    if refused is None:
+        # `requests` has no class of its own for it.
+        is_lacking = type(error) is OSError and "certificate" in str(error)
+        return f"{error}; check REQUESTS_CA_BUNDLE" if is_lacking else None
+    requests_sent = (getattr(cause, "request", None) for cause in _causes(error))
+    urls = (request.url for request in requests_sent if request is not None)
+    server = urllib.parse.urlsplit(next(urls, "")).netloc or "the server"
+    if isinstance(refused, ssl.SSLCertVerificationError):
+        return (
+            f"the certificate of {server} is refused: {refused.verify_message}; check the address "
+            "and this machine's clock, or name a file with the certificate of its authority in "
+            "REQUESTS_CA_BUNDLE"
+        )
+    return f"{server} and this machine agree on no TLS ({refused.reason}); check the address"
+
+
 def _describe_cloud_error(
     error: Exception, action: str, url: str, bucket: str, missing: str
 ) -> StorageError | None:
@@ -1080,6 +1124,9 @@ def _describe_cloud_error(
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
     from google.cloud.storage import exceptions as cloud
 
+    tls = _describe_tls_error(error)
+    if tls is not None:
+        return StorageError(f"cannot {action} {url}: {tls}")
     text = " ".join(str(error).split())[:300]
     if isinstance(error, api.RetryError) or _is_transient(error):
         return Unavailable(
@@ -1150,14 +1197,16 @@ def _local_errors(action: str, path: str) -> Iterator[None]:
         refuse_file_above(path, error)
         raise StorageError(f"cannot {action} {path}: {error.strerror}") from error
     except OSError as error:
+        if error.errno is None:  # those of `requests`, while a download is written
+            raise
         refuse_file_above(path, error)
         remedy = {
             errno.ENOSPC: "; free some space or choose another folder",
             errno.EDQUOT: "; free some space or choose another folder",
             errno.EACCES: "; check the folder's permissions or choose another one",
             errno.EROFS: "; choose a folder that can be written",
-        }.get(error.errno or 0, "")
-        raise StorageError(f"cannot {action} {path}: {error.strerror or error}{remedy}") from error
+        }.get(error.errno, "")
+        raise StorageError(f"cannot {action} {path}: {error.strerror}{remedy}") from error
 
 
 def refuse_file_above(path: str, error: OSError) -> None:

@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import ssl
 import subprocess
 import sys
 import threading
@@ -552,6 +553,87 @@ def test_refusal_is_an_error_at_once(
         assert time.monotonic() - start < 20  # as shipped, requests are repeated for 120 s
     del caught
     gc.collect()
+
+
+# A certificate for localhost that signs itself, and its key: openssl req -x509 -newkey ec
+# -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 36500 -subj /CN=localhost
+SELF_SIGNED = """
+-----BEGIN CERTIFICATE-----
+MIIBgDCCASWgAwIBAgIUGFOmXfKvNBdm6g/N4ndpQVOaELAwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyODE4MzE1N1oYDzIxMjYxMTA0
+MTgzMTU3WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAATFYfOzgLhKms7NyRPC1e1/+QUfSBkjpAYnSBNJtOIum/Np/gpGEPgB
+g/2b0Pv0AqPihe37zyUbc7aV8LbIDTYwo1MwUTAdBgNVHQ4EFgQU38Lmjc7rjiqR
+vAhKMbPSibEJI68wHwYDVR0jBBgwFoAU38Lmjc7rjiqRvAhKMbPSibEJI68wDwYD
+VR0TAQH/BAUwAwEB/zAKBggqhkjOPQQDAgNJADBGAiEA+IziIBQAI+1KNHSASTEv
+CklI9124nBSR5nOi90GLxr0CIQDabaKqWwOqMhzfxB2vO92YnD7N48YAiBac9X2A
+ljpsBA==
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgv1sgUrZgVU5SHkWU
+NRixNTf/fLzR0MVk5tKwWqaH9UShRANCAATFYfOzgLhKms7NyRPC1e1/+QUfSBkj
+pAYnSBNJtOIum/Np/gpGEPgBg/2b0Pv0AqPihe37zyUbc7aV8LbIDTYw
+-----END PRIVATE KEY-----
+"""
+
+
+@pytest.mark.parametrize(
+    ("is_tls", "authority", "message"),
+    [
+        (True, None, r"the certificate of 127\.0\.0\.1:\d+ is refused: self-signed certificate"),
+        (
+            False,
+            None,
+            r"127\.0\.0\.1:\d+ and this machine agree on no TLS \(WRONG_VERSION_NUMBER\)",
+        ),
+        (True, "/nowhere", "invalid path: /nowhere; check REQUESTS_CA_BUNDLE"),
+    ],
+)
+def test_tls_that_cannot_work_is_told_at_once(
+    is_tls: bool,
+    authority: str | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    server, _ = _serve_status(404)
+    if is_tls:
+        (tmp_path / "pem").write_text(SELF_SIGNED)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "pem")
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    if authority:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", authority)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"https://127.0.0.1:{server.server_port}")
+    store = open_store("gs://bucket/x")
+    try:
+        for request in every_request(store, str(tmp_path / "file")):
+            start = time.monotonic()
+            with pytest.raises(StorageError, match=message) as caught:
+                request()
+            assert not isinstance(caught.value, Unavailable)
+            assert time.monotonic() - start < 20  # as shipped, requests are repeated for 120 s
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_broken_line_and_refused_token_are_told_apart_from_refused_tls() -> None:
+    import requests
+    import urllib3
+    from google.auth.exceptions import TransportError
+
+    broken = ssl.SSLEOFError(8, "[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred")
+    broken.reason = "UNEXPECTED_EOF_WHILE_READING"
+    refused = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] expired")
+    refused.reason = "CERTIFICATE_VERIFY_FAILED"
+    for inner, may_heal in ((broken, True), (refused, False)):
+        pool = urllib3.HTTPSConnectionPool("host")
+        wrapped = urllib3.exceptions.MaxRetryError(pool, "/", urllib3.exceptions.SSLError(inner))
+        error = requests.exceptions.SSLError(wrapped)
+        assert storage._is_transient(error) == may_heal
+        assert storage._is_transient(TransportError(error)) == may_heal
 
 
 def test_outage_shorter_than_the_retries_is_waited_out(faulty_bucket: FaultyBucket) -> None:
