@@ -11,6 +11,7 @@ import copy
 import errno
 import fcntl
 import functools
+import io
 import itertools
 import logging
 import mimetypes
@@ -329,10 +330,15 @@ def crc32c_of_file(path: str) -> int:
     Raises:
         StorageError: the file cannot be read.
     """
-    value = 0
     with _local_errors("read", path), open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            value = crc32c_of(chunk, value)
+        return _crc32c_of_stream(file)
+
+
+def _crc32c_of_stream(file: BinaryIO) -> int:
+    file.seek(0)
+    value = 0
+    while chunk := file.read(_CHUNK_BYTES):
+        value = crc32c_of(chunk, value)
     return value
 
 
@@ -675,26 +681,13 @@ class GcsStore:
     def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
         """See `Store.put`."""
 
-        def send(blob: Any, **options: Any) -> Stat:
-            blob.upload_from_string(data, checksum="crc32c", **options)
-            return _blob_stat(name, blob)
-
-        return self._upload(name, send, if_generation)
+        return self._put_stream(name, io.BytesIO(data), len(data), if_generation)
 
     def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
         """See `Store.put_file`."""
 
-        def send(blob: Any, **options: Any) -> Stat:
-            file.seek(0)
-            blob.upload_from_file(file, size=size, checksum="crc32c", **options)
-            return _blob_stat(name, blob)
-
-        def send_parts(blob: Any, **options: Any) -> Stat:
-            return self._send_parts(name, blob, file, size, options)
-
         with _local_errors("read", path), open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return self._upload(name, send if size <= _SINGLE_BYTES else send_parts, if_generation)
+            return self._put_stream(name, file, os.fstat(file.fileno()).st_size, if_generation)
 
     def delete(self, name: str) -> None:
         """See `Store.delete`."""
@@ -797,11 +790,24 @@ class GcsStore:
                 "crc32c; try again"
             )
 
+    def _put_stream(self, name: str, file: BinaryIO, size: int, if_generation: int | None) -> Stat:
+        """Uploads `file`, in one request or in parts."""
+
+        def send(blob: Any, **options: Any) -> Stat:
+            file.seek(0)
+            blob.upload_from_file(file, size=size, checksum="crc32c", **options)
+            return _blob_stat(name, blob)
+
+        def send_parts(blob: Any, **options: Any) -> Stat:
+            return self._send_parts(name, blob, file, size, options)
+
+        return self._upload(name, send if size <= _SINGLE_BYTES else send_parts, if_generation)
+
     def _send_parts(
         self, name: str, blob: Any, file: BinaryIO, size: int, options: dict[str, Any]
     ) -> Stat:
         """Uploads a large file in parts, in a session that carries the conditions."""
-        blob.crc32c = base64.b64encode(crc32c_of_file(file.name).to_bytes(4, "big")).decode()
+        blob.crc32c = base64.b64encode(_crc32c_of_stream(file).to_bytes(4, "big")).decode()
         for _ in range(_MAX_SESSIONS - 1):
             with contextlib.suppress(_SessionLost):
                 return self._send_session(name, blob, file, size, options)

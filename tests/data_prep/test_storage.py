@@ -331,17 +331,26 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> int:
     return 1 << 18
 
 
+@pytest.mark.parametrize("of_bytes", [False, True])
 @pytest.mark.parametrize("action", ["status", "reset-early", "reset", "lose-answer"])
 @pytest.mark.parametrize("broken", [0, 1, 2])
 def test_upload_in_parts_sends_each_part_once(
-    action: Action, broken: int, faulty_bucket: FaultyBucket, tmp_path: Path, parts: int
+    action: Action,
+    broken: int,
+    of_bytes: bool,
+    faulty_bucket: FaultyBucket,
+    tmp_path: Path,
+    parts: int,
 ) -> None:
     data = os.urandom(4 * parts + 1)  # five parts
     (tmp_path / "file").write_bytes(data)
     proxy = faulty_bucket.proxy
     proxy.add(Fault(action, kinds=("part",), count=broken, probability=0.5))
     store = GcsStore(faulty_bucket.url)
-    stat = store.put_file("a", str(tmp_path / "file"), if_generation=0)
+    if of_bytes:
+        stat = store.put("a", data, if_generation=0)
+    else:
+        stat = store.put_file("a", str(tmp_path / "file"), if_generation=0)
     assert (stat.size, stat.crc32c, store.get("a")) == (len(data), crc32c_of(data), data)
     # Every broken request costs a question of where the server stands, and, where the part had
     # not arrived, another try.
