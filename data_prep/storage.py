@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 _HIDDEN = ".flexunet-"  # our own temporary and lock files; never listed, never a name
 _TEMPORARY = f"{_HIDDEN}tmp-"
+_LOCK = f"{_HIDDEN}lock"
 _CHUNK_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 14
 _MAX_PART_BYTES = 255  # NAME_MAX of every Linux file system
@@ -539,6 +540,10 @@ class LocalStore:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(os.path.join(folder, file))
                         num_removed += 1
+            if _LOCK in files:
+                # The file goes with the lock; one that stays does no harm.
+                with contextlib.suppress(OSError), _folder_lock(folder):
+                    pass
         return num_removed
 
     def _put(self, name: str, write: Callable[[Any], Any], if_generation: int | None) -> Stat:
@@ -680,12 +685,10 @@ class GcsStore:
 
     def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
         """See `Store.put`."""
-
         return self._put_stream(name, io.BytesIO(data), len(data), if_generation)
 
     def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
         """See `Store.put_file`."""
-
         with _local_errors("read", path), open(path, "rb") as file:
             return self._put_stream(name, file, os.fstat(file.fileno()).st_size, if_generation)
 
@@ -1331,7 +1334,30 @@ def _link(temporary: str, path: str) -> bool:
 
 @contextlib.contextmanager
 def _folder_lock(folder: str) -> Iterator[None]:
-    """Holds the lock of `folder` for the block; the kernel frees it when the process dies."""
-    with open(os.path.join(folder, f"{_HIDDEN}lock"), "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Holds the lock of `folder` for the block; the kernel frees it when the process dies.
+
+    The lock file goes with the lock, so that the folder can become empty. Who has waited for a file
+    that is gone holds nothing, and asks again.
+    """
+    path = os.path.join(folder, _LOCK)
+    while True:
+        with open(path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _has_name(file, path):
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # it may stay: it is as good for the next one
+                    os.unlink(path)
+            return
+
+
+def _has_name(file: BinaryIO, path: str) -> bool:
+    """Returns whether `path` is still the name of the open `file`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # the second is what NFS says
+            return False
+        raise

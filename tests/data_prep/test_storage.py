@@ -277,6 +277,40 @@ def test_one_of_many_threads_wins_each_generation(tmp_path: Path) -> None:
             found = store.stat("a")
             assert found is not None
             generation = found.generation
+    assert os.listdir(tmp_path) == ["a"]  # no lock file
+
+
+def test_lock_of_a_folder_is_held_by_one_at_a_time_though_its_file_goes(tmp_path: Path) -> None:
+    """Those who wait have opened a file that the holder deletes."""
+    holders, num_turns = 0, 0
+
+    def take_turns(_: int) -> None:
+        nonlocal holders, num_turns
+        for _ in range(50):
+            with storage._folder_lock(str(tmp_path)):
+                assert holders == 0
+                holders += 1
+                time.sleep(1e-4)
+                num_turns += 1
+                holders -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(take_turns, range(8)))
+    assert num_turns == 400
+    assert os.listdir(tmp_path) == []
+
+
+def test_folder_of_conditional_puts_goes_with_its_last_object(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    first = store.put("a/b", b"1", if_generation=0)
+    store.put("a/b", b"2", if_generation=first.generation)
+    store.delete("a/b")
+    assert os.listdir(tmp_path) == []
+    # A process that was killed while it held the lock leaves its file.
+    store.put("a/b", b"1")
+    (tmp_path / "a" / ".flexunet-lock").write_bytes(b"")
+    assert store.remove_unfinished() == 0
+    assert os.listdir(tmp_path / "a") == ["b"]
 
 
 def test_server_that_ignores_preconditions_is_refused(lax_bucket_url: str) -> None:
