@@ -31,8 +31,8 @@ import numpy.typing as npt
 
 from data_prep.dicom import DICOM_ENDINGS
 from data_prep.errors import ContentError, UsageError
-from data_prep.pairs import Pair, Reject, Source, list_files
-from data_prep.storage import join_url, open_store
+from data_prep.pairs import Pair, Reject, Source, list_files, refused_name
+from data_prep.storage import join_url, name_problem, open_store
 
 Kind = Literal["mass", "spiculated", "cluster", "calcification", "asymmetry", "distortion", "other"]
 KINDS: tuple[Kind, ...] = (
@@ -173,6 +173,8 @@ def _by_number(
         if found is None or "/" in name:
             wrong = "lies in a folder of its own; move it up" if "/" in name else _WRONG_NAME
             rejects.append(Reject(join_url(url, name), wrong))
+        elif problem := name_problem(name):
+            rejects.append(Reject(join_url(url, name), refused_name(problem)))
         else:
             names.setdefault(found[1], []).append(name)
     return names

@@ -150,6 +150,11 @@ def list_files(url: str) -> list[str]:
     return [stat.name for stat in open_store(url).list() if not _is_dropping(stat)]
 
 
+def refused_name(problem: str) -> str:
+    """Returns why a file with a name that storage refuses is no part of a pair."""
+    return f"storage refuses its name: {problem}; rename it"
+
+
 def _holds(url: str) -> bool:
     return bool(list_files(url))
 
@@ -179,7 +184,7 @@ def _by_stem(url: str, endings: Sequence[str], rejects: list[Reject]) -> dict[st
         elif ending.lower() not in endings:
             reason = f"its ending is not one of {', '.join(endings)}"
         elif problem := name_problem(name):
-            reason = f"storage refuses its name: {problem}; rename it"
+            reason = refused_name(problem)
         else:
             names.setdefault(stem, []).append(name)
             continue

@@ -47,7 +47,7 @@ from data_prep.storage import (
     put_if_other,
 )
 from data_prep.table import csv_table
-from data_prep.words import counted, listed
+from data_prep.words import as_utf8, counted, legible, listed
 
 logger = logging.getLogger(__name__)
 
@@ -501,7 +501,8 @@ def _refused(rejects: Sequence[Reject], config: PrepConfig) -> list[tuple[str, s
         num_more = len(rejects) - 1
         more = f" (and {counted(num_more, 'more file')})" if num_more else ""
         raise ContentError(
-            f"{first.file}: {first.reason}{more}; mend it, or leave such files out with --skip-bad"
+            f"{legible(f'{first.file}: {first.reason}')}{more}; mend it, or leave such files out "
+            "with --skip-bad"
         )
     if not config.hash_names:
         return [(reject.file, reject.reason) for reject in rejects]
@@ -529,7 +530,7 @@ def _hidden(text: str, config: PrepConfig) -> str:
     if not config.hash_names:
         return text
     key = os.environ.get(HASH_KEY_VARIABLE, "").encode()
-    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()[:_HASH_LENGTH]
+    return hmac.new(key, os.fsencode(text), hashlib.sha256).hexdigest()[:_HASH_LENGTH]
 
 
 def _hidden_name(name: str, config: PrepConfig) -> str:
@@ -553,7 +554,7 @@ def _dataset_name(sources: Sequence[Source], config: PrepConfig) -> str:
     parents = open_store(first.images).url.split("/")[:-1]
     if first.split is not None:
         parents = parents[:-1]
-    return "dataset" if config.hash_names or not parents else parents[-1] or "dataset"
+    return "dataset" if config.hash_names or not parents else as_utf8(parents[-1]) or "dataset"
 
 
 def _source_digest(

@@ -17,6 +17,7 @@ import PIL.ImageFont
 from data_prep.colormap import ClassColor
 from data_prep.image import encode_png
 from data_prep.table import csv_table
+from data_prep.words import legible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +56,8 @@ def sheet_name(split: str) -> str:
 
 def rejects_csv(rejects: Sequence[tuple[str, str]]) -> str:
     """Returns the table of (file, reason); it is safe to open in a spreadsheet."""
-    return csv_table(("file", "reason"), rejects)
+    rows = [(legible(file), legible(reason)) for file, reason in rejects]
+    return csv_table(("file", "reason"), rows)
 
 
 def statistics_png(

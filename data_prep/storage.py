@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import google_crc32c
 
 from data_prep.errors import ContentError, FlexUNetError, StorageError, UsageError
+from data_prep.words import is_invisible
 
 logger = logging.getLogger(__name__)
 
@@ -279,8 +280,12 @@ def checked_name(name: str) -> str:
 def name_problem(name: str) -> str | None:
     """Returns why `name` is not a safe object name (see `checked_name`), None when it is."""
     for character in name:
-        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+        if unicodedata.category(character) == "Cs":
+            return "it is not UTF-8"
+        if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
             return f"it holds the control character {character!a}"
+        if is_invisible(character):  # the name could look like another one
+            return f"it holds {character!a}, which is invisible or turns the text around"
     if not unicodedata.is_normalized("NFC", name):
         return "it is not in Unicode normal form C"
     if "\\" in name:

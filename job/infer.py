@@ -50,6 +50,7 @@ from data_prep.storage import (
 )
 from data_prep.table import csv_table
 from data_prep.tiles import starts
+from data_prep.words import legible
 from job.predict import (
     Flips,
     Ids,
@@ -222,7 +223,8 @@ def infer(
 
 def _list_unreadable(output: Store, unreadable: Sequence[tuple[str, str]]) -> None:
     """Nothing is touched that is right already: an account may create, and not replace."""
-    data = csv_table(["file", "reason"], unreadable).encode() if unreadable else None
+    rows = [(legible(file), legible(reason)) for file, reason in unreadable]
+    data = csv_table(["file", "reason"], rows).encode() if rows else None
     try:
         found = output.get(UNREADABLE_NAME)
     except NotFound:

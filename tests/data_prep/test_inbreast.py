@@ -1,5 +1,6 @@
 """The INbreast release: names, annotations with their spellings, contours, hostile lists."""
 
+import os
 import plistlib
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from data_prep import inbreast
 from data_prep.errors import ContentError, UsageError
 from data_prep.inbreast import Finding, Roi, draw_rois, fill_polygon, find_cases, read_rois
+from data_prep.pairs import Reject
 from data_prep.phantom_release import annotation_bytes
 
 SQUARE = np.array([[1, 1], [4, 1], [4, 4], [1, 4]], float)
@@ -192,6 +194,18 @@ def _release(folder, images, annotations):
         for name in names:
             (folder / place / name).write_bytes(b"x")
     return inbreast.find_release(str(folder))
+
+
+def test_find_cases_rejects_names_that_storage_refuses(tmp_path):
+    for folder, name in (("AllDICOMs", "1_a_MG_L_CC_ANON.dcm"), ("AllXML", "1.xml")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(b"x")
+    odd = os.fsdecode(b"2_a_caf\xe9.dcm")
+    (tmp_path / "AllDICOMs" / odd).write_bytes(b"x")
+    pairs, rejects = find_cases(inbreast.find_release(str(tmp_path)))
+    assert [pair.id for pair in pairs] == ["1_a_MG_L_CC_ANON"]
+    reason = "storage refuses its name: it is not UTF-8; rename it"
+    assert rejects == [Reject(f"{tmp_path}/AllDICOMs/{odd}", reason)]
 
 
 def test_find_cases_joins_by_number_and_keeps_what_has_no_annotation(tmp_path):

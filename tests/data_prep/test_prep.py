@@ -370,6 +370,38 @@ def test_skip_bad_leaves_out_names_that_storage_refuses(source, tmp_path):
         assert f"{source}/{kind}/{decomposed}.png,storage refuses its name: " in listed
 
 
+@pytest.mark.parametrize(
+    ("name", "shown", "reason"),
+    [
+        (os.fsdecode(b"caf\xe9"), "caf\\xe9", "it is not UTF-8"),  # Latin-1, of an old archive
+        ("a\u202eb", "a\\u202eb", "it holds '\\u202e', which is invisible"),
+    ],
+)
+@pytest.mark.parametrize("hash_names", [False, True])
+def test_skip_bad_lists_names_that_no_terminal_shows(
+    source, tmp_path, name, shown, reason, hash_names
+):
+    _make_pair(source, "odd", 30)
+    for kind in ("images", "masks"):  # OpenCV itself dies of such a name
+        os.rename(f"{source}/{kind}/odd.png", f"{source}/{kind}/{name}.png")
+    with pytest.raises(ContentError) as caught:
+        _prepare(source, tmp_path / "out", hash_names=hash_names)
+    assert str(caught.value).startswith(f"{source}/images/{shown}.png: storage refuses its name: ")
+    _prepare(source, tmp_path / "out", skip_bad=True, hash_names=hash_names)
+    listed = (tmp_path / "out" / report.REJECTS_NAME).read_text()
+    assert listed.count(reason) == 2
+    assert (f"{source}/masks/{shown}.png," in listed) is not hash_names
+
+
+def test_source_folder_whose_name_is_not_utf8_is_read(source, tmp_path):
+    odd = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
+    os.rename(source, odd)
+    (Path(odd) / "images" / "alone.png").write_bytes(b"")
+    manifest = _prepare(odd, tmp_path / "out", skip_bad=True)
+    assert (manifest.name, manifest.num_samples) == ("caf\\xe9", 20)
+    assert "/caf\\xe9/images/alone.png," in (tmp_path / "out" / report.REJECTS_NAME).read_text()
+
+
 def test_no_sources_is_a_mistake_in_one_line(tmp_path):
     with pytest.raises(UsageError, match="no sources were given; give at least one"):
         prep.prepare((), str(tmp_path / "out"), prep.PrepConfig())

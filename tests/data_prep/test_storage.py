@@ -770,7 +770,8 @@ def test_server_error_is_one_line(
     "name",
     [
         "", "/a", "a/", "a//b", "..", "a/../b", "a/..", ".", "./a", "a\\b", "C:a", "a\0b", "a\nb",
-        "a\x7f", "e\u0301", "a\u2028b", "\udc80", "x" * 256, "/".join(["x" * 200] * 6),
+        "a\x7f", "e\u0301", "a\u202eb", "a\u200bb", "a\u2066b", "\ufeffa",
+        "a\u2028b", "\udc80", "x" * 256, "/".join(["x" * 200] * 6),
         ".flexunet-tmp-1",
     ],
 )  # fmt: skip

@@ -150,21 +150,30 @@ def test_command_lists_unreadable_images_and_does_the_others(
     whole = (images / "image-001.png").read_bytes()
     (images / "image-001.png").write_bytes(whole[:100])
     (images / "=image.png").write_bytes(b"no picture")
+    (images / os.fsdecode(b"caf\xe9.png")).write_bytes(whole)  # Latin-1, of an old archive
+    (images / "e\u0301.png").write_bytes(whole)  # as macOS writes an e with acute
     arguments = [str(trained_run), str(images), str(output), "--no-progress"]
     assert main(arguments) == 3
     shown = capsys.readouterr()
     assert f"masks: {output} (4 written)" in shown.out
     assert shown.err.count("\n") == 1
-    assert "2 of the images could not be read" in shown.err
+    assert "4 of the images could not be read" in shown.err
     rows = list(csv.reader((output / "unreadable.csv").read_text().splitlines()))
     # A spreadsheet would run the first name as a formula.
-    assert [row[0] for row in rows] == ["file", "'=image.png", "image-001.png"]
+    assert [row[0] for row in rows] == [
+        "file",
+        "'=image.png",
+        r"caf\xe9.png",
+        "e\u0301.png",
+        "image-001.png",
+    ]
     assert sorted(path.name for path in output.glob("*.png")) == [
         f"image-{index:03d}.png" for index in (0, 2, 3, 4)
     ]
 
     (images / "image-001.png").write_bytes(whole)
-    (images / "=image.png").unlink()
+    for name in ("=image.png", os.fsdecode(b"caf\xe9.png"), "e\u0301.png"):
+        (images / name).unlink()
     assert main(arguments) == 0
     assert "1 written, 4 kept" in capsys.readouterr().out
     assert not (output / "unreadable.csv").exists()
