@@ -7,6 +7,7 @@ or storage.
 The same set of samples, in any order, with the same seed gives the same division.
 """
 
+import bisect
 import csv
 import hashlib
 import io
@@ -14,7 +15,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from data_prep.errors import ContentError, UsageError
 from data_prep.schema import SPLITS
@@ -295,14 +296,17 @@ def _exchange(parts: list[list[str]], missing: list[float], sizes: Mapping[str, 
     while True:
         # Of the groups of one size in a part the first stands for all.
         first = [{sizes[group]: group for group in reversed(members)} for members in parts]
+        ordered = [sorted(by_size) for by_size in first]
         steps = [
             (_gain(missing[giver], missing[taker], size - back), giver, taker, size, back)
             for giver in range(len(parts))
             for taker in range(len(parts))
-            if giver != taker
-            for size in first[giver]
-            for back in (0, *first[taker])
-            if size > back and (back or len(parts[giver]) > 1)
+            if missing[giver] < missing[taker]  # else every step makes the two more unlike
+            for size, back in _near_steps(
+                ordered[giver],
+                [0, *ordered[taker]] if len(parts[giver]) > 1 else ordered[taker],
+                (missing[taker] - missing[giver]) / 2,
+            )
         ]
         if not steps:
             return
@@ -319,6 +323,24 @@ def _exchange(parts: list[list[str]], missing: list[float], sizes: Mapping[str, 
             parts[giver].append(returned)
         missing[giver] += size - back
         missing[taker] -= size - back
+
+
+def _near_steps(
+    given: Sequence[int], returned: Sequence[int], ideal: float
+) -> Iterator[tuple[int, int]]:
+    """Yields the (size, back) that can be best: `size - back` is above 0 and nearest to `ideal`.
+
+    The gain is a parabola of `size - back` whose top is at `ideal`. So of all that can be returned
+    for a size only the two neighbours of the top count; the whole product takes minutes.
+
+    Args:
+        given, returned: sizes, ascending.
+    """
+    for size in given:
+        end = bisect.bisect_left(returned, size)
+        place = bisect.bisect_left(returned, size - ideal, 0, end)
+        for back in returned[max(0, place - 1) : min(place + 1, end)]:
+            yield size, back
 
 
 def _gain(giver: float, taker: float, moved: int) -> float:
