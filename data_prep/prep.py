@@ -657,7 +657,22 @@ def _run(
 
 
 def _assign(samples: Sequence[scan.Scanned], config: PrepConfig) -> _Assignment:
-    groups = _joined_groups(samples)
+    _tell_blank(samples)
+    groups, joined = _joined_groups(samples)
+    try:
+        return _divided(samples, groups, config)
+    except UsageError as error:
+        if not joined:
+            raise
+        raise UsageError(
+            f"{error} ({counted(len(joined), 'group')} joined with others, as they hold the same "
+            f"picture: {listed(joined, _MAX_LISTED)})"
+        ) from error
+
+
+def _divided(
+    samples: Sequence[scan.Scanned], groups: dict[str, str], config: PrepConfig
+) -> _Assignment:
     if samples[0].split is None:
         fractions: dict[str, float] = dict(zip(schema.SPLITS, config.fractions, strict=True))
         splits = split.assign_splits(groups, fractions=fractions, seed=config.seed)
@@ -671,6 +686,16 @@ def _assign(samples: Sequence[scan.Scanned], config: PrepConfig) -> _Assignment:
         members = {name: group for name, group in groups.items() if splits[name] != "test"}
         folds = split.assign_folds(members, num_folds=config.num_folds, seed=config.seed)
     return _Assignment(groups, splits, folds, is_leaky)
+
+
+def _tell_blank(samples: Sequence[scan.Scanned]) -> None:
+    blank = {sample.picture: sample.filename for sample in samples if sample.is_blank}
+    if blank:
+        logger.warning(
+            "%s blank (all pixels alike) and no evidence of which groups belong together: %s",
+            "1 picture is" if len(blank) == 1 else f"{len(blank)} pictures are",
+            listed(list(blank.values()), _MAX_LISTED),
+        )
 
 
 def _warn_of_small_splits(groups: Mapping[str, str], splits: Mapping[str, str]) -> None:
@@ -698,10 +723,11 @@ def _warn_of_missing_classes(
         logger.warning("%s", line)
 
 
-def _joined_groups(samples: Sequence[scan.Scanned]) -> dict[str, str]:
-    """Returns the group of each id; groups that hold the same picture become one.
+def _joined_groups(samples: Sequence[scan.Scanned]) -> tuple[dict[str, str], list[str]]:
+    """Returns the group of each id, and which were joined: groups that hold the same picture.
 
-    A picture that was filed twice would otherwise be trained on and tested with.
+    A picture that was filed twice would otherwise be trained on and tested with. A blank one says
+    nothing: it is alike in strangers.
     """
     parents: dict[str, str] = {}
 
@@ -713,6 +739,8 @@ def _joined_groups(samples: Sequence[scan.Scanned]) -> dict[str, str]:
     first_with: dict[str, str] = {}
     joined: list[str] = []
     for sample in samples:
+        if sample.is_blank:
+            continue
         first = first_with.setdefault(sample.picture_sha256, sample.group)
         group, other = root(sample.group), root(first)
         if group != other:
@@ -725,13 +753,16 @@ def _joined_groups(samples: Sequence[scan.Scanned]) -> dict[str, str]:
             "is" if len(joined) == 1 else "are",
             listed(joined, _MAX_LISTED),
         )
-    return {sample.id: root(sample.group) for sample in samples}
+    return {sample.id: root(sample.group) for sample in samples}, joined
 
 
 def _check_leaks(samples: Sequence[scan.Scanned], config: PrepConfig) -> bool:
     """Returns whether the ready-made splits leak; that is an error unless it is allowed."""
     pictures = {s.picture: s for s in samples}.values()
-    leaks = split.find_leaks((s.picture, str(s.split), s.group, s.picture_sha256) for s in pictures)
+    leaks = split.find_leaks(
+        (s.picture, str(s.split), s.group, None if s.is_blank else s.picture_sha256)
+        for s in pictures
+    )
     if leaks and not config.allow_leaks:
         more = f"; and {len(leaks) - _MAX_LISTED} more" if len(leaks) > _MAX_LISTED else ""
         raise ContentError(

@@ -34,7 +34,7 @@ from data_prep.storage import Store, open_store
 from data_prep.tiles import count, cut
 from data_prep.vanished import RegionCounts, count_regions
 
-_VERSION = 3  # of what is staged; another version's is not found
+_VERSION = 4  # of what is staged; another version's is not found
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _MIN_PAIRS, _MAX_PAIRS = 4, 32  # of a chunk; each costs two fsyncs, or two requests
 _MAX_TILES = 20_000  # of a picture; tiles of 64 that overlap by half cut 4096x3328 into 13081
@@ -115,6 +115,7 @@ class Scanned:
     Attributes:
         picture: id of the pair; the sample's own id where pictures are stored whole.
         picture_sha256: of the picture's pixels; `sha256` where it is stored whole.
+        is_blank: all those pixels are alike.
         group: of the sample; `staged_group` is that of its record, before groups were joined.
         staged, offset, length: name of the staged object, place of the framed record in it, bytes.
         channels, bit_depth: as staged; `auto` keeps a picture as it is.
@@ -143,6 +144,7 @@ class Scanned:
     off_map_pixels: int
     sha256: str
     picture_sha256: str
+    is_blank: bool
     moments: Moments
     value_max: int | None
     spacing_mm: tuple[float, float] | None
@@ -289,7 +291,12 @@ def _scan_item(
         return
     is_cut = layout.geometry == "tile"
     max_value = read.value_max or int(read.image.max())
-    picture_sha256 = _sha256_at_own_size(read.image, whole) if is_cut else None
+    picture_sha256, is_blank = None, False
+    if is_cut:
+        # Of the picture: tiles of film without tissue are alike in strangers.
+        pixels = apply_geometry(read.image, whole, whole.height, whole.width, nearest=False)
+        picture_sha256, is_blank = schema.sha256_of_pixels(pixels), _is_blank(pixels)
+        del pixels
     for sample in _samples(item, layout, read, whole):
         record = schema.frame_record(schema.encode_example(sample))
         image, mask = sample.image, sample.mask
@@ -311,6 +318,7 @@ def _scan_item(
             off_map_pixels=sample.off_map_pixels,
             sha256=sample.pixel_sha256,
             picture_sha256=picture_sha256 or sample.pixel_sha256,
+            is_blank=is_blank if is_cut else _is_blank(_without_border(image, whole)),
             moments=moments_of(image),
             value_max=read.value_max,
             spacing_mm=read.spacing_mm,
@@ -347,10 +355,14 @@ def _refuse_many_tiles(item: Item, layout: Layout, whole: Geometry) -> None:
         )
 
 
-def _sha256_at_own_size(image: np.ndarray, whole: Geometry) -> str:
-    # Of the picture: tiles of film without tissue are alike in strangers.
-    pixels = apply_geometry(image, whole, whole.height, whole.width, nearest=False)
-    return schema.sha256_of_pixels(pixels)
+def _is_blank(pixels: np.ndarray) -> bool:
+    """Returns whether all pixels of (H, W[, C]) are alike: film that was not exposed, a filler."""
+    return bool(np.all(pixels == pixels[0, 0]))
+
+
+def _without_border(image: np.ndarray, geometry: Geometry) -> np.ndarray:
+    rows = slice(geometry.top, geometry.top + geometry.height)
+    return image[rows, geometry.left : geometry.left + geometry.width]
 
 
 def _samples(item: Item, layout: Layout, read: _Read, whole: Geometry) -> Iterator[schema.Sample]:

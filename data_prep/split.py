@@ -188,18 +188,20 @@ def assign_folds(groups: Mapping[str, str], *, num_folds: int, seed: int) -> dic
     return {sample: place[group] for sample, group in groups.items()}
 
 
-def find_leaks(samples: Iterable[tuple[str, str, str, str]]) -> list[str]:
+def find_leaks(samples: Iterable[tuple[str, str, str, str | None]]) -> list[str]:
     """Returns a sentence for every group, and every picture, that is in more than one split.
 
     Args:
-        samples: (id, split, group, sha256 of the pixels) each.
+        samples: (id, split, group, sha256 of the pixels) each; None where the pixels are no
+            evidence of anything, as those of a blank picture.
     """
-    rows = sorted(samples)
+    rows = sorted(samples, key=lambda row: row[:3])
     by_group: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     by_pixels: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for sample, split, group, pixels in rows:
         by_group[group][split].append(sample)
-        by_pixels[pixels][split].append(sample)
+        if pixels is not None:
+            by_pixels[pixels][split].append(sample)
     leaks = [
         f"group {group!r} is in {_places(places)}"
         for group, places in sorted(by_group.items())

@@ -533,6 +533,44 @@ def test_the_same_picture_twice_stays_in_one_split(tmp_path, caplog):
     assert "b12 with a12; and 15 more\n" in caplog.text
 
 
+@pytest.mark.parametrize("stored", [{}, {"geometry": "pad"}, {"image_size": 512, "tile": 8}])
+def test_blank_pictures_do_not_join_groups(tmp_path, caplog, stored):
+    source = tmp_path / "source"
+    for patient in range(12):
+        for i in range(3):
+            _make_pair(source, f"p{patient:02}_{i}", 10 * patient + i)
+        blank = np.full((16, 10), 9, np.uint8)  # which is stored with a border
+        for kind in ("images", "masks"):
+            value = blank if kind == "images" else 0 * blank
+            assert cv2.imwrite(str(source / kind / f"p{patient:02}_0.png"), value)
+    options = {"group_regex": "p([0-9]+)", "num_folds": 3} | stored
+    _prepare(source, tmp_path / "out", **options)
+    rows = _rows(tmp_path / "out")
+    assert {row["group"] for row in rows} == {f"{patient:02}" for patient in range(12)}
+    told = (
+        "12 pictures are blank (all pixels alike) and no evidence of which groups belong together"
+    )
+    assert f"{told}: p00_0.png; p01_0.png" in caplog.text
+    assert "joined" not in caplog.text
+
+
+def test_blank_pictures_in_two_ready_made_splits_are_no_leak(tmp_path):
+    for number, name in enumerate(schema.SPLITS):
+        for i in range(2):
+            _make_pair(tmp_path / "source" / name, f"{name}{i}", 10 * number + i)
+        path = tmp_path / "source" / name / "images" / f"{name}0.png"
+        assert cv2.imwrite(str(path), np.zeros((16, 16), np.uint8))
+    assert not _prepare(tmp_path / "source", tmp_path / "out").leaky
+
+
+def test_groups_that_are_too_few_as_they_were_joined_say_so(tmp_path):
+    source = tmp_path / "source"
+    for i in range(4):
+        _make_pair(source, f"a{i}", 0)
+    with pytest.raises(UsageError, match=r"1 group cannot fill 3 splits.*3 groups joined.*a1 with"):
+        _prepare(source, tmp_path / "out")
+
+
 def test_ready_made_splits_are_kept_and_leaks_named(tmp_path):
     for number, name in enumerate(("train", "valid", "test")):
         for i in range(3):
