@@ -30,7 +30,7 @@ from data_prep.image import (
     read_image,
     read_mask_pixels,
 )
-from data_prep.storage import Store, open_store
+from data_prep.storage import Store, open_store, put_if_other
 from data_prep.tiles import count, cut
 from data_prep.vanished import RegionCounts, count_regions
 
@@ -39,6 +39,7 @@ _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C 
 _MIN_PAIRS, _MAX_PAIRS = 4, 32  # of a chunk; each costs two fsyncs, or two requests
 _MAX_TILES = 20_000  # of a picture; tiles of 64 that overlap by half cut 4096x3328 into 13081
 _MAX_BYTES = 64 * 2**20  # of a chunk whose PNGs do not compress at all
+_PART_BYTES = 32 * 2**20  # of records that a process holds; tiles of one picture take gigabytes
 _SHOWN_COLORS = 3
 _EXACT_PIXELS = 2**17  # of 65535**2 each
 
@@ -222,16 +223,57 @@ def scan_chunk(task: ScanTask) -> list[Scanned | Refused]:
     found = _read_index(staging, name)
     if found is not None and (task.skip_bad or not any(isinstance(r, Refused) for r in found)):
         return found
-    results, records, offset = [], [], 0
+    parts = _Parts(staging, name)
     for item in task.items:
-        for result, record in _scan_item(item, task, name, offset):
-            results.append(result)
-            records.append(record)
+        for result, record in _scan_item(item, task):
+            parts.add(result, record)
+    return parts.finish()
+
+
+class _Parts:
+    """Stages records in objects of bounded size; the last one has the index and the chunk's name.
+
+    The index is what a later run looks for, and it is written when all else is there.
+    """
+
+    def __init__(self, staging: Store, name: str) -> None:
+        self._staging, self._name = staging, name
+        self._results: list[Scanned | Refused] = []
+        self._records: list[bytes] = []
+        self._num_bytes = self._num_parts = self._num_placed = 0
+
+    def add(self, result: Scanned | Refused, record: bytes) -> None:
+        """Takes the next record; it is at its place when `finish` returns."""
+        if self._num_bytes + len(record) > _PART_BYTES and self._records:
+            part = f"{self._name.removesuffix('.bin')}-{self._num_parts:05d}.bin"
+            # After a stop it may be there; the account may create and not replace.
+            put_if_other(self._staging, part, self._take(part))
+            self._num_parts += 1
+        self._results.append(result)
+        self._records.append(record)
+        self._num_bytes += len(record)
+
+    def finish(self) -> list[Scanned | Refused]:
+        """Stages the rest and the index, and returns the results with the places of the records."""
+        records = self._take(self._name)
+        index = json.dumps([_to_json(result) for result in self._results], default=vars).encode()
+        trailer = _TRAILER.pack(len(index), google_crc32c.value(index))
+        self._staging.put(self._name, b"".join((records, index, trailer)))
+        return self._results
+
+    def _take(self, staged: str) -> bytes:
+        """Returns the records since the last call, whose place is in the object `staged`."""
+        offset = 0
+        for i, record in enumerate(self._records, self._num_placed):
+            result = self._results[i]
+            if isinstance(result, Scanned):
+                self._results[i] = dataclasses.replace(result, staged=staged, offset=offset)
             offset += len(record)
-    index = json.dumps([_to_json(result) for result in results], default=vars).encode()
-    trailer = _TRAILER.pack(len(index), google_crc32c.value(index))
-    staging.put(name, b"".join((*records, index, trailer)))
-    return results
+        data = b"".join(self._records)
+        self._num_placed = len(self._results)
+        self._num_bytes = 0
+        self._records.clear()
+        return data
 
 
 def source_crcs(item: Item) -> tuple[int, int]:
@@ -272,10 +314,8 @@ def store_at(url: str) -> Store:
     return open_store(url)
 
 
-def _scan_item(
-    item: Item, task: ScanTask, staged: str, offset: int
-) -> Iterator[tuple[Scanned | Refused, bytes]]:
-    """Yields what is known about each sample of a pair, and its record."""
+def _scan_item(item: Item, task: ScanTask) -> Iterator[tuple[Scanned | Refused, bytes]]:
+    """Yields what is known about each sample of a pair, and its record, which has no place yet."""
     layout = task.layout
     data = _read_both(item)
     crcs = _crcs(data)
@@ -306,9 +346,9 @@ def _scan_item(
             group=item.group,
             filename=item.filename,
             split=item.split,
-            staged=staged,
+            staged="",
             staged_group=item.group,
-            offset=offset,
+            offset=0,
             length=len(record),
             channels=image.shape[2],
             bit_depth=image.dtype.itemsize * 8,
@@ -326,7 +366,6 @@ def _scan_item(
             regions=count_regions(read.mask, sample.geometry, len(layout.classes)),
             source_crcs=crcs,
         )
-        offset += len(record)
         yield result, record
 
 

@@ -289,6 +289,41 @@ def test_chunks_depend_on_the_input_alone_and_fit_memory(tmp_path):
     assert {len(chunk) for chunk in scan.chunked([item] * 100, large)} == {1}
 
 
+def test_tiles_are_staged_in_parts_of_bounded_size(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 4096, (64, 64), dtype=np.uint16)
+    item = _item(tmp_path, "a", pixels)
+    layout = {"geometry": "tile", "tile_overlap": 6}
+    whole = _scan(tmp_path / "whole", [item], **layout)
+    assert len({sample.staged for sample in whole}) == 1
+    limit = 5000
+    monkeypatch.setattr(scan, "_PART_BYTES", limit)
+    samples = _scan(tmp_path, [item], **layout)
+    assert len(samples) == len(whole) == 29 * 29
+    sizes = {}
+    for sample in samples:
+        sizes[sample.staged] = sizes.get(sample.staged, 0) + sample.length
+    assert max(sizes.values()) <= limit < sum(sizes.values()) / 10
+    assert _scan(tmp_path, [item], **layout) == samples  # from the index
+    first, second = (
+        [shards.write_shard(task).info for task in _plan(folder, found)]
+        for folder, found in ((tmp_path / "whole", whole), (tmp_path, samples))
+    )
+    assert first == second  # with the checksum
+
+
+def test_tiles_continue_where_an_account_may_not_replace_parts(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 4096, (64, 64), dtype=np.uint16)
+    item = _item(tmp_path, "a", pixels)
+    monkeypatch.setattr(scan, "_PART_BYTES", 5000)
+    layout = {"geometry": "tile", "tile_overlap": 6}
+    before = _scan(tmp_path, [item], **layout)
+    staging = tmp_path / "out" / "prep-state"
+    (staging / before[-1].staged).unlink()  # the last part, as after a stop
+    written = {path: path.stat().st_mtime_ns for path in staging.iterdir()}
+    assert _scan(tmp_path, [item], **layout) == before
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
 def test_staged_index_is_json(tmp_path):
     (found,) = _scan(tmp_path, [_item(tmp_path, "a", _grey(1))])
     data = (tmp_path / "out" / "prep-state" / found.staged).read_bytes()
