@@ -20,6 +20,7 @@ from pydantic_core import PydanticUndefined
 
 from data_prep.errors import FlexUNetError
 from data_prep.settings import Settings, fields_of, flag_of, validated
+from data_prep.synonyms import proposed
 
 S = TypeVar("S", bound=Settings)
 
@@ -168,11 +169,18 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _no_option(error: click.NoSuchOption) -> str:
-    command = error.ctx.command if error.ctx else None
-    known = [name for each in command.params for name in each.opts] if command else []
-    close = difflib.get_close_matches(error.option_name, known, n=1, cutoff=0.6)
-    remedy = f"; did you mean {close[0]!r}?" if close else ""
-    return f"no option {error.option_name!r}{remedy}"
+    parameters = error.ctx.command.params if error.ctx else []
+    options = [name for each in parameters if isinstance(each, click.Option) for name in each.opts]
+    arguments = [
+        each.human_readable_name for each in parameters if isinstance(each, click.Argument)
+    ]
+    name = error.option_name
+    remedy = proposed(name, options, arguments)
+    if remedy is None:
+        inside = [each for each in options if each.endswith("." + name.lstrip("-"))]
+        close = inside or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+        remedy = f"did you mean {close[0]!r}?" if close else None
+    return f"no option {name!r}" + (f"; {remedy}" if remedy else "")
 
 
 def _report(program: str, message: str, code: int) -> int:

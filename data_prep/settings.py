@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from data_prep.errors import UsageError
+from data_prep.synonyms import proposed
 
 S = TypeVar("S", bound="Settings")
 
@@ -209,6 +210,12 @@ def _describe(
         elsewhere = [known for known in _keys_of(cls) if known.rpartition(".")[2] == path[-1]]
         if elsewhere:
             return f"unknown key {name!r}; did you mean {elsewhere[0]!r}?"
+        keys = {flag_of(each.split(".")): each for each in _keys_of(cls)}
+        remedy = proposed(path[-1], keys)
+        if remedy is not None:
+            for flag, key in keys.items():
+                remedy = remedy.replace(f"{flag!r}", f"{key!r}")
+            return f"unknown key {name!r}; {remedy}"
         known = list(getattr(group, "model_fields", {}))
         return f"unknown key {name!r}; {suggestion(path[-1], known)}"
     if detail["type"] == "model_type":

@@ -4,12 +4,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import pytest
 
 from data_prep import errors
 from data_prep.command import SettingsCommand
+from data_prep.synonyms import _TABLE, SYNONYMS
 from launcher.cli import COMMANDS, command, main
 from launcher.group import EXIT_CODES
 from launcher.launch import COMMANDS as LAUNCH_COMMANDS
@@ -184,6 +186,112 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+# Names that people type at `train`, from Keras, PyTorch, nnU-Net and Ultralytics.
+TYPED = {
+    "--lr": "--optimizer.learning-rate",
+    "--lr0": "--optimizer.learning-rate",
+    "--learning_rate": "--optimizer.learning-rate",
+    "--batch": "--global-batch-size",
+    "--batch-size": "--global-batch-size",
+    "--num-epochs": "--epochs",
+    "--nb_epoch": "--epochs",
+    "--input-size": "--image-size",
+    "--imgsz": "--image-size",
+    "--patch-size": "--tile",
+    "--workers": "--threads",
+    "--device": "CUDA_VISIBLE_DEVICES",
+    "--gpus": "CUDA_VISIBLE_DEVICES",
+    "--patience": "--schedule.early-stopping-patience",
+    "--weights": "--init-from",
+    "--pretrained-weights": "--init-from",
+    "--classes": "--model.num-classes",
+    "--nc": "--model.num-classes",
+    "--data-dir": "--data",
+    "--output-dir": "--output",
+    "--save-dir": "--output",
+    "--run-name": "--name",
+    "--optimizer": "--optimizer.name",
+    "--wd": "--optimizer.weight-decay",
+    "--momentum": "--optimizer.beta-1",
+    "--loss": "--loss.name",
+    "--class-weights": "--loss.class-weights",
+    "--arch": "--model.name",
+    "--depth": "--model.num-layers",
+    "--filters": "--model.base-filters",
+    "--dropout": "--model.dropout-rate",
+    "--batch-norm": "--model.normalization",
+    "--amp": "--precision",
+    "--fp16": "--precision",
+    "--grad-clip": "--optimizer.clipnorm",
+    "--accumulate-grad-batches": "--accumulate",
+    "--random-seed": "--seed",
+    "--k-folds": "--folds",
+    "--lr-scheduler": "--schedule.cosine",
+    "--warmup": "--schedule.warmup-epochs",
+    "--val-split": "--fractions",
+    "--augment": "--augmentation.enabled",
+    "--resume": "goes on where it stopped",
+    "--verbose": "--progress",
+    "--jit-compile": "--xla",
+    "--save-period": "--checkpoint-every-minutes",
+}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_names_of_other_programs_are_answered_with_ours(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert main(["train", name, "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"{re.escape(TYPED[name])}(?![\w.-])", line), line
+
+
+def test_no_name_of_another_program_is_listed_twice() -> None:
+    names = [name for names, _ in _TABLE for name in names.split()]
+    assert len(set(names)) == len(names) == len(SYNONYMS)
+
+
+@pytest.mark.parametrize("name", [*ALL, "train of a file"])
+def test_what_is_proposed_exists(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    is_file = name not in ALL
+    words = ["train"] if is_file else name.split()
+    own = options_by_flag(" ".join(words))
+    arguments = found_command(" ".join(words)).params
+    for other in sorted(SYNONYMS):
+        if is_file:
+            (tmp_path / "file.yaml").write_text(f"{other.replace('-', '_')}: 1\n")
+            main([*words, "--local", "--config", str(tmp_path / "file.yaml")])
+            (line,) = capsys.readouterr().err.splitlines()
+            assert "did you mean '--" not in line
+            line = re.sub(r"mean '(\S+)'", lambda key: f"mean '--{key[1]}'".replace("_", "-"), line)
+        elif f"--{other}" in own:
+            continue
+        else:
+            assert main([*words, f"--{other}"]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+        for proposal in re.findall(r"did you mean '(.*?)'\?", line):
+            is_group = is_file and any(each.startswith(f"{proposal}.") for each in own)
+            assert proposal in own or is_group, line
+        for argument in re.findall(r"as the argument (\w+)", line):
+            assert argument in [each.human_readable_name for each in arguments], line
+        for command_name, option in re.findall(r"`flexunet (\w+) (--\S+)`", line):
+            assert option in {*options_by_flag(command_name), "--help"}, line
+
+
+def test_every_proposal_is_made_by_some_command() -> None:
+    flags = {flag for name in ALL for flag in options_by_flag(name)}
+    words = {each.human_readable_name for name in ALL for each in found_command(name).params}
+    for names, proposals in _TABLE:
+        for each in proposals:
+            assert " " in each or each in flags | words, names
+
+
+def options_by_flag(name: str) -> set[str]:
+    return {flag for each in options_of(name) for flag in each.opts}
 
 
 def test_without_a_command_the_help_is_shown_and_the_exit_code_is_2(
