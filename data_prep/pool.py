@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.errors import FlexUNetError
+from data_prep.python_path import safe_path
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -89,6 +90,12 @@ def open_pool(num_processes: int) -> Iterator[Executor]:
     if num_processes == 1:
         yield InlineExecutor()
         return
+    with safe_path():
+        yield from _spawned(num_processes)
+
+
+def _spawned(num_processes: int) -> Iterator[Executor]:
+    """Yields an executor of `num_processes`, whose end is that of the generator."""
     others = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(
         num_processes, multiprocessing.get_context("spawn"), initializer=_start_worker

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.errors import ContentError, UsageError
+from data_prep.python_path import safe_environment
 from data_prep.schema import MANIFEST_NAME, parse_manifest, read_samples
 from data_prep.settings import write_yaml
 from data_prep.split import assign_folds, classes_missing
@@ -149,7 +150,9 @@ def _start(config: TrainConfig, command: Command, folder: str) -> "subprocess.Po
     with open(path, "w", encoding="utf-8") as file:
         file.write(write_yaml(config))
     # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
-    return subprocess.Popen(command(config, path), start_new_session=True)  # noqa: S603 - ours
+    return subprocess.Popen(  # noqa: S603 - ours
+        command(config, path), env=safe_environment(), start_new_session=True
+    )
 
 
 def _terminate(running: Sequence["subprocess.Popen[bytes]"]) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from data_prep.errors import FlexUNetError, UsageError
 from data_prep.pool import available_cores
+from data_prep.python_path import unsafe_folders
 from data_prep.stderr import held_back_stderr
 from data_prep.storage import Store, open_store
 from data_prep.words import counted
@@ -266,7 +267,13 @@ def _speaks_grpc(connection: socket.socket) -> bool:
 
 
 def _init_options(is_local: bool, worker_logs: bool) -> dict[str, Any]:
+    from ray.job_config import JobConfig
+
+    # The job of a "client" is one for which Ray does not put the working folder before all others
+    # on the path of the workers; the name has no other effect here, and there is no public form.
+    job = JobConfig(_client_job=True, _py_driver_sys_path=unsafe_folders())
     options: dict[str, Any] = {
+        "job_config": job,
         "logging_level": logging.ERROR,
         "log_to_driver": worker_logs,
         "runtime_env": {"env_vars": _passed_on()},

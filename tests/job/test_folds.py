@@ -21,7 +21,7 @@ from data_prep.storage import open_store
 from data_prep.table import plain_cell
 from job.config import TrainConfig
 from job.data import Dataset, open_dataset, open_reader, read_sample
-from job.folds import cross_validate, fold_configs, pool_folds, show_folds
+from job.folds import cross_validate, fold_configs, own_process, pool_folds, show_folds
 from job.measures import Scale, measure_case, summarize_cases
 from job.report import write_report
 from job.splits import fold_of
@@ -171,6 +171,22 @@ def test_a_stop_is_passed_on_to_the_folds_that_run(tmp_path: Path) -> None:
     assert cross_validate(config, waiting, 2, both_began) == 6
     assert time.monotonic() - begin < 50  # they did not sleep to their end
     assert sorted(os.listdir(config.output)) == ["cv-fold-0", "cv-fold-1"]
+
+
+def test_folds_run_no_file_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_in(tmp_path, prepare_discs(tmp_path, num_images=10, side=16))
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in ("job", "numpy", "launcher", "cv2", "data_prep"):
+        (work / f"{name}.py").write_text("raise SystemExit('this file of the user was run')")
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    for module in ("job.train", "launcher"):
+        command = own_process(module, "train", "--no-such-option")(config, "file.yaml")
+        assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+        assert cross_validate(config, lambda *_, words=command: words, 1, lambda: False) == 2
 
 
 def test_a_fold_that_fails_stops_the_others(tmp_path: Path) -> None:

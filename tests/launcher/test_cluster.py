@@ -27,13 +27,28 @@ address = sys.argv[1]
 """
 
 
-def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PRELUDE + textwrap.dedent(code), *arguments]
+def run(
+    code: str, *arguments: str, folder: Path | str = "/", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-c", PRELUDE + textwrap.dedent(code), *arguments]
     environment = {"PYTHONPATH": str(PROJECT)} | environment
-    # Not the project's folder: Ray's workers look for modules where the driver stands first.
     return subprocess.run(
-        command, cwd="/", env=os.environ | environment, capture_output=True, text=True
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True
     )
+
+
+def test_workers_run_no_file_of_the_working_folder(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    for name in ("job", "numpy", "launcher", "cv2", "data_prep"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('this file of the user was run')")
+    code = """
+    from launcher.executor import RayExecutor
+    with connected(address, worker_logs=False):
+        executor = RayExecutor(Demand())
+        print(executor.submit(len, b"123").result())
+        cluster.check_nodes(Demand())
+    """
+    done = run(code, ray_cluster.address, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
