@@ -2,7 +2,8 @@
 
 from data_prep.errors import UsageError
 from data_prep.schema import Manifest
-from job.config import TrainConfig, check_class_weights, check_ssim_sides
+from data_prep.settings import suggestion
+from job.config import MODELS, TrainConfig, check_class_weights, check_ssim_sides
 from job.data import Dataset
 from job.predict import window_overlap
 
@@ -13,9 +14,12 @@ def check_fit(config: TrainConfig, dataset: Dataset) -> None:
     """Refuses a dataset on which `config` cannot train.
 
     Raises:
-        UsageError: sides, channels, classes, their weights, the precision or the overlap of windows
-            do not fit, or a split that is needed is empty.
+        UsageError: there is no such model; sides, channels, classes, their weights, the precision
+            or the overlap of windows do not fit; or a split that is needed is empty.
     """
+    name = config.model.name
+    if name not in MODELS:
+        raise UsageError(f"--model.name={name!r}: no such model; {suggestion(name, list(MODELS))}")
     for name in ("train", "valid"):
         dataset.split(name)
     manifest = dataset.manifest

@@ -10,6 +10,7 @@ from data_prep.settings import validated
 from job.config import ModelConfig, TrainConfig
 from job.data import Dataset, open_dataset
 from job.fit import check_fit, image_shape, num_outputs
+from job.train import main
 from tests.job.discs import prepare_discs
 
 
@@ -37,13 +38,24 @@ def test_grey_pictures_fit_a_network_for_colour(dataset: Dataset) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"name": "flexnet"}, "--model.name='flexnet': no such model; did you mean 'flexunet'"),
         ({"num_classes": 3}, "--model.num-classes=3: the dataset has 2 classes"),
         ({"num_layers": 7}, "--model.num-layers=7 needs image sides that divide by 64, got 32x32"),
     ],
 )
-def test_what_does_not_fit_is_named(dataset: Dataset, wrong: dict[str, int], message: str) -> None:
+def test_what_does_not_fit_is_named(
+    dataset: Dataset, wrong: dict[str, int | str], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         check_fit(config(**wrong), dataset)
+
+
+def test_a_model_that_does_not_exist_leaves_the_name_of_the_run_free(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    wrong = ["--local", "--data", dataset.url, "--output", str(tmp_path), "--name", "a"]
+    assert main([*wrong, "--model.num-layers", "3", "--model.name", "flexnet"]) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_class_weights_must_be_one_per_class(dataset: Dataset) -> None:

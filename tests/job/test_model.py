@@ -11,8 +11,14 @@ import pytest
 
 from data_prep.errors import ContentError, UsageError
 from data_prep.settings import validated
-from job.config import ModelConfig
-from job.model import build_model, creation_order, load_reference_weights, set_weights
+from job.config import MODELS, ModelConfig
+from job.model import (
+    BUILDERS,
+    build_model,
+    creation_order,
+    load_reference_weights,
+    set_weights,
+)
 
 PARITY = Path(__file__).resolve().parents[3] / "shared" / "data" / "reference-parity"
 needs_parity = pytest.mark.skipif(
@@ -189,6 +195,10 @@ def test_same_seed_gives_same_weights() -> None:
 def test_sides_must_divide_by_the_levels() -> None:
     with pytest.raises(UsageError, match="divide by 4, got 8x10"):
         build_model(SMALL, image_shape=(8, 10, 1), num_classes=2)
+
+
+def test_models_that_the_config_names_are_those_that_can_be_built() -> None:
+    assert set(BUILDERS) == set(MODELS)
 
 
 def test_unknown_model_is_named_with_the_nearest() -> None:
