@@ -115,6 +115,14 @@ class PrepConfig(Settings):
     channels: Literal["auto", "grey", "rgb"] = option(
         "auto", "Channels of the stored images; auto: grey when every picture is grey."
     )
+    full_scale: int | None = option(
+        None,
+        "Raw value of full intensity of 16-bit pictures whose files do not say it, as DICOM files "
+        "do; larger values become it. Unset: 2^bits - 1 of the bits that the pictures need, but "
+        "for a few pixels of a few pictures.",
+        ge=255,
+        le=65535,
+    )
     classes: str = option(
         "background=0,0,0;mass=255,255,255",
         "Colours of the masks in the order of the class ids: name=R,G,B;... or name=#rrggbb;...",
@@ -355,7 +363,8 @@ def _prepare(
     assignment = _assign(samples, work.config)
     _warn_of_missing_classes(samples, assignment, work.config)
     samples = [dataclasses.replace(s, group=assignment.groups[s.id]) for s in samples]
-    target = shards.common_target(samples)
+    target = _target(samples, work.config)
+    above = _clipped(samples, target, work.config)
     _tell_mixed(samples, target, work.config)
     tasks = shards.plan_shards(
         samples,
@@ -372,6 +381,9 @@ def _prepare(
     table = schema.samples_to_parquet(rows)
     manifest = _manifest(work.config, name, target, tasks, written, assignment, table, plan)
     _write_report(work, manifest, rows, refused)
+    if above:
+        lines = [(picture.filename, count, picture.max_value) for picture, count in above]
+        put_if_other(work.store, report.CLIPPED_NAME, report.clipped_csv(lines).encode())
     if work.config.format == "inbreast":
         without = {item.id for item in items if item.mask is None}
         _write_counts(work.store, samples, without)
@@ -389,6 +401,8 @@ def identity_of(config: PrepConfig) -> dict[str, Any]:
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("free"):
             del values[name]
+    if config.full_scale is None:
+        del values["full_scale"]  # as before there was such an option
     return values
 
 
@@ -593,6 +607,7 @@ def _scan(work: _Work, items: Sequence[scan.Item]) -> list[scan.Scanned | scan.R
         crop=config.crop,
         flip=config.flip,
         tile_overlap=config.tile_overlap,
+        full_scale=config.full_scale,
     )
     staging = shards.staging_url(work.store.url)
     tasks = [
@@ -774,6 +789,54 @@ def _check_leaks(samples: Sequence[scan.Scanned], config: PrepConfig) -> bool:
     return bool(leaks)
 
 
+def _target(samples: Sequence[scan.Scanned], config: PrepConfig) -> shards.Target:
+    target = shards.common_target(samples, config.full_scale)
+    if config.full_scale is not None and target.bit_depth == 8:
+        raise UsageError(
+            f"--full-scale {config.full_scale}: it is for pictures of 16 bits, and all of these "
+            "have 8; leave it out"
+        )
+    return target
+
+
+def _clipped(
+    samples: Sequence[scan.Scanned], target: shards.Target, config: PrepConfig
+) -> list[tuple[scan.Scanned, int]]:
+    """Returns the pictures with pixels above the full scale, and their number; tells them."""
+    if target.bit_depth == 8:
+        return []
+    found = shards.clipped(samples, target.value_max, config.full_scale)
+    if found:
+        pictures = {sample.picture for sample in samples if sample.num_above}
+        named = [f"{s.filename} ({counted(n, 'pixel')}, up to {s.max_value})" for s, n in found]
+        logger.warning(
+            "%d of %d pictures have pixels above the full scale %d%s, which become %d (see %s; "
+            "--full-scale gives another): %s",
+            *(len(found), len(pictures), target.value_max),
+            "" if config.full_scale else " that the others need",
+            *(target.value_max, report.CLIPPED_NAME, listed(named, _MAX_LISTED)),
+        )
+    return found
+
+
+def _full_scale_info(
+    samples: Sequence[scan.Scanned], target: shards.Target, config: PrepConfig
+) -> schema.FullScaleInfo | None:
+    pictures = [sample for sample in samples if sample.num_above]
+    if not pictures:
+        return None
+    above = shards.clipped(pictures, target.value_max, config.full_scale)
+    return schema.FullScaleInfo(
+        rule="found" if config.full_scale is None else "given",
+        lowest_max=min(
+            (picture.max_value for picture in pictures if not picture.is_blank), default=0
+        ),
+        highest=max(picture.max_value for picture in pictures),
+        num_clipped_pictures=len(above),
+        num_clipped_pixels=sum(count for _, count in above),
+    )
+
+
 def _tell_mixed(samples: Sequence[scan.Scanned], target: shards.Target, config: PrepConfig) -> None:
     """Says which few pictures decided the format of all."""
     samples = list({sample.picture: sample for sample in samples}.values())
@@ -846,6 +909,7 @@ def _manifest(
         options=dict(plan["options"]),
         reduced=_reduced(samples, assignment.splits),
         source_sha256=plan["source_sha256"],
+        full_scale=_full_scale_info(samples, target, config),
     )
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 STATISTICS_NAME = "report/statistics.png"
 REJECTS_NAME = "report/rejects.csv"
+CLIPPED_NAME = "report/clipped.csv"
 _THUMBNAIL = 240  # pixels of the longer side
 _MIN_COLUMN = 100  # pixels, so that names of small pictures can be told apart
 _GAP = 12  # pixels between thumbnails
@@ -52,6 +53,11 @@ class Pair:
 def sheet_name(split: str) -> str:
     """Returns the name of the sheet of sample pairs of `split`."""
     return f"report/samples-{split}.png"
+
+
+def clipped_csv(rows: Sequence[tuple[str, int, int]]) -> str:
+    """Returns the table of pictures with pixels above the full scale: file, how many, largest."""
+    return csv_table(("file", "num_pixels_above", "max_value"), rows)
 
 
 def rejects_csv(rejects: Sequence[tuple[str, str]]) -> str:

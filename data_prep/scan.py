@@ -34,7 +34,7 @@ from data_prep.storage import Store, open_store, put_if_other
 from data_prep.tiles import count, cut
 from data_prep.vanished import RegionCounts, count_regions
 
-_VERSION = 4  # of what is staged; another version's is not found
+_VERSION = 5  # of what is staged; another version's is not found
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _MIN_PAIRS, _MAX_PAIRS = 4, 32  # of a chunk; each costs two fsyncs, or two requests
 _MAX_TILES = 20_000  # of a picture; tiles of 64 that overlap by half cut 4096x3328 into 13081
@@ -52,6 +52,8 @@ class Layout:
         format: "pairs" of picture and mask, or "inbreast": DICOM file and annotation.
         rois: kinds of annotations that are foreground.
         tile_overlap: of neighbouring tiles, pixels; counts where `geometry` is "tile".
+        full_scale: raw value of full intensity of 16-bit pictures that do not say it; None: that
+            is found.
     """
 
     height: int
@@ -67,6 +69,7 @@ class Layout:
     crop: Crop = "none"
     flip: Flip = "none"
     tile_overlap: int = 0
+    full_scale: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +125,8 @@ class Scanned:
         channels, bit_depth: as staged; `auto` keeps a picture as it is.
         max_value: largest raw value of the source; of full intensity where the file says it.
         value_max: raw value of full intensity, None where the file does not say it.
+        num_above: pixels of the source above each of `full_scales`; empty where the file says its
+            full scale, or has 8 bits.
         spacing_mm: size of a pixel of the source (y, x), where it is known.
         findings: annotations of a release.
         regions: of the source's mask, None where it is not made smaller.
@@ -148,6 +153,7 @@ class Scanned:
     is_blank: bool
     moments: Moments
     value_max: int | None
+    num_above: tuple[int, ...]
     spacing_mm: tuple[float, float] | None
     findings: tuple[inbreast.Finding, ...]
     regions: RegionCounts | None
@@ -276,6 +282,11 @@ class _Parts:
         return data
 
 
+def full_scales(full_scale: int | None) -> tuple[int, ...]:
+    """Returns the raw values that may be full intensity: the given one, or 255, 511 ... 65535."""
+    return tuple(2**bits - 1 for bits in range(8, 17)) if full_scale is None else (full_scale,)
+
+
 def source_crcs(item: Item) -> tuple[int, int]:
     """Returns the CRC32C of the item's two files, as `scan_chunk` finds them."""
     return _crcs(_read_both(item))
@@ -337,6 +348,7 @@ def _scan_item(item: Item, task: ScanTask) -> Iterator[tuple[Scanned | Refused, 
         pixels = apply_geometry(read.image, whole, whole.height, whole.width, nearest=False)
         picture_sha256, is_blank = schema.sha256_of_pixels(pixels), _is_blank(pixels)
         del pixels
+    num_above = _num_above(read, layout)
     for sample in _samples(item, layout, read, whole):
         record = schema.frame_record(schema.encode_example(sample))
         image, mask = sample.image, sample.mask
@@ -361,6 +373,7 @@ def _scan_item(item: Item, task: ScanTask) -> Iterator[tuple[Scanned | Refused, 
             is_blank=is_blank if is_cut else _is_blank(_without_border(image, whole)),
             moments=moments_of(image),
             value_max=read.value_max,
+            num_above=num_above,
             spacing_mm=read.spacing_mm,
             findings=read.findings,
             regions=count_regions(read.mask, sample.geometry, len(layout.classes)),
@@ -392,6 +405,17 @@ def _refuse_many_tiles(item: Item, layout: Layout, whole: Geometry) -> None:
             f"{item.image.label}: {whole.height}x{whole.width} pixels would be {num_tiles} tiles, "
             f"more than {_MAX_TILES}; raise --tile or lower --tile-overlap"
         )
+
+
+def _num_above(read: _Read, layout: Layout) -> tuple[int, ...]:
+    if read.value_max is not None or read.image.dtype == np.uint8:
+        return ()
+    brightest = read.image.max(axis=2)
+    top = int(brightest.max())
+    return tuple(
+        int(np.count_nonzero(brightest > scale)) if top > scale else 0
+        for scale in full_scales(layout.full_scale)
+    )
 
 
 def _is_blank(pixels: np.ndarray) -> bool:
@@ -582,6 +606,7 @@ def _from_json(values: dict[str, Any]) -> Scanned | Refused:
     geometry = Geometry(**geometry, crop=Box(**crop) if crop else None)
     moments = {key: _tuple(value) for key, value in values.pop("moments").items()}
     counts = tuple(values.pop("pixels_per_class"))
+    num_above = tuple(values.pop("num_above"))
     findings = tuple(inbreast.Finding(**each) for each in values.pop("findings"))
     regions = values.pop("regions")
     if regions is not None:
@@ -590,6 +615,7 @@ def _from_json(values: dict[str, Any]) -> Scanned | Refused:
         geometry=geometry,
         moments=Moments(**moments),
         pixels_per_class=counts,
+        num_above=num_above,
         findings=findings,
         regions=regions,
         spacing_mm=_tuple(values.pop("spacing_mm")),

@@ -112,6 +112,24 @@ class ReducedInfo(Settings):
     num_vanished: tuple[int, ...]
 
 
+class FullScaleInfo(Settings):
+    """Full scale of the 16-bit pictures that do not say it themselves.
+
+    Attributes:
+        rule: "given" by --full-scale, or "found": see `shards.common_target`.
+        lowest_max: largest value of the picture where that is lowest; blank ones do not count.
+        highest: value in all of them.
+        num_clipped_pictures: with pixels above the full scale; they became the full scale.
+        num_clipped_pixels: of the sources.
+    """
+
+    rule: Literal["given", "found"]
+    lowest_max: int = Field(ge=0, le=65535)
+    highest: int = Field(ge=0, le=65535)
+    num_clipped_pictures: int = Field(ge=0)
+    num_clipped_pixels: int = Field(ge=0)
+
+
 class Manifest(Settings):
     """`dataset.json`: everything a reader must know before it reads a shard.
 
@@ -123,6 +141,8 @@ class Manifest(Settings):
         mean: per channel, of the raw values of the train split; `std` likewise.
         options: the options that decide what is written; the dataset's identity with its source.
         reduced: of splits with masks that were made smaller; empty in datasets of version 0.1.0.
+        full_scale: None where no picture is of 16 bits without its own full scale, and in datasets
+            of earlier versions; it is left out of the JSON then.
         source_sha256: digest of names, sizes and checksums of the source files.
     """
 
@@ -153,6 +173,7 @@ class Manifest(Settings):
     options: dict[str, Any] = Field(default_factory=dict)
     reduced: dict[Split, ReducedInfo] = Field(default_factory=dict)
     source_sha256: str = ""
+    full_scale: FullScaleInfo | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -178,7 +199,10 @@ class Manifest(Settings):
 
     def to_json(self) -> bytes:
         """Returns the bytes of `dataset.json`; equal manifests give equal bytes."""
-        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        values = self.model_dump(mode="json")
+        if self.full_scale is None:
+            del values["full_scale"]
+        text = json.dumps(values, indent=1, ensure_ascii=False)
         return text.encode() + b"\n"
 
 

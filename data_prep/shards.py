@@ -25,7 +25,7 @@ from typing import Any, Literal
 import google_crc32c
 import numpy as np
 
-from data_prep import schema
+from data_prep import scan, schema
 from data_prep.errors import ContentError, UsageError
 from data_prep.image import encode_png, read_image
 from data_prep.scan import Moments, Scanned, moments_of, store_at, to_rgb
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 STATE_PREFIX = "prep-state"
 PLAN_NAME = f"{STATE_PREFIX}/plan.json"
+FEW_PIXELS = 1000  # one of so many pixels of a picture may be above the full scale
+_FEW_PICTURES = 10  # and one of so many pictures may have such pixels
+_SPARED_BITS = 2  # that their loss must spare: one bit of darkness is cheaper than lost values
 _MEGABYTE = 10**6
 
 
@@ -81,19 +84,60 @@ def staging_url(output_url: str) -> str:
     return join_url(output_url, STATE_PREFIX)
 
 
-def common_target(samples: Iterable[Scanned]) -> Target:
-    """Returns the least format that holds every picture: grey only when all are grey.
+def common_target(samples: Iterable[Scanned], full_scale: int | None = None) -> Target:
+    """Returns the least format that holds the pictures: grey only when all are grey.
 
-    `value_max` is 255 for 8 bits, else 2**bits - 1 of the bits that the largest value needs, as a
-    12-bit detector stores 0..4095 in 16-bit files.
+    `value_max` is 255 for 8 bits, else `full_scale`, or where that is None 2**bits - 1 of the bits
+    that the pictures need, as a 12-bit detector stores 0..4095 in 16-bit files. A few pixels of a
+    few pictures do not count, as markers burned in, where the others need two bits less; see
+    `clipped`. What files say of their full scale counts always.
     """
-    is_grey, is_shallow, max_value = True, True, 255
+    is_grey, is_shallow, stated = True, True, 255
+    unstated = {}
     for sample in samples:
         is_grey &= sample.channels == 1
         is_shallow &= sample.bit_depth == 8
-        max_value = max(max_value, sample.max_value)
-    value_max = 2 ** max_value.bit_length() - 1
-    return Target(1 if is_grey else 3, 8 if is_shallow else 16, value_max)
+        if sample.num_above:
+            unstated[sample.picture] = sample
+        else:
+            stated = max(stated, sample.max_value)
+    channels: Literal[1, 3] = 1 if is_grey else 3
+    if is_shallow:
+        return Target(channels, 8, 255)
+    found = full_scale or max(2 ** stated.bit_length() - 1, _full_scale(list(unstated.values())))
+    return Target(channels, 16, found)
+
+
+def _full_scale(pictures: Sequence[Scanned]) -> int:
+    """Returns the full scale of 16-bit pictures that do not say it, 255 without any."""
+    highest = max((picture.max_value for picture in pictures), default=0)
+    num_bits = max(8, highest.bit_length())
+    num_few = len(pictures) // _FEW_PICTURES
+    for bits in range(8, num_bits - _SPARED_BITS + 1):
+        counts = [(picture, picture.num_above[bits - 8]) for picture in pictures]
+        are_few = all(count * FEW_PIXELS <= num_pixels(picture) for picture, count in counts)
+        if are_few and sum(count > 0 for _, count in counts) <= num_few:
+            return 2**bits - 1
+    return 2**num_bits - 1
+
+
+def num_pixels(picture: Scanned) -> int:
+    """Returns the pixels of the source."""
+    return picture.geometry.source_height * picture.geometry.source_width
+
+
+def clipped(
+    samples: Iterable[Scanned], value_max: int, full_scale: int | None
+) -> list[tuple[Scanned, int]]:
+    """Returns the pictures with pixels above `value_max`, and how many, the most first.
+
+    Args:
+        full_scale: the one that was given, or None.
+    """
+    place = scan.full_scales(full_scale).index(value_max)
+    pictures = {sample.picture: sample for sample in samples if sample.num_above}.values()
+    found = [(each, each.num_above[place]) for each in pictures if each.num_above[place]]
+    return sorted(found, key=lambda each: (-each[1], each[0].id))
 
 
 def plan_shards(
@@ -266,6 +310,7 @@ def _final_record(staging: Store, scanned: Scanned, target: Target) -> tuple[byt
     payload = schema.unframe_record(record, where=where)
     is_as_stored = (scanned.channels, scanned.bit_depth) == (target.channels, target.bit_depth)
     is_as_stored &= scanned.value_max in (None, target.value_max)
+    is_as_stored &= not scanned.num_above or scanned.max_value <= target.value_max
     if is_as_stored and scanned.group == scanned.staged_group:
         return record, scanned.sha256, scanned.moments
     features = schema.decode_example(payload)
@@ -285,6 +330,8 @@ def _final_record(staging: Store, scanned: Scanned, target: Target) -> tuple[byt
 def convert(image: np.ndarray, target: Target, *, value_max: int | None = None) -> np.ndarray:
     """Returns `image`, (H, W, C), in the channels, bit depth and full scale of `target`.
 
+    Values above the full scale become that.
+
     Args:
         value_max: raw value of full intensity in `image`, which becomes the dataset's. None: 255
             of 8 bits, and of 16 bits what it is in the dataset.
@@ -294,6 +341,8 @@ def convert(image: np.ndarray, target: Target, *, value_max: int | None = None) 
     dtype = np.uint8 if target.bit_depth == 8 else np.uint16
     if value_max is None:
         value_max = 255 if image.dtype == np.uint8 else target.value_max
+    if value_max < np.iinfo(image.dtype).max:
+        image = np.minimum(image, image.dtype.type(value_max))
     if value_max != target.value_max:
         # 65535**2 and the half of 65535 fit into 32 bits.
         scaled = image.astype(np.uint32) * target.value_max

@@ -571,6 +571,54 @@ def test_groups_that_are_too_few_as_they_were_joined_say_so(tmp_path):
         _prepare(source, tmp_path / "out")
 
 
+def _make_deep(source, num_images, marked):
+    """Writes noise of 12 bits; those of `marked` have one pixel of 65535."""
+    for i in range(num_images):
+        _make_pair(source, f"p{i:02}", i)
+        pixels = np.random.default_rng(i).integers(0, 4096, (40, 40), dtype=np.uint16)
+        pixels[5, 5] = 65535 if i in marked else 4095
+        mask = np.zeros((40, 40), np.uint8)
+        mask[9:20, 9:20] = 255
+        assert cv2.imwrite(str(source / "images" / f"p{i:02}.png"), pixels)
+        assert cv2.imwrite(str(source / "masks" / f"p{i:02}.png"), mask)
+
+
+@pytest.mark.parametrize("stored", [{"image_size": 40}, {"image_size": 512, "tile": 16}])
+def test_markers_are_clipped_told_and_recorded(tmp_path, caplog, stored):
+    _make_deep(tmp_path / "source", 12, [3])
+    manifest = _prepare(tmp_path / "source", tmp_path / "out", **stored)
+    assert (manifest.bit_depth, manifest.value_max) == (16, 4095)
+    assert manifest.full_scale == schema.FullScaleInfo(
+        rule="found", lowest_max=4095, highest=65535, num_clipped_pictures=1, num_clipped_pixels=1
+    )
+    assert schema.read_manifest(open_store(str(tmp_path / "out")))[0] == manifest
+    assert "full_scale" not in manifest.options
+    told = "1 of 12 pictures have pixels above the full scale 4095 that the others need"
+    assert told in caplog.text
+    assert "p03.png (1 pixel, up to 65535)" in caplog.text
+    table = (tmp_path / "out" / "report" / "clipped.csv").read_text()
+    assert table == "file,num_pixels_above,max_value\np03.png,1,65535\n"
+
+
+def test_full_scale_is_given_recorded_and_part_of_the_identity(tmp_path, caplog):
+    _make_deep(tmp_path / "source", 12, [3])
+    options = {"image_size": 40}
+    manifest = _prepare(tmp_path / "source", tmp_path / "out", full_scale=65535, **options)
+    assert (manifest.value_max, manifest.options["full_scale"]) == (65535, 65535)
+    assert manifest.full_scale.rule == "given"
+    assert "above the full scale" not in caplog.text
+    with pytest.raises(UsageError, match="--full-scale was 65535, now None"):
+        _prepare(tmp_path / "source", tmp_path / "out", **options)
+
+
+def test_full_scale_of_8_bit_pictures_is_refused(source, tmp_path):
+    with pytest.raises(UsageError, match="--full-scale 4095: it is for pictures of 16 bits"):
+        _prepare(source, tmp_path / "out", full_scale=4095)
+    manifest = _prepare(source, tmp_path / "out")
+    assert b"full_scale" not in (tmp_path / "out" / "dataset.json").read_bytes()
+    assert manifest.full_scale is None
+
+
 def test_ready_made_splits_are_kept_and_leaks_named(tmp_path):
     for number, name in enumerate(("train", "valid", "test")):
         for i in range(3):

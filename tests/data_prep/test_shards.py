@@ -175,6 +175,47 @@ def test_target_keeps_the_bits_in_use(tmp_path):
     assert shards.common_target(samples) == shards.Target(1, 16, 4095)
 
 
+def _marked(value, num_marked=1):
+    """Returns 40x40 pixels of 12 bits, `num_marked` of them with `value`."""
+    pixels = np.random.default_rng(0).integers(0, 4096, (40, 40), dtype=np.uint16)
+    pixels[0, 0] = 4095
+    pixels.ravel()[1 : num_marked + 1] = value
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("images", "value_max"),
+    [
+        ([_marked(0)] * 9 + [_marked(65535)], 4095),  # one pixel in one of ten
+        ([_marked(0)] * 9 + [_marked(16383)], 4095),
+        ([_marked(0)] * 9 + [_marked(8191)], 8191),  # not much darker
+        ([_marked(0)] * 9 + [_marked(65535, 2)], 65535),  # more than a thousandth of it
+        ([_marked(0)] * 8 + [_marked(65535)], 65535),  # one of nine
+        ([_marked(0)] * 18 + [_marked(65535)] * 2, 4095),
+        ([_marked(65535)] * 10, 65535),
+    ],
+)
+def test_few_outliers_do_not_make_all_pictures_dark(tmp_path, images, value_max):
+    items = [_item(tmp_path, f"{i:02}", image) for i, image in enumerate(images)]
+    samples = _scan(tmp_path, items, height=40, width=40)
+    assert shards.common_target(samples) == shards.Target(1, 16, value_max)
+    written = shards.write_shard(_plan(tmp_path, samples)[0])
+    stored = [_pixels(tmp_path, written, i) for i in range(len(images))]
+    assert max(int(pixels.max()) for pixels in stored) == min(value_max, max(map(np.max, images)))
+    for record, pixels in zip(written.records, stored, strict=True):
+        assert record.sha256 == schema.sha256_of_pixels(pixels)
+        assert record.moments == scan.moments_of(pixels[..., np.newaxis])
+
+
+def test_given_full_scale_is_taken_and_what_is_above_it_counted(tmp_path):
+    items = [_item(tmp_path, f"{i}", _marked(65535, 5 * i)) for i in range(3)]
+    samples = _scan(tmp_path, items, full_scale=5000, height=40, width=40)
+    target = shards.common_target(samples, 5000)
+    assert target == shards.Target(1, 16, 5000)
+    above = [(each.id, count) for each, count in shards.clipped(samples, 5000, 5000)]
+    assert above == [("2", 10), ("1", 5)]
+
+
 def test_odd_pictures_are_stored_like_the_others(tmp_path):
     colour = np.zeros((8, 8, 3), np.uint16)
     colour[0, 0] = (100, 200, 4000)
