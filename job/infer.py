@@ -93,6 +93,7 @@ _RECORDED = {
     "flips": "none",
     "window": "auto",
     "small_regions": "none",
+    "full_scale": "the dataset's",
 }
 _MAX_CHANGES = 3  # that are told
 
@@ -110,6 +111,13 @@ class InferConfig(PredictConfig):
         None,
         "Evaluation (folder or gs:// URL) made with --remove-small-regions: predict no regions "
         "below its sizes.",
+    )
+    full_scale: int | None = option(
+        None,
+        "Raw value of full intensity of 16-bit images whose files do not say it, as DICOM files "
+        "do; unset: the dataset's of the run.",
+        ge=255,
+        le=65535,
     )
     overlays: bool = option(True, "Write contours over the images to OUTPUT/overlays.")
     overwrite: bool = option(False, "Predict again what OUTPUT already has.")
@@ -295,6 +303,8 @@ def _record(
     if config.small_regions is not None:
         # The file may be another one by the next call.
         record |= {"small_regions": config.small_regions, "min_pixels": list(min_pixels)}
+    if config.full_scale is not None:
+        record["full_scale"] = config.full_scale
     return record
 
 
@@ -528,6 +538,8 @@ def _read_picture(
     """Returns the picture, or its name and why it cannot be read."""
     try:
         image, value_max = read_any(source.get(name), name=name, max_pixels=config.max_pixels)
+        if value_max is None and image.dtype == np.uint16:
+            value_max = config.full_scale
         kind: Literal["tile"] | None = "tile" if config.window == "sliding" else None
         pixels, geometry = to_model_pixels(
             image, manifest, name=name, value_max=value_max, kind=kind

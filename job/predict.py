@@ -8,6 +8,7 @@ Source of the weights, sigma an eighth of a window: nnU-Net, Isensee et al. 2021
 doi:10.1038/s41592-020-01008-z.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from data_prep.settings import Settings, option
 from data_prep.tiles import starts
 from job.lesions import without_small_regions
 
+logger = logging.getLogger(__name__)
+
 Ids = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float32]
 Flips = Literal["none", "horizontal", "vertical", "both"]
@@ -34,6 +37,9 @@ _SIGMA = 1 / 8  # of the side of a window
 
 # 12-bit detectors store 0..4095 in 16-bit files.
 _LARGEST_12_BIT = 4095
+# Shares of the full scale that a 16-bit picture has to exceed: a picture of 12 bits is at most a
+# sixteenth of 16 bits. Two bits are enough where it is darker than all pictures of the dataset.
+_UNUSED, _UNUSED_AND_DARKEST = 16, 4
 
 
 def not_told() -> None:
@@ -218,15 +224,17 @@ def to_model_pixels(
 ) -> tuple[np.ndarray, Geometry]:
     """Returns `image` (h, w, 1|3) as the dataset would store it: (H, W, C), and where it lies.
 
-    An 8-bit dataset takes the upper byte of images that use 16 bits.
+    An 8-bit dataset takes the upper byte of images that use 16 bits. In a dataset of 16 bits a few
+    pixels above its full scale become that, as in `prep`, and a warning tells.
 
     Args:
-        value_max: raw value of full intensity, where it is known.
+        value_max: raw value of full intensity, where it is known; a few pixels above it likewise.
         kind: of geometry; None: the dataset's. "tile" leaves the picture at its own size, uncut.
 
     Raises:
-        ContentError: `image` has 16 bits but uses 12 at most, and the dataset has 8: whether it is
-            dark or of a detector of fewer bits cannot be told.
+        ContentError: `image` has 16 bits and uses far less of them, or more, than the dataset's
+            full scale, or `value_max`: whether it is dark or of a detector of fewer bits cannot be
+            told.
     """
     import cv2
 
@@ -235,6 +243,8 @@ def to_model_pixels(
     takes_upper_byte = manifest.bit_depth == 8 and image.dtype == np.uint16 and value_max is None
     if takes_upper_byte:
         _refuse_unused_bits(image, name)
+    elif image.dtype == np.uint16:
+        _check_full_scale(image, manifest, name, value_max)
     kind = kind or manifest.geometry
     size = manifest.image_height, manifest.image_width
     geometry = frame(
@@ -263,7 +273,44 @@ def _refuse_unused_bits(image: np.ndarray, name: str) -> None:
     if highest <= _LARGEST_12_BIT:
         raise ContentError(
             f"{name}: 16-bit file whose largest value is {highest}, but the model was trained on "
-            "8-bit images; scale its range to 0..255, save it with 8 bits and infer again"
+            "8-bit images; give infer its own full scale with --full-scale, or scale its range to "
+            "0..255, save it with 8 bits and infer again"
+        )
+
+
+def _check_full_scale(
+    image: np.ndarray, manifest: Manifest, name: str, value_max: int | None
+) -> None:
+    """Refuses a picture that is of another full scale than `value_max`, or the dataset's.
+
+    Predicted as it is, it would be many times too bright or too dark, and its mask wrong.
+    """
+    from data_prep.shards import FEW_PIXELS
+
+    brightest = image.max(axis=2)
+    highest, full = int(brightest.max()), value_max or manifest.value_max
+    num_above = int(np.count_nonzero(brightest > full))
+    whose = "the model's dataset" if value_max is None else "this picture as it was given"
+    if num_above * FEW_PIXELS > brightest.size:
+        raise ContentError(
+            f"{name}: 16-bit file with values up to {highest}, but full intensity is {full} in "
+            f"{whose}; give infer its own with --full-scale, or scale its range to 0..{full}"
+        )
+    if num_above:
+        logger.warning(
+            "%s: %s above full intensity, up to %d, taken as %d",
+            *(name, "1 pixel is" if num_above == 1 else f"{num_above} pixels are", highest, full),
+        )
+    if value_max is not None or highest == int(brightest.min()):
+        return
+    share, lowest = _UNUSED, full
+    if manifest.full_scale is not None:
+        share, lowest = _UNUSED_AND_DARKEST, manifest.full_scale.lowest_max
+    if highest <= full // share and highest < lowest:
+        raise ContentError(
+            f"{name}: 16-bit file whose largest value is {highest}, but full intensity is {full} "
+            f"in {whose}; give infer its own with --full-scale (4095 of 12 bits; {full} if the "
+            f"picture is so dark), or scale its range to 0..{full}"
         )
 
 

@@ -26,6 +26,7 @@ from data_prep.pairs import find_sources
 from data_prep.phantom_release import write_release
 from data_prep.pool import InlineExecutor, Workers
 from data_prep.prep import PrepConfig, prepare, sources_of
+from data_prep.schema import FullScaleInfo, Manifest
 from data_prep.storage import join_url, open_store
 from job import checkpoint
 from job.config import identity_of
@@ -485,6 +486,73 @@ def test_to_model_pixels_changes_the_bit_depth(trained_run: Path) -> None:
     assert np.unique(to_model_pixels(image, deep)[0]).tolist() == [819]
     image = np.full((32, 32, 1), 51 * 256 + 200, np.uint16)
     assert np.unique(to_model_pixels(image, shallow)[0]).tolist() == [51]
+
+
+def deep_manifest(run: Path, **full_scale: int) -> Manifest:
+    info = {"rule": "found", "highest": 4095, "num_clipped_pictures": 0, "num_clipped_pixels": 0}
+    recorded = FullScaleInfo.model_validate(info | full_scale) if full_scale else None
+    update = {"bit_depth": 16, "value_max": 4095, "full_scale": recorded}
+    return open_trained(str(run)).manifest.model_copy(update=update)
+
+
+def deep_image(highest: int) -> np.ndarray:
+    return np.linspace(0, highest, 64 * 64).astype(np.uint16).reshape(64, 64, 1)
+
+
+def test_a_picture_of_more_bits_than_the_dataset_is_refused(
+    trained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    deep = deep_manifest(trained_run)
+    pixels, _ = to_model_pixels(deep_image(4095), deep, name="a.png")
+    with pytest.raises(ContentError, match=r"a\.png: 16-bit file with values up to 65535, .* 4095"):
+        to_model_pixels(deep_image(65535), deep, name="a.png")
+    # As prep does it: a marker is no range.
+    marked = deep_image(4095)
+    marked[0, :4] = 65535
+    assert to_model_pixels(marked, deep, name="a.png")[0].max() == 4095
+    assert caplog.messages == [
+        "a.png: 4 pixels are above full intensity, up to 65535, taken as 4095"
+    ]
+    # What is given is rescaled: the same picture in all bits.
+    write(tmp_path / "a.png", deep_image(4095) * 16)
+    store = open_store(str(tmp_path))
+    assert isinstance(_read_picture(store, "a.png", deep, QUIET), tuple)
+    given = QUIET.model_copy(update={"full_scale": 4095 * 16})
+    picture = _read_picture(store, "a.png", deep, given)
+    assert not isinstance(picture, tuple)
+    assert np.abs(picture.pixels.astype(int) - pixels).max() <= 1
+
+
+def test_a_given_full_scale_below_the_values_is_refused(trained_run: Path) -> None:
+    shallow = open_trained(str(trained_run)).manifest
+    with pytest.raises(ContentError, match="up to 4095, but full intensity is 1023 in this"):
+        to_model_pixels(deep_image(4095), shallow, value_max=1023)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "highest", "is_refused"),
+    [
+        ({}, 255, True),  # a sixteenth of 4095
+        ({}, 256, False),
+        ({"lowest_max": 3000}, 1023, True),  # a quarter, and no picture is so dark
+        ({"lowest_max": 3000}, 1024, False),
+        ({"lowest_max": 900}, 900, False),
+        ({"lowest_max": 900}, 899, True),
+    ],
+)
+def test_a_picture_of_fewer_bits_than_the_dataset_is_refused(
+    trained_run: Path, recorded: dict[str, int], highest: int, is_refused: bool
+) -> None:
+    deep = deep_manifest(trained_run, **recorded)
+    image = deep_image(highest)
+    if is_refused:
+        with pytest.raises(ContentError, match=rf"largest value is {highest}, .* --full-scale"):
+            to_model_pixels(image, deep)
+    else:
+        assert to_model_pixels(image, deep)[0].max() <= highest
+    # A blank one is dark on every scale, and one of known scale is as it is.
+    to_model_pixels(np.zeros_like(image), deep)
+    to_model_pixels(image, deep, value_max=4095)
 
 
 def test_to_model_pixels_refuses_unused_bits(trained_run: Path, tmp_path: Path) -> None:
