@@ -806,6 +806,16 @@ def _clipped(
     if target.bit_depth == 8:
         return []
     found = shards.clipped(samples, target.value_max, config.full_scale)
+    less = None if config.full_scale else shards.sparing_scale(samples, target.value_max)
+    if less is not None:
+        above = shards.clipped(samples, less, None)
+        logger.warning(
+            "the full scale is %d for few pixels: no picture has more than a thousandth of its "
+            "pixels above %d; if they are markers, --full-scale %d makes the pictures %d times "
+            "brighter: %s",
+            *(target.value_max, less, less, round(target.value_max / less)),
+            listed([each.filename for each, _ in above], _MAX_LISTED),
+        )
     if found:
         pictures = {sample.picture for sample in samples if sample.num_above}
         named = [f"{s.filename} ({counted(n, 'pixel')}, up to {s.max_value})" for s, n in found]

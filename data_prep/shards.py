@@ -113,17 +113,37 @@ def _full_scale(pictures: Sequence[Scanned]) -> int:
     highest = max((picture.max_value for picture in pictures), default=0)
     num_bits = max(8, highest.bit_length())
     num_few = len(pictures) // _FEW_PICTURES
-    for bits in range(8, num_bits - _SPARED_BITS + 1):
-        counts = [(picture, picture.num_above[bits - 8]) for picture in pictures]
-        are_few = all(count * FEW_PIXELS <= num_pixels(picture) for picture, count in counts)
-        if are_few and sum(count > 0 for _, count in counts) <= num_few:
-            return 2**bits - 1
+    for place, scale in _sparing(pictures, num_bits):
+        if sum(picture.num_above[place] > 0 for picture in pictures) <= num_few:
+            return scale
     return 2**num_bits - 1
 
 
-def num_pixels(picture: Scanned) -> int:
-    """Returns the pixels of the source."""
+def _sparing(pictures: Sequence[Scanned], num_bits: int) -> Iterator[tuple[int, int]]:
+    """Yields the full scales, with their places, above which every picture has few pixels.
+
+    Only those are yielded that need clearly fewer than `num_bits`, the smallest first.
+    """
+    for place, scale in enumerate(scan.full_scales(None)):
+        if scale.bit_length() <= num_bits - _SPARED_BITS and all(
+            each.num_above[place] * FEW_PIXELS <= _num_pixels(each) for each in pictures
+        ):
+            yield place, scale
+
+
+def _num_pixels(picture: Scanned) -> int:
     return picture.geometry.source_height * picture.geometry.source_width
+
+
+def sparing_scale(samples: Iterable[Scanned], value_max: int) -> int | None:
+    """Returns the least full scale, clearly below `value_max`, that would clip few pixels.
+
+    None where there is none. Where such pixels are in many pictures, only the user knows whether
+    they are markers. The full scale was found, not given.
+    """
+    pictures = list({each.picture: each for each in samples if each.num_above}.values())
+    found = _sparing(pictures, value_max.bit_length()) if pictures else iter(())
+    return next((scale for _, scale in found), None)
 
 
 def clipped(

@@ -600,6 +600,19 @@ def test_markers_are_clipped_told_and_recorded(tmp_path, caplog, stored):
     assert table == "file,num_pixels_above,max_value\np03.png,1,65535\n"
 
 
+def test_markers_in_many_pictures_are_told_and_kept(tmp_path, caplog):
+    _make_deep(tmp_path / "source", 12, [3, 5])
+    assert _prepare(tmp_path / "source", tmp_path / "out", image_size=40).value_max == 65535
+    told = "above 4095; if they are markers, --full-scale 4095 makes the pictures 16 times brighter"
+    assert f"{told}: p03.png; p05.png" in caplog.text
+    assert not (tmp_path / "out" / "report" / "clipped.csv").exists()
+    caplog.clear()
+    manifest = _prepare(tmp_path / "source", tmp_path / "given", image_size=40, full_scale=4095)
+    assert (manifest.value_max, manifest.full_scale.num_clipped_pictures) == (4095, 2)
+    assert "if they are markers" not in caplog.text
+    assert "2 of 12 pictures have pixels above the full scale 4095, which become" in caplog.text
+
+
 def test_full_scale_is_given_recorded_and_part_of_the_identity(tmp_path, caplog):
     _make_deep(tmp_path / "source", 12, [3])
     options = {"image_size": 40}
