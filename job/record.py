@@ -411,9 +411,14 @@ def _pictures(
     store = open_store(config.prediction_folder)
     pictures = {}
     for name in find_images(store)[:count]:
-        image, value_max = read_any(store.get(name), name=f"{store.url}/{name}")
-        stem = os.path.splitext(name)[0].replace("/", "_")
-        pictures[stem] = to_model_pixels(image, dataset.manifest, name=name, value_max=value_max)[0]
+        stem, url = os.path.splitext(name)[0].replace("/", "_"), f"{store.url}/{name}"
+        try:
+            image, value_max = read_any(store.get(name), name=url)
+            pixels, _ = to_model_pixels(image, dataset.manifest, name=url, value_max=value_max)
+        except ContentError as error:
+            logger.warning("not predicted after every epoch (--prediction-folder): %s", error)
+            continue
+        pictures[stem] = pixels
     return pictures
 
 
