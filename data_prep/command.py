@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from data_prep.errors import FlexUNetError
+from data_prep.paths import expanded
 from data_prep.settings import Settings, fields_of, flag_of, validated
 from data_prep.synonyms import proposed
 
@@ -83,6 +84,22 @@ def _write_value_forms(formatter: click.HelpFormatter, options: Sequence[click.O
     if forms:
         with formatter.section("Values"):
             formatter.write_dl(forms)
+
+
+class PathType(click.ParamType[Any]):
+    """A path or URL of an argument; `~` at its start is the home folder."""
+
+    name = "PATH"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """See `click.ParamType.convert`."""
+        try:
+            return expanded(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+PATH = PathType()
 
 
 def settings_options(

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.colormap import DEFAULT_CLASSES, to_colors
-from data_prep.command import run_command
+from data_prep.command import PATH, run_command
 from data_prep.errors import UsageError
 from data_prep.image import encode_png
 from data_prep.storage import open_store
@@ -158,7 +158,7 @@ def write_phantoms(
 
 
 @click.command()
-@click.argument("folder")
+@click.argument("folder", type=PATH)
 @click.option("--format", "kind", default="pairs", show_default=True,
               type=click.Choice(["pairs", "inbreast"]),
               help="pairs: images/ and masks/; inbreast: DICOM files and annotations as in the "

@@ -27,7 +27,7 @@ from pydantic import field_validator, model_validator
 from data_prep import inbreast, report, scan, schema, shards, split
 from data_prep.breast import Crop, Flip
 from data_prep.colormap import check_ignore_id, parse_color_map
-from data_prep.command import SettingsCommand, given, run_command, settings_options
+from data_prep.command import PATH, SettingsCommand, given, run_command, settings_options
 from data_prep.dicom import Reader
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import DEFAULT_MAX_PIXELS, read_image, read_mask_pixels
@@ -146,7 +146,7 @@ class PrepConfig(Settings):
         None,
         "Regular expression, found in the file name: its first group, or all of it, is the group.",
     )
-    group_csv: str | None = option(None, "CSV file with the columns file and group.")
+    group_csv: str | None = option(None, "CSV file with the columns file and group.", path=True)
     fractions: tuple[float, float, float] = option(
         (0.80, 0.15, 0.05), "Shares of samples for train, valid and test; whole groups each."
     )
@@ -1029,9 +1029,9 @@ def _read_pair(store: Store, row: Mapping[str, Any]) -> report.Pair:
 
 
 @click.command("prep", cls=SettingsCommand)
-@click.argument("source")
-@click.argument("output")
-@click.option("--config", "config_file", metavar="FILE", help="YAML file of options.")
+@click.argument("source", type=PATH)
+@click.argument("output", type=PATH)
+@click.option("--config", "config_file", type=PATH, metavar="FILE", help="YAML file of options.")
 @settings_options(PrepConfig)
 def command(source: str, output: str, config_file: str | None, **options: Any) -> None:
     """Turns the images and masks of SOURCE into a dataset at OUTPUT.

@@ -19,9 +19,11 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.config import JsonDict
 from pydantic_core import ErrorDetails
 
 from data_prep.errors import UsageError
+from data_prep.paths import expanded
 from data_prep.synonyms import proposed
 
 S = TypeVar("S", bound="Settings")
@@ -44,17 +46,31 @@ class Settings(BaseModel):
             raise ValueError("true and false are no values of it")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _home_in_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        extra = cls.model_fields[str(info.field_name)].json_schema_extra
+        if not (isinstance(extra, dict) and extra.get("path")):
+            return value
+        if isinstance(value, list | tuple):
+            return [expanded(each) if isinstance(each, str) else each for each in value]
+        return expanded(value) if isinstance(value, str) else value
 
-def option(default: Any, description: str, *, free: bool = False, **constraints: Any) -> Any:
+
+def option(
+    default: Any, description: str, *, free: bool = False, path: bool = False, **constraints: Any
+) -> Any:
     """Returns a settings field.
 
     Args:
         default: the value when the key is missing; `...` makes the key required.
         description: one sentence for `--help`; names the unit.
         free: may change between two attempts of one run; every other field is part of its identity.
+        path: is a path or URL, or several; `~` at its start is the home folder.
         constraints: passed on to pydantic (`gt`, `le`, `pattern` and so on).
     """
-    return Field(default, description=description, json_schema_extra={"free": free}, **constraints)
+    extra: JsonDict = {"free": free, "path": path}
+    return Field(default, description=description, json_schema_extra=extra, **constraints)
 
 
 def validated(

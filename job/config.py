@@ -231,8 +231,9 @@ class TrainConfig(Settings):
         None,
         "Dataset: folder or gs:// URL that prep made. Required, but for a .config file.",
         free=True,
+        path=True,
     )
-    output: str = option("runs", "Folder or gs:// URL that holds runs.", free=True)
+    output: str = option("runs", "Folder or gs:// URL that holds runs.", free=True, path=True)
     name: str | None = option(
         None,
         f"Run name ({RUN_NAME_RULE}); the same name again resumes that run. none: the dataset's "
@@ -286,6 +287,7 @@ class TrainConfig(Settings):
         None,
         "Weights to start from: an earlier run, or a .h5 file of the reference family. A run that "
         "has seen groups of the evaluated cases is refused; of a file it is not known.",
+        path=True,
     )
     metrics: tuple[MetricName, ...] = option(
         ("dice_coef_multiclass",), "Metrics of the reference, in train_metrics.csv."
@@ -297,6 +299,7 @@ class TrainConfig(Settings):
         None,
         "Folder or gs:// URL of those images; none: the first of the validation split.",
         free=True,
+        path=True,
     )
     window_overlap: int | None = option(
         None,
@@ -312,7 +315,7 @@ class TrainConfig(Settings):
         2, "Number of the newest checkpoints that are kept, beside the best.", free=True, ge=1
     )
     cache_dir: str | None = option(
-        None, "Folder for shards of remote datasets; none: ~/.cache/flexunet.", free=True
+        None, "Folder for shards of remote datasets; none: ~/.cache/flexunet.", free=True, path=True
     )
     cache: Literal["full", "ranges"] = option(
         "full",

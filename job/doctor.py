@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import click
 
-from data_prep.command import SettingsCommand, run_command
+from data_prep.command import PATH, SettingsCommand, run_command
 from data_prep.errors import FlexUNetError
 from data_prep.pool import cgroup_memory_bytes, usable_cores
 
@@ -192,6 +192,7 @@ def all_checks(bucket: str | None) -> Iterator[Check]:
 )
 @click.option(
     "--bucket",
+    type=PATH,
     metavar="URL",
     help="Folder or gs:// URL where a small file is written, read and deleted.",
 )

@@ -19,7 +19,7 @@ import click
 import numpy as np
 from pydantic import model_validator
 
-from data_prep.command import SettingsCommand, from_options, run_command, settings_options
+from data_prep.command import PATH, SettingsCommand, from_options, run_command, settings_options
 from data_prep.errors import StoppedError, UsageError
 from data_prep.image import Geometry, undo_geometry
 from data_prep.progress import Progress, quiet_interrupts
@@ -607,13 +607,14 @@ class EvaluateConfig(PredictConfig):
 
     split: Literal["train", "valid", "test"] = option("test", "Split whose cases are evaluated.")
     data: str | None = option(
-        None, "Where the run's dataset is now; unset: where it was trained from."
+        None, "Where the run's dataset is now; unset: where it was trained from.", path=True
     )
     output: str | None = option(
         None,
         "Your own folder or gs:// URL for the tables and pictures: new, or of an earlier "
         "evaluation, which is replaced; one with other files is refused. Unset: in the run, "
         "RUN/evaluation for the test split, else RUN/evaluation/SPLIT; an ensemble needs it.",
+        path=True,
     )
     tiles_as_pictures: bool = option(
         False, "Evaluate every tile of a dataset of tiles as if it were a picture."
@@ -822,7 +823,7 @@ def dataset_of(run: TrainedRun, url: str | None, others: Sequence[TrainedRun] = 
 
 
 @click.command(cls=SettingsCommand)
-@click.argument("run")
+@click.argument("run", type=PATH)
 @settings_options(EvaluateConfig)
 def command(run: str, **options: Any) -> int:
     """Evaluate a run on one split of its dataset.

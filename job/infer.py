@@ -22,7 +22,7 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from data_prep.command import SettingsCommand, from_options, run_command, settings_options
+from data_prep.command import PATH, SettingsCommand, from_options, run_command, settings_options
 from data_prep.dicom import DICOM_ENDINGS, is_dicom, read_dicom
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import (
@@ -111,6 +111,7 @@ class InferConfig(PredictConfig):
         None,
         "Evaluation (folder or gs:// URL) made with --remove-small-regions: predict no regions "
         "below its sizes.",
+        path=True,
     )
     full_scale: int | None = option(
         None,
@@ -648,9 +649,9 @@ def _put_overlay(output: Store, name: str, overlay: bytes) -> None:
 
 
 @click.command(cls=SettingsCommand)
-@click.argument("run")
-@click.argument("images")
-@click.argument("output", required=False)
+@click.argument("run", type=PATH)
+@click.argument("images", type=PATH)
+@click.argument("output", type=PATH, required=False)
 @settings_options(InferConfig)
 def command(run: str, images: str, output: str | None, **options: Any) -> int:
     """Predict masks for the images in a folder or bucket prefix.

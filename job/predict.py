@@ -51,7 +51,7 @@ class PredictConfig(Settings):
 
     checkpoint: Literal["best", "last"] = option("best", "Weights.")
     ensemble: tuple[str, ...] = option(
-        (), "More runs, separated by commas: the mean of all their probabilities counts."
+        (), "More runs, separated by commas: the mean of all their probabilities counts.", path=True
     )
     flips: Flips = option(
         "none", "Mirrored pictures that are predicted too; the mean of the probabilities counts."

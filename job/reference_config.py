@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from data_prep.errors import UsageError
 from data_prep.pairs import Source
+from data_prep.paths import expanded
 from data_prep.settings import suggestion, validated
 
 if TYPE_CHECKING:
@@ -713,7 +714,7 @@ def _folder(config_path: str) -> Convert:
         if "://" in value:
             return value
         beside = os.path.dirname(os.path.abspath(config_path))
-        return os.path.normpath(os.path.join(beside, value))
+        return os.path.normpath(os.path.join(beside, expanded(value)))
 
     return convert
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, run_command
+from data_prep.command import PATH, SettingsCommand, run_command
 from data_prep.errors import ContentError, LockedError, StorageError, UsageError
 from data_prep.progress import quiet_interrupts
 from data_prep.schema import (
@@ -725,7 +725,7 @@ def _value(cell: str) -> float | str | None:
 
 
 @click.command(cls=SettingsCommand)
-@click.argument("run")
+@click.argument("run", type=PATH)
 def command(run: str) -> int:
     """Write RUN/report.html: one page with everything about a run, to be read without a network.
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import click
 
-from data_prep.command import SettingsCommand, given, run_command, settings_options
+from data_prep.command import PATH, SettingsCommand, given, run_command, settings_options
 from data_prep.errors import DivergedError, FlexUNetError, UsageError
 from data_prep.progress import Progress, load_bar
 from data_prep.settings import flag_of, merged, read_yaml, validated
@@ -758,7 +758,8 @@ def prep_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--config",
     "file",
-    type=click.Path(),
+    type=PATH,
+    metavar="PATH",
     help="YAML file with any of these options, or the reference implementation's .config file.",
 )
 @prep_flags

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, from_options, given, settings_options
+from data_prep.command import PATH, SettingsCommand, from_options, given, settings_options
 from data_prep.pool import Workers
 from data_prep.progress import quiet_interrupts
 from data_prep.settings import Settings, option, validated
@@ -69,9 +69,9 @@ def _size(settings: InferLaunchConfig) -> tuple[int, Demand]:
 
 
 @click.command("infer", cls=SettingsCommand)
-@click.argument("run")
-@click.argument("images")
-@click.argument("output", required=False)
+@click.argument("run", type=PATH)
+@click.argument("images", type=PATH)
+@click.argument("output", type=PATH, required=False)
 @settings_options(InferLaunchConfig)
 @settings_options(InferConfig, skip=["needs_gpu"])
 def command(run: str, images: str, output: str | None, **options: Any) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, from_options, settings_options
+from data_prep.command import PATH, SettingsCommand, from_options, settings_options
 from data_prep.pool import Workers
 from data_prep.prep import PrepConfig, read_config, run, sources_of
 from data_prep.progress import quiet_interrupts
@@ -42,9 +42,11 @@ def task_workers(
 
 
 @click.command("prep", cls=SettingsCommand)
-@click.argument("source")
-@click.argument("output")
-@click.option("--config", "config_file", metavar="FILE", help="YAML file of options of prep.")
+@click.argument("source", type=PATH)
+@click.argument("output", type=PATH)
+@click.option(
+    "--config", "config_file", type=PATH, metavar="FILE", help="YAML file of options of prep."
+)
 @settings_options(PrepLaunchConfig)
 @settings_options(PrepConfig, skip=["num_processes"])
 def command(source: str, output: str, config_file: str | None, **options: Any) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, from_options, given, settings_options
+from data_prep.command import PATH, SettingsCommand, from_options, given, settings_options
 from data_prep.errors import FlexUNetError, StoppedError, UsageError, error_of, kind_of
 from data_prep.settings import Settings, option
 from data_prep.storage import join_url, open_store
@@ -601,7 +601,8 @@ def _outcome_of(
 @click.option(
     "--config",
     "file",
-    type=click.Path(),
+    type=PATH,
+    metavar="PATH",
     help="YAML file with any of the options of train, or the reference's .config file.",
 )
 @prep_flags

@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError, model_validator
 
 from data_prep.errors import UsageError
+from data_prep.paths import expanded
 from data_prep.settings import (
     Settings,
     fields_of,
@@ -214,3 +215,21 @@ def test_merged_lays_groups_over_each_other() -> None:
 def test_suggestion_names_the_nearest_or_all() -> None:
     assert suggestion("epoch", ["epochs", "rate"]) == "did you mean 'epochs'?"
     assert suggestion("xyzzy", ["rate", "epochs"]) == "known: epochs, rate"
+
+
+class Places(Settings):
+    """Paths."""
+
+    one: str | None = option(None, "One.", path=True)
+    more: tuple[str, ...] = option((), "More.", path=True)
+    text: str = option("~", "No path.")
+
+
+def test_the_home_folder_of_a_path_is_put_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    values = {"one": "~/a", "more": ["~", "b/~", "gs://b/~"], "text": "~/a"}
+    found = validated(Places, values, "a.yaml")
+    assert found == Places(one="/home/me/a", more=("/home/me", "b/~", "gs://b/~"), text="~/a")
+    assert expanded("./~") == "./~"
+    with pytest.raises(UsageError, match=r"a\.yaml: one='~nobody-here/x': .*of nobody"):
+        validated(Places, {"one": "~nobody-here/x"}, "a.yaml")

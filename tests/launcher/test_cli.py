@@ -10,8 +10,13 @@ import click
 import pytest
 
 from data_prep import errors
-from data_prep.command import SettingsCommand
+from data_prep.command import PathType, SettingsCommand
+from data_prep.prep import PrepConfig
+from data_prep.settings import Settings, fields_of
 from data_prep.synonyms import _TABLE, SYNONYMS
+from job.config import TrainConfig
+from job.evaluate import EvaluateConfig
+from job.infer import InferConfig
 from launcher.cli import COMMANDS, command, main
 from launcher.group import EXIT_CODES
 from launcher.launch import COMMANDS as LAUNCH_COMMANDS
@@ -292,6 +297,45 @@ def test_every_proposal_is_made_by_some_command() -> None:
 
 def options_by_flag(name: str) -> set[str]:
     return {flag for each in options_of(name) for flag in each.opts}
+
+
+# Words by which the text of an option says that it takes a path.
+IS_PATH = r"(folder|URL)\b(?! of the| name)|CSV file|More runs|earlier run|Where the run's dataset"
+
+
+@pytest.mark.parametrize("cls", [PrepConfig, TrainConfig, EvaluateConfig, InferConfig])
+def test_every_option_that_is_a_path_takes_a_home_folder(cls: type[Settings]) -> None:
+    for path, field in fields_of(cls):
+        is_text = field.annotation in (str, str | None, tuple[str, ...])
+        is_path = is_text and re.search(IS_PATH, field.description, re.IGNORECASE) is not None
+        assert field.json_schema_extra["path"] == is_path, path
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_argument_that_is_a_path_takes_a_home_folder(name: str) -> None:
+    for each in found_command(name).params:
+        is_argument = isinstance(each, click.Argument) and each.name not in ("job", "words")
+        is_file = isinstance(each, click.Option) and each.opts[0] in ("--config", "--bucket")
+        assert isinstance(each.type, PathType) == (is_argument or is_file), each.name
+
+
+def test_home_folders_of_a_command_are_put_in(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("data: ~/ds\noutput: ~/runs\n")
+    for words, place in (
+        (["train", "--local", "--config", "~/a.yaml"], "ds"),
+        (["train", "--local", "--data", "~/other"], "other"),
+        (["prep", "~/source", "~/out"], "source"),
+        (["report", "~/run"], "run"),
+        (["evaluate", "~/run"], "run"),
+        (["infer", "~/run", "~/images"], "run"),
+    ):
+        assert main(words) in (2, 3)
+        assert f"{tmp_path}/{place}" in capsys.readouterr().err
+    assert main(["prep", "~nobody-here/x", "out"]) == 2
+    assert "'SOURCE': ~nobody-here is the home folder of nobody" in capsys.readouterr().err
 
 
 def test_without_a_command_the_help_is_shown_and_the_exit_code_is_2(
