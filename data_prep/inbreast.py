@@ -31,8 +31,8 @@ import numpy.typing as npt
 
 from data_prep.dicom import DICOM_ENDINGS
 from data_prep.errors import ContentError, UsageError
-from data_prep.pairs import Pair, Reject, Source, list_files, refused_name
-from data_prep.storage import join_url, name_problem, open_store
+from data_prep.pairs import Pair, Reject, Source, is_broken_link, list_files, refused_name
+from data_prep.storage import BROKEN_LINK, join_url, name_problem, open_store
 
 Kind = Literal["mass", "spiculated", "cluster", "calcification", "asymmetry", "distortion", "other"]
 KINDS: tuple[Kind, ...] = (
@@ -175,6 +175,8 @@ def _by_number(
             rejects.append(Reject(join_url(url, name), wrong))
         elif problem := name_problem(name):
             rejects.append(Reject(join_url(url, name), refused_name(problem)))
+        elif is_broken_link(url, name):
+            rejects.append(Reject(join_url(url, name), BROKEN_LINK))
         else:
             names.setdefault(found[1], []).append(name)
     return names

@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_prep.errors import ContentError, UsageError
-from data_prep.storage import Stat, Store, join_url, lies_in, name_problem, open_store
+from data_prep.storage import (
+    BROKEN_LINK,
+    Stat,
+    Store,
+    join_url,
+    lies_in,
+    name_problem,
+    open_source,
+    open_store,
+)
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 MASK_ENDINGS = (*IMAGE_ENDINGS, ".npz")
@@ -147,7 +156,13 @@ def _pair_source(source: Source, pairs: list[Pair], rejects: list[Reject]) -> No
 
 def list_files(url: str) -> list[str]:
     """Returns the names of all objects at `url`, without what file managers leave behind."""
-    return [stat.name for stat in open_store(url).list() if not _is_dropping(stat)]
+    return [stat.name for stat in open_source(url).list() if not _is_dropping(stat)]
+
+
+def is_broken_link(url: str, name: str) -> bool:
+    """Returns whether object `name` of a source is a symbolic link that leads to no file."""
+    store = open_source(url)
+    return store.local_root is not None and store.stat(name) is None
 
 
 def refused_name(problem: str) -> str:
@@ -185,6 +200,8 @@ def _by_stem(url: str, endings: Sequence[str], rejects: list[Reject]) -> dict[st
             reason = f"its ending is not one of {', '.join(endings)}"
         elif problem := name_problem(name):
             reason = refused_name(problem)
+        elif is_broken_link(url, name):
+            reason = BROKEN_LINK
         else:
             names.setdefault(stem, []).append(name)
             continue

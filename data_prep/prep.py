@@ -42,6 +42,7 @@ from data_prep.storage import (
     is_file,
     join_url,
     lies_in,
+    open_source,
     open_store,
     probe_writable,
     put_if_other,
@@ -433,7 +434,7 @@ def _finished(
 
 def _items_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[scan.Item]:
     urls = {url for pair, _ in grouped for url in (pair.image_url, pair.mask_url)}
-    stats = {url: {stat.name: stat for stat in open_store(url).list()} for url in urls}
+    stats = {url: {stat.name: stat for stat in open_source(url).list()} for url in urls}
 
     def file(url: str, name: str) -> scan.File:
         stat = stats[url].get(name)

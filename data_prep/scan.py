@@ -30,7 +30,7 @@ from data_prep.image import (
     read_image,
     read_mask_pixels,
 )
-from data_prep.storage import Store, open_store, put_if_other
+from data_prep.storage import Store, open_source, open_store, put_if_other
 from data_prep.tiles import count, cut
 from data_prep.vanished import RegionCounts, count_regions
 
@@ -325,6 +325,11 @@ def store_at(url: str) -> Store:
     return open_store(url)
 
 
+@functools.lru_cache(maxsize=64)
+def _source_at(url: str) -> Store:
+    return open_source(url)
+
+
 def _scan_item(item: Item, task: ScanTask) -> Iterator[tuple[Scanned | Refused, bytes]]:
     """Yields what is known about each sample of a pair, and its record, which has no place yet."""
     layout = task.layout
@@ -560,7 +565,7 @@ def _read_mask(
 
 
 def _read(file: File) -> bytes:
-    return store_at(file.url).get(file.name)
+    return _source_at(file.url).get(file.name)
 
 
 def _staged_name(task: ScanTask) -> str:

@@ -57,6 +57,9 @@ _REFUSED_TLS = re.compile("CERTIFICATE|CIPHER|HANDSHAKE|HTTP|PROTOCOL|UNKNOWN_CA
 _BUCKET = re.compile(r"[a-z0-9][-a-z0-9._]{1,220}[a-z0-9]")
 
 
+BROKEN_LINK = "is a symbolic link that leads to no file; mend it or delete it"
+
+
 class PreconditionFailed(StorageError):
     """The object is not in the generation that a conditional put expected."""
 
@@ -233,6 +236,19 @@ def open_store(url: str, *, retry_s: float = _RETRY_S) -> Store:
         f"storage URL {url!r} is not supported; use gs://bucket/folder, a folder's path or "
         "file:///path"
     )
+
+
+def open_source(url: str) -> Store:
+    """Returns the store at `url` to read what a user names: in a folder, all links are followed.
+
+    So pictures may be links to another folder or disk. What is written, and what programs wrote
+    into a dataset or a run, is for `open_store`, which follows no link that leads out of it.
+
+    Raises:
+        UsageError: as `open_store`.
+    """
+    store = open_store(url)
+    return store.following_links() if isinstance(store, LocalStore) else store
 
 
 def join_url(url: str, *parts: str) -> str:
@@ -415,6 +431,7 @@ class LocalStore:
     """
 
     url: str
+    _follows_links: bool  # to read; nothing is ever put or deleted through a link that leads out
     _moved: Callable[[], None] = field(repr=False, compare=False)
     _check: Callable[[], None] = field(repr=False, compare=False)
 
@@ -422,10 +439,12 @@ class LocalStore:
         self,
         path: str,
         *,
+        follows_links: bool = False,
         moved: Callable[[], None] = _do_nothing,
         check: Callable[[], None] = _do_nothing,
     ) -> None:
         object.__setattr__(self, "url", os.path.abspath(path))
+        object.__setattr__(self, "_follows_links", follows_links)
         object.__setattr__(self, "_moved", moved)
         object.__setattr__(self, "_check", check)
 
@@ -439,34 +458,43 @@ class LocalStore:
         """A folder's failures are not transient."""
         return 0.0
 
+    def following_links(self) -> "LocalStore":
+        """Returns the same folder, read with all its links."""
+        return self._with("_follows_links", True)
+
     def stat(self, name: str) -> Stat | None:
         """See `Store.stat`."""
-        path = local_path(self.url, name)
+        path = self._read_path(name)
         with _local_errors("read", path):
             return _stat_path(name, path)
 
     def list(self, prefix: str = "") -> list[Stat]:
-        """See `Store.list`; links to files inside the folder are listed, other links are not."""
+        """See `Store.list`; links to files inside the folder are listed, other links are not.
+
+        Where links are followed, those that lead to no file are listed too, with size 0, and `stat`
+        does not know them; only what leads to a folder that it lies in is left out.
+        """
         folder = prefix.rpartition("/")[0]
-        top = local_path(self.url, folder) if folder else self.url
-        real_root = os.path.realpath(self.url)
+        top = self._read_path(folder) if folder else self.url
         left_out: list[str] = []
         with _local_errors("list", top):
+            if self._follows_links:
+                files = _walk_links(top, folder, _with_folders_above(top), left_out)
+            else:
+                files = _walk(top, folder, os.path.realpath(self.url), left_out)
             found = [
-                Stat(name, info.st_size, info.st_mtime_ns, None)
-                for name, info in _walk(top, folder, real_root, left_out)
+                Stat(name, _size_of(info), info.st_mtime_ns, None)
+                for name, info in files
                 if name.startswith(prefix)
             ]
         if left_out:
-            logger.warning(
-                "%s: %d symbolic links to folders or out of it are left out, the first is %s",
-                self.url, len(left_out), left_out[0],
-            )  # fmt: skip
+            where = "to a folder above" if self._follows_links else "to folders or out of it"
+            _tell_left_out(self.url, len(left_out), where, min(left_out))
         return sorted(found, key=lambda stat: stat.name)
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """See `Store.get`."""
-        path = local_path(self.url, name)
+        path = self._file_path(name)
         with _local_errors("read", path), open(path, "rb") as file:
             file.seek(start)
             data = file.read(-1 if length is None else length)
@@ -475,7 +503,7 @@ class LocalStore:
 
     def get_file(self, name: str, path: str) -> int:
         """See `Store.get_file`; the copy is not forced to disk."""
-        source = local_path(self.url, name)
+        source = self._file_path(name)
         value = 0
         with _local_errors("read", source), open(source, "rb") as file, _whole_file(path) as copy:
             while chunk := file.read(_CHUNK_BYTES):
@@ -516,7 +544,12 @@ class LocalStore:
 
     def below(self, prefix: str) -> "LocalStore":
         """See `Store.below`."""
-        return LocalStore(local_path(self.url, prefix), moved=self._moved, check=self._check)
+        return LocalStore(
+            self._read_path(prefix),
+            follows_links=self._follows_links,
+            moved=self._moved,
+            check=self._check,
+        )
 
     def with_limits(self, *, retry_s: float, timeout_s: float) -> "LocalStore":
         """See `Store.with_limits`; a folder has none."""
@@ -530,9 +563,9 @@ class LocalStore:
         """See `Store.guarded`."""
         return self._with("_check", check)
 
-    def _with(self, name: str, call: Callable[[], None]) -> "LocalStore":
+    def _with(self, name: str, value: Any) -> "LocalStore":
         twin = copy.copy(self)
-        object.__setattr__(twin, name, call)
+        object.__setattr__(twin, name, value)
         return twin
 
     def remove_unfinished(self) -> int:
@@ -550,6 +583,18 @@ class LocalStore:
                 with contextlib.suppress(OSError), _folder_lock(folder):
                     pass
         return num_removed
+
+    def _read_path(self, name: str) -> str:
+        if self._follows_links:
+            return os.path.join(self.url, checked_name(name))
+        return local_path(self.url, name)
+
+    def _file_path(self, name: str) -> str:
+        """Returns the path of a file to read; a source's link that leads to none is a bad file."""
+        path = self._read_path(name)
+        if self._follows_links and os.path.islink(path) and not os.path.isfile(path):
+            raise ContentError(f"{path}: {BROKEN_LINK}")
+        return path
 
     def _put(self, name: str, write: Callable[[Any], Any], if_generation: int | None) -> Stat:
         self._check()
@@ -1243,9 +1288,24 @@ def _stat_path(name: str, path: str) -> Stat | None:
         info = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link in a circle
+            return None
+        raise
     if not stat_module.S_ISREG(info.st_mode):
         return None
     return Stat(name, info.st_size, info.st_mtime_ns, None)
+
+
+def _size_of(info: os.stat_result) -> int:
+    return 0 if stat_module.S_ISLNK(info.st_mode) else info.st_size
+
+
+@functools.lru_cache(maxsize=1024)  # a folder is listed many times
+def _tell_left_out(url: str, number: int, where: str, first: str) -> None:
+    logger.warning(
+        "%s: %d symbolic links %s are left out, the first is %s", url, number, where, first
+    )
 
 
 def _walk(
@@ -1264,12 +1324,64 @@ def _walk(
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(entry.path, entry_name, real_root, left_out)
         elif entry.is_symlink() and not (
-            entry.is_file() and _is_inside(os.path.realpath(entry.path), real_root)
+            os.path.isfile(entry.path) and _is_inside(os.path.realpath(entry.path), real_root)
         ):
             left_out.append(entry.path)
         elif entry.is_file() and not entry.name.startswith(_HIDDEN):
             with contextlib.suppress(FileNotFoundError):  # deleted in this moment
                 yield entry_name, entry.stat()
+
+
+def _walk_links(
+    folder: str, name: str, above: frozenset[tuple[int, int]], left_out: list[str]
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Yields as `_walk` does, by way of all links; a link that leads to no file has its own stat.
+
+    Links to a folder that they lie in are added to `left_out`.
+
+    Args:
+        above: (device, inode) of the folders that `folder` lies in, and its own.
+    """
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        entry_name = f"{name}/{entry.name}" if name else entry.name
+        with contextlib.suppress(FileNotFoundError):  # deleted in this moment
+            info = _stat_target(entry)
+            if not stat_module.S_ISDIR(info.st_mode):
+                is_known = stat_module.S_ISREG(info.st_mode) or stat_module.S_ISLNK(info.st_mode)
+                if is_known and not entry.name.startswith(_HIDDEN):
+                    yield entry_name, info
+            elif (info.st_dev, info.st_ino) in above:
+                left_out.append(entry.path)
+            else:
+                here = above | {(info.st_dev, info.st_ino)}
+                yield from _walk_links(entry.path, entry_name, here, left_out)
+
+
+def _stat_target(entry: os.DirEntry[str]) -> os.stat_result:
+    """Returns what a link leads to, where that is a file or a folder; else the entry's own stat."""
+    if entry.is_symlink():
+        with contextlib.suppress(OSError):  # it leads nowhere, in a circle, or where we may not
+            info = os.stat(entry.path)
+            if stat_module.S_ISREG(info.st_mode) or stat_module.S_ISDIR(info.st_mode):
+                return info
+    return entry.stat(follow_symlinks=False)
+
+
+def _with_folders_above(folder: str) -> frozenset[tuple[int, int]]:
+    """Returns (device, inode) of a folder and of all that it lies in; none where it is missing."""
+    path, found = os.path.realpath(folder), set()
+    with contextlib.suppress(FileNotFoundError):
+        while True:
+            info = os.stat(path)
+            found.add((info.st_dev, info.st_ino))
+            if path == os.path.dirname(path):
+                break
+            path = os.path.dirname(path)
+    return frozenset(found)
 
 
 def _open_temporary(path: str) -> BinaryIO:

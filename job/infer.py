@@ -46,6 +46,7 @@ from data_prep.storage import (
     is_file,
     join_url,
     lies_in,
+    open_source,
     open_store,
 )
 from data_prep.table import csv_table
@@ -196,7 +197,7 @@ def infer(
     overlap = None
     if _is_sliding(config, manifest):
         overlap = window_overlap(manifest, config.overlap, runs[0].config.window_overlap)
-    source = open_store(images_url)
+    source = open_source(images_url)
     output = open_store(output_url or join_url(run_url, "inference"))
     _refuse_files(source, output)
     _refuse_overlap(source, output)
@@ -497,7 +498,7 @@ def _predict(
     tell: Callable[[str], None] = lambda text: None,
 ) -> list[tuple[str, str]]:
     """Writes the masks of `chunk`; returns (file, reason) of those that cannot be read."""
-    source, output = open_store(chunk.images_url), open_store(chunk.output_url)
+    source, output = open_source(chunk.images_url), open_store(chunk.output_url)
     config, manifest = chunk.config, predictor.manifest
     # Pictures at their own size are large: one is read and one written beside the one predicted.
     num_waiting = 2 * config.batch_size if chunk.overlap is None else 1

@@ -49,6 +49,22 @@ def test_find_sources_follows_a_linked_folder(tmp_path: Path) -> None:
     assert rejects == []
 
 
+def test_find_sources_follows_linked_splits_and_files(tmp_path: Path) -> None:
+    elsewhere = Path(fill(tmp_path / "elsewhere", "images/a.png", "masks/a.png", "b.png"))
+    source = tmp_path / "source"
+    for split in ("train", "valid"):
+        (source / split).mkdir(parents=True)
+    for kind in ("images", "masks"):
+        (source / "train" / kind).symlink_to(elsewhere / kind)
+        (source / "valid" / kind).mkdir()
+        (source / "valid" / kind / "b.png").symlink_to(elsewhere / "b.png")
+    (source / "valid" / "masks" / "gone.png").symlink_to(elsewhere / "gone.png")
+    pairs, rejects = find_pairs(find_sources(str(source)))
+    assert [(pair.id, pair.split) for pair in pairs] == [("a", "train"), ("b", "valid")]
+    reason = "is a symbolic link that leads to no file; mend it or delete it"
+    assert rejects == [Reject(f"{source}/valid/masks/gone.png", reason)]
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -393,6 +393,18 @@ def test_skip_bad_lists_names_that_no_terminal_shows(
     assert (f"{source}/masks/{shown}.png," in listed) is not hash_names
 
 
+def test_pictures_that_are_links_are_read(source, tmp_path, caplog):
+    """As DVC and git-annex leave them; the samples are those of the files themselves."""
+    plain = _prepare(source, tmp_path / "plain")
+    linked = tmp_path / "linked" / source.name
+    for kind in ("images", "masks"):
+        (linked / kind).mkdir(parents=True)
+        for path in (source / kind).iterdir():
+            (linked / kind / path.name).symlink_to(path)
+    assert _prepare(linked, tmp_path / "out") == plain
+    assert "symbolic" not in caplog.text
+
+
 def test_source_folder_whose_name_is_not_utf8_is_read(source, tmp_path):
     odd = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
     os.rename(source, odd)

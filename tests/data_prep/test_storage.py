@@ -33,6 +33,7 @@ from data_prep.storage import (
     crc32c_of_file,
     join_url,
     local_path,
+    open_source,
     open_store,
     probe_preconditions,
     probe_writable,
@@ -821,6 +822,60 @@ def test_symbolic_links_do_not_lead_out(tmp_path: Path, caplog: pytest.LogCaptur
     with pytest.raises(ContentError, match="leads out of"):
         store.below("folder")
     assert os.listdir(tmp_path / "outside") == ["secret"]
+
+
+def test_a_source_follows_links_to_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    (outside / "deep").mkdir(parents=True)
+    (outside / "deep" / "a").write_bytes(b"abc")
+    (outside / ".flexunet-tmp-1").write_bytes(b"")
+    root.mkdir()
+    (root / "file").symlink_to(outside / "deep" / "a")
+    (root / "folder").symlink_to(outside)
+    (root / "again").symlink_to(outside / "deep")  # another way to the same files is no loop
+    store = pickle.loads(pickle.dumps(open_source(str(root))))  # noqa: S301
+    store = store.watched(lambda: None)
+    assert names(store) == ["again/a", "file", "folder/deep/a"]
+    assert names(store, "folder/d") == ["folder/deep/a"]
+    for stat in store.list():
+        assert store.stat(stat.name) == stat
+        assert store.get(stat.name) == b"abc"
+        store.get_file(stat.name, str(tmp_path / "copy"))
+    assert store.below("folder").get("deep/a", 1, 1) == b"b"
+    for change in (lambda: store.put("folder/deep/a", b""), lambda: store.delete("again/a")):
+        with pytest.raises(ContentError, match="leads out of"):
+            change()
+    assert (outside / "deep" / "a").read_bytes() == b"abc"
+    assert not caplog.text
+
+
+def test_links_of_a_source_that_lead_nowhere_or_in_circles(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "root"
+    (root / "a" / "b").mkdir(parents=True)
+    (root / "a" / "b" / "file").write_bytes(b"1")
+    for name, target in {
+        "gone": tmp_path / "nothing",
+        "itself": root / "itself",
+        "device": Path(os.devnull),
+        "a/b/up": root / "a",
+        "a/b/root": root,
+        "a/b/top": tmp_path,
+    }.items():
+        (root / name).symlink_to(target)
+    store = open_source(str(root))
+    broken = ["device", "gone", "itself"]
+    for _ in range(3):
+        assert names(store) == ["a/b/file", *broken]
+    assert caplog.text.count("3 symbolic links to a folder above are left out") == 1
+    for stat in store.list()[1:]:
+        assert (stat.size, store.stat(stat.name)) == (0, None)
+        with pytest.raises(ContentError, match=f"{stat.name}: is a symbolic link that leads to no"):
+            store.get(stat.name)
+        with pytest.raises(ContentError, match="leads to no file"):
+            store.get_file(stat.name, str(tmp_path / "copy"))
+    assert names(LocalStore(str(root))) == ["a/b/file"]  # nor does a dataset's or a run's fail
 
 
 def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -152,13 +152,16 @@ def test_command_lists_unreadable_images_and_does_the_others(
     (images / "image-001.png").write_bytes(whole[:100])
     (images / "=image.png").write_bytes(b"no picture")
     (images / os.fsdecode(b"caf\xe9.png")).write_bytes(whole)  # Latin-1, of an old archive
+    (images / "gone.png").symlink_to(tmp_path / "nothing")
+    os.rename(images / "image-002.png", tmp_path / "elsewhere.png")
+    (images / "image-002.png").symlink_to(tmp_path / "elsewhere.png")
     (images / "e\u0301.png").write_bytes(whole)  # as macOS writes an e with acute
     arguments = [str(trained_run), str(images), str(output), "--no-progress"]
     assert main(arguments) == 3
     shown = capsys.readouterr()
     assert f"masks: {output} (4 written)" in shown.out
     assert shown.err.count("\n") == 1
-    assert "4 of the images could not be read" in shown.err
+    assert "5 of the images could not be read" in shown.err
     rows = list(csv.reader((output / "unreadable.csv").read_text().splitlines()))
     # A spreadsheet would run the first name as a formula.
     assert [row[0] for row in rows] == [
@@ -166,6 +169,7 @@ def test_command_lists_unreadable_images_and_does_the_others(
         "'=image.png",
         r"caf\xe9.png",
         "e\u0301.png",
+        "gone.png",
         "image-001.png",
     ]
     assert sorted(path.name for path in output.glob("*.png")) == [
@@ -173,7 +177,7 @@ def test_command_lists_unreadable_images_and_does_the_others(
     ]
 
     (images / "image-001.png").write_bytes(whole)
-    for name in ("=image.png", os.fsdecode(b"caf\xe9.png"), "e\u0301.png"):
+    for name in ("=image.png", os.fsdecode(b"caf\xe9.png"), "e\u0301.png", "gone.png"):
         (images / name).unlink()
     assert main(arguments) == 0
     assert "1 written, 4 kept" in capsys.readouterr().out
