@@ -4,7 +4,9 @@ Every option of a command is a field of its settings class, so that `--help`, th
 saved config can never disagree.
 """
 
+import contextlib
 import difflib
+import errno
 import inspect
 import logging
 import os
@@ -18,7 +20,8 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from data_prep.errors import FlexUNetError
+from data_prep.errors import FlexUNetError, StorageError
+from data_prep.interrupts import quiet_interrupts
 from data_prep.paths import expanded
 from data_prep.settings import Settings, fields_of, flag_of, validated
 from data_prep.synonyms import proposed
@@ -33,6 +36,7 @@ _MAX_CHOICES_WIDTH = 24  # characters; longer choices are listed in the text
 _MAX_DETAIL_WIDTH = 200  # characters of another library's error; TensorFlow's have pages
 _FIXED_BLANK = "\u00a0"
 _NONE = "none"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _UNSET = object()  # given on the command line to unset an option, as None means not given
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 
@@ -152,7 +156,9 @@ def run_command(command: click.Command, argv: Sequence[str] | None, program: str
         logging.getLogger(noisy).setLevel(logging.ERROR)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = command.main(args=arguments, prog_name=program, standalone_mode=False)
+        with quiet_interrupts():
+            code = command.main(args=arguments, prog_name=program, standalone_mode=False)
+            _flush_stdout()
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)  # noqa: T201
         return error.exit_code
@@ -172,11 +178,33 @@ def run_command(command: click.Command, argv: Sequence[str] | None, program: str
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and _is_of_stdout(error):
+            problem = f"stdout cannot be written ({error.strerror}); make room and repeat it"
+            return _report(program, problem, StorageError.exit_code)
         if not _is_out_of_memory(error):
             raise
         detail = (str(error).strip().splitlines() or ["no memory left"])[0][:_MAX_DETAIL_WIDTH]
         return _report(program, f"out of memory: {detail}; lower the batch or image size", 1)
     return code if isinstance(code, int) else 0
+
+
+def _flush_stdout() -> None:
+    # Later, the interpreter itself would do it, with an error and an exit code of its own.
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _is_of_stdout(error: OSError) -> bool:
+    """Returns whether `error` is that stdout cannot be written; it then goes nowhere."""
+    if error.filename is not None or error.errno not in _NO_ROOM:
+        return False
+    try:
+        _flush_stdout()
+        os.write(1, b"\n")  # what could not be written is in no buffer any more
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
+    return False
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -201,7 +229,8 @@ def _no_option(error: click.NoSuchOption) -> str:
 
 
 def _report(program: str, message: str, code: int) -> int:
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    with contextlib.suppress(OSError):  # a terminal that is gone, or a full disk
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
     return code
 
 

@@ -198,8 +198,9 @@ def cgroup_memory_bytes(*, root: str = _CGROUP_ROOT, membership: str = _CGROUP_M
 
 
 def _start_worker() -> None:
-    # Ctrl-C reaches every process of the terminal; the parent alone answers it.
+    # Ctrl-C and a closed terminal reach every process of it; the parent alone answers them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

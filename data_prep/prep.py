@@ -31,9 +31,10 @@ from data_prep.command import PATH, SettingsCommand, given, run_command, setting
 from data_prep.dicom import Reader
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import DEFAULT_MAX_PIXELS, read_image, read_mask_pixels
+from data_prep.interrupts import quiet_interrupts
 from data_prep.pairs import Pair, Reject, Source, find_pairs, find_sources, folder_made_by
 from data_prep.pool import OpenWorkers, Workers, available_cores, local_workers
-from data_prep.progress import Progress, quiet_interrupts
+from data_prep.progress import Progress
 from data_prep.settings import Settings, merged, option, read_yaml, validated
 from data_prep.storage import (
     Store,

@@ -1,11 +1,9 @@
 """Progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
 import logging
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -119,17 +117,3 @@ def load_bar() -> None:
     """Imports what draws a bar, where one will be drawn."""
     if sys.stderr.isatty():
         import rich.progress  # noqa: F401
-
-
-@contextmanager
-def quiet_interrupts() -> Iterator[None]:
-    """Turns SIGTERM inside the block into the KeyboardInterrupt that Ctrl-C raises."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -22,7 +22,8 @@ from pydantic import model_validator
 from data_prep.command import PATH, SettingsCommand, from_options, run_command, settings_options
 from data_prep.errors import StoppedError, UsageError
 from data_prep.image import Geometry, undo_geometry
-from data_prep.progress import Progress, quiet_interrupts
+from data_prep.interrupts import quiet_interrupts
+from data_prep.progress import Progress
 from data_prep.settings import option
 from data_prep.storage import Store, open_store
 from data_prep.table import csv_table

@@ -33,9 +33,10 @@ from data_prep.image import (
     read_image,
     undo_geometry,
 )
+from data_prep.interrupts import quiet_interrupts
 from data_prep.pairs import IMAGE_ENDINGS
 from data_prep.pool import OpenWorkers, available_cores, in_order
-from data_prep.progress import Progress, quiet_interrupts
+from data_prep.progress import Progress
 from data_prep.schema import Manifest
 from data_prep.settings import flag_of, option
 from data_prep.storage import (

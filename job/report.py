@@ -20,7 +20,7 @@ import click
 
 from data_prep.command import PATH, SettingsCommand, run_command
 from data_prep.errors import ContentError, LockedError, StorageError, UsageError
-from data_prep.progress import quiet_interrupts
+from data_prep.interrupts import quiet_interrupts
 from data_prep.schema import (
     GROUPS_BY_FILE,
     GROUPS_UNKNOWN,

@@ -20,6 +20,7 @@ import click
 
 from data_prep.command import PATH, SettingsCommand, given, run_command, settings_options
 from data_prep.errors import DivergedError, FlexUNetError, UsageError
+from data_prep.interrupts import handled
 from data_prep.progress import Progress, load_bar
 from data_prep.settings import flag_of, merged, read_yaml, validated
 from data_prep.storage import NotFound, Store, join_url, open_store
@@ -541,7 +542,7 @@ def _epoch_line(row: Mapping[str, Any]) -> str:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGINT or SIGTERM came; a second one ends at once."""
+    """Yields a function that tells whether Ctrl-C, SIGTERM or SIGHUP came; two end at once."""
     stop = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
@@ -550,12 +551,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         logger.warning("stopping after this step; a second signal stops at once, without saving")
         stop.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), ask):
         yield stop.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def resolve_config(

@@ -1,43 +1,26 @@
-"""The `flexunet` command: one group over the commands of the other rooms.
+"""Where `flexunet` begins: answers Ctrl-C and signals from its first line on.
 
-Knows their names alone; what a command does and takes is in its module.
+The commands are in `launcher.commands`; to import them takes a part of a second, and seconds from a
+slow disk.
 """
 
+import sys
 from collections.abc import Sequence
 
-import click
-
-from data_prep.command import run_command
-from launcher.group import LazyGroup
-
-# name -> (module with `command`, line for the list of commands)
-COMMANDS = {
-    "prep": ("data_prep.prep", "Images and masks into a dataset of TFRecord shards."),
-    "train": ("job.train", "Train on a dataset, then evaluate; the same command resumes."),
-    "evaluate": ("job.evaluate", "Evaluate a run on one split of its dataset."),
-    "report": ("job.report", "One page about a run: metrics, cases, curves, what failed."),
-    "infer": ("job.infer", "Predict masks for a folder of images."),
-    "launch": ("launcher.launch", "Prepare, train or infer on a Ray cluster."),
-    "submit": ("launcher.submit", "Hand one of these commands to a Ray cluster, through Ray Jobs."),
-    "status": ("launcher.status", "How the submitted jobs are."),
-    "logs": ("launcher.logs", "What a submitted job has written."),
-    "stop": ("launcher.stop", "Stop a submitted job, which stores a checkpoint first."),
-    "doctor": ("job.doctor", "What this machine has and lacks."),
-}
-
-
-@click.group(cls=LazyGroup, members=COMMANDS)
-@click.version_option(package_name="flexunet")
-def command() -> None:
-    """Train image segmentation with TensorFlow, from a laptop to a cluster.
-
-    Each command answers `flexunet COMMAND --help` with all its options.
-    """
+from data_prep.interrupts import quiet_interrupts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    return run_command(command, argv, "flexunet")
+    try:
+        with quiet_interrupts():
+            from data_prep.command import run_command
+            from launcher.commands import command
+
+            return run_command(command, argv, "flexunet")
+    except KeyboardInterrupt:
+        print("flexunet: interrupted; the same command continues", file=sys.stderr)  # noqa: T201
+        return 6
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from data_prep.command import PATH, SettingsCommand, from_options, given, settings_options
+from data_prep.interrupts import quiet_interrupts
 from data_prep.pool import Workers
-from data_prep.progress import quiet_interrupts
 from data_prep.settings import Settings, option, validated
 from data_prep.storage import join_url
 from job.infer import InferConfig, infer, show_result

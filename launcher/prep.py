@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from data_prep.command import PATH, SettingsCommand, from_options, settings_options
+from data_prep.interrupts import quiet_interrupts
 from data_prep.pool import Workers
 from data_prep.prep import PrepConfig, read_config, run, sources_of
-from data_prep.progress import quiet_interrupts
 from data_prep.settings import Settings, option
 from launcher.cluster import Demand, check_nodes, connected
 from launcher.executor import RayExecutor

@@ -18,7 +18,7 @@ import pytest
 
 from data_prep.settings import read_yaml, validated
 from job.config import TrainConfig
-from launcher.cli import COMMANDS
+from launcher.commands import COMMANDS
 from launcher.launch import COMMANDS as LAUNCH_COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from data_prep import progress
-from data_prep.progress import Progress, quiet_interrupts
+from data_prep.interrupts import quiet_interrupts
+from data_prep.progress import Progress
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -150,9 +151,20 @@ def test_a_terminal_gets_a_bar_and_lines_above_it() -> None:
     assert "noted" in plain
 
 
-def test_sigterm_is_an_interrupt_inside_the_block_only() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_an_interrupt_inside_the_block_only(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt), quiet_interrupts():
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(1)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_a_closed_terminal_is_no_interrupt_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with quiet_interrupts():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -1,6 +1,7 @@
 import importlib.metadata
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from data_prep.synonyms import _TABLE, SYNONYMS
 from job.config import TrainConfig
 from job.evaluate import EvaluateConfig
 from job.infer import InferConfig
-from launcher.cli import COMMANDS, command, main
+from launcher.cli import main
+from launcher.commands import COMMANDS, command
 from launcher.group import EXIT_CODES
 from launcher.launch import COMMANDS as LAUNCH_COMMANDS
 
@@ -336,6 +338,51 @@ def test_home_folders_of_a_command_are_put_in(
         assert f"{tmp_path}/{place}" in capsys.readouterr().err
     assert main(["prep", "~nobody-here/x", "out"]) == 2
     assert "'SOURCE': ~nobody-here is the home folder of nobody" in capsys.readouterr().err
+
+
+# Stops the import of a module that comes early, and says so.
+SLOW_IMPORT = """
+import sys, time
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            print("now", flush=True)
+            time.sleep(30)
+sys.meta_path.insert(0, Slow())
+from launcher.cli import main
+sys.exit(main(["train", "--local", "--data", "/nowhere"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("name", ["click", "job.train"])
+def test_a_signal_while_modules_are_imported_is_one_line(name: str, number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_IMPORT.format(name=name)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(number)
+        _, error = process.communicate(timeout=20)
+    assert error.strip() == "flexunet: interrupted; the same command continues"
+    assert process.returncode == 6
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["--version"]])
+def test_a_full_stdout_is_one_line_and_exit_code_5(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.cli", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 5
+    problem = "stdout cannot be written (No space left on device); make room and repeat it"
+    assert done.stderr == f"flexunet: {problem}\n"
 
 
 def test_without_a_command_the_help_is_shown_and_the_exit_code_is_2(

@@ -1,0 +1,63 @@
+"""What ends a command from outside: Ctrl-C, SIGTERM, and SIGHUP of a terminal that was closed.
+
+Imports little: it answers while other modules are imported.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Handler = Callable[[int, Any], None]
+
+
+@contextlib.contextmanager
+def handled(numbers: tuple[signal.Signals, ...], handler: Handler) -> Iterator[None]:
+    """Lets `handler` answer these signals inside the block; SIGHUP not where `nohup` ignores it.
+
+    Only the main thread can; in another the block changes nothing.
+    """
+
+    def answer(number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        handler(number, frame)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, answer)
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+@contextlib.contextmanager
+def quiet_interrupts() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP inside the block into the KeyboardInterrupt that Ctrl-C raises."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with handled((signal.SIGTERM, signal.SIGHUP), interrupt):
+        yield
+
+
+def _leave_terminal() -> None:
+    """Lets what is written from now on go nowhere, where the terminal is gone.
+
+    A write to it is an error, which would end what is still to be stored.
+    """
+    for number in (1, 2):
+        try:
+            os.write(number, b"")
+        except OSError:
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)
