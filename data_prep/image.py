@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.errors import ContentError
+from data_prep.tiff import PALETTE, RGB, TIFF_SIGNATURES, WHITE_IS_ZERO, Kind, Tiff, tiff_kind
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,16 +37,11 @@ Pixels = npt.NDArray[Any]
 """(H, W) or (H, W, C) uint8 or uint16."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
-_SIGNATURES = (b"\x89PNG", b"\xff\xd8", b"II*\0", b"MM\0*", b"BM")
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8", b"BM", *TIFF_SIGNATURES)
 _MAX_BYTES_PER_PIXEL = 8  # four channels of 16 bits, not compressed
 _MAX_METADATA_BYTES = 64 * 2**20
 
 _EXIF_ORIENTATION = 0x0112
-_TIFF_BITS_PER_SAMPLE = 258
-_TIFF_PHOTOMETRIC = 262
-_TIFF_ORIENTATION = 274
-_TIFF_SAMPLE_FORMAT = 339
-_WHITE_IS_ZERO = 0
 
 _PNG_SIGNATURE_BYTES = 8
 _PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
@@ -321,18 +317,20 @@ def _decode(data: bytes, *, name: str, max_pixels: int) -> Pixels:
             "make it smaller or raise max_pixels"
         )
     with _decoding(data, name=name):
+        if data.startswith(TIFF_SIGNATURES):
+            return _decode_tiff(data, name=name, max_pixels=max_pixels)
         image = _open(data, name=name, max_pixels=max_pixels)
         if image.format == "PNG":
             return _decode_png(data, image, name=name)
-        _refuse_orientation(_orientation(image), name=name)
-        if image.format == "TIFF":
-            return _decode_tiff(data, image, name=name)
+        _refuse_orientation(image.getexif().get(_EXIF_ORIENTATION, 1), name=name)
         return _to_array(image)
 
 
 @contextmanager
 def _decoding(data: bytes, *, name: str) -> Iterator[None]:
     """Turns whatever a decoder raises on broken bytes into one ContentError that names the file."""
+    from PIL import UnidentifiedImageError
+
     try:
         # Pillow warns of odd but harmless tags; anything that harms the pixels is an error of its.
         with warnings.catch_warnings():
@@ -344,9 +342,12 @@ def _decoding(data: bytes, *, name: str) -> Iterator[None]:
     # more; nothing in this block does anything but decode these bytes.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # its text has the address of the stream
+            reason = "no decoder knows it"
         if data.startswith(_SIGNATURES):
+            reason = ": ".join(filter(None, (tiff_kind(data), reason)))
             reason = f"the picture is cut off or damaged, or of a kind that is not read ({reason})"
-        elif reason.startswith("cannot identify image file"):
+        elif isinstance(error, UnidentifiedImageError):
             reason = f"not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file"
         raise ContentError(f"{name}: {reason}; replace the file") from error
 
@@ -358,32 +359,24 @@ def _open(data: bytes, *, name: str, max_pixels: int) -> "Image.Image":
     # Pillow's own limit only warns, and is not the user's: ours is checked on the same header.
     Image.MAX_IMAGE_PIXELS = None
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    width, height = image.size
+    _refuse_size(*image.size, name=name, max_pixels=max_pixels)
+    # Not of TIFF, whose directory was looked at: counting all of them is quadratic in a file made
+    # to hurt.
+    if image.format != "TIFF" and getattr(image, "n_frames", 1) > 1:
+        _refuse_frames(name=name)
+    return image
+
+
+def _refuse_size(width: int, height: int, *, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ContentError(
             f"{name}: {width}x{height} is {width * height} pixels, more than {max_pixels}; "
             "make it smaller or raise max_pixels"
         )
-    if _has_frames(image):
-        raise ContentError(f"{name}: has more than one frame; save the one to use on its own")
-    return image
 
 
-def _has_frames(image: "Image.Image") -> bool:
-    if image.format != "TIFF":
-        return int(getattr(image, "n_frames", 1)) > 1
-    # Only the second header is read: counting all of them is quadratic in a file made to hurt.
-    try:
-        image.seek(1)
-    except EOFError:
-        return False
-    return True
-
-
-def _orientation(image: "Image.Image") -> object:
-    if image.format == "TIFF":
-        return _tiff_tag(image, _TIFF_ORIENTATION, (1,))[0]
-    return image.getexif().get(_EXIF_ORIENTATION, 1)
+def _refuse_frames(*, name: str) -> None:
+    raise ContentError(f"{name}: has more than one frame; save the one to use on its own")
 
 
 def _refuse_orientation(orientation: object, *, name: str) -> None:
@@ -437,31 +430,75 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         position = end
 
 
-def _decode_tiff(data: bytes, image: "Image.Image", *, name: str) -> Pixels:
+def _decode_tiff(data: bytes, *, name: str, max_pixels: int) -> Pixels:
+    """Returns the pixels by Pillow, and 16-bit colours by OpenCV.
+
+    Neither reads every file of 16 bits, nor one plane of two; `Tiff` restates those for Pillow.
+    """
     import cv2
 
-    bits = max(_tiff_tag(image, _TIFF_BITS_PER_SAMPLE, (1,)))
-    kinds = set(_tiff_tag(image, _TIFF_SAMPLE_FORMAT, (1,)))
-    if bits > 16 or not kinds <= {1, 4} or image.mode in ("F", "I"):
+    tiff = Tiff(data)
+    kind = tiff.kind
+    _check_tiff(kind, name=name, max_pixels=max_pixels)
+
+    def opened(file: bytes) -> "Image.Image":
+        return _open(file, name=name, max_pixels=max_pixels)
+
+    if kind.is_16_bit and kind.photometric == RGB:
+        if kind.is_planar:
+            return np.stack([_to_array(opened(tiff.plane(i))) for i in range(3)], axis=-1)
+        opened(data).load()  # to 8 bits, but then the file is whole: OpenCV may take half of one
+        return _from_bgr(_imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
+    if kind.is_16_bit and kind.photometric == PALETTE and kind.samples == 1:
+        return _palette_colors(tiff)[_to_array(opened(tiff.plane(0)))]
+    if kind.is_grey and kind.samples == 2 and kind.is_16_bit and not kind.is_planar:
+        return _from_black(_first_of_pairs(np.array(opened(tiff.as_rgba8())), kind), kind)
+    # Pillow forgets white-is-zero and bits below 8 where there are planes, be it of one sample.
+    if kind.is_grey and kind.samples <= 2 and (kind.is_planar or kind.is_16_bit):
+        return _from_black(_to_array(opened(tiff.plane(0))), kind)
+    if kind.is_planar and kind.bits[0] < 8:
+        raise ContentError(f"{name}: TIFF of a kind that is not read ({kind}); save it contiguous")
+    return _to_array(opened(data))
+
+
+def _check_tiff(kind: Kind, *, name: str, max_pixels: int) -> None:
+    _refuse_size(kind.width, kind.height, name=name, max_pixels=max_pixels)
+    # A tile is decoded whole, however small the picture is.
+    _refuse_size(kind.tile_width, kind.tile_height, name=f"{name}: a tile", max_pixels=max_pixels)
+    if kind.has_more_frames:
+        _refuse_frames(name=name)
+    _refuse_orientation(kind.orientation, name=name)
+    formats = sorted(set(kind.sample_formats))
+    if max(kind.bits) > 16 or len(set(kind.bits)) > 1 or not set(formats) <= {1, 4}:
         raise ContentError(
-            f"{name}: {bits}-bit TIFF of sample format {sorted(kinds)} (mode {image.mode}); "
+            f"{name}: TIFF of sample format {formats} ({kind}); "
             "save it with unsigned values of 8 or 16 bits"
         )
-    white_is_zero = _tiff_tag(image, _TIFF_PHOTOMETRIC, (1,))[0] == _WHITE_IS_ZERO
-    pixels = _to_array(image)
-    if bits > 8 and pixels.ndim == 2:
-        return (2**bits - 1) - pixels if white_is_zero else pixels
-    if bits > 8:
-        # Pillow has decoded it all, so it is whole, but to 8 bits.
-        if image.mode not in ("RGB", "RGBA"):
-            raise ContentError(f"{name}: 16-bit TIFF of mode {image.mode}; save it as RGB or grey")
-        return _from_bgr(_imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
-    return pixels
 
 
-def _tiff_tag(image: "Image.Image", tag: int, default: tuple[Any, ...]) -> tuple[Any, ...]:
-    value = image.tag_v2.get(tag, default)  # type: ignore[attr-defined]
-    return value if isinstance(value, tuple) else (value,)
+def _palette_colors(tiff: Tiff) -> Pixels:
+    """Returns (number of colours, 3) uint8: the upper bits of what the file says, as of 8 bits."""
+    return (np.array(tiff.palette(), np.uint16) >> 8).astype(np.uint8).reshape(3, -1).T
+
+
+def _first_of_pairs(pixels: Pixels, kind: Kind) -> Pixels:
+    """Returns the first (H, W) uint16 of two samples.
+
+    Args:
+        pixels: (H, W, 4) uint8, the bytes of both in the order of the file.
+    """
+    first = pixels.view(f"{kind.order}u2")[:, :, 0].astype(np.uint16)
+    if kind.has_differences:
+        width = kind.tile_width or kind.width
+        for left in range(0, kind.width, width):
+            part = first[:, left : left + width]
+            np.cumsum(part, axis=1, dtype=np.uint16, out=part)  # modulo 65536, as it was written
+    return first
+
+
+def _from_black(pixels: Pixels, kind: Kind) -> Pixels:
+    """Returns grey with 0 for black."""
+    return np.iinfo(pixels.dtype).max - pixels if kind.photometric == WHITE_IS_ZERO else pixels
 
 
 def _to_array(image: "Image.Image") -> Pixels:
