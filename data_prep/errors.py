@@ -8,14 +8,24 @@ FlexUNetError        1  unknown; a retry may help
 ├── StoppedError     6  stopped by the user or the machine; the same command resumes
 └── DivergedError    7  the loss became NaN or infinite
 
-The message of each says, in one line: what is wrong, the value, where, and what to do.
+The message of each says, in one line: what is wrong, the value, where, and what to do. It is the
+same each time: what a library quotes of its objects is kept without their addresses.
 """
+
+import re
+
+_ADDRESS = re.compile(r"(?: object)? at 0x[0-9a-fA-F]+(?=[>\s,;)]|$)")
 
 
 class FlexUNetError(Exception):
     """An error whose message is written for the user."""
 
     exit_code = 1
+
+    def __init__(self, *args: object):
+        super().__init__(
+            *(_ADDRESS.sub("", each) if isinstance(each, str) else each for each in args)
+        )
 
 
 class UsageError(FlexUNetError):

@@ -359,6 +359,24 @@ def test_skip_bad_lists_every_file(source, tmp_path, caplog):
     ]
 
 
+def test_rejects_csv_is_the_same_bytes_each_time(source, tmp_path):
+    broken = {
+        "1.png": b"\x89PNG broken",
+        "2.png": b"II*\0",
+        "3.png": b"text",
+        "4.png": b"BM broken",
+    }
+    for name, data in broken.items():
+        (source / "images" / f"case_{name}").write_bytes(data)
+    tables = []
+    for output in (tmp_path / "first", tmp_path / "second"):
+        assert _prepare(source, output, skip_bad=True).num_samples == 16
+        tables.append((output / report.REJECTS_NAME).read_text())
+    assert tables[0] == tables[1]
+    assert len(tables[0].splitlines()) == 1 + len(broken)
+    assert " at 0x" not in tables[0]
+
+
 def test_skip_bad_leaves_out_names_that_storage_refuses(source, tmp_path):
     decomposed = "fu\u0308nf"  # as macOS writes the name of a u with diaeresis
     _make_pair(source, decomposed, 30)
