@@ -331,25 +331,25 @@ def _decoding(data: bytes, *, name: str) -> Iterator[None]:
     """Turns whatever a decoder raises on broken bytes into one ContentError that names the file."""
     from PIL import UnidentifiedImageError
 
-    try:
-        # Pillow warns of odd but harmless tags; anything that harms the pixels is an error of its.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")
+    # Pillow warns of odd but harmless tags; anything that harms the pixels is an error of its.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        try:
             yield
-    except (ContentError, MemoryError):
-        raise
-    # Broken files make Pillow raise OSError, SyntaxError, ValueError, struct.error, KeyError and
-    # more; nothing in this block does anything but decode these bytes.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # its text has the address of the stream
-            reason = "no decoder knows it"
-        if data.startswith(_SIGNATURES):
-            reason = ": ".join(filter(None, (tiff_kind(data), reason)))
-            reason = f"the picture is cut off or damaged, or of a kind that is not read ({reason})"
-        elif isinstance(error, UnidentifiedImageError):
-            reason = f"not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file"
-        raise ContentError(f"{name}: {reason}; replace the file") from error
+        except (ContentError, MemoryError):
+            raise
+        # Broken files make Pillow raise OSError, SyntaxError, ValueError, struct.error, KeyError
+        # and more; nothing in this block does anything but decode these bytes.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, UnidentifiedImageError):  # it names our stream, not the file
+                reason = "no decoder knows it"
+            if data.startswith(_SIGNATURES):
+                why = ": ".join(filter(None, (tiff_kind(data), reason)))
+                reason = f"the picture is cut off or damaged, or of a kind that is not read ({why})"
+            elif isinstance(error, UnidentifiedImageError):
+                reason = f"not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file"
+            raise ContentError(f"{name}: {reason}; replace the file") from error
 
 
 def _open(data: bytes, *, name: str, max_pixels: int) -> "Image.Image":

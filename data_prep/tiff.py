@@ -235,7 +235,7 @@ class Tiff:
     def _read_kind(self) -> Kind:
         width, height = self._value(_WIDTH, 0), self._value(_HEIGHT, 0)
         if min(width, height) < 1:
-            raise ValueError("the tags are cut off or lack the size")
+            raise ValueError("the tags lack the size")
         return Kind(
             order="<" if self._data.startswith(b"II") else ">",
             width=width,
@@ -250,7 +250,7 @@ class Tiff:
             tile_width=self._value(_TILE_WIDTH, 0),
             tile_height=self._value(_TILE_HEIGHT, 0),
             orientation=self._value(_ORIENTATION, 1),
-            has_more_frames=self._tags.next not in (0, self._tags.offset),
+            has_more_frames=self._tags.next != 0,
         )
 
     def _restated(self, tags: dict[int, tuple[int, ...]]) -> bytes:
@@ -305,4 +305,6 @@ def _read_directory(data: bytes) -> "ImageFileDirectory_v2":
     file = io.BytesIO(data)
     file.seek(tags.next)
     tags.load(file)
+    if tags.next == tags.offset:  # as it was before: Pillow warns of an early end, and goes on
+        raise ValueError("the tags are cut off")
     return tags

@@ -187,6 +187,13 @@ def test_read_image_refuses_a_restated_tiff_that_is_cut_off(kind: str, planar: s
             assert " at 0x" not in str(caught.value)
 
 
+def test_read_image_says_that_the_tags_of_a_tiff_are_cut_off() -> None:
+    data, _ = tiff_of(16, "grey+alpha")
+    for end in (8, 9, 100):
+        with pytest.raises(ContentError, match=r"^a: .*not read \(the tags are cut off\); replace"):
+            read_image(data[:end], name="a")
+
+
 @pytest.mark.parametrize(("kind", "planar"), RESTATED[:2])
 def test_read_image_of_a_damaged_restated_tiff_is_pixels_or_a_content_error(
     kind: str, planar: str
