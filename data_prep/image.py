@@ -6,8 +6,8 @@ Decoding rules, the same for pictures and masks:
 - The format is found by content, never by extension: PNG, JPEG, TIFF or BMP.
 - The header is checked before any pixel is decoded: size, one frame, upright.
 - Alpha is dropped, not composited: the colours below it are data, no background is invented.
-- A palette stands for its colours. CMYK and YCbCr become RGB. 1-, 2- and 4-bit grey is scaled to
-  0..255, as the formats define it, so 1-bit gives 0 and 255.
+- A palette stands for its colours, of 8 bits. CMYK and YCbCr become RGB. 1-, 2- and 4-bit grey is
+  scaled to 0..255, as the formats define it, so 1-bit gives 0 and 255.
 - 16-bit values are kept as they are, grey or colour. Signed, float and 32-bit values are refused.
 - An EXIF orientation other than upright is refused: whether the mask of such a picture was drawn on
   the turned or on the stored picture cannot be known, and a wrong guess would go unnoticed.
