@@ -4,6 +4,7 @@ Ray's own lines stay out of the terminal where it has an option for that. This m
 what the workers do.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ import secrets
 import signal
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 PASSED_ON = ("STORAGE_EMULATOR_HOST",)
 
 _TICK_S = 0.1
+_NODES_TICK_S = 0.5
 _PATIENCE_S = 10.0  # with a start of Ray that is no longer wanted
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 120.0  # a worker process may have to start, and import from a slow disk
@@ -113,9 +116,44 @@ def require_places(demand: Demand, num_workers: int = 1) -> dict[str, int]:
     if total < num_workers:
         raise UsageError(
             f"{counted(num_workers, 'worker')} of {demand} each, and the cluster has room for "
-            f"{total}: {_described_nodes()}; ask for less or add nodes"
+            f"{total}: {_described_nodes()}; ask for less, add nodes, or "
+            "give --wait-for-nodes"
         )
     return found
+
+
+def wait_for_places(demand: Demand, num_workers: int, timeout_s: float) -> None:
+    """Waits until the cluster has room for `num_workers`; its autoscaler is told of them.
+
+    Raises:
+        FlexUNetError: there is none within `timeout_s`.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    if sum(places(demand).values()) >= num_workers:
+        return
+    logger.warning(
+        "the cluster has no room for %s of %s each (%s); waiting for %g s (--join-timeout)",
+        *(counted(num_workers, "worker"), demand, _described_nodes() or "no node", timeout_s),
+    )
+    # Ray's autoscaler counts only what tasks ask for, and none is submitted yet.
+    needs = {"CPU": demand.num_cpus, "GPU": demand.num_gpus, "memory": demand.memory_bytes}
+    asked = {name: amount for name, amount in needs.items() if amount}
+    with contextlib.suppress(Exception):  # a cluster without an autoscaler
+        request_resources(bundles=[asked] * num_workers)
+    end = time.monotonic() + timeout_s
+    try:
+        while sum(places(demand).values()) < num_workers:
+            if time.monotonic() > end:
+                raise FlexUNetError(
+                    f"no room for {counted(num_workers, 'worker')} of {demand} each within "
+                    f"{timeout_s:g} s (--join-timeout): {_described_nodes() or 'no node'}; the "
+                    "same command tries again"
+                )
+            time.sleep(_NODES_TICK_S)
+    finally:
+        with contextlib.suppress(Exception):
+            request_resources(bundles=[])
 
 
 def described_shortage(demand: Demand, num_workers: int) -> str | None:

@@ -16,7 +16,7 @@ from data_prep.pool import Workers
 from data_prep.settings import Settings, option, validated
 from data_prep.storage import join_url
 from job.infer import InferConfig, infer, show_result
-from launcher.cluster import Demand, check_nodes, connected, require_places, widest
+from launcher.cluster import Demand, check_nodes, connected, require_places, wait_for_places, widest
 from launcher.executor import RayProcesses
 
 
@@ -37,6 +37,11 @@ class InferLaunchConfig(Settings):
     cpus_per_worker: int | None = option(
         None, "CPU cores of each process; none: as many as all of them can have.", ge=1
     )
+    wait_for_nodes: bool = option(
+        False,
+        "Wait until the cluster has nodes with room for --num-workers; none: for one.",
+    )
+    join_timeout: float = option(900.0, "Seconds for which it waits for nodes.", gt=0)
 
 
 @contextmanager
@@ -47,6 +52,7 @@ def process_workers(
 
     Raises:
         UsageError: the cluster has no room for them.
+        FlexUNetError: nor does it get room in time, where that is waited for.
     """
     with connected(settings.address, worker_logs=False):
         num_workers, demand = _size(settings)
@@ -59,6 +65,8 @@ def _size(settings: InferLaunchConfig) -> tuple[int, Demand]:
     """Returns how many workers there are, and what each takes."""
     num_gpus = settings.gpus_per_worker
     least = Demand(settings.cpus_per_worker or 1, num_gpus)
+    if settings.wait_for_nodes:
+        wait_for_places(least, settings.num_workers or 1, settings.join_timeout)
     found = require_places(least, settings.num_workers or 1)
     is_one_per_node = not num_gpus and settings.cpus_per_worker is None
     room = len(found) if is_one_per_node else sum(found.values())

@@ -15,7 +15,7 @@ from data_prep.interrupts import quiet_interrupts
 from data_prep.pool import Workers
 from data_prep.prep import PrepConfig, read_config, run, sources_of
 from data_prep.settings import Settings, option
-from launcher.cluster import Demand, check_nodes, connected
+from launcher.cluster import Demand, check_nodes, connected, wait_for_places
 from launcher.executor import RayExecutor
 
 
@@ -28,14 +28,18 @@ class PrepLaunchConfig(Settings):
     memory_per_worker: float | None = option(
         None, "Memory set aside for each worker, GB; none: as many as there are CPUs.", gt=0
     )
+    wait_for_nodes: bool = option(False, "Wait for nodes that the cluster does not have yet.")
+    join_timeout: float = option(900.0, "Seconds for which it waits for nodes.", gt=0)
 
 
 @contextmanager
 def task_workers(
-    address: str | None, demand: Demand, reads: Sequence[str], writes: Sequence[str]
+    settings: PrepLaunchConfig, demand: Demand, reads: Sequence[str], writes: Sequence[str]
 ) -> Iterator[Workers]:
     """Yields the tasks of a Ray cluster whose nodes all see the folders, see `check_nodes`."""
-    with connected(address, worker_logs=False):
+    with connected(settings.address, worker_logs=False):
+        if settings.wait_for_nodes:
+            wait_for_places(demand, 1, settings.join_timeout)
         check_nodes(demand, reads=reads, writes=writes)
         executor = RayExecutor(demand)
         yield Workers(executor, executor.num_workers)
@@ -60,6 +64,6 @@ def command(source: str, output: str, config_file: str | None, **options: Any) -
     config = read_config(config_file, options)
     demand = Demand(memory_bytes=int((settings.memory_per_worker or 0) * 1e9))
     folders = [url for each in sources_of(source, config) for url in (each.images, each.masks)]
-    workers = functools.partial(task_workers, settings.address, demand, folders, [output])
+    workers = functools.partial(task_workers, settings, demand, folders, [output])
     with quiet_interrupts():
         run(source, output, config, workers)

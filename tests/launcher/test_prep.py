@@ -14,7 +14,13 @@ from data_prep.phantom_release import write_release
 from data_prep.prep import PrepConfig, prepare, sources_of
 from data_prep.storage import open_store
 from tests.job.discs import write_discs
-from tests.launcher.conftest import PROJECT, Launch, RayCluster, ray_processes
+from tests.launcher.conftest import (
+    PROJECT,
+    Launch,
+    RayCluster,
+    ray_processes,
+    started_cluster,
+)
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +211,33 @@ def test_a_missing_source_is_told_before_a_cluster_is_sought(
     assert done.returncode == 2
     assert f"{tmp_path}/missing" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_that_is_scaled_to_zero_is_waited_for_where_that_is_asked(
+    flexunet: Launch, source: Path, tmp_path: Path
+) -> None:
+    with started_cluster({"head": 0}) as cluster:
+        arguments = launch(source, tmp_path / "cluster", "--address", cluster.address)
+        done = flexunet(*arguments)
+        assert done.returncode == 2
+        assert "add nodes, or give --wait-for-nodes" in done.stderr
+        done = flexunet(*arguments, "--wait-for-nodes", "--join-timeout", "1")
+        assert done.returncode == 1
+        assert "no room for 1 worker of 1 CPU, 0 GPUs each within 1 s" in done.stderr
+        infer = ["launch", "infer", *[str(tmp_path)] * 3, "--address", cluster.address]
+        options = flexunet(*infer, "--wait-for-nodes", "--join-timeout", "0")
+        assert "--join-timeout=0.0: input should be greater than 0" in options.stderr
+        with subprocess.Popen(
+            [sys.executable, "-m", "launcher.cli", *arguments, "--wait-for-nodes"],
+            cwd=PROJECT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as driver:
+            assert driver.stderr is not None
+            line = next(line for line in driver.stderr if "no room" in line)
+            assert "has 0 CPUs" in line
+            cluster.add_node("second")
+            rest = driver.stderr.read()
+        assert driver.returncode == 0, rest
+    assert objects(str(tmp_path / "cluster")) == prepared(source, tmp_path / "local")
