@@ -38,6 +38,8 @@ PASSED_ON = ("STORAGE_EMULATOR_HOST",)
 
 _TICK_S = 0.1
 _NODES_TICK_S = 0.5
+_SOCKET_BYTES = 107
+_LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 _PATIENCE_S = 10.0  # with a start of Ray that is no longer wanted
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 120.0  # a worker process may have to start, and import from a slow disk
@@ -80,7 +82,9 @@ def connected(address: str | None, *, worker_logs: bool = True) -> Iterator[None
     address, name = _resolved(address)
     is_local = address == "local"
     with _environment(_settings_of_ray(is_local)):
-        if not is_local:
+        if is_local:
+            _check_temporary_folder()
+        else:
             _check_answers(address, name)
         import ray
 
@@ -253,6 +257,26 @@ def _settings_of_ray(is_local: bool) -> dict[str, str]:
         # A new Ray asks for a token; without one it would put one into the home folder.
         settings["RAY_AUTH_TOKEN"] = _own_token()
     return {key: value for key, value in settings.items() if key not in os.environ}
+
+
+def _check_temporary_folder() -> None:
+    """Refuses a folder whose name leaves no room for those of Ray's sockets in it.
+
+    Source: unix(7): the path of a socket is at most 107 bytes.
+
+    Raises:
+        UsageError: names the variable that says where it is.
+    """
+    name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(each)), None)
+    if name is None:
+        return
+    folder = os.environ[name]
+    limit = _SOCKET_BYTES - len(_LONGEST_SOCKET.format(pid=os.getpid()))
+    if len(os.fsencode(folder.rstrip("/"))) > limit:
+        raise UsageError(
+            f"{name}={folder} is too long for the names of Ray's sockets: {limit} bytes at most; "
+            "set RAY_TMPDIR to a shorter folder of this machine, as /tmp"
+        )
 
 
 @functools.cache

@@ -71,6 +71,19 @@ def test_addresses_of_other_kinds_are_refused(
         cluster.connected(None).__enter__()
 
 
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_with_a_long_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv(name, f"/tmp/{'x' * 60}")
+    with pytest.raises(
+        UsageError, match=f"^{name}=/tmp/x+ is too long .* [34][0-9] bytes at most; set "
+    ):
+        cluster.connected(None).__enter__()
+
+
 def test_an_address_where_nothing_listens_is_one_line_within_seconds() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
