@@ -1195,6 +1195,12 @@ def _describe_cloud_error(
         if missing == "bucket" or "bucket does not exist" in text:
             return StorageError(f"cannot {action} {url}: bucket {bucket!r} does not exist")
         return NotFound(f"{url} does not exist")
+    key_file = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if isinstance(error, DefaultCredentialsError) and key_file:
+        return StorageError(
+            f"cannot {action} {url}: GOOGLE_APPLICATION_CREDENTIALS={key_file} holds none "
+            f"({text}); give the path of a key file, or unset it"
+        )
     if isinstance(error, DefaultCredentialsError):
         return StorageError(
             f"cannot {action} {url}: no Google Cloud credentials; run `gcloud auth "

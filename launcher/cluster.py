@@ -28,7 +28,7 @@ from data_prep.errors import FlexUNetError, UsageError
 from data_prep.pool import available_cores
 from data_prep.python_path import unsafe_folders
 from data_prep.stderr import held_back_stderr
-from data_prep.storage import Store, open_store
+from data_prep.storage import Store, open_source, open_store
 from data_prep.words import counted
 
 logger = logging.getLogger(__name__)
@@ -455,7 +455,7 @@ class _Witness:
 @contextmanager
 def _witnesses(reads: Sequence[str], writes: Sequence[str]) -> Iterator[list[_Witness]]:
     """Yields one witness for each local folder; where we write, one of a name nobody else has."""
-    found = [witness for url in reads if (witness := _first_object(open_store(url)))]
+    found = [witness for url in reads if (witness := _first_object(open_source(url)))]
     put: list[tuple[Store, str]] = []
     try:
         for store in (open_store(url) for url in writes):
@@ -479,7 +479,7 @@ def _first_object(store: Store) -> _Witness | None:
 def folder_problem(witnesses: Sequence[_Witness]) -> str | None:
     """Returns why this machine does not see the folders of the command's, None when it does."""
     for witness in witnesses:
-        stat = open_store(witness.url).stat(witness.name)
+        stat = open_source(witness.url).stat(witness.name)
         if stat is None or stat.size != witness.size:
             return (
                 f"{witness.url} is not the folder that this machine has there; use gs:// or a "

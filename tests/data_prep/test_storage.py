@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import re
 import ssl
 import subprocess
 import sys
@@ -978,3 +979,26 @@ def test_storage_is_imported_without_the_cloud_client() -> None:
     code = "import sys, data_prep.storage; print('google.cloud.storage' in sys.modules)"
     command = [sys.executable, "-c", code]
     assert subprocess.check_output(command, cwd=project, text=True) == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (None, "was not found"),
+        ('{"type":"service_account"', "not a valid json file"),
+        ('{"type":"service_account","project_id":"x"}', "missing fields .*client_email"),
+    ],
+)
+def test_a_wrong_key_file_is_named_with_its_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, fault: str
+) -> None:
+    import google.auth
+
+    path = tmp_path / "key.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
+    with pytest.raises(google.auth.exceptions.DefaultCredentialsError) as caught:
+        google.auth.default()
+    found = storage._describe_cloud_error(caught.value, "read", "gs://b/x", "b", "object")
+    assert re.search(f"GOOGLE_APPLICATION_CREDENTIALS={path} holds .*{fault}", str(found))

@@ -29,6 +29,7 @@ HEAVY = ("tensorflow", "keras", "ray", "google.cloud", "pyarrow", "matplotlib", 
 # Options that are numbers without a unit: shares, factors, exponents, strengths and seeds.
 UNITLESS = {
     "seed",
+    "random-streams",
     "off-map-limit",
     "ignore-id",
     "optimizer.learning-rate",
