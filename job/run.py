@@ -58,6 +58,7 @@ RESTORE = "restore the file, or train a run of another name"  # where one of the
 MAX_RECORD_BYTES = 1 << 20
 _MAX_LEASE_BYTES = 64 << 20  # version 0.1.0 added 40 bytes at every attempt
 MAX_MEMBERS = 64
+_NUM_SHOWN = 100  # attempts of which the lease says what they rested on
 _KEEP = "keep"  # in the state of a COMMIT.json: folders of other commits that this one needs
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]{0,127}")
 _FOLDER = re.compile(r"(checkpoints/step-(\d{8,18})/a(\d{1,9}))/([^/]+)")
@@ -900,23 +901,34 @@ def _next_lease(
     previous, generation = found
     candidates = _commits_on_chain(store, previous)
     attempt = previous.attempt + 1
-    bases = _bases_of(attempt, candidates)
+    bases = _bases_of(attempt, previous, candidates)
     lease = Lease(attempt=attempt, owner=owner, launch=launch, bases=bases)
     return lease, generation, candidates
 
 
-def _bases_of(attempt: int, candidates: Sequence[Place]) -> dict[int, str | None]:
-    """Returns the chain of a new attempt: itself and the attempts that its candidates are of.
+def _bases_of(attempt: int, previous: Lease, candidates: Sequence[Place]) -> dict[int, str | None]:
+    """Returns what each attempt rested on: of the newest ones, which people are shown, as it was.
 
-    Each rests on the newest candidate of an attempt before it. Attempts whose commits are all gone
-    are left out, so that the lease does not grow with every attempt.
+    Of older ones only those whose commits are still there are named, each with the newest candidate
+    before it, so that the lease does not grow with every attempt.
 
     Args:
         candidates: the commits on the chain of the attempt before, oldest first.
     """
     newest = {place.attempt: place.prefix for place in candidates}
-    on_chain = [*newest, attempt]
-    return {each: newest.get(before) for before, each in pairwise((0, *on_chain))}
+    bases = {n: base for n, base in previous.bases.items() if n > attempt - _NUM_SHOWN}
+    bases[attempt] = candidates[-1].prefix if candidates else None
+    older = [n for n in newest if n not in bases]
+    bases |= {n: newest.get(before) for before, n in pairwise((0, *older))}
+    # Where the chain leaves the newest ones, it goes on with those.
+    at = attempt
+    while (base := _FOLDER.fullmatch(f"{bases[at]}/{COMMIT_NAME}")) and int(base[3]) in bases:
+        if int(base[3]) >= at:
+            break  # damaged: `_is_on_chain` ends there too
+        at = int(base[3])
+    if base is not None and int(base[3]) < at:
+        bases[at] = newest[older[-1]] if older else None
+    return dict(sorted(bases.items()))
 
 
 def _commits_on_chain(store: Store, lease: Lease) -> list[Place]:

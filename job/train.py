@@ -40,7 +40,14 @@ from job.folds import cross_validate, fold_configs, own_process, show_folds
 from job.origin import check_origin
 from job.predict import Alive, not_told
 from job.report import REPORT_NAME, read_summary, renew_report, write_report
-from job.run import IDENTITY_NAME, RESTORE, Run, checked_run_name, differences
+from job.run import (
+    CROSS_VALIDATION_NAME,
+    IDENTITY_NAME,
+    RESTORE,
+    Run,
+    checked_run_name,
+    differences,
+)
 from job.schedule import stopped_early_words
 from job.splits import evaluated_words, open_folded
 from job.state import TrainState
@@ -607,7 +614,9 @@ def _resolved(
     place = {name: values[name] for name in _PLACE if name in values}
     found = validated(TrainConfig, place, where, typed=options)
     name = found.name or name_for(found)
-    stored = _stored_values(found.model_copy(update={"name": name}))
+    found = found.model_copy(update={"name": name})
+    stored = _stored_values(found)
+    _refuse_other_kind(found, is_new=stored is None)
     if stored is None:
         return validated(TrainConfig, {**values, "name": name}, where, typed=options)
     given = {**values, "name": name}
@@ -652,6 +661,30 @@ def _stored_values(place: TrainConfig) -> dict[str, Any] | None:
             values.pop(name, None)
         return values
     return None
+
+
+def _refuse_other_kind(place: TrainConfig, *, is_new: bool) -> None:
+    """Refuses a run in the folder of a cross-validation, and a cross-validation in that of a run.
+
+    Each would replace the report of the other.
+
+    Raises:
+        UsageError: says which of the two it is.
+    """
+    output = open_store(place.output)
+    run = output.below(str(place.name))
+    if place.folds is None and is_new:
+        first = output.below(f"{place.name}-fold-0")
+        identity = read_json(first, IDENTITY_NAME, RESTORE)
+        if identity is not None or run.stat(CROSS_VALIDATION_NAME) is not None:
+            number = identity["config"].get("folds", "N") if identity else "N"
+            raise UsageError(
+                f"{run.url} is a cross-validation: give --folds {number} to go on with it, or "
+                "another --name"
+            )
+    is_parent = place.folds is not None and place.fold is None
+    if is_parent and run.stat(IDENTITY_NAME) is not None:
+        raise UsageError(f"{run.url} is a run, and no cross-validation; give another --name")
 
 
 def _stored_yaml(run: Store) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,10 @@ from job.run import (
     Commit,
     Lease,
     LeaseTiming,
+    Place,
     Run,
+    _bases_of,
+    _is_on_chain,
     checked_run_name,
     commit_prefix,
     fetch_commit,
@@ -696,9 +700,10 @@ def test_owner_whose_renewals_end_by_a_bug_has_lost_the_run(
 
 @pytest.mark.parametrize("commits_every", [1, 3, 1000])
 def test_lease_of_many_attempts_stays_small(
-    commits_every: int, tmp_path: Path, by_lease: bool
+    commits_every: int, tmp_path: Path, by_lease: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attempts whose commits are gone leave nothing in it, and all that count are found."""
+    """Old attempts whose commits are gone leave nothing in it, and all that count are found."""
+    monkeypatch.setattr("job.run._NUM_SHOWN", 4)
     sizes = []
     for attempt in range(1, 16):
         with own(tmp_path, by_lease) as run:
@@ -711,9 +716,44 @@ def test_lease_of_many_attempts_stays_small(
                 )  # fmt: skip
                 run.collect_garbage(2)
         sizes.append((tmp_path / "run" / "lease.json").stat().st_size)
-    assert max(sizes) < 500
+    assert max(sizes) < 600
+    assert len(json.loads((tmp_path / "run" / "lease.json").read_text())["bases"]) <= 4 + 2
     steps = [place.step for place in find_commits(LocalStore(str(tmp_path / "run")))]
     assert steps == sorted({commits_every, 15 - commits_every, 15} & set(range(commits_every, 16)))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_bounded_lease_counts_the_commits_that_a_whole_one_does(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Histories of commits, falls back to older ones, late commits, and garbage collected."""
+    monkeypatch.setattr("job.run._NUM_SHOWN", 3)
+    draw = random.Random(seed)
+    lease = whole = Lease(attempt=1, owner="x", bases={1: None})
+    places: list[Place] = []
+    step = 0
+    for attempt in range(2, 40):
+        for _ in range(draw.randrange(3)):
+            step += draw.randrange(1, 4)
+            places.append(Place(attempt - 1, step, commit_prefix(step, attempt - 1)))
+        if attempt > 3 and draw.random() < 0.3:  # of one that had lost the run long ago
+            late = draw.randrange(1, attempt - 1)
+            places.append(Place(late, step + 50, commit_prefix(step + 50, late)))
+        candidates = sorted(p for p in places if _is_on_chain(whole, p))
+        assert candidates == sorted(p for p in places if _is_on_chain(lease, p))
+        base = candidates[-1].prefix if candidates else None
+        whole = Lease(attempt=attempt, owner="x", bases={**whole.bases, attempt: base})
+        bases = _bases_of(attempt, lease, candidates)
+        if len(candidates) > 1 and draw.random() < 0.3:  # the newest one is damaged
+            older = candidates[draw.randrange(len(candidates) - 1)].prefix
+            bases[attempt] = older
+            whole = Lease(attempt=attempt, owner="x", bases={**whole.bases, attempt: older})
+            step = int(older[17:25])
+        lease = Lease(attempt=attempt, owner="x", bases=bases)
+        assert len(bases) <= 3 + len({place.attempt for place in candidates})
+        kept = sorted(p for p in places if _is_on_chain(whole, p))
+        spared = {*kept[-2:], *draw.sample(kept, min(1, len(kept)))}
+        places = [p for p in places if p in spared or draw.random() < 0.2]
 
 
 def test_overgrown_lease_of_version_0_1_0_is_opened(tmp_path: Path) -> None:
@@ -725,7 +765,21 @@ def test_overgrown_lease_of_version_0_1_0_is_opened(tmp_path: Path) -> None:
     with own(tmp_path, by_lease=True) as run:
         assert run.attempt == num_attempts + 1
         commit(run, tmp_path, 10)
-    assert len(store.get("lease.json")) < 500
+    assert len(store.get("lease.json")) < 10_000
+
+
+def test_lease_says_what_the_newest_attempts_rested_on(tmp_path: Path) -> None:
+    """The report shows it, also of attempts whose commits are gone."""
+    expected: dict[int, str | None] = {}
+    newest = None
+    for attempt in range(1, 8):
+        with own(tmp_path) as run:
+            assert restored_step(run, tmp_path) == (attempt - 1 or None)
+            expected[attempt] = newest
+            newest = commit(run, tmp_path, attempt).prefix
+            run.collect_garbage(1)
+    bases = json.loads((tmp_path / "run" / "lease.json").read_text())["bases"]
+    assert {int(n): base for n, base in bases.items()} == expected
 
 
 def test_run_knows_no_tensorflow() -> None:

@@ -603,3 +603,21 @@ def test_an_identity_that_cannot_be_read_is_named(config: str, tmp_path: Path) -
     (tmp_path / "run" / "identity.json").write_text(text)
     with pytest.raises(ContentError, match=r"/run: its identity\.json and config\.yaml are no"):
         resolve_config(place, None)
+
+
+def test_a_run_and_a_cross_validation_never_share_a_folder(tmp_path: Path) -> None:
+    place = {"output": str(tmp_path), "data": "gs://b/data"}
+    fold = validated(TrainConfig, place | {"name": "cv-fold-0", "folds": 4, "fold": 0}, "test")
+    begin_run(tmp_path, "cv-fold-0", fold)
+    for options in (place, {"output": str(tmp_path)}):
+        with pytest.raises(UsageError, match=r"/cv is a cross-validation: give --folds 4 to go on"):
+            resolve_config(options | {"name": "cv"}, None)
+    (tmp_path / "pooled").mkdir()
+    (tmp_path / "pooled" / "cross_validation.json").write_text("{}")
+    with pytest.raises(UsageError, match="is a cross-validation: give --folds N"):
+        resolve_config(place | {"name": "pooled"}, None)
+    begin_run(tmp_path, "plain", validated(TrainConfig, place | {"name": "plain"}, "test"))
+    with pytest.raises(UsageError, match="/plain is a run, and no cross-validation"):
+        resolve_config(place | {"name": "plain", "folds": 3}, None)
+    assert resolve_config(place | {"name": "plain"}, None).name == "plain"
+    assert resolve_config(place | {"name": "cv", "folds": 4}, None).folds == 4
