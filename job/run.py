@@ -655,7 +655,10 @@ class _FileLock:
         except OSError:
             is_same = False
         if not is_same:
-            raise LockedError(f"{path} was removed while the run was going on; start it again")
+            raise LockedError(
+                f"{path}, or the whole folder, was removed while the run was going on; this "
+                "process stops, and the same command begins anew"
+            )
 
     def check(self) -> None:
         """The same: it asks no other machine."""

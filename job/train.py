@@ -122,7 +122,7 @@ def train_and_evaluate(
     if dataset is None:
         dataset = open_folded(config)
     _check_same(config, dataset, team)
-    outcome = team.on_first(lambda: earlier_outcome(config, run, dataset.digest))
+    outcome = team.on_first(lambda: _looked_for_outcome(config, run, dataset.digest))
     if outcome is not None:
         # It may have been evaluated anew since.
         team.on_first(lambda: renew_report(run.store) if run is not None else None)
@@ -227,6 +227,18 @@ def _told_of_peers(team: Team) -> Iterator[None]:
         ) from error
 
 
+def _looked_for_outcome(
+    config: TrainConfig, run: Run | None, dataset_digest: str
+) -> dict[str, Any] | None:
+    """Returns what `earlier_outcome` does; an attempt that is refused counts as no restart."""
+    assert run is not None  # noqa: S101 - only who owns it asks
+    try:
+        return earlier_outcome(config, run, dataset_digest)
+    except (UsageError, DivergedError):
+        run.note_end("looked")
+        raise
+
+
 def earlier_outcome(
     config: TrainConfig, run: Run | None, dataset_digest: str
 ) -> dict[str, Any] | None:
@@ -242,9 +254,10 @@ def earlier_outcome(
     assert run is not None  # noqa: S101 - only who owns it asks
     stored = run.read_identity()
     if stored is not None and stored["dataset_digest"] != dataset_digest:
+        begun_with = _stored_yaml(run.store).get("data", "not known any more")
         raise UsageError(
-            f"--data {config.data} is not the dataset with which run {run.url} was begun, which "
-            f"its config.yaml names, or was prepared anew since (sha256 of dataset.json: "
+            f"--data {config.data} is not the dataset with which run {run.url} was begun "
+            f"({begun_with}), or was prepared anew since (sha256 of dataset.json: "
             f"{stored['dataset_digest'][:12]}, now {dataset_digest[:12]}); give that dataset or "
             "another --name"
         )

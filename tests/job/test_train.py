@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -621,3 +622,17 @@ def test_a_run_and_a_cross_validation_never_share_a_folder(tmp_path: Path) -> No
         resolve_config(place | {"name": "plain", "folds": 3}, None)
     assert resolve_config(place | {"name": "plain"}, None).name == "plain"
     assert resolve_config(place | {"name": "cv", "folds": 4}, None).folds == 4
+
+
+def test_a_command_that_is_refused_is_no_restart(
+    finished: Any, one_cpu: Any, tmp_path: Path
+) -> None:
+    config, _, _ = finished
+    folder = tmp_path / "run"
+    shutil.copytree(Path(config.output) / "run", folder)
+    (folder / "outcome.json").unlink()
+    again = config.model_copy(update={"output": str(tmp_path), "seed": 5})
+    with pytest.raises(UsageError, match="--seed was 1234, now 5"):
+        train(again, one_cpu)
+    ends = read_ends(open_store(str(folder)))
+    assert ends[max(ends)] == {"end": "looked"}
