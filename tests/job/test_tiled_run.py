@@ -130,8 +130,9 @@ def test_training_tells_of_every_batch_of_windows(tiled_run: Path, tmp_path: Pat
     with Run.open(str(tmp_path), "again") as run:
         train_and_evaluate(config, run, device, report, lambda: False, None, alive)
     # 4 rows of 4 windows in batches of 2, for one picture after an epoch; for two of the test
-    # split when they are measured, and again when they are shown. The best weights are one piece.
-    assert told == {"end of epoch 1": 8, "evaluation": 1 + 2 * 8 + 2 * 8}
+    # split when they are measured, and again when they are shown. The best checkpoint is read in
+    # two pieces, its record and its weights.
+    assert told == {"end of epoch 1": 8, "evaluation": 2 + 2 * 8 + 2 * 8}
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
