@@ -113,7 +113,8 @@ def _measure(
                 last = time.perf_counter()
             state = TrainState(state.learning_rate, epoch=state.epoch + 1, step=state.step)
         outbox.flush()
-    step_s, busy_step_s = statistics.median(idle), statistics.median(busy)
+    # Where a checkpoint was stored within a step, that one alone was beside it.
+    step_s, busy_step_s = statistics.median(idle), statistics.median(busy or first)
     # A pair for each save; a step that was no slower than the others copied in no time.
     totals = [a + max(0.0, b - busy_step_s) for a, b in zip(waits, first, strict=True)]
     return {

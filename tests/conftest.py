@@ -7,6 +7,7 @@ that is not about that goes through `tests/faults/proxy.py`, which enforces them
 import itertools
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Its versions for protobuf 4 also tell when Google ends the support of this Python.
     """
+    # `nohup` and the background of a script let children ignore these, and tests send them.
+    for number, handler in (
+        (signal.SIGHUP, signal.SIG_DFL),
+        (signal.SIGINT, signal.default_int_handler),
+    ):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
     config.addinivalue_line("filterwarnings", "ignore:Please install grpcio-status:ImportWarning")
     config.addinivalue_line("filterwarnings", "ignore:You are using a Python version:FutureWarning")
 

@@ -133,7 +133,7 @@ SMOKES = [
         "normalization.py",
         ("--sides", "16", "--batch-sizes", "1", "--channels", "8", "--repeats", "1"),
         "normalization.json",
-        ("cases.0.errors.keras.gamma", "cases.0.time_over_keras.forward_backward.median"),
+        ("cases>0>errors>keras>gamma", "cases>0>time_over_keras>forward_backward>median"),
     ),
     Smoke("plot.py", (), "ratios.png"),
 ]
