@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import settings
 
 from tests.faults.proxy import BUCKET, FaultProxy, start_emulator
 
@@ -23,6 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Its versions for protobuf 4 also tell when Google ends the support of this Python.
     """
+    # How long an example takes says how busy the machine is.
+    settings.register_profile("suite", deadline=None)
+    settings.load_profile("suite")
     # `nohup` and the background of a script let children ignore these, and tests send them.
     for number, handler in (
         (signal.SIGHUP, signal.SIG_DFL),
