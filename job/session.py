@@ -89,14 +89,11 @@ class Session:
             if self.recorder is None:
                 return {}
             run, state = self.recorder.run, self.recorder.restore(alive)
-            known = as_record(
-                [
-                    self._initialize(run, alive)
-                    if state is None
-                    else read_origin(run.store, self.config)
-                ],
-                self.dataset,
-            )
+            if state is None:
+                origin = self._initialize(run, alive)
+            else:
+                origin = read_origin(run.store, self.config)
+            known = as_record([origin], self.dataset)
             return {"state": state, "attempt": run.attempt, "init_from": known}
 
         found = self.team.keep_alive(read, self.alive)[0]

@@ -599,16 +599,20 @@ def resolve_config(
     values = read_yaml(_read_text(file), file) if file else {}
     if file is not None:
         _check_preset(options, values, file)
-    config = _resolved(merged(values, options), file or "options", options, _named_after_data)
-    if config.data is None:
-        raise UsageError("no dataset: give --data DATASET, a folder or gs:// URL made by prep")
+    config = _resolved(
+        merged(values, options),
+        file or "options",
+        options,
+        lambda found: run_name(_data_of(found)),
+    )
+    _data_of(config)
     return _absolute(config)
 
 
-def _named_after_data(config: TrainConfig) -> str:
+def _data_of(config: TrainConfig) -> str:
     if config.data is None:
         raise UsageError("no dataset: give --data DATASET, a folder or gs:// URL made by prep")
-    return run_name(config.data)
+    return config.data
 
 
 def _resolved(
@@ -637,11 +641,15 @@ def _resolved(
         preset = validated(TrainConfig, {"preset": values["preset"]}, where, typed=options)
         given = merged(preset_values(preset), given)
     config = validated(TrainConfig, merged(stored, given), where, typed=options)
-    now, defaults = (identity_of(each, is_whole=True) for each in (config, TrainConfig()))
+    now, defaults = (
+        {**identity_of(each, is_whole=True), "epochs": each.epochs}
+        for each in (config, TrainConfig())
+    )
+    given_keys = dotted_keys(given)
     own = [
         f"{flag_of(key.split('.'))} {json.dumps(value)}"
-        for key, value in {**now, "epochs": config.epochs}.items()
-        if key not in dotted_keys(given) and value != {**defaults, "epochs": 100}[key]
+        for key, value in now.items()
+        if key not in given_keys and value != defaults[key]
     ]
     if own:
         url = join_url(config.output, name)
