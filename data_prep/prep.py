@@ -328,7 +328,8 @@ def prepare(
         if is_finished:
             manifest = _finished(work, items, refused)
         else:
-            manifest = _prepare(work, items, refused, _dataset_name(sources, config))
+            wanted = {source.split for source in sources if source.split is not None}
+            manifest = _prepare(work, items, refused, _dataset_name(sources, config), wanted)
     _warn_of_vanished(manifest)
     return manifest
 
@@ -349,7 +350,11 @@ class _Work:
 
 
 def _prepare(
-    work: _Work, items: Sequence[scan.Item], refused: list[tuple[str, str]], name: str
+    work: _Work,
+    items: Sequence[scan.Item],
+    refused: list[tuple[str, str]],
+    name: str,
+    wanted_splits: Collection[str],
 ) -> schema.Manifest:
     results = _scan(work, items)
     samples = [result for result in results if isinstance(result, scan.Scanned)]
@@ -361,6 +366,7 @@ def _prepare(
     if refused:
         # Now, because what follows may fail, and rejects.csv comes with the dataset.
         logger.warning("%s left out: %s", counted(len(refused), "file"), _named(refused))
+    _refuse_empty_splits(samples, wanted_splits)
     _refuse_all_empty(samples)
     assignment = _assign(samples, work.config)
     _warn_of_missing_classes(samples, assignment, work.config)
@@ -621,6 +627,20 @@ def _scan(work: _Work, items: Sequence[scan.Item]) -> list[scan.Scanned | scan.R
     except ContentError as error:
         raise ContentError(f"{error}; --skip-bad leaves such files out") from error
     return [result for chunk in results for result in chunk]
+
+
+def _refuse_empty_splits(samples: Sequence[scan.Scanned], wanted: Collection[str]) -> None:
+    """Refuses a source folder of a split of which no pair is left.
+
+    A dataset without it would look whole, and training would find nothing to validate on.
+    """
+    filled = {sample.split for sample in samples}
+    empty = [name for name in schema.SPLITS if name in wanted and name not in filled]
+    if empty:
+        raise ContentError(
+            f"no pair of {' and '.join(f'split {name}' for name in empty)} is usable, as the "
+            "files left out say; replace these files, or remove the folder of the split"
+        )
 
 
 def _refuse_all_empty(samples: Sequence[scan.Scanned]) -> None:

@@ -683,6 +683,24 @@ def test_ready_made_splits_are_kept_and_leaks_named(tmp_path):
     assert _prepare(tmp_path / "source", tmp_path / "out", allow_leaks=True).leaky
 
 
+@pytest.mark.parametrize("emptied", ["train", "valid", "test"])
+@pytest.mark.parametrize("way", ["broken image", "a double"])
+def test_a_ready_made_split_of_which_nothing_is_left_stops_prep(emptied, way, tmp_path):
+    for number, name in enumerate(("train", "valid", "test")):
+        for i in range(2):
+            _make_pair(tmp_path / "source" / name, f"{name}{i}", 10 * number + i)
+    folder = tmp_path / "source" / emptied
+    other = tmp_path / "source" / ("test" if emptied == "train" else "train")
+    for i in range(2):
+        if way == "broken image":
+            (folder / "images" / f"{emptied}{i}.png").write_bytes(b"\x89PNG broken")
+        else:
+            _make_pair(other, f"{emptied}{i}", 50 + i)
+    with pytest.raises(ContentError, match=f"no pair of split {emptied} is usable"):
+        _prepare(tmp_path / "source", tmp_path / "out", skip_bad=True)
+    assert not list((tmp_path / "out").glob("*.*"))
+
+
 def test_splits_and_folds_without_a_class_are_told(source, tmp_path, caplog):
     blank = np.zeros((16, 16), np.uint8)
     for i in range(1, 20):
