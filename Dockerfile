@@ -24,6 +24,7 @@ RUN uv sync --locked --no-default-groups --group current --no-install-project
 # Our own code alone, at the place of the others: a layer of megabytes where they have gigabytes.
 FROM uv AS package
 COPY README.md LICENSE ./
+COPY flexunet flexunet
 COPY data_prep data_prep
 COPY job job
 COPY launcher launcher

@@ -16,13 +16,13 @@ from typing import Any
 import click
 from machine import describe_machine, write_result
 
-from data_prep.pairs import find_sources
-from data_prep.phantoms import write_phantoms
-from data_prep.prep import PrepConfig, prepare
+from data_prep.phantoms.images import write_phantoms
+from data_prep.pipeline import PrepConfig, prepare
+from data_prep.sources.pairs import find_sources
 from job.config import ModelConfig, TrainConfig, identity_of
-from job.data import open_dataset
-from job.run import Run
-from job.team import Team
+from job.data.dataset import open_dataset
+from job.distributed.process_group import Team
+from job.runs.run import Run
 
 _STEPS = 100  # between two saves, for the share of time; fewer are enough to measure one
 
@@ -39,7 +39,7 @@ def main(
     output: str | None,
 ) -> None:  # fmt: skip
     """Measures the wait for checkpoints of the INbreast network."""
-    from job import runtime
+    from job.distributed import runtime
 
     with tempfile.TemporaryDirectory(prefix="flexunet-bench-") as folder:
         write_phantoms(f"{folder}/source", 20, image_size, 1)
@@ -75,8 +75,8 @@ def main(
 def _measure(
     config: TrainConfig, run: Run, strategy: Any, steps_per_save: int, saves: int
 ) -> dict[str, Any]:
-    from job.session import open_session
-    from job.state import TrainState
+    from job.training.state import TrainState
+    from job.training.trainer import open_session
 
     dataset = open_dataset(str(config.data))
     run.check_identity(identity_of(config), dataset.digest)

@@ -28,7 +28,7 @@ import click
 from machine import describe_machine, write_result
 
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
-from job.team import Place, Team
+from job.distributed.process_group import Place, Team
 
 WAYS = ("silent", "all_reduce", "planned")
 TABLE_WORKERS = (2, 4, 8, 16, 32, 64)
@@ -164,16 +164,16 @@ def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     ways = WAYS if num_workers <= len(cores) else WAYS[1:]
-    from job import runtime
+    from job.distributed import runtime
 
     tf = runtime.import_tensorflow()
     batch_size: int = network["batch_size"]
     config = TrainConfig(global_batch_size=num_workers * batch_size, threads=1)
     strategy = runtime.configure(config, place)
-    from job.exchange import make_plan, measured_flops_per_byte
+    from job.distributed.gradient_exchange import make_plan, measured_flops_per_byte
     from job.losses import make_loss
-    from job.optimizer import Adam
-    from job.step import make_train_step
+    from job.training.optimizer import Adam
+    from job.training.step import make_train_step
 
     told: dict[str, Any] = {}
     shape = (network["image_size"], network["image_size"])
@@ -232,7 +232,7 @@ def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
 
 def make_network(network: dict[str, Any]) -> Any:
     """Returns the INbreast network, or one of fewer levels."""
-    from job.model import build_model
+    from job.models.flexunet import build_model
 
     size = network["image_size"]
     return build_model(
@@ -255,10 +255,10 @@ def write_and_print_table(network: dict[str, Any], gflops: float) -> None:
 
     Nothing overlaps in this model: `kept` is the silent step over it plus the exchange.
     """
-    from job import runtime
+    from job.distributed import runtime
 
     runtime.import_tensorflow()
-    from job.exchange import make_plan
+    from job.distributed.gradient_exchange import make_plan
 
     model = make_network(network)
     flops_per_s = gflops * 1e9

@@ -37,14 +37,14 @@ import numpy as np
 from machine import describe_machine, write_result
 from step import Network
 
-from data_prep.errors import UsageError
-from data_prep.pairs import find_sources
-from data_prep.phantoms import write_phantoms
-from data_prep.prep import PrepConfig, prepare
-from data_prep.settings import merged, validated
-from data_prep.storage import open_store
+from data_prep.phantoms.images import write_phantoms
+from data_prep.pipeline import PrepConfig, prepare
+from data_prep.sources.pairs import find_sources
+from flexunet.errors import UsageError
+from flexunet.settings import merged, validated
+from flexunet.storage import open_store
 from job.config import LossName, ModelConfig, TrainConfig
-from job.run import Place, find_commits
+from job.runs.run import Place, find_commits
 
 PRECISIONS = tuple(
     name for name in get_args(TrainConfig.model_fields["precision"].annotation) if name != "auto"
@@ -139,7 +139,7 @@ class Section:
 
 def devices(section: Section) -> None:
     """Finds what TensorFlow computes on, and the versions of what is below it."""
-    from job import runtime
+    from job.distributed import runtime
 
     tf = runtime.import_tensorflow()
     gpus = tf.config.list_physical_devices("GPU")
@@ -208,7 +208,7 @@ def placement(section: Section) -> None:
 
 def precisions(section: Section) -> None:
     """Trains some steps in each precision: the loss stays finite, and how fast it is."""
-    from job import runtime
+    from job.distributed import runtime
 
     sizes, batch = section.sizes, 4
     tf = _configured(section, TrainConfig(global_batch_size=batch))
@@ -291,8 +291,8 @@ def input_alone(section: Section) -> None:
     """Measures the input without a network, up to the memory of the device."""
     from input import AUGMENTATION, Input, prepare_phantoms, timed
 
-    from job import runtime
-    from job.data import one_ahead, open_reader
+    from job.data.dataset import one_ahead, open_reader
+    from job.distributed import runtime
 
     sizes = section.sizes
     batch_size = max(sizes.batch_sizes)
@@ -321,7 +321,7 @@ def input_alone(section: Section) -> None:
 
 def resume(section: Section) -> None:
     """Kills a training with --deterministic, goes on, and compares it with one left alone."""
-    from job.checkpoint import OPTIMIZER_NAME, WEIGHTS_NAME
+    from job.runs.serialization import OPTIMIZER_NAME, WEIGHTS_NAME
 
     steps, steps_per_epoch, batch_size = section.sizes.steps, 10, 2
     with tempfile.TemporaryDirectory(prefix="flexunet-gpu-") as folder:
@@ -405,7 +405,7 @@ def _cases(sizes: Sizes) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _configured(section: Section, config: TrainConfig) -> Any:
     """Returns TensorFlow, set up as `train` does."""
-    from job import runtime
+    from job.distributed import runtime
 
     tf = runtime.import_tensorflow()
     runtime.configure(config)
@@ -417,8 +417,8 @@ def _session(
     section: Section, tf: Any, data: Any, device: str, change: Mapping[str, Any]
 ) -> Iterator[Any]:
     """Yields a small network in training on one device."""
-    from job.session import open_session
-    from job.team import Team
+    from job.distributed.process_group import Team
+    from job.training.trainer import open_session
 
     small = {
         "global_batch_size": 4,
@@ -440,7 +440,7 @@ def _session(
 
 
 def _first_step(session: Any) -> FirstStep:
-    from job.state import TrainState
+    from job.training.state import TrainState
 
     loss, _ = next(session.train_steps(TrainState(learning_rate=1e-4)))
     moments = session.optimizer.named_variables()
@@ -466,7 +466,7 @@ def _distances(found: FirstStep, expected: FirstStep) -> dict[str, float]:
 
 def _steps(session: Any, count: int) -> list[tuple[float, float]]:
     """Returns loss and seconds of `count` steps, epoch after epoch."""
-    from job.state import TrainState
+    from job.training.state import TrainState
 
     found: list[tuple[float, float]] = []
     state = TrainState(learning_rate=1e-4)
@@ -486,7 +486,7 @@ def _median_s(steps: Sequence[tuple[float, float]]) -> float:
 
 
 def _batches(session: Any) -> Iterator[Any]:
-    from job.data import distributed_batches, global_batches
+    from job.data.dataset import distributed_batches, global_batches
 
     split = session.dataset.split("train")
     plan = global_batches(np.arange(len(split)), session.config.global_batch_size)
@@ -497,7 +497,7 @@ def _batches(session: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _dataset(num_images: int, size: int, fractions: tuple[float, float, float]) -> Iterator[Any]:
-    from job.data import open_dataset
+    from job.data.dataset import open_dataset
 
     with tempfile.TemporaryDirectory(prefix="flexunet-gpu-") as folder:
         yield open_dataset(_prepared(folder, num_images, size, fractions))

@@ -16,11 +16,11 @@ import click
 from machine import describe_machine, shown, write_result
 from step import MATMUL_SIZE, convolution_flops, matmul_flops_per_s
 
-from data_prep.pairs import find_sources
-from data_prep.phantoms import write_phantoms
-from data_prep.prep import PrepConfig, prepare
-from data_prep.schema import MANIFEST_NAME, parse_manifest
-from data_prep.storage import open_store
+from data_prep.phantoms.images import write_phantoms
+from data_prep.pipeline import PrepConfig, prepare
+from data_prep.shards.schema import MANIFEST_NAME, parse_manifest
+from data_prep.sources.pairs import find_sources
+from flexunet.storage import open_store
 from job.config import ModelConfig, TrainConfig
 
 
@@ -36,13 +36,13 @@ def main(
     matmul_size: int,
 ) -> None:  # fmt: skip
     """Measures prediction of the reference's INbreast network."""
-    from job import runtime
+    from job.distributed import runtime
 
     tf = runtime.import_tensorflow()
     runtime.configure(TrainConfig(global_batch_size=batch_size))
     from job.infer import Chunk, InferConfig, _predict, _Predictor, find_images
-    from job.step import make_probability_step, network_of
-    from job.trained import model_for
+    from job.runs.loading import model_for
+    from job.training.step import make_probability_step, network_of
 
     with tempfile.TemporaryDirectory(prefix="flexunet-bench-") as folder:
         write_phantoms(f"{folder}/source", num_images, image_size, 1)

@@ -20,13 +20,13 @@ import numpy as np
 import psutil
 from machine import describe_machine, spread, write_result
 
-from data_prep.pairs import find_sources
-from data_prep.phantoms import write_phantoms
-from data_prep.prep import PrepConfig, prepare
-from data_prep.schema import decode_example
-from job.augment import AugmentationConfig, augment
+from data_prep.phantoms.images import write_phantoms
+from data_prep.pipeline import PrepConfig, prepare
+from data_prep.shards.schema import decode_example
+from data_prep.sources.pairs import find_sources
 from job.config import TrainConfig
-from job.data import (
+from job.data.augment import AugmentationConfig, augment
+from job.data.dataset import (
     Dataset,
     RecordReader,
     distributed_batches,
@@ -49,7 +49,7 @@ EPOCH_REPEATS = 2  # how often a long epoch takes each sample
 @click.option("--epochs", default=20, show_default=True, help="Epochs over which memory is seen.")
 def main(num_images: int, image_size: int, batch_size: int, repeats: int, epochs: int) -> None:
     """Measures, prints a table and writes `results/input.json`."""
-    from job import runtime
+    from job.distributed import runtime
 
     strategy = runtime.configure(TrainConfig(global_batch_size=batch_size))
     with tempfile.TemporaryDirectory() as work:
@@ -102,7 +102,7 @@ class Input:
     def batches(
         self, augmentation: AugmentationConfig | None, *, epoch: int, limit: int
     ) -> Iterator[Any]:
-        """Returns the batches of `limit` samples, made as `job/session.py` does."""
+        """Returns the batches of `limit` samples, made as `job/training/trainer.py` does."""
         order = sample_order(self.num_samples, seed=0, epoch=epoch, version=2)
         plan = global_batches(np.resize(order, limit), self.batch_size)
         return distributed_batches(

@@ -9,8 +9,8 @@ import warnings
 import click
 import numpy as np
 
-from job.metrics import dice, iou
-from job.surface import contour_distances, hausdorff, surface_dice
+from job.metrics.batch import dice, iou
+from job.metrics.surface_distance import contour_distances, hausdorff, surface_dice
 
 TOLERANCE = 1.0  # in the unit of the spacing
 DIVIDING = (0.05, 0.1, 0.2, 0.25, 0.5, 1.0)  # spacings with contours that lie on the tolerance

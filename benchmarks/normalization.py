@@ -28,7 +28,7 @@ GRADIENTS = ("inputs", "gamma", "beta")
 @click.option("--repeats", default=9, show_default=True, help="Turns; one more comes before them.")
 def main(sides: str, batch_sizes: str, channels: int, repeats: int) -> None:
     """Measures errors and times of group and batch normalisation."""
-    from job import runtime
+    from job.distributed import runtime
 
     runtime.import_tensorflow()
     runtime.configure(TrainConfig())
@@ -86,7 +86,7 @@ def running(name: str, shape: tuple[int, ...], whose: str) -> tuple[Any, Any]:
     import keras
     import tensorflow as tf
 
-    from job import normalization
+    from job.models import normalization
 
     module = keras.layers if whose == "keras" else normalization
     if name == "group":

@@ -28,7 +28,7 @@ NUM_WEIGHTS = 40  # about as many as FlexUNet has
 @click.option("--repeats", default=7, show_default=True, help="Turns; one more comes before them.")
 def main(parameters: float, repeats: int) -> None:
     """Measures the update of Adam with clipped values."""
-    from job import runtime
+    from job.distributed import runtime
 
     tf = runtime.import_tensorflow()
     runtime.configure(TrainConfig())
@@ -77,7 +77,7 @@ def updating(tf: Any, rows: int, *, is_keras: bool) -> Callable[[], object]:
     """Returns what updates `NUM_WEIGHTS` weights of `rows` x `COLUMNS` once."""
     import keras
 
-    from job.optimizer import Adam
+    from job.training.optimizer import Adam
 
     weights = [keras.Variable(np.zeros((rows, COLUMNS), np.float32)) for _ in range(NUM_WEIGHTS)]
     gradients = [tf.random.stateless_normal((rows, COLUMNS), (5, i)) for i in range(NUM_WEIGHTS)]

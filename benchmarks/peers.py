@@ -36,11 +36,11 @@ import numpy as np
 from input import Input, prepare_phantoms
 from machine import describe_machine, shown, spread, write_result
 
-from data_prep.image import read_image, read_mask_pixels
-from data_prep.pool import available_cores
-from data_prep.schema import decode_example, unframe_record
+from data_prep.imaging.codecs import read_image, read_mask_pixels
+from data_prep.shards.schema import decode_example, unframe_record
+from flexunet.process_pool import available_cores
 from job.config import TrainConfig
-from job.data import open_dataset, open_reader
+from job.data.dataset import open_dataset, open_reader
 
 OURS = "flexunet"
 KEYS = ("image/encoded", "image/segmentation/class/encoded")
@@ -78,7 +78,7 @@ class Way:
 
 def open_ours(samples: Samples) -> Epoch:
     """The input of training."""
-    from job import runtime
+    from job.distributed import runtime
 
     strategy = runtime.configure(TrainConfig(global_batch_size=samples.batch_size))
     dataset = open_dataset(samples.dataset)
@@ -95,7 +95,7 @@ def open_ours(samples: Samples) -> Epoch:
 
 def open_tfrecord(samples: Samples, *, autotune: bool) -> Epoch:
     """The pipeline of TensorFlow's performance guide over the same shards."""
-    from job import runtime
+    from job.distributed import runtime
 
     runtime.configure(TrainConfig(global_batch_size=samples.batch_size))
     import tensorflow as tf

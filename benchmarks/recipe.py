@@ -17,14 +17,14 @@ from typing import Any
 import click
 from machine import RESULTS, describe_machine, write_result
 
-from data_prep.pairs import find_sources
-from data_prep.phantoms import write_phantoms
-from data_prep.prep import PrepConfig, prepare
-from data_prep.settings import merged, validated
+from data_prep.phantoms.images import write_phantoms
+from data_prep.pipeline import PrepConfig, prepare
+from data_prep.sources.pairs import find_sources
+from flexunet.settings import merged, validated
 from job.config import TrainConfig
-from job.data import open_dataset
-from job.state import TrainState
-from job.team import Team
+from job.data.dataset import open_dataset
+from job.distributed.process_group import Team
+from job.training.state import TrainState
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -60,7 +60,7 @@ def trained(data: str, num_steps: int, seed: int, arm: dict[str, Any]) -> float:
     """
     import tensorflow as tf
 
-    from job.session import open_session
+    from job.training.trainer import open_session
 
     dataset = open_dataset(data)
     epochs = max(1, round(num_steps / -(-len(dataset.split("train")) // BATCH_SIZE)))

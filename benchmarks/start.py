@@ -17,9 +17,9 @@ from pathlib import Path
 import click
 from machine import describe_machine, shown, write_result
 
-from data_prep.pairs import find_sources
-from data_prep.phantoms import write_phantoms
-from data_prep.prep import PrepConfig, prepare
+from data_prep.phantoms.images import write_phantoms
+from data_prep.pipeline import PrepConfig, prepare
+from data_prep.sources.pairs import find_sources
 
 COMMAND = """
 import os
@@ -43,10 +43,10 @@ size, levels = map(int, sys.argv[1:])
 tf = runtime.import_tensorflow()
 strategy = runtime.configure(TrainConfig())
 from job.losses import make_loss
-from job.metrics import reference_metrics
-from job.model import build_model
-from job.optimizer import Adam
-from job.step import make_train_step
+from job.metrics.batch import reference_metrics
+from job.models.flexunet import build_model
+from job.training.optimizer import Adam
+from job.training.step import make_train_step
 
 with strategy.scope():
     model = build_model(

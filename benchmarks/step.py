@@ -4,7 +4,7 @@
 
 Four ways of training the same network, each in a process of its own, one after the other:
 
-ours       the step of `job/step.py`
+ours       the step of `job/training/step.py`
 naive      a `tf.function` with a tape, Keras' loss and Keras' Adam
 reference  as the reference implementation trains: Keras' `fit` and Adam, one intra-op
            thread, float32
@@ -34,8 +34,8 @@ import numpy as np
 from machine import describe_machine, shown, write_result
 
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
-from job.runtime import supports_bfloat16
-from job.team import Team
+from job.distributed.process_group import Team
+from job.distributed.runtime import supports_bfloat16
 
 WAYS = ("ours", "naive", "reference", "pinned")
 LAYER_REPEATS = 3
@@ -191,14 +191,14 @@ class Network:
 
     def configure(self) -> None:
         """Sets TensorFlow up as `train` does."""
-        from job import runtime
+        from job.distributed import runtime
 
         self.tf = runtime.import_tensorflow()
         self.strategy = runtime.configure(self.config)
 
     def model(self) -> Any:
         """Returns it, giving logits."""
-        from job.model import build_model
+        from job.models.flexunet import build_model
 
         size = self.image_size
         return build_model(
@@ -210,7 +210,7 @@ class Network:
         """Returns it as others write it: Keras' dropout, giving probabilities."""
         import keras
 
-        from job.dropout import SampleDropout
+        from job.models.dropout import SampleDropout
 
         def cloned(layer: Any) -> Any:
             if isinstance(layer, SampleDropout):
@@ -237,12 +237,12 @@ class Network:
 
     def ours(self, repeats: int) -> dict[str, Any]:
         """Measures the step of this package."""
-        from job.loss_scale import loss_scale_for
         from job.losses import make_loss
-        from job.metrics import reference_metrics
-        from job.optimizer import Adam
-        from job.session import uses_xla
-        from job.step import make_train_step
+        from job.metrics.batch import reference_metrics
+        from job.training.loss_scale import loss_scale_for
+        from job.training.optimizer import Adam
+        from job.training.step import make_train_step
+        from job.training.trainer import uses_xla
 
         tf = self.tf
         with self.strategy.scope():
@@ -349,7 +349,7 @@ class Network:
         Args:
             is_first: nothing before it is trained, so its input needs no gradient.
         """
-        from job.dropout import sample_keys
+        from job.models.dropout import sample_keys
 
         tf = self.tf
         given = layer.input if isinstance(layer.input, list) else [layer.input]

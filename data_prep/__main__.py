@@ -2,7 +2,7 @@
 
 import sys
 
-from data_prep.prep import main
+from data_prep.pipeline import main
 
 if __name__ == "__main__":
     sys.exit(main())

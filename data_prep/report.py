@@ -14,10 +14,10 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from data_prep.colormap import ClassColor
-from data_prep.image import encode_png
-from data_prep.table import csv_table
-from data_prep.words import legible
+from data_prep.imaging.codecs import encode_png
+from data_prep.imaging.masks import ClassColor
+from flexunet.tables import csv_table
+from flexunet.text import legible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

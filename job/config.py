@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from data_prep.errors import ContentError, UsageError
-from data_prep.settings import Settings, fields_of, merged, option, validated
-from job.augment import AugmentationConfig
+from flexunet.errors import ContentError, UsageError
+from flexunet.settings import Settings, fields_of, merged, option, validated
+from job.data.augment import AugmentationConfig
 
 # A form that every storage and cluster takes.
 RUN_NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import click
 
-from data_prep.command import PATH, SettingsCommand, run_command
-from data_prep.errors import FlexUNetError
-from data_prep.pool import cgroup_memory_bytes, usable_cores
+from flexunet.cli.options import PATH, SettingsCommand, run_command
+from flexunet.errors import FlexUNetError
+from flexunet.process_pool import cgroup_memory_bytes, usable_cores
 
 _GIB = 2**30
 # TensorFlow with a small network needs about 2 GiB; the INbreast network with Adam about 6.
@@ -102,7 +102,7 @@ def python_check(version: tuple[int, ...], system: str) -> Check:
 
 def tensorflow_checks() -> list[Check]:
     """Returns the checks that need TensorFlow: its version, GPU and precision."""
-    from job.runtime import import_tensorflow, resolve_precision
+    from job.distributed.runtime import import_tensorflow, resolve_precision
 
     try:
         tf = import_tensorflow()
@@ -157,7 +157,7 @@ def disk_check(name: str, folder: str) -> Check:
 
 def bucket_check(url: str) -> Check:
     """Returns whether `url` can be written, read and deleted from here."""
-    from data_prep.storage import open_store, probe_writable
+    from flexunet.storage import open_store, probe_writable
 
     try:
         probe_writable(open_store(url))

@@ -19,17 +19,19 @@ import click
 import numpy as np
 from pydantic import model_validator
 
-from data_prep.command import PATH, SettingsCommand, from_options, run_command, settings_options
-from data_prep.errors import StoppedError, UsageError
-from data_prep.image import Geometry, undo_geometry
-from data_prep.interrupts import quiet_interrupts
-from data_prep.progress import Progress
-from data_prep.settings import option
-from data_prep.storage import Store, open_store
-from data_prep.table import csv_table
-from data_prep.words import counted
+from data_prep.imaging.codecs import Geometry, undo_geometry
+from flexunet.cli.interrupts import quiet_interrupts
+from flexunet.cli.options import PATH, SettingsCommand, from_options, run_command, settings_options
+from flexunet.errors import StoppedError, UsageError
+from flexunet.json_files import read_json
+from flexunet.progress import Progress
+from flexunet.settings import option
+from flexunet.storage import Store, open_store
+from flexunet.tables import csv_table
+from flexunet.text import counted
 from job.config import TrainConfig
-from job.data import (
+from job.data.cases import Picture, pictures_of, read_picture
+from job.data.dataset import (
     Dataset,
     RecordReader,
     Split,
@@ -38,10 +40,23 @@ from job.data import (
     open_dataset,
     open_reader,
 )
-from job.fit import num_outputs
-from job.history import evaluation_csv
-from job.lesions import MIN_PIXELS
-from job.measures import (
+from job.data.folds import open_folded, split_words
+from job.inference.predict import (
+    Alive,
+    Ids,
+    PredictConfig,
+    Probabilities,
+    area_scale,
+    class_ids,
+    class_ids_at_source,
+    not_told,
+    probabilities_of,
+    window_overlap,
+    without_small,
+)
+from job.inference.region_filter import FILE_NAME, ClassFit, FittedOn, RegionTally, SmallRegions
+from job.metrics.lesions import MIN_PIXELS
+from job.metrics.per_case import (
     SIZES,
     TRUTHS,
     Case,
@@ -59,26 +74,11 @@ from job.measures import (
     titled_sizes,
     without_ignored,
 )
-from job.origin import as_record, read_origin
-from job.pictures import Picture, pictures_of, read_picture
-from job.predict import (
-    Alive,
-    Ids,
-    PredictConfig,
-    Probabilities,
-    area_scale,
-    class_ids,
-    class_ids_at_source,
-    not_told,
-    probabilities_of,
-    window_overlap,
-    without_small,
-)
-from job.regions import FILE_NAME, ClassFit, FittedOn, RegionTally, SmallRegions
-from job.run import standing
-from job.splits import open_folded, split_words
-from job.stored import read_json
-from job.trained import TrainedRun, load_model, member_of, open_alike
+from job.models.compatibility import num_outputs
+from job.runs.history import evaluation_csv
+from job.runs.loading import TrainedRun, load_model, member_of, open_alike
+from job.runs.provenance import as_record, read_origin
+from job.runs.run import standing
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class Evaluator:
         Raises:
             StoppedError: `should_stop` answered yes.
         """
-        from job.metrics import RunningSums
+        from job.metrics.batch import RunningSums
 
         split = self.dataset.split(name)
         plan = global_batches(np.arange(len(split)), self.config.global_batch_size)
@@ -237,7 +237,7 @@ class Evaluator:
 
         Every process of a team does all of it: the others would only wait for the first.
         """
-        from job.metrics import confusion_counts
+        from job.metrics.batch import confusion_counts
 
         manifest = self.dataset.manifest
         cases: dict[str, list[Case]] = {size: [] for size in SIZES}
@@ -264,7 +264,7 @@ class Evaluator:
 
         For who stores them: they are predicted again, as measuring keeps no masks.
         """
-        from job import plots
+        from job.reporting import plots
 
         classes = self.dataset.manifest.classes
         found = {}
@@ -315,7 +315,7 @@ def make_evaluator(
     max_images_at_once: int | None = None,
     first_replica: int = 0,
 ) -> Evaluator:
-    """Returns the evaluator of a network, see `job.step.network_of`.
+    """Returns the evaluator of a network, see `job.training.step.network_of`.
 
     Args:
         network: of models that were made in the scope of `strategy`.
@@ -327,8 +327,8 @@ def make_evaluator(
         UsageError: the loss does not fit the dataset's classes, or the overlap its tiles.
     """
     from job.losses import make_loss
-    from job.metrics import reference_metrics
-    from job.step import make_evaluation_step, make_probability_step
+    from job.metrics.batch import reference_metrics
+    from job.training.step import make_evaluation_step, make_probability_step
 
     manifest = dataset.manifest
     loss = make_loss(
@@ -366,7 +366,7 @@ def means_of(running: Any, metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _summary(name: str, cases: np.ndarray, means: Mapping[str, float], dataset: Dataset) -> Any:
-    from job.metrics import summarize
+    from job.metrics.batch import summarize
 
     values = {name: value if math.isfinite(value) else None for name, value in means.items()}
     summary = {
@@ -445,7 +445,7 @@ def write_evaluation(target: Store, evaluation: Evaluation, evaluator: Evaluator
 
 
 def _per_case_csv(evaluation: Evaluation, dataset: Dataset) -> str:
-    from job.metrics import scores
+    from job.metrics.batch import scores
 
     names = [each.name for each in dataset.manifest.classes]
     measures = scores(evaluation.counts)  # by name, (cases, classes)
@@ -495,7 +495,7 @@ def _example_cases(counts: np.ndarray) -> list[tuple[str, int, float | None]]:
     A case without foreground in truth and prediction has no Dice and is shown only where all have
     none.
     """
-    from job.metrics import dice
+    from job.metrics.batch import dice
 
     tp, fp, fn = (counts[:, 1:, i].sum(axis=1) for i in range(3))
     scores = dice(tp, fp, fn)
@@ -664,7 +664,7 @@ def evaluate_run(
     Raises:
         UsageError: no such split, or an ensemble without a place for its evaluation.
     """
-    from job.step import network_of
+    from job.training.step import network_of
 
     settings = resolve_config(run, config)
     split = dataset.split(config.split)
@@ -856,7 +856,7 @@ def command(run: str, **options: Any) -> int:
             )
         if dataset.manifest.geometry == "tile":
             window_overlap(dataset.manifest, config.overlap, trained.config.window_overlap)
-        from job import runtime
+        from job.distributed import runtime
 
         if config.needs_gpu:
             runtime.require_gpu()

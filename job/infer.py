@@ -22,10 +22,7 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from data_prep.command import PATH, SettingsCommand, from_options, run_command, settings_options
-from data_prep.dicom import DICOM_ENDINGS, is_dicom, read_dicom
-from data_prep.errors import ContentError, StorageError, UsageError
-from data_prep.image import (
+from data_prep.imaging.codecs import (
     DEFAULT_MAX_PIXELS,
     Geometry,
     apply_geometry,
@@ -33,13 +30,17 @@ from data_prep.image import (
     read_image,
     undo_geometry,
 )
-from data_prep.interrupts import quiet_interrupts
-from data_prep.pairs import IMAGE_ENDINGS
-from data_prep.pool import OpenWorkers, available_cores, in_order
-from data_prep.progress import Progress
-from data_prep.schema import Manifest
-from data_prep.settings import flag_of, option
-from data_prep.storage import (
+from data_prep.imaging.dicom import DICOM_ENDINGS, is_dicom, read_dicom
+from data_prep.imaging.tiles import starts
+from data_prep.shards.schema import Manifest
+from data_prep.sources.pairs import IMAGE_ENDINGS
+from flexunet.cli.interrupts import quiet_interrupts
+from flexunet.cli.options import PATH, SettingsCommand, from_options, run_command, settings_options
+from flexunet.errors import ContentError, StorageError, UsageError
+from flexunet.process_pool import OpenWorkers, available_cores, in_order
+from flexunet.progress import Progress
+from flexunet.settings import flag_of, option
+from flexunet.storage import (
     Forbidden,
     NotFound,
     Store,
@@ -50,10 +51,9 @@ from data_prep.storage import (
     open_source,
     open_store,
 )
-from data_prep.table import csv_table
-from data_prep.tiles import starts
-from data_prep.words import legible
-from job.predict import (
+from flexunet.tables import csv_table
+from flexunet.text import legible
+from job.inference.predict import (
     Flips,
     Ids,
     PredictConfig,
@@ -66,8 +66,8 @@ from job.predict import (
     window_overlap,
     without_small,
 )
-from job.regions import read_min_pixels
-from job.trained import (
+from job.inference.region_filter import read_min_pixels
+from job.runs.loading import (
     Member,
     TrainedRun,
     find_checkpoint,
@@ -469,12 +469,12 @@ def _kept_predictor(members: tuple[Member, ...], flips: Flips, *, needs_gpu: boo
 
 
 def _load_predictor(members: Sequence[Member], flips: Flips, *, needs_gpu: bool) -> _Predictor:
-    from job.runtime import import_tensorflow, require_gpu
+    from job.distributed.runtime import import_tensorflow, require_gpu
 
     import_tensorflow()
     if needs_gpu:
         require_gpu()
-    from job.step import make_probability_step, network_of
+    from job.training.step import make_probability_step, network_of
 
     runs = [open_trained(member.run) for member in members]
     models = [_model_of(run, member) for run, member in zip(runs, members, strict=True)]
@@ -631,7 +631,7 @@ def _mask_at_source(found: np.ndarray, geometry: Geometry, min_pixels: Sequence[
 
 
 def _write_picture(picture: _Picture, ids: Ids, manifest: Manifest, output: Store) -> None:
-    from job import plots
+    from job.reporting import plots
 
     name = mask_name(picture.name)
     if picture.preview is not None:

@@ -25,8 +25,8 @@ from typing import TypeAlias
 
 import tensorflow as tf
 
-from data_prep.errors import UsageError
-from data_prep.settings import suggestion
+from flexunet.errors import UsageError
+from flexunet.settings import suggestion
 from job.config import SSIM_SIZE, check_class_weights, check_ssim_sides
 
 GlobalSum: TypeAlias = Callable[[tf.Tensor], tf.Tensor]

@@ -18,10 +18,7 @@ from typing import Any
 
 import click
 
-from data_prep.command import PATH, SettingsCommand, run_command
-from data_prep.errors import ContentError, LockedError, StorageError, UsageError
-from data_prep.interrupts import quiet_interrupts
-from data_prep.schema import (
+from data_prep.shards.schema import (
     GROUPS_BY_FILE,
     GROUPS_UNKNOWN,
     MANIFEST_NAME,
@@ -29,17 +26,33 @@ from data_prep.schema import (
     ReducedInfo,
     parse_manifest,
 )
-from data_prep.settings import read_yaml
-from data_prep.storage import NotFound, Store, join_url, open_store
-from data_prep.words import counted
+from flexunet.cli.interrupts import quiet_interrupts
+from flexunet.cli.options import PATH, SettingsCommand, run_command
+from flexunet.errors import ContentError, LockedError, StorageError, UsageError
+from flexunet.json_files import evaluate_again, read_json, read_table
+from flexunet.settings import read_yaml
+from flexunet.storage import NotFound, Store, join_url, open_store
+from flexunet.text import counted
+from job.data.folds import fold_words
+from job.distributed.watchdog import STACKS_FOLDER
 from job.evaluate import counted_cases, has_foreground, no_foreground_words, summarized_words
-from job.history import CURVE_TITLES
-from job.measures import checkpoint_words, lesion_words, measure_rows, size_notes, titled_sizes
-from job.run import CROSS_VALIDATION_NAME, LEASE_NAME, OUTCOME_NAME, RESTORE, read_ends, standing
-from job.schedule import stopped_early_words
-from job.splits import fold_words
-from job.stored import evaluate_again, read_json, read_table
-from job.watchdog import STACKS_FOLDER
+from job.metrics.per_case import (
+    checkpoint_words,
+    lesion_words,
+    measure_rows,
+    size_notes,
+    titled_sizes,
+)
+from job.runs.history import CURVE_TITLES
+from job.runs.run import (
+    CROSS_VALIDATION_NAME,
+    LEASE_NAME,
+    OUTCOME_NAME,
+    RESTORE,
+    read_ends,
+    standing,
+)
+from job.training.schedule import stopped_early_words
 
 REPORT_NAME = "report.html"
 

@@ -18,13 +18,14 @@ from typing import Any, TypeVar
 
 import click
 
-from data_prep.command import PATH, SettingsCommand, given, run_command, settings_options
-from data_prep.errors import DivergedError, FlexUNetError, UsageError
-from data_prep.interrupts import handled
-from data_prep.progress import Progress, load_bar
-from data_prep.settings import flag_of, merged, read_yaml, validated
-from data_prep.storage import NotFound, Store, join_url, open_store
-from data_prep.words import counted
+from flexunet.cli.interrupts import handled
+from flexunet.cli.options import PATH, SettingsCommand, given, run_command, settings_options
+from flexunet.errors import DivergedError, FlexUNetError, UsageError
+from flexunet.json_files import read_json
+from flexunet.progress import Progress, load_bar
+from flexunet.settings import flag_of, merged, read_yaml, validated
+from flexunet.storage import NotFound, Store, join_url, open_store
+from flexunet.text import counted
 from job.config import (
     PRESET_KEYS,
     TrainConfig,
@@ -33,14 +34,16 @@ from job.config import (
     preset_values,
     stored_options,
 )
-from job.data import Dataset
+from job.data.dataset import Dataset
+from job.data.folds import evaluated_words, open_folded
+from job.distributed.process_group import Place, Team, meet, place_from_environment
+from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process
 from job.evaluate import show_summary
-from job.fit import check_fit, input_max
-from job.folds import cross_validate, fold_configs, own_process, show_folds
-from job.origin import check_origin
-from job.predict import Alive, not_told
+from job.inference.predict import Alive, not_told
+from job.models.compatibility import check_fit, input_max
 from job.report import REPORT_NAME, read_summary, renew_report, write_report
-from job.run import (
+from job.runs.provenance import check_origin
+from job.runs.run import (
     CROSS_VALIDATION_NAME,
     IDENTITY_NAME,
     RESTORE,
@@ -48,12 +51,9 @@ from job.run import (
     checked_run_name,
     differences,
 )
-from job.schedule import stopped_early_words
-from job.splits import evaluated_words, open_folded
-from job.state import TrainState
-from job.stored import read_json
-from job.team import Place, Team, meet, place_from_environment
-from job.watchdog import STACKS_FOLDER, Watchdog, end_process
+from job.training.cross_validation import cross_validate, fold_configs, own_process, show_folds
+from job.training.schedule import stopped_early_words
+from job.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def train_and_evaluate(
         # It may have been evaluated anew since.
         team.on_first(lambda: renew_report(run.store) if run is not None else None)
         return outcome
-    from job.session import open_session
+    from job.training.trainer import open_session
 
     begin("opening the session")
     with (
@@ -390,7 +390,7 @@ def _train(
     num_gpus: int | None,
     launch: str | None,
 ) -> dict[str, Any]:
-    from job import runtime
+    from job.distributed import runtime
 
     num_seen = runtime.check_devices(config, place, num_gpus)
     if place is not None:
@@ -590,7 +590,7 @@ def resolve_config(
         UsageError: no dataset, a value that is not allowed, or a preset that `file` overrules.
         ContentError: the image folders hold bad files or leaking splits.
     """
-    from job.reference_config import is_reference_config
+    from job.compat.ini_mapping import is_reference_config
 
     if file is not None and is_reference_config(file):
         return _resolve_reference(options, file, prep_options or {})
@@ -729,7 +729,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 def _resolve_reference(
     options: Mapping[str, Any], file: str, prep_options: Mapping[str, bool]
 ) -> TrainConfig:
-    from job.reference_config import format_notes, prepare_sources, read_reference_config
+    from job.compat.ini_mapping import format_notes, prepare_sources, read_reference_config
 
     reference = read_reference_config(file)
     _check_preset(options, reference.train, file)

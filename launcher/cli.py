@@ -7,14 +7,14 @@ slow disk.
 import sys
 from collections.abc import Sequence
 
-from data_prep.interrupts import quiet_interrupts
+from flexunet.cli.interrupts import quiet_interrupts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     try:
         with quiet_interrupts():
-            from data_prep.command import run_command
+            from flexunet.cli.options import run_command
             from launcher.commands import command
 
             return run_command(command, argv, "flexunet")

@@ -24,12 +24,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.errors import FlexUNetError, UsageError
-from data_prep.pool import available_cores
-from data_prep.python_path import unsafe_folders
-from data_prep.stderr import held_back_stderr
-from data_prep.storage import Store, open_source, open_store
-from data_prep.words import counted
+from flexunet.errors import FlexUNetError, UsageError
+from flexunet.native_stderr import held_back_stderr
+from flexunet.process_pool import available_cores
+from flexunet.python_path import unsafe_folders
+from flexunet.storage import Store, open_source, open_store
+from flexunet.text import counted
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from typing import Any
 
-from data_prep.errors import FlexUNetError
+from flexunet.errors import FlexUNetError
 from launcher.cluster import Demand, places, require_places
 
 _MAX_RETRIES = 3

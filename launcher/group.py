@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from data_prep.command import MAX_WIDTH
-from data_prep.settings import suggestion
+from flexunet.cli.options import MAX_WIDTH
+from flexunet.settings import suggestion
 
 EXIT_CODES = {
     0: "done",

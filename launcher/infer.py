@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from data_prep.command import PATH, SettingsCommand, from_options, given, settings_options
-from data_prep.interrupts import quiet_interrupts
-from data_prep.pool import Workers
-from data_prep.settings import Settings, option, validated
-from data_prep.storage import join_url
+from flexunet.cli.interrupts import quiet_interrupts
+from flexunet.cli.options import PATH, SettingsCommand, from_options, given, settings_options
+from flexunet.process_pool import Workers
+from flexunet.settings import Settings, option, validated
+from flexunet.storage import join_url
 from job.infer import InferConfig, infer, show_result
 from launcher.cluster import Demand, check_nodes, connected, require_places, wait_for_places, widest
 from launcher.executor import RayProcesses

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 import click
 
-from data_prep.errors import FlexUNetError, StoppedError, UsageError
-from data_prep.settings import Settings, option
+from flexunet.errors import FlexUNetError, StoppedError, UsageError
+from flexunet.settings import Settings, option
 from launcher.cluster import PASSED_ON
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from data_prep.command import run_command
+from flexunet.cli.options import run_command
 from launcher.group import LazyGroup
 
 COMMANDS = {

@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, from_options, settings_options
-from data_prep.settings import option
+from flexunet.cli.options import SettingsCommand, from_options, settings_options
+from flexunet.settings import option
 from launcher.jobs import JobsConfig, checked_job_id, connect, follow
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from data_prep.command import PATH, SettingsCommand, from_options, settings_options
-from data_prep.interrupts import quiet_interrupts
-from data_prep.pool import Workers
-from data_prep.prep import PrepConfig, read_config, run, sources_of
-from data_prep.settings import Settings, option
+from data_prep.pipeline import PrepConfig, read_config, run, sources_of
+from flexunet.cli.interrupts import quiet_interrupts
+from flexunet.cli.options import PATH, SettingsCommand, from_options, settings_options
+from flexunet.process_pool import Workers
+from flexunet.settings import Settings, option
 from launcher.cluster import Demand, check_nodes, connected, wait_for_places
 from launcher.executor import RayExecutor
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, from_options, settings_options
+from flexunet.cli.options import SettingsCommand, from_options, settings_options
 from launcher.jobs import JobsConfig, checked_job_id, connect, printable, seconds_of
 
 _TITLES = ("job", "state", "started", "duration", "exit code", "command")

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, from_options, settings_options
+from flexunet.cli.options import SettingsCommand, from_options, settings_options
 from launcher.jobs import (
     STOP_TIMEOUT_VARIABLE,
     JobsConfig,

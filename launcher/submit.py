@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from data_prep.command import SettingsCommand, from_options, settings_options
-from data_prep.errors import UsageError
-from data_prep.settings import option, suggestion
+from flexunet.cli.options import SettingsCommand, from_options, settings_options
+from flexunet.errors import UsageError
+from flexunet.settings import option, suggestion
 from launcher.jobs import JobsConfig, checked_job_id, connect, follow, start
 from launcher.launch import COMMANDS
 

@@ -21,19 +21,19 @@ from typing import Any
 
 import click
 
-from data_prep.command import PATH, SettingsCommand, from_options, given, settings_options
-from data_prep.errors import FlexUNetError, StoppedError, UsageError, error_of, kind_of
-from data_prep.settings import Settings, option
-from data_prep.storage import join_url, open_store
-from data_prep.words import counted
+from flexunet.cli.options import PATH, SettingsCommand, from_options, given, settings_options
+from flexunet.errors import FlexUNetError, StoppedError, UsageError, error_of, kind_of
+from flexunet.settings import Settings, option
+from flexunet.storage import join_url, open_store
+from flexunet.text import counted
 from job.config import TrainConfig
-from job.fit import check_fit
-from job.folds import cross_validate, own_process, show_folds
-from job.origin import check_origin
+from job.data.folds import open_folded
+from job.distributed.process_group import place_from_environment
+from job.distributed.watchdog import STACKS_FOLDER
+from job.models.compatibility import check_fit
 from job.report import renew_report, write_report
-from job.run import Run, find_commits
-from job.splits import open_folded
-from job.team import place_from_environment
+from job.runs.provenance import check_origin
+from job.runs.run import Run, find_commits
 from job.train import (
     Display,
     earlier_outcome,
@@ -44,7 +44,7 @@ from job.train import (
     stop_signals,
     stored_precision,
 )
-from job.watchdog import STACKS_FOLDER
+from job.training.cross_validation import cross_validate, own_process, show_folds
 from launcher.cluster import (
     Demand,
     check_nodes,
@@ -58,6 +58,8 @@ from launcher.cluster import (
 )
 
 logger = logging.getLogger(__name__)
+
+_PACKAGES = ("flexunet", "data_prep", "job")  # whose log records a worker sends
 
 _TICK_S = 0.5
 _MEET_S = 5.0  # in which the other workers end with the same error, when they all do
@@ -172,14 +174,14 @@ class _Link:
         self._handler = _ToBoard(self._add)
 
     def __enter__(self) -> "_Link":
-        for name in ("job", "data_prep"):
+        for name in _PACKAGES:
             logging.getLogger(name).addHandler(self._handler)
             logging.getLogger(name).setLevel(logging.INFO if self._rank == 0 else logging.WARNING)
         self._thread.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for name in ("job", "data_prep"):
+        for name in _PACKAGES:
             logging.getLogger(name).removeHandler(self._handler)
         self._stop.set()
         self._thread.join(_MEET_S)
@@ -266,7 +268,7 @@ def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
     Raises:
         FlexUNetError: as `job.train.train_and_evaluate`; also when too many workers failed.
     """
-    from job.runtime import check_batch
+    from job.distributed.runtime import check_batch
 
     launch_id = uuid.uuid4().hex
     with stop_signals() as should_stop, Display(config) as display, ExitStack() as stack:
@@ -561,7 +563,7 @@ def _outcome_of(
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(settings.join_timeout)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    from job.runtime import import_tensorflow
+    from job.distributed.runtime import import_tensorflow
 
     import_tensorflow()  # quietly; Ray's module does it otherwise
     from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -14,9 +14,9 @@ ROOMS = {
     "job": {"launcher", "ray"},
     "launcher": set[str](),
 }
-FRAMEWORK_FREE = {"job/run.py": {"tensorflow", "keras"}}
+FRAMEWORK_FREE = {"job/runs/run.py": {"tensorflow", "keras"}}
 # May import these, but only inside its functions: a reader that is chosen by an option.
-LAZY = {"data_prep/dicom_tfio.py": {"tensorflow", "tensorflow_io"}}
+LAZY = {"data_prep/imaging/dicom_tfio.py": {"tensorflow", "tensorflow_io"}}
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
@@ -78,7 +78,7 @@ def outside_functions(text: str) -> str:
 
 def test_preparation_does_not_load_tensorflow() -> None:
     """Not even by way of another package; in a process of its own, as others have loaded it."""
-    code = "import sys, data_prep.prep; print('tensorflow' in sys.modules)"
+    code = "import sys, data_prep.pipeline; print('tensorflow' in sys.modules)"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -113,4 +113,4 @@ def test_forbidden_import_is_found(text: str) -> None:
 
 
 def test_allowed_imports_pass() -> None:
-    assert problems("import keras, arrays\nfrom data_prep.storage import Store", {"ray"}) == []
+    assert problems("import keras, arrays\nfrom flexunet.storage import Store", {"ray"}) == []

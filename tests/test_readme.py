@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import pytest
 
-from data_prep.settings import read_yaml, validated
+from flexunet.settings import read_yaml, validated
 from job.config import TrainConfig
 from launcher.commands import COMMANDS
 from launcher.launch import COMMANDS as LAUNCH_COMMANDS
@@ -27,7 +27,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Programs of the system that a line may call; their options are not ours to check.
 OTHERS = {"cd", "ray", "source", "export", "uv", "tensorboard"}
-PACKAGES = {"data_prep": "data_prep.prep"}
+PACKAGES = {"data_prep": "data_prep.pipeline"}
 
 
 def shell_lines(text: str) -> list[str]:

@@ -243,7 +243,7 @@ def test_a_gpu_report_goes_on_after_a_section_that_failed(tmp_path: Path) -> Non
         "precisions": "failed",
         "input": "holds",
     }
-    assert sections["precisions"]["error"].startswith("data_prep.errors.UsageError: --model.num")
+    assert sections["precisions"]["error"].startswith("flexunet.errors.UsageError: --model.num")
     assert "does not hold: precisions" in found.output
 
 

@@ -7,9 +7,9 @@ import pydicom
 import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLossless
 
-from data_prep.dicom import read_dicom
-from data_prep.errors import ContentError
-from data_prep.phantom_release import dicom_bytes
+from data_prep.imaging.dicom import read_dicom
+from data_prep.phantoms.inbreast_release import dicom_bytes
+from flexunet.errors import ContentError
 
 PIXELS = np.array([[0, 1, 4095], [7, 300, 2000]], np.uint16)
 

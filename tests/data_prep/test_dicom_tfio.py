@@ -9,11 +9,11 @@ import pydicom
 import pytest
 from pydicom.uid import ImplicitVRLittleEndian
 
-from data_prep import prep
-from data_prep.dicom import read_dicom
-from data_prep.dicom_tfio import decode
-from data_prep.errors import ContentError, UsageError
-from data_prep.phantom_release import dicom_bytes, write_release
+from data_prep import pipeline
+from data_prep.imaging.dicom import read_dicom
+from data_prep.imaging.dicom_tfio import decode
+from data_prep.phantoms.inbreast_release import dicom_bytes, write_release
+from flexunet.errors import ContentError, UsageError
 
 HAS_TFIO = importlib.util.find_spec("tensorflow_io") is not None
 needs_tfio = pytest.mark.skipif(not HAS_TFIO, reason="needs the extra tfio (make test-oldest)")
@@ -90,8 +90,10 @@ def test_a_file_that_cannot_be_decoded_is_one_error():
 
 
 def _prepared(source, output, reader):
-    config = prep.PrepConfig(format="inbreast", image_size=32, num_processes=1, dicom_reader=reader)
-    prep.prepare(prep.sources_of(str(source), config), str(output), config, progress=False)
+    config = pipeline.PrepConfig(
+        format="inbreast", image_size=32, num_processes=1, dicom_reader=reader
+    )
+    pipeline.prepare(pipeline.sources_of(str(source), config), str(output), config, progress=False)
     files = sorted(path for path in Path(output).rglob("*") if path.is_file())
     return {path.name: path.read_bytes() for path in files if not path.name.startswith(".")}
 

@@ -6,11 +6,11 @@ import plistlib
 import numpy as np
 import pytest
 
-from data_prep import inbreast
-from data_prep.errors import ContentError, UsageError
-from data_prep.inbreast import Finding, Roi, draw_rois, fill_polygon, find_cases, read_rois
-from data_prep.pairs import Reject
-from data_prep.phantom_release import annotation_bytes
+from data_prep.phantoms.inbreast_release import annotation_bytes
+from data_prep.sources import inbreast
+from data_prep.sources.inbreast import Finding, Roi, draw_rois, fill_polygon, find_cases, read_rois
+from data_prep.sources.pairs import Reject
+from flexunet.errors import ContentError, UsageError
 
 SQUARE = np.array([[1, 1], [4, 1], [4, 4], [1, 4]], float)
 

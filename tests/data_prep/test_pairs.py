@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import ContentError, UsageError
-from data_prep.pairs import Pair, Reject, Source, find_pairs, find_sources
+from data_prep.sources.pairs import Pair, Reject, Source, find_pairs, find_sources
+from flexunet.errors import ContentError, UsageError
 
 
 def fill(root: Path, *names: str) -> str:

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.colormap import DEFAULT_CLASSES, to_class_ids
-from data_prep.errors import UsageError
-from data_prep.image import read_image, read_mask_pixels
-from data_prep.pairs import find_pairs, find_sources
-from data_prep.phantoms import main, make_phantom, write_phantoms
-from data_prep.split import group_of
+from data_prep.imaging.codecs import read_image, read_mask_pixels
+from data_prep.imaging.masks import DEFAULT_CLASSES, to_class_ids
+from data_prep.phantoms.images import main, make_phantom, write_phantoms
+from data_prep.sources.pairs import find_pairs, find_sources
+from data_prep.splits.split import group_of
+from flexunet.errors import UsageError
 
 SIZE = 128
 

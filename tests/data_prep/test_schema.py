@@ -8,10 +8,10 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from data_prep import schema
-from data_prep.errors import ContentError, UsageError
-from data_prep.image import Geometry
-from data_prep.storage import open_store
+from data_prep.imaging.codecs import Geometry
+from data_prep.shards import schema
+from flexunet.errors import ContentError, UsageError
+from flexunet.storage import open_store
 
 
 def _sample(height=4, width=6, channels=1, dtype=np.uint8):

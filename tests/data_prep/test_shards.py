@@ -12,12 +12,13 @@ import numpy as np
 import psutil
 import pytest
 
-from data_prep import pool, scan, schema, shards
-from data_prep.colormap import DEFAULT_CLASSES
-from data_prep.errors import ContentError, FlexUNetError, UsageError
-from data_prep.storage import open_store
+from data_prep.imaging.masks import DEFAULT_CLASSES
+from data_prep.shards import encode, schema, write
+from flexunet import process_pool
+from flexunet.errors import ContentError, FlexUNetError, UsageError
+from flexunet.storage import open_store
 
-_LAYOUT = scan.Layout(
+_LAYOUT = encode.Layout(
     height=8,
     width=8,
     geometry="stretch",
@@ -34,12 +35,12 @@ def _write(folder, name, pixels):
     path = f"{folder}/{name}"
     assert cv2.imwrite(path, pixels)
     info = os.stat(path)
-    return scan.File(str(folder), name, path, info.st_size, info.st_mtime_ns)
+    return encode.File(str(folder), name, path, info.st_size, info.st_mtime_ns)
 
 
 def _item(tmp_path, name, image, mask=None):
     mask = np.zeros(image.shape[:2], np.uint8) if mask is None else mask
-    return scan.Item(
+    return encode.Item(
         id=name,
         group=name,
         filename=f"{name}.png",
@@ -55,16 +56,16 @@ def _grey(value, dtype=np.uint8):
 
 def _scan(tmp_path, items, *, skip_bad=False, **changes):
     layout = dataclasses.replace(_LAYOUT, **changes)
-    staging = shards.staging_url(f"{tmp_path}/out")
-    task = scan.ScanTask(staging, layout, tuple(items), skip_bad)
-    return scan.scan_chunk(task)
+    staging = write.staging_url(f"{tmp_path}/out")
+    task = encode.ScanTask(staging, layout, tuple(items), skip_bad)
+    return encode.scan_chunk(task)
 
 
 def _plan(tmp_path, samples, **changes):
     options = {"shard_size_mb": 64, "seed": 1} | changes
     splits = {sample.id: "train" for sample in samples}
-    target = shards.common_target(samples)
-    return shards.plan_shards(
+    target = write.common_target(samples)
+    return write.plan_shards(
         samples, splits, target=target, output_url=f"{tmp_path}/out", **options
     )
 
@@ -86,7 +87,7 @@ def test_scan_reports_facts_of_a_grey_picture_stored_as_rgb(tmp_path):
     (found,) = _scan(tmp_path, [_item(tmp_path, "a", image, mask)])
     assert (found.channels, found.bit_depth, found.max_value) == (1, 8, 10)
     assert found.pixels_per_class == (58, 6)
-    assert found.moments == scan.Moments(64, (10,), (100,))
+    assert found.moments == encode.Moments(64, (10,), (100,))
     assert found.off_map_pixels == 0
     assert found.sha256 == schema.sha256_of_pixels(image[:, :, :1])
     source = (tmp_path / "images" / "a.png").read_bytes()
@@ -97,15 +98,15 @@ def test_moments_are_exact_for_large_16_bit_pictures():
     image = np.full((1500, 1024, 1), 65535, np.uint16)
     image[0, 0] = 65534
     count = 1500 * 1024
-    assert scan.moments_of(image) == scan.Moments(
+    assert encode.moments_of(image) == encode.Moments(
         count, (65535 * count - 1,), (65535**2 * (count - 1) + 65534**2,)
     )
 
 
 def test_mean_and_std_of_two_pictures():
     # values 1, 3 and 5, 7: mean 4; squared deviations 9, 1, 1, 9: variance 5
-    parts = [scan.Moments(2, (4,), (10,)), scan.Moments(2, (12,), (74,))]
-    assert shards.mean_and_std(parts) == ((4.0,), (5**0.5,))
+    parts = [encode.Moments(2, (4,), (10,)), encode.Moments(2, (12,), (74,))]
+    assert write.mean_and_std(parts) == ((4.0,), (5**0.5,))
 
 
 def test_scan_names_the_file_and_both_sizes(tmp_path):
@@ -133,7 +134,7 @@ def test_scan_skips_a_bad_pair_and_says_why(tmp_path):
     with pytest.raises(ContentError, match=r"bad\.png"):
         _scan(tmp_path, [bad, good])
     first, second = _scan(tmp_path, [bad, good], skip_bad=True)
-    assert isinstance(first, scan.Refused)
+    assert isinstance(first, encode.Refused)
     assert first.file == str(tmp_path / "images" / "bad.png")
     assert first.reason.startswith(first.file)
     assert second.offset == 0
@@ -166,13 +167,13 @@ def test_target_is_grey_only_when_all_are_grey(tmp_path):
     colour = np.zeros((8, 8, 3), np.uint8)
     colour[0, 0] = (1, 2, 3)
     samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(1)), _item(tmp_path, "b", colour)])
-    assert shards.common_target(samples[:1]) == shards.Target(1, 8, 255)
-    assert shards.common_target(samples) == shards.Target(3, 8, 255)
+    assert write.common_target(samples[:1]) == write.Target(1, 8, 255)
+    assert write.common_target(samples) == write.Target(3, 8, 255)
 
 
 def test_target_keeps_the_bits_in_use(tmp_path):
     samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(3000, np.uint16))])
-    assert shards.common_target(samples) == shards.Target(1, 16, 4095)
+    assert write.common_target(samples) == write.Target(1, 16, 4095)
 
 
 def _marked(value, num_marked=1):
@@ -198,21 +199,21 @@ def _marked(value, num_marked=1):
 def test_few_outliers_do_not_make_all_pictures_dark(tmp_path, images, value_max):
     items = [_item(tmp_path, f"{i:02}", image) for i, image in enumerate(images)]
     samples = _scan(tmp_path, items, height=40, width=40)
-    assert shards.common_target(samples) == shards.Target(1, 16, value_max)
-    written = shards.write_shard(_plan(tmp_path, samples)[0])
+    assert write.common_target(samples) == write.Target(1, 16, value_max)
+    written = write.write_shard(_plan(tmp_path, samples)[0])
     stored = [_pixels(tmp_path, written, i) for i in range(len(images))]
     assert max(int(pixels.max()) for pixels in stored) == min(value_max, max(map(np.max, images)))
     for record, pixels in zip(written.records, stored, strict=True):
         assert record.sha256 == schema.sha256_of_pixels(pixels)
-        assert record.moments == scan.moments_of(pixels[..., np.newaxis])
+        assert record.moments == encode.moments_of(pixels[..., np.newaxis])
 
 
 def test_given_full_scale_is_taken_and_what_is_above_it_counted(tmp_path):
     items = [_item(tmp_path, f"{i}", _marked(65535, 5 * i)) for i in range(3)]
     samples = _scan(tmp_path, items, full_scale=5000, height=40, width=40)
-    target = shards.common_target(samples, 5000)
-    assert target == shards.Target(1, 16, 5000)
-    above = [(each.id, count) for each, count in shards.clipped(samples, 5000, 5000)]
+    target = write.common_target(samples, 5000)
+    assert target == write.Target(1, 16, 5000)
+    above = [(each.id, count) for each, count in write.clipped(samples, 5000, 5000)]
     assert above == [("2", 10), ("1", 5)]
 
 
@@ -221,7 +222,7 @@ def test_odd_pictures_are_stored_like_the_others(tmp_path):
     colour[0, 0] = (100, 200, 4000)
     samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(51)), _item(tmp_path, "b", colour)])
     (task,) = _plan(tmp_path, samples)
-    written = shards.write_shard(task)
+    written = write.write_shard(task)
     index = [sample.id for sample in task.records].index("a")
     pixels = _pixels(tmp_path, written, index)
     # 51 of 255 is a fifth of 4095: 819
@@ -263,10 +264,10 @@ def test_plan_has_one_shard_at_least(tmp_path):
 
 def test_write_shard_keeps_a_finished_one(tmp_path):
     (task,) = _plan(tmp_path, _scan(tmp_path, [_item(tmp_path, "a", _grey(1))]))
-    before = shards.write_shard(task)
+    before = write.write_shard(task)
     path = tmp_path / "out" / task.name
     written_at = path.stat().st_mtime_ns
-    assert shards.write_shard(task) == before
+    assert write.write_shard(task) == before
     assert path.stat().st_mtime_ns == written_at
     assert before.info.crc32c == google_crc32c.value(path.read_bytes())
 
@@ -274,11 +275,11 @@ def test_write_shard_keeps_a_finished_one(tmp_path):
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: b"x" + data[1:]])
 def test_write_shard_refuses_to_replace_another(tmp_path, change):
     (task,) = _plan(tmp_path, _scan(tmp_path, [_item(tmp_path, "a", _grey(1))]))
-    shards.write_shard(task)
+    write.write_shard(task)
     path = tmp_path / "out" / task.name
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ContentError, match=r"train-00000-of-00001\.tfrecord: is not what"):
-        shards.write_shard(task)
+        write.write_shard(task)
 
 
 def test_write_shard_finds_a_damaged_staged_record(tmp_path):
@@ -288,20 +289,20 @@ def test_write_shard_finds_a_damaged_staged_record(tmp_path):
     data[40] ^= 1
     staged.write_bytes(data)
     with pytest.raises(ContentError, match="checksum differs"):
-        shards.write_shard(task)
+        write.write_shard(task)
     assert not (tmp_path / "out" / task.name).exists()
 
 
 def test_claim_output_names_the_option_that_differs(tmp_path):
     store = open_store(f"{tmp_path}/out")
     plan = {"options": {"image_size": 512, "seed": 1}, "source_sha256": "a"}
-    shards.claim_output(store, plan)
-    shards.claim_output(store, plan)
+    write.claim_output(store, plan)
+    write.claim_output(store, plan)
     other = plan | {"options": {"image_size": 256, "seed": 1}}
     with pytest.raises(UsageError, match="--image-size was 512, now 256"):
-        shards.claim_output(store, other)
+        write.claim_output(store, other)
     with pytest.raises(UsageError, match="files of the source changed"):
-        shards.claim_output(store, plan | {"source_sha256": "b"})
+        write.claim_output(store, plan | {"source_sha256": "b"})
 
 
 def test_claim_output_refuses_shards_of_unknown_origin(tmp_path):
@@ -309,25 +310,25 @@ def test_claim_output_refuses_shards_of_unknown_origin(tmp_path):
     store.put("notes.txt", b"mine")
     store.put("train-00000-of-00001.tfrecord", b"?")
     with pytest.raises(UsageError, match=r"train-00000-of-00001\.tfrecord is there"):
-        shards.claim_output(store, {"options": {}, "source_sha256": "a"})
+        write.claim_output(store, {"options": {}, "source_sha256": "a"})
 
 
 def test_remove_state_leaves_everything_else(tmp_path):
     store = open_store(f"{tmp_path}/out")
-    shards.claim_output(store, {"options": {}, "source_sha256": "a"})
+    write.claim_output(store, {"options": {}, "source_sha256": "a"})
     store.put("prep-state/scan-1.bin", b"1")
     store.put("notes.txt", b"mine")
-    shards.remove_state(store)
+    write.remove_state(store)
     assert [stat.name for stat in store.list()] == ["notes.txt"]
 
 
 def test_chunks_depend_on_the_input_alone_and_fit_memory(tmp_path):
     item = _item(tmp_path, "a", _grey(1))
-    assert [len(chunk) for chunk in scan.chunked([item] * 9, _LAYOUT)] == [4, 4, 1]
-    sizes = {len(chunk) for chunk in scan.chunked([item] * 6400, _LAYOUT)}
+    assert [len(chunk) for chunk in encode.chunked([item] * 9, _LAYOUT)] == [4, 4, 1]
+    sizes = {len(chunk) for chunk in encode.chunked([item] * 6400, _LAYOUT)}
     assert sizes == {32}
     large = dataclasses.replace(_LAYOUT, height=4096, width=4096)  # 117 MB uncompressed
-    assert {len(chunk) for chunk in scan.chunked([item] * 100, large)} == {1}
+    assert {len(chunk) for chunk in encode.chunked([item] * 100, large)} == {1}
 
 
 def test_tiles_are_staged_in_parts_of_bounded_size(tmp_path, monkeypatch):
@@ -337,7 +338,7 @@ def test_tiles_are_staged_in_parts_of_bounded_size(tmp_path, monkeypatch):
     whole = _scan(tmp_path / "whole", [item], **layout)
     assert len({sample.staged for sample in whole}) == 1
     limit = 5000
-    monkeypatch.setattr(scan, "_PART_BYTES", limit)
+    monkeypatch.setattr(encode, "_PART_BYTES", limit)
     samples = _scan(tmp_path, [item], **layout)
     assert len(samples) == len(whole) == 29 * 29
     sizes = {}
@@ -346,7 +347,7 @@ def test_tiles_are_staged_in_parts_of_bounded_size(tmp_path, monkeypatch):
     assert max(sizes.values()) <= limit < sum(sizes.values()) / 10
     assert _scan(tmp_path, [item], **layout) == samples  # from the index
     first, second = (
-        [shards.write_shard(task).info for task in _plan(folder, found)]
+        [write.write_shard(task).info for task in _plan(folder, found)]
         for folder, found in ((tmp_path / "whole", whole), (tmp_path, samples))
     )
     assert first == second  # with the checksum
@@ -355,7 +356,7 @@ def test_tiles_are_staged_in_parts_of_bounded_size(tmp_path, monkeypatch):
 def test_tiles_continue_where_an_account_may_not_replace_parts(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 4096, (64, 64), dtype=np.uint16)
     item = _item(tmp_path, "a", pixels)
-    monkeypatch.setattr(scan, "_PART_BYTES", 5000)
+    monkeypatch.setattr(encode, "_PART_BYTES", 5000)
     layout = {"geometry": "tile", "tile_overlap": 6}
     before = _scan(tmp_path, [item], **layout)
     staging = tmp_path / "out" / "prep-state"
@@ -387,21 +388,21 @@ def _sleep(seconds):
 def test_in_order_submits_no_more_than_it_may():
     submitted = []
 
-    class Counting(pool.InlineExecutor):
+    class Counting(process_pool.InlineExecutor):
         def submit(self, fn, /, *args, **kwargs):
             submitted.append(args[0])
             return super().submit(fn, *args, **kwargs)
 
-    results = pool.in_order(Counting(), _square, range(100), num_waiting=3)
+    results = process_pool.in_order(Counting(), _square, range(100), num_waiting=3)
     assert next(results) == 0
     assert submitted == [0, 1, 2, 3]
     assert list(results) == [i * i for i in range(1, 100)]
 
 
 def test_pool_ends_with_its_block_even_in_mid_work():
-    with pytest.raises(KeyboardInterrupt), pool.open_pool(2) as executor:
+    with pytest.raises(KeyboardInterrupt), process_pool.open_pool(2) as executor:
         started = time.monotonic()
-        assert list(pool.in_order(executor, _square, [3, 4], num_waiting=2)) == [9, 16]
+        assert list(process_pool.in_order(executor, _square, [3, 4], num_waiting=2)) == [9, 16]
         executor.submit(_sleep, 600)
         raise KeyboardInterrupt
     assert time.monotonic() - started < 60
@@ -414,19 +415,19 @@ def test_pool_ends_with_its_block_even_in_mid_work():
 def test_death_of_a_worker_is_one_line():
     with (
         pytest.raises(FlexUNetError, match="a worker process was killed"),
-        pool.open_pool(2) as executor,
+        process_pool.open_pool(2) as executor,
     ):
-        list(pool.in_order(executor, _die, [1], num_waiting=2))
+        list(process_pool.in_order(executor, _die, [1], num_waiting=2))
 
 
 def test_convert_brings_every_full_scale_to_the_dataset_s():
-    deep = shards.Target(1, 16, 16383)
+    deep = write.Target(1, 16, 16383)
     twelve = np.array([[[0], [1], [2048], [4095]]], np.uint16)
     # v * 16383 / 4095, rounded: 4.0007, 8193.5 (8193.50 rounds up) and 16383.
-    assert shards.convert(twelve, deep, value_max=4095).ravel().tolist() == [0, 4, 8194, 16383]
-    assert np.array_equal(shards.convert(twelve, deep), twelve)
-    shallow = shards.convert(twelve, shards.Target(3, 8, 255), value_max=4095)
+    assert write.convert(twelve, deep, value_max=4095).ravel().tolist() == [0, 4, 8194, 16383]
+    assert np.array_equal(write.convert(twelve, deep), twelve)
+    shallow = write.convert(twelve, write.Target(3, 8, 255), value_max=4095)
     # v * 255 / 4095: 0.06, 127.53 and 255.
     assert (shallow.dtype, shallow[0, :, 2].tolist()) == (np.uint8, [0, 0, 128, 255])
     full = np.array([[[65535]]], np.uint16)
-    assert shards.convert(full, shards.Target(1, 16, 65535), value_max=65535).item() == 65535
+    assert write.convert(full, write.Target(1, 16, 65535), value_max=65535).item() == 65535

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.errors import ContentError, UsageError
-from data_prep.split import (
+from data_prep.splits.split import (
     assign_folds,
     assign_splits,
     augmented_group,
@@ -19,6 +18,7 @@ from data_prep.split import (
     find_leaks,
     group_of,
 )
+from flexunet.errors import ContentError, UsageError
 
 FRACTIONS = {"train": 0.8, "valid": 0.15, "test": 0.05}
 GROUP_SIZES = st.lists(st.integers(1, 9), min_size=3, max_size=40)
@@ -281,7 +281,7 @@ def test_assigning_is_what_the_plain_rule_gives(monkeypatch: pytest.MonkeyPatch)
             assign_splits(groups, fractions=fractions, seed=case),
         ]
         with monkeypatch.context() as patch:
-            patch.setattr("data_prep.split._exchange", exchange_by_all_steps)
+            patch.setattr("data_prep.splits.split._exchange", exchange_by_all_steps)
             assert assign_folds(groups, num_folds=num_folds, seed=case) == found[0], case
             assert assign_splits(groups, fractions=fractions, seed=case) == found[1], case
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from data_prep.errors import ContentError
-from data_prep.image import Pixels, read_image, read_mask_pixels
-from data_prep.tiff import tiff_kind
+from data_prep.imaging.codecs import Pixels, read_image, read_mask_pixels
+from data_prep.imaging.tiff import tiff_kind
+from flexunet.errors import ContentError
 
 HEIGHT, WIDTH = 37, 53  # neither a whole number of strips nor of tiles
 PHOTOMETRICS = {

@@ -6,12 +6,13 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import prep, schema
-from data_prep.errors import ContentError
-from data_prep.image import Box, apply_geometry, fit
-from data_prep.pairs import find_sources
-from data_prep.storage import open_store
-from data_prep.tiles import around, count, cut, joined, starts
+from data_prep import pipeline
+from data_prep.imaging.codecs import Box, apply_geometry, fit
+from data_prep.imaging.tiles import around, count, cut, joined, starts
+from data_prep.shards import schema
+from data_prep.sources.pairs import find_sources
+from flexunet.errors import ContentError
+from flexunet.storage import open_store
 
 
 @pytest.mark.parametrize(
@@ -62,8 +63,8 @@ def _write(folder, name, seed, size=(40, 24)):
 
 def _prepare(source, output, **options):
     values = {"tile": 16, "num_processes": 1, "fractions": (0.6, 0.2, 0.2)} | options
-    config = prep.PrepConfig(**values)
-    return prep.prepare(find_sources(str(source)), str(output), config, progress=False)
+    config = pipeline.PrepConfig(**values)
+    return pipeline.prepare(find_sources(str(source)), str(output), config, progress=False)
 
 
 def _rows(output):
@@ -152,7 +153,7 @@ def test_sheets_show_tiles_with_foreground_first(tmp_path):
     rows = [row for row in _rows(tmp_path / "out") if row["split"] == "train"]
     # Of the 6 tiles of a picture one has a lesion; a sheet has room for 6 samples.
     assert sum(row["pixels_per_class"][1] > 0 for row in rows) == 6
-    assert all(row["pixels_per_class"][1] for row in prep._shown(rows))
+    assert all(row["pixels_per_class"][1] for row in pipeline._shown(rows))
 
 
 def test_a_picture_of_too_many_tiles_is_refused_in_one_line(tmp_path):

@@ -190,7 +190,7 @@ def test_process_serves_a_bucket_and_an_outage() -> None:
         assert name == "STORAGE_EMULATOR_HOST"
         environment = {**os.environ, "STORAGE_EMULATOR_HOST": address}
         code = (
-            "from data_prep.storage import GcsStore, probe_preconditions as probe; "
+            "from flexunet.storage import GcsStore, probe_preconditions as probe; "
             "probe(GcsStore('gs://test-bucket/x', retry_s=0.2))"
         )
         probe = [sys.executable, "-c", code]

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import LockedError
-from data_prep.storage import LocalStore, Store, Unavailable, join_url, open_store
-from job.run import LeaseTiming, Run, commit_prefix, fetch_commit, find_commits
+from flexunet.errors import LockedError
+from flexunet.storage import LocalStore, Store, Unavailable, join_url, open_store
+from job.runs.run import LeaseTiming, Run, commit_prefix, fetch_commit, find_commits
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Action, Fault
 from tests.faults.worker import (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import storage
-from data_prep.storage import GcsStore, PreconditionFailed
+from flexunet import storage
+from flexunet.storage import GcsStore, PreconditionFailed
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
 

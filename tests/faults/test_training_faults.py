@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.storage import join_url, open_store
-from job.run import find_commits
+from flexunet.storage import join_url, open_store
+from job.runs.run import find_commits
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
 from tests.faults.test_run_faults import storm
@@ -309,10 +309,10 @@ def test_a_stopped_process_of_a_large_network_saves_in_time(
 def test_uneven_data_neither_hang_nor_change_a_number(
     num_train: int, tmp_path: Path, record_fault: Record
 ) -> None:
-    from data_prep.pairs import find_sources
-    from data_prep.prep import PrepConfig, prepare
+    from data_prep.pipeline import PrepConfig, prepare
+    from data_prep.sources.pairs import find_sources
     from tests.job.discs import write_discs
-    from tests.job.test_team import history_of
+    from tests.job.test_process_group import history_of
 
     for seed, (split, count) in enumerate((("train", num_train), ("valid", 2), ("test", 1))):
         write_discs(tmp_path / "source" / split, num_images=count, seed=seed)

@@ -74,11 +74,15 @@ class Trace:
 
     def install(self) -> None:
         """Lets the code of `job` of this process pass by here; call it before training begins."""
-        from job import runtime
+        from job.distributed import runtime
 
         runtime.import_tensorflow()
-        from data_prep import storage
-        from job import data, run, session, train, watchdog
+        from flexunet import storage
+        from job import train
+        from job.data import dataset
+        from job.distributed import watchdog
+        from job.runs import run
+        from job.training import trainer
 
         part = os.environ.get(PART_BYTES)
         if part is not None:
@@ -86,15 +90,15 @@ class Trace:
         self.tell("start")
         self._after(train, "meet", lambda *_: self.pass_by("meet"))
         self._before(watchdog.Watchdog, "enter", lambda _, name: self._enter(name))
-        self._before(session.Session, "restore", lambda _: self.pass_by("restore"))
+        self._before(trainer.Session, "restore", lambda _: self.pass_by("restore"))
         self._after(run.Run, "_put_members", lambda _, step, *rest: self.pass_by("save", step))
         self._before(
-            data.RecordReader, "read_many", lambda *_: self.pass_by("read", self._step)
+            dataset.RecordReader, "read_many", lambda *_: self.pass_by("read", self._step)
         )  # fmt: skip
-        steps = session.Session.train_steps
+        steps = trainer.Session.train_steps
 
         @functools.wraps(steps)
-        def traced(of: session.Session, state: Any) -> Iterator[tuple[float, int]]:
+        def traced(of: trainer.Session, state: Any) -> Iterator[tuple[float, int]]:
             self.tell("begin", attempt=of.attempt, epoch=state.epoch, step=state.step)
             train_step = of.train_step
 
@@ -113,7 +117,7 @@ class Trace:
             finally:
                 of.train_step = train_step
 
-        session.Session.train_steps = traced  # type: ignore[method-assign]
+        trainer.Session.train_steps = traced  # type: ignore[method-assign]
 
     def _enter(self, name: str) -> None:
         self.tell("phase", name=name)
@@ -173,7 +177,7 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 
 def work(folder: str, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Trains as one worker of a Ray cluster, as `launcher.train.work`."""
-    from job.team import place_from_environment
+    from job.distributed.process_group import place_from_environment
     from launcher import train
 
     place = place_from_environment()
@@ -194,7 +198,7 @@ def main() -> int:
         train.work = functools.partial(traced_work, folder)
         return launch.main(arguments)
     from job import train as local
-    from job.team import place_from_environment
+    from job.distributed.process_group import place_from_environment
 
     place = place_from_environment()
     Trace(Path(folder), place.rank if place else 0).install()

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.storage import Store, join_url, open_store
-from job.data import dropout_keys
-from job.run import find_commits
+from flexunet.storage import Store, join_url, open_store
+from job.data.dataset import dropout_keys
+from job.runs.run import find_commits
 from tests.faults.traced import events_of
 from tests.job.discs import prepare_discs
 from tests.job.processes import free_addresses, weights_of

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import FlexUNetError
-from data_prep.storage import LocalStore, Stat, Store, open_store
-from job.run import Commit, LeaseTiming, Run
+from flexunet.errors import FlexUNetError
+from flexunet.storage import LocalStore, Stat, Store, open_store
+from job.runs.run import Commit, LeaseTiming, Run
 
 PROJECT = Path(__file__).resolve().parents[2]
 DIGEST = "d" * 64

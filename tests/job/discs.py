@@ -5,8 +5,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data_prep.pairs import find_sources
-from data_prep.prep import PrepConfig, prepare
+from data_prep.pipeline import PrepConfig, prepare
+from data_prep.sources.pairs import find_sources
 
 
 def write_discs(folder: Path, *, num_images: int, side: int = 32, seed: int = 0) -> None:

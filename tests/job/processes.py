@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.storage import open_store
-from job.run import find_commits
+from flexunet.storage import open_store
+from job.runs.run import find_commits
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -3,8 +3,8 @@
 import json
 import time
 
-from data_prep.storage import PreconditionFailed
-from job.run import LEASE_NAME, Run
+from flexunet.storage import PreconditionFailed
+from job.runs.run import LEASE_NAME, Run
 
 
 def take_over(run: Run) -> None:

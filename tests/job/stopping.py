@@ -15,7 +15,7 @@ from job import train
 def main() -> int:
     """Runs the command and returns its exit code."""
     num_steps, arguments = int(sys.argv[1]), sys.argv[2:]
-    from job.session import Session
+    from job.training.trainer import Session
 
     steps = Session.train_steps
 

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.errors import UsageError
-from data_prep.settings import validated
-from job.augment import AugmentationConfig, augment, distortion_field, elastic_field
+from flexunet.errors import UsageError
+from flexunet.settings import validated
+from job.data.augment import AugmentationConfig, augment, distortion_field, elastic_field
 
 KINDS = [
     name.removesuffix("_probability")
@@ -88,7 +88,7 @@ def test_augment_is_a_function_of_seed_epoch_and_sample() -> None:
 
 def test_augment_gives_the_same_pixels_in_another_process() -> None:
     code = (
-        "import zlib, numpy as np; from job.augment import *;"
+        "import zlib, numpy as np; from job.data.augment import *;"
         "i = np.arange(64 * 48, dtype='u2').reshape(64, 48, 1); m = (i[..., 0] % 3).astype('u1');"
         "c = AugmentationConfig(enabled=True, deformation_probability=1, hflip_probability=1);"
         "i, m = augment(i, m, config=c, seed=1, epoch=2, sample_index=3, value_max=65535);"
@@ -259,7 +259,7 @@ def test_augmentation_config_refuses_impossible_values(values: Any, message: str
 
 
 def test_augment_is_imported_without_cv2_and_tensorflow() -> None:
-    code = "import sys, job.augment; print({'cv2', 'tensorflow'} & set(sys.modules))"
+    code = "import sys, job.data.augment; print({'cv2', 'tensorflow'} & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

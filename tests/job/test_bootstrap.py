@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from job.bootstrap import interval, num_contributing, ratio
+from job.metrics.bootstrap import interval, num_contributing, ratio
 
 
 def test_ratio_is_of_sums_and_averages_over_classes() -> None:

@@ -3,8 +3,8 @@ from typing import Any, get_args
 
 import pytest
 
-from data_prep.errors import UsageError
-from data_prep.settings import fields_of, read_yaml, validated, write_yaml
+from flexunet.errors import UsageError
+from flexunet.settings import fields_of, read_yaml, validated, write_yaml
 from job.config import (
     LossName,
     MetricName,
@@ -236,7 +236,7 @@ def test_clipping_can_be_switched_off(value: float | None) -> None:
 def test_names_of_losses_and_metrics_are_those_that_exist() -> None:
     # Inside: these two need TensorFlow, and the rest of this module does not wait for it.
     from job.losses import LOSSES
-    from job.metrics import REFERENCE_METRICS
+    from job.metrics.batch import REFERENCE_METRICS
 
     assert set(get_args(LossName)) <= set(LOSSES)
     assert set(get_args(MetricName)) == set(REFERENCE_METRICS)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from job.dropout import SampleDropout, draw_kept, kept_values, sample_keys
+from job.models.dropout import SampleDropout, draw_kept, kept_values, sample_keys
 
 
 def dropped(keys: list[int], *, index: int = 0, rate: float = 0.25) -> np.ndarray:

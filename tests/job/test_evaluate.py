@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.image import Box, Geometry, read_image
-from data_prep.storage import open_store
-from job import checkpoint
+from data_prep.imaging.codecs import Box, Geometry, read_image
+from flexunet.storage import open_store
 from job.config import identity_of
-from job.data import open_reader, read_sample
+from job.data.cases import Picture
+from job.data.dataset import open_reader, read_sample
 from job.evaluate import (
     EvaluateConfig,
     _scales,
@@ -31,14 +31,14 @@ from job.evaluate import (
     make_evaluator,
 )
 from job.infer import InferConfig, infer
-from job.measures import Scale, nothing_predicted
-from job.optimizer import Adam
-from job.pictures import Picture
+from job.metrics.per_case import Scale, nothing_predicted
 from job.report import write_report
-from job.run import Run
-from job.step import Network, network_of
+from job.runs import serialization
+from job.runs.loading import fetch_checkpoint, load_model, open_alike, open_trained
+from job.runs.run import Run
 from job.train import show_end
-from job.trained import fetch_checkpoint, load_model, open_alike, open_trained
+from job.training.optimizer import Adam
+from job.training.step import Network, network_of
 from tests.job.discs import prepare_discs
 
 
@@ -349,10 +349,10 @@ def commit_weights(folder: Path, staging: Path, change: Callable[[np.ndarray], n
     for weight in model.weights:
         weight.assign(change(weight.numpy()))
     _, members = fetch_checkpoint(trained.store, str(staging), which="last")
-    state = checkpoint.read_state(members[checkpoint.STATE_NAME])
+    state = serialization.read_state(members[serialization.STATE_NAME])
     optimizer = Adam(trained.config.optimizer, model.trainable_variables)
     (staging / "new").mkdir()
-    members = checkpoint.take(str(staging / "new"), model, optimizer, state)()
+    members = serialization.take(str(staging / "new"), model, optimizer, state)()
     with Run.open(str(folder.parent), folder.name) as run:
         run.check_identity(identity_of(trained.config), trained.dataset_digest)
         run.commit(state["step"] + 1, state["epoch"], members, {})
@@ -412,7 +412,7 @@ def seen_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return told
 
-    monkeypatch.setattr("job.step.network_of", watched)
+    monkeypatch.setattr("job.training.step.network_of", watched)
     return sizes
 
 

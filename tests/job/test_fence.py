@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-from data_prep.errors import LockedError
-from data_prep.storage import LocalStore, Stat, Store, open_store
+from flexunet.errors import LockedError
+from flexunet.storage import LocalStore, Stat, Store, open_store
 from job.config import TrainConfig
-from job.run import LeaseTiming, Run
+from job.runs.run import LeaseTiming, Run
 from job.train import train_and_evaluate
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
@@ -190,8 +190,8 @@ def test_a_change_that_is_repeated_asks_again_before_every_try(
     path = tmp_path / "member"
     path.write_bytes(bytes(3 << 18))
     if call == "put_parts":
-        monkeypatch.setattr("data_prep.storage._SINGLE_BYTES", 1 << 18)
-        monkeypatch.setattr("data_prep.storage._PART_BYTES", 1 << 18)
+        monkeypatch.setattr("flexunet.storage._SINGLE_BYTES", 1 << 18)
+        monkeypatch.setattr("flexunet.storage._PART_BYTES", 1 << 18)
     tries: list[int] = []
 
     def check() -> None:

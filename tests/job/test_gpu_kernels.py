@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from data_prep.settings import merged, validated
+from flexunet.settings import merged, validated
 from job.config import LossName, MetricName, ModelConfig, OptimizerConfig, TrainConfig
-from job.data import Dataset, open_dataset
+from job.data.dataset import Dataset, open_dataset
+from job.distributed.process_group import Team
 from job.losses import make_loss
-from job.session import Session, open_session
-from job.state import TrainState
-from job.step import make_probability_step, network_of
-from job.team import Team
+from job.training.state import TrainState
+from job.training.step import make_probability_step, network_of
+from job.training.trainer import Session, open_session
 from tests.job.discs import prepare_discs
 from tests.job.gpu_kernels import missing_kernels
 
@@ -197,7 +197,7 @@ def test_a_gpu_has_kernels_for_each_loss_and_its_gradient(num_outputs: int, dtyp
 
 @pytest.mark.parametrize("num_outputs", [1, 3])
 def test_a_gpu_has_kernels_for_mirrored_pictures_and_several_networks(num_outputs: int) -> None:
-    from job.model import build_model
+    from job.models.flexunet import build_model
 
     config = validated(ModelConfig, SMALL["model"], "test")
     shape = (SIDE, SIDE, 1)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from job.history import History, evaluation_csv
+from job.runs.history import History, evaluation_csv
 
 
 def two_epochs() -> History:

@@ -20,17 +20,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.errors import ContentError, StorageError, UsageError
-from data_prep.image import fit
-from data_prep.pairs import find_sources
-from data_prep.phantom_release import write_release
-from data_prep.pool import InlineExecutor, Workers
-from data_prep.prep import PrepConfig, prepare, sources_of
-from data_prep.schema import FullScaleInfo, Manifest
-from data_prep.storage import join_url, open_store
-from job import checkpoint
+from data_prep.imaging.codecs import fit
+from data_prep.phantoms.inbreast_release import write_release
+from data_prep.pipeline import PrepConfig, prepare, sources_of
+from data_prep.shards.schema import FullScaleInfo, Manifest
+from data_prep.sources.pairs import find_sources
+from flexunet.errors import ContentError, StorageError, UsageError
+from flexunet.process_pool import InlineExecutor, Workers
+from flexunet.storage import join_url, open_store
 from job.config import identity_of
-from job.data import open_dataset, open_reader, read_sample
+from job.data.dataset import open_dataset, open_reader, read_sample
 from job.infer import (
     InferConfig,
     _read_picture,
@@ -38,10 +37,11 @@ from job.infer import (
     infer,
     main,
 )
-from job.optimizer import Adam
-from job.predict import class_ids_at_source, to_model_pixels
-from job.run import Run
-from job.trained import model_for, open_trained
+from job.inference.predict import class_ids_at_source, to_model_pixels
+from job.runs import serialization
+from job.runs.loading import model_for, open_trained
+from job.runs.run import Run
+from job.training.optimizer import Adam
 from tests.conftest import FaultyBucket
 from tests.job.discs import write_discs
 
@@ -372,7 +372,7 @@ def constant_run(like: Path, output: Path, name: str, bias: float) -> str:
     staging = output / f"{name}-staging"
     staging.mkdir(parents=True)
     state = {"best": {"step": 1, "attempt": 1}}
-    members = checkpoint.take(str(staging), model, optimizer, state)()
+    members = serialization.take(str(staging), model, optimizer, state)()
     with Run.open(str(output), name) as run:
         run.check_identity(identity_of(config), trained.dataset_digest)
         for file in ("dataset.json", "config.yaml"):

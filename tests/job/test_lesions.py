@@ -1,6 +1,6 @@
 import numpy as np
 
-from job.lesions import count_lesions, without_small_regions
+from job.metrics.lesions import count_lesions, without_small_regions
 
 
 def mask_of(*rows: str) -> np.ndarray:

@@ -15,20 +15,21 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.errors import ContentError, DivergedError
-from data_prep.storage import open_store
-from data_prep.words import counted
-from job import checkpoint, loss_scale
+from flexunet.errors import ContentError, DivergedError
+from flexunet.storage import open_store
+from flexunet.text import counted
 from job.config import LossName, ModelConfig, OptimizerConfig, TrainConfig
-from job.exchange import make_plan
-from job.loss_scale import LossScale, loss_scale_for
+from job.distributed.gradient_exchange import make_plan
 from job.losses import is_mean, make_loss
-from job.model import build_model
-from job.optimizer import Adam
+from job.models.flexunet import build_model
 from job.report import render
-from job.run import Run, find_commits
-from job.step import SKIPPED, make_train_step
+from job.runs import serialization
+from job.runs.run import Run, find_commits
 from job.train import train_and_evaluate
+from job.training import loss_scale
+from job.training.loss_scale import LossScale, loss_scale_for
+from job.training.optimizer import Adam
+from job.training.step import SKIPPED, make_train_step
 from tests.job.discs import prepare_discs
 from tests.job.processes import PROJECT, finish, start_cluster, weights_of
 
@@ -272,28 +273,28 @@ def test_a_checkpoint_holds_the_scale_and_its_counters(one_cpu: Any, tmp_path: P
     assert trained.scale is not None
     expected = values_of(trained.scale)
     assert expected == (TOO_LARGE / 2, 0, 1)
-    finish_checkpoint = checkpoint.take(str(tmp_path), trained.model, trained.optimizer, {})
+    finish_checkpoint = serialization.take(str(tmp_path), trained.model, trained.optimizer, {})
     load(trained.scale, 1.0)
-    path = finish_checkpoint()[checkpoint.OPTIMIZER_NAME]
+    path = finish_checkpoint()[serialization.OPTIMIZER_NAME]
     again = Trained(one_cpu)
-    checkpoint.read_optimizer(again.optimizer, path)
+    serialization.read_optimizer(again.optimizer, path)
     assert again.scale is not None
     assert values_of(again.scale) == expected
     # Other precisions pass over it, and have none of it.
-    checkpoint.read_optimizer(Trained(one_cpu, precision="float32").optimizer, path)
+    serialization.read_optimizer(Trained(one_cpu, precision="float32").optimizer, path)
 
 
 def test_a_checkpoint_without_a_scale_is_refused_in_float16_alone(
     one_cpu: Any, tmp_path: Path
 ) -> None:
     exact = Trained(one_cpu, precision="float32")
-    path = checkpoint.take(str(tmp_path), exact.model, exact.optimizer, {})()
-    name = path[checkpoint.OPTIMIZER_NAME]
+    path = serialization.take(str(tmp_path), exact.model, exact.optimizer, {})()
+    name = path[serialization.OPTIMIZER_NAME]
     with np.load(name) as arrays:
         assert not any(each.startswith("loss_scale/") for each in arrays)
-    checkpoint.read_optimizer(exact.optimizer, name)
+    serialization.read_optimizer(exact.optimizer, name)
     with pytest.raises(ContentError, match=r"loss_scale/scale is missing; a run in mixed_float16"):
-        checkpoint.read_optimizer(Trained(one_cpu).optimizer, name)
+        serialization.read_optimizer(Trained(one_cpu).optimizer, name)
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +368,7 @@ def test_gradients_that_no_scale_keeps_finite_end_the_run(
     dataset: str, one_cpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_scale, "FIRST", TOO_LARGE)
-    monkeypatch.setattr("job.session.MOST_SKIPPED", 4)
+    monkeypatch.setattr("job.training.trainer.MOST_SKIPPED", 4)
     config = config_for(dataset, tmp_path)
     with pytest.raises(DivergedError, match="not finite in 4 steps in a row in epoch 2, step 1;"):
         train(config, one_cpu)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from data_prep.errors import UsageError
+from flexunet.errors import UsageError
 from job.losses import LOSSES, make_loss, replica_sum, structural_similarity
 
 PARITY = Path(__file__).resolve().parents[3] / "shared" / "data" / "reference-parity"

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import job.model
-from job.checkpoint import read_weights
+import job.models.flexunet
 from job.config import ModelConfig, OptimizerConfig
 from job.losses import make_loss
-from job.model import build_model
-from job.normalization import BatchNormalization, GroupNormalization, counted_samples
-from job.optimizer import Adam
-from job.step import make_evaluation_step, make_train_step, network_of
+from job.models.flexunet import build_model
+from job.models.normalization import BatchNormalization, GroupNormalization, counted_samples
+from job.runs.serialization import read_weights
+from job.training.optimizer import Adam
+from job.training.step import make_evaluation_step, make_train_step, network_of
 
 # What is normalised together, of values (B, H, W, groups, channels of a group).
 LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
@@ -207,7 +207,8 @@ def test_a_sample_of_weight_0_is_normalised_by_the_others() -> None:
 def test_all_samples_count_where_no_weights_are_given() -> None:
     values, _ = activations((3, 8, 8, 4))
     ours, theirs = (
-        module.BatchNormalization(momentum=0.9) for module in (job.normalization, keras.layers)
+        module.BatchNormalization(momentum=0.9)
+        for module in (job.models.normalization, keras.layers)
     )
     assert np.allclose(ours(values, training=True), theirs(values, training=True), atol=1e-5)
     for weight, right in zip(ours.weights, theirs.weights, strict=True):
@@ -241,7 +242,7 @@ def test_weights_that_keras_layers_wrote_are_read(
 
     with monkeypatch.context() as patch:
         for name in ("GroupNormalization", "BatchNormalization"):
-            patch.setattr(job.model, name, getattr(keras.layers, name))
+            patch.setattr(job.models.flexunet, name, getattr(keras.layers, name))
         written = model()
     random = np.random.default_rng(0)
     for weight in written.weights:

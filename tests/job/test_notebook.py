@@ -19,10 +19,10 @@ import json, logging, sys
 import tensorflow as tf
 
 tf.constant(1.0) + 1
-from data_prep.errors import UsageError
+from flexunet.errors import UsageError
 from job.config import TrainConfig
-from job.runtime import check_devices, configure
-from job.team import Place
+from job.distributed.runtime import check_devices, configure
+from job.distributed.process_group import Place
 
 warned = []
 logging.basicConfig(level=logging.WARNING)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from data_prep.errors import ContentError
+from flexunet.errors import ContentError
 from job.config import OptimizerConfig
-from job.optimizer import Adam
+from job.training.optimizer import Adam
 
 
 def run(config: OptimizerConfig, gradients: list[list[np.ndarray]]) -> list[np.ndarray]:

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from data_prep.errors import UsageError
-from data_prep.tiles import starts
+from data_prep.imaging.tiles import starts
+from flexunet.errors import UsageError
 from job.config import ModelConfig
-from job.model import build_model
-from job.predict import (
+from job.inference.predict import (
     class_ids,
     probabilities_of,
     slide,
@@ -20,8 +19,9 @@ from job.predict import (
     window_weights,
     without_small,
 )
-from job.step import make_probability_step, network_of, prepared
-from job.trained import load_model, open_trained
+from job.models.flexunet import build_model
+from job.runs.loading import load_model, open_trained
+from job.training.step import make_probability_step, network_of, prepared
 
 WINDOW: dict[str, Any] = {"height": 16, "width": 12, "batch_size": 3}
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from job.data import epoch_order, sample_order
-from job.random_streams import Purpose, epoch_generator, sample_generator
+from job.data.dataset import epoch_order, sample_order
+from job.data.random_streams import Purpose, epoch_generator, sample_generator
 
 SEED = 1234
 SAMPLE_PURPOSES = (Purpose.DECISIONS, Purpose.DEFORMATION, Purpose.DISTORTION)

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from job.losses import LOSSES, make_loss
-from job.metrics import REFERENCE_METRICS
+from job.metrics.batch import REFERENCE_METRICS
 
 SIDE = 512
 LONG_NAMES = [name for name in LOSSES if name.endswith(("loss", "entropy", "multiclass", "focal"))]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import ContentError, UsageError
+from flexunet.errors import ContentError, UsageError
 from job.train import main, resolve_config
 from tests.job.discs import write_discs
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from data_prep.storage import open_store
-from job.run import find_commits, standing
-from job.trained import open_trained
+from flexunet.storage import open_store
+from job.runs.loading import open_trained
+from job.runs.run import find_commits, standing
 
 PROJECT = Path(__file__).resolve().parents[2]
 RELICS = PROJECT / "tests" / "relics" / "v0.1.0"

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.errors import ContentError
-from data_prep.storage import open_store
-from data_prep.table import csv_table
+from flexunet.errors import ContentError
+from flexunet.storage import open_store
+from flexunet.tables import csv_table
 from job.evaluate import show_summary
 from job.report import main, render, write_report
 from job.train import show_end

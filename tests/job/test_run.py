@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from data_prep.errors import ContentError, LockedError, StorageError, UsageError
-from data_prep.storage import LocalStore, Store, open_store
-from job.run import (
+from flexunet.errors import ContentError, LockedError, StorageError, UsageError
+from flexunet.storage import LocalStore, Store, open_store
+from job.runs.run import (
     Commit,
     Lease,
     LeaseTiming,
@@ -233,7 +233,7 @@ def test_fallback_becomes_the_base_of_the_attempt(tmp_path: Path) -> None:
 KILLED_COMMITS = """
 import json, os, sys
 from data_prep import storage
-from job.run import Run
+from job.runs.run import Run
 class Killing(storage.LocalStore):
     def _act(self, action, *args, **options):
         global count
@@ -303,9 +303,9 @@ def test_kill_at_every_operation_leaves_the_old_or_the_new_commit(tmp_path: Path
 RACER = """
 import sys
 import threading
-from data_prep.errors import LockedError
-from data_prep.storage import LocalStore
-from job.run import LeaseTiming, Run
+from flexunet.errors import LockedError
+from flexunet.storage import LocalStore
+from job.runs.run import LeaseTiming, Run
 for line in sys.stdin:
     try:
         run = Run.own(LocalStore(sys.argv[1] + "/" + line.strip()), by_lease=sys.argv[2] == "lease",
@@ -395,8 +395,8 @@ def test_newcomer_that_is_refused_writes_nothing(tmp_path: Path, by_lease: bool)
 def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     code = """
 import os, sys, time
-from data_prep.storage import LocalStore
-from job.run import Run
+from flexunet.storage import LocalStore
+from job.runs.run import Run
 run = Run.own(LocalStore(sys.argv[1] + "/run"))
 child = os.fork()
 if child == 0:
@@ -693,7 +693,7 @@ def test_owner_whose_renewals_end_by_a_bug_has_lost_the_run(
     seen: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", seen.append)
     with own(tmp_path, by_lease=True) as run, monkeypatch.context() as broken:
-        broken.setattr("job.run._put_lease", lambda *_: 1 // 0)
+        broken.setattr("job.runs.run._put_lease", lambda *_: 1 // 0)
         wait_until(lambda: run.lost, [])
     assert [each.exc_type for each in seen] == [ZeroDivisionError]
 
@@ -703,7 +703,7 @@ def test_lease_of_many_attempts_stays_small(
     commits_every: int, tmp_path: Path, by_lease: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Old attempts whose commits are gone leave nothing in it, and all that count are found."""
-    monkeypatch.setattr("job.run._NUM_SHOWN", 4)
+    monkeypatch.setattr("job.runs.run._NUM_SHOWN", 4)
     sizes = []
     for attempt in range(1, 16):
         with own(tmp_path, by_lease) as run:
@@ -727,7 +727,7 @@ def test_a_bounded_lease_counts_the_commits_that_a_whole_one_does(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Histories of commits, falls back to older ones, late commits, and garbage collected."""
-    monkeypatch.setattr("job.run._NUM_SHOWN", 3)
+    monkeypatch.setattr("job.runs.run._NUM_SHOWN", 3)
     draw = random.Random(seed)
     lease = whole = Lease(attempt=1, owner="x", bases={1: None})
     places: list[Place] = []
@@ -783,6 +783,6 @@ def test_lease_says_what_the_newest_attempts_rested_on(tmp_path: Path) -> None:
 
 
 def test_run_knows_no_tensorflow() -> None:
-    code = "import sys, job.run; print('tensorflow' in sys.modules)"
+    code = "import sys, job.runs.run; print('tensorflow' in sys.modules)"
     command: list[Any] = [sys.executable, "-c", code]
     assert subprocess.check_output(command, cwd=PROJECT, text=True) == "False\n"

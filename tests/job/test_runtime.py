@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-from data_prep.errors import UsageError
+from flexunet.errors import UsageError
 from job.config import TrainConfig
-from job.runtime import (
+from job.distributed.process_group import Place, Team
+from job.distributed.runtime import (
     check_batch,
     check_devices,
     native_precision,
@@ -19,8 +20,7 @@ from job.runtime import (
     supports_bfloat16,
     why_not_xla,
 )
-from job.session import uses_xla
-from job.team import Place, Team
+from job.training.trainer import uses_xla
 
 PEEK = """
 import resource, sys
@@ -155,7 +155,7 @@ def test_what_xla_cannot_compile_is_said(
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [0])
     team = Team(tf.distribute.get_strategy())
     assert not uses_xla(TrainConfig(xla="auto"), team)
-    (record,) = [record for record in caplog.records if record.name == "job.session"]
+    (record,) = [record for record in caplog.records if record.name == "job.training.trainer"]
     assert "AsString" in record.message
     with pytest.raises(UsageError, match="--xla=on: XLA compiles nothing here"):
         uses_xla(TrainConfig(xla="on"), team)
@@ -190,7 +190,7 @@ def test_kept_memory_is_used_again() -> None:
 def test_devices_are_checked_without_the_batch_that_others_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("job.runtime.was_used", lambda: False)  # a process of its own
+    monkeypatch.setattr("job.distributed.runtime.was_used", lambda: False)  # a process of its own
     # Of processes that see 1 and 4 GPUs, one would end alone, and the other wait for it.
     place = Place(1, ("localhost:1", "localhost:2"))
     seen = len(tf.config.list_physical_devices("GPU"))

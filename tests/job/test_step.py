@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from job.config import LossName, ModelConfig, OptimizerConfig, TrainConfig
-from job.data import (
+from job.data.dataset import (
     PADDING,
     dropout_keys,
     global_batches,
@@ -17,13 +17,13 @@ from job.data import (
     open_reader,
     sample_order,
 )
+from job.distributed.gradient_exchange import make_plan
 from job.evaluate import make_evaluator
-from job.exchange import make_plan
 from job.losses import is_mean, make_loss
-from job.metrics import RunningSums, reference_metrics
-from job.model import build_model
-from job.optimizer import Adam
-from job.step import Network, make_evaluation_step, make_train_step, network_of
+from job.metrics.batch import RunningSums, reference_metrics
+from job.models.flexunet import build_model
+from job.training.optimizer import Adam
+from job.training.step import Network, make_evaluation_step, make_train_step, network_of
 from tests.job.discs import prepare_discs
 
 NUM_SAMPLES, SIDE, BATCH = 10, 16, 4

@@ -16,22 +16,22 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from data_prep import progress
-from data_prep.errors import UsageError
-from data_prep.storage import open_store
-from job import watchdog
-from job.data import open_dataset, open_reader
+from flexunet import progress
+from flexunet.errors import UsageError
+from flexunet.storage import open_store
+from job.data.cases import pictures_of, read_picture
+from job.data.dataset import open_dataset, open_reader
+from job.data.folds import fold_of
+from job.distributed import watchdog
+from job.distributed.watchdog import Watchdog
 from job.evaluate import EvaluateConfig, dataset_of, evaluate_run, make_evaluator
 from job.evaluate import main as evaluate_main
 from job.infer import InferConfig, infer
 from job.infer import main as infer_main
-from job.pictures import pictures_of, read_picture
-from job.run import Run
-from job.splits import fold_of
-from job.step import network_of
+from job.runs.loading import model_for, open_alike, open_trained
+from job.runs.run import Run
 from job.train import train_and_evaluate
-from job.trained import model_for, open_alike, open_trained
-from job.watchdog import Watchdog
+from job.training.step import network_of
 from tests.job.discs import prepare_discs, write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -18,18 +18,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from data_prep.errors import (
+from flexunet.errors import (
     ContentError,
     DivergedError,
     LockedError,
     StoppedError,
     UsageError,
 )
-from data_prep.settings import fields_of, validated, write_yaml
-from data_prep.storage import join_url, open_store
+from flexunet.settings import fields_of, validated, write_yaml
+from flexunet.storage import join_url, open_store
 from job.config import ModelConfig, ScheduleConfig, TrainConfig, identity_of
 from job.report import render
-from job.run import LeaseTiming, Run, find_commits, read_ends, standing
+from job.runs.run import LeaseTiming, Run, find_commits, read_ends, standing
 from job.train import Display, resolve_config, run_name, train_and_evaluate
 from tests.job.discs import prepare_discs
 from tests.job.rival import take_over

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from job import watchdog
-from job.watchdog import Watchdog, unreachable
+from job.distributed import watchdog
+from job.distributed.watchdog import Watchdog, unreachable
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -109,8 +109,8 @@ def test_the_usual_step_is_all_of_its_parts(quick: None, monkeypatch: pytest.Mon
 
 HANGS = """
 import sys, time
-from data_prep.storage import open_store
-from job.watchdog import Watchdog, end_process
+from flexunet.storage import open_store
+from job.distributed.watchdog import Watchdog, end_process
 
 def hang_here():
     time.sleep(60)

@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 
-from data_prep.errors import ContentError, DivergedError, UsageError
+from flexunet.errors import ContentError, DivergedError, UsageError
 from tests.k8s.manifests import ROOT, Manifest, Pod, environment, find, of_kind, pods
 
 Rule = Callable[[Sequence[Manifest]], Iterator[str]]

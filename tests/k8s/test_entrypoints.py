@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.storage import open_store
+from flexunet.storage import open_store
 from tests.faults.proxy import FaultProxy, start_emulator
 from tests.k8s.manifests import ROOT, Manifest, Pod, environment, find, pods, render
 from tests.launcher.conftest import started_cluster

@@ -12,8 +12,8 @@ import click
 import pytest
 import yaml
 
-from data_prep.prep import PrepConfig
-from data_prep.settings import validated
+from data_prep.pipeline import PrepConfig
+from flexunet.settings import validated
 from job.config import TrainConfig
 from tests.k8s import rules
 from tests.k8s.manifests import OVERLAYS, ROOT, Manifest, find, of_kind, pods, render

@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 import pytest
 
-from data_prep import errors
-from data_prep.command import PathType, SettingsCommand
-from data_prep.prep import PrepConfig
-from data_prep.settings import Settings, fields_of
-from data_prep.synonyms import _TABLE, SYNONYMS
+from data_prep.pipeline import PrepConfig
+from flexunet import errors
+from flexunet.cli.options import PathType, SettingsCommand
+from flexunet.settings import Settings, fields_of
+from flexunet.synonyms import _TABLE, SYNONYMS
 from job.config import TrainConfig
 from job.evaluate import EvaluateConfig
 from job.infer import InferConfig

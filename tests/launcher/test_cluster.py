@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.errors import FlexUNetError, UsageError
+from flexunet.errors import FlexUNetError, UsageError
 from launcher import cluster
 from tests.launcher.conftest import PROJECT, RayCluster
 
@@ -38,7 +38,7 @@ def run(
 
 
 def test_workers_run_no_file_of_the_working_folder(ray_cluster: RayCluster, tmp_path: Path) -> None:
-    for name in ("job", "numpy", "launcher", "cv2", "data_prep"):
+    for name in ("job", "numpy", "launcher", "cv2", "data_prep", "flexunet"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('this file of the user was run')")
     code = """
     from launcher.executor import RayExecutor
@@ -203,7 +203,7 @@ def raylets(folder: str) -> set[int]:
 
 
 CHECK = """
-from data_prep.errors import UsageError
+from flexunet.errors import UsageError
 demand = Demand(num_cpus=float(sys.argv[2]))
 with connected(address):
     try:
@@ -280,7 +280,7 @@ def test_a_wrong_token_is_one_line() -> None:
         address = server.stdout.readline().strip()
         done = run(
             """
-            from data_prep.errors import UsageError
+            from flexunet.errors import UsageError
             try:
                 connected(address).__enter__()
             except UsageError as error:

@@ -9,8 +9,8 @@ from tests.launcher.conftest import PROJECT, RayCluster
 
 PRELUDE = """
 import json, os, signal, sys, time
-from data_prep.errors import ContentError
-from data_prep.pool import Workers
+from flexunet.errors import ContentError
+from flexunet.process_pool import Workers
 from launcher.cluster import Demand, connected
 from launcher.executor import RayExecutor, RayProcesses
 

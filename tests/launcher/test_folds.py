@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job.run import CROSS_VALIDATION_NAME
+from job.runs.run import CROSS_VALIDATION_NAME
 from launcher.train import LaunchConfig, _arguments
 from launcher.train import command as launch_train
 from tests.job.discs import prepare_discs
@@ -16,7 +16,7 @@ from tests.launcher.conftest import PROJECT, Launch, RayCluster
 
 SIDE_BY_SIDE = """
 import json, sys
-from data_prep.errors import UsageError
+from flexunet.errors import UsageError
 from launcher.cluster import connected
 from launcher.train import LaunchConfig, _side_by_side
 with connected(sys.argv[1], worker_logs=False):

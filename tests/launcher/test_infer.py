@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.storage import open_store
+from flexunet.storage import open_store
 from tests.launcher.conftest import PROJECT, Launch, RayCluster, ray_processes
 
 

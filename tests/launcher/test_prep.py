@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from data_prep.pairs import find_sources
-from data_prep.phantom_release import write_release
-from data_prep.prep import PrepConfig, prepare, sources_of
-from data_prep.storage import open_store
+from data_prep.phantoms.inbreast_release import write_release
+from data_prep.pipeline import PrepConfig, prepare, sources_of
+from data_prep.sources.pairs import find_sources
+from flexunet.storage import open_store
 from tests.job.discs import write_discs
 from tests.launcher.conftest import (
     PROJECT,

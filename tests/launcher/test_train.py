@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.storage import Store, join_url, open_store
-from job.run import LeaseTiming, Run, find_commits
+from flexunet.storage import Store, join_url, open_store
+from job.runs.run import LeaseTiming, Run, find_commits
 from tests.job.discs import prepare_discs, write_discs
 from tests.job.processes import finish, start_cluster, weights_of
 from tests.launcher.conftest import RayCluster, ray_processes
@@ -73,9 +73,9 @@ class Driver:
 
 def prepare(output: str, folder: Path) -> str:
     """Returns the URL of a dataset in a bucket."""
-    from data_prep.pairs import find_sources
-    from data_prep.prep import PrepConfig
-    from data_prep.prep import prepare as run
+    from data_prep.pipeline import PrepConfig
+    from data_prep.pipeline import prepare as run
+    from data_prep.sources.pairs import find_sources
 
     write_discs(folder / "source", num_images=20)
     config = PrepConfig(image_size=32, fractions=(0.6, 0.2, 0.2), num_processes=1)

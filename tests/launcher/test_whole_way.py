@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.phantoms import write_phantoms
-from data_prep.storage import Store, open_store
+from data_prep.phantoms.images import write_phantoms
+from flexunet.storage import Store, open_store
 from tests.launcher.conftest import PROJECT, Launch
 from tests.launcher.head import ray_head
 

@@ -1,0 +1,87 @@
+"""Where the breast lies in a mammogram, so that empty film need not be stored.
+
+Owns the search; it must not know files or datasets. The same pixels give the same place, so that
+prediction frames a picture as preparation did. It is meant for dark film around a bright breast;
+labels are not part of the breast, because they do not hang together with it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from data_prep.imaging.codecs import Box, Geometry, Pixels, apply_geometry, fit
+
+Crop = Literal["none", "breast"]
+Flip = Literal["none", "left", "right"]
+
+_SEARCH_SIDE = 512  # pixels: the search looks at a reduced picture
+_TISSUE = 0.04  # of the range between the darkest and nearly the brightest
+_MARGIN = 0.01  # of the longer side, around the breast
+
+
+@dataclass(frozen=True)
+class Breast:
+    """The box around the breast, pixels, and whether the chest wall is at the left."""
+
+    box: Box
+    is_left: bool
+
+
+def find_breast(image: Pixels) -> Breast | None:
+    """Returns where the breast lies, None where all is of one brightness.
+
+    Args:
+        image: (H, W, C) uint8 or uint16, larger is brighter.
+    """
+    import cv2
+
+    height, width = image.shape[:2]
+    tissue = _tissue(image)
+    _, _, parts, centres = cv2.connectedComponentsWithStats(tissue)
+    if len(parts) < 2:
+        return None
+    largest = 1 + int(np.argmax(parts[1:, cv2.CC_STAT_AREA]))
+    left, top, columns, rows = (int(value) for value in parts[largest, :4])
+    down, right = height / tissue.shape[0], width / tissue.shape[1]
+    margin = round(_MARGIN * max(height, width))
+    first_row = max(0, int(top * down) - margin)
+    first_column = max(0, int(left * right) - margin)
+    end_row = min(height, round((top + rows) * down) + margin)
+    end_column = min(width, round((left + columns) * right) + margin)
+    box = Box(first_row, first_column, end_row - first_row, end_column - first_column)
+    return Breast(box, bool(centres[largest][0] < tissue.shape[1] / 2))
+
+
+def frame(image: Pixels, *, height: int, width: int, kind: str, crop: Crop, flip: Flip) -> Geometry:
+    """Returns how a picture is laid into the stored image of `height` x `width`.
+
+    Args:
+        image: (H, W, C) uint8 or uint16.
+        kind: "stretch", "pad" or "tile", see `image.fit`.
+        crop: "breast" leaves out what lies around it.
+        flip: the side on which the chest wall shall be.
+    """
+    found = find_breast(image) if (crop, flip) != ("none", "none") else None
+    return fit(
+        *image.shape[:2],
+        target_height=height,
+        target_width=width,
+        kind=kind,
+        crop=found.box if found and crop == "breast" else None,
+        is_flipped=found is not None and flip != "none" and found.is_left != (flip == "left"),
+    )
+
+
+def _tissue(image: Pixels) -> np.ndarray:
+    """Returns (h, w) uint8, reduced: 1 where it is brighter than film, single spots left out."""
+    import cv2
+
+    height, width = image.shape[:2]
+    scale = min(1.0, _SEARCH_SIDE / max(height, width))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    whole = fit(height, width, target_height=size[0], target_width=size[1], kind="stretch")
+    small = apply_geometry(image, whole, *size, nearest=False).reshape(*size, -1).max(axis=2)
+    dark, bright = float(small.min()), float(np.percentile(small, 99.5))
+    tissue = (small > dark + _TISSUE * (bright - dark)).astype(np.uint8)
+    return cv2.morphologyEx(tissue, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))

@@ -1,0 +1,228 @@
+"""DICOM files -> pixels, their full scale and their spacing; nothing else of the file leaves here.
+
+Owns which DICOM files are read: one uncompressed grey frame of unsigned values of 8 to 16 bits. It
+must not know data sets, annotations or storage.
+
+- Only the few elements that are needed are parsed; text, private elements and sequences are
+  skipped, and no value of an element is ever quoted: an error must not tell whose picture it is.
+- The header is checked before any pixel is decoded: transfer syntax, size, length of the pixels.
+- MONOCHROME1 (white is 0) is inverted, so that dense tissue is bright in every picture. Rescaling
+  and windows are a viewer's matter and not applied: pixels are the stored values.
+- A picture that says that text is burned into it is refused. One that does not say so may still
+  have some.
+"""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from flexunet.errors import ContentError
+
+if TYPE_CHECKING:
+    from pydicom import FileDataset
+
+    from data_prep.imaging.codecs import Pixels
+
+DICOM_ENDINGS = (".dcm",)
+
+Reader = Literal["pydicom", "tfio"]
+
+_PREAMBLE_BYTES = 128
+_META_GROUP = 0x0002
+_MAX_HEADER_BYTES = 64 * 2**20
+_MAX_SPACING_MM = 10.0
+_SYNTAXES = {
+    "1.2.840.10008.1.2": "implicit little endian",
+    "1.2.840.10008.1.2.1": "explicit little endian",
+}
+_ELEMENTS = [
+    *("SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+    *("ImagerPixelSpacing", "PixelSpacing", "BurnedInAnnotation", "PixelData"),
+]
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """What is read of a DICOM file.
+
+    Attributes:
+        pixels: (H, W, 1) uint8 or uint16; larger is brighter.
+        value_max: the value of full intensity, 2**(bits stored) - 1.
+        spacing_mm: height and width of a pixel at the detector, where the file has them.
+    """
+
+    pixels: "Pixels"
+    value_max: int
+    spacing_mm: tuple[float, float] | None
+
+
+def is_dicom(data: bytes) -> bool:
+    """Returns whether `data` begins as a DICOM file does."""
+    return data[_PREAMBLE_BYTES : _PREAMBLE_BYTES + 4] == b"DICM"
+
+
+def read_dicom(
+    data: bytes, *, name: str, max_pixels: int, reader: Reader = "pydicom"
+) -> Radiograph:
+    """Returns the picture of a DICOM file.
+
+    Args:
+        data: the whole file.
+        name: what to call the file in errors.
+        max_pixels: larger pictures are refused before they are decoded.
+        reader: what decodes the pixels; both give the same.
+
+    Raises:
+        UsageError: the reader is not installed.
+        ContentError: not DICOM, compressed, not one grey frame of unsigned values, too large, cut
+            off, or marked to have text burned in.
+    """
+    if not is_dicom(data):
+        raise ContentError(f"{name}: not a DICOM file; replace it")
+    dataset = _parsed(data, name)
+    _check_kind(dataset, name)
+    _check_size(dataset, len(data), name, max_pixels)
+    is_inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+    pixels = _pixels_of(dataset, name, reader)
+    value_max = 2 ** int(dataset.BitsStored) - 1
+    if is_inverted:
+        pixels = pixels.dtype.type(value_max) - pixels
+    return Radiograph(pixels[:, :, np.newaxis], value_max, _spacing_of(dataset, name))
+
+
+def _parsed(data: bytes, name: str) -> "FileDataset":
+    """Returns the elements that are needed, each of the kind that the checks expect."""
+    import pydicom
+
+    # What is not valid is refused below or not used; a warning would quote it.
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    with _parsing(name):
+        # A deflated file must not be read further than its meta information: it may be a bomb.
+        file = io.BytesIO(data[_PREAMBLE_BYTES + 4 :])
+        meta = pydicom.filereader.read_dataset(
+            *(file, False, True), stop_when=lambda tag, *_: tag >> 16 != _META_GROUP
+        )
+        syntax = str(meta.TransferSyntaxUID)
+    if syntax not in _SYNTAXES:
+        known = " and ".join(_SYNTAXES.values())
+        raise ContentError(
+            f"{name}: compressed, or stored in an order that is not read (known: {known}); "
+            "decompress it, as with dcmconv or dcmdjpeg of DCMTK"
+        )
+    with _parsing(name):
+        dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(_ELEMENTS))
+        for keyword in _ELEMENTS:
+            _ = dataset.get(keyword)  # elements are converted when they are asked for
+    return dataset
+
+
+@contextmanager
+def _parsing(name: str) -> Iterator[None]:
+    """Turns whatever pydicom raises into one ContentError that quotes nothing of the file."""
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (ContentError, MemoryError):
+        raise
+    # It raises what its parsing meets: KeyError, ValueError, struct.error, EOFError and more; and
+    # these, its warnings and its log quote values.
+    except Exception:
+        raise ContentError(f"{name}: damaged or incomplete DICOM file; replace it") from None
+
+
+def _check_kind(dataset: "FileDataset", name: str) -> None:
+    """Refuses all but one grey frame of unsigned values."""
+    bits = [_number(dataset, key) for key in ("BitsAllocated", "BitsStored", "HighBit")]
+    allocated, stored, high = bits
+    kinds = {
+        "samples per pixel": (_number(dataset, "SamplesPerPixel", 1), 1),
+        "frames": (_number(dataset, "NumberOfFrames", 1), 1),
+        "pixel representation (1: signed)": (_number(dataset, "PixelRepresentation"), 0),
+    }
+    for what, (found, wanted) in kinds.items():
+        if found != wanted:
+            raise ContentError(f"{name}: {what} {found}, only {wanted} is read; convert it")
+    if dataset.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ContentError(f"{name}: not a grey picture (MONOCHROME1 or MONOCHROME2); convert it")
+    if allocated not in (8, 16) or stored is None or not 8 <= stored <= allocated:
+        raise ContentError(f"{name}: {stored} bits stored in {allocated}, 8 to 16 are read")
+    if high != stored - 1:
+        raise ContentError(f"{name}: highest bit {high}, {stored - 1} is read; convert it")
+    if str(dataset.get("BurnedInAnnotation", "")).upper() == "YES":
+        raise ContentError(
+            f"{name}: says that text is burned into its pixels, which may name the patient; blank "
+            "the text and mark it BurnedInAnnotation NO, or leave the file out"
+        )
+
+
+def _check_size(dataset: "FileDataset", num_bytes: int, name: str, max_pixels: int) -> None:
+    height, width = _number(dataset, "Rows", 0), _number(dataset, "Columns", 0)
+    if not height or not width or "PixelData" not in dataset:
+        raise ContentError(f"{name}: holds no picture; leave the file out")
+    if height * width > max_pixels:
+        raise ContentError(
+            f"{name}: {width}x{height} is {height * width} pixels, more than {max_pixels}; "
+            "make it smaller or raise max_pixels"
+        )
+    wanted = height * width * int(dataset.BitsAllocated) // 8
+    found = len(dataset.PixelData)
+    if found not in (wanted, wanted + wanted % 2):
+        raise ContentError(
+            f"{name}: {found} bytes of pixels, but {width}x{height} are {wanted}; replace the file"
+        )
+    if num_bytes - found > _MAX_HEADER_BYTES:
+        raise ContentError(f"{name}: {num_bytes - found} bytes beside the pixels; replace the file")
+
+
+def _pixels_of(dataset: "FileDataset", name: str, reader: Reader) -> np.ndarray:
+    """Returns (H, W) uint8 or uint16: the bits stored, without what is above them."""
+    if reader == "tfio":
+        from data_prep.imaging.dicom_tfio import decode
+
+        pixels = decode(_plain_file(dataset), name)
+        return pixels.astype(np.uint8 if dataset.BitsAllocated == 8 else np.uint16, copy=False)
+    with _parsing(name):
+        return np.array(dataset.pixel_array)
+
+
+def _plain_file(dataset: "FileDataset") -> bytes:
+    """Returns a file of the checked elements alone, as MONOCHROME2.
+
+    tensorflow-io applies rescaling and inverts MONOCHROME1 itself, 4095 to 1 instead of 0.
+    """
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
+def _number(dataset: "FileDataset", keyword: str, default: int | None = None) -> Any:
+    """Returns a whole number, None or `default` where there is none."""
+    value = dataset.get(keyword)
+    return int(value) if isinstance(value, int) else default
+
+
+def _spacing_of(dataset: "FileDataset", name: str) -> tuple[float, float] | None:
+    """Returns the detector's spacing, else that of the picture; None where neither makes sense.
+
+    Source: DICOM PS3.3 C.8.11.7 (ImagerPixelSpacing: rows first, at the detector's plane).
+    """
+    from pydicom.multival import MultiValue
+
+    for keyword in ("ImagerPixelSpacing", "PixelSpacing"):
+        values = dataset.get(keyword)
+        if isinstance(values, MultiValue) and len(values) == 2:
+            with _parsing(name):
+                height, width = (float(value) for value in values)
+            if 0 < height <= _MAX_SPACING_MM and 0 < width <= _MAX_SPACING_MM:
+                return height, width
+    return None

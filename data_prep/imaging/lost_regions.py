@@ -1,0 +1,53 @@
+"""Regions of a mask that leave no pixel in the stored one, because it is smaller.
+
+Whoever evaluates on stored masks cannot count such a region as missed: so it is counted here. A
+region is as in an evaluation: pixels of one class that touch, at a corner too.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from data_prep.imaging.codecs import Geometry, kept_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionCounts:
+    """Regions of one mask by class id, class 0 left at 0.
+
+    Attributes:
+        regions: in the source.
+        vanished: those of them without a stored pixel.
+    """
+
+    regions: tuple[int, ...]
+    vanished: tuple[int, ...]
+
+    @property
+    def is_emptied(self) -> bool:
+        """Whether the source has foreground and the stored mask has none."""
+        return any(self.regions) and self.regions == self.vanished
+
+
+def count_regions(mask: np.ndarray, geometry: Geometry, num_classes: int) -> RegionCounts | None:
+    """Returns the regions of a source mask (H, W) uint8; None where it is not made smaller.
+
+    Only the box around the foreground is looked at: 0.2 ms for 1024x1024 pixels with a mass.
+    """
+    import cv2
+
+    part = geometry.part
+    if geometry.height >= part.height and geometry.width >= part.width:
+        return None
+    left, top, width, height = cv2.boundingRect(mask)
+    rows, columns = kept_lines(geometry)
+    rows = rows[(rows >= top) & (rows < top + height)] - top
+    columns = columns[(columns >= left) & (columns < left + width)] - left
+    box = mask[top : top + height, left : left + width]
+    regions, vanished = [0] * num_classes, [0] * num_classes
+    for class_id in range(1, num_classes if box.size else 0):
+        count, labels = cv2.connectedComponents((box == class_id).view(np.uint8), connectivity=8)
+        kept = np.bincount(labels[np.ix_(rows, columns)].reshape(-1), minlength=count)
+        regions[class_id] = count - 1
+        vanished[class_id] = int(np.count_nonzero(kept[1:] == 0))
+    return RegionCounts(tuple(regions), tuple(vanished))

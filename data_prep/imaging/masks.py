@@ -1,0 +1,438 @@
+"""Colours and grey levels of a mask <-> class ids.
+
+Owns the meaning of mask pixels. It must not know where masks come from or where ids go.
+
+How a mask is read, whatever its file format:
+- A mask whose colours are all grey is a grey mask, also when it is stored as RGB or as a palette.
+- A grey mask that holds class ids only (0..K-1, and the ignore id) is an index mask: the
+  simplest are 0/1 masks of two classes.
+- Every other pixel belongs to the class with the nearest colour. It is counted as off-map when it
+  is not exactly of that colour: resampled masks have such pixels along their edges. 16-bit grey
+  masks are compared with the colours times 257 (65535 is white).
+- The ignore id stands for itself: grey level `ignore_id`, or that grey as a colour.
+"""
+
+import io
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS, Pixels, grey_channel
+from flexunet.errors import ContentError, UsageError
+
+Color = tuple[int, int, int]
+ClassIds = npt.NDArray[np.uint8]
+"""(H, W) uint8 class ids."""
+
+MAX_CLASSES = 256  # ids are stored in 8 bits
+NPZ_KEY = "mask"
+
+_NUM_COLORS_NAMED = 5
+_LEVELS_16_BIT = 257  # 65535 / 255: one 8-bit grey level in 16 bits
+_MAX_DISTANCES = 2**18  # colours x classes compared at once: 6 MB
+_NOT_A_BLEND = 128  # a blend of two colours differs by less from the nearer one
+_MAX_ID_LIKE = 64
+_SOLID_SIDE = 3  # pixels; blends lie along edges, which are thinner
+_NPZ_BYTES_PER_PIXEL = 64  # eight one-hot classes as float64, or 64 as uint8
+
+
+@dataclass(frozen=True)
+class ClassColor:
+    """A class, and the colour (RGB, 0..255 each) that stands for it in masks."""
+
+    id: int
+    name: str
+    color: Color
+
+
+DEFAULT_CLASSES = (ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255)))
+
+
+def parse_color_map(text: str) -> tuple[ClassColor, ...]:
+    """Returns the classes of `background=0,0,0;mass=255,255,255`, ids in the order given.
+
+    Colours are `r,g,b` with 0..255 each, or `#rrggbb`.
+
+    Raises:
+        UsageError: not of this form, a name or colour twice, fewer than two classes or more than
+            256, or a grey level that as an id would mean another class.
+    """
+    parts = [part for part in re.split(r"[;\n]", text) if part.strip()]
+    classes = tuple(_parse_class(i, part, text) for i, part in enumerate(parts))
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        raise UsageError(
+            f"classes {text!r}: {len(classes)} given, allowed are 2 to {MAX_CLASSES}; "
+            "write name=r,g,b;name=r,g,b"
+        )
+    _refuse_twice("name", [entry.name for entry in classes], text)
+    _refuse_twice("colour", [entry.color for entry in classes], text)
+    for entry in classes:
+        level = _grey_level(entry.color)
+        if level is not None and level < len(classes) and level != entry.id:
+            raise UsageError(
+                f"classes {text!r}: {entry.name!r} (id {entry.id}) has the grey level {level}, "
+                f"which as an id means {classes[level].name!r}; put it at place {level} of the list"
+            )
+    return classes
+
+
+def to_class_ids(
+    pixels: Pixels,
+    classes: Sequence[ClassColor],
+    *,
+    name: str,
+    exact_tolerance: int = 0,
+    ignore_id: int | None = None,
+) -> tuple[ClassIds, int, list[Color]]:
+    """Returns class ids (H, W) uint8, the number of off-map pixels, and their commonest colours.
+
+    Args:
+        pixels: (H, W) or (H, W, 1) grey, uint8 or uint16, or (H, W, 3) uint8 RGB.
+        classes: the classes in the order of their ids.
+        name: what to call the mask in errors.
+        exact_tolerance: largest difference, per channel and in 8-bit levels, that still counts as
+            the class's own colour.
+        ignore_id: id of pixels that count nowhere.
+
+    Raises:
+        ContentError: the mask would be read as empty although it has areas of other colours or
+            ids: the classes do not describe it.
+        UsageError: `ignore_id` is a class id, or the grey level of a class.
+    """
+    check_ignore_id(classes, ignore_id)
+    colors = [entry.color for entry in classes]
+    ids = [entry.id for entry in classes]
+    if ignore_id is not None:
+        colors, ids = [*colors, (ignore_id,) * 3], [*ids, ignore_id]
+    plane = grey_channel(pixels)
+    if plane is None:
+        reading = _read_colors(pixels, np.array(colors), np.array(ids), exact_tolerance)
+    else:
+        reading = _read_grey(plane, np.array(colors), np.array(ids), exact_tolerance)
+    off_map = int(reading.off_counts.sum())
+    commonest = np.argsort(-reading.off_counts, kind="stable")[:_NUM_COLORS_NAMED]
+    named = [_as_color(color) for color in reading.off_colors[commonest]]
+    if off_map and _is_empty(reading.ids, ignore_id):
+        is_solid = 2 * _num_solid(pixels, colors, exact_tolerance) > off_map
+        _refuse_unexplained(reading, classes, named, name=name, is_solid=is_solid)
+    return reading.ids, off_map, named
+
+
+def to_colors(class_ids: npt.NDArray[Any], classes: Sequence[ClassColor]) -> Pixels:
+    """Returns the picture (H, W, 3) uint8 of class ids (H, W); an ignore id becomes its own grey.
+
+    `to_class_ids` gives the same ids back.
+    """
+    table = np.repeat(np.arange(MAX_CLASSES, dtype=np.uint8)[:, np.newaxis], 3, axis=1)
+    for entry in classes:
+        table[entry.id] = entry.color
+    return np.take(table, class_ids, axis=0)
+
+
+def check_ignore_id(classes: Sequence[ClassColor], ignore_id: int | None) -> None:
+    """Checks that the ignore id cannot be taken for a class.
+
+    Raises:
+        UsageError: it is a class id, the grey level of a class, or does not fit 8 bits.
+    """
+    if ignore_id is None:
+        return
+    if not len(classes) <= ignore_id < MAX_CLASSES:
+        raise UsageError(
+            f"--ignore-id={ignore_id}: ids up to {len(classes) - 1} are classes and the largest "
+            f"possible is {MAX_CLASSES - 1}; choose one between"
+        )
+    for entry in classes:
+        if _grey_level(entry.color) == ignore_id:
+            raise UsageError(
+                f"--ignore-id={ignore_id} is also the grey level of {entry.name!r} {entry.color}; "
+                "give one of them another value"
+            )
+
+
+def read_npz_mask(
+    data: bytes,
+    name: str,
+    *,
+    num_classes: int | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> Pixels:
+    """Returns the mask in an .npz file: (H, W) uint8 or uint16, for `to_class_ids`.
+
+    The array `mask` is (H, W) of ids or grey levels, or (H, W, C) one-hot, C in the order of the
+    ids; (H, W, 1) is (H, W). Pickled objects are never loaded, and the size is checked before
+    anything is inflated.
+
+    Args:
+        data: the whole file.
+        name: what to call the file in errors.
+        num_classes: where given, a one-hot mask must have as many.
+        max_pixels: larger masks are refused.
+
+    Raises:
+        ContentError: not such a file, too large, not whole numbers of 0..65535, or not one-hot.
+    """
+    try:
+        array = _read_npz_array(data, name, max_pixels)
+    # What zipfile, zlib and numpy raise on broken archives.
+    except (
+        *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError),
+        *(RuntimeError, NotImplementedError, SyntaxError, TypeError),
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ContentError(f"{name}: not a readable .npz mask: {reason}; replace it") from error
+    if array.ndim == 3 and array.shape[2] > 1:
+        return _from_one_hot(array, name=name, num_classes=num_classes)
+    plane = array.reshape(array.shape[:2])
+    if not np.all((plane >= 0) & (plane <= 65535) & (plane == np.floor(plane))):
+        raise ContentError(f"{name}: the mask holds other values than whole numbers of 0..65535")
+    return plane.astype(np.uint8 if plane.max() < MAX_CLASSES else np.uint16)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Class ids, and the M distinct colours that no class has."""
+
+    ids: ClassIds
+    off_colors: npt.NDArray[np.int64]  # (M, 3)
+    off_counts: npt.NDArray[np.int64]  # (M,) pixels of each
+    off_distances: npt.NDArray[np.int64]  # (M,) to the class it was given, 8-bit levels
+
+
+_NOTHING_OFF = (np.zeros((0, 3), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+def _read_grey(
+    plane: Pixels, colors: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], tolerance: int
+) -> _Reading:
+    import cv2
+
+    exact = _read_exact(plane, colors, ids)
+    if exact is not None:
+        return _Reading(exact, *_NOTHING_OFF)
+    counts = _counts(plane)
+    levels = np.flatnonzero(counts)
+    if set(levels.tolist()) <= set(ids.tolist()):
+        return _Reading(plane.astype(np.uint8), *_NOTHING_OFF)
+    scale = _LEVELS_16_BIT if levels[-1] > 255 else 1
+    shades = np.repeat(levels[:, np.newaxis], 3, axis=1)
+    nearest, distances = _nearest(shades, colors * scale)
+    table = np.zeros(max(256, len(counts)), np.uint8)
+    table[levels] = ids[nearest]
+    off = distances > tolerance * scale
+    # OpenCV's table is four times as fast, and has 256 places.
+    read = cv2.LUT(plane, table) if plane.dtype == np.uint8 else np.take(table, plane)
+    return _Reading(
+        np.asarray(read, np.uint8), shades[off], counts[levels[off]], distances[off] // scale
+    )
+
+
+def _read_exact(
+    plane: Pixels, colors: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]
+) -> ClassIds | None:
+    """Returns the class ids of a mask of nothing but the classes' own levels, as most are.
+
+    None: it is of another kind. No level of one class is the id of another, see `parse_color_map`.
+    Takes half the time of counting the levels.
+    """
+    import cv2
+
+    is_grey = (colors == colors[:, :1]).all(axis=1)
+    no_class = MAX_CLASSES - 1
+    if plane.dtype != np.uint8 or ids.max() == no_class:
+        return None
+    table = np.full(256, no_class, np.uint8)
+    # Of classes of one level the first is taken.
+    table[colors[is_grey, 0][::-1]] = ids[is_grey][::-1]
+    read = np.asarray(cv2.LUT(plane, table), np.uint8)
+    return None if read.max() == no_class else read
+
+
+def _counts(plane: Pixels) -> npt.NDArray[np.int64]:
+    """Returns how often each value occurs, up to the largest of the type or of `plane`."""
+    import cv2
+
+    if plane.dtype == np.uint8 and plane.size < 2**24:
+        # Five times as fast, and in float32: exact up to that many pixels.
+        histogram = cv2.calcHist([plane], [0], None, [256], [0, 256])
+        return histogram.ravel().astype(np.int64)
+    return np.bincount(plane.ravel())
+
+
+def _read_colors(
+    pixels: Pixels, colors: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], tolerance: int
+) -> _Reading:
+    codes = pixels[..., 0].astype(np.uint32)
+    for channel in (1, 2):
+        codes <<= 8
+        codes |= pixels[..., channel]
+    result = np.zeros(codes.shape, np.uint8)
+    rest = np.ones(codes.shape, bool)
+    # Most pixels are exactly of a class: only the others are sorted and compared.
+    for (red, green, blue), class_id in zip(colors.tolist(), ids, strict=True):
+        exact = codes == (red << 16 | green << 8 | blue)
+        np.putmask(result, exact, class_id)
+        rest ^= exact
+    others, where, counts = np.unique(codes[rest], return_inverse=True, return_counts=True)
+    shades = np.stack([others >> 16, (others >> 8) & 255, others & 255], axis=1).astype(np.int64)
+    nearest, distances = _nearest(shades, colors)
+    result[rest] = ids[nearest][where]
+    off = distances > tolerance
+    return _Reading(result, shades[off], counts[off], distances[off])
+
+
+def _nearest(
+    shades: npt.NDArray[np.int64], colors: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Returns the index of the nearest of `colors` (K, 3) for each of `shades` (M, 3).
+
+    Also returns the largest difference of a channel to it. Nearest is by the sum of squares; of
+    equally near ones the first is taken.
+    """
+    nearest = np.zeros(len(shades), np.int64)
+    block = max(1, _MAX_DISTANCES // len(colors))
+    for start in range(0, len(shades), block):
+        difference = shades[start : start + block, np.newaxis] - colors
+        nearest[start : start + block] = (difference**2).sum(axis=2).argmin(axis=1)
+    return nearest, np.abs(shades - colors[nearest]).max(axis=1, initial=0)
+
+
+def _is_empty(class_ids: ClassIds, ignore_id: int | None) -> bool:
+    foreground = class_ids if ignore_id is None else class_ids[class_ids != ignore_id]
+    return not foreground.any()
+
+
+def _num_solid(pixels: Pixels, colors: Sequence[Color], tolerance: int) -> int:
+    """Returns how many pixels lie in squares of one shade that is none of `colors`."""
+    import cv2
+
+    channels = pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
+    square = np.ones((_SOLID_SIDE, _SOLID_SIDE), np.uint8)
+    highest, lowest = cv2.dilate(pixels, square), cv2.erode(pixels, square)
+    is_centre = (highest == lowest).reshape(channels.shape).all(axis=2)
+    is_solid = cv2.dilate(is_centre.astype(np.uint8), square).astype(bool)
+    for color in colors:
+        is_solid &= (np.abs(channels.astype(np.int32) - color) > tolerance).any(axis=2)
+    return int(np.count_nonzero(is_solid))
+
+
+def _refuse_unexplained(
+    reading: _Reading,
+    classes: Sequence[ClassColor],
+    named: list[Color],
+    *,
+    name: str,
+    is_solid: bool,
+) -> None:
+    """Refuses a mask that would become empty although it seems to hold something.
+
+    The faint rest of a lesion that was warped out of the picture is a blend, near the background's
+    colour. A colour far from it, grey levels 0, 1, 2 and so on without a gap, or areas of one
+    shade (`is_solid`: most of what is off the map) are a mask of other classes; below the limit for
+    off-map pixels, or with a higher one, it would be lost without a word.
+    """
+    levels = np.unique(reading.off_colors)
+    is_grey = np.all(reading.off_colors == reading.off_colors[:, :1])
+    known = [level for entry in classes if (level := _grey_level(entry.color)) is not None]
+    seen = np.union1d(levels, [level for level in known if level <= levels[-1]])
+    is_id_like = is_grey and levels[-1] < _MAX_ID_LIKE and len(seen) == levels[-1] + 1
+    # Grey of 9 to 15 bits in a 16-bit file: white is not 65535 there.
+    is_scaled = levels[-1] > 255
+    if is_solid or is_id_like or is_scaled or reading.off_distances.max() >= _NOT_A_BLEND:
+        colors = ", ".join(map(str, named))
+        raise ContentError(
+            f"{name}: would be read as empty, but has {reading.off_counts.sum()} pixels of colours "
+            f"that are no class's: {colors}; give the colours of these masks with --classes"
+        )
+
+
+def _grey_level(color: Color) -> int | None:
+    return color[0] if color[0] == color[1] == color[2] else None
+
+
+def _as_color(values: npt.NDArray[np.int64]) -> Color:
+    red, green, blue = values.tolist()
+    return red, green, blue
+
+
+def _refuse_twice(what: str, values: Sequence[str | Color], text: str) -> None:
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise UsageError(f"classes {text!r}: {what} {twice[0]!r} is given twice")
+
+
+def _parse_class(class_id: int, part: str, text: str) -> ClassColor:
+    name, found, color = (piece.strip() for piece in part.partition("="))
+    hexadecimal = re.fullmatch(r"#([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})", color)
+    decimal = re.fullmatch(r"(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})", color, re.ASCII)
+    if hexadecimal:
+        red, green, blue = (int(value, 16) for value in hexadecimal.groups())
+    elif decimal:
+        red, green, blue = (int(value) for value in decimal.groups())
+    if not name or not found or not (hexadecimal or decimal) or max(red, green, blue) > 255:
+        raise UsageError(
+            f"classes {text!r}: {part.strip()!r} is not name=r,g,b (0..255 each) or name=#rrggbb"
+        )
+    return ClassColor(class_id, name, (red, green, blue))
+
+
+def _read_npz_array(data: bytes, name: str, max_pixels: int) -> npt.NDArray[Any]:
+    """Returns the array `mask`, (H, W) or (H, W, C) of bool, integers or floats."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        member = f"{NPZ_KEY}.npy"
+        if member not in archive.namelist():
+            held = ", ".join(entry.removesuffix(".npy") for entry in archive.namelist()[:5])
+            raise ContentError(f"{name}: no array {NPZ_KEY!r}, it holds {held or 'nothing'}")
+        # zipfile never inflates more than the size that the directory states.
+        stated = archive.getinfo(member).file_size
+        if stated > max_pixels * _NPZ_BYTES_PER_PIXEL:
+            raise ContentError(
+                f"{name}: inflates to {stated} bytes, more than a mask of {max_pixels} pixels can "
+                "need; make it smaller or raise max_pixels"
+            )
+        with archive.open(member) as file:
+            shape, fortran, dtype = _read_npy_header(file)
+            _check_npy(shape, dtype, name=name, max_pixels=max_pixels)
+            payload = file.read(math.prod(shape) * dtype.itemsize)
+    return np.frombuffer(payload, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(f"npy version {version}")
+
+
+def _check_npy(shape: tuple[int, ...], dtype: np.dtype[Any], *, name: str, max_pixels: int) -> None:
+    if len(shape) not in (2, 3) or 0 in shape or dtype.kind not in "buif":
+        raise ContentError(
+            f"{name}: the mask is {shape} {dtype}; expected (H, W) ids or (H, W, C) one-hot numbers"
+        )
+    if shape[0] * shape[1] > max_pixels:
+        raise ContentError(
+            f"{name}: {shape[1]}x{shape[0]} is more than {max_pixels} pixels; "
+            "make it smaller or raise max_pixels"
+        )
+
+
+def _from_one_hot(array: npt.NDArray[Any], *, name: str, num_classes: int | None) -> Pixels:
+    if array.shape[2] != (num_classes or array.shape[2]) or array.shape[2] > MAX_CLASSES:
+        raise ContentError(
+            f"{name}: one-hot mask of {array.shape[2]} classes; "
+            f"expected {num_classes or f'at most {MAX_CLASSES}'}"
+        )
+    is_one = array == 1
+    if not (np.all(is_one | (array == 0)) and np.all(is_one.sum(axis=2) == 1)):
+        raise ContentError(f"{name}: not one-hot: a pixel does not have a single 1 among its zeros")
+    ids: Pixels = is_one.argmax(axis=2).astype(np.uint8)
+    return ids

@@ -1,0 +1,1 @@
+"""Synthetic mammograms for the demo and the tests."""

@@ -1,0 +1,1 @@
+"""Where image/mask pairs come from."""

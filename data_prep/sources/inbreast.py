@@ -1,0 +1,344 @@
+"""The original INbreast release: which files belong together, and what its annotations say.
+
+    AllDICOMs/20586908_6c613a14b80a8591_MG_R_CC_ANON.dcm
+    AllXML/20586908.xml
+
+Owns the names, the annotations and their spellings, and the contours' pixels. It must not know
+how datasets are stored.
+
+- Picture and annotation have the first part of the name in common; the second part stands for the
+  patient, who may have several of the published cases. A picture without an annotation has no
+  finding; how many there are is counted, as a file that is missing looks the same.
+- An annotation is a property list as OsiriX exports it. It is data from a stranger: its size is
+  limited before it is parsed, entities are refused, and points are read by a pattern.
+- A contour of one or two points is a mark, not an outline: counted, never drawn.
+
+Source: Moreira et al., INbreast: toward a full-field digital mammographic database, 2012,
+doi:10.1016/j.acra.2011.09.014.
+"""
+
+import math
+import os
+import plistlib
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.imaging.dicom import DICOM_ENDINGS
+from data_prep.sources.pairs import Pair, Reject, Source, is_broken_link, list_files, refused_name
+from flexunet.errors import ContentError, UsageError
+from flexunet.storage import BROKEN_LINK, join_url, name_problem, open_store
+
+Kind = Literal["mass", "spiculated", "cluster", "calcification", "asymmetry", "distortion", "other"]
+KINDS: tuple[Kind, ...] = (
+    *("mass", "spiculated", "cluster", "calcification", "asymmetry", "distortion", "other"),
+)
+COUNTS_NAME = "report/findings.csv"
+COUNTS_COLUMNS = ("finding", "contours", "points", "images", "patients", "published")
+
+_IMAGES, _ANNOTATIONS = "AllDICOMs", "AllXML"
+_NAME = re.compile(r"([0-9]+)_([0-9A-Za-z]+)_")
+_SPELLINGS: dict[str, Kind] = {
+    "mass": "mass",
+    "spiculated region": "spiculated",
+    "espiculated region": "spiculated",
+    "cluster": "cluster",
+    "calcification": "calcification",
+    "calcifications": "calcification",
+    "asymmetry": "asymmetry",
+    "assymetry": "asymmetry",
+    "distortion": "distortion",
+}
+# By finding. Images and cases as the paper's abstract has them (90 cases of both breasts with four
+# images, 25 of mastectomy patients with two); masses as later work quotes the paper.
+PUBLISHED = {"all": "410 images, 115 cases", "mass": "116 in 107 images"}
+PUBLISHED_NOTE = (
+    "Published: images and cases by Moreira et al. 2012, masses as later work quotes it; other "
+    "findings are not compared. Images and patients are those with a contour or a point of the "
+    "finding; of masses those with a contour, as the published ones. A patient may have several "
+    "cases. A picture without an annotation counts as healthy: where AllXML/ is incomplete, some "
+    "are not."
+)
+
+_MAX_BYTES = 16 * 2**20  # of an annotation; the largest has some hundred calcifications
+_MAX_POINTS = 200_000  # of an annotation
+_NUMBER = r"([-+]?[0-9]{1,12}(?:\.[0-9]{0,12})?(?:[eE][-+]?[0-9]{1,3})?)"
+_POINT = re.compile(rf"\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)\s*")
+_MARGIN = 0.05  # of a side: how far a contour may leave the picture
+_MIN_OUTLINE = 3
+
+
+@dataclass(frozen=True)
+class Roi:
+    """One annotation: its kind, and (N, 2) float64 points (x, y) in pixels of the picture."""
+
+    kind: Kind
+    points: npt.NDArray[np.float64]
+
+    @property
+    def is_outline(self) -> bool:
+        """Whether it encloses something."""
+        return len(self.points) >= _MIN_OUTLINE
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How many outlines and marks of one kind a picture has."""
+
+    kind: Kind
+    num_contours: int
+    num_points: int
+
+
+def find_release(source_url: str) -> tuple[Source, ...]:
+    """Returns the folders of pictures and annotations of a release.
+
+    Raises:
+        UsageError: one of the two is missing or empty.
+    """
+    url = open_store(source_url).url
+    source = Source(join_url(url, _IMAGES), join_url(url, _ANNOTATIONS), None)
+    for folder in (source.images, source.masks):
+        if not list_files(folder):
+            raise UsageError(
+                f"{folder}: missing or empty; give the folder of the release, which holds "
+                f"{_IMAGES}/ and {_ANNOTATIONS}/"
+            )
+    return (source,)
+
+
+def is_release(source_url: str) -> bool:
+    """Returns whether both folders of a release hold files."""
+    return all(list_files(join_url(source_url, name)) for name in (_IMAGES, _ANNOTATIONS))
+
+
+def find_cases(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
+    """Returns the pictures with their annotations, sorted by id, and the files that are in none.
+
+    The `mask_name` of a picture without an annotation is None.
+    """
+    pairs: list[Pair] = []
+    rejects: list[Reject] = []
+    for source in sources:
+        images = _by_number(source.images, DICOM_ENDINGS, _NAME, rejects)
+        annotations = _by_number(source.masks, (".xml",), re.compile("([0-9]+)"), rejects)
+        for number in images.keys() | annotations.keys():
+            of_image, of_mask = images.get(number, []), annotations.get(number, [])
+            if len(of_image) == 1 and len(of_mask) <= 1:
+                stem = os.path.splitext(of_image[0])[0]
+                mask = of_mask[0] if of_mask else None
+                pairs.append(Pair(stem, source.images, of_image[0], source.masks, mask, None))
+                continue
+            reason = _why_alone(of_image, of_mask, source)
+            rejects += [Reject(join_url(source.images, name), reason) for name in of_image]
+            rejects += [Reject(join_url(source.masks, name), reason) for name in of_mask]
+    return sorted(pairs, key=lambda pair: pair.id), sorted(rejects, key=lambda each: each.file)
+
+
+def patient_of(filename: str) -> str:
+    """Returns the second part of a picture's name, which stands for the patient.
+
+    Raises:
+        ContentError: the name has another form.
+    """
+    found = _NAME.match(filename)
+    if not found:
+        raise ContentError(f"{filename}: {_WRONG_NAME}")
+    return found[2]
+
+
+_WRONG_NAME = (
+    "its name is not NUMBER_PATIENT_MG_SIDE_VIEW_ANON, so the patient is unknown; give it the "
+    "name that it has in the release"
+)
+
+
+def _by_number(
+    url: str, endings: Sequence[str], pattern: re.Pattern[str], rejects: list[Reject]
+) -> dict[str, list[str]]:
+    """Returns the object names of each file number; files that are no candidates go to `rejects`.
+
+    Files of other endings are no part of the release and are passed over.
+    """
+    names: dict[str, list[str]] = {}
+    for name in list_files(url):
+        if not name.lower().endswith(tuple(endings)):
+            continue
+        found = pattern.match(name)
+        if found is None or "/" in name:
+            wrong = "lies in a folder of its own; move it up" if "/" in name else _WRONG_NAME
+            rejects.append(Reject(join_url(url, name), wrong))
+        elif problem := name_problem(name):
+            rejects.append(Reject(join_url(url, name), refused_name(problem)))
+        elif is_broken_link(url, name):
+            rejects.append(Reject(join_url(url, name), BROKEN_LINK))
+        else:
+            names.setdefault(found[1], []).append(name)
+    return names
+
+
+def _why_alone(images: Sequence[str], annotations: Sequence[str], source: Source) -> str:
+    if not images:
+        return f"no picture of this number in {source.images}"
+    what = "pictures" if len(images) > 1 else "annotations"
+    return f"several {what} have its number; keep one"
+
+
+# Annotations
+
+
+def read_rois(data: bytes, *, name: str) -> list[Roi]:
+    """Returns the annotations of a property list in the form of OsiriX.
+
+    Args:
+        name: what to call the file in errors; nothing else of it is quoted.
+
+    Raises:
+        ContentError: too large, not a property list, with entities, or not of this form.
+    """
+    if len(data) > _MAX_BYTES:
+        raise ContentError(f"{name}: {len(data)} bytes, an annotation has {_MAX_BYTES} at most")
+    images = _member(_parsed(data, name), "Images", list, name)
+    if len(images) != 1:
+        raise ContentError(f"{name}: annotations of {len(images)} pictures; one is expected")
+    image = images[0]
+    rois = _member(image, "ROIs", list, name)
+    if _member(image, "NumberOfROIs", int, name) != len(rois):
+        raise ContentError(f"{name}: NumberOfROIs is not the number of ROIs; export it again")
+    found = [_roi_of(roi, name) for roi in rois]
+    if sum(len(roi.points) for roi in found) > _MAX_POINTS:
+        raise ContentError(f"{name}: more than {_MAX_POINTS} points; export it again")
+    return found
+
+
+def count_findings(rois: Iterable[Roi]) -> tuple[Finding, ...]:
+    """Returns how many annotations of each kind there are, in the order of `KINDS`."""
+    count = Counter((roi.kind, roi.is_outline) for roi in rois)
+    return tuple(
+        Finding(kind, count[kind, True], count[kind, False])
+        for kind in KINDS
+        if count[kind, True] or count[kind, False]
+    )
+
+
+def draw_rois(
+    rois: Iterable[Roi], kinds: Sequence[str], height: int, width: int, *, name: str
+) -> npt.NDArray[np.uint8]:
+    """Returns (height, width) uint8: 1 inside an outline of one of `kinds`, else 0.
+
+    Raises:
+        ContentError: an outline lies outside the picture.
+    """
+    mask = np.zeros((height, width), np.uint8)
+    limits = np.array([width, height], np.float64)
+    for roi in rois:
+        if roi.kind not in kinds or not roi.is_outline:
+            continue
+        outside = np.maximum(-roi.points, roi.points - (limits - 1))
+        if (outside > _MARGIN * limits).any():
+            raise ContentError(
+                f"{name}: a contour leaves its picture of {width}x{height} pixels by more than "
+                f"{100 * _MARGIN:g} %; is it the annotation of another picture?"
+            )
+        fill_polygon(mask, roi.points)
+    return mask
+
+
+def fill_polygon(mask: npt.NDArray[np.uint8], points: npt.NDArray[np.float64]) -> None:
+    """Sets the pixels of `mask`, (H, W), whose centre lies in the polygon to 1.
+
+    The centre of the first pixel is (0, 0). Even-odd rule; of a border that runs through centres
+    the upper and the left one belong to the polygon, so that neighbours share no pixel.
+
+    Args:
+        points: (N, 2) x, y; the last is joined to the first.
+    """
+    left, top = np.maximum(0, np.ceil(points.min(axis=0))).astype(int)
+    right, bottom = np.minimum(mask.shape[::-1], np.ceil(points.max(axis=0))).astype(int)
+    if left >= right or top >= bottom:
+        return
+    # Of each row, the columns at which inside and outside change.
+    changes = np.zeros((bottom - top, right - left + 1), np.uint8)
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
+        first, end = sorted((math.ceil(y0), math.ceil(y1)))
+        rows = np.arange(max(first, top), min(end, bottom))
+        if len(rows):
+            columns = np.ceil(x0 + (rows - y0) * ((x1 - x0) / (y1 - y0))).astype(int)
+            changes[rows - top, np.clip(columns, left, right) - left] ^= 1
+    inside = np.bitwise_xor.accumulate(changes, axis=1)[:, :-1]
+    mask[top:bottom, left:right] |= inside
+
+
+def _parsed(data: bytes, name: str) -> Any:
+    try:
+        # Of this format alone: a binary one may refer to itself. Entities are refused by plistlib.
+        return plistlib.loads(data, fmt=plistlib.FMT_XML)
+    except MemoryError:
+        raise
+    # Broken files make it raise ExpatError, ValueError, KeyError, IndexError, AttributeError and
+    # more, some of which quote the file.
+    except Exception:
+        raise ContentError(f"{name}: not an XML property list; export it again") from None
+
+
+def _member(values: Any, key: str, kind: type, name: str) -> Any:
+    found = values.get(key) if isinstance(values, dict) else None
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise ContentError(f"{name}: {key} is missing or of another kind; export it from OsiriX")
+    return found
+
+
+def _roi_of(values: Any, name: str) -> Roi:
+    points = _member(values, "Point_px", list, name)
+    if _member(values, "NumberOfPoints", int, name) != len(points):
+        raise ContentError(f"{name}: NumberOfPoints is not the number of points; export it again")
+    spelled = " ".join(_member(values, "Name", str, name).casefold().split())
+    array = np.array([_point_of(point, name) for point in points], np.float64).reshape(-1, 2)
+    return Roi(_SPELLINGS.get(spelled, "other"), array)
+
+
+def _point_of(text: Any, name: str) -> tuple[float, float]:
+    found = _POINT.fullmatch(text) if isinstance(text, str) else None
+    if found is None:
+        raise ContentError(f"{name}: a point is not of the form (x, y); export it again")
+    return float(found[1]), float(found[2])
+
+
+# Counts
+
+
+def count_rows(
+    findings: Mapping[str, Sequence[Finding]],
+    groups: Mapping[str, str],
+    unannotated: Collection[str],
+) -> Iterator[tuple[str, ...]]:
+    """Yields the rows of `COUNTS_COLUMNS`: what was found beside what was published.
+
+    Images and patients of a finding are those with a contour or a point of it; of masses those with
+    a contour, because the published ones are outlined.
+
+    Args:
+        findings: of each picture.
+        groups: patient of each picture.
+        unannotated: pictures that came without an annotation file.
+    """
+    counts = ("", "", str(len(findings)), str(len(set(groups.values()))))
+    yield "all", *counts, PUBLISHED["all"]
+    num_patients = len({groups[id_] for id_ in unannotated})
+    yield "no annotation", "", "", str(len(unannotated)), str(num_patients), ""
+    for kind in KINDS:
+        of_kind = [(id_, each) for id_, all_ in findings.items() for each in all_
+                   if each.kind == kind]  # fmt: skip
+        having = {id_ for id_, each in of_kind if each.num_contours or kind != "mass"}
+        counts = (
+            str(sum(each.num_contours for _, each in of_kind)),
+            str(sum(each.num_points for _, each in of_kind)),
+            str(len(having)),
+            str(len({groups[id_] for id_ in having})),
+        )
+        yield kind, *counts, PUBLISHED.get(kind, "")

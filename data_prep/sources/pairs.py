@@ -1,0 +1,224 @@
+"""Finds the pictures and masks of a source and pairs them by stem.
+
+Owns the layout of a source folder and what makes a pair. It reads names only: it must not know
+what is in the files, nor how samples are split.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexunet.errors import ContentError, UsageError
+from flexunet.storage import (
+    BROKEN_LINK,
+    Stat,
+    Store,
+    join_url,
+    lies_in,
+    name_problem,
+    open_source,
+    open_store,
+)
+
+IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+MASK_ENDINGS = (*IMAGE_ENDINGS, ".npz")
+
+_IMAGES = "images"
+_MASKS = "masks"
+_SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid",
+                  "test": "test"}  # fmt: skip
+_MISSING = "{}: missing or empty; images and masks lie in a folder each"
+_DROPPINGS = ("desktop.ini", "thumbs.db")  # and every name that starts with a dot
+
+
+@dataclass(frozen=True)
+class Source:
+    """Two folders of pairs; `split` is None where the splits are still to be drawn."""
+
+    images: str
+    masks: str
+    split: str | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture and its mask: the URL of a store and the name of the object in it, for each.
+
+    `mask_name` is None where a release says so that there is nothing to see.
+    """
+
+    id: str
+    image_url: str
+    image_name: str
+    mask_url: str
+    mask_name: str | None
+    split: str | None
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A file that cannot be used, by its URL; the reason names no other file."""
+
+    file: str
+    reason: str
+
+
+def find_sources(source_url: str) -> tuple[Source, ...]:
+    """Returns the folders of pairs below `source_url`.
+
+    Either `images/` and `masks/` lie there, or `train/`, `valid/` (also `val/`, `validation/`) and
+    `test/`, each holding the two; `valid/` and `test/` may be missing.
+
+    Raises:
+        UsageError: neither, both, or one of the folders is missing or empty.
+    """
+    url = open_store(source_url).url
+    found = {name: split for name, split in _SPLIT_FOLDERS.items() if _holds(join_url(url, name))}
+    is_flat = _holds(join_url(url, _IMAGES)) or _holds(join_url(url, _MASKS))
+    if is_flat and found:
+        raise UsageError(
+            f"{url}: holds {_IMAGES}/ or {_MASKS}/ and also {next(iter(found))}/; "
+            "keep one of the two layouts"
+        )
+    if is_flat:
+        return (_checked(Source(join_url(url, _IMAGES), join_url(url, _MASKS), None)),)
+    if "train" not in found:
+        raise UsageError(
+            f"{url}: no files in {_IMAGES}/ and {_MASKS}/, nor in train/{_IMAGES}/ and "
+            f"train/{_MASKS}/; give the folder that holds them"
+        )
+    for split, count in Counter(found.values()).items():
+        if count > 1:
+            names = [f"{name}/" for name, of in found.items() if of == split]
+            raise UsageError(f"{url}: {' and '.join(names)} mean the same split; keep one")
+    return tuple(
+        _checked(Source(join_url(url, name, _IMAGES), join_url(url, name, _MASKS), split))
+        for name, split in found.items()
+    )
+
+
+def find_pairs(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
+    """Returns the pairs, sorted by id, and every file that is in none, sorted by name.
+
+    The id is the stem of the file name. Folders are read flat; hidden files and what file managers
+    leave behind are passed over.
+
+    Raises:
+        UsageError: a folder is missing or empty.
+        ContentError: no name of one folder is in the other.
+    """
+    pairs: list[Pair] = []
+    rejects: list[Reject] = []
+    for source in sources:
+        _pair_source(source, pairs, rejects)
+    unique, doubles = _without_doubles(pairs)
+    rejects.extend(doubles)
+    return sorted(unique, key=lambda pair: pair.id), sorted(rejects, key=lambda entry: entry.file)
+
+
+def folder_made_by(output: Store, source_url: str) -> str | None:
+    """Returns the folder where `find_sources` looks for pictures and `output` would be the first.
+
+    The next call would take the source for one of another layout.
+    """
+    for name in (_IMAGES, _MASKS, *_SPLIT_FOLDERS):
+        url = join_url(open_store(source_url).url, name)
+        if lies_in(output, open_store(url)) and not _holds(url):
+            return url
+    return None
+
+
+def _pair_source(source: Source, pairs: list[Pair], rejects: list[Reject]) -> None:
+    """Adds the pairs of one source, and what is in none."""
+    images = _by_stem(source.images, IMAGE_ENDINGS, rejects)
+    masks = _by_stem(source.masks, MASK_ENDINGS, rejects)
+    if images and masks and not images.keys() & masks.keys():
+        image, mask = min(images), min(masks)
+        raise ContentError(
+            f"{source.images} and {source.masks}: image and mask belong together by name, and no "
+            f"name is in both (there is {images[image][0]} here and {masks[mask][0]} there, where "
+            f"{image}.png would be its mask); rename one of them"
+        )
+    for stem in images.keys() | masks.keys():
+        of_image, of_mask = images.get(stem, []), masks.get(stem, [])
+        if len(of_image) == len(of_mask) == 1:
+            names = (source.images, of_image[0], source.masks, of_mask[0])
+            pairs.append(Pair(stem, *names, source.split))
+            continue
+        for url, names_here, partners, missing in (
+            (source.images, of_image, of_mask, f"no mask of this name in {source.masks}"),
+            (source.masks, of_mask, of_image, f"no image of this name in {source.images}"),
+        ):
+            reason = _why_double(names_here) if partners else missing
+            rejects.extend(Reject(join_url(url, name), reason) for name in names_here)
+
+
+def list_files(url: str) -> list[str]:
+    """Returns the names of all objects at `url`, without what file managers leave behind."""
+    return [stat.name for stat in open_source(url).list() if not _is_dropping(stat)]
+
+
+def is_broken_link(url: str, name: str) -> bool:
+    """Returns whether object `name` of a source is a symbolic link that leads to no file."""
+    store = open_source(url)
+    return store.local_root is not None and store.stat(name) is None
+
+
+def refused_name(problem: str) -> str:
+    """Returns why a file with a name that storage refuses is no part of a pair."""
+    return f"storage refuses its name: {problem}; rename it"
+
+
+def _holds(url: str) -> bool:
+    return bool(list_files(url))
+
+
+def _checked(source: Source) -> Source:
+    for url in (source.images, source.masks):
+        if not _holds(url):
+            raise UsageError(_MISSING.format(url))
+    return source
+
+
+def _is_dropping(stat: Stat) -> bool:
+    name = os.path.basename(stat.name)
+    return name.startswith(".") or name.lower() in _DROPPINGS
+
+
+def _by_stem(url: str, endings: Sequence[str], rejects: list[Reject]) -> dict[str, list[str]]:
+    """Returns the object names of each stem; files that are no candidates go to `rejects`."""
+    files = list_files(url)
+    if not files:
+        raise UsageError(_MISSING.format(url))
+    names: dict[str, list[str]] = {}
+    for name in files:
+        stem, ending = os.path.splitext(name)
+        if "/" in name:
+            reason = "lies in a folder of its own; move it up"
+        elif ending.lower() not in endings:
+            reason = f"its ending is not one of {', '.join(endings)}"
+        elif problem := name_problem(name):
+            reason = refused_name(problem)
+        elif is_broken_link(url, name):
+            reason = BROKEN_LINK
+        else:
+            names.setdefault(stem, []).append(name)
+            continue
+        rejects.append(Reject(join_url(url, name), reason))
+    return names
+
+
+def _why_double(names: Sequence[str]) -> str:
+    if len(names) > 1:
+        return f"{len(names)} files in its folder differ in the ending only"
+    return "its partner exists more than once, with several endings"
+
+
+def _without_doubles(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Reject]]:
+    """Returns the pairs whose id is theirs alone, and the images of the others."""
+    count = Counter(pair.id for pair in pairs)
+    unique = [pair for pair in pairs if count[pair.id] == 1]
+    reason = "the same name is in more than one split or source; rename one"
+    doubles = [pair for pair in pairs if count[pair.id] > 1]
+    return unique, [Reject(join_url(p.image_url, p.image_name), reason) for p in doubles]

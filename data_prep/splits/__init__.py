@@ -1,0 +1,1 @@
+"""Groups, leak-free splits and folds."""

@@ -1,0 +1,1 @@
+"""What every package stands on: errors, settings, storage, the command line; knows no images."""

@@ -1,0 +1,1 @@
+"""The command line: options from settings, errors to exit codes, signals."""

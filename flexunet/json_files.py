@@ -1,0 +1,86 @@
+"""Small files that a run has stored, read again: what is not in one is told in a line.
+
+An earlier version may have written them, without fields that have come since.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from flexunet.errors import ContentError
+from flexunet.storage import NotFound, Store
+from flexunet.tables import plain_cell
+
+
+class _Stored(dict[str, Any]):
+    """What a file holds; a field that it lacks is the user's to mend, and no bug of ours."""
+
+    def __init__(self, values: Iterable[tuple[str, Any]], where: str, remedy: str) -> None:
+        super().__init__(values)
+        self._where, self._remedy = where, remedy
+
+    def __missing__(self, key: str) -> Any:
+        raise ContentError(
+            f"{self._where}: {key!r} is missing, as an earlier version wrote the file or it is "
+            f"damaged; {self._remedy}"
+        )
+
+
+def evaluate_again(run: Store) -> str:
+    """Returns what to do where an evaluation of `run` cannot be read."""
+    return f"evaluate the run again: flexunet evaluate {run.url}"
+
+
+def read_json(store: Store, name: str, remedy: str) -> dict[str, Any] | None:
+    """Returns the JSON object `name`, None where there is none.
+
+    Args:
+        remedy: what to do where it cannot be read.
+
+    Raises:
+        ContentError: it is not a JSON object; later, where a key is looked up that it lacks.
+    """
+    where = f"{store.url}/{name}"
+    try:
+        values = json.loads(
+            store.get(name), object_pairs_hook=lambda pairs: _Stored(pairs, where, remedy)
+        )
+    except NotFound:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ContentError(f"{where}: not valid JSON ({error}); {remedy}") from error
+    if not isinstance(values, dict):
+        raise ContentError(f"{where}: not a JSON object; {remedy}")
+    return values
+
+
+def read_table(store: Store, name: str, remedy: str) -> list[dict[str, str]] | None:
+    """Returns the rows of the CSV table `name`, None where there is none.
+
+    Args:
+        remedy: what to do where it cannot be read.
+
+    Raises:
+        ContentError: it is no table of text; later, where a column is looked up that it lacks.
+    """
+    where = f"{store.url}/{name}"
+    try:
+        rows = csv.DictReader(io.StringIO(store.get(name).decode(), newline=""), strict=True)
+        # A row that was cut short lacks its last columns.
+        return [
+            _Stored(
+                (
+                    (plain_cell(k), plain_cell(v))
+                    for k, v in row.items()
+                    if k is not None and v is not None
+                ),
+                *(where, remedy),
+            )
+            for row in rows
+        ]
+    except NotFound:
+        return None
+    except (ValueError, csv.Error) as error:
+        raise ContentError(f"{where}: not a table ({error}); {remedy}") from error

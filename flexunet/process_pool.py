@@ -1,0 +1,233 @@
+"""Worker processes for data preparation: how many, their start, bounded use, and a certain end.
+
+Knows nothing of images. Work goes to any `concurrent.futures.Executor`; the one made here spawns
+its workers, because a fork of a process that has threads may lock up.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flexunet.errors import FlexUNetError
+from flexunet.python_path import safe_path
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_CGROUP_ROOT = "/sys/fs/cgroup"
+_CGROUP_MEMBERSHIP = "/proc/self/cgroup"
+
+
+class InlineExecutor(Executor):
+    """Runs each call in the caller's process, when its result is asked for."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See `Executor.submit`; nobody else completes the future, so do not wait for it."""
+        return _Deferred(functools.partial(fn, *args, **kwargs))
+
+
+class _Deferred(Future[Any]):
+    """The result of a call that is made when it is asked for."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__()
+        self._call = call
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not self.done() and self.set_running_or_notify_cancel():
+            try:
+                self.set_result(self._call())
+            except Exception as error:
+                self.set_exception(error)
+        return super().result(timeout)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """An executor whose workers reach the source and the output.
+
+    Attributes:
+        num_workers: returns how many calls run at once, at least 1; a cluster may grow.
+    """
+
+    executor: Executor
+    num_workers: Callable[[], int]
+
+    def in_order(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+        """See `in_order`; a second call waits for each worker, so that none is idle."""
+        return in_order(self.executor, function, tasks, num_waiting=lambda: 2 * self.num_workers())
+
+
+OpenWorkers = Callable[[], AbstractContextManager[Workers]]
+
+
+@contextlib.contextmanager
+def local_workers(num_processes: int) -> Iterator[Workers]:
+    """Yields workers that are processes of this machine, as `open_pool`."""
+    with open_pool(num_processes) as executor:
+        yield Workers(executor, lambda: num_processes)
+
+
+@contextlib.contextmanager
+def open_pool(num_processes: int) -> Iterator[Executor]:
+    """Yields an executor of `num_processes`; 1 works in this process.
+
+    The workers are gone when the block ends, in mid-work too when it ends by an error.
+    """
+    if num_processes == 1:
+        yield InlineExecutor()
+        return
+    with safe_path():
+        yield from _spawned(num_processes)
+
+
+def _spawned(num_processes: int) -> Iterator[Executor]:
+    """Yields an executor of `num_processes`, whose end is that of the generator."""
+    others = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(
+        num_processes, multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        workers = set(multiprocessing.active_children()) - others
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def in_order(
+    executor: Executor,
+    function: Callable[[T], R],
+    tasks: Iterable[T],
+    *,
+    num_waiting: int | Callable[[], int],
+) -> Iterator[R]:
+    """Yields `function(task)` of each task, in the order of `tasks`.
+
+    Args:
+        num_waiting: at most so many calls are submitted and not yet yielded, which bounds memory;
+            a function of it is called again for each result.
+
+    Raises:
+        FlexUNetError: a worker process died.
+    """
+    queue: collections.deque[Future[R]] = collections.deque()
+    rest = iter(tasks)
+
+    def fill() -> None:
+        limit = num_waiting if isinstance(num_waiting, int) else num_waiting()
+        for task in itertools.islice(rest, max(0, limit - len(queue))):
+            queue.append(executor.submit(function, task))
+
+    try:
+        fill()
+        while queue:
+            result = queue.popleft().result()
+            fill()
+            yield result
+    except concurrent.futures.BrokenExecutor as error:
+        raise FlexUNetError(
+            "a worker process was killed, perhaps for want of memory; use fewer with "
+            "--num-processes; the same command continues"
+        ) from error
+    finally:
+        for future in queue:
+            future.cancel()
+
+
+def available_cores() -> int:
+    """Returns the number of workers that keep the cores of this process busy, at least 1."""
+    return max(1, math.ceil(usable_cores()))
+
+
+def usable_cores() -> float:
+    """Returns the cores that this process may use: its CPU affinity and its cgroups' quota."""
+    # os.cpu_count() is the machine's, of which a container may own a part.
+    return min(len(os.sched_getaffinity(0)), cgroup_cores())
+
+
+def cgroup_cores(*, root: str = _CGROUP_ROOT, membership: str = _CGROUP_MEMBERSHIP) -> float:
+    """Returns the smallest CPU quota of this process's cgroups, in cores; inf without one.
+
+    Source: Linux, admin-guide/cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst (version 1).
+    """
+    limits = [math.inf]
+    for folder in _cgroup_folders("cpu", root, membership):
+        both = _text_of(folder / "cpu.max")
+        quota, _, period = (both or "").partition(" ")
+        if both is None:
+            quota = _text_of(folder / "cpu.cfs_quota_us") or ""
+            period = _text_of(folder / "cpu.cfs_period_us") or ""
+        # Unlimited is "max" in version 2 and "-1" in version 1.
+        if quota.isdecimal() and period.isdecimal():
+            limits.append(int(quota) / int(period))
+    return min(limits)
+
+
+def cgroup_memory_bytes(*, root: str = _CGROUP_ROOT, membership: str = _CGROUP_MEMBERSHIP) -> float:
+    """Returns the smallest memory limit of this process's cgroups, in bytes; inf without one.
+
+    Source: Linux, admin-guide/cgroup-v2.rst (memory.max) and cgroup-v1/memory.rst.
+    """
+    limits = [math.inf]
+    for folder in _cgroup_folders("memory", root, membership):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = _text_of(folder / name)
+            if text is not None and text.isdecimal():
+                limits.append(int(text))
+    return min(limits)
+
+
+def _start_worker() -> None:
+    # Ctrl-C and a closed terminal reach every process of it; the parent alone answers them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    # A worker whose parent was killed would wait for work for ever.
+    parent.join()
+    os._exit(1)
+
+
+def _cgroup_folders(controller: str, root: str, membership: str) -> Iterator[Path]:
+    """Yields the folders of this process's cgroups with `controller`, each up to its root."""
+    for line in (_text_of(Path(membership)) or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2: one tree for all controllers
+            top = Path(root)
+        elif controller in controllers.split(","):
+            top = Path(root) / controller
+        else:
+            continue
+        own = top / path.lstrip("/")
+        yield from (each for each in (own, *own.parents) if each.is_relative_to(top))
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None

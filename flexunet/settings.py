@@ -1,0 +1,270 @@
+"""Typed settings: the frozen base class, validation with one-line errors, and YAML.
+
+A settings class is plain data. Unknown keys are errors that name the nearest known key.
+"""
+
+import difflib
+import re
+import reprlib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.config import JsonDict
+from pydantic_core import ErrorDetails
+
+from flexunet.errors import UsageError
+from flexunet.paths import expanded
+from flexunet.synonyms import proposed
+
+S = TypeVar("S", bound="Settings")
+
+_MAX_SHOWN = 120  # characters of a value or a key in an error
+_MAX_PROBLEMS = 10  # in one error
+
+
+class Settings(BaseModel):
+    """A frozen group of settings; unknown keys, NaN and infinity are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads `true` as 1; `epochs: yes` is a mistake.
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *typing.get_args(kind)):
+            raise ValueError("true and false are no values of it")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _home_in_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        extra = cls.model_fields[str(info.field_name)].json_schema_extra
+        if not (isinstance(extra, dict) and extra.get("path")):
+            return value
+        if isinstance(value, list | tuple):
+            return [expanded(each) if isinstance(each, str) else each for each in value]
+        return expanded(value) if isinstance(value, str) else value
+
+
+def option(
+    default: Any, description: str, *, free: bool = False, path: bool = False, **constraints: Any
+) -> Any:
+    """Returns a settings field.
+
+    Args:
+        default: the value when the key is missing; `...` makes the key required.
+        description: one sentence for `--help`; names the unit.
+        free: may change between two attempts of one run; every other field is part of its identity.
+        path: is a path or URL, or several; `~` at its start is the home folder.
+        constraints: passed on to pydantic (`gt`, `le`, `pattern` and so on).
+    """
+    extra: JsonDict = {"free": free, "path": path}
+    return Field(default, description=description, json_schema_extra=extra, **constraints)
+
+
+def validated(
+    cls: type[S],
+    values: Mapping[str, Any],
+    where: str,
+    *,
+    typed: Mapping[str, Any] | None = None,
+) -> S:
+    """Returns `cls` made from nested `values`.
+
+    Args:
+        where: what the values came from, named in the error.
+        typed: those of `values` that were given on the command line; the error names them as
+            options. None: there is no command line.
+
+    Raises:
+        UsageError: a key is unknown or a value is not allowed; the message is one line.
+    """
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        details = error.errors()
+        problems = [_describe(cls, detail, typed) for detail in details[:_MAX_PROBLEMS]]
+        if len(details) > _MAX_PROBLEMS:
+            problems.append(f"and {len(details) - _MAX_PROBLEMS} more")
+        if all((place := _option_of(detail)) and _is_typed(place, typed) for detail in details):
+            where = "options"
+        raise UsageError(f"{where}: {'; '.join(problems)}") from error
+
+
+def fields_of(
+    cls: type[Settings], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields (path, pydantic field) of every leaf of `cls`, nested groups included."""
+    for name, field in cls.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            yield from fields_of(kind, (*path, name))
+        else:
+            yield (*path, name), field
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader without aliases; of a key given twice it does not silently take the last."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # Aliases of aliases grow a few lines to gigabytes of values.
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            problem = f"alias *{event.anchor} is not supported; write the value out"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # the base class says what is wrong with it
+            if key_node.value in seen:
+                problem = f"{key_node.value!r} is given twice; keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """Returns the mapping that `text` holds; an empty text gives an empty mapping.
+
+    Raises:
+        UsageError: not YAML, not a mapping, a key given twice, an alias, or a tag that would
+            build an object.
+    """
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = " ".join(str(error).split())
+        raise UsageError(f"{where}: not valid YAML: {problem}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{where}: expected `key: value` lines, got {type(values).__name__}")
+    return values
+
+
+def write_yaml(settings: Settings) -> str:
+    """Returns the YAML text of `settings`, every field written out."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `base` with the values of `over` laid over it, group by group."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            result[key] = merged(below, value)
+        else:
+            result[key] = value
+    return result
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """Returns a remedy for an unknown `name`: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def flag_of(path: Sequence[str]) -> str:
+    """Returns the option of the field at `path`: `--model.num-layers`."""
+    return "--" + ".".join(part.replace("_", "-") for part in path)
+
+
+def _is_typed(path: Sequence[str], typed: Mapping[str, Any] | None) -> bool:
+    values: Any = typed
+    for part in path:
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _as_typed(message: str, typed: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
+    """Returns a message about several fields, `name=value`, with the names that were typed."""
+    for name, value in typed.items():
+        below = (*path, name)
+        if isinstance(value, Mapping):
+            message = _as_typed(message, value, below)
+        else:
+            message = re.sub(rf"(?<![\w.-]){re.escape(name)}=", f"{flag_of(below)}=", message)
+    return message
+
+
+def _option_of(detail: ErrorDetails) -> list[str]:
+    """Returns the path of the option that is wrong, or has a wrong value in its list."""
+    path = [str(part) for part in detail["loc"]]
+    return path[:-1] if path and path[-1].isdecimal() else path
+
+
+def _describe(
+    cls: type[Settings], detail: ErrorDetails, typed: Mapping[str, Any] | None = None
+) -> str:
+    path = [str(part) for part in detail["loc"]]
+    name = _shortened(".".join(path)) or "values"
+    place = _option_of(detail)
+    if _is_typed(place, typed) or (typed is not None and detail["type"] == "missing"):
+        name = flag_of(place)
+    if detail["type"] == "extra_forbidden":
+        group: Any = cls
+        for part in path[:-1]:
+            field = getattr(group, "model_fields", {}).get(part)
+            group = field.annotation if field else None
+        elsewhere = [known for known in _keys_of(cls) if known.rpartition(".")[2] == path[-1]]
+        if elsewhere:
+            return f"unknown key {name!r}; did you mean {elsewhere[0]!r}?"
+        keys = {flag_of(each.split(".")): each for each in _keys_of(cls)}
+        remedy = proposed(path[-1], keys)
+        if remedy is not None:
+            for flag, key in keys.items():
+                remedy = remedy.replace(f"{flag!r}", f"{key!r}")
+            return f"unknown key {name!r}; {remedy}"
+        known = list(getattr(group, "model_fields", {}))
+        return f"unknown key {name!r}; {suggestion(path[-1], known)}"
+    if detail["type"] == "model_type":
+        return f"{name}: expected a group of keys, got {_shown(detail['input'])}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "missing" and place != path:
+        return f"{name}={_shown(detail['input'])}: too few values"
+    if detail["type"] == "missing":
+        return f"{name} is required"
+    # A group's own check already names its fields; its input is the whole group.
+    if isinstance(detail["input"], Mapping):
+        message = _as_typed(message, typed or {})
+        return f"{'.'.join(path)}: {message}" if path else message
+    return f"{name}={_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_of(cls: type[Settings]) -> Iterator[str]:
+    """Yields the keys of `cls` and of its groups, as `group.key`."""
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from (f"{name}.{key}" for key in _keys_of(field.annotation))
+        else:
+            yield name
+
+
+def _shown(value: Any) -> str:
+    """Returns `value` as code, shortened: it may be a file's whole content."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = _MAX_SHOWN
+    shortener.maxlist = shortener.maxtuple = shortener.maxdict = 8
+    shortener.maxlevel = 2
+    return shortener.repr(value)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."

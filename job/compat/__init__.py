@@ -1,0 +1,1 @@
+"""Files of the reference implementation's family."""

@@ -1,0 +1,1 @@
+"""The input of training: samples, their order, batches, augmentation."""

@@ -1,0 +1,73 @@
+"""The pictures of a split: what is a case, whether it is stored whole or as tiles."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_prep.imaging.codecs import Geometry
+from data_prep.imaging.tiles import around, joined
+from job.data.dataset import RecordReader, Split, read_sample
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A case: the samples that are its tiles, or the one that it is.
+
+    Attributes:
+        geometry: where the source lies in what `read_picture` returns.
+        spacing: mm (rows, columns) of a source pixel, where it is known.
+        samples: indices in the split.
+        tiles: geometries of the samples, where they are tiles to be joined.
+    """
+
+    id: str
+    filename: str
+    group: str
+    geometry: Geometry
+    spacing: tuple[float, float] | None
+    samples: tuple[int, ...]
+    tiles: tuple[Geometry, ...] = ()
+
+
+def pictures_of(split: Split, *, is_by_tile: bool = False) -> tuple[Picture, ...]:
+    """Returns the pictures of `split`, in the order of their first samples.
+
+    Args:
+        is_by_tile: take each tile for a picture.
+    """
+    members: dict[str, list[int]] = {}
+    for index, (sample, picture) in enumerate(zip(split.ids, split.pictures, strict=True)):
+        is_tile = picture is not None and not is_by_tile
+        members.setdefault(str(picture) if is_tile else sample, []).append(index)
+    return tuple(_picture(split, name, found, is_by_tile) for name, found in members.items())
+
+
+def _picture(split: Split, name: str, samples: Sequence[int], is_by_tile: bool) -> Picture:
+    first = samples[0]
+    tiles: tuple[Geometry, ...] = ()
+    geometry = split.geometries[first]
+    if split.pictures[first] is not None and is_by_tile:
+        size = geometry.height, geometry.width
+        geometry = Geometry(geometry.kind, *size, 0, 0, *size)
+    elif split.pictures[first] is not None:
+        tiles = tuple(split.geometries[index] for index in samples)
+        geometry = around(tiles)
+    return Picture(
+        id=name,
+        filename=split.filenames[first],
+        group=split.groups[first],
+        geometry=geometry,
+        spacing=split.spacings[first],
+        samples=tuple(samples),
+        tiles=tiles,
+    )
+
+
+def read_picture(reader: RecordReader, picture: Picture) -> tuple[np.ndarray, np.ndarray]:
+    """Returns image (H, W, C) and mask (H, W) uint8 of a picture; tiles are put together."""
+    read = [read_sample(reader, index) for index in picture.samples]
+    if not picture.tiles:
+        return read[0]
+    image, mask = (joined(pieces, picture.tiles) for pieces in zip(*read, strict=True))
+    return image, mask

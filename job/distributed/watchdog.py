@@ -1,0 +1,167 @@
+"""Training that stands still: noticed, told with the stacks of this process, and ended.
+
+A collective waits for its peers for ever, a dead disk or a deadlock too, and no scheduler sees the
+difference between a process that computes and one that waits. It must not know what is computed.
+"""
+
+import faulthandler
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flexunet.errors import FlexUNetError
+from flexunet.storage import Store
+
+STACKS_FOLDER = "stacks"  # in a run's folder
+_NUM_STEPS = 50  # the latest steps, from which the usual duration is taken
+_MIN_STEP_S = 120.0
+_FACTOR = 10.0
+_TICK_S = 0.5
+_CONNECT_S = 2.0
+_QUIET_S = 10.0  # without a step, after which peers are looked for, and between two looks
+_END_S = 60.0  # for the last words, whatever happens
+_GRACE_S = 5.0  # for the other processes to write their stacks before the first one's end ends them
+
+
+class Watchdog:
+    """Calls `expired` when nothing has moved on for too long, or a peer is gone; a context manager.
+
+    A collective does not always notice that its peer has died.
+    """
+
+    def __init__(
+        self,
+        *,
+        phase_s: float,
+        step_s: float,
+        expired: Callable[[str], None],
+        peers: Mapping[int, str] | None = None,
+    ) -> None:
+        """Begins to watch when the block is entered.
+
+        Args:
+            phase_s: longest time to the first step of a phase, which may compile or wait.
+            step_s: longest time of the other steps; 0: ten times their median, at least 120 s.
+            expired: called once, from another thread, with what is wrong.
+            peers: host:port at which each other process listens, by rank.
+        """
+        self._peers = dict(peers or {})
+        self._phase_s = phase_s
+        self._step_s = step_s
+        self._expired = expired
+        self._phase = "starting"
+        self._needs_peers = True
+        self._limit_s = phase_s
+        self._begin = self._last = time.monotonic()  # of the step in progress; of its last sign
+        self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._begin = self._last = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stop.set()
+
+    def enter(self, phase: str, *, needs_peers: bool = True) -> None:
+        """Begins a phase; its name is what a person reads when it stands still.
+
+        Args:
+            needs_peers: whether a process that is gone ends this one too.
+        """
+        self._phase = phase
+        self._needs_peers = needs_peers
+        self._limit_s, self._begin = self._phase_s, time.monotonic()
+        self._last = self._begin
+
+    def beat(self) -> None:
+        """Tells that a step of the phase is done."""
+        now = time.monotonic()
+        if self._limit_s != self._phase_s:
+            self._steps.append(now - self._begin)
+        usual = statistics.median(self._steps) if self._steps else 0.0
+        limit_s = self._step_s or max(_MIN_STEP_S, _FACTOR * usual)
+        self._limit_s, self._begin, self._last = limit_s, now, now
+
+    def alive(self) -> None:
+        """Tells that the step in progress has moved on; the rest of it has all of its time again.
+
+        How long steps take is still told by `beat` alone.
+        """
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        before = looked = time.monotonic()
+        missing: set[str] = set()
+        while not self._stop.wait(_TICK_S):
+            now = time.monotonic()
+            # This whole process stood still (Ctrl-Z, a paused container): not the training's fault.
+            pause_s = max(0.0, now - before - 10 * _TICK_S)
+            self._begin, self._last = self._begin + pause_s, self._last + pause_s
+            before = now
+            past_s = now - self._last
+            if past_s > self._limit_s:
+                self._expired(
+                    f"nothing has moved on for {past_s:.0f} s in: {self._phase} "
+                    "(--phase-timeout, --step-timeout)"
+                )
+                return
+            if self._needs_peers and past_s > _QUIET_S and now - looked > _QUIET_S:
+                # Twice, because one refused connection may be an accident.
+                gone, missing = missing, set(unreachable(self._peers))
+                looked = before = time.monotonic()
+                if self._needs_peers and gone & missing:
+                    self._expired(f"{', '.join(sorted(gone & missing))} is gone")
+                    return
+
+
+def end_process(store: Store, name: str, title: str) -> None:
+    """Writes the stacks of all threads to `name` in `store`, says so, and ends this process.
+
+    Args:
+        title: the first line: which process stood still, and where.
+    """
+    # Whatever follows may need a lock that the thread holds which hangs.
+    faulthandler.dump_traceback_later(_END_S, exit=True, file=2)
+    try:
+        where = _store_stacks(store, name, title)
+        # Not by logging, for the same reason.
+        print(f"{title}; the same command resumes (stacks: {where})", file=sys.stderr)  # noqa: T201
+        sys.stderr.flush()
+        time.sleep(_GRACE_S)
+    finally:
+        # A thread in a collective cannot be interrupted.
+        os._exit(FlexUNetError.exit_code)
+
+
+def _store_stacks(store: Store, name: str, title: str) -> str:
+    try:
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            stacks = file.read()
+        store.put(name, f"{title}\n\n".encode() + stacks)
+    except (FlexUNetError, OSError) as error:
+        return f"not written ({error})"
+    return f"{store.url}/{name}"
+
+
+def unreachable(addresses: Mapping[int, str]) -> list[str]:
+    """Returns `rank R (host:port)` of each address at which nothing accepts a connection."""
+    missing = []
+    for rank, address in addresses.items():
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+        except OSError:
+            missing.append(f"rank {rank} ({address})")
+    return missing

@@ -1,0 +1,221 @@
+"""Small predicted regions that are no lesions: the size from which on they stay.
+
+It is fitted on the validation split alone, by the mean Dice over its cases, and stored with the
+evaluation that it was fitted for; `infer` takes it from there. No test case has a say in it.
+
+Dice alone would pick a size above most lesions where few cases happen to gain by it, and small
+lesions of new cases would be gone. So no size is above the 5th percentile of the true lesions of
+the split: at most one in twenty is smaller, of fewer than 21 none. It is not their minimum,
+because then one slip of an annotation would forbid every size. Specks are no lesions, see
+`job/metrics/lesions.py`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from flexunet.errors import ContentError, UsageError
+from flexunet.settings import Settings, validated
+from flexunet.storage import Store
+from job.inference.predict import Flips, Ids
+from job.metrics.lesions import MIN_PIXELS, label_regions
+from job.runs.loading import Member
+
+FILE_NAME = "small_regions.json"
+
+_MAX_BYTES = 2**20
+_CAP_PERCENTILE = 5  # of the sizes of true lesions
+
+
+class ClassFit(Settings):
+    """What was found for one class: regions of fewer than `min_pixels` go.
+
+    `dice` is the mean over the validation cases, None where none has the class.
+    """
+
+    name: str
+    min_pixels: int = Field(ge=0, lt=2**31)
+    dice_before: float | None
+    dice: float | None
+
+
+class FittedOn(Settings):
+    """The cases that a fit has seen."""
+
+    split: str
+    num_cases: int
+    dataset_sha256: str
+    fold: int | None
+
+
+class SmallRegions(Settings):
+    """A fit as it is stored, and for which predictions it holds.
+
+    Attributes:
+        overlap: of windows, pixels; None where pictures are predicted whole.
+        pixels: which pixels the sizes count.
+    """
+
+    fitted_on: FittedOn
+    runs: tuple[Member, ...]
+    flips: Flips
+    overlap: int | None
+    pixels: Literal["of the network's size"] = "of the network's size"
+    classes: tuple[ClassFit, ...]
+
+
+@dataclass(frozen=True)
+class _CaseRegions:
+    """The predicted regions of a class in one case, by rising size."""
+
+    sizes: npt.NDArray[np.int64]
+    hits: npt.NDArray[np.int64]  # true pixels of each
+    true_sizes: npt.NDArray[np.int64]  # pixels of each true region
+
+    @property
+    def num_true(self) -> int:
+        """True pixels."""
+        return int(self.true_sizes.sum())
+
+
+class RegionTally:
+    """Collects the regions of validation cases, and says which size is best."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Collects for the foreground classes of these names."""
+        self._names = names
+        self._cases: list[list[_CaseRegions]] = [[] for _ in names]
+
+    @property
+    def num_cases(self) -> int:
+        """Cases that were added."""
+        return len(self._cases[0]) if self._cases else 0
+
+    def add(self, truth: Ids, prediction: Ids) -> None:
+        """Adds a case, two masks (H, W) of class ids without ignored pixels."""
+        for index, cases in enumerate(self._cases):
+            true = truth == index + 1
+            labels, sizes = label_regions(prediction == index + 1)
+            hits = np.bincount(labels[true], minlength=len(sizes))[1:]
+            order = np.argsort(sizes[1:], kind="stable")
+            cases.append(_CaseRegions(sizes[1:][order], hits[order], label_regions(true)[1][1:]))
+
+    def fit(self) -> list[ClassFit]:
+        """Returns the best size for each class; of equal ones the smallest."""
+        return [_fit(name, cases) for name, cases in zip(self._names, self._cases, strict=True)]
+
+    def describe(self, fits: Sequence[ClassFit]) -> list[str]:
+        """Returns a line for each class: what goes, what that does to Dice, what it would cost."""
+        return [
+            _described(fit, _lesion_sizes(cases))
+            for fit, cases in zip(fits, self._cases, strict=True)
+        ]
+
+
+def _lesion_sizes(cases: Sequence[_CaseRegions]) -> npt.NDArray[np.int64]:
+    sizes = np.concatenate([case.true_sizes for case in cases])
+    return sizes[sizes >= MIN_PIXELS]
+
+
+def _described(fit: ClassFit, lesions: npt.NDArray[np.int64]) -> str:
+    if fit.dice is None or fit.dice_before is None:
+        return f"{fit.name}: no case of valid has it, so every region stays"
+    if fit.min_pixels == 0:
+        return f"{fit.name}: every region stays (Dice on valid {fit.dice:.4f})"
+    num_smaller = int(np.count_nonzero(lesions < fit.min_pixels))
+    return (
+        f"{fit.name}: predicted regions of fewer than {fit.min_pixels} pixels go; Dice on valid "
+        f"{fit.dice_before:.4f} before, {fit.dice:.4f} with it; of {len(lesions)} lesions "
+        f"there {num_smaller} are so small"
+    )
+
+
+def _fit(name: str, cases: Sequence[_CaseRegions]) -> ClassFit:
+    found = np.unique(np.concatenate([case.sizes for case in cases]))
+    limits = np.concatenate([[0], found + 1])  # nothing goes; all regions up to a size go
+    lesions = _lesion_sizes(cases)
+    largest = np.percentile(lesions, _CAP_PERCENTILE, method="lower") if len(lesions) else 0
+    limits = limits[limits <= largest]
+    total, count = np.zeros(len(limits)), np.zeros(len(limits))
+    for case in cases:
+        num_gone = np.searchsorted(case.sizes, limits)
+        pixels, hits = (
+            sum_ - np.concatenate([[0], np.cumsum(each)])[num_gone]
+            for each, sum_ in ((case.sizes, case.sizes.sum()), (case.hits, case.hits.sum()))
+        )
+        both = pixels + case.num_true
+        total += 2 * hits / np.maximum(both, 1)
+        count += both > 0
+    if not count.any():
+        return ClassFit(name=name, min_pixels=0, dice_before=None, dice=None)
+    dice = total / np.maximum(count, 1)
+    best = int(np.argmax(dice))
+    return ClassFit(
+        name=name,
+        min_pixels=int(limits[best]),
+        dice_before=float(dice[0]),
+        dice=float(dice[best]),
+    )
+
+
+def read_min_pixels(
+    store: Store,
+    names: Sequence[str],
+    members: Sequence[Member],
+    flips: Flips,
+    overlap: int | None,
+) -> tuple[int, ...]:
+    """Returns the sizes that were stored with the evaluation in `store`, of each of `names`.
+
+    Args:
+        names: of the foreground classes.
+        overlap: of windows, pixels; None where pictures are predicted whole.
+
+    Raises:
+        UsageError: none were, or for other weights, flips or overlap.
+        ContentError: the file is damaged.
+    """
+    where = f"{store.url}/{FILE_NAME}"
+    found = _read(store, where)
+    if [each.name for each in found.classes] != list(names):
+        raise ContentError(
+            f"{where}: damaged (its classes are {', '.join(each.name for each in found.classes)}, "
+            f"the run's {', '.join(names)}); evaluate again"
+        )
+    other = []
+    if {each.commit_sha256 for each in found.runs} != {each.commit_sha256 for each in members}:
+        other.append("other weights")
+    if found.flips != flips:
+        other.append(f"flips {found.flips}, not {flips}")
+    if found.overlap != overlap:
+        other.append(f"overlap {found.overlap}, not {overlap}")
+    if other:
+        raise UsageError(
+            f"{where}: was fitted for {' and '.join(other)}; evaluate again as you predict, with "
+            "--remove-small-regions"
+        )
+    return tuple(each.min_pixels for each in found.classes)
+
+
+def _read(store: Store, where: str) -> SmallRegions:
+    stat = store.stat(FILE_NAME)
+    if stat is None:
+        raise UsageError(
+            f"{where} is missing; flexunet evaluate --remove-small-regions fits and writes it"
+        )
+    if stat.size > _MAX_BYTES:
+        raise ContentError(f"{where}: damaged ({stat.size} bytes); evaluate again")
+    try:
+        values = json.loads(store.get(FILE_NAME))
+        if not isinstance(values, dict):
+            raise ContentError(f"{where}: damaged (not a JSON object); evaluate again")
+        return validated(SmallRegions, values, where)
+    except (ValueError, RecursionError) as error:
+        raise ContentError(f"{where}: damaged ({error}); evaluate again") from error
+    except UsageError as error:
+        raise ContentError(f"{error}; evaluate again") from error

@@ -1,0 +1,1 @@
+"""Segmentation metrics, of a batch and of a case."""

@@ -1,0 +1,494 @@
+"""What is measured on one case beside its pixels, and the summary of all cases with intervals.
+
+Rules for empty masks, per case and class, counted as `num_neither`, `num_truth_only`,
+`num_prediction_only` and `num_both`. `num_missed` are those of the truth without one pixel found:
+more than `num_truth_only`, as something may be predicted, but nowhere right.
+
+    in neither mask       no value; left out of every mean
+    in one mask only      Dice, IoU and surface Dice 0; HD95 the diagonal of the picture, which no
+                          distance in it exceeds: a lesion that is missed, or invented, never makes
+                          a mean better
+    in both               as measured
+
+Pooled Dice and IoU are no means over cases: they are of all pixels, where what is invented beside a
+lesion may weigh more than what is found of it.
+
+Lesions and false positives are counts, and need no rule; what is a lesion, and when it is found,
+says `job/metrics/lesions.py`. Distances are in mm where the spacing of
+the pixels is known, else in pixels; the two are never averaged together. Knows nothing of files,
+models or TensorFlow.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from flexunet.text import counted
+from job.metrics.bootstrap import (
+    LEVEL,
+    MIN_GROUPS,
+    NUM_DRAWS,
+    SEED,
+    interval,
+    num_contributing,
+    ratio,
+)
+from job.metrics.lesions import (
+    MIN_IOU,
+    MIN_PIXELS,
+    LesionCounts,
+    count_lesions,
+    without_small_regions,
+)
+from job.metrics.surface_distance import Spacing, contour_distances, hausdorff, surface_dice
+
+Ids = npt.NDArray[np.uint8]
+Values = npt.NDArray[np.float64]
+Pair = tuple[Values, Values]  # what is above and below of a quotient of sums, of each case
+Unit = Literal["mm", "px"]
+T = TypeVar("T")
+Presence = Literal["neither", "truth_only", "prediction_only", "both"]
+
+SIZES = ("network", "original")  # at which cases are measured
+TRUTHS = {  # with which a prediction is compared
+    "network": "the stored mask",
+    "original": "the stored mask, enlarged to the picture's own size",
+}
+TOLERANCES: dict[Unit, float] = {"mm": 1.0, "px": 2.0}  # within which contours agree
+_SHARED = ("dice_mean", "iou_mean", "dice_pooled", "iou_pooled")
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The size of a pixel (rows, columns), in mm or, where that is not known, 1 pixel."""
+
+    spacing: Spacing
+    unit: Unit
+
+
+@dataclass(frozen=True)
+class ClassCase:
+    """One class of one case.
+
+    Attributes:
+        tp, fp, fn: pixels.
+        hd95: in the case's unit; None where the class is in neither mask.
+        nsd: surface Dice within the tolerance; None likewise.
+    """
+
+    presence: Presence
+    tp: int
+    fp: int
+    fn: int
+    hd95: float | None
+    nsd: float | None
+    lesions: LesionCounts
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case at one size: its unit, and each foreground class (1, 2, ...).
+
+    Attributes:
+        diagonal: of the picture, in the unit: no distance in it is longer.
+    """
+
+    unit: Unit
+    diagonal: float
+    classes: tuple[ClassCase, ...]
+
+
+def without_ignored(truth: Ids, prediction: Ids, ignore_id: int | None) -> tuple[Ids, Ids]:
+    """Returns both masks with background where the truth has `ignore_id`."""
+    if ignore_id is None:
+        return truth, prediction
+    ignored = truth == ignore_id
+    zero = np.uint8(0)
+    return np.where(ignored, zero, truth), np.where(ignored, zero, prediction)
+
+
+def specks_of(truth: Ids, num_classes: int, min_lesion: int) -> npt.NDArray[np.bool_]:
+    """Returns the pixels (H, W) bool of true regions with fewer than `min_lesion` pixels."""
+    specks = np.zeros(truth.shape, bool)
+    for class_id in range(1, num_classes):
+        mask = truth == class_id
+        specks |= mask & ~without_small_regions(mask, min_lesion)
+    return specks
+
+
+def measure_case(
+    truth: Ids,
+    prediction: Ids,
+    num_classes: int,
+    scale: Scale,
+    *,
+    specks: npt.NDArray[np.bool_] | None = None,
+) -> Case:
+    """Returns what is measured on masks (H, W) of class ids 0..num_classes-1.
+
+    Args:
+        specks: (H, W) bool, pixels of true regions that are no lesions, see `specks_of`.
+    """
+    classes = (
+        _measure_class(truth == class_id, prediction == class_id, scale, specks)
+        for class_id in range(1, num_classes)
+    )
+    return Case(scale.unit, _diagonal(truth.shape, scale), tuple(classes))
+
+
+def nothing_predicted(case: Case) -> Case:
+    """Returns what `measure_case` would find with an empty prediction."""
+    classes = []
+    for each in case.classes:
+        num_pixels = each.tp + each.fn
+        presence = _presence(num_pixels > 0, False)
+        hd95, nsd = (case.diagonal, 0.0) if num_pixels else (None, None)
+        lesions = LesionCounts(each.lesions.num_true, 0, 0, each.lesions.num_specks)
+        classes.append(ClassCase(presence, 0, 0, num_pixels, hd95, nsd, lesions))
+    return Case(case.unit, case.diagonal, tuple(classes))
+
+
+def _diagonal(shape: tuple[int, ...], scale: Scale) -> float:
+    return math.hypot(shape[0] * scale.spacing[0], shape[1] * scale.spacing[1])
+
+
+def _measure_class(
+    truth: npt.NDArray[np.bool_],
+    prediction: npt.NDArray[np.bool_],
+    scale: Scale,
+    specks: npt.NDArray[np.bool_] | None,
+) -> ClassCase:
+    tp = int(np.count_nonzero(truth & prediction))
+    fp = int(np.count_nonzero(prediction)) - tp
+    fn = int(np.count_nonzero(truth)) - tp
+    presence = _presence(tp + fn > 0, tp + fp > 0)
+    hd95, nsd = None, None
+    if presence == "both":
+        distances = contour_distances(truth, prediction, scale.spacing)
+        hd95 = hausdorff(distances, 95)
+        nsd = surface_dice(distances, TOLERANCES[scale.unit])
+    elif presence != "neither":
+        hd95, nsd = _diagonal(truth.shape, scale), 0.0
+    lesions = count_lesions(truth, prediction, specks=specks)
+    return ClassCase(presence, tp, fp, fn, hd95, nsd, lesions)
+
+
+def _presence(is_true: bool, is_predicted: bool) -> Presence:
+    if is_true:
+        return "both" if is_predicted else "truth_only"
+    return "prediction_only" if is_predicted else "neither"
+
+
+def summarize_cases(
+    cases: Sequence[Case], groups: Sequence[str], names: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the measures of all cases at one size, JSON-ready; an undefined value is None.
+
+    Each measure is {"value", "low", "high", "num_cases", "num_groups", "all_background",
+    "all_background_num_cases"}: its value, the 95 % interval when groups are drawn again (None
+    where fewer than `MIN_GROUPS` contribute), the cases and groups that it is of, what predicting
+    nothing scores, and of how many cases that is: a case without the class has a distance only
+    where something was predicted. `foreground` has the mean over the classes.
+
+    Args:
+        groups: of each case.
+        names: of the foreground classes.
+    """
+    ratios = [_class_ratios(cases, index) for index in range(len(names))]
+    baseline = [nothing_predicted(case) for case in cases]
+    nothing = [_class_ratios(baseline, index) for index in range(len(names))]
+    foreground = {
+        name: _measure(_side_by_side(ratios, name), _side_by_side(nothing, name), groups)
+        for name in _SHARED
+        if ratios
+    }
+    return {
+        "num_cases": len(cases),
+        "num_groups": len(set(groups)),
+        "interval": {
+            "level": LEVEL,
+            "num_draws": NUM_DRAWS,
+            "seed": SEED,
+            "drawn": "groups",
+            "min_groups": MIN_GROUPS,
+        },
+        "nsd_tolerance": dict(TOLERANCES),
+        "lesion_rule": {"min_iou": MIN_IOU, "min_pixels": MIN_PIXELS},
+        "foreground": foreground,
+        "classes": [
+            {
+                "id": index + 1,
+                "name": name,
+                **_class_counts(cases, index),
+                **{
+                    key: _measure(pair, nothing[index][key], groups)
+                    for key, pair in ratios[index].items()
+                },
+            }
+            for index, name in enumerate(names)
+        ],
+    }
+
+
+def _side_by_side(ratios: Sequence[Mapping[str, Pair]], name: str) -> Pair:
+    """Returns what is above and below of a measure, (N, classes) each."""
+    above, below = zip(*(each[name] for each in ratios), strict=True)
+    return np.stack(above, axis=1), np.stack(below, axis=1)
+
+
+def _class_ratios(cases: Sequence[Case], index: int) -> dict[str, Pair]:
+    """Returns what is above and below of each measure of a class, (N,) each, by name."""
+    found = [case.classes[index] for case in cases]
+    tp, fp, fn = (np.array([getattr(f, key) for f in found], float) for key in ("tp", "fp", "fn"))
+    defined = (tp + fp + fn > 0).astype(float)
+    both = np.maximum(2 * tp + fp + fn, 1)
+    either = np.maximum(tp + fp + fn, 1)
+    lesions = [each.lesions for each in found]
+    ratios = {
+        "dice_mean": (2 * tp / both, defined),
+        "iou_mean": (tp / either, defined),
+        "dice_pooled": (2 * tp, 2 * tp + fp + fn),
+        "iou_pooled": (tp, tp + fp + fn),
+        "lesion_sensitivity": (
+            np.array([each.num_found for each in lesions], float),
+            np.array([each.num_true for each in lesions], float),
+        ),
+        "false_positives_per_image": (
+            np.array([each.num_false_positives for each in lesions], float),
+            np.ones(len(lesions)),
+        ),
+    }
+    for unit in sorted({case.unit for case in cases}):
+        for name in ("hd95", "nsd"):
+            values = [
+                getattr(each, name) if case.unit == unit else None
+                for case, each in zip(cases, found, strict=True)
+            ]
+            ratios[f"{name}_{unit}"] = (
+                np.array([value or 0.0 for value in values]),
+                np.array([float(value is not None) for value in values]),
+            )
+    return ratios
+
+
+def _class_counts(cases: Sequence[Case], index: int) -> dict[str, int]:
+    found = [case.classes[index] for case in cases]
+    kinds: tuple[Presence, ...] = ("both", "neither", "truth_only", "prediction_only")
+    return {
+        **{f"num_{kind}": sum(each.presence == kind for each in found) for kind in kinds},
+        "num_missed": sum(each.tp == 0 and each.fn > 0 for each in found),
+        "num_lesions": sum(each.lesions.num_true for each in found),
+        "num_lesions_found": sum(each.lesions.num_found for each in found),
+        "num_false_positives": sum(each.lesions.num_false_positives for each in found),
+        "num_specks": sum(each.lesions.num_specks for each in found),
+    }
+
+
+def _measure(pair: Pair, baseline: Pair, groups: Sequence[str]) -> dict[str, Any]:
+    above, below = pair
+    found = interval(above, below, groups)
+    low, high = found if found else (None, None)
+    return {
+        "value": ratio(above, below),
+        "low": low,
+        "high": high,
+        "num_cases": _num_cases(below),
+        "num_groups": num_contributing(below, groups),
+        "all_background": ratio(*baseline),
+        "all_background_num_cases": _num_cases(baseline[1]),
+    }
+
+
+def _num_cases(below: Values) -> int:
+    return int(np.count_nonzero(below.reshape(len(below), -1).any(axis=1)))
+
+
+class ThresholdSweep:
+    """Sums over cases of what a class would score at other thresholds of its probability."""
+
+    COLUMNS = (
+        "class",
+        "threshold",
+        "dice_mean",
+        "dice_pooled",
+        "lesion_sensitivity",
+        "false_positives_per_image",
+    )
+
+    def __init__(self, names: Sequence[str], *, min_lesion: int = 1) -> None:
+        """Sweeps the foreground classes of these names; `min_lesion` as in `specks_of`."""
+        self._names = names
+        self._min_lesion = min_lesion
+        shape = len(names), len(THRESHOLDS)
+        self._sums = {
+            key: np.zeros(shape)
+            for key in ("tp", "fp", "fn", "dice", "defined", "true", "found", "false", "images")
+        }
+
+    def add(self, truth: Ids, probabilities: npt.NDArray[np.float32]) -> None:
+        """Adds a case.
+
+        Args:
+            truth: (H, W) class ids.
+            probabilities: (H, W, K) of classes 0..K-1, or K = 1: of class 1.
+        """
+        first = 0 if probabilities.shape[-1] == 1 else 1
+        for index in range(len(self._names)):
+            self._add_class(index, truth == index + 1, probabilities[..., first + index])
+
+    def _add_class(
+        self, index: int, truth: npt.NDArray[np.bool_], probabilities: npt.NDArray[np.float32]
+    ) -> None:
+        specks = truth & ~without_small_regions(truth, self._min_lesion)
+        for step, threshold in enumerate(THRESHOLDS):
+            predicted = probabilities >= np.float32(threshold)
+            tp = int(np.count_nonzero(truth & predicted))
+            fp = int(np.count_nonzero(predicted)) - tp
+            fn = int(np.count_nonzero(truth)) - tp
+            lesions = count_lesions(truth, predicted, specks=specks)
+            values = {
+                "tp": tp,
+                "fp": fp,
+                "fn": fn,
+                "dice": 2 * tp / max(2 * tp + fp + fn, 1),
+                "defined": tp + fp + fn > 0,
+                "true": lesions.num_true,
+                "found": lesions.num_found,
+                "false": lesions.num_false_positives,
+                "images": 1,
+            }
+            for key, value in values.items():
+                self._sums[key][index, step] += value
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """Returns a row of `COLUMNS` for each class and threshold; undefined values are None."""
+        s = self._sums
+        columns = [
+            (s["dice"], s["defined"]),
+            (2 * s["tp"], 2 * s["tp"] + s["fp"] + s["fn"]),
+            (s["found"], s["true"]),
+            (s["false"], s["images"]),
+        ]
+        return [
+            (
+                name,
+                threshold,
+                *(_quotient(above[c, t], below[c, t]) for above, below in columns),
+            )
+            for c, name in enumerate(self._names)
+            for t, threshold in enumerate(THRESHOLDS)
+        ]
+
+
+def _quotient(above: float, below: float) -> float | None:
+    return float(above / below) if below else None
+
+
+_CELLS = (
+    # None is another one's beginning: with `lesions_found`, classes x and found_x would collide.
+    *("presence", "dice", "hd95", "nsd", "lesions", "found_lesions", "false_positives"),
+    *("tp_px", "fp_px", "fn_px", "specks"),
+)
+
+
+def case_columns(names: Sequence[str]) -> list[str]:
+    """Returns the columns of `case_cells` for the foreground classes of these names."""
+    return ["unit", "diagonal", *(f"{key}_{name}" for name in names for key in _CELLS)]
+
+
+def case_cells(case: Case) -> list[Any]:
+    """Returns the cells of a case; None is an empty cell: the class is in neither mask."""
+    cells: list[Any] = [case.unit, case.diagonal]
+    for each in case.classes:
+        below = 2 * each.tp + each.fp + each.fn
+        cells += [each.presence, _quotient(2 * each.tp, below), each.hd95, each.nsd]
+        lesions = each.lesions
+        cells += [lesions.num_true, lesions.num_found, lesions.num_false_positives]
+        cells += [each.tp, each.fp, each.fn, lesions.num_specks]
+    return cells
+
+
+def read_case(row: Mapping[str, str], names: Sequence[str]) -> Case:
+    """Returns the case that a row of a table holds, by `case_columns`.
+
+    Raises:
+        KeyError, ValueError: it is not such a row.
+    """
+    classes = []
+    for name in names:
+        num_found, num_false = (int(row[f"{key}_{name}"]) for key in _CELLS[5:7])
+        tp, fp, fn, num_specks = (int(row[f"{key}_{name}"]) for key in _CELLS[7:])
+        hd95, nsd = (float(row[f"{key}_{name}"]) if row[f"{key}_{name}"] else None
+                     for key in ("hd95", "nsd"))  # fmt: skip
+        num_true = int(row[f"lesions_{name}"])
+        lesions = LesionCounts(num_true, num_found + num_false, num_found, num_specks)
+        presence = _presence(tp + fn > 0, tp + fp > 0)
+        classes.append(ClassCase(presence, tp, fp, fn, hd95, nsd, lesions))
+    unit: Unit = "mm" if row["unit"] == "mm" else "px"
+    return Case(unit, float(row["diagonal"]), tuple(classes))
+
+
+def measure_rows(size: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns (label, measure) of what `summarize_cases` returned, for tables that people read.
+
+    With one foreground class the mean over classes is that class, and is left out.
+    """
+    shared = size["foreground"] if len(size["classes"]) > 1 else {}
+    rows = [(f"foreground {name}", each) for name, each in shared.items()]
+    for each in size["classes"]:
+        rows += [
+            (f"{each['name']} {name}", value)
+            for name, value in each.items()
+            if isinstance(value, dict)
+        ]
+    return rows
+
+
+def titled_sizes(sizes: Mapping[str, T]) -> list[tuple[str, T]]:
+    """Returns (title, measures) of every size that is measured; equal ones are one.
+
+    Pictures that were not resized, or are tiles put together, have the same measures at both.
+    """
+    if len(sizes) == 2 and sizes["network"] == sizes["original"]:
+        return [("original size, which is the network's", sizes["original"])]
+    return [(f"{size} size", each) for size, each in sizes.items()]
+
+
+def size_notes(title: str, size: Mapping[str, Any]) -> list[str]:
+    """Returns what a reader must know of the measures at one of `titled_sizes`."""
+    notes = []
+    if title == "original size":
+        notes.append(
+            f"Truth at this size: {TRUTHS['original']}, and not the source's; what was lost when "
+            "it was stored does not count as missed."
+        )
+    if title == "network size" and any("hd95_px" in each for each in size["classes"]):
+        notes.append(
+            "Distances in pixels of this size take the stored pixels as square, which they are not "
+            "where pictures of another aspect were stretched (--geometry stretch)."
+        )
+    return notes
+
+
+def lesion_words(size: Mapping[str, Any]) -> str:
+    """Returns what counts as a lesion found in what `summarize_cases` returned, for readers."""
+    rule = size["lesion_rule"]
+    return (
+        "A lesion is a connected region of the truth. It is found when a predicted region overlaps "
+        f"it with an IoU of at least {rule['min_iou']:g}, one region for one lesion; all other "
+        f"predicted regions are false positives. True regions of fewer than {rule['min_pixels']} "
+        "pixels of the network's size are specks: they are no lesions, and what finds one is no "
+        "false positive."
+    )
+
+
+def checkpoint_words(used: Mapping[str, Any]) -> str:
+    """Returns which weights were evaluated: those of one run, or of several together."""
+    epochs = " and ".join(counted(each, "epoch") for each in used["epochs"])
+    noun = "checkpoint" if len(used["epochs"]) == 1 else "checkpoints"
+    return f"the {used['which']} {noun}, after {epochs}"

@@ -1,0 +1,97 @@
+"""Whether a network and a dataset go together: known before TensorFlow is there, or a run begun."""
+
+from data_prep.shards.schema import Manifest
+from flexunet.errors import UsageError
+from flexunet.settings import suggestion
+from job.config import MODELS, TrainConfig, check_class_weights, check_ssim_sides
+from job.data.dataset import Dataset
+from job.inference.predict import window_overlap
+
+FLOAT16_MAX = 65504.0
+
+
+def check_fit(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuses a dataset on which `config` cannot train.
+
+    Raises:
+        UsageError: there is no such model; sides, channels, classes, their weights, the precision
+            or the overlap of windows do not fit; or a split that is needed is empty.
+    """
+    name = config.model.name
+    if name not in MODELS:
+        raise UsageError(f"--model.name={name!r}: no such model; {suggestion(name, list(MODELS))}")
+    for name in ("train", "valid"):
+        dataset.split(name)
+    manifest = dataset.manifest
+    check_class_weights(config.loss.class_weights, num_outputs(config, manifest))
+    height, width, _ = shape = image_shape(config, manifest)
+    check_sides(shape, config.model.num_layers)
+    if config.precision == "mixed_float16":
+        check_float16(input_max(config, manifest))
+    if config.loss.name == "basnet_hybrid":
+        check_ssim_sides(height, width)
+    if manifest.geometry == "tile":
+        window_overlap(manifest, config.window_overlap, flag="--window-overlap")
+
+
+def image_shape(config: TrainConfig, manifest: Manifest) -> tuple[int, int, int]:
+    """Returns (H, W, C) of the network's input, in pixels and channels.
+
+    Raises:
+        UsageError: its channels cannot be made of the dataset's.
+    """
+    channels = config.model.image_channels or manifest.channels
+    if channels != manifest.channels and manifest.channels != 1:
+        raise UsageError(
+            f"--model.image-channels={channels}: the dataset has {manifest.channels} channels; "
+            "prepare it with --channels grey or leave --model.image-channels out"
+        )
+    return manifest.image_height, manifest.image_width, channels
+
+
+def input_max(config: TrainConfig, manifest: Manifest) -> float:
+    """Returns the largest number that the network's first convolution can be given."""
+    return 1.0 if config.model.input_scaling == "unit" else float(manifest.value_max)
+
+
+def num_outputs(config: TrainConfig, manifest: Manifest) -> int:
+    """Returns the channels of the head: one per class, or 1 for a sigmoid output.
+
+    Raises:
+        UsageError: the config names another number.
+    """
+    found, wanted = len(manifest.classes), config.model.num_classes
+    if wanted is None or wanted == found or (wanted == 1 and found == 2):
+        return wanted or found
+    raise UsageError(
+        f"--model.num-classes={wanted}: the dataset has {found} classes "
+        f"({', '.join(each.name for each in manifest.classes)}); leave --model.num-classes out"
+    )
+
+
+def check_float16(largest: float) -> None:
+    """Refuses inputs of the network that float16 cannot hold.
+
+    Raises:
+        UsageError: names what `largest` is.
+    """
+    if largest > FLOAT16_MAX:
+        raise UsageError(
+            f"--precision=mixed_float16: pixels of up to {largest:g} are beyond float16's largest "
+            f"number, {FLOAT16_MAX:g}; give --model.input-scaling=unit or --precision=float32"
+        )
+
+
+def check_sides(shape: tuple[int, int, int], num_layers: int) -> None:
+    """Refuses sides of the image (H, W, C) that cannot be halved `num_layers` - 1 times.
+
+    Raises:
+        UsageError: names both.
+    """
+    multiple = 2 ** (num_layers - 1)
+    height, width, _ = shape
+    if height % multiple or width % multiple:
+        raise UsageError(
+            f"--model.num-layers={num_layers} needs image sides that divide by {multiple}, "
+            f"got {height}x{width}; lower --model.num-layers or prepare another image size"
+        )

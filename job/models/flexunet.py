@@ -1,0 +1,243 @@
+"""The networks: FlexUNet, the registry of models, and weights from elsewhere.
+
+A model maps pixel values as stored, (B, H, W, C), to logits, (B, H, W, K). Another model is one
+function and one name in `BUILDERS`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from flexunet.errors import ContentError, UsageError
+from flexunet.settings import suggestion
+from job.config import ModelConfig
+from job.models.compatibility import check_sides
+from job.models.dropout import SampleDropout
+from job.models.normalization import BatchNormalization, GroupNormalization
+from job.runs.h5 import check_array, entry_at
+
+_NUM_GROUPS = 8  # of channels that are normalised together; fewer where they do not divide
+
+# (config, image shape (H, W, C), num_classes, largest pixel value, seed, dtype policy) -> model
+Builder = Callable[..., keras.Model]
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    value_max: float = 255.0,
+    seed: int = 0,
+    precision: str = "float32",
+) -> keras.Model:
+    """Returns the model that `config` names, with weights drawn from `seed`.
+
+    Args:
+        image_shape: (H, W, C) of the input, pixels.
+        num_classes: logits per pixel; 1 for a single sigmoid output.
+        value_max: largest value that a pixel can have; used by input scaling.
+        precision: a Keras dtype policy; logits are never narrower than float32.
+
+    Raises:
+        UsageError: unknown model, or sides that the levels do not divide.
+    """
+    builder = BUILDERS.get(config.name)
+    if builder is None:
+        raise UsageError(f"model.name={config.name!r}: {suggestion(config.name, list(BUILDERS))}")
+    return builder(
+        config,
+        image_shape=image_shape,
+        num_classes=num_classes,
+        value_max=value_max,
+        seed=seed,
+        policy=keras.DTypePolicy(precision),
+    )
+
+
+def build_flexunet(
+    config: ModelConfig,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    value_max: float,
+    seed: int,
+    policy: keras.DTypePolicy,
+) -> keras.Model:
+    """Returns FlexUNet: a U-Net whose kernels and dilations shrink with depth.
+
+    Weights are created in the reference implementation's order: encoder from the top, then decoder
+    from the bottom, then the head.
+    Source: TensorFlow-FlexUNet, sarah-antillia; U-Net, arXiv:1505.04597.
+    """
+    check_sides(image_shape, config.num_layers)
+    block = _BlockFactory(config, seed=seed, policy=policy)
+    image = keras.Input(image_shape, name="image")  # (B, H, W, C)
+    x = keras.layers.Rescaling(
+        1.0 / value_max if config.input_scaling == "unit" else 1.0,
+        # Pixels of 16 bits are beyond float16 until they are scaled.
+        dtype="float32" if policy.compute_dtype == "float16" else policy,
+        name="input_scaling",
+    )(image)
+    skips = []
+    for level in range(config.num_layers):
+        x = block.convolutions(x, level)  # (B, H/2^level, W/2^level, base_filters * 2^level)
+        if level < config.num_layers - 1:
+            skips.append(x)
+            x = keras.layers.MaxPooling2D(dtype=policy)(x)
+    for level in reversed(range(config.num_layers - 1)):
+        x = block.upsampling(x, level)
+        x = keras.layers.Concatenate(dtype=policy)([x, skips[level]])
+        x = block.convolutions(x, level)
+    logits = keras.layers.Conv2D(
+        num_classes,
+        1,
+        kernel_initializer=block.initializer("glorot_uniform"),
+        # Softmax and its gradient need more than bfloat16's 8 bits.
+        dtype="float64" if policy.compute_dtype == "float64" else "float32",
+        name="head",
+    )(x)
+    return keras.Model(image, logits, name="flexunet")
+
+
+BUILDERS: dict[str, Builder] = {"flexunet": build_flexunet}
+
+
+class _BlockFactory:
+    """Makes the layers of one FlexUNet; counts them, so that each draws from its own seed."""
+
+    def __init__(self, config: ModelConfig, *, seed: int, policy: keras.DTypePolicy) -> None:
+        self._config = config
+        self._policy = policy
+        self._seeds = np.random.SeedSequence(seed)
+        self._num_dropouts = 0
+
+    def initializer(self, name: str) -> Any:
+        seed = int(self._seeds.spawn(1)[0].generate_state(1)[0] >> 1)
+        kinds = {
+            "he_normal": keras.initializers.HeNormal,
+            "glorot_uniform": keras.initializers.GlorotUniform,
+        }
+        return kinds[name](seed=seed)
+
+    def convolutions(self, x: Any, level: int) -> Any:
+        """Conv → [normalisation] → Dropout(rate × level) → Conv → [normalisation]."""
+        x = self._normalized(self._convolution(level)(x))
+        rate = self._config.dropout_rate * level
+        if rate > 0.0:
+            x = SampleDropout(rate, self._num_dropouts, dtype=self._policy)(x)
+            self._num_dropouts += 1
+        return self._normalized(self._convolution(level)(x))
+
+    def upsampling(self, x: Any, level: int) -> Any:
+        return keras.layers.Conv2DTranspose(
+            self._config.base_filters * 2**level,
+            2,
+            strides=2,
+            padding="same",
+            kernel_initializer=self.initializer("glorot_uniform"),
+            dtype=self._policy,
+        )(x)
+
+    def _convolution(self, level: int) -> keras.layers.Layer:
+        return keras.layers.Conv2D(
+            self._config.base_filters * 2**level,
+            tuple(max(side - 2 * level, 3) for side in self._config.base_kernels),
+            padding="same",
+            dilation_rate=tuple(max(step - level, 1) for step in self._config.dilation),
+            activation=self._config.activation,
+            kernel_initializer=self.initializer("he_normal"),
+            dtype=self._policy,
+        )
+
+    def _normalized(self, x: Any) -> Any:
+        if self._config.normalization == "none":
+            return x
+        if self._config.normalization == "group":
+            # Of one picture: small batches are no worse, and replicas need not talk.
+            groups = math.gcd(_NUM_GROUPS, x.shape[-1])
+            return GroupNormalization(groups, dtype=self._policy)(x)
+        # Statistics over the global batch: replicas then compute what one device would.
+        return BatchNormalization(
+            momentum=self._config.normalization_momentum, synchronized=True, dtype=self._policy
+        )(x)
+
+
+def load_reference_weights(model: keras.Model, path: str) -> None:
+    """Sets `model`'s weights from the reference family's `best_model.h5`.
+
+    The file is read as data: its model description is ignored, nothing in it is executed, no other
+    file is opened, and nothing is read before all shapes are known to fit.
+
+    Raises:
+        ContentError: not such a file, or its shapes are not this model's.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            datasets = _h5_datasets(file)
+            _check_shapes(model, [each.shape for each in datasets], path)
+            weights = [np.asarray(each) for each in datasets]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ContentError(
+            f"{path}: not a weight file of the reference family ({error}); "
+            "expected Keras HDF5 with layer_names and weight_names"
+        ) from error
+    set_weights(model, weights, source=path)
+
+
+def set_weights(model: keras.Model, weights: Sequence[np.ndarray], *, source: str) -> None:
+    """Sets all weights of `model`, in creation order, from `weights` read from `source`.
+
+    Raises:
+        ContentError: their number or shapes are not this model's.
+    """
+    _check_shapes(model, [each.shape for each in weights], source)
+    for variable, value in zip(creation_order(model), weights, strict=True):
+        variable.assign(value)
+
+
+def _check_shapes(model: keras.Model, found: Sequence[tuple[int, ...]], source: str) -> None:
+    variables = creation_order(model)
+    wanted = [tuple(variable.shape) for variable in variables]
+    if list(found) == wanted:
+        return
+    at = next((i for i, (f, w) in enumerate(zip(found, wanted, strict=False)) if f != w), None)
+    difference = (
+        f"{len(found)} weights, the model has {len(wanted)}"
+        if at is None
+        else f"weight {at} has shape {found[at]}, the model's {variables[at].path} {wanted[at]}"
+    )
+    raise ContentError(
+        f"{source}: does not fit the model: {difference}; "
+        "choose the model options that it was trained with"
+    )
+
+
+def creation_order(model: keras.Model) -> list[Any]:
+    """Returns all weights in creation order, each layer's together (as the reference saves them).
+
+    Keras sorts the layers of a functional model by depth, which is creation order for a U-Net
+    without branches of equal depth; ties keep their order of creation.
+    """
+    return [weight for layer in model.layers for weight in layer.weights]
+
+
+def _h5_datasets(file: Any) -> list[Any]:
+    """Returns the datasets of all weights, unread, in the order of the file's lists."""
+    root = entry_at(file, "model_weights") if "model_weights" in file else file
+    datasets = []
+    for layer in root.attrs["layer_names"]:
+        group = entry_at(root, _text(layer))
+        for name in group.attrs["weight_names"]:
+            datasets.append(entry_at(group, _text(name)))
+            check_array(datasets[-1])
+    return datasets
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)

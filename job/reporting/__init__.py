@@ -1,0 +1,1 @@
+"""Curves and pages about a run."""

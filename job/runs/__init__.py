@@ -1,0 +1,1 @@
+"""The run protocol: lease, commits, checkpoints, what is stored."""

@@ -1,0 +1,266 @@
+"""A trained run as something to use: its config, its dataset's manifest and its weights.
+
+Reads a run without owning it, so that masks can be predicted while it is still being trained.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.shards.schema import MANIFEST_NAME, Manifest, parse_manifest
+from flexunet.errors import UsageError
+from flexunet.settings import read_yaml
+from flexunet.storage import NotFound, Store, open_store
+from job.config import TrainConfig, stored_config
+from job.inference.predict import Alive, not_told
+from job.models.compatibility import image_shape, num_outputs
+from job.runs.run import (
+    CROSS_VALIDATION_NAME,
+    Commit,
+    Place,
+    commit_prefix,
+    fetch_commit,
+    fetch_newest,
+    find_commits,
+    read_commit,
+    standing,
+)
+
+WEIGHT_FILES = (".h5", ".hdf5")  # endings of files to start from; anything else is a run
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that has a checkpoint."""
+
+    store: Store  # the run's folder
+    config: TrainConfig
+    manifest: Manifest  # of the dataset it was trained on
+    dataset_digest: str
+
+
+def open_trained(run_url: str) -> TrainedRun:
+    """Returns the run at `run_url`; neither weights nor TensorFlow are loaded.
+
+    Raises:
+        UsageError: no run, or no checkpoint yet.
+    """
+    store = open_store(run_url)
+    try:
+        text = store.get("config.yaml").decode()
+    except NotFound as error:
+        raise _no_run(store) from error
+    where = f"{store.url}/config.yaml"
+    config = stored_config(read_yaml(text, where), where)
+    if not find_commits(store):
+        raise _no_checkpoint(store)
+    data = store.get(MANIFEST_NAME)  # a copy of the dataset's, byte by byte
+    manifest = parse_manifest(data, f"{store.url}/{MANIFEST_NAME}")
+    return TrainedRun(store, config, manifest, hashlib.sha256(data).hexdigest())
+
+
+def _no_run(store: Store) -> UsageError:
+    if store.stat(CROSS_VALIDATION_NAME) is not None:
+        return UsageError(
+            f"{store.url}: a cross-validation, which has no weights of its own; give the run of a "
+            f"fold, {store.url}-fold-0 and so on"
+        )
+    return UsageError(
+        f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
+    )
+
+
+@dataclass(frozen=True)
+class Member:
+    """Weights that predict: a checkpoint of a run, by its folder there and its COMMIT.json."""
+
+    run: str
+    checkpoint: str
+    commit_sha256: str
+
+
+def open_alike(urls: Sequence[str]) -> tuple[TrainedRun, ...]:
+    """Returns runs whose probabilities can be averaged: they see the same pixels and classes.
+
+    Their precisions may differ: each computes in its own, and gives logits of float32 or wider.
+
+    Raises:
+        UsageError: two differ in them, or one has no checkpoint.
+    """
+    runs = tuple(open_trained(url) for url in urls)
+    first = runs[0]
+    for run in runs[1:]:
+        for name in _SHARED:
+            theirs, ours = getattr(run.manifest, name), getattr(first.manifest, name)
+            if theirs != ours:
+                raise UsageError(
+                    f"{run.store.url}: {name} {_shown(theirs)}, but {first.store.url} has "
+                    f"{_shown(ours)}; only runs that are alike in it can predict together"
+                )
+        if num_outputs(run.config, run.manifest) != num_outputs(first.config, first.manifest):
+            raise UsageError(
+                f"{run.store.url}: another --model.num-classes than {first.store.url} has; only "
+                "runs that are alike in it can predict together"
+            )
+    return runs
+
+
+# What makes pixels and probabilities of two runs mean the same.
+_SHARED = (
+    *("image_height", "image_width", "classes", "ignore_id", "channels", "bit_depth"),
+    *("value_max", "geometry", "crop", "flip"),
+)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(each.name for each in value)
+    return str(value)
+
+
+def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Commit]:
+    """Returns the model of `run` with the weights of a checkpoint, and the commit of these.
+
+    It computes in the precision of the training; of float16, which CPUs only emulate, in float32
+    where there is no GPU.
+
+    Args:
+        which: "best", "last", or the folder of a checkpoint.
+
+    Raises:
+        UsageError: no checkpoint is the best yet.
+        ContentError: the checkpoint is damaged.
+        NotFound: that folder has none any more.
+    """
+    from job.distributed.runtime import predicting_precision
+    from job.runs import serialization
+
+    with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
+        commit, members = fetch_checkpoint(run.store, folder, which=which)
+        precision = predicting_precision(run.config.precision)
+        config = run.config.model_copy(update={"precision": precision})
+        model = model_for(config, run.manifest)
+        serialization.read_weights(model, members[serialization.WEIGHTS_NAME])
+    return model, commit
+
+
+def member_of(run: TrainedRun, commit: Commit) -> Member:
+    """Returns the weights of a commit of a run."""
+    return Member(run.store.url, commit.prefix, commit.sha256)
+
+
+def find_checkpoint(store: Store, *, which: str) -> Commit:
+    """Returns a run's "best" or "last" checkpoint.
+
+    The last is the newest whose weights are undamaged, so these are read.
+
+    Raises:
+        UsageError: there is no such checkpoint yet.
+        ContentError: none is undamaged.
+    """
+    if which == "best":
+        return read_commit(store, _find_best(store).prefix)
+    with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
+        return fetch_checkpoint(store, folder, which=which)[0]
+
+
+def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[Commit, dict[str, str]]:
+    """Returns a run's checkpoint, and the local path of its weights by name.
+
+    Args:
+        which: as for `load_model`.
+
+    Raises:
+        UsageError: there is no such checkpoint yet.
+        ContentError: it is damaged.
+        NotFound: it was named by its folder, which has none any more.
+    """
+    from job.runs import serialization
+
+    # Never the moments, which are twice as large as the weights.
+    if which == "last":
+        names = [serialization.STATE_NAME, serialization.WEIGHTS_NAME]
+        newest = fetch_newest(store, find_commits(store), folder, names=names)
+        if newest is None:
+            raise _no_checkpoint(store)
+        return newest
+    place = _find_best(store) if which == "best" else _place_of(store, which)
+    return fetch_commit(store, place, folder, names=[serialization.WEIGHTS_NAME])
+
+
+def _find_best(store: Store) -> Place:
+    from job.runs import serialization
+
+    with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
+        names = [serialization.STATE_NAME]
+        newest = fetch_newest(store, find_commits(store), folder, names=names)
+        if newest is None:
+            raise _no_checkpoint(store)
+        best = serialization.read_state(newest[1][serialization.STATE_NAME])["best"]
+    if best is None:
+        raise UsageError(
+            f"{store.url}: no epoch has ended yet, so no checkpoint is the best; use the last"
+        )
+    step, attempt = best["step"], best["attempt"]
+    return Place(attempt, step, commit_prefix(step, attempt))
+
+
+def _place_of(store: Store, prefix: str) -> Place:
+    for place in find_commits(store):
+        if place.prefix == prefix:
+            return place
+    raise NotFound(f"{store.url}/{prefix} does not exist")
+
+
+def _no_checkpoint(store: Store) -> UsageError:
+    remedies = {
+        "diverged": "it diverged; start a run of another name",
+        "stopped": "it was stopped before it had one; the same train command goes on",
+        "open": "wait for the first epoch to end, or, where its process is dead, train it again by "
+        "the same command",
+    }
+    remedy = remedies.get(standing(store), "its checkpoints were deleted")
+    return UsageError(f"{store.url}: no checkpoint yet; {remedy}")
+
+
+def model_for(config: TrainConfig, manifest: Manifest) -> Any:
+    """Returns the untrained model of `config` for pictures of `manifest`.
+
+    Raises:
+        UsageError: channels or classes of the two do not go together.
+    """
+    from job.models.flexunet import build_model
+
+    return build_model(
+        config.model,
+        image_shape=image_shape(config, manifest),
+        num_classes=num_outputs(config, manifest),
+        value_max=float(manifest.value_max),
+        seed=config.seed,
+        precision=config.precision,
+    )
+
+
+def initialize_from(model: Any, source: str, alive: Alive = not_told) -> None:
+    """Sets the weights of `model` from another run (its best), or from a `.h5` file.
+
+    The file is the reference family's `best_model.h5` or Keras weights of this package; it is read
+    as data, nothing in it is run.
+
+    Args:
+        alive: called while bytes of a run move.
+    """
+    from job.models.flexunet import load_reference_weights
+    from job.runs import serialization
+
+    if source.endswith(".weights.h5"):
+        serialization.read_weights(model, source)
+    elif source.endswith(WEIGHT_FILES):
+        load_reference_weights(model, source)
+    else:
+        with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
+            store = open_store(source).watched(alive)
+            _, members = fetch_checkpoint(store, folder, which="best")
+            serialization.read_weights(model, members[serialization.WEIGHTS_NAME])

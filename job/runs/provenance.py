@@ -1,0 +1,268 @@
+"""Where a run's first weights come from, and whether these have seen what the run is evaluated on.
+
+Weights that were trained on a case, or whose epoch was chosen by it, give it away, however the run
+that starts from them divides its dataset. What a source was started from counts as well.
+
+It is found out when the weights are read, and kept in the run as `origin.json`: later the source
+may be gone, or another one by that name.
+
+Datasets of the same files have the same names and groups, whatever else differs. Those of other
+files, or of the same in other groups, have pictures in common where the stored pixels are the same.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from data_prep.shards.schema import read_samples
+from flexunet.errors import FlexUNetError, UsageError
+from flexunet.json_files import read_json
+from flexunet.storage import Store, join_url, open_store
+from job.config import TrainConfig
+from job.data.dataset import Dataset
+from job.data.folds import evaluated_words, open_folded
+from job.models.compatibility import image_shape, num_outputs
+from job.runs.loading import WEIGHT_FILES, TrainedRun, open_trained
+from job.runs.run import ORIGIN_NAME, RESTORE, find_commits
+
+logger = logging.getLogger(__name__)
+
+# Of the model, those that decide which weights there are and what they mean.
+_MODEL_FIELDS = (
+    *("name", "num_layers", "base_filters", "base_kernels", "dilation", "normalization"),
+    *("activation", "input_scaling"),
+)
+
+Seen = Literal["no", "yes", "unknown"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the weights of a run started from.
+
+    Attributes:
+        run: name of the run.
+        source: its `--init-from`.
+        ids: samples of the run's dataset that trained or validated these weights, sorted.
+        groups: theirs, likewise; of the same files, all groups that did.
+        lacks: why there may be more; empty where all is known.
+    """
+
+    run: str
+    source: str
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    lacks: str
+
+    def seen(self, dataset: Dataset, evaluated: str = "test") -> Seen:
+        """Returns whether groups of the cases of split `evaluated` are among those."""
+        split = dataset.splits.get(evaluated)
+        if split is None:
+            return "no"
+        if set(split.groups) & set(self.groups) or set(split.ids) & set(self.ids):
+            return "yes"
+        return "unknown" if self.lacks else "no"
+
+
+def as_record(
+    origins: Iterable[Origin | None], dataset: Dataset, evaluated: str = "test"
+) -> list[dict[str, str]]:
+    """Returns those that are not None as JSON values, for what an evaluation keeps."""
+    return [
+        {"run": each.run, "source": each.source, "seen": each.seen(dataset, evaluated)}
+        for each in origins
+        if each is not None
+    ]
+
+
+def find_origin(config: TrainConfig, dataset: Dataset) -> Origin | None:
+    """Returns what a new run starts from; None: from the seed.
+
+    Args:
+        dataset: of `config`, its splits those of its fold.
+    """
+    if config.init_from is None:
+        return None
+    try:
+        ids, groups, lacks = _trained_by(config.init_from, dataset)
+    except FlexUNetError as error:  # it is gone, or cannot be read any more
+        ids, groups, lacks = set[str](), set[str](), str(error)
+    return Origin(
+        str(config.name), config.init_from, tuple(sorted(ids)), tuple(sorted(groups)), lacks
+    )
+
+
+def origin_json(origin: Origin) -> str:
+    """Returns the text of `origin.json`."""
+    return json.dumps(asdict(origin), indent=1) + "\n"
+
+
+def read_origin(run: Store, config: TrainConfig) -> Origin | None:
+    """Returns what the run in `run` started from; None: from the seed.
+
+    Raises:
+        ContentError: its file is damaged.
+    """
+    if config.init_from is None:
+        return None
+    values = read_json(run, ORIGIN_NAME, RESTORE)
+    if values is None:
+        lacks = f"{run.url} has not recorded it"
+        return Origin(str(config.name), config.init_from, (), (), lacks)
+    return Origin(
+        *(values["run"], values["source"], tuple(values["ids"]), tuple(values["groups"])),
+        lacks=values["lacks"],
+    )
+
+
+def refuse_seen(config: TrainConfig, dataset: Dataset) -> Origin | None:
+    """Refuses weights that have seen the cases which a run is evaluated on; returns their origin.
+
+    Args:
+        dataset: as for `find_origin`.
+
+    Raises:
+        UsageError: they have.
+    """
+    origin = find_origin(config, dataset)
+    split = dataset.splits.get("test")
+    if origin is None or split is None:
+        return origin
+    # Of a dataset with accepted leaks the run itself has other pictures of a group.
+    own = {g for name, each in dataset.splits.items() if name != "test" for g in each.groups}
+    if (set(split.groups) - own) & set(origin.groups) or set(split.ids) & set(origin.ids):
+        raise UsageError(
+            f"--init-from {origin.source}: its weights come from training or validation on groups "
+            f"of {evaluated_words(config)}, on which {config.name} is evaluated; leave it out, or "
+            "give a run of the same splits or of the same fold"
+        )
+    return origin
+
+
+def check_origin(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuses a new run by `refuse_seen`, and warns where nothing is known of its weights.
+
+    A run that has a checkpoint needs its source no more.
+
+    Raises:
+        UsageError: the weights have seen its cases, are a run that is not there, or of another
+            network.
+    """
+    store = open_store(join_url(config.output, str(config.name)))
+    if config.init_from is None or find_commits(store):
+        return
+    source = None
+    if not config.init_from.endswith(WEIGHT_FILES):
+        source = open_trained(config.init_from)
+    origin = refuse_seen(config, dataset)
+    if source is not None:
+        _check_model(config, dataset, source)
+    if origin is not None and origin.seen(dataset) == "unknown":
+        logger.warning(
+            "--init-from %s: whether these weights were trained on cases of %s is not known (%s); "
+            "if they were, its metrics are too good",
+            *(config.init_from, evaluated_words(config), origin.lacks),
+        )
+
+
+def _check_model(config: TrainConfig, dataset: Dataset, source: TrainedRun) -> None:
+    """Refuses a network in which the weights of `source` mean nothing, or have no place.
+
+    Keras reads what has a name in both, and leaves the rest without a word.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    told = [
+        f"--model.{name.replace('_', '-')} was {theirs}, now {ours}"
+        for name in _MODEL_FIELDS
+        if (theirs := getattr(source.config.model, name)) != (ours := getattr(config.model, name))
+    ]
+    pairs = {
+        "channels": [
+            image_shape(source.config, source.manifest)[-1],
+            image_shape(config, dataset.manifest)[-1],
+        ],
+        "outputs": [
+            num_outputs(source.config, source.manifest),
+            num_outputs(config, dataset.manifest),
+        ],
+    }
+    told += [f"{was} {name}, now {now}" for name, (was, now) in pairs.items() if was != now]
+    if told:
+        raise UsageError(
+            f"--init-from {config.init_from}: its network is another one: {'; '.join(told)}; give "
+            "the options that it was trained with"
+        )
+
+
+def _trained_by(source: str, dataset: Dataset) -> tuple[set[str], set[str], str]:
+    """Returns ids and groups of `dataset` that trained weights, and why there may be more."""
+    if source.endswith(WEIGHT_FILES):
+        return set(), set(), f"a file of weights, {source}, does not say it"
+    run = open_trained(source)
+    earlier = read_origin(run.store, run.config)
+    lacks = earlier.lacks if earlier else ""
+    is_same = run.dataset_digest == dataset.digest
+    theirs = open_folded(run.config, dataset.url) if is_same else _dataset_of(run)
+    if theirs is None:
+        gone = f"the dataset {run.config.data} of {run.store.url} is gone, or another one by now"
+        return set(), set(), gone
+    parts = [theirs.splits[name] for name in ("train", "valid") if name in theirs.splits]
+    ids = {sample for part in parts for sample in part.ids}.union(earlier.ids if earlier else ())
+    digest = dataset.manifest.source_sha256
+    if is_same or (digest and theirs.manifest.source_sha256 == digest):
+        groups = {group for part in parts for group in part.groups}
+        return ids, groups.union(earlier.groups if earlier else ()), lacks
+    ids, groups, num_other = _same_pixels(ids, theirs, dataset)
+    if num_other:
+        lacks = lacks or (
+            f"{num_other} pictures of {theirs.url} that it was trained on are not in this dataset, "
+            "or stored in another way"
+        )
+    return ids, groups, lacks
+
+
+def _dataset_of(run: TrainedRun) -> Dataset | None:
+    """Returns what `run` was trained on, None where it is not there any more."""
+    try:
+        found = open_folded(run.config)
+    except UsageError:
+        return None
+    return found if found.digest == run.dataset_digest else None
+
+
+def _same_pixels(
+    ids: Collection[str], theirs: Dataset, ours: Dataset
+) -> tuple[set[str], set[str], int]:
+    """Returns ids and groups of `ours` with the pictures of samples `ids` of `theirs`.
+
+    Also returns how many of those pictures are not among ours.
+    """
+    pixels, own_pixels = _pixels(theirs), _pixels(ours)
+    trained = {pixels[sample] for sample in ids}
+    found = [
+        (sample, group)
+        for split in ours.splits.values()
+        for sample, group in zip(split.ids, split.groups, strict=True)
+        if own_pixels[sample] in trained
+    ]
+    num_other = len(trained - set(own_pixels.values()))
+    return {sample for sample, _ in found}, {group for _, group in found}, num_other
+
+
+def _pixels(dataset: Dataset) -> dict[str, str]:
+    """Returns a digest of the whole picture of each sample: tiles alone are alike in strangers."""
+    table = read_samples(open_store(dataset.url), dataset.manifest)
+    rows = table.select(["id", "picture", "sha256"]).to_pylist()
+    parts: dict[str, list[str]] = {}
+    for row in rows:
+        parts.setdefault(row["picture"] or row["id"], []).append(row["sha256"])
+    digests = {
+        name: hashlib.sha256("".join(sorted(each)).encode()).hexdigest()
+        for name, each in parts.items()
+    }
+    return {row["id"]: digests[row["picture"] or row["id"]] for row in rows}

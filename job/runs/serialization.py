@@ -1,0 +1,281 @@
+"""Model and optimizer state as the members of a commit, and back.
+
+Weights are HDF5, an array per variable by its path, and moments are arrays: data that is read
+without running anything.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flexunet.errors import ContentError, StorageError
+from job.runs.h5 import check_array, entry_at
+
+if TYPE_CHECKING:
+    import keras
+
+    from job.training.optimizer import Adam
+
+WEIGHTS_NAME = "model.weights.h5"
+OPTIMIZER_NAME = "optimizer.npz"
+STATE_NAME = "state.json"
+_VERSION = "flexunet_weights"  # attribute of a weight file; without it, the file is one of Keras
+_ARRAY = ":0"  # ends the name of an array
+
+# Arrays that checkpoints are copied into, kept from one to the next: to touch new memory takes
+# several times as long as the copy.
+Memory = list[dict[str, np.ndarray]]
+
+
+def take(
+    folder: str,
+    model: "keras.Model",
+    optimizer: "Adam",
+    state: Mapping[str, Any],
+    memory: Memory | None = None,
+) -> Callable[[], dict[str, str]]:
+    """Takes a checkpoint of the weights, moments and state as they are now.
+
+    Args:
+        memory: of earlier checkpoints of this model; what is returned puts this one's back.
+
+    Returns:
+        What writes its members into `folder` and returns their paths by name; training may go on
+        before it is called.
+
+    Raises:
+        StorageError: the folder is too full; the returned function also where it cannot be written.
+    """
+    paths = {
+        name: os.path.join(folder, name) for name in (WEIGHTS_NAME, OPTIMIZER_NAME, STATE_NAME)
+    }
+    text = json.dumps(state)
+    with disk_errors(folder):
+        _check_space(folder, model)
+    memory = [] if memory is None else memory
+    weights = {name: variable.value for name, variable in weights_by_path(model).items()}
+    moments = optimizer.named_variables()
+    # Both kinds in one memory; a weight could have the name of a moment.
+    named = {f"weights/{name}": each for name, each in weights.items()}
+    named |= {f"moments/{name}": each for name, each in moments.items()}
+    arrays = _copied(named, memory.pop() if memory else {})
+
+    def finish() -> dict[str, str]:
+        with disk_errors(folder):
+            values = {name: arrays[f"weights/{name}"] for name in weights}
+            _write_weights(paths[WEIGHTS_NAME], values)
+            values = {name: arrays[f"moments/{name}"] for name in moments}
+            with open(paths[OPTIMIZER_NAME], "wb") as file:
+                np.savez(file, allow_pickle=False, **values)
+            with open(paths[STATE_NAME], "w", encoding="utf-8") as file:
+                file.write(text)
+        memory.append(arrays)
+        return paths
+
+    return finish
+
+
+def _copied(variables: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Copies `variables` into `arrays`, which are made where missing, and returns these."""
+    import tensorflow as tf
+
+    def on_host(variable: Any) -> Any:
+        with tf.device("CPU:0"):
+            return tf.identity(variable.read_value())
+
+    for name, variable in variables.items():
+        values = np.asarray(memoryview(on_host(variable)))
+        if name not in arrays:
+            arrays[name] = np.empty_like(values)
+        np.copyto(arrays[name], values)
+    return arrays
+
+
+def weights_by_path(model: "keras.Model") -> dict[str, Any]:
+    """Returns every variable of a model by its path, which is the same in every process.
+
+    Keras numbers layers without a name over all models of a process: `conv2d_8`. Here they are
+    numbered anew among their neighbours, in the order of the model's variables: `conv2d`,
+    `conv2d_1`. Names that somebody gave stay. Of variables of one path the later get a number.
+    """
+    automatic = {_snake_case(type(layer).__name__) for layer in model._flatten_layers()}
+    automatic.add("seed_generator")  # of a layer that draws; no layer itself
+    seen: dict[tuple[str, str], dict[str, int]] = {}
+
+    def renamed(parent: str, name: str) -> str:
+        stem = re.sub(r"_\d+$", "", name)
+        if stem not in automatic:
+            return name
+        numbers = seen.setdefault((parent, stem), {})
+        number = numbers.setdefault(name, len(numbers))
+        return f"{stem}_{number}" if number else stem
+
+    found: dict[str, Any] = {}
+    for variable in model.variables:
+        *layers, last = variable.path.split("/")
+        parent = ""
+        for layer in layers:
+            parent += f"{renamed(parent, layer)}/"
+        path, number = f"{parent}{last}", 0
+        while path in found:
+            number += 1
+            path = f"{parent}{last}_{number}"
+        found[path] = variable
+    return found
+
+
+def _snake_case(name: str) -> str:
+    """Returns a class name as Keras makes names of it: Conv2DTranspose is conv2d_transpose."""
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _write_weights(path: str, weights: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays by the path of their variable.
+
+    Raises:
+        StorageError: the file does not hold just these afterwards.
+    """
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        file.attrs[_VERSION] = 2
+        for name, values in weights.items():
+            file[_entry_name(name)] = values
+    expected = {name: values.shape for name, values in weights.items()}
+    with h5py.File(path, "r") as file:
+        problem = _difference(_shapes(file), expected)
+    if problem:
+        raise StorageError(f"{path}: does not hold the weights it was written with: {problem}")
+
+
+def _entry_name(path: str) -> str:
+    # A layer may have a variable and a layer of one name.
+    return f"{path}{_ARRAY}"
+
+
+def _shapes(file: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every array of an HDF5 file, by the path of its variable."""
+    import h5py
+
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            shapes[name.removesuffix(_ARRAY)] = item.shape
+
+    file.visititems(visit)
+    return shapes
+
+
+def _difference(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """Returns what is wrong with the arrays that were found; None: nothing."""
+    missing = [name for name in wanted if name not in found]
+    more = [name for name in found if name not in wanted]
+    if missing or more:
+        lacks = f"it lacks {missing[0]}" if missing else f"the model has no {more[0]}"
+        return f"it holds {len(found)} arrays, the model has {len(wanted)}; {lacks}"
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            return f"{name} has shape {found[name]}, the model's {shape}"
+    return None
+
+
+@contextlib.contextmanager
+def disk_errors(folder: str) -> Iterator[None]:
+    """Turns errors of the operating system inside the block into a StorageError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{folder}: checkpoint could not be written: {error}") from error
+
+
+def _check_space(folder: str, model: "keras.Model") -> None:
+    """Refuses a folder that is too full: HDF5 ends the process when a write of its own fails."""
+    weights = sum(_num_bytes(weight) for weight in model.non_trainable_variables)
+    needed = weights + 3 * sum(_num_bytes(weight) for weight in model.trainable_weights)
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.05 + 2**20:
+        raise StorageError(
+            f"{folder}: No space left on device: a checkpoint needs {needed / 2**20:.0f} MiB, "
+            f"{free / 2**20:.0f} MiB are free; make room or set TMPDIR to a larger disk"
+        )
+
+
+def _num_bytes(weight: Any) -> int:
+    return int(np.prod(weight.shape)) * np.dtype(weight.dtype).itemsize
+
+
+def read_weights(model: "keras.Model", path: str) -> None:
+    """Sets the weights of `model` from a member that `take` wrote, of this version or of 0.1.0.
+
+    Nothing is set where they do not fit. Keras' own weight files are read as well.
+
+    Raises:
+        ContentError: not weights of this model.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            version = file.attrs.get(_VERSION)
+            if version is not None:
+                _set_by_path(model, file, version)
+                return
+            found, wanted = len(_shapes(file)), len(model.weights)
+        # Keras passes over what the model has no place for.
+        if found != wanted:
+            raise ValueError(f"it holds {found} arrays, the model has {wanted}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a page of them before the error
+            model.load_weights(path)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        problem = str(error).strip().splitlines()[0]
+        raise ContentError(
+            f"{path}: does not fit this model: {problem}; use the model options it was saved with"
+        ) from error
+
+
+def _set_by_path(model: "keras.Model", file: Any, version: Any) -> None:
+    if version != 2:
+        raise ValueError(f"it is of version {version} of this format, and 2 is known")
+    weights = weights_by_path(model)
+    problem = _difference(_shapes(file), {name: tuple(w.shape) for name, w in weights.items()})
+    if problem:
+        raise ValueError(problem)
+    entries = {name: entry_at(file, _entry_name(name)) for name in weights}
+    for entry in entries.values():
+        check_array(entry, kinds="fiub")
+    for name, weight in weights.items():
+        weight.assign(np.asarray(entries[name]))
+
+
+def read_optimizer(optimizer: "Adam", path: str) -> None:
+    """Sets the moments of `optimizer` from a member that `take` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            optimizer.load_state(arrays, source=path)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ContentError(f"{path}: not an optimizer state: {error}") from error
+
+
+def read_state(path: str) -> dict[str, Any]:
+    """Returns the training state that `take` wrote."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ContentError(f"{path}: not a training state: {error}") from error
+    if not isinstance(state, dict):
+        raise ContentError(f"{path}: expected an object, found {type(state).__name__}")
+    return state

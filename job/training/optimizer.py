@@ -1,0 +1,123 @@
+"""Adam and AdamW as one fused update per weight.
+
+The state is plain variables and the step number is an argument, so that a checkpoint holds
+everything and nothing is hidden in an object. TensorFlow's fused kernel reads and writes each
+array once; Keras' optimizer, written in separate operations, passes over them about five times.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from flexunet.errors import ContentError
+from job.config import OptimizerConfig
+from job.training.loss_scale import LossScale
+
+
+class Adam:
+    """Adam (Kingma & Ba, arXiv:1412.6980) or AdamW (Loshchilov & Hutter, arXiv:1711.05101).
+
+    Same formulas as Keras: `epsilon` is added to the root of the uncorrected second moment, and
+    AdamW shrinks the weight by `learning_rate * weight_decay` before the update.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        weights: Sequence[Any],
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        """Creates zero moments for `weights`; call it inside the strategy's scope.
+
+        Args:
+            weights: trainable Keras variables, in the order in which gradients will come.
+            loss_scale: with which these are computed; saved and restored with the moments.
+        """
+        self.loss_scale = loss_scale
+        self._config = config
+        self._weights = [weight.value for weight in weights]
+        self._names = [f"{index:04d}" for index in range(len(weights))]
+        self._first = [_zeros(weight, "first_moment") for weight in self._weights]
+        self._second = [_zeros(weight, "second_moment") for weight in self._weights]
+
+    def apply(
+        self, gradients: Sequence[tf.Tensor], *, step: tf.Tensor, learning_rate: tf.Tensor
+    ) -> None:
+        """Updates the weights in place; called in replica context with the global gradients.
+
+        Args:
+            step: () int64, updates done so far; the first update has step 0.
+            learning_rate: () float64.
+        """
+        config = self._config
+        for weight, first, second, gradient in zip(
+            self._weights, self._first, self._second, gradients, strict=True
+        ):
+            gradient = self._clipped(gradient)
+            dtype = gradient.dtype
+            rate = tf.cast(learning_rate, dtype)
+            count = tf.cast(step + 1, dtype)
+            if config.name == "adamw":
+                decayed = weight * (rate * tf.cast(config.weight_decay, dtype))
+                tf.raw_ops.AssignSubVariableOp(resource=weight.handle, value=decayed)
+            tf.raw_ops.ResourceApplyAdam(
+                var=weight.handle,
+                m=first.handle,
+                v=second.handle,
+                beta1_power=tf.cast(config.beta_1, dtype) ** count,
+                beta2_power=tf.cast(config.beta_2, dtype) ** count,
+                lr=rate,
+                beta1=tf.cast(config.beta_1, dtype),
+                beta2=tf.cast(config.beta_2, dtype),
+                epsilon=tf.cast(config.epsilon, dtype),
+                grad=gradient,
+            )
+
+    @property
+    def variables(self) -> list[Any]:
+        """The moments and the loss scale, as TensorFlow variables."""
+        return list(self.named_variables().values())
+
+    def named_variables(self) -> dict[str, Any]:
+        """Returns the variables by name: `first/0000`, `second/0000`, ... per weight.
+
+        With a loss scale, those of `LossScale.named_variables` too.
+        """
+        moments: dict[str, Any] = {}
+        for name, first, second in zip(self._names, self._first, self._second, strict=True):
+            moments[f"first/{name}"] = first
+            moments[f"second/{name}"] = second
+        return moments | (self.loss_scale.named_variables() if self.loss_scale else {})
+
+    def load_state(self, moments: Mapping[str, np.ndarray], *, source: str) -> None:
+        """Sets the moments, and the loss scale where there is one.
+
+        Raises:
+            ContentError: names or shapes are not those of these weights, or no loss scale is there.
+        """
+        for kind, variables in (("first", self._first), ("second", self._second)):
+            for name, variable in zip(self._names, variables, strict=True):
+                value = moments.get(f"{kind}/{name}")
+                if value is None or value.shape != tuple(variable.shape):
+                    found = "missing" if value is None else f"of shape {value.shape}"
+                    raise ContentError(
+                        f"{source}: moment {kind}/{name} is {found}, expected "
+                        f"{tuple(variable.shape)}; it belongs to another model"
+                    )
+                variable.assign(value)
+        if self.loss_scale:
+            self.loss_scale.load_state(moments, source=source)
+
+    def _clipped(self, gradient: tf.Tensor) -> tf.Tensor:
+        if self._config.clipnorm:
+            gradient = tf.clip_by_norm(gradient, tf.cast(self._config.clipnorm, gradient.dtype))
+        if self._config.clipvalue:
+            limit = tf.cast(self._config.clipvalue, gradient.dtype)
+            gradient = tf.clip_by_value(gradient, -limit, limit)
+        return gradient
+
+
+def _zeros(weight: Any, name: str) -> Any:
+    return tf.Variable(tf.zeros(weight.shape, weight.dtype), trainable=False, name=name)

@@ -1,0 +1,455 @@
+"""What a run keeps and shows: tables, curves, predictions, events, checkpoints, evaluation.
+
+Written by the first process of a team alone. All of it goes through an outbox, in order, so that
+training does not wait for storage; the checkpoint comes last, so that an epoch whose tables or
+pictures are missing is done again.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from data_prep.shards.schema import MANIFEST_NAME
+from flexunet.errors import ContentError, FlexUNetError, LockedError, StorageError
+from flexunet.settings import write_yaml
+from flexunet.storage import NotFound, Store, open_store
+from flexunet.tables import csv_table
+from flexunet.text import counted
+from job.config import TrainConfig
+from job.data.cases import read_picture
+from job.data.dataset import Dataset, RecordReader
+from job.evaluate import Evaluation, Evaluator, evaluation_folder, write_evaluation
+from job.infer import find_images, read_any
+from job.inference.predict import Alive, to_model_pixels
+from job.report import renew_report
+from job.reporting import plots
+from job.runs import serialization
+from job.runs.history import CURVE_TITLES, History
+from job.runs.run import Place, Run, commit_prefix, fetch_commit
+from job.runs.upload_queue import Outbox
+from job.training.optimizer import Adam
+from job.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+_STAGING_LOCK = "in-use.lock"
+
+
+@dataclasses.dataclass
+class Recorder:
+    """The writer of one run; made by `open_recorder`."""
+
+    config: TrainConfig
+    run: Run
+    outbox: Outbox
+    evaluator: Evaluator
+    model: Any
+    optimizer: Adam
+    pictures: dict[str, np.ndarray]  # predicted after every epoch, by name, (H, W, C)
+    staging: str
+    events: Any  # a tf.summary writer, or None
+    # What completes the checkpoints that are not stored yet, oldest first.
+    pending: list[Callable[[], dict[str, str]]] = dataclasses.field(default_factory=list)
+    memory: serialization.Memory = dataclasses.field(default_factory=list)
+
+    @property
+    def is_in_trouble(self) -> bool:
+        """Whether something could not be stored, or the run was lost; `flush` raises it."""
+        return self.outbox.has_failed or self.run.lost
+
+    @property
+    def _store(self) -> Store:
+        """The run's folder, for the thread of the outbox: bytes that move are told."""
+        return self.run.store.watched(self.outbox.moved)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a checkpoint can be taken without waiting for those on their way."""
+        return self.outbox.has_room
+
+    def restore(self, alive: Alive) -> dict[str, Any] | None:
+        """Reads the newest verified checkpoint into model and optimizer and returns its state.
+
+        None for a new run.
+
+        Args:
+            alive: called while bytes move.
+        """
+        with tempfile.TemporaryDirectory(dir=self.staging) as folder:
+            found = self.run.restore(folder, moved=alive)
+            if found is None:
+                return None
+            commit, members = found
+            serialization.read_weights(self.model, members[serialization.WEIGHTS_NAME])
+            serialization.read_optimizer(self.optimizer, members[serialization.OPTIMIZER_NAME])
+            values = serialization.read_state(members[serialization.STATE_NAME])
+        state = TrainState(**values)
+        logger.info(
+            "resuming from %s, after %s and %s of the next",
+            *(commit.prefix, counted(state.epoch, "epoch"), counted(state.step_in_epoch, "step")),
+        )
+        self.write_tables(state)
+        self._rewrite_events(state)
+        return values
+
+    def save(self, state: TrainState, alive: Alive) -> None:
+        """Takes a checkpoint of `state` and the weights as they are now, and stores it later.
+
+        Waits while two others are on their way. What fails is raised by `flush`.
+
+        Args:
+            alive: called while it waits and bytes move.
+        """
+        try:
+            self._save(state, alive)
+        except FlexUNetError as error:
+            self.outbox.fail(error)
+
+    def flush(self, alive: Alive) -> None:
+        """Waits until everything is stored.
+
+        Args:
+            alive: called while bytes move.
+
+        Raises:
+            LockedError: the run is no longer ours.
+            StorageError: storage is full, or was out of reach for too long.
+        """
+        try:
+            self.outbox.flush(alive)
+        except StorageError as error:
+            raise StorageError(f"{error}{self._kept()}") from error
+        self.run.check_owned()
+
+    def _kept(self) -> str:
+        """Completes the checkpoints that were not stored; returns words on where the newest is."""
+        try:
+            return _kept_words(self.pending)
+        except StorageError:
+            return ""
+
+    def write_predictions(self, epoch: int, alive: Alive) -> None:
+        """Stores the masks of some pictures, by the weights as they are now.
+
+        Args:
+            alive: told of every batch of windows.
+        """
+        for name, pixels in self.pictures.items():
+            ids = self.evaluator.mask_of(pixels, alive)
+            picture = plots.mask_png(ids, self.evaluator.dataset.manifest.classes)
+            # The reference counts epochs from 1 here.
+            self._put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", picture)
+
+    def end_epoch(self, state: TrainState, row: Mapping[str, Any], alive: Alive) -> None:
+        """Stores all that an epoch leaves beside predictions, and a checkpoint last.
+
+        Args:
+            alive: as for `save`.
+        """
+        self.write_tables(state)
+        self._write_events(row)
+        self.save(state, alive)
+
+    def write_tables(self, state: TrainState) -> None:
+        """Stores the tables and curves of the epochs done."""
+        metrics = self.evaluator.metrics
+        names = [*metrics, *(f"val_{name}" for name in metrics)]
+        for name, text in History(state.rows, metrics=names).tables().items():
+            self._put(f"metrics/{name}", text.encode())
+        if not state.rows:
+            return
+        columns = list(state.throughput[0])
+        rows = ([row[name] for name in columns] for row in state.throughput)
+        self._put("metrics/throughput.csv", csv_table(columns, rows).encode())
+        curves = {
+            "train_losses": ("loss", "val_loss"),
+            "train_metrics": tuple(names),
+            "foreground": ("val_foreground_dice", "val_foreground_iou"),
+        }
+        epochs = [row["epoch"] for row in state.rows]
+        for stem, lines in curves.items():
+            series = {
+                name: [float("nan") if row[name] is None else row[name] for row in state.rows]
+                for name in lines
+            }
+            if series:
+                unit = "loss" if "loss" in stem else "value"
+                self._put(
+                    f"metrics/{stem}.png", plots.curve_png(CURVE_TITLES[stem], epochs, series, unit)
+                )
+
+    def read_best(self, state: TrainState, alive: Alive) -> bool:
+        """Reads the weights of the best checkpoint into the model.
+
+        Returns whether it could: where it is damaged, the newest stay. `state.best` must be set.
+
+        Args:
+            alive: called while bytes move.
+        """
+        self.flush(alive)
+        assert state.best is not None  # noqa: S101 - the caller's promise
+        step, attempt = state.best["step"], state.best["attempt"]
+        place = Place(attempt, step, commit_prefix(step, attempt))
+        with tempfile.TemporaryDirectory(dir=self.staging) as folder:
+            try:
+                store = self.run.store.watched(alive)
+                _, members = fetch_commit(store, place, folder, names=[serialization.WEIGHTS_NAME])
+            except (ContentError, NotFound) as error:
+                logger.warning("the best checkpoint is damaged, the newest is evaluated: %s", error)
+                return False
+            serialization.read_weights(self.model, members[serialization.WEIGHTS_NAME])
+        return True
+
+    def write_evaluation(self, evaluation: Evaluation) -> None:
+        """Stores the evaluation of a split."""
+        target = evaluation_folder(self._store, evaluation.split.name)
+        self.outbox.post(lambda: write_evaluation(target, evaluation, self.evaluator))
+
+    def write_stop(self, state: TrainState, alive: Alive) -> None:
+        """Stores that this attempt was stopped, after all that was posted before."""
+        place = {"epoch": state.epoch + 1, "step": state.step_in_epoch}
+        self.outbox.post(lambda: self.run.note_end("stopped", **place))
+        self.flush(alive)
+
+    def write_outcome(
+        self, status: str, exit_code: int, details: Mapping[str, Any], alive: Alive
+    ) -> None:
+        """Stores how the run ended, after all that was posted before, and the page of all of it."""
+        self.outbox.post(lambda: self.run.write_outcome(status, exit_code, **details))
+        self.outbox.post(lambda: renew_report(self._store))
+        self.flush(alive)
+
+    def write_description(self, dataset: Dataset, strategy: Any) -> None:
+        """Stores what describes the run: its config, its environment, a copy of the manifest."""
+        environment = _environment(self.config, dataset, strategy, self.run.attempt)
+        self._put("config.yaml", write_yaml(self.config).encode())
+        self._put(MANIFEST_NAME, open_store(dataset.url).get(MANIFEST_NAME))
+        self._put("environment.json", (json.dumps(environment, indent=2) + "\n").encode())
+
+    def _put(self, name: str, data: bytes) -> None:
+        self.outbox.post(lambda: self._store.put(name, data))
+
+    def _save(self, state: TrainState, alive: Alive) -> None:
+        self.outbox.wait_for_room(alive)
+        with serialization.disk_errors(self.staging):
+            folder = tempfile.mkdtemp(prefix="checkpoint-", dir=self.staging)
+        values = dataclasses.asdict(state)
+        finish = functools.cache(
+            serialization.take(folder, self.model, self.optimizer, values, self.memory)
+        )
+        step, epoch, position = state.step, state.epoch, {"step_in_epoch": state.step_in_epoch}
+        keep = [commit_prefix(state.best["step"], state.best["attempt"])] if state.best else []
+
+        def store() -> None:
+            members, moved = finish(), self.outbox.moved
+            self.run.commit(step, epoch, members, position, keep=keep, moved=moved)
+            self.run.collect_garbage(self.config.keep_checkpoints)
+            self.pending.remove(finish)
+            shutil.rmtree(folder, ignore_errors=True)
+
+        self.pending.append(finish)
+        self.outbox.post(store, is_large=True)
+
+    def _rewrite_events(self, state: TrainState) -> None:
+        """Makes the events of this attempt those of all epochs; an epoch done twice is there once.
+
+        A killed attempt may have stored events of an epoch whose checkpoint never came.
+        """
+        if self.events is None:
+            return
+        for row in state.rows:
+            self._write_events(row)
+
+        def forget() -> None:
+            for stat in self.run.store.list("tensorboard/"):
+                if not stat.name.startswith(f"tensorboard/attempt-{self.run.attempt}/"):
+                    self.run.store.delete(stat.name)
+
+        self.outbox.post(forget)
+
+    def _write_events(self, row: Mapping[str, Any]) -> None:
+        if self.events is None:
+            return
+        with self.events.as_default():
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    tf.summary.scalar(name, value, step=row["epoch"])
+        self.events.flush()
+        folder = os.path.join(self.staging, "tensorboard")
+        for name in os.listdir(folder):
+            with open(os.path.join(folder, name), "rb") as file:
+                self._put(f"tensorboard/attempt-{self.run.attempt}/{name}", file.read())
+
+
+@contextmanager
+def open_recorder(
+    config: TrainConfig,
+    run: Run,
+    evaluator: Evaluator,
+    model: Any,
+    optimizer: Adam,
+    reader: RecordReader,
+    *,
+    alive: Alive,
+) -> Iterator[Recorder]:
+    """Yields the recorder of `run`; leaving the block waits until everything is stored.
+
+    Args:
+        reader: of the validation split.
+        alive: called while that takes long and bytes move.
+    """
+    pending: list[Callable[[], dict[str, str]]] = []
+    with _staging(run.url) as staging, _kept_if_unstored(pending), ExitStack() as stack:
+        events = None
+        if config.tensorboard:
+            events = tf.summary.create_file_writer(os.path.join(staging, "tensorboard"))
+            stack.callback(events.close)
+        outbox = stack.enter_context(Outbox(budget_s=config.storage_timeout, alive=alive))
+        pictures = _pictures(config, evaluator, reader)
+        yield Recorder(
+            *(config, run, outbox, evaluator, model, optimizer, pictures, staging, events),
+            pending=pending,
+        )
+
+
+def _kept_words(pending: Sequence[Callable[[], dict[str, str]]]) -> str:
+    """Completes the checkpoints that were not stored; returns words on where the newest is.
+
+    Raises:
+        StorageError: this machine's disk is full.
+    """
+    folders = [os.path.dirname(next(iter(write().values()))) for write in pending]
+    if not folders:
+        return ""
+    return (
+        f"; the checkpoint that could not be stored is kept on {socket.gethostname()} in "
+        f"{folders[-1]} (its weights "
+        f"start a new run with --init-from {folders[-1]}/{serialization.WEIGHTS_NAME})"
+    )
+
+
+@contextmanager
+def _kept_if_unstored(pending: Sequence[Callable[[], dict[str, str]]]) -> Iterator[None]:
+    """Keeps checkpoints that were taken when another error came beside an outage.
+
+    Raises:
+        StorageError: names their folder, which it keeps.
+    """
+    try:
+        yield
+    except (StorageError, LockedError):
+        raise  # the first says itself where they are; a run that is lost needs none
+    except Exception as error:
+        words = _kept_words(pending)
+        if not words:
+            raise
+        problem = str(error) if isinstance(error, FlexUNetError) else repr(error)
+        raise StorageError(f"{problem}{words}") from error
+
+
+@contextmanager
+def _staging(url: str) -> Iterator[str]:
+    """Yields a local folder, which is kept when storage failed: it holds the newest checkpoint.
+
+    What killed processes of the run `url` left on this machine is removed first.
+    """
+    prefix = f"flexunet-{hashlib.sha256(url.encode()).hexdigest()[:16]}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        _remove_abandoned(str(left))
+    folder = tempfile.mkdtemp(prefix=prefix)
+    lock = os.open(os.path.join(folder, _STAGING_LOCK), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+    except StorageError:
+        # Without it, nobody takes this folder for one that was left behind.
+        os.unlink(os.path.join(folder, _STAGING_LOCK))
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(folder: str) -> None:
+    with contextlib.suppress(OSError):
+        lock = os.open(os.path.join(folder, _STAGING_LOCK), os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _pictures(
+    config: TrainConfig, evaluator: Evaluator, reader: RecordReader
+) -> dict[str, np.ndarray]:
+    """Returns the pictures to predict after every epoch, by name, as the dataset stores them."""
+    count, dataset = config.prediction_images, evaluator.dataset
+    if config.prediction_folder is None:
+        chosen = evaluator.pictures_of(dataset.split("valid"))[:count]
+        return {each.id: read_picture(reader, each)[0] for each in chosen}
+    store = open_store(config.prediction_folder)
+    pictures = {}
+    for name in find_images(store)[:count]:
+        stem, url = os.path.splitext(name)[0].replace("/", "_"), f"{store.url}/{name}"
+        try:
+            image, value_max = read_any(store.get(name), name=url)
+            pixels, _ = to_model_pixels(image, dataset.manifest, name=url, value_max=value_max)
+        except ContentError as error:
+            logger.warning("not predicted after every epoch (--prediction-folder): %s", error)
+            continue
+        pictures[stem] = pixels
+    return pictures
+
+
+def _environment(
+    config: TrainConfig, dataset: Dataset, strategy: Any, attempt: int
+) -> dict[str, Any]:
+    packages = ("flexunet", "tensorflow", "keras", "numpy", "opencv-python-headless")
+    return {
+        "packages": {name: version(name) for name in packages},
+        "commit": _source_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "devices": [device.name for device in tf.config.list_logical_devices()],
+        "replicas": strategy.num_replicas_in_sync,
+        "precision": config.precision,
+        "dataset": dataset.url,
+        "dataset_sha256": dataset.digest,
+        "attempt": attempt,
+    }
+
+
+def _source_commit() -> str | None:
+    """Returns the git commit that this package runs from; None where it was installed."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    arguments = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(arguments, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 - fixed arguments
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

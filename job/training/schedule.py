@@ -1,0 +1,139 @@
+"""Owns warm-up and cosine of the learning rate, its reduction on a plateau, and early stopping.
+
+The first two are a pure function of the step. The others are Keras' rules, with state that can be
+saved: both watch a value that should fall. As in Keras, an improvement is judged after rounding to
+float32, so that noise below 1e-7 of the value is none. Unlike in Keras, what is not finite never
+is the best value: there, a first NaN would stay the best for ever. Knows nothing of TensorFlow or
+of the loop.
+
+Source of the rules: `ReduceLROnPlateau` and `EarlyStopping` of Keras 3.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flexunet.text import counted
+
+
+def rate_factor(
+    step: int, *, steps_per_epoch: int, epochs: int, warmup_epochs: float, is_cosine: bool
+) -> float:
+    """Returns what the learning rate of `step`, from 0, is multiplied by.
+
+    Over the warm-up it grows linearly, 1 / n in the first of its n steps; then it is 1, or falls as
+    (1 + cos(pi t)) / 2 while t goes from 0 to 1 over the remaining steps of all epochs.
+    Source: Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts.
+    """
+    num_warmup = round(warmup_epochs * steps_per_epoch)
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    if not is_cosine:
+        return 1.0
+    rest = max(1, epochs * steps_per_epoch - num_warmup)
+    return (1 + math.cos(math.pi * min(1.0, (step - num_warmup) / rest))) / 2
+
+
+@dataclass
+class PlateauReducer:
+    """Multiplies the learning rate by `factor` when the value has stopped falling.
+
+    Attributes:
+        factor: in (0, 1).
+        patience: epochs without improvement before a reduction; 0 acts like 1.
+        min_lr: the rate is never reduced below it.
+        min_delta: a smaller fall is no improvement.
+        cooldown: epochs after a reduction in which none is counted.
+    """
+
+    factor: float = 0.4
+    patience: int = 10
+    min_lr: float = 0.0
+    min_delta: float = 1e-4
+    cooldown: int = 0
+    best: float | None = field(default=None, init=False)
+    wait: int = field(default=0, init=False)
+    cooldown_left: int = field(default=0, init=False)
+
+    def update(self, value: float, lr: float) -> float:
+        """Returns the learning rate after an epoch that ended with `value` at rate `lr`."""
+        if self.cooldown_left > 0:
+            self.cooldown_left -= 1
+            self.wait = 0
+        if _is_improvement(value, self.best, self.min_delta):
+            self.best = value
+            self.wait = 0
+            return lr
+        if self.cooldown_left > 0:
+            return lr
+        self.wait += 1
+        if self.wait < self.patience or np.float32(lr) <= np.float32(self.min_lr):
+            return lr
+        self.cooldown_left = self.cooldown
+        self.wait = 0
+        return max(lr * self.factor, self.min_lr)
+
+    def state(self) -> dict[str, Any]:
+        """Returns what `load_state` needs to continue, in JSON types."""
+        return {"best": self.best, "wait": self.wait, "cooldown_left": self.cooldown_left}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state` returned."""
+        self.best = state["best"]
+        self.wait = state["wait"]
+        self.cooldown_left = state["cooldown_left"]
+
+
+@dataclass
+class EarlyStopping:
+    """Stops training when the value has not fallen for `patience` epochs, and knows the best one.
+
+    Attributes:
+        patience: epochs without improvement; 0 or less never stops, the best is still kept.
+        min_delta: a smaller fall is no improvement.
+        best: the best value so far, None before the first.
+        best_epoch: the epoch of `best`.
+    """
+
+    patience: int = 10
+    min_delta: float = 0.0
+    best: float | None = field(default=None, init=False)
+    best_epoch: int | None = field(default=None, init=False)
+    wait: int = field(default=0, init=False)
+
+    def update(self, value: float, epoch: int) -> bool:
+        """Returns whether to stop after `epoch` (from 0), which ended with `value`."""
+        if _is_improvement(value, self.best, self.min_delta):
+            self.best, self.best_epoch, self.wait = value, epoch, 0
+            return False
+        self.wait += 1
+        return 0 < self.patience <= self.wait and epoch > 0
+
+    def state(self) -> dict[str, Any]:
+        """Returns what `load_state` needs to continue, in JSON types."""
+        return {"best": self.best, "best_epoch": self.best_epoch, "wait": self.wait}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state` returned."""
+        self.best = state["best"]
+        self.best_epoch = state["best_epoch"]
+        self.wait = state["wait"]
+
+
+def stopped_early_words(epochs: int, best_epoch: int) -> str:
+    """Returns why training ended after so many epochs, for a person; `best_epoch` counts from 0."""
+    return (
+        f"stopped early after {counted(epochs, 'epoch')}, as the validation loss has not fallen "
+        f"since epoch {best_epoch + 1}"
+    )
+
+
+def _is_improvement(value: float, best: float | None, min_delta: float) -> bool:
+    if not math.isfinite(value):
+        return False
+    if best is None:
+        return True
+    return bool(np.float32(value + min_delta) < np.float32(best))

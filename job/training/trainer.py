@@ -1,0 +1,488 @@
+"""What lives as long as one training process: model, optimizer, compiled steps, readers.
+
+`job/train.py` is the loop over it. Everything that must survive the process is in `TrainState` and
+in the weights; a session can be rebuilt from a checkpoint at any step. Every process of a team has
+one and computes the same; that of the first has a recorder too.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import tensorflow as tf
+
+from flexunet.errors import DivergedError, StoppedError, UsageError
+from flexunet.text import counted
+from job.config import TrainConfig
+from job.data.dataset import (
+    Dataset,
+    RecordReader,
+    distributed_batches,
+    epoch_order,
+    global_batches,
+    one_ahead,
+    open_reader,
+)
+from job.distributed.gradient_exchange import (
+    NOMINAL_FLOPS_PER_BYTE,
+    Plan,
+    make_plan,
+    measured_flops_per_byte,
+)
+from job.distributed.process_group import Team
+from job.distributed.runtime import why_not_xla
+from job.evaluate import Evaluation, Evaluator, make_evaluator, means_of
+from job.inference.predict import Alive, not_told
+from job.losses import is_mean
+from job.metrics.batch import RunningSums
+from job.runs.loading import initialize_from, model_for
+from job.runs.provenance import Origin, as_record, origin_json, read_origin, refuse_seen
+from job.runs.run import ORIGIN_NAME, Run
+from job.training.loss_scale import MOST_SKIPPED, loss_scale_for
+from job.training.optimizer import Adam
+from job.training.run_writer import Recorder, open_recorder
+from job.training.schedule import EarlyStopping, PlateauReducer, rate_factor, stopped_early_words
+from job.training.state import TrainState
+from job.training.step import SKIPPED, Sums, make_train_step, network_of
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass
+class Session:
+    """One training process at work on one run; made by `open_session`."""
+
+    config: TrainConfig
+    strategy: tf.distribute.Strategy
+    team: Team
+    dataset: Dataset
+    readers: dict[str, RecordReader]
+    model: Any
+    optimizer: Adam
+    train_step: Any
+    evaluator: Evaluator
+    recorder: Recorder | None  # of the first process
+    alive: Alive  # told in this process of parts of work that takes long
+    attempt: int = 0  # of the run, known from `restore` on
+    init_from: list[dict[str, str]] = dataclasses.field(default_factory=list)  # likewise
+    skipped_in_row: int = 0  # steps until now, see `LossScale`
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch."""
+        return -(-len(self.dataset.split("train")) // self.config.global_batch_size)
+
+    @property
+    def is_in_trouble(self) -> bool:
+        """Whether this process must end: `end_stopped` says why."""
+        return self.recorder is not None and self.recorder.is_in_trouble
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether no loss scale keeps the gradient finite: `end_diverged` says so."""
+        return self.skipped_in_row >= MOST_SKIPPED
+
+    def restore(self) -> TrainState:
+        """Returns the state of the newest verified checkpoint, or of a new run."""
+
+        def read(alive: Alive) -> dict[str, Any]:
+            if self.recorder is None:
+                return {}
+            run, state = self.recorder.run, self.recorder.restore(alive)
+            if state is None:
+                origin = self._initialize(run, alive)
+            else:
+                origin = read_origin(run.store, self.config)
+            known = as_record([origin], self.dataset)
+            return {"state": state, "attempt": run.attempt, "init_from": known}
+
+        found = self.team.keep_alive(read, self.alive)[0]
+        self.attempt, self.init_from = found["attempt"], found["init_from"]
+        # The weights of a new run are the same everywhere: they come from the seed.
+        if found["state"] is not None or self.config.init_from is not None:
+            self.team.share([*self.model.variables, *self.optimizer.variables])
+        if found["state"] is None:
+            return TrainState(learning_rate=self.config.optimizer.learning_rate)
+        return TrainState(**found["state"])
+
+    def _initialize(self, run: Run, alive: Alive) -> Origin | None:
+        """Reads the weights that a new run starts from; returns and keeps what they have seen."""
+        if self.config.init_from is None:
+            return None
+        origin = refuse_seen(self.config, self.dataset)
+        initialize_from(self.model, self.config.init_from, alive)
+        if origin is not None:
+            run.put_text(ORIGIN_NAME, origin_json(origin))
+        return origin
+
+    def train_steps(self, state: TrainState) -> Iterator[tuple[float, int]]:
+        """Does the rest of the epoch in progress; yields (loss, images) of every step."""
+        split = self.dataset.split("train")
+        order = epoch_order(
+            split.has_foreground,
+            self.config.foreground_share,
+            seed=self.config.seed,
+            epoch=state.epoch,
+            version=self.config.random_streams,
+        )
+        plan = global_batches(order, self.config.global_batch_size)
+        batches = distributed_batches(
+            self.strategy,
+            self.dataset,
+            self.readers["train"],
+            plan,
+            seed=self.config.seed,
+            epoch=state.epoch,
+            first_step=state.step_in_epoch,
+            augmentation=self.config.augmentation,
+            first_replica=self.team.first_replica,
+        )
+        running = RunningSums()
+        running.load_state(state.sums)
+        skipped_before = state.skipped
+
+        for batch in one_ahead(batches):
+            # Tensors, because a Python number would be compiled into a step of its own.
+            step = tf.constant(state.updates, tf.int64)
+            sums = self.train_step(batch, step, tf.constant(self._rate(state), tf.float64))
+            self._count_skipped(state, sums)
+            running.add(sums)
+            state.sums = running.state()
+            state.step += 1
+            state.step_in_epoch += 1
+            total, count = sums["loss"]
+            yield float(total) / float(count), int(count)
+        self._tell_skipped(state, state.skipped - skipped_before)
+
+    def _count_skipped(self, state: TrainState, sums: Sums) -> None:
+        """Takes out of `sums` whether the step was skipped, and counts it."""
+        total, count = sums.pop(SKIPPED, (0, 1))
+        self.skipped_in_row = int(float(total) / float(count))
+        state.skipped += self.skipped_in_row > 0
+
+    def _tell_skipped(self, state: TrainState, number: int) -> None:
+        scale = self.optimizer.loss_scale
+        if number and scale is not None and self.team.is_first:
+            logger.info(
+                "epoch %d: %s skipped, whose gradients overflowed float16; the loss scale is now "
+                "%g",
+                *(state.epoch + 1, counted(number, "step"), scale.value),
+            )
+
+    def _rate(self, state: TrainState, offset: int = 0) -> float:
+        """Returns the learning rate of the update that comes next, or `offset` from it."""
+        settings = self.config.schedule
+        return state.learning_rate * rate_factor(
+            max(0, state.updates + offset),
+            steps_per_epoch=self.num_steps,
+            epochs=self.config.epochs,
+            warmup_epochs=settings.warmup_epochs,
+            is_cosine=settings.cosine,
+        )
+
+    def validate(self, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """Returns the numbers of the epoch whose steps are done; None when it was stopped."""
+        running = RunningSums()
+        running.load_state(state.sums)
+        try:
+            validation = self._evaluate("valid", should_stop)
+        except StoppedError:
+            return None
+        row: dict[str, Any] = {"epoch": state.epoch, "learning_rate": self._rate(state, -1)}
+        row |= means_of(running, self.evaluator.metrics)
+        row |= {f"val_{name}": value for name, value in validation.means.items()}
+        foreground = validation.summary["foreground_mean"]
+        return row | {f"val_foreground_{name}": foreground[name] for name in ("dice", "iou")}
+
+    def finish_epoch(self, state: TrainState, row: dict[str, Any], *, images_per_s: float) -> None:
+        """Ends the epoch in progress: schedules, then all that the first process stores.
+
+        Everyone waits for the first, which may have to wait for earlier checkpoints.
+
+        Raises:
+            FlexUNetError: the processes no longer have the same weights.
+        """
+        self.team.check_same(self.model.variables)
+        is_best = self._schedule(state, row)
+        state.rows.append(row)
+        state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
+        if is_best:
+            best = {"epoch": row["epoch"], "val_loss": row["val_loss"]}
+            state.best = best | {"step": state.step, "attempt": self.attempt}
+        state.throughput.append({"epoch": row["epoch"], "train_images_per_s": images_per_s})
+        recorder = self.recorder
+
+        def store(recorder: Recorder, alive: Alive) -> None:
+            recorder.write_predictions(row["epoch"], alive)
+            recorder.end_epoch(state, row, alive)
+
+        # Pictures of many windows take long, as does a slow line to storage.
+        self._recorded(store)
+        if state.stopped_early and state.best is not None and recorder is not None:
+            words = stopped_early_words(state.epoch, state.best["epoch"])
+            logger.info("%s (--schedule.early-stopping-patience)", words)
+
+    def save(self, state: TrainState) -> None:
+        """Takes a checkpoint that is stored while training goes on.
+
+        Nothing is taken while two are on their way: no step waits for storage.
+        """
+        if self.recorder is not None and self.recorder.has_room:
+            self.recorder.save(state, self.alive)
+
+    def end_stopped(self, state: TrainState) -> StoppedError:
+        """Stores a checkpoint and returns what to raise.
+
+        Raises:
+            LockedError, StorageError: the run was lost, or could not be stored.
+        """
+
+        def store(recorder: Recorder, alive: Alive) -> None:
+            recorder.save(state, alive)
+            recorder.write_stop(state, alive)
+
+        self._recorded(store)
+        return StoppedError(
+            f"stopped and saved at epoch {state.epoch + 1}, step {state.step_in_epoch}; "
+            "the same command resumes"
+        )
+
+    def end_diverged(self, state: TrainState, loss: float) -> DivergedError:
+        """Ends the run for good and returns what to raise."""
+        remedy = "lower --optimizer.learning-rate or give --model.input-scaling=unit"
+        problem = f"the loss became {loss}"
+        if self.is_stuck and math.isfinite(loss):
+            problem = f"the gradient was not finite in {self.skipped_in_row} steps in a row"
+        if self.optimizer.loss_scale is not None:
+            remedy += ", or train a run with --precision float32"
+        reason = (
+            f"{self.config.output}/{self.config.name}: {problem} in epoch {state.epoch + 1}, step "
+            f"{state.step_in_epoch}; {remedy}"
+        )
+        self._write_outcome("diverged", DivergedError.exit_code, {"reason": reason})
+        return DivergedError(reason)
+
+    def evaluate_best(
+        self, state: TrainState, should_stop: Callable[[], bool]
+    ) -> Evaluation | None:
+        """Returns the evaluation of the test split with the best weights; None where it is empty.
+
+        Raises:
+            StoppedError: `should_stop` answered yes.
+            LockedError, StorageError: the run was lost, or the checkpoint could not be stored.
+        """
+        if state.best is None or "test" not in self.dataset.splits:
+            return None
+        is_best = self._recorded(lambda recorder, alive: recorder.read_best(state, alive))
+        self.team.share(self.model.variables)
+        try:
+            evaluation = self._evaluate("test", should_stop, measured=True)
+        except StoppedError:
+            # It may be trouble that stopped it, and the first process knows.
+            self._recorded(lambda recorder, alive: recorder.write_stop(state, alive))
+            raise
+        epochs = state.best["epoch"] + 1 if is_best else state.epoch
+        evaluation.summary["checkpoint"] = {
+            "which": "best" if is_best else "last",
+            "epochs": [epochs],
+        }
+        evaluation.summary["init_from"] = self.init_from
+        examples: dict[str, bytes] = {}
+
+        def draw(recorder: Recorder, alive: Alive) -> None:
+            examples.update(self.evaluator.draw_examples(evaluation, self.readers["test"], alive))
+
+        self._recorded(draw)
+        return dataclasses.replace(evaluation, examples=examples)
+
+    def end_finished(self, state: TrainState, evaluation: Evaluation | None) -> dict[str, Any]:
+        """Stores the evaluation of the test split, ends the run, returns the outcome.
+
+        Raises:
+            LockedError, StorageError: the run was lost, or could not be stored.
+        """
+        outcome = {
+            "epochs": state.epoch,
+            "stopped_early": state.stopped_early,
+            "best": state.best,
+            "skipped_steps": state.skipped,
+            "evaluation": dict(evaluation.summary) if evaluation else {},
+        }
+        if self.recorder is not None and evaluation is not None:
+            self.recorder.write_evaluation(evaluation)
+        self._write_outcome("finished", 0, outcome)
+        return outcome
+
+    def _write_outcome(self, status: str, exit_code: int, details: dict[str, Any]) -> None:
+        self._recorded(
+            lambda recorder, alive: recorder.write_outcome(status, exit_code, details, alive)
+        )
+
+    def _recorded(self, work: Callable[[Recorder, Alive], T]) -> T | None:
+        """Returns on every process what `work` returned in the first, which has the recorder.
+
+        The others wait as long as it moves on.
+        """
+        recorder = self.recorder
+
+        def of_first(alive: Alive) -> T | None:
+            return work(recorder, alive) if recorder is not None else None
+
+        return self.team.keep_alive(of_first, self.alive)[0]
+
+    def _evaluate(
+        self, split: str, should_stop: Callable[[], bool], *, measured: bool = False
+    ) -> Evaluation:
+        return self.evaluator.evaluate(
+            *(split, self.readers[split]),
+            measured=measured,
+            should_stop=should_stop,
+            alive=self.alive,
+        )
+
+    def _schedule(self, state: TrainState, row: dict[str, Any]) -> bool:
+        """Lets both schedules see the validation loss; returns whether it is the best so far."""
+        settings, loss = self.config.schedule, row["val_loss"]
+        if settings.reduce_on_plateau:
+            reducer = PlateauReducer(
+                factor=settings.reducer_factor,
+                patience=settings.reducer_patience,
+                min_lr=settings.min_learning_rate,
+            )
+            if state.reducer is not None:
+                reducer.load_state(state.reducer)
+            state.learning_rate = reducer.update(loss, state.learning_rate)
+            state.reducer = reducer.state()
+        stopping = EarlyStopping(patience=settings.early_stopping_patience)
+        if state.stopping is not None:
+            stopping.load_state(state.stopping)
+        state.stopped_early = stopping.update(loss, row["epoch"])
+        state.stopping = stopping.state()
+        return state.best is None or loss < state.best["val_loss"]
+
+
+@contextmanager
+def open_session(
+    config: TrainConfig,
+    run: Run | None,
+    strategy: tf.distribute.Strategy,
+    team: Team,
+    dataset: Dataset,
+    *,
+    alive: Alive = not_told,
+) -> Iterator[Session]:
+    """Yields a session whose model, steps and readers are ready; nothing is trained yet.
+
+    Args:
+        run: None but in the first process.
+        alive: told of every shard that is found or copied, and of every batch of windows.
+
+    Raises:
+        UsageError: a model that does not fit the dataset.
+    """
+    with strategy.scope():
+        model = model_for(config, dataset.manifest)
+        scale = loss_scale_for(config.precision)
+        optimizer = Adam(config.optimizer, model.trainable_variables, scale)
+    evaluator = make_evaluator(
+        config, strategy, dataset, network_of([model]), first_replica=team.first_replica
+    )
+    readers: dict[str, RecordReader] = {}
+
+    def fill_cache(alive: Alive) -> None:
+        for name, split in dataset.splits.items():
+            readers[name] = open_reader(
+                *(dataset, split), cache=config.cache, cache_dir=config.cache_dir, alive=alive
+            )
+
+    team.keep_alive(fill_cache, alive)
+    is_compiled = uses_xla(config, team)
+    plan = None if is_compiled else _exchange_plan(config, strategy, team, model)
+    step = make_train_step(
+        *(strategy, model, optimizer, evaluator.loss, evaluator.metrics, plan),
+        num_micro_batches=config.accumulate,
+        loss_is_mean=is_mean(config.loss.name),
+        uses_xla=is_compiled,
+    )
+    with ExitStack() as stack:
+        recorders: list[Recorder] = []
+
+        def record() -> None:
+            if run is None:
+                return
+            recorder = stack.enter_context(
+                open_recorder(
+                    *(config, run, evaluator, model, optimizer, readers["valid"]), alive=alive
+                )
+            )
+            recorder.write_description(dataset, strategy)
+            recorders.append(recorder)
+
+        team.on_first(record)
+        yield Session(
+            *(config, strategy, team, dataset, readers, model, optimizer, step, evaluator),
+            recorder=recorders[0] if recorders else None,
+            alive=alive,
+        )
+
+
+def uses_xla(config: TrainConfig, team: Team) -> bool:
+    """Returns whether the network of a training step is compiled by XLA, the same in all processes.
+
+    Raises:
+        UsageError: asked for, and XLA compiles nothing in one of them.
+    """
+    if config.xla == "off":
+        return False
+    # Batch normalization sums over the replicas in the middle of the network.
+    may = config.model.normalization != "batch" and not config.deterministic
+
+    def look() -> dict[str, Any]:
+        has_gpu = bool(tf.config.list_logical_devices("GPU"))
+        is_wanted = config.xla == "on" or (has_gpu and may)
+        return {"is_wanted": is_wanted, "reason": why_not_xla() if is_wanted else None}
+
+    found = team.on_each(look)
+    reason = next((each["reason"] for each in found if each["reason"] is not None), None)
+    if reason is not None and config.xla == "on":
+        raise UsageError(f"--xla=on: XLA compiles nothing here ({reason}); leave it out")
+    if reason is not None:
+        logger.warning("XLA compiles nothing here (%s): training goes on without it", reason)
+    return reason is None and all(each["is_wanted"] for each in found)
+
+
+def _exchange_plan(
+    config: TrainConfig, strategy: tf.distribute.Strategy, team: Team, model: Any
+) -> Plan | None:
+    """Returns how gradients are exchanged, the same in all processes; None: by all-reduce.
+
+    What every replica computes for itself must have the same bits everywhere, and the gradients of
+    a GPU's convolutions have that only with deterministic operations.
+    """
+    num_replicas = strategy.num_replicas_in_sync
+    if num_replicas == 1 or config.gradient_exchange == "all_reduce":
+        return None
+    if tf.config.list_logical_devices("GPU") and not config.deterministic:
+        return None
+    ratio = config.exchange_flops_per_byte
+    if ratio is None and config.deterministic:
+        # A measured one differs from start to start, and with it the order of the sums.
+        ratio = NOMINAL_FLOPS_PER_BYTE
+    elif ratio is None:
+        ratio = measured_flops_per_byte(strategy, model.compute_dtype)
+    # Another choice in one process would be waited for without end.
+    agreed: float = team.on_first(lambda: ratio)
+    plan = make_plan(
+        model,
+        batch_size=config.global_batch_size // num_replicas,
+        num_replicas=num_replicas,
+        flops_per_byte=agreed,
+    )
+    if team.is_first:
+        logger.info("%s (%.0f FLOPs per byte)", plan.describe(), agreed)
+    return plan

@@ -1,0 +1,555 @@
+"""Every format, mode and bit depth by hand-known values; broken, hostile and turned files."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from data_prep.imaging.codecs import (
+    Box,
+    Geometry,
+    Pixels,
+    apply_geometry,
+    encode_png,
+    fit,
+    read_image,
+    read_mask_pixels,
+    undo_geometry,
+)
+from flexunet.errors import ContentError
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "inbreast-mini"
+GREY = np.array([[0, 1, 2], [100, 200, 255]], np.uint8)
+RGB = np.dstack([GREY, GREY[::-1], 255 - GREY])
+GREY16 = np.array([[0, 1, 256], [4095, 40000, 65535]], np.uint16)
+RGB16 = np.dstack([GREY16, GREY16[::-1], 65535 - GREY16])
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def with_alpha(pixels: Pixels) -> Pixels:
+    """Every alpha is 0: a reader that composites would lose the colours."""
+    return np.dstack([pixels, np.zeros(pixels.shape[:2], pixels.dtype)])
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(
+    width: int, height: int, depth: int, color: int, rows: bytes, *extra: bytes, level: int = 6
+) -> bytes:
+    """A PNG of `rows` (each with its filter byte); extra chunks lie before the pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(rows, level))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + pixels + chunk(b"IEND", b"")
+
+
+def png16(pixels: Pixels, color: int, *extra: bytes) -> bytes:
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return png(pixels.shape[1], pixels.shape[0], 16, color, rows, *extra)
+
+
+def tiff(
+    pixels: Pixels,
+    *,
+    photometric: int,
+    bits: int,
+    sample_format: int = 1,
+    order: Literal["<", ">"] = "<",
+) -> bytes:
+    """A TIFF of one uncompressed strip, with the tags given whatever they mean."""
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    body = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    num_tags = 10
+    end = 8 + 2 + 12 * num_tags + 4
+    depths = struct.pack(f"{order}{channels}H", *[bits] * channels)
+    formats = struct.pack(f"{order}{channels}H", *[sample_format] * channels)
+    strip = end + len(depths) + len(formats)
+
+    def tag(number: int, value: int, count: int = 1, kind: int = 4) -> bytes:
+        short = kind == 3 and count == 1
+        packed = struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value)
+        return struct.pack(f"{order}HHI", number, kind, count) + packed
+
+    def shorts(number: int, at: int, value: int) -> bytes:
+        return tag(number, value, kind=3) if channels == 1 else tag(number, at, channels, 3)
+
+    tags = [
+        tag(256, pixels.shape[1]),
+        tag(257, pixels.shape[0]),
+        shorts(258, end, bits),
+        tag(259, 1, kind=3),
+        tag(262, photometric, kind=3),
+        tag(273, strip),
+        tag(277, channels, kind=3),
+        tag(278, pixels.shape[0]),
+        tag(279, len(body)),
+        shorts(339, end + len(depths), sample_format),
+    ]
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8)
+    directory = struct.pack(f"{order}H", num_tags) + b"".join(tags) + struct.pack(f"{order}I", 0)
+    return head + directory + depths + formats + body
+
+
+LOSSLESS = {
+    "png-l": (saved(Image.fromarray(GREY), "PNG"), GREY),
+    "png-la": (saved(Image.fromarray(with_alpha(GREY), "LA"), "PNG"), GREY),
+    "png-rgb": (saved(Image.fromarray(RGB), "PNG"), RGB),
+    "png-rgba": (saved(Image.fromarray(with_alpha(RGB)), "PNG"), RGB),
+    "png-rgb-transparent-color": (
+        saved(Image.fromarray(RGB), "PNG", transparency=tuple(int(v) for v in RGB[0, 0])),
+        RGB,
+    ),
+    "png-l-interlaced": (
+        png(1, 1, 8, 0, b"\0\x07").replace(
+            chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)),
+            chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 1)),
+        ),
+        np.array([[7]], np.uint8),
+    ),
+    "png-1": (saved(Image.fromarray(GREY > 100), "PNG"), np.where(GREY > 100, 255, 0)),
+    # 2 bits: values 0..3 are steps of 85; 0b00011011 is 0, 1, 2, 3.
+    "png-l2": (png(4, 1, 2, 0, b"\0\x1b"), np.array([[0, 85, 170, 255]])),
+    # 4 bits: steps of 17.
+    "png-l4": (png(2, 1, 4, 0, b"\0\x1f"), np.array([[17, 255]])),
+    "png-l16": (saved(Image.fromarray(GREY16), "PNG"), GREY16),
+    "png-la16": (png16(with_alpha(GREY16), 4), GREY16),
+    "png-rgb16": (png16(RGB16, 2), RGB16),
+    "png-rgba16": (png16(with_alpha(RGB16), 6), RGB16),
+    "png-rgb16-gamma-profile": (
+        png16(RGB16, 2, chunk(b"gAMA", struct.pack(">I", 10_000)), chunk(b"sRGB", b"\0")),
+        RGB16,
+    ),
+    "tiff-l": (saved(Image.fromarray(GREY), "TIFF"), GREY),
+    "tiff-rgb-lzw": (saved(Image.fromarray(RGB), "TIFF", compression="tiff_lzw"), RGB),
+    "tiff-rgba": (saved(Image.fromarray(with_alpha(RGB)), "TIFF"), RGB),
+    "tiff-1": (saved(Image.fromarray(GREY > 100), "TIFF"), np.where(GREY > 100, 255, 0)),
+    "tiff-l16": (saved(Image.fromarray(GREY16), "TIFF"), GREY16),
+    "tiff-l16-big-endian": (tiff(GREY16, photometric=1, bits=16, order=">"), GREY16),
+    "tiff-l16-white-is-zero": (tiff(GREY16, photometric=0, bits=16), 65535 - GREY16),
+    "tiff-l-white-is-zero": (tiff(GREY, photometric=0, bits=8), 255 - GREY),
+    "tiff-rgb16": (tiff(RGB16, photometric=2, bits=16), RGB16),
+    "tiff-rgb16-big-endian": (tiff(RGB16, photometric=2, bits=16, order=">"), RGB16),
+    "tiff-rgb16-lzw": (cv2.imencode(".tiff", RGB16[..., ::-1])[1].tobytes(), RGB16),
+    "bmp-l": (saved(Image.fromarray(GREY), "BMP"), GREY),
+    "bmp-rgb": (saved(Image.fromarray(RGB), "BMP"), RGB),
+    "bmp-1": (saved(Image.fromarray(GREY > 100), "BMP"), np.where(GREY > 100, 255, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_read_image_keeps_every_value_of_every_format(kind: str) -> None:
+    data, expected = LOSSLESS[kind]
+    pixels = read_image(data, name=kind)
+    assert pixels.dtype == (np.uint16 if "16" in kind else np.uint8)
+    assert pixels.shape == (expected if expected.ndim == 3 else expected[..., None]).shape
+    np.testing.assert_array_equal(pixels.squeeze(), expected.squeeze())
+    assert pixels.flags.writeable
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_read_image_survives_encode_png_bit_for_bit(kind: str) -> None:
+    pixels = read_image(LOSSLESS[kind][0], name=kind)
+    stored = encode_png(pixels)
+    np.testing.assert_array_equal(read_image(stored, name=kind), pixels)
+    assert encode_png(pixels) == stored
+
+
+def test_read_image_decodes_jpeg_of_both_kinds() -> None:
+    flat = np.full((16, 16, 3), (200, 50, 50), np.uint8)
+    rgb = read_image(saved(Image.fromarray(flat), "JPEG", quality=95), name="a.jpg")
+    assert rgb.shape == (16, 16, 3)
+    assert np.abs(rgb.astype(int) - flat).max() <= 3  # JPEG rounds
+    grey = read_image(saved(Image.fromarray(flat[..., 0]), "JPEG", quality=95), name="a.jpg")
+    assert grey.shape == (16, 16, 1)
+    assert np.abs(grey.astype(int) - 200).max() <= 3
+
+
+def test_read_image_turns_cmyk_into_rgb() -> None:
+    ink = np.zeros((8, 8, 4), np.uint8)
+    ink[..., 0] = 255  # all cyan: no red is reflected
+    data = saved(Image.fromarray(ink, "CMYK"), "TIFF")
+    np.testing.assert_array_equal(read_image(data, name="a")[0, 0], (0, 255, 255))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
+def test_read_image_expands_a_palette_to_its_colors(kind: str) -> None:
+    image = Image.fromarray(np.array([[0, 1, 1]], np.uint8), "P")
+    image.putpalette([10, 20, 30, 200, 100, 0])
+    data = saved(image, kind)
+    np.testing.assert_array_equal(
+        read_image(data, name="a")[0], [(10, 20, 30), (200, 100, 0), (200, 100, 0)]
+    )
+    np.testing.assert_array_equal(read_mask_pixels(data, name="a"), read_image(data, name="a"))
+
+
+def test_read_mask_pixels_keeps_the_upper_bits_of_16_bit_colors() -> None:
+    mask = read_mask_pixels(png16(RGB.astype(np.uint16) * 257, 2), name="a")
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, RGB)
+
+
+def test_read_mask_pixels_keeps_16_bit_grey() -> None:
+    np.testing.assert_array_equal(read_mask_pixels(LOSSLESS["png-l16"][0], name="a"), GREY16)
+
+
+def test_read_image_ignores_the_extension() -> None:
+    data, expected = LOSSLESS["tiff-l"]
+    np.testing.assert_array_equal(read_image(data, name="liar.png")[..., 0], expected)
+
+
+BROKEN = {
+    "empty": b"",
+    "text": b"patient,laterality\n1,L\n",
+    "gif": saved(Image.fromarray(GREY), "GIF"),
+    "webp": saved(Image.fromarray(RGB), "WEBP"),
+    "signature only": b"\x89PNG\r\n\x1a\n",
+    "no end": LOSSLESS["png-l"][0][:-12],
+    "rows missing": png(2, 40, 8, 0, b"\0\1\2" * 20),
+    "no palette": png(4, 1, 8, 3, b"\0\0\0\0\0"),
+    "no pixels": LOSSLESS["png-l"][0][:33] + chunk(b"IEND", b""),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_read_image_names_a_file_that_is_not_a_whole_picture(kind: str) -> None:
+    with pytest.raises(ContentError, match=r"^cases/7\.png: ") as caught:
+        read_image(BROKEN[kind], name="cases/7.png")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP"])
+@pytest.mark.parametrize("keep", [0.001, 0.02, 0.3, 0.6, 0.9, 0.9999])
+def test_read_image_refuses_a_truncated_file(
+    kind: str, keep: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    data = saved(Image.fromarray(noise), kind)
+    words = r"^a\.png: the picture is cut off or damaged, or of a kind that is not read \(.*\); rep"
+    with pytest.raises(ContentError, match=words):
+        read_image(data[: int(len(data) * keep)], name="a.png")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP"])
+def test_read_image_says_of_any_length_that_the_picture_is_cut_off(kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    data = saved(Image.fromarray(noise), kind)
+    refused = 0
+    for length in range(4, len(data)):
+        try:
+            read_image(data[:length], name="a")
+        except ContentError as error:
+            assert str(error).startswith("a: the picture is cut off or damaged"), length
+            refused += 1
+    # Pillow reads a JPEG without its last marker.
+    assert refused >= len(data) - 4 - 2
+
+
+def test_read_image_refuses_truncated_16_bit_colors_everywhere() -> None:
+    noise = np.random.default_rng(0).integers(0, 65536, (16, 16, 3), np.uint16)
+    for data in (png16(noise, 2), tiff(noise, photometric=2, bits=16)):
+        for length in range(0, len(data) - 12, 97):
+            with pytest.raises(ContentError, match=r"^a: "):
+                read_image(data[:length], name="a")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_read_image_of_a_damaged_png_writes_nothing_to_stderr(
+    damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    data = bytearray(encode_png(noise))
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2] ^= 1
+    with pytest.raises(ContentError, match=r"^a: "):
+        read_image(bytes(data), name="a")
+    assert capfd.readouterr().err == ""  # libpng would print there
+
+
+@given(st.integers(0, 10**9))
+def test_read_image_of_damaged_files_is_pixels_or_a_content_error(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sources = [LOSSLESS[kind][0] for kind in ("png-rgb16", "tiff-rgb16", "tiff-rgb-lzw", "bmp-l")]
+    data = bytearray(sources[seed % len(sources)])
+    for position in rng.integers(0, len(data), 3):
+        data[position] = rng.integers(256)
+    try:
+        pixels = read_image(bytes(data), name="a", max_pixels=10_000)
+    except ContentError as error:
+        assert str(error).startswith("a: ")
+        assert "\n" not in str(error)
+    else:
+        assert pixels.ndim == 3
+        assert pixels.dtype in (np.uint8, np.uint16)
+
+
+def test_read_image_refuses_a_bomb_before_it_decodes() -> None:
+    # 50000 x 50000 pixels of one bit would be 2.5 GB as bytes; the file is 1 kB.
+    data = png(50_000, 50_000, 1, 0, bytes(100), chunk(b"tEXt", b"k\0" + b"x" * 900))
+    assert len(data) < 1100
+    with pytest.raises(ContentError, match=r"^a: 50000x50000 .* more than 100000000; make it"):
+        read_image(data, name="a")
+
+
+def test_read_image_refuses_more_bytes_than_its_pixels_can_need() -> None:
+    data = encode_png(GREY) + bytes(65 * 2**20)
+    with pytest.raises(ContentError, match="bytes are more than a picture of 4 pixels"):
+        read_image(data, name="a", max_pixels=4)
+
+
+def test_read_image_takes_a_picture_of_exactly_max_pixels() -> None:
+    data = encode_png(GREY)
+    assert read_image(data, name="a", max_pixels=6).shape == (2, 3, 1)
+    with pytest.raises(ContentError, match="3x2 is 6 pixels, more than 5"):
+        read_image(data, name="a", max_pixels=5)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_read_image_refuses_many_frames(kind: str) -> None:
+    pages = [Image.fromarray(np.full((4, 4), i, np.uint8)) for i in range(50)]
+    data = saved(pages[0], kind, save_all=True, append_images=pages[1:])
+    with pytest.raises(ContentError, match=r"^a: has more than one frame"):
+        read_image(data, name="a")
+
+
+FLOATS = GREY.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(Image.fromarray(FLOATS, "F"), "TIFF"),
+        saved(Image.fromarray(GREY.astype(np.int32), "I"), "TIFF"),
+        tiff(GREY.astype(np.uint32), photometric=1, bits=32),
+        tiff(GREY.astype(np.int16), photometric=1, bits=16, sample_format=2),
+        tiff(FLOATS, photometric=1, bits=32, sample_format=3),
+    ],
+    ids=["float", "int32", "uint32", "int16", "float-by-hand"],
+)
+def test_read_image_refuses_values_other_than_unsigned_16_bit(data: bytes) -> None:
+    with pytest.raises(ContentError, match=r"^a: .*(unsigned values of 8 or 16 bits|replace)"):
+        read_image(data, name="a")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_read_image_refuses_a_turned_picture(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(Image.fromarray(RGB), kind, exif=exif)
+    for read in (read_image, read_mask_pixels):
+        with pytest.raises(ContentError, match=r"^a: EXIF orientation 6 .* save it upright"):
+            read(data, name="a")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_read_image_takes_an_upright_orientation(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    assert read_image(saved(Image.fromarray(RGB), kind, exif=exif), name="a").shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_encode_png_never_carries_metadata(kind: str) -> None:
+    canary = "CANARY^PATIENT"
+    exif = Image.Exif()
+    exif[0x010E] = canary  # ImageDescription
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Patient", canary)
+    text.add_itxt("Name", canary)
+    options = {"pnginfo": text} if kind == "PNG" else {"comment": canary} if kind == "JPEG" else {}
+    data = saved(Image.fromarray(RGB), kind, exif=exif, icc_profile=canary.encode(), **options)
+    assert canary.encode() in data
+    stored = encode_png(read_image(data, name="a"))
+    assert b"CANARY" not in stored
+    assert [stored[i : i + 4] for i in (12, 37)] == [b"IHDR", b"IDAT"]
+    assert Image.open(io.BytesIO(stored)).info == {}
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((2, 3), np.int32),
+        np.zeros((2, 3), np.float32),
+        np.zeros((2, 3, 2), np.uint8),
+        np.zeros((2, 3, 4), np.uint8),
+        np.zeros((0, 3), np.uint8),
+        np.zeros(3, np.uint8),
+    ],
+    ids=lambda pixels: f"{pixels.shape} {pixels.dtype}",
+)
+def test_encode_png_refuses_what_it_would_change(pixels: Pixels) -> None:
+    with pytest.raises(ValueError, match="cannot write"):
+        encode_png(pixels)
+
+
+def test_encode_png_accepts_pixels_that_are_not_contiguous() -> None:
+    pixels = np.tile(RGB, (4, 4, 1))[::2, ::-1]
+    np.testing.assert_array_equal(read_image(encode_png(pixels), name="a"), pixels)
+
+
+def test_fit_stretch_fills_the_target() -> None:
+    assert fit(300, 200, target_height=64, target_width=32, kind="stretch") == Geometry(
+        "stretch", 300, 200, top=0, left=0, height=64, width=32
+    )
+
+
+def test_fit_pad_keeps_the_aspect_and_centres() -> None:
+    # 300 x 200 into 64 x 64: scale 64/300; width 200 * 64/300 = 42.67 -> 43; (64 - 43) // 2 = 10.
+    assert fit(300, 200, target_height=64, target_width=64, kind="pad") == Geometry(
+        "pad", 300, 200, top=0, left=10, height=64, width=43
+    )
+    # A line keeps at least one pixel.
+    assert fit(1, 1000, target_height=64, target_width=64, kind="pad").height == 1
+
+
+def test_fit_refuses_other_kinds_and_sizes() -> None:
+    with pytest.raises(ValueError, match="unknown geometry 'crop'; known: pad, stretch"):
+        fit(3, 3, target_height=4, target_width=4, kind="crop")
+    with pytest.raises(ValueError, match="sizes start at 1"):
+        fit(3, 0, target_height=4, target_width=4, kind="pad")
+
+
+def test_apply_geometry_averages_when_it_shrinks() -> None:
+    # 2 x 2 blocks: mean of 0, 100, 200, 100 is 100.
+    block = np.array([[0, 100], [200, 100]], np.uint8)
+    pixels = np.tile(block, (2, 3))[..., None]
+    geometry = fit(4, 6, target_height=2, target_width=3, kind="stretch")
+    result = apply_geometry(pixels, geometry, 2, 3, nearest=False)
+    np.testing.assert_array_equal(result, np.full((2, 3, 1), 100))
+
+
+def test_apply_geometry_averages_the_shrinking_axis_when_the_other_grows() -> None:
+    # Columns 0, 255, 0, 255 ... average to 128 (127.5 rounded); rows only repeat.
+    pixels = np.tile(np.array([0, 255], np.uint8), (2, 8))
+    geometry = fit(2, 16, target_height=8, target_width=4, kind="stretch")
+    result = apply_geometry(pixels, geometry, 8, 4, nearest=False)
+    np.testing.assert_array_equal(result, np.full((8, 4), 128))
+
+
+def test_apply_geometry_interpolates_when_it_grows() -> None:
+    # Centres of the 4 new pixels lie at -0.25, 0.25, 0.75, 1.25 of the old: 0, 25, 75, 100.
+    pixels = np.array([[0, 100]], np.uint8)
+    geometry = fit(1, 2, target_height=1, target_width=4, kind="stretch")
+    result = apply_geometry(pixels, geometry, 1, 4, nearest=False)
+    np.testing.assert_array_equal(result, [[0, 25, 75, 100]])
+
+
+def test_apply_geometry_takes_mask_values_at_pixel_centres() -> None:
+    # 15 -> 4: centres at (i + 0.5) * 3.75 - 0.5 = 1.375, 5.125, 8.875, 12.625 -> 1, 5, 9, 13.
+    mask = np.arange(15, dtype=np.uint8)[None]
+    geometry = fit(1, 15, target_height=1, target_width=4, kind="stretch")
+    result = apply_geometry(mask, geometry, 1, 4, nearest=True)
+    np.testing.assert_array_equal(result, [[1, 5, 9, 13]])
+
+
+@pytest.mark.parametrize(("source", "target"), [(511, 128), (128, 509), (100, 37), (37, 100)])
+def test_apply_geometry_keeps_mask_and_picture_aligned(source: int, target: int) -> None:
+    rows, columns = np.mgrid[:source, :source]
+    disc = np.hypot(rows - source * 0.55, columns - source * 0.4) < source * 0.25
+    geometry = fit(source, source, target_height=target, target_width=target, kind="stretch")
+    mask = apply_geometry(disc.astype(np.uint8), geometry, target, target, nearest=True)
+    picture = apply_geometry(
+        np.where(disc, 60000, 0).astype(np.uint16), geometry, target, target, nearest=False
+    )
+    # The centres of mass agree to a tenth of the larger of the old and the new pixel.
+    tolerance = 0.1 * max(1, target / source)
+    for axis in (0, 1):
+        places = np.arange(target)
+        of_mask = mask.sum(axis) @ places / mask.sum()
+        of_picture = picture.sum(axis) @ places / picture.sum()
+        assert abs(of_mask - of_picture) < tolerance
+
+
+def test_apply_geometry_pads_with_zero() -> None:
+    pixels = np.full((4, 2, 3), 9, np.uint8)
+    geometry = fit(4, 2, target_height=8, target_width=8, kind="pad")
+    result = apply_geometry(pixels, geometry, 8, 8, nearest=False)
+    expected = np.zeros((8, 8, 3), np.uint8)
+    expected[:, 2:6] = 9
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_crop_and_flip_store_a_part_and_put_it_back() -> None:
+    pixels = np.arange(1, 13, dtype=np.uint8).reshape(3, 4)
+    box = Box(top=1, left=1, height=2, width=3)
+    geometry = fit(3, 4, target_height=2, target_width=3, kind="pad", crop=box, is_flipped=True)
+    stored = apply_geometry(pixels, geometry, 2, 3, nearest=True)
+    # Rows 5..8 and 9..12 without their first column, mirrored.
+    assert stored.tolist() == [[8, 7, 6], [12, 11, 10]]
+    back = undo_geometry(stored, geometry, nearest=True)
+    assert back.tolist() == [[0, 0, 0, 0], [0, 6, 7, 8], [0, 10, 11, 12]]
+
+
+def test_crop_is_what_keeps_its_aspect() -> None:
+    # 10 x 5 of 20 x 20 into 8 x 8: scale 0.8, width 4, two columns at each side.
+    box = Box(top=0, left=3, height=10, width=5)
+    geometry = fit(20, 20, target_height=8, target_width=8, kind="pad", crop=box)
+    assert (geometry.top, geometry.left, geometry.height, geometry.width) == (0, 2, 8, 4)
+    colour = np.full((20, 20, 3), 9, np.uint8)
+    stored = apply_geometry(colour, geometry, 8, 8, nearest=False)
+    assert stored[:, 2:6].min() == 9
+    assert stored[:, :2].max() == stored[:, 6:].max() == 0
+    back = undo_geometry(stored, geometry, nearest=False)
+    assert back.shape == colour.shape
+    assert back.sum() == 9 * 10 * 5 * 3
+
+
+def test_apply_geometry_refuses_another_source_size() -> None:
+    geometry = fit(4, 2, target_height=8, target_width=8, kind="pad")
+    with pytest.raises(ValueError, match=r"pixels \(2, 4\) do not have the source size"):
+        apply_geometry(np.zeros((2, 4), np.uint8), geometry, 8, 8, nearest=True)
+
+
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    channels=st.sampled_from([None, 1, 3]),
+    kind=st.sampled_from(["stretch", "pad"]),
+    nearest=st.booleans(),
+)
+def test_undo_geometry_gives_the_source_size_back(
+    height: int, width: int, channels: int | None, kind: str, nearest: bool
+) -> None:
+    shape = (height, width) if channels is None else (height, width, channels)
+    pixels = np.full(shape, 77, np.uint16)
+    geometry = fit(height, width, target_height=48, target_width=32, kind=kind)
+    stored = apply_geometry(pixels, geometry, 48, 32, nearest=nearest)
+    assert stored.shape == (48, 32, *shape[2:])
+    np.testing.assert_array_equal(undo_geometry(stored, geometry, nearest=nearest), pixels)
+
+
+def test_undo_geometry_returns_an_enlarged_mask_exactly() -> None:
+    mask = np.random.default_rng(0).integers(0, 3, (37, 21), np.uint8)
+    geometry = fit(37, 21, target_height=128, target_width=128, kind="pad")
+    stored = apply_geometry(mask, geometry, 128, 128, nearest=True)
+    np.testing.assert_array_equal(undo_geometry(stored, geometry, nearest=True), mask)
+
+
+def test_undo_geometry_refuses_pixels_that_cannot_hold_the_picture() -> None:
+    geometry = fit(4, 2, target_height=8, target_width=8, kind="stretch")
+    with pytest.raises(ValueError, match="too small"):
+        undo_geometry(np.zeros((4, 4), np.uint8), geometry, nearest=True)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"real mammograms are not at {REAL}")
+def test_read_image_of_real_mammograms_equals_pillow() -> None:
+    for path in sorted((REAL / "images").iterdir())[:4]:
+        with Image.open(path) as image:
+            expected = np.asarray(image)
+        np.testing.assert_array_equal(read_image(path.read_bytes(), name=path.name), expected)

@@ -1,0 +1,343 @@
+"""Colours and grey levels to ids and back; masks that must not be misread in silence."""
+
+import io
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.imaging.codecs import Pixels, read_mask_pixels
+from data_prep.imaging.masks import (
+    DEFAULT_CLASSES,
+    ClassColor,
+    parse_color_map,
+    read_npz_mask,
+    to_class_ids,
+    to_colors,
+)
+from flexunet.errors import ContentError, UsageError
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "inbreast-mini" / "masks"
+ORGANS = parse_color_map("background=0,0,0; mass=255,0,0; skin=0,255,0; muscle=0,0,255")
+
+
+def grey(*levels: int) -> Pixels:
+    return np.array([levels], np.uint8)
+
+
+def rgb(*colors: tuple[int, int, int]) -> Pixels:
+    return np.array([colors], np.uint8)
+
+
+def npz(**arrays: object) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def test_parse_color_map_numbers_classes_in_order() -> None:
+    classes = parse_color_map("background=0,0,0;mass=255, 255,255 ;cyst=#ff8000")
+    assert classes == (
+        ClassColor(0, "background", (0, 0, 0)),
+        ClassColor(1, "mass", (255, 255, 255)),
+        ClassColor(2, "cyst", (255, 128, 0)),
+    )
+    assert parse_color_map("background=0,0,0;mass=255,255,255") == DEFAULT_CLASSES
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "0 given"),
+        ("a=0,0,0", "1 given"),
+        ("a=0,0,0;b", "'b' is not name=r,g,b"),
+        ("a=0,0,0;=1,2,3", "'=1,2,3' is not"),
+        ("a=0,0,0;b=1,2", "'b=1,2' is not"),
+        ("a=0,0,0;b=1,2,256", "'b=1,2,256' is not"),
+        ("a=0,0,0;b=#12345", "'b=#12345' is not"),
+        ("a=0,0,0;b=٣,2,1", "is not name=r,g,b"),
+        ("a=0,0,0;a=9,9,9", "name 'a' is given twice"),
+        ("a=0,0,0;b=0,0,0", r"colour \(0, 0, 0\) is given twice"),
+        ("mass=255,255,255;background=0,0,0", "as an id means 'mass'; put it at place 0"),
+        (";".join(f"c{i}=9,{i % 256},{i // 256}" for i in range(257)), "257 given"),
+    ],
+)
+def test_parse_color_map_names_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_color_map(text)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "ids"),
+    [
+        (grey(0, 0), [[0, 0]]),
+        (grey(0, 255), [[0, 1]]),
+        (grey(0, 1), [[0, 1]]),
+        (grey(1, 1), [[1, 1]]),
+        (grey(0, 255)[..., None], [[0, 1]]),
+        (np.array([[0, 65535]], np.uint16), [[0, 1]]),
+        (np.array([[0, 1]], np.uint16), [[0, 1]]),
+        (rgb((0, 0, 0), (255, 255, 255)), [[0, 1]]),
+        (rgb((0, 0, 0), (1, 1, 1)), [[0, 1]]),
+    ],
+)
+def test_to_class_ids_reads_every_kind_of_two_class_mask(
+    pixels: Pixels, ids: list[list[int]]
+) -> None:
+    result, off_map, colors = to_class_ids(pixels, DEFAULT_CLASSES, name="a")
+    assert result.dtype == np.uint8
+    assert (result.tolist(), off_map, colors) == (ids, 0, [])
+
+
+def test_to_class_ids_gives_anti_aliased_grey_to_the_nearest_class() -> None:
+    # 127 is nearer to 0, 128 to 255; 0 and 255 are exact.
+    ids, off_map, colors = to_class_ids(grey(0, 127, 128, 128, 255), DEFAULT_CLASSES, name="a")
+    assert ids.tolist() == [[0, 0, 1, 1, 1]]
+    assert off_map == 3
+    assert colors == [(128, 128, 128), (127, 127, 127)]
+
+
+def test_to_class_ids_gives_16_bit_grey_to_the_nearest_class() -> None:
+    # The middle of 65535 is 32767.5.
+    pixels = np.array([[0, 32767, 32768, 65535]], np.uint16)
+    ids, off_map, colors = to_class_ids(pixels, DEFAULT_CLASSES, name="a")
+    assert ids.tolist() == [[0, 0, 1, 1]]
+    assert off_map == 2
+    assert colors == [(32767,) * 3, (32768,) * 3]
+
+
+def test_to_class_ids_gives_colors_to_the_nearest_class() -> None:
+    pixels = rgb((0, 0, 0), (255, 0, 0), (200, 40, 40), (10, 90, 250), (100, 0, 0))
+    ids, off_map, colors = to_class_ids(pixels, ORGANS, name="a")
+    # (200,40,40): to red 55²+40²+40² = 6225. (10,90,250): blue. (100,0,0): black 100² < 155².
+    assert ids.tolist() == [[0, 1, 1, 3, 0]]
+    assert off_map == 3
+    assert colors == [(10, 90, 250), (100, 0, 0), (200, 40, 40)]
+
+
+def test_to_class_ids_names_the_commonest_colors_first() -> None:
+    pixels = rgb(
+        (255, 0, 0), *[(250, 1, 0)] * 2, *[(0, 240, 0)] * 3, *[(i, 0, 1) for i in range(9)]
+    )
+    assert to_class_ids(pixels, ORGANS, name="a")[2][:2] == [(0, 240, 0), (250, 1, 0)]
+    assert len(to_class_ids(pixels, ORGANS, name="a")[2]) == 5
+
+
+def test_to_class_ids_reads_an_index_mask_of_many_classes() -> None:
+    for pixels in (grey(0, 3, 2, 1), np.repeat(grey(0, 3, 2, 1)[..., None], 3, axis=2)):
+        assert to_class_ids(pixels, ORGANS, name="a")[:2][0].tolist() == [[0, 3, 2, 1]]
+        assert to_class_ids(pixels, ORGANS, name="a")[1] == 0
+
+
+def test_to_class_ids_counts_within_the_tolerance_as_exact() -> None:
+    pixels = grey(0, 3, 4, 251, 255)
+    assert to_class_ids(pixels, DEFAULT_CLASSES, name="a", exact_tolerance=3)[1] == 2
+    assert to_class_ids(pixels, DEFAULT_CLASSES, name="a", exact_tolerance=4)[1] == 0
+    pixels = rgb((255, 0, 0), (252, 3, 0), (251, 0, 0))
+    assert to_class_ids(pixels, ORGANS, name="a", exact_tolerance=3)[1] == 1
+
+
+def test_to_class_ids_keeps_the_ignore_id() -> None:
+    ids, off_map, _ = to_class_ids(grey(0, 1, 3, 200), ORGANS, name="a", ignore_id=200)
+    assert (ids.tolist(), off_map) == ([[0, 1, 3, 200]], 0)
+    pixels = rgb((255, 0, 0), (200, 200, 200), (0, 0, 0))
+    ids, off_map, _ = to_class_ids(pixels, ORGANS, name="a", ignore_id=200)
+    assert (ids.tolist(), off_map) == ([[1, 200, 0]], 0)
+
+
+@pytest.mark.parametrize(
+    ("ignore_id", "message"),
+    [
+        (1, "ids up to 1 are classes"),
+        (256, "largest possible is 255"),
+        (255, "grey level of 'mass'"),
+    ],
+)
+def test_to_class_ids_refuses_an_ignore_id_that_is_a_class(ignore_id: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        to_class_ids(grey(0, 1), DEFAULT_CLASSES, name="a", ignore_id=ignore_id)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        grey(0, 1, 2),  # ids of three classes
+        rgb((0, 0, 0), (1, 1, 1), (2, 2, 2)),
+        rgb((0, 0, 0), (255, 0, 0)),  # red masks, classes black and white
+        np.array([[0, 4095]], np.uint16),  # white of 12 bits
+    ],
+)
+def test_to_class_ids_refuses_to_read_other_classes_as_empty(pixels: Pixels) -> None:
+    with pytest.raises(ContentError, match=r"^m\.png: would be read as empty, but has [12] pixels"):
+        to_class_ids(pixels, DEFAULT_CLASSES, name="m.png")
+
+
+def solid(*levels: int) -> Pixels:
+    """Returns 12x12 zeros with an area of 3x3 pixels of each of two levels, three in between."""
+    mask = np.zeros((12, 12), np.uint8)
+    for place, level in zip(((1, 1), (7, 7)), levels, strict=True):
+        mask[place[0] : place[0] + 3, place[1] : place[1] + 3] = level
+    return mask
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        solid(100, 100),  # grey masks, nearer to black
+        solid(100, 60),  # of two classes
+        solid(2, 2),  # id of another class
+        solid(100, 100).astype(np.uint16),
+        np.stack([solid(100, 60), solid(0, 0), solid(0, 0)], axis=2),
+    ],
+)
+def test_to_class_ids_refuses_to_read_solid_areas_as_empty(pixels: Pixels) -> None:
+    with pytest.raises(ContentError, match=r"read as empty, but has 18 pixels .*with --classes"):
+        to_class_ids(pixels, DEFAULT_CLASSES, name="m.png")
+
+
+def test_to_class_ids_takes_thin_blends_of_one_shade_as_background() -> None:
+    # A box that was shifted by part of a pixel, and a line that was made smaller.
+    pixels = np.zeros((12, 12), np.uint8)
+    pixels[2:10, 0] = pixels[2:10, 6] = 100
+    ids, off_map, _ = to_class_ids(pixels, DEFAULT_CLASSES, name="a")
+    assert (ids.any(), off_map) == (False, 16)
+    # Of the 25 pixels of a blurred rest 9 are a square.
+    pixels[0:3, 9:12] = 3
+    assert to_class_ids(pixels, DEFAULT_CLASSES, name="a")[1] == 25
+
+
+def test_to_class_ids_does_not_take_ignored_pixels_for_content() -> None:
+    # Ids 0 to 4 are five classes, not four; as colours all are nearest to black.
+    with pytest.raises(ContentError, match="has 4 pixels of colours that are no class's"):
+        to_class_ids(grey(200, 0, 1, 2, 3, 4), ORGANS, name="a", ignore_id=200)
+
+
+def test_to_class_ids_takes_the_faint_rest_of_a_lesion_as_background() -> None:
+    ids, off_map, _ = to_class_ids(grey(0, 3, 40, 127), DEFAULT_CLASSES, name="a")
+    assert (ids.tolist(), off_map) == ([[0, 0, 0, 0]], 3)
+
+
+def test_to_class_ids_stays_small_on_a_mask_of_many_colors() -> None:
+    classes = parse_color_map(";".join(f"c{i}={i},{255 - i},0" for i in range(256)))
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    tracemalloc.start()
+    to_class_ids(pixels, classes, name="a")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Pixels x classes as float32 alone would be 67 MB.
+    assert peak < 25e6
+
+
+@given(
+    ids=st.lists(st.sampled_from([0, 1, 2, 3, 99]), min_size=1, max_size=30),
+    num_rows=st.integers(1, 3),
+)
+def test_to_colors_and_back_is_the_identity(ids: list[int], num_rows: int) -> None:
+    class_ids = np.array([ids] * num_rows, np.uint8)
+    colors = to_colors(class_ids, ORGANS)
+    assert colors.shape == (num_rows, len(ids), 3)
+    back, off_map, _ = to_class_ids(colors, ORGANS, name="a", ignore_id=99)
+    np.testing.assert_array_equal(back, class_ids)
+    assert off_map == 0
+
+
+def test_to_colors_gives_each_class_its_color() -> None:
+    assert to_colors(grey(0, 2, 99), ORGANS).tolist() == [[[0, 0, 0], [0, 255, 0], [99, 99, 99]]]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"real masks are not at {REAL}")
+def test_to_class_ids_of_real_masks_is_a_threshold_with_few_off_map_pixels() -> None:
+    shares = []
+    for path in sorted(REAL.iterdir()):
+        pixels = read_mask_pixels(path.read_bytes(), name=path.name)
+        ids, off_map, colors = to_class_ids(pixels, DEFAULT_CLASSES, name=path.name)
+        # Nearer to white than to black, the colours' sum of squares says, is a sum above 382.5.
+        np.testing.assert_array_equal(ids, pixels.sum(axis=2) > 382)
+        shares.append(off_map / ids.size)
+        exact = (pixels == 0).all(axis=2) | (pixels == 255).all(axis=2)
+        assert off_map == np.count_nonzero(~exact)
+        assert len(colors) == 5
+    assert len(shares) == 24
+    assert 0 < min(shares) <= max(shares) < 0.003
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        np.array([[0, 1, 2]], np.uint8),
+        np.array([[0, 1, 2]], np.int64),
+        np.array([[0, 1, 2]], np.float32),
+        np.array([[[0], [1], [2]]], np.uint8),
+        np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 1]]], np.uint8),
+        np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 1]]], bool),
+        np.asfortranarray(np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 1]]], np.float64)),
+    ],
+)
+def test_read_npz_mask_reads_ids_and_one_hot(mask: Pixels) -> None:
+    for data in (npz(mask=mask), npz(other=np.zeros(3), mask=mask)):
+        pixels = read_npz_mask(data, "a.npz", num_classes=3)
+        assert pixels.dtype == np.uint8
+        assert pixels.tolist() == [[0, 1, 2]]
+
+
+def test_read_npz_mask_keeps_grey_levels() -> None:
+    assert read_npz_mask(npz(mask=np.array([[0, 255]])), "a").tolist() == [[0, 255]]
+    assert read_npz_mask(npz(mask=np.array([[0, 65535]])), "a").dtype == np.uint16
+    assert read_npz_mask(npz(mask=np.array([[False, True]])), "a").tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not a readable .npz mask"),
+        (b"PK\3\4 and nothing", "not a readable .npz mask"),
+        (npz(mask=np.zeros((9, 9)))[:-40], "not a readable .npz mask"),
+        (npz(label=np.zeros((9, 9))), "no array 'mask', it holds label"),
+        (npz(mask=np.zeros(9)), r"the mask is \(9,\) float64"),
+        (npz(mask=np.zeros((2, 2, 2, 2))), r"the mask is \(2, 2, 2, 2\)"),
+        (npz(mask=np.zeros((0, 5))), r"the mask is \(0, 5\)"),
+        (npz(mask=np.array([["a"]])), r"the mask is \(1, 1\) <U1"),
+        (npz(mask=np.array([[{}]], object)), r"the mask is \(1, 1\) object"),
+        (npz(mask=np.array([[-1]])), "other values than whole numbers"),
+        (npz(mask=np.array([[0.5]])), "other values than whole numbers"),
+        (npz(mask=np.array([[np.nan]])), "other values than whole numbers"),
+        (npz(mask=np.array([[65536]])), "other values than whole numbers"),
+        (npz(mask=np.array([[[1, 1, 0]]])), "not one-hot"),
+        (npz(mask=np.array([[[0, 0, 0]]])), "not one-hot"),
+        (npz(mask=np.array([[[0.4, 0.6, 0]]])), "not one-hot"),
+        (npz(mask=np.array([[[1, 0]]])), "one-hot mask of 2 classes; expected 3"),
+    ],
+)
+def test_read_npz_mask_names_what_is_wrong(data: bytes, message: str) -> None:
+    with pytest.raises(ContentError, match=rf"^a\.npz: .*{message}") as caught:
+        read_npz_mask(data, "a.npz", num_classes=3)
+    assert "\n" not in str(caught.value)
+
+
+def test_read_npz_mask_refuses_a_bomb_before_it_inflates() -> None:
+    data = npz(mask=np.zeros((8000, 8000), np.uint8))
+    assert len(data) < 70_000
+    tracemalloc.start()
+    with pytest.raises(ContentError, match="inflates to 64000128 bytes"):
+        read_npz_mask(data, "a", max_pixels=10_000)
+    with pytest.raises(ContentError, match="8000x8000 is more than 2000000 pixels"):
+        read_npz_mask(data, "a", max_pixels=2_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6
+
+
+def test_read_npz_mask_refuses_a_header_that_promises_more_than_there_is() -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (9000, 9000)}
+    )
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("mask.npy", header.getvalue() + b"\0\1\1")
+    with pytest.raises(ContentError, match="^a: not a readable"):  # noqa: RUF043
+        read_npz_mask(archive.getvalue(), "a")

@@ -1,0 +1,116 @@
+"""How many workers a process may have, and how they are used."""
+
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import pytest
+
+from flexunet.process_pool import (
+    InlineExecutor,
+    Workers,
+    available_cores,
+    cgroup_cores,
+    cgroup_memory_bytes,
+    in_order,
+)
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+
+def test_cgroup_limits_of_version_2_are_the_smallest_up_to_the_root(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "membership": "0::/pod/container",
+            "root/memory.max": "max",
+            "root/pod/memory.max": "4294967296",
+            "root/pod/container/memory.max": "8589934592",
+            "root/pod/cpu.max": "max 100000",
+            "root/pod/container/cpu.max": "150000 100000",
+        },
+    )
+    where = {"root": str(tmp_path / "root"), "membership": str(tmp_path / "membership")}
+    assert cgroup_memory_bytes(**where) == 4 * 2**30  # the pod's, not the container's
+    assert cgroup_cores(**where) == 1.5  # 150000 of 100000 microseconds
+
+
+def test_cgroup_limits_of_version_1_are_read_from_the_controllers(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "membership": "4:memory:/box\n1:cpu,cpuacct:/box\n0::/",
+            "root/memory/box/memory.limit_in_bytes": "1073741824",
+            "root/cpu/box/cpu.cfs_quota_us": "50000",
+            "root/cpu/box/cpu.cfs_period_us": "100000",
+            "root/cpu/cpu.cfs_quota_us": "-1",
+            "root/cpu/cpu.cfs_period_us": "100000",
+        },
+    )
+    where = {"root": str(tmp_path / "root"), "membership": str(tmp_path / "membership")}
+    assert cgroup_memory_bytes(**where) == 2**30
+    assert cgroup_cores(**where) == 0.5
+
+
+def test_cgroup_limits_without_cgroups_are_infinite(tmp_path: Path) -> None:
+    where = {"root": str(tmp_path), "membership": str(tmp_path / "missing")}
+    assert cgroup_memory_bytes(**where) == math.inf
+    assert cgroup_cores(**where) == math.inf
+
+
+def test_available_cores_follows_the_affinity() -> None:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert available_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert 1 <= available_cores() <= len(before)
+
+
+def test_inline_executor_runs_one_call_for_each_result() -> None:
+    calls = []
+
+    def record(number: int) -> int:
+        calls.append(number)
+        return -number
+
+    results = in_order(InlineExecutor(), record, range(9), num_waiting=4)
+    assert calls == []
+    assert (next(results), calls) == (0, [0])
+    assert (next(results), calls) == (-1, [0, 1])
+
+
+def test_inline_executor_raises_the_error_of_the_call_and_forgets_cancelled_ones() -> None:
+    failing = InlineExecutor().submit(int, "x")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="invalid literal"):
+            failing.result()
+    cancelled = InlineExecutor().submit(int, "x")
+    assert cancelled.cancel()
+    with pytest.raises(CancelledError):
+        cancelled.result()
+
+
+def test_workers_keep_two_calls_for_each_as_their_number_changes() -> None:
+    number, taken = [1], []
+
+    def tasks() -> Iterator[int]:
+        for task in range(100):
+            taken.append(task)
+            yield task
+
+    results = Workers(InlineExecutor(), lambda: number[0]).in_order(abs, tasks())
+    counts = []
+    for number[0] in (1, 3, 1):
+        next(results)
+        counts.append(len(taken))
+    # 2 and one more; then 6 wait beside the 2 that were yielded; 1 worker needs no more of them.
+    assert counts == [3, 8, 8]

@@ -1,0 +1,234 @@
+"""The gradient exchange: the plan, and the same gradients by every way."""
+
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from job.config import ModelConfig, OptimizerConfig
+from job.distributed.gradient_exchange import (
+    NOMINAL_FLOPS_PER_BYTE,
+    LayerCost,
+    Plan,
+    make_plan,
+    measured_flops_per_byte,
+)
+from job.losses import make_loss
+from job.models.flexunet import BUILDERS, build_model
+from job.training.optimizer import Adam
+from job.training.step import make_train_step
+
+SIDE, LOCAL, STEPS = 16, 2, 20
+ALL_GATHERED = 1e12  # FLOPs per byte: computing costs nothing
+
+
+def plan_of(model: keras.Model, flops_per_byte: float, num_replicas: int = 2) -> Plan:
+    return make_plan(
+        model, batch_size=LOCAL, num_replicas=num_replicas, flops_per_byte=flops_per_byte
+    )
+
+
+def network(**changes: Any) -> ModelConfig:
+    values = {"num_layers": 3, "base_filters": 4, "base_kernels": (5, 5), "dropout_rate": 0.1}
+    return ModelConfig(**(values | changes))
+
+
+class Trained:
+    """A network after some steps on pseudo-random pictures, split over the replicas."""
+
+    def __init__(
+        self, strategy: Any, config: ModelConfig, *, gathered: bool, precision: str, num_steps: int
+    ) -> None:
+        with strategy.scope():
+            self.model = build_model(
+                config, image_shape=(SIDE, SIDE, 1), num_classes=2, seed=5, precision=precision
+            )
+            settings = OptimizerConfig(clipvalue=None)
+            self.optimizer = Adam(settings, self.model.trainable_variables)
+        plan = plan_of(self.model, ALL_GATHERED)
+        everything = frozenset(cost.name for cost in plan.costs)
+        plan = replace(plan, gathered=everything if gathered else frozenset())
+        self.plan = plan
+        loss = make_loss("bce_dice", num_classes=2)
+        step = make_train_step(strategy, self.model, self.optimizer, loss, {}, plan)
+        for count in range(num_steps):
+            batch = self._batch(strategy, count)
+            step(batch, tf.constant(count, tf.int64), tf.constant(1e-3, tf.float64))
+
+    @staticmethod
+    def _batch(strategy: Any, count: int) -> Any:
+        random = np.random.default_rng(count)
+        size = LOCAL * 2
+        images = random.integers(0, 256, (size, SIDE, SIDE, 1), dtype=np.uint8)
+        whole = {
+            "image": images,
+            "mask": (images[..., 0] > 160).astype(np.uint8),
+            "weight": np.array([1, 1, 1, 0], np.float32),
+            "key": np.arange(size, dtype=np.int64) + size * count,
+        }
+        local = size // strategy.num_replicas_in_sync
+
+        def part(context: Any) -> dict[str, Any]:
+            first = local * context.replica_id_in_sync_group
+            return {
+                name: tf.constant(value[first : first + local]) for name, value in whole.items()
+            }
+
+        return strategy.experimental_distribute_values_from_function(part)
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Returns the gradients, if one step was made: the first moment is 0.1 times them."""
+        moments = self.optimizer.named_variables()
+        return {k: 10 * v.numpy() for k, v in moments.items() if k.startswith("first/")}
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation": "mish", "dilation": (2, 2)},
+        {"normalization": "batch", "activation": "mish"},
+    ],
+)
+def test_gathered_factors_train_as_all_reduce_does(
+    two_cpus: Any, name: str, changes: dict[str, Any]
+) -> None:
+    reduced, gathered = (
+        Trained(two_cpus, network(name=name, **changes), gathered=way, precision="float64",
+                num_steps=STEPS)
+        for way in (False, True)
+    )  # fmt: skip
+    # Every convolution of FlexUNet is plain: nothing but normalisation is left to all-reduce.
+    assert len(gathered.plan.gathered) == 13
+    for a, b in zip(reduced.model.weights, gathered.model.weights, strict=True):
+        assert np.allclose(a.numpy(), b.numpy(), rtol=1e-9, atol=1e-9), a.path
+
+
+def test_in_bfloat16_it_is_no_farther_from_float32_than_all_reduce(two_cpus: Any) -> None:
+    exact, reduced, gathered = (
+        Trained(two_cpus, network(dropout_rate=0.0), gathered=way, precision=precision, num_steps=1)
+        for way, precision in (
+            (False, "float32"),
+            (False, "mixed_bfloat16"),
+            (True, "mixed_bfloat16"),
+        )
+    )
+    distances = []
+    for way in (reduced, gathered):
+        squares = [
+            np.sum((found - exact.gradients()[name]) ** 2)
+            for name, found in way.gradients().items()
+        ]
+        distances.append(np.sqrt(np.sum(squares)))
+    assert 0 < distances[1] <= 1.001 * distances[0]
+
+
+def test_nothing_is_left_in_the_model(two_cpus: Any) -> None:
+    trained = Trained(two_cpus, network(), gathered=True, precision="float32", num_steps=1)
+    for layer in trained.model.layers:
+        assert "call" not in vars(layer)
+    activations = [layer.activation.__name__ for layer in trained.model.layers
+                   if isinstance(layer, keras.layers.Conv2D)]  # fmt: skip
+    assert activations == ["relu"] * 10 + ["linear"]
+
+
+def test_costs_are_those_of_the_layer() -> None:
+    image = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 5, padding="same", name="plain")(image)
+    x = keras.layers.Conv2DTranspose(2, 2, strides=2, use_bias=False, name="up")(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(image, keras.layers.Dense(6, name="dense")(x))
+    costs = {cost.name: cost for cost in plan_of(model, 1.0).costs}
+    # A batch of 2, float32. Kernel 5*5*3*4 and 4 biases; in 8*8*3, out 8*8*4.
+    assert costs["plain"] == LayerCost("plain", 304 * 4, 2 * 448 * 4, 2 * 2 * 64 * 300)
+    # Kernel 2*2*2*4, applied at 8*8 places; in 8*8*4, out 16*16*2.
+    assert costs["up"] == LayerCost("up", 32 * 4, 2 * 768 * 4, 2 * 2 * 64 * 32)
+    # Kernel 2*6 and 6 biases; in 2, out 6.
+    assert costs["dense"] == LayerCost("dense", 18 * 4, 2 * 8 * 4, 2 * 2 * 12)
+
+
+def test_bytes_are_counted_per_replica() -> None:
+    costs = (LayerCost("a", 1000, 10, 500), LayerCost("b", 2000, 4000, 700))
+    plan = Plan(4, costs, 40, frozenset({"a"}))
+    # A ring of 4 sends 2 * 3/4 of a buffer; a gather sends what is one's own to 3 others.
+    assert plan.sent_bytes() == 1.5 * (2000 + 40) + 3 * 10
+    assert plan.all_reduce_bytes() == 1.5 * 3040
+    assert plan.extra_flops() == 3 * 500
+    assert plan.seconds(flops_per_s=100.0, bytes_per_s=10.0) == 309 + 15
+
+
+def test_only_plain_layers_can_be_gathered() -> None:
+    class Other(keras.layers.Conv2D):
+        pass
+
+    image = keras.Input((8, 8, 4))
+    x = Other(4, 3, padding="same", name="other")(image)
+    x = keras.layers.DepthwiseConv2D(3, padding="same", name="depthwise")(x)
+    x = keras.layers.Conv2D(4, 3, activation=keras.layers.PReLU(), name="activated")(x)
+    x = keras.layers.BatchNormalization()(x)
+    model = keras.Model(image, keras.layers.Conv2D(4, 3, name="plain")(x))
+    plan = plan_of(model, ALL_GATHERED)
+    assert [cost.name for cost in plan.costs] == ["plain"]
+    # The plain layer has 4 * 3 * 3 * 4 weights and 4 biases; 8 moving statistics have no gradient.
+    assert plan.other_bytes == 4 * (model.count_params() - 148 - 8)
+
+
+def build_with_shared_layer(config: ModelConfig, **options: Any) -> keras.Model:
+    policy = options["policy"]
+    same = {"dtype": policy, "kernel_initializer": keras.initializers.GlorotUniform(seed=7)}
+    image = keras.Input(options["image_shape"])
+    x = keras.layers.Rescaling(1 / 255, dtype=policy)(image)
+    x = keras.layers.Conv2D(4, 3, padding="same", **same)(x)
+    shared = keras.layers.Conv2D(4, 3, padding="same", activation="relu", **same)
+    return keras.Model(image, keras.layers.Dense(2, **same)(shared(shared(x))))
+
+
+def test_a_layer_that_is_called_twice_adds_up(
+    two_cpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BUILDERS, "shared", build_with_shared_layer)
+    reduced, gathered = (
+        Trained(two_cpus, network(name="shared"), gathered=way, precision="float64", num_steps=1)
+        for way in (False, True)
+    )
+    for name, gradient in reduced.gradients().items():
+        assert np.allclose(gradient, gathered.gradients()[name], rtol=1e-9, atol=1e-12)
+
+
+def test_one_replica_gathers_nothing_and_neither_does_a_rate_of_zero() -> None:
+    model = build_model(network(), image_shape=(SIDE, SIDE, 1), num_classes=2)
+    assert plan_of(model, ALL_GATHERED, num_replicas=1).gathered == frozenset()
+    assert plan_of(model, 0.0).gathered == frozenset()
+
+
+def test_the_inbreast_network_sends_an_eighth_on_two_replicas() -> None:
+    config = ModelConfig(num_layers=8)
+    model = build_model(config, image_shape=(512, 512, 3), num_classes=2, seed=1)
+    two = plan_of(model, NOMINAL_FLOPS_PER_BYTE)
+    assert two.sent_bytes() < two.all_reduce_bytes() / 8
+    # The more replicas, the more there is to gather; in the end a sum is shorter.
+    counts = [len(plan_of(model, NOMINAL_FLOPS_PER_BYTE, n).gathered) for n in (2, 8, 64, 512)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == 0
+
+
+def test_rates_are_measured(two_cpus: Any) -> None:
+    # Between cores at 1 to 10000 GFLOP/s that copy 0.1 to 1000 GB/s: work that is not done, for it
+    # was folded into a constant, shows as a rate beyond all machines.
+    assert 1e-3 < measured_flops_per_byte(two_cpus, "float32") < 1e5
+
+
+@pytest.mark.parametrize("excess", [0.9, 1.1, 1.2])
+def test_what_takes_about_as_long_sends_less(excess: float) -> None:
+    inputs = keras.Input((4, 4, 64))
+    model = keras.Model(inputs, keras.layers.Conv2D(64, 3, name="deep")(inputs))
+    (cost,) = plan_of(model, 1.0).costs
+    # All-reduce between two replicas sends a weight once; the ratio makes gathering take `excess`
+    # times as long.
+    assert cost.factor_bytes < cost.weight_bytes
+    ratio = cost.flops / (excess * cost.weight_bytes - cost.factor_bytes)
+    assert (plan_of(model, ratio).gathered == {"deep"}) is (excess < 1.15)

@@ -1,0 +1,131 @@
+"""A trained run as something to use: what is read, which weights, and what is refused."""
+
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexunet.errors import ContentError, UsageError
+from flexunet.storage import LocalStore, open_store
+from job.config import TrainConfig
+from job.runs import serialization
+from job.runs.loading import (
+    fetch_checkpoint,
+    initialize_from,
+    load_model,
+    member_of,
+    model_for,
+    open_trained,
+)
+from job.runs.run import CROSS_VALIDATION_NAME
+
+
+def with_model(config: TrainConfig, **changes: int) -> TrainConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+def test_open_trained_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no run here: config\.yaml is missing"):
+        open_trained(str(tmp_path))
+
+
+def test_open_trained_names_the_runs_of_a_cross_validation(tmp_path: Path) -> None:
+    (tmp_path / CROSS_VALIDATION_NAME).write_text("{}")
+    with pytest.raises(UsageError, match=f"a cross-validation, .* {tmp_path}-fold-0 and so on"):
+        open_trained(str(tmp_path))
+
+
+def test_open_trained_needs_a_checkpoint(own_run: Path) -> None:
+    for member in (own_run / "checkpoints").rglob("COMMIT.json"):
+        member.unlink()
+    (own_run / "outcome.json").unlink()
+    with pytest.raises(UsageError, match=r"no checkpoint yet; wait .*train it again by the same"):
+        open_trained(str(own_run))
+    (own_run / "attempts").mkdir()
+    (own_run / "attempts" / "1.json").write_text('{"end": "stopped"}')
+    with pytest.raises(UsageError, match="no checkpoint yet; it was stopped before it had one"):
+        open_trained(str(own_run))
+
+
+def test_fetch_checkpoint_finds_the_best_and_the_last(trained_run: Path, tmp_path: Path) -> None:
+    store = open_store(str(trained_run))
+    last, members = fetch_checkpoint(store, str(tmp_path), which="last")
+    # 12 samples, one per step, 5 epochs.
+    assert last.prefix == "checkpoints/step-00000060/a1"
+    state = serialization.read_state(members[serialization.STATE_NAME])
+    best, _ = fetch_checkpoint(store, str(tmp_path), which="best")
+    assert best.prefix == f"checkpoints/step-{state['best']['step']:08d}/a1"
+
+
+def test_load_model_takes_an_older_checkpoint_where_the_last_is_damaged(own_run: Path) -> None:
+    folders = sorted((own_run / "checkpoints").iterdir())
+    weights = folders[-1] / "a1" / serialization.WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:-1])
+    load_model(open_trained(str(own_run)), which="last")
+    for folder in folders:
+        (folder / "a1" / serialization.WEIGHTS_NAME).write_bytes(b"")
+    with pytest.raises(ContentError, match="no undamaged commit"):
+        load_model(open_trained(str(own_run)), which="last")
+
+
+class ReadingStore(LocalStore):
+    """A folder that knows which of its objects were read."""
+
+    read: list[str] = []  # noqa: RUF012 - a frozen class; the test empties it
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        self.read.append(name)
+        return super().get(name, start, length)
+
+
+def test_load_model_reads_the_record_of_a_commit_once(trained_run: Path) -> None:
+    run = replace(open_trained(str(trained_run)), store=ReadingStore(str(trained_run)))
+    ReadingStore.read.clear()
+    _, commit = load_model(run, which="last")
+    data = (trained_run / commit.prefix / "COMMIT.json").read_bytes()
+    assert member_of(run, commit).commit_sha256 == hashlib.sha256(data).hexdigest()
+    assert commit.epoch == 5
+    assert ReadingStore.read == ["lease.json", f"{commit.prefix}/COMMIT.json"]
+
+
+def test_initialize_from_copies_the_best_weights_of_a_run(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    run = open_trained(str(trained_run))
+    best = load_model(run, which="best")[0]
+    _, members = fetch_checkpoint(run.store, str(tmp_path), which="best")
+    file = tmp_path / "some.weights.h5"
+    shutil.copy(members[serialization.WEIGHTS_NAME], file)
+    for source in (str(trained_run), str(file)):
+        model = model_for(run.config, run.manifest)
+        assert not np.array_equal(model.weights[0], best.weights[0])
+        initialize_from(model, source)
+        for weight, expected in zip(model.weights, best.weights, strict=True):
+            assert np.array_equal(weight, expected)
+
+
+# Keras warns before it fails.
+@pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
+def test_initialize_from_refuses_another_network(trained_run: Path, tmp_path: Path) -> None:
+    run = open_trained(str(trained_run))
+    model = model_for(with_model(run.config, base_filters=4), run.manifest)
+    with pytest.raises(ContentError, match="does not fit this model"):
+        initialize_from(model, str(trained_run))
+    # All that this one wants is there, and more.
+    normalized = model_for(with_model(run.config, normalization="group"), run.manifest)
+    normalized.save_weights(tmp_path / "group.weights.h5")
+    model = model_for(run.config, run.manifest)
+    with pytest.raises(ContentError, match="it holds 28 arrays, the model has 16; use"):
+        initialize_from(model, str(tmp_path / "group.weights.h5"))
+
+
+def test_model_for_repeats_grey_and_refuses_to_drop_colour(trained_run: Path) -> None:
+    run = open_trained(str(trained_run))  # a grey dataset
+    grey = with_model(run.config, image_channels=3)
+    assert model_for(grey, run.manifest).input_shape == (None, 32, 32, 3)
+    colour = run.manifest.model_copy(update={"channels": 3})
+    with pytest.raises(UsageError, match=r"--model\.image-channels=1: the dataset has 3 channels"):
+        model_for(with_model(run.config, image_channels=1), colour)
