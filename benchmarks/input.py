@@ -24,8 +24,8 @@ from data_prep.phantoms.images import write_phantoms
 from data_prep.pipeline import PrepConfig, prepare
 from data_prep.shards.schema import decode_example
 from data_prep.sources.pairs import find_sources
-from job.config import TrainConfig
-from job.data.augment import AugmentationConfig, augment
+from job.config import AugmentationConfig, TrainConfig
+from job.data.augment import augment
 from job.data.dataset import (
     Dataset,
     RecordReader,

@@ -18,9 +18,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import model_validator
 
-from flexunet.settings import Settings, option
+from job.config import AugmentationConfig
 from job.data.random_streams import Purpose, sample_generator
 
 Pixels: TypeAlias = npt.NDArray[Any]  # uint8 or uint16
@@ -46,75 +45,6 @@ _KINDS = (
 # A field smoothed with sigma is drawn at a spacing of sigma / 4 and interpolated: 16 times fewer
 # numbers, and no visible kinks.
 _CELLS_PER_SIGMA = 4
-
-
-def _probability(default: float, what: str) -> float:
-    text = f"Probability that a sample is {what}."
-    return option(default, text, ge=0, le=1)
-
-
-class AugmentationConfig(Settings):
-    """Random changes of training samples, new in every epoch; lengths are pixels."""
-
-    enabled: bool = option(False, "Augment training samples.")
-    hflip_probability: float = _probability(0.5, "mirrored left to right")
-    vflip_probability: float = _probability(0.5, "mirrored top to bottom")
-    rotation_probability: float = _probability(0.5, "rotated about its centre")
-    rotation_angles: tuple[float, ...] = option(
-        (90.0, 180.0, 270.0), "Angles to choose from, degrees, anticlockwise."
-    )
-    shrink_probability: float = _probability(0.25, "shrunk towards its centre")
-    shrink_ratios: tuple[float, ...] = option((0.8,), "New side / old side, to choose from.")
-    shear_probability: float = _probability(0.0, "sheared sideways")
-    shear_factors: tuple[float, ...] = option(
-        (-0.1, 0.1), "Sideways shift / distance from the middle row, to choose from."
-    )
-    deformation_probability: float = _probability(0.0, "deformed elastically")
-    deformation_alpha: float = option(
-        1300.0, "Strength of the elastic field; 1300 with sigma 8: shifts of 2.3 pixels rms.", ge=0
-    )
-    deformation_sigmas: tuple[float, ...] = option(
-        (8.0,), "Smoothness of the elastic field, pixels, to choose from."
-    )
-    distortion_probability: float = _probability(0.0, "distorted by a wide smooth field")
-    distortion_sigma: float = option(40.0, "Smoothness of that field, pixels.", ge=1)
-    distortion_sizes: tuple[float, ...] = option(
-        (0.02,), "Largest shift / longer side of the picture, to choose from."
-    )
-    barrel_probability: float = _probability(0.0, "given a barrel distortion")
-    barrel_radius: float = option(0.5, "Radius of the circle / width of the picture.", gt=0)
-    barrel_amount: float = option(0.5, "Strength, above 0.", gt=0, le=4)
-    barrel_centers: tuple[float, ...] = option(
-        (0.5, 0.5), "Centres x,y,x,y... / width and height, to choose from."
-    )
-    pincushion_probability: float = _probability(0.0, "given a pincushion distortion")
-    pincushion_radius: float = option(0.5, "Radius of the circle / width of the picture.", gt=0)
-    pincushion_amount: float = option(-0.5, "Strength, between -1 and 0.", gt=-1, lt=0)
-    pincushion_centers: tuple[float, ...] = option(
-        (0.5, 0.5), "Centres x,y,x,y... / width and height, to choose from."
-    )
-    sharpening_probability: float = _probability(0.0, "sharpened")
-    sharpening_k: float = option(1.0, "Strength: 3x3 kernel of -k around 1 + 8k.", ge=0)
-    brightening_probability: float = _probability(0.0, "brightened")
-    brightening_alpha: float = option(1.2, "Factor on the pixel values.", gt=0)
-    brightening_beta: float = option(10.0, "Added to them, in levels of 255.")
-
-    @model_validator(mode="after")
-    def _choices_are_possible(self) -> "AugmentationConfig":
-        for name in ("rotation_angles", "shear_factors", "shrink_ratios"):
-            if not getattr(self, name):
-                raise ValueError(
-                    f"{name} is empty; to switch the kind off set its probability to 0"
-                )
-        for name in ("shrink_ratios", "deformation_sigmas", "distortion_sizes"):
-            values = getattr(self, name)
-            if not values or min(values) <= 0:
-                raise ValueError(f"{name}={values}: give one or more numbers above 0")
-        for name in ("barrel_centers", "pincushion_centers"):
-            values = getattr(self, name)
-            if not values or len(values) % 2:
-                raise ValueError(f"{name}={values}: give pairs x,y")
-        return self
 
 
 def augment(

@@ -31,7 +31,8 @@ from data_prep.shards.schema import (
 from flexunet.errors import ContentError, FlexUNetError, StorageError, UsageError
 from flexunet.process_pool import available_cores
 from flexunet.storage import Store, crc32c_of_file, local_path, open_store
-from job.data.augment import AugmentationConfig, augment
+from job.config import AugmentationConfig
+from job.data.augment import augment
 from job.data.random_streams import Purpose, epoch_generator
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import pytest
 
 from flexunet.errors import UsageError
 from flexunet.settings import validated
-from job.data.augment import AugmentationConfig, augment, distortion_field, elastic_field
+from job.config import AugmentationConfig
+from job.data.augment import augment, distortion_field, elastic_field
 
 KINDS = [
     name.removesuffix("_probability")

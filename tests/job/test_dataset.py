@@ -23,7 +23,8 @@ from data_prep.pipeline import PrepConfig, prepare
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.storage import open_store
-from job.data.augment import AugmentationConfig, augment
+from job.config import AugmentationConfig
+from job.data.augment import augment
 from job.data.dataset import (
     PADDING,
     Dataset,

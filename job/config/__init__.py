@@ -1,0 +1,58 @@
+"""The training configuration: options, presets, and which of them identify a run.
+
+Fields are either part of a run's identity (data, model, loss, seed, batch, ...) or free to change
+between two attempts of one run (epochs, devices, cache, logging). Nothing here imports TensorFlow,
+so that `--help` answers at once.
+"""
+
+from job.config.groups import (
+    MODELS,
+    SSIM_SIZE,
+    AugmentationConfig,
+    LossConfig,
+    LossName,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    check_class_weights,
+    check_ssim_sides,
+)
+from job.config.identity import (
+    identity_of,
+    preset_values,
+    stored_config,
+    stored_options,
+    values_of_identity,
+)
+from job.config.train_config import (
+    PRESET_KEYS,
+    RUN_NAME,
+    RUN_NAME_RULE,
+    MetricName,
+    TrainConfig,
+    dotted_keys,
+)
+
+__all__ = [
+    "MODELS",
+    "PRESET_KEYS",
+    "RUN_NAME",
+    "RUN_NAME_RULE",
+    "SSIM_SIZE",
+    "AugmentationConfig",
+    "LossConfig",
+    "LossName",
+    "MetricName",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "check_class_weights",
+    "check_ssim_sides",
+    "dotted_keys",
+    "identity_of",
+    "preset_values",
+    "stored_config",
+    "stored_options",
+    "values_of_identity",
+]
