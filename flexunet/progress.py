@@ -3,15 +3,20 @@
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Alive = Callable[[], None]  # called while work that may take long moves on
 
 logger = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 15.0
+
+
+def not_told() -> None:
+    """Stands for an `Alive` where nobody waits."""
 
 
 class Progress:

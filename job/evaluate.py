@@ -24,7 +24,7 @@ from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.cli.options import PATH, SettingsCommand, from_options, run_command, settings_options
 from flexunet.errors import StoppedError, UsageError
 from flexunet.json_files import read_json
-from flexunet.progress import Progress
+from flexunet.progress import Alive, Progress, not_told
 from flexunet.settings import option
 from flexunet.storage import Store, open_store
 from flexunet.tables import csv_table
@@ -42,14 +42,12 @@ from job.data.dataset import (
 )
 from job.data.folds import open_folded, split_words
 from job.inference.predict import (
-    Alive,
     Ids,
     PredictConfig,
     Probabilities,
     area_scale,
     class_ids,
     class_ids_at_source,
-    not_told,
     probabilities_of,
     window_overlap,
     without_small,

@@ -22,7 +22,7 @@ from flexunet.cli.interrupts import handled
 from flexunet.cli.options import PATH, SettingsCommand, given, run_command, settings_options
 from flexunet.errors import DivergedError, FlexUNetError, UsageError
 from flexunet.json_files import read_json
-from flexunet.progress import Progress, load_bar
+from flexunet.progress import Alive, Progress, load_bar, not_told
 from flexunet.settings import flag_of, merged, read_yaml, validated
 from flexunet.storage import NotFound, Store, join_url, open_store
 from flexunet.text import counted
@@ -39,7 +39,6 @@ from job.data.folds import evaluated_words, open_folded
 from job.distributed.process_group import Place, Team, meet, place_from_environment
 from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process
 from job.evaluate import show_summary
-from job.inference.predict import Alive, not_told
 from job.models.compatibility import check_fit, input_max
 from job.report import REPORT_NAME, read_summary, renew_report, write_report
 from job.runs.provenance import check_origin

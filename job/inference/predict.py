@@ -21,6 +21,7 @@ from data_prep.imaging.codecs import Geometry, apply_geometry, undo_geometry
 from data_prep.imaging.tiles import starts
 from data_prep.shards.schema import Manifest
 from flexunet.errors import ContentError, UsageError
+from flexunet.progress import Alive, not_told
 from flexunet.settings import Settings, option
 from job.metrics.lesions import without_small_regions
 
@@ -31,7 +32,6 @@ Probabilities = npt.NDArray[np.float32]
 Flips = Literal["none", "horizontal", "vertical", "both"]
 # Stored pixels (B, H, W, C) -> (B, H, W, K) float32, as a tensor; K = 1 is a sigmoid output.
 Step = Callable[[np.ndarray], Any]
-Alive = Callable[[], None]  # told that work which may take long has moved on
 
 _SIGMA = 1 / 8  # of the side of a window
 
@@ -40,10 +40,6 @@ _LARGEST_12_BIT = 4095
 # Shares of the full scale that a 16-bit picture has to exceed: a picture of 12 bits is at most a
 # sixteenth of 16 bits. Two bits are enough where it is darker than all pictures of the dataset.
 _UNUSED, _UNUSED_AND_DARKEST = 16, 4
-
-
-def not_told() -> None:
-    """Stands for an `Alive` where nobody waits."""
 
 
 class PredictConfig(Settings):

@@ -11,10 +11,10 @@ from typing import Any
 
 from data_prep.shards.schema import MANIFEST_NAME, Manifest, parse_manifest
 from flexunet.errors import UsageError
+from flexunet.progress import Alive, not_told
 from flexunet.settings import read_yaml
 from flexunet.storage import NotFound, Store, open_store
 from job.config import TrainConfig, stored_config
-from job.inference.predict import Alive, not_told
 from job.models.compatibility import image_shape, num_outputs
 from job.runs.run import (
     CROSS_VALIDATION_NAME,

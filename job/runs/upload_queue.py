@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flexunet.errors import StorageError
+from flexunet.progress import Alive, not_told
 from flexunet.storage import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -22,12 +23,6 @@ _LAST_CALL_S = 5.0  # for the call that is running when the rest is dropped
 _MOST_BUDGETS = 10  # for one call, however often bytes moved
 _LOOK_S = 1.0  # between two looks, while waiting, at whether bytes have moved
 
-Alive = Callable[[], None]  # called while work that may take long moves on
-
-
-def _not_told() -> None:
-    """Stands for an `Alive` where nobody waits."""
-
 
 class Outbox:
     """Runs the calls that are posted, one after the other, in a thread; a context manager.
@@ -35,7 +30,7 @@ class Outbox:
     Leaving the block waits for all of them, whatever error it is left by, unless by an interrupt.
     """
 
-    def __init__(self, *, budget_s: float, alive: Alive = _not_told) -> None:
+    def __init__(self, *, budget_s: float, alive: Alive = not_told) -> None:
         """Starts the thread.
 
         Args:
@@ -98,7 +93,7 @@ class Outbox:
         self._num_moves += 1
         self._moved_at = time.monotonic()
 
-    def wait_for_room(self, alive: Alive = _not_told) -> None:
+    def wait_for_room(self, alive: Alive = not_told) -> None:
         """Waits until at most one large call is on its way.
 
         Args:
@@ -110,7 +105,7 @@ class Outbox:
         self._wait_until(lambda: self.has_room, alive)
         self._raise_failure()
 
-    def flush(self, alive: Alive = _not_told) -> None:
+    def flush(self, alive: Alive = not_told) -> None:
         """Waits until every call is done.
 
         Args:

@@ -29,6 +29,7 @@ import tensorflow as tf
 
 from data_prep.shards.schema import MANIFEST_NAME
 from flexunet.errors import ContentError, FlexUNetError, LockedError, StorageError
+from flexunet.progress import Alive
 from flexunet.settings import write_yaml
 from flexunet.storage import NotFound, Store, open_store
 from flexunet.tables import csv_table
@@ -38,7 +39,7 @@ from job.data.cases import read_picture
 from job.data.dataset import Dataset, RecordReader
 from job.evaluate import Evaluation, Evaluator, evaluation_folder, write_evaluation
 from job.infer import find_images, read_any
-from job.inference.predict import Alive, to_model_pixels
+from job.inference.predict import to_model_pixels
 from job.report import renew_report
 from job.reporting import plots
 from job.runs import serialization

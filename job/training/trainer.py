@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from flexunet.errors import DivergedError, StoppedError, UsageError
+from flexunet.progress import Alive, not_told
 from flexunet.text import counted
 from job.config import TrainConfig
 from job.data.dataset import (
@@ -35,7 +36,6 @@ from job.distributed.gradient_exchange import (
 from job.distributed.process_group import Team
 from job.distributed.runtime import why_not_xla
 from job.evaluate import Evaluation, Evaluator, make_evaluator, means_of
-from job.inference.predict import Alive, not_told
 from job.losses import is_mean
 from job.metrics.batch import RunningSums
 from job.runs.loading import initialize_from, model_for
