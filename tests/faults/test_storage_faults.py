@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flexunet import storage
-from flexunet.storage import GcsStore, PreconditionFailed
+from flexunet.storage import GcsStore, PreconditionFailed, gcs, gcs_transfer
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
 
@@ -48,8 +47,8 @@ def upload_blindly(bucket: FaultyBucket, folder: Path, num_uploads: int) -> int:
 
 @pytest.fixture
 def _parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_SINGLE_BYTES", 1 << 18)
-    monkeypatch.setattr(storage, "_PART_BYTES", 1 << 18)
+    monkeypatch.setattr(gcs, "_SINGLE_BYTES", 1 << 18)
+    monkeypatch.setattr(gcs_transfer, "_PART_BYTES", 1 << 18)
 
 
 @pytest.mark.usefixtures("_parts")

@@ -77,7 +77,7 @@ class Trace:
         from job.distributed import runtime
 
         runtime.import_tensorflow()
-        from flexunet import storage
+        from flexunet.storage import gcs, gcs_transfer
         from job import train
         from job.data import dataset
         from job.distributed import watchdog
@@ -86,7 +86,7 @@ class Trace:
 
         part = os.environ.get(PART_BYTES)
         if part is not None:
-            storage._SINGLE_BYTES = storage._PART_BYTES = int(part)
+            gcs._SINGLE_BYTES = gcs_transfer._PART_BYTES = int(part)
         self.tell("start")
         self._after(train, "meet", lambda *_: self.pass_by("meet"))
         self._before(watchdog.Watchdog, "enter", lambda _, name: self._enter(name))

@@ -19,7 +19,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexunet import storage
 from flexunet.errors import ContentError, StorageError, UsageError, kind_of
 from flexunet.storage import (
     Forbidden,
@@ -32,7 +31,10 @@ from flexunet.storage import (
     checked_name,
     crc32c_of,
     crc32c_of_file,
+    gcs,
+    gcs_transfer,
     join_url,
+    local,
     local_path,
     open_source,
     open_store,
@@ -40,6 +42,7 @@ from flexunet.storage import (
     probe_writable,
     put_if_other,
 )
+from flexunet.storage.gcs_errors import describe_cloud_error, is_transient
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Action, Fault
 
@@ -130,7 +133,7 @@ def test_put_returns_its_own_generation(tmp_path: Path, monkeypatch: pytest.Monk
     """Another writer comes between a put's replacement and its return."""
     store = LocalStore(str(tmp_path))
     before = store.put("a", b"0").generation
-    sync_folder = storage._sync_folder
+    sync_folder = local._sync_folder
     others: list[int] = []
 
     def overtaken(folder: str) -> None:
@@ -141,7 +144,7 @@ def test_put_returns_its_own_generation(tmp_path: Path, monkeypatch: pytest.Monk
             assert stat is not None
             others[0] = store.put("a", b"other", if_generation=stat.generation).generation
 
-    monkeypatch.setattr(storage, "_sync_folder", overtaken)
+    monkeypatch.setattr(local, "_sync_folder", overtaken)
     own = store.put("a", b"own", if_generation=before)
     assert before < own.generation < others[0]
     with pytest.raises(PreconditionFailed):
@@ -289,7 +292,7 @@ def test_lock_of_a_folder_is_held_by_one_at_a_time_though_its_file_goes(tmp_path
     def take_turns(_: int) -> None:
         nonlocal holders, num_turns
         for _ in range(50):
-            with storage._folder_lock(str(tmp_path)):
+            with local._folder_lock(str(tmp_path)):
                 assert holders == 0
                 holders += 1
                 time.sleep(1e-4)
@@ -362,8 +365,8 @@ def test_put_whose_answer_was_lost_is_known_as_ours(faulty_bucket: FaultyBucket)
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> int:
     """Makes files over 1 MiB go up in parts of 256 KiB, the smallest that a server takes."""
-    monkeypatch.setattr(storage, "_SINGLE_BYTES", 1 << 20)
-    monkeypatch.setattr(storage, "_PART_BYTES", 1 << 18)
+    monkeypatch.setattr(gcs, "_SINGLE_BYTES", 1 << 20)
+    monkeypatch.setattr(gcs_transfer, "_PART_BYTES", 1 << 18)
     return 1 << 18
 
 
@@ -677,8 +680,8 @@ def test_broken_line_and_refused_token_are_told_apart_from_refused_tls() -> None
         pool = urllib3.HTTPSConnectionPool("host")
         wrapped = urllib3.exceptions.MaxRetryError(pool, "/", urllib3.exceptions.SSLError(inner))
         error = requests.exceptions.SSLError(wrapped)
-        assert storage._is_transient(error) == may_heal
-        assert storage._is_transient(TransportError(error)) == may_heal
+        assert is_transient(error) == may_heal
+        assert is_transient(TransportError(error)) == may_heal
 
 
 def test_outage_shorter_than_the_retries_is_waited_out(faulty_bucket: FaultyBucket) -> None:
@@ -946,7 +949,7 @@ def test_changed_download_is_refused(bucket_url: str, monkeypatch: pytest.Monkey
     store = open_store(bucket_url)
     store.put("a", b"1")
     # Bytes that change on the way are the library's to find; what it handed over is checked again.
-    monkeypatch.setattr(storage, "crc32c_of", lambda data, value=0: 7)
+    monkeypatch.setattr(gcs, "crc32c_of", lambda data, value=0: 7)
     with pytest.raises(StorageError, match="do not match the server's crc32c"):
         store.get("a")
 
@@ -1000,5 +1003,5 @@ def test_a_wrong_key_file_is_named_with_its_fault(
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
     with pytest.raises(google.auth.exceptions.DefaultCredentialsError) as caught:
         google.auth.default()
-    found = storage._describe_cloud_error(caught.value, "read", "gs://b/x", "b", "object")
+    found = describe_cloud_error(caught.value, "read", "gs://b/x", "b", "object")
     assert re.search(f"GOOGLE_APPLICATION_CREDENTIALS={path} holds .*{fault}", str(found))

@@ -190,8 +190,8 @@ def test_a_change_that_is_repeated_asks_again_before_every_try(
     path = tmp_path / "member"
     path.write_bytes(bytes(3 << 18))
     if call == "put_parts":
-        monkeypatch.setattr("flexunet.storage._SINGLE_BYTES", 1 << 18)
-        monkeypatch.setattr("flexunet.storage._PART_BYTES", 1 << 18)
+        monkeypatch.setattr("flexunet.storage.gcs._SINGLE_BYTES", 1 << 18)
+        monkeypatch.setattr("flexunet.storage.gcs_transfer._PART_BYTES", 1 << 18)
     tries: list[int] = []
 
     def check() -> None:

@@ -232,9 +232,9 @@ def test_fallback_becomes_the_base_of_the_attempt(tmp_path: Path) -> None:
 # without cleaning up at operation `kill_at`, before (0) or after (1) it took place.
 KILLED_COMMITS = """
 import json, os, sys
-from data_prep import storage
+from flexunet.storage import LocalStore
 from job.runs.run import Run
-class Killing(storage.LocalStore):
+class Killing(LocalStore):
     def _act(self, action, *args, **options):
         global count
         count += 1

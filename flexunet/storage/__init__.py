@@ -1,0 +1,52 @@
+"""The only code that talks to storage: local folders and Google Cloud Storage behind one `Store`.
+
+Objects have names relative to the store's URL, separated by `/`. A put is atomic on both: a reader
+sees the old object, the new one or none, never a part. Conditional puts compare generations,
+numbers that change with every write. It must not know what the objects mean.
+"""
+
+from flexunet.storage.base import (
+    BROKEN_LINK,
+    Forbidden,
+    NotAFolder,
+    NotFound,
+    PreconditionFailed,
+    Stat,
+    Store,
+    Unavailable,
+)
+from flexunet.storage.gcs import GcsStore
+from flexunet.storage.local import LocalStore
+from flexunet.storage.local_files import crc32c_of, crc32c_of_file, refuse_file_above
+from flexunet.storage.names import checked_name, join_url, local_path, name_problem
+from flexunet.storage.preconditions import holds, probe_preconditions, probe_writable, put_if_other
+from flexunet.storage.urls import folder_problem, is_file, lies_in, open_source, open_store
+
+__all__ = [
+    "BROKEN_LINK",
+    "Forbidden",
+    "GcsStore",
+    "LocalStore",
+    "NotAFolder",
+    "NotFound",
+    "PreconditionFailed",
+    "Stat",
+    "Store",
+    "Unavailable",
+    "checked_name",
+    "crc32c_of",
+    "crc32c_of_file",
+    "folder_problem",
+    "holds",
+    "is_file",
+    "join_url",
+    "lies_in",
+    "local_path",
+    "name_problem",
+    "open_source",
+    "open_store",
+    "probe_preconditions",
+    "probe_writable",
+    "put_if_other",
+    "refuse_file_above",
+]

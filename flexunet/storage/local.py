@@ -1,0 +1,301 @@
+"""Stores objects as files of a folder, with locks for conditional puts."""
+
+import contextlib
+import copy
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from flexunet.errors import ContentError
+from flexunet.storage.base import BROKEN_LINK, Stat, do_nothing, refused
+from flexunet.storage.listing import size_of, tell_left_out, walk, walk_links, with_folders_above
+from flexunet.storage.local_files import (
+    CHUNK_BYTES,
+    crc32c_of,
+    local_errors,
+    open_temporary,
+    stat_path,
+    whole_file,
+)
+from flexunet.storage.names import LOCK, TEMPORARY, checked_name, local_path
+
+
+@dataclass(frozen=True, init=False)
+class LocalStore:
+    """A folder. It comes into being with the first put.
+
+    Generations are modification times in ns, strictly increasing from put to put. A put without a
+    condition takes no part in the locking of those with one: do not mix both on one object.
+    """
+
+    url: str
+    _follows_links: bool  # to read; nothing is ever put or deleted through a link that leads out
+    _moved: Callable[[], None] = field(repr=False, compare=False)
+    _check: Callable[[], None] = field(repr=False, compare=False)
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        follows_links: bool = False,
+        moved: Callable[[], None] = do_nothing,
+        check: Callable[[], None] = do_nothing,
+    ) -> None:
+        object.__setattr__(self, "url", os.path.abspath(path))
+        object.__setattr__(self, "_follows_links", follows_links)
+        object.__setattr__(self, "_moved", moved)
+        object.__setattr__(self, "_check", check)
+
+    @property
+    def local_root(self) -> str:
+        """The path of the folder."""
+        return self.url
+
+    @property
+    def retry_s(self) -> float:
+        """A folder's failures are not transient."""
+        return 0.0
+
+    def following_links(self) -> "LocalStore":
+        """Returns the same folder, read with all its links."""
+        return self._with("_follows_links", True)
+
+    def stat(self, name: str) -> Stat | None:
+        """See `Store.stat`."""
+        path = self._read_path(name)
+        with local_errors("read", path):
+            return stat_path(name, path)
+
+    def list(self, prefix: str = "") -> list[Stat]:
+        """See `Store.list`; links to files inside the folder are listed, other links are not.
+
+        Where links are followed, those that lead to no file are listed too, with size 0, and `stat`
+        does not know them; only what leads to a folder that it lies in is left out.
+        """
+        folder = prefix.rpartition("/")[0]
+        top = self._read_path(folder) if folder else self.url
+        left_out: list[str] = []
+        with local_errors("list", top):
+            if self._follows_links:
+                files = walk_links(top, folder, with_folders_above(top), left_out)
+            else:
+                files = walk(top, folder, os.path.realpath(self.url), left_out)
+            found = [
+                Stat(name, size_of(info), info.st_mtime_ns, None)
+                for name, info in files
+                if name.startswith(prefix)
+            ]
+        if left_out:
+            where = "to a folder above" if self._follows_links else "to folders or out of it"
+            tell_left_out(self.url, len(left_out), where, min(left_out))
+        return sorted(found, key=lambda stat: stat.name)
+
+    def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """See `Store.get`."""
+        path = self._file_path(name)
+        with local_errors("read", path), open(path, "rb") as file:
+            file.seek(start)
+            data = file.read(-1 if length is None else length)
+        self._moved()
+        return data
+
+    def get_file(self, name: str, path: str) -> int:
+        """See `Store.get_file`; the copy is not forced to disk."""
+        source = self._file_path(name)
+        value = 0
+        with local_errors("read", source), open(source, "rb") as file, whole_file(path) as copy:
+            while chunk := file.read(CHUNK_BYTES):
+                value = crc32c_of(chunk, value)
+                copy.write(chunk)
+                self._moved()
+        return value
+
+    def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
+        """See `Store.put`."""
+        stat = self._put(name, lambda file: file.write(data), if_generation)
+        self._moved()
+        return stat
+
+    def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
+        """See `Store.put_file`."""
+        with local_errors("read", path), open(path, "rb") as source:
+
+            def copy(file: BinaryIO) -> None:
+                while chunk := source.read(CHUNK_BYTES):
+                    file.write(chunk)
+                    self._moved()
+
+            return self._put(name, copy, if_generation)
+
+    def delete(self, name: str) -> None:
+        """See `Store.delete`; folders that become empty go too, up to the store's own."""
+        self._check()
+        path = local_path(self.url, name)
+        with local_errors("delete", path):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(path)
+            folder = os.path.dirname(path)
+            with contextlib.suppress(OSError):  # not empty, or somebody else was quicker
+                while folder != self.url:
+                    os.rmdir(folder)
+                    folder = os.path.dirname(folder)
+
+    def below(self, prefix: str) -> "LocalStore":
+        """See `Store.below`."""
+        return LocalStore(
+            self._read_path(prefix),
+            follows_links=self._follows_links,
+            moved=self._moved,
+            check=self._check,
+        )
+
+    def with_limits(self, *, retry_s: float, timeout_s: float) -> "LocalStore":
+        """See `Store.with_limits`; a folder has none."""
+        return self
+
+    def watched(self, moved: Callable[[], None]) -> "LocalStore":
+        """See `Store.watched`."""
+        return self._with("_moved", moved)
+
+    def guarded(self, check: Callable[[], None]) -> "LocalStore":
+        """See `Store.guarded`."""
+        return self._with("_check", check)
+
+    def _with(self, name: str, value: Any) -> "LocalStore":
+        twin = copy.copy(self)
+        object.__setattr__(twin, name, value)
+        return twin
+
+    def remove_unfinished(self) -> int:
+        """See `Store.remove_unfinished`."""
+        self._check()
+        num_removed = 0
+        for folder, _, files in os.walk(self.url):
+            for file in files:
+                if file.startswith(TEMPORARY):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(os.path.join(folder, file))
+                        num_removed += 1
+            if LOCK in files:
+                # The file goes with the lock; one that stays does no harm.
+                with contextlib.suppress(OSError), _folder_lock(folder):
+                    pass
+        return num_removed
+
+    def _read_path(self, name: str) -> str:
+        if self._follows_links:
+            return os.path.join(self.url, checked_name(name))
+        return local_path(self.url, name)
+
+    def _file_path(self, name: str) -> str:
+        """Returns the path of a file to read; a source's link that leads to none is a bad file."""
+        path = self._read_path(name)
+        if self._follows_links and os.path.islink(path) and not os.path.isfile(path):
+            raise ContentError(f"{path}: {BROKEN_LINK}")
+        return path
+
+    def _put(self, name: str, write: Callable[[Any], Any], if_generation: int | None) -> Stat:
+        self._check()
+        path = local_path(self.url, name)
+        with local_errors("write", path):
+            file = open_temporary(path)
+            try:
+                with file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                info = self._publish(file.name, path, if_generation)
+                with contextlib.suppress(FileNotFoundError):  # another process has deleted both
+                    _sync_folder(os.path.dirname(path))
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file.name)
+        return Stat(name, info.st_size, info.st_mtime_ns, None)
+
+    def _publish(self, temporary: str, path: str, if_generation: int | None) -> os.stat_result:
+        """Gives a file its name; returns its own stat, as the next writer may be here already."""
+        if if_generation is None:
+            info = _follow(temporary, stat_path("", path))
+            os.replace(temporary, path)
+            return info
+        if if_generation == 0:
+            info = _follow(temporary, None)
+            if _link(temporary, path):
+                return info
+        with _folder_lock(os.path.dirname(path)):
+            found = stat_path("", path)
+            generation = found.generation if found else 0
+            if generation != if_generation:
+                raise refused(path, if_generation, generation)
+            info = _follow(temporary, found)
+            os.replace(temporary, path)
+            return info
+
+
+def _sync_folder(folder: str) -> None:
+    """Makes a rename last over a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _follow(temporary: str, previous: Stat | None) -> os.stat_result:
+    """Returns the stat of `temporary`, given a time after that of the object it replaces.
+
+    The kernel's clock for files ticks every few ms, so two puts could carry the same time.
+    """
+    now = time.time_ns()
+    generation = max(now, previous.generation + 1) if previous else now
+    os.utime(temporary, ns=(now, generation))
+    return os.stat(temporary)
+
+
+def _link(temporary: str, path: str) -> bool:
+    """Publishes `temporary` where nothing is yet; returns False where files cannot be linked."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        found = stat_path("", path)
+        raise refused(path, 0, found.generation if found else 0) from error
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            return False
+        raise
+    return True
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: str) -> Iterator[None]:
+    """Holds the lock of `folder` for the block; the kernel frees it when the process dies.
+
+    The lock file goes with the lock, so that the folder can become empty. Who has waited for a file
+    that is gone holds nothing, and asks again.
+    """
+    path = os.path.join(folder, LOCK)
+    while True:
+        with open(path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _has_name(file, path):
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # it may stay: it is as good for the next one
+                    os.unlink(path)
+            return
+
+
+def _has_name(file: BinaryIO, path: str) -> bool:
+    """Returns whether `path` is still the name of the open `file`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # the second is what NFS says
+            return False
+        raise
