@@ -22,7 +22,6 @@ from machine import describe_machine, spread, write_result
 
 from data_prep.phantoms.images import write_phantoms
 from data_prep.pipeline import PrepConfig, prepare
-from data_prep.shards.schema import decode_example
 from data_prep.sources.pairs import find_sources
 from job.config import AugmentationConfig, TrainConfig
 from job.data.augment import augment
@@ -120,10 +119,9 @@ def decode_run(measured: Input, augmentation: AugmentationConfig | None) -> Call
     """Returns a function that decodes `limit` samples, and warps them where that is asked for."""
     import tensorflow as tf
 
-    keys = ("image/encoded", "image/segmentation/class/encoded")
     order = sample_order(measured.num_samples, seed=0, epoch=0, version=2)
-    samples = [decode_example(measured.reader.read(int(i))) for i in order]
-    images, masks = ([sample[key] for sample in samples] for key in keys)
+    records = [measured.reader.read(int(i)) for i in order]
+    images, masks = [each.image for each in records], [each.mask for each in records]
 
     def warp(image: np.ndarray, mask: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
         return list(

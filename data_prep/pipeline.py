@@ -1044,7 +1044,7 @@ def _read_pair(store: Store, row: Mapping[str, Any]) -> report.Pair:
     where = f"{store.url}/{row['shard']} at {row['offset']}"
     record = store.get(row["shard"], row["offset"], row["length"])
     features = schema.decode_example(schema.unframe_record(record, where=where))
-    image, mask = features["image/encoded"], features["image/segmentation/class/encoded"]
+    image, mask = features[schema.IMAGE_FEATURE], features[schema.MASK_FEATURE]
     if not isinstance(image, bytes) or not isinstance(mask, bytes):
         raise ContentError(f"{where}: pictures are not bytes; prepare the dataset again")
     image_pixels = read_image(image, name=where, max_pixels=2**31)

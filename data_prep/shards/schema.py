@@ -43,6 +43,9 @@ SHARD_PATTERN = re.compile(r"(train|valid|test)-(\d{5,})-of-(\d{5,})\.tfrecord")
 MAX_MANIFEST_BYTES = 64 * 2**20
 GROUPS_BY_FILE = "by file"  # a `Manifest.group_rule`: every picture is a group of its own
 GROUPS_UNKNOWN = "not recorded"
+ID_FEATURE = "image/id"
+IMAGE_FEATURE = "image/encoded"
+MASK_FEATURE = "image/segmentation/class/encoded"
 RECORD_OVERHEAD = 16  # bytes that the framing adds to a payload: length, its CRC, the payload's CRC
 
 _CROP_COLUMNS = ("crop_top", "crop_left", "crop_height", "crop_width")
@@ -262,13 +265,13 @@ def encode_example(sample: Sample) -> bytes:
         {
             **place,
             "image/channels": channels,
-            "image/encoded": encode_png(sample.image),
+            IMAGE_FEATURE: encode_png(sample.image),
             "image/filename": sample.filename.encode(),
             "image/format": b"png",
             "image/group": sample.group.encode(),
             "image/height": height,
-            "image/id": sample.id.encode(),
-            "image/segmentation/class/encoded": encode_png(sample.mask, is_mask=True),
+            ID_FEATURE: sample.id.encode(),
+            MASK_FEATURE: encode_png(sample.mask, is_mask=True),
             "image/segmentation/class/format": b"png",
             "image/width": width,
         }

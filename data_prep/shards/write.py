@@ -337,12 +337,12 @@ def _final_record(staging: Store, scanned: Scanned, target: Target) -> tuple[byt
     features["image/group"] = scanned.group.encode()  # groups are joined after they were staged
     sha256, moments = scanned.sha256, scanned.moments
     if not is_as_stored:
-        encoded = features["image/encoded"]
+        encoded = features[schema.IMAGE_FEATURE]
         if not isinstance(encoded, bytes):
             raise ContentError(f"{where}: image/encoded is not bytes; delete {staging.url}")
         image = read_image(encoded, name=scanned.filename, max_pixels=2**62)
         image = convert(image, target, value_max=scanned.value_max)
-        features |= {"image/encoded": encode_png(image), "image/channels": image.shape[2]}
+        features |= {schema.IMAGE_FEATURE: encode_png(image), "image/channels": image.shape[2]}
         sha256, moments = schema.sha256_of_pixels(image), moments_of(image)
     return schema.frame_record(schema.encode_features(features)), sha256, moments
 
