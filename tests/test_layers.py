@@ -1,16 +1,19 @@
-"""Imports run leftwards only, those inside functions too: data_prep <- job <- launcher."""
+"""Imports run one way only, also inside functions: between packages and within each of them."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Set
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {
-    "data_prep": {"job", "launcher", "tensorflow", "tensorflow_io", "keras", "ray"},
+from tests.source_tree import ROOT, import_graph, imported_names, module_name, python_files
+
+FRAMEWORKS = {"tensorflow", "tensorflow_io", "keras"}
+IMAGES = {"cv2", "PIL", "pydicom", "tifffile", "scipy", "matplotlib", "h5py"}
+BANNED = {
+    "flexunet": {"data_prep", "job", "launcher", "ray", *FRAMEWORKS, *IMAGES},
+    "data_prep": {"job", "launcher", "ray", *FRAMEWORKS},
     "job": {"launcher", "ray"},
     "launcher": set[str](),
 }
@@ -18,27 +21,65 @@ FRAMEWORK_FREE = {"job/runs/run.py": {"tensorflow", "keras"}}
 # May import these, but only inside its functions: a reader that is chosen by an option.
 LAZY = {"data_prep/imaging/dicom_tfio.py": {"tensorflow", "tensorflow_io"}}
 
+# Each package's own order, lowest first: a module imports from its own entry and from earlier ones.
+COMMANDS = ["job.evaluate", "job.infer", "job.report", "job.train", "job.doctor"]
+ORDERS = {
+    "data_prep": [
+        "data_prep.config",
+        "data_prep.imaging",
+        "data_prep.sources",
+        "data_prep.splits",
+        "data_prep.shards",
+        "data_prep.phantoms",
+        "data_prep.report",
+        "data_prep.pipeline",
+        "data_prep.cli",
+        "data_prep.__main__",
+    ],
+    "job": [
+        "job.config",
+        "job.data",
+        "job.compat",
+        "job.losses",
+        "job.metrics",
+        "job.models",
+        "job.distributed",
+        "job.runs",
+        "job.inference",
+        "job.evaluation",
+        "job.reporting",
+        "job.training",
+        *COMMANDS,
+    ],
+}
+# Commands know nothing of each other, but for these: (importing, imported): why.
+COMMANDS_OF_COMMANDS = {
+    ("job.train", "job.evaluate"): "after training, the checkpoint is evaluated",
+    ("job.train", "job.report"): "the report of a run is written at its end",
+    ("job.report", "job.evaluate"): "the command writes what is evaluated of a run",
+}
+# (importing, imported) of ORDERS against the order, which are to go. No entry may be added.
+ALLOWED_UPWARD: set[tuple[str, str]] = {
+    ("data_prep.splits", "data_prep.shards"),
+    ("job.models", "job.inference"),
+    ("job.models", "job.runs"),
+    ("job.runs", "job.training"),
+    ("job.training", "job.evaluate"),
+    ("job.training", "job.infer"),
+    ("job.training", "job.report"),
+}
+# Modules that import each other in a circle, which are to go. No entry may be added.
+ALLOWED_CIRCLES: set[frozenset[str]] = {
+    frozenset({"data_prep.phantoms.images", "data_prep.phantoms.inbreast_release"}),
+}
 
-def imported_modules(tree: ast.AST) -> Iterator[str]:
-    """Yields the full dotted name of everything that is imported."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            yield from (f"{'.' * node.level}{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if name in ("import_module", "__import__"):
-                yield str(node.args[0].value)
 
-
-def problems(text: str, banned: set[str]) -> list[str]:
+def problems(text: str, banned: Set[str]) -> list[str]:
     """Returns a line for each import that `banned` or the project's rules forbid."""
     tree = ast.parse(text)
-    found = [name for name in imported_modules(tree) if name.split(".")[0] in banned]
-    found += [name for name in imported_modules(tree) if name.startswith(".")]
-    found += [name for name in imported_modules(tree) if name.startswith("tensorflow.keras")]
+    names = list(imported_names(tree))
+    found = [name for name in names if name.split(".")[0] in banned]
+    found += [name for name in names if name.startswith((".", "tensorflow.keras"))]
     # Ray sets TF_USE_LEGACY_KERAS=1 in its workers: `tf.keras` is another library there.
     for node in ast.walk(tree):
         if (
@@ -51,29 +92,97 @@ def problems(text: str, banned: set[str]) -> list[str]:
     return found
 
 
-def modules() -> list[str]:
-    return sorted(
-        str(path.relative_to(ROOT)) for room in ROOMS for path in (ROOT / room).rglob("*.py")
-    )
-
-
-def test_every_room_has_modules() -> None:
-    assert {name.split("/")[0] for name in modules()} == set(ROOMS)
-
-
-@pytest.mark.parametrize("name", modules())
-def test_module_imports_leftwards_only(name: str) -> None:
-    banned = ROOMS[name.split("/")[0]] | FRAMEWORK_FREE.get(name, set())
-    text = (ROOT / name).read_text()
-    assert problems(text, banned - LAZY.get(name, set())) == []
-    assert problems(outside_functions(text), banned) == []
-
-
 def outside_functions(text: str) -> str:
     """Returns the module without its functions: what runs when it is imported."""
     tree = ast.parse(text)
     tree.body = [each for each in tree.body if not isinstance(each, ast.FunctionDef)]
     return ast.unparse(tree)
+
+
+def entry_of(module: str, order: Iterable[str]) -> str | None:
+    """Returns the entry of `order` that is the module or a package that it is in."""
+    return next((each for each in order if f"{module}.".startswith(f"{each}.")), None)
+
+
+def upward(graph: Mapping[str, Set[str]], order: list[str]) -> dict[tuple[str, str], list[str]]:
+    """Returns the imports against `order` and those between commands, by their two entries."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for module, imports in graph.items():
+        for other in imports:
+            ours, theirs = entry_of(module, order), entry_of(other, order)
+            if ours is None or theirs is None or ours == theirs:
+                continue
+            if order.index(theirs) > order.index(ours) or {ours, theirs} <= set(COMMANDS):
+                found.setdefault((ours, theirs), []).append(f"{module} -> {other}")
+    return found
+
+
+def circles(graph: Mapping[str, Set[str]]) -> set[frozenset[str]]:
+    """Returns the groups of modules that reach each other by imports."""
+    reached = {module: set(imports) for module, imports in graph.items()}
+    for between in graph:
+        for imports in reached.values():
+            if between in imports:
+                imports |= reached[between]
+    return {
+        frozenset(other for other in reached[module] if module in reached[other])
+        for module in graph
+        if module in reached[module]
+    }
+
+
+def test_every_package_has_modules() -> None:
+    assert {path.split("/")[0] for path in python_files()} == set(BANNED)
+
+
+@pytest.mark.parametrize("name", python_files())
+def test_module_imports_leftwards_only(name: str) -> None:
+    banned = BANNED[name.split("/")[0]] | FRAMEWORK_FREE.get(name, set())
+    text = (ROOT / name).read_text()
+    assert problems(text, banned - LAZY.get(name, set())) == []
+    assert problems(outside_functions(text), banned) == []
+
+
+def test_exceptions_are_of_modules_that_exist() -> None:
+    assert {*FRAMEWORK_FREE, *LAZY} <= set(python_files())
+
+
+@pytest.mark.parametrize("package", sorted(ORDERS))
+def test_every_module_has_its_place_in_the_order(package: str) -> None:
+    inside = [module for module in map(module_name, python_files()) if module.startswith(package)]
+    assert [each for each in inside if not entry_of(each, ORDERS[package])] == [package]
+
+
+@pytest.mark.parametrize("package", sorted(ORDERS))
+def test_imports_inside_a_package_run_downwards(package: str) -> None:
+    found = upward(import_graph(), ORDERS[package])
+    allowed = {
+        pair for pair in ALLOWED_UPWARD | set(COMMANDS_OF_COMMANDS) if pair[0] in ORDERS[package]
+    }
+    assert [line for pair in sorted(set(found) - allowed) for line in found[pair]] == []
+    assert sorted(allowed - set(found)) == [], "no longer needed; take them out of the table"
+
+
+def test_no_modules_import_each_other() -> None:
+    found = circles(import_graph())
+    assert found - ALLOWED_CIRCLES == set()
+    assert ALLOWED_CIRCLES - found == set(), "no longer needed; take them out of the table"
+
+
+def test_upward_imports_and_circles_are_found() -> None:
+    graph = {
+        "job.train": {"job.runs.run", "job.evaluate"},
+        "job.runs.run": {"job.training.step", "job.runs.lease"},
+        "job.runs.lease": {"job.runs.h5"},
+        "job.runs.h5": {"job.runs.run"},
+        "job.training.step": set(),
+        "job.evaluate": set(),
+    }  # fmt: skip
+    assert upward(graph, ORDERS["job"]) == {
+        ("job.train", "job.evaluate"): ["job.train -> job.evaluate"],
+        ("job.runs", "job.training"): ["job.runs.run -> job.training.step"],
+    }
+    assert circles(graph) == {frozenset({"job.runs.run", "job.runs.lease", "job.runs.h5"})}
 
 
 def test_preparation_does_not_load_tensorflow() -> None:
@@ -101,6 +210,7 @@ def test_import_outside_of_a_function_is_found() -> None:
         "import ray.train as train",
         "def f():\n    from ray import train",
         "if x:\n    import importlib\n    importlib.import_module('ray.data')",
+        "__import__('ray')",
         "from . import run",
         "from tensorflow import keras",
         "from tensorflow.keras import layers",

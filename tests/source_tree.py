@@ -1,0 +1,50 @@
+"""Finds the modules of the four packages and what each imports, for the tests of the source."""
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("flexunet", "data_prep", "job", "launcher")  # imports run leftwards only
+
+
+def python_files() -> list[str]:
+    """Returns the path of every module, relative to the project's folder."""
+    return sorted(
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+    )
+
+
+def module_name(path: str) -> str:
+    """Returns the dotted name of the module at `path`; that of the package for its `__init__`."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imported_names(tree: ast.AST) -> Iterator[str]:
+    """Yields the full dotted name of everything that is imported, also inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            yield from (f"{'.' * node.level}{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ("import_module", "__import__"):
+                yield str(node.args[0].value)
+
+
+@functools.cache
+def import_graph() -> dict[str, set[str]]:
+    """Returns the modules of the four packages that each of them imports."""
+    paths = {module_name(path): path for path in python_files()}
+    graph = {}
+    for module, path in paths.items():
+        names = imported_names(ast.parse((ROOT / path).read_text()))
+        # `from a.b import c` imports the module a.b.c, or a name of the module a.b.
+        found = {name if name in paths else name.rpartition(".")[0] for name in names}
+        graph[module] = found & set(paths) - {module}
+    return graph
