@@ -27,8 +27,9 @@ from pydantic import field_validator, model_validator
 from data_prep import report
 from data_prep.imaging.breast import Crop, Flip
 from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS, read_image, read_mask_pixels
+from data_prep.imaging.color_map import check_ignore_id, parse_color_map
 from data_prep.imaging.dicom import Reader
-from data_prep.imaging.masks import check_ignore_id, parse_color_map
+from data_prep.imaging.pixels import Target
 from data_prep.shards import encode, schema, write
 from data_prep.sources import inbreast
 from data_prep.sources.pairs import Pair, Reject, Source, find_pairs, find_sources, folder_made_by
@@ -814,7 +815,7 @@ def _check_leaks(samples: Sequence[encode.Scanned], config: PrepConfig) -> bool:
     return bool(leaks)
 
 
-def _target(samples: Sequence[encode.Scanned], config: PrepConfig) -> write.Target:
+def _target(samples: Sequence[encode.Scanned], config: PrepConfig) -> Target:
     target = write.common_target(samples, config.full_scale)
     if config.full_scale is not None and target.bit_depth == 8:
         raise UsageError(
@@ -825,7 +826,7 @@ def _target(samples: Sequence[encode.Scanned], config: PrepConfig) -> write.Targ
 
 
 def _clipped(
-    samples: Sequence[encode.Scanned], target: write.Target, config: PrepConfig
+    samples: Sequence[encode.Scanned], target: Target, config: PrepConfig
 ) -> list[tuple[encode.Scanned, int]]:
     """Returns the pictures with pixels above the full scale, and their number; tells them."""
     if target.bit_depth == 8:
@@ -855,7 +856,7 @@ def _clipped(
 
 
 def _full_scale_info(
-    samples: Sequence[encode.Scanned], target: write.Target, config: PrepConfig
+    samples: Sequence[encode.Scanned], target: Target, config: PrepConfig
 ) -> schema.FullScaleInfo | None:
     pictures = [sample for sample in samples if sample.num_above]
     if not pictures:
@@ -872,9 +873,7 @@ def _full_scale_info(
     )
 
 
-def _tell_mixed(
-    samples: Sequence[encode.Scanned], target: write.Target, config: PrepConfig
-) -> None:
+def _tell_mixed(samples: Sequence[encode.Scanned], target: Target, config: PrepConfig) -> None:
     """Says which few pictures decided the format of all."""
     samples = list({sample.picture: sample for sample in samples}.values())
     coloured = [sample.filename for sample in samples if sample.channels == 3]
@@ -908,7 +907,7 @@ def _listed(names: Sequence[str]) -> str:
 def _manifest(
     config: PrepConfig,
     name: str,
-    target: write.Target,
+    target: Target,
     tasks: Sequence[write.ShardTask],
     written: Sequence[write.WrittenShard],
     assignment: _Assignment,

@@ -15,7 +15,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from data_prep.imaging.codecs import encode_png
-from data_prep.imaging.masks import ClassColor
+from data_prep.imaging.color_map import ClassColor
 from flexunet.tables import csv_table
 from flexunet.text import legible
 

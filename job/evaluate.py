@@ -19,7 +19,7 @@ import click
 import numpy as np
 from pydantic import model_validator
 
-from data_prep.imaging.codecs import Geometry, undo_geometry
+from data_prep.imaging.geometry import Geometry, undo_geometry
 from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.cli.options import PATH, SettingsCommand, from_options, run_command, settings_options
 from flexunet.errors import StoppedError, UsageError

@@ -22,15 +22,9 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from data_prep.imaging.codecs import (
-    DEFAULT_MAX_PIXELS,
-    Geometry,
-    apply_geometry,
-    fit,
-    read_image,
-    undo_geometry,
-)
+from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS, read_image
 from data_prep.imaging.dicom import DICOM_ENDINGS, is_dicom, read_dicom
+from data_prep.imaging.geometry import Geometry, apply_geometry, fit, undo_geometry
 from data_prep.imaging.tiles import starts
 from data_prep.shards.schema import Manifest
 from data_prep.sources.pairs import IMAGE_ENDINGS
@@ -558,7 +552,7 @@ def _preview(image: np.ndarray) -> np.ndarray:
     if scale >= 1:
         return image
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    geometry = fit(height, width, target_height=size[0], target_width=size[1], kind="stretch")
+    geometry = fit((height, width), size, kind="stretch")
     return apply_geometry(image, geometry, *size, nearest=False)
 
 

@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.imaging.codecs import Box, Geometry, Pixels, apply_geometry, fit
+from data_prep.imaging.geometry import Box, Geometry, apply_geometry, fit
+from data_prep.imaging.pixels import Pixels
 
 Crop = Literal["none", "breast"]
 Flip = Literal["none", "left", "right"]
@@ -64,9 +65,8 @@ def frame(image: Pixels, *, height: int, width: int, kind: str, crop: Crop, flip
     """
     found = find_breast(image) if (crop, flip) != ("none", "none") else None
     return fit(
-        *image.shape[:2],
-        target_height=height,
-        target_width=width,
+        image.shape[:2],
+        (height, width),
         kind=kind,
         crop=found.box if found and crop == "breast" else None,
         is_flipped=found is not None and flip != "none" and found.is_left != (flip == "left"),
@@ -80,7 +80,7 @@ def _tissue(image: Pixels) -> np.ndarray:
     height, width = image.shape[:2]
     scale = min(1.0, _SEARCH_SIDE / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    whole = fit(height, width, target_height=size[0], target_width=size[1], kind="stretch")
+    whole = fit((height, width), size, kind="stretch")
     small = apply_geometry(image, whole, *size, nearest=False).reshape(*size, -1).max(axis=2)
     dark, bright = float(small.min()), float(np.percentile(small, 99.5))
     tissue = (small > dark + _TISSUE * (bright - dark)).astype(np.uint8)

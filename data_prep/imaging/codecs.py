@@ -1,4 +1,4 @@
-"""Bytes to pixels and back: decoding with limits, lossless encoding, resizing that can be undone.
+"""Picture files to pixels and back: decoding with limits, lossless encoding.
 
 Owns the picture formats and their traps. It must not know classes, datasets or storage.
 
@@ -19,12 +19,12 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.imaging.pixels import Pixels
 from data_prep.imaging.tiff import (
     PALETTE,
     RGB,
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_PIXELS = 100_000_000
 
-Pixels = npt.NDArray[Any]
-"""(H, W) or (H, W, C) uint8 or uint16."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8", b"BM", *TIFF_SIGNATURES)
@@ -92,22 +90,6 @@ def read_mask_pixels(data: bytes, *, name: str, max_pixels: int = DEFAULT_MAX_PI
     return pixels
 
 
-def grey_channel(pixels: Pixels) -> Pixels | None:
-    """Returns the one channel (H, W) of a picture whose channels are alike, None for colours.
-
-    Args:
-        pixels: (H, W) or (H, W, C).
-    """
-    import cv2
-
-    if pixels.ndim == 2:
-        return pixels
-    # A third of the time that comparing every third byte takes.
-    first, *others = cv2.split(pixels)
-    is_grey = all(np.array_equal(first, other) for other in others)
-    return np.asarray(first) if is_grey else None
-
-
 def encode_png(pixels: Pixels, *, is_mask: bool = False) -> bytes:
     """Returns `pixels` as a lossless PNG without metadata; the same pixels give the same bytes.
 
@@ -139,182 +121,6 @@ def encode_png(pixels: Pixels, *, is_mask: bool = False) -> bytes:
         ]
     _, encoded = cv2.imencode(".png", np.ascontiguousarray(stored), options)
     return encoded.tobytes()
-
-
-@dataclass(frozen=True)
-class Box:
-    """A part of a picture, pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where a picture lies in the stored image, all in pixels.
-
-    Attributes:
-        kind: "stretch" (fills the stored image), "pad" (keeps its aspect; the rest is 0) or "tile"
-            (a part at its own size, upper left; the rest is 0).
-        source_height: height of the picture before.
-        source_width: width of the picture before.
-        top: first row of the picture in the stored image.
-        left: first column of the picture in the stored image.
-        height: rows of the picture in the stored image.
-        width: columns of the picture in the stored image.
-        crop: the part of the picture that is stored; None: all of it.
-        is_flipped: that part is mirrored, left to right.
-    """
-
-    kind: str
-    source_height: int
-    source_width: int
-    top: int
-    left: int
-    height: int
-    width: int
-    crop: Box | None = None
-    is_flipped: bool = False
-
-    @property
-    def part(self) -> Box:
-        """The part of the picture that is stored."""
-        return self.crop or Box(0, 0, self.source_height, self.source_width)
-
-
-def fit(
-    height: int,
-    width: int,
-    *,
-    target_height: int,
-    target_width: int,
-    kind: str,
-    crop: Box | None = None,
-    is_flipped: bool = False,
-) -> Geometry:
-    """Returns how a picture of `height` x `width`, or a part of it, is laid into the target.
-
-    Args:
-        kind: "stretch", "pad" to keep the aspect and centre the picture, or "tile" to keep the size
-            and leave the target out of account.
-        crop: the part of the picture that is used; None: all of it.
-        is_flipped: it is mirrored, left to right.
-
-    Raises:
-        ValueError: a size below 1, or another kind.
-    """
-    source = height, width
-    height, width = (crop.height, crop.width) if crop else source
-    if min(height, width, target_height, target_width) < 1:
-        raise ValueError(
-            f"cannot fit {height}x{width} into {target_height}x{target_width}: sizes start at 1"
-        )
-    if kind == "stretch":
-        return Geometry(kind, *source, 0, 0, target_height, target_width, crop, is_flipped)
-    if kind == "tile":
-        return Geometry(kind, *source, 0, 0, height, width, crop, is_flipped)
-    if kind != "pad":
-        raise ValueError(f"unknown geometry {kind!r}; known: pad, stretch, tile")
-    scale = min(target_height / height, target_width / width)
-    inner_height = min(target_height, max(1, round(height * scale)))
-    inner_width = min(target_width, max(1, round(width * scale)))
-    top = (target_height - inner_height) // 2
-    left = (target_width - inner_width) // 2
-    inner = inner_height, inner_width
-    return Geometry(kind, *source, top, left, *inner, crop, is_flipped)
-
-
-def apply_geometry(
-    pixels: Pixels, geometry: Geometry, target_height: int, target_width: int, *, nearest: bool
-) -> Pixels:
-    """Returns `pixels` laid into (target_height, target_width[, C]); dtype kept, the rest 0.
-
-    Args:
-        pixels: (source_height, source_width) or (source_height, source_width, C).
-        nearest: True for masks: no new values, aligned with the resize of the picture.
-
-    Raises:
-        ValueError: `pixels` are not of the source size.
-    """
-    if pixels.shape[:2] != (geometry.source_height, geometry.source_width):
-        raise ValueError(f"pixels {pixels.shape} do not have the source size of {geometry}")
-    part = pixels[_slices(geometry.part)]
-    if geometry.is_flipped:
-        part = part[:, ::-1]
-    inner = _resize(part, geometry.height, geometry.width, nearest=nearest)
-    if (geometry.height, geometry.width) == (target_height, target_width):
-        return inner
-    result = np.zeros((target_height, target_width, *pixels.shape[2:]), pixels.dtype)
-    result[_inside(geometry)] = inner
-    return result
-
-
-def kept_lines(geometry: Geometry) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Returns the rows and the columns of the source that `apply_geometry` takes for a mask."""
-    box = geometry.part
-    rows, columns = (np.arange(length, dtype=np.int32) for length in (box.height, box.width))
-    if geometry.is_flipped:
-        columns = columns[::-1]
-    rows = _resize(rows[:, np.newaxis], geometry.height, 1, nearest=True)[:, 0]
-    columns = _resize(columns[np.newaxis], 1, geometry.width, nearest=True)[0]
-    return box.top + rows, box.left + columns
-
-
-def undo_geometry(pixels: Pixels, geometry: Geometry, *, nearest: bool) -> Pixels:
-    """Returns the picture's part of the stored image at its source size, dtype kept.
-
-    What was cropped away is 0.
-
-    Args:
-        pixels: (H, W) or (H, W, C), the stored image or a mask of its size.
-        nearest: True for masks.
-
-    Raises:
-        ValueError: `pixels` are too small to hold the picture.
-    """
-    inner = pixels[_inside(geometry)]
-    if inner.shape[:2] != (geometry.height, geometry.width):
-        raise ValueError(f"pixels {pixels.shape} are too small for {geometry}")
-    box = geometry.part
-    part = _resize(inner, box.height, box.width, nearest=nearest)
-    if geometry.is_flipped:
-        part = np.ascontiguousarray(part[:, ::-1])
-    if geometry.crop is None:
-        return part
-    whole = geometry.source_height, geometry.source_width, *part.shape[2:]
-    result = np.zeros(whole, part.dtype)
-    result[_slices(box)] = part
-    return result
-
-
-def _inside(geometry: Geometry) -> tuple[slice, slice]:
-    return _slices(Box(geometry.top, geometry.left, geometry.height, geometry.width))
-
-
-def _slices(box: Box) -> tuple[slice, slice]:
-    return slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
-
-
-def _resize(pixels: Pixels, height: int, width: int, *, nearest: bool) -> Pixels:
-    import cv2
-
-    if pixels.shape[:2] == (height, width):
-        return pixels.copy()
-    source = np.ascontiguousarray(pixels)
-    if nearest:
-        # INTER_NEAREST takes the corner of a pixel and would shift a mask by up to half a pixel
-        # against its picture; the exact variant takes the centre.
-        result = cv2.resize(source, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
-        return result.reshape(height, width, *pixels.shape[2:])
-    # Each axis by its own rule: INTER_AREA where it shrinks, then INTER_LINEAR where it grows.
-    smaller = min(height, pixels.shape[0]), min(width, pixels.shape[1])
-    if smaller != pixels.shape[:2]:
-        source = cv2.resize(source, smaller[::-1], interpolation=cv2.INTER_AREA)
-    if smaller != (height, width):
-        source = cv2.resize(source, (width, height), interpolation=cv2.INTER_LINEAR)
-    return source.reshape(height, width, *pixels.shape[2:])
 
 
 def _decode(data: bytes, *, name: str, max_pixels: int) -> Pixels:

@@ -27,7 +27,7 @@ from flexunet.errors import ContentError
 if TYPE_CHECKING:
     from pydicom import FileDataset
 
-    from data_prep.imaging.codecs import Pixels
+    from data_prep.imaging.pixels import Pixels
 
 DICOM_ENDINGS = (".dcm",)
 
@@ -107,7 +107,10 @@ def _parsed(data: bytes, name: str) -> "FileDataset":
         # A deflated file must not be read further than its meta information: it may be a bomb.
         file = io.BytesIO(data[_PREAMBLE_BYTES + 4 :])
         meta = pydicom.filereader.read_dataset(
-            *(file, False, True), stop_when=lambda tag, *_: tag >> 16 != _META_GROUP
+            file,
+            is_implicit_VR=False,
+            is_little_endian=True,
+            stop_when=lambda tag, *_: tag >> 16 != _META_GROUP,
         )
         syntax = str(meta.TransferSyntaxUID)
     if syntax not in _SYNTAXES:

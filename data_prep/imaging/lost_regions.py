@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from data_prep.imaging.codecs import Geometry, kept_lines
+from data_prep.imaging.geometry import Geometry, kept_lines
 
 
 @dataclasses.dataclass(frozen=True)

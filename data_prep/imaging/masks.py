@@ -14,7 +14,6 @@ How a mask is read, whatever its file format:
 
 import io
 import math
-import re
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -24,14 +23,14 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS, Pixels, grey_channel
-from flexunet.errors import ContentError, UsageError
+from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS
+from data_prep.imaging.color_map import MAX_CLASSES, ClassColor, Color, check_ignore_id, grey_level
+from data_prep.imaging.pixels import Pixels, grey_channel
+from flexunet.errors import ContentError
 
-Color = tuple[int, int, int]
 ClassIds = npt.NDArray[np.uint8]
 """(H, W) uint8 class ids."""
 
-MAX_CLASSES = 256  # ids are stored in 8 bits
 NPZ_KEY = "mask"
 
 _NUM_COLORS_NAMED = 5
@@ -41,46 +40,6 @@ _NOT_A_BLEND = 128  # a blend of two colours differs by less from the nearer one
 _MAX_ID_LIKE = 64
 _SOLID_SIDE = 3  # pixels; blends lie along edges, which are thinner
 _NPZ_BYTES_PER_PIXEL = 64  # eight one-hot classes as float64, or 64 as uint8
-
-
-@dataclass(frozen=True)
-class ClassColor:
-    """A class, and the colour (RGB, 0..255 each) that stands for it in masks."""
-
-    id: int
-    name: str
-    color: Color
-
-
-DEFAULT_CLASSES = (ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255)))
-
-
-def parse_color_map(text: str) -> tuple[ClassColor, ...]:
-    """Returns the classes of `background=0,0,0;mass=255,255,255`, ids in the order given.
-
-    Colours are `r,g,b` with 0..255 each, or `#rrggbb`.
-
-    Raises:
-        UsageError: not of this form, a name or colour twice, fewer than two classes or more than
-            256, or a grey level that as an id would mean another class.
-    """
-    parts = [part for part in re.split(r"[;\n]", text) if part.strip()]
-    classes = tuple(_parse_class(i, part, text) for i, part in enumerate(parts))
-    if not 2 <= len(classes) <= MAX_CLASSES:
-        raise UsageError(
-            f"classes {text!r}: {len(classes)} given, allowed are 2 to {MAX_CLASSES}; "
-            "write name=r,g,b;name=r,g,b"
-        )
-    _refuse_twice("name", [entry.name for entry in classes], text)
-    _refuse_twice("colour", [entry.color for entry in classes], text)
-    for entry in classes:
-        level = _grey_level(entry.color)
-        if level is not None and level < len(classes) and level != entry.id:
-            raise UsageError(
-                f"classes {text!r}: {entry.name!r} (id {entry.id}) has the grey level {level}, "
-                f"which as an id means {classes[level].name!r}; put it at place {level} of the list"
-            )
-    return classes
 
 
 def to_class_ids(
@@ -134,27 +93,6 @@ def to_colors(class_ids: npt.NDArray[Any], classes: Sequence[ClassColor]) -> Pix
     for entry in classes:
         table[entry.id] = entry.color
     return np.take(table, class_ids, axis=0)
-
-
-def check_ignore_id(classes: Sequence[ClassColor], ignore_id: int | None) -> None:
-    """Checks that the ignore id cannot be taken for a class.
-
-    Raises:
-        UsageError: it is a class id, the grey level of a class, or does not fit 8 bits.
-    """
-    if ignore_id is None:
-        return
-    if not len(classes) <= ignore_id < MAX_CLASSES:
-        raise UsageError(
-            f"--ignore-id={ignore_id}: ids up to {len(classes) - 1} are classes and the largest "
-            f"possible is {MAX_CLASSES - 1}; choose one between"
-        )
-    for entry in classes:
-        if _grey_level(entry.color) == ignore_id:
-            raise UsageError(
-                f"--ignore-id={ignore_id} is also the grey level of {entry.name!r} {entry.color}; "
-                "give one of them another value"
-            )
 
 
 def read_npz_mask(
@@ -340,7 +278,7 @@ def _refuse_unexplained(
     """
     levels = np.unique(reading.off_colors)
     is_grey = np.all(reading.off_colors == reading.off_colors[:, :1])
-    known = [level for entry in classes if (level := _grey_level(entry.color)) is not None]
+    known = [level for entry in classes if (level := grey_level(entry.color)) is not None]
     seen = np.union1d(levels, [level for level in known if level <= levels[-1]])
     is_id_like = is_grey and levels[-1] < _MAX_ID_LIKE and len(seen) == levels[-1] + 1
     # Grey of 9 to 15 bits in a 16-bit file: white is not 65535 there.
@@ -353,34 +291,9 @@ def _refuse_unexplained(
         )
 
 
-def _grey_level(color: Color) -> int | None:
-    return color[0] if color[0] == color[1] == color[2] else None
-
-
 def _as_color(values: npt.NDArray[np.int64]) -> Color:
     red, green, blue = values.tolist()
     return red, green, blue
-
-
-def _refuse_twice(what: str, values: Sequence[str | Color], text: str) -> None:
-    twice = [value for value in values if values.count(value) > 1]
-    if twice:
-        raise UsageError(f"classes {text!r}: {what} {twice[0]!r} is given twice")
-
-
-def _parse_class(class_id: int, part: str, text: str) -> ClassColor:
-    name, found, color = (piece.strip() for piece in part.partition("="))
-    hexadecimal = re.fullmatch(r"#([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})", color)
-    decimal = re.fullmatch(r"(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})", color, re.ASCII)
-    if hexadecimal:
-        red, green, blue = (int(value, 16) for value in hexadecimal.groups())
-    elif decimal:
-        red, green, blue = (int(value) for value in decimal.groups())
-    if not name or not found or not (hexadecimal or decimal) or max(red, green, blue) > 255:
-        raise UsageError(
-            f"classes {text!r}: {part.strip()!r} is not name=r,g,b (0..255 each) or name=#rrggbb"
-        )
-    return ClassColor(class_id, name, (red, green, blue))
 
 
 def _read_npz_array(data: bytes, name: str, max_pixels: int) -> npt.NDArray[Any]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data_prep.imaging.codecs import Box, Geometry, Pixels
+from data_prep.imaging.geometry import Box, Geometry
+from data_prep.imaging.pixels import Pixels
 
 
 def starts(length: int, size: int, overlap: int) -> list[int]:

@@ -18,17 +18,13 @@ import google_crc32c
 import numpy as np
 
 from data_prep.imaging.breast import Crop, Flip, frame
-from data_prep.imaging.codecs import (
-    Box,
-    Geometry,
-    apply_geometry,
-    grey_channel,
-    read_image,
-    read_mask_pixels,
-)
+from data_prep.imaging.codecs import read_image, read_mask_pixels
+from data_prep.imaging.color_map import ClassColor
 from data_prep.imaging.dicom import Reader, read_dicom
+from data_prep.imaging.geometry import Box, Geometry, apply_geometry
 from data_prep.imaging.lost_regions import RegionCounts, count_regions
-from data_prep.imaging.masks import ClassColor, read_npz_mask, to_class_ids
+from data_prep.imaging.masks import read_npz_mask, to_class_ids
+from data_prep.imaging.pixels import grey_channel, to_rgb
 from data_prep.imaging.tiles import count, cut
 from data_prep.shards import schema
 from data_prep.sources import inbreast
@@ -529,11 +525,6 @@ def _read_picture(item: Item, layout: Layout, data: bytes) -> np.ndarray:
     if layout.channels == "grey":  # the luma of ITU-R BT.601
         return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, np.newaxis]
     return image
-
-
-def to_rgb(image: np.ndarray) -> np.ndarray:
-    """Returns (H, W, 3); a grey picture gets its channel three times."""
-    return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
 
 
 def _read_mask(

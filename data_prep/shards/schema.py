@@ -24,14 +24,14 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from data_prep.imaging.breast import Crop, Flip
-from data_prep.imaging.masks import ClassColor
+from data_prep.imaging.color_map import ClassColor
 from flexunet.errors import ContentError, UsageError
 from flexunet.settings import Settings
 
 if TYPE_CHECKING:
     import pyarrow
 
-    from data_prep.imaging.codecs import Geometry
+    from data_prep.imaging.geometry import Geometry
     from flexunet.storage import Store
 
 FORMAT_VERSION = 1

@@ -23,11 +23,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import google_crc32c
-import numpy as np
 
 from data_prep.imaging.codecs import encode_png, read_image
+from data_prep.imaging.pixels import FEW_PIXELS, Target, convert
 from data_prep.shards import encode, schema
-from data_prep.shards.encode import Moments, Scanned, moments_of, store_at, to_rgb
+from data_prep.shards.encode import Moments, Scanned, moments_of, store_at
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import Forbidden, NotFound, PreconditionFailed, Store, holds, join_url
 
@@ -35,19 +35,9 @@ logger = logging.getLogger(__name__)
 
 STATE_PREFIX = "prep-state"
 PLAN_NAME = f"{STATE_PREFIX}/plan.json"
-FEW_PIXELS = 1000  # one of so many pixels of a picture may be above the full scale
 _FEW_PICTURES = 10  # and one of so many pictures may have such pixels
 _SPARED_BITS = 2  # that their loss must spare: one bit of darkness is cheaper than lost values
 _MEGABYTE = 10**6
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What every stored picture has in common."""
-
-    channels: Literal[1, 3]
-    bit_depth: Literal[8, 16]
-    value_max: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,29 +335,6 @@ def _final_record(staging: Store, scanned: Scanned, target: Target) -> tuple[byt
         features |= {schema.IMAGE_FEATURE: encode_png(image), "image/channels": image.shape[2]}
         sha256, moments = schema.sha256_of_pixels(image), moments_of(image)
     return schema.frame_record(schema.encode_features(features)), sha256, moments
-
-
-def convert(image: np.ndarray, target: Target, *, value_max: int | None = None) -> np.ndarray:
-    """Returns `image`, (H, W, C), in the channels, bit depth and full scale of `target`.
-
-    Values above the full scale become that.
-
-    Args:
-        value_max: raw value of full intensity in `image`, which becomes the dataset's. None: 255
-            of 8 bits, and of 16 bits what it is in the dataset.
-    """
-    if target.channels == 3:
-        image = to_rgb(image)
-    dtype = np.uint8 if target.bit_depth == 8 else np.uint16
-    if value_max is None:
-        value_max = 255 if image.dtype == np.uint8 else target.value_max
-    if value_max < np.iinfo(image.dtype).max:
-        image = np.minimum(image, image.dtype.type(value_max))
-    if value_max != target.value_max:
-        # 65535**2 and the half of 65535 fit into 32 bits.
-        scaled = image.astype(np.uint32) * target.value_max
-        image = (scaled + value_max // 2) // value_max
-    return image.astype(dtype, copy=False)
 
 
 def _put_once(store: Store, name: str, data: bytes) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.imaging.codecs import Geometry
+from data_prep.imaging.geometry import Geometry
 from data_prep.imaging.tiles import around, joined
 from job.data.dataset import RecordReader, Split, read_sample
 

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from data_prep.imaging.codecs import Box, Geometry, read_image, read_mask_pixels
+from data_prep.imaging.codecs import read_image, read_mask_pixels
+from data_prep.imaging.geometry import Box, Geometry
 from data_prep.shards.schema import (
     ID_FEATURE,
     IMAGE_FEATURE,

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.imaging.breast import frame
-from data_prep.imaging.codecs import Geometry, apply_geometry, undo_geometry
+from data_prep.imaging.geometry import Geometry, apply_geometry, undo_geometry
+from data_prep.imaging.pixels import FEW_PIXELS, Target, convert
 from data_prep.imaging.tiles import starts
 from data_prep.shards.schema import Manifest
 from flexunet.errors import ContentError, UsageError
@@ -234,8 +235,6 @@ def to_model_pixels(
     """
     import cv2
 
-    from data_prep.shards.write import Target, convert
-
     takes_upper_byte = manifest.bit_depth == 8 and image.dtype == np.uint16 and value_max is None
     if takes_upper_byte:
         _refuse_unused_bits(image, name)
@@ -281,8 +280,6 @@ def _check_full_scale(
 
     Predicted as it is, it would be many times too bright or too dark, and its mask wrong.
     """
-    from data_prep.shards.write import FEW_PIXELS
-
     brightest = image.max(axis=2)
     highest, full = int(brightest.max()), value_max or manifest.value_max
     num_above = int(np.count_nonzero(brightest > full))

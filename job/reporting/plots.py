@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.imaging.codecs import encode_png
-from data_prep.imaging.masks import ClassColor
+from data_prep.imaging.color_map import ClassColor
 
 Pixels = npt.NDArray[np.uint8]
 Color = tuple[int, int, int]

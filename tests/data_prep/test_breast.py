@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep.imaging.breast import find_breast, frame
-from data_prep.imaging.codecs import Box, apply_geometry
+from data_prep.imaging.geometry import Box, apply_geometry
 from data_prep.phantoms.images import make_phantom
 
 _INBREAST = Path(__file__).resolve().parents[3] / "shared" / "data" / "inbreast-mini"

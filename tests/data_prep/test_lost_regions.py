@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.imaging.codecs import Box, Geometry, apply_geometry, fit
+from data_prep.imaging.geometry import Box, Geometry, apply_geometry, fit
 from data_prep.imaging.lost_regions import RegionCounts, count_regions
 
 
@@ -73,7 +73,7 @@ def test_counts_are_those_of_labels_that_are_resized(
         inside[rows, columns][:, : crop.width] = mask[rows, columns][:, : crop.width]
         mask = inside
     part = (crop.height, crop.width) if crop else source
-    fitted = fit(*part, target_height=target[0], target_width=target[1], kind=kind)
+    fitted = fit(part, target, kind=kind)
     place = fitted.top, fitted.left, fitted.height, fitted.width
     geometry = Geometry(kind, *source, *place, crop, is_flipped)
     found = count_regions(mask, geometry, 2)

@@ -10,15 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.imaging.codecs import Pixels, read_mask_pixels
-from data_prep.imaging.masks import (
-    DEFAULT_CLASSES,
-    ClassColor,
-    parse_color_map,
-    read_npz_mask,
-    to_class_ids,
-    to_colors,
-)
+from data_prep.imaging.codecs import read_mask_pixels
+from data_prep.imaging.color_map import DEFAULT_CLASSES, parse_color_map
+from data_prep.imaging.masks import read_npz_mask, to_class_ids, to_colors
+from data_prep.imaging.pixels import Pixels
 from flexunet.errors import ContentError, UsageError
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "inbreast-mini" / "masks"
@@ -37,38 +32,6 @@ def npz(**arrays: object) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
-
-
-def test_parse_color_map_numbers_classes_in_order() -> None:
-    classes = parse_color_map("background=0,0,0;mass=255, 255,255 ;cyst=#ff8000")
-    assert classes == (
-        ClassColor(0, "background", (0, 0, 0)),
-        ClassColor(1, "mass", (255, 255, 255)),
-        ClassColor(2, "cyst", (255, 128, 0)),
-    )
-    assert parse_color_map("background=0,0,0;mass=255,255,255") == DEFAULT_CLASSES
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "0 given"),
-        ("a=0,0,0", "1 given"),
-        ("a=0,0,0;b", "'b' is not name=r,g,b"),
-        ("a=0,0,0;=1,2,3", "'=1,2,3' is not"),
-        ("a=0,0,0;b=1,2", "'b=1,2' is not"),
-        ("a=0,0,0;b=1,2,256", "'b=1,2,256' is not"),
-        ("a=0,0,0;b=#12345", "'b=#12345' is not"),
-        ("a=0,0,0;b=٣,2,1", "is not name=r,g,b"),
-        ("a=0,0,0;a=9,9,9", "name 'a' is given twice"),
-        ("a=0,0,0;b=0,0,0", r"colour \(0, 0, 0\) is given twice"),
-        ("mass=255,255,255;background=0,0,0", "as an id means 'mass'; put it at place 0"),
-        (";".join(f"c{i}=9,{i % 256},{i // 256}" for i in range(257)), "257 given"),
-    ],
-)
-def test_parse_color_map_names_what_is_wrong(text: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        parse_color_map(text)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from data_prep import pipeline, report
-from data_prep.imaging.codecs import Box, Geometry, apply_geometry
+from data_prep.imaging.geometry import Box, Geometry, apply_geometry
 from data_prep.phantoms.images import write_phantoms
 from data_prep.shards import schema
 from data_prep.sources.pairs import find_sources

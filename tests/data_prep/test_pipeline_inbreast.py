@@ -15,7 +15,7 @@ import pytest
 from pydicom.datadict import DicomDictionary
 
 from data_prep import pipeline
-from data_prep.imaging.codecs import apply_geometry, fit
+from data_prep.imaging.geometry import apply_geometry, fit
 from data_prep.phantoms.inbreast_release import write_release
 from data_prep.shards import schema
 from data_prep.sources import inbreast
@@ -77,7 +77,7 @@ def test_prepare_writes_what_the_release_holds(release, tmp_path):
         assert (row["source_height"], row["source_width"]) == source.pixel_array.shape
         # 0.07 mm of 4084 rows, on 64 rows.
         assert row["spacing_y_mm"] == row["spacing_x_mm"] == pytest.approx(0.07 * 4084 / 64)
-        place = fit(*source.pixel_array.shape, target_height=32, target_width=32, kind="pad")
+        place = fit(source.pixel_array.shape, (32, 32), kind="pad")
         shown = apply_geometry(source.pixel_array, place, 32, 32, nearest=False)
         # 12 bits become 14: 4095 -> 16383.
         scale = 16383 / (2**source.BitsStored - 1)

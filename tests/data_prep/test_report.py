@@ -5,7 +5,7 @@ import io
 import numpy as np
 import PIL.Image
 
-from data_prep.imaging.masks import ClassColor
+from data_prep.imaging.color_map import ClassColor
 from data_prep.report import _GAP, Pair, sheet_png
 
 CLASSES = [ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255))]

@@ -8,7 +8,7 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from data_prep.imaging.codecs import Geometry
+from data_prep.imaging.geometry import Geometry
 from data_prep.shards import schema
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store

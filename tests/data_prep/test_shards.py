@@ -12,7 +12,8 @@ import numpy as np
 import psutil
 import pytest
 
-from data_prep.imaging.masks import DEFAULT_CLASSES
+from data_prep.imaging.color_map import DEFAULT_CLASSES
+from data_prep.imaging.pixels import Target
 from data_prep.shards import encode, schema, write
 from flexunet import process_pool
 from flexunet.errors import ContentError, FlexUNetError, UsageError
@@ -167,13 +168,13 @@ def test_target_is_grey_only_when_all_are_grey(tmp_path):
     colour = np.zeros((8, 8, 3), np.uint8)
     colour[0, 0] = (1, 2, 3)
     samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(1)), _item(tmp_path, "b", colour)])
-    assert write.common_target(samples[:1]) == write.Target(1, 8, 255)
-    assert write.common_target(samples) == write.Target(3, 8, 255)
+    assert write.common_target(samples[:1]) == Target(1, 8, 255)
+    assert write.common_target(samples) == Target(3, 8, 255)
 
 
 def test_target_keeps_the_bits_in_use(tmp_path):
     samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(3000, np.uint16))])
-    assert write.common_target(samples) == write.Target(1, 16, 4095)
+    assert write.common_target(samples) == Target(1, 16, 4095)
 
 
 def _marked(value, num_marked=1):
@@ -199,7 +200,7 @@ def _marked(value, num_marked=1):
 def test_few_outliers_do_not_make_all_pictures_dark(tmp_path, images, value_max):
     items = [_item(tmp_path, f"{i:02}", image) for i, image in enumerate(images)]
     samples = _scan(tmp_path, items, height=40, width=40)
-    assert write.common_target(samples) == write.Target(1, 16, value_max)
+    assert write.common_target(samples) == Target(1, 16, value_max)
     written = write.write_shard(_plan(tmp_path, samples)[0])
     stored = [_pixels(tmp_path, written, i) for i in range(len(images))]
     assert max(int(pixels.max()) for pixels in stored) == min(value_max, max(map(np.max, images)))
@@ -212,7 +213,7 @@ def test_given_full_scale_is_taken_and_what_is_above_it_counted(tmp_path):
     items = [_item(tmp_path, f"{i}", _marked(65535, 5 * i)) for i in range(3)]
     samples = _scan(tmp_path, items, full_scale=5000, height=40, width=40)
     target = write.common_target(samples, 5000)
-    assert target == write.Target(1, 16, 5000)
+    assert target == Target(1, 16, 5000)
     above = [(each.id, count) for each, count in write.clipped(samples, 5000, 5000)]
     assert above == [("2", 10), ("1", 5)]
 
@@ -418,16 +419,3 @@ def test_death_of_a_worker_is_one_line():
         process_pool.open_pool(2) as executor,
     ):
         list(process_pool.in_order(executor, _die, [1], num_waiting=2))
-
-
-def test_convert_brings_every_full_scale_to_the_dataset_s():
-    deep = write.Target(1, 16, 16383)
-    twelve = np.array([[[0], [1], [2048], [4095]]], np.uint16)
-    # v * 16383 / 4095, rounded: 4.0007, 8193.5 (8193.50 rounds up) and 16383.
-    assert write.convert(twelve, deep, value_max=4095).ravel().tolist() == [0, 4, 8194, 16383]
-    assert np.array_equal(write.convert(twelve, deep), twelve)
-    shallow = write.convert(twelve, write.Target(3, 8, 255), value_max=4095)
-    # v * 255 / 4095: 0.06, 127.53 and 255.
-    assert (shallow.dtype, shallow[0, :, 2].tolist()) == (np.uint8, [0, 0, 128, 255])
-    full = np.array([[[65535]]], np.uint16)
-    assert write.convert(full, write.Target(1, 16, 65535), value_max=65535).item() == 65535

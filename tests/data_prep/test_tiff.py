@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from data_prep.imaging.codecs import Pixels, read_image, read_mask_pixels
+from data_prep.imaging.codecs import read_image, read_mask_pixels
+from data_prep.imaging.pixels import Pixels
 from data_prep.imaging.tiff import tiff_kind
 from flexunet.errors import ContentError
 

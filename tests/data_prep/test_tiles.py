@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep import pipeline
-from data_prep.imaging.codecs import Box, apply_geometry, fit
+from data_prep.imaging.geometry import Box, apply_geometry, fit
 from data_prep.imaging.tiles import around, count, cut, joined, starts
 from data_prep.shards import schema
 from data_prep.sources.pairs import find_sources
@@ -34,9 +34,7 @@ def test_starts_cover_the_length_evenly(length, size, overlap, expected):
 @pytest.mark.parametrize("is_flipped", [False, True])
 def test_joined_tiles_are_the_framed_picture(size, crop, is_flipped):
     image = np.random.default_rng(0).integers(0, 2**16, (*size, 3), dtype=np.uint16)
-    whole = fit(
-        *size, target_height=1, target_width=1, kind="tile", crop=crop, is_flipped=is_flipped
-    )
+    whole = fit(size, (1, 1), kind="tile", crop=crop, is_flipped=is_flipped)
     framed = apply_geometry(image, whole, whole.height, whole.width, nearest=False)
     assert framed.shape[:2] == ((3, 5) if crop else size)
     geometries = [geometry for _, geometry in cut(whole, 16, 16, 4)]
@@ -173,6 +171,6 @@ def test_a_picture_of_too_many_tiles_is_refused_in_one_line(tmp_path):
         _prepare(source, tmp_path / "out", **options)
     _prepare(source, tmp_path / "others", **options, skip_bad=True)
     assert {row["picture"] for row in _rows(tmp_path / "others")} == {"1", "2", "3"}
-    whole = fit(20, 20, target_height=1, target_width=1, kind="tile")
+    whole = fit((20, 20), (1, 1), kind="tile")
     assert count(whole, 8, 8, 7) == len(list(cut(whole, 8, 8, 7))) == 13 * 13
     assert len(_rows(tmp_path / "others")) == 3 * 13 * 13

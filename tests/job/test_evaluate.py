@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.imaging.codecs import Box, Geometry, read_image
+from data_prep.imaging.codecs import read_image
+from data_prep.imaging.geometry import Box, Geometry
 from flexunet.storage import open_store
 from job.config import identity_of
 from job.data.cases import Picture

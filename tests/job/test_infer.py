@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.imaging.codecs import fit
+from data_prep.imaging.geometry import fit
 from data_prep.phantoms.inbreast_release import write_release
 from data_prep.pipeline import PrepConfig, prepare, sources_of
 from data_prep.shards.schema import FullScaleInfo, Manifest
@@ -384,7 +384,7 @@ def constant_run(like: Path, output: Path, name: str, bias: float) -> str:
 
 def test_class_ids_at_source_puts_a_padded_picture_back() -> None:
     # 2x4 into 4x4: one row of padding above and below.
-    geometry = fit(2, 4, target_height=4, target_width=4, kind="pad")
+    geometry = fit((2, 4), (4, 4), kind="pad")
     probabilities = np.zeros((4, 4, 3), np.float32)
     probabilities[..., 0] = 0.4
     probabilities[0, :, 2] = 1  # in the padding
@@ -396,7 +396,7 @@ def test_class_ids_at_source_puts_a_padded_picture_back() -> None:
 
 def test_class_ids_at_source_chooses_after_enlarging() -> None:
     # Two columns become four: bilinear weights put 0.25 and 0.75 between the two.
-    geometry = fit(1, 4, target_height=1, target_width=2, kind="stretch")
+    geometry = fit((1, 4), (1, 2), kind="stretch")
     high_left = np.array([[[0.9], [0.3]]], np.float32)  # 0.9, 0.75, 0.45, 0.3
     assert class_ids_at_source(high_left, geometry).tolist() == [[1, 1, 0, 0]]
     low_left = np.array([[[1.0], [0.4]]], np.float32)  # 1.0, 0.85, 0.55, 0.4

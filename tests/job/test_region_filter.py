@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from data_prep.imaging.codecs import undo_geometry
+from data_prep.imaging.geometry import undo_geometry
 from data_prep.pipeline import PrepConfig, prepare
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, UsageError

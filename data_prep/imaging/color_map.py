@@ -1,0 +1,101 @@
+"""The classes of a dataset, and the colour that stands for each in masks.
+
+Owns the text form of a colour map and which ones are allowed. It must not know pixels or files.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexunet.errors import UsageError
+
+Color = tuple[int, int, int]
+"""Red, green and blue, 0..255 each."""
+MAX_CLASSES = 256  # ids are stored in 8 bits
+
+
+@dataclass(frozen=True)
+class ClassColor:
+    """A class, and the colour (RGB, 0..255 each) that stands for it in masks."""
+
+    id: int
+    name: str
+    color: Color
+
+
+DEFAULT_CLASSES = (ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255)))
+
+
+def parse_color_map(text: str) -> tuple[ClassColor, ...]:
+    """Returns the classes of `background=0,0,0;mass=255,255,255`, ids in the order given.
+
+    Colours are `r,g,b` with 0..255 each, or `#rrggbb`.
+
+    Raises:
+        UsageError: not of this form, a name or colour twice, fewer than two classes or more than
+            256, or a grey level that as an id would mean another class.
+    """
+    parts = [part for part in re.split(r"[;\n]", text) if part.strip()]
+    classes = tuple(_parse_class(i, part, text) for i, part in enumerate(parts))
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        raise UsageError(
+            f"classes {text!r}: {len(classes)} given, allowed are 2 to {MAX_CLASSES}; "
+            "write name=r,g,b;name=r,g,b"
+        )
+    _refuse_twice("name", [entry.name for entry in classes], text)
+    _refuse_twice("colour", [entry.color for entry in classes], text)
+    for entry in classes:
+        level = grey_level(entry.color)
+        if level is not None and level < len(classes) and level != entry.id:
+            raise UsageError(
+                f"classes {text!r}: {entry.name!r} (id {entry.id}) has the grey level {level}, "
+                f"which as an id means {classes[level].name!r}; put it at place {level} of the list"
+            )
+    return classes
+
+
+def check_ignore_id(classes: Sequence[ClassColor], ignore_id: int | None) -> None:
+    """Checks that the ignore id cannot be taken for a class.
+
+    Raises:
+        UsageError: it is a class id, the grey level of a class, or does not fit 8 bits.
+    """
+    if ignore_id is None:
+        return
+    if not len(classes) <= ignore_id < MAX_CLASSES:
+        raise UsageError(
+            f"--ignore-id={ignore_id}: ids up to {len(classes) - 1} are classes and the largest "
+            f"possible is {MAX_CLASSES - 1}; choose one between"
+        )
+    for entry in classes:
+        if grey_level(entry.color) == ignore_id:
+            raise UsageError(
+                f"--ignore-id={ignore_id} is also the grey level of {entry.name!r} {entry.color}; "
+                "give one of them another value"
+            )
+
+
+def grey_level(color: Color) -> int | None:
+    """Returns the grey level of `color`, None where it is not grey."""
+    return color[0] if color[0] == color[1] == color[2] else None
+
+
+def _refuse_twice(what: str, values: Sequence[str | Color], text: str) -> None:
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise UsageError(f"classes {text!r}: {what} {twice[0]!r} is given twice")
+
+
+def _parse_class(class_id: int, part: str, text: str) -> ClassColor:
+    name, found, color = (piece.strip() for piece in part.partition("="))
+    hexadecimal = re.fullmatch(r"#([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})", color)
+    decimal = re.fullmatch(r"(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})", color, re.ASCII)
+    if hexadecimal:
+        red, green, blue = (int(value, 16) for value in hexadecimal.groups())
+    elif decimal:
+        red, green, blue = (int(value) for value in decimal.groups())
+    if not name or not found or not (hexadecimal or decimal) or max(red, green, blue) > 255:
+        raise UsageError(
+            f"classes {text!r}: {part.strip()!r} is not name=r,g,b (0..255 each) or name=#rrggbb"
+        )
+    return ClassColor(class_id, name, (red, green, blue))
