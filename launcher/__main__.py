@@ -2,7 +2,7 @@
 
 import sys
 
-from launcher.launch import main
+from launcher.commands.launch import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with quiet_interrupts():
             from flexunet.cli.options import run_command
-            from launcher.commands import command
+            from launcher.commands.flexunet import command
 
             return run_command(command, argv, "flexunet")
     except KeyboardInterrupt:

@@ -176,26 +176,27 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def work(folder: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains as one worker of a Ray cluster, as `launcher.train.work`."""
+    """Trains as one worker of a Ray cluster, as `launcher.worker.work`."""
     from job.distributed.process_group import place_from_environment
-    from launcher import train
+    from launcher import worker
 
     place = place_from_environment()
     assert place is not None
     Trace(Path(folder), place.rank).install()
-    return train.work(settings)
+    return worker.work(settings)
 
 
 def main() -> int:
     """Runs the command and returns its exit code."""
     folder, kind, *arguments = sys.argv[1:]
     if kind == "launch":
-        from launcher import launch, train
+        from launcher import worker_group
+        from launcher.commands import launch
 
         # By this name it is imported again where the workers are.
         from tests.faults.traced import work as traced_work
 
-        train.work = functools.partial(traced_work, folder)
+        worker_group.work = functools.partial(traced_work, folder)
         return launch.main(arguments)
     from job import train as local
     from job.distributed.process_group import place_from_environment

@@ -22,7 +22,7 @@ from tests.launcher.conftest import PROJECT
 # Starts a job with a command that no user could submit.
 _START = """
 import sys
-from launcher.jobs import JobsConfig, connect, start
+from launcher.jobs.client import JobsConfig, connect, start
 address, job_id, entrypoint, seconds = sys.argv[1:]
 client = connect(JobsConfig(address=address))
 start(client, job_id=job_id, entrypoint=entrypoint, stop_timeout_s=int(seconds))

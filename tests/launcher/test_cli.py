@@ -19,9 +19,9 @@ from job.config import TrainConfig
 from job.evaluate import EvaluateConfig
 from job.infer import InferConfig
 from launcher.cli import main
-from launcher.commands import COMMANDS, command
-from launcher.group import EXIT_CODES
-from launcher.launch import COMMANDS as LAUNCH_COMMANDS
+from launcher.commands.flexunet import COMMANDS, command
+from launcher.commands.group import EXIT_CODES
+from launcher.commands.launch import COMMANDS as LAUNCH_COMMANDS
 
 # By the words that name them; of a group, its members.
 ALL = sorted({*COMMANDS, *(f"launch {name}" for name in LAUNCH_COMMANDS)} - {"launch"})

@@ -15,14 +15,15 @@ import psutil
 import pytest
 
 from flexunet.errors import FlexUNetError, UsageError
-from launcher import cluster
+from launcher.cluster import connection
 from tests.launcher.conftest import PROJECT, RayCluster
 
 # Runs as a process of its own: Ray is for one connection per process.
 PRELUDE = """
 import json, os, signal, sys
-from launcher import cluster
-from launcher.cluster import Demand, connected
+from launcher.cluster import connection, node_checks, resources
+from launcher.cluster.resources import Demand
+from launcher.cluster.connection import connected
 address = sys.argv[1]
 """
 
@@ -41,11 +42,11 @@ def test_workers_run_no_file_of_the_working_folder(ray_cluster: RayCluster, tmp_
     for name in ("job", "numpy", "launcher", "cv2", "data_prep", "flexunet"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('this file of the user was run')")
     code = """
-    from launcher.executor import RayExecutor
+    from launcher.executors import RayExecutor
     with connected(address, worker_logs=False):
         executor = RayExecutor(Demand())
         print(executor.submit(len, b"123").result())
-        cluster.check_nodes(Demand())
+        node_checks.check_nodes(Demand())
     """
     done = run(code, ray_cluster.address, folder=tmp_path)
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr[-2000:]
@@ -65,10 +66,10 @@ def test_addresses_of_other_kinds_are_refused(
     monkeypatch: pytest.MonkeyPatch, address: str, remedy: str
 ) -> None:
     with pytest.raises(UsageError, match=f"^--address {address}: .*{remedy}"):
-        cluster.connected(address).__enter__()
+        connection.connected(address).__enter__()
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UsageError, match=f"^RAY_ADDRESS={address}: .*{remedy}"):
-        cluster.connected(None).__enter__()
+        connection.connected(None).__enter__()
 
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
@@ -81,7 +82,7 @@ def test_a_temporary_folder_with_a_long_name_is_refused(
     with pytest.raises(
         UsageError, match=f"^{name}=/tmp/x+ is too long .* [34][0-9] bytes at most; set "
     ):
-        cluster.connected(None).__enter__()
+        connection.connected(None).__enter__()
 
 
 def test_an_address_where_nothing_listens_is_one_line_within_seconds() -> None:
@@ -90,7 +91,7 @@ def test_an_address_where_nothing_listens_is_one_line_within_seconds() -> None:
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         started = time.monotonic()
         with pytest.raises(FlexUNetError, match=f"^--address {address}: no Ray cluster answers"):
-            cluster.connected(address).__enter__()
+            connection.connected(address).__enter__()
     assert time.monotonic() - started < 60  # Ray alone: two minutes
 
 
@@ -99,9 +100,9 @@ def test_a_server_of_another_kind_is_no_cluster(storage_server: str) -> None:
     address = storage_server.removeprefix("http://").replace("127.0.0.1", "localhost")
     host, port = "127.0.0.2", address.rpartition(":")[2]
     with pytest.raises(FlexUNetError, match="no Ray cluster answers"):
-        cluster.connected(f"{host}:{port}").__enter__()
-    with socket.create_connection(("127.0.0.1", int(port))) as connection:
-        assert not cluster._speaks_grpc(connection)
+        connection.connected(f"{host}:{port}").__enter__()
+    with socket.create_connection(("127.0.0.1", int(port))) as client:
+        assert not connection._speaks_grpc(client)
 
 
 def test_connected_joins_the_cluster_of_the_address_or_of_the_environment(
@@ -110,8 +111,8 @@ def test_connected_joins_the_cluster_of_the_address_or_of_the_environment(
     code = """
     with connected(address or None):
         import ray
-        sums = cluster.places(Demand())
-        sums_of_two = cluster.places(Demand(num_cpus=2))
+        sums = resources.places(Demand())
+        sums_of_two = resources.places(Demand(num_cpus=2))
         seen = ray.get(ray.remote(lambda: os.environ.get("STORAGE_EMULATOR_HOST")).remote())
     print(json.dumps([sorted(sums.values()), sums_of_two, seen]))
     """
@@ -127,12 +128,12 @@ def test_a_busy_cluster_says_what_is_free(ray_cluster: RayCluster) -> None:
     code = """
     with connected(address):
         import ray
-        print(cluster.described_shortage(Demand(), 2), cluster.described_shortage(Demand(), 3))
+        print(resources.described_shortage(Demand(), 2), resources.described_shortage(Demand(), 3))
         busy = ray.remote(num_cpus=1)(type("Busy", (), {"here": lambda self: None})).remote()
         ray.get(busy.here.remote())
         while ray.available_resources()["CPU"] > 1:
             pass
-        print(cluster.described_shortage(Demand(), 1), cluster.described_shortage(Demand(), 2))
+        print(resources.described_shortage(Demand(), 1), resources.described_shortage(Demand(), 2))
     """
     done = run(code, ray_cluster.address)
     assert done.returncode == 0, done.stderr
@@ -207,7 +208,7 @@ from flexunet.errors import UsageError
 demand = Demand(num_cpus=float(sys.argv[2]))
 with connected(address):
     try:
-        cluster.check_nodes(demand, reads=sys.argv[3:4], writes=sys.argv[4:])
+        node_checks.check_nodes(demand, reads=sys.argv[3:4], writes=sys.argv[4:])
     except UsageError as error:
         print(error)
 """

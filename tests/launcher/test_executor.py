@@ -11,8 +11,9 @@ PRELUDE = """
 import json, os, signal, sys, time
 from flexunet.errors import ContentError
 from flexunet.process_pool import Workers
-from launcher.cluster import Demand, connected
-from launcher.executor import RayExecutor, RayProcesses
+from launcher.cluster.resources import Demand
+from launcher.cluster.connection import connected
+from launcher.executors import RayExecutor, RayProcesses
 
 address, folder = sys.argv[1:]
 

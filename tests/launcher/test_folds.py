@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 
 from job.runs.run import CROSS_VALIDATION_NAME
-from launcher.train import LaunchConfig, _arguments
-from launcher.train import command as launch_train
+from launcher.commands.train import _arguments
+from launcher.commands.train import command as launch_train
+from launcher.config import LaunchConfig
 from tests.job.discs import prepare_discs
 from tests.launcher.conftest import PROJECT, Launch, RayCluster
 
 SIDE_BY_SIDE = """
 import json, sys
 from flexunet.errors import UsageError
-from launcher.cluster import connected
-from launcher.train import LaunchConfig, _side_by_side
+from launcher.cluster.connection import connected
+from launcher.commands.train import _side_by_side
+from launcher.config import LaunchConfig
 with connected(sys.argv[1], worker_logs=False):
     for settings in ({}, {"num_workers": 2}, {"num_workers": 3}, {"cpus_per_worker": 2}):
         try:

@@ -266,7 +266,9 @@ def test_a_lost_connection_is_made_again_and_nothing_is_shown_twice(
 ) -> None:
     job = head.post(_COUNT)
     # The same command, but for the minute that it waits for a word on an open connection.
-    script = "import sys, launcher.jobs, launcher.cli as cli; launcher.jobs._QUIET_S = 4.0; "
+    script = (
+        "import sys, launcher.jobs.follow as follow, launcher.cli as cli; follow._QUIET_S = 4.0; "
+    )
     words = ["logs", "--follow", "--address", f"http://127.0.0.1:{relay.port}", job]
     log = tmp_path / "log"
     with (

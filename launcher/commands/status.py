@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from flexunet.cli.options import SettingsCommand, from_options, settings_options
-from launcher.jobs import JobsConfig, checked_job_id, connect, printable, seconds_of
+from launcher.jobs.client import JobsConfig, checked_job_id, connect, printable
+from launcher.jobs.follow import seconds_of
 
 _TITLES = ("job", "state", "started", "duration", "exit code", "command")
 

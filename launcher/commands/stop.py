@@ -6,14 +6,8 @@ from typing import Any
 import click
 
 from flexunet.cli.options import SettingsCommand, from_options, settings_options
-from launcher.jobs import (
-    STOP_TIMEOUT_VARIABLE,
-    JobsConfig,
-    checked_job_id,
-    connect,
-    described_end,
-    wait,
-)
+from launcher.jobs.client import STOP_TIMEOUT_VARIABLE, JobsConfig, checked_job_id, connect
+from launcher.jobs.follow import described_end, wait
 
 
 @click.command("stop", cls=SettingsCommand)

@@ -15,8 +15,10 @@ from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.cli.options import PATH, SettingsCommand, from_options, settings_options
 from flexunet.process_pool import Workers
 from flexunet.settings import Settings, option
-from launcher.cluster import Demand, check_nodes, connected, wait_for_places
-from launcher.executor import RayExecutor
+from launcher.cluster.connection import connected
+from launcher.cluster.node_checks import check_nodes
+from launcher.cluster.resources import Demand, wait_for_places
+from launcher.executors import RayExecutor
 
 
 class PrepLaunchConfig(Settings):

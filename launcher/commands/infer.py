@@ -16,8 +16,10 @@ from flexunet.process_pool import Workers
 from flexunet.settings import Settings, option, validated
 from flexunet.storage import join_url
 from job.infer import InferConfig, infer, show_result
-from launcher.cluster import Demand, check_nodes, connected, require_places, wait_for_places, widest
-from launcher.executor import RayProcesses
+from launcher.cluster.connection import connected
+from launcher.cluster.node_checks import check_nodes
+from launcher.cluster.resources import Demand, require_places, wait_for_places, widest
+from launcher.executors import RayProcesses
 
 
 class InferLaunchConfig(Settings):

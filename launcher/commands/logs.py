@@ -6,7 +6,8 @@ import click
 
 from flexunet.cli.options import SettingsCommand, from_options, settings_options
 from flexunet.settings import option
-from launcher.jobs import JobsConfig, checked_job_id, connect, follow
+from launcher.jobs.client import JobsConfig, checked_job_id, connect
+from launcher.jobs.follow import follow
 
 
 class LogsConfig(JobsConfig):

@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecu
 from typing import Any
 
 from flexunet.errors import FlexUNetError
-from launcher.cluster import Demand, places, require_places
+from launcher.cluster.resources import Demand, places, require_places
 
 _MAX_RETRIES = 3
 _MAX_DETAIL_WIDTH = 200  # characters of Ray's own words in an error

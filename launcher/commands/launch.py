@@ -8,12 +8,20 @@ from collections.abc import Sequence
 import click
 
 from flexunet.cli.options import run_command
-from launcher.group import LazyGroup
+from launcher.commands.group import LazyGroup
+
+_HERE = "launcher.commands"
 
 COMMANDS = {
-    "prep": ("launcher.prep", "Images and masks into a dataset, by tasks on a Ray cluster."),
-    "train": ("launcher.train", "Train on the GPUs or CPUs of a Ray cluster, then evaluate."),
-    "infer": ("launcher.infer", "Predict masks for a folder of images, on a Ray cluster."),
+    "prep": (
+        f"{_HERE}.prep",
+        "Images and masks into a dataset, by tasks on a Ray cluster.",
+    ),
+    "train": (
+        f"{_HERE}.train",
+        "Train on the GPUs or CPUs of a Ray cluster, then evaluate.",
+    ),
+    "infer": (f"{_HERE}.infer", "Predict masks for a folder of images, on a Ray cluster."),
 }
 
 

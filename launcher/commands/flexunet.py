@@ -5,7 +5,9 @@ Knows their names alone; what a command does and takes is in its module.
 
 import click
 
-from launcher.group import LazyGroup
+from launcher.commands.group import LazyGroup
+
+_HERE = "launcher.commands"
 
 # name -> (module with `command`, line for the list of commands)
 COMMANDS = {
@@ -14,11 +16,14 @@ COMMANDS = {
     "evaluate": ("job.evaluate", "Evaluate a run on one split of its dataset."),
     "report": ("job.report", "One page about a run: metrics, cases, curves, what failed."),
     "infer": ("job.infer", "Predict masks for a folder of images."),
-    "launch": ("launcher.launch", "Prepare, train or infer on a Ray cluster."),
-    "submit": ("launcher.submit", "Hand one of these commands to a Ray cluster, through Ray Jobs."),
-    "status": ("launcher.status", "How the submitted jobs are."),
-    "logs": ("launcher.logs", "What a submitted job has written."),
-    "stop": ("launcher.stop", "Stop a submitted job, which stores a checkpoint first."),
+    "launch": (f"{_HERE}.launch", "Prepare, train or infer on a Ray cluster."),
+    "submit": (
+        f"{_HERE}.submit",
+        "Hand one of these commands to a Ray cluster, through Ray Jobs.",
+    ),
+    "status": (f"{_HERE}.status", "How the submitted jobs are."),
+    "logs": (f"{_HERE}.logs", "What a submitted job has written."),
+    "stop": (f"{_HERE}.stop", "Stop a submitted job, which stores a checkpoint first."),
     "doctor": ("job.doctor", "What this machine has and lacks."),
 }
 

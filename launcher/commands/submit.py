@@ -11,8 +11,9 @@ import click
 from flexunet.cli.options import SettingsCommand, from_options, settings_options
 from flexunet.errors import UsageError
 from flexunet.settings import option, suggestion
-from launcher.jobs import JobsConfig, checked_job_id, connect, follow, start
-from launcher.launch import COMMANDS
+from launcher.commands.launch import COMMANDS
+from launcher.jobs.client import JobsConfig, checked_job_id, connect, start
+from launcher.jobs.follow import follow
 
 # What the head runs for each command, and the module that knows its options.
 _PROGRAMS = {name: (f"flexunet launch {name}", module) for name, (module, _) in COMMANDS.items()}

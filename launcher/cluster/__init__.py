@@ -1,0 +1,1 @@
+"""The Ray cluster: its connection, its resources, its nodes."""

@@ -1,0 +1,154 @@
+"""What the nodes of a Ray cluster have, and how many workers fit on them."""
+
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+
+from flexunet.errors import FlexUNetError, UsageError
+from flexunet.text import counted
+
+logger = logging.getLogger(__name__)
+
+_NODES_TICK_S = 0.5
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one worker takes of one node."""
+
+    num_cpus: float = 1
+    num_gpus: float = 0
+    memory_bytes: int = 0
+
+    def __str__(self) -> str:
+        parts = [counted(self.num_cpus, "CPU"), counted(self.num_gpus, "GPU")]
+        if self.memory_bytes:
+            parts.append(f"{self.memory_bytes / 1e9:.1f} GB")
+        return ", ".join(parts)
+
+
+def places(demand: Demand) -> dict[str, int]:
+    """Returns how many workers fit on each alive node that holds at least one, by node id."""
+    import ray
+
+    counts = {}
+    for node in ray.nodes():
+        if node["Alive"] and (count := _fitting(node["Resources"], demand)):
+            counts[node["NodeID"]] = count
+    return counts
+
+
+def require_places(demand: Demand, num_workers: int = 1) -> dict[str, int]:
+    """Returns `places(demand)`, which hold at least `num_workers`.
+
+    Raises:
+        UsageError: they do not; without this, Ray would wait for such nodes for ever.
+    """
+    found = places(demand)
+    total = sum(found.values())
+    if total < num_workers:
+        raise UsageError(
+            f"{counted(num_workers, 'worker')} of {demand} each, and the cluster has room for "
+            f"{total}: {_described_nodes()}; ask for less, add nodes, or "
+            "give --wait-for-nodes"
+        )
+    return found
+
+
+def wait_for_places(demand: Demand, num_workers: int, timeout_s: float) -> None:
+    """Waits until the cluster has room for `num_workers`; its autoscaler is told of them.
+
+    Raises:
+        FlexUNetError: there is none within `timeout_s`.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    if sum(places(demand).values()) >= num_workers:
+        return
+    logger.warning(
+        "the cluster has no room for %s of %s each (%s); waiting for %g s (--join-timeout)",
+        counted(num_workers, "worker"),
+        demand,
+        _described_nodes() or "no node",
+        timeout_s,
+    )
+    # Ray's autoscaler counts only what tasks ask for, and none is submitted yet.
+    needs = {"CPU": demand.num_cpus, "GPU": demand.num_gpus, "memory": demand.memory_bytes}
+    asked = {name: amount for name, amount in needs.items() if amount}
+    with contextlib.suppress(Exception):  # a cluster without an autoscaler
+        request_resources(bundles=[asked] * num_workers)
+    end = time.monotonic() + timeout_s
+    try:
+        while sum(places(demand).values()) < num_workers:
+            if time.monotonic() > end:
+                raise FlexUNetError(
+                    f"no room for {counted(num_workers, 'worker')} of {demand} each within "
+                    f"{timeout_s:g} s (--join-timeout): {_described_nodes() or 'no node'}; the "
+                    "same command tries again"
+                )
+            time.sleep(_NODES_TICK_S)
+    finally:
+        with contextlib.suppress(Exception):
+            request_resources(bundles=[])
+
+
+def described_shortage(demand: Demand, num_workers: int) -> str | None:
+    """Returns in words what is free now, None where `num_workers` workers could start at once."""
+    import ray
+
+    free = ray.available_resources()
+    needs = {"CPU": demand.num_cpus, "GPU": demand.num_gpus, "memory": demand.memory_bytes}
+    if all(free.get(name, 0.0) + 1e-6 >= num_workers * amount for name, amount in needs.items()):
+        return None
+    return ", ".join(
+        f"{free.get(name, 0.0):g} of {counted(total(name), name)}" for name in ("CPU", "GPU")
+    )
+
+
+def total(resource: str) -> float:
+    """Returns how much of `resource` (CPU, GPU, ...) all nodes have together."""
+    import ray
+
+    return float(ray.cluster_resources().get(resource, 0.0))
+
+
+def widest(num_workers: int, *, num_gpus: float = 0) -> Demand:
+    """Returns the demand of `num_workers` workers that have as many whole cores as all can have.
+
+    At least one core each, where there is room for fewer workers too.
+    """
+    num_cpus = 1
+    while sum(places(Demand(num_cpus + 1, num_gpus)).values()) >= num_workers:
+        num_cpus += 1
+    return Demand(num_cpus, num_gpus)
+
+
+def described_resources() -> str:
+    """Returns what the cluster has in all, in words: `8 CPUs, 1 GPU on 2 nodes`."""
+    import ray
+
+    total = ray.cluster_resources()
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    parts = counted(total.get("CPU", 0), "CPU"), counted(total.get("GPU", 0), "GPU")
+    return f"{', '.join(parts)} on {counted(num_nodes, 'node')}"
+
+
+def _fitting(resources: dict[str, float], demand: Demand) -> int:
+    needs = {"CPU": demand.num_cpus, "GPU": demand.num_gpus, "memory": demand.memory_bytes}
+    counts = [resources.get(name, 0.0) / amount for name, amount in needs.items() if amount]
+    return int(min(counts, default=1) + 1e-6)  # 1 / 0.1 may be 9.999...
+
+
+def _described_nodes() -> str:
+    import ray
+
+    described = [
+        f"{node['NodeManagerAddress']} has {counted(node['Resources'].get('CPU', 0), 'CPU')}, "
+        f"{counted(node['Resources'].get('GPU', 0), 'GPU')}, "
+        f"{node['Resources'].get('memory', 0) / 1e9:.1f} GB"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    more = f" and {len(described) - 3} more" if len(described) > 3 else ""
+    return "; ".join(described[:3]) + more

@@ -1,0 +1,1 @@
+"""The commands on a cluster, and the tables of all commands."""

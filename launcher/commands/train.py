@@ -1,0 +1,99 @@
+"""`flexunet launch train`: training on a Ray cluster, or on a Ray started on this machine.
+
+python -m launcher train --data DATASET --output RUNS --name NAME --num-workers 2
+"""
+
+import logging
+from typing import Any
+
+import click
+
+from flexunet.cli.options import PATH, SettingsCommand, from_options, given, settings_options
+from flexunet.storage import open_store
+from job.config import TrainConfig
+from job.report import write_report
+from job.train import prep_flags, resolve_config, show_end, stop_signals
+from job.training.cross_validation import cross_validate, own_process, show_folds
+from launcher.cluster.connection import connected
+from launcher.cluster.resources import places, require_places, widest
+from launcher.config import LaunchConfig
+from launcher.supervisor import launch, run_url
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.5
+
+
+@click.command(cls=SettingsCommand)
+@click.option(
+    "--config",
+    "file",
+    type=PATH,
+    metavar="PATH",
+    help="YAML file with any of the options of train, or the reference's .config file.",
+)
+@prep_flags
+@settings_options(LaunchConfig)
+@settings_options(TrainConfig)
+def command(file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any) -> int:
+    """Train on a Ray cluster, or on a Ray started on this machine.
+
+    The same command again resumes the run, on any number of workers that the batch divides by.
+    """
+    flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
+    where = {name: options.pop(name) for name in LaunchConfig.model_fields}
+    settings = from_options(LaunchConfig, where)
+    prep_options = {name: True for name, is_given in flags.items() if is_given}
+    config = resolve_config(given(options), file, prep_options)
+    if config.folds is not None and config.fold is None:
+        return _cross_validate(config, settings)
+    show_end(launch(config, settings), run_url(config))
+    return 0
+
+
+def _cross_validate(config: TrainConfig, settings: LaunchConfig) -> int:
+    """Trains the folds side by side, as many as the cluster has room for; returns the exit code."""
+    import ray
+
+    with stop_signals() as should_stop, connected(settings.address, worker_logs=False):
+        num_parallel, settings = _side_by_side(int(config.folds or 1), settings)
+        address = ray.get_runtime_context().gcs_address
+        arguments = _arguments(settings.model_copy(update={"address": address}))
+        command = own_process("launcher", "train", *arguments)
+        logger.info("%d folds, %d at a time", config.folds, num_parallel)
+        code = cross_validate(config, command, num_parallel, should_stop)
+    if code == 0:
+        show_folds(config)
+        click.echo(f"report: {write_report(open_store(run_url(config)))}")
+    return code
+
+
+def _side_by_side(num_folds: int, settings: LaunchConfig) -> tuple[int, LaunchConfig]:
+    """Returns how many folds have room at a time, and `settings` with the cores of each worker.
+
+    Raises:
+        UsageError: not even one has.
+    """
+    for count in range(num_folds, 0, -1):
+        num_workers, num_gpus = count * settings.num_workers, settings.gpus_per_worker
+        num_cpus = settings.cpus_per_worker
+        if num_cpus is None:
+            num_cpus = int(widest(num_workers, num_gpus=num_gpus).num_cpus)
+        sized = settings.model_copy(update={"cpus_per_worker": num_cpus})
+        if sum(places(sized.demand).values()) >= num_workers:
+            return count, sized
+    if not settings.wait_for_nodes:
+        require_places(sized.demand, settings.num_workers)
+    return 1, sized
+
+
+def _arguments(settings: LaunchConfig) -> list[str]:
+    """Returns the command line that gives these settings."""
+    arguments = []
+    for name, value in settings.model_dump().items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            arguments += [f"--{flag}", str(value)]
+    return arguments

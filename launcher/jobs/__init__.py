@@ -1,0 +1,1 @@
+"""Ray Jobs: commands submitted to the head of a cluster."""

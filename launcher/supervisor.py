@@ -1,0 +1,234 @@
+"""Starts workers on a Ray cluster again and again until the run is over.
+
+The workers run `job.train.run_member`; the bucket alone says where a run stands. So whatever dies
+(a worker, the driver, the cluster), the next workers resume, and Ray keeps nothing of a run.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from flexunet.errors import FlexUNetError, StoppedError, UsageError
+from flexunet.storage import join_url, open_store
+from flexunet.text import counted
+from job.config import TrainConfig
+from job.data.folds import open_folded
+from job.distributed.watchdog import STACKS_FOLDER
+from job.models.compatibility import check_fit
+from job.report import renew_report
+from job.runs.provenance import check_origin
+from job.runs.run import Run, find_commits
+from job.train import Display, earlier_outcome, stop_signals, stored_precision
+from launcher.cluster.connection import connected
+from launcher.cluster.node_checks import check_nodes
+from launcher.cluster.resources import (
+    described_resources,
+    described_shortage,
+    places,
+    require_places,
+    total,
+    widest,
+)
+from launcher.config import LaunchConfig
+from launcher.worker_group import NotStartedError, group_error, run_group, stopped_at_start
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.5
+_LONGEST_PAUSE_S = 60.0
+
+
+def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
+    """Trains on a cluster until the run is over; returns the outcome.
+
+    Args:
+        config: `data`, `output` and `name` are set; paths are absolute.
+
+    Raises:
+        FlexUNetError: as `job.train.train_and_evaluate`; also when too many workers failed.
+    """
+    from job.distributed.runtime import check_batch
+
+    launch_id = uuid.uuid4().hex
+    with stop_signals() as should_stop, Display(config) as display, ExitStack() as stack:
+
+        def check_wish() -> None:
+            if should_stop():
+                raise stopped_at_start()
+
+        dataset = open_folded(config)
+        check_fit(config, dataset)
+        check_origin(config, dataset)
+        check_batch(config, settings.num_workers, settings.gpus_per_worker)
+        check_wish()
+        stack.enter_context(connected(settings.address, worker_logs=False))
+        outcome = _outcome_so_far(config, dataset.digest, launch_id)
+        if outcome is not None:
+            return outcome
+        settings = _sized(config, settings)
+        _tell_plan(settings)
+        budget = _Budget(settings)
+        while True:
+            check_wish()
+            budget.begin(_newest_commit(config))
+            stacks = _stacks(config)
+            with _told_of_cluster():
+                group = run_group(config, settings, launch_id, should_stop, display)
+            for name in sorted(_stacks(config) - stacks):
+                logger.warning("a process stood still: %s", join_url(run_url(config), name))
+            if group.outcome is not None:
+                return group.outcome
+            error = group_error(group)
+            if should_stop():
+                raise error
+            pause_s = budget.spend(error, is_preempted=group.is_preempted)
+            logger.warning("starting the workers again (%s)", error)
+            _pause(pause_s, should_stop)
+
+
+class _Budget:
+    """How often workers are started again."""
+
+    def __init__(self, settings: LaunchConfig) -> None:
+        self._settings = settings
+        self._num_failures = 0
+        self._num_preemptions = 0
+        self._newest: Any = None
+
+    def begin(self, newest: Any) -> None:
+        """Takes the newest commit before a start; failures count from the last new one."""
+        if newest != self._newest:
+            self._newest, self._num_failures = newest, 0
+
+    def spend(self, error: FlexUNetError, *, is_preempted: bool) -> float:
+        """Returns the seconds to wait before the next start.
+
+        Raises:
+            FlexUNetError: there is none: `error`, or that the budget is spent.
+        """
+        if isinstance(error, NotStartedError) and self._num_preemptions:
+            raise StoppedError(f"{error}; the same command resumes") from error
+        is_retried = type(error) is FlexUNetError or (
+            is_preempted and isinstance(error, StoppedError)
+        )
+        if not is_retried:
+            raise error
+        self._num_preemptions += is_preempted
+        self._num_failures += not is_preempted
+        limit = self._settings.max_preemptions
+        if limit is not None and self._num_preemptions > limit:
+            raise StoppedError(f"preempted nodes: {self._num_preemptions}; {error}")
+        if self._num_failures > self._settings.max_failures:
+            raise FlexUNetError(
+                f"{counted(self._num_failures, 'failure')} without a new checkpoint, the last: "
+                f"{error}"
+            )
+        # What failed at once will fail at once again.
+        return min(2.0**self._num_failures, _LONGEST_PAUSE_S)
+
+
+def _pause(seconds: float, should_stop: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not should_stop():
+        time.sleep(_TICK_S)
+
+
+@contextmanager
+def _told_of_cluster() -> Iterator[None]:
+    """Turns Ray's word that our own actor is out of reach into a line.
+
+    Raises:
+        FlexUNetError: the node of the driver, or the head, is gone.
+    """
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise FlexUNetError(
+            f"the Ray cluster is out of reach ({type(error).__name__}); the same command resumes, "
+            "also on another cluster"
+        ) from error
+
+
+def _outcome_so_far(config: TrainConfig, digest: str, launch_id: str) -> dict[str, Any] | None:
+    """Returns the outcome of a run that is over, before any worker starts; None to go on.
+
+    Raises:
+        LockedError: another process owns the run.
+        UsageError: it is a run of another dataset or other settings.
+    """
+    with Run.open(config.output, str(config.name), launch=launch_id) as run:
+        precision = stored_precision(run)
+        outcome = None
+        if precision is not None:
+            if config.precision == "auto":
+                config = config.model_copy(update={"precision": precision})
+            outcome = earlier_outcome(config, run, digest)
+        if outcome is None:
+            run.note_end("looked")
+        else:
+            renew_report(run.store)  # it may have been evaluated anew since
+        return outcome
+
+
+def _sized(config: TrainConfig, settings: LaunchConfig) -> LaunchConfig:
+    """Returns `settings` with the cores of each worker, for a cluster that can do the work.
+
+    Decided once: the same number of threads after a restart computes the same bits.
+
+    Raises:
+        UsageError: the workers have no room, or a node lacks something.
+    """
+    if settings.wait_for_nodes and settings.cpus_per_worker is None:
+        raise UsageError("--wait-for-nodes: give --cpus-per-worker too, as the nodes are not known")
+    num_cpus = settings.cpus_per_worker
+    if num_cpus is None:
+        num_cpus = int(widest(settings.num_workers, num_gpus=settings.gpus_per_worker).num_cpus)
+    settings = settings.model_copy(update={"cpus_per_worker": num_cpus})
+    num_gpus = int(total("GPU"))
+    if num_gpus and not settings.gpus_per_worker:
+        logger.warning(
+            "computing on CPUs, though the cluster has %s; give --gpus-per-worker",
+            counted(num_gpus, "GPU"),
+        )
+    demand = settings.demand
+    if not settings.wait_for_nodes:
+        require_places(demand, settings.num_workers)
+    if places(demand):
+        check_nodes(demand, reads=[str(config.data)], writes=[config.output])
+    return settings
+
+
+def _tell_plan(settings: LaunchConfig) -> None:
+    demand = settings.demand
+    logger.info(
+        "starting %s with %s each, of %s",
+        counted(settings.num_workers, "worker"),
+        demand,
+        described_resources(),
+    )
+    shortage = described_shortage(demand, settings.num_workers)
+    if shortage is not None:
+        logger.warning(
+            "there is no room yet (free: %s); waiting for room for %g s (--join-timeout)",
+            shortage,
+            settings.join_timeout,
+        )
+
+
+def _newest_commit(config: TrainConfig) -> Any:
+    places = find_commits(open_store(run_url(config)))
+    return max(places) if places else None
+
+
+def _stacks(config: TrainConfig) -> set[str]:
+    return {stat.name for stat in open_store(run_url(config)).list(f"{STACKS_FOLDER}/")}
+
+
+def run_url(config: TrainConfig) -> str:
+    """Returns the URL of the run's folder."""
+    return join_url(config.output, str(config.name))

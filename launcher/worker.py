@@ -1,0 +1,36 @@
+"""What runs in each worker of a Ray cluster: one process of the training."""
+
+import os
+from typing import Any
+
+from job.config import TrainConfig
+from job.distributed.process_group import place_from_environment
+from job.train import run_member
+from launcher.channel import Link
+
+
+def work(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Trains as one worker; returns the outcome, None where all workers ended with an error.
+
+    An error that the others do not share is raised, because they would wait for this one for ever.
+    """
+    place = place_from_environment()
+    assert place is not None  # noqa: S101 - Ray Train sets it
+    config = TrainConfig.model_validate(settings["config"])
+    if settings["num_gpus"] == 0:
+        # Ray leaves the GPUs of a node visible to a worker that was given none.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with Link(settings["board"], place.rank) as link:
+        try:
+            return run_member(
+                config,
+                place,
+                link.report,
+                link.should_stop,
+                num_gpus=settings["num_gpus"],
+                launch=settings["launch"],
+            )
+        except Exception as error:
+            if link.is_shared(error, place.size):
+                return None
+            raise

@@ -1,0 +1,189 @@
+"""One set of workers, from its start by Ray Train to its end, as the driver sees it."""
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexunet.errors import FlexUNetError, StoppedError, error_of
+from flexunet.text import counted
+from job.config import TrainConfig
+from job.train import Display
+from launcher.channel import Board
+from launcher.cluster.resources import described_resources
+from launcher.config import LaunchConfig
+from launcher.worker import work
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.5
+_PREEMPTED = "preempted"
+_STOPPED = "stopped"
+
+
+class NotStartedError(FlexUNetError):
+    """Workers did not start in time."""
+
+
+@dataclass
+class WorkerGroup:
+    """One set of workers from its start to its end, as the driver sees it."""
+
+    board: Any
+    nodes: dict[int, str] = field(default_factory=dict)  # by rank
+    ends: list[dict[str, Any]] = field(default_factory=list)
+    outcome: dict[str, Any] | None = None
+    failure: BaseException | None = None  # Ray's
+    is_preempted: bool = False
+
+
+def group_error(group: WorkerGroup) -> FlexUNetError:
+    """Returns what ended the workers: the error that says most, else that one of them died."""
+    told = [error_of(end["kind"], end["text"]) for end in group.ends]
+    if isinstance(group.failure, FlexUNetError):
+        return group.failure
+    for error in told:
+        if type(error) is not FlexUNetError:
+            return error
+    dead = sorted(set(group.nodes) - {end["rank"] for end in group.ends})
+    if group.failure is not None and dead:
+        ranks = ", ".join(str(rank) for rank in dead)
+        return FlexUNetError(f"the worker of rank {ranks} died or was killed")
+    if told:
+        return told[0]
+    return FlexUNetError(f"the workers failed: {group.failure}")
+
+
+def run_group(
+    config: TrainConfig,
+    settings: LaunchConfig,
+    launch_id: str,
+    should_stop: Callable[[], bool],
+    display: Display,
+) -> WorkerGroup:
+    """Starts workers and follows them to their end."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    group = WorkerGroup(board)
+    with tempfile.TemporaryDirectory(prefix="flexunet-ray-") as folder:
+        thread = threading.Thread(
+            target=_fit, args=(group, config, settings, launch_id, folder), daemon=True
+        )
+        thread.start()
+        begin = time.monotonic()
+        while thread.is_alive():
+            thread.join(_TICK_S)
+            if should_stop():
+                board.wish.remote(_STOPPED)
+            num_before = len(group.nodes)
+            _look(group, display)
+            if num_before < settings.num_workers == len(group.nodes):
+                logger.info("all workers have started; they load TensorFlow")
+            if len(group.nodes) < settings.num_workers and not group.ends:
+                if should_stop():
+                    raise stopped_at_start()
+                if time.monotonic() - begin > settings.join_timeout:
+                    group.failure = _not_started(group, settings)
+                    break
+            elif not group.is_preempted and _draining() & set(group.nodes.values()):
+                group.is_preempted = True
+                board.wish.remote(_PREEMPTED)
+        _look(group, display)
+    ray.kill(board)
+    return group
+
+
+def _look(group: WorkerGroup, display: Display) -> None:
+    import ray
+
+    events, group.nodes, group.ends = ray.get(group.board.take.remote())
+    for event in events:
+        if event["event"] == "log":
+            logger.log(event["level"], "%s", event["text"])
+        else:
+            display.report(event)
+
+
+def _draining() -> set[str]:
+    """Returns the ids of the nodes that will go away soon."""
+    import ray
+
+    # What Ray Train itself reads; there is no public form.
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def stopped_at_start() -> StoppedError:
+    """Returns the error of a stop before training began."""
+    return StoppedError("stopped before all workers had started; the same command resumes")
+
+
+def _not_started(group: WorkerGroup, settings: LaunchConfig) -> "NotStartedError":
+    missing = [str(rank) for rank in range(settings.num_workers) if rank not in group.nodes]
+    return NotStartedError(
+        f"rank {', '.join(missing)} of {counted(settings.num_workers, 'worker')} did not start "
+        f"within {settings.join_timeout:g} s (--join-timeout); each needs {settings.demand}, the "
+        f"cluster has {described_resources()}"
+    )
+
+
+def _fit(
+    group: WorkerGroup, config: TrainConfig, settings: LaunchConfig, launch_id: str, folder: str
+) -> None:
+    """Runs one set of workers; what came of it is left in `group`."""
+    try:
+        group.outcome = _outcome_of(group, config, settings, launch_id, folder)
+    except BaseException as error:
+        group.failure = error
+
+
+def _outcome_of(
+    group: WorkerGroup, config: TrainConfig, settings: LaunchConfig, launch_id: str, folder: str
+) -> dict[str, Any] | None:
+    """Returns what the first of a set of workers returned; `folder` is Ray's, and empty."""
+    # Relative names would mean another folder; drained nodes are seen by the driver; and a start
+    # that takes long is the driver's to give up.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(settings.join_timeout)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    from job.distributed.runtime import import_tensorflow
+
+    import_tensorflow()  # quietly; Ray's module does it otherwise
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.tensorflow import TensorflowTrainer
+
+    num_cpus = int(settings.demand.num_cpus)
+    if config.threads == 0 and not settings.gpus_per_worker:
+        # Otherwise every worker of a machine would start a thread for each of its cores.
+        config = config.model_copy(update={"threads": num_cpus})
+    resources = {"CPU": num_cpus} | (
+        {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
+    )
+    trainer = TensorflowTrainer(
+        work,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "board": group.board,
+            "launch": launch_id,
+            "num_gpus": settings.gpus_per_worker,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=settings.num_workers,
+            use_gpu=settings.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        # Ray writes a marker there and no more: a run's own folder is the truth.
+        run_config=RunConfig(
+            name=str(config.name),
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+        ),
+    )
+    return trainer.fit().return_value
