@@ -6,7 +6,7 @@ An earlier version may have written them, without fields that have come since.
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flexunet.errors import ContentError
@@ -68,19 +68,15 @@ def read_table(store: Store, name: str, remedy: str) -> list[dict[str, str]] | N
     where = f"{store.url}/{name}"
     try:
         rows = csv.DictReader(io.StringIO(store.get(name).decode(), newline=""), strict=True)
-        # A row that was cut short lacks its last columns.
-        return [
-            _Stored(
-                (
-                    (plain_cell(k), plain_cell(v))
-                    for k, v in row.items()
-                    if k is not None and v is not None
-                ),
-                *(where, remedy),
-            )
-            for row in rows
-        ]
+        return [_Stored(_cells(row), where, remedy) for row in rows]
     except NotFound:
         return None
     except (ValueError, csv.Error) as error:
         raise ContentError(f"{where}: not a table ({error}); {remedy}") from error
+
+
+def _cells(row: Mapping[str | None, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (column, text) of a row; one that was cut short lacks its last columns."""
+    for column, text in row.items():
+        if column is not None and text is not None:
+            yield plain_cell(column), plain_cell(text)

@@ -219,21 +219,7 @@ def _describe(
     if _is_typed(place, typed) or (typed is not None and detail["type"] == "missing"):
         name = flag_of(place)
     if detail["type"] == "extra_forbidden":
-        group: Any = cls
-        for part in path[:-1]:
-            field = getattr(group, "model_fields", {}).get(part)
-            group = field.annotation if field else None
-        elsewhere = [known for known in _keys_of(cls) if known.rpartition(".")[2] == path[-1]]
-        if elsewhere:
-            return f"unknown key {name!r}; did you mean {elsewhere[0]!r}?"
-        keys = {flag_of(each.split(".")): each for each in _keys_of(cls)}
-        remedy = proposed(path[-1], keys)
-        if remedy is not None:
-            for flag, key in keys.items():
-                remedy = remedy.replace(f"{flag!r}", f"{key!r}")
-            return f"unknown key {name!r}; {remedy}"
-        known = list(getattr(group, "model_fields", {}))
-        return f"unknown key {name!r}; {suggestion(path[-1], known)}"
+        return f"unknown key {name!r}; {_known_key(cls, path)}"
     if detail["type"] == "model_type":
         return f"{name}: expected a group of keys, got {_shown(detail['input'])}"
     message = detail["msg"].removeprefix("Value error, ")
@@ -246,6 +232,24 @@ def _describe(
         message = _as_typed(message, typed or {})
         return f"{'.'.join(path)}: {message}" if path else message
     return f"{name}={_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _known_key(cls: type[Settings], path: list[str]) -> str:
+    """Returns a remedy for the unknown key at `path`."""
+    elsewhere = [known for known in _keys_of(cls) if known.rpartition(".")[2] == path[-1]]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]!r}?"
+    keys = {flag_of(each.split(".")): each for each in _keys_of(cls)}
+    remedy = proposed(path[-1], keys)
+    if remedy is not None:
+        for flag, key in keys.items():
+            remedy = remedy.replace(f"{flag!r}", f"{key!r}")
+        return remedy
+    group: Any = cls
+    for part in path[:-1]:
+        field = getattr(group, "model_fields", {}).get(part)
+        group = field.annotation if field else None
+    return suggestion(path[-1], list(getattr(group, "model_fields", {})))
 
 
 def _keys_of(cls: type[Settings]) -> Iterator[str]:

@@ -38,13 +38,9 @@ def checked_name(name: str) -> str:
 
 def name_problem(name: str) -> str | None:
     """Returns why `name` is not a safe object name (see `checked_name`), None when it is."""
-    for character in name:
-        if unicodedata.category(character) == "Cs":
-            return "it is not UTF-8"
-        if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
-            return f"it holds the control character {character!a}"
-        if is_invisible(character):  # the name could look like another one
-            return f"it holds {character!a}, which is invisible or turns the text around"
+    problem = next(filter(None, map(_character_problem, name)), None)
+    if problem:
+        return problem
     if not unicodedata.is_normalized("NFC", name):
         return "it is not in Unicode normal form C"
     if "\\" in name:
@@ -54,15 +50,29 @@ def name_problem(name: str) -> str | None:
     parts = name.split("/")
     if "" in parts:
         return "it is absolute, or a part of it is empty"
-    for part in parts:
-        if part in (".", ".."):
-            return f"it holds {part!r}"
-        if part.startswith(HIDDEN):
-            return f"names that start with {HIDDEN!r} are reserved"
-        if len(part.encode()) > _MAX_PART_BYTES:
-            return f"a part of it is longer than {_MAX_PART_BYTES} bytes"
-    if len(name.encode()) > _MAX_NAME_BYTES:
+    problem = next(filter(None, map(_part_problem, parts)), None)
+    if problem is None and len(name.encode()) > _MAX_NAME_BYTES:
         return f"it is longer than {_MAX_NAME_BYTES} bytes"
+    return problem
+
+
+def _character_problem(character: str) -> str | None:
+    if unicodedata.category(character) == "Cs":
+        return "it is not UTF-8"
+    if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
+        return f"it holds the control character {character!a}"
+    if is_invisible(character):  # the name could look like another one
+        return f"it holds {character!a}, which is invisible or turns the text around"
+    return None
+
+
+def _part_problem(part: str) -> str | None:
+    if part in (".", ".."):
+        return f"it holds {part!r}"
+    if part.startswith(HIDDEN):
+        return f"names that start with {HIDDEN!r} are reserved"
+    if len(part.encode()) > _MAX_PART_BYTES:
+        return f"a part of it is longer than {_MAX_PART_BYTES} bytes"
     return None
 
 
