@@ -44,7 +44,8 @@ from flexunet.errors import UsageError
 from flexunet.settings import merged, validated
 from flexunet.storage import open_store
 from job.config import LossName, ModelConfig, TrainConfig
-from job.runs.run import Place, find_commits
+from job.runs.commits import find_commits
+from job.runs.layout import Place
 
 PRECISIONS = tuple(
     name for name in get_args(TrainConfig.model_fields["precision"].annotation) if name != "auto"

@@ -76,7 +76,7 @@ from job.models.compatibility import num_outputs
 from job.runs.history import evaluation_csv
 from job.runs.loading import TrainedRun, load_model, member_of, open_alike
 from job.runs.provenance import as_record, read_origin
-from job.runs.run import standing
+from job.runs.status import standing
 
 logger = logging.getLogger(__name__)
 

@@ -44,14 +44,8 @@ from job.metrics.per_case import (
     titled_sizes,
 )
 from job.runs.history import CURVE_TITLES
-from job.runs.run import (
-    CROSS_VALIDATION_NAME,
-    LEASE_NAME,
-    OUTCOME_NAME,
-    RESTORE,
-    read_ends,
-    standing,
-)
+from job.runs.layout import CROSS_VALIDATION_NAME, LEASE_NAME, OUTCOME_NAME, RESTORE
+from job.runs.status import read_ends, standing
 from job.training.schedule import stopped_early_words
 
 REPORT_NAME = "report.html"

@@ -19,8 +19,9 @@ from job.data.folds import open_folded
 from job.distributed.watchdog import STACKS_FOLDER
 from job.models.compatibility import check_fit
 from job.report import renew_report
+from job.runs.commits import find_commits
 from job.runs.provenance import check_origin
-from job.runs.run import Run, find_commits
+from job.runs.run import Run
 from job.train import Display, earlier_outcome, stop_signals, stored_precision
 from launcher.cluster.connection import connected
 from launcher.cluster.node_checks import check_nodes

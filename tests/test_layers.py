@@ -17,7 +17,8 @@ BANNED = {
     "job": {"launcher", "ray"},
     "launcher": set[str](),
 }
-FRAMEWORK_FREE = {"job/runs/run.py": {"tensorflow", "keras"}}
+RUN_PROTOCOL = ("layout", "lease", "ownership", "commits", "identity", "status", "run")
+FRAMEWORK_FREE = {f"job/runs/{name}.py": {"tensorflow", "keras"} for name in RUN_PROTOCOL}
 # May import these, but only inside its functions: a reader that is chosen by an option.
 LAZY = {"data_prep/imaging/dicom_tfio.py": {"tensorflow", "tensorflow_io"}}
 

@@ -16,17 +16,9 @@ from flexunet.settings import read_yaml
 from flexunet.storage import NotFound, Store, open_store
 from job.config import TrainConfig, stored_config
 from job.models.compatibility import image_shape, num_outputs
-from job.runs.run import (
-    CROSS_VALIDATION_NAME,
-    Commit,
-    Place,
-    commit_prefix,
-    fetch_commit,
-    fetch_newest,
-    find_commits,
-    read_commit,
-    standing,
-)
+from job.runs.commits import Commit, fetch_commit, fetch_newest, find_commits, read_commit
+from job.runs.layout import CROSS_VALIDATION_NAME, Place, commit_prefix
+from job.runs.status import standing
 
 WEIGHT_FILES = (".h5", ".hdf5")  # endings of files to start from; anything else is a run
 

@@ -25,8 +25,9 @@ from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.data.folds import evaluated_words, open_folded
 from job.models.compatibility import image_shape, num_outputs
+from job.runs.commits import find_commits
+from job.runs.layout import ORIGIN_NAME, RESTORE
 from job.runs.loading import WEIGHT_FILES, TrainedRun, open_trained
-from job.runs.run import ORIGIN_NAME, RESTORE, find_commits
 
 logger = logging.getLogger(__name__)
 

@@ -45,8 +45,8 @@ from job.metrics.per_case import (
     summarize_cases,
     titled_sizes,
 )
+from job.runs.layout import CROSS_VALIDATION_NAME, checked_run_name
 from job.runs.provenance import as_record, read_origin, refuse_seen
-from job.runs.run import CROSS_VALIDATION_NAME, checked_run_name
 
 logger = logging.getLogger(__name__)
 

@@ -43,8 +43,10 @@ from job.inference.predict import to_model_pixels
 from job.report import renew_report
 from job.reporting import plots
 from job.runs import serialization
+from job.runs.commits import fetch_commit
 from job.runs.history import CURVE_TITLES, History
-from job.runs.run import Place, Run, commit_prefix, fetch_commit
+from job.runs.layout import Place, commit_prefix
+from job.runs.run import Run
 from job.runs.upload_queue import Outbox
 from job.training.optimizer import Adam
 from job.training.state import TrainState

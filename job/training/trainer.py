@@ -38,9 +38,10 @@ from job.distributed.runtime import why_not_xla
 from job.evaluate import Evaluation, Evaluator, make_evaluator, means_of
 from job.losses import is_mean
 from job.metrics.batch import RunningSums
+from job.runs.layout import ORIGIN_NAME
 from job.runs.loading import initialize_from, model_for
 from job.runs.provenance import Origin, as_record, origin_json, read_origin, refuse_seen
-from job.runs.run import ORIGIN_NAME, Run
+from job.runs.run import Run
 from job.training.loss_scale import MOST_SKIPPED, loss_scale_for
 from job.training.optimizer import Adam
 from job.training.run_writer import Recorder, open_recorder

@@ -19,7 +19,10 @@ import pytest
 
 from flexunet.errors import LockedError
 from flexunet.storage import LocalStore, Store, Unavailable, join_url, open_store
-from job.runs.run import LeaseTiming, Run, commit_prefix, fetch_commit, find_commits
+from job.runs.commits import fetch_commit, find_commits
+from job.runs.layout import commit_prefix
+from job.runs.lease import LeaseTiming
+from job.runs.run import Run
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Action, Fault
 from tests.faults.worker import (

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from flexunet.storage import join_url, open_store
-from job.runs.run import find_commits
+from job.runs.commits import find_commits
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
 from tests.faults.test_run_faults import storm

@@ -16,7 +16,7 @@ import numpy as np
 
 from flexunet.storage import Store, join_url, open_store
 from job.data.dataset import dropout_keys
-from job.runs.run import find_commits
+from job.runs.commits import find_commits
 from tests.faults.traced import events_of
 from tests.job.discs import prepare_discs
 from tests.job.processes import free_addresses, weights_of

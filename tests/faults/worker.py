@@ -17,7 +17,9 @@ from typing import Any
 
 from flexunet.errors import FlexUNetError
 from flexunet.storage import LocalStore, Stat, Store, open_store
-from job.runs.run import Commit, LeaseTiming, Run
+from job.runs.commits import Commit
+from job.runs.lease import LeaseTiming
+from job.runs.run import Run
 
 PROJECT = Path(__file__).resolve().parents[2]
 DIGEST = "d" * 64

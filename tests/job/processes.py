@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from flexunet.storage import open_store
-from job.runs.run import find_commits
+from job.runs.commits import find_commits
 
 PROJECT = Path(__file__).resolve().parents[2]
 

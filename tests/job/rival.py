@@ -4,7 +4,8 @@ import json
 import time
 
 from flexunet.storage import PreconditionFailed
-from job.runs.run import LEASE_NAME, Run
+from job.runs.layout import LEASE_NAME
+from job.runs.run import Run
 
 
 def take_over(run: Run) -> None:

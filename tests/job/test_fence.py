@@ -12,7 +12,8 @@ import tensorflow as tf
 from flexunet.errors import LockedError
 from flexunet.storage import LocalStore, Stat, Store, open_store
 from job.config import TrainConfig
-from job.runs.run import LeaseTiming, Run
+from job.runs.lease import LeaseTiming
+from job.runs.run import Run
 from job.train import train_and_evaluate
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault

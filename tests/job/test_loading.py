@@ -12,6 +12,7 @@ from flexunet.errors import ContentError, UsageError
 from flexunet.storage import LocalStore, open_store
 from job.config import TrainConfig
 from job.runs import serialization
+from job.runs.layout import CROSS_VALIDATION_NAME
 from job.runs.loading import (
     fetch_checkpoint,
     initialize_from,
@@ -20,7 +21,6 @@ from job.runs.loading import (
     model_for,
     open_trained,
 )
-from job.runs.run import CROSS_VALIDATION_NAME
 
 
 def with_model(config: TrainConfig, **changes: int) -> TrainConfig:

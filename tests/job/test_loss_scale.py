@@ -24,7 +24,8 @@ from job.losses import is_mean, make_loss
 from job.models.flexunet import build_model
 from job.report import render
 from job.runs import serialization
-from job.runs.run import Run, find_commits
+from job.runs.commits import find_commits
+from job.runs.run import Run
 from job.train import train_and_evaluate
 from job.training import loss_scale
 from job.training.loss_scale import LossScale, loss_scale_for

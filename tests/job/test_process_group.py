@@ -18,7 +18,7 @@ import pytest
 from flexunet.errors import UsageError
 from flexunet.storage import open_store
 from job.distributed.process_group import Place, meet, place_from_environment
-from job.runs.run import find_commits
+from job.runs.commits import find_commits
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
 from tests.job.discs import prepare_discs

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from flexunet.storage import open_store
+from job.runs.commits import find_commits
 from job.runs.loading import open_trained
-from job.runs.run import find_commits, standing
+from job.runs.status import standing
 
 PROJECT = Path(__file__).resolve().parents[2]
 RELICS = PROJECT / "tests" / "relics" / "v0.1.0"

@@ -18,21 +18,11 @@ import pytest
 
 from flexunet.errors import ContentError, LockedError, StorageError, UsageError
 from flexunet.storage import LocalStore, Store, open_store
-from job.runs.run import (
-    Commit,
-    Lease,
-    LeaseTiming,
-    Place,
-    Run,
-    _bases_of,
-    _is_on_chain,
-    checked_run_name,
-    commit_prefix,
-    fetch_commit,
-    find_commits,
-    read_ends,
-    standing,
-)
+from job.runs.commits import Commit, fetch_commit, find_commits
+from job.runs.layout import Place, checked_run_name, commit_prefix
+from job.runs.lease import Lease, LeaseTiming, _bases_of, is_on_chain
+from job.runs.run import Run
+from job.runs.status import read_ends, standing
 from tests.job.processes import wait_until
 from tests.job.rival import take_over
 
@@ -305,7 +295,8 @@ import sys
 import threading
 from flexunet.errors import LockedError
 from flexunet.storage import LocalStore
-from job.runs.run import LeaseTiming, Run
+from job.runs.lease import LeaseTiming
+from job.runs.run import Run
 for line in sys.stdin:
     try:
         run = Run.own(LocalStore(sys.argv[1] + "/" + line.strip()), by_lease=sys.argv[2] == "lease",
@@ -693,7 +684,7 @@ def test_owner_whose_renewals_end_by_a_bug_has_lost_the_run(
     seen: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", seen.append)
     with own(tmp_path, by_lease=True) as run, monkeypatch.context() as broken:
-        broken.setattr("job.runs.run._put_lease", lambda *_: 1 // 0)
+        broken.setattr("job.runs.ownership.put_lease", lambda *_: 1 // 0)
         wait_until(lambda: run.lost, [])
     assert [each.exc_type for each in seen] == [ZeroDivisionError]
 
@@ -703,7 +694,7 @@ def test_lease_of_many_attempts_stays_small(
     commits_every: int, tmp_path: Path, by_lease: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Old attempts whose commits are gone leave nothing in it, and all that count are found."""
-    monkeypatch.setattr("job.runs.run._NUM_SHOWN", 4)
+    monkeypatch.setattr("job.runs.lease._NUM_SHOWN", 4)
     sizes = []
     for attempt in range(1, 16):
         with own(tmp_path, by_lease) as run:
@@ -727,7 +718,7 @@ def test_a_bounded_lease_counts_the_commits_that_a_whole_one_does(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Histories of commits, falls back to older ones, late commits, and garbage collected."""
-    monkeypatch.setattr("job.runs.run._NUM_SHOWN", 3)
+    monkeypatch.setattr("job.runs.lease._NUM_SHOWN", 3)
     draw = random.Random(seed)
     lease = whole = Lease(attempt=1, owner="x", bases={1: None})
     places: list[Place] = []
@@ -739,8 +730,8 @@ def test_a_bounded_lease_counts_the_commits_that_a_whole_one_does(
         if attempt > 3 and draw.random() < 0.3:  # of one that had lost the run long ago
             late = draw.randrange(1, attempt - 1)
             places.append(Place(late, step + 50, commit_prefix(step + 50, late)))
-        candidates = sorted(p for p in places if _is_on_chain(whole, p))
-        assert candidates == sorted(p for p in places if _is_on_chain(lease, p))
+        candidates = sorted(p for p in places if is_on_chain(whole, p))
+        assert candidates == sorted(p for p in places if is_on_chain(lease, p))
         base = candidates[-1].prefix if candidates else None
         whole = Lease(attempt=attempt, owner="x", bases={**whole.bases, attempt: base})
         bases = _bases_of(attempt, lease, candidates)
@@ -751,7 +742,7 @@ def test_a_bounded_lease_counts_the_commits_that_a_whole_one_does(
             step = int(older[17:25])
         lease = Lease(attempt=attempt, owner="x", bases=bases)
         assert len(bases) <= 3 + len({place.attempt for place in candidates})
-        kept = sorted(p for p in places if _is_on_chain(whole, p))
+        kept = sorted(p for p in places if is_on_chain(whole, p))
         spared = {*kept[-2:], *draw.sample(kept, min(1, len(kept)))}
         places = [p for p in places if p in spared or draw.random() < 0.2]
 

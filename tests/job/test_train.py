@@ -29,7 +29,10 @@ from flexunet.settings import fields_of, validated, write_yaml
 from flexunet.storage import join_url, open_store
 from job.config import ModelConfig, ScheduleConfig, TrainConfig, identity_of
 from job.report import render
-from job.runs.run import LeaseTiming, Run, find_commits, read_ends, standing
+from job.runs.commits import find_commits
+from job.runs.lease import LeaseTiming
+from job.runs.run import Run
+from job.runs.status import read_ends, standing
 from job.train import Display, resolve_config, run_name, train_and_evaluate
 from tests.job.discs import prepare_discs
 from tests.job.rival import take_over

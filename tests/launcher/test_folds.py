@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job.runs.run import CROSS_VALIDATION_NAME
+from job.runs.layout import CROSS_VALIDATION_NAME
 from launcher.commands.train import _arguments
 from launcher.commands.train import command as launch_train
 from launcher.config import LaunchConfig

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 from flexunet.storage import Store, join_url, open_store
-from job.runs.run import LeaseTiming, Run, find_commits
+from job.runs.commits import find_commits
+from job.runs.lease import LeaseTiming
+from job.runs.run import Run
 from tests.job.discs import prepare_discs, write_discs
 from tests.job.processes import finish, start_cluster, weights_of
 from tests.launcher.conftest import RayCluster, ray_processes

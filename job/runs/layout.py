@@ -1,0 +1,107 @@
+"""Names the objects of a run's folder, and reads the small records among them."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from flexunet.errors import ContentError, UsageError
+from flexunet.settings import Settings
+from flexunet.storage import NotFound, Stat, Store
+from job.config import RUN_NAME, RUN_NAME_RULE
+
+LEASE_NAME = "lease.json"
+LOCK_NAME = ".lock"
+IDENTITY_NAME = "identity.json"
+OUTCOME_NAME = "outcome.json"
+COMMIT_NAME = "COMMIT.json"
+ORIGIN_NAME = "origin.json"
+CROSS_VALIDATION_NAME = "cross_validation.json"  # of all folds, in the folder of their common name
+ENDS_FOLDER = "attempts"  # how an attempt ended that did not end the run
+RESTORE = "restore the file, or train a run of another name"  # where one of these is damaged
+MAX_RECORD_BYTES = 1 << 20
+_FOLDER = re.compile(r"(checkpoints/step-(\d{8,18})/a(\d{1,9}))/([^/]+)")
+
+R = TypeVar("R", bound=Settings)
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where a commit lies; ordered by attempt, then step."""
+
+    attempt: int
+    step: int
+    prefix: str = field(compare=False)
+
+
+def checked_run_name(name: str) -> str:
+    """Returns `name` when a run may have it.
+
+    Raises:
+        UsageError: it is not of the form that every storage and cluster takes.
+    """
+    if not RUN_NAME.fullmatch(name):
+        raise UsageError(f"run name {name!r} is not allowed; use {RUN_NAME_RULE}")
+    return name
+
+
+def commit_prefix(step: int, attempt: int) -> str:
+    """Returns the folder of a commit."""
+    return f"checkpoints/step-{step:08d}/a{attempt}"
+
+
+def place_at(prefix: str | None) -> Place | None:
+    """Returns the place of the commit folder `prefix`; None where it is not named like one."""
+    match = _FOLDER.fullmatch(f"{prefix}/{COMMIT_NAME}")
+    return match and Place(int(match[3]), int(match[2]), match[1])
+
+
+def list_folders(store: Store) -> dict[Place, list[Stat]]:
+    """Returns the objects of every commit folder, finished or not."""
+    folders: dict[Place, list[Stat]] = {}
+    for stat in store.list("checkpoints/"):
+        match = _FOLDER.fullmatch(stat.name)
+        if match:
+            place = Place(int(match[3]), int(match[2]), match[1])
+            folders.setdefault(place, []).append(stat)
+    return folders
+
+
+def is_committed(stats: list[Stat]) -> bool:
+    """Returns whether the objects of a commit folder are a whole commit."""
+    return any(stat.name.endswith(f"/{COMMIT_NAME}") for stat in stats)
+
+
+def read_small(store: Store, name: str, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
+    """Returns an object that holds a record.
+
+    Raises:
+        ContentError: it has more than `max_bytes`.
+    """
+    stat = store.stat(name)
+    if stat is None:
+        raise NotFound(f"{store.url}/{name} does not exist")
+    if stat.size > max_bytes:
+        raise ContentError(f"{store.url}/{name} has {stat.size} bytes, over {max_bytes}; {RESTORE}")
+    return store.get(name)
+
+
+def parse_record(data: bytes, kind: type[R], where: str) -> R:
+    """Returns the record of `kind` that `data` holds as JSON.
+
+    Raises:
+        ContentError: it holds none; the message says what is wrong at `where`.
+    """
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        field_name = ".".join(str(part) for part in detail["loc"]) or "content"
+        raise ContentError(f"{where}: {field_name}: {detail['msg']}; {RESTORE}") from error
+
+
+def through_json(value: Any) -> Any:
+    """Returns `value` as a later attempt will read it (tuples become lists)."""
+    return json.loads(json.dumps(value))

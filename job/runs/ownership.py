@@ -1,0 +1,333 @@
+"""Holds a run for one process: by a file lock on this machine, by a renewed lease elsewhere."""
+
+import fcntl
+import logging
+import os
+import socket
+import threading
+import time
+from typing import Any, Protocol
+
+from flexunet.errors import ContentError, LockedError, StorageError
+from flexunet.storage import (
+    PreconditionFailed,
+    Store,
+    Unavailable,
+    probe_preconditions,
+    refuse_file_above,
+)
+from job.runs.layout import LEASE_NAME, LOCK_NAME, Place
+from job.runs.lease import Lease, LeaseTiming, next_lease, put_lease, read_lease, take_lease
+
+logger = logging.getLogger(__name__)
+
+
+class Ownership(Protocol):
+    """Proof that this process owns a run."""
+
+    lease: Lease
+
+    @property
+    def base(self) -> str | None:
+        """The folder of the commit that this attempt resumes from."""
+        ...
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the run is known to be lost."""
+        ...
+
+    def confirm(self) -> None:
+        """Raises LockedError when the run is no longer ours; asks storage."""
+        ...
+
+    def check(self) -> None:
+        """Raises LockedError when the run is no longer ours; asks storage where that can be."""
+        ...
+
+    def rebase(self, base: str | None) -> None:
+        """Writes into the lease that this attempt resumes from another commit."""
+        ...
+
+    def release(self) -> None:
+        """Gives the run back; a second call does nothing."""
+        ...
+
+
+def acquire(
+    store: Store,
+    *,
+    timing: LeaseTiming | None,
+    by_lease: bool | None,
+    launch: str | None,
+) -> tuple[Ownership, list[Place]]:
+    """Returns the proof that this process owns the run in `store`, and what it may restore.
+
+    See `Run.own`.
+    """
+    if by_lease is None:
+        by_lease = store.local_root is None
+    if not by_lease and store.local_root is not None:
+        file = _lock_file(store.local_root)
+        try:
+            lease, generation, candidates = next_lease(store, read_lease(store), launch)
+            stat = put_lease(store, lease, generation)
+            store.remove_unfinished()
+        except BaseException:
+            _close_lock(file)
+            raise
+        return _FileLock(store, file, lease, stat.generation), candidates
+    if store.local_root is None:
+        probe_preconditions(store)
+    timing = timing or LeaseTiming()
+    lease, generation, candidates = take_lease(store, timing, launch)
+    return _Heartbeat(store, lease, generation, timing), candidates
+
+
+class _FileLock:
+    """Ownership by `flock`, which the kernel ends with the process."""
+
+    def __init__(self, store: Store, file: int, lease: Lease, generation: int) -> None:
+        self.lease = lease
+        self._store = store
+        self._file = file
+        self._generation = generation
+        self._is_released = False
+
+    @property
+    def base(self) -> str | None:
+        return self.lease.bases[self.lease.attempt]
+
+    @property
+    def is_lost(self) -> bool:
+        return False
+
+    def confirm(self) -> None:
+        """Also notices that the lock file, and with it the run, was removed by hand."""
+        if self._is_released:
+            raise _given_back(self._store)
+        path = os.path.join(self._store.local_root or "", LOCK_NAME)
+        try:
+            is_same = os.path.samestat(os.stat(path), os.fstat(self._file))
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise LockedError(
+                f"{path}, or the whole folder, was removed while the run was going on; this "
+                "process stops, and the same command begins anew"
+            )
+
+    def check(self) -> None:
+        """The same: it asks no other machine."""
+        self.confirm()
+
+    def rebase(self, base: str | None) -> None:
+        bases = {**self.lease.bases, self.lease.attempt: base}
+        lease = self.lease.model_copy(update={"bases": bases})
+        self._generation = put_lease(self._store, lease, self._generation).generation
+        self.lease = lease
+
+    def release(self) -> None:
+        self._is_released = True
+        _close_lock(self._file)
+
+
+class _Heartbeat:
+    """Ownership by a lease that a thread renews.
+
+    Only a lease of another owner tells that the run is lost, never the time or an outage: nobody
+    can take the run over without storage either. A lease that something else has damaged is written
+    again as long as it cannot have expired; later, nobody knows whose it was, and the run is lost.
+    """
+
+    def __init__(self, store: Store, lease: Lease, generation: int, timing: LeaseTiming) -> None:
+        self.lease = lease
+        # A request that hangs must not let the lease expire.
+        self._store = store.with_limits(
+            retry_s=min(store.retry_s, max(timing.expire_s / 3, 1.0)),
+            timeout_s=max(timing.expire_s / 5, 1.0),
+        )
+        self._patience_s = store.retry_s
+        self._generation = generation
+        self._timing = timing
+        self._renewed_at = _now()
+        self._mutex = threading.Lock()
+        self._is_lost = False
+        self._why_lost: str | None = None
+        self._is_released = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    @property
+    def base(self) -> str | None:
+        return self.lease.bases[self.lease.attempt]
+
+    @property
+    def is_lost(self) -> bool:
+        return self._is_lost
+
+    def confirm(self) -> None:
+        if self._is_released:
+            raise _given_back(self._store)
+        self._write_patiently({})
+
+    def check(self) -> None:
+        if self._is_lost or self._is_released or self._may_have_expired:
+            self.confirm()
+
+    @property
+    def _may_have_expired(self) -> bool:
+        return _now() - self._renewed_at > self._timing.expire_s
+
+    def rebase(self, base: str | None) -> None:
+        self._write_patiently({"bases": {**self.lease.bases, self.lease.attempt: base}})
+
+    def release(self) -> None:
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._thread.join()
+        self._is_released = True
+        try:
+            self._write({"released": True})
+        except LockedError:
+            pass
+        except StorageError as error:
+            logger.warning("%s is not given back, so that the next start has to wait: %s",
+                           self._store.url, error)  # fmt: skip
+
+    def _renew(self) -> None:
+        is_failing = False
+        while not self._stop.wait(self._timing.renew_s):
+            try:
+                self._write({})
+                is_failing = False
+            except LockedError:
+                return
+            except StorageError as error:
+                if not is_failing:
+                    logger.warning("the lease of %s is not renewed: %s", self._store.url, error)
+                is_failing = True
+            except Exception as error:
+                # Nobody renews the lease any more, and the owner must hear of it.
+                self._lose(f"the lease is not renewed any more, because of a bug ({error!r})")
+                raise
+
+    def _write_patiently(self, update: dict[str, Any]) -> None:
+        """Writes the lease as `_write`, as long as the run's other requests are repeated."""
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return self._write(update)
+            except Unavailable:
+                if self._stop.is_set() or time.monotonic() >= deadline:
+                    raise
+
+    def _write(self, update: dict[str, Any]) -> None:
+        with self._mutex:
+            if self._is_lost:
+                raise _lost(self._store, self._why_lost)
+            lease = self.lease.model_copy(update={"beat": self.lease.beat + 1, **update})
+            start = _now()
+            generation = self._generation
+            while True:
+                try:
+                    stat = put_lease(self._store, lease, generation)
+                    break
+                except PreconditionFailed as error:
+                    # It may be our own: a renewal that timed out can have reached the server.
+                    found = self._generation_of(lease.owner)
+                    if found is None:
+                        raise _lost(self._store, self._why_lost) from error
+                    generation = found
+            self.lease, self._generation, self._renewed_at = lease, stat.generation, start
+
+    def _generation_of(self, owner: str) -> int | None:
+        """Returns the generation of the stored lease where `owner` may replace it.
+
+        None: the run is lost, which this process knows from now on.
+        """
+        before = self._store.stat(LEASE_NAME)
+        try:
+            found = read_lease(self._store)
+        except ContentError as error:
+            if before is not None and not self._may_have_expired:
+                logger.warning("%s; this process owns the run and writes it again", error)
+                return before.generation
+            self._lose(f"the lease may have expired, and is damaged ({error})")
+            return None
+        if found is None:
+            self._lose(f"{LEASE_NAME} was deleted, so nobody knows who owns the run")
+            return None
+        if found[0].owner != owner:
+            self._lose(None)
+            return None
+        return found[1]
+
+    def _lose(self, why: str | None) -> None:
+        """Remembers that the run is lost; None: to another process."""
+        self._is_lost, self._why_lost = True, why
+
+
+def _now() -> float:
+    """Returns seconds by a clock that goes on while a machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _lost(store: Store, why: str | None = None) -> LockedError:
+    why = why or "another process has taken the run over"
+    return LockedError(f"{store.url}: {why}; this process stops")
+
+
+def _given_back(store: Store) -> LockedError:
+    return LockedError(f"{store.url}: this process has given the run back and writes nothing more")
+
+
+_open_locks: set[int] = set()
+
+
+def _forget_locks() -> None:
+    # A forked worker that outlives its parent would otherwise keep the parent's lock.
+    for file in _open_locks:
+        os.close(file)
+    _open_locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _lock_file(root: str) -> int:
+    """Returns the descriptor of the run's lock file, locked.
+
+    Raises:
+        LockedError: another process holds it; nothing was written.
+    """
+    path = os.path.join(root, LOCK_NAME)
+    try:
+        os.makedirs(root, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        refuse_file_above(path, error)
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{socket.gethostname()}:{os.getpid()}".encode(), 0)
+    except OSError as error:
+        holder = os.pread(file, 200, 0).decode(errors="replace")
+        os.close(file)
+        if isinstance(error, BlockingIOError):
+            raise LockedError(
+                f"{root}: the run is owned by process {holder or 'unknown'}; wait for it, stop it "
+                "or choose another name"
+            ) from error
+        raise StorageError(f"cannot lock {path}: {error.strerror}") from error
+    _open_locks.add(file)
+    return file
+
+
+def _close_lock(file: int) -> None:
+    if file in _open_locks:
+        _open_locks.remove(file)
+        os.close(file)
