@@ -40,7 +40,7 @@ RUN apt-get update \
 # Only /tmp and mounted volumes are written to, so that the root may be read-only.
 ENV PATH=/opt/flexunet/bin:${PATH} HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     RAY_USAGE_STATS_ENABLED=0
-ARG VERSION=0.1.0
+ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="flexunet" \
       org.opencontainers.image.description="Image segmentation training on a laptop or a Ray cluster" \

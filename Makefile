@@ -12,6 +12,7 @@ UV_VERSION := 0.13.9
 UV := .uv/bin/uv
 BIN := .venv/bin
 PEERS := webdataset==1.0.2 mosaicml-streaming==0.13.0 torch==2.15.0
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 DEMO := demo
 TARGET := cpu
 IMAGE := flexunet:$(TARGET)
@@ -68,7 +69,7 @@ test-faults: .venv/.installed ## the tests of failures, 40 minutes; writes bench
 image: ## build the container image: TARGET=cpu, gpu or bucket, IMAGE=name, BASE=base image
 	@test -n "$(ENGINE)" || { echo "make: no docker, podman or buildah that works; install one or give ENGINE" >&2; exit 2; }
 	$(ENGINE) build $(BUILD_FLAGS) --target $(TARGET) --tag $(IMAGE) $(if $(BASE),--build-arg BASE=$(BASE)) \
-		--build-arg REVISION=$$(git rev-parse HEAD) .
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) .
 
 test-image: ## build the image without a registry and run the product in it; Debian, as root, 25 GB
 	tests/image.sh

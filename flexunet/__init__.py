@@ -1,1 +1,61 @@
-"""What every package stands on: errors, settings, storage, the command line; knows no images."""
+"""What every package stands on, and the Python API; names of the API are imported when first used.
+
+Knows no images, no TensorFlow and no Ray.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexunet.errors import (
+        ContentError,
+        DivergedError,
+        FlexUNetError,
+        LockedError,
+        StoppedError,
+        StorageError,
+        UsageError,
+    )
+    from flexunet.storage import Store, open_store
+
+__all__ = [
+    "ContentError",
+    "DivergedError",
+    "FlexUNetError",
+    "LockedError",
+    "StoppedError",
+    "StorageError",
+    "Store",
+    "UsageError",
+    "__version__",
+    "open_store",
+]
+
+__version__: str  # that of the installed package; pyproject.toml alone says it
+
+# name of the API -> the module that defines it
+_MODULES = {
+    "ContentError": "flexunet.errors",
+    "DivergedError": "flexunet.errors",
+    "FlexUNetError": "flexunet.errors",
+    "LockedError": "flexunet.errors",
+    "StoppedError": "flexunet.errors",
+    "StorageError": "flexunet.errors",
+    "Store": "flexunet.storage",
+    "UsageError": "flexunet.errors",
+    "open_store": "flexunet.storage",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata  # takes longer than all the rest
+
+        return metadata.version("flexunet")
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

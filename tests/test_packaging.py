@@ -1,0 +1,166 @@
+"""The wheel, the image's files, the type check and the tree are of the same packages.
+
+The wheel is built from what the Dockerfile copies, as the image is, and used from another folder.
+"""
+
+import fnmatch
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.source_tree import PACKAGES, ROOT
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DATA = ("py.typed", "*/templates/*")  # files of a package that are no modules
+
+
+def package_files(folder: Path) -> set[str]:
+    """Returns the modules and data files of the four packages below `folder`."""
+    paths = {
+        str(path.relative_to(folder))
+        for package in PACKAGES
+        for path in (folder / package).rglob("*")
+        if path.is_file()
+    }
+    return {
+        path
+        for path in paths
+        if path.endswith(".py") or any(fnmatch.fnmatch(path, f"*{pattern}") for pattern in DATA)
+    }
+
+
+def copied_paths(stages: tuple[str, ...]) -> list[str]:
+    """Returns what these stages of the Dockerfile copy from the project's folder, in order."""
+    stage, found = "", list[str]()
+    for line in (ROOT / "Dockerfile").read_text().splitlines():
+        if match := re.match(r"FROM \S+ AS (\S+)", line):
+            stage = match[1]
+        elif line.startswith("COPY ") and "--from" not in line and stage in stages:
+            *sources, target = line.split()[1:]
+            kept = target if target.startswith("/") else sources[0]  # elsewhere in the image
+            assert target in ("./", kept), line
+            found += sources
+    return found
+
+
+def is_ignored(path: str) -> bool:
+    """Returns whether `.dockerignore` keeps `path` out; the last line that fits it decides."""
+    ignored = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = line.removeprefix("!").removeprefix("**/")
+        prefixes = ["/".join(path.split("/")[:end]) for end in range(1, path.count("/") + 2)]
+        if "**/" in line:
+            prefixes = path.split("/")
+        if any(fnmatch.fnmatch(prefix, pattern) for prefix in prefixes):
+            ignored = not line.startswith("!")
+    return ignored
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Builds the wheel of what the image's build sees, by the build backend, without a network."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in copied_paths(("uv", "package")):
+        for path in [ROOT / name, *(ROOT / name).rglob("*")]:
+            relative = path.relative_to(ROOT)
+            if path.is_file() and not is_ignored(str(relative)):
+                (source / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, source / relative)
+    code = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(target)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = target.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the `bin` of a new environment with the wheel; its dependencies are this one's."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    # A path of its own comes later than the wheel, and the .pth files in it (those of an editable
+    # install) are not read.
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [folder / "bin/python", "-m", "pip", "--disable-pip-version-check", "install"]
+    offline = ["--quiet", "--no-deps", "--no-index", "--ignore-installed", "--no-compile"]
+    subprocess.run([*pip, *offline, wheel], check=True)
+    return folder / "bin"
+
+
+def run_installed(command: list[str | Path], folder: Path) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_everything_names_the_same_packages() -> None:
+    with_init = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert with_init == set(PACKAGES)
+    assert PYPROJECT["tool"]["mypy"]["packages"] == list(PACKAGES)
+    patterns = PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert patterns == [each for package in PACKAGES for each in (package, f"{package}.*")]
+    copied = copied_paths(("uv", "package"))
+    assert copied == ["pyproject.toml", "uv.lock", "README.md", "LICENSE", *PACKAGES]
+
+
+def test_dockerignore_lets_in_what_the_dockerfile_copies_and_no_more() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    let_in = [line.removeprefix("!") for line in lines if line.startswith("!")]
+    assert sorted(let_in) == sorted(copied_paths(("uv", "package", "bucket")))
+    assert not any(is_ignored(path) for path in package_files(ROOT))
+    assert is_ignored("job/__pycache__/train.pyc")
+    assert is_ignored("tests/conftest.py")
+    assert is_ignored(".git/config")
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    """Without `__init__.py`, one would be left out of the wheel."""
+    folders = {path.rpartition("/")[0] for path in package_files(ROOT) if path.endswith(".py")}
+    assert [each for each in sorted(folders) if not (ROOT / each / "__init__.py").is_file()] == []
+
+
+def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        metadata = archive.read(f"flexunet-{PYPROJECT['project']['version']}.dist-info/METADATA")
+    assert names == package_files(ROOT)
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names
+    assert b"Typing :: Typed" in metadata
+
+
+def test_wheel_works_from_another_folder(installed: Path, tmp_path: Path) -> None:
+    python = installed / "python"
+    file = run_installed([python, "-c", "import flexunet; print(flexunet.__file__)"], tmp_path)
+    assert Path(file).is_relative_to(installed.parent)
+    version = run_installed([installed / "flexunet", "--version"], tmp_path)
+    assert PYPROJECT["project"]["version"] in version
+    for module in ("data_prep", "job.train"):
+        assert "--config" in run_installed([python, "-m", module, "--help"], tmp_path)
+
+
+def test_command_of_the_wheel_prepares_a_dataset(installed: Path, tmp_path: Path) -> None:
+    assert "prep" in run_installed([installed / "flexunet", "--help"], tmp_path)
+    for folder, value in (("images", 100), ("masks", 255)):
+        (tmp_path / "source" / folder).mkdir(parents=True)
+        for i in range(6):
+            pixels = np.zeros((16, 16), np.uint8)
+            pixels[4:12, 4:12] = value + i if folder == "images" else value
+            Image.fromarray(pixels).save(tmp_path / "source" / folder / f"{i}.png")
+    sizes: list[str | Path] = ["--image-size", "16", "--num-processes", "1"]
+    run_installed([installed / "flexunet", "prep", "source", "dataset", *sizes], tmp_path)
+    assert (tmp_path / "dataset" / "dataset.json").is_file()
