@@ -7,13 +7,17 @@ that is not about that goes through `tests/faults/proxy.py`, which enforces them
 import itertools
 import json
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.commands import SERVER_VARIABLE
 from tests.faults.proxy import BUCKET, FaultProxy, start_emulator
 
 _numbers = itertools.count()
@@ -34,6 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, handler)
+    if SERVER_VARIABLE not in os.environ:  # else a worker of xdist, which shares it
+        folder = tempfile.mkdtemp(prefix="flexunet-tests-")
+        Path(folder, "owner").write_text(str(os.getpid()))
+        os.environ[SERVER_VARIABLE] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     config.addinivalue_line("filterwarnings", "ignore:Please install grpcio-status:ImportWarning")
     config.addinivalue_line("filterwarnings", "ignore:You are using a Python version:FutureWarning")
 

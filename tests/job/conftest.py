@@ -7,13 +7,13 @@ do not wait for it.
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import commands
 from tests.job.discs import prepare_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -70,8 +70,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optimizer.learning-rate": "0.003",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    command = [sys.executable, "-m", "job.train", "--local", "--no-tensorboard", *arguments]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    done = commands.run("job.train", "--local", "--no-tensorboard", *arguments)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "discs"
 

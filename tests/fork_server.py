@@ -1,0 +1,151 @@
+"""Starts Python commands by forking a process that has imported TensorFlow already.
+
+Importing TensorFlow takes some seconds of CPU, and the suite starts a command a hundred times. This
+process imports once, runs no operation, and forks for each request; `tests/commands.py` asks it.
+
+A fork is not a start: how a command's process begins (its path, its first signals, what it imports)
+is tested by real starts. Forking is safe only before TensorFlow's first operation, so nothing but
+imports happens here.
+
+python -m tests.fork_server SOCKET PID     ends with process PID
+"""
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+_IMPORTED = (
+    "tensorflow",
+    "keras",
+    "h5py",
+    "scipy.spatial",
+    "matplotlib.figure",
+    "google.cloud.storage",
+    "tensorboard",
+    "job.train",
+    "job.evaluate",
+    "job.infer",
+    "job.report",
+)
+_LOOK_S = 2.0  # after which it looks whether the process that it serves is still there
+NUM_FILES = 3  # that come with a request: stdin, stdout, stderr
+
+
+def main() -> None:
+    """Serves requests until the process that asked for this one is gone."""
+    path, owner = sys.argv[1], int(sys.argv[2])
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
+        listener.bind(f"{path}.new")
+        listener.listen(64)
+        os.rename(f"{path}.new", path)  # who sees it can connect
+        selector.register(listener, selectors.EVENT_READ)
+        while _is_alive(owner):
+            for key, _ in selector.select(_LOOK_S):
+                if key.fileobj is listener:
+                    _start(listener.accept()[0], selector)
+                else:
+                    _report(key, selector)
+        for key in list(selector.get_map().values()):
+            if key.data is not None:
+                os.kill(key.data[0], signal.SIGKILL)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _start(connection: socket.socket, selector: selectors.BaseSelector) -> None:
+    """Forks the process of a request; answers with its id, and later with how it ended."""
+    size = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")
+    data, files, _, _ = socket.recv_fds(connection, 1, NUM_FILES)
+    request = json.loads(data + connection.recv(size - 1, socket.MSG_WAITALL))
+    pid = os.fork()
+    if pid == 0:
+        selector.close()
+        _become(request, files)
+    for file in files:
+        os.close(file)
+    connection.sendall(pid.to_bytes(4, "big"))
+    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, connection))
+
+
+def _report(key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
+    """Sends how a process ended to who asked for it, who may be gone."""
+    pid, connection = key.data
+    _, status = os.waitpid(pid, 0)
+    selector.unregister(key.fileobj)
+    os.close(key.fd)
+    with contextlib.suppress(OSError), connection:
+        connection.sendall(status.to_bytes(4, "big"))
+
+
+def _become(request: Mapping[str, Any], files: list[int]) -> None:
+    """Turns this process into `python -m MODULE ARGUMENTS`; never returns."""
+    for target, file in enumerate(files):
+        os.dup2(file, target)
+        os.close(file)
+    os.closerange(NUM_FILES, _first_free())
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    tempfile.tempdir = None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    module = request["module"]
+    sys.argv = [module, *request["arguments"]]
+    sys.modules.pop(module, None)  # run anew, as `__main__`
+    try:
+        code = _code_of(module)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise
+    os._exit(code)
+
+
+def _code_of(module: str) -> int:
+    """Runs a module to its end and returns the exit code; what a real exit does is done."""
+    code: Any = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        code = error.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code is not None and not isinstance(code, int):
+        sys.stderr.write(f"{code}\n")
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code or 0
+
+
+def _first_free() -> int:
+    return max(int(name) for name in os.listdir("/proc/self/fd")) + 1
+
+
+if __name__ == "__main__":
+    main()
