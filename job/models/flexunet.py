@@ -1,23 +1,22 @@
-"""The networks: FlexUNet, the registry of models, and weights from elsewhere.
+"""The networks: FlexUNet and the registry of models.
 
 A model maps pixel values as stored, (B, H, W, C), to logits, (B, H, W, K). Another model is one
 function and one name in `BUILDERS`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
-from flexunet.errors import ContentError, UsageError
+from flexunet.errors import UsageError
 from flexunet.settings import suggestion
 from job.config import ModelConfig
 from job.models.compatibility import check_sides
 from job.models.dropout import SampleDropout
 from job.models.normalization import BatchNormalization, GroupNormalization
-from job.runs.h5 import check_array, entry_at
 
 _NUM_GROUPS = 8  # of channels that are normalised together; fewer where they do not divide
 
@@ -164,80 +163,3 @@ class _BlockFactory:
         return BatchNormalization(
             momentum=self._config.normalization_momentum, synchronized=True, dtype=self._policy
         )(x)
-
-
-def load_reference_weights(model: keras.Model, path: str) -> None:
-    """Sets `model`'s weights from the reference family's `best_model.h5`.
-
-    The file is read as data: its model description is ignored, nothing in it is executed, no other
-    file is opened, and nothing is read before all shapes are known to fit.
-
-    Raises:
-        ContentError: not such a file, or its shapes are not this model's.
-    """
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            datasets = _h5_datasets(file)
-            _check_shapes(model, [each.shape for each in datasets], path)
-            weights = [np.asarray(each) for each in datasets]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ContentError(
-            f"{path}: not a weight file of the reference family ({error}); "
-            "expected Keras HDF5 with layer_names and weight_names"
-        ) from error
-    set_weights(model, weights, source=path)
-
-
-def set_weights(model: keras.Model, weights: Sequence[np.ndarray], *, source: str) -> None:
-    """Sets all weights of `model`, in creation order, from `weights` read from `source`.
-
-    Raises:
-        ContentError: their number or shapes are not this model's.
-    """
-    _check_shapes(model, [each.shape for each in weights], source)
-    for variable, value in zip(creation_order(model), weights, strict=True):
-        variable.assign(value)
-
-
-def _check_shapes(model: keras.Model, found: Sequence[tuple[int, ...]], source: str) -> None:
-    variables = creation_order(model)
-    wanted = [tuple(variable.shape) for variable in variables]
-    if list(found) == wanted:
-        return
-    at = next((i for i, (f, w) in enumerate(zip(found, wanted, strict=False)) if f != w), None)
-    difference = (
-        f"{len(found)} weights, the model has {len(wanted)}"
-        if at is None
-        else f"weight {at} has shape {found[at]}, the model's {variables[at].path} {wanted[at]}"
-    )
-    raise ContentError(
-        f"{source}: does not fit the model: {difference}; "
-        "choose the model options that it was trained with"
-    )
-
-
-def creation_order(model: keras.Model) -> list[Any]:
-    """Returns all weights in creation order, each layer's together (as the reference saves them).
-
-    Keras sorts the layers of a functional model by depth, which is creation order for a U-Net
-    without branches of equal depth; ties keep their order of creation.
-    """
-    return [weight for layer in model.layers for weight in layer.weights]
-
-
-def _h5_datasets(file: Any) -> list[Any]:
-    """Returns the datasets of all weights, unread, in the order of the file's lists."""
-    root = entry_at(file, "model_weights") if "model_weights" in file else file
-    datasets = []
-    for layer in root.attrs["layer_names"]:
-        group = entry_at(root, _text(layer))
-        for name in group.attrs["weight_names"]:
-            datasets.append(entry_at(group, _text(name)))
-            check_array(datasets[-1])
-    return datasets
-
-
-def _text(name: Any) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)

@@ -244,7 +244,7 @@ def initialize_from(model: Any, source: str, alive: Alive = not_told) -> None:
     Args:
         alive: called while bytes of a run move.
     """
-    from job.models.flexunet import load_reference_weights
+    from job.compat.weights_h5 import load_reference_weights
     from job.runs import serialization
 
     if source.endswith(".weights.h5"):

@@ -12,23 +12,34 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from flexunet.errors import ContentError, StorageError
-from job.runs.h5 import check_array, entry_at
+from job.compat.h5 import check_array, entry_at
 
 if TYPE_CHECKING:
     import keras
-
-    from job.training.optimizer import Adam
 
 WEIGHTS_NAME = "model.weights.h5"
 OPTIMIZER_NAME = "optimizer.npz"
 STATE_NAME = "state.json"
 _VERSION = "flexunet_weights"  # attribute of a weight file; without it, the file is one of Keras
 _ARRAY = ":0"  # ends the name of an array
+
+
+class OptimizerState(Protocol):
+    """An optimizer whose state can be stored and restored."""
+
+    def named_variables(self) -> dict[str, Any]:
+        """Returns the TensorFlow variables that hold the state, by name."""
+        ...
+
+    def load_state(self, moments: Mapping[str, np.ndarray], *, source: str) -> None:
+        """Sets the state; raises ContentError where names or shapes do not fit."""
+        ...
+
 
 # Arrays that checkpoints are copied into, kept from one to the next: to touch new memory takes
 # several times as long as the copy.
@@ -38,7 +49,7 @@ Memory = list[dict[str, np.ndarray]]
 def take(
     folder: str,
     model: "keras.Model",
-    optimizer: "Adam",
+    optimizer: OptimizerState,
     state: Mapping[str, Any],
     memory: Memory | None = None,
 ) -> Callable[[], dict[str, str]]:
@@ -260,7 +271,7 @@ def _set_by_path(model: "keras.Model", file: Any, version: Any) -> None:
         weight.assign(np.asarray(entries[name]))
 
 
-def read_optimizer(optimizer: "Adam", path: str) -> None:
+def read_optimizer(optimizer: OptimizerState, path: str) -> None:
     """Sets the moments of `optimizer` from a member that `take` wrote."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
