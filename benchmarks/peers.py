@@ -37,7 +37,7 @@ from input import Input, prepare_phantoms
 from machine import describe_machine, shown, spread, write_result
 
 from data_prep.imaging.codecs import read_image, read_mask_pixels
-from data_prep.shards.schema import decode_example, unframe_record
+from data_prep.shards.records import decode_example, unframe_record
 from flexunet.process_pool import available_cores
 from job.config import TrainConfig
 from job.data.dataset import open_dataset, open_reader

@@ -30,10 +30,41 @@ from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS, read_image, read_mask_p
 from data_prep.imaging.color_map import check_ignore_id, parse_color_map
 from data_prep.imaging.dicom import Reader
 from data_prep.imaging.pixels import Target
-from data_prep.shards import encode, schema, write
+from data_prep.shards.encode import chunked, scan_chunk
+from data_prep.shards.full_scale import clipped, common_target, sparing_scale
+from data_prep.shards.items import File, Item, Layout, Refused, Scanned, ScanTask
+from data_prep.shards.manifest import (
+    MANIFEST_NAME,
+    FullScaleInfo,
+    Manifest,
+    ReducedInfo,
+    SplitInfo,
+    group_rule_of,
+    read_manifest,
+)
+from data_prep.shards.output import (
+    STATE_PREFIX,
+    claim_output,
+    commit,
+    describe_difference,
+    remove_state,
+    staging_url,
+)
+from data_prep.shards.pair_reader import source_crcs
+from data_prep.shards.records import IMAGE_FEATURE, MASK_FEATURE, decode_example, unframe_record
+from data_prep.shards.sample_table import samples_to_parquet
+from data_prep.shards.write import (
+    ShardTask,
+    WrittenShard,
+    mean_and_std,
+    plan_shards,
+    sample_rows,
+    write_shard,
+)
 from data_prep.sources import inbreast
 from data_prep.sources.pairs import Pair, Reject, Source, find_pairs, find_sources, folder_made_by
 from data_prep.splits import split
+from data_prep.splits.names import SPLITS, Split
 from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.cli.options import PATH, SettingsCommand, given, run_command, settings_options
 from flexunet.errors import ContentError, StorageError, UsageError
@@ -297,7 +328,7 @@ def prepare(
     open_workers: OpenWorkers | None = None,
     progress: bool = True,
     has_options: bool = True,
-) -> schema.Manifest:
+) -> Manifest:
     """Returns the manifest of the dataset at `output_url`, prepared now or found finished.
 
     Args:
@@ -323,10 +354,10 @@ def prepare(
     grouped, ungrouped = _grouped(pairs, config, has_options=has_options)
     refused = _refused([*rejects, *ungrouped], config)
     items = _items_of(grouped, config)
-    is_finished = store.stat(schema.MANIFEST_NAME) is not None
+    is_finished = store.stat(MANIFEST_NAME) is not None
     if not is_finished:
         # Beside what prep stages, with which it goes or stays.
-        probe_writable(store.below(write.STATE_PREFIX), may_stay=True)
+        probe_writable(store.below(STATE_PREFIX), may_stay=True)
     with (open_workers or _processes(config, len(items)))() as workers:
         work = _Work(store, config, workers, progress)
         if is_finished:
@@ -355,16 +386,16 @@ class _Work:
 
 def _prepare(
     work: _Work,
-    items: Sequence[encode.Item],
+    items: Sequence[Item],
     refused: list[tuple[str, str]],
     name: str,
     wanted_splits: Collection[str],
-) -> schema.Manifest:
+) -> Manifest:
     results = _scan(work, items)
-    samples = [result for result in results if isinstance(result, encode.Scanned)]
+    samples = [result for result in results if isinstance(result, Scanned)]
     crcs = {result.picture: result.source_crcs for result in results}
     source_sha256 = _source_digest(items, [crcs[item.id] for item in items], refused)
-    refused = refused + [(r.file, r.reason) for r in results if isinstance(r, encode.Refused)]
+    refused = refused + [(r.file, r.reason) for r in results if isinstance(r, Refused)]
     if not samples:
         raise ContentError(f"none of {len(refused)} files is usable: {_named(refused)}")
     if refused:
@@ -378,7 +409,7 @@ def _prepare(
     target = _target(samples, work.config)
     above = _clipped(samples, target, work.config)
     _tell_mixed(samples, target, work.config)
-    tasks = write.plan_shards(
+    tasks = plan_shards(
         samples,
         assignment.splits,
         target=target,
@@ -387,10 +418,10 @@ def _prepare(
         seed=work.config.seed,
     )
     plan = {"options": identity_of(work.config), "source_sha256": source_sha256}
-    write.claim_output(work.store, plan)
+    claim_output(work.store, plan)
     written = _write(work, tasks)
-    rows = list(write.sample_rows(tasks, written, assignment.folds))
-    table = schema.samples_to_parquet(rows)
+    rows = list(sample_rows(tasks, written, assignment.folds))
+    table = samples_to_parquet(rows)
     manifest = _manifest(work.config, name, target, tasks, written, assignment, table, plan)
     _write_report(work, manifest, rows, refused)
     if above:
@@ -399,8 +430,8 @@ def _prepare(
     if work.config.format == "inbreast":
         without = {item.id for item in items if item.mask is None}
         _write_counts(work.store, samples, without)
-    write.commit(work.store, manifest, table)
-    write.remove_state(work.store)
+    commit(work.store, manifest, table)
+    remove_state(work.store)
     if refused:
         logger.warning("list of the files left out: %s/%s", work.store.url, report.REJECTS_NAME)
     return manifest
@@ -418,24 +449,22 @@ def identity_of(config: PrepConfig) -> dict[str, Any]:
     return values
 
 
-def _finished(
-    work: _Work, items: Sequence[encode.Item], refused: Sequence[tuple[str, str]]
-) -> schema.Manifest:
+def _finished(work: _Work, items: Sequence[Item], refused: Sequence[tuple[str, str]]) -> Manifest:
     """Returns the manifest that is there, if it is of these options and files."""
-    manifest, _ = schema.read_manifest(work.store)
+    manifest, _ = read_manifest(work.store)
     # An option that an earlier version did not have was at its default.
     options = identity_of(PrepConfig()) | manifest.options
     found = {"options": options, "source_sha256": manifest.source_sha256}
     plan = {"options": identity_of(work.config), "source_sha256": manifest.source_sha256}
     if found["options"] == plan["options"]:
-        crcs = _run(work, encode.source_crcs, items, "comparing", len(items), lambda _: 1)
+        crcs = _run(work, source_crcs, items, "comparing", len(items), lambda _: 1)
         plan["source_sha256"] = _source_digest(items, crcs, refused)
     if found != plan:
         raise UsageError(
-            f"{work.store.url}: holds a dataset already ({write.describe_difference(found, plan)})"
+            f"{work.store.url}: holds a dataset already ({describe_difference(found, plan)})"
             "; choose another folder or delete it"
         )
-    write.remove_state(work.store)
+    remove_state(work.store)
     logger.info("%s: finished already with these options and files", work.store.url)
     return manifest
 
@@ -443,11 +472,11 @@ def _finished(
 # Before the first pass
 
 
-def _items_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[encode.Item]:
+def _items_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[Item]:
     urls = {url for pair, _ in grouped for url in (pair.image_url, pair.mask_url)}
     stats = {url: {stat.name: stat for stat in open_source(url).list()} for url in urls}
 
-    def file(url: str, name: str) -> encode.File:
+    def file(url: str, name: str) -> File:
         stat = stats[url].get(name)
         if stat is None:
             raise StorageError(f"{url}/{name}: vanished since it was listed; run it again")
@@ -455,10 +484,10 @@ def _items_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[e
         # command is for the user alone.
         secret = config.hash_names and config.skip_bad
         label = _hidden_name(name, config) if secret else join_url(url, name)
-        return encode.File(url, name, label, stat.size, stat.generation)
+        return File(url, name, label, stat.size, stat.generation)
 
     items = [
-        encode.Item(
+        Item(
             id=_hidden(pair.id, config),
             group=_hidden(group, config),
             filename=_hidden_name(pair.image_name, config),
@@ -584,7 +613,7 @@ def _dataset_name(sources: Sequence[Source], config: PrepConfig) -> str:
 
 
 def _source_digest(
-    items: Sequence[encode.Item],
+    items: Sequence[Item],
     crcs: Sequence[tuple[int, int]],
     refused: Sequence[tuple[str, str]],
 ) -> str:
@@ -596,16 +625,16 @@ def _source_digest(
     return hashlib.sha256(json.dumps([parts, alone]).encode()).hexdigest()
 
 
-def _sizes(item: encode.Item) -> tuple[int, int | None]:
+def _sizes(item: Item) -> tuple[int, int | None]:
     return item.image.size, None if item.mask is None else item.mask.size
 
 
 # The passes
 
 
-def _scan(work: _Work, items: Sequence[encode.Item]) -> list[encode.Scanned | encode.Refused]:
+def _scan(work: _Work, items: Sequence[Item]) -> list[Scanned | Refused]:
     config = work.config
-    layout = encode.Layout(
+    layout = Layout(
         height=config.height,
         width=config.width,
         geometry=config.kind,
@@ -621,25 +650,25 @@ def _scan(work: _Work, items: Sequence[encode.Item]) -> list[encode.Scanned | en
         tile_overlap=config.tile_overlap,
         full_scale=config.full_scale,
     )
-    staging = write.staging_url(work.store.url)
+    staging = staging_url(work.store.url)
     tasks = [
-        encode.ScanTask(staging, layout, chunk, config.skip_bad, config.dicom_reader)
-        for chunk in encode.chunked(items, layout)
+        ScanTask(staging, layout, chunk, config.skip_bad, config.dicom_reader)
+        for chunk in chunked(items, layout)
     ]
     try:
-        results = _run(work, encode.scan_chunk, tasks, "encoding", len(items), _num_pictures)
+        results = _run(work, scan_chunk, tasks, "encoding", len(items), _num_pictures)
     except ContentError as error:
         raise ContentError(f"{error}; --skip-bad leaves such files out") from error
     return [result for chunk in results for result in chunk]
 
 
-def _refuse_empty_splits(samples: Sequence[encode.Scanned], wanted: Collection[str]) -> None:
+def _refuse_empty_splits(samples: Sequence[Scanned], wanted: Collection[str]) -> None:
     """Refuses a source folder of a split of which no pair is left.
 
     A dataset without it would look whole, and training would find nothing to validate on.
     """
     filled = {sample.split for sample in samples}
-    empty = [name for name in schema.SPLITS if name in wanted and name not in filled]
+    empty = [name for name in SPLITS if name in wanted and name not in filled]
     if empty:
         raise ContentError(
             f"no pair of {' and '.join(f'split {name}' for name in empty)} is usable, as the "
@@ -647,7 +676,7 @@ def _refuse_empty_splits(samples: Sequence[encode.Scanned], wanted: Collection[s
         )
 
 
-def _refuse_all_empty(samples: Sequence[encode.Scanned]) -> None:
+def _refuse_all_empty(samples: Sequence[Scanned]) -> None:
     """Refuses masks that hold something, of which not one pixel was read as foreground.
 
     Noise, as JPEG adds it, hides an area of another colour from the check of a single mask.
@@ -666,15 +695,13 @@ def _refuse_all_empty(samples: Sequence[encode.Scanned]) -> None:
         )
 
 
-def _num_pictures(results: Sequence[encode.Scanned | encode.Refused]) -> int:
+def _num_pictures(results: Sequence[Scanned | Refused]) -> int:
     return len({result.picture for result in results})
 
 
-def _write(work: _Work, tasks: Sequence[write.ShardTask]) -> list[write.WrittenShard]:
+def _write(work: _Work, tasks: Sequence[ShardTask]) -> list[WrittenShard]:
     num_images = sum(len(task.records) for task in tasks)
-    return _run(
-        work, write.write_shard, tasks, "writing", num_images, lambda shard: len(shard.records)
-    )
+    return _run(work, write_shard, tasks, "writing", num_images, lambda shard: len(shard.records))
 
 
 def _run(
@@ -697,7 +724,7 @@ def _run(
 # Splits
 
 
-def _assign(samples: Sequence[encode.Scanned], config: PrepConfig) -> _Assignment:
+def _assign(samples: Sequence[Scanned], config: PrepConfig) -> _Assignment:
     _tell_blank(samples)
     groups, joined = _joined_groups(samples)
     try:
@@ -711,11 +738,9 @@ def _assign(samples: Sequence[encode.Scanned], config: PrepConfig) -> _Assignmen
         ) from error
 
 
-def _divided(
-    samples: Sequence[encode.Scanned], groups: dict[str, str], config: PrepConfig
-) -> _Assignment:
+def _divided(samples: Sequence[Scanned], groups: dict[str, str], config: PrepConfig) -> _Assignment:
     if samples[0].split is None:
-        fractions: dict[str, float] = dict(zip(schema.SPLITS, config.fractions, strict=True))
+        fractions: dict[str, float] = dict(zip(SPLITS, config.fractions, strict=True))
         splits = split.assign_splits(groups, fractions=fractions, seed=config.seed)
         _warn_of_small_splits(groups, splits)
         is_leaky = False
@@ -729,7 +754,7 @@ def _divided(
     return _Assignment(groups, splits, folds, is_leaky)
 
 
-def _tell_blank(samples: Sequence[encode.Scanned]) -> None:
+def _tell_blank(samples: Sequence[Scanned]) -> None:
     blank = {sample.picture: sample.filename for sample in samples if sample.is_blank}
     if blank:
         logger.warning(
@@ -751,7 +776,7 @@ def _warn_of_small_splits(groups: Mapping[str, str], splits: Mapping[str, str]) 
 
 
 def _warn_of_missing_classes(
-    samples: Sequence[encode.Scanned], assignment: _Assignment, config: PrepConfig
+    samples: Sequence[Scanned], assignment: _Assignment, config: PrepConfig
 ) -> None:
     names = [each.name for each in parse_color_map(config.classes)]
     in_splits = [(f"split {assignment.splits[s.id]}", s.pixels_per_class) for s in samples]
@@ -764,7 +789,7 @@ def _warn_of_missing_classes(
         logger.warning("%s", line)
 
 
-def _joined_groups(samples: Sequence[encode.Scanned]) -> tuple[dict[str, str], list[str]]:
+def _joined_groups(samples: Sequence[Scanned]) -> tuple[dict[str, str], list[str]]:
     """Returns the group of each id, and which were joined: groups that hold the same picture.
 
     A picture that was filed twice would otherwise be trained on and tested with. A blank one says
@@ -797,7 +822,7 @@ def _joined_groups(samples: Sequence[encode.Scanned]) -> tuple[dict[str, str], l
     return {sample.id: root(sample.group) for sample in samples}, joined
 
 
-def _check_leaks(samples: Sequence[encode.Scanned], config: PrepConfig) -> bool:
+def _check_leaks(samples: Sequence[Scanned], config: PrepConfig) -> bool:
     """Returns whether the ready-made splits leak; that is an error unless it is allowed."""
     pictures = {s.picture: s for s in samples}.values()
     leaks = split.find_leaks(
@@ -815,8 +840,8 @@ def _check_leaks(samples: Sequence[encode.Scanned], config: PrepConfig) -> bool:
     return bool(leaks)
 
 
-def _target(samples: Sequence[encode.Scanned], config: PrepConfig) -> Target:
-    target = write.common_target(samples, config.full_scale)
+def _target(samples: Sequence[Scanned], config: PrepConfig) -> Target:
+    target = common_target(samples, config.full_scale)
     if config.full_scale is not None and target.bit_depth == 8:
         raise UsageError(
             f"--full-scale {config.full_scale}: it is for pictures of 16 bits, and all of these "
@@ -826,15 +851,15 @@ def _target(samples: Sequence[encode.Scanned], config: PrepConfig) -> Target:
 
 
 def _clipped(
-    samples: Sequence[encode.Scanned], target: Target, config: PrepConfig
-) -> list[tuple[encode.Scanned, int]]:
+    samples: Sequence[Scanned], target: Target, config: PrepConfig
+) -> list[tuple[Scanned, int]]:
     """Returns the pictures with pixels above the full scale, and their number; tells them."""
     if target.bit_depth == 8:
         return []
-    found = write.clipped(samples, target.value_max, config.full_scale)
-    less = None if config.full_scale else write.sparing_scale(samples, target.value_max)
+    found = clipped(samples, target.value_max, config.full_scale)
+    less = None if config.full_scale else sparing_scale(samples, target.value_max)
     if less is not None:
-        above = write.clipped(samples, less, None)
+        above = clipped(samples, less, None)
         logger.warning(
             "the full scale is %d for few pixels: no picture has more than a thousandth of its "
             "pixels above %d; if they are markers, --full-scale %d makes the pictures %d times "
@@ -856,13 +881,13 @@ def _clipped(
 
 
 def _full_scale_info(
-    samples: Sequence[encode.Scanned], target: Target, config: PrepConfig
-) -> schema.FullScaleInfo | None:
+    samples: Sequence[Scanned], target: Target, config: PrepConfig
+) -> FullScaleInfo | None:
     pictures = [sample for sample in samples if sample.num_above]
     if not pictures:
         return None
-    above = write.clipped(pictures, target.value_max, config.full_scale)
-    return schema.FullScaleInfo(
+    above = clipped(pictures, target.value_max, config.full_scale)
+    return FullScaleInfo(
         rule="found" if config.full_scale is None else "given",
         lowest_max=min(
             (picture.max_value for picture in pictures if not picture.is_blank), default=0
@@ -873,7 +898,7 @@ def _full_scale_info(
     )
 
 
-def _tell_mixed(samples: Sequence[encode.Scanned], target: Target, config: PrepConfig) -> None:
+def _tell_mixed(samples: Sequence[Scanned], target: Target, config: PrepConfig) -> None:
     """Says which few pictures decided the format of all."""
     samples = list({sample.picture: sample for sample in samples}.values())
     coloured = [sample.filename for sample in samples if sample.channels == 3]
@@ -908,17 +933,17 @@ def _manifest(
     config: PrepConfig,
     name: str,
     target: Target,
-    tasks: Sequence[write.ShardTask],
-    written: Sequence[write.WrittenShard],
+    tasks: Sequence[ShardTask],
+    written: Sequence[WrittenShard],
     assignment: _Assignment,
     table: bytes,
     plan: Mapping[str, Any],
-) -> schema.Manifest:
+) -> Manifest:
     train = [r.moments for shard in written if shard.info.split == "train" for r in shard.records]
     every = [r.moments for shard in written for r in shard.records]
-    mean, std = write.mean_and_std(train or every)
+    mean, std = mean_and_std(train or every)
     samples = [sample for task in tasks for sample in task.records]
-    return schema.Manifest(
+    return Manifest(
         name=name,
         image_height=config.height,
         image_width=config.width,
@@ -931,7 +956,7 @@ def _manifest(
         crop=config.crop,
         flip=config.flip,
         split_rule="drawn" if samples[0].split is None else "ready-made",
-        group_rule=schema.group_rule_of(plan["options"]),
+        group_rule=group_rule_of(plan["options"]),
         seed=config.seed,
         num_folds=config.num_folds,
         leaky=assignment.is_leaky,
@@ -949,25 +974,21 @@ def _manifest(
     )
 
 
-def _split_infos(
-    samples: Sequence[encode.Scanned], splits: Mapping[str, str]
-) -> dict[schema.Split, schema.SplitInfo]:
+def _split_infos(samples: Sequence[Scanned], splits: Mapping[str, str]) -> dict[Split, SplitInfo]:
     infos = {}
-    for name in schema.SPLITS:
+    for name in SPLITS:
         members = [sample for sample in samples if splits[sample.id] == name]
         num_groups = len({sample.group for sample in members})
-        infos[name] = schema.SplitInfo(num_samples=len(members), num_groups=num_groups)
+        infos[name] = SplitInfo(num_samples=len(members), num_groups=num_groups)
     return infos
 
 
-def _reduced(
-    samples: Sequence[encode.Scanned], splits: Mapping[str, str]
-) -> dict[schema.Split, schema.ReducedInfo]:
+def _reduced(samples: Sequence[Scanned], splits: Mapping[str, str]) -> dict[Split, ReducedInfo]:
     infos = {}
-    for name in schema.SPLITS:
+    for name in SPLITS:
         counts = [s.regions for s in samples if splits[s.id] == name and s.regions is not None]
         if counts:
-            infos[name] = schema.ReducedInfo(
+            infos[name] = ReducedInfo(
                 num_pictures=len(counts),
                 num_emptied=sum(each.is_emptied for each in counts),
                 num_regions=_sums(each.regions for each in counts),
@@ -980,7 +1001,7 @@ def _sums(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:
     return tuple(sum(column) for column in zip(*rows, strict=True))
 
 
-def _warn_of_vanished(manifest: schema.Manifest) -> None:
+def _warn_of_vanished(manifest: Manifest) -> None:
     infos = manifest.reduced.values()
     num_vanished = sum(sum(info.num_vanished) for info in infos)
     if num_vanished:
@@ -996,7 +1017,7 @@ def _warn_of_vanished(manifest: schema.Manifest) -> None:
 
 def _write_report(
     work: _Work,
-    manifest: schema.Manifest,
+    manifest: Manifest,
     rows: Sequence[Mapping[str, Any]],
     refused: Sequence[tuple[str, str]],
 ) -> None:
@@ -1004,7 +1025,7 @@ def _write_report(
     # After a stop it may be there; the account may create and not replace.
     put_if_other(store, report.REJECTS_NAME, report.rejects_csv(sorted(refused)).encode())
     statistics: dict[str, report.SplitStatistics] = {}
-    for name in schema.SPLITS:
+    for name in SPLITS:
         members = [row for row in rows if row["split"] == name]
         if not members:
             continue
@@ -1028,9 +1049,7 @@ def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return ordered[:_PAIRS_PER_SHEET]
 
 
-def _write_counts(
-    store: Store, samples: Sequence[encode.Scanned], unannotated: Collection[str]
-) -> None:
+def _write_counts(store: Store, samples: Sequence[Scanned], unannotated: Collection[str]) -> None:
     findings = {sample.picture: sample.findings for sample in samples}
     groups = {sample.picture: sample.group for sample in samples}
     found = [picture for picture in findings if picture in unannotated]
@@ -1042,8 +1061,8 @@ def _read_pair(store: Store, row: Mapping[str, Any]) -> report.Pair:
     """Returns a sample as a reader of the dataset would see it."""
     where = f"{store.url}/{row['shard']} at {row['offset']}"
     record = store.get(row["shard"], row["offset"], row["length"])
-    features = schema.decode_example(schema.unframe_record(record, where=where))
-    image, mask = features[schema.IMAGE_FEATURE], features[schema.MASK_FEATURE]
+    features = decode_example(unframe_record(record, where=where))
+    image, mask = features[IMAGE_FEATURE], features[MASK_FEATURE]
     if not isinstance(image, bytes) or not isinstance(mask, bytes):
         raise ContentError(f"{where}: pictures are not bytes; prepare the dataset again")
     image_pixels = read_image(image, name=where, max_pixels=2**31)
@@ -1146,7 +1165,7 @@ def _read_text(path: str, flag: str) -> str:
         raise UsageError(f"{flag} {path}: cannot be read ({error}); give a text file") from error
 
 
-def _print_summary(manifest: schema.Manifest, url: str) -> None:
+def _print_summary(manifest: Manifest, url: str) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -26,7 +26,7 @@ from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS, read_image
 from data_prep.imaging.dicom import DICOM_ENDINGS, is_dicom, read_dicom
 from data_prep.imaging.geometry import Geometry, apply_geometry, fit, undo_geometry
 from data_prep.imaging.tiles import starts
-from data_prep.shards.schema import Manifest
+from data_prep.shards.manifest import Manifest
 from data_prep.sources.pairs import IMAGE_ENDINGS
 from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.cli.options import PATH, SettingsCommand, from_options, run_command, settings_options

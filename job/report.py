@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from data_prep.shards.schema import (
+from data_prep.shards.manifest import (
     GROUPS_BY_FILE,
     GROUPS_UNKNOWN,
     MANIFEST_NAME,

@@ -17,7 +17,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from data_prep.shards.schema import SPLITS
+from data_prep.splits.names import SPLITS
 from flexunet.errors import ContentError, UsageError
 from flexunet.text import counted
 

@@ -22,15 +22,9 @@ import numpy as np
 
 from data_prep.imaging.codecs import read_image, read_mask_pixels
 from data_prep.imaging.geometry import Box, Geometry
-from data_prep.shards.schema import (
-    ID_FEATURE,
-    IMAGE_FEATURE,
-    MASK_FEATURE,
-    Manifest,
-    read_manifest,
-    read_samples,
-    unframe_record,
-)
+from data_prep.shards.manifest import Manifest, read_manifest
+from data_prep.shards.records import ID_FEATURE, IMAGE_FEATURE, MASK_FEATURE, unframe_record
+from data_prep.shards.sample_table import read_samples
 from flexunet.errors import ContentError, FlexUNetError, StorageError, UsageError
 from flexunet.process_pool import available_cores
 from flexunet.storage import Store, crc32c_of_file, local_path, open_store

@@ -20,7 +20,7 @@ from data_prep.imaging.breast import frame
 from data_prep.imaging.geometry import Geometry, apply_geometry, undo_geometry
 from data_prep.imaging.pixels import FEW_PIXELS, Target, convert
 from data_prep.imaging.tiles import starts
-from data_prep.shards.schema import Manifest
+from data_prep.shards.manifest import Manifest
 from flexunet.errors import ContentError, UsageError
 from flexunet.progress import Alive, not_told
 from flexunet.settings import Settings, option

@@ -1,6 +1,6 @@
 """Whether a network and a dataset go together: known before TensorFlow is there, or a run begun."""
 
-from data_prep.shards.schema import Manifest
+from data_prep.shards.manifest import Manifest
 from flexunet.errors import UsageError
 from flexunet.settings import suggestion
 from job.config import MODELS, TrainConfig, check_class_weights, check_ssim_sides

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.shards.schema import MANIFEST_NAME, Manifest, parse_manifest
+from data_prep.shards.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from flexunet.errors import UsageError
 from flexunet.progress import Alive, not_told
 from flexunet.settings import read_yaml

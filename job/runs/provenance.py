@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from data_prep.shards.schema import read_samples
+from data_prep.shards.sample_table import read_samples
 from flexunet.errors import FlexUNetError, UsageError
 from flexunet.json_files import read_json
 from flexunet.storage import Store, join_url, open_store

@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.shards.schema import MANIFEST_NAME, parse_manifest, read_samples
+from data_prep.shards.manifest import MANIFEST_NAME, parse_manifest
+from data_prep.shards.sample_table import read_samples
 from data_prep.splits.split import assign_folds, classes_missing
 from flexunet.errors import ContentError, UsageError
 from flexunet.json_files import evaluate_again, read_json, read_table

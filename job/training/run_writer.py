@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from data_prep.shards.schema import MANIFEST_NAME
+from data_prep.shards.manifest import MANIFEST_NAME
 from flexunet.errors import ContentError, FlexUNetError, LockedError, StorageError
 from flexunet.progress import Alive
 from flexunet.settings import write_yaml

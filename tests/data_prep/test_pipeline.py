@@ -20,8 +20,11 @@ import pytest
 from data_prep import pipeline, report
 from data_prep.imaging.geometry import Box, Geometry, apply_geometry
 from data_prep.phantoms.images import write_phantoms
-from data_prep.shards import schema
+from data_prep.shards.manifest import MANIFEST_NAME, FullScaleInfo, read_manifest
+from data_prep.shards.records import decode_example, unframe_record
+from data_prep.shards.sample_table import read_samples
 from data_prep.sources.pairs import find_sources
+from data_prep.splits.names import SPLITS
 from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.storage import open_store
 from tests.faults.proxy import Fault
@@ -72,8 +75,8 @@ def _files(folder):
 
 def _rows(folder):
     store = open_store(str(folder))
-    manifest, _ = schema.read_manifest(store)
-    return schema.read_samples(store, manifest).to_pylist()
+    manifest, _ = read_manifest(store)
+    return read_samples(store, manifest).to_pylist()
 
 
 def test_prepare_writes_what_was_read(source, tmp_path):
@@ -88,7 +91,7 @@ def test_prepare_writes_what_was_read(source, tmp_path):
     pictures = {}
     for row in rows:
         record = (tmp_path / "out" / row["shard"]).read_bytes()[row["offset"] :][: row["length"]]
-        features = schema.decode_example(schema.unframe_record(record, where="x"))
+        features = decode_example(unframe_record(record, where="x"))
         encoded = np.frombuffer(features["image/encoded"], np.uint8)
         pictures[row["id"]] = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
         truth = cv2.imread(str(source / "images" / f"{row['id']}.png"), cv2.IMREAD_UNCHANGED)
@@ -100,7 +103,7 @@ def test_prepare_writes_what_was_read(source, tmp_path):
     assert manifest.mean == pytest.approx((train.mean(),), rel=1e-12)
     assert manifest.std == pytest.approx((train.std(),), rel=1e-12)
     names = {"report/statistics.png", "report/rejects.csv"}
-    assert names | {f"report/samples-{name}.png" for name in schema.SPLITS} <= set(
+    assert names | {f"report/samples-{name}.png" for name in SPLITS} <= set(
         _files(tmp_path / "out")
     )
     assert not (tmp_path / "out" / "prep-state").exists()
@@ -167,7 +170,7 @@ def test_crop_and_flip_are_recorded_for_each_sample(tmp_path):
             row["is_flipped"],
         )
         record = (tmp_path / "out" / row["shard"]).read_bytes()[row["offset"] :][: row["length"]]
-        features = schema.decode_example(schema.unframe_record(record, where="x"))
+        features = decode_example(unframe_record(record, where="x"))
         image, mask = (
             cv2.imdecode(np.frombuffer(features[key], np.uint8), cv2.IMREAD_UNCHANGED)
             for key in ("image/encoded", "image/segmentation/class/encoded")
@@ -224,7 +227,7 @@ def test_killed_and_continued_gives_the_same_bytes(tmp_path):
             time.sleep(0.002)
         process.kill()
         num_kills += process.wait() == -signal.SIGKILL
-        assert not (tmp_path / "out" / schema.MANIFEST_NAME).exists() or process.returncode == 0
+        assert not (tmp_path / "out" / MANIFEST_NAME).exists() or process.returncode == 0
     assert num_kills > 0
     finished = _run(*arguments, "--num-processes", "1")
     assert finished.returncode == 0, finished.stderr
@@ -252,7 +255,7 @@ def test_interrupt_exits_6_and_leaves_no_process(tmp_path):
     while _group_lives(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _group_lives(process.pid)
-    assert not (tmp_path / "out" / schema.MANIFEST_NAME).exists()
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
 
 
 def _group_lives(group):
@@ -306,7 +309,7 @@ def test_mistakes_are_one_line_and_a_code(source, tmp_path, arguments, code, wor
     assert code_found == code, errors
     assert words in errors
     assert len(errors.strip().splitlines()) == 1
-    assert not (tmp_path / "out" / schema.MANIFEST_NAME).exists()
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
 
 
 def test_an_output_beside_the_pictures_does_no_harm(source):
@@ -555,7 +558,7 @@ def test_the_same_picture_twice_stays_in_one_split(tmp_path, caplog):
     store = open_store(str(tmp_path / "out"))
     for row in (rows["a2"], rows["b2"]):
         record = store.get(row["shard"], row["offset"], row["length"])
-        features = schema.decode_example(schema.unframe_record(record, where="record"))
+        features = decode_example(unframe_record(record, where="record"))
         assert (features["image/id"], features["image/group"]) == (row["id"].encode(), b"a2")
     told = (
         "20 groups hold a picture of another group and are joined with it: b0 with a0; b1 with a1; "
@@ -586,7 +589,7 @@ def test_blank_pictures_do_not_join_groups(tmp_path, caplog, stored):
 
 
 def test_blank_pictures_in_two_ready_made_splits_are_no_leak(tmp_path):
-    for number, name in enumerate(schema.SPLITS):
+    for number, name in enumerate(SPLITS):
         for i in range(2):
             _make_pair(tmp_path / "source" / name, f"{name}{i}", 10 * number + i)
         path = tmp_path / "source" / name / "images" / f"{name}0.png"
@@ -619,10 +622,10 @@ def test_markers_are_clipped_told_and_recorded(tmp_path, caplog, stored):
     _make_deep(tmp_path / "source", 12, [3])
     manifest = _prepare(tmp_path / "source", tmp_path / "out", **stored)
     assert (manifest.bit_depth, manifest.value_max) == (16, 4095)
-    assert manifest.full_scale == schema.FullScaleInfo(
+    assert manifest.full_scale == FullScaleInfo(
         rule="found", lowest_max=4095, highest=65535, num_clipped_pictures=1, num_clipped_pixels=1
     )
-    assert schema.read_manifest(open_store(str(tmp_path / "out")))[0] == manifest
+    assert read_manifest(open_store(str(tmp_path / "out")))[0] == manifest
     assert "full_scale" not in manifest.options
     told = "1 of 12 pictures have pixels above the full scale 4095 that the others need"
     assert told in caplog.text
@@ -709,7 +712,7 @@ def test_splits_and_folds_without_a_class_are_told(source, tmp_path, caplog):
     _prepare(source, tmp_path / "out", num_folds=3)
     (row,) = [row for row in _rows(tmp_path / "out") if row["pixels_per_class"][1]]
     has_class = {f"split {row['split']}", f"fold {row['fold']}"}
-    for place in (*(f"split {name}" for name in schema.SPLITS), "fold 0", "fold 1", "fold 2"):
+    for place in (*(f"split {name}" for name in SPLITS), "fold 0", "fold 1", "fold 2"):
         assert (f"{place} has no pixel of class mass" in caplog.text) != (place in has_class)
 
 
@@ -727,7 +730,7 @@ def test_yaml_gives_options_and_the_command_line_wins(source, tmp_path):
         [str(source), str(tmp_path / "out"), f"--config={tmp_path}/prep.yaml", "--seed=6"]
     )
     assert code == 0, errors
-    manifest, _ = schema.read_manifest(open_store(str(tmp_path / "out")))
+    manifest, _ = read_manifest(open_store(str(tmp_path / "out")))
     assert (manifest.image_height, manifest.seed) == (16, 6)
     (tmp_path / "prep.yaml").write_text("image_sise: 16\n")
     code, errors = _main([str(source), str(tmp_path / "x"), f"--config={tmp_path}/prep.yaml"])
@@ -750,7 +753,7 @@ def test_full_disk_exits_5_and_continues(source, tmp_path):
     found = prepare_with(2_000)
     assert found.returncode == 5, found.stderr
     assert "Traceback" not in found.stderr
-    assert not (tmp_path / "out" / schema.MANIFEST_NAME).exists()
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
     assert prepare_with(100_000_000).returncode == 0
 
 

@@ -17,7 +17,9 @@ from pydicom.datadict import DicomDictionary
 from data_prep import pipeline
 from data_prep.imaging.geometry import apply_geometry, fit
 from data_prep.phantoms.inbreast_release import write_release
-from data_prep.shards import schema
+from data_prep.shards.manifest import MANIFEST_NAME, read_manifest
+from data_prep.shards.records import decode_example, unframe_record
+from data_prep.shards.sample_table import read_samples
 from data_prep.sources import inbreast
 from flexunet.errors import ContentError, UsageError
 from flexunet.settings import validated
@@ -48,10 +50,10 @@ def _prepare(source, output, **options):
 def _samples(folder):
     """Yields (row, image, mask) of every sample."""
     store = open_store(str(folder))
-    manifest, _ = schema.read_manifest(store)
-    for row in schema.read_samples(store, manifest).to_pylist():
+    manifest, _ = read_manifest(store)
+    for row in read_samples(store, manifest).to_pylist():
         record = store.get(row["shard"], row["offset"], row["length"])
-        features = schema.decode_example(schema.unframe_record(record, where="x"))
+        features = decode_example(unframe_record(record, where="x"))
         pictures = [
             cv2.imdecode(np.frombuffer(features[key], np.uint8), cv2.IMREAD_UNCHANGED)
             for key in ("image/encoded", "image/segmentation/class/encoded")
@@ -221,7 +223,7 @@ def _everything(folder):
         parts.append(str(path.relative_to(folder)).encode())
         if path.is_file():
             parts.append(path.read_bytes())
-    for row, *_ in _samples(folder) if (Path(folder) / schema.MANIFEST_NAME).exists() else ():
+    for row, *_ in _samples(folder) if (Path(folder) / MANIFEST_NAME).exists() else ():
         parts.append(repr(row).encode())
     return b"\n".join(parts)
 

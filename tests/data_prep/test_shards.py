@@ -14,12 +14,18 @@ import pytest
 
 from data_prep.imaging.color_map import DEFAULT_CLASSES
 from data_prep.imaging.pixels import Target
-from data_prep.shards import encode, schema, write
+from data_prep.shards.encode import chunked, moments_of, scan_chunk
+from data_prep.shards.full_scale import clipped, common_target
+from data_prep.shards.items import File, Item, Layout, Moments, Refused, ScanTask
+from data_prep.shards.manifest import shard_name
+from data_prep.shards.output import claim_output, remove_state, staging_url
+from data_prep.shards.records import decode_example, sha256_of_pixels, unframe_record
+from data_prep.shards.write import mean_and_std, plan_shards, write_shard
 from flexunet import process_pool
 from flexunet.errors import ContentError, FlexUNetError, UsageError
 from flexunet.storage import open_store
 
-_LAYOUT = encode.Layout(
+_LAYOUT = Layout(
     height=8,
     width=8,
     geometry="stretch",
@@ -36,12 +42,12 @@ def _write(folder, name, pixels):
     path = f"{folder}/{name}"
     assert cv2.imwrite(path, pixels)
     info = os.stat(path)
-    return encode.File(str(folder), name, path, info.st_size, info.st_mtime_ns)
+    return File(str(folder), name, path, info.st_size, info.st_mtime_ns)
 
 
 def _item(tmp_path, name, image, mask=None):
     mask = np.zeros(image.shape[:2], np.uint8) if mask is None else mask
-    return encode.Item(
+    return Item(
         id=name,
         group=name,
         filename=f"{name}.png",
@@ -57,25 +63,23 @@ def _grey(value, dtype=np.uint8):
 
 def _scan(tmp_path, items, *, skip_bad=False, **changes):
     layout = dataclasses.replace(_LAYOUT, **changes)
-    staging = write.staging_url(f"{tmp_path}/out")
-    task = encode.ScanTask(staging, layout, tuple(items), skip_bad)
-    return encode.scan_chunk(task)
+    staging = staging_url(f"{tmp_path}/out")
+    task = ScanTask(staging, layout, tuple(items), skip_bad)
+    return scan_chunk(task)
 
 
 def _plan(tmp_path, samples, **changes):
     options = {"shard_size_mb": 64, "seed": 1} | changes
     splits = {sample.id: "train" for sample in samples}
-    target = write.common_target(samples)
-    return write.plan_shards(
-        samples, splits, target=target, output_url=f"{tmp_path}/out", **options
-    )
+    target = common_target(samples)
+    return plan_shards(samples, splits, target=target, output_url=f"{tmp_path}/out", **options)
 
 
 def _pixels(tmp_path, written, index=0):
     placed = written.records[index]
     store = open_store(f"{tmp_path}/out")
     record = store.get(written.info.name, placed.offset, placed.length)
-    features = schema.decode_example(schema.unframe_record(record, where="x"))
+    features = decode_example(unframe_record(record, where="x"))
     encoded = np.frombuffer(features["image/encoded"], np.uint8)
     return cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
 
@@ -88,9 +92,9 @@ def test_scan_reports_facts_of_a_grey_picture_stored_as_rgb(tmp_path):
     (found,) = _scan(tmp_path, [_item(tmp_path, "a", image, mask)])
     assert (found.channels, found.bit_depth, found.max_value) == (1, 8, 10)
     assert found.pixels_per_class == (58, 6)
-    assert found.moments == encode.Moments(64, (10,), (100,))
+    assert found.moments == Moments(64, (10,), (100,))
     assert found.off_map_pixels == 0
-    assert found.sha256 == schema.sha256_of_pixels(image[:, :, :1])
+    assert found.sha256 == sha256_of_pixels(image[:, :, :1])
     source = (tmp_path / "images" / "a.png").read_bytes()
     assert found.source_crcs[0] == google_crc32c.value(source)
 
@@ -99,15 +103,15 @@ def test_moments_are_exact_for_large_16_bit_pictures():
     image = np.full((1500, 1024, 1), 65535, np.uint16)
     image[0, 0] = 65534
     count = 1500 * 1024
-    assert encode.moments_of(image) == encode.Moments(
+    assert moments_of(image) == Moments(
         count, (65535 * count - 1,), (65535**2 * (count - 1) + 65534**2,)
     )
 
 
 def test_mean_and_std_of_two_pictures():
     # values 1, 3 and 5, 7: mean 4; squared deviations 9, 1, 1, 9: variance 5
-    parts = [encode.Moments(2, (4,), (10,)), encode.Moments(2, (12,), (74,))]
-    assert write.mean_and_std(parts) == ((4.0,), (5**0.5,))
+    parts = [Moments(2, (4,), (10,)), Moments(2, (12,), (74,))]
+    assert mean_and_std(parts) == ((4.0,), (5**0.5,))
 
 
 def test_scan_names_the_file_and_both_sizes(tmp_path):
@@ -135,7 +139,7 @@ def test_scan_skips_a_bad_pair_and_says_why(tmp_path):
     with pytest.raises(ContentError, match=r"bad\.png"):
         _scan(tmp_path, [bad, good])
     first, second = _scan(tmp_path, [bad, good], skip_bad=True)
-    assert isinstance(first, encode.Refused)
+    assert isinstance(first, Refused)
     assert first.file == str(tmp_path / "images" / "bad.png")
     assert first.reason.startswith(first.file)
     assert second.offset == 0
@@ -168,13 +172,13 @@ def test_target_is_grey_only_when_all_are_grey(tmp_path):
     colour = np.zeros((8, 8, 3), np.uint8)
     colour[0, 0] = (1, 2, 3)
     samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(1)), _item(tmp_path, "b", colour)])
-    assert write.common_target(samples[:1]) == Target(1, 8, 255)
-    assert write.common_target(samples) == Target(3, 8, 255)
+    assert common_target(samples[:1]) == Target(1, 8, 255)
+    assert common_target(samples) == Target(3, 8, 255)
 
 
 def test_target_keeps_the_bits_in_use(tmp_path):
     samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(3000, np.uint16))])
-    assert write.common_target(samples) == Target(1, 16, 4095)
+    assert common_target(samples) == Target(1, 16, 4095)
 
 
 def _marked(value, num_marked=1):
@@ -200,21 +204,21 @@ def _marked(value, num_marked=1):
 def test_few_outliers_do_not_make_all_pictures_dark(tmp_path, images, value_max):
     items = [_item(tmp_path, f"{i:02}", image) for i, image in enumerate(images)]
     samples = _scan(tmp_path, items, height=40, width=40)
-    assert write.common_target(samples) == Target(1, 16, value_max)
-    written = write.write_shard(_plan(tmp_path, samples)[0])
+    assert common_target(samples) == Target(1, 16, value_max)
+    written = write_shard(_plan(tmp_path, samples)[0])
     stored = [_pixels(tmp_path, written, i) for i in range(len(images))]
     assert max(int(pixels.max()) for pixels in stored) == min(value_max, max(map(np.max, images)))
     for record, pixels in zip(written.records, stored, strict=True):
-        assert record.sha256 == schema.sha256_of_pixels(pixels)
-        assert record.moments == encode.moments_of(pixels[..., np.newaxis])
+        assert record.sha256 == sha256_of_pixels(pixels)
+        assert record.moments == moments_of(pixels[..., np.newaxis])
 
 
 def test_given_full_scale_is_taken_and_what_is_above_it_counted(tmp_path):
     items = [_item(tmp_path, f"{i}", _marked(65535, 5 * i)) for i in range(3)]
     samples = _scan(tmp_path, items, full_scale=5000, height=40, width=40)
-    target = write.common_target(samples, 5000)
+    target = common_target(samples, 5000)
     assert target == Target(1, 16, 5000)
-    above = [(each.id, count) for each, count in write.clipped(samples, 5000, 5000)]
+    above = [(each.id, count) for each, count in clipped(samples, 5000, 5000)]
     assert above == [("2", 10), ("1", 5)]
 
 
@@ -223,13 +227,13 @@ def test_odd_pictures_are_stored_like_the_others(tmp_path):
     colour[0, 0] = (100, 200, 4000)
     samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(51)), _item(tmp_path, "b", colour)])
     (task,) = _plan(tmp_path, samples)
-    written = write.write_shard(task)
+    written = write_shard(task)
     index = [sample.id for sample in task.records].index("a")
     pixels = _pixels(tmp_path, written, index)
     # 51 of 255 is a fifth of 4095: 819
     assert (pixels.dtype, pixels.shape, set(pixels.ravel())) == (np.uint16, (8, 8, 3), {819})
     assert written.records[index].moments.sums == (819 * 64,) * 3
-    assert written.records[index].sha256 == schema.sha256_of_pixels(pixels)
+    assert written.records[index].sha256 == sha256_of_pixels(pixels)
     assert np.array_equal(_pixels(tmp_path, written, 1 - index), colour)
 
 
@@ -248,7 +252,7 @@ def test_plan_cuts_by_size_and_mixes_neighbours(tmp_path):
     samples = _scan(tmp_path, items)
     total = sum(sample.length for sample in samples)
     tasks = _plan(tmp_path, samples, shard_size_mb=total / 4 / 1e6)
-    assert [task.name for task in tasks] == [schema.shard_name("train", i, 4) for i in range(4)]
+    assert [task.name for task in tasks] == [shard_name("train", i, 4) for i in range(4)]
     assert [len(task.records) for task in tasks] == [5, 5, 5, 5]
     order = [sample.id for task in tasks for sample in task.records]
     assert sorted(order) == [item.id for item in items] != order
@@ -265,10 +269,10 @@ def test_plan_has_one_shard_at_least(tmp_path):
 
 def test_write_shard_keeps_a_finished_one(tmp_path):
     (task,) = _plan(tmp_path, _scan(tmp_path, [_item(tmp_path, "a", _grey(1))]))
-    before = write.write_shard(task)
+    before = write_shard(task)
     path = tmp_path / "out" / task.name
     written_at = path.stat().st_mtime_ns
-    assert write.write_shard(task) == before
+    assert write_shard(task) == before
     assert path.stat().st_mtime_ns == written_at
     assert before.info.crc32c == google_crc32c.value(path.read_bytes())
 
@@ -276,11 +280,11 @@ def test_write_shard_keeps_a_finished_one(tmp_path):
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: b"x" + data[1:]])
 def test_write_shard_refuses_to_replace_another(tmp_path, change):
     (task,) = _plan(tmp_path, _scan(tmp_path, [_item(tmp_path, "a", _grey(1))]))
-    write.write_shard(task)
+    write_shard(task)
     path = tmp_path / "out" / task.name
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ContentError, match=r"train-00000-of-00001\.tfrecord: is not what"):
-        write.write_shard(task)
+        write_shard(task)
 
 
 def test_write_shard_finds_a_damaged_staged_record(tmp_path):
@@ -290,20 +294,20 @@ def test_write_shard_finds_a_damaged_staged_record(tmp_path):
     data[40] ^= 1
     staged.write_bytes(data)
     with pytest.raises(ContentError, match="checksum differs"):
-        write.write_shard(task)
+        write_shard(task)
     assert not (tmp_path / "out" / task.name).exists()
 
 
 def test_claim_output_names_the_option_that_differs(tmp_path):
     store = open_store(f"{tmp_path}/out")
     plan = {"options": {"image_size": 512, "seed": 1}, "source_sha256": "a"}
-    write.claim_output(store, plan)
-    write.claim_output(store, plan)
+    claim_output(store, plan)
+    claim_output(store, plan)
     other = plan | {"options": {"image_size": 256, "seed": 1}}
     with pytest.raises(UsageError, match="--image-size was 512, now 256"):
-        write.claim_output(store, other)
+        claim_output(store, other)
     with pytest.raises(UsageError, match="files of the source changed"):
-        write.claim_output(store, plan | {"source_sha256": "b"})
+        claim_output(store, plan | {"source_sha256": "b"})
 
 
 def test_claim_output_refuses_shards_of_unknown_origin(tmp_path):
@@ -311,25 +315,25 @@ def test_claim_output_refuses_shards_of_unknown_origin(tmp_path):
     store.put("notes.txt", b"mine")
     store.put("train-00000-of-00001.tfrecord", b"?")
     with pytest.raises(UsageError, match=r"train-00000-of-00001\.tfrecord is there"):
-        write.claim_output(store, {"options": {}, "source_sha256": "a"})
+        claim_output(store, {"options": {}, "source_sha256": "a"})
 
 
 def test_remove_state_leaves_everything_else(tmp_path):
     store = open_store(f"{tmp_path}/out")
-    write.claim_output(store, {"options": {}, "source_sha256": "a"})
+    claim_output(store, {"options": {}, "source_sha256": "a"})
     store.put("prep-state/scan-1.bin", b"1")
     store.put("notes.txt", b"mine")
-    write.remove_state(store)
+    remove_state(store)
     assert [stat.name for stat in store.list()] == ["notes.txt"]
 
 
 def test_chunks_depend_on_the_input_alone_and_fit_memory(tmp_path):
     item = _item(tmp_path, "a", _grey(1))
-    assert [len(chunk) for chunk in encode.chunked([item] * 9, _LAYOUT)] == [4, 4, 1]
-    sizes = {len(chunk) for chunk in encode.chunked([item] * 6400, _LAYOUT)}
+    assert [len(chunk) for chunk in chunked([item] * 9, _LAYOUT)] == [4, 4, 1]
+    sizes = {len(chunk) for chunk in chunked([item] * 6400, _LAYOUT)}
     assert sizes == {32}
     large = dataclasses.replace(_LAYOUT, height=4096, width=4096)  # 117 MB uncompressed
-    assert {len(chunk) for chunk in encode.chunked([item] * 100, large)} == {1}
+    assert {len(chunk) for chunk in chunked([item] * 100, large)} == {1}
 
 
 def test_tiles_are_staged_in_parts_of_bounded_size(tmp_path, monkeypatch):
@@ -339,7 +343,7 @@ def test_tiles_are_staged_in_parts_of_bounded_size(tmp_path, monkeypatch):
     whole = _scan(tmp_path / "whole", [item], **layout)
     assert len({sample.staged for sample in whole}) == 1
     limit = 5000
-    monkeypatch.setattr(encode, "_PART_BYTES", limit)
+    monkeypatch.setattr("data_prep.shards.staging._PART_BYTES", limit)
     samples = _scan(tmp_path, [item], **layout)
     assert len(samples) == len(whole) == 29 * 29
     sizes = {}
@@ -348,7 +352,7 @@ def test_tiles_are_staged_in_parts_of_bounded_size(tmp_path, monkeypatch):
     assert max(sizes.values()) <= limit < sum(sizes.values()) / 10
     assert _scan(tmp_path, [item], **layout) == samples  # from the index
     first, second = (
-        [write.write_shard(task).info for task in _plan(folder, found)]
+        [write_shard(task).info for task in _plan(folder, found)]
         for folder, found in ((tmp_path / "whole", whole), (tmp_path, samples))
     )
     assert first == second  # with the checksum
@@ -357,7 +361,7 @@ def test_tiles_are_staged_in_parts_of_bounded_size(tmp_path, monkeypatch):
 def test_tiles_continue_where_an_account_may_not_replace_parts(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 4096, (64, 64), dtype=np.uint16)
     item = _item(tmp_path, "a", pixels)
-    monkeypatch.setattr(encode, "_PART_BYTES", 5000)
+    monkeypatch.setattr("data_prep.shards.staging._PART_BYTES", 5000)
     layout = {"geometry": "tile", "tile_overlap": 6}
     before = _scan(tmp_path, [item], **layout)
     staging = tmp_path / "out" / "prep-state"

@@ -9,7 +9,9 @@ import pytest
 from data_prep import pipeline
 from data_prep.imaging.geometry import Box, apply_geometry, fit
 from data_prep.imaging.tiles import around, count, cut, joined, starts
-from data_prep.shards import schema
+from data_prep.shards.manifest import read_manifest
+from data_prep.shards.records import decode_example, sha256_of_pixels, unframe_record
+from data_prep.shards.sample_table import read_samples
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError
 from flexunet.storage import open_store
@@ -67,8 +69,8 @@ def _prepare(source, output, **options):
 
 def _rows(output):
     store = open_store(str(output))
-    manifest, _ = schema.read_manifest(store)
-    return schema.read_samples(store, manifest).to_pylist()
+    manifest, _ = read_manifest(store)
+    return read_samples(store, manifest).to_pylist()
 
 
 def test_prepare_records_each_tile_and_keeps_a_picture_in_one_split(tmp_path):
@@ -90,10 +92,10 @@ def test_prepare_records_each_tile_and_keeps_a_picture_in_one_split(tmp_path):
         assert row["id"] == f"{row['picture']}_y{top}_x{left}"
         assert (row["source_height"], row["source_width"]) == (40, 24)
         tile = np.ascontiguousarray(image[top : top + 16, left : left + 16])
-        assert row["sha256"] == schema.sha256_of_pixels(tile)
+        assert row["sha256"] == sha256_of_pixels(tile)
         data = (tmp_path / "out" / row["shard"]).read_bytes()
         record = data[row["offset"] :][: row["length"]]
-        features = schema.decode_example(schema.unframe_record(record, where="x"))
+        features = decode_example(unframe_record(record, where="x"))
         place = [features[f"image/tile/{name}"] for name in ("picture", "top", "left")]
         assert place == [row["picture"].encode(), top, left]
     # The tile of film is in all pictures, and yet the patients were not joined to one.

@@ -23,7 +23,7 @@ from PIL import Image
 from data_prep.imaging.geometry import fit
 from data_prep.phantoms.inbreast_release import write_release
 from data_prep.pipeline import PrepConfig, prepare, sources_of
-from data_prep.shards.schema import FullScaleInfo, Manifest
+from data_prep.shards.manifest import FullScaleInfo, Manifest
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.process_pool import InlineExecutor, Workers

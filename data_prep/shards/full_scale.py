@@ -1,0 +1,96 @@
+"""The format of the stored pictures: channels, bit depth and full scale, decided for all of them.
+
+Owns which raw value means full intensity where files do not say it. It reads facts alone: it must
+not read or write pictures.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+from data_prep.imaging.pixels import FEW_PIXELS, Target
+from data_prep.shards.items import Scanned
+
+
+def full_scales(full_scale: int | None) -> tuple[int, ...]:
+    """Returns the raw values that may be full intensity: the given one, or 255, 511 ... 65535."""
+    return tuple(2**bits - 1 for bits in range(8, 17)) if full_scale is None else (full_scale,)
+
+
+_FEW_PICTURES = 10  # and one of so many pictures may have such pixels
+_SPARED_BITS = 2  # that their loss must spare: one bit of darkness is cheaper than lost values
+
+
+def common_target(samples: Iterable[Scanned], full_scale: int | None = None) -> Target:
+    """Returns the least format that holds the pictures: grey only when all are grey.
+
+    `value_max` is 255 for 8 bits, else `full_scale`, or where that is None 2**bits - 1 of the bits
+    that the pictures need, as a 12-bit detector stores 0..4095 in 16-bit files. A few pixels of a
+    few pictures do not count, as markers burned in, where the others need two bits less; see
+    `clipped`. What files say of their full scale counts always.
+    """
+    is_grey, is_shallow, stated = True, True, 255
+    unstated = {}
+    for sample in samples:
+        is_grey &= sample.channels == 1
+        is_shallow &= sample.bit_depth == 8
+        if sample.num_above:
+            unstated[sample.picture] = sample
+        else:
+            stated = max(stated, sample.max_value)
+    channels: Literal[1, 3] = 1 if is_grey else 3
+    if is_shallow:
+        return Target(channels, 8, 255)
+    found = full_scale or max(2 ** stated.bit_length() - 1, _full_scale(list(unstated.values())))
+    return Target(channels, 16, found)
+
+
+def _full_scale(pictures: Sequence[Scanned]) -> int:
+    """Returns the full scale of 16-bit pictures that do not say it, 255 without any."""
+    highest = max((picture.max_value for picture in pictures), default=0)
+    num_bits = max(8, highest.bit_length())
+    num_few = len(pictures) // _FEW_PICTURES
+    for place, scale in _sparing(pictures, num_bits):
+        if sum(picture.num_above[place] > 0 for picture in pictures) <= num_few:
+            return scale
+    return 2**num_bits - 1
+
+
+def _sparing(pictures: Sequence[Scanned], num_bits: int) -> Iterator[tuple[int, int]]:
+    """Yields the full scales, with their places, above which every picture has few pixels.
+
+    Only those are yielded that need clearly fewer than `num_bits`, the smallest first.
+    """
+    for place, scale in enumerate(full_scales(None)):
+        if scale.bit_length() <= num_bits - _SPARED_BITS and all(
+            each.num_above[place] * FEW_PIXELS <= _num_pixels(each) for each in pictures
+        ):
+            yield place, scale
+
+
+def _num_pixels(picture: Scanned) -> int:
+    return picture.geometry.source_height * picture.geometry.source_width
+
+
+def sparing_scale(samples: Iterable[Scanned], value_max: int) -> int | None:
+    """Returns the least full scale, clearly below `value_max`, that would clip few pixels.
+
+    None where there is none. Where such pixels are in many pictures, only the user knows whether
+    they are markers. The full scale was found, not given.
+    """
+    pictures = list({each.picture: each for each in samples if each.num_above}.values())
+    found = _sparing(pictures, value_max.bit_length()) if pictures else iter(())
+    return next((scale for _, scale in found), None)
+
+
+def clipped(
+    samples: Iterable[Scanned], value_max: int, full_scale: int | None
+) -> list[tuple[Scanned, int]]:
+    """Returns the pictures with pixels above `value_max`, and how many, the most first.
+
+    Args:
+        full_scale: the one that was given, or None.
+    """
+    place = full_scales(full_scale).index(value_max)
+    pictures = {sample.picture: sample for sample in samples if sample.num_above}.values()
+    found = [(each, each.num_above[place]) for each in pictures if each.num_above[place]]
+    return sorted(found, key=lambda each: (-each[1], each[0].id))

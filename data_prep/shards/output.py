@@ -1,0 +1,137 @@
+"""The output folder of a preparation: claimed by a plan, written once, committed, tidied up.
+
+Owns what keeps two preparations apart and an interrupted one whole. It must not know what the
+plan, the shards and the table say.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from data_prep.shards.manifest import MANIFEST_NAME, SHARD_PATTERN, Manifest
+from data_prep.shards.sample_table import SAMPLES_NAME
+from flexunet.errors import ContentError, UsageError
+from flexunet.storage import Forbidden, NotFound, PreconditionFailed, Store, holds, join_url
+
+logger = logging.getLogger(__name__)
+
+_MEGABYTE = 10**6
+STATE_PREFIX = "prep-state"
+PLAN_NAME = f"{STATE_PREFIX}/plan.json"
+
+
+def staging_url(output_url: str) -> str:
+    """Returns the place of staged records."""
+    return join_url(output_url, STATE_PREFIX)
+
+
+def claim_output(store: Store, plan: Mapping[str, Any]) -> None:
+    """Binds the output to `plan`: from now on nothing else may be prepared there.
+
+    Args:
+        plan: options and source of the preparation, JSON values.
+
+    Raises:
+        UsageError: another preparation began there, or it holds shards of unknown origin.
+    """
+    data = _plan_bytes(plan)
+    try:
+        found = store.get(PLAN_NAME)
+    except NotFound:
+        _refuse_strangers(store)
+        try:
+            store.put(PLAN_NAME, data, if_generation=0)
+            return
+        except PreconditionFailed:
+            found = store.get(PLAN_NAME)
+    if found != data:
+        differs = describe_difference(_parse_plan(found), plan)
+        raise UsageError(
+            f"{store.url}: another preparation was interrupted here ({differs}); repeat its "
+            "command, or delete the folder, or choose another"
+        )
+
+
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Returns the first options that differ, in words; `source_sha256` stands for the source."""
+    before, after = old.get("options", {}), new.get("options", {})
+    changes = [
+        f"--{name.replace('_', '-')} was {before.get(name)}, now {after.get(name)}"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+    if not changes and old.get("source_sha256") != new.get("source_sha256"):
+        changes = ["the files of the source changed"]
+    return "; ".join(changes[:3]) or "made by another version"
+
+
+def commit(store: Store, manifest: Manifest, samples: bytes) -> None:
+    """Publishes the dataset: the sample table, then the manifest, which makes it whole."""
+    put_once(store, SAMPLES_NAME, samples)
+    put_once(store, MANIFEST_NAME, manifest.to_json())
+
+
+def remove_state(store: Store) -> None:
+    """Deletes the staged records and the plan; the dataset needs neither.
+
+    The plan goes last: it says what the rest is. Where the credentials may create and not delete,
+    all of it stays, which a warning tells.
+    """
+    store.remove_unfinished()
+    stats = store.list(f"{STATE_PREFIX}/")
+    try:
+        for stat in sorted(stats, key=lambda stat: stat.name == PLAN_NAME):
+            store.delete(stat.name)
+    except Forbidden:
+        logger.warning(
+            "%s: %d objects stay (%.1f MB), as these credentials may not delete; the dataset is "
+            "complete without them",
+            staging_url(store.url),
+            len(stats),
+            sum(stat.size for stat in stats) / _MEGABYTE,
+        )
+
+
+def put_once(store: Store, name: str, data: bytes) -> None:
+    """Puts `data` where nothing is; the same bytes from an earlier attempt are kept."""
+    if _kept(store, name, data):
+        return
+    try:
+        store.put(name, data, if_generation=0)
+    except PreconditionFailed:
+        # Another process of the same preparation was quicker.
+        _kept(store, name, data)
+
+
+def _kept(store: Store, name: str, data: bytes) -> bool:
+    stat = store.stat(name)
+    if stat is None:
+        return False
+    if not holds(store, stat, data):
+        raise ContentError(
+            f"{store.url}/{name}: is not what this preparation writes (damaged, or of another "
+            "preparation); delete it and run the same command, or choose another folder"
+        )
+    return True
+
+
+def _refuse_strangers(store: Store) -> None:
+    for stat in store.list():
+        if SHARD_PATTERN.fullmatch(stat.name) or stat.name == SAMPLES_NAME:
+            raise UsageError(
+                f"{store.url}: {stat.name} is there and belongs to no preparation that could be "
+                "continued; delete it or choose another folder"
+            )
+
+
+def _plan_bytes(plan: Mapping[str, Any]) -> bytes:
+    return json.dumps(plan, indent=1, sort_keys=True).encode()
+
+
+def _parse_plan(data: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,149 @@
+"""The two files of a pair -> checked pixels and class ids, of every format of a source.
+
+Owns the rules that a picture and its mask must follow together. It must not know geometries,
+records or staged objects.
+"""
+
+import dataclasses
+import functools
+
+import google_crc32c
+import numpy as np
+
+from data_prep.imaging.codecs import read_image, read_mask_pixels
+from data_prep.imaging.dicom import read_dicom
+from data_prep.imaging.masks import read_npz_mask, to_class_ids
+from data_prep.imaging.pixels import grey_channel, to_rgb
+from data_prep.shards.items import File, Item, Layout, ScanTask
+from data_prep.sources import inbreast
+from flexunet.errors import ContentError
+from flexunet.storage import Store, open_source
+
+_SHOWN_COLORS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadPair:
+    """One pair as it was read: (H, W, C) pixels, (H, W) class ids, and as in `Scanned`."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    off_map_pixels: int = 0
+    value_max: int | None = None
+    spacing_mm: tuple[float, float] | None = None
+    findings: tuple[inbreast.Finding, ...] = ()
+
+
+def source_crcs(item: Item) -> tuple[int, int]:
+    """Returns the CRC32C of the item's two files, as `scan_chunk` finds them."""
+    return crcs_of(read_files(item))
+
+
+def read_files(item: Item) -> tuple[bytes, bytes | None]:
+    """Returns the bytes of the item's two files."""
+    return _read(item.image), None if item.mask is None else _read(item.mask)
+
+
+def crcs_of(data: tuple[bytes, bytes | None]) -> tuple[int, int]:
+    """Returns the CRC32C of each of two files, 0 where there is none."""
+    first, second = (0 if each is None else google_crc32c.value(each) for each in data)
+    return first, second
+
+
+def read_pair(item: Item, task: ScanTask, data: tuple[bytes, bytes | None]) -> ReadPair:
+    """Returns the pixels and class ids of a pair.
+
+    Args:
+        data: the item's two files.
+
+    Raises:
+        ContentError: a file is bad, or the two do not fit each other.
+        UsageError: the reader of DICOM files is not installed.
+    """
+    return _READERS[task.layout.format](item, task, *data)
+
+
+@functools.lru_cache(maxsize=64)
+def _source_at(url: str) -> Store:
+    return open_source(url)
+
+
+def _read_picture_and_mask(
+    item: Item, task: ScanTask, image_data: bytes, mask_data: bytes | None
+) -> ReadPair:
+    layout = task.layout
+    image = _read_picture(item, layout, image_data)
+    if item.mask is None or mask_data is None:
+        raise ValueError(f"{item.image.label}: a pair without a mask")
+    mask, off_map = _read_mask(item, item.mask, layout, mask_data, image.shape[:2])
+    return ReadPair(image, mask, off_map)
+
+
+def _read_case(item: Item, task: ScanTask, image_data: bytes, mask_data: bytes | None) -> ReadPair:
+    """Returns a picture of the INbreast release with the outlines of its annotation."""
+    layout = task.layout
+    found = read_dicom(
+        image_data,
+        name=item.image.label,
+        max_pixels=layout.max_pixels,
+        reader=task.dicom_reader,
+    )
+    image = to_rgb(found.pixels) if layout.channels == "rgb" else found.pixels
+    rois: list[inbreast.Roi] = []
+    if item.mask is not None and mask_data is not None:
+        rois = inbreast.read_rois(mask_data, name=item.mask.label)
+    label = item.image.label if item.mask is None else item.mask.label
+    mask = inbreast.draw_rois(rois, layout.rois, *image.shape[:2], name=label)
+    counts = inbreast.count_findings(rois)
+    return ReadPair(image, mask, 0, found.value_max, found.spacing_mm, counts)
+
+
+_READERS = {"pairs": _read_picture_and_mask, "inbreast": _read_case}
+
+
+def _read_picture(item: Item, layout: Layout, data: bytes) -> np.ndarray:
+    """Returns (H, W, C) pixels in the channels of `layout`; grey RGB becomes one channel."""
+    import cv2
+
+    image = read_image(data, name=item.image.label, max_pixels=layout.max_pixels)
+    if layout.channels == "rgb":
+        return to_rgb(image)
+    grey = grey_channel(image)
+    if grey is not None:
+        return grey[:, :, np.newaxis]
+    if layout.channels == "grey":  # the luma of ITU-R BT.601
+        return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, np.newaxis]
+    return image
+
+
+def _read_mask(
+    item: Item, file: File, layout: Layout, data: bytes, size: tuple[int, ...]
+) -> tuple[np.ndarray, int]:
+    """Returns (H, W) uint8 class ids of the whole mask, and its number of off-map pixels."""
+    label = file.label
+    if file.name.lower().endswith(".npz"):
+        count = len(layout.classes)
+        pixels = read_npz_mask(data, label, num_classes=count, max_pixels=layout.max_pixels)
+    else:
+        pixels = read_mask_pixels(data, name=label, max_pixels=layout.max_pixels)
+    if pixels.shape[:2] != size:
+        raise ContentError(
+            f"{label}: mask of {pixels.shape[1]}x{pixels.shape[0]} pixels, but its image "
+            f"{item.image.label} has {size[1]}x{size[0]}; both must have the same size"
+        )
+    ids, off_map, colors = to_class_ids(
+        pixels, layout.classes, name=label, ignore_id=layout.ignore_id
+    )
+    if off_map > layout.off_map_limit * ids.size:
+        share = 100 * off_map / ids.size
+        shown = ", ".join(str(color) for color in colors[:_SHOWN_COLORS])
+        raise ContentError(
+            f"{label}: {share:.2f} % of the pixels have no class colour, more than "
+            f"{100 * layout.off_map_limit:g} % allowed; most common: {shown}; name them in "
+            "--classes, or raise --off-map-limit where they are blends along edges"
+        )
+    return ids, off_map
+
+
+def _read(file: File) -> bytes:
+    return _source_at(file.url).get(file.name)

@@ -1,0 +1,143 @@
+"""Staged objects: finished records of pass 1, put aside until pass 2 copies them into shards.
+
+A staged object is named by a digest of all that went into it, so that an interrupted preparation
+finds its work again and never another's. This module must not know how records are made.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import struct
+from typing import Any
+
+import google_crc32c
+
+from data_prep.imaging.geometry import Box, Geometry
+from data_prep.imaging.lost_regions import RegionCounts
+from data_prep.shards.items import Moments, Refused, Scanned, ScanTask
+from data_prep.shards.manifest import FORMAT_VERSION
+from data_prep.sources import inbreast
+from flexunet.storage import Store, open_store, put_if_other
+
+_VERSION = 5  # of what is staged; another version's is not found
+_TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
+_PART_BYTES = 32 * 2**20  # of records that a process holds; tiles of one picture take gigabytes
+
+
+class Parts:
+    """Stages records in objects of bounded size; the last one has the index and the chunk's name.
+
+    The index is what a later run looks for, and it is written when all else is there.
+    """
+
+    def __init__(self, staging: Store, name: str) -> None:
+        self._staging, self._name = staging, name
+        self._results: list[Scanned | Refused] = []
+        self._records: list[bytes] = []
+        self._num_bytes = self._num_parts = self._num_placed = 0
+
+    def add(self, result: Scanned | Refused, record: bytes) -> None:
+        """Takes the next record; it is at its place when `finish` returns."""
+        if self._num_bytes + len(record) > _PART_BYTES and self._records:
+            part = f"{self._name.removesuffix('.bin')}-{self._num_parts:05d}.bin"
+            # After a stop it may be there; the account may create and not replace.
+            put_if_other(self._staging, part, self._take(part))
+            self._num_parts += 1
+        self._results.append(result)
+        self._records.append(record)
+        self._num_bytes += len(record)
+
+    def finish(self) -> list[Scanned | Refused]:
+        """Stages the rest and the index, and returns the results with the places of the records."""
+        records = self._take(self._name)
+        index = json.dumps([_to_json(result) for result in self._results], default=vars).encode()
+        trailer = _TRAILER.pack(len(index), google_crc32c.value(index))
+        self._staging.put(self._name, b"".join((records, index, trailer)))
+        return self._results
+
+    def _take(self, staged: str) -> bytes:
+        """Returns the records since the last call, whose place is in the object `staged`."""
+        offset = 0
+        for i, record in enumerate(self._records, self._num_placed):
+            result = self._results[i]
+            if isinstance(result, Scanned):
+                self._results[i] = dataclasses.replace(result, staged=staged, offset=offset)
+            offset += len(record)
+        data = b"".join(self._records)
+        self._num_placed = len(self._results)
+        self._num_bytes = 0
+        self._records.clear()
+        return data
+
+
+@functools.lru_cache(maxsize=64)
+def store_at(url: str) -> Store:
+    """Returns the store at `url`, the same one for each call in a process."""
+    return open_store(url)
+
+
+def staged_name(task: ScanTask) -> str:
+    """Returns the name of the staged object that holds the index of `task`."""
+    # Labels and places are left out: the same pair by another path is the same work.
+    parts: list[Any] = [FORMAT_VERSION, _VERSION, dataclasses.asdict(task.layout)]
+    for item in task.items:
+        files = [
+            file and (file.url, file.name, file.size, file.generation)
+            for file in (item.image, item.mask)
+        ]
+        parts.append((item.id, item.group, item.filename, item.split, files))
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return f"scan-{digest[:32]}.bin"
+
+
+def read_index(staging: Store, name: str) -> list[Scanned | Refused] | None:
+    """Returns the results of a staged object, None when it is not there or damaged."""
+    stat = staging.stat(name)
+    if stat is None or stat.size < _TRAILER.size:
+        return None
+    trailer = staging.get(name, stat.size - _TRAILER.size, _TRAILER.size)
+    num_bytes, crc = _TRAILER.unpack(trailer)
+    start = stat.size - _TRAILER.size - num_bytes
+    if start < 0:
+        return None
+    index = staging.get(name, start, num_bytes)
+    if google_crc32c.value(index) != crc:
+        return None
+    return [_from_json(values) for values in json.loads(index)]
+
+
+def _to_json(result: Scanned | Refused) -> dict[str, Any]:
+    return {"kind": type(result).__name__} | vars(result)
+
+
+def _from_json(values: dict[str, Any]) -> Scanned | Refused:
+    kind = values.pop("kind")
+    crcs = tuple(values.pop("source_crcs"))
+    if kind == Refused.__name__:
+        return Refused(source_crcs=crcs, **values)
+    geometry = values.pop("geometry")
+    crop = geometry.pop("crop")
+    geometry = Geometry(**geometry, crop=Box(**crop) if crop else None)
+    moments = {key: _tuple(value) for key, value in values.pop("moments").items()}
+    counts = tuple(values.pop("pixels_per_class"))
+    num_above = tuple(values.pop("num_above"))
+    findings = tuple(inbreast.Finding(**each) for each in values.pop("findings"))
+    regions = values.pop("regions")
+    if regions is not None:
+        regions = RegionCounts(**{key: _tuple(value) for key, value in regions.items()})
+    return Scanned(
+        geometry=geometry,
+        moments=Moments(**moments),
+        pixels_per_class=counts,
+        num_above=num_above,
+        findings=findings,
+        regions=regions,
+        spacing_mm=_tuple(values.pop("spacing_mm")),
+        source_crcs=crcs,
+        **values,
+    )
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
