@@ -61,7 +61,6 @@ COMMANDS_OF_COMMANDS = {
 }
 # (importing, imported) of ORDERS against the order, which are to go. No entry may be added.
 ALLOWED_UPWARD: set[tuple[str, str]] = {
-    ("data_prep.splits", "data_prep.shards"),
     ("job.models", "job.inference"),
     ("job.training", "job.evaluate"),
     ("job.training", "job.infer"),
