@@ -21,21 +21,15 @@ from PIL import Image
 from tests.source_tree import PACKAGES, ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-DATA = ("py.typed", "*/templates/*")  # files of a package that are no modules
 
 
 def package_files(folder: Path) -> set[str]:
-    """Returns the modules and data files of the four packages below `folder`."""
-    paths = {
+    """Returns every file of the four packages below `folder`, modules and data."""
+    return {
         str(path.relative_to(folder))
         for package in PACKAGES
         for path in (folder / package).rglob("*")
-        if path.is_file()
-    }
-    return {
-        path
-        for path in paths
-        if path.endswith(".py") or any(fnmatch.fnmatch(path, f"*{pattern}") for pattern in DATA)
+        if path.is_file() and "__pycache__" not in path.parts
     }
 
 
