@@ -66,7 +66,8 @@ from data_prep.sources.pairs import Pair, Reject, Source, find_pairs, find_sourc
 from data_prep.splits import split
 from data_prep.splits.names import SPLITS, Split
 from flexunet.cli.interrupts import quiet_interrupts
-from flexunet.cli.options import PATH, SettingsCommand, given, run_command, settings_options
+from flexunet.cli.options import PATH, SettingsCommand, given, settings_options
+from flexunet.cli.runner import run_command
 from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.process_pool import OpenWorkers, Workers, available_cores, local_workers
 from flexunet.progress import Progress

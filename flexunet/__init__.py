@@ -1,6 +1,6 @@
-"""What every package stands on, and the Python API; names of the API are imported when first used.
+"""The shared base of all packages (errors, settings, storage, command line), and the Python API.
 
-Knows no images, no TensorFlow and no Ray.
+Names of the API are imported when they are first used. Knows no images, no TensorFlow and no Ray.
 """
 
 from importlib import import_module

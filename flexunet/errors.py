@@ -1,4 +1,4 @@
-"""The errors that end a command, and the exit code of each.
+"""Defines the errors that end a command, and the exit code of each.
 
 FlexUNetError        1  unknown; a retry may help
 ├── UsageError       2  wrong option, config, or a missing or empty source

@@ -1,4 +1,4 @@
-"""Small files that a run has stored, read again: what is not in one is told in a line.
+"""Reads the small files of a run; a damaged file or a missing field is an error of one line.
 
 An earlier version may have written them, without fields that have come since.
 """

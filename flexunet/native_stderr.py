@@ -1,4 +1,4 @@
-"""Silence for C and C++ libraries that write to stderr and have no option for it."""
+"""Suppresses the stderr output of C and C++ libraries that have no option for it."""
 
 import contextlib
 import logging

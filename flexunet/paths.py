@@ -1,4 +1,4 @@
-"""Paths as users write them."""
+"""Expands the home folder in paths that users write."""
 
 import os
 

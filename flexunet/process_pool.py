@@ -1,4 +1,4 @@
-"""Worker processes for data preparation: how many, their start, bounded use, and a certain end.
+"""Runs work in processes of this machine: how many, their start, bounded queues, a certain end.
 
 Knows nothing of images. Work goes to any `concurrent.futures.Executor`; the one made here spawns
 its workers, because a fork of a process that has threads may lock up.

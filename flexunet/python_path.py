@@ -1,4 +1,4 @@
-"""Where Python processes that we start look for modules: never in the folder the user works in.
+"""Keeps the folder that the user works in off the module path of Python processes.
 
 A file `numpy.py` or `job.py` beside the user's data would be run in place of the module.
 """

@@ -1,4 +1,4 @@
-"""Typed settings: the frozen base class, validation with one-line errors, and YAML.
+"""Defines typed settings: the frozen base class, validation with one-line errors, and YAML.
 
 A settings class is plain data. Unknown keys are errors that name the nearest known key.
 """

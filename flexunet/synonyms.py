@@ -1,4 +1,4 @@
-"""The names that other programs give to our options: Keras, PyTorch, nnU-Net, Ultralytics.
+"""Maps the option names of Keras, PyTorch, nnU-Net and Ultralytics to ours.
 
 A table of words. It does not know the commands: who asks says which options there are.
 """

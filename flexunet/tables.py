@@ -1,4 +1,4 @@
-"""CSV text that is safe to open in a spreadsheet: file names come from outside.
+"""Writes CSV text that is safe to open in a spreadsheet, as file names come from outside.
 
 Knows nothing of what the tables hold.
 """

@@ -1,4 +1,4 @@
-"""Words of messages: numbers with their nouns, and names in a row."""
+"""Formats the words of messages: numbers with nouns, lists, and names from outside."""
 
 import unicodedata
 from collections.abc import Sequence

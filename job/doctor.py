@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import click
 
-from flexunet.cli.options import PATH, SettingsCommand, run_command
+from flexunet.cli.options import PATH, SettingsCommand
+from flexunet.cli.runner import run_command
 from flexunet.errors import FlexUNetError
 from flexunet.process_pool import cgroup_memory_bytes, usable_cores
 

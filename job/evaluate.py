@@ -21,7 +21,8 @@ from pydantic import model_validator
 
 from data_prep.imaging.geometry import Geometry, undo_geometry
 from flexunet.cli.interrupts import quiet_interrupts
-from flexunet.cli.options import PATH, SettingsCommand, from_options, run_command, settings_options
+from flexunet.cli.options import PATH, SettingsCommand, from_options, settings_options
+from flexunet.cli.runner import run_command
 from flexunet.errors import StoppedError, UsageError
 from flexunet.json_files import read_json
 from flexunet.progress import Alive, Progress, not_told

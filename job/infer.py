@@ -29,7 +29,8 @@ from data_prep.imaging.tiles import starts
 from data_prep.shards.manifest import Manifest
 from data_prep.sources.pairs import IMAGE_ENDINGS
 from flexunet.cli.interrupts import quiet_interrupts
-from flexunet.cli.options import PATH, SettingsCommand, from_options, run_command, settings_options
+from flexunet.cli.options import PATH, SettingsCommand, from_options, settings_options
+from flexunet.cli.runner import run_command
 from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.process_pool import OpenWorkers, available_cores, in_order
 from flexunet.progress import Progress

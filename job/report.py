@@ -27,7 +27,8 @@ from data_prep.shards.manifest import (
     parse_manifest,
 )
 from flexunet.cli.interrupts import quiet_interrupts
-from flexunet.cli.options import PATH, SettingsCommand, run_command
+from flexunet.cli.options import PATH, SettingsCommand
+from flexunet.cli.runner import run_command
 from flexunet.errors import ContentError, LockedError, StorageError, UsageError
 from flexunet.json_files import evaluate_again, read_json, read_table
 from flexunet.settings import read_yaml

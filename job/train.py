@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import click
 
 from flexunet.cli.interrupts import handled
-from flexunet.cli.options import PATH, SettingsCommand, given, run_command, settings_options
+from flexunet.cli.options import PATH, SettingsCommand, given, settings_options
+from flexunet.cli.runner import run_command
 from flexunet.errors import DivergedError, FlexUNetError, UsageError
 from flexunet.json_files import read_json
 from flexunet.progress import Alive, Progress, load_bar, not_told

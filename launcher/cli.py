@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     try:
         with quiet_interrupts():
-            from flexunet.cli.options import run_command
+            from flexunet.cli.runner import run_command
             from launcher.commands.flexunet import command
 
             return run_command(command, argv, "flexunet")

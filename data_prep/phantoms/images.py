@@ -21,7 +21,8 @@ import numpy.typing as npt
 from data_prep.imaging.codecs import encode_png
 from data_prep.imaging.color_map import DEFAULT_CLASSES
 from data_prep.imaging.masks import to_colors
-from flexunet.cli.options import PATH, run_command
+from flexunet.cli.options import PATH
+from flexunet.cli.runner import run_command
 from flexunet.errors import UsageError
 from flexunet.storage import open_store
 

@@ -1,1 +1,1 @@
-"""The command line: options from settings, errors to exit codes, signals."""
+"""The command line: options from settings, errors and signals to exit codes."""

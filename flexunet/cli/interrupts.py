@@ -1,4 +1,4 @@
-"""What ends a command from outside: Ctrl-C, SIGTERM, and SIGHUP of a terminal that was closed.
+"""Handles the signals that end a command: Ctrl-C, SIGTERM, and SIGHUP of a closed terminal.
 
 Imports little: it answers while other modules are imported.
 """

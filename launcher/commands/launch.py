@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from flexunet.cli.options import run_command
+from flexunet.cli.runner import run_command
 from launcher.commands.group import LazyGroup
 
 _HERE = "launcher.commands"

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import click
 import pytest
 
-from flexunet.cli.options import SettingsCommand, given, run_command, settings_options
+from flexunet.cli.options import SettingsCommand, given, settings_options
+from flexunet.cli.runner import run_command
 from flexunet.errors import ContentError, LockedError, StoppedError
 from flexunet.settings import Settings, option, validated
 
@@ -249,7 +250,7 @@ def test_a_command_returns_its_own_exit_code() -> None:
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     script = (
-        "import click; from flexunet.cli.options import run_command\n"
+        "import click; from flexunet.cli.runner import run_command\n"
         "@click.command()\n"
         "def command(): [click.echo('x' * 1000) for _ in range(1000)]\n"
         "raise SystemExit(run_command(command, [], 'tool'))"

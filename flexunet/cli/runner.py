@@ -1,0 +1,104 @@
+"""Runs a command; an error becomes one line on stderr and an exit code."""
+
+import contextlib
+import difflib
+import errno
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from flexunet.cli.interrupts import quiet_interrupts
+from flexunet.errors import FlexUNetError, StorageError
+from flexunet.synonyms import proposed
+
+_MAX_DETAIL_WIDTH = 200  # characters of another library's error; TensorFlow's have pages
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def run_command(command: click.Command, argv: Sequence[str] | None, program: str) -> int:
+    """Runs `command` and returns its exit code; a user's mistake becomes one line on stderr."""
+    # cv2 and matplotlib log through their own channels; ours is the only handler.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("matplotlib", "PIL", "absl", "tensorflow", "urllib3", "google", "h5py"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with quiet_interrupts():
+            code = command.main(args=arguments, prog_name=program, standalone_mode=False)
+            _flush_stdout()
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else program
+        problem = _no_option(error) if isinstance(error, click.NoSuchOption) else ""
+        message = f"{problem or error.format_message()} (see {path} --help)"
+        return _report(path, message, error.exit_code)
+    except FlexUNetError as error:
+        return _report(program, str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _report(program, "interrupted; the same command continues", 6)
+    except BrokenPipeError:
+        # The reader of our output went away (`flexunet ... | head`); keep the interpreter from
+        # raising again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if isinstance(error, OSError) and _is_of_stdout(error):
+            problem = f"stdout cannot be written ({error.strerror}); make room and repeat it"
+            return _report(program, problem, StorageError.exit_code)
+        if not _is_out_of_memory(error):
+            raise
+        detail = (str(error).strip().splitlines() or ["no memory left"])[0][:_MAX_DETAIL_WIDTH]
+        return _report(program, f"out of memory: {detail}; lower the batch or image size", 1)
+    return code if isinstance(code, int) else 0
+
+
+def _flush_stdout() -> None:
+    # Later, the interpreter itself would do it, with an error and an exit code of its own.
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _is_of_stdout(error: OSError) -> bool:
+    """Returns whether `error` is that stdout cannot be written; it then goes nowhere."""
+    if error.filename is not None or error.errno not in _NO_ROOM:
+        return False
+    try:
+        _flush_stdout()
+        os.write(1, b"\n")  # what could not be written is in no buffer any more
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
+    return False
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name: the class is TensorFlow's, which this package must not import.
+    names = {each.__name__ for each in type(error).__mro__}
+    return isinstance(error, MemoryError) or "ResourceExhaustedError" in names
+
+
+def _no_option(error: click.NoSuchOption) -> str:
+    parameters = error.ctx.command.params if error.ctx else []
+    options = [name for each in parameters if isinstance(each, click.Option) for name in each.opts]
+    arguments = [
+        each.human_readable_name for each in parameters if isinstance(each, click.Argument)
+    ]
+    name = error.option_name
+    remedy = proposed(name, options, arguments)
+    if remedy is None:
+        inside = [each for each in options if each.endswith("." + name.lstrip("-"))]
+        close = inside or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+        remedy = f"did you mean {close[0]!r}?" if close else None
+    return f"no option {name!r}" + (f"; {remedy}" if remedy else "")
+
+
+def _report(program: str, message: str, code: int) -> int:
+    with contextlib.suppress(OSError):  # a terminal that is gone, or a full disk
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    return code
