@@ -5,24 +5,18 @@ of data would have them. The look follows the INbreast pictures (Moreira et al.,
 doi:10.1016/j.acra.2011.09.014): an oblique or craniocaudal view, strands of glandular tissue,
 vessels, calcifications, pectoral muscle, and masses with lobes or spicules. Brightness alone does
 not find a mass: muscle, glandular islands and calcifications are as bright.
-
-Command: python -m data_prep.phantoms FOLDER --num-images 100
-         python -m data_prep.phantoms FOLDER --format inbreast --num-patients 115
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import click
 import numpy as np
 import numpy.typing as npt
 
 from data_prep.imaging.codecs import encode_png
 from data_prep.imaging.color_map import DEFAULT_CLASSES
 from data_prep.imaging.masks import to_colors
-from flexunet.cli.options import PATH
-from flexunet.cli.runner import run_command
 from flexunet.errors import UsageError
 from flexunet.storage import open_store
 
@@ -156,51 +150,6 @@ def write_phantoms(
         image, mask = make_phantom(seed, i, size, patient=patients[i])
         store.put(f"images/{name}", encode_png(image))
         store.put(f"masks/{name}", encode_png(to_colors(mask, DEFAULT_CLASSES)))
-
-
-@click.command()
-@click.argument("folder", type=PATH)
-@click.option("--format", "kind", default="pairs", show_default=True,
-              type=click.Choice(["pairs", "inbreast"]),
-              help="pairs: images/ and masks/; inbreast: DICOM files and annotations as in the "
-                   "INbreast release.")  # fmt: skip
-@click.option("--num-images", type=click.IntRange(min=1),
-              help="How many pictures. [default: 100; of a release 2 or 4 each]")  # fmt: skip
-@click.option("--size", default=512, show_default=True, type=click.IntRange(min=MIN_SIZE),
-              help="Side of each picture, of a release height of the largest, pixels.")  # fmt: skip
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0),
-              help="The same seed gives the same pictures.")  # fmt: skip
-@click.option("--num-patients", type=click.IntRange(min=1),
-              help="The pictures are views of so many patients; the name says whose "
-                   "(phantom-p007-1.png). [default: one each; of a release 115]")  # fmt: skip
-def command(
-    folder: str,
-    kind: str,
-    num_images: int | None,
-    size: int,
-    seed: int,
-    num_patients: int | None,
-) -> None:
-    """Writes synthetic mammograms to FOLDER/images and their masks to FOLDER/masks.
-
-    Or, with --format inbreast, to FOLDER/AllDICOMs and their annotations to FOLDER/AllXML.
-    """
-    if kind == "inbreast":
-        from data_prep.phantoms.inbreast_release import NUM_PATIENTS, write_release
-
-        if num_images is not None:
-            raise UsageError("--num-images: give --num-patients with --format inbreast")
-        count = write_release(folder, num_patients or NUM_PATIENTS, size, seed)
-        click.echo(f"{count} phantoms as a release in {open_store(folder).url}")
-        return
-    num_images = num_images or 100
-    write_phantoms(folder, num_images, size, seed, num_patients=num_patients)
-    click.echo(f"{num_images} phantoms of {size}x{size} pixels in {open_store(folder).url}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    return run_command(command, argv, "python -m data_prep.phantoms")
 
 
 def _num_lesions(rng: np.random.Generator) -> int:

@@ -1,13 +1,11 @@
 """Phantoms in the form of the INbreast release: DICOM files and annotations; no patient is in them.
 
 Owns the form of the release as it is written: names, matrix sizes, bits, kinds and spellings of
-annotations, how many there are of each. What a phantom looks like is decided in `phantoms.py`.
+annotations, how many there are of each. What a phantom looks like is decided in `images.py`.
 
 The shares are those of the release: of 115 cases, each of a phantom patient of its own, 90 have
 four views and 25 have two, which are 410 pictures; 107 of them have a mass, and nine of these a
 second one.
-
-Command: python -m data_prep.phantoms FOLDER --format inbreast
 """
 
 import hashlib
@@ -81,9 +79,8 @@ def write_release(folder: str, num_patients: int, size: int, seed: int) -> int:
                 raise UsageError(f"{store.url}/{stat.name} is in the way; choose another folder")
     for plan in plans:
         pixels, bits, rois = draw_picture(plan, size, seed)
-        data = dicom_bytes(
-            *(pixels, bits), spacing_mm=_SPACING_MM * _ROWS / size, key=names[plan.index]
-        )
+        spacing_mm = _SPACING_MM * _ROWS / size
+        data = dicom_bytes(pixels, bits, spacing_mm=spacing_mm, key=names[plan.index])
         store.put(f"AllDICOMs/{names[plan.index]}.dcm", data)
         if rois:
             store.put(f"AllXML/{plan.number}.xml", annotation_bytes(rois))
@@ -164,9 +161,13 @@ def draw_picture(
     body = np.random.default_rng([seed, 0, plan.patient])
     rng = np.random.default_rng([seed, 3, plan.index])
     view = draw_view(
-        *(body, rng, rows), is_oblique=plan.view == "ML", num_masses=plan.num_masses,
+        body,
+        rng,
+        rows,
+        is_oblique=plan.view == "ML",
+        num_masses=plan.num_masses,
         num_marks=_NUM_MARKS,
-    )  # fmt: skip
+    )
     # The picture is higher than wide: what is cut off is empty.
     pixels = np.round(np.clip(view.picture[:, :columns], 0, 1) * (2**bits - 1)).astype(np.uint16)
     rois = [(name, points * rows - 0.5) for name, points in _annotations(plan.index, view)]

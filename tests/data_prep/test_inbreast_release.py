@@ -7,7 +7,8 @@ import pydicom
 import pytest
 
 from data_prep.phantoms import inbreast_release
-from data_prep.phantoms.images import draw_view, main
+from data_prep.phantoms.cli import main
+from data_prep.phantoms.images import draw_view
 from data_prep.phantoms.inbreast_release import write_release
 from data_prep.sources import inbreast
 from flexunet.errors import UsageError

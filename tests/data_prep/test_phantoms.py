@@ -8,7 +8,8 @@ import pytest
 from data_prep.imaging.codecs import read_image, read_mask_pixels
 from data_prep.imaging.color_map import DEFAULT_CLASSES
 from data_prep.imaging.masks import to_class_ids
-from data_prep.phantoms.images import main, make_phantom, write_phantoms
+from data_prep.phantoms.cli import main
+from data_prep.phantoms.images import make_phantom, write_phantoms
 from data_prep.sources.pairs import find_pairs, find_sources
 from data_prep.splits.split import group_of
 from flexunet.errors import UsageError
