@@ -724,7 +724,9 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 def _resolve_reference(
     options: Mapping[str, Any], file: str, prep_options: Mapping[str, bool]
 ) -> TrainConfig:
-    from job.compat.ini_mapping import format_notes, prepare_sources, read_reference_config
+    from job.compat.ini_mapping import read_reference_config
+    from job.compat.ini_prep import prepare_sources
+    from job.compat.ini_reader import format_notes
 
     reference = read_reference_config(file)
     _check_preset(options, reference.train, file)
@@ -739,7 +741,7 @@ def _resolve_reference(
     name = str(config.name)
     if config.data is None:
         data = join_url(config.output, f"{name}-dataset")
-        prepare_sources(reference, data, file, prep_options)
+        prepare_sources(reference.sources, {**reference.prep, **prep_options}, data, file)
         config = config.model_copy(update={"data": data})
     elif prep_options:
         raise _nothing_to_prepare(prep_options)

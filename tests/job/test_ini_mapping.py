@@ -11,13 +11,8 @@ from data_prep.pipeline import PrepConfig
 from data_prep.sources.pairs import Source
 from flexunet.errors import UsageError
 from flexunet.settings import validated
-from job.compat.ini_mapping import (
-    KeyNote,
-    ReferenceConfig,
-    format_notes,
-    is_reference_config,
-    read_reference_config,
-)
+from job.compat.ini_mapping import ReferenceConfig, is_reference_config, read_reference_config
+from job.compat.ini_reader import KeyNote, format_notes
 from job.config import MetricName, TrainConfig
 
 INBREAST = (

@@ -1,0 +1,106 @@
+"""Maps what the reference family's files say of images and masks to a dataset of data_prep."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_prep.sources.pairs import Source
+from flexunet.errors import UsageError
+from flexunet.settings import validated
+from job.compat.ini_reader import KeyReader
+from job.compat.ini_values import folder_from, optional, whole
+
+logger = logging.getLogger(__name__)
+
+
+def read_image_size(reader: KeyReader) -> None:
+    """Sets the size that images and masks are stored at."""
+    width = reader.take("model", "image_width", whole(1), 512)
+    height = reader.take("model", "image_height", whole(1), 512)
+    if width == height:
+        reader.set("prep.image_size", width)
+        for key in ("image_width", "image_height"):
+            reader.describe("model", key, f"image_size = {width}")
+        return
+    for key, side in (("image_width", width), ("image_height", height)):
+        reader.set(f"prep.{key}", side)
+        reader.describe("model", key, f"{key} = {side}")
+
+
+def read_masks(reader: KeyReader) -> None:
+    """Sets the classes by the colours of the masks; reads `num_classes`, which is set before."""
+    colors = reader.take("mask", "rgb_map", optional(_color_map), None)
+    if colors is None:
+        return
+    num_classes = reader.settings["model"]["num_classes"]
+    if len(colors) != max(num_classes, 2):
+        raise reader.file.error(
+            reader.file.entries["mask", "rgb_map"],
+            f"{len(colors)} classes, but model.num_classes = {num_classes}; make them agree",
+        )
+    names = ["background", *(f"class_{index}" for index in range(1, len(colors)))]
+    text = ";".join(
+        f"{name}={','.join(str(part) for part in color)}"
+        for name, color in zip(names, colors, strict=True)
+    )
+    reader.set("prep.classes", text)
+    reader.describe("mask", "rgb_map", f"classes = {text}")
+
+
+def read_source(reader: KeyReader, split: str) -> Source | None:
+    """Returns the folders of one split, or None where the file names neither."""
+    folders = {}
+    # The older spelling is that of the family's first projects.
+    for key, older in (("images_dir", "image_datapath"), ("masks_dir", "mask_datapath")):
+        name = reader.first_of(split, (key, older))
+        folders[key] = reader.take(split, name, optional(folder_from(reader.file.path)), None)
+        reader.describe(split, name, f"{split} split, prepared unless --data is given")
+    images, masks = folders["images_dir"], folders["masks_dir"]
+    if images is None and masks is None:
+        return None
+    if images is None or masks is None:
+        missing = next(key for key, folder in folders.items() if folder is None)
+        raise UsageError(f"{reader.file.path}: {split}.{missing} is missing; add it")
+    return Source(images=images, masks=masks, split=split)
+
+
+def prepare_sources(
+    sources: Sequence[Source], options: Mapping[str, Any], output_url: str, path: str
+) -> None:
+    """Makes the image folders of the file at `path` a dataset, or finds it finished.
+
+    Args:
+        sources: of the file.
+        options: values for PrepConfig, of the file and of the command line.
+
+    Raises:
+        UsageError: the file names no image folders, or a folder is missing or empty.
+        ContentError: pictures are bad or splits leak.
+    """
+    from data_prep.pipeline import PrepConfig, prepare
+
+    if "train" not in {source.split for source in sources}:
+        raise UsageError(
+            f"{path}: no dataset: [train] names no images_dir and masks_dir; "
+            "add them, or give --data DATASET, a folder or gs:// URL made by prep"
+        )
+    config = validated(PrepConfig, options, path)
+    logger.info("preparing the images of %s in %s", path, output_url)
+    prepare(sources, output_url, config, has_options=False)
+
+
+def _color_map(value: Any) -> list[tuple[int, ...]]:
+    """Returns the colour of each class, by id; `{(r,g,b): id}` must name the ids 0..n-1 once."""
+    if not isinstance(value, dict) or not value:
+        raise ValueError("expected {(r,g,b): class, ...}")
+    colors: dict[int, tuple[int, ...]] = {}
+    for color, class_id in value.items():
+        if not isinstance(color, tuple) or len(color) != 3:
+            raise ValueError(f"expected (r,g,b), got {color!r}")
+        if any(whole(0)(part) > 255 for part in color):
+            raise ValueError(f"expected 0..255, got {color!r}")
+        if colors.setdefault(whole(0)(class_id), color) != color:
+            raise ValueError(f"class {class_id} has two colours; keep one")
+    if sorted(colors) != list(range(len(colors))):
+        raise ValueError(f"classes must be 0..{len(colors) - 1}, got {sorted(colors)}")
+    return [colors[class_id] for class_id in sorted(colors)]

@@ -1,0 +1,198 @@
+"""Hands out the keys of an INI file one by one, and notes what became of each."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from flexunet.errors import UsageError
+from flexunet.settings import suggestion
+from job.compat.ini_file import Entry, IniFile, clipped
+from job.compat.ini_values import Convert
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Status = Literal["unknown", "not used", "mapped", "default"]
+
+
+@dataclass(frozen=True)
+class KeyNote:
+    """What became of one key of the file, or of one that is missing from it.
+
+    Attributes:
+        key: "section.key".
+        value: the text in the file, or the reference implementation's default.
+        status: "mapped", "not used", "unknown" (misspelt), or "default" (missing from the file).
+        detail: our setting, the reason, or a suggestion.
+        line: line in the file, from 1; 0 where the key is missing.
+    """
+
+    key: str
+    value: str
+    status: Status
+    detail: str
+    line: int
+
+
+class MappedKey(NamedTuple):
+    """A key that becomes one setting of ours.
+
+    Attributes:
+        keys: spellings; the first one that the file has counts.
+        default: as for `KeyReader.take`.
+        target: dotted path of the setting.
+    """
+
+    section: str
+    keys: tuple[str, ...]
+    convert: Convert
+    default: Any
+    target: str
+
+
+@dataclass
+class KeyReader:
+    """Hands out the entries of a file one by one and notes what became of each."""
+
+    file: IniFile
+    unused: Mapping[tuple[str, str], str]  # why keys that nobody takes have no effect
+    settings: dict[str, Any] = field(default_factory=lambda: {"prep": {}})
+    # Set while reading keys that are without effect because of another one.
+    unused_because: str | None = None
+    _notes: dict[tuple[str, str], KeyNote] = field(default_factory=dict)
+    _known: set[tuple[str, str]] = field(default_factory=set)
+
+    def has(self, section: str, key: str) -> bool:
+        """Returns whether the file has this key."""
+        return (section, key) in self.file.entries
+
+    def first_of(self, section: str, keys: Sequence[str]) -> str:
+        """Returns the first of `keys` that the file has, or the first where it has none."""
+        return next((key for key in keys if self.has(section, key)), keys[0])
+
+    @contextmanager
+    def without_effect(self, applies: bool, reason: str) -> Iterator[None]:
+        """Notes the keys taken inside as not used for `reason`, where that `applies`."""
+        outer = self.unused_because
+        if applies and outer is None:
+            self.unused_because = reason
+        yield
+        self.unused_because = outer
+
+    def take(
+        self,
+        section: str,
+        key: str,
+        convert: Convert,
+        default: Any,
+        target: str | None = None,
+    ) -> Any:
+        """Returns the converted value of a key and sets our setting `target` to it.
+
+        Args:
+            default: the reference implementation's literal for a missing key; `...`: required.
+            target: dotted path of our setting; None: the caller uses the value.
+        """
+        self._known.add((section, key))
+        entry = self.file.entries.get((section, key))
+        if entry is None and default is ...:
+            raise UsageError(f"{self.file.path}: {section}.{key} is required and missing; add it")
+        literal = default if entry is None else self.file.literal(entry)
+        try:
+            value = convert(literal)
+        except ValueError as error:
+            raise self.file.error(entry, str(error)) from error
+        if target is not None and self.unused_because is None:
+            self.set(target, value)
+        self._note(section, key, entry, default, f"{target} = {shown(value)}" if target else "")
+        return value
+
+    def take_mapped(self, mapped: MappedKey) -> None:
+        """Sets the setting that a key of a table stands for."""
+        key = self.first_of(mapped.section, mapped.keys)
+        self.take(mapped.section, key, mapped.convert, mapped.default, mapped.target)
+
+    def set(self, target: str, value: Any) -> None:
+        """Sets our setting at the dotted path `target`."""
+        *groups, leaf = target.split(".")
+        place = self.settings
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[leaf] = value
+
+    def describe(self, section: str, key: str, detail: str, status: Status = "mapped") -> None:
+        """Says what became of a key that was taken without a target."""
+        note = self._notes.get((section, key))
+        if note is not None and self.unused_because is None:
+            kept = note.status if note.status == "default" else status
+            self._notes[section, key] = KeyNote(note.key, note.value, kept, detail, note.line)
+
+    def all_notes(self) -> tuple[KeyNote, ...]:
+        """Returns a note for every key: of the file in its order, then the filled-in defaults."""
+        for place, entry in self.file.entries.items():
+            if place not in self._notes:
+                self.file.literal(entry)
+                self._notes[place] = self._leftover(entry)
+        notes = self._notes.values()
+        return tuple(sorted(notes, key=lambda note: (note.line == 0, note.line)))
+
+    def _note(self, section: str, key: str, entry: Entry | None, default: Any, detail: str) -> None:
+        name, place = f"{section}.{key}", (section, key)
+        if entry is None:
+            if self.unused_because is None and default is not None:
+                self._notes[place] = KeyNote(name, repr(default), "default", detail, 0)
+            return
+        text = entry.text.strip()
+        if self.unused_because is not None:
+            detail = self.unused_because
+        status: Status = "mapped" if self.unused_because is None else "not used"
+        self._notes[place] = KeyNote(name, text, status, detail, entry.line)
+
+    def _leftover(self, entry: Entry) -> KeyNote:
+        name, text = f"{entry.section}.{entry.key}", entry.text.strip()
+        reason = self.unused.get((entry.section, entry.key))
+        if reason is not None:
+            return KeyNote(name, text, "not used", reason, entry.line)
+        return KeyNote(name, text, "unknown", self._hint(entry), entry.line)
+
+    def _hint(self, entry: Entry) -> str:
+        known = set(self.unused) | self._known
+        sections = sorted({section for section, _ in known})
+        if entry.section not in sections:
+            return f"no such section; {suggestion(entry.section, sections)}"
+        elsewhere = sorted(section for section, key in known if key == entry.key)
+        if elsewhere:
+            return f"belongs into [{'] or ['.join(elsewhere)}]"
+        return suggestion(entry.key, [key for section, key in known if section == entry.section])
+
+
+def format_notes(notes: Sequence[KeyNote]) -> "Table":
+    """Returns a table of `notes`, what needs attention first; at most 100 columns wide."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title="Reference configuration",
+        title_justify="left",
+    )
+    table.add_column("key", overflow="fold", min_width=24, max_width=28)
+    table.add_column("value", overflow="ellipsis", no_wrap=True, max_width=14)
+    table.add_column("", width=8)
+    table.add_column("here", overflow="fold", max_width=40)
+    styles = {"unknown": "red", "not used": "yellow", "mapped": "green", "default": "dim"}
+    for note in sorted(notes, key=lambda each: list(styles).index(each.status)):
+        cells = (note.key, clipped(note.value), note.status, note.detail)
+        # Text, not str: a value such as [0.8] would be read as markup.
+        table.add_row(*(Text(cell) for cell in cells), style=styles[note.status])
+    return table
+
+
+def shown(value: Any) -> str:
+    """Returns a value as an option is written."""
+    if isinstance(value, list | tuple):
+        return ",".join(shown(part) for part in value)
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

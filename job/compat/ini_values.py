@@ -1,0 +1,129 @@
+"""Converts literals of the reference family's files; a ValueError says what is expected."""
+
+import os
+from collections.abc import Callable, Mapping
+from math import isfinite
+from typing import Any
+
+from flexunet.paths import expanded
+from flexunet.settings import suggestion
+
+Convert = Callable[[Any], Any]
+
+
+def same(value: Any) -> Any:
+    """Returns any value as it is."""
+    return value
+
+
+def number(value: Any) -> float:
+    """Returns a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise ValueError("expected a number")
+    return float(value)
+
+
+def whole(minimum: int) -> Convert:
+    """Returns a converter of whole numbers of at least `minimum`."""
+
+    def convert(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"expected a whole number of at least {minimum}")
+        return value
+
+    return convert
+
+
+def patience(value: Any) -> int:
+    """Returns a number of epochs, 0 for never."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("expected a whole number")
+    # The reference implementation stops never at zero and below.
+    return max(value, 0)
+
+
+def channels(value: Any) -> int:
+    """Returns 1 or 3."""
+    if isinstance(value, bool) or value not in (1, 3):
+        raise ValueError("expected 1 (grey) or 3 (RGB)")
+    return int(value)
+
+
+def boolean(value: Any) -> bool:
+    """Returns True or False."""
+    if not isinstance(value, bool):
+        raise ValueError("expected True or False")
+    return value
+
+
+def flag(meaning: Mapping[bool, str]) -> Convert:
+    """Returns a converter of True and False to what they mean here."""
+
+    def convert(value: Any) -> str:
+        return meaning[boolean(value)]
+
+    return convert
+
+
+def pair(value: Any) -> list[int]:
+    """Returns two whole numbers."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError("expected a pair of whole numbers, as (3,3)")
+    return [whole(1)(part) for part in value]
+
+
+def numbers(value: Any) -> list[float]:
+    """Returns a list of numbers, which may be empty."""
+    if not isinstance(value, tuple | list):
+        raise ValueError("expected a list of numbers")
+    return [number(part) for part in value]
+
+
+def optional(convert: Convert) -> Convert:
+    """Returns a converter that takes None, too."""
+    return lambda value: None if value is None else convert(value)
+
+
+def one_of(names: Mapping[str, str]) -> Convert:
+    """Returns a converter of `names` to what each is called here."""
+
+    def convert(value: Any) -> str:
+        if not isinstance(value, str) or value not in names:
+            raise ValueError(f"unknown; {suggestion(str(value), list(names))}")
+        return names[value]
+
+    return convert
+
+
+def folder_from(config_path: str) -> Convert:
+    """Returns a converter of a folder to its path as seen from the file's own folder."""
+
+    def convert(value: Any) -> str:
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError("expected a folder in quotes")
+        if "\\" in value or not value.isprintable():
+            raise ValueError("write folders with / and not with \\")
+        if "://" in value:
+            return value
+        beside = os.path.dirname(os.path.abspath(config_path))
+        return os.path.normpath(os.path.join(beside, expanded(value)))
+
+    return convert
+
+
+def some_numbers(value: Any) -> list[float]:
+    """Returns one or more numbers, of a list or of a number."""
+    found = numbers([value] if isinstance(value, int | float) else value)
+    if not found:
+        raise ValueError("expected one or more numbers; to switch the kind off set it to False")
+    return found
+
+
+def centers(value: Any) -> list[float]:
+    """Returns x,y,x,y... of a list of points."""
+    if not isinstance(value, tuple | list) or not value:
+        raise ValueError("expected a list of (x,y)")
+    points = [numbers(point) for point in value]
+    if any(len(point) != 2 for point in points):
+        raise ValueError("expected a list of (x,y)")
+    return [each for point in points for each in point]
