@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,9 @@ import numpy as np
 
 from flexunet.storage import open_store
 from job.runs.commits import find_commits
+from tests import commands
+
+Running = subprocess.Popen[str] | commands.Process
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -29,9 +31,9 @@ def free_addresses(count: int) -> list[str]:
 
 
 def training(arguments: Sequence[str], stop_after: int | None = None) -> list[str]:
-    """Returns the command of one training process; it may send itself a SIGTERM after a step."""
+    """Returns the words of one training process; it may send itself a SIGTERM after a step."""
     module = ["job.train"] if stop_after is None else ["tests.job.stopping", str(stop_after)]
-    return [sys.executable, "-m", *module, "--no-progress", "--threads", "1", *arguments]
+    return [*module, "--no-progress", "--threads", "1", *arguments]
 
 
 def start_rank(
@@ -40,14 +42,16 @@ def start_rank(
     arguments: Sequence[str],
     stop_after: int | None = None,
     command: Sequence[str] | None = None,
-) -> subprocess.Popen[str]:
+) -> Running:
     """Starts one process of a cluster; `command` stands for `python -m job.train`."""
     config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
-    words = training(arguments, stop_after) if command is None else [*command, *arguments]
+    environment = os.environ | {"TF_CONFIG": json.dumps(config)}
+    if command is None:
+        return commands.start(*training(arguments, stop_after), environment=environment)
     return subprocess.Popen(
-        words,
+        [*command, *arguments],
         cwd=PROJECT,
-        env=os.environ | {"TF_CONFIG": json.dumps(config)},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -59,7 +63,7 @@ def start_cluster(
     arguments: Sequence[str],
     stop_after: int | None = None,
     command: Sequence[str] | None = None,
-) -> list[subprocess.Popen[str]]:
+) -> list[Running]:
     """Starts `size` processes that train together; the last may be stopped after so many steps."""
     addresses = free_addresses(size)
     return [
@@ -70,13 +74,12 @@ def start_cluster(
 
 def run_alone(arguments: Sequence[str], *, stop_after: int | None = None) -> None:
     """Trains in one process to the end, or to a SIGTERM after so many new steps."""
-    command = training(["--local", *arguments], stop_after)
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    done = commands.run(*training(["--local", *arguments], stop_after))
     assert done.returncode == (0 if stop_after is None else 6), done.stderr
 
 
 def wait_until(
-    predicate: Callable[[], bool], processes: Sequence[subprocess.Popen[str]], timeout: float = 120
+    predicate: Callable[[], bool], processes: Sequence[Running], timeout: float = 120
 ) -> None:
     """Waits until `predicate` holds.
 
@@ -110,6 +113,6 @@ def weights_of(run: Path | str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 200) -> list[str]:
+def finish(processes: Sequence[Running], timeout: float = 200) -> list[str]:
     """Waits for all processes and returns what each wrote to stderr."""
     return [process.communicate(timeout=timeout)[1] for process in processes]

@@ -31,6 +31,7 @@ from job.training.cross_validation import (
     pool_folds,
     show_folds,
 )
+from tests import commands
 from tests.job.discs import prepare_discs, write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -218,8 +219,7 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
     options = ["--folds", "3", "--epochs", "2", "--data", data, "--output", str(tmp_path / "runs")]
     options += ["--name", "cv", "--no-tensorboard", "--prediction-images", "0"]
     options += ["--model.num-layers", "2", "--model.base-filters", "4", "--precision", "float32"]
-    command = [sys.executable, "-m", "job.train", "--local", *options]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    done = commands.run("job.train", "--local", *options)
     assert done.returncode == 0, done.stderr
     runs = tmp_path / "runs"
     tables = done.stdout + done.stderr
@@ -277,8 +277,8 @@ def check_pools_only_what_was_evaluated_alike(runs: Path) -> None:
 
     def evaluate(*options: str, run: str = "cv-fold-1") -> None:
         # In a process of its own, like training: TensorFlow's devices are set once for each.
-        command = [sys.executable, "-m", "job.evaluate", str(runs / run), *options]
-        subprocess.run(command, cwd=PROJECT, capture_output=True, check=True)
+        done = commands.run("job.evaluate", str(runs / run), *options)
+        assert done.returncode == 0, done.stderr
 
     evaluate()  # as training did
     pool_folds(config)

@@ -19,6 +19,7 @@ from flexunet.errors import UsageError
 from flexunet.storage import open_store
 from job.distributed.process_group import Place, meet, place_from_environment
 from job.runs.commits import find_commits
+from tests import commands
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
 from tests.job.discs import prepare_discs
@@ -346,12 +347,7 @@ def test_a_mistake_ends_all_processes_with_its_line(
 
 def test_another_dataset_is_named(dataset: str, control: Path, tmp_path: Path) -> None:
     other = prepare_discs(tmp_path, num_images=8)
-    done = subprocess.run(
-        training(["--local", *options(other, control.parent, "alone")]),
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-    )
+    done = commands.run(*training(["--local", *options(other, control.parent, "alone")]))
     assert done.returncode == 2, done.stderr
     assert f"--data {other} is not the dataset with which run" in done.stderr
     assert f"({dataset}), or was prepared anew since" in done.stderr

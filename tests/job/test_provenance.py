@@ -1,10 +1,7 @@
 """Weights to start from: which were trained on what a run is evaluated on, and who refuses them."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from job.data.dataset import Dataset, open_dataset
 from job.data.folds import fold_of
 from job.runs.provenance import check_origin, find_origin, origin_json, read_origin, refuse_seen
 from job.training.cross_validation import cross_validate
+from tests import commands
 from tests.job.discs import write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -235,8 +233,7 @@ def test_commands_refuse_weights_that_have_seen_the_cases(
     options = ["--data", dataset.url, "--output", str(tmp_path / "runs"), "--name", "leaks"]
     options += ["--init-from", str(trained_run), "--folds", "3", "--fold", "1"]
     options += ["--model.num-layers", "2"]
-    command = [sys.executable, "-m", *module, *options]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    done = commands.run(*module, *options)
     assert done.returncode == 2, done.stderr
     told = done.stderr.splitlines()[-1]
     assert "groups of fold 1 (of 0 to 2), on which leaks is evaluated" in told
@@ -278,14 +275,7 @@ def test_a_run_keeps_what_its_weights_began_from(
     )
 
     def call(*command: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", *command],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"PYTHONPATH": str(PROJECT)},
-        )
+        done = commands.run(*command, folder=tmp_path)
         assert done.returncode == 0, done.stderr
 
     call("job.train", "--local", *options)

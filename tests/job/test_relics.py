@@ -7,8 +7,6 @@ import csv
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from flexunet.storage import open_store
 from job.runs.commits import find_commits
 from job.runs.loading import open_trained
 from job.runs.status import standing
+from tests import commands
 
 PROJECT = Path(__file__).resolve().parents[2]
 RELICS = PROJECT / "tests" / "relics" / "v0.1.0"
@@ -41,10 +40,7 @@ def relics(tmp_path: Path) -> Path:
 
 def run_command(module: str, *arguments: str) -> str:
     """Returns what a command wrote to stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=PROJECT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = commands.run(module, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

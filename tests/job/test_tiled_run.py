@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +30,7 @@ from job.runs.loading import model_for, open_alike, open_trained
 from job.runs.run import Run
 from job.train import train_and_evaluate
 from job.training.step import network_of
+from tests import commands
 from tests.job.discs import prepare_discs, write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -57,8 +56,7 @@ def tiled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optimizer.learning-rate": "0.003",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    command = [sys.executable, "-m", "job.train", "--local", "--no-tensorboard", *arguments]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    done = commands.run("job.train", "--local", "--no-tensorboard", *arguments)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "tiles"
 

@@ -34,6 +34,7 @@ from job.runs.lease import LeaseTiming
 from job.runs.run import Run
 from job.runs.status import read_ends, standing
 from job.train import Display, resolve_config, run_name, train_and_evaluate
+from tests import commands
 from tests.job.discs import prepare_discs
 from tests.job.rival import take_over
 
@@ -297,10 +298,10 @@ def test_divergence_ends_the_run_for_good(dataset: str, one_cpu: Any, tmp_path: 
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "job.train", "--local", "--no-progress", *arguments]
+    return ["job.train", "--local", "--no-progress", *arguments]
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: commands.Process) -> None:
     """Waits until `path` exists.
 
     Raises:
@@ -338,7 +339,7 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
         *("--augmentation.deformation-probability", "0.5", "--no-tensorboard"),
     ]
     arguments = [*options, "--name", "control", "--progress"]
-    control = subprocess.run(command(*arguments), capture_output=True, text=True)
+    control = commands.run(*command(*arguments))
     assert control.returncode == 0, control.stderr
     told = control.stderr.splitlines()
     assert told.count("building the network") == 1
@@ -354,15 +355,13 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
 
-    def start() -> subprocess.Popen[str]:
+    def start() -> commands.Process:
         environment = os.environ | {"TMPDIR": str(temporary)}
-        return subprocess.Popen(
-            broken, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        return commands.start(*broken, environment=environment)
 
     process = start()
     wait_for(run / "checkpoints" / "step-00000006" / "a1" / "COMMIT.json", process)
-    second = subprocess.run(broken, capture_output=True, text=True)
+    second = commands.run(*broken)
     assert second.returncode == 4, second.stderr
     assert str(process.pid) in second.stderr
     assert len(second.stderr.strip().splitlines()) == 1
@@ -378,7 +377,7 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
     assert process.returncode == 6, errors
     assert "the same command resumes" in errors.strip().splitlines()[-1]
 
-    last = subprocess.run(broken, capture_output=True, text=True)
+    last = commands.run(*broken)
     assert last.returncode == 0, last.stderr
     assert re.search(r"resuming from \S+, after \d epochs? and \d steps?", last.stderr)
 
@@ -425,12 +424,7 @@ def test_micro_batches_that_do_not_fit_the_replicas_begin_no_run(
 ) -> None:
     sizes = ["--global-batch-size", "4", "--accumulate", "4", "--cpu-replicas", "2"]
     network = ["--model.num-layers", "2", "--output", str(tmp_path), "--name", "new"]
-    result = subprocess.run(
-        [sys.executable, "-m", "job.train", "--local", "--data", dataset, *sizes, *network],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).resolve().parents[2],
-    )
+    result = commands.run("job.train", "--local", "--data", dataset, *sizes, *network)
     assert result.returncode == 2, result.stderr
     assert "--accumulate=4 does not divide the batch of 2" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "new" / "identity.json").exists()
