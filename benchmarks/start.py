@@ -36,7 +36,7 @@ raise SystemExit(main(["train", *__import__("sys").argv[1:]]) or 1)
 
 CORE = """
 import sys
-from job import runtime
+from job.distributed import runtime
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
 
 size, levels = map(int, sys.argv[1:])

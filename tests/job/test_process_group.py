@@ -123,7 +123,7 @@ def test_two_then_one_then_two_processes_continue_one_run(
 # Rank 1 works for 4 s, with a sign of life every 0.4 s; prints how many signs came here.
 _SLOW = """
 import sys, time
-from job import runtime
+from job.distributed import runtime
 from job.config import TrainConfig
 from job.distributed.process_group import Team, meet, place_from_environment
 place = place_from_environment()
@@ -141,7 +141,7 @@ sys.exit(f"{len(signs)} signs")
 # Says for equal and then for different weights whether they are the same.
 _CHECK = """
 import json, os, sys
-from job import runtime
+from job.distributed import runtime
 from job.config import TrainConfig
 from job.distributed.process_group import Team, meet, place_from_environment
 from flexunet.errors import FlexUNetError
@@ -165,7 +165,7 @@ except FlexUNetError as error:
 # Says whether XLA is used, where it compiles nothing on rank 1: no backend of it has strings.
 _XLA = """
 import sys
-from job import runtime
+from job.distributed import runtime
 from job.config import TrainConfig
 from job.distributed.process_group import Team, meet, place_from_environment
 from flexunet.errors import UsageError
@@ -218,7 +218,8 @@ def test_who_waits_for_slow_work_of_another_is_told_that_it_goes_on() -> None:
 DRAWING = """
 import sys
 
-from job import plots, train
+from job import train
+from job.reporting import plots
 
 def telling(name):
     draw = getattr(plots, name)

@@ -24,7 +24,7 @@ from job.training.trainer import uses_xla
 
 PEEK = """
 import resource, sys
-from job import runtime
+from job.distributed import runtime
 from job.config import TrainConfig
 
 tf = runtime.import_tensorflow()
@@ -41,7 +41,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 REUSE = """
 import ctypes, resource, sys
-from job import runtime
+from job.distributed import runtime
 from job.config import TrainConfig
 
 if sys.argv[1] == "configured":
