@@ -170,10 +170,11 @@ def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
     batch_size: int = network["batch_size"]
     config = TrainConfig(global_batch_size=num_workers * batch_size, threads=1)
     strategy = runtime.configure(config, place)
-    from job.distributed.gradient_exchange import make_plan, measured_flops_per_byte
+    from job.distributed.exchange_plan import make_plan, measured_flops_per_byte
+    from job.distributed.replica_sums import Criterion
     from job.losses import make_loss
-    from job.training.optimizer import Adam
-    from job.training.step import make_train_step
+    from job.optimization.optimizer import Adam
+    from job.training.step import StepOptions, make_train_step
 
     told: dict[str, Any] = {}
     shape = (network["image_size"], network["image_size"])
@@ -206,7 +207,9 @@ def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
         values = used.experimental_distribute_values_from_function(lambda context: batch)
         for way in its_ways:
             used_plan = plan if way == "planned" else None
-            step = make_train_step(used, model, optimizer, loss, {}, used_plan)
+            step = make_train_step(
+                used, model, optimizer, Criterion(loss, {}), StepOptions(used_plan)
+            )
             runs[way] = (step, values)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     counted: dict[str, list[int]] = {way: [] for way in ways}
@@ -258,7 +261,7 @@ def write_and_print_table(network: dict[str, Any], gflops: float) -> None:
     from job.distributed import runtime
 
     runtime.import_tensorflow()
-    from job.distributed.gradient_exchange import make_plan
+    from job.distributed.exchange_plan import make_plan
 
     model = make_network(network)
     flops_per_s = gflops * 1e9

@@ -41,8 +41,8 @@ def main(
     tf = runtime.import_tensorflow()
     runtime.configure(TrainConfig(global_batch_size=batch_size))
     from job.infer import Chunk, InferConfig, _predict, _Predictor, find_images
+    from job.inference.network import make_probability_step, network_of
     from job.runs.loading import model_for
-    from job.training.step import make_probability_step, network_of
 
     with tempfile.TemporaryDirectory(prefix="flexunet-bench-") as folder:
         write_phantoms(f"{folder}/source", num_images, image_size, 1)

@@ -77,7 +77,7 @@ def updating(tf: Any, rows: int, *, is_keras: bool) -> Callable[[], object]:
     """Returns what updates `NUM_WEIGHTS` weights of `rows` x `COLUMNS` once."""
     import keras
 
-    from job.training.optimizer import Adam
+    from job.optimization.optimizer import Adam
 
     weights = [keras.Variable(np.zeros((rows, COLUMNS), np.float32)) for _ in range(NUM_WEIGHTS)]
     gradients = [tf.random.stateless_normal((rows, COLUMNS), (5, i)) for i in range(NUM_WEIGHTS)]

@@ -42,10 +42,11 @@ from job.config import ModelConfig, OptimizerConfig, TrainConfig
 size, levels = map(int, sys.argv[1:])
 tf = runtime.import_tensorflow()
 strategy = runtime.configure(TrainConfig())
+from job.distributed.replica_sums import Criterion
 from job.losses import make_loss
 from job.metrics.batch import reference_metrics
 from job.models.flexunet import build_model
-from job.training.optimizer import Adam
+from job.optimization.optimizer import Adam
 from job.training.step import make_train_step
 
 with strategy.scope():
@@ -55,7 +56,7 @@ with strategy.scope():
     optimizer = Adam(OptimizerConfig(), model.trainable_variables)
 loss = make_loss("categorical_crossentropy", num_classes=2)
 metrics = reference_metrics(["dice_coef_multiclass"])
-step = make_train_step(strategy, model, optimizer, loss, metrics)
+step = make_train_step(strategy, model, optimizer, Criterion(loss, metrics))
 batch = {
     "image": tf.zeros((2, size, size, 1), tf.uint8),
     "mask": tf.zeros((2, size, size), tf.uint8),

@@ -237,11 +237,12 @@ class Network:
 
     def ours(self, repeats: int) -> dict[str, Any]:
         """Measures the step of this package."""
+        from job.distributed.replica_sums import Criterion
         from job.losses import make_loss
         from job.metrics.batch import reference_metrics
-        from job.training.loss_scale import loss_scale_for
-        from job.training.optimizer import Adam
-        from job.training.step import make_train_step
+        from job.optimization.loss_scale import loss_scale_for
+        from job.optimization.optimizer import Adam
+        from job.training.step import StepOptions, make_train_step
         from job.training.trainer import uses_xla
 
         tf = self.tf
@@ -252,8 +253,11 @@ class Network:
         loss = make_loss("categorical_crossentropy", num_classes=2)
         metrics = reference_metrics(["dice_coef_multiclass"])
         step = make_train_step(
-            *(self.strategy, model, optimizer, loss, metrics),
-            uses_xla=uses_xla(self.config, Team(self.strategy)),
+            self.strategy,
+            model,
+            optimizer,
+            Criterion(loss, metrics),
+            StepOptions(uses_xla=uses_xla(self.config, Team(self.strategy))),
         )
         shape = (self.batch_size, self.image_size, self.image_size)
         batch = {

@@ -50,7 +50,6 @@ from job.inference.predict import (
     class_ids,
     class_ids_at_source,
     probabilities_of,
-    window_overlap,
     without_small,
 )
 from job.inference.region_filter import FILE_NAME, ClassFit, FittedOn, RegionTally, SmallRegions
@@ -73,7 +72,7 @@ from job.metrics.per_case import (
     titled_sizes,
     without_ignored,
 )
-from job.models.compatibility import num_outputs
+from job.models.compatibility import num_outputs, window_overlap
 from job.runs.history import evaluation_csv
 from job.runs.loading import TrainedRun, load_model, member_of, open_alike
 from job.runs.provenance import as_record, read_origin
@@ -314,7 +313,7 @@ def make_evaluator(
     max_images_at_once: int | None = None,
     first_replica: int = 0,
 ) -> Evaluator:
-    """Returns the evaluator of a network, see `job.training.step.network_of`.
+    """Returns the evaluator of a network, see `job.inference.network.network_of`.
 
     Args:
         network: of models that were made in the scope of `strategy`.
@@ -325,9 +324,11 @@ def make_evaluator(
     Raises:
         UsageError: the loss does not fit the dataset's classes, or the overlap its tiles.
     """
+    from job.distributed.replica_sums import Criterion
+    from job.evaluation.steps import make_evaluation_step
+    from job.inference.network import make_probability_step
     from job.losses import make_loss
     from job.metrics.batch import reference_metrics
-    from job.training.step import make_evaluation_step, make_probability_step
 
     manifest = dataset.manifest
     loss = make_loss(
@@ -344,7 +345,11 @@ def make_evaluator(
         divisors = (n for n in range(1, local_batch + 1) if local_batch % n == 0)
         num_micro_batches = next(n for n in divisors if local_batch // n <= max_images_at_once)
     step = make_evaluation_step(
-        *(strategy, network, loss, metrics, len(manifest.classes), manifest.ignore_id),
+        strategy,
+        network,
+        Criterion(loss, metrics),
+        len(manifest.classes),
+        manifest.ignore_id,
         num_micro_batches=num_micro_batches,
     )
     overlap = 0
@@ -663,7 +668,7 @@ def evaluate_run(
     Raises:
         UsageError: no such split, or an ensemble without a place for its evaluation.
     """
-    from job.training.step import network_of
+    from job.inference.network import network_of
 
     settings = resolve_config(run, config)
     split = dataset.split(config.split)

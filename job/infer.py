@@ -58,10 +58,10 @@ from job.inference.predict import (
     class_ids_at_source,
     slide,
     to_model_pixels,
-    window_overlap,
     without_small,
 )
 from job.inference.region_filter import read_min_pixels
+from job.models.compatibility import window_overlap
 from job.runs.loading import (
     Member,
     TrainedRun,
@@ -469,7 +469,7 @@ def _load_predictor(members: Sequence[Member], flips: Flips, *, needs_gpu: bool)
     import_tensorflow()
     if needs_gpu:
         require_gpu()
-    from job.training.step import make_probability_step, network_of
+    from job.inference.network import make_probability_step, network_of
 
     runs = [open_trained(member.run) for member in members]
     models = [_model_of(run, member) for run, member in zip(runs, members, strict=True)]

@@ -44,10 +44,10 @@ from job.metrics.per_case import (
     size_notes,
     titled_sizes,
 )
+from job.optimization.schedule import stopped_early_words
 from job.runs.history import CURVE_TITLES
 from job.runs.layout import CROSS_VALIDATION_NAME, LEASE_NAME, OUTCOME_NAME, RESTORE
 from job.runs.status import read_ends, standing
-from job.training.schedule import stopped_early_words
 
 REPORT_NAME = "report.html"
 

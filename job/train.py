@@ -41,13 +41,13 @@ from job.distributed.process_group import Place, Team, meet, place_from_environm
 from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process
 from job.evaluate import show_summary
 from job.models.compatibility import check_fit, input_max
+from job.optimization.schedule import stopped_early_words
 from job.report import REPORT_NAME, read_summary, renew_report, write_report
 from job.runs.identity import differences
 from job.runs.layout import CROSS_VALIDATION_NAME, IDENTITY_NAME, RESTORE, checked_run_name
 from job.runs.provenance import check_origin
 from job.runs.run import Run
 from job.training.cross_validation import cross_validate, fold_configs, own_process, show_folds
-from job.training.schedule import stopped_early_words
 from job.training.state import TrainState
 
 logger = logging.getLogger(__name__)

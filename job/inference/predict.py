@@ -21,7 +21,7 @@ from data_prep.imaging.geometry import Geometry, apply_geometry, undo_geometry
 from data_prep.imaging.pixels import FEW_PIXELS, Target, convert
 from data_prep.imaging.tiles import starts
 from data_prep.shards.manifest import Manifest
-from flexunet.errors import ContentError, UsageError
+from flexunet.errors import ContentError
 from flexunet.progress import Alive, not_told
 from flexunet.settings import Settings, option
 from job.metrics.lesions import without_small_regions
@@ -60,25 +60,6 @@ class PredictConfig(Settings):
         ge=0,
     )
     needs_gpu: bool = option(False, "Refuse a machine without a GPU instead of using its CPUs.")
-
-
-def window_overlap(manifest: Manifest, *wanted: int | None, flag: str = "--overlap") -> int:
-    """Returns the first of `wanted` that is set, or half a window; pixels.
-
-    Args:
-        flag: the option by which the user can set it.
-
-    Raises:
-        UsageError: it is not smaller than a window.
-    """
-    side = min(manifest.image_height, manifest.image_width)
-    overlap = next((each for each in wanted if each is not None), side // 2)
-    if overlap >= side:
-        raise UsageError(
-            f"windows of {manifest.image_height}x{manifest.image_width} pixels cannot overlap by "
-            f"{overlap}; give {flag} below {side}"
-        )
-    return overlap
 
 
 def window_weights(length: int, size: int, begins: Sequence[int]) -> npt.NDArray[np.float64]:

@@ -5,7 +5,6 @@ from flexunet.errors import UsageError
 from flexunet.settings import suggestion
 from job.config import MODELS, TrainConfig, check_class_weights, check_ssim_sides
 from job.data.dataset import Dataset
-from job.inference.predict import window_overlap
 
 FLOAT16_MAX = 65504.0
 
@@ -95,3 +94,22 @@ def check_sides(shape: tuple[int, int, int], num_layers: int) -> None:
             f"--model.num-layers={num_layers} needs image sides that divide by {multiple}, "
             f"got {height}x{width}; lower --model.num-layers or prepare another image size"
         )
+
+
+def window_overlap(manifest: Manifest, *wanted: int | None, flag: str = "--overlap") -> int:
+    """Returns the first of `wanted` that is set, or half a window; pixels.
+
+    Args:
+        flag: the option by which the user can set it.
+
+    Raises:
+        UsageError: it is not smaller than a window.
+    """
+    side = min(manifest.image_height, manifest.image_width)
+    overlap = next((each for each in wanted if each is not None), side // 2)
+    if overlap >= side:
+        raise UsageError(
+            f"windows of {manifest.image_height}x{manifest.image_width} pixels cannot overlap by "
+            f"{overlap}; give {flag} below {side}"
+        )
+    return overlap

@@ -40,6 +40,7 @@ from job.data.dataset import Dataset, RecordReader
 from job.evaluate import Evaluation, Evaluator, evaluation_folder, write_evaluation
 from job.infer import find_images, read_any
 from job.inference.predict import to_model_pixels
+from job.optimization.optimizer import Adam
 from job.report import renew_report
 from job.reporting import plots
 from job.runs import serialization
@@ -48,7 +49,6 @@ from job.runs.history import CURVE_TITLES, History
 from job.runs.layout import Place, commit_prefix
 from job.runs.run import Run
 from job.runs.upload_queue import Outbox
-from job.training.optimizer import Adam
 from job.training.state import TrainState
 
 logger = logging.getLogger(__name__)

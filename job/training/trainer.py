@@ -27,27 +27,29 @@ from job.data.dataset import (
     one_ahead,
     open_reader,
 )
-from job.distributed.gradient_exchange import (
-    NOMINAL_FLOPS_PER_BYTE,
-    Plan,
-    make_plan,
-    measured_flops_per_byte,
-)
+from job.distributed.exchange_plan import agreed_plan
 from job.distributed.process_group import Team
+from job.distributed.replica_sums import Criterion, Sums
 from job.distributed.runtime import why_not_xla
 from job.evaluate import Evaluation, Evaluator, make_evaluator, means_of
+from job.inference.network import network_of
 from job.losses import is_mean
 from job.metrics.batch import RunningSums
+from job.optimization.loss_scale import MOST_SKIPPED, loss_scale_for
+from job.optimization.optimizer import Adam
+from job.optimization.schedule import (
+    EarlyStopping,
+    PlateauReducer,
+    rate_factor,
+    stopped_early_words,
+)
 from job.runs.layout import ORIGIN_NAME
 from job.runs.loading import initialize_from, model_for
 from job.runs.provenance import Origin, as_record, origin_json, read_origin, refuse_seen
 from job.runs.run import Run
-from job.training.loss_scale import MOST_SKIPPED, loss_scale_for
-from job.training.optimizer import Adam
 from job.training.run_writer import Recorder, open_recorder
-from job.training.schedule import EarlyStopping, PlateauReducer, rate_factor, stopped_early_words
 from job.training.state import TrainState
-from job.training.step import SKIPPED, Sums, make_train_step, network_of
+from job.training.step import SKIPPED, StepOptions, make_train_step
 
 logger = logging.getLogger(__name__)
 
@@ -403,12 +405,13 @@ def open_session(
 
     team.keep_alive(fill_cache, alive)
     is_compiled = uses_xla(config, team)
-    plan = None if is_compiled else _exchange_plan(config, strategy, team, model)
+    plan = None if is_compiled else agreed_plan(config, strategy, team, model)
     step = make_train_step(
-        *(strategy, model, optimizer, evaluator.loss, evaluator.metrics, plan),
-        num_micro_batches=config.accumulate,
-        loss_is_mean=is_mean(config.loss.name),
-        uses_xla=is_compiled,
+        strategy,
+        model,
+        optimizer,
+        Criterion(evaluator.loss, evaluator.metrics),
+        StepOptions(plan, config.accumulate, is_mean(config.loss.name), is_compiled),
     )
     with ExitStack() as stack:
         recorders: list[Recorder] = []
@@ -455,35 +458,3 @@ def uses_xla(config: TrainConfig, team: Team) -> bool:
     if reason is not None:
         logger.warning("XLA compiles nothing here (%s): training goes on without it", reason)
     return reason is None and all(each["is_wanted"] for each in found)
-
-
-def _exchange_plan(
-    config: TrainConfig, strategy: tf.distribute.Strategy, team: Team, model: Any
-) -> Plan | None:
-    """Returns how gradients are exchanged, the same in all processes; None: by all-reduce.
-
-    What every replica computes for itself must have the same bits everywhere, and the gradients of
-    a GPU's convolutions have that only with deterministic operations.
-    """
-    num_replicas = strategy.num_replicas_in_sync
-    if num_replicas == 1 or config.gradient_exchange == "all_reduce":
-        return None
-    if tf.config.list_logical_devices("GPU") and not config.deterministic:
-        return None
-    ratio = config.exchange_flops_per_byte
-    if ratio is None and config.deterministic:
-        # A measured one differs from start to start, and with it the order of the sums.
-        ratio = NOMINAL_FLOPS_PER_BYTE
-    elif ratio is None:
-        ratio = measured_flops_per_byte(strategy, model.compute_dtype)
-    # Another choice in one process would be waited for without end.
-    agreed: float = team.on_first(lambda: ratio)
-    plan = make_plan(
-        model,
-        batch_size=config.global_batch_size // num_replicas,
-        num_replicas=num_replicas,
-        flops_per_byte=agreed,
-    )
-    if team.is_first:
-        logger.info("%s (%.0f FLOPs per byte)", plan.describe(), agreed)
-    return plan

@@ -41,7 +41,7 @@ from job.data.dataset import (
     read_sample,
     sample_order,
 )
-from job.training.step import prepared
+from job.inference.network import prepared
 from tests.job.discs import prepare_discs
 
 BATCH_SIZE = 4

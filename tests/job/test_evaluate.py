@@ -32,14 +32,14 @@ from job.evaluate import (
     make_evaluator,
 )
 from job.infer import InferConfig, infer
+from job.inference.network import Network, network_of
 from job.metrics.per_case import Scale, nothing_predicted
+from job.optimization.optimizer import Adam
 from job.report import write_report
 from job.runs import serialization
 from job.runs.loading import fetch_checkpoint, load_model, open_alike, open_trained
 from job.runs.run import Run
 from job.train import show_end
-from job.training.optimizer import Adam
-from job.training.step import Network, network_of
 from tests.job.discs import prepare_discs
 
 
@@ -413,7 +413,7 @@ def seen_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return told
 
-    monkeypatch.setattr("job.training.step.network_of", watched)
+    monkeypatch.setattr("job.inference.network.network_of", watched)
     return sizes
 
 

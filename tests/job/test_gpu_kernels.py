@@ -18,9 +18,9 @@ from flexunet.settings import merged, validated
 from job.config import LossName, MetricName, ModelConfig, OptimizerConfig, TrainConfig
 from job.data.dataset import Dataset, open_dataset
 from job.distributed.process_group import Team
+from job.inference.network import make_probability_step, network_of
 from job.losses import make_loss
 from job.training.state import TrainState
-from job.training.step import make_probability_step, network_of
 from job.training.trainer import Session, open_session
 from tests.job.discs import prepare_discs
 from tests.job.gpu_kernels import missing_kernels

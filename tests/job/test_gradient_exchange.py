@@ -9,17 +9,18 @@ import pytest
 import tensorflow as tf
 
 from job.config import ModelConfig, OptimizerConfig
-from job.distributed.gradient_exchange import (
+from job.distributed.exchange_plan import (
     NOMINAL_FLOPS_PER_BYTE,
     LayerCost,
     Plan,
     make_plan,
     measured_flops_per_byte,
 )
+from job.distributed.replica_sums import Criterion
 from job.losses import make_loss
 from job.models.flexunet import BUILDERS, build_model
-from job.training.optimizer import Adam
-from job.training.step import make_train_step
+from job.optimization.optimizer import Adam
+from job.training.step import StepOptions, make_train_step
 
 SIDE, LOCAL, STEPS = 16, 2, 20
 ALL_GATHERED = 1e12  # FLOPs per byte: computing costs nothing
@@ -53,7 +54,9 @@ class Trained:
         plan = replace(plan, gathered=everything if gathered else frozenset())
         self.plan = plan
         loss = make_loss("bce_dice", num_classes=2)
-        step = make_train_step(strategy, self.model, self.optimizer, loss, {}, plan)
+        step = make_train_step(
+            strategy, self.model, self.optimizer, Criterion(loss, {}), StepOptions(plan)
+        )
         for count in range(num_steps):
             batch = self._batch(strategy, count)
             step(batch, tf.constant(count, tf.int64), tf.constant(1e-3, tf.float64))

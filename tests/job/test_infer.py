@@ -38,10 +38,10 @@ from job.infer import (
     main,
 )
 from job.inference.predict import class_ids_at_source, to_model_pixels
+from job.optimization.optimizer import Adam
 from job.runs import serialization
 from job.runs.loading import model_for, open_trained
 from job.runs.run import Run
-from job.training.optimizer import Adam
 from tests.conftest import FaultyBucket
 from tests.job.discs import write_discs
 

@@ -19,18 +19,19 @@ from flexunet.errors import ContentError, DivergedError
 from flexunet.storage import open_store
 from flexunet.text import counted
 from job.config import LossName, ModelConfig, OptimizerConfig, TrainConfig
-from job.distributed.gradient_exchange import make_plan
+from job.distributed.exchange_plan import make_plan
+from job.distributed.replica_sums import Criterion
 from job.losses import is_mean, make_loss
 from job.models.flexunet import build_model
+from job.optimization import loss_scale
+from job.optimization.loss_scale import LossScale, loss_scale_for
+from job.optimization.optimizer import Adam
 from job.report import render
 from job.runs import serialization
 from job.runs.commits import find_commits
 from job.runs.run import Run
 from job.train import train_and_evaluate
-from job.training import loss_scale
-from job.training.loss_scale import LossScale, loss_scale_for
-from job.training.optimizer import Adam
-from job.training.step import SKIPPED, make_train_step
+from job.training.step import SKIPPED, StepOptions, make_train_step
 from tests.job.discs import prepare_discs
 from tests.job.processes import PROJECT, finish, start_cluster, weights_of
 
@@ -124,10 +125,11 @@ class Trained:
             return loss_factor * whole(*arguments)
 
         self.step = make_train_step(
-            *(strategy, self.model, self.optimizer, loss, {}, plan),
-            num_micro_batches=num_micro_batches,
-            loss_is_mean=is_mean(loss_name),
-            uses_xla=uses_xla,
+            strategy,
+            self.model,
+            self.optimizer,
+            Criterion(loss, {}),
+            StepOptions(plan, num_micro_batches, is_mean(loss_name), uses_xla),
         )
 
     def train(self, seed: int, *, step: int = 0, scale: float | None = None) -> float:

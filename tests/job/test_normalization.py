@@ -11,12 +11,15 @@ import tensorflow as tf
 
 import job.models.flexunet
 from job.config import ModelConfig, OptimizerConfig
+from job.distributed.replica_sums import Criterion
+from job.evaluation.steps import make_evaluation_step
+from job.inference.network import network_of
 from job.losses import make_loss
 from job.models.flexunet import build_model
 from job.models.normalization import BatchNormalization, GroupNormalization, counted_samples
+from job.optimization.optimizer import Adam
 from job.runs.serialization import read_weights
-from job.training.optimizer import Adam
-from job.training.step import make_evaluation_step, make_train_step, network_of
+from job.training.step import make_train_step
 
 # What is normalised together, of values (B, H, W, groups, channels of a group).
 LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
@@ -157,8 +160,8 @@ def trained_and_evaluated(strategy: Any, batch: dict[str, np.ndarray]) -> list[n
         )
         adam = Adam(OptimizerConfig(learning_rate=1e-2), model.trainable_variables)
     loss = make_loss("ce_dice", num_classes=2)
-    step = make_train_step(strategy, model, adam, loss, {})
-    evaluation = make_evaluation_step(strategy, network_of([model]), loss, {}, 2, None)
+    step = make_train_step(strategy, model, adam, Criterion(loss, {}))
+    evaluation = make_evaluation_step(strategy, network_of([model]), Criterion(loss, {}), 2, None)
     size = len(batch["weight"]) // strategy.num_replicas_in_sync
 
     def part(context: Any) -> dict[str, tf.Tensor]:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from flexunet.errors import ContentError
 from job.config import OptimizerConfig
-from job.training.optimizer import Adam
+from job.optimization.optimizer import Adam
 
 
 def run(config: OptimizerConfig, gradients: list[list[np.ndarray]]) -> list[np.ndarray]:

@@ -11,17 +11,11 @@ import tensorflow as tf
 from data_prep.imaging.tiles import starts
 from flexunet.errors import UsageError
 from job.config import ModelConfig
-from job.inference.predict import (
-    class_ids,
-    probabilities_of,
-    slide,
-    window_overlap,
-    window_weights,
-    without_small,
-)
+from job.inference.network import make_probability_step, network_of, prepared
+from job.inference.predict import class_ids, probabilities_of, slide, window_weights, without_small
+from job.models.compatibility import window_overlap
 from job.models.flexunet import build_model
 from job.runs.loading import load_model, open_trained
-from job.training.step import make_probability_step, network_of, prepared
 
 WINDOW: dict[str, Any] = {"height": 16, "width": 12, "batch_size": 3}
 

@@ -17,6 +17,7 @@ from flexunet.storage import open_store
 from job.data.dataset import open_reader, read_sample
 from job.evaluate import EvaluateConfig, dataset_of, evaluate_run
 from job.infer import InferConfig, infer
+from job.inference.network import make_probability_step, network_of
 from job.inference.predict import class_ids, without_small
 from job.inference.region_filter import (
     FILE_NAME,
@@ -26,7 +27,6 @@ from job.inference.region_filter import (
     read_min_pixels,
 )
 from job.runs.loading import Member, load_model, open_trained
-from job.training.step import make_probability_step, network_of
 
 
 def case(*parts: tuple[int, int, int]) -> np.ndarray:

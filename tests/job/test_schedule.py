@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from job.training.schedule import EarlyStopping, PlateauReducer, rate_factor
+from job.optimization.schedule import EarlyStopping, PlateauReducer, rate_factor
 
 NUM_SEQUENCES = 12
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from flexunet.errors import ContentError, StorageError
 from job.config import ModelConfig, OptimizerConfig
 from job.models.flexunet import build_model
+from job.optimization.optimizer import Adam
 from job.runs import serialization
-from job.training.optimizer import Adam
 
 _STATE = {"step": 3}
 

@@ -17,13 +17,16 @@ from job.data.dataset import (
     open_reader,
     sample_order,
 )
-from job.distributed.gradient_exchange import make_plan
+from job.distributed.exchange_plan import make_plan
+from job.distributed.replica_sums import Criterion
 from job.evaluate import make_evaluator
+from job.evaluation.steps import make_evaluation_step
+from job.inference.network import Network, network_of
 from job.losses import is_mean, make_loss
 from job.metrics.batch import RunningSums, reference_metrics
 from job.models.flexunet import build_model
-from job.training.optimizer import Adam
-from job.training.step import Network, make_evaluation_step, make_train_step, network_of
+from job.optimization.optimizer import Adam
+from job.training.step import StepOptions, make_train_step
 from tests.job.discs import prepare_discs
 
 NUM_SAMPLES, SIDE, BATCH = 10, 16, 4
@@ -90,10 +93,11 @@ class Trained:
             flops_per_byte=1e12 if gathers else 0.0,  # computing costs nothing, or all there is
         )
         self.step = make_train_step(
-            *(strategy, self.model, self.optimizer, loss, metrics, plan),
-            num_micro_batches=num_micro_batches,
-            loss_is_mean=is_mean(loss_name),
-            uses_xla=uses_xla,
+            strategy,
+            self.model,
+            self.optimizer,
+            Criterion(loss, metrics),
+            StepOptions(plan, num_micro_batches, is_mean(loss_name), uses_xla),
         )
         self.losses: list[float] = []
         self.sums = RunningSums()
@@ -194,7 +198,11 @@ def test_evaluation_step_counts_every_pixel_of_a_case(
         metrics = reference_metrics(["dice_coef_multiclass", "sensitivity"])
         sizes: list[int] = []
         step = make_evaluation_step(
-            *(strategy, told_size(network_of([model]), sizes), loss, metrics, 2, None),
+            strategy,
+            told_size(network_of([model]), sizes),
+            Criterion(loss, metrics),
+            2,
+            None,
             num_micro_batches=number,
         )
         *_, parts = batches(samples, 0, strategy.num_replicas_in_sync)  # two of four are padding

@@ -26,10 +26,10 @@ from job.evaluate import EvaluateConfig, dataset_of, evaluate_run, make_evaluato
 from job.evaluate import main as evaluate_main
 from job.infer import InferConfig, infer
 from job.infer import main as infer_main
+from job.inference.network import network_of
 from job.runs.loading import model_for, open_alike, open_trained
 from job.runs.run import Run
 from job.train import train_and_evaluate
-from job.training.step import network_of
 from tests import commands
 from tests.job.discs import prepare_discs, write_discs
 

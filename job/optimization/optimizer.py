@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from flexunet.errors import ContentError
 from job.config import OptimizerConfig
-from job.training.loss_scale import LossScale
+from job.optimization.loss_scale import LossScale
 
 
 class Adam:

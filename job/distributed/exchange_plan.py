@@ -1,0 +1,234 @@
+"""Chooses for each layer how replicas get its gradient: by all-reduce, or by exchanging factors.
+
+A plan takes for each layer what is sooner done, and where both take about as long, what sends
+less. What there is to choose from: see `job.distributed.gradient_exchange`.
+
+Every replica must have the same plan. It is a pure function of the model, the batch, the number of
+replicas and one ratio of rates, so a restart that is given the same ratio computes the same bits.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from statistics import median
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from job.config import TrainConfig
+from job.distributed.process_group import Team
+
+logger = logging.getLogger(__name__)
+
+# FLOPs per byte where none are measured: a few cores at 120 GFLOP/s, a network of 1 Gbit/s.
+NOMINAL_FLOPS_PER_BYTE = 1000.0
+
+_PLAIN_LAYERS = (keras.layers.Conv2D, keras.layers.Conv2DTranspose, keras.layers.Dense)
+# How much longer gathering a layer may take than all-reduce, for fewer bytes on a network that
+# others use too.
+_PATIENCE = 1.15
+_PROBE_BYTES = 16 << 20
+_PROBE_SIZE = 1024
+_PROBE_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What a layer's gradient costs, for one call of the layer.
+
+    Attributes:
+        weight_bytes: of the gradients of its weights.
+        factor_bytes: of its input and output gradient, one replica's batch.
+        flops: of the gradients of its weights, one replica's batch.
+    """
+
+    name: str
+    weight_bytes: int
+    factor_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers' gradients are computed from gathered factors; the others are all-reduced.
+
+    Attributes:
+        costs: of every layer that could be gathered.
+        other_bytes: of the gradients of all other weights.
+    """
+
+    num_replicas: int
+    costs: tuple[LayerCost, ...]
+    other_bytes: int
+    gathered: frozenset[str]
+
+    def sent_bytes(self) -> float:
+        """Returns what each replica sends for the gradients of a step."""
+        reduced = self.other_bytes + sum(cost.weight_bytes for cost in self._costs(False))
+        factors = sum(cost.factor_bytes for cost in self._costs(True))
+        return _reduced_bytes(reduced, self.num_replicas) + (self.num_replicas - 1) * factors
+
+    def all_reduce_bytes(self) -> float:
+        """Returns what each replica would send if everything was all-reduced."""
+        weights = self.other_bytes + sum(cost.weight_bytes for cost in self.costs)
+        return _reduced_bytes(weights, self.num_replicas)
+
+    def extra_flops(self) -> int:
+        """Returns what each replica computes beside its share, per step."""
+        return (self.num_replicas - 1) * sum(cost.flops for cost in self._costs(True))
+
+    def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """Returns what the exchange adds to a step if nothing overlaps."""
+        return self.sent_bytes() / bytes_per_s + self.extra_flops() / flops_per_s
+
+    def describe(self) -> str:
+        """Returns a line for the log."""
+        return (
+            f"gradient exchange: {len(self.gathered)} of {len(self.costs)} layers from gathered "
+            f"inputs; {self.sent_bytes() / 1e6:.1f} MB per step and replica, all-reduce "
+            f"{self.all_reduce_bytes() / 1e6:.1f} MB"
+        )
+
+    def _costs(self, is_gathered: bool) -> list[LayerCost]:
+        return [cost for cost in self.costs if (cost.name in self.gathered) == is_gathered]
+
+
+def _reduced_bytes(num_bytes: int, num_replicas: int) -> float:
+    return 2 * (num_replicas - 1) / num_replicas * num_bytes
+
+
+def agreed_plan(
+    config: TrainConfig, strategy: tf.distribute.Strategy, team: Team, model: Any
+) -> Plan | None:
+    """Returns how gradients are exchanged, the same in all processes; None: by all-reduce.
+
+    What every replica computes for itself must have the same bits everywhere, and the gradients of
+    a GPU's convolutions have that only with deterministic operations.
+    """
+    num_replicas = strategy.num_replicas_in_sync
+    if num_replicas == 1 or config.gradient_exchange == "all_reduce":
+        return None
+    if tf.config.list_logical_devices("GPU") and not config.deterministic:
+        return None
+    ratio = config.exchange_flops_per_byte
+    if ratio is None and config.deterministic:
+        # A measured one differs from start to start, and with it the order of the sums.
+        ratio = NOMINAL_FLOPS_PER_BYTE
+    elif ratio is None:
+        ratio = measured_flops_per_byte(strategy, model.compute_dtype)
+    # Another choice in one process would be waited for without end.
+    agreed: float = team.on_first(lambda: ratio)
+    plan = make_plan(
+        model,
+        batch_size=config.global_batch_size // num_replicas,
+        num_replicas=num_replicas,
+        flops_per_byte=agreed,
+    )
+    if team.is_first:
+        logger.info("%s (%.0f FLOPs per byte)", plan.describe(), agreed)
+    return plan
+
+
+def make_plan(
+    model: keras.Model, *, batch_size: int, num_replicas: int, flops_per_byte: float
+) -> Plan:
+    """Returns the plan that takes the least time; of two that take about as long, what sends less.
+
+    Args:
+        batch_size: samples of one replica.
+        flops_per_byte: what a replica computes while it sends a byte; 0: all-reduce everything.
+    """
+    costs = tuple(_cost(layer, batch_size) for layer in _plain_layers(model))
+    total = sum(_num_bytes(weight) for weight in model.trainable_weights)
+
+    def is_gathered(cost: LayerCost) -> bool:
+        computed = cost.flops / flops_per_byte if flops_per_byte else float("inf")
+        gathered = (num_replicas - 1) * (cost.factor_bytes + computed)
+        reduced = _reduced_bytes(cost.weight_bytes, num_replicas)
+        sends_less = (num_replicas - 1) * cost.factor_bytes < reduced
+        return sends_less and gathered < _PATIENCE * reduced
+
+    return Plan(
+        num_replicas,
+        costs,
+        total - sum(cost.weight_bytes for cost in costs),
+        frozenset(cost.name for cost in costs if is_gathered(cost)),
+    )
+
+
+def _plain_layers(model: keras.Model) -> list[Any]:
+    return [layer for layer in model.layers if _is_plain(layer)]
+
+
+def _is_plain(layer: Any) -> bool:
+    """Returns whether the layer is linear but for its activation, and has no other weights."""
+    if type(layer) not in _PLAIN_LAYERS or isinstance(layer.activation, keras.layers.Layer):
+        return False
+    weights = [layer.kernel] if layer.bias is None else [layer.kernel, layer.bias]
+    if [id(weight) for weight in layer.trainable_weights] != [id(weight) for weight in weights]:
+        return False
+    try:
+        shapes = (layer.input.shape, layer.output.shape)
+    except (AttributeError, ValueError):  # never called
+        return False
+    channels_last = getattr(layer, "data_format", "channels_last") == "channels_last"
+    return channels_last and all(None not in shape[1:] for shape in shapes)
+
+
+def _cost(layer: Any, batch_size: int) -> LayerCost:
+    inputs, outputs = (layer.input.shape[1:], layer.output.shape[1:])
+    # A transposed convolution applies its kernel once per input pixel, the others per output.
+    is_transposed = isinstance(layer, keras.layers.Conv2DTranspose)
+    places = prod((inputs if is_transposed else outputs)[:-1])
+    width: int = tf.as_dtype(layer.compute_dtype).size
+    return LayerCost(
+        layer.name,
+        sum(_num_bytes(weight) for weight in layer.trainable_weights),
+        batch_size * (prod(inputs) + prod(outputs)) * width,
+        2 * batch_size * places * prod(layer.kernel.shape),
+    )
+
+
+def _num_bytes(weight: Any) -> int:
+    return int(prod(weight.shape) * tf.as_dtype(weight.dtype).size)
+
+
+def measured_flops_per_byte(strategy: tf.distribute.Strategy, dtype: str) -> float:
+    """Returns what a replica computes while it sends a byte; all replicas must call it.
+
+    A multiplication of matrices against an all-gather, each by all replicas at the same time.
+
+    Args:
+        dtype: of the model's computations.
+    """
+
+    def multiply(seed: tf.Tensor) -> tf.Tensor:
+        values = tf.random.stateless_uniform((_PROBE_SIZE, _PROBE_SIZE), seed)
+        values = tf.cast(values, dtype)
+        return tf.reduce_max(tf.matmul(values, values))
+
+    def gather(seed: tf.Tensor) -> tf.Tensor:
+        context = tf.distribute.get_replica_context()
+        words = tf.random.stateless_uniform((_PROBE_BYTES // 4,), seed)
+        return tf.reduce_max(context.all_gather(words, axis=0))
+
+    num_bytes = (strategy.num_replicas_in_sync - 1) * _PROBE_BYTES
+    return (2 * _PROBE_SIZE**3 / _seconds(strategy, multiply)) / (
+        num_bytes / _seconds(strategy, gather)
+    )
+
+
+def _seconds(strategy: tf.distribute.Strategy, work: Callable[[tf.Tensor], tf.Tensor]) -> float:
+    # The seed is an argument: work on constants would be done once, while compiling.
+    function = tf.function(lambda seed: strategy.run(work, (seed,)), autograph=False)
+    times = []
+    for count in range(1 + _PROBE_REPEATS):
+        seed = tf.constant([1, count], tf.int32)
+        started = time.perf_counter()
+        for result in strategy.experimental_local_results(function(seed)):
+            result.numpy()
+        times.append(time.perf_counter() - started)
+    return median(times[1:])  # the first one compiles

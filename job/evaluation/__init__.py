@@ -1,0 +1,1 @@
+"""The evaluation of a trained run: steps, per-case measures and what is stored of them."""

@@ -1,0 +1,86 @@
+"""Calls one model or an ensemble on stored pixels: logits, probabilities, class ids."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from job.inference.predict import Flips
+
+Network = Callable[[tf.Tensor], tf.Tensor]  # stored pixels (B, H, W, C) -> logits (B, H, W, K)
+
+
+def network_of(models: Sequence[keras.Model], flips: Flips = "none") -> Network:
+    """Returns the network that `models` are together, over mirrored pictures where `flips` says so.
+
+    Its probabilities are the mean of theirs; one model without flips is what it always was.
+    """
+    axes = {"none": [], "horizontal": [2], "vertical": [1], "both": [2, 1]}[flips]
+    mirrored: list[list[int]] = [[]]
+    for axis in axes:
+        mirrored += [[*each, axis] for each in mirrored]
+
+    def logits_of(model: keras.Model, images: tf.Tensor, turned: list[int]) -> tf.Tensor:
+        if not turned:
+            return model(prepared(model, images), training=False)
+        # Turned when they are floating point: 16-bit pixels have no GPU kernel for it.
+        found = model(tf.reverse(prepared(model, images), turned), training=False)
+        return tf.reverse(found, turned)
+
+    def network(images: tf.Tensor) -> tf.Tensor:
+        parts = [logits_of(model, images, turned) for model in models for turned in mirrored]
+        if len(parts) == 1:
+            return parts[0]
+        # Models may compute in several precisions.
+        widest = max((part.dtype for part in parts), key=lambda dtype: dtype.size)
+        return _logits_of_mean(tf.stack([tf.cast(part, widest) for part in parts]))
+
+    return network
+
+
+def _logits_of_mean(logits: tf.Tensor) -> tf.Tensor:
+    """Returns logits (B, H, W, K) of the mean probabilities of (N, B, H, W, K), without overflow.
+
+    Logits of a softmax are logarithms of probabilities; of a sigmoid, of p / (1 - p).
+    """
+    if logits.shape[-1] == 1:
+        log_p, log_not_p = tf.math.log_sigmoid(logits), tf.math.log_sigmoid(-logits)
+        return tf.reduce_logsumexp(log_p, axis=0) - tf.reduce_logsumexp(log_not_p, axis=0)
+    count = tf.cast(tf.shape(logits)[0], logits.dtype)
+    return tf.reduce_logsumexp(tf.nn.log_softmax(logits), axis=0) - tf.math.log(count)
+
+
+def make_probability_step(network: Network) -> Callable[[Any], tf.Tensor]:
+    """Returns the compiled `probability_step(images (B, H, W, C)) -> (B, H, W, K)` float32.
+
+    Softmax over K, or the sigmoid where K = 1.
+    """
+
+    @tf.function(reduce_retracing=True, autograph=False)
+    def probability_step(images: tf.Tensor) -> tf.Tensor:
+        logits = network(images)
+        is_single = logits.shape[-1] == 1
+        probabilities = tf.sigmoid(logits) if is_single else tf.nn.softmax(logits)
+        return tf.cast(probabilities, tf.float32)
+
+    return probability_step
+
+
+def prepared(model: keras.Model, images: tf.Tensor) -> tf.Tensor:
+    """Returns stored pixels (B, H, W, C) as the model's input: its channels, floating point."""
+    channels = model.input_shape[-1]
+    images = tf.cast(images, tf.float64 if model.dtype == "float64" else tf.float32)
+    if images.shape[-1] == 1 and channels > 1:
+        images = tf.repeat(images, channels, axis=-1)
+    return images
+
+
+def predicted_ids(logits: tf.Tensor) -> tf.Tensor:
+    """Returns the most probable class of each pixel, (B, H, W) int32, for (B, H, W, K) logits.
+
+    K = 1 is a sigmoid output: class 1 where its probability is above one half.
+    """
+    if logits.shape[-1] == 1:
+        return tf.cast(logits[..., 0] > 0, tf.int32)
+    return tf.argmax(logits, axis=-1, output_type=tf.int32)

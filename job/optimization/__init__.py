@@ -1,0 +1,1 @@
+"""Adam, its learning rate, and the loss scale of float16."""
