@@ -44,6 +44,7 @@ ORDERS = {
         "job.losses",
         "job.metrics",
         "job.models",
+        "job.optimization",
         "job.distributed",
         "job.runs",
         "job.inference",
@@ -61,7 +62,6 @@ COMMANDS_OF_COMMANDS = {
 }
 # (importing, imported) of ORDERS against the order, which are to go. No entry may be added.
 ALLOWED_UPWARD: set[tuple[str, str]] = {
-    ("job.models", "job.inference"),
     ("job.training", "job.evaluate"),
     ("job.training", "job.infer"),
     ("job.training", "job.report"),
