@@ -25,6 +25,21 @@ LAZY = {"data_prep/imaging/dicom_tfio.py": {"tensorflow", "tensorflow_io"}}
 # Each package's own order, lowest first: a module imports from its own entry and from earlier ones.
 COMMANDS = ["job.evaluate", "job.infer", "job.report", "job.train", "job.doctor"]
 ORDERS = {
+    "flexunet": [
+        "flexunet.errors",
+        "flexunet.text",
+        "flexunet.paths",
+        "flexunet.synonyms",
+        "flexunet.tables",
+        "flexunet.python_path",
+        "flexunet.native_stderr",
+        "flexunet.progress",
+        "flexunet.settings",
+        "flexunet.storage",
+        "flexunet.json_files",
+        "flexunet.process_pool",
+        "flexunet.cli",
+    ],
     "data_prep": [
         "data_prep.config",
         "data_prep.imaging",
@@ -52,6 +67,19 @@ ORDERS = {
         "job.reporting",
         "job.training",
         *COMMANDS,
+    ],
+    "launcher": [
+        "launcher.cluster",
+        "launcher.config",
+        "launcher.channel",
+        "launcher.jobs",
+        "launcher.executors",
+        "launcher.worker",
+        "launcher.worker_group",
+        "launcher.supervisor",
+        "launcher.commands",
+        "launcher.cli",
+        "launcher.__main__",
     ],
 }
 # Commands know nothing of each other, but for these: (importing, imported): why.
