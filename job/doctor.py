@@ -1,4 +1,4 @@
-"""Says what this machine has and lacks for training, and what to do about it.
+"""Checks this machine for training: TensorFlow, GPU, precision, memory, disk and bucket access.
 
     flexunet doctor [--bucket gs://BUCKET/PREFIX] [--json]
 

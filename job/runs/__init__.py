@@ -1,1 +1,1 @@
-"""The run protocol: lease, commits, checkpoints, what is stored."""
+"""A run on disk: who owns it, its checkpoints, how it ended, where its weights come from."""

@@ -1,4 +1,4 @@
-"""A trained run as something to use: its config, its dataset's manifest and its weights.
+"""Opens a trained run for use: its config, its dataset's manifest and its weights.
 
 Reads a run without owning it, so that masks can be predicted while it is still being trained.
 """
@@ -16,6 +16,7 @@ from flexunet.settings import read_yaml
 from flexunet.storage import NotFound, Store, open_store
 from job.config import TrainConfig, stored_config
 from job.models.compatibility import image_shape, num_outputs
+from job.runs import serialization
 from job.runs.commits import Commit, fetch_commit, fetch_newest, find_commits, read_commit
 from job.runs.layout import CROSS_VALIDATION_NAME, Place, commit_prefix
 from job.runs.status import standing
@@ -127,7 +128,6 @@ def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Commit]:
         NotFound: that folder has none any more.
     """
     from job.distributed.runtime import predicting_precision
-    from job.runs import serialization
 
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
         commit, members = fetch_checkpoint(run.store, folder, which=which)
@@ -169,8 +169,6 @@ def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[Commit, 
         ContentError: it is damaged.
         NotFound: it was named by its folder, which has none any more.
     """
-    from job.runs import serialization
-
     # Never the moments, which are twice as large as the weights.
     if which == "last":
         names = [serialization.STATE_NAME, serialization.WEIGHTS_NAME]
@@ -183,8 +181,6 @@ def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[Commit, 
 
 
 def _find_best(store: Store) -> Place:
-    from job.runs import serialization
-
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
         names = [serialization.STATE_NAME]
         newest = fetch_newest(store, find_commits(store), folder, names=names)
@@ -245,7 +241,6 @@ def initialize_from(model: Any, source: str, alive: Alive = not_told) -> None:
         alive: called while bytes of a run move.
     """
     from job.compat.weights_h5 import load_reference_weights
-    from job.runs import serialization
 
     if source.endswith(".weights.h5"):
         serialization.read_weights(model, source)

@@ -1,4 +1,4 @@
-"""Where a run's first weights come from, and whether these have seen what the run is evaluated on.
+"""Finds where a run's first weights come from, and whether they have seen the evaluated cases.
 
 Weights that were trained on a case, or whose epoch was chosen by it, give it away, however the run
 that starts from them divides its dataset. What a source was started from counts as well.
@@ -114,7 +114,10 @@ def read_origin(run: Store, config: TrainConfig) -> Origin | None:
         lacks = f"{run.url} has not recorded it"
         return Origin(str(config.name), config.init_from, (), (), lacks)
     return Origin(
-        *(values["run"], values["source"], tuple(values["ids"]), tuple(values["groups"])),
+        run=values["run"],
+        source=values["source"],
+        ids=tuple(values["ids"]),
+        groups=tuple(values["groups"]),
         lacks=values["lacks"],
     )
 
@@ -165,7 +168,9 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
         logger.warning(
             "--init-from %s: whether these weights were trained on cases of %s is not known (%s); "
             "if they were, its metrics are too good",
-            *(config.init_from, evaluated_words(config), origin.lacks),
+            config.init_from,
+            evaluated_words(config),
+            origin.lacks,
         )
 
 

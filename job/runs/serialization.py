@@ -1,4 +1,4 @@
-"""Model and optimizer state as the members of a commit, and back.
+"""Writes model and optimizer state as the members of a commit, and reads it back.
 
 Weights are HDF5, an array per variable by its path, and moments are arrays: data that is read
 without running anything.

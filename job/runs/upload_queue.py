@@ -1,4 +1,4 @@
-"""What is on its way to storage: a thread that carries it there, in order, while training goes on.
+"""Runs calls that upload, in order and in a thread of their own, while training continues.
 
 Knows nothing of what is stored. An outage is waited out up to a budget; whatever else fails ends
 the deliveries, and the owner is told at its next question. Whoever waits is told as long as bytes
