@@ -14,6 +14,7 @@ BIN := .venv/bin
 PEERS := webdataset==1.0.2 mosaicml-streaming==0.13.0 torch==2.15.0
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 DEMO := demo
+JOBS := 2
 TARGET := cpu
 IMAGE := flexunet:$(TARGET)
 # The first that works: a docker client without its daemon builds nothing.
@@ -21,7 +22,7 @@ ENGINE ?= $(shell for engine in docker podman buildah; do \
 	$$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo demo-inbreast test test-oldest test-faults test-image image lint setup bench bench-gpu bench-peers clean help
+.PHONY: demo demo-inbreast test test-cluster test-oldest test-faults test-image image lint setup bench bench-gpu bench-peers clean help
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -57,11 +58,14 @@ lint: .venv/.installed ## lint, format check, type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## lint, then all tests
-	$(BIN)/pytest
+test: lint ## lint, then the tests that need one process, side by side: JOBS=2
+	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
-test-oldest: .venv-oldest/.installed ## all tests on the oldest stack: TensorFlow 2.17 with tensorflow-io
-	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/pytest
+test-cluster: .venv/.installed ## the tests with Ray, several processes or kills, side by side: JOBS=2
+	$(BIN)/pytest -m cluster --numprocesses $(JOBS) --dist loadfile
+
+test-oldest: .venv-oldest/.installed ## both on the oldest stack: TensorFlow 2.17 with tensorflow-io
+	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/pytest -m "not faults" --numprocesses $(JOBS) --dist loadfile
 
 test-faults: .venv/.installed ## the tests of failures, 40 minutes; writes benchmarks/results/faults.json
 	$(BIN)/python -m tests.faults.table --output benchmarks/results/faults.json

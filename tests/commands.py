@@ -26,7 +26,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 SERVER_VARIABLE = "FLEXUNET_FORK_SERVER"  # folder of the server's socket, and whose it is
 _START_TIMEOUT_S = 120.0
 _STREAMS = ("stdin", "stdout", "stderr")
-_servers: list[subprocess.Popen[bytes]] = []  # kept, as Popen complains of one that is dropped
 
 
 def run(
@@ -179,18 +178,15 @@ def _server() -> str:
 
 
 def _start_server(path: Path, owner: int) -> None:
+    """Returns when the server listens; what it writes is in the file `log` beside its socket."""
     with open(path.parent / "log", "w") as log:
-        server = subprocess.Popen(
+        subprocess.run(
             [sys.executable, "-m", "tests.fork_server", str(path), str(owner)],
             cwd=PROJECT,
             env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            timeout=_START_TIMEOUT_S,
+            check=True,
         )
-    _servers.append(server)
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while not path.exists():
-        assert server.poll() is None, (path.parent / "log").read_text()
-        assert time.monotonic() < deadline, "the fork server did not start"
-        time.sleep(0.05)

@@ -51,7 +51,9 @@ def main() -> None:
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
         listener.bind(f"{path}.new")
         listener.listen(64)
-        os.rename(f"{path}.new", path)  # who sees it can connect
+        os.rename(f"{path}.new", path)
+        if os.fork():
+            os._exit(0)  # who started it waits for this, and can connect now
         selector.register(listener, selectors.EVENT_READ)
         while _is_alive(owner):
             for key, _ in selector.select(_LOOK_S):

@@ -15,6 +15,7 @@ import pytest
 
 from tests import commands
 from tests.job.discs import prepare_discs
+from tests.shared import made_once
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -50,13 +51,12 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Beside its parent lie `dataset` (12 train, 4 valid, 4 test of 32x32 pixels) and `source`. A
     process of its own trains, because TensorFlow's devices are set once per process.
     """
-    folder = tmp_path_factory.getbasetemp() / "trained"
-    if folder.exists():  # by the tests of another package, which have the fixture for themselves
-        return folder / "runs" / "discs"
-    folder.mkdir()
-    data = prepare_discs(folder)
+    return made_once(tmp_path_factory, "trained", _train_discs) / "runs" / "discs"
+
+
+def _train_discs(folder: Path) -> None:
     options = {
-        "data": data,
+        "data": prepare_discs(folder),
         "output": str(folder / "runs"),
         "name": "discs",
         "epochs": "5",
@@ -72,7 +72,6 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     done = commands.run("job.train", "--local", "--no-tensorboard", *arguments)
     assert done.returncode == 0, done.stderr
-    return folder / "runs" / "discs"
 
 
 @pytest.fixture

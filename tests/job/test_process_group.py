@@ -35,6 +35,8 @@ from tests.job.processes import (
     weights_of,
 )
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:

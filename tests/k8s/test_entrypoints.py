@@ -25,6 +25,8 @@ from tests.faults.proxy import FaultProxy, start_emulator
 from tests.k8s.manifests import ROOT, Manifest, Pod, environment, find, pods, render
 from tests.launcher.conftest import started_cluster
 
+pytestmark = pytest.mark.cluster
+
 # The user of the pods; it may read all files, as Python may lie in a home that is closed to it.
 _USER = (
     *("setpriv", "--reuid=1000", "--regid=1000", "--clear-groups"),

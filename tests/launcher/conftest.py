@@ -19,6 +19,7 @@ from typing import IO, Any
 import psutil
 import pytest
 
+from tests import commands
 from tests.job.conftest import trained_run
 
 __all__ = ["trained_run"]
@@ -135,9 +136,7 @@ def flexunet(tmp_path: Path) -> Launch:
     folder.mkdir()
 
     def run(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
-        return subprocess.run(
-            command, cwd=folder, env=os.environ | environment, capture_output=True, text=True
-        )
+        words = ["launcher.cli", *map(str, arguments)]
+        return commands.run(*words, folder=folder, environment=os.environ | environment)
 
     return run

@@ -18,6 +18,8 @@ from flexunet.errors import FlexUNetError, UsageError
 from launcher.cluster import connection
 from tests.launcher.conftest import PROJECT, RayCluster
 
+pytestmark = pytest.mark.cluster
+
 # Runs as a process of its own: Ray is for one connection per process.
 PRELUDE = """
 import json, os, signal, sys

@@ -5,7 +5,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from tests.launcher.conftest import PROJECT, RayCluster
+
+pytestmark = pytest.mark.cluster
 
 PRELUDE = """
 import json, os, signal, sys, time

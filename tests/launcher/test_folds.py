@@ -15,6 +15,8 @@ from launcher.config import LaunchConfig
 from tests.job.discs import prepare_discs
 from tests.launcher.conftest import PROJECT, Launch, RayCluster
 
+pytestmark = pytest.mark.cluster
+
 SIDE_BY_SIDE = """
 import json, sys
 from flexunet.errors import UsageError

@@ -1,7 +1,5 @@
 """`flexunet launch infer` writes what `flexunet infer` writes, wherever it runs and dies."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,10 @@ import numpy as np
 import pytest
 
 from flexunet.storage import open_store
-from tests.launcher.conftest import PROJECT, Launch, RayCluster, ray_processes
+from tests import commands
+from tests.launcher.conftest import Launch, RayCluster, ray_processes
+
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,7 @@ def expected(
 ) -> dict[str, bytes]:
     """Returns what `flexunet infer` writes."""
     output = tmp_path_factory.mktemp("alone") / "masks"
-    command = [sys.executable, "-m", "job.infer", str(trained_run), str(images), str(output)]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    done = commands.run("job.infer", str(trained_run), str(images), str(output))
     assert done.returncode == 3, done.stderr  # of the broken one
     return objects(str(output))
 
@@ -88,14 +88,7 @@ def test_killed_processes_change_nothing(
     tmp_path: Path,
 ) -> None:
     arguments = launch(trained_run, images, tmp_path / "masks", "--address", ray_cluster.address)
-    command = subprocess.Popen(
-        [sys.executable, "-m", "launcher.cli", *arguments],
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with command:
+    with commands.start("launcher.cli", *arguments) as command:
         wait_for_mask(tmp_path / "masks", command)
         found = ray_processes(ray_cluster.folder, "_Process")
         for process in found:
@@ -107,7 +100,7 @@ def test_killed_processes_change_nothing(
     assert objects(str(tmp_path / "masks")) == expected
 
 
-def wait_for_mask(folder: Path, command: subprocess.Popen[str]) -> None:
+def wait_for_mask(folder: Path, command: commands.Process) -> None:
     deadline = time.monotonic() + 90
     while not list(folder.glob("case-*.png")):
         assert command.poll() is None, command.communicate()

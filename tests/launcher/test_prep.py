@@ -22,6 +22,8 @@ from tests.launcher.conftest import (
     started_cluster,
 )
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -28,6 +28,8 @@ from tests.job.discs import write_discs
 from tests.launcher.conftest import PROJECT, Launch, RayCluster
 from tests.launcher.head import Head, ray_head
 
+pytestmark = pytest.mark.cluster
+
 # Needs 5 s to end when it is told to; Ray alone would give it 3.
 _SLOW_STOP = """
 trap 'sleep 5; printf "all is %s\\n" stored; exit 0' TERM

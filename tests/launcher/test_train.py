@@ -19,9 +19,12 @@ from flexunet.storage import Store, join_url, open_store
 from job.runs.commits import find_commits
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
+from tests import commands
 from tests.job.discs import prepare_discs, write_discs
 from tests.job.processes import finish, start_cluster, weights_of
 from tests.launcher.conftest import RayCluster, ray_processes
+
+pytestmark = pytest.mark.cluster
 
 PROJECT = Path(__file__).resolve().parents[2]
 OPTIONS = {
@@ -49,13 +52,7 @@ class Driver:
 
     def __init__(self, cluster: RayCluster, arguments: list[str], *, num_workers: int = 2) -> None:
         where = ["--address", cluster.address, "--num-workers", str(num_workers)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "launcher", "train", *where, *arguments],
-            cwd=PROJECT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.process = commands.start("launcher", "train", *where, *arguments)
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float = 120) -> Any:
         """Returns what `predicate` returned when it was true."""
