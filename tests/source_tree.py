@@ -2,11 +2,13 @@
 
 import ast
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("flexunet", "data_prep", "job", "launcher")  # imports run leftwards only
+_MODULE = re.compile(rf"({'|'.join(PACKAGES)})(\.[a-z_0-9]+)+")
 
 
 def python_files() -> list[str]:
@@ -24,7 +26,10 @@ def module_name(path: str) -> str:
 
 
 def imported_names(tree: ast.AST) -> Iterator[str]:
-    """Yields the full dotted name of everything that is imported, also inside functions."""
+    """Yields the full dotted name of everything that is imported, also inside functions.
+
+    A text that is the name of a module counts, too: tables name modules to import later.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -35,6 +40,8 @@ def imported_names(tree: ast.AST) -> Iterator[str]:
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             if name in ("import_module", "__import__"):
                 yield str(node.args[0].value)
+        elif isinstance(node, ast.Constant) and _MODULE.fullmatch(str(node.value)):
+            yield str(node.value)
 
 
 @functools.cache

@@ -88,7 +88,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A path of its own comes later than the wheel, and the .pth files in it (those of an editable
     # install) are not read.
     (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (packages / "dependencies.pth").write_text("\n".join(paths))
     pip = [folder / "bin/python", "-m", "pip", "--disable-pip-version-check", "install"]
     offline = ["--quiet", "--no-deps", "--no-index", "--ignore-installed", "--no-compile"]
     subprocess.run([*pip, *offline, wheel], check=True)
