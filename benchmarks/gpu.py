@@ -37,8 +37,9 @@ import numpy as np
 from machine import describe_machine, write_result
 from step import Network
 
+from data_prep.config import PrepConfig
 from data_prep.phantoms.images import write_phantoms
-from data_prep.pipeline import PrepConfig, prepare
+from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import UsageError
 from flexunet.settings import merged, validated

@@ -16,8 +16,9 @@ import click
 from machine import describe_machine, shown, write_result
 from step import MATMUL_SIZE, convolution_flops, matmul_flops_per_s
 
+from data_prep.config import PrepConfig
 from data_prep.phantoms.images import write_phantoms
-from data_prep.pipeline import PrepConfig, prepare
+from data_prep.pipeline import prepare
 from data_prep.shards.manifest import MANIFEST_NAME, parse_manifest
 from data_prep.sources.pairs import find_sources
 from flexunet.storage import open_store

@@ -20,8 +20,9 @@ import numpy as np
 import psutil
 from machine import describe_machine, spread, write_result
 
+from data_prep.config import PrepConfig
 from data_prep.phantoms.images import write_phantoms
-from data_prep.pipeline import PrepConfig, prepare
+from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from job.config import AugmentationConfig, TrainConfig
 from job.data.augment import augment

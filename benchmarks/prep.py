@@ -22,9 +22,10 @@ import click
 import psutil
 from machine import describe_machine, spread, write_result
 
+from data_prep.config import PrepConfig
 from data_prep.imaging.codecs import encode_png, read_image, read_mask_pixels
 from data_prep.phantoms.images import write_phantoms
-from data_prep.pipeline import PrepConfig, prepare
+from data_prep.pipeline import prepare
 from data_prep.sources.pairs import Pair, Source, find_pairs, find_sources
 from flexunet.process_pool import OpenWorkers, Workers, in_order, open_pool
 from flexunet.storage import open_store

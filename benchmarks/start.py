@@ -17,8 +17,9 @@ from pathlib import Path
 import click
 from machine import describe_machine, shown, write_result
 
+from data_prep.config import PrepConfig
 from data_prep.phantoms.images import write_phantoms
-from data_prep.pipeline import PrepConfig, prepare
+from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 
 COMMAND = """

@@ -27,7 +27,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Programs of the system that a line may call; their options are not ours to check.
 OTHERS = {"cd", "ray", "source", "export", "uv", "tensorboard"}
-PACKAGES = {"data_prep": "data_prep.pipeline", "data_prep.phantoms": "data_prep.phantoms.cli"}
+PACKAGES = {"data_prep": "data_prep.cli", "data_prep.phantoms": "data_prep.phantoms.cli"}
 
 
 def shell_lines(text: str) -> list[str]:

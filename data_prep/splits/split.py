@@ -1,152 +1,19 @@
-"""Groups of samples, splits and folds that keep a group together, and leaks of ready-made splits.
+"""Splits and folds that keep groups together.
 
-A group is what must never be in two splits: a patient, or a picture with its deformed copies.
-Owns how samples are divided. It reads names and digests only: it must not know pictures
-or storage.
+Owns how samples are divided. It reads names only: it must not know pictures or storage.
 
 The same set of samples, in any order, with the same seed gives the same division.
 """
 
 import bisect
-import csv
 import hashlib
-import io
 import math
-import os
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 from data_prep.splits.names import SPLITS
-from flexunet.errors import ContentError, UsageError
+from flexunet.errors import UsageError
 from flexunet.text import counted
-
-PRESETS = ("augmented",)
-
-# How the reference implementation's off-line generator names its copies.
-_AUGMENTED = re.compile(
-    r"(barrdistorted|pincdistorted|deformed|distorted|rotated|hflipped|vflipped|shrinked|sheared|"
-    r"sharpened|brightened)_"
-)
-
-_MAX_NAMED = 3  # files of one group that a leak names, of each split
-
-
-def augmented_group(filename: str) -> str:
-    """Returns the number of the picture that a deformed copy was made from.
-
-    The reference implementation's generator writes it last: `barrdistorted_1001_0.3_0.3_23.png` is
-    made from `23.png`, which is a member of its own group.
-
-    Raises:
-        ContentError: the name does not end so.
-    """
-    stem = os.path.splitext(filename)[0]
-    found = re.search(r"(?:^|_)([0-9]+)$", stem)
-    if not found:
-        raise ContentError(
-            "the name does not end in _NUMBER, as --group-preset augmented expects; rename it or "
-            "give groups by --group-regex or --group-csv"
-        )
-    return str(int(found[1]))
-
-
-def is_augmented_copy(filename: str) -> bool:
-    """Returns whether the reference implementation's generator names its copies so."""
-    return _AUGMENTED.match(filename) is not None
-
-
-def regex_group(pattern: str) -> Callable[[str], str]:
-    """Returns the function file name -> group by a regular expression searched in the name.
-
-    The group is the first bracket of the pattern, or without one all that it matches.
-
-    Raises:
-        UsageError: the pattern is not a regular expression.
-        ContentError: (by the function) no match, or an empty one; it does not repeat the name.
-    """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"--group-regex {pattern!r}: {error}; correct the expression") from error
-
-    def group(filename: str) -> str:
-        found = compiled.search(filename)
-        value = found[min(1, compiled.groups)] if found else None
-        if not value:
-            remedy = "correct --group-regex"
-            if is_augmented_copy(filename):
-                remedy += ", or give --group-preset augmented instead: it looks like such a copy"
-            raise ContentError(
-                f"no group, {pattern!r} finds nothing in the file name (its ending belongs to it); "
-                f"{remedy}"
-            )
-        return value
-
-    return group
-
-
-def csv_group(text: str, where: str) -> Callable[[str], str]:
-    """Returns the function file name -> group by a table.
-
-    Args:
-        text: CSV with a heading; columns `file` (or `id`: the name without its ending) and `group`.
-        where: what to call the table in errors.
-
-    Raises:
-        UsageError: another heading, a row without a value, or two groups for one file.
-        ContentError: (by the function) the file is not in the table.
-    """
-    rows = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
-    heading = [name.strip().lower() for name in rows.fieldnames or ()]
-    rows.fieldnames = heading
-    key = next((name for name in ("file", "id") if name in heading), None)
-    if key is None or "group" not in heading:
-        raise UsageError(f"{where}: columns {heading}; expected file,group or id,group")
-    groups: dict[str, str] = {}
-    for row in rows:
-        name, group = (row[key] or "").strip(), (row["group"] or "").strip()
-        if not name or not group:
-            raise UsageError(f"{where}: line {rows.line_num}: {key} or group is empty; fill it in")
-        if groups.setdefault(name, group) != group:
-            raise UsageError(f"{where}: {name} is in the groups {groups[name]} and {group}")
-
-    def group_of_file(filename: str) -> str:
-        stem = os.path.splitext(filename)[0]
-        found = groups.get(filename) or groups.get(stem)
-        if found is None:
-            raise ContentError(f"has no row in {where}; add one")
-        return found
-
-    return group_of_file
-
-
-def group_of(
-    *, preset: str | None = None, regex: str | None = None, table: tuple[str, str] | None = None
-) -> Callable[[str], str]:
-    """Returns the function image file name (no folder) -> group that the options ask for.
-
-    Without an option every file is its own group, named by its stem.
-
-    Args:
-        preset: one of `PRESETS`.
-        regex: see `regex_group`.
-        table: text and name of a CSV, see `csv_group`.
-
-    Raises:
-        UsageError: more than one is given, or one is not valid.
-    """
-    if sum(option is not None for option in (preset, regex, table)) > 1:
-        raise UsageError("groups are given in more than one way; keep one of preset, regex, csv")
-    if regex is not None:
-        return regex_group(regex)
-    if table is not None:
-        return csv_group(*table)
-    if preset is None:
-        return lambda filename: os.path.splitext(filename)[0]
-    if preset not in PRESETS:
-        raise UsageError(f"--group-preset {preset!r} is unknown; known: {', '.join(PRESETS)}")
-    return augmented_group
 
 
 def assign_splits(
@@ -186,78 +53,6 @@ def assign_folds(groups: Mapping[str, str], *, num_folds: int, seed: int) -> dic
         raise UsageError(f"{counted(num_folds, 'fold')}: at least 2 are needed")
     place = _divide(groups, [1 / num_folds] * num_folds, f"fold {seed}", "folds")
     return {sample: place[group] for sample, group in groups.items()}
-
-
-def find_leaks(samples: Iterable[tuple[str, str, str, str | None]]) -> list[str]:
-    """Returns a sentence for every group, and every picture, that is in more than one split.
-
-    Args:
-        samples: (id, split, group, sha256 of the pixels) each; None where the pixels are no
-            evidence of anything, as those of a blank picture.
-    """
-    rows = sorted(samples, key=lambda row: row[:3])
-    by_group: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    by_pixels: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for sample, split, group, pixels in rows:
-        by_group[group][split].append(sample)
-        if pixels is not None:
-            by_pixels[pixels][split].append(sample)
-    leaks = [
-        f"group {group!r} is in {_places(places)}"
-        for group, places in sorted(by_group.items())
-        if len(places) > 1
-    ]
-    pictures = [
-        f"the same picture is in {_places(places)}"
-        for places in by_pixels.values()
-        if len(places) > 1
-    ]
-    return leaks + sorted(pictures)
-
-
-def count_duplicates(samples: Iterable[tuple[str, str, str, str]]) -> int:
-    """Returns how many samples repeat the picture of another one of their split.
-
-    Args:
-        samples: as `find_leaks`.
-    """
-    count = Counter((split, pixels) for _, split, _, pixels in samples)
-    return sum(number - 1 for number in count.values())
-
-
-def classes_missing(
-    samples: Iterable[tuple[str, Sequence[int]]], classes: Sequence[str]
-) -> list[str]:
-    """Returns a sentence for every place in which a class but the first has no pixel.
-
-    Args:
-        samples: (place, pixels of each class) each; a place is a split or a fold, in words.
-        classes: names, in the order of the ids.
-    """
-    totals: dict[str, list[int]] = {}
-    for place, pixels in samples:
-        found = totals.setdefault(place, [0] * len(classes))
-        totals[place] = [a + b for a, b in zip(found, pixels, strict=False)]
-    return [
-        f"{place} has no pixel of class {name}: its figures say nothing of how {name} is found"
-        for place, found in sorted(totals.items(), key=lambda each: (len(each[0]), each[0]))
-        for name, total in list(zip(classes, found, strict=True))[1:]
-        if not total
-    ]
-
-
-def _places(places: Mapping[str, Sequence[str]]) -> str:
-    texts = []
-    for split in sorted(places, key=_split_order):
-        named = ", ".join(places[split][:_MAX_NAMED])
-        more = len(places[split]) - _MAX_NAMED
-        texts.append(f"{split} ({named}{f' and {more} more' if more > 0 else ''})")
-    return " and ".join(texts)
-
-
-def _split_order(split: str) -> tuple[int, str]:
-    known: tuple[str, ...] = SPLITS
-    return (known.index(split) if split in known else len(known)), split
 
 
 def _divide(

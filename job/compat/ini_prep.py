@@ -77,7 +77,8 @@ def prepare_sources(
         UsageError: the file names no image folders, or a folder is missing or empty.
         ContentError: pictures are bad or splits leak.
     """
-    from data_prep.pipeline import PrepConfig, prepare
+    from data_prep.config import PrepConfig
+    from data_prep.pipeline import prepare
 
     if "train" not in {source.split for source in sources}:
         raise UsageError(

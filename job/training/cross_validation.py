@@ -22,7 +22,8 @@ from typing import Any
 
 from data_prep.shards.manifest import MANIFEST_NAME, parse_manifest
 from data_prep.shards.sample_table import read_samples
-from data_prep.splits.split import assign_folds, classes_missing
+from data_prep.splits.leaks import classes_missing
+from data_prep.splits.split import assign_folds
 from flexunet.errors import ContentError, UsageError
 from flexunet.json_files import evaluate_again, read_json, read_table
 from flexunet.python_path import safe_environment

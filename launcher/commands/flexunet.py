@@ -11,7 +11,7 @@ _HERE = "launcher.commands"
 
 # name -> (module with `command`, line for the list of commands)
 COMMANDS = {
-    "prep": ("data_prep.pipeline", "Images and masks into a dataset of TFRecord shards."),
+    "prep": ("data_prep.cli", "Images and masks into a dataset of TFRecord shards."),
     "train": ("job.train", "Train on a dataset, then evaluate; the same command resumes."),
     "evaluate": ("job.evaluate", "Evaluate a run on one split of its dataset."),
     "report": ("job.report", "One page about a run: metrics, cases, curves, what failed."),

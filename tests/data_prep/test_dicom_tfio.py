@@ -9,10 +9,12 @@ import pydicom
 import pytest
 from pydicom.uid import ImplicitVRLittleEndian
 
-from data_prep import pipeline
+from data_prep.config import PrepConfig
 from data_prep.imaging.dicom import read_dicom
 from data_prep.imaging.dicom_tfio import decode
+from data_prep.intake import sources_of
 from data_prep.phantoms.inbreast_release import dicom_bytes, write_release
+from data_prep.pipeline import prepare
 from flexunet.errors import ContentError, UsageError
 
 HAS_TFIO = importlib.util.find_spec("tensorflow_io") is not None
@@ -90,10 +92,8 @@ def test_a_file_that_cannot_be_decoded_is_one_error():
 
 
 def _prepared(source, output, reader):
-    config = pipeline.PrepConfig(
-        format="inbreast", image_size=32, num_processes=1, dicom_reader=reader
-    )
-    pipeline.prepare(pipeline.sources_of(str(source), config), str(output), config, progress=False)
+    config = PrepConfig(format="inbreast", image_size=32, num_processes=1, dicom_reader=reader)
+    prepare(sources_of(str(source), config), str(output), config, progress=False)
     files = sorted(path for path in Path(output).rglob("*") if path.is_file())
     return {path.name: path.read_bytes() for path in files if not path.name.startswith(".")}
 

@@ -11,7 +11,7 @@ from data_prep.imaging.masks import to_class_ids
 from data_prep.phantoms.cli import main
 from data_prep.phantoms.images import make_phantom, write_phantoms
 from data_prep.sources.pairs import find_pairs, find_sources
-from data_prep.splits.split import group_of
+from data_prep.splits.groups import group_of
 from flexunet.errors import UsageError
 
 SIZE = 128

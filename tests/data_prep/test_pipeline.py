@@ -17,13 +17,16 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import pipeline, report
+from data_prep import cli, report
+from data_prep.config import HASH_KEY_VARIABLE, PrepConfig
 from data_prep.imaging.geometry import Box, Geometry, apply_geometry
+from data_prep.intake import items_of
 from data_prep.phantoms.images import write_phantoms
+from data_prep.pipeline import prepare
 from data_prep.shards.manifest import MANIFEST_NAME, FullScaleInfo, read_manifest
 from data_prep.shards.records import decode_example, unframe_record
 from data_prep.shards.sample_table import read_samples
-from data_prep.sources.pairs import find_sources
+from data_prep.sources.pairs import find_pairs, find_sources
 from data_prep.splits.names import SPLITS
 from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.storage import open_store
@@ -53,8 +56,8 @@ def source(tmp_path):
 
 def _prepare(source, output, **options):
     values = {"image_size": 16, "num_processes": 1} | options
-    config = pipeline.PrepConfig(**values)
-    return pipeline.prepare(find_sources(str(source)), str(output), config, progress=False)
+    config = PrepConfig(**values)
+    return prepare(find_sources(str(source)), str(output), config, progress=False)
 
 
 def _command(*arguments):
@@ -317,7 +320,7 @@ def test_an_output_beside_the_pictures_does_no_harm(source):
         arguments = [str(source), str(output), "--image-size", "16", "--num-processes", "1"]
         for _ in range(2):  # made, found finished
             assert _main(arguments)[0] == 0
-    assert len(pipeline.find_pairs(find_sources(str(source)))[0]) == 20
+    assert len(find_pairs(find_sources(str(source)))[0]) == 20
 
 
 def _main(arguments):
@@ -326,7 +329,7 @@ def _main(arguments):
 
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        code = pipeline.main(arguments)
+        code = cli.main(arguments)
     return code, errors.getvalue()
 
 
@@ -438,7 +441,7 @@ def test_source_folder_whose_name_is_not_utf8_is_read(source, tmp_path):
 
 def test_no_sources_is_a_mistake_in_one_line(tmp_path):
     with pytest.raises(UsageError, match="no sources were given; give at least one"):
-        pipeline.prepare((), str(tmp_path / "out"), pipeline.PrepConfig())
+        prepare((), str(tmp_path / "out"), PrepConfig())
 
 
 def test_nothing_usable_is_an_error(tmp_path):
@@ -497,7 +500,7 @@ def test_hidden_names_are_in_no_output_byte(tmp_path, monkeypatch):
         assert b"CANARY" not in data, name
     # the table is compressed
     assert "CANARY" not in str(_rows(tmp_path / "plain"))
-    monkeypatch.setenv(pipeline.HASH_KEY_VARIABLE, "secret")
+    monkeypatch.setenv(HASH_KEY_VARIABLE, "secret")
     _prepare(source, tmp_path / "keyed", hash_names=True, skip_bad=True)
     ids = [{row["id"] for row in _rows(tmp_path / name)} for name in ("plain", "keyed")]
     assert ids[0].isdisjoint(ids[1])
@@ -758,11 +761,11 @@ def test_full_disk_exits_5_and_continues(source, tmp_path):
 
 
 def test_source_that_vanishes_is_a_storage_error(source, tmp_path):
-    pairs, _ = pipeline.find_pairs(find_sources(str(source)))
+    pairs, _ = find_pairs(find_sources(str(source)))
     os.remove(source / "masks" / "case_2.png")
-    config = pipeline.PrepConfig()
+    config = PrepConfig()
     with pytest.raises(StorageError, match=r"case_2\.png: vanished"):
-        pipeline._items_of([(pair, pair.id) for pair in pairs], config)
+        items_of([(pair, pair.id) for pair in pairs], config)
 
 
 def _cpu_s():
@@ -782,7 +785,7 @@ def test_help_answers_at_once_and_names_units():
 
 def test_prep_imports_nothing_heavy():
     code = (
-        "import sys, data_prep.pipeline\n"
+        "import sys, data_prep.cli\n"
         "heavy = {'tensorflow', 'ray', 'pyarrow', 'matplotlib', 'cv2', 'google.cloud.storage'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

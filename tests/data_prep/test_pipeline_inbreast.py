@@ -14,9 +14,12 @@ import pydicom
 import pytest
 from pydicom.datadict import DicomDictionary
 
-from data_prep import pipeline
+from data_prep import cli
+from data_prep.config import PrepConfig, identity_of
 from data_prep.imaging.geometry import apply_geometry, fit
+from data_prep.intake import sources_of
 from data_prep.phantoms.inbreast_release import write_release
+from data_prep.pipeline import prepare
 from data_prep.shards.manifest import MANIFEST_NAME, read_manifest
 from data_prep.shards.records import decode_example, unframe_record
 from data_prep.shards.sample_table import read_samples
@@ -42,9 +45,9 @@ def release(tmp_path_factory):
 
 def _prepare(source, output, **options):
     values = {"format": "inbreast", "image_size": 32, "num_processes": 1} | options
-    config = validated(pipeline.PrepConfig, values, "test")
-    sources = pipeline.sources_of(str(source), config)
-    return pipeline.prepare(sources, str(output), config, progress=False)
+    config = validated(PrepConfig, values, "test")
+    sources = sources_of(str(source), config)
+    return prepare(sources, str(output), config, progress=False)
 
 
 def _samples(folder):
@@ -98,7 +101,7 @@ def test_prepare_writes_what_the_release_holds(release, tmp_path):
 
 def test_command_prints_what_was_found_beside_what_was_published(release, tmp_path, capsys):
     arguments = [str(release), str(tmp_path / "out"), "--format", "inbreast", "--image-size", "16"]
-    assert pipeline.main([*arguments, "--num-processes", "1"]) == 0
+    assert cli.main([*arguments, "--num-processes", "1"]) == 0
     said = capsys.readouterr().out
     # 12 patients, nine with four views and three with two; 42 * 107 / 410 = 11 with a mass, and
     # 42 * 9 / 410 = 1 with a second one. The first two are of one patient.
@@ -112,21 +115,21 @@ def test_command_prints_what_was_found_beside_what_was_published(release, tmp_pa
     assert rows["mass"] == ["12", "0", "11", "10", "116 in 107 images"]
     assert set(rows) == {"all", "no annotation", *inbreast.KINDS}
     assert max(map(len, said.split("Published:")[1].splitlines())) <= 80
-    assert pipeline.main([*arguments, "--num-processes", "1"]) == 0  # finished already
+    assert cli.main([*arguments, "--num-processes", "1"]) == 0  # finished already
     assert capsys.readouterr().out == said
     # A dataset of an earlier version, which took the published cases for patients.
     counts = tmp_path / "out" / inbreast.COUNTS_NAME
     counts.write_text(counts.read_text().replace('"410 images, 115 cases"', "410 of 115 patients"))
     assert "410 of" in counts.read_text()
-    assert pipeline.main([*arguments, "--num-processes", "1"]) == 0
+    assert cli.main([*arguments, "--num-processes", "1"]) == 0
     assert capsys.readouterr().out == said
 
 
 def test_a_release_without_its_format_is_told(release, tmp_path, capsys):
-    assert pipeline.main([str(release), str(tmp_path / "out")]) == 2
+    assert cli.main([str(release), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.endswith("a release of INbreast; give --format inbreast\n")
     (tmp_path / "AllXML").mkdir()
-    assert pipeline.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert cli.main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "no files in images/ and masks/" in capsys.readouterr().err
 
 
@@ -168,14 +171,14 @@ def test_the_class_is_named_after_the_rois(release, tmp_path):
     }
     for rois, name in classes.items():
         arguments = ["--format", "inbreast", "--rois", rois]
-        config = pipeline.read_config(None, _options(*arguments))
+        config = cli.read_config(None, _options(*arguments))
         assert config.classes == f"background=0,0,0;{name}=255,255,255"
-        assert pipeline.identity_of(config)["classes"] == config.classes
+        assert identity_of(config)["classes"] == config.classes
     (tmp_path / "prep.yaml").write_text("format: inbreast\nrois: [cluster]\n")
-    config = pipeline.read_config(str(tmp_path / "prep.yaml"), {})
+    config = cli.read_config(str(tmp_path / "prep.yaml"), {})
     assert config.classes == "background=0,0,0;cluster=255,255,255"
     named = "none=0,0,0;lesion=9,9,9"
-    config = pipeline.read_config(None, _options(*arguments, "--classes", named))
+    config = cli.read_config(None, _options(*arguments, "--classes", named))
     assert config.classes == named
     manifest = _prepare(release, tmp_path / "out", rois=("mass", "cluster"))
     assert [each.name for each in manifest.classes] == ["background", "mass+cluster"]
@@ -184,7 +187,7 @@ def test_the_class_is_named_after_the_rois(release, tmp_path):
 
 def _options(*arguments):
     """Returns the options that the command line `arguments` gives, without its own."""
-    with pipeline.command.make_context("prep", ["source", "output", *arguments]) as context:
+    with cli.command.make_context("prep", ["source", "output", *arguments]) as context:
         own = ("source", "output", "config_file")
         return {name: value for name, value in context.params.items() if name not in own}
 

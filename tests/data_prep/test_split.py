@@ -10,14 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.splits.split import (
-    assign_folds,
-    assign_splits,
-    augmented_group,
-    count_duplicates,
-    find_leaks,
-    group_of,
-)
+from data_prep.splits.groups import augmented_group, group_of
+from data_prep.splits.leaks import find_leaks
+from data_prep.splits.split import assign_folds, assign_splits
 from flexunet.errors import ContentError, UsageError
 
 FRACTIONS = {"train": 0.8, "valid": 0.15, "test": 0.05}
@@ -308,7 +303,6 @@ def test_find_leaks_names_groups_and_pictures_in_two_splits() -> None:
     ]
     assert find_leaks(samples) == leaks
     assert find_leaks(reversed(samples)) == leaks
-    assert count_duplicates(samples) == 1
 
 
 def test_find_leaks_names_three_files_and_counts_the_rest() -> None:
@@ -319,7 +313,6 @@ def test_find_leaks_names_three_files_and_counts_the_rest() -> None:
 def test_find_leaks_of_clean_splits_is_empty() -> None:
     samples = [("a", "train", "1", "aa"), ("b", "train", "1", "aa"), ("c", "valid", "2", "bb")]
     assert find_leaks(samples) == []
-    assert count_duplicates(samples) == 1
 
 
 @given(sizes=GROUP_SIZES, seed=st.integers(0, 9))

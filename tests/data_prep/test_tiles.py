@@ -6,9 +6,11 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import pipeline
+from data_prep import report_files
+from data_prep.config import PrepConfig
 from data_prep.imaging.geometry import Box, apply_geometry, fit
 from data_prep.imaging.tiles import around, count, cut, joined, starts
+from data_prep.pipeline import prepare
 from data_prep.shards.manifest import read_manifest
 from data_prep.shards.records import decode_example, sha256_of_pixels, unframe_record
 from data_prep.shards.sample_table import read_samples
@@ -63,8 +65,8 @@ def _write(folder, name, seed, size=(40, 24)):
 
 def _prepare(source, output, **options):
     values = {"tile": 16, "num_processes": 1, "fractions": (0.6, 0.2, 0.2)} | options
-    config = pipeline.PrepConfig(**values)
-    return pipeline.prepare(find_sources(str(source)), str(output), config, progress=False)
+    config = PrepConfig(**values)
+    return prepare(find_sources(str(source)), str(output), config, progress=False)
 
 
 def _rows(output):
@@ -153,7 +155,7 @@ def test_sheets_show_tiles_with_foreground_first(tmp_path):
     rows = [row for row in _rows(tmp_path / "out") if row["split"] == "train"]
     # Of the 6 tiles of a picture one has a lesion; a sheet has room for 6 samples.
     assert sum(row["pixels_per_class"][1] > 0 for row in rows) == 6
-    assert all(row["pixels_per_class"][1] for row in pipeline._shown(rows))
+    assert all(row["pixels_per_class"][1] for row in report_files._shown(rows))
 
 
 def test_a_picture_of_too_many_tiles_is_refused_in_one_line(tmp_path):

@@ -309,7 +309,8 @@ def test_a_stopped_process_of_a_large_network_saves_in_time(
 def test_uneven_data_neither_hang_nor_change_a_number(
     num_train: int, tmp_path: Path, record_fault: Record
 ) -> None:
-    from data_prep.pipeline import PrepConfig, prepare
+    from data_prep.config import PrepConfig
+    from data_prep.pipeline import prepare
     from data_prep.sources.pairs import find_sources
     from tests.job.discs import write_discs
     from tests.job.test_process_group import history_of

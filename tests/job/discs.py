@@ -5,7 +5,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data_prep.pipeline import PrepConfig, prepare
+from data_prep.config import PrepConfig
+from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 
 

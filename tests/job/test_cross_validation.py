@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from data_prep.pipeline import PrepConfig, prepare
+from data_prep.config import PrepConfig
+from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store

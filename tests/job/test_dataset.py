@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from data_prep.config import PrepConfig
 from data_prep.imaging.breast import frame
 from data_prep.imaging.codecs import read_image
 from data_prep.phantoms.images import write_phantoms
-from data_prep.pipeline import PrepConfig, prepare
+from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.storage import open_store

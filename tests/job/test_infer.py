@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.config import PrepConfig
 from data_prep.imaging.geometry import fit
+from data_prep.intake import sources_of
 from data_prep.phantoms.inbreast_release import write_release
-from data_prep.pipeline import PrepConfig, prepare, sources_of
+from data_prep.pipeline import prepare
 from data_prep.shards.manifest import FullScaleInfo, Manifest
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, StorageError, UsageError

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 from rich.console import Console
 
-from data_prep.pipeline import PrepConfig
+from data_prep.config import PrepConfig
 from data_prep.sources.pairs import Source
 from flexunet.errors import UsageError
 from flexunet.settings import validated

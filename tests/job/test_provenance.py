@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_prep.pipeline import PrepConfig, prepare
+from data_prep.config import PrepConfig
+from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import UsageError
 from flexunet.storage import open_store

@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from data_prep.config import PrepConfig
 from data_prep.imaging.geometry import undo_geometry
-from data_prep.pipeline import PrepConfig, prepare
+from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store

@@ -12,7 +12,7 @@ import click
 import pytest
 import yaml
 
-from data_prep.pipeline import PrepConfig
+from data_prep.config import PrepConfig
 from flexunet.settings import validated
 from job.config import TrainConfig
 from tests.k8s import rules

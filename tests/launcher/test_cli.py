@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from data_prep.pipeline import PrepConfig
+from data_prep.config import PrepConfig
 from flexunet import errors
 from flexunet.cli.options import PathType, SettingsCommand
 from flexunet.settings import Settings, fields_of

@@ -72,7 +72,7 @@ class Driver:
 
 def prepare(output: str, folder: Path) -> str:
     """Returns the URL of a dataset in a bucket."""
-    from data_prep.pipeline import PrepConfig
+    from data_prep.config import PrepConfig
     from data_prep.pipeline import prepare as run
     from data_prep.sources.pairs import find_sources
 

@@ -1,0 +1,156 @@
+"""The split and the fold of each sample, and what users must know of them.
+
+Owns which groups are joined and whether leaks are allowed. How groups are divided is decided in
+`splits`.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+
+from data_prep.config import MAX_LISTED, PrepConfig
+from data_prep.imaging.color_map import parse_color_map
+from data_prep.shards.items import Scanned
+from data_prep.splits.leaks import classes_missing, find_leaks
+from data_prep.splits.names import SPLITS
+from data_prep.splits.split import assign_folds, assign_splits
+from flexunet.errors import ContentError, UsageError
+from flexunet.text import counted, listed
+
+logger = logging.getLogger(__name__)
+
+_FEW_GROUPS = 5  # one of them moves the mean by a fifth and more
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """Where each sample id goes; `groups` are the joined ones, `folds` only of those with one."""
+
+    groups: dict[str, str]
+    splits: dict[str, str]
+    folds: dict[str, int]
+    is_leaky: bool
+
+
+def assign(samples: Sequence[Scanned], config: PrepConfig) -> Assignment:
+    """Returns where each sample goes: its ready-made split, or one that is drawn.
+
+    Raises:
+        UsageError: there are fewer groups than splits or folds.
+        ContentError: the ready-made splits leak, and `config.allow_leaks` is off.
+    """
+    _tell_blank(samples)
+    groups, joined = _joined_groups(samples)
+    try:
+        return _divided(samples, groups, config)
+    except UsageError as error:
+        if not joined:
+            raise
+        raise UsageError(
+            f"{error} ({counted(len(joined), 'group')} joined with others, as they hold the same "
+            f"picture: {listed(joined, MAX_LISTED)})"
+        ) from error
+
+
+def _divided(samples: Sequence[Scanned], groups: dict[str, str], config: PrepConfig) -> Assignment:
+    if samples[0].split is None:
+        fractions: dict[str, float] = dict(zip(SPLITS, config.fractions, strict=True))
+        splits = assign_splits(groups, fractions=fractions, seed=config.seed)
+        _warn_of_small_splits(groups, splits)
+        is_leaky = False
+    else:
+        splits = {sample.id: str(sample.split) for sample in samples}
+        is_leaky = _check_leaks(samples, config)
+    folds = {}
+    if config.num_folds is not None:
+        members = {name: group for name, group in groups.items() if splits[name] != "test"}
+        folds = assign_folds(members, num_folds=config.num_folds, seed=config.seed)
+    return Assignment(groups, splits, folds, is_leaky)
+
+
+def _tell_blank(samples: Sequence[Scanned]) -> None:
+    blank = {sample.picture: sample.filename for sample in samples if sample.is_blank}
+    if blank:
+        logger.warning(
+            "%s blank (all pixels alike) and no evidence of which groups belong together: %s",
+            "1 picture is" if len(blank) == 1 else f"{len(blank)} pictures are",
+            listed(list(blank.values()), MAX_LISTED),
+        )
+
+
+def _warn_of_small_splits(groups: Mapping[str, str], splits: Mapping[str, str]) -> None:
+    for name in ("valid", "test"):
+        num_groups = len({groups[sample] for sample, its in splits.items() if its == name})
+        if 0 < num_groups < _FEW_GROUPS:
+            logger.warning(
+                "split %s has %s, so its figures say little: raise its part of --fractions, or "
+                "train with --folds",
+                name,
+                counted(num_groups, "group"),
+            )
+
+
+def warn_of_missing_classes(
+    samples: Sequence[Scanned], assignment: Assignment, config: PrepConfig
+) -> None:
+    """Warns of every split and fold in which a class has no pixel."""
+    names = [each.name for each in parse_color_map(config.classes)]
+    in_splits = [(f"split {assignment.splits[s.id]}", s.pixels_per_class) for s in samples]
+    in_folds = [
+        (f"fold {assignment.folds[s.id]}", s.pixels_per_class)
+        for s in samples
+        if s.id in assignment.folds
+    ]
+    for line in classes_missing([*in_splits, *in_folds], names):
+        logger.warning("%s", line)
+
+
+def _joined_groups(samples: Sequence[Scanned]) -> tuple[dict[str, str], list[str]]:
+    """Returns the group of each id, and which were joined: groups that hold the same picture.
+
+    A picture that was filed twice would otherwise be trained on and tested with. A blank one says
+    nothing: it is alike in strangers.
+    """
+    parents: dict[str, str] = {}
+
+    def root(group: str) -> str:
+        while parents.setdefault(group, group) != group:
+            group = parents[group]
+        return group
+
+    first_with: dict[str, str] = {}
+    joined: list[str] = []
+    for sample in samples:
+        if sample.is_blank:
+            continue
+        first = first_with.setdefault(sample.picture_sha256, sample.group)
+        group, other = root(sample.group), root(first)
+        if group != other:
+            joined.append(f"{sample.group} with {first}")
+            parents[max(group, other)] = min(group, other)
+    if joined:
+        logger.warning(
+            "%s a picture of another group and %s joined with it: %s",
+            "1 group holds" if len(joined) == 1 else f"{len(joined)} groups hold",
+            "is" if len(joined) == 1 else "are",
+            listed(joined, MAX_LISTED),
+        )
+    return {sample.id: root(sample.group) for sample in samples}, joined
+
+
+def _check_leaks(samples: Sequence[Scanned], config: PrepConfig) -> bool:
+    """Returns whether the ready-made splits leak; that is an error unless it is allowed."""
+    pictures = {s.picture: s for s in samples}.values()
+    leaks = find_leaks(
+        (s.picture, str(s.split), s.group, None if s.is_blank else s.picture_sha256)
+        for s in pictures
+    )
+    if leaks and not config.allow_leaks:
+        more = f"; and {len(leaks) - MAX_LISTED} more" if len(leaks) > MAX_LISTED else ""
+        raise ContentError(
+            f"the ready-made splits leak: {'; '.join(leaks[:MAX_LISTED])}{more}; mend them or "
+            "accept it with --allow-leaks"
+        )
+    for leak in leaks[:MAX_LISTED]:
+        logger.warning("leak: %s", leak)
+    return bool(leaks)

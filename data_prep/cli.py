@@ -1,0 +1,127 @@
+"""The `prep` command: reads its options, runs the preparation and prints what came of it.
+
+flexunet prep SOURCE OUTPUT        the same as        python -m data_prep SOURCE OUTPUT
+"""
+
+import csv
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from data_prep import report
+from data_prep.config import PrepConfig, read_text
+from data_prep.intake import sources_of
+from data_prep.pipeline import prepare
+from data_prep.shards.manifest import Manifest
+from data_prep.sources import inbreast
+from data_prep.sources.pairs import folder_made_by
+from flexunet.cli.interrupts import quiet_interrupts
+from flexunet.cli.options import PATH, SettingsCommand, given, settings_options
+from flexunet.cli.runner import run_command
+from flexunet.errors import UsageError
+from flexunet.process_pool import OpenWorkers
+from flexunet.settings import merged, read_yaml, validated
+from flexunet.storage import Store, open_store
+
+_COUNTS_WIDTH = 84  # columns of a terminal
+_LOG_WIDTH = 80  # likewise, where there is none
+
+
+@click.command("prep", cls=SettingsCommand)
+@click.argument("source", type=PATH)
+@click.argument("output", type=PATH)
+@click.option("--config", "config_file", type=PATH, metavar="FILE", help="YAML file of options.")
+@settings_options(PrepConfig)
+def command(source: str, output: str, config_file: str | None, **options: Any) -> None:
+    """Turns the images and masks of SOURCE into a dataset at OUTPUT.
+
+    SOURCE holds images/ and masks/, or train/, valid/ and test/ that each hold both; with --format
+    inbreast AllDICOMs/ and AllXML/. Both may be folders or gs:// URLs. The same command continues
+    where an interrupted one stopped.
+    """
+    config = read_config(config_file, options)
+    with quiet_interrupts():
+        run(source, output, config)
+
+
+def read_config(config_file: str | None, options: dict[str, Any]) -> PrepConfig:
+    """Returns the options of the command line, laid over those of the YAML file.
+
+    Args:
+        options: as click hands over those that `settings_options` made.
+
+    Raises:
+        UsageError: the file cannot be read, or an option is wrong.
+    """
+    values: dict[str, Any] = {}
+    if config_file:
+        values = read_yaml(read_text(config_file, "--config"), config_file)
+    where = f"prep options and {config_file}" if config_file else "prep options"
+    typed = given(options)
+    return validated(PrepConfig, merged(values, typed), where, typed=typed)
+
+
+def run(
+    source: str, output: str, config: PrepConfig, open_workers: OpenWorkers | None = None
+) -> None:
+    """Prepares the dataset and prints what it holds; see `prepare`."""
+    sources = sources_of(source, config)
+    _refuse_other_layout(source, output, config)
+    manifest = prepare(sources, output, config, open_workers=open_workers)
+    store = open_store(output)
+    _print_summary(manifest, store.url)
+    if config.format == "inbreast":
+        _print_counts(store)
+
+
+def _refuse_other_layout(source: str, output: str, config: PrepConfig) -> None:
+    store = open_store(output)
+    folder = folder_made_by(store, source) if config.format == "pairs" else None
+    if folder:
+        raise UsageError(
+            f"{store.url}: the output would make {folder}, where the next prep looks for pictures; "
+            "choose another"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(command, argv, "flexunet prep")
+
+
+def _print_summary(manifest: Manifest, url: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("split", "samples", "groups", "shards", "MB", title=f"{manifest.name} at {url}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, info in manifest.splits.items():
+        files = [shard for shard in manifest.shards if shard.split == name]
+        size = sum(shard.num_bytes for shard in files) / 1e6
+        numbers = (info.num_samples, info.num_groups, len(files))
+        table.add_row(name, *(str(number) for number in numbers), f"{size:.1f}")
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(f"report: {url}/{report.STATISTICS_NAME}", markup=False, highlight=False)
+
+
+def _print_counts(store: Store) -> None:
+    """Prints what the release holds beside what was published of it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = list(csv.reader(io.StringIO(store.get(inbreast.COUNTS_NAME).decode())))
+    title = "found in the release, and published"
+    note = textwrap.fill(inbreast.PUBLISHED_NOTE, _LOG_WIDTH)
+    table = Table(*rows[0], title=title, caption=note, caption_justify="left")
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    for row in rows[1:]:
+        # An earlier version wrote other words into the last column.
+        table.add_row(*row[:-1], inbreast.PUBLISHED.get(row[0], ""))
+    # A log has fewer columns, which break the last of these.
+    Console(soft_wrap=True, width=max(Console().width, _COUNTS_WIDTH)).print(table)

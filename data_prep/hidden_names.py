@@ -1,0 +1,44 @@
+"""Names as a dataset shows them: as they are, or with --hash-names their digests."""
+
+import hashlib
+import hmac
+import os
+from collections.abc import Sequence
+
+from data_prep.config import HASH_KEY_VARIABLE, PrepConfig
+from data_prep.sources.pairs import Reject, Source
+from flexunet.storage import open_store
+from flexunet.text import as_utf8
+
+_HASH_LENGTH = 16  # hex digits: 64 bits, a clash among a million names has odds of 1 to 37 million
+
+
+def hidden(text: str, config: PrepConfig) -> str:
+    """Returns `text`, or what stands for it with --hash-names."""
+    if not config.hash_names:
+        return text
+    key = os.environ.get(HASH_KEY_VARIABLE, "").encode()
+    return hmac.new(key, os.fsencode(text), hashlib.sha256).hexdigest()[:_HASH_LENGTH]
+
+
+def hidden_name(name: str, config: PrepConfig) -> str:
+    """Returns the file name without folders; with --hash-names its stem is hidden."""
+    stem, ending = os.path.splitext(os.path.basename(name))
+    return hidden(stem, config) + ending
+
+
+def without_name(reject: Reject, config: PrepConfig) -> str:
+    """Returns the reason of `reject`, the file's own name hidden in it."""
+    name = os.path.basename(reject.file)
+    reason = reject.reason.replace(name, hidden_name(name, config))
+    stem = os.path.splitext(name)[0]
+    return reason.replace(stem, hidden(stem, config))
+
+
+def dataset_name(sources: Sequence[Source], config: PrepConfig) -> str:
+    """Returns the name of the folder that holds the sources; it is part of the manifest's bytes."""
+    first = sources[0]
+    parents = open_store(first.images).url.split("/")[:-1]
+    if first.split is not None:
+        parents = parents[:-1]
+    return "dataset" if config.hash_names or not parents else as_utf8(parents[-1]) or "dataset"

@@ -1,0 +1,212 @@
+"""Finds what is prepared: the pairs of a source, their groups and names, and files to refuse.
+
+It reads listings and tables only, before a picture is read.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+
+from data_prep.config import PrepConfig, read_text
+from data_prep.hidden_names import dataset_name, hidden, hidden_name, without_name
+from data_prep.shards.items import File, Item
+from data_prep.sources import inbreast
+from data_prep.sources.pairs import Pair, Reject, Source, find_pairs, find_sources
+from data_prep.splits import groups
+from flexunet.errors import ContentError, StorageError, UsageError
+from flexunet.storage import Store, folder_problem, join_url, lies_in, open_source, open_store
+from flexunet.text import counted, legible
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Intake:
+    """What a preparation begins with.
+
+    Attributes:
+        name: of the dataset.
+        wanted_splits: ready-made splits of which at least one pair must be usable.
+        refused: (file, reason) of the files that are in no pair, as the report may show them.
+    """
+
+    name: str
+    wanted_splits: frozenset[str]
+    items: tuple[Item, ...]
+    refused: tuple[tuple[str, str], ...]
+
+
+def sources_of(source: str, config: PrepConfig) -> tuple[Source, ...]:
+    """Returns the folders that hold what is prepared.
+
+    Raises:
+        UsageError: one is missing or empty.
+    """
+    url = open_store(source).url
+    problem = folder_problem(open_store(source))
+    if problem:
+        raise UsageError(f"{url}: {problem}; give the folder that holds the source")
+    if config.format == "inbreast":
+        return inbreast.find_release(source)
+    try:
+        return find_sources(source)
+    except UsageError as error:
+        if not inbreast.is_release(source):
+            raise
+        raise UsageError(
+            f"{url}: no images/ and masks/, but a release of INbreast; give --format inbreast"
+        ) from error
+
+
+def intake_of(
+    sources: Sequence[Source], output: Store, config: PrepConfig, *, has_options: bool
+) -> Intake:
+    """Returns the items of `sources`, sorted by id, and what is refused of them.
+
+    Args:
+        has_options: whether the command that is running has the options of `prep`.
+
+    Raises:
+        UsageError: a source is missing or empty, or holds the output.
+        ContentError: a file is in no pair, and `config.skip_bad` is off; or no name gives a group.
+    """
+    _refuse_overlap(output, sources)
+    find = inbreast.find_cases if config.format == "inbreast" else find_pairs
+    pairs, rejects = find(sources)
+    grouped, ungrouped = _grouped(pairs, config, has_options=has_options)
+    refused = _refused([*rejects, *ungrouped], config)
+    return Intake(
+        name=dataset_name(sources, config),
+        wanted_splits=frozenset(source.split for source in sources if source.split is not None),
+        items=tuple(items_of(grouped, config)),
+        refused=tuple(refused),
+    )
+
+
+def _refuse_overlap(store: Store, sources: Sequence[Source]) -> None:
+    for source in sources:
+        for url in (source.images, source.masks):
+            if lies_in(store, open_store(url)):
+                raise UsageError(
+                    f"{store.url}: the output lies in the source folder {url}; choose another"
+                )
+
+
+def items_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[Item]:
+    """Returns the pairs, each with its group, as they are encoded, sorted by id.
+
+    Raises:
+        StorageError: a file vanished since it was listed.
+    """
+    urls = {url for pair, _ in grouped for url in (pair.image_url, pair.mask_url)}
+    stats = {url: {stat.name: stat for stat in open_source(url).list()} for url in urls}
+
+    def file(url: str, name: str) -> File:
+        stat = stats[url].get(name)
+        if stat is None:
+            raise StorageError(f"{url}/{name}: vanished since it was listed; run it again")
+        # A reason that goes into rejects.csv must not carry a hidden name; one that ends the
+        # command is for the user alone.
+        secret = config.hash_names and config.skip_bad
+        label = hidden_name(name, config) if secret else join_url(url, name)
+        return File(url, name, label, stat.size, stat.generation)
+
+    items = [
+        Item(
+            id=hidden(pair.id, config),
+            group=hidden(group, config),
+            filename=hidden_name(pair.image_name, config),
+            split=pair.split,
+            image=file(pair.image_url, pair.image_name),
+            mask=file(pair.mask_url, pair.mask_name) if pair.mask_name else None,
+        )
+        for pair, group in grouped
+    ]
+    return sorted(items, key=lambda item: item.id)
+
+
+def _grouped(
+    pairs: Sequence[Pair], config: PrepConfig, *, has_options: bool
+) -> tuple[list[tuple[Pair, str]], list[Reject]]:
+    """Returns the pairs with their groups, and those whose name gives none."""
+    table = None
+    if config.group_csv is not None:
+        table = (read_text(config.group_csv, "--group-csv"), config.group_csv)
+    rule = groups.group_of(preset=config.group_preset, regex=config.group_regex, table=table)
+    if config.format == "inbreast":
+        rule = inbreast.patient_of
+    elif (config.group_preset, config.group_regex, config.group_csv) == (None, None, None):
+        _warn_of_files_as_groups(pairs, has_options=has_options)
+    grouped, rejects = [], []
+    for pair in pairs:
+        try:
+            grouped.append((pair, rule(pair.image_name)))
+        except ContentError as error:
+            rejects.append(Reject(join_url(pair.image_url, pair.image_name), str(error)))
+    if rejects and not grouped:
+        raise ContentError(
+            f"{rejects[0].file}: {rejects[0].reason} (so with all {counted(len(rejects), 'file')})"
+        )
+    return grouped, rejects
+
+
+def _warn_of_files_as_groups(pairs: Sequence[Pair], *, has_options: bool) -> None:
+    elsewhere = "prepare them with `flexunet prep ... %s` and give the dataset with --data"
+    augmented = [pair for pair in pairs if groups.is_augmented_copy(pair.image_name)]
+    if augmented:
+        logger.warning(
+            "%d of %d names look like augmented copies (%s), and every file is a group of its own: "
+            "copies of one picture may lie in several splits; %s",
+            len(augmented),
+            len(pairs),
+            augmented[0].image_name,
+            "see --group-preset augmented"
+            if has_options
+            else elsewhere % "--group-preset augmented",
+        )
+    elif has_options:
+        logger.warning(
+            "no --group option: every file is a group of its own; give one where a patient has "
+            "several pictures"
+        )
+    else:
+        logger.warning(
+            "every file is a group of its own; where a patient has several pictures, %s",
+            elsewhere % "--group-regex REGEX",
+        )
+
+
+def _refused(rejects: Sequence[Reject], config: PrepConfig) -> list[tuple[str, str]]:
+    """Returns (file, reason) of the files that are in no pair, as the report may show them."""
+    if rejects and not config.skip_bad:
+        first = rejects[0]
+        num_more = len(rejects) - 1
+        more = f" (and {counted(num_more, 'more file')})" if num_more else ""
+        raise ContentError(
+            f"{legible(f'{first.file}: {first.reason}')}{more}; mend it, or leave such files out "
+            "with --skip-bad"
+        )
+    if not config.hash_names:
+        return [(reject.file, reject.reason) for reject in rejects]
+    return [(hidden_name(r.file, config), without_name(r, config)) for r in rejects]
+
+
+def source_digest(
+    items: Sequence[Item],
+    crcs: Sequence[tuple[int, int]],
+    refused: Sequence[tuple[str, str]],
+) -> str:
+    """Returns the digest of all that the source holds: names, groups, sizes and checksums."""
+    parts = [
+        (item.id, item.group, item.filename, item.split, *_sizes(item), *crc)
+        for item, crc in zip(items, crcs, strict=True)
+    ]
+    alone = sorted(os.path.basename(file) for file, _ in refused)
+    return hashlib.sha256(json.dumps([parts, alone]).encode()).hexdigest()
+
+
+def _sizes(item: Item) -> tuple[int, int | None]:
+    return item.image.size, None if item.mask is None else item.mask.size

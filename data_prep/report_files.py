@@ -1,0 +1,92 @@
+"""The files of `report/` beside a dataset, made of what was written.
+
+Owns which samples are shown and what is counted; how it is drawn is decided in `report.py`.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from data_prep import report
+from data_prep.imaging.codecs import read_image, read_mask_pixels
+from data_prep.shards.items import Scanned
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.records import IMAGE_FEATURE, MASK_FEATURE, decode_example, unframe_record
+from data_prep.sources import inbreast
+from data_prep.splits.names import SPLITS
+from flexunet.errors import ContentError
+from flexunet.storage import Store, put_if_other
+from flexunet.tables import csv_table
+
+_PAIRS_PER_SHEET = 6
+
+
+def write_report(
+    store: Store,
+    manifest: Manifest,
+    rows: Sequence[Mapping[str, Any]],
+    refused: Sequence[tuple[str, str]],
+) -> None:
+    """Writes the refused files, a sheet of samples of each split, and the statistics.
+
+    Args:
+        rows: of the sample table.
+        refused: (file, reason) each.
+    """
+    # After a stop it may be there; the account may create and not replace.
+    put_if_other(store, report.REJECTS_NAME, report.rejects_csv(sorted(refused)).encode())
+    statistics: dict[str, report.SplitStatistics] = {}
+    for name in SPLITS:
+        members = [row for row in rows if row["split"] == name]
+        if not members:
+            continue
+        counts = zip(*(row["pixels_per_class"] for row in members), strict=True)
+        pixels = tuple(sum(column) for column in counts)
+        statistics[name] = report.SplitStatistics(len(members), pixels)
+        pairs = [_read_pair(store, row) for row in _shown(members)]
+        title = f"{manifest.name}: {name}, {len(pairs)} of {len(members)} samples, foreground first"
+        sheet = report.sheet_png(pairs, manifest.classes, manifest.value_max, title)
+        put_if_other(store, report.sheet_name(name), sheet)
+    plot = report.statistics_png(statistics, manifest.classes, manifest.name)
+    put_if_other(store, report.STATISTICS_NAME, plot)
+
+
+def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the samples for a sheet, those with foreground first.
+
+    A sheet shows whether masks fit their pictures, and most tiles have nothing of it.
+    """
+    ordered = sorted(rows, key=lambda row: not any(row["pixels_per_class"][1:]))
+    return ordered[:_PAIRS_PER_SHEET]
+
+
+def write_clipped(store: Store, above: Sequence[tuple[Scanned, int]]) -> None:
+    """Writes the pictures that have so many pixels above the full scale, unless there is none."""
+    if above:
+        lines = [(picture.filename, count, picture.max_value) for picture, count in above]
+        put_if_other(store, report.CLIPPED_NAME, report.clipped_csv(lines).encode())
+
+
+def write_counts(store: Store, samples: Sequence[Scanned], unannotated: Collection[str]) -> None:
+    """Writes how many findings of each kind a release has.
+
+    Args:
+        unannotated: ids of the pictures that came without an annotation file.
+    """
+    findings = {sample.picture: sample.findings for sample in samples}
+    groups = {sample.picture: sample.group for sample in samples}
+    found = [picture for picture in findings if picture in unannotated]
+    table = csv_table(inbreast.COUNTS_COLUMNS, inbreast.count_rows(findings, groups, found))
+    put_if_other(store, inbreast.COUNTS_NAME, table.encode())
+
+
+def _read_pair(store: Store, row: Mapping[str, Any]) -> report.Pair:
+    """Returns a sample as a reader of the dataset would see it."""
+    where = f"{store.url}/{row['shard']} at {row['offset']}"
+    record = store.get(row["shard"], row["offset"], row["length"])
+    features = decode_example(unframe_record(record, where=where))
+    image, mask = features[IMAGE_FEATURE], features[MASK_FEATURE]
+    if not isinstance(image, bytes) or not isinstance(mask, bytes):
+        raise ContentError(f"{where}: pictures are not bytes; prepare the dataset again")
+    image_pixels = read_image(image, name=where, max_pixels=2**31)
+    mask_pixels = read_mask_pixels(mask, name=where, max_pixels=2**31)
+    return report.Pair(str(row["id"]), image_pixels, mask_pixels)

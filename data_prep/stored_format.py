@@ -1,0 +1,117 @@
+"""The format of the stored pictures as the options ask for it, and which few pictures decided it.
+
+How the full scale is found is decided in `shards/full_scale.py`.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from data_prep import report
+from data_prep.config import MAX_LISTED, PrepConfig
+from data_prep.imaging.pixels import Target
+from data_prep.shards.full_scale import clipped, common_target, sparing_scale
+from data_prep.shards.items import Scanned
+from data_prep.shards.manifest import FullScaleInfo
+from flexunet.errors import UsageError
+from flexunet.text import counted, listed
+
+logger = logging.getLogger(__name__)
+
+
+def target_of(samples: Sequence[Scanned], config: PrepConfig) -> Target:
+    """Returns the format of the stored pictures.
+
+    Raises:
+        UsageError: a full scale is given, and all pictures have 8 bits.
+    """
+    target = common_target(samples, config.full_scale)
+    if config.full_scale is not None and target.bit_depth == 8:
+        raise UsageError(
+            f"--full-scale {config.full_scale}: it is for pictures of 16 bits, and all of these "
+            "have 8; leave it out"
+        )
+    return target
+
+
+def warn_of_clipped(
+    samples: Sequence[Scanned], target: Target, config: PrepConfig
+) -> list[tuple[Scanned, int]]:
+    """Returns the pictures with pixels above the full scale, and their number; warns of them."""
+    if target.bit_depth == 8:
+        return []
+    found = clipped(samples, target.value_max, config.full_scale)
+    less = None if config.full_scale else sparing_scale(samples, target.value_max)
+    if less is not None:
+        above = clipped(samples, less, None)
+        logger.warning(
+            "the full scale is %d for few pixels: no picture has more than a thousandth of its "
+            "pixels above %d; if they are markers, --full-scale %d makes the pictures %d times "
+            "brighter: %s",
+            target.value_max,
+            less,
+            less,
+            round(target.value_max / less),
+            listed([each.filename for each, _ in above], MAX_LISTED),
+        )
+    if found:
+        pictures = {sample.picture for sample in samples if sample.num_above}
+        named = [f"{s.filename} ({counted(n, 'pixel')}, up to {s.max_value})" for s, n in found]
+        logger.warning(
+            "%d of %d pictures have pixels above the full scale %d%s, which become %d (see %s; "
+            "--full-scale gives another): %s",
+            len(found),
+            len(pictures),
+            target.value_max,
+            "" if config.full_scale else " that the others need",
+            target.value_max,
+            report.CLIPPED_NAME,
+            listed(named, MAX_LISTED),
+        )
+    return found
+
+
+def full_scale_info(
+    samples: Sequence[Scanned], target: Target, config: PrepConfig
+) -> FullScaleInfo | None:
+    """Returns what the manifest says of the full scale; None where every picture says its own."""
+    pictures = [sample for sample in samples if sample.num_above]
+    if not pictures:
+        return None
+    above = clipped(pictures, target.value_max, config.full_scale)
+    return FullScaleInfo(
+        rule="found" if config.full_scale is None else "given",
+        lowest_max=min(
+            (picture.max_value for picture in pictures if not picture.is_blank), default=0
+        ),
+        highest=max(picture.max_value for picture in pictures),
+        num_clipped_pictures=len(above),
+        num_clipped_pixels=sum(count for _, count in above),
+    )
+
+
+def warn_of_mixed(samples: Sequence[Scanned], target: Target, config: PrepConfig) -> None:
+    """Warns of the few pictures that decided the format of all."""
+    samples = list({sample.picture: sample for sample in samples}.values())
+    coloured = [sample.filename for sample in samples if sample.channels == 3]
+    if config.channels == "auto" and 0 < len(coloured) < len(samples):
+        logger.warning(
+            "%d of %d pictures have colour, so all are stored as RGB (--channels grey would store "
+            "one channel): %s", len(coloured), len(samples), _listed(coloured),
+        )  # fmt: skip
+    shallow = [sample.filename for sample in samples if sample.bit_depth < target.bit_depth]
+    if shallow:
+        logger.warning(
+            "%d of %d pictures have 8 bits, the others 16: 255 becomes %d in them: %s",
+            len(shallow), len(samples), target.value_max, _listed(shallow),
+        )  # fmt: skip
+    scaled = [s.filename for s in samples if s.value_max not in (None, target.value_max)]
+    if scaled and not shallow:
+        logger.warning(
+            "%d of %d pictures are of detectors of fewer bits; their full scale becomes %d: %s",
+            len(scaled), len(samples), target.value_max, _listed(scaled),
+        )  # fmt: skip
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

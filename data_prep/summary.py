@@ -1,0 +1,126 @@
+"""The manifest of a dataset that was written: how many, how large, and what was lost."""
+
+import dataclasses
+import importlib.metadata
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+from data_prep.assignment import Assignment
+from data_prep.config import PrepConfig, identity_of
+from data_prep.imaging.color_map import parse_color_map
+from data_prep.imaging.pixels import Target
+from data_prep.shards.items import Scanned
+from data_prep.shards.manifest import Manifest, ReducedInfo, SplitInfo, group_rule_of
+from data_prep.shards.write import WrittenShard, mean_and_std
+from data_prep.splits.names import SPLITS, Split
+from data_prep.stored_format import full_scale_info
+from flexunet.storage import crc32c_of
+from flexunet.text import counted
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a dataset holds, before it is committed.
+
+    Attributes:
+        samples: at least one, in any order.
+        table: bytes of the sample table.
+        source_sha256: digest of the source files.
+    """
+
+    name: str
+    target: Target
+    samples: Sequence[Scanned]
+    assignment: Assignment
+    shards: Sequence[WrittenShard]
+    table: bytes
+    source_sha256: str
+
+
+def manifest_of(contents: Contents, config: PrepConfig) -> Manifest:
+    """Returns the manifest of what was written with the options `config`."""
+    target, samples, splits = contents.target, contents.samples, contents.assignment.splits
+    mean, std = _mean_and_std_of_train(contents.shards)
+    options = identity_of(config)
+    return Manifest(
+        name=contents.name,
+        image_height=config.height,
+        image_width=config.width,
+        channels=target.channels,
+        bit_depth=target.bit_depth,
+        value_max=target.value_max,
+        classes=parse_color_map(config.classes),
+        ignore_id=config.ignore_id,
+        geometry=config.kind,
+        crop=config.crop,
+        flip=config.flip,
+        split_rule="drawn" if samples[0].split is None else "ready-made",
+        group_rule=group_rule_of(options),
+        seed=config.seed,
+        num_folds=config.num_folds,
+        leaky=contents.assignment.is_leaky,
+        splits=_split_infos(samples, splits),
+        shards=tuple(shard.info for shard in contents.shards),
+        samples_num_bytes=len(contents.table),
+        samples_crc32c=crc32c_of(contents.table),
+        mean=mean,
+        std=std,
+        tool_version=importlib.metadata.version("flexunet"),
+        options=options,
+        reduced=_reduced(samples, splits),
+        source_sha256=contents.source_sha256,
+        full_scale=full_scale_info(samples, target, config),
+    )
+
+
+def _mean_and_std_of_train(
+    shards: Sequence[WrittenShard],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation per channel, of all pictures where train has none."""
+    train = [r.moments for shard in shards if shard.info.split == "train" for r in shard.records]
+    every = [r.moments for shard in shards for r in shard.records]
+    return mean_and_std(train or every)
+
+
+def _split_infos(samples: Sequence[Scanned], splits: Mapping[str, str]) -> dict[Split, SplitInfo]:
+    infos = {}
+    for name in SPLITS:
+        members = [sample for sample in samples if splits[sample.id] == name]
+        num_groups = len({sample.group for sample in members})
+        infos[name] = SplitInfo(num_samples=len(members), num_groups=num_groups)
+    return infos
+
+
+def _reduced(samples: Sequence[Scanned], splits: Mapping[str, str]) -> dict[Split, ReducedInfo]:
+    infos = {}
+    for name in SPLITS:
+        counts = [s.regions for s in samples if splits[s.id] == name and s.regions is not None]
+        if counts:
+            infos[name] = ReducedInfo(
+                num_pictures=len(counts),
+                num_emptied=sum(each.is_emptied for each in counts),
+                num_regions=_sums(each.regions for each in counts),
+                num_vanished=_sums(each.vanished for each in counts),
+            )
+    return infos
+
+
+def _sums(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(sum(column) for column in zip(*rows, strict=True))
+
+
+def warn_of_vanished(manifest: Manifest) -> None:
+    """Warns where regions of the masks have no pixel in the stored masks."""
+    infos = manifest.reduced.values()
+    num_vanished = sum(sum(info.num_vanished) for info in infos)
+    if num_vanished:
+        logger.warning(
+            "%d of %s of the masks have no pixel in the stored masks, which are smaller, and %s "
+            "lost all foreground: training does not see them, and no evaluation counts them as "
+            "missed; raise --image-size, or cut tiles (--tile)",
+            num_vanished,
+            counted(sum(sum(info.num_regions) for info in infos), "region"),
+            counted(sum(info.num_emptied for info in infos), "picture"),
+        )
