@@ -382,7 +382,7 @@ def test_gradients_that_no_scale_keeps_finite_end_the_run(
 
 # The real command, whose first scales are too large, and which is stopped after so many steps.
 COMMAND = """
-from job.training import loss_scale
+from job.optimization import loss_scale
 
 loss_scale.FIRST, loss_scale.GROWTH_STEPS = 2.0**24, 3
 from tests.job import stopping
