@@ -28,7 +28,7 @@ from data_prep import inbreast, report, scan, schema, shards, split
 from data_prep.breast import Crop, Flip
 from data_prep.colormap import check_ignore_id, parse_color_map
 from data_prep.command import PATH, SettingsCommand, given, run_command, settings_options
-from data_prep.dicom import Reader
+from data_prep.dicom import DICOM_ENDINGS, Reader
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import DEFAULT_MAX_PIXELS, read_image, read_mask_pixels
 from data_prep.interrupts import quiet_interrupts
@@ -171,7 +171,8 @@ class PrepConfig(Settings):
     )
     dicom_reader: Reader = option(
         "pydicom",
-        "What decodes DICOM files, to the same pixels; tfio: tensorflow-io, of the extra tfio.",
+        "What decodes uncompressed DICOM files, to the same pixels; tfio: tensorflow-io, of the extra "
+        "tfio.",
         free=True,
     )
     num_processes: int | None = option(
@@ -551,7 +552,11 @@ def _hidden(text: str, config: PrepConfig) -> str:
 
 def _hidden_name(name: str, config: PrepConfig) -> str:
     """Returns the file name without folders; with --hash-names its stem is hidden."""
-    stem, ending = os.path.splitext(os.path.basename(name))
+    base = os.path.basename(name)
+    stem, ending = os.path.splitext(base)
+    # What follows the last dot of a DICOM file without an ending is part of its name.
+    if config.format == "inbreast" and ending.lower() not in (*DICOM_ENDINGS, ".xml"):
+        stem, ending = base, ""
     return _hidden(stem, config) + ending
 
 

@@ -21,6 +21,7 @@ from data_prep import inbreast, schema
 from data_prep.breast import Crop, Flip, frame
 from data_prep.colormap import ClassColor, read_npz_mask, to_class_ids
 from data_prep.dicom import Reader, read_dicom
+from data_prep.dicom_frames import has_decoders
 from data_prep.errors import ContentError
 from data_prep.image import (
     Box,
@@ -34,7 +35,7 @@ from data_prep.storage import Store, open_source, open_store, put_if_other
 from data_prep.tiles import count, cut
 from data_prep.vanished import RegionCounts, count_regions
 
-_VERSION = 5  # of what is staged; another version's is not found
+_VERSION = 6  # of what is staged; another version's is not found
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _MIN_PAIRS, _MAX_PAIRS = 4, 32  # of a chunk; each costs two fsyncs, or two requests
 _MAX_TILES = 20_000  # of a picture; tiles of 64 that overlap by half cut 4096x3328 into 13081
@@ -571,6 +572,8 @@ def _read(file: File) -> bytes:
 def _staged_name(task: ScanTask) -> str:
     # Labels and places are left out: the same pair by another path is the same work.
     parts: list[Any] = [schema.FORMAT_VERSION, _VERSION, dataclasses.asdict(task.layout)]
+    if task.layout.format == "inbreast":
+        parts.append(has_decoders())  # with them fewer pictures are refused
     for item in task.items:
         files = [
             file and (file.url, file.name, file.size, file.generation)

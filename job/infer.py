@@ -24,6 +24,7 @@ import numpy as np
 
 from data_prep.command import PATH, SettingsCommand, from_options, run_command, settings_options
 from data_prep.dicom import DICOM_ENDINGS, is_dicom, read_dicom
+from data_prep.dicom_files import dicom_without_ending, stem_of
 from data_prep.errors import ContentError, StorageError, UsageError
 from data_prep.image import (
     DEFAULT_MAX_PIXELS,
@@ -52,7 +53,7 @@ from data_prep.storage import (
 )
 from data_prep.table import csv_table
 from data_prep.tiles import starts
-from data_prep.words import legible
+from data_prep.words import counted, legible
 from job.predict import (
     Flips,
     Ids,
@@ -136,6 +137,7 @@ class InferResult:
     num_written: int
     num_kept: int
     unreadable: tuple[tuple[str, str], ...]  # (file, reason)
+    passed_over: tuple[str, ...] = ()  # files that are no images
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def infer(
     output = open_store(output_url or join_url(run_url, "inference"))
     _refuse_files(source, output)
     _refuse_overlap(source, output)
-    names = find_images(source)
+    names, passed_over = sort_images(source)
     if config.window == "sliding" and manifest.geometry != "tile":
         logger.warning(
             "--window sliding: windows of %dx%d pixels of the pictures as they are, by a run that "
@@ -229,6 +231,7 @@ def infer(
         num_written=len(todo) - len(unreadable),
         num_kept=len(names) - len(todo),
         unreadable=tuple(unreadable),
+        passed_over=passed_over,
     )
 
 
@@ -359,16 +362,28 @@ def _worded(value: Any) -> str:
 
 
 def find_images(source: Store) -> list[str]:
-    """Returns the names of all images below `source`, sorted.
+    """Returns the names of all images below `source`, sorted; see `sort_images`."""
+    return sort_images(source)[0]
+
+
+def sort_images(source: Store) -> tuple[list[str], tuple[str, ...]]:
+    """Returns the names of all images below `source`, sorted, and of the files that are none.
+
+    DICOM files are found by how they begin, too. Hidden files are not mentioned.
 
     Raises:
-        UsageError: there are none, masks lie beside them, or two share all but the suffix.
+        UsageError: there are no images, masks lie beside them, or two would have one mask.
     """
     endings = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
-    names = [each.name for each in source.list() if each.name.lower().endswith(endings)]
+    stats = source.list()
+    unnamed = dicom_without_ending(source, stats)
+    names = [
+        each.name for each in stats if each.name.lower().endswith(endings) or each.name in unnamed
+    ]
     if not names:
         raise UsageError(
-            f"{source.url}: no images here; expected files ending in {', '.join(endings)}"
+            f"{source.url}: no images here; expected files ending in {', '.join(endings)}, or "
+            "DICOM files of any name"
         )
     if {"images", "masks"} <= {name.rpartition("/")[0] for name in names}:
         raise UsageError(
@@ -382,12 +397,14 @@ def find_images(source: Store) -> list[str]:
             raise UsageError(
                 f"{source.url}: {other} and {name} would both become {mask_name(name)}; rename one"
             )
-    return names
+    images = set(names)
+    others = (each.name for each in stats if each.name not in images)
+    return names, tuple(name for name in others if not posixpath.basename(name).startswith("."))
 
 
 def mask_name(image_name: str) -> str:
     """Returns the object name of the mask of `image_name`."""
-    return posixpath.splitext(image_name)[0] + ".png"
+    return stem_of(image_name) + ".png"
 
 
 def read_any(
@@ -682,6 +699,10 @@ def show_result(result: InferResult, config: InferConfig) -> None:
     click.echo(f"masks: {result.output_url} ({result.num_written} written{kept})")
     if config.overlays:
         click.echo(f"overlays: {join_url(result.output_url, OVERLAYS_FOLDER)}")
+    if result.passed_over:
+        files = counted(len(result.passed_over), "file")
+        first = legible(result.passed_over[0])
+        click.echo(f"passed over: {files}, neither pictures nor DICOM, first {first}")
     if result.unreadable:
         raise ContentError(
             f"{len(result.unreadable)} of the images could not be read, first "
