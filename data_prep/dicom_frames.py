@@ -139,7 +139,7 @@ def _joined(pixel_data: bytes) -> bytes:
     """Returns the fragments as one; the first item is a table of offsets, which is not needed."""
     fragments: list[bytes] = []
     position = 0
-    while position < len(pixel_data):
+    while position + 8 <= len(pixel_data):  # a zero may follow an odd number of bytes
         tag, length = struct.unpack_from("<4sI", pixel_data, position)
         if tag == _END_OF_ITEMS:
             break
