@@ -334,7 +334,7 @@ def test_rle_is_unpacked_no_further_than_wanted(tmp_path):
     [
         b"",
         bytes(64),
-        struct.pack("<16I", 2, 64, 64, *[0] * 13) + bytes([129, 7]) * 100,  # two for 8 bits
+        struct.pack("<16I", 2, 64, 164, *[0] * 13) + bytes([129, 7]) * 100,  # two for 8 bits
         struct.pack("<16I", 1, 10, *[0] * 14) + bytes([129, 7]) * 100,  # begins in its header
         struct.pack("<16I", 1, 9999, *[0] * 14) + bytes([129, 7]) * 100,
         struct.pack("<16I", 1, 64, *[0] * 14) + bytes([129, 7]) * 10,  # 1280 of 2000
