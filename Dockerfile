@@ -19,7 +19,7 @@ WORKDIR /src
 COPY pyproject.toml uv.lock ./
 
 FROM uv AS dependencies-cpu
-RUN uv sync --locked --no-default-groups --group current --no-install-project
+RUN uv sync --locked --no-default-groups --group current --extra dicom --no-install-project
 
 # Our own code alone, at the place of the others: a layer of megabytes where they have gigabytes.
 FROM uv AS package
@@ -66,7 +66,7 @@ COPY tests/faults/proxy.py /opt/bucket/proxy.py
 CMD ["python", "/opt/bucket/proxy.py", "--host", "0.0.0.0", "--port", "4443", "--bucket", "flexunet"]
 
 FROM uv AS dependencies-gpu
-RUN uv sync --locked --no-default-groups --group current --extra gpu --no-install-project
+RUN uv sync --locked --no-default-groups --group current --extra gpu --extra dicom --no-install-project
 
 FROM runtime AS gpu
 # GKE mounts the driver there and leaves it to the image to look.

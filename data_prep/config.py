@@ -123,7 +123,8 @@ class PrepConfig(Settings):
     )
     dicom_reader: Reader = option(
         "pydicom",
-        "What decodes DICOM files, to the same pixels; tfio: tensorflow-io, of the extra tfio.",
+        "What decodes DICOM files that are not compressed, to the same pixels; tfio: "
+        "tensorflow-io, of the extra tfio.",
         free=True,
     )
     num_processes: int | None = option(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from data_prep.config import HASH_KEY_VARIABLE, PrepConfig
+from data_prep.imaging.dicom import DICOM_ENDINGS
 from data_prep.sources.pairs import Reject, Source
 from flexunet.storage import open_store
 from flexunet.text import as_utf8
@@ -23,7 +24,11 @@ def hidden(text: str, config: PrepConfig) -> str:
 
 def hidden_name(name: str, config: PrepConfig) -> str:
     """Returns the file name without folders; with --hash-names its stem is hidden."""
-    stem, ending = os.path.splitext(os.path.basename(name))
+    base = os.path.basename(name)
+    stem, ending = os.path.splitext(base)
+    # What follows the last dot of a DICOM file without an ending is part of its name.
+    if config.format == "inbreast" and ending.lower() not in (*DICOM_ENDINGS, ".xml"):
+        stem, ending = base, ""
     return hidden(stem, config) + ending
 
 

@@ -27,6 +27,7 @@ from data_prep.imaging.dicom import DICOM_ENDINGS, is_dicom, read_dicom
 from data_prep.imaging.geometry import Geometry, apply_geometry, fit, undo_geometry
 from data_prep.imaging.tiles import starts
 from data_prep.shards.manifest import Manifest
+from data_prep.sources.dicom_files import dicom_without_ending, stem_of
 from data_prep.sources.pairs import IMAGE_ENDINGS
 from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.cli.options import PATH, SettingsCommand, from_options, settings_options
@@ -47,7 +48,7 @@ from flexunet.storage import (
     open_store,
 )
 from flexunet.tables import csv_table
-from flexunet.text import legible
+from flexunet.text import counted, legible
 from job.inference.predict import (
     Flips,
     Ids,
@@ -131,6 +132,7 @@ class InferResult:
     num_written: int
     num_kept: int
     unreadable: tuple[tuple[str, str], ...]  # (file, reason)
+    passed_over: tuple[str, ...] = ()  # files that are no images
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def infer(
     output = open_store(output_url or join_url(run_url, "inference"))
     _refuse_files(source, output)
     _refuse_overlap(source, output)
-    names = find_images(source)
+    names, passed_over = sort_images(source)
     if config.window == "sliding" and manifest.geometry != "tile":
         logger.warning(
             "--window sliding: windows of %dx%d pixels of the pictures as they are, by a run that "
@@ -224,6 +226,7 @@ def infer(
         num_written=len(todo) - len(unreadable),
         num_kept=len(names) - len(todo),
         unreadable=tuple(unreadable),
+        passed_over=passed_over,
     )
 
 
@@ -354,16 +357,28 @@ def _worded(value: Any) -> str:
 
 
 def find_images(source: Store) -> list[str]:
-    """Returns the names of all images below `source`, sorted.
+    """Returns the names of all images below `source`, sorted; see `sort_images`."""
+    return sort_images(source)[0]
+
+
+def sort_images(source: Store) -> tuple[list[str], tuple[str, ...]]:
+    """Returns the names of all images below `source`, sorted, and of the files that are none.
+
+    DICOM files are found by how they begin, too. Hidden files are not mentioned.
 
     Raises:
-        UsageError: there are none, masks lie beside them, or two share all but the suffix.
+        UsageError: there are no images, masks lie beside them, or two would have one mask.
     """
     endings = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
-    names = [each.name for each in source.list() if each.name.lower().endswith(endings)]
+    stats = source.list()
+    unnamed = dicom_without_ending(source, stats)
+    names = [
+        each.name for each in stats if each.name.lower().endswith(endings) or each.name in unnamed
+    ]
     if not names:
         raise UsageError(
-            f"{source.url}: no images here; expected files ending in {', '.join(endings)}"
+            f"{source.url}: no images here; expected files ending in {', '.join(endings)}, or "
+            "DICOM files of any name"
         )
     if {"images", "masks"} <= {name.rpartition("/")[0] for name in names}:
         raise UsageError(
@@ -377,12 +392,14 @@ def find_images(source: Store) -> list[str]:
             raise UsageError(
                 f"{source.url}: {other} and {name} would both become {mask_name(name)}; rename one"
             )
-    return names
+    images = set(names)
+    others = (each.name for each in stats if each.name not in images)
+    return names, tuple(name for name in others if not posixpath.basename(name).startswith("."))
 
 
 def mask_name(image_name: str) -> str:
     """Returns the object name of the mask of `image_name`."""
-    return posixpath.splitext(image_name)[0] + ".png"
+    return stem_of(image_name) + ".png"
 
 
 def read_any(
@@ -677,6 +694,10 @@ def show_result(result: InferResult, config: InferConfig) -> None:
     click.echo(f"masks: {result.output_url} ({result.num_written} written{kept})")
     if config.overlays:
         click.echo(f"overlays: {join_url(result.output_url, OVERLAYS_FOLDER)}")
+    if result.passed_over:
+        files = counted(len(result.passed_over), "file")
+        first = legible(result.passed_over[0])
+        click.echo(f"passed over: {files}, neither pictures nor DICOM, first {first}")
     if result.unreadable:
         raise ContentError(
             f"{len(result.unreadable)} of the images could not be read, first "

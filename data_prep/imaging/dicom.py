@@ -1,11 +1,12 @@
 """DICOM files -> pixels, their full scale and their spacing; nothing else of the file leaves here.
 
-Owns which DICOM files are read: one uncompressed grey frame of unsigned values of 8 to 16 bits. It
-must not know data sets, annotations or storage.
+Owns which DICOM files are read: one grey frame of unsigned values of 8 to 16 bits. It must not know
+data sets, annotations or storage, nor what compressed frames look like inside.
 
 - Only the few elements that are needed are parsed; text, private elements and sequences are
   skipped, and no value of an element is ever quoted: an error must not tell whose picture it is.
 - The header is checked before any pixel is decoded: transfer syntax, size, length of the pixels.
+  The size that a compressed frame says of itself must be the same.
 - MONOCHROME1 (white is 0) is inverted, so that dense tissue is bright in every picture. Rescaling
   and windows are a viewer's matter and not applied: pixels are the stored values.
 - A picture that says that text is burned into it is refused. One that does not say so may still
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from data_prep.imaging.dicom_frames import CODECS, Codec, decode_frame
 from flexunet.errors import ContentError
 
 if TYPE_CHECKING:
@@ -29,17 +31,22 @@ if TYPE_CHECKING:
 
     from data_prep.imaging.pixels import Pixels
 
-DICOM_ENDINGS = (".dcm",)
+DICOM_ENDINGS = (".dcm", ".dic", ".dicom", ".ima")
 
 Reader = Literal["pydicom", "tfio"]
 
 _PREAMBLE_BYTES = 128
+SIGNATURE_BYTES = _PREAMBLE_BYTES + 4  # what `is_dicom` looks at
 _META_GROUP = 0x0002
 _MAX_HEADER_BYTES = 64 * 2**20
 _MAX_SPACING_MM = 10.0
 _SYNTAXES = {
     "1.2.840.10008.1.2": "implicit little endian",
     "1.2.840.10008.1.2.1": "explicit little endian",
+}
+_REFUSED_SYNTAXES = {
+    "1.2.840.10008.1.2.1.99": ("deflated", "dcmconv +te of DCMTK"),
+    "1.2.840.10008.1.2.2": ("big endian", "dcmconv +te of DCMTK"),
 }
 _ELEMENTS = [
     *("SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns"),
@@ -77,28 +84,31 @@ def read_dicom(
         data: the whole file.
         name: what to call the file in errors.
         max_pixels: larger pictures are refused before they are decoded.
-        reader: what decodes the pixels; both give the same.
+        reader: what decodes uncompressed pixels; both give the same.
 
     Raises:
         UsageError: the reader is not installed.
-        ContentError: not DICOM, compressed, not one grey frame of unsigned values, too large, cut
-            off, or marked to have text burned in.
+        ContentError: not DICOM, compressed in a way that is not read, not one grey frame of
+            unsigned values, too large, cut off, or marked to have text burned in.
     """
     if not is_dicom(data):
         raise ContentError(f"{name}: not a DICOM file; replace it")
-    dataset = _parsed(data, name)
+    dataset, codec = _parsed(data, name)
     _check_kind(dataset, name)
-    _check_size(dataset, len(data), name, max_pixels)
+    _check_size(dataset, len(data), name, max_pixels, is_compressed=codec is not None)
     is_inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
-    pixels = _pixels_of(dataset, name, reader)
+    pixels = _pixels_of(dataset, codec, name, reader)
     value_max = 2 ** int(dataset.BitsStored) - 1
     if is_inverted:
         pixels = pixels.dtype.type(value_max) - pixels
     return Radiograph(pixels[:, :, np.newaxis], value_max, _spacing_of(dataset, name))
 
 
-def _parsed(data: bytes, name: str) -> "FileDataset":
-    """Returns the elements that are needed, each of the kind that the checks expect."""
+def _parsed(data: bytes, name: str) -> tuple["FileDataset", Codec | None]:
+    """Returns the elements that are needed, each of the kind that the checks expect, and the codec.
+
+    That is None where the pixels are not compressed.
+    """
     import pydicom
 
     # What is not valid is refused below or not used; a warning would quote it.
@@ -113,17 +123,28 @@ def _parsed(data: bytes, name: str) -> "FileDataset":
             stop_when=lambda tag, *_: tag >> 16 != _META_GROUP,
         )
         syntax = str(meta.TransferSyntaxUID)
-    if syntax not in _SYNTAXES:
-        known = " and ".join(_SYNTAXES.values())
-        raise ContentError(
-            f"{name}: compressed, or stored in an order that is not read (known: {known}); "
-            "decompress it, as with dcmconv or dcmdjpeg of DCMTK"
-        )
+    codec = CODECS.get(syntax)
+    if codec is None and syntax not in _SYNTAXES:
+        raise ContentError(f"{name}: {_why_refused(syntax)}")
     with _parsing(name):
         dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(_ELEMENTS))
         for keyword in _ELEMENTS:
             _ = dataset.get(keyword)  # elements are converted when they are asked for
-    return dataset
+    return dataset, codec
+
+
+def _why_refused(syntax: str) -> str:
+    """Returns why a transfer syntax is not read; one that is not known is not quoted."""
+    if syntax in _REFUSED_SYNTAXES:
+        what, tool = _REFUSED_SYNTAXES[syntax]
+        return f"stored {what}, which is not read; convert it, as with {tool}"
+    known = ", ".join(
+        dict.fromkeys([*_SYNTAXES.values(), *(each.name for each in CODECS.values())])
+    )
+    return (
+        f"compressed or stored in a way that is not read (known: {known}); convert it to explicit "
+        "little endian with the program that wrote it"
+    )
 
 
 @contextmanager
@@ -167,9 +188,11 @@ def _check_kind(dataset: "FileDataset", name: str) -> None:
         )
 
 
-def _check_size(dataset: "FileDataset", num_bytes: int, name: str, max_pixels: int) -> None:
+def _check_size(
+    dataset: "FileDataset", num_bytes: int, name: str, max_pixels: int, *, is_compressed: bool
+) -> None:
     height, width = _number(dataset, "Rows", 0), _number(dataset, "Columns", 0)
-    if not height or not width or "PixelData" not in dataset:
+    if not height or not width or not dataset.get("PixelData"):
         raise ContentError(f"{name}: holds no picture; leave the file out")
     if height * width > max_pixels:
         raise ContentError(
@@ -178,7 +201,7 @@ def _check_size(dataset: "FileDataset", num_bytes: int, name: str, max_pixels: i
         )
     wanted = height * width * int(dataset.BitsAllocated) // 8
     found = len(dataset.PixelData)
-    if found not in (wanted, wanted + wanted % 2):
+    if not is_compressed and found not in (wanted, wanted + wanted % 2):
         raise ContentError(
             f"{name}: {found} bytes of pixels, but {width}x{height} are {wanted}; replace the file"
         )
@@ -186,8 +209,20 @@ def _check_size(dataset: "FileDataset", num_bytes: int, name: str, max_pixels: i
         raise ContentError(f"{name}: {num_bytes - found} bytes beside the pixels; replace the file")
 
 
-def _pixels_of(dataset: "FileDataset", name: str, reader: Reader) -> np.ndarray:
+def _pixels_of(
+    dataset: "FileDataset", codec: Codec | None, name: str, reader: Reader
+) -> np.ndarray:
     """Returns (H, W) uint8 or uint16: the bits stored, without what is above them."""
+    if codec is not None:
+        return decode_frame(
+            dataset.PixelData,
+            codec,
+            int(dataset.Rows),
+            int(dataset.Columns),
+            bits_allocated=int(dataset.BitsAllocated),
+            bits_stored=int(dataset.BitsStored),
+            name=name,
+        )
     if reader == "tfio":
         from data_prep.imaging.dicom_tfio import decode
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import google_crc32c
 
+from data_prep.imaging.dicom_frames import has_decoders
 from data_prep.imaging.geometry import Box, Geometry
 from data_prep.imaging.lost_regions import RegionCounts
 from data_prep.shards.items import Moments, Refused, Scanned, ScanTask
@@ -20,7 +21,7 @@ from data_prep.shards.manifest import FORMAT_VERSION
 from data_prep.sources import inbreast
 from flexunet.storage import Store, open_store, put_if_other
 
-_VERSION = 5  # of what is staged; another version's is not found
+_VERSION = 6  # of what is staged; another version's is not found
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _PART_BYTES = 32 * 2**20  # of records that a process holds; tiles of one picture take gigabytes
 
@@ -81,6 +82,8 @@ def staged_name(task: ScanTask) -> str:
     """Returns the name of the staged object that holds the index of `task`."""
     # Labels and places are left out: the same pair by another path is the same work.
     parts: list[Any] = [FORMAT_VERSION, _VERSION, dataclasses.asdict(task.layout)]
+    if task.layout.format == "inbreast":
+        parts.append(has_decoders())  # with them fewer pictures are refused
     for item in task.items:
         files = [
             file and (file.url, file.name, file.size, file.generation)

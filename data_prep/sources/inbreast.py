@@ -18,7 +18,6 @@ doi:10.1016/j.acra.2011.09.014.
 """
 
 import math
-import os
 import plistlib
 import re
 from collections import Counter
@@ -30,9 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.imaging.dicom import DICOM_ENDINGS
+from data_prep.sources.dicom_files import dicom_without_ending, stem_of
 from data_prep.sources.pairs import Pair, Reject, Source, is_broken_link, list_files, refused_name
 from flexunet.errors import ContentError, UsageError
-from flexunet.storage import BROKEN_LINK, join_url, name_problem, open_store
+from flexunet.storage import BROKEN_LINK, join_url, name_problem, open_source, open_store
 
 Kind = Literal["mass", "spiculated", "cluster", "calcification", "asymmetry", "distortion", "other"]
 KINDS: tuple[Kind, ...] = (
@@ -130,7 +130,7 @@ def find_cases(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
         for number in images.keys() | annotations.keys():
             of_image, of_mask = images.get(number, []), annotations.get(number, [])
             if len(of_image) == 1 and len(of_mask) <= 1:
-                stem = os.path.splitext(of_image[0])[0]
+                stem = stem_of(of_image[0])
                 mask = of_mask[0] if of_mask else None
                 pairs.append(Pair(stem, source.images, of_image[0], source.masks, mask, None))
                 continue
@@ -163,11 +163,16 @@ def _by_number(
 ) -> dict[str, list[str]]:
     """Returns the object names of each file number; files that are no candidates go to `rejects`.
 
-    Files of other endings are no part of the release and are passed over.
+    Files of other endings are no part of the release and are passed over, unless they have a name
+    as in the release and begin as DICOM files do.
     """
     names: dict[str, list[str]] = {}
+    unnamed: set[str] = set()
+    if endings == DICOM_ENDINGS:
+        store = open_source(url)
+        unnamed = dicom_without_ending(store, (s for s in store.list() if pattern.match(s.name)))
     for name in list_files(url):
-        if not name.lower().endswith(tuple(endings)):
+        if not name.lower().endswith(tuple(endings)) and name not in unnamed:
             continue
         found = pattern.match(name)
         if found is None or "/" in name:

@@ -28,6 +28,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_prep.shards.manifest import MANIFEST_NAME
+from data_prep.sources.dicom_files import stem_of
 from flexunet.errors import ContentError, FlexUNetError, LockedError, StorageError
 from flexunet.progress import Alive
 from flexunet.settings import write_yaml
@@ -415,7 +416,7 @@ def _pictures(
     store = open_store(config.prediction_folder)
     pictures = {}
     for name in find_images(store)[:count]:
-        stem, url = os.path.splitext(name)[0].replace("/", "_"), f"{store.url}/{name}"
+        stem, url = stem_of(name).replace("/", "_"), f"{store.url}/{name}"
         try:
             image, value_max = read_any(store.get(name), name=url)
             pixels, _ = to_model_pixels(image, dataset.manifest, name=url, value_max=value_max)

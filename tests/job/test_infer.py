@@ -23,7 +23,7 @@ from PIL import Image
 from data_prep.config import PrepConfig
 from data_prep.imaging.geometry import fit
 from data_prep.intake import sources_of
-from data_prep.phantoms.inbreast_release import write_release
+from data_prep.phantoms.inbreast_release import dicom_bytes, write_release
 from data_prep.pipeline import prepare
 from data_prep.shards.manifest import FullScaleInfo, Manifest
 from data_prep.sources.pairs import find_sources
@@ -38,6 +38,7 @@ from job.infer import (
     find_images,
     infer,
     main,
+    sort_images,
 )
 from job.inference.predict import class_ids_at_source, to_model_pixels
 from job.optimization.optimizer import Adam
@@ -233,6 +234,44 @@ def test_command_refuses_a_folder_without_a_run(
     write_same(tmp_path / "images", 1)
     assert main([str(tmp_path / "run"), str(tmp_path / "images")]) == 2
     assert "config.yaml is missing" in capsys.readouterr().err
+
+
+def test_infer_reads_dicom_files_of_any_name(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an export of a PACS or a CD names them; what is passed over is told."""
+    images, output = tmp_path / "images", tmp_path / "output"
+    data = dicom_bytes(disc(32, 32)[0].astype(np.uint16), 8, spacing_mm=0.07, key="x")
+    names = ["1.2.840.1", "1.2.840.2", "IM000001", "a.dcm", "b.dicom", "c.IMA"]
+    for name in (*names, "DICOMDIR", ".hidden"):
+        images.mkdir(exist_ok=True)
+        (images / name).write_bytes(data)
+    (images / "notes.txt").write_bytes(b"notes")
+    assert main([str(trained_run), str(images), str(output), "--no-progress"]) == 0
+    said = capsys.readouterr().out
+    assert "(6 written)" in said
+    assert "passed over: 2 files, neither pictures nor DICOM, first DICOMDIR" in said
+    masks = ["1.2.840.1", "1.2.840.2", "IM000001", "a", "b", "c"]
+    assert sorted(path.name for path in output.glob("*.png")) == [f"{name}.png" for name in masks]
+    found = {(output / f"{name}.png").read_bytes() for name in masks}
+    assert len(found) == 1  # they are all of one picture
+    assert main([str(trained_run), str(images), str(output), "--no-progress"]) == 0
+    assert "0 written, 6 kept" in capsys.readouterr().out
+
+
+def test_sort_images_finds_dicom_files_in_a_bucket(bucket_url: str) -> None:
+    data = dicom_bytes(disc(8, 8)[0].astype(np.uint16), 8, spacing_mm=0.07, key="x")
+    bucket = open_store(bucket_url)
+    for name, content in (("a/IM1", data), ("a/x", b"x" * 500), ("b.dcm", b""), ("c.json", b"{}")):
+        bucket.put(name, content)
+    assert sort_images(bucket) == (["a/IM1", "b.dcm"], ("a/x", "c.json"))
+
+
+def test_infer_refuses_dicom_files_whose_masks_would_have_one_name(tmp_path: Path) -> None:
+    for name in ("a.dcm", "a.dicom"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"a\.dcm and a\.dicom would both become a\.png"):
+        find_images(open_store(str(tmp_path)))
 
 
 def test_infer_refuses_the_folder_that_prep_takes(tmp_path: Path) -> None:

@@ -1,0 +1,268 @@
+"""The compressed frame of a DICOM file -> its stored values.
+
+Owns which compressions are read, what their codestreams say of themselves, and which library
+decodes them. It must not know the elements of a file.
+
+- A codestream says its own size. It must be the one that the header says, which is within the
+  limit, before anything is decoded: a frame is never larger than the header has promised.
+- RLE says no size. It is unpacked here, up to the size that is wanted and no further.
+- The others are decoded by imagecodecs, of the extra `dicom`: libjpeg-turbo, CharLS and OpenJPEG.
+  It is no part of the default installation. The other libraries that pydicom can use are of the
+  GPL (pylibjpeg-libjpeg), or end the whole process on a damaged JPEG (python-gdcm).
+
+Sources: DICOM PS3.5 A.4 (fragments) and G (RLE); ITU-T T.81 B (JPEG), T.87 C (JPEG-LS) and
+T.800 A (JPEG 2000).
+"""
+
+import importlib.util
+import itertools
+import struct
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from flexunet.errors import ContentError
+
+Values = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+EXTRA = "pip install 'flexunet[dicom]'"
+
+_DCMTK_JPEG = "dcmdjpeg of DCMTK"
+_DCMTK_JPEG_LS = "dcmdjpls of DCMTK"
+_GDCM = "gdcmconv --raw of GDCM"
+
+_ITEM = b"\xfe\xff\x00\xe0"
+_END_OF_ITEMS = b"\xfe\xff\xdd\xe0"
+_END_OF_IMAGE = b"\xff\xd9"  # of JPEG and JPEG-LS; in JPEG 2000 the end of the codestream
+_START_OF_SCAN = 0xDA
+# DHT, JPG and DAC lie among the numbers of the frame headers.
+_FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+_J2K_START = b"\xff\x4f\xff\x51"
+_MIN_TILE_PIXELS = 256  # on average; OpenJPEG keeps some kilobytes for each tile
+_RLE_HEADER = struct.Struct("<16I")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A compression of DICOM files.
+
+    Attributes:
+        name: in words.
+        frame_headers: the markers that a JPEG of this kind may have.
+        tool: a program that decompresses such files.
+    """
+
+    name: str
+    family: Literal["rle", "jpeg", "jpeg-ls", "jpeg 2000"]
+    frame_headers: tuple[int, ...]
+    is_lossless: bool
+    tool: str
+
+
+CODECS = {
+    "1.2.840.10008.1.2.5": Codec("RLE lossless", "rle", (), True, "dcmdrle of DCMTK"),
+    "1.2.840.10008.1.2.4.50": Codec("JPEG baseline", "jpeg", (0xC0,), False, _DCMTK_JPEG),
+    "1.2.840.10008.1.2.4.51": Codec("JPEG extended", "jpeg", (0xC0, 0xC1), False, _DCMTK_JPEG),
+    "1.2.840.10008.1.2.4.57": Codec("JPEG lossless", "jpeg", (0xC3,), True, _DCMTK_JPEG),
+    "1.2.840.10008.1.2.4.70": Codec("JPEG lossless", "jpeg", (0xC3,), True, _DCMTK_JPEG),
+    "1.2.840.10008.1.2.4.80": Codec("JPEG-LS lossless", "jpeg-ls", (0xF7,), True, _DCMTK_JPEG_LS),
+    "1.2.840.10008.1.2.4.81": Codec(
+        "JPEG-LS near-lossless", "jpeg-ls", (0xF7,), False, _DCMTK_JPEG_LS
+    ),
+    "1.2.840.10008.1.2.4.90": Codec("JPEG 2000 lossless", "jpeg 2000", (), True, _GDCM),
+    "1.2.840.10008.1.2.4.91": Codec("JPEG 2000", "jpeg 2000", (), False, _GDCM),
+}
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a codestream says of its picture."""
+
+    height: int
+    width: int
+    samples: int
+    bits: int
+
+
+class _Damaged(Exception):
+    """The codestream cannot be what its file says."""
+
+
+def has_decoders() -> bool:
+    """Returns whether what decodes all but RLE is installed."""
+    return importlib.util.find_spec("imagecodecs") is not None
+
+
+def decode_frame(
+    pixel_data: bytes,
+    codec: Codec,
+    height: int,
+    width: int,
+    *,
+    bits_allocated: int,
+    bits_stored: int,
+    name: str,
+) -> Values:
+    """Returns the stored values, (height, width) uint8 or uint16 as `bits_allocated` says.
+
+    What lossless ones have above the bits stored is dropped, as of uncompressed files; of others,
+    values that the loss has made too large are the largest.
+
+    Args:
+        pixel_data: the value of the element, in fragments.
+        name: what to call the file in errors.
+
+    Raises:
+        ContentError: the decoder is not installed; the codestream is damaged, cut off, of another
+            kind or of another size than the file says.
+    """
+    dtype = np.uint8 if bits_allocated == 8 else np.uint16
+    try:
+        frame = _joined(pixel_data)
+        if codec.family == "rle":
+            values = _rle_decoded(frame, height, width, bits_allocated // 8)
+        else:
+            values = _decoded(frame, codec, height, width, bits_allocated, name)
+    except (_Damaged, struct.error, IndexError):
+        raise ContentError(
+            f"{name}: its {codec.name} pixels are damaged, cut off or of another kind; replace the "
+            "file"
+        ) from None
+    value_max = 2**bits_stored - 1
+    values = values & value_max if codec.is_lossless else np.minimum(values, value_max)
+    return values.astype(dtype, copy=False)
+
+
+def _joined(pixel_data: bytes) -> bytes:
+    """Returns the fragments as one; the first item is a table of offsets, which is not needed."""
+    fragments: list[bytes] = []
+    position = 0
+    while position + 8 <= len(pixel_data):  # a zero may follow an odd number of bytes
+        tag, length = struct.unpack_from("<4sI", pixel_data, position)
+        if tag == _END_OF_ITEMS:
+            break
+        position += 8
+        if tag != _ITEM or position + length > len(pixel_data):
+            raise _Damaged
+        fragments.append(pixel_data[position : position + length])
+        position += length
+    if len(fragments) < 2:
+        raise _Damaged
+    return b"".join(fragments[1:])
+
+
+def _decoded(
+    frame: bytes, codec: Codec, height: int, width: int, bits_allocated: int, name: str
+) -> Values:
+    try:
+        import imagecodecs
+    except ImportError:
+        raise ContentError(
+            f"{name}: compressed as {codec.name}; {EXTRA} for its decoder, or decompress it, as "
+            f"with {codec.tool}"
+        ) from None
+    said = _j2k_header(frame) if codec.family == "jpeg 2000" else _jpeg_header(frame, codec)
+    if (said.height, said.width) != (height, width):
+        raise ContentError(
+            f"{name}: its {codec.name} pixels are {said.width}x{said.height}, but its header says "
+            f"{width}x{height}; replace the file"
+        )
+    if said.samples != 1 or not 2 <= said.bits <= bits_allocated:
+        raise ContentError(
+            f"{name}: its {codec.name} pixels have {said.samples} samples of {said.bits} bits, but "
+            f"its header says 1 of up to {bits_allocated}; replace the file"
+        )
+    if not frame.rstrip(b"\0").endswith(_END_OF_IMAGE):
+        raise _Damaged
+    out = np.zeros((height, width), np.uint8 if said.bits <= 8 else np.uint16)
+    decode = {
+        "jpeg": imagecodecs.jpeg8_decode,
+        "jpeg-ls": imagecodecs.jpegls_decode,
+        "jpeg 2000": imagecodecs.jpeg2k_decode,
+    }[codec.family]
+    try:
+        decode(frame, out=out)
+    except MemoryError:
+        raise
+    # Each codec has an error of its own, beside ValueError and RuntimeError.
+    except Exception:
+        raise _Damaged from None
+    return out
+
+
+def _jpeg_header(frame: bytes, codec: Codec) -> _Said:
+    """Returns what the one frame header of a JPEG or JPEG-LS says."""
+    if frame[:2] != b"\xff\xd8":
+        raise _Damaged
+    said = None
+    position = 2
+    while True:
+        if frame[position] != 0xFF:
+            raise _Damaged
+        while frame[position] == 0xFF:  # a marker may have fillers before it
+            position += 1
+        marker = frame[position]
+        (length,) = struct.unpack_from(">H", frame, position + 1)
+        if marker == _START_OF_SCAN:
+            break
+        if marker in _FRAME_HEADERS:
+            if said is not None or marker not in codec.frame_headers:
+                raise _Damaged
+            bits, height, width, samples = struct.unpack_from(">BHHB", frame, position + 3)
+            said = _Said(height, width, samples, bits)
+        position += 1 + length
+    if said is None:
+        raise _Damaged
+    return said
+
+
+def _j2k_header(frame: bytes) -> _Said:
+    """Returns what the first segment of a JPEG 2000 codestream says."""
+    if not frame.startswith(_J2K_START):
+        raise _Damaged
+    right, bottom, left, top = struct.unpack_from(">4I", frame, 8)
+    tile_width, tile_height, tile_left, tile_top = struct.unpack_from(">4I", frame, 24)
+    samples, depth, step_x, step_y = struct.unpack_from(">H3B", frame, 40)
+    width, height = right - left, bottom - top
+    if min(width, height, tile_width, tile_height) < 1 or (step_x, step_y) != (1, 1) or depth > 127:
+        raise _Damaged
+    across, down = -(-(right - tile_left) // tile_width), -(-(bottom - tile_top) // tile_height)
+    if across * down > 1 and across * down * _MIN_TILE_PIXELS > width * height:
+        raise _Damaged
+    return _Said(height, width, samples, depth + 1)
+
+
+def _rle_decoded(frame: bytes, height: int, width: int, num_planes: int) -> Values:
+    """Returns (height, width): each byte of a value is a segment, the highest first."""
+    num_segments, *offsets = _RLE_HEADER.unpack_from(frame)
+    if num_segments != num_planes:
+        raise _Damaged
+    bounds = [*offsets[:num_segments], len(frame)]
+    if bounds[0] < _RLE_HEADER.size or bounds != sorted(bounds):
+        raise _Damaged
+    planes = [
+        np.frombuffer(_unpacked(frame[start:end], height * width), np.uint8)
+        for start, end in itertools.pairwise(bounds)
+    ]
+    if num_planes == 1:
+        return planes[0].reshape(height, width)
+    return np.stack(planes[::-1], axis=-1).view("<u2").reshape(height, width)
+
+
+def _unpacked(segment: bytes, num_bytes: int) -> bytes:
+    """Returns the first `num_bytes` of a segment of PackBits."""
+    out = bytearray()
+    position = 0
+    while len(out) < num_bytes:
+        count = segment[position]
+        if count < 128:
+            out += segment[position + 1 : position + 2 + count]
+            position += 2 + count
+        elif count > 128:
+            out += segment[position + 1 : position + 2] * (257 - count)
+            position += 2
+        else:
+            position += 1
+    return bytes(out[:num_bytes])
