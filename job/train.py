@@ -39,10 +39,10 @@ from job.data.dataset import Dataset
 from job.data.folds import evaluated_words, open_folded
 from job.distributed.process_group import Place, Team, meet, place_from_environment
 from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process
-from job.evaluate import show_summary
 from job.models.compatibility import check_fit, input_max
 from job.optimization.schedule import stopped_early_words
 from job.report import REPORT_NAME, read_summary, renew_report, write_report
+from job.reporting.terminal import show_summary
 from job.runs.identity import differences
 from job.runs.layout import CROSS_VALIDATION_NAME, IDENTITY_NAME, RESTORE, checked_run_name
 from job.runs.provenance import check_origin

@@ -37,7 +37,8 @@ from flexunet.text import counted
 from job.config import TrainConfig
 from job.data.cases import read_picture
 from job.data.dataset import Dataset, RecordReader
-from job.evaluate import Evaluation, Evaluator, evaluation_folder, write_evaluation
+from job.evaluation.artifacts import evaluation_folder, write_evaluation
+from job.evaluation.evaluator import Evaluation, Evaluator
 from job.infer import find_images, read_any
 from job.inference.predict import to_model_pixels
 from job.optimization.optimizer import Adam

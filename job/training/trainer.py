@@ -31,7 +31,8 @@ from job.distributed.exchange_plan import agreed_plan
 from job.distributed.process_group import Team
 from job.distributed.replica_sums import Criterion, Sums
 from job.distributed.runtime import why_not_xla
-from job.evaluate import Evaluation, Evaluator, make_evaluator, means_of
+from job.evaluation.artifacts import draw_examples
+from job.evaluation.evaluator import Evaluation, Evaluator, make_evaluator, means_of
 from job.inference.network import network_of
 from job.losses import is_mean
 from job.metrics.batch import RunningSums
@@ -298,7 +299,7 @@ class Session:
         examples: dict[str, bytes] = {}
 
         def draw(recorder: Recorder, alive: Alive) -> None:
-            examples.update(self.evaluator.draw_examples(evaluation, self.readers["test"], alive))
+            examples.update(draw_examples(self.evaluator, evaluation, self.readers["test"], alive))
 
         self._recorded(draw)
         return dataclasses.replace(evaluation, examples=examples)

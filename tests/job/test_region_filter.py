@@ -16,7 +16,7 @@ from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store
 from job.data.dataset import open_reader, read_sample
-from job.evaluate import EvaluateConfig, dataset_of, evaluate_run
+from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
 from job.infer import InferConfig, infer
 from job.inference.network import make_probability_step, network_of
 from job.inference.predict import class_ids, without_small

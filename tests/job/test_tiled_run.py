@@ -22,8 +22,9 @@ from job.data.dataset import open_dataset, open_reader
 from job.data.folds import fold_of
 from job.distributed import watchdog
 from job.distributed.watchdog import Watchdog
-from job.evaluate import EvaluateConfig, dataset_of, evaluate_run, make_evaluator
 from job.evaluate import main as evaluate_main
+from job.evaluation.evaluator import make_evaluator
+from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
 from job.infer import InferConfig, infer
 from job.infer import main as infer_main
 from job.inference.network import network_of
@@ -247,7 +248,7 @@ def test_small_regions_are_fitted_on_valid_and_used_by_infer(
     # An evaluation without it keeps the fit, and says what goes and what stays.
     fit = (folder / "small_regions.json").read_bytes()
     caplog.clear()
-    with caplog.at_level("INFO", logger="job.evaluate"):
+    with caplog.at_level("INFO", logger="job.evaluation"):
         assert evaluate(own_tiled_run)[0]["prediction"]["small_regions"] is None
     assert (folder / "small_regions.json").read_bytes() == fit
     assert caplog.messages[1:] == [
