@@ -19,15 +19,14 @@ from flexunet.progress import Alive, Progress, not_told
 from job.config import TrainConfig
 from job.data.cases import Picture, pictures_of, read_picture
 from job.data.dataset import Dataset, RecordReader, Split, distributed_batches, global_batches
-from job.inference.predict import (
+from job.inference.postprocess import (
     Ids,
-    Probabilities,
     area_scale,
     class_ids,
     class_ids_at_source,
-    probabilities_of,
     without_small,
 )
+from job.inference.sliding_window import Probabilities, Windows, probabilities_of
 from job.metrics.lesions import MIN_PIXELS
 from job.metrics.per_case import (
     SIZES,
@@ -70,8 +69,9 @@ class Evaluator:
     """A model on its devices, and how its errors on a dataset are counted.
 
     Attributes:
-        overlap: of windows, pixels; 0 where the dataset's pictures are all of the network's size.
-        images_at_once: pictures, or windows, that go through the network of a device at once.
+        windows: in which large cases are predicted; the overlap is 0 where the dataset's pictures
+            are all of the network's size, and the batch is what goes through the network of a
+            device at once.
         is_by_tile: a tile counts as a picture.
         min_pixels: of each class but 0, at the network's size; smaller regions are not predicted.
     """
@@ -83,8 +83,7 @@ class Evaluator:
     metrics: Mapping[str, Any]  # of the reference, by name
     step: Callable[..., Any]  # batch -> sums, counts
     probabilities: Callable[[np.ndarray], Any]  # (B, H, W, C) pixels -> (B, H, W, K) float32
-    overlap: int
-    images_at_once: int
+    windows: Windows
     first_replica: int = 0  # of this process, among all
     is_by_tile: bool = False
     min_pixels: tuple[int, ...] = ()
@@ -100,14 +99,7 @@ class Evaluator:
 
     def predict(self, image: np.ndarray, alive: Alive = not_told) -> Probabilities:
         """Returns the probabilities (H, W, K) of a picture (H, W, C) of any size."""
-        return probabilities_of(
-            image,
-            self.probabilities,
-            self.dataset.manifest,
-            alive=alive,
-            overlap=self.overlap,
-            batch_size=self.images_at_once,
-        )
+        return probabilities_of(image, self.probabilities, self.windows, alive=alive)
 
     def mask_of(self, image: np.ndarray, alive: Alive = not_told) -> Ids:
         """Returns the class ids (H, W) of a picture (H, W, C) of any size."""
@@ -180,7 +172,7 @@ class Evaluator:
         is_by_tile = self.is_by_tile and self.dataset.manifest.geometry == "tile"
         way = {
             "case": "tile" if is_by_tile else "picture",
-            "overlap": self.overlap if self.has_windows else None,
+            "overlap": self.windows.overlap if self.has_windows else None,
             "fold": list(self.dataset.fold) if self.dataset.fold else None,
         }
         return {**_summary(name, counts, means, self.dataset), **way}
@@ -302,8 +294,12 @@ def make_evaluator(
         metrics=metrics,
         step=step,
         probabilities=make_probability_step(network),
-        overlap=overlap,
-        images_at_once=local_batch // num_micro_batches,
+        windows=Windows(
+            height=manifest.image_height,
+            width=manifest.image_width,
+            overlap=overlap,
+            batch_size=local_batch // num_micro_batches,
+        ),
         first_replica=first_replica,
     )
 

@@ -18,7 +18,8 @@ from job.data.dataset import Dataset, RecordReader, Split, open_dataset, open_re
 from job.data.folds import open_folded
 from job.evaluation.artifacts import draw_examples, evaluation_folder, write_evaluation
 from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names, make_evaluator
-from job.inference.predict import PredictConfig, class_ids
+from job.inference.options import PredictConfig
+from job.inference.postprocess import class_ids
 from job.inference.region_filter import FILE_NAME, FittedOn, RegionTally, SmallRegions
 from job.metrics.per_case import checkpoint_words, without_ignored
 from job.runs.loading import Member, TrainedRun, load_model, member_of
@@ -193,7 +194,7 @@ def _fit_regions(
         fitted_on=fitted_on,
         runs=tuple(members),
         flips=config.flips,
-        overlap=evaluator.overlap if evaluator.has_windows else None,
+        overlap=evaluator.windows.overlap if evaluator.has_windows else None,
         classes=fits,
     )
 

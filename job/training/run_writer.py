@@ -39,8 +39,8 @@ from job.data.cases import read_picture
 from job.data.dataset import Dataset, RecordReader
 from job.evaluation.artifacts import evaluation_folder, write_evaluation
 from job.evaluation.evaluator import Evaluation, Evaluator
-from job.infer import find_images, read_any
-from job.inference.predict import to_model_pixels
+from job.inference.inputs import find_images, read_any
+from job.inference.preprocess import to_model_pixels
 from job.optimization.optimizer import Adam
 from job.report import renew_report
 from job.reporting import plots

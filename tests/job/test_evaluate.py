@@ -26,8 +26,9 @@ from job.data.dataset import open_reader, read_sample
 from job.evaluate import main
 from job.evaluation.evaluator import _scales, make_evaluator
 from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
-from job.infer import InferConfig, infer
 from job.inference.network import Network, network_of
+from job.inference.options import InferConfig
+from job.inference.pipeline import infer
 from job.metrics.per_case import Scale, nothing_predicted
 from job.optimization.optimizer import Adam
 from job.report import write_report
