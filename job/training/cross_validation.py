@@ -58,6 +58,11 @@ _FOLDS_BESIDE = 4  # of a table that fits 80 columns
 Command = Callable[[TrainConfig, str], list[str]]  # a fold's config, its file -> arguments
 
 
+def is_cross_validation(config: TrainConfig) -> bool:
+    """Returns whether `config` is of all folds, and not of a run that trains one of them."""
+    return config.folds is not None and config.fold is None
+
+
 def fold_configs(config: TrainConfig) -> list[TrainConfig]:
     """Returns the config of every fold's run.
 

@@ -31,7 +31,8 @@ from job.inference.options import InferConfig
 from job.inference.pipeline import infer
 from job.runs.loading import model_for, open_alike, open_trained
 from job.runs.run import Run
-from job.train import train_and_evaluate
+from job.training.loop import train_and_evaluate
+from job.training.setup import Callbacks, TrainingSetup
 from tests import commands
 from tests.job.discs import prepare_discs, write_discs
 
@@ -128,7 +129,8 @@ def test_training_tells_of_every_batch_of_windows(tiled_run: Path, tmp_path: Pat
         told[phases[-1]] = told.get(phases[-1], 0) + 1
 
     with Run.open(str(tmp_path), "again") as run:
-        train_and_evaluate(config, run, device, report, lambda: False, None, alive)
+        setup = TrainingSetup.of_one_process(config, run, device)
+        train_and_evaluate(setup, Callbacks(report, lambda: False, alive))
     # 4 rows of 4 windows in batches of 2, for one picture after an epoch; for two of the test
     # split when they are measured, and again when they are shown. The best checkpoint is read in
     # two pieces, its record and its weights.
