@@ -76,6 +76,7 @@ def main(
 def _measure(
     config: TrainConfig, run: Run, strategy: Any, steps_per_save: int, saves: int
 ) -> dict[str, Any]:
+    from job.training.setup import TrainingSetup
     from job.training.state import TrainState
     from job.training.trainer import open_session
 
@@ -86,7 +87,7 @@ def _measure(
     first: list[float] = []
     idle: list[float] = []
     busy: list[float] = []
-    with open_session(config, run, strategy, Team(strategy), dataset) as session:
+    with open_session(TrainingSetup(config, dataset, run, strategy, Team(strategy))) as session:
         assert session.recorder is not None
         outbox = session.recorder.outbox
         state = session.restore()

@@ -420,6 +420,7 @@ def _session(
 ) -> Iterator[Any]:
     """Yields a small network in training on one device."""
     from job.distributed.process_group import Team
+    from job.training.setup import TrainingSetup
     from job.training.trainer import open_session
 
     small = {
@@ -437,7 +438,7 @@ def _session(
     }
     config = validated(TrainConfig, merged(small, change), "benchmark")
     strategy = tf.distribute.OneDeviceStrategy(f"{device}:0")
-    with open_session(config, None, strategy, Team(strategy), data) as session:
+    with open_session(TrainingSetup(config, data, None, strategy, Team(strategy))) as session:
         yield session
 
 

@@ -41,8 +41,10 @@ def main(
 
     tf = runtime.import_tensorflow()
     runtime.configure(TrainConfig(global_batch_size=batch_size))
-    from job.infer import Chunk, InferConfig, _predict, _Predictor, find_images
+    from job.inference.chunk import Chunk, Predictor, predict_images
+    from job.inference.inputs import find_images
     from job.inference.network import make_probability_step, network_of
+    from job.inference.options import InferConfig
     from job.runs.loading import model_for
 
     with tempfile.TemporaryDirectory(prefix="flexunet-bench-") as folder:
@@ -55,7 +57,7 @@ def main(
             precision="float32", model=ModelConfig(num_layers=num_layers, image_channels=3)
         )
         model = model_for(config, manifest)
-        predictor = _Predictor(make_probability_step(network_of([model])), manifest)
+        predictor = Predictor(make_probability_step(network_of([model])), manifest)
         images = f"{folder}/source/images"
         names = find_images(open_store(images))
         flops = convolution_flops(model) * batch_size
@@ -72,7 +74,7 @@ def main(
                 InferConfig(batch_size=batch_size, progress=False), tuple(names), (), None,
             )  # fmt: skip
             started = time.perf_counter()
-            _predict(chunk, predictor, lambda: None)
+            predict_images(chunk, predictor, lambda: None)
             path_s.append(time.perf_counter() - started)
     step_s, rates, path_s = step_s[1:], rates[1:], path_s[1:]
     share = [flops / t / rate for t, rate in zip(step_s, rates, strict=True)]

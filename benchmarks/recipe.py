@@ -61,6 +61,7 @@ def trained(data: str, num_steps: int, seed: int, arm: dict[str, Any]) -> float:
     """
     import tensorflow as tf
 
+    from job.training.setup import TrainingSetup
     from job.training.trainer import open_session
 
     dataset = open_dataset(data)
@@ -78,7 +79,8 @@ def trained(data: str, num_steps: int, seed: int, arm: dict[str, Any]) -> float:
     }
     config = validated(TrainConfig, merged(budget, arm), "benchmark")
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
-    with open_session(config, None, strategy, Team(strategy, None), dataset) as session:
+    setup = TrainingSetup(config, dataset, None, strategy, Team(strategy, None))
+    with open_session(setup) as session:
         state = TrainState(learning_rate=config.optimizer.learning_rate)
         best = session.model.get_weights()
         while state.epoch < epochs:

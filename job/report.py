@@ -36,7 +36,6 @@ from flexunet.storage import NotFound, Store, join_url, open_store
 from flexunet.text import counted
 from job.data.folds import fold_words
 from job.distributed.watchdog import STACKS_FOLDER
-from job.evaluate import counted_cases, has_foreground, no_foreground_words, summarized_words
 from job.metrics.per_case import (
     checkpoint_words,
     lesion_words,
@@ -45,6 +44,12 @@ from job.metrics.per_case import (
     titled_sizes,
 )
 from job.optimization.schedule import stopped_early_words
+from job.reporting.phrases import (
+    counted_cases,
+    has_foreground,
+    no_foreground_words,
+    summarized_words,
+)
 from job.runs.history import CURVE_TITLES
 from job.runs.layout import CROSS_VALIDATION_NAME, LEASE_NAME, OUTCOME_NAME, RESTORE
 from job.runs.status import read_ends, standing

@@ -1,7 +1,8 @@
 """Starts workers on a Ray cluster again and again until the run is over.
 
-The workers run `job.train.run_member`; the bucket alone says where a run stands. So whatever dies
-(a worker, the driver, the cluster), the next workers resume, and Ray keeps nothing of a run.
+The workers run `job.training.process.run_member`; the bucket alone says where a run stands. So
+whatever dies (a worker, the driver, the cluster), the next workers resume, and Ray keeps nothing of
+a run.
 """
 
 import logging
@@ -22,7 +23,9 @@ from job.report import renew_report
 from job.runs.commits import find_commits
 from job.runs.provenance import check_origin
 from job.runs.run import Run
-from job.train import Display, earlier_outcome, stop_signals, stored_precision
+from job.training.display import Display
+from job.training.loop import earlier_outcome
+from job.training.process import stop_signals, stored_precision
 from launcher.cluster.connection import connected
 from launcher.cluster.node_checks import check_nodes
 from launcher.cluster.resources import (
@@ -49,7 +52,7 @@ def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
         config: `data`, `output` and `name` are set; paths are absolute.
 
     Raises:
-        FlexUNetError: as `job.train.train_and_evaluate`; also when too many workers failed.
+        FlexUNetError: as `job.training.loop.train_and_evaluate`; also when too many workers failed.
     """
     from job.distributed.runtime import check_batch
 

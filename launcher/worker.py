@@ -5,7 +5,7 @@ from typing import Any
 
 from job.config import TrainConfig
 from job.distributed.process_group import place_from_environment
-from job.train import run_member
+from job.training.process import run_member
 from launcher.channel import Link
 
 

@@ -68,9 +68,9 @@ ORDERS = {
         "job.optimization",
         "job.distributed",
         "job.runs",
+        "job.reporting",
         "job.inference",
         "job.evaluation",
-        "job.reporting",
         "job.training",
         *COMMANDS,
     ],
@@ -90,14 +90,10 @@ ORDERS = {
 }
 # Commands know nothing of each other, but for these: (importing, imported): why.
 COMMANDS_OF_COMMANDS = {
-    ("job.train", "job.evaluate"): "after training, the checkpoint is evaluated",
     ("job.train", "job.report"): "the report of a run is written at its end",
-    ("job.report", "job.evaluate"): "the command writes what is evaluated of a run",
 }
 # (importing, imported) of ORDERS against the order, which are to go. No entry may be added.
 ALLOWED_UPWARD: set[tuple[str, str]] = {
-    ("job.training", "job.evaluate"),
-    ("job.training", "job.infer"),
     ("job.training", "job.report"),
 }
 # Modules that import each other in a circle, which are to go. No entry may be added.

@@ -13,8 +13,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -393,3 +394,24 @@ class Team:
         )
         total = strategy.experimental_local_results(self._add(parts))[0]
         return np.asarray(total.numpy())
+
+
+@contextmanager
+def told_of_peers(team: Team) -> Iterator[None]:
+    """Turns what a collective says of a lost peer into a line.
+
+    Raises:
+        FlexUNetError: another process ended or cannot be reached.
+    """
+    import tensorflow as tf
+
+    try:
+        yield
+    except (tf.errors.UnavailableError, tf.errors.InternalError, tf.errors.AbortedError,
+            tf.errors.CancelledError, tf.errors.DeadlineExceededError) as error:  # fmt: skip
+        if team.size == 1:
+            raise
+        raise FlexUNetError(
+            f"rank {team.rank}: another process ended or cannot be reached "
+            f"({type(error).__name__}); the same command resumes"
+        ) from error

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from job.inference.predict import Flips
+from job.inference.options import Flips
 
 Network = Callable[[tf.Tensor], tf.Tensor]  # stored pixels (B, H, W, C) -> logits (B, H, W, K)
 

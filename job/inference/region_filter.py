@@ -22,7 +22,8 @@ from pydantic import Field
 from flexunet.errors import ContentError, UsageError
 from flexunet.settings import Settings, validated
 from flexunet.storage import Store
-from job.inference.predict import Flips, Ids
+from job.inference.options import Flips
+from job.inference.postprocess import Ids
 from job.metrics.lesions import MIN_PIXELS, label_regions
 from job.runs.loading import Member
 

@@ -34,7 +34,6 @@ from job.config import TrainConfig
 from job.data.cases import pictures_of
 from job.data.dataset import open_dataset
 from job.data.folds import evaluated_words, open_folded
-from job.evaluate import measures_table
 from job.metrics.per_case import (
     SIZES,
     Case,
@@ -47,6 +46,7 @@ from job.metrics.per_case import (
     summarize_cases,
     titled_sizes,
 )
+from job.reporting.terminal import measures_table
 from job.runs.layout import CROSS_VALIDATION_NAME, checked_run_name
 from job.runs.provenance import as_record, read_origin, refuse_seen
 
@@ -56,6 +56,11 @@ _TICK_S = 0.2
 _FOLDS_BESIDE = 4  # of a table that fits 80 columns
 
 Command = Callable[[TrainConfig, str], list[str]]  # a fold's config, its file -> arguments
+
+
+def is_cross_validation(config: TrainConfig) -> bool:
+    """Returns whether `config` is of all folds, and not of a run that trains one of them."""
+    return config.folds is not None and config.fold is None
 
 
 def fold_configs(config: TrainConfig) -> list[TrainConfig]:

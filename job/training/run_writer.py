@@ -5,20 +5,16 @@ training does not wait for storage; the checkpoint comes last, so that an epoch 
 pictures are missing is done again.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
-import hashlib
 import json
 import logging
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +25,7 @@ import tensorflow as tf
 
 from data_prep.shards.manifest import MANIFEST_NAME
 from data_prep.sources.dicom_files import stem_of
-from flexunet.errors import ContentError, FlexUNetError, LockedError, StorageError
+from flexunet.errors import ContentError, FlexUNetError, StorageError
 from flexunet.progress import Alive
 from flexunet.settings import write_yaml
 from flexunet.storage import NotFound, Store, open_store
@@ -38,9 +34,10 @@ from flexunet.text import counted
 from job.config import TrainConfig
 from job.data.cases import read_picture
 from job.data.dataset import Dataset, RecordReader
-from job.evaluate import Evaluation, Evaluator, evaluation_folder, write_evaluation
-from job.infer import find_images, read_any
-from job.inference.predict import to_model_pixels
+from job.evaluation.artifacts import evaluation_folder, write_evaluation
+from job.evaluation.evaluator import Evaluation, Evaluator
+from job.inference.inputs import find_images, read_any
+from job.inference.preprocess import to_model_pixels
 from job.optimization.optimizer import Adam
 from job.report import renew_report
 from job.reporting import plots
@@ -50,11 +47,11 @@ from job.runs.history import CURVE_TITLES, History
 from job.runs.layout import Place, commit_prefix
 from job.runs.run import Run
 from job.runs.upload_queue import Outbox
+from job.training.setup import TrainingSetup
+from job.training.staging import kept_if_unstored, kept_words, staging_folder
 from job.training.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-_STAGING_LOCK = "in-use.lock"
 
 
 @dataclasses.dataclass
@@ -108,7 +105,9 @@ class Recorder:
         state = TrainState(**values)
         logger.info(
             "resuming from %s, after %s and %s of the next",
-            *(commit.prefix, counted(state.epoch, "epoch"), counted(state.step_in_epoch, "step")),
+            commit.prefix,
+            counted(state.epoch, "epoch"),
+            counted(state.step_in_epoch, "step"),
         )
         self.write_tables(state)
         self._rewrite_events(state)
@@ -146,7 +145,7 @@ class Recorder:
     def _kept(self) -> str:
         """Completes the checkpoints that were not stored; returns words on where the newest is."""
         try:
-            return _kept_words(self.pending)
+            return kept_words(self.pending)
         except StorageError:
             return ""
 
@@ -305,8 +304,7 @@ class Recorder:
 
 @contextmanager
 def open_recorder(
-    config: TrainConfig,
-    run: Run,
+    setup: TrainingSetup,
     evaluator: Evaluator,
     model: Any,
     optimizer: Adam,
@@ -314,95 +312,33 @@ def open_recorder(
     *,
     alive: Alive,
 ) -> Iterator[Recorder]:
-    """Yields the recorder of `run`; leaving the block waits until everything is stored.
+    """Yields the recorder of the setup's run; leaving the block waits until everything is stored.
 
     Args:
         reader: of the validation split.
         alive: called while that takes long and bytes move.
     """
+    config, run = setup.config, setup.run
+    assert run is not None  # noqa: S101 - only the first process has a recorder
     pending: list[Callable[[], dict[str, str]]] = []
-    with _staging(run.url) as staging, _kept_if_unstored(pending), ExitStack() as stack:
+    with staging_folder(run.url) as staging, kept_if_unstored(pending), ExitStack() as stack:
         events = None
         if config.tensorboard:
             events = tf.summary.create_file_writer(os.path.join(staging, "tensorboard"))
             stack.callback(events.close)
         outbox = stack.enter_context(Outbox(budget_s=config.storage_timeout, alive=alive))
-        pictures = _pictures(config, evaluator, reader)
         yield Recorder(
-            *(config, run, outbox, evaluator, model, optimizer, pictures, staging, events),
+            config=config,
+            run=run,
+            outbox=outbox,
+            evaluator=evaluator,
+            model=model,
+            optimizer=optimizer,
+            pictures=_pictures(config, evaluator, reader),
+            staging=staging,
+            events=events,
             pending=pending,
         )
-
-
-def _kept_words(pending: Sequence[Callable[[], dict[str, str]]]) -> str:
-    """Completes the checkpoints that were not stored; returns words on where the newest is.
-
-    Raises:
-        StorageError: this machine's disk is full.
-    """
-    folders = [os.path.dirname(next(iter(write().values()))) for write in pending]
-    if not folders:
-        return ""
-    return (
-        f"; the checkpoint that could not be stored is kept on {socket.gethostname()} in "
-        f"{folders[-1]} (its weights "
-        f"start a new run with --init-from {folders[-1]}/{serialization.WEIGHTS_NAME})"
-    )
-
-
-@contextmanager
-def _kept_if_unstored(pending: Sequence[Callable[[], dict[str, str]]]) -> Iterator[None]:
-    """Keeps checkpoints that were taken when another error came beside an outage.
-
-    Raises:
-        StorageError: names their folder, which it keeps.
-    """
-    try:
-        yield
-    except (StorageError, LockedError):
-        raise  # the first says itself where they are; a run that is lost needs none
-    except Exception as error:
-        words = _kept_words(pending)
-        if not words:
-            raise
-        problem = str(error) if isinstance(error, FlexUNetError) else repr(error)
-        raise StorageError(f"{problem}{words}") from error
-
-
-@contextmanager
-def _staging(url: str) -> Iterator[str]:
-    """Yields a local folder, which is kept when storage failed: it holds the newest checkpoint.
-
-    What killed processes of the run `url` left on this machine is removed first.
-    """
-    prefix = f"flexunet-{hashlib.sha256(url.encode()).hexdigest()[:16]}-"
-    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        _remove_abandoned(str(left))
-    folder = tempfile.mkdtemp(prefix=prefix)
-    lock = os.open(os.path.join(folder, _STAGING_LOCK), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield folder
-    except StorageError:
-        # Without it, nobody takes this folder for one that was left behind.
-        os.unlink(os.path.join(folder, _STAGING_LOCK))
-        raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_abandoned(folder: str) -> None:
-    with contextlib.suppress(OSError):
-        lock = os.open(os.path.join(folder, _STAGING_LOCK), os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
 
 
 def _pictures(

@@ -1,8 +1,8 @@
-"""What lives as long as one training process: model, optimizer, compiled steps, readers.
+"""Holds what lives as long as one training process: model, optimizer, compiled steps, readers.
 
-`job/train.py` is the loop over it. Everything that must survive the process is in `TrainState` and
-in the weights; a session can be rebuilt from a checkpoint at any step. Every process of a team has
-one and computes the same; that of the first has a recorder too.
+`job/training/loop.py` is the loop over it. Everything that must survive the process is in
+`TrainState` and in the weights; a session can be rebuilt from a checkpoint at any step. Every
+process of a team has one and computes the same; that of the first has a recorder too.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ from job.distributed.exchange_plan import agreed_plan
 from job.distributed.process_group import Team
 from job.distributed.replica_sums import Criterion, Sums
 from job.distributed.runtime import why_not_xla
-from job.evaluate import Evaluation, Evaluator, make_evaluator, means_of
+from job.evaluation.artifacts import draw_examples
+from job.evaluation.evaluator import Evaluation, Evaluator, make_evaluator, means_of
 from job.inference.network import network_of
 from job.losses import is_mean
 from job.metrics.batch import RunningSums
@@ -48,6 +49,7 @@ from job.runs.loading import initialize_from, model_for
 from job.runs.provenance import Origin, as_record, origin_json, read_origin, refuse_seen
 from job.runs.run import Run
 from job.training.run_writer import Recorder, open_recorder
+from job.training.setup import TrainingSetup
 from job.training.state import TrainState
 from job.training.step import SKIPPED, StepOptions, make_train_step
 
@@ -60,10 +62,7 @@ T = TypeVar("T")
 class Session:
     """One training process at work on one run; made by `open_session`."""
 
-    config: TrainConfig
-    strategy: tf.distribute.Strategy
-    team: Team
-    dataset: Dataset
+    setup: TrainingSetup
     readers: dict[str, RecordReader]
     model: Any
     optimizer: Adam
@@ -74,6 +73,26 @@ class Session:
     attempt: int = 0  # of the run, known from `restore` on
     init_from: list[dict[str, str]] = dataclasses.field(default_factory=list)  # likewise
     skipped_in_row: int = 0  # steps until now, see `LossScale`
+
+    @property
+    def config(self) -> TrainConfig:
+        """The setup's."""
+        return self.setup.config
+
+    @property
+    def dataset(self) -> Dataset:
+        """The setup's."""
+        return self.setup.dataset
+
+    @property
+    def strategy(self) -> tf.distribute.Strategy:
+        """The setup's."""
+        return self.setup.strategy
+
+    @property
+    def team(self) -> Team:
+        """The setup's."""
+        return self.setup.team
 
     @property
     def num_steps(self) -> int:
@@ -174,7 +193,9 @@ class Session:
             logger.info(
                 "epoch %d: %s skipped, whose gradients overflowed float16; the loss scale is now "
                 "%g",
-                *(state.epoch + 1, counted(number, "step"), scale.value),
+                state.epoch + 1,
+                counted(number, "step"),
+                scale.value,
             )
 
     def _rate(self, state: TrainState, offset: int = 0) -> float:
@@ -298,7 +319,7 @@ class Session:
         examples: dict[str, bytes] = {}
 
         def draw(recorder: Recorder, alive: Alive) -> None:
-            examples.update(self.evaluator.draw_examples(evaluation, self.readers["test"], alive))
+            examples.update(draw_examples(self.evaluator, evaluation, self.readers["test"], alive))
 
         self._recorded(draw)
         return dataclasses.replace(evaluation, examples=examples)
@@ -342,7 +363,8 @@ class Session:
         self, split: str, should_stop: Callable[[], bool], *, measured: bool = False
     ) -> Evaluation:
         return self.evaluator.evaluate(
-            *(split, self.readers[split]),
+            split,
+            self.readers[split],
             measured=measured,
             should_stop=should_stop,
             alive=self.alive,
@@ -370,69 +392,73 @@ class Session:
 
 
 @contextmanager
-def open_session(
-    config: TrainConfig,
-    run: Run | None,
-    strategy: tf.distribute.Strategy,
-    team: Team,
-    dataset: Dataset,
-    *,
-    alive: Alive = not_told,
-) -> Iterator[Session]:
+def open_session(setup: TrainingSetup, *, alive: Alive = not_told) -> Iterator[Session]:
     """Yields a session whose model, steps and readers are ready; nothing is trained yet.
 
     Args:
-        run: None but in the first process.
         alive: told of every shard that is found or copied, and of every batch of windows.
 
     Raises:
         UsageError: a model that does not fit the dataset.
     """
-    with strategy.scope():
-        model = model_for(config, dataset.manifest)
+    config, team = setup.config, setup.team
+    with setup.strategy.scope():
+        model = model_for(config, setup.dataset.manifest)
         scale = loss_scale_for(config.precision)
         optimizer = Adam(config.optimizer, model.trainable_variables, scale)
     evaluator = make_evaluator(
-        config, strategy, dataset, network_of([model]), first_replica=team.first_replica
+        config,
+        setup.strategy,
+        setup.dataset,
+        network_of([model]),
+        first_replica=team.first_replica,
     )
+    readers = _open_readers(setup, alive)
+    step = _train_step(setup, model, optimizer, evaluator)
+    recorders: list[Recorder] = []
+    with ExitStack() as stack:
+
+        def record() -> None:
+            if setup.run is None:
+                return
+            recorder = stack.enter_context(
+                open_recorder(setup, evaluator, model, optimizer, readers["valid"], alive=alive)
+            )
+            recorder.write_description(setup.dataset, setup.strategy)
+            recorders.append(recorder)
+
+        team.on_first(record)
+        recorder = recorders[0] if recorders else None
+        yield Session(setup, readers, model, optimizer, step, evaluator, recorder, alive)
+
+
+def _open_readers(setup: TrainingSetup, alive: Alive) -> dict[str, RecordReader]:
+    """Returns a reader of every split, by name, whose shards are in the cache."""
+    config, dataset = setup.config, setup.dataset
     readers: dict[str, RecordReader] = {}
 
     def fill_cache(alive: Alive) -> None:
         for name, split in dataset.splits.items():
             readers[name] = open_reader(
-                *(dataset, split), cache=config.cache, cache_dir=config.cache_dir, alive=alive
+                dataset, split, cache=config.cache, cache_dir=config.cache_dir, alive=alive
             )
 
-    team.keep_alive(fill_cache, alive)
+    setup.team.keep_alive(fill_cache, alive)
+    return readers
+
+
+def _train_step(setup: TrainingSetup, model: Any, optimizer: Adam, evaluator: Evaluator) -> Any:
+    """Returns the compiled training step, with the same exchange in all processes."""
+    config, strategy, team = setup.config, setup.strategy, setup.team
     is_compiled = uses_xla(config, team)
     plan = None if is_compiled else agreed_plan(config, strategy, team, model)
-    step = make_train_step(
+    return make_train_step(
         strategy,
         model,
         optimizer,
         Criterion(evaluator.loss, evaluator.metrics),
         StepOptions(plan, config.accumulate, is_mean(config.loss.name), is_compiled),
     )
-    with ExitStack() as stack:
-        recorders: list[Recorder] = []
-
-        def record() -> None:
-            if run is None:
-                return
-            recorder = stack.enter_context(
-                open_recorder(
-                    *(config, run, evaluator, model, optimizer, readers["valid"]), alive=alive
-                )
-            )
-            recorder.write_description(dataset, strategy)
-            recorders.append(recorder)
-
-        team.on_first(record)
-        yield Session(
-            *(config, strategy, team, dataset, readers, model, optimizer, step, evaluator),
-            recorder=recorders[0] if recorders else None,
-            alive=alive,
-        )
 
 
 def uses_xla(config: TrainConfig, team: Team) -> bool:

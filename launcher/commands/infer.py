@@ -15,7 +15,9 @@ from flexunet.cli.options import PATH, SettingsCommand, from_options, given, set
 from flexunet.process_pool import Workers
 from flexunet.settings import Settings, option, validated
 from flexunet.storage import join_url
-from job.infer import InferConfig, infer, show_result
+from job.infer import show_result
+from job.inference.options import InferConfig
+from job.inference.pipeline import infer
 from launcher.cluster.connection import connected
 from launcher.cluster.node_checks import check_nodes
 from launcher.cluster.resources import Demand, require_places, wait_for_places, widest

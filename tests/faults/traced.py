@@ -78,17 +78,16 @@ class Trace:
 
         runtime.import_tensorflow()
         from flexunet.storage import gcs, gcs_transfer
-        from job import train
         from job.data import dataset
         from job.distributed import watchdog
         from job.runs import run
-        from job.training import trainer
+        from job.training import process, trainer
 
         part = os.environ.get(PART_BYTES)
         if part is not None:
             gcs._SINGLE_BYTES = gcs_transfer._PART_BYTES = int(part)
         self.tell("start")
-        self._after(train, "meet", lambda *_: self.pass_by("meet"))
+        self._after(process, "meet", lambda *_: self.pass_by("meet"))
         self._before(watchdog.Watchdog, "enter", lambda _, name: self._enter(name))
         self._before(trainer.Session, "restore", lambda _: self.pass_by("restore"))
         self._after(run.Run, "_put_members", lambda _, step, *rest: self.pass_by("save", step))

@@ -23,16 +23,12 @@ from flexunet.storage import open_store
 from job.config import identity_of
 from job.data.cases import Picture
 from job.data.dataset import open_reader, read_sample
-from job.evaluate import (
-    EvaluateConfig,
-    _scales,
-    dataset_of,
-    evaluate_run,
-    main,
-    make_evaluator,
-)
-from job.infer import InferConfig, infer
+from job.evaluate import main
+from job.evaluation.evaluator import _scales, make_evaluator
+from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
 from job.inference.network import Network, network_of
+from job.inference.options import InferConfig
+from job.inference.pipeline import infer
 from job.metrics.per_case import Scale, nothing_predicted
 from job.optimization.optimizer import Adam
 from job.report import write_report

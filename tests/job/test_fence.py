@@ -14,7 +14,8 @@ from flexunet.storage import LocalStore, Stat, Store, open_store
 from job.config import TrainConfig
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
-from job.train import train_and_evaluate
+from job.training.loop import train_and_evaluate
+from job.training.setup import Callbacks, TrainingSetup
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
 from tests.job.discs import prepare_discs
@@ -80,7 +81,10 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Chang
     for epochs in (1, 2):  # the second call opens the finished run again
         longer = config.model_copy(update={"epochs": epochs})
         with Run.own(store, by_lease=True, timing=LeaseTiming(0.5, 60)) as run:
-            train_and_evaluate(longer, run, strategy, lambda event: None, lambda: False)
+            train_and_evaluate(
+                TrainingSetup.of_one_process(longer, run, strategy),
+                Callbacks(lambda event: None, lambda: False),
+            )
     return folder / "runs" / "run", changes
 
 

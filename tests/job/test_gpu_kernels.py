@@ -20,6 +20,7 @@ from job.data.dataset import Dataset, open_dataset
 from job.distributed.process_group import Team
 from job.inference.network import make_probability_step, network_of
 from job.losses import make_loss
+from job.training.setup import TrainingSetup
 from job.training.state import TrainState
 from job.training.trainer import Session, open_session
 from tests.job.discs import prepare_discs
@@ -103,7 +104,7 @@ def problems(
         predicts: of the step of prediction too.
     """
     config = validated(TrainConfig, merged(SMALL, options), "test")
-    with open_session(config, None, strategy, Team(strategy), dataset) as session:
+    with open_session(TrainingSetup(config, dataset, None, strategy, Team(strategy))) as session:
         functions = [training_function(session), evaluation_function(session)]
         if predicts:
             functions.append(session.evaluator.probabilities.get_concrete_function(pixels()))

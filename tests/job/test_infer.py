@@ -32,15 +32,13 @@ from flexunet.process_pool import InlineExecutor, Workers
 from flexunet.storage import join_url, open_store
 from job.config import identity_of
 from job.data.dataset import open_dataset, open_reader, read_sample
-from job.infer import (
-    InferConfig,
-    _read_picture,
-    find_images,
-    infer,
-    main,
-    sort_images,
-)
-from job.inference.predict import class_ids_at_source, to_model_pixels
+from job.infer import main
+from job.inference.chunk import _read_picture
+from job.inference.inputs import find_images, sort_images
+from job.inference.options import InferConfig
+from job.inference.pipeline import infer
+from job.inference.postprocess import class_ids_at_source
+from job.inference.preprocess import to_model_pixels
 from job.optimization.optimizer import Adam
 from job.runs import serialization
 from job.runs.loading import model_for, open_trained

@@ -30,7 +30,8 @@ from job.report import render
 from job.runs import serialization
 from job.runs.commits import find_commits
 from job.runs.run import Run
-from job.train import train_and_evaluate
+from job.training.loop import train_and_evaluate
+from job.training.setup import Callbacks, TrainingSetup
 from job.training.step import SKIPPED, StepOptions, make_train_step
 from tests.job.discs import prepare_discs
 from tests.job.processes import PROJECT, finish, start_cluster, weights_of
@@ -323,7 +324,10 @@ def config_for(dataset: str, output: Path, **changes: Any) -> TrainConfig:
 
 def train(config: TrainConfig, strategy: Any) -> dict[str, Any]:
     with Run.open(config.output, str(config.name)) as run:
-        return train_and_evaluate(config, run, strategy, lambda event: None, lambda: False)
+        return train_and_evaluate(
+            TrainingSetup.of_one_process(config, run, strategy),
+            Callbacks(lambda event: None, lambda: False),
+        )
 
 
 def history_of(run: Path) -> list[dict[str, str]]:

@@ -12,7 +12,8 @@ from data_prep.imaging.tiles import starts
 from flexunet.errors import UsageError
 from job.config import ModelConfig
 from job.inference.network import make_probability_step, network_of, prepared
-from job.inference.predict import class_ids, probabilities_of, slide, window_weights, without_small
+from job.inference.postprocess import class_ids, without_small
+from job.inference.sliding_window import Windows, probabilities_of, slide, window_weights
 from job.models.compatibility import window_overlap
 from job.models.flexunet import build_model
 from job.runs.loading import load_model, open_trained
@@ -55,7 +56,7 @@ def test_weights_are_those_of_a_gaussian() -> None:
 def test_slide_keeps_what_windows_agree_on(size: tuple[int, int], overlap: int) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*size, 1), dtype=np.uint8)
     for network in (constant, brightness):
-        bands = list(slide(image, network, overlap=overlap, **WINDOW))
+        bands = list(slide(image, network, Windows(overlap=overlap, **WINDOW)))
         found = np.concatenate(bands)
         assert found.dtype == np.float32
         assert found.shape == (*size, 2)
@@ -71,7 +72,7 @@ def test_slide_fills_every_batch() -> None:
         return constant(windows)
 
     # 3 rows of 4 windows each, in batches of 3.
-    list(slide(np.zeros((48, 48, 1), np.uint8), network, overlap=0, **WINDOW))
+    list(slide(np.zeros((48, 48, 1), np.uint8), network, Windows(overlap=0, **WINDOW)))
     assert sizes == [(3, 16, 12, 1)] * 6
 
 
@@ -83,7 +84,7 @@ def test_slide_trusts_the_middle_of_a_window() -> None:
 
     image = np.zeros((32, 32, 1), np.uint8)
     found = np.concatenate(
-        list(slide(image, lost_at_borders, height=16, width=16, overlap=12, batch_size=4))
+        list(slide(image, lost_at_borders, Windows(16, 16, overlap=12, batch_size=4)))
     )[..., 0]
     # Equal weights would give a quarter where half of the windows along both axes know nothing.
     assert found[4:-4, 4:-4].min() > 0.8
@@ -95,10 +96,9 @@ def test_one_window_is_the_plain_forward_pass(trained_run: Path) -> None:
     step = make_probability_step(network_of([load_model(run, which="best")[0]]))
     image = np.random.default_rng(1).integers(0, 256, (32, 32, 1), dtype=np.uint8)
     plain = step(image[np.newaxis]).numpy()[0]
-    assert np.array_equal(
-        probabilities_of(image, step, run.manifest, overlap=8, batch_size=1), plain
-    )
-    bands = slide(image, step, height=32, width=32, overlap=8, batch_size=1)
+    windows = Windows(run.manifest.image_height, run.manifest.image_width, overlap=8, batch_size=1)
+    assert np.array_equal(probabilities_of(image, step, windows), plain)
+    bands = slide(image, step, Windows(32, 32, overlap=8, batch_size=1))
     assert np.array_equal(np.concatenate(list(bands)), plain)
 
 
@@ -107,7 +107,7 @@ def test_memory_does_not_grow_with_the_height_of_the_picture() -> None:
     for height in (256, 4096):
         image = np.zeros((height, 64, 1), np.uint8)
         tracemalloc.start()
-        for band in slide(image, constant, height=64, width=64, overlap=32, batch_size=2):
+        for band in slide(image, constant, Windows(64, 64, overlap=32, batch_size=2)):
             class_ids(band)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

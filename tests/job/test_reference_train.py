@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from flexunet.errors import ContentError, UsageError
-from job.train import main, resolve_config
+from job.train import main
+from job.training.options import resolve_config
 from tests.job.discs import write_discs
 
 CONFIG = """\

@@ -16,10 +16,11 @@ from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store
 from job.data.dataset import open_reader, read_sample
-from job.evaluate import EvaluateConfig, dataset_of, evaluate_run
-from job.infer import InferConfig, infer
+from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
 from job.inference.network import make_probability_step, network_of
-from job.inference.predict import class_ids, without_small
+from job.inference.options import InferConfig
+from job.inference.pipeline import infer
+from job.inference.postprocess import class_ids, without_small
 from job.inference.region_filter import (
     FILE_NAME,
     FittedOn,

@@ -16,8 +16,8 @@ from PIL import Image
 from flexunet.errors import ContentError
 from flexunet.storage import open_store
 from flexunet.tables import csv_table
-from job.evaluate import show_summary
 from job.report import main, render, write_report
+from job.reporting.terminal import show_summary
 from job.train import show_end
 
 

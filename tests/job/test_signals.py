@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from job.train import stop_signals
+from job.training.process import stop_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

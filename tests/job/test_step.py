@@ -19,7 +19,7 @@ from job.data.dataset import (
 )
 from job.distributed.exchange_plan import make_plan
 from job.distributed.replica_sums import Criterion
-from job.evaluate import make_evaluator
+from job.evaluation.evaluator import make_evaluator
 from job.evaluation.steps import make_evaluation_step
 from job.inference.network import Network, network_of
 from job.losses import is_mean, make_loss

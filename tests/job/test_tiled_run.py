@@ -22,14 +22,17 @@ from job.data.dataset import open_dataset, open_reader
 from job.data.folds import fold_of
 from job.distributed import watchdog
 from job.distributed.watchdog import Watchdog
-from job.evaluate import EvaluateConfig, dataset_of, evaluate_run, make_evaluator
 from job.evaluate import main as evaluate_main
-from job.infer import InferConfig, infer
+from job.evaluation.evaluator import make_evaluator
+from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
 from job.infer import main as infer_main
 from job.inference.network import network_of
+from job.inference.options import InferConfig
+from job.inference.pipeline import infer
 from job.runs.loading import model_for, open_alike, open_trained
 from job.runs.run import Run
-from job.train import train_and_evaluate
+from job.training.loop import train_and_evaluate
+from job.training.setup import Callbacks, TrainingSetup
 from tests import commands
 from tests.job.discs import prepare_discs, write_discs
 
@@ -126,7 +129,8 @@ def test_training_tells_of_every_batch_of_windows(tiled_run: Path, tmp_path: Pat
         told[phases[-1]] = told.get(phases[-1], 0) + 1
 
     with Run.open(str(tmp_path), "again") as run:
-        train_and_evaluate(config, run, device, report, lambda: False, None, alive)
+        setup = TrainingSetup.of_one_process(config, run, device)
+        train_and_evaluate(setup, Callbacks(report, lambda: False, alive))
     # 4 rows of 4 windows in batches of 2, for one picture after an epoch; for two of the test
     # split when they are measured, and again when they are shown. The best checkpoint is read in
     # two pieces, its record and its weights.
@@ -247,7 +251,7 @@ def test_small_regions_are_fitted_on_valid_and_used_by_infer(
     # An evaluation without it keeps the fit, and says what goes and what stays.
     fit = (folder / "small_regions.json").read_bytes()
     caplog.clear()
-    with caplog.at_level("INFO", logger="job.evaluate"):
+    with caplog.at_level("INFO", logger="job.evaluation"):
         assert evaluate(own_tiled_run)[0]["prediction"]["small_regions"] is None
     assert (folder / "small_regions.json").read_bytes() == fit
     assert caplog.messages[1:] == [

@@ -33,7 +33,10 @@ from job.runs.commits import find_commits
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
 from job.runs.status import read_ends, standing
-from job.train import Display, resolve_config, run_name, train_and_evaluate
+from job.training.display import Display
+from job.training.loop import train_and_evaluate
+from job.training.options import resolve_config, run_name
+from job.training.setup import Callbacks, TrainingSetup
 from tests import commands
 from tests.job.discs import prepare_discs
 from tests.job.rival import take_over
@@ -72,7 +75,8 @@ def train(
 
     with Run.open(config.output, str(config.name)) as run:
         outcome = train_and_evaluate(
-            config, run, strategy, lambda event: events.append(dict(event)), should_stop
+            TrainingSetup.of_one_process(config, run, strategy),
+            Callbacks(lambda event: events.append(dict(event)), should_stop),
         )
     return outcome, events
 
@@ -196,7 +200,10 @@ def test_a_stop_during_validation_keeps_the_epoch(
         pytest.raises(StoppedError, match="same command resumes"),
         Run.open(again.output, str(again.name)) as run,
     ):
-        train_and_evaluate(again, run, one_cpu, lambda event: None, lambda: next(asked, True))
+        train_and_evaluate(
+            TrainingSetup.of_one_process(again, run, one_cpu),
+            Callbacks(lambda event: None, lambda: next(asked, True)),
+        )
     store = open_store(again.output).below(str(again.name))
     assert read_ends(store) == {1: {"end": "stopped", "epoch": 1, "step": 3}}
     assert standing(store) == "stopped"
@@ -263,7 +270,9 @@ def test_a_run_that_is_lost_during_evaluation_ends_as_lost(
         pytest.raises(LockedError, match="has taken the run over"),
         Run.own(store, by_lease=True, timing=LeaseTiming(renew_s=0.05, expire_s=5)) as run,
     ):
-        train_and_evaluate(config, run, one_cpu, lose, lambda: False)
+        train_and_evaluate(
+            TrainingSetup.of_one_process(config, run, one_cpu), Callbacks(lose, lambda: False)
+        )
 
 
 def test_weights_start_from_another_run(finished: Any, one_cpu: Any, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from flexunet.cli.options import PathType, SettingsCommand
 from flexunet.settings import Settings, fields_of
 from flexunet.synonyms import _TABLE, SYNONYMS
 from job.config import TrainConfig
-from job.evaluate import EvaluateConfig
-from job.infer import InferConfig
+from job.evaluation.pipeline import EvaluateConfig
+from job.inference.options import InferConfig
 from launcher.cli import main
 from launcher.commands.flexunet import COMMANDS, command
 from launcher.commands.group import EXIT_CODES

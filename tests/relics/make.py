@@ -11,7 +11,8 @@ import subprocess
 import sys
 from typing import Any
 
-from job.train import resolve_config, run_member
+from job.training.options import resolve_config
+from job.training.process import run_member
 
 OPTIONS: dict[str, Any] = {
     "data": "/data/dataset",

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from flexunet.errors import FlexUNetError, StorageError
-from job.training.run_writer import _kept_if_unstored, _staging
+from job.training.staging import kept_if_unstored, staging_folder
 
 # Holds a staging folder until it is killed.
 _HOLD = """
 import sys, time
-from job.training.run_writer import _staging
-with _staging(sys.argv[1]) as folder:
+from job.training.staging import staging_folder
+with staging_folder(sys.argv[1]) as folder:
     print(folder, flush=True)
     time.sleep(600)
 """
@@ -32,20 +32,20 @@ def test_the_next_process_removes_what_a_killed_one_left(tmp_path: Path) -> None
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         left = process.stdout.readline().strip()
-        with _staging("gs://b/run"):
+        with staging_folder("gs://b/run"):
             assert os.path.exists(left)  # it is alive
         process.kill()
-    with _staging("gs://b/other"):
+    with staging_folder("gs://b/other"):
         assert os.path.exists(left)
-    with _staging("gs://b/run") as folder:
+    with staging_folder("gs://b/run") as folder:
         assert os.listdir(tmp_path) == [os.path.basename(folder)]
     assert os.listdir(tmp_path) == []
 
 
 def test_a_checkpoint_that_could_not_be_stored_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(StorageError), _staging("gs://b/run") as folder:
+    with pytest.raises(StorageError), staging_folder("gs://b/run") as folder:
         raise StorageError("storage is full")
-    with _staging("gs://b/run"):
+    with staging_folder("gs://b/run"):
         assert os.path.exists(folder)
 
 
@@ -55,10 +55,8 @@ def test_a_checkpoint_is_kept_when_another_error_comes_beside_an_outage(
 ) -> None:
     with (
         pytest.raises(StorageError, match=r"(MemoryError|a peer).*; the checkpoint .* is kept on"),
-        _staging("gs://b/run") as folder,
-        _kept_if_unstored(
-            [lambda: {"model.weights.h5": f"{folder}/checkpoint-1/model.weights.h5"}]
-        ),
+        staging_folder("gs://b/run") as folder,
+        kept_if_unstored([lambda: {"model.weights.h5": f"{folder}/checkpoint-1/model.weights.h5"}]),
     ):
         raise error
     assert os.path.exists(folder)
@@ -66,6 +64,10 @@ def test_a_checkpoint_is_kept_when_another_error_comes_beside_an_outage(
 
 def test_nothing_is_kept_where_all_is_stored_or_an_interrupt_came(tmp_path: Path) -> None:
     for error, pending in ((MemoryError, []), (KeyboardInterrupt, [lambda: {"a": "b/c"}])):
-        with pytest.raises(error), _staging("gs://b/run") as folder, _kept_if_unstored(pending):
+        with (
+            pytest.raises(error),
+            staging_folder("gs://b/run") as folder,
+            kept_if_unstored(pending),
+        ):
             raise error
         assert not os.path.exists(folder)

@@ -1,0 +1,150 @@
+"""Writes the evaluation of a split: tables, summary.json, and pictures of some cases."""
+
+import json
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from flexunet.progress import Alive, not_told
+from flexunet.storage import Store
+from flexunet.tables import csv_table
+from job.data.cases import read_picture
+from job.data.dataset import Dataset, RecordReader
+from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names
+from job.inference.region_filter import FILE_NAME
+from job.metrics.per_case import case_cells, case_columns
+from job.runs.history import evaluation_csv
+
+_NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
+
+
+def evaluation_folder(run: Store, split: str) -> Store:
+    """Returns where in a run the evaluation of a split lies."""
+    return run.below("evaluation" if split == "test" else f"evaluation/{split}")
+
+
+def write_evaluation(target: Store, evaluation: Evaluation, evaluator: Evaluator) -> str:
+    """Writes the tables, the summary and pictures of best, middle and worst cases of a split.
+
+    Args:
+        target: the folder, see `evaluation_folder`.
+
+    Returns:
+        The URL of the folder.
+    """
+    means = evaluation.means
+    loss, metric = evaluator.config.loss.name, next(iter(evaluator.metrics), "")
+    table = evaluation_csv(loss, means["loss"], metric, means.get(metric, math.nan))
+    for folder in ("examples", "overlays"):
+        for stat in target.list(f"{folder}/"):
+            target.delete(stat.name)
+    # Where there is a summary, all that it summarizes is there too.
+    target.delete("summary.json")
+    target.put("evaluation.csv", table.encode())
+    target.put("per_case.csv", _per_case_csv(evaluation, evaluator.dataset).encode())
+    target.put("examples.csv", _examples_csv(evaluation).encode())
+    for measured_name, text in _measured_tables(evaluation, evaluator.dataset):
+        target.put(measured_name, text.encode())
+    for name, picture in evaluation.examples.items():
+        target.put(f"{name}.png", picture)
+    regions = evaluation.summary.get("prediction", {}).get("small_regions")
+    # An evaluation without it keeps an earlier fit: that names its weights, and fits no others.
+    if regions is not None:
+        target.put(FILE_NAME, (json.dumps(regions, indent=2, allow_nan=False) + "\n").encode())
+    summary = json.dumps(evaluation.summary, indent=2, allow_nan=False) + "\n"
+    target.put("summary.json", summary.encode())
+    return target.url
+
+
+def _per_case_csv(evaluation: Evaluation, dataset: Dataset) -> str:
+    from job.metrics.batch import scores
+
+    names = [each.name for each in dataset.manifest.classes]
+    measures = scores(evaluation.counts)  # by name, (cases, classes)
+    columns = ["id", "filename", "group"]
+    columns += [f"{measure}_{name}" for name in names for measure in measures]
+    columns += [f"{count}_px_{name}" for name in names for count in ("tp", "fp", "fn", "tn")]
+    rows = []
+    for index, (picture, case) in enumerate(
+        zip(evaluation.pictures, evaluation.counts, strict=True)
+    ):
+        values = [measures[key][index, c] for c in range(len(names)) for key in measures]
+        defined = [None if np.isnan(value) else float(value) for value in values]
+        name = [picture.id, picture.filename, picture.group]
+        rows.append([*name, *defined, *(int(count) for count in case.reshape(-1))])
+    return csv_table(columns, rows)
+
+
+def _measured_tables(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """Yields name and text of the tables of what was measured case by case."""
+    if evaluation.measured is None:
+        return
+    columns = ["id", "group", *case_columns(foreground_names(dataset))]
+    for size, cases in evaluation.measured.cases.items():
+        rows = [
+            [picture.id, picture.group, *case_cells(case)]
+            for picture, case in zip(evaluation.pictures, cases, strict=True)
+        ]
+        yield f"measures_{size}.csv", csv_table(columns, rows)
+    sweep = evaluation.measured.sweep
+    yield "thresholds.csv", csv_table(sweep.COLUMNS, sweep.rows())
+
+
+def _examples_csv(evaluation: Evaluation) -> str:
+    """Returns which case each picture in `examples/` and `overlays/` is of."""
+    columns = ("picture", "id", "filename", "foreground_dice")
+    pictures = evaluation.pictures
+    rows = [
+        (name, pictures[index].id, pictures[index].filename, dice)
+        for name, index, dice in _example_cases(evaluation.counts)
+    ]
+    return csv_table(columns, rows)
+
+
+def _example_cases(counts: np.ndarray) -> list[tuple[str, int, float | None]]:
+    """Returns (name, case, foreground Dice) of the best, middle and worst cases, each case once.
+
+    A case without foreground in truth and prediction has no Dice and is shown only where all have
+    none.
+    """
+    from job.metrics.batch import dice
+
+    tp, fp, fn = (counts[:, 1:, i].sum(axis=1) for i in range(3))
+    scores = dice(tp, fp, fn)
+    order = [int(i) for i in np.argsort(-scores, kind="stable")]
+    ranked = [i for i in order if not np.isnan(scores[i])] or order
+    middle = max(0, len(ranked) // 2 - _NUM_EXAMPLES // 2)
+    groups = {
+        "best": ranked[:_NUM_EXAMPLES],
+        "worst": ranked[::-1][:_NUM_EXAMPLES],
+        "middle": ranked[middle : middle + _NUM_EXAMPLES],
+    }
+    chosen: list[tuple[str, int, float | None]] = []
+    for name, cases in groups.items():
+        for rank, case in enumerate(cases, start=1):
+            if case not in [index for _, index, _ in chosen]:
+                score = None if np.isnan(scores[case]) else float(scores[case])
+                chosen.append((f"{name}-{rank}", case, score))
+    return chosen
+
+
+def draw_examples(
+    evaluator: Evaluator, evaluation: Evaluation, reader: RecordReader, alive: Alive = not_told
+) -> dict[str, bytes]:
+    """Returns PNGs by name of the best, middle and worst cases: as panels and as overlays.
+
+    For who stores them: they are predicted again, as measuring keeps no masks.
+    """
+    from job.reporting import plots
+
+    classes = evaluator.dataset.manifest.classes
+    found = {}
+    for name, index, dice in _example_cases(evaluation.counts):
+        picture = evaluation.pictures[index]
+        image, truth = read_picture(reader, picture)
+        ids = evaluator.mask_of(image, alive)
+        title = plots.panel_title(picture.filename, dice)
+        found[f"examples/{name}"] = plots.panel_png(image, truth, ids, classes, title)
+        found[f"overlays/{name}"] = plots.overlay_png(image, ids, classes, truth)
+    return found

@@ -1,0 +1,361 @@
+"""Evaluates a network on every case of a split: exact sums of pixels, and measures case by case.
+
+Training and the command share the `Evaluator`. Every epoch counts pixels, on all devices. A final
+evaluation also measures case by case: contours, lesions and thresholds, at the network's size and,
+by the recorded geometry, at the picture's own. A case is a picture: tiles are put together and
+predicted in windows, unless each of them shall count as a picture.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_prep.imaging.geometry import Geometry, undo_geometry
+from flexunet.errors import StoppedError
+from flexunet.progress import Alive, Progress, not_told
+from job.config import TrainConfig
+from job.data.cases import Picture, pictures_of, read_picture
+from job.data.dataset import Dataset, RecordReader, Split, distributed_batches, global_batches
+from job.inference.postprocess import (
+    Ids,
+    area_scale,
+    class_ids,
+    class_ids_at_source,
+    without_small,
+)
+from job.inference.sliding_window import Probabilities, Windows, probabilities_of
+from job.metrics.lesions import MIN_PIXELS
+from job.metrics.per_case import (
+    SIZES,
+    TRUTHS,
+    Case,
+    Scale,
+    ThresholdSweep,
+    measure_case,
+    specks_of,
+    summarize_cases,
+    without_ignored,
+)
+from job.models.compatibility import num_outputs, window_overlap
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured picture by picture."""
+
+    cases: dict[str, list[Case]]  # by size
+    counts: np.ndarray  # (pictures, classes, 4) int64, of the masks that were measured
+    sweep: ThresholdSweep  # at the network's size
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was counted over one split."""
+
+    split: Split
+    pictures: tuple[Picture, ...]  # the cases
+    means: dict[str, float]  # "loss" and the reference's metrics; of samples, which may be tiles
+    counts: np.ndarray  # (cases, classes, 4) int64: tp, fp, fn, tn
+    summary: dict[str, Any]  # strict JSON
+    measured: Measured | None = None
+    examples: Mapping[str, bytes] = field(default_factory=dict)  # PNG by name, see `draw_examples`
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A model on its devices, and how its errors on a dataset are counted.
+
+    Attributes:
+        windows: in which large cases are predicted; the overlap is 0 where the dataset's pictures
+            are all of the network's size, and the batch is what goes through the network of a
+            device at once.
+        is_by_tile: a tile counts as a picture.
+        min_pixels: of each class but 0, at the network's size; smaller regions are not predicted.
+    """
+
+    config: TrainConfig
+    strategy: Any
+    dataset: Dataset
+    loss: Callable[..., Any]
+    metrics: Mapping[str, Any]  # of the reference, by name
+    step: Callable[..., Any]  # batch -> sums, counts
+    probabilities: Callable[[np.ndarray], Any]  # (B, H, W, C) pixels -> (B, H, W, K) float32
+    windows: Windows
+    first_replica: int = 0  # of this process, among all
+    is_by_tile: bool = False
+    min_pixels: tuple[int, ...] = ()
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether cases may be larger than the network."""
+        return self.dataset.manifest.geometry == "tile" and not self.is_by_tile
+
+    def pictures_of(self, split: Split) -> tuple[Picture, ...]:
+        """Returns the cases of `split`."""
+        return pictures_of(split, is_by_tile=self.is_by_tile)
+
+    def predict(self, image: np.ndarray, alive: Alive = not_told) -> Probabilities:
+        """Returns the probabilities (H, W, K) of a picture (H, W, C) of any size."""
+        return probabilities_of(image, self.probabilities, self.windows, alive=alive)
+
+    def mask_of(self, image: np.ndarray, alive: Alive = not_told) -> Ids:
+        """Returns the class ids (H, W) of a picture (H, W, C) of any size."""
+        return without_small(class_ids(self.predict(image, alive)), self.min_pixels)
+
+    def evaluate(
+        self,
+        name: str,
+        reader: RecordReader,
+        *,
+        measured: bool = False,
+        shown: bool = False,
+        should_stop: Callable[[], bool] = lambda: False,
+        alive: Alive = not_told,
+    ) -> Evaluation:
+        """Returns the evaluation of every case of split `name`, with the weights as they are now.
+
+        Where it is not measured, the pixels of a picture are added over its tiles.
+
+        Args:
+            reader: of that split.
+            measured: also measure case by case, which predicts each case once more.
+            shown: show the progress.
+            should_stop: asked after every batch, and after every case that is measured.
+            alive: told of every batch of windows in which a case is predicted.
+
+        Raises:
+            StoppedError: `should_stop` answered yes.
+        """
+        from job.metrics.batch import RunningSums
+
+        split = self.dataset.split(name)
+        plan = global_batches(np.arange(len(split)), self.config.global_batch_size)
+        batches = distributed_batches(
+            self.strategy,
+            self.dataset,
+            reader,
+            plan,
+            seed=self.config.seed,
+            epoch=0,
+            first_replica=self.first_replica,
+        )
+        running, parts = RunningSums(), []
+        with Progress(f"evaluate {name}", len(plan), unit="batches", shown=shown) as bar:
+            for batch in bar.tracked(batches):
+                sums, counts = self.step(batch)
+                running.add(sums)
+                parts.append(counts.numpy())
+                if should_stop():
+                    raise StoppedError(f"stopped evaluating {name}; the same command resumes")
+        # The last batch is filled up with padding, which comes after every case.
+        samples = np.concatenate(parts)[: len(split)]
+        pictures = self.pictures_of(split)
+        means = means_of(running, self.metrics)
+        if not measured:
+            counts = np.stack([samples[list(each.samples)].sum(axis=0) for each in pictures])
+            return Evaluation(split, pictures, means, counts, self._summary(name, counts, means))
+        # Predicted again: the loss and the reference's metrics are of samples, which may be tiles,
+        # in batches spread over devices; a case is a picture, in windows where it is large.
+        found = self._measure(name, pictures, reader, shown, should_stop, alive)
+        summary = self._summary(name, found.counts, means)
+        groups, names = [each.group for each in pictures], foreground_names(self.dataset)
+        summary["truth"] = dict(TRUTHS)
+        summary["sizes"] = {
+            size: summarize_cases(each, groups, names) for size, each in found.cases.items()
+        }
+        return Evaluation(split, pictures, means, found.counts, summary, found)
+
+    def _summary(self, name: str, counts: np.ndarray, means: Mapping[str, float]) -> dict[str, Any]:
+        is_by_tile = self.is_by_tile and self.dataset.manifest.geometry == "tile"
+        way = {
+            "case": "tile" if is_by_tile else "picture",
+            "overlap": self.windows.overlap if self.has_windows else None,
+            "fold": list(self.dataset.fold) if self.dataset.fold else None,
+        }
+        return {**_summary(name, counts, means, self.dataset), **way}
+
+    def _measure(
+        self,
+        name: str,
+        pictures: Sequence[Picture],
+        reader: RecordReader,
+        shown: bool,
+        should_stop: Callable[[], bool],
+        alive: Alive,
+    ) -> Measured:
+        """Returns what is measured on each case; one at a time is in memory.
+
+        Every process of a team does all of it: the others would only wait for the first.
+        """
+        from job.metrics.batch import confusion_counts
+
+        manifest = self.dataset.manifest
+        cases: dict[str, list[Case]] = {size: [] for size in SIZES}
+        parts = []
+        sweep = ThresholdSweep(foreground_names(self.dataset), min_lesion=MIN_PIXELS)
+        with Progress(f"measure {name}", len(pictures), unit="cases", shown=shown) as bar:
+            for picture in bar.tracked(pictures):
+                image, truth = read_picture(reader, picture)
+                probabilities = self.predict(image, alive)
+                ids = without_small(class_ids(probabilities), self.min_pixels)
+                for size, case in self._cases_of(picture, truth, probabilities, ids).items():
+                    cases[size].append(case)
+                pair = truth[np.newaxis], ids[np.newaxis]
+                parts.append(confusion_counts(*pair, len(manifest.classes), manifest.ignore_id))
+                sweep.add(*_counted(truth, probabilities, manifest.ignore_id))
+                if should_stop():
+                    raise StoppedError(f"stopped measuring {name}; the same command resumes")
+        return Measured(cases, np.concatenate(parts), sweep)
+
+    def _cases_of(
+        self, picture: Picture, truth: np.ndarray, probabilities: np.ndarray, ids: np.ndarray
+    ) -> dict[str, Case]:
+        """Returns the case at each size; where both sizes are one, it is measured once."""
+        manifest = self.dataset.manifest
+        geometry = picture.geometry
+        scales = _scales(geometry, picture.spacing)
+        # Decided once: stored pixels are not all equally many of the picture's.
+        specks = specks_of(
+            without_ignored(truth, truth, manifest.ignore_id)[0], len(manifest.classes), MIN_PIXELS
+        )
+        network = self._measured(truth, ids, scales["network"], specks)
+        if not geometry.crop and (geometry.source_height, geometry.source_width) == truth.shape:
+            return {"network": network, "original": network}
+        truth = undo_geometry(truth, geometry, nearest=True)
+        ids = class_ids_at_source(probabilities, geometry)
+        ids = without_small(ids, self.min_pixels, area_scale(geometry))
+        specks = undo_geometry(specks.view(np.uint8), geometry, nearest=True).view(bool)
+        original = self._measured(truth, ids, scales["original"], specks)
+        return {"network": network, "original": original}
+
+    def _measured(
+        self, truth: np.ndarray, ids: np.ndarray, scale: Scale, specks: np.ndarray
+    ) -> Case:
+        manifest = self.dataset.manifest
+        truth, ids = without_ignored(truth, ids, manifest.ignore_id)
+        return measure_case(truth, ids, len(manifest.classes), scale, specks=specks)
+
+
+def make_evaluator(
+    config: TrainConfig,
+    strategy: Any,
+    dataset: Dataset,
+    network: Callable[..., Any],
+    *,
+    max_images_at_once: int | None = None,
+    first_replica: int = 0,
+) -> Evaluator:
+    """Returns the evaluator of a network, see `job.inference.network.network_of`.
+
+    Args:
+        network: of models that were made in the scope of `strategy`.
+        max_images_at_once: pictures that may go through the network of a device at once; None:
+            what the config's batch, devices and micro-batches make.
+        first_replica: global number of this process' first replica.
+
+    Raises:
+        UsageError: the loss does not fit the dataset's classes, or the overlap its tiles.
+    """
+    from job.distributed.replica_sums import Criterion
+    from job.evaluation.steps import make_evaluation_step
+    from job.inference.network import make_probability_step
+    from job.losses import make_loss
+    from job.metrics.batch import reference_metrics
+
+    manifest = dataset.manifest
+    loss = make_loss(
+        config.loss.name,
+        num_classes=num_outputs(config, manifest),
+        class_weights=config.loss.class_weights,
+        ignore_id=manifest.ignore_id,
+    )
+    metrics = reference_metrics(config.metrics, ignore_id=manifest.ignore_id)
+    local_batch = config.global_batch_size // strategy.num_replicas_in_sync
+    num_micro_batches = _num_micro_batches(config, local_batch, max_images_at_once)
+    step = make_evaluation_step(
+        strategy,
+        network,
+        Criterion(loss, metrics),
+        len(manifest.classes),
+        manifest.ignore_id,
+        num_micro_batches=num_micro_batches,
+    )
+    overlap = 0
+    if manifest.geometry == "tile":
+        overlap = window_overlap(manifest, config.window_overlap, flag="--window-overlap")
+    return Evaluator(
+        config=config,
+        strategy=strategy,
+        dataset=dataset,
+        loss=loss,
+        metrics=metrics,
+        step=step,
+        probabilities=make_probability_step(network),
+        windows=Windows(
+            height=manifest.image_height,
+            width=manifest.image_width,
+            overlap=overlap,
+            batch_size=local_batch // num_micro_batches,
+        ),
+        first_replica=first_replica,
+    )
+
+
+def _num_micro_batches(
+    config: TrainConfig, local_batch: int, max_images_at_once: int | None
+) -> int:
+    if max_images_at_once is None:
+        # An evaluation may have another batch and other devices than the training.
+        return math.gcd(local_batch, config.accumulate)
+    divisors = (n for n in range(1, local_batch + 1) if local_batch % n == 0)
+    return next(n for n in divisors if local_batch // n <= max_images_at_once)
+
+
+def means_of(running: Any, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the mean loss and the value of each of `metrics` from their running sums."""
+    values = {name: metric.value(*running.pair(name)) for name, metric in metrics.items()}
+    return {"loss": running.mean("loss"), **values}
+
+
+def _summary(name: str, cases: np.ndarray, means: Mapping[str, float], dataset: Dataset) -> Any:
+    from job.metrics.batch import summarize
+
+    values = {name: value if math.isfinite(value) else None for name, value in means.items()}
+    summary = {
+        "split": name,
+        **summarize(cases),
+        "loss": values.pop("loss"),
+        **{f"reference_{name}": value for name, value in values.items()},
+    }
+    for each, info in zip(summary["classes"], dataset.manifest.classes, strict=True):
+        each["name"] = info.name
+    return summary
+
+
+def foreground_names(dataset: Dataset) -> list[str]:
+    """Returns the names of all classes but 0."""
+    return [each.name for each in dataset.manifest.classes if each.id != 0]
+
+
+def _scales(geometry: Geometry, spacing: tuple[float, float] | None) -> dict[str, Scale]:
+    """Returns the size of a pixel at each size of a picture."""
+    if spacing is None:
+        return {size: Scale((1.0, 1.0), "px") for size in SIZES}
+    network = (
+        spacing[0] * geometry.part.height / geometry.height,
+        spacing[1] * geometry.part.width / geometry.width,
+    )
+    return {"network": Scale(network, "mm"), "original": Scale(spacing, "mm")}
+
+
+def _counted(
+    truth: np.ndarray, probabilities: np.ndarray, ignore_id: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns truth and probabilities, with nothing of a class where the truth is ignored."""
+    if ignore_id is None:
+        return truth, probabilities
+    ignored = truth == ignore_id
+    return np.where(ignored, 0, truth), np.where(ignored[..., np.newaxis], 0, probabilities)

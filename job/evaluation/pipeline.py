@@ -1,0 +1,255 @@
+"""Evaluates a stored run, or several together, on a split of the dataset that trained them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from flexunet.errors import UsageError
+from flexunet.json_files import read_json
+from flexunet.progress import Progress
+from flexunet.settings import option
+from flexunet.storage import Store, open_store
+from job.config import TrainConfig
+from job.data.cases import read_picture
+from job.data.dataset import Dataset, RecordReader, Split, open_dataset, open_reader
+from job.data.folds import open_folded
+from job.evaluation.artifacts import draw_examples, evaluation_folder, write_evaluation
+from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names, make_evaluator
+from job.inference.options import PredictConfig
+from job.inference.postprocess import class_ids
+from job.inference.region_filter import FILE_NAME, FittedOn, RegionTally, SmallRegions
+from job.metrics.per_case import checkpoint_words, without_ignored
+from job.runs.loading import Member, TrainedRun, load_model, member_of
+from job.runs.provenance import as_record, read_origin
+from job.runs.status import standing
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluateConfig(PredictConfig):
+    """Options of `flexunet evaluate`."""
+
+    split: Literal["train", "valid", "test"] = option("test", "Split whose cases are evaluated.")
+    data: str | None = option(
+        None, "Where the run's dataset is now; unset: where it was trained from.", path=True
+    )
+    output: str | None = option(
+        None,
+        "Your own folder or gs:// URL for the tables and pictures: new, or of an earlier "
+        "evaluation, which is replaced; one with other files is refused. Unset: in the run, "
+        "RUN/evaluation for the test split, else RUN/evaluation/SPLIT; an ensemble needs it.",
+        path=True,
+    )
+    tiles_as_pictures: bool = option(
+        False, "Evaluate every tile of a dataset of tiles as if it were a picture."
+    )
+    remove_small_regions: bool = option(
+        False,
+        "Predict no regions below a size, which is fitted on the validation split and written to "
+        "small_regions.json.",
+    )
+    batch_size: int | None = option(
+        None,
+        "Cases per step, over all devices; unset: the run's batch, of which a device takes no more "
+        "at once than in training.",
+        ge=1,
+    )
+    cpu_replicas: int = option(1, "Mirrored replicas on a machine without a GPU.", ge=1)
+    progress: bool = option(True, "Show a progress bar on a terminal.")
+
+    @model_validator(mode="after")
+    def _small_regions_fit(self) -> "EvaluateConfig":
+        if self.tiles_as_pictures and self.remove_small_regions:
+            raise ValueError(
+                "--remove-small-regions fits sizes for whole pictures; leave it out, or "
+                "--tiles-as-pictures"
+            )
+        if self.split == "valid" and self.remove_small_regions:
+            raise ValueError(
+                "--remove-small-regions is fitted on the validation split, so --split valid would "
+                "flatter it; evaluate another split, or leave it out"
+            )
+        return self
+
+
+def evaluate_run(
+    run: TrainedRun,
+    dataset: Dataset,
+    strategy: Any,
+    config: EvaluateConfig,
+    others: Sequence[TrainedRun] = (),
+) -> tuple[Evaluation, str]:
+    """Returns the evaluation of one split with the weights of a run, and where it was written.
+
+    Args:
+        others: runs that predict together with it.
+
+    Raises:
+        UsageError: no such split, or an ensemble without a place for its evaluation.
+    """
+    from job.inference.network import network_of
+
+    settings = resolve_config(run, config)
+    split = dataset.split(config.split)
+    target = target_of(run, config)
+    with strategy.scope():
+        loaded = [load_model(each, which=config.checkpoint) for each in (run, *others)]
+    members = [
+        member_of(each, commit) for each, (_, commit) in zip((run, *others), loaded, strict=True)
+    ]
+    network = network_of([model for model, _ in loaded], config.flips)
+    max_images_at_once = None if config.batch_size else min(map(_images_at_once, (run, *others)))
+    evaluator = replace(
+        make_evaluator(settings, strategy, dataset, network, max_images_at_once=max_images_at_once),
+        is_by_tile=config.tiles_as_pictures,
+    )
+    used = {"which": config.checkpoint, "epochs": [commit.epoch for _, commit in loaded]}
+    _tell_checkpoint(run.store, used)
+    _tell_replaced(target, keeps_fit=not config.remove_small_regions)
+    way: dict[str, Any] = {
+        "runs": [asdict(member) for member in members],
+        "checkpoint": config.checkpoint,
+        "flips": config.flips,
+        "small_regions": None,
+    }
+    if config.remove_small_regions:
+        regions = _fit_regions(evaluator, members, config)
+        way["small_regions"] = regions.model_dump(mode="json")
+        evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in regions.classes))
+    reader = _reader_of(dataset, split, settings)
+    evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
+    origins = as_record(
+        [read_origin(each.store, each.config) for each in (run, *others)], dataset, split.name
+    )
+    evaluation.summary.update(checkpoint=used, prediction=way, init_from=origins)
+    evaluation = replace(evaluation, examples=draw_examples(evaluator, evaluation, reader))
+    return evaluation, write_evaluation(target, evaluation, evaluator)
+
+
+def _tell_checkpoint(run: Store, used: Mapping[str, Any]) -> None:
+    stands = {
+        "stopped": "; the run was stopped before its end",
+        "open": "; the run is not over: it is being trained, or its process was killed",
+    }
+    logger.info("evaluating %s%s", checkpoint_words(used), stands.get(standing(run), ""))
+
+
+def target_of(run: TrainedRun, config: EvaluateConfig) -> Store:
+    """Returns the folder to which the evaluation goes.
+
+    Raises:
+        UsageError: it holds other files, or an ensemble is given none.
+    """
+    if config.output is not None:
+        store = open_store(config.output)
+        names = {stat.name for stat in store.list()}
+        # Pictures of an earlier evaluation are deleted there: it must be one.
+        if names and "per_case.csv" not in names:
+            raise UsageError(
+                f"{store.url}: holds other files than an evaluation; give --output a new folder"
+            )
+        return store
+    if config.ensemble:
+        raise UsageError("an ensemble's evaluation belongs to none of its runs; give --output")
+    return evaluation_folder(run.store, config.split)
+
+
+def _tell_replaced(target: Store, *, keeps_fit: bool) -> None:
+    if target.stat("summary.json") is None:
+        return
+    stays = f"; {FILE_NAME} stays" if keeps_fit and target.stat(FILE_NAME) is not None else ""
+    logger.info("replacing the evaluation in %s (--output puts it elsewhere)%s", target.url, stays)
+
+
+def _reader_of(dataset: Dataset, split: Split, settings: TrainConfig) -> RecordReader:
+    return open_reader(dataset, split, cache=settings.cache, cache_dir=settings.cache_dir)
+
+
+def _fit_regions(
+    evaluator: Evaluator, members: Sequence[Member], config: EvaluateConfig
+) -> SmallRegions:
+    """Returns from which size on regions stay; it is fitted on `valid` always."""
+    dataset = evaluator.dataset
+    split = dataset.split("valid")
+    reader = _reader_of(dataset, split, evaluator.config)
+    tally, pictures = RegionTally(foreground_names(dataset)), evaluator.pictures_of(split)
+    with Progress("fit on valid", len(pictures), unit="cases", shown=config.progress) as bar:
+        for picture in bar.tracked(pictures):
+            image, truth = read_picture(reader, picture)
+            ids = class_ids(evaluator.predict(image))
+            tally.add(*without_ignored(truth, ids, dataset.manifest.ignore_id))
+    fitted_on = FittedOn(
+        split=split.name,
+        num_cases=tally.num_cases,
+        dataset_sha256=dataset.digest,
+        fold=evaluator.config.fold,
+    )
+    fits = tuple(tally.fit())
+    for line in tally.describe(fits):
+        logger.info("%s", line)
+    return SmallRegions(
+        fitted_on=fitted_on,
+        runs=tuple(members),
+        flips=config.flips,
+        overlap=evaluator.windows.overlap if evaluator.has_windows else None,
+        classes=fits,
+    )
+
+
+def resolve_config(run: TrainedRun, config: EvaluateConfig) -> TrainConfig:
+    """Returns the run's config with the batch and the devices of this evaluation."""
+    batch_size = config.batch_size or run.config.global_batch_size
+    changes: dict[str, Any] = {
+        "global_batch_size": batch_size,
+        "cpu_replicas": config.cpu_replicas,
+    }
+    if config.overlap is not None:
+        changes["window_overlap"] = config.overlap
+    return run.config.model_copy(update=changes)
+
+
+def _images_at_once(run: TrainedRun) -> int:
+    """Returns how many pictures went through the network of a replica at once in training.
+
+    A run that does not tell its replicas counts as one of a single replica.
+    """
+    environment = read_json(run.store, "environment.json", "restore it, or give --batch-size") or {}
+    local = run.config.global_batch_size // int(environment.get("replicas", 1))
+    return max(1, local // run.config.accumulate)
+
+
+def dataset_of(run: TrainedRun, url: str | None, others: Sequence[TrainedRun] = ()) -> Dataset:
+    """Returns the dataset that `run` was trained on.
+
+    Where runs of other folds predict with it, each has trained on what another validates, and the
+    only split that all have not seen is the dataset's own test split.
+
+    Args:
+        url: where it is now; None: where it was then.
+
+    Raises:
+        UsageError: another dataset is there, or one of `others` was trained on another.
+    """
+    folds = {(each.config.folds, each.config.fold) for each in (run, *others)}
+    if len(folds) == 1:
+        dataset = open_folded(run.config, url)
+    else:
+        dataset = open_dataset(url or str(run.config.data))
+        dataset = replace(dataset, splits={"test": dataset.split("test")})
+    for each in others:
+        if each.dataset_digest != run.dataset_digest:
+            raise UsageError(
+                f"{each.store.url}: was trained on another dataset than {run.store.url}, and may "
+                "have seen the cases that would be evaluated; leave it out"
+            )
+    if dataset.digest != run.dataset_digest:
+        raise UsageError(
+            f"{dataset.url}: not the dataset that this run was trained on, the only one that it "
+            f"can be evaluated on (its manifest has sha256 {dataset.digest[:12]}, the run's "
+            f"{run.dataset_digest[:12]}): that was {run.config.data}; give --data only where it "
+            "lies elsewhere now"
+        )
+    return dataset

@@ -1,0 +1,115 @@
+"""Finds the images that `infer` predicts, reads them, and refuses folders that do not fit."""
+
+import posixpath
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS, read_image
+from data_prep.imaging.dicom import DICOM_ENDINGS, is_dicom, read_dicom
+from data_prep.sources.dicom_files import dicom_without_ending, stem_of
+from data_prep.sources.pairs import IMAGE_ENDINGS
+from flexunet.errors import UsageError
+from flexunet.storage import Store, folder_problem, is_file, join_url, lies_in
+
+OVERLAYS_FOLDER = "overlays"
+
+
+def find_images(source: Store) -> list[str]:
+    """Returns the names of all images below `source`, sorted; see `sort_images`."""
+    return sort_images(source)[0]
+
+
+def sort_images(source: Store) -> tuple[list[str], tuple[str, ...]]:
+    """Returns the names of all images below `source`, sorted, and of the files that are none.
+
+    DICOM files are found by how they begin, too. Hidden files are not mentioned.
+
+    Raises:
+        UsageError: there are no images, masks lie beside them, or two would have one mask.
+    """
+    endings = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
+    stats = source.list()
+    unnamed = dicom_without_ending(source, stats)
+    names = [
+        each.name for each in stats if each.name.lower().endswith(endings) or each.name in unnamed
+    ]
+    if not names:
+        raise UsageError(
+            f"{source.url}: no images here; expected files ending in {', '.join(endings)}, or "
+            "DICOM files of any name"
+        )
+    if {"images", "masks"} <= {name.rpartition("/")[0] for name in names}:
+        raise UsageError(
+            f"{source.url}: holds images/ and masks/, and masks are no images to predict; give "
+            f"{join_url(source.url, 'images')}"
+        )
+    by_mask: dict[str, str] = {}
+    for name in names:
+        other = by_mask.setdefault(mask_name(name), name)
+        if other != name:
+            raise UsageError(
+                f"{source.url}: {other} and {name} would both become {mask_name(name)}; rename one"
+            )
+    images = set(names)
+    others = (each.name for each in stats if each.name not in images)
+    return names, tuple(name for name in others if not posixpath.basename(name).startswith("."))
+
+
+def mask_name(image_name: str) -> str:
+    """Returns the object name of the mask of `image_name`."""
+    return stem_of(image_name) + ".png"
+
+
+def read_any(
+    data: bytes, *, name: str, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> tuple[np.ndarray, int | None]:
+    """Returns (h, w, 1|3) pixels of a picture or a DICOM file, and their full scale if it says so.
+
+    Raises:
+        ContentError: it cannot be read.
+    """
+    if is_dicom(data):
+        found = read_dicom(data, name=name, max_pixels=max_pixels)
+        return found.pixels, found.value_max
+    return read_image(data, name=name, max_pixels=max_pixels), None
+
+
+def refuse_files(source: Store, output: Store) -> None:
+    """Refuses IMAGES and OUTPUT that are no folders.
+
+    Raises:
+        UsageError: names the one that is not.
+    """
+    problem = folder_problem(source)
+    if problem:
+        raise UsageError(f"{source.url}: {problem}; give IMAGES a folder of images")
+    if is_file(output):
+        raise UsageError(f"{output.url}: is a file; give OUTPUT a folder, which infer makes")
+
+
+def refuse_overlap(source: Store, output: Store) -> None:
+    """Refuses masks among the images: the next call would take them for images, or replace some.
+
+    Raises:
+        UsageError: one folder is in the other.
+    """
+    if lies_in(source, output) or lies_in(output, source):
+        raise UsageError(
+            f"{output.url}: the output and the images in {source.url} must not lie in one "
+            "another; give another OUTPUT"
+        )
+
+
+def refuse_overlays_folder(source: Store, names: Sequence[str]) -> None:
+    """Refuses images in a folder whose masks would be among the overlays.
+
+    Raises:
+        UsageError: there are some.
+    """
+    for name in names:
+        if name.startswith(f"{OVERLAYS_FOLDER}/"):
+            raise UsageError(
+                f"{source.url}: the masks of its folder {OVERLAYS_FOLDER} would lie among the "
+                "overlays; rename the folder or give --no-overlays"
+            )

@@ -1,0 +1,134 @@
+"""Keeps the records of a folder of masks: what the masks were made of, and unreadable images."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flexunet.errors import UsageError
+from flexunet.settings import flag_of
+from flexunet.storage import Forbidden, NotFound, Store
+from flexunet.tables import csv_table
+from flexunet.text import legible
+from job.inference.options import InferConfig
+from job.runs.loading import Member
+
+logger = logging.getLogger(__name__)
+
+UNREADABLE_NAME = "unreadable.csv"
+RECORD_NAME = "inference.json"  # which run, weights and images the masks are of
+
+# What a record says and what it is where the record lacks it; None: no option of that name.
+_RECORDED = {
+    "run": None,
+    "checkpoint": None,
+    "images": None,
+    "ensemble": "none",
+    "flips": "none",
+    "window": "auto",
+    "small_regions": "none",
+    "full_scale": "the dataset's",
+}
+_MAX_CHANGES = 3  # that are told
+
+
+def record_of(
+    members: Sequence[Member],
+    source: Store,
+    config: InferConfig,
+    min_pixels: Sequence[int],
+    overlap: int | None,
+) -> dict[str, Any]:
+    """Returns whose masks OUTPUT holds; what is not asked for is not named."""
+    first, *others = members
+    record: dict[str, Any] = {
+        "run": first.run,
+        "checkpoint": first.checkpoint,
+        "images": source.url,
+    }
+    if others:
+        record["ensemble"] = [f"{each.run}/{each.checkpoint}" for each in others]
+    if config.flips != "none":
+        record["flips"] = config.flips
+    if overlap is not None:
+        record |= {"window": "sliding", "overlap": overlap}
+    if config.small_regions is not None:
+        # The file may be another one by the next call.
+        record |= {"small_regions": config.small_regions, "min_pixels": list(min_pixels)}
+    if config.full_scale is not None:
+        record["full_scale"] = config.full_scale
+    return record
+
+
+def claim_output(output: Store, record: Mapping[str, Any], *, is_continued: bool) -> None:
+    """Writes down whose masks OUTPUT holds; masks made from or with other things are never kept.
+
+    Raises:
+        UsageError: masks would be kept that were made from others.
+    """
+    try:
+        found = json.loads(output.get(RECORD_NAME))
+    except (NotFound, ValueError):
+        found = None
+    if is_continued and found != record:
+        changes = _changes(found if isinstance(found, dict) else {}, record)
+        raise UsageError(
+            f"{output.url}: holds masks made in another way: {'; '.join(changes[:_MAX_CHANGES])}; "
+            "give another OUTPUT, or --overwrite to predict them again"
+        )
+    if found != record:
+        output.put(RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns in words what differs between two records (see `record_of`)."""
+    changes = []
+    for name, default in _RECORDED.items():
+        before, now = (_worded(record.get(name, default)) for record in (old, new))
+        if before != now:
+            changes.append(
+                f"{name if default is None else flag_of([name])} was {before}, now {now}"
+            )
+    # What follows from one of these is told where it alone differs.
+    both = [record for record in (old, new) if "overlap" in record]
+    if len(both) == 2 and old["overlap"] != new["overlap"]:
+        changes.append(f"--overlap was {old['overlap']}, now {new['overlap']}")
+    if old.get("small_regions") == new.get("small_regions"):
+        sizes = [record.get("min_pixels") for record in (old, new)]
+        if sizes[0] != sizes[1]:
+            where = new.get("small_regions")
+            changes.append(f"the sizes of {where} were {sizes[0]}, now {sizes[1]}")
+    return changes or ["by another version"]
+
+
+def _worded(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def list_unreadable(output: Store, unreadable: Sequence[tuple[str, str]]) -> None:
+    """Writes the table of unreadable images, or deletes one of an earlier call.
+
+    Nothing is touched that is right already: an account may create, and not replace.
+    """
+    rows = [(legible(file), legible(reason)) for file, reason in unreadable]
+    data = csv_table(["file", "reason"], rows).encode() if rows else None
+    try:
+        found = output.get(UNREADABLE_NAME)
+    except NotFound:
+        found = None
+    if data == found:
+        return
+    if data is not None:
+        output.put(UNREADABLE_NAME, data)
+        return
+    try:
+        output.delete(UNREADABLE_NAME)
+    except Forbidden:
+        logger.warning(
+            "%s/%s is of an earlier call and stays, as these credentials may not delete; all "
+            "images were read",
+            output.url,
+            UNREADABLE_NAME,
+        )

@@ -1,0 +1,119 @@
+"""Turns a picture into the pixels that the network takes: size, channels and full scale."""
+
+import logging
+from typing import Literal
+
+import numpy as np
+
+from data_prep.imaging.breast import frame
+from data_prep.imaging.geometry import Geometry, apply_geometry
+from data_prep.imaging.pixels import FEW_PIXELS, Target, convert
+from data_prep.shards.manifest import Manifest
+from flexunet.errors import ContentError
+
+logger = logging.getLogger(__name__)
+
+# 12-bit detectors store 0..4095 in 16-bit files.
+_LARGEST_12_BIT = 4095
+# Shares of the full scale that a 16-bit picture has to exceed: a picture of 12 bits is at most a
+# sixteenth of 16 bits. Two bits are enough where it is darker than all pictures of the dataset.
+_UNUSED, _UNUSED_AND_DARKEST = 16, 4
+
+
+def to_model_pixels(
+    image: np.ndarray,
+    manifest: Manifest,
+    *,
+    name: str = "image",
+    value_max: int | None = None,
+    kind: Literal["stretch", "pad", "tile"] | None = None,
+) -> tuple[np.ndarray, Geometry]:
+    """Returns `image` (h, w, 1|3) as the dataset would store it: (H, W, C), and where it lies.
+
+    An 8-bit dataset takes the upper byte of images that use 16 bits. In a dataset of 16 bits a few
+    pixels above its full scale become that, as in `prep`, and a warning tells.
+
+    Args:
+        value_max: raw value of full intensity, where it is known; a few pixels above it likewise.
+        kind: of geometry; None: the dataset's. "tile" leaves the picture at its own size, uncut.
+
+    Raises:
+        ContentError: `image` has 16 bits and uses far less of them, or more, than the dataset's
+            full scale, or `value_max`: whether it is dark or of a detector of fewer bits cannot be
+            told.
+    """
+    import cv2
+
+    takes_upper_byte = manifest.bit_depth == 8 and image.dtype == np.uint16 and value_max is None
+    if takes_upper_byte:
+        _refuse_unused_bits(image, name)
+    elif image.dtype == np.uint16:
+        _check_full_scale(image, manifest, name, value_max)
+    kind = kind or manifest.geometry
+    size = manifest.image_height, manifest.image_width
+    geometry = frame(
+        image,
+        height=size[0],
+        width=size[1],
+        kind=kind,
+        crop=manifest.crop,
+        flip=manifest.flip,
+    )
+    if kind == "tile":
+        size = geometry.height, geometry.width
+    if manifest.channels == 1 and image.shape[2] == 3:
+        # As prep does: the luma of ITU-R BT.601, which keeps the value of equal channels.
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, np.newaxis]
+    pixels = apply_geometry(image, geometry, *size, nearest=False).reshape(*size, -1)
+    if takes_upper_byte:
+        pixels = (pixels >> 8).astype(np.uint8)
+    target = Target(manifest.channels, manifest.bit_depth, manifest.value_max)
+    return convert(pixels, target, value_max=value_max), geometry
+
+
+def _refuse_unused_bits(image: np.ndarray, name: str) -> None:
+    """The upper byte of a 12-bit picture is nearly black, and its mask would be wrong."""
+    highest = int(image.max())
+    if highest <= _LARGEST_12_BIT:
+        raise ContentError(
+            f"{name}: 16-bit file whose largest value is {highest}, but the model was trained on "
+            "8-bit images; give infer its own full scale with --full-scale, or scale its range to "
+            "0..255, save it with 8 bits and infer again"
+        )
+
+
+def _check_full_scale(
+    image: np.ndarray, manifest: Manifest, name: str, value_max: int | None
+) -> None:
+    """Refuses a picture that is of another full scale than `value_max`, or the dataset's.
+
+    Predicted as it is, it would be many times too bright or too dark, and its mask wrong.
+    """
+    brightest = image.max(axis=2)
+    highest, full = int(brightest.max()), value_max or manifest.value_max
+    num_above = int(np.count_nonzero(brightest > full))
+    whose = "the model's dataset" if value_max is None else "this picture as it was given"
+    if num_above * FEW_PIXELS > brightest.size:
+        raise ContentError(
+            f"{name}: 16-bit file with values up to {highest}, but full intensity is {full} in "
+            f"{whose}; give infer its own with --full-scale, or scale its range to 0..{full}"
+        )
+    if num_above:
+        logger.warning(
+            "%s: %s above full intensity, up to %d, taken as %d",
+            name,
+            "1 pixel is" if num_above == 1 else f"{num_above} pixels are",
+            highest,
+            full,
+        )
+    if value_max is not None or highest == int(brightest.min()):
+        return
+    share, lowest = _UNUSED, full
+    if manifest.full_scale is not None:
+        share, lowest = _UNUSED_AND_DARKEST, manifest.full_scale.lowest_max
+    if highest <= full // share and highest < lowest:
+        raise ContentError(
+            f"{name}: 16-bit file whose largest value is {highest}, but full intensity is {full} "
+            f"in {whose}; give infer its own with --full-scale (4095 of 12 bits; {full} if the "
+            f"picture is so dark), or scale its range to 0..{full}"
+        )

@@ -1,0 +1,89 @@
+"""Shows a person a run that trains: one bar for all epochs and a line for each of them."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from flexunet.progress import Progress, load_bar
+from job.config import TrainConfig
+from job.data.folds import evaluated_words
+
+logger = logging.getLogger(__name__)
+
+# Phases that take long and show nothing themselves, and what is said of them.
+_SHOWN_PHASES = {
+    "opening the session": "building the network",
+    "evaluation": "evaluating {cases} with the best checkpoint",
+}
+
+
+class Display:
+    """What a person sees of a run: one bar for all epochs and a line for each of them."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._progress: Progress | None = None
+        self._phase = ""
+
+    def __enter__(self) -> "Display":
+        load_bar()  # while no other thread imports anything
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._close(*error)
+
+    def _close(self, *error: Any) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(*(error or (None, None, None)))
+            self._progress = None
+
+    def report(self, event: Mapping[str, Any]) -> None:
+        """Shows a step, an epoch, or what takes long without either.
+
+        The first step of a process opens the bar.
+        """
+        if event["event"] == "phase":
+            self._show_phase(event["name"])
+            return
+        if self._progress is None and event["event"] == "step":
+            self._progress = self._open(event)
+        if self._progress is None:
+            return
+        if event["event"] == "step":
+            note = f"epoch {event['epoch'] + 1}/{event['num_epochs']} step loss {event['loss']:.4f}"
+            self._progress.advance(event["num_images"], note)
+        elif event["event"] == "epoch":
+            self._progress.line(_epoch_line(event))
+
+    def _show_phase(self, name: str) -> None:
+        """Says what is done where else nothing would be seen for long."""
+        if name.startswith("epoch ") and self._progress is None:
+            text = f"compiling the first step of {name}"
+        elif name in _SHOWN_PHASES and name != self._phase:
+            text = _SHOWN_PHASES[name].format(cases=evaluated_words(self._config))
+        else:
+            return
+        self._phase = name
+        if self._progress is not None and name == "evaluation":
+            self._close()  # there are no steps any more
+        if self._progress is not None:
+            self._progress.line(text)
+        elif self._config.progress:
+            logger.info("%s", text)
+
+    def _open(self, event: Mapping[str, Any]) -> Progress:
+        before = (event["step"] - 1) * self._config.global_batch_size
+        done = event["epoch"] * event["epoch_images"] + before
+        total = event["num_epochs"] * event["epoch_images"]
+        return Progress("train", total, done=done, shown=self._config.progress).__enter__()
+
+
+def _epoch_line(row: Mapping[str, Any]) -> str:
+    """Returns the numbers of an epoch in 80 columns; Dice is that of the validation split."""
+    dice = row["val_foreground_dice"]
+    return (
+        f"epoch {row['epoch'] + 1:3d}/{row['num_epochs']}  loss {row['loss']:.4f}  "
+        f"val_loss {row['val_loss']:.4f}  "
+        f"foreground Dice {'-' if dice is None else f'{dice:.4f}'}  "
+        f"lr {row['learning_rate']:.1e}"
+    )

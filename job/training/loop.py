@@ -1,0 +1,268 @@
+"""Trains until the epochs are done or training stops early, then evaluates the test split."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flexunet.errors import DivergedError, UsageError
+from flexunet.text import counted
+from job.config import TrainConfig, identity_of
+from job.distributed.process_group import told_of_peers
+from job.optimization.schedule import stopped_early_words
+from job.report import renew_report
+from job.runs.identity import differences
+from job.runs.run import Run
+from job.training.options import stored_yaml
+from job.training.setup import Callbacks, TrainingSetup
+from job.training.state import TrainState
+
+if TYPE_CHECKING:
+    from job.training.trainer import Session
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_STORING = "storing the end"
+
+
+def train_and_evaluate(setup: TrainingSetup, callbacks: Callbacks) -> dict[str, Any]:
+    """Trains until the epochs are done or training stops early, then evaluates the test split.
+
+    Resumes from the newest verified checkpoint of the run. Every epoch ends with tables, curves,
+    predictions and, last, a checkpoint. Every process of a team calls it.
+
+    Returns:
+        The outcome, as written to `outcome.json`.
+
+    Raises:
+        UsageError: the run was begun with another dataset or other settings.
+        StoppedError: `should_stop` answered yes in one process; a checkpoint was written.
+        DivergedError: the loss, or with every scale its gradient, is not finite; the outcome was
+            written.
+        LockedError, StorageError: the run was lost, or could not be stored.
+    """
+    team, run = setup.team, setup.run
+    _check_same(setup)
+    outcome = team.on_first(lambda: _looked_for_outcome(setup))
+    if outcome is not None:
+        # It may have been evaluated anew since.
+        team.on_first(lambda: renew_report(run.store) if run is not None else None)
+        return outcome
+    from job.training.trainer import open_session
+
+    callbacks.begin("opening the session")
+    with (
+        open_session(setup, alive=callbacks.alive) as session,
+        _ends_by_storing(callbacks),
+        told_of_peers(team),
+    ):
+        return _Loop(session, callbacks).run()
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """The loop over epochs and steps of one session."""
+
+    session: "Session"
+    callbacks: Callbacks
+
+    def run(self) -> dict[str, Any]:
+        """Trains what is left and evaluates; returns the outcome."""
+        session, begin = self.session, self.callbacks.begin
+        begin("restoring")
+        state = session.restore()
+        while not state.is_finished(session.config.epochs):
+            begin(f"epoch {state.epoch + 1}")
+            clock = _Clock()
+            self._train_steps(state, clock)
+            self._end_epoch(state, clock)
+            if self._is_over() and not state.is_finished(session.config.epochs):
+                raise self._end(session.end_stopped, state)
+        begin("evaluation")
+        evaluation = session.evaluate_best(state, self._is_over)
+        return self._end(session.end_finished, state, evaluation)
+
+    def _train_steps(self, state: TrainState, clock: "_Clock") -> None:
+        """Does the rest of the epoch in progress, with a checkpoint whenever one is due."""
+        session = self.session
+        for loss, num_images in session.train_steps(state):
+            clock.tick(num_images)
+            self.callbacks.report(_step_event(session, state, loss, clock, num_images))
+            if not math.isfinite(loss) or session.is_stuck:
+                raise self._end(session.end_diverged, state, loss)
+            if self._is_over():
+                raise self._end(session.end_stopped, state)
+            is_last = state.step_in_epoch == session.num_steps
+            if not is_last and clock.is_due(session.config.checkpoint_every_minutes):
+                session.save(state)
+
+    def _end_epoch(self, state: TrainState, clock: "_Clock") -> None:
+        """Validates, and stores what the epoch leaves."""
+        session, number = self.session, state.epoch + 1
+        self.callbacks.begin(f"validation of epoch {number}")
+        row = session.validate(state, self._is_over)
+        self.callbacks.begin(f"end of epoch {number}")
+        if row is None:
+            raise self._end(session.end_stopped, state)
+        if not math.isfinite(row["val_loss"]):
+            raise self._end(session.end_diverged, state, row["val_loss"])
+        session.finish_epoch(state, row, images_per_s=clock.images_per_s)
+        self.callbacks.report({"event": "epoch", "num_epochs": session.config.epochs, **row})
+
+    def _is_over(self) -> bool:
+        # A run that was lost, or cannot be stored, is told when it is ended.
+        return self.session.team.any(self.callbacks.should_stop() or self.session.is_in_trouble)
+
+    def _end(self, store: Callable[..., T], *details: Any) -> T:
+        # Whoever else is gone: what is on its way to storage must arrive.
+        self.callbacks.begin(_STORING, needs_peers=False)
+        return store(*details)
+
+
+@contextmanager
+def _ends_by_storing(callbacks: Callbacks) -> Iterator[None]:
+    """Lets a process that ends by an error store what is on its way, whoever else is gone."""
+    try:
+        yield
+    except BaseException:
+        callbacks.begin(_STORING, needs_peers=False)
+        raise
+
+
+_ALIKE = ("epochs", "accumulate", "gradient_exchange", "exchange_flops_per_byte", "xla")
+
+
+def _check_same(setup: TrainingSetup) -> None:
+    """Refuses processes that were started with other settings or another dataset than the first.
+
+    Raises:
+        UsageError: on all of them; names the rank and what differs.
+    """
+    config = setup.config
+
+    def settings() -> dict[str, Any]:
+        # These decide which collectives run, and when: one that differs is waited for without end.
+        free = {name: getattr(config, name) for name in _ALIKE}
+        together = {**identity_of(config), **free}
+        return {"config": together, "dataset": setup.dataset.digest}
+
+    first, *others = setup.team.on_each(settings)
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            raise UsageError(
+                f"rank {rank} was started with other settings than rank 0: "
+                f"{'; '.join(differences(first, other))}; start all with the same"
+            )
+
+
+def _looked_for_outcome(setup: TrainingSetup) -> dict[str, Any] | None:
+    """Returns what `earlier_outcome` does; an attempt that is refused counts as no restart."""
+    run = setup.run
+    assert run is not None  # noqa: S101 - only who owns it asks
+    try:
+        return earlier_outcome(setup.config, run, setup.dataset.digest)
+    except (UsageError, DivergedError):
+        run.note_end("looked")
+        raise
+
+
+def earlier_outcome(
+    config: TrainConfig, run: Run | None, dataset_digest: str
+) -> dict[str, Any] | None:
+    """Returns the outcome of a run that is over; a higher `epochs` reopens a finished one.
+
+    Args:
+        run: owned by this process.
+
+    Raises:
+        UsageError: it is a run of another dataset or other settings.
+        DivergedError: it diverged.
+    """
+    assert run is not None  # noqa: S101 - only who owns it asks
+    stored = run.read_identity()
+    if stored is not None and stored["dataset_digest"] != dataset_digest:
+        begun_with = stored_yaml(run.store).get("data", "not known any more")
+        raise UsageError(
+            f"--data {config.data} is not the dataset with which run {run.url} was begun "
+            f"({begun_with}), or was prepared anew since (sha256 of dataset.json: "
+            f"{stored['dataset_digest'][:12]}, now {dataset_digest[:12]}); give that dataset or "
+            "another --name"
+        )
+    run.check_identity(identity_of(config), dataset_digest)
+    outcome = run.read_outcome()
+    if outcome is None:
+        return None
+    if outcome["status"] == "diverged":
+        raise DivergedError(f"{outcome['reason']}; start a run of another name")
+    if outcome["stopped_early"]:
+        words = stopped_early_words(outcome["epochs"], outcome["best"]["epoch"])
+        logger.info(
+            "%s: finished already: %s; to go on from its best weights, give another "
+            "--name and --init-from %s",
+            run.store.url,
+            words,
+            run.store.url,
+        )
+        return outcome
+    if outcome["epochs"] >= config.epochs:
+        logger.info(
+            "%s: finished already after %s", run.store.url, counted(outcome["epochs"], "epoch")
+        )
+        return outcome
+    if config.schedule.cosine:
+        logger.warning(
+            "%s: the cosine is one of all epochs: from its end after %d it jumps back up, to where "
+            "a run of %d would be; another --name trains such a run from the start",
+            run.store.url,
+            outcome["epochs"],
+            config.epochs,
+        )
+    run.clear_outcome()
+    return None
+
+
+def _step_event(
+    session: "Session", state: TrainState, loss: float, clock: "_Clock", num_images: int
+) -> dict[str, Any]:
+    return {
+        "event": "step",
+        "epoch": state.epoch,
+        "num_epochs": session.config.epochs,
+        "step": state.step_in_epoch,
+        "num_steps": session.num_steps,
+        "loss": loss,
+        "num_images": num_images,
+        "epoch_images": len(session.dataset.split("train")),
+        "images_per_s": clock.images_per_s,
+    }
+
+
+class _Clock:
+    """Images per second since the first step of an epoch, and the time to the next checkpoint."""
+
+    def __init__(self) -> None:
+        self._saved = time.monotonic()
+        self._first: float | None = None
+        self._num_images = 0
+        self.images_per_s = 0.0
+
+    def tick(self, num_images: int) -> None:
+        """Counts a step. The first is left out: it may compile."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            return
+        self._num_images += num_images
+        self.images_per_s = self._num_images / (now - self._first)
+
+    def is_due(self, minutes: float) -> bool:
+        """Returns whether `minutes` have passed since the last yes; 0 is never."""
+        is_due = 0 < minutes * 60 <= time.monotonic() - self._saved
+        if is_due:
+            self._saved = time.monotonic()
+        return is_due

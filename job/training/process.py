@@ -1,0 +1,234 @@
+"""Runs one training process from start to end: devices, peers, the run, precision, watchdog."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from flexunet.cli.interrupts import handled
+from flexunet.errors import UsageError
+from flexunet.storage import open_store
+from job.config import TrainConfig
+from job.data.dataset import Dataset
+from job.data.folds import open_folded
+from job.distributed.process_group import Place, Team, meet, told_of_peers
+from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process
+from job.models.compatibility import check_fit, input_max
+from job.runs.layout import checked_run_name
+from job.runs.provenance import check_origin
+from job.runs.run import Run
+from job.training.display import Display
+from job.training.loop import train_and_evaluate
+from job.training.setup import Callbacks, Report, TrainingSetup
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 60.0
+_LAST_WORDS_S = 5.0  # for the stacks of a process that ends itself
+
+
+def run_local(config: TrainConfig) -> dict[str, Any]:
+    """Trains on the devices of this machine; the body of `train --local`.
+
+    Args:
+        config: `data` and `name` are set.
+    """
+    with stop_signals() as should_stop, Display(config) as display:
+        return run_member(config, None, display.report, should_stop)
+
+
+def run_in_cluster(config: TrainConfig, place: Place) -> dict[str, Any]:
+    """Trains as the process `place` of a cluster; the body of `train` without `--local`."""
+    with stop_signals() as should_stop, Display(config) as display:
+        report = display.report if place.rank == 0 else lambda event: None
+        return run_member(config, place, report, should_stop)
+
+
+def run_member(
+    config: TrainConfig,
+    place: Place | None,
+    report: Report,
+    should_stop: Callable[[], bool],
+    *,
+    num_gpus: int | None = None,
+    launch: str | None = None,
+) -> dict[str, Any]:
+    """Trains as one of the processes that train together; all of them call it.
+
+    Args:
+        config: `data` and `name` are set.
+        place: None: this process alone.
+        num_gpus: GPUs that this process was promised; None: whatever there is.
+        launch: names the launcher, whose processes may follow one another at once.
+
+    Raises:
+        FlexUNetError: also where another process ended, or cannot be reached.
+    """
+    # What can be refused at once is: TensorFlow takes seconds to come.
+    dataset = open_folded(config)
+    check_fit(config, dataset)
+    callbacks = Callbacks(report, should_stop)
+    if place is None or place.size == 1:
+        if launch is None:  # a launcher has done it
+            check_origin(config, dataset)
+        alone = _Process(config, dataset, None, num_gpus, launch)
+        with _own_run(config, launch) as run:
+            return alone.train(run, callbacks)
+    return _Process(config, dataset, place, num_gpus, launch).train(None, callbacks)
+
+
+@dataclass(frozen=True)
+class _Process:
+    """One of the processes that train together, see `run_member`."""
+
+    config: TrainConfig
+    dataset: Dataset
+    place: Place | None
+    num_gpus: int | None
+    launch: str | None
+
+    def train(self, run: Run | None, callbacks: Callbacks) -> dict[str, Any]:
+        """Makes the strategy, with the others where there are some, and trains.
+
+        Args:
+            run: of a process alone, which owns it; the first of several owns it from here on.
+        """
+        from job.distributed import runtime
+
+        config, place = self.config, self.place
+        num_seen = runtime.check_devices(config, place, self.num_gpus)
+        if place is not None:
+            meet(place, config.phase_timeout, num_seen)
+            if place.size > 1:
+                runtime.check_batch(config, place.size, num_seen)
+        with _watched(config, place) as watchdog, ExitStack() as stack:
+            watchdog.enter("making the strategy")
+            strategy = runtime.configure(config, place)
+            runtime.check_micro_batches(config, strategy.num_replicas_in_sync)
+            team = Team(strategy, place)
+            callbacks = _watched_callbacks(watchdog, callbacks)
+            with told_of_peers(team):
+                if place is not None:
+                    run = self._own_on_first(team, stack)
+                watchdog.enter("starting")
+                precision = self._agree_on_precision(team, run)
+                config = config.model_copy(update={"precision": precision})
+                setup = TrainingSetup(config, self.dataset, run, strategy, team)
+                return train_and_evaluate(setup, callbacks)
+
+    def _own_on_first(self, team: Team, stack: ExitStack) -> Run | None:
+        """Lets the first process own the run until `stack` is left; returns it there."""
+        owned: list[Run] = []
+
+        def own() -> None:
+            owned.append(stack.enter_context(_own_run(self.config, self.launch)))
+
+        team.on_first(own)
+        if self.launch is None:
+            team.on_first(lambda: check_origin(self.config, self.dataset))
+        return owned[0] if owned else None
+
+    def _agree_on_precision(self, team: Team, run: Run | None) -> str:
+        """Returns the precision in which all processes compute.
+
+        Raises:
+            UsageError: one of them does not compute in it.
+        """
+        from job.distributed import runtime
+
+        config = self.config
+        wished: str = config.precision
+        begun_in: str | None = None
+        if wished == "auto":
+            # A run goes on as it began, on whatever it is resumed.
+            begun_in = team.on_first(lambda: stored_precision(run))
+            wished = begun_in or wished
+        largest = input_max(config, self.dataset.manifest)
+
+        def resolve() -> str:
+            try:
+                return runtime.resolve_precision(wished, largest)
+            except UsageError as error:
+                if begun_in is None:
+                    raise
+                raise UsageError(
+                    f"{config.output}/{config.name} was begun in {begun_in}, which "
+                    f"{socket.gethostname()} does not compute; resume it on a machine that "
+                    "does, or train another --name"
+                ) from error
+
+        precisions = team.on_each(resolve)
+        # Where machines are of two kinds, all of them compute in float32.
+        return precisions[0] if len(set(precisions)) == 1 else "float32"
+
+
+def stored_precision(run: Run | None) -> str | None:
+    """Returns the precision in which a run was begun; None for a new one, or where it is not ours.
+
+    Only the processes that train know what they compute natively, so `auto` is this one then.
+    """
+    stored = run.read_identity() if run is not None else None
+    return str(stored["config"]["precision"]) if stored else None
+
+
+def _own_run(config: TrainConfig, launch: str | None) -> Run:
+    # A request is repeated for a while, and the outbox repeats the whole call for longer.
+    retry_s = min(_RETRY_S, max(config.storage_timeout, 1.0))
+    store = open_store(config.output, retry_s=retry_s).below(checked_run_name(str(config.name)))
+    return Run.own(store, launch=launch)
+
+
+@contextmanager
+def _watched(config: TrainConfig, place: Place | None) -> Iterator[Watchdog]:
+    """Yields the watchdog of this process, which writes into the run what stood still where."""
+    rank = place.rank if place else 0
+    peers = {r: a for r, a in enumerate(place.addresses) if r != rank} if place else {}
+    store = open_store(config.output, retry_s=_LAST_WORDS_S).below(str(config.name))
+
+    def end(problem: str) -> None:
+        name = f"{STACKS_FOLDER}/{socket.gethostname()}-{os.getpid()}-rank-{rank}.txt"
+        end_process(store, name, f"rank {rank}: {problem}")
+
+    with Watchdog(
+        # The end of an epoch may wait for storage.
+        phase_s=config.phase_timeout + config.storage_timeout,
+        step_s=config.step_timeout,
+        expired=end,
+        peers=peers,
+    ) as watchdog:
+        yield watchdog
+
+
+def _watched_callbacks(watchdog: Watchdog, callbacks: Callbacks) -> Callbacks:
+    """Returns `callbacks` of which the watchdog hears too."""
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if event["event"] == "phase":
+            watchdog.enter(event["name"], needs_peers=event["needs_peers"])
+        callbacks.report(event)
+
+    def ask() -> bool:
+        watchdog.beat()
+        return callbacks.should_stop()
+
+    return Callbacks(tell, ask, watchdog.alive)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C, SIGTERM or SIGHUP came; two end at once."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        logger.warning("stopping after this step; a second signal stops at once, without saving")
+        stop.set()
+
+    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), ask):
+        yield stop.is_set

@@ -1,0 +1,60 @@
+"""Holds what a training process is given: its setup, and the callbacks of its caller."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flexunet.progress import Alive, not_told
+from job.config import TrainConfig
+from job.data.dataset import Dataset
+from job.data.folds import open_folded
+from job.distributed.process_group import Team
+from job.runs.run import Run
+
+# Called with {"event": "phase", "name", "needs_peers"} before every part of the work, after every
+# step with {"event": "step", "epoch", "num_epochs", "step", "num_steps", "loss", "num_images",
+# "epoch_images", "images_per_s"} and after every epoch with {"event": "epoch"} and its row.
+Report = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What one process trains, on what and with whom.
+
+    Attributes:
+        config: precision already resolved.
+        dataset: of `config`.
+        run: opened, owned by this process; None but in the first process of a team.
+        strategy: a `tf.distribute.Strategy`.
+        team: the processes that train together.
+    """
+
+    config: TrainConfig
+    dataset: Dataset
+    run: Run | None
+    strategy: Any
+    team: Team
+
+    @classmethod
+    def of_one_process(cls, config: TrainConfig, run: Run | None, strategy: Any) -> "TrainingSetup":
+        """Returns the setup of this process alone; opens the dataset of `config`."""
+        return cls(config, open_folded(config), run, strategy, Team(strategy))
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What a training process tells its caller, and asks of it.
+
+    Attributes:
+        report: told of every phase, step and epoch.
+        should_stop: asked after every step and every batch of an evaluation.
+        alive: told of parts of what lies between, where that may take long.
+    """
+
+    report: Report
+    should_stop: Callable[[], bool]
+    alive: Alive = not_told
+
+    def begin(self, phase: str, *, needs_peers: bool = True) -> None:
+        """Reports that `phase` begins; `needs_peers`: it waits for the other processes."""
+        self.report({"event": "phase", "name": phase, "needs_peers": needs_peers})
