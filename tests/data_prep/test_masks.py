@@ -96,14 +96,6 @@ def test_to_class_ids_reads_an_index_mask_of_many_classes() -> None:
         assert to_class_ids(pixels, ORGANS, name="a")[1] == 0
 
 
-def test_to_class_ids_counts_within_the_tolerance_as_exact() -> None:
-    pixels = grey(0, 3, 4, 251, 255)
-    assert to_class_ids(pixels, DEFAULT_CLASSES, name="a", exact_tolerance=3)[1] == 2
-    assert to_class_ids(pixels, DEFAULT_CLASSES, name="a", exact_tolerance=4)[1] == 0
-    pixels = rgb((255, 0, 0), (252, 3, 0), (251, 0, 0))
-    assert to_class_ids(pixels, ORGANS, name="a", exact_tolerance=3)[1] == 1
-
-
 def test_to_class_ids_keeps_the_ignore_id() -> None:
     ids, off_map, _ = to_class_ids(grey(0, 1, 3, 200), ORGANS, name="a", ignore_id=200)
     assert (ids.tolist(), off_map) == ([[0, 1, 3, 200]], 0)
