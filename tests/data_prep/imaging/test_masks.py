@@ -16,7 +16,7 @@ from data_prep.imaging.masks import read_npz_mask, to_class_ids, to_colors
 from data_prep.imaging.pixels import Pixels
 from flexunet.errors import ContentError, UsageError
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "inbreast-mini" / "masks"
+REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "inbreast-mini" / "masks"
 ORGANS = parse_color_map("background=0,0,0; mass=255,0,0; skin=0,255,0; muscle=0,0,255")
 
 
