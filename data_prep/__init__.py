@@ -1,1 +1,4 @@
-"""Images and masks become a committed dataset; knows storage and records, never TensorFlow."""
+"""Images and masks become a committed dataset; knows storage and records, never TensorFlow.
+
+`config` holds the options, `pipeline` the order of the steps, `cli` the command.
+"""

@@ -47,7 +47,6 @@ def to_class_ids(
     classes: Sequence[ClassColor],
     *,
     name: str,
-    exact_tolerance: int = 0,
     ignore_id: int | None = None,
 ) -> tuple[ClassIds, int, list[Color]]:
     """Returns class ids (H, W) uint8, the number of off-map pixels, and their commonest colours.
@@ -56,8 +55,6 @@ def to_class_ids(
         pixels: (H, W) or (H, W, 1) grey, uint8 or uint16, or (H, W, 3) uint8 RGB.
         classes: the classes in the order of their ids.
         name: what to call the mask in errors.
-        exact_tolerance: largest difference, per channel and in 8-bit levels, that still counts as
-            the class's own colour.
         ignore_id: id of pixels that count nowhere.
 
     Raises:
@@ -72,14 +69,14 @@ def to_class_ids(
         colors, ids = [*colors, (ignore_id,) * 3], [*ids, ignore_id]
     plane = grey_channel(pixels)
     if plane is None:
-        reading = _read_colors(pixels, np.array(colors), np.array(ids), exact_tolerance)
+        reading = _read_colors(pixels, np.array(colors), np.array(ids))
     else:
-        reading = _read_grey(plane, np.array(colors), np.array(ids), exact_tolerance)
+        reading = _read_grey(plane, np.array(colors), np.array(ids))
     off_map = int(reading.off_counts.sum())
     commonest = np.argsort(-reading.off_counts, kind="stable")[:_NUM_COLORS_NAMED]
     named = [_as_color(color) for color in reading.off_colors[commonest]]
     if off_map and _is_empty(reading.ids, ignore_id):
-        is_solid = 2 * _num_solid(pixels, colors, exact_tolerance) > off_map
+        is_solid = 2 * _num_solid(pixels, colors) > off_map
         _refuse_unexplained(reading, classes, named, name=name, is_solid=is_solid)
     return reading.ids, off_map, named
 
@@ -148,7 +145,7 @@ _NOTHING_OFF = (np.zeros((0, 3), np.int64), np.zeros(0, np.int64), np.zeros(0, n
 
 
 def _read_grey(
-    plane: Pixels, colors: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], tolerance: int
+    plane: Pixels, colors: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]
 ) -> _Reading:
     import cv2
 
@@ -164,7 +161,7 @@ def _read_grey(
     nearest, distances = _nearest(shades, colors * scale)
     table = np.zeros(max(256, len(counts)), np.uint8)
     table[levels] = ids[nearest]
-    off = distances > tolerance * scale
+    off = distances > 0
     # OpenCV's table is four times as fast, and has 256 places.
     read = cv2.LUT(plane, table) if plane.dtype == np.uint8 else np.take(table, plane)
     return _Reading(
@@ -205,7 +202,7 @@ def _counts(plane: Pixels) -> npt.NDArray[np.int64]:
 
 
 def _read_colors(
-    pixels: Pixels, colors: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], tolerance: int
+    pixels: Pixels, colors: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]
 ) -> _Reading:
     codes = pixels[..., 0].astype(np.uint32)
     for channel in (1, 2):
@@ -222,7 +219,7 @@ def _read_colors(
     shades = np.stack([others >> 16, (others >> 8) & 255, others & 255], axis=1).astype(np.int64)
     nearest, distances = _nearest(shades, colors)
     result[rest] = ids[nearest][where]
-    off = distances > tolerance
+    off = distances > 0
     return _Reading(result, shades[off], counts[off], distances[off])
 
 
@@ -247,7 +244,7 @@ def _is_empty(class_ids: ClassIds, ignore_id: int | None) -> bool:
     return not foreground.any()
 
 
-def _num_solid(pixels: Pixels, colors: Sequence[Color], tolerance: int) -> int:
+def _num_solid(pixels: Pixels, colors: Sequence[Color]) -> int:
     """Returns how many pixels lie in squares of one shade that is none of `colors`."""
     import cv2
 
@@ -257,7 +254,7 @@ def _num_solid(pixels: Pixels, colors: Sequence[Color], tolerance: int) -> int:
     is_centre = (highest == lowest).reshape(channels.shape).all(axis=2)
     is_solid = cv2.dilate(is_centre.astype(np.uint8), square).astype(bool)
     for color in colors:
-        is_solid &= (np.abs(channels.astype(np.int32) - color) > tolerance).any(axis=2)
+        is_solid &= (channels != color).any(axis=2)
     return int(np.count_nonzero(is_solid))
 
 

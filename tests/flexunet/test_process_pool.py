@@ -2,12 +2,16 @@
 
 import math
 import os
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
 
+import psutil
 import pytest
 
+from flexunet.errors import FlexUNetError
 from flexunet.process_pool import (
     InlineExecutor,
     Workers,
@@ -15,6 +19,7 @@ from flexunet.process_pool import (
     cgroup_cores,
     cgroup_memory_bytes,
     in_order,
+    open_pool,
 )
 
 
@@ -114,3 +119,50 @@ def test_workers_keep_two_calls_for_each_as_their_number_changes() -> None:
         counts.append(len(taken))
     # 2 and one more; then 6 wait beside the 2 that were yielded; 1 worker needs no more of them.
     assert counts == [3, 8, 8]
+
+
+def _square(value):
+    return value * value
+
+
+def _die(value):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _sleep(seconds):
+    time.sleep(seconds)
+
+
+def test_in_order_submits_no_more_than_it_may():
+    submitted = []
+
+    class Counting(InlineExecutor):
+        def submit(self, fn, /, *args, **kwargs):
+            submitted.append(args[0])
+            return super().submit(fn, *args, **kwargs)
+
+    results = in_order(Counting(), _square, range(100), num_waiting=3)
+    assert next(results) == 0
+    assert submitted == [0, 1, 2, 3]
+    assert list(results) == [i * i for i in range(1, 100)]
+
+
+def test_pool_ends_with_its_block_even_in_mid_work():
+    with pytest.raises(KeyboardInterrupt), open_pool(2) as executor:
+        started = time.monotonic()
+        assert list(in_order(executor, _square, [3, 4], num_waiting=2)) == [9, 16]
+        executor.submit(_sleep, 600)
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 60
+    # Asked of the operating system: multiprocessing's own list keeps a child that another thread
+    # has waited for.
+    commands = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    assert not [each for each in commands if "spawn_main" in each]
+
+
+def test_death_of_a_worker_is_one_line():
+    with (
+        pytest.raises(FlexUNetError, match="a worker process was killed"),
+        open_pool(2) as executor,
+    ):
+        list(in_order(executor, _die, [1], num_waiting=2))

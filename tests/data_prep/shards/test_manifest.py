@@ -16,7 +16,7 @@ from data_prep.shards.manifest import (
 )
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store
-from tests.data_prep.manifests import manifest_values
+from tests.data_prep.shards.manifests import manifest_values
 
 
 def test_shard_name_matches_its_pattern():

@@ -10,7 +10,7 @@ from data_prep.imaging.breast import find_breast, frame
 from data_prep.imaging.geometry import Box, apply_geometry
 from data_prep.phantoms.images import make_phantom
 
-_INBREAST = Path(__file__).resolve().parents[3] / "shared" / "data" / "inbreast-mini"
+_INBREAST = Path(__file__).resolve().parents[4] / "shared" / "data" / "inbreast-mini"
 
 
 def _film(height=200, width=100, dtype=np.uint8):

@@ -17,7 +17,7 @@ from data_prep.imaging.codecs import encode_png, read_image, read_mask_pixels
 from data_prep.imaging.pixels import Pixels
 from flexunet.errors import ContentError
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "inbreast-mini"
+REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "inbreast-mini"
 GREY = np.array([[0, 1, 2], [100, 200, 255]], np.uint8)
 RGB = np.dstack([GREY, GREY[::-1], 255 - GREY])
 GREY16 = np.array([[0, 1, 256], [4095, 40000, 65535]], np.uint16)

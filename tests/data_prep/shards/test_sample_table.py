@@ -7,7 +7,7 @@ from data_prep.shards.manifest import Manifest
 from data_prep.shards.sample_table import SAMPLES_NAME, read_samples, samples_to_parquet
 from flexunet.errors import ContentError
 from flexunet.storage import open_store
-from tests.data_prep.manifests import manifest_values
+from tests.data_prep.shards.manifests import manifest_values
 
 
 def _row(**changes):

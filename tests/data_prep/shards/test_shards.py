@@ -3,13 +3,10 @@
 import dataclasses
 import json
 import os
-import signal
-import time
 
 import cv2
 import google_crc32c
 import numpy as np
-import psutil
 import pytest
 
 from data_prep.imaging.color_map import DEFAULT_CLASSES
@@ -21,8 +18,7 @@ from data_prep.shards.manifest import shard_name
 from data_prep.shards.output import claim_output, remove_state, staging_url
 from data_prep.shards.records import decode_example, sha256_of_pixels, unframe_record
 from data_prep.shards.write import mean_and_std, plan_shards, write_shard
-from flexunet import process_pool
-from flexunet.errors import ContentError, FlexUNetError, UsageError
+from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store
 
 _LAYOUT = Layout(
@@ -376,50 +372,3 @@ def test_staged_index_is_json(tmp_path):
     data = (tmp_path / "out" / "prep-state" / found.staged).read_bytes()
     (entry,) = json.loads(data[found.offset + found.length : -12])
     assert (entry["kind"], entry["id"]) == ("Scanned", "a")
-
-
-def _square(value):
-    return value * value
-
-
-def _die(value):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _sleep(seconds):
-    time.sleep(seconds)
-
-
-def test_in_order_submits_no_more_than_it_may():
-    submitted = []
-
-    class Counting(process_pool.InlineExecutor):
-        def submit(self, fn, /, *args, **kwargs):
-            submitted.append(args[0])
-            return super().submit(fn, *args, **kwargs)
-
-    results = process_pool.in_order(Counting(), _square, range(100), num_waiting=3)
-    assert next(results) == 0
-    assert submitted == [0, 1, 2, 3]
-    assert list(results) == [i * i for i in range(1, 100)]
-
-
-def test_pool_ends_with_its_block_even_in_mid_work():
-    with pytest.raises(KeyboardInterrupt), process_pool.open_pool(2) as executor:
-        started = time.monotonic()
-        assert list(process_pool.in_order(executor, _square, [3, 4], num_waiting=2)) == [9, 16]
-        executor.submit(_sleep, 600)
-        raise KeyboardInterrupt
-    assert time.monotonic() - started < 60
-    # Asked of the operating system: multiprocessing's own list keeps a child that another thread
-    # has waited for.
-    commands = [" ".join(child.cmdline()) for child in psutil.Process().children()]
-    assert not [each for each in commands if "spawn_main" in each]
-
-
-def test_death_of_a_worker_is_one_line():
-    with (
-        pytest.raises(FlexUNetError, match="a worker process was killed"),
-        process_pool.open_pool(2) as executor,
-    ):
-        list(process_pool.in_order(executor, _die, [1], num_waiting=2))

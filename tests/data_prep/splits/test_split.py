@@ -1,19 +1,18 @@
-"""Groups by name, table or expression; whole groups in splits and folds; leaks."""
+"""Whole groups in splits and folds, near to the fractions that are asked for."""
 
 import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.splits.groups import augmented_group, group_of
 from data_prep.splits.leaks import find_leaks
 from data_prep.splits.split import assign_folds, assign_splits
-from flexunet.errors import ContentError, UsageError
+from flexunet.errors import UsageError
 
 FRACTIONS = {"train": 0.8, "valid": 0.15, "test": 0.05}
 GROUP_SIZES = st.lists(st.integers(1, 9), min_size=3, max_size=40)
@@ -22,99 +21,6 @@ GROUP_SIZES = st.lists(st.integers(1, 9), min_size=3, max_size=40)
 def samples_of(sizes: Sequence[int]) -> dict[str, str]:
     """Group i has sizes[i] samples."""
     return {f"g{i}-{j}": f"g{i}" for i, size in enumerate(sizes) for j in range(size)}
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
-        ("barrdistorted_1001_0.3_0.3_23.png", "23"),
-        ("deformed_alpha_1300_sigmoid_8_29", "29"),
-        ("deformed_alpha_1300_sigmoid_8_29.png", "29"),
-        ("distorted_0.02_rsigma0.5_sigma40_18.png", "18"),
-        ("pincdistorted_1001_0.3_-0.3_7.png", "7"),
-        ("rotated_90_12.jpg", "12"),
-        ("hflipped_12.png", "12"),
-        ("vflipped_12.png", "12"),
-        ("shrinked_0.8_12.png", "12"),
-        ("sheared_20_0.1_horizontal_12.png", "12"),
-        ("56.png", "56"),
-        ("rotated_90_056.png", "56"),
-    ],
-)
-def test_augmented_group_is_the_number_of_the_source(name: str, group: str) -> None:
-    assert augmented_group(name) == group
-    assert group_of(preset="augmented")(name) == group
-
-
-@pytest.mark.parametrize("name", ["scan.png", "12_a.png", "12a.png", "a12.png", "_.png", ".png"])
-def test_augmented_group_names_a_file_of_another_kind(name: str) -> None:
-    with pytest.raises(ContentError, match=r"^the name does not end in _NUMBER"):
-        augmented_group(name)
-
-
-def test_group_of_without_options_is_the_file() -> None:
-    assert group_of()("a.b.png") == "a.b"
-
-
-def test_group_of_regex_takes_the_first_bracket_or_the_whole_match() -> None:
-    assert group_of(regex=r"-(p\d+)-")("phantom-p007-1.png") == "p007"
-    assert group_of(regex=r"p\d+")("phantom-p007-1.png") == "p007"
-    assert group_of(regex=r"(?:left|right)-(\w)(\d)")("left-a1.png") == "a"
-
-
-def test_group_of_regex_says_what_helps_a_name_without_a_match() -> None:
-    for regex in (r"(p\d+)", r"x*", r"(p\d+)?"):
-        with pytest.raises(ContentError, match=r"^no group, .*correct --group-regex$"):
-            group_of(regex=regex)("scan.png")
-    with pytest.raises(ContentError, match="--group-preset augmented instead"):
-        group_of(regex=r"(p\d+)")("barrdistorted_1001_0.3_0.3_23.png")
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("file,group\na.png,P1\nb.png,P1\n", "a.png"),
-        ("id,group\r\na,P1\r\nb,P1\r\n", "a.png"),
-        ("\ufeffGroup, ID ,age\n P1 , a ,60\n", "a.tiff"),
-        ("file,group\na.png,P1\na.png,P1\n", "a.png"),
-    ],
-)
-def test_group_of_table_finds_files_and_stems(text: str, name: str) -> None:
-    assert group_of(table=(text, "groups.csv"))(name) == "P1"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", r"groups\.csv: columns \[\]; expected"),
-        ("name,patient\na,b\n", r"groups\.csv: columns \['name', 'patient'\]; expected file,group"),
-        ("file,group\na.png,\n", r"groups\.csv: line 2: file or group is empty"),
-        ("file,group\na.png\n", r"groups\.csv: line 2: file or group is empty"),
-        ("file,group\na.png,P1\na.png,P2\n", r"a\.png is in the groups P1 and P2"),
-    ],
-)
-def test_group_of_table_names_what_is_wrong(text: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        group_of(table=(text, "groups.csv"))
-
-
-def test_group_of_table_names_a_file_without_a_row() -> None:
-    find = group_of(table=("file,group\na.png,P1\n", "groups.csv"))
-    with pytest.raises(ContentError, match=r"^has no row in groups\.csv"):
-        find("c.png")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: group_of(preset="inbreast"), "'inbreast' is unknown; known: augmented"),
-        (lambda: group_of(regex="("), r"--group-regex '\('"),
-        (lambda: group_of(preset="augmented", regex="a"), "more than one way"),
-    ],
-)
-def test_group_of_refuses_wrong_options(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        make()
 
 
 @given(sizes=GROUP_SIZES, seed=st.integers(0, 99), order=st.randoms(use_true_random=False))
@@ -287,32 +193,6 @@ def test_two_thousand_groups_of_many_sizes_take_no_time() -> None:
     start = time.process_time()
     assign_folds(groups, num_folds=5, seed=1)
     assert time.process_time() - start < 3  # 0.2 s; each step of the search tried takes 10 s
-
-
-def test_find_leaks_names_groups_and_pictures_in_two_splits() -> None:
-    samples = [
-        ("rotated_90_1", "train", "1", "aa"),
-        ("1", "test", "1", "bb"),
-        ("2", "train", "2", "cc"),
-        ("9", "valid", "9", "cc"),
-        ("2-copy", "train", "2", "cc"),
-    ]
-    leaks = [
-        "group '1' is in train (rotated_90_1) and test (1)",
-        "the same picture is in train (2, 2-copy) and valid (9)",
-    ]
-    assert find_leaks(samples) == leaks
-    assert find_leaks(reversed(samples)) == leaks
-
-
-def test_find_leaks_names_three_files_and_counts_the_rest() -> None:
-    samples = [(f"{i}", "train", "p", f"{i}") for i in range(5)] + [("7", "valid", "p", "7")]
-    assert find_leaks(samples) == ["group 'p' is in train (0, 1, 2 and 2 more) and valid (7)"]
-
-
-def test_find_leaks_of_clean_splits_is_empty() -> None:
-    samples = [("a", "train", "1", "aa"), ("b", "train", "1", "aa"), ("c", "valid", "2", "bb")]
-    assert find_leaks(samples) == []
 
 
 @given(sizes=GROUP_SIZES, seed=st.integers(0, 9))
