@@ -44,13 +44,13 @@ from job.metrics.per_case import (
     titled_sizes,
 )
 from job.optimization.schedule import stopped_early_words
+from job.reporting.csv_tables import CURVE_TITLES
 from job.reporting.phrases import (
     counted_cases,
     has_foreground,
     no_foreground_words,
     summarized_words,
 )
-from job.runs.history import CURVE_TITLES
 from job.runs.layout import CROSS_VALIDATION_NAME, LEASE_NAME, OUTCOME_NAME, RESTORE
 from job.runs.status import read_ends, standing
 

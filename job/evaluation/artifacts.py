@@ -14,7 +14,6 @@ from job.data.dataset import Dataset, RecordReader
 from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names
 from job.inference.region_filter import FILE_NAME
 from job.metrics.per_case import case_cells, case_columns
-from job.runs.history import evaluation_csv
 
 _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
 
@@ -55,6 +54,11 @@ def write_evaluation(target: Store, evaluation: Evaluation, evaluator: Evaluator
     summary = json.dumps(evaluation.summary, indent=2, allow_nan=False) + "\n"
     target.put("summary.json", summary.encode())
     return target.url
+
+
+def evaluation_csv(loss_name: str, loss: float, metric_name: str, metric: float) -> str:
+    """Returns evaluation.csv as the reference implementation writes it: `name,value` twice."""
+    return f"{loss_name},{loss:.4f}\n{metric_name},{metric:.4f}\n"
 
 
 def _per_case_csv(evaluation: Evaluation, dataset: Dataset) -> str:

@@ -41,9 +41,9 @@ from job.inference.preprocess import to_model_pixels
 from job.optimization.optimizer import Adam
 from job.report import renew_report
 from job.reporting import plots
+from job.reporting.csv_tables import CURVE_TITLES, History
 from job.runs import serialization
 from job.runs.commits import fetch_commit
-from job.runs.history import CURVE_TITLES, History
 from job.runs.layout import Place, commit_prefix
 from job.runs.run import Run
 from job.runs.upload_queue import Outbox

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from job.runs.history import History, evaluation_csv
+from job.evaluation.artifacts import evaluation_csv
+from job.reporting.csv_tables import History
 
 
 def two_epochs() -> History:

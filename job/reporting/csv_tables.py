@@ -1,6 +1,6 @@
-"""The tables of a run as CSV text, in the reference implementation's formats and in full.
+"""Writes the numbers of a run's epochs as CSV text, in the reference's formats and in full.
 
-Owns the layout of `train_losses.csv`, `train_metrics.csv`, `history.csv` and `evaluation.csv`.
+Owns the layout of `train_losses.csv`, `train_metrics.csv` and `history.csv`.
 Knows nothing of TensorFlow, storage or plots.
 """
 
@@ -72,11 +72,6 @@ class History:
     def _full_table(self) -> str:
         columns = list(dict.fromkeys(["epoch", *(name for row in self.rows for name in row)]))
         return csv_table(columns, ([row.get(name) for name in columns] for row in self.rows))
-
-
-def evaluation_csv(loss_name: str, loss: float, metric_name: str, metric: float) -> str:
-    """Returns evaluation.csv as the reference implementation writes it: `name,value` twice."""
-    return f"{loss_name},{loss:.4f}\n{metric_name},{metric:.4f}\n"
 
 
 def _four_decimals(value: float | None) -> str:
