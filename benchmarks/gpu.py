@@ -293,7 +293,8 @@ def input_alone(section: Section) -> None:
     """Measures the input without a network, up to the memory of the device."""
     from input import AUGMENTATION, Input, prepare_phantoms, timed
 
-    from job.data.dataset import one_ahead, open_reader
+    from job.data.pipeline import one_ahead
+    from job.data.shard_cache import open_reader
     from job.distributed import runtime
 
     sizes = section.sizes
@@ -489,12 +490,13 @@ def _median_s(steps: Sequence[tuple[float, float]]) -> float:
 
 
 def _batches(session: Any) -> Iterator[Any]:
-    from job.data.dataset import distributed_batches, global_batches
+    from job.data.pipeline import EpochPlan, distributed_batches
+    from job.data.sampling import global_batches
 
     split = session.dataset.split("train")
     plan = global_batches(np.arange(len(split)), session.config.global_batch_size)
     yield from distributed_batches(
-        session.strategy, session.dataset, session.readers["train"], plan, seed=1, epoch=0
+        session.strategy, session.dataset, session.readers["train"], EpochPlan(plan, 1, 0)
     )
 
 

@@ -26,15 +26,12 @@ from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from job.config import AugmentationConfig, TrainConfig
 from job.data.augment import augment
-from job.data.dataset import (
-    Dataset,
-    RecordReader,
-    distributed_batches,
-    global_batches,
-    open_dataset,
-    open_reader,
-    sample_order,
-)
+from job.data.dataset import Dataset, open_dataset
+from job.data.pipeline import EpochPlan, distributed_batches
+from job.data.random_streams import SampleKey
+from job.data.reader import RecordReader
+from job.data.sampling import global_batches, sample_order
+from job.data.shard_cache import open_reader
 
 AUGMENTATION = AugmentationConfig(enabled=True)  # the kinds that are on by default
 FEW_SAMPLES = 10  # of the epoch whose start is timed
@@ -109,10 +106,7 @@ class Input:
             self.strategy,
             self.dataset,
             self.reader,
-            plan,
-            seed=0,
-            epoch=epoch,
-            augmentation=augmentation,
+            EpochPlan(plan, 0, epoch, augmentation=augmentation),
         )
 
 
@@ -127,8 +121,8 @@ def decode_run(measured: Input, augmentation: AugmentationConfig | None) -> Call
     def warp(image: np.ndarray, mask: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
         return list(
             augment(
-                image, mask, config=augmentation or AUGMENTATION,
-                seed=0, epoch=0, sample_index=int(index), value_max=255,
+                image, mask, SampleKey(0, 0, int(index)),
+                config=augmentation or AUGMENTATION, value_max=255,
             )
         )  # fmt: skip
 

@@ -40,7 +40,8 @@ from data_prep.imaging.codecs import read_image, read_mask_pixels
 from data_prep.shards.records import decode_example, unframe_record
 from flexunet.process_pool import available_cores
 from job.config import TrainConfig
-from job.data.dataset import open_dataset, open_reader
+from job.data.dataset import open_dataset
+from job.data.shard_cache import open_reader
 
 OURS = "flexunet"
 KEYS = ("image/encoded", "image/segmentation/class/encoded")

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from job.config import AugmentationConfig
-from job.data.random_streams import Purpose, sample_generator
+from job.data.random_streams import Purpose, SampleKey, sample_generator
 
 Pixels: TypeAlias = npt.NDArray[Any]  # uint8 or uint16
 Field: TypeAlias = npt.NDArray[np.float32]  # (2, H, W): x and y, pixels
@@ -50,13 +50,10 @@ _CELLS_PER_SIGMA = 4
 def augment(
     image: Pixels,
     mask: npt.NDArray[np.uint8],
+    sample: SampleKey,
     *,
     config: AugmentationConfig,
-    seed: int,
-    epoch: int,
-    sample_index: int,
     value_max: int,
-    copy: int = 0,
 ) -> tuple[Pixels, npt.NDArray[np.uint8]]:
     """Returns the augmented image and mask; the very arguments when nothing was drawn.
 
@@ -65,17 +62,13 @@ def augment(
     Args:
         image: (H, W, C) uint8 or uint16, C of 1 or 3.
         mask: (H, W) uint8 class ids.
-        seed: of the run, 0..2**64 - 1.
-        epoch: 0..2**32 - 1.
-        sample_index: of the sample in its split, 0..2**32 - 1.
         value_max: the largest pixel value; what sharpening and brightening clip to.
-        copy: how often the sample has come in this epoch before.
     """
     if not config.enabled:
         return image, mask
     # A kind that needs many draws has a stream of its own, so that switching it on leaves the
     # other kinds as they are.
-    draws = partial(sample_generator, seed=seed, epoch=epoch, sample_index=sample_index, copy=copy)
+    draws = partial(sample_generator, sample=sample)
     rng = draws(Purpose.DECISIONS)
     drawn = {
         kind

@@ -7,7 +7,8 @@ import numpy as np
 
 from data_prep.imaging.geometry import Geometry
 from data_prep.imaging.tiles import around, joined
-from job.data.dataset import RecordReader, Split, read_sample
+from job.data.dataset import Split
+from job.data.reader import RecordReader, read_sample
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ streams share a number. In version 1, of runs of version 0.1.0, the order of epo
 augmentation of sample i in epoch 0 were drawn from the same numbers.
 """
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -21,19 +22,27 @@ class Purpose(IntEnum):
     FOREGROUND_ORDER = 4  # of an epoch in which samples with foreground come more often
 
 
-def sample_generator(
-    purpose: Purpose, *, seed: int, epoch: int, sample_index: int, copy: int
-) -> np.random.Generator:
-    """Returns the generator of one sample in one epoch.
+@dataclass(frozen=True)
+class SampleKey:
+    """Names one sample in one epoch of a run.
 
-    Args:
+    Attributes:
         seed: of the run, 0..2**64 - 1.
         epoch: 0..2**32 - 1.
-        sample_index: of the sample in its split, 0..2**32 - 1.
+        index: of the sample in its split, 0..2**32 - 1.
         copy: how often the sample has come in this epoch before.
     """
-    key = np.array([seed, (epoch << 32) | sample_index], np.uint64)
-    counter = np.array([0, 0, copy, purpose], np.uint64)
+
+    seed: int
+    epoch: int
+    index: int
+    copy: int = 0
+
+
+def sample_generator(purpose: Purpose, sample: SampleKey) -> np.random.Generator:
+    """Returns the generator of one sample in one epoch."""
+    key = np.array([sample.seed, (sample.epoch << 32) | sample.index], np.uint64)
+    counter = np.array([0, 0, sample.copy, purpose], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 

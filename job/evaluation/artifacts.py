@@ -10,7 +10,8 @@ from flexunet.progress import Alive, not_told
 from flexunet.storage import Store
 from flexunet.tables import csv_table
 from job.data.cases import read_picture
-from job.data.dataset import Dataset, RecordReader
+from job.data.dataset import Dataset
+from job.data.reader import RecordReader
 from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names
 from job.inference.region_filter import FILE_NAME
 from job.metrics.per_case import case_cells, case_columns

@@ -18,7 +18,10 @@ from flexunet.errors import StoppedError
 from flexunet.progress import Alive, Progress, not_told
 from job.config import TrainConfig
 from job.data.cases import Picture, pictures_of, read_picture
-from job.data.dataset import Dataset, RecordReader, Split, distributed_batches, global_batches
+from job.data.dataset import Dataset, Split
+from job.data.pipeline import EpochPlan, distributed_batches
+from job.data.reader import RecordReader
+from job.data.sampling import global_batches
 from job.inference.postprocess import (
     Ids,
     area_scale,
@@ -137,9 +140,7 @@ class Evaluator:
             self.strategy,
             self.dataset,
             reader,
-            plan,
-            seed=self.config.seed,
-            epoch=0,
+            EpochPlan(plan, self.config.seed, epoch=0),
             first_replica=self.first_replica,
         )
         running, parts = RunningSums(), []

@@ -14,8 +14,10 @@ from flexunet.settings import option
 from flexunet.storage import Store, open_store
 from job.config import TrainConfig
 from job.data.cases import read_picture
-from job.data.dataset import Dataset, RecordReader, Split, open_dataset, open_reader
+from job.data.dataset import Dataset, Split, open_dataset
 from job.data.folds import open_folded
+from job.data.reader import RecordReader
+from job.data.shard_cache import open_reader
 from job.evaluation.artifacts import draw_examples, evaluation_folder, write_evaluation
 from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names, make_evaluator
 from job.inference.options import PredictConfig

@@ -33,7 +33,8 @@ from flexunet.tables import csv_table
 from flexunet.text import counted
 from job.config import TrainConfig
 from job.data.cases import read_picture
-from job.data.dataset import Dataset, RecordReader
+from job.data.dataset import Dataset
+from job.data.reader import RecordReader
 from job.evaluation.artifacts import evaluation_folder, write_evaluation
 from job.evaluation.evaluator import Evaluation, Evaluator
 from job.inference.inputs import find_images, read_any

@@ -18,15 +18,11 @@ from flexunet.errors import DivergedError, StoppedError, UsageError
 from flexunet.progress import Alive, not_told
 from flexunet.text import counted
 from job.config import TrainConfig
-from job.data.dataset import (
-    Dataset,
-    RecordReader,
-    distributed_batches,
-    epoch_order,
-    global_batches,
-    one_ahead,
-    open_reader,
-)
+from job.data.dataset import Dataset
+from job.data.pipeline import EpochPlan, distributed_batches, one_ahead
+from job.data.reader import RecordReader
+from job.data.sampling import epoch_order, global_batches
+from job.data.shard_cache import open_reader
 from job.distributed.exchange_plan import agreed_plan
 from job.distributed.process_group import Team
 from job.distributed.replica_sums import Criterion, Sums
@@ -152,16 +148,18 @@ class Session:
             epoch=state.epoch,
             version=self.config.random_streams,
         )
-        plan = global_batches(order, self.config.global_batch_size)
+        plan = EpochPlan(
+            global_batches(order, self.config.global_batch_size),
+            self.config.seed,
+            state.epoch,
+            state.step_in_epoch,
+            self.config.augmentation,
+        )
         batches = distributed_batches(
             self.strategy,
             self.dataset,
             self.readers["train"],
             plan,
-            seed=self.config.seed,
-            epoch=state.epoch,
-            first_step=state.step_in_epoch,
-            augmentation=self.config.augmentation,
             first_replica=self.team.first_replica,
         )
         running = RunningSums()

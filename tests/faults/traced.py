@@ -78,7 +78,7 @@ class Trace:
 
         runtime.import_tensorflow()
         from flexunet.storage import gcs, gcs_transfer
-        from job.data import dataset
+        from job.data import reader
         from job.distributed import watchdog
         from job.runs import run
         from job.training import process, trainer
@@ -92,7 +92,7 @@ class Trace:
         self._before(trainer.Session, "restore", lambda _: self.pass_by("restore"))
         self._after(run.Run, "_put_members", lambda _, step, *rest: self.pass_by("save", step))
         self._before(
-            dataset.RecordReader, "read_many", lambda *_: self.pass_by("read", self._step)
+            reader.RecordReader, "read_many", lambda *_: self.pass_by("read", self._step)
         )  # fmt: skip
         steps = trainer.Session.train_steps
 

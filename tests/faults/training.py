@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flexunet.storage import Store, join_url, open_store
-from job.data.dataset import dropout_keys
+from job.data.sampling import dropout_keys
 from job.runs.commits import find_commits
 from tests.faults.traced import events_of
 from tests.job.discs import prepare_discs

@@ -12,6 +12,7 @@ from flexunet.errors import UsageError
 from flexunet.settings import validated
 from job.config import AugmentationConfig
 from job.data.augment import augment, distortion_field, elastic_field
+from job.data.random_streams import SampleKey
 
 KINDS = [
     name.removesuffix("_probability")
@@ -38,8 +39,9 @@ def sample(height: int = 96, width: int = 128, channels: int = 1, bits: int = 8)
 
 
 def run(image: Any, mask: Any, config: AugmentationConfig, **values: Any) -> tuple[Any, Any]:
-    place = {"seed": 7, "epoch": 2, "sample_index": 5, "value_max": 255, **values}
-    return augment(image, mask, config=config, **place)
+    options = {"seed": 7, "epoch": 2, "index": 5, "value_max": 255, **values}
+    value_max = options.pop("value_max")
+    return augment(image, mask, SampleKey(**options), config=config, value_max=value_max)
 
 
 @pytest.mark.parametrize(("channels", "bits"), [(1, 8), (3, 8), (1, 12), (3, 16)])
@@ -83,7 +85,7 @@ def test_augment_is_a_function_of_seed_epoch_and_sample() -> None:
     again = run(image, mask, config)
     assert (first[0] == again[0]).all()
     assert (first[1] == again[1]).all()
-    for other in ({"seed": 8}, {"epoch": 3}, {"sample_index": 6}, {"copy": 1}):
+    for other in ({"seed": 8}, {"epoch": 3}, {"index": 6}, {"copy": 1}):
         assert (run(image, mask, config, **other)[0] != first[0]).any(), other
 
 
@@ -92,7 +94,7 @@ def test_augment_gives_the_same_pixels_in_another_process() -> None:
         "import zlib, numpy as np; from job.data.augment import *;"
         "i = np.arange(64 * 48, dtype='u2').reshape(64, 48, 1); m = (i[..., 0] % 3).astype('u1');"
         "c = AugmentationConfig(enabled=True, deformation_probability=1, hflip_probability=1);"
-        "i, m = augment(i, m, config=c, seed=1, epoch=2, sample_index=3, value_max=65535);"
+        "i, m = augment(i, m, SampleKey(1, 2, 3), config=c, value_max=65535);"
         "print(zlib.crc32(i.tobytes() + m.tobytes()))"
     )
     found = [

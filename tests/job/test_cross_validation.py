@@ -21,8 +21,10 @@ from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store
 from flexunet.tables import plain_cell
 from job.config import TrainConfig
-from job.data.dataset import Dataset, open_dataset, open_reader, read_sample
+from job.data.dataset import Dataset, open_dataset
 from job.data.folds import fold_of
+from job.data.reader import read_sample
+from job.data.shard_cache import open_reader
 from job.metrics.per_case import Scale, measure_case, summarize_cases
 from job.report import write_report
 from job.training.cross_validation import (

@@ -26,22 +26,26 @@ from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.storage import open_store
 from job.config import AugmentationConfig
 from job.data.augment import augment
-from job.data.dataset import (
-    PADDING,
-    Dataset,
-    copy_numbers,
+from job.data.dataset import Dataset, open_dataset
+from job.data.pipeline import (
+    EpochPlan,
+    Replicas,
     distributed_batches,
-    dropout_keys,
-    epoch_order,
-    global_batches,
     iterate,
     make_batches,
     one_ahead,
-    open_dataset,
-    open_reader,
-    read_sample,
+)
+from job.data.random_streams import SampleKey
+from job.data.reader import read_sample
+from job.data.sampling import (
+    PADDING,
+    copy_numbers,
+    dropout_keys,
+    epoch_order,
+    global_batches,
     sample_order,
 )
+from job.data.shard_cache import open_reader
 from job.inference.network import prepared
 from tests.job.discs import prepare_discs
 
@@ -75,7 +79,10 @@ def batches_of(
     """Returns every batch of the train split that `plan` asks for."""
     directory = None if cache_dir is None else str(cache_dir)
     reader = open_reader(dataset, dataset.split("train"), cache=cache, cache_dir=directory)
-    batches = make_batches(dataset, reader, plan, **({"seed": 5, "epoch": 0} | options))
+    names = ("first", "total", "local")
+    replicas = Replicas(**{name: options.pop(name) for name in names if name in options})
+    epoch_plan = EpochPlan(plan, **({"seed": 5, "epoch": 0} | options))
+    batches = make_batches(dataset, reader, epoch_plan, replicas)
     elements = iterate(batches, reader)
     return [{name: value.numpy() for name, value in each.items()} for each in elements]
 
@@ -184,7 +191,7 @@ def test_every_sample_comes_once_whatever_the_number_of_replicas(
     assert len(split) % BATCH_SIZE  # so that there is padding
     plan = plan_of(dataset)
     one = batches_of(dataset, plan)
-    many = batches_of(dataset, plan, num_replicas=num_replicas, num_local_replicas=num_replicas)
+    many = batches_of(dataset, plan, total=num_replicas, local=num_replicas)
     steps = [many[i : i + num_replicas] for i in range(0, len(many), num_replicas)]
     joined = [
         {name: np.concatenate([part[name] for part in step]) for name in step[0]} for step in steps
@@ -198,20 +205,20 @@ def test_every_sample_comes_once_whatever_the_number_of_replicas(
 def test_processes_share_the_global_batch(discs: str) -> None:
     dataset = open_dataset(discs)
     plan = plan_of(dataset)
-    options: dict[str, Any] = {"num_replicas": 4, "num_local_replicas": 2}
-    first = batches_of(dataset, plan, first_replica=0, **options)
-    second = batches_of(dataset, plan, first_replica=2, **options)
+    options: dict[str, Any] = {"total": 4, "local": 2}
+    first = batches_of(dataset, plan, first=0, **options)
+    second = batches_of(dataset, plan, first=2, **options)
     # Step s of two local replicas: elements 2 s and 2 s + 1 of each process.
     order = [each for s in range(len(plan)) for part in (first, second)
              for each in part[2 * s : 2 * s + 2]]  # fmt: skip
-    assert_same(order, batches_of(dataset, plan, num_replicas=4, num_local_replicas=4))
+    assert_same(order, batches_of(dataset, plan, total=4, local=4))
 
 
 def test_replicas_take_their_batches_in_order(discs: str, two_cpus: Any) -> None:
     dataset = open_dataset(discs)
     plan = plan_of(dataset)
     reader = open_reader(dataset, dataset.split("train"), cache="full", cache_dir=None)
-    distributed = distributed_batches(two_cpus, dataset, reader, plan, seed=5, epoch=0)
+    distributed = distributed_batches(two_cpus, dataset, reader, EpochPlan(plan, 5, 0))
     steps = [two_cpus.experimental_local_results(each["key"]) for each in distributed]
     assert [np.concatenate([part.numpy() for part in step]).tolist() for step in steps] == [
         each["key"].tolist() for each in batches_of(dataset, plan)
@@ -221,7 +228,7 @@ def test_replicas_take_their_batches_in_order(discs: str, two_cpus: Any) -> None
 def test_batches_lie_on_the_devices_of_their_replicas(discs: str, two_cpus: Any) -> None:
     dataset = open_dataset(discs)
     reader = open_reader(dataset, dataset.split("train"), cache="full", cache_dir=None)
-    distributed = distributed_batches(two_cpus, dataset, reader, plan_of(dataset), seed=5, epoch=0)
+    distributed = distributed_batches(two_cpus, dataset, reader, EpochPlan(plan_of(dataset), 5, 0))
     for name, value in next(distributed).items():
         parts = two_cpus.experimental_local_results(value)
         # Keys go to random generators, which read them on the host.
@@ -324,9 +331,11 @@ def test_augmentation_equals_the_eager_call(discs: str) -> None:
     reader = open_reader(dataset, split, cache="full", cache_dir=None)
     for position, index in enumerate(order):
         image, mask = augment(
-            *read_sample(reader, int(index)), config=config, seed=5, epoch=2,
-            sample_index=int(index), value_max=manifest.value_max,
-        )  # fmt: skip
+            *read_sample(reader, int(index)),
+            SampleKey(5, 2, int(index)),
+            config=config,
+            value_max=manifest.value_max,
+        )
         np.testing.assert_array_equal(images[position], image)
         np.testing.assert_array_equal(masks[position], mask)
     assert not np.array_equal(batches[0]["image"], plain[0]["image"])
@@ -459,7 +468,7 @@ def equal_places(split: Any) -> tuple[int, int]:
 def test_cache_is_filled_once(
     discs: str, remote: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "job.data.dataset")
+    caplog.set_level("INFO", "job.data.shard_cache")
     dataset, plan = open_dataset(remote), plan_of(open_dataset(remote))
     first = batches_of(dataset, plan, cache_dir=tmp_path / "cache")
     assert f"caching {remote}/train-" in caplog.text
@@ -480,7 +489,8 @@ def test_cache_is_one_folder_per_dataset(remote: str, tmp_path: Path) -> None:
 
 FILL = """
 import logging, sys
-from job.data.dataset import open_dataset, open_reader
+from job.data.dataset import open_dataset
+from job.data.shard_cache import open_reader
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 dataset = open_dataset(sys.argv[1])
 options = {"cache": "full", "cache_dir": sys.argv[2]}

@@ -22,7 +22,8 @@ from data_prep.imaging.geometry import Box, Geometry
 from flexunet.storage import open_store
 from job.config import identity_of
 from job.data.cases import Picture
-from job.data.dataset import open_reader, read_sample
+from job.data.reader import read_sample
+from job.data.shard_cache import open_reader
 from job.evaluate import main
 from job.evaluation.evaluator import _scales, make_evaluator
 from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run

@@ -31,7 +31,9 @@ from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.process_pool import InlineExecutor, Workers
 from flexunet.storage import join_url, open_store
 from job.config import identity_of
-from job.data.dataset import open_dataset, open_reader, read_sample
+from job.data.dataset import open_dataset
+from job.data.reader import read_sample
+from job.data.shard_cache import open_reader
 from job.infer import main
 from job.inference.chunk import _read_picture
 from job.inference.inputs import find_images, sort_images

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from job.data.dataset import epoch_order, sample_order
-from job.data.random_streams import Purpose, epoch_generator, sample_generator
+from job.data.random_streams import Purpose, SampleKey, epoch_generator, sample_generator
+from job.data.sampling import epoch_order, sample_order
 
 SEED = 1234
 SAMPLE_PURPOSES = (Purpose.DECISIONS, Purpose.DEFORMATION, Purpose.DISTORTION)
@@ -16,7 +16,7 @@ EPOCH_PURPOSES = (Purpose.ORDER, Purpose.FOREGROUND_ORDER)
 def draws(*, version: int) -> list[tuple[int, ...]]:
     """Returns the beginning of every stream of a small run."""
     streams = [
-        sample_generator(purpose, seed=SEED, epoch=epoch, sample_index=index, copy=copy)
+        sample_generator(purpose, SampleKey(SEED, epoch, index, copy))
         for purpose, epoch, index, copy in itertools.product(
             SAMPLE_PURPOSES, range(3), range(20), range(3)
         )
@@ -55,5 +55,5 @@ def test_orders_of_each_version_stay(version: int, order: list[int], foreground:
 
 
 def test_augmentation_streams_stay() -> None:
-    rng = sample_generator(Purpose.DEFORMATION, seed=3, epoch=2, sample_index=5, copy=1)
+    rng = sample_generator(Purpose.DEFORMATION, SampleKey(3, 2, 5, 1))
     assert rng.integers(1000, size=4).tolist() == [606, 98, 987, 901]

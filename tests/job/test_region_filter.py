@@ -15,7 +15,8 @@ from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store
-from job.data.dataset import open_reader, read_sample
+from job.data.reader import read_sample
+from job.data.shard_cache import open_reader
 from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
 from job.inference.network import make_probability_step, network_of
 from job.inference.options import InferConfig

@@ -9,14 +9,9 @@ import pytest
 import tensorflow as tf
 
 from job.config import LossName, ModelConfig, OptimizerConfig, TrainConfig
-from job.data.dataset import (
-    PADDING,
-    dropout_keys,
-    global_batches,
-    open_dataset,
-    open_reader,
-    sample_order,
-)
+from job.data.dataset import open_dataset
+from job.data.sampling import PADDING, dropout_keys, global_batches, sample_order
+from job.data.shard_cache import open_reader
 from job.distributed.exchange_plan import make_plan
 from job.distributed.replica_sums import Criterion
 from job.evaluation.evaluator import make_evaluator

@@ -18,8 +18,9 @@ from flexunet import progress
 from flexunet.errors import UsageError
 from flexunet.storage import open_store
 from job.data.cases import pictures_of, read_picture
-from job.data.dataset import open_dataset, open_reader
+from job.data.dataset import open_dataset
 from job.data.folds import fold_of
+from job.data.shard_cache import open_reader
 from job.distributed import watchdog
 from job.distributed.watchdog import Watchdog
 from job.evaluate import main as evaluate_main

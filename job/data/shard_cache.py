@@ -1,0 +1,124 @@
+"""Opens the reader of a split; copies the shards of a remote dataset to a local cache before."""
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_prep.shards.manifest import Manifest
+from flexunet.errors import ContentError, StorageError
+from flexunet.storage import Store, crc32c_of_file, local_path, open_store
+from job.data.dataset import Dataset, Split
+from job.data.reader import RecordReader
+
+logger = logging.getLogger(__name__)
+
+_LOCK_TICK_S = 0.5
+
+
+def open_reader(
+    dataset: Dataset,
+    split: Split,
+    *,
+    cache: str,
+    cache_dir: str | None,
+    alive: Callable[[], None] = lambda: None,
+) -> RecordReader:
+    """Returns a reader of `split`; remote shards are copied to the cache first unless `ranges`.
+
+    Args:
+        cache: "full" or "ranges".
+        cache_dir: folder of the cache; None: `~/.cache/flexunet`.
+        alive: called for every shard that is found in the cache, and while one is copied there.
+    """
+    store = open_store(dataset.url)
+    if store.local_root is not None:
+        _check_sizes(store, dataset.manifest, split)
+        return RecordReader(store, split, store.local_root)
+    if cache == "ranges":
+        return RecordReader(store, split, None)
+    folder = Path(cache_dir or Path.home() / ".cache" / "flexunet") / dataset.digest
+    with _locked(folder, alive):
+        _fill_cache(store.watched(alive), dataset.manifest, split, str(folder), alive)
+    return RecordReader(store, split, str(folder))
+
+
+def _check_sizes(store: Store, manifest: Manifest, split: Split) -> None:
+    needed = set(split.shards)
+    for shard in manifest.shards:
+        if shard.name in needed:
+            found = store.stat(shard.name)
+            if found is None or found.size != shard.num_bytes:
+                size = "missing" if found is None else f"{found.size} bytes"
+                raise ContentError(
+                    f"{store.url}/{shard.name}: {size}, the manifest says {shard.num_bytes} bytes; "
+                    "prepare the dataset again"
+                )
+
+
+@contextmanager
+def _locked(folder: Path, alive: Callable[[], None]) -> Iterator[None]:
+    """Holds the cache's lock: one process of a machine fills it, the others wait."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StorageError(f"{folder}: cache is not writable: {error.strerror}") from error
+    try:
+        while not _is_taken(lock):
+            alive()
+            time.sleep(_LOCK_TICK_S)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _is_taken(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _fill_cache(
+    store: Store, manifest: Manifest, split: Split, folder: str, alive: Callable[[], None]
+) -> None:
+    missing, used = [], set(split.shards)
+    for shard in manifest.shards:
+        if shard.name in used and not _is_cached(folder, shard):
+            missing.append(shard)
+        alive()
+    needed, free = sum(shard.num_bytes for shard in missing), shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(
+            f"{folder}: {needed / 2**20:.0f} MiB of shards do not fit the {free / 2**20:.0f} MiB "
+            "left on this disk; give another --cache-dir or read by range with --cache ranges"
+        )
+    for shard in missing:
+        logger.info("caching %s/%s (%.1f MiB)", store.url, shard.name, shard.num_bytes / 2**20)
+        path = local_path(folder, shard.name)
+        if store.get_file(shard.name, path) != shard.crc32c:
+            Path(path).unlink()
+            raise ContentError(
+                f"{store.url}/{shard.name}: its CRC32C is not the manifest's; "
+                "the dataset is damaged, prepare it again"
+            )
+        alive()
+
+
+def _is_cached(folder: str, shard: Any) -> bool:
+    path = local_path(folder, shard.name)
+    if not os.path.exists(path):
+        return False
+    # A copy from an earlier run is trusted only after its content was read again.
+    if os.path.getsize(path) == shard.num_bytes and crc32c_of_file(path) == shard.crc32c:
+        return True
+    logger.warning("%s: damaged cache copy; fetching it again", path)
+    os.unlink(path)
+    return False
