@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data_prep.imaging.dicom_frames import CODECS, Codec, decode_frame
+from data_prep.imaging.dicom_frames import CODECS, Bits, Codec, decode_frame
 from flexunet.errors import ContentError
 
 if TYPE_CHECKING:
@@ -214,15 +214,9 @@ def _pixels_of(
 ) -> np.ndarray:
     """Returns (H, W) uint8 or uint16: the bits stored, without what is above them."""
     if codec is not None:
-        return decode_frame(
-            dataset.PixelData,
-            codec,
-            int(dataset.Rows),
-            int(dataset.Columns),
-            bits_allocated=int(dataset.BitsAllocated),
-            bits_stored=int(dataset.BitsStored),
-            name=name,
-        )
+        size = int(dataset.Rows), int(dataset.Columns)
+        bits = Bits(int(dataset.BitsAllocated), int(dataset.BitsStored))
+        return decode_frame(dataset.PixelData, codec, size, bits, name=name)
     if reader == "tfio":
         from data_prep.imaging.dicom_tfio import decode
 

@@ -77,6 +77,14 @@ CODECS = {
 
 
 @dataclass(frozen=True)
+class Bits:
+    """The bits of a value: those that it takes, 8 or 16, and those of them that count."""
+
+    allocated: int
+    stored: int
+
+
+@dataclass(frozen=True)
 class _Said:
     """What a codestream says of its picture."""
 
@@ -96,41 +104,35 @@ def has_decoders() -> bool:
 
 
 def decode_frame(
-    pixel_data: bytes,
-    codec: Codec,
-    height: int,
-    width: int,
-    *,
-    bits_allocated: int,
-    bits_stored: int,
-    name: str,
+    pixel_data: bytes, codec: Codec, size: tuple[int, int], bits: Bits, *, name: str
 ) -> Values:
-    """Returns the stored values, (height, width) uint8 or uint16 as `bits_allocated` says.
+    """Returns the stored values, (height, width) uint8 or uint16 as the bits allocated say.
 
     What lossless ones have above the bits stored is dropped, as of uncompressed files; of others,
     values that the loss has made too large are the largest.
 
     Args:
         pixel_data: the value of the element, in fragments.
+        size: height and width that the header says.
         name: what to call the file in errors.
 
     Raises:
         ContentError: the decoder is not installed; the codestream is damaged, cut off, of another
             kind or of another size than the file says.
     """
-    dtype = np.uint8 if bits_allocated == 8 else np.uint16
+    dtype = np.uint8 if bits.allocated == 8 else np.uint16
     try:
         frame = _joined(pixel_data)
         if codec.family == "rle":
-            values = _rle_decoded(frame, height, width, bits_allocated // 8)
+            values = _rle_decoded(frame, size, bits.allocated // 8)
         else:
-            values = _decoded(frame, codec, height, width, bits_allocated, name)
+            values = _decoded(frame, codec, size, bits.allocated, name)
     except (_Damaged, struct.error, IndexError):
         raise ContentError(
             f"{name}: its {codec.name} pixels are damaged, cut off or of another kind; replace the "
             "file"
         ) from None
-    value_max = 2**bits_stored - 1
+    value_max = 2**bits.stored - 1
     values = values & value_max if codec.is_lossless else np.minimum(values, value_max)
     return values.astype(dtype, copy=False)
 
@@ -154,7 +156,7 @@ def _joined(pixel_data: bytes) -> bytes:
 
 
 def _decoded(
-    frame: bytes, codec: Codec, height: int, width: int, bits_allocated: int, name: str
+    frame: bytes, codec: Codec, size: tuple[int, int], bits_allocated: int, name: str
 ) -> Values:
     try:
         import imagecodecs
@@ -164,7 +166,8 @@ def _decoded(
             f"with {codec.tool}"
         ) from None
     said = _j2k_header(frame) if codec.family == "jpeg 2000" else _jpeg_header(frame, codec)
-    if (said.height, said.width) != (height, width):
+    if (said.height, said.width) != size:
+        height, width = size
         raise ContentError(
             f"{name}: its {codec.name} pixels are {said.width}x{said.height}, but its header says "
             f"{width}x{height}; replace the file"
@@ -176,7 +179,7 @@ def _decoded(
         )
     if not frame.rstrip(b"\0").endswith(_END_OF_IMAGE):
         raise _Damaged
-    out = np.zeros((height, width), np.uint8 if said.bits <= 8 else np.uint16)
+    out = np.zeros(size, np.uint8 if said.bits <= 8 else np.uint16)
     decode = {
         "jpeg": imagecodecs.jpeg8_decode,
         "jpeg-ls": imagecodecs.jpegls_decode,
@@ -234,8 +237,8 @@ def _j2k_header(frame: bytes) -> _Said:
     return _Said(height, width, samples, depth + 1)
 
 
-def _rle_decoded(frame: bytes, height: int, width: int, num_planes: int) -> Values:
-    """Returns (height, width): each byte of a value is a segment, the highest first."""
+def _rle_decoded(frame: bytes, size: tuple[int, int], num_planes: int) -> Values:
+    """Returns (height, width) = `size`: each byte of a value is a segment, the highest first."""
     num_segments, *offsets = _RLE_HEADER.unpack_from(frame)
     if num_segments != num_planes:
         raise _Damaged
@@ -243,12 +246,12 @@ def _rle_decoded(frame: bytes, height: int, width: int, num_planes: int) -> Valu
     if bounds[0] < _RLE_HEADER.size or bounds != sorted(bounds):
         raise _Damaged
     planes = [
-        np.frombuffer(_unpacked(frame[start:end], height * width), np.uint8)
+        np.frombuffer(_unpacked(frame[start:end], size[0] * size[1]), np.uint8)
         for start, end in itertools.pairwise(bounds)
     ]
     if num_planes == 1:
-        return planes[0].reshape(height, width)
-    return np.stack(planes[::-1], axis=-1).view("<u2").reshape(height, width)
+        return planes[0].reshape(size)
+    return np.stack(planes[::-1], axis=-1).view("<u2").reshape(size)
 
 
 def _unpacked(segment: bytes, num_bytes: int) -> bytes:

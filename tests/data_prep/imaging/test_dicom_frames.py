@@ -18,7 +18,7 @@ from pydicom import uid
 from pydicom.encaps import encapsulate, generate_frames
 
 from data_prep.imaging.dicom import read_dicom
-from data_prep.imaging.dicom_frames import CODECS, _unpacked, decode_frame, has_decoders
+from data_prep.imaging.dicom_frames import CODECS, Bits, _unpacked, decode_frame, has_decoders
 from data_prep.phantoms.inbreast_release import dicom_bytes
 from flexunet.errors import ContentError
 
@@ -400,9 +400,7 @@ def test_pixels_that_are_not_in_fragments_are_refused(tmp_path):
 
     def decoded(pixel_data):
         codec = CODECS[str(uid.JPEG2000Lossless)]
-        values = decode_frame(
-            pixel_data, codec, HEIGHT, WIDTH, bits_allocated=16, bits_stored=12, name="a.dcm"
-        )
+        values = decode_frame(pixel_data, codec, (HEIGHT, WIDTH), Bits(16, 12), name="a.dcm")
         return np.array_equal(values, _pixels(12))
 
     assert decoded(table + item + frame)
