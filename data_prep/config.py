@@ -8,7 +8,7 @@ from pydantic import field_validator, model_validator
 from data_prep.imaging.breast import Crop, Flip
 from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS
 from data_prep.imaging.color_map import check_ignore_id, parse_color_map
-from data_prep.imaging.dicom import Reader
+from data_prep.imaging.dicom.reader import Reader
 from data_prep.sources import inbreast
 from flexunet.errors import UsageError
 from flexunet.settings import Settings, option

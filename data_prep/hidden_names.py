@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from data_prep.config import HASH_KEY_VARIABLE, PrepConfig
-from data_prep.imaging.dicom import DICOM_ENDINGS
+from data_prep.imaging.dicom.reader import DICOM_ENDINGS
 from data_prep.sources.pairs import Reject, Source
 from flexunet.storage import open_store
 from flexunet.text import as_utf8

@@ -20,7 +20,7 @@ BANNED = {
 RUN_PROTOCOL = ("layout", "lease", "ownership", "commits", "identity", "status", "run")
 FRAMEWORK_FREE = {f"job/runs/{name}.py": {"tensorflow", "keras"} for name in RUN_PROTOCOL}
 # May import these, but only inside its functions: a reader that is chosen by an option.
-LAZY = {"data_prep/imaging/dicom_tfio.py": {"tensorflow", "tensorflow_io"}}
+LAZY = {"data_prep/imaging/dicom/tfio.py": {"tensorflow", "tensorflow_io"}}
 
 # Each package's own order, lowest first: a module imports from its own entry and from earlier ones.
 COMMANDS = ["job.evaluate", "job.infer", "job.report", "job.train", "job.doctor"]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from data_prep.imaging.breast import Crop, Flip
 from data_prep.imaging.color_map import ClassColor
-from data_prep.imaging.dicom import Reader
+from data_prep.imaging.dicom.reader import Reader
 from data_prep.imaging.geometry import Geometry
 from data_prep.imaging.lost_regions import RegionCounts
 from data_prep.sources import inbreast

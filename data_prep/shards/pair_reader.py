@@ -11,7 +11,7 @@ import google_crc32c
 import numpy as np
 
 from data_prep.imaging.codecs import read_image, read_mask_pixels
-from data_prep.imaging.dicom import read_dicom
+from data_prep.imaging.dicom.reader import read_dicom
 from data_prep.imaging.masks import read_npz_mask, to_class_ids
 from data_prep.imaging.pixels import grey_channel, to_rgb
 from data_prep.shards.items import File, Item, Layout, ScanTask

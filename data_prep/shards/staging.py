@@ -13,7 +13,7 @@ from typing import Any
 
 import google_crc32c
 
-from data_prep.imaging.dicom_frames import has_decoders
+from data_prep.imaging.dicom.frames import has_decoders
 from data_prep.imaging.geometry import Box, Geometry
 from data_prep.imaging.lost_regions import RegionCounts
 from data_prep.shards.items import Moments, Refused, Scanned, ScanTask

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.imaging.dicom import DICOM_ENDINGS
+from data_prep.imaging.dicom.reader import DICOM_ENDINGS
 from data_prep.sources.dicom_files import dicom_without_ending, stem_of
 from data_prep.sources.pairs import Pair, Reject, Source, is_broken_link, list_files, refused_name
 from flexunet.errors import ContentError, UsageError

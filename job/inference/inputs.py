@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS, read_image
-from data_prep.imaging.dicom import DICOM_ENDINGS, is_dicom, read_dicom
+from data_prep.imaging.dicom.reader import DICOM_ENDINGS, is_dicom, read_dicom
 from data_prep.sources.dicom_files import dicom_without_ending, stem_of
 from data_prep.sources.pairs import IMAGE_ENDINGS
 from flexunet.errors import UsageError

@@ -17,8 +17,8 @@ from PIL import Image
 from pydicom import uid
 from pydicom.encaps import encapsulate, generate_frames
 
-from data_prep.imaging.dicom import read_dicom
-from data_prep.imaging.dicom_frames import CODECS, Bits, _unpacked, decode_frame, has_decoders
+from data_prep.imaging.dicom.frames import CODECS, Bits, _unpacked, decode_frame, has_decoders
+from data_prep.imaging.dicom.reader import read_dicom
 from data_prep.phantoms.inbreast_release import dicom_bytes
 from flexunet.errors import ContentError
 

@@ -10,8 +10,8 @@ import pytest
 from pydicom.uid import ImplicitVRLittleEndian
 
 from data_prep.config import PrepConfig
-from data_prep.imaging.dicom import read_dicom
-from data_prep.imaging.dicom_tfio import decode
+from data_prep.imaging.dicom.reader import read_dicom
+from data_prep.imaging.dicom.tfio import decode
 from data_prep.intake import sources_of
 from data_prep.phantoms.inbreast_release import dicom_bytes, write_release
 from data_prep.pipeline import prepare

@@ -1,7 +1,7 @@
 """Pixels of DICOM files by tensorflow-io, for pipelines that are built on it.
 
-The one module of this room that imports TensorFlow, and only inside the function that decodes: who
-does not choose this reader pays nothing for it. It must not know what is in the header.
+The one module of `data_prep` that imports TensorFlow, and only inside the function that decodes:
+who does not choose this reader pays nothing for it. It must not know what is in the header.
 """
 
 import functools

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data_prep.imaging.dicom_frames import CODECS, Bits, Codec, decode_frame
+from data_prep.imaging.dicom.frames import CODECS, Bits, Codec, decode_frame
 from flexunet.errors import ContentError
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def _pixels_of(
         bits = Bits(int(dataset.BitsAllocated), int(dataset.BitsStored))
         return decode_frame(dataset.PixelData, codec, size, bits, name=name)
     if reader == "tfio":
-        from data_prep.imaging.dicom_tfio import decode
+        from data_prep.imaging.dicom.tfio import decode
 
         pixels = decode(_plain_file(dataset), name)
         return pixels.astype(np.uint8 if dataset.BitsAllocated == 8 else np.uint16, copy=False)

@@ -7,7 +7,7 @@ import pydicom
 import pytest
 from pydicom.uid import ImplicitVRLittleEndian
 
-from data_prep.imaging.dicom import read_dicom
+from data_prep.imaging.dicom.reader import read_dicom
 from data_prep.phantoms.inbreast_release import dicom_bytes
 from flexunet.errors import ContentError
 
