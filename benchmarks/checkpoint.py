@@ -40,7 +40,7 @@ def main(
     output: str | None,
 ) -> None:  # fmt: skip
     """Measures the wait for checkpoints of the INbreast network."""
-    from job.distributed import runtime
+    from job.distributed.strategy import configure
 
     with tempfile.TemporaryDirectory(prefix="flexunet-bench-") as folder:
         write_phantoms(f"{folder}/source", 20, image_size, 1)
@@ -58,7 +58,7 @@ def main(
             tensorboard=False,
             keep_checkpoints=1,
         )
-        strategy = runtime.configure(config)
+        strategy = configure(config)
         with Run.open(config.output, str(config.name)) as run:
             result = _measure(config, run, strategy, steps_per_save, saves)
     result = {"machine": describe_machine(), "image_size": image_size} | result

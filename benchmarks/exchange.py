@@ -28,7 +28,8 @@ import click
 from machine import describe_machine, write_result
 
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
-from job.distributed.process_group import Place, Team
+from job.distributed.process_group import Team
+from job.distributed.rendezvous import Place
 
 WAYS = ("silent", "all_reduce", "planned")
 TABLE_WORKERS = (2, 4, 8, 16, 32, 64)
@@ -164,12 +165,13 @@ def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     ways = WAYS if num_workers <= len(cores) else WAYS[1:]
-    from job.distributed import runtime
+    from job.distributed.runtime import import_tensorflow
+    from job.distributed.strategy import configure
 
-    tf = runtime.import_tensorflow()
+    tf = import_tensorflow()
     batch_size: int = network["batch_size"]
     config = TrainConfig(global_batch_size=num_workers * batch_size, threads=1)
-    strategy = runtime.configure(config, place)
+    strategy = configure(config, place)
     from job.distributed.exchange_plan import make_plan, measured_flops_per_byte
     from job.distributed.replica_sums import Criterion
     from job.losses import make_loss
@@ -258,9 +260,9 @@ def write_and_print_table(network: dict[str, Any], gflops: float) -> None:
 
     Nothing overlaps in this model: `kept` is the silent step over it plus the exchange.
     """
-    from job.distributed import runtime
+    from job.distributed.runtime import import_tensorflow
 
-    runtime.import_tensorflow()
+    import_tensorflow()
     from job.distributed.exchange_plan import make_plan
 
     model = make_network(network)

@@ -141,9 +141,11 @@ class Section:
 
 def devices(section: Section) -> None:
     """Finds what TensorFlow computes on, and the versions of what is below it."""
-    from job.distributed import runtime
+    from job.distributed.precision import supports_bfloat16
+    from job.distributed.runtime import import_tensorflow
+    from job.distributed.xla import why_not_xla
 
-    tf = runtime.import_tensorflow()
+    tf = import_tensorflow()
     gpus = tf.config.list_physical_devices("GPU")
     section.tell("gpus", len(gpus))
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
@@ -157,8 +159,8 @@ def devices(section: Section) -> None:
     driver = Path("/proc/driver/nvidia/version")
     section.tell("driver", driver.read_text().splitlines()[0] if driver.exists() else None)
     section.tell("tensor_float_32", tf.config.experimental.tensor_float_32_execution_enabled())
-    section.tell("bfloat16", runtime.supports_bfloat16())
-    section.tell("why_not_xla", runtime.why_not_xla())
+    section.tell("bfloat16", supports_bfloat16())
+    section.tell("why_not_xla", why_not_xla())
 
 
 def agreement(section: Section) -> None:
@@ -210,7 +212,7 @@ def placement(section: Section) -> None:
 
 def precisions(section: Section) -> None:
     """Trains some steps in each precision: the loss stays finite, and how fast it is."""
-    from job.distributed import runtime
+    from job.distributed.precision import resolve_precision
 
     sizes, batch = section.sizes, 4
     tf = _configured(section, TrainConfig(global_batch_size=batch))
@@ -220,7 +222,7 @@ def precisions(section: Section) -> None:
                 section.skip(precision)
                 continue
             try:
-                runtime.resolve_precision(precision)
+                resolve_precision(precision)
             except UsageError as error:
                 section.tell(f"refused: {precision}", str(error))
                 continue
@@ -295,11 +297,11 @@ def input_alone(section: Section) -> None:
 
     from job.data.pipeline import one_ahead
     from job.data.shard_cache import open_reader
-    from job.distributed import runtime
+    from job.distributed.strategy import configure
 
     sizes = section.sizes
     batch_size = max(sizes.batch_sizes)
-    strategy = runtime.configure(TrainConfig(global_batch_size=batch_size))
+    strategy = configure(TrainConfig(global_batch_size=batch_size))
     with tempfile.TemporaryDirectory(prefix="flexunet-gpu-") as work:
         dataset = prepare_phantoms(work, sizes.num_images, sizes.image_size)
         reader = open_reader(dataset, dataset.split("train"), cache="full", cache_dir=None)
@@ -408,10 +410,11 @@ def _cases(sizes: Sizes) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _configured(section: Section, config: TrainConfig) -> Any:
     """Returns TensorFlow, set up as `train` does."""
-    from job.distributed import runtime
+    from job.distributed.runtime import import_tensorflow
+    from job.distributed.strategy import configure
 
-    tf = runtime.import_tensorflow()
-    runtime.configure(config)
+    tf = import_tensorflow()
+    configure(config)
     return tf
 
 

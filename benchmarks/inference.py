@@ -37,10 +37,11 @@ def main(
     matmul_size: int,
 ) -> None:  # fmt: skip
     """Measures prediction of the reference's INbreast network."""
-    from job.distributed import runtime
+    from job.distributed.runtime import import_tensorflow
+    from job.distributed.strategy import configure
 
-    tf = runtime.import_tensorflow()
-    runtime.configure(TrainConfig(global_batch_size=batch_size))
+    tf = import_tensorflow()
+    configure(TrainConfig(global_batch_size=batch_size))
     from job.inference.chunk import Chunk, Predictor, predict_images
     from job.inference.inputs import find_images
     from job.inference.network import make_probability_step, network_of

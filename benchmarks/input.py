@@ -46,9 +46,9 @@ EPOCH_REPEATS = 2  # how often a long epoch takes each sample
 @click.option("--epochs", default=20, show_default=True, help="Epochs over which memory is seen.")
 def main(num_images: int, image_size: int, batch_size: int, repeats: int, epochs: int) -> None:
     """Measures, prints a table and writes `results/input.json`."""
-    from job.distributed import runtime
+    from job.distributed.strategy import configure
 
-    strategy = runtime.configure(TrainConfig(global_batch_size=batch_size))
+    strategy = configure(TrainConfig(global_batch_size=batch_size))
     with tempfile.TemporaryDirectory() as work:
         dataset = prepare_phantoms(work, num_images, image_size)
         reader = open_reader(dataset, dataset.split("train"), cache="full", cache_dir=None)

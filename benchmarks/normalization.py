@@ -28,10 +28,11 @@ GRADIENTS = ("inputs", "gamma", "beta")
 @click.option("--repeats", default=9, show_default=True, help="Turns; one more comes before them.")
 def main(sides: str, batch_sizes: str, channels: int, repeats: int) -> None:
     """Measures errors and times of group and batch normalisation."""
-    from job.distributed import runtime
+    from job.distributed.runtime import import_tensorflow
+    from job.distributed.strategy import configure
 
-    runtime.import_tensorflow()
-    runtime.configure(TrainConfig())
+    import_tensorflow()
+    configure(TrainConfig())
     rows = [
         measured(name, (int(batch), int(side), int(side), channels), repeats)
         for name in ("group", "batch")

@@ -28,10 +28,11 @@ NUM_WEIGHTS = 40  # about as many as FlexUNet has
 @click.option("--repeats", default=7, show_default=True, help="Turns; one more comes before them.")
 def main(parameters: float, repeats: int) -> None:
     """Measures the update of Adam with clipped values."""
-    from job.distributed import runtime
+    from job.distributed.runtime import import_tensorflow
+    from job.distributed.strategy import configure
 
-    tf = runtime.import_tensorflow()
-    runtime.configure(TrainConfig())
+    tf = import_tensorflow()
+    configure(TrainConfig())
     rows = int(parameters * 1e6 / NUM_WEIGHTS / COLUMNS)
     runs: dict[str, Callable[[], object]] = {
         "copy": copying(int(3.5 * rows * COLUMNS * NUM_WEIGHTS)),

@@ -79,9 +79,9 @@ class Way:
 
 def open_ours(samples: Samples) -> Epoch:
     """The input of training."""
-    from job.distributed import runtime
+    from job.distributed.strategy import configure
 
-    strategy = runtime.configure(TrainConfig(global_batch_size=samples.batch_size))
+    strategy = configure(TrainConfig(global_batch_size=samples.batch_size))
     dataset = open_dataset(samples.dataset)
     reader = open_reader(dataset, dataset.split("train"), cache="full", cache_dir=None)
     measured = Input(dataset, reader, strategy, samples.batch_size)
@@ -96,9 +96,9 @@ def open_ours(samples: Samples) -> Epoch:
 
 def open_tfrecord(samples: Samples, *, autotune: bool) -> Epoch:
     """The pipeline of TensorFlow's performance guide over the same shards."""
-    from job.distributed import runtime
+    from job.distributed.strategy import configure
 
-    runtime.configure(TrainConfig(global_batch_size=samples.batch_size))
+    configure(TrainConfig(global_batch_size=samples.batch_size))
     import tensorflow as tf
 
     parallel = tf.data.AUTOTUNE if autotune else samples.num_workers

@@ -37,12 +37,13 @@ raise SystemExit(main(["train", *__import__("sys").argv[1:]]) or 1)
 
 CORE = """
 import sys
-from job.distributed import runtime
+from job.distributed.runtime import import_tensorflow
+from job.distributed.strategy import configure
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
 
 size, levels = map(int, sys.argv[1:])
-tf = runtime.import_tensorflow()
-strategy = runtime.configure(TrainConfig())
+tf = import_tensorflow()
+strategy = configure(TrainConfig())
 from job.distributed.replica_sums import Criterion
 from job.losses import make_loss
 from job.metrics.batch import reference_metrics

@@ -34,8 +34,8 @@ import numpy as np
 from machine import describe_machine, shown, write_result
 
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
+from job.distributed.precision import supports_bfloat16
 from job.distributed.process_group import Team
-from job.distributed.runtime import supports_bfloat16
 
 WAYS = ("ours", "naive", "reference", "pinned")
 LAYER_REPEATS = 3
@@ -191,10 +191,11 @@ class Network:
 
     def configure(self) -> None:
         """Sets TensorFlow up as `train` does."""
-        from job.distributed import runtime
+        from job.distributed.runtime import import_tensorflow
+        from job.distributed.strategy import configure
 
-        self.tf = runtime.import_tensorflow()
-        self.strategy = runtime.configure(self.config)
+        self.tf = import_tensorflow()
+        self.strategy = configure(self.config)
 
     def model(self) -> Any:
         """Returns it, giving logits."""
@@ -238,12 +239,12 @@ class Network:
     def ours(self, repeats: int) -> dict[str, Any]:
         """Measures the step of this package."""
         from job.distributed.replica_sums import Criterion
+        from job.distributed.xla import uses_xla
         from job.losses import make_loss
         from job.metrics.batch import reference_metrics
         from job.optimization.loss_scale import loss_scale_for
         from job.optimization.optimizer import Adam
         from job.training.step import StepOptions, make_train_step
-        from job.training.trainer import uses_xla
 
         tf = self.tf
         with self.strategy.scope():

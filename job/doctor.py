@@ -103,7 +103,8 @@ def python_check(version: tuple[int, ...], system: str) -> Check:
 
 def tensorflow_checks() -> list[Check]:
     """Returns the checks that need TensorFlow: its version, GPU and precision."""
-    from job.distributed.runtime import import_tensorflow, resolve_precision
+    from job.distributed.precision import resolve_precision
+    from job.distributed.runtime import import_tensorflow
 
     try:
         tf = import_tensorflow()

@@ -57,11 +57,11 @@ def command(run: str, **options: Any) -> int:
             )
         if dataset.manifest.geometry == "tile":
             window_overlap(dataset.manifest, config.overlap, trained.config.window_overlap)
-        from job.distributed import runtime
+        from job.distributed.strategy import configure, require_gpu
 
         if config.needs_gpu:
-            runtime.require_gpu()
-        strategy = runtime.configure(resolve_config(trained, config))
+            require_gpu()
+        strategy = configure(resolve_config(trained, config))
         evaluation, url = evaluate_run(trained, dataset, strategy, config, others)
     show_summary(evaluation.summary)
     click.echo(f"tables and pictures: {url}")

@@ -13,7 +13,7 @@ from flexunet.cli.runner import run_command
 from flexunet.errors import UsageError
 from flexunet.storage import join_url, open_store
 from job.config import TrainConfig
-from job.distributed.process_group import Place, place_from_environment
+from job.distributed.rendezvous import Place, place_from_environment
 from job.report import REPORT_NAME, read_summary, write_report
 from job.reporting.terminal import show_summary
 from job.training.cross_validation import (

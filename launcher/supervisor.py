@@ -54,7 +54,7 @@ def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
     Raises:
         FlexUNetError: as `job.training.loop.train_and_evaluate`; also when too many workers failed.
     """
-    from job.distributed.runtime import check_batch
+    from job.distributed.strategy import check_batch
 
     launch_id = uuid.uuid4().hex
     with stop_signals() as should_stop, Display(config) as display, ExitStack() as stack:

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from job.config import TrainConfig
-from job.distributed.process_group import place_from_environment
+from job.distributed.rendezvous import place_from_environment
 from job.training.process import run_member
 from launcher.channel import Link
 

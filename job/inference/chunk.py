@@ -89,7 +89,8 @@ def load_predictor(members: Sequence[Member], flips: Flips, *, needs_gpu: bool) 
         UsageError: there is no GPU, but one is needed.
         StorageError: a checkpoint has vanished since it was chosen.
     """
-    from job.distributed.runtime import import_tensorflow, require_gpu
+    from job.distributed.runtime import import_tensorflow
+    from job.distributed.strategy import require_gpu
 
     import_tensorflow()
     if needs_gpu:

@@ -127,7 +127,7 @@ def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Commit]:
         ContentError: the checkpoint is damaged.
         NotFound: that folder has none any more.
     """
-    from job.distributed.runtime import predicting_precision
+    from job.distributed.precision import predicting_precision
 
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
         commit, members = fetch_checkpoint(run.store, folder, which=which)

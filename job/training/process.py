@@ -16,7 +16,8 @@ from flexunet.storage import open_store
 from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.data.folds import open_folded
-from job.distributed.process_group import Place, Team, meet, told_of_peers
+from job.distributed.process_group import Team, told_of_peers
+from job.distributed.rendezvous import Place, meet
 from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process
 from job.models.compatibility import check_fit, input_max
 from job.runs.layout import checked_run_name
@@ -98,18 +99,23 @@ class _Process:
         Args:
             run: of a process alone, which owns it; the first of several owns it from here on.
         """
-        from job.distributed import runtime
+        from job.distributed.strategy import (
+            check_batch,
+            check_devices,
+            check_micro_batches,
+            configure,
+        )
 
         config, place = self.config, self.place
-        num_seen = runtime.check_devices(config, place, self.num_gpus)
+        num_seen = check_devices(config, place, self.num_gpus)
         if place is not None:
             meet(place, config.phase_timeout, num_seen)
             if place.size > 1:
-                runtime.check_batch(config, place.size, num_seen)
+                check_batch(config, place.size, num_seen)
         with _watched(config, place) as watchdog, ExitStack() as stack:
             watchdog.enter("making the strategy")
-            strategy = runtime.configure(config, place)
-            runtime.check_micro_batches(config, strategy.num_replicas_in_sync)
+            strategy = configure(config, place)
+            check_micro_batches(config, strategy.num_replicas_in_sync)
             team = Team(strategy, place)
             callbacks = _watched_callbacks(watchdog, callbacks)
             with told_of_peers(team):
@@ -139,7 +145,7 @@ class _Process:
         Raises:
             UsageError: one of them does not compute in it.
         """
-        from job.distributed import runtime
+        from job.distributed.precision import resolve_precision
 
         config = self.config
         wished: str = config.precision
@@ -152,7 +158,7 @@ class _Process:
 
         def resolve() -> str:
             try:
-                return runtime.resolve_precision(wished, largest)
+                return resolve_precision(wished, largest)
             except UsageError as error:
                 if begun_in is None:
                     raise

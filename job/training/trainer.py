@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import tensorflow as tf
 
-from flexunet.errors import DivergedError, StoppedError, UsageError
+from flexunet.errors import DivergedError, StoppedError
 from flexunet.progress import Alive, not_told
 from flexunet.text import counted
 from job.config import TrainConfig
@@ -26,7 +26,7 @@ from job.data.shard_cache import open_reader
 from job.distributed.exchange_plan import agreed_plan
 from job.distributed.process_group import Team
 from job.distributed.replica_sums import Criterion, Sums
-from job.distributed.runtime import why_not_xla
+from job.distributed.xla import uses_xla
 from job.evaluation.artifacts import draw_examples
 from job.evaluation.evaluator import Evaluation, Evaluator, make_evaluator, means_of
 from job.inference.network import network_of
@@ -457,28 +457,3 @@ def _train_step(setup: TrainingSetup, model: Any, optimizer: Adam, evaluator: Ev
         Criterion(evaluator.loss, evaluator.metrics),
         StepOptions(plan, config.accumulate, is_mean(config.loss.name), is_compiled),
     )
-
-
-def uses_xla(config: TrainConfig, team: Team) -> bool:
-    """Returns whether the network of a training step is compiled by XLA, the same in all processes.
-
-    Raises:
-        UsageError: asked for, and XLA compiles nothing in one of them.
-    """
-    if config.xla == "off":
-        return False
-    # Batch normalization sums over the replicas in the middle of the network.
-    may = config.model.normalization != "batch" and not config.deterministic
-
-    def look() -> dict[str, Any]:
-        has_gpu = bool(tf.config.list_logical_devices("GPU"))
-        is_wanted = config.xla == "on" or (has_gpu and may)
-        return {"is_wanted": is_wanted, "reason": why_not_xla() if is_wanted else None}
-
-    found = team.on_each(look)
-    reason = next((each["reason"] for each in found if each["reason"] is not None), None)
-    if reason is not None and config.xla == "on":
-        raise UsageError(f"--xla=on: XLA compiles nothing here ({reason}); leave it out")
-    if reason is not None:
-        logger.warning("XLA compiles nothing here (%s): training goes on without it", reason)
-    return reason is None and all(each["is_wanted"] for each in found)

@@ -74,9 +74,9 @@ class Trace:
 
     def install(self) -> None:
         """Lets the code of `job` of this process pass by here; call it before training begins."""
-        from job.distributed import runtime
+        from job.distributed.runtime import import_tensorflow
 
-        runtime.import_tensorflow()
+        import_tensorflow()
         from flexunet.storage import gcs, gcs_transfer
         from job.data import reader
         from job.distributed import watchdog
@@ -176,7 +176,7 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 
 def work(folder: str, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Trains as one worker of a Ray cluster, as `launcher.worker.work`."""
-    from job.distributed.process_group import place_from_environment
+    from job.distributed.rendezvous import place_from_environment
     from launcher import worker
 
     place = place_from_environment()
@@ -198,7 +198,7 @@ def main() -> int:
         worker_group.work = functools.partial(traced_work, folder)
         return launch.main(arguments)
     from job import train as local
-    from job.distributed.process_group import place_from_environment
+    from job.distributed.rendezvous import place_from_environment
 
     place = place_from_environment()
     Trace(Path(folder), place.rank if place else 0).install()

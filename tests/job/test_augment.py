@@ -112,16 +112,14 @@ def test_one_more_kind_leaves_the_draws_of_the_others() -> None:
     # A deformation of strength 0 draws its noise and moves nothing.
     more = only("rotation", "distortion", "deformation", "brightening", deformation_alpha=0.0)
     for index in range(4):
-        plain, bright = (run(image, mask, config, sample_index=index) for config in (some, more))
+        plain, bright = (run(image, mask, config, index=index) for config in (some, more))
         assert (plain[1] == bright[1]).all()
 
 
 def test_probabilities_are_met() -> None:
     image, mask = sample(16, 16)
     config = AugmentationConfig(**{**only().model_dump(), "hflip_probability": 0.3})
-    changed = [
-        run(image, mask, config, sample_index=index)[0] is not image for index in range(2000)
-    ]
+    changed = [run(image, mask, config, index=index)[0] is not image for index in range(2000)]
     # 600 expected, standard deviation 20.5.
     assert 520 < sum(changed) < 680
 
@@ -185,7 +183,7 @@ def test_barrel_takes_one_of_its_centres() -> None:
     config = only("barrel", barrel_radius=0.2, barrel_centers=(0.25, 0.25, 0.75, 0.75))
     quarters = set()
     for index in range(12):
-        y, x = np.nonzero((run(image, mask, config, sample_index=index)[0] != image)[..., 0])
+        y, x = np.nonzero((run(image, mask, config, index=index)[0] != image)[..., 0])
         quarters.add((round(x.mean() / 16), round(y.mean() / 16)))
     assert quarters == {(1, 1), (3, 3)}
 

@@ -21,7 +21,7 @@ import tensorflow as tf
 tf.constant(1.0) + 1
 from flexunet.errors import UsageError
 from job.config import TrainConfig
-from job.distributed.runtime import check_devices, configure
+from job.distributed.strategy import check_devices, configure
 from job.distributed.process_group import Place
 
 warned = []

@@ -17,7 +17,7 @@ import pytest
 
 from flexunet.errors import UsageError
 from flexunet.storage import open_store
-from job.distributed.process_group import Place, meet, place_from_environment
+from job.distributed.rendezvous import Place, meet, place_from_environment
 from job.runs.commits import find_commits
 from tests import commands
 from tests.conftest import FaultyBucket
@@ -125,13 +125,15 @@ def test_two_then_one_then_two_processes_continue_one_run(
 # Rank 1 works for 4 s, with a sign of life every 0.4 s; prints how many signs came here.
 _SLOW = """
 import sys, time
-from job.distributed import runtime
+from job.distributed.runtime import import_tensorflow
+from job.distributed.strategy import configure
 from job.config import TrainConfig
-from job.distributed.process_group import Team, meet, place_from_environment
+from job.distributed.process_group import Team
+from job.distributed.rendezvous import meet, place_from_environment
 place = place_from_environment()
 config = TrainConfig(data="data", output="runs", name="slow")
 meet(place, config.phase_timeout)
-team = Team(runtime.configure(config, place), place)
+team = Team(configure(config, place), place)
 signs = []
 def work(alive):
     for _ in range(10 * place.rank):
@@ -143,15 +145,17 @@ sys.exit(f"{len(signs)} signs")
 # Says for equal and then for different weights whether they are the same.
 _CHECK = """
 import json, os, sys
-from job.distributed import runtime
+from job.distributed.runtime import import_tensorflow
+from job.distributed.strategy import configure
 from job.config import TrainConfig
-from job.distributed.process_group import Team, meet, place_from_environment
+from job.distributed.process_group import Team
+from job.distributed.rendezvous import meet, place_from_environment
 from flexunet.errors import FlexUNetError
 place = place_from_environment()
 config = TrainConfig(data="data", output="runs", name="check")
 meet(place, config.phase_timeout)
-tf = runtime.import_tensorflow()
-strategy = runtime.configure(config, place)
+tf = import_tensorflow()
+strategy = configure(config, place)
 team = Team(strategy, place)
 with strategy.scope():
     weights = [tf.Variable([1.0, -0.0]), tf.Variable([2.0])]
@@ -167,15 +171,17 @@ except FlexUNetError as error:
 # Says whether XLA is used, where it compiles nothing on rank 1: no backend of it has strings.
 _XLA = """
 import sys
-from job.distributed import runtime
+from job.distributed.runtime import import_tensorflow
+from job.distributed.strategy import configure
 from job.config import TrainConfig
-from job.distributed.process_group import Team, meet, place_from_environment
+from job.distributed.process_group import Team
+from job.distributed.rendezvous import meet, place_from_environment
 from flexunet.errors import UsageError
 place = place_from_environment()
 config = TrainConfig(data="data", output="runs", name="xla", xla="on")
 meet(place, config.phase_timeout)
-tf = runtime.import_tensorflow()
-team = Team(runtime.configure(config, place), place)
+tf = import_tensorflow()
+team = Team(configure(config, place), place)
 from job.training.trainer import uses_xla
 if place.rank:
     tf.nn.softplus = tf.strings.as_string

@@ -1,0 +1,185 @@
+"""Finds the processes of a cluster: from `TF_CONFIG`, and by meeting before TensorFlow starts."""
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from pydantic import Field, ValidationError
+
+from flexunet.errors import FlexUNetError, UsageError
+from flexunet.settings import Settings
+
+_VARIABLE = "TF_CONFIG"
+_ANSWER_S = 5.0  # to connect, and for a greeting
+
+
+class _Task(Settings, extra="ignore"):
+    type: str = "worker"
+    index: int = Field(0, ge=0)
+
+
+class _TFConfig(Settings, extra="ignore"):  # TensorFlow itself reads more than we need
+    cluster: dict[str, tuple[str, ...]]
+    task: _Task
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among those that train together."""
+
+    rank: int
+    addresses: tuple[str, ...]  # host:port of each process, by rank
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+        return len(self.addresses)
+
+
+def place_from_environment() -> Place | None:
+    """Returns the place that `TF_CONFIG` gives this process; None where it is not set.
+
+    Raises:
+        UsageError: it is not of TensorFlow's form, or of a cluster of another kind.
+    """
+    text = os.environ.get(_VARIABLE)
+    if not text:
+        return None
+    try:
+        config = _TFConfig.model_validate_json(text)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(str(part) for part in detail["loc"])
+        raise UsageError(
+            f'{_VARIABLE}: {where} {detail["msg"]}; expected {{"cluster": {{"worker": '
+            '["host:port", ...]}, "task": {"type": "worker", "index": 0}}}'
+        ) from error
+    kinds = ("chief", "worker")
+    other = sorted(set(config.cluster) - set(kinds))
+    if other or config.task.type not in config.cluster:
+        raise UsageError(
+            f"{_VARIABLE}: task type {config.task.type!r} of a cluster of "
+            f"{', '.join(config.cluster) or 'nothing'}; only workers (and a chief) train together"
+        )
+    first = {kind: sum(len(config.cluster.get(k, ())) for k in kinds[:i])
+             for i, kind in enumerate(kinds)}  # fmt: skip
+    if config.task.index >= len(config.cluster[config.task.type]):
+        raise UsageError(
+            f"{_VARIABLE}: task index {config.task.index}, but there are "
+            f"{len(config.cluster[config.task.type])} of type {config.task.type}"
+        )
+    addresses = tuple(address for kind in kinds for address in config.cluster.get(kind, ()))
+    return Place(first[config.task.type] + config.task.index, addresses)
+
+
+def meet(place: Place, timeout_s: float, num_gpus: int = 0) -> None:
+    """Returns when every process of the cluster has called it, with as many GPUs.
+
+    TensorFlow's own start waits for a missing process for an hour, and holds the interpreter while
+    it does. So all meet here first, at the address where the first will serve in a moment.
+
+    Raises:
+        FlexUNetError: some did not come in time; names their ranks and addresses.
+        UsageError: one sees another number of GPUs, on all of them; a strategy needs equally many.
+    """
+    deadline = time.monotonic() + timeout_s
+    greeting = hashlib.sha256(json.dumps(place.addresses).encode()).digest()
+    if place.rank == 0:
+        counts = _await_others(place, greeting, num_gpus, deadline)
+    else:
+        counts = _join_first(place, greeting, num_gpus, deadline)
+    for rank, count in enumerate(counts):
+        if count != counts[0]:
+            raise UsageError(
+                f"rank {rank} ({place.addresses[rank]}) sees {count} GPUs and rank 0 sees "
+                f"{counts[0]}; give all processes equally many (CUDA_VISIBLE_DEVICES)"
+            )
+
+
+def _await_others(place: Place, greeting: bytes, num_gpus: int, deadline: float) -> list[int]:
+    """Returns the number of GPUs of each process, by rank, when all have come."""
+    counts = {0: num_gpus}
+    port = int(place.addresses[0].rpartition(":")[2])
+    arrived: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as stack:
+        try:
+            is_dual = socket.has_dualstack_ipv6()
+            kind = socket.AF_INET6 if is_dual else socket.AF_INET
+            server = stack.enter_context(
+                socket.create_server(("", port), family=kind, dualstack_ipv6=is_dual)
+            )
+        except OSError as error:
+            raise FlexUNetError(
+                f"{place.addresses[0]}: this process cannot listen there ({error.strerror}); is "
+                "another one of the same cluster still running?"
+            ) from error
+        while len(arrived) < place.size - 1:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise _missing(place, set(range(1, place.size)) - set(arrived))
+            server.settimeout(min(left_s, 1.0))
+            with contextlib.suppress(OSError, ValueError):
+                connection = stack.enter_context(server.accept()[0])
+                connection.settimeout(_ANSWER_S)
+                rank, count = _heard(connection, greeting, 2)
+                if 0 < rank < place.size:
+                    arrived[rank], counts[rank] = connection, count
+        in_order = [counts[rank] for rank in range(place.size)]
+        for connection in arrived.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(_message(greeting, in_order))
+    return in_order
+
+
+def _message(greeting: bytes, numbers: Iterable[int]) -> bytes:
+    return greeting + b"".join(number.to_bytes(4, "big") for number in numbers)
+
+
+def _heard(connection: socket.socket, greeting: bytes, count: int) -> list[int]:
+    """Returns the `count` numbers of a message.
+
+    Raises:
+        ValueError: it is of another cluster.
+    """
+    message = _received(connection, len(greeting) + 4 * count)
+    if not message.startswith(greeting):
+        raise ValueError("not of this cluster")
+    numbers = message[len(greeting) :]
+    return [int.from_bytes(numbers[i : i + 4], "big") for i in range(0, 4 * count, 4)]
+
+
+def _received(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            raise ConnectionResetError("closed before the end")
+        data += part
+    return data
+
+
+def _join_first(place: Place, greeting: bytes, num_gpus: int, deadline: float) -> list[int]:
+    """Returns the number of GPUs of each process, by rank, when the first has met all."""
+    host, _, port = place.addresses[0].rpartition(":")
+    while (left_s := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(OSError, ValueError):
+            address = (host.strip("[]"), int(port))
+            with socket.create_connection(address, min(left_s, _ANSWER_S)) as connection:
+                connection.sendall(_message(greeting, [place.rank, num_gpus]))
+                connection.settimeout(left_s)
+                return _heard(connection, greeting, place.size)
+        time.sleep(min(left_s, 0.2))
+    raise _missing(place, {0})
+
+
+def _missing(place: Place, ranks: Collection[int]) -> FlexUNetError:
+    names = ", ".join(f"rank {rank} ({place.addresses[rank]})" for rank in sorted(ranks))
+    return FlexUNetError(
+        f"rank {place.rank} of {place.size}: {names} did not come in time (--phase-timeout), or "
+        "waits for another; start all processes again with the same TF_CONFIG cluster"
+    )

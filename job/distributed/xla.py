@@ -1,0 +1,60 @@
+"""Decides whether XLA compiles the network of a training step, the same in all processes."""
+
+import logging
+from typing import Any
+
+import tensorflow as tf
+
+from flexunet.errors import UsageError
+from job.config import TrainConfig
+from job.distributed.process_group import Team
+from job.distributed.runtime import import_tensorflow
+
+logger = logging.getLogger(__name__)
+
+
+def uses_xla(config: TrainConfig, team: Team) -> bool:
+    """Returns whether the network of a training step is compiled by XLA, the same in all processes.
+
+    Raises:
+        UsageError: asked for, and XLA compiles nothing in one of them.
+    """
+    if config.xla == "off":
+        return False
+    # Batch normalization sums over the replicas in the middle of the network.
+    may = config.model.normalization != "batch" and not config.deterministic
+
+    def look() -> dict[str, Any]:
+        has_gpu = bool(tf.config.list_logical_devices("GPU"))
+        is_wanted = config.xla == "on" or (has_gpu and may)
+        return {"is_wanted": is_wanted, "reason": why_not_xla() if is_wanted else None}
+
+    found = team.on_each(look)
+    reason = next((each["reason"] for each in found if each["reason"] is not None), None)
+    if reason is not None and config.xla == "on":
+        raise UsageError(f"--xla=on: XLA compiles nothing here ({reason}); leave it out")
+    if reason is not None:
+        logger.warning("XLA compiles nothing here (%s): training goes on without it", reason)
+    return reason is None and all(each["is_wanted"] for each in found)
+
+
+def why_not_xla() -> str | None:
+    """Returns why XLA cannot compile a network for this machine's devices; None: it can.
+
+    For a GPU it needs parts of CUDA that TensorFlow itself runs without.
+    """
+    tf = import_tensorflow()
+
+    @tf.function(jit_compile=True, autograph=False)
+    def convolution(images: Any, kernel: Any) -> Any:
+        return tf.nn.softplus(tf.nn.conv2d(images, kernel, 1, "SAME"))
+
+    kernel = tf.ones((3, 3, 8, 8))
+    try:
+        with tf.GradientTape() as tape:
+            tape.watch(kernel)
+            value = convolution(tf.ones((1, 8, 8, 8)), kernel)
+        tape.gradient(value, kernel).numpy()
+    except tf.errors.OpError as error:
+        return str(error.message).splitlines()[0]
+    return None
