@@ -237,7 +237,7 @@ def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
 
 def make_network(network: dict[str, Any]) -> Any:
     """Returns the INbreast network, or one of fewer levels."""
-    from job.models.flexunet import build_model
+    from job.models.registry import build_model
 
     size = network["image_size"]
     return build_model(

@@ -47,7 +47,7 @@ strategy = configure(TrainConfig())
 from job.distributed.replica_sums import Criterion
 from job.losses import make_loss
 from job.metrics.batch import reference_metrics
-from job.models.flexunet import build_model
+from job.models.registry import build_model
 from job.optimization.optimizer import Adam
 from job.training.step import make_train_step
 

@@ -199,7 +199,7 @@ class Network:
 
     def model(self) -> Any:
         """Returns it, giving logits."""
-        from job.models.flexunet import build_model
+        from job.models.registry import build_model
 
         size = self.image_size
         return build_model(

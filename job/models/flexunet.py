@@ -1,60 +1,17 @@
-"""The networks: FlexUNet and the registry of models.
-
-A model maps pixel values as stored, (B, H, W, C), to logits, (B, H, W, K). Another model is one
-function and one name in `BUILDERS`.
-"""
+"""Builds FlexUNet: a U-Net whose kernels and dilations shrink with depth."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
-from flexunet.errors import UsageError
-from flexunet.settings import suggestion
 from job.config import ModelConfig
 from job.models.compatibility import check_sides
 from job.models.dropout import SampleDropout
 from job.models.normalization import BatchNormalization, GroupNormalization
 
 _NUM_GROUPS = 8  # of channels that are normalised together; fewer where they do not divide
-
-# (config, image shape (H, W, C), num_classes, largest pixel value, seed, dtype policy) -> model
-Builder = Callable[..., keras.Model]
-
-
-def build_model(
-    config: ModelConfig,
-    *,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    value_max: float = 255.0,
-    seed: int = 0,
-    precision: str = "float32",
-) -> keras.Model:
-    """Returns the model that `config` names, with weights drawn from `seed`.
-
-    Args:
-        image_shape: (H, W, C) of the input, pixels.
-        num_classes: logits per pixel; 1 for a single sigmoid output.
-        value_max: largest value that a pixel can have; used by input scaling.
-        precision: a Keras dtype policy; logits are never narrower than float32.
-
-    Raises:
-        UsageError: unknown model, or sides that the levels do not divide.
-    """
-    builder = BUILDERS.get(config.name)
-    if builder is None:
-        raise UsageError(f"model.name={config.name!r}: {suggestion(config.name, list(BUILDERS))}")
-    return builder(
-        config,
-        image_shape=image_shape,
-        num_classes=num_classes,
-        value_max=value_max,
-        seed=seed,
-        policy=keras.DTypePolicy(precision),
-    )
 
 
 def build_flexunet(
@@ -100,9 +57,6 @@ def build_flexunet(
         name="head",
     )(x)
     return keras.Model(image, logits, name="flexunet")
-
-
-BUILDERS: dict[str, Builder] = {"flexunet": build_flexunet}
 
 
 class _BlockFactory:

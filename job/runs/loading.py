@@ -219,7 +219,7 @@ def model_for(config: TrainConfig, manifest: Manifest) -> Any:
     Raises:
         UsageError: channels or classes of the two do not go together.
     """
-    from job.models.flexunet import build_model
+    from job.models.registry import build_model
 
     return build_model(
         config.model,

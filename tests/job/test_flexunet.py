@@ -13,7 +13,7 @@ from flexunet.errors import ContentError, UsageError
 from flexunet.settings import validated
 from job.compat.weights_h5 import creation_order, load_reference_weights, set_weights
 from job.config import MODELS, ModelConfig
-from job.models.flexunet import BUILDERS, build_model
+from job.models.registry import BUILDERS, build_model
 
 PARITY = Path(__file__).resolve().parents[3] / "shared" / "data" / "reference-parity"
 needs_parity = pytest.mark.skipif(

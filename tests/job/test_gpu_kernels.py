@@ -198,7 +198,7 @@ def test_a_gpu_has_kernels_for_each_loss_and_its_gradient(num_outputs: int, dtyp
 
 @pytest.mark.parametrize("num_outputs", [1, 3])
 def test_a_gpu_has_kernels_for_mirrored_pictures_and_several_networks(num_outputs: int) -> None:
-    from job.models.flexunet import build_model
+    from job.models.registry import build_model
 
     config = validated(ModelConfig, SMALL["model"], "test")
     shape = (SIDE, SIDE, 1)

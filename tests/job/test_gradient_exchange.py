@@ -18,7 +18,7 @@ from job.distributed.exchange_plan import (
 )
 from job.distributed.replica_sums import Criterion
 from job.losses import make_loss
-from job.models.flexunet import BUILDERS, build_model
+from job.models.registry import BUILDERS, build_model
 from job.optimization.optimizer import Adam
 from job.training.step import StepOptions, make_train_step
 

@@ -22,7 +22,7 @@ from job.config import LossName, ModelConfig, OptimizerConfig, TrainConfig
 from job.distributed.exchange_plan import make_plan
 from job.distributed.replica_sums import Criterion
 from job.losses import is_mean, make_loss
-from job.models.flexunet import build_model
+from job.models.registry import build_model
 from job.optimization import loss_scale
 from job.optimization.loss_scale import LossScale, loss_scale_for
 from job.optimization.optimizer import Adam

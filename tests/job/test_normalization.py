@@ -15,8 +15,8 @@ from job.distributed.replica_sums import Criterion
 from job.evaluation.steps import make_evaluation_step
 from job.inference.network import network_of
 from job.losses import make_loss
-from job.models.flexunet import build_model
 from job.models.normalization import BatchNormalization, GroupNormalization, counted_samples
+from job.models.registry import build_model
 from job.optimization.optimizer import Adam
 from job.runs.serialization import read_weights
 from job.training.step import make_train_step

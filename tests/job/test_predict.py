@@ -15,7 +15,7 @@ from job.inference.network import make_probability_step, network_of, prepared
 from job.inference.postprocess import class_ids, without_small
 from job.inference.sliding_window import Windows, probabilities_of, slide, window_weights
 from job.models.compatibility import window_overlap
-from job.models.flexunet import build_model
+from job.models.registry import build_model
 from job.runs.loading import load_model, open_trained
 
 WINDOW: dict[str, Any] = {"height": 16, "width": 12, "batch_size": 3}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flexunet.errors import ContentError, StorageError
 from job.config import ModelConfig, OptimizerConfig
-from job.models.flexunet import build_model
+from job.models.registry import build_model
 from job.optimization.optimizer import Adam
 from job.runs import serialization
 

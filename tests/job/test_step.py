@@ -19,7 +19,7 @@ from job.evaluation.steps import make_evaluation_step
 from job.inference.network import Network, network_of
 from job.losses import is_mean, make_loss
 from job.metrics.batch import RunningSums, reference_metrics
-from job.models.flexunet import build_model
+from job.models.registry import build_model
 from job.optimization.optimizer import Adam
 from job.training.step import StepOptions, make_train_step
 from tests.job.discs import prepare_discs
