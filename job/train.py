@@ -13,15 +13,12 @@ from flexunet.cli.runner import run_command
 from flexunet.errors import UsageError
 from flexunet.storage import join_url, open_store
 from job.config import TrainConfig
+from job.data.folds import is_cross_validation
 from job.distributed.rendezvous import Place, place_from_environment
 from job.report import REPORT_NAME, read_summary, write_report
+from job.reporting.fold_tables import show_folds
 from job.reporting.terminal import show_summary
-from job.training.cross_validation import (
-    cross_validate,
-    is_cross_validation,
-    own_process,
-    show_folds,
-)
+from job.training.cross_validation import cross_validate, own_process
 from job.training.options import resolve_config
 from job.training.process import run_in_cluster, run_local, stop_signals
 

@@ -26,18 +26,15 @@ from job.config.identity import (
 )
 from job.config.train_config import (
     PRESET_KEYS,
-    RUN_NAME,
-    RUN_NAME_RULE,
     MetricName,
     TrainConfig,
+    checked_run_name,
     dotted_keys,
 )
 
 __all__ = [
     "MODELS",
     "PRESET_KEYS",
-    "RUN_NAME",
-    "RUN_NAME_RULE",
     "SSIM_SIZE",
     "AugmentationConfig",
     "LossConfig",
@@ -49,6 +46,7 @@ __all__ = [
     "TrainConfig",
     "check_class_weights",
     "check_ssim_sides",
+    "checked_run_name",
     "dotted_keys",
     "identity_of",
     "preset_values",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from flexunet.errors import UsageError
 from flexunet.settings import Settings, merged, option
 from job.config.groups import (
     AugmentationConfig,
@@ -259,3 +260,14 @@ class TrainConfig(Settings):
         if self.fold >= self.folds:
             raise ValueError(f"fold={self.fold} is none of folds={self.folds}; they count from 0")
         return self
+
+
+def checked_run_name(name: str) -> str:
+    """Returns `name` when a run may have it.
+
+    Raises:
+        UsageError: it is not of the form that every storage and cluster takes.
+    """
+    if not RUN_NAME.fullmatch(name):
+        raise UsageError(f"run name {name!r} is not allowed; use {RUN_NAME_RULE}")
+    return name

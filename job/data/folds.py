@@ -11,8 +11,25 @@ from typing import Any
 import numpy as np
 
 from data_prep.splits.split import assign_folds
-from job.config import TrainConfig
+from job.config import TrainConfig, checked_run_name
 from job.data.dataset import Dataset, Split, open_dataset
+
+
+def is_cross_validation(config: TrainConfig) -> bool:
+    """Returns whether `config` is of all folds, and not of a run that trains one of them."""
+    return config.folds is not None and config.fold is None
+
+
+def fold_configs(config: TrainConfig) -> list[TrainConfig]:
+    """Returns the config of every fold's run.
+
+    Raises:
+        UsageError: the names would be too long.
+    """
+    return [
+        config.model_copy(update={"fold": k, "name": checked_run_name(f"{config.name}-fold-{k}")})
+        for k in range(config.folds or 0)
+    ]
 
 
 def open_folded(config: TrainConfig, url: str | None = None) -> Dataset:

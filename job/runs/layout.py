@@ -7,10 +7,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from flexunet.errors import ContentError, UsageError
+from flexunet.errors import ContentError
 from flexunet.settings import Settings
 from flexunet.storage import NotFound, Stat, Store
-from job.config import RUN_NAME, RUN_NAME_RULE
 
 LEASE_NAME = "lease.json"
 LOCK_NAME = ".lock"
@@ -34,17 +33,6 @@ class Place:
     attempt: int
     step: int
     prefix: str = field(compare=False)
-
-
-def checked_run_name(name: str) -> str:
-    """Returns `name` when a run may have it.
-
-    Raises:
-        UsageError: it is not of the form that every storage and cluster takes.
-    """
-    if not RUN_NAME.fullmatch(name):
-        raise UsageError(f"run name {name!r} is not allowed; use {RUN_NAME_RULE}")
-    return name
 
 
 def commit_prefix(step: int, attempt: int) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from flexunet.progress import Alive, not_told
 from flexunet.storage import NotFound, Store, open_store
+from job.config import checked_run_name
 from job.runs.commits import (
     Commit,
     CommitRecord,
@@ -29,14 +30,7 @@ from job.runs.commits import (
     record_state,
 )
 from job.runs.identity import read_identity, settle_identity
-from job.runs.layout import (
-    COMMIT_NAME,
-    ENDS_FOLDER,
-    OUTCOME_NAME,
-    Place,
-    checked_run_name,
-    commit_prefix,
-)
+from job.runs.layout import COMMIT_NAME, ENDS_FOLDER, OUTCOME_NAME, Place, commit_prefix
 from job.runs.lease import LeaseTiming
 from job.runs.ownership import Ownership, acquire
 from job.runs.status import End, read_outcome

@@ -19,8 +19,8 @@ from job.config import (
     preset_values,
     stored_options,
 )
+from job.data.folds import fold_configs, is_cross_validation
 from job.runs.layout import CROSS_VALIDATION_NAME, IDENTITY_NAME, RESTORE
-from job.training.cross_validation import fold_configs, is_cross_validation
 
 logger = logging.getLogger(__name__)
 

@@ -13,14 +13,13 @@ from typing import Any
 from flexunet.cli.interrupts import handled
 from flexunet.errors import UsageError
 from flexunet.storage import open_store
-from job.config import TrainConfig
+from job.config import TrainConfig, checked_run_name
 from job.data.dataset import Dataset
 from job.data.folds import open_folded
 from job.distributed.process_group import Team, told_of_peers
 from job.distributed.rendezvous import Place, meet
 from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process
 from job.models.compatibility import check_fit, input_max
-from job.runs.layout import checked_run_name
 from job.runs.provenance import check_origin
 from job.runs.run import Run
 from job.training.display import Display

@@ -12,8 +12,9 @@ from flexunet.cli.options import PATH, SettingsCommand, from_options, given, set
 from flexunet.storage import open_store
 from job.config import TrainConfig
 from job.report import write_report
+from job.reporting.fold_tables import show_folds
 from job.train import prep_flags, show_end
-from job.training.cross_validation import cross_validate, own_process, show_folds
+from job.training.cross_validation import cross_validate, own_process
 from job.training.options import resolve_config
 from job.training.process import stop_signals
 from launcher.cluster.connection import connected

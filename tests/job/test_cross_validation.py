@@ -22,18 +22,14 @@ from flexunet.storage import open_store
 from flexunet.tables import plain_cell
 from job.config import TrainConfig
 from job.data.dataset import Dataset, open_dataset
-from job.data.folds import fold_of
+from job.data.folds import fold_configs, fold_of
 from job.data.reader import read_sample
 from job.data.shard_cache import open_reader
+from job.evaluation.fold_pooling import pool_folds
 from job.metrics.per_case import Scale, measure_case, summarize_cases
 from job.report import write_report
-from job.training.cross_validation import (
-    cross_validate,
-    fold_configs,
-    own_process,
-    pool_folds,
-    show_folds,
-)
+from job.reporting.fold_tables import show_folds
+from job.training.cross_validation import cross_validate, own_process
 from tests import commands
 from tests.job.discs import prepare_discs, write_discs
 

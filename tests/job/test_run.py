@@ -18,8 +18,9 @@ import pytest
 
 from flexunet.errors import ContentError, LockedError, StorageError, UsageError
 from flexunet.storage import LocalStore, Store, open_store
+from job.config import checked_run_name
 from job.runs.commits import Commit, fetch_commit, find_commits
-from job.runs.layout import Place, checked_run_name, commit_prefix
+from job.runs.layout import Place, commit_prefix
 from job.runs.lease import Lease, LeaseTiming, _bases_of, is_on_chain
 from job.runs.run import Run
 from job.runs.status import read_ends, standing

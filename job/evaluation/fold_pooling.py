@@ -1,0 +1,173 @@
+"""Pools the cases of all folds of a cross-validation: one interval over all groups."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.shards.manifest import MANIFEST_NAME, parse_manifest
+from flexunet.errors import ContentError, UsageError
+from flexunet.json_files import evaluate_again, read_json, read_table
+from flexunet.storage import Store, open_store
+from flexunet.tables import csv_table
+from job.config import TrainConfig
+from job.data.cases import pictures_of
+from job.data.folds import fold_configs, open_folded
+from job.metrics.per_case import (
+    SIZES,
+    Case,
+    case_cells,
+    case_columns,
+    read_case,
+    summarize_cases,
+)
+from job.runs.layout import CROSS_VALIDATION_NAME
+from job.runs.provenance import as_record, read_origin
+
+
+def pool_folds(config: TrainConfig) -> dict[str, Any]:
+    """Writes what all folds together score into the folder of their common name; returns it.
+
+    Raises:
+        UsageError: folds were evaluated in unequal ways, or on other cases than their own.
+        ContentError: a fold's evaluation is missing or damaged, or lacks what has come since.
+    """
+    output = open_store(config.output)
+    names = [str(each.name) for each in fold_configs(config)]
+    _check_alike([output.below(name) for name in names])
+    described = output.below(names[0]).get(MANIFEST_NAME)
+    manifest = parse_manifest(described, MANIFEST_NAME)
+    classes = [each.name for each in manifest.classes if each.id != 0]
+    target = output.below(str(config.name))
+    summary: dict[str, Any] = {"num_folds": len(names), "runs": names}
+    summary["init_from"] = _check_cases(config, classes)
+    target.put(MANIFEST_NAME, described)
+    summary["sizes"] = {}
+    for size in SIZES:
+        folds = [_read_cases(output.below(name), size, classes) for name in names]
+        cells = [
+            [number, each.id, each.group, *case_cells(each.case)]
+            for number, fold in enumerate(folds)
+            for each in fold
+        ]
+        columns = ["fold", "id", "group", *case_columns(classes)]
+        target.put(f"measures_{size}.csv", csv_table(columns, cells).encode())
+        summary["sizes"][size] = {
+            "pooled": _summarized([each for fold in folds for each in fold], classes),
+            "folds": [_summarized(fold, classes) for fold in folds],
+        }
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    target.put(CROSS_VALIDATION_NAME, text.encode())
+    return summary
+
+
+def _check_cases(config: TrainConfig, classes: Sequence[str]) -> list[dict[str, str]]:
+    """Refuses folds that were not evaluated on their own cases; returns what their runs began from.
+
+    Another split of a run, and an ensemble of runs of several folds, have seen what they are
+    evaluated on, or are evaluated on other cases.
+
+    Raises:
+        UsageError: names the fold, and what is wrong with it.
+    """
+    started: list[dict[str, str]] = []
+    for fold, each in enumerate(fold_configs(config)):
+        run = open_store(config.output).below(str(each.name))
+        summary = read_json(run, "evaluation/summary.json", evaluate_again(run)) or {}
+        dataset, where = open_folded(each), f"{run.url}/evaluation"
+        if summary["split"] != "test":
+            raise UsageError(
+                f"{where}: of the {summary['split']} split of a run, which is no fold; "
+                f"{evaluate_again(run)}"
+            )
+        own = pictures_of(dataset.split("test"), is_by_tile=summary["case"] == "tile")
+        expected = {picture.id for picture in own}
+        for size in SIZES:
+            found = {case.id for case in _read_cases(run, size, classes)}
+            if found != expected:
+                raise UsageError(
+                    f"{where}: holds {len(found - expected)} cases that are not of fold {fold} and "
+                    f"lacks {len(expected - found)} of its {len(expected)}; {evaluate_again(run)}"
+                )
+        origins = summary.get("init_from")
+        # An earlier version did not record it.
+        if origins is None:
+            origins = as_record([read_origin(run, each)], dataset)
+        for origin in origins:
+            if origin["seen"] == "yes":
+                raise UsageError(
+                    f"{where}: {origin['run']} was started from {origin['source']}, which has seen "
+                    f"groups of fold {fold}; train the folds under another name without it"
+                )
+        started += origins
+    return started
+
+
+def _check_alike(runs: Sequence[Store]) -> None:
+    """Refuses folds whose numbers mean different things, as one was evaluated again in another way.
+
+    Raises:
+        UsageError: names two of them, and what differs.
+        ContentError: an evaluation is missing or damaged.
+    """
+    first, *others = [_read_way(run) for run in runs]
+    for run, other in zip(runs[1:], others, strict=True):
+        different = [name for name in first if other[name] != first[name]]
+        if different:
+            raise UsageError(
+                f"{run.url}: evaluated with another {' and '.join(different)} "
+                f"({', '.join(str(other[name]) for name in different)}) than {runs[0].url} "
+                f"({', '.join(str(first[name]) for name in different)}); evaluate all folds alike"
+            )
+
+
+def _read_way(run: Store) -> dict[str, Any]:
+    """Returns how the cases of a fold were predicted; one that training evaluated: plainly."""
+    name = "evaluation/summary.json"
+    summary = read_json(run, name, evaluate_again(run))
+    if summary is None:
+        raise _missing(run, name)
+    try:
+        way = summary.get("prediction") or {}
+        return {
+            "checkpoint": way.get("checkpoint", "best"),
+            "number of runs": len(way.get("runs", ["itself"])),
+            "flips": way.get("flips", "none"),
+            "overlap": summary["overlap"],
+            "removal of small regions": bool(way.get("small_regions")),
+            "kind of case": summary["case"],
+        }
+    except (TypeError, AttributeError) as error:
+        raise _damaged(run, name) from error
+
+
+@dataclass(frozen=True)
+class _FoldCase:
+    """A case of a fold, as its evaluation has stored it."""
+
+    id: str
+    group: str
+    case: Case
+
+
+def _summarized(cases: Sequence[_FoldCase], classes: Sequence[str]) -> dict[str, Any]:
+    return summarize_cases([each.case for each in cases], [each.group for each in cases], classes)
+
+
+def _read_cases(run: Store, size: str, classes: Sequence[str]) -> list[_FoldCase]:
+    name = f"evaluation/measures_{size}.csv"
+    rows = read_table(run, name, evaluate_again(run))
+    if rows is None:
+        raise _missing(run, name)
+    try:
+        return [_FoldCase(row["id"], row["group"], read_case(row, classes)) for row in rows]
+    except ValueError as error:
+        raise _damaged(run, name) from error
+
+
+def _missing(run: Store, name: str) -> ContentError:
+    return ContentError(f"{run.url}/{name} is missing; {evaluate_again(run)}")
+
+
+def _damaged(run: Store, name: str) -> ContentError:
+    return ContentError(f"{run.url}/{name}: damaged; {evaluate_again(run)}")
