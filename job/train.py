@@ -15,8 +15,8 @@ from flexunet.storage import join_url, open_store
 from job.config import TrainConfig
 from job.data.folds import is_cross_validation
 from job.distributed.rendezvous import Place, place_from_environment
-from job.report import REPORT_NAME, read_summary, write_report
 from job.reporting.fold_tables import show_folds
+from job.reporting.html_report import REPORT_NAME, read_summary, write_report
 from job.reporting.terminal import show_summary
 from job.training.cross_validation import cross_validate, own_process
 from job.training.options import resolve_config

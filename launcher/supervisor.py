@@ -19,7 +19,7 @@ from job.config import TrainConfig
 from job.data.folds import open_folded
 from job.distributed.watchdog import STACKS_FOLDER
 from job.models.compatibility import check_fit
-from job.report import renew_report
+from job.reporting.html_report import renew_report
 from job.runs.commits import find_commits
 from job.runs.provenance import check_origin
 from job.runs.run import Run

@@ -36,12 +36,12 @@ from job.metrics.per_case import (
     TRUTHS,
     Case,
     Scale,
-    ThresholdSweep,
     measure_case,
     specks_of,
     summarize_cases,
     without_ignored,
 )
+from job.metrics.thresholds import ThresholdSweep
 from job.models.compatibility import num_outputs, window_overlap
 
 

@@ -23,7 +23,8 @@ from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names, ma
 from job.inference.options import PredictConfig
 from job.inference.postprocess import class_ids
 from job.inference.region_filter import FILE_NAME, FittedOn, RegionTally, SmallRegions
-from job.metrics.per_case import checkpoint_words, without_ignored
+from job.metrics.per_case import without_ignored
+from job.reporting.phrases import checkpoint_words
 from job.runs.loading import Member, TrainedRun, load_model, member_of
 from job.runs.provenance import as_record, read_origin
 from job.runs.status import standing

@@ -22,12 +22,11 @@ models or TensorFlow.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from flexunet.text import counted
 from job.metrics.bootstrap import (
     LEVEL,
     MIN_GROUPS,
@@ -50,7 +49,6 @@ Ids = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float64]
 Pair = tuple[Values, Values]  # what is above and below of a quotient of sums, of each case
 Unit = Literal["mm", "px"]
-T = TypeVar("T")
 Presence = Literal["neither", "truth_only", "prediction_only", "both"]
 
 SIZES = ("network", "original")  # at which cases are measured
@@ -60,7 +58,6 @@ TRUTHS = {  # with which a prediction is compared
 }
 TOLERANCES: dict[Unit, float] = {"mm": 1.0, "px": 2.0}  # within which contours agree
 _SHARED = ("dice_mean", "iou_mean", "dice_pooled", "iou_pooled")
-THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 
 @dataclass(frozen=True)
@@ -308,84 +305,8 @@ def _num_cases(below: Values) -> int:
     return int(np.count_nonzero(below.reshape(len(below), -1).any(axis=1)))
 
 
-class ThresholdSweep:
-    """Sums over cases of what a class would score at other thresholds of its probability."""
-
-    COLUMNS = (
-        "class",
-        "threshold",
-        "dice_mean",
-        "dice_pooled",
-        "lesion_sensitivity",
-        "false_positives_per_image",
-    )
-
-    def __init__(self, names: Sequence[str], *, min_lesion: int = 1) -> None:
-        """Sweeps the foreground classes of these names; `min_lesion` as in `specks_of`."""
-        self._names = names
-        self._min_lesion = min_lesion
-        shape = len(names), len(THRESHOLDS)
-        self._sums = {
-            key: np.zeros(shape)
-            for key in ("tp", "fp", "fn", "dice", "defined", "true", "found", "false", "images")
-        }
-
-    def add(self, truth: Ids, probabilities: npt.NDArray[np.float32]) -> None:
-        """Adds a case.
-
-        Args:
-            truth: (H, W) class ids.
-            probabilities: (H, W, K) of classes 0..K-1, or K = 1: of class 1.
-        """
-        first = 0 if probabilities.shape[-1] == 1 else 1
-        for index in range(len(self._names)):
-            self._add_class(index, truth == index + 1, probabilities[..., first + index])
-
-    def _add_class(
-        self, index: int, truth: npt.NDArray[np.bool_], probabilities: npt.NDArray[np.float32]
-    ) -> None:
-        specks = truth & ~without_small_regions(truth, self._min_lesion)
-        for step, threshold in enumerate(THRESHOLDS):
-            predicted = probabilities >= np.float32(threshold)
-            tp = int(np.count_nonzero(truth & predicted))
-            fp = int(np.count_nonzero(predicted)) - tp
-            fn = int(np.count_nonzero(truth)) - tp
-            lesions = count_lesions(truth, predicted, specks=specks)
-            values = {
-                "tp": tp,
-                "fp": fp,
-                "fn": fn,
-                "dice": 2 * tp / max(2 * tp + fp + fn, 1),
-                "defined": tp + fp + fn > 0,
-                "true": lesions.num_true,
-                "found": lesions.num_found,
-                "false": lesions.num_false_positives,
-                "images": 1,
-            }
-            for key, value in values.items():
-                self._sums[key][index, step] += value
-
-    def rows(self) -> list[tuple[Any, ...]]:
-        """Returns a row of `COLUMNS` for each class and threshold; undefined values are None."""
-        s = self._sums
-        columns = [
-            (s["dice"], s["defined"]),
-            (2 * s["tp"], 2 * s["tp"] + s["fp"] + s["fn"]),
-            (s["found"], s["true"]),
-            (s["false"], s["images"]),
-        ]
-        return [
-            (
-                name,
-                threshold,
-                *(_quotient(above[c, t], below[c, t]) for above, below in columns),
-            )
-            for c, name in enumerate(self._names)
-            for t, threshold in enumerate(THRESHOLDS)
-        ]
-
-
-def _quotient(above: float, below: float) -> float | None:
+def quotient(above: float, below: float) -> float | None:
+    """Returns above / below, None where nothing is below."""
     return float(above / below) if below else None
 
 
@@ -406,7 +327,7 @@ def case_cells(case: Case) -> list[Any]:
     cells: list[Any] = [case.unit, case.diagonal]
     for each in case.classes:
         below = 2 * each.tp + each.fp + each.fn
-        cells += [each.presence, _quotient(2 * each.tp, below), each.hd95, each.nsd]
+        cells += [each.presence, quotient(2 * each.tp, below), each.hd95, each.nsd]
         lesions = each.lesions
         cells += [lesions.num_true, lesions.num_found, lesions.num_false_positives]
         cells += [each.tp, each.fp, each.fn, lesions.num_specks]
@@ -431,64 +352,3 @@ def read_case(row: Mapping[str, str], names: Sequence[str]) -> Case:
         classes.append(ClassCase(presence, tp, fp, fn, hd95, nsd, lesions))
     unit: Unit = "mm" if row["unit"] == "mm" else "px"
     return Case(unit, float(row["diagonal"]), tuple(classes))
-
-
-def measure_rows(size: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns (label, measure) of what `summarize_cases` returned, for tables that people read.
-
-    With one foreground class the mean over classes is that class, and is left out.
-    """
-    shared = size["foreground"] if len(size["classes"]) > 1 else {}
-    rows = [(f"foreground {name}", each) for name, each in shared.items()]
-    for each in size["classes"]:
-        rows += [
-            (f"{each['name']} {name}", value)
-            for name, value in each.items()
-            if isinstance(value, dict)
-        ]
-    return rows
-
-
-def titled_sizes(sizes: Mapping[str, T]) -> list[tuple[str, T]]:
-    """Returns (title, measures) of every size that is measured; equal ones are one.
-
-    Pictures that were not resized, or are tiles put together, have the same measures at both.
-    """
-    if len(sizes) == 2 and sizes["network"] == sizes["original"]:
-        return [("original size, which is the network's", sizes["original"])]
-    return [(f"{size} size", each) for size, each in sizes.items()]
-
-
-def size_notes(title: str, size: Mapping[str, Any]) -> list[str]:
-    """Returns what a reader must know of the measures at one of `titled_sizes`."""
-    notes = []
-    if title == "original size":
-        notes.append(
-            f"Truth at this size: {TRUTHS['original']}, and not the source's; what was lost when "
-            "it was stored does not count as missed."
-        )
-    if title == "network size" and any("hd95_px" in each for each in size["classes"]):
-        notes.append(
-            "Distances in pixels of this size take the stored pixels as square, which they are not "
-            "where pictures of another aspect were stretched (--geometry stretch)."
-        )
-    return notes
-
-
-def lesion_words(size: Mapping[str, Any]) -> str:
-    """Returns what counts as a lesion found in what `summarize_cases` returned, for readers."""
-    rule = size["lesion_rule"]
-    return (
-        "A lesion is a connected region of the truth. It is found when a predicted region overlaps "
-        f"it with an IoU of at least {rule['min_iou']:g}, one region for one lesion; all other "
-        f"predicted regions are false positives. True regions of fewer than {rule['min_pixels']} "
-        "pixels of the network's size are specks: they are no lesions, and what finds one is no "
-        "false positive."
-    )
-
-
-def checkpoint_words(used: Mapping[str, Any]) -> str:
-    """Returns which weights were evaluated: those of one run, or of several together."""
-    epochs = " and ".join(counted(each, "epoch") for each in used["epochs"])
-    noun = "checkpoint" if len(used["epochs"]) == 1 else "checkpoints"
-    return f"the {used['which']} {noun}, after {epochs}"

@@ -6,12 +6,7 @@ from typing import Any
 
 from flexunet.storage import join_url, open_store
 from job.config import TrainConfig
-from job.metrics.per_case import (
-    lesion_words,
-    measure_rows,
-    size_notes,
-    titled_sizes,
-)
+from job.reporting.phrases import lesion_words, measure_rows, size_notes, titled_sizes
 from job.reporting.terminal import measures_table
 from job.runs.layout import CROSS_VALIDATION_NAME
 

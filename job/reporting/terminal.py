@@ -4,18 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexunet.text import counted
-from job.metrics.per_case import (
-    checkpoint_words,
-    lesion_words,
-    measure_rows,
-    size_notes,
-    titled_sizes,
-)
 from job.reporting.phrases import (
+    checkpoint_words,
     counted_cases,
     has_foreground,
+    lesion_words,
+    measure_rows,
     no_foreground_words,
+    size_notes,
     summarized_words,
+    titled_sizes,
 )
 
 

@@ -13,7 +13,7 @@ from flexunet.text import counted
 from job.config import TrainConfig, identity_of
 from job.distributed.process_group import told_of_peers
 from job.optimization.schedule import stopped_early_words
-from job.report import renew_report
+from job.reporting.html_report import renew_report
 from job.runs.identity import differences
 from job.runs.run import Run
 from job.training.options import stored_yaml

@@ -40,9 +40,9 @@ from job.evaluation.evaluator import Evaluation, Evaluator
 from job.inference.inputs import find_images, read_any
 from job.inference.preprocess import to_model_pixels
 from job.optimization.optimizer import Adam
-from job.report import renew_report
 from job.reporting import plots
 from job.reporting.csv_tables import CURVE_TITLES, History
+from job.reporting.html_report import renew_report
 from job.runs import serialization
 from job.runs.commits import fetch_commit
 from job.runs.layout import Place, commit_prefix

@@ -11,8 +11,8 @@ import click
 from flexunet.cli.options import PATH, SettingsCommand, from_options, given, settings_options
 from flexunet.storage import open_store
 from job.config import TrainConfig
-from job.report import write_report
 from job.reporting.fold_tables import show_folds
+from job.reporting.html_report import write_report
 from job.train import prep_flags, show_end
 from job.training.cross_validation import cross_validate, own_process
 from job.training.options import resolve_config

@@ -27,8 +27,8 @@ from job.data.reader import read_sample
 from job.data.shard_cache import open_reader
 from job.evaluation.fold_pooling import pool_folds
 from job.metrics.per_case import Scale, measure_case, summarize_cases
-from job.report import write_report
 from job.reporting.fold_tables import show_folds
+from job.reporting.html_report import write_report
 from job.training.cross_validation import cross_validate, own_process
 from tests import commands
 from tests.job.discs import prepare_discs, write_discs

@@ -32,7 +32,7 @@ from job.inference.options import InferConfig
 from job.inference.pipeline import infer
 from job.metrics.per_case import Scale, nothing_predicted
 from job.optimization.optimizer import Adam
-from job.report import write_report
+from job.reporting.html_report import write_report
 from job.runs import serialization
 from job.runs.loading import fetch_checkpoint, load_model, open_alike, open_trained
 from job.runs.run import Run

@@ -26,7 +26,7 @@ from job.models.registry import build_model
 from job.optimization import loss_scale
 from job.optimization.loss_scale import LossScale, loss_scale_for
 from job.optimization.optimizer import Adam
-from job.report import render
+from job.reporting.html_report import render
 from job.runs import serialization
 from job.runs.commits import find_commits
 from job.runs.run import Run

@@ -13,22 +13,19 @@ from hypothesis import strategies as st
 from flexunet.tables import csv_table
 from job.metrics.lesions import label_regions
 from job.metrics.per_case import (
-    THRESHOLDS,
     Case,
     Scale,
-    ThresholdSweep,
     case_cells,
     case_columns,
     measure_case,
-    measure_rows,
     nothing_predicted,
     read_case,
-    size_notes,
     specks_of,
     summarize_cases,
-    titled_sizes,
     without_ignored,
 )
+from job.metrics.thresholds import THRESHOLDS, ThresholdSweep
+from job.reporting.phrases import measure_rows, size_notes, titled_sizes
 
 PIXELS = Scale((1.0, 1.0), "px")
 MM = Scale((0.5, 0.25), "mm")

@@ -16,23 +16,26 @@ from PIL import Image
 from flexunet.errors import ContentError
 from flexunet.storage import open_store
 from flexunet.tables import csv_table
-from job.report import main, render, write_report
+from job.report import main
+from job.reporting.html_report import render, write_report
 from job.reporting.terminal import show_summary
 from job.train import show_end
 
 
 class Page(HTMLParser):
-    """The tags, their addresses and the words of a page."""
+    """The tags, their attributes and addresses, and the words of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.addresses: list[str] = []
+        self.attributes: set[str] = set()
         self.words = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.attributes |= {key for key, _ in attributes}
         self.addresses += [str(value) for key, value in attributes if key in ("src", "href")]
 
     def handle_data(self, data: str) -> None:
@@ -215,6 +218,21 @@ def test_page_escapes_names_from_outside(own_run: Path) -> None:
     text = render(open_store(str(own_run)))
     assert evil not in text
     assert evil in Page(text).words
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_a_name_stays_in_the_attribute_that_it_is_in(own_run: Path, quote: str) -> None:
+    """The caption of a figure is its `alt`, too."""
+    path = own_run / "evaluation" / "examples.csv"
+    columns, *rows = csv.reader(path.read_text().splitlines())
+    evil = f"x{quote} onload={quote}alert(1)"
+    named = [[evil if key == "filename" else cell for key, cell in zip(columns, row, strict=True)]
+             for row in rows]  # fmt: skip
+    path.write_text(csv_table(columns, named))
+    page = page_of(own_run)
+    assert evil in page.words
+    assert "onload" not in page.attributes
+    assert "alt" in page.attributes
 
 
 def test_page_warns_of_accepted_leaks(own_run: Path) -> None:

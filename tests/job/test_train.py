@@ -28,7 +28,7 @@ from flexunet.errors import (
 from flexunet.settings import fields_of, validated, write_yaml
 from flexunet.storage import join_url, open_store
 from job.config import ModelConfig, ScheduleConfig, TrainConfig, identity_of
-from job.report import render
+from job.reporting.html_report import render
 from job.runs.commits import find_commits
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run

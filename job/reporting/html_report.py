@@ -1,0 +1,186 @@
+"""Renders `report.html`: one page about a run, made of the files that the run has stored.
+
+The folder of a cross-validation gets a page about all its folds.
+
+The page needs no network and no script: pictures are inside of it, and its own policy forbids
+everything else. Text from outside (names of files, groups, classes) is escaped. What is not there
+yet is said to be missing.
+"""
+
+import functools
+import logging
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from flexunet.errors import ContentError, LockedError, StorageError, UsageError
+from flexunet.json_files import evaluate_again, read_json
+from flexunet.storage import Store, join_url
+from flexunet.text import counted
+from job.reporting.evaluation_view import (
+    cases_of,
+    distinct_origins,
+    failures_of,
+    headline_of,
+    metrics_of,
+    origins_of,
+    size_of,
+)
+from job.reporting.phrases import measure_rows, titled_sizes
+from job.reporting.run_view import (
+    attempts_of,
+    curves_of,
+    dataset_card,
+    environment_of,
+    lost_regions,
+)
+from job.reporting.view_parts import (
+    Table,
+    fold_of,
+    missing_groups,
+    number,
+    read_manifest,
+    read_text,
+)
+from job.runs.layout import CROSS_VALIDATION_NAME, OUTCOME_NAME, RESTORE
+
+REPORT_NAME = "report.html"
+
+_POOL_AGAIN = (
+    "evaluate the run of every fold again (flexunet evaluate RUN), then give the train command "
+    "with --folds again, which pools them"
+)
+
+logger = logging.getLogger(__name__)
+
+
+def write_report(store: Store) -> str:
+    """Writes `report.html` into the folder `store` of a run or a cross-validation; returns its URL.
+
+    Raises:
+        UsageError: there is neither.
+        ContentError: a file of the run is damaged, or lacks what has come since it was written.
+    """
+    if store.stat("config.yaml") is not None:
+        page = render(store)
+    elif store.stat(CROSS_VALIDATION_NAME) is not None:
+        page = render_folds(store)
+    else:
+        raise UsageError(
+            f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
+        )
+    store.put(REPORT_NAME, page.encode())
+    return join_url(store.url, REPORT_NAME)
+
+
+def renew_report(store: Store) -> None:
+    """Writes the report of a run that is over; one that cannot be made is a warning.
+
+    The run is what it is without it.
+
+    Raises:
+        LockedError, StorageError: the run was lost, or storage fails.
+    """
+    try:
+        write_report(store)
+    except (LockedError, StorageError):
+        raise
+    except Exception as error:
+        logger.warning(
+            "%s could not be made (%s); the run is not touched by that: flexunet report %s",
+            join_url(store.url, REPORT_NAME),
+            error,
+            store.url,
+        )
+
+
+def read_summary(store: Store) -> dict[str, Any] | None:
+    """Returns the newest evaluation of a run's test split, None where there is none."""
+    return read_json(store, "evaluation/summary.json", evaluate_again(store))
+
+
+def render(store: Store) -> str:
+    """Returns the page of the run in `store`; the same files give the same page."""
+    summary = read_summary(store)
+    outcome = read_json(store, OUTCOME_NAME, RESTORE)
+    manifest, fold = read_manifest(store), fold_of(store)
+    return _rendered(
+        "report.html.j2",
+        store,
+        headline=headline_of(store, summary, outcome),
+        origins=origins_of(store, summary),
+        missing_groups=missing_groups(manifest),
+        metrics=metrics_of(store, summary),
+        lost=lost_regions(manifest, is_folded=fold is not None),
+        cases=cases_of(store),
+        failures=failures_of(store),
+        curves=curves_of(store),
+        dataset=dataset_card(manifest, fold),
+        is_folded=fold is not None,
+        attempts=attempts_of(store, outcome),
+        environment=environment_of(store),
+        config=read_text(store, "config.yaml") or "",
+    )
+
+
+def render_folds(store: Store) -> str:
+    """Returns the page of the cross-validation in `store`."""
+    summary = read_json(store, CROSS_VALIDATION_NAME, _POOL_AGAIN)
+    if summary is None:
+        raise ContentError(f"{store.url}/{CROSS_VALIDATION_NAME} is missing; {_POOL_AGAIN}")
+    runs = summary["runs"]
+    manifest = read_manifest(store)
+    return _rendered(
+        "cross_validation.html.j2",
+        store,
+        runs=runs,
+        report_name=REPORT_NAME,
+        num_folds=summary["num_folds"],
+        # An earlier version did not copy the manifest there.
+        drawn="whole groups" if manifest is None else f"groups {manifest.group_rule}",
+        origins=distinct_origins(summary.get("init_from")),
+        missing_groups=missing_groups(manifest),
+        sizes=[
+            (size_of(title, found["pooled"]), _fold_by_fold(found))
+            for title, found in titled_sizes(summary["sizes"])
+        ],
+        lost=lost_regions(manifest, is_folded=True),
+        dataset=dataset_card(manifest, f"{summary['num_folds']} folds"),
+        is_folded=True,
+    )
+
+
+def _fold_by_fold(found: dict[str, Any]) -> Table:
+    folds = [dict(measure_rows(fold)) for fold in found["folds"]]
+    rows = [
+        (label, *(fold[label]["value"] if label in fold else None for fold in folds))
+        for label, _ in measure_rows(found["pooled"])
+    ]
+    return Table(["measure", *(f"fold {index}" for index in range(len(folds)))], rows)
+
+
+def _rendered(template: str, store: Store, **values: Any) -> str:
+    name = store.url.rstrip("/").rsplit("/", 1)[-1]
+    return _environment().get_template(template).render(name=name, url=store.url, **values) + "\n"
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("job.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    environment.filters["one_line"] = _one_line
+    environment.globals["counted"] = counted
+    return environment
+
+
+def _one_line(text: Markup) -> Markup:
+    """Returns prose with single spaces, however a template breaks its lines."""
+    parts = text.replace("\n", " ").split(" ")
+    return Markup(" ").join(part for part in parts if part)
