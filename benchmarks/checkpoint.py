@@ -76,9 +76,9 @@ def main(
 def _measure(
     config: TrainConfig, run: Run, strategy: Any, steps_per_save: int, saves: int
 ) -> dict[str, Any]:
+    from job.training.assembly import open_session
     from job.training.setup import TrainingSetup
     from job.training.state import TrainState
-    from job.training.trainer import open_session
 
     dataset = open_dataset(str(config.data))
     run.check_identity(identity_of(config), dataset.digest)

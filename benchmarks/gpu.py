@@ -424,8 +424,8 @@ def _session(
 ) -> Iterator[Any]:
     """Yields a small network in training on one device."""
     from job.distributed.process_group import Team
+    from job.training.assembly import open_session
     from job.training.setup import TrainingSetup
-    from job.training.trainer import open_session
 
     small = {
         "global_batch_size": 4,

@@ -61,8 +61,8 @@ def trained(data: str, num_steps: int, seed: int, arm: dict[str, Any]) -> float:
     """
     import tensorflow as tf
 
+    from job.training.assembly import open_session
     from job.training.setup import TrainingSetup
-    from job.training.trainer import open_session
 
     dataset = open_dataset(data)
     epochs = max(1, round(num_steps / -(-len(dataset.split("train")) // BATCH_SIZE)))

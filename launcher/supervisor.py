@@ -19,11 +19,11 @@ from job.config import TrainConfig
 from job.data.folds import open_folded
 from job.distributed.watchdog import STACKS_FOLDER
 from job.models.compatibility import check_fit
+from job.reporting.display import Display
 from job.reporting.html_report import renew_report
 from job.runs.commits import find_commits
 from job.runs.provenance import check_origin
 from job.runs.run import Run
-from job.training.display import Display
 from job.training.loop import earlier_outcome
 from job.training.process import stop_signals, stored_precision
 from launcher.cluster.connection import connected

@@ -12,7 +12,7 @@ from typing import Any
 from flexunet.errors import FlexUNetError, StoppedError, error_of
 from flexunet.text import counted
 from job.config import TrainConfig
-from job.training.display import Display
+from job.reporting.display import Display
 from launcher.channel import Board
 from launcher.cluster.resources import described_resources
 from launcher.config import LaunchConfig

@@ -53,7 +53,7 @@ def train_and_evaluate(setup: TrainingSetup, callbacks: Callbacks) -> dict[str, 
         # It may have been evaluated anew since.
         team.on_first(lambda: renew_report(run.store) if run is not None else None)
         return outcome
-    from job.training.trainer import open_session
+    from job.training.assembly import open_session
 
     callbacks.begin("opening the session")
     with (
@@ -184,15 +184,7 @@ def earlier_outcome(
         DivergedError: it diverged.
     """
     assert run is not None  # noqa: S101 - only who owns it asks
-    stored = run.read_identity()
-    if stored is not None and stored["dataset_digest"] != dataset_digest:
-        begun_with = stored_yaml(run.store).get("data", "not known any more")
-        raise UsageError(
-            f"--data {config.data} is not the dataset with which run {run.url} was begun "
-            f"({begun_with}), or was prepared anew since (sha256 of dataset.json: "
-            f"{stored['dataset_digest'][:12]}, now {dataset_digest[:12]}); give that dataset or "
-            "another --name"
-        )
+    _check_dataset(config, run, dataset_digest)
     run.check_identity(identity_of(config), dataset_digest)
     outcome = run.read_outcome()
     if outcome is None:
@@ -224,6 +216,23 @@ def earlier_outcome(
         )
     run.clear_outcome()
     return None
+
+
+def _check_dataset(config: TrainConfig, run: Run, dataset_digest: str) -> None:
+    """Refuses another dataset than that with which the run was begun.
+
+    Raises:
+        UsageError: names both.
+    """
+    stored = run.read_identity()
+    if stored is not None and stored["dataset_digest"] != dataset_digest:
+        begun_with = stored_yaml(run.store).get("data", "not known any more")
+        raise UsageError(
+            f"--data {config.data} is not the dataset with which run {run.url} was begun "
+            f"({begun_with}), or was prepared anew since (sha256 of dataset.json: "
+            f"{stored['dataset_digest'][:12]}, now {dataset_digest[:12]}); give that dataset or "
+            "another --name"
+        )
 
 
 def _step_event(

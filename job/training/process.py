@@ -20,9 +20,9 @@ from job.distributed.process_group import Team, told_of_peers
 from job.distributed.rendezvous import Place, meet
 from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process
 from job.models.compatibility import check_fit, input_max
+from job.reporting.display import Display
 from job.runs.provenance import check_origin
 from job.runs.run import Run
-from job.training.display import Display
 from job.training.loop import train_and_evaluate
 from job.training.setup import Callbacks, Report, TrainingSetup
 

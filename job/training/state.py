@@ -1,7 +1,10 @@
-"""Where a training run stands: all that a restart needs beside weights and moments."""
+"""Holds where a training run stands beside weights and moments; schedules move it on."""
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from job.config import ScheduleConfig, TrainConfig
+from job.optimization.schedule import EarlyStopping, PlateauReducer, rate_factor
 
 
 @dataclass
@@ -29,3 +32,36 @@ class TrainState:
     def is_finished(self, epochs: int) -> bool:
         """Returns whether no epoch is left to do."""
         return self.stopped_early or self.epoch >= epochs
+
+    def rate(self, config: TrainConfig, num_steps: int, *, offset: int = 0) -> float:
+        """Returns the learning rate of the update that comes next, or `offset` from it.
+
+        Args:
+            num_steps: of an epoch.
+        """
+        return self.learning_rate * rate_factor(
+            max(0, self.updates + offset),
+            steps_per_epoch=num_steps,
+            epochs=config.epochs,
+            warmup_epochs=config.schedule.warmup_epochs,
+            is_cosine=config.schedule.cosine,
+        )
+
+    def watch(self, val_loss: float, settings: ScheduleConfig) -> bool:
+        """Lets both schedules see the loss of the epoch; returns whether it is the best so far."""
+        if settings.reduce_on_plateau:
+            reducer = PlateauReducer(
+                factor=settings.reducer_factor,
+                patience=settings.reducer_patience,
+                min_lr=settings.min_learning_rate,
+            )
+            if self.reducer is not None:
+                reducer.load_state(self.reducer)
+            self.learning_rate = reducer.update(val_loss, self.learning_rate)
+            self.reducer = reducer.state()
+        stopping = EarlyStopping(patience=settings.early_stopping_patience)
+        if self.stopping is not None:
+            stopping.load_state(self.stopping)
+        self.stopped_early = stopping.update(val_loss, self.epoch)
+        self.stopping = stopping.state()
+        return self.best is None or val_loss < self.best["val_loss"]

@@ -9,45 +9,36 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import tensorflow as tf
 
 from flexunet.errors import DivergedError, StoppedError
-from flexunet.progress import Alive, not_told
+from flexunet.progress import Alive
 from flexunet.text import counted
 from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.data.pipeline import EpochPlan, distributed_batches, one_ahead
 from job.data.reader import RecordReader
 from job.data.sampling import epoch_order, global_batches
-from job.data.shard_cache import open_reader
-from job.distributed.exchange_plan import agreed_plan
 from job.distributed.process_group import Team
-from job.distributed.replica_sums import Criterion, Sums
-from job.distributed.xla import uses_xla
+from job.distributed.replica_sums import Sums
 from job.evaluation.artifacts import draw_examples
-from job.evaluation.evaluator import Evaluation, Evaluator, make_evaluator, means_of
-from job.inference.network import network_of
-from job.losses import is_mean
+from job.evaluation.evaluator import Evaluation, Evaluator, means_of
 from job.metrics.batch import RunningSums
-from job.optimization.loss_scale import MOST_SKIPPED, loss_scale_for
+from job.optimization.loss_scale import MOST_SKIPPED
 from job.optimization.optimizer import Adam
 from job.optimization.schedule import (
-    EarlyStopping,
-    PlateauReducer,
-    rate_factor,
     stopped_early_words,
 )
 from job.runs.layout import ORIGIN_NAME
-from job.runs.loading import initialize_from, model_for
+from job.runs.loading import initialize_from
 from job.runs.provenance import Origin, as_record, origin_json, read_origin, refuse_seen
 from job.runs.run import Run
-from job.training.run_writer import Recorder, open_recorder
+from job.training.run_writer import Recorder
 from job.training.setup import TrainingSetup
 from job.training.state import TrainState
-from job.training.step import SKIPPED, StepOptions, make_train_step
+from job.training.step import SKIPPED
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +47,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass
 class Session:
-    """One training process at work on one run; made by `open_session`."""
+    """One training process at work on one run; made by `job.training.assembly.open_session`."""
 
     setup: TrainingSetup
     readers: dict[str, RecordReader]
@@ -169,7 +160,8 @@ class Session:
         for batch in one_ahead(batches):
             # Tensors, because a Python number would be compiled into a step of its own.
             step = tf.constant(state.updates, tf.int64)
-            sums = self.train_step(batch, step, tf.constant(self._rate(state), tf.float64))
+            rate = state.rate(self.config, self.num_steps)
+            sums = self.train_step(batch, step, tf.constant(rate, tf.float64))
             self._count_skipped(state, sums)
             running.add(sums)
             state.sums = running.state()
@@ -196,17 +188,6 @@ class Session:
                 scale.value,
             )
 
-    def _rate(self, state: TrainState, offset: int = 0) -> float:
-        """Returns the learning rate of the update that comes next, or `offset` from it."""
-        settings = self.config.schedule
-        return state.learning_rate * rate_factor(
-            max(0, state.updates + offset),
-            steps_per_epoch=self.num_steps,
-            epochs=self.config.epochs,
-            warmup_epochs=settings.warmup_epochs,
-            is_cosine=settings.cosine,
-        )
-
     def validate(self, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
         """Returns the numbers of the epoch whose steps are done; None when it was stopped."""
         running = RunningSums()
@@ -215,7 +196,8 @@ class Session:
             validation = self._evaluate("valid", should_stop)
         except StoppedError:
             return None
-        row: dict[str, Any] = {"epoch": state.epoch, "learning_rate": self._rate(state, -1)}
+        rate = state.rate(self.config, self.num_steps, offset=-1)
+        row: dict[str, Any] = {"epoch": state.epoch, "learning_rate": rate}
         row |= means_of(running, self.evaluator.metrics)
         row |= {f"val_{name}": value for name, value in validation.means.items()}
         foreground = validation.summary["foreground_mean"]
@@ -230,7 +212,7 @@ class Session:
             FlexUNetError: the processes no longer have the same weights.
         """
         self.team.check_same(self.model.variables)
-        is_best = self._schedule(state, row)
+        is_best = state.watch(row["val_loss"], self.config.schedule)
         state.rows.append(row)
         state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
         if is_best:
@@ -367,93 +349,3 @@ class Session:
             should_stop=should_stop,
             alive=self.alive,
         )
-
-    def _schedule(self, state: TrainState, row: dict[str, Any]) -> bool:
-        """Lets both schedules see the validation loss; returns whether it is the best so far."""
-        settings, loss = self.config.schedule, row["val_loss"]
-        if settings.reduce_on_plateau:
-            reducer = PlateauReducer(
-                factor=settings.reducer_factor,
-                patience=settings.reducer_patience,
-                min_lr=settings.min_learning_rate,
-            )
-            if state.reducer is not None:
-                reducer.load_state(state.reducer)
-            state.learning_rate = reducer.update(loss, state.learning_rate)
-            state.reducer = reducer.state()
-        stopping = EarlyStopping(patience=settings.early_stopping_patience)
-        if state.stopping is not None:
-            stopping.load_state(state.stopping)
-        state.stopped_early = stopping.update(loss, row["epoch"])
-        state.stopping = stopping.state()
-        return state.best is None or loss < state.best["val_loss"]
-
-
-@contextmanager
-def open_session(setup: TrainingSetup, *, alive: Alive = not_told) -> Iterator[Session]:
-    """Yields a session whose model, steps and readers are ready; nothing is trained yet.
-
-    Args:
-        alive: told of every shard that is found or copied, and of every batch of windows.
-
-    Raises:
-        UsageError: a model that does not fit the dataset.
-    """
-    config, team = setup.config, setup.team
-    with setup.strategy.scope():
-        model = model_for(config, setup.dataset.manifest)
-        scale = loss_scale_for(config.precision)
-        optimizer = Adam(config.optimizer, model.trainable_variables, scale)
-    evaluator = make_evaluator(
-        config,
-        setup.strategy,
-        setup.dataset,
-        network_of([model]),
-        first_replica=team.first_replica,
-    )
-    readers = _open_readers(setup, alive)
-    step = _train_step(setup, model, optimizer, evaluator)
-    recorders: list[Recorder] = []
-    with ExitStack() as stack:
-
-        def record() -> None:
-            if setup.run is None:
-                return
-            recorder = stack.enter_context(
-                open_recorder(setup, evaluator, model, optimizer, readers["valid"], alive=alive)
-            )
-            recorder.write_description(setup.dataset, setup.strategy)
-            recorders.append(recorder)
-
-        team.on_first(record)
-        recorder = recorders[0] if recorders else None
-        yield Session(setup, readers, model, optimizer, step, evaluator, recorder, alive)
-
-
-def _open_readers(setup: TrainingSetup, alive: Alive) -> dict[str, RecordReader]:
-    """Returns a reader of every split, by name, whose shards are in the cache."""
-    config, dataset = setup.config, setup.dataset
-    readers: dict[str, RecordReader] = {}
-
-    def fill_cache(alive: Alive) -> None:
-        for name, split in dataset.splits.items():
-            readers[name] = open_reader(
-                dataset, split, cache=config.cache, cache_dir=config.cache_dir, alive=alive
-            )
-
-    setup.team.keep_alive(fill_cache, alive)
-    return readers
-
-
-def _train_step(setup: TrainingSetup, model: Any, optimizer: Adam, evaluator: Evaluator) -> Any:
-    """Returns the compiled training step, with the same exchange in all processes."""
-    config, strategy, team = setup.config, setup.strategy, setup.team
-    is_compiled = uses_xla(config, team)
-    plan = None if is_compiled else agreed_plan(config, strategy, team, model)
-    return make_train_step(
-        strategy,
-        model,
-        optimizer,
-        Criterion(evaluator.loss, evaluator.metrics),
-        StepOptions(plan, config.accumulate, is_mean(config.loss.name), is_compiled),
-    )

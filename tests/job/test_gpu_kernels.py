@@ -20,9 +20,10 @@ from job.data.dataset import Dataset, open_dataset
 from job.distributed.process_group import Team
 from job.inference.network import make_probability_step, network_of
 from job.losses import make_loss
+from job.training.assembly import open_session
 from job.training.setup import TrainingSetup
 from job.training.state import TrainState
-from job.training.trainer import Session, open_session
+from job.training.trainer import Session
 from tests.job.discs import prepare_discs
 from tests.job.gpu_kernels import missing_kernels
 

@@ -182,7 +182,7 @@ config = TrainConfig(data="data", output="runs", name="xla", xla="on")
 meet(place, config.phase_timeout)
 tf = import_tensorflow()
 team = Team(configure(config, place), place)
-from job.training.trainer import uses_xla
+from job.distributed.xla import uses_xla
 if place.rank:
     tf.nn.softplus = tf.strings.as_string
 try:

@@ -28,12 +28,12 @@ from flexunet.errors import (
 from flexunet.settings import fields_of, validated, write_yaml
 from flexunet.storage import join_url, open_store
 from job.config import ModelConfig, ScheduleConfig, TrainConfig, identity_of
+from job.reporting.display import Display
 from job.reporting.html_report import render
 from job.runs.commits import find_commits
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
 from job.runs.status import read_ends, standing
-from job.training.display import Display
 from job.training.loop import train_and_evaluate
 from job.training.options import resolve_config, run_name
 from job.training.setup import Callbacks, TrainingSetup

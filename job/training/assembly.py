@@ -1,0 +1,92 @@
+"""Assembles a session: model, optimizer, compiled step, readers and the recorder of the run."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from flexunet.progress import Alive, not_told
+from job.data.reader import RecordReader
+from job.data.shard_cache import open_reader
+from job.distributed.exchange_plan import agreed_plan
+from job.distributed.replica_sums import Criterion
+from job.distributed.xla import uses_xla
+from job.evaluation.evaluator import Evaluator, make_evaluator
+from job.inference.network import network_of
+from job.losses import is_mean
+from job.optimization.loss_scale import loss_scale_for
+from job.optimization.optimizer import Adam
+from job.runs.loading import model_for
+from job.training.run_writer import Recorder, open_recorder
+from job.training.setup import TrainingSetup
+from job.training.step import StepOptions, make_train_step
+from job.training.trainer import Session
+
+
+@contextmanager
+def open_session(setup: TrainingSetup, *, alive: Alive = not_told) -> Iterator[Session]:
+    """Yields a session whose model, steps and readers are ready; nothing is trained yet.
+
+    Args:
+        alive: told of every shard that is found or copied, and of every batch of windows.
+
+    Raises:
+        UsageError: a model that does not fit the dataset.
+    """
+    config, team = setup.config, setup.team
+    with setup.strategy.scope():
+        model = model_for(config, setup.dataset.manifest)
+        scale = loss_scale_for(config.precision)
+        optimizer = Adam(config.optimizer, model.trainable_variables, scale)
+    evaluator = make_evaluator(
+        config,
+        setup.strategy,
+        setup.dataset,
+        network_of([model]),
+        first_replica=team.first_replica,
+    )
+    readers = _open_readers(setup, alive)
+    step = _train_step(setup, model, optimizer, evaluator)
+    recorders: list[Recorder] = []
+    with ExitStack() as stack:
+
+        def record() -> None:
+            if setup.run is None:
+                return
+            recorder = stack.enter_context(
+                open_recorder(setup, evaluator, model, optimizer, readers["valid"], alive=alive)
+            )
+            recorder.write_description(setup.dataset, setup.strategy)
+            recorders.append(recorder)
+
+        team.on_first(record)
+        recorder = recorders[0] if recorders else None
+        yield Session(setup, readers, model, optimizer, step, evaluator, recorder, alive)
+
+
+def _open_readers(setup: TrainingSetup, alive: Alive) -> dict[str, RecordReader]:
+    """Returns a reader of every split, by name, whose shards are in the cache."""
+    config, dataset = setup.config, setup.dataset
+    readers: dict[str, RecordReader] = {}
+
+    def fill_cache(alive: Alive) -> None:
+        for name, split in dataset.splits.items():
+            readers[name] = open_reader(
+                dataset, split, cache=config.cache, cache_dir=config.cache_dir, alive=alive
+            )
+
+    setup.team.keep_alive(fill_cache, alive)
+    return readers
+
+
+def _train_step(setup: TrainingSetup, model: Any, optimizer: Adam, evaluator: Evaluator) -> Any:
+    """Returns the compiled training step, with the same exchange in all processes."""
+    config, strategy, team = setup.config, setup.strategy, setup.team
+    is_compiled = uses_xla(config, team)
+    plan = None if is_compiled else agreed_plan(config, strategy, team, model)
+    return make_train_step(
+        strategy,
+        model,
+        optimizer,
+        Criterion(evaluator.loss, evaluator.metrics),
+        StepOptions(plan, config.accumulate, is_mean(config.loss.name), is_compiled),
+    )
