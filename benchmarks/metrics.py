@@ -9,7 +9,7 @@ import warnings
 import click
 import numpy as np
 
-from job.metrics.batch import dice, iou
+from job.metrics.confusion import dice, iou
 from job.metrics.surface_distance import contour_distances, hausdorff, surface_dice
 
 TOLERANCE = 1.0  # in the unit of the spacing

@@ -14,6 +14,7 @@ from job.data.dataset import Dataset
 from job.data.reader import RecordReader
 from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names
 from job.inference.region_filter import FILE_NAME
+from job.metrics.confusion import dice, scores
 from job.metrics.per_case import case_cells, case_columns
 
 _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
@@ -63,8 +64,6 @@ def evaluation_csv(loss_name: str, loss: float, metric_name: str, metric: float)
 
 
 def _per_case_csv(evaluation: Evaluation, dataset: Dataset) -> str:
-    from job.metrics.batch import scores
-
     names = [each.name for each in dataset.manifest.classes]
     measures = scores(evaluation.counts)  # by name, (cases, classes)
     columns = ["id", "filename", "group"]
@@ -113,12 +112,10 @@ def _example_cases(counts: np.ndarray) -> list[tuple[str, int, float | None]]:
     A case without foreground in truth and prediction has no Dice and is shown only where all have
     none.
     """
-    from job.metrics.batch import dice
-
     tp, fp, fn = (counts[:, 1:, i].sum(axis=1) for i in range(3))
-    scores = dice(tp, fp, fn)
-    order = [int(i) for i in np.argsort(-scores, kind="stable")]
-    ranked = [i for i in order if not np.isnan(scores[i])] or order
+    values = dice(tp, fp, fn)
+    order = [int(i) for i in np.argsort(-values, kind="stable")]
+    ranked = [i for i in order if not np.isnan(values[i])] or order
     middle = max(0, len(ranked) // 2 - _NUM_EXAMPLES // 2)
     groups = {
         "best": ranked[:_NUM_EXAMPLES],
@@ -129,7 +126,7 @@ def _example_cases(counts: np.ndarray) -> list[tuple[str, int, float | None]]:
     for name, cases in groups.items():
         for rank, case in enumerate(cases, start=1):
             if case not in [index for _, index, _ in chosen]:
-                score = None if np.isnan(scores[case]) else float(scores[case])
+                score = None if np.isnan(values[case]) else float(values[case])
                 chosen.append((f"{name}-{rank}", case, score))
     return chosen
 
@@ -145,11 +142,11 @@ def draw_examples(
 
     classes = evaluator.dataset.manifest.classes
     found = {}
-    for name, index, dice in _example_cases(evaluation.counts):
+    for name, index, score in _example_cases(evaluation.counts):
         picture = evaluation.pictures[index]
         image, truth = read_picture(reader, picture)
         ids = evaluator.mask_of(image, alive)
-        title = plots.panel_title(picture.filename, dice)
+        title = plots.panel_title(picture.filename, score)
         found[f"examples/{name}"] = plots.panel_png(image, truth, ids, classes, title)
         found[f"overlays/{name}"] = plots.overlay_png(image, ids, classes, truth)
     return found

@@ -30,6 +30,7 @@ from job.inference.postprocess import (
     without_small,
 )
 from job.inference.sliding_window import Probabilities, Windows, probabilities_of
+from job.metrics.confusion import summarize
 from job.metrics.lesions import MIN_PIXELS
 from job.metrics.per_case import (
     SIZES,
@@ -322,8 +323,6 @@ def means_of(running: Any, metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _summary(name: str, cases: np.ndarray, means: Mapping[str, float], dataset: Dataset) -> Any:
-    from job.metrics.batch import summarize
-
     values = {name: value if math.isfinite(value) else None for name, value in means.items()}
     summary = {
         "split": name,

@@ -1,29 +1,19 @@
-"""Owns the metrics: confusion counts per case, their summary, and the reference's as sums.
+"""Metrics of a batch on its devices: confusion counts of each case, and the reference's as sums.
 
-Two families. The counts (TensorFlow) and what is made of them (numpy) give per-class values that
-are exact over a split. The reference implementation's metrics keep its formulas, which mix all
-classes; here they are pairs (sum, count) that add over batches and replicas, so that the value is
-that of the whole split, where the reference averages the values of batches.
-
-Rules for empty masks, per case and class. Class absent from truth and prediction: Dice and IoU are
-undefined (NaN), left out of means, and the case is counted as empty. Absent from one of the two
-only: Dice and IoU are 0. Sensitivity is undefined where the truth lacks the class, specificity
-where the truth is nothing but the class. Knows nothing of files, models or the step.
+The counts give per-class values that are exact over a split, see `job/metrics/confusion.py`. The
+reference implementation's metrics keep its formulas, which mix all classes; here they are pairs
+(sum, count) that add over batches and replicas, so that the value is that of the whole split, where
+the reference averages the values of batches. Knows nothing of files, models or the step.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
 from flexunet.errors import UsageError
 from flexunet.settings import suggestion
-
-Counts: TypeAlias = npt.NDArray[Any]
-Values: TypeAlias = npt.NDArray[np.float64]
 
 
 def confusion_counts(
@@ -56,115 +46,6 @@ def confusion_counts(
             tf.stack([hits, false_alarms, misses, pixels - hits - misses - false_alarms], axis=-1)
         )
     return tf.stack(classes, axis=1)
-
-
-def dice(tp: Counts, fp: Counts, fn: Counts) -> Values:
-    """Returns 2 tp / (2 tp + fp + fn), elementwise; NaN where truth and prediction are empty."""
-    return _ratio(2 * tp, 2 * tp + fp + fn)
-
-
-def iou(tp: Counts, fp: Counts, fn: Counts) -> Values:
-    """Returns tp / (tp + fp + fn), elementwise; NaN where truth and prediction are empty."""
-    return _ratio(tp, tp + fp + fn)
-
-
-def sensitivity(tp: Counts, fn: Counts) -> Values:
-    """Returns tp / (tp + fn), elementwise; NaN where the truth is empty."""
-    return _ratio(tp, tp + fn)
-
-
-def specificity(tn: Counts, fp: Counts) -> Values:
-    """Returns tn / (tn + fp), elementwise; NaN where the truth is everything."""
-    return _ratio(tn, tn + fp)
-
-
-def scores(counts: Counts) -> dict[str, Values]:
-    """Returns the four scores of `counts` (..., 4), each (...) float64 with NaN for undefined."""
-    tp, fp, fn, tn = np.moveaxis(np.asarray(counts), -1, 0)
-    return {
-        "dice": dice(tp, fp, fn),
-        "iou": iou(tp, fp, fn),
-        "sensitivity": sensitivity(tp, fn),
-        "specificity": specificity(tn, fp),
-    }
-
-
-def all_background(counts: Counts) -> Counts:
-    """Returns the counts (..., C, 4) that predicting class 0 everywhere would have given."""
-    tp, fp, fn, tn = np.moveaxis(np.asarray(counts), -1, 0)
-    present, absent = tp + fn, fp + tn
-    zero = np.zeros_like(present)
-    baseline = np.stack([zero, zero, present, absent], axis=-1)
-    baseline[..., 0, :] = np.stack([present, absent, zero, zero], axis=-1)[..., 0, :]
-    return baseline
-
-
-def summarize(cases: Counts) -> dict[str, Any]:
-    """Returns the scores of a split, JSON-ready; an undefined value is None.
-
-    `classes[c]` holds the mean of each score over the cases where it is defined, the same from
-    `pooled` counts, and how many cases are `num_empty` (class in neither mask; left out of the mean
-    Dice and IoU), `num_missed` (in the truth, not one pixel found) and `num_false_alarms` (in the
-    prediction only). `foreground_mean` and `foreground_pooled` average over the classes but 0.
-    `all_background` holds the foreground means and the pixel accuracy of predicting class 0
-    everywhere: what a model must beat.
-
-    Args:
-        cases: (N, C, 4) integer, from `confusion_counts`.
-    """
-    cases = np.asarray(cases)
-    pooled = cases.sum(axis=0)
-    classes = [_summarize_class(cases[:, c], pooled[c], c) for c in range(cases.shape[1])]
-    baseline = all_background(cases)
-    return {
-        "num_cases": len(cases),
-        "foreground_mean": _foreground(cases),
-        "foreground_pooled": _foreground(pooled[np.newaxis]),
-        "pixel_accuracy": _pixel_accuracy(pooled),
-        "all_background": {
-            "foreground_mean": _foreground(baseline),
-            "pixel_accuracy": _pixel_accuracy(baseline.sum(axis=0)),
-        },
-        "classes": classes,
-    }
-
-
-def _summarize_class(cases: Counts, pooled: Counts, class_id: int) -> dict[str, Any]:
-    tp, fp, fn, _ = np.moveaxis(cases, -1, 0)
-    return {
-        "id": class_id,
-        **{name: _mean(values) for name, values in scores(cases).items()},
-        "pooled": {name: _mean(value) for name, value in scores(pooled).items()},
-        "num_empty": int(np.sum(tp + fp + fn == 0)),
-        "num_missed": int(np.sum((tp == 0) & (fn > 0))),
-        "num_false_alarms": int(np.sum((tp + fn == 0) & (fp > 0))),
-    }
-
-
-def _foreground(cases: Counts) -> dict[str, float | None]:
-    """Returns the mean over classes 1.. of each class's mean over `cases` (N, C, 4)."""
-    result = {}
-    for name, values in scores(cases).items():
-        means = [_mean(values[:, c]) for c in range(1, cases.shape[1])]
-        result[name] = _mean(np.array([mean for mean in means if mean is not None], np.float64))
-    return result
-
-
-def _pixel_accuracy(pooled: Counts) -> float | None:
-    return _mean(_ratio(pooled[:, 0].sum(), pooled[0].sum()))
-
-
-def _ratio(numerator: Counts, denominator: Counts) -> Values:
-    numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
-    values: Values = np.full(np.broadcast(numerator, denominator).shape, np.nan)
-    np.divide(numerator, denominator, out=values, where=denominator != 0)
-    return values
-
-
-def _mean(values: Values) -> float | None:
-    """Returns the mean of the defined values, None when there is none."""
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if defined.size else None
 
 
 @dataclass(frozen=True)

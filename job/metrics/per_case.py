@@ -36,6 +36,7 @@ from job.metrics.bootstrap import (
     num_contributing,
     ratio,
 )
+from job.metrics.confusion import Overlap, dice, iou
 from job.metrics.lesions import (
     MIN_IOU,
     MIN_PIXELS,
@@ -142,11 +143,10 @@ def nothing_predicted(case: Case) -> Case:
     """Returns what `measure_case` would find with an empty prediction."""
     classes = []
     for each in case.classes:
-        num_pixels = each.tp + each.fn
-        presence = _presence(num_pixels > 0, False)
-        hd95, nsd = (case.diagonal, 0.0) if num_pixels else (None, None)
+        tp, fp, fn = Overlap(each.tp, each.fp, each.fn).nothing_predicted()
+        hd95, nsd = (case.diagonal, 0.0) if fn else (None, None)
         lesions = LesionCounts(each.lesions.num_true, 0, 0, each.lesions.num_specks)
-        classes.append(ClassCase(presence, 0, 0, num_pixels, hd95, nsd, lesions))
+        classes.append(ClassCase(_presence(fn > 0, False), tp, fp, fn, hd95, nsd, lesions))
     return Case(case.unit, case.diagonal, tuple(classes))
 
 
@@ -241,16 +241,13 @@ def _side_by_side(ratios: Sequence[Mapping[str, Pair]], name: str) -> Pair:
 def _class_ratios(cases: Sequence[Case], index: int) -> dict[str, Pair]:
     """Returns what is above and below of each measure of a class, (N,) each, by name."""
     found = [case.classes[index] for case in cases]
-    tp, fp, fn = (np.array([getattr(f, key) for f in found], float) for key in ("tp", "fp", "fn"))
-    defined = (tp + fp + fn > 0).astype(float)
-    both = np.maximum(2 * tp + fp + fn, 1)
-    either = np.maximum(tp + fp + fn, 1)
+    overlap = _overlap(found)
     lesions = [each.lesions for each in found]
     ratios = {
-        "dice_mean": (2 * tp / both, defined),
-        "iou_mean": (tp / either, defined),
-        "dice_pooled": (2 * tp, 2 * tp + fp + fn),
-        "iou_pooled": (tp, tp + fp + fn),
+        "dice_mean": _mean_terms(dice(*overlap)),
+        "iou_mean": _mean_terms(iou(*overlap)),
+        "dice_pooled": overlap.dice_terms(),
+        "iou_pooled": overlap.iou_terms(),
         "lesion_sensitivity": (
             np.array([each.num_found for each in lesions], float),
             np.array([each.num_true for each in lesions], float),
@@ -273,12 +270,25 @@ def _class_ratios(cases: Sequence[Case], index: int) -> dict[str, Pair]:
     return ratios
 
 
+def _overlap(found: Sequence[ClassCase]) -> Overlap:
+    """Returns the pixels of a class in each case, (N,) float64 each."""
+    return Overlap(
+        tp=np.array([each.tp for each in found], float),
+        fp=np.array([each.fp for each in found], float),
+        fn=np.array([each.fn for each in found], float),
+    )
+
+
+def _mean_terms(values: Values) -> Pair:
+    """Returns what is above and below of the mean of the values that are defined, (N,) each."""
+    return np.nan_to_num(values, nan=0.0), (~np.isnan(values)).astype(float)
+
+
 def _class_counts(cases: Sequence[Case], index: int) -> dict[str, int]:
     found = [case.classes[index] for case in cases]
-    kinds: tuple[Presence, ...] = ("both", "neither", "truth_only", "prediction_only")
+    presences = _overlap(found).presence_counts()
     return {
-        **{f"num_{kind}": sum(each.presence == kind for each in found) for kind in kinds},
-        "num_missed": sum(each.tp == 0 and each.fn > 0 for each in found),
+        **{f"num_{kind}": number for kind, number in presences.items()},
         "num_lesions": sum(each.lesions.num_true for each in found),
         "num_lesions_found": sum(each.lesions.num_found for each in found),
         "num_false_positives": sum(each.lesions.num_false_positives for each in found),
@@ -306,7 +316,7 @@ def _num_cases(below: Values) -> int:
 
 
 def quotient(above: float, below: float) -> float | None:
-    """Returns above / below, None where nothing is below."""
+    """Returns `above` / `below`, None where nothing is below."""
     return float(above / below) if below else None
 
 
@@ -326,8 +336,8 @@ def case_cells(case: Case) -> list[Any]:
     """Returns the cells of a case; None is an empty cell: the class is in neither mask."""
     cells: list[Any] = [case.unit, case.diagonal]
     for each in case.classes:
-        below = 2 * each.tp + each.fp + each.fn
-        cells += [each.presence, quotient(2 * each.tp, below), each.hd95, each.nsd]
+        dice_of_case = quotient(*Overlap(each.tp, each.fp, each.fn).dice_terms())
+        cells += [each.presence, dice_of_case, each.hd95, each.nsd]
         lesions = each.lesions
         cells += [lesions.num_true, lesions.num_found, lesions.num_false_positives]
         cells += [each.tp, each.fp, each.fn, lesions.num_specks]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from job.metrics.confusion import Overlap
 from job.metrics.lesions import count_lesions, without_small_regions
 from job.metrics.per_case import Ids, quotient
 
@@ -55,12 +56,13 @@ class ThresholdSweep:
             fp = int(np.count_nonzero(predicted)) - tp
             fn = int(np.count_nonzero(truth)) - tp
             lesions = count_lesions(truth, predicted, specks=specks)
+            above, below = Overlap(tp, fp, fn).dice_terms()
             values = {
                 "tp": tp,
                 "fp": fp,
                 "fn": fn,
-                "dice": 2 * tp / max(2 * tp + fp + fn, 1),
-                "defined": tp + fp + fn > 0,
+                "dice": above / max(below, 1),
+                "defined": below > 0,
                 "true": lesions.num_true,
                 "found": lesions.num_found,
                 "false": lesions.num_false_positives,
@@ -74,7 +76,7 @@ class ThresholdSweep:
         s = self._sums
         columns = [
             (s["dice"], s["defined"]),
-            (2 * s["tp"], 2 * s["tp"] + s["fp"] + s["fn"]),
+            Overlap(s["tp"], s["fp"], s["fn"]).dice_terms(),
             (s["found"], s["true"]),
             (s["false"], s["images"]),
         ]

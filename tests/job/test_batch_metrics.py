@@ -1,8 +1,7 @@
-"""Confusion counts, scores with empty masks, summaries, and the reference's metrics as sums."""
+"""Confusion counts of a batch, and the reference's metrics as sums."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +11,8 @@ from flexunet.errors import UsageError
 from job.metrics.batch import (
     REFERENCE_METRICS,
     RunningSums,
-    all_background,
     confusion_counts,
-    dice,
-    iou,
     reference_metrics,
-    sensitivity,
-    specificity,
-    summarize,
 )
 
 PARITY = Path(__file__).resolve().parents[3] / "shared" / "data" / "reference-parity"
@@ -46,71 +39,6 @@ def test_confusion_counts_leave_ignored_pixels_out() -> None:
 
 def test_confusion_counts_of_one_channel_have_two_classes() -> None:
     assert confusion_counts(np.zeros((2, 3, 3)), np.zeros((2, 3, 3)), 1).shape == (2, 2, 4)
-
-
-def test_scores_are_as_by_hand() -> None:
-    tp, fp, fn, tn = (np.array([value]) for value in (6, 2, 4, 8))
-    assert dice(tp, fp, fn) == pytest.approx([12 / 18])
-    assert iou(tp, fp, fn) == pytest.approx([6 / 12])
-    assert sensitivity(tp, fn) == pytest.approx([6 / 10])
-    assert specificity(tn, fp) == pytest.approx([8 / 10])
-
-
-def test_scores_of_empty_masks_are_undefined_only_when_both_are_empty() -> None:
-    # Both empty; only the prediction empty; only the truth empty.
-    tp, fp, fn = np.array([0, 0, 0]), np.array([0, 0, 5]), np.array([0, 5, 0])
-    for score in (dice, iou):
-        values = score(tp, fp, fn)
-        assert np.isnan(values[0])
-        assert values[1:].tolist() == [0, 0]
-    found = sensitivity(tp, fn)
-    assert np.isnan(found[[0, 2]]).all()
-    assert found[1] == 0
-
-
-def four_cases() -> np.ndarray[Any, Any]:
-    # 10 pixels each; class 1: half right, empty, missed, false alarm. tp fp fn tn.
-    first = np.array([[2, 1, 1, 6], [0, 0, 0, 10], [0, 0, 4, 6], [0, 3, 0, 7]])
-    background = first[:, [3, 2, 1, 0]]
-    return np.stack([background, first], axis=1)
-
-
-def test_summarize_counts_empty_missed_and_false_alarms() -> None:
-    summary = summarize(four_cases())
-    mass = summary["classes"][1]
-    assert (mass["num_empty"], mass["num_missed"], mass["num_false_alarms"]) == (1, 1, 1)
-    # Dice 4/6, undefined, 0, 0; sensitivity 2/3, undefined, 0, undefined.
-    assert mass["dice"] == pytest.approx(4 / 6 / 3)
-    assert mass["sensitivity"] == pytest.approx(2 / 3 / 2)
-    # Pooled: tp 2, fp 4, fn 5, tn 29.
-    assert mass["pooled"]["dice"] == pytest.approx(4 / 13)
-    assert mass["pooled"]["specificity"] == pytest.approx(29 / 33)
-    assert summary["foreground_mean"]["dice"] == mass["dice"]
-    assert summary["foreground_pooled"]["iou"] == pytest.approx(2 / 11)
-    assert summary["pixel_accuracy"] == pytest.approx(31 / 40)
-    json.dumps(summary, allow_nan=False)
-
-
-def test_summarize_gives_the_all_background_baseline() -> None:
-    baseline = summarize(four_cases())["all_background"]
-    # 7 of 40 pixels are class 1; all of them are missed.
-    assert baseline["pixel_accuracy"] == pytest.approx(33 / 40)
-    assert baseline["foreground_mean"]["dice"] == 0
-    assert baseline["foreground_mean"]["specificity"] == 1
-
-
-def test_all_background_is_what_counting_zeros_gives() -> None:
-    rng = np.random.default_rng(0)
-    labels, predictions = rng.integers(0, 3, (2, 4, 5, 6))
-    found = all_background(confusion_counts(labels, predictions, 3).numpy())
-    assert (found == confusion_counts(labels, np.zeros_like(labels), 3).numpy()).all()
-
-
-def test_summarize_gives_none_for_a_class_in_no_case() -> None:
-    summary = summarize(np.array([[[9, 0, 0, 0], [0, 0, 0, 9]]]))
-    assert summary["classes"][1]["dice"] is None
-    assert summary["foreground_mean"]["dice"] is None
-    assert summary["classes"][0]["specificity"] is None
 
 
 @pytest.mark.parametrize("name", list(REFERENCE_METRICS))

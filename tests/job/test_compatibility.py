@@ -9,7 +9,8 @@ from flexunet.errors import UsageError
 from flexunet.settings import validated
 from job.config import ModelConfig, TrainConfig
 from job.data.dataset import Dataset, open_dataset
-from job.models.compatibility import check_fit, image_shape, num_outputs
+from job.models.compatibility import check_fit, image_shape, num_outputs, window_overlap
+from job.runs.loading import open_trained
 from job.train import main
 from tests.job.discs import prepare_discs
 
@@ -104,3 +105,12 @@ def test_pixels_that_float16_cannot_hold_are_refused(dataset: Dataset) -> None:
     with pytest.raises(UsageError, match="pixels of up to 65535 are beyond float16's largest"):
         check_fit(as_stored, deep)
     check_fit(as_stored.model_copy(update={"precision": "float32"}), deep)
+
+
+def test_window_overlap_is_the_first_that_is_set(trained_run: Path) -> None:
+    manifest = open_trained(str(trained_run)).manifest
+    assert window_overlap(manifest, None, None) == 16
+    assert window_overlap(manifest, None, 4) == 4
+    assert window_overlap(manifest, 0, 4) == 0
+    with pytest.raises(UsageError, match="overlap by 32; give --overlap below 32"):
+        window_overlap(manifest, 32)

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexunet.tables import csv_table
+from job.metrics.batch import confusion_counts
+from job.metrics.confusion import summarize
 from job.metrics.lesions import label_regions
 from job.metrics.per_case import (
     Case,
@@ -24,8 +26,7 @@ from job.metrics.per_case import (
     summarize_cases,
     without_ignored,
 )
-from job.metrics.thresholds import THRESHOLDS, ThresholdSweep
-from job.reporting.phrases import measure_rows, size_notes, titled_sizes
+from job.reporting.phrases import measure_rows
 
 PIXELS = Scale((1.0, 1.0), "px")
 MM = Scale((0.5, 0.25), "mm")
@@ -276,42 +277,23 @@ def test_cells_fit_the_columns() -> None:
     assert (cells["unit"], cells["dice_mass"], cells["lesions_mass"]) == ("mm", 0, 1)
 
 
-@pytest.mark.parametrize("num_outputs", [1, 2])
-def test_sweep_scores_every_threshold(num_outputs: int) -> None:
-    truth = mask_of("0110")
-    mass = np.array([[0.1, 0.4, 0.8, 0.6]], np.float32)
-    probabilities = mass[..., None] if num_outputs == 1 else np.stack([1 - mass, mass], axis=-1)
-    sweep = ThresholdSweep(["mass"])
-    sweep.add(truth, probabilities)
-    sweep.add(EMPTY, np.zeros((3, 4, num_outputs), np.float32))
-    rows = {row[1]: row[2:] for row in sweep.rows()}
-    assert list(rows) == list(THRESHOLDS)
-    # Columns 1 to 3 predicted: 4 / 5; one lesion found, nothing else predicted in two pictures.
-    assert rows[0.4] == (pytest.approx(0.8), pytest.approx(0.8), 1, 0)
-    # Columns 2 and 3: 2 / 4. Column 2 alone: 2 / 3. None: 0, the lesion is missed.
-    assert rows[0.6][0] == pytest.approx(0.5)
-    assert rows[0.8][0] == pytest.approx(2 / 3)
-    assert rows[0.85] == (0, 0, 0, 0)
-    # A speck is no lesion, and what finds it is no false positive.
-    sweep = ThresholdSweep(["mass"], min_lesion=3)
-    sweep.add(truth, probabilities)
-    rows = {row[1]: row[2:] for row in sweep.rows()}
-    assert rows[0.6][2:] == (None, 0)
-
-
-def test_notes_say_what_the_numbers_at_a_size_are_of() -> None:
-    pixels, mm = summary_of(measured(LESION, LESION)), summary_of(measured(LESION, LESION, MM))
-    assert "the stored mask, enlarged" in size_notes("original size", mm)[0]
-    assert "take the stored pixels as square" in size_notes("network size", pixels)[0]
-    assert size_notes("network size", mm) == []
-    assert size_notes("original size, which is the network's", pixels) == []
-
-
-def test_sizes_that_measure_the_same_are_shown_once() -> None:
-    network, original = summary_of(measured(LESION, LESION)), summary_of(measured(LESION, EMPTY))
-    assert titled_sizes({"network": network, "original": dict(network)}) == [
-        ("original size, which is the network's", network)
-    ]
-    titles = [title for title, _ in titled_sizes({"network": network, "original": original})]
-    assert titles == ["network size", "original size"]
-    assert titled_sizes({}) == []
+def test_both_summaries_of_a_split_have_the_same_common_figures() -> None:
+    """One counts pixels of a batch, the other measures case by case."""
+    random = np.random.default_rng(4)
+    truths, predictions = random.integers(0, 3, (2, 20, 6, 6)).astype(np.uint8)
+    truths[:3] = 0
+    predictions[2:5] = 0
+    counts = confusion_counts(truths, predictions, 3).numpy()
+    pixels = summarize(counts)
+    pairs = zip(truths, predictions, strict=True)
+    cases = [measure_case(truth, prediction, 3, PIXELS) for truth, prediction in pairs]
+    measures = summarize_cases(cases, [str(index) for index in range(20)], ["a", "b"])
+    for of_pixels, of_cases in zip(pixels["classes"][1:], measures["classes"], strict=True):
+        for name in ("dice", "iou"):
+            assert of_cases[f"{name}_mean"]["value"] == pytest.approx(of_pixels[name])
+            assert of_cases[f"{name}_pooled"]["value"] == of_pixels["pooled"][name]
+        assert of_cases["num_neither"] == of_pixels["num_empty"] > 0
+        assert of_cases["num_missed"] == of_pixels["num_missed"] > 0
+        assert of_cases["num_prediction_only"] == of_pixels["num_false_alarms"] > 0
+    nothing = pixels["all_background"]["foreground_mean"]
+    assert measures["foreground"]["dice_mean"]["all_background"] == nothing["dice"]

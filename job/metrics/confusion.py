@@ -1,0 +1,160 @@
+"""Scores of confusion counts, and the summary of a split: the one source of what both tables share.
+
+Rules for empty masks, per case and class. Class absent from truth and prediction: Dice and IoU are
+undefined (NaN), left out of means, and the case is counted as empty. Absent from one of the two
+only: Dice and IoU are 0. Sensitivity is undefined where the truth lacks the class, specificity
+where the truth is nothing but the class.
+"""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Counts: TypeAlias = npt.NDArray[Any]
+Values: TypeAlias = npt.NDArray[np.float64]
+
+
+class Overlap(NamedTuple):
+    """Pixels of a class: true positives, false positives, false negatives; of N cases (N,) each."""
+
+    tp: Any
+    fp: Any
+    fn: Any
+
+    def dice_terms(self) -> tuple[Any, Any]:
+        """Returns what is above and below in Dice; below is 0 where both masks are empty."""
+        return 2 * self.tp, 2 * self.tp + self.fp + self.fn
+
+    def iou_terms(self) -> tuple[Any, Any]:
+        """Returns what is above and below in IoU; below is 0 where both masks are empty."""
+        return self.tp, self.tp + self.fp + self.fn
+
+    def presence_counts(self) -> dict[str, int]:
+        """Returns how many cases have the class in which masks, and in how many it is missed.
+
+        The first four add up to all cases. "missed": in the truth, not one pixel found; more than
+        "truth_only", as something may be predicted, but nowhere right.
+        """
+        is_true, is_predicted = self.tp + self.fn > 0, self.tp + self.fp > 0
+        return {
+            "both": int(np.sum(is_true & is_predicted)),
+            "neither": int(np.sum(~is_true & ~is_predicted)),
+            "truth_only": int(np.sum(is_true & ~is_predicted)),
+            "prediction_only": int(np.sum(~is_true & is_predicted)),
+            "missed": int(np.sum((self.tp == 0) & (self.fn > 0))),
+        }
+
+    def nothing_predicted(self) -> "Overlap":
+        """Returns the pixels of an empty prediction: all that is true is missed."""
+        return Overlap(0 * self.tp, 0 * self.fp, self.tp + self.fn)
+
+
+def dice(tp: Counts, fp: Counts, fn: Counts) -> Values:
+    """Returns 2 tp / (2 tp + fp + fn), elementwise; NaN where truth and prediction are empty."""
+    return _ratio(*Overlap(tp, fp, fn).dice_terms())
+
+
+def iou(tp: Counts, fp: Counts, fn: Counts) -> Values:
+    """Returns tp / (tp + fp + fn), elementwise; NaN where truth and prediction are empty."""
+    return _ratio(*Overlap(tp, fp, fn).iou_terms())
+
+
+def sensitivity(tp: Counts, fn: Counts) -> Values:
+    """Returns tp / (tp + fn), elementwise; NaN where the truth is empty."""
+    return _ratio(tp, tp + fn)
+
+
+def specificity(tn: Counts, fp: Counts) -> Values:
+    """Returns tn / (tn + fp), elementwise; NaN where the truth is everything."""
+    return _ratio(tn, tn + fp)
+
+
+def scores(counts: Counts) -> dict[str, Values]:
+    """Returns the four scores of `counts` (..., 4), each (...) float64 with NaN for undefined."""
+    tp, fp, fn, tn = np.moveaxis(np.asarray(counts), -1, 0)
+    return {
+        "dice": dice(tp, fp, fn),
+        "iou": iou(tp, fp, fn),
+        "sensitivity": sensitivity(tp, fn),
+        "specificity": specificity(tn, fp),
+    }
+
+
+def all_background(counts: Counts) -> Counts:
+    """Returns the counts (..., C, 4) that predicting class 0 everywhere would have given."""
+    tp, fp, fn, tn = np.moveaxis(np.asarray(counts), -1, 0)
+    hits, alarms, missed = Overlap(tp, fp, fn).nothing_predicted()
+    absent = fp + tn
+    baseline = np.stack([hits, alarms, missed, absent], axis=-1)
+    baseline[..., 0, :] = np.stack([missed, absent, hits, alarms], axis=-1)[..., 0, :]
+    return baseline
+
+
+def summarize(cases: Counts) -> dict[str, Any]:
+    """Returns the scores of a split, JSON-ready; an undefined value is None.
+
+    `classes[c]` holds the mean of each score over the cases where it is defined, the same from
+    `pooled` counts, and how many cases are `num_empty` (class in neither mask; left out of the mean
+    Dice and IoU), `num_missed` (in the truth, not one pixel found) and `num_false_alarms` (in the
+    prediction only). `foreground_mean` and `foreground_pooled` average over the classes but 0.
+    `all_background` holds the foreground means and the pixel accuracy of predicting class 0
+    everywhere: what a model must beat.
+
+    Args:
+        cases: (N, C, 4) integer, from `confusion_counts`.
+    """
+    cases = np.asarray(cases)
+    pooled = cases.sum(axis=0)
+    classes = [_summarize_class(cases[:, c], pooled[c], c) for c in range(cases.shape[1])]
+    baseline = all_background(cases)
+    return {
+        "num_cases": len(cases),
+        "foreground_mean": _foreground(cases),
+        "foreground_pooled": _foreground(pooled[np.newaxis]),
+        "pixel_accuracy": _pixel_accuracy(pooled),
+        "all_background": {
+            "foreground_mean": _foreground(baseline),
+            "pixel_accuracy": _pixel_accuracy(baseline.sum(axis=0)),
+        },
+        "classes": classes,
+    }
+
+
+def _summarize_class(cases: Counts, pooled: Counts, class_id: int) -> dict[str, Any]:
+    tp, fp, fn, _ = np.moveaxis(cases, -1, 0)
+    presences = Overlap(tp, fp, fn).presence_counts()
+    return {
+        "id": class_id,
+        **{name: _mean(values) for name, values in scores(cases).items()},
+        "pooled": {name: _mean(value) for name, value in scores(pooled).items()},
+        "num_empty": presences["neither"],
+        "num_missed": presences["missed"],
+        "num_false_alarms": presences["prediction_only"],
+    }
+
+
+def _foreground(cases: Counts) -> dict[str, float | None]:
+    """Returns the mean over classes 1.. of each class's mean over `cases` (N, C, 4)."""
+    result = {}
+    for name, values in scores(cases).items():
+        means = [_mean(values[:, c]) for c in range(1, cases.shape[1])]
+        result[name] = _mean(np.array([mean for mean in means if mean is not None], np.float64))
+    return result
+
+
+def _pixel_accuracy(pooled: Counts) -> float | None:
+    return _mean(_ratio(pooled[:, 0].sum(), pooled[0].sum()))
+
+
+def _ratio(numerator: Counts, denominator: Counts) -> Values:
+    numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
+    values: Values = np.full(np.broadcast(numerator, denominator).shape, np.nan)
+    np.divide(numerator, denominator, out=values, where=denominator != 0)
+    return values
+
+
+def _mean(values: Values) -> float | None:
+    """Returns the mean of the defined values, None when there is none."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else None
