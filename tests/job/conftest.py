@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from flexunet.storage import open_store
 from tests import commands
 from tests.job.discs import prepare_discs
 from tests.shared import made_once
@@ -80,3 +81,24 @@ def own_run(trained_run: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "own-runs" / "discs"
     shutil.copytree(trained_run, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def discs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Returns a dataset of 16 discs; do not write there."""
+    return prepare_discs(tmp_path_factory.mktemp("discs"), num_images=16)
+
+
+@pytest.fixture
+def copy(discs: str, tmp_path: Path) -> Path:
+    """Returns a dataset that the test may damage."""
+    return Path(shutil.copytree(discs, tmp_path / "copy"))
+
+
+@pytest.fixture
+def remote(discs: str, bucket_url: str) -> str:
+    """Returns the dataset in a bucket."""
+    source, target = open_store(discs), open_store(bucket_url)
+    for stat in source.list():
+        target.put(stat.name, source.get(stat.name))
+    return bucket_url
