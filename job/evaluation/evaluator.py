@@ -9,11 +9,12 @@ predicted in windows, unless each of them shall count as a picture.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_prep.imaging.geometry import Geometry, undo_geometry
+from data_prep.shards.manifest import Manifest
 from flexunet.errors import StoppedError
 from flexunet.progress import Alive, Progress, not_told
 from job.config import TrainConfig
@@ -44,6 +45,9 @@ from job.metrics.per_case import (
 )
 from job.metrics.thresholds import ThresholdSweep
 from job.models.compatibility import num_outputs, window_overlap
+
+if TYPE_CHECKING:
+    from job.distributed.replica_sums import Criterion
 
 
 @dataclass(frozen=True)
@@ -261,26 +265,17 @@ def make_evaluator(
     Raises:
         UsageError: the loss does not fit the dataset's classes, or the overlap its tiles.
     """
-    from job.distributed.replica_sums import Criterion
     from job.evaluation.steps import make_evaluation_step
     from job.inference.network import make_probability_step
-    from job.losses import make_loss
-    from job.metrics.batch import reference_metrics
 
     manifest = dataset.manifest
-    loss = make_loss(
-        config.loss.name,
-        num_classes=num_outputs(config, manifest),
-        class_weights=config.loss.class_weights,
-        ignore_id=manifest.ignore_id,
-    )
-    metrics = reference_metrics(config.metrics, ignore_id=manifest.ignore_id)
+    criterion = _criterion(config, manifest)
     local_batch = config.global_batch_size // strategy.num_replicas_in_sync
     num_micro_batches = _num_micro_batches(config, local_batch, max_images_at_once)
     step = make_evaluation_step(
         strategy,
         network,
-        Criterion(loss, metrics),
+        criterion,
         len(manifest.classes),
         manifest.ignore_id,
         num_micro_batches=num_micro_batches,
@@ -292,8 +287,8 @@ def make_evaluator(
         config=config,
         strategy=strategy,
         dataset=dataset,
-        loss=loss,
-        metrics=metrics,
+        loss=criterion.loss,
+        metrics=criterion.metrics,
         step=step,
         probabilities=make_probability_step(network),
         windows=Windows(
@@ -304,6 +299,20 @@ def make_evaluator(
         ),
         first_replica=first_replica,
     )
+
+
+def _criterion(config: TrainConfig, manifest: Manifest) -> "Criterion":
+    from job.distributed.replica_sums import Criterion
+    from job.losses import make_loss
+    from job.metrics.batch import reference_metrics
+
+    loss = make_loss(
+        config.loss.name,
+        num_classes=num_outputs(config, manifest),
+        class_weights=config.loss.class_weights,
+        ignore_id=manifest.ignore_id,
+    )
+    return Criterion(loss, reference_metrics(config.metrics, ignore_id=manifest.ignore_id))
 
 
 def _num_micro_batches(
