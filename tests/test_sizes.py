@@ -22,8 +22,6 @@ AIMS = {
 }
 # (aim, path or path:function): the most that it may be, and why.
 EXCEPTIONS: dict[tuple[str, str], tuple[int, str]] = {}
-# Where modules are still being split: what these start is not judged yet.
-UNDER_WORK = ("job",)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 _RULES_OF_RUFF = re.compile(r"#\s*noqa:.*\b(C901|PLR09\d\d)\b")
@@ -99,16 +97,11 @@ def unneeded(
 
 
 def test_everything_is_small_but_for_named_exceptions() -> None:
-    found = too_large(sizes(), EXCEPTIONS)
-    assert {key: value for key, value in found.items() if not key[1].startswith(UNDER_WORK)} == {}
+    assert too_large(sizes(), EXCEPTIONS) == {}
 
 
 def test_every_exception_is_needed() -> None:
     assert unneeded(sizes(), EXCEPTIONS) == set()
-    places = [place for _, place in too_large(sizes(), EXCEPTIONS)]
-    assert [
-        each for each in UNDER_WORK if not any(place.startswith(each) for place in places)
-    ] == []
 
 
 def test_every_exception_has_a_reason() -> None:
