@@ -1,5 +1,7 @@
 """The gradient exchange: the plan, and the same gradients by every way."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -235,3 +237,30 @@ def test_what_takes_about_as_long_sends_less(excess: float) -> None:
     assert cost.factor_bytes < cost.weight_bytes
     ratio = cost.flops / (excess * cost.weight_bytes - cost.factor_bytes)
     assert (plan_of(model, ratio).gathered == {"deep"}) is (excess < 1.15)
+
+
+STEP = """
+import sys
+import keras, tensorflow as tf
+from job.config import OptimizerConfig
+from job.distributed.exchange_plan import Plan
+from job.distributed.replica_sums import Criterion
+from job.losses import make_loss
+from job.optimization.optimizer import Adam
+from job.training.step import StepOptions, make_train_step
+
+inputs = keras.Input((4, 4, 1))
+model = keras.Model(inputs, keras.layers.Conv2D(2, 1)(inputs))
+adam = Adam(OptimizerConfig(), model.trainable_variables)
+loss = make_loss("categorical_crossentropy", num_classes=2)
+for plan in (None, Plan(2, (), 0, frozenset())):
+    make_train_step(
+        tf.distribute.get_strategy(), model, adam, Criterion(loss, {}), StepOptions(plan)
+    )
+print("job.distributed.gradient_exchange" in sys.modules)
+"""
+
+
+def test_a_step_that_all_reduces_everything_does_not_load_the_exchange() -> None:
+    done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
