@@ -1,1 +1,1 @@
-"""The evaluation of a trained run: steps, per-case measures and what is stored of them."""
+"""Evaluates a trained network on a split: counts, measures and what is stored of them."""

@@ -1,1 +1,1 @@
-"""From an image to its mask."""
+"""Reads images of any size, predicts their masks and writes them."""

@@ -1,1 +1,1 @@
-"""Curves and pages about a run."""
+"""Shows people what a run stored: plots, tables, words and the HTML report."""
