@@ -26,13 +26,10 @@ from pathlib import Path
 _TIMEOUT_S = 900
 # part -> (files of its code, files of its tests); those that a tree does not have are left out
 PARTS = {
-    "run": (
-        ["job/run.py", "job/runs/*.py"],
-        ["tests/job/test_run.py", "tests/job/test_run_*.py", "tests/job/test_fence.py"],
-    ),
+    "run": (["job/run.py", "job/runs/*.py"], ["tests/job/test_run*.py", "tests/job/test_fence.py"]),
     "sampling": (
         ["job/data.py", "job/data/sampling.py", "job/data/dataset.py", "job/data/pipeline.py"],
-        ["tests/job/test_data.py", "tests/job/test_dataset.py", "tests/job/test_sampling.py"],
+        ["tests/job/test_data*.py", "tests/job/test_sampl*.py", "tests/job/test_pipeline*.py"],
     ),
     "losses": (["job/losses.py"], ["tests/job/test_losses.py"]),
     "metrics": (
@@ -42,24 +39,20 @@ PARTS = {
             "tests/job/test_measures.py",
             "tests/job/test_batch*.py",
             "tests/job/test_per_case*.py",
+            "tests/job/test_threshold*.py",
         ],
     ),
     "masks": (
-        ["data_prep/colormap.py", "data_prep/imaging/*.py"],
+        ["data_prep/colormap.py", "data_prep/imaging/masks.py", "data_prep/imaging/color_map.py"],
         [
             "tests/data_prep/test_colormap.py",
-            "tests/data_prep/test_masks.py",
-            "tests/data_prep/test_color*.py",
+            "tests/data_prep/imaging/test_masks.py",
+            "tests/data_prep/imaging/test_color_map.py",
         ],
     ),
     "split": (
         ["data_prep/split.py", "data_prep/splits/*.py"],
-        [
-            "tests/data_prep/test_split.py",
-            "tests/data_prep/test_splits.py",
-            "tests/data_prep/test_groups.py",
-            "tests/data_prep/test_leaks.py",
-        ],
+        ["tests/data_prep/test_split.py", "tests/data_prep/splits/*.py"],
     ),
     "storage": (
         ["data_prep/storage.py", "flexunet/storage/*.py"],
