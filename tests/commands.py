@@ -136,6 +136,8 @@ class Process:
                     found[key.data] += data
                     if not data:
                         selector.unregister(key.fileobj)
+        self.stdout.close()
+        self.stderr.close()
         self.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         output, errors = (text.decode(errors="replace") for text in found.values())
         return output, errors
