@@ -1,18 +1,23 @@
 """Defines the errors that end a command, and the exit code of each.
 
-FlexUNetError        1  unknown; a retry may help
-├── UsageError       2  wrong option, config, or a missing or empty source
-├── ContentError     3  a file that cannot be read, or contradicts another
-├── LockedError      4  another process owns the run
-├── StorageError     5  storage unavailable, unwritable or full; a retry may help
-├── StoppedError     6  stopped by the user or the machine; the same command resumes
-└── DivergedError    7  the loss became NaN or infinite
+`EXIT_CODES` says what each code means; `flexunet --help` shows it.
 
 The message of each says, in one line: what is wrong, the value, where, and what to do. It is the
 same each time: what a library quotes of its objects is kept without their addresses.
 """
 
 import re
+
+EXIT_CODES = {
+    0: "done",
+    1: "an error of unknown kind; a retry may help",
+    2: "wrong option or config; missing or empty source",
+    3: "a file that cannot be read, or contradicts another",
+    4: "another process owns the run",
+    5: "storage unavailable, unwritable or full; a retry may help",
+    6: "stopped; the same command continues",
+    7: "training diverged: the loss became NaN or infinite",
+}
 
 _ADDRESS = re.compile(r"(?: object)? at 0x[0-9a-fA-F]+(?=[>\s,;)]|$)")
 

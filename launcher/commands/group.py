@@ -10,18 +10,8 @@ from typing import Any
 import click
 
 from flexunet.cli.options import MAX_WIDTH
+from flexunet.errors import EXIT_CODES
 from flexunet.settings import suggestion
-
-EXIT_CODES = {
-    0: "done",
-    1: "an error of unknown kind; a retry may help",
-    2: "wrong option or config; missing or empty source",
-    3: "a file that cannot be read, or contradicts another",
-    4: "another process owns the run",
-    5: "storage unavailable, unwritable or full; a retry may help",
-    6: "stopped; the same command continues",
-    7: "training diverged: the loss became NaN or infinite",
-}
 
 
 class LazyGroup(click.Group):

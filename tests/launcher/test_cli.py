@@ -13,6 +13,7 @@ import pytest
 from data_prep.config import PrepConfig
 from flexunet import errors
 from flexunet.cli.options import PathType, SettingsCommand
+from flexunet.errors import EXIT_CODES
 from flexunet.settings import Settings, fields_of
 from flexunet.synonyms import _TABLE, SYNONYMS
 from job.config import TrainConfig
@@ -20,7 +21,6 @@ from job.evaluation.pipeline import EvaluateConfig
 from job.inference.options import InferConfig
 from launcher.cli import main
 from launcher.commands.flexunet import COMMANDS, command
-from launcher.commands.group import EXIT_CODES
 from launcher.commands.launch import COMMANDS as LAUNCH_COMMANDS
 
 # By the words that name them; of a group, its members.
