@@ -7,12 +7,12 @@ slow disk.
 import sys
 from collections.abc import Sequence
 
-from flexunet.cli.interrupts import quiet_interrupts
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     try:
+        from flexunet.cli.interrupts import quiet_interrupts
+
         with quiet_interrupts():
             from flexunet.cli.runner import run_command
             from launcher.commands.flexunet import command

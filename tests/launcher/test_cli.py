@@ -341,6 +341,7 @@ def test_home_folders_of_a_command_are_put_in(
     assert "'SOURCE': ~nobody-here is the home folder of nobody" in capsys.readouterr().err
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Stops the import of a module that comes early, and says so.
 SLOW_IMPORT = """
 import sys, time
@@ -355,8 +356,13 @@ sys.exit(main(["train", "--local", "--data", "/nowhere"]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("name", ["click", "job.train"])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        *((name, number) for name in ("click", "job.train") for number in SIGNALS),
+        ("flexunet.cli.interrupts", signal.SIGINT),  # before it, nobody answers the others
+    ],
+)
 def test_a_signal_while_modules_are_imported_is_one_line(name: str, number: signal.Signals) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", SLOW_IMPORT.format(name=name)],
