@@ -1,24 +1,19 @@
 """Every benchmark runs at its smallest size and writes the numbers it is there for.
 
-What it measures there says nothing; that it still runs is the point. Each runs in a process of its
-own, two at a time, forked from one that has imported TensorFlow and done nothing with it: half of
-the time would be that import.
+What it measures there says nothing; that it still runs is the point.
 """
 
 import json
 import math
-import multiprocessing
 import os
-import runpy
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import commands
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = PROJECT / "benchmarks"
@@ -139,72 +134,31 @@ SMOKES = [
 ]
 
 
-def run_script(
-    path: Path, arguments: tuple[str, ...], environment: Mapping[str, str], log: Path
-) -> None:
-    """Runs a script in this process as Python would, with its output in the file `log`."""
-    with log.open("w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    os.environ.update(environment)
-    os.chdir(PROJECT)
-    sys.path.insert(0, str(SCRIPTS))
-    sys.argv = [str(path), *arguments]
-    runpy.run_path(str(path), run_name="__main__")
-
-
 @dataclass(frozen=True)
 class Ended:
-    """A script that has ended, or was ended."""
+    """A script that has ended."""
 
-    exit_code: int | None  # None: it took too long
+    exit_code: int
     results: Path
     output: str
 
 
 def ended(smoke: Smoke, folder: Path, **environment: str) -> Ended:
     """Returns how `smoke` ended, run in a process of its own."""
-    results, log = folder / "results", folder / "log.txt"
+    results = folder / "results"
     results.mkdir(parents=True)
     if smoke.script == "plot.py":
         for path in (SCRIPTS / "results").glob("*.json"):
             shutil.copy(path, results)
-    context = multiprocessing.get_context("forkserver")
-    # Only what does not belong to the project: it would be found in another place there.
-    context.set_forkserver_preload(["tensorflow", "keras", "matplotlib.pyplot", "pyarrow"])
-    environment["FLEXUNET_BENCHMARK_RESULTS"] = str(results)
-    process = context.Process(
-        target=run_script, args=(SCRIPTS / smoke.script, smoke.arguments, environment, log)
-    )
-    process.start()
-    process.join(TIMEOUT_S)
-    exit_code = process.exitcode
-    if exit_code is None:
-        process.kill()
-        process.join()
-    return Ended(exit_code, results, log.read_text())
-
-
-@pytest.fixture(scope="module")
-def all_ended(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Mapping[str, Future[Ended]]]:
-    """Yields how those that are asked for ended, by name; they have begun, two at a time."""
-    wanted = [
-        item.callspec.params["smoke"]
-        for item in request.session.items
-        if item.path == request.path and "smoke" in getattr(item, "fixturenames", ())
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            str(smoke): pool.submit(ended, smoke, tmp_path_factory.mktemp(str(smoke)))
-            for smoke in wanted
-        }
+    environment = os.environ | environment | {"FLEXUNET_BENCHMARK_RESULTS": str(results)}
+    words = ["tests.script", str(SCRIPTS / smoke.script), *smoke.arguments]
+    done = commands.run(*words, environment=environment, timeout=TIMEOUT_S)
+    return Ended(done.returncode, results, done.stdout + done.stderr)
 
 
 @pytest.mark.parametrize("smoke", SMOKES, ids=str)
-def test_a_benchmark_still_runs(smoke: Smoke, all_ended: Mapping[str, Future[Ended]]) -> None:
-    found = all_ended[str(smoke)].result()
+def test_a_benchmark_still_runs(smoke: Smoke, tmp_path: Path) -> None:
+    found = ended(smoke, tmp_path)
     assert found.exit_code == 0, found.output
     assert "Traceback" not in found.output, found.output
     path = found.results / smoke.writes
