@@ -59,13 +59,13 @@ lint: .venv/.installed ## lint, format check, type check
 	$(BIN)/mypy
 
 test: lint ## lint, then the tests that need one process, side by side: JOBS=2
-	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
 
 test-cluster: .venv/.installed ## the tests with Ray, several processes or kills, side by side: JOBS=2
-	$(BIN)/pytest -m cluster --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/pytest -m "cluster and not faults" --numprocesses $(JOBS) --dist worksteal
 
 test-oldest: .venv-oldest/.installed ## both on the oldest stack: TensorFlow 2.17 with tensorflow-io
-	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/pytest -m "not faults" --numprocesses $(JOBS) --dist loadfile
+	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/pytest -m "not faults" --numprocesses $(JOBS) --dist worksteal
 
 test-faults: .venv/.installed ## the tests of failures, 40 minutes; writes benchmarks/results/faults.json
 	$(BIN)/python -m tests.faults.table --output benchmarks/results/faults.json

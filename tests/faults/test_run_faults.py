@@ -34,6 +34,8 @@ from tests.faults.worker import (
     started_worker,
 )
 
+pytestmark = pytest.mark.cluster
+
 QUICK = LeaseTiming(renew_s=0.1, expire_s=1.0)
 RACING = LeaseTiming(renew_s=0.1, expire_s=30)  # seen at once, and kept by a starved process
 STILL = LeaseTiming(renew_s=1e3, expire_s=1e3)  # a lease that nobody renews while a test runs

@@ -207,6 +207,7 @@ def test_a_fold_that_fails_stops_the_others(tmp_path: Path) -> None:
     assert "cv-fold-2" not in os.listdir(config.output)
 
 
+@pytest.mark.cluster
 def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
     # A spreadsheet would take these names for formulas.
     write_discs(tmp_path / "source", num_images=15, side=16)

@@ -428,6 +428,7 @@ def state_of(run: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         return state, dict(arrays) | weights_of(run)
 
 
+@pytest.mark.cluster
 def test_a_run_that_is_stopped_among_skipped_steps_resumes_bit_by_bit(
     dataset: str, tmp_path: Path
 ) -> None:
@@ -448,6 +449,7 @@ def test_a_run_that_is_stopped_among_skipped_steps_resumes_bit_by_bit(
     assert first == second
 
 
+@pytest.mark.cluster
 def test_processes_of_a_cluster_skip_the_same_steps(dataset: str, tmp_path: Path) -> None:
     options = command_options(dataset, tmp_path, "two")
     processes = start_cluster(2, options, command=[sys.executable, "-c", COMMAND, str(NEVER)])

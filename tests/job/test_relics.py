@@ -18,6 +18,8 @@ from job.runs.loading import open_trained
 from job.runs.status import standing
 from tests import commands
 
+pytestmark = pytest.mark.cluster
+
 PROJECT = Path(__file__).resolve().parents[2]
 RELICS = PROJECT / "tests" / "relics" / "v0.1.0"
 # The command that began them; what it says is also what makes a new run of it.

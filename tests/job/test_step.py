@@ -1,5 +1,6 @@
 """The training step: the same computation on one device and on two mirrored replicas."""
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,19 @@ class Trained:
                 count += 1
 
 
+_TRAINED: dict[str, Trained] = {}
+
+
+def trained_once(strategy: Any, samples: Any, **options: Any) -> Trained:
+    """Returns the network of these options, for tests that do not change it."""
+    whole = inspect.signature(Trained).bind(strategy, samples, **options)
+    whole.apply_defaults()
+    key = f"{strategy.num_replicas_in_sync} {list(whole.arguments.items())[2:]!r}"
+    if key not in _TRAINED:
+        _TRAINED[key] = Trained(strategy, samples, **options)
+    return _TRAINED[key]
+
+
 @pytest.fixture(scope="module")
 def one_cpu() -> Any:
     return tf.distribute.OneDeviceStrategy("CPU:0")
@@ -121,8 +135,8 @@ def one_cpu() -> Any:
 def test_two_replicas_compute_what_one_device_does(
     one_cpu: Any, two_cpus: Any, samples: Any, loss_name: LossName
 ) -> None:
-    one = Trained(one_cpu, samples, precision="float64", loss_name=loss_name)
-    two = Trained(two_cpus, samples, precision="float64", loss_name=loss_name)
+    one = trained_once(one_cpu, samples, precision="float64", loss_name=loss_name)
+    two = trained_once(two_cpus, samples, precision="float64", loss_name=loss_name)
     assert len(one.losses) == 9  # 3 epochs of ceil(10 / 4) steps
     assert np.allclose(one.losses, two.losses, rtol=1e-9, atol=0)
     for name in ("loss", "dice_coef_multiclass", "sensitivity"):
@@ -251,7 +265,7 @@ def test_micro_batches_train_as_the_whole_batch_does(
 ) -> None:
     model = MODEL.model_copy(update=changes)
     whole, on_one, on_two = (
-        Trained(strategy, samples, precision="float64", loss_name=loss_name, model=model,
+        trained_once(strategy, samples, precision="float64", loss_name=loss_name, model=model,
                 num_micro_batches=number, gathers=gathers)
         for strategy, number, gathers in (
             (one_cpu, 1, False), (one_cpu, BATCH, False), (two_cpus, BATCH // 2, True),
@@ -272,7 +286,7 @@ def test_the_network_trains_alike_when_xla_compiles_it(
     request: pytest.FixtureRequest, samples: Any, devices: str, num_micro_batches: int
 ) -> None:
     plain, compiled = (
-        Trained(request.getfixturevalue(devices), samples, precision="float64",
+        trained_once(request.getfixturevalue(devices), samples, precision="float64",
                 num_micro_batches=num_micro_batches, uses_xla=uses_xla)
         for uses_xla in (False, True)
     )  # fmt: skip
@@ -285,7 +299,7 @@ def test_the_network_trains_alike_when_xla_compiles_it(
 
 def test_the_network_is_compiled_in_bfloat16_too(two_cpus: Any, samples: Any) -> None:
     plain, compiled = (
-        Trained(two_cpus, samples, precision="mixed_bfloat16", uses_xla=uses_xla)
+        trained_once(two_cpus, samples, precision="mixed_bfloat16", uses_xla=uses_xla)
         for uses_xla in (False, True)
     )
     # Eight bits of precision, and XLA rounds at other places.

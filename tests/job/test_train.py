@@ -335,6 +335,7 @@ def arrays_of(run: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+@pytest.mark.cluster
 def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
     dataset: str, tmp_path: Path
 ) -> None:

@@ -15,6 +15,8 @@ import pytest
 from job.distributed import watchdog
 from job.distributed.watchdog import Watchdog, unreachable
 
+pytestmark = pytest.mark.cluster
+
 PROJECT = Path(__file__).resolve().parents[2]
 
 
