@@ -6,6 +6,7 @@ path, what it imports, a signal in its first second) start it with `subprocess`.
 """
 
 import fcntl
+import itertools
 import json
 import os
 import selectors
@@ -25,6 +26,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 SERVER_VARIABLE = "FLEXUNET_FORK_SERVER"  # folder of the server's socket, and whose it is
 _START_TIMEOUT_S = 120.0
+_NUM_SERVERS = 2
+_calls = itertools.count()
 _STREAMS = ("stdin", "stdout", "stderr")
 
 
@@ -62,8 +65,7 @@ def start(
     pipes = [os.pipe() for _ in _STREAMS[1:]]
     with open(os.devnull, "rb") as nothing:
         theirs = [nothing.fileno(), *(write for _, write in pipes)]
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(_server())
+        connection = _connected()
         request = {
             "module": words[0],
             "arguments": words[1:],
@@ -76,7 +78,9 @@ def start(
         connection.sendall(data[1:])
     for _, write in pipes:
         os.close(write)
-    pid = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")
+    answer = connection.recv(4, socket.MSG_WAITALL)
+    assert len(answer) == 4, "the fork server could not start it; see its log"
+    pid = int.from_bytes(answer, "big")
     return Process(words, pid, connection, *(os.fdopen(read) for read, _ in pipes))
 
 
@@ -162,30 +166,41 @@ class Process:
                 data = self._connection.recv(4)
             except (BlockingIOError, TimeoutError):
                 return None
-            assert data, "the fork server has ended"
             self._connection.close()
-            self.returncode = os.waitstatus_to_exitcode(int.from_bytes(data, "big"))
+            # Without its server a process is killed.
+            status = int.from_bytes(data, "big") if data else signal.SIGKILL
+            self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
 
-def _server() -> str:
-    """Returns the socket of the suite's fork server, which the first call starts."""
+def _connected() -> socket.socket:
+    """Returns a connection to one of the suite's fork servers, which the first call starts.
+
+    They take turns. Each hashes text in another way, so that a run that is begun by one and resumed
+    by the other must not depend on the order of a set.
+    """
+    number = next(_calls) % _NUM_SERVERS
     folder = Path(os.environ[SERVER_VARIABLE])
-    path = folder / "socket"
-    with open(folder / "lock", "w") as lock:
+    path = folder / f"server-{number}"
+    connection = socket.socket(socket.AF_UNIX)
+    with open(folder / f"lock-{number}", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            _start_server(path, int((folder / "owner").read_text()))
-    return str(path)
+        try:
+            connection.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            _start_server(path, int((folder / "owner").read_text()), number)
+            connection.connect(str(path))
+    return connection
 
 
-def _start_server(path: Path, owner: int) -> None:
-    """Returns when the server listens; what it writes is in the file `log` beside its socket."""
-    with open(path.parent / "log", "w") as log:
+def _start_server(path: Path, owner: int, number: int) -> None:
+    """Returns when the server listens; what it writes is in a log beside its socket."""
+    variables = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONHASHSEED": str(number + 1)}
+    with open(f"{path}.log", "a") as log:
         subprocess.run(
             [sys.executable, "-m", "tests.fork_server", str(path), str(owner)],
             cwd=PROJECT,
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+            env=os.environ | variables,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -12,6 +12,7 @@ python -m tests.fork_server SOCKET PID     ends with process PID
 
 import atexit
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -26,6 +27,8 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 _IMPORTED = (
     "tensorflow",
     "keras",
@@ -39,7 +42,8 @@ _IMPORTED = (
     "job.infer",
     "job.report",
 )
-_LOOK_S = 2.0  # after which it looks whether the process that it serves is still there
+_PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
+_REQUEST_S = 30.0  # within which a request must be whole: others wait for it
 NUM_FILES = 3  # that come with a request: stdin, stdout, stderr
 
 
@@ -48,45 +52,60 @@ def main() -> None:
     path, owner = sys.argv[1], int(sys.argv[2])
     for name in _IMPORTED:
         importlib.import_module(name)
-    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
-        listener.bind(f"{path}.new")
-        listener.listen(64)
-        os.rename(f"{path}.new", path)
-        if os.fork():
-            os._exit(0)  # who started it waits for this, and can connect now
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{path}.new")
+    listener.listen(64)
+    os.rename(f"{path}.new", path)
+    if os.fork():
+        os._exit(0)  # who started it waits for this, and can connect now
+    with listener, selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
-        while _is_alive(owner):
-            for key, _ in selector.select(_LOOK_S):
-                if key.fileobj is listener:
-                    _start(listener.accept()[0], selector)
-                else:
-                    _report(key, selector)
-        for key in list(selector.get_map().values()):
-            if key.data is not None:
-                os.kill(key.data[0], signal.SIGKILL)
+        selector.register(os.pidfd_open(owner), selectors.EVENT_READ)
+        _serve(listener, selector)
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
+def _serve(listener: socket.socket, selector: selectors.BaseSelector) -> None:
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is listener:
+                connection = listener.accept()[0]
+                connection.settimeout(_REQUEST_S)
+                # Who asked may be gone, or the machine may be out of processes; others ask next.
+                try:
+                    _start(connection, selector)
+                except Exception:
+                    traceback.print_exc()
+                    connection.close()
+            elif key.data is None:
+                return  # the owner has ended; what still runs ends with this process
+            else:
+                _report(key, selector)
 
 
 def _start(connection: socket.socket, selector: selectors.BaseSelector) -> None:
     """Forks the process of a request; answers with its id, and later with how it ended."""
-    size = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")
+    size = int.from_bytes(_received(connection, 4), "big")
     data, files, _, _ = socket.recv_fds(connection, 1, NUM_FILES)
-    request = json.loads(data + connection.recv(size - 1, socket.MSG_WAITALL))
-    pid = os.fork()
-    if pid == 0:
-        selector.close()
-        _become(request, files)
-    for file in files:
-        os.close(file)
-    connection.sendall(pid.to_bytes(4, "big"))
+    try:
+        request = json.loads(data + _received(connection, size - 1))
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _become(request, files)
+            finally:
+                os._exit(1)
+    finally:
+        for file in files:
+            os.close(file)
     selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, connection))
+    connection.sendall(pid.to_bytes(4, "big"))
+
+
+def _received(connection: socket.socket, size: int) -> bytes:
+    data = connection.recv(size, socket.MSG_WAITALL)
+    if len(data) < size:
+        raise EOFError("a request was cut off")
+    return data
 
 
 def _report(key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
@@ -101,14 +120,15 @@ def _report(key: selectors.SelectorKey, selector: selectors.BaseSelector) -> Non
 
 def _become(request: Mapping[str, Any], files: list[int]) -> None:
     """Turns this process into `python -m MODULE ARGUMENTS`; never returns."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for target, file in enumerate(files):
         os.dup2(file, target)
-        os.close(file)
-    os.closerange(NUM_FILES, _first_free())
+    os.closerange(NUM_FILES, max(int(name) for name in os.listdir("/proc/self/fd")) + 1)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
     tempfile.tempdir = None
+    np.random.seed()  # Python's own generator is seeded anew after a fork
     signal.signal(signal.SIGINT, signal.default_int_handler)
     module = request["module"]
     sys.argv = [module, *request["arguments"]]
@@ -143,10 +163,6 @@ def _code_of(module: str) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return code or 0
-
-
-def _first_free() -> int:
-    return max(int(name) for name in os.listdir("/proc/self/fd")) + 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import commands
@@ -79,3 +80,34 @@ def test_a_command_that_takes_too_long_is_killed(script: str) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         commands.run("tests.script", script, "wait", timeout=1.0)
     assert time.monotonic() - begin < 30
+
+
+def test_a_client_that_goes_away_leaves_the_server_to_others(script: str) -> None:
+    commands.run("tests.script", script, "none")
+    for _ in range(2):  # each of the servers
+        commands._connected().close()
+        connection = commands._connected()
+        connection.sendall((100).to_bytes(4, "big") + b"{")
+        connection.close()
+    for _ in range(4):
+        assert commands.run("tests.script", script, "code").returncode == 7
+
+
+def test_a_server_that_was_killed_is_started_again_and_its_processes_end(script: str) -> None:
+    with commands.start("tests.script", script, "wait") as process:
+        assert "wait" in process.stdout.readline()
+        os.kill(parent_of(process.pid), signal.SIGKILL)
+        assert process.wait(timeout=30) == -signal.SIGKILL
+    codes = [commands.run("tests.script", script, "code").returncode for _ in range(2)]
+    assert codes == [7, 7]
+
+
+def test_servers_that_take_turns_hash_in_their_own_way(tmp_path: Path) -> None:
+    path = tmp_path / "hash.py"
+    path.write_text("print(hash('a'))")
+    found = [commands.run("tests.script", str(path)).stdout for _ in range(3)]
+    assert found[0] == found[2] != found[1]
+
+
+def parent_of(pid: int) -> int:
+    return psutil.Process(pid).ppid()
