@@ -120,7 +120,6 @@ def decode_frame(
         ContentError: the decoder is not installed; the codestream is damaged, cut off, of another
             kind or of another size than the file says.
     """
-    dtype = np.uint8 if bits.allocated == 8 else np.uint16
     try:
         frame = _joined(pixel_data)
         if codec.family == "rle":
@@ -132,9 +131,10 @@ def decode_frame(
             f"{name}: its {codec.name} pixels are damaged, cut off or of another kind; replace the "
             "file"
         ) from None
+    # A codestream may have fewer bits than its file, and no uint8 can be compared with 4095.
+    values = values.astype(np.uint8) if bits.allocated == 8 else values.astype(np.uint16)
     value_max = 2**bits.stored - 1
-    values = values & value_max if codec.is_lossless else np.minimum(values, value_max)
-    return values.astype(dtype, copy=False)
+    return values & value_max if codec.is_lossless else np.minimum(values, value_max)
 
 
 def _joined(pixel_data: bytes) -> bytes:

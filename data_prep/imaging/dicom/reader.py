@@ -192,7 +192,9 @@ def _check_size(
     dataset: "FileDataset", num_bytes: int, name: str, max_pixels: int, *, is_compressed: bool
 ) -> None:
     height, width = _number(dataset, "Rows", 0), _number(dataset, "Columns", 0)
-    if not height or not width or not dataset.get("PixelData"):
+    pixel_data = dataset.get("PixelData")
+    # A damaged file may have numbers in the place of the pixels, and sides below 0.
+    if min(height, width) < 1 or not isinstance(pixel_data, bytes) or not pixel_data:
         raise ContentError(f"{name}: holds no picture; leave the file out")
     if height * width > max_pixels:
         raise ContentError(
@@ -200,7 +202,7 @@ def _check_size(
             "make it smaller or raise max_pixels"
         )
     wanted = height * width * int(dataset.BitsAllocated) // 8
-    found = len(dataset.PixelData)
+    found = len(pixel_data)
     if not is_compressed and found not in (wanted, wanted + wanted % 2):
         raise ContentError(
             f"{name}: {found} bytes of pixels, but {width}x{height} are {wanted}; replace the file"
