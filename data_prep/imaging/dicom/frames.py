@@ -39,6 +39,8 @@ _END_OF_IMAGE = b"\xff\xd9"  # of JPEG and JPEG-LS; in JPEG 2000 the end of the 
 _START_OF_SCAN = 0xDA
 # DHT, JPG and DAC lie among the numbers of the frame headers.
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+_FIRST_MARKER = 0xC0  # TEM and what is reserved lie below; 0 is no marker
+_WITHOUT_SEGMENT = range(0xD0, 0xDA)  # restarts, the start and the end of an image
 _J2K_START = b"\xff\x4f\xff\x51"
 _MIN_TILE_PIXELS = 256  # on average; OpenJPEG keeps some kilobytes for each tile
 _RLE_HEADER = struct.Struct("<16I")
@@ -208,6 +210,9 @@ def _jpeg_header(frame: bytes, codec: Codec) -> _Said:
             position += 1
         marker = frame[position]
         (length,) = struct.unpack_from(">H", frame, position + 1)
+        # Decoders read on behind a marker without a segment; a frame header could hide in ours.
+        if marker < _FIRST_MARKER or marker in _WITHOUT_SEGMENT or length < 2:
+            raise _Damaged
         if marker == _START_OF_SCAN:
             break
         if marker in _FRAME_HEADERS:

@@ -154,6 +154,40 @@ def test_a_second_frame_header_is_refused(tmp_path, no_decoding):
     assert not no_decoding
 
 
+JPEGS = [syntax for syntax in DECODED if CODECS[str(syntax)].family != "jpeg 2000"]
+# No segment follows these: 0 is no marker, TEM, restarts, a second start and an early end.
+NO_SEGMENT = (0x00, 0x01, 0x02, 0xBF, *range(0xD0, 0xDA))
+
+
+@pytest.mark.parametrize("syntax", JPEGS)
+def test_a_frame_header_is_not_hidden_from_us_behind_what_has_no_segment(
+    syntax, tmp_path, no_decoding
+):
+    """libjpeg reads on behind the two bytes, and would see the frame of 60000x60000 alone."""
+    data = compressed(syntax, 8, tmp_path)
+    frame = frame_of(data)
+    marker = CODECS[str(syntax)].frame_headers[0]
+    hidden = struct.pack(">BBHBHHB", 0xFF, marker, 11, 8, 60000, 60000, 1) + bytes([1, 0x11, 0])
+    segment = struct.pack(">H", 2 + len(hidden)) + hidden
+    for code in NO_SEGMENT:
+        for fillers in (b"\xff", b"\xff\xff\xff"):
+            hostile = frame[:2] + fillers + bytes([code]) + segment + frame[2:]
+            with pytest.raises(ContentError, match="pixels are damaged"):
+                read(with_frame(data, hostile))
+    assert not no_decoding
+
+
+@pytest.mark.parametrize("syntax", JPEGS)
+def test_a_segment_shorter_than_its_own_length_is_refused(syntax, tmp_path, no_decoding):
+    data = compressed(syntax, 8, tmp_path)
+    frame = frame_of(data)
+    for length in (0, 1):
+        short = struct.pack(">BBH", 0xFF, 0xE1, length)
+        with pytest.raises(ContentError, match="pixels are damaged"):
+            read(with_frame(data, frame[:2] + short + frame[2:]))
+    assert not no_decoding
+
+
 def test_pixels_that_are_not_in_fragments_are_refused(tmp_path):
     frame = frame_of(compressed(uid.JPEG2000Lossless, 12, tmp_path))
     table = struct.pack("<4sI", b"\xfe\xff\x00\xe0", 0)
