@@ -30,7 +30,15 @@ import numpy.typing as npt
 
 from data_prep.imaging.dicom.reader import DICOM_ENDINGS
 from data_prep.sources.dicom_files import dicom_without_ending, stem_of
-from data_prep.sources.pairs import Pair, Reject, Source, is_broken_link, list_files, refused_name
+from data_prep.sources.pairs import (
+    Pair,
+    Reject,
+    Source,
+    is_broken_link,
+    list_files,
+    list_stats,
+    refused_name,
+)
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import BROKEN_LINK, join_url, name_problem, open_source, open_store
 
@@ -168,10 +176,11 @@ def _by_number(
     """
     names: dict[str, list[str]] = {}
     unnamed: set[str] = set()
+    store = open_source(url)
+    stats = list_stats(store)
     if endings == DICOM_ENDINGS:
-        store = open_source(url)
-        unnamed = dicom_without_ending(store, (s for s in store.list() if pattern.match(s.name)))
-    for name in list_files(url):
+        unnamed = dicom_without_ending(store, (s for s in stats if pattern.match(s.name)))
+    for name in (each.name for each in stats):
         if not name.lower().endswith(tuple(endings)) and name not in unnamed:
             continue
         found = pattern.match(name)

@@ -156,7 +156,12 @@ def _pair_source(source: Source, pairs: list[Pair], rejects: list[Reject]) -> No
 
 def list_files(url: str) -> list[str]:
     """Returns the names of all objects at `url`, without what file managers leave behind."""
-    return [stat.name for stat in open_source(url).list() if not _is_dropping(stat)]
+    return [stat.name for stat in list_stats(open_source(url))]
+
+
+def list_stats(store: Store) -> list[Stat]:
+    """Returns all objects of `store`, without what file managers leave behind."""
+    return [stat for stat in store.list() if not _is_dropping(stat)]
 
 
 def is_broken_link(url: str, name: str) -> bool:

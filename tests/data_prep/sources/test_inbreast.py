@@ -11,6 +11,7 @@ from data_prep.sources import inbreast
 from data_prep.sources.inbreast import Finding, Roi, draw_rois, fill_polygon, find_cases, read_rois
 from data_prep.sources.pairs import Reject
 from flexunet.errors import ContentError, UsageError
+from flexunet.storage import LocalStore
 
 SQUARE = np.array([[1, 1], [4, 1], [4, 4], [1, 4]], float)
 
@@ -218,6 +219,20 @@ def test_find_cases_joins_by_number_and_keeps_what_has_no_annotation(tmp_path):
     assert [pair.id for pair in pairs] == [name[:-4] for name in images]
     assert rejects == []
     assert [inbreast.patient_of(name) for name in images] == ["aa", "aa", "bb"]
+
+
+def test_find_cases_lists_each_folder_once(tmp_path, monkeypatch):
+    sources = _release(tmp_path, ["20_aa_MG_R_CC_ANON", "21_aa_MG_L_CC_ANON.dcm"], ["20.xml"])
+    listed = []
+    true = LocalStore.list
+
+    def counted(self, prefix=""):
+        listed.append(self.url)
+        return true(self, prefix)
+
+    monkeypatch.setattr(LocalStore, "list", counted)
+    find_cases(sources)
+    assert listed == [f"{tmp_path}/AllDICOMs", f"{tmp_path}/AllXML"]
 
 
 @pytest.mark.parametrize(
