@@ -7,6 +7,7 @@ An export of a PACS or a CD names them IM000001, or by numbers with dots. Files 
 that they are something else are not looked into: each look into a bucket is a request.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,13 +41,16 @@ def stem_of(name: str) -> str:
     return stem if ending.lower() in _KNOWN_ENDINGS else name
 
 
-def dicom_without_ending(store: Store, stats: Iterable[Stat]) -> set[str]:
+def dicom_without_ending(store: Store, stats: Iterable[Stat], count: int | None = None) -> set[str]:
     """Returns the names of the objects that begin as DICOM and have no ending that says so.
 
     Each that may be one is read as far as its signature; a broken link is none.
+
+    Args:
+        count: only the first so many of them, and few more are looked into than that takes.
     """
     names = [each.name for each in stats if each.size >= SIGNATURE_BYTES and _may_be(each.name)]
-    return set(_found(store, names))
+    return set(itertools.islice(_found(store, names), count))
 
 
 def _may_be(name: str) -> bool:

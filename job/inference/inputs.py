@@ -10,14 +10,19 @@ from data_prep.imaging.dicom.reader import DICOM_ENDINGS, is_dicom, read_dicom
 from data_prep.sources.dicom_files import dicom_without_ending, stem_of
 from data_prep.sources.pairs import IMAGE_ENDINGS
 from flexunet.errors import UsageError
-from flexunet.storage import Store, folder_problem, is_file, join_url, lies_in
+from flexunet.storage import Stat, Store, folder_problem, is_file, join_url, lies_in
 
 OVERLAYS_FOLDER = "overlays"
 
 
-def find_images(source: Store) -> list[str]:
-    """Returns the names of all images below `source`, sorted; see `sort_images`."""
-    return sort_images(source)[0]
+def find_images(source: Store, count: int | None = None) -> list[str]:
+    """Returns the names of all images below `source`, sorted; see `sort_images`.
+
+    Args:
+        count: only the first so many; what comes behind them is not looked into, so DICOM files
+            there that have no ending are no reason to refuse the folder.
+    """
+    return _names_of_images(source, source.list(), count)[:count]
 
 
 def sort_images(source: Store) -> tuple[list[str], tuple[str, ...]]:
@@ -28,12 +33,21 @@ def sort_images(source: Store) -> tuple[list[str], tuple[str, ...]]:
     Raises:
         UsageError: there are no images, masks lie beside them, or two would have one mask.
     """
-    endings = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
     stats = source.list()
-    unnamed = dicom_without_ending(source, stats)
-    names = [
-        each.name for each in stats if each.name.lower().endswith(endings) or each.name in unnamed
-    ]
+    names = _names_of_images(source, stats, None)
+    images = set(names)
+    others = (each.name for each in stats if each.name not in images)
+    return names, tuple(name for name in others if not posixpath.basename(name).startswith("."))
+
+
+def _names_of_images(source: Store, stats: Sequence[Stat], count: int | None) -> list[str]:
+    """Returns the names of all images, of those without an ending at least the first `count`."""
+    endings = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
+    named = [each.name for each in stats if each.name.lower().endswith(endings)]
+    wanted = None if count is None else max(count, 1)  # a folder without images is refused
+    if wanted is not None and len(named) >= wanted:
+        stats = [each for each in stats if each.name < named[wanted - 1]]
+    names = sorted([*named, *dicom_without_ending(source, stats, wanted)])
     if not names:
         raise UsageError(
             f"{source.url}: no images here; expected files ending in {', '.join(endings)}, or "
@@ -51,9 +65,7 @@ def sort_images(source: Store) -> tuple[list[str], tuple[str, ...]]:
             raise UsageError(
                 f"{source.url}: {other} and {name} would both become {mask_name(name)}; rename one"
             )
-    images = set(names)
-    others = (each.name for each in stats if each.name not in images)
-    return names, tuple(name for name in others if not posixpath.basename(name).startswith("."))
+    return names
 
 
 def mask_name(image_name: str) -> str:

@@ -352,7 +352,7 @@ def _pictures(
         return {each.id: read_picture(reader, each)[0] for each in chosen}
     store = open_store(config.prediction_folder)
     pictures = {}
-    for name in find_images(store)[:count]:
+    for name in find_images(store, count):
         stem, url = stem_of(name).replace("/", "_"), f"{store.url}/{name}"
         try:
             image, value_max = read_any(store.get(name), name=url)
