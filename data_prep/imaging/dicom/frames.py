@@ -17,6 +17,7 @@ T.800 A (JPEG 2000).
 import importlib.util
 import itertools
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +44,9 @@ _FIRST_MARKER = 0xC0  # TEM and what is reserved lie below; 0 is no marker
 _WITHOUT_SEGMENT = range(0xD0, 0xDA)  # restarts, the start and the end of an image
 _J2K_START = b"\xff\x4f\xff\x51"
 _MIN_TILE_PIXELS = 256  # on average; OpenJPEG keeps some kilobytes for each tile
+_MIN_BLOCK_EXPONENT = 8  # 256 pixels; the usual block has 4096
+_COD, _COC = 0xFF52, 0xFF53
+_START_OF_TILE_PART, _START_OF_DATA, _END_OF_CODESTREAM = 0xFF90, 0xFF93, 0xFFD9
 _RLE_HEADER = struct.Struct("<16I")
 
 
@@ -239,7 +243,47 @@ def _j2k_header(frame: bytes) -> _Said:
     across, down = -(-(right - tile_left) // tile_width), -(-(bottom - tile_top) // tile_height)
     if across * down > 1 and across * down * _MIN_TILE_PIXELS > width * height:
         raise _Damaged
+    for body in _j2k_coding_styles(frame):
+        _check_blocks(body)
     return _Said(height, width, samples, depth + 1)
+
+
+def _j2k_coding_styles(frame: bytes) -> Iterator[bytes]:
+    """Yields the bodies of all COD and COC segments, from their style on; also those of tiles."""
+    position, part_end = 2, 0
+    while position + 2 <= len(frame):
+        (marker,) = struct.unpack_from(">H", frame, position)
+        if marker == _END_OF_CODESTREAM:
+            return
+        if marker == _START_OF_DATA:
+            if part_end <= position:
+                raise _Damaged
+            position = part_end
+            continue
+        (length,) = struct.unpack_from(">H", frame, position + 2)
+        if marker == _START_OF_TILE_PART:
+            (part_length,) = struct.unpack_from(">I", frame, position + 6)
+            part_end = position + part_length if part_length else len(frame) - 2
+        if marker == _COD:
+            body = frame[position + 4 : position + 2 + length]
+            yield body[:1] + body[5:]
+        elif marker == _COC:
+            yield frame[position + 5 : position + 2 + length]  # after the number of its component
+        position += 2 + length
+
+
+def _check_blocks(style: bytes) -> None:
+    """Refuses blocks or precincts of few pixels, for each of which OpenJPEG keeps some memory.
+
+    Args:
+        style: of a COD or COC: whether precincts follow, levels, exponents of a block's sides less
+            2, two bytes, and the exponents of each level's precincts.
+    """
+    exponents = [(style[2] & 15) + (style[3] & 15) + 4]
+    if style[0] & 1:
+        exponents += [(each & 15) + (each >> 4) for each in style[6 : 7 + style[1]]]
+    if min(exponents) < _MIN_BLOCK_EXPONENT:
+        raise _Damaged
 
 
 def _rle_decoded(frame: bytes, size: tuple[int, int], num_planes: int) -> Values:

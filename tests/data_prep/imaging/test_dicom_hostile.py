@@ -80,6 +80,44 @@ def test_jpeg_2000_in_tiny_tiles_is_refused_before_it_is_decoded(tmp_path, no_de
     assert not no_decoding
 
 
+def with_segment(frame: bytes, place: int, segment: bytes) -> bytes:
+    return frame[:place] + segment + frame[place:]
+
+
+@pytest.mark.parametrize("kind", ["blocks", "precincts", "component", "tile", "no end"])
+def test_jpeg_2000_in_tiny_blocks_is_refused_before_it_is_decoded(kind, tmp_path, no_decoding):
+    data = compressed(uid.JPEG2000Lossless, 12, tmp_path)
+    frame = frame_of(data)
+    cod = frame.index(b"\xff\x52")
+    length = struct.unpack_from(">H", frame, cod + 2)[0]
+    segment = bytearray(frame[cod : cod + 2 + length])
+    part = frame.index(b"\xff\x90")
+    levels = segment[9]
+    if kind == "precincts":
+        segment[4] |= 1
+        segment[2:4] = struct.pack(">H", length + levels + 1)
+        hostile = frame[:cod] + segment + b"\x11" * (levels + 1) + frame[cod + 2 + length :]
+    elif kind == "component":
+        coc = struct.pack(">HHBBBBBBB", 0xFF53, 9, 0, 0, levels, 0, 0, 0, 1)
+        hostile = with_segment(frame, part, coc)
+    elif kind == "no end":
+        # The data of a part that ends before they begin would be looked for for ever.
+        hostile = frame[: part + 6] + struct.pack(">I", 2) + frame[part + 10 :]
+    else:
+        segment[10] = segment[11] = 0
+        changed_segment = bytes(segment)
+        if kind == "tile":
+            (size,) = struct.unpack_from(">I", frame, part + 6)
+            longer = struct.pack(">I", size + len(segment) if size else 0)
+            whole = frame[: part + 6] + longer + frame[part + 10 :]
+            hostile = with_segment(whole, part + 12, changed_segment)
+        else:
+            hostile = frame[:cod] + changed_segment + frame[cod + 2 + length :]
+    with pytest.raises(ContentError, match="JPEG 2000 lossless pixels are damaged"):
+        read(with_frame(data, bytes(hostile)))
+    assert not no_decoding
+
+
 def test_rle_is_unpacked_no_further_than_wanted(tmp_path):
     bomb = bytes([129, 7]) * 10**6  # 128 million bytes
     tracemalloc.start()
