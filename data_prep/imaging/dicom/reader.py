@@ -181,7 +181,7 @@ def _check_kind(dataset: "FileDataset", name: str) -> None:
         raise ContentError(f"{name}: {stored} bits stored in {allocated}, 8 to 16 are read")
     if high != stored - 1:
         raise ContentError(f"{name}: highest bit {high}, {stored - 1} is read; convert it")
-    if str(dataset.get("BurnedInAnnotation", "")).upper() == "YES":
+    if "YES" in str(dataset.get("BurnedInAnnotation", "")).upper():  # it may hold several values
         raise ContentError(
             f"{name}: says that text is burned into its pixels, which may name the patient; blank "
             "the text and mark it BurnedInAnnotation NO, or leave the file out"

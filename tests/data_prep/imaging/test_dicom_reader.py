@@ -110,6 +110,7 @@ def test_read_dicom_takes_a_spacing_that_makes_sense(spacing, expected):
         (_set(BitsStored=7, HighBit=6), "7 bits stored in 16"),
         (_set(HighBit=15), "highest bit 15, 11 is read"),
         (_set(BurnedInAnnotation="YES"), "text is burned into its pixels"),
+        (_set(BurnedInAnnotation=["NO", "YES"]), "text is burned into its pixels"),
         (_set(Rows=3), "12 bytes of pixels, but 3x3 are 18"),
         (_set(Rows=0), "holds no picture"),
         (_set(Rows=60000, Columns=60000), "is 3600000000 pixels, more than 100"),
