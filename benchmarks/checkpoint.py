@@ -10,6 +10,7 @@ which a checkpoint was being stored). Storing goes on beside the steps that foll
 
 import statistics
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -92,6 +93,7 @@ def _measure(
         outbox = session.recorder.outbox
         state = session.restore()
         saved_at: float | None = None
+        has_landed = threading.Event()
         num_steps = 0
         outbox.flush()
         while len(stored) < saves:
@@ -101,7 +103,7 @@ def _measure(
                 now = time.perf_counter()
                 was_busy = saved_at is not None
                 is_first = len(waits) > len(first)
-                if saved_at is not None and not outbox.is_busy:
+                if saved_at is not None and has_landed.is_set():
                     stored.append(now - saved_at)
                     saved_at = None
                 if last is not None and num_steps > 1:
@@ -111,7 +113,8 @@ def _measure(
                     begin = time.perf_counter()
                     session.save(state)
                     waits.append(time.perf_counter() - begin)
-                    saved_at = begin
+                    saved_at, has_landed = begin, threading.Event()
+                    outbox.post(has_landed.set)  # after all that the save has posted
                 last = time.perf_counter()
             state = TrainState(state.learning_rate, epoch=state.epoch + 1, step=state.step)
         outbox.flush()

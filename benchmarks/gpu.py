@@ -141,7 +141,7 @@ class Section:
 
 def devices(section: Section) -> None:
     """Finds what TensorFlow computes on, and the versions of what is below it."""
-    from job.distributed.precision import supports_bfloat16
+    from job.distributed.precision import resolve_precision
     from job.distributed.runtime import import_tensorflow
     from job.distributed.xla import why_not_xla
 
@@ -159,7 +159,7 @@ def devices(section: Section) -> None:
     driver = Path("/proc/driver/nvidia/version")
     section.tell("driver", driver.read_text().splitlines()[0] if driver.exists() else None)
     section.tell("tensor_float_32", tf.config.experimental.tensor_float_32_execution_enabled())
-    section.tell("bfloat16", supports_bfloat16())
+    section.tell("bfloat16", resolve_precision("auto") == "mixed_bfloat16")
     section.tell("why_not_xla", why_not_xla())
 
 

@@ -34,7 +34,7 @@ import numpy as np
 from machine import describe_machine, shown, write_result
 
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
-from job.distributed.precision import supports_bfloat16
+from job.distributed.precision import resolve_precision
 from job.distributed.process_group import Team
 
 WAYS = ("ours", "naive", "reference", "pinned")
@@ -100,7 +100,7 @@ def main(
         network = Network(image_size, precision, num_layers, config, matmul_size=matmul_size)
         print(json.dumps(network.work(way, repeats)))
         return
-    if precision == "mixed_bfloat16" and not supports_bfloat16():
+    if precision == "mixed_bfloat16" and resolve_precision("auto") != precision:
         print("mixed_bfloat16: this machine does not compute it; nothing is measured")
         return
     names = [*ways.split(","), *(["layers"] if layers else [])]

@@ -16,7 +16,6 @@ This module must not know where samples come from, nor how splits are drawn.
 
 import dataclasses
 import hashlib
-import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,8 +40,6 @@ from data_prep.shards.staging import store_at
 from data_prep.splits.names import SPLITS, Split
 from flexunet.errors import ContentError
 from flexunet.storage import Store
-
-logger = logging.getLogger(__name__)
 
 _MEGABYTE = 10**6
 

@@ -54,12 +54,6 @@ def predicting_precision(trained_in: str) -> str:
     return trained_in
 
 
-def supports_bfloat16() -> bool:
-    """Returns whether every device that training would use multiplies bfloat16 natively."""
-    found = native_precision(_capabilities(), cpu_has_bfloat16=_cpu_has_bfloat16())
-    return found == "mixed_bfloat16"
-
-
 def native_precision(gpus: Sequence[tuple[int, int]], *, cpu_has_bfloat16: bool) -> str:
     """Returns the fastest precision that every device computes natively.
 

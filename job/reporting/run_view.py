@@ -35,7 +35,6 @@ class DatasetCard:
 
     table: Table
     splits: Table | FoldedSplits
-    is_folded: bool
     is_leaky: bool
     missing_groups: str | None
 
@@ -78,7 +77,6 @@ def dataset_card(manifest: Manifest | None, folds: str | None) -> DatasetCard | 
     return DatasetCard(
         table=Table(("dataset", ""), rows),
         splits=_splits(manifest, folds),
-        is_folded=folds is not None,
         # Folds are drawn of whole groups, whatever the dataset's own splits share.
         is_leaky=manifest.leaky and folds is None,
         missing_groups=missing_groups(manifest),

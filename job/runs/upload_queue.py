@@ -66,11 +66,6 @@ class Outbox:
         """Whether a call failed for good, those after it are dropped, or the owner failed."""
         return self._failure is not None or self._refusal is not None
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a call is running or waiting."""
-        return bool(self._calls)
-
     def post(self, call: Callable[[], Any], *, is_large: bool = False) -> None:
         """Lets `call` run after those posted before.
 

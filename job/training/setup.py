@@ -7,7 +7,6 @@ from typing import Any
 from flexunet.progress import Alive, not_told
 from job.config import TrainConfig
 from job.data.dataset import Dataset
-from job.data.folds import open_folded
 from job.distributed.process_group import Team
 from job.runs.run import Run
 
@@ -34,11 +33,6 @@ class TrainingSetup:
     run: Run | None
     strategy: Any
     team: Team
-
-    @classmethod
-    def of_one_process(cls, config: TrainConfig, run: Run | None, strategy: Any) -> "TrainingSetup":
-        """Returns the setup of this process alone; opens the dataset of `config`."""
-        return cls(config, open_folded(config), run, strategy, Team(strategy))
 
 
 @dataclass(frozen=True)

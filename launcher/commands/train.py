@@ -24,8 +24,6 @@ from launcher.supervisor import launch, run_url
 
 logger = logging.getLogger(__name__)
 
-_TICK_S = 0.5
-
 
 @click.command(cls=SettingsCommand)
 @click.option(

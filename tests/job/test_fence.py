@@ -15,10 +15,11 @@ from job.config import TrainConfig
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
 from job.training.loop import train_and_evaluate
-from job.training.setup import Callbacks, TrainingSetup
+from job.training.setup import Callbacks
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
 from tests.job.discs import prepare_discs
+from tests.job.setups import one_process_setup
 
 QUICK = LeaseTiming(renew_s=0.05, expire_s=0.2)
 Change = tuple[str, tuple[Any, ...], dict[str, Any]]  # method, arguments, options
@@ -82,7 +83,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Chang
         longer = config.model_copy(update={"epochs": epochs})
         with Run.own(store, by_lease=True, timing=LeaseTiming(0.5, 60)) as run:
             train_and_evaluate(
-                TrainingSetup.of_one_process(longer, run, strategy),
+                one_process_setup(longer, run, strategy),
                 Callbacks(lambda event: None, lambda: False),
             )
     return folder / "runs" / "run", changes

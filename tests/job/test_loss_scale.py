@@ -31,10 +31,11 @@ from job.runs import serialization
 from job.runs.commits import find_commits
 from job.runs.run import Run
 from job.training.loop import train_and_evaluate
-from job.training.setup import Callbacks, TrainingSetup
+from job.training.setup import Callbacks
 from job.training.step import SKIPPED, StepOptions, make_train_step
 from tests.job.discs import prepare_discs
 from tests.job.processes import PROJECT, finish, start_cluster, weights_of
+from tests.job.setups import one_process_setup
 
 SIDE, BATCH = 16, 4
 MODEL = ModelConfig(num_layers=2, base_filters=4, base_kernels=(3, 3), dropout_rate=0.0)
@@ -325,7 +326,7 @@ def config_for(dataset: str, output: Path, **changes: Any) -> TrainConfig:
 def train(config: TrainConfig, strategy: Any) -> dict[str, Any]:
     with Run.open(config.output, str(config.name)) as run:
         return train_and_evaluate(
-            TrainingSetup.of_one_process(config, run, strategy),
+            one_process_setup(config, run, strategy),
             Callbacks(lambda event: None, lambda: False),
         )
 

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from flexunet.errors import UsageError
-from job.distributed.precision import native_precision, resolve_precision, supports_bfloat16
+from job.distributed.precision import native_precision, resolve_precision
 
 # The compute capability of each GPU (none: a CPU), whether the CPU has bfloat16, what auto is.
 PRECISIONS: list[tuple[list[tuple[int, int]], bool, str]] = [
@@ -44,7 +44,6 @@ def test_precision_follows_the_gpus(
     monkeypatch.setattr(tf.config, "list_physical_devices", devices)
     monkeypatch.setattr(tf.config.experimental, "get_device_details", details)
     monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda gpu, grows: None)
-    assert supports_bfloat16() is (expected == "mixed_bfloat16")
     assert resolve_precision("auto") == expected
     # Pixels of 16 bits that are not scaled are beyond float16.
     large = "float32" if expected == "mixed_float16" else expected

@@ -33,9 +33,10 @@ from job.inference.pipeline import infer
 from job.runs.loading import model_for, open_alike, open_trained
 from job.runs.run import Run
 from job.training.loop import train_and_evaluate
-from job.training.setup import Callbacks, TrainingSetup
+from job.training.setup import Callbacks
 from tests import commands
 from tests.job.discs import prepare_discs, write_discs
+from tests.job.setups import one_process_setup
 
 PROJECT = Path(__file__).resolve().parents[2]
 SIDE, TILE = 72, 32  # 72 in steps of at most 24: tiles at 0, 20 and 40
@@ -130,7 +131,7 @@ def test_training_tells_of_every_batch_of_windows(tiled_run: Path, tmp_path: Pat
         told[phases[-1]] = told.get(phases[-1], 0) + 1
 
     with Run.open(str(tmp_path), "again") as run:
-        setup = TrainingSetup.of_one_process(config, run, device)
+        setup = one_process_setup(config, run, device)
         train_and_evaluate(setup, Callbacks(report, lambda: False, alive))
     # 4 rows of 4 windows in batches of 2, for one picture after an epoch; for two of the test
     # split when they are measured, and again when they are shown. The best checkpoint is read in

@@ -33,10 +33,11 @@ from job.runs.lease import LeaseTiming
 from job.runs.run import Run
 from job.runs.status import read_ends, standing
 from job.training.loop import train_and_evaluate
-from job.training.setup import Callbacks, TrainingSetup
+from job.training.setup import Callbacks
 from tests import commands
 from tests.job.discs import prepare_discs
 from tests.job.rival import take_over
+from tests.job.setups import one_process_setup
 
 MODEL = ModelConfig(num_layers=2, base_filters=4, base_kernels=(3, 3), dropout_rate=0.2)
 
@@ -72,7 +73,7 @@ def train(
 
     with Run.open(config.output, str(config.name)) as run:
         outcome = train_and_evaluate(
-            TrainingSetup.of_one_process(config, run, strategy),
+            one_process_setup(config, run, strategy),
             Callbacks(lambda event: events.append(dict(event)), should_stop),
         )
     return outcome, events
@@ -198,7 +199,7 @@ def test_a_stop_during_validation_keeps_the_epoch(
         Run.open(again.output, str(again.name)) as run,
     ):
         train_and_evaluate(
-            TrainingSetup.of_one_process(again, run, one_cpu),
+            one_process_setup(again, run, one_cpu),
             Callbacks(lambda event: None, lambda: next(asked, True)),
         )
     store = open_store(again.output).below(str(again.name))
@@ -267,9 +268,7 @@ def test_a_run_that_is_lost_during_evaluation_ends_as_lost(
         pytest.raises(LockedError, match="has taken the run over"),
         Run.own(store, by_lease=True, timing=LeaseTiming(renew_s=0.05, expire_s=5)) as run,
     ):
-        train_and_evaluate(
-            TrainingSetup.of_one_process(config, run, one_cpu), Callbacks(lose, lambda: False)
-        )
+        train_and_evaluate(one_process_setup(config, run, one_cpu), Callbacks(lose, lambda: False))
 
 
 def test_weights_start_from_another_run(finished: Any, one_cpu: Any, tmp_path: Path) -> None:
