@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 __version__: str  # that of the installed package; pyproject.toml alone says it
+_NOT_INSTALLED = "0+unknown"  # a version of which every other is the later one
 
 # name of the API -> the module that defines it
 _MODULES = {
@@ -51,7 +52,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib import metadata  # takes longer than all the rest
 
-        return metadata.version("flexunet")
+        try:
+            return metadata.version("flexunet")
+        except metadata.PackageNotFoundError:  # `hasattr` and `import *` must not fail by that
+            return _NOT_INSTALLED
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

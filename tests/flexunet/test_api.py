@@ -37,6 +37,19 @@ def test_version_is_written_in_one_place() -> None:
     assert [name for name in others if project["version"] in (PROJECT / name).read_text()] == []
 
 
+def test_a_checkout_that_is_not_installed_has_an_unknown_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def not_installed(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    assert flexunet.__version__ == "0+unknown"
+    names: dict[str, object] = {}
+    exec("from flexunet import *", names)  # noqa: S102
+    assert set(flexunet.__all__) <= set(names)
+
+
 def test_import_is_quick_and_loads_no_library() -> None:
     code = (
         "import sys, time; begin = time.process_time(); import flexunet; "
