@@ -6,7 +6,8 @@ only: Dice and IoU are 0. Sensitivity is undefined where the truth lacks the cla
 where the truth is nothing but the class.
 """
 
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +16,25 @@ Counts: TypeAlias = npt.NDArray[Any]
 Values: TypeAlias = npt.NDArray[np.float64]
 
 
-class Overlap(NamedTuple):
-    """Pixels of a class: true positives, false positives, false negatives; of N cases (N,) each."""
+N = TypeVar("N", int, Counts)
 
-    tp: Any
-    fp: Any
-    fn: Any
 
-    def dice_terms(self) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Overlap(Generic[N]):
+    """Pixels of a class: true positives, false positives, false negatives.
+
+    Of one case a number each, of N cases (N,) each.
+    """
+
+    tp: N
+    fp: N
+    fn: N
+
+    def dice_terms(self) -> tuple[N, N]:
         """Returns what is above and below in Dice; below is 0 where both masks are empty."""
         return 2 * self.tp, 2 * self.tp + self.fp + self.fn
 
-    def iou_terms(self) -> tuple[Any, Any]:
+    def iou_terms(self) -> tuple[N, N]:
         """Returns what is above and below in IoU; below is 0 where both masks are empty."""
         return self.tp, self.tp + self.fp + self.fn
 
@@ -36,16 +44,18 @@ class Overlap(NamedTuple):
         The first four add up to all cases. "missed": in the truth, not one pixel found; more than
         "truth_only", as something may be predicted, but nowhere right.
         """
-        is_true, is_predicted = self.tp + self.fn > 0, self.tp + self.fp > 0
+        # Arrays also of one case: `~` of Python's True is -2.
+        is_true, is_predicted = np.asarray(self.tp + self.fn) > 0, np.asarray(self.tp + self.fp) > 0
+        is_missed = is_true & (np.asarray(self.tp) == 0)
         return {
             "both": int(np.sum(is_true & is_predicted)),
             "neither": int(np.sum(~is_true & ~is_predicted)),
             "truth_only": int(np.sum(is_true & ~is_predicted)),
             "prediction_only": int(np.sum(~is_true & is_predicted)),
-            "missed": int(np.sum((self.tp == 0) & (self.fn > 0))),
+            "missed": int(np.sum(is_missed)),
         }
 
-    def nothing_predicted(self) -> "Overlap":
+    def nothing_predicted(self) -> "Overlap[N]":
         """Returns the pixels of an empty prediction: all that is true is missed."""
         return Overlap(0 * self.tp, 0 * self.fp, self.tp + self.fn)
 
@@ -84,7 +94,8 @@ def scores(counts: Counts) -> dict[str, Values]:
 def all_background(counts: Counts) -> Counts:
     """Returns the counts (..., C, 4) that predicting class 0 everywhere would have given."""
     tp, fp, fn, tn = np.moveaxis(np.asarray(counts), -1, 0)
-    hits, alarms, missed = Overlap(tp, fp, fn).nothing_predicted()
+    nothing = Overlap(tp, fp, fn).nothing_predicted()
+    hits, alarms, missed = nothing.tp, nothing.fp, nothing.fn
     absent = fp + tn
     baseline = np.stack([hits, alarms, missed, absent], axis=-1)
     baseline[..., 0, :] = np.stack([missed, absent, hits, alarms], axis=-1)[..., 0, :]

@@ -36,7 +36,7 @@ from job.metrics.bootstrap import (
     num_contributing,
     ratio,
 )
-from job.metrics.confusion import Overlap, dice, iou
+from job.metrics.confusion import Counts, Overlap, dice, iou
 from job.metrics.lesions import (
     MIN_IOU,
     MIN_PIXELS,
@@ -143,7 +143,8 @@ def nothing_predicted(case: Case) -> Case:
     """Returns what `measure_case` would find with an empty prediction."""
     classes = []
     for each in case.classes:
-        tp, fp, fn = Overlap(each.tp, each.fp, each.fn).nothing_predicted()
+        nothing = Overlap(each.tp, each.fp, each.fn).nothing_predicted()
+        tp, fp, fn = nothing.tp, nothing.fp, nothing.fn
         hd95, nsd = (case.diagonal, 0.0) if fn else (None, None)
         lesions = LesionCounts(each.lesions.num_true, 0, 0, each.lesions.num_specks)
         classes.append(ClassCase(_presence(fn > 0, False), tp, fp, fn, hd95, nsd, lesions))
@@ -244,8 +245,8 @@ def _class_ratios(cases: Sequence[Case], index: int) -> dict[str, Pair]:
     overlap = _overlap(found)
     lesions = [each.lesions for each in found]
     ratios = {
-        "dice_mean": _mean_terms(dice(*overlap)),
-        "iou_mean": _mean_terms(iou(*overlap)),
+        "dice_mean": _mean_terms(dice(overlap.tp, overlap.fp, overlap.fn)),
+        "iou_mean": _mean_terms(iou(overlap.tp, overlap.fp, overlap.fn)),
         "dice_pooled": overlap.dice_terms(),
         "iou_pooled": overlap.iou_terms(),
         "lesion_sensitivity": (
@@ -270,7 +271,7 @@ def _class_ratios(cases: Sequence[Case], index: int) -> dict[str, Pair]:
     return ratios
 
 
-def _overlap(found: Sequence[ClassCase]) -> Overlap:
+def _overlap(found: Sequence[ClassCase]) -> Overlap[Counts]:
     """Returns the pixels of a class in each case, (N,) float64 each."""
     return Overlap(
         tp=np.array([each.tp for each in found], float),

@@ -8,6 +8,7 @@ import pytest
 
 from job.metrics.batch import confusion_counts
 from job.metrics.confusion import (
+    Overlap,
     all_background,
     dice,
     iou,
@@ -35,6 +36,27 @@ def test_scores_of_empty_masks_are_undefined_only_when_both_are_empty() -> None:
     found = sensitivity(tp, fn)
     assert np.isnan(found[[0, 2]]).all()
     assert found[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        ((3, 1, 2), "both"),
+        ((0, 0, 0), "neither"),
+        ((0, 0, 4), "truth_only"),
+        ((0, 5, 0), "prediction_only"),
+    ],
+)
+def test_the_presence_of_one_case_is_that_of_an_array_of_one(
+    pixels: tuple[int, int, int], expected: str
+) -> None:
+    tp, fp, fn = pixels
+    counts = Overlap(tp, fp, fn).presence_counts()
+    arrays = Overlap(np.array([tp]), np.array([fp]), np.array([fn]))
+    assert counts == arrays.presence_counts()
+    assert [name for name in list(counts)[:4] if counts[name]] == [expected]
+    assert sum(counts.values()) - counts["missed"] == 1
+    assert counts["missed"] == (expected == "truth_only")
 
 
 def four_cases() -> np.ndarray[Any, Any]:
