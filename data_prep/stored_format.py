@@ -1,6 +1,6 @@
-"""The format of the stored pictures as the options ask for it, and which few pictures decided it.
+"""Applies the options to the format of the stored pictures, and tells which pictures decided it.
 
-How the full scale is found is decided in `shards/full_scale.py`.
+The format itself is decided in `shards/pixel_format.py`.
 """
 
 import logging
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from data_prep import report
 from data_prep.config import MAX_LISTED, PrepConfig
 from data_prep.imaging.pixels import Target
-from data_prep.shards.full_scale import clipped, common_target, sparing_scale
 from data_prep.shards.items import Scanned
 from data_prep.shards.manifest import FullScaleInfo
+from data_prep.shards.pixel_format import clipped, common_target, sparing_scale
 from flexunet.errors import UsageError
 from flexunet.text import counted, listed
 

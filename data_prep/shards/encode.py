@@ -15,9 +15,9 @@ from data_prep.imaging.breast import frame
 from data_prep.imaging.geometry import Geometry, apply_geometry
 from data_prep.imaging.lost_regions import count_regions
 from data_prep.imaging.tiles import count, cut
-from data_prep.shards.full_scale import full_scales
 from data_prep.shards.items import Item, Layout, Moments, Refused, Scanned, ScanTask
 from data_prep.shards.pair_reader import ReadPair, crcs_of, read_files, read_pair
+from data_prep.shards.pixel_format import full_scales
 from data_prep.shards.records import Sample, encode_example, frame_record, sha256_of_pixels
 from data_prep.shards.staging import Parts, read_index, staged_name, store_at
 from flexunet.errors import ContentError

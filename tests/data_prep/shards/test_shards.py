@@ -12,10 +12,10 @@ import pytest
 from data_prep.imaging.color_map import DEFAULT_CLASSES
 from data_prep.imaging.pixels import Target
 from data_prep.shards.encode import chunked, moments_of, scan_chunk
-from data_prep.shards.full_scale import clipped, common_target
 from data_prep.shards.items import File, Item, Layout, Moments, Refused, ScanTask
 from data_prep.shards.manifest import shard_name
 from data_prep.shards.output import claim_output, remove_state, staging_url
+from data_prep.shards.pixel_format import clipped, common_target
 from data_prep.shards.records import decode_example, sha256_of_pixels, unframe_record
 from data_prep.shards.write import mean_and_std, plan_shards, write_shard
 from flexunet.errors import ContentError, UsageError

@@ -1,4 +1,4 @@
-"""The format of the stored pictures: channels, bit depth and full scale, decided for all of them.
+"""Decides the channels, bit depth and full scale that hold all pictures of a dataset.
 
 Owns which raw value means full intensity where files do not say it. It reads facts alone: it must
 not read or write pictures.
