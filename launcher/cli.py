@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with quiet_interrupts():
             from flexunet.cli.runner import run_command
-            from launcher.commands.flexunet import command
+            from launcher.commands.root import command
 
             return run_command(command, argv, "flexunet")
     except KeyboardInterrupt:

@@ -18,8 +18,8 @@ import pytest
 
 from flexunet.settings import read_yaml, validated
 from job.config import TrainConfig
-from launcher.commands.flexunet import COMMANDS
 from launcher.commands.launch import COMMANDS as LAUNCH_COMMANDS
+from launcher.commands.root import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,18 +10,16 @@ import click
 from flexunet.cli.runner import run_command
 from launcher.commands.group import LazyGroup
 
-_HERE = "launcher.commands"
-
 COMMANDS = {
     "prep": (
-        f"{_HERE}.prep",
+        "launcher.commands.prep",
         "Images and masks into a dataset, by tasks on a Ray cluster.",
     ),
     "train": (
-        f"{_HERE}.train",
+        "launcher.commands.train",
         "Train on the GPUs or CPUs of a Ray cluster, then evaluate.",
     ),
-    "infer": (f"{_HERE}.infer", "Predict masks for a folder of images, on a Ray cluster."),
+    "infer": ("launcher.commands.infer", "Predict masks for a folder of images, on a Ray cluster."),
 }
 
 

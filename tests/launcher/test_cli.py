@@ -20,8 +20,8 @@ from job.config import TrainConfig
 from job.evaluation.pipeline import EvaluateConfig
 from job.inference.options import InferConfig
 from launcher.cli import main
-from launcher.commands.flexunet import COMMANDS, command
 from launcher.commands.launch import COMMANDS as LAUNCH_COMMANDS
+from launcher.commands.root import COMMANDS, command
 
 # By the words that name them; of a group, its members.
 ALL = sorted({*COMMANDS, *(f"launch {name}" for name in LAUNCH_COMMANDS)} - {"launch"})

@@ -1,4 +1,4 @@
-"""The `flexunet` command: one group over the commands of the other rooms.
+"""The `flexunet` command: one group over the commands of all packages.
 
 Knows their names alone; what a command does and takes is in its module.
 """
@@ -7,8 +7,6 @@ import click
 
 from launcher.commands.group import LazyGroup
 
-_HERE = "launcher.commands"
-
 # name -> (module with `command`, line for the list of commands)
 COMMANDS = {
     "prep": ("data_prep.cli", "Images and masks into a dataset of TFRecord shards."),
@@ -16,14 +14,14 @@ COMMANDS = {
     "evaluate": ("job.evaluate", "Evaluate a run on one split of its dataset."),
     "report": ("job.report", "One page about a run: metrics, cases, curves, what failed."),
     "infer": ("job.infer", "Predict masks for a folder of images."),
-    "launch": (f"{_HERE}.launch", "Prepare, train or infer on a Ray cluster."),
+    "launch": ("launcher.commands.launch", "Prepare, train or infer on a Ray cluster."),
     "submit": (
-        f"{_HERE}.submit",
+        "launcher.commands.submit",
         "Hand one of these commands to a Ray cluster, through Ray Jobs.",
     ),
-    "status": (f"{_HERE}.status", "How the submitted jobs are."),
-    "logs": (f"{_HERE}.logs", "What a submitted job has written."),
-    "stop": (f"{_HERE}.stop", "Stop a submitted job, which stores a checkpoint first."),
+    "status": ("launcher.commands.status", "How the submitted jobs are."),
+    "logs": ("launcher.commands.logs", "What a submitted job has written."),
+    "stop": ("launcher.commands.stop", "Stop a submitted job, which stores a checkpoint first."),
     "doctor": ("job.doctor", "What this machine has and lacks."),
 }
 
