@@ -9,10 +9,7 @@ yet is said to be missing.
 
 import functools
 import logging
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flexunet.errors import ContentError, LockedError, StorageError, UsageError
 from flexunet.json_files import evaluate_again, read_json
@@ -37,13 +34,18 @@ from job.reporting.run_view import (
 )
 from job.reporting.view_parts import (
     Table,
-    fold_of,
     missing_groups,
     number,
-    read_manifest,
+    read_dataset_copy,
     read_text,
+    trained_fold,
 )
 from job.runs.layout import CROSS_VALIDATION_NAME, OUTCOME_NAME, RESTORE
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+T = TypeVar("T", bound=str)
 
 REPORT_NAME = "report.html"
 
@@ -104,7 +106,7 @@ def render(store: Store) -> str:
     """Returns the page of the run in `store`; the same files give the same page."""
     summary = read_summary(store)
     outcome = read_json(store, OUTCOME_NAME, RESTORE)
-    manifest, fold = read_manifest(store), fold_of(store)
+    manifest, fold = read_dataset_copy(store), trained_fold(store)
     return _rendered(
         "report.html.j2",
         store,
@@ -130,7 +132,7 @@ def render_folds(store: Store) -> str:
     if summary is None:
         raise ContentError(f"{store.url}/{CROSS_VALIDATION_NAME} is missing; {_POOL_AGAIN}")
     runs = summary["runs"]
-    manifest = read_manifest(store)
+    manifest = read_dataset_copy(store)
     return _rendered(
         "cross_validation.html.j2",
         store,
@@ -166,7 +168,9 @@ def _rendered(template: str, store: Store, **values: Any) -> str:
 
 
 @functools.cache
-def _environment() -> Environment:
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("job.reporting"),
         autoescape=True,
@@ -180,7 +184,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _one_line(text: Markup) -> Markup:
-    """Returns prose with single spaces, however a template breaks its lines."""
+def _one_line(text: T) -> T:
+    """Returns prose, or markup, with single spaces, however a template breaks its lines."""
     parts = text.replace("\n", " ").split(" ")
-    return Markup(" ").join(part for part in parts if part)
+    return type(text)(" ".join(part for part in parts if part))

@@ -81,7 +81,7 @@ def read_config(store: Store) -> dict[str, Any]:
     return {} if text is None else read_yaml(text, join_url(store.url, "config.yaml"))
 
 
-def read_manifest(store: Store) -> Manifest | None:
+def read_dataset_copy(store: Store) -> Manifest | None:
     """Returns the run's copy of its dataset's manifest."""
     data = read_bytes(store, MANIFEST_NAME)
     return None if data is None else parse_manifest(data, join_url(store.url, MANIFEST_NAME))
@@ -101,7 +101,7 @@ def read_text(store: Store, name: str) -> str | None:
     return None if data is None else data.decode(errors="replace")
 
 
-def fold_of(store: Store) -> str | None:
+def trained_fold(store: Store) -> str | None:
     """Returns which fold a run trains, in words; None: the dataset's own splits."""
     config = read_config(store)
     if config.get("fold") is None:
