@@ -44,8 +44,8 @@ def main(
     configure(TrainConfig(global_batch_size=batch_size))
     from job.inference.chunk import Chunk, Predictor, predict_images
     from job.inference.inputs import find_images
-    from job.inference.network import make_probability_step, network_of
     from job.inference.options import InferConfig
+    from job.models.ensemble import make_probability_step, network_of
     from job.runs.loading import model_for
 
     with tempfile.TemporaryDirectory(prefix="flexunet-bench-") as folder:

@@ -254,7 +254,7 @@ def make_evaluator(
     max_images_at_once: int | None = None,
     first_replica: int = 0,
 ) -> Evaluator:
-    """Returns the evaluator of a network, see `job.inference.network.network_of`.
+    """Returns the evaluator of a network, see `job.models.ensemble.network_of`.
 
     Args:
         network: of models that were made in the scope of `strategy`.
@@ -266,7 +266,7 @@ def make_evaluator(
         UsageError: the loss does not fit the dataset's classes, or the overlap its tiles.
     """
     from job.evaluation.steps import make_evaluation_step
-    from job.inference.network import make_probability_step
+    from job.models.ensemble import make_probability_step
 
     manifest = dataset.manifest
     criterion = _criterion(config, manifest)

@@ -93,7 +93,7 @@ def evaluate_run(
     Raises:
         UsageError: no such split, or an ensemble without a place for its evaluation.
     """
-    from job.inference.network import network_of
+    from job.models.ensemble import network_of
 
     settings = resolve_config(run, config)
     split = dataset.split(config.split)

@@ -14,9 +14,9 @@ from job.distributed.replica_sums import (
     reduced,
     seen_by,
 )
-from job.inference.network import Network, predicted_ids
 from job.losses import part_of, replica_sum
 from job.metrics.batch import confusion_counts
+from job.models.ensemble import Network, predicted_ids
 
 
 def make_evaluation_step(

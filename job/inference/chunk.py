@@ -21,10 +21,11 @@ from flexunet.errors import ContentError, StorageError
 from flexunet.process_pool import available_cores, in_order
 from flexunet.storage import Forbidden, NotFound, Store, open_source, open_store
 from job.inference.inputs import OVERLAYS_FOLDER, mask_name, read_any
-from job.inference.options import Flips, InferConfig
+from job.inference.options import InferConfig
 from job.inference.postprocess import Ids, area_scale, class_ids, class_ids_at_source, without_small
 from job.inference.preprocess import to_model_pixels
 from job.inference.sliding_window import Step, Windows, slide
+from job.models.flips import Flips
 from job.runs.loading import Member, TrainedRun, load_model, open_trained
 
 # The longest side of the picture that is kept for the overlay, pixels; no overlay is larger.
@@ -95,7 +96,7 @@ def load_predictor(members: Sequence[Member], flips: Flips, *, needs_gpu: bool) 
     import_tensorflow()
     if needs_gpu:
         require_gpu()
-    from job.inference.network import make_probability_step, network_of
+    from job.models.ensemble import make_probability_step, network_of
 
     runs = [open_trained(member.run) for member in members]
     models = [_model_of(run, member) for run, member in zip(runs, members, strict=True)]

@@ -3,8 +3,7 @@
 from typing import Literal
 
 from flexunet.settings import Settings, option
-
-Flips = Literal["none", "horizontal", "vertical", "both"]
+from job.models.flips import Flips
 
 
 class PredictConfig(Settings):

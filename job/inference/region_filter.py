@@ -22,9 +22,9 @@ from pydantic import Field
 from flexunet.errors import ContentError, UsageError
 from flexunet.settings import Settings, validated
 from flexunet.storage import Store
-from job.inference.options import Flips
 from job.inference.postprocess import Ids
 from job.metrics.lesions import MIN_PIXELS, label_regions
+from job.models.flips import Flips
 from job.runs.loading import Member
 
 FILE_NAME = "small_regions.json"

@@ -11,8 +11,8 @@ from job.distributed.exchange_plan import agreed_plan
 from job.distributed.replica_sums import Criterion
 from job.distributed.xla import uses_xla
 from job.evaluation.evaluator import Evaluator, make_evaluator
-from job.inference.network import network_of
 from job.losses import is_mean
+from job.models.ensemble import network_of
 from job.optimization.loss_scale import loss_scale_for
 from job.optimization.optimizer import Adam
 from job.runs.loading import model_for

@@ -23,9 +23,9 @@ from job.distributed.replica_sums import (
     reduced,
     seen_by,
 )
-from job.inference.network import prepared
 from job.losses import GlobalSum, part_of, replica_sum
 from job.models.dropout import draw_kept, kept_values, sample_keys
+from job.models.ensemble import prepared
 from job.models.normalization import counted_samples
 from job.optimization.optimizer import Adam
 

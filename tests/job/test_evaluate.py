@@ -27,10 +27,10 @@ from job.data.shard_cache import open_reader
 from job.evaluate import main
 from job.evaluation.evaluator import _scales, make_evaluator
 from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
-from job.inference.network import Network, network_of
 from job.inference.options import InferConfig
 from job.inference.pipeline import infer
 from job.metrics.per_case import Scale, nothing_predicted
+from job.models.ensemble import Network, network_of
 from job.optimization.optimizer import Adam
 from job.reporting.html_report import write_report
 from job.runs import serialization
@@ -410,7 +410,7 @@ def seen_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return told
 
-    monkeypatch.setattr("job.inference.network.network_of", watched)
+    monkeypatch.setattr("job.models.ensemble.network_of", watched)
     return sizes
 
 

@@ -18,8 +18,8 @@ from flexunet.settings import merged, validated
 from job.config import LossName, MetricName, ModelConfig, OptimizerConfig, TrainConfig
 from job.data.dataset import Dataset, open_dataset
 from job.distributed.process_group import Team
-from job.inference.network import make_probability_step, network_of
 from job.losses import make_loss
+from job.models.ensemble import make_probability_step, network_of
 from job.training.assembly import open_session
 from job.training.setup import TrainingSetup
 from job.training.state import TrainState

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from job.config import ModelConfig
-from job.inference.network import make_probability_step, network_of, prepared
+from job.models.ensemble import make_probability_step, network_of, prepared
 from job.models.registry import build_model
 
 

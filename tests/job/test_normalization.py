@@ -13,8 +13,8 @@ import job.models.flexunet
 from job.config import ModelConfig, OptimizerConfig
 from job.distributed.replica_sums import Criterion
 from job.evaluation.steps import make_evaluation_step
-from job.inference.network import network_of
 from job.losses import make_loss
+from job.models.ensemble import network_of
 from job.models.normalization import BatchNormalization, GroupNormalization, counted_samples
 from job.models.registry import build_model
 from job.optimization.optimizer import Adam

@@ -31,7 +31,7 @@ from job.data.sampling import (
     dropout_keys,
 )
 from job.data.shard_cache import open_reader
-from job.inference.network import prepared
+from job.models.ensemble import prepared
 from tests.job.batches import BATCH_SIZE, assert_same, batches_of, flip, plan_of
 
 

@@ -18,7 +18,6 @@ from flexunet.storage import open_store
 from job.data.reader import read_sample
 from job.data.shard_cache import open_reader
 from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
-from job.inference.network import make_probability_step, network_of
 from job.inference.options import InferConfig
 from job.inference.pipeline import infer
 from job.inference.postprocess import class_ids, without_small
@@ -29,6 +28,7 @@ from job.inference.region_filter import (
     SmallRegions,
     read_min_pixels,
 )
+from job.models.ensemble import make_probability_step, network_of
 from job.runs.loading import Member, load_model, open_trained
 
 

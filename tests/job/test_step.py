@@ -17,9 +17,9 @@ from job.distributed.exchange_plan import make_plan
 from job.distributed.replica_sums import Criterion
 from job.evaluation.evaluator import make_evaluator
 from job.evaluation.steps import make_evaluation_step
-from job.inference.network import Network, network_of
 from job.losses import is_mean, make_loss
 from job.metrics.batch import RunningSums, reference_metrics
+from job.models.ensemble import Network, network_of
 from job.models.registry import build_model
 from job.optimization.optimizer import Adam
 from job.training.step import StepOptions, make_train_step

@@ -27,9 +27,9 @@ from job.evaluate import main as evaluate_main
 from job.evaluation.evaluator import make_evaluator
 from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
 from job.infer import main as infer_main
-from job.inference.network import network_of
 from job.inference.options import InferConfig
 from job.inference.pipeline import infer
+from job.models.ensemble import network_of
 from job.runs.loading import model_for, open_alike, open_trained
 from job.runs.run import Run
 from job.training.loop import train_and_evaluate

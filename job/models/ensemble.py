@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from job.inference.options import Flips
+from job.models.flips import Flips, mirrored_axes
 
 Network = Callable[[tf.Tensor], tf.Tensor]  # stored pixels (B, H, W, C) -> logits (B, H, W, K)
 
@@ -16,10 +16,7 @@ def network_of(models: Sequence[keras.Model], flips: Flips = "none") -> Network:
 
     Its probabilities are the mean of theirs; one model without flips is what it always was.
     """
-    axes = {"none": [], "horizontal": [2], "vertical": [1], "both": [2, 1]}[flips]
-    mirrored: list[list[int]] = [[]]
-    for axis in axes:
-        mirrored += [[*each, axis] for each in mirrored]
+    mirrored = mirrored_axes(flips)
 
     def logits_of(model: keras.Model, images: tf.Tensor, turned: list[int]) -> tf.Tensor:
         if not turned:
