@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from data_prep import report
-from data_prep.config import PrepConfig, read_text
+from data_prep.config import PrepConfig
 from data_prep.intake import sources_of
 from data_prep.pipeline import prepare
 from data_prep.shards.manifest import Manifest
@@ -23,7 +23,7 @@ from flexunet.cli.options import PATH, SettingsCommand, given, settings_options
 from flexunet.cli.runner import run_command
 from flexunet.errors import UsageError
 from flexunet.process_pool import OpenWorkers
-from flexunet.settings import merged, read_yaml, validated
+from flexunet.settings import merged, read_text, read_yaml, validated
 from flexunet.storage import Store, open_store
 
 _COUNTS_WIDTH = 84  # columns of a terminal

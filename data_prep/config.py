@@ -10,7 +10,6 @@ from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS
 from data_prep.imaging.color_map import check_ignore_id, parse_color_map
 from data_prep.imaging.dicom.reader import Reader
 from data_prep.sources import inbreast
-from flexunet.errors import UsageError
 from flexunet.settings import Settings, option
 
 MAX_LISTED = 5  # names that a message lists
@@ -238,16 +237,3 @@ def identity_of(config: PrepConfig) -> dict[str, Any]:
     if config.full_scale is None:
         del values["full_scale"]  # as before there was such an option
     return values
-
-
-def read_text(path: str, flag: str) -> str:
-    """Returns the text of the file that the option `flag` names.
-
-    Raises:
-        UsageError: it cannot be read, or is no text.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{flag} {path}: cannot be read ({error}); give a text file") from error

@@ -10,13 +10,14 @@ import logging
 import os
 from collections.abc import Sequence
 
-from data_prep.config import PrepConfig, read_text
+from data_prep.config import PrepConfig
 from data_prep.hidden_names import dataset_name, hidden, hidden_name, without_name
 from data_prep.shards.items import File, Item
 from data_prep.sources import inbreast
 from data_prep.sources.pairs import Pair, Reject, Source, find_pairs, find_sources
 from data_prep.splits import groups
 from flexunet.errors import ContentError, StorageError, UsageError
+from flexunet.settings import read_text
 from flexunet.storage import Store, folder_problem, join_url, lies_in, open_source, open_store
 from flexunet.text import counted, legible
 

@@ -156,6 +156,24 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     return values
 
 
+def read_text(path: str, flag: str | None = None) -> str:
+    """Returns the text of a file that an option names.
+
+    Args:
+        flag: the option, named in the error; None: the file is the command's config.
+
+    Raises:
+        UsageError: it cannot be read, or is no text.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        if flag is None:
+            raise UsageError(f"{path}: config file cannot be read: {error}") from error
+        raise UsageError(f"{flag} {path}: cannot be read ({error}); give a text file") from error
+
+
 def write_yaml(settings: Settings) -> str:
     """Returns the YAML text of `settings`, every field written out."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)

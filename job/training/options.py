@@ -9,7 +9,7 @@ from typing import Any
 
 from flexunet.errors import UsageError
 from flexunet.json_files import read_json
-from flexunet.settings import flag_of, merged, read_yaml, validated
+from flexunet.settings import flag_of, merged, read_text, read_yaml, validated
 from flexunet.storage import NotFound, Store, join_url, open_store
 from job.config import (
     PRESET_KEYS,
@@ -20,7 +20,7 @@ from job.config import (
     stored_options,
 )
 from job.data.folds import fold_configs, is_cross_validation
-from job.runs.layout import CROSS_VALIDATION_NAME, IDENTITY_NAME, RESTORE
+from job.runs.layout import CROSS_VALIDATION_NAME, IDENTITY_NAME, RESTORE, run_url
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def resolve_config(
         return _resolve_reference(options, file, prep_options or {})
     if prep_options:
         raise _nothing_to_prepare(prep_options)
-    values = read_yaml(_read_text(file), file) if file else {}
+    values = read_yaml(read_text(file), file) if file else {}
     if file is not None:
         _check_preset(options, values, file)
     config = _resolved(
@@ -102,8 +102,7 @@ def _resolved(
         if key not in given_keys and value != defaults[key]
     ]
     if own:
-        url = join_url(config.output, name)
-        logger.info("%s goes on as it was begun: %s", url, ", ".join(own))
+        logger.info("%s goes on as it was begun: %s", run_url(config), ", ".join(own))
     return config
 
 
@@ -233,11 +232,3 @@ def run_name(url: str) -> str:
     last = url.rstrip("/").rsplit("/", 1)[-1].lower()
     name = re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:47].rstrip("-")
     return name if re.match(r"[a-z]", name) else f"run-{name}"[:47].rstrip("-")
-
-
-def _read_text(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: config file cannot be read: {error}") from error
