@@ -18,6 +18,7 @@ from job.distributed.rendezvous import Place, place_from_environment
 from job.reporting.fold_tables import show_folds
 from job.reporting.html_report import REPORT_NAME, read_summary, write_report
 from job.reporting.terminal import show_summary
+from job.runs.layout import run_url
 from job.training.cross_validation import cross_validate, own_process
 from job.training.options import resolve_config
 from job.training.process import run_in_cluster, run_local, stop_signals
@@ -69,7 +70,7 @@ def command(
     outcome = run_in_cluster(config, place) if place else run_local(config)
     if place and place.rank > 0:
         return 0
-    show_end(outcome, join_url(config.output, str(config.name)))
+    show_end(outcome, run_url(config))
     return 0
 
 
@@ -97,7 +98,7 @@ def _cross_validate(config: TrainConfig, place: Place | None) -> int:
         code = cross_validate(config, own_process("job.train", "--local"), 1, should_stop)
     if code == 0:
         show_folds(config)
-        url = join_url(config.output, str(config.name))
+        url = run_url(config)
         click.echo(f"report: {write_report(open_store(url))}")
     return code
 

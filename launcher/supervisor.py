@@ -22,6 +22,7 @@ from job.models.compatibility import check_fit
 from job.reporting.display import Display
 from job.reporting.html_report import renew_report
 from job.runs.commits import find_commits
+from job.runs.layout import run_url
 from job.runs.provenance import check_origin
 from job.runs.run import Run
 from job.training.loop import earlier_outcome
@@ -231,8 +232,3 @@ def _newest_commit(config: TrainConfig) -> Any:
 
 def _stacks(config: TrainConfig) -> set[str]:
     return {stat.name for stat in open_store(run_url(config)).list(f"{STACKS_FOLDER}/")}
-
-
-def run_url(config: TrainConfig) -> str:
-    """Returns the URL of the run's folder."""
-    return join_url(config.output, str(config.name))

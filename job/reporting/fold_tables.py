@@ -4,11 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexunet.storage import join_url, open_store
+from flexunet.storage import open_store
 from job.config import TrainConfig
 from job.reporting.phrases import lesion_words, measure_rows, size_notes, titled_sizes
 from job.reporting.terminal import measures_table
-from job.runs.layout import CROSS_VALIDATION_NAME
+from job.runs.layout import CROSS_VALIDATION_NAME, run_url
 
 _FOLDS_BESIDE = 4  # of a table that fits 80 columns
 
@@ -17,7 +17,7 @@ def show_folds(config: TrainConfig) -> None:
     """Prints the measures of every fold and of all of them together."""
     from rich.console import Console
 
-    url = join_url(config.output, str(config.name))
+    url = run_url(config)
     summary = json.loads(open_store(url).get(CROSS_VALIDATION_NAME))
     console = Console()
     sizes = titled_sizes(summary["sizes"])

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from flexunet.errors import ContentError
 from flexunet.settings import Settings
-from flexunet.storage import NotFound, Stat, Store
+from flexunet.storage import NotFound, Stat, Store, join_url
+from job.config import TrainConfig
 
 LEASE_NAME = "lease.json"
 LOCK_NAME = ".lock"
@@ -33,6 +34,11 @@ class Place:
     attempt: int
     step: int
     prefix: str = field(compare=False)
+
+
+def run_url(config: TrainConfig) -> str:
+    """Returns the URL of the folder of the run, or of the cross-validation, that `config` is of."""
+    return join_url(config.output, str(config.name))
 
 
 def commit_prefix(step: int, attempt: int) -> str:

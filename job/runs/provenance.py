@@ -20,13 +20,13 @@ from typing import Literal
 from data_prep.shards.sample_table import read_samples
 from flexunet.errors import FlexUNetError, UsageError
 from flexunet.json_files import read_json
-from flexunet.storage import Store, join_url, open_store
+from flexunet.storage import Store, open_store
 from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.data.folds import evaluated_words, open_folded
 from job.models.compatibility import image_shape, num_outputs
 from job.runs.commits import find_commits
-from job.runs.layout import ORIGIN_NAME, RESTORE
+from job.runs.layout import ORIGIN_NAME, RESTORE, run_url
 from job.runs.loading import WEIGHT_FILES, TrainedRun, open_trained
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
         UsageError: the weights have seen its cases, are a run that is not there, or of another
             network.
     """
-    store = open_store(join_url(config.output, str(config.name)))
+    store = open_store(run_url(config))
     if config.init_from is None or find_commits(store):
         return
     source = None

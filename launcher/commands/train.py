@@ -11,8 +11,10 @@ import click
 from flexunet.cli.options import PATH, SettingsCommand, from_options, given, settings_options
 from flexunet.storage import open_store
 from job.config import TrainConfig
+from job.data.folds import is_cross_validation
 from job.reporting.fold_tables import show_folds
 from job.reporting.html_report import write_report
+from job.runs.layout import run_url
 from job.train import prep_flags, show_end
 from job.training.cross_validation import cross_validate, own_process
 from job.training.options import resolve_config
@@ -20,7 +22,7 @@ from job.training.process import stop_signals
 from launcher.cluster.connection import connected
 from launcher.cluster.resources import places, require_places, widest
 from launcher.config import LaunchConfig
-from launcher.supervisor import launch, run_url
+from launcher.supervisor import launch
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def command(file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any)
     settings = from_options(LaunchConfig, where)
     prep_options = {name: True for name, is_given in flags.items() if is_given}
     config = resolve_config(given(options), file, prep_options)
-    if config.folds is not None and config.fold is None:
+    if is_cross_validation(config):
         return _cross_validate(config, settings)
     show_end(launch(config, settings), run_url(config))
     return 0
