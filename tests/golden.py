@@ -8,9 +8,10 @@ in a git worktree of its own and the working tree, uncommitted changes included,
 later edits do not reach. Only the command line is used, so modules may move. Every process, those
 that commands start and Ray's workers too, notes whose packages it imports: they must be its side's.
 
-A line for each item says whether its exit code, output and files are equal. The exit code is 1
-where one is not, 2 where nothing can be compared. What changes from run to run, and why, is in
-LEFT_OUT and VARYING of golden_outcomes.py; the commands are in golden.toml.
+A line for each item says whether its exit code, output and files are equal, and a last one which
+files only one side has left beside them. The exit code is 1 where something differs, 2 where
+nothing can be compared; an item that BASE does not know yet differs. What changes from run to run,
+and why, is in LEFT_OUT and VARYING of golden_outcomes.py; the commands are in golden.toml.
 
 PATTERN is a regular expression: --only '^(?!.*Ray)' leaves out the items of Ray, --only mistake
 takes those of wrong use; what these need runs as well, but is not compared. With --cache the
@@ -38,7 +39,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from golden_outcomes import SECONDS, SHOWN_WIDTH, WITNESS, Item, Outcome, Runner, Side, differences
+from golden_outcomes import (
+    SECONDS,
+    WITNESS,
+    Item,
+    Outcome,
+    Runner,
+    Side,
+    differences,
+    invalid,
+    strays,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".toml")
@@ -57,10 +68,13 @@ def read_items() -> list[Item]:
     for name, fields in table["items"].items():
         if "{mammograms}" not in fields["command"] or MAMMOGRAMS.exists():
             found.append(Item(name, **fields | {"command": fields["command"].format(**words)}))
-    found += [
-        Item(f"mistake: {name}", command.format(**words, out=f"out-{number}"), fails=True)
-        for number, (name, command) in enumerate(table["mistakes"].items())
-    ]
+    mistakes = (
+        (int(code), *each) for code, group in table["mistakes"].items() for each in group.items()
+    )
+    for number, (code, name, command) in enumerate(mistakes):
+        made = f"out-{number}"  # what it leaves behind is compared, too
+        command = command.format(**words, out=made)
+        found.append(Item(f"mistake: {name}", command, made if made in command else "", code=code))
     makers = {item.made: item.name for item in found if item.made}
     return [with_makers(item, makers) for item in found]
 
@@ -153,14 +167,6 @@ def finished(tasks: dict[tuple[str, str], Future[Any]], names: Sequence[str]) ->
             yield name
 
 
-def invalid(item: Item, base: Outcome) -> list[str]:
-    """Returns lines that say why an outcome of BASE is none to compare with; none: it is."""
-    lines = [f"of BASE: {base['imports']}"] if base["imports"] else []
-    if (base["exit code"] != "0") != item.fails:
-        lines.append(f"of BASE: exit code {base['exit code']}: {base['stderr'][-SHOWN_WIDTH:]}")
-    return lines
-
-
 def compare(items: Sequence[Item], names: Sequence[str], sides: Mapping[str, Side],
             known: dict[str, Outcome], runner: Runner) -> int:  # fmt: skip
     """Runs and compares the items of these names, adds to the known outcomes of BASE.
@@ -184,6 +190,13 @@ def compare(items: Sequence[Item], names: Sequence[str], sides: Mapping[str, Sid
                 seconds = f"{'known' if is_known else base[SECONDS] + ' s'} + {head[SECONDS]} s"
                 say(f"{'DIFFERENT' if lines else 'equal    '}  {name}  ({seconds})")
                 say(*(f"    {line}" for line in lines))
+            if plan["base"] == plan["head"]:  # else one side has done more
+                inputs = tomllib.loads(TABLE.read_text())["inputs"]
+                made = [*inputs, *(item.made for item in items if item.made)]
+                beside = [strays(side.work, made) for side in sides.values()]
+                lines = [f"{name}: on one side only" for name in sorted(beside[0] ^ beside[1])]
+                num_different += bool(lines)
+                say(*(f"DIFFERENT  {line}" for line in lines))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             runner.give_up()

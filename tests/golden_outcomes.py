@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,11 +26,20 @@ LEFT_OUT = {
     "*.lock": "host and process of the run's owner",
     "*lease.json": "host, process and random id of the run's owner",
     "*throughput.csv": "images per second",
+    "*prep-state/scan-*.bin": "named after the path and the time of the source",
 }
+# Tags beside which a browser shows no blanks; beside `<b>` or `<a>` it does, and in `<pre>`.
+_BLOCKS = (
+    "html|head|meta|title|style|body|section|div|p|h[1-6]|ul|ol|li|table|thead|tbody|tr|th|td"
+    "|figure|figcaption"
+)
 # Of the text of these files (or streams): what is replaced, by what, and why.
 VARYING = (
     ("*.html", "(<td>commit</td><td>)[^<]*", r"\1?", "the commit is what is compared"),
-    ("*.html", r"\s*(<[^>]*>)\s*", r"\1", "a template breaks lines where a browser shows none"),
+    (
+        *("*.html", rf"\s*(</?(?:{_BLOCKS})\b[^>]*>|<pre\b[\s\S]*?</pre>)\s*", r"\1"),
+        "a template breaks lines where a browser shows none",
+    ),
     ("*.html", "&#x27;|&#39;", "'", "quotes are escaped by name or by number"),
     ("*.html", "&quot;|&#34;", '"', "likewise"),
     ("*environment.json", r'"commit": [^,]*', '"commit": ?', "the commit is what is compared"),
@@ -75,7 +84,7 @@ class Item:
         made: the file or folder that it makes; empty: it makes none.
         after: names of the items that must have run before.
         processes: how many have to import the project, at least.
-        fails: it is a mistake, and its exit code is not 0.
+        code: the exit code that it must have; that of a mistake is not 0.
     """
 
     name: str
@@ -83,7 +92,7 @@ class Item:
     made: str = ""
     after: tuple[str, ...] = ()
     processes: int = 1
-    fails: bool = False
+    code: int = 0
 
 
 @dataclass(frozen=True)
@@ -222,6 +231,25 @@ def normalised(name: str, text: str, side: Side) -> str:
         if fnmatch.fnmatch(name, pattern):
             text = re.sub(found, replacement, text)
     return text
+
+
+def invalid(item: Item, base: Outcome) -> list[str]:
+    """Returns lines that say why an outcome of BASE is none to compare with; none: it is."""
+    lines = [f"of BASE: {base['imports']}"] if base["imports"] else []
+    if base["exit code"] != str(item.code):
+        shown = f"exit code {base['exit code']}, not {item.code}: {base['stderr'][-SHOWN_WIDTH:]}"
+        lines.append(f"of BASE: {shown}")
+    if "Traceback" in base["stderr"]:  # equal ones are no answer to a mistake
+        lines.append("of BASE: a traceback in stderr")
+    return lines
+
+
+def strays(folder: Path, made: Iterable[str]) -> set[str]:
+    """Returns the files of a side's folder that are none, or in none, of `made`."""
+    known = {folder / name for name in made}
+    files = (each for each in folder.rglob("*") if each.is_file())
+    found = (each for each in files if not known & {each, *each.parents})
+    return {str(each.relative_to(folder)) for each in found}
 
 
 def lines_of(text: str) -> list[str]:

@@ -3,11 +3,21 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.golden_outcomes import Item, Side, differences, import_problem, normalised
+from flexunet.errors import EXIT_CODES
+from tests.golden_outcomes import (
+    Item,
+    Side,
+    differences,
+    import_problem,
+    invalid,
+    normalised,
+    strays,
+)
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -56,6 +66,40 @@ def test_normalised_takes_away_no_more_than_it_says() -> None:
     text = "/work/base/data: 3 images\nencoding: 3/3 images, 17.3 images/s\n"
     assert normalised("stderr", text, side) == "<work>/data: 3 images\n"
     assert normalised("table.csv", text, side) == text.replace("/work/base", "<work>")
+
+
+def test_blanks_count_beside_inline_tags_and_in_verbatim_text() -> None:
+    side = Side(Path("/trees/base"), Path("/work/base"))
+
+    def shown(text: str) -> str:
+        return normalised("report.html", text, side)
+
+    assert shown("<tr>\n  <td> 1 </td>\n</tr>\n<p>a") == shown("<tr><td>1</td></tr> <p>a")
+    assert shown("<p>Dice <b>0.9</b> over") != shown("<p>Dice<b>0.9</b>over")
+    assert shown("<pre>\n a: 1</pre>\n") == shown("<pre>\n a: 1</pre>") != shown("<pre>a: 1</pre>")
+
+
+def test_a_mistake_is_answered_with_its_exit_code_and_without_a_traceback() -> None:
+    item = Item("mistake: no source", "flexunet prep nowhere out", code=2)
+    answer = {"exit code": "2", "stderr": "no such folder", "imports": ""}
+    assert invalid(item, answer) == []
+    assert invalid(item, answer | {"exit code": "3"}) == [
+        "of BASE: exit code 3, not 2: no such folder"
+    ]
+    traceback = "Traceback (most recent call last):\n"
+    assert invalid(item, answer | {"stderr": traceback}) == ["of BASE: a traceback in stderr"]
+
+
+def test_files_that_no_item_makes_are_found(tmp_path: Path) -> None:
+    for name in ("data/a/b.txt", "wrong.yaml", "beside.txt", "data-2/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert strays(tmp_path, ["data", "wrong.yaml"]) == {"beside.txt", "data-2/c.txt"}
+
+
+def test_every_mistake_has_an_exit_code_that_is_documented() -> None:
+    mistakes = tomllib.loads((FOLDER / "golden.toml").read_text())["mistakes"]
+    assert {int(code) for code in mistakes} <= set(EXIT_CODES) - {0}
 
 
 def test_code_of_another_tree_is_a_problem(tmp_path: Path) -> None:
