@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from flexunet.errors import LockedError
 from flexunet.storage import LocalStore, Stat, Store, open_store
+from flexunet.storage.names import TEMPORARY
 from job.config import TrainConfig
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
@@ -59,10 +60,13 @@ class RecordingStore(LocalStore):
 
 
 def digest_of(folder: Path) -> str:
-    """Returns a digest of all names and bytes but those of the lease."""
+    """Returns a digest of all names and bytes but the lease's, which is renewed meanwhile."""
     value = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in ("lease.json", ".flexunet-lock"):
+        is_of_lease = path.name in ("lease.json", ".flexunet-lock") or (
+            path.parent == folder and path.name.startswith(TEMPORARY)
+        )
+        if path.is_file() and not is_of_lease:
             value.update(str(path).encode() + path.read_bytes())
     return value.hexdigest()
 
