@@ -20,15 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from tests.fork_server import NUM_FILES
-
 PROJECT = Path(__file__).resolve().parents[1]
 
 SERVER_VARIABLE = "FLEXUNET_FORK_SERVER"  # folder of the server's socket, and whose it is
 _START_TIMEOUT_S = 120.0
 _NUM_SERVERS = 2
 _calls = itertools.count()
-_STREAMS = ("stdin", "stdout", "stderr")
+_OUTPUTS = ("stdout", "stderr")
 
 
 def run(
@@ -62,7 +60,7 @@ def start(
     environment: Mapping[str, str] | None = None,
 ) -> "Process":
     """Starts `python -m WORDS`, as `subprocess.Popen` with pipes for stdout and stderr."""
-    pipes = [os.pipe() for _ in _STREAMS[1:]]
+    pipes = [os.pipe() for _ in _OUTPUTS]
     with open(os.devnull, "rb") as nothing:
         theirs = [nothing.fileno(), *(write for _, write in pipes)]
         connection = _connected()
@@ -74,7 +72,7 @@ def start(
         }
         data = json.dumps(request).encode()
         connection.sendall(len(data).to_bytes(4, "big"))
-        socket.send_fds(connection, [data[:1]], theirs[:NUM_FILES])
+        socket.send_fds(connection, [data[:1]], theirs)
         connection.sendall(data[1:])
     for _, write in pipes:
         os.close(write)
@@ -125,7 +123,7 @@ class Process:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Returns what it writes to stdout and stderr until its end."""
-        found: dict[str, bytes] = dict.fromkeys(_STREAMS[1:], b"")
+        found: dict[str, bytes] = dict.fromkeys(_OUTPUTS, b"")
         deadline = None if timeout is None else time.monotonic() + timeout
         with selectors.DefaultSelector() as selector:
             for name in found:

@@ -112,6 +112,14 @@ def test_an_outage_beyond_the_budget_ends_the_deliveries() -> None:
     assert done == []
 
 
+def break_off_at_the_end(box: Outbox) -> None:
+    """Moves bytes for longer than the budget of these tests, and fails then."""
+    for _ in range(6):
+        time.sleep(0.1)
+        box.moved()
+    raise Unavailable("broken off at its end")
+
+
 def test_a_long_call_whose_bytes_moved_until_it_failed_is_repeated() -> None:
     """The budget is for an outage, and not for a slow line."""
     tries = []
@@ -119,10 +127,7 @@ def test_a_long_call_whose_bytes_moved_until_it_failed_is_repeated() -> None:
     def call() -> None:
         tries.append(1)
         if len(tries) == 1:
-            for _ in range(6):
-                time.sleep(0.1)
-                box.moved()
-            raise Unavailable("broken off at its end")
+            break_off_at_the_end(box)
 
     with Outbox(budget_s=0.3) as box:
         box.post(call)
@@ -138,10 +143,7 @@ def test_time_in_which_bytes_move_is_no_outage_in_whatever_try() -> None:
         if len(tries) == 1:
             raise Unavailable("a short outage")
         if len(tries) == 2:
-            for _ in range(6):
-                time.sleep(0.1)
-                box.moved()
-            raise Unavailable("broken off at its end")
+            break_off_at_the_end(box)
 
     with Outbox(budget_s=0.3) as box:
         box.post(call)
