@@ -89,8 +89,8 @@ def _measure(
     idle: list[float] = []
     busy: list[float] = []
     with open_session(TrainingSetup(config, dataset, run, strategy, Team(strategy))) as session:
-        assert session.recorder is not None
-        outbox = session.recorder.outbox
+        assert session.run_writer is not None
+        outbox = session.run_writer.outbox
         state = session.restore()
         saved_at: float | None = None
         has_landed = threading.Event()

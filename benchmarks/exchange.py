@@ -198,7 +198,7 @@ def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
         plan = None
         if used is strategy:
             ratio = measured_flops_per_byte(strategy, model.compute_dtype)
-            told["flops_per_byte"] = Team(strategy, place).on_first(lambda ratio=ratio: ratio)
+            told["flops_per_byte"] = Team(strategy, place).run_on_primary(lambda ratio=ratio: ratio)
             plan = make_plan(
                 model, batch_size=batch_size, num_replicas=num_workers,
                 flops_per_byte=told["flops_per_byte"],

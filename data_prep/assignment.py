@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from data_prep.config import MAX_LISTED, PrepConfig
 from data_prep.imaging.color_map import parse_color_map
-from data_prep.shards.items import Scanned
+from data_prep.shards.items import EncodedSample
 from data_prep.splits.leaks import classes_missing, find_leaks
 from data_prep.splits.names import SPLITS
 from data_prep.splits.split import assign_folds, assign_splits
@@ -32,7 +32,7 @@ class Assignment:
     is_leaky: bool
 
 
-def assign(samples: Sequence[Scanned], config: PrepConfig) -> Assignment:
+def assign(samples: Sequence[EncodedSample], config: PrepConfig) -> Assignment:
     """Returns where each sample goes: its ready-made split, or one that is drawn.
 
     Raises:
@@ -52,7 +52,9 @@ def assign(samples: Sequence[Scanned], config: PrepConfig) -> Assignment:
         ) from error
 
 
-def _divided(samples: Sequence[Scanned], groups: dict[str, str], config: PrepConfig) -> Assignment:
+def _divided(
+    samples: Sequence[EncodedSample], groups: dict[str, str], config: PrepConfig
+) -> Assignment:
     if samples[0].split is None:
         fractions: dict[str, float] = dict(zip(SPLITS, config.fractions, strict=True))
         splits = assign_splits(groups, fractions=fractions, seed=config.seed)
@@ -68,7 +70,7 @@ def _divided(samples: Sequence[Scanned], groups: dict[str, str], config: PrepCon
     return Assignment(groups, splits, folds, is_leaky)
 
 
-def _tell_blank(samples: Sequence[Scanned]) -> None:
+def _tell_blank(samples: Sequence[EncodedSample]) -> None:
     blank = {sample.picture: sample.filename for sample in samples if sample.is_blank}
     if blank:
         logger.warning(
@@ -91,7 +93,7 @@ def _warn_of_small_splits(groups: Mapping[str, str], splits: Mapping[str, str]) 
 
 
 def warn_of_missing_classes(
-    samples: Sequence[Scanned], assignment: Assignment, config: PrepConfig
+    samples: Sequence[EncodedSample], assignment: Assignment, config: PrepConfig
 ) -> None:
     """Warns of every split and fold in which a class has no pixel."""
     names = [each.name for each in parse_color_map(config.classes)]
@@ -105,7 +107,7 @@ def warn_of_missing_classes(
         logger.warning("%s", line)
 
 
-def _joined_groups(samples: Sequence[Scanned]) -> tuple[dict[str, str], list[str]]:
+def _joined_groups(samples: Sequence[EncodedSample]) -> tuple[dict[str, str], list[str]]:
     """Returns the group of each id, and which were joined: groups that hold the same picture.
 
     A picture that was filed twice would otherwise be trained on and tested with. A blank one says
@@ -138,7 +140,7 @@ def _joined_groups(samples: Sequence[Scanned]) -> tuple[dict[str, str], list[str
     return {sample.id: root(sample.group) for sample in samples}, joined
 
 
-def _check_leaks(samples: Sequence[Scanned], config: PrepConfig) -> bool:
+def _check_leaks(samples: Sequence[EncodedSample], config: PrepConfig) -> bool:
     """Returns whether the ready-made splits leak; that is an error unless it is allowed."""
     pictures = {s.picture: s for s in samples}.values()
     leaks = find_leaks(

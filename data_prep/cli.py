@@ -24,7 +24,7 @@ from flexunet.cli.runner import run_command
 from flexunet.errors import UsageError
 from flexunet.process_pool import OpenWorkers
 from flexunet.settings import merged, read_text, read_yaml, validated
-from flexunet.storage import Store, open_store
+from flexunet.storage import ObjectStore, open_store
 
 _COUNTS_WIDTH = 84  # columns of a terminal
 _LOG_WIDTH = 80  # likewise, where there is none
@@ -109,7 +109,7 @@ def _print_summary(manifest: Manifest, url: str) -> None:
     console.print(f"report: {url}/{report.STATISTICS_NAME}", markup=False, highlight=False)
 
 
-def _print_counts(store: Store) -> None:
+def _print_counts(store: ObjectStore) -> None:
     """Prints what the release holds beside what was published of it."""
     from rich.console import Console
     from rich.table import Table

@@ -18,7 +18,14 @@ from data_prep.sources.pairs import Pair, Reject, Source, find_pairs, find_sourc
 from data_prep.splits import groups
 from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.settings import read_text
-from flexunet.storage import Store, folder_problem, join_url, lies_in, open_source, open_store
+from flexunet.storage import (
+    ObjectStore,
+    folder_problem,
+    is_subpath,
+    join_url,
+    open_source,
+    open_store,
+)
 from flexunet.text import counted, legible
 
 logger = logging.getLogger(__name__)
@@ -63,7 +70,7 @@ def sources_of(source: str, config: PrepConfig) -> tuple[Source, ...]:
 
 
 def intake_of(
-    sources: Sequence[Source], output: Store, config: PrepConfig, *, has_options: bool
+    sources: Sequence[Source], output: ObjectStore, config: PrepConfig, *, has_options: bool
 ) -> Intake:
     """Returns the items of `sources`, sorted by id, and what is refused of them.
 
@@ -87,10 +94,10 @@ def intake_of(
     )
 
 
-def _refuse_overlap(store: Store, sources: Sequence[Source]) -> None:
+def _refuse_overlap(store: ObjectStore, sources: Sequence[Source]) -> None:
     for source in sources:
         for url in (source.images, source.masks):
-            if lies_in(store, open_store(url)):
+            if is_subpath(store, open_store(url)):
                 raise UsageError(
                     f"{store.url}: the output lies in the source folder {url}; choose another"
                 )

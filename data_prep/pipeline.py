@@ -16,7 +16,7 @@ from data_prep.imaging.color_map import parse_color_map
 from data_prep.intake import Intake, intake_of, source_digest
 from data_prep.report_files import write_clipped, write_counts, write_report
 from data_prep.shards.encode import chunked, scan_chunk
-from data_prep.shards.items import Item, Layout, Refused, Scanned, ScanTask
+from data_prep.shards.items import EncodedSample, Item, Layout, RejectedPair, ScanTask
 from data_prep.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data_prep.shards.output import (
     STATE_PREFIX,
@@ -36,7 +36,7 @@ from data_prep.summary import Contents, manifest_of, warn_of_vanished
 from flexunet.errors import ContentError, UsageError
 from flexunet.process_pool import OpenWorkers, Workers, available_cores, local_workers
 from flexunet.progress import Progress
-from flexunet.storage import Store, is_file, open_store, probe_writable
+from flexunet.storage import ObjectStore, is_file, open_store, probe_writable
 from flexunet.text import counted, listed
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _processes(config: PrepConfig, num_items: int) -> OpenWorkers:
 class _Work:
     """What every step needs."""
 
-    store: Store
+    store: ObjectStore
     config: PrepConfig
     workers: Workers
     progress: bool
@@ -103,8 +103,8 @@ class _Work:
 def _prepare(work: _Work, intake: Intake) -> Manifest:
     config, store = work.config, work.store
     results = _scan(work, intake.items)
-    samples = [result for result in results if isinstance(result, Scanned)]
-    bad = [(result.file, result.reason) for result in results if isinstance(result, Refused)]
+    samples = [result for result in results if isinstance(result, EncodedSample)]
+    bad = [(result.file, result.reason) for result in results if isinstance(result, RejectedPair)]
     refused = [*intake.refused, *bad]
     _check_usable(samples, refused, intake.wanted_splits)
     assignment = assign(samples, config)
@@ -160,13 +160,13 @@ def _finished(work: _Work, intake: Intake) -> Manifest:
     return manifest
 
 
-def _digest_of_scanned(intake: Intake, results: Sequence[Scanned | Refused]) -> str:
+def _digest_of_scanned(intake: Intake, results: Sequence[EncodedSample | RejectedPair]) -> str:
     crcs = {result.picture: result.source_crcs for result in results}
     return source_digest(intake.items, [crcs[item.id] for item in intake.items], intake.refused)
 
 
 def _check_usable(
-    samples: Sequence[Scanned], refused: Sequence[tuple[str, str]], wanted: Collection[str]
+    samples: Sequence[EncodedSample], refused: Sequence[tuple[str, str]], wanted: Collection[str]
 ) -> None:
     """Checks that what is left after pass 1 makes a dataset; warns of what is left out.
 
@@ -195,7 +195,7 @@ def _worded(file: str, reason: str) -> str:
     return reason if reason.startswith(file) else f"{file}: {reason}"
 
 
-def _scan(work: _Work, items: Sequence[Item]) -> list[Scanned | Refused]:
+def _scan(work: _Work, items: Sequence[Item]) -> list[EncodedSample | RejectedPair]:
     config = work.config
     layout = Layout(
         height=config.height,
@@ -225,7 +225,7 @@ def _scan(work: _Work, items: Sequence[Item]) -> list[Scanned | Refused]:
     return [result for chunk in results for result in chunk]
 
 
-def _refuse_empty_splits(samples: Sequence[Scanned], wanted: Collection[str]) -> None:
+def _refuse_empty_splits(samples: Sequence[EncodedSample], wanted: Collection[str]) -> None:
     """Refuses a source folder of a split of which no pair is left.
 
     A dataset without it would look whole, and training would find nothing to validate on.
@@ -239,7 +239,7 @@ def _refuse_empty_splits(samples: Sequence[Scanned], wanted: Collection[str]) ->
         )
 
 
-def _refuse_all_empty(samples: Sequence[Scanned]) -> None:
+def _refuse_all_empty(samples: Sequence[EncodedSample]) -> None:
     """Refuses masks that hold something, of which not one pixel was read as foreground.
 
     Noise, as JPEG adds it, hides an area of another colour from the check of a single mask.
@@ -258,7 +258,7 @@ def _refuse_all_empty(samples: Sequence[Scanned]) -> None:
         )
 
 
-def _num_pictures(results: Sequence[Scanned | Refused]) -> int:
+def _num_pictures(results: Sequence[EncodedSample | RejectedPair]) -> int:
     return len({result.picture for result in results})
 
 

@@ -8,20 +8,20 @@ from typing import Any
 
 from data_prep import report
 from data_prep.imaging.codecs import read_image, read_mask_pixels
-from data_prep.shards.items import Scanned
+from data_prep.shards.items import EncodedSample
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.records import IMAGE_FEATURE, MASK_FEATURE, decode_example, unframe_record
 from data_prep.sources import inbreast
 from data_prep.splits.names import SPLITS
 from flexunet.errors import ContentError
-from flexunet.storage import Store, put_if_other
+from flexunet.storage import ObjectStore, put_if_changed
 from flexunet.tables import csv_table
 
 _PAIRS_PER_SHEET = 6
 
 
 def write_report(
-    store: Store,
+    store: ObjectStore,
     manifest: Manifest,
     rows: Sequence[Mapping[str, Any]],
     refused: Sequence[tuple[str, str]],
@@ -33,7 +33,7 @@ def write_report(
         refused: (file, reason) each.
     """
     # After a stop it may be there; the account may create and not replace.
-    put_if_other(store, report.REJECTS_NAME, report.rejects_csv(sorted(refused)).encode())
+    put_if_changed(store, report.REJECTS_NAME, report.rejects_csv(sorted(refused)).encode())
     statistics: dict[str, report.SplitStatistics] = {}
     for name in SPLITS:
         members = [row for row in rows if row["split"] == name]
@@ -45,9 +45,9 @@ def write_report(
         pairs = [_read_pair(store, row) for row in _shown(members)]
         title = f"{manifest.name}: {name}, {len(pairs)} of {len(members)} samples, foreground first"
         sheet = report.sheet_png(pairs, manifest.classes, manifest.value_max, title)
-        put_if_other(store, report.sheet_name(name), sheet)
+        put_if_changed(store, report.sheet_name(name), sheet)
     plot = report.statistics_png(statistics, manifest.classes, manifest.name)
-    put_if_other(store, report.STATISTICS_NAME, plot)
+    put_if_changed(store, report.STATISTICS_NAME, plot)
 
 
 def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -59,14 +59,16 @@ def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return ordered[:_PAIRS_PER_SHEET]
 
 
-def write_clipped(store: Store, above: Sequence[tuple[Scanned, int]]) -> None:
+def write_clipped(store: ObjectStore, above: Sequence[tuple[EncodedSample, int]]) -> None:
     """Writes the pictures that have so many pixels above the full scale, unless there is none."""
     if above:
         lines = [(picture.filename, count, picture.max_value) for picture, count in above]
-        put_if_other(store, report.CLIPPED_NAME, report.clipped_csv(lines).encode())
+        put_if_changed(store, report.CLIPPED_NAME, report.clipped_csv(lines).encode())
 
 
-def write_counts(store: Store, samples: Sequence[Scanned], unannotated: Collection[str]) -> None:
+def write_counts(
+    store: ObjectStore, samples: Sequence[EncodedSample], unannotated: Collection[str]
+) -> None:
     """Writes how many findings of each kind a release has.
 
     Args:
@@ -76,10 +78,10 @@ def write_counts(store: Store, samples: Sequence[Scanned], unannotated: Collecti
     groups = {sample.picture: sample.group for sample in samples}
     found = [picture for picture in findings if picture in unannotated]
     table = csv_table(inbreast.COUNTS_COLUMNS, inbreast.count_rows(findings, groups, found))
-    put_if_other(store, inbreast.COUNTS_NAME, table.encode())
+    put_if_changed(store, inbreast.COUNTS_NAME, table.encode())
 
 
-def _read_pair(store: Store, row: Mapping[str, Any]) -> report.Pair:
+def _read_pair(store: ObjectStore, row: Mapping[str, Any]) -> report.Pair:
     """Returns a sample as a reader of the dataset would see it."""
     where = f"{store.url}/{row['shard']} at {row['offset']}"
     record = store.get(row["shard"], row["offset"], row["length"])

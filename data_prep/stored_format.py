@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from data_prep import report
 from data_prep.config import MAX_LISTED, PrepConfig
 from data_prep.imaging.pixels import Target
-from data_prep.shards.items import Scanned
+from data_prep.shards.items import EncodedSample
 from data_prep.shards.manifest import FullScaleInfo
 from data_prep.shards.pixel_format import clipped, common_target, sparing_scale
 from flexunet.errors import UsageError
@@ -18,7 +18,7 @@ from flexunet.text import counted, listed
 logger = logging.getLogger(__name__)
 
 
-def target_of(samples: Sequence[Scanned], config: PrepConfig) -> Target:
+def target_of(samples: Sequence[EncodedSample], config: PrepConfig) -> Target:
     """Returns the format of the stored pictures.
 
     Raises:
@@ -34,8 +34,8 @@ def target_of(samples: Sequence[Scanned], config: PrepConfig) -> Target:
 
 
 def warn_of_clipped(
-    samples: Sequence[Scanned], target: Target, config: PrepConfig
-) -> list[tuple[Scanned, int]]:
+    samples: Sequence[EncodedSample], target: Target, config: PrepConfig
+) -> list[tuple[EncodedSample, int]]:
     """Returns the pictures with pixels above the full scale, and their number; warns of them."""
     if target.bit_depth == 8:
         return []
@@ -71,7 +71,7 @@ def warn_of_clipped(
 
 
 def full_scale_info(
-    samples: Sequence[Scanned], target: Target, config: PrepConfig
+    samples: Sequence[EncodedSample], target: Target, config: PrepConfig
 ) -> FullScaleInfo | None:
     """Returns what the manifest says of the full scale; None where every picture says its own."""
     pictures = [sample for sample in samples if sample.num_above]
@@ -89,7 +89,7 @@ def full_scale_info(
     )
 
 
-def warn_of_mixed(samples: Sequence[Scanned], target: Target, config: PrepConfig) -> None:
+def warn_of_mixed(samples: Sequence[EncodedSample], target: Target, config: PrepConfig) -> None:
     """Warns of the few pictures that decided the format of all."""
     samples = list({sample.picture: sample for sample in samples}.values())
     coloured = [sample.filename for sample in samples if sample.channels == 3]

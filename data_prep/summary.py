@@ -9,7 +9,7 @@ from data_prep.assignment import Assignment
 from data_prep.config import PrepConfig, identity_of
 from data_prep.imaging.color_map import parse_color_map
 from data_prep.imaging.pixels import Target
-from data_prep.shards.items import Scanned
+from data_prep.shards.items import EncodedSample
 from data_prep.shards.manifest import Manifest, ReducedInfo, SplitInfo, group_rule_of
 from data_prep.shards.write import WrittenShard, mean_and_std
 from data_prep.splits.names import SPLITS, Split
@@ -32,7 +32,7 @@ class Contents:
 
     name: str
     target: Target
-    samples: Sequence[Scanned]
+    samples: Sequence[EncodedSample]
     assignment: Assignment
     shards: Sequence[WrittenShard]
     table: bytes
@@ -84,7 +84,9 @@ def _mean_and_std_of_train(
     return mean_and_std(train or every)
 
 
-def _split_infos(samples: Sequence[Scanned], splits: Mapping[str, str]) -> dict[Split, SplitInfo]:
+def _split_infos(
+    samples: Sequence[EncodedSample], splits: Mapping[str, str]
+) -> dict[Split, SplitInfo]:
     infos = {}
     for name in SPLITS:
         members = [sample for sample in samples if splits[sample.id] == name]
@@ -93,7 +95,9 @@ def _split_infos(samples: Sequence[Scanned], splits: Mapping[str, str]) -> dict[
     return infos
 
 
-def _reduced(samples: Sequence[Scanned], splits: Mapping[str, str]) -> dict[Split, ReducedInfo]:
+def _reduced(
+    samples: Sequence[EncodedSample], splits: Mapping[str, str]
+) -> dict[Split, ReducedInfo]:
     infos = {}
     for name in SPLITS:
         counts = [s.regions for s in samples if splits[s.id] == name and s.regions is not None]

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
         StorageError,
         UsageError,
     )
-    from flexunet.storage import Store, open_store
+    from flexunet.storage import ObjectStore, open_store
 
 __all__ = [
     "ContentError",
     "DivergedError",
     "FlexUNetError",
     "LockedError",
+    "ObjectStore",
     "StoppedError",
     "StorageError",
-    "Store",
     "UsageError",
     "__version__",
     "open_store",
@@ -42,7 +42,7 @@ _MODULES = {
     "LockedError": "flexunet.errors",
     "StoppedError": "flexunet.errors",
     "StorageError": "flexunet.errors",
-    "Store": "flexunet.storage",
+    "ObjectStore": "flexunet.storage",
     "UsageError": "flexunet.errors",
     "open_store": "flexunet.storage",
 }

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flexunet.errors import ContentError
-from flexunet.storage import NotFound, Store
+from flexunet.storage import NotFound, ObjectStore
 from flexunet.tables import plain_cell
 
 
@@ -28,12 +28,12 @@ class _Stored(dict[str, Any]):
         )
 
 
-def evaluate_again(run: Store) -> str:
+def evaluate_again(run: ObjectStore) -> str:
     """Returns what to do where an evaluation of `run` cannot be read."""
     return f"evaluate the run again: flexunet evaluate {run.url}"
 
 
-def read_json(store: Store, name: str, remedy: str) -> dict[str, Any] | None:
+def read_json(store: ObjectStore, name: str, remedy: str) -> dict[str, Any] | None:
     """Returns the JSON object `name`, None where there is none.
 
     Args:
@@ -56,7 +56,7 @@ def read_json(store: Store, name: str, remedy: str) -> dict[str, Any] | None:
     return values
 
 
-def read_table(store: Store, name: str, remedy: str) -> list[dict[str, str]] | None:
+def read_table(store: ObjectStore, name: str, remedy: str) -> list[dict[str, str]] | None:
     """Returns the rows of the CSV table `name`, None where there is none.
 
     Args:

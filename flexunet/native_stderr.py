@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def held_back_stderr(*, shown_on_error: bool) -> Iterator[None]:
+def suppress_native_stderr(*, shown_on_error: bool) -> Iterator[None]:
     """Drops what is written to file descriptor 2 inside the block; Python's own lines are shown.
 
     Args:

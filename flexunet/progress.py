@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 _LINE_EVERY_S = 15.0
 
 
-def not_told() -> None:
+def no_heartbeat() -> None:
     """Stands for an `Alive` where nobody waits."""
 
 

@@ -21,7 +21,7 @@ from job.evaluation.pipeline import (
 )
 from job.models.compatibility import window_overlap
 from job.reporting.terminal import show_summary
-from job.runs.loading import open_alike
+from job.runs.loading import open_ensemble
 
 
 @click.command(cls=SettingsCommand)
@@ -40,7 +40,7 @@ def command(run: str, **options: Any) -> int:
     """
     config = from_options(EvaluateConfig, options)
     with quiet_interrupts():
-        trained, *others = open_alike([run, *config.ensemble])
+        trained, *others = open_ensemble([run, *config.ensemble])
         dataset = dataset_of(trained, config.data, others)
         if config.split not in dataset.splits and others:
             raise UsageError(

@@ -15,20 +15,20 @@ _PACKAGES = ("flexunet", "data_prep", "job")  # whose log records a worker sends
 _MEET_S = 5.0  # in which the other workers end with the same error, when they all do
 
 
-class Board:
+class RunCoordinator:
     """An actor on which driver and workers leave what the other should know."""
 
     def __init__(self) -> None:
-        self._wish: str | None = None
+        self._stop_request: str | None = None
         self._seen: dict[int, str] = {}
         self._events: list[dict[str, Any]] = []
         self._ends: dict[int, dict[str, Any]] = {}
 
-    def tell(self, rank: int, node: str, events: list[dict[str, Any]]) -> str | None:
+    def send(self, rank: int, node: str, events: list[dict[str, Any]]) -> str | None:
         """Takes the events of a worker; returns why it should stop, None to go on."""
         self._seen[rank] = node
         self._events += events
-        return self._wish
+        return self._stop_request
 
     def end(self, rank: int, kind: str, text: str) -> None:
         """Takes the error that ended a worker."""
@@ -38,9 +38,9 @@ class Board:
         """Returns how many workers have ended with an error."""
         return len(self._ends)
 
-    def wish(self, reason: str) -> None:
+    def stop_request(self, reason: str) -> None:
         """Asks all workers to store a checkpoint and stop."""
-        self._wish = self._wish or reason
+        self._stop_request = self._stop_request or reason
 
     def take(self) -> tuple[list[dict[str, Any]], dict[int, str], list[dict[str, Any]]]:
         """Returns new events, the node of each rank seen, and the errors of those that ended."""
@@ -48,23 +48,23 @@ class Board:
         return events, self._seen, [self._ends[rank] for rank in sorted(self._ends)]
 
 
-class Link:
+class WorkerChannel:
     """A worker's line to the board: a thread that carries events there and the wish to stop back.
 
     Log records of ours travel as events, because the driver shows nothing else of a worker.
     """
 
-    def __init__(self, board: Any, rank: int) -> None:
-        self._board = board
+    def __init__(self, coordinator: Any, rank: int) -> None:
+        self._coordinator = coordinator
         self._rank = rank
         self._mutex = threading.Lock()
         self._events: list[dict[str, Any]] = []
-        self._wish: str | None = None
+        self._stop_request: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._carry, name="link", daemon=True)
-        self._handler = _ToBoard(self._add)
+        self._handler = _ChannelHandler(self._add)
 
-    def __enter__(self) -> "Link":
+    def __enter__(self) -> "WorkerChannel":
         for name in _PACKAGES:
             logging.getLogger(name).addHandler(self._handler)
             logging.getLogger(name).setLevel(logging.INFO if self._rank == 0 else logging.WARNING)
@@ -84,7 +84,7 @@ class Link:
 
     def should_stop(self) -> bool:
         """Returns whether the driver wishes it."""
-        return self._wish is not None
+        return self._stop_request is not None
 
     def is_shared(self, error: Exception, size: int) -> bool:
         """Tells the driver of `error`; returns whether all workers soon ended with one."""
@@ -98,9 +98,9 @@ class Link:
             self._add({"event": "log", "level": logging.ERROR, "text": traceback.format_exc()})
         end = time.monotonic() + _MEET_S
         with contextlib.suppress(ray.exceptions.RayError):  # it must not hide the error itself
-            ray.get(self._board.end.remote(self._rank, kind, " ".join(text.split())))
+            ray.get(self._coordinator.end.remote(self._rank, kind, " ".join(text.split())))
             while time.monotonic() < end:
-                if ray.get(self._board.num_ends.remote()) == size:
+                if ray.get(self._coordinator.num_ends.remote()) == size:
                     return isinstance(error, FlexUNetError)
                 time.sleep(_TICK_S / 5)
         return False
@@ -119,17 +119,17 @@ class Link:
             with self._mutex:
                 events, self._events = self._events, []
             try:
-                wish = ray.get(self._board.tell.remote(self._rank, node, events))
+                stop_request = ray.get(self._coordinator.send.remote(self._rank, node, events))
             except ray.exceptions.ActorUnavailableError:
                 with self._mutex:  # the network broke for a moment
                     self._events[:0] = events
                 continue
             except ray.exceptions.RayError:
                 return  # without its driver this worker is about to be ended
-            self._wish = wish or self._wish
+            self._stop_request = stop_request or self._stop_request
 
 
-class _ToBoard(logging.Handler):
+class _ChannelHandler(logging.Handler):
     def __init__(self, add: Callable[[dict[str, Any]], None]) -> None:
         super().__init__()
         self._add = add

@@ -1,7 +1,7 @@
 """Options of `launch train`: which cluster, how many workers, how many restarts."""
 
 from flexunet.settings import Settings, option
-from launcher.cluster.resources import Demand
+from launcher.cluster.resources import Resources
 
 
 class LaunchConfig(Settings):
@@ -32,6 +32,6 @@ class LaunchConfig(Settings):
     join_timeout: float = option(900.0, "Seconds within which all workers must have started.", gt=0)
 
     @property
-    def demand(self) -> Demand:
+    def per_worker(self) -> Resources:
         """What one worker takes of one node."""
-        return Demand(self.cpus_per_worker or 1, self.gpus_per_worker)
+        return Resources(self.cpus_per_worker or 1, self.gpus_per_worker)

@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecu
 from typing import Any
 
 from flexunet.errors import FlexUNetError
-from launcher.cluster.resources import Demand, places, require_places
+from launcher.cluster.resources import Resources, require_slots, worker_slots
 
 _MAX_RETRIES = 3
 _MAX_DETAIL_WIDTH = 200  # characters of Ray's own words in an error
@@ -21,7 +21,7 @@ _MAX_DETAIL_WIDTH = 200  # characters of Ray's own words in an error
 class RayExecutor(Executor):
     """Runs each call as a task on whichever node has room; needs a connection to a cluster."""
 
-    def __init__(self, demand: Demand, *, max_retries: int = _MAX_RETRIES) -> None:
+    def __init__(self, per_worker: Resources, *, max_retries: int = _MAX_RETRIES) -> None:
         """Takes what one call needs, and how often it is tried again when its worker is lost.
 
         Raises:
@@ -29,15 +29,15 @@ class RayExecutor(Executor):
         """
         import ray
 
-        require_places(demand)
-        self._demand = demand
+        require_slots(per_worker)
+        self._demand = per_worker
         self._remote = ray.remote(
-            max_retries=max_retries, scheduling_strategy="SPREAD", **_options(demand)
+            max_retries=max_retries, scheduling_strategy="SPREAD", **_options(per_worker)
         )(_call)
 
     def num_workers(self) -> int:
         """Returns how many calls the cluster can run at once, as it is now; at least 1."""
-        return max(1, sum(places(self._demand).values()))
+        return max(1, sum(worker_slots(self._demand).values()))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """See `Executor.submit`; arguments and results are pickled."""
@@ -55,7 +55,7 @@ class RayProcesses(Executor):
     """
 
     def __init__(
-        self, demand: Demand, num_processes: int, *, max_retries: int = _MAX_RETRIES
+        self, per_worker: Resources, num_processes: int, *, max_retries: int = _MAX_RETRIES
     ) -> None:
         """Starts no process yet; each starts with the first call that finds the others busy.
 
@@ -64,12 +64,12 @@ class RayProcesses(Executor):
         """
         import ray
 
-        require_places(demand, num_processes)
-        options = _options(demand)
+        require_slots(per_worker, num_processes)
+        options = _options(per_worker)
         self._remote = ray.remote(
             max_restarts=max_retries, max_task_retries=max_retries, **options
         )(_Process)
-        self._demand = demand
+        self._demand = per_worker
         self._own = threading.local()
         self._processes: list[Any] = []
         # A thread waits for each process; calls wait for a thread.
@@ -110,10 +110,10 @@ class RayProcesses(Executor):
 class _Process:
     """What runs in a process that stays."""
 
-    def __init__(self, demand: Demand) -> None:
+    def __init__(self, per_worker: Resources) -> None:
         # Read by TensorFlow when it is imported, which the first call may do.
-        os.environ["TF_NUM_INTRAOP_THREADS"] = str(max(1, int(demand.num_cpus)))
-        if not demand.num_gpus:
+        os.environ["TF_NUM_INTRAOP_THREADS"] = str(max(1, int(per_worker.num_cpus)))
+        if not per_worker.num_gpus:
             # Ray hides no GPU from those that asked for none.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -145,9 +145,9 @@ def _name_of(fn: Callable[..., Any]) -> str:
     return getattr(fn, "__name__", type(fn).__name__)
 
 
-def _options(demand: Demand) -> dict[str, Any]:
-    options = {"num_cpus": demand.num_cpus, "num_gpus": demand.num_gpus}
-    return options | ({"memory": demand.memory_bytes} if demand.memory_bytes else {})
+def _options(per_worker: Resources) -> dict[str, Any]:
+    options = {"num_cpus": per_worker.num_cpus, "num_gpus": per_worker.num_gpus}
+    return options | ({"memory": per_worker.memory_bytes} if per_worker.memory_bytes else {})
 
 
 def _deliver(future: Future[Any], done: Future[Any]) -> None:

@@ -18,7 +18,7 @@ from flexunet.text import counted
 from job.config import TrainConfig
 from job.data.folds import open_folded
 from job.distributed.watchdog import STACKS_FOLDER
-from job.models.compatibility import check_fit
+from job.models.compatibility import check_compatible
 from job.reporting.display import Display
 from job.reporting.html_report import renew_report
 from job.runs.commits import find_commits
@@ -32,10 +32,10 @@ from launcher.cluster.node_checks import check_nodes
 from launcher.cluster.resources import (
     described_resources,
     described_shortage,
-    places,
-    require_places,
+    require_slots,
     total,
     widest,
+    worker_slots,
 )
 from launcher.config import LaunchConfig
 from launcher.worker_group import NotStartedError, group_error, run_group, stopped_at_start
@@ -60,27 +60,27 @@ def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
     launch_id = uuid.uuid4().hex
     with stop_signals() as should_stop, Display(config) as display, ExitStack() as stack:
 
-        def check_wish() -> None:
+        def check_stop() -> None:
             if should_stop():
                 raise stopped_at_start()
 
         dataset = open_folded(config)
-        check_fit(config, dataset)
+        check_compatible(config, dataset)
         check_origin(config, dataset)
         check_batch(config, settings.num_workers, settings.gpus_per_worker)
-        check_wish()
+        check_stop()
         stack.enter_context(connected(settings.address, worker_logs=False))
         outcome = _outcome_so_far(config, dataset.digest, launch_id)
         if outcome is not None:
             return outcome
         settings = _sized(config, settings)
-        _tell_plan(settings)
-        budget = _Budget(settings)
+        _log_plan(settings)
+        retries = _RetryPolicy(settings)
         while True:
-            check_wish()
-            budget.begin(_newest_commit(config))
+            check_stop()
+            retries.begin(_newest_commit(config))
             stacks = _stacks(config)
-            with _told_of_cluster():
+            with _cluster_errors():
                 group = run_group(config, settings, launch_id, should_stop, display)
             for name in sorted(_stacks(config) - stacks):
                 logger.warning("a process stood still: %s", join_url(run_url(config), name))
@@ -89,12 +89,12 @@ def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
             error = group_error(group)
             if should_stop():
                 raise error
-            pause_s = budget.spend(error, is_preempted=group.is_preempted)
+            pause_s = retries.spend(error, is_preempted=group.is_preempted)
             logger.warning("starting the workers again (%s)", error)
             _pause(pause_s, should_stop)
 
 
-class _Budget:
+class _RetryPolicy:
     """How often workers are started again."""
 
     def __init__(self, settings: LaunchConfig) -> None:
@@ -142,7 +142,7 @@ def _pause(seconds: float, should_stop: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def _told_of_cluster() -> Iterator[None]:
+def _cluster_errors() -> Iterator[None]:
     """Turns Ray's word that our own actor is out of reach into a line.
 
     Raises:
@@ -200,23 +200,23 @@ def _sized(config: TrainConfig, settings: LaunchConfig) -> LaunchConfig:
             "computing on CPUs, though the cluster has %s; give --gpus-per-worker",
             counted(num_gpus, "GPU"),
         )
-    demand = settings.demand
+    per_worker = settings.per_worker
     if not settings.wait_for_nodes:
-        require_places(demand, settings.num_workers)
-    if places(demand):
-        check_nodes(demand, reads=[str(config.data)], writes=[config.output])
+        require_slots(per_worker, settings.num_workers)
+    if worker_slots(per_worker):
+        check_nodes(per_worker, reads=[str(config.data)], writes=[config.output])
     return settings
 
 
-def _tell_plan(settings: LaunchConfig) -> None:
-    demand = settings.demand
+def _log_plan(settings: LaunchConfig) -> None:
+    per_worker = settings.per_worker
     logger.info(
         "starting %s with %s each, of %s",
         counted(settings.num_workers, "worker"),
-        demand,
+        per_worker,
         described_resources(),
     )
-    shortage = described_shortage(demand, settings.num_workers)
+    shortage = described_shortage(per_worker, settings.num_workers)
     if shortage is not None:
         logger.warning(
             "there is no room yet (free: %s); waiting for room for %g s (--join-timeout)",
@@ -226,8 +226,8 @@ def _tell_plan(settings: LaunchConfig) -> None:
 
 
 def _newest_commit(config: TrainConfig) -> Any:
-    places = find_commits(open_store(run_url(config)))
-    return max(places) if places else None
+    checkpoints = find_commits(open_store(run_url(config)))
+    return max(checkpoints) if checkpoints else None
 
 
 def _stacks(config: TrainConfig) -> set[str]:

@@ -6,7 +6,7 @@ from typing import Any
 from job.config import TrainConfig
 from job.distributed.rendezvous import place_from_environment
 from job.training.process import run_member
-from launcher.channel import Link
+from launcher.channel import WorkerChannel
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -20,17 +20,17 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
     if settings["num_gpus"] == 0:
         # Ray leaves the GPUs of a node visible to a worker that was given none.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    with Link(settings["board"], place.rank) as link:
+    with WorkerChannel(settings["coordinator"], place.rank) as channel:
         try:
             return run_member(
                 config,
                 place,
-                link.report,
-                link.should_stop,
+                channel.report,
+                channel.should_stop,
                 num_gpus=settings["num_gpus"],
                 launch=settings["launch"],
             )
         except Exception as error:
-            if link.is_shared(error, place.size):
+            if channel.is_shared(error, place.size):
                 return None
             raise

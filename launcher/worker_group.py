@@ -13,7 +13,7 @@ from flexunet.errors import FlexUNetError, StoppedError, error_of
 from flexunet.text import counted
 from job.config import TrainConfig
 from job.reporting.display import Display
-from launcher.channel import Board
+from launcher.channel import RunCoordinator
 from launcher.cluster.resources import described_resources
 from launcher.config import LaunchConfig
 from launcher.worker import work
@@ -33,7 +33,7 @@ class NotStartedError(FlexUNetError):
 class WorkerGroup:
     """One set of workers from its start to its end, as the driver sees it."""
 
-    board: Any
+    coordinator: Any
     nodes: dict[int, str] = field(default_factory=dict)  # by rank
     ends: list[dict[str, Any]] = field(default_factory=list)
     outcome: dict[str, Any] | None = None
@@ -43,18 +43,18 @@ class WorkerGroup:
 
 def group_error(group: WorkerGroup) -> FlexUNetError:
     """Returns what ended the workers: the error that says most, else that one of them died."""
-    told = [error_of(end["kind"], end["text"]) for end in group.ends]
+    failures = [error_of(end["kind"], end["text"]) for end in group.ends]
     if isinstance(group.failure, FlexUNetError):
         return group.failure
-    for error in told:
+    for error in failures:
         if type(error) is not FlexUNetError:
             return error
     dead = sorted(set(group.nodes) - {end["rank"] for end in group.ends})
     if group.failure is not None and dead:
         ranks = ", ".join(str(rank) for rank in dead)
         return FlexUNetError(f"the worker of rank {ranks} died or was killed")
-    if told:
-        return told[0]
+    if failures:
+        return failures[0]
     return FlexUNetError(f"the workers failed: {group.failure}")
 
 
@@ -70,8 +70,8 @@ def run_group(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-    group = WorkerGroup(board)
+    coordinator = ray.remote(num_cpus=0, scheduling_strategy=here)(RunCoordinator).remote()
+    group = WorkerGroup(coordinator)
     with tempfile.TemporaryDirectory(prefix="flexunet-ray-") as folder:
         thread = threading.Thread(
             target=_fit, args=(group, config, settings, launch_id, folder), daemon=True
@@ -81,7 +81,7 @@ def run_group(
         while thread.is_alive():
             thread.join(_TICK_S)
             if should_stop():
-                board.wish.remote(_STOPPED)
+                coordinator.stop_request.remote(_STOPPED)
             num_before = len(group.nodes)
             _look(group, display)
             if num_before < settings.num_workers == len(group.nodes):
@@ -94,16 +94,16 @@ def run_group(
                     break
             elif not group.is_preempted and _draining() & set(group.nodes.values()):
                 group.is_preempted = True
-                board.wish.remote(_PREEMPTED)
+                coordinator.stop_request.remote(_PREEMPTED)
         _look(group, display)
-    ray.kill(board)
+    ray.kill(coordinator)
     return group
 
 
 def _look(group: WorkerGroup, display: Display) -> None:
     import ray
 
-    events, group.nodes, group.ends = ray.get(group.board.take.remote())
+    events, group.nodes, group.ends = ray.get(group.coordinator.take.remote())
     for event in events:
         if event["event"] == "log":
             logger.log(event["level"], "%s", event["text"])
@@ -128,8 +128,8 @@ def _not_started(group: WorkerGroup, settings: LaunchConfig) -> "NotStartedError
     missing = [str(rank) for rank in range(settings.num_workers) if rank not in group.nodes]
     return NotStartedError(
         f"rank {', '.join(missing)} of {counted(settings.num_workers, 'worker')} did not start "
-        f"within {settings.join_timeout:g} s (--join-timeout); each needs {settings.demand}, the "
-        f"cluster has {described_resources()}"
+        f"within {settings.join_timeout:g} s (--join-timeout); each needs {settings.per_worker}, "
+        f"the cluster has {described_resources()}"
     )
 
 
@@ -159,7 +159,7 @@ def _outcome_of(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.tensorflow import TensorflowTrainer
 
-    num_cpus = int(settings.demand.num_cpus)
+    num_cpus = int(settings.per_worker.num_cpus)
     if config.threads == 0 and not settings.gpus_per_worker:
         # Otherwise every worker of a machine would start a thread for each of its cores.
         config = config.model_copy(update={"threads": num_cpus})
@@ -170,7 +170,7 @@ def _outcome_of(
         work,
         train_loop_config={
             "config": config.model_dump(mode="json"),
-            "board": group.board,
+            "coordinator": group.coordinator,
             "launch": launch_id,
             "num_gpus": settings.gpus_per_worker,
         },

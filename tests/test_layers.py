@@ -234,4 +234,4 @@ def test_forbidden_import_is_found(text: str) -> None:
 
 
 def test_allowed_imports_pass() -> None:
-    assert problems("import keras, arrays\nfrom flexunet.storage import Store", {"ray"}) == []
+    assert problems("import keras, arrays\nfrom flexunet.storage import ObjectStore", {"ray"}) == []

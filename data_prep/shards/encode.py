@@ -15,7 +15,7 @@ from data_prep.imaging.breast import frame
 from data_prep.imaging.geometry import Geometry, apply_geometry
 from data_prep.imaging.lost_regions import count_regions
 from data_prep.imaging.tiles import count, cut
-from data_prep.shards.items import Item, Layout, Moments, Refused, Scanned, ScanTask
+from data_prep.shards.items import EncodedSample, Item, Layout, Moments, RejectedPair, ScanTask
 from data_prep.shards.pair_reader import ReadPair, crcs_of, read_files, read_pair
 from data_prep.shards.pixel_format import full_scales
 from data_prep.shards.records import Sample, encode_example, frame_record, sha256_of_pixels
@@ -43,7 +43,7 @@ def chunked(items: Sequence[Item], layout: Layout) -> Iterator[tuple[Item, ...]]
         yield tuple(items[start : start + size])
 
 
-def scan_chunk(task: ScanTask) -> list[Scanned | Refused]:
+def scan_chunk(task: ScanTask) -> list[EncodedSample | RejectedPair]:
     """Returns what is known about each sample of `task`, and stages their records.
 
     Raises:
@@ -56,7 +56,7 @@ def scan_chunk(task: ScanTask) -> list[Scanned | Refused]:
     staging = store_at(task.staging_url)
     name = staged_name(task)
     found = read_index(staging, name)
-    if found is not None and (task.skip_bad or not any(isinstance(r, Refused) for r in found)):
+    if found is not None and (task.skip_bad or not any(isinstance(r, RejectedPair) for r in found)):
         return found
     parts = Parts(staging, name)
     for item in task.items:
@@ -91,7 +91,7 @@ class _Picture:
         whole: how the picture is stored; where it is cut, before that.
         cut_sha256: of the framed picture's pixels where it is cut into tiles, else None.
         cut_is_blank: all those pixels are alike.
-        max_value, num_above, source_crcs: as in `Scanned`.
+        max_value, num_above, source_crcs: as in `EncodedSample`.
     """
 
     item: Item
@@ -104,7 +104,7 @@ class _Picture:
     source_crcs: tuple[int, int]
 
 
-def _scan_item(item: Item, task: ScanTask) -> Iterator[tuple[Scanned | Refused, bytes]]:
+def _scan_item(item: Item, task: ScanTask) -> Iterator[tuple[EncodedSample | RejectedPair, bytes]]:
     """Yields what is known about each sample of a pair, and its record, which has no place yet."""
     layout = task.layout
     data = read_files(item)
@@ -123,10 +123,10 @@ def _scan_item(item: Item, task: ScanTask) -> Iterator[tuple[Scanned | Refused, 
         yield _scanned(picture, layout, sample, len(record)), record
 
 
-def _refused(item: Item, reason: str, crcs: tuple[int, int]) -> Refused:
+def _refused(item: Item, reason: str, crcs: tuple[int, int]) -> RejectedPair:
     is_mask = item.mask is not None and reason.startswith(item.mask.label)
     at_fault = item.mask if item.mask is not None and is_mask else item.image
-    return Refused(item.id, at_fault.label, reason, crcs)
+    return RejectedPair(item.id, at_fault.label, reason, crcs)
 
 
 def _picture_of(
@@ -149,7 +149,7 @@ def _picture_of(
     )
 
 
-def _scanned(picture: _Picture, layout: Layout, sample: Sample, num_bytes: int) -> Scanned:
+def _scanned(picture: _Picture, layout: Layout, sample: Sample, num_bytes: int) -> EncodedSample:
     """Returns the facts of a sample whose record has `num_bytes` and no place yet."""
     item, read = picture.item, picture.read
     image, mask = sample.image, sample.mask
@@ -157,7 +157,7 @@ def _scanned(picture: _Picture, layout: Layout, sample: Sample, num_bytes: int) 
         is_blank = _is_blank(_without_border(image, picture.whole))
     else:
         is_blank = picture.cut_is_blank
-    return Scanned(
+    return EncodedSample(
         id=sample.id,
         picture=item.id,
         group=item.group,

@@ -83,7 +83,7 @@ class Moments:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scanned:
+class EncodedSample:
     """What pass 1 found out about one sample of a good pair, and where its record is staged.
 
     Attributes:
@@ -131,7 +131,7 @@ class Scanned:
 
 
 @dataclasses.dataclass(frozen=True)
-class Refused:
+class RejectedPair:
     """A pair that cannot be used: its id, the file at fault by its label, and why."""
 
     picture: str
@@ -146,7 +146,7 @@ class ScanTask:
 
     Attributes:
         staging_url: the store of staged objects.
-        skip_bad: a bad pair becomes a `Refused` instead of an error.
+        skip_bad: a bad pair becomes a `RejectedPair` instead of an error.
         dicom_reader: what decodes DICOM files; the pixels are the same.
     """
 

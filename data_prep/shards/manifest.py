@@ -19,7 +19,7 @@ from flexunet.errors import ContentError, UsageError
 from flexunet.settings import Settings
 
 if TYPE_CHECKING:
-    from flexunet.storage import Store
+    from flexunet.storage import ObjectStore
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
@@ -186,7 +186,7 @@ def shard_name(split: str, index: int, count: int) -> str:
 # Reading
 
 
-def read_manifest(store: "Store") -> tuple[Manifest, str]:
+def read_manifest(store: "ObjectStore") -> tuple[Manifest, str]:
     """Returns the manifest of the dataset in `store`, and the sha256 (hex) that names the dataset.
 
     Raises:

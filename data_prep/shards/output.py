@@ -12,7 +12,7 @@ from typing import Any
 from data_prep.shards.manifest import MANIFEST_NAME, SHARD_PATTERN, Manifest
 from data_prep.shards.sample_table import SAMPLES_NAME
 from flexunet.errors import ContentError, UsageError
-from flexunet.storage import Forbidden, NotFound, PreconditionFailed, Store, holds, join_url
+from flexunet.storage import Forbidden, NotFound, ObjectStore, PreconditionFailed, holds, join_url
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def staging_url(output_url: str) -> str:
     return join_url(output_url, STATE_PREFIX)
 
 
-def claim_output(store: Store, plan: Mapping[str, Any]) -> None:
+def claim_output(store: ObjectStore, plan: Mapping[str, Any]) -> None:
     """Binds the output to `plan`: from now on nothing else may be prepared there.
 
     Args:
@@ -66,13 +66,13 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "; ".join(changes[:3]) or "made by another version"
 
 
-def commit(store: Store, manifest: Manifest, samples: bytes) -> None:
+def commit(store: ObjectStore, manifest: Manifest, samples: bytes) -> None:
     """Publishes the dataset: the sample table, then the manifest, which makes it whole."""
     put_once(store, SAMPLES_NAME, samples)
     put_once(store, MANIFEST_NAME, manifest.to_json())
 
 
-def remove_state(store: Store) -> None:
+def remove_state(store: ObjectStore) -> None:
     """Deletes the staged records and the plan; the dataset needs neither.
 
     The plan goes last: it says what the rest is. Where the credentials may create and not delete,
@@ -93,7 +93,7 @@ def remove_state(store: Store) -> None:
         )
 
 
-def put_once(store: Store, name: str, data: bytes) -> None:
+def put_once(store: ObjectStore, name: str, data: bytes) -> None:
     """Puts `data` where nothing is; the same bytes from an earlier attempt are kept."""
     if _kept(store, name, data):
         return
@@ -104,7 +104,7 @@ def put_once(store: Store, name: str, data: bytes) -> None:
         _kept(store, name, data)
 
 
-def _kept(store: Store, name: str, data: bytes) -> bool:
+def _kept(store: ObjectStore, name: str, data: bytes) -> bool:
     stat = store.stat(name)
     if stat is None:
         return False
@@ -116,7 +116,7 @@ def _kept(store: Store, name: str, data: bytes) -> bool:
     return True
 
 
-def _refuse_strangers(store: Store) -> None:
+def _refuse_strangers(store: ObjectStore) -> None:
     for stat in store.list():
         if SHARD_PATTERN.fullmatch(stat.name) or stat.name == SAMPLES_NAME:
             raise UsageError(

@@ -17,14 +17,14 @@ from data_prep.imaging.pixels import grey_channel, to_rgb
 from data_prep.shards.items import File, Item, Layout, ScanTask
 from data_prep.sources import inbreast
 from flexunet.errors import ContentError
-from flexunet.storage import Store, open_source
+from flexunet.storage import ObjectStore, open_source
 
 _SHOWN_COLORS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadPair:
-    """One pair as it was read: (H, W, C) pixels, (H, W) class ids, and as in `Scanned`."""
+    """One pair as it was read: (H, W, C) pixels, (H, W) class ids, and as in `EncodedSample`."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -64,7 +64,7 @@ def read_pair(item: Item, task: ScanTask, data: tuple[bytes, bytes | None]) -> R
 
 
 @functools.lru_cache(maxsize=64)
-def _source_at(url: str) -> Store:
+def _source_at(url: str) -> ObjectStore:
     return open_source(url)
 
 

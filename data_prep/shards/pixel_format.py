@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from data_prep.imaging.pixels import FEW_PIXELS, Target
-from data_prep.shards.items import Scanned
+from data_prep.shards.items import EncodedSample
 
 
 def full_scales(full_scale: int | None) -> tuple[int, ...]:
@@ -20,7 +20,7 @@ _FEW_PICTURES = 10  # and one of so many pictures may have such pixels
 _SPARED_BITS = 2  # that their loss must spare: one bit of darkness is cheaper than lost values
 
 
-def common_target(samples: Iterable[Scanned], full_scale: int | None = None) -> Target:
+def common_target(samples: Iterable[EncodedSample], full_scale: int | None = None) -> Target:
     """Returns the least format that holds the pictures: grey only when all are grey.
 
     `value_max` is 255 for 8 bits, else `full_scale`, or where that is None 2**bits - 1 of the bits
@@ -44,7 +44,7 @@ def common_target(samples: Iterable[Scanned], full_scale: int | None = None) -> 
     return Target(channels, 16, found)
 
 
-def _full_scale(pictures: Sequence[Scanned]) -> int:
+def _full_scale(pictures: Sequence[EncodedSample]) -> int:
     """Returns the full scale of 16-bit pictures that do not say it, 255 without any."""
     highest = max((picture.max_value for picture in pictures), default=0)
     num_bits = max(8, highest.bit_length())
@@ -55,7 +55,7 @@ def _full_scale(pictures: Sequence[Scanned]) -> int:
     return 2**num_bits - 1
 
 
-def _sparing(pictures: Sequence[Scanned], num_bits: int) -> Iterator[tuple[int, int]]:
+def _sparing(pictures: Sequence[EncodedSample], num_bits: int) -> Iterator[tuple[int, int]]:
     """Yields the full scales, with their places, above which every picture has few pixels.
 
     Only those are yielded that need clearly fewer than `num_bits`, the smallest first.
@@ -67,11 +67,11 @@ def _sparing(pictures: Sequence[Scanned], num_bits: int) -> Iterator[tuple[int, 
             yield place, scale
 
 
-def _num_pixels(picture: Scanned) -> int:
+def _num_pixels(picture: EncodedSample) -> int:
     return picture.geometry.source_height * picture.geometry.source_width
 
 
-def sparing_scale(samples: Iterable[Scanned], value_max: int) -> int | None:
+def sparing_scale(samples: Iterable[EncodedSample], value_max: int) -> int | None:
     """Returns the least full scale, clearly below `value_max`, that would clip few pixels.
 
     None where there is none. Where such pixels are in many pictures, only the user knows whether
@@ -83,8 +83,8 @@ def sparing_scale(samples: Iterable[Scanned], value_max: int) -> int | None:
 
 
 def clipped(
-    samples: Iterable[Scanned], value_max: int, full_scale: int | None
-) -> list[tuple[Scanned, int]]:
+    samples: Iterable[EncodedSample], value_max: int, full_scale: int | None
+) -> list[tuple[EncodedSample, int]]:
     """Returns the pictures with pixels above `value_max`, and how many, the most first.
 
     Args:

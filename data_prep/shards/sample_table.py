@@ -17,7 +17,7 @@ from flexunet.errors import ContentError
 if TYPE_CHECKING:
     import pyarrow
 
-    from flexunet.storage import Store
+    from flexunet.storage import ObjectStore
 
 SAMPLES_NAME = "samples.parquet"
 _CROP_COLUMNS = ("crop_top", "crop_left", "crop_height", "crop_width")
@@ -83,7 +83,7 @@ def _table_of(rows: Iterable[Mapping[str, Any]]) -> "pyarrow.Table":
     return pyarrow.json.read_json(io.BytesIO(lines), parse_options=options).cast(schema)
 
 
-def read_samples(store: "Store", manifest: Manifest) -> "pyarrow.Table":
+def read_samples(store: "ObjectStore", manifest: Manifest) -> "pyarrow.Table":
     """Returns the sample table, checked against `manifest`.
 
     Raises:

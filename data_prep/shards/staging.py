@@ -16,12 +16,13 @@ import google_crc32c
 from data_prep.imaging.dicom.frames import has_decoders
 from data_prep.imaging.geometry import Box, Geometry
 from data_prep.imaging.lost_regions import RegionCounts
-from data_prep.shards.items import Moments, Refused, Scanned, ScanTask
+from data_prep.shards.items import EncodedSample, Moments, RejectedPair, ScanTask
 from data_prep.shards.manifest import FORMAT_VERSION
 from data_prep.sources import inbreast
-from flexunet.storage import Store, open_store, put_if_other
+from flexunet.storage import ObjectStore, open_store, put_if_changed
 
 _VERSION = 6  # of what is staged; another version's is not found
+_KINDS = {EncodedSample: "Scanned", RejectedPair: "Refused"}  # the words in the index
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _PART_BYTES = 32 * 2**20  # of records that a process holds; tiles of one picture take gigabytes
 
@@ -32,24 +33,24 @@ class Parts:
     The index is what a later run looks for, and it is written when all else is there.
     """
 
-    def __init__(self, staging: Store, name: str) -> None:
+    def __init__(self, staging: ObjectStore, name: str) -> None:
         self._staging, self._name = staging, name
-        self._results: list[Scanned | Refused] = []
+        self._results: list[EncodedSample | RejectedPair] = []
         self._records: list[bytes] = []
         self._num_bytes = self._num_parts = self._num_placed = 0
 
-    def add(self, result: Scanned | Refused, record: bytes) -> None:
+    def add(self, result: EncodedSample | RejectedPair, record: bytes) -> None:
         """Takes the next record; it is at its place when `finish` returns."""
         if self._num_bytes + len(record) > _PART_BYTES and self._records:
             part = f"{self._name.removesuffix('.bin')}-{self._num_parts:05d}.bin"
             # After a stop it may be there; the account may create and not replace.
-            put_if_other(self._staging, part, self._take(part))
+            put_if_changed(self._staging, part, self._take(part))
             self._num_parts += 1
         self._results.append(result)
         self._records.append(record)
         self._num_bytes += len(record)
 
-    def finish(self) -> list[Scanned | Refused]:
+    def finish(self) -> list[EncodedSample | RejectedPair]:
         """Stages the rest and the index, and returns the results with the places of the records."""
         records = self._take(self._name)
         index = json.dumps([_to_json(result) for result in self._results], default=vars).encode()
@@ -62,7 +63,7 @@ class Parts:
         offset = 0
         for i, record in enumerate(self._records, self._num_placed):
             result = self._results[i]
-            if isinstance(result, Scanned):
+            if isinstance(result, EncodedSample):
                 self._results[i] = dataclasses.replace(result, staged=staged, offset=offset)
             offset += len(record)
         data = b"".join(self._records)
@@ -73,7 +74,7 @@ class Parts:
 
 
 @functools.lru_cache(maxsize=64)
-def store_at(url: str) -> Store:
+def store_at(url: str) -> ObjectStore:
     """Returns the store at `url`, the same one for each call in a process."""
     return open_store(url)
 
@@ -94,7 +95,7 @@ def staged_name(task: ScanTask) -> str:
     return f"scan-{digest[:32]}.bin"
 
 
-def read_index(staging: Store, name: str) -> list[Scanned | Refused] | None:
+def read_index(staging: ObjectStore, name: str) -> list[EncodedSample | RejectedPair] | None:
     """Returns the results of a staged object, None when it is not there or damaged."""
     stat = staging.stat(name)
     if stat is None or stat.size < _TRAILER.size:
@@ -110,15 +111,15 @@ def read_index(staging: Store, name: str) -> list[Scanned | Refused] | None:
     return [_from_json(values) for values in json.loads(index)]
 
 
-def _to_json(result: Scanned | Refused) -> dict[str, Any]:
-    return {"kind": type(result).__name__} | vars(result)
+def _to_json(result: EncodedSample | RejectedPair) -> dict[str, Any]:
+    return {"kind": _KINDS[type(result)]} | vars(result)
 
 
-def _from_json(values: dict[str, Any]) -> Scanned | Refused:
+def _from_json(values: dict[str, Any]) -> EncodedSample | RejectedPair:
     kind = values.pop("kind")
     crcs = tuple(values.pop("source_crcs"))
-    if kind == Refused.__name__:
-        return Refused(source_crcs=crcs, **values)
+    if kind == _KINDS[RejectedPair]:
+        return RejectedPair(source_crcs=crcs, **values)
     geometry = values.pop("geometry")
     crop = geometry.pop("crop")
     geometry = Geometry(**geometry, crop=Box(**crop) if crop else None)
@@ -129,7 +130,7 @@ def _from_json(values: dict[str, Any]) -> Scanned | Refused:
     regions = values.pop("regions")
     if regions is not None:
         regions = RegionCounts(**{key: _tuple(value) for key, value in regions.items()})
-    return Scanned(
+    return EncodedSample(
         geometry=geometry,
         moments=Moments(**moments),
         pixels_per_class=counts,

@@ -25,7 +25,7 @@ import google_crc32c
 from data_prep.imaging.codecs import encode_png, read_image
 from data_prep.imaging.pixels import Target, convert
 from data_prep.shards.encode import moments_of
-from data_prep.shards.items import Moments, Scanned
+from data_prep.shards.items import EncodedSample, Moments
 from data_prep.shards.manifest import ShardInfo, shard_name
 from data_prep.shards.output import put_once, staging_url
 from data_prep.shards.records import (
@@ -39,7 +39,7 @@ from data_prep.shards.records import (
 from data_prep.shards.staging import store_at
 from data_prep.splits.names import SPLITS, Split
 from flexunet.errors import ContentError
-from flexunet.storage import Store
+from flexunet.storage import ObjectStore
 
 _MEGABYTE = 10**6
 
@@ -52,7 +52,7 @@ class ShardTask:
     name: str
     split: Split
     target: Target
-    records: tuple[Scanned, ...]
+    records: tuple[EncodedSample, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class WrittenShard:
 
 
 def plan_shards(
-    samples: Sequence[Scanned],
+    samples: Sequence[EncodedSample],
     splits: Mapping[str, str],
     *,
     target: Target,
@@ -172,7 +172,9 @@ def mean_and_std(moments: Sequence[Moments]) -> tuple[tuple[float, ...], tuple[f
     return tuple(means), tuple(deviations)
 
 
-def _final_record(staging: Store, scanned: Scanned, target: Target) -> tuple[bytes, str, Moments]:
+def _final_record(
+    staging: ObjectStore, scanned: EncodedSample, target: Target
+) -> tuple[bytes, str, Moments]:
     record = staging.get(scanned.staged, scanned.offset, scanned.length)
     where = f"{staging.url}/{scanned.staged} at {scanned.offset}"
     payload = unframe_record(record, where=where)
@@ -199,11 +201,13 @@ def _order(seed: int, sample_id: str) -> bytes:
     return hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()
 
 
-def _cut(samples: Sequence[Scanned], shard_bytes: float) -> Iterator[tuple[Scanned, ...]]:
+def _cut(
+    samples: Sequence[EncodedSample], shard_bytes: float
+) -> Iterator[tuple[EncodedSample, ...]]:
     """Yields `samples` in parts of about equal bytes, as few as `shard_bytes` asks for."""
     total = sum(sample.length for sample in samples)
     count = max(1, math.ceil(total / shard_bytes))
-    parts: dict[int, list[Scanned]] = {}
+    parts: dict[int, list[EncodedSample]] = {}
     start = 0
     for sample in samples:
         middle = start + sample.length / 2
@@ -213,7 +217,7 @@ def _cut(samples: Sequence[Scanned], shard_bytes: float) -> Iterator[tuple[Scann
         yield tuple(part)
 
 
-def _geometry_columns(scanned: Scanned) -> dict[str, Any]:
+def _geometry_columns(scanned: EncodedSample) -> dict[str, Any]:
     values = dataclasses.asdict(scanned.geometry)
     crop = values.pop("crop") or {}
     part = {f"crop_{name}": crop.get(name) for name in ("top", "left", "height", "width")}

@@ -16,7 +16,7 @@ from data_prep.imaging.dicom.reader import DICOM_ENDINGS, SIGNATURE_BYTES, is_di
 from data_prep.sources.pairs import IMAGE_ENDINGS
 from flexunet.errors import ContentError, StorageError
 from flexunet.process_pool import in_order
-from flexunet.storage import NotFound, Stat, Store
+from flexunet.storage import NotFound, ObjectMeta, ObjectStore
 
 _OTHER_ENDINGS = (
     *(".txt", ".md", ".rst", ".log", ".csv", ".tsv", ".xml", ".json", ".jsonl", ".yaml", ".yml"),
@@ -41,7 +41,9 @@ def stem_of(name: str) -> str:
     return stem if ending.lower() in _KNOWN_ENDINGS else name
 
 
-def dicom_without_ending(store: Store, stats: Iterable[Stat], count: int | None = None) -> set[str]:
+def dicom_without_ending(
+    store: ObjectStore, stats: Iterable[ObjectMeta], count: int | None = None
+) -> set[str]:
     """Returns the names of the objects that begin as DICOM and have no ending that says so.
 
     Each that may be one is read as far as its signature; a broken link is none.
@@ -59,7 +61,7 @@ def _may_be(name: str) -> bool:
     return not is_other and not base.endswith(_KNOWN_ENDINGS)
 
 
-def _found(store: Store, names: list[str]) -> Iterator[str]:
+def _found(store: ObjectStore, names: list[str]) -> Iterator[str]:
     def look(name: str) -> bool:
         try:
             return is_dicom(store.get(name, 0, SIGNATURE_BYTES))

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import (
     BROKEN_LINK,
-    Stat,
-    Store,
+    ObjectMeta,
+    ObjectStore,
+    is_subpath,
     join_url,
-    lies_in,
     name_problem,
     open_source,
     open_store,
@@ -117,14 +117,14 @@ def find_pairs(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
     return sorted(unique, key=lambda pair: pair.id), sorted(rejects, key=lambda entry: entry.file)
 
 
-def folder_made_by(output: Store, source_url: str) -> str | None:
+def folder_made_by(output: ObjectStore, source_url: str) -> str | None:
     """Returns the folder where `find_sources` looks for pictures and `output` would be the first.
 
     The next call would take the source for one of another layout.
     """
     for name in (_IMAGES, _MASKS, *_SPLIT_FOLDERS):
         url = join_url(open_store(source_url).url, name)
-        if lies_in(output, open_store(url)) and not _holds(url):
+        if is_subpath(output, open_store(url)) and not _holds(url):
             return url
     return None
 
@@ -159,7 +159,7 @@ def list_files(url: str) -> list[str]:
     return [stat.name for stat in list_stats(open_source(url))]
 
 
-def list_stats(store: Store) -> list[Stat]:
+def list_stats(store: ObjectStore) -> list[ObjectMeta]:
     """Returns all objects of `store`, without what file managers leave behind."""
     return [stat for stat in store.list() if not _is_dropping(stat)]
 
@@ -186,7 +186,7 @@ def _checked(source: Source) -> Source:
     return source
 
 
-def _is_dropping(stat: Stat) -> bool:
+def _is_dropping(stat: ObjectMeta) -> bool:
     name = os.path.basename(stat.name)
     return name.startswith(".") or name.lower() in _DROPPINGS
 

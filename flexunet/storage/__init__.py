@@ -1,4 +1,4 @@
-"""The only code that talks to storage: local folders and Google Cloud Storage behind one `Store`.
+"""The only code that talks to storage: local folders and buckets behind one `ObjectStore`.
 
 Objects have names relative to the store's URL, separated by `/`. A put is atomic on both: a reader
 sees the old object, the new one or none, never a part. Conditional puts compare generations,
@@ -10,17 +10,22 @@ from flexunet.storage.base import (
     Forbidden,
     NotAFolder,
     NotFound,
+    ObjectMeta,
+    ObjectStore,
     PreconditionFailed,
-    Stat,
-    Store,
     Unavailable,
 )
 from flexunet.storage.gcs import GcsStore
 from flexunet.storage.local import LocalStore
 from flexunet.storage.local_files import crc32c_of, crc32c_of_file, refuse_file_above
 from flexunet.storage.names import checked_name, join_url, local_path, name_problem
-from flexunet.storage.preconditions import holds, probe_preconditions, probe_writable, put_if_other
-from flexunet.storage.urls import folder_problem, is_file, lies_in, open_source, open_store
+from flexunet.storage.preconditions import (
+    holds,
+    probe_preconditions,
+    probe_writable,
+    put_if_changed,
+)
+from flexunet.storage.urls import folder_problem, is_file, is_subpath, open_source, open_store
 
 __all__ = [
     "BROKEN_LINK",
@@ -29,9 +34,9 @@ __all__ = [
     "LocalStore",
     "NotAFolder",
     "NotFound",
+    "ObjectMeta",
+    "ObjectStore",
     "PreconditionFailed",
-    "Stat",
-    "Store",
     "Unavailable",
     "checked_name",
     "crc32c_of",
@@ -39,14 +44,14 @@ __all__ = [
     "folder_problem",
     "holds",
     "is_file",
+    "is_subpath",
     "join_url",
-    "lies_in",
     "local_path",
     "name_problem",
     "open_source",
     "open_store",
     "probe_preconditions",
     "probe_writable",
-    "put_if_other",
+    "put_if_changed",
     "refuse_file_above",
 ]

@@ -1,4 +1,4 @@
-"""Defines the `Store` protocol that each storage fulfils, with its `Stat` and its errors."""
+"""Defines the `ObjectStore` protocol, its `ObjectMeta` and its errors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class NotAFolder(UsageError, StorageError):
 
 
 @dataclass(frozen=True)
-class Stat:
+class ObjectMeta:
     """What storage says about one object.
 
     `generation` changes with every write. `crc32c` is None for local files: they are not read.
@@ -45,7 +45,7 @@ class Stat:
     crc32c: int | None
 
 
-class Store(Protocol):
+class ObjectStore(Protocol):
     """Named objects below one URL. Every failure is a StorageError of one line.
 
     Stores pickle, unless they are watched or guarded.
@@ -66,11 +66,11 @@ class Store(Protocol):
         """Seconds for which a transient failure is repeated, 0 where there are none."""
         ...
 
-    def stat(self, name: str) -> Stat | None:
+    def stat(self, name: str) -> ObjectMeta | None:
         """Returns what is known about an object, None when it does not exist."""
         ...
 
-    def list(self, prefix: str = "") -> list[Stat]:
+    def list(self, prefix: str = "") -> list[ObjectMeta]:
         """Returns every object whose name starts with `prefix`, sorted by name.
 
         A prefix is compared as text: end it with `/` to mean a folder. Unfinished puts never show.
@@ -95,7 +95,7 @@ class Store(Protocol):
         """
         ...
 
-    def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
+    def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> ObjectMeta:
         """Stores `data`.
 
         Args:
@@ -106,7 +106,7 @@ class Store(Protocol):
         """
         ...
 
-    def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
+    def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> ObjectMeta:
         """Stores the content of the local file `path`; otherwise as `put`."""
         ...
 
@@ -114,11 +114,11 @@ class Store(Protocol):
         """Deletes an object; a missing one is fine."""
         ...
 
-    def below(self, prefix: str) -> "Store":
+    def below(self, prefix: str) -> "ObjectStore":
         """Returns the same storage, rooted in the folder `prefix`."""
         ...
 
-    def with_limits(self, *, retry_s: float, timeout_s: float) -> "Store":
+    def with_limits(self, *, retry_s: float, timeout_s: float) -> "ObjectStore":
         """Returns the same storage with other limits.
 
         Args:
@@ -127,7 +127,7 @@ class Store(Protocol):
         """
         ...
 
-    def watched(self, moved: Callable[[], None]) -> "Store":
+    def watched(self, moved: Callable[[], None]) -> "ObjectStore":
         """Returns the same storage, which calls `moved` whenever bytes of an object have moved.
 
         A large file calls it many times on its way, in either direction, in the thread that puts or
@@ -135,7 +135,7 @@ class Store(Protocol):
         """
         ...
 
-    def guarded(self, check: Callable[[], None]) -> "Store":
+    def guarded(self, check: Callable[[], None]) -> "ObjectStore":
         """Returns the same storage, which calls `check` before every try of a put or a delete.
 
         What `check` raises ends the put or delete, also one that is being repeated.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from flexunet.errors import FlexUNetError, StorageError, UsageError
-from flexunet.storage.base import NotFound, Stat, do_nothing, refused
+from flexunet.storage.base import NotFound, ObjectMeta, do_nothing, refused
 from flexunet.storage.gcs_errors import describe_cloud_error, is_transient
 from flexunet.storage.gcs_transfer import (
     ChangedOnTheWay,
@@ -83,8 +83,8 @@ class GcsStore:
     def __hash__(self) -> int:
         return hash(self.url)
 
-    def stat(self, name: str) -> Stat | None:
-        """See `Store.stat`."""
+    def stat(self, name: str) -> ObjectMeta | None:
+        """See `ObjectStore.stat`."""
         blob = self._blob(name)
         try:
             with self._errors("read", name):
@@ -93,8 +93,8 @@ class GcsStore:
             return None
         return _blob_stat(name, blob)
 
-    def list(self, prefix: str = "") -> list[Stat]:
-        """See `Store.list`; the empty objects that stand for folders are left out."""
+    def list(self, prefix: str = "") -> list[ObjectMeta]:
+        """See `ObjectStore.list`; the empty objects that stand for folders are left out."""
         with self._errors("list", prefix, missing="bucket"):
             blobs = self._client().list_blobs(
                 self._bucket,
@@ -107,7 +107,7 @@ class GcsStore:
         return sorted((s for s in found if not s.name.endswith("/")), key=lambda s: s.name)
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """See `Store.get`."""
+        """See `ObjectStore.get`."""
 
         def fetch() -> bytes:
             blob = self._blob(name)
@@ -121,7 +121,7 @@ class GcsStore:
             return unchanged(fetch, join_url(self.url, name))
 
     def get_file(self, name: str, path: str) -> int:
-        """See `Store.get_file`."""
+        """See `ObjectStore.get_file`."""
 
         def fetch() -> int:
             with whole_file(path) as file:
@@ -138,37 +138,37 @@ class GcsStore:
         with self._errors("read", name):
             return unchanged(fetch, join_url(self.url, name))
 
-    def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
-        """See `Store.put`."""
+    def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> ObjectMeta:
+        """See `ObjectStore.put`."""
         return self._put_stream(name, io.BytesIO(data), len(data), if_generation)
 
-    def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
-        """See `Store.put_file`."""
+    def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> ObjectMeta:
+        """See `ObjectStore.put_file`."""
         with local_errors("read", path), open(path, "rb") as file:
             return self._put_stream(name, file, os.fstat(file.fileno()).st_size, if_generation)
 
     def delete(self, name: str) -> None:
-        """See `Store.delete`."""
+        """See `ObjectStore.delete`."""
         self._check()
         with contextlib.suppress(NotFound), self._errors("delete", name):
             retry = self._retry(lambda error: self._check())
             self._blob(name).delete(retry=retry, timeout=self._timeout_s)
 
     def below(self, prefix: str) -> "GcsStore":
-        """See `Store.below`."""
+        """See `ObjectStore.below`."""
         url = join_url(self.url, checked_name(prefix))
         return self._like(url)
 
     def with_limits(self, *, retry_s: float, timeout_s: float) -> "GcsStore":
-        """See `Store.with_limits`."""
+        """See `ObjectStore.with_limits`."""
         return self._like(retry_s=retry_s, timeout_s=timeout_s)
 
     def watched(self, moved: Callable[[], None]) -> "GcsStore":
-        """See `Store.watched`."""
+        """See `ObjectStore.watched`."""
         return self._like(moved=moved)
 
     def guarded(self, check: Callable[[], None]) -> "GcsStore":
-        """See `Store.guarded`."""
+        """See `ObjectStore.guarded`."""
         return self._like(check=check)
 
     def _like(self, url: str | None = None, **changes: Any) -> "GcsStore":
@@ -182,7 +182,7 @@ class GcsStore:
         return GcsStore(url or self.url, **(own | changes))
 
     def remove_unfinished(self) -> int:
-        """See `Store.remove_unfinished`; the server forgets unfinished uploads by itself."""
+        """See `ObjectStore.remove_unfinished`; the server forgets unfinished uploads by itself."""
         return 0
 
     def _client(self) -> Any:
@@ -248,22 +248,24 @@ class GcsStore:
                 "crc32c; try again"
             )
 
-    def _put_stream(self, name: str, file: BinaryIO, size: int, if_generation: int | None) -> Stat:
+    def _put_stream(
+        self, name: str, file: BinaryIO, size: int, if_generation: int | None
+    ) -> ObjectMeta:
         """Uploads `file`, in one request or in parts."""
 
-        def send(blob: Any, **options: Any) -> Stat:
+        def send(blob: Any, **options: Any) -> ObjectMeta:
             file.seek(0)
             blob.upload_from_file(file, size=size, checksum="crc32c", **options)
             return _blob_stat(name, blob)
 
-        def send_parts(blob: Any, **options: Any) -> Stat:
+        def send_parts(blob: Any, **options: Any) -> ObjectMeta:
             return self._send_parts(name, blob, file, size, options)
 
         return self._upload(name, send if size <= _SINGLE_BYTES else send_parts, if_generation)
 
     def _send_parts(
         self, name: str, blob: Any, file: BinaryIO, size: int, options: dict[str, Any]
-    ) -> Stat:
+    ) -> ObjectMeta:
         """Uploads a large file in parts, in a session that carries the conditions."""
         blob.crc32c = base64.b64encode(crc32c_of_stream(file).to_bytes(4, "big")).decode()
         for _ in range(_MAX_SESSIONS - 1):
@@ -273,7 +275,7 @@ class GcsStore:
 
     def _send_session(
         self, name: str, blob: Any, file: BinaryIO, size: int, options: dict[str, Any]
-    ) -> Stat:
+    ) -> ObjectMeta:
         from google.api_core.exceptions import RetryError
 
         url = blob.create_resumable_upload_session(size=size, checksum=None, **options)
@@ -291,10 +293,12 @@ class GcsStore:
                 if found is None and upload.num_arrived == before:
                     raise
         crc32c = _decoded_crc32c(found["crc32c"])
-        return Stat(name, int(found["size"]), int(found["generation"]), crc32c)
+        return ObjectMeta(name, int(found["size"]), int(found["generation"]), crc32c)
 
-    def _upload(self, name: str, send: Callable[..., Stat], if_generation: int | None) -> Stat:
-        from google.api_core.exceptions import PreconditionFailed as Refused
+    def _upload(
+        self, name: str, send: Callable[..., ObjectMeta], if_generation: int | None
+    ) -> ObjectMeta:
+        from google.api_core.exceptions import PreconditionFailed as Conflict
 
         self._check()
         blob = self._blob(name)
@@ -318,7 +322,7 @@ class GcsStore:
                 stat = send(blob, **options)
                 self._moved()
                 return stat
-            except Refused as error:
+            except Conflict as error:
                 # A put whose answer got lost is refused when it is repeated, by its own success.
                 if not (interrupted and self._is_stored(name, token)):
                     found = self.stat(name)
@@ -368,8 +372,8 @@ def _cloud_client(process_id: int, emulator: str | None) -> Any:
     )
 
 
-def _blob_stat(name: str, blob: Any) -> Stat:
-    return Stat(name, int(blob.size), int(blob.generation), _decoded_crc32c(blob.crc32c))
+def _blob_stat(name: str, blob: Any) -> ObjectMeta:
+    return ObjectMeta(name, int(blob.size), int(blob.generation), _decoded_crc32c(blob.crc32c))
 
 
 def _decoded_crc32c(text: str | None) -> int | None:

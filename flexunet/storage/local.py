@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from flexunet.errors import ContentError
-from flexunet.storage.base import BROKEN_LINK, Stat, do_nothing, refused
+from flexunet.storage.base import BROKEN_LINK, ObjectMeta, do_nothing, refused
 from flexunet.storage.listing import size_of, tell_left_out, walk, walk_links, with_folders_above
 from flexunet.storage.local_files import (
     CHUNK_BYTES,
@@ -64,14 +64,14 @@ class LocalStore:
         """Returns the same folder, read with all its links."""
         return self._with("_follows_links", True)
 
-    def stat(self, name: str) -> Stat | None:
-        """See `Store.stat`."""
+    def stat(self, name: str) -> ObjectMeta | None:
+        """See `ObjectStore.stat`."""
         path = self._read_path(name)
         with local_errors("read", path):
             return stat_path(name, path)
 
-    def list(self, prefix: str = "") -> list[Stat]:
-        """See `Store.list`; links to files inside the folder are listed, other links are not.
+    def list(self, prefix: str = "") -> list[ObjectMeta]:
+        """See `ObjectStore.list`; links to files inside the folder are listed, other links are not.
 
         Where links are followed, those that lead to no file are listed too, with size 0, and `stat`
         does not know them; only what leads to a folder that it lies in is left out.
@@ -85,7 +85,7 @@ class LocalStore:
             else:
                 files = walk(top, folder, os.path.realpath(self.url), left_out)
             found = [
-                Stat(name, size_of(info), info.st_mtime_ns, None)
+                ObjectMeta(name, size_of(info), info.st_mtime_ns, None)
                 for name, info in files
                 if name.startswith(prefix)
             ]
@@ -95,7 +95,7 @@ class LocalStore:
         return sorted(found, key=lambda stat: stat.name)
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """See `Store.get`."""
+        """See `ObjectStore.get`."""
         path = self._file_path(name)
         with local_errors("read", path), open(path, "rb") as file:
             file.seek(start)
@@ -104,7 +104,7 @@ class LocalStore:
         return data
 
     def get_file(self, name: str, path: str) -> int:
-        """See `Store.get_file`; the copy is not forced to disk."""
+        """See `ObjectStore.get_file`; the copy is not forced to disk."""
         source = self._file_path(name)
         value = 0
         with local_errors("read", source), open(source, "rb") as file, whole_file(path) as copy:
@@ -114,14 +114,14 @@ class LocalStore:
                 self._moved()
         return value
 
-    def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
-        """See `Store.put`."""
+    def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> ObjectMeta:
+        """See `ObjectStore.put`."""
         stat = self._put(name, lambda file: file.write(data), if_generation)
         self._moved()
         return stat
 
-    def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
-        """See `Store.put_file`."""
+    def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> ObjectMeta:
+        """See `ObjectStore.put_file`."""
         with local_errors("read", path), open(path, "rb") as source:
 
             def copy(file: BinaryIO) -> None:
@@ -132,7 +132,7 @@ class LocalStore:
             return self._put(name, copy, if_generation)
 
     def delete(self, name: str) -> None:
-        """See `Store.delete`; folders that become empty go too, up to the store's own."""
+        """See `ObjectStore.delete`; folders that become empty go too, up to the store's own."""
         self._check()
         path = local_path(self.url, name)
         with local_errors("delete", path):
@@ -145,7 +145,7 @@ class LocalStore:
                     folder = os.path.dirname(folder)
 
     def below(self, prefix: str) -> "LocalStore":
-        """See `Store.below`."""
+        """See `ObjectStore.below`."""
         return LocalStore(
             self._read_path(prefix),
             follows_links=self._follows_links,
@@ -154,15 +154,15 @@ class LocalStore:
         )
 
     def with_limits(self, *, retry_s: float, timeout_s: float) -> "LocalStore":
-        """See `Store.with_limits`; a folder has none."""
+        """See `ObjectStore.with_limits`; a folder has none."""
         return self
 
     def watched(self, moved: Callable[[], None]) -> "LocalStore":
-        """See `Store.watched`."""
+        """See `ObjectStore.watched`."""
         return self._with("_moved", moved)
 
     def guarded(self, check: Callable[[], None]) -> "LocalStore":
-        """See `Store.guarded`."""
+        """See `ObjectStore.guarded`."""
         return self._with("_check", check)
 
     def _with(self, name: str, value: Any) -> "LocalStore":
@@ -171,7 +171,7 @@ class LocalStore:
         return twin
 
     def remove_unfinished(self) -> int:
-        """See `Store.remove_unfinished`."""
+        """See `ObjectStore.remove_unfinished`."""
         self._check()
         num_removed = 0
         for folder, _, files in os.walk(self.url):
@@ -198,7 +198,7 @@ class LocalStore:
             raise ContentError(f"{path}: {BROKEN_LINK}")
         return path
 
-    def _put(self, name: str, write: Callable[[Any], Any], if_generation: int | None) -> Stat:
+    def _put(self, name: str, write: Callable[[Any], Any], if_generation: int | None) -> ObjectMeta:
         self._check()
         path = local_path(self.url, name)
         with local_errors("write", path):
@@ -214,7 +214,7 @@ class LocalStore:
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(file.name)
-        return Stat(name, info.st_size, info.st_mtime_ns, None)
+        return ObjectMeta(name, info.st_size, info.st_mtime_ns, None)
 
     def _publish(self, temporary: str, path: str, if_generation: int | None) -> os.stat_result:
         """Gives a file its name; returns its own stat, as the next writer may be here already."""
@@ -245,7 +245,7 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _follow(temporary: str, previous: Stat | None) -> os.stat_result:
+def _follow(temporary: str, previous: ObjectMeta | None) -> os.stat_result:
     """Returns the stat of `temporary`, given a time after that of the object it replaces.
 
     The kernel's clock for files ticks every few ms, so two puts could carry the same time.

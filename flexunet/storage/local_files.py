@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import google_crc32c
 
 from flexunet.errors import FlexUNetError, StorageError
-from flexunet.storage.base import NotAFolder, NotFound, Stat
+from flexunet.storage.base import NotAFolder, NotFound, ObjectMeta
 from flexunet.storage.names import TEMPORARY
 
 CHUNK_BYTES = 1 << 20
@@ -82,7 +82,7 @@ def refuse_file_above(path: str, error: OSError) -> None:
         raise NotAFolder(f"{folder} is a file, not a folder; give a folder") from error
 
 
-def stat_path(name: str, path: str) -> Stat | None:
+def stat_path(name: str, path: str) -> ObjectMeta | None:
     """Returns the stat of the file at `path` under `name`, None where there is no file."""
     try:
         info = os.stat(path)
@@ -94,7 +94,7 @@ def stat_path(name: str, path: str) -> Stat | None:
         raise
     if not stat_module.S_ISREG(info.st_mode):
         return None
-    return Stat(name, info.st_size, info.st_mtime_ns, None)
+    return ObjectMeta(name, info.st_size, info.st_mtime_ns, None)
 
 
 def open_temporary(path: str) -> BinaryIO:

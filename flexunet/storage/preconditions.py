@@ -4,18 +4,18 @@ import contextlib
 import uuid
 
 from flexunet.errors import StorageError
-from flexunet.storage.base import Forbidden, PreconditionFailed, Stat, Store
+from flexunet.storage.base import Forbidden, ObjectMeta, ObjectStore, PreconditionFailed
 from flexunet.storage.local_files import crc32c_of
 
 
-def put_if_other(store: Store, name: str, data: bytes) -> None:
+def put_if_changed(store: ObjectStore, name: str, data: bytes) -> None:
     """Puts `data` unless the object holds it already: who may create may not always replace."""
     stat = store.stat(name)
     if stat is None or not holds(store, stat, data):
         store.put(name, data)
 
 
-def holds(store: Store, stat: Stat, data: bytes) -> bool:
+def holds(store: ObjectStore, stat: ObjectMeta, data: bytes) -> bool:
     """Returns whether the object has the size and the CRC-32C of `data`."""
     if stat.size != len(data):
         return False
@@ -23,7 +23,7 @@ def holds(store: Store, stat: Stat, data: bytes) -> bool:
     return found == crc32c_of(data)
 
 
-def probe_writable(store: Store, *, may_stay: bool = False) -> None:
+def probe_writable(store: ObjectStore, *, may_stay: bool = False) -> None:
     """Puts, gets and deletes a small object of a name nobody else has.
 
     Args:
@@ -46,7 +46,7 @@ def probe_writable(store: Store, *, may_stay: bool = False) -> None:
                 raise
 
 
-def probe_preconditions(store: Store) -> None:
+def probe_preconditions(store: ObjectStore) -> None:
     """Checks that conditional puts are conditional, on which locks and commits rest.
 
     Raises:

@@ -5,13 +5,13 @@ import re
 import urllib.parse
 
 from flexunet.errors import UsageError
-from flexunet.storage.base import Store
+from flexunet.storage.base import ObjectStore
 from flexunet.storage.gcs import RETRY_S, GcsStore
 from flexunet.storage.local import LocalStore
 from flexunet.storage.names import is_inside
 
 
-def open_store(url: str, *, retry_s: float = RETRY_S) -> Store:
+def open_store(url: str, *, retry_s: float = RETRY_S) -> ObjectStore:
     """Returns the store at `url`: `gs://bucket/prefix`, a folder's path, or `file:///path`.
 
     Nothing is read or written yet.
@@ -39,7 +39,7 @@ def open_store(url: str, *, retry_s: float = RETRY_S) -> Store:
     )
 
 
-def open_source(url: str) -> Store:
+def open_source(url: str) -> ObjectStore:
     """Returns the store at `url` to read what a user names: in a folder, all links are followed.
 
     So pictures may be links to another folder or disk. What is written, and what programs wrote
@@ -52,22 +52,22 @@ def open_source(url: str) -> Store:
     return store.following_links() if isinstance(store, LocalStore) else store
 
 
-def is_file(store: Store) -> bool:
+def is_file(store: ObjectStore) -> bool:
     """Returns whether a file lies where the store's local folder should be."""
     return store.local_root is not None and os.path.isfile(store.local_root)
 
 
-def folder_problem(store: Store) -> str | None:
+def folder_problem(store: ObjectStore) -> str | None:
     """Returns why a store has no local folder to read; None where it has, and of a bucket."""
     if store.local_root is None or os.path.isdir(store.local_root):
         return None
     return "is a file, not a folder" if is_file(store) else "does not exist"
 
 
-def lies_in(inner: Store, outer: Store) -> bool:
+def is_subpath(inner: ObjectStore, outer: ObjectStore) -> bool:
     """Returns whether `inner` is `outer` or a folder in it, also by way of symbolic links."""
     return is_inside(_real_url(inner), _real_url(outer))
 
 
-def _real_url(store: Store) -> str:
+def _real_url(store: ObjectStore) -> str:
     return os.path.realpath(store.local_root) if store.local_root else store.url

@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.imaging.codecs import read_image, read_mask_pixels
 from data_prep.shards.records import ID_FEATURE, IMAGE_FEATURE, MASK_FEATURE, unframe_record
 from flexunet.errors import ContentError, FlexUNetError, StorageError
-from flexunet.storage import Store, local_path
+from flexunet.storage import ObjectStore, local_path
 from job.data.dataset import Split
 
 
@@ -27,7 +27,7 @@ class Record:
 class RecordReader:
     """Reads records by position, from local shards or by range over the network."""
 
-    def __init__(self, store: Store, split: Split, folder: str | None) -> None:
+    def __init__(self, store: ObjectStore, split: Split, folder: str | None) -> None:
         """Reads from the shards in `folder`, or from `store` where it is None."""
         self._store = store
         self._split = split

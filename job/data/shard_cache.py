@@ -12,7 +12,7 @@ from typing import Any
 
 from data_prep.shards.manifest import Manifest
 from flexunet.errors import ContentError, StorageError
-from flexunet.storage import Store, crc32c_of_file, local_path, open_store
+from flexunet.storage import ObjectStore, crc32c_of_file, local_path, open_store
 from job.data.dataset import Dataset, Split
 from job.data.reader import RecordReader
 
@@ -48,7 +48,7 @@ def open_reader(
     return RecordReader(store, split, str(folder))
 
 
-def _check_sizes(store: Store, manifest: Manifest, split: Split) -> None:
+def _check_sizes(store: ObjectStore, manifest: Manifest, split: Split) -> None:
     needed = set(split.shards)
     for shard in manifest.shards:
         if shard.name in needed:
@@ -87,7 +87,7 @@ def _is_taken(lock: int) -> bool:
 
 
 def _fill_cache(
-    store: Store, manifest: Manifest, split: Split, folder: str, alive: Callable[[], None]
+    store: ObjectStore, manifest: Manifest, split: Split, folder: str, alive: Callable[[], None]
 ) -> None:
     missing, used = [], set(split.shards)
     for shard in manifest.shards:

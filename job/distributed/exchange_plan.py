@@ -120,7 +120,7 @@ def agreed_plan(
     elif ratio is None:
         ratio = measured_flops_per_byte(strategy, model.compute_dtype)
     # Another choice in one process would be waited for without end.
-    agreed: float = team.on_first(lambda: ratio)
+    agreed: float = team.run_on_primary(lambda: ratio)
     plan = make_plan(
         model,
         batch_size=config.global_batch_size // num_replicas,

@@ -65,7 +65,7 @@ class Team:
             return wish
         return bool(self._sum(np.array([wish], np.int64))[0])
 
-    def on_first(self, work: Callable[[], T]) -> T:
+    def run_on_primary(self, work: Callable[[], T]) -> T:
         """Returns on every process what `work` returned on the first, through JSON.
 
         Raises:
@@ -73,7 +73,7 @@ class Team:
         """
         return self._shared(work, is_worker=self.is_first)[0]
 
-    def on_each(self, work: Callable[[], T]) -> list[T]:
+    def all_gather_object(self, work: Callable[[], T]) -> list[T]:
         """Returns on every process what `work` returned on each, by rank, through JSON.
 
         Raises:
@@ -116,7 +116,7 @@ class Team:
         is_over = False
         try:
             while not is_over:
-                looks: list[list[bool]] = self.on_each(functools.partial(list, look()))
+                looks: list[list[bool]] = self.all_gather_object(functools.partial(list, look()))
                 is_over = all(is_done for is_done, _ in looks)
                 if any(has_moved for _, has_moved in looks):
                     alive()
@@ -124,7 +124,7 @@ class Team:
             # Another process is gone: what this one is storing must arrive all the same.
             wait([future])
             raise
-        return self.on_each(future.result)
+        return self.all_gather_object(future.result)
 
     def share(self, variables: Iterable[Any]) -> None:
         """Sets `variables`, in the order in which all have them, to the values of the first."""
@@ -156,7 +156,7 @@ class Team:
                 value = google_crc32c.extend(value, variable.numpy().tobytes())
             return value
 
-        first, *others = self.on_each(digest)
+        first, *others = self.all_gather_object(digest)
         different = [str(rank) for rank, other in enumerate(others, start=1) if other != first]
         if different:
             raise FlexUNetError(

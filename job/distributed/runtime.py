@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from flexunet.errors import UsageError
-from flexunet.native_stderr import held_back_stderr
+from flexunet.native_stderr import suppress_native_stderr
 from flexunet.text import counted
 from job.config import TrainConfig
 
@@ -33,7 +33,7 @@ def import_tensorflow() -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     # TensorFlow's C++ part writes several lines before its own log level applies.
-    with held_back_stderr(shown_on_error=True):
+    with suppress_native_stderr(shown_on_error=True):
         import keras
         import tensorflow as tf
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flexunet.errors import FlexUNetError
-from flexunet.storage import Store
+from flexunet.storage import ObjectStore
 
 STACKS_FOLDER = "stacks"  # in a run's folder
 _NUM_STEPS = 50  # the latest steps, from which the usual duration is taken
@@ -124,7 +124,7 @@ class Watchdog:
                     return
 
 
-def end_process(store: Store, name: str, title: str) -> None:
+def end_process(store: ObjectStore, name: str, title: str) -> None:
     """Writes the stacks of all threads to `name` in `store`, says so, and ends this process.
 
     Args:
@@ -143,7 +143,7 @@ def end_process(store: Store, name: str, title: str) -> None:
         os._exit(FlexUNetError.exit_code)
 
 
-def _store_stacks(store: Store, name: str, title: str) -> str:
+def _store_stacks(store: ObjectStore, name: str, title: str) -> str:
     try:
         with tempfile.TemporaryFile() as file:
             faulthandler.dump_traceback(file, all_threads=True)

@@ -29,7 +29,7 @@ def uses_xla(config: TrainConfig, team: Team) -> bool:
         is_wanted = config.xla == "on" or (has_gpu and may)
         return {"is_wanted": is_wanted, "reason": why_not_xla() if is_wanted else None}
 
-    found = team.on_each(look)
+    found = team.all_gather_object(look)
     reason = next((each["reason"] for each in found if each["reason"] is not None), None)
     if reason is not None and config.xla == "on":
         raise UsageError(f"--xla=on: XLA compiles nothing here ({reason}); leave it out")

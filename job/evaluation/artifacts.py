@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flexunet.progress import Alive, not_told
-from flexunet.storage import Store
+from flexunet.progress import Alive, no_heartbeat
+from flexunet.storage import ObjectStore
 from flexunet.tables import csv_table
 from job.data.cases import read_picture
 from job.data.dataset import Dataset
@@ -20,12 +20,12 @@ from job.metrics.per_case import case_cells, case_columns
 _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
 
 
-def evaluation_folder(run: Store, split: str) -> Store:
+def evaluation_folder(run: ObjectStore, split: str) -> ObjectStore:
     """Returns where in a run the evaluation of a split lies."""
     return run.below("evaluation" if split == "test" else f"evaluation/{split}")
 
 
-def write_evaluation(target: Store, evaluation: Evaluation, evaluator: Evaluator) -> str:
+def write_evaluation(target: ObjectStore, evaluation: Evaluation, evaluator: Evaluator) -> str:
     """Writes the tables, the summary and pictures of best, middle and worst cases of a split.
 
     Args:
@@ -132,7 +132,7 @@ def _example_cases(counts: np.ndarray) -> list[tuple[str, int, float | None]]:
 
 
 def draw_examples(
-    evaluator: Evaluator, evaluation: Evaluation, reader: RecordReader, alive: Alive = not_told
+    evaluator: Evaluator, evaluation: Evaluation, reader: RecordReader, alive: Alive = no_heartbeat
 ) -> dict[str, bytes]:
     """Returns PNGs by name of the best, middle and worst cases: as panels and as overlays.
 

@@ -16,7 +16,7 @@ import numpy as np
 from data_prep.imaging.geometry import Geometry, undo_geometry
 from data_prep.shards.manifest import Manifest
 from flexunet.errors import StoppedError
-from flexunet.progress import Alive, Progress, not_told
+from flexunet.progress import Alive, Progress, no_heartbeat
 from job.config import TrainConfig
 from job.data.cases import Picture, pictures_of, read_picture
 from job.data.dataset import Dataset, Split
@@ -105,11 +105,11 @@ class Evaluator:
         """Returns the cases of `split`."""
         return pictures_of(split, is_by_tile=self.is_by_tile)
 
-    def predict(self, image: np.ndarray, alive: Alive = not_told) -> Probabilities:
+    def predict(self, image: np.ndarray, alive: Alive = no_heartbeat) -> Probabilities:
         """Returns the probabilities (H, W, K) of a picture (H, W, C) of any size."""
         return probabilities_of(image, self.probabilities, self.windows, alive=alive)
 
-    def mask_of(self, image: np.ndarray, alive: Alive = not_told) -> Ids:
+    def mask_of(self, image: np.ndarray, alive: Alive = no_heartbeat) -> Ids:
         """Returns the class ids (H, W) of a picture (H, W, C) of any size."""
         return without_small(class_ids(self.predict(image, alive)), self.min_pixels)
 
@@ -121,7 +121,7 @@ class Evaluator:
         measured: bool = False,
         shown: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
-        alive: Alive = not_told,
+        alive: Alive = no_heartbeat,
     ) -> Evaluation:
         """Returns the evaluation of every case of split `name`, with the weights as they are now.
 

@@ -8,7 +8,7 @@ from typing import Any
 from data_prep.shards.manifest import MANIFEST_NAME, parse_manifest
 from flexunet.errors import ContentError, UsageError
 from flexunet.json_files import evaluate_again, read_json, read_table
-from flexunet.storage import Store, open_store
+from flexunet.storage import ObjectStore, open_store
 from flexunet.tables import csv_table
 from job.config import TrainConfig
 from job.data.cases import pictures_of
@@ -103,7 +103,7 @@ def _check_cases(config: TrainConfig, classes: Sequence[str]) -> list[dict[str, 
     return started
 
 
-def _check_alike(runs: Sequence[Store]) -> None:
+def _check_alike(runs: Sequence[ObjectStore]) -> None:
     """Refuses folds whose numbers mean different things, as one was evaluated again in another way.
 
     Raises:
@@ -121,7 +121,7 @@ def _check_alike(runs: Sequence[Store]) -> None:
             )
 
 
-def _read_way(run: Store) -> dict[str, Any]:
+def _read_way(run: ObjectStore) -> dict[str, Any]:
     """Returns how the cases of a fold were predicted; one that training evaluated: plainly."""
     name = "evaluation/summary.json"
     summary = read_json(run, name, evaluate_again(run))
@@ -154,7 +154,7 @@ def _summarized(cases: Sequence[_FoldCase], classes: Sequence[str]) -> dict[str,
     return summarize_cases([each.case for each in cases], [each.group for each in cases], classes)
 
 
-def _read_cases(run: Store, size: str, classes: Sequence[str]) -> list[_FoldCase]:
+def _read_cases(run: ObjectStore, size: str, classes: Sequence[str]) -> list[_FoldCase]:
     name = f"evaluation/measures_{size}.csv"
     rows = read_table(run, name, evaluate_again(run))
     if rows is None:
@@ -165,9 +165,9 @@ def _read_cases(run: Store, size: str, classes: Sequence[str]) -> list[_FoldCase
         raise _damaged(run, name) from error
 
 
-def _missing(run: Store, name: str) -> ContentError:
+def _missing(run: ObjectStore, name: str) -> ContentError:
     return ContentError(f"{run.url}/{name} is missing; {evaluate_again(run)}")
 
 
-def _damaged(run: Store, name: str) -> ContentError:
+def _damaged(run: ObjectStore, name: str) -> ContentError:
     return ContentError(f"{run.url}/{name}: damaged; {evaluate_again(run)}")

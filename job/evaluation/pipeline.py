@@ -11,7 +11,7 @@ from flexunet.errors import UsageError
 from flexunet.json_files import read_json
 from flexunet.progress import Progress
 from flexunet.settings import option
-from flexunet.storage import Store, open_store
+from flexunet.storage import ObjectStore, open_store
 from job.config import TrainConfig
 from job.data.cases import read_picture
 from job.data.dataset import Dataset, Split, open_dataset
@@ -132,7 +132,7 @@ def evaluate_run(
     return evaluation, write_evaluation(target, evaluation, evaluator)
 
 
-def _tell_checkpoint(run: Store, used: Mapping[str, Any]) -> None:
+def _tell_checkpoint(run: ObjectStore, used: Mapping[str, Any]) -> None:
     stands = {
         "stopped": "; the run was stopped before its end",
         "open": "; the run is not over: it is being trained, or its process was killed",
@@ -140,7 +140,7 @@ def _tell_checkpoint(run: Store, used: Mapping[str, Any]) -> None:
     logger.info("evaluating %s%s", checkpoint_words(used), stands.get(standing(run), ""))
 
 
-def target_of(run: TrainedRun, config: EvaluateConfig) -> Store:
+def target_of(run: TrainedRun, config: EvaluateConfig) -> ObjectStore:
     """Returns the folder to which the evaluation goes.
 
     Raises:
@@ -160,7 +160,7 @@ def target_of(run: TrainedRun, config: EvaluateConfig) -> Store:
     return evaluation_folder(run.store, config.split)
 
 
-def _tell_replaced(target: Store, *, keeps_fit: bool) -> None:
+def _tell_replaced(target: ObjectStore, *, keeps_fit: bool) -> None:
     if target.stat("summary.json") is None:
         return
     stays = f"; {FILE_NAME} stays" if keeps_fit and target.stat(FILE_NAME) is not None else ""

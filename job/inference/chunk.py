@@ -19,14 +19,14 @@ from data_prep.imaging.tiles import starts
 from data_prep.shards.manifest import Manifest
 from flexunet.errors import ContentError, StorageError
 from flexunet.process_pool import available_cores, in_order
-from flexunet.storage import Forbidden, NotFound, Store, open_source, open_store
+from flexunet.storage import Forbidden, NotFound, ObjectStore, open_source, open_store
 from job.inference.inputs import OVERLAYS_FOLDER, mask_name, read_any
 from job.inference.options import InferConfig
 from job.inference.postprocess import Ids, area_scale, class_ids, class_ids_at_source, without_small
 from job.inference.preprocess import to_model_pixels
 from job.inference.sliding_window import Step, Windows, slide
 from job.models.flips import Flips
-from job.runs.loading import Member, TrainedRun, load_model, open_trained
+from job.runs.loading import Member, TrainedRun, load_model, open_run
 
 # The longest side of the picture that is kept for the overlay, pixels; no overlay is larger.
 _PREVIEW_SIDE = 1600
@@ -98,7 +98,7 @@ def load_predictor(members: Sequence[Member], flips: Flips, *, needs_gpu: bool) 
         require_gpu()
     from job.models.ensemble import make_probability_step, network_of
 
-    runs = [open_trained(member.run) for member in members]
+    runs = [open_run(member.run) for member in members]
     models = [_model_of(run, member) for run, member in zip(runs, members, strict=True)]
     step = make_probability_step(network_of(models, flips))
     return Predictor(step, runs[0].manifest)
@@ -158,7 +158,7 @@ def _threads() -> Iterator[Executor]:
 
 
 def _read_picture(
-    source: Store, name: str, manifest: Manifest, config: InferConfig
+    source: ObjectStore, name: str, manifest: Manifest, config: InferConfig
 ) -> _Picture | tuple[str, str]:
     """Returns the picture, or its name and why it cannot be read."""
     try:
@@ -246,7 +246,7 @@ def _mask_at_source(found: np.ndarray, geometry: Geometry, min_pixels: Sequence[
     return without_small(ids, min_pixels, area_scale(geometry))
 
 
-def _write_picture(picture: _Picture, ids: Ids, manifest: Manifest, output: Store) -> None:
+def _write_picture(picture: _Picture, ids: Ids, manifest: Manifest, output: ObjectStore) -> None:
     from job.reporting import plots
 
     name = mask_name(picture.name)
@@ -257,7 +257,7 @@ def _write_picture(picture: _Picture, ids: Ids, manifest: Manifest, output: Stor
     output.put(name, plots.mask_png(ids, manifest.classes))
 
 
-def _put_overlay(output: Store, name: str, overlay: bytes) -> None:
+def _put_overlay(output: ObjectStore, name: str, overlay: bytes) -> None:
     """An overlay of a call that was stopped may stay: an account may create, and not replace."""
     try:
         output.put(name, overlay)

@@ -10,12 +10,12 @@ from data_prep.imaging.dicom.reader import DICOM_ENDINGS, is_dicom, read_dicom
 from data_prep.sources.dicom_files import dicom_without_ending, stem_of
 from data_prep.sources.pairs import IMAGE_ENDINGS
 from flexunet.errors import UsageError
-from flexunet.storage import Stat, Store, folder_problem, is_file, join_url, lies_in
+from flexunet.storage import ObjectMeta, ObjectStore, folder_problem, is_file, is_subpath, join_url
 
 OVERLAYS_FOLDER = "overlays"
 
 
-def find_images(source: Store, count: int | None = None) -> list[str]:
+def find_images(source: ObjectStore, count: int | None = None) -> list[str]:
     """Returns the names of all images below `source`, sorted; see `sort_images`.
 
     Args:
@@ -25,7 +25,7 @@ def find_images(source: Store, count: int | None = None) -> list[str]:
     return _names_of_images(source, source.list(), count)[:count]
 
 
-def sort_images(source: Store) -> tuple[list[str], tuple[str, ...]]:
+def sort_images(source: ObjectStore) -> tuple[list[str], tuple[str, ...]]:
     """Returns the names of all images below `source`, sorted, and of the files that are none.
 
     DICOM files are found by how they begin, too. Hidden files are not mentioned.
@@ -40,7 +40,9 @@ def sort_images(source: Store) -> tuple[list[str], tuple[str, ...]]:
     return names, tuple(name for name in others if not posixpath.basename(name).startswith("."))
 
 
-def _names_of_images(source: Store, stats: Sequence[Stat], count: int | None) -> list[str]:
+def _names_of_images(
+    source: ObjectStore, stats: Sequence[ObjectMeta], count: int | None
+) -> list[str]:
     """Returns the names of all images, of those without an ending at least the first `count`."""
     endings = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
     named = [each.name for each in stats if each.name.lower().endswith(endings)]
@@ -87,7 +89,7 @@ def read_any(
     return read_image(data, name=name, max_pixels=max_pixels), None
 
 
-def refuse_files(source: Store, output: Store) -> None:
+def refuse_files(source: ObjectStore, output: ObjectStore) -> None:
     """Refuses IMAGES and OUTPUT that are no folders.
 
     Raises:
@@ -100,20 +102,20 @@ def refuse_files(source: Store, output: Store) -> None:
         raise UsageError(f"{output.url}: is a file; give OUTPUT a folder, which infer makes")
 
 
-def refuse_overlap(source: Store, output: Store) -> None:
+def refuse_overlap(source: ObjectStore, output: ObjectStore) -> None:
     """Refuses masks among the images: the next call would take them for images, or replace some.
 
     Raises:
         UsageError: one folder is in the other.
     """
-    if lies_in(source, output) or lies_in(output, source):
+    if is_subpath(source, output) or is_subpath(output, source):
         raise UsageError(
             f"{output.url}: the output and the images in {source.url} must not lie in one "
             "another; give another OUTPUT"
         )
 
 
-def refuse_overlays_folder(source: Store, names: Sequence[str]) -> None:
+def refuse_overlays_folder(source: ObjectStore, names: Sequence[str]) -> None:
     """Refuses images in a folder whose masks would be among the overlays.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 from flexunet.errors import UsageError
 from flexunet.settings import flag_of
-from flexunet.storage import Forbidden, NotFound, Store
+from flexunet.storage import Forbidden, NotFound, ObjectStore
 from flexunet.tables import csv_table
 from flexunet.text import legible
 from job.inference.options import InferConfig
@@ -34,7 +34,7 @@ _MAX_CHANGES = 3  # that are told
 
 def record_of(
     members: Sequence[Member],
-    source: Store,
+    source: ObjectStore,
     config: InferConfig,
     min_pixels: Sequence[int],
     overlap: int | None,
@@ -60,7 +60,7 @@ def record_of(
     return record
 
 
-def claim_output(output: Store, record: Mapping[str, Any], *, is_continued: bool) -> None:
+def claim_output(output: ObjectStore, record: Mapping[str, Any], *, is_continued: bool) -> None:
     """Writes down whose masks OUTPUT holds; masks made from or with other things are never kept.
 
     Raises:
@@ -107,7 +107,7 @@ def _worded(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def list_unreadable(output: Store, unreadable: Sequence[tuple[str, str]]) -> None:
+def list_unreadable(output: ObjectStore, unreadable: Sequence[tuple[str, str]]) -> None:
     """Writes the table of unreadable images, or deletes one of an earlier call.
 
     Nothing is touched that is right already: an account may create, and not replace.

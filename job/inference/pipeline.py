@@ -22,7 +22,7 @@ from job.inference.options import InferConfig
 from job.inference.outputs import claim_output, list_unreadable, record_of
 from job.inference.region_filter import read_min_pixels
 from job.models.compatibility import window_overlap
-from job.runs.loading import Member, find_checkpoint, member_of, open_alike
+from job.runs.loading import Member, find_checkpoint, member_of, open_ensemble
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def infer(
             have one name, or output and images in one another.
         StorageError: an image vanished, or storage is unavailable; the same call continues.
     """
-    runs = open_alike([run_url, *config.ensemble])
+    runs = open_ensemble([run_url, *config.ensemble])
     manifest = runs[0].manifest
     overlap = None
     if _is_sliding(config, manifest):

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from flexunet.errors import ContentError, UsageError
 from flexunet.settings import Settings, validated
-from flexunet.storage import Store
+from flexunet.storage import ObjectStore
 from job.inference.postprocess import Ids
 from job.metrics.lesions import MIN_PIXELS, label_regions
 from job.models.flips import Flips
@@ -165,7 +165,7 @@ def _fit(name: str, cases: Sequence[_CaseRegions]) -> ClassFit:
 
 
 def read_min_pixels(
-    store: Store,
+    store: ObjectStore,
     names: Sequence[str],
     members: Sequence[Member],
     flips: Flips,
@@ -203,7 +203,7 @@ def read_min_pixels(
     return tuple(each.min_pixels for each in found.classes)
 
 
-def _read(store: Store, where: str) -> SmallRegions:
+def _read(store: ObjectStore, where: str) -> SmallRegions:
     stat = store.stat(FILE_NAME)
     if stat is None:
         raise UsageError(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.imaging.tiles import starts
-from flexunet.progress import Alive, not_told
+from flexunet.progress import Alive, no_heartbeat
 
 Probabilities = npt.NDArray[np.float32]
 # Stored pixels (B, H, W, C) -> (B, H, W, K) float32, as a tensor; K = 1 is a sigmoid output.
@@ -56,7 +56,7 @@ def window_weights(length: int, size: int, begins: Sequence[int]) -> npt.NDArray
 
 
 def slide(
-    image: np.ndarray, step: Step, windows: Windows, *, alive: Alive = not_told
+    image: np.ndarray, step: Step, windows: Windows, *, alive: Alive = no_heartbeat
 ) -> Iterator[Probabilities]:
     """Yields the probabilities of `image` as bands of rows, top to bottom: (h, W, K) float32 each.
 
@@ -105,7 +105,7 @@ def _window(image: np.ndarray, top: int, left: int, height: int, width: int) -> 
 
 
 def probabilities_of(
-    image: np.ndarray, step: Step, windows: Windows, *, alive: Alive = not_told
+    image: np.ndarray, step: Step, windows: Windows, *, alive: Alive = no_heartbeat
 ) -> Probabilities:
     """Returns the probabilities (H, W, K) of an image (H, W, C) of any size, at that size.
 

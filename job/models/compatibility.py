@@ -9,7 +9,7 @@ from job.data.dataset import Dataset
 FLOAT16_MAX = 65504.0
 
 
-def check_fit(config: TrainConfig, dataset: Dataset) -> None:
+def check_compatible(config: TrainConfig, dataset: Dataset) -> None:
     """Refuses a dataset on which `config` cannot train.
 
     Raises:

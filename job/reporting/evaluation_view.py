@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexunet.json_files import evaluate_again, read_table
-from flexunet.storage import Store
+from flexunet.storage import ObjectStore
 from flexunet.text import counted
 from job.optimization.schedule import stopped_early_words
 from job.reporting.phrases import (
@@ -123,7 +123,7 @@ class Failures:
 
 
 def headline_of(
-    store: Store, summary: Mapping[str, Any] | None, outcome: Mapping[str, Any] | None
+    store: ObjectStore, summary: Mapping[str, Any] | None, outcome: Mapping[str, Any] | None
 ) -> Headline:
     """Returns how the run stands and its mean Dice."""
     found = standing(store)
@@ -149,7 +149,7 @@ def headline_of(
     return Headline(status, weights, foreground)
 
 
-def origins_of(store: Store, summary: Mapping[str, Any] | None) -> Origins | None:
+def origins_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> Origins | None:
     """Returns where the weights of a run came from; None where that is not recorded."""
     if summary is not None and "init_from" in summary:
         return distinct_origins(summary["init_from"])
@@ -164,7 +164,7 @@ def distinct_origins(origins: Sequence[Mapping[str, Any]] | None) -> Origins | N
     return sorted({(str(each["source"]), str(each["seen"])) for each in origins})
 
 
-def metrics_of(store: Store, summary: Mapping[str, Any] | None) -> Metrics | None:
+def metrics_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> Metrics | None:
     """Returns what the page shows of the newest evaluation of a run."""
     if summary is None:
         return None
@@ -212,7 +212,7 @@ def _regions(regions: Mapping[str, Any]) -> Regions:
     return Regions(where["num_cases"], where["split"], Table(columns, rows))
 
 
-def _thresholds(store: Store) -> Table | None:
+def _thresholds(store: ObjectStore) -> Table | None:
     sweep = read_table(store, "evaluation/thresholds.csv", evaluate_again(store))
     if not sweep:
         return None
@@ -288,7 +288,7 @@ def _counts(measures: Mapping[str, Any]) -> Table:
     return Table(columns, rows)
 
 
-def cases_of(store: Store) -> list[tuple[str, list[Figure]]] | None:
+def cases_of(store: ObjectStore) -> list[tuple[str, list[Figure]]] | None:
     """Returns (title, figures) of the best, middle and worst cases; None where there are none."""
     rows = read_table(store, "evaluation/examples.csv", evaluate_again(store))
     if not rows:
@@ -301,14 +301,14 @@ def cases_of(store: Store) -> list[tuple[str, list[Figure]]] | None:
     return [(title, figures) for title, figures in found if figures]
 
 
-def _case(store: Store, row: Mapping[str, str]) -> Figure:
+def _case(store: ObjectStore, row: Mapping[str, str]) -> Figure:
     dice = cell_value(row["foreground_dice"])
     score = "no foreground" if dice is None else f"Dice {dice:.3f}"
     data = read_bytes(store, f"evaluation/overlays/{row['picture']}.png")
     return small_figure(data, f"{row['filename']}: {score}")
 
 
-def failures_of(store: Store) -> Failures | None:
+def failures_of(store: ObjectStore) -> Failures | None:
     """Returns the cases and classes with a low Dice; None where nothing was measured."""
     rows = read_table(store, "evaluation/measures_network.csv", evaluate_again(store))
     if not rows:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flexunet.errors import ContentError, LockedError, StorageError, UsageError
 from flexunet.json_files import evaluate_again, read_json
-from flexunet.storage import Store, join_url
+from flexunet.storage import ObjectStore, join_url
 from flexunet.text import counted
 from job.reporting.evaluation_view import (
     cases_of,
@@ -57,7 +57,7 @@ _POOL_AGAIN = (
 logger = logging.getLogger(__name__)
 
 
-def write_report(store: Store) -> str:
+def write_report(store: ObjectStore) -> str:
     """Writes `report.html` into the folder `store` of a run or a cross-validation; returns its URL.
 
     Raises:
@@ -76,7 +76,7 @@ def write_report(store: Store) -> str:
     return join_url(store.url, REPORT_NAME)
 
 
-def renew_report(store: Store) -> None:
+def renew_report(store: ObjectStore) -> None:
     """Writes the report of a run that is over; one that cannot be made is a warning.
 
     The run is what it is without it.
@@ -97,12 +97,12 @@ def renew_report(store: Store) -> None:
         )
 
 
-def read_summary(store: Store) -> dict[str, Any] | None:
+def read_summary(store: ObjectStore) -> dict[str, Any] | None:
     """Returns the newest evaluation of a run's test split, None where there is none."""
     return read_json(store, "evaluation/summary.json", evaluate_again(store))
 
 
-def render(store: Store) -> str:
+def render(store: ObjectStore) -> str:
     """Returns the page of the run in `store`; the same files give the same page."""
     summary = read_summary(store)
     outcome = read_json(store, OUTCOME_NAME, RESTORE)
@@ -126,7 +126,7 @@ def render(store: Store) -> str:
     )
 
 
-def render_folds(store: Store) -> str:
+def render_folds(store: ObjectStore) -> str:
     """Returns the page of the cross-validation in `store`."""
     summary = read_json(store, CROSS_VALIDATION_NAME, _POOL_AGAIN)
     if summary is None:
@@ -162,7 +162,7 @@ def _fold_by_fold(found: dict[str, Any]) -> Table:
     return Table(["measure", *(f"fold {index}" for index in range(len(folds)))], rows)
 
 
-def _rendered(template: str, store: Store, **values: Any) -> str:
+def _rendered(template: str, store: ObjectStore, **values: Any) -> str:
     name = store.url.rstrip("/").rsplit("/", 1)[-1]
     return _environment().get_template(template).render(name=name, url=store.url, **values) + "\n"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_prep.shards.manifest import Manifest, ReducedInfo
 from flexunet.json_files import read_json
-from flexunet.storage import Store
+from flexunet.storage import ObjectStore
 from flexunet.text import counted
 from job.distributed.watchdog import STACKS_FOLDER
 from job.reporting.csv_tables import CURVE_TITLES
@@ -48,7 +48,7 @@ class Attempts:
     stacks: Sequence[str]
 
 
-def curves_of(store: Store) -> list[Figure]:
+def curves_of(store: ObjectStore) -> list[Figure]:
     """Returns the curves that training has drawn."""
     found = [
         (read_bytes(store, f"metrics/{stem}.png"), title) for stem, title in CURVE_TITLES.items()
@@ -128,7 +128,7 @@ def lost_regions(manifest: Manifest | None, *, is_folded: bool) -> Table | None:
     return Table(columns, rows)
 
 
-def attempts_of(store: Store, outcome: Mapping[str, Any] | None) -> Attempts | None:
+def attempts_of(store: ObjectStore, outcome: Mapping[str, Any] | None) -> Attempts | None:
     """Returns the attempts of a run that trained something; None where it has not started."""
     lease = read_json(store, LEASE_NAME, RESTORE)
     if lease is None:
@@ -163,7 +163,7 @@ def _end_of(
     return str(outcome["status"]) if outcome else "not over"
 
 
-def environment_of(store: Store) -> Table | None:
+def environment_of(store: ObjectStore) -> Table | None:
     """Returns the environment of the last attempt; None where it has not started."""
     values = read_json(store, "environment.json", RESTORE)
     if values is None:

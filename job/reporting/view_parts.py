@@ -14,7 +14,7 @@ from data_prep.shards.manifest import (
     parse_manifest,
 )
 from flexunet.settings import read_yaml
-from flexunet.storage import NotFound, Store, join_url
+from flexunet.storage import NotFound, ObjectStore, join_url
 from job.data.folds import fold_words
 
 _PICTURE_SIDE = 640  # pixels; pictures of cases are made smaller, so that the page stays small
@@ -75,19 +75,19 @@ def cell_value(cell: str) -> float | str | None:
         return cell
 
 
-def read_config(store: Store) -> dict[str, Any]:
+def read_config(store: ObjectStore) -> dict[str, Any]:
     """Returns the config of a run, empty where there is none."""
     text = read_text(store, "config.yaml")
     return {} if text is None else read_yaml(text, join_url(store.url, "config.yaml"))
 
 
-def read_dataset_copy(store: Store) -> Manifest | None:
+def read_dataset_copy(store: ObjectStore) -> Manifest | None:
     """Returns the run's copy of its dataset's manifest."""
     data = read_bytes(store, MANIFEST_NAME)
     return None if data is None else parse_manifest(data, join_url(store.url, MANIFEST_NAME))
 
 
-def read_bytes(store: Store, name: str) -> bytes | None:
+def read_bytes(store: ObjectStore, name: str) -> bytes | None:
     """Returns an object of the run, None where there is none."""
     try:
         return store.get(name)
@@ -95,13 +95,13 @@ def read_bytes(store: Store, name: str) -> bytes | None:
         return None
 
 
-def read_text(store: Store, name: str) -> str | None:
+def read_text(store: ObjectStore, name: str) -> str | None:
     """Returns a file of the run, None where there is none."""
     data = read_bytes(store, name)
     return None if data is None else data.decode(errors="replace")
 
 
-def trained_fold(store: Store) -> str | None:
+def trained_fold(store: ObjectStore) -> str | None:
     """Returns which fold a run trains, in words; None: the dataset's own splits."""
     config = read_config(store)
     if config.get("fold") is None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from flexunet.errors import ContentError
 from flexunet.settings import Settings, option
-from flexunet.storage import NotFound, Stat, Store, crc32c_of_file
+from flexunet.storage import NotFound, ObjectMeta, ObjectStore, crc32c_of_file
 from job.runs.layout import (
     COMMIT_NAME,
     MAX_RECORD_BYTES,
@@ -75,13 +75,13 @@ class CommitRecord(Settings):
     state: dict[str, Any] = option(..., "What the caller wants back.")
 
 
-def find_commits(store: Store) -> list[Place]:
+def find_commits(store: ObjectStore) -> list[Place]:
     """Returns the commits of a run that count, oldest first; needs no ownership."""
     found = read_lease(store)
     return commits_on_chain(store, found[0]) if found else []
 
 
-def read_commit(store: Store, prefix: str) -> Commit:
+def read_commit(store: ObjectStore, prefix: str) -> Commit:
     """Returns the commit in the folder `prefix`.
 
     Raises:
@@ -91,7 +91,7 @@ def read_commit(store: Store, prefix: str) -> Commit:
 
 
 def fetch_newest(
-    store: Store,
+    store: ObjectStore,
     places: Collection[Place],
     staging_dir: str,
     digests: tuple[str, str] | None = None,
@@ -126,7 +126,7 @@ def fetch_newest(
 
 
 def fetch_commit(
-    store: Store,
+    store: ObjectStore,
     place: Place,
     staging_dir: str,
     digests: tuple[str, str] | None = None,
@@ -155,14 +155,14 @@ def fetch_commit(
     return commit, paths
 
 
-def _read_commit(store: Store, prefix: str) -> tuple[CommitRecord, Commit]:
+def _read_commit(store: ObjectStore, prefix: str) -> tuple[CommitRecord, Commit]:
     name = f"{prefix}/{COMMIT_NAME}"
     data = read_small(store, name)
     record = parse_record(data, CommitRecord, f"{store.url}/{name}")
     return record, commit_of(record, prefix, data)
 
 
-def _fetch_member(store: Store, name: str, member: Member, path: str) -> None:
+def _fetch_member(store: ObjectStore, name: str, member: Member, path: str) -> None:
     where = f"{store.url}/{name}"
     stat = store.stat(name)
     if stat is None:
@@ -237,7 +237,7 @@ def record_bytes(record: CommitRecord) -> bytes:
 class GarbageCollector:
     """Deletes what a run no longer needs of its commits; remembers what each of them needs."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._kept_by: dict[str, tuple[str, ...] | None] = {}  # see `_needed_by`
 
@@ -276,7 +276,7 @@ class GarbageCollector:
         return self._kept_by[prefix]
 
 
-def delete_folder(store: Store, stats: list[Stat]) -> None:
+def delete_folder(store: ObjectStore, stats: list[ObjectMeta]) -> None:
     """Deletes the objects of a commit folder, its COMMIT.json first."""
     for stat in sorted(stats, key=lambda stat: not stat.name.endswith(f"/{COMMIT_NAME}")):
         store.delete(stat.name)

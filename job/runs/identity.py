@@ -8,18 +8,18 @@ from typing import Any
 from flexunet.errors import UsageError
 from flexunet.json_files import read_json
 from flexunet.settings import flag_of
-from flexunet.storage import Store
+from flexunet.storage import ObjectStore
 from job.runs.commits import find_commits
 from job.runs.layout import IDENTITY_NAME, RESTORE, through_json
 
 
-def read_identity(store: Store) -> dict[str, Any] | None:
+def read_identity(store: ObjectStore) -> dict[str, Any] | None:
     """Returns `config` and `dataset_digest` of the first attempt, None before it."""
     return read_json(store, IDENTITY_NAME, RESTORE)
 
 
 def settle_identity(
-    store: Store, identity: Mapping[str, Any], dataset_digest: str
+    store: ObjectStore, identity: Mapping[str, Any], dataset_digest: str
 ) -> tuple[str, str]:
     """Checks that the run in `store` was begun as it is now, and remembers how at first.
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from flexunet.errors import ContentError
 from flexunet.settings import Settings
-from flexunet.storage import NotFound, Stat, Store, join_url
+from flexunet.storage import NotFound, ObjectMeta, ObjectStore, join_url
 from job.config import TrainConfig
 
 LEASE_NAME = "lease.json"
@@ -52,9 +52,9 @@ def place_at(prefix: str | None) -> Place | None:
     return match and Place(int(match[3]), int(match[2]), match[1])
 
 
-def list_folders(store: Store) -> dict[Place, list[Stat]]:
+def list_folders(store: ObjectStore) -> dict[Place, list[ObjectMeta]]:
     """Returns the objects of every commit folder, finished or not."""
-    folders: dict[Place, list[Stat]] = {}
+    folders: dict[Place, list[ObjectMeta]] = {}
     for stat in store.list("checkpoints/"):
         match = _FOLDER.fullmatch(stat.name)
         if match:
@@ -63,12 +63,12 @@ def list_folders(store: Store) -> dict[Place, list[Stat]]:
     return folders
 
 
-def is_committed(stats: list[Stat]) -> bool:
+def is_committed(stats: list[ObjectMeta]) -> bool:
     """Returns whether the objects of a commit folder are a whole commit."""
     return any(stat.name.endswith(f"/{COMMIT_NAME}") for stat in stats)
 
 
-def read_small(store: Store, name: str, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
+def read_small(store: ObjectStore, name: str, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
     """Returns an object that holds a record.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from flexunet.errors import LockedError
 from flexunet.settings import Settings, option
-from flexunet.storage import PreconditionFailed, Stat, Store
+from flexunet.storage import ObjectMeta, ObjectStore, PreconditionFailed
 from job.runs.layout import (
     LEASE_NAME,
     Place,
@@ -53,12 +53,12 @@ class Lease(Settings):
     )
 
 
-def put_lease(store: Store, lease: Lease, generation: int) -> Stat:
+def put_lease(store: ObjectStore, lease: Lease, generation: int) -> ObjectMeta:
     """Stores the lease in the place of that with `generation`; 0: of none."""
     return store.put(LEASE_NAME, lease.model_dump_json().encode(), if_generation=generation)
 
 
-def read_lease(store: Store) -> tuple[Lease, int] | None:
+def read_lease(store: ObjectStore) -> tuple[Lease, int] | None:
     """Returns the lease and its generation, None for a new run."""
     while True:
         before = store.stat(LEASE_NAME)
@@ -71,7 +71,7 @@ def read_lease(store: Store) -> tuple[Lease, int] | None:
 
 
 def take_lease(
-    store: Store, timing: LeaseTiming, launch: str | None
+    store: ObjectStore, timing: LeaseTiming, launch: str | None
 ) -> tuple[Lease, int, list[Place]]:
     """Returns the lease of a new attempt, which is stored, its generation, what it may restore.
 
@@ -91,7 +91,7 @@ def take_lease(
 
 
 def _wait_for_lease(
-    store: Store, timing: LeaseTiming, launch: str | None
+    store: ObjectStore, timing: LeaseTiming, launch: str | None
 ) -> tuple[Lease, int] | None:
     """Returns the lease as soon as it may be taken: released, or unchanged for long enough.
 
@@ -122,7 +122,7 @@ def _wait_for_lease(
 
 
 def next_lease(
-    store: Store, found: tuple[Lease, int] | None, launch: str | None
+    store: ObjectStore, found: tuple[Lease, int] | None, launch: str | None
 ) -> tuple[Lease, int, list[Place]]:
     """Returns the lease of a new attempt, the generation it replaces, and what it may restore."""
     owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
@@ -161,7 +161,7 @@ def _bases_of(attempt: int, previous: Lease, candidates: Sequence[Place]) -> dic
     return dict(sorted(bases.items()))
 
 
-def commits_on_chain(store: Store, lease: Lease) -> list[Place]:
+def commits_on_chain(store: ObjectStore, lease: Lease) -> list[Place]:
     """Returns the commits that count for the attempt of `lease`, oldest first."""
     folders = list_folders(store)
     return sorted(p for p in folders if is_committed(folders[p]) and is_on_chain(lease, p))

@@ -11,9 +11,9 @@ from typing import Any
 
 from data_prep.shards.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from flexunet.errors import UsageError
-from flexunet.progress import Alive, not_told
+from flexunet.progress import Alive, no_heartbeat
 from flexunet.settings import read_yaml
-from flexunet.storage import NotFound, Store, open_store
+from flexunet.storage import NotFound, ObjectStore, open_store
 from job.config import TrainConfig, stored_config
 from job.models.compatibility import image_shape, num_outputs
 from job.runs import serialization
@@ -28,13 +28,13 @@ WEIGHT_FILES = (".h5", ".hdf5")  # endings of files to start from; anything else
 class TrainedRun:
     """A run that has a checkpoint."""
 
-    store: Store  # the run's folder
+    store: ObjectStore  # the run's folder
     config: TrainConfig
     manifest: Manifest  # of the dataset it was trained on
     dataset_digest: str
 
 
-def open_trained(run_url: str) -> TrainedRun:
+def open_run(run_url: str) -> TrainedRun:
     """Returns the run at `run_url`; neither weights nor TensorFlow are loaded.
 
     Raises:
@@ -54,7 +54,7 @@ def open_trained(run_url: str) -> TrainedRun:
     return TrainedRun(store, config, manifest, hashlib.sha256(data).hexdigest())
 
 
-def _no_run(store: Store) -> UsageError:
+def _no_run(store: ObjectStore) -> UsageError:
     if store.stat(CROSS_VALIDATION_NAME) is not None:
         return UsageError(
             f"{store.url}: a cross-validation, which has no weights of its own; give the run of a "
@@ -74,7 +74,7 @@ class Member:
     commit_sha256: str
 
 
-def open_alike(urls: Sequence[str]) -> tuple[TrainedRun, ...]:
+def open_ensemble(urls: Sequence[str]) -> tuple[TrainedRun, ...]:
     """Returns runs whose probabilities can be averaged: they see the same pixels and classes.
 
     Their precisions may differ: each computes in its own, and gives logits of float32 or wider.
@@ -82,7 +82,7 @@ def open_alike(urls: Sequence[str]) -> tuple[TrainedRun, ...]:
     Raises:
         UsageError: two differ in them, or one has no checkpoint.
     """
-    runs = tuple(open_trained(url) for url in urls)
+    runs = tuple(open_run(url) for url in urls)
     first = runs[0]
     for run in runs[1:]:
         for name in _SHARED:
@@ -143,7 +143,7 @@ def member_of(run: TrainedRun, commit: Commit) -> Member:
     return Member(run.store.url, commit.prefix, commit.sha256)
 
 
-def find_checkpoint(store: Store, *, which: str) -> Commit:
+def find_checkpoint(store: ObjectStore, *, which: str) -> Commit:
     """Returns a run's "best" or "last" checkpoint.
 
     The last is the newest whose weights are undamaged, so these are read.
@@ -158,7 +158,9 @@ def find_checkpoint(store: Store, *, which: str) -> Commit:
         return fetch_checkpoint(store, folder, which=which)[0]
 
 
-def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[Commit, dict[str, str]]:
+def fetch_checkpoint(
+    store: ObjectStore, folder: str, *, which: str
+) -> tuple[Commit, dict[str, str]]:
     """Returns a run's checkpoint, and the local path of its weights by name.
 
     Args:
@@ -180,7 +182,7 @@ def fetch_checkpoint(store: Store, folder: str, *, which: str) -> tuple[Commit, 
     return fetch_commit(store, place, folder, names=[serialization.WEIGHTS_NAME])
 
 
-def _find_best(store: Store) -> Place:
+def _find_best(store: ObjectStore) -> Place:
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
         names = [serialization.STATE_NAME]
         newest = fetch_newest(store, find_commits(store), folder, names=names)
@@ -195,14 +197,14 @@ def _find_best(store: Store) -> Place:
     return Place(attempt, step, commit_prefix(step, attempt))
 
 
-def _place_of(store: Store, prefix: str) -> Place:
+def _place_of(store: ObjectStore, prefix: str) -> Place:
     for place in find_commits(store):
         if place.prefix == prefix:
             return place
     raise NotFound(f"{store.url}/{prefix} does not exist")
 
 
-def _no_checkpoint(store: Store) -> UsageError:
+def _no_checkpoint(store: ObjectStore) -> UsageError:
     remedies = {
         "diverged": "it diverged; start a run of another name",
         "stopped": "it was stopped before it had one; the same train command goes on",
@@ -231,7 +233,7 @@ def model_for(config: TrainConfig, manifest: Manifest) -> Any:
     )
 
 
-def initialize_from(model: Any, source: str, alive: Alive = not_told) -> None:
+def initialize_from(model: Any, source: str, alive: Alive = no_heartbeat) -> None:
     """Sets the weights of `model` from another run (its best), or from a `.h5` file.
 
     The file is the reference family's `best_model.h5` or Keras weights of this package; it is read

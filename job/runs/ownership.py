@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from flexunet.errors import ContentError, LockedError, StorageError
 from flexunet.storage import (
+    ObjectStore,
     PreconditionFailed,
-    Store,
     Unavailable,
     probe_preconditions,
     refuse_file_above,
@@ -55,7 +55,7 @@ class Ownership(Protocol):
 
 
 def acquire(
-    store: Store,
+    store: ObjectStore,
     *,
     timing: LeaseTiming | None,
     by_lease: bool | None,
@@ -87,7 +87,7 @@ def acquire(
 class _FileLock:
     """Ownership by `flock`, which the kernel ends with the process."""
 
-    def __init__(self, store: Store, file: int, lease: Lease, generation: int) -> None:
+    def __init__(self, store: ObjectStore, file: int, lease: Lease, generation: int) -> None:
         self.lease = lease
         self._store = store
         self._file = file
@@ -140,7 +140,9 @@ class _Heartbeat:
     again as long as it cannot have expired; later, nobody knows whose it was, and the run is lost.
     """
 
-    def __init__(self, store: Store, lease: Lease, generation: int, timing: LeaseTiming) -> None:
+    def __init__(
+        self, store: ObjectStore, lease: Lease, generation: int, timing: LeaseTiming
+    ) -> None:
         self.lease = lease
         # A request that hangs must not let the lease expire.
         self._store = store.with_limits(
@@ -275,12 +277,12 @@ def _now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def _lost(store: Store, why: str | None = None) -> LockedError:
+def _lost(store: ObjectStore, why: str | None = None) -> LockedError:
     why = why or "another process has taken the run over"
     return LockedError(f"{store.url}: {why}; this process stops")
 
 
-def _given_back(store: Store) -> LockedError:
+def _given_back(store: ObjectStore) -> LockedError:
     return LockedError(f"{store.url}: this process has given the run back and writes nothing more")
 
 

@@ -20,14 +20,14 @@ from typing import Literal
 from data_prep.shards.sample_table import read_samples
 from flexunet.errors import FlexUNetError, UsageError
 from flexunet.json_files import read_json
-from flexunet.storage import Store, open_store
+from flexunet.storage import ObjectStore, open_store
 from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.data.folds import evaluated_words, open_folded
 from job.models.compatibility import image_shape, num_outputs
 from job.runs.commits import find_commits
 from job.runs.layout import ORIGIN_NAME, RESTORE, run_url
-from job.runs.loading import WEIGHT_FILES, TrainedRun, open_trained
+from job.runs.loading import WEIGHT_FILES, TrainedRun, open_run
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def origin_json(origin: Origin) -> str:
     return json.dumps(asdict(origin), indent=1) + "\n"
 
 
-def read_origin(run: Store, config: TrainConfig) -> Origin | None:
+def read_origin(run: ObjectStore, config: TrainConfig) -> Origin | None:
     """Returns what the run in `run` started from; None: from the seed.
 
     Raises:
@@ -122,7 +122,7 @@ def read_origin(run: Store, config: TrainConfig) -> Origin | None:
     )
 
 
-def refuse_seen(config: TrainConfig, dataset: Dataset) -> Origin | None:
+def check_no_leakage(config: TrainConfig, dataset: Dataset) -> Origin | None:
     """Refuses weights that have seen the cases which a run is evaluated on; returns their origin.
 
     Args:
@@ -147,7 +147,7 @@ def refuse_seen(config: TrainConfig, dataset: Dataset) -> Origin | None:
 
 
 def check_origin(config: TrainConfig, dataset: Dataset) -> None:
-    """Refuses a new run by `refuse_seen`, and warns where nothing is known of its weights.
+    """Refuses a new run by `check_no_leakage`, and warns where nothing is known of its weights.
 
     A run that has a checkpoint needs its source no more.
 
@@ -160,8 +160,8 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
         return
     source = None
     if not config.init_from.endswith(WEIGHT_FILES):
-        source = open_trained(config.init_from)
-    origin = refuse_seen(config, dataset)
+        source = open_run(config.init_from)
+    origin = check_no_leakage(config, dataset)
     if source is not None:
         _check_model(config, dataset, source)
     if origin is not None and origin.seen(dataset) == "unknown":
@@ -209,7 +209,7 @@ def _trained_by(source: str, dataset: Dataset) -> tuple[set[str], set[str], str]
     """Returns ids and groups of `dataset` that trained weights, and why there may be more."""
     if source.endswith(WEIGHT_FILES):
         return set(), set(), f"a file of weights, {source}, does not say it"
-    run = open_trained(source)
+    run = open_run(source)
     earlier = read_origin(run.store, run.config)
     lacks = earlier.lacks if earlier else ""
     is_same = run.dataset_digest == dataset.digest

@@ -14,8 +14,8 @@ from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any
 
-from flexunet.progress import Alive, not_told
-from flexunet.storage import NotFound, Store, open_store
+from flexunet.progress import Alive, no_heartbeat
+from flexunet.storage import NotFound, ObjectStore, open_store
 from job.config import checked_run_name
 from job.runs.commits import (
     Commit,
@@ -45,7 +45,7 @@ class Run:
         store: the run's folder. A change by a process that has lost the run is a LockedError.
     """
 
-    def __init__(self, store: Store, ownership: Ownership, candidates: list[Place]) -> None:
+    def __init__(self, store: ObjectStore, ownership: Ownership, candidates: list[Place]) -> None:
         self.store = store.guarded(ownership.check)
         self.attempt = ownership.lease.attempt
         self._ownership = ownership
@@ -82,7 +82,7 @@ class Run:
     @classmethod
     def own(
         cls,
-        store: Store,
+        store: ObjectStore,
         *,
         timing: LeaseTiming | None = None,
         by_lease: bool | None = None,
@@ -151,7 +151,7 @@ class Run:
         state: Mapping[str, Any],
         *,
         keep: Collection[str] = (),
-        moved: Alive = not_told,
+        moved: Alive = no_heartbeat,
     ) -> Commit:
         """Stores the local files `members` (name: path) and `state`, all of it or nothing.
 
@@ -161,7 +161,7 @@ class Run:
         Args:
             state: JSON values; NaN and infinity are kept.
             keep: folders of other commits that must stay as long as this one.
-            moved: called while bytes move, see `Store.watched`.
+            moved: called while bytes move, see `ObjectStore.watched`.
 
         Raises:
             LockedError: the run is no longer ours; there is no commit.
@@ -187,7 +187,7 @@ class Run:
             return self._newest
 
     def restore(
-        self, staging_dir: str, *, moved: Alive = not_told
+        self, staging_dir: str, *, moved: Alive = no_heartbeat
     ) -> tuple[Commit, dict[str, str]] | None:
         """Returns the newest commit and its members' local paths by name; None for a new run.
 
@@ -195,7 +195,7 @@ class Run:
         damaged commit is passed over with a warning, for the next older one.
 
         Args:
-            moved: called while bytes move, see `Store.watched`.
+            moved: called while bytes move, see `ObjectStore.watched`.
 
         Raises:
             ContentError: there are commits, but all of them are damaged.

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from flexunet.json_files import read_json
-from flexunet.storage import Store
+from flexunet.storage import ObjectStore
 from job.runs.layout import ENDS_FOLDER, OUTCOME_NAME, RESTORE
 from job.runs.lease import read_lease
 
@@ -11,12 +11,12 @@ End = Literal["stopped", "looked"]  # a stop that saved; a launcher that saw wha
 Standing = Literal["finished", "diverged", "stopped", "open"]
 
 
-def read_outcome(store: Store) -> dict[str, Any] | None:
+def read_outcome(store: ObjectStore) -> dict[str, Any] | None:
     """Returns how the run ended (`status`, `exit_code` and more), None while it has not."""
     return read_json(store, OUTCOME_NAME, RESTORE)
 
 
-def read_ends(store: Store) -> dict[int, dict[str, Any]]:
+def read_ends(store: ObjectStore) -> dict[int, dict[str, Any]]:
     """Returns what `Run.note_end` wrote, by attempt."""
     ends = {}
     for stat in store.list(f"{ENDS_FOLDER}/"):
@@ -26,7 +26,7 @@ def read_ends(store: Store) -> dict[int, dict[str, Any]]:
     return ends
 
 
-def standing(store: Store) -> Standing:
+def standing(store: ObjectStore) -> Standing:
     """Returns where the run in `store` stands, without owning it.
 
     "open" is one that is being trained, or whose process was killed: from outside they look alike.

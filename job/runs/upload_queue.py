@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flexunet.errors import StorageError
-from flexunet.progress import Alive, not_told
+from flexunet.progress import Alive, no_heartbeat
 from flexunet.storage import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Outbox:
     Leaving the block waits for all of them, whatever error it is left by, unless by an interrupt.
     """
 
-    def __init__(self, *, budget_s: float, alive: Alive = not_told) -> None:
+    def __init__(self, *, budget_s: float, alive: Alive = no_heartbeat) -> None:
         """Starts the thread.
 
         Args:
@@ -88,7 +88,7 @@ class Outbox:
         self._num_moves += 1
         self._moved_at = time.monotonic()
 
-    def wait_for_room(self, alive: Alive = not_told) -> None:
+    def wait_for_room(self, alive: Alive = no_heartbeat) -> None:
         """Waits until at most one large call is on its way.
 
         Args:
@@ -100,7 +100,7 @@ class Outbox:
         self._wait_until(lambda: self.has_room, alive)
         self._raise_failure()
 
-    def flush(self, alive: Alive = not_told) -> None:
+    def flush(self, alive: Alive = no_heartbeat) -> None:
         """Waits until every call is done.
 
         Args:

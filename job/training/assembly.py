@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from flexunet.progress import Alive, not_told
+from flexunet.progress import Alive, no_heartbeat
 from job.data.reader import RecordReader
 from job.data.shard_cache import open_reader
 from job.distributed.exchange_plan import agreed_plan
@@ -16,14 +16,14 @@ from job.models.ensemble import network_of
 from job.optimization.loss_scale import loss_scale_for
 from job.optimization.optimizer import Adam
 from job.runs.loading import model_for
-from job.training.run_writer import Recorder, open_recorder
+from job.training.run_writer import RunWriter, open_run_writer
 from job.training.setup import TrainingSetup
 from job.training.step import StepOptions, make_train_step
 from job.training.trainer import Session
 
 
 @contextmanager
-def open_session(setup: TrainingSetup, *, alive: Alive = not_told) -> Iterator[Session]:
+def open_session(setup: TrainingSetup, *, alive: Alive = no_heartbeat) -> Iterator[Session]:
     """Yields a session whose model, steps and readers are ready; nothing is trained yet.
 
     Args:
@@ -46,21 +46,21 @@ def open_session(setup: TrainingSetup, *, alive: Alive = not_told) -> Iterator[S
     )
     readers = _open_readers(setup, alive)
     step = _train_step(setup, model, optimizer, evaluator)
-    recorders: list[Recorder] = []
+    recorders: list[RunWriter] = []
     with ExitStack() as stack:
 
         def record() -> None:
             if setup.run is None:
                 return
-            recorder = stack.enter_context(
-                open_recorder(setup, evaluator, model, optimizer, readers["valid"], alive=alive)
+            run_writer = stack.enter_context(
+                open_run_writer(setup, evaluator, model, optimizer, readers["valid"], alive=alive)
             )
-            recorder.write_description(setup.dataset, setup.strategy)
-            recorders.append(recorder)
+            run_writer.write_description(setup.dataset, setup.strategy)
+            recorders.append(run_writer)
 
-        team.on_first(record)
-        recorder = recorders[0] if recorders else None
-        yield Session(setup, readers, model, optimizer, step, evaluator, recorder, alive)
+        team.run_on_primary(record)
+        run_writer = recorders[0] if recorders else None
+        yield Session(setup, readers, model, optimizer, step, evaluator, run_writer, alive)
 
 
 def _open_readers(setup: TrainingSetup, alive: Alive) -> dict[str, RecordReader]:

@@ -27,7 +27,7 @@ from job.config import TrainConfig
 from job.data.dataset import open_dataset
 from job.data.folds import evaluated_words, fold_configs, open_folded
 from job.evaluation.fold_pooling import pool_folds
-from job.runs.provenance import refuse_seen
+from job.runs.provenance import check_no_leakage
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def cross_validate(
         dataset = open_folded(each)
         for name in ("train", "valid"):
             dataset.split(name)
-        refuse_seen(each, dataset)
+        check_no_leakage(each, dataset)
     _tell_missing_classes(config)
     with tempfile.TemporaryDirectory(prefix="flexunet-folds-") as folder, _processes() as running:
         waiting = list(configs)

@@ -48,10 +48,10 @@ def train_and_evaluate(setup: TrainingSetup, callbacks: Callbacks) -> dict[str, 
     """
     team, run = setup.team, setup.run
     _check_same(setup)
-    outcome = team.on_first(lambda: _looked_for_outcome(setup))
+    outcome = team.run_on_primary(lambda: _looked_for_outcome(setup))
     if outcome is not None:
         # It may have been evaluated anew since.
-        team.on_first(lambda: renew_report(run.store) if run is not None else None)
+        team.run_on_primary(lambda: renew_report(run.store) if run is not None else None)
         return outcome
     from job.training.assembly import open_session
 
@@ -151,7 +151,7 @@ def _check_same(setup: TrainingSetup) -> None:
         together = {**identity_of(config), **free}
         return {"config": together, "dataset": setup.dataset.digest}
 
-    first, *others = setup.team.on_each(settings)
+    first, *others = setup.team.all_gather_object(settings)
     for rank, other in enumerate(others, start=1):
         if other != first:
             raise UsageError(

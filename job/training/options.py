@@ -10,7 +10,7 @@ from typing import Any
 from flexunet.errors import UsageError
 from flexunet.json_files import read_json
 from flexunet.settings import flag_of, merged, read_text, read_yaml, validated
-from flexunet.storage import NotFound, Store, join_url, open_store
+from flexunet.storage import NotFound, ObjectStore, join_url, open_store
 from job.config import (
     PRESET_KEYS,
     TrainConfig,
@@ -156,7 +156,7 @@ def _refuse_other_kind(place: TrainConfig, *, is_new: bool) -> None:
         raise UsageError(f"{run.url} is a run, and no cross-validation; give another --name")
 
 
-def stored_yaml(run: Store) -> dict[str, Any]:
+def stored_yaml(run: ObjectStore) -> dict[str, Any]:
     """Returns `config.yaml` of a run; empty where its first process has not come so far."""
     try:
         return read_yaml(run.get("config.yaml").decode(), f"{run.url}/config.yaml")

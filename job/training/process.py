@@ -19,7 +19,7 @@ from job.data.folds import open_folded
 from job.distributed.process_group import Team, told_of_peers
 from job.distributed.rendezvous import Place, meet
 from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process
-from job.models.compatibility import check_fit, input_max
+from job.models.compatibility import check_compatible, input_max
 from job.reporting.display import Display
 from job.runs.provenance import check_origin
 from job.runs.run import Run
@@ -71,7 +71,7 @@ def run_member(
     """
     # What can be refused at once is: TensorFlow takes seconds to come.
     dataset = open_folded(config)
-    check_fit(config, dataset)
+    check_compatible(config, dataset)
     callbacks = Callbacks(report, should_stop)
     if place is None or place.size == 1:
         if launch is None:  # a launcher has done it
@@ -133,9 +133,9 @@ class _Process:
         def own() -> None:
             owned.append(stack.enter_context(_own_run(self.config, self.launch)))
 
-        team.on_first(own)
+        team.run_on_primary(own)
         if self.launch is None:
-            team.on_first(lambda: check_origin(self.config, self.dataset))
+            team.run_on_primary(lambda: check_origin(self.config, self.dataset))
         return owned[0] if owned else None
 
     def _agree_on_precision(self, team: Team, run: Run | None) -> str:
@@ -151,7 +151,7 @@ class _Process:
         begun_in: str | None = None
         if wished == "auto":
             # A run goes on as it began, on whatever it is resumed.
-            begun_in = team.on_first(lambda: stored_precision(run))
+            begun_in = team.run_on_primary(lambda: stored_precision(run))
             wished = begun_in or wished
         largest = input_max(config, self.dataset.manifest)
 
@@ -167,7 +167,7 @@ class _Process:
                     "does, or train another --name"
                 ) from error
 
-        precisions = team.on_each(resolve)
+        precisions = team.all_gather_object(resolve)
         # Where machines are of two kinds, all of them compute in float32.
         return precisions[0] if len(set(precisions)) == 1 else "float32"
 

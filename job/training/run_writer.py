@@ -28,7 +28,7 @@ from data_prep.sources.dicom_files import stem_of
 from flexunet.errors import ContentError, FlexUNetError, StorageError
 from flexunet.progress import Alive
 from flexunet.settings import write_yaml
-from flexunet.storage import NotFound, Store, open_store
+from flexunet.storage import NotFound, ObjectStore, open_store
 from flexunet.tables import csv_table
 from flexunet.text import counted
 from job.config import TrainConfig
@@ -56,8 +56,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class Recorder:
-    """The writer of one run; made by `open_recorder`."""
+class RunWriter:
+    """The writer of one run; made by `open_run_writer`."""
 
     config: TrainConfig
     run: Run
@@ -78,7 +78,7 @@ class Recorder:
         return self.outbox.has_failed or self.run.lost
 
     @property
-    def _store(self) -> Store:
+    def _store(self) -> ObjectStore:
         """The run's folder, for the thread of the outbox: bytes that move are told."""
         return self.run.store.watched(self.outbox.moved)
 
@@ -304,7 +304,7 @@ class Recorder:
 
 
 @contextmanager
-def open_recorder(
+def open_run_writer(
     setup: TrainingSetup,
     evaluator: Evaluator,
     model: Any,
@@ -312,7 +312,7 @@ def open_recorder(
     reader: RecordReader,
     *,
     alive: Alive,
-) -> Iterator[Recorder]:
+) -> Iterator[RunWriter]:
     """Yields the recorder of the setup's run; leaving the block waits until everything is stored.
 
     Args:
@@ -328,7 +328,7 @@ def open_recorder(
             events = tf.summary.create_file_writer(os.path.join(staging, "tensorboard"))
             stack.callback(events.close)
         outbox = stack.enter_context(Outbox(budget_s=config.storage_timeout, alive=alive))
-        yield Recorder(
+        yield RunWriter(
             config=config,
             run=run,
             outbox=outbox,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flexunet.progress import Alive, not_told
+from flexunet.progress import Alive, no_heartbeat
 from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.distributed.process_group import Team
@@ -47,7 +47,7 @@ class Callbacks:
 
     report: Report
     should_stop: Callable[[], bool]
-    alive: Alive = not_told
+    alive: Alive = no_heartbeat
 
     def begin(self, phase: str, *, needs_peers: bool = True) -> None:
         """Reports that `phase` begins; `needs_peers`: it waits for the other processes."""

@@ -33,9 +33,9 @@ from job.optimization.schedule import (
 )
 from job.runs.layout import ORIGIN_NAME
 from job.runs.loading import initialize_from
-from job.runs.provenance import Origin, as_record, origin_json, read_origin, refuse_seen
+from job.runs.provenance import Origin, as_record, check_no_leakage, origin_json, read_origin
 from job.runs.run import Run
-from job.training.run_writer import Recorder
+from job.training.run_writer import RunWriter
 from job.training.setup import TrainingSetup
 from job.training.state import TrainState
 from job.training.step import SKIPPED
@@ -55,7 +55,7 @@ class Session:
     optimizer: Adam
     train_step: Any
     evaluator: Evaluator
-    recorder: Recorder | None  # of the first process
+    run_writer: RunWriter | None  # of the first process
     alive: Alive  # told in this process of parts of work that takes long
     attempt: int = 0  # of the run, known from `restore` on
     init_from: list[dict[str, str]] = dataclasses.field(default_factory=list)  # likewise
@@ -89,7 +89,7 @@ class Session:
     @property
     def is_in_trouble(self) -> bool:
         """Whether this process must end: `end_stopped` says why."""
-        return self.recorder is not None and self.recorder.is_in_trouble
+        return self.run_writer is not None and self.run_writer.is_in_trouble
 
     @property
     def is_stuck(self) -> bool:
@@ -100,9 +100,9 @@ class Session:
         """Returns the state of the newest verified checkpoint, or of a new run."""
 
         def read(alive: Alive) -> dict[str, Any]:
-            if self.recorder is None:
+            if self.run_writer is None:
                 return {}
-            run, state = self.recorder.run, self.recorder.restore(alive)
+            run, state = self.run_writer.run, self.run_writer.restore(alive)
             if state is None:
                 origin = self._initialize(run, alive)
             else:
@@ -123,7 +123,7 @@ class Session:
         """Reads the weights that a new run starts from; returns and keeps what they have seen."""
         if self.config.init_from is None:
             return None
-        origin = refuse_seen(self.config, self.dataset)
+        origin = check_no_leakage(self.config, self.dataset)
         initialize_from(self.model, self.config.init_from, alive)
         if origin is not None:
             run.put_text(ORIGIN_NAME, origin_json(origin))
@@ -219,15 +219,15 @@ class Session:
             best = {"epoch": row["epoch"], "val_loss": row["val_loss"]}
             state.best = best | {"step": state.step, "attempt": self.attempt}
         state.throughput.append({"epoch": row["epoch"], "train_images_per_s": images_per_s})
-        recorder = self.recorder
+        run_writer = self.run_writer
 
-        def store(recorder: Recorder, alive: Alive) -> None:
-            recorder.write_predictions(row["epoch"], alive)
-            recorder.end_epoch(state, row, alive)
+        def store(run_writer: RunWriter, alive: Alive) -> None:
+            run_writer.write_predictions(row["epoch"], alive)
+            run_writer.end_epoch(state, row, alive)
 
         # Pictures of many windows take long, as does a slow line to storage.
         self._recorded(store)
-        if state.stopped_early and state.best is not None and recorder is not None:
+        if state.stopped_early and state.best is not None and run_writer is not None:
             words = stopped_early_words(state.epoch, state.best["epoch"])
             logger.info("%s (--schedule.early-stopping-patience)", words)
 
@@ -236,8 +236,8 @@ class Session:
 
         Nothing is taken while two are on their way: no step waits for storage.
         """
-        if self.recorder is not None and self.recorder.has_room:
-            self.recorder.save(state, self.alive)
+        if self.run_writer is not None and self.run_writer.has_room:
+            self.run_writer.save(state, self.alive)
 
     def end_stopped(self, state: TrainState) -> StoppedError:
         """Stores a checkpoint and returns what to raise.
@@ -246,9 +246,9 @@ class Session:
             LockedError, StorageError: the run was lost, or could not be stored.
         """
 
-        def store(recorder: Recorder, alive: Alive) -> None:
-            recorder.save(state, alive)
-            recorder.write_stop(state, alive)
+        def store(run_writer: RunWriter, alive: Alive) -> None:
+            run_writer.save(state, alive)
+            run_writer.write_stop(state, alive)
 
         self._recorded(store)
         return StoppedError(
@@ -282,13 +282,13 @@ class Session:
         """
         if state.best is None or "test" not in self.dataset.splits:
             return None
-        is_best = self._recorded(lambda recorder, alive: recorder.read_best(state, alive))
+        is_best = self._recorded(lambda run_writer, alive: run_writer.read_best(state, alive))
         self.team.share(self.model.variables)
         try:
             evaluation = self._evaluate("test", should_stop, measured=True)
         except StoppedError:
             # It may be trouble that stopped it, and the first process knows.
-            self._recorded(lambda recorder, alive: recorder.write_stop(state, alive))
+            self._recorded(lambda run_writer, alive: run_writer.write_stop(state, alive))
             raise
         epochs = state.best["epoch"] + 1 if is_best else state.epoch
         evaluation.summary["checkpoint"] = {
@@ -298,7 +298,7 @@ class Session:
         evaluation.summary["init_from"] = self.init_from
         examples: dict[str, bytes] = {}
 
-        def draw(recorder: Recorder, alive: Alive) -> None:
+        def draw(run_writer: RunWriter, alive: Alive) -> None:
             examples.update(draw_examples(self.evaluator, evaluation, self.readers["test"], alive))
 
         self._recorded(draw)
@@ -317,25 +317,25 @@ class Session:
             "skipped_steps": state.skipped,
             "evaluation": dict(evaluation.summary) if evaluation else {},
         }
-        if self.recorder is not None and evaluation is not None:
-            self.recorder.write_evaluation(evaluation)
+        if self.run_writer is not None and evaluation is not None:
+            self.run_writer.write_evaluation(evaluation)
         self._write_outcome("finished", 0, outcome)
         return outcome
 
     def _write_outcome(self, status: str, exit_code: int, details: dict[str, Any]) -> None:
         self._recorded(
-            lambda recorder, alive: recorder.write_outcome(status, exit_code, details, alive)
+            lambda run_writer, alive: run_writer.write_outcome(status, exit_code, details, alive)
         )
 
-    def _recorded(self, work: Callable[[Recorder, Alive], T]) -> T | None:
+    def _recorded(self, work: Callable[[RunWriter, Alive], T]) -> T | None:
         """Returns on every process what `work` returned in the first, which has the recorder.
 
         The others wait as long as it moves on.
         """
-        recorder = self.recorder
+        run_writer = self.run_writer
 
         def of_first(alive: Alive) -> T | None:
-            return work(recorder, alive) if recorder is not None else None
+            return work(run_writer, alive) if run_writer is not None else None
 
         return self.team.keep_alive(of_first, self.alive)[0]
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from flexunet.errors import FlexUNetError, UsageError
-from flexunet.native_stderr import held_back_stderr
+from flexunet.native_stderr import suppress_native_stderr
 from flexunet.process_pool import available_cores
 from flexunet.python_path import unsafe_folders
 
@@ -69,7 +69,7 @@ def connected(address: str | None, *, worker_logs: bool = True) -> Iterator[None
 
         logger.info("starting Ray on this machine" if is_local else f"joining Ray at {address}")
         # With a wrong token Ray's C++ part writes a line a second for 20 s.
-        with _one_line_errors(name), held_back_stderr(shown_on_error=False):
+        with _one_line_errors(name), suppress_native_stderr(shown_on_error=False):
             _init({"address": address} | _init_options(is_local, worker_logs))
         try:
             yield

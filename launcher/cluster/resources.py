@@ -14,7 +14,7 @@ _NODES_TICK_S = 0.5
 
 
 @dataclass(frozen=True)
-class Demand:
+class Resources:
     """What one worker takes of one node."""
 
     num_cpus: float = 1
@@ -28,35 +28,35 @@ class Demand:
         return ", ".join(parts)
 
 
-def places(demand: Demand) -> dict[str, int]:
+def worker_slots(per_worker: Resources) -> dict[str, int]:
     """Returns how many workers fit on each alive node that holds at least one, by node id."""
     import ray
 
     counts = {}
     for node in ray.nodes():
-        if node["Alive"] and (count := _fitting(node["Resources"], demand)):
+        if node["Alive"] and (count := _fitting(node["Resources"], per_worker)):
             counts[node["NodeID"]] = count
     return counts
 
 
-def require_places(demand: Demand, num_workers: int = 1) -> dict[str, int]:
-    """Returns `places(demand)`, which hold at least `num_workers`.
+def require_slots(per_worker: Resources, num_workers: int = 1) -> dict[str, int]:
+    """Returns `worker_slots(per_worker)`, which hold at least `num_workers`.
 
     Raises:
         UsageError: they do not; without this, Ray would wait for such nodes for ever.
     """
-    found = places(demand)
+    found = worker_slots(per_worker)
     total = sum(found.values())
     if total < num_workers:
         raise UsageError(
-            f"{counted(num_workers, 'worker')} of {demand} each, and the cluster has room for "
+            f"{counted(num_workers, 'worker')} of {per_worker} each, and the cluster has room for "
             f"{total}: {_described_nodes()}; ask for less, add nodes, or "
             "give --wait-for-nodes"
         )
     return found
 
 
-def wait_for_places(demand: Demand, num_workers: int, timeout_s: float) -> None:
+def wait_for_slots(per_worker: Resources, num_workers: int, timeout_s: float) -> None:
     """Waits until the cluster has room for `num_workers`; its autoscaler is told of them.
 
     Raises:
@@ -64,26 +64,30 @@ def wait_for_places(demand: Demand, num_workers: int, timeout_s: float) -> None:
     """
     from ray.autoscaler.sdk import request_resources
 
-    if sum(places(demand).values()) >= num_workers:
+    if sum(worker_slots(per_worker).values()) >= num_workers:
         return
     logger.warning(
         "the cluster has no room for %s of %s each (%s); waiting for %g s (--join-timeout)",
         counted(num_workers, "worker"),
-        demand,
+        per_worker,
         _described_nodes() or "no node",
         timeout_s,
     )
     # Ray's autoscaler counts only what tasks ask for, and none is submitted yet.
-    needs = {"CPU": demand.num_cpus, "GPU": demand.num_gpus, "memory": demand.memory_bytes}
+    needs = {
+        "CPU": per_worker.num_cpus,
+        "GPU": per_worker.num_gpus,
+        "memory": per_worker.memory_bytes,
+    }
     asked = {name: amount for name, amount in needs.items() if amount}
     with contextlib.suppress(Exception):  # a cluster without an autoscaler
         request_resources(bundles=[asked] * num_workers)
     end = time.monotonic() + timeout_s
     try:
-        while sum(places(demand).values()) < num_workers:
+        while sum(worker_slots(per_worker).values()) < num_workers:
             if time.monotonic() > end:
                 raise FlexUNetError(
-                    f"no room for {counted(num_workers, 'worker')} of {demand} each within "
+                    f"no room for {counted(num_workers, 'worker')} of {per_worker} each within "
                     f"{timeout_s:g} s (--join-timeout): {_described_nodes() or 'no node'}; the "
                     "same command tries again"
                 )
@@ -93,12 +97,16 @@ def wait_for_places(demand: Demand, num_workers: int, timeout_s: float) -> None:
             request_resources(bundles=[])
 
 
-def described_shortage(demand: Demand, num_workers: int) -> str | None:
+def described_shortage(per_worker: Resources, num_workers: int) -> str | None:
     """Returns in words what is free now, None where `num_workers` workers could start at once."""
     import ray
 
     free = ray.available_resources()
-    needs = {"CPU": demand.num_cpus, "GPU": demand.num_gpus, "memory": demand.memory_bytes}
+    needs = {
+        "CPU": per_worker.num_cpus,
+        "GPU": per_worker.num_gpus,
+        "memory": per_worker.memory_bytes,
+    }
     if all(free.get(name, 0.0) + 1e-6 >= num_workers * amount for name, amount in needs.items()):
         return None
     return ", ".join(
@@ -113,15 +121,15 @@ def total(resource: str) -> float:
     return float(ray.cluster_resources().get(resource, 0.0))
 
 
-def widest(num_workers: int, *, num_gpus: float = 0) -> Demand:
+def widest(num_workers: int, *, num_gpus: float = 0) -> Resources:
     """Returns the demand of `num_workers` workers that have as many whole cores as all can have.
 
     At least one core each, where there is room for fewer workers too.
     """
     num_cpus = 1
-    while sum(places(Demand(num_cpus + 1, num_gpus)).values()) >= num_workers:
+    while sum(worker_slots(Resources(num_cpus + 1, num_gpus)).values()) >= num_workers:
         num_cpus += 1
-    return Demand(num_cpus, num_gpus)
+    return Resources(num_cpus, num_gpus)
 
 
 def described_resources() -> str:
@@ -134,8 +142,12 @@ def described_resources() -> str:
     return f"{', '.join(parts)} on {counted(num_nodes, 'node')}"
 
 
-def _fitting(resources: dict[str, float], demand: Demand) -> int:
-    needs = {"CPU": demand.num_cpus, "GPU": demand.num_gpus, "memory": demand.memory_bytes}
+def _fitting(resources: dict[str, float], per_worker: Resources) -> int:
+    needs = {
+        "CPU": per_worker.num_cpus,
+        "GPU": per_worker.num_gpus,
+        "memory": per_worker.memory_bytes,
+    }
     counts = [resources.get(name, 0.0) / amount for name, amount in needs.items() if amount]
     return int(min(counts, default=1) + 1e-6)  # 1 / 0.1 may be 9.999...
 

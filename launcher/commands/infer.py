@@ -20,7 +20,7 @@ from job.inference.options import InferConfig
 from job.inference.pipeline import infer
 from launcher.cluster.connection import connected
 from launcher.cluster.node_checks import check_nodes
-from launcher.cluster.resources import Demand, require_places, wait_for_places, widest
+from launcher.cluster.resources import Resources, require_slots, wait_for_slots, widest
 from launcher.executors import RayProcesses
 
 
@@ -59,19 +59,19 @@ def process_workers(
         FlexUNetError: nor does it get room in time, where that is waited for.
     """
     with connected(settings.address, worker_logs=False):
-        num_workers, demand = _size(settings)
-        check_nodes(demand, reads=reads, writes=writes)
-        with RayProcesses(demand, num_workers) as executor:
+        num_workers, per_worker = _size(settings)
+        check_nodes(per_worker, reads=reads, writes=writes)
+        with RayProcesses(per_worker, num_workers) as executor:
             yield Workers(executor, lambda: num_workers)
 
 
-def _size(settings: InferLaunchConfig) -> tuple[int, Demand]:
+def _size(settings: InferLaunchConfig) -> tuple[int, Resources]:
     """Returns how many workers there are, and what each takes."""
     num_gpus = settings.gpus_per_worker
-    least = Demand(settings.cpus_per_worker or 1, num_gpus)
+    least = Resources(settings.cpus_per_worker or 1, num_gpus)
     if settings.wait_for_nodes:
-        wait_for_places(least, settings.num_workers or 1, settings.join_timeout)
-    found = require_places(least, settings.num_workers or 1)
+        wait_for_slots(least, settings.num_workers or 1, settings.join_timeout)
+    found = require_slots(least, settings.num_workers or 1)
     is_one_per_node = not num_gpus and settings.cpus_per_worker is None
     room = len(found) if is_one_per_node else sum(found.values())
     num_workers = settings.num_workers or room

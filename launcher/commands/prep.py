@@ -19,7 +19,7 @@ from flexunet.process_pool import Workers
 from flexunet.settings import Settings, option
 from launcher.cluster.connection import connected
 from launcher.cluster.node_checks import check_nodes
-from launcher.cluster.resources import Demand, wait_for_places
+from launcher.cluster.resources import Resources, wait_for_slots
 from launcher.executors import RayExecutor
 
 
@@ -38,14 +38,14 @@ class PrepLaunchConfig(Settings):
 
 @contextmanager
 def task_workers(
-    settings: PrepLaunchConfig, demand: Demand, reads: Sequence[str], writes: Sequence[str]
+    settings: PrepLaunchConfig, per_worker: Resources, reads: Sequence[str], writes: Sequence[str]
 ) -> Iterator[Workers]:
     """Yields the tasks of a Ray cluster whose nodes all see the folders, see `check_nodes`."""
     with connected(settings.address, worker_logs=False):
         if settings.wait_for_nodes:
-            wait_for_places(demand, 1, settings.join_timeout)
-        check_nodes(demand, reads=reads, writes=writes)
-        executor = RayExecutor(demand)
+            wait_for_slots(per_worker, 1, settings.join_timeout)
+        check_nodes(per_worker, reads=reads, writes=writes)
+        executor = RayExecutor(per_worker)
         yield Workers(executor, executor.num_workers)
 
 
@@ -66,8 +66,8 @@ def command(source: str, output: str, config_file: str | None, **options: Any) -
     where = {name: options.pop(name) for name in PrepLaunchConfig.model_fields}
     settings = from_options(PrepLaunchConfig, where)
     config = read_config(config_file, options)
-    demand = Demand(memory_bytes=int((settings.memory_per_worker or 0) * 1e9))
+    per_worker = Resources(memory_bytes=int((settings.memory_per_worker or 0) * 1e9))
     folders = [url for each in sources_of(source, config) for url in (each.images, each.masks)]
-    workers = functools.partial(task_workers, settings, demand, folders, [output])
+    workers = functools.partial(task_workers, settings, per_worker, folders, [output])
     with quiet_interrupts():
         run(source, output, config, workers)

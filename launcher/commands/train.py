@@ -20,7 +20,7 @@ from job.training.cross_validation import cross_validate, own_process
 from job.training.options import resolve_config
 from job.training.process import stop_signals
 from launcher.cluster.connection import connected
-from launcher.cluster.resources import places, require_places, widest
+from launcher.cluster.resources import require_slots, widest, worker_slots
 from launcher.config import LaunchConfig
 from launcher.supervisor import launch
 
@@ -83,10 +83,10 @@ def _side_by_side(num_folds: int, settings: LaunchConfig) -> tuple[int, LaunchCo
         if num_cpus is None:
             num_cpus = int(widest(num_workers, num_gpus=num_gpus).num_cpus)
         sized = settings.model_copy(update={"cpus_per_worker": num_cpus})
-        if sum(places(sized.demand).values()) >= num_workers:
+        if sum(worker_slots(sized.per_worker).values()) >= num_workers:
             return count, sized
     if not settings.wait_for_nodes:
-        require_places(sized.demand, settings.num_workers)
+        require_slots(sized.per_worker, settings.num_workers)
     return 1, sized
 
 

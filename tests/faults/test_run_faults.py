@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from flexunet.errors import LockedError
-from flexunet.storage import LocalStore, Store, Unavailable, join_url, open_store
+from flexunet.storage import LocalStore, ObjectStore, Unavailable, join_url, open_store
 from job.runs.commits import fetch_commit, find_commits
 from job.runs.layout import commit_prefix
 from job.runs.lease import LeaseTiming
@@ -48,13 +48,13 @@ def worker(faulty_bucket: FaultyBucket) -> Iterator[Worker]:
         yield worker
 
 
-def committed_steps(store: Store) -> list[int]:
+def committed_steps(store: ObjectStore) -> list[int]:
     """Returns the steps that have a COMMIT.json, without asking the run protocol."""
     names = [stat.name for stat in store.list("checkpoints/")]
     return sorted(int(name[17:25]) for name in names if name.endswith("/COMMIT.json"))
 
 
-def check_after_stop(store: Store, acknowledged: list[int], folder: Path) -> int | None:
+def check_after_stop(store: ObjectStore, acknowledged: list[int], folder: Path) -> int | None:
     """Returns what the next attempt restores from a run whose owner died, after all checks."""
     before = store.list("checkpoints/")
     committed = committed_steps(store)
@@ -181,7 +181,9 @@ def test_damaged_object_of_a_bucket_is_passed_over_with_one_warning(
         assert f"{bucket_url}/{victim}" in caplog.messages[0]
 
 
-def commit_under_faults(store: Store, folder: Path, num_commits: int, timing: LeaseTiming) -> int:
+def commit_under_faults(
+    store: ObjectStore, folder: Path, num_commits: int, timing: LeaseTiming
+) -> int:
     """Commits in a thread of its own while others write tables; returns the commits that hold."""
     acknowledged: list[int] = []
     failures: list[BaseException] = []
@@ -451,7 +453,7 @@ def test_newcomer_is_refused_within_five_seconds(
 
 
 def pause_and_take_over(
-    worker: Worker, store: Store, folder: Path, timing: LeaseTiming, by_lease: bool | None
+    worker: Worker, store: ObjectStore, folder: Path, timing: LeaseTiming, by_lease: bool | None
 ) -> None:
     """Pauses an owner until another process has its run, wakes it, and lets it commit."""
     pid = worker.ask("fork")["pid"]

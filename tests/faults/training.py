@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flexunet.storage import Store, join_url, open_store
+from flexunet.storage import ObjectStore, join_url, open_store
 from job.data.sampling import dropout_keys
 from job.runs.commits import find_commits
 from tests.faults.traced import events_of
@@ -160,7 +160,7 @@ def make_control(folder: Path) -> tuple[str, Path]:
     return data, folder / "control"
 
 
-def assert_same_run(run: Store, control: Path) -> None:
+def assert_same_run(run: ObjectStore, control: Path) -> None:
     """Checks that a run is the control: weights bit by bit, tables byte by byte, steps, epochs."""
     expected, found = weights_of(control), weights_of(run.url)
     assert expected.keys() == found.keys()
@@ -218,7 +218,7 @@ def _ids_of(keys: Sequence[int], epoch: int) -> list[int]:
     return [int(np.flatnonzero(of == key)[0]) for key in keys]
 
 
-def commits_of(run: Store) -> list[int]:
+def commits_of(run: ObjectStore) -> list[int]:
     """Returns the steps of the commits that are there."""
     return [place.step for place in find_commits(run)]
 

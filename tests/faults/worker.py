@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flexunet.errors import FlexUNetError
-from flexunet.storage import LocalStore, Stat, Store, open_store
+from flexunet.storage import LocalStore, ObjectMeta, ObjectStore, open_store
 from job.runs.commits import Commit
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
@@ -44,10 +44,10 @@ class StoppingStore(LocalStore):
             os._exit(100)
         return result
 
-    def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> Stat:
+    def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> ObjectMeta:
         return self._act(super().put, name, data, if_generation=if_generation)
 
-    def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> Stat:
+    def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> ObjectMeta:
         return self._act(super().put_file, name, path, if_generation=if_generation)
 
     def delete(self, name: str) -> None:
@@ -76,7 +76,11 @@ def restored_step(run: Run, folder: str) -> int | None:
 
 
 def own_run(
-    store: Store, timing: LeaseTiming, *, by_lease: bool | None = None, launch: str | None = None
+    store: ObjectStore,
+    timing: LeaseTiming,
+    *,
+    by_lease: bool | None = None,
+    launch: str | None = None,
 ) -> Run:
     """Takes a run and tells it what it is."""
     run = Run.own(store, timing=timing, by_lease=by_lease, launch=launch)

@@ -8,7 +8,7 @@ import pytest
 
 PRELUDE = """
 import logging, os, sys
-from flexunet.native_stderr import held_back_stderr
+from flexunet.native_stderr import suppress_native_stderr
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 def say(where):
     os.write(2, f"noise {where}\\n".encode())
@@ -24,7 +24,7 @@ def stderr_of(code: str) -> list[str]:
 
 def test_only_what_does_not_come_from_python_is_held_back() -> None:
     lines = stderr_of("""
-    with held_back_stderr(shown_on_error=True):
+    with suppress_native_stderr(shown_on_error=True):
         say("inside")
     say("after")
     """)
@@ -36,7 +36,7 @@ def test_a_logger_that_came_inside_still_has_its_stream_after() -> None:
     lines = stderr_of("""
     logger = logging.getLogger("library")
     logger.propagate = False
-    with held_back_stderr(shown_on_error=True):
+    with suppress_native_stderr(shown_on_error=True):
         logger.addHandler(logging.StreamHandler(sys.stderr))
         logger.warning("inside")
     logger.warning("after")
@@ -48,7 +48,7 @@ def test_a_logger_that_came_inside_still_has_its_stream_after() -> None:
 def test_a_failure_shows_it_where_that_is_wished(shown: bool) -> None:
     lines = stderr_of(f"""
     try:
-        with held_back_stderr(shown_on_error={shown}):
+        with suppress_native_stderr(shown_on_error={shown}):
             say("inside")
             raise ValueError
     except ValueError:

@@ -11,7 +11,7 @@ import pytest
 from flexunet.errors import UsageError
 from flexunet.storage import (
     NotFound,
-    Store,
+    ObjectStore,
     crc32c_of,
     crc32c_of_file,
     join_url,
@@ -25,7 +25,7 @@ CHECK_CRC32C = 0xE3069283
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     if request.param == "folder":
         return open_store(str(tmp_path / "store"))
     return open_store(request.getfixturevalue("bucket_url"))
@@ -38,7 +38,7 @@ def test_crc32c_matches_the_published_check_value(tmp_path: Path) -> None:
     assert crc32c_of_file(str(tmp_path / "f")) == CHECK_CRC32C
 
 
-def test_put_then_get_returns_the_bytes_and_ranges(store: Store) -> None:
+def test_put_then_get_returns_the_bytes_and_ranges(store: ObjectStore) -> None:
     data = bytes(range(256)) + b"\r\n\0\n\r"
     stat = store.put("a/b.bin", data)
     assert (stat.name, stat.size) == ("a/b.bin", 261)
@@ -51,7 +51,7 @@ def test_put_then_get_returns_the_bytes_and_ranges(store: Store) -> None:
     assert store.get("a/b.bin", 3, 0) == b""
 
 
-def test_put_file_and_get_file_keep_nine_mebibytes(store: Store, tmp_path: Path) -> None:
+def test_put_file_and_get_file_keep_nine_mebibytes(store: ObjectStore, tmp_path: Path) -> None:
     # Over 8 MiB the client library uploads in another way (resumable).
     data = os.urandom(9 << 20)
     (tmp_path / "source").write_bytes(data)
@@ -62,12 +62,12 @@ def test_put_file_and_get_file_keep_nine_mebibytes(store: Store, tmp_path: Path)
     assert os.listdir(tmp_path / "copies") == ["copy"]
 
 
-def test_empty_object_is_kept(store: Store) -> None:
+def test_empty_object_is_kept(store: ObjectStore) -> None:
     assert store.put("empty", b"").size == 0
     assert store.get("empty") == b""
 
 
-def test_missing_object_is_not_found(store: Store, tmp_path: Path) -> None:
+def test_missing_object_is_not_found(store: ObjectStore, tmp_path: Path) -> None:
     assert store.stat("none") is None
     with pytest.raises(NotFound, match="none does not exist"):
         store.get("none")
@@ -77,7 +77,7 @@ def test_missing_object_is_not_found(store: Store, tmp_path: Path) -> None:
     assert not (tmp_path / "copy").exists()
 
 
-def test_list_is_recursive_sorted_and_by_prefix(store: Store) -> None:
+def test_list_is_recursive_sorted_and_by_prefix(store: ObjectStore) -> None:
     assert names(store) == []
     for name in ("b/2", "a/x/1", "a-1", "b/10"):
         store.put(name, b"")
@@ -87,19 +87,19 @@ def test_list_is_recursive_sorted_and_by_prefix(store: Store) -> None:
     assert names(store, "c/") == []
 
 
-def test_below_sees_the_same_objects(store: Store) -> None:
+def test_below_sees_the_same_objects(store: ObjectStore) -> None:
     store.put("a/b/c", b"1")
     assert names(store.below("a/b")) == ["c"]
     assert store.below("a").get("b/c") == b"1"
     assert store.below("a").url == join_url(store.url, "a")
 
 
-def test_generation_changes_with_every_put(store: Store) -> None:
+def test_generation_changes_with_every_put(store: ObjectStore) -> None:
     generations = [store.put("a", b"same").generation for _ in range(20)]
     assert generations == sorted(set(generations))
 
 
-def test_delete_removes_the_object_and_nothing_else(store: Store) -> None:
+def test_delete_removes_the_object_and_nothing_else(store: ObjectStore) -> None:
     store.put("a/b/c", b"")
     store.put("a/d", b"")
     store.delete("a/b/c")
@@ -108,12 +108,12 @@ def test_delete_removes_the_object_and_nothing_else(store: Store) -> None:
         assert os.listdir(os.path.join(store.local_root, "a")) == ["d"]
 
 
-def test_store_pickles(store: Store) -> None:
+def test_store_pickles(store: ObjectStore) -> None:
     store.put("a", b"1")
     assert pickle.loads(pickle.dumps(store)).get("a") == b"1"  # noqa: S301
 
 
-def test_probe_writable_leaves_nothing(store: Store) -> None:
+def test_probe_writable_leaves_nothing(store: ObjectStore) -> None:
     probe_writable(store)
     assert names(store) == []
 

@@ -18,13 +18,13 @@ from flexunet.errors import StorageError
 from flexunet.storage import (
     Forbidden,
     GcsStore,
+    ObjectStore,
     PreconditionFailed,
-    Store,
     Unavailable,
     open_store,
     probe_preconditions,
     probe_writable,
-    put_if_other,
+    put_if_changed,
 )
 from flexunet.storage.gcs_errors import describe_cloud_error, is_transient
 from tests.conftest import FaultyBucket
@@ -46,12 +46,12 @@ def test_account_that_only_creates_leaves_the_probe_where_it_may(
 def test_put_if_other_replaces_nothing_that_is_the_same(faulty_bucket: FaultyBucket) -> None:
     store = GcsStore(faulty_bucket.url)
     faulty_bucket.proxy.creates_only = True
-    put_if_other(store, "a", b"1")
-    put_if_other(store, "a", b"1")
+    put_if_changed(store, "a", b"1")
+    put_if_changed(store, "a", b"1")
     with pytest.raises(Forbidden):
-        put_if_other(store, "a", b"2")
+        put_if_changed(store, "a", b"2")
     faulty_bucket.proxy.creates_only = False
-    put_if_other(store, "a", b"2")
+    put_if_changed(store, "a", b"2")
     assert store.get("a") == b"2"
 
 
@@ -82,7 +82,7 @@ def test_server_address_may_lack_the_scheme(
     assert faulty_bucket.proxy.count("put", status=200) == 1
 
 
-def every_request(store: Store, path: str) -> list[Callable[[], object]]:
+def every_request(store: ObjectStore, path: str) -> list[Callable[[], object]]:
     return [
         lambda: store.put("new", b"1", if_generation=0),
         lambda: store.put_file("new", path),

@@ -34,7 +34,7 @@ from job.models.ensemble import Network, network_of
 from job.optimization.optimizer import Adam
 from job.reporting.html_report import write_report
 from job.runs import serialization
-from job.runs.loading import fetch_checkpoint, load_model, open_alike, open_trained
+from job.runs.loading import fetch_checkpoint, load_model, open_ensemble, open_run
 from job.runs.run import Run
 from job.train import show_end
 from tests.job.discs import prepare_discs
@@ -42,7 +42,7 @@ from tests.job.discs import prepare_discs
 
 def evaluate(run_folder: Path, **options: Any) -> str:
     """Returns the URL of what the body of the command wrote, on one device of this process."""
-    run = open_trained(str(run_folder))
+    run = open_run(str(run_folder))
     config = EvaluateConfig(progress=False, **options)
     device = tf.distribute.OneDeviceStrategy("CPU:0")
     return evaluate_run(run, dataset_of(run, config.data), device, config)[1]
@@ -167,7 +167,7 @@ def test_evaluate_measures_contours_lesions_and_thresholds(evaluated: Path) -> N
 
 
 def test_evaluate_measures_at_the_pictures_own_size_in_mm(own_run: Path) -> None:
-    run = open_trained(str(own_run))
+    run = open_run(str(own_run))
     dataset = dataset_of(run, None)
     split = dataset.split("test")
     # As if pictures of 64x96 pixels had been made narrower and lower.
@@ -189,7 +189,7 @@ def test_evaluate_measures_at_the_pictures_own_size_in_mm(own_run: Path) -> None
 
 
 def test_specks_are_the_same_at_both_sizes(own_run: Path) -> None:
-    run = open_trained(str(own_run))
+    run = open_run(str(own_run))
     dataset = dataset_of(run, None)
     # 64x96 pixels were stored as 32x32, each of them 6.
     geometry = Geometry("stretch", 64, 96, 0, 0, 32, 32)
@@ -211,7 +211,7 @@ def test_specks_are_the_same_at_both_sizes(own_run: Path) -> None:
 def test_specks_are_the_same_where_the_factor_is_no_whole_number(
     own_run: Path, factor: float
 ) -> None:
-    run = open_trained(str(own_run))
+    run = open_run(str(own_run))
     dataset = dataset_of(run, None)
     height, width = round(128 * factor), round(128 * 1.25 * factor)
     geometry = Geometry("stretch", height, width, 0, 0, 128, 128)
@@ -233,7 +233,7 @@ def test_specks_are_the_same_where_the_factor_is_no_whole_number(
 
 
 def test_missing_all_never_makes_a_case_better_at_either_size(own_run: Path) -> None:
-    run = open_trained(str(own_run))
+    run = open_run(str(own_run))
     device = tf.distribute.OneDeviceStrategy("CPU:0")
     evaluator = make_evaluator(run.config, device, dataset_of(run, None), network_of([]))
 
@@ -281,7 +281,7 @@ def test_scales_follow_the_geometry_of_each_axis() -> None:
 
 
 def test_evaluate_puts_cropped_and_flipped_cases_back(own_run: Path) -> None:
-    run = open_trained(str(own_run))
+    run = open_run(str(own_run))
     dataset = dataset_of(run, None)
     split = dataset.split("test")
     # As if the right half of pictures of 32x64 had been stored mirrored: the lesions stay as large.
@@ -342,7 +342,7 @@ def test_evaluate_says_which_checkpoint_it_took(
 
 def commit_weights(folder: Path, staging: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Adds a checkpoint to a run, after its best one, whose weights are changed."""
-    trained = open_trained(str(folder))
+    trained = open_run(str(folder))
     model = load_model(trained, which="last")[0]
     for weight in model.weights:
         weight.assign(change(weight.numpy()))
@@ -365,7 +365,7 @@ def test_ensemble_predicts_the_mean_of_its_runs(own_run: Path, tmp_path: Path) -
         commit_weights(folder, folder.parent, lambda w: w * random.uniform(0.3, 1.7, w.shape))
     options = {"checkpoint": "last", "progress": False}
     config = EvaluateConfig(ensemble=others, output=str(tmp_path / "both"), **options)
-    runs = open_alike([str(own_run), *others])
+    runs = open_ensemble([str(own_run), *others])
     dataset = dataset_of(runs[0], None, runs[1:])
     device = tf.distribute.OneDeviceStrategy("CPU:0")
     evaluation, _ = evaluate_run(runs[0], dataset, device, config, runs[1:])
@@ -428,7 +428,7 @@ def test_a_device_gets_no_more_at_once_than_in_training(
         environment = {} if replicas is None else {"replicas": replicas}
         (own_run / "environment.json").write_text(json.dumps(environment))
         sizes.clear()
-        run = open_trained(str(own_run))
+        run = open_run(str(own_run))
         config = EvaluateConfig(progress=False, output=str(tmp_path / name), **options)
         return evaluate_run(run, dataset_of(run, None), strategy, config)[0].summary
 
@@ -451,7 +451,7 @@ def test_a_device_gets_no_more_at_once_than_in_training(
 def test_a_run_in_float16_predicts_in_float32_on_a_cpu(own_run: Path) -> None:
     if tf.config.list_physical_devices("GPU"):
         pytest.skip("this machine has a GPU")
-    run = open_trained(str(own_run))
+    run = open_run(str(own_run))
     for precision, computed in (("mixed_float16", "float32"), ("mixed_bfloat16", "bfloat16")):
         config = run.config.model_copy(update={"precision": precision})
         model, _ = load_model(replace(run, config=config), which="best")

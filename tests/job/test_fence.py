@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from flexunet.errors import LockedError
-from flexunet.storage import LocalStore, Stat, Store, open_store
+from flexunet.storage import LocalStore, ObjectMeta, ObjectStore, open_store
 from flexunet.storage.names import TEMPORARY
 from job.config import TrainConfig
 from job.runs.lease import LeaseTiming
@@ -37,11 +37,11 @@ class RecordingStore(LocalStore):
     def _note(self, method: str, name: str, *rest: Any, **options: Any) -> None:
         self._changes.append((method, (f"{self._prefix}{name}", *rest), options))
 
-    def put(self, name: str, data: bytes, **options: Any) -> Stat:
+    def put(self, name: str, data: bytes, **options: Any) -> ObjectMeta:
         self._note("put", name, data, **options)
         return super().put(name, data, **options)
 
-    def put_file(self, name: str, path: str, **options: Any) -> Stat:
+    def put_file(self, name: str, path: str, **options: Any) -> ObjectMeta:
         self._note("put_file", name, path, **options)
         return super().put_file(name, path, **options)
 
@@ -126,7 +126,7 @@ def test_nothing_of_a_run_is_changed_by_a_process_that_lost_it(
             if method == "put_file":
                 rest = [str(tmp_path / "member")]
             folder, _, last = name.rpartition("/")
-            stores: list[Store] = [late.store, late.store.watched(lambda: None)]
+            stores: list[ObjectStore] = [late.store, late.store.watched(lambda: None)]
             stores += [late.store.below(folder)] if folder else []
             for each in stores:
                 target = last if each is stores[-1] and folder else name
@@ -164,7 +164,7 @@ def refuse() -> None:
 def test_every_change_of_a_guarded_store_asks_first(
     kind: str, bucket_url: str, tmp_path: Path
 ) -> None:
-    """A new method of `Store` is either known here as one that reads, or guarded."""
+    """A new method of `ObjectStore` is either known here as one that reads, or guarded."""
     reading = {"stat", "list", "get", "get_file", "url", "local_root", "retry_s"}
     making = {"below", "with_limits", "watched", "guarded"}  # give a store that is guarded too
     (tmp_path / "member").write_bytes(b"late")
@@ -172,7 +172,7 @@ def test_every_change_of_a_guarded_store_asks_first(
         "put": ("a", b"1"), "put_file": ("a", str(tmp_path / "member")), "delete": ("a",),
         "remove_unfinished": (),
     }  # fmt: skip
-    methods = {name for name in dir(Store) if not name.startswith("_")}
+    methods = {name for name in dir(ObjectStore) if not name.startswith("_")}
     assert methods == reading | making | set(changing)
     inner = open_store(bucket_url if kind == "bucket" else str(tmp_path / "store"))
     inner.put("a", b"0")

@@ -43,7 +43,7 @@ from job.inference.postprocess import class_ids_at_source
 from job.inference.preprocess import to_model_pixels
 from job.optimization.optimizer import Adam
 from job.runs import serialization
-from job.runs.loading import model_for, open_trained
+from job.runs.loading import model_for, open_run
 from job.runs.run import Run
 from tests.conftest import FaultyBucket
 from tests.job.discs import write_discs
@@ -331,7 +331,7 @@ def test_command_ends_with_one_line_when_the_output_cannot_be_written(
 
 def test_a_vanished_image_is_not_an_unreadable_one(trained_run: Path, tmp_path: Path) -> None:
     # It was listed a moment ago; to name it in unreadable.csv would end the call as if it was done.
-    manifest = open_trained(str(trained_run)).manifest
+    manifest = open_run(str(trained_run)).manifest
     with pytest.raises(StorageError, match=r"gone\.png does not exist"):
         _read_picture(open_store(str(tmp_path)), "gone.png", manifest, QUIET)
 
@@ -402,7 +402,7 @@ def test_infer_of_a_sigmoid_head_takes_one_half_as_the_limit(
 
 def constant_run(like: Path, output: Path, name: str, bias: float) -> str:
     """Returns the URL of a run with a sigmoid output that is the same everywhere."""
-    trained = open_trained(str(like))
+    trained = open_run(str(like))
     model_config = trained.config.model.model_copy(update={"num_classes": 1})
     config = trained.config.model_copy(update={"model": model_config})
     model = model_for(config, trained.manifest)
@@ -478,7 +478,7 @@ def test_to_model_pixels_gives_what_prep_stores(tmp_path: Path, layout: Any) -> 
 
 
 def test_masks_of_cropped_and_flipped_pictures_are_put_back(trained_run: Path) -> None:
-    manifest = open_trained(str(trained_run)).manifest
+    manifest = open_run(str(trained_run)).manifest
     framed = manifest.model_copy(update={"crop": "breast", "flip": "left"})
     image = np.zeros((40, 60, 1), np.uint8)
     image[10:30, 30:] = 100
@@ -517,14 +517,14 @@ def test_dicom_files_are_predicted_as_prep_stores_them(tmp_path: Path) -> None:
 
 
 def test_dicom_files_fit_a_dataset_of_8_bits(trained_run: Path) -> None:
-    shallow = open_trained(str(trained_run)).manifest
+    shallow = open_run(str(trained_run)).manifest
     # 819 of 4095 is a fifth of full intensity: 51 of 255. No upper byte is taken.
     image = np.full((32, 32, 1), 819, np.uint16)
     assert np.unique(to_model_pixels(image, shallow, value_max=4095)[0]).tolist() == [51]
 
 
 def test_to_model_pixels_changes_the_bit_depth(trained_run: Path) -> None:
-    shallow = open_trained(str(trained_run)).manifest
+    shallow = open_run(str(trained_run)).manifest
     deep = shallow.model_copy(update={"bit_depth": 16, "value_max": 4095})
     image = np.full((32, 32, 1), 51, np.uint8)
     # 51/255 = 1/5 of full intensity, 4095/5 = 819.
@@ -537,7 +537,7 @@ def deep_manifest(run: Path, **full_scale: int) -> Manifest:
     info = {"rule": "found", "highest": 4095, "num_clipped_pictures": 0, "num_clipped_pixels": 0}
     recorded = FullScaleInfo.model_validate(info | full_scale) if full_scale else None
     update = {"bit_depth": 16, "value_max": 4095, "full_scale": recorded}
-    return open_trained(str(run)).manifest.model_copy(update=update)
+    return open_run(str(run)).manifest.model_copy(update=update)
 
 
 def deep_image(highest: int) -> np.ndarray:
@@ -569,7 +569,7 @@ def test_a_picture_of_more_bits_than_the_dataset_is_refused(
 
 
 def test_a_given_full_scale_below_the_values_is_refused(trained_run: Path) -> None:
-    shallow = open_trained(str(trained_run)).manifest
+    shallow = open_run(str(trained_run)).manifest
     with pytest.raises(ContentError, match="up to 4095, but full intensity is 1023 in this"):
         to_model_pixels(deep_image(4095), shallow, value_max=1023)
 
@@ -601,7 +601,7 @@ def test_a_picture_of_fewer_bits_than_the_dataset_is_refused(
 
 
 def test_to_model_pixels_refuses_unused_bits(trained_run: Path, tmp_path: Path) -> None:
-    shallow = open_trained(str(trained_run)).manifest
+    shallow = open_run(str(trained_run)).manifest
     # The upper byte of 4095 is 15 of 255: a bright picture would become nearly black.
     image = np.full((32, 32, 1), 4095, np.uint16)
     with pytest.raises(ContentError, match=r"a\.png: 16-bit file .* 4095, .* 8-bit"):

@@ -19,7 +19,7 @@ from job.runs.loading import (
     load_model,
     member_of,
     model_for,
-    open_trained,
+    open_run,
 )
 
 
@@ -29,13 +29,13 @@ def with_model(config: TrainConfig, **changes: int) -> TrainConfig:
 
 def test_open_trained_needs_a_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no run here: config\.yaml is missing"):
-        open_trained(str(tmp_path))
+        open_run(str(tmp_path))
 
 
 def test_open_trained_names_the_runs_of_a_cross_validation(tmp_path: Path) -> None:
     (tmp_path / CROSS_VALIDATION_NAME).write_text("{}")
     with pytest.raises(UsageError, match=f"a cross-validation, .* {tmp_path}-fold-0 and so on"):
-        open_trained(str(tmp_path))
+        open_run(str(tmp_path))
 
 
 def test_open_trained_needs_a_checkpoint(own_run: Path) -> None:
@@ -43,11 +43,11 @@ def test_open_trained_needs_a_checkpoint(own_run: Path) -> None:
         member.unlink()
     (own_run / "outcome.json").unlink()
     with pytest.raises(UsageError, match=r"no checkpoint yet; wait .*train it again by the same"):
-        open_trained(str(own_run))
+        open_run(str(own_run))
     (own_run / "attempts").mkdir()
     (own_run / "attempts" / "1.json").write_text('{"end": "stopped"}')
     with pytest.raises(UsageError, match="no checkpoint yet; it was stopped before it had one"):
-        open_trained(str(own_run))
+        open_run(str(own_run))
 
 
 def test_fetch_checkpoint_finds_the_best_and_the_last(trained_run: Path, tmp_path: Path) -> None:
@@ -64,11 +64,11 @@ def test_load_model_takes_an_older_checkpoint_where_the_last_is_damaged(own_run:
     folders = sorted((own_run / "checkpoints").iterdir())
     weights = folders[-1] / "a1" / serialization.WEIGHTS_NAME
     weights.write_bytes(weights.read_bytes()[:-1])
-    load_model(open_trained(str(own_run)), which="last")
+    load_model(open_run(str(own_run)), which="last")
     for folder in folders:
         (folder / "a1" / serialization.WEIGHTS_NAME).write_bytes(b"")
     with pytest.raises(ContentError, match="no undamaged commit"):
-        load_model(open_trained(str(own_run)), which="last")
+        load_model(open_run(str(own_run)), which="last")
 
 
 class ReadingStore(LocalStore):
@@ -82,7 +82,7 @@ class ReadingStore(LocalStore):
 
 
 def test_load_model_reads_the_record_of_a_commit_once(trained_run: Path) -> None:
-    run = replace(open_trained(str(trained_run)), store=ReadingStore(str(trained_run)))
+    run = replace(open_run(str(trained_run)), store=ReadingStore(str(trained_run)))
     ReadingStore.read.clear()
     _, commit = load_model(run, which="last")
     data = (trained_run / commit.prefix / "COMMIT.json").read_bytes()
@@ -94,7 +94,7 @@ def test_load_model_reads_the_record_of_a_commit_once(trained_run: Path) -> None
 def test_initialize_from_copies_the_best_weights_of_a_run(
     trained_run: Path, tmp_path: Path
 ) -> None:
-    run = open_trained(str(trained_run))
+    run = open_run(str(trained_run))
     best = load_model(run, which="best")[0]
     _, members = fetch_checkpoint(run.store, str(tmp_path), which="best")
     file = tmp_path / "some.weights.h5"
@@ -110,7 +110,7 @@ def test_initialize_from_copies_the_best_weights_of_a_run(
 # Keras warns before it fails.
 @pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
 def test_initialize_from_refuses_another_network(trained_run: Path, tmp_path: Path) -> None:
-    run = open_trained(str(trained_run))
+    run = open_run(str(trained_run))
     model = model_for(with_model(run.config, base_filters=4), run.manifest)
     with pytest.raises(ContentError, match="does not fit this model"):
         initialize_from(model, str(trained_run))
@@ -123,7 +123,7 @@ def test_initialize_from_refuses_another_network(trained_run: Path, tmp_path: Pa
 
 
 def test_model_for_repeats_grey_and_refuses_to_drop_colour(trained_run: Path) -> None:
-    run = open_trained(str(trained_run))  # a grey dataset
+    run = open_run(str(trained_run))  # a grey dataset
     grey = with_model(run.config, image_channels=3)
     assert model_for(grey, run.manifest).input_shape == (None, 32, 32, 3)
     colour = run.manifest.model_copy(update={"channels": 3})

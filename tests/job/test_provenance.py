@@ -15,7 +15,13 @@ from flexunet.storage import open_store
 from job.config import TrainConfig
 from job.data.dataset import Dataset, open_dataset
 from job.data.folds import fold_of
-from job.runs.provenance import check_origin, find_origin, origin_json, read_origin, refuse_seen
+from job.runs.provenance import (
+    check_no_leakage,
+    check_origin,
+    find_origin,
+    origin_json,
+    read_origin,
+)
 from job.training.cross_validation import cross_validate
 from tests import commands
 from tests.job.discs import write_discs
@@ -67,7 +73,7 @@ def test_weights_of_the_same_splits_are_no_leak(
     trained_run: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     config = config_of(tmp_path, trained_run)
-    refuse_seen(config, dataset)
+    check_no_leakage(config, dataset)
     assert find_origin(config.model_copy(update={"init_from": None}), dataset) is None
     assert [seen(config, dataset, split) for split in ("test", "valid")] == ["no", "yes"]
 
@@ -78,7 +84,7 @@ def test_a_fold_is_refused_weights_that_have_seen_it(
     for fold in range(3):
         config = config_of(tmp_path, trained_run, folds=3, fold=fold)
         with pytest.raises(UsageError, match=f"on groups of fold {fold} .of 0 to 2., on which"):
-            refuse_seen(config, fold_of(dataset, 3, fold))
+            check_no_leakage(config, fold_of(dataset, 3, fold))
     # The run of a fold: the same fold alone, as it was trained on one other and chose by the next.
     changed(own_run, folds=3, fold=1)
     for fold in range(3):
@@ -130,10 +136,10 @@ def test_the_same_pictures_in_another_form_are_recognized(
     source = trained_run.parents[1] / "source"
     small = prepared(source, tmp_path / "small", image_size=16, classes=classes)
     config = config_of(tmp_path, trained_run)
-    refuse_seen(config, small)
+    check_no_leakage(config, small)
     assert seen(config, small) == "no"
     with pytest.raises(UsageError, match="groups of fold 0"):
-        refuse_seen(config_of(tmp_path, trained_run, folds=3, fold=0), fold_of(small, 3, 0))
+        check_no_leakage(config_of(tmp_path, trained_run, folds=3, fold=0), fold_of(small, 3, 0))
 
 
 @pytest.mark.parametrize("size", [{"image_size": 32}, {"tile": 16}])
@@ -148,7 +154,7 @@ def test_the_same_pictures_in_other_groups_are_recognized(
     # Groups of two pictures: of the 4 that are tested, some were trained on.
     paired = prepared(source, tmp_path / "paired", group_regex=r"([0-9])\.", **size)
     with pytest.raises(UsageError, match="groups of the test split, on which new is evaluated"):
-        refuse_seen(config, paired)
+        check_no_leakage(config, paired)
     # Ready-made, and the same splits.
     for name, split in base.splits.items():
         for kind in ("images", "masks"):
@@ -157,7 +163,7 @@ def test_the_same_pictures_in_other_groups_are_recognized(
                 shutil.copy(source / kind / file, tmp_path / "made" / name / kind)
     made = prepared(tmp_path / "made", tmp_path / "again", **size)
     assert made.manifest.source_sha256 != base.manifest.source_sha256
-    refuse_seen(config, made)
+    check_no_leakage(config, made)
     assert seen(config, made) == "no"
 
 
@@ -256,7 +262,7 @@ def test_groups_that_a_run_itself_trains_are_no_refusal_and_no_clean_record(
     changed(own_run, data=leaky.url)
     shutil.copy(tmp_path / "prepared" / "dataset.json", own_run)
     config = config_of(tmp_path, own_run)
-    refuse_seen(config, leaky)
+    check_no_leakage(config, leaky)
     assert seen(config, leaky) == "yes"
 
 

@@ -29,7 +29,7 @@ from job.inference.region_filter import (
     read_min_pixels,
 )
 from job.models.ensemble import make_probability_step, network_of
-from job.runs.loading import Member, load_model, open_trained
+from job.runs.loading import Member, load_model, open_run
 
 
 def case(*parts: tuple[int, int, int]) -> np.ndarray:
@@ -127,7 +127,7 @@ def test_specks_go_at_both_sizes_of_resized_pictures(own_run: Path, tmp_path: Pa
     prepare(sources, str(tmp_path / "dataset"), prep, progress=False)
     # As if the run had been trained on it.
     shutil.copy(tmp_path / "dataset" / "dataset.json", own_run / "dataset.json")
-    run = open_trained(str(own_run))
+    run = open_run(str(own_run))
     dataset = dataset_of(run, str(tmp_path / "dataset"))
     config = EvaluateConfig(remove_small_regions=True, progress=False)
     device = tf.distribute.OneDeviceStrategy("CPU:0")

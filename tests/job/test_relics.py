@@ -14,7 +14,7 @@ import pytest
 
 from flexunet.storage import open_store
 from job.runs.commits import find_commits
-from job.runs.loading import open_trained
+from job.runs.loading import open_run
 from job.runs.status import standing
 from tests import commands
 
@@ -123,6 +123,6 @@ def test_a_finished_run_is_evaluated_again_to_the_same_numbers(relics: Path) -> 
 
 @pytest.mark.parametrize("name", ["stopped", "folds-fold-0", "folds-fold-1"])
 def test_a_stored_config_means_what_it_meant(name: str) -> None:
-    config = open_trained(str(RELICS / "runs" / name)).config
+    config = open_run(str(RELICS / "runs" / name)).config
     assert (config.random_streams, config.xla) == (1, "auto")
     assert config.epochs == 3

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from flexunet.errors import ContentError, LockedError, StorageError, UsageError
-from flexunet.storage import LocalStore, Store, open_store
+from flexunet.storage import LocalStore, ObjectStore, open_store
 from job.config import checked_run_name
 from job.runs.commits import Commit, fetch_commit, find_commits
 from job.runs.layout import Place, commit_prefix
@@ -367,7 +367,7 @@ def test_killed_owner_gives_the_run_up(tmp_path: Path, by_lease: bool) -> None:
         end(owner)
 
 
-def snapshot(store: Store) -> dict[str, bytes]:
+def snapshot(store: ObjectStore) -> dict[str, bytes]:
     """Returns every object but the lease, which its owner renews."""
     names = (stat.name for stat in store.list())
     return {name: store.get(name) for name in names if name != "lease.json"}

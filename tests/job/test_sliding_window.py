@@ -11,7 +11,7 @@ from data_prep.imaging.tiles import starts
 from job.inference.postprocess import class_ids
 from job.inference.sliding_window import Windows, probabilities_of, slide, window_weights
 from job.models.ensemble import make_probability_step, network_of
-from job.runs.loading import load_model, open_trained
+from job.runs.loading import load_model, open_run
 
 WINDOW: dict[str, Any] = {"height": 16, "width": 12, "batch_size": 3}
 
@@ -87,7 +87,7 @@ def test_slide_trusts_the_middle_of_a_window() -> None:
 
 
 def test_one_window_is_the_plain_forward_pass(trained_run: Path) -> None:
-    run = open_trained(str(trained_run))
+    run = open_run(str(trained_run))
     step = make_probability_step(network_of([load_model(run, which="best")[0]]))
     image = np.random.default_rng(1).integers(0, 256, (32, 32, 1), dtype=np.uint8)
     plain = step(image[np.newaxis]).numpy()[0]

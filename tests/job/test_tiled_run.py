@@ -30,7 +30,7 @@ from job.infer import main as infer_main
 from job.inference.options import InferConfig
 from job.inference.pipeline import infer
 from job.models.ensemble import network_of
-from job.runs.loading import model_for, open_alike, open_trained
+from job.runs.loading import model_for, open_ensemble, open_run
 from job.runs.run import Run
 from job.training.loop import train_and_evaluate
 from job.training.setup import Callbacks
@@ -76,7 +76,7 @@ def own_tiled_run(tiled_run: Path, tmp_path: Path) -> Path:
 def evaluate(run: Path, **options: Any) -> tuple[dict[str, Any], Path]:
     """Returns the summary and the folder of an evaluation."""
     config = EvaluateConfig(progress=False, **options)
-    trained, *others = open_alike([str(run), *config.ensemble])
+    trained, *others = open_ensemble([str(run), *config.ensemble])
     device = tf.distribute.OneDeviceStrategy("CPU:0")
     dataset = dataset_of(trained, None, others)
     evaluation, url = evaluate_run(trained, dataset, device, config, others)
@@ -100,7 +100,7 @@ def test_a_large_picture_may_take_longer_than_a_step(
     tiled_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchdog, "_TICK_S", 0.02)
-    run = open_trained(str(tiled_run))
+    run = open_run(str(tiled_run))
     device = tf.distribute.OneDeviceStrategy("CPU:0")
     network = network_of([model_for(run.config, run.manifest)])
     slow = SlowNetwork(0.1)
@@ -117,7 +117,7 @@ def test_a_large_picture_may_take_longer_than_a_step(
 
 
 def test_training_tells_of_every_batch_of_windows(tiled_run: Path, tmp_path: Path) -> None:
-    config = open_trained(str(tiled_run)).config
+    config = open_run(str(tiled_run)).config
     config = config.model_copy(update={"output": str(tmp_path), "name": "again", "epochs": 1})
     device = tf.distribute.OneDeviceStrategy("CPU:0")
     told: dict[str, int] = {}
@@ -387,7 +387,7 @@ def test_runs_of_other_folds_predict_the_test_split_alone(
         text = (folder / "config.yaml").read_text()
         text = text.replace("folds: null", "folds: 3").replace("fold: null", f"fold: {fold}")
         (folder / "config.yaml").write_text(text)
-        folds.append(open_trained(str(folder)))
+        folds.append(open_run(str(folder)))
     dataset = open_dataset(str(folds[0].config.data))
     together = dataset_of(folds[0], None, folds[1:])
     assert list(together.splits) == ["test"]

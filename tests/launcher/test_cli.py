@@ -118,8 +118,8 @@ def test_help_of_train_has_a_section_for_each_group(help_of: Callable[..., str])
 
 def test_help_lists_commands_in_the_order_of_use(help_of: Callable[..., str]) -> None:
     text = help_of()
-    places = [text.index(f"\n  {name} ") for name in ("prep", "train", "evaluate", "infer")]
-    assert places == sorted(places)
+    positions = [text.index(f"\n  {name} ") for name in ("prep", "train", "evaluate", "infer")]
+    assert positions == sorted(positions)
 
 
 def test_help_lists_the_exit_codes_that_exist(help_of: Callable[..., str]) -> None:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.cluster
 PRELUDE = """
 import json, os, signal, sys
 from launcher.cluster import connection, node_checks, resources
-from launcher.cluster.resources import Demand
+from launcher.cluster.resources import Resources
 from launcher.cluster.connection import connected
 address = sys.argv[1]
 """
@@ -46,9 +46,9 @@ def test_workers_run_no_file_of_the_working_folder(ray_cluster: RayCluster, tmp_
     code = """
     from launcher.executors import RayExecutor
     with connected(address, worker_logs=False):
-        executor = RayExecutor(Demand())
+        executor = RayExecutor(Resources())
         print(executor.submit(len, b"123").result())
-        node_checks.check_nodes(Demand())
+        node_checks.check_nodes(Resources())
     """
     done = run(code, ray_cluster.address, folder=tmp_path)
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr[-2000:]
@@ -113,8 +113,8 @@ def test_connected_joins_the_cluster_of_the_address_or_of_the_environment(
     code = """
     with connected(address or None):
         import ray
-        sums = resources.places(Demand())
-        sums_of_two = resources.places(Demand(num_cpus=2))
+        sums = resources.worker_slots(Resources())
+        sums_of_two = resources.worker_slots(Resources(num_cpus=2))
         seen = ray.get(ray.remote(lambda: os.environ.get("STORAGE_EMULATOR_HOST")).remote())
     print(json.dumps([sorted(sums.values()), sums_of_two, seen]))
     """
@@ -130,12 +130,12 @@ def test_a_busy_cluster_says_what_is_free(ray_cluster: RayCluster) -> None:
     code = """
     with connected(address):
         import ray
-        print(resources.described_shortage(Demand(), 2), resources.described_shortage(Demand(), 3))
+        print(*(resources.described_shortage(Resources(), n) for n in (2, 3)))
         busy = ray.remote(num_cpus=1)(type("Busy", (), {"here": lambda self: None})).remote()
         ray.get(busy.here.remote())
         while ray.available_resources()["CPU"] > 1:
             pass
-        print(resources.described_shortage(Demand(), 1), resources.described_shortage(Demand(), 2))
+        print(*(resources.described_shortage(Resources(), n) for n in (1, 2)))
     """
     done = run(code, ray_cluster.address)
     assert done.returncode == 0, done.stderr
@@ -207,7 +207,7 @@ def raylets(folder: str) -> set[int]:
 
 CHECK = """
 from flexunet.errors import UsageError
-demand = Demand(num_cpus=float(sys.argv[2]))
+demand = Resources(num_cpus=float(sys.argv[2]))
 with connected(address):
     try:
         node_checks.check_nodes(demand, reads=sys.argv[3:4], writes=sys.argv[4:])

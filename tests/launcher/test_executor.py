@@ -15,7 +15,7 @@ PRELUDE = """
 import json, os, signal, sys, time
 from flexunet.errors import ContentError
 from flexunet.process_pool import Workers
-from launcher.cluster.resources import Demand
+from launcher.cluster.resources import Resources
 from launcher.cluster.connection import connected
 from launcher.executors import RayExecutor, RayProcesses
 
@@ -67,7 +67,7 @@ def test_errors_of_a_call_come_back_as_they_were_raised(
         note("calls")
         raise error
 
-    executor = RayExecutor(Demand())
+    executor = RayExecutor(Resources())
     for error in (ContentError("case_1.png: bad; mend it"), KeyError("key")):
         found = executor.submit(fail, error).exception()
         print(type(found).__name__, found, "in fail" in str(found.__cause__))
@@ -90,7 +90,7 @@ def test_a_call_whose_worker_was_killed_runs_again_but_not_for_ever(
             os.kill(os.getpid(), signal.SIGKILL)
         return "alive"
 
-    executor = RayExecutor(Demand(), max_retries=2)
+    executor = RayExecutor(Resources(), max_retries=2)
     print(executor.submit(die, "twice", times=2).result())
     print(executor.submit(die, "always", times=99).exception())
     print(noted("twice"), noted("always"))
@@ -109,7 +109,7 @@ def test_cancelled_calls_stop_or_never_start(ray_cluster: RayCluster, tmp_path: 
         while True:  # an interrupt is seen between two steps of Python, not within one
             time.sleep(0.1)
 
-    executor = RayExecutor(Demand())
+    executor = RayExecutor(Resources())
     running = [executor.submit(sleep, "running") for _ in range(executor.num_workers())]
     wait_for("running", 2)
     waiting = executor.submit(sleep, "waiting")
@@ -135,7 +135,7 @@ def test_as_many_calls_wait_as_the_cluster_has_room_for(
             taken.append(number)
             yield number
 
-    executor = RayExecutor(Demand())
+    executor = RayExecutor(Resources())
     workers = Workers(executor, executor.num_workers)
     results = workers.in_order(abs, tasks())
     next(results)
@@ -181,7 +181,7 @@ def test_processes_stay_and_are_started_again_when_they_are_killed(
         raise error
 
     names = ["CUDA_VISIBLE_DEVICES", "TF_NUM_INTRAOP_THREADS"]
-    with RayProcesses(Demand(), 2, max_retries=2) as executor:
+    with RayProcesses(Resources(), 2, max_retries=2) as executor:
         first, second = (
             {each.result() for each in [executor.submit(process, name) for _ in range(2)]}
             for name in ("first", "second")

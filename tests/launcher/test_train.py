@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexunet.storage import Store, join_url, open_store
+from flexunet.storage import ObjectStore, join_url, open_store
 from job.runs.commits import find_commits
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
@@ -82,7 +82,7 @@ def prepare(output: str, folder: Path) -> str:
     return join_url(output, "dataset")
 
 
-def texts_of(run: Store) -> dict[str, bytes]:
+def texts_of(run: ObjectStore) -> dict[str, bytes]:
     """Returns the tables of a run that hold no times."""
     names = [f"metrics/{name}" for name in TABLES]
     return {name: run.get(name) for name in [*names, "evaluation/per_case.csv"]}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from data_prep.phantoms.images import write_phantoms
-from flexunet.storage import Store, open_store
+from flexunet.storage import ObjectStore, open_store
 from tests.launcher.conftest import PROJECT, Launch
 from tests.launcher.head import ray_head
 
@@ -63,7 +63,7 @@ def test_a_cluster_started_by_hand_goes_the_whole_way(
     assert {"dataset/dataset.json", "dataset/samples.parquet"} <= set(names)
 
 
-def _show(store: Store) -> list[str]:
+def _show(store: ObjectStore) -> list[str]:
     sizes = {stat.name: stat.size for stat in store.list()}
     lines = [f"{size:>10,}  {name}" for name, size in sorted(sizes.items())]
     sys.stdout.write("\n".join(["", store.url, *lines, ""]))

@@ -12,7 +12,7 @@ import pytest
 from data_prep.imaging.color_map import DEFAULT_CLASSES
 from data_prep.imaging.pixels import Target
 from data_prep.shards.encode import chunked, moments_of, scan_chunk
-from data_prep.shards.items import File, Item, Layout, Moments, Refused, ScanTask
+from data_prep.shards.items import File, Item, Layout, Moments, RejectedPair, ScanTask
 from data_prep.shards.manifest import shard_name
 from data_prep.shards.output import claim_output, remove_state, staging_url
 from data_prep.shards.pixel_format import clipped, common_target
@@ -135,7 +135,7 @@ def test_scan_skips_a_bad_pair_and_says_why(tmp_path):
     with pytest.raises(ContentError, match=r"bad\.png"):
         _scan(tmp_path, [bad, good])
     first, second = _scan(tmp_path, [bad, good], skip_bad=True)
-    assert isinstance(first, Refused)
+    assert isinstance(first, RejectedPair)
     assert first.file == str(tmp_path / "images" / "bad.png")
     assert first.reason.startswith(first.file)
     assert second.offset == 0
