@@ -15,10 +15,7 @@ from job.compat.weights_h5 import creation_order, load_reference_weights, set_we
 from job.config import MODELS, ModelConfig
 from job.models.registry import BUILDERS, build_model
 
-PARITY = Path(__file__).resolve().parents[3] / "shared" / "data" / "reference-parity"
-needs_parity = pytest.mark.skipif(
-    not PARITY.is_dir(), reason=f"no numbers of the reference implementation at {PARITY}"
-)
+PARITY = Path(__file__).parent / "parity"
 SMALL = ModelConfig(num_layers=3, base_filters=2, base_kernels=(5, 5))
 
 
@@ -46,7 +43,6 @@ def reference_case(name: str) -> tuple[keras.Model, list[np.ndarray], np.ndarray
     return model, weights, images, expected
 
 
-@needs_parity
 @pytest.mark.parametrize("name", ["plain", "norm_mish_dilated"])
 def test_flexunet_gives_the_reference_probabilities(name: str) -> None:
     model, weights, images, expected = reference_case(name)
@@ -55,7 +51,6 @@ def test_flexunet_gives_the_reference_probabilities(name: str) -> None:
     assert np.abs(probabilities - expected).max() < 1e-5
 
 
-@needs_parity
 def test_reference_file_is_read_as_data(tmp_path: Path) -> None:
     model, weights, images, expected = reference_case("plain")
     path = tmp_path / "best_model.h5"
