@@ -22,7 +22,7 @@ ENGINE ?= $(shell for engine in docker podman buildah; do \
 	$$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo demo-inbreast test test-cluster test-oldest test-faults test-image image lint setup bench bench-gpu bench-peers clean help
+.PHONY: demo demo-inbreast test test-cluster test-oldest test-faults test-image image lint setup docs bench bench-gpu bench-peers clean help
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -69,6 +69,10 @@ test-oldest: .venv-oldest/.installed ## both on the oldest stack: TensorFlow 2.1
 
 test-faults: .venv/.installed ## the tests of failures, 40 minutes; writes benchmarks/results/faults.json
 	$(BIN)/python -m tests.faults.table --output benchmarks/results/faults.json
+
+docs: .venv/.installed ## build the documentation site into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@printf '%s\n' 'Open site/index.html in a browser.'
 
 image: ## build the container image: TARGET=cpu, gpu or bucket, IMAGE=name, BASE=base image
 	@test -n "$(ENGINE)" || { echo "make: no docker, podman or buildah that works; install one or give ENGINE" >&2; exit 2; }
@@ -120,4 +124,4 @@ bench-peers: .venv-peers/.installed ## measure the input against WebDataset, Mos
 	.venv-peers/bin/python benchmarks/peers.py
 
 clean: ## remove what the targets above made, but not .venv
-	rm -rf $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(DEMO) site .mypy_cache .ruff_cache .pytest_cache .hypothesis
