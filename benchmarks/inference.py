@@ -42,9 +42,10 @@ def main(
 
     tf = import_tensorflow()
     configure(TrainConfig(global_batch_size=batch_size))
-    from job.inference.chunk import Chunk, Predictor, predict_images
+    from job.inference.chunk import Chunk, predict_images
     from job.inference.inputs import find_images
     from job.inference.options import InferConfig
+    from job.inference.prediction import Predictor
     from job.models.ensemble import make_probability_step, network_of
     from job.runs.loading import model_for
 

@@ -5,28 +5,31 @@ images. A chunk may be predicted twice.
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_prep.imaging.geometry import Geometry, apply_geometry, fit, undo_geometry
-from data_prep.imaging.tiles import starts
+from data_prep.imaging.geometry import apply_geometry, fit
 from data_prep.shards.manifest import Manifest
-from flexunet.errors import ContentError, StorageError
+from flexunet.errors import ContentError
 from flexunet.process_pool import available_cores, in_order
-from flexunet.storage import Forbidden, NotFound, ObjectStore, open_source, open_store
+from flexunet.storage import Forbidden, ObjectStore, open_source, open_store
 from job.inference.inputs import OVERLAYS_FOLDER, mask_name, read_any
 from job.inference.options import InferConfig
-from job.inference.postprocess import Ids, area_scale, class_ids, class_ids_at_source, without_small
-from job.inference.preprocess import to_model_pixels
-from job.inference.sliding_window import Step, Windows, slide
+from job.inference.postprocess import Ids
+from job.inference.prediction import (
+    ModelImage,
+    Predictor,
+    load_predictor,
+    mask_at_source,
+    model_image,
+    predict_all,
+)
 from job.models.flips import Flips
-from job.runs.loading import Member, TrainedRun, load_model, open_run
+from job.runs.loading import Member
 
 # The longest side of the picture that is kept for the overlay, pixels; no overlay is larger.
 _PREVIEW_SIDE = 1600
@@ -52,23 +55,20 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Predictor:
-    """The network that predicts, and the dataset of its first run."""
+class ChunkResult:
+    """What became of the images of a chunk.
 
-    step: Step
-    manifest: Manifest
+    Attributes:
+        unreadable: (file, reason) of the images that cannot be read.
+        other_colors: images of other colours than the dataset's, see `ModelImage`.
+    """
 
-
-@dataclass(frozen=True)
-class _Picture:
-    name: str
-    pixels: np.ndarray  # (H, W, C), as the model takes it, or larger where windows slide over it
-    geometry: Geometry
-    preview: np.ndarray | None  # (h, w, C), for the overlay
+    unreadable: tuple[tuple[str, str], ...]
+    other_colors: tuple[str, ...]
 
 
-def predict_chunk(chunk: Chunk) -> list[tuple[str, str]]:
-    """Writes the masks of `chunk`; returns (file, reason) of the images that cannot be read.
+def predict_chunk(chunk: Chunk) -> ChunkResult:
+    """Writes the masks of `chunk`.
 
     The model stays in this process for the next chunk. A chunk that runs again writes the same
     bytes.
@@ -83,68 +83,35 @@ def _kept_predictor(members: tuple[Member, ...], flips: Flips, *, needs_gpu: boo
     return load_predictor(members, flips, needs_gpu=needs_gpu)
 
 
-def load_predictor(members: Sequence[Member], flips: Flips, *, needs_gpu: bool) -> Predictor:
-    """Returns the network of the weights of `members`; TensorFlow is imported here.
-
-    Raises:
-        UsageError: there is no GPU, but one is needed.
-        StorageError: a checkpoint has vanished since it was chosen.
-    """
-    from job.distributed.runtime import import_tensorflow
-    from job.distributed.strategy import require_gpu
-
-    import_tensorflow()
-    if needs_gpu:
-        require_gpu()
-    from job.models.ensemble import make_probability_step, network_of
-
-    runs = [open_run(member.run) for member in members]
-    models = [_model_of(run, member) for run, member in zip(runs, members, strict=True)]
-    step = make_probability_step(network_of(models, flips))
-    return Predictor(step, runs[0].manifest)
-
-
-def _model_of(run: TrainedRun, member: Member) -> Any:
-    try:
-        return load_model(run, which=member.checkpoint)[0]
-    except NotFound as error:
-        raise StorageError(
-            f"{run.store.url}/{member.checkpoint}: vanished, as training went on; run it again "
-            "with --overwrite, or with another OUTPUT"
-        ) from error
-
-
 def predict_images(
     chunk: Chunk,
     predictor: Predictor,
     advance: Callable[[], None],
     tell: Callable[[str], None] = lambda text: None,
-) -> list[tuple[str, str]]:
-    """Writes the masks of `chunk`; returns (file, reason) of those that cannot be read."""
+) -> ChunkResult:
+    """Writes the masks of `chunk`; `tell` hears how far an image of many windows is."""
     source, output = open_source(chunk.images_url), open_store(chunk.output_url)
     config, manifest = chunk.config, predictor.manifest
     # Pictures at their own size are large: one is read and one written beside the one predicted.
     num_waiting = 2 * config.batch_size if chunk.overlap is None else 1
     unreadable: list[tuple[str, str]] = []
+    other_colors: list[str] = []
 
-    def read(name: str) -> _Picture | tuple[str, str]:
+    def read(name: str) -> ModelImage | tuple[str, str]:
         return _read_picture(source, name, manifest, config)
 
-    def write(task: tuple[_Picture, np.ndarray]) -> None:
+    def write(task: tuple[ModelImage, np.ndarray]) -> None:
         picture, found = task
-        ids = _mask_at_source(found, picture.geometry, chunk.min_pixels)
+        ids = mask_at_source(found, picture.geometry, chunk.min_pixels)
         _write_picture(picture, ids, manifest, output)
 
     with _threads() as readers, _threads() as writers:
         found = in_order(readers, read, chunk.names, num_waiting=num_waiting)
-        pictures = _readable(found, unreadable, advance)
-        if chunk.overlap is None:
-            predicted = _predicted(pictures, predictor, config.batch_size)
-        else:
-            predicted = _slid(pictures, predictor, config.batch_size, chunk.overlap, tell)
+        pictures = _readable(found, unreadable, other_colors, advance)
+        predicted = predict_all(pictures, predictor, config.batch_size, chunk.overlap, note=tell)
         for _ in in_order(writers, write, predicted, num_waiting=num_waiting):
             advance()
-    return unreadable
+    return ChunkResult(tuple(unreadable), tuple(other_colors))
 
 
 @contextmanager
@@ -159,19 +126,14 @@ def _threads() -> Iterator[Executor]:
 
 def _read_picture(
     source: ObjectStore, name: str, manifest: Manifest, config: InferConfig
-) -> _Picture | tuple[str, str]:
+) -> ModelImage | tuple[str, str]:
     """Returns the picture, or its name and why it cannot be read."""
     try:
         image, value_max = read_any(source.get(name), name=name, max_pixels=config.max_pixels)
-        if value_max is None and image.dtype == np.uint16:
-            value_max = config.full_scale
-        kind: Literal["tile"] | None = "tile" if config.window == "sliding" else None
-        pixels, geometry = to_model_pixels(
-            image, manifest, name=name, value_max=value_max, kind=kind
-        )
+        found = model_image(image, manifest, config, name=name, value_max=value_max)
     except ContentError as error:
         return name, str(error)
-    return _Picture(name, pixels, geometry, _preview(image) if config.overlays else None)
+    return replace(found, preview=_preview(image)) if config.overlays else found
 
 
 def _preview(image: np.ndarray) -> np.ndarray:
@@ -185,68 +147,22 @@ def _preview(image: np.ndarray) -> np.ndarray:
 
 
 def _readable(
-    found: Iterable[_Picture | tuple[str, str]],
+    found: Iterable[ModelImage | tuple[str, str]],
     unreadable: list[tuple[str, str]],
+    other_colors: list[str],
     advance: Callable[[], None],
-) -> Iterator[_Picture]:
+) -> Iterator[ModelImage]:
     for each in found:
-        if isinstance(each, _Picture):
+        if isinstance(each, ModelImage):
+            if each.has_other_colors:
+                other_colors.append(each.name)
             yield each
         else:
             unreadable.append(each)
             advance()
 
 
-def _predicted(
-    pictures: Iterator[_Picture], predictor: Predictor, batch_size: int
-) -> Iterator[tuple[_Picture, np.ndarray]]:
-    """Yields each picture with its probabilities, (H, W, K) float32."""
-    while batch := list(itertools.islice(pictures, batch_size)):
-        pixels = np.stack([picture.pixels for picture in batch])
-        # The last batch is filled up: one shape, one compilation.
-        filler = np.repeat(pixels[:1], batch_size - len(batch), axis=0)
-        probabilities = predictor.step(np.concatenate([pixels, filler])).numpy()
-        yield from zip(batch, probabilities[: len(batch)], strict=True)
-
-
-def _slid(
-    pictures: Iterator[_Picture],
-    predictor: Predictor,
-    batch_size: int,
-    overlap: int,
-    tell: Callable[[str], None],
-) -> Iterator[tuple[_Picture, np.ndarray]]:
-    """Yields each picture, which is at its own size, with its class ids (H, W) uint8.
-
-    The probabilities of a large picture are never there all at once; `tell` hears how far it is.
-    """
-    manifest = predictor.manifest
-    windows = Windows(manifest.image_height, manifest.image_width, overlap, batch_size)
-    for picture in pictures:
-        bands = slide(picture.pixels, predictor.step, windows)
-        num_rows = len(starts(picture.pixels.shape[0], manifest.image_height, overlap))
-        parts = []
-        for number, band in enumerate(bands, start=1):
-            parts.append(class_ids(band))
-            tell(f"{picture.name}: {number}/{num_rows} rows of windows")
-        yield picture, np.concatenate(parts)
-
-
-def _mask_at_source(found: np.ndarray, geometry: Geometry, min_pixels: Sequence[int]) -> Ids:
-    """Returns the mask (h, w) of class ids or of probabilities, as `_slid` and `_predicted` yield.
-
-    Regions that are too small are left out.
-    """
-    is_mask = found.ndim == 2
-    ids = (
-        undo_geometry(found, geometry, nearest=True)
-        if is_mask
-        else class_ids_at_source(found, geometry)
-    )
-    return without_small(ids, min_pixels, area_scale(geometry))
-
-
-def _write_picture(picture: _Picture, ids: Ids, manifest: Manifest, output: ObjectStore) -> None:
+def _write_picture(picture: ModelImage, ids: Ids, manifest: Manifest, output: ObjectStore) -> None:
     from job.reporting import plots
 
     name = mask_name(picture.name)

@@ -10,7 +10,7 @@ from flexunet.errors import UsageError
 from flexunet.process_pool import OpenWorkers
 from flexunet.progress import Progress
 from flexunet.storage import join_url, open_source, open_store
-from job.inference.chunk import Chunk, load_predictor, predict_chunk, predict_images
+from job.inference.chunk import Chunk, ChunkResult, predict_chunk, predict_images
 from job.inference.inputs import (
     mask_name,
     refuse_files,
@@ -20,6 +20,7 @@ from job.inference.inputs import (
 )
 from job.inference.options import InferConfig
 from job.inference.outputs import claim_output, list_unreadable, record_of
+from job.inference.prediction import color_warning, load_predictor
 from job.inference.region_filter import read_min_pixels
 from job.models.compatibility import window_overlap
 from job.runs.loading import Member, find_checkpoint, member_of, open_ensemble
@@ -90,7 +91,7 @@ def infer(
     record = record_of(members, source, config, min_pixels, overlap)
     claim_output(output, record, is_continued=len(todo) < len(names))
     whole = Chunk(members, source.url, output.url, config, todo, min_pixels, overlap)
-    unreadable = _predict_all(whole, open_workers) if todo else []
+    unreadable = _predict_all(whole, manifest, open_workers) if todo else []
     list_unreadable(output, unreadable)
     return InferResult(
         output_url=output.url,
@@ -119,24 +120,34 @@ def _min_pixels(
     return read_min_pixels(open_store(config.small_regions), names, members, config.flips, overlap)
 
 
-def _predict_all(whole: Chunk, open_workers: OpenWorkers | None) -> list[tuple[str, str]]:
-    """Writes the masks of `whole`, which workers do in parts; returns as `predict_chunk`."""
+def _predict_all(
+    whole: Chunk, manifest: Manifest, open_workers: OpenWorkers | None
+) -> list[tuple[str, str]]:
+    """Writes the masks of `whole`; returns (file, reason) of the images that cannot be read."""
+    results = list(_results(whole, open_workers))
+    other_colors = [name for result in results for name in result.other_colors]
+    warning = color_warning(other_colors, manifest)
+    if warning is not None:
+        logger.warning("%s", warning)
+    return [each for result in results for each in result.unreadable]
+
+
+def _results(whole: Chunk, open_workers: OpenWorkers | None) -> Iterator[ChunkResult]:
+    """Yields the results of the parts of `whole`, which workers do, or this process at once."""
     config = whole.config
     if open_workers is None:
         predictor = load_predictor(whole.members, config.flips, needs_gpu=config.needs_gpu)
         with Progress("infer", len(whole.names), shown=config.progress) as progress:
-            return predict_images(whole, predictor, progress.advance, progress.note)
-    unreadable: list[tuple[str, str]] = []
+            yield predict_images(whole, predictor, progress.advance, progress.note)
+        return
     with (
         open_workers() as workers,
         Progress("infer", len(whole.names), shown=config.progress) as progress,
     ):
         chunks = list(_cut(whole, workers.num_workers()))
-        found = workers.in_order(predict_chunk, chunks)
-        for chunk, refused in zip(chunks, found, strict=True):
-            unreadable += refused
+        for chunk, result in zip(chunks, workers.in_order(predict_chunk, chunks), strict=True):
             progress.advance(len(chunk.names))
-    return unreadable
+            yield result
 
 
 def _cut(whole: Chunk, num_workers: int) -> Iterator[Chunk]:

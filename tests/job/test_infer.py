@@ -40,6 +40,7 @@ from job.inference.inputs import find_images, sort_images
 from job.inference.options import InferConfig
 from job.inference.pipeline import infer
 from job.inference.postprocess import class_ids_at_source
+from job.inference.prediction import color_warning, model_image
 from job.inference.preprocess import to_model_pixels
 from job.optimization.optimizer import Adam
 from job.runs import serialization
@@ -118,6 +119,31 @@ def test_infer_reads_every_kind_of_image_and_answers_at_its_size(
         shown = cv2.imread(str(output / name))
         assert shown is not None
         assert np.array_equal(shown[..., 0], 255 * ids)
+
+
+def test_infer_warns_of_images_with_other_colors_than_the_dataset(
+    trained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grey = disc(32, 32)[0]
+    write(tmp_path / "images" / "grey.png", grey)
+    write(tmp_path / "images" / "grey-as-rgb.png", cv2.merge([grey] * 3))
+    infer(str(trained_run), str(tmp_path / "images"), str(tmp_path / "a"), QUIET)
+    assert caplog.messages == []
+    for name in ("b", "a"):
+        write(tmp_path / "images" / f"{name}.png", cv2.merge([grey, grey // 2, grey]))
+    infer(str(trained_run), str(tmp_path / "images"), str(tmp_path / "a"), QUIET)
+    (line,) = caplog.messages
+    assert "2 images are in colour (RGB), first a.png, but the run was trained on grey" in line
+    # The other way round: only the file's channels say what it is.
+    manifest = open_run(str(trained_run)).manifest.model_copy(update={"channels": 3})
+    images = {"grey": grey[..., np.newaxis], "rgb": cv2.merge([grey] * 3)}
+    others = {
+        name: model_image(image, manifest, QUIET, name=name).has_other_colors
+        for name, image in images.items()
+    }
+    assert others == {"grey": True, "rgb": False}
+    line = color_warning(["grey"], manifest) or ""
+    assert "1 image is grey, first grey, but the run was trained on images in colour" in line
 
 
 def test_infer_keeps_what_is_there_unless_told(trained_run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,231 @@
+"""Predicts images in memory, whole or in windows, and brings the result to their own size.
+
+Reads and writes no files: `job/inference/chunk.py` does.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from data_prep.imaging.geometry import Geometry, undo_geometry
+from data_prep.imaging.pixels import grey_channel
+from data_prep.imaging.tiles import starts
+from data_prep.shards.manifest import Manifest
+from flexunet.errors import StorageError
+from flexunet.storage import NotFound
+from job.inference.options import InferConfig
+from job.inference.postprocess import Ids, area_scale, class_ids, class_ids_at_source, without_small
+from job.inference.preprocess import to_model_pixels
+from job.inference.sliding_window import Probabilities, Step, Windows, slide
+from job.models.flips import Flips
+from job.runs.loading import Member, TrainedRun, load_model, open_run
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The network that predicts, and the dataset of its first run."""
+
+    step: Step
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class ModelImage:
+    """An image as the network takes it.
+
+    Attributes:
+        pixels: (H, W, C) of the network's size, or larger where windows slide over it.
+        geometry: where the image lies in `pixels`.
+        has_other_colors: it is in colour and the dataset is grey, or the other way round.
+        preview: (h, w, C), for the overlay.
+    """
+
+    name: str
+    pixels: np.ndarray
+    geometry: Geometry
+    has_other_colors: bool
+    preview: np.ndarray | None = None
+
+
+def load_predictor(members: Sequence[Member], flips: Flips, *, needs_gpu: bool) -> Predictor:
+    """Returns the network of the weights of `members`; TensorFlow is imported here.
+
+    Raises:
+        UsageError: there is no GPU, but one is needed.
+        StorageError: a checkpoint has vanished since it was chosen.
+    """
+    from job.distributed.runtime import import_tensorflow
+    from job.distributed.strategy import require_gpu
+
+    import_tensorflow()
+    if needs_gpu:
+        require_gpu()
+    from job.models.ensemble import make_probability_step, network_of
+
+    runs = [open_run(member.run) for member in members]
+    models = [_model_of(run, member) for run, member in zip(runs, members, strict=True)]
+    step = make_probability_step(network_of(models, flips))
+    return Predictor(step, runs[0].manifest)
+
+
+def _model_of(run: TrainedRun, member: Member) -> Any:
+    try:
+        return load_model(run, which=member.checkpoint)[0]
+    except NotFound as error:
+        raise StorageError(
+            f"{run.store.url}/{member.checkpoint}: vanished, as training went on; run it again "
+            "with --overwrite, or with another OUTPUT"
+        ) from error
+
+
+def model_image(
+    image: np.ndarray,
+    manifest: Manifest,
+    config: InferConfig,
+    *,
+    name: str,
+    value_max: int | None = None,
+) -> ModelImage:
+    """Returns `image` (h, w, 1|3) as the network of a dataset takes it, without a preview.
+
+    Args:
+        value_max: raw value of full intensity, where the file says it.
+
+    Raises:
+        ContentError: it has 16 bits of another full scale than the dataset.
+    """
+    if value_max is None and image.dtype == np.uint16:
+        value_max = config.full_scale
+    kind: Literal["tile"] | None = "tile" if config.window == "sliding" else None
+    pixels, geometry = to_model_pixels(image, manifest, name=name, value_max=value_max, kind=kind)
+    return ModelImage(name, pixels, geometry, _has_other_colors(image, manifest))
+
+
+def _has_other_colors(image: np.ndarray, manifest: Manifest) -> bool:
+    """Returns whether colours are lost, or a grey image is predicted by a network of colours.
+
+    Equal channels are grey: many grey images are stored as RGB.
+    """
+    if manifest.channels == 1:
+        return image.shape[2] == 3 and grey_channel(image) is None
+    return image.shape[2] == 1
+
+
+def predict_all(
+    images: Iterator[ModelImage],
+    predictor: Predictor,
+    batch_size: int,
+    overlap: int | None,
+    *,
+    note: Callable[[str], None] = lambda text: None,
+    keeps_probabilities: bool = False,
+) -> Iterator[tuple[ModelImage, np.ndarray]]:
+    """Yields each image with what `mask_at_source` takes.
+
+    Args:
+        batch_size: images, or windows, predicted at once.
+        overlap: of windows, pixels; None: images are predicted whole.
+        note: called with how far an image of many windows is.
+        keeps_probabilities: keep them also of images of many windows, where they take much memory.
+    """
+    if overlap is None:
+        return _predict_whole(images, predictor, batch_size)
+    reduce = _unchanged if keeps_probabilities else class_ids
+    return _predict_in_windows(images, predictor, batch_size, overlap, note, reduce)
+
+
+def _unchanged(probabilities: np.ndarray) -> np.ndarray:
+    return probabilities
+
+
+def _predict_whole(
+    images: Iterator[ModelImage], predictor: Predictor, batch_size: int
+) -> Iterator[tuple[ModelImage, np.ndarray]]:
+    """Yields each image with its probabilities, (H, W, K) float32."""
+    while batch := list(itertools.islice(images, batch_size)):
+        pixels = np.stack([image.pixels for image in batch])
+        # The last batch is filled up: one shape, one compilation.
+        filler = np.repeat(pixels[:1], batch_size - len(batch), axis=0)
+        probabilities = predictor.step(np.concatenate([pixels, filler])).numpy()
+        yield from zip(batch, probabilities[: len(batch)], strict=True)
+
+
+def _predict_in_windows(
+    images: Iterator[ModelImage],
+    predictor: Predictor,
+    batch_size: int,
+    overlap: int,
+    note: Callable[[str], None],
+    reduce: Callable[[np.ndarray], np.ndarray],
+) -> Iterator[tuple[ModelImage, np.ndarray]]:
+    """Yields each image, which is at its own size, with what `reduce` makes of its probabilities.
+
+    By `class_ids` the probabilities of a large image are never in memory all at once.
+    """
+    manifest = predictor.manifest
+    windows = Windows(manifest.image_height, manifest.image_width, overlap, batch_size)
+    for image in images:
+        bands = slide(image.pixels, predictor.step, windows)
+        num_rows = len(starts(image.pixels.shape[0], manifest.image_height, overlap))
+        parts = []
+        for number, band in enumerate(bands, start=1):
+            parts.append(reduce(band))
+            note(f"{image.name}: {number}/{num_rows} rows of windows")
+        yield image, np.concatenate(parts)
+
+
+def mask_at_source(found: np.ndarray, geometry: Geometry, min_pixels: Sequence[int]) -> Ids:
+    """Returns the mask (h, w) of class ids or of probabilities, as `predict_all` yields them.
+
+    Args:
+        min_pixels: of each class but 0, at the network's size; smaller regions are left out.
+    """
+    is_mask = found.ndim == 2
+    ids = (
+        undo_geometry(found, geometry, nearest=True)
+        if is_mask
+        else class_ids_at_source(found, geometry)
+    )
+    return without_small(ids, min_pixels, area_scale(geometry))
+
+
+def probabilities_at_source(probabilities: np.ndarray, geometry: Geometry) -> Probabilities:
+    """Returns probabilities (H, W, K) float32 at the image's own size: (h, w, K) float32.
+
+    What was cropped away is background: class 0 where K > 1, else 0.
+    """
+    planes = [
+        undo_geometry(probabilities[..., index], geometry, nearest=False)
+        for index in range(probabilities.shape[-1])
+    ]
+    if geometry.crop is not None and len(planes) > 1:
+        part = geometry.part
+        is_outside = np.ones(planes[0].shape, bool)
+        rows, columns = part.top + part.height, part.left + part.width
+        is_outside[part.top : rows, part.left : columns] = False
+        planes[0][is_outside] = 1
+    return np.stack(planes, axis=-1)
+
+
+def color_warning(names: Iterable[str], manifest: Manifest) -> str | None:
+    """Returns what to warn of where images have other colours than the dataset; None: of nothing.
+
+    Args:
+        names: images that `has_other_colors`.
+    """
+    found = sorted(names)
+    if not found:
+        return None
+    count = "1 image is" if len(found) == 1 else f"{len(found)} images are"
+    if manifest.channels == 1:
+        return (
+            f"{count} in colour (RGB), first {found[0]}, but the run was trained on grey images: "
+            "predicted without the colours"
+        )
+    return (
+        f"{count} grey, first {found[0]}, but the run was trained on images in colour (RGB): "
+        "predicted with the same value in all three channels"
+    )
