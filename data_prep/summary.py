@@ -1,10 +1,10 @@
 """The manifest of a dataset that was written: how many, how large, and what was lost."""
 
 import dataclasses
-import importlib.metadata
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
+import flexunet
 from data_prep.assignment import Assignment
 from data_prep.config import PrepConfig, identity_of
 from data_prep.imaging.color_map import parse_color_map
@@ -67,7 +67,7 @@ def manifest_of(contents: Contents, config: PrepConfig) -> Manifest:
         samples_crc32c=crc32c_of(contents.table),
         mean=mean,
         std=std,
-        tool_version=importlib.metadata.version("flexunet"),
+        tool_version=flexunet.__version__,
         options=options,
         reduced=_reduced(samples, splits),
         source_sha256=contents.source_sha256,
