@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py [--output FOLDER_OR_GS_URL]
 
 Trains the reference's INbreast network (1.5 GB of weights and moments) on phantoms, and takes a
-checkpoint every so many steps. Training waits twice for it: in `Session.save`, and in the update of
+checkpoint every so many steps. Training waits twice for it: in `Trainer.save`, and in the update of
 the step after it, which copies what it changes (that step less the median of the others beside
 which a checkpoint was being stored). Storing goes on beside the steps that follow.
 """
@@ -23,7 +23,7 @@ from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from job.config import ModelConfig, TrainConfig, identity_of
 from job.data.dataset import open_dataset
-from job.distributed.process_group import Team
+from job.distributed.process_group import ProcessGroup
 from job.runs.run import Run
 
 _STEPS = 100  # between two saves, for the share of time; fewer are enough to measure one
@@ -77,9 +77,9 @@ def main(
 def _measure(
     config: TrainConfig, run: Run, strategy: Any, steps_per_save: int, saves: int
 ) -> dict[str, Any]:
-    from job.training.assembly import open_session
     from job.training.setup import TrainingSetup
     from job.training.state import TrainState
+    from job.training.trainer_factory import open_trainer
 
     dataset = open_dataset(str(config.data))
     run.check_identity(identity_of(config), dataset.digest)
@@ -88,36 +88,38 @@ def _measure(
     first: list[float] = []
     idle: list[float] = []
     busy: list[float] = []
-    with open_session(TrainingSetup(config, dataset, run, strategy, Team(strategy))) as session:
-        assert session.run_writer is not None
-        outbox = session.run_writer.outbox
-        state = session.restore()
+    with open_trainer(
+        TrainingSetup(config, dataset, run, strategy, ProcessGroup(strategy))
+    ) as trainer:
+        assert trainer.run_writer is not None
+        upload_queue = trainer.run_writer.upload_queue
+        state = trainer.restore()
         saved_at: float | None = None
         has_landed = threading.Event()
         num_steps = 0
-        outbox.flush()
+        upload_queue.flush()
         while len(stored) < saves:
             last = None
             # A session's epoch is short here, and nothing but its steps is measured.
-            for _ in session.train_steps(state):
+            for _ in trainer.train_steps(state):
                 now = time.perf_counter()
                 was_busy = saved_at is not None
-                is_first = len(waits) > len(first)
+                is_primary = len(waits) > len(first)
                 if saved_at is not None and has_landed.is_set():
                     stored.append(now - saved_at)
                     saved_at = None
                 if last is not None and num_steps > 1:
-                    (first if is_first else busy if was_busy else idle).append(now - last)
+                    (first if is_primary else busy if was_busy else idle).append(now - last)
                 num_steps += 1
                 if num_steps % steps_per_save == 0 and len(waits) < saves:
                     begin = time.perf_counter()
-                    session.save(state)
+                    trainer.save(state)
                     waits.append(time.perf_counter() - begin)
                     saved_at, has_landed = begin, threading.Event()
-                    outbox.post(has_landed.set)  # after all that the save has posted
+                    upload_queue.post(has_landed.set)  # after all that the save has posted
                 last = time.perf_counter()
             state = TrainState(state.learning_rate, epoch=state.epoch + 1, step=state.step)
-        outbox.flush()
+        upload_queue.flush()
     # Where a checkpoint was stored within a step, that one alone was beside it.
     step_s, busy_step_s = statistics.median(idle), statistics.median(busy or first)
     # A pair for each save; a step that was no slower than the others copied in no time.

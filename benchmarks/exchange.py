@@ -28,7 +28,7 @@ import click
 from machine import describe_machine, write_result
 
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
-from job.distributed.process_group import Team
+from job.distributed.process_group import ProcessGroup
 from job.distributed.rendezvous import Place
 
 WAYS = ("silent", "all_reduce", "planned")
@@ -198,7 +198,9 @@ def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
         plan = None
         if used is strategy:
             ratio = measured_flops_per_byte(strategy, model.compute_dtype)
-            told["flops_per_byte"] = Team(strategy, place).run_on_primary(lambda ratio=ratio: ratio)
+            told["flops_per_byte"] = ProcessGroup(strategy, place).run_on_primary(
+                lambda ratio=ratio: ratio
+            )
             plan = make_plan(
                 model, batch_size=batch_size, num_replicas=num_workers,
                 flops_per_byte=told["flops_per_byte"],
@@ -215,7 +217,7 @@ def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
             runs[way] = (step, values)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     counted: dict[str, list[int]] = {way: [] for way in ways}
-    meeting = Team(strategy, place)
+    meeting = ProcessGroup(strategy, place)
     for count in range(1 + repeats):
         for way, (step, values) in runs.items():
             meeting.any(False)

@@ -45,8 +45,8 @@ from flexunet.errors import UsageError
 from flexunet.settings import merged, validated
 from flexunet.storage import open_store
 from job.config import LossName, ModelConfig, TrainConfig
-from job.runs.commits import find_commits
-from job.runs.layout import Place
+from job.runs.checkpoints import find_checkpoints
+from job.runs.layout import CheckpointRef
 
 PRECISIONS = tuple(
     name for name in get_args(TrainConfig.model_fields["precision"].annotation) if name != "auto"
@@ -172,13 +172,13 @@ def agreement(section: Section) -> None:
             if not section.budget.allows(4):
                 section.skip(name)
                 continue
-            with _session(section, tf, data, "CPU", case) as session:
-                expected = _first_step(session)
+            with _session(section, tf, data, "CPU", case) as trainer:
+                expected = _first_step(trainer)
             for allowed in (False, True) if count == 0 else (False,):
                 allow_tensor_float_32(allowed)
-                with _session(section, tf, data, section.device, case) as session:
-                    distances = _distances(_first_step(session), expected)
-                    weights_are_on = session.model.weights[0].value.device
+                with _session(section, tf, data, section.device, case) as trainer:
+                    distances = _distances(_first_step(trainer), expected)
+                    weights_are_on = trainer.model.weights[0].value.device
                 section.expect(f"{name}, weights are on it", section.device in weights_are_on)
                 if allowed:
                     section.tell(f"{name}, with TensorFloat-32", distances)
@@ -195,16 +195,16 @@ def placement(section: Section) -> None:
             if not section.budget.allows(4):
                 section.skip(name)
                 continue
-            with _session(section, tf, data, section.device, case) as session:
+            with _session(section, tf, data, section.device, case) as trainer:
                 # Reading is for the CPU: it is over before.
-                batch = next(_batches(session))
+                batch = next(_batches(trainer))
                 step, rate = tf.constant(0, tf.int64), tf.constant(1e-3, tf.float64)
                 tf.config.set_soft_device_placement(False)
                 try:
-                    total, number = session.train_step(batch, step, rate)["loss"]
+                    total, number = trainer.train_step(batch, step, rate)["loss"]
                     if count == 0:
-                        session.evaluator.step(batch)[1].numpy()
-                        session.evaluator.probabilities(batch["image"]).numpy()
+                        trainer.evaluator.step(batch)[1].numpy()
+                        trainer.evaluator.probabilities(batch["image"]).numpy()
                 finally:
                     tf.config.set_soft_device_placement(True)
                 section.tell(f"{name}, loss", float(total) / float(number))
@@ -227,8 +227,8 @@ def precisions(section: Section) -> None:
                 section.tell(f"refused: {precision}", str(error))
                 continue
             change = {"precision": precision, "global_batch_size": batch}
-            with _session(section, tf, data, section.device, change) as session:
-                steps = _steps(session, 2 + sizes.repeats)
+            with _session(section, tf, data, section.device, change) as trainer:
+                steps = _steps(trainer, 2 + sizes.repeats)
             losses = [loss for loss, _ in steps]
             section.tell(f"{precision}, loss", losses[-1])
             section.tell(f"{precision}, images_per_s", batch / _median_s(steps))
@@ -242,14 +242,14 @@ def xla(section: Section) -> None:
     found = {}
     with _dataset(32, section.sizes.image_size, (0.8, 0.1, 0.1)) as data:
         for way in ("off", "on"):
-            with _session(section, tf, data, section.device, {"xla": way}) as session:
+            with _session(section, tf, data, section.device, {"xla": way}) as trainer:
                 # The two shall differ by the order of their additions alone.
                 allow_tensor_float_32(False)
                 started = time.perf_counter()
-                found[way] = _first_step(session)
+                found[way] = _first_step(trainer)
                 section.tell(f"{way}, first_step_s", time.perf_counter() - started)
                 allow_tensor_float_32(True)
-                steps = _steps(session, 2 + section.sizes.repeats)
+                steps = _steps(trainer, 2 + section.sizes.repeats)
                 section.tell(f"{way}, step_s", _median_s(steps))
     for what, value in _distances(found["on"], found["off"]).items():
         section.check(what, value, section.sizes.tolerance)
@@ -362,12 +362,12 @@ def resume(section: Section) -> None:
         section.tell("steps_before_the_kill", done := _steps_done(killed))
         section.expect("the kill came in the middle", 0 < done < steps)
         _train(section, [*words, "--name", "killed"])
-        last = {name: max(find_commits(open_store(name))) for name in (whole, killed)}
+        last = {name: max(find_checkpoints(open_store(name))) for name in (whole, killed)}
         section.tell("steps", last[killed].step)
         section.expect("both did all steps", {each.step for each in last.values()} == {steps})
         section.expect("the second start went on", last[killed].attempt > last[whole].attempt)
         for member in (WEIGHTS_NAME, OPTIMIZER_NAME):
-            first, second = (_arrays(url, place, member) for url, place in last.items())
+            first, second = (_arrays(url, ref, member) for url, ref in last.items())
             different = [name for name in first if first[name] != second.get(name)]
             section.tell(f"{member}, arrays", len(first))
             section.check(f"{member}, arrays that differ", len(different), 0)
@@ -423,9 +423,9 @@ def _session(
     section: Section, tf: Any, data: Any, device: str, change: Mapping[str, Any]
 ) -> Iterator[Any]:
     """Yields a small network in training on one device."""
-    from job.distributed.process_group import Team
-    from job.training.assembly import open_session
+    from job.distributed.process_group import ProcessGroup
     from job.training.setup import TrainingSetup
+    from job.training.trainer_factory import open_trainer
 
     small = {
         "global_batch_size": 4,
@@ -442,16 +442,18 @@ def _session(
     }
     config = validated(TrainConfig, merged(small, change), "benchmark")
     strategy = tf.distribute.OneDeviceStrategy(f"{device}:0")
-    with open_session(TrainingSetup(config, data, None, strategy, Team(strategy))) as session:
-        yield session
+    with open_trainer(
+        TrainingSetup(config, data, None, strategy, ProcessGroup(strategy))
+    ) as trainer:
+        yield trainer
 
 
-def _first_step(session: Any) -> FirstStep:
+def _first_step(trainer: Any) -> FirstStep:
     from job.training.state import TrainState
 
-    loss, _ = next(session.train_steps(TrainState(learning_rate=1e-4)))
-    moments = session.optimizer.named_variables()
-    share = 1 - session.config.optimizer.beta_1
+    loss, _ = next(trainer.train_steps(TrainState(learning_rate=1e-4)))
+    moments = trainer.optimizer.named_variables()
+    share = 1 - trainer.config.optimizer.beta_1
     gradients = [
         value.numpy() / share for name, value in moments.items() if name.startswith("first/")
     ]
@@ -471,7 +473,7 @@ def _distances(found: FirstStep, expected: FirstStep) -> dict[str, float]:
     return {"loss": loss, "gradients": worst}
 
 
-def _steps(session: Any, count: int) -> list[tuple[float, float]]:
+def _steps(trainer: Any, count: int) -> list[tuple[float, float]]:
     """Returns loss and seconds of `count` steps, epoch after epoch."""
     from job.training.state import TrainState
 
@@ -479,7 +481,7 @@ def _steps(session: Any, count: int) -> list[tuple[float, float]]:
     state = TrainState(learning_rate=1e-4)
     while len(found) < count:
         last = time.perf_counter()
-        for loss, _ in session.train_steps(state):
+        for loss, _ in trainer.train_steps(state):
             now = time.perf_counter()
             found.append((loss, now - last))
             last = now
@@ -492,14 +494,14 @@ def _median_s(steps: Sequence[tuple[float, float]]) -> float:
     return statistics.median(seconds for _, seconds in steps[1:])
 
 
-def _batches(session: Any) -> Iterator[Any]:
+def _batches(trainer: Any) -> Iterator[Any]:
     from job.data.pipeline import EpochPlan, distributed_batches
     from job.data.sampling import global_batches
 
-    split = session.dataset.split("train")
-    plan = global_batches(np.arange(len(split)), session.config.global_batch_size)
+    split = trainer.dataset.split("train")
+    plan = global_batches(np.arange(len(split)), trainer.config.global_batch_size)
     yield from distributed_batches(
-        session.strategy, session.dataset, session.readers["train"], EpochPlan(plan, 1, 0)
+        trainer.strategy, trainer.dataset, trainer.readers["train"], EpochPlan(plan, 1, 0)
     )
 
 
@@ -533,13 +535,13 @@ def _peak_mb(tf: Any, device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def _arrays(url: str, place: Place, member: str) -> dict[str, str]:
+def _arrays(url: str, ref: CheckpointRef, member: str) -> dict[str, str]:
     """Returns a hash of the bits of each array of a checkpoint's member, by name."""
     import io
 
     import h5py
 
-    data = io.BytesIO(open_store(url).get(f"{place.prefix}/{member}"))
+    data = io.BytesIO(open_store(url).get(f"{ref.prefix}/{member}"))
     arrays: dict[str, np.ndarray] = {}
     if member.endswith(".npz"):
         arrays = dict(np.load(data))
@@ -556,7 +558,7 @@ def _arrays(url: str, place: Place, member: str) -> dict[str, str]:
 
 def _steps_done(run_url: str) -> int:
     """Returns the steps of the newest checkpoint of a run that may not have begun."""
-    return max((place.step for place in find_commits(open_store(run_url))), default=0)
+    return max((ref.step for ref in find_checkpoints(open_store(run_url))), default=0)
 
 
 @contextlib.contextmanager

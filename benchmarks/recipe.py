@@ -24,7 +24,7 @@ from data_prep.sources.pairs import find_sources
 from flexunet.settings import merged, validated
 from job.config import TrainConfig
 from job.data.dataset import open_dataset
-from job.distributed.process_group import Team
+from job.distributed.process_group import ProcessGroup
 from job.training.state import TrainState
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -61,8 +61,8 @@ def trained(data: str, num_steps: int, seed: int, arm: dict[str, Any]) -> float:
     """
     import tensorflow as tf
 
-    from job.training.assembly import open_session
     from job.training.setup import TrainingSetup
+    from job.training.trainer_factory import open_trainer
 
     dataset = open_dataset(data)
     epochs = max(1, round(num_steps / -(-len(dataset.split("train")) // BATCH_SIZE)))
@@ -79,20 +79,20 @@ def trained(data: str, num_steps: int, seed: int, arm: dict[str, Any]) -> float:
     }
     config = validated(TrainConfig, merged(budget, arm), "benchmark")
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
-    setup = TrainingSetup(config, dataset, None, strategy, Team(strategy, None))
-    with open_session(setup) as session:
+    setup = TrainingSetup(config, dataset, None, strategy, ProcessGroup(strategy, None))
+    with open_trainer(setup) as trainer:
         state = TrainState(learning_rate=config.optimizer.learning_rate)
-        best = session.model.get_weights()
+        best = trainer.model.get_weights()
         while state.epoch < epochs:
-            for _ in session.train_steps(state):
+            for _ in trainer.train_steps(state):
                 pass
-            row = session.validate(state, lambda: False)
+            row = trainer.validate(state, lambda: False)
             assert row is not None
-            session.finish_epoch(state, row, images_per_s=0.0)
+            trainer.finish_epoch(state, row, images_per_s=0.0)
             if state.best and state.best["epoch"] == row["epoch"]:
-                best = session.model.get_weights()
-        session.model.set_weights(best)
-        summary = session.evaluator.evaluate("test", session.readers["test"]).summary
+                best = trainer.model.get_weights()
+        trainer.model.set_weights(best)
+        summary = trainer.evaluator.evaluate("test", trainer.readers["test"]).summary
     return float(summary["foreground_mean"]["dice"] or 0.0)
 
 

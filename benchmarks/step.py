@@ -35,7 +35,7 @@ from machine import describe_machine, shown, write_result
 
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
 from job.distributed.precision import resolve_precision
-from job.distributed.process_group import Team
+from job.distributed.process_group import ProcessGroup
 
 WAYS = ("ours", "naive", "reference", "pinned")
 LAYER_REPEATS = 3
@@ -258,7 +258,7 @@ class Network:
             model,
             optimizer,
             Criterion(loss, metrics),
-            StepOptions(uses_xla=uses_xla(self.config, Team(self.strategy))),
+            StepOptions(uses_xla=uses_xla(self.config, ProcessGroup(self.strategy))),
         )
         shape = (self.batch_size, self.image_size, self.image_size)
         batch = {
@@ -336,7 +336,7 @@ class Network:
 
         model = self.model()
         times = {
-            layer.name: self.layer_times(layer, is_first=index <= 2)
+            layer.name: self.layer_times(layer, is_primary=index <= 2)
             for index, layer in enumerate(model.layers)
             if not isinstance(layer, keras.layers.InputLayer)
         }
@@ -348,7 +348,7 @@ class Network:
             "share_of_matmul_rate": self.flops(model) / total / rate,
         }
 
-    def layer_times(self, layer: Any, *, is_first: bool) -> list[float]:
+    def layer_times(self, layer: Any, *, is_primary: bool) -> list[float]:
         """Returns seconds of `layer` forward and backward, some times.
 
         Args:
@@ -369,7 +369,7 @@ class Network:
                 # A layer that takes one tensor is not given a list of one.
                 output = layer(inputs if len(inputs) > 1 else inputs[0], training=True)
             sources = [weight.value for weight in layer.trainable_weights]
-            sources += [] if is_first else inputs
+            sources += [] if is_primary else inputs
             found = tape.gradient(output, sources, output_gradients=backward) if sources else []
             return [output, *found]
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Alive = Callable[[], None]  # called while work that may take long moves on
+Heartbeat = Callable[[], None]  # called while work that may take long moves on
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ _LINE_EVERY_S = 15.0
 
 
 def no_heartbeat() -> None:
-    """Stands for an `Alive` where nobody waits."""
+    """Stands for an `Heartbeat` where nobody waits."""
 
 
 class Progress:

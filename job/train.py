@@ -14,12 +14,12 @@ from flexunet.errors import UsageError
 from flexunet.storage import join_url, open_store
 from job.config import TrainConfig
 from job.data.folds import is_cross_validation
-from job.distributed.rendezvous import Place, place_from_environment
+from job.distributed.rendezvous import ProcessSpec, process_spec_from_environment
 from job.reporting.fold_tables import show_folds
 from job.reporting.html_report import REPORT_NAME, read_summary, write_report
 from job.reporting.terminal import show_summary
 from job.runs.layout import run_url
-from job.training.cross_validation import cross_validate, own_process
+from job.training.cross_validation import cross_validate, separate_process
 from job.training.options import resolve_config
 from job.training.process import run_in_cluster, run_local, stop_signals
 
@@ -56,8 +56,8 @@ def command(
 
     The same command again resumes the run. Ctrl-C saves first; the exit code is then 6.
     """
-    place = None if local else place_from_environment()
-    if not local and place is None:
+    spec = None if local else process_spec_from_environment()
+    if not local and spec is None:
         raise UsageError(
             "no cluster is described here (TF_CONFIG is not set); give --local to train on this "
             "machine, or use `flexunet launch train`"
@@ -66,9 +66,9 @@ def command(
     prep_options = {name: True for name, is_given in flags.items() if is_given}
     config = resolve_config(given(options), file, prep_options)
     if is_cross_validation(config):
-        return _cross_validate(config, place)
-    outcome = run_in_cluster(config, place) if place else run_local(config)
-    if place and place.rank > 0:
+        return _cross_validate(config, spec)
+    outcome = run_in_cluster(config, spec) if spec else run_local(config)
+    if spec and spec.rank > 0:
         return 0
     show_end(outcome, run_url(config))
     return 0
@@ -88,14 +88,14 @@ def show_end(outcome: Mapping[str, Any], url: str) -> None:
     click.echo(f"report: {join_url(store.url, REPORT_NAME)}")
 
 
-def _cross_validate(config: TrainConfig, place: Place | None) -> int:
-    if place is not None:
+def _cross_validate(config: TrainConfig, spec: ProcessSpec | None) -> int:
+    if spec is not None:
         raise UsageError(
             "--folds trains several runs: give --local, --fold for one of them, or use "
             "`flexunet launch train`"
         )
     with stop_signals() as should_stop:
-        code = cross_validate(config, own_process("job.train", "--local"), 1, should_stop)
+        code = cross_validate(config, separate_process("job.train", "--local"), 1, should_stop)
     if code == 0:
         show_folds(config)
         url = run_url(config)

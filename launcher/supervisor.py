@@ -1,6 +1,6 @@
 """Starts workers on a Ray cluster again and again until the run is over.
 
-The workers run `job.training.process.run_member`; the bucket alone says where a run stands. So
+The workers run `job.training.process.run_process`; the bucket alone says where a run stands. So
 whatever dies (a worker, the driver, the cluster), the next workers resume, and Ray keeps nothing of
 a run.
 """
@@ -21,7 +21,7 @@ from job.distributed.watchdog import STACKS_FOLDER
 from job.models.compatibility import check_compatible
 from job.reporting.display import Display
 from job.reporting.html_report import renew_report
-from job.runs.commits import find_commits
+from job.runs.checkpoints import find_checkpoints
 from job.runs.layout import run_url
 from job.runs.provenance import check_origin
 from job.runs.run import Run
@@ -226,7 +226,7 @@ def _log_plan(settings: LaunchConfig) -> None:
 
 
 def _newest_commit(config: TrainConfig) -> Any:
-    checkpoints = find_commits(open_store(run_url(config)))
+    checkpoints = find_checkpoints(open_store(run_url(config)))
     return max(checkpoints) if checkpoints else None
 
 

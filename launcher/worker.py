@@ -4,8 +4,8 @@ import os
 from typing import Any
 
 from job.config import TrainConfig
-from job.distributed.rendezvous import place_from_environment
-from job.training.process import run_member
+from job.distributed.rendezvous import process_spec_from_environment
+from job.training.process import run_process
 from launcher.channel import WorkerChannel
 
 
@@ -14,23 +14,23 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
 
     An error that the others do not share is raised, because they would wait for this one for ever.
     """
-    place = place_from_environment()
-    assert place is not None  # noqa: S101 - Ray Train sets it
+    spec = process_spec_from_environment()
+    assert spec is not None  # noqa: S101 - Ray Train sets it
     config = TrainConfig.model_validate(settings["config"])
     if settings["num_gpus"] == 0:
         # Ray leaves the GPUs of a node visible to a worker that was given none.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    with WorkerChannel(settings["coordinator"], place.rank) as channel:
+    with WorkerChannel(settings["coordinator"], spec.rank) as channel:
         try:
-            return run_member(
+            return run_process(
                 config,
-                place,
+                spec,
                 channel.report,
                 channel.should_stop,
                 num_gpus=settings["num_gpus"],
                 launch=settings["launch"],
             )
         except Exception as error:
-            if channel.is_shared(error, place.size):
+            if channel.is_shared(error, spec.size):
                 return None
             raise

@@ -17,7 +17,7 @@ BANNED = {
     "job": {"launcher", "ray"},
     "launcher": set[str](),
 }
-RUN_PROTOCOL = ("layout", "lease", "ownership", "commits", "identity", "status", "run")
+RUN_PROTOCOL = ("layout", "lease", "ownership", "checkpoints", "identity", "status", "run")
 FRAMEWORK_FREE = {f"job/runs/{name}.py": {"tensorflow", "keras"} for name in RUN_PROTOCOL}
 # May import these, but only inside its functions: a reader that is chosen by an option.
 LAZY = {"data_prep/imaging/dicom/tfio.py": {"tensorflow", "tensorflow_io"}}

@@ -27,7 +27,7 @@ def open_reader(
     *,
     cache: str,
     cache_dir: str | None,
-    alive: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> RecordReader:
     """Returns a reader of `split`; remote shards are copied to the cache first unless `ranges`.
 
@@ -43,8 +43,8 @@ def open_reader(
     if cache == "ranges":
         return RecordReader(store, split, None)
     folder = Path(cache_dir or Path.home() / ".cache" / "flexunet") / dataset.digest
-    with _locked(folder, alive):
-        _fill_cache(store.watched(alive), dataset.manifest, split, str(folder), alive)
+    with _locked(folder, heartbeat):
+        _fill_cache(store.watched(heartbeat), dataset.manifest, split, str(folder), heartbeat)
     return RecordReader(store, split, str(folder))
 
 
@@ -62,7 +62,7 @@ def _check_sizes(store: ObjectStore, manifest: Manifest, split: Split) -> None:
 
 
 @contextmanager
-def _locked(folder: Path, alive: Callable[[], None]) -> Iterator[None]:
+def _locked(folder: Path, heartbeat: Callable[[], None]) -> Iterator[None]:
     """Holds the cache's lock: one process of a machine fills it, the others wait."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def _locked(folder: Path, alive: Callable[[], None]) -> Iterator[None]:
         raise StorageError(f"{folder}: cache is not writable: {error.strerror}") from error
     try:
         while not _is_taken(lock):
-            alive()
+            heartbeat()
             time.sleep(_LOCK_TICK_S)
         yield
     finally:
@@ -87,13 +87,13 @@ def _is_taken(lock: int) -> bool:
 
 
 def _fill_cache(
-    store: ObjectStore, manifest: Manifest, split: Split, folder: str, alive: Callable[[], None]
+    store: ObjectStore, manifest: Manifest, split: Split, folder: str, heartbeat: Callable[[], None]
 ) -> None:
     missing, used = [], set(split.shards)
     for shard in manifest.shards:
         if shard.name in used and not _is_cached(folder, shard):
             missing.append(shard)
-        alive()
+        heartbeat()
     needed, free = sum(shard.num_bytes for shard in missing), shutil.disk_usage(folder).free
     if needed > free:
         raise StorageError(
@@ -109,7 +109,7 @@ def _fill_cache(
                 f"{store.url}/{shard.name}: its CRC32C is not the manifest's; "
                 "the dataset is damaged, prepare it again"
             )
-        alive()
+        heartbeat()
 
 
 def _is_cached(folder: str, shard: Any) -> bool:

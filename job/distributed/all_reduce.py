@@ -32,7 +32,7 @@ class AllReduce:
         self._weights = list(model.trainable_variables)
 
     @contextmanager
-    def tapped(self) -> Iterator[None]:
+    def record_layers(self) -> Iterator[None]:
         """Changes nothing: no layer is watched."""
         yield
 
@@ -41,7 +41,9 @@ class AllReduce:
         """Yields an empty list: no call of a layer is kept."""
         yield []
 
-    def share(self, tape: tf.GradientTape, loss: tf.Tensor, factors: Sequence[Any]) -> Gradients:
+    def local_gradient(
+        self, tape: tf.GradientTape, loss: tf.Tensor, factors: Sequence[Any]
+    ) -> Gradients:
         """Returns what this replica knows of the gradient before any exchange.
 
         Args:
@@ -50,11 +52,13 @@ class AllReduce:
         """
         return Gradients(tape.gradient(loss, [weight.value for weight in self._weights]))
 
-    def gradients(self, share: Gradients) -> list[tf.Tensor]:
+    def gradients(self, local_gradient: Gradients) -> list[tf.Tensor]:
         """Returns the global gradient of each weight, in the order of the model's weights.
 
         Called in replica context by all replicas, once per update.
         """
         context = tf.distribute.get_replica_context()
-        total: list[tf.Tensor] = context.all_reduce(tf.distribute.ReduceOp.SUM, share.values)
+        total: list[tf.Tensor] = context.all_reduce(
+            tf.distribute.ReduceOp.SUM, local_gradient.values
+        )
         return total

@@ -19,7 +19,7 @@ import keras
 import tensorflow as tf
 
 from job.config import TrainConfig
-from job.distributed.process_group import Team
+from job.distributed.process_group import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _reduced_bytes(num_bytes: int, num_replicas: int) -> float:
 
 
 def agreed_plan(
-    config: TrainConfig, strategy: tf.distribute.Strategy, team: Team, model: Any
+    config: TrainConfig, strategy: tf.distribute.Strategy, process_group: ProcessGroup, model: Any
 ) -> Plan | None:
     """Returns how gradients are exchanged, the same in all processes; None: by all-reduce.
 
@@ -120,14 +120,14 @@ def agreed_plan(
     elif ratio is None:
         ratio = measured_flops_per_byte(strategy, model.compute_dtype)
     # Another choice in one process would be waited for without end.
-    agreed: float = team.run_on_primary(lambda: ratio)
+    agreed: float = process_group.run_on_primary(lambda: ratio)
     plan = make_plan(
         model,
         batch_size=config.global_batch_size // num_replicas,
         num_replicas=num_replicas,
         flops_per_byte=agreed,
     )
-    if team.is_first:
+    if process_group.is_primary:
         logger.info("%s (%.0f FLOPs per byte)", plan.describe(), agreed)
     return plan
 

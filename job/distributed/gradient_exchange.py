@@ -30,7 +30,7 @@ _BUCKET_BYTES = 4 << 20  # gathered together: large enough for bandwidth to coun
 
 
 @dataclass(frozen=True)
-class Factor:
+class LayerFactors:
     """One call of a layer on a replica: its input and its output before the activation."""
 
     layer: Any
@@ -39,7 +39,7 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Share:
+class LocalGradient:
     """What a replica has found of the gradient, after one backward pass or several.
 
     Attributes:
@@ -47,20 +47,20 @@ class Share:
         others: of every other weight, the gradient.
     """
 
-    factors: list[tuple[Factor, tf.Tensor]]
+    factors: list[tuple[LayerFactors, tf.Tensor]]
     others: list[tf.Tensor]
 
-    def __add__(self, other: "Share") -> "Share":
+    def __add__(self, other: "LocalGradient") -> "LocalGradient":
         """Returns the share of both backward passes together."""
         others = [a + b for a, b in zip(self.others, other.others, strict=True)]
-        return Share(self.factors + other.factors, others)
+        return LocalGradient(self.factors + other.factors, others)
 
     def tensors(self) -> list[tf.Tensor]:
         """Returns all that was computed backwards."""
         return [*(gradient for _, gradient in self.factors), *self.others]
 
 
-_factors: ContextVar[list[Factor] | None] = ContextVar("factors", default=None)
+_factors: ContextVar[list[LayerFactors] | None] = ContextVar("factors", default=None)
 
 
 class Exchange:
@@ -72,7 +72,7 @@ class Exchange:
         self._layers = [layer for layer in model.layers if layer.name in plan.gathered]
 
     @contextmanager
-    def tapped(self) -> Iterator[None]:
+    def record_layers(self) -> Iterator[None]:
         """Lets `recorded` see the layers; around everything that the replicas trace."""
         with ExitStack() as stack:
             for layer in self._layers:
@@ -81,16 +81,18 @@ class Exchange:
             yield
 
     @contextmanager
-    def recorded(self) -> Iterator[list[Factor]]:
+    def recorded(self) -> Iterator[list[LayerFactors]]:
         """Yields the list to which this replica's calls of the model's layers are added."""
-        factors: list[Factor] = []
+        factors: list[LayerFactors] = []
         token = _factors.set(factors)
         try:
             yield factors
         finally:
             _factors.reset(token)
 
-    def share(self, tape: tf.GradientTape, loss: tf.Tensor, factors: Sequence[Factor]) -> Share:
+    def local_gradient(
+        self, tape: tf.GradientTape, loss: tf.Tensor, factors: Sequence[LayerFactors]
+    ) -> LocalGradient:
         """Returns what this replica knows of the gradient before any exchange.
 
         Args:
@@ -103,23 +105,23 @@ class Exchange:
         )
         # Backwards: the first that are known are the first that travel.
         pairs = list(zip(factors, found[: len(factors)], strict=True))[::-1]
-        return Share(pairs, found[len(factors) :])
+        return LocalGradient(pairs, found[len(factors) :])
 
-    def gradients(self, share: Share) -> list[tf.Tensor]:
+    def gradients(self, local_gradient: LocalGradient) -> list[tf.Tensor]:
         """Returns the global gradient of each weight, in the order of the model's weights.
 
         Called in replica context by all replicas, once per update.
         """
         gradients: dict[int, tf.Tensor] = {}
-        gathered = _gathered(share.factors)
-        for (factor, _), (inputs, output) in zip(share.factors, gathered, strict=True):
+        gathered = _gathered(local_gradient.factors)
+        for (factor, _), (inputs, output) in zip(local_gradient.factors, gathered, strict=True):
             totals = _global_weight_gradients(factor.layer, inputs, output)
             for weight, total in zip(factor.layer.trainable_weights, totals, strict=True):
                 called_before = gradients.get(id(weight))
                 gradients[id(weight)] = total if called_before is None else called_before + total
-        if share.others:
+        if local_gradient.others:
             context = tf.distribute.get_replica_context()
-            sums = context.all_reduce(tf.distribute.ReduceOp.SUM, share.others)
+            sums = context.all_reduce(tf.distribute.ReduceOp.SUM, local_gradient.others)
             others = self._other_weights()
             gradients |= {id(w): total for w, total in zip(others, sums, strict=True)}
         return [gradients[id(weight)] for weight in self._weights]
@@ -132,17 +134,17 @@ class Exchange:
 def _tap(layer: Any) -> Callable[..., tf.Tensor]:
     call = layer.call
 
-    def tapped(inputs: tf.Tensor, **options: Any) -> tf.Tensor:
+    def record_layers(inputs: tf.Tensor, **options: Any) -> tf.Tensor:
         factors = _factors.get()
         if factors is None:
             return call(inputs, **options)
         activation = layer.activation
         with _linear(layer):
             output = call(inputs, **options)
-        factors.append(Factor(layer, inputs, output))
+        factors.append(LayerFactors(layer, inputs, output))
         return output if activation is None else activation(output)
 
-    return tapped
+    return record_layers
 
 
 @contextmanager
@@ -184,7 +186,9 @@ def _weight_gradients(layer: Any, inputs: tf.Tensor, output: tf.Tensor) -> list[
     return gradients
 
 
-def _gathered(pairs: Sequence[tuple[Factor, tf.Tensor]]) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
+def _gathered(
+    pairs: Sequence[tuple[LayerFactors, tf.Tensor]],
+) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
     """Yields the input and the output gradient of each layer, concatenated over all replicas."""
     tensors = [tensor for factor, gradient in pairs for tensor in (factor.inputs, gradient)]
     whole: list[tf.Tensor] = []

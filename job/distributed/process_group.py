@@ -17,7 +17,7 @@ import google_crc32c
 import numpy as np
 
 from flexunet.errors import FlexUNetError, error_of, kind_of
-from job.distributed.rendezvous import Place
+from job.distributed.rendezvous import ProcessSpec
 
 T = TypeVar("T")
 
@@ -39,13 +39,13 @@ def _in_thread(work: Callable[[], T]) -> "Future[T]":
     return future
 
 
-class Team:
+class ProcessGroup:
     """The processes of one `tf.distribute` strategy; every method is called by all of them."""
 
-    def __init__(self, strategy: Any, place: Place | None = None) -> None:
-        """Makes the team of `strategy`; `place` is None for a process alone."""
-        self.rank = place.rank if place else 0
-        self.size = place.size if place else 1
+    def __init__(self, strategy: Any, spec: ProcessSpec | None = None) -> None:
+        """Makes the team of `strategy`; `spec` is None for a process alone."""
+        self.rank = spec.rank if spec else 0
+        self.size = spec.size if spec else 1
         self._strategy = strategy
         self._add: Callable[..., Any] | None = None
 
@@ -55,15 +55,15 @@ class Team:
         return self.rank * len(self._strategy.extended.worker_devices)
 
     @property
-    def is_first(self) -> bool:
+    def is_primary(self) -> bool:
         """Whether this process owns the run."""
         return self.rank == 0
 
-    def any(self, wish: bool) -> bool:
+    def any(self, flag: bool) -> bool:
         """Returns whether any process wishes it."""
         if self.size == 1:
-            return wish
-        return bool(self._sum(np.array([wish], np.int64))[0])
+            return flag
+        return bool(self._sum(np.array([flag], np.int64))[0])
 
     def run_on_primary(self, work: Callable[[], T]) -> T:
         """Returns on every process what `work` returned on the first, through JSON.
@@ -71,7 +71,7 @@ class Team:
         Raises:
             FlexUNetError: the one that `work` raised there.
         """
-        return self._shared(work, is_worker=self.is_first)[0]
+        return self._shared(work, is_worker=self.is_primary)[0]
 
     def all_gather_object(self, work: Callable[[], T]) -> list[T]:
         """Returns on every process what `work` returned on each, by rank, through JSON.
@@ -81,8 +81,8 @@ class Team:
         """
         return self._shared(work, is_worker=True)
 
-    def keep_alive(
-        self, work: Callable[[Callable[[], None]], T], alive: Callable[[], None]
+    def all_gather_with_heartbeat(
+        self, work: Callable[[Callable[[], None]], T], heartbeat: Callable[[], None]
     ) -> list[T]:
         """Returns on every process what `work` returned on each, by rank, through JSON.
 
@@ -97,12 +97,12 @@ class Team:
             FlexUNetError: the one of the lowest rank on which `work` raised one.
         """
         if self.size == 1:
-            return [work(alive)]
+            return [work(heartbeat)]
         moved = threading.Event()
 
         def tell() -> None:
             moved.set()
-            alive()  # a collective may hang, and the work go on
+            heartbeat()  # a collective may hang, and the work go on
 
         future = _in_thread(lambda: work(tell))
 
@@ -119,14 +119,14 @@ class Team:
                 looks: list[list[bool]] = self.all_gather_object(functools.partial(list, look()))
                 is_over = all(is_done for is_done, _ in looks)
                 if any(has_moved for _, has_moved in looks):
-                    alive()
+                    heartbeat()
         except Exception:
             # Another process is gone: what this one is storing must arrive all the same.
             wait([future])
             raise
         return self.all_gather_object(future.result)
 
-    def share(self, variables: Iterable[Any]) -> None:
+    def broadcast(self, variables: Iterable[Any]) -> None:
         """Sets `variables`, in the order in which all have them, to the values of the first."""
         if self.size == 1:
             return
@@ -134,7 +134,7 @@ class Team:
             value = np.asarray(variable.numpy())
             # Sums of integers with zeros keep every bit; those of floats lose the sign of zero.
             bits = np.frombuffer(value.tobytes() + bytes(-value.nbytes % 8), np.int64)
-            data = self._sum(bits if self.is_first else np.zeros_like(bits)).tobytes()
+            data = self._sum(bits if self.is_primary else np.zeros_like(bits)).tobytes()
             shared = np.frombuffer(data, value.dtype, value.size).reshape(value.shape)
             variable.assign(shared)
 
@@ -221,7 +221,7 @@ class Team:
 
 
 @contextmanager
-def told_of_peers(team: Team) -> Iterator[None]:
+def peer_errors(process_group: ProcessGroup) -> Iterator[None]:
     """Turns what a collective says of a lost peer into a line.
 
     Raises:
@@ -233,9 +233,9 @@ def told_of_peers(team: Team) -> Iterator[None]:
         yield
     except (tf.errors.UnavailableError, tf.errors.InternalError, tf.errors.AbortedError,
             tf.errors.CancelledError, tf.errors.DeadlineExceededError) as error:  # fmt: skip
-        if team.size == 1:
+        if process_group.size == 1:
             raise
         raise FlexUNetError(
-            f"rank {team.rank}: another process ended or cannot be reached "
+            f"rank {process_group.rank}: another process ended or cannot be reached "
             f"({type(error).__name__}); the same command resumes"
         ) from error

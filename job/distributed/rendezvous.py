@@ -29,7 +29,7 @@ class _TFConfig(Settings, extra="ignore"):  # TensorFlow itself reads more than 
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessSpec:
     """Where this process stands among those that train together."""
 
     rank: int
@@ -41,7 +41,7 @@ class Place:
         return len(self.addresses)
 
 
-def place_from_environment() -> Place | None:
+def process_spec_from_environment() -> ProcessSpec | None:
     """Returns the place that `TF_CONFIG` gives this process; None where it is not set.
 
     Raises:
@@ -74,10 +74,10 @@ def place_from_environment() -> Place | None:
             f"{len(config.cluster[config.task.type])} of type {config.task.type}"
         )
     addresses = tuple(address for kind in kinds for address in config.cluster.get(kind, ()))
-    return Place(first[config.task.type] + config.task.index, addresses)
+    return ProcessSpec(first[config.task.type] + config.task.index, addresses)
 
 
-def meet(place: Place, timeout_s: float, num_gpus: int = 0) -> None:
+def rendezvous(spec: ProcessSpec, timeout_s: float, num_gpus: int = 0) -> None:
     """Returns when every process of the cluster has called it, with as many GPUs.
 
     TensorFlow's own start waits for a missing process for an hour, and holds the interpreter while
@@ -88,23 +88,23 @@ def meet(place: Place, timeout_s: float, num_gpus: int = 0) -> None:
         UsageError: one sees another number of GPUs, on all of them; a strategy needs equally many.
     """
     deadline = time.monotonic() + timeout_s
-    greeting = hashlib.sha256(json.dumps(place.addresses).encode()).digest()
-    if place.rank == 0:
-        counts = _await_others(place, greeting, num_gpus, deadline)
+    greeting = hashlib.sha256(json.dumps(spec.addresses).encode()).digest()
+    if spec.rank == 0:
+        counts = _await_others(spec, greeting, num_gpus, deadline)
     else:
-        counts = _join_first(place, greeting, num_gpus, deadline)
+        counts = _join_first(spec, greeting, num_gpus, deadline)
     for rank, count in enumerate(counts):
         if count != counts[0]:
             raise UsageError(
-                f"rank {rank} ({place.addresses[rank]}) sees {count} GPUs and rank 0 sees "
+                f"rank {rank} ({spec.addresses[rank]}) sees {count} GPUs and rank 0 sees "
                 f"{counts[0]}; give all processes equally many (CUDA_VISIBLE_DEVICES)"
             )
 
 
-def _await_others(place: Place, greeting: bytes, num_gpus: int, deadline: float) -> list[int]:
+def _await_others(spec: ProcessSpec, greeting: bytes, num_gpus: int, deadline: float) -> list[int]:
     """Returns the number of GPUs of each process, by rank, when all have come."""
     counts = {0: num_gpus}
-    port = int(place.addresses[0].rpartition(":")[2])
+    port = int(spec.addresses[0].rpartition(":")[2])
     arrived: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as stack:
         try:
@@ -115,21 +115,21 @@ def _await_others(place: Place, greeting: bytes, num_gpus: int, deadline: float)
             )
         except OSError as error:
             raise FlexUNetError(
-                f"{place.addresses[0]}: this process cannot listen there ({error.strerror}); is "
+                f"{spec.addresses[0]}: this process cannot listen there ({error.strerror}); is "
                 "another one of the same cluster still running?"
             ) from error
-        while len(arrived) < place.size - 1:
+        while len(arrived) < spec.size - 1:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise _missing(place, set(range(1, place.size)) - set(arrived))
+                raise _missing(spec, set(range(1, spec.size)) - set(arrived))
             server.settimeout(min(left_s, 1.0))
             with contextlib.suppress(OSError, ValueError):
                 connection = stack.enter_context(server.accept()[0])
                 connection.settimeout(_ANSWER_S)
                 rank, count = _heard(connection, greeting, 2)
-                if 0 < rank < place.size:
+                if 0 < rank < spec.size:
                     arrived[rank], counts[rank] = connection, count
-        in_order = [counts[rank] for rank in range(place.size)]
+        in_order = [counts[rank] for rank in range(spec.size)]
         for connection in arrived.values():
             with contextlib.suppress(OSError):
                 connection.sendall(_message(greeting, in_order))
@@ -163,23 +163,23 @@ def _received(connection: socket.socket, size: int) -> bytes:
     return data
 
 
-def _join_first(place: Place, greeting: bytes, num_gpus: int, deadline: float) -> list[int]:
+def _join_first(spec: ProcessSpec, greeting: bytes, num_gpus: int, deadline: float) -> list[int]:
     """Returns the number of GPUs of each process, by rank, when the first has met all."""
-    host, _, port = place.addresses[0].rpartition(":")
+    host, _, port = spec.addresses[0].rpartition(":")
     while (left_s := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError, ValueError):
             address = (host.strip("[]"), int(port))
             with socket.create_connection(address, min(left_s, _ANSWER_S)) as connection:
-                connection.sendall(_message(greeting, [place.rank, num_gpus]))
+                connection.sendall(_message(greeting, [spec.rank, num_gpus]))
                 connection.settimeout(left_s)
-                return _heard(connection, greeting, place.size)
+                return _heard(connection, greeting, spec.size)
         time.sleep(min(left_s, 0.2))
-    raise _missing(place, {0})
+    raise _missing(spec, {0})
 
 
-def _missing(place: Place, ranks: Collection[int]) -> FlexUNetError:
-    names = ", ".join(f"rank {rank} ({place.addresses[rank]})" for rank in sorted(ranks))
+def _missing(spec: ProcessSpec, ranks: Collection[int]) -> FlexUNetError:
+    names = ", ".join(f"rank {rank} ({spec.addresses[rank]})" for rank in sorted(ranks))
     return FlexUNetError(
-        f"rank {place.rank} of {place.size}: {names} did not come in time (--phase-timeout), or "
+        f"rank {spec.rank} of {spec.size}: {names} did not come in time (--phase-timeout), or "
         "waits for another; start all processes again with the same TF_CONFIG cluster"
     )

@@ -18,17 +18,17 @@ from typing import Any
 from flexunet.errors import UsageError
 from flexunet.text import counted
 from job.config import TrainConfig
-from job.distributed.rendezvous import Place
+from job.distributed.rendezvous import ProcessSpec
 from job.distributed.runtime import RESTART, import_tensorflow, set_up, was_used
 
 logger = logging.getLogger(__name__)
 
 
-def configure(config: TrainConfig, place: Place | None = None) -> Any:
+def configure(config: TrainConfig, spec: ProcessSpec | None = None) -> Any:
     """Sets TensorFlow up for `config` and returns its `tf.distribute.Strategy`.
 
     All GPUs that this process sees, or `cpu_replicas` logical CPUs where there is none; together
-    with the other processes of `place`, which all must call it.
+    with the other processes of `spec`, which all must call it.
 
     Args:
         place: None, or of a cluster of one: this process alone.
@@ -38,30 +38,30 @@ def configure(config: TrainConfig, place: Place | None = None) -> Any:
             used before and the result would be another one.
     """
     tf = import_tensorflow()
-    refuse_used(place)
+    refuse_used(spec)
     set_up(tf, config)
     gpus = tf.config.list_physical_devices("GPU")
-    if place is not None and place.size > 1:
-        return _of_many(tf, config, place, len(gpus))
+    if spec is not None and spec.size > 1:
+        return _of_many(tf, config, spec, len(gpus))
     # Otherwise a strategy of one process would look for the peers of another one's cluster.
     os.environ.pop("TF_CONFIG", None)
     return _of_one(tf, config, gpus)
 
 
-def refuse_used(place: Place | None) -> None:
+def refuse_used(spec: ProcessSpec | None) -> None:
     """Refuses a cluster of processes where TensorFlow was used before in this one.
 
     Raises:
         UsageError: says what to do.
     """
-    if place is not None and place.size > 1 and was_used():
+    if spec is not None and spec.size > 1 and was_used():
         raise UsageError(
             f"TensorFlow was used before in this process, too late to join a cluster of "
-            f"{place.size} processes; {RESTART}"
+            f"{spec.size} processes; {RESTART}"
         )
 
 
-def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None) -> int:
+def check_devices(config: TrainConfig, spec: ProcessSpec | None, num_gpus: int | None) -> int:
     """Refuses what the strategy could not be made with, before others wait for this process.
 
     Returns the number of GPUs that this process sees. Whether the batch divides by all replicas is
@@ -78,12 +78,12 @@ def check_devices(config: TrainConfig, place: Place | None, num_gpus: int | None
     seen = len(tf.config.list_physical_devices("GPU"))
     if num_gpus is not None and seen != num_gpus:
         raise _other_gpus(tf, num_gpus, seen)
-    if place is None or place.size == 1:
+    if spec is None or spec.size == 1:
         return seen
-    refuse_used(place)
+    refuse_used(spec)
     if config.cpu_replicas > 1:
         raise UsageError(
-            f"--cpu-replicas={config.cpu_replicas}: each of {place.size} processes has one CPU "
+            f"--cpu-replicas={config.cpu_replicas}: each of {spec.size} processes has one CPU "
             "replica; leave it at 1"
         )
     return seen
@@ -133,11 +133,11 @@ def check_micro_batches(config: TrainConfig, num_replicas: int) -> None:
         )
 
 
-def _of_many(tf: Any, config: TrainConfig, place: Place, num_gpus: int) -> Any:
+def _of_many(tf: Any, config: TrainConfig, spec: ProcessSpec, num_gpus: int) -> Any:
     # Of a chief and workers, all become workers: who is first is the rank's to say.
     tasks = {
-        "cluster": {"worker": place.addresses},
-        "task": {"type": "worker", "index": place.rank},
+        "cluster": {"worker": spec.addresses},
+        "task": {"type": "worker", "index": spec.rank},
     }
     os.environ["TF_CONFIG"] = json.dumps(tasks)
     # NCCL where there are GPUs. The ring is the one that sums in the same order every time.
@@ -145,7 +145,7 @@ def _of_many(tf: Any, config: TrainConfig, place: Place, num_gpus: int) -> Any:
     options = tf.distribute.experimental.CommunicationOptions(
         implementation=kinds.AUTO if num_gpus else kinds.RING
     )
-    _let_watchdog_be_first(config, place)
+    _let_watchdog_be_first(config, spec)
     # It holds the interpreter while it waits for the others, so that no thread of ours can end it.
     faulthandler.dump_traceback_later(config.phase_timeout, exit=True, file=2)
     try:
@@ -158,7 +158,7 @@ def _of_many(tf: Any, config: TrainConfig, place: Place, num_gpus: int) -> Any:
     return strategy
 
 
-def _let_watchdog_be_first(config: TrainConfig, place: Place) -> None:
+def _let_watchdog_be_first(config: TrainConfig, spec: ProcessSpec) -> None:
     """Makes TensorFlow's own heartbeat slower than our watchdog.
 
     Its default of 10 s aborts every process when one is silent: no stacks, and the checkpoint that
@@ -169,7 +169,7 @@ def _let_watchdog_be_first(config: TrainConfig, place: Place) -> None:
     from tensorflow.python.eager import context
 
     patience_ms = int(2000 * (config.phase_timeout + config.storage_timeout))
-    job = coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=place.size)
+    job = coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=spec.size)
     context.context().configure_coordination_service(
         service_type="standalone",
         service_leader="/job:worker/replica:0/task:0",

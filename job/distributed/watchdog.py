@@ -92,7 +92,7 @@ class Watchdog:
         limit_s = self._step_s or max(_MIN_STEP_S, _FACTOR * usual)
         self._limit_s, self._begin, self._last = limit_s, now, now
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         """Tells that the step in progress has moved on; the rest of it has all of its time again.
 
         How long steps take is still told by `beat` alone.

@@ -7,13 +7,13 @@ import tensorflow as tf
 
 from flexunet.errors import UsageError
 from job.config import TrainConfig
-from job.distributed.process_group import Team
+from job.distributed.process_group import ProcessGroup
 from job.distributed.runtime import import_tensorflow
 
 logger = logging.getLogger(__name__)
 
 
-def uses_xla(config: TrainConfig, team: Team) -> bool:
+def uses_xla(config: TrainConfig, process_group: ProcessGroup) -> bool:
     """Returns whether the network of a training step is compiled by XLA, the same in all processes.
 
     Raises:
@@ -29,7 +29,7 @@ def uses_xla(config: TrainConfig, team: Team) -> bool:
         is_wanted = config.xla == "on" or (has_gpu and may)
         return {"is_wanted": is_wanted, "reason": why_not_xla() if is_wanted else None}
 
-    found = team.all_gather_object(look)
+    found = process_group.all_gather_object(look)
     reason = next((each["reason"] for each in found if each["reason"] is not None), None)
     if reason is not None and config.xla == "on":
         raise UsageError(f"--xla=on: XLA compiles nothing here ({reason}); leave it out")

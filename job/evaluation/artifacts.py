@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flexunet.progress import Alive, no_heartbeat
+from flexunet.progress import Heartbeat, no_heartbeat
 from flexunet.storage import ObjectStore
 from flexunet.tables import csv_table
 from job.data.cases import read_picture
@@ -132,7 +132,10 @@ def _example_cases(counts: np.ndarray) -> list[tuple[str, int, float | None]]:
 
 
 def draw_examples(
-    evaluator: Evaluator, evaluation: Evaluation, reader: RecordReader, alive: Alive = no_heartbeat
+    evaluator: Evaluator,
+    evaluation: Evaluation,
+    reader: RecordReader,
+    heartbeat: Heartbeat = no_heartbeat,
 ) -> dict[str, bytes]:
     """Returns PNGs by name of the best, middle and worst cases: as panels and as overlays.
 
@@ -145,7 +148,7 @@ def draw_examples(
     for name, index, score in _example_cases(evaluation.counts):
         picture = evaluation.pictures[index]
         image, truth = read_picture(reader, picture)
-        ids = evaluator.mask_of(image, alive)
+        ids = evaluator.mask_of(image, heartbeat)
         title = plots.panel_title(picture.filename, score)
         found[f"examples/{name}"] = plots.panel_png(image, truth, ids, classes, title)
         found[f"overlays/{name}"] = plots.overlay_png(image, ids, classes, truth)

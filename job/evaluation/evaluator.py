@@ -16,7 +16,7 @@ import numpy as np
 from data_prep.imaging.geometry import Geometry, undo_geometry
 from data_prep.shards.manifest import Manifest
 from flexunet.errors import StoppedError
-from flexunet.progress import Alive, Progress, no_heartbeat
+from flexunet.progress import Heartbeat, Progress, no_heartbeat
 from job.config import TrainConfig
 from job.data.cases import Picture, pictures_of, read_picture
 from job.data.dataset import Dataset, Split
@@ -105,13 +105,13 @@ class Evaluator:
         """Returns the cases of `split`."""
         return pictures_of(split, is_by_tile=self.is_by_tile)
 
-    def predict(self, image: np.ndarray, alive: Alive = no_heartbeat) -> Probabilities:
+    def predict(self, image: np.ndarray, heartbeat: Heartbeat = no_heartbeat) -> Probabilities:
         """Returns the probabilities (H, W, K) of a picture (H, W, C) of any size."""
-        return probabilities_of(image, self.probabilities, self.windows, alive=alive)
+        return probabilities_of(image, self.probabilities, self.windows, heartbeat=heartbeat)
 
-    def mask_of(self, image: np.ndarray, alive: Alive = no_heartbeat) -> Ids:
+    def mask_of(self, image: np.ndarray, heartbeat: Heartbeat = no_heartbeat) -> Ids:
         """Returns the class ids (H, W) of a picture (H, W, C) of any size."""
-        return without_small(class_ids(self.predict(image, alive)), self.min_pixels)
+        return without_small(class_ids(self.predict(image, heartbeat)), self.min_pixels)
 
     def evaluate(
         self,
@@ -121,7 +121,7 @@ class Evaluator:
         measured: bool = False,
         shown: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
-        alive: Alive = no_heartbeat,
+        heartbeat: Heartbeat = no_heartbeat,
     ) -> Evaluation:
         """Returns the evaluation of every case of split `name`, with the weights as they are now.
 
@@ -165,7 +165,7 @@ class Evaluator:
             return Evaluation(split, pictures, means, counts, self._summary(name, counts, means))
         # Predicted again: the loss and the reference's metrics are of samples, which may be tiles,
         # in batches spread over devices; a case is a picture, in windows where it is large.
-        found = self._measure(name, pictures, reader, shown, should_stop, alive)
+        found = self._measure(name, pictures, reader, shown, should_stop, heartbeat)
         summary = self._summary(name, found.counts, means)
         groups, names = [each.group for each in pictures], foreground_names(self.dataset)
         summary["truth"] = dict(TRUTHS)
@@ -190,7 +190,7 @@ class Evaluator:
         reader: RecordReader,
         shown: bool,
         should_stop: Callable[[], bool],
-        alive: Alive,
+        heartbeat: Heartbeat,
     ) -> Measured:
         """Returns what is measured on each case; one at a time is in memory.
 
@@ -205,7 +205,7 @@ class Evaluator:
         with Progress(f"measure {name}", len(pictures), unit="cases", shown=shown) as bar:
             for picture in bar.tracked(pictures):
                 image, truth = read_picture(reader, picture)
-                probabilities = self.predict(image, alive)
+                probabilities = self.predict(image, heartbeat)
                 ids = without_small(class_ids(probabilities), self.min_pixels)
                 for size, case in self._cases_of(picture, truth, probabilities, ids).items():
                     cases[size].append(case)

@@ -25,9 +25,9 @@ from job.inference.postprocess import class_ids
 from job.inference.region_filter import FILE_NAME, FittedOn, RegionTally, SmallRegions
 from job.metrics.per_case import without_ignored
 from job.reporting.phrases import checkpoint_words
-from job.runs.loading import Member, TrainedRun, load_model, member_of
+from job.runs.loading import EnsembleMember, TrainedRun, ensemble_member, load_model
 from job.runs.provenance import as_record, read_origin
-from job.runs.status import standing
+from job.runs.status import run_status
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,8 @@ def evaluate_run(
     with strategy.scope():
         loaded = [load_model(each, which=config.checkpoint) for each in (run, *others)]
     members = [
-        member_of(each, commit) for each, (_, commit) in zip((run, *others), loaded, strict=True)
+        ensemble_member(each, commit)
+        for each, (_, commit) in zip((run, *others), loaded, strict=True)
     ]
     network = network_of([model for model, _ in loaded], config.flips)
     max_images_at_once = None if config.batch_size else min(map(_images_at_once, (run, *others)))
@@ -137,7 +138,7 @@ def _tell_checkpoint(run: ObjectStore, used: Mapping[str, Any]) -> None:
         "stopped": "; the run was stopped before its end",
         "open": "; the run is not over: it is being trained, or its process was killed",
     }
-    logger.info("evaluating %s%s", checkpoint_words(used), stands.get(standing(run), ""))
+    logger.info("evaluating %s%s", checkpoint_words(used), stands.get(run_status(run), ""))
 
 
 def target_of(run: TrainedRun, config: EvaluateConfig) -> ObjectStore:
@@ -172,7 +173,7 @@ def _reader_of(dataset: Dataset, split: Split, settings: TrainConfig) -> RecordR
 
 
 def _fit_regions(
-    evaluator: Evaluator, members: Sequence[Member], config: EvaluateConfig
+    evaluator: Evaluator, members: Sequence[EnsembleMember], config: EvaluateConfig
 ) -> SmallRegions:
     """Returns from which size on regions stay; it is fitted on `valid` always."""
     dataset = evaluator.dataset

@@ -29,7 +29,7 @@ from job.inference.prediction import (
     predict_all,
 )
 from job.models.flips import Flips
-from job.runs.loading import Member
+from job.runs.loading import EnsembleMember
 
 # The longest side of the picture that is kept for the overlay, pixels; no overlay is larger.
 _PREVIEW_SIDE = 1600
@@ -45,7 +45,7 @@ class Chunk:
         overlap: of windows, pixels; None where pictures are predicted whole.
     """
 
-    members: tuple[Member, ...]
+    members: tuple[EnsembleMember, ...]
     images_url: str
     output_url: str
     config: InferConfig
@@ -78,7 +78,9 @@ def predict_chunk(chunk: Chunk) -> ChunkResult:
 
 
 @functools.lru_cache(maxsize=1)
-def _kept_predictor(members: tuple[Member, ...], flips: Flips, *, needs_gpu: bool) -> Predictor:
+def _kept_predictor(
+    members: tuple[EnsembleMember, ...], flips: Flips, *, needs_gpu: bool
+) -> Predictor:
     # A member's digest is there for the cache: the folder may have got other weights.
     return load_predictor(members, flips, needs_gpu=needs_gpu)
 

@@ -11,7 +11,7 @@ from flexunet.storage import Forbidden, NotFound, ObjectStore
 from flexunet.tables import csv_table
 from flexunet.text import legible
 from job.inference.options import InferConfig
-from job.runs.loading import Member
+from job.runs.loading import EnsembleMember
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _MAX_CHANGES = 3  # that are told
 
 
 def record_of(
-    members: Sequence[Member],
+    members: Sequence[EnsembleMember],
     source: ObjectStore,
     config: InferConfig,
     min_pixels: Sequence[int],

@@ -23,7 +23,7 @@ from job.inference.outputs import claim_output, list_unreadable, record_of
 from job.inference.prediction import color_warning, load_predictor
 from job.inference.region_filter import read_min_pixels
 from job.models.compatibility import window_overlap
-from job.runs.loading import Member, find_checkpoint, member_of, open_ensemble
+from job.runs.loading import EnsembleMember, ensemble_member, find_checkpoint, open_ensemble
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def infer(
     todo = tuple(name for name in names if mask_name(name) not in done)
     # Named by their folders: these weights stay the same while the run is trained further.
     members = tuple(
-        member_of(run, find_checkpoint(run.store, which=config.checkpoint)) for run in runs
+        ensemble_member(run, find_checkpoint(run.store, which=config.checkpoint)) for run in runs
     )
     min_pixels = _min_pixels(config, manifest, members, overlap)
     record = record_of(members, source, config, min_pixels, overlap)
@@ -107,7 +107,7 @@ def _is_sliding(config: InferConfig, manifest: Manifest) -> bool:
 
 
 def _min_pixels(
-    config: InferConfig, manifest: Manifest, members: Sequence[Member], overlap: int | None
+    config: InferConfig, manifest: Manifest, members: Sequence[EnsembleMember], overlap: int | None
 ) -> tuple[int, ...]:
     if config.small_regions is None:
         return ()

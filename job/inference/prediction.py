@@ -21,7 +21,7 @@ from job.inference.postprocess import Ids, area_scale, class_ids, class_ids_at_s
 from job.inference.preprocess import to_model_pixels
 from job.inference.sliding_window import Probabilities, Step, Windows, slide
 from job.models.flips import Flips
-from job.runs.loading import Member, TrainedRun, load_model, open_run
+from job.runs.loading import EnsembleMember, TrainedRun, load_model, open_run
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class ModelImage:
     preview: np.ndarray | None = None
 
 
-def load_predictor(members: Sequence[Member], flips: Flips, *, needs_gpu: bool) -> Predictor:
+def load_predictor(
+    members: Sequence[EnsembleMember], flips: Flips, *, needs_gpu: bool
+) -> Predictor:
     """Returns the network of the weights of `members`; TensorFlow is imported here.
 
     Raises:
@@ -71,7 +73,7 @@ def load_predictor(members: Sequence[Member], flips: Flips, *, needs_gpu: bool) 
     return Predictor(step, runs[0].manifest)
 
 
-def _model_of(run: TrainedRun, member: Member) -> Any:
+def _model_of(run: TrainedRun, member: EnsembleMember) -> Any:
     try:
         return load_model(run, which=member.checkpoint)[0]
     except NotFound as error:

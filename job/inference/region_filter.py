@@ -25,7 +25,7 @@ from flexunet.storage import ObjectStore
 from job.inference.postprocess import Ids
 from job.metrics.lesions import MIN_PIXELS, label_regions
 from job.models.flips import Flips
-from job.runs.loading import Member
+from job.runs.loading import EnsembleMember
 
 FILE_NAME = "small_regions.json"
 
@@ -63,7 +63,7 @@ class SmallRegions(Settings):
     """
 
     fitted_on: FittedOn
-    runs: tuple[Member, ...]
+    runs: tuple[EnsembleMember, ...]
     flips: Flips
     overlap: int | None
     pixels: Literal["of the network's size"] = "of the network's size"
@@ -167,7 +167,7 @@ def _fit(name: str, cases: Sequence[_CaseRegions]) -> ClassFit:
 def read_min_pixels(
     store: ObjectStore,
     names: Sequence[str],
-    members: Sequence[Member],
+    members: Sequence[EnsembleMember],
     flips: Flips,
     overlap: int | None,
 ) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.imaging.tiles import starts
-from flexunet.progress import Alive, no_heartbeat
+from flexunet.progress import Heartbeat, no_heartbeat
 
 Probabilities = npt.NDArray[np.float32]
 # Stored pixels (B, H, W, C) -> (B, H, W, K) float32, as a tensor; K = 1 is a sigmoid output.
@@ -56,7 +56,7 @@ def window_weights(length: int, size: int, begins: Sequence[int]) -> npt.NDArray
 
 
 def slide(
-    image: np.ndarray, step: Step, windows: Windows, *, alive: Alive = no_heartbeat
+    image: np.ndarray, step: Step, windows: Windows, *, heartbeat: Heartbeat = no_heartbeat
 ) -> Iterator[Probabilities]:
     """Yields the probabilities of `image` as bands of rows, top to bottom: (h, W, K) float32 each.
 
@@ -82,7 +82,7 @@ def slide(
             pieces = [_window(image, top, left, height, width) for left in part]
             pieces += pieces[:1] * (batch_size - len(part))
             found = np.asarray(step(np.stack(pieces)), np.float32)
-            alive()
+            heartbeat()
             if sums is None:
                 sums = np.zeros((height, max(num_columns, width), found.shape[-1]), np.float32)
             for j, left in enumerate(part):
@@ -105,7 +105,7 @@ def _window(image: np.ndarray, top: int, left: int, height: int, width: int) -> 
 
 
 def probabilities_of(
-    image: np.ndarray, step: Step, windows: Windows, *, alive: Alive = no_heartbeat
+    image: np.ndarray, step: Step, windows: Windows, *, heartbeat: Heartbeat = no_heartbeat
 ) -> Probabilities:
     """Returns the probabilities (H, W, K) of an image (H, W, C) of any size, at that size.
 
@@ -115,6 +115,6 @@ def probabilities_of(
     """
     if image.shape[:2] == (windows.height, windows.width):
         found: Probabilities = np.asarray(step(image[np.newaxis]))[0]
-        alive()
+        heartbeat()
         return found
-    return np.concatenate(list(slide(image, step, windows, alive=alive)))
+    return np.concatenate(list(slide(image, step, windows, heartbeat=heartbeat)))

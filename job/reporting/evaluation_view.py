@@ -27,11 +27,11 @@ from job.reporting.view_parts import (
     read_config,
     small_figure,
 )
-from job.runs.status import standing
+from job.runs.status import run_status
 
 _FAILED_DICE = 0.5  # a case below is listed as a failure
 _MAX_FAILURES = 100
-_STANDINGS = {"open": "not finished", "stopped": "stopped before its end"}
+_STATUS_PHRASES = {"open": "not finished", "stopped": "stopped before its end"}
 _PRESENCES = ("neither", "both", "truth_only", "missed", "prediction_only")
 _LESION_COUNTS = ("lesions", "lesions_found", "false_positives", "specks")
 
@@ -126,8 +126,8 @@ def headline_of(
     store: ObjectStore, summary: Mapping[str, Any] | None, outcome: Mapping[str, Any] | None
 ) -> Headline:
     """Returns how the run stands and its mean Dice."""
-    found = standing(store)
-    status = _STANDINGS.get(found, found)
+    found = run_status(store)
+    status = _STATUS_PHRASES.get(found, found)
     if outcome and outcome.get("stopped_early"):
         status += f" ({stopped_early_words(outcome['epochs'], outcome['best']['epoch'])})"
     if outcome and outcome.get("skipped_steps"):

@@ -9,7 +9,7 @@ from flexunet.errors import UsageError
 from flexunet.json_files import read_json
 from flexunet.settings import flag_of
 from flexunet.storage import ObjectStore
-from job.runs.commits import find_commits
+from job.runs.checkpoints import find_checkpoints
 from job.runs.layout import IDENTITY_NAME, RESTORE, through_json
 
 
@@ -39,7 +39,7 @@ def settle_identity(
         store.put(IDENTITY_NAME, (json.dumps(given, indent=1, sort_keys=True) + "\n").encode())
     elif stored != given:
         remedy = "give the old values or another name"
-        if not find_commits(store):
+        if not find_checkpoints(store):
             remedy += ", or delete the folder: it has no checkpoint yet"
         raise UsageError(
             f"run {store.url} was begun with other settings: "

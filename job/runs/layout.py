@@ -28,7 +28,7 @@ R = TypeVar("R", bound=Settings)
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class CheckpointRef:
     """Where a commit lies; ordered by attempt, then step."""
 
     attempt: int
@@ -41,29 +41,29 @@ def run_url(config: TrainConfig) -> str:
     return join_url(config.output, str(config.name))
 
 
-def commit_prefix(step: int, attempt: int) -> str:
+def checkpoint_prefix(step: int, attempt: int) -> str:
     """Returns the folder of a commit."""
     return f"checkpoints/step-{step:08d}/a{attempt}"
 
 
-def place_at(prefix: str | None) -> Place | None:
+def parse_checkpoint_ref(prefix: str | None) -> CheckpointRef | None:
     """Returns the place of the commit folder `prefix`; None where it is not named like one."""
     match = _FOLDER.fullmatch(f"{prefix}/{COMMIT_NAME}")
-    return match and Place(int(match[3]), int(match[2]), match[1])
+    return match and CheckpointRef(int(match[3]), int(match[2]), match[1])
 
 
-def list_folders(store: ObjectStore) -> dict[Place, list[ObjectMeta]]:
+def list_folders(store: ObjectStore) -> dict[CheckpointRef, list[ObjectMeta]]:
     """Returns the objects of every commit folder, finished or not."""
-    folders: dict[Place, list[ObjectMeta]] = {}
+    folders: dict[CheckpointRef, list[ObjectMeta]] = {}
     for stat in store.list("checkpoints/"):
         match = _FOLDER.fullmatch(stat.name)
         if match:
-            place = Place(int(match[3]), int(match[2]), match[1])
-            folders.setdefault(place, []).append(stat)
+            ref = CheckpointRef(int(match[3]), int(match[2]), match[1])
+            folders.setdefault(ref, []).append(stat)
     return folders
 
 
-def is_committed(stats: list[ObjectMeta]) -> bool:
+def is_complete(stats: list[ObjectMeta]) -> bool:
     """Returns whether the objects of a commit folder are a whole commit."""
     return any(stat.name.endswith(f"/{COMMIT_NAME}") for stat in stats)
 

@@ -19,11 +19,11 @@ from flexunet.settings import Settings, option
 from flexunet.storage import ObjectMeta, ObjectStore, PreconditionFailed
 from job.runs.layout import (
     LEASE_NAME,
-    Place,
-    is_committed,
+    CheckpointRef,
+    is_complete,
     list_folders,
+    parse_checkpoint_ref,
     parse_record,
-    place_at,
     read_small,
 )
 
@@ -72,7 +72,7 @@ def read_lease(store: ObjectStore) -> tuple[Lease, int] | None:
 
 def take_lease(
     store: ObjectStore, timing: LeaseTiming, launch: str | None
-) -> tuple[Lease, int, list[Place]]:
+) -> tuple[Lease, int, list[CheckpointRef]]:
     """Returns the lease of a new attempt, which is stored, its generation, what it may restore.
 
     Raises:
@@ -123,20 +123,22 @@ def _wait_for_lease(
 
 def next_lease(
     store: ObjectStore, found: tuple[Lease, int] | None, launch: str | None
-) -> tuple[Lease, int, list[Place]]:
+) -> tuple[Lease, int, list[CheckpointRef]]:
     """Returns the lease of a new attempt, the generation it replaces, and what it may restore."""
     owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     if found is None:
         return Lease(attempt=1, owner=owner, launch=launch, bases={1: None}), 0, []
     previous, generation = found
-    candidates = commits_on_chain(store, previous)
+    candidates = checkpoints_on_chain(store, previous)
     attempt = previous.attempt + 1
     bases = _bases_of(attempt, previous, candidates)
     lease = Lease(attempt=attempt, owner=owner, launch=launch, bases=bases)
     return lease, generation, candidates
 
 
-def _bases_of(attempt: int, previous: Lease, candidates: Sequence[Place]) -> dict[int, str | None]:
+def _bases_of(
+    attempt: int, previous: Lease, candidates: Sequence[CheckpointRef]
+) -> dict[int, str | None]:
     """Returns what each attempt rested on: of the newest ones, which people are shown, as it was.
 
     Of older ones only those whose commits are still there are named, each with the newest candidate
@@ -145,14 +147,14 @@ def _bases_of(attempt: int, previous: Lease, candidates: Sequence[Place]) -> dic
     Args:
         candidates: the commits on the chain of the attempt before, oldest first.
     """
-    newest = {place.attempt: place.prefix for place in candidates}
+    newest = {ref.attempt: ref.prefix for ref in candidates}
     bases = {n: base for n, base in previous.bases.items() if n > attempt - _NUM_SHOWN}
     bases[attempt] = candidates[-1].prefix if candidates else None
     older = [n for n in newest if n not in bases]
     bases |= {n: newest.get(before) for before, n in pairwise((0, *older))}
     # Where the chain leaves the newest ones, it goes on with those.
     at = attempt
-    while (base := place_at(bases[at])) and base.attempt in bases:
+    while (base := parse_checkpoint_ref(bases[at])) and base.attempt in bases:
         if base.attempt >= at:
             break  # damaged: `is_on_chain` ends there too
         at = base.attempt
@@ -161,22 +163,22 @@ def _bases_of(attempt: int, previous: Lease, candidates: Sequence[Place]) -> dic
     return dict(sorted(bases.items()))
 
 
-def commits_on_chain(store: ObjectStore, lease: Lease) -> list[Place]:
+def checkpoints_on_chain(store: ObjectStore, lease: Lease) -> list[CheckpointRef]:
     """Returns the commits that count for the attempt of `lease`, oldest first."""
     folders = list_folders(store)
-    return sorted(p for p in folders if is_committed(folders[p]) and is_on_chain(lease, p))
+    return sorted(p for p in folders if is_complete(folders[p]) and is_on_chain(lease, p))
 
 
-def is_on_chain(lease: Lease, place: Place) -> bool:
+def is_on_chain(lease: Lease, ref: CheckpointRef) -> bool:
     """Returns whether a commit lies on the way that led to the current attempt.
 
     An attempt's commits up to the one that the next attempt resumed from do. Later ones do not: the
     attempt had lost the run when it wrote them.
     """
     attempt, last_step = lease.attempt, None
-    while place.attempt < attempt:
-        base = place_at(lease.bases.get(attempt))
+    while ref.attempt < attempt:
+        base = parse_checkpoint_ref(lease.bases.get(attempt))
         if base is None or base.attempt >= attempt:
             return False
         attempt, last_step = base.attempt, base.step
-    return place.attempt == attempt and (last_step is None or place.step <= last_step)
+    return ref.attempt == attempt and (last_step is None or ref.step <= last_step)

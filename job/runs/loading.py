@@ -11,15 +11,21 @@ from typing import Any
 
 from data_prep.shards.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from flexunet.errors import UsageError
-from flexunet.progress import Alive, no_heartbeat
+from flexunet.progress import Heartbeat, no_heartbeat
 from flexunet.settings import read_yaml
 from flexunet.storage import NotFound, ObjectStore, open_store
 from job.config import TrainConfig, stored_config
 from job.models.compatibility import image_shape, num_outputs
 from job.runs import serialization
-from job.runs.commits import Commit, fetch_commit, fetch_newest, find_commits, read_commit
-from job.runs.layout import CROSS_VALIDATION_NAME, Place, commit_prefix
-from job.runs.status import standing
+from job.runs.checkpoints import (
+    Checkpoint,
+    download_checkpoint,
+    download_newest,
+    find_checkpoints,
+    read_checkpoint,
+)
+from job.runs.layout import CROSS_VALIDATION_NAME, CheckpointRef, checkpoint_prefix
+from job.runs.status import run_status
 
 WEIGHT_FILES = (".h5", ".hdf5")  # endings of files to start from; anything else is a run
 
@@ -47,7 +53,7 @@ def open_run(run_url: str) -> TrainedRun:
         raise _no_run(store) from error
     where = f"{store.url}/config.yaml"
     config = stored_config(read_yaml(text, where), where)
-    if not find_commits(store):
+    if not find_checkpoints(store):
         raise _no_checkpoint(store)
     data = store.get(MANIFEST_NAME)  # a copy of the dataset's, byte by byte
     manifest = parse_manifest(data, f"{store.url}/{MANIFEST_NAME}")
@@ -66,7 +72,7 @@ def _no_run(store: ObjectStore) -> UsageError:
 
 
 @dataclass(frozen=True)
-class Member:
+class EnsembleMember:
     """Weights that predict: a checkpoint of a run, by its folder there and its COMMIT.json."""
 
     run: str
@@ -113,7 +119,7 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Commit]:
+def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Checkpoint]:
     """Returns the model of `run` with the weights of a checkpoint, and the commit of these.
 
     It computes in the precision of the training; of float16, which CPUs only emulate, in float32
@@ -138,12 +144,12 @@ def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Commit]:
     return model, commit
 
 
-def member_of(run: TrainedRun, commit: Commit) -> Member:
+def ensemble_member(run: TrainedRun, commit: Checkpoint) -> EnsembleMember:
     """Returns the weights of a commit of a run."""
-    return Member(run.store.url, commit.prefix, commit.sha256)
+    return EnsembleMember(run.store.url, commit.prefix, commit.sha256)
 
 
-def find_checkpoint(store: ObjectStore, *, which: str) -> Commit:
+def find_checkpoint(store: ObjectStore, *, which: str) -> Checkpoint:
     """Returns a run's "best" or "last" checkpoint.
 
     The last is the newest whose weights are undamaged, so these are read.
@@ -153,14 +159,14 @@ def find_checkpoint(store: ObjectStore, *, which: str) -> Commit:
         ContentError: none is undamaged.
     """
     if which == "best":
-        return read_commit(store, _find_best(store).prefix)
+        return read_checkpoint(store, _find_best(store).prefix)
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
         return fetch_checkpoint(store, folder, which=which)[0]
 
 
 def fetch_checkpoint(
     store: ObjectStore, folder: str, *, which: str
-) -> tuple[Commit, dict[str, str]]:
+) -> tuple[Checkpoint, dict[str, str]]:
     """Returns a run's checkpoint, and the local path of its weights by name.
 
     Args:
@@ -174,18 +180,18 @@ def fetch_checkpoint(
     # Never the moments, which are twice as large as the weights.
     if which == "last":
         names = [serialization.STATE_NAME, serialization.WEIGHTS_NAME]
-        newest = fetch_newest(store, find_commits(store), folder, names=names)
+        newest = download_newest(store, find_checkpoints(store), folder, names=names)
         if newest is None:
             raise _no_checkpoint(store)
         return newest
-    place = _find_best(store) if which == "best" else _place_of(store, which)
-    return fetch_commit(store, place, folder, names=[serialization.WEIGHTS_NAME])
+    ref = _find_best(store) if which == "best" else _ref_of(store, which)
+    return download_checkpoint(store, ref, folder, names=[serialization.WEIGHTS_NAME])
 
 
-def _find_best(store: ObjectStore) -> Place:
+def _find_best(store: ObjectStore) -> CheckpointRef:
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
         names = [serialization.STATE_NAME]
-        newest = fetch_newest(store, find_commits(store), folder, names=names)
+        newest = download_newest(store, find_checkpoints(store), folder, names=names)
         if newest is None:
             raise _no_checkpoint(store)
         best = serialization.read_state(newest[1][serialization.STATE_NAME])["best"]
@@ -194,13 +200,13 @@ def _find_best(store: ObjectStore) -> Place:
             f"{store.url}: no epoch has ended yet, so no checkpoint is the best; use the last"
         )
     step, attempt = best["step"], best["attempt"]
-    return Place(attempt, step, commit_prefix(step, attempt))
+    return CheckpointRef(attempt, step, checkpoint_prefix(step, attempt))
 
 
-def _place_of(store: ObjectStore, prefix: str) -> Place:
-    for place in find_commits(store):
-        if place.prefix == prefix:
-            return place
+def _ref_of(store: ObjectStore, prefix: str) -> CheckpointRef:
+    for ref in find_checkpoints(store):
+        if ref.prefix == prefix:
+            return ref
     raise NotFound(f"{store.url}/{prefix} does not exist")
 
 
@@ -211,7 +217,7 @@ def _no_checkpoint(store: ObjectStore) -> UsageError:
         "open": "wait for the first epoch to end, or, where its process is dead, train it again by "
         "the same command",
     }
-    remedy = remedies.get(standing(store), "its checkpoints were deleted")
+    remedy = remedies.get(run_status(store), "its checkpoints were deleted")
     return UsageError(f"{store.url}: no checkpoint yet; {remedy}")
 
 
@@ -233,7 +239,7 @@ def model_for(config: TrainConfig, manifest: Manifest) -> Any:
     )
 
 
-def initialize_from(model: Any, source: str, alive: Alive = no_heartbeat) -> None:
+def initialize_from(model: Any, source: str, heartbeat: Heartbeat = no_heartbeat) -> None:
     """Sets the weights of `model` from another run (its best), or from a `.h5` file.
 
     The file is the reference family's `best_model.h5` or Keras weights of this package; it is read
@@ -250,6 +256,6 @@ def initialize_from(model: Any, source: str, alive: Alive = no_heartbeat) -> Non
         load_reference_weights(model, source)
     else:
         with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
-            store = open_store(source).watched(alive)
+            store = open_store(source).watched(heartbeat)
             _, members = fetch_checkpoint(store, folder, which="best")
             serialization.read_weights(model, members[serialization.WEIGHTS_NAME])

@@ -16,7 +16,7 @@ from flexunet.storage import (
     probe_preconditions,
     refuse_file_above,
 )
-from job.runs.layout import LEASE_NAME, LOCK_NAME, Place
+from job.runs.layout import LEASE_NAME, LOCK_NAME, CheckpointRef
 from job.runs.lease import Lease, LeaseTiming, next_lease, put_lease, read_lease, take_lease
 
 logger = logging.getLogger(__name__)
@@ -60,10 +60,10 @@ def acquire(
     timing: LeaseTiming | None,
     by_lease: bool | None,
     launch: str | None,
-) -> tuple[Ownership, list[Place]]:
+) -> tuple[Ownership, list[CheckpointRef]]:
     """Returns the proof that this process owns the run in `store`, and what it may restore.
 
-    See `Run.own`.
+    See `Run.acquire`.
     """
     if by_lease is None:
         by_lease = store.local_root is None
@@ -81,7 +81,7 @@ def acquire(
         probe_preconditions(store)
     timing = timing or LeaseTiming()
     lease, generation, candidates = take_lease(store, timing, launch)
-    return _Heartbeat(store, lease, generation, timing), candidates
+    return _RenewedLease(store, lease, generation, timing), candidates
 
 
 class _FileLock:
@@ -132,7 +132,7 @@ class _FileLock:
         _close_lock(self._file)
 
 
-class _Heartbeat:
+class _RenewedLease:
     """Ownership by a lease that a thread renews.
 
     Only a lease of another owner tells that the run is lost, never the time or an outage: nobody

@@ -25,7 +25,7 @@ from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.data.folds import evaluated_words, open_folded
 from job.models.compatibility import image_shape, num_outputs
-from job.runs.commits import find_commits
+from job.runs.checkpoints import find_checkpoints
 from job.runs.layout import ORIGIN_NAME, RESTORE, run_url
 from job.runs.loading import WEIGHT_FILES, TrainedRun, open_run
 
@@ -156,7 +156,7 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
             network.
     """
     store = open_store(run_url(config))
-    if config.init_from is None or find_commits(store):
+    if config.init_from is None or find_checkpoints(store):
         return
     source = None
     if not config.init_from.endswith(WEIGHT_FILES):

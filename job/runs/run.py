@@ -14,23 +14,23 @@ from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any
 
-from flexunet.progress import Alive, no_heartbeat
+from flexunet.progress import Heartbeat, no_heartbeat
 from flexunet.storage import NotFound, ObjectStore, open_store
 from job.config import checked_run_name
-from job.runs.commits import (
-    Commit,
-    CommitRecord,
+from job.runs.checkpoints import (
+    Checkpoint,
+    CheckpointRecord,
     GarbageCollector,
     check_member_names,
-    commit_of,
+    checkpoint_of,
     delete_folder,
     describe_members,
-    fetch_newest,
+    download_newest,
     record_bytes,
     record_state,
 )
 from job.runs.identity import read_identity, settle_identity
-from job.runs.layout import COMMIT_NAME, ENDS_FOLDER, OUTCOME_NAME, Place, commit_prefix
+from job.runs.layout import COMMIT_NAME, ENDS_FOLDER, OUTCOME_NAME, CheckpointRef, checkpoint_prefix
 from job.runs.lease import LeaseTiming
 from job.runs.ownership import Ownership, acquire
 from job.runs.status import End, read_outcome
@@ -45,12 +45,14 @@ class Run:
         store: the run's folder. A change by a process that has lost the run is a LockedError.
     """
 
-    def __init__(self, store: ObjectStore, ownership: Ownership, candidates: list[Place]) -> None:
+    def __init__(
+        self, store: ObjectStore, ownership: Ownership, candidates: list[CheckpointRef]
+    ) -> None:
         self.store = store.guarded(ownership.check)
         self.attempt = ownership.lease.attempt
         self._ownership = ownership
         self._candidates = candidates
-        self._newest: Commit | None = None
+        self._newest: Checkpoint | None = None
         self._digests: tuple[str, str] | None = None
         self._garbage = GarbageCollector(self.store)
         self._mutex = threading.RLock()
@@ -77,10 +79,10 @@ class Run:
             StorageError: storage fails, or is a server that does not enforce preconditions.
         """
         store = open_store(output_url).below(checked_run_name(name))
-        return cls.own(store, timing=timing, launch=launch)
+        return cls.acquire(store, timing=timing, launch=launch)
 
     @classmethod
-    def own(
+    def acquire(
         cls,
         store: ObjectStore,
         *,
@@ -151,8 +153,8 @@ class Run:
         state: Mapping[str, Any],
         *,
         keep: Collection[str] = (),
-        moved: Alive = no_heartbeat,
-    ) -> Commit:
+        moved: Heartbeat = no_heartbeat,
+    ) -> Checkpoint:
         """Stores the local files `members` (name: path) and `state`, all of it or nothing.
 
         A step that this attempt has committed already is not stored again: the earlier commit is
@@ -175,7 +177,7 @@ class Run:
             if newest and (newest.attempt, newest.step) == (self.attempt, step):
                 return newest
             record = self._record(step, epoch, members, record_state(state, keep))
-            prefix, data = commit_prefix(step, self.attempt), record_bytes(record)
+            prefix, data = checkpoint_prefix(step, self.attempt), record_bytes(record)
             # Before anything is touched: a commit of ours may be what the next owner rests on.
             self._ownership.confirm()
             if not self._is_stored(f"{prefix}/{COMMIT_NAME}", data):
@@ -183,12 +185,12 @@ class Run:
                 self._ownership.confirm()
                 self.store.put(f"{prefix}/{COMMIT_NAME}", data, if_generation=0)
             self._ownership.check()  # the process may have been paused since `confirm`
-            self._newest = commit_of(record, prefix, data)
+            self._newest = checkpoint_of(record, prefix, data)
             return self._newest
 
     def restore(
-        self, staging_dir: str, *, moved: Alive = no_heartbeat
-    ) -> tuple[Commit, dict[str, str]] | None:
+        self, staging_dir: str, *, moved: Heartbeat = no_heartbeat
+    ) -> tuple[Checkpoint, dict[str, str]] | None:
         """Returns the newest commit and its members' local paths by name; None for a new run.
 
         Every member is checked in size, crc32c and sha256 while it is copied to `staging_dir`. A
@@ -201,11 +203,11 @@ class Run:
             ContentError: there are commits, but all of them are damaged.
         """
         with self._mutex:
-            places = list(self._candidates)
+            refs = list(self._candidates)
             if self._newest and self._newest.attempt == self.attempt:
-                places.append(Place(self.attempt, self._newest.step, self._newest.prefix))
+                refs.append(CheckpointRef(self.attempt, self._newest.step, self._newest.prefix))
             store = self.store.watched(moved)
-            restored = fetch_newest(store, places, staging_dir, self._digests)
+            restored = download_newest(store, refs, staging_dir, self._digests)
             if restored is None:
                 return None
             commit = restored[0]
@@ -228,7 +230,7 @@ class Run:
             if self._newest is None:
                 return
             self._ownership.confirm()
-            newest = Place(self._newest.attempt, self._newest.step, self._newest.prefix)
+            newest = CheckpointRef(self._newest.attempt, self._newest.step, self._newest.prefix)
             self._garbage.collect(self._ownership.lease, newest, keep_last, keep)
 
     def put_text(self, name: str, text: str) -> None:
@@ -269,9 +271,9 @@ class Run:
 
     def _record(
         self, step: int, epoch: int, members: Mapping[str, str], state: dict[str, Any]
-    ) -> CommitRecord:
+    ) -> CheckpointRecord:
         dataset_digest, config_digest = self._digests or ("", "")
-        return CommitRecord(
+        return CheckpointRecord(
             step=step,
             attempt=self.attempt,
             epoch=epoch,
@@ -281,8 +283,8 @@ class Run:
             state=state,
         )
 
-    def _put_members(self, step: int, members: Mapping[str, str], moved: Alive) -> None:
-        prefix, store = commit_prefix(step, self.attempt), self.store.watched(moved)
+    def _put_members(self, step: int, members: Mapping[str, str], moved: Heartbeat) -> None:
+        prefix, store = checkpoint_prefix(step, self.attempt), self.store.watched(moved)
         delete_folder(self.store, store.list(f"{prefix}/"))  # of an earlier try that was cut short
         for name, path in members.items():
             store.put_file(f"{prefix}/{name}", path, if_generation=0)

@@ -8,7 +8,7 @@ from job.runs.layout import ENDS_FOLDER, OUTCOME_NAME, RESTORE
 from job.runs.lease import read_lease
 
 End = Literal["stopped", "looked"]  # a stop that saved; a launcher that saw what there is to do
-Standing = Literal["finished", "diverged", "stopped", "open"]
+RunStatus = Literal["finished", "diverged", "stopped", "open"]
 
 
 def read_outcome(store: ObjectStore) -> dict[str, Any] | None:
@@ -26,14 +26,14 @@ def read_ends(store: ObjectStore) -> dict[int, dict[str, Any]]:
     return ends
 
 
-def standing(store: ObjectStore) -> Standing:
+def run_status(store: ObjectStore) -> RunStatus:
     """Returns where the run in `store` stands, without owning it.
 
     "open" is one that is being trained, or whose process was killed: from outside they look alike.
     """
     outcome = read_outcome(store)
     if outcome is not None:
-        status: Standing = outcome["status"]
+        status: RunStatus = outcome["status"]
         return status
     found = read_lease(store)
     attempt = found[0].attempt if found else 0

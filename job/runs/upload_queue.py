@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flexunet.errors import StorageError
-from flexunet.progress import Alive, no_heartbeat
+from flexunet.progress import Heartbeat, no_heartbeat
 from flexunet.storage import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -24,13 +24,13 @@ _MOST_BUDGETS = 10  # for one call, however often bytes moved
 _LOOK_S = 1.0  # between two looks, while waiting, at whether bytes have moved
 
 
-class Outbox:
+class UploadQueue:
     """Runs the calls that are posted, one after the other, in a thread; a context manager.
 
     Leaving the block waits for all of them, whatever error it is left by, unless by an interrupt.
     """
 
-    def __init__(self, *, budget_s: float, alive: Alive = no_heartbeat) -> None:
+    def __init__(self, *, budget_s: float, heartbeat: Heartbeat = no_heartbeat) -> None:
         """Starts the thread.
 
         Args:
@@ -38,7 +38,7 @@ class Outbox:
             alive: called while the block is left and bytes still move.
         """
         self._budget_s = budget_s
-        self._alive = alive
+        self._alive = heartbeat
         self._num_moves = 0
         self._moved_at = time.monotonic()
         self._calls: deque[tuple[Callable[[], Any], bool]] = deque()  # the first one is running
@@ -49,7 +49,7 @@ class Outbox:
         self._thread = threading.Thread(target=self._deliver, name="outbox", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> "Outbox":
+    def __enter__(self) -> "UploadQueue":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
@@ -70,7 +70,7 @@ class Outbox:
         """Lets `call` run after those posted before.
 
         Args:
-            is_large: counts for `wait_for_room`.
+            is_large: counts for `wait_for_capacity`.
         """
         with self._changed:
             if not self.has_failed:
@@ -78,7 +78,7 @@ class Outbox:
                 self._changed.notify_all()
 
     @property
-    def has_room(self) -> bool:
+    def has_capacity(self) -> bool:
         """Whether at most one large call is on its way."""
         with self._changed:
             return sum(is_large for _, is_large in self._calls) < 2
@@ -88,7 +88,7 @@ class Outbox:
         self._num_moves += 1
         self._moved_at = time.monotonic()
 
-    def wait_for_room(self, alive: Alive = no_heartbeat) -> None:
+    def wait_for_capacity(self, heartbeat: Heartbeat = no_heartbeat) -> None:
         """Waits until at most one large call is on its way.
 
         Args:
@@ -97,10 +97,10 @@ class Outbox:
         Raises:
             Exception: the one that ended the deliveries.
         """
-        self._wait_until(lambda: self.has_room, alive)
+        self._wait_until(lambda: self.has_capacity, heartbeat)
         self._raise_failure()
 
-    def flush(self, alive: Alive = no_heartbeat) -> None:
+    def flush(self, heartbeat: Heartbeat = no_heartbeat) -> None:
         """Waits until every call is done.
 
         Args:
@@ -109,7 +109,7 @@ class Outbox:
         Raises:
             Exception: the one that ended the deliveries, at every call from then on.
         """
-        self._wait_until(lambda: not self._calls, alive)
+        self._wait_until(lambda: not self._calls, heartbeat)
         self._raise_failure()
 
     def fail(self, error: Exception) -> None:
@@ -117,7 +117,7 @@ class Outbox:
         with self._changed:
             self._refusal = self._refusal or error
 
-    def _wait_until(self, predicate: Callable[[], bool], alive: Alive) -> None:
+    def _wait_until(self, predicate: Callable[[], bool], heartbeat: Heartbeat) -> None:
         num_moves = self._num_moves
         while True:
             with self._changed:
@@ -128,7 +128,7 @@ class Outbox:
                     return
             if self._num_moves != num_moves:
                 num_moves = self._num_moves
-                alive()
+                heartbeat()
 
     def _raise_failure(self) -> None:
         error = self._failure or self._refusal

@@ -36,7 +36,7 @@ _TICK_S = 0.2
 Command = Callable[[TrainConfig, str], list[str]]  # a fold's config, its file -> arguments
 
 
-def own_process(module: str, *arguments: str) -> Command:
+def separate_process(module: str, *arguments: str) -> Command:
     """Returns the command line of a process that trains one fold by `module`."""
 
     def command(config: TrainConfig, file: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from flexunet.errors import DivergedError, UsageError
 from flexunet.text import counted
 from job.config import TrainConfig, identity_of
-from job.distributed.process_group import told_of_peers
+from job.distributed.process_group import peer_errors
 from job.optimization.schedule import stopped_early_words
 from job.reporting.html_report import renew_report
 from job.runs.identity import differences
@@ -21,7 +21,7 @@ from job.training.setup import Callbacks, TrainingSetup
 from job.training.state import TrainState
 
 if TYPE_CHECKING:
-    from job.training.trainer import Session
+    from job.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -46,77 +46,79 @@ def train_and_evaluate(setup: TrainingSetup, callbacks: Callbacks) -> dict[str, 
             written.
         LockedError, StorageError: the run was lost, or could not be stored.
     """
-    team, run = setup.team, setup.run
+    process_group, run = setup.process_group, setup.run
     _check_same(setup)
-    outcome = team.run_on_primary(lambda: _looked_for_outcome(setup))
+    outcome = process_group.run_on_primary(lambda: _looked_for_outcome(setup))
     if outcome is not None:
         # It may have been evaluated anew since.
-        team.run_on_primary(lambda: renew_report(run.store) if run is not None else None)
+        process_group.run_on_primary(lambda: renew_report(run.store) if run is not None else None)
         return outcome
-    from job.training.assembly import open_session
+    from job.training.trainer_factory import open_trainer
 
     callbacks.begin("opening the session")
     with (
-        open_session(setup, alive=callbacks.alive) as session,
+        open_trainer(setup, heartbeat=callbacks.heartbeat) as trainer,
         _ends_by_storing(callbacks),
-        told_of_peers(team),
+        peer_errors(process_group),
     ):
-        return _Loop(session, callbacks).run()
+        return _Loop(trainer, callbacks).run()
 
 
 @dataclass(frozen=True)
 class _Loop:
     """The loop over epochs and steps of one session."""
 
-    session: "Session"
+    trainer: "Trainer"
     callbacks: Callbacks
 
     def run(self) -> dict[str, Any]:
         """Trains what is left and evaluates; returns the outcome."""
-        session, begin = self.session, self.callbacks.begin
+        trainer, begin = self.trainer, self.callbacks.begin
         begin("restoring")
-        state = session.restore()
-        while not state.is_finished(session.config.epochs):
+        state = trainer.restore()
+        while not state.is_finished(trainer.config.epochs):
             begin(f"epoch {state.epoch + 1}")
             clock = _Clock()
             self._train_steps(state, clock)
             self._end_epoch(state, clock)
-            if self._is_over() and not state.is_finished(session.config.epochs):
-                raise self._end(session.end_stopped, state)
+            if self._is_over() and not state.is_finished(trainer.config.epochs):
+                raise self._end(trainer.end_stopped, state)
         begin("evaluation")
-        evaluation = session.evaluate_best(state, self._is_over)
-        return self._end(session.end_finished, state, evaluation)
+        evaluation = trainer.evaluate_best(state, self._is_over)
+        return self._end(trainer.end_finished, state, evaluation)
 
     def _train_steps(self, state: TrainState, clock: "_Clock") -> None:
         """Does the rest of the epoch in progress, with a checkpoint whenever one is due."""
-        session = self.session
-        for loss, num_images in session.train_steps(state):
+        trainer = self.trainer
+        for loss, num_images in trainer.train_steps(state):
             clock.tick(num_images)
-            self.callbacks.report(_step_event(session, state, loss, clock, num_images))
-            if not math.isfinite(loss) or session.is_stuck:
-                raise self._end(session.end_diverged, state, loss)
+            self.callbacks.report(_step_event(trainer, state, loss, clock, num_images))
+            if not math.isfinite(loss) or trainer.is_stuck:
+                raise self._end(trainer.end_diverged, state, loss)
             if self._is_over():
-                raise self._end(session.end_stopped, state)
-            is_last = state.step_in_epoch == session.num_steps
-            if not is_last and clock.is_due(session.config.checkpoint_every_minutes):
-                session.save(state)
+                raise self._end(trainer.end_stopped, state)
+            is_last = state.step_in_epoch == trainer.num_steps
+            if not is_last and clock.is_due(trainer.config.checkpoint_every_minutes):
+                trainer.save(state)
 
     def _end_epoch(self, state: TrainState, clock: "_Clock") -> None:
         """Validates, and stores what the epoch leaves."""
-        session, number = self.session, state.epoch + 1
+        trainer, number = self.trainer, state.epoch + 1
         self.callbacks.begin(f"validation of epoch {number}")
-        row = session.validate(state, self._is_over)
+        row = trainer.validate(state, self._is_over)
         self.callbacks.begin(f"end of epoch {number}")
         if row is None:
-            raise self._end(session.end_stopped, state)
+            raise self._end(trainer.end_stopped, state)
         if not math.isfinite(row["val_loss"]):
-            raise self._end(session.end_diverged, state, row["val_loss"])
-        session.finish_epoch(state, row, images_per_s=clock.images_per_s)
-        self.callbacks.report({"event": "epoch", "num_epochs": session.config.epochs, **row})
+            raise self._end(trainer.end_diverged, state, row["val_loss"])
+        trainer.finish_epoch(state, row, images_per_s=clock.images_per_s)
+        self.callbacks.report({"event": "epoch", "num_epochs": trainer.config.epochs, **row})
 
     def _is_over(self) -> bool:
         # A run that was lost, or cannot be stored, is told when it is ended.
-        return self.session.team.any(self.callbacks.should_stop() or self.session.is_in_trouble)
+        return self.trainer.process_group.any(
+            self.callbacks.should_stop() or self.trainer.has_failed
+        )
 
     def _end(self, store: Callable[..., T], *details: Any) -> T:
         # Whoever else is gone: what is on its way to storage must arrive.
@@ -151,7 +153,7 @@ def _check_same(setup: TrainingSetup) -> None:
         together = {**identity_of(config), **free}
         return {"config": together, "dataset": setup.dataset.digest}
 
-    first, *others = setup.team.all_gather_object(settings)
+    first, *others = setup.process_group.all_gather_object(settings)
     for rank, other in enumerate(others, start=1):
         if other != first:
             raise UsageError(
@@ -236,17 +238,17 @@ def _check_dataset(config: TrainConfig, run: Run, dataset_digest: str) -> None:
 
 
 def _step_event(
-    session: "Session", state: TrainState, loss: float, clock: "_Clock", num_images: int
+    trainer: "Trainer", state: TrainState, loss: float, clock: "_Clock", num_images: int
 ) -> dict[str, Any]:
     return {
         "event": "step",
         "epoch": state.epoch,
-        "num_epochs": session.config.epochs,
+        "num_epochs": trainer.config.epochs,
         "step": state.step_in_epoch,
-        "num_steps": session.num_steps,
+        "num_steps": trainer.num_steps,
         "loss": loss,
         "num_images": num_images,
-        "epoch_images": len(session.dataset.split("train")),
+        "epoch_images": len(trainer.dataset.split("train")),
         "images_per_s": clock.images_per_s,
     }
 

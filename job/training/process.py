@@ -16,8 +16,8 @@ from flexunet.storage import open_store
 from job.config import TrainConfig, checked_run_name
 from job.data.dataset import Dataset
 from job.data.folds import open_folded
-from job.distributed.process_group import Team, told_of_peers
-from job.distributed.rendezvous import Place, meet
+from job.distributed.process_group import ProcessGroup, peer_errors
+from job.distributed.rendezvous import ProcessSpec, rendezvous
 from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process
 from job.models.compatibility import check_compatible, input_max
 from job.reporting.display import Display
@@ -39,19 +39,19 @@ def run_local(config: TrainConfig) -> dict[str, Any]:
         config: `data` and `name` are set.
     """
     with stop_signals() as should_stop, Display(config) as display:
-        return run_member(config, None, display.report, should_stop)
+        return run_process(config, None, display.report, should_stop)
 
 
-def run_in_cluster(config: TrainConfig, place: Place) -> dict[str, Any]:
-    """Trains as the process `place` of a cluster; the body of `train` without `--local`."""
+def run_in_cluster(config: TrainConfig, spec: ProcessSpec) -> dict[str, Any]:
+    """Trains as the process `spec` of a cluster; the body of `train` without `--local`."""
     with stop_signals() as should_stop, Display(config) as display:
-        report = display.report if place.rank == 0 else lambda event: None
-        return run_member(config, place, report, should_stop)
+        report = display.report if spec.rank == 0 else lambda event: None
+        return run_process(config, spec, report, should_stop)
 
 
-def run_member(
+def run_process(
     config: TrainConfig,
-    place: Place | None,
+    spec: ProcessSpec | None,
     report: Report,
     should_stop: Callable[[], bool],
     *,
@@ -73,22 +73,22 @@ def run_member(
     dataset = open_folded(config)
     check_compatible(config, dataset)
     callbacks = Callbacks(report, should_stop)
-    if place is None or place.size == 1:
+    if spec is None or spec.size == 1:
         if launch is None:  # a launcher has done it
             check_origin(config, dataset)
         alone = _Process(config, dataset, None, num_gpus, launch)
-        with _own_run(config, launch) as run:
+        with _acquire_run(config, launch) as run:
             return alone.train(run, callbacks)
-    return _Process(config, dataset, place, num_gpus, launch).train(None, callbacks)
+    return _Process(config, dataset, spec, num_gpus, launch).train(None, callbacks)
 
 
 @dataclass(frozen=True)
 class _Process:
-    """One of the processes that train together, see `run_member`."""
+    """One of the processes that train together, see `run_process`."""
 
     config: TrainConfig
     dataset: Dataset
-    place: Place | None
+    spec: ProcessSpec | None
     num_gpus: int | None
     launch: str | None
 
@@ -105,40 +105,40 @@ class _Process:
             configure,
         )
 
-        config, place = self.config, self.place
-        num_seen = check_devices(config, place, self.num_gpus)
-        if place is not None:
-            meet(place, config.phase_timeout, num_seen)
-            if place.size > 1:
-                check_batch(config, place.size, num_seen)
-        with _watched(config, place) as watchdog, ExitStack() as stack:
+        config, spec = self.config, self.spec
+        num_seen = check_devices(config, spec, self.num_gpus)
+        if spec is not None:
+            rendezvous(spec, config.phase_timeout, num_seen)
+            if spec.size > 1:
+                check_batch(config, spec.size, num_seen)
+        with _watched(config, spec) as watchdog, ExitStack() as stack:
             watchdog.enter("making the strategy")
-            strategy = configure(config, place)
+            strategy = configure(config, spec)
             check_micro_batches(config, strategy.num_replicas_in_sync)
-            team = Team(strategy, place)
+            process_group = ProcessGroup(strategy, spec)
             callbacks = _watched_callbacks(watchdog, callbacks)
-            with told_of_peers(team):
-                if place is not None:
-                    run = self._own_on_first(team, stack)
+            with peer_errors(process_group):
+                if spec is not None:
+                    run = self._acquire_on_primary(process_group, stack)
                 watchdog.enter("starting")
-                precision = self._agree_on_precision(team, run)
+                precision = self._agree_on_precision(process_group, run)
                 config = config.model_copy(update={"precision": precision})
-                setup = TrainingSetup(config, self.dataset, run, strategy, team)
+                setup = TrainingSetup(config, self.dataset, run, strategy, process_group)
                 return train_and_evaluate(setup, callbacks)
 
-    def _own_on_first(self, team: Team, stack: ExitStack) -> Run | None:
+    def _acquire_on_primary(self, process_group: ProcessGroup, stack: ExitStack) -> Run | None:
         """Lets the first process own the run until `stack` is left; returns it there."""
         owned: list[Run] = []
 
-        def own() -> None:
-            owned.append(stack.enter_context(_own_run(self.config, self.launch)))
+        def acquire() -> None:
+            owned.append(stack.enter_context(_acquire_run(self.config, self.launch)))
 
-        team.run_on_primary(own)
+        process_group.run_on_primary(acquire)
         if self.launch is None:
-            team.run_on_primary(lambda: check_origin(self.config, self.dataset))
+            process_group.run_on_primary(lambda: check_origin(self.config, self.dataset))
         return owned[0] if owned else None
 
-    def _agree_on_precision(self, team: Team, run: Run | None) -> str:
+    def _agree_on_precision(self, process_group: ProcessGroup, run: Run | None) -> str:
         """Returns the precision in which all processes compute.
 
         Raises:
@@ -147,17 +147,17 @@ class _Process:
         from job.distributed.precision import resolve_precision
 
         config = self.config
-        wished: str = config.precision
+        requested: str = config.precision
         begun_in: str | None = None
-        if wished == "auto":
+        if requested == "auto":
             # A run goes on as it began, on whatever it is resumed.
-            begun_in = team.run_on_primary(lambda: stored_precision(run))
-            wished = begun_in or wished
+            begun_in = process_group.run_on_primary(lambda: stored_precision(run))
+            requested = begun_in or requested
         largest = input_max(config, self.dataset.manifest)
 
         def resolve() -> str:
             try:
-                return resolve_precision(wished, largest)
+                return resolve_precision(requested, largest)
             except UsageError as error:
                 if begun_in is None:
                     raise
@@ -167,7 +167,7 @@ class _Process:
                     "does, or train another --name"
                 ) from error
 
-        precisions = team.all_gather_object(resolve)
+        precisions = process_group.all_gather_object(resolve)
         # Where machines are of two kinds, all of them compute in float32.
         return precisions[0] if len(set(precisions)) == 1 else "float32"
 
@@ -181,18 +181,18 @@ def stored_precision(run: Run | None) -> str | None:
     return str(stored["config"]["precision"]) if stored else None
 
 
-def _own_run(config: TrainConfig, launch: str | None) -> Run:
+def _acquire_run(config: TrainConfig, launch: str | None) -> Run:
     # A request is repeated for a while, and the outbox repeats the whole call for longer.
     retry_s = min(_RETRY_S, max(config.storage_timeout, 1.0))
     store = open_store(config.output, retry_s=retry_s).below(checked_run_name(str(config.name)))
-    return Run.own(store, launch=launch)
+    return Run.acquire(store, launch=launch)
 
 
 @contextmanager
-def _watched(config: TrainConfig, place: Place | None) -> Iterator[Watchdog]:
+def _watched(config: TrainConfig, spec: ProcessSpec | None) -> Iterator[Watchdog]:
     """Yields the watchdog of this process, which writes into the run what stood still where."""
-    rank = place.rank if place else 0
-    peers = {r: a for r, a in enumerate(place.addresses) if r != rank} if place else {}
+    rank = spec.rank if spec else 0
+    peers = {r: a for r, a in enumerate(spec.addresses) if r != rank} if spec else {}
     store = open_store(config.output, retry_s=_LAST_WORDS_S).below(str(config.name))
 
     def end(problem: str) -> None:
@@ -221,7 +221,7 @@ def _watched_callbacks(watchdog: Watchdog, callbacks: Callbacks) -> Callbacks:
         watchdog.beat()
         return callbacks.should_stop()
 
-    return Callbacks(tell, ask, watchdog.alive)
+    return Callbacks(tell, ask, watchdog.heartbeat)
 
 
 @contextmanager

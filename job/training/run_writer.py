@@ -26,7 +26,7 @@ import tensorflow as tf
 from data_prep.shards.manifest import MANIFEST_NAME
 from data_prep.sources.dicom_files import stem_of
 from flexunet.errors import ContentError, FlexUNetError, StorageError
-from flexunet.progress import Alive
+from flexunet.progress import Heartbeat
 from flexunet.settings import write_yaml
 from flexunet.storage import NotFound, ObjectStore, open_store
 from flexunet.tables import csv_table
@@ -44,10 +44,10 @@ from job.reporting import plots
 from job.reporting.csv_tables import CURVE_TITLES, History
 from job.reporting.html_report import renew_report
 from job.runs import serialization
-from job.runs.commits import fetch_commit
-from job.runs.layout import Place, commit_prefix
+from job.runs.checkpoints import download_checkpoint
+from job.runs.layout import CheckpointRef, checkpoint_prefix
 from job.runs.run import Run
-from job.runs.upload_queue import Outbox
+from job.runs.upload_queue import UploadQueue
 from job.training.setup import TrainingSetup
 from job.training.staging import kept_if_unstored, kept_words, staging_folder
 from job.training.state import TrainState
@@ -61,7 +61,7 @@ class RunWriter:
 
     config: TrainConfig
     run: Run
-    outbox: Outbox
+    upload_queue: UploadQueue
     evaluator: Evaluator
     model: Any
     optimizer: Adam
@@ -73,21 +73,21 @@ class RunWriter:
     memory: serialization.Memory = dataclasses.field(default_factory=list)
 
     @property
-    def is_in_trouble(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether something could not be stored, or the run was lost; `flush` raises it."""
-        return self.outbox.has_failed or self.run.lost
+        return self.upload_queue.has_failed or self.run.lost
 
     @property
     def _store(self) -> ObjectStore:
         """The run's folder, for the thread of the outbox: bytes that move are told."""
-        return self.run.store.watched(self.outbox.moved)
+        return self.run.store.watched(self.upload_queue.moved)
 
     @property
-    def has_room(self) -> bool:
+    def has_capacity(self) -> bool:
         """Whether a checkpoint can be taken without waiting for those on their way."""
-        return self.outbox.has_room
+        return self.upload_queue.has_capacity
 
-    def restore(self, alive: Alive) -> dict[str, Any] | None:
+    def restore(self, heartbeat: Heartbeat) -> dict[str, Any] | None:
         """Reads the newest verified checkpoint into model and optimizer and returns its state.
 
         None for a new run.
@@ -96,7 +96,7 @@ class RunWriter:
             alive: called while bytes move.
         """
         with tempfile.TemporaryDirectory(dir=self.staging) as folder:
-            found = self.run.restore(folder, moved=alive)
+            found = self.run.restore(folder, moved=heartbeat)
             if found is None:
                 return None
             commit, members = found
@@ -114,7 +114,7 @@ class RunWriter:
         self._rewrite_events(state)
         return values
 
-    def save(self, state: TrainState, alive: Alive) -> None:
+    def save(self, state: TrainState, heartbeat: Heartbeat) -> None:
         """Takes a checkpoint of `state` and the weights as they are now, and stores it later.
 
         Waits while two others are on their way. What fails is raised by `flush`.
@@ -123,11 +123,11 @@ class RunWriter:
             alive: called while it waits and bytes move.
         """
         try:
-            self._save(state, alive)
+            self._save(state, heartbeat)
         except FlexUNetError as error:
-            self.outbox.fail(error)
+            self.upload_queue.fail(error)
 
-    def flush(self, alive: Alive) -> None:
+    def flush(self, heartbeat: Heartbeat) -> None:
         """Waits until everything is stored.
 
         Args:
@@ -138,7 +138,7 @@ class RunWriter:
             StorageError: storage is full, or was out of reach for too long.
         """
         try:
-            self.outbox.flush(alive)
+            self.upload_queue.flush(heartbeat)
         except StorageError as error:
             raise StorageError(f"{error}{self._kept()}") from error
         self.run.check_owned()
@@ -150,19 +150,19 @@ class RunWriter:
         except StorageError:
             return ""
 
-    def write_predictions(self, epoch: int, alive: Alive) -> None:
+    def write_predictions(self, epoch: int, heartbeat: Heartbeat) -> None:
         """Stores the masks of some pictures, by the weights as they are now.
 
         Args:
             alive: told of every batch of windows.
         """
         for name, pixels in self.pictures.items():
-            ids = self.evaluator.mask_of(pixels, alive)
+            ids = self.evaluator.mask_of(pixels, heartbeat)
             picture = plots.mask_png(ids, self.evaluator.dataset.manifest.classes)
             # The reference counts epochs from 1 here.
             self._put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", picture)
 
-    def end_epoch(self, state: TrainState, row: Mapping[str, Any], alive: Alive) -> None:
+    def end_epoch(self, state: TrainState, row: Mapping[str, Any], heartbeat: Heartbeat) -> None:
         """Stores all that an epoch leaves beside predictions, and a checkpoint last.
 
         Args:
@@ -170,7 +170,7 @@ class RunWriter:
         """
         self.write_tables(state)
         self._write_events(row)
-        self.save(state, alive)
+        self.save(state, heartbeat)
 
     def write_tables(self, state: TrainState) -> None:
         """Stores the tables and curves of the epochs done."""
@@ -200,7 +200,7 @@ class RunWriter:
                     f"metrics/{stem}.png", plots.curve_png(CURVE_TITLES[stem], epochs, series, unit)
                 )
 
-    def read_best(self, state: TrainState, alive: Alive) -> bool:
+    def read_best(self, state: TrainState, heartbeat: Heartbeat) -> bool:
         """Reads the weights of the best checkpoint into the model.
 
         Returns whether it could: where it is damaged, the newest stay. `state.best` must be set.
@@ -208,14 +208,16 @@ class RunWriter:
         Args:
             alive: called while bytes move.
         """
-        self.flush(alive)
+        self.flush(heartbeat)
         assert state.best is not None  # noqa: S101 - the caller's promise
         step, attempt = state.best["step"], state.best["attempt"]
-        place = Place(attempt, step, commit_prefix(step, attempt))
+        ref = CheckpointRef(attempt, step, checkpoint_prefix(step, attempt))
         with tempfile.TemporaryDirectory(dir=self.staging) as folder:
             try:
-                store = self.run.store.watched(alive)
-                _, members = fetch_commit(store, place, folder, names=[serialization.WEIGHTS_NAME])
+                store = self.run.store.watched(heartbeat)
+                _, members = download_checkpoint(
+                    store, ref, folder, names=[serialization.WEIGHTS_NAME]
+                )
             except (ContentError, NotFound) as error:
                 logger.warning("the best checkpoint is damaged, the newest is evaluated: %s", error)
                 return False
@@ -225,21 +227,21 @@ class RunWriter:
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Stores the evaluation of a split."""
         target = evaluation_folder(self._store, evaluation.split.name)
-        self.outbox.post(lambda: write_evaluation(target, evaluation, self.evaluator))
+        self.upload_queue.post(lambda: write_evaluation(target, evaluation, self.evaluator))
 
-    def write_stop(self, state: TrainState, alive: Alive) -> None:
+    def write_stop(self, state: TrainState, heartbeat: Heartbeat) -> None:
         """Stores that this attempt was stopped, after all that was posted before."""
-        place = {"epoch": state.epoch + 1, "step": state.step_in_epoch}
-        self.outbox.post(lambda: self.run.note_end("stopped", **place))
-        self.flush(alive)
+        ref = {"epoch": state.epoch + 1, "step": state.step_in_epoch}
+        self.upload_queue.post(lambda: self.run.note_end("stopped", **ref))
+        self.flush(heartbeat)
 
     def write_outcome(
-        self, status: str, exit_code: int, details: Mapping[str, Any], alive: Alive
+        self, status: str, exit_code: int, details: Mapping[str, Any], heartbeat: Heartbeat
     ) -> None:
         """Stores how the run ended, after all that was posted before, and the page of all of it."""
-        self.outbox.post(lambda: self.run.write_outcome(status, exit_code, **details))
-        self.outbox.post(lambda: renew_report(self._store))
-        self.flush(alive)
+        self.upload_queue.post(lambda: self.run.write_outcome(status, exit_code, **details))
+        self.upload_queue.post(lambda: renew_report(self._store))
+        self.flush(heartbeat)
 
     def write_description(self, dataset: Dataset, strategy: Any) -> None:
         """Stores what describes the run: its config, its environment, a copy of the manifest."""
@@ -249,10 +251,10 @@ class RunWriter:
         self._put("environment.json", (json.dumps(environment, indent=2) + "\n").encode())
 
     def _put(self, name: str, data: bytes) -> None:
-        self.outbox.post(lambda: self._store.put(name, data))
+        self.upload_queue.post(lambda: self._store.put(name, data))
 
-    def _save(self, state: TrainState, alive: Alive) -> None:
-        self.outbox.wait_for_room(alive)
+    def _save(self, state: TrainState, heartbeat: Heartbeat) -> None:
+        self.upload_queue.wait_for_capacity(heartbeat)
         with serialization.disk_errors(self.staging):
             folder = tempfile.mkdtemp(prefix="checkpoint-", dir=self.staging)
         values = dataclasses.asdict(state)
@@ -260,17 +262,17 @@ class RunWriter:
             serialization.take(folder, self.model, self.optimizer, values, self.memory)
         )
         step, epoch, position = state.step, state.epoch, {"step_in_epoch": state.step_in_epoch}
-        keep = [commit_prefix(state.best["step"], state.best["attempt"])] if state.best else []
+        keep = [checkpoint_prefix(state.best["step"], state.best["attempt"])] if state.best else []
 
         def store() -> None:
-            members, moved = finish(), self.outbox.moved
+            members, moved = finish(), self.upload_queue.moved
             self.run.commit(step, epoch, members, position, keep=keep, moved=moved)
             self.run.collect_garbage(self.config.keep_checkpoints)
             self.pending.remove(finish)
             shutil.rmtree(folder, ignore_errors=True)
 
         self.pending.append(finish)
-        self.outbox.post(store, is_large=True)
+        self.upload_queue.post(store, is_large=True)
 
     def _rewrite_events(self, state: TrainState) -> None:
         """Makes the events of this attempt those of all epochs; an epoch done twice is there once.
@@ -287,7 +289,7 @@ class RunWriter:
                 if not stat.name.startswith(f"tensorboard/attempt-{self.run.attempt}/"):
                     self.run.store.delete(stat.name)
 
-        self.outbox.post(forget)
+        self.upload_queue.post(forget)
 
     def _write_events(self, row: Mapping[str, Any]) -> None:
         if self.events is None:
@@ -311,7 +313,7 @@ def open_run_writer(
     optimizer: Adam,
     reader: RecordReader,
     *,
-    alive: Alive,
+    heartbeat: Heartbeat,
 ) -> Iterator[RunWriter]:
     """Yields the recorder of the setup's run; leaving the block waits until everything is stored.
 
@@ -327,11 +329,13 @@ def open_run_writer(
         if config.tensorboard:
             events = tf.summary.create_file_writer(os.path.join(staging, "tensorboard"))
             stack.callback(events.close)
-        outbox = stack.enter_context(Outbox(budget_s=config.storage_timeout, alive=alive))
+        upload_queue = stack.enter_context(
+            UploadQueue(budget_s=config.storage_timeout, heartbeat=heartbeat)
+        )
         yield RunWriter(
             config=config,
             run=run,
-            outbox=outbox,
+            upload_queue=upload_queue,
             evaluator=evaluator,
             model=model,
             optimizer=optimizer,

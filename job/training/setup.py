@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flexunet.progress import Alive, no_heartbeat
+from flexunet.progress import Heartbeat, no_heartbeat
 from job.config import TrainConfig
 from job.data.dataset import Dataset
-from job.distributed.process_group import Team
+from job.distributed.process_group import ProcessGroup
 from job.runs.run import Run
 
 # Called with {"event": "phase", "name", "needs_peers"} before every part of the work, after every
@@ -32,7 +32,7 @@ class TrainingSetup:
     dataset: Dataset
     run: Run | None
     strategy: Any
-    team: Team
+    process_group: ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Callbacks:
 
     report: Report
     should_stop: Callable[[], bool]
-    alive: Alive = no_heartbeat
+    heartbeat: Heartbeat = no_heartbeat
 
     def begin(self, phase: str, *, needs_peers: bool = True) -> None:
         """Reports that `phase` begins; `needs_peers`: it waits for the other processes."""

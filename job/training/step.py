@@ -70,7 +70,7 @@ def make_train_step(
 
     @tf.function(reduce_retracing=True, autograph=False)
     def train_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> Sums:
-        with exchange.tapped():
+        with exchange.record_layers():
             sums = strategy.run(replica.run, (batch, step, learning_rate))
         return reduced(strategy, sums, names)
 
@@ -90,11 +90,13 @@ def _exchange_of(model: keras.Model, plan: Plan | None) -> Any:
 class _Backward:
     """What one backward pass of a replica has found, or several together."""
 
-    share: Any  # of `_ReplicaStep.exchange`
+    local_gradient: Any  # of `_ReplicaStep.exchange`
     metric_sums: tf.Tensor
 
     def __add__(self, other: "_Backward") -> "_Backward":
-        return _Backward(self.share + other.share, self.metric_sums + other.metric_sums)
+        return _Backward(
+            self.local_gradient + other.local_gradient, self.metric_sums + other.metric_sums
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class _ReplicaStep:
         # `replica_sum` passes gradients through, so each replica's are its part of the global ones.
         is_whole = self.options.num_micro_batches == 1
         done, value = self._backward(batch, replica_sum) if is_whole else self._accumulated(batch)
-        skipped = self._update(self.exchange.gradients(done.share), step, learning_rate)
+        skipped = self._update(self.exchange.gradients(done.local_gradient), step, learning_rate)
         return tf.concat([loss_sums(value, batch), done.metric_sums, *skipped], axis=0)
 
     def _backward(self, part: Batch, global_sum: GlobalSum) -> tuple[_Backward, tf.Tensor]:
@@ -123,8 +125,8 @@ class _ReplicaStep:
             logits = self._forward(part)
             value = self._loss(part, logits, global_sum)
             scaled = scale.scaled(value) if scale else value
-        share = self.exchange.share(tape, scaled, factors)
-        return _Backward(share, metric_sums(part, logits, self.criterion.metrics)), value
+        local_gradient = self.exchange.local_gradient(tape, scaled, factors)
+        return _Backward(local_gradient, metric_sums(part, logits, self.criterion.metrics)), value
 
     def _accumulated(self, batch: Batch) -> tuple[_Backward, tf.Tensor]:
         """Returns what `_backward` of the whole batch would, with the memory of a part of it."""
@@ -139,7 +141,7 @@ class _ReplicaStep:
         done, _ = self._backward(parts[0], global_sum)
         for part in parts[1:]:
             # One after the other: together they would need the memory of the whole batch.
-            with tf.control_dependencies(done.share.tensors()):
+            with tf.control_dependencies(done.local_gradient.tensors()):
                 done += self._backward(part, global_sum)[0]
         true_sums = part_of(replica_sum(tf.add_n(seen)))
         return done, self._loss(parts[0], self._no_logits(parts[0]), true_sums)

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from flexunet.errors import DivergedError, StoppedError
-from flexunet.progress import Alive
+from flexunet.progress import Heartbeat
 from flexunet.text import counted
 from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.data.pipeline import EpochPlan, distributed_batches, one_ahead
 from job.data.reader import RecordReader
 from job.data.sampling import epoch_order, global_batches
-from job.distributed.process_group import Team
+from job.distributed.process_group import ProcessGroup
 from job.distributed.replica_sums import Sums
 from job.evaluation.artifacts import draw_examples
 from job.evaluation.evaluator import Evaluation, Evaluator, means_of
@@ -46,8 +46,8 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass
-class Session:
-    """One training process at work on one run; made by `job.training.assembly.open_session`."""
+class Trainer:
+    """One training process of one run; made by `trainer_factory.open_trainer`."""
 
     setup: TrainingSetup
     readers: dict[str, RecordReader]
@@ -56,7 +56,7 @@ class Session:
     train_step: Any
     evaluator: Evaluator
     run_writer: RunWriter | None  # of the first process
-    alive: Alive  # told in this process of parts of work that takes long
+    heartbeat: Heartbeat  # told in this process of parts of work that takes long
     attempt: int = 0  # of the run, known from `restore` on
     init_from: list[dict[str, str]] = dataclasses.field(default_factory=list)  # likewise
     skipped_in_row: int = 0  # steps until now, see `LossScale`
@@ -77,9 +77,9 @@ class Session:
         return self.setup.strategy
 
     @property
-    def team(self) -> Team:
+    def process_group(self) -> ProcessGroup:
         """The setup's."""
-        return self.setup.team
+        return self.setup.process_group
 
     @property
     def num_steps(self) -> int:
@@ -87,9 +87,9 @@ class Session:
         return -(-len(self.dataset.split("train")) // self.config.global_batch_size)
 
     @property
-    def is_in_trouble(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether this process must end: `end_stopped` says why."""
-        return self.run_writer is not None and self.run_writer.is_in_trouble
+        return self.run_writer is not None and self.run_writer.has_failed
 
     @property
     def is_stuck(self) -> bool:
@@ -99,32 +99,32 @@ class Session:
     def restore(self) -> TrainState:
         """Returns the state of the newest verified checkpoint, or of a new run."""
 
-        def read(alive: Alive) -> dict[str, Any]:
+        def read(heartbeat: Heartbeat) -> dict[str, Any]:
             if self.run_writer is None:
                 return {}
-            run, state = self.run_writer.run, self.run_writer.restore(alive)
+            run, state = self.run_writer.run, self.run_writer.restore(heartbeat)
             if state is None:
-                origin = self._initialize(run, alive)
+                origin = self._initialize(run, heartbeat)
             else:
                 origin = read_origin(run.store, self.config)
             known = as_record([origin], self.dataset)
             return {"state": state, "attempt": run.attempt, "init_from": known}
 
-        found = self.team.keep_alive(read, self.alive)[0]
+        found = self.process_group.all_gather_with_heartbeat(read, self.heartbeat)[0]
         self.attempt, self.init_from = found["attempt"], found["init_from"]
         # The weights of a new run are the same everywhere: they come from the seed.
         if found["state"] is not None or self.config.init_from is not None:
-            self.team.share([*self.model.variables, *self.optimizer.variables])
+            self.process_group.broadcast([*self.model.variables, *self.optimizer.variables])
         if found["state"] is None:
             return TrainState(learning_rate=self.config.optimizer.learning_rate)
         return TrainState(**found["state"])
 
-    def _initialize(self, run: Run, alive: Alive) -> Origin | None:
+    def _initialize(self, run: Run, heartbeat: Heartbeat) -> Origin | None:
         """Reads the weights that a new run starts from; returns and keeps what they have seen."""
         if self.config.init_from is None:
             return None
         origin = check_no_leakage(self.config, self.dataset)
-        initialize_from(self.model, self.config.init_from, alive)
+        initialize_from(self.model, self.config.init_from, heartbeat)
         if origin is not None:
             run.put_text(ORIGIN_NAME, origin_json(origin))
         return origin
@@ -151,7 +151,7 @@ class Session:
             self.dataset,
             self.readers["train"],
             plan,
-            first_replica=self.team.first_replica,
+            first_replica=self.process_group.first_replica,
         )
         running = RunningSums()
         running.load_state(state.sums)
@@ -179,7 +179,7 @@ class Session:
 
     def _tell_skipped(self, state: TrainState, number: int) -> None:
         scale = self.optimizer.loss_scale
-        if number and scale is not None and self.team.is_first:
+        if number and scale is not None and self.process_group.is_primary:
             logger.info(
                 "epoch %d: %s skipped, whose gradients overflowed float16; the loss scale is now "
                 "%g",
@@ -211,7 +211,7 @@ class Session:
         Raises:
             FlexUNetError: the processes no longer have the same weights.
         """
-        self.team.check_same(self.model.variables)
+        self.process_group.check_same(self.model.variables)
         is_best = state.watch(row["val_loss"], self.config.schedule)
         state.rows.append(row)
         state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
@@ -221,9 +221,9 @@ class Session:
         state.throughput.append({"epoch": row["epoch"], "train_images_per_s": images_per_s})
         run_writer = self.run_writer
 
-        def store(run_writer: RunWriter, alive: Alive) -> None:
-            run_writer.write_predictions(row["epoch"], alive)
-            run_writer.end_epoch(state, row, alive)
+        def store(run_writer: RunWriter, heartbeat: Heartbeat) -> None:
+            run_writer.write_predictions(row["epoch"], heartbeat)
+            run_writer.end_epoch(state, row, heartbeat)
 
         # Pictures of many windows take long, as does a slow line to storage.
         self._recorded(store)
@@ -236,8 +236,8 @@ class Session:
 
         Nothing is taken while two are on their way: no step waits for storage.
         """
-        if self.run_writer is not None and self.run_writer.has_room:
-            self.run_writer.save(state, self.alive)
+        if self.run_writer is not None and self.run_writer.has_capacity:
+            self.run_writer.save(state, self.heartbeat)
 
     def end_stopped(self, state: TrainState) -> StoppedError:
         """Stores a checkpoint and returns what to raise.
@@ -246,9 +246,9 @@ class Session:
             LockedError, StorageError: the run was lost, or could not be stored.
         """
 
-        def store(run_writer: RunWriter, alive: Alive) -> None:
-            run_writer.save(state, alive)
-            run_writer.write_stop(state, alive)
+        def store(run_writer: RunWriter, heartbeat: Heartbeat) -> None:
+            run_writer.save(state, heartbeat)
+            run_writer.write_stop(state, heartbeat)
 
         self._recorded(store)
         return StoppedError(
@@ -282,13 +282,15 @@ class Session:
         """
         if state.best is None or "test" not in self.dataset.splits:
             return None
-        is_best = self._recorded(lambda run_writer, alive: run_writer.read_best(state, alive))
-        self.team.share(self.model.variables)
+        is_best = self._recorded(
+            lambda run_writer, heartbeat: run_writer.read_best(state, heartbeat)
+        )
+        self.process_group.broadcast(self.model.variables)
         try:
             evaluation = self._evaluate("test", should_stop, measured=True)
         except StoppedError:
             # It may be trouble that stopped it, and the first process knows.
-            self._recorded(lambda run_writer, alive: run_writer.write_stop(state, alive))
+            self._recorded(lambda run_writer, heartbeat: run_writer.write_stop(state, heartbeat))
             raise
         epochs = state.best["epoch"] + 1 if is_best else state.epoch
         evaluation.summary["checkpoint"] = {
@@ -298,8 +300,10 @@ class Session:
         evaluation.summary["init_from"] = self.init_from
         examples: dict[str, bytes] = {}
 
-        def draw(run_writer: RunWriter, alive: Alive) -> None:
-            examples.update(draw_examples(self.evaluator, evaluation, self.readers["test"], alive))
+        def draw(run_writer: RunWriter, heartbeat: Heartbeat) -> None:
+            examples.update(
+                draw_examples(self.evaluator, evaluation, self.readers["test"], heartbeat)
+            )
 
         self._recorded(draw)
         return dataclasses.replace(evaluation, examples=examples)
@@ -324,20 +328,22 @@ class Session:
 
     def _write_outcome(self, status: str, exit_code: int, details: dict[str, Any]) -> None:
         self._recorded(
-            lambda run_writer, alive: run_writer.write_outcome(status, exit_code, details, alive)
+            lambda run_writer, heartbeat: run_writer.write_outcome(
+                status, exit_code, details, heartbeat
+            )
         )
 
-    def _recorded(self, work: Callable[[RunWriter, Alive], T]) -> T | None:
+    def _recorded(self, work: Callable[[RunWriter, Heartbeat], T]) -> T | None:
         """Returns on every process what `work` returned in the first, which has the recorder.
 
         The others wait as long as it moves on.
         """
         run_writer = self.run_writer
 
-        def of_first(alive: Alive) -> T | None:
-            return work(run_writer, alive) if run_writer is not None else None
+        def of_first(heartbeat: Heartbeat) -> T | None:
+            return work(run_writer, heartbeat) if run_writer is not None else None
 
-        return self.team.keep_alive(of_first, self.alive)[0]
+        return self.process_group.all_gather_with_heartbeat(of_first, self.heartbeat)[0]
 
     def _evaluate(
         self, split: str, should_stop: Callable[[], bool], *, measured: bool = False
@@ -347,5 +353,5 @@ class Session:
             self.readers[split],
             measured=measured,
             should_stop=should_stop,
-            alive=self.alive,
+            heartbeat=self.heartbeat,
         )

@@ -16,7 +16,7 @@ from job.reporting.fold_tables import show_folds
 from job.reporting.html_report import write_report
 from job.runs.layout import run_url
 from job.train import prep_flags, show_end
-from job.training.cross_validation import cross_validate, own_process
+from job.training.cross_validation import cross_validate, separate_process
 from job.training.options import resolve_config
 from job.training.process import stop_signals
 from launcher.cluster.connection import connected
@@ -62,7 +62,7 @@ def _cross_validate(config: TrainConfig, settings: LaunchConfig) -> int:
         num_parallel, settings = _side_by_side(int(config.folds or 1), settings)
         address = ray.get_runtime_context().gcs_address
         arguments = _arguments(settings.model_copy(update={"address": address}))
-        command = own_process("launcher", "train", *arguments)
+        command = separate_process("launcher", "train", *arguments)
         logger.info("%d folds, %d at a time", config.folds, num_parallel)
         code = cross_validate(config, command, num_parallel, should_stop)
     if code == 0:

@@ -19,8 +19,8 @@ import pytest
 
 from flexunet.errors import LockedError
 from flexunet.storage import LocalStore, ObjectStore, Unavailable, join_url, open_store
-from job.runs.commits import fetch_commit, find_commits
-from job.runs.layout import commit_prefix
+from job.runs.checkpoints import download_checkpoint, find_checkpoints
+from job.runs.layout import checkpoint_prefix
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
 from tests.conftest import FaultyBucket
@@ -58,8 +58,8 @@ def check_after_stop(store: ObjectStore, acknowledged: list[int], folder: Path) 
     """Returns what the next attempt restores from a run whose owner died, after all checks."""
     before = store.list("checkpoints/")
     committed = committed_steps(store)
-    for place in find_commits(store):  # one that is half deleted is no commit any more
-        fetch_commit(store, place, str(folder / "all"))
+    for place in find_checkpoints(store):  # one that is half deleted is no commit any more
+        download_checkpoint(store, place, str(folder / "all"))
     with own_run(store, STILL, launch="launch") as run:
         found = restored_step(run, str(folder))
         assert store.list("checkpoints/") == before
@@ -167,7 +167,7 @@ def test_damaged_object_of_a_bucket_is_passed_over_with_one_warning(
     with own_run(store, STILL, launch="launch") as run:
         for step in (10, 20):
             commit_step(run, str(tmp_path), step)
-    victim = f"{commit_prefix(20, 1)}/{name}"
+    victim = f"{checkpoint_prefix(20, 1)}/{name}"
     if kind == "delete":
         store.delete(victim)
     else:
@@ -205,12 +205,12 @@ def commit_under_faults(
         run.put_text("metrics/history.csv", f"{len(acknowledged)}\n")
         assert not failures
         assert not run.lost
-    for place in find_commits(store):
-        fetch_commit(store, place, str(folder / "all"))
+    for place in find_checkpoints(store):
+        download_checkpoint(store, place, str(folder / "all"))
     assert store.get("metrics/history.csv") == f"{num_commits}\n".encode()
     with own_run(store, timing) as run:
         assert restored_step(run, str(folder)) == num_commits
-    return len({place.step for place in find_commits(store)} & set(acknowledged))
+    return len({place.step for place in find_checkpoints(store)} & set(acknowledged))
 
 
 def storm(probability: float) -> list[Fault]:
@@ -336,7 +336,7 @@ def test_newcomer_does_not_take_a_run_because_of_an_outage(
             timer.start()
         newcomer = open_store(faulty_bucket.url).with_limits(retry_s=60, timeout_s=0.5)
         with pytest.raises(LockedError, match="is owned by"):
-            Run.own(newcomer, timing=timing)
+            Run.acquire(newcomer, timing=timing)
         for timer in timers:
             timer.join()
         assert not run.lost

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from flexunet.storage import join_url, open_store
-from job.runs.commits import find_commits
+from job.runs.checkpoints import find_checkpoints
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
 from tests.faults.test_run_faults import storm
@@ -288,7 +288,7 @@ def test_a_stopped_process_of_a_large_network_saves_in_time(
             begin = time.time()
             process.process.terminate()
             assert process.end() == 6, process.errors
-        place = max(find_commits(run))
+        place = max(find_checkpoints(run))
         marker = tmp_path / "large" / place.prefix / "COMMIT.json"
         seconds.append(marker.stat().st_mtime - begin)
         redone.append(max(steps_of(events)) - place.step)
@@ -356,7 +356,7 @@ def test_an_upload_at_a_tenth_of_the_needed_speed_ends_nothing(
         codes = [each.end(600) for each in members]
         seconds = time.monotonic() - begin
     assert codes == [0, 0], members[0].errors
-    (place,) = find_commits(case.run)
+    (place,) = find_checkpoints(case.run)
     num_bytes = sum(stat.size for stat in case.run.list(f"{place.prefix}/"))
     needed_s = num_bytes / SLOW_BYTES_PER_S
     assert needed_s > 9 * 20  # a checkpoint has 9 to 10 MB

@@ -87,17 +87,17 @@ class Trace:
         if part is not None:
             gcs._SINGLE_BYTES = gcs_transfer._PART_BYTES = int(part)
         self.tell("start")
-        self._after(process, "meet", lambda *_: self.pass_by("meet"))
+        self._after(process, "rendezvous", lambda *_: self.pass_by("meet"))
         self._before(watchdog.Watchdog, "enter", lambda _, name: self._enter(name))
-        self._before(trainer.Session, "restore", lambda _: self.pass_by("restore"))
+        self._before(trainer.Trainer, "restore", lambda _: self.pass_by("restore"))
         self._after(run.Run, "_put_members", lambda _, step, *rest: self.pass_by("save", step))
         self._before(
             reader.RecordReader, "read_many", lambda *_: self.pass_by("read", self._step)
         )  # fmt: skip
-        steps = trainer.Session.train_steps
+        steps = trainer.Trainer.train_steps
 
         @functools.wraps(steps)
-        def traced(of: trainer.Session, state: Any) -> Iterator[tuple[float, int]]:
+        def traced(of: trainer.Trainer, state: Any) -> Iterator[tuple[float, int]]:
             self.tell("begin", attempt=of.attempt, epoch=state.epoch, step=state.step)
             train_step = of.train_step
 
@@ -116,7 +116,7 @@ class Trace:
             finally:
                 of.train_step = train_step
 
-        trainer.Session.train_steps = traced  # type: ignore[method-assign]
+        trainer.Trainer.train_steps = traced  # type: ignore[method-assign]
 
     def _enter(self, name: str) -> None:
         self.tell("phase", name=name)
@@ -176,12 +176,12 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 
 def work(folder: str, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Trains as one worker of a Ray cluster, as `launcher.worker.work`."""
-    from job.distributed.rendezvous import place_from_environment
+    from job.distributed.rendezvous import process_spec_from_environment
     from launcher import worker
 
-    place = place_from_environment()
-    assert place is not None
-    Trace(Path(folder), place.rank).install()
+    spec = process_spec_from_environment()
+    assert spec is not None
+    Trace(Path(folder), spec.rank).install()
     return worker.work(settings)
 
 
@@ -198,10 +198,10 @@ def main() -> int:
         worker_group.work = functools.partial(traced_work, folder)
         return launch.main(arguments)
     from job import train as local
-    from job.distributed.rendezvous import place_from_environment
+    from job.distributed.rendezvous import process_spec_from_environment
 
-    place = place_from_environment()
-    Trace(Path(folder), place.rank if place else 0).install()
+    spec = process_spec_from_environment()
+    Trace(Path(folder), spec.rank if spec else 0).install()
     return local.main(arguments)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from flexunet.storage import ObjectStore, join_url, open_store
 from job.data.sampling import dropout_keys
-from job.runs.commits import find_commits
+from job.runs.checkpoints import find_checkpoints
 from tests.faults.traced import events_of
 from tests.job.discs import prepare_discs
 from tests.job.processes import free_addresses, weights_of
@@ -167,7 +167,7 @@ def assert_same_run(run: ObjectStore, control: Path) -> None:
     assert all(np.array_equal(values, found[name]) for name, values in expected.items())
     for name in TABLES:
         assert run.get(name) == (control / name).read_bytes(), name
-    newest = max(find_commits(run))
+    newest = max(find_checkpoints(run))
     state = json.loads(run.get(f"{newest.prefix}/state.json"))
     total = len((control / TABLES[0]).read_text().splitlines()[1:]) * NUM_STEPS
     assert (newest.step, state["step"]) == (total, total)
@@ -220,7 +220,7 @@ def _ids_of(keys: Sequence[int], epoch: int) -> list[int]:
 
 def commits_of(run: ObjectStore) -> list[int]:
     """Returns the steps of the commits that are there."""
-    return [place.step for place in find_commits(run)]
+    return [place.step for place in find_checkpoints(run)]
 
 
 def steps_of(folder: Path, after: float = 0) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from flexunet.errors import FlexUNetError
 from flexunet.storage import LocalStore, ObjectMeta, ObjectStore, open_store
-from job.runs.commits import Commit
+from job.runs.checkpoints import Checkpoint
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
 
@@ -54,7 +54,7 @@ class StoppingStore(LocalStore):
         self._act(super().delete, name)
 
 
-def commit_step(run: Run, folder: str, step: int) -> Commit:
+def commit_step(run: Run, folder: str, step: int) -> Checkpoint:
     """Commits two members that hold their name and the step."""
     paths = {name: os.path.join(folder, name) for name in MEMBERS}
     for name, path in paths.items():
@@ -83,7 +83,7 @@ def own_run(
     launch: str | None = None,
 ) -> Run:
     """Takes a run and tells it what it is."""
-    run = Run.own(store, timing=timing, by_lease=by_lease, launch=launch)
+    run = Run.acquire(store, timing=timing, by_lease=by_lease, launch=launch)
     run.check_identity(IDENTITY, DIGEST)
     return run
 

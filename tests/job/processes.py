@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from flexunet.storage import open_store
-from job.runs.commits import find_commits
+from job.runs.checkpoints import find_checkpoints
 from tests import commands
 
 Running = subprocess.Popen[str] | commands.Process
@@ -101,14 +101,14 @@ def weights_of(run: Path | str) -> dict[str, np.ndarray]:
     import h5py
 
     store = open_store(str(run))
-    place = max(find_commits(store))
+    ref = max(find_checkpoints(store))
     arrays: dict[str, np.ndarray] = {}
 
     def keep(name: str, item: object) -> None:
         if isinstance(item, h5py.Dataset):
             arrays[name] = item[()]
 
-    with h5py.File(io.BytesIO(store.get(f"{place.prefix}/model.weights.h5"))) as file:
+    with h5py.File(io.BytesIO(store.get(f"{ref.prefix}/model.weights.h5"))) as file:
         file.visititems(keep)
     return arrays
 

@@ -15,11 +15,11 @@ from job import train
 def main() -> int:
     """Runs the command and returns its exit code."""
     num_steps, arguments = int(sys.argv[1]), sys.argv[2:]
-    from job.training.trainer import Session
+    from job.training.trainer import Trainer
 
-    steps = Session.train_steps
+    steps = Trainer.train_steps
 
-    def counted(self: Session, state: Any) -> Iterator[tuple[float, int]]:
+    def counted(self: Trainer, state: Any) -> Iterator[tuple[float, int]]:
         nonlocal num_steps
         for values in steps(self, state):
             num_steps -= 1
@@ -27,7 +27,7 @@ def main() -> int:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield values
 
-    Session.train_steps = counted  # type: ignore[method-assign]
+    Trainer.train_steps = counted  # type: ignore[method-assign]
     return train.main(arguments)
 
 

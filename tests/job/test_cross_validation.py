@@ -29,7 +29,7 @@ from job.evaluation.fold_pooling import pool_folds
 from job.metrics.per_case import Scale, measure_case, summarize_cases
 from job.reporting.fold_tables import show_folds
 from job.reporting.html_report import write_report
-from job.training.cross_validation import cross_validate, own_process
+from job.training.cross_validation import cross_validate, separate_process
 from tests import commands
 from tests.job.discs import prepare_discs, write_discs
 
@@ -190,7 +190,7 @@ def test_folds_run_no_file_of_the_working_folder(
     monkeypatch.chdir(work)
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     for module in ("job.train", "launcher"):
-        command = own_process(module, "train", "--no-such-option")(config, "file.yaml")
+        command = separate_process(module, "train", "--no-such-option")(config, "file.yaml")
         assert subprocess.run(command, capture_output=True, check=False).returncode == 1
         assert cross_validate(config, lambda *_, words=command: words, 1, lambda: False) == 2
 

@@ -85,7 +85,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Chang
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     for epochs in (1, 2):  # the second call opens the finished run again
         longer = config.model_copy(update={"epochs": epochs})
-        with Run.own(store, by_lease=True, timing=LeaseTiming(0.5, 60)) as run:
+        with Run.acquire(store, by_lease=True, timing=LeaseTiming(0.5, 60)) as run:
             train_and_evaluate(
                 one_process_setup(longer, run, strategy),
                 Callbacks(lambda event: None, lambda: False),
@@ -114,10 +114,10 @@ def test_nothing_of_a_run_is_changed_by_a_process_that_lost_it(
     assert len(changes) > 60
     store = LocalStore(str(tmp_path / "run"))
     timing = LeaseTiming(renew_s=1e3, expire_s=0.2)  # paused: it renews nothing
-    late = Run.own(store, by_lease=True, timing=timing)
+    late = Run.acquire(store, by_lease=True, timing=timing)
     late.check_identity({"x": 1}, "0" * 64)
     (tmp_path / "member").write_bytes(b"late")
-    with Run.own(store, by_lease=True, timing=QUICK) as run:
+    with Run.acquire(store, by_lease=True, timing=QUICK) as run:
         for name in {arguments[0] for _, arguments, _ in changes} - {"lease.json"}:
             run.store.put(name, b"of the new owner")
         before = digest_of(tmp_path / "run")
@@ -225,7 +225,7 @@ def test_a_change_that_is_repeated_asks_again_before_every_try(
 def test_a_run_that_was_given_back_is_not_written_any_more(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path / "run"))
     for by_lease in (True, False):
-        run = Run.own(store, by_lease=by_lease, timing=LeaseTiming(1, 30))
+        run = Run.acquire(store, by_lease=by_lease, timing=LeaseTiming(1, 30))
         run.put_text("table.csv", "before")
         run.close()
         for call in WRITERS:
@@ -238,9 +238,9 @@ def test_a_run_that_was_given_back_is_not_written_any_more(tmp_path: Path) -> No
 def test_a_run_whose_folder_was_removed_and_made_anew_is_left_alone(tmp_path: Path) -> None:
     import shutil
 
-    late = Run.own(LocalStore(str(tmp_path / "run")))
+    late = Run.acquire(LocalStore(str(tmp_path / "run")))
     shutil.rmtree(tmp_path / "run")
-    with Run.own(LocalStore(str(tmp_path / "run"))) as run:
+    with Run.acquire(LocalStore(str(tmp_path / "run"))) as run:
         run.put_text("metrics/history.csv", "new")
         with pytest.raises(LockedError, match="was removed"):
             late.store.below("metrics").put("history.csv", b"old")

@@ -17,13 +17,13 @@ import tensorflow as tf
 from flexunet.settings import merged, validated
 from job.config import LossName, MetricName, ModelConfig, OptimizerConfig, TrainConfig
 from job.data.dataset import Dataset, open_dataset
-from job.distributed.process_group import Team
+from job.distributed.process_group import ProcessGroup
 from job.losses import make_loss
 from job.models.ensemble import make_probability_step, network_of
-from job.training.assembly import open_session
 from job.training.setup import TrainingSetup
 from job.training.state import TrainState
-from job.training.trainer import Session
+from job.training.trainer import Trainer
+from job.training.trainer_factory import open_trainer
 from tests.job.discs import prepare_discs
 from tests.job.gpu_kernels import missing_kernels
 
@@ -105,23 +105,25 @@ def problems(
         predicts: of the step of prediction too.
     """
     config = validated(TrainConfig, merged(SMALL, options), "test")
-    with open_session(TrainingSetup(config, dataset, None, strategy, Team(strategy))) as session:
-        functions = [training_function(session), evaluation_function(session)]
+    with open_trainer(
+        TrainingSetup(config, dataset, None, strategy, ProcessGroup(strategy))
+    ) as trainer:
+        functions = [training_function(trainer), evaluation_function(trainer)]
         if predicts:
-            functions.append(session.evaluator.probabilities.get_concrete_function(pixels()))
+            functions.append(trainer.evaluator.probabilities.get_concrete_function(pixels()))
     return [str(each) for function in functions for each in missing_kernels(function)]
 
 
-def training_function(session: Session) -> Any:
-    with traced(session.train_step) as (session.train_step, found):
-        next(session.train_steps(TrainState(learning_rate=1e-3)))
+def training_function(trainer: Trainer) -> Any:
+    with traced(trainer.train_step) as (trainer.train_step, found):
+        next(trainer.train_steps(TrainState(learning_rate=1e-3)))
     return found[0]
 
 
-def evaluation_function(session: Session) -> Any:
-    with traced(session.evaluator.step) as (step, found):
-        evaluator = dataclasses.replace(session.evaluator, step=step)
-        evaluator.evaluate("valid", session.readers["valid"])
+def evaluation_function(trainer: Trainer) -> Any:
+    with traced(trainer.evaluator.step) as (step, found):
+        evaluator = dataclasses.replace(trainer.evaluator, step=step)
+        evaluator.evaluate("valid", trainer.readers["valid"])
     return found[0]
 
 
@@ -215,13 +217,13 @@ def test_a_gpu_has_kernels_for_mirrored_pictures_and_several_networks(num_output
 
 
 def test_a_gpu_has_kernels_for_what_processes_tell_each_other(two_cpus: Any) -> None:
-    team = Team(two_cpus)
-    assert team._sum(np.ones(3, np.int64)).tolist() == [1, 1, 1]
-    assert team._add is not None
+    process_group = ProcessGroup(two_cpus)
+    assert process_group._sum(np.ones(3, np.int64)).tolist() == [1, 1, 1]
+    assert process_group._add is not None
     words = two_cpus.experimental_distribute_values_from_function(
         lambda context: tf.ones(3, tf.int64)
     )
-    function = team._add.get_concrete_function(words)  # type: ignore[attr-defined]
+    function = process_group._add.get_concrete_function(words)  # type: ignore[attr-defined]
     # With it `tf.distribute` takes apart what it summed at once. It waits for the host anyway:
     # messages are read there, and weights are shared once, at the start.
     assert missing_kernels(function, may_miss=["SplitV"]) == set()

@@ -14,10 +14,10 @@ from job.config import TrainConfig
 from job.runs import serialization
 from job.runs.layout import CROSS_VALIDATION_NAME
 from job.runs.loading import (
+    ensemble_member,
     fetch_checkpoint,
     initialize_from,
     load_model,
-    member_of,
     model_for,
     open_run,
 )
@@ -86,7 +86,7 @@ def test_load_model_reads_the_record_of_a_commit_once(trained_run: Path) -> None
     ReadingStore.read.clear()
     _, commit = load_model(run, which="last")
     data = (trained_run / commit.prefix / "COMMIT.json").read_bytes()
-    assert member_of(run, commit).commit_sha256 == hashlib.sha256(data).hexdigest()
+    assert ensemble_member(run, commit).commit_sha256 == hashlib.sha256(data).hexdigest()
     assert commit.epoch == 5
     assert ReadingStore.read == ["lease.json", f"{commit.prefix}/COMMIT.json"]
 

@@ -28,7 +28,7 @@ from job.optimization.loss_scale import LossScale, loss_scale_for
 from job.optimization.optimizer import Adam
 from job.reporting.html_report import render
 from job.runs import serialization
-from job.runs.commits import find_commits
+from job.runs.checkpoints import find_checkpoints
 from job.runs.run import Run
 from job.training.loop import train_and_evaluate
 from job.training.setup import Callbacks
@@ -423,7 +423,7 @@ NEVER = 1000
 
 def state_of(run: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns the state of the newest checkpoint, and all of its arrays by name."""
-    folder = run / max(find_commits(open_store(str(run)))).prefix
+    folder = run / max(find_checkpoints(open_store(str(run)))).prefix
     with np.load(folder / "optimizer.npz") as arrays:
         state = json.loads((folder / "state.json").read_text())
         return state, dict(arrays) | weights_of(run)

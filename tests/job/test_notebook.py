@@ -22,26 +22,26 @@ tf.constant(1.0) + 1
 from flexunet.errors import UsageError
 from job.config import TrainConfig
 from job.distributed.strategy import check_devices, configure
-from job.distributed.process_group import Place
+from job.distributed.process_group import ProcessSpec
 
 warned = []
 logging.basicConfig(level=logging.WARNING)
 logging.getLogger().handlers[0].emit = lambda record: warned.append(record.getMessage())
 
-def found(options, place):
+def found(options, spec):
     warned.clear()
     try:
         config = TrainConfig(**options)
-        check_devices(config, place, None)
-        made = configure(config, place).num_replicas_in_sync
+        check_devices(config, spec, None)
+        made = configure(config, spec).num_replicas_in_sync
     except UsageError as error:
         made = str(error)
     return {"made": made, "warned": list(warned)}
 
 results = []
 for options, size in json.loads(sys.argv[1]):
-    place = Place(0, tuple(f"localhost:{1 + rank}" for rank in range(size))) if size else None
-    results.append(found(options, place))
+    spec = ProcessSpec(0, tuple(f"localhost:{1 + rank}" for rank in range(size))) if size else None
+    results.append(found(options, spec))
 print(json.dumps(results))
 """
 

@@ -17,8 +17,8 @@ import pytest
 
 from flexunet.errors import UsageError
 from flexunet.storage import open_store
-from job.distributed.rendezvous import Place, meet, place_from_environment
-from job.runs.commits import find_commits
+from job.distributed.rendezvous import ProcessSpec, process_spec_from_environment, rendezvous
+from job.runs.checkpoints import find_checkpoints
 from tests import commands
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
@@ -110,7 +110,7 @@ def test_two_then_one_then_two_processes_continue_one_run(
     assert [process.returncode for process in processes] == [6, 6], errors
     assert all("stopped and saved at epoch 1, step 3; the same" in error for error in errors)
     run_alone(arguments, stop_after=4)
-    steps = [place.step for place in find_commits(open_store(str(run)))]
+    steps = [spec.step for spec in find_checkpoints(open_store(str(run)))]
     assert max(steps) == 7
     # With auto, a run goes on in the precision in which it began.
     processes = start_cluster(2, options(dataset, tmp_path, "changing", precision="auto"))
@@ -128,18 +128,18 @@ import sys, time
 from job.distributed.runtime import import_tensorflow
 from job.distributed.strategy import configure
 from job.config import TrainConfig
-from job.distributed.process_group import Team
-from job.distributed.rendezvous import meet, place_from_environment
-place = place_from_environment()
+from job.distributed.process_group import ProcessGroup
+from job.distributed.rendezvous import rendezvous, process_spec_from_environment
+spec = process_spec_from_environment()
 config = TrainConfig(data="data", output="runs", name="slow")
-meet(place, config.phase_timeout)
-team = Team(configure(config, place), place)
+rendezvous(spec, config.phase_timeout)
+process_group = ProcessGroup(configure(config, spec), spec)
 signs = []
-def work(alive):
-    for _ in range(10 * place.rank):
+def work(heartbeat):
+    for _ in range(10 * spec.rank):
         time.sleep(0.4)
-        alive()
-team.keep_alive(work, lambda: signs.append(1))
+        heartbeat()
+process_group.all_gather_with_heartbeat(work, lambda: signs.append(1))
 sys.exit(f"{len(signs)} signs")
 """
 # Says for equal and then for different weights whether they are the same.
@@ -148,22 +148,22 @@ import json, os, sys
 from job.distributed.runtime import import_tensorflow
 from job.distributed.strategy import configure
 from job.config import TrainConfig
-from job.distributed.process_group import Team
-from job.distributed.rendezvous import meet, place_from_environment
+from job.distributed.process_group import ProcessGroup
+from job.distributed.rendezvous import rendezvous, process_spec_from_environment
 from flexunet.errors import FlexUNetError
-place = place_from_environment()
+spec = process_spec_from_environment()
 config = TrainConfig(data="data", output="runs", name="check")
-meet(place, config.phase_timeout)
+rendezvous(spec, config.phase_timeout)
 tf = import_tensorflow()
-strategy = configure(config, place)
-team = Team(strategy, place)
+strategy = configure(config, spec)
+process_group = ProcessGroup(strategy, spec)
 with strategy.scope():
     weights = [tf.Variable([1.0, -0.0]), tf.Variable([2.0])]
-team.check_same(weights)
+process_group.check_same(weights)
 for variable in strategy.experimental_local_results(weights[0]):
-    variable.assign([1.0, 0.0 if place.rank else -0.0])
+    variable.assign([1.0, 0.0 if spec.rank else -0.0])
 try:
-    team.check_same(weights)
+    process_group.check_same(weights)
 except FlexUNetError as error:
     sys.exit(str(error))
 """
@@ -174,19 +174,19 @@ import sys
 from job.distributed.runtime import import_tensorflow
 from job.distributed.strategy import configure
 from job.config import TrainConfig
-from job.distributed.process_group import Team
-from job.distributed.rendezvous import meet, place_from_environment
+from job.distributed.process_group import ProcessGroup
+from job.distributed.rendezvous import rendezvous, process_spec_from_environment
 from flexunet.errors import UsageError
-place = place_from_environment()
+spec = process_spec_from_environment()
 config = TrainConfig(data="data", output="runs", name="xla", xla="on")
-meet(place, config.phase_timeout)
+rendezvous(spec, config.phase_timeout)
 tf = import_tensorflow()
-team = Team(configure(config, place), place)
+process_group = ProcessGroup(configure(config, spec), spec)
 from job.distributed.xla import uses_xla
-if place.rank:
+if spec.rank:
     tf.nn.softplus = tf.strings.as_string
 try:
-    uses_xla(config, team)
+    uses_xla(config, process_group)
 except UsageError as error:
     sys.exit(str(error))
 """
@@ -285,7 +285,7 @@ def test_those_who_meet_wait_for_the_last_and_heed_no_stranger() -> None:
 
     def come(rank: int) -> None:
         order.append("came")
-        meet(Place(rank, addresses), 60)
+        rendezvous(ProcessSpec(rank, addresses), 60)
         order.append("met")
 
     threads = [threading.Thread(target=come, args=(i,)) for i in (0, 2, 1)]
@@ -305,7 +305,7 @@ def test_another_number_of_gpus_is_told_to_all() -> None:
 
     def come(rank: int) -> str:
         with pytest.raises(UsageError) as caught:
-            meet(Place(rank, addresses), 20, num_gpus=4 if rank == 1 else 8)
+            rendezvous(ProcessSpec(rank, addresses), 20, num_gpus=4 if rank == 1 else 8)
         return str(caught.value)
 
     with ThreadPoolExecutor(3) as threads:
@@ -321,7 +321,7 @@ def test_when_one_process_is_killed_the_other_ends_with_a_line(
 ) -> None:
     processes = start_cluster(2, options(dataset, tmp_path, "killed", epochs="200"))
     store = open_store(str(tmp_path / "killed"))
-    wait_until(lambda: len(find_commits(store)) > 0, processes)
+    wait_until(lambda: len(find_checkpoints(store)) > 0, processes)
     processes[1].kill()
     errors = finish(processes)
     assert processes[0].returncode == 1
@@ -391,7 +391,7 @@ def test_a_stop_waits_for_slow_storage_longer_than_for_a_step(
     # Every answer takes longer than a step may.
     faulty_bucket.proxy.add(Fault("stall", seconds=4.0, name="checkpoints/", count=3))
     run_alone(arguments, stop_after=3)
-    assert [place.step for place in find_commits(open_store(f"{faulty_bucket.url}/slow"))] == [3]
+    assert [spec.step for spec in find_checkpoints(open_store(f"{faulty_bucket.url}/slow"))] == [3]
 
 
 CLUSTER = {"worker": ["a:1", "b:2"]}
@@ -415,7 +415,7 @@ def test_a_cluster_that_makes_no_sense_is_refused(
 ) -> None:
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(UsageError, match=message):
-        place_from_environment()
+        process_spec_from_environment()
 
 
 def test_a_chief_comes_before_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,10 +423,10 @@ def test_a_chief_comes_before_the_workers(monkeypatch: pytest.MonkeyPatch) -> No
     ranks = []
     for task in ({"type": "chief", "index": 0}, {"type": "worker", "index": 1}):
         monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": task}))
-        place = place_from_environment()
-        assert place is not None
-        assert place.addresses == ("c:0", "a:1", "b:2")
-        ranks.append(place.rank)
+        spec = process_spec_from_environment()
+        assert spec is not None
+        assert spec.addresses == ("c:0", "a:1", "b:2")
+        ranks.append(spec.rank)
     assert ranks == [0, 2]
 
 
@@ -434,13 +434,13 @@ def test_what_only_tensorflow_needs_is_passed_over(monkeypatch: pytest.MonkeyPat
     more = {"environment": "cloud", "rpc_layer": "grpc"}
     task = {"cluster": CLUSTER, "task": {"type": "worker", "index": 1, "trial": "1"}, **more}
     monkeypatch.setenv("TF_CONFIG", json.dumps(task))
-    place = place_from_environment()
-    assert place is not None and place.rank == 1
+    spec = process_spec_from_environment()
+    assert spec is not None and spec.rank == 1
 
 
 def test_no_cluster_is_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TF_CONFIG", raising=False)
-    assert place_from_environment() is None
+    assert process_spec_from_environment() is None
 
 
 def test_xla_is_used_by_all_or_none() -> None:

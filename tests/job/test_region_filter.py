@@ -29,7 +29,7 @@ from job.inference.region_filter import (
     read_min_pixels,
 )
 from job.models.ensemble import make_probability_step, network_of
-from job.runs.loading import Member, load_model, open_run
+from job.runs.loading import EnsembleMember, load_model, open_run
 
 
 def case(*parts: tuple[int, int, int]) -> np.ndarray:
@@ -175,7 +175,7 @@ def test_specks_go_at_both_sizes_of_resized_pictures(own_run: Path, tmp_path: Pa
 def test_sizes_are_read_for_the_same_weights_only(tmp_path: Path) -> None:
     import json
 
-    members = [Member("runs/a", "checkpoints/x", "1" * 64)]
+    members = [EnsembleMember("runs/a", "checkpoints/x", "1" * 64)]
     store = open_store(str(tmp_path))
     with pytest.raises(UsageError, match="is missing"):
         read_min_pixels(store, ["mass"], members, "none", 8)
@@ -191,9 +191,9 @@ def test_sizes_are_read_for_the_same_weights_only(tmp_path: Path) -> None:
     store.put(FILE_NAME, regions.model_dump_json().encode())
     assert read_min_pixels(store, ["mass"], members, "none", 8) == (3,)
     # The same weights in another place.
-    moved = [Member("elsewhere/a", "checkpoints/x", "1" * 64)]
+    moved = [EnsembleMember("elsewhere/a", "checkpoints/x", "1" * 64)]
     assert read_min_pixels(store, ["mass"], moved, "none", 8) == (3,)
-    others = [Member("runs/a", "checkpoints/x", "2" * 64)]
+    others = [EnsembleMember("runs/a", "checkpoints/x", "2" * 64)]
     for arguments, words in (
         ((others, "none", 8), "fitted for other weights; evaluate again"),
         ((members, "both", 8), "fitted for flips none, not both; evaluate again"),

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from flexunet.storage import open_store
-from job.runs.commits import find_commits
+from job.runs.checkpoints import find_checkpoints
 from job.runs.loading import open_run
-from job.runs.status import standing
+from job.runs.status import run_status
 from tests import commands
 
 pytestmark = pytest.mark.cluster
@@ -83,9 +83,9 @@ def test_a_run_stopped_in_an_epoch_goes_on_to_the_end_it_would_have_had(relics: 
     assert_same_table(run / "metrics" / "history.csv", expected / "stopped-history.csv")
     assert_same_table(run / "evaluation" / "per_case.csv", expected / "stopped-per_case.csv")
     # Those of version 0.1.0 are gone by now, as they would be with that version.
-    steps = [place.step for place in find_commits(open_store(str(run)))]
+    steps = [ref.step for ref in find_checkpoints(open_store(str(run)))]
     assert steps == [10, 15]
-    assert standing(open_store(str(run))) == "finished"
+    assert run_status(open_store(str(run))) == "finished"
 
 
 def test_folds_go_on_to_the_end_they_would_have_had(relics: Path) -> None:

@@ -19,11 +19,11 @@ import pytest
 from flexunet.errors import ContentError, LockedError, StorageError, UsageError
 from flexunet.storage import LocalStore, ObjectStore, open_store
 from job.config import checked_run_name
-from job.runs.commits import Commit, fetch_commit, find_commits
-from job.runs.layout import Place, commit_prefix
+from job.runs.checkpoints import Checkpoint, download_checkpoint, find_checkpoints
+from job.runs.layout import CheckpointRef, checkpoint_prefix
 from job.runs.lease import Lease, LeaseTiming, _bases_of, is_on_chain
 from job.runs.run import Run
-from job.runs.status import read_ends, standing
+from job.runs.status import read_ends, run_status
 from tests.job.processes import wait_until
 from tests.job.rival import take_over
 
@@ -39,8 +39,8 @@ def by_lease(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
-def own(folder: Path, by_lease: bool = False, timing: LeaseTiming = QUICK) -> Run:
-    run = Run.own(LocalStore(str(folder / "run")), timing=timing, by_lease=by_lease)
+def own_run(folder: Path, by_lease: bool = False, timing: LeaseTiming = QUICK) -> Run:
+    run = Run.acquire(LocalStore(str(folder / "run")), timing=timing, by_lease=by_lease)
     run.check_identity(IDENTITY, DIGEST)
     return run
 
@@ -53,7 +53,7 @@ def members(folder: Path, text: str) -> dict[str, str]:
     return paths
 
 
-def commit(run: Run, folder: Path, step: int) -> Commit:
+def commit(run: Run, folder: Path, step: int) -> Checkpoint:
     return run.commit(step, step // 10, members(folder, str(step)), {"step": step})
 
 
@@ -70,49 +70,49 @@ def restored_step(run: Run, folder: Path) -> int | None:
 
 
 def test_new_run_restores_nothing(tmp_path: Path, by_lease: bool) -> None:
-    with own(tmp_path, by_lease) as run:
+    with own_run(tmp_path, by_lease) as run:
         assert run.attempt == 1
         assert run.restore(str(tmp_path / "staging")) is None
 
 
 def test_commit_is_restored_by_the_next_attempt(tmp_path: Path, by_lease: bool) -> None:
-    with own(tmp_path, by_lease) as run:
+    with own_run(tmp_path, by_lease) as run:
         commit(run, tmp_path, 10)
         made = commit(run, tmp_path, 20)
     assert made.prefix == "checkpoints/step-00000020/a1"
-    with own(tmp_path, by_lease) as run:
+    with own_run(tmp_path, by_lease) as run:
         assert run.attempt == 2
         restored = run.restore(str(tmp_path / "staging"))
         assert restored is not None
         digest = hashlib.sha256(run.store.get(f"{made.prefix}/COMMIT.json")).hexdigest()
-        assert restored[0] == made == Commit(20, 1, 2, made.prefix, {"step": 20}, digest, ())
+        assert restored[0] == made == Checkpoint(20, 1, 2, made.prefix, {"step": 20}, digest, ())
         assert commit(run, tmp_path, 30).prefix == "checkpoints/step-00000030/a2"
         assert restored_step(run, tmp_path) == 30
 
 
 def test_a_run_stands_where_its_newest_attempt_left_it(tmp_path: Path, by_lease: bool) -> None:
     store = open_store(str(tmp_path / "run"))
-    assert standing(store) == "open"
-    with Run.own(store, by_lease=by_lease) as run:
+    assert run_status(store) == "open"
+    with Run.acquire(store, by_lease=by_lease) as run:
         run.note_end("looked")
-    assert standing(store) == "open"
-    with Run.own(store, by_lease=by_lease) as run:
+    assert run_status(store) == "open"
+    with Run.acquire(store, by_lease=by_lease) as run:
         run.note_end("stopped", epoch=1, step=3)
-    with Run.own(store, by_lease=by_lease) as run:
+    with Run.acquire(store, by_lease=by_lease) as run:
         run.note_end("looked")
-    assert standing(store) == "stopped"
+    assert run_status(store) == "stopped"
     assert read_ends(store)[2] == {"end": "stopped", "epoch": 1, "step": 3}
-    with Run.own(store, by_lease=by_lease) as run:
-        assert standing(store) == "open"
+    with Run.acquire(store, by_lease=by_lease) as run:
+        assert run_status(store) == "open"
         run.write_outcome("finished", 0)
-    assert standing(store) == "finished"
+    assert run_status(store) == "finished"
 
 
 def test_state_keeps_every_float(tmp_path: Path) -> None:
     values = [0.1, 1e-300, float("inf"), -0.0, 2**60, 1 / 3]
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         run.commit(1, 0, members(tmp_path, "1"), {"best": values, "nan": float("nan")})
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         restored = run.restore(str(tmp_path / "staging"))
     assert restored is not None
     assert restored[0].state["best"] == values
@@ -120,23 +120,23 @@ def test_state_keeps_every_float(tmp_path: Path) -> None:
 
 
 def test_same_step_is_committed_once(tmp_path: Path) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         first = commit(run, tmp_path, 10)
         assert commit(run, tmp_path, 10) is first
 
 
 def test_commit_that_storage_refused_is_made_again(tmp_path: Path) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         paths = members(tmp_path, "10")
         with pytest.raises((StorageError, OSError), match="missing"):
             run.commit(10, 1, {**paths, "z": str(tmp_path / "missing")}, {"step": 10})
-        blocker = tmp_path / "run" / commit_prefix(10, 1) / "optimizer.h5"
+        blocker = tmp_path / "run" / checkpoint_prefix(10, 1) / "optimizer.h5"
         blocker.mkdir(parents=True)
         with pytest.raises(StorageError, match=r"optimizer\.h5"):
             run.commit(10, 1, paths, {"step": 10})
         blocker.rmdir()
         commit(run, tmp_path, 10)
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         assert restored_step(run, tmp_path) == 10
 
 
@@ -159,63 +159,66 @@ def damage(path: Path, kind: str) -> None:
 def test_damaged_commit_is_passed_over_with_one_warning(
     tmp_path: Path, name: str, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         commit(run, tmp_path, 10)
         commit(run, tmp_path, 20)
-    damage(tmp_path / "run" / commit_prefix(20, 1) / name, kind)
-    with own(tmp_path) as run, caplog.at_level(logging.WARNING):
+    damage(tmp_path / "run" / checkpoint_prefix(20, 1) / name, kind)
+    with own_run(tmp_path) as run, caplog.at_level(logging.WARNING):
         assert restored_step(run, tmp_path) == 10
     if (name, kind) == ("COMMIT.json", "delete"):  # then it is no commit
         assert not caplog.messages
     else:
         assert len(caplog.messages) == 1
-        assert f"{commit_prefix(20, 1)}/{name}" in caplog.messages[0]
-        assert f"resuming from {commit_prefix(10, 1)} instead" in caplog.messages[0]
+        assert f"{checkpoint_prefix(20, 1)}/{name}" in caplog.messages[0]
+        assert f"resuming from {checkpoint_prefix(10, 1)} instead" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("checksum", ["crc32c", "sha256"])
 def test_each_checksum_is_compared(tmp_path: Path, checksum: str) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         commit(run, tmp_path, 10)
-    path = tmp_path / "run" / commit_prefix(10, 1) / "COMMIT.json"
+    path = tmp_path / "run" / checkpoint_prefix(10, 1) / "COMMIT.json"
     record = json.loads(path.read_text())
     record["members"][1][checksum] = {"crc32c": 7, "sha256": "0" * 64}[checksum]
     path.write_text(json.dumps(record))
     expected = rf"optimizer\.h5 is damaged: its {checksum} is not the one committed"
-    with own(tmp_path) as run, pytest.raises(ContentError, match=expected):
+    with own_run(tmp_path) as run, pytest.raises(ContentError, match=expected):
         run.restore(str(tmp_path / "staging"))
 
 
 def test_every_commit_damaged_is_an_error(tmp_path: Path) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         commit(run, tmp_path, 10)
-    damage(tmp_path / "run" / commit_prefix(10, 1) / "model.h5", "flip")
-    with own(tmp_path) as run, pytest.raises(ContentError, match=r"no undamaged commit.*model\.h5"):
+    damage(tmp_path / "run" / checkpoint_prefix(10, 1) / "model.h5", "flip")
+    with (
+        own_run(tmp_path) as run,
+        pytest.raises(ContentError, match=r"no undamaged commit.*model\.h5"),
+    ):
         run.restore(str(tmp_path / "staging"))
 
 
 def test_member_name_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         commit(run, tmp_path, 10)
-    record = tmp_path / "run" / commit_prefix(10, 1) / "COMMIT.json"
+    record = tmp_path / "run" / checkpoint_prefix(10, 1) / "COMMIT.json"
     record.write_text(record.read_text().replace('"model.h5"', '"m/../../x"'))
-    with own(tmp_path) as run, pytest.raises(ContentError, match="member name"):
+    with own_run(tmp_path) as run, pytest.raises(ContentError, match="member name"):
         run.restore(str(tmp_path / "staging"))
 
 
 def test_fallback_becomes_the_base_of_the_attempt(tmp_path: Path) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         commit(run, tmp_path, 10)
         commit(run, tmp_path, 20)
-    damaged = tmp_path / "run" / commit_prefix(20, 1) / "model.h5"
+    damaged = tmp_path / "run" / checkpoint_prefix(20, 1) / "model.h5"
     shutil.copy(damaged, tmp_path / "good")
     damage(damaged, "flip")
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         assert restored_step(run, tmp_path) == 10
         commit(run, tmp_path, 15)
     shutil.copy(tmp_path / "good", damaged)
     # Step 20 of attempt 1 is whole again, but attempt 2 does not descend from it.
-    places = [(p.attempt, p.step) for p in find_commits(LocalStore(str(tmp_path / "run")))]
+    places = [(p.attempt, p.step) for p in find_checkpoints(LocalStore(str(tmp_path / "run")))]
     assert places == [(1, 10), (2, 15)]
 
 
@@ -237,7 +240,7 @@ class Killing(LocalStore):
     def put_file(self, *args, **options): return self._act(super().put_file, *args, **options)
     def delete(self, *args, **options): return self._act(super().delete, *args, **options)
 def commit(folder):
-    run = Run.own(Killing(folder + "/run"))
+    run = Run.acquire(Killing(folder + "/run"))
     run.check_identity({"seed": 1, "model": {"num_layers": 8}}, "d" * 64)
     run.restore(folder + "/staging")
     paths = {name: folder + "/" + name for name in ("model.h5", "optimizer.h5")}
@@ -265,7 +268,7 @@ def kill_commits(cases: list[tuple[str, int, int]]) -> list[int]:
 
 
 def test_kill_at_every_operation_leaves_the_old_or_the_new_commit(tmp_path: Path) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         commit(run, tmp_path, 10)
     untouched = tmp_path / "untouched"
     shutil.copytree(tmp_path / "run", untouched / "run")
@@ -275,14 +278,14 @@ def test_kill_at_every_operation_leaves_the_old_or_the_new_commit(tmp_path: Path
     folders = [tmp_path / f"case-{kill_at}-{after}" for kill_at, after in places]
     for folder in folders:
         shutil.copytree(untouched, folder)
-    cases = [(str(folder), *place) for folder, place in zip(folders, places, strict=True)]
+    cases = [(str(folder), *ref) for folder, ref in zip(folders, places, strict=True)]
     assert kill_commits(cases) == [100] * 14
     found = []
     for folder in folders:
         store = LocalStore(str(folder / "run"))
-        for place in find_commits(store):  # one that is half deleted is no commit any more
-            fetch_commit(store, place, str(folder / "staging"))
-        with own(folder) as run:
+        for ref in find_checkpoints(store):  # one that is half deleted is no commit any more
+            download_checkpoint(store, ref, str(folder / "staging"))
+        with own_run(folder) as run:
             found.append(restored_step(run, folder))
             commit(run, folder, 30)
             run.collect_garbage(1)
@@ -300,8 +303,9 @@ from job.runs.lease import LeaseTiming
 from job.runs.run import Run
 for line in sys.stdin:
     try:
-        run = Run.own(LocalStore(sys.argv[1] + "/" + line.strip()), by_lease=sys.argv[2] == "lease",
-                      timing=LeaseTiming(renew_s=0.05, expire_s=30))
+        store = LocalStore(sys.argv[1] + "/" + line.strip())
+        run = Run.acquire(store, by_lease=sys.argv[2] == "lease",
+                          timing=LeaseTiming(renew_s=0.05, expire_s=30))
         print("won", run.attempt, flush=True)
         sys.stdin.readline()
         run.close()
@@ -357,11 +361,11 @@ def test_killed_owner_gives_the_run_up(tmp_path: Path, by_lease: bool) -> None:
         assert hear(owner) == "won 1"
         start = time.monotonic()
         with pytest.raises(LockedError, match=f":{owner.pid}"):
-            own(tmp_path, by_lease, PATIENT)
+            own_run(tmp_path, by_lease, PATIENT)
         assert time.monotonic() - start < PATIENT.expire_s / 2
         owner.send_signal(signal.SIGKILL)
         owner.wait()
-        with own(tmp_path, by_lease) as run:
+        with own_run(tmp_path, by_lease) as run:
             assert run.attempt == 2
     finally:
         end(owner)
@@ -374,11 +378,11 @@ def snapshot(store: ObjectStore) -> dict[str, bytes]:
 
 
 def test_newcomer_that_is_refused_writes_nothing(tmp_path: Path, by_lease: bool) -> None:
-    with own(tmp_path, by_lease, PATIENT) as run:
+    with own_run(tmp_path, by_lease, PATIENT) as run:
         commit(run, tmp_path, 10)
         before = snapshot(run.store)
         with pytest.raises(LockedError, match="is owned by"):
-            own(tmp_path, by_lease, PATIENT)
+            own_run(tmp_path, by_lease, PATIENT)
         assert snapshot(run.store) == before
         assert not run.lost
     assert not list(tmp_path.rglob(".flexunet-tmp-*"))
@@ -389,7 +393,7 @@ def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 import os, sys, time
 from flexunet.storage import LocalStore
 from job.runs.run import Run
-run = Run.own(LocalStore(sys.argv[1] + "/run"))
+run = Run.acquire(LocalStore(sys.argv[1] + "/run"))
 child = os.fork()
 if child == 0:
     os.write(1, b"forked\\n")  # what runs at a fork has run
@@ -403,23 +407,25 @@ os._exit(9)
         child = int(next(line for line in (hear(process), hear(process)) if line != "forked"))
         try:
             process.wait()
-            with own(tmp_path) as run:
+            with own_run(tmp_path) as run:
                 assert run.attempt == 2
         finally:
             os.kill(child, signal.SIGKILL)
 
 
 def test_lost_lease_is_noticed_and_late_commit_never_picked(tmp_path: Path) -> None:
-    late = Run.own(LocalStore(str(tmp_path / "run")), by_lease=True, timing=LeaseTiming(1e6, 1e6))
+    late = Run.acquire(
+        LocalStore(str(tmp_path / "run")), by_lease=True, timing=LeaseTiming(1e6, 1e6)
+    )
     late.check_identity(IDENTITY, DIGEST)
     commit(late, tmp_path, 10)
-    with own(tmp_path, by_lease=True) as run:  # it sees no renewal and takes over
+    with own_run(tmp_path, by_lease=True) as run:  # it sees no renewal and takes over
         assert run.attempt == 2
         # The commit that was under way when the lease was lost still arrives.
         store = late.store
         for name in ("model.h5", "optimizer.h5", "COMMIT.json"):
-            record = store.get(f"{commit_prefix(10, 1)}/{name}")
-            store.put(f"{commit_prefix(20, 1)}/{name}", record.replace(b"10", b"20"))
+            record = store.get(f"{checkpoint_prefix(10, 1)}/{name}")
+            store.put(f"{checkpoint_prefix(20, 1)}/{name}", record.replace(b"10", b"20"))
         with pytest.raises(LockedError, match="has taken the run over"):
             commit(late, tmp_path, 30)
         assert late.lost
@@ -429,7 +435,7 @@ def test_lost_lease_is_noticed_and_late_commit_never_picked(tmp_path: Path) -> N
             late.collect_garbage(1)
         assert restored_step(run, tmp_path) == 10
     late.close()
-    with own(tmp_path, by_lease=True) as run:
+    with own_run(tmp_path, by_lease=True) as run:
         assert restored_step(run, tmp_path) == 10
         commit(run, tmp_path, 11)
         run.collect_garbage(5)
@@ -440,7 +446,9 @@ def test_lost_lease_is_noticed_and_late_commit_never_picked(tmp_path: Path) -> N
 
 
 def test_a_commit_whose_answer_was_lost_is_left_to_the_next_owner(tmp_path: Path) -> None:
-    late = Run.own(LocalStore(str(tmp_path / "run")), by_lease=True, timing=LeaseTiming(1e6, 1e6))
+    late = Run.acquire(
+        LocalStore(str(tmp_path / "run")), by_lease=True, timing=LeaseTiming(1e6, 1e6)
+    )
     late.check_identity(IDENTITY, DIGEST)
     commit(late, tmp_path, 10)
     late._newest = None  # as where `check` failed after the commit was stored
@@ -448,22 +456,22 @@ def test_a_commit_whose_answer_was_lost_is_left_to_the_next_owner(tmp_path: Path
     assert commit(late, tmp_path, 10).step == 10  # the outbox repeats the call
     assert {stat.name: stat.generation for stat in late.store.list("checkpoints/")} == before
     late._newest = None
-    with own(tmp_path, by_lease=True) as run:
+    with own_run(tmp_path, by_lease=True) as run:
         assert restored_step(run, tmp_path) == 10
         with pytest.raises(LockedError, match="has taken the run over"):
             commit(late, tmp_path, 10)
     late.close()
-    with own(tmp_path, by_lease=True) as run:
+    with own_run(tmp_path, by_lease=True) as run:
         assert restored_step(run, tmp_path) == 10
 
 
 def test_renewal_thread_notices_the_loss(tmp_path: Path) -> None:
-    with own(tmp_path, by_lease=True) as run:
+    with own_run(tmp_path, by_lease=True) as run:
         take_over(run)
 
 
 def test_own_renewal_whose_answer_was_lost_is_not_a_loss(tmp_path: Path) -> None:
-    with own(tmp_path, by_lease=True) as run:
+    with own_run(tmp_path, by_lease=True) as run:
         store = LocalStore(str(tmp_path / "run"))
         store.put("lease.json", store.get("lease.json"))  # same owner, another generation
         time.sleep(0.2)
@@ -472,7 +480,7 @@ def test_own_renewal_whose_answer_was_lost_is_not_a_loss(tmp_path: Path) -> None
 
 
 def test_lock_removed_by_hand_is_noticed(tmp_path: Path) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         shutil.rmtree(tmp_path / "run")
         with pytest.raises(LockedError, match="was removed"):
             commit(run, tmp_path, 10)
@@ -485,16 +493,16 @@ def test_server_without_preconditions_cannot_hold_runs(lax_bucket_url: str) -> N
 
 
 def test_garbage_collection_keeps_the_last_and_the_best(tmp_path: Path) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         best, *_ = [commit(run, tmp_path, step) for step in (10, 20, 30, 40)]
-        (tmp_path / "run" / commit_prefix(35, 1)).mkdir(parents=True)
-        (tmp_path / "run" / commit_prefix(35, 1) / "model.h5").write_text("unfinished")
+        (tmp_path / "run" / checkpoint_prefix(35, 1)).mkdir(parents=True)
+        (tmp_path / "run" / checkpoint_prefix(35, 1) / "model.h5").write_text("unfinished")
         (tmp_path / "run" / "checkpoints" / "note.txt").write_text("not ours")
         run.collect_garbage(2, keep={best.prefix})
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == [
         "note.txt", "step-00000010", "step-00000030", "step-00000040",
     ]  # fmt: skip
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         run.collect_garbage(0)  # nothing is restored yet, so nothing is known to be good
         assert restored_step(run, tmp_path) == 40
         run.collect_garbage(0)
@@ -505,46 +513,46 @@ def test_garbage_collection_keeps_the_best_of_every_kept_commit(tmp_path: Path) 
     """After a damaged commit, the one before it is restored, with the best that it names."""
 
     def committed(run: Run, step: int, best: int) -> None:
-        run.commit(step, 0, members(tmp_path, str(step)), {}, keep=[commit_prefix(best, 1)])
+        run.commit(step, 0, members(tmp_path, str(step)), {}, keep=[checkpoint_prefix(best, 1)])
 
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         for step, best in ((10, 10), (20, 10), (30, 10), (40, 40)):
             committed(run, step, best)
             run.collect_garbage(2)
-        assert [place.step for place in find_commits(run.store)] == [10, 30, 40]
-    (tmp_path / "run" / commit_prefix(40, 1) / "model.h5").write_text("damaged")
-    with own(tmp_path) as run:
+        assert [ref.step for ref in find_checkpoints(run.store)] == [10, 30, 40]
+    (tmp_path / "run" / checkpoint_prefix(40, 1) / "model.h5").write_text("damaged")
+    with own_run(tmp_path) as run:
         restored = run.restore(str(tmp_path / "staging"))
         assert restored is not None
-        assert restored[0].keep == (commit_prefix(10, 1),)
+        assert restored[0].keep == (checkpoint_prefix(10, 1),)
         # What a commit needs is read from storage by a process that has not written it.
         for step in (50, 60):
             run.commit(step, 0, members(tmp_path, str(step)), {}, keep=[])
             run.collect_garbage(2)
-            kept = [place.step for place in find_commits(run.store)]
+            kept = [ref.step for ref in find_checkpoints(run.store)]
             assert kept == {50: [10, 30, 50], 60: [50, 60]}[step]
 
 
 def test_garbage_collection_spares_what_a_commit_of_version_0_1_0_may_need(tmp_path: Path) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         for step in (10, 20, 30):
             commit(run, tmp_path, step)
     for step in (10, 20, 30):
-        path = tmp_path / "run" / commit_prefix(step, 1) / "COMMIT.json"
+        path = tmp_path / "run" / checkpoint_prefix(step, 1) / "COMMIT.json"
         record = json.loads(path.read_text())
         del record["state"]["keep"]
         path.write_text(json.dumps(record))
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         assert restored_step(run, tmp_path) == 30
         expected = {40: [10, 20, 30, 40], 50: [40, 50]}
         for step, kept in expected.items():
             commit(run, tmp_path, step)
             run.collect_garbage(2)
-            assert [place.step for place in find_commits(run.store)] == kept
+            assert [ref.step for ref in find_checkpoints(run.store)] == kept
 
 
 def test_other_identity_is_named(tmp_path: Path) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         run.check_identity({"seed": 1, "model": {"num_layers": 8}}, DIGEST)
         expected = "--model.num-layers was 8, now 6; --seed was 1, now not set; give the old values"
         with pytest.raises(UsageError, match=expected):
@@ -559,7 +567,7 @@ def test_a_run_below_a_file_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with (
         pytest.raises(UsageError, match="runs is a file, not a folder; give a folder"),
-        Run.own(LocalStore(str(tmp_path / "runs" / "first"))),
+        Run.acquire(LocalStore(str(tmp_path / "runs" / "first"))),
     ):
         pass
 
@@ -567,15 +575,15 @@ def test_a_run_below_a_file_is_a_mistake(tmp_path: Path) -> None:
 def test_tuples_of_the_identity_are_lists_in_storage(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path / "run"))
     for _ in range(2):
-        with Run.own(store) as run:
+        with Run.acquire(store) as run:
             run.check_identity({"sizes": (1, 2)}, DIGEST)
 
 
 def test_outcome_is_read_by_the_next_attempt(tmp_path: Path) -> None:
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         assert run.read_outcome() is None
         run.write_outcome("diverged", 7, epoch=3)
-    with own(tmp_path) as run:
+    with own_run(tmp_path) as run:
         expected = {"status": "diverged", "exit_code": 7, "attempt": 1, "epoch": 3}
         assert run.read_outcome() == expected
         run.clear_outcome()
@@ -597,8 +605,8 @@ def test_run_name_is_kept(name: str) -> None:
 def test_next_process_of_a_launch_does_not_wait(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path / "run"))
     never = LeaseTiming(renew_s=1e3, expire_s=1e3)
-    dead = Run.own(store, by_lease=True, timing=never, launch="one")
-    with Run.own(store, by_lease=True, timing=never, launch="one") as run:
+    dead = Run.acquire(store, by_lease=True, timing=never, launch="one")
+    with Run.acquire(store, by_lease=True, timing=never, launch="one") as run:
         assert run.attempt == 2
         with pytest.raises(LockedError, match="has taken the run over"):
             dead.write_outcome("finished", 0)
@@ -608,29 +616,29 @@ def test_next_process_of_a_launch_does_not_wait(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("before", "now"), [(None, None), ("one", None), (None, "one")])
 def test_another_launch_waits(before: str | None, now: str | None, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path / "run"))
-    Run.own(store, by_lease=True, timing=LeaseTiming(1e3, 1e3), launch=before)
+    Run.acquire(store, by_lease=True, timing=LeaseTiming(1e3, 1e3), launch=before)
     start = time.monotonic()
-    with Run.own(store, by_lease=True, timing=QUICK, launch=now) as run:
+    with Run.acquire(store, by_lease=True, timing=QUICK, launch=now) as run:
         assert (run.attempt, time.monotonic() - start >= QUICK.expire_s) == (2, True)
 
 
 def test_lease_from_before_launches_had_names_is_read(tmp_path: Path) -> None:
-    with own(tmp_path, by_lease=True):
+    with own_run(tmp_path, by_lease=True):
         pass
     path = tmp_path / "run" / "lease.json"
     lease = json.loads(path.read_text())
     del lease["launch"]
     path.write_text(json.dumps(lease))
-    with own(tmp_path, by_lease=True) as run:
+    with own_run(tmp_path, by_lease=True) as run:
         assert run.attempt == 2
 
 
 def test_table_of_an_owner_that_was_paused_is_refused(tmp_path: Path) -> None:
     """It asks for its lease itself where the renewing thread has not come to it yet."""
     timing = LeaseTiming(renew_s=1e3, expire_s=0.2)
-    late = Run.own(LocalStore(str(tmp_path / "run")), by_lease=True, timing=timing)
+    late = Run.acquire(LocalStore(str(tmp_path / "run")), by_lease=True, timing=timing)
     late.put_text("table.csv", "old")
-    with own(tmp_path, by_lease=True) as run:
+    with own_run(tmp_path, by_lease=True) as run:
         run.put_text("table.csv", "new")
         assert not late.lost  # nobody has told it
         with pytest.raises(LockedError, match="has taken the run over"):
@@ -639,11 +647,11 @@ def test_table_of_an_owner_that_was_paused_is_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_lease_is_named(tmp_path: Path) -> None:
-    with own(tmp_path):
+    with own_run(tmp_path):
         pass
     (tmp_path / "run" / "lease.json").write_text('{"attempt": 0}')
     with pytest.raises(ContentError, match=r"lease\.json: attempt"):
-        own(tmp_path)
+        own_run(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [b'{"attempt":', b"", b"\xff\xfe", b"[]"])
@@ -651,19 +659,19 @@ def test_owner_writes_a_lease_that_others_damaged_again(
     damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = LocalStore(str(tmp_path / "run"))
-    with own(tmp_path, by_lease=True, timing=PATIENT) as run:
+    with own_run(tmp_path, by_lease=True, timing=PATIENT) as run:
         store.put("lease.json", damage)
         wait_until(lambda: b'"beat"' in store.get("lease.json"), [])
         assert "this process owns the run and writes it again" in caplog.text
         assert commit(run, tmp_path, 10).step == 10
-    with own(tmp_path, by_lease=True) as run:
+    with own_run(tmp_path, by_lease=True) as run:
         assert restored_step(run, tmp_path) == 10
 
 
 def test_owner_of_a_damaged_lease_that_may_have_expired_has_lost_the_run(tmp_path: Path) -> None:
     """Another process may have taken the run over before its lease was damaged."""
     timing = LeaseTiming(renew_s=1e3, expire_s=0.1)
-    run = Run.own(LocalStore(str(tmp_path / "run")), by_lease=True, timing=timing)
+    run = Run.acquire(LocalStore(str(tmp_path / "run")), by_lease=True, timing=timing)
     LocalStore(str(tmp_path / "run")).put("lease.json", b"{")
     time.sleep(0.2)
     with pytest.raises(LockedError, match=r"the lease may have expired, and is damaged"):
@@ -672,7 +680,7 @@ def test_owner_of_a_damaged_lease_that_may_have_expired_has_lost_the_run(tmp_pat
 
 
 def test_owner_whose_lease_was_deleted_has_lost_the_run(tmp_path: Path) -> None:
-    with own(tmp_path, by_lease=True) as run:
+    with own_run(tmp_path, by_lease=True) as run:
         (tmp_path / "run" / "lease.json").unlink()
         wait_until(lambda: run.lost, [])
         with pytest.raises(LockedError, match=r"lease\.json was deleted"):
@@ -684,7 +692,7 @@ def test_owner_whose_renewals_end_by_a_bug_has_lost_the_run(
 ) -> None:
     seen: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", seen.append)
-    with own(tmp_path, by_lease=True) as run, monkeypatch.context() as broken:
+    with own_run(tmp_path, by_lease=True) as run, monkeypatch.context() as broken:
         broken.setattr("job.runs.ownership.put_lease", lambda *_: 1 // 0)
         wait_until(lambda: run.lost, [])
     assert [each.exc_type for each in seen] == [ZeroDivisionError]
@@ -698,19 +706,19 @@ def test_lease_of_many_attempts_stays_small(
     monkeypatch.setattr("job.runs.lease._NUM_SHOWN", 4)
     sizes = []
     for attempt in range(1, 16):
-        with own(tmp_path, by_lease) as run:
+        with own_run(tmp_path, by_lease) as run:
             newest = restored_step(run, tmp_path)
             assert newest == (attempt - 1) // commits_every * commits_every or newest is None
             if attempt % commits_every == 0:
                 run.commit(
                     attempt, 0, members(tmp_path, str(attempt)), {"step": attempt},
-                    keep=[commit_prefix(commits_every, commits_every)],
+                    keep=[checkpoint_prefix(commits_every, commits_every)],
                 )  # fmt: skip
                 run.collect_garbage(2)
         sizes.append((tmp_path / "run" / "lease.json").stat().st_size)
     assert max(sizes) < 600
     assert len(json.loads((tmp_path / "run" / "lease.json").read_text())["bases"]) <= 4 + 2
-    steps = [place.step for place in find_commits(LocalStore(str(tmp_path / "run")))]
+    steps = [ref.step for ref in find_checkpoints(LocalStore(str(tmp_path / "run")))]
     assert steps == sorted({commits_every, 15 - commits_every, 15} & set(range(commits_every, 16)))
 
 
@@ -722,15 +730,15 @@ def test_a_bounded_lease_counts_the_commits_that_a_whole_one_does(
     monkeypatch.setattr("job.runs.lease._NUM_SHOWN", 3)
     draw = random.Random(seed)
     lease = whole = Lease(attempt=1, owner="x", bases={1: None})
-    places: list[Place] = []
+    places: list[CheckpointRef] = []
     step = 0
     for attempt in range(2, 40):
         for _ in range(draw.randrange(3)):
             step += draw.randrange(1, 4)
-            places.append(Place(attempt - 1, step, commit_prefix(step, attempt - 1)))
+            places.append(CheckpointRef(attempt - 1, step, checkpoint_prefix(step, attempt - 1)))
         if attempt > 3 and draw.random() < 0.3:  # of one that had lost the run long ago
             late = draw.randrange(1, attempt - 1)
-            places.append(Place(late, step + 50, commit_prefix(step + 50, late)))
+            places.append(CheckpointRef(late, step + 50, checkpoint_prefix(step + 50, late)))
         candidates = sorted(p for p in places if is_on_chain(whole, p))
         assert candidates == sorted(p for p in places if is_on_chain(lease, p))
         base = candidates[-1].prefix if candidates else None
@@ -742,7 +750,7 @@ def test_a_bounded_lease_counts_the_commits_that_a_whole_one_does(
             whole = Lease(attempt=attempt, owner="x", bases={**whole.bases, attempt: older})
             step = int(older[17:25])
         lease = Lease(attempt=attempt, owner="x", bases=bases)
-        assert len(bases) <= 3 + len({place.attempt for place in candidates})
+        assert len(bases) <= 3 + len({ref.attempt for ref in candidates})
         kept = sorted(p for p in places if is_on_chain(whole, p))
         spared = {*kept[-2:], *draw.sample(kept, min(1, len(kept)))}
         places = [p for p in places if p in spared or draw.random() < 0.2]
@@ -754,7 +762,7 @@ def test_overgrown_lease_of_version_0_1_0_is_opened(tmp_path: Path) -> None:
     lease = Lease(attempt=num_attempts, owner="gone", released=True, bases={1: None, **bases})
     store = LocalStore(str(tmp_path / "run"))
     store.put("lease.json", lease.model_dump_json().encode())
-    with own(tmp_path, by_lease=True) as run:
+    with own_run(tmp_path, by_lease=True) as run:
         assert run.attempt == num_attempts + 1
         commit(run, tmp_path, 10)
     assert len(store.get("lease.json")) < 10_000
@@ -765,7 +773,7 @@ def test_lease_says_what_the_newest_attempts_rested_on(tmp_path: Path) -> None:
     expected: dict[int, str | None] = {}
     newest = None
     for attempt in range(1, 8):
-        with own(tmp_path) as run:
+        with own_run(tmp_path) as run:
             assert restored_step(run, tmp_path) == (attempt - 1 or None)
             expected[attempt] = newest
             newest = commit(run, tmp_path, attempt).prefix

@@ -46,7 +46,8 @@ from job.data.shard_cache import open_reader
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 dataset = open_dataset(sys.argv[1])
 options = {"cache": "full", "cache_dir": sys.argv[2]}
-open_reader(dataset, dataset.split("train"), alive=lambda: print("alive", flush=True), **options)
+options["heartbeat"] = lambda: print("alive", flush=True)
+open_reader(dataset, dataset.split("train"), **options)
 """
 
 

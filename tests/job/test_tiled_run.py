@@ -111,7 +111,7 @@ def test_a_large_picture_may_take_longer_than_a_step(
     with Watchdog(phase_s=60, step_s=1.5, expired=expired.append) as dog:
         dog.enter("end of epoch 1")
         dog.beat()  # from here on it has the time of a step
-        evaluator.mask_of(np.zeros((120, 120, 1), np.uint8), dog.alive)
+        evaluator.mask_of(np.zeros((120, 120, 1), np.uint8), dog.heartbeat)
         assert slow.num_batches == 7 * 4  # 2.8 s
     assert expired == []
 
@@ -127,12 +127,12 @@ def test_training_tells_of_every_batch_of_windows(tiled_run: Path, tmp_path: Pat
         if event["event"] == "phase":
             phases.append(event["name"])
 
-    def alive() -> None:
+    def heartbeat() -> None:
         told[phases[-1]] = told.get(phases[-1], 0) + 1
 
     with Run.open(str(tmp_path), "again") as run:
         setup = one_process_setup(config, run, device)
-        train_and_evaluate(setup, Callbacks(report, lambda: False, alive))
+        train_and_evaluate(setup, Callbacks(report, lambda: False, heartbeat))
     # 4 rows of 4 windows in batches of 2, for one picture after an epoch; for two of the test
     # split when they are measured, and again when they are shown. The best checkpoint is read in
     # two pieces, its record and its weights.

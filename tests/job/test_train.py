@@ -28,10 +28,10 @@ from flexunet.storage import join_url, open_store
 from job.config import ModelConfig, ScheduleConfig, TrainConfig
 from job.reporting.display import Display
 from job.reporting.html_report import render
-from job.runs.commits import find_commits
+from job.runs.checkpoints import find_checkpoints
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
-from job.runs.status import read_ends, standing
+from job.runs.status import read_ends, run_status
 from job.training.loop import train_and_evaluate
 from job.training.setup import Callbacks
 from tests import commands
@@ -204,11 +204,11 @@ def test_a_stop_during_validation_keeps_the_epoch(
         )
     store = open_store(again.output).below(str(again.name))
     assert read_ends(store) == {1: {"end": "stopped", "epoch": 1, "step": 3}}
-    assert standing(store) == "stopped"
+    assert run_status(store) == "stopped"
     _, rest = train(again, one_cpu)
     assert len(steps_of(rest)) == 3
     assert_same_history(Path(config.output), tmp_path)
-    assert standing(store) == "finished"
+    assert run_status(store) == "finished"
 
 
 def test_a_run_leaves_all_its_outputs(finished: Any) -> None:
@@ -250,7 +250,7 @@ def test_a_finished_run_trains_again_only_for_more_epochs(finished: Any, one_cpu
     assert len(steps_of(events)) == 3
     # The last checkpoint and the best are left: 3 steps an epoch.
     store = open_store(join_url(config.output, "run"))
-    steps = {place.step for place in find_commits(store)}
+    steps = {ref.step for ref in find_checkpoints(store)}
     assert steps == {3 * (longer["best"]["epoch"] + 1), 9}
 
 
@@ -266,7 +266,7 @@ def test_a_run_that_is_lost_during_evaluation_ends_as_lost(
 
     with (
         pytest.raises(LockedError, match="has taken the run over"),
-        Run.own(store, by_lease=True, timing=LeaseTiming(renew_s=0.05, expire_s=5)) as run,
+        Run.acquire(store, by_lease=True, timing=LeaseTiming(renew_s=0.05, expire_s=5)) as run,
     ):
         train_and_evaluate(one_process_setup(config, run, one_cpu), Callbacks(lose, lambda: False))
 
@@ -323,9 +323,9 @@ def arrays_of(run: Path) -> dict[str, np.ndarray]:
     """Returns the weights of the newest checkpoint by name."""
     import h5py
 
-    place = max(find_commits(open_store(str(run))))
+    ref = max(find_checkpoints(open_store(str(run))))
     arrays: dict[str, np.ndarray] = {}
-    with h5py.File(run / place.prefix / "model.weights.h5") as file:
+    with h5py.File(run / ref.prefix / "model.weights.h5") as file:
         file.visititems(
             lambda name, item: (
                 arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None

@@ -10,7 +10,7 @@ from flexunet.errors import LockedError, StorageError
 from flexunet.storage import Unavailable
 from job.distributed.watchdog import Watchdog
 from job.runs import upload_queue
-from job.runs.upload_queue import Outbox
+from job.runs.upload_queue import UploadQueue
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_calls_run_in_order_while_the_owner_goes_on() -> None:
     gate, done = threading.Event(), []
-    with Outbox(budget_s=1) as box:
+    with UploadQueue(budget_s=1) as box:
         box.post(gate.wait)
         for number in range(20):
             box.post(lambda number=number: done.append(number))
@@ -33,7 +33,7 @@ def test_calls_run_in_order_while_the_owner_goes_on() -> None:
 
 def test_leaving_waits_for_what_was_posted() -> None:
     done = []
-    with Outbox(budget_s=1) as box:
+    with UploadQueue(budget_s=1) as box:
         box.post(lambda: time.sleep(0.1))
         box.post(lambda: done.append(1))
     assert done == [1]
@@ -41,7 +41,7 @@ def test_leaving_waits_for_what_was_posted() -> None:
 
 def test_an_error_of_ours_waits_for_what_was_posted() -> None:
     done: list[int] = []
-    with pytest.raises(StorageError), Outbox(budget_s=1) as box:
+    with pytest.raises(StorageError), UploadQueue(budget_s=1) as box:
         box.post(lambda: time.sleep(0.2))
         box.post(lambda: done.append(1))
         raise StorageError
@@ -51,7 +51,7 @@ def test_an_error_of_ours_waits_for_what_was_posted() -> None:
 def test_an_error_that_is_not_ours_waits_for_what_was_posted() -> None:
     """Of a step that ran out of memory, say: the checkpoint of the epoch before is stored."""
     done: list[str] = []
-    with pytest.raises(MemoryError), Outbox(budget_s=1) as box:
+    with pytest.raises(MemoryError), UploadQueue(budget_s=1) as box:
         box.post(lambda: time.sleep(0.2))
         box.post(lambda: done.append("checkpoint"), is_large=True)
         raise MemoryError
@@ -62,7 +62,7 @@ def test_what_an_error_leaves_unstored_is_told(caplog: pytest.LogCaptureFixture)
     def call() -> None:
         raise StorageError("the disk is full")
 
-    with pytest.raises(MemoryError), Outbox(budget_s=1) as box:
+    with pytest.raises(MemoryError), UploadQueue(budget_s=1) as box:
         box.post(call)
         raise MemoryError
     assert caplog.messages == ["what was on its way to storage is lost: the disk is full"]
@@ -72,7 +72,7 @@ def test_an_interrupt_drops_what_has_not_begun(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(upload_queue, "_LAST_CALL_S", 0.0)
     done: list[int] = []
     gate = threading.Event()
-    with pytest.raises(KeyboardInterrupt), Outbox(budget_s=1) as box:
+    with pytest.raises(KeyboardInterrupt), UploadQueue(budget_s=1) as box:
         box.post(gate.wait)
         box.post(lambda: done.append(1))
         raise KeyboardInterrupt
@@ -89,7 +89,7 @@ def test_an_outage_is_waited_out() -> None:
         if len(tries) < 4:
             raise Unavailable("no network")
 
-    with Outbox(budget_s=5) as box:
+    with UploadQueue(budget_s=5) as box:
         box.post(call)
         box.flush()
     assert len(tries) == 4
@@ -101,7 +101,7 @@ def test_an_outage_beyond_the_budget_ends_the_deliveries() -> None:
     def call() -> None:
         raise Unavailable("no network")
 
-    with Outbox(budget_s=0.1) as box:
+    with UploadQueue(budget_s=0.1) as box:
         box.post(call)
         box.post(lambda: done.append(1))
         with pytest.raises(StorageError, match=r"out of reach for .* no network"):
@@ -112,7 +112,7 @@ def test_an_outage_beyond_the_budget_ends_the_deliveries() -> None:
     assert done == []
 
 
-def break_off_at_the_end(box: Outbox) -> None:
+def break_off_at_the_end(box: UploadQueue) -> None:
     """Moves bytes for longer than the budget of these tests, and fails then."""
     for _ in range(6):
         time.sleep(0.1)
@@ -129,7 +129,7 @@ def test_a_long_call_whose_bytes_moved_until_it_failed_is_repeated() -> None:
         if len(tries) == 1:
             break_off_at_the_end(box)
 
-    with Outbox(budget_s=0.3) as box:
+    with UploadQueue(budget_s=0.3) as box:
         box.post(call)
         box.flush()
     assert len(tries) == 2
@@ -145,7 +145,7 @@ def test_time_in_which_bytes_move_is_no_outage_in_whatever_try() -> None:
         if len(tries) == 2:
             break_off_at_the_end(box)
 
-    with Outbox(budget_s=0.3) as box:
+    with UploadQueue(budget_s=0.3) as box:
         box.post(call)
         box.flush()
     assert len(tries) == 3
@@ -157,7 +157,7 @@ def test_a_line_that_breaks_for_ever_after_some_bytes_ends_the_deliveries() -> N
         time.sleep(0.01)
         raise Unavailable("broken off")
 
-    with Outbox(budget_s=0.1) as box:
+    with UploadQueue(budget_s=0.1) as box:
         box.post(call)
         with pytest.raises(StorageError, match="out of reach"):
             box.flush()
@@ -166,7 +166,7 @@ def test_a_line_that_breaks_for_ever_after_some_bytes_ends_the_deliveries() -> N
 class Upload:
     """A call whose bytes move for a while, and then stand still until the test ends."""
 
-    def __init__(self, box: Outbox, seconds: float) -> None:
+    def __init__(self, box: UploadQueue, seconds: float) -> None:
         self._box, self._seconds = box, seconds
         self.stalled, self.gate = threading.Event(), threading.Event()
 
@@ -194,12 +194,12 @@ def test_only_an_upload_that_stands_still_lets_a_waiting_process_expire(
 
     with Watchdog(phase_s=limit_s, step_s=0, expired=expired) as dog:
         dog.enter("end of epoch 3")
-        with Outbox(budget_s=1, alive=dog.alive) as box:
+        with UploadQueue(budget_s=1, heartbeat=dog.heartbeat) as box:
             upload = Upload(box, seconds=3 * limit_s)
             box.post(upload, is_large=True)
             box.post(lambda: None, is_large=True)
             if wait != "leave":
-                {"room": box.wait_for_room, "flush": box.flush}[wait](dog.alive)
+                {"room": box.wait_for_capacity, "flush": box.flush}[wait](dog.heartbeat)
     assert [stalled for stalled, _ in seen] == [True]
     assert "in: end of epoch 3" in seen[0][1]
 
@@ -211,7 +211,7 @@ def test_another_error_is_not_repeated() -> None:
         tries.append(1)
         raise LockedError("taken over")
 
-    with Outbox(budget_s=5) as box:
+    with UploadQueue(budget_s=5) as box:
         box.post(call)
         with pytest.raises(LockedError):
             box.flush()
@@ -220,7 +220,7 @@ def test_another_error_is_not_repeated() -> None:
 
 def test_an_error_of_the_owner_lets_earlier_calls_end_and_takes_no_more() -> None:
     done: list[int] = []
-    with Outbox(budget_s=1) as box:
+    with UploadQueue(budget_s=1) as box:
         box.post(lambda: time.sleep(0.2))
         box.post(lambda: done.append(1))
         box.fail(StorageError("the disk is full"))
@@ -233,14 +233,14 @@ def test_an_error_of_the_owner_lets_earlier_calls_end_and_takes_no_more() -> Non
 
 def test_room_is_for_two_large_calls() -> None:
     gate = threading.Event()
-    with Outbox(budget_s=1) as box:
+    with UploadQueue(budget_s=1) as box:
         box.post(gate.wait, is_large=True)
-        box.wait_for_room()
+        box.wait_for_capacity()
         box.post(lambda: None, is_large=True)
         timer = threading.Timer(0.3, gate.set)
         begin = time.monotonic()
         timer.start()
-        box.wait_for_room()
+        box.wait_for_capacity()
         assert time.monotonic() - begin > 0.2
 
 
@@ -248,10 +248,10 @@ def test_room_can_be_asked_for_while_calls_come_and_go() -> None:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        with Outbox(budget_s=1) as box:
+        with UploadQueue(budget_s=1) as box:
             end = time.monotonic() + 1
             while time.monotonic() < end:
                 box.post(lambda: None, is_large=True)
-                assert box.has_room in (True, False)
+                assert box.has_capacity in (True, False)
     finally:
         sys.setswitchinterval(interval)

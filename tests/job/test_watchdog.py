@@ -88,7 +88,7 @@ def test_a_step_of_many_parts_may_take_longer_than_its_limit(quick: None) -> Non
         dog.beat()
         for _ in range(15):
             time.sleep(0.1)
-            dog.alive()
+            dog.heartbeat()
         assert calls.seen == []
         assert calls.came.wait(60)  # a part that never ends
 
@@ -100,7 +100,7 @@ def test_the_usual_step_is_all_of_its_parts(quick: None, monkeypatch: pytest.Mon
         for i in range(3):
             for _ in range(4):
                 time.sleep(0.05)
-                dog.alive()
+                dog.heartbeat()
             if i == 2:  # not before steps have been measured
                 monkeypatch.setattr(watchdog, "_MIN_STEP_S", 0.1)
             dog.beat()

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from flexunet.errors import UsageError
 from job.config import TrainConfig
-from job.distributed.process_group import Team
+from job.distributed.process_group import ProcessGroup
 from job.distributed.xla import uses_xla, why_not_xla
 
 
@@ -29,7 +29,7 @@ def test_xla_is_used_on_gpus_where_it_can_be(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], has_gpu: bool, expected: bool
 ) -> None:
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [0] if has_gpu else [])
-    assert uses_xla(TrainConfig(**options), Team(tf.distribute.get_strategy())) is expected
+    assert uses_xla(TrainConfig(**options), ProcessGroup(tf.distribute.get_strategy())) is expected
 
 
 def test_what_xla_cannot_compile_is_said(
@@ -42,9 +42,9 @@ def test_what_xla_cannot_compile_is_said(
     assert reason is not None
     assert "\n" not in reason
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [0])
-    team = Team(tf.distribute.get_strategy())
-    assert not uses_xla(TrainConfig(xla="auto"), team)
+    process_group = ProcessGroup(tf.distribute.get_strategy())
+    assert not uses_xla(TrainConfig(xla="auto"), process_group)
     (record,) = [record for record in caplog.records if record.name == "job.distributed.xla"]
     assert "AsString" in record.message
     with pytest.raises(UsageError, match="--xla=on: XLA compiles nothing here"):
-        uses_xla(TrainConfig(xla="on"), team)
+        uses_xla(TrainConfig(xla="on"), process_group)

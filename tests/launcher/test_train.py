@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from flexunet.storage import ObjectStore, join_url, open_store
-from job.runs.commits import find_commits
+from job.runs.checkpoints import find_checkpoints
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
 from tests import commands
@@ -99,7 +99,7 @@ def test_a_killed_worker_changes_nothing(
     runs = join_url(bucket_url, "runs")
     store = open_store(join_url(runs, "killed"))
     driver = Driver(ray_cluster, options(data, runs, "killed"))
-    driver.wait_for(lambda: find_commits(store))
+    driver.wait_for(lambda: find_checkpoints(store))
     victims = driver.wait_for(lambda: ray_processes(ray_cluster.folder, "RayTrainWorker"))
     victims[-1].kill()
     code, errors = driver.end()
@@ -113,7 +113,7 @@ def test_a_killed_worker_changes_nothing(
     names = {stat.name for stat in store.list()}
     assert {"outcome.json", "config.yaml", "evaluation/summary.json"} <= names
     assert any(name.startswith("epoch_change_infer/Epoch_6_") for name in names)
-    assert max(find_commits(store)).step == 6 * 6  # epochs and steps of each
+    assert max(find_checkpoints(store)).step == 6 * 6  # epochs and steps of each
     rows = list(csv.DictReader(io.StringIO(store.get("metrics/history.csv").decode())))
     assert [row["epoch"] for row in rows] == [str(number) for number in range(6)]
 
@@ -125,12 +125,12 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(
     arguments = options(data, runs, "moving", **{"global-batch-size": "4"})
     store = open_store(join_url(runs, "moving"))
     driver = Driver(ray_cluster, arguments)
-    driver.wait_for(lambda: find_commits(store))
+    driver.wait_for(lambda: find_checkpoints(store))
     driver.process.send_signal(signal.SIGTERM)
     code, errors = driver.end()
     assert code == 6, errors
     assert "the same command resumes" in errors.strip().splitlines()[-1]
-    stopped_at = max(find_commits(store)).step
+    stopped_at = max(find_checkpoints(store)).step
 
     driver = Driver(ray_cluster, arguments, num_workers=1)
     code, errors = driver.end()
@@ -214,7 +214,7 @@ def test_a_stop_while_ray_starts_is_told(
         lines = driver.stderr.read().splitlines()
     assert driver.returncode == 6, lines
     assert lines[-1] == f"flexunet launch: {last_line}"
-    assert not (tmp_path / "runs").exists() or not find_commits(
+    assert not (tmp_path / "runs").exists() or not find_checkpoints(
         open_store(str(tmp_path / "runs" / "new"))
     )
 

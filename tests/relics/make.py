@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from job.training.options import resolve_config
-from job.training.process import run_member
+from job.training.process import run_process
 
 OPTIONS: dict[str, Any] = {
     "data": "/data/dataset",
@@ -42,7 +42,7 @@ def train(name: str, stop_after: int | None = None, **changes: Any) -> None:
         steps.extend([event] * (event["event"] == "step"))
 
     config = resolve_config(OPTIONS | changes | {"name": name}, None)
-    run_member(config, None, report, lambda: len(steps) == stop_after)
+    run_process(config, None, report, lambda: len(steps) == stop_after)
 
 
 if __name__ == "__main__":

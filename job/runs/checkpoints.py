@@ -18,14 +18,14 @@ from flexunet.storage import NotFound, ObjectMeta, ObjectStore, crc32c_of_file
 from job.runs.layout import (
     COMMIT_NAME,
     MAX_RECORD_BYTES,
-    Place,
-    is_committed,
+    CheckpointRef,
+    is_complete,
     list_folders,
     parse_record,
     read_small,
     through_json,
 )
-from job.runs.lease import Lease, commits_on_chain, is_on_chain, read_lease
+from job.runs.lease import Lease, checkpoints_on_chain, is_on_chain, read_lease
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _MEMBER_NAME = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]{0,127}")
 
 
 @dataclass(frozen=True)
-class Commit:
+class Checkpoint:
     """A commit as its COMMIT.json tells it.
 
     Attributes:
@@ -53,7 +53,7 @@ class Commit:
     keep: tuple[str, ...] | None
 
 
-class Member(Settings):
+class CheckpointFile(Settings):
     """One file of a commit."""
 
     name: str = option(..., "File name inside the commit's folder.", pattern=r"^[A-Za-z0-9]")
@@ -62,42 +62,44 @@ class Member(Settings):
     sha256: str = option(..., "SHA-256 of the bytes, hex.", pattern="^[0-9a-f]{64}$")
 
 
-class CommitRecord(Settings):
+class CheckpointRecord(Settings):
     """The content of COMMIT.json."""
 
     version: Literal[1] = option(1, "Version of this format.")
     step: int = option(..., "Training steps done.", ge=0)
     attempt: int = option(..., "The attempt that wrote it.", ge=1)
     epoch: int = option(..., "Epochs done.", ge=0)
-    members: tuple[Member, ...] = option(..., "Every file of the commit.", max_length=MAX_MEMBERS)
+    members: tuple[CheckpointFile, ...] = option(
+        ..., "Every file of the commit.", max_length=MAX_MEMBERS
+    )
     dataset_digest: str = option(..., "SHA-256 of the dataset's manifest, hex.")
     config_digest: str = option(..., "SHA-256 of the run's identity, hex.")
     state: dict[str, Any] = option(..., "What the caller wants back.")
 
 
-def find_commits(store: ObjectStore) -> list[Place]:
+def find_checkpoints(store: ObjectStore) -> list[CheckpointRef]:
     """Returns the commits of a run that count, oldest first; needs no ownership."""
     found = read_lease(store)
-    return commits_on_chain(store, found[0]) if found else []
+    return checkpoints_on_chain(store, found[0]) if found else []
 
 
-def read_commit(store: ObjectStore, prefix: str) -> Commit:
+def read_checkpoint(store: ObjectStore, prefix: str) -> Checkpoint:
     """Returns the commit in the folder `prefix`.
 
     Raises:
         ContentError, NotFound: its record is damaged or missing.
     """
-    return _read_commit(store, prefix)[1]
+    return _read_checkpoint(store, prefix)[1]
 
 
-def fetch_newest(
+def download_newest(
     store: ObjectStore,
-    places: Collection[Place],
+    refs: Collection[CheckpointRef],
     staging_dir: str,
     digests: tuple[str, str] | None = None,
     names: Collection[str] | None = None,
-) -> tuple[Commit, dict[str, str]] | None:
-    """Returns the newest undamaged commit of `places` and its members' local paths by name.
+) -> tuple[Checkpoint, dict[str, str]] | None:
+    """Returns the newest undamaged commit of `refs` and its members' local paths by name.
 
     Args:
         staging_dir: local folder for the members, in a folder of its own per commit.
@@ -108,14 +110,14 @@ def fetch_newest(
         ContentError: all of them are damaged.
     """
     problems: list[str] = []
-    for place in sorted(places, reverse=True):
+    for ref in sorted(refs, reverse=True):
         try:
-            restored = fetch_commit(store, place, staging_dir, digests, names)
+            restored = download_checkpoint(store, ref, staging_dir, digests, names)
         except (ContentError, NotFound) as error:
             problems.append(str(error))
             continue
         if problems:
-            logger.warning("%s; resuming from %s instead", "; ".join(problems), place.prefix)
+            logger.warning("%s; resuming from %s instead", "; ".join(problems), ref.prefix)
         return restored
     if problems:
         raise ContentError(
@@ -125,21 +127,21 @@ def fetch_newest(
     return None
 
 
-def fetch_commit(
+def download_checkpoint(
     store: ObjectStore,
-    place: Place,
+    ref: CheckpointRef,
     staging_dir: str,
     digests: tuple[str, str] | None = None,
     names: Collection[str] | None = None,
-) -> tuple[Commit, dict[str, str]]:
+) -> tuple[Checkpoint, dict[str, str]]:
     """Returns one commit and its members' local paths by name; of `names` only, where given.
 
     Raises:
         ContentError, NotFound: an object is damaged or missing; the message names it.
     """
-    record, commit = _read_commit(store, place.prefix)
-    where = f"{store.url}/{place.prefix}/{COMMIT_NAME}"
-    if (record.attempt, record.step) != (place.attempt, place.step):
+    record, commit = _read_checkpoint(store, ref.prefix)
+    where = f"{store.url}/{ref.prefix}/{COMMIT_NAME}"
+    if (record.attempt, record.step) != (ref.attempt, ref.step):
         raise ContentError(f"{where}: it is of attempt {record.attempt}, step {record.step}")
     if digests and (record.dataset_digest, record.config_digest) != digests:
         raise ContentError(f"{where}: it was made with another dataset or config")
@@ -149,20 +151,20 @@ def fetch_commit(
             raise ContentError(f"{where}: member name {member.name!a} is not allowed")
         if names is not None and member.name not in names:
             continue
-        path = os.path.join(staging_dir, place.prefix.replace("/", "-"), member.name)
-        _fetch_member(store, f"{place.prefix}/{member.name}", member, path)
+        path = os.path.join(staging_dir, ref.prefix.replace("/", "-"), member.name)
+        _fetch_member(store, f"{ref.prefix}/{member.name}", member, path)
         paths[member.name] = path
     return commit, paths
 
 
-def _read_commit(store: ObjectStore, prefix: str) -> tuple[CommitRecord, Commit]:
+def _read_checkpoint(store: ObjectStore, prefix: str) -> tuple[CheckpointRecord, Checkpoint]:
     name = f"{prefix}/{COMMIT_NAME}"
     data = read_small(store, name)
-    record = parse_record(data, CommitRecord, f"{store.url}/{name}")
-    return record, commit_of(record, prefix, data)
+    record = parse_record(data, CheckpointRecord, f"{store.url}/{name}")
+    return record, checkpoint_of(record, prefix, data)
 
 
-def _fetch_member(store: ObjectStore, name: str, member: Member, path: str) -> None:
+def _fetch_member(store: ObjectStore, name: str, member: CheckpointFile, path: str) -> None:
     where = f"{store.url}/{name}"
     stat = store.stat(name)
     if stat is None:
@@ -175,11 +177,11 @@ def _fetch_member(store: ObjectStore, name: str, member: Member, path: str) -> N
         raise ContentError(f"{where} is damaged: its sha256 is not the one committed")
 
 
-def commit_of(record: CommitRecord, prefix: str, data: bytes) -> Commit:
+def checkpoint_of(record: CheckpointRecord, prefix: str, data: bytes) -> Checkpoint:
     """Returns what `record`, stored as `data` in the folder `prefix`, tells of a commit."""
     state = dict(record.state)
     keep = state.pop(_KEEP, None)
-    return Commit(
+    return Checkpoint(
         step=record.step,
         attempt=record.attempt,
         epoch=record.epoch,
@@ -195,10 +197,10 @@ def _sha256_of_file(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe_members(members: Mapping[str, str]) -> tuple[Member, ...]:
+def describe_members(members: Mapping[str, str]) -> tuple[CheckpointFile, ...]:
     """Returns the size and digests of the local files `members`, path by name."""
     return tuple(
-        Member(
+        CheckpointFile(
             name=name,
             size=os.path.getsize(path),
             crc32c=crc32c_of_file(path),
@@ -216,12 +218,12 @@ def check_member_names(names: Iterable[str]) -> None:
 
 
 def record_state(state: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
-    """Returns the state of a commit record, which also says what `commit_of` gives as `keep`."""
+    """Returns the state of a commit record, with what `checkpoint_of` gives as `keep`."""
     stored: dict[str, Any] = through_json({**state, _KEEP: list(keep)})
     return stored
 
 
-def record_bytes(record: CommitRecord) -> bytes:
+def record_bytes(record: CheckpointRecord) -> bytes:
     """Returns the content of COMMIT.json.
 
     Raises:
@@ -241,14 +243,16 @@ class GarbageCollector:
         self._store = store
         self._kept_by: dict[str, tuple[str, ...] | None] = {}  # see `_needed_by`
 
-    def collect(self, lease: Lease, newest: Place, keep_last: int, keep: Collection[str]) -> None:
+    def collect(
+        self, lease: Lease, newest: CheckpointRef, keep_last: int, keep: Collection[str]
+    ) -> None:
         """Deletes commits older than `newest`; otherwise as `Run.collect_garbage`.
 
         Args:
             lease: of the owner.
         """
         folders = list_folders(self._store)
-        committed = [place for place in folders if is_committed(folders[place])]
+        committed = [ref for ref in folders if is_complete(folders[ref])]
         valid = sorted(p for p in committed if is_on_chain(lease, p))
         kept = {newest.prefix, *(p.prefix for p in valid[-max(keep_last, 1) :])}
         needed = {prefix: self._needed_by(prefix) for prefix in kept}
@@ -257,10 +261,10 @@ class GarbageCollector:
             needed[newest.prefix] = (*own, *keep)
         self._kept_by = needed
         if None in needed.values():
-            kept |= {place.prefix for place in committed}
+            kept |= {ref.prefix for ref in committed}
         kept |= {*keep, *(prefix for each in needed.values() for prefix in each or ())}
-        for place, stats in folders.items():
-            if place.prefix not in kept and place < newest:
+        for ref, stats in folders.items():
+            if ref.prefix not in kept and ref < newest:
                 delete_folder(self._store, stats)
 
     def _needed_by(self, prefix: str) -> tuple[str, ...] | None:
@@ -270,7 +274,7 @@ class GarbageCollector:
         """
         if prefix not in self._kept_by:
             try:
-                self._kept_by[prefix] = read_commit(self._store, prefix).keep
+                self._kept_by[prefix] = read_checkpoint(self._store, prefix).keep
             except (ContentError, NotFound):
                 self._kept_by[prefix] = ()
         return self._kept_by[prefix]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from flexunet.progress import Alive, no_heartbeat
+from flexunet.progress import Heartbeat, no_heartbeat
 from job.data.reader import RecordReader
 from job.data.shard_cache import open_reader
 from job.distributed.exchange_plan import agreed_plan
@@ -19,11 +19,11 @@ from job.runs.loading import model_for
 from job.training.run_writer import RunWriter, open_run_writer
 from job.training.setup import TrainingSetup
 from job.training.step import StepOptions, make_train_step
-from job.training.trainer import Session
+from job.training.trainer import Trainer
 
 
 @contextmanager
-def open_session(setup: TrainingSetup, *, alive: Alive = no_heartbeat) -> Iterator[Session]:
+def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -> Iterator[Trainer]:
     """Yields a session whose model, steps and readers are ready; nothing is trained yet.
 
     Args:
@@ -32,7 +32,7 @@ def open_session(setup: TrainingSetup, *, alive: Alive = no_heartbeat) -> Iterat
     Raises:
         UsageError: a model that does not fit the dataset.
     """
-    config, team = setup.config, setup.team
+    config, process_group = setup.config, setup.process_group
     with setup.strategy.scope():
         model = model_for(config, setup.dataset.manifest)
         scale = loss_scale_for(config.precision)
@@ -42,9 +42,9 @@ def open_session(setup: TrainingSetup, *, alive: Alive = no_heartbeat) -> Iterat
         setup.strategy,
         setup.dataset,
         network_of([model]),
-        first_replica=team.first_replica,
+        first_replica=process_group.first_replica,
     )
-    readers = _open_readers(setup, alive)
+    readers = _open_readers(setup, heartbeat)
     step = _train_step(setup, model, optimizer, evaluator)
     recorders: list[RunWriter] = []
     with ExitStack() as stack:
@@ -53,36 +53,38 @@ def open_session(setup: TrainingSetup, *, alive: Alive = no_heartbeat) -> Iterat
             if setup.run is None:
                 return
             run_writer = stack.enter_context(
-                open_run_writer(setup, evaluator, model, optimizer, readers["valid"], alive=alive)
+                open_run_writer(
+                    setup, evaluator, model, optimizer, readers["valid"], heartbeat=heartbeat
+                )
             )
             run_writer.write_description(setup.dataset, setup.strategy)
             recorders.append(run_writer)
 
-        team.run_on_primary(record)
+        process_group.run_on_primary(record)
         run_writer = recorders[0] if recorders else None
-        yield Session(setup, readers, model, optimizer, step, evaluator, run_writer, alive)
+        yield Trainer(setup, readers, model, optimizer, step, evaluator, run_writer, heartbeat)
 
 
-def _open_readers(setup: TrainingSetup, alive: Alive) -> dict[str, RecordReader]:
+def _open_readers(setup: TrainingSetup, heartbeat: Heartbeat) -> dict[str, RecordReader]:
     """Returns a reader of every split, by name, whose shards are in the cache."""
     config, dataset = setup.config, setup.dataset
     readers: dict[str, RecordReader] = {}
 
-    def fill_cache(alive: Alive) -> None:
+    def fill_cache(heartbeat: Heartbeat) -> None:
         for name, split in dataset.splits.items():
             readers[name] = open_reader(
-                dataset, split, cache=config.cache, cache_dir=config.cache_dir, alive=alive
+                dataset, split, cache=config.cache, cache_dir=config.cache_dir, heartbeat=heartbeat
             )
 
-    setup.team.keep_alive(fill_cache, alive)
+    setup.process_group.all_gather_with_heartbeat(fill_cache, heartbeat)
     return readers
 
 
 def _train_step(setup: TrainingSetup, model: Any, optimizer: Adam, evaluator: Evaluator) -> Any:
     """Returns the compiled training step, with the same exchange in all processes."""
-    config, strategy, team = setup.config, setup.strategy, setup.team
-    is_compiled = uses_xla(config, team)
-    plan = None if is_compiled else agreed_plan(config, strategy, team, model)
+    config, strategy, process_group = setup.config, setup.strategy, setup.process_group
+    is_compiled = uses_xla(config, process_group)
+    plan = None if is_compiled else agreed_plan(config, strategy, process_group, model)
     return make_train_step(
         strategy,
         model,
