@@ -13,15 +13,12 @@ import click
 
 from data_prep import report
 from data_prep.config import PrepConfig
-from data_prep.intake import sources_of
-from data_prep.pipeline import prepare
+from data_prep.pipeline import prepare_source
 from data_prep.shards.manifest import Manifest
 from data_prep.sources import inbreast
-from data_prep.sources.pairs import folder_made_by
 from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.cli.options import PATH, SettingsCommand, given, settings_options
 from flexunet.cli.runner import run_command
-from flexunet.errors import UsageError
 from flexunet.process_pool import OpenWorkers
 from flexunet.settings import merged, read_text, read_yaml, validated
 from flexunet.storage import ObjectStore, open_store
@@ -67,24 +64,12 @@ def read_config(config_file: str | None, options: dict[str, Any]) -> PrepConfig:
 def run(
     source: str, output: str, config: PrepConfig, open_workers: OpenWorkers | None = None
 ) -> None:
-    """Prepares the dataset and prints what it holds; see `prepare`."""
-    sources = sources_of(source, config)
-    _refuse_other_layout(source, output, config)
-    manifest = prepare(sources, output, config, open_workers=open_workers)
+    """Prepares the dataset and prints what it holds; see `prepare_source`."""
+    manifest = prepare_source(source, output, config, open_workers=open_workers)
     store = open_store(output)
     _print_summary(manifest, store.url)
     if config.format == "inbreast":
         _print_counts(store)
-
-
-def _refuse_other_layout(source: str, output: str, config: PrepConfig) -> None:
-    store = open_store(output)
-    folder = folder_made_by(store, source) if config.format == "pairs" else None
-    if folder:
-        raise UsageError(
-            f"{store.url}: the output would make {folder}, where the next prep looks for pictures; "
-            "choose another"
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from data_prep import report
 from data_prep.assignment import assign, warn_of_missing_classes
 from data_prep.config import MAX_LISTED, PrepConfig, identity_of
 from data_prep.imaging.color_map import parse_color_map
-from data_prep.intake import Intake, intake_of, source_digest
+from data_prep.intake import Intake, intake_of, source_digest, sources_of
 from data_prep.report_files import write_clipped, write_counts, write_report
 from data_prep.shards.encode import chunked, scan_chunk
 from data_prep.shards.items import EncodedSample, Item, Layout, RejectedPair, ScanTask
@@ -29,7 +29,7 @@ from data_prep.shards.output import (
 from data_prep.shards.pair_reader import source_crcs
 from data_prep.shards.sample_table import samples_to_parquet
 from data_prep.shards.write import ShardTask, WrittenShard, plan_shards, sample_rows, write_shard
-from data_prep.sources.pairs import Source
+from data_prep.sources.pairs import Source, folder_made_by
 from data_prep.splits.names import SPLITS
 from data_prep.stored_format import target_of, warn_of_clipped, warn_of_mixed
 from data_prep.summary import Contents, manifest_of, warn_of_vanished
@@ -43,6 +43,29 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def prepare_source(
+    source: str,
+    output: str,
+    config: PrepConfig,
+    *,
+    open_workers: OpenWorkers | None = None,
+    progress: bool = True,
+) -> Manifest:
+    """Returns the manifest of the dataset at `output`, prepared from the folder `source`.
+
+    Args:
+        source: folder or gs:// URL as `flexunet prep` takes it.
+        open_workers, progress: as for `prepare`.
+
+    Raises:
+        UsageError, ContentError, StorageError: as `prepare`; also where the output would make a
+            folder in which the next preparation of `source` looks for images.
+    """
+    sources = sources_of(source, config)
+    _refuse_other_layout(source, output, config)
+    return prepare(sources, output, config, open_workers=open_workers, progress=progress)
 
 
 def prepare(
@@ -83,6 +106,16 @@ def prepare(
         manifest = _finished(work, intake) if is_finished else _prepare(work, intake)
     warn_of_vanished(manifest)
     return manifest
+
+
+def _refuse_other_layout(source: str, output: str, config: PrepConfig) -> None:
+    store = open_store(output)
+    folder = folder_made_by(store, source) if config.format == "pairs" else None
+    if folder:
+        raise UsageError(
+            f"{store.url}: the output would make {folder}, where the next prep looks for pictures; "
+            "choose another"
+        )
 
 
 def _processes(config: PrepConfig, num_items: int) -> OpenWorkers:

@@ -7,7 +7,7 @@ import difflib
 import re
 import reprlib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import yaml
@@ -197,6 +197,28 @@ def suggestion(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
+def remedy_for(cls: type[Settings], path: Sequence[str], arguments: Collection[str] = ()) -> str:
+    """Returns a remedy for the unknown key at `path`: the right key, or advice.
+
+    Args:
+        arguments: what else may be meant, as in `flexunet.synonyms.proposed`.
+    """
+    elsewhere = [known for known in _keys_of(cls) if known.rpartition(".")[2] == path[-1]]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]!r}?"
+    keys = {flag_of(each.split(".")): each for each in _keys_of(cls)}
+    remedy = proposed(path[-1], keys, arguments)
+    if remedy is not None:
+        for flag, key in keys.items():
+            remedy = remedy.replace(f"{flag!r}", f"{key!r}")
+        return remedy
+    group: Any = cls
+    for part in path[:-1]:
+        field = getattr(group, "model_fields", {}).get(part)
+        group = field.annotation if field else None
+    return suggestion(path[-1], list(getattr(group, "model_fields", {})))
+
+
 def flag_of(path: Sequence[str]) -> str:
     """Returns the option of the field at `path`: `--model.num-layers`."""
     return "--" + ".".join(part.replace("_", "-") for part in path)
@@ -237,7 +259,7 @@ def _describe(
     if _is_typed(place, typed) or (typed is not None and detail["type"] == "missing"):
         name = flag_of(place)
     if detail["type"] == "extra_forbidden":
-        return f"unknown key {name!r}; {_known_key(cls, path)}"
+        return f"unknown key {name!r}; {remedy_for(cls, path)}"
     if detail["type"] == "model_type":
         return f"{name}: expected a group of keys, got {_shown(detail['input'])}"
     message = detail["msg"].removeprefix("Value error, ")
@@ -250,24 +272,6 @@ def _describe(
         message = _as_typed(message, typed or {})
         return f"{'.'.join(path)}: {message}" if path else message
     return f"{name}={_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
-
-
-def _known_key(cls: type[Settings], path: list[str]) -> str:
-    """Returns a remedy for the unknown key at `path`."""
-    elsewhere = [known for known in _keys_of(cls) if known.rpartition(".")[2] == path[-1]]
-    if elsewhere:
-        return f"did you mean {elsewhere[0]!r}?"
-    keys = {flag_of(each.split(".")): each for each in _keys_of(cls)}
-    remedy = proposed(path[-1], keys)
-    if remedy is not None:
-        for flag, key in keys.items():
-            remedy = remedy.replace(f"{flag!r}", f"{key!r}")
-        return remedy
-    group: Any = cls
-    for part in path[:-1]:
-        field = getattr(group, "model_fields", {}).get(part)
-        group = field.annotation if field else None
-    return suggestion(path[-1], list(getattr(group, "model_fields", {})))
 
 
 def _keys_of(cls: type[Settings]) -> Iterator[str]:

@@ -11,17 +11,8 @@ import click
 from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.cli.options import PATH, SettingsCommand, from_options, settings_options
 from flexunet.cli.runner import run_command
-from flexunet.errors import UsageError
-from job.evaluation.pipeline import (
-    EvaluateConfig,
-    dataset_of,
-    evaluate_run,
-    resolve_config,
-    target_of,
-)
-from job.models.compatibility import window_overlap
+from job.evaluation.pipeline import EvaluateConfig, evaluate
 from job.reporting.terminal import show_summary
-from job.runs.loading import open_ensemble
 
 
 @click.command(cls=SettingsCommand)
@@ -40,29 +31,7 @@ def command(run: str, **options: Any) -> int:
     """
     config = from_options(EvaluateConfig, options)
     with quiet_interrupts():
-        trained, *others = open_ensemble([run, *config.ensemble])
-        dataset = dataset_of(trained, config.data, others)
-        if config.split not in dataset.splits and others:
-            raise UsageError(
-                f"--split {config.split}: runs of several folds have each trained on what others "
-                "validate; all of them have only the test split not seen"
-            )
-        for name in (config.split, *(["valid"] if config.remove_small_regions else [])):
-            dataset.split(name)
-        target_of(trained, config)
-        if config.tiles_as_pictures and dataset.manifest.geometry != "tile":
-            raise UsageError(
-                f"--tiles-as-pictures: {dataset.url} was prepared without tiles "
-                f"(geometry {dataset.manifest.geometry}); leave it out"
-            )
-        if dataset.manifest.geometry == "tile":
-            window_overlap(dataset.manifest, config.overlap, trained.config.window_overlap)
-        from job.distributed.strategy import configure, require_gpu
-
-        if config.needs_gpu:
-            require_gpu()
-        strategy = configure(resolve_config(trained, config))
-        evaluation, url = evaluate_run(trained, dataset, strategy, config, others)
+        evaluation, url = evaluate(run, config)
     show_summary(evaluation.summary)
     click.echo(f"tables and pictures: {url}")
     return 0

@@ -72,6 +72,7 @@ ORDERS = {
         "job.inference",
         "job.evaluation",
         "job.training",
+        "job.api",
         *COMMANDS,
     ],
     "launcher": [

@@ -24,8 +24,15 @@ from job.inference.options import PredictConfig
 from job.inference.postprocess import class_ids
 from job.inference.region_filter import FILE_NAME, FittedOn, RegionTally, SmallRegions
 from job.metrics.per_case import without_ignored
+from job.models.compatibility import window_overlap
 from job.reporting.phrases import checkpoint_words
-from job.runs.loading import EnsembleMember, TrainedRun, ensemble_member, load_model
+from job.runs.loading import (
+    EnsembleMember,
+    TrainedRun,
+    ensemble_member,
+    load_model,
+    open_ensemble,
+)
 from job.runs.provenance import as_record, read_origin
 from job.runs.status import run_status
 
@@ -76,6 +83,49 @@ class EvaluateConfig(PredictConfig):
                 "flatter it; evaluate another split, or leave it out"
             )
         return self
+
+
+def evaluate(run_url: str, config: EvaluateConfig) -> tuple[Evaluation, str]:
+    """Returns the evaluation of one split of a run's dataset, and the folder it was written to.
+
+    TensorFlow is imported after everything that can be refused was checked.
+
+    Raises:
+        UsageError: no run, no such split, another dataset, runs that do not go together, an output
+            with other files, or no GPU where one is needed.
+    """
+    run, *others = open_ensemble([run_url, *config.ensemble])
+    dataset = dataset_of(run, config.data, others)
+    if config.split not in dataset.splits and others:
+        raise UsageError(
+            f"--split {config.split}: runs of several folds have each trained on what others "
+            "validate; all of them have only the test split not seen"
+        )
+    for name in (config.split, *(["valid"] if config.remove_small_regions else [])):
+        dataset.split(name)
+    target_of(run, config)
+    _check_tiles(run, dataset, config)
+    from job.distributed.strategy import configure, require_gpu
+
+    if config.needs_gpu:
+        require_gpu()
+    strategy = configure(resolve_config(run, config))
+    return evaluate_run(run, dataset, strategy, config, others)
+
+
+def _check_tiles(run: TrainedRun, dataset: Dataset, config: EvaluateConfig) -> None:
+    """Refuses options of tiles where there are none, and windows that do not overlap as asked.
+
+    Raises:
+        UsageError: says which option.
+    """
+    if dataset.manifest.geometry == "tile":
+        window_overlap(dataset.manifest, config.overlap, run.config.window_overlap)
+    elif config.tiles_as_pictures:
+        raise UsageError(
+            f"--tiles-as-pictures: {dataset.url} was prepared without tiles "
+            f"(geometry {dataset.manifest.geometry}); leave it out"
+        )
 
 
 def evaluate_run(

@@ -26,7 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_config(
-    options: Mapping[str, Any], file: str | None, prep_options: Mapping[str, bool] | None = None
+    options: Mapping[str, Any],
+    file: str | None,
+    prep_options: Mapping[str, bool] | None = None,
+    *,
+    function: str | None = None,
 ) -> TrainConfig:
     """Returns the config of `file` with the options of the command line laid over it.
 
@@ -36,6 +40,9 @@ def resolve_config(
     A file of the reference implementation (.config, .ini) is read as it is; when no dataset is
     given, its image folders are prepared first, beside the run, with `prep_options` as well.
 
+    Args:
+        function: of Python, whose keyword arguments the options are; errors then name them so.
+
     Raises:
         UsageError: no dataset, a value that is not allowed, or a preset that `file` overrules.
         ContentError: the image folders hold bad files or leaking splits.
@@ -43,7 +50,7 @@ def resolve_config(
     from job.compat.ini_mapping import is_reference_config
 
     if file is not None and is_reference_config(file):
-        return _resolve_reference(options, file, prep_options or {})
+        return _resolve_reference(options, file, prep_options or {}, function)
     if prep_options:
         raise _nothing_to_prepare(prep_options)
     values = read_yaml(read_text(file), file) if file else {}
@@ -51,8 +58,8 @@ def resolve_config(
         _check_preset(options, values, file)
     config = _resolved(
         merged(values, options),
-        file or "options",
-        options,
+        file or function or "options",
+        options if function is None else None,
         lambda found: run_name(_data_of(found)),
     )
     _data_of(config)
@@ -68,14 +75,14 @@ def _data_of(config: TrainConfig) -> str:
 def _resolved(
     values: Mapping[str, Any],
     where: str,
-    options: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
     name_for: Callable[[TrainConfig], str],
 ) -> TrainConfig:
     """Returns the config of `values`; of a run that exists, what they do not say is as it was.
 
     Args:
         where: what the values came from, named in errors.
-        options: those of them that were given on the command line.
+        options: those of them that were given on the command line; None: there is none.
         name_for: the name of a run for which `values` have none.
     """
     place = {name: values[name] for name in _PLACE if name in values}
@@ -175,7 +182,10 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 
 
 def _resolve_reference(
-    options: Mapping[str, Any], file: str, prep_options: Mapping[str, bool]
+    options: Mapping[str, Any],
+    file: str,
+    prep_options: Mapping[str, bool],
+    function: str | None,
 ) -> TrainConfig:
     from job.compat.ini_mapping import read_reference_config
     from job.compat.ini_prep import prepare_sources
@@ -190,7 +200,7 @@ def _resolve_reference(
     config = _resolved(
         merged(reference.train, options),
         file,
-        options,
+        options if function is None else None,
         lambda found: run_name(found.data or folder),
     )
     name = str(config.name)

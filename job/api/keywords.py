@@ -1,0 +1,70 @@
+"""Turns keyword arguments of the Python API into the values of a settings class.
+
+The keywords are the fields of the class, as the options of a command are: `epochs=5`, and
+`model={"num_layers": 5}` for `--model.num-layers 5`.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from flexunet.errors import UsageError
+from flexunet.settings import Settings, remedy_for, validated
+
+S = TypeVar("S", bound=Settings)
+
+StrPath = str | os.PathLike[str]
+
+
+def keyword_values(
+    function: str, cls: type[Settings], options: Mapping[str, Any], parameters: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Returns `options` as nested plain values: paths as text, settings as what was set in them.
+
+    Args:
+        function: its name in the API, for errors: "train".
+        cls: has a field for each option.
+        parameters: other parameters of the function, which an unknown keyword may mean.
+
+    Raises:
+        UsageError: a keyword is unknown; the message proposes the right one.
+    """
+    unknown = [name for name in options if name not in cls.model_fields]
+    if unknown:
+        problems = [f"{name!r}; {_remedy(cls, name, parameters)}" for name in unknown]
+        raise UsageError(f"flexunet.{function}(): unknown option {'; '.join(problems)}")
+    return {name: _plain(value) for name, value in options.items()}
+
+
+def settings_of(
+    function: str, cls: type[S], options: Mapping[str, Any], parameters: Sequence[str] = ()
+) -> S:
+    """Returns `cls` made from keyword arguments; see `keyword_values`.
+
+    Raises:
+        UsageError: a keyword is unknown, or a value is not allowed.
+    """
+    values = keyword_values(function, cls, options, parameters)
+    return validated(cls, values, f"flexunet.{function}()")
+
+
+def _remedy(cls: type[Settings], name: str, parameters: Sequence[str]) -> str:
+    text = remedy_for(cls, [name], [each.upper() for each in parameters])
+    text = re.sub(
+        r"give it as the argument (\w+)", lambda found: f"did you mean {found[1].lower()!r}?", text
+    )
+    # 'model.num_layers' is no keyword; its group is one.
+    return re.sub(r"'(\w+)\.(\w+)'", r"\1={'\2': ...}", text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return value.model_dump(exclude_unset=True)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_plain(each) for each in value)
+    return value
