@@ -26,6 +26,7 @@ LEFT_OUT = {
     "*.lock": "host and process of the run's owner",
     "*lease.json": "host, process and random id of the run's owner",
     "*throughput.csv": "images per second",
+    "*inference-images-*.json": "modification times of the images",
     "*prep-state/scan-*.bin": "named after the path and the time of the source",
 }
 # Tags beside which a browser shows no blanks; beside `<b>` or `<a>` it does, and in `<pre>`.

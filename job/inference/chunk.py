@@ -172,7 +172,16 @@ def _write_picture(picture: ModelImage, ids: Ids, manifest: Manifest, output: Ob
         overlay = plots.overlay_png(picture.preview, ids, manifest.classes)
         _put_overlay(output, f"{OVERLAYS_FOLDER}/{name}", overlay)
     # The mask last: it is what a continued call looks for.
-    output.put(name, plots.mask_png(ids, manifest.classes))
+    _put_mask(output, name, plots.mask_png(ids, manifest.classes))
+
+
+def _put_mask(output: ObjectStore, name: str, mask: bytes) -> None:
+    try:
+        output.put(name, mask)
+    except Forbidden as error:
+        if output.stat(name) is None:
+            raise
+        raise Forbidden(f"{error}; or give another OUTPUT: this mask is out of date") from error
 
 
 def _put_overlay(output: ObjectStore, name: str, overlay: bytes) -> None:

@@ -25,8 +25,8 @@ def find_images(source: ObjectStore, count: int | None = None) -> list[str]:
     return _names_of_images(source, source.list(), count)[:count]
 
 
-def sort_images(source: ObjectStore) -> tuple[list[str], tuple[str, ...]]:
-    """Returns the names of all images below `source`, sorted, and of the files that are none.
+def sort_images(source: ObjectStore) -> tuple[list[ObjectMeta], tuple[str, ...]]:
+    """Returns all images below `source`, sorted by name, and the names of files that are none.
 
     DICOM files are found by how they begin, too. Hidden files are not mentioned.
 
@@ -35,9 +35,9 @@ def sort_images(source: ObjectStore) -> tuple[list[str], tuple[str, ...]]:
     """
     stats = source.list()
     names = _names_of_images(source, stats, None)
-    images = set(names)
-    others = (each.name for each in stats if each.name not in images)
-    return names, tuple(name for name in others if not posixpath.basename(name).startswith("."))
+    by_name = {each.name: each for each in stats}
+    images = [by_name.pop(name) for name in names]
+    return images, tuple(name for name in by_name if not posixpath.basename(name).startswith("."))
 
 
 def _names_of_images(

@@ -60,24 +60,39 @@ def record_of(
     return record
 
 
-def claim_output(output: ObjectStore, record: Mapping[str, Any], *, is_continued: bool) -> None:
-    """Writes down whose masks OUTPUT holds; masks made from or with other things are never kept.
+def refuse_other_masks(
+    output: ObjectStore, record: Mapping[str, Any], *, is_continued: bool
+) -> None:
+    """Refuses to keep masks that were made from or with other things.
+
+    Args:
+        is_continued: whether OUTPUT holds masks that stay.
 
     Raises:
-        UsageError: masks would be kept that were made from others.
+        UsageError: its record is another one.
     """
-    try:
-        found = json.loads(output.get(RECORD_NAME))
-    except (NotFound, ValueError):
-        found = None
+    found = _read_record(output)
     if is_continued and found != record:
-        changes = _changes(found if isinstance(found, dict) else {}, record)
+        changes = _changes(found or {}, record)
         raise UsageError(
             f"{output.url}: holds masks made in another way: {'; '.join(changes[:_MAX_CHANGES])}; "
             "give another OUTPUT, or --overwrite to predict them again"
         )
-    if found != record:
+
+
+def claim_output(output: ObjectStore, record: Mapping[str, Any]) -> None:
+    """Writes down whose masks OUTPUT holds."""
+    if _read_record(output) != record:
         output.put(RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _read_record(output: ObjectStore) -> dict[str, Any] | None:
+    """Returns the record of OUTPUT; None where there is none or it is damaged."""
+    try:
+        found = json.loads(output.get(RECORD_NAME))
+    except (NotFound, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -2,14 +2,15 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from data_prep.shards.manifest import Manifest
 from flexunet.errors import UsageError
 from flexunet.process_pool import OpenWorkers
 from flexunet.progress import Progress
-from flexunet.storage import join_url, open_source, open_store
+from flexunet.storage import ObjectMeta, ObjectStore, join_url, open_source, open_store
 from job.inference.chunk import Chunk, ChunkResult, predict_chunk, predict_images
 from job.inference.inputs import (
     mask_name,
@@ -18,8 +19,17 @@ from job.inference.inputs import (
     refuse_overlays_folder,
     sort_images,
 )
+from job.inference.mask_sources import (
+    MaskPlan,
+    delete_outdated,
+    overlay_names,
+    plan_masks,
+    read_sources,
+    report_plan,
+    write_sources,
+)
 from job.inference.options import InferConfig
-from job.inference.outputs import claim_output, list_unreadable, record_of
+from job.inference.outputs import claim_output, list_unreadable, record_of, refuse_other_masks
 from job.inference.prediction import color_warning, load_predictor
 from job.inference.region_filter import read_min_pixels
 from job.models.compatibility import window_overlap
@@ -37,6 +47,7 @@ class InferResult:
     num_kept: int
     unreadable: tuple[tuple[str, str], ...]  # (file, reason)
     passed_over: tuple[str, ...] = ()  # files that are no images
+    gone: tuple[str, ...] = ()  # masks of images that are no longer there
 
 
 def infer(
@@ -49,8 +60,8 @@ def infer(
 ) -> InferResult:
     """Writes the mask of every image below `images_url`, in the classes' colours, at its own size.
 
-    What `output_url` already has is kept, so that a stopped call continues. Images that cannot be
-    read are listed in `unreadable.csv`.
+    A mask that `output_url` already has is kept if its image is still the same, so that a stopped
+    call continues. Images that cannot be read are listed in `unreadable.csv`.
 
     Args:
         open_workers: opens the workers that predict, when there is something to do. None: this
@@ -58,7 +69,7 @@ def infer(
 
     Raises:
         UsageError: no run, runs that do not go together, no images, two images whose masks would
-            have one name, or output and images in one another.
+            have one name, output and images in one another, or masks of another run or folder.
         StorageError: an image vanished, or storage is unavailable; the same call continues.
     """
     runs = open_ensemble([run_url, *config.ensemble])
@@ -70,35 +81,62 @@ def infer(
     output = open_store(output_url or join_url(run_url, "inference"))
     refuse_files(source, output)
     refuse_overlap(source, output)
-    names, passed_over = sort_images(source)
+    images, passed_over = sort_images(source)
     if config.window == "sliding" and manifest.geometry != "tile":
-        logger.warning(
-            "--window sliding: windows of %dx%d pixels of the pictures as they are, by a run that "
-            "was trained on whole pictures of that size: in larger ones all looks larger than what "
-            "it has learnt",
-            manifest.image_width,
-            manifest.image_height,
-        )
+        _warn_of_scale(manifest)
     if config.overlays:
-        refuse_overlays_folder(source, names)
-    done = set() if config.overwrite else {stat.name for stat in output.list()}
-    todo = tuple(name for name in names if mask_name(name) not in done)
+        refuse_overlays_folder(source, [each.name for each in images])
     # Named by their folders: these weights stay the same while the run is trained further.
     members = tuple(
         ensemble_member(run, find_checkpoint(run.store, which=config.checkpoint)) for run in runs
     )
     min_pixels = _min_pixels(config, manifest, members, overlap)
     record = record_of(members, source, config, min_pixels, overlap)
-    claim_output(output, record, is_continued=len(todo) < len(names))
-    whole = Chunk(members, source.url, output.url, config, todo, min_pixels, overlap)
-    unreadable = _predict_all(whole, manifest, open_workers) if todo else []
+    plan, objects = _prepare_output(output, images, record, config)
+    whole = Chunk(members, source.url, output.url, config, plan.todo, min_pixels, overlap)
+    unreadable = _predict_all(whole, manifest, open_workers) if plan.todo else []
     list_unreadable(output, unreadable)
+    failed = [name for name, _ in unreadable]
+    delete_outdated(output, objects, [*map(mask_name, failed), *overlay_names(failed)])
     return InferResult(
         output_url=output.url,
-        num_written=len(todo) - len(unreadable),
-        num_kept=len(names) - len(todo),
+        num_written=len(plan.todo) - len(unreadable),
+        num_kept=len(images) - len(plan.todo),
         unreadable=tuple(unreadable),
         passed_over=passed_over,
+        gone=plan.gone,
+    )
+
+
+def _prepare_output(
+    output: ObjectStore,
+    images: Sequence[ObjectMeta],
+    record: Mapping[str, Any],
+    config: InferConfig,
+) -> tuple[MaskPlan, Mapping[str, ObjectMeta]]:
+    """Writes the records of OUTPUT; returns what to predict, and what OUTPUT held before."""
+    objects = {stat.name: stat for stat in output.list()}
+    sources = read_sources(output, objects)
+    plan = plan_masks(images, objects, sources, overwrite=config.overwrite)
+    is_continued = plan.holds_masks and not config.overwrite
+    refuse_other_masks(output, record, is_continued=is_continued)
+    report_plan(output, plan)
+    # First the images: a call that is killed in between then keeps no mask of another run.
+    if plan.sources != sources:
+        write_sources(output, objects, plan.sources)
+    claim_output(output, record)
+    if not config.overlays:
+        delete_outdated(output, objects, overlay_names(plan.todo))
+    return plan, objects
+
+
+def _warn_of_scale(manifest: Manifest) -> None:
+    logger.warning(
+        "--window sliding: windows of %dx%d pixels of the pictures as they are, by a run that "
+        "was trained on whole pictures of that size: in larger ones all looks larger than what "
+        "it has learnt",
+        manifest.image_width,
+        manifest.image_height,
     )
 
 

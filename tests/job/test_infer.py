@@ -51,6 +51,7 @@ from tests.job.discs import write_discs
 
 PROJECT = Path(__file__).resolve().parents[2]
 QUIET = InferConfig(progress=False, batch_size=4)
+RECORDS = "inference.json", "inference-images-000001.json"
 
 
 def disc(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +110,7 @@ def test_infer_reads_every_kind_of_image_and_answers_at_its_size(
         "patient 1/left/tall.png": tall,
     }
     names = {stat.name for stat in open_store(str(output)).list()}
-    assert names == {"inference.json", *expected, *(f"overlays/{name}" for name in expected)}
+    assert names == {*RECORDS, *expected, *(f"overlays/{name}" for name in expected)}
     for name, (picture, inside) in expected.items():
         ids = mask_of(output, name)
         assert ids.shape == picture.shape
@@ -224,7 +225,7 @@ def test_infer_reads_from_and_writes_to_a_bucket(
     assert infer(str(trained_run), *urls, QUIET).num_written == 3
     names = [stat.name for stat in open_store(urls[1]).list()]
     masks = ["a.png", "sub/b.png", "sub/c.png"]
-    assert names == sorted(["inference.json", *masks, *(f"overlays/{name}" for name in masks)])
+    assert names == sorted([*RECORDS, *masks, *(f"overlays/{name}" for name in masks)])
     assert infer(str(trained_run), *urls, QUIET).num_kept == 3
 
 
@@ -290,7 +291,9 @@ def test_sort_images_finds_dicom_files_in_a_bucket(bucket_url: str) -> None:
     bucket = open_store(bucket_url)
     for name, content in (("a/IM1", data), ("a/x", b"x" * 500), ("b.dcm", b""), ("c.json", b"{}")):
         bucket.put(name, content)
-    assert sort_images(bucket) == (["a/IM1", "b.dcm"], ("a/x", "c.json"))
+    images, others = sort_images(bucket)
+    assert [(each.name, each.size) for each in images] == [("a/IM1", len(data)), ("b.dcm", 0)]
+    assert others == ("a/x", "c.json")
 
 
 def test_infer_refuses_dicom_files_whose_masks_would_have_one_name(tmp_path: Path) -> None:
@@ -698,7 +701,7 @@ def test_what_is_there_already_is_never_written_again(
     faulty_bucket.proxy.creates_only = True
     result = infer(*arguments)
     assert (result.num_written, result.num_kept) == (1, 1)
-    write_same(tmp_path / "images", 3)  # the third is mended
+    write(tmp_path / "images" / "image-002.png", disc(32, 32)[0])  # it is mended
     result = infer(*arguments)
     assert (result.num_written, result.num_kept, result.unreadable) == (1, 2, ())
     assert f"{faulty_bucket.url}/unreadable.csv is of an earlier call and stays" in caplog.text

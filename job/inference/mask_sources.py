@@ -1,0 +1,216 @@
+"""Records which image each mask of a folder was made of, and finds the masks that are out of date.
+
+A call that predicts writes one record of all masks before its first mask: `inference-images-N.json`
+with N one higher than before. Then it deletes older records. So each call writes one record at
+most, and an account that may create objects but not replace them can write it.
+
+An image is the same if its name, its size and its checksum are the same. A local folder has no
+checksums; there the modification time counts. The record also names the generation of a mask that
+the call replaces: if the call is killed before it replaces the mask, the next call finds that
+generation and predicts again.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+
+from flexunet.errors import StorageError
+from flexunet.storage import Forbidden, ObjectMeta, ObjectStore, PreconditionFailed
+from flexunet.text import counted, legible
+from job.inference.inputs import OVERLAYS_FOLDER, mask_name
+
+logger = logging.getLogger(__name__)
+
+_RECORD_NAME = re.compile(r"inference-images-([0-9]{6,12})\.json")
+_COLUMNS = ("image", "size", "generation", "crc32c", "old_mask")
+
+
+@dataclass(frozen=True)
+class MaskSource:
+    """The image that a mask is made of.
+
+    Attributes:
+        image: the name of the image.
+        size: bytes of the image.
+        generation: of the image; in a local folder its modification time in ns.
+        crc32c: of the image, None in a local folder.
+        old_mask: generation of an earlier mask, which is not of this image; 0: there was none.
+    """
+
+    image: str
+    size: int
+    generation: int
+    crc32c: int | None
+    old_mask: int
+
+    def is_of(self, image: ObjectMeta) -> bool:
+        """Returns whether `image` is the image that is recorded here."""
+        if (self.image, self.size) != (image.name, image.size):
+            return False
+        if self.crc32c is not None and image.crc32c is not None:
+            return self.crc32c == image.crc32c
+        return self.generation == image.generation
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """Which images to predict, and what to record.
+
+    Attributes:
+        todo: images to predict.
+        changed: those of `todo` that changed after their mask was made.
+        unknown: those of `todo` that have a mask, but no record of its image.
+        gone: masks whose image is no longer there.
+        sources: the new record, by the name of the mask.
+        holds_masks: whether the folder has masks of these images, or masks of the old record.
+    """
+
+    todo: tuple[str, ...]
+    changed: tuple[str, ...]
+    unknown: tuple[str, ...]
+    gone: tuple[str, ...]
+    sources: Mapping[str, MaskSource]
+    holds_masks: bool
+
+
+def plan_masks(
+    images: Sequence[ObjectMeta],
+    objects: Mapping[str, ObjectMeta],
+    sources: Mapping[str, MaskSource],
+    *,
+    overwrite: bool,
+) -> MaskPlan:
+    """Returns which of `images` to predict.
+
+    Args:
+        objects: all objects of the folder of masks, by name.
+        sources: the record of that folder, see `read_sources`.
+        overwrite: predict all images.
+    """
+    todo, changed, unknown = [], [], []
+    recorded: dict[str, MaskSource] = {}
+    for image in images:
+        name = mask_name(image.name)
+        mask, source = objects.get(name), sources.get(name)
+        if mask and not overwrite:
+            if source is None:
+                unknown.append(image.name)
+            elif not source.is_of(image) or source.old_mask == mask.generation:
+                changed.append(image.name)
+            else:
+                recorded[name] = source
+                continue
+        todo.append(image.name)
+        old_mask = mask.generation if mask else 0
+        recorded[name] = MaskSource(
+            image.name, image.size, image.generation, image.crc32c, old_mask
+        )
+    gone = [name for name in sources if name not in recorded and name in objects]
+    for name in gone:
+        # After --overwrite such a mask is of another run; it is out of date if its image is back.
+        source, mask = sources[name], objects[name]
+        recorded[name] = replace(source, old_mask=mask.generation) if overwrite else source
+    holds_masks = any(name in objects for name in recorded)
+    return MaskPlan(tuple(todo), tuple(changed), tuple(unknown), tuple(gone), recorded, holds_masks)
+
+
+def report_plan(output: ObjectStore, plan: MaskPlan) -> None:
+    """Logs which masks are predicted again, and why."""
+    if plan.changed:
+        logger.info(
+            "%s: %s changed after the mask was made, first %s; predicted again",
+            output.url,
+            counted(len(plan.changed), "image"),
+            legible(plan.changed[0]),
+        )
+    if plan.unknown:
+        logger.warning(
+            "%s: no record of the image of %s (earlier versions of flexunet wrote none), first %s; "
+            "predicted again",
+            output.url,
+            counted(len(plan.unknown), "mask"),
+            legible(mask_name(plan.unknown[0])),
+        )
+
+
+def read_sources(output: ObjectStore, objects: Iterable[str]) -> dict[str, MaskSource]:
+    """Returns the newest record in `output`, by the name of the mask; empty where there is none.
+
+    Args:
+        objects: the names of all objects in `output`.
+    """
+    records = _records(objects)
+    if not records:
+        return {}
+    try:
+        return _parsed(output.get(records[-1]))
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        logger.warning("%s/%s: damaged, not used", output.url, records[-1])
+        return {}
+
+
+def write_sources(
+    output: ObjectStore, objects: Iterable[str], sources: Mapping[str, MaskSource]
+) -> None:
+    """Writes a new record and deletes the older ones, where these credentials may.
+
+    Raises:
+        StorageError: another process wrote a record at the same time.
+    """
+    records = _records(objects)
+    number = _number_of(records[-1]) + 1 if records else 1
+    rows = {name: astuple(source) for name, source in sorted(sources.items())}
+    lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
+    text = f'{{"columns": {json.dumps(_COLUMNS)},\n"masks": {{\n' + ",\n".join(lines) + "\n}}\n"
+    try:
+        output.put(f"inference-images-{number:06d}.json", text.encode(), if_generation=0)
+    except PreconditionFailed as error:
+        raise StorageError(
+            f"{output.url}: another infer has begun to write here; wait for its end, then run the "
+            "same command again"
+        ) from error
+    try:
+        for name in records:
+            output.delete(name)
+    except Forbidden:
+        logger.debug("%s: older records stay; these credentials may not delete", output.url)
+
+
+def delete_outdated(output: ObjectStore, objects: Iterable[str], names: Iterable[str]) -> None:
+    """Deletes those of `names` that are among `objects`: nothing replaces them."""
+    outdated = sorted(set(objects).intersection(names))
+    try:
+        for name in outdated:
+            output.delete(name)
+    except Forbidden:
+        logger.warning(
+            "%s: these credentials cannot delete %s out of date, first %s; ignore or delete them",
+            output.url,
+            counted(len(outdated), "object"),
+            legible(outdated[0]),
+        )
+
+
+def overlay_names(images: Iterable[str]) -> list[str]:
+    """Returns the object names of the overlays of `images`."""
+    return [f"{OVERLAYS_FOLDER}/{mask_name(name)}" for name in images]
+
+
+def _parsed(data: bytes) -> dict[str, MaskSource]:
+    """Returns the record that `data` holds; raises what its damage leads to."""
+    found = {}
+    for mask, (image, size, generation, crc32c, old_mask) in json.loads(data)["masks"].items():
+        checksum = None if crc32c is None else int(crc32c)
+        found[mask] = MaskSource(str(image), int(size), int(generation), checksum, int(old_mask))
+    return found
+
+
+def _records(objects: Iterable[str]) -> list[str]:
+    """Returns the names of the records among `objects`, the newest last."""
+    return sorted((name for name in objects if _RECORD_NAME.fullmatch(name)), key=_number_of)
+
+
+def _number_of(name: str) -> int:
+    return int(name.removesuffix(".json").rpartition("-")[2])
