@@ -1,9 +1,11 @@
-"""What the README and the Makefile tell a reader to type can be typed.
+"""Checks what the README, the pages of docs/ and the Makefile name: commands, options and files.
 
 Nothing is run: each command is parsed by the very command it names, so that a renamed option, a
 value that is no choice or a missing argument fails here.
 """
 
+import ast
+import functools
 import importlib
 import json
 import re
@@ -11,7 +13,6 @@ import shlex
 import statistics
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 import pytest
@@ -20,13 +21,25 @@ from flexunet.settings import read_yaml, validated
 from job.config import TrainConfig
 from launcher.commands.launch import COMMANDS as LAUNCH_COMMANDS
 from launcher.commands.root import COMMANDS
+from tests.source_tree import PACKAGES as OWN_PACKAGES
+from tests.source_tree import ROOT, python_files
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Path -> text of every page for users and developers.
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
+    ]
+}
+# These have commands of other programs and options of their own.
+OTHER_PAGES = ("k8s/README.md", "benchmarks/README.md")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Programs of the system that a line may call; their options are not ours to check.
 OTHERS = {"cd", "ray", "source", "export", "uv", "tensorboard"}
+OTHER_OPTIONS = {"--head"}  # of `ray start`
 PACKAGES = {"data_prep": "data_prep.cli", "data_prep.phantoms": "data_prep.phantoms.cli"}
 
 
@@ -81,7 +94,8 @@ def check(words: list[str]) -> None:
         if rest[:1] in (["--help"], ["--version"]):
             return
         check_flexunet(rest)
-    elif re.fullmatch(r"(\S*/)?python[0-9.]*", program) and rest[:1] == ["-m"]:
+    elif re.fullmatch(r"(\S*/)?python[0-9.]*", program) and "-m" in rest[:2]:
+        rest = rest[rest.index("-m") :]
         parse(command_of(rest[1]), rest[2:])
     elif program not in OTHERS:
         raise ValueError(f"unknown program {program!r}")
@@ -121,28 +135,83 @@ def own_options() -> set[str]:
     return names | {"--help", "--version"}
 
 
-def test_readme_has_commands() -> None:
-    programs = {words[0] for line in shell_lines(README) for words in calls(line)}
-    assert {"make", "flexunet"} <= programs
+def typed_lines() -> list[str]:
+    pages = [line for text in PAGES.values() for line in shell_lines(text)]
+    return list(dict.fromkeys([*pages, *recipe_lines(MAKEFILE)]))
 
 
-@pytest.mark.parametrize("line", dict.fromkeys([*shell_lines(README), *recipe_lines(MAKEFILE)]))
+def code_words(text: str) -> set[str]:
+    """Returns the words of all inline code; blocks of code left out."""
+    prose = re.sub(r"^( *)```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return {word for code in re.findall(r"`([^`\n]+)`", prose) for word in code.split()}
+
+
+def missing_paths(text: str) -> list[str]:
+    """Returns the files of the project that inline code names and that do not exist."""
+    top = "|".join([*OWN_PACKAGES, "docs", "k8s", "benchmarks", "tests"])
+    form = re.compile(rf"({top})/[^A-Z<]*(/|\.[a-z0-9]+)")
+    named = {word for word in code_words(text) if form.fullmatch(word)}
+    return sorted(word for word in named if not any(ROOT.glob(word)))
+
+
+def test_pages_have_commands() -> None:
+    for page in ("README.md", "docs/tutorials/first-model.md"):
+        programs = {words[0] for line in shell_lines(PAGES[page]) for words in calls(line)}
+        assert {"make", "flexunet"} <= programs
+
+
+@pytest.mark.parametrize("line", typed_lines())
 def test_command_can_be_typed(line: str) -> None:
     for words in calls(line):
         check(words)
 
 
-def test_options_named_in_the_text_exist() -> None:
-    text = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
-    named = [word for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()]
-    options = {word.split("=")[0] for word in named if re.match(r"--[a-z]", word)}
-    assert options - own_options() == set()
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"CONTRIBUTING.md"}))
+def test_options_named_in_the_text_exist(page: str) -> None:
+    words = {word.strip("`,;:.") for word in code_words(PAGES[page])}
+    options = {word.split("=")[0] for word in words if re.match(r"--[a-z]", word)}
+    assert options - own_options() - OTHER_OPTIONS == set()
 
 
-def test_linked_files_exist() -> None:
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", README)
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES])
+def test_files_named_in_the_text_exist(page: str) -> None:
+    assert missing_paths((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES])
+def test_linked_files_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
     local = [link for link in links if "://" not in link]
-    assert [link for link in local if not (ROOT / link).exists()] == []
+    assert [link for link in local if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+@functools.cache
+def texts_of_the_code() -> str:
+    """Returns every text of the four packages, values in them left out."""
+    return "\n".join(
+        node.value if isinstance(node, ast.Constant) else "".join(map(_constant, node.values))
+        for path in python_files()
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    )
+
+
+def _constant(part: ast.expr) -> str:
+    return str(part.value) if isinstance(part, ast.Constant) else "{}"
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    text = PAGES["docs/troubleshooting.md"]
+    messages = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+    assert len(messages) > 20
+    assert [each for each in messages if each not in texts_of_the_code()] == []
+
+
+def test_a_file_that_does_not_exist_is_found() -> None:
+    text = "See `job/nowhere.py`, `job/train.py`, `data_prep/` and `benchmarks/results/NAME.json`."
+    assert missing_paths(text) == ["job/nowhere.py"]
 
 
 @pytest.mark.parametrize(
