@@ -55,6 +55,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fills the generated parts of a page, and mends its links to files of the project."""
     place = page.file.src_uri
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # a list of one page
+    if place == "project/changelog.md":
+        page.meta["search"] = {"exclude": True}  # it would be found first, for any word
     markdown = MARKER.sub(lambda match: PARTS[match[1]](), markdown)
     source = FILES.get(place, f"docs/{place}")
     pieces, end = [], 0
@@ -275,7 +279,9 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     ]
     lines.append("<tbody>")
     for row in rows:
-        cells = "".join(f"<td>{cell}</td>" for cell in row)
+        cells = "".join(
+            f'<td data-column="{name}">{cell}</td>' for name, cell in zip(head, row, strict=True)
+        )
         lines.append(f"<tr>{cells}</tr>")
     return "\n".join([*lines, "</tbody></table></div>"])
 
