@@ -6,6 +6,7 @@ from typing import Any
 from job.config import TrainConfig
 from job.distributed.rendezvous import process_spec_from_environment
 from job.training.process import run_process
+from job.training.setup import Callbacks
 from launcher.channel import WorkerChannel
 
 
@@ -25,8 +26,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
             return run_process(
                 config,
                 spec,
-                channel.report,
-                channel.should_stop,
+                Callbacks(channel.report, channel.should_stop),
                 num_gpus=settings["num_gpus"],
                 launch=settings["launch"],
             )

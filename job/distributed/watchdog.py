@@ -5,6 +5,7 @@ difference between a process that computes and one that waits. It must not know 
 """
 
 import faulthandler
+import logging
 import os
 import socket
 import statistics
@@ -18,6 +19,8 @@ from typing import Any
 
 from flexunet.errors import FlexUNetError
 from flexunet.storage import ObjectStore
+
+logger = logging.getLogger(__name__)
 
 STACKS_FOLDER = "stacks"  # in a run's folder
 _NUM_STEPS = 50  # the latest steps, from which the usual duration is taken
@@ -141,6 +144,19 @@ def end_process(store: ObjectStore, name: str, title: str) -> None:
     finally:
         # A thread in a collective cannot be interrupted.
         os._exit(FlexUNetError.exit_code)
+
+
+def report_stall(store: ObjectStore, name: str, problem: str) -> None:
+    """Writes the stacks of all threads to `name` in `store` and logs an error.
+
+    For a process that is not ours to end: a notebook, or a program that calls the Python API.
+    """
+    where = _store_stacks(store, name, problem)
+    logger.error(
+        "%s; if training does not go on, end this process; the same call resumes (stacks: %s)",
+        problem,
+        where,
+    )
 
 
 def _store_stacks(store: ObjectStore, name: str, title: str) -> str:

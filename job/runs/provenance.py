@@ -13,8 +13,10 @@ files, or of the same in other groups, have pictures in common where the stored 
 import hashlib
 import json
 import logging
+import subprocess
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from data_prep.shards.sample_table import read_samples
@@ -272,3 +274,16 @@ def _pixels(dataset: Dataset) -> dict[str, str]:
         for name, each in parts.items()
     }
     return {row["id"]: digests[row["picture"] or row["id"]] for row in rows}
+
+
+def source_commit() -> str | None:
+    """Returns the git commit that this package runs from; None where it was installed."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    arguments = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(arguments, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 - fixed arguments
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -76,6 +76,7 @@ class _Loop:
         trainer, begin = self.trainer, self.callbacks.begin
         begin("restoring")
         state = trainer.restore()
+        self.callbacks.report(_started_event(trainer, state))
         while not state.is_finished(trainer.config.epochs):
             begin(f"epoch {state.epoch + 1}")
             clock = _Clock()
@@ -85,7 +86,10 @@ class _Loop:
                 raise self._end(trainer.end_stopped, state)
         begin("evaluation")
         evaluation = trainer.evaluate_best(state, self._is_over)
-        return self._end(trainer.end_finished, state, evaluation)
+        outcome = self._end(trainer.end_finished, state, evaluation)
+        if evaluation is not None:
+            self.callbacks.report({"event": "evaluation", "summary": outcome["evaluation"]})
+        return outcome
 
     def _train_steps(self, state: TrainState, clock: "_Clock") -> None:
         """Does the rest of the epoch in progress, with a checkpoint whenever one is due."""
@@ -93,6 +97,7 @@ class _Loop:
         for loss, num_images in trainer.train_steps(state):
             clock.tick(num_images)
             self.callbacks.report(_step_event(trainer, state, loss, clock, num_images))
+            self._report_stored()
             if not math.isfinite(loss) or trainer.is_stuck:
                 raise self._end(trainer.end_diverged, state, loss)
             if self._is_over():
@@ -113,6 +118,7 @@ class _Loop:
             raise self._end(trainer.end_diverged, state, row["val_loss"])
         trainer.finish_epoch(state, row, images_per_s=clock.images_per_s)
         self.callbacks.report({"event": "epoch", "num_epochs": trainer.config.epochs, **row})
+        self._report_stored()
 
     def _is_over(self) -> bool:
         # A run that was lost, or cannot be stored, is told when it is ended.
@@ -123,7 +129,13 @@ class _Loop:
     def _end(self, store: Callable[..., T], *details: Any) -> T:
         # Whoever else is gone: what is on its way to storage must arrive.
         self.callbacks.begin(_STORING, needs_peers=False)
-        return store(*details)
+        found = store(*details)
+        self._report_stored()
+        return found
+
+    def _report_stored(self) -> None:
+        for checkpoint in self.trainer.take_stored():
+            self.callbacks.report({"event": "checkpoint", **checkpoint})
 
 
 @contextmanager
@@ -235,6 +247,16 @@ def _check_dataset(config: TrainConfig, run: Run, dataset_digest: str) -> None:
             f"{stored['dataset_digest'][:12]}, now {dataset_digest[:12]}); give that dataset or "
             "another --name"
         )
+
+
+def _started_event(trainer: "Trainer", state: TrainState) -> dict[str, Any]:
+    return {
+        "event": "started",
+        "epoch": state.epoch,
+        "num_epochs": trainer.config.epochs,
+        "num_steps": trainer.num_steps,
+        "attempt": trainer.attempt,
+    }
 
 
 def _step_event(

@@ -18,13 +18,13 @@ from job.data.dataset import Dataset
 from job.data.folds import open_folded
 from job.distributed.process_group import ProcessGroup, peer_errors
 from job.distributed.rendezvous import ProcessSpec, rendezvous
-from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process
+from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process, report_stall
 from job.models.compatibility import check_compatible, input_max
 from job.reporting.display import Display
 from job.runs.provenance import check_origin
 from job.runs.run import Run
 from job.training.loop import train_and_evaluate
-from job.training.setup import Callbacks, Report, TrainingSetup
+from job.training.setup import Callbacks, TrainingSetup
 
 logger = logging.getLogger(__name__)
 
@@ -32,31 +32,38 @@ _RETRY_S = 60.0
 _LAST_WORDS_S = 5.0  # for the stacks of a process that ends itself
 
 
-def run_local(config: TrainConfig) -> dict[str, Any]:
+def run_local(
+    config: TrainConfig, other: Callbacks | None = None, *, ends_process: bool = True
+) -> dict[str, Any]:
     """Trains on the devices of this machine; the body of `train --local`.
 
     Args:
         config: `data` and `name` are set.
+        other: called as well.
+        ends_process: as for `run_process`.
     """
     with stop_signals() as should_stop, Display(config) as display:
-        return run_process(config, None, display.report, should_stop)
+        callbacks = Callbacks(display.report, should_stop)
+        if other is not None:
+            callbacks = callbacks.joined(other)
+        return run_process(config, None, callbacks, ends_process=ends_process)
 
 
 def run_in_cluster(config: TrainConfig, spec: ProcessSpec) -> dict[str, Any]:
     """Trains as the process `spec` of a cluster; the body of `train` without `--local`."""
     with stop_signals() as should_stop, Display(config) as display:
         report = display.report if spec.rank == 0 else lambda event: None
-        return run_process(config, spec, report, should_stop)
+        return run_process(config, spec, Callbacks(report, should_stop))
 
 
 def run_process(
     config: TrainConfig,
     spec: ProcessSpec | None,
-    report: Report,
-    should_stop: Callable[[], bool],
+    callbacks: Callbacks,
     *,
     num_gpus: int | None = None,
     launch: str | None = None,
+    ends_process: bool = True,
 ) -> dict[str, Any]:
     """Trains as one of the processes that train together; all of them call it.
 
@@ -65,6 +72,8 @@ def run_process(
         place: None: this process alone.
         num_gpus: GPUs that this process was promised; None: whatever there is.
         launch: names the launcher, whose processes may follow one another at once.
+        ends_process: end this process when training stalls; else the stacks are stored and an
+            error is logged.
 
     Raises:
         FlexUNetError: also where another process ended, or cannot be reached.
@@ -72,14 +81,14 @@ def run_process(
     # What can be refused at once is: TensorFlow takes seconds to come.
     dataset = open_folded(config)
     check_compatible(config, dataset)
-    callbacks = Callbacks(report, should_stop)
     if spec is None or spec.size == 1:
         if launch is None:  # a launcher has done it
             check_origin(config, dataset)
-        alone = _Process(config, dataset, None, num_gpus, launch)
+        alone = _Process(config, dataset, None, num_gpus, launch, ends_process)
         with _acquire_run(config, launch) as run:
             return alone.train(run, callbacks)
-    return _Process(config, dataset, spec, num_gpus, launch).train(None, callbacks)
+    process = _Process(config, dataset, spec, num_gpus, launch, ends_process)
+    return process.train(None, callbacks)
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,7 @@ class _Process:
     spec: ProcessSpec | None
     num_gpus: int | None
     launch: str | None
+    ends_process: bool
 
     def train(self, run: Run | None, callbacks: Callbacks) -> dict[str, Any]:
         """Makes the strategy, with the others where there are some, and trains.
@@ -111,7 +121,7 @@ class _Process:
             rendezvous(spec, config.phase_timeout, num_seen)
             if spec.size > 1:
                 check_batch(config, spec.size, num_seen)
-        with _watched(config, spec) as watchdog, ExitStack() as stack:
+        with self._watched() as watchdog, ExitStack() as stack:
             watchdog.enter("making the strategy")
             strategy = configure(config, spec)
             check_micro_batches(config, strategy.num_replicas_in_sync)
@@ -137,6 +147,30 @@ class _Process:
         if self.launch is None:
             process_group.run_on_primary(lambda: check_origin(self.config, self.dataset))
         return owned[0] if owned else None
+
+    @contextmanager
+    def _watched(self) -> Iterator[Watchdog]:
+        """Yields the watchdog of this process, which writes into the run what stood still where."""
+        config, spec = self.config, self.spec
+        rank = spec.rank if spec else 0
+        peers = {r: a for r, a in enumerate(spec.addresses) if r != rank} if spec else {}
+        store = open_store(config.output, retry_s=_LAST_WORDS_S).below(str(config.name))
+
+        def end(problem: str) -> None:
+            name = f"{STACKS_FOLDER}/{socket.gethostname()}-{os.getpid()}-rank-{rank}.txt"
+            if self.ends_process:
+                end_process(store, name, f"rank {rank}: {problem}")
+            else:
+                report_stall(store, name, problem)
+
+        with Watchdog(
+            # The end of an epoch may wait for storage.
+            phase_s=config.phase_timeout + config.storage_timeout,
+            step_s=config.step_timeout,
+            expired=end,
+            peers=peers,
+        ) as watchdog:
+            yield watchdog
 
     def _agree_on_precision(self, process_group: ProcessGroup, run: Run | None) -> str:
         """Returns the precision in which all processes compute.
@@ -186,27 +220,6 @@ def _acquire_run(config: TrainConfig, launch: str | None) -> Run:
     retry_s = min(_RETRY_S, max(config.storage_timeout, 1.0))
     store = open_store(config.output, retry_s=retry_s).below(checked_run_name(str(config.name)))
     return Run.acquire(store, launch=launch)
-
-
-@contextmanager
-def _watched(config: TrainConfig, spec: ProcessSpec | None) -> Iterator[Watchdog]:
-    """Yields the watchdog of this process, which writes into the run what stood still where."""
-    rank = spec.rank if spec else 0
-    peers = {r: a for r, a in enumerate(spec.addresses) if r != rank} if spec else {}
-    store = open_store(config.output, retry_s=_LAST_WORDS_S).below(str(config.name))
-
-    def end(problem: str) -> None:
-        name = f"{STACKS_FOLDER}/{socket.gethostname()}-{os.getpid()}-rank-{rank}.txt"
-        end_process(store, name, f"rank {rank}: {problem}")
-
-    with Watchdog(
-        # The end of an epoch may wait for storage.
-        phase_s=config.phase_timeout + config.storage_timeout,
-        step_s=config.step_timeout,
-        expired=end,
-        peers=peers,
-    ) as watchdog:
-        yield watchdog
 
 
 def _watched_callbacks(watchdog: Watchdog, callbacks: Callbacks) -> Callbacks:

@@ -5,6 +5,7 @@ training does not wait for storage; the checkpoint comes last, so that an epoch 
 pictures are missing is done again.
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -12,12 +13,10 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +45,7 @@ from job.reporting.html_report import renew_report
 from job.runs import serialization
 from job.runs.checkpoints import download_checkpoint
 from job.runs.layout import CheckpointRef, checkpoint_prefix
+from job.runs.provenance import source_commit
 from job.runs.run import Run
 from job.runs.upload_queue import UploadQueue
 from job.training.setup import TrainingSetup
@@ -71,6 +71,8 @@ class RunWriter:
     # What completes the checkpoints that are not stored yet, oldest first.
     pending: list[Callable[[], dict[str, str]]] = dataclasses.field(default_factory=list)
     memory: serialization.Memory = dataclasses.field(default_factory=list)
+    # The checkpoints that were stored and not yet reported, oldest first; filled by the queue.
+    stored: collections.deque[dict[str, Any]] = dataclasses.field(default_factory=collections.deque)
 
     @property
     def has_failed(self) -> bool:
@@ -262,6 +264,8 @@ class RunWriter:
             serialization.take(folder, self.model, self.optimizer, values, self.memory)
         )
         step, epoch, position = state.step, state.epoch, {"step_in_epoch": state.step_in_epoch}
+        prefix = checkpoint_prefix(step, self.run.attempt)
+        stored = {"epoch": epoch, "step": state.step_in_epoch, "checkpoint": prefix}
         keep = [checkpoint_prefix(state.best["step"], state.best["attempt"])] if state.best else []
 
         def store() -> None:
@@ -269,6 +273,7 @@ class RunWriter:
             self.run.commit(step, epoch, members, position, keep=keep, moved=moved)
             self.run.collect_garbage(self.config.keep_checkpoints)
             self.pending.remove(finish)
+            self.stored.append(stored)
             shutil.rmtree(folder, ignore_errors=True)
 
         self.pending.append(finish)
@@ -374,7 +379,7 @@ def _environment(
     packages = ("flexunet", "tensorflow", "keras", "numpy", "opencv-python-headless")
     return {
         "packages": {name: version(name) for name in packages},
-        "commit": _source_commit(),
+        "commit": source_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
@@ -385,16 +390,3 @@ def _environment(
         "dataset_sha256": dataset.digest,
         "attempt": attempt,
     }
-
-
-def _source_commit() -> str | None:
-    """Returns the git commit that this package runs from; None where it was installed."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    arguments = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        found = subprocess.run(arguments, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 - fixed arguments
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()

@@ -10,9 +10,15 @@ from job.data.dataset import Dataset
 from job.distributed.process_group import ProcessGroup
 from job.runs.run import Run
 
-# Called with {"event": "phase", "name", "needs_peers"} before every part of the work, after every
-# step with {"event": "step", "epoch", "num_epochs", "step", "num_steps", "loss", "num_images",
-# "epoch_images", "images_per_s"} and after every epoch with {"event": "epoch"} and its row.
+# Called with a mapping whose "event" is one of:
+#   "phase": "name", "needs_peers"; before every part of the work
+#   "started": "epoch" (epochs done), "num_epochs", "num_steps", "attempt"; before the first step
+#   "step": "epoch", "num_epochs", "step", "num_steps", "loss", "num_images", "epoch_images",
+#       "images_per_s"; after every step
+#   "epoch": "num_epochs" and the row of the epoch; after every epoch
+#   "checkpoint": "epoch" (epochs done), "step" (of the next), "checkpoint" (its folder); after the
+#       step, epoch or end that follows its storing, of the first process alone
+#   "evaluation": "summary"; when the evaluation of the test split was stored
 Report = Callable[[Mapping[str, Any]], None]
 
 
@@ -48,6 +54,15 @@ class Callbacks:
     report: Report
     should_stop: Callable[[], bool]
     heartbeat: Heartbeat = no_heartbeat
+
+    def joined(self, other: "Callbacks") -> "Callbacks":
+        """Returns callbacks that call these first and then `other`; one yes is enough to stop."""
+
+        def report(event: Mapping[str, Any]) -> None:
+            self.report(event)
+            other.report(event)
+
+        return Callbacks(report, lambda: self.should_stop() or other.should_stop(), self.heartbeat)
 
     def begin(self, phase: str, *, needs_peers: bool = True) -> None:
         """Reports that `phase` begins; `needs_peers`: it waits for the other processes."""

@@ -239,6 +239,12 @@ class Trainer:
         if self.run_writer is not None and self.run_writer.has_capacity:
             self.run_writer.save(state, self.heartbeat)
 
+    def take_stored(self) -> Iterator[dict[str, Any]]:
+        """Yields the checkpoints that were stored since the last call; on the first process."""
+        if self.run_writer is not None:
+            while self.run_writer.stored:
+                yield self.run_writer.stored.popleft()
+
     def end_stopped(self, state: TrainState) -> StoppedError:
         """Stores a checkpoint and returns what to raise.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from job.training.options import resolve_config
 from job.training.process import run_process
+from job.training.setup import Callbacks
 
 OPTIONS: dict[str, Any] = {
     "data": "/data/dataset",
@@ -42,7 +43,7 @@ def train(name: str, stop_after: int | None = None, **changes: Any) -> None:
         steps.extend([event] * (event["event"] == "step"))
 
     config = resolve_config(OPTIONS | changes | {"name": name}, None)
-    run_process(config, None, report, lambda: len(steps) == stop_after)
+    run_process(config, None, Callbacks(report, lambda: len(steps) == stop_after))
 
 
 if __name__ == "__main__":
