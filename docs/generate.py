@@ -140,10 +140,19 @@ def settings() -> str:
 
 
 def api() -> str:
-    """Returns an entry for each name of `flexunet.__all__`."""
+    """Returns an entry for each name of `flexunet.__all__`: functions, classes, errors."""
     import flexunet
 
-    return "\n".join(f"::: flexunet.{name}\n" for name in flexunet.__all__ if name[0] != "_")
+    sections: dict[str, list[str]] = {"Functions": [], "Classes": [], "Errors": []}
+    for name in flexunet.__all__:
+        if not name.startswith("_"):
+            kind = "Functions" if name[0].islower() else "Classes"
+            sections["Errors" if name.endswith("Error") else kind].append(name)
+    lines = []
+    for title, names in sections.items():
+        if names:
+            lines += [f"## {title}", "", *(f"::: flexunet.{name}\n" for name in names)]
+    return "\n".join(lines)
 
 
 def _commands_of(group: click.Group) -> Iterator[tuple[str, click.Command]]:

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import click
 import pytest
 
+import flexunet
 from data_prep.config import PrepConfig
 from flexunet.errors import EXIT_CODES
 from flexunet.settings import fields_of
@@ -100,6 +101,12 @@ def test_settings_reference_has_every_key(site: Path) -> None:
     for cls in (PrepConfig, TrainConfig):
         for path, _ in fields_of(cls):
             assert f"<code>{'.'.join(path)}</code>" in html
+
+
+def test_python_reference_has_every_name(site: Path) -> None:
+    ids = Html(site / "reference" / "python.html").ids
+    names = [name for name in flexunet.__all__ if not name.startswith("_")]
+    assert [name for name in names if f"flexunet.{name}" not in ids] == []
 
 
 def test_exit_codes_are_listed(site: Path) -> None:
