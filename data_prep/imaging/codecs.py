@@ -59,6 +59,11 @@ _PNG_GREY_TYPES = (0, 4)  # grey, grey with alpha
 _PNG_LEVEL = 1
 
 
+def is_image(data: bytes) -> bool:
+    """Returns whether `data` begins as a PNG, JPEG, TIFF or BMP file does."""
+    return data.startswith(_SIGNATURES)
+
+
 def read_image(data: bytes, *, name: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
     """Returns the pixels of a picture: (H, W, C) uint8 or uint16, C is 1 (grey) or 3 (RGB).
 

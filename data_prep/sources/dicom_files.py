@@ -12,7 +12,8 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from data_prep.imaging.dicom.reader import DICOM_ENDINGS, SIGNATURE_BYTES, is_dicom
+from data_prep.imaging.dicom.preamble import SIGNATURE_BYTES, is_dicom
+from data_prep.imaging.dicom.reader import DICOM_ENDINGS
 from data_prep.sources.pairs import IMAGE_ENDINGS
 from flexunet.errors import ContentError, StorageError
 from flexunet.process_pool import in_order

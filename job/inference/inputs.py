@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS, read_image
-from data_prep.imaging.dicom.reader import DICOM_ENDINGS, is_dicom, read_dicom
+from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS, is_image, read_image
+from data_prep.imaging.dicom.preamble import is_dicom
+from data_prep.imaging.dicom.reader import DICOM_ENDINGS, read_dicom
 from data_prep.sources.dicom_files import dicom_without_ending, stem_of
 from data_prep.sources.pairs import IMAGE_ENDINGS
 from flexunet.errors import UsageError
@@ -80,10 +81,13 @@ def read_any(
 ) -> tuple[np.ndarray, int | None]:
     """Returns (h, w, 1|3) pixels of a picture or a DICOM file, and their full scale if it says so.
 
+    A file with an ending of DICOM files may lack the preamble.
+
     Raises:
         ContentError: it cannot be read.
     """
-    if is_dicom(data):
+    is_named_dicom = name.lower().endswith(DICOM_ENDINGS)
+    if is_dicom(data) or (is_named_dicom and not is_image(data)):
         found = read_dicom(data, name=name, max_pixels=max_pixels)
         return found.pixels, found.value_max
     return read_image(data, name=name, max_pixels=max_pixels), None

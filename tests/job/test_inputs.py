@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from data_prep.imaging.codecs import encode_png
+from data_prep.imaging.dicom.preamble import SIGNATURE_BYTES
 from data_prep.phantoms.inbreast_release import dicom_bytes
-from flexunet.errors import UsageError
+from flexunet.errors import ContentError, UsageError
 from flexunet.storage import LocalStore, open_store
-from job.inference.inputs import find_images
+from job.inference.inputs import find_images, read_any
 
 DICOM = dicom_bytes(np.zeros((4, 4), np.uint16), 12, spacing_mm=0.07, key="x")
 
@@ -71,3 +73,19 @@ def test_a_folder_that_does_not_fit_is_refused_whatever_the_count(tmp_path):
     for count in (0, 1, None):
         with pytest.raises(UsageError, match="holds images/ and masks/"):
             find_images(store, count)
+
+
+def test_a_preamble_may_be_missing_where_the_ending_is_that_of_dicom():
+    bare = DICOM[SIGNATURE_BYTES:]
+    for name in ("a.dcm", "a.DICOM", "a.ima"):
+        pixels, value_max = read_any(bare, name=name)
+        assert (pixels.shape, value_max) == ((4, 4, 1), 4095)
+    with pytest.raises(ContentError, match="not a PNG, JPEG"):
+        read_any(bare, name="a.png")
+
+
+def test_an_image_named_as_dicom_is_read_and_anything_else_is_named():
+    image = encode_png(np.zeros((5, 6), np.uint8))
+    assert read_any(image, name="a.dcm")[0].shape == (5, 6, 1)
+    with pytest.raises(ContentError, match=r"a\.dcm: not a DICOM file: it is empty; replace it"):
+        read_any(b"", name="a.dcm")

@@ -104,13 +104,18 @@ def test_a_replaced_image_is_predicted_again(case: Case, caplog: pytest.LogCaptu
     assert case.records() == ["inference-images-000002.json"]
 
 
-def test_an_image_in_another_format_is_another_image(local_case: Case) -> None:
+def test_an_image_of_another_name_or_size_is_another_image(local_case: Case) -> None:
+    """Also where the time is the same, as an archive may give all files one time."""
+    folder = Path(local_case.images.url)
     local_case.put("a.bmp")
     local_case.infer()
-    local_case.images.delete("a.bmp")
-    local_case.put("a.tif", data=LEFT)
+    stat = (folder / "a.bmp").stat()
+    (folder / "a.bmp").rename(folder / "a.tif")
     assert local_case.infer() == (1, 0)
     assert local_case.infer() == (0, 1)
+    local_case.put("a.tif", data=LEFT + b"\0")
+    os.utime(folder / "a.tif", ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+    assert local_case.infer() == (1, 0)
 
 
 def test_an_image_that_is_written_again_unchanged(case: Case) -> None:

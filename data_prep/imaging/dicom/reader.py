@@ -24,6 +24,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from data_prep.imaging.dicom.frames import CODECS, Bits, Codec, decode_frame
+from data_prep.imaging.dicom.preamble import (
+    SIGNATURE_BYTES,
+    describe_other,
+    has_meta,
+    is_bare,
+    is_dicom,
+    with_preamble,
+)
 from flexunet.errors import ContentError
 
 if TYPE_CHECKING:
@@ -35,9 +43,8 @@ DICOM_ENDINGS = (".dcm", ".dic", ".dicom", ".ima")
 
 Reader = Literal["pydicom", "tfio"]
 
-_PREAMBLE_BYTES = 128
-SIGNATURE_BYTES = _PREAMBLE_BYTES + 4  # what `is_dicom` looks at
 _META_GROUP = 0x0002
+_PIXEL_DATA = 0x7FE00010
 _MAX_HEADER_BYTES = 64 * 2**20
 _MAX_SPACING_MM = 10.0
 _SYNTAXES = {
@@ -70,18 +77,13 @@ class Radiograph:
     spacing_mm: tuple[float, float] | None
 
 
-def is_dicom(data: bytes) -> bool:
-    """Returns whether `data` begins as a DICOM file does."""
-    return data[_PREAMBLE_BYTES : _PREAMBLE_BYTES + 4] == b"DICM"
-
-
 def read_dicom(
     data: bytes, *, name: str, max_pixels: int, reader: Reader = "pydicom"
 ) -> Radiograph:
     """Returns the picture of a DICOM file.
 
     Args:
-        data: the whole file.
+        data: the whole file; its preamble may be missing, and its file meta information.
         name: what to call the file in errors.
         max_pixels: larger pictures are refused before they are decoded.
         reader: what decodes uncompressed pixels; both give the same.
@@ -91,9 +93,15 @@ def read_dicom(
         ContentError: not DICOM, compressed in a way that is not read, not one grey frame of
             unsigned values, too large, cut off, or marked to have text burned in.
     """
+    has_syntax = True
     if not is_dicom(data):
-        raise ContentError(f"{name}: not a DICOM file; replace it")
+        if not is_bare(data):
+            raise ContentError(f"{name}: not a DICOM file: {describe_other(data)}")
+        has_syntax = has_meta(data)
+        data = with_preamble(data)
     dataset, codec = _parsed(data, name)
+    if not has_syntax:
+        _refuse_unknown_compression(dataset, name)
     _check_kind(dataset, name)
     _check_size(dataset, len(data), name, max_pixels, is_compressed=codec is not None)
     is_inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
@@ -115,7 +123,7 @@ def _parsed(data: bytes, name: str) -> tuple["FileDataset", Codec | None]:
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     with _parsing(name):
         # A deflated file must not be read further than its meta information: it may be a bomb.
-        file = io.BytesIO(data[_PREAMBLE_BYTES + 4 :])
+        file = io.BytesIO(data[SIGNATURE_BYTES:])
         meta = pydicom.filereader.read_dataset(
             file,
             is_implicit_VR=False,
@@ -131,6 +139,18 @@ def _parsed(data: bytes, name: str) -> tuple["FileDataset", Codec | None]:
         for keyword in _ELEMENTS:
             _ = dataset.get(keyword)  # elements are converted when they are asked for
     return dataset, codec
+
+
+def _refuse_unknown_compression(dataset: "FileDataset", name: str) -> None:
+    """Refuses compressed pixels of a data set that does not say how they are compressed."""
+    with _parsing(name):
+        pixel_data = dataset.get_item(_PIXEL_DATA)
+        is_compressed = pixel_data is not None and pixel_data.is_undefined_length
+    if is_compressed:
+        raise ContentError(
+            f"{name}: its pixels are compressed, and the file meta information that says how is "
+            "missing; export it again as a DICOM file"
+        )
 
 
 def _why_refused(syntax: str) -> str:
