@@ -1,6 +1,6 @@
-"""The training configuration: options, presets, and which of them identify a run.
+"""Defines the training configuration: options, presets, and which options identify a run.
 
-Fields are either part of a run's identity (data, model, loss, seed, batch, ...) or free to change
+A field is either part of a run's identity (model, loss, seed, batch, ...) or free to change
 between two attempts of one run (epochs, devices, cache, logging). Nothing here imports TensorFlow,
 so that `--help` answers at once.
 """

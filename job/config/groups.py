@@ -1,6 +1,6 @@
 """The groups of options inside `TrainConfig`: model, loss, optimizer, schedule, augmentation.
 
-Also the checks of a loss that need the number of outputs or the size of the pictures.
+Also checks losses against the number of outputs and the image size.
 """
 
 from collections.abc import Sequence
@@ -30,39 +30,42 @@ class ModelConfig(Settings):
 
     name: str = option("flexunet", f"Registered model: {', '.join(MODELS)}.")
     num_layers: int = option(
-        8, "Levels; the image sides in pixels must divide by 2**(levels-1).", ge=1, le=12
+        8, "Number of levels; 2**(levels-1) must divide both image sides.", ge=1, le=12
     )
-    base_filters: int = option(16, "Filters of the first level; doubled at each level.", ge=1)
+    base_filters: int = option(
+        16, "Filters of the first level; each further level doubles them.", ge=1
+    )
     base_kernels: tuple[int, int] = option(
-        (9, 9), "Kernel of the first level, an odd number of pixels; 2 less per level down to 3."
+        (9, 9), "Kernel size of the first level, odd, in pixels; 2 less at each level, at least 3."
     )
     dilation: tuple[int, int] = option(
-        (1, 1), "Dilation of the first level, pixels; 1 less per level down to 1."
+        (1, 1), "Dilation of the first level, pixels; 1 less at each level, at least 1."
     )
     dropout_rate: float = option(
         0.04,
-        "Share of values dropped at level 1; at level i it is i times as much.",
+        "Dropout rate of level 1; level i drops i times as much, level 0 nothing.",
         ge=0.0,
         lt=1.0,
     )
     normalization: Literal["none", "batch", "group"] = option(
-        "none", "Normalisation after convolutions; group: of 8 groups of channels in each picture."
+        "none", "Normalisation after convolutions; group: 8 groups of channels in each image."
     )
     normalization_momentum: float = option(
         0.99,
-        "Share of the old running statistics that a step keeps; runs of few steps need less.",
+        "Batch normalisation: weight of the old running statistics at each step; lower it for "
+        "runs of few steps.",
         gt=0,
         lt=1,
     )
     activation: Literal["relu", "mish"] = option("relu", "Activation of the convolutions.")
     input_scaling: Literal["none", "unit"] = option(
-        "unit", "unit: pixel values divided by the largest possible one; none: as stored."
+        "unit", "unit: divide pixel values by the largest possible value; none: use them as stored."
     )
     image_channels: int | None = option(
-        None, "Channels of the network's input; none: those of the dataset.", ge=1
+        None, "Input channels; none: the channels of the dataset.", ge=1
     )
     num_classes: int | None = option(
-        None, "Outputs; none: one per class of the dataset; 1: one sigmoid output.", ge=1
+        None, "Output channels; none: one per class of the dataset; 1: one sigmoid output.", ge=1
     )
 
     @field_validator("base_kernels")
@@ -91,24 +94,24 @@ class ModelConfig(Settings):
 
 
 class LossConfig(Settings):
-    """What is minimised."""
+    """The loss that training minimises."""
 
     name: LossName = option("categorical_crossentropy", "Loss function.")
     class_weights: tuple[float, ...] | None = option(
         None,
-        "Weight of a pixel by its true class, a number per class id; only their ratios matter. "
-        "They count in every part of a loss but the structural similarity of basnet_hybrid.",
+        "Weights of pixels by their true class, one number per class id; only the ratios matter. "
+        "They apply to all parts of a loss except the structural similarity in basnet_hybrid.",
     )
 
 
-SSIM_SIZE = 11  # pixels, a side of the window of the structural similarity in basnet_hybrid
+SSIM_SIZE = 11  # pixels, side of the structural similarity window in basnet_hybrid
 
 
 def check_class_weights(weights: Sequence[float] | None, num_outputs: int) -> None:
-    """Refuses weights that are not one per class.
+    """Refuses class weights unless there is one per class.
 
     Raises:
-        UsageError: names how many there must be.
+        UsageError: the number or a value is wrong; the message has the right number.
     """
     num_labels = max(num_outputs, 2)
     if weights is None:
@@ -116,63 +119,68 @@ def check_class_weights(weights: Sequence[float] | None, num_outputs: int) -> No
     if len(weights) != num_labels or min(weights) < 0 or max(weights) == 0:
         found = ",".join(f"{each:g}" for each in weights)
         raise UsageError(
-            f"--loss.class-weights={found}: give {num_labels} numbers of 0 or more, one per class"
-            " in the order of the ids, not all 0"
+            f"--loss.class-weights={found}: give {num_labels} numbers, one per class in the order "
+            "of the ids, each 0 or more and not all 0"
         )
 
 
 def check_ssim_sides(height: int, width: int) -> None:
-    """Refuses pictures that are smaller than the window of the structural similarity.
+    """Refuses images smaller than the structural similarity window.
 
     Raises:
         UsageError: names both sizes.
     """
     if min(height, width) < SSIM_SIZE:
         raise UsageError(
-            f"basnet_hybrid_loss needs pictures of at least {SSIM_SIZE}x{SSIM_SIZE} pixels,"
-            f" got {height}x{width}; take another loss or a larger image size"
+            f"--loss.name basnet_hybrid needs images of at least {SSIM_SIZE}x{SSIM_SIZE} pixels, "
+            f"got {height}x{width}; choose another loss or a larger image size"
         )
 
 
 class OptimizerConfig(Settings):
-    """Adam or AdamW."""
+    """The optimizer: Adam or AdamW."""
 
     name: Literal["adam", "adamw"] = option("adam", "Optimizer.")
-    learning_rate: float = option(1e-4, "Learning rate at the start.", gt=0)
+    learning_rate: float = option(1e-4, "Initial learning rate; with warm-up, its peak.", gt=0)
     beta_1: float = option(0.9, "Decay of the first moment.", ge=0, lt=1)
     beta_2: float = option(0.999, "Decay of the second moment.", ge=0, lt=1)
-    epsilon: float = option(1e-7, "Added to the root of the second moment.", gt=0)
+    epsilon: float = option(1e-7, "Added to the square root of the second moment.", gt=0)
     weight_decay: float = option(0.004, "Decoupled weight decay; AdamW only.", ge=0)
     clipvalue: float | None = option(
-        0.4, "Each element of a gradient is clipped to +-this; 0: not clipped.", ge=0
+        0.4, "Clip each gradient element to +- this value; 0: no clipping.", ge=0
     )
     clipnorm: float | None = option(
-        None, "The gradient of each tensor is clipped to this norm; 0 or none: not clipped.", ge=0
+        None, "Clip the gradient of each tensor to this norm; 0 or none: no clipping.", ge=0
     )
 
 
 class ScheduleConfig(Settings):
-    """Learning rate and early stopping. What watches anything watches the validation loss."""
+    """Learning rate and early stopping. Plateaus and stopping follow the validation loss."""
 
-    reduce_on_plateau: bool = option(True, "Reduce the learning rate on a plateau.")
-    reducer_factor: float = option(0.4, "The learning rate is multiplied by this.", gt=0, lt=1)
-    reducer_patience: int = option(4, "Epochs without improvement before that.", ge=0)
-    min_learning_rate: float = option(0.0, "The learning rate is never reduced below this.", ge=0)
+    reduce_on_plateau: bool = option(
+        True, "Reduce the learning rate when the validation loss stops improving."
+    )
+    reducer_factor: float = option(0.4, "Factor of each reduction.", gt=0, lt=1)
+    reducer_patience: int = option(4, "Epochs without improvement before a reduction.", ge=0)
+    min_learning_rate: float = option(0.0, "Lower limit of the reductions.", ge=0)
     early_stopping_patience: int = option(
-        10, "Epochs without improvement before training stops; 0: it never does.", ge=0
+        10, "Epochs without improvement before training stops; 0: never stop early.", ge=0
     )
     warmup_epochs: float = option(
-        0.0, "Epochs over which the learning rate grows from 0, step by step.", ge=0
+        0.0, "Warm-up: epochs in which the learning rate rises linearly from 0.", ge=0
     )
     cosine: bool = option(
         False,
-        "After that let the learning rate fall along half a cosine, to 0 after the last epoch.",
+        "Cosine decay: after the warm-up, lower the learning rate to 0 at the end of the last "
+        "epoch.",
     )
 
     @model_validator(mode="after")
     def _one_fall(self) -> "ScheduleConfig":
         if self.cosine and self.reduce_on_plateau:
-            raise ValueError("cosine and reduce_on_plateau exclude each other; switch one off")
+            raise ValueError(
+                "cosine and reduce_on_plateau exclude each other; switch one of them off"
+            )
         return self
 
 
@@ -182,57 +190,61 @@ def _probability(default: float, what: str) -> float:
 
 
 class AugmentationConfig(Settings):
-    """Random changes of training samples, new in every epoch; lengths are pixels."""
+    """Random changes of training samples, drawn anew in every epoch; lengths in pixels."""
 
     enabled: bool = option(False, "Augment training samples.")
     hflip_probability: float = _probability(0.5, "mirrored left to right")
     vflip_probability: float = _probability(0.5, "mirrored top to bottom")
     rotation_probability: float = _probability(0.5, "rotated about its centre")
     rotation_angles: tuple[float, ...] = option(
-        (90.0, 180.0, 270.0), "Angles to choose from, degrees, anticlockwise."
+        (90.0, 180.0, 270.0), "Angles to choose from, in degrees anticlockwise."
     )
     shrink_probability: float = _probability(0.25, "shrunk towards its centre")
-    shrink_ratios: tuple[float, ...] = option((0.8,), "New side / old side, to choose from.")
+    shrink_ratios: tuple[float, ...] = option((0.8,), "Ratios new side / old side to choose from.")
     shear_probability: float = _probability(0.0, "sheared sideways")
     shear_factors: tuple[float, ...] = option(
-        (-0.1, 0.1), "Sideways shift / distance from the middle row, to choose from."
+        (-0.1, 0.1), "Ratios sideways shift / distance from the middle row to choose from."
     )
     deformation_probability: float = _probability(0.0, "deformed elastically")
     deformation_alpha: float = option(
-        1300.0, "Strength of the elastic field; 1300 with sigma 8: shifts of 2.3 pixels rms.", ge=0
+        1300.0,
+        "Strength of the elastic field; 1300 with sigma 8 gives shifts of 2.3 pixels rms.",
+        ge=0,
     )
     deformation_sigmas: tuple[float, ...] = option(
-        (8.0,), "Smoothness of the elastic field, pixels, to choose from."
+        (8.0,), "Smoothness values of the elastic field to choose from, in pixels."
     )
     distortion_probability: float = _probability(0.0, "distorted by a wide smooth field")
-    distortion_sigma: float = option(40.0, "Smoothness of that field, pixels.", ge=1)
+    distortion_sigma: float = option(40.0, "Smoothness of the wide field, in pixels.", ge=1)
     distortion_sizes: tuple[float, ...] = option(
-        (0.02,), "Largest shift / longer side of the picture, to choose from."
+        (0.02,), "Ratios largest shift / longer image side to choose from."
     )
     barrel_probability: float = _probability(0.0, "given a barrel distortion")
-    barrel_radius: float = option(0.5, "Radius of the circle / width of the picture.", gt=0)
+    barrel_radius: float = option(0.5, "Radius of the circle / image width.", gt=0)
     barrel_amount: float = option(0.5, "Strength, above 0.", gt=0, le=4)
     barrel_centers: tuple[float, ...] = option(
-        (0.5, 0.5), "Centres x,y,x,y... / width and height, to choose from."
+        (0.5, 0.5), "Centres x,y,x,y,... to choose from; x / image width, y / image height."
     )
     pincushion_probability: float = _probability(0.0, "given a pincushion distortion")
-    pincushion_radius: float = option(0.5, "Radius of the circle / width of the picture.", gt=0)
+    pincushion_radius: float = option(0.5, "Radius of the circle / image width.", gt=0)
     pincushion_amount: float = option(-0.5, "Strength, between -1 and 0.", gt=-1, lt=0)
     pincushion_centers: tuple[float, ...] = option(
-        (0.5, 0.5), "Centres x,y,x,y... / width and height, to choose from."
+        (0.5, 0.5), "Centres x,y,x,y,... to choose from; x / image width, y / image height."
     )
     sharpening_probability: float = _probability(0.0, "sharpened")
-    sharpening_k: float = option(1.0, "Strength: 3x3 kernel of -k around 1 + 8k.", ge=0)
+    sharpening_k: float = option(
+        1.0, "Strength k: the 3x3 kernel has 1 + 8k in its middle and -k around it.", ge=0
+    )
     brightening_probability: float = _probability(0.0, "brightened")
-    brightening_alpha: float = option(1.2, "Factor on the pixel values.", gt=0)
-    brightening_beta: float = option(10.0, "Added to them, in levels of 255.")
+    brightening_alpha: float = option(1.2, "Factor of the pixel values.", gt=0)
+    brightening_beta: float = option(10.0, "Added to the pixel values; 255 is full scale.")
 
     @model_validator(mode="after")
     def _choices_are_possible(self) -> "AugmentationConfig":
         for name in ("rotation_angles", "shear_factors", "shrink_ratios"):
             if not getattr(self, name):
                 raise ValueError(
-                    f"{name} is empty; to switch the kind off set its probability to 0"
+                    f"{name} is empty; to switch this augmentation off, set its probability to 0"
                 )
         for name in ("shrink_ratios", "deformation_sigmas", "distortion_sizes"):
             values = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Says which values of a configuration identify a run, and reads those of runs of any version."""
+"""Selects the settings that identify a run, and reads settings stored by any version."""
 
 import json
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from flexunet.errors import ContentError, UsageError
 from flexunet.settings import fields_of, merged, validated
 from job.config.train_config import PRESET_KEYS, TrainConfig
 
-# Identity fields that came later, and what runs did that do not name them. The values are frozen: a
-# new default changes none of them.
+# Identity fields of later versions, each with the value that earlier versions used. The values
+# are frozen: a new default does not change them.
 _LATER: dict[str, Any] = {
     "folds": None,
     "fold": None,
@@ -23,10 +23,11 @@ _LATER: dict[str, Any] = {
 def identity_of(config: TrainConfig, *, is_whole: bool = False) -> dict[str, Any]:
     """Returns the values that identify a run, by dotted path; JSON types only.
 
-    A later field is left out where it says what runs did that were begun before it: they go on.
+    A later field is left out while it has the value of earlier versions, so that runs of those
+    versions resume.
 
     Args:
-        is_whole: leave nothing out.
+        is_whole: include all fields.
     """
     values = json.loads(config.model_dump_json())
     identity = {}
@@ -44,18 +45,18 @@ def identity_of(config: TrainConfig, *, is_whole: bool = False) -> dict[str, Any
 
 
 def values_of_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested values of the config that has this identity, see `identity_of`."""
+    """Returns the nested config values of an identity, see `identity_of`."""
     return _nested({**_LATER, **identity})
 
 
 def preset_values(config: TrainConfig) -> dict[str, Any]:
-    """Returns the nested values that `config` has wherever some preset sets one."""
+    """Returns the nested values of `config` for all options that any preset sets."""
     whole = identity_of(config, is_whole=True)
     return _nested({name: whole[name] for name in PRESET_KEYS})
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values by dotted path as groups of values."""
+    """Returns values by dotted path as nested groups."""
     values: dict[str, Any] = {}
     for name, value in flat.items():
         *groups, last = name.split(".")
@@ -67,35 +68,35 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored_options(identity: Any, values: Mapping[str, Any], run_url: str) -> dict[str, Any]:
-    """Returns the options of a run that exists, as nested values.
+    """Returns the options of an existing run as nested values.
 
     Args:
-        identity: of the run, by dotted path; it wins over `values`.
-        values: of its `config.yaml`; empty where it has none yet.
-        run_url: named in the error.
+        identity: the run's identity by dotted path; overrides `values`.
+        values: the run's `config.yaml`; empty if it has none yet.
+        run_url: for the error message.
 
     Raises:
-        ContentError: they are no config, as they are damaged, or of a later version.
+        ContentError: they are no config: damaged, or from a later version.
     """
     try:
         found = merged(merged(values_of_identity({}), values), values_of_identity(identity))
         validated(TrainConfig, found, run_url)
     except (UsageError, AttributeError, TypeError) as error:
         raise ContentError(
-            f"{run_url}: its identity.json and config.yaml are no settings of this version "
-            f"({error}); restore the files, or train with the version that wrote them"
+            f"{run_url}: this version cannot read identity.json and config.yaml ({error}); restore "
+            "the files, or train with the version that wrote them"
         ) from error
     return found
 
 
 def stored_config(values: Mapping[str, Any], where: str) -> TrainConfig:
-    """Returns the config that a run has stored, all of its options written out.
+    """Returns the complete config that a run has stored.
 
     Args:
-        values: of its `config.yaml`; one of an earlier version lacks options that came later.
-        where: named in the error.
+        values: the run's `config.yaml`; earlier versions lack later options.
+        where: for the error message.
 
     Raises:
-        UsageError: it is not a config.
+        UsageError: `values` are no config.
     """
     return validated(TrainConfig, merged(values_of_identity({}), values), where)

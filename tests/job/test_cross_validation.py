@@ -127,7 +127,7 @@ def test_folds_need_as_many_groups(grouped: Dataset) -> None:
 
 
 def test_config_refuses_a_fold_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="count from 0"):
+    with pytest.raises(ValueError, match="give 0 to"):
         TrainConfig.model_validate({"folds": 3, "fold": 3})
     config = TrainConfig(folds=3, name="a" * 41)
     with pytest.raises(UsageError, match="is not allowed"):
