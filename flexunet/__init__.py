@@ -1,6 +1,6 @@
-"""The shared base of all packages (errors, settings, storage, command line), and the Python API.
+"""Provides errors, settings, storage and the command line to all packages, and the Python API.
 
-Names of the API are imported when they are first used. Knows no images, no TensorFlow and no Ray.
+API names are imported on first use. This package has no image code, no TensorFlow and no Ray.
 """
 
 from importlib import import_module
@@ -31,10 +31,10 @@ __all__ = [
     "open_store",
 ]
 
-__version__: str  # that of the installed package; pyproject.toml alone says it
-_NOT_INSTALLED = "0+unknown"  # a version of which every other is the later one
+__version__: str  # of the installed package; defined in pyproject.toml only
+_NOT_INSTALLED = "0+unknown"  # compares lower than every real version
 
-# name of the API -> the module that defines it
+# API name -> module that defines it
 _MODULES = {
     "ContentError": "flexunet.errors",
     "DivergedError": "flexunet.errors",
@@ -50,11 +50,11 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib import metadata  # takes longer than all the rest
+        from importlib import metadata  # slow to import
 
         try:
             return metadata.version("flexunet")
-        except metadata.PackageNotFoundError:  # `hasattr` and `import *` must not fail by that
+        except metadata.PackageNotFoundError:  # `hasattr` and `import *` must still work
             return _NOT_INSTALLED
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)

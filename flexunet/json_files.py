@@ -1,6 +1,6 @@
-"""Reads the small files of a run; a damaged file or a missing field is an error of one line.
+"""Reads the JSON and CSV files of a run; reports damage or a missing field in one line.
 
-An earlier version may have written them, without fields that have come since.
+An earlier version may have written a file without fields that were added later.
 """
 
 import csv
@@ -15,7 +15,7 @@ from flexunet.tables import plain_cell
 
 
 class _Stored(dict[str, Any]):
-    """What a file holds; a field that it lacks is the user's to mend, and no bug of ours."""
+    """The content of a file; a missing field raises ContentError with a remedy, not KeyError."""
 
     def __init__(self, values: Iterable[tuple[str, Any]], where: str, remedy: str) -> None:
         super().__init__(values)
@@ -23,24 +23,24 @@ class _Stored(dict[str, Any]):
 
     def __missing__(self, key: str) -> Any:
         raise ContentError(
-            f"{self._where}: {key!r} is missing, as an earlier version wrote the file or it is "
-            f"damaged; {self._remedy}"
+            f"{self._where}: {key!r} is missing: the file is damaged or from an earlier version; "
+            f"{self._remedy}"
         )
 
 
 def evaluate_again(run: ObjectStore) -> str:
-    """Returns what to do where an evaluation of `run` cannot be read."""
+    """Returns the remedy for an unreadable evaluation of `run`."""
     return f"evaluate the run again: flexunet evaluate {run.url}"
 
 
 def read_json(store: ObjectStore, name: str, remedy: str) -> dict[str, Any] | None:
-    """Returns the JSON object `name`, None where there is none.
+    """Returns the JSON object `name`, None if it does not exist.
 
     Args:
-        remedy: what to do where it cannot be read.
+        remedy: what to do if the file cannot be read.
 
     Raises:
-        ContentError: it is not a JSON object; later, where a key is looked up that it lacks.
+        ContentError: the file is not a JSON object; also later, on access to a missing key.
     """
     where = f"{store.url}/{name}"
     try:
@@ -57,13 +57,13 @@ def read_json(store: ObjectStore, name: str, remedy: str) -> dict[str, Any] | No
 
 
 def read_table(store: ObjectStore, name: str, remedy: str) -> list[dict[str, str]] | None:
-    """Returns the rows of the CSV table `name`, None where there is none.
+    """Returns the rows of the CSV table `name`, None if it does not exist.
 
     Args:
-        remedy: what to do where it cannot be read.
+        remedy: what to do if the file cannot be read.
 
     Raises:
-        ContentError: it is no table of text; later, where a column is looked up that it lacks.
+        ContentError: the file is not a CSV table; also later, on access to a missing column.
     """
     where = f"{store.url}/{name}"
     try:
@@ -76,7 +76,7 @@ def read_table(store: ObjectStore, name: str, remedy: str) -> list[dict[str, str
 
 
 def _cells(row: Mapping[str | None, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (column, text) of a row; one that was cut short lacks its last columns."""
+    """Yields (column, text) of a row; a truncated row lacks its last columns."""
     for column, text in row.items():
         if column is not None and text is not None:
             yield plain_cell(column), plain_cell(text)

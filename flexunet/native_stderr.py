@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def suppress_native_stderr(*, shown_on_error: bool) -> Iterator[None]:
-    """Drops what is written to file descriptor 2 inside the block; Python's own lines are shown.
+    """Drops output to file descriptor 2 inside the block, except that of Python itself.
 
     Args:
-        shown_on_error: show it after all when the block fails.
+        shown_on_error: show the dropped output if the block raises.
     """
     sys.stderr.flush()
     original = os.dup(2)
@@ -34,7 +34,7 @@ def suppress_native_stderr(*, shown_on_error: bool) -> Iterator[None]:
 
 @contextmanager
 def _lines_of_python(shown: object) -> Iterator[None]:
-    """Sends log records and `sys.stderr` to the stream `shown`, where they went to descriptor 2."""
+    """Redirects log records and `sys.stderr` to `shown` if they write to descriptor 2."""
     before = sys.stderr
     if not _is_descriptor_2(before):
         yield
@@ -44,12 +44,12 @@ def _lines_of_python(shown: object) -> Iterator[None]:
         try:
             yield
         finally:
-            # Those too that an imported library has made meanwhile: `shown` is closed soon.
+            # Also handlers that an imported library has just made: `shown` is closed soon.
             _move_handlers(shown, before)
 
 
 def _move_handlers(old: object, new: object) -> None:
-    """Gives the log handlers that write to the stream `old` the stream `new`."""
+    """Redirects all log handlers that write to the stream `old` to `new`."""
     for logger in [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]:
         for handler in getattr(logger, "handlers", []):  # a placeholder has none
             if isinstance(handler, logging.StreamHandler) and handler.stream is old:

@@ -1,18 +1,20 @@
-"""Expands the home folder in paths that users write."""
+"""Expands `~` in paths from options and config files."""
 
 import os
 
 
 def expanded(path: str) -> str:
-    """Returns `path` with a home folder in place of a `~` at its start; other text as it is.
+    """Returns `path` with a leading `~` or `~user` replaced by the home folder.
 
-    A shell does so only at the start of a word, and nobody does so in a file.
+    A shell expands it only at the start of a word, and not in a config file.
 
     Raises:
-        ValueError: there is no such user.
+        ValueError: the user does not exist.
     """
     found = os.path.expanduser(path)
     if found.startswith("~"):
         user = path.partition("/")[0]
-        raise ValueError(f"{user} is the home folder of nobody; for a file of that name: ./{user}")
+        raise ValueError(
+            f"{user} names no user with a home folder; for a file of that name, write ./{user}"
+        )
     return found

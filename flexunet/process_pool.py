@@ -1,7 +1,7 @@
-"""Runs work in processes of this machine: how many, their start, bounded queues, a certain end.
+"""Runs functions in worker processes, with bounded queues and cleanup.
 
-Knows nothing of images. Work goes to any `concurrent.futures.Executor`; the one made here spawns
-its workers, because a fork of a process that has threads may lock up.
+Works with any `concurrent.futures.Executor`. The executor made here spawns its workers, because
+forking a process that has threads may deadlock.
 """
 
 import collections
@@ -32,15 +32,15 @@ _CGROUP_MEMBERSHIP = "/proc/self/cgroup"
 
 
 class InlineExecutor(Executor):
-    """Runs each call in the caller's process, when its result is asked for."""
+    """Runs each call in the caller's process when its result is requested."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """See `Executor.submit`; nobody else completes the future, so do not wait for it."""
+        """See `Executor.submit`; only `result()` runs the call, so do not wait for the future."""
         return _Deferred(functools.partial(fn, *args, **kwargs))
 
 
 class _Deferred(Future[Any]):
-    """The result of a call that is made when it is asked for."""
+    """A future that runs its call when the result is requested."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Deferred(Future[Any]):
 
 @dataclass(frozen=True)
 class Workers:
-    """An executor whose workers reach the source and the output.
+    """An executor whose workers can access the source and the output.
 
     Attributes:
         num_workers: returns how many calls run at once, at least 1; a cluster may grow.
@@ -67,7 +67,7 @@ class Workers:
     num_workers: Callable[[], int]
 
     def in_order(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        """See `in_order`; a second call waits for each worker, so that none is idle."""
+        """See `in_order`; queues a second call per worker, so that no worker is idle."""
         return in_order(self.executor, function, tasks, num_waiting=lambda: 2 * self.num_workers())
 
 
@@ -76,16 +76,16 @@ OpenWorkers = Callable[[], AbstractContextManager[Workers]]
 
 @contextlib.contextmanager
 def local_workers(num_processes: int) -> Iterator[Workers]:
-    """Yields workers that are processes of this machine, as `open_pool`."""
+    """Yields workers that are processes of this machine; see `open_pool`."""
     with open_pool(num_processes) as executor:
         yield Workers(executor, lambda: num_processes)
 
 
 @contextlib.contextmanager
 def open_pool(num_processes: int) -> Iterator[Executor]:
-    """Yields an executor of `num_processes`; 1 works in this process.
+    """Yields an executor with `num_processes` workers; 1 runs calls in this process.
 
-    The workers are gone when the block ends, in mid-work too when it ends by an error.
+    All workers have ended when the block ends; if it raises, they are killed during their work.
     """
     if num_processes == 1:
         yield InlineExecutor()
@@ -95,7 +95,7 @@ def open_pool(num_processes: int) -> Iterator[Executor]:
 
 
 def _spawned(num_processes: int) -> Iterator[Executor]:
-    """Yields an executor of `num_processes`, whose end is that of the generator."""
+    """Yields an executor with `num_processes` spawned workers; ends them with the generator."""
     others = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(
         num_processes, multiprocessing.get_context("spawn"), initializer=_start_worker
@@ -121,11 +121,11 @@ def in_order(
     *,
     num_waiting: int | Callable[[], int],
 ) -> Iterator[R]:
-    """Yields `function(task)` of each task, in the order of `tasks`.
+    """Yields `function(task)` for each task, in the order of `tasks`.
 
     Args:
-        num_waiting: at most so many calls are submitted and not yet yielded, which bounds memory;
-            a function of it is called again for each result.
+        num_waiting: the most calls that are submitted and not yet yielded, to bound memory; a
+            function is called again for each result.
 
     Raises:
         FlexUNetError: a worker process died.
@@ -146,7 +146,7 @@ def in_order(
             yield result
     except concurrent.futures.BrokenExecutor as error:
         raise FlexUNetError(
-            "a worker process was killed, perhaps for want of memory; use fewer with "
+            "a worker process was killed, perhaps because memory ran out; use fewer with "
             "--num-processes; the same command continues"
         ) from error
     finally:
@@ -155,13 +155,13 @@ def in_order(
 
 
 def available_cores() -> int:
-    """Returns the number of workers that keep the cores of this process busy, at least 1."""
+    """Returns how many workers keep all cores of this process busy, at least 1."""
     return max(1, math.ceil(usable_cores()))
 
 
 def usable_cores() -> float:
-    """Returns the cores that this process may use: its CPU affinity and its cgroups' quota."""
-    # os.cpu_count() is the machine's, of which a container may own a part.
+    """Returns the cores that this process may use, from its CPU affinity and its cgroups' quota."""
+    # os.cpu_count() counts the machine's cores; a container may have fewer.
     return min(len(os.sched_getaffinity(0)), cgroup_cores())
 
 
@@ -198,7 +198,7 @@ def cgroup_memory_bytes(*, root: str = _CGROUP_ROOT, membership: str = _CGROUP_M
 
 
 def _start_worker() -> None:
-    # Ctrl-C and a closed terminal reach every process of it; the parent alone answers them.
+    # Ctrl-C and a closed terminal signal every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -207,13 +207,13 @@ def _start_worker() -> None:
 
 
 def _end_with(parent: Any) -> None:
-    # A worker whose parent was killed would wait for work for ever.
+    # If the parent was killed, the worker would wait for work forever.
     parent.join()
     os._exit(1)
 
 
 def _cgroup_folders(controller: str, root: str, membership: str) -> Iterator[Path]:
-    """Yields the folders of this process's cgroups with `controller`, each up to its root."""
+    """Yields the folders of this process's cgroups with `controller`, and their parents."""
     for line in (_text_of(Path(membership)) or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2: one tree for all controllers

@@ -1,4 +1,4 @@
-"""Shows the progress of long work: a bar on a terminal, a log line now and then elsewhere."""
+"""Shows the progress of long work: a bar on a terminal, a log line every 15 s elsewhere."""
 
 import logging
 import sys
@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Heartbeat = Callable[[], None]  # called while work that may take long moves on
+Heartbeat = Callable[[], None]  # called regularly while long work makes progress
 
 logger = logging.getLogger(__name__)
 
@@ -16,19 +16,19 @@ _LINE_EVERY_S = 15.0
 
 
 def no_heartbeat() -> None:
-    """Stands for an `Heartbeat` where nobody waits."""
+    """Does nothing: the `Heartbeat` when no watchdog is running."""
 
 
 class Progress:
-    """Counts items of one piece of work; shows a rate and the time left.
+    """Counts finished items of one task; shows the rate and the time left.
 
-    On a terminal it draws one bar; in a log it writes a line every 15 s and one at the end.
+    Draws a bar on a terminal. Without a terminal, logs a line every 15 s and one at the end.
     """
 
     def __init__(
         self, title: str, total: int, *, done: int = 0, unit: str = "images", shown: bool = True
     ) -> None:
-        """Starts at `done` of `total`; nothing is drawn unless `shown`."""
+        """Starts at `done` of `total`; shows nothing if `shown` is False."""
         self._title = title
         self._total = total
         self._unit = unit
@@ -38,7 +38,7 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._note = ""
-        self._num_told = -1  # items done when the last line was written
+        self._num_told = -1  # items done when the last line was logged
 
     def __enter__(self) -> "Progress":
         if self._shown and sys.stderr.isatty():
@@ -46,7 +46,7 @@ class Progress:
         return self
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Adds `count` items; `note` is shown at the end of the bar."""
+        """Adds `count` finished items; shows `note` at the end of the bar."""
         self._done += count
         self._note = note
         if self._bar is not None:
@@ -57,18 +57,18 @@ class Progress:
             logger.info("%s", self._line())
 
     def note(self, text: str) -> None:
-        """Shows `text` beside the count: how far an item is that takes long."""
+        """Shows `text` beside the count, such as the progress within a slow item."""
         self.advance(0, text)
 
     def line(self, text: str) -> None:
-        """Shows `text` on a line of its own, above the bar where there is one."""
+        """Shows `text` on a separate line, above the bar if one is drawn."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._shown:
             logger.info("%s", text)
 
     def tracked(self, items: Iterable[T]) -> Iterator[T]:
-        """Yields `items`, counting each one when the next is asked for."""
+        """Yields `items`; counts an item as finished when the next one is requested."""
         for item in items:
             yield item
             self.advance()
@@ -119,6 +119,6 @@ class Progress:
 
 
 def load_bar() -> None:
-    """Imports what draws a bar, where one will be drawn."""
+    """Imports rich's progress bar if stderr is a terminal."""
     if sys.stderr.isatty():
         import rich.progress  # noqa: F401

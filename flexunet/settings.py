@@ -1,6 +1,6 @@
-"""Defines typed settings: the frozen base class, validation with one-line errors, and YAML.
+"""Defines typed settings: a frozen base class, validation with one-line errors, and YAML.
 
-A settings class is plain data. Unknown keys are errors that name the nearest known key.
+A settings class is plain data. The error for an unknown key suggests the nearest known key.
 """
 
 import difflib
@@ -28,22 +28,22 @@ from flexunet.synonyms import proposed
 
 S = TypeVar("S", bound="Settings")
 
-_MAX_SHOWN = 120  # characters of a value or a key in an error
-_MAX_PROBLEMS = 10  # in one error
+_MAX_SHOWN = 120  # characters of a value or key shown in an error
+_MAX_PROBLEMS = 10  # shown in one error
 
 
 class Settings(BaseModel):
-    """A frozen group of settings; unknown keys, NaN and infinity are refused."""
+    """Base class of a frozen group of settings; rejects unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_boolean_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic reads `true` as 1; `epochs: yes` is a mistake.
+        # pydantic reads `true` as 1, but `epochs: yes` is a mistake.
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (kind, *typing.get_args(kind)):
-            raise ValueError("true and false are no values of it")
+            raise ValueError("true and false are not allowed here")
         return value
 
     @field_validator("*", mode="before")
@@ -63,11 +63,11 @@ def option(
     """Returns a settings field.
 
     Args:
-        default: the value when the key is missing; `...` makes the key required.
-        description: one sentence for `--help`; names the unit.
+        default: the value if the key is missing; `...` makes the key required.
+        description: one sentence for `--help`, with the unit.
         free: may change between two attempts of one run; every other field is part of its identity.
-        path: is a path or URL, or several; `~` at its start is the home folder.
-        constraints: passed on to pydantic (`gt`, `le`, `pattern` and so on).
+        path: the value is one or more paths or URLs; a leading `~` is the home folder.
+        constraints: passed on to pydantic, such as `gt`, `le` and `pattern`.
     """
     extra: JsonDict = {"free": free, "path": path}
     return Field(default, description=description, json_schema_extra=extra, **constraints)
@@ -80,12 +80,12 @@ def validated(
     *,
     typed: Mapping[str, Any] | None = None,
 ) -> S:
-    """Returns `cls` made from nested `values`.
+    """Returns an instance of `cls` parsed from nested `values`.
 
     Args:
-        where: what the values came from, named in the error.
-        typed: those of `values` that were given on the command line; the error names them as
-            options. None: there is no command line.
+        where: the source of the values, named in the error.
+        typed: the part of `values` given on the command line; the error names these as options.
+            None: there is no command line.
 
     Raises:
         UsageError: a key is unknown or a value is not allowed; the message is one line.
@@ -105,7 +105,7 @@ def validated(
 def fields_of(
     cls: type[Settings], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yields (path, pydantic field) of every leaf of `cls`, nested groups included."""
+    """Yields (path, pydantic field) for every setting of `cls` and its nested groups."""
     for name, field in cls.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Settings):
@@ -115,10 +115,10 @@ def fields_of(
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """The safe loader without aliases; of a key given twice it does not silently take the last."""
+    """Loads YAML like SafeLoader, but rejects aliases and duplicate keys."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        # Aliases of aliases grow a few lines to gigabytes of values.
+        # Aliases of aliases expand a few lines to gigabytes of values.
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             problem = f"alias *{event.anchor} is not supported; write the value out"
@@ -129,7 +129,7 @@ class _StrictLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                continue  # the base class says what is wrong with it
+                continue  # the base class raises the error
             if key_node.value in seen:
                 problem = f"{key_node.value!r} is given twice; keep one"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
@@ -138,11 +138,11 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
-    """Returns the mapping that `text` holds; an empty text gives an empty mapping.
+    """Parses `text` as a YAML mapping; an empty text gives an empty mapping.
 
     Raises:
-        UsageError: not YAML, not a mapping, a key given twice, an alias, or a tag that would
-            build an object.
+        UsageError: `text` is not YAML or not a mapping, or has a duplicate key, an alias, or a tag
+            that would build an object.
     """
     try:
         values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
@@ -157,13 +157,13 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def read_text(path: str, flag: str | None = None) -> str:
-    """Returns the text of a file that an option names.
+    """Returns the text of the file at `path`, given by an option.
 
     Args:
         flag: the option, named in the error; None: the file is the command's config.
 
     Raises:
-        UsageError: it cannot be read, or is no text.
+        UsageError: the file cannot be read or is not UTF-8 text.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -175,12 +175,12 @@ def read_text(path: str, flag: str | None = None) -> str:
 
 
 def write_yaml(settings: Settings) -> str:
-    """Returns the YAML text of `settings`, every field written out."""
+    """Returns `settings` as YAML text with every field, defaults too."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `base` with the values of `over` laid over it, group by group."""
+    """Returns `base` updated with the values of `over`, nested groups included."""
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
@@ -192,7 +192,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def suggestion(name: str, known: list[str]) -> str:
-    """Returns a remedy for an unknown `name`: the nearest known one, or all of them."""
+    """Returns a remedy for an unknown `name`: the nearest known name, or all known names."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
@@ -201,7 +201,7 @@ def remedy_for(cls: type[Settings], path: Sequence[str], arguments: Collection[s
     """Returns a remedy for the unknown key at `path`: the right key, or advice.
 
     Args:
-        arguments: what else may be meant, as in `flexunet.synonyms.proposed`.
+        arguments: names of the command's arguments, as in `flexunet.synonyms.proposed`.
     """
     elsewhere = [known for known in _keys_of(cls) if known.rpartition(".")[2] == path[-1]]
     if elsewhere:
@@ -220,7 +220,7 @@ def remedy_for(cls: type[Settings], path: Sequence[str], arguments: Collection[s
 
 
 def flag_of(path: Sequence[str]) -> str:
-    """Returns the option of the field at `path`: `--model.num-layers`."""
+    """Returns the option name of the field at `path`, such as `--model.num-layers`."""
     return "--" + ".".join(part.replace("_", "-") for part in path)
 
 
@@ -234,7 +234,7 @@ def _is_typed(path: Sequence[str], typed: Mapping[str, Any] | None) -> bool:
 
 
 def _as_typed(message: str, typed: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
-    """Returns a message about several fields, `name=value`, with the names that were typed."""
+    """Replaces `name=` by the option name in `message`, for settings given as options."""
     for name, value in typed.items():
         below = (*path, name)
         if isinstance(value, Mapping):
@@ -245,7 +245,7 @@ def _as_typed(message: str, typed: Mapping[str, Any], path: tuple[str, ...] = ()
 
 
 def _option_of(detail: ErrorDetails) -> list[str]:
-    """Returns the path of the option that is wrong, or has a wrong value in its list."""
+    """Returns the path of the option with the error, without an index into its list."""
     path = [str(part) for part in detail["loc"]]
     return path[:-1] if path and path[-1].isdecimal() else path
 
@@ -267,7 +267,7 @@ def _describe(
         return f"{name}={_shown(detail['input'])}: too few values"
     if detail["type"] == "missing":
         return f"{name} is required"
-    # A group's own check already names its fields; its input is the whole group.
+    # A check of a whole group names its fields in the message; its input is the whole group.
     if isinstance(detail["input"], Mapping):
         message = _as_typed(message, typed or {})
         return f"{'.'.join(path)}: {message}" if path else message
@@ -275,7 +275,7 @@ def _describe(
 
 
 def _keys_of(cls: type[Settings]) -> Iterator[str]:
-    """Yields the keys of `cls` and of its groups, as `group.key`."""
+    """Yields the keys of `cls`, and those of its groups as `group.key`."""
     for name, field in cls.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             yield from (f"{name}.{key}" for key in _keys_of(field.annotation))
@@ -284,7 +284,7 @@ def _keys_of(cls: type[Settings]) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    """Returns `value` as code, shortened: it may be a file's whole content."""
+    """Returns a shortened repr of `value`, which may be the whole content of a file."""
     shortener = reprlib.Repr()
     shortener.maxstring = shortener.maxother = _MAX_SHOWN
     shortener.maxlist = shortener.maxtuple = shortener.maxdict = 8

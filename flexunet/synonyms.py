@@ -1,16 +1,16 @@
-"""Maps the option names of Keras, PyTorch, nnU-Net and Ultralytics to ours.
+"""Maps the option names of Keras, PyTorch, nnU-Net and Ultralytics to those of this package.
 
-A table of words. It does not know the commands: who asks says which options there are.
+The table does not depend on the commands: the caller passes the options of its command.
 """
 
 from collections.abc import Collection
 
-_SIZE_OF_DATASET = "the dataset has it: `flexunet prep --image-size`"
-_SPLIT_OF_DATASET = "the dataset has it: `flexunet prep --fractions`"
-_ALL_GPUS = "all GPUs are used that are seen; CUDA_VISIBLE_DEVICES says which, empty: none"
+_SIZE_OF_DATASET = "set in the dataset: `flexunet prep --image-size`"
+_SPLIT_OF_DATASET = "set in the dataset: `flexunet prep --fractions`"
+_ALL_GPUS = "all visible GPUs are used; CUDA_VISIBLE_DEVICES selects them (empty: no GPU)"
 
-# Names -> what is proposed: the first that the command has. `--x` is an option, WORD an argument;
-# what has blanks is advice, which every command can give.
+# Names -> candidates; the first one that the command has is suggested. `--x` is an option, WORD an
+# argument; an entry with blanks is advice, valid for every command.
 _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     # Optimizer and schedule
     ("lr lr0 learning-rate initial-lr base-lr init-lr", ("--optimizer.learning-rate",)),
@@ -54,10 +54,10 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("source input inputs input-dir input-folder images images-dir image-dir img-dir predict-dir",
      ("SOURCE", "IMAGES", "--data")),
     ("masks mask-dir masks-dir labels labels-dir annotations",
-     ("SOURCE", "the masks lie beside the pictures, in masks/; see `flexunet prep --help`")),
+     ("SOURCE", "masks/ is in SOURCE, beside images/; see `flexunet prep --help`")),
     ("input-size image-size img-size imgsz input-shape size resize img-height img-width resolution",
      ("--image-size", _SIZE_OF_DATASET)),
-    ("patch-size crop-size tile-size", ("--tile", "the dataset has it: `flexunet prep --tile`")),
+    ("patch-size crop-size tile-size", ("--tile", "set in the dataset: `flexunet prep --tile`")),
     ("stride step-size tile-step-size window-stride",
      ("--tile-overlap", "--overlap", "--window-overlap")),
     ("overlap", ("--tile-overlap", "--window-overlap")),
@@ -65,9 +65,9 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
      "split val-fraction", ("--fractions", "--split", _SPLIT_OF_DATASET)),
     ("classes num-classes n-classes nc nclass num-labels", ("--model.num-classes", "--classes")),
     ("class-names names color-map colors palette",
-     ("--classes", "the dataset has it: `flexunet prep --classes`")),
+     ("--classes", "set in the dataset: `flexunet prep --classes`")),
     ("ignore-index ignore-label",
-     ("--ignore-id", "the dataset has it: `flexunet prep --ignore-id`")),
+     ("--ignore-id", "set in the dataset: `flexunet prep --ignore-id`")),
     ("k-fold k-folds kfold cv num-folds n-folds n-splits", ("--folds", "--num-folds")),
     # The network
     ("model arch architecture backbone network encoder model-name net", ("--model.name", "RUN")),
@@ -97,7 +97,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
      ("--init-from", "--checkpoint", "RUN")),
     ("checkpoint ckpt ckpt-path checkpoint-path chk load load-model load-weights resume-from "
      "resume-from-checkpoint", ("--checkpoint", "--init-from")),
-    ("resume continue continue-training", ("the same command goes on where it stopped",)),
+    ("resume continue continue-training", ("run the same command again; it resumes the run",)),
     ("output-dir out out-dir output-folder save-dir log-dir logdir results results-dir save-path "
      "project work-dir output", ("--output", "OUTPUT")),
     ("run-name exp-name experiment experiment-name exp tag run-id", ("--name",)),
@@ -113,12 +113,12 @@ SYNONYMS = {name: found for names, found in _TABLE for name in names.split()}
 
 
 def proposed(name: str, options: Collection[str], arguments: Collection[str] = ()) -> str | None:
-    """Returns the words that answer an option of another program, None where none are known.
+    """Returns a suggestion for an option name of another program, None if the name is unknown.
 
     Args:
-        name: as it was typed: `--batch_size`.
-        options: those that there are: `--global-batch-size`.
-        arguments: likewise, as the help names them: `SOURCE`.
+        name: the option as typed, such as `--batch_size`.
+        options: the command's options, such as `--global-batch-size`.
+        arguments: the command's arguments as its help shows them, such as `SOURCE`.
     """
     for each in SYNONYMS.get(name.lstrip("-").lower().replace("_", "-"), ()):
         if each in options:

@@ -1,6 +1,6 @@
-"""Writes CSV text that is safe to open in a spreadsheet, as file names come from outside.
+"""Writes CSV text that is safe to open in a spreadsheet, whatever the file names in it.
 
-Knows nothing of what the tables hold.
+The functions do not depend on the content of a table.
 """
 
 import csv
@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# A spreadsheet takes a cell that starts with one of these for a formula.
+# A spreadsheet reads a cell that starts with one of these as a formula.
 # Source: OWASP, "CSV Injection".
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 _GUARD = "'"
@@ -17,8 +17,8 @@ _GUARD = "'"
 def csv_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Returns CSV text with a header; None is an empty cell, a float keeps every digit.
 
-    Text that a spreadsheet would run as a formula gets a leading apostrophe (file names come from
-    outside); numbers are left alone.
+    Text that a spreadsheet would run as a formula gets a leading apostrophe, because file names are
+    not trusted; numbers do not change.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -29,9 +29,9 @@ def csv_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def guarded_cell(value: Any) -> Any:
-    """Returns `value`, with a leading apostrophe where it is text that starts like a formula.
+    """Returns `value`, with a leading apostrophe if it is text that starts like a formula.
 
-    Text that starts with an apostrophe gets one too, so that `plain_cell` knows whose it is.
+    Text that starts with an apostrophe gets a second one, so that `plain_cell` can remove one.
     """
     if isinstance(value, str) and value.startswith((*_FORMULA_STARTS, _GUARD)):
         return f"{_GUARD}{value}"
@@ -39,5 +39,5 @@ def guarded_cell(value: Any) -> Any:
 
 
 def plain_cell(text: str) -> str:
-    """Returns the text of which `guarded_cell` made `text`."""
+    """Returns the original text of a cell written by `guarded_cell`."""
     return text.removeprefix(_GUARD)

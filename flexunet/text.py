@@ -1,28 +1,28 @@
-"""Formats the words of messages: numbers with nouns, lists, and names from outside."""
+"""Formats text for messages: numbers with nouns, lists, and untrusted names."""
 
 import unicodedata
 from collections.abc import Sequence
 
 
 def counted(number: float, noun: str) -> str:
-    """Returns `1 group`, `2 groups`, `0.5 CPUs`."""
+    """Returns a number with its noun: `1 group`, `2 groups`, `0.5 CPUs`."""
     return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
 
 def listed(texts: Sequence[str], most: int, *, separator: str = "; ") -> str:
-    """Returns the first `most` of `texts`, and how many more there are."""
+    """Joins the first `most` of `texts` and adds the number of the rest."""
     more = len(texts) - most
     shown = [*texts[:most], *([f"and {more} more"] if more > 0 else [])]
     return separator.join(shown)
 
 
 def as_utf8(text: str) -> str:
-    """Returns `text`, a file name, with a backslash and hex digits for bytes that are not UTF-8."""
+    """Returns the file name `text` with bytes that are not UTF-8 as a backslash and hex digits."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def legible(text: str) -> str:
-    """Returns `text` as `as_utf8` does, with the code points of invisible characters."""
+    """Returns `as_utf8(text)` with invisible characters as code points."""
     return "".join(
         character.encode("ascii", "backslashreplace").decode() if is_invisible(character)
         else character
@@ -31,5 +31,5 @@ def legible(text: str) -> str:
 
 
 def is_invisible(character: str) -> bool:
-    """Returns whether it is of no width or turns the text around it, as a name could hide in."""
+    """Returns whether `character` has no width or reverses text, so that it can disguise a name."""
     return unicodedata.category(character) == "Cf"

@@ -1,1 +1,1 @@
-"""The command line: options from settings, errors and signals to exit codes."""
+"""Builds commands: options from settings, exit codes from errors and signals."""

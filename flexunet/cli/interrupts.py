@@ -1,6 +1,6 @@
 """Handles the signals that end a command: Ctrl-C, SIGTERM, and SIGHUP of a closed terminal.
 
-Imports little: it answers while other modules are imported.
+Imports little, so that signals are handled while other modules load.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ Handler = Callable[[int, Any], None]
 
 @contextlib.contextmanager
 def handled(numbers: tuple[signal.Signals, ...], handler: Handler) -> Iterator[None]:
-    """Lets `handler` answer these signals inside the block; SIGHUP not where `nohup` ignores it.
+    """Handles these signals with `handler` inside the block; keeps SIGHUP ignored under `nohup`.
 
-    Only the main thread can; in another the block changes nothing.
+    Works in the main thread only; in other threads the block changes nothing.
     """
 
     def answer(number: int, frame: Any) -> None:
@@ -39,7 +39,7 @@ def handled(numbers: tuple[signal.Signals, ...], handler: Handler) -> Iterator[N
 
 @contextlib.contextmanager
 def quiet_interrupts() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP inside the block into the KeyboardInterrupt that Ctrl-C raises."""
+    """Raises KeyboardInterrupt on SIGTERM and SIGHUP inside the block, as Ctrl-C does."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -49,9 +49,9 @@ def quiet_interrupts() -> Iterator[None]:
 
 
 def _leave_terminal() -> None:
-    """Lets what is written from now on go nowhere, where the terminal is gone.
+    """Redirects stdout and stderr to /dev/null if the terminal is closed.
 
-    A write to it is an error, which would end what is still to be stored.
+    A write to a closed terminal raises an error, which would abort work still to be stored.
     """
     for number in (1, 2):
         try:

@@ -1,7 +1,7 @@
-"""Makes a command's options from its settings class, and its settings from the options typed.
+"""Creates a command's options from its settings class, and its settings from the options given.
 
 Every option of a command is a field of its settings class, so that `--help`, the YAML file and the
-saved config can never disagree.
+saved config always agree.
 """
 
 import inspect
@@ -19,19 +19,19 @@ from flexunet.settings import Settings, fields_of, flag_of, validated
 
 S = TypeVar("S", bound=Settings)
 
-MAX_WIDTH = 100  # columns of help, on a terminal that is wider
+MAX_WIDTH = 100  # columns of help on a wider terminal
 
 _SEPARATOR = "__"
-_MAX_NAME_WIDTH = 34  # columns; a longer option has its text on the next line
+_MAX_NAME_WIDTH = 34  # columns; the text of a longer option starts on the next line
 _MAX_CHOICES_WIDTH = 24  # characters; longer choices are listed in the text
 _FIXED_BLANK = "\u00a0"
 _NONE = "none"
-_UNSET = object()  # given on the command line to unset an option, as None means not given
+_UNSET = object()  # the option was unset on the command line; None means not given
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 
 
 class SettingsCommand(click.Command):
-    """A click command whose help has a section for each group of settings, 100 columns at most."""
+    """A click command with one help section per group of settings, at most 100 columns wide."""
 
     def __init__(self, *arguments: Any, **attributes: Any) -> None:
         attributes["context_settings"] = {"max_content_width": MAX_WIDTH} | (
@@ -66,21 +66,19 @@ def _title(group: type[Settings] | None) -> str:
 
 
 def _write_value_forms(formatter: click.HelpFormatter, options: Sequence[click.Option]) -> None:
-    """Explains the forms of values that are not plain, where a command has any."""
+    """Explains the value forms LIST and none if the command has such options."""
     forms = []
     if any(isinstance(each.type, _ListType) for each in options):
-        forms.append(("LIST", "values with commas between them: 9,9"))
+        forms.append(("LIST", "values separated by commas, such as 9,9"))
     if any(isinstance(each, _SettingsOption) and each.is_nullable for each in options):
-        forms.append(
-            ("none", "not set; where it is the default it also undoes the config file (YAML: null)")
-        )
+        forms.append(("none", "unsets the option, also if the config file sets it (in YAML: null)"))
     if forms:
         with formatter.section("Values"):
             formatter.write_dl(forms)
 
 
 class PathType(click.ParamType[Any]):
-    """A path or URL of an argument; `~` at its start is the home folder."""
+    """The click type of a path or URL argument; a leading `~` is the home folder."""
 
     name = "PATH"
 
@@ -101,7 +99,7 @@ def settings_options(
     """Returns a decorator that adds one click option for every field of `cls`.
 
     Args:
-        skip: fields of the first level that the command takes in another way (as arguments).
+        skip: top-level fields that the command takes in another way, such as arguments.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +112,7 @@ def settings_options(
 
 
 def given(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Returns the nested values that were given on the command line, by settings path."""
+    """Returns the values given on the command line, nested like the settings."""
     values: dict[str, Any] = {}
     for name, value in parameters.items():
         if value is None or value == ():
@@ -128,7 +126,7 @@ def given(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_options(cls: type[S], parameters: dict[str, Any]) -> S:
-    """Returns `cls` made from what was given on the command line.
+    """Returns an instance of `cls` parsed from the options given on the command line.
 
     Raises:
         UsageError: a value is not allowed; the message names the option.
@@ -138,10 +136,10 @@ def from_options(cls: type[S], parameters: dict[str, Any]) -> S:
 
 
 class _SettingsOption(click.Option):
-    """An option of a settings field.
+    """A click option for a settings field.
 
     Attributes:
-        group: the settings class of the nested group, None at the first level.
+        group: the settings class of the nested group, None at the top level.
         is_nullable: whether `none` unsets it.
     """
 
@@ -158,7 +156,7 @@ class _SettingsOption(click.Option):
         self.is_nullable = is_nullable
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Returns (name, text); the two names of a boolean are shown as one: `--[no-]cache`."""
+        """Returns (name, text); shows the two names of a boolean as one: `--[no-]cache`."""
         record = super().get_help_record(ctx)
         if record is None or not self.secondary_opts:
             return record
@@ -189,13 +187,13 @@ def _click_option(
         if attributes["is_nullable"]:
             value_type = _NullableType(value_type)
         attributes |= {"type": value_type, "metavar": metavar}
-    # A line must not break inside of it; the command's help puts the blanks back.
+    # Help lines must not break inside the default; `get_help` restores the blanks.
     text = (text + _default_text(field)).replace("default: ", "default:" + _FIXED_BLANK)
     return click.option(*declarations, _SEPARATOR.join(path), help=text, **attributes)
 
 
 def _group_of(cls: type[Settings], path: tuple[str, ...]) -> type[Settings] | None:
-    """Returns the settings class that holds the field at `path`, None for `cls` itself."""
+    """Returns the settings class with the field at `path`, None if that is `cls` itself."""
     group = cls
     for name in path[:-1]:
         group = typing.cast(type[Settings], group.model_fields[name].annotation)
@@ -215,7 +213,7 @@ def _type_of(path: tuple[str, ...], kind: Any) -> tuple[click.ParamType[Any], st
 
 
 class _ListType(click.ParamType[Any]):
-    """`a,b,c` as a list; the settings class converts and checks each value."""
+    """The click type of `a,b,c` as a list; the settings class converts and checks each value."""
 
     name = "LIST"
 
@@ -226,7 +224,7 @@ class _ListType(click.ParamType[Any]):
 
 
 class _NullableType(click.ParamType[Any]):
-    """`none`, or a value of another type."""
+    """The click type of `none` or a value of another type."""
 
     def __init__(self, inner: click.ParamType[Any]) -> None:
         self.name = inner.name
@@ -247,7 +245,7 @@ def _without_none(annotation: Any) -> Any:
 
 
 def _default_text(field: FieldInfo) -> str:
-    """Returns what ends an option's text."""
+    """Returns the end of an option's help text: required, or its default."""
     if field.default is PydanticUndefined:
         return " [required]"
     return f" [default: {_shown(field.default) or 'none'}]"

@@ -1,4 +1,4 @@
-"""Runs a command; an error becomes one line on stderr and an exit code."""
+"""Runs a command; turns errors into one line on stderr and an exit code."""
 
 import contextlib
 import difflib
@@ -14,13 +14,13 @@ from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.errors import FlexUNetError, StorageError
 from flexunet.synonyms import proposed
 
-_MAX_DETAIL_WIDTH = 200  # characters of another library's error; TensorFlow's have pages
+_MAX_DETAIL_WIDTH = 200  # characters of a library's error; TensorFlow's fill pages
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def run_command(command: click.Command, argv: Sequence[str] | None, program: str) -> int:
-    """Runs `command` and returns its exit code; a user's mistake becomes one line on stderr."""
-    # cv2 and matplotlib log through their own channels; ours is the only handler.
+    """Runs `command` and returns its exit code; reports a user error in one line on stderr."""
+    # Libraries log through their own loggers; this is the only handler.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("matplotlib", "PIL", "absl", "tensorflow", "urllib3", "google", "h5py"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -43,13 +43,13 @@ def run_command(command: click.Command, argv: Sequence[str] | None, program: str
     except (KeyboardInterrupt, click.Abort):
         return _report(program, "interrupted; the same command continues", 6)
     except BrokenPipeError:
-        # The reader of our output went away (`flexunet ... | head`); keep the interpreter from
+        # The reader of stdout has exited (`flexunet ... | head`); this keeps the interpreter from
         # raising again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if isinstance(error, OSError) and _is_of_stdout(error):
-            problem = f"stdout cannot be written ({error.strerror}); make room and repeat it"
+            problem = f"cannot write to stdout ({error.strerror}); free some space, then try again"
             return _report(program, problem, StorageError.exit_code)
         if not _is_out_of_memory(error):
             raise
@@ -59,18 +59,18 @@ def run_command(command: click.Command, argv: Sequence[str] | None, program: str
 
 
 def _flush_stdout() -> None:
-    # Later, the interpreter itself would do it, with an error and an exit code of its own.
+    # The interpreter flushes at exit, but fails with its own error and exit code.
     if sys.stdout is not None:
         sys.stdout.flush()
 
 
 def _is_of_stdout(error: OSError) -> bool:
-    """Returns whether `error` is that stdout cannot be written; it then goes nowhere."""
+    """Returns whether `error` means that stdout is not writable; if so, closes stdout."""
     if error.filename is not None or error.errno not in _NO_ROOM:
         return False
     try:
         _flush_stdout()
-        os.write(1, b"\n")  # what could not be written is in no buffer any more
+        os.write(1, b"\n")  # the failed output is no longer in a buffer
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return True
@@ -78,7 +78,7 @@ def _is_of_stdout(error: OSError) -> bool:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # By name: the class is TensorFlow's, which this package must not import.
+    # By name, because this package must not import TensorFlow.
     names = {each.__name__ for each in type(error).__mro__}
     return isinstance(error, MemoryError) or "ResourceExhaustedError" in names
 

@@ -1,8 +1,9 @@
-"""The only code that talks to storage: local folders and buckets behind one `ObjectStore`.
+"""Accesses local folders and buckets through one interface, `ObjectStore`.
 
-Objects have names relative to the store's URL, separated by `/`. A put is atomic on both: a reader
-sees the old object, the new one or none, never a part. Conditional puts compare generations,
-numbers that change with every write. It must not know what the objects mean.
+All access to storage goes through this package. Objects have names relative to the store's URL,
+separated by `/`. A put is atomic on both: a reader gets the old object, the new one or none, never
+a part. Conditional puts compare generations, numbers that change with every write. The package does
+not depend on the meaning of the objects.
 """
 
 from flexunet.storage.base import (

@@ -6,15 +6,15 @@ from typing import Protocol
 
 from flexunet.errors import StorageError, UsageError
 
-BROKEN_LINK = "is a symbolic link that leads to no file; mend it or delete it"
+BROKEN_LINK = "is a broken symbolic link; fix it or delete it"
 
 
 class PreconditionFailed(StorageError):
-    """The object is not in the generation that a conditional put expected."""
+    """The object's generation is not the one that a conditional put expected."""
 
 
 class Unavailable(StorageError):
-    """Storage was out of reach for longer than requests are repeated; later it may be back."""
+    """Storage stayed unreachable until the retry limit; it may be back later."""
 
 
 class NotFound(StorageError):
@@ -22,21 +22,21 @@ class NotFound(StorageError):
 
 
 class Forbidden(StorageError):
-    """The bucket's roles do not let these credentials do it."""
+    """The credentials have no role on the bucket that permits the request."""
 
 
 class NotAFolder(UsageError, StorageError):
-    """A file lies where a folder should be: a mistake, and of a run that is on its way a failure.
+    """A file is in the place of a folder: a usage error, or a storage failure during a run.
 
-    It is a StorageError for those who keep what could not be stored.
+    It is also a StorageError, so that callers keep data that could not be stored.
     """
 
 
 @dataclass(frozen=True)
 class ObjectMeta:
-    """What storage says about one object.
+    """The metadata of one object.
 
-    `generation` changes with every write. `crc32c` is None for local files: they are not read.
+    `generation` changes with every write. `crc32c` is None for local files, which are not read.
     """
 
     name: str
@@ -46,41 +46,42 @@ class ObjectMeta:
 
 
 class ObjectStore(Protocol):
-    """Named objects below one URL. Every failure is a StorageError of one line.
+    """Stores named objects below one URL. Every failure is a StorageError with a one-line message.
 
-    Stores pickle, unless they are watched or guarded.
+    Stores can be pickled unless they are watched or guarded.
     """
 
     @property
     def url(self) -> str:
-        """The folder or `gs://` URL, without a slash at its end."""
+        """The folder or `gs://` URL, without a trailing slash."""
         ...
 
     @property
     def local_root(self) -> str | None:
-        """The path of the folder, None where objects have to be downloaded."""
+        """The path of the folder; None if objects must be downloaded."""
         ...
 
     @property
     def retry_s(self) -> float:
-        """Seconds for which a transient failure is repeated, 0 where there are none."""
+        """Seconds for which a request is repeated after transient failures; 0: never."""
         ...
 
     def stat(self, name: str) -> ObjectMeta | None:
-        """Returns what is known about an object, None when it does not exist."""
+        """Returns the metadata of an object, None if it does not exist."""
         ...
 
     def list(self, prefix: str = "") -> list[ObjectMeta]:
-        """Returns every object whose name starts with `prefix`, sorted by name.
+        """Returns the metadata of every object whose name starts with `prefix`, sorted by name.
 
-        A prefix is compared as text: end it with `/` to mean a folder. Unfinished puts never show.
+        A prefix is compared as text: end it with `/` to list a folder. Unfinished puts are never
+        listed.
         """
         ...
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """Returns the bytes of an object from `start`; fewer than `length` only at its end.
+        """Returns `length` bytes of an object from `start`, fewer only at its end.
 
-        A whole object is checked against the server's checksum, a range is not.
+        A whole object is verified with the server's checksum, a range is not.
 
         Raises:
             NotFound: there is no such object.
@@ -88,7 +89,7 @@ class ObjectStore(Protocol):
         ...
 
     def get_file(self, name: str, path: str) -> int:
-        """Writes an object to the local `path`, whole or not at all, and returns its crc32c.
+        """Writes an object to the local file `path` atomically and returns its crc32c.
 
         Raises:
             NotFound: there is no such object.
@@ -96,22 +97,22 @@ class ObjectStore(Protocol):
         ...
 
     def put(self, name: str, data: bytes, *, if_generation: int | None = None) -> ObjectMeta:
-        """Stores `data`.
+        """Stores `data` as the object `name`.
 
         Args:
-            if_generation: only when the object is in this generation; 0: only when it is missing.
+            if_generation: store only if the object has this generation; 0: only if it is missing.
 
         Raises:
-            PreconditionFailed: it is in another one; nothing was written.
+            PreconditionFailed: the object has another generation; nothing was written.
         """
         ...
 
     def put_file(self, name: str, path: str, *, if_generation: int | None = None) -> ObjectMeta:
-        """Stores the content of the local file `path`; otherwise as `put`."""
+        """Stores the content of the local file `path`; see `put`."""
         ...
 
     def delete(self, name: str) -> None:
-        """Deletes an object; a missing one is fine."""
+        """Deletes an object; does nothing if it is missing."""
         ...
 
     def below(self, prefix: str) -> "ObjectStore":
@@ -119,42 +120,42 @@ class ObjectStore(Protocol):
         ...
 
     def with_limits(self, *, retry_s: float, timeout_s: float) -> "ObjectStore":
-        """Returns the same storage with other limits.
+        """Returns the same storage with other time limits.
 
         Args:
-            retry_s: seconds for which a transient failure is repeated.
-            timeout_s: the longest wait for a byte, and the longest pause between two tries.
+            retry_s: seconds for which a request is repeated after transient failures.
+            timeout_s: the longest wait for a byte, and the longest pause between two attempts.
         """
         ...
 
     def watched(self, moved: Callable[[], None]) -> "ObjectStore":
-        """Returns the same storage, which calls `moved` whenever bytes of an object have moved.
+        """Returns the same storage, but calls `moved` whenever bytes were transferred.
 
-        A large file calls it many times on its way, in either direction, in the thread that puts or
-        gets it; other objects once, at their end.
+        A large file calls it many times during an upload or download, in the thread of the put or
+        get; a small object calls it once, at the end.
         """
         ...
 
     def guarded(self, check: Callable[[], None]) -> "ObjectStore":
-        """Returns the same storage, which calls `check` before every try of a put or a delete.
+        """Returns the same storage, but calls `check` before every attempt of a put or delete.
 
-        What `check` raises ends the put or delete, also one that is being repeated.
+        An exception of `check` ends the put or delete, also between two attempts.
         """
         ...
 
     def remove_unfinished(self) -> int:
-        """Deletes what killed puts left behind and returns how many; only for the sole writer."""
+        """Deletes leftovers of killed puts and returns their number; only for the sole writer."""
         ...
 
 
 def do_nothing() -> None:
-    """Stands for `moved` and `check` of a store where nobody asks."""
+    """Does nothing: the default of `moved` and `check` of a store."""
 
 
 def refused(where: str, expected: int | None, found: int) -> PreconditionFailed:
-    """Returns the error of a conditional put to `where`, which is in the generation `found`."""
+    """Returns the error for a conditional put to `where`, whose generation is `found`."""
     if expected == 0:
         return PreconditionFailed(f"{where} exists already (generation {found}); nothing written")
     return PreconditionFailed(
-        f"{where} is in generation {found}, not {expected}: another process wrote it"
+        f"{where} has generation {found}, not {expected}: another process wrote it"
     )

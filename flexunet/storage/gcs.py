@@ -1,4 +1,4 @@
-"""Stores objects in a bucket of Google Cloud Storage, with retries and resumed transfers."""
+"""Stores objects in a Google Cloud Storage bucket, with retries and resumed transfers."""
 
 import base64
 import contextlib
@@ -32,21 +32,21 @@ from flexunet.storage.local_files import (
 from flexunet.storage.names import checked_name, join_url, name_problem, shown
 
 RETRY_S = 120.0
-_MAX_TIMEOUT_S = 30.0  # to connect, and between two bytes of an answer
-_MAX_PAUSE_S = 10.0  # between two tries
-_MAX_SESSIONS = 3  # of one upload in parts; a server may forget a session
-_SINGLE_BYTES = 8 << 20  # up to here an object is uploaded in one request
+_MAX_TIMEOUT_S = 30.0  # to connect, and between two bytes of a response
+_MAX_PAUSE_S = 10.0  # between two attempts
+_MAX_SESSIONS = 3  # of one upload in parts; a server may drop a session
+_SINGLE_BYTES = 8 << 20  # objects up to this size are uploaded in one request
 _BUCKET = re.compile(r"[a-z0-9][-a-z0-9._]{1,220}[a-z0-9]")
 
 
 class GcsStore:
-    """Objects below `gs://bucket/prefix`, through google-cloud-storage.
+    """Stores objects below `gs://bucket/prefix` with google-cloud-storage.
 
-    Credentials are the application-default ones; with STORAGE_EMULATOR_HOST set, none are used.
-    A request that fails for the moment (network, 408, 429, 5xx) is repeated, after pauses of random
-    length, until `retry_s` seconds have passed, and then is `Unavailable`; none waits longer than
-    `timeout_s` (30 s, or half of `retry_s`) for a byte. A missing bucket, permission or credential
-    is an error at once, and so is a server's certificate that is not trusted.
+    Uses the application-default credentials, or none if STORAGE_EMULATOR_HOST is set. After a
+    transient failure (network, 408, 429, 5xx) a request is repeated, with random pauses, until
+    `retry_s` seconds have passed; then it raises `Unavailable`. A request waits at most `timeout_s`
+    (30 s, or half of `retry_s`) for a byte. A missing bucket, permission or credential and an
+    untrusted server certificate raise an error at once.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class GcsStore:
         return _blob_stat(name, blob)
 
     def list(self, prefix: str = "") -> list[ObjectMeta]:
-        """See `ObjectStore.list`; the empty objects that stand for folders are left out."""
+        """See `ObjectStore.list`; skips the empty objects that represent folders."""
         with self._errors("list", prefix, missing="bucket"):
             blobs = self._client().list_blobs(
                 self._bucket,
@@ -172,7 +172,7 @@ class GcsStore:
         return self._like(check=check)
 
     def _like(self, url: str | None = None, **changes: Any) -> "GcsStore":
-        """Returns the same storage but for what is given."""
+        """Returns the same storage with the given changes."""
         own: dict[str, Any] = {
             "retry_s": self.retry_s,
             "timeout_s": self._timeout_s,
@@ -182,7 +182,7 @@ class GcsStore:
         return GcsStore(url or self.url, **(own | changes))
 
     def remove_unfinished(self) -> int:
-        """See `ObjectStore.remove_unfinished`; the server forgets unfinished uploads by itself."""
+        """See `ObjectStore.remove_unfinished`; the server drops unfinished uploads itself."""
         return 0
 
     def _client(self) -> Any:
@@ -193,7 +193,7 @@ class GcsStore:
         return self._client().bucket(self._bucket).blob(self._folder + checked_name(name))
 
     def _retry(self, tell: Callable[[Exception], Any] | None = None) -> Any:
-        """Returns how transient failures are repeated; each is told to `tell`."""
+        """Returns the retry rule for transient failures; calls `tell` for each failure."""
         from google.api_core.retry import Retry
 
         def on_error(error: Exception) -> None:
@@ -204,22 +204,22 @@ class GcsStore:
             if tell is not None:
                 tell(error)
 
-        # The pauses are random, from 0 to a limit that doubles from 0.2 s to the largest one.
+        # Pauses are random, from 0 to a limit that doubles from 0.2 s up to `maximum`.
         return Retry(
             predicate=is_transient, initial=0.2, maximum=min(self._timeout_s, _MAX_PAUSE_S),
             timeout=self.retry_s, on_error=on_error,
         )  # fmt: skip
 
     def _retry_while(self, target: "WatchedFile") -> Any:
-        """Returns how a download is repeated: as long as bytes come, however long all of it takes.
+        """Returns the retry rule for a download: no limit as long as bytes arrive.
 
-        The client library goes on where it broke off.
+        The client library continues where the download was interrupted.
         """
         from google.api_core.exceptions import RetryError
 
         def give_up(error: Exception) -> None:
             if time.monotonic() - target.written_at > self.retry_s:
-                message = f"nothing came for {self.retry_s:.1f} s, last exception: {error}"
+                message = f"no data for {self.retry_s:.1f} s, last exception: {error}"
                 raise RetryError(message, error) from error  # type: ignore[no-untyped-call]
 
         return self._retry(give_up).with_timeout(None)
@@ -227,7 +227,7 @@ class GcsStore:
     def _download(self, blob: Any, start: int, length: int | None) -> bytes:
         from google.api_core.exceptions import RequestRangeNotSatisfiable
 
-        # A range of no bytes cannot be asked for; one byte also tells whether the object exists.
+        # An empty range cannot be requested; one byte also shows whether the object exists.
         end = None if length is None else start + max(length, 1) - 1
         try:
             data: bytes = blob.download_as_bytes(
@@ -240,8 +240,8 @@ class GcsStore:
     def _verify(self, name: str, blob: Any, value: int) -> None:
         if blob.crc32c is None:
             raise StorageError(f"{join_url(self.url, name)}: the server sent no crc32c checksum")
-        # With this encoding the server keeps the checksum of the packed bytes, and the client
-        # library has checked those.
+        # With this encoding the server's checksum covers the compressed bytes, which the client
+        # library has checked.
         if blob.content_encoding != "gzip" and value != _decoded_crc32c(blob.crc32c):
             raise ChangedOnTheWay(
                 f"{join_url(self.url, name)}: the downloaded bytes do not match the server's "
@@ -287,8 +287,8 @@ class GcsStore:
             try:
                 found = repeated(upload.send_next)()
             except RetryError:
-                # A slow line may need all of that time for a part that then breaks off: as long as
-                # something arrives, the upload goes on.
+                # On a slow connection a part may use up that time before it fails: the upload
+                # continues as long as some bytes arrive.
                 found = repeated(upload.ask)()
                 if found is None and upload.num_arrived == before:
                     raise
@@ -323,7 +323,7 @@ class GcsStore:
                 self._moved()
                 return stat
             except Conflict as error:
-                # A put whose answer got lost is refused when it is repeated, by its own success.
+                # If the response of a successful put was lost, its repetition is refused.
                 if not (interrupted and self._is_stored(name, token)):
                     found = self.stat(name)
                     raise refused(
@@ -341,7 +341,7 @@ class GcsStore:
 
     @contextlib.contextmanager
     def _errors(self, action: str, name: str, missing: str = "object") -> Iterator[None]:
-        """Turns the client library's errors into ours."""
+        """Converts errors of the client library into FlexUNetError."""
         try:
             yield
         except FlexUNetError:
@@ -356,12 +356,13 @@ class GcsStore:
 
 @functools.lru_cache(maxsize=4)
 def _cloud_client(process_id: int, emulator: str | None) -> Any:
-    """Returns a client; one per process, because connections must not be shared by a fork."""
+    """Returns the client of this process; forked processes must not share connections."""
     from google.cloud import storage
 
-    # Since 3.11 a client asks for the bucket itself beside the first request for an object. An
-    # account that may only use objects is refused, with an error in the bucket's audit log
-    # (https://github.com/googleapis/google-cloud-python/issues/17650). It has no other switch.
+    # Since 3.11 a client also requests the bucket's metadata with the first object. An account with
+    # access to objects only is refused, with an error in the bucket's audit log
+    # (https://github.com/googleapis/google-cloud-python/issues/17650). No other option turns it
+    # off.
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     if emulator is None:
         return storage.Client()

@@ -1,4 +1,4 @@
-"""Says which errors of the cloud client are worth another try, and what a user can do."""
+"""Classifies errors of the cloud client as transient or not, and finds a remedy for the user."""
 
 import os
 import re
@@ -11,12 +11,12 @@ from flexunet.errors import StorageError
 from flexunet.storage.base import Forbidden, NotFound, Unavailable
 
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
-# OpenSSL's reasons of a handshake that fails each time; a broken line has others.
+# OpenSSL's reasons for a handshake that always fails; a lost connection has other reasons.
 _REFUSED_TLS = re.compile("CERTIFICATE|CIPHER|HANDSHAKE|HTTP|PROTOCOL|UNKNOWN_CA|VERSION")
 
 
 def is_transient(error: Exception) -> bool:
-    """Returns whether a request that failed with `error` may succeed when it is repeated."""
+    """Returns whether a request that failed with `error` may succeed on a retry."""
     import requests
     import urllib3
     from google.auth.exceptions import GoogleAuthError, TransportError
@@ -24,7 +24,7 @@ def is_transient(error: Exception) -> bool:
     if _refused_tls(error) is not None:
         return False
     if isinstance(error, TransportError):
-        # A refused token never heals; google-auth wraps the network's error in its arguments.
+        # A refused token stays refused; google-auth wraps a network error in its arguments.
         return bool(error.args) and isinstance(error.args[0], OSError)
     if isinstance(error, GoogleAuthError):
         return bool(error.retryable)
@@ -44,7 +44,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def _causes(error: Exception) -> Iterator[Any]:
-    """Yields `error` and what it wraps: google-auth, requests and urllib3 each wrap the other."""
+    """Yields `error` and the errors that it wraps: google-auth, requests and urllib3 nest them."""
     found: Any = error
     while isinstance(found, Exception):
         yield found
@@ -53,9 +53,9 @@ def _causes(error: Exception) -> Iterator[Any]:
 
 
 def _refused_tls(error: Exception) -> ssl.SSLError | None:
-    """Returns why no connection can come about; None where `error` is another one.
+    """Returns the permanent TLS error behind `error`, None if there is none.
 
-    `requests` makes no difference between it and a line that broke, which may heal.
+    `requests` raises the same class for a lost connection, where a retry may help.
     """
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLError) and _REFUSED_TLS.search(cause.reason or ""):
@@ -64,10 +64,10 @@ def _refused_tls(error: Exception) -> ssl.SSLError | None:
 
 
 def _describe_tls_error(error: Exception) -> str | None:
-    """Returns what is wrong with a connection's encryption and what to do; None of other errors."""
+    """Returns the problem and remedy of a TLS error, None for other errors."""
     refused = _refused_tls(error)
     if refused is None:
-        # `requests` has no class of its own for it.
+        # `requests` has no separate class for this error.
         is_lacking = type(error) is OSError and "certificate" in str(error)
         return f"{error}; check REQUESTS_CA_BUNDLE" if is_lacking else None
     requests_sent = (getattr(cause, "request", None) for cause in _causes(error))
@@ -75,20 +75,20 @@ def _describe_tls_error(error: Exception) -> str | None:
     server = urllib.parse.urlsplit(next(urls, "")).netloc or "the server"
     if isinstance(refused, ssl.SSLCertVerificationError):
         return (
-            f"the certificate of {server} is refused: {refused.verify_message}; check the address "
-            "and this machine's clock, or name a file with the certificate of its authority in "
-            "REQUESTS_CA_BUNDLE"
+            f"the certificate of {server} is not trusted: {refused.verify_message}; check the "
+            "address and this machine's clock, or set REQUESTS_CA_BUNDLE to a file with the "
+            "certificate of its authority"
         )
-    return f"{server} and this machine agree on no TLS ({refused.reason}); check the address"
+    return f"TLS between {server} and this machine failed ({refused.reason}); check the address"
 
 
 def describe_cloud_error(
     error: Exception, action: str, url: str, bucket: str, missing: str
 ) -> StorageError | None:
-    """Returns our error for one of the client library's, None for a bug.
+    """Returns a StorageError for an error of the client library, None if it is a bug.
 
     Args:
-        missing: what a 404 speaks of, "object" or "bucket".
+        missing: the thing that a 404 means, "object" or "bucket".
     """
     import requests
     from google.api_core import exceptions as api
@@ -123,7 +123,7 @@ def describe_cloud_error(
 
 
 def _describe_credentials_error(error: Exception) -> str | None:
-    """Returns what is wrong with the credentials and what to do; None of other errors."""
+    """Returns the problem and remedy of a credentials error, None for other errors."""
     from google.api_core.exceptions import Unauthorized
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 
@@ -131,8 +131,8 @@ def _describe_credentials_error(error: Exception) -> str | None:
     key_file = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
     if isinstance(error, DefaultCredentialsError) and key_file:
         return (
-            f"GOOGLE_APPLICATION_CREDENTIALS={key_file} holds none ({text}); give the path of a "
-            "key file, or unset it"
+            f"GOOGLE_APPLICATION_CREDENTIALS={key_file} contains no credentials ({text}); give the "
+            "path of a key file, or unset it"
         )
     if isinstance(error, DefaultCredentialsError):
         return (
@@ -141,8 +141,8 @@ def _describe_credentials_error(error: Exception) -> str | None:
         )
     if isinstance(error, Unauthorized | GoogleAuthError) and not isinstance(error, TransportError):
         return (
-            "the credentials are refused; renew them with `gcloud auth application-default login` "
-            f"({text})"
+            "the credentials were rejected; renew them with `gcloud auth application-default "
+            f"login` ({text})"
         )
     return None
 

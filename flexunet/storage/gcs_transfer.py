@@ -1,4 +1,4 @@
-"""Moves the bytes of large objects: uploads in parts, downloads that begin again."""
+"""Transfers large objects: uploads in parts, repeated downloads."""
 
 import contextlib
 import re
@@ -11,23 +11,23 @@ from flexunet.errors import StorageError
 
 T = TypeVar("T")
 _PIECE_BYTES = 1 << 14
-_PART_BYTES = 32 << 20  # held in memory; a multiple of 256 KiB, as the server wants
-_MAX_DOWNLOADS = 3  # of one object whose bytes changed on the way
+_PART_BYTES = 32 << 20  # kept in memory; the server requires a multiple of 256 KiB
+_MAX_DOWNLOADS = 3  # of one object whose bytes changed during the download
 
 
 class ChangedOnTheWay(StorageError):
-    """The downloaded bytes are not, or no longer, those that the server has."""
+    """The downloaded bytes do not match the object on the server, or no longer do."""
 
 
 class SessionLost(StorageError):
-    """The server has forgotten an upload in parts."""
+    """The server has dropped an upload session."""
 
 
 class UploadInParts:
-    """A file on its way in an upload session; what has arrived is not sent again.
+    """Uploads a file in an upload session; does not resend bytes that have arrived.
 
-    The client library has this too, but gives up with ValueError when a part that is not the last
-    one had to be repeated (google-cloud-storage 3.17.1).
+    The client library also uploads in parts, but raises ValueError if a part before the last one
+    has to be repeated (google-cloud-storage 3.17.1).
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class UploadInParts:
         self._size = size
         self._timeout_s = timeout_s
         self._moved = moved
-        self._offset: int | None = 0  # how much has arrived; None: ask
-        self.num_arrived = 0  # bytes, as the server last said
+        self._offset: int | None = 0  # bytes that have arrived; None: unknown, ask the server
+        self.num_arrived = 0  # bytes, as last reported by the server
 
     def send_next(self) -> dict[str, Any] | None:
-        """Sends a part; returns the object's metadata after the last one.
+        """Sends the next part; returns the object's metadata after the last part.
 
         Raises:
-            SessionLost: the server knows the session no longer.
+            SessionLost: the server has dropped the session.
         """
         if self._offset is None:
             found = self.ask()
@@ -65,7 +65,7 @@ class UploadInParts:
         return self._put(body, f"bytes {offset}-{offset + len(data) - 1}/{self._size}")
 
     def ask(self) -> dict[str, Any] | None:
-        """Asks how much has arrived; returns the object's metadata if that is all of it."""
+        """Asks the server how much has arrived; returns the object's metadata if all of it has."""
         return self._put(b"", f"bytes */{self._size}")
 
     def _put(self, data: Any, content_range: str) -> dict[str, Any] | None:
@@ -88,7 +88,7 @@ class UploadInParts:
 
 
 class _WatchedBytes:
-    """The body of a request; calls `moved` for every piece that the connection takes."""
+    """A request body that calls `moved` for every piece sent."""
 
     def __init__(self, data: bytes, moved: Callable[[], None]) -> None:
         self._data = memoryview(data)
@@ -98,12 +98,12 @@ class _WatchedBytes:
     def __len__(self) -> int:
         return len(self._data)
 
-    def __iter__(self) -> Iterator[bytes]:  # by this, `requests` knows a stream
+    def __iter__(self) -> Iterator[bytes]:  # `requests` recognizes a stream by this method
         while piece := self.read(_PIECE_BYTES):
             yield piece
 
     def read(self, size: int = -1) -> bytes:
-        """Returns the next bytes. After the end it begins again: a refused request is repeated."""
+        """Returns the next bytes; after the end starts again, for a repeated request."""
         end = len(self._data) if size < 0 else self._begin + size
         piece = bytes(self._data[self._begin : end])
         self._begin = self._begin + len(piece) if piece else 0
@@ -112,10 +112,10 @@ class _WatchedBytes:
 
 
 class WatchedFile:
-    """A file to write into; calls `moved` for every write.
+    """A writable file that calls `moved` for every write.
 
     Attributes:
-        written_at: when it was last, or made; of `time.monotonic`.
+        written_at: time of the last write, at first of the creation; from `time.monotonic`.
     """
 
     def __init__(self, file: BinaryIO, moved: Callable[[], None]) -> None:
@@ -124,7 +124,7 @@ class WatchedFile:
         self.written_at = time.monotonic()
 
     def write(self, data: bytes) -> int:
-        """Writes `data`."""
+        """Writes `data` and records the time."""
         self._moved()
         self.written_at = time.monotonic()
         return self._file.write(data)
@@ -134,7 +134,7 @@ class WatchedFile:
 
 
 def unchanged(fetch: Callable[[], T], url: str) -> T:
-    """Returns what `fetch` reads from `url`, which is repeated when bytes changed on the way."""
+    """Returns the result of `fetch`, which reads `url`; repeats it if bytes changed meanwhile."""
     from google.cloud.storage.exceptions import DataCorruption
 
     for _ in range(_MAX_DOWNLOADS - 1):
@@ -146,9 +146,9 @@ def unchanged(fetch: Callable[[], T], url: str) -> T:
 
 @contextlib.contextmanager
 def _replaced_told(url: str) -> Iterator[None]:
-    """Tells an object that was replaced in the middle of its download from one that is missing.
+    """Raises ChangedOnTheWay if an object was replaced during its download, not if it is missing.
 
-    Where a download breaks off, the client library asks for the rest of that generation.
+    After an interrupted download, the client library requests the rest of the same generation.
     """
     from google.api_core.exceptions import NotFound as NoSuchObject
 

@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 def walk(
     folder: str, name: str, real_root: str, left_out: list[str]
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """Yields (object name, stat) of the files below `folder`, which is object prefix `name`.
+    """Yields (object name, stat) of the files below `folder`, whose object prefix is `name`.
 
-    Symbolic links that are not followed are added to `left_out`.
+    Adds symbolic links that are not followed to `left_out`.
     """
     for entry, entry_name in _entries(folder, name):
         if entry.is_dir(follow_symlinks=False):
@@ -27,22 +27,22 @@ def walk(
         ):
             left_out.append(entry.path)
         elif entry.is_file() and not entry.name.startswith(HIDDEN):
-            with contextlib.suppress(FileNotFoundError):  # deleted in this moment
+            with contextlib.suppress(FileNotFoundError):  # just deleted
                 yield entry_name, entry.stat()
 
 
 def walk_links(
     folder: str, name: str, above: frozenset[tuple[int, int]], left_out: list[str]
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """Yields as `walk` does, by way of all links; a link that leads to no file has its own stat.
+    """Yields like `walk`, but follows all links; a broken link has its own stat.
 
-    Links to a folder that they lie in are added to `left_out`.
+    Adds links to a parent folder to `left_out`.
 
     Args:
-        above: (device, inode) of the folders that `folder` lies in, and its own.
+        above: (device, inode) of `folder` and of all its parent folders.
     """
     for entry, entry_name in _entries(folder, name):
-        with contextlib.suppress(FileNotFoundError):  # deleted in this moment
+        with contextlib.suppress(FileNotFoundError):  # just deleted
             info = _stat_target(entry)
             if not stat_module.S_ISDIR(info.st_mode):
                 is_known = stat_module.S_ISREG(info.st_mode) or stat_module.S_ISLNK(info.st_mode)
@@ -56,7 +56,7 @@ def walk_links(
 
 
 def _entries(folder: str, name: str) -> list[tuple[os.DirEntry[str], str]]:
-    """Returns the entries of `folder` with their object names; none where it is missing."""
+    """Returns the entries of `folder` with their object names; none if it is missing."""
     try:
         entries = list(os.scandir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -65,9 +65,9 @@ def _entries(folder: str, name: str) -> list[tuple[os.DirEntry[str], str]]:
 
 
 def _stat_target(entry: os.DirEntry[str]) -> os.stat_result:
-    """Returns what a link leads to, where that is a file or a folder; else the entry's own stat."""
+    """Returns the stat of a link's target if that is a file or folder, else the entry's stat."""
     if entry.is_symlink():
-        with contextlib.suppress(OSError):  # it leads nowhere, in a circle, or where we may not
+        with contextlib.suppress(OSError):  # target missing, circular or not permitted
             info = os.stat(entry.path)
             if stat_module.S_ISREG(info.st_mode) or stat_module.S_ISDIR(info.st_mode):
                 return info
@@ -75,7 +75,7 @@ def _stat_target(entry: os.DirEntry[str]) -> os.stat_result:
 
 
 def with_folders_above(folder: str) -> frozenset[tuple[int, int]]:
-    """Returns (device, inode) of a folder and of all that it lies in; none where it is missing."""
+    """Returns (device, inode) of a folder and its parents; none if the folder is missing."""
     path, found = os.path.realpath(folder), set()
     with contextlib.suppress(FileNotFoundError):
         while True:
@@ -88,13 +88,11 @@ def with_folders_above(folder: str) -> frozenset[tuple[int, int]]:
 
 
 def size_of(info: os.stat_result) -> int:
-    """Returns the bytes of what was listed, 0 of a link that leads to no file."""
+    """Returns the size of a listed file in bytes, 0 for a broken link."""
     return 0 if stat_module.S_ISLNK(info.st_mode) else info.st_size
 
 
 @functools.lru_cache(maxsize=1024)  # a folder is listed many times
 def tell_left_out(url: str, number: int, where: str, first: str) -> None:
-    """Warns once of the links below `url` that are not listed."""
-    logger.warning(
-        "%s: %d symbolic links %s are left out, the first is %s", url, number, where, first
-    )
+    """Warns once about links below `url` that are not listed."""
+    logger.warning("%s: skipped %d symbolic links %s; the first is %s", url, number, where, first)

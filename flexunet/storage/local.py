@@ -1,4 +1,4 @@
-"""Stores objects as files of a folder, with locks for conditional puts."""
+"""Stores objects as files in a folder, with locks for conditional puts."""
 
 import contextlib
 import copy
@@ -26,14 +26,14 @@ from flexunet.storage.names import LOCK, TEMPORARY, checked_name, local_path
 
 @dataclass(frozen=True, init=False)
 class LocalStore:
-    """A folder. It comes into being with the first put.
+    """Stores objects as files in a folder, which the first put creates.
 
-    Generations are modification times in ns, strictly increasing from put to put. A put without a
-    condition takes no part in the locking of those with one: do not mix both on one object.
+    Generations are modification times in ns, which strictly increase from put to put. A put without
+    a condition ignores the lock of conditional puts: do not mix both on one object.
     """
 
     url: str
-    _follows_links: bool  # to read; nothing is ever put or deleted through a link that leads out
+    _follows_links: bool  # for reads; puts and deletes never follow a link out of the folder
     _moved: Callable[[], None] = field(repr=False, compare=False)
     _check: Callable[[], None] = field(repr=False, compare=False)
 
@@ -57,11 +57,11 @@ class LocalStore:
 
     @property
     def retry_s(self) -> float:
-        """A folder's failures are not transient."""
+        """Always 0: failures of a folder are not transient."""
         return 0.0
 
     def following_links(self) -> "LocalStore":
-        """Returns the same folder, read with all its links."""
+        """Returns the same folder, but follows all links when reading."""
         return self._with("_follows_links", True)
 
     def stat(self, name: str) -> ObjectMeta | None:
@@ -71,10 +71,10 @@ class LocalStore:
             return stat_path(name, path)
 
     def list(self, prefix: str = "") -> list[ObjectMeta]:
-        """See `ObjectStore.list`; links to files inside the folder are listed, other links are not.
+        """See `ObjectStore.list`; lists links to files inside the folder, but no other links.
 
-        Where links are followed, those that lead to no file are listed too, with size 0, and `stat`
-        does not know them; only what leads to a folder that it lies in is left out.
+        A store that follows links also lists broken links, with size 0, although `stat` returns
+        None for them; it skips only links to a parent folder.
         """
         folder = prefix.rpartition("/")[0]
         top = self._read_path(folder) if folder else self.url
@@ -104,7 +104,7 @@ class LocalStore:
         return data
 
     def get_file(self, name: str, path: str) -> int:
-        """See `ObjectStore.get_file`; the copy is not forced to disk."""
+        """See `ObjectStore.get_file`; does not sync the copy to disk."""
         source = self._file_path(name)
         value = 0
         with local_errors("read", source), open(source, "rb") as file, whole_file(path) as copy:
@@ -132,14 +132,14 @@ class LocalStore:
             return self._put(name, copy, if_generation)
 
     def delete(self, name: str) -> None:
-        """See `ObjectStore.delete`; folders that become empty go too, up to the store's own."""
+        """See `ObjectStore.delete`; also deletes folders that become empty, except the store's."""
         self._check()
         path = local_path(self.url, name)
         with local_errors("delete", path):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(path)
             folder = os.path.dirname(path)
-            with contextlib.suppress(OSError):  # not empty, or somebody else was quicker
+            with contextlib.suppress(OSError):  # not empty, or already deleted
                 while folder != self.url:
                     os.rmdir(folder)
                     folder = os.path.dirname(folder)
@@ -181,7 +181,7 @@ class LocalStore:
                         os.unlink(os.path.join(folder, file))
                         num_removed += 1
             if LOCK in files:
-                # The file goes with the lock; one that stays does no harm.
+                # Releasing the lock deletes its file; a remaining file is harmless.
                 with contextlib.suppress(OSError), _folder_lock(folder):
                     pass
         return num_removed
@@ -192,7 +192,7 @@ class LocalStore:
         return local_path(self.url, name)
 
     def _file_path(self, name: str) -> str:
-        """Returns the path of a file to read; a source's link that leads to none is a bad file."""
+        """Returns the path of a file to read; a broken link of a source raises ContentError."""
         path = self._read_path(name)
         if self._follows_links and os.path.islink(path) and not os.path.isfile(path):
             raise ContentError(f"{path}: {BROKEN_LINK}")
@@ -209,7 +209,7 @@ class LocalStore:
                     file.flush()
                     os.fsync(file.fileno())
                 info = self._publish(file.name, path, if_generation)
-                with contextlib.suppress(FileNotFoundError):  # another process has deleted both
+                with contextlib.suppress(FileNotFoundError):  # another process deleted both
                     _sync_folder(os.path.dirname(path))
             finally:
                 with contextlib.suppress(FileNotFoundError):
@@ -217,7 +217,7 @@ class LocalStore:
         return ObjectMeta(name, info.st_size, info.st_mtime_ns, None)
 
     def _publish(self, temporary: str, path: str, if_generation: int | None) -> os.stat_result:
-        """Gives a file its name; returns its own stat, as the next writer may be here already."""
+        """Renames a temporary file to `path`; returns its stat from before any later put."""
         if if_generation is None:
             info = _follow(temporary, stat_path("", path))
             os.replace(temporary, path)
@@ -237,7 +237,7 @@ class LocalStore:
 
 
 def _sync_folder(folder: str) -> None:
-    """Makes a rename last over a power failure."""
+    """Syncs a folder to disk, so that a rename survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -246,9 +246,9 @@ def _sync_folder(folder: str) -> None:
 
 
 def _follow(temporary: str, previous: ObjectMeta | None) -> os.stat_result:
-    """Returns the stat of `temporary`, given a time after that of the object it replaces.
+    """Sets the time of `temporary` after that of the object it replaces; returns its stat.
 
-    The kernel's clock for files ticks every few ms, so two puts could carry the same time.
+    The kernel's file clock ticks every few ms, so two puts could get the same time.
     """
     now = time.time_ns()
     generation = max(now, previous.generation + 1) if previous else now
@@ -257,7 +257,7 @@ def _follow(temporary: str, previous: ObjectMeta | None) -> os.stat_result:
 
 
 def _link(temporary: str, path: str) -> bool:
-    """Publishes `temporary` where nothing is yet; returns False where files cannot be linked."""
+    """Publishes `temporary` as a new `path`; returns False if the file system has no hard links."""
     try:
         os.link(temporary, path)
     except FileExistsError as error:
@@ -272,10 +272,10 @@ def _link(temporary: str, path: str) -> bool:
 
 @contextlib.contextmanager
 def _folder_lock(folder: str) -> Iterator[None]:
-    """Holds the lock of `folder` for the block; the kernel frees it when the process dies.
+    """Holds the lock of `folder` inside the block; the kernel frees it when the process dies.
 
-    The lock file goes with the lock, so that the folder can become empty. Who has waited for a file
-    that is gone holds nothing, and asks again.
+    The lock file is deleted with the lock, so that the folder can become empty. A process that
+    waited for a deleted file does not hold the lock, and tries again.
     """
     path = os.path.join(folder, LOCK)
     while True:
@@ -286,7 +286,7 @@ def _folder_lock(folder: str) -> Iterator[None]:
             try:
                 yield
             finally:
-                with contextlib.suppress(OSError):  # it may stay: it is as good for the next one
+                with contextlib.suppress(OSError):  # the next process can use a remaining file
                     os.unlink(path)
             return
 
@@ -296,6 +296,6 @@ def _has_name(file: BinaryIO, path: str) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE):  # the second is what NFS says
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # ESTALE: on NFS
             return False
         raise

@@ -1,4 +1,4 @@
-"""Writes local files whole or not at all, checksums them, and names the system's errors."""
+"""Writes local files atomically, computes checksums, and converts the system's errors."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from flexunet.storage.base import NotAFolder, NotFound, ObjectMeta
 from flexunet.storage.names import TEMPORARY
 
 CHUNK_BYTES = 1 << 20
-_MAX_FOLDERS = 100  # made for one put, while other processes delete them
+_MAX_FOLDERS = 100  # created for one put, while other processes delete them
 
 
 def crc32c_of(data: bytes, value: int = 0) -> int:
@@ -44,7 +44,7 @@ def crc32c_of_stream(file: BinaryIO) -> int:
 
 @contextlib.contextmanager
 def local_errors(action: str, path: str) -> Iterator[None]:
-    """Turns the operating system's errors into ours."""
+    """Converts errors of the operating system into StorageError."""
     try:
         yield
     except FlexUNetError:
@@ -55,23 +55,23 @@ def local_errors(action: str, path: str) -> Iterator[None]:
         refuse_file_above(path, error)
         raise StorageError(f"cannot {action} {path}: {error.strerror}") from error
     except OSError as error:
-        if error.errno is None:  # those of `requests`, while a download is written
+        if error.errno is None:  # from `requests`, during a download
             raise
         refuse_file_above(path, error)
         remedy = {
             errno.ENOSPC: "; free some space or choose another folder",
             errno.EDQUOT: "; free some space or choose another folder",
             errno.EACCES: "; check the folder's permissions or choose another one",
-            errno.EROFS: "; choose a folder that can be written",
+            errno.EROFS: "; choose a writable folder",
         }.get(error.errno, "")
         raise StorageError(f"cannot {action} {path}: {error.strerror}{remedy}") from error
 
 
 def refuse_file_above(path: str, error: OSError) -> None:
-    """Names the file in whose place `path` needs a folder, if that is why `error` came.
+    """Raises NotAFolder if `error` arose because a parent of `path` is a file.
 
     Raises:
-        NotAFolder: it is.
+        NotAFolder: names the file.
     """
     if error.errno not in (errno.ENOTDIR, errno.EEXIST):
         return
@@ -83,13 +83,13 @@ def refuse_file_above(path: str, error: OSError) -> None:
 
 
 def stat_path(name: str, path: str) -> ObjectMeta | None:
-    """Returns the stat of the file at `path` under `name`, None where there is no file."""
+    """Returns the metadata of the file at `path` as object `name`, None if there is no file."""
     try:
         info = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link in a circle
+        if error.errno == errno.ELOOP:  # circular links
             return None
         raise
     if not stat_module.S_ISREG(info.st_mode):
@@ -98,15 +98,14 @@ def stat_path(name: str, path: str) -> ObjectMeta | None:
 
 
 def open_temporary(path: str) -> BinaryIO:
-    """Opens a temporary file for writing beside `path`, in a folder that is made where it lacks.
+    """Opens a temporary file for writing beside `path`; creates the folder if it is missing.
 
-    A delete of another process removes folders that are empty, and this one is until the file is
-    in it. Then it is made again.
+    Another process may delete the new folder while it is still empty; it is then created again.
     """
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
     for _ in range(_MAX_FOLDERS - 1):
-        # It says that the folder exists when it vanished between two looks.
+        # FileExistsError: the folder was deleted between two checks.
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             os.makedirs(folder, exist_ok=True)
             return open(temporary, "xb")
@@ -116,7 +115,7 @@ def open_temporary(path: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[Any]:
-    """Opens a temporary file for writing that becomes `path` when the block ends well."""
+    """Opens a temporary file for writing that is renamed to `path` if the block succeeds."""
     with local_errors("write", path):
         file = open_temporary(os.path.abspath(path))
         try:

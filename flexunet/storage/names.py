@@ -8,7 +8,7 @@ import unicodedata
 from flexunet.errors import ContentError
 from flexunet.text import is_invisible
 
-HIDDEN = ".flexunet-"  # our own temporary and lock files; never listed, never a name
+HIDDEN = ".flexunet-"  # prefix of temporary and lock files; never listed, not allowed in names
 TEMPORARY = f"{HIDDEN}tmp-"
 LOCK = f"{HIDDEN}lock"
 _MAX_PART_BYTES = 255  # NAME_MAX of every Linux file system
@@ -16,40 +16,42 @@ _MAX_NAME_BYTES = 1024  # https://cloud.google.com/storage/docs/objects#naming
 
 
 def join_url(url: str, *parts: str) -> str:
-    """Returns `url` with `parts` below it, one slash between them."""
+    """Joins `url` and `parts` with one slash between them."""
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def checked_name(name: str) -> str:
-    """Returns `name` when it is a safe object name.
+    """Returns `name` if it is a safe object name.
 
-    Names come from listings and manifests, so they are not trusted: whoever accepts one may join
-    it to a folder.
+    Names come from listings and manifests and are not trusted; a safe name can be joined to a
+    folder.
 
     Raises:
-        ContentError: it is empty, absolute or could leave its folder, or holds characters that one
-            of the storages or a terminal would not keep as they are.
+        ContentError: the name is empty, absolute or could leave its folder, or contains characters
+            that one of the storages or a terminal would change.
     """
     problem = name_problem(name)
     if problem:
-        raise ContentError(f"object name {shown(name)} is refused: {problem}; rename the object")
+        raise ContentError(
+            f"object name {shown(name)} is not allowed: {problem}; rename the object"
+        )
     return name
 
 
 def name_problem(name: str) -> str | None:
-    """Returns why `name` is not a safe object name (see `checked_name`), None when it is."""
+    """Returns why `name` is not a safe object name (see `checked_name`), None if it is safe."""
     problem = next(filter(None, map(_character_problem, name)), None)
     if problem:
         return problem
     if not unicodedata.is_normalized("NFC", name):
         return "it is not in Unicode normal form C"
     if "\\" in name:
-        return "it holds a backslash"
+        return "it contains a backslash"
     if re.match(r"[A-Za-z]:", name):
         return "it starts with a drive letter"
     parts = name.split("/")
     if "" in parts:
-        return "it is absolute, or a part of it is empty"
+        return "it is absolute or has an empty part"
     problem = next(filter(None, map(_part_problem, parts)), None)
     if problem is None and len(name.encode()) > _MAX_NAME_BYTES:
         return f"it is longer than {_MAX_NAME_BYTES} bytes"
@@ -60,15 +62,15 @@ def _character_problem(character: str) -> str | None:
     if unicodedata.category(character) == "Cs":
         return "it is not UTF-8"
     if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
-        return f"it holds the control character {character!a}"
+        return f"it contains the control character {character!a}"
     if is_invisible(character):  # the name could look like another one
-        return f"it holds {character!a}, which is invisible or turns the text around"
+        return f"it contains {character!a}, which is invisible or reverses text"
     return None
 
 
 def _part_problem(part: str) -> str | None:
     if part in (".", ".."):
-        return f"it holds {part!r}"
+        return f"it contains {part!r}"
     if part.startswith(HIDDEN):
         return f"names that start with {HIDDEN!r} are reserved"
     if len(part.encode()) > _MAX_PART_BYTES:
@@ -80,12 +82,14 @@ def local_path(root: str, name: str) -> str:
     """Returns the path of object `name` in the folder `root`.
 
     Raises:
-        ContentError: the name is not safe, or a symbolic link leads out of `root`.
+        ContentError: the name is not safe, or a symbolic link points outside `root`.
     """
     path = os.path.join(root, checked_name(name))
-    # Without a link below the root it is inside; to resolve both asks for every folder above.
+    # Without a link below the root, the path is inside; resolving both would stat all parents.
     if _has_link(root, name) and not is_inside(os.path.realpath(path), os.path.realpath(root)):
-        raise ContentError(f"{path}: a symbolic link leads out of {root}; copy the file into it")
+        raise ContentError(
+            f"{path}: a symbolic link points outside {root}; copy the file into that folder"
+        )
     return path
 
 
@@ -95,10 +99,10 @@ def _has_link(root: str, name: str) -> bool:
 
 
 def is_inside(path: str, root: str) -> bool:
-    """Returns whether `path` is the folder `root` or in it, by their texts alone."""
+    """Returns whether `path` is `root` or below it, by text alone."""
     return path == root or path.startswith(root.rstrip("/") + "/")
 
 
 def shown(name: str) -> str:
-    """Returns a name as a message may hold it: short, and in ASCII."""
+    """Returns a name for a message: shortened, in ASCII."""
     return ascii(name if len(name) <= 100 else name[:100] + "...")

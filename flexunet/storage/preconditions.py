@@ -1,4 +1,4 @@
-"""Puts only what a store lacks, and probes whether a store enforces and allows puts."""
+"""Stores only changed objects, and checks that a store is writable and enforces preconditions."""
 
 import contextlib
 import uuid
@@ -9,7 +9,10 @@ from flexunet.storage.local_files import crc32c_of
 
 
 def put_if_changed(store: ObjectStore, name: str, data: bytes) -> None:
-    """Puts `data` unless the object holds it already: who may create may not always replace."""
+    """Stores `data` unless the object has the same content.
+
+    Some credentials may create objects but not replace them.
+    """
     stat = store.stat(name)
     if stat is None or not holds(store, stat, data):
         store.put(name, data)
@@ -24,20 +27,22 @@ def holds(store: ObjectStore, stat: ObjectMeta, data: bytes) -> bool:
 
 
 def probe_writable(store: ObjectStore, *, may_stay: bool = False) -> None:
-    """Puts, gets and deletes a small object of a name nobody else has.
+    """Puts, gets and deletes a small object with a unique name.
 
     Args:
-        may_stay: leave it where the credentials may create and view, but not delete.
+        may_stay: leave the object if the credentials may create and view, but not delete.
 
     Raises:
-        StorageError: one of them fails; the message says what is missing.
+        StorageError: one of the requests fails; the message names the missing permission.
     """
     name = f"flexunet-probe-{uuid.uuid4().hex}"
     data = name.encode()
     store.put(name, data, if_generation=0)
     try:
         if store.get(name) != data:
-            raise StorageError(f"{store.url}: a probe came back with other bytes; check the server")
+            raise StorageError(
+                f"{store.url}: a test object was read back with other bytes; check the server"
+            )
     finally:
         try:
             store.delete(name)
@@ -47,10 +52,11 @@ def probe_writable(store: ObjectStore, *, may_stay: bool = False) -> None:
 
 
 def probe_preconditions(store: ObjectStore) -> None:
-    """Checks that conditional puts are conditional, on which locks and commits rest.
+    """Checks that the server enforces conditional puts, which locks and commits need.
 
     Raises:
-        StorageError: the server ignores them (as gcp-storage-emulator 2024.8.3 does), or fails.
+        StorageError: the server ignores the conditions (as gcp-storage-emulator 2024.8.3 does), or
+            a request fails.
     """
     name = f"flexunet-probe-{uuid.uuid4().hex}"
     first = store.put(name, b"first", if_generation=0)

@@ -1,4 +1,4 @@
-"""Opens the store at a URL, and compares where stores are."""
+"""Opens the store at a URL, and compares the locations of stores."""
 
 import os
 import re
@@ -17,10 +17,11 @@ def open_store(url: str, *, retry_s: float = RETRY_S) -> ObjectStore:
     Nothing is read or written yet.
 
     Args:
-        retry_s: seconds for which a transient failure is repeated; folders have none.
+        retry_s: seconds for which a request is repeated after transient failures; folders have
+            none.
 
     Raises:
-        UsageError: the URL is of another kind or not well formed.
+        UsageError: the URL has another scheme or is malformed.
     """
     if re.match(r"(gs|file):/?([^/]|$)", url):
         raise UsageError(f"storage URL {url!r} lacks a slash; write gs://bucket or file:///path")
@@ -40,32 +41,32 @@ def open_store(url: str, *, retry_s: float = RETRY_S) -> ObjectStore:
 
 
 def open_source(url: str) -> ObjectStore:
-    """Returns the store at `url` to read what a user names: in a folder, all links are followed.
+    """Returns the store at `url` for reading a user's source; follows all links in a folder.
 
-    So pictures may be links to another folder or disk. What is written, and what programs wrote
-    into a dataset or a run, is for `open_store`, which follows no link that leads out of it.
+    So images may be links to another folder or disk. For output, datasets and runs use
+    `open_store`, which follows no link out of the folder.
 
     Raises:
-        UsageError: as `open_store`.
+        UsageError: see `open_store`.
     """
     store = open_store(url)
     return store.following_links() if isinstance(store, LocalStore) else store
 
 
 def is_file(store: ObjectStore) -> bool:
-    """Returns whether a file lies where the store's local folder should be."""
+    """Returns whether the store's local folder is a file."""
     return store.local_root is not None and os.path.isfile(store.local_root)
 
 
 def folder_problem(store: ObjectStore) -> str | None:
-    """Returns why a store has no local folder to read; None where it has, and of a bucket."""
+    """Returns why a store's local folder cannot be read; None if it can, and for a bucket."""
     if store.local_root is None or os.path.isdir(store.local_root):
         return None
     return "is a file, not a folder" if is_file(store) else "does not exist"
 
 
 def is_subpath(inner: ObjectStore, outer: ObjectStore) -> bool:
-    """Returns whether `inner` is `outer` or a folder in it, also by way of symbolic links."""
+    """Returns whether `inner` is `outer` or a folder in it, after resolving symbolic links."""
     return is_inside(_real_url(inner), _real_url(outer))
 
 

@@ -399,7 +399,7 @@ def test_skip_bad_leaves_out_names_that_storage_refuses(source, tmp_path):
     ("name", "shown", "reason"),
     [
         (os.fsdecode(b"caf\xe9"), "caf\\xe9", "it is not UTF-8"),  # Latin-1, of an old archive
-        ("a\u202eb", "a\\u202eb", "it holds '\\u202e', which is invisible"),
+        ("a\u202eb", "a\\u202eb", "it contains '\\u202e', which is invisible"),
     ],
     ids=["not UTF-8", "invisible"],  # test processes send each other ids as UTF-8
 )

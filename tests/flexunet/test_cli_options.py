@@ -130,9 +130,8 @@ Inner options:
   --inner.[no-]is-deep    Deep. [default: off]
 
 Values:
-  LIST  values with commas between them: 9,9
-  none  not set; where it is the default it also undoes the config file (YAML:
-        null)
+  LIST  values separated by commas, such as 9,9
+  none  unsets the option, also if the config file sets it (in YAML: null)
 """
 
 

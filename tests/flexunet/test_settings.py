@@ -66,7 +66,7 @@ def test_validated_fills_in_defaults_and_converts() -> None:
         ("inner: {kernels: [1, a]}", r"inner\.kernels\.1='a': input should be a valid integer"),
         ("epochs: 0", r"epochs=0: input should be greater than or equal to 1"),
         ("epochs: 2.5", "epochs=2.5: .*fractional part"),
-        ("epochs: yes", "epochs=True: true and false are no values of it"),
+        ("epochs: yes", "epochs=True: true and false are not allowed here"),
         ("is_on: 3", "is_on=3: input should be a valid boolean"),
         ("rate: .nan", "rate=nan: input should be a finite number"),
         ("rate: .inf", "rate=inf: input should be a finite number"),
@@ -231,5 +231,5 @@ def test_the_home_folder_of_a_path_is_put_in(monkeypatch: pytest.MonkeyPatch) ->
     found = validated(Places, values, "a.yaml")
     assert found == Places(one="/home/me/a", more=("/home/me", "b/~", "gs://b/~"), text="~/a")
     assert expanded("./~") == "./~"
-    with pytest.raises(UsageError, match=r"a\.yaml: one='~nobody-here/x': .*of nobody"):
+    with pytest.raises(UsageError, match=r"a\.yaml: one='~nobody-here/x': .*no user with a home"):
         validated(Places, {"one": "~nobody-here/x"}, "a.yaml")

@@ -125,7 +125,7 @@ def test_probe_writable_leaves_nothing(store: ObjectStore) -> None:
         ("gs:/bucket/x", "lacks a slash"),
         ("gs://", "not a bucket name"),
         ("gs://Bad_Bucket", "not a bucket name"),
-        ("gs://bucket/a/../b", r"holds '\.\.'"),
+        ("gs://bucket/a/../b", r"contains '\.\.'"),
         ("file://host/x", "not supported"),
         ("", "not a folder or storage URL"),
     ],

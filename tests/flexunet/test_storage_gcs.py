@@ -160,11 +160,11 @@ pAYnSBNJtOIum/Np/gpGEPgBg/2b0Pv0AqPihe37zyUbc7aV8LbIDTYw
 @pytest.mark.parametrize(
     ("is_tls", "authority", "message"),
     [
-        (True, None, r"the certificate of 127\.0\.0\.1:\d+ is refused: self-signed certificate"),
+        (True, None, r"the certificate of 127\.0\.0\.1:\d+ is not trusted: self-signed cert"),
         (
             False,
             None,
-            r"127\.0\.0\.1:\d+ and this machine agree on no TLS \(WRONG_VERSION_NUMBER\)",
+            r"TLS between 127\.0\.0\.1:\d+ and this machine failed \(WRONG_VERSION_NUMBER\)",
         ),
         (True, "/nowhere", "invalid path: /nowhere; check REQUESTS_CA_BUNDLE"),
     ],
@@ -323,4 +323,6 @@ def test_a_wrong_key_file_is_named_with_its_fault(
     with pytest.raises(google.auth.exceptions.DefaultCredentialsError) as caught:
         google.auth.default()
     found = describe_cloud_error(caught.value, "read", "gs://b/x", "b", "object")
-    assert re.search(f"GOOGLE_APPLICATION_CREDENTIALS={path} holds .*{fault}", str(found))
+    assert re.search(
+        f"GOOGLE_APPLICATION_CREDENTIALS={path} contains no credentials .*{fault}", str(found)
+    )

@@ -94,7 +94,7 @@ def test_conditional_puts_of_a_folder(tmp_path: Path) -> None:
     first = store.put("a", b"1", if_generation=0)
     with pytest.raises(PreconditionFailed, match="exists already"):
         store.put("a", b"2", if_generation=0)
-    with pytest.raises(PreconditionFailed, match=f"is in generation {first.generation}, not 5"):
+    with pytest.raises(PreconditionFailed, match=f"has generation {first.generation}, not 5"):
         store.put("a", b"2", if_generation=5)
     second = store.put("a", b"2", if_generation=first.generation)
     with pytest.raises(PreconditionFailed, match="another process wrote it"):
@@ -191,11 +191,11 @@ def test_symbolic_links_do_not_lead_out(tmp_path: Path, caplog: pytest.LogCaptur
     assert names(store) == ["inner", "real"]
     assert "2 symbolic links" in caplog.text
     for name in ("file", "folder/secret", "folder/new"):
-        with pytest.raises(ContentError, match="leads out of"):
+        with pytest.raises(ContentError, match="points outside"):
             store.get(name)
-        with pytest.raises(ContentError, match="leads out of"):
+        with pytest.raises(ContentError, match="points outside"):
             store.put(name, b"")
-    with pytest.raises(ContentError, match="leads out of"):
+    with pytest.raises(ContentError, match="points outside"):
         store.below("folder")
     assert os.listdir(tmp_path / "outside") == ["secret"]
 
@@ -219,7 +219,7 @@ def test_a_source_follows_links_to_read(tmp_path: Path, caplog: pytest.LogCaptur
         store.get_file(stat.name, str(tmp_path / "copy"))
     assert store.below("folder").get("deep/a", 1, 1) == b"b"
     for change in (lambda: store.put("folder/deep/a", b""), lambda: store.delete("again/a")):
-        with pytest.raises(ContentError, match="leads out of"):
+        with pytest.raises(ContentError, match="points outside"):
             change()
     assert (outside / "deep" / "a").read_bytes() == b"abc"
     assert not caplog.text
@@ -244,12 +244,12 @@ def test_links_of_a_source_that_lead_nowhere_or_in_circles(
     broken = ["device", "gone", "itself"]
     for _ in range(3):
         assert names(store) == ["a/b/file", *broken]
-    assert caplog.text.count("3 symbolic links to a folder above are left out") == 1
+    assert caplog.text.count("skipped 3 symbolic links to a folder above") == 1
     for stat in store.list()[1:]:
         assert (stat.size, store.stat(stat.name)) == (0, None)
-        with pytest.raises(ContentError, match=f"{stat.name}: is a symbolic link that leads to no"):
+        with pytest.raises(ContentError, match=f"{stat.name}: is a broken symbolic link"):
             store.get(stat.name)
-        with pytest.raises(ContentError, match="leads to no file"):
+        with pytest.raises(ContentError, match="is a broken symbolic link"):
             store.get_file(stat.name, str(tmp_path / "copy"))
     assert names(LocalStore(str(root))) == ["a/b/file"]  # nor does a dataset's or a run's fail
 

@@ -25,7 +25,7 @@ from flexunet.storage import (
     ],
 )  # fmt: skip
 def test_unsafe_name_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ContentError, match="is refused") as caught:
+    with pytest.raises(ContentError, match="is not allowed") as caught:
         LocalStore(str(tmp_path)).put(name, b"")
     assert str(caught.value).isprintable()
     assert not list(tmp_path.iterdir())

@@ -240,7 +240,7 @@ TYPED = {
     "--warmup": "--schedule.warmup-epochs",
     "--val-split": "--fractions",
     "--augment": "--augmentation.enabled",
-    "--resume": "goes on where it stopped",
+    "--resume": "run the same command again; it resumes the run",
     "--verbose": "--progress",
     "--jit-compile": "--xla",
     "--save-period": "--checkpoint-every-minutes",
@@ -338,7 +338,7 @@ def test_home_folders_of_a_command_are_put_in(
         assert main(words) in (2, 3)
         assert f"{tmp_path}/{place}" in capsys.readouterr().err
     assert main(["prep", "~nobody-here/x", "out"]) == 2
-    assert "'SOURCE': ~nobody-here is the home folder of nobody" in capsys.readouterr().err
+    assert "'SOURCE': ~nobody-here names no user with a home folder" in capsys.readouterr().err
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -388,7 +388,7 @@ def test_a_full_stdout_is_one_line_and_exit_code_5(words: list[str]) -> None:
             text=True,
         )
     assert done.returncode == 5
-    problem = "stdout cannot be written (No space left on device); make room and repeat it"
+    problem = "cannot write to stdout (No space left on device); free some space, then try again"
     assert done.stderr == f"flexunet: {problem}\n"
 
 

@@ -61,7 +61,7 @@ def test_find_sources_follows_linked_splits_and_files(tmp_path: Path) -> None:
     (source / "valid" / "masks" / "gone.png").symlink_to(elsewhere / "gone.png")
     pairs, rejects = find_pairs(find_sources(str(source)))
     assert [(pair.id, pair.split) for pair in pairs] == [("a", "train"), ("b", "valid")]
-    reason = "is a symbolic link that leads to no file; mend it or delete it"
+    reason = "is a broken symbolic link; fix it or delete it"
     assert rejects == [Reject(f"{source}/valid/masks/gone.png", reason)]
 
 
