@@ -1,4 +1,4 @@
-"""The channel between the driver and its workers: a Ray actor, and each worker's line to it."""
+"""The channel between the driver and its workers: a Ray actor, and a thread in each worker."""
 
 import contextlib
 import logging
@@ -11,12 +11,12 @@ from typing import Any
 from flexunet.errors import FlexUNetError, kind_of
 
 _TICK_S = 0.5
-_PACKAGES = ("flexunet", "data_prep", "job")  # whose log records a worker sends
-_MEET_S = 5.0  # in which the other workers end with the same error, when they all do
+_PACKAGES = ("flexunet", "data_prep", "job")  # a worker sends their log records
+_MEET_S = 5.0  # for the other workers to end with the same error
 
 
 class RunCoordinator:
-    """An actor on which driver and workers leave what the other should know."""
+    """Passes messages between the driver and its workers; runs as a Ray actor."""
 
     def __init__(self) -> None:
         self._stop_request: str | None = None
@@ -25,17 +25,17 @@ class RunCoordinator:
         self._ends: dict[int, dict[str, Any]] = {}
 
     def send(self, rank: int, node: str, events: list[dict[str, Any]]) -> str | None:
-        """Takes the events of a worker; returns why it should stop, None to go on."""
+        """Receives the events of a worker; returns the reason to stop, or None to continue."""
         self._seen[rank] = node
         self._events += events
         return self._stop_request
 
     def end(self, rank: int, kind: str, text: str) -> None:
-        """Takes the error that ended a worker."""
+        """Records the error that ended a worker."""
         self._ends[rank] = {"rank": rank, "kind": kind, "text": text}
 
     def num_ends(self) -> int:
-        """Returns how many workers have ended with an error."""
+        """Returns the number of workers that ended with an error."""
         return len(self._ends)
 
     def stop_request(self, reason: str) -> None:
@@ -43,15 +43,16 @@ class RunCoordinator:
         self._stop_request = self._stop_request or reason
 
     def take(self) -> tuple[list[dict[str, Any]], dict[int, str], list[dict[str, Any]]]:
-        """Returns new events, the node of each rank seen, and the errors of those that ended."""
+        """Returns the new events, the node of each known rank, and the errors of ended workers."""
         events, self._events = self._events, []
         return events, self._seen, [self._ends[rank] for rank in sorted(self._ends)]
 
 
 class WorkerChannel:
-    """A worker's line to the board: a thread that carries events there and the wish to stop back.
+    """Connects a worker to the coordinator: sends events and receives stop requests in a thread.
 
-    Log records of ours travel as events, because the driver shows nothing else of a worker.
+    Log records of this project's packages are sent as events, because the driver shows no other
+    output of a worker.
     """
 
     def __init__(self, coordinator: Any, rank: int) -> None:
@@ -78,16 +79,16 @@ class WorkerChannel:
         self._thread.join(_MEET_S)
 
     def report(self, event: Mapping[str, Any]) -> None:
-        """Sends an event of the first worker; the others have the same."""
+        """Sends an event of rank 0; drops it on other ranks, which have the same events."""
         if self._rank == 0:
             self._add(dict(event))
 
     def should_stop(self) -> bool:
-        """Returns whether the driver wishes it."""
+        """Returns whether the driver asked to stop."""
         return self._stop_request is not None
 
     def is_shared(self, error: Exception, size: int) -> bool:
-        """Tells the driver of `error`; returns whether all workers soon ended with one."""
+        """Reports `error` to the driver; returns whether all workers soon ended with an error."""
         import ray
 
         kind = kind_of(error) if isinstance(error, FlexUNetError) else FlexUNetError.__name__
@@ -97,7 +98,7 @@ class WorkerChannel:
         if not isinstance(error, FlexUNetError):
             self._add({"event": "log", "level": logging.ERROR, "text": traceback.format_exc()})
         end = time.monotonic() + _MEET_S
-        with contextlib.suppress(ray.exceptions.RayError):  # it must not hide the error itself
+        with contextlib.suppress(ray.exceptions.RayError):  # must not hide `error`
             ray.get(self._coordinator.end.remote(self._rank, kind, " ".join(text.split())))
             while time.monotonic() < end:
                 if ray.get(self._coordinator.num_ends.remote()) == size:
@@ -121,11 +122,11 @@ class WorkerChannel:
             try:
                 stop_request = ray.get(self._coordinator.send.remote(self._rank, node, events))
             except ray.exceptions.ActorUnavailableError:
-                with self._mutex:  # the network broke for a moment
+                with self._mutex:  # a short network failure
                     self._events[:0] = events
                 continue
             except ray.exceptions.RayError:
-                return  # without its driver this worker is about to be ended
+                return  # the driver is gone; Ray is about to end this worker
             self._stop_request = stop_request or self._stop_request
 
 

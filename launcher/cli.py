@@ -1,7 +1,7 @@
-"""Where `flexunet` begins: answers Ctrl-C and signals from its first line on.
+"""The entry point of `flexunet`: handles Ctrl-C and signals from its first line on.
 
-The commands are in `launcher.commands`; to import them takes a part of a second, and seconds from a
-slow disk.
+The commands are in `launcher.commands`. Importing them takes a fraction of a second, or seconds
+from a slow disk.
 """
 
 import sys

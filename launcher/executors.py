@@ -1,7 +1,7 @@
-"""Executors whose workers are Ray's: tasks for short calls, processes that stay for long ones.
+"""Executors on a Ray cluster: tasks for short calls, long-lived processes for long ones.
 
-A call whose worker dies runs again, so it must be of a kind that may run twice. Errors of the call
-itself come back as they were raised.
+If a worker dies, its call runs again; calls must be safe to run twice. An error that a call raises
+reaches the caller unchanged.
 """
 
 import functools
@@ -15,17 +15,17 @@ from flexunet.errors import FlexUNetError
 from launcher.cluster.resources import Resources, require_slots, worker_slots
 
 _MAX_RETRIES = 3
-_MAX_DETAIL_WIDTH = 200  # characters of Ray's own words in an error
+_MAX_DETAIL_WIDTH = 200  # characters of Ray's message in an error
 
 
 class RayExecutor(Executor):
-    """Runs each call as a task on whichever node has room; needs a connection to a cluster."""
+    """Runs each call as a task on any node with free resources; needs a connected cluster."""
 
     def __init__(self, per_worker: Resources, *, max_retries: int = _MAX_RETRIES) -> None:
-        """Takes what one call needs, and how often it is tried again when its worker is lost.
+        """Sets the resources of one call, and how often it is retried if its worker is lost.
 
         Raises:
-            UsageError: no node has room for one.
+            UsageError: no node has the resources of one call.
         """
         import ray
 
@@ -36,7 +36,7 @@ class RayExecutor(Executor):
         )(_call)
 
     def num_workers(self) -> int:
-        """Returns how many calls the cluster can run at once, as it is now; at least 1."""
+        """Returns how many calls the cluster can run at once now; at least 1."""
         return max(1, sum(worker_slots(self._demand).values()))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -48,19 +48,19 @@ class RayExecutor(Executor):
 
 
 class RayProcesses(Executor):
-    """Runs calls in processes that stay, one at a time in each; needs a connection to a cluster.
+    """Runs calls in long-lived processes, one call at a time in each; needs a connected cluster.
 
-    What a call leaves in its process (a model, a GPU's memory) the next one finds. A process that
-    dies is started again.
+    The state of a process (a model, GPU memory) stays for its next call. Ray restarts a process
+    that dies.
     """
 
     def __init__(
         self, per_worker: Resources, num_processes: int, *, max_retries: int = _MAX_RETRIES
     ) -> None:
-        """Starts no process yet; each starts with the first call that finds the others busy.
+        """Starts no process yet; a call starts one if all started processes are busy.
 
         Raises:
-            UsageError: there is no room for so many.
+            UsageError: the cluster does not fit so many processes.
         """
         import ray
 
@@ -72,7 +72,7 @@ class RayProcesses(Executor):
         self._demand = per_worker
         self._own = threading.local()
         self._processes: list[Any] = []
-        # A thread waits for each process; calls wait for a thread.
+        # Each thread waits for one process; calls wait for a thread.
         self._threads = ThreadPoolExecutor(num_processes, initializer=self._start)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -80,7 +80,7 @@ class RayProcesses(Executor):
         return self._threads.submit(self._run, fn, args, kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Ends the processes, in mid-work too; unlike the base class it waits for no call."""
+        """Ends the processes, even during a call; unlike the base class, waits for no call."""
         import ray
 
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -94,8 +94,8 @@ class RayProcesses(Executor):
         process = self._remote.remote(self._demand)
         self._processes.append(process)
         self._own.process = process
-        # Takes no call before there is room for it: another thread may do it now. An error of the
-        # start comes out of the first call.
+        # Wait for the process to start before taking a call: another thread may be free now.
+        # The first real call raises an error of the start.
         ray.wait([process.call.remote(abs, (0,), {})])
 
     def _run(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -108,13 +108,13 @@ class RayProcesses(Executor):
 
 
 class _Process:
-    """What runs in a process that stays."""
+    """The Ray actor of a long-lived process."""
 
     def __init__(self, per_worker: Resources) -> None:
-        # Read by TensorFlow when it is imported, which the first call may do.
+        # TensorFlow reads this at import, which may happen in the first call.
         os.environ["TF_NUM_INTRAOP_THREADS"] = str(max(1, int(per_worker.num_cpus)))
         if not per_worker.num_gpus:
-            # Ray hides no GPU from those that asked for none.
+            # Ray does not hide GPUs from an actor that asked for none.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     def call(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -122,7 +122,7 @@ class _Process:
 
 
 class _TaskFuture(Future[Any]):
-    """The result of a task; to cancel it interrupts the task."""
+    """The result of a task; cancelling it interrupts the task."""
 
     def __init__(self, ref: Any) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def _options(per_worker: Resources) -> dict[str, Any]:
 
 
 def _deliver(future: Future[Any], done: Future[Any]) -> None:
-    # Ray calls this in a thread of its own, where little may be done.
+    # Ray calls this in its own thread, which must not be blocked.
     if not future.set_running_or_notify_cancel():
         return
     error = done.exception()
@@ -162,22 +162,21 @@ def _deliver(future: Future[Any], done: Future[Any]) -> None:
 
 
 def _plain(error: BaseException) -> BaseException:
-    """Returns the error of the call itself; an error of Ray's becomes one line for the user."""
+    """Returns the error that the call raised; turns a Ray error into one line for the user."""
     from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
     if isinstance(error, TaskCancelledError):
         return CancelledError()
     if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
         cause: BaseException = error.cause
-        cause.__cause__ = error  # its text is the traceback in the worker
+        cause.__cause__ = error  # its text has the worker's traceback
         return cause
     if not isinstance(error, RayError):
         return error
     lines = str(error).strip().splitlines() or [""]
     lost = FlexUNetError(
-        f"a Ray worker was lost again and again ({type(error).__name__}: "
-        f"{lines[0][:_MAX_DETAIL_WIDTH]}), perhaps for want of memory; the same "
-        "command continues"
+        f"a Ray worker was lost repeatedly ({type(error).__name__}: "
+        f"{lines[0][:_MAX_DETAIL_WIDTH]}), perhaps out of memory; the same command continues"
     )
     lost.__cause__ = error
     return lost

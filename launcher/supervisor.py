@@ -1,8 +1,7 @@
-"""Starts workers on a Ray cluster again and again until the run is over.
+"""Starts workers on a Ray cluster, and restarts them until the run is finished.
 
-The workers run `job.training.process.run_process`; the bucket alone says where a run stands. So
-whatever dies (a worker, the driver, the cluster), the next workers resume, and Ray keeps nothing of
-a run.
+The workers run `job.training.process.run_process`. All state of a run is in its folder or bucket,
+none in Ray: whatever dies (a worker, the driver, the cluster), the next workers resume.
 """
 
 import logging
@@ -47,10 +46,10 @@ _LONGEST_PAUSE_S = 60.0
 
 
 def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
-    """Trains on a cluster until the run is over; returns the outcome.
+    """Trains on a cluster until the run is finished; returns its outcome.
 
     Args:
-        config: `data`, `output` and `name` are set; paths are absolute.
+        config: has `data`, `output` and `name`; paths are absolute.
 
     Raises:
         FlexUNetError: as `job.training.loop.train_and_evaluate`; also when too many workers failed.
@@ -83,19 +82,19 @@ def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
             with _cluster_errors():
                 group = run_group(config, settings, launch_id, should_stop, display)
             for name in sorted(_stacks(config) - stacks):
-                logger.warning("a process stood still: %s", join_url(run_url(config), name))
+                logger.warning("a process stalled; stacks: %s", join_url(run_url(config), name))
             if group.outcome is not None:
                 return group.outcome
             error = group_error(group)
             if should_stop():
                 raise error
             pause_s = retries.spend(error, is_preempted=group.is_preempted)
-            logger.warning("starting the workers again (%s)", error)
+            logger.warning("restarting the workers (%s)", error)
             _pause(pause_s, should_stop)
 
 
 class _RetryPolicy:
-    """How often workers are started again."""
+    """Decides whether the workers restart, by the failures and preemptions so far."""
 
     def __init__(self, settings: LaunchConfig) -> None:
         self._settings = settings
@@ -104,7 +103,7 @@ class _RetryPolicy:
         self._newest: Any = None
 
     def begin(self, newest: Any) -> None:
-        """Takes the newest commit before a start; failures count from the last new one."""
+        """Notes the newest checkpoint before a start; a new one resets the failure count."""
         if newest != self._newest:
             self._newest, self._num_failures = newest, 0
 
@@ -112,7 +111,7 @@ class _RetryPolicy:
         """Returns the seconds to wait before the next start.
 
         Raises:
-            FlexUNetError: there is none: `error`, or that the budget is spent.
+            FlexUNetError: the workers must not restart: `error` itself, or a limit is reached.
         """
         if isinstance(error, NotStartedError) and self._num_preemptions:
             raise StoppedError(f"{error}; the same command resumes") from error
@@ -125,13 +124,16 @@ class _RetryPolicy:
         self._num_failures += not is_preempted
         limit = self._settings.max_preemptions
         if limit is not None and self._num_preemptions > limit:
-            raise StoppedError(f"preempted nodes: {self._num_preemptions}; {error}")
+            raise StoppedError(
+                f"{counted(self._num_preemptions, 'preempted node')}, more than "
+                f"--max-preemptions={limit}; {error}"
+            )
         if self._num_failures > self._settings.max_failures:
             raise FlexUNetError(
-                f"{counted(self._num_failures, 'failure')} without a new checkpoint, the last: "
-                f"{error}"
+                f"{counted(self._num_failures, 'failure')} without a new checkpoint, more than "
+                f"--max-failures={self._settings.max_failures}; the last: {error}"
             )
-        # What failed at once will fail at once again.
+        # Back off: an immediate failure is likely to repeat.
         return min(2.0**self._num_failures, _LONGEST_PAUSE_S)
 
 
@@ -143,7 +145,7 @@ def _pause(seconds: float, should_stop: Callable[[], bool]) -> None:
 
 @contextmanager
 def _cluster_errors() -> Iterator[None]:
-    """Turns Ray's word that our own actor is out of reach into a line.
+    """Turns a Ray error about the coordinator actor into a one-line error.
 
     Raises:
         FlexUNetError: the node of the driver, or the head, is gone.
@@ -154,17 +156,17 @@ def _cluster_errors() -> Iterator[None]:
         yield
     except ray.exceptions.RayError as error:
         raise FlexUNetError(
-            f"the Ray cluster is out of reach ({type(error).__name__}); the same command resumes, "
+            f"the Ray cluster is unreachable ({type(error).__name__}); the same command resumes, "
             "also on another cluster"
         ) from error
 
 
 def _outcome_so_far(config: TrainConfig, digest: str, launch_id: str) -> dict[str, Any] | None:
-    """Returns the outcome of a run that is over, before any worker starts; None to go on.
+    """Returns the outcome of a finished run before any worker starts, else None.
 
     Raises:
         LockedError: another process owns the run.
-        UsageError: it is a run of another dataset or other settings.
+        UsageError: the run has another dataset or other settings.
     """
     with Run.open(config.output, str(config.name), launch=launch_id) as run:
         precision = stored_precision(run)
@@ -176,20 +178,20 @@ def _outcome_so_far(config: TrainConfig, digest: str, launch_id: str) -> dict[st
         if outcome is None:
             run.note_end("looked")
         else:
-            renew_report(run.store)  # it may have been evaluated anew since
+            renew_report(run.store)  # a later evaluation may have changed it
         return outcome
 
 
 def _sized(config: TrainConfig, settings: LaunchConfig) -> LaunchConfig:
-    """Returns `settings` with the cores of each worker, for a cluster that can do the work.
+    """Returns `settings` with the cores per worker, after checking the cluster.
 
-    Decided once: the same number of threads after a restart computes the same bits.
+    Set once: only the same number of threads computes the same bits after a restart.
 
     Raises:
-        UsageError: the workers have no room, or a node lacks something.
+        UsageError: the workers do not fit on the cluster, or a node lacks something.
     """
     if settings.wait_for_nodes and settings.cpus_per_worker is None:
-        raise UsageError("--wait-for-nodes: give --cpus-per-worker too, as the nodes are not known")
+        raise UsageError("--wait-for-nodes needs --cpus-per-worker: the nodes are not known yet")
     num_cpus = settings.cpus_per_worker
     if num_cpus is None:
         num_cpus = int(widest(settings.num_workers, num_gpus=settings.gpus_per_worker).num_cpus)
@@ -197,7 +199,7 @@ def _sized(config: TrainConfig, settings: LaunchConfig) -> LaunchConfig:
     num_gpus = int(total("GPU"))
     if num_gpus and not settings.gpus_per_worker:
         logger.warning(
-            "computing on CPUs, though the cluster has %s; give --gpus-per-worker",
+            "training on CPUs although the cluster has %s; to use GPUs, give --gpus-per-worker",
             counted(num_gpus, "GPU"),
         )
     per_worker = settings.per_worker
@@ -211,7 +213,7 @@ def _sized(config: TrainConfig, settings: LaunchConfig) -> LaunchConfig:
 def _log_plan(settings: LaunchConfig) -> None:
     per_worker = settings.per_worker
     logger.info(
-        "starting %s with %s each, of %s",
+        "starting %s with %s each; the cluster has %s",
         counted(settings.num_workers, "worker"),
         per_worker,
         described_resources(),
@@ -219,7 +221,7 @@ def _log_plan(settings: LaunchConfig) -> None:
     shortage = described_shortage(per_worker, settings.num_workers)
     if shortage is not None:
         logger.warning(
-            "there is no room yet (free: %s); waiting for room for %g s (--join-timeout)",
+            "not enough free resources yet (free: %s); waiting up to %g s (--join-timeout)",
             shortage,
             settings.join_timeout,
         )

@@ -1,4 +1,4 @@
-"""What runs in each worker of a Ray cluster: one process of the training."""
+"""The function that each worker on a Ray cluster runs: one process of the training."""
 
 import os
 from typing import Any
@@ -11,15 +11,15 @@ from launcher.channel import WorkerChannel
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains as one worker; returns the outcome, None where all workers ended with an error.
+    """Trains as one worker; returns the outcome, or None if all workers ended with an error.
 
-    An error that the others do not share is raised, because they would wait for this one for ever.
+    If only this worker has an error, it raises it: the other workers would wait forever.
     """
     spec = process_spec_from_environment()
     assert spec is not None  # noqa: S101 - Ray Train sets it
     config = TrainConfig.model_validate(settings["config"])
     if settings["num_gpus"] == 0:
-        # Ray leaves the GPUs of a node visible to a worker that was given none.
+        # Ray does not hide the GPUs of a node from a worker that asked for none.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with WorkerChannel(settings["coordinator"], spec.rank) as channel:
         try:

@@ -1,4 +1,4 @@
-"""One set of workers, from its start by Ray Train to its end, as the driver sees it."""
+"""Runs one set of workers with Ray Train, and follows it in the driver."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ class NotStartedError(FlexUNetError):
 
 @dataclass
 class WorkerGroup:
-    """One set of workers from its start to its end, as the driver sees it."""
+    """The state of one set of workers in the driver."""
 
     coordinator: Any
     nodes: dict[int, str] = field(default_factory=dict)  # by rank
@@ -42,7 +42,7 @@ class WorkerGroup:
 
 
 def group_error(group: WorkerGroup) -> FlexUNetError:
-    """Returns what ended the workers: the error that says most, else that one of them died."""
+    """Returns the error that ended the workers: the most specific one, else a worker's death."""
     failures = [error_of(end["kind"], end["text"]) for end in group.ends]
     if isinstance(group.failure, FlexUNetError):
         return group.failure
@@ -65,7 +65,7 @@ def run_group(
     should_stop: Callable[[], bool],
     display: Display,
 ) -> WorkerGroup:
-    """Starts workers and follows them to their end."""
+    """Starts workers and follows them until all have ended."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -85,7 +85,7 @@ def run_group(
             num_before = len(group.nodes)
             _look(group, display)
             if num_before < settings.num_workers == len(group.nodes):
-                logger.info("all workers have started; they load TensorFlow")
+                logger.info("all workers have started and are loading TensorFlow")
             if len(group.nodes) < settings.num_workers and not group.ends:
                 if should_stop():
                     raise stopped_at_start()
@@ -112,15 +112,15 @@ def _look(group: WorkerGroup, display: Display) -> None:
 
 
 def _draining() -> set[str]:
-    """Returns the ids of the nodes that will go away soon."""
+    """Returns the ids of the nodes that the cluster will remove soon."""
     import ray
 
-    # What Ray Train itself reads; there is no public form.
+    # Ray Train reads the same; there is no public function.
     return set(ray._private.state.state.get_draining_nodes())
 
 
 def stopped_at_start() -> StoppedError:
-    """Returns the error of a stop before training began."""
+    """Returns the error for a stop before training began."""
     return StoppedError("stopped before all workers had started; the same command resumes")
 
 
@@ -136,7 +136,7 @@ def _not_started(group: WorkerGroup, settings: LaunchConfig) -> "NotStartedError
 def _fit(
     group: WorkerGroup, config: TrainConfig, settings: LaunchConfig, launch_id: str, folder: str
 ) -> None:
-    """Runs one set of workers; what came of it is left in `group`."""
+    """Runs one set of workers; stores its outcome or failure in `group`."""
     try:
         group.outcome = _outcome_of(group, config, settings, launch_id, folder)
     except BaseException as error:
@@ -146,22 +146,22 @@ def _fit(
 def _outcome_of(
     group: WorkerGroup, config: TrainConfig, settings: LaunchConfig, launch_id: str, folder: str
 ) -> dict[str, Any] | None:
-    """Returns what the first of a set of workers returned; `folder` is Ray's, and empty."""
-    # Relative names would mean another folder; drained nodes are seen by the driver; and a start
-    # that takes long is the driver's to give up.
+    """Returns the outcome from rank 0; `folder` is an empty folder for Ray."""
+    # Keep the working folder, or relative paths would change. The driver watches for drained
+    # nodes, and ends a start that takes too long.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(settings.join_timeout)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     from job.distributed.runtime import import_tensorflow
 
-    import_tensorflow()  # quietly; Ray's module does it otherwise
+    import_tensorflow()  # quietly, before Ray's module does it
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.tensorflow import TensorflowTrainer
 
     num_cpus = int(settings.per_worker.num_cpus)
     if config.threads == 0 and not settings.gpus_per_worker:
-        # Otherwise every worker of a machine would start a thread for each of its cores.
+        # Otherwise every worker would start one thread per core of its machine.
         config = config.model_copy(update={"threads": num_cpus})
     resources = {"CPU": num_cpus} | (
         {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
@@ -179,7 +179,7 @@ def _outcome_of(
             use_gpu=settings.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
-        # Ray writes a marker there and no more: a run's own folder is the truth.
+        # Ray writes only a marker here; the state of a run is in the run's own folder.
         run_config=RunConfig(
             name=str(config.name),
             storage_path=folder,

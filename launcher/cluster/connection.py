@@ -1,7 +1,6 @@
-"""The Ray cluster that a command works on: reached, or started on this machine.
+"""Connects to a Ray cluster, or starts Ray on this machine.
 
-Ray's own lines stay out of the terminal where it has an option for that. This module must not know
-what the workers do.
+Hides Ray's own output where Ray has an option for it. Must not depend on what the workers do.
 """
 
 import functools
@@ -25,7 +24,7 @@ from flexunet.python_path import unsafe_folders
 
 logger = logging.getLogger(__name__)
 
-# Endpoints that every process must share. Credentials are each machine's own: they are never sent.
+# Endpoints that all processes must share. Credentials stay on each machine and are never sent.
 PASSED_ON = ("STORAGE_EMULATOR_HOST",)
 
 
@@ -33,30 +32,30 @@ _TICK_S = 0.1
 _SOCKET_BYTES = 107
 _LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 
-_PATIENCE_S = 10.0  # with a start of Ray that is no longer wanted
+_PATIENCE_S = 10.0  # to wait for a start of Ray that was interrupted
 _CONNECT_TIMEOUT_S = 10.0
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # results are small; Ray's minimum is 75 MB
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
-# What Ray prints of workers that it replaces; an error that matters reaches the user as ours.
+# Ray's messages about workers that it replaces; errors that matter become a FlexUNetError.
 _NOISE = r"A worker died or was killed while executing|retries remaining, so the task will be"
 
 
 @contextmanager
 def connected(address: str | None, *, worker_logs: bool = True) -> Iterator[None]:
-    """Connects this process to a Ray cluster for the time of the block.
+    """Connects this process to a Ray cluster for the duration of the block.
 
     Args:
         address: `HOST:PORT` of the head; `auto`: the cluster that was started on this machine;
-            `local`: a Ray of this block's own. None: the cluster of RAY_ADDRESS, which Ray Jobs
+            `local`: a new Ray for this block. None: the cluster of RAY_ADDRESS, which Ray Jobs
             sets, else as `local`.
-        worker_logs: show what the workers print.
+        worker_logs: show the output of the workers.
 
     Raises:
-        UsageError: the address is malformed or of another kind, or the cluster has other versions
-            of Ray or Python, or asks for a token.
-        FlexUNetError: nothing answers there.
+        UsageError: the address is malformed or has another scheme, or the cluster has other
+            versions of Ray or Python, or requires a token.
+        FlexUNetError: no cluster answers.
     """
     address, name = _resolved(address)
     is_local = address == "local"
@@ -68,7 +67,7 @@ def connected(address: str | None, *, worker_logs: bool = True) -> Iterator[None
         import ray
 
         logger.info("starting Ray on this machine" if is_local else f"joining Ray at {address}")
-        # With a wrong token Ray's C++ part writes a line a second for 20 s.
+        # With a wrong token, Ray's C++ code writes one line per second for 20 s.
         with _one_line_errors(name), suppress_native_stderr(shown_on_error=False):
             _init({"address": address} | _init_options(is_local, worker_logs))
         try:
@@ -78,7 +77,7 @@ def connected(address: str | None, *, worker_logs: bool = True) -> Iterator[None
 
 
 def _resolved(address: str | None) -> tuple[str, str]:
-    """Returns the address that Ray is given, and what errors call it."""
+    """Returns the address for Ray, and its name in error messages."""
     name = f"--address {address}"
     if address is None:
         address = os.environ.get("RAY_ADDRESS") or "local"
@@ -88,13 +87,13 @@ def _resolved(address: str | None) -> tuple[str, str]:
     scheme, found, _ = address.partition("://")
     if found and scheme in ("http", "https"):
         raise UsageError(
-            f"{name}: that is the address of the job server; use it with `flexunet submit`, or "
+            f"{name}: this is the address of the job server; use it with `flexunet submit`, or "
             "give HOST:PORT of the cluster's head (port 6379)"
         )
     if found:
         raise UsageError(
-            f"{name}: {scheme}:// addresses are not supported; hand the command to the cluster "
-            "with `flexunet submit --address http://HOST:8265`"
+            f"{name}: {scheme}:// addresses are not supported; submit the command with "
+            "`flexunet submit --address http://HOST:8265`"
         )
     match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:/\s]+):(\d{1,5})", address)
     if match is None or not 0 < int(match[2]) < 2**16:
@@ -103,24 +102,24 @@ def _resolved(address: str | None) -> tuple[str, str]:
 
 
 def _settings_of_ray(is_local: bool) -> dict[str, str]:
-    """Returns the environment variables that Ray reads and that the user has not set."""
+    """Returns environment variables for Ray, without those that the user has set."""
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS_SKIP_REGEX": _NOISE,
     }
     if is_local and "RAY_AUTH_MODE" not in os.environ:
-        # A new Ray asks for a token; without one it would put one into the home folder.
+        # A new Ray requires a token; without this one it would write one into the home folder.
         settings["RAY_AUTH_TOKEN"] = _own_token()
     return {key: value for key, value in settings.items() if key not in os.environ}
 
 
 def _check_temporary_folder() -> None:
-    """Refuses a folder whose name leaves no room for those of Ray's sockets in it.
+    """Rejects a temporary folder whose path is too long for Ray's sockets in it.
 
     Source: unix(7): the path of a socket is at most 107 bytes.
 
     Raises:
-        UsageError: names the variable that says where it is.
+        UsageError: the path is too long; names the variable that sets it.
     """
     name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(each)), None)
     if name is None:
@@ -129,14 +128,14 @@ def _check_temporary_folder() -> None:
     limit = _SOCKET_BYTES - len(_LONGEST_SOCKET.format(pid=os.getpid()))
     if len(os.fsencode(folder.rstrip("/"))) > limit:
         raise UsageError(
-            f"{name}={folder} is too long for the names of Ray's sockets: {limit} bytes at most; "
-            "set RAY_TMPDIR to a shorter folder of this machine, as /tmp"
+            f"{name}={folder} is too long for the paths of Ray's sockets: {limit} bytes at most; "
+            "set RAY_TMPDIR to a shorter path on this machine, such as /tmp"
         )
 
 
 @functools.cache
 def _own_token() -> str:
-    # One for each process: Ray reads it once.
+    # One token per process: Ray reads it once.
     return secrets.token_hex(32)
 
 
@@ -147,26 +146,26 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        # Ray adds variables of its own.
+        # Ray adds its own variables.
         for key in os.environ.keys() - before.keys():
             if key.startswith("RAY_"):
                 del os.environ[key]
 
 
 def _check_answers(address: str, name: str) -> None:
-    """Tells in seconds that nothing listens; Ray itself takes minutes and prints its retries."""
+    """Fails within seconds if nothing listens; Ray itself takes minutes and prints its retries."""
     if address == "auto":
         return
     import ray
 
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
-    # Ray replaces the loopback address by that of the machine.
+    # Ray replaces a loopback address with the machine's address.
     host = ray.util.get_node_ip_address() if host in _LOOPBACK else host
     try:
         with socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S) as connection:
             if "RAY_USE_TLS" not in os.environ and not _speaks_grpc(connection):
-                raise ConnectionError("another kind of server listens there")
+                raise ConnectionError("the server there is not a Ray head")
     except OSError as error:
         raise FlexUNetError(
             f"{name}: no Ray cluster answers at {host}:{port} ({error}); start one with "
@@ -175,7 +174,7 @@ def _check_answers(address: str, name: str) -> None:
 
 
 def _speaks_grpc(connection: socket.socket) -> bool:
-    """Returns whether the server greets as HTTP/2 does: the dashboard's, on port 8265, does not.
+    """Returns whether the server answers as HTTP/2; the dashboard on port 8265 does not.
 
     Source: RFC 9113, 3.4: each side starts with a SETTINGS frame (4), the client's after 24 bytes.
     """
@@ -186,8 +185,8 @@ def _speaks_grpc(connection: socket.socket) -> bool:
 def _init_options(is_local: bool, worker_logs: bool) -> dict[str, Any]:
     from ray.job_config import JobConfig
 
-    # The job of a "client" is one for which Ray does not put the working folder before all others
-    # on the path of the workers; the name has no other effect here, and there is no public form.
+    # With `_client_job`, Ray does not put the working folder first on the path of the workers.
+    # It has no other effect here, and there is no public option.
     job = JobConfig(_client_job=True, _py_driver_sys_path=unsafe_folders())
     options: dict[str, Any] = {
         "job_config": job,
@@ -205,7 +204,7 @@ def _init_options(is_local: bool, worker_logs: bool) -> dict[str, Any]:
 
 
 def _passed_on() -> dict[str, str]:
-    # A job's own variables reach its workers already, and Ray refuses to be told them twice.
+    # The variables of a Ray job already reach its workers, and Ray rejects duplicates.
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     known = (job.get("runtime_env") or {}).get("env_vars") or {}
     names = [name for name in PASSED_ON if name in os.environ and name not in known]
@@ -213,9 +212,9 @@ def _passed_on() -> dict[str, str]:
 
 
 def _init(options: dict[str, Any]) -> None:
-    """Calls `ray.init` in a thread of its own: in the main one Ray takes SIGTERM for itself.
+    """Calls `ray.init` in a separate thread: in the main thread, Ray replaces the SIGTERM handler.
 
-    The thread stays, as the processes that Ray starts end with it.
+    The thread stays alive, because the processes that Ray starts end with it.
     """
     import ray
 
@@ -230,7 +229,7 @@ def _init(options: dict[str, Any]) -> None:
             started.set_result(None)
             threading.Event().wait()
 
-    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns of just that
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns about the thread
     threading.Thread(target=work, name="ray", daemon=True).start()
     try:
         while not started.done():
@@ -238,14 +237,14 @@ def _init(options: dict[str, Any]) -> None:
             _take_sigterm_back()
         started.result()
     except BaseException:
-        # Stopped half-way, it would leave processes behind; but it may also hang.
+        # An interrupted start would leave processes behind; but the start may also hang.
         wait([started], _PATIENCE_S)
         ray.shutdown()
         raise
 
 
 def _take_sigterm_back() -> None:
-    """Puts Python's handler of SIGTERM back in place of that of Ray's C++ part, which aborts."""
+    """Restores Python's SIGTERM handler; Ray's C++ code replaces it with one that aborts."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
@@ -259,7 +258,7 @@ def _one_line_errors(name: str) -> Iterator[None]:
     except (AuthenticationError, ConnectionError) as error:
         if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
             raise UsageError(
-                f"{name}: the cluster asks for another token than ours; set RAY_AUTH_MODE=token "
+                f"{name}: the cluster requires another token; set RAY_AUTH_MODE=token "
                 "and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from error
         raise FlexUNetError(
@@ -271,5 +270,5 @@ def _one_line_errors(name: str) -> Iterator[None]:
             raise
         raise UsageError(
             f"{name}: the cluster has other versions of Ray or Python than this machine ({error}); "
-            "install the same"
+            "install the same versions"
         ) from error

@@ -1,4 +1,4 @@
-"""Checks that every node has this package and sees the folders that the command uses."""
+"""Checks that every node has this package and the folders that the command uses."""
 
 import importlib.metadata
 import pickle
@@ -12,20 +12,21 @@ from flexunet.errors import UsageError
 from flexunet.storage import ObjectStore, open_source, open_store
 from launcher.cluster.resources import Resources, require_slots
 
-_PROBE_TIMEOUT_S = 120.0  # a worker process may have to start, and import from a slow disk
+_PROBE_TIMEOUT_S = 120.0  # includes a process start, and imports from a slow disk
 
 
 def check_nodes(
     per_worker: Resources, *, reads: Sequence[str] = (), writes: Sequence[str] = ()
 ) -> None:
-    """Checks that every node where a worker fits has this flexunet, and sees our local folders.
+    """Checks that every node where a worker fits has this flexunet and the same local folders.
 
     Args:
-        reads: URLs that hold something already. writes: URLs where workers put something. Those
-            that are not local folders are not looked at.
+        per_worker: the resources of one worker.
+        reads: URLs that workers read from; only local folders are checked.
+        writes: URLs that workers write to; only local folders are checked.
 
     Raises:
-        UsageError: a node is unfit, or there is none; names the node.
+        UsageError: a node fails a check (the error names it), or a worker fits on no node.
     """
     version = importlib.metadata.version("flexunet")
     with _shared_folder_probes(reads, writes) as probes:
@@ -37,7 +38,7 @@ def check_nodes(
 
 @dataclass(frozen=True)
 class _SharedFolderProbe:
-    """An object by which a node can tell that its folder is ours."""
+    """An object in a folder; a node that finds it has the same folder."""
 
     url: str
     name: str
@@ -48,7 +49,7 @@ class _SharedFolderProbe:
 def _shared_folder_probes(
     reads: Sequence[str], writes: Sequence[str]
 ) -> Iterator[list[_SharedFolderProbe]]:
-    """Yields one probe for each local folder; where we write, one of a name nobody else has."""
+    """Yields a probe for each local folder; in folders to write to, a new unique object."""
     found = [probe for url in reads if (probe := _first_object(open_source(url)))]
     put: list[tuple[ObjectStore, str]] = []
     try:
@@ -73,19 +74,22 @@ def _first_object(store: ObjectStore) -> _SharedFolderProbe | None:
 
 
 def folder_problem(probes: Sequence[_SharedFolderProbe]) -> str | None:
-    """Returns why this machine does not see the folders of the command's, None when it does."""
+    """Returns which folder of the command this machine does not have, None if it has all."""
     for probe in probes:
         stat = open_source(probe.url).stat(probe.name)
         if stat is None or stat.size != probe.size:
             return (
-                f"{probe.url} is not the folder that this machine has there; use gs:// or a "
+                f"{probe.url} is not the same folder there as on this machine; use gs:// or a "
                 "folder that all nodes mount at this path"
             )
     return None
 
 
 def _probe() -> Callable[[str, bytes], str | None]:
-    """Returns what is run on each node; a closure is sent whole, as the package may be missing."""
+    """Returns the function to run on each node; Ray sends a closure with its code.
+
+    So it also runs where the package is missing.
+    """
 
     def probe(version: str, probes: bytes) -> str | None:
         import importlib.metadata
@@ -94,7 +98,10 @@ def _probe() -> Callable[[str, bytes], str | None]:
         try:
             found = importlib.metadata.version("flexunet")
             if found != version:
-                return f"flexunet {found} is installed there and {version} here; install the same"
+                return (
+                    f"flexunet {found} is installed there and {version} here; install the same "
+                    "version on both"
+                )
             from launcher.cluster.node_checks import folder_problem
         except ImportError as error:
             return f"flexunet cannot be imported there ({error}); install flexunet {version}"
@@ -106,7 +113,7 @@ def _probe() -> Callable[[str, bytes], str | None]:
 def _ask_nodes(
     node_ids: Sequence[str], version: str, probes: Sequence[_SharedFolderProbe]
 ) -> list[tuple[str, str | None]]:
-    """Returns the address of each node and what is wrong with it; all are asked at once."""
+    """Returns the address of each node and its problem; checks all nodes at once."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -128,9 +135,12 @@ def _answer(ref: Any) -> str | None:
     try:
         problem: str | None = ray.get(ref, timeout=_PROBE_TIMEOUT_S)
     except GetTimeoutError:
-        return f"no worker process started there within {_PROBE_TIMEOUT_S:g} s; look at its logs"
+        return (
+            f"no worker process started there within {_PROBE_TIMEOUT_S:g} s; see the Ray logs of "
+            "the node"
+        )
     except RayTaskError as error:
-        return f"it cannot work ({error.cause})"
+        return f"the check of the node failed ({error.cause})"
     except RayError as error:
-        return f"it was lost ({error})"
+        return f"the node was lost ({error})"
     return problem

@@ -1,4 +1,4 @@
-"""What the nodes of a Ray cluster have, and how many workers fit on them."""
+"""Reads the resources of a Ray cluster, and counts how many workers fit."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ _NODES_TICK_S = 0.5
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker takes of one node."""
+    """The resources of one worker on one node."""
 
     num_cpus: float = 1
     num_gpus: float = 0
@@ -29,7 +29,7 @@ class Resources:
 
 
 def worker_slots(per_worker: Resources) -> dict[str, int]:
-    """Returns how many workers fit on each alive node that holds at least one, by node id."""
+    """Returns how many workers fit on each alive node where at least one fits, by node id."""
     import ray
 
     counts = {}
@@ -40,40 +40,40 @@ def worker_slots(per_worker: Resources) -> dict[str, int]:
 
 
 def require_slots(per_worker: Resources, num_workers: int = 1) -> dict[str, int]:
-    """Returns `worker_slots(per_worker)`, which hold at least `num_workers`.
+    """Returns `worker_slots(per_worker)` if at least `num_workers` fit.
 
     Raises:
-        UsageError: they do not; without this, Ray would wait for such nodes for ever.
+        UsageError: fewer fit; without this check, Ray would wait for more nodes forever.
     """
     found = worker_slots(per_worker)
     total = sum(found.values())
     if total < num_workers:
         raise UsageError(
-            f"{counted(num_workers, 'worker')} of {per_worker} each, and the cluster has room for "
-            f"{total}: {_described_nodes()}; ask for less, add nodes, or "
-            "give --wait-for-nodes"
+            f"{counted(num_workers, 'worker')} with {per_worker} each requested, but the cluster "
+            f"fits {total}: {_described_nodes() or 'no node'}; request less, add nodes, or give "
+            "--wait-for-nodes"
         )
     return found
 
 
 def wait_for_slots(per_worker: Resources, num_workers: int, timeout_s: float) -> None:
-    """Waits until the cluster has room for `num_workers`; its autoscaler is told of them.
+    """Waits until the cluster fits `num_workers`, and requests them from its autoscaler.
 
     Raises:
-        FlexUNetError: there is none within `timeout_s`.
+        FlexUNetError: they do not fit within `timeout_s`.
     """
     from ray.autoscaler.sdk import request_resources
 
     if sum(worker_slots(per_worker).values()) >= num_workers:
         return
     logger.warning(
-        "the cluster has no room for %s of %s each (%s); waiting for %g s (--join-timeout)",
+        "the cluster does not fit %s with %s each yet (%s); waiting up to %g s (--join-timeout)",
         counted(num_workers, "worker"),
         per_worker,
         _described_nodes() or "no node",
         timeout_s,
     )
-    # Ray's autoscaler counts only what tasks ask for, and none is submitted yet.
+    # Ray's autoscaler counts only the requests of tasks, and no task is submitted yet.
     needs = {
         "CPU": per_worker.num_cpus,
         "GPU": per_worker.num_gpus,
@@ -87,9 +87,9 @@ def wait_for_slots(per_worker: Resources, num_workers: int, timeout_s: float) ->
         while sum(worker_slots(per_worker).values()) < num_workers:
             if time.monotonic() > end:
                 raise FlexUNetError(
-                    f"no room for {counted(num_workers, 'worker')} of {per_worker} each within "
-                    f"{timeout_s:g} s (--join-timeout): {_described_nodes() or 'no node'}; the "
-                    "same command tries again"
+                    f"the cluster did not fit {counted(num_workers, 'worker')} with {per_worker} "
+                    f"each within {timeout_s:g} s (--join-timeout): "
+                    f"{_described_nodes() or 'no node'}; the same command tries again"
                 )
             time.sleep(_NODES_TICK_S)
     finally:
@@ -98,7 +98,7 @@ def wait_for_slots(per_worker: Resources, num_workers: int, timeout_s: float) ->
 
 
 def described_shortage(per_worker: Resources, num_workers: int) -> str | None:
-    """Returns in words what is free now, None where `num_workers` workers could start at once."""
+    """Returns a text on the free resources, None if `num_workers` workers can start at once."""
     import ray
 
     free = ray.available_resources()
@@ -115,16 +115,16 @@ def described_shortage(per_worker: Resources, num_workers: int) -> str | None:
 
 
 def total(resource: str) -> float:
-    """Returns how much of `resource` (CPU, GPU, ...) all nodes have together."""
+    """Returns the total amount of `resource` (CPU, GPU, ...) of all nodes."""
     import ray
 
     return float(ray.cluster_resources().get(resource, 0.0))
 
 
 def widest(num_workers: int, *, num_gpus: float = 0) -> Resources:
-    """Returns the demand of `num_workers` workers that have as many whole cores as all can have.
+    """Returns the resources per worker that give `num_workers` workers the most whole cores.
 
-    At least one core each, where there is room for fewer workers too.
+    At least one core each, even if fewer workers fit.
     """
     num_cpus = 1
     while sum(worker_slots(Resources(num_cpus + 1, num_gpus)).values()) >= num_workers:
@@ -133,7 +133,7 @@ def widest(num_workers: int, *, num_gpus: float = 0) -> Resources:
 
 
 def described_resources() -> str:
-    """Returns what the cluster has in all, in words: `8 CPUs, 1 GPU on 2 nodes`."""
+    """Returns a text on the cluster's total resources: `8 CPUs, 1 GPU on 2 nodes`."""
     import ray
 
     total = ray.cluster_resources()

@@ -1,6 +1,6 @@
-"""A click group that imports a command's module when the command is named.
+"""A click group that imports a command's module only when the command is used.
 
-So `flexunet --help` answers at once, and a command does not wait for the libraries of another.
+So `flexunet --help` answers at once, and a command does not load the libraries of another.
 """
 
 import importlib
@@ -25,11 +25,11 @@ class LazyGroup(click.Group):
         self._members = members
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Returns the names in the order of use."""
+        """Returns the command names in the order of use."""
         return list(self._members)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Returns the command `name`, None when there is none."""
+        """Returns the command `name`, None if it does not exist."""
         if name not in self._members:
             return None
         command: click.Command = importlib.import_module(self._members[name][0]).command
@@ -38,7 +38,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """See `click.Group.resolve_command`; an unknown name is answered with the nearest one."""
+        """See `click.Group.resolve_command`; suggests the nearest name for an unknown one."""
         name = args[0]
         if name not in self._members and not name.startswith("-"):
             problem = f"no command {name!r}; {suggestion(name, list(self._members))}"

@@ -1,6 +1,6 @@
-"""`flexunet launch infer`: masks predicted by processes on a Ray cluster.
+"""`flexunet launch infer`: predicts masks with processes on a Ray cluster.
 
-The masks are those of `flexunet infer`; here is where they are predicted.
+The masks are the same as those of `flexunet infer`.
 """
 
 import functools
@@ -25,38 +25,37 @@ from launcher.executors import RayProcesses
 
 
 class InferLaunchConfig(Settings):
-    """Where the masks are predicted."""
+    """Where masks are predicted."""
 
     address: str | None = option(
-        None, "HOST:PORT of a Ray cluster; none: RAY_ADDRESS, else a Ray of this machine."
+        None, "HOST:PORT of a Ray cluster; none: RAY_ADDRESS if it is set, else a local Ray."
     )
     num_workers: int | None = option(
         None,
-        "Processes that each hold the model; none: one for each share of a GPU, or for each node.",
+        "Processes, each with the model in memory; none: one per node, or as many as fit with "
+        "--gpus-per-worker or --cpus-per-worker.",
         ge=1,
     )
     gpus_per_worker: float = option(
-        0, "GPUs of each process; a share, as 0.5, lets several have one. 0: CPUs.", ge=0, le=1
+        0, "GPUs per process; with 0.5, two processes share a GPU. 0: use CPUs.", ge=0, le=1
     )
-    cpus_per_worker: int | None = option(
-        None, "CPU cores of each process; none: as many as all of them can have.", ge=1
-    )
+    cpus_per_worker: int | None = option(None, "CPU cores per process; none: as many as fit.", ge=1)
     wait_for_nodes: bool = option(
         False,
-        "Wait until the cluster has nodes with room for --num-workers; none: for one.",
+        "Wait until the cluster has nodes for --num-workers, or for one if that is not given.",
     )
-    join_timeout: float = option(900.0, "Seconds for which it waits for nodes.", gt=0)
+    join_timeout: float = option(900.0, "Seconds to wait for nodes.", gt=0)
 
 
 @contextmanager
 def process_workers(
     settings: InferLaunchConfig, reads: Sequence[str], writes: Sequence[str]
 ) -> Iterator[Workers]:
-    """Yields processes on a Ray cluster whose nodes all see the folders, see `check_nodes`.
+    """Yields processes on a Ray cluster, after checking its nodes with `check_nodes`.
 
     Raises:
-        UsageError: the cluster has no room for them.
-        FlexUNetError: nor does it get room in time, where that is waited for.
+        UsageError: the cluster does not fit the processes, or a node fails a check.
+        FlexUNetError: with `wait_for_nodes`, the cluster does not fit them in time.
     """
     with connected(settings.address, worker_logs=False):
         num_workers, per_worker = _size(settings)
@@ -66,7 +65,7 @@ def process_workers(
 
 
 def _size(settings: InferLaunchConfig) -> tuple[int, Resources]:
-    """Returns how many workers there are, and what each takes."""
+    """Returns the number of workers and the resources of each."""
     num_gpus = settings.gpus_per_worker
     least = Resources(settings.cpus_per_worker or 1, num_gpus)
     if settings.wait_for_nodes:
@@ -89,7 +88,7 @@ def _size(settings: InferLaunchConfig) -> tuple[int, Resources]:
 def command(run: str, images: str, output: str | None, **options: Any) -> int:
     """Predict masks for the images in a folder or bucket prefix, on a Ray cluster.
 
-    The masks are those of `flexunet infer`. RUN, IMAGES and OUTPUT (default: RUN/inference) are
+    Writes the same masks as `flexunet infer`. RUN, IMAGES and OUTPUT (default: RUN/inference) are
     gs:// URLs, or folders that all nodes mount. The same command continues after a stop.
     """
     where = {name: options.pop(name) for name in InferLaunchConfig.model_fields}

@@ -1,6 +1,6 @@
-"""The commands that work on many machines: `flexunet launch prep`, `train` and `infer`.
+"""The commands that run on a Ray cluster: `flexunet launch prep`, `train` and `infer`.
 
-flexunet launch COMMAND        the same as        python -m launcher COMMAND
+`flexunet launch COMMAND` is the same as `python -m launcher COMMAND`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from launcher.commands.group import LazyGroup
 COMMANDS = {
     "prep": (
         "launcher.commands.prep",
-        "Images and masks into a dataset, by tasks on a Ray cluster.",
+        "Convert images and masks into a dataset, on a Ray cluster.",
     ),
     "train": (
         "launcher.commands.train",
@@ -25,10 +25,10 @@ COMMANDS = {
 
 @click.group(cls=LazyGroup, members=COMMANDS)
 def command() -> None:
-    """Run a command on a Ray cluster, with the results of the same command on one machine.
+    """Run a command on a Ray cluster; the results are the same as on one machine.
 
-    The cluster is that of --address, else of RAY_ADDRESS; without both, a Ray of this machine that
-    lasts as long as the command.
+    The cluster is the one of --address, else of RAY_ADDRESS. Without both, a local Ray starts and
+    ends with the command.
     """
 
 

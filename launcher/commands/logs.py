@@ -1,4 +1,4 @@
-"""`flexunet logs`: what a job of a cluster has written."""
+"""`flexunet logs`: shows the output of a submitted job."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ from launcher.jobs.follow import follow
 
 
 class LogsConfig(JobsConfig):
-    """How much of the log."""
+    """How much of the log to show."""
 
-    follow: bool = option(False, "Go on until the job ends, and end with its exit code.")
+    follow: bool = option(False, "Show the log until the job ends; exit with its exit code.")
 
 
 @click.command("logs", cls=SettingsCommand)
 @click.argument("job")
 @settings_options(LogsConfig)
 def command(job: str, **options: Any) -> int:
-    """Shows what JOB has written, its errors included.
+    """Show the output of JOB, including errors.
 
-    With --follow the exit code is that of the job, as of `flexunet submit --follow`. Ctrl-C then
-    leaves the job alone, and gives 130.
+    With --follow the exit code is the job's, as with `flexunet submit --follow`. Ctrl-C then stops
+    following with exit code 130; the job continues.
     """
     config = from_options(LogsConfig, options)
     job_id = checked_job_id(job)

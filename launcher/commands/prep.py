@@ -1,6 +1,6 @@
-"""`flexunet launch prep`: a dataset prepared by tasks on a Ray cluster.
+"""`flexunet launch prep`: prepares a dataset with tasks on a Ray cluster.
 
-The tasks and the dataset are those of `flexunet prep`, byte for byte; here is where they run.
+The dataset is the same as that of `flexunet prep`, byte for byte.
 """
 
 import functools
@@ -24,23 +24,23 @@ from launcher.executors import RayExecutor
 
 
 class PrepLaunchConfig(Settings):
-    """Where the pictures are read and encoded."""
+    """Where images are read and encoded."""
 
     address: str | None = option(
-        None, "HOST:PORT of a Ray cluster; none: RAY_ADDRESS, else a Ray of this machine."
+        None, "HOST:PORT of a Ray cluster; none: RAY_ADDRESS if it is set, else a local Ray."
     )
     memory_per_worker: float | None = option(
-        None, "Memory set aside for each worker, GB; none: as many as there are CPUs.", gt=0
+        None, "Memory reserved per worker, GB; none: only the CPUs limit the workers.", gt=0
     )
-    wait_for_nodes: bool = option(False, "Wait for nodes that the cluster does not have yet.")
-    join_timeout: float = option(900.0, "Seconds for which it waits for nodes.", gt=0)
+    wait_for_nodes: bool = option(False, "Wait until the cluster has a node for a worker.")
+    join_timeout: float = option(900.0, "Seconds to wait for nodes.", gt=0)
 
 
 @contextmanager
 def task_workers(
     settings: PrepLaunchConfig, per_worker: Resources, reads: Sequence[str], writes: Sequence[str]
 ) -> Iterator[Workers]:
-    """Yields the tasks of a Ray cluster whose nodes all see the folders, see `check_nodes`."""
+    """Yields Ray tasks as workers, after checking the cluster's nodes with `check_nodes`."""
     with connected(settings.address, worker_logs=False):
         if settings.wait_for_nodes:
             wait_for_slots(per_worker, 1, settings.join_timeout)
@@ -53,15 +53,15 @@ def task_workers(
 @click.argument("source", type=PATH)
 @click.argument("output", type=PATH)
 @click.option(
-    "--config", "config_file", type=PATH, metavar="FILE", help="YAML file of options of prep."
+    "--config", "config_file", type=PATH, metavar="FILE", help="YAML file with prep options."
 )
 @settings_options(PrepLaunchConfig)
 @settings_options(PrepConfig, skip=["num_processes"])
 def command(source: str, output: str, config_file: str | None, **options: Any) -> None:
-    """Turns the images and masks of SOURCE into a dataset at OUTPUT, on a Ray cluster.
+    """Convert the images and masks of SOURCE into a dataset at OUTPUT, on a Ray cluster.
 
-    The dataset is the one that `flexunet prep` writes. SOURCE and OUTPUT are gs:// URLs, or
-    folders that all nodes mount. The same command continues where an interrupted one stopped.
+    Writes the same dataset as `flexunet prep`. SOURCE and OUTPUT are gs:// URLs, or folders that
+    all nodes mount. The same command continues after a stop.
     """
     where = {name: options.pop(name) for name in PrepLaunchConfig.model_fields}
     settings = from_options(PrepLaunchConfig, where)

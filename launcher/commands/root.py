@@ -1,6 +1,6 @@
-"""The `flexunet` command: one group over the commands of all packages.
+"""The `flexunet` command: one group with the commands of all packages.
 
-Knows their names alone; what a command does and takes is in its module.
+This module has only their names; the behaviour and options of a command are in its own module.
 """
 
 import click
@@ -9,20 +9,20 @@ from launcher.commands.group import LazyGroup
 
 # name -> (module with `command`, line for the list of commands)
 COMMANDS = {
-    "prep": ("data_prep.cli", "Images and masks into a dataset of TFRecord shards."),
+    "prep": ("data_prep.cli", "Convert images and masks into a dataset of TFRecord shards."),
     "train": ("job.train", "Train on a dataset, then evaluate; the same command resumes."),
     "evaluate": ("job.evaluate", "Evaluate a run on one split of its dataset."),
-    "report": ("job.report", "One page about a run: metrics, cases, curves, what failed."),
+    "report": ("job.report", "Write a report on a run: metrics, cases, curves, failures."),
     "infer": ("job.infer", "Predict masks for a folder of images."),
     "launch": ("launcher.commands.launch", "Prepare, train or infer on a Ray cluster."),
     "submit": (
         "launcher.commands.submit",
-        "Hand one of these commands to a Ray cluster, through Ray Jobs.",
+        "Submit one of these commands to a Ray cluster, with Ray Jobs.",
     ),
-    "status": ("launcher.commands.status", "How the submitted jobs are."),
-    "logs": ("launcher.commands.logs", "What a submitted job has written."),
-    "stop": ("launcher.commands.stop", "Stop a submitted job, which stores a checkpoint first."),
-    "doctor": ("job.doctor", "What this machine has and lacks."),
+    "status": ("launcher.commands.status", "Show submitted jobs."),
+    "logs": ("launcher.commands.logs", "Show the output of a submitted job."),
+    "stop": ("launcher.commands.stop", "Stop a submitted job; training stores a checkpoint first."),
+    "doctor": ("job.doctor", "Check this machine: GPU, precision, disk, bucket access."),
 }
 
 
@@ -31,5 +31,5 @@ COMMANDS = {
 def command() -> None:
     """Train image segmentation with TensorFlow, from a laptop to a cluster.
 
-    Each command answers `flexunet COMMAND --help` with all its options.
+    `flexunet COMMAND --help` shows all options of a command.
     """

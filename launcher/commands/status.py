@@ -1,4 +1,4 @@
-"""`flexunet status`: how the jobs of a cluster are."""
+"""`flexunet status`: shows the state of submitted jobs."""
 
 import datetime
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ _TITLES = ("job", "state", "started", "duration", "exit code", "command")
 @click.argument("job", required=False)
 @settings_options(JobsConfig)
 def command(job: str | None, **options: Any) -> None:
-    """Says how JOB is, or all jobs that were submitted to a cluster.
+    """Show the state of JOB, or of all jobs submitted to a cluster.
 
-    A job that was stopped has no exit code: Ray does not keep it.
+    A stopped job has no exit code, because Ray does not keep it.
     """
     config = from_options(JobsConfig, options)
     job_id = checked_job_id(job) if job else None
     client = connect(config)
     found = [client.get_job_info(job_id)] if job_id else client.list_jobs()
-    # Programs that were started without Ray Jobs can be neither followed nor stopped.
+    # Programs started without Ray Jobs cannot be followed or stopped.
     submitted = [each for each in found if each.type == "SUBMISSION"]
     _print_table([_row(each) for each in sorted(submitted, key=lambda each: each.start_time or 0)])
 

@@ -1,4 +1,4 @@
-"""`flexunet stop`: ends a job of a cluster, which stores a checkpoint first."""
+"""`flexunet stop`: stops a submitted job; training stores a checkpoint first."""
 
 import time
 from typing import Any
@@ -14,11 +14,11 @@ from launcher.jobs.follow import described_end, wait
 @click.argument("job")
 @settings_options(JobsConfig)
 def command(job: str, **options: Any) -> None:
-    """Asks JOB to stop, waits until it has ended, and says how.
+    """Stop JOB, wait until it has ended, and report how it ended.
 
-    Training stores a checkpoint first; the same command, submitted again, resumes (as a job of
-    another name: Ray keeps the ended one). Processes that have not ended after the --stop-timeout
-    of `flexunet submit` are killed.
+    Training stores a checkpoint first. Submit the same command again to resume, under another job
+    name: Ray keeps the ended job. Processes that still run after the --stop-timeout of
+    `flexunet submit` are killed.
     """
     config = from_options(JobsConfig, options)
     job_id = checked_job_id(job)
@@ -35,11 +35,11 @@ def command(job: str, **options: Any) -> None:
 
 
 def _manner(details: Any, seconds: float) -> str:
-    """Returns how the processes of a job ended `seconds` after they were asked to, in words."""
+    """Returns a text on how the processes of a job ended, `seconds` after the stop request."""
     variables = (details.runtime_env or {}).get("env_vars") or {}
     allowed = variables.get(STOP_TIMEOUT_VARIABLE)
     if details.status != "STOPPED" or allowed is None:
         return ""
     if seconds < int(allowed):
         return f"; it ended by itself within {seconds:.0f} s"
-    return f"; it was killed, as it had not ended within {allowed} s"
+    return f"; it was killed because it had not ended within {allowed} s"

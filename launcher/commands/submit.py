@@ -1,4 +1,4 @@
-"""`flexunet submit`: hands a command to a cluster, whose head runs it through Ray Jobs."""
+"""`flexunet submit`: submits a command to a cluster, whose head runs it as a Ray job."""
 
 import importlib
 import secrets
@@ -15,20 +15,19 @@ from launcher.commands.launch import COMMANDS
 from launcher.jobs.client import JobsConfig, checked_job_id, connect, start
 from launcher.jobs.follow import follow
 
-# What the head runs for each command, and the module that knows its options.
+# The program that the head runs for each command, and the module with its options.
 _PROGRAMS = {name: (f"flexunet launch {name}", module) for name, (module, _) in COMMANDS.items()}
 _PROGRAMS["evaluate"] = ("flexunet evaluate", "job.evaluate")
 
 
 class SubmitConfig(JobsConfig):
-    """How a command is handed over."""
+    """How a command is submitted."""
 
-    follow: bool = option(False, "Show its log until it ends, and end with its exit code.")
-    name: str | None = option(None, "Id of the job; none: the command and eight digits.")
+    follow: bool = option(False, "Show the job's log until it ends; exit with its exit code.")
+    name: str | None = option(None, "Name of the job; none: the command and eight hex digits.")
     stop_timeout: int = option(
         120,
-        "Seconds that its processes have to store a checkpoint when it is stopped, before they "
-        "are killed.",
+        "Seconds for a stopped job to store a checkpoint before its processes are killed.",
         ge=1,
     )
 
@@ -38,16 +37,17 @@ class SubmitConfig(JobsConfig):
 @settings_options(SubmitConfig)
 @click.pass_context
 def command(context: click.Context, /, words: Sequence[str], **options: Any) -> int:
-    """Hands COMMAND (prep, train, infer or evaluate, with its options) to a Ray cluster.
+    """Submit COMMAND (prep, train, infer or evaluate, with its options) to a Ray cluster.
 
-    The cluster's head runs it as `flexunet launch COMMAND`, or `flexunet evaluate`, and it goes on
-    when this machine goes away. Paths are those of the cluster's machines; best are gs:// URLs.
+    The cluster's head runs it as `flexunet launch COMMAND`, or `flexunet evaluate`. It continues
+    when this machine disconnects. Paths are paths on the cluster's machines; prefer gs:// URLs.
 
     The token of the cluster is read from RAY_AUTH_TOKEN, from the file RAY_AUTH_TOKEN_PATH, or
     from ~/.ray/auth_token.
 
-    With --follow the exit code is that of the command; 128 + N when signal N ended it, 6 when it
-    was stopped, 1 when it could not start. Ctrl-C then leaves the job alone, and gives 130.
+    With --follow the exit code is the command's: 128 + N if signal N ended it, 6 if it was
+    stopped, 1 if it could not start. Ctrl-C then stops following with exit code 130; the job
+    continues.
     """
     entrypoint = _entrypoint(context, words)
     config = from_options(SubmitConfig, options)
@@ -59,10 +59,10 @@ def command(context: click.Context, /, words: Sequence[str], **options: Any) -> 
 
 
 def _entrypoint(context: click.Context, words: Sequence[str]) -> str:
-    """Returns what the head runs; mistakes are told here, and not by the cluster a minute later.
+    """Returns the command line for the head; reports mistakes before anything is submitted.
 
     Raises:
-        UsageError: the command is not one that can be submitted.
+        UsageError: this command cannot be submitted.
         click.UsageError: the command has no such option.
     """
     name, *arguments = words

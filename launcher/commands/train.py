@@ -1,4 +1,4 @@
-"""`flexunet launch train`: training on a Ray cluster, or on a Ray started on this machine.
+"""`flexunet launch train`: trains on a Ray cluster, or on a local Ray.
 
 python -m launcher train --data DATASET --output RUNS --name NAME --num-workers 2
 """
@@ -33,15 +33,16 @@ logger = logging.getLogger(__name__)
     "file",
     type=PATH,
     metavar="PATH",
-    help="YAML file with any of the options of train, or the reference's .config file.",
+    help="YAML file with train options, or a .config file of the reference implementation "
+    "(TensorFlow-FlexUNet).",
 )
 @prep_flags
 @settings_options(LaunchConfig)
 @settings_options(TrainConfig)
 def command(file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any) -> int:
-    """Train on a Ray cluster, or on a Ray started on this machine.
+    """Train on a Ray cluster, or on a local Ray.
 
-    The same command again resumes the run, on any number of workers that the batch divides by.
+    The same command again resumes the run, on any number of workers that divides the batch size.
     """
     flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
     where = {name: options.pop(name) for name in LaunchConfig.model_fields}
@@ -55,7 +56,7 @@ def command(file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any)
 
 
 def _cross_validate(config: TrainConfig, settings: LaunchConfig) -> int:
-    """Trains the folds side by side, as many as the cluster has room for; returns the exit code."""
+    """Trains as many folds at once as the cluster fits; returns the exit code."""
     import ray
 
     with stop_signals() as should_stop, connected(settings.address, worker_logs=False):
@@ -72,10 +73,10 @@ def _cross_validate(config: TrainConfig, settings: LaunchConfig) -> int:
 
 
 def _side_by_side(num_folds: int, settings: LaunchConfig) -> tuple[int, LaunchConfig]:
-    """Returns how many folds have room at a time, and `settings` with the cores of each worker.
+    """Returns how many folds fit at once, and `settings` with the cores per worker.
 
     Raises:
-        UsageError: not even one has.
+        UsageError: not even one fold fits.
     """
     for count in range(num_folds, 0, -1):
         num_workers, num_gpus = count * settings.num_workers, settings.gpus_per_worker
@@ -91,7 +92,7 @@ def _side_by_side(num_folds: int, settings: LaunchConfig) -> tuple[int, LaunchCo
 
 
 def _arguments(settings: LaunchConfig) -> list[str]:
-    """Returns the command line that gives these settings."""
+    """Returns the command-line arguments for these settings."""
     arguments = []
     for name, value in settings.model_dump().items():
         flag = name.replace("_", "-")

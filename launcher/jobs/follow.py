@@ -1,4 +1,4 @@
-"""Follows a submitted job to its end, over a stream that may break."""
+"""Follows a submitted job until it ends, over a stream that may break."""
 
 import asyncio
 import logging
@@ -12,38 +12,38 @@ from launcher.jobs.client import UnknownJobError, first_line
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED = 130  # exit code of a shell for Ctrl-C: neither the job's nor one of ours
+INTERRUPTED = 130  # a shell's exit code for Ctrl-C; flexunet itself never uses it
 
-_PATIENCE_S = 600.0  # without an answer; a head that moves needs minutes
+_PATIENCE_S = 600.0  # without an answer; moving a head takes minutes
 _LOOK_EVERY_S = 3.0
 
-_QUIET_S = 60.0  # after which a stream may be dead: nothing else tells of a lost connection
+_QUIET_S = 60.0  # without data; the only sign of a lost connection
 _QUIET_AT_END_S = 10.0
 
 _MAX_STREAMS_AT_END = 3
 
 
 def follow(client: Any, job_id: str) -> int:
-    """Shows the log of a job until it has ended; returns its exit code, see `exit_code_of`.
+    """Shows the log of a job until it ends; returns its exit code, see `exit_code_of`.
 
-    A connection that is lost is made again, and what was shown is not shown twice. Ctrl-C leaves
-    the job alone and gives `INTERRUPTED`.
+    Reconnects after a lost connection, and shows nothing twice. Ctrl-C stops following, returns
+    `INTERRUPTED` and does not stop the job.
 
     Raises:
         UnknownJobError: there is no such job.
-        FlexUNetError: the job server was silent for too long, or has forgotten the job.
+        FlexUNetError: the job server did not answer for too long, or no longer knows the job.
     """
     try:
         details = asyncio.run(_Follower(client, job_id).run())
     except KeyboardInterrupt:
-        logger.warning("no longer followed; job %s goes on", job_id)
+        logger.warning("stopped following; job %s continues", job_id)
         return INTERRUPTED
     logger.info("job %s: %s", job_id, described_end(details))
     return exit_code_of(details)
 
 
 def wait(client: Any, job_id: str) -> Any:
-    """Returns the details of a job when it has ended; raises what `follow` does."""
+    """Returns the details of a job after it has ended; raises the same errors as `follow`."""
     observer = _Observer(client, job_id)
     while (details := observer.look()) is None or not details.status.is_terminal():
         time.sleep(_LOOK_EVERY_S / 3)
@@ -51,10 +51,10 @@ def wait(client: Any, job_id: str) -> Any:
 
 
 def exit_code_of(details: Any) -> int:
-    """Returns the exit code of a job that has ended, as a shell would.
+    """Returns the exit code of an ended job, as a shell would.
 
-    128 + N: it was ended by signal N; 6: it was stopped, and Ray keeps no exit code of such jobs;
-    1: it could not be started or its machine was lost.
+    128 + N: signal N ended it; 6: it was stopped (Ray keeps no exit code of stopped jobs);
+    1: it could not start, or its machine was lost.
     """
     if details.status == "SUCCEEDED":
         return 0
@@ -67,7 +67,7 @@ def exit_code_of(details: Any) -> int:
 
 
 def described_end(details: Any) -> str:
-    """Returns in words how and after how long a job ended: `failed with exit code 3 after 12 s`."""
+    """Returns a text on how and when a job ended: `failed with exit code 3 after 12 s`."""
     words = details.status.lower()
     code = details.driver_exit_code
     if details.status == "FAILED" and not code:
@@ -81,13 +81,13 @@ def described_end(details: Any) -> str:
 
 
 def seconds_of(details: Any) -> float:
-    """Returns how long a job has run, or ran."""
+    """Returns the duration of a job, so far if it still runs."""
     end = details.end_time / 1000 if details.end_time else time.time()
     return max(0.0, end - (details.start_time or 0) / 1000)
 
 
 class _Observer:
-    """Asks how a job is; a job server that does not answer is asked again."""
+    """Queries the state of a job; tolerates a job server that does not answer for a while."""
 
     def __init__(self, client: Any, job_id: str) -> None:
         self._client, self._job_id = client, job_id
@@ -95,15 +95,15 @@ class _Observer:
         self._silent_since: float | None = None
 
     def look(self) -> Any | None:
-        """Returns the details of the job, None when the server does not answer now."""
+        """Returns the details of the job, None if the server does not answer now."""
         try:
             details = self._client.get_job_info(self._job_id)
         except UnknownJobError as error:
             if not self._is_known:
                 raise
             raise FlexUNetError(
-                f"the cluster has forgotten job {self._job_id}: its head was started anew; submit "
-                "the command again, it continues"
+                f"the cluster no longer knows job {self._job_id}: its head was restarted; submit "
+                "the command again to continue"
             ) from error
         except UsageError:
             raise
@@ -117,16 +117,16 @@ class _Observer:
         now = time.monotonic()
         if self._silent_since is None:
             self._silent_since = now
-            logger.warning("asking again, as the job goes on without us: %s", error)
+            logger.warning("retrying; the job itself may continue: %s", error)
         if now - self._silent_since > _PATIENCE_S:
             raise FlexUNetError(
-                f"no answer for {_PATIENCE_S:g} s ({error}); job {self._job_id} may go on: ask "
-                "later with `flexunet status`"
+                f"no answer for {_PATIENCE_S:g} s ({error}); job {self._job_id} may still run: "
+                "check later with `flexunet status`"
             ) from error
 
 
 class _Follower:
-    """Shows a log that only grows. Its stream may break, so the job alone tells of its end."""
+    """Shows a growing log; its stream may break, so only the job's state shows that it ended."""
 
     def __init__(self, client: Any, job_id: str) -> None:
         self._client, self._job_id = client, job_id
@@ -135,7 +135,7 @@ class _Follower:
         self._last_sign = 0.0
 
     async def run(self) -> Any:
-        """Returns the details of the job when it has ended and its log was shown."""
+        """Returns the details of the job after it has ended and its log was shown."""
         stream: asyncio.Task[None] | None = None
         num_at_end = 0
         while True:
@@ -173,13 +173,13 @@ class _Follower:
 
 
 def _is_whole(stream: "asyncio.Task[None]") -> bool:
-    """Returns whether the server has ended the stream; raises errors other than of connections."""
+    """Returns whether the server ended the stream; raises errors except lost connections."""
     import aiohttp
 
     if not stream.done():
         return False
     error = stream.exception()
-    # A BrokenPipeError is of our own output; the stream's are of aiohttp's classes.
+    # A BrokenPipeError is about stdout; errors of the stream have aiohttp's classes.
     is_dropped = isinstance(error, (aiohttp.ClientError, RuntimeError, OSError))
     if error is not None and (isinstance(error, BrokenPipeError) or not is_dropped):
         raise error

@@ -129,7 +129,7 @@ def test_killed_workers_change_nothing(
             kill(choice.choice(starts[-2:])["pid"])
         code = driver.end(600)
         assert code == 0, driver.errors
-        num_restarts = driver.errors.count("starting the workers again")
+        num_restarts = driver.errors.count("restarting the workers")
     assert traps_left(case.folder) == []
     assert num_restarts == num_traps + 2
     assert_same_run(case.run, made[1])
@@ -380,7 +380,7 @@ def test_workers_that_stand_still_are_replaced(
     set_trap(case.folder, 1, "read", 42, "block")
     with launched(case.folder, ray_cluster.address, case.options(**HASTY)) as driver:
         assert driver.end(500) == 0, driver.errors
-        assert driver.errors.count("starting the workers again") == 3, driver.errors
+        assert driver.errors.count("restarting the workers") == 3, driver.errors
     assert traps_left(case.folder) == []
     assert_same_run(case.run, made[1])
     events = events_of(case.folder)
@@ -453,7 +453,7 @@ def test_a_worker_that_exits_with_137_is_tried_again(
     set_trap(case.folder, 1, "step", 20, 137)
     with launched(case.folder, ray_cluster.address, case.options()) as driver:
         assert driver.end() == 0, driver.errors
-        assert driver.errors.count("starting the workers again") == 1
+        assert driver.errors.count("restarting the workers") == 1
     assert_same_run(case.run, made[1])
     record_fault("R24", 1, 0, "worker ended with 137: started again, identical")
 

@@ -229,7 +229,9 @@ def test_check_nodes_accepts_folders_that_all_nodes_see(
 def test_check_nodes_names_the_node_that_sees_another_folder(ray_cluster: RayCluster) -> None:
     # Each process sees its own there, as each node does of a folder on its own disk.
     done = run(CHECK, ray_cluster.address, "1", "/proc/self/task")
-    problem = "/proc/self/task is not the folder that this machine has there; use gs:// or a folder"
+    problem = (
+        "/proc/self/task is not the same folder there as on this machine; use gs:// or a folder"
+    )
     assert re.match(rf"Ray node [\d.]+: {problem} that all nodes mount", done.stdout), done.stderr
 
 
@@ -294,5 +296,5 @@ def test_a_wrong_token_is_one_line() -> None:
         )
         server.stdin.write("\n")
     shutil.rmtree(folder)
-    assert done.stdout.startswith(f"--address {address}: the cluster asks for another token"), done
+    assert done.stdout.startswith(f"--address {address}: the cluster requires another token"), done
     assert done.stderr == ""

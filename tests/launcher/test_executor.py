@@ -97,8 +97,8 @@ def test_a_call_whose_worker_was_killed_runs_again_but_not_for_ever(
     """
     survived, lost, counts = lines_of(code, ray_cluster, tmp_path)
     assert survived == "alive"
-    assert lost.startswith("a Ray worker was lost again and again (WorkerCrashedError: ")
-    assert lost.endswith("perhaps for want of memory; the same command continues")
+    assert lost.startswith("a Ray worker was lost repeatedly (WorkerCrashedError: ")
+    assert lost.endswith("perhaps out of memory; the same command continues")
     assert counts == "3 3"
 
 
@@ -201,5 +201,5 @@ def test_processes_stay_and_are_started_again_when_they_are_killed(
     assert environment == "['', '1']"
     assert error == "bad; mend it 1"
     assert survived == "alive"
-    assert lost.startswith("a Ray worker was lost again and again (ActorDiedError: ")
+    assert lost.startswith("a Ray worker was lost repeatedly (ActorDiedError: ")
     assert (few, done) == ("True", "done")

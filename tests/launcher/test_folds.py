@@ -42,8 +42,8 @@ def test_as_many_folds_go_side_by_side_as_have_room(ray_cluster: RayCluster) -> 
     # Two nodes of one CPU: two folds of one worker, one fold of two, none of three.
     assert one_worker == [2, 1]
     assert two_workers == [1, 1]
-    assert "3 workers of" in three_workers
-    assert "room for 0" in two_cpus
+    assert "3 workers with" in three_workers
+    assert "the cluster fits 0" in two_cpus
 
 
 @pytest.mark.parametrize(

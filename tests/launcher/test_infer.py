@@ -130,8 +130,8 @@ def test_a_cluster_infers_from_a_bucket(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpus-per-worker=1"], "worker of 1 CPU, 1 GPU each, and the cluster has room for"),
-        (["--num-workers=3"], "and the cluster has room for 2: "),
+        (["--gpus-per-worker=1"], "worker with 1 CPU, 1 GPU each requested, but the cluster fits"),
+        (["--num-workers=3"], "but the cluster fits 2: "),
         (["--gpus-per-worker=2"], "--gpus-per-worker=2"),
     ],
 )

@@ -186,7 +186,7 @@ def test_a_bad_file_ends_with_the_line_of_prep(
     [
         (["--address=ray://head:10001"], 2, "ray:// addresses are not supported"),
         (["--address=127.0.0.1:1"], 1, "no Ray cluster answers at"),
-        (["--memory-per-worker=100000"], 2, "room for 0"),
+        (["--memory-per-worker=100000"], 2, "the cluster fits 0"),
         (["--num-processes=2"], 2, "no option '--num-processes'"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_cluster_that_is_scaled_to_zero_is_waited_for_where_that_is_asked(
         assert "add nodes, or give --wait-for-nodes" in done.stderr
         done = flexunet(*arguments, "--wait-for-nodes", "--join-timeout", "1")
         assert done.returncode == 1
-        assert "no room for 1 worker of 1 CPU, 0 GPUs each within 1 s" in done.stderr
+        assert "did not fit 1 worker with 1 CPU, 0 GPUs each within 1 s" in done.stderr
         infer = ["launch", "infer", *[str(tmp_path)] * 3, "--address", cluster.address]
         options = flexunet(*infer, "--wait-for-nodes", "--join-timeout", "0")
         assert "--join-timeout=0.0: input should be greater than 0" in options.stderr
@@ -239,7 +239,7 @@ def test_a_cluster_that_is_scaled_to_zero_is_waited_for_where_that_is_asked(
             text=True,
         ) as driver:
             assert driver.stderr is not None
-            line = next(line for line in driver.stderr if "no room" in line)
+            line = next(line for line in driver.stderr if "does not fit" in line)
             assert "has 0 CPUs" in line
             cluster.add_node("second")
             rest = driver.stderr.read()

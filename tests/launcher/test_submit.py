@@ -123,7 +123,7 @@ def test_the_port_of_the_cluster_itself_is_told(ray_cluster: RayCluster, flexune
     done = flexunet("status", "--address", f"http://{ray_cluster.address}")
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.isprintable() and "no job server of Ray's; give the one" in line
+    assert line.isprintable() and "not a Ray job server; give the one" in line
 
 
 def test_the_name_of_an_ended_job_is_taken(flexunet: Launch, head: Head, tmp_path: Path) -> None:
@@ -133,14 +133,14 @@ def test_the_name_of_an_ended_job_is_taken(flexunet: Launch, head: Head, tmp_pat
     done = flexunet(*submit, **head.environment)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "has a job again already (failed); give another --name, or none" in line
+    assert "job again already exists (failed); give another --name, or none" in line
 
 
 def test_a_stopped_job_that_does_not_end_is_killed(flexunet: Launch, head: Head) -> None:
     job = head.start(_SLOW_STOP, stop_timeout_s=1)
     head.wait_for(job, "it runs")
     done = flexunet("stop", "--address", head.address, job, **head.environment)
-    assert done.stdout.endswith("it was killed, as it had not ended within 1 s\n"), done.stderr
+    assert done.stdout.endswith("it was killed because it had not ended within 1 s\n"), done.stderr
     assert "all is stored" not in head.ask(f"/api/jobs/{job}/logs")["logs"]
 
 
@@ -165,8 +165,8 @@ def test_a_job_gets_nothing_of_the_users_but_the_emulator(
     again = flexunet(*words, **head.environment)
     assert again.returncode == 2
     assert re.fullmatch(
-        rf"flexunet: the cluster has a job {name} already \(\w+\); give another --name, or none: "
-        "a run is continued by its own name, whatever the job's\n",
+        rf"flexunet: job {name} already exists \(\w+\); give another --name, or none: "
+        "a run resumes by its own name, not by the job's\n",
         again.stderr,
     )
 
@@ -186,7 +186,7 @@ def test_ctrl_c_leaves_the_job_alone(flexunet: Launch, head: Head) -> None:
         assert any("it runs" in line for line in command.stdout)
         command.send_signal(signal.SIGINT)
         _, error = command.communicate(timeout=30)
-    assert (command.returncode, error) == (130, f"no longer followed; job {job} goes on\n")
+    assert (command.returncode, error) == (130, f"stopped following; job {job} continues\n")
     done = flexunet("status", *where, **head.environment)
     title, row = done.stdout.splitlines()
     assert title.split("  ")[0] == "job"
@@ -400,7 +400,7 @@ def test_the_token_is_not_sent_elsewhere(flexunet: Launch, tmp_path: Path) -> No
         Here.location = f"{target}/api/version"
         done = flexunet("status", "--address", address, **access)
         assert (done.returncode, There.tokens) == (2, [])
-        assert f"leads to {target}/api/version; give that" in done.stderr
+        assert f"redirects to {target}/api/version; give that address" in done.stderr
         assert Here.tokens == [None, "Bearer canary"]
         # Who does not ask for it need not know it.
         done = flexunet("status", "--address", target, **access)
@@ -414,14 +414,14 @@ def test_the_token_is_not_sent_elsewhere(flexunet: Launch, tmp_path: Path) -> No
         (["status", "--address", "head:8265"], 2, "not the URL of a job server"),
         (["status", "--address", "ray://head:10001"], 2, "give http://HOST:8265"),
         (["status", "--address", "http://head:port"], 2, "Port could not be cast to integer"),
-        (["status", "--address", "http://me:canary@head:8265"], 2, "no password or token"),
-        (["status", "--address", "http://head:8265?a=b"], 2, "not the URL of a job server alone"),
+        (["status", "--address", "http://me:canary@head:8265"], 2, "a password or token"),
+        (["status", "--address", "http://head:8265?a=b"], 2, "more than the URL of a job server"),
         (["status"], 2, "--address is required"),
         (["status", "--address", "http://127.0.0.1:1"], 1, "no job server answers ([Errno 111]"),
-        (["stop", "--address", "http://127.0.0.1:1", "../x"], 2, "a job is named by at most 100"),
+        (["stop", "--address", "http://127.0.0.1:1", "../x"], 2, "not a job name; use at most 100"),
         (["submit", "--address=http://h:1", "doctor"], 2, "'doctor' cannot be submitted; "),
         (["submit", "--address=http://h:1", "--", "train", "--bach=3"], 2, "no option '--bach'"),
-        (["submit", "--address=http://h:1", "--name=a/b", "prep", "a", "b"], 2, "'a/b': a job"),
+        (["submit", "--address=http://h:1", "--name=a/b", "prep", "a", "b"], 2, "'a/b': not a job"),
     ],
 )
 def test_mistakes_are_one_line(

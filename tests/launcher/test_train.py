@@ -104,7 +104,7 @@ def test_a_killed_worker_changes_nothing(
     victims[-1].kill()
     code, errors = driver.end()
     assert code == 0, errors
-    assert "starting the workers again" in errors
+    assert "restarting the workers" in errors
     assert "resuming from checkpoints/step-" in errors
 
     expected, found = weights_of(tmp_path / "control"), weights_of(store.url)
@@ -155,7 +155,7 @@ def test_divergence_is_told_at_once_and_not_tried_again(
     code, errors = Driver(ray_cluster, arguments).end()
     assert code == 7, errors
     assert "lower --optimizer.learning-rate" in errors.strip().splitlines()[-1]
-    assert "starting the workers again" not in errors
+    assert "restarting the workers" not in errors
     outcome = json.loads((tmp_path / "runs" / "wild" / "outcome.json").read_text())
     assert (outcome["status"], outcome["exit_code"]) == ("diverged", 7)
     code, errors = Driver(ray_cluster, arguments).end()
