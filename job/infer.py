@@ -16,7 +16,7 @@ from flexunet.storage import join_url
 from flexunet.text import counted, legible
 from job.inference.inputs import OVERLAYS_FOLDER
 from job.inference.options import InferConfig
-from job.inference.outputs import UNREADABLE_NAME
+from job.inference.outputs import PASSED_OVER_NAME, UNREADABLE_NAME
 from job.inference.pipeline import InferResult, infer
 
 
@@ -31,9 +31,10 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     RUN is the folder or gs:// URL of a run (RUNS/NAME), IMAGES a folder of images of any size,
     OUTPUT your own folder or gs:// URL for the masks (default: in the run, RUN/inference), new or
     not, outside of IMAGES. Writes a mask of IMAGES' name for each image, overlays/, inference.json,
-    inference-images-*.json and, where needed, unreadable.csv. The same command continues after a
-    stop: it keeps a mask if its image has not changed. Masks of another run, checkpoint or folder
-    of images are refused. --overwrite predicts all again. Other files stay.
+    inference-images-*.json and, where needed, unreadable.csv and passed_over.csv (files that are no
+    images). The same command continues after a stop: it keeps a mask if its image has not changed.
+    Masks of another run, checkpoint or folder of images are refused. --overwrite predicts all
+    again. Other files stay.
     """
     config = from_options(InferConfig, options)
     with quiet_interrupts():
@@ -56,6 +57,7 @@ def show_result(result: InferResult, config: InferConfig) -> None:
         files = counted(len(result.passed_over), "file")
         first = legible(result.passed_over[0])
         click.echo(f"passed over: {files}, neither pictures nor DICOM, first {first}")
+        click.echo(f"  listed in {join_url(result.output_url, PASSED_OVER_NAME)}")
     if result.gone:
         masks = counted(len(result.gone), "mask")
         click.echo(f"no image: {masks} of images that are gone, first {legible(result.gone[0])}")

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from data_prep.imaging.dicom.preamble import SIGNATURE_BYTES, is_dicom
+from data_prep.imaging.dicom.preamble import PREAMBLE_BYTES, SIGNATURE_BYTES, is_dicom
 from data_prep.imaging.dicom.reader import DICOM_ENDINGS
 from data_prep.sources.pairs import IMAGE_ENDINGS
 from flexunet.errors import ContentError, StorageError
@@ -40,6 +40,13 @@ def stem_of(name: str) -> str:
     """
     stem, ending = os.path.splitext(name)
     return stem if ending.lower() in _KNOWN_ENDINGS else name
+
+
+def why_no_image(name: str) -> str:
+    """Returns why a file is passed over that is neither an image nor DICOM."""
+    if _may_be(name):
+        return f"no ending of an image, and no DICM at byte {PREAMBLE_BYTES}"
+    return "a file name of another kind of file"
 
 
 def dicom_without_ending(

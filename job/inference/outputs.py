@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_prep.sources.dicom_files import why_no_image
 from flexunet.errors import UsageError
 from flexunet.settings import flag_of
 from flexunet.storage import Forbidden, NotFound, ObjectStore
@@ -16,6 +17,8 @@ from job.runs.loading import EnsembleMember
 logger = logging.getLogger(__name__)
 
 UNREADABLE_NAME = "unreadable.csv"
+PASSED_OVER_NAME = "passed_over.csv"
+MAX_PASSED_OVER = 10_000  # files that the table names
 RECORD_NAME = "inference.json"  # which run, weights and images the masks are of
 
 # What a record says and what it is where the record lacks it; None: no option of that name.
@@ -123,27 +126,46 @@ def _worded(value: Any) -> str:
 
 
 def list_unreadable(output: ObjectStore, unreadable: Sequence[tuple[str, str]]) -> None:
-    """Writes the table of unreadable images, or deletes one of an earlier call.
+    """Writes the table of unreadable images, or deletes one of an earlier call."""
+    _write_table(output, UNREADABLE_NAME, unreadable, "all images were read")
 
-    Nothing is touched that is right already: an account may create, and not replace.
+
+def list_passed_over(output: ObjectStore, names: Sequence[str]) -> None:
+    """Writes the table of files that are no images, or deletes one of an earlier call.
+
+    It names the first `MAX_PASSED_OVER` files.
     """
-    rows = [(legible(file), legible(reason)) for file, reason in unreadable]
-    data = csv_table(["file", "reason"], rows).encode() if rows else None
+    rows = [(name, why_no_image(name)) for name in names[:MAX_PASSED_OVER]]
+    _write_table(output, PASSED_OVER_NAME, rows, "no file was passed over")
+
+
+def _write_table(
+    output: ObjectStore, name: str, rows: Sequence[tuple[str, str]], if_empty: str
+) -> None:
+    """Writes a table of (file, reason), or deletes one of an earlier call if there are no rows.
+
+    A table that is right already is not touched, and one that these credentials may not replace
+    or delete is named in a warning: an account may create, and not replace.
+    """
+    shown = [(legible(file), legible(reason)) for file, reason in rows]
+    data = csv_table(["file", "reason"], shown).encode() if rows else None
     try:
-        found = output.get(UNREADABLE_NAME)
+        found = output.get(name)
     except NotFound:
         found = None
     if data == found:
         return
-    if data is not None:
-        output.put(UNREADABLE_NAME, data)
-        return
     try:
-        output.delete(UNREADABLE_NAME)
+        if data is not None:
+            output.put(name, data)
+        else:
+            output.delete(name)
     except Forbidden:
+        if found is None:
+            raise
         logger.warning(
-            "%s/%s is of an earlier call and stays, as these credentials may not delete; all "
-            "images were read",
+            "%s/%s is of an earlier call and stays, as these credentials may not %s",
             output.url,
-            UNREADABLE_NAME,
+            name,
+            "replace objects" if rows else f"delete; {if_empty}",
         )

@@ -29,7 +29,13 @@ from job.inference.mask_sources import (
     write_sources,
 )
 from job.inference.options import InferConfig
-from job.inference.outputs import claim_output, list_unreadable, record_of, refuse_other_masks
+from job.inference.outputs import (
+    claim_output,
+    list_passed_over,
+    list_unreadable,
+    record_of,
+    refuse_other_masks,
+)
 from job.inference.prediction import color_warning, load_predictor
 from job.inference.region_filter import read_min_pixels
 from job.models.compatibility import window_overlap
@@ -61,7 +67,8 @@ def infer(
     """Writes the mask of every image below `images_url`, in the classes' colours, at its own size.
 
     A mask that `output_url` already has is kept if its image is still the same, so that a stopped
-    call continues. Images that cannot be read are listed in `unreadable.csv`.
+    call continues. Images that cannot be read are listed in `unreadable.csv`, files that are no
+    images in `passed_over.csv`.
 
     Args:
         open_workers: opens the workers that predict, when there is something to do. None: this
@@ -96,6 +103,7 @@ def infer(
     whole = Chunk(members, source.url, output.url, config, plan.todo, min_pixels, overlap)
     unreadable = _predict_all(whole, manifest, open_workers) if plan.todo else []
     list_unreadable(output, unreadable)
+    list_passed_over(output, passed_over)
     failed = [name for name, _ in unreadable]
     delete_outdated(output, objects, [*map(mask_name, failed), *overlay_names(failed)])
     return InferResult(

@@ -38,6 +38,7 @@ from job.infer import main
 from job.inference.chunk import _read_picture
 from job.inference.inputs import find_images, sort_images
 from job.inference.options import InferConfig
+from job.inference.outputs import MAX_PASSED_OVER, list_passed_over
 from job.inference.pipeline import infer
 from job.inference.postprocess import class_ids_at_source
 from job.inference.prediction import color_warning, model_image
@@ -110,7 +111,12 @@ def test_infer_reads_every_kind_of_image_and_answers_at_its_size(
         "patient 1/left/tall.png": tall,
     }
     names = {stat.name for stat in open_store(str(output)).list()}
-    assert names == {*RECORDS, *expected, *(f"overlays/{name}" for name in expected)}
+    assert names == {
+        "passed_over.csv",
+        *RECORDS,
+        *expected,
+        *(f"overlays/{name}" for name in expected),
+    }
     for name, (picture, inside) in expected.items():
         ids = mask_of(output, name)
         assert ids.shape == picture.shape
@@ -277,13 +283,25 @@ def test_infer_reads_dicom_files_of_any_name(
     assert main([str(trained_run), str(images), str(output), "--no-progress"]) == 0
     said = capsys.readouterr().out
     assert "(6 written)" in said
-    assert "passed over: 2 files, neither pictures nor DICOM, first DICOMDIR" in said
+    assert (
+        "passed over: 2 files, neither pictures nor DICOM, first DICOMDIR\n"
+        f"  listed in {output}/passed_over.csv\n"
+    ) in said
+    assert (output / "passed_over.csv").read_text().splitlines() == [
+        "file,reason",
+        "DICOMDIR,a file name of another kind of file",
+        "notes.txt,a file name of another kind of file",
+    ]
     masks = ["1.2.840.1", "1.2.840.2", "IM000001", "a", "b", "c"]
     assert sorted(path.name for path in output.glob("*.png")) == [f"{name}.png" for name in masks]
     found = {(output / f"{name}.png").read_bytes() for name in masks}
     assert len(found) == 1  # they are all of one picture
     assert main([str(trained_run), str(images), str(output), "--no-progress"]) == 0
     assert "0 written, 6 kept" in capsys.readouterr().out
+    for name in ("DICOMDIR", "notes.txt"):
+        (images / name).unlink()
+    assert main([str(trained_run), str(images), str(output), "--no-progress"]) == 0
+    assert not (output / "passed_over.csv").exists()
 
 
 def test_sort_images_finds_dicom_files_in_a_bucket(bucket_url: str) -> None:
@@ -705,6 +723,24 @@ def test_what_is_there_already_is_never_written_again(
     result = infer(*arguments)
     assert (result.num_written, result.num_kept, result.unreadable) == (1, 2, ())
     assert f"{faulty_bucket.url}/unreadable.csv is of an earlier call and stays" in caplog.text
+
+
+def test_the_list_of_passed_over_files_is_bounded(
+    faulty_bucket: FaultyBucket, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(faulty_bucket.url)
+    list_passed_over(store, [f"=scan-{index}" for index in range(MAX_PASSED_OVER + 5)])
+    rows = list(csv.reader(store.get("passed_over.csv").decode().splitlines()))
+    assert len(rows) == MAX_PASSED_OVER + 1
+    assert rows[1] == ["'=scan-0", "no ending of an image, and no DICM at byte 128"]
+    faulty_bucket.proxy.creates_only = True
+    list_passed_over(store, ["a"])
+    list_passed_over(store, [])
+    assert [text.partition("passed_over.csv is of an earlier call and stays, ")[2] for text in
+            caplog.messages] == [
+        "as these credentials may not replace objects",
+        "as these credentials may not delete; no file was passed over",
+    ]  # fmt: skip
 
 
 def inline_workers() -> Workers:
