@@ -42,7 +42,7 @@ from data_prep.phantoms.images import write_phantoms
 from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import UsageError
-from flexunet.settings import merged, validated
+from flexunet.settings import deep_merge, parse_settings
 from flexunet.storage import open_store
 from job.config import LossName, ModelConfig, TrainConfig
 from job.runs.checkpoints import find_checkpoints
@@ -440,7 +440,7 @@ def _session(
         # With the gradient alone in it, the first moment tells what the gradient was.
         "optimizer": {"clipvalue": None},
     }
-    config = validated(TrainConfig, merged(small, change), "benchmark")
+    config = parse_settings(TrainConfig, deep_merge(small, change), "benchmark")
     strategy = tf.distribute.OneDeviceStrategy(f"{device}:0")
     with open_trainer(
         TrainingSetup(config, data, None, strategy, ProcessGroup(strategy))

@@ -21,7 +21,7 @@ from data_prep.config import PrepConfig
 from data_prep.phantoms.images import write_phantoms
 from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
-from flexunet.settings import merged, validated
+from flexunet.settings import deep_merge, parse_settings
 from job.config import TrainConfig
 from job.data.dataset import open_dataset
 from job.distributed.process_group import ProcessGroup
@@ -77,7 +77,7 @@ def trained(data: str, num_steps: int, seed: int, arm: dict[str, Any]) -> float:
         "schedule": {"early_stopping_patience": 0},
         "augmentation": {"enabled": True, "shrink_probability": 0.0},
     }
-    config = validated(TrainConfig, merged(budget, arm), "benchmark")
+    config = parse_settings(TrainConfig, deep_merge(budget, arm), "benchmark")
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     setup = TrainingSetup(config, dataset, None, strategy, ProcessGroup(strategy, None))
     with open_trainer(setup) as trainer:

@@ -31,7 +31,7 @@ def end(self, event):
     if event["event"] == "step":
         os._exit(0)
 
-job.reporting.display.Display.report = end
+job.reporting.training_display.TrainingDisplay.report = end
 raise SystemExit(main(["train", *__import__("sys").argv[1:]]) or 1)
 """
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 
 from data_prep.config import MAX_LISTED, PrepConfig
 from data_prep.imaging.color_map import parse_color_map
-from data_prep.shards.items import EncodedSample
+from data_prep.shards.source_pairs import EncodedSample
 from data_prep.splits.leaks import classes_missing, find_leaks
 from data_prep.splits.names import SPLITS
 from data_prep.splits.split import assign_folds, assign_splits
 from flexunet.errors import ContentError, UsageError
-from flexunet.text import counted, listed
+from flexunet.text import join_truncated, pluralize
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def assign(samples: Sequence[EncodedSample], config: PrepConfig) -> Assignment:
         if not joined:
             raise
         raise UsageError(
-            f"{error} ({counted(len(joined), 'group')} joined with others, as they hold the same "
-            f"picture: {listed(joined, MAX_LISTED)})"
+            f"{error} ({pluralize(len(joined), 'group')} joined with others, as they hold the same "
+            f"picture: {join_truncated(joined, MAX_LISTED)})"
         ) from error
 
 
@@ -71,12 +71,12 @@ def _divided(
 
 
 def _tell_blank(samples: Sequence[EncodedSample]) -> None:
-    blank = {sample.picture: sample.filename for sample in samples if sample.is_blank}
+    blank = {sample.image_id: sample.filename for sample in samples if sample.is_blank}
     if blank:
         logger.warning(
             "%s blank (all pixels alike) and no evidence of which groups belong together: %s",
             "1 picture is" if len(blank) == 1 else f"{len(blank)} pictures are",
-            listed(list(blank.values()), MAX_LISTED),
+            join_truncated(list(blank.values()), MAX_LISTED),
         )
 
 
@@ -88,7 +88,7 @@ def _warn_of_small_splits(groups: Mapping[str, str], splits: Mapping[str, str]) 
                 "split %s has %s, so its figures say little: raise its part of --fractions, or "
                 "train with --folds",
                 name,
-                counted(num_groups, "group"),
+                pluralize(num_groups, "group"),
             )
 
 
@@ -125,7 +125,7 @@ def _joined_groups(samples: Sequence[EncodedSample]) -> tuple[dict[str, str], li
     for sample in samples:
         if sample.is_blank:
             continue
-        first = first_with.setdefault(sample.picture_sha256, sample.group)
+        first = first_with.setdefault(sample.image_sha256, sample.group)
         group, other = root(sample.group), root(first)
         if group != other:
             joined.append(f"{sample.group} with {first}")
@@ -135,16 +135,16 @@ def _joined_groups(samples: Sequence[EncodedSample]) -> tuple[dict[str, str], li
             "%s a picture of another group and %s joined with it: %s",
             "1 group holds" if len(joined) == 1 else f"{len(joined)} groups hold",
             "is" if len(joined) == 1 else "are",
-            listed(joined, MAX_LISTED),
+            join_truncated(joined, MAX_LISTED),
         )
     return {sample.id: root(sample.group) for sample in samples}, joined
 
 
 def _check_leaks(samples: Sequence[EncodedSample], config: PrepConfig) -> bool:
     """Returns whether the ready-made splits leak; that is an error unless it is allowed."""
-    pictures = {s.picture: s for s in samples}.values()
+    pictures = {s.image_id: s for s in samples}.values()
     leaks = find_leaks(
-        (s.picture, str(s.split), s.group, None if s.is_blank else s.picture_sha256)
+        (s.image_id, str(s.split), s.group, None if s.is_blank else s.image_sha256)
         for s in pictures
     )
     if leaks and not config.allow_leaks:

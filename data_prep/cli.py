@@ -11,16 +11,16 @@ from typing import Any
 
 import click
 
-from data_prep import report
+from data_prep import report_figures
 from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare_source
 from data_prep.shards.manifest import Manifest
 from data_prep.sources import inbreast
 from flexunet.cli.interrupts import quiet_interrupts
-from flexunet.cli.options import PATH, SettingsCommand, given, settings_options
+from flexunet.cli.options import PATH, SettingsCommand, explicit_options, settings_options
 from flexunet.cli.runner import run_command
 from flexunet.process_pool import OpenWorkers
-from flexunet.settings import merged, read_text, read_yaml, validated
+from flexunet.settings import deep_merge, parse_settings, read_text, read_yaml
 from flexunet.storage import ObjectStore, open_store
 
 _COUNTS_WIDTH = 84  # columns of a terminal
@@ -57,8 +57,8 @@ def read_config(config_file: str | None, options: dict[str, Any]) -> PrepConfig:
     if config_file:
         values = read_yaml(read_text(config_file, "--config"), config_file)
     where = f"prep options and {config_file}" if config_file else "prep options"
-    typed = given(options)
-    return validated(PrepConfig, merged(values, typed), where, typed=typed)
+    typed = explicit_options(options)
+    return parse_settings(PrepConfig, deep_merge(values, typed), where, typed=typed)
 
 
 def run(
@@ -91,7 +91,7 @@ def _print_summary(manifest: Manifest, url: str) -> None:
         table.add_row(name, *(str(number) for number in numbers), f"{size:.1f}")
     console = Console(soft_wrap=True)
     console.print(table)
-    console.print(f"report: {url}/{report.STATISTICS_NAME}", markup=False, highlight=False)
+    console.print(f"report: {url}/{report_figures.STATISTICS_NAME}", markup=False, highlight=False)
 
 
 def _print_counts(store: ObjectStore) -> None:

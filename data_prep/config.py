@@ -124,10 +124,13 @@ class PrepConfig(Settings):
         "pydicom",
         "What decodes DICOM files that are not compressed, to the same pixels; tfio: "
         "tensorflow-io, of the extra tfio.",
-        free=True,
+        not_identity=True,
     )
     num_processes: int | None = option(
-        None, "Processes that read and encode; 1: this one. Unset: one per CPU.", free=True, ge=1
+        None,
+        "Processes that read and encode; 1: this one. Unset: one per CPU.",
+        not_identity=True,
+        ge=1,
     )
 
     @model_validator(mode="before")
@@ -232,7 +235,7 @@ def identity_of(config: PrepConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     for name, field in PrepConfig.model_fields.items():
         extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("free"):
+        if isinstance(extra, dict) and extra.get("not_identity"):
             del values[name]
     if config.full_scale is None:
         del values["full_scale"]  # as before there was such an option

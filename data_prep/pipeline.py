@@ -9,14 +9,15 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
-from data_prep import report
+from data_prep import report_figures
 from data_prep.assignment import assign, warn_of_missing_classes
 from data_prep.config import MAX_LISTED, PrepConfig, identity_of
+from data_prep.format_choice import pixel_format_of, warn_of_clipped, warn_of_mixed
 from data_prep.imaging.color_map import parse_color_map
-from data_prep.intake import Intake, intake_of, source_digest, sources_of
+from data_prep.manifest_builder import Contents, build_manifest, warn_of_lost_regions
+from data_prep.prep_input import PrepInput, collect_input, source_digest, sources_of
 from data_prep.report_files import write_clipped, write_counts, write_report
 from data_prep.shards.encode import chunked, scan_chunk
-from data_prep.shards.items import EncodedSample, Item, Layout, RejectedPair, ScanTask
 from data_prep.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data_prep.shards.output import (
     STATE_PREFIX,
@@ -28,16 +29,15 @@ from data_prep.shards.output import (
 )
 from data_prep.shards.pair_reader import source_crcs
 from data_prep.shards.sample_table import samples_to_parquet
+from data_prep.shards.source_pairs import EncodedSample, Layout, RejectedPair, ScanTask, SourcePair
 from data_prep.shards.write import ShardTask, WrittenShard, plan_shards, sample_rows, write_shard
 from data_prep.sources.pairs import Source, folder_made_by
 from data_prep.splits.names import SPLITS
-from data_prep.stored_format import target_of, warn_of_clipped, warn_of_mixed
-from data_prep.summary import Contents, manifest_of, warn_of_vanished
 from flexunet.errors import ContentError, UsageError
 from flexunet.process_pool import OpenWorkers, Workers, available_cores, local_workers
 from flexunet.progress import Progress
 from flexunet.storage import ObjectStore, is_file, open_store, probe_writable
-from flexunet.text import counted, listed
+from flexunet.text import join_truncated, pluralize
 
 logger = logging.getLogger(__name__)
 
@@ -96,15 +96,15 @@ def prepare(
     store = open_store(output_url)
     if is_file(store):
         raise UsageError(f"{store.url}: is a file; give OUTPUT a folder, which prep makes")
-    intake = intake_of(sources, store, config, has_options=has_options)
+    prep_input = collect_input(sources, store, config, has_options=has_options)
     is_finished = store.stat(MANIFEST_NAME) is not None
     if not is_finished:
         # Beside what prep stages, with which it goes or stays.
-        probe_writable(store.below(STATE_PREFIX), may_stay=True)
-    with (open_workers or _processes(config, len(intake.items)))() as workers:
+        probe_writable(store.subpath(STATE_PREFIX), may_stay=True)
+    with (open_workers or _processes(config, len(prep_input.items)))() as workers:
         work = _Work(store, config, workers, progress)
-        manifest = _finished(work, intake) if is_finished else _prepare(work, intake)
-    warn_of_vanished(manifest)
+        manifest = _finished(work, prep_input) if is_finished else _prepare(work, prep_input)
+    warn_of_lost_regions(manifest)
     return manifest
 
 
@@ -133,46 +133,48 @@ class _Work:
     progress: bool
 
 
-def _prepare(work: _Work, intake: Intake) -> Manifest:
+def _prepare(work: _Work, prep_input: PrepInput) -> Manifest:
     config, store = work.config, work.store
-    results = _scan(work, intake.items)
+    results = _scan(work, prep_input.items)
     samples = [result for result in results if isinstance(result, EncodedSample)]
     bad = [(result.file, result.reason) for result in results if isinstance(result, RejectedPair)]
-    refused = [*intake.refused, *bad]
-    _check_usable(samples, refused, intake.wanted_splits)
+    refused = [*prep_input.refused, *bad]
+    _check_usable(samples, refused, prep_input.wanted_splits)
     assignment = assign(samples, config)
     warn_of_missing_classes(samples, assignment, config)
     samples = [dataclasses.replace(s, group=assignment.groups[s.id]) for s in samples]
-    target = target_of(samples, config)
-    above = warn_of_clipped(samples, target, config)
-    warn_of_mixed(samples, target, config)
+    pixel_format = pixel_format_of(samples, config)
+    above = warn_of_clipped(samples, pixel_format, config)
+    warn_of_mixed(samples, pixel_format, config)
     tasks = plan_shards(
         samples,
         assignment.splits,
-        target=target,
+        pixel_format=pixel_format,
         output_url=store.url,
         shard_size_mb=config.shard_size,
         seed=config.seed,
     )
-    source_sha256 = _digest_of_scanned(intake, results)
+    source_sha256 = _digest_of_scanned(prep_input, results)
     claim_output(store, {"options": identity_of(config), "source_sha256": source_sha256})
     shards = _write(work, tasks)
     rows = list(sample_rows(tasks, shards, assignment.folds))
     table = samples_to_parquet(rows)
-    contents = Contents(intake.name, target, samples, assignment, shards, table, source_sha256)
-    manifest = manifest_of(contents, config)
+    contents = Contents(
+        prep_input.name, pixel_format, samples, assignment, shards, table, source_sha256
+    )
+    manifest = build_manifest(contents, config)
     write_report(store, manifest, rows, refused)
     write_clipped(store, above)
     if config.format == "inbreast":
-        write_counts(store, samples, {item.id for item in intake.items if item.mask is None})
+        write_counts(store, samples, {item.id for item in prep_input.items if item.mask is None})
     commit(store, manifest, table)
     remove_state(store)
     if refused:
-        logger.warning("list of the files left out: %s/%s", store.url, report.REJECTS_NAME)
+        logger.warning("list of the files left out: %s/%s", store.url, report_figures.REJECTS_NAME)
     return manifest
 
 
-def _finished(work: _Work, intake: Intake) -> Manifest:
+def _finished(work: _Work, prep_input: PrepInput) -> Manifest:
     """Returns the manifest that is there, if it is of these options and files."""
     manifest, _ = read_manifest(work.store)
     # An option that an earlier version did not have was at its default.
@@ -180,9 +182,9 @@ def _finished(work: _Work, intake: Intake) -> Manifest:
     found = {"options": options, "source_sha256": manifest.source_sha256}
     plan = {"options": identity_of(work.config), "source_sha256": manifest.source_sha256}
     if found["options"] == plan["options"]:
-        items = intake.items
+        items = prep_input.items
         crcs = _run(work, source_crcs, items, "comparing", len(items), lambda _: 1)
-        plan["source_sha256"] = source_digest(items, crcs, intake.refused)
+        plan["source_sha256"] = source_digest(items, crcs, prep_input.refused)
     if found != plan:
         raise UsageError(
             f"{work.store.url}: holds a dataset already ({describe_difference(found, plan)})"
@@ -193,9 +195,13 @@ def _finished(work: _Work, intake: Intake) -> Manifest:
     return manifest
 
 
-def _digest_of_scanned(intake: Intake, results: Sequence[EncodedSample | RejectedPair]) -> str:
-    crcs = {result.picture: result.source_crcs for result in results}
-    return source_digest(intake.items, [crcs[item.id] for item in intake.items], intake.refused)
+def _digest_of_scanned(
+    prep_input: PrepInput, results: Sequence[EncodedSample | RejectedPair]
+) -> str:
+    crcs = {result.image_id: result.source_crcs for result in results}
+    return source_digest(
+        prep_input.items, [crcs[item.id] for item in prep_input.items], prep_input.refused
+    )
 
 
 def _check_usable(
@@ -214,21 +220,21 @@ def _check_usable(
         raise ContentError(f"none of {len(refused)} files is usable: {_named(refused)}")
     if refused:
         # Now, because what follows may fail, and rejects.csv comes with the dataset.
-        logger.warning("%s left out: %s", counted(len(refused), "file"), _named(refused))
+        logger.warning("%s left out: %s", pluralize(len(refused), "file"), _named(refused))
     _refuse_empty_splits(samples, wanted)
     _refuse_all_empty(samples)
 
 
 def _named(refused: Sequence[tuple[str, str]]) -> str:
     """Returns the first (file, reason) in words, and how many more there are."""
-    return listed([_worded(*each) for each in refused], MAX_LISTED)
+    return join_truncated([_worded(*each) for each in refused], MAX_LISTED)
 
 
 def _worded(file: str, reason: str) -> str:
     return reason if reason.startswith(file) else f"{file}: {reason}"
 
 
-def _scan(work: _Work, items: Sequence[Item]) -> list[EncodedSample | RejectedPair]:
+def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | RejectedPair]:
     config = work.config
     layout = Layout(
         height=config.height,
@@ -252,7 +258,7 @@ def _scan(work: _Work, items: Sequence[Item]) -> list[EncodedSample | RejectedPa
         for chunk in chunked(items, layout)
     ]
     try:
-        results = _run(work, scan_chunk, tasks, "encoding", len(items), _num_pictures)
+        results = _run(work, scan_chunk, tasks, "encoding", len(items), _num_images)
     except ContentError as error:
         raise ContentError(f"{error}; --skip-bad leaves such files out") from error
     return [result for chunk in results for result in chunk]
@@ -281,8 +287,8 @@ def _refuse_all_empty(samples: Sequence[EncodedSample]) -> None:
         any(s.pixels_per_class[1:]) or (s.regions is not None and any(s.regions.regions))
         for s in samples
     )
-    pictures = {s.picture: s for s in samples}.values()
-    others = [s.filename for s in pictures if s.off_map_pixels]
+    pictures = {s.image_id: s for s in samples}.values()
+    others = [s.filename for s in pictures if s.unmapped_pixels]
     if others and not has_foreground:
         raise ContentError(
             f"all {len(pictures)} masks would be read as empty, but {len(others)} of them have "
@@ -291,8 +297,8 @@ def _refuse_all_empty(samples: Sequence[EncodedSample]) -> None:
         )
 
 
-def _num_pictures(results: Sequence[EncodedSample | RejectedPair]) -> int:
-    return len({result.picture for result in results})
+def _num_images(results: Sequence[EncodedSample | RejectedPair]) -> int:
+    return len({result.image_id for result in results})
 
 
 def _write(work: _Work, tasks: Sequence[ShardTask]) -> list[WrittenShard]:

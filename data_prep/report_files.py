@@ -1,23 +1,23 @@
 """The files of `report/` beside a dataset, made of what was written.
 
-Owns which samples are shown and what is counted; how it is drawn is decided in `report.py`.
+Owns which samples are shown and what is counted; how it is drawn is decided in `report_figures.py`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from data_prep import report
+from data_prep import report_figures
 from data_prep.imaging.codecs import read_image, read_mask_pixels
-from data_prep.shards.items import EncodedSample
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.records import IMAGE_FEATURE, MASK_FEATURE, decode_example, unframe_record
+from data_prep.shards.source_pairs import EncodedSample
 from data_prep.sources import inbreast
 from data_prep.splits.names import SPLITS
 from flexunet.errors import ContentError
 from flexunet.storage import ObjectStore, put_if_changed
 from flexunet.tables import csv_table
 
-_PAIRS_PER_SHEET = 6
+_PAIRS_PER_CONTACT_SHEET = 6
 
 
 def write_report(
@@ -33,21 +33,25 @@ def write_report(
         refused: (file, reason) each.
     """
     # After a stop it may be there; the account may create and not replace.
-    put_if_changed(store, report.REJECTS_NAME, report.rejects_csv(sorted(refused)).encode())
-    statistics: dict[str, report.SplitStatistics] = {}
+    put_if_changed(
+        store, report_figures.REJECTS_NAME, report_figures.rejects_csv(sorted(refused)).encode()
+    )
+    statistics: dict[str, report_figures.SplitStatistics] = {}
     for name in SPLITS:
         members = [row for row in rows if row["split"] == name]
         if not members:
             continue
         counts = zip(*(row["pixels_per_class"] for row in members), strict=True)
         pixels = tuple(sum(column) for column in counts)
-        statistics[name] = report.SplitStatistics(len(members), pixels)
+        statistics[name] = report_figures.SplitStatistics(len(members), pixels)
         pairs = [_read_pair(store, row) for row in _shown(members)]
         title = f"{manifest.name}: {name}, {len(pairs)} of {len(members)} samples, foreground first"
-        sheet = report.sheet_png(pairs, manifest.classes, manifest.value_max, title)
-        put_if_changed(store, report.sheet_name(name), sheet)
-    plot = report.statistics_png(statistics, manifest.classes, manifest.name)
-    put_if_changed(store, report.STATISTICS_NAME, plot)
+        contact_sheet = report_figures.contact_sheet_png(
+            pairs, manifest.classes, manifest.value_max, title
+        )
+        put_if_changed(store, report_figures.contact_sheet_name(name), contact_sheet)
+    plot = report_figures.statistics_png(statistics, manifest.classes, manifest.name)
+    put_if_changed(store, report_figures.STATISTICS_NAME, plot)
 
 
 def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -56,14 +60,16 @@ def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     A sheet shows whether masks fit their pictures, and most tiles have nothing of it.
     """
     ordered = sorted(rows, key=lambda row: not any(row["pixels_per_class"][1:]))
-    return ordered[:_PAIRS_PER_SHEET]
+    return ordered[:_PAIRS_PER_CONTACT_SHEET]
 
 
 def write_clipped(store: ObjectStore, above: Sequence[tuple[EncodedSample, int]]) -> None:
     """Writes the pictures that have so many pixels above the full scale, unless there is none."""
     if above:
         lines = [(picture.filename, count, picture.max_value) for picture, count in above]
-        put_if_changed(store, report.CLIPPED_NAME, report.clipped_csv(lines).encode())
+        put_if_changed(
+            store, report_figures.CLIPPED_NAME, report_figures.clipped_csv(lines).encode()
+        )
 
 
 def write_counts(
@@ -74,14 +80,14 @@ def write_counts(
     Args:
         unannotated: ids of the pictures that came without an annotation file.
     """
-    findings = {sample.picture: sample.findings for sample in samples}
-    groups = {sample.picture: sample.group for sample in samples}
+    findings = {sample.image_id: sample.findings for sample in samples}
+    groups = {sample.image_id: sample.group for sample in samples}
     found = [picture for picture in findings if picture in unannotated]
     table = csv_table(inbreast.COUNTS_COLUMNS, inbreast.count_rows(findings, groups, found))
     put_if_changed(store, inbreast.COUNTS_NAME, table.encode())
 
 
-def _read_pair(store: ObjectStore, row: Mapping[str, Any]) -> report.Pair:
+def _read_pair(store: ObjectStore, row: Mapping[str, Any]) -> report_figures.PairPreview:
     """Returns a sample as a reader of the dataset would see it."""
     where = f"{store.url}/{row['shard']} at {row['offset']}"
     record = store.get(row["shard"], row["offset"], row["length"])
@@ -91,4 +97,4 @@ def _read_pair(store: ObjectStore, row: Mapping[str, Any]) -> report.Pair:
         raise ContentError(f"{where}: pictures are not bytes; prepare the dataset again")
     image_pixels = read_image(image, name=where, max_pixels=2**31)
     mask_pixels = read_mask_pixels(mask, name=where, max_pixels=2**31)
-    return report.Pair(str(row["id"]), image_pixels, mask_pixels)
+    return report_figures.PairPreview(str(row["id"]), image_pixels, mask_pixels)

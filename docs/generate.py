@@ -234,7 +234,9 @@ def _settings_tables(title: str, cls: Any, prefix: str = "") -> list[str]:
         if hasattr(field.annotation, "model_fields"):
             groups.append((name, field.annotation))
             continue
-        change = ("yes" if field.json_schema_extra["free"] else "no",) if has_identity else ()
+        change = (
+            ("yes" if field.json_schema_extra["not_identity"] else "no",) if has_identity else ()
+        )
         row = (_code(prefix + name), _values_of(field), _default_of(field))
         rows.append((*row, *change, _html(field.description or "")))
     change = ("may change",) if has_identity else ()

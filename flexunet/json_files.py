@@ -28,11 +28,6 @@ class _Stored(dict[str, Any]):
         )
 
 
-def evaluate_again(run: ObjectStore) -> str:
-    """Returns the remedy for an unreadable evaluation of `run`."""
-    return f"evaluate the run again: flexunet evaluate {run.url}"
-
-
 def read_json(store: ObjectStore, name: str, remedy: str) -> dict[str, Any] | None:
     """Returns the JSON object `name`, None if it does not exist.
 

@@ -3,7 +3,7 @@
 import os
 
 
-def expanded(path: str) -> str:
+def expand_home(path: str) -> str:
     """Returns `path` with a leading `~` or `~user` replaced by the home folder.
 
     A shell expands it only at the start of a word, and not in a config file.

@@ -23,8 +23,8 @@ from pydantic.config import JsonDict
 from pydantic_core import ErrorDetails
 
 from flexunet.errors import UsageError
-from flexunet.paths import expanded
-from flexunet.synonyms import proposed
+from flexunet.paths import expand_home
+from flexunet.synonyms import suggest_option
 
 S = TypeVar("S", bound="Settings")
 
@@ -53,12 +53,17 @@ class Settings(BaseModel):
         if not (isinstance(extra, dict) and extra.get("path")):
             return value
         if isinstance(value, list | tuple):
-            return [expanded(each) if isinstance(each, str) else each for each in value]
-        return expanded(value) if isinstance(value, str) else value
+            return [expand_home(each) if isinstance(each, str) else each for each in value]
+        return expand_home(value) if isinstance(value, str) else value
 
 
 def option(
-    default: Any, description: str, *, free: bool = False, path: bool = False, **constraints: Any
+    default: Any,
+    description: str,
+    *,
+    not_identity: bool = False,
+    path: bool = False,
+    **constraints: Any,
 ) -> Any:
     """Returns a settings field.
 
@@ -69,11 +74,11 @@ def option(
         path: the value is one or more paths or URLs; a leading `~` is the home folder.
         constraints: passed on to pydantic, such as `gt`, `le` and `pattern`.
     """
-    extra: JsonDict = {"free": free, "path": path}
+    extra: JsonDict = {"not_identity": not_identity, "path": path}
     return Field(default, description=description, json_schema_extra=extra, **constraints)
 
 
-def validated(
+def parse_settings(
     cls: type[S],
     values: Mapping[str, Any],
     where: str,
@@ -179,13 +184,13 @@ def write_yaml(settings: Settings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `base` updated with the values of `over`, nested groups included."""
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
-            result[key] = merged(below, value)
+            result[key] = deep_merge(below, value)
         else:
             result[key] = value
     return result
@@ -201,13 +206,13 @@ def remedy_for(cls: type[Settings], path: Sequence[str], arguments: Collection[s
     """Returns a remedy for the unknown key at `path`: the right key, or advice.
 
     Args:
-        arguments: names of the command's arguments, as in `flexunet.synonyms.proposed`.
+        arguments: names of the command's arguments, as in `flexunet.synonyms.suggest_option`.
     """
     elsewhere = [known for known in _keys_of(cls) if known.rpartition(".")[2] == path[-1]]
     if elsewhere:
         return f"did you mean {elsewhere[0]!r}?"
     keys = {flag_of(each.split(".")): each for each in _keys_of(cls)}
-    remedy = proposed(path[-1], keys, arguments)
+    remedy = suggest_option(path[-1], keys, arguments)
     if remedy is not None:
         for flag, key in keys.items():
             remedy = remedy.replace(f"{flag!r}", f"{key!r}")

@@ -112,7 +112,9 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
 SYNONYMS = {name: found for names, found in _TABLE for name in names.split()}
 
 
-def proposed(name: str, options: Collection[str], arguments: Collection[str] = ()) -> str | None:
+def suggest_option(
+    name: str, options: Collection[str], arguments: Collection[str] = ()
+) -> str | None:
     """Returns a suggestion for an option name of another program, None if the name is unknown.
 
     Args:

@@ -4,12 +4,12 @@ import unicodedata
 from collections.abc import Sequence
 
 
-def counted(number: float, noun: str) -> str:
+def pluralize(number: float, noun: str) -> str:
     """Returns a number with its noun: `1 group`, `2 groups`, `0.5 CPUs`."""
     return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
 
-def listed(texts: Sequence[str], most: int, *, separator: str = "; ") -> str:
+def join_truncated(texts: Sequence[str], most: int, *, separator: str = "; ") -> str:
     """Joins the first `most` of `texts` and adds the number of the rest."""
     more = len(texts) - most
     shown = [*texts[:most], *([f"and {more} more"] if more > 0 else [])]

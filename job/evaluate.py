@@ -12,7 +12,7 @@ from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.cli.options import PATH, SettingsCommand, from_options, settings_options
 from flexunet.cli.runner import run_command
 from job.evaluation.pipeline import EvaluateConfig, evaluate
-from job.reporting.terminal import show_summary
+from job.reporting.summary_tables import show_summary
 
 
 @click.command(cls=SettingsCommand)

@@ -13,7 +13,7 @@ from flexunet.cli.options import PATH, SettingsCommand, from_options, settings_o
 from flexunet.cli.runner import run_command
 from flexunet.errors import ContentError
 from flexunet.storage import join_url
-from flexunet.text import counted, legible
+from flexunet.text import legible, pluralize
 from job.inference.inputs import OVERLAYS_FOLDER
 from job.inference.options import InferConfig
 from job.inference.outputs import PASSED_OVER_NAME, UNREADABLE_NAME
@@ -54,12 +54,12 @@ def show_result(result: InferResult, config: InferConfig) -> None:
     if config.overlays:
         click.echo(f"overlays: {join_url(result.output_url, OVERLAYS_FOLDER)}")
     if result.passed_over:
-        files = counted(len(result.passed_over), "file")
+        files = pluralize(len(result.passed_over), "file")
         first = legible(result.passed_over[0])
         click.echo(f"passed over: {files}, neither pictures nor DICOM, first {first}")
         click.echo(f"  listed in {join_url(result.output_url, PASSED_OVER_NAME)}")
     if result.gone:
-        masks = counted(len(result.gone), "mask")
+        masks = pluralize(len(result.gone), "mask")
         click.echo(f"no image: {masks} of images that are gone, first {legible(result.gone[0])}")
     if result.unreadable:
         raise ContentError(

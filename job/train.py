@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from flexunet.cli.options import PATH, SettingsCommand, given, settings_options
+from flexunet.cli.options import PATH, SettingsCommand, explicit_options, settings_options
 from flexunet.cli.runner import run_command
 from flexunet.errors import UsageError
 from flexunet.storage import join_url, open_store
@@ -17,7 +17,7 @@ from job.data.folds import is_cross_validation
 from job.distributed.rendezvous import ProcessSpec, process_spec_from_environment
 from job.reporting.fold_tables import show_folds
 from job.reporting.html_report import REPORT_NAME, read_summary, write_report
-from job.reporting.terminal import show_summary
+from job.reporting.summary_tables import show_summary
 from job.runs.layout import run_url
 from job.training.cross_validation import cross_validate, separate_process
 from job.training.options import resolve_config
@@ -64,7 +64,7 @@ def command(
         )
     flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
     prep_options = {name: True for name, is_given in flags.items() if is_given}
-    config = resolve_config(given(options), file, prep_options)
+    config = resolve_config(explicit_options(options), file, prep_options)
     if is_cross_validation(config):
         return _cross_validate(config, spec)
     outcome = run_in_cluster(config, spec) if spec else run_local(config)

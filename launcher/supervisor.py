@@ -13,13 +13,13 @@ from typing import Any
 
 from flexunet.errors import FlexUNetError, StoppedError, UsageError
 from flexunet.storage import join_url, open_store
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.config import TrainConfig
 from job.data.folds import open_folded
 from job.distributed.watchdog import STACKS_FOLDER
 from job.models.compatibility import check_compatible
-from job.reporting.display import Display
 from job.reporting.html_report import renew_report
+from job.reporting.training_display import TrainingDisplay
 from job.runs.checkpoints import find_checkpoints
 from job.runs.layout import run_url
 from job.runs.provenance import check_origin
@@ -57,7 +57,7 @@ def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
     from job.distributed.strategy import check_batch
 
     launch_id = uuid.uuid4().hex
-    with stop_signals() as should_stop, Display(config) as display, ExitStack() as stack:
+    with stop_signals() as should_stop, TrainingDisplay(config) as display, ExitStack() as stack:
 
         def check_stop() -> None:
             if should_stop():
@@ -125,12 +125,12 @@ class _RetryPolicy:
         limit = self._settings.max_preemptions
         if limit is not None and self._num_preemptions > limit:
             raise StoppedError(
-                f"{counted(self._num_preemptions, 'preempted node')}, more than "
+                f"{pluralize(self._num_preemptions, 'preempted node')}, more than "
                 f"--max-preemptions={limit}; {error}"
             )
         if self._num_failures > self._settings.max_failures:
             raise FlexUNetError(
-                f"{counted(self._num_failures, 'failure')} without a new checkpoint, more than "
+                f"{pluralize(self._num_failures, 'failure')} without a new checkpoint, more than "
                 f"--max-failures={self._settings.max_failures}; the last: {error}"
             )
         # Back off: an immediate failure is likely to repeat.
@@ -200,7 +200,7 @@ def _sized(config: TrainConfig, settings: LaunchConfig) -> LaunchConfig:
     if num_gpus and not settings.gpus_per_worker:
         logger.warning(
             "training on CPUs although the cluster has %s; to use GPUs, give --gpus-per-worker",
-            counted(num_gpus, "GPU"),
+            pluralize(num_gpus, "GPU"),
         )
     per_worker = settings.per_worker
     if not settings.wait_for_nodes:
@@ -214,7 +214,7 @@ def _log_plan(settings: LaunchConfig) -> None:
     per_worker = settings.per_worker
     logger.info(
         "starting %s with %s each; the cluster has %s",
-        counted(settings.num_workers, "worker"),
+        pluralize(settings.num_workers, "worker"),
         per_worker,
         described_resources(),
     )

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexunet.errors import FlexUNetError, StoppedError, error_of
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.config import TrainConfig
-from job.reporting.display import Display
+from job.reporting.training_display import TrainingDisplay
 from launcher.channel import RunCoordinator
 from launcher.cluster.resources import described_resources
 from launcher.config import LaunchConfig
@@ -63,7 +63,7 @@ def run_group(
     settings: LaunchConfig,
     launch_id: str,
     should_stop: Callable[[], bool],
-    display: Display,
+    display: TrainingDisplay,
 ) -> WorkerGroup:
     """Starts workers and follows them until all have ended."""
     import ray
@@ -100,7 +100,7 @@ def run_group(
     return group
 
 
-def _look(group: WorkerGroup, display: Display) -> None:
+def _look(group: WorkerGroup, display: TrainingDisplay) -> None:
     import ray
 
     events, group.nodes, group.ends = ray.get(group.coordinator.take.remote())
@@ -127,7 +127,7 @@ def stopped_at_start() -> StoppedError:
 def _not_started(group: WorkerGroup, settings: LaunchConfig) -> "NotStartedError":
     missing = [str(rank) for rank in range(settings.num_workers) if rank not in group.nodes]
     return NotStartedError(
-        f"rank {', '.join(missing)} of {counted(settings.num_workers, 'worker')} did not start "
+        f"rank {', '.join(missing)} of {pluralize(settings.num_workers, 'worker')} did not start "
         f"within {settings.join_timeout:g} s (--join-timeout); each needs {settings.per_worker}, "
         f"the cluster has {described_resources()}"
     )

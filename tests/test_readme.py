@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import click
 import pytest
 
-from flexunet.settings import read_yaml, validated
+from flexunet.settings import parse_settings, read_yaml
 from job.config import TrainConfig
 from launcher.commands.launch import COMMANDS as LAUNCH_COMMANDS
 from launcher.commands.root import COMMANDS
@@ -124,7 +124,7 @@ def parse(command: click.Command, arguments: list[str]) -> None:
     context = command.make_context("command", arguments)
     file = context.params.get("file")
     if file is not None and (ROOT / file).is_file():
-        validated(TrainConfig, read_yaml((ROOT / file).read_text(), file), file)
+        parse_settings(TrainConfig, read_yaml((ROOT / file).read_text(), file), file)
 
 
 def own_options() -> set[str]:

@@ -21,12 +21,12 @@ class RegionCounts:
     """
 
     regions: tuple[int, ...]
-    vanished: tuple[int, ...]
+    lost: tuple[int, ...]
 
     @property
     def is_emptied(self) -> bool:
         """Whether the source has foreground and the stored mask has none."""
-        return any(self.regions) and self.regions == self.vanished
+        return any(self.regions) and self.regions == self.lost
 
 
 def count_regions(mask: np.ndarray, geometry: Geometry, num_classes: int) -> RegionCounts | None:
@@ -44,10 +44,10 @@ def count_regions(mask: np.ndarray, geometry: Geometry, num_classes: int) -> Reg
     rows = rows[(rows >= top) & (rows < top + height)] - top
     columns = columns[(columns >= left) & (columns < left + width)] - left
     box = mask[top : top + height, left : left + width]
-    regions, vanished = [0] * num_classes, [0] * num_classes
+    regions, lost = [0] * num_classes, [0] * num_classes
     for class_id in range(1, num_classes if box.size else 0):
         count, labels = cv2.connectedComponents((box == class_id).view(np.uint8), connectivity=8)
         kept = np.bincount(labels[np.ix_(rows, columns)].reshape(-1), minlength=count)
         regions[class_id] = count - 1
-        vanished[class_id] = int(np.count_nonzero(kept[1:] == 0))
-    return RegionCounts(tuple(regions), tuple(vanished))
+        lost[class_id] = int(np.count_nonzero(kept[1:] == 0))
+    return RegionCounts(tuple(regions), tuple(lost))

@@ -72,13 +72,13 @@ def to_class_ids(
         reading = _read_colors(pixels, np.array(colors), np.array(ids))
     else:
         reading = _read_grey(plane, np.array(colors), np.array(ids))
-    off_map = int(reading.off_counts.sum())
+    unmapped = int(reading.off_counts.sum())
     commonest = np.argsort(-reading.off_counts, kind="stable")[:_NUM_COLORS_NAMED]
     named = [_as_color(color) for color in reading.off_colors[commonest]]
-    if off_map and _is_empty(reading.ids, ignore_id):
-        is_solid = 2 * _num_solid(pixels, colors) > off_map
+    if unmapped and _is_empty(reading.ids, ignore_id):
+        is_solid = 2 * _num_solid(pixels, colors) > unmapped
         _refuse_unexplained(reading, classes, named, name=name, is_solid=is_solid)
-    return reading.ids, off_map, named
+    return reading.ids, unmapped, named
 
 
 def to_colors(class_ids: npt.NDArray[Any], classes: Sequence[ClassColor]) -> Pixels:

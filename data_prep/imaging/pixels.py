@@ -38,7 +38,7 @@ def to_rgb(image: Pixels) -> Pixels:
 
 
 @dataclass(frozen=True)
-class Target:
+class PixelFormat:
     """What every stored picture has in common."""
 
     channels: Literal[1, 3]
@@ -46,8 +46,8 @@ class Target:
     value_max: int
 
 
-def convert(image: Pixels, target: Target, *, value_max: int | None = None) -> Pixels:
-    """Returns `image`, (H, W, C), in the channels, bit depth and full scale of `target`.
+def convert(image: Pixels, pixel_format: PixelFormat, *, value_max: int | None = None) -> Pixels:
+    """Returns `image`, (H, W, C), in the channels, bit depth and full scale of `pixel_format`.
 
     Values above the full scale become that.
 
@@ -55,15 +55,15 @@ def convert(image: Pixels, target: Target, *, value_max: int | None = None) -> P
         value_max: raw value of full intensity in `image`, which becomes the dataset's. None: 255
             of 8 bits, and of 16 bits what it is in the dataset.
     """
-    if target.channels == 3:
+    if pixel_format.channels == 3:
         image = to_rgb(image)
-    dtype = np.uint8 if target.bit_depth == 8 else np.uint16
+    dtype = np.uint8 if pixel_format.bit_depth == 8 else np.uint16
     if value_max is None:
-        value_max = 255 if image.dtype == np.uint8 else target.value_max
+        value_max = 255 if image.dtype == np.uint8 else pixel_format.value_max
     if value_max < np.iinfo(image.dtype).max:
         image = np.minimum(image, image.dtype.type(value_max))
-    if value_max != target.value_max:
+    if value_max != pixel_format.value_max:
         # 65535**2 and the half of 65535 fit into 32 bits.
-        scaled = image.astype(np.uint32) * target.value_max
+        scaled = image.astype(np.uint32) * pixel_format.value_max
         image = (scaled + value_max // 2) // value_max
     return image.astype(dtype, copy=False)

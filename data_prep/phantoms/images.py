@@ -53,7 +53,7 @@ class View:
         marks: some places of the tissue, x, y as fractions of the size.
     """
 
-    picture: Plane
+    image: Plane
     mask: Flags
     outlines: tuple[npt.NDArray[np.float64], ...]
     marks: tuple[tuple[float, float], ...]
@@ -79,11 +79,11 @@ def make_phantom(
     rng = np.random.default_rng([seed, 1, index])
     is_oblique = bool(rng.random() < 0.6)
     view = draw_view(body, rng, size, is_oblique=is_oblique)
-    picture, mask = view.picture, view.mask
+    image, mask = view.image, view.mask
     is_right = bool(rng.random() < 0.5)
     if is_right:
-        picture, mask = picture[:, ::-1], mask[:, ::-1]
-    pixels = np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+        image, mask = image[:, ::-1], mask[:, ::-1]
+    pixels = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
     _stamp_label(pixels, is_right=is_right, is_oblique=is_oblique)
     return pixels, mask.astype(np.uint8)
 
@@ -110,17 +110,17 @@ def draw_view(
     if size < MIN_SIZE:
         raise ValueError(f"size {size} is too small for a phantom; give at least {MIN_SIZE}")
     canvas = _draw_breast(body, size, is_oblique)
-    picture = _tissue(rng, canvas, is_oblique)
+    image = _tissue(rng, canvas, is_oblique)
     mask = np.zeros((size, size), bool)
     outlines = []
-    picture = _add_distractors(rng, picture, canvas)
+    image = _add_distractors(rng, image, canvas)
     for _ in range(_num_lesions(rng) if num_masses is None else num_masses):
-        picture, lesion, outline = _add_lesion(rng, picture, canvas)
+        image, lesion, outline = _add_lesion(rng, image, canvas)
         mask |= lesion
         outlines.append(outline)
-    picture = _develop(rng, picture, canvas)
+    image = _develop(rng, image, canvas)
     marks = [_place(rng, canvas, 0.04)[::-1] for _ in range(num_marks)]
-    return View(picture, mask, tuple(outlines), tuple(marks))
+    return View(image, mask, tuple(outlines), tuple(marks))
 
 
 def write_phantoms(
@@ -222,27 +222,27 @@ def _tissue(rng: np.random.Generator, canvas: _Canvas, is_oblique: bool) -> Plan
     fat += 0.016 * _noise(rng, size, 9, octaves=4)
     glandular = canvas.glands * (0.03 + 0.4 * canvas.strands)
     skin = 0.1 * np.exp(-(((canvas.depth - 0.006) / 0.005) ** 2))
-    picture = fat + glandular + 0.09 * canvas.strands + skin
+    image = fat + glandular + 0.09 * canvas.strands + skin
     if is_oblique:
         y, x = _grid(size)
         wide, high = rng.uniform(0.2, 0.34), rng.uniform(0.42, 0.75)
         edge = wide * (1 - y / high) + 0.03 * np.sin(3 * y + rng.uniform(0, 6)) - x
         muscle = 1 / (1 + np.exp(-np.clip(edge / 0.006, -30, 30)))
-        picture += muscle * (rng.uniform(0.14, 0.24) + 0.02 * _noise(rng, size, 6, octaves=3))
-    return np.where(canvas.breast, np.maximum(picture, 0.05), 0).astype(np.float32)
+        image += muscle * (rng.uniform(0.14, 0.24) + 0.02 * _noise(rng, size, 6, octaves=3))
+    return np.where(canvas.breast, np.maximum(image, 0.05), 0).astype(np.float32)
 
 
-def _add_distractors(rng: np.random.Generator, picture: Plane, canvas: _Canvas) -> Plane:
+def _add_distractors(rng: np.random.Generator, image: Plane, canvas: _Canvas) -> Plane:
     """Returns the picture with glandular islands, vessels and calcifications: none is a mass."""
     import cv2
 
-    size = len(picture)
+    size = len(image)
     y, x = _grid(size)
     for _ in range(rng.integers(1, 5)):
         row, column = _place(rng, canvas, 0.05)
         high, wide = rng.uniform(0.02, 0.05), rng.uniform(0.04, 0.1)
         island = np.exp(-(((y - row) / high) ** 2) - ((x - column) / wide) ** 2)
-        picture = picture + rng.uniform(0.08, 0.2) * island * (0.3 + canvas.strands)
+        image = image + rng.uniform(0.08, 0.2) * island * (0.3 + canvas.strands)
     vessels = np.zeros((size, size), np.float32)
     for _ in range(rng.integers(2, 6)):
         row, slope, bend = rng.uniform(0.2, 0.85), rng.uniform(-0.5, 0.5), rng.uniform(-0.6, 0.6)
@@ -251,15 +251,15 @@ def _add_distractors(rng: np.random.Generator, picture: Plane, canvas: _Canvas) 
         points = np.stack([along, row + slope * along + bend * along**2 + wave], axis=1) * size
         width = max(1, round(size * rng.uniform(0.003, 0.007)))
         cv2.polylines(vessels, [points.astype(np.int32)], False, rng.uniform(0.06, 0.14), width)
-    picture = picture + cv2.GaussianBlur(vessels, (0, 0), size / 400)
+    image = image + cv2.GaussianBlur(vessels, (0, 0), size / 400)
     dots = np.zeros((size, size), np.float32)
     row, column = _place(rng, canvas, 0.05)
     for _ in range(rng.integers(0, 16)):
         centre = np.array([column, row]) + rng.normal(0, 0.03, 2)
         at = (int(centre[0] * size), int(centre[1] * size))
         cv2.circle(dots, at, round(size * rng.uniform(0, 0.004)), rng.uniform(0.15, 0.45), -1)
-    picture = picture + cv2.GaussianBlur(dots, (0, 0), size / 700)
-    return np.where(canvas.breast, picture, 0).astype(np.float32)
+    image = image + cv2.GaussianBlur(dots, (0, 0), size / 700)
+    return np.where(canvas.breast, image, 0).astype(np.float32)
 
 
 def _place(rng: np.random.Generator, canvas: _Canvas, margin: float) -> tuple[float, float]:
@@ -273,7 +273,7 @@ def _place(rng: np.random.Generator, canvas: _Canvas, margin: float) -> tuple[fl
 
 
 def _add_lesion(
-    rng: np.random.Generator, picture: Plane, canvas: _Canvas
+    rng: np.random.Generator, image: Plane, canvas: _Canvas
 ) -> tuple[Plane, Flags, npt.NDArray[np.float64]]:
     """Returns the picture with one mass, the pixels of the mass, and its outline as in `View`.
 
@@ -281,7 +281,7 @@ def _add_lesion(
     """
     import cv2
 
-    size = len(picture)
+    size = len(image)
     y, x = _grid(size)
     diameter = rng.uniform(0.03, 0.06) if rng.random() < _SMALL else rng.uniform(0.065, 0.12)
     radius = diameter / 2
@@ -296,7 +296,7 @@ def _add_lesion(
     contrast = rng.uniform(0.16, 0.22) if is_faint else rng.uniform(0.26, 0.42)
     soft = 1 / (1 + np.exp(np.clip((distance - outline) / (0.08 * radius + 0.001), -30, 30)))
     texture = 0.85 + 0.1 * _noise(rng, size, 24, octaves=2) + 0.25 * (1 - distance / outline)
-    picture = picture + contrast * soft * np.clip(texture, 0.5, 1.3)
+    image = image + contrast * soft * np.clip(texture, 0.5, 1.3)
     rays = np.zeros((size, size), np.float32)
     for _ in range(rng.integers(6, 20) if rng.random() < 0.5 else 0):
         direction, length = rng.uniform(0, 2 * np.pi), radius * rng.uniform(1.2, 2.2)
@@ -304,8 +304,8 @@ def _add_lesion(
         ends = [(int(u * size), int(v * size)) for u, v in ((column, row), tip)]
         cv2.line(rays, ends[0], ends[1], 0.4 * contrast, max(1, size // 256))
     rays = cv2.GaussianBlur(rays, (0, 0), size / 400) * np.exp(-distance / (1.2 * radius))
-    picture = np.where(canvas.breast, picture + rays * (1 - soft), 0)
-    return picture.astype(np.float32), distance < outline, points
+    image = np.where(canvas.breast, image + rays * (1 - soft), 0)
+    return image.astype(np.float32), distance < outline, points
 
 
 def _lobed(angle: npt.NDArray[Any], lobes: Sequence[tuple[int, float, float]]) -> npt.NDArray[Any]:
@@ -316,12 +316,12 @@ def _lobed(angle: npt.NDArray[Any], lobes: Sequence[tuple[int, float, float]]) -
     return np.clip(outline, 0.55, 1.5)
 
 
-def _develop(rng: np.random.Generator, picture: Plane, canvas: _Canvas) -> Plane:
+def _develop(rng: np.random.Generator, image: Plane, canvas: _Canvas) -> Plane:
     """Returns the picture with the exposure, blur and grain of a detector."""
     import cv2
 
-    size = len(picture)
-    exposed = np.clip(picture, 0, 1.2) ** rng.uniform(0.85, 1.2) * rng.uniform(0.9, 1.25)
+    size = len(image)
+    exposed = np.clip(image, 0, 1.2) ** rng.uniform(0.85, 1.2) * rng.uniform(0.9, 1.25)
     # Bright values saturate gently instead of at a level.
     exposed = np.where(exposed > 0.7, 0.7 + 0.3 * np.tanh((exposed - 0.7) / 0.3), exposed)
     blurred = cv2.GaussianBlur(exposed.astype(np.float32), (0, 0), size / 900)

@@ -78,7 +78,7 @@ def write_release(folder: str, num_patients: int, size: int, seed: int) -> int:
             if stat.name not in ours:
                 raise UsageError(f"{store.url}/{stat.name} is in the way; choose another folder")
     for plan in plans:
-        pixels, bits, rois = draw_picture(plan, size, seed)
+        pixels, bits, rois = draw_image(plan, size, seed)
         spacing_mm = _SPACING_MM * _ROWS / size
         data = dicom_bytes(pixels, bits, spacing_mm=spacing_mm, key=names[plan.index])
         store.put(f"AllDICOMs/{names[plan.index]}.dcm", data)
@@ -150,7 +150,7 @@ def annotation_bytes(rois: Sequence[tuple[str, Points]]) -> bytes:
     return plistlib.dumps({"Images": [image]}, fmt=plistlib.FMT_XML)
 
 
-def draw_picture(
+def draw_image(
     plan: _Plan, size: int, seed: int
 ) -> tuple[npt.NDArray[np.uint16], int, list[tuple[str, Points]]]:
     """Returns pixels (H, W), the bits in use, and annotations (name, points) of one picture."""
@@ -169,7 +169,7 @@ def draw_picture(
         num_marks=_NUM_MARKS,
     )
     # The picture is higher than wide: what is cut off is empty.
-    pixels = np.round(np.clip(view.picture[:, :columns], 0, 1) * (2**bits - 1)).astype(np.uint16)
+    pixels = np.round(np.clip(view.image[:, :columns], 0, 1) * (2**bits - 1)).astype(np.uint16)
     rois = [(name, points * rows - 0.5) for name, points in _annotations(plan.index, view)]
     if plan.side == "R":
         pixels = np.ascontiguousarray(pixels[:, ::-1])

@@ -15,10 +15,17 @@ from data_prep.imaging.breast import frame
 from data_prep.imaging.geometry import Geometry, apply_geometry
 from data_prep.imaging.lost_regions import count_regions
 from data_prep.imaging.tiles import count, cut
-from data_prep.shards.items import EncodedSample, Item, Layout, Moments, RejectedPair, ScanTask
 from data_prep.shards.pair_reader import ReadPair, crcs_of, read_files, read_pair
 from data_prep.shards.pixel_format import full_scales
 from data_prep.shards.records import Sample, encode_example, frame_record, sha256_of_pixels
+from data_prep.shards.source_pairs import (
+    EncodedSample,
+    Layout,
+    Moments,
+    RejectedPair,
+    ScanTask,
+    SourcePair,
+)
 from data_prep.shards.staging import Parts, read_index, staged_name, store_at
 from flexunet.errors import ContentError
 
@@ -28,7 +35,7 @@ _MAX_BYTES = 64 * 2**20  # of a chunk whose PNGs do not compress at all
 _EXACT_PIXELS = 2**17  # of 65535**2 each
 
 
-def chunked(items: Sequence[Item], layout: Layout) -> Iterator[tuple[Item, ...]]:
+def chunked(items: Sequence[SourcePair], layout: Layout) -> Iterator[tuple[SourcePair, ...]]:
     """Yields `items` in chunks small enough for memory and many enough for all processes.
 
     The cut depends on nothing but the input, so that a restart finds what was staged before.
@@ -84,7 +91,7 @@ def moments_of(image: np.ndarray) -> Moments:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Picture:
+class _FramedImage:
     """One pair as it was read, and what all samples that are cut from it have in common.
 
     Attributes:
@@ -94,7 +101,7 @@ class _Picture:
         max_value, num_above, source_crcs: as in `EncodedSample`.
     """
 
-    item: Item
+    item: SourcePair
     read: ReadPair
     whole: Geometry
     cut_sha256: str | None
@@ -104,7 +111,9 @@ class _Picture:
     source_crcs: tuple[int, int]
 
 
-def _scan_item(item: Item, task: ScanTask) -> Iterator[tuple[EncodedSample | RejectedPair, bytes]]:
+def _scan_item(
+    item: SourcePair, task: ScanTask
+) -> Iterator[tuple[EncodedSample | RejectedPair, bytes]]:
     """Yields what is known about each sample of a pair, and its record, which has no place yet."""
     layout = task.layout
     data = read_files(item)
@@ -117,27 +126,27 @@ def _scan_item(item: Item, task: ScanTask) -> Iterator[tuple[EncodedSample | Rej
             raise
         yield _refused(item, str(error), crcs), b""
         return
-    picture = _picture_of(item, layout, read, whole, crcs)
-    for sample in _samples(picture, layout):
+    framed = _frame_image(item, layout, read, whole, crcs)
+    for sample in _samples(framed, layout):
         record = frame_record(encode_example(sample))
-        yield _scanned(picture, layout, sample, len(record)), record
+        yield _scanned(framed, layout, sample, len(record)), record
 
 
-def _refused(item: Item, reason: str, crcs: tuple[int, int]) -> RejectedPair:
+def _refused(item: SourcePair, reason: str, crcs: tuple[int, int]) -> RejectedPair:
     is_mask = item.mask is not None and reason.startswith(item.mask.label)
     at_fault = item.mask if item.mask is not None and is_mask else item.image
     return RejectedPair(item.id, at_fault.label, reason, crcs)
 
 
-def _picture_of(
-    item: Item, layout: Layout, read: ReadPair, whole: Geometry, crcs: tuple[int, int]
-) -> _Picture:
+def _frame_image(
+    item: SourcePair, layout: Layout, read: ReadPair, whole: Geometry, crcs: tuple[int, int]
+) -> _FramedImage:
     sha256, is_blank = None, False
     if layout.geometry == "tile":
         # Of the picture: tiles of film without tissue are alike in strangers.
         pixels = apply_geometry(read.image, whole, whole.height, whole.width, nearest=False)
         sha256, is_blank = sha256_of_pixels(pixels), _is_blank(pixels)
-    return _Picture(
+    return _FramedImage(
         item=item,
         read=read,
         whole=whole,
@@ -149,17 +158,17 @@ def _picture_of(
     )
 
 
-def _scanned(picture: _Picture, layout: Layout, sample: Sample, num_bytes: int) -> EncodedSample:
+def _scanned(framed: _FramedImage, layout: Layout, sample: Sample, num_bytes: int) -> EncodedSample:
     """Returns the facts of a sample whose record has `num_bytes` and no place yet."""
-    item, read = picture.item, picture.read
+    item, read = framed.item, framed.read
     image, mask = sample.image, sample.mask
-    if picture.cut_sha256 is None:
-        is_blank = _is_blank(_without_border(image, picture.whole))
+    if framed.cut_sha256 is None:
+        is_blank = _is_blank(_without_border(image, framed.whole))
     else:
-        is_blank = picture.cut_is_blank
+        is_blank = framed.cut_is_blank
     return EncodedSample(
         id=sample.id,
-        picture=item.id,
+        image_id=item.id,
         group=item.group,
         filename=item.filename,
         split=item.split,
@@ -169,24 +178,24 @@ def _scanned(picture: _Picture, layout: Layout, sample: Sample, num_bytes: int) 
         length=num_bytes,
         channels=image.shape[2],
         bit_depth=image.dtype.itemsize * 8,
-        max_value=picture.max_value,
+        max_value=framed.max_value,
         geometry=sample.geometry,
         pixels_per_class=tuple(int(np.count_nonzero(mask == c.id)) for c in layout.classes),
-        off_map_pixels=sample.off_map_pixels,
+        unmapped_pixels=sample.unmapped_pixels,
         sha256=sample.pixel_sha256,
-        picture_sha256=picture.cut_sha256 or sample.pixel_sha256,
+        image_sha256=framed.cut_sha256 or sample.pixel_sha256,
         is_blank=is_blank,
         moments=moments_of(image),
         value_max=read.value_max,
-        num_above=picture.num_above,
+        num_above=framed.num_above,
         spacing_mm=read.spacing_mm,
         findings=read.findings,
         regions=count_regions(read.mask, sample.geometry, len(layout.classes)),
-        source_crcs=picture.source_crcs,
+        source_crcs=framed.source_crcs,
     )
 
 
-def _framed(item: Item, layout: Layout, read: ReadPair) -> Geometry:
+def _framed(item: SourcePair, layout: Layout, read: ReadPair) -> Geometry:
     """Returns how the picture is stored; where it is cut, before that."""
     geometry = frame(
         read.image,
@@ -202,7 +211,7 @@ def _framed(item: Item, layout: Layout, read: ReadPair) -> Geometry:
     return geometry
 
 
-def _refuse_many_tiles(item: Item, layout: Layout, whole: Geometry) -> None:
+def _refuse_many_tiles(item: SourcePair, layout: Layout, whole: Geometry) -> None:
     num_tiles = count(whole, layout.height, layout.width, layout.tile_overlap)
     if num_tiles > _MAX_TILES:
         raise ContentError(
@@ -232,19 +241,21 @@ def _without_border(image: np.ndarray, geometry: Geometry) -> np.ndarray:
     return image[rows, geometry.left : geometry.left + geometry.width]
 
 
-def _samples(picture: _Picture, layout: Layout) -> Iterator[Sample]:
+def _samples(framed: _FramedImage, layout: Layout) -> Iterator[Sample]:
     """Yields the samples as they are stored: the picture, or its tiles."""
-    item, whole = picture.item, picture.whole
+    item, whole = framed.item, framed.whole
     if layout.geometry != "tile":
-        yield _fitted_sample(picture, layout, whole, item.id)
+        yield _fitted_sample(framed, layout, whole, item.id)
         return
     for place, geometry in cut(whole, layout.height, layout.width, layout.tile_overlap):
         name = f"{item.id}_y{place.top}_x{place.left}"
-        yield _fitted_sample(picture, layout, geometry, name)
+        yield _fitted_sample(framed, layout, geometry, name)
 
 
-def _fitted_sample(picture: _Picture, layout: Layout, geometry: Geometry, sample_id: str) -> Sample:
-    item, read, size = picture.item, picture.read, (layout.height, layout.width)
+def _fitted_sample(
+    framed: _FramedImage, layout: Layout, geometry: Geometry, sample_id: str
+) -> Sample:
+    item, read, size = framed.item, framed.read, (layout.height, layout.width)
     image = apply_geometry(read.image, geometry, *size, nearest=False).reshape(*size, -1)
     return Sample(
         id=sample_id,
@@ -255,13 +266,13 @@ def _fitted_sample(picture: _Picture, layout: Layout, geometry: Geometry, sample
         geometry=geometry,
         spacing_mm=read.spacing_mm,
         pixel_sha256=sha256_of_pixels(image),
-        off_map_pixels=read.off_map_pixels,
-        picture=item.id if layout.geometry == "tile" else None,
+        unmapped_pixels=read.unmapped_pixels,
+        image_id=item.id if layout.geometry == "tile" else None,
     )
 
 
 def _refuse_lost_foreground(
-    item: Item, layout: Layout, mask: np.ndarray, geometry: Geometry
+    item: SourcePair, layout: Layout, mask: np.ndarray, geometry: Geometry
 ) -> None:
     """A crop that cuts the truth would make every prediction look better than it is."""
     box = geometry.part

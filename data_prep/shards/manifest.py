@@ -65,7 +65,7 @@ class FullScaleInfo(Settings):
     """Full scale of the 16-bit pictures that do not say it themselves.
 
     Attributes:
-        rule: "given" by --full-scale, or "found": see `full_scale.common_target`.
+        rule: "given" by --full-scale, or "found": see `full_scale.common_pixel_format`.
         lowest_max: largest value of the picture where that is lowest; blank ones do not count.
         highest: value in all of them.
         num_clipped_pictures: with pixels above the full scale; they became the full scale.

@@ -12,7 +12,14 @@ from typing import Any
 from data_prep.shards.manifest import MANIFEST_NAME, SHARD_PATTERN, Manifest
 from data_prep.shards.sample_table import SAMPLES_NAME
 from flexunet.errors import ContentError, UsageError
-from flexunet.storage import Forbidden, NotFound, ObjectStore, PreconditionFailed, holds, join_url
+from flexunet.storage import (
+    Forbidden,
+    NotFound,
+    ObjectStore,
+    PreconditionFailed,
+    content_matches,
+    join_url,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +115,7 @@ def _kept(store: ObjectStore, name: str, data: bytes) -> bool:
     stat = store.stat(name)
     if stat is None:
         return False
-    if not holds(store, stat, data):
+    if not content_matches(store, stat, data):
         raise ContentError(
             f"{store.url}/{name}: is not what this preparation writes (damaged, or of another "
             "preparation); delete it and run the same command, or choose another folder"

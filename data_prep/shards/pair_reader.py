@@ -14,7 +14,7 @@ from data_prep.imaging.codecs import read_image, read_mask_pixels
 from data_prep.imaging.dicom.reader import read_dicom
 from data_prep.imaging.masks import read_npz_mask, to_class_ids
 from data_prep.imaging.pixels import grey_channel, to_rgb
-from data_prep.shards.items import File, Item, Layout, ScanTask
+from data_prep.shards.source_pairs import File, Layout, ScanTask, SourcePair
 from data_prep.sources import inbreast
 from flexunet.errors import ContentError
 from flexunet.storage import ObjectStore, open_source
@@ -28,18 +28,18 @@ class ReadPair:
 
     image: np.ndarray
     mask: np.ndarray
-    off_map_pixels: int = 0
+    unmapped_pixels: int = 0
     value_max: int | None = None
     spacing_mm: tuple[float, float] | None = None
     findings: tuple[inbreast.Finding, ...] = ()
 
 
-def source_crcs(item: Item) -> tuple[int, int]:
+def source_crcs(item: SourcePair) -> tuple[int, int]:
     """Returns the CRC32C of the item's two files, as `scan_chunk` finds them."""
     return crcs_of(read_files(item))
 
 
-def read_files(item: Item) -> tuple[bytes, bytes | None]:
+def read_files(item: SourcePair) -> tuple[bytes, bytes | None]:
     """Returns the bytes of the item's two files."""
     return _read(item.image), None if item.mask is None else _read(item.mask)
 
@@ -50,7 +50,7 @@ def crcs_of(data: tuple[bytes, bytes | None]) -> tuple[int, int]:
     return first, second
 
 
-def read_pair(item: Item, task: ScanTask, data: tuple[bytes, bytes | None]) -> ReadPair:
+def read_pair(item: SourcePair, task: ScanTask, data: tuple[bytes, bytes | None]) -> ReadPair:
     """Returns the pixels and class ids of a pair.
 
     Args:
@@ -68,18 +68,20 @@ def _source_at(url: str) -> ObjectStore:
     return open_source(url)
 
 
-def _read_picture_and_mask(
-    item: Item, task: ScanTask, image_data: bytes, mask_data: bytes | None
+def _read_image_and_mask(
+    item: SourcePair, task: ScanTask, image_data: bytes, mask_data: bytes | None
 ) -> ReadPair:
     layout = task.layout
-    image = _read_picture(item, layout, image_data)
+    image = _read_image(item, layout, image_data)
     if item.mask is None or mask_data is None:
         raise ValueError(f"{item.image.label}: a pair without a mask")
-    mask, off_map = _read_mask(item, item.mask, layout, mask_data, image.shape[:2])
-    return ReadPair(image, mask, off_map)
+    mask, unmapped = _read_mask(item, item.mask, layout, mask_data, image.shape[:2])
+    return ReadPair(image, mask, unmapped)
 
 
-def _read_case(item: Item, task: ScanTask, image_data: bytes, mask_data: bytes | None) -> ReadPair:
+def _read_case(
+    item: SourcePair, task: ScanTask, image_data: bytes, mask_data: bytes | None
+) -> ReadPair:
     """Returns a picture of the INbreast release with the outlines of its annotation."""
     layout = task.layout
     found = read_dicom(
@@ -98,10 +100,10 @@ def _read_case(item: Item, task: ScanTask, image_data: bytes, mask_data: bytes |
     return ReadPair(image, mask, 0, found.value_max, found.spacing_mm, counts)
 
 
-_READERS = {"pairs": _read_picture_and_mask, "inbreast": _read_case}
+_READERS = {"pairs": _read_image_and_mask, "inbreast": _read_case}
 
 
-def _read_picture(item: Item, layout: Layout, data: bytes) -> np.ndarray:
+def _read_image(item: SourcePair, layout: Layout, data: bytes) -> np.ndarray:
     """Returns (H, W, C) pixels in the channels of `layout`; grey RGB becomes one channel."""
     import cv2
 
@@ -117,7 +119,7 @@ def _read_picture(item: Item, layout: Layout, data: bytes) -> np.ndarray:
 
 
 def _read_mask(
-    item: Item, file: File, layout: Layout, data: bytes, size: tuple[int, ...]
+    item: SourcePair, file: File, layout: Layout, data: bytes, size: tuple[int, ...]
 ) -> tuple[np.ndarray, int]:
     """Returns (H, W) uint8 class ids of the whole mask, and its number of off-map pixels."""
     label = file.label
@@ -131,18 +133,18 @@ def _read_mask(
             f"{label}: mask of {pixels.shape[1]}x{pixels.shape[0]} pixels, but its image "
             f"{item.image.label} has {size[1]}x{size[0]}; both must have the same size"
         )
-    ids, off_map, colors = to_class_ids(
+    ids, unmapped, colors = to_class_ids(
         pixels, layout.classes, name=label, ignore_id=layout.ignore_id
     )
-    if off_map > layout.off_map_limit * ids.size:
-        share = 100 * off_map / ids.size
+    if unmapped > layout.off_map_limit * ids.size:
+        share = 100 * unmapped / ids.size
         shown = ", ".join(str(color) for color in colors[:_SHOWN_COLORS])
         raise ContentError(
             f"{label}: {share:.2f} % of the pixels have no class colour, more than "
             f"{100 * layout.off_map_limit:g} % allowed; most common: {shown}; name them in "
             "--classes, or raise --off-map-limit where they are blends along edges"
         )
-    return ids, off_map
+    return ids, unmapped
 
 
 def _read(file: File) -> bytes:

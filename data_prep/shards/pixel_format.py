@@ -7,8 +7,8 @@ not read or write pictures.
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from data_prep.imaging.pixels import FEW_PIXELS, Target
-from data_prep.shards.items import EncodedSample
+from data_prep.imaging.pixels import FEW_PIXELS, PixelFormat
+from data_prep.shards.source_pairs import EncodedSample
 
 
 def full_scales(full_scale: int | None) -> tuple[int, ...]:
@@ -16,11 +16,13 @@ def full_scales(full_scale: int | None) -> tuple[int, ...]:
     return tuple(2**bits - 1 for bits in range(8, 17)) if full_scale is None else (full_scale,)
 
 
-_FEW_PICTURES = 10  # and one of so many pictures may have such pixels
+_FEW_IMAGES = 10  # and one of so many pictures may have such pixels
 _SPARED_BITS = 2  # that their loss must spare: one bit of darkness is cheaper than lost values
 
 
-def common_target(samples: Iterable[EncodedSample], full_scale: int | None = None) -> Target:
+def common_pixel_format(
+    samples: Iterable[EncodedSample], full_scale: int | None = None
+) -> PixelFormat:
     """Returns the least format that holds the pictures: grey only when all are grey.
 
     `value_max` is 255 for 8 bits, else `full_scale`, or where that is None 2**bits - 1 of the bits
@@ -34,41 +36,41 @@ def common_target(samples: Iterable[EncodedSample], full_scale: int | None = Non
         is_grey &= sample.channels == 1
         is_shallow &= sample.bit_depth == 8
         if sample.num_above:
-            unstated[sample.picture] = sample
+            unstated[sample.image_id] = sample
         else:
             stated = max(stated, sample.max_value)
     channels: Literal[1, 3] = 1 if is_grey else 3
     if is_shallow:
-        return Target(channels, 8, 255)
+        return PixelFormat(channels, 8, 255)
     found = full_scale or max(2 ** stated.bit_length() - 1, _full_scale(list(unstated.values())))
-    return Target(channels, 16, found)
+    return PixelFormat(channels, 16, found)
 
 
-def _full_scale(pictures: Sequence[EncodedSample]) -> int:
+def _full_scale(images: Sequence[EncodedSample]) -> int:
     """Returns the full scale of 16-bit pictures that do not say it, 255 without any."""
-    highest = max((picture.max_value for picture in pictures), default=0)
+    highest = max((image.max_value for image in images), default=0)
     num_bits = max(8, highest.bit_length())
-    num_few = len(pictures) // _FEW_PICTURES
-    for place, scale in _sparing(pictures, num_bits):
-        if sum(picture.num_above[place] > 0 for picture in pictures) <= num_few:
+    num_few = len(images) // _FEW_IMAGES
+    for place, scale in _sparing(images, num_bits):
+        if sum(image.num_above[place] > 0 for image in images) <= num_few:
             return scale
     return 2**num_bits - 1
 
 
-def _sparing(pictures: Sequence[EncodedSample], num_bits: int) -> Iterator[tuple[int, int]]:
+def _sparing(images: Sequence[EncodedSample], num_bits: int) -> Iterator[tuple[int, int]]:
     """Yields the full scales, with their places, above which every picture has few pixels.
 
     Only those are yielded that need clearly fewer than `num_bits`, the smallest first.
     """
     for place, scale in enumerate(full_scales(None)):
         if scale.bit_length() <= num_bits - _SPARED_BITS and all(
-            each.num_above[place] * FEW_PIXELS <= _num_pixels(each) for each in pictures
+            each.num_above[place] * FEW_PIXELS <= _num_pixels(each) for each in images
         ):
             yield place, scale
 
 
-def _num_pixels(picture: EncodedSample) -> int:
-    return picture.geometry.source_height * picture.geometry.source_width
+def _num_pixels(image: EncodedSample) -> int:
+    return image.geometry.source_height * image.geometry.source_width
 
 
 def sparing_scale(samples: Iterable[EncodedSample], value_max: int) -> int | None:
@@ -77,8 +79,8 @@ def sparing_scale(samples: Iterable[EncodedSample], value_max: int) -> int | Non
     None where there is none. Where such pixels are in many pictures, only the user knows whether
     they are markers. The full scale was found, not given.
     """
-    pictures = list({each.picture: each for each in samples if each.num_above}.values())
-    found = _sparing(pictures, value_max.bit_length()) if pictures else iter(())
+    images = list({each.image_id: each for each in samples if each.num_above}.values())
+    found = _sparing(images, value_max.bit_length()) if images else iter(())
     return next((scale for _, scale in found), None)
 
 
@@ -91,6 +93,6 @@ def clipped(
         full_scale: the one that was given, or None.
     """
     place = full_scales(full_scale).index(value_max)
-    pictures = {sample.picture: sample for sample in samples if sample.num_above}.values()
-    found = [(each, each.num_above[place]) for each in pictures if each.num_above[place]]
+    images = {sample.image_id: sample for sample in samples if sample.num_above}.values()
+    found = [(each, each.num_above[place]) for each in images if each.num_above[place]]
     return sorted(found, key=lambda each: (-each[1], each[0].id))

@@ -36,7 +36,7 @@ class Sample:
         spacing_mm: size of a pixel of the source (y, x), where it is known.
         pixel_sha256: `sha256_of_pixels(image)`.
         off_map_pixels: mask pixels whose colour was not exactly one of a class.
-        picture: of a tile, the id of the picture that it was cut from.
+        image_id: of a tile, the id of the picture that it was cut from.
     """
 
     id: str
@@ -47,8 +47,8 @@ class Sample:
     geometry: Geometry
     spacing_mm: tuple[float, float] | None
     pixel_sha256: str
-    off_map_pixels: int
-    picture: str | None = None
+    unmapped_pixels: int
+    image_id: str | None = None
 
 
 def sha256_of_pixels(pixels: np.ndarray) -> str:
@@ -66,9 +66,9 @@ def encode_example(sample: Sample) -> bytes:
     """
     height, width, channels = sample.image.shape
     place: dict[str, bytes | int] = {}
-    if sample.picture is not None:
+    if sample.image_id is not None:
         box = sample.geometry.part
-        place["image/tile/picture"] = sample.picture.encode()
+        place["image/tile/picture"] = sample.image_id.encode()
         place |= {"image/tile/top": box.top, "image/tile/left": box.left}
     return encode_features(
         {

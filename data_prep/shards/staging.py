@@ -16,13 +16,12 @@ import google_crc32c
 from data_prep.imaging.dicom.frames import has_decoders
 from data_prep.imaging.geometry import Box, Geometry
 from data_prep.imaging.lost_regions import RegionCounts
-from data_prep.shards.items import EncodedSample, Moments, RejectedPair, ScanTask
 from data_prep.shards.manifest import FORMAT_VERSION
+from data_prep.shards.source_pairs import EncodedSample, Moments, RejectedPair, ScanTask
 from data_prep.sources import inbreast
 from flexunet.storage import ObjectStore, open_store, put_if_changed
 
-_VERSION = 6  # of what is staged; another version's is not found
-_KINDS = {EncodedSample: "Scanned", RejectedPair: "Refused"}  # the words in the index
+_VERSION = 7  # of what is staged; another version's is not found
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _PART_BYTES = 32 * 2**20  # of records that a process holds; tiles of one picture take gigabytes
 
@@ -112,13 +111,13 @@ def read_index(staging: ObjectStore, name: str) -> list[EncodedSample | Rejected
 
 
 def _to_json(result: EncodedSample | RejectedPair) -> dict[str, Any]:
-    return {"kind": _KINDS[type(result)]} | vars(result)
+    return {"kind": type(result).__name__} | vars(result)
 
 
 def _from_json(values: dict[str, Any]) -> EncodedSample | RejectedPair:
     kind = values.pop("kind")
     crcs = tuple(values.pop("source_crcs"))
-    if kind == _KINDS[RejectedPair]:
+    if kind == RejectedPair.__name__:
         return RejectedPair(source_crcs=crcs, **values)
     geometry = values.pop("geometry")
     crop = geometry.pop("crop")

@@ -23,9 +23,8 @@ from typing import Any
 import google_crc32c
 
 from data_prep.imaging.codecs import encode_png, read_image
-from data_prep.imaging.pixels import Target, convert
+from data_prep.imaging.pixels import PixelFormat, convert
 from data_prep.shards.encode import moments_of
-from data_prep.shards.items import EncodedSample, Moments
 from data_prep.shards.manifest import ShardInfo, shard_name
 from data_prep.shards.output import put_once, staging_url
 from data_prep.shards.records import (
@@ -36,6 +35,7 @@ from data_prep.shards.records import (
     sha256_of_pixels,
     unframe_record,
 )
+from data_prep.shards.source_pairs import EncodedSample, Moments
 from data_prep.shards.staging import store_at
 from data_prep.splits.names import SPLITS, Split
 from flexunet.errors import ContentError
@@ -51,12 +51,12 @@ class ShardTask:
     output_url: str
     name: str
     split: Split
-    target: Target
+    pixel_format: PixelFormat
     records: tuple[EncodedSample, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class RecordLocation:
     """A record's place in its shard; sha256 and moments are those of the stored picture."""
 
     offset: int
@@ -70,14 +70,14 @@ class WrittenShard:
     """A shard that is on storage; `records` are in the order of its task's."""
 
     info: ShardInfo
-    records: tuple[Placed, ...]
+    records: tuple[RecordLocation, ...]
 
 
 def plan_shards(
     samples: Sequence[EncodedSample],
     splits: Mapping[str, str],
     *,
-    target: Target,
+    pixel_format: PixelFormat,
     output_url: str,
     shard_size_mb: float,
     seed: int,
@@ -95,7 +95,7 @@ def plan_shards(
         parts = list(_cut(members, shard_size_mb * _MEGABYTE))
         for i, part in enumerate(parts):
             name = shard_name(split, i, len(parts))
-            tasks.append(ShardTask(output_url, name, split, target, part))
+            tasks.append(ShardTask(output_url, name, split, pixel_format, part))
     return tasks
 
 
@@ -109,8 +109,8 @@ def write_shard(task: ShardTask) -> WrittenShard:
     staging = store_at(staging_url(task.output_url))
     parts, placed, offset = [], [], 0
     for scanned in task.records:
-        record, sha256, moments = _final_record(staging, scanned, task.target)
-        placed.append(Placed(offset, len(record), sha256, moments))
+        record, sha256, moments = _final_record(staging, scanned, task.pixel_format)
+        placed.append(RecordLocation(offset, len(record), sha256, moments))
         parts.append(record)
         offset += len(record)
     data = b"".join(parts)
@@ -149,10 +149,10 @@ def sample_rows(
                 "spacing_y_mm": spacing[0],
                 "spacing_x_mm": spacing[1],
                 "pixels_per_class": scanned.pixels_per_class,
-                "off_map_pixels": scanned.off_map_pixels,
+                "off_map_pixels": scanned.unmapped_pixels,
                 "sha256": placed.sha256,
                 "fold": folds.get(scanned.id),
-                "picture": scanned.picture if scanned.geometry.kind == "tile" else None,
+                "picture": scanned.image_id if scanned.geometry.kind == "tile" else None,
                 **_geometry_columns(scanned),
             }
 
@@ -173,14 +173,17 @@ def mean_and_std(moments: Sequence[Moments]) -> tuple[tuple[float, ...], tuple[f
 
 
 def _final_record(
-    staging: ObjectStore, scanned: EncodedSample, target: Target
+    staging: ObjectStore, scanned: EncodedSample, pixel_format: PixelFormat
 ) -> tuple[bytes, str, Moments]:
     record = staging.get(scanned.staged, scanned.offset, scanned.length)
     where = f"{staging.url}/{scanned.staged} at {scanned.offset}"
     payload = unframe_record(record, where=where)
-    is_as_stored = (scanned.channels, scanned.bit_depth) == (target.channels, target.bit_depth)
-    is_as_stored &= scanned.value_max in (None, target.value_max)
-    is_as_stored &= not scanned.num_above or scanned.max_value <= target.value_max
+    is_as_stored = (scanned.channels, scanned.bit_depth) == (
+        pixel_format.channels,
+        pixel_format.bit_depth,
+    )
+    is_as_stored &= scanned.value_max in (None, pixel_format.value_max)
+    is_as_stored &= not scanned.num_above or scanned.max_value <= pixel_format.value_max
     if is_as_stored and scanned.group == scanned.staged_group:
         return record, scanned.sha256, scanned.moments
     features = decode_example(payload)
@@ -191,7 +194,7 @@ def _final_record(
         if not isinstance(encoded, bytes):
             raise ContentError(f"{where}: image/encoded is not bytes; delete {staging.url}")
         image = read_image(encoded, name=scanned.filename, max_pixels=2**62)
-        image = convert(image, target, value_max=scanned.value_max)
+        image = convert(image, pixel_format, value_max=scanned.value_max)
         features |= {IMAGE_FEATURE: encode_png(image), "image/channels": image.shape[2]}
         sha256, moments = sha256_of_pixels(image), moments_of(image)
     return frame_record(encode_features(features)), sha256, moments

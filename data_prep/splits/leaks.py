@@ -27,12 +27,12 @@ def find_leaks(samples: Iterable[tuple[str, str, str, str | None]]) -> list[str]
         for group, places in sorted(by_group.items())
         if len(places) > 1
     ]
-    pictures = [
+    images = [
         f"the same picture is in {_places(places)}"
         for places in by_pixels.values()
         if len(places) > 1
     ]
-    return leaks + sorted(pictures)
+    return leaks + sorted(images)
 
 
 def classes_missing(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from data_prep.splits.names import SPLITS
 from flexunet.errors import UsageError
-from flexunet.text import counted
+from flexunet.text import pluralize
 
 
 def assign_splits(
@@ -50,7 +50,7 @@ def assign_folds(groups: Mapping[str, str], *, num_folds: int, seed: int) -> dic
         UsageError: fewer than two folds, or fewer groups than folds.
     """
     if num_folds < 2:
-        raise UsageError(f"{counted(num_folds, 'fold')}: at least 2 are needed")
+        raise UsageError(f"{pluralize(num_folds, 'fold')}: at least 2 are needed")
     place = _divide(groups, [1 / num_folds] * num_folds, f"fold {seed}", "folds")
     return {sample: place[group] for sample, group in groups.items()}
 
@@ -67,8 +67,8 @@ def _divide(
     sizes = Counter(groups.values())
     if len(sizes) < len(shares):
         raise UsageError(
-            f"{counted(len(sizes), 'group')} cannot fill {len(shares)} {what}; add samples, group "
-            f"them less coarsely, or ask for fewer {what}"
+            f"{pluralize(len(sizes), 'group')} cannot fill {len(shares)} {what}; add samples, "
+            f"group them less coarsely, or ask for fewer {what}"
         )
     order = sorted(sizes, key=lambda group: (_draw(salt, group), group))
     missing = [share * len(groups) for share in shares]

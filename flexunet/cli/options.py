@@ -14,8 +14,8 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from flexunet.paths import expanded
-from flexunet.settings import Settings, fields_of, flag_of, validated
+from flexunet.paths import expand_home
+from flexunet.settings import Settings, fields_of, flag_of, parse_settings
 
 S = TypeVar("S", bound=Settings)
 
@@ -85,7 +85,7 @@ class PathType(click.ParamType[Any]):
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """See `click.ParamType.convert`."""
         try:
-            return expanded(value)
+            return expand_home(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -111,7 +111,7 @@ def settings_options(
     return decorate
 
 
-def given(parameters: dict[str, Any]) -> dict[str, Any]:
+def explicit_options(parameters: dict[str, Any]) -> dict[str, Any]:
     """Returns the values given on the command line, nested like the settings."""
     values: dict[str, Any] = {}
     for name, value in parameters.items():
@@ -131,8 +131,8 @@ def from_options(cls: type[S], parameters: dict[str, Any]) -> S:
     Raises:
         UsageError: a value is not allowed; the message names the option.
     """
-    values = given(parameters)
-    return validated(cls, values, "options", typed=values)
+    values = explicit_options(parameters)
+    return parse_settings(cls, values, "options", typed=values)
 
 
 class _SettingsOption(click.Option):

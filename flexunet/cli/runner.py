@@ -12,7 +12,7 @@ import click
 
 from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.errors import FlexUNetError, StorageError
-from flexunet.synonyms import proposed
+from flexunet.synonyms import suggest_option
 
 _MAX_DETAIL_WIDTH = 200  # characters of a library's error; TensorFlow's fill pages
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -90,7 +90,7 @@ def _no_option(error: click.NoSuchOption) -> str:
         each.human_readable_name for each in parameters if isinstance(each, click.Argument)
     ]
     name = error.option_name
-    remedy = proposed(name, options, arguments)
+    remedy = suggest_option(name, options, arguments)
     if remedy is None:
         inside = [each for each in options if each.endswith("." + name.lstrip("-"))]
         close = inside or difflib.get_close_matches(name, options, n=1, cutoff=0.6)

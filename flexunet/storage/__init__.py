@@ -21,7 +21,7 @@ from flexunet.storage.local import LocalStore
 from flexunet.storage.local_files import crc32c_of, crc32c_of_file, refuse_file_above
 from flexunet.storage.names import checked_name, join_url, local_path, name_problem
 from flexunet.storage.preconditions import (
-    holds,
+    content_matches,
     probe_preconditions,
     probe_writable,
     put_if_changed,
@@ -40,10 +40,10 @@ __all__ = [
     "PreconditionFailed",
     "Unavailable",
     "checked_name",
+    "content_matches",
     "crc32c_of",
     "crc32c_of_file",
     "folder_problem",
-    "holds",
     "is_file",
     "is_subpath",
     "join_url",

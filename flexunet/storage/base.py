@@ -115,7 +115,7 @@ class ObjectStore(Protocol):
         """Deletes an object; does nothing if it is missing."""
         ...
 
-    def below(self, prefix: str) -> "ObjectStore":
+    def subpath(self, prefix: str) -> "ObjectStore":
         """Returns the same storage, rooted in the folder `prefix`."""
         ...
 

@@ -154,8 +154,8 @@ class GcsStore:
             retry = self._retry(lambda error: self._check())
             self._blob(name).delete(retry=retry, timeout=self._timeout_s)
 
-    def below(self, prefix: str) -> "GcsStore":
-        """See `ObjectStore.below`."""
+    def subpath(self, prefix: str) -> "GcsStore":
+        """See `ObjectStore.subpath`."""
         url = join_url(self.url, checked_name(prefix))
         return self._like(url)
 

@@ -144,8 +144,8 @@ class LocalStore:
                     os.rmdir(folder)
                     folder = os.path.dirname(folder)
 
-    def below(self, prefix: str) -> "LocalStore":
-        """See `ObjectStore.below`."""
+    def subpath(self, prefix: str) -> "LocalStore":
+        """See `ObjectStore.subpath`."""
         return LocalStore(
             self._read_path(prefix),
             follows_links=self._follows_links,

@@ -14,11 +14,11 @@ def put_if_changed(store: ObjectStore, name: str, data: bytes) -> None:
     Some credentials may create objects but not replace them.
     """
     stat = store.stat(name)
-    if stat is None or not holds(store, stat, data):
+    if stat is None or not content_matches(store, stat, data):
         store.put(name, data)
 
 
-def holds(store: ObjectStore, stat: ObjectMeta, data: bytes) -> bool:
+def content_matches(store: ObjectStore, stat: ObjectMeta, data: bytes) -> bool:
     """Returns whether the object has the size and the CRC-32C of `data`."""
     if stat.size != len(data):
         return False

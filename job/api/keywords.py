@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from flexunet.errors import UsageError
-from flexunet.settings import Settings, remedy_for, validated
+from flexunet.settings import Settings, parse_settings, remedy_for
 
 S = TypeVar("S", bound=Settings)
 
@@ -46,7 +46,7 @@ def settings_of(
         UsageError: a keyword is unknown, or a value is not allowed.
     """
     values = keyword_values(function, cls, options, parameters)
-    return validated(cls, values, f"flexunet.{function}()")
+    return parse_settings(cls, values, f"flexunet.{function}()")
 
 
 def _remedy(cls: type[Settings], name: str, parameters: Sequence[str]) -> str:

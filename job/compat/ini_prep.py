@@ -6,7 +6,7 @@ from typing import Any
 
 from data_prep.sources.pairs import Source
 from flexunet.errors import UsageError
-from flexunet.settings import validated
+from flexunet.settings import parse_settings
 from job.compat.ini_reader import KeyReader
 from job.compat.ini_values import folder_from, optional, whole
 
@@ -85,7 +85,7 @@ def prepare_sources(
             f"{path}: no dataset: [train] names no images_dir and masks_dir; "
             "add them, or give --data DATASET, a folder or gs:// URL made by prep"
         )
-    config = validated(PrepConfig, options, path)
+    config = parse_settings(PrepConfig, options, path)
     logger.info("preparing the images of %s in %s", path, output_url)
     prepare(sources, output_url, config, has_options=False)
 

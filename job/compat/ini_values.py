@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any
 
-from flexunet.paths import expanded
+from flexunet.paths import expand_home
 from flexunet.settings import suggestion
 
 Convert = Callable[[Any], Any]
@@ -106,7 +106,7 @@ def folder_from(config_path: str) -> Convert:
         if "://" in value:
             return value
         beside = os.path.dirname(os.path.abspath(config_path))
-        return os.path.normpath(os.path.join(beside, expanded(value)))
+        return os.path.normpath(os.path.join(beside, expand_home(value)))
 
     return convert
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexunet.errors import ContentError, UsageError
-from flexunet.settings import fields_of, merged, validated
+from flexunet.settings import deep_merge, fields_of, parse_settings
 from job.config.train_config import PRESET_KEYS, TrainConfig
 
 # Identity fields of later versions, each with the value that earlier versions used. The values
@@ -33,7 +33,7 @@ def identity_of(config: TrainConfig, *, is_whole: bool = False) -> dict[str, Any
     identity = {}
     for path, field in fields_of(TrainConfig):
         extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("free"):
+        if isinstance(extra, dict) and extra.get("not_identity"):
             continue
         value = values
         for part in path:
@@ -79,8 +79,8 @@ def stored_options(identity: Any, values: Mapping[str, Any], run_url: str) -> di
         ContentError: they are no config: damaged, or from a later version.
     """
     try:
-        found = merged(merged(values_of_identity({}), values), values_of_identity(identity))
-        validated(TrainConfig, found, run_url)
+        found = deep_merge(deep_merge(values_of_identity({}), values), values_of_identity(identity))
+        parse_settings(TrainConfig, found, run_url)
     except (UsageError, AttributeError, TypeError) as error:
         raise ContentError(
             f"{run_url}: this version cannot read identity.json and config.yaml ({error}); restore "
@@ -99,4 +99,4 @@ def stored_config(values: Mapping[str, Any], where: str) -> TrainConfig:
     Raises:
         UsageError: `values` are no config.
     """
-    return validated(TrainConfig, merged(values_of_identity({}), values), where)
+    return parse_settings(TrainConfig, deep_merge(values_of_identity({}), values), where)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from flexunet.errors import UsageError
-from flexunet.settings import Settings, merged, option
+from flexunet.settings import Settings, deep_merge, option
 from job.config.groups import (
     AugmentationConfig,
     LossConfig,
@@ -64,26 +64,26 @@ class TrainConfig(Settings):
         "implementation (TensorFlow-FlexUNet). recipe: group normalisation, cross-entropy plus "
         "foreground Dice loss, AdamW, warm-up and cosine decay, half of the samples with "
         "foreground.",
-        free=True,
+        not_identity=True,
     )
     data: str | None = option(
         None,
         "Dataset: folder or gs:// URL written by prep. Required, except with a .config file.",
-        free=True,
+        not_identity=True,
         path=True,
     )
-    output: str = option("runs", "Folder or gs:// URL of the runs.", free=True, path=True)
+    output: str = option("runs", "Folder or gs:// URL of the runs.", not_identity=True, path=True)
     name: str | None = option(
         None,
         f"Run name: {RUN_NAME_RULE}. The same name again resumes that run. none: the name of the "
         "dataset.",
-        free=True,
+        not_identity=True,
     )
     epochs: int = option(
         100,
         "Passes over the training split. A higher number continues a finished run, unless it "
         "stopped early; with schedule.cosine the learning rate then jumps back up.",
-        free=True,
+        not_identity=True,
         ge=1,
     )
     global_batch_size: int = option(2, "Samples per step over all devices.", ge=1)
@@ -92,7 +92,7 @@ class TrainConfig(Settings):
         "Micro-batches per step, computed one after the other, for batches that do not fit into "
         "memory; also in evaluations. The result equals that of the whole batch. Overlap losses "
         "(dice, iou) need one more forward pass in training.",
-        free=True,
+        not_identity=True,
         ge=1,
     )
     folds: int | None = option(
@@ -140,92 +140,92 @@ class TrainConfig(Settings):
         "Metrics of the reference implementation to write to train_metrics.csv.",
     )
     prediction_images: int = option(
-        6, "Images predicted after every epoch; 0: no predictions.", free=True, ge=0
+        6, "Images predicted after every epoch; 0: no predictions.", not_identity=True, ge=0
     )
     prediction_folder: str | None = option(
         None,
         "Folder or gs:// URL of these images; none: the first images of the validation split.",
-        free=True,
+        not_identity=True,
         path=True,
     )
     window_overlap: int | None = option(
         None,
         "Least overlap in pixels of the windows in which images larger than the network's input "
         "are predicted; none: half a window.",
-        free=True,
+        not_identity=True,
         ge=0,
     )
     checkpoint_every_minutes: float = option(
         10.0,
         "Minutes between checkpoints within an epoch; 0: checkpoints only at the end of epochs.",
-        free=True,
+        not_identity=True,
         ge=0,
     )
     keep_checkpoints: int = option(
-        2, "Number of newest checkpoints to keep, besides the best.", free=True, ge=1
+        2, "Number of newest checkpoints to keep, besides the best.", not_identity=True, ge=1
     )
     cache_dir: str | None = option(
         None,
         "Cache folder for shards of remote datasets; none: ~/.cache/flexunet.",
-        free=True,
+        not_identity=True,
         path=True,
     )
     cache: Literal["full", "ranges"] = option(
         "full",
         "full: copy all shards first; ranges: read samples one by one over the network.",
-        free=True,
+        not_identity=True,
     )
     cpu_replicas: int = option(
-        1, "Number of mirrored replicas on a machine without a GPU.", free=True, ge=1, le=64
+        1, "Number of mirrored replicas on a machine without a GPU.", not_identity=True, ge=1, le=64
     )
     gradient_exchange: Literal["auto", "all_reduce"] = option(
         "auto",
         "Exchange between replicas. auto: for each layer, exchange gradients or layer inputs, "
         "whichever is faster, or sends less if the times are about equal; all_reduce: always "
         "gradients.",
-        free=True,
+        not_identity=True,
     )
     exchange_flops_per_byte: float | None = option(
         None,
         "For gradient_exchange auto: floating-point operations that a replica computes in the "
         "time of sending one byte; none: measured at the start, or 1000 if deterministic.",
-        free=True,
+        not_identity=True,
         gt=0,
     )
     keep_memory: bool = option(
         False,
         "On CPUs, keep the memory of freed tensors for the next step: less CPU time, more memory "
         "(70 % more at 512x512). No effect if TensorFlow uses oneDNN.",
-        free=True,
+        not_identity=True,
     )
     xla: Literal["auto", "on", "off"] = option(
         "off",
         "Compile the network of the training step with XLA; gradients are then always "
         "all-reduced. auto: on GPUs, unless batch normalisation or deterministic is on. Not yet "
         "tested on a GPU.",
-        free=True,
+        not_identity=True,
     )
-    threads: int = option(0, "Number of CPU threads; 0: one per core.", free=True, ge=0)
+    threads: int = option(0, "Number of CPU threads; 0: one per core.", not_identity=True, ge=0)
     phase_timeout: float = option(
         600.0,
         "Seconds in which all processes must connect, and a phase must reach its first step.",
-        free=True,
+        not_identity=True,
         gt=0,
     )
     step_timeout: float = option(
         0.0,
         "Seconds after which a step counts as hung; 0: ten times its usual time, at least 120.",
-        free=True,
+        not_identity=True,
         ge=0,
     )
     storage_timeout: float = option(
         600.0,
         "Seconds for which training continues while storage cannot be reached.",
-        free=True,
+        not_identity=True,
         ge=0,
     )
-    tensorboard: bool = option(True, "Write TensorBoard event files.", free=True)
-    progress: bool = option(True, "Show a progress bar on a terminal.", free=True)
+    tensorboard: bool = option(True, "Write TensorBoard event files.", not_identity=True)
+    progress: bool = option(True, "Show a progress bar on a terminal.", not_identity=True)
 
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
@@ -246,7 +246,7 @@ class TrainConfig(Settings):
         """Merges the explicit options over those of the preset."""
         if not isinstance(values, dict):
             return values
-        return merged(PRESETS.get(str(values.get("preset")), {}), values)
+        return deep_merge(PRESETS.get(str(values.get("preset")), {}), values)
 
     @model_validator(mode="after")
     def _micro_batches_are_equal(self) -> "TrainConfig":

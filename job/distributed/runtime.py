@@ -12,7 +12,7 @@ from typing import Any
 
 from flexunet.errors import UsageError
 from flexunet.native_stderr import suppress_native_stderr
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def _set_threads(tf: Any, config: TrainConfig) -> bool:
     if config.deterministic:
         raise UsageError(
             f"--deterministic: TensorFlow was used before in this process, with "
-            f"{counted(found, 'thread') if found else 'one thread per core'}, too late for "
+            f"{pluralize(found, 'thread') if found else 'one thread per core'}, too late for "
             f"--threads={config.threads}, and the last bits depend on it; {RESTART}"
         )
     return False

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flexunet.errors import UsageError
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.config import TrainConfig
 from job.distributed.rendezvous import ProcessSpec
 from job.distributed.runtime import RESTART, import_tensorflow, set_up, was_used
@@ -231,7 +231,7 @@ def _logical_cpus(tf: Any, number: int) -> list[str]:
     if len(names) < number:
         raise UsageError(
             f"--cpu-replicas={number}: TensorFlow was used before in this process, with "
-            f"{counted(len(names), 'CPU device')}, too late for more; {RESTART}"
+            f"{pluralize(len(names), 'CPU device')}, too late for more; {RESTART}"
         )
     return names[:number]
 

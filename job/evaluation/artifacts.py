@@ -22,7 +22,7 @@ _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
 
 def evaluation_folder(run: ObjectStore, split: str) -> ObjectStore:
     """Returns where in a run the evaluation of a split lies."""
-    return run.below("evaluation" if split == "test" else f"evaluation/{split}")
+    return run.subpath("evaluation" if split == "test" else f"evaluation/{split}")
 
 
 def write_evaluation(target: ObjectStore, evaluation: Evaluation, evaluator: Evaluator) -> str:

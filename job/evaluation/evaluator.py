@@ -36,11 +36,11 @@ from job.metrics.lesions import MIN_PIXELS
 from job.metrics.per_case import (
     SIZES,
     TRUTHS,
-    Case,
+    CaseMetrics,
     Scale,
     measure_case,
-    specks_of,
     summarize_cases,
+    tiny_regions_of,
     without_ignored,
 )
 from job.metrics.thresholds import ThresholdSweep
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 class Measured:
     """What was measured picture by picture."""
 
-    cases: dict[str, list[Case]]  # by size
+    cases: dict[str, list[CaseMetrics]]  # by size
     counts: np.ndarray  # (pictures, classes, 4) int64, of the masks that were measured
     sweep: ThresholdSweep  # at the network's size
 
@@ -176,12 +176,12 @@ class Evaluator:
 
     def _summary(self, name: str, counts: np.ndarray, means: Mapping[str, float]) -> dict[str, Any]:
         is_by_tile = self.is_by_tile and self.dataset.manifest.geometry == "tile"
-        way = {
+        protocol = {
             "case": "tile" if is_by_tile else "picture",
             "overlap": self.windows.overlap if self.has_windows else None,
             "fold": list(self.dataset.fold) if self.dataset.fold else None,
         }
-        return {**_summary(name, counts, means, self.dataset), **way}
+        return {**_summary(name, counts, means, self.dataset), **protocol}
 
     def _measure(
         self,
@@ -199,7 +199,7 @@ class Evaluator:
         from job.metrics.batch import confusion_counts
 
         manifest = self.dataset.manifest
-        cases: dict[str, list[Case]] = {size: [] for size in SIZES}
+        cases: dict[str, list[CaseMetrics]] = {size: [] for size in SIZES}
         parts = []
         sweep = ThresholdSweep(foreground_names(self.dataset), min_lesion=MIN_PIXELS)
         with Progress(f"measure {name}", len(pictures), unit="cases", shown=shown) as bar:
@@ -218,31 +218,31 @@ class Evaluator:
 
     def _cases_of(
         self, picture: Picture, truth: np.ndarray, probabilities: np.ndarray, ids: np.ndarray
-    ) -> dict[str, Case]:
+    ) -> dict[str, CaseMetrics]:
         """Returns the case at each size; where both sizes are one, it is measured once."""
         manifest = self.dataset.manifest
         geometry = picture.geometry
         scales = _scales(geometry, picture.spacing)
         # Decided once: stored pixels are not all equally many of the picture's.
-        specks = specks_of(
+        tiny_regions = tiny_regions_of(
             without_ignored(truth, truth, manifest.ignore_id)[0], len(manifest.classes), MIN_PIXELS
         )
-        network = self._measured(truth, ids, scales["network"], specks)
+        network = self._measured(truth, ids, scales["network"], tiny_regions)
         if not geometry.crop and (geometry.source_height, geometry.source_width) == truth.shape:
             return {"network": network, "original": network}
         truth = undo_geometry(truth, geometry, nearest=True)
         ids = class_ids_at_source(probabilities, geometry)
         ids = without_small(ids, self.min_pixels, area_scale(geometry))
-        specks = undo_geometry(specks.view(np.uint8), geometry, nearest=True).view(bool)
-        original = self._measured(truth, ids, scales["original"], specks)
+        tiny_regions = undo_geometry(tiny_regions.view(np.uint8), geometry, nearest=True).view(bool)
+        original = self._measured(truth, ids, scales["original"], tiny_regions)
         return {"network": network, "original": original}
 
     def _measured(
-        self, truth: np.ndarray, ids: np.ndarray, scale: Scale, specks: np.ndarray
-    ) -> Case:
+        self, truth: np.ndarray, ids: np.ndarray, scale: Scale, tiny_regions: np.ndarray
+    ) -> CaseMetrics:
         manifest = self.dataset.manifest
         truth, ids = without_ignored(truth, ids, manifest.ignore_id)
-        return measure_case(truth, ids, len(manifest.classes), scale, specks=specks)
+        return measure_case(truth, ids, len(manifest.classes), scale, tiny_regions=tiny_regions)
 
 
 def make_evaluator(

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_prep.shards.manifest import MANIFEST_NAME, parse_manifest
 from flexunet.errors import ContentError, UsageError
-from flexunet.json_files import evaluate_again, read_json, read_table
+from flexunet.json_files import read_json, read_table
 from flexunet.storage import ObjectStore, open_store
 from flexunet.tables import csv_table
 from job.config import TrainConfig
@@ -15,13 +15,13 @@ from job.data.cases import pictures_of
 from job.data.folds import fold_configs, open_folded
 from job.metrics.per_case import (
     SIZES,
-    Case,
+    CaseMetrics,
     case_cells,
     case_columns,
-    read_case,
+    parse_case_metrics,
     summarize_cases,
 )
-from job.runs.layout import CROSS_VALIDATION_NAME
+from job.runs.layout import CROSS_VALIDATION_NAME, evaluate_again
 from job.runs.provenance import as_record, read_origin
 
 
@@ -34,17 +34,17 @@ def pool_folds(config: TrainConfig) -> dict[str, Any]:
     """
     output = open_store(config.output)
     names = [str(each.name) for each in fold_configs(config)]
-    _check_alike([output.below(name) for name in names])
-    described = output.below(names[0]).get(MANIFEST_NAME)
+    _check_alike([output.subpath(name) for name in names])
+    described = output.subpath(names[0]).get(MANIFEST_NAME)
     manifest = parse_manifest(described, MANIFEST_NAME)
     classes = [each.name for each in manifest.classes if each.id != 0]
-    target = output.below(str(config.name))
+    target = output.subpath(str(config.name))
     summary: dict[str, Any] = {"num_folds": len(names), "runs": names}
     summary["init_from"] = _check_cases(config, classes)
     target.put(MANIFEST_NAME, described)
     summary["sizes"] = {}
     for size in SIZES:
-        folds = [_read_cases(output.below(name), size, classes) for name in names]
+        folds = [_read_cases(output.subpath(name), size, classes) for name in names]
         cells = [
             [number, each.id, each.group, *case_cells(each.case)]
             for number, fold in enumerate(folds)
@@ -72,7 +72,7 @@ def _check_cases(config: TrainConfig, classes: Sequence[str]) -> list[dict[str, 
     """
     started: list[dict[str, str]] = []
     for fold, each in enumerate(fold_configs(config)):
-        run = open_store(config.output).below(str(each.name))
+        run = open_store(config.output).subpath(str(each.name))
         summary = read_json(run, "evaluation/summary.json", evaluate_again(run)) or {}
         dataset, where = open_folded(each), f"{run.url}/evaluation"
         if summary["split"] != "test":
@@ -110,7 +110,7 @@ def _check_alike(runs: Sequence[ObjectStore]) -> None:
         UsageError: names two of them, and what differs.
         ContentError: an evaluation is missing or damaged.
     """
-    first, *others = [_read_way(run) for run in runs]
+    first, *others = [_read_protocol(run) for run in runs]
     for run, other in zip(runs[1:], others, strict=True):
         different = [name for name in first if other[name] != first[name]]
         if different:
@@ -121,20 +121,20 @@ def _check_alike(runs: Sequence[ObjectStore]) -> None:
             )
 
 
-def _read_way(run: ObjectStore) -> dict[str, Any]:
+def _read_protocol(run: ObjectStore) -> dict[str, Any]:
     """Returns how the cases of a fold were predicted; one that training evaluated: plainly."""
     name = "evaluation/summary.json"
     summary = read_json(run, name, evaluate_again(run))
     if summary is None:
         raise _missing(run, name)
     try:
-        way = summary.get("prediction") or {}
+        protocol = summary.get("prediction") or {}
         return {
-            "checkpoint": way.get("checkpoint", "best"),
-            "number of runs": len(way.get("runs", ["itself"])),
-            "flips": way.get("flips", "none"),
+            "checkpoint": protocol.get("checkpoint", "best"),
+            "number of runs": len(protocol.get("runs", ["itself"])),
+            "flips": protocol.get("flips", "none"),
             "overlap": summary["overlap"],
-            "removal of small regions": bool(way.get("small_regions")),
+            "removal of small regions": bool(protocol.get("small_regions")),
             "kind of case": summary["case"],
         }
     except (TypeError, AttributeError) as error:
@@ -147,7 +147,7 @@ class _FoldCase:
 
     id: str
     group: str
-    case: Case
+    case: CaseMetrics
 
 
 def _summarized(cases: Sequence[_FoldCase], classes: Sequence[str]) -> dict[str, Any]:
@@ -160,7 +160,9 @@ def _read_cases(run: ObjectStore, size: str, classes: Sequence[str]) -> list[_Fo
     if rows is None:
         raise _missing(run, name)
     try:
-        return [_FoldCase(row["id"], row["group"], read_case(row, classes)) for row in rows]
+        return [
+            _FoldCase(row["id"], row["group"], parse_case_metrics(row, classes)) for row in rows
+        ]
     except ValueError as error:
         raise _damaged(run, name) from error
 

@@ -103,7 +103,7 @@ def evaluate(run_url: str, config: EvaluateConfig) -> tuple[Evaluation, str]:
         )
     for name in (config.split, *(["valid"] if config.remove_small_regions else [])):
         dataset.split(name)
-    target_of(run, config)
+    evaluation_target(run, config)
     _check_tiles(run, dataset, config)
     from job.distributed.strategy import configure, require_gpu
 
@@ -147,7 +147,7 @@ def evaluate_run(
 
     settings = resolve_config(run, config)
     split = dataset.split(config.split)
-    target = target_of(run, config)
+    target = evaluation_target(run, config)
     with strategy.scope():
         loaded = [load_model(each, which=config.checkpoint) for each in (run, *others)]
     members = [
@@ -163,7 +163,7 @@ def evaluate_run(
     used = {"which": config.checkpoint, "epochs": [commit.epoch for _, commit in loaded]}
     _tell_checkpoint(run.store, used)
     _tell_replaced(target, keeps_fit=not config.remove_small_regions)
-    way: dict[str, Any] = {
+    protocol: dict[str, Any] = {
         "runs": [asdict(member) for member in members],
         "checkpoint": config.checkpoint,
         "flips": config.flips,
@@ -171,14 +171,14 @@ def evaluate_run(
     }
     if config.remove_small_regions:
         regions = _fit_regions(evaluator, members, config)
-        way["small_regions"] = regions.model_dump(mode="json")
+        protocol["small_regions"] = regions.model_dump(mode="json")
         evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in regions.classes))
     reader = _reader_of(dataset, split, settings)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
     origins = as_record(
         [read_origin(each.store, each.config) for each in (run, *others)], dataset, split.name
     )
-    evaluation.summary.update(checkpoint=used, prediction=way, init_from=origins)
+    evaluation.summary.update(checkpoint=used, prediction=protocol, init_from=origins)
     evaluation = replace(evaluation, examples=draw_examples(evaluator, evaluation, reader))
     return evaluation, write_evaluation(target, evaluation, evaluator)
 
@@ -191,7 +191,7 @@ def _tell_checkpoint(run: ObjectStore, used: Mapping[str, Any]) -> None:
     logger.info("evaluating %s%s", checkpoint_words(used), stands.get(run_status(run), ""))
 
 
-def target_of(run: TrainedRun, config: EvaluateConfig) -> ObjectStore:
+def evaluation_target(run: TrainedRun, config: EvaluateConfig) -> ObjectStore:
     """Returns the folder to which the evaluation goes.
 
     Raises:

@@ -100,12 +100,12 @@ def predict_images(
     other_colors: list[str] = []
 
     def read(name: str) -> ModelImage | tuple[str, str]:
-        return _read_picture(source, name, manifest, config)
+        return _read_image(source, name, manifest, config)
 
     def write(task: tuple[ModelImage, np.ndarray]) -> None:
-        picture, found = task
-        ids = mask_at_source(found, picture.geometry, chunk.min_pixels)
-        _write_picture(picture, ids, manifest, output)
+        image, found = task
+        ids = mask_at_source(found, image.geometry, chunk.min_pixels)
+        _write_mask(image, ids, manifest, output)
 
     with _threads() as readers, _threads() as writers:
         found = in_order(readers, read, chunk.names, num_waiting=num_waiting)
@@ -126,7 +126,7 @@ def _threads() -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _read_picture(
+def _read_image(
     source: ObjectStore, name: str, manifest: Manifest, config: InferConfig
 ) -> ModelImage | tuple[str, str]:
     """Returns the picture, or its name and why it cannot be read."""
@@ -164,12 +164,12 @@ def _readable(
             advance()
 
 
-def _write_picture(picture: ModelImage, ids: Ids, manifest: Manifest, output: ObjectStore) -> None:
+def _write_mask(image: ModelImage, ids: Ids, manifest: Manifest, output: ObjectStore) -> None:
     from job.reporting import plots
 
-    name = mask_name(picture.name)
-    if picture.preview is not None:
-        overlay = plots.overlay_png(picture.preview, ids, manifest.classes)
+    name = mask_name(image.name)
+    if image.preview is not None:
+        overlay = plots.overlay_png(image.preview, ids, manifest.classes)
         _put_overlay(output, f"{OVERLAYS_FOLDER}/{name}", overlay)
     # The mask last: it is what a continued call looks for.
     _put_mask(output, name, plots.mask_png(ids, manifest.classes))

@@ -18,7 +18,7 @@ from dataclasses import astuple, dataclass, replace
 
 from flexunet.errors import StorageError
 from flexunet.storage import Forbidden, ObjectMeta, ObjectStore, PreconditionFailed
-from flexunet.text import counted, legible
+from flexunet.text import legible, pluralize
 from job.inference.inputs import OVERLAYS_FOLDER, mask_name
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def report_plan(output: ObjectStore, plan: MaskPlan) -> None:
         logger.info(
             "%s: %s changed after the mask was made, first %s; predicted again",
             output.url,
-            counted(len(plan.changed), "image"),
+            pluralize(len(plan.changed), "image"),
             legible(plan.changed[0]),
         )
     if plan.unknown:
@@ -130,7 +130,7 @@ def report_plan(output: ObjectStore, plan: MaskPlan) -> None:
             "%s: no record of the image of %s (earlier versions of flexunet wrote none), first %s; "
             "predicted again",
             output.url,
-            counted(len(plan.unknown), "mask"),
+            pluralize(len(plan.unknown), "mask"),
             legible(mask_name(plan.unknown[0])),
         )
 
@@ -188,7 +188,7 @@ def delete_outdated(output: ObjectStore, objects: Iterable[str], names: Iterable
         logger.warning(
             "%s: these credentials cannot delete %s out of date, first %s; ignore or delete them",
             output.url,
-            counted(len(outdated), "object"),
+            pluralize(len(outdated), "object"),
             legible(outdated[0]),
         )
 

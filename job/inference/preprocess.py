@@ -7,7 +7,7 @@ import numpy as np
 
 from data_prep.imaging.breast import frame
 from data_prep.imaging.geometry import Geometry, apply_geometry
-from data_prep.imaging.pixels import FEW_PIXELS, Target, convert
+from data_prep.imaging.pixels import FEW_PIXELS, PixelFormat, convert
 from data_prep.shards.manifest import Manifest
 from flexunet.errors import ContentError
 
@@ -67,7 +67,7 @@ def to_model_pixels(
     pixels = apply_geometry(image, geometry, *size, nearest=False).reshape(*size, -1)
     if takes_upper_byte:
         pixels = (pixels >> 8).astype(np.uint8)
-    target = Target(manifest.channels, manifest.bit_depth, manifest.value_max)
+    target = PixelFormat(manifest.channels, manifest.bit_depth, manifest.value_max)
     return convert(pixels, target, value_max=value_max), geometry
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from flexunet.errors import ContentError, UsageError
-from flexunet.settings import Settings, validated
+from flexunet.settings import Settings, parse_settings
 from flexunet.storage import ObjectStore
 from job.inference.postprocess import Ids
 from job.metrics.lesions import MIN_PIXELS, label_regions
@@ -215,7 +215,7 @@ def _read(store: ObjectStore, where: str) -> SmallRegions:
         values = json.loads(store.get(FILE_NAME))
         if not isinstance(values, dict):
             raise ContentError(f"{where}: damaged (not a JSON object); evaluate again")
-        return validated(SmallRegions, values, where)
+        return parse_settings(SmallRegions, values, where)
     except (ValueError, RecursionError) as error:
         raise ContentError(f"{where}: damaged ({error}); evaluate again") from error
     except UsageError as error:

@@ -52,14 +52,14 @@ def interval(
     if num_contributing(denominators, groups) < MIN_GROUPS:
         return None
     names, index = np.unique(np.asarray(groups), return_inverse=True)
-    above, below = _per_group(numerators, index), _per_group(denominators, index)
+    numerator, denominator = _per_group(numerators, index), _per_group(denominators, index)
     random = np.random.default_rng(seed)
     values = []
     block = max(1, _MAX_WEIGHTS // len(names))
     for start in range(0, num_draws, block):
         size = min(block, num_draws - start)
         weights = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size)
-        values.append(_ratios(weights @ above, weights @ below))
+        values.append(_ratios(weights @ numerator, weights @ denominator))
     tail = (1 - level) / 2
     low, high = np.nanquantile(np.concatenate(values), [tail, 1 - tail])
     return float(low), float(high)
@@ -77,10 +77,10 @@ def _per_group(values: Values, index: npt.NDArray[np.int64]) -> Values:
     return sums
 
 
-def _ratios(above: Values, below: Values) -> Values:
+def _ratios(numerator: Values, denominator: Values) -> Values:
     """Returns the quotients of (D,) or (D, K), the latter averaged where they are defined: (D,)."""
-    quotients = np.full(above.shape, np.nan)
-    np.divide(above, below, out=quotients, where=below != 0)
+    quotients = np.full(numerator.shape, np.nan)
+    np.divide(numerator, denominator, out=quotients, where=denominator != 0)
     if quotients.ndim == 1:
         return quotients
     defined = ~np.isnan(quotients)

@@ -30,7 +30,9 @@ class LesionCounts:
     num_true: int
     num_predicted: int
     num_found: int  # pairs of a true and a predicted region
-    num_specks: int = 0  # true regions that are too small; neither they nor their pairs are above
+    num_tiny_regions: int = (
+        0  # true regions that are too small; neither they nor their pairs are above
+    )
 
     @property
     def num_false_positives(self) -> int:
@@ -58,7 +60,7 @@ def count_lesions(
     prediction: Mask,
     *,
     min_iou: float = MIN_IOU,
-    specks: Mask | None = None,
+    tiny_regions: Mask | None = None,
 ) -> LesionCounts:
     """Returns how many regions there are and how many are found, for masks (H, W) bool.
 
@@ -75,22 +77,22 @@ def count_lesions(
     unions = true_sizes[pairs[0]] + predicted_sizes[pairs[1]] - overlaps
     ious = overlaps / unions
     free_true, free_predicted = set(pairs[0]), set(pairs[1])
-    lesions = truth if specks is None else truth & ~specks
-    is_speck = np.bincount(true[lesions], minlength=len(true_sizes)) == 0
-    num_found = num_specks_found = 0
+    lesions = truth if tiny_regions is None else truth & ~tiny_regions
+    is_tiny = np.bincount(true[lesions], minlength=len(true_sizes)) == 0
+    num_found = num_tiny_found = 0
     for index in np.argsort(-ious, kind="stable"):
         first, second = pairs[0][index], pairs[1][index]
         if ious[index] >= min_iou and first in free_true and second in free_predicted:
             free_true.remove(first)
             free_predicted.remove(second)
-            num_found += not is_speck[first]
-            num_specks_found += bool(is_speck[first])
-    num_specks = int(np.count_nonzero(is_speck[1:]))
+            num_found += not is_tiny[first]
+            num_tiny_found += bool(is_tiny[first])
+    num_tiny_regions = int(np.count_nonzero(is_tiny[1:]))
     return LesionCounts(
-        num_true=len(true_sizes) - 1 - num_specks,
-        num_predicted=len(predicted_sizes) - 1 - num_specks_found,
+        num_true=len(true_sizes) - 1 - num_tiny_regions,
+        num_predicted=len(predicted_sizes) - 1 - num_tiny_found,
         num_found=num_found,
-        num_specks=num_specks,
+        num_tiny_regions=num_tiny_regions,
     )
 
 

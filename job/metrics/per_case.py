@@ -70,7 +70,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class ClassCase:
+class ClassMetrics:
     """One class of one case.
 
     Attributes:
@@ -89,7 +89,7 @@ class ClassCase:
 
 
 @dataclass(frozen=True)
-class Case:
+class CaseMetrics:
     """A case at one size: its unit, and each foreground class (1, 2, ...).
 
     Attributes:
@@ -98,7 +98,7 @@ class Case:
 
     unit: Unit
     diagonal: float
-    classes: tuple[ClassCase, ...]
+    classes: tuple[ClassMetrics, ...]
 
 
 def without_ignored(truth: Ids, prediction: Ids, ignore_id: int | None) -> tuple[Ids, Ids]:
@@ -110,13 +110,13 @@ def without_ignored(truth: Ids, prediction: Ids, ignore_id: int | None) -> tuple
     return np.where(ignored, zero, truth), np.where(ignored, zero, prediction)
 
 
-def specks_of(truth: Ids, num_classes: int, min_lesion: int) -> npt.NDArray[np.bool_]:
+def tiny_regions_of(truth: Ids, num_classes: int, min_lesion: int) -> npt.NDArray[np.bool_]:
     """Returns the pixels (H, W) bool of true regions with fewer than `min_lesion` pixels."""
-    specks = np.zeros(truth.shape, bool)
+    tiny_regions = np.zeros(truth.shape, bool)
     for class_id in range(1, num_classes):
         mask = truth == class_id
-        specks |= mask & ~without_small_regions(mask, min_lesion)
-    return specks
+        tiny_regions |= mask & ~without_small_regions(mask, min_lesion)
+    return tiny_regions
 
 
 def measure_case(
@@ -125,30 +125,30 @@ def measure_case(
     num_classes: int,
     scale: Scale,
     *,
-    specks: npt.NDArray[np.bool_] | None = None,
-) -> Case:
+    tiny_regions: npt.NDArray[np.bool_] | None = None,
+) -> CaseMetrics:
     """Returns what is measured on masks (H, W) of class ids 0..num_classes-1.
 
     Args:
-        specks: (H, W) bool, pixels of true regions that are no lesions, see `specks_of`.
+        specks: (H, W) bool, pixels of true regions that are no lesions, see `tiny_regions_of`.
     """
     classes = (
-        _measure_class(truth == class_id, prediction == class_id, scale, specks)
+        _measure_class(truth == class_id, prediction == class_id, scale, tiny_regions)
         for class_id in range(1, num_classes)
     )
-    return Case(scale.unit, _diagonal(truth.shape, scale), tuple(classes))
+    return CaseMetrics(scale.unit, _diagonal(truth.shape, scale), tuple(classes))
 
 
-def nothing_predicted(case: Case) -> Case:
+def nothing_predicted(case: CaseMetrics) -> CaseMetrics:
     """Returns what `measure_case` would find with an empty prediction."""
     classes = []
     for each in case.classes:
         nothing = Overlap(each.tp, each.fp, each.fn).nothing_predicted()
         tp, fp, fn = nothing.tp, nothing.fp, nothing.fn
         hd95, nsd = (case.diagonal, 0.0) if fn else (None, None)
-        lesions = LesionCounts(each.lesions.num_true, 0, 0, each.lesions.num_specks)
-        classes.append(ClassCase(_presence(fn > 0, False), tp, fp, fn, hd95, nsd, lesions))
-    return Case(case.unit, case.diagonal, tuple(classes))
+        lesions = LesionCounts(each.lesions.num_true, 0, 0, each.lesions.num_tiny_regions)
+        classes.append(ClassMetrics(_presence(fn > 0, False), tp, fp, fn, hd95, nsd, lesions))
+    return CaseMetrics(case.unit, case.diagonal, tuple(classes))
 
 
 def _diagonal(shape: tuple[int, ...], scale: Scale) -> float:
@@ -159,8 +159,8 @@ def _measure_class(
     truth: npt.NDArray[np.bool_],
     prediction: npt.NDArray[np.bool_],
     scale: Scale,
-    specks: npt.NDArray[np.bool_] | None,
-) -> ClassCase:
+    tiny_regions: npt.NDArray[np.bool_] | None,
+) -> ClassMetrics:
     tp = int(np.count_nonzero(truth & prediction))
     fp = int(np.count_nonzero(prediction)) - tp
     fn = int(np.count_nonzero(truth)) - tp
@@ -172,8 +172,8 @@ def _measure_class(
         nsd = surface_dice(distances, TOLERANCES[scale.unit])
     elif presence != "neither":
         hd95, nsd = _diagonal(truth.shape, scale), 0.0
-    lesions = count_lesions(truth, prediction, specks=specks)
-    return ClassCase(presence, tp, fp, fn, hd95, nsd, lesions)
+    lesions = count_lesions(truth, prediction, tiny_regions=tiny_regions)
+    return ClassMetrics(presence, tp, fp, fn, hd95, nsd, lesions)
 
 
 def _presence(is_true: bool, is_predicted: bool) -> Presence:
@@ -183,7 +183,7 @@ def _presence(is_true: bool, is_predicted: bool) -> Presence:
 
 
 def summarize_cases(
-    cases: Sequence[Case], groups: Sequence[str], names: Sequence[str]
+    cases: Sequence[CaseMetrics], groups: Sequence[str], names: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the measures of all cases at one size, JSON-ready; an undefined value is None.
 
@@ -235,11 +235,11 @@ def summarize_cases(
 
 def _side_by_side(ratios: Sequence[Mapping[str, Pair]], name: str) -> Pair:
     """Returns what is above and below of a measure, (N, classes) each."""
-    above, below = zip(*(each[name] for each in ratios), strict=True)
-    return np.stack(above, axis=1), np.stack(below, axis=1)
+    numerators, denominators = zip(*(each[name] for each in ratios), strict=True)
+    return np.stack(numerators, axis=1), np.stack(denominators, axis=1)
 
 
-def _class_ratios(cases: Sequence[Case], index: int) -> dict[str, Pair]:
+def _class_ratios(cases: Sequence[CaseMetrics], index: int) -> dict[str, Pair]:
     """Returns what is above and below of each measure of a class, (N,) each, by name."""
     found = [case.classes[index] for case in cases]
     overlap = _overlap(found)
@@ -271,7 +271,7 @@ def _class_ratios(cases: Sequence[Case], index: int) -> dict[str, Pair]:
     return ratios
 
 
-def _overlap(found: Sequence[ClassCase]) -> Overlap[Counts]:
+def _overlap(found: Sequence[ClassMetrics]) -> Overlap[Counts]:
     """Returns the pixels of a class in each case, (N,) float64 each."""
     return Overlap(
         tp=np.array([each.tp for each in found], float),
@@ -285,7 +285,7 @@ def _mean_terms(values: Values) -> Pair:
     return np.nan_to_num(values, nan=0.0), (~np.isnan(values)).astype(float)
 
 
-def _class_counts(cases: Sequence[Case], index: int) -> dict[str, int]:
+def _class_counts(cases: Sequence[CaseMetrics], index: int) -> dict[str, int]:
     found = [case.classes[index] for case in cases]
     presences = _overlap(found).presence_counts()
     return {
@@ -293,32 +293,32 @@ def _class_counts(cases: Sequence[Case], index: int) -> dict[str, int]:
         "num_lesions": sum(each.lesions.num_true for each in found),
         "num_lesions_found": sum(each.lesions.num_found for each in found),
         "num_false_positives": sum(each.lesions.num_false_positives for each in found),
-        "num_specks": sum(each.lesions.num_specks for each in found),
+        "num_specks": sum(each.lesions.num_tiny_regions for each in found),
     }
 
 
 def _measure(pair: Pair, baseline: Pair, groups: Sequence[str]) -> dict[str, Any]:
-    above, below = pair
-    found = interval(above, below, groups)
+    numerators, denominators = pair
+    found = interval(numerators, denominators, groups)
     low, high = found if found else (None, None)
     return {
-        "value": ratio(above, below),
+        "value": ratio(numerators, denominators),
         "low": low,
         "high": high,
-        "num_cases": _num_cases(below),
-        "num_groups": num_contributing(below, groups),
+        "num_cases": _num_cases(denominators),
+        "num_groups": num_contributing(denominators, groups),
         "all_background": ratio(*baseline),
         "all_background_num_cases": _num_cases(baseline[1]),
     }
 
 
-def _num_cases(below: Values) -> int:
-    return int(np.count_nonzero(below.reshape(len(below), -1).any(axis=1)))
+def _num_cases(denominators: Values) -> int:
+    return int(np.count_nonzero(denominators.reshape(len(denominators), -1).any(axis=1)))
 
 
-def quotient(above: float, below: float) -> float | None:
-    """Returns `above` / `below`, None where nothing is below."""
-    return float(above / below) if below else None
+def quotient(numerator: float, denominator: float) -> float | None:
+    """Returns `numerator` / `denominator`, None where nothing is below."""
+    return float(numerator / denominator) if denominator else None
 
 
 _CELLS = (
@@ -333,7 +333,7 @@ def case_columns(names: Sequence[str]) -> list[str]:
     return ["unit", "diagonal", *(f"{key}_{name}" for name in names for key in _CELLS)]
 
 
-def case_cells(case: Case) -> list[Any]:
+def case_cells(case: CaseMetrics) -> list[Any]:
     """Returns the cells of a case; None is an empty cell: the class is in neither mask."""
     cells: list[Any] = [case.unit, case.diagonal]
     for each in case.classes:
@@ -341,11 +341,11 @@ def case_cells(case: Case) -> list[Any]:
         cells += [each.presence, dice_of_case, each.hd95, each.nsd]
         lesions = each.lesions
         cells += [lesions.num_true, lesions.num_found, lesions.num_false_positives]
-        cells += [each.tp, each.fp, each.fn, lesions.num_specks]
+        cells += [each.tp, each.fp, each.fn, lesions.num_tiny_regions]
     return cells
 
 
-def read_case(row: Mapping[str, str], names: Sequence[str]) -> Case:
+def parse_case_metrics(row: Mapping[str, str], names: Sequence[str]) -> CaseMetrics:
     """Returns the case that a row of a table holds, by `case_columns`.
 
     Raises:
@@ -354,12 +354,12 @@ def read_case(row: Mapping[str, str], names: Sequence[str]) -> Case:
     classes = []
     for name in names:
         num_found, num_false = (int(row[f"{key}_{name}"]) for key in _CELLS[5:7])
-        tp, fp, fn, num_specks = (int(row[f"{key}_{name}"]) for key in _CELLS[7:])
+        tp, fp, fn, num_tiny_regions = (int(row[f"{key}_{name}"]) for key in _CELLS[7:])
         hd95, nsd = (float(row[f"{key}_{name}"]) if row[f"{key}_{name}"] else None
                      for key in ("hd95", "nsd"))  # fmt: skip
         num_true = int(row[f"lesions_{name}"])
-        lesions = LesionCounts(num_true, num_found + num_false, num_found, num_specks)
+        lesions = LesionCounts(num_true, num_found + num_false, num_found, num_tiny_regions)
         presence = _presence(tp + fn > 0, tp + fp > 0)
-        classes.append(ClassCase(presence, tp, fp, fn, hd95, nsd, lesions))
+        classes.append(ClassMetrics(presence, tp, fp, fn, hd95, nsd, lesions))
     unit: Unit = "mm" if row["unit"] == "mm" else "px"
-    return Case(unit, float(row["diagonal"]), tuple(classes))
+    return CaseMetrics(unit, float(row["diagonal"]), tuple(classes))

@@ -26,7 +26,7 @@ class ThresholdSweep:
     )
 
     def __init__(self, names: Sequence[str], *, min_lesion: int = 1) -> None:
-        """Sweeps the foreground classes of these names; `min_lesion` as in `specks_of`."""
+        """Sweeps the foreground classes of these names; `min_lesion` as in `tiny_regions_of`."""
         self._names = names
         self._min_lesion = min_lesion
         shape = len(names), len(THRESHOLDS)
@@ -49,13 +49,13 @@ class ThresholdSweep:
     def _add_class(
         self, index: int, truth: npt.NDArray[np.bool_], probabilities: npt.NDArray[np.float32]
     ) -> None:
-        specks = truth & ~without_small_regions(truth, self._min_lesion)
+        tiny_regions = truth & ~without_small_regions(truth, self._min_lesion)
         for step, threshold in enumerate(THRESHOLDS):
             predicted = probabilities >= np.float32(threshold)
             tp = int(np.count_nonzero(truth & predicted))
             fp = int(np.count_nonzero(predicted)) - tp
             fn = int(np.count_nonzero(truth)) - tp
-            lesions = count_lesions(truth, predicted, specks=specks)
+            lesions = count_lesions(truth, predicted, tiny_regions=tiny_regions)
             above, below = Overlap(tp, fp, fn).dice_terms()
             values = {
                 "tp": tp,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flexunet.text import counted
+from flexunet.text import pluralize
 
 
 def rate_factor(
@@ -126,7 +126,7 @@ class EarlyStopping:
 def stopped_early_words(epochs: int, best_epoch: int) -> str:
     """Returns why training ended after so many epochs, for a person; `best_epoch` counts from 0."""
     return (
-        f"stopped early after {counted(epochs, 'epoch')}, as the validation loss has not fallen "
+        f"stopped early after {pluralize(epochs, 'epoch')}, as the validation loss has not fallen "
         f"since epoch {best_epoch + 1}"
     )
 

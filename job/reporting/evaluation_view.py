@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexunet.json_files import evaluate_again, read_table
+from flexunet.json_files import read_table
 from flexunet.storage import ObjectStore
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.optimization.schedule import stopped_early_words
 from job.reporting.phrases import (
     checkpoint_words,
@@ -27,6 +27,7 @@ from job.reporting.view_parts import (
     read_config,
     small_figure,
 )
+from job.runs.layout import evaluate_again
 from job.runs.status import run_status
 
 _FAILED_DICE = 0.5  # a case below is listed as a failure
@@ -131,7 +132,7 @@ def headline_of(
     if outcome and outcome.get("stopped_early"):
         status += f" ({stopped_early_words(outcome['epochs'], outcome['best']['epoch'])})"
     if outcome and outcome.get("skipped_steps"):
-        number = counted(outcome["skipped_steps"], "training step")
+        number = pluralize(outcome["skipped_steps"], "training step")
         status += f" ({number} skipped, whose gradients overflowed float16)"
     if summary is None:
         return Headline(status)
@@ -191,14 +192,14 @@ def metrics_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> Metrics
 
 
 def _prediction(summary: Mapping[str, Any]) -> Prediction:
-    way = summary.get("prediction") or {}
-    runs = way.get("runs", ())
-    flips = way.get("flips", "none")
+    protocol = summary.get("prediction") or {}
+    runs = protocol.get("runs", ())
+    flips = protocol.get("flips", "none")
     return Prediction(
         is_by_tile=summary.get("case") == "tile",
         runs=[each["run"] for each in runs] if len(runs) > 1 else [],
         flips=flips if flips != "none" else None,
-        regions=_regions(way["small_regions"]) if way.get("small_regions") else None,
+        regions=_regions(protocol["small_regions"]) if protocol.get("small_regions") else None,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from flexunet.storage import open_store
 from job.config import TrainConfig
 from job.reporting.phrases import lesion_words, measure_rows, size_notes, titled_sizes
-from job.reporting.terminal import measures_table
+from job.reporting.summary_tables import measures_table
 from job.runs.layout import CROSS_VALIDATION_NAME, run_url
 
 _FOLDS_BESIDE = 4  # of a table that fits 80 columns

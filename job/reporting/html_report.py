@@ -12,9 +12,9 @@ import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flexunet.errors import ContentError, LockedError, StorageError, UsageError
-from flexunet.json_files import evaluate_again, read_json
+from flexunet.json_files import read_json
 from flexunet.storage import ObjectStore, join_url
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.reporting.evaluation_view import (
     cases_of,
     distinct_origins,
@@ -40,7 +40,7 @@ from job.reporting.view_parts import (
     read_text,
     trained_fold,
 )
-from job.runs.layout import CROSS_VALIDATION_NAME, OUTCOME_NAME, RESTORE
+from job.runs.layout import CROSS_VALIDATION_NAME, OUTCOME_NAME, RESTORE, evaluate_again
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -180,7 +180,7 @@ def _environment() -> "Environment":
     )
     environment.filters["number"] = number
     environment.filters["one_line"] = _one_line
-    environment.globals["counted"] = counted
+    environment.globals["counted"] = pluralize
     return environment
 
 

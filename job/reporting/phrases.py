@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.data.folds import split_words
 from job.metrics.per_case import TRUTHS
 
@@ -21,9 +21,9 @@ def counted_cases(summary: Mapping[str, Any]) -> str:
     total = summary["num_cases"]
     counts = {total - each["num_empty"] for each in summary["classes"][1:]}
     if counts == {total}:
-        return counted(total, "case")
+        return pluralize(total, "case")
     number = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
-    return f"{number} of {counted(total, 'case')}"
+    return f"{number} of {pluralize(total, 'case')}"
 
 
 def has_foreground(summary: Mapping[str, Any]) -> bool:
@@ -38,7 +38,7 @@ def no_foreground_words(summary: Mapping[str, Any]) -> str:
     )
     return (
         f"No case of {summarized_words(summary)} has foreground, so none can be found: false "
-        f"alarms of {alarms} of {counted(summary['num_cases'], 'case')}."
+        f"alarms of {alarms} of {pluralize(summary['num_cases'], 'case')}."
     )
 
 
@@ -98,6 +98,6 @@ def lesion_words(size: Mapping[str, Any]) -> str:
 
 def checkpoint_words(used: Mapping[str, Any]) -> str:
     """Returns which weights were evaluated: those of one run, or of several together."""
-    epochs = " and ".join(counted(each, "epoch") for each in used["epochs"])
+    epochs = " and ".join(pluralize(each, "epoch") for each in used["epochs"])
     noun = "checkpoint" if len(used["epochs"]) == 1 else "checkpoints"
     return f"the {used['which']} {noun}, after {epochs}"

@@ -83,9 +83,9 @@ def mask_png(class_ids: Pixels, classes: Sequence[ClassColor]) -> bytes:
     Args:
         class_ids: (H, W) uint8; an id without a class (the ignore id) is shown grey.
     """
-    picture = Image.fromarray(class_ids)
-    picture.putpalette(_palette(classes).tobytes())
-    return _png(picture)
+    image = Image.fromarray(class_ids)
+    image.putpalette(_palette(classes).tobytes())
+    return _png(image)
 
 
 def overlay_png(
@@ -123,7 +123,7 @@ def overlay_png(
     entries.append(_Entry("prediction", _PREDICTION_COLOR, is_line=True))
     if len(foreground) > 1:
         entries.extend(_Entry(each.name, each.color, is_line=False) for each in foreground)
-    return _png(_stacked([_picture(pixels), _legend(entries, width)]))
+    return _png(_stacked([_image(pixels), _legend(entries, width)]))
 
 
 def panel_png(
@@ -147,7 +147,7 @@ def panel_png(
         ("truth", palette[_resized_ids(truth, height, width)]),
         ("prediction", palette[_resized_ids(prediction, height, width)]),
     ]
-    tiles = [_stacked([_line_of_text(name, width), _picture(tile)]) for name, tile in columns]
+    tiles = [_stacked([_line_of_text(name, width), _image(tile)]) for name, tile in columns]
     row = _side_by_side(tiles)
     entries = [_Entry(each.name, each.color, is_line=False) for each in classes]
     return _png(_stacked([_line_of_text(title, row.width), row, _legend(entries, row.width)]))
@@ -231,7 +231,7 @@ def _draw_contours(
         cv2.drawContours(pixels, contours, -1, color, line)
 
 
-def _picture(pixels: Pixels) -> Image.Image:
+def _image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
@@ -269,23 +269,23 @@ def _line_of_text(text: str, width: int) -> Image.Image:
     return strip
 
 
-def _stacked(pictures: Sequence[Image.Image]) -> Image.Image:
-    width = max(picture.width for picture in pictures)
-    sheet = Image.new("RGB", (width, sum(picture.height for picture in pictures)), _PAPER)
+def _stacked(images: Sequence[Image.Image]) -> Image.Image:
+    width = max(image.width for image in images)
+    stacked = Image.new("RGB", (width, sum(image.height for image in images)), _PAPER)
     top = 0
-    for picture in pictures:
-        sheet.paste(picture, ((width - picture.width) // 2, top))
-        top += picture.height
-    return sheet
+    for image in images:
+        stacked.paste(image, ((width - image.width) // 2, top))
+        top += image.height
+    return stacked
 
 
-def _side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
-    width = sum(picture.width + _MARGIN for picture in pictures) + _MARGIN
-    row = Image.new("RGB", (width, max(picture.height for picture in pictures)), _PAPER)
+def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    width = sum(image.width + _MARGIN for image in images) + _MARGIN
+    row = Image.new("RGB", (width, max(image.height for image in images)), _PAPER)
     left = _MARGIN
-    for picture in pictures:
-        row.paste(picture, (left, 0))
-        left += picture.width + _MARGIN
+    for image in images:
+        row.paste(image, (left, 0))
+        left += image.width + _MARGIN
     return row
 
 
@@ -298,10 +298,10 @@ def _font() -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, 15)
 
 
-def _png(picture: Image.Image) -> bytes:
-    if picture.mode == "RGB":
+def _png(image: Image.Image) -> bytes:
+    if image.mode == "RGB":
         # Half the time of Pillow's writer: 60 instead of 133 ms for an overlay.
-        return encode_png(np.asarray(picture))
+        return encode_png(np.asarray(image))
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=False)
+    image.save(buffer, format="PNG", optimize=False)
     return buffer.getvalue()

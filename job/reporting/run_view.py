@@ -7,7 +7,7 @@ from typing import Any
 from data_prep.shards.manifest import Manifest, ReducedInfo
 from flexunet.json_files import read_json
 from flexunet.storage import ObjectStore
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.distributed.watchdog import STACKS_FOLDER
 from job.reporting.csv_tables import CURVE_TITLES
 from job.reporting.view_parts import Figure, Table, missing_groups, png_figure, read_bytes
@@ -65,7 +65,7 @@ def dataset_card(manifest: Manifest | None, folds: str | None) -> DatasetCard | 
     if manifest is None:
         return None
     size = f"{manifest.image_width} x {manifest.image_height}"
-    channels = counted(manifest.channels, "channel")
+    channels = pluralize(manifest.channels, "channel")
     rows = [
         ("name", manifest.name),
         ("pictures", f"{size}, {channels}, {manifest.bit_depth} bits, {manifest.geometry}"),

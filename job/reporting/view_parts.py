@@ -17,7 +17,7 @@ from flexunet.settings import read_yaml
 from flexunet.storage import NotFound, ObjectStore, join_url
 from job.data.folds import fold_words
 
-_PICTURE_SIDE = 640  # pixels; pictures of cases are made smaller, so that the page stays small
+_IMAGE_SIDE = 640  # pixels; pictures of cases are made smaller, so that the page stays small
 _JPEG_QUALITY = 85
 
 
@@ -48,11 +48,11 @@ def small_figure(png: bytes | None, caption: str) -> Figure:
 
     if png is None:
         return Figure(None, caption)
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
-    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
     buffer = io.BytesIO()
     # Colour at full resolution: contours are one or two pixels wide.
-    picture.save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    image.save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
     return Figure(_inline(buffer.getvalue(), "jpeg"), caption)
 
 

@@ -41,6 +41,11 @@ def run_url(config: TrainConfig) -> str:
     return join_url(config.output, str(config.name))
 
 
+def evaluate_again(run: ObjectStore) -> str:
+    """Returns the remedy for an unreadable evaluation of `run`."""
+    return f"evaluate the run again: flexunet evaluate {run.url}"
+
+
 def checkpoint_prefix(step: int, attempt: int) -> str:
     """Returns the folder of a commit."""
     return f"checkpoints/step-{step:08d}/a{attempt}"

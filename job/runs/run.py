@@ -78,7 +78,7 @@ class Run:
             LockedError: another process owns the run; nothing was written.
             StorageError: storage fails, or is a server that does not enforce preconditions.
         """
-        store = open_store(output_url).below(checked_run_name(name))
+        store = open_store(output_url).subpath(checked_run_name(name))
         return cls.acquire(store, timing=timing, launch=launch)
 
     @classmethod

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flexunet.errors import DivergedError, UsageError
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.config import TrainConfig, identity_of
 from job.distributed.process_group import peer_errors
 from job.optimization.schedule import stopped_early_words
@@ -217,7 +217,7 @@ def earlier_outcome(
         return outcome
     if outcome["epochs"] >= config.epochs:
         logger.info(
-            "%s: finished already after %s", run.store.url, counted(outcome["epochs"], "epoch")
+            "%s: finished already after %s", run.store.url, pluralize(outcome["epochs"], "epoch")
         )
         return outcome
     if config.schedule.cosine:

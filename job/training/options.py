@@ -9,7 +9,7 @@ from typing import Any
 
 from flexunet.errors import UsageError
 from flexunet.json_files import read_json
-from flexunet.settings import flag_of, merged, read_text, read_yaml, validated
+from flexunet.settings import deep_merge, flag_of, parse_settings, read_text, read_yaml
 from flexunet.storage import NotFound, ObjectStore, join_url, open_store
 from job.config import (
     PRESET_KEYS,
@@ -57,7 +57,7 @@ def resolve_config(
     if file is not None:
         _check_preset(options, values, file)
     config = _resolved(
-        merged(values, options),
+        deep_merge(values, options),
         file or function or "options",
         options if function is None else None,
         lambda found: run_name(_data_of(found)),
@@ -86,18 +86,18 @@ def _resolved(
         name_for: the name of a run for which `values` have none.
     """
     place = {name: values[name] for name in _PLACE if name in values}
-    found = validated(TrainConfig, place, where, typed=options)
+    found = parse_settings(TrainConfig, place, where, typed=options)
     name = found.name or name_for(found)
     found = found.model_copy(update={"name": name})
     stored = _stored_values(found)
     _refuse_other_kind(found, is_new=stored is None)
     if stored is None:
-        return validated(TrainConfig, {**values, "name": name}, where, typed=options)
+        return parse_settings(TrainConfig, {**values, "name": name}, where, typed=options)
     given = {**values, "name": name}
     if "preset" in values:  # it says all that presets say
-        preset = validated(TrainConfig, {"preset": values["preset"]}, where, typed=options)
-        given = merged(preset_values(preset), given)
-    config = validated(TrainConfig, merged(stored, given), where, typed=options)
+        preset = parse_settings(TrainConfig, {"preset": values["preset"]}, where, typed=options)
+        given = deep_merge(preset_values(preset), given)
+    config = parse_settings(TrainConfig, deep_merge(stored, given), where, typed=options)
     now, defaults = (
         {**identity_of(each, is_whole=True), "epochs": each.epochs}
         for each in (config, TrainConfig())
@@ -129,7 +129,7 @@ def _stored_values(place: TrainConfig) -> dict[str, Any] | None:
     is_parent = is_cross_validation(place)
     if is_parent:
         names = [str(each.name) for each in fold_configs(place)]
-    for run in map(output.below, names):
+    for run in map(output.subpath, names):
         identity = read_json(run, IDENTITY_NAME, RESTORE)
         if identity is None:
             continue
@@ -149,9 +149,9 @@ def _refuse_other_kind(place: TrainConfig, *, is_new: bool) -> None:
         UsageError: says which of the two it is.
     """
     output = open_store(place.output)
-    run = output.below(str(place.name))
+    run = output.subpath(str(place.name))
     if place.folds is None and is_new:
-        first = output.below(f"{place.name}-fold-0")
+        first = output.subpath(f"{place.name}-fold-0")
         identity = read_json(first, IDENTITY_NAME, RESTORE)
         if identity is not None or run.stat(CROSS_VALIDATION_NAME) is not None:
             number = identity["config"].get("folds", "N") if identity else "N"
@@ -198,7 +198,7 @@ def _resolve_reference(
     Console(stderr=True).print(format_notes(reference.notes))
     folder = os.path.dirname(os.path.abspath(file))
     config = _resolved(
-        merged(reference.train, options),
+        deep_merge(reference.train, options),
         file,
         options if function is None else None,
         lambda found: run_name(found.data or folder),

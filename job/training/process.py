@@ -20,7 +20,7 @@ from job.distributed.process_group import ProcessGroup, peer_errors
 from job.distributed.rendezvous import ProcessSpec, rendezvous
 from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process, report_stall
 from job.models.compatibility import check_compatible, input_max
-from job.reporting.display import Display
+from job.reporting.training_display import TrainingDisplay
 from job.runs.provenance import check_origin
 from job.runs.run import Run
 from job.training.loop import train_and_evaluate
@@ -42,7 +42,7 @@ def run_local(
         other: called as well.
         ends_process: as for `run_process`.
     """
-    with stop_signals() as should_stop, Display(config) as display:
+    with stop_signals() as should_stop, TrainingDisplay(config) as display:
         callbacks = Callbacks(display.report, should_stop)
         if other is not None:
             callbacks = callbacks.joined(other)
@@ -51,7 +51,7 @@ def run_local(
 
 def run_in_cluster(config: TrainConfig, spec: ProcessSpec) -> dict[str, Any]:
     """Trains as the process `spec` of a cluster; the body of `train` without `--local`."""
-    with stop_signals() as should_stop, Display(config) as display:
+    with stop_signals() as should_stop, TrainingDisplay(config) as display:
         report = display.report if spec.rank == 0 else lambda event: None
         return run_process(config, spec, Callbacks(report, should_stop))
 
@@ -154,7 +154,7 @@ class _Process:
         config, spec = self.config, self.spec
         rank = spec.rank if spec else 0
         peers = {r: a for r, a in enumerate(spec.addresses) if r != rank} if spec else {}
-        store = open_store(config.output, retry_s=_LAST_WORDS_S).below(str(config.name))
+        store = open_store(config.output, retry_s=_LAST_WORDS_S).subpath(str(config.name))
 
         def end(problem: str) -> None:
             name = f"{STACKS_FOLDER}/{socket.gethostname()}-{os.getpid()}-rank-{rank}.txt"
@@ -218,7 +218,7 @@ def stored_precision(run: Run | None) -> str | None:
 def _acquire_run(config: TrainConfig, launch: str | None) -> Run:
     # A request is repeated for a while, and the outbox repeats the whole call for longer.
     retry_s = min(_RETRY_S, max(config.storage_timeout, 1.0))
-    store = open_store(config.output, retry_s=retry_s).below(checked_run_name(str(config.name)))
+    store = open_store(config.output, retry_s=retry_s).subpath(checked_run_name(str(config.name)))
     return Run.acquire(store, launch=launch)
 
 

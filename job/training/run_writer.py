@@ -29,7 +29,7 @@ from flexunet.progress import Heartbeat
 from flexunet.settings import write_yaml
 from flexunet.storage import NotFound, ObjectStore, open_store
 from flexunet.tables import csv_table
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.config import TrainConfig
 from job.data.cases import read_picture
 from job.data.dataset import Dataset
@@ -109,8 +109,8 @@ class RunWriter:
         logger.info(
             "resuming from %s, after %s and %s of the next",
             commit.prefix,
-            counted(state.epoch, "epoch"),
-            counted(state.step_in_epoch, "step"),
+            pluralize(state.epoch, "epoch"),
+            pluralize(state.step_in_epoch, "step"),
         )
         self.write_tables(state)
         self._rewrite_events(state)

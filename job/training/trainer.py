@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from flexunet.errors import DivergedError, StoppedError
 from flexunet.progress import Heartbeat
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.data.pipeline import EpochPlan, distributed_batches, one_ahead
@@ -184,7 +184,7 @@ class Trainer:
                 "epoch %d: %s skipped, whose gradients overflowed float16; the loss scale is now "
                 "%g",
                 state.epoch + 1,
-                counted(number, "step"),
+                pluralize(number, "step"),
                 scale.value,
             )
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from flexunet.errors import FlexUNetError, UsageError
-from flexunet.text import counted
+from flexunet.text import pluralize
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Resources:
     memory_bytes: int = 0
 
     def __str__(self) -> str:
-        parts = [counted(self.num_cpus, "CPU"), counted(self.num_gpus, "GPU")]
+        parts = [pluralize(self.num_cpus, "CPU"), pluralize(self.num_gpus, "GPU")]
         if self.memory_bytes:
             parts.append(f"{self.memory_bytes / 1e9:.1f} GB")
         return ", ".join(parts)
@@ -49,7 +49,7 @@ def require_slots(per_worker: Resources, num_workers: int = 1) -> dict[str, int]
     total = sum(found.values())
     if total < num_workers:
         raise UsageError(
-            f"{counted(num_workers, 'worker')} with {per_worker} each requested, but the cluster "
+            f"{pluralize(num_workers, 'worker')} with {per_worker} each requested, but the cluster "
             f"fits {total}: {_described_nodes() or 'no node'}; request less, add nodes, or give "
             "--wait-for-nodes"
         )
@@ -68,7 +68,7 @@ def wait_for_slots(per_worker: Resources, num_workers: int, timeout_s: float) ->
         return
     logger.warning(
         "the cluster does not fit %s with %s each yet (%s); waiting up to %g s (--join-timeout)",
-        counted(num_workers, "worker"),
+        pluralize(num_workers, "worker"),
         per_worker,
         _described_nodes() or "no node",
         timeout_s,
@@ -87,7 +87,7 @@ def wait_for_slots(per_worker: Resources, num_workers: int, timeout_s: float) ->
         while sum(worker_slots(per_worker).values()) < num_workers:
             if time.monotonic() > end:
                 raise FlexUNetError(
-                    f"the cluster did not fit {counted(num_workers, 'worker')} with {per_worker} "
+                    f"the cluster did not fit {pluralize(num_workers, 'worker')} with {per_worker} "
                     f"each within {timeout_s:g} s (--join-timeout): "
                     f"{_described_nodes() or 'no node'}; the same command tries again"
                 )
@@ -110,7 +110,7 @@ def described_shortage(per_worker: Resources, num_workers: int) -> str | None:
     if all(free.get(name, 0.0) + 1e-6 >= num_workers * amount for name, amount in needs.items()):
         return None
     return ", ".join(
-        f"{free.get(name, 0.0):g} of {counted(total(name), name)}" for name in ("CPU", "GPU")
+        f"{free.get(name, 0.0):g} of {pluralize(total(name), name)}" for name in ("CPU", "GPU")
     )
 
 
@@ -138,8 +138,8 @@ def described_resources() -> str:
 
     total = ray.cluster_resources()
     num_nodes = sum(node["Alive"] for node in ray.nodes())
-    parts = counted(total.get("CPU", 0), "CPU"), counted(total.get("GPU", 0), "GPU")
-    return f"{', '.join(parts)} on {counted(num_nodes, 'node')}"
+    parts = pluralize(total.get("CPU", 0), "CPU"), pluralize(total.get("GPU", 0), "GPU")
+    return f"{', '.join(parts)} on {pluralize(num_nodes, 'node')}"
 
 
 def _fitting(resources: dict[str, float], per_worker: Resources) -> int:
@@ -156,8 +156,8 @@ def _described_nodes() -> str:
     import ray
 
     described = [
-        f"{node['NodeManagerAddress']} has {counted(node['Resources'].get('CPU', 0), 'CPU')}, "
-        f"{counted(node['Resources'].get('GPU', 0), 'GPU')}, "
+        f"{node['NodeManagerAddress']} has {pluralize(node['Resources'].get('CPU', 0), 'CPU')}, "
+        f"{pluralize(node['Resources'].get('GPU', 0), 'GPU')}, "
         f"{node['Resources'].get('memory', 0) / 1e9:.1f} GB"
         for node in ray.nodes()
         if node["Alive"]

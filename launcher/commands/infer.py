@@ -11,9 +11,15 @@ from typing import Any
 import click
 
 from flexunet.cli.interrupts import quiet_interrupts
-from flexunet.cli.options import PATH, SettingsCommand, from_options, given, settings_options
+from flexunet.cli.options import (
+    PATH,
+    SettingsCommand,
+    explicit_options,
+    from_options,
+    settings_options,
+)
 from flexunet.process_pool import Workers
-from flexunet.settings import Settings, option, validated
+from flexunet.settings import Settings, option, parse_settings
 from flexunet.storage import join_url
 from job.infer import show_result
 from job.inference.options import InferConfig
@@ -94,8 +100,8 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     where = {name: options.pop(name) for name in InferLaunchConfig.model_fields}
     settings = from_options(InferLaunchConfig, where)
     needs_gpu = settings.gpus_per_worker > 0
-    values = given(options)
-    config = validated(InferConfig, values | {"needs_gpu": needs_gpu}, "options", typed=values)
+    values = explicit_options(options)
+    config = parse_settings(InferConfig, values | {"needs_gpu": needs_gpu}, "options", typed=values)
     target = output or join_url(run, "inference")
     reads = [run, *config.ensemble, images]
     workers = functools.partial(process_workers, settings, reads, [target])

@@ -12,7 +12,7 @@ import click
 
 from data_prep.cli import read_config, run
 from data_prep.config import PrepConfig
-from data_prep.intake import sources_of
+from data_prep.prep_input import sources_of
 from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.cli.options import PATH, SettingsCommand, from_options, settings_options
 from flexunet.process_pool import Workers

@@ -8,7 +8,13 @@ from typing import Any
 
 import click
 
-from flexunet.cli.options import PATH, SettingsCommand, from_options, given, settings_options
+from flexunet.cli.options import (
+    PATH,
+    SettingsCommand,
+    explicit_options,
+    from_options,
+    settings_options,
+)
 from flexunet.storage import open_store
 from job.config import TrainConfig
 from job.data.folds import is_cross_validation
@@ -48,7 +54,7 @@ def command(file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any)
     where = {name: options.pop(name) for name in LaunchConfig.model_fields}
     settings = from_options(LaunchConfig, where)
     prep_options = {name: True for name, is_given in flags.items() if is_given}
-    config = resolve_config(given(options), file, prep_options)
+    config = resolve_config(explicit_options(options), file, prep_options)
     if is_cross_validation(config):
         return _cross_validate(config, settings)
     show_end(launch(config, settings), run_url(config))

@@ -17,12 +17,12 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import cli, report
+from data_prep import cli, report_figures
 from data_prep.config import HASH_KEY_VARIABLE, PrepConfig
 from data_prep.imaging.geometry import Box, Geometry, apply_geometry
-from data_prep.intake import items_of
 from data_prep.phantoms.images import write_phantoms
 from data_prep.pipeline import prepare
+from data_prep.prep_input import pairs_of
 from data_prep.shards.manifest import MANIFEST_NAME, FullScaleInfo, read_manifest
 from data_prep.shards.records import decode_example, unframe_record
 from data_prep.shards.sample_table import read_samples
@@ -356,7 +356,7 @@ def test_skip_bad_lists_every_file(source, tmp_path, caplog):
         _prepare(source, tmp_path / "out")
     manifest = _prepare(source, tmp_path / "out", skip_bad=True)
     assert manifest.num_samples == 18
-    table = f"{tmp_path}/out/{report.REJECTS_NAME}"
+    table = f"{tmp_path}/out/{report_figures.REJECTS_NAME}"
     assert f"list of the files left out: {table}" in [record.message for record in caplog.records]
     lines = Path(table).read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == [
@@ -378,7 +378,7 @@ def test_rejects_csv_is_the_same_bytes_each_time(source, tmp_path):
     tables = []
     for output in (tmp_path / "first", tmp_path / "second"):
         assert _prepare(source, output, skip_bad=True).num_samples == 16
-        tables.append((output / report.REJECTS_NAME).read_text())
+        tables.append((output / report_figures.REJECTS_NAME).read_text())
     assert tables[0] == tables[1]
     assert len(tables[0].splitlines()) == 1 + len(broken)
     assert " at 0x" not in tables[0]
@@ -390,7 +390,7 @@ def test_skip_bad_leaves_out_names_that_storage_refuses(source, tmp_path):
     with pytest.raises(ContentError, match=r"normal form C; rename it \(and 1 more"):
         _prepare(source, tmp_path / "out")
     assert _prepare(source, tmp_path / "out", skip_bad=True).num_samples == 20
-    listed = (tmp_path / "out" / report.REJECTS_NAME).read_text()
+    listed = (tmp_path / "out" / report_figures.REJECTS_NAME).read_text()
     for kind in ("images", "masks"):
         assert f"{source}/{kind}/{decomposed}.png,storage refuses its name: " in listed
 
@@ -414,7 +414,7 @@ def test_skip_bad_lists_names_that_no_terminal_shows(
         _prepare(source, tmp_path / "out", hash_names=hash_names)
     assert str(caught.value).startswith(f"{source}/images/{shown}.png: storage refuses its name: ")
     _prepare(source, tmp_path / "out", skip_bad=True, hash_names=hash_names)
-    listed = (tmp_path / "out" / report.REJECTS_NAME).read_text()
+    listed = (tmp_path / "out" / report_figures.REJECTS_NAME).read_text()
     assert listed.count(reason) == 2
     assert (f"{source}/masks/{shown}.png," in listed) is not hash_names
 
@@ -437,7 +437,10 @@ def test_source_folder_whose_name_is_not_utf8_is_read(source, tmp_path):
     (Path(odd) / "images" / "alone.png").write_bytes(b"")
     manifest = _prepare(odd, tmp_path / "out", skip_bad=True)
     assert (manifest.name, manifest.num_samples) == ("caf\\xe9", 20)
-    assert "/caf\\xe9/images/alone.png," in (tmp_path / "out" / report.REJECTS_NAME).read_text()
+    assert (
+        "/caf\\xe9/images/alone.png,"
+        in (tmp_path / "out" / report_figures.REJECTS_NAME).read_text()
+    )
 
 
 def test_no_sources_is_a_mistake_in_one_line(tmp_path):
@@ -485,7 +488,7 @@ def test_names_of_which_none_has_a_group_are_not_to_be_skipped(source, tmp_path)
 
 
 def test_rejects_csv_is_safe_in_a_spreadsheet():
-    text = report.rejects_csv([("=1+1.png", "@x"), ("plain.png", 'with, "both"')])
+    text = report_figures.rejects_csv([("=1+1.png", "@x"), ("plain.png", 'with, "both"')])
     assert text == 'file,reason\n\'=1+1.png,\'@x\nplain.png,"with, ""both"""\n'
 
 
@@ -766,7 +769,7 @@ def test_source_that_vanishes_is_a_storage_error(source, tmp_path):
     os.remove(source / "masks" / "case_2.png")
     config = PrepConfig()
     with pytest.raises(StorageError, match=r"case_2\.png: vanished"):
-        items_of([(pair, pair.id) for pair in pairs], config)
+        pairs_of([(pair, pair.id) for pair in pairs], config)
 
 
 def _cpu_s():

@@ -17,15 +17,15 @@ from pydicom.datadict import DicomDictionary
 from data_prep import cli
 from data_prep.config import PrepConfig, identity_of
 from data_prep.imaging.geometry import apply_geometry, fit
-from data_prep.intake import sources_of
 from data_prep.phantoms.inbreast_release import write_release
 from data_prep.pipeline import prepare
+from data_prep.prep_input import sources_of
 from data_prep.shards.manifest import MANIFEST_NAME, read_manifest
 from data_prep.shards.records import decode_example, unframe_record
 from data_prep.shards.sample_table import read_samples
 from data_prep.sources import inbreast
 from flexunet.errors import ContentError, UsageError
-from flexunet.settings import validated
+from flexunet.settings import parse_settings
 from flexunet.storage import open_store
 
 SIZE = 64
@@ -45,7 +45,7 @@ def release(tmp_path_factory):
 
 def _prepare(source, output, **options):
     values = {"format": "inbreast", "image_size": 32, "num_processes": 1} | options
-    config = validated(PrepConfig, values, "test")
+    config = parse_settings(PrepConfig, values, "test")
     sources = sources_of(str(source), config)
     return prepare(sources, str(output), config, progress=False)
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import click
 import pytest
 
-from flexunet.cli.options import SettingsCommand, given, settings_options
+from flexunet.cli.options import SettingsCommand, explicit_options, settings_options
 from flexunet.cli.runner import run_command
 from flexunet.errors import ContentError, LockedError, StoppedError
-from flexunet.settings import Settings, option, validated
+from flexunet.settings import Settings, option, parse_settings
 
 
 class Inner(Settings):
@@ -41,7 +41,7 @@ def run(*argv: str) -> tuple[int, dict[str, Any]]:
     @click.command(cls=SettingsCommand)
     @settings_options(Outer)
     def command(**options: Any) -> None:
-        seen.update(given(options))
+        seen.update(explicit_options(options))
 
     return run_command(command, argv, "tool"), seen
 
@@ -77,7 +77,7 @@ def test_options_become_nested_values(argv: tuple[str, ...], values: dict[str, A
 
 def test_what_was_given_is_valid_for_the_settings() -> None:
     _, values = run("--data", "d", "--inner.kernels", "3,5", "--weights", "1,2.5", "--rate", "1e-4")
-    config = validated(Outer, values, "options")
+    config = parse_settings(Outer, values, "options")
     assert config.inner.kernels == (3, 5)
     assert config.weights == (1.0, 2.5)
     assert config.rate == 0.0001

@@ -4,15 +4,15 @@ import pytest
 from pydantic import ValidationError, model_validator
 
 from flexunet.errors import UsageError
-from flexunet.paths import expanded
+from flexunet.paths import expand_home
 from flexunet.settings import (
     Settings,
+    deep_merge,
     fields_of,
-    merged,
     option,
+    parse_settings,
     read_yaml,
     suggestion,
-    validated,
     write_yaml,
 )
 
@@ -27,7 +27,7 @@ class Inner(Settings):
 class Outer(Settings):
     """Two levels."""
 
-    epochs: int = option(10, "Epochs.", free=True, ge=1)
+    epochs: int = option(10, "Epochs.", not_identity=True, ge=1)
     rate: float = option(0.1, "Rate.")
     is_on: bool = option(True, "On.")
     name: str | None = option(None, "Name.")
@@ -35,7 +35,7 @@ class Outer(Settings):
 
 
 def outer(text: str) -> Outer:
-    return validated(Outer, read_yaml(text, "a.yaml"), "a.yaml")
+    return parse_settings(Outer, read_yaml(text, "a.yaml"), "a.yaml")
 
 
 def test_settings_are_frozen() -> None:
@@ -105,9 +105,9 @@ def test_a_required_field_that_is_missing_is_named() -> None:
         data: str = option(..., "Data.")
 
     with pytest.raises(UsageError, match="options: data is required"):
-        validated(Strict, {}, "options")
+        parse_settings(Strict, {}, "options")
     with pytest.raises(UsageError, match="options: --data is required"):
-        validated(Strict, {}, "options", typed={})
+        parse_settings(Strict, {}, "options", typed={})
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_what_was_typed_is_named_as_an_option(typed: dict[str, Any], message: st
     values = {"rate": "x"} if is_of_file else {}
     where = "my.yaml" if is_of_file else "options"
     with pytest.raises(UsageError, match=message) as caught:
-        validated(Outer, merged(values, typed), "my.yaml", typed=typed)
+        parse_settings(Outer, deep_merge(values, typed), "my.yaml", typed=typed)
     assert str(caught.value).startswith(f"{where}: ")
 
 
@@ -140,7 +140,7 @@ def test_fields_that_do_not_fit_are_named_as_they_were_given() -> None:
             raise ValueError(f"parts={self.parts} does not divide batch_size={self.batch_size}")
 
     with pytest.raises(UsageError, match="options: parts=2 does not divide --batch-size=3"):
-        validated(Pair, {"batch_size": 3, "parts": 2}, "options", typed={"batch_size": 3})
+        parse_settings(Pair, {"batch_size": 3, "parts": 2}, "options", typed={"batch_size": 3})
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_fields_of_yields_every_leaf_by_path() -> None:
 def test_merged_lays_groups_over_each_other() -> None:
     base = {"epochs": 1, "inner": {"num_layers": 2, "kernels": [3, 3]}}
     over = {"rate": 0.5, "inner": {"num_layers": 4}}
-    assert merged(base, over) == {
+    assert deep_merge(base, over) == {
         "epochs": 1,
         "rate": 0.5,
         "inner": {"num_layers": 4, "kernels": [3, 3]},
@@ -228,8 +228,8 @@ class Places(Settings):
 def test_the_home_folder_of_a_path_is_put_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     values = {"one": "~/a", "more": ["~", "b/~", "gs://b/~"], "text": "~/a"}
-    found = validated(Places, values, "a.yaml")
+    found = parse_settings(Places, values, "a.yaml")
     assert found == Places(one="/home/me/a", more=("/home/me", "b/~", "gs://b/~"), text="~/a")
-    assert expanded("./~") == "./~"
+    assert expand_home("./~") == "./~"
     with pytest.raises(UsageError, match=r"a\.yaml: one='~nobody-here/x': .*no user with a home"):
-        validated(Places, {"one": "~nobody-here/x"}, "a.yaml")
+        parse_settings(Places, {"one": "~nobody-here/x"}, "a.yaml")

@@ -89,9 +89,9 @@ def test_list_is_recursive_sorted_and_by_prefix(store: ObjectStore) -> None:
 
 def test_below_sees_the_same_objects(store: ObjectStore) -> None:
     store.put("a/b/c", b"1")
-    assert names(store.below("a/b")) == ["c"]
-    assert store.below("a").get("b/c") == b"1"
-    assert store.below("a").url == join_url(store.url, "a")
+    assert names(store.subpath("a/b")) == ["c"]
+    assert store.subpath("a").get("b/c") == b"1"
+    assert store.subpath("a").url == join_url(store.url, "a")
 
 
 def test_generation_changes_with_every_put(store: ObjectStore) -> None:

@@ -38,8 +38,8 @@ def test_account_that_only_creates_leaves_the_probe_where_it_may(
     store = GcsStore(faulty_bucket.url)
     faulty_bucket.proxy.creates_only = True
     with pytest.raises(Forbidden, match=r"cannot delete .*permission denied; grant"):
-        probe_writable(store.below("a"))
-    probe_writable(store.below("b"), may_stay=True)
+        probe_writable(store.subpath("a"))
+    probe_writable(store.subpath("b"), may_stay=True)
     assert [name[:17] for name in names(store)] == ["a/flexunet-probe-", "b/flexunet-probe-"]
 
 

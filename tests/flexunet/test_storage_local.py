@@ -171,7 +171,7 @@ def test_folder_of_conditional_puts_goes_with_its_last_object(tmp_path: Path) ->
 def test_a_watched_folder_tells_of_bytes_on_their_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(3 << 20))
     moves: list[int] = []
-    store = LocalStore(str(tmp_path / "store")).watched(lambda: moves.append(1)).below("a")
+    store = LocalStore(str(tmp_path / "store")).watched(lambda: moves.append(1)).subpath("a")
     store.put_file("b", str(tmp_path / "file"))
     assert len(moves) == 3
     store.get_file("b", str(tmp_path / "back"))
@@ -196,7 +196,7 @@ def test_symbolic_links_do_not_lead_out(tmp_path: Path, caplog: pytest.LogCaptur
         with pytest.raises(ContentError, match="points outside"):
             store.put(name, b"")
     with pytest.raises(ContentError, match="points outside"):
-        store.below("folder")
+        store.subpath("folder")
     assert os.listdir(tmp_path / "outside") == ["secret"]
 
 
@@ -217,7 +217,7 @@ def test_a_source_follows_links_to_read(tmp_path: Path, caplog: pytest.LogCaptur
         assert store.stat(stat.name) == stat
         assert store.get(stat.name) == b"abc"
         store.get_file(stat.name, str(tmp_path / "copy"))
-    assert store.below("folder").get("deep/a", 1, 1) == b"b"
+    assert store.subpath("folder").get("deep/a", 1, 1) == b"b"
     for change in (lambda: store.put("folder/deep/a", b""), lambda: store.delete("again/a")):
         with pytest.raises(ContentError, match="points outside"):
             change()

@@ -116,7 +116,7 @@ def test_a_watched_store_tells_of_bytes_on_their_way(
     data = os.urandom(5 * parts if in_parts else parts)
     (tmp_path / "file").write_bytes(data)
     moves: list[int] = []
-    store = GcsStore(faulty_bucket.url).watched(lambda: moves.append(1)).below("a")
+    store = GcsStore(faulty_bucket.url).watched(lambda: moves.append(1)).subpath("a")
     store.put_file("b", str(tmp_path / "file"))
     assert len(moves) >= (5 * parts / 2**14 if in_parts else 1)
     moves.clear()

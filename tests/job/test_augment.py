@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flexunet.errors import UsageError
-from flexunet.settings import validated
+from flexunet.settings import parse_settings
 from job.config import AugmentationConfig
 from job.data.augment import augment, distortion_field, elastic_field
 from job.data.random_streams import SampleKey
@@ -256,7 +256,7 @@ def test_brightening_is_alpha_x_plus_beta_levels(
 )
 def test_augmentation_config_refuses_impossible_values(values: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        validated(AugmentationConfig, values, "config.yaml")
+        parse_settings(AugmentationConfig, values, "config.yaml")
 
 
 def test_augment_is_imported_without_cv2_and_tensorflow() -> None:

@@ -5,13 +5,13 @@ from job.metrics.bootstrap import interval, num_contributing, ratio
 
 
 def test_ratio_is_of_sums_and_averages_over_classes() -> None:
-    above, below = np.array([1.0, 2.0]), np.array([2.0, 2.0])
-    assert ratio(above, below) == 3 / 4
-    two = np.stack([above, np.array([0.0, 1.0])], axis=1)
+    numerator, denominator = np.array([1.0, 2.0]), np.array([2.0, 2.0])
+    assert ratio(numerator, denominator) == 3 / 4
+    two = np.stack([numerator, np.array([0.0, 1.0])], axis=1)
     # 3 / 4 and 1 / 1; a class with nothing below plays no part.
     assert ratio(two, np.array([[2.0, 0.0], [2.0, 1.0]])) == (0.75 + 1) / 2
     assert ratio(two, np.array([[2.0, 0.0], [2.0, 0.0]])) == 0.75
-    assert ratio(above, np.zeros(2)) is None
+    assert ratio(numerator, np.zeros(2)) is None
 
 
 def test_interval_of_a_mean_is_near_the_normal_one() -> None:
@@ -61,5 +61,5 @@ def test_interval_needs_five_groups_with_a_value() -> None:
 
 
 def test_groups_contribute_by_any_of_several_quotients() -> None:
-    below = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
-    assert num_contributing(below, ["a", "b", "c", "b"]) == 2
+    denominator = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
+    assert num_contributing(denominator, ["a", "b", "c", "b"]) == 2

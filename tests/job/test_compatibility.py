@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flexunet.errors import UsageError
-from flexunet.settings import validated
+from flexunet.settings import parse_settings
 from job.config import ModelConfig, TrainConfig
 from job.data.dataset import Dataset, open_dataset
 from job.models.compatibility import check_compatible, image_shape, num_outputs, window_overlap
@@ -61,17 +61,17 @@ def test_a_model_that_does_not_exist_leaves_the_name_of_the_run_free(
 
 def test_class_weights_must_be_one_per_class(dataset: Dataset) -> None:
     values = {"model": {"num_layers": 3}, "loss": {"class_weights": [1, 2]}}
-    check_compatible(validated(TrainConfig, values, "test"), dataset)
+    check_compatible(parse_settings(TrainConfig, values, "test"), dataset)
     values["loss"] = {"class_weights": [1, 2, 3]}
     with pytest.raises(UsageError, match=r"--loss\.class-weights=1,2,3: give 2 numbers"):
-        check_compatible(validated(TrainConfig, values, "test"), dataset)
+        check_compatible(parse_settings(TrainConfig, values, "test"), dataset)
 
 
 def test_small_tiles_fit_neither_structural_similarity_nor_a_wide_overlap(tmp_path: Path) -> None:
     tiles = open_dataset(prepare_discs(tmp_path, num_images=10, tile=8))
     hybrid = {"model": {"num_layers": 3}, "loss": {"name": "basnet_hybrid"}}
     with pytest.raises(UsageError, match="at least 11x11 pixels, got 8x8"):
-        check_compatible(validated(TrainConfig, hybrid, "test"), tiles)
+        check_compatible(parse_settings(TrainConfig, hybrid, "test"), tiles)
     check_compatible(config().model_copy(update={"window_overlap": 7}), tiles)
     with pytest.raises(UsageError, match="overlap by 8; give --window-overlap below 8"):
         check_compatible(config().model_copy(update={"window_overlap": 8}), tiles)

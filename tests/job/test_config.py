@@ -4,7 +4,7 @@ from typing import Any, get_args
 import pytest
 
 from flexunet.errors import UsageError
-from flexunet.settings import fields_of, read_yaml, validated, write_yaml
+from flexunet.settings import fields_of, parse_settings, read_yaml, write_yaml
 from job.config import (
     LossName,
     MetricName,
@@ -84,7 +84,7 @@ def test_every_field_is_free_or_part_of_the_identity() -> None:
     of_augmentation = {name for name in names if name.startswith("augmentation.")}
     schedule = {"warmup_epochs": 1, "cosine": True, "reduce_on_plateau": False}
     values = {"folds": 3, "fold": 0, "foreground_share": 0.5, "schedule": schedule}
-    identity = identity_of(validated(TrainConfig, values, "test"))
+    identity = identity_of(parse_settings(TrainConfig, values, "test"))
     later = {"folds", "fold", "foreground_share", "schedule.warmup_epochs", "schedule.cosine"}
     later.add("random_streams")
     assert set(identity) == IDENTITY | of_augmentation | later
@@ -98,7 +98,7 @@ def test_every_field_is_free_or_part_of_the_identity() -> None:
 def test_identity_changes_with_the_values_and_not_with_free_ones() -> None:
     base = identity_of(TrainConfig())
     assert identity_of(TrainConfig(epochs=3, output="gs://bucket", name="a")) == base
-    changed = identity_of(validated(TrainConfig, {"model": {"base_kernels": [3, 3]}}, "test"))
+    changed = identity_of(parse_settings(TrainConfig, {"model": {"base_kernels": [3, 3]}}, "test"))
     assert {key for key in base if base[key] != changed[key]} == {"model.base_kernels"}
     # JSON types: a tuple that was read back from a file is a list.
     assert changed["model.base_kernels"] == [3, 3]
@@ -109,12 +109,14 @@ def test_identity_changes_with_the_values_and_not_with_free_ones() -> None:
     [
         TrainConfig(),
         TrainConfig(random_streams=1, foreground_share=0.5),
-        validated(TrainConfig, {"preset": "recipe"}, "test"),
-        validated(TrainConfig, {"folds": 3, "fold": 0, "loss": {"class_weights": [1, 2]}}, "test"),
+        parse_settings(TrainConfig, {"preset": "recipe"}, "test"),
+        parse_settings(
+            TrainConfig, {"folds": 3, "fold": 0, "loss": {"class_weights": [1, 2]}}, "test"
+        ),
     ],
 )
 def test_an_identity_gives_its_config_back(config: TrainConfig) -> None:
-    again = validated(TrainConfig, values_of_identity(identity_of(config)), "test")
+    again = parse_settings(TrainConfig, values_of_identity(identity_of(config)), "test")
     assert identity_of(again) == identity_of(config)
     assert identity_of(again, is_whole=True) == identity_of(config, is_whole=True)
 
@@ -139,8 +141,8 @@ def test_a_written_config_is_read_as_the_same() -> None:
         "metrics": ["dice_coef", "sensitivity"],
         "augmentation": {"enabled": True, "rotation_angles": [5, -5]},
     }
-    config = validated(TrainConfig, values, "test")
-    again = validated(TrainConfig, read_yaml(write_yaml(config), "config.yaml"), "config.yaml")
+    config = parse_settings(TrainConfig, values, "test")
+    again = parse_settings(TrainConfig, read_yaml(write_yaml(config), "config.yaml"), "config.yaml")
     assert again == config
     assert identity_of(again) == identity_of(config)
 
@@ -158,13 +160,13 @@ def test_defaults_are_the_inbreast_network() -> None:
 
 def test_preset_lies_below_what_is_given() -> None:
     values = {"preset": "recipe", "optimizer": {"learning_rate": 0.5}, "foreground_share": None}
-    config = validated(TrainConfig, values, "test")
+    config = parse_settings(TrainConfig, values, "test")
     assert (config.loss.name, config.model.normalization) == ("ce_dice", "group")
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 0.5)
     assert config.foreground_share is None
     assert config.model.num_layers == TrainConfig().model.num_layers
     # A run's own file has every value written out, the preset's too.
-    again = validated(TrainConfig, read_yaml(write_yaml(config), "config.yaml"), "config.yaml")
+    again = parse_settings(TrainConfig, read_yaml(write_yaml(config), "config.yaml"), "config.yaml")
     assert again == config
     assert TrainConfig(preset="reference") == TrainConfig()
 
@@ -216,7 +218,7 @@ def test_what_a_preset_sets_identifies_the_run_although_its_name_is_free() -> No
 )
 def test_values_that_cannot_work_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        validated(TrainConfig, values, "options")
+        parse_settings(TrainConfig, values, "options")
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -228,7 +230,7 @@ def test_run_names_may_be(name: str) -> None:
 @pytest.mark.parametrize("value", [0, 0.0, None])
 def test_clipping_can_be_switched_off(value: float | None) -> None:
     values = {"optimizer": {"clipvalue": value, "clipnorm": value}}
-    config = validated(TrainConfig, values, "options").optimizer
+    config = parse_settings(TrainConfig, values, "options").optimizer
     assert not config.clipvalue
     assert not config.clipnorm
 

@@ -204,7 +204,7 @@ def test_specks_are_the_same_at_both_sizes(own_run: Path) -> None:
     cases = evaluator._cases_of(picture, truth, probabilities, nothing)
     for size in ("network", "original"):
         lesions = cases[size].classes[0].lesions
-        assert (lesions.num_true, lesions.num_specks) == (1, 1), size
+        assert (lesions.num_true, lesions.num_tiny_regions) == (1, 1), size
 
 
 @pytest.mark.parametrize("factor", [1.3, 2.6, 5.2])
@@ -228,7 +228,7 @@ def test_specks_are_the_same_where_the_factor_is_no_whole_number(
     cases = evaluator._cases_of(picture, truth, probabilities, truth)
     for size in ("network", "original"):
         lesions = cases[size].classes[0].lesions
-        assert (lesions.num_true, lesions.num_specks) == (225, 225), size
+        assert (lesions.num_true, lesions.num_tiny_regions) == (225, 225), size
     assert cases["network"].classes[0].lesions.num_found == 225
 
 

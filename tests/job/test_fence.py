@@ -49,9 +49,9 @@ class RecordingStore(LocalStore):
         self._note("delete", name)
         super().delete(name)
 
-    def below(self, prefix: str) -> "RecordingStore":
+    def subpath(self, prefix: str) -> "RecordingStore":
         return RecordingStore(
-            super().below(prefix).url,
+            super().subpath(prefix).url,
             self._changes,
             f"{self._prefix}{prefix}/",
             moved=self._moved,
@@ -127,7 +127,7 @@ def test_nothing_of_a_run_is_changed_by_a_process_that_lost_it(
                 rest = [str(tmp_path / "member")]
             folder, _, last = name.rpartition("/")
             stores: list[ObjectStore] = [late.store, late.store.watched(lambda: None)]
-            stores += [late.store.below(folder)] if folder else []
+            stores += [late.store.subpath(folder)] if folder else []
             for each in stores:
                 target = last if each is stores[-1] and folder else name
                 with pytest.raises(LockedError, match="has taken the run over"):
@@ -179,7 +179,7 @@ def test_every_change_of_a_guarded_store_asks_first(
     inner.put("b/a", b"0")
     guarded = inner.guarded(refuse)
     for store in (
-        guarded, guarded.below("b"), guarded.watched(lambda: None),
+        guarded, guarded.subpath("b"), guarded.watched(lambda: None),
         guarded.with_limits(retry_s=1, timeout_s=1),
     ):  # fmt: skip
         for name, arguments in changing.items():
@@ -243,7 +243,7 @@ def test_a_run_whose_folder_was_removed_and_made_anew_is_left_alone(tmp_path: Pa
     with Run.acquire(LocalStore(str(tmp_path / "run"))) as run:
         run.put_text("metrics/history.csv", "new")
         with pytest.raises(LockedError, match="was removed"):
-            late.store.below("metrics").put("history.csv", b"old")
+            late.store.subpath("metrics").put("history.csv", b"old")
         assert json.loads(run.store.get("lease.json"))["attempt"] == 1
         assert run.store.get("metrics/history.csv") == b"new"
     late.close()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flexunet.errors import ContentError, UsageError
-from flexunet.settings import validated
+from flexunet.settings import parse_settings
 from job.compat.weights_h5 import creation_order, load_reference_weights, set_weights
 from job.config import MODELS, ModelConfig
 from job.models.registry import BUILDERS, build_model
@@ -208,7 +208,7 @@ def test_unknown_model_is_named_with_the_nearest() -> None:
 )
 def test_model_options_are_checked(values: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        validated(ModelConfig, values, "test")
+        parse_settings(ModelConfig, values, "test")
 
 
 def test_mixed_precision_keeps_logits_in_float32() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from flexunet.settings import merged, validated
+from flexunet.settings import deep_merge, parse_settings
 from job.config import LossName, MetricName, ModelConfig, OptimizerConfig, TrainConfig
 from job.data.dataset import Dataset, open_dataset
 from job.distributed.process_group import ProcessGroup
@@ -104,7 +104,7 @@ def problems(
     Args:
         predicts: of the step of prediction too.
     """
-    config = validated(TrainConfig, merged(SMALL, options), "test")
+    config = parse_settings(TrainConfig, deep_merge(SMALL, options), "test")
     with open_trainer(
         TrainingSetup(config, dataset, None, strategy, ProcessGroup(strategy))
     ) as trainer:
@@ -203,7 +203,7 @@ def test_a_gpu_has_kernels_for_each_loss_and_its_gradient(num_outputs: int, dtyp
 def test_a_gpu_has_kernels_for_mirrored_pictures_and_several_networks(num_outputs: int) -> None:
     from job.models.registry import build_model
 
-    config = validated(ModelConfig, SMALL["model"], "test")
+    config = parse_settings(ModelConfig, SMALL["model"], "test")
     shape = (SIDE, SIDE, 1)
     models = [
         build_model(config, image_shape=shape, num_classes=num_outputs, precision=precision)

@@ -22,9 +22,9 @@ from PIL import Image
 
 from data_prep.config import PrepConfig
 from data_prep.imaging.geometry import fit
-from data_prep.intake import sources_of
 from data_prep.phantoms.inbreast_release import dicom_bytes, write_release
 from data_prep.pipeline import prepare
+from data_prep.prep_input import sources_of
 from data_prep.shards.manifest import FullScaleInfo, Manifest
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, StorageError, UsageError
@@ -35,7 +35,7 @@ from job.data.dataset import open_dataset
 from job.data.reader import read_sample
 from job.data.shard_cache import open_reader
 from job.infer import main
-from job.inference.chunk import _read_picture
+from job.inference.chunk import _read_image
 from job.inference.inputs import find_images, sort_images
 from job.inference.options import InferConfig
 from job.inference.outputs import MAX_PASSED_OVER, list_passed_over
@@ -380,7 +380,7 @@ def test_a_vanished_image_is_not_an_unreadable_one(trained_run: Path, tmp_path: 
     # It was listed a moment ago; to name it in unreadable.csv would end the call as if it was done.
     manifest = open_run(str(trained_run)).manifest
     with pytest.raises(StorageError, match=r"gone\.png does not exist"):
-        _read_picture(open_store(str(tmp_path)), "gone.png", manifest, QUIET)
+        _read_image(open_store(str(tmp_path)), "gone.png", manifest, QUIET)
 
 
 def test_command_continues_after_it_was_killed(trained_run: Path, tmp_path: Path) -> None:
@@ -558,7 +558,7 @@ def test_dicom_files_are_predicted_as_prep_stores_them(tmp_path: Path) -> None:
     images = open_store(str(tmp_path / "release" / "AllDICOMs"))
     assert set(split.filenames) < set(find_images(images))
     for index, name in enumerate(split.filenames):
-        picture = _read_picture(images, name, dataset.manifest, QUIET)
+        picture = _read_image(images, name, dataset.manifest, QUIET)
         assert not isinstance(picture, tuple)
         assert np.array_equal(picture.pixels, read_sample(reader, index)[0])
 
@@ -608,9 +608,9 @@ def test_a_picture_of_more_bits_than_the_dataset_is_refused(
     # What is given is rescaled: the same picture in all bits.
     write(tmp_path / "a.png", deep_image(4095) * 16)
     store = open_store(str(tmp_path))
-    assert isinstance(_read_picture(store, "a.png", deep, QUIET), tuple)
+    assert isinstance(_read_image(store, "a.png", deep, QUIET), tuple)
     given = QUIET.model_copy(update={"full_scale": 4095 * 16})
-    picture = _read_picture(store, "a.png", deep, given)
+    picture = _read_image(store, "a.png", deep, given)
     assert not isinstance(picture, tuple)
     assert np.abs(picture.pixels.astype(int) - pixels).max() <= 1
 
@@ -655,7 +655,7 @@ def test_to_model_pixels_refuses_unused_bits(trained_run: Path, tmp_path: Path) 
         to_model_pixels(image, shallow, name="a.png")
     assert np.unique(to_model_pixels(image + 1, shallow)[0]).tolist() == [16]  # 4096 / 256
     write(tmp_path / "a.png", image)
-    found = _read_picture(open_store(str(tmp_path)), "a.png", shallow, QUIET)
+    found = _read_image(open_store(str(tmp_path)), "a.png", shallow, QUIET)
     assert isinstance(found, tuple)
     assert found[0] == "a.png"
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from data_prep.config import PrepConfig
 from data_prep.sources.pairs import Source
 from flexunet.errors import UsageError
-from flexunet.settings import validated
+from flexunet.settings import parse_settings
 from job.compat.ini_mapping import ReferenceConfig, is_reference_config, read_reference_config
 from job.compat.ini_reader import KeyNote, format_notes
 from job.config import MetricName, TrainConfig
@@ -93,8 +93,8 @@ def test_inbreast_file_becomes_our_settings() -> None:
 
 def test_inbreast_file_is_valid_for_the_settings_classes() -> None:
     config = inbreast()
-    assert validated(TrainConfig, config.train, "train").model.base_kernels == (9, 9)
-    prep = validated(PrepConfig, config.prep, "prep")
+    assert parse_settings(TrainConfig, config.train, "train").model.base_kernels == (9, 9)
+    prep = parse_settings(PrepConfig, config.prep, "prep")
     assert prep.image_size == 512
     assert prep.classes == "background=0,0,0;class_1=255,255,255"
 
@@ -467,7 +467,7 @@ def test_augmentation_is_mapped_when_the_generator_is_on(tmp_path: Path) -> None
         "barrel_centers": [0.3, 0.3, 0.7, 0.5],
         "pincushion_probability": 0.0,
     }
-    assert validated(TrainConfig, config.train, "train").augmentation.enabled
+    assert parse_settings(TrainConfig, config.train, "train").augmentation.enabled
     assert note_of(config, "distortion.distortions").detail == "augmentor.distortion is False"
     assert note_of(config, "augmentor.shrinks").detail == (
         "augmentation.shrink_probability = 0.25 of 0.6,0.8"
@@ -515,7 +515,7 @@ centers = [(0.5, 0.4)]
 
 def test_every_kind_of_augmentation_is_mapped(tmp_path: Path) -> None:
     config = read(tmp_path, MINIMAL + "generator = True\n" + EVERYTHING)
-    ours = validated(TrainConfig, config.train, "train").augmentation
+    ours = parse_settings(TrainConfig, config.train, "train").augmentation
     # Flips and rotation 0.5, every other kind 0.25; the amounts are those of the text above.
     assert ours.model_dump() == {
         "enabled": True,
@@ -567,13 +567,13 @@ def test_every_kind_of_augmentation_is_mapped(tmp_path: Path) -> None:
 )
 def test_every_loss_is_valid_here(tmp_path: Path, theirs: str, ours: str) -> None:
     config = read(tmp_path, MINIMAL + f'loss = "{theirs}"\n')
-    assert validated(TrainConfig, config.train, "train").loss.name == ours
+    assert parse_settings(TrainConfig, config.train, "train").loss.name == ours
 
 
 @pytest.mark.parametrize("name", get_args(MetricName))
 def test_every_metric_is_valid_here(tmp_path: Path, name: str) -> None:
     config = read(tmp_path, MINIMAL + f'metrics = ["{name}", "val_{name}"]\n')
-    assert validated(TrainConfig, config.train, "train").metrics == (name,)
+    assert parse_settings(TrainConfig, config.train, "train").metrics == (name,)
 
 
 def test_augmentation_defaults_are_those_of_the_reference(tmp_path: Path) -> None:

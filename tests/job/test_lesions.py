@@ -48,15 +48,15 @@ def test_the_best_pairs_are_taken_first() -> None:
 
 def test_specks_are_counted_apart_and_finding_one_is_no_false_positive() -> None:
     truth = mask_of("######..#", ".........", "##.......")
-    specks = truth & ~without_small_regions(truth, 3)
-    nothing = count_lesions(truth, np.zeros_like(truth), specks=specks)
-    assert (nothing.num_true, nothing.num_specks, nothing.num_false_positives) == (1, 2, 0)
+    tiny_regions = truth & ~without_small_regions(truth, 3)
+    nothing = count_lesions(truth, np.zeros_like(truth), tiny_regions=tiny_regions)
+    assert (nothing.num_true, nothing.num_tiny_regions, nothing.num_false_positives) == (1, 2, 0)
     prediction = mask_of("#####...#", ".........", "....###..")
-    found = count_lesions(truth, prediction, specks=specks)
-    assert (found.num_true, found.num_found, found.num_specks) == (1, 1, 2)
+    found = count_lesions(truth, prediction, tiny_regions=tiny_regions)
+    assert (found.num_true, found.num_found, found.num_tiny_regions) == (1, 1, 2)
     assert found.num_false_positives == 1
     everything = count_lesions(truth, prediction)
-    assert (everything.num_true, everything.num_found, everything.num_specks) == (3, 2, 0)
+    assert (everything.num_true, everything.num_found, everything.num_tiny_regions) == (3, 2, 0)
 
 
 def test_empty_masks_have_no_lesions() -> None:

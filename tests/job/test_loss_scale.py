@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from flexunet.errors import ContentError, DivergedError
 from flexunet.storage import open_store
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.config import LossName, ModelConfig, OptimizerConfig, TrainConfig
 from job.distributed.exchange_plan import make_plan
 from job.distributed.replica_sums import Criterion
@@ -368,7 +368,7 @@ def test_skipped_steps_do_not_count_for_the_schedule_and_are_told(
     rate = config.optimizer.learning_rate * (6 - skipped) / 6
     assert float(last["learning_rate"]) == pytest.approx(rate)
     assert "skipped, whose gradients overflowed float16; the loss scale is now" in caplog.text
-    text = f"{counted(skipped, 'training step')} skipped, whose gradients overflowed float16"
+    text = f"{pluralize(skipped, 'training step')} skipped, whose gradients overflowed float16"
     assert text in render(open_store(str(tmp_path / "run")))
 
 

@@ -9,7 +9,7 @@ from flexunet.errors import (
     ContentError,
     UsageError,
 )
-from flexunet.settings import fields_of, validated, write_yaml
+from flexunet.settings import fields_of, parse_settings, write_yaml
 from job.config import TrainConfig, identity_of
 from job.runs.run import Run
 from job.training.options import resolve_config, run_name
@@ -91,7 +91,7 @@ def test_a_run_goes_on_as_it_was_begun_where_the_command_says_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = {"data": "gs://b/data", "output": str(tmp_path), "name": "run"}
-    begun = validated(TrainConfig, place | BEGUN, "test")
+    begun = parse_settings(TrainConfig, place | BEGUN, "test")
     begin_run(tmp_path, "run", begun)
     caplog.set_level("INFO")
     # Its precision is what `auto` finds.
@@ -128,7 +128,7 @@ def test_every_part_of_an_identity_is_kept(tmp_path: Path) -> None:
             nested = {part: nested}
         options = {"data": "gs://b/data", "output": str(tmp_path), "name": f"run-{number}"}
         try:
-            begun = validated(TrainConfig, options | nested, "test")
+            begun = parse_settings(TrainConfig, options | nested, "test")
         except UsageError:
             continue  # no such value: some other test has it
         begin_run(tmp_path, f"run-{number}", begun)
@@ -150,7 +150,7 @@ def changed(value: Any, others: dict[str, str]) -> Any:
 
 def test_a_single_fold_goes_on_by_its_own_name(tmp_path: Path) -> None:
     place = {"data": "gs://b/data", "output": str(tmp_path)}
-    begun = validated(
+    begun = parse_settings(
         TrainConfig, place | {"name": "cv-fold-1", "folds": 3, "fold": 1, "seed": 7}, "test"
     )
     begin_run(tmp_path, "cv-fold-1", begun)
@@ -161,7 +161,9 @@ def test_a_single_fold_goes_on_by_its_own_name(tmp_path: Path) -> None:
 
 def test_folds_go_on_as_the_first_of_them_that_was_begun(tmp_path: Path) -> None:
     options = {"data": "gs://b/data", "output": str(tmp_path), "name": "cv", "folds": 3}
-    begun = validated(TrainConfig, options | {"fold": 1, "seed": 7, "random_streams": 1}, "test")
+    begun = parse_settings(
+        TrainConfig, options | {"fold": 1, "seed": 7, "random_streams": 1}, "test"
+    )
     begin_run(tmp_path, "cv-fold-1", begun)
     found = resolve_config(options, None)
     assert (found.name, found.seed, found.random_streams) == ("cv", 7, 1)
@@ -190,7 +192,7 @@ def test_an_identity_that_cannot_be_read_is_named(config: str, tmp_path: Path) -
 
 def test_a_run_and_a_cross_validation_never_share_a_folder(tmp_path: Path) -> None:
     place = {"output": str(tmp_path), "data": "gs://b/data"}
-    fold = validated(TrainConfig, place | {"name": "cv-fold-0", "folds": 4, "fold": 0}, "test")
+    fold = parse_settings(TrainConfig, place | {"name": "cv-fold-0", "folds": 4, "fold": 0}, "test")
     begin_run(tmp_path, "cv-fold-0", fold)
     for options in (place, {"output": str(tmp_path)}):
         with pytest.raises(UsageError, match=r"/cv is a cross-validation: give --folds 4 to go on"):
@@ -199,7 +201,7 @@ def test_a_run_and_a_cross_validation_never_share_a_folder(tmp_path: Path) -> No
     (tmp_path / "pooled" / "cross_validation.json").write_text("{}")
     with pytest.raises(UsageError, match="is a cross-validation: give --folds N"):
         resolve_config(place | {"name": "pooled"}, None)
-    begin_run(tmp_path, "plain", validated(TrainConfig, place | {"name": "plain"}, "test"))
+    begin_run(tmp_path, "plain", parse_settings(TrainConfig, place | {"name": "plain"}, "test"))
     with pytest.raises(UsageError, match="/plain is a run, and no cross-validation"):
         resolve_config(place | {"name": "plain", "folds": 3}, None)
     assert resolve_config(place | {"name": "plain"}, None).name == "plain"

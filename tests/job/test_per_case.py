@@ -15,15 +15,15 @@ from job.metrics.batch import confusion_counts
 from job.metrics.confusion import summarize
 from job.metrics.lesions import label_regions
 from job.metrics.per_case import (
-    Case,
+    CaseMetrics,
     Scale,
     case_cells,
     case_columns,
     measure_case,
     nothing_predicted,
-    read_case,
-    specks_of,
+    parse_case_metrics,
     summarize_cases,
+    tiny_regions_of,
     without_ignored,
 )
 from job.reporting.phrases import measure_rows
@@ -40,7 +40,7 @@ EMPTY = mask_of("0000", "0000", "0000")
 LESION = mask_of("0000", "0110", "0000")
 
 
-def measured(truth: np.ndarray, prediction: np.ndarray, scale: Scale = PIXELS) -> Case:
+def measured(truth: np.ndarray, prediction: np.ndarray, scale: Scale = PIXELS) -> CaseMetrics:
     return measure_case(truth, prediction, 2, scale)
 
 
@@ -86,7 +86,7 @@ def test_ignored_pixels_are_background_in_both() -> None:
     assert prediction.tolist() == [[0, 1, 1, 0]]
 
 
-def summary_of(*cases: Case) -> dict[str, Any]:
+def summary_of(*cases: CaseMetrics) -> dict[str, Any]:
     groups = [str(index) for index in range(len(cases))]
     summary = summarize_cases(cases, groups, ["mass"])
     json.dumps(summary, allow_nan=False)
@@ -149,10 +149,12 @@ def test_missing_all_of_a_random_mask_never_makes_a_mean_better(seed: int, min_l
         (random.random(shape) < random.uniform(0.05, 0.7)).astype(np.uint8) for _ in range(2)
     )
     truth[0, 0] = 1
-    nothing, specks = np.zeros_like(truth), specks_of(truth, 2, min_lesion)
+    nothing, tiny_regions = np.zeros_like(truth), tiny_regions_of(truth, 2, min_lesion)
     other = measured(LESION, LESION)
     found, lost = (
-        summary_of(other, measure_case(truth, each, 2, PIXELS, specks=specks))["classes"][0]
+        summary_of(other, measure_case(truth, each, 2, PIXELS, tiny_regions=tiny_regions))[
+            "classes"
+        ][0]
         for each in (prediction, nothing)
     )
     assert lost["hd95_px"]["value"] >= found["hd95_px"]["value"]
@@ -163,7 +165,7 @@ def test_missing_all_of_a_random_mask_never_makes_a_mean_better(seed: int, min_l
     labels, sizes = label_regions(prediction == 1)
     for region in range(1, len(sizes)):
         fewer = np.where(labels == region, 0, prediction).astype(np.uint8)
-        case = measure_case(truth, fewer, 2, PIXELS, specks=specks)
+        case = measure_case(truth, fewer, 2, PIXELS, tiny_regions=tiny_regions)
         # The other case has one more, which is found.
         assert case.classes[0].lesions.num_found + 1 <= found["num_lesions_found"]
 
@@ -224,7 +226,7 @@ def test_columns_of_classes_with_such_names_do_not_collide() -> None:
     assert len(set(columns)) == len(columns)
     case = measure_case(mask_of("0120", "0004"), mask_of("0110", "0004"), 5, PIXELS)
     (row,) = csv.DictReader(csv_table(columns, [case_cells(case)]).splitlines())
-    assert read_case(row, names) == case
+    assert parse_case_metrics(row, names) == case
 
 
 def test_summary_averages_classes_and_names_its_rows() -> None:
@@ -252,16 +254,16 @@ def test_cases_are_read_back_from_their_table(scale: Scale) -> None:
         case = measured(truth, prediction, scale)
         text = csv_table(case_columns(["mass"]), [case_cells(case)])
         (row,) = csv.DictReader(text.splitlines())
-        assert read_case(row, ["mass"]) == case
+        assert parse_case_metrics(row, ["mass"]) == case
 
 
 def test_specks_stay_apart_in_cases_tables_and_summary() -> None:
-    case = measure_case(LESION, EMPTY, 2, PIXELS, specks=specks_of(LESION, 2, 3))
+    case = measure_case(LESION, EMPTY, 2, PIXELS, tiny_regions=tiny_regions_of(LESION, 2, 3))
     assert case.classes[0].fn == 2  # of pixels nothing is left out
     assert nothing_predicted(case) == case
     (row,) = csv.DictReader(csv_table(case_columns(["mass"]), [case_cells(case)]).splitlines())
     assert (row["lesions_mass"], row["specks_mass"]) == ("0", "1")
-    assert read_case(row, ["mass"]) == case
+    assert parse_case_metrics(row, ["mass"]) == case
     mass = summary_of(case)["classes"][0]
     assert (mass["num_lesions"], mass["num_specks"]) == (0, 1)
     assert mass["lesion_sensitivity"]["value"] is None

@@ -95,7 +95,7 @@ def test_fit_agrees_with_removing_and_counting() -> None:
     assert mean_dice(fit.min_pixels) == pytest.approx(max(every))
 
 
-def write_specked(folder: Path, num_images: int) -> None:
+def write_with_tiny_regions(folder: Path, num_images: int) -> None:
     """Writes pictures of 64x96 with a bright disc, and bright specks that are in no mask."""
     random = np.random.default_rng(6)
     for kind in ("images", "masks"):
@@ -121,7 +121,7 @@ def without(mask: np.ndarray, least: float) -> np.ndarray:
 
 
 def test_specks_go_at_both_sizes_of_resized_pictures(own_run: Path, tmp_path: Path) -> None:
-    write_specked(tmp_path / "source", 15)
+    write_with_tiny_regions(tmp_path / "source", 15)
     prep = PrepConfig(image_size=32, fractions=(0.4, 0.3, 0.3), num_processes=1)
     sources = find_sources(str(tmp_path / "source"))
     prepare(sources, str(tmp_path / "dataset"), prep, progress=False)

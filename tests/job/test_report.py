@@ -18,7 +18,7 @@ from flexunet.storage import open_store
 from flexunet.tables import csv_table
 from job.report import main
 from job.reporting.html_report import render, write_report
-from job.reporting.terminal import show_summary
+from job.reporting.summary_tables import show_summary
 from job.train import show_end
 
 

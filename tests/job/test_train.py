@@ -26,8 +26,8 @@ from flexunet.errors import (
 )
 from flexunet.storage import join_url, open_store
 from job.config import ModelConfig, ScheduleConfig, TrainConfig
-from job.reporting.display import Display
 from job.reporting.html_report import render
+from job.reporting.training_display import TrainingDisplay
 from job.runs.checkpoints import find_checkpoints
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
@@ -137,7 +137,7 @@ def test_progress_of_a_resumed_run_is_that_of_the_whole_run(
 ) -> None:
     caplog.set_level(logging.INFO)
     step = {"epoch": 1, "step": 2, "num_epochs": 3, "epoch_images": 12, "num_images": 4, "loss": 1}
-    with Display(config_for(dataset, tmp_path)) as display:
+    with TrainingDisplay(config_for(dataset, tmp_path)) as display:
         display.report({"event": "step", **step})
     # An epoch of 12, a step of 4, and this one.
     assert caplog.messages == ["train: 20/36 images, epoch 2/3 step loss 1.0000"]
@@ -202,7 +202,7 @@ def test_a_stop_during_validation_keeps_the_epoch(
             one_process_setup(again, run, one_cpu),
             Callbacks(lambda event: None, lambda: next(asked, True)),
         )
-    store = open_store(again.output).below(str(again.name))
+    store = open_store(again.output).subpath(str(again.name))
     assert read_ends(store) == {1: {"end": "stopped", "epoch": 1, "step": 3}}
     assert run_status(store) == "stopped"
     _, rest = train(again, one_cpu)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from data_prep.config import PrepConfig
-from flexunet.settings import validated
+from flexunet.settings import parse_settings
 from job.config import TrainConfig
 from tests.k8s import rules
 from tests.k8s.manifests import OVERLAYS, ROOT, Manifest, find, of_kind, pods, render
@@ -205,8 +205,8 @@ def test_every_rule_has_a_broken_manifest() -> None:
 def test_commands_and_config_are_accepted(overlay: str) -> None:
     objects = render(f"overlays/{overlay}")
     files = find(objects, "ConfigMap", "flexunet-config")["data"]
-    validated(PrepConfig, yaml.safe_load(files["prep.yaml"]), "prep.yaml")
-    validated(TrainConfig, yaml.safe_load(files["train.yaml"]), "train.yaml")
+    parse_settings(PrepConfig, yaml.safe_load(files["prep.yaml"]), "prep.yaml")
+    parse_settings(TrainConfig, yaml.safe_load(files["train.yaml"]), "train.yaml")
     values = find(objects, "ConfigMap", "flexunet-run")["data"]
     jobs = of_kind(objects, "Job")
     lines = [" ".join(job["spec"]["template"]["spec"]["containers"][0]["command"]) for job in jobs]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from data_prep.config import PrepConfig
-from data_prep.intake import sources_of
 from data_prep.phantoms.inbreast_release import write_release
 from data_prep.pipeline import prepare
+from data_prep.prep_input import sources_of
 from data_prep.sources.pairs import find_sources
 from flexunet.storage import open_store
 from tests.job.discs import write_discs

@@ -12,9 +12,9 @@ from pydicom.uid import ImplicitVRLittleEndian
 from data_prep.config import PrepConfig
 from data_prep.imaging.dicom.reader import read_dicom
 from data_prep.imaging.dicom.tfio import decode
-from data_prep.intake import sources_of
 from data_prep.phantoms.inbreast_release import dicom_bytes, write_release
 from data_prep.pipeline import prepare
+from data_prep.prep_input import sources_of
 from flexunet.errors import ContentError, UsageError
 
 HAS_TFIO = importlib.util.find_spec("tensorflow_io") is not None

@@ -82,4 +82,4 @@ def test_counts_are_those_of_labels_that_are_resized(
     count, labels = cv2.connectedComponents(mask, connectivity=8)
     stored = apply_geometry(labels.astype(np.uint16), geometry, *target, nearest=True)
     assert found.regions == (0, count - 1)
-    assert found.vanished == (0, count - 1 - len(set(stored[stored > 0].tolist())))
+    assert found.lost == (0, count - 1 - len(set(stored[stored > 0].tolist())))

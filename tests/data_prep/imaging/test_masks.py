@@ -51,34 +51,34 @@ def npz(**arrays: object) -> bytes:
 def test_to_class_ids_reads_every_kind_of_two_class_mask(
     pixels: Pixels, ids: list[list[int]]
 ) -> None:
-    result, off_map, colors = to_class_ids(pixels, DEFAULT_CLASSES, name="a")
+    result, unmapped, colors = to_class_ids(pixels, DEFAULT_CLASSES, name="a")
     assert result.dtype == np.uint8
-    assert (result.tolist(), off_map, colors) == (ids, 0, [])
+    assert (result.tolist(), unmapped, colors) == (ids, 0, [])
 
 
 def test_to_class_ids_gives_anti_aliased_grey_to_the_nearest_class() -> None:
     # 127 is nearer to 0, 128 to 255; 0 and 255 are exact.
-    ids, off_map, colors = to_class_ids(grey(0, 127, 128, 128, 255), DEFAULT_CLASSES, name="a")
+    ids, unmapped, colors = to_class_ids(grey(0, 127, 128, 128, 255), DEFAULT_CLASSES, name="a")
     assert ids.tolist() == [[0, 0, 1, 1, 1]]
-    assert off_map == 3
+    assert unmapped == 3
     assert colors == [(128, 128, 128), (127, 127, 127)]
 
 
 def test_to_class_ids_gives_16_bit_grey_to_the_nearest_class() -> None:
     # The middle of 65535 is 32767.5.
     pixels = np.array([[0, 32767, 32768, 65535]], np.uint16)
-    ids, off_map, colors = to_class_ids(pixels, DEFAULT_CLASSES, name="a")
+    ids, unmapped, colors = to_class_ids(pixels, DEFAULT_CLASSES, name="a")
     assert ids.tolist() == [[0, 0, 1, 1]]
-    assert off_map == 2
+    assert unmapped == 2
     assert colors == [(32767,) * 3, (32768,) * 3]
 
 
 def test_to_class_ids_gives_colors_to_the_nearest_class() -> None:
     pixels = rgb((0, 0, 0), (255, 0, 0), (200, 40, 40), (10, 90, 250), (100, 0, 0))
-    ids, off_map, colors = to_class_ids(pixels, ORGANS, name="a")
+    ids, unmapped, colors = to_class_ids(pixels, ORGANS, name="a")
     # (200,40,40): to red 55²+40²+40² = 6225. (10,90,250): blue. (100,0,0): black 100² < 155².
     assert ids.tolist() == [[0, 1, 1, 3, 0]]
-    assert off_map == 3
+    assert unmapped == 3
     assert colors == [(10, 90, 250), (100, 0, 0), (200, 40, 40)]
 
 
@@ -97,11 +97,11 @@ def test_to_class_ids_reads_an_index_mask_of_many_classes() -> None:
 
 
 def test_to_class_ids_keeps_the_ignore_id() -> None:
-    ids, off_map, _ = to_class_ids(grey(0, 1, 3, 200), ORGANS, name="a", ignore_id=200)
-    assert (ids.tolist(), off_map) == ([[0, 1, 3, 200]], 0)
+    ids, unmapped, _ = to_class_ids(grey(0, 1, 3, 200), ORGANS, name="a", ignore_id=200)
+    assert (ids.tolist(), unmapped) == ([[0, 1, 3, 200]], 0)
     pixels = rgb((255, 0, 0), (200, 200, 200), (0, 0, 0))
-    ids, off_map, _ = to_class_ids(pixels, ORGANS, name="a", ignore_id=200)
-    assert (ids.tolist(), off_map) == ([[1, 200, 0]], 0)
+    ids, unmapped, _ = to_class_ids(pixels, ORGANS, name="a", ignore_id=200)
+    assert (ids.tolist(), unmapped) == ([[1, 200, 0]], 0)
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def test_to_class_ids_takes_thin_blends_of_one_shade_as_background() -> None:
     # A box that was shifted by part of a pixel, and a line that was made smaller.
     pixels = np.zeros((12, 12), np.uint8)
     pixels[2:10, 0] = pixels[2:10, 6] = 100
-    ids, off_map, _ = to_class_ids(pixels, DEFAULT_CLASSES, name="a")
-    assert (ids.any(), off_map) == (False, 16)
+    ids, unmapped, _ = to_class_ids(pixels, DEFAULT_CLASSES, name="a")
+    assert (ids.any(), unmapped) == (False, 16)
     # Of the 25 pixels of a blurred rest 9 are a square.
     pixels[0:3, 9:12] = 3
     assert to_class_ids(pixels, DEFAULT_CLASSES, name="a")[1] == 25
@@ -172,8 +172,8 @@ def test_to_class_ids_does_not_take_ignored_pixels_for_content() -> None:
 
 
 def test_to_class_ids_takes_the_faint_rest_of_a_lesion_as_background() -> None:
-    ids, off_map, _ = to_class_ids(grey(0, 3, 40, 127), DEFAULT_CLASSES, name="a")
-    assert (ids.tolist(), off_map) == ([[0, 0, 0, 0]], 3)
+    ids, unmapped, _ = to_class_ids(grey(0, 3, 40, 127), DEFAULT_CLASSES, name="a")
+    assert (ids.tolist(), unmapped) == ([[0, 0, 0, 0]], 3)
 
 
 def test_to_class_ids_stays_small_on_a_mask_of_many_colors() -> None:
@@ -195,9 +195,9 @@ def test_to_colors_and_back_is_the_identity(ids: list[int], num_rows: int) -> No
     class_ids = np.array([ids] * num_rows, np.uint8)
     colors = to_colors(class_ids, ORGANS)
     assert colors.shape == (num_rows, len(ids), 3)
-    back, off_map, _ = to_class_ids(colors, ORGANS, name="a", ignore_id=99)
+    back, unmapped, _ = to_class_ids(colors, ORGANS, name="a", ignore_id=99)
     np.testing.assert_array_equal(back, class_ids)
-    assert off_map == 0
+    assert unmapped == 0
 
 
 def test_to_colors_gives_each_class_its_color() -> None:
@@ -209,12 +209,12 @@ def test_to_class_ids_of_real_masks_is_a_threshold_with_few_off_map_pixels() -> 
     shares = []
     for path in sorted(REAL.iterdir()):
         pixels = read_mask_pixels(path.read_bytes(), name=path.name)
-        ids, off_map, colors = to_class_ids(pixels, DEFAULT_CLASSES, name=path.name)
+        ids, unmapped, colors = to_class_ids(pixels, DEFAULT_CLASSES, name=path.name)
         # Nearer to white than to black, the colours' sum of squares says, is a sum above 382.5.
         np.testing.assert_array_equal(ids, pixels.sum(axis=2) > 382)
-        shares.append(off_map / ids.size)
+        shares.append(unmapped / ids.size)
         exact = (pixels == 0).all(axis=2) | (pixels == 255).all(axis=2)
-        assert off_map == np.count_nonzero(~exact)
+        assert unmapped == np.count_nonzero(~exact)
         assert len(colors) == 5
     assert len(shares) == 24
     assert 0 < min(shares) <= max(shares) < 0.003

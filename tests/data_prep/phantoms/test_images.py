@@ -100,9 +100,9 @@ def test_write_phantoms_writes_a_source_of_pairs_with_patients(tmp_path: Path) -
         np.testing.assert_array_equal(read_image(stored, name="a")[..., 0], image)
         colors = read_mask_pixels((Path(pair.mask_url) / pair.mask_name).read_bytes(), name="a")
         assert colors.shape == (64, 64, 3)
-        ids, off_map, _ = to_class_ids(colors, DEFAULT_CLASSES, name="a")
+        ids, unmapped, _ = to_class_ids(colors, DEFAULT_CLASSES, name="a")
         np.testing.assert_array_equal(ids, mask)
-        assert off_map == 0
+        assert unmapped == 0
 
 
 def test_write_phantoms_again_gives_the_same_files(tmp_path: Path) -> None:

@@ -45,12 +45,12 @@ def test_write_release_writes_files_like_the_real_ones(tmp_path):
     kinds = set()
     for pair in pairs:
         data = (tmp_path / "AllDICOMs" / pair.image_name).read_bytes()
-        picture = pydicom.dcmread(io.BytesIO(data))
+        image = pydicom.dcmread(io.BytesIO(data))
         # 64 * 3328 / 4084 = 52 and 52 * 2560 / 3328 = 40.
-        shape = (picture.Rows, picture.Columns, picture.BitsStored)
+        shape = (image.Rows, image.Columns, image.BitsStored)
         assert shape in ((64, 52, 14), (52, 40, 12))
         kinds.add(shape)
-        assert picture.Modality == "MG"
+        assert image.Modality == "MG"
     assert len(kinds) == 2
 
 
@@ -69,7 +69,7 @@ def test_contours_lie_on_the_masses_of_both_sides():
     for plan in inbreast_release._plan(12):
         if not plan.num_masses:
             continue
-        pixels, _, rois = inbreast_release.draw_picture(plan, 192, 1)
+        pixels, _, rois = inbreast_release.draw_image(plan, 192, 1)
         outline = next(points for name, points in rois if name == "Mass")
         inside, around = (np.zeros(pixels.shape, np.uint8) for _ in range(2))
         inbreast.fill_polygon(inside, outline)

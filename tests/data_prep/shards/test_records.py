@@ -34,7 +34,7 @@ def _sample(height=4, width=6, channels=1, dtype=np.uint8):
         geometry=geometry,
         spacing_mm=None,
         pixel_sha256=sha256_of_pixels(image),
-        off_map_pixels=0,
+        unmapped_pixels=0,
     )
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from data_prep.imaging.color_map import DEFAULT_CLASSES
-from data_prep.imaging.pixels import Target
+from data_prep.imaging.pixels import PixelFormat
 from data_prep.shards.encode import chunked, moments_of, scan_chunk
-from data_prep.shards.items import File, Item, Layout, Moments, RejectedPair, ScanTask
 from data_prep.shards.manifest import shard_name
 from data_prep.shards.output import claim_output, remove_state, staging_url
-from data_prep.shards.pixel_format import clipped, common_target
+from data_prep.shards.pixel_format import clipped, common_pixel_format
 from data_prep.shards.records import decode_example, sha256_of_pixels, unframe_record
+from data_prep.shards.source_pairs import File, Layout, Moments, RejectedPair, ScanTask, SourcePair
 from data_prep.shards.write import mean_and_std, plan_shards, write_shard
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store
@@ -43,7 +43,7 @@ def _write(folder, name, pixels):
 
 def _item(tmp_path, name, image, mask=None):
     mask = np.zeros(image.shape[:2], np.uint8) if mask is None else mask
-    return Item(
+    return SourcePair(
         id=name,
         group=name,
         filename=f"{name}.png",
@@ -67,7 +67,7 @@ def _scan(tmp_path, items, *, skip_bad=False, **changes):
 def _plan(tmp_path, samples, **changes):
     options = {"shard_size_mb": 64, "seed": 1} | changes
     splits = {sample.id: "train" for sample in samples}
-    target = common_target(samples)
+    target = common_pixel_format(samples)
     return plan_shards(samples, splits, target=target, output_url=f"{tmp_path}/out", **options)
 
 
@@ -89,7 +89,7 @@ def test_scan_reports_facts_of_a_grey_picture_stored_as_rgb(tmp_path):
     assert (found.channels, found.bit_depth, found.max_value) == (1, 8, 10)
     assert found.pixels_per_class == (58, 6)
     assert found.moments == Moments(64, (10,), (100,))
-    assert found.off_map_pixels == 0
+    assert found.unmapped_pixels == 0
     assert found.sha256 == sha256_of_pixels(image[:, :, :1])
     source = (tmp_path / "images" / "a.png").read_bytes()
     assert found.source_crcs[0] == google_crc32c.value(source)
@@ -125,7 +125,7 @@ def test_scan_names_the_colour_that_is_no_class(tmp_path):
     with pytest.raises(ContentError, match=r"masks/a\.png: 3\.12 % .*\(255, 0, 0\)"):
         _scan(tmp_path, [item])
     (found,) = _scan(tmp_path, [item], off_map_limit=0.5)
-    assert found.off_map_pixels == 2
+    assert found.unmapped_pixels == 2
 
 
 def test_scan_skips_a_bad_pair_and_says_why(tmp_path):
@@ -168,13 +168,13 @@ def test_target_is_grey_only_when_all_are_grey(tmp_path):
     colour = np.zeros((8, 8, 3), np.uint8)
     colour[0, 0] = (1, 2, 3)
     samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(1)), _item(tmp_path, "b", colour)])
-    assert common_target(samples[:1]) == Target(1, 8, 255)
-    assert common_target(samples) == Target(3, 8, 255)
+    assert common_pixel_format(samples[:1]) == PixelFormat(1, 8, 255)
+    assert common_pixel_format(samples) == PixelFormat(3, 8, 255)
 
 
 def test_target_keeps_the_bits_in_use(tmp_path):
     samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(3000, np.uint16))])
-    assert common_target(samples) == Target(1, 16, 4095)
+    assert common_pixel_format(samples) == PixelFormat(1, 16, 4095)
 
 
 def _marked(value, num_marked=1):
@@ -200,7 +200,7 @@ def _marked(value, num_marked=1):
 def test_few_outliers_do_not_make_all_pictures_dark(tmp_path, images, value_max):
     items = [_item(tmp_path, f"{i:02}", image) for i, image in enumerate(images)]
     samples = _scan(tmp_path, items, height=40, width=40)
-    assert common_target(samples) == Target(1, 16, value_max)
+    assert common_pixel_format(samples) == PixelFormat(1, 16, value_max)
     written = write_shard(_plan(tmp_path, samples)[0])
     stored = [_pixels(tmp_path, written, i) for i in range(len(images))]
     assert max(int(pixels.max()) for pixels in stored) == min(value_max, max(map(np.max, images)))
@@ -212,8 +212,8 @@ def test_few_outliers_do_not_make_all_pictures_dark(tmp_path, images, value_max)
 def test_given_full_scale_is_taken_and_what_is_above_it_counted(tmp_path):
     items = [_item(tmp_path, f"{i}", _marked(65535, 5 * i)) for i in range(3)]
     samples = _scan(tmp_path, items, full_scale=5000, height=40, width=40)
-    target = common_target(samples, 5000)
-    assert target == Target(1, 16, 5000)
+    target = common_pixel_format(samples, 5000)
+    assert target == PixelFormat(1, 16, 5000)
     above = [(each.id, count) for each, count in clipped(samples, 5000, 5000)]
     assert above == [("2", 10), ("1", 5)]
 
@@ -371,4 +371,4 @@ def test_staged_index_is_json(tmp_path):
     (found,) = _scan(tmp_path, [_item(tmp_path, "a", _grey(1))])
     data = (tmp_path / "out" / "prep-state" / found.staged).read_bytes()
     (entry,) = json.loads(data[found.offset + found.length : -12])
-    assert (entry["kind"], entry["id"]) == ("Scanned", "a")
+    assert (entry["kind"], entry["id"]) == ("EncodedSample", "a")

@@ -10,8 +10,8 @@ from pydicom.uid import JPEGLSLossless, RLELossless
 
 from data_prep import pipeline
 from data_prep.config import HASH_KEY_VARIABLE, PrepConfig
-from data_prep.intake import sources_of
 from data_prep.phantoms.inbreast_release import dicom_bytes, write_release
+from data_prep.prep_input import sources_of
 from data_prep.sources import inbreast
 from data_prep.sources.dicom_files import dicom_without_ending, stem_of
 from flexunet.storage import open_source

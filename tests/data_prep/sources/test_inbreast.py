@@ -226,11 +226,11 @@ def test_find_cases_lists_each_folder_once(tmp_path, monkeypatch):
     listed = []
     true = LocalStore.list
 
-    def counted(self, prefix=""):
+    def pluralize(self, prefix=""):
         listed.append(self.url)
         return true(self, prefix)
 
-    monkeypatch.setattr(LocalStore, "list", counted)
+    monkeypatch.setattr(LocalStore, "list", pluralize)
     find_cases(sources)
     assert listed == [f"{tmp_path}/AllDICOMs", f"{tmp_path}/AllXML"]
 

@@ -17,7 +17,7 @@ _SHOWN_PHASES = {
 }
 
 
-class Display:
+class TrainingDisplay:
     """What a person sees of a run: one bar for all epochs and a line for each of them."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -25,7 +25,7 @@ class Display:
         self._progress: Progress | None = None
         self._phase = ""
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> "TrainingDisplay":
         load_bar()  # while no other thread imports anything
         return self
 

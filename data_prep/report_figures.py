@@ -42,7 +42,7 @@ class SplitStatistics:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class PairPreview:
     """One pair for a sheet: (H, W, C) uint8 or uint16, and (H, W) uint8 class ids."""
 
     title: str
@@ -50,7 +50,7 @@ class Pair:
     mask: np.ndarray
 
 
-def sheet_name(split: str) -> str:
+def contact_sheet_name(split: str) -> str:
     """Returns the name of the sheet of sample pairs of `split`."""
     return f"report/samples-{split}.png"
 
@@ -87,8 +87,8 @@ def statistics_png(
     return out.getvalue()
 
 
-def sheet_png(
-    pairs: Sequence[Pair], classes: Sequence[ClassColor], value_max: int, title: str
+def contact_sheet_png(
+    pairs: Sequence[PairPreview], classes: Sequence[ClassColor], value_max: int, title: str
 ) -> bytes:
     """Returns a PNG with the picture of each pair above the same picture with its mask on it.
 
@@ -192,7 +192,7 @@ def _draw_shares(
     axes.legend(loc="lower right", fontsize=8)
 
 
-def _thumbnails(pair: Pair, value_max: int) -> tuple[np.ndarray, np.ndarray]:
+def _thumbnails(pair: PairPreview, value_max: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (h, w, 3) uint8 and (h, w) uint8, reduced."""
     import cv2
 

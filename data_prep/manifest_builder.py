@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import flexunet
 from data_prep.assignment import Assignment
 from data_prep.config import PrepConfig, identity_of
+from data_prep.format_choice import full_scale_info
 from data_prep.imaging.color_map import parse_color_map
-from data_prep.imaging.pixels import Target
-from data_prep.shards.items import EncodedSample
+from data_prep.imaging.pixels import PixelFormat
 from data_prep.shards.manifest import Manifest, ReducedInfo, SplitInfo, group_rule_of
+from data_prep.shards.source_pairs import EncodedSample
 from data_prep.shards.write import WrittenShard, mean_and_std
 from data_prep.splits.names import SPLITS, Split
-from data_prep.stored_format import full_scale_info
 from flexunet.storage import crc32c_of
-from flexunet.text import counted
+from flexunet.text import pluralize
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Contents:
     """
 
     name: str
-    target: Target
+    pixel_format: PixelFormat
     samples: Sequence[EncodedSample]
     assignment: Assignment
     shards: Sequence[WrittenShard]
@@ -39,18 +39,22 @@ class Contents:
     source_sha256: str
 
 
-def manifest_of(contents: Contents, config: PrepConfig) -> Manifest:
+def build_manifest(contents: Contents, config: PrepConfig) -> Manifest:
     """Returns the manifest of what was written with the options `config`."""
-    target, samples, splits = contents.target, contents.samples, contents.assignment.splits
+    pixel_format, samples, splits = (
+        contents.pixel_format,
+        contents.samples,
+        contents.assignment.splits,
+    )
     mean, std = _mean_and_std_of_train(contents.shards)
     options = identity_of(config)
     return Manifest(
         name=contents.name,
         image_height=config.height,
         image_width=config.width,
-        channels=target.channels,
-        bit_depth=target.bit_depth,
-        value_max=target.value_max,
+        channels=pixel_format.channels,
+        bit_depth=pixel_format.bit_depth,
+        value_max=pixel_format.value_max,
         classes=parse_color_map(config.classes),
         ignore_id=config.ignore_id,
         geometry=config.kind,
@@ -71,7 +75,7 @@ def manifest_of(contents: Contents, config: PrepConfig) -> Manifest:
         options=options,
         reduced=_reduced(samples, splits),
         source_sha256=contents.source_sha256,
-        full_scale=full_scale_info(samples, target, config),
+        full_scale=full_scale_info(samples, pixel_format, config),
     )
 
 
@@ -106,7 +110,7 @@ def _reduced(
                 num_pictures=len(counts),
                 num_emptied=sum(each.is_emptied for each in counts),
                 num_regions=_sums(each.regions for each in counts),
-                num_vanished=_sums(each.vanished for each in counts),
+                num_vanished=_sums(each.lost for each in counts),
             )
     return infos
 
@@ -115,7 +119,7 @@ def _sums(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:
     return tuple(sum(column) for column in zip(*rows, strict=True))
 
 
-def warn_of_vanished(manifest: Manifest) -> None:
+def warn_of_lost_regions(manifest: Manifest) -> None:
     """Warns where regions of the masks have no pixel in the stored masks."""
     infos = manifest.reduced.values()
     num_vanished = sum(sum(info.num_vanished) for info in infos)
@@ -125,6 +129,6 @@ def warn_of_vanished(manifest: Manifest) -> None:
             "lost all foreground: training does not see them, and no evaluation counts them as "
             "missed; raise --image-size, or cut tiles (--tile)",
             num_vanished,
-            counted(sum(sum(info.num_regions) for info in infos), "region"),
-            counted(sum(info.num_emptied for info in infos), "picture"),
+            pluralize(sum(sum(info.num_regions) for info in infos), "region"),
+            pluralize(sum(info.num_emptied for info in infos), "picture"),
         )

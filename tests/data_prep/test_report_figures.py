@@ -6,14 +6,14 @@ import numpy as np
 import PIL.Image
 
 from data_prep.imaging.color_map import ClassColor
-from data_prep.report import _GAP, Pair, sheet_png
+from data_prep.report_figures import _GAP, PairPreview, contact_sheet_png
 
 CLASSES = [ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255))]
 
 
-def sheet(pairs: list[Pair], value_max: int = 255) -> np.ndarray:
+def contact_sheet(pairs: list[PairPreview], value_max: int = 255) -> np.ndarray:
     """Returns the pixels of the sheet, (h, w, 3) int."""
-    png = sheet_png(pairs, CLASSES, value_max, "a title")
+    png = contact_sheet_png(pairs, CLASSES, value_max, "a title")
     return np.asarray(PIL.Image.open(io.BytesIO(png)), int)
 
 
@@ -30,7 +30,9 @@ def green(height: int, width: int) -> np.ndarray:
 def test_a_mask_is_drawn_on_the_second_picture_alone() -> None:
     mask = np.zeros((40, 60), np.uint8)
     mask[10:30, 20:50] = 1
-    counts = is_green(sheet([Pair("one", green(40, 60), mask)], value_max=60000)).sum(axis=1)
+    counts = is_green(
+        contact_sheet([PairPreview("one", green(40, 60), mask)], value_max=60000)
+    ).sum(axis=1)
     plain, masked = 60, 60 - 30
     assert counts[counts > 0].tolist() == [
         *40 * [plain],
@@ -42,10 +44,10 @@ def test_a_mask_is_drawn_on_the_second_picture_alone() -> None:
 
 def test_names_of_narrow_pictures_have_room() -> None:
     pairs = [
-        Pair(f"a-long-name-of-a-case-{i}", green(80, 4), np.zeros((80, 4), np.uint8))
+        PairPreview(f"a-long-name-of-a-case-{i}", green(80, 4), np.zeros((80, 4), np.uint8))
         for i in range(3)
     ]
-    columns = np.any(is_green(sheet(pairs, value_max=60000)), axis=0)
+    columns = np.any(is_green(contact_sheet(pairs, value_max=60000)), axis=0)
     starts = np.flatnonzero(np.diff(columns.astype(int)) == 1)
     assert len(starts) == 3
     assert np.diff(starts).min() > 100  # pixels of the name
@@ -53,8 +55,8 @@ def test_names_of_narrow_pictures_have_room() -> None:
 
 def test_long_names_keep_the_columns_even() -> None:
     names = ("a", "barrdistorted_1003_0.3_0.3_" * 4 + "23", "b\nc")
-    pairs = [Pair(name, green(80, 120), np.zeros((80, 120), np.uint8)) for name in names]
-    pixels = sheet(pairs, value_max=60000)
+    pairs = [PairPreview(name, green(80, 120), np.zeros((80, 120), np.uint8)) for name in names]
+    pixels = contact_sheet(pairs, value_max=60000)
     columns = np.any(is_green(pixels), axis=0)
     starts = np.flatnonzero(np.diff(columns.astype(int)) == 1)
     ends = np.flatnonzero(np.diff(columns.astype(int)) == -1)

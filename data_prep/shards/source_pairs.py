@@ -59,7 +59,7 @@ class File:
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
+class SourcePair:
     """One pair to scan. `id`, `group` and `filename` are what the dataset shows.
 
     `mask` is None where a release says so that there is nothing to see.
@@ -87,8 +87,8 @@ class EncodedSample:
     """What pass 1 found out about one sample of a good pair, and where its record is staged.
 
     Attributes:
-        picture: id of the pair; the sample's own id where pictures are stored whole.
-        picture_sha256: of the picture's pixels; `sha256` where it is stored whole.
+        image_id: id of the pair; the sample's own id where pictures are stored whole.
+        image_sha256: of the picture's pixels; `sha256` where it is stored whole.
         is_blank: all those pixels are alike.
         group: of the sample; `staged_group` is that of its record, before groups were joined.
         staged, offset, length: name of the staged object, place of the framed record in it, bytes.
@@ -104,7 +104,7 @@ class EncodedSample:
     """
 
     id: str
-    picture: str
+    image_id: str
     group: str
     filename: str
     split: str | None
@@ -117,9 +117,9 @@ class EncodedSample:
     max_value: int
     geometry: Geometry
     pixels_per_class: tuple[int, ...]
-    off_map_pixels: int
+    unmapped_pixels: int
     sha256: str
-    picture_sha256: str
+    image_sha256: str
     is_blank: bool
     moments: Moments
     value_max: int | None
@@ -134,7 +134,7 @@ class EncodedSample:
 class RejectedPair:
     """A pair that cannot be used: its id, the file at fault by its label, and why."""
 
-    picture: str
+    image_id: str
     file: str
     reason: str
     source_crcs: tuple[int, int]
@@ -152,6 +152,6 @@ class ScanTask:
 
     staging_url: str
     layout: Layout
-    items: tuple[Item, ...]
+    items: tuple[SourcePair, ...]
     skip_bad: bool
     dicom_reader: Reader = "pydicom"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flexunet.text import counted
+from flexunet.text import pluralize
 from job.reporting.phrases import (
     checkpoint_words,
     counted_cases,
@@ -24,7 +24,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
 
     used = summary.get("checkpoint")
     weights = f", {checkpoint_words(used)}" if used else ""
-    cases = counted(summary["num_cases"], "case")
+    cases = pluralize(summary["num_cases"], "case")
     table = Table(title=f"{summarized_words(summary)}: {cases}{weights}")
     table.add_column("foreground")
     baseline = summary["all_background"]["foreground_mean"]
@@ -55,7 +55,7 @@ def measures_table(title: str, measures: Mapping[str, Any]) -> Any:
     """Returns what `summarize_cases` returned as a table for people, at most 80 columns wide."""
     from rich.table import Table
 
-    table = Table(title=f"{title}: {counted(measures['num_groups'], 'group')}")
+    table = Table(title=f"{title}: {pluralize(measures['num_groups'], 'group')}")
     table.add_column("measure", overflow="fold")
     for column in ("value", "95 % interval", "cases", "groups"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from data_prep.config import PrepConfig
 from data_prep.hidden_names import dataset_name, hidden, hidden_name, without_name
-from data_prep.shards.items import File, Item
+from data_prep.shards.source_pairs import File, SourcePair
 from data_prep.sources import inbreast
 from data_prep.sources.pairs import Pair, Reject, Source, find_pairs, find_sources
 from data_prep.splits import groups
@@ -26,13 +26,13 @@ from flexunet.storage import (
     open_source,
     open_store,
 )
-from flexunet.text import counted, legible
+from flexunet.text import legible, pluralize
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Intake:
+class PrepInput:
     """What a preparation begins with.
 
     Attributes:
@@ -43,7 +43,7 @@ class Intake:
 
     name: str
     wanted_splits: frozenset[str]
-    items: tuple[Item, ...]
+    items: tuple[SourcePair, ...]
     refused: tuple[tuple[str, str], ...]
 
 
@@ -69,9 +69,9 @@ def sources_of(source: str, config: PrepConfig) -> tuple[Source, ...]:
         ) from error
 
 
-def intake_of(
+def collect_input(
     sources: Sequence[Source], output: ObjectStore, config: PrepConfig, *, has_options: bool
-) -> Intake:
+) -> PrepInput:
     """Returns the items of `sources`, sorted by id, and what is refused of them.
 
     Args:
@@ -86,10 +86,10 @@ def intake_of(
     pairs, rejects = find(sources)
     grouped, ungrouped = _grouped(pairs, config, has_options=has_options)
     refused = _refused([*rejects, *ungrouped], config)
-    return Intake(
+    return PrepInput(
         name=dataset_name(sources, config),
         wanted_splits=frozenset(source.split for source in sources if source.split is not None),
-        items=tuple(items_of(grouped, config)),
+        items=tuple(pairs_of(grouped, config)),
         refused=tuple(refused),
     )
 
@@ -103,7 +103,7 @@ def _refuse_overlap(store: ObjectStore, sources: Sequence[Source]) -> None:
                 )
 
 
-def items_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[Item]:
+def pairs_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[SourcePair]:
     """Returns the pairs, each with its group, as they are encoded, sorted by id.
 
     Raises:
@@ -123,7 +123,7 @@ def items_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[It
         return File(url, name, label, stat.size, stat.generation)
 
     items = [
-        Item(
+        SourcePair(
             id=hidden(pair.id, config),
             group=hidden(group, config),
             filename=hidden_name(pair.image_name, config),
@@ -156,7 +156,8 @@ def _grouped(
             rejects.append(Reject(join_url(pair.image_url, pair.image_name), str(error)))
     if rejects and not grouped:
         raise ContentError(
-            f"{rejects[0].file}: {rejects[0].reason} (so with all {counted(len(rejects), 'file')})"
+            f"{rejects[0].file}: {rejects[0].reason} "
+            f"(so with all {pluralize(len(rejects), 'file')})"
         )
     return grouped, rejects
 
@@ -192,7 +193,7 @@ def _refused(rejects: Sequence[Reject], config: PrepConfig) -> list[tuple[str, s
     if rejects and not config.skip_bad:
         first = rejects[0]
         num_more = len(rejects) - 1
-        more = f" (and {counted(num_more, 'more file')})" if num_more else ""
+        more = f" (and {pluralize(num_more, 'more file')})" if num_more else ""
         raise ContentError(
             f"{legible(f'{first.file}: {first.reason}')}{more}; mend it, or leave such files out "
             "with --skip-bad"
@@ -203,7 +204,7 @@ def _refused(rejects: Sequence[Reject], config: PrepConfig) -> list[tuple[str, s
 
 
 def source_digest(
-    items: Sequence[Item],
+    items: Sequence[SourcePair],
     crcs: Sequence[tuple[int, int]],
     refused: Sequence[tuple[str, str]],
 ) -> str:
@@ -216,5 +217,5 @@ def source_digest(
     return hashlib.sha256(json.dumps([parts, alone]).encode()).hexdigest()
 
 
-def _sizes(item: Item) -> tuple[int, int | None]:
+def _sizes(item: SourcePair) -> tuple[int, int | None]:
     return item.image.size, None if item.mask is None else item.mask.size

@@ -6,109 +6,109 @@ The format itself is decided in `shards/pixel_format.py`.
 import logging
 from collections.abc import Sequence
 
-from data_prep import report
+from data_prep import report_figures
 from data_prep.config import MAX_LISTED, PrepConfig
-from data_prep.imaging.pixels import Target
-from data_prep.shards.items import EncodedSample
+from data_prep.imaging.pixels import PixelFormat
 from data_prep.shards.manifest import FullScaleInfo
-from data_prep.shards.pixel_format import clipped, common_target, sparing_scale
+from data_prep.shards.pixel_format import clipped, common_pixel_format, sparing_scale
+from data_prep.shards.source_pairs import EncodedSample
 from flexunet.errors import UsageError
-from flexunet.text import counted, listed
+from flexunet.text import join_truncated, pluralize
 
 logger = logging.getLogger(__name__)
 
 
-def target_of(samples: Sequence[EncodedSample], config: PrepConfig) -> Target:
+def pixel_format_of(samples: Sequence[EncodedSample], config: PrepConfig) -> PixelFormat:
     """Returns the format of the stored pictures.
 
     Raises:
         UsageError: a full scale is given, and all pictures have 8 bits.
     """
-    target = common_target(samples, config.full_scale)
-    if config.full_scale is not None and target.bit_depth == 8:
+    pixel_format = common_pixel_format(samples, config.full_scale)
+    if config.full_scale is not None and pixel_format.bit_depth == 8:
         raise UsageError(
             f"--full-scale {config.full_scale}: it is for pictures of 16 bits, and all of these "
             "have 8; leave it out"
         )
-    return target
+    return pixel_format
 
 
 def warn_of_clipped(
-    samples: Sequence[EncodedSample], target: Target, config: PrepConfig
+    samples: Sequence[EncodedSample], pixel_format: PixelFormat, config: PrepConfig
 ) -> list[tuple[EncodedSample, int]]:
     """Returns the pictures with pixels above the full scale, and their number; warns of them."""
-    if target.bit_depth == 8:
+    if pixel_format.bit_depth == 8:
         return []
-    found = clipped(samples, target.value_max, config.full_scale)
-    less = None if config.full_scale else sparing_scale(samples, target.value_max)
+    found = clipped(samples, pixel_format.value_max, config.full_scale)
+    less = None if config.full_scale else sparing_scale(samples, pixel_format.value_max)
     if less is not None:
         above = clipped(samples, less, None)
         logger.warning(
             "the full scale is %d for few pixels: no picture has more than a thousandth of its "
             "pixels above %d; if they are markers, --full-scale %d makes the pictures %d times "
             "brighter: %s",
-            target.value_max,
+            pixel_format.value_max,
             less,
             less,
-            round(target.value_max / less),
-            listed([each.filename for each, _ in above], MAX_LISTED),
+            round(pixel_format.value_max / less),
+            join_truncated([each.filename for each, _ in above], MAX_LISTED),
         )
     if found:
-        pictures = {sample.picture for sample in samples if sample.num_above}
-        named = [f"{s.filename} ({counted(n, 'pixel')}, up to {s.max_value})" for s, n in found]
+        images = {sample.image_id for sample in samples if sample.num_above}
+        named = [f"{s.filename} ({pluralize(n, 'pixel')}, up to {s.max_value})" for s, n in found]
         logger.warning(
             "%d of %d pictures have pixels above the full scale %d%s, which become %d (see %s; "
             "--full-scale gives another): %s",
             len(found),
-            len(pictures),
-            target.value_max,
+            len(images),
+            pixel_format.value_max,
             "" if config.full_scale else " that the others need",
-            target.value_max,
-            report.CLIPPED_NAME,
-            listed(named, MAX_LISTED),
+            pixel_format.value_max,
+            report_figures.CLIPPED_NAME,
+            join_truncated(named, MAX_LISTED),
         )
     return found
 
 
 def full_scale_info(
-    samples: Sequence[EncodedSample], target: Target, config: PrepConfig
+    samples: Sequence[EncodedSample], pixel_format: PixelFormat, config: PrepConfig
 ) -> FullScaleInfo | None:
     """Returns what the manifest says of the full scale; None where every picture says its own."""
-    pictures = [sample for sample in samples if sample.num_above]
-    if not pictures:
+    images = [sample for sample in samples if sample.num_above]
+    if not images:
         return None
-    above = clipped(pictures, target.value_max, config.full_scale)
+    above = clipped(images, pixel_format.value_max, config.full_scale)
     return FullScaleInfo(
         rule="found" if config.full_scale is None else "given",
-        lowest_max=min(
-            (picture.max_value for picture in pictures if not picture.is_blank), default=0
-        ),
-        highest=max(picture.max_value for picture in pictures),
+        lowest_max=min((image.max_value for image in images if not image.is_blank), default=0),
+        highest=max(image.max_value for image in images),
         num_clipped_pictures=len(above),
         num_clipped_pixels=sum(count for _, count in above),
     )
 
 
-def warn_of_mixed(samples: Sequence[EncodedSample], target: Target, config: PrepConfig) -> None:
+def warn_of_mixed(
+    samples: Sequence[EncodedSample], pixel_format: PixelFormat, config: PrepConfig
+) -> None:
     """Warns of the few pictures that decided the format of all."""
-    samples = list({sample.picture: sample for sample in samples}.values())
+    samples = list({sample.image_id: sample for sample in samples}.values())
     coloured = [sample.filename for sample in samples if sample.channels == 3]
     if config.channels == "auto" and 0 < len(coloured) < len(samples):
         logger.warning(
             "%d of %d pictures have colour, so all are stored as RGB (--channels grey would store "
             "one channel): %s", len(coloured), len(samples), _listed(coloured),
         )  # fmt: skip
-    shallow = [sample.filename for sample in samples if sample.bit_depth < target.bit_depth]
+    shallow = [sample.filename for sample in samples if sample.bit_depth < pixel_format.bit_depth]
     if shallow:
         logger.warning(
             "%d of %d pictures have 8 bits, the others 16: 255 becomes %d in them: %s",
-            len(shallow), len(samples), target.value_max, _listed(shallow),
+            len(shallow), len(samples), pixel_format.value_max, _listed(shallow),
         )  # fmt: skip
-    scaled = [s.filename for s in samples if s.value_max not in (None, target.value_max)]
+    scaled = [s.filename for s in samples if s.value_max not in (None, pixel_format.value_max)]
     if scaled and not shallow:
         logger.warning(
             "%d of %d pictures are of detectors of fewer bits; their full scale becomes %d: %s",
-            len(scaled), len(samples), target.value_max, _listed(scaled),
+            len(scaled), len(samples), pixel_format.value_max, _listed(scaled),
         )  # fmt: skip
 
 
