@@ -29,7 +29,7 @@ from machine import describe_machine, write_result
 
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
 from job.distributed.process_group import ProcessGroup
-from job.distributed.rendezvous import Place
+from job.distributed.rendezvous import ProcessSpec
 
 WAYS = ("silent", "all_reduce", "planned")
 TABLE_WORKERS = (2, 4, 8, 16, 32, 64)
@@ -60,7 +60,7 @@ def main(
         write_and_print_table(network, gflops)
         return
     if rank is not None:
-        print(json.dumps(work(network, repeats, Place(rank, tuple(addresses.split(","))))))
+        print(json.dumps(work(network, repeats, ProcessSpec(rank, tuple(addresses.split(","))))))
         return
     measured = run_workers(num_workers)
     first = measured[0]
@@ -159,9 +159,9 @@ def _turns(step_s: list[dict[str, list[float]]], way: str) -> Iterator[tuple[flo
     return zip(*(each[way] for each in step_s), strict=True)
 
 
-def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
-    """Returns what the worker at `place` measured."""
-    rank, num_workers = place.rank, place.size
+def work(network: dict[str, Any], repeats: int, spec: ProcessSpec) -> dict[str, Any]:
+    """Returns what the worker at `spec` measured."""
+    rank, num_workers = spec.rank, spec.size
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     ways = WAYS if num_workers <= len(cores) else WAYS[1:]
@@ -171,7 +171,7 @@ def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
     tf = import_tensorflow()
     batch_size: int = network["batch_size"]
     config = TrainConfig(global_batch_size=num_workers * batch_size, threads=1)
-    strategy = configure(config, place)
+    strategy = configure(config, spec)
     from job.distributed.exchange_plan import make_plan, measured_flops_per_byte
     from job.distributed.replica_sums import Criterion
     from job.losses import make_loss
@@ -198,7 +198,7 @@ def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
         plan = None
         if used is strategy:
             ratio = measured_flops_per_byte(strategy, model.compute_dtype)
-            told["flops_per_byte"] = ProcessGroup(strategy, place).run_on_primary(
+            told["flops_per_byte"] = ProcessGroup(strategy, spec).run_on_primary(
                 lambda ratio=ratio: ratio
             )
             plan = make_plan(
@@ -217,7 +217,7 @@ def work(network: dict[str, Any], repeats: int, place: Place) -> dict[str, Any]:
             runs[way] = (step, values)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     counted: dict[str, list[int]] = {way: [] for way in ways}
-    meeting = ProcessGroup(strategy, place)
+    meeting = ProcessGroup(strategy, spec)
     for count in range(1 + repeats):
         for way, (step, values) in runs.items():
             meeting.any(False)

@@ -68,7 +68,9 @@ def _plan(tmp_path, samples, **changes):
     options = {"shard_size_mb": 64, "seed": 1} | changes
     splits = {sample.id: "train" for sample in samples}
     target = common_pixel_format(samples)
-    return plan_shards(samples, splits, target=target, output_url=f"{tmp_path}/out", **options)
+    return plan_shards(
+        samples, splits, pixel_format=target, output_url=f"{tmp_path}/out", **options
+    )
 
 
 def _pixels(tmp_path, written, index=0):
