@@ -67,9 +67,9 @@ def _scan(tmp_path, items, *, skip_bad=False, **changes):
 def _plan(tmp_path, samples, **changes):
     options = {"shard_size_mb": 64, "seed": 1} | changes
     splits = {sample.id: "train" for sample in samples}
-    target = common_pixel_format(samples)
+    chosen = common_pixel_format(samples)
     return plan_shards(
-        samples, splits, pixel_format=target, output_url=f"{tmp_path}/out", **options
+        samples, splits, pixel_format=chosen, output_url=f"{tmp_path}/out", **options
     )
 
 
