@@ -1,6 +1,6 @@
-"""Overlays rendered as `kubectl apply -k` would, and what their objects hold.
+"""Renders overlays as `kubectl apply -k` does, and reads their objects.
 
-kubectl is the one on the PATH, or the file that FLEXUNET_KUBECTL names.
+Uses the kubectl on the PATH, or the file that FLEXUNET_KUBECTL names.
 """
 
 import functools
@@ -53,12 +53,12 @@ class Pod:
 
 @functools.cache
 def kubectl() -> str:
-    """Returns the kubectl to use; skips the test where there is none, or it is too old."""
+    """Returns the kubectl to use; skips the test if it is missing or too old."""
     program = os.environ.get("FLEXUNET_KUBECTL") or shutil.which("kubectl")
     if program is None:
         pytest.skip("no kubectl on the PATH; install 1.27 or newer, or set FLEXUNET_KUBECTL")
     answer = subprocess.check_output([program, "version", "--client", "--output=json"], text=True)
-    version = json.loads(answer).get("kustomizeVersion", "v2 (not told)")
+    version = json.loads(answer).get("kustomizeVersion", "v2 (not reported)")
     if int(version.removeprefix("v").split(".")[0].split()[0]) < _MIN_KUSTOMIZE:
         pytest.skip(f"{program} has kustomize {version}; kubectl 1.27 or newer has v5")
     return program
@@ -79,7 +79,7 @@ def of_kind(objects: Sequence[Manifest], *kinds: str) -> list[Manifest]:
 
 
 def find(objects: Sequence[Manifest], kind: str, name: str) -> Manifest:
-    """Returns the object `name`, whose name may go on with a hash."""
+    """Returns the object `name`, whose full name may end with a hash."""
     (found,) = (
         each for each in of_kind(objects, kind) if each["metadata"]["name"].startswith(name)
     )
@@ -99,7 +99,7 @@ def pods(objects: Sequence[Manifest]) -> Iterator[Pod]:
 
 
 def environment(objects: Sequence[Manifest], container: Manifest) -> dict[str, str]:
-    """Returns the variables of a container, those of its ConfigMaps too."""
+    """Returns the variables of a container, including those of its ConfigMaps."""
     values: dict[str, str] = {}
     for source in container.get("envFrom", []):
         values |= find(objects, "ConfigMap", source["configMapRef"]["name"])["data"]

@@ -1,7 +1,7 @@
-"""What must hold of all objects of an overlay together, and what no schema says.
+"""Rules for all objects of an overlay together, which no schema checks.
 
-A rule yields a line for everything that breaks it. Sources: KubeRay's `utils/validation.go` for
-what its controller refuses, Kubernetes' Pod Security Standards for `restricted`.
+A rule yields a line for each violation. Sources: KubeRay's `utils/validation.go` for what its
+controller rejects, Kubernetes' Pod Security Standards for `restricted`.
 """
 
 import re
@@ -36,7 +36,7 @@ def _each_container(objects: Sequence[Manifest]) -> Iterator[tuple[Pod, Manifest
 
 
 def image_is_pinned(objects: Sequence[Manifest]) -> Iterator[str]:
-    """A digest, or an image that is on the node already."""
+    """Images have a digest, or are already on the node."""
     for pod, container in _each_container(objects):
         is_pinned = re.search(r"@sha256:[0-9a-f]{64}$", container["image"])
         if not is_pinned and container.get("imagePullPolicy") != "Never":
@@ -54,7 +54,7 @@ def no_secret_is_kept(objects: Sequence[Manifest]) -> Iterator[str]:
 
 
 def grace_outlasts_drain(objects: Sequence[Manifest]) -> Iterator[str]:
-    """What a node needs to stop, and the rest of the pod's grace to end by itself."""
+    """The grace period of a pod is at least 10 s longer than the drain of its Ray node."""
     for pod, container in _each_container(objects):
         drain = environment(objects, container).get(_DRAIN)
         grace = pod.spec.get("terminationGracePeriodSeconds", 30)
@@ -70,7 +70,7 @@ def resources_are_bounded(objects: Sequence[Manifest]) -> Iterator[str]:
         limits = container.get("resources", {}).get("limits", {})
         if not {"cpu", "memory"} <= requests.keys():
             yield f"{pod.owner}: cpu or memory is not requested"
-        # Memory that was not requested is another pod's: the kernel would choose between them.
+        # Memory above the request may belong to another pod: the kernel would kill one of them.
         if requests.get("memory") != limits.get("memory"):
             yield f"{pod.owner}: request and limit of memory differ"
         if requests.get(_GPU) != limits.get(_GPU):
@@ -99,7 +99,7 @@ def pod_is_restricted(objects: Sequence[Manifest]) -> Iterator[str]:
 
 
 def part_brings_its_config(objects: Sequence[Manifest]) -> Iterator[str]:
-    """Parts are applied with `base`, so what they read must be of it."""
+    """Objects that the parts read are in `base`, which is applied with each part."""
     for each in of_kind(objects, "ConfigMap", "ServiceAccount"):
         if each["metadata"].get("labels", {}).get("flexunet/part") != "base":
             yield f"{each['kind']}/{each['metadata']['name']}: not of the part base"
@@ -115,7 +115,7 @@ def account_is_own(objects: Sequence[Manifest]) -> Iterator[str]:
 
 
 def names_resolve(objects: Sequence[Manifest]) -> Iterator[str]:
-    """Hashed names have reached every place."""
+    """All references use the hashed names."""
     known = {each["metadata"]["name"] for each in of_kind(objects, "ConfigMap")}
     for pod in pods(objects):
         volumes = [each for each in pod.spec.get("volumes", []) if "configMap" in each]
@@ -143,7 +143,7 @@ def _selects(selector: Manifest, labels: dict[str, str]) -> bool:
 
 
 def policy_lets_in_no_stranger(objects: Sequence[Manifest]) -> Iterator[str]:
-    """Pods of ours and of the operator alone; out, whatever they need has a rule."""
+    """Only pods of this project and of the operator may connect; egress has rules."""
     for policy in of_kind(objects, "NetworkPolicy"):
         name, spec = policy["metadata"]["name"], policy["spec"]
         for rule in spec.get("ingress", []):
@@ -154,10 +154,10 @@ def policy_lets_in_no_stranger(objects: Sequence[Manifest]) -> Iterator[str]:
 
 
 def operator_is_admitted(objects: Sequence[Manifest]) -> Iterator[str]:
-    """Without it the job is ended after 300 s, and not tried again."""
+    """The operator reaches port 8265; otherwise it ends the job after 300 s, without a retry."""
     for policy in of_kind(objects, "NetworkPolicy"):
         for rule in policy["spec"]["ingress"]:
-            # In whatever namespace it is: without a selector of namespaces, only this one counts.
+            # In any namespace: without a namespace selector, only the policy's own counts.
             peers = [
                 each.get("podSelector", {}).get("matchLabels")
                 for each in rule["from"]
@@ -169,7 +169,7 @@ def operator_is_admitted(objects: Sequence[Manifest]) -> Iterator[str]:
 
 
 def job_ends(objects: Sequence[Manifest]) -> Iterator[str]:
-    """It is tried again, but neither for ever nor at any cost."""
+    """Jobs have retries, but a limited number and time."""
     for each in _jobs(objects):
         if not each["spec"].get("backoffLimit") or not each["spec"].get("activeDeadlineSeconds"):
             yield f"{each['kind']}/{each['metadata']['name']}: no backoffLimit or deadline"
@@ -178,7 +178,7 @@ def job_ends(objects: Sequence[Manifest]) -> Iterator[str]:
 
 
 def exit_codes_end_job(objects: Sequence[Manifest]) -> Iterator[str]:
-    """A mistake is not tried again, a lost node does not count."""
+    """A mistake is not retried; a lost node does not count as a failure."""
     final = sorted(error.exit_code for error in (UsageError, ContentError, DivergedError))
     for each in of_kind(objects, "Job"):
         rules = each["spec"].get("podFailurePolicy", {}).get("rules", [])
@@ -235,7 +235,7 @@ def ray_is_the_locked_one(objects: Sequence[Manifest]) -> Iterator[str]:
 
 
 def head_is_safe(objects: Sequence[Manifest]) -> Iterator[str]:
-    """The driver is on it: no work, no Spot node, and a drain waits for it."""
+    """The head, which runs the driver, has no tasks, no Spot node and a disruption budget."""
     for each in of_kind(objects, "RayJob"):
         head = each["spec"]["rayClusterSpec"]["headGroupSpec"]
         if head["rayStartParams"].get("num-cpus") != "0":
@@ -280,7 +280,7 @@ def gpu_pod_finds_its_node(objects: Sequence[Manifest]) -> Iterator[str]:
 
 
 def gpu_is_used(objects: Sequence[Manifest]) -> Iterator[str]:
-    """A Job says that it needs the GPU it has; a RayJob's workers are promised theirs."""
+    """A Job with a GPU has --needs-gpu; a RayJob sets --gpus-per-worker instead."""
     for each in of_kind(objects, "Job"):
         for container in each["spec"]["template"]["spec"]["containers"]:
             has = _GPU in container.get("resources", {}).get("limits", {})

@@ -1,8 +1,7 @@
-"""Checks an object against its OpenAPI schema, with unknown fields refused.
+"""Checks an object against its OpenAPI schema, and rejects unknown fields.
 
-An API server drops a field that it does not know, so that `backOffLimit` would be no limit.
-KubeRay's schemas are read from the folder that FLEXUNET_KUBERAY_SCHEMAS names, else from
-../shared/schemas.
+An API server drops unknown fields, so that a misspelled `backOffLimit` would have no effect.
+KubeRay's schemas are in the folder that FLEXUNET_KUBERAY_SCHEMAS names, else in ../shared/schemas.
 """
 
 import functools
@@ -19,7 +18,7 @@ from tests.k8s.manifests import ROOT, Manifest
 
 
 def errors_of(manifest: Manifest) -> list[str]:
-    """Returns what is wrong with an object, in lines `path: problem`."""
+    """Returns the problems of an object, in lines `path: problem`."""
     if manifest["apiVersion"].startswith("ray.io/"):
         found = _ray_validator(manifest["kind"], manifest["apiVersion"]).iter_errors(manifest)
         return [f"{error.json_path}: {error.message}" for error in found]
@@ -44,7 +43,7 @@ def _ray_validator(kind: str, api_version: str) -> jsonschema.Draft7Validator:
 
 
 def _strict(schema: Any) -> Any:
-    """Returns `schema` with no other properties than those that an object lists."""
+    """Returns `schema` with additional properties forbidden in all its objects."""
     if isinstance(schema, list):
         return [_strict(each) for each in schema]
     if not isinstance(schema, dict):

@@ -1,8 +1,8 @@
-"""What the pods of the overlay `cpu` run is run here, to the end, as the manifests say.
+"""Runs the commands of all pods of the overlay `cpu` to the end on this machine.
 
-Commands, arguments, variables, config files and volumes come from the rendered objects. In place of
-the cluster: processes of uid 1000 (where this one is root), a Ray cluster with the nodes of the
-RayJob that asks for a token, and the program of the overlay's bucket.
+Commands, arguments, variables, config files and volumes are those of the rendered objects. Replaces
+the cluster by processes of uid 1000 (if this process is root), a Ray cluster with the nodes of the
+RayJob and a token, and the program of the overlay's bucket.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from tests.launcher.conftest import started_cluster
 
 pytestmark = pytest.mark.cluster
 
-# The user of the pods; it may read all files, as Python may lie in a home that is closed to it.
+# The user of the pods. It may read all files, because Python may be in a home without read access.
 _USER = (
     *("setpriv", "--reuid=1000", "--regid=1000", "--clear-groups"),
     *("--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search", "--"),
@@ -39,10 +39,10 @@ class Machine:
     """Runs containers as processes.
 
     Attributes:
-        objects: of the overlay.
-        folder: holds the volumes.
-        bucket: what STORAGE_EMULATOR_HOST is here, where no Service has a name.
-        user: words before each command that make it another user's.
+        objects: the objects of the overlay.
+        folder: contains the volumes.
+        bucket: STORAGE_EMULATOR_HOST on this machine, where Services have no names.
+        user: words before each command that run it as another user.
     """
 
     objects: Sequence[Manifest]
@@ -75,7 +75,7 @@ class Machine:
         assert done.returncode == 0, f"{words}: {done.stderr[-3000:]}{done.stdout[-3000:]}"
 
     def variables(self, container: Manifest) -> dict[str, str]:
-        """Returns the environment of a container, with what the image sets."""
+        """Returns the environment of a container, with the variables of the image."""
         values = environment(self.objects, container)
         if "STORAGE_EMULATOR_HOST" in values:
             values["STORAGE_EMULATOR_HOST"] = self.bucket
@@ -85,7 +85,7 @@ class Machine:
         return image | {"PYTHONPATH": str(ROOT)} | values
 
     def mount(self, pod: Pod) -> None:
-        """Makes the volumes of a pod, and remembers where they are here."""
+        """Creates the volumes of a pod, and stores their folders in `places`."""
         self.places = {}
         for volume in pod.spec["volumes"]:
             (path,) = {
@@ -104,8 +104,8 @@ class Machine:
                     (self.places["/etc/flexunet"] / name).write_text(self.here(text))
 
     def here(self, text: str) -> str:
-        """Returns `text` with the paths of mounts replaced by those of this machine."""
-        # In one pass, as the places here are under /tmp, which is a mount too.
+        """Returns `text` with the paths of mounts replaced by folders of this machine."""
+        # In one pass, because these folders are under /tmp, which is a mount too.
         mounts = "|".join(re.escape(path) for path in self.places)
         pattern = rf"(?<![\w/.-])({mounts})(?![\w.-])"
         return re.sub(pattern, lambda found: str(self.places[found[1]]), text)
@@ -122,7 +122,7 @@ def proxy() -> Iterator[FaultProxy]:
 
 
 def other_user() -> Sequence[str]:
-    """Returns the words that make a command the user's of the pods, none where that cannot be."""
+    """Returns the words that run a command as the pods' user, none if that is not possible."""
     command = [*_USER, sys.executable, "-c", "import os; print(os.geteuid())"]
     with contextlib.suppress(OSError):  # no setpriv
         if subprocess.run(command, capture_output=True, text=True).stdout.strip() == "1000":
@@ -132,7 +132,7 @@ def other_user() -> Sequence[str]:
 
 @pytest.fixture
 def machine(proxy: FaultProxy) -> Iterator[Machine]:
-    # Not under pytest's folder, which no other user may enter.
+    # Not under pytest's folder, which other users cannot enter.
     folder = Path(tempfile.mkdtemp(prefix="flexunet-k8s-"))
     folder.chmod(0o1777)
     yield Machine(render("overlays/cpu"), folder, proxy.address, other_user())
@@ -174,7 +174,7 @@ def test_the_cpu_overlay_runs_to_the_end(
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", machine.bucket)
     store = open_store("gs://flexunet")
     stats = store.list()
-    # Seen with `pytest -rP`.
+    # Shown by `pytest -rP`.
     print(f"as uid {1000 if machine.user else os.geteuid()}")  # noqa: T201
     for stat in stats:
         print(f"{stat.size:9} {stat.name}")  # noqa: T201
@@ -188,6 +188,6 @@ def test_the_cpu_overlay_runs_to_the_end(
     assert sum(re.fullmatch(r"masks/phantom-[^/]*\.png", name) is not None for name in names) == 24
     assert json.loads(store.get("runs/demo/environment.json"))["replicas"] == 2
 
-    # What a retried pod does: it goes on with what is there.
+    # A retried pod continues from what the bucket has.
     machine.run_pod(found["Job/prep"])
     assert store.list() == stats

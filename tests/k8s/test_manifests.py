@@ -1,4 +1,4 @@
-"""Every overlay builds, is valid and keeps the rules; every rule finds what breaks it."""
+"""Every overlay builds, is valid and keeps the rules; every rule finds a violation."""
 
 import copy
 import os
@@ -132,7 +132,7 @@ BROKEN: tuple[tuple[rules.Rule, str, str, str, Any], ...] = (
 
 
 def broken(manifest: Manifest, path: str, value: Any) -> Manifest:
-    """Returns a copy of `manifest` with another value at `path`; None removes what is there."""
+    """Returns a copy of `manifest` with another value at `path`; None removes the key."""
     changed = copy.deepcopy(manifest)
     place: Any = changed
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
@@ -155,7 +155,7 @@ def test_overlay_is_valid(overlay: str) -> None:
     assert len(objects) == NUM_OBJECTS[overlay]
     found = {f"{each['kind']}/{each['metadata']['name']}": errors_of(each) for each in objects}
     assert {name: errors for name, errors in found.items() if errors} == {}
-    # Seen with `pytest -rP`: what was rendered.
+    # Shown by `pytest -rP`.
     print(f"{overlay}: {len(found)} valid objects: {', '.join(sorted(found))}")  # noqa: T201
 
 
@@ -193,7 +193,7 @@ def test_rule_finds_broken_manifest(
     objects[objects.index(manifest)] = broken(manifest, path, value)
     problems = list(rule(objects))
     assert len(problems) >= 1
-    # Seen with `pytest -rP`: the table of the rules.
+    # Shown by `pytest -rP`: the table of the rules.
     print(f"{rule.__name__} | {kind}/{name} {path} = {value!r} | {problems[0]}")  # noqa: T201
 
 
@@ -241,7 +241,7 @@ def test_readme_commands_name_what_is_there() -> None:
 
 
 def test_queue_has_room_for_the_training() -> None:
-    """A resource that the queue does not cover is never admitted."""
+    """The queue covers every resource that the pods request; otherwise it admits none."""
     documents = yaml.safe_load_all((ROOT / "k8s/components/kueue/queue.yaml").read_text())
     (group,) = find(list(documents), "ClusterQueue", "flexunet")["spec"]["resourceGroups"]
     asked: set[str] = set()

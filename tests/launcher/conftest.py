@@ -1,7 +1,7 @@
-"""A Ray cluster of two nodes on this machine, once per test process.
+"""Starts a Ray cluster of two nodes on this machine, once per test process.
 
-It lives in a process of its own, and so do the commands under test: what Ray leaves in a process
-(signal handlers, settings that are read once) cannot reach the next test.
+The cluster and the commands under test run in separate processes, so that what Ray leaves in a
+process (signal handlers, settings that are read once) does not affect the next test.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _OBJECT_STORE_BYTES = 80_000_000  # Ray's smallest is 75 MB
 _TWO_NODES = MappingProxyType({"head": 1, "second": 1})
 _NO_VARIABLES = MappingProxyType[str, str]({})
 
-# Reads a line of JSON for each wish and answers with one; ends, with all nodes, when stdin does.
+# Reads one line of JSON per request and answers with one; stops all nodes when stdin ends.
 _SERVER = """
 import json, sys
 from ray.cluster_utils import Cluster
@@ -48,7 +48,7 @@ cluster.shutdown()
 
 
 class RayCluster:
-    """A Ray cluster whose nodes come and go as a test says."""
+    """A Ray cluster to which a test adds nodes and from which it removes them."""
 
     def __init__(self, wishes: IO[str], answers: IO[str], folder: str, pid: int) -> None:
         self._wishes, self._answers = wishes, answers
@@ -62,7 +62,7 @@ class RayCluster:
         self.address = self._ask(name, {"include_dashboard": False} | options)
 
     def remove_node(self, name: str, *, kill: bool = False) -> None:
-        """Takes a node away; one that is killed is missed only after some seconds."""
+        """Removes a node; the cluster notices a killed one only after some seconds."""
         self._ask(name, kill)
 
     def _ask(self, *wish: Any) -> str:
@@ -84,14 +84,14 @@ def started_cluster(
 
     Args:
         nodes: the CPUs of each node by name; the first is the head.
-        user: words before its command that make it another user's.
-        variables: of its environment, beside ours.
+        user: words before its command that run it as another user.
+        variables: additional environment variables.
     """
     # Not under pytest's folder: the path of a Unix socket is 107 bytes at most.
     folder = tempfile.mkdtemp(prefix="flexunet-ray-")
     os.chmod(folder, 0o1777)  # noqa: S103 (like /tmp)
     environment = os.environ | {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
-    # A test that needs it must see that the command sends it to the workers.
+    # So that a test checks that the command sends it to the workers.
     environment.pop("STORAGE_EMULATOR_HOST", None)
     environment |= variables
     with subprocess.Popen(
@@ -113,7 +113,7 @@ def started_cluster(
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[RayCluster]:
-    """Returns the cluster that all tests share."""
+    """Yields the cluster that all tests share."""
     with started_cluster() as cluster:
         yield cluster
 

@@ -1,4 +1,4 @@
-"""A Ray cluster that `ray start` starts, with its job server, as a person would do it by hand."""
+"""Starts a Ray cluster and its job server with `ray start`, as a user does by hand."""
 
 import contextlib
 import os
@@ -35,8 +35,8 @@ class Head:
 
     Attributes:
         address: URL of its job server.
-        token: what it asks for, None where it is open.
-        environment: what a user sets to have access.
+        token: the token that it requires, None if it is open.
+        environment: the variables that a user sets for access.
     """
 
     address: str
@@ -56,7 +56,7 @@ class Head:
         return job_id
 
     def post(self, entrypoint: str) -> str:
-        """Starts a job as anyone could, which is faster, and returns its id."""
+        """Starts a job with a plain HTTP request, which is faster, and returns its id."""
         job = {"entrypoint": entrypoint}
         answer = requests.post(
             f"{self.address}/api/jobs/", json=job, headers=self.headers, timeout=60
@@ -65,7 +65,7 @@ class Head:
         return str(answer.json()["submission_id"])
 
     def ask(self, path: str) -> Any:
-        """Returns what the job server answers."""
+        """Returns the answer of the job server."""
         answer = requests.get(f"{self.address}{path}", headers=self.headers, timeout=30)
         answer.raise_for_status()
         return answer.json()
@@ -91,10 +91,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def ray_head(token: str | None, *, num_nodes: int = 1) -> Iterator[Head]:
-    """Yields a head, and nodes beside it, that `ray start` started as a person would.
+    """Yields a head that `ray start` started, possibly with more nodes.
 
     Args:
-        token: what it asks for; None: it is open.
+        token: the token that it requires; None: it is open.
         num_nodes: nodes of one CPU each, the head included.
     """
     # Not under pytest's folder: the path of a Unix socket is 107 bytes at most.
@@ -112,7 +112,7 @@ def ray_head(token: str | None, *, num_nodes: int = 1) -> Iterator[Head]:
 def _started_after_all(
     folder: Path, token: str | None, num_nodes: int
 ) -> tuple[Head, list[psutil.Popen]]:
-    """Returns what `_started` does, as a person gets it who tries three times."""
+    """Returns the result of `_started`, with up to three tries."""
     for number in range(2):
         with contextlib.suppress(AssertionError):
             return _started(folder / str(number), token, num_nodes)
@@ -123,14 +123,14 @@ def _started(folder: Path, token: str | None, num_nodes: int) -> tuple[Head, lis
     """Returns a head and the processes of `ray start`, which use the new folder `folder`.
 
     Raises:
-        AssertionError: one of them ended, or did not answer; with their log.
+        AssertionError: one of them ended, or did not answer; contains their log.
     """
     folder.mkdir()
     access = {"RAY_AUTH_MODE": "disabled"}
     if token is not None:
         (folder / "token").write_text(token)
         access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-    port, gcs = free_port(), free_port()  # which others may take before Ray does
+    port, gcs = free_port(), free_port()  # other programs may take them before Ray does
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     others = {
         "node-ip-address": "127.0.0.1",
@@ -171,7 +171,7 @@ def _started(folder: Path, token: str | None, num_nodes: int) -> tuple[Head, lis
 def _end(nodes: list[psutil.Popen]) -> None:
     processes: list[psutil.Process] = []
     for node in reversed(nodes):
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that could not start
+        with contextlib.suppress(psutil.NoSuchProcess):  # a node that could not start
             processes += [node, *node.children(recursive=True)]
             node.terminate()
     psutil.wait_procs(processes, timeout=15)

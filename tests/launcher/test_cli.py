@@ -23,10 +23,10 @@ from launcher.cli import main
 from launcher.commands.launch import COMMANDS as LAUNCH_COMMANDS
 from launcher.commands.root import COMMANDS, command
 
-# By the words that name them; of a group, its members.
+# Commands by name; a group is replaced by its members.
 ALL = sorted({*COMMANDS, *(f"launch {name}" for name in LAUNCH_COMMANDS)} - {"launch"})
 HEAVY = ("tensorflow", "keras", "ray", "google.cloud", "pyarrow", "matplotlib", "cv2", "h5py")
-# Options that are numbers without a unit: shares, factors, exponents, strengths and seeds.
+# Numeric options without a unit: shares, factors, exponents, strengths and seeds.
 UNITLESS = {
     "seed",
     "random-streams",
@@ -69,7 +69,7 @@ def found_command(name: str) -> click.Command:
 def help_of(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., str]:
-    """Returns a function that gives the help of a command on a terminal of some width."""
+    """Returns a function that returns the help of a command on a terminal of a given width."""
 
     def text(*argv: str, width: int = 80) -> str:
         monkeypatch.setenv("COLUMNS", str(width))
@@ -136,7 +136,7 @@ def test_commands_have_readable_help() -> None:
         assert isinstance(found_command(name), SettingsCommand), name
 
 
-# What `--help` of a command must not import, by asking the interpreter afterwards.
+# Runs `--help` of a command, then prints which heavy modules were imported.
 PROBE = """
 import json, runpy, sys
 sys.argv = {argv}
@@ -196,7 +196,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert message in line
 
 
-# Names that people type at `train`, from Keras, PyTorch, nnU-Net and Ultralytics.
+# Option names of Keras, PyTorch, nnU-Net and Ultralytics that users try with `train`.
 TYPED = {
     "--lr": "--optimizer.learning-rate",
     "--lr0": "--optimizer.learning-rate",
@@ -302,7 +302,7 @@ def options_by_flag(name: str) -> set[str]:
     return {flag for each in options_of(name) for flag in each.opts}
 
 
-# Words by which the text of an option says that it takes a path.
+# Words in an option's text that show that it takes a path.
 IS_PATH = r"(folder|URL)\b(?! of the| name)|CSV file|More runs|earlier run|Where the run's dataset"
 
 
@@ -342,7 +342,7 @@ def test_home_folders_of_a_command_are_put_in(
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Stops the import of a module that comes early, and says so.
+# Blocks the import of a module that is loaded early, after printing a line.
 SLOW_IMPORT = """
 import sys, time
 class Slow:
@@ -360,7 +360,7 @@ sys.exit(main(["train", "--local", "--data", "/nowhere"]))
     ("name", "number"),
     [
         *((name, number) for name in ("click", "job.train") for number in SIGNALS),
-        ("flexunet.cli.interrupts", signal.SIGINT),  # before it, nobody answers the others
+        ("flexunet.cli.interrupts", signal.SIGINT),  # before it, the other signals have no handler
     ],
 )
 def test_a_signal_while_modules_are_imported_is_one_line(name: str, number: signal.Signals) -> None:

@@ -1,4 +1,4 @@
-"""Real clusters: one of two nodes, and one that lives as long as the block that asks for it."""
+"""Tests with real clusters: one of two nodes, and one that ends with its `connected` block."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from tests.launcher.conftest import PROJECT, RayCluster
 
 pytestmark = pytest.mark.cluster
 
-# Runs as a process of its own: Ray is for one connection per process.
+# Runs in a separate process: Ray supports one connection per process.
 PRELUDE = """
 import json, os, signal, sys
 from launcher.cluster import connection, node_checks, resources
@@ -98,7 +98,7 @@ def test_an_address_where_nothing_listens_is_one_line_within_seconds() -> None:
 
 
 def test_a_server_of_another_kind_is_no_cluster(storage_server: str) -> None:
-    # As when the port of the dashboard is given.
+    # For example, the port of the dashboard.
     address = storage_server.removeprefix("http://").replace("127.0.0.1", "localhost")
     host, port = "127.0.0.2", address.rpartition(":")[2]
     with pytest.raises(FlexUNetError, match="no Ray cluster answers"):
@@ -160,13 +160,13 @@ def test_connected_without_an_address_starts_its_own_and_leaves_nothing(
     """
     before = raylets(ray_cluster.folder)
     assert len(before) == 2
-    # There Ray looks for a cluster that runs already; a home folder may be read-only.
+    # Ray looks for a running cluster in RAY_TMPDIR; a home folder may be read-only.
     environment = {"RAY_TMPDIR": ray_cluster.folder, "HOME": "/nonexistent"}
     done = run(code, "", RAY_ADDRESS="", **environment)
     assert done.returncode == 0, done.stderr
     address, *rest = done.stdout.splitlines()
     assert address != ray_cluster.address
-    # Without a token every user of this machine could run code as this one.
+    # Without a token, every user of this machine could run code as this user.
     assert rest == ["terminated", "token", "None"]
     assert done.stderr == ""
     assert raylets(ray_cluster.folder) == before
@@ -220,14 +220,14 @@ def test_check_nodes_accepts_folders_that_all_nodes_see(
     ray_cluster: RayCluster, tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "picture.png").write_bytes(b"1")
+    (tmp_path / "in" / "image.png").write_bytes(b"1")
     done = run(CHECK, ray_cluster.address, "1", str(tmp_path / "in"), str(tmp_path / "out"))
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_check_nodes_names_the_node_that_sees_another_folder(ray_cluster: RayCluster) -> None:
-    # Each process sees its own there, as each node does of a folder on its own disk.
+    # Each process has its own folder there, like nodes with a folder on their own disk.
     done = run(CHECK, ray_cluster.address, "1", "/proc/self/task")
     problem = (
         "/proc/self/task is not the same folder there as on this machine; use gs:// or a folder"

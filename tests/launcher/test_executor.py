@@ -1,4 +1,4 @@
-"""Calls on the workers of a real Ray cluster, which fail, die and are cancelled."""
+"""Calls on workers of a real Ray cluster that fail, die or are cancelled."""
 
 import subprocess
 import sys
@@ -52,7 +52,7 @@ def start(code: str, cluster: RayCluster, folder: Path) -> subprocess.Popen[str]
 
 
 def lines_of(code: str, cluster: RayCluster, folder: Path) -> list[str]:
-    """Returns what the driver prints; its stderr must stay empty."""
+    """Returns the lines that the driver prints; its stderr must be empty."""
     with start(code, cluster, folder) as driver:
         out, error = driver.communicate(timeout=120)
     assert (driver.returncode, error) == (0, "")
@@ -76,7 +76,7 @@ def test_errors_of_a_call_come_back_as_they_were_raised(
     assert lines_of(code, ray_cluster, tmp_path) == [
         "ContentError case_1.png: bad; mend it True",
         "KeyError 'key' True",
-        "2",  # neither was tried again
+        "2",  # no retry of either
     ]
 
 
@@ -106,7 +106,7 @@ def test_cancelled_calls_stop_or_never_start(ray_cluster: RayCluster, tmp_path: 
     code = """
     def sleep(name):
         note(name)
-        while True:  # an interrupt is seen between two steps of Python, not within one
+        while True:  # an interrupt arrives between two steps of Python, not within one
             time.sleep(0.1)
 
     executor = RayExecutor(Resources())
@@ -147,13 +147,13 @@ def test_as_many_calls_wait_as_the_cluster_has_room_for(
     """
     with start(code, ray_cluster, tmp_path) as driver:
         assert driver.stdin is not None and driver.stdout is not None
-        # Two for each of the two CPUs, and one in the place of the first.
+        # Two for each of the two CPUs, and one that replaces the first.
         assert driver.stdout.readline() == "2 5\n"
         ray_cluster.add_node("third", num_cpus=3)
         try:
             driver.stdin.write("\n")
             driver.stdin.flush()
-            # Ten wait beside the two that were taken out.
+            # Ten wait, and two were taken out.
             assert driver.stdout.readline() == "5 12\n"
             assert driver.stdout.readline() == "True\n"
             assert driver.wait() == 0

@@ -1,4 +1,4 @@
-"""Cross-validation on a Ray cluster: how many folds go side by side, and the whole command."""
+"""Cross-validation on a Ray cluster: how many folds train at once, and the whole command."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`flexunet launch infer` writes what `flexunet infer` writes, wherever it runs and dies."""
+"""`flexunet launch infer` writes the masks of `flexunet infer`, also after killed processes."""
 
 import time
 from pathlib import Path
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder of 41 images of several sizes, of which one cannot be read."""
-    folder = tmp_path_factory.mktemp("pictures") / "images"
+    """Returns a folder of 41 images of several sizes; one of them cannot be read."""
+    folder = tmp_path_factory.mktemp("input") / "images"
     folder.mkdir()
     random = np.random.default_rng(1)
     for index in range(40):
@@ -26,7 +26,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert cv2.imwrite(
             str(folder / f"case-{index:02d}.png"), cv2.GaussianBlur(pixels, (9, 9), 3)
         )
-    (folder / "case-17-broken.png").write_bytes(b"no picture")
+    (folder / "case-17-broken.png").write_bytes(b"no image")
     return folder
 
 
@@ -34,17 +34,17 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(
     trained_run: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes]:
-    """Returns what `flexunet infer` writes."""
+    """Returns the objects that `flexunet infer` writes."""
     output = tmp_path_factory.mktemp("alone") / "masks"
     done = commands.run("job.infer", str(trained_run), str(images), str(output))
-    assert done.returncode == 3, done.stderr  # of the broken one
+    assert done.returncode == 3, done.stderr  # because of the broken image
     return objects(str(output))
 
 
 def objects(url: str) -> dict[str, bytes]:
     store = open_store(url)
     names = [stat.name for stat in store.list()]
-    # The records say where the images were.
+    # The records contain the path of the images.
     return {name: store.get(name) for name in names if not name.startswith("inference")}
 
 
@@ -69,7 +69,7 @@ def test_a_cluster_writes_the_masks_of_one_process(
     assert "infer: 41/41 images" in done.stderr
     assert "ray" not in done.stdout + done.stderr
     assert objects(str(output)) == expected
-    assert len(expected) == 81  # 40 masks with their overlays, and the list of the one
+    assert len(expected) == 81  # 40 masks with their overlays, and the list of the broken image
     (images / "case-17-broken.png").rename(tmp_path / "broken.png")
     try:
         again = flexunet(*arguments)

@@ -1,4 +1,4 @@
-"""`flexunet launch prep` writes what `flexunet prep` writes, wherever its tasks run and die."""
+"""`flexunet launch prep` writes the dataset of `flexunet prep`, also after killed workers."""
 
 import signal
 import subprocess
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder of 40 pairs, which are 10 tasks."""
-    folder = tmp_path_factory.mktemp("pictures") / "source"
+    """Returns a folder of 40 pairs, which give 10 tasks."""
+    folder = tmp_path_factory.mktemp("input") / "source"
     write_discs(folder, num_images=40, side=64)
     return folder
 
 
 def prepared(source: Path, output: Path, **options: Any) -> dict[str, bytes]:
-    """Returns the objects of the dataset as one process of this machine writes them."""
+    """Returns the objects of the dataset that one process of this machine writes."""
     config = PrepConfig(**{"image_size": 64, "num_processes": 1} | options)
     prepare(find_sources(str(source)), str(output), config, progress=False)
     return objects(str(output))
@@ -88,7 +88,7 @@ def test_a_cluster_prepares_the_inbreast_release_in_tiles(
 def test_a_ray_of_this_machine_writes_the_bytes_of_one_process(
     flexunet: Launch, source: Path, tmp_path: Path
 ) -> None:
-    # The key of hidden names is used where the command runs, and sent to no worker.
+    # The key for hashed names is used where the command runs, and not sent to workers.
     key = {"FLEXUNET_HASH_KEY": "a secret"}
     config = tmp_path / "prep.yaml"
     config.write_text("hash_names: true\nshard_size: 0.05\n")
@@ -121,7 +121,7 @@ def test_killed_workers_change_nothing(
     arguments = launch(tmp_path / "source", tmp_path / "out", "--address", ray_cluster.address)
     with start(arguments) as command:
         for _ in range(2):
-            # One that works. It may end before the signal comes; then there is another.
+            # A busy worker. It may end before the signal arrives; then another one runs.
             wait_for_process(ray_cluster, command).kill()
             time.sleep(0.5)
         _, error = command.communicate(timeout=120)
@@ -171,7 +171,7 @@ def test_a_bad_file_ends_with_the_line_of_prep(
     ray_cluster: RayCluster, flexunet: Launch, tmp_path: Path
 ) -> None:
     write_discs(tmp_path / "source", num_images=20)
-    (tmp_path / "source" / "images" / "disc-07.png").write_bytes(b"no picture")
+    (tmp_path / "source" / "images" / "disc-07.png").write_bytes(b"no image")
     address = ray_cluster.address
     done = flexunet(*launch(tmp_path / "source", tmp_path / "out", "--address", address))
     local = flexunet("prep", tmp_path / "source", tmp_path / "out2", "--num-processes=1")

@@ -1,7 +1,7 @@
-"""Commands handed to a real Ray head, with its job server, on this machine.
+"""Submits commands to a real Ray head, with its job server, on this machine.
 
-The head has token authentication; another has none. Each is a process of its own, and so is each
-command under test.
+One head has token authentication, another has none. The heads and the commands under test run in
+separate processes.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from tests.launcher.head import Head, ray_head
 
 pytestmark = pytest.mark.cluster
 
-# Needs 5 s to end when it is told to; Ray alone would give it 3.
+# Needs 5 s to end after SIGTERM; Ray's default is 3 s.
 _SLOW_STOP = """
 trap 'sleep 5; printf "all is %s\\n" stored; exit 0' TERM
 printf "it %s\\n" runs
@@ -42,14 +42,14 @@ _COUNT = "for i in $(seq 80); do echo line $i; sleep 0.1; done; exit 3"
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """Returns a head that asks for a token."""
+    """Yields a head that requires a token."""
     with ray_head(secrets.token_hex(32)) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures") / "source"
+    folder = tmp_path_factory.mktemp("input") / "source"
     write_discs(folder, num_images=8, side=32)
     return folder
 
@@ -68,7 +68,7 @@ def test_a_command_runs_on_the_cluster_and_is_followed(
     flexunet: Launch, head: Head, source: Path, tmp_path: Path
 ) -> None:
     words = ["prep", source, tmp_path / "a dataset", "--image-size", 32]
-    # Variables that are set for another cluster.
+    # Variables for another cluster.
     other = {"RAY_ADDRESS": "127.0.0.1:1", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
     done = flexunet(*follow(head), *words, **head.environment, **other)
     assert done.returncode == 0, done.stderr + done.stdout
@@ -86,7 +86,7 @@ def test_the_exit_code_is_that_of_the_command(
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(source, broken)
-    (broken / "images" / "disc-03.png").write_bytes(b"no picture")
+    (broken / "images" / "disc-03.png").write_bytes(b"no image")
     for folder, code in ((tmp_path / "missing", 2), (broken, 3)):
         done = flexunet(*follow(head), "prep", folder, tmp_path / "out", **head.environment)
         assert done.returncode == code, done.stderr + done.stdout
@@ -201,7 +201,7 @@ def test_ctrl_c_leaves_the_job_alone(flexunet: Launch, head: Head) -> None:
 
 
 class Relay:
-    """A connection to a server that breaks as a test says."""
+    """Relays connections to a server; a test can break them."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -220,7 +220,7 @@ class Relay:
                     each.shutdown(socket.SHUT_RDWR)
 
     def silence(self) -> None:
-        """Lets nothing more through on the connections that there are, not even their end."""
+        """Stops all traffic on existing connections, even their end."""
         self._silent |= {each for pair in self._pairs for each in pair}
 
     def close(self) -> None:
@@ -267,7 +267,7 @@ def test_a_lost_connection_is_made_again_and_nothing_is_shown_twice(
     head: Head, relay: Relay, tmp_path: Path, harm: Callable[[Relay], None]
 ) -> None:
     job = head.post(_COUNT)
-    # The same command, but for the minute that it waits for a word on an open connection.
+    # The same command, but it waits 4 s instead of a minute for data on an open connection.
     script = (
         "import sys, launcher.jobs.follow as follow, launcher.cli as cli; follow._QUIET_S = 4.0; "
     )
@@ -320,7 +320,7 @@ def test_an_open_job_server_is_used_only_on_this_machine_or_by_wish(
     flexunet: Launch, tmp_path: Path
 ) -> None:
     with ray_head(None) as head:
-        # An address of this machine that could as well be of another: not a loopback address.
+        # An address of this machine that is not a loopback address.
         there = head.address.replace("127.0.0.1", "0.0.0.0")  # noqa: S104
         words = ["prep", tmp_path / "missing", "out"]
         refused = flexunet("submit", "--address", there, *words)
@@ -340,7 +340,7 @@ def test_an_open_job_server_is_used_only_on_this_machine_or_by_wish(
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """Notes the tokens that it is shown."""
+    """Records the tokens that it receives."""
 
     tokens: ClassVar[list[str | None]]
 
@@ -356,7 +356,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 
 class AnswersElsewhere(Answers):
-    """Asks for a token, and sends those who have one elsewhere."""
+    """Requires a token, and redirects requests that have one."""
 
     location: ClassVar[str]
 
@@ -367,7 +367,7 @@ class AnswersElsewhere(Answers):
 
 
 class AnswersAll(Answers):
-    """Asks for no token, as a job server without jobs."""
+    """Requires no token; answers like a job server without jobs."""
 
     def answer(self, token: str | None) -> None:
         found = {"ray_version": "2.60.0"} if self.path == "/api/version" else []
@@ -378,7 +378,7 @@ class AnswersAll(Answers):
 
 @contextlib.contextmanager
 def serving(handler: type[Answers]) -> Iterator[str]:
-    """Yields the address where `handler` answers."""
+    """Yields the address at which `handler` answers."""
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -386,7 +386,7 @@ def serving(handler: type[Answers]) -> Iterator[str]:
 
 
 def test_the_token_is_not_sent_elsewhere(flexunet: Launch, tmp_path: Path) -> None:
-    # Passwords of other programs are for them.
+    # Passwords of other programs must not be sent.
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password other-canary\n")
 
     class There(AnswersAll):
@@ -402,7 +402,7 @@ def test_the_token_is_not_sent_elsewhere(flexunet: Launch, tmp_path: Path) -> No
         assert (done.returncode, There.tokens) == (2, [])
         assert f"redirects to {target}/api/version; give that address" in done.stderr
         assert Here.tokens == [None, "Bearer canary"]
-        # Who does not ask for it need not know it.
+        # A server that requires no token must not receive it.
         done = flexunet("status", "--address", target, **access)
         assert done.returncode == 0, done.stderr
         assert len(There.tokens) >= 2 and set(There.tokens) == {None}

@@ -55,7 +55,7 @@ class Driver:
         self.process = commands.start("launcher", "train", *where, *arguments)
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float = 120) -> Any:
-        """Returns what `predicate` returned when it was true."""
+        """Waits until `predicate` returns a true value, and returns it."""
         deadline = time.monotonic() + timeout
         while not (found := predicate()):
             if self.process.poll() is not None:
@@ -83,7 +83,7 @@ def prepare(output: str, folder: Path) -> str:
 
 
 def texts_of(run: ObjectStore) -> dict[str, bytes]:
-    """Returns the tables of a run that hold no times."""
+    """Returns the tables of a run that contain no times."""
     names = [f"metrics/{name}" for name in TABLES]
     return {name: run.get(name) for name in [*names, "evaluation/per_case.csv"]}
 
@@ -92,7 +92,7 @@ def test_a_killed_worker_changes_nothing(
     ray_cluster: RayCluster, bucket_url: str, tmp_path: Path
 ) -> None:
     data = prepare(bucket_url, tmp_path)
-    # Never stopped, and without Ray: the same two processes.
+    # The same two processes without Ray, never stopped.
     control = start_cluster(2, options(data, str(tmp_path), "control"))
     assert [finish([each]) and each.returncode for each in control] == [0, 0]
 
@@ -139,7 +139,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(
     assert f"resuming from checkpoints/step-{stopped_at:08d}" in errors
     assert json.loads(store.get("environment.json"))["replicas"] == 1
 
-    # Over: the same command again starts no worker.
+    # The run is finished: the same command again starts no worker.
     code, errors = Driver(ray_cluster, arguments).end()
     assert code == 0
     assert "finished already after 6 epochs" in errors
@@ -208,7 +208,7 @@ def test_a_stop_while_ray_starts_is_told(
         awaited = ["starting Ray on this machine", "stopping after this step"]
         for number, line in zip(signals, awaited, strict=False):
             assert driver.stderr.readline().startswith(line)
-            # Ray, once at work, would take the signal for itself.
+            # Later, Ray would handle the signal itself.
             time.sleep(1)
             driver.send_signal(number)
         lines = driver.stderr.read().splitlines()

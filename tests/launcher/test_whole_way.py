@@ -1,8 +1,6 @@
-"""From pictures to masks on a cluster that was started by hand, all of it in a bucket.
+"""From images to masks on a cluster that was started by hand, with all data in a bucket.
 
-    pytest -m faults -s tests/launcher/test_whole_way.py
-
-shows what lies in the bucket at the end.
+`pytest -m faults -s tests/launcher/test_whole_way.py` shows the objects in the bucket at the end.
 """
 
 import secrets
