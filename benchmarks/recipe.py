@@ -137,9 +137,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 @click.option("--phantoms", default=60, help="Synthetic pictures; 0: none.")
 @click.option("--arm", "arms", multiple=True, type=click.Choice(list(ARMS)), help="Only these.")
 @click.option("--seeds", default=SEEDS, show_default=True, help="Of the splits and trainings.")
-def main(
-    pictures: str | None, steps: int, phantoms: int, arms: tuple[str, ...], seeds: str
-) -> None:
+def main(images: str | None, steps: int, phantoms: int, arms: tuple[str, ...], seeds: str) -> None:
     """Prints the foreground Dice and stores it in benchmarks/results/recipe.json.
 
     What is not measured now stays there as it was.
@@ -157,9 +155,9 @@ def main(
             regex = {"group_regex": "phantom-p[0-9]+"}
             found = compared(f"{folder}/phantoms", source, steps, chosen, drawn, **regex)
             result[f"phantoms, {steps} steps"] = {**setting, **found}
-        if pictures is not None:
+        if images is not None:
             place, preset = f"{folder}/pictures", {"group_preset": "augmented"}
-            found = compared(place, pictures, steps, chosen, drawn, **preset)
+            found = compared(place, images, steps, chosen, drawn, **preset)
             result[f"pictures, {steps} steps"] = {**setting, **found}
     write_result("recipe", result)
 

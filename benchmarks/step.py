@@ -295,7 +295,7 @@ class Network:
             optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
             return value
 
-        images, labels = self.pictures()
+        images, labels = self.images()
         clock = StepClock(self, model)
         for _ in range(1 + repeats):
             clock.begin()
@@ -320,11 +320,11 @@ class Network:
             def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
                 clock.end()
 
-        data = self.tf.data.Dataset.from_tensors(self.pictures()).repeat(1 + repeats)
+        data = self.tf.data.Dataset.from_tensors(self.images()).repeat(1 + repeats)
         model.fit(data, callbacks=[Timer()], verbose=0)
         return clock.result()
 
-    def pictures(self) -> tuple[Any, Any]:
+    def images(self) -> tuple[Any, Any]:
         """Returns images and one-hot labels, float32."""
         shape = (self.batch_size, self.image_size, self.image_size)
         labels = self.tf.one_hot(self.tf.zeros(shape, self.tf.int32), 2)

@@ -142,10 +142,9 @@ def _joined_groups(samples: Sequence[EncodedSample]) -> tuple[dict[str, str], li
 
 def _check_leaks(samples: Sequence[EncodedSample], config: PrepConfig) -> bool:
     """Returns whether the ready-made splits leak; that is an error unless it is allowed."""
-    pictures = {s.image_id: s for s in samples}.values()
+    images = {s.image_id: s for s in samples}.values()
     leaks = find_leaks(
-        (s.image_id, str(s.split), s.group, None if s.is_blank else s.image_sha256)
-        for s in pictures
+        (s.image_id, str(s.split), s.group, None if s.is_blank else s.image_sha256) for s in images
     )
     if leaks and not config.allow_leaks:
         more = f"; and {len(leaks) - MAX_LISTED} more" if len(leaks) > MAX_LISTED else ""

@@ -287,11 +287,11 @@ def _refuse_all_empty(samples: Sequence[EncodedSample]) -> None:
         any(s.pixels_per_class[1:]) or (s.regions is not None and any(s.regions.regions))
         for s in samples
     )
-    pictures = {s.image_id: s for s in samples}.values()
-    others = [s.filename for s in pictures if s.unmapped_pixels]
+    images = {s.image_id: s for s in samples}.values()
+    others = [s.filename for s in images if s.unmapped_pixels]
     if others and not has_foreground:
         raise ContentError(
-            f"all {len(pictures)} masks would be read as empty, but {len(others)} of them have "
+            f"all {len(images)} masks would be read as empty, but {len(others)} of them have "
             f"pixels of colours that are no class's, as that of {others[0]}; give the colours of "
             "these masks with --classes"
         )

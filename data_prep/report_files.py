@@ -66,7 +66,7 @@ def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def write_clipped(store: ObjectStore, above: Sequence[tuple[EncodedSample, int]]) -> None:
     """Writes the pictures that have so many pixels above the full scale, unless there is none."""
     if above:
-        lines = [(picture.filename, count, picture.max_value) for picture, count in above]
+        lines = [(sample.filename, count, sample.max_value) for sample, count in above]
         put_if_changed(
             store, report_figures.CLIPPED_NAME, report_figures.clipped_csv(lines).encode()
         )
@@ -82,7 +82,7 @@ def write_counts(
     """
     findings = {sample.image_id: sample.findings for sample in samples}
     groups = {sample.image_id: sample.group for sample in samples}
-    found = [picture for picture in findings if picture in unannotated]
+    found = [image_id for image_id in findings if image_id in unannotated]
     table = csv_table(inbreast.COUNTS_COLUMNS, inbreast.count_rows(findings, groups, found))
     put_if_changed(store, inbreast.COUNTS_NAME, table.encode())
 

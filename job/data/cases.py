@@ -12,11 +12,11 @@ from job.data.reader import RecordReader, read_sample
 
 
 @dataclass(frozen=True)
-class Picture:
+class Case:
     """A case: the samples that are its tiles, or the one that it is.
 
     Attributes:
-        geometry: where the source lies in what `read_picture` returns.
+        geometry: where the source lies in what `read_case` returns.
         spacing: mm (rows, columns) of a source pixel, where it is known.
         samples: indices in the split.
         tiles: geometries of the samples, where they are tiles to be joined.
@@ -31,30 +31,30 @@ class Picture:
     tiles: tuple[Geometry, ...] = ()
 
 
-def pictures_of(split: Split, *, is_by_tile: bool = False) -> tuple[Picture, ...]:
+def cases_of(split: Split, *, is_by_tile: bool = False) -> tuple[Case, ...]:
     """Returns the pictures of `split`, in the order of their first samples.
 
     Args:
         is_by_tile: take each tile for a picture.
     """
     members: dict[str, list[int]] = {}
-    for index, (sample, picture) in enumerate(zip(split.ids, split.pictures, strict=True)):
-        is_tile = picture is not None and not is_by_tile
-        members.setdefault(str(picture) if is_tile else sample, []).append(index)
-    return tuple(_picture(split, name, found, is_by_tile) for name, found in members.items())
+    for index, (sample, case) in enumerate(zip(split.ids, split.source_images, strict=True)):
+        is_tile = case is not None and not is_by_tile
+        members.setdefault(str(case) if is_tile else sample, []).append(index)
+    return tuple(_case(split, name, found, is_by_tile) for name, found in members.items())
 
 
-def _picture(split: Split, name: str, samples: Sequence[int], is_by_tile: bool) -> Picture:
+def _case(split: Split, name: str, samples: Sequence[int], is_by_tile: bool) -> Case:
     first = samples[0]
     tiles: tuple[Geometry, ...] = ()
     geometry = split.geometries[first]
-    if split.pictures[first] is not None and is_by_tile:
+    if split.source_images[first] is not None and is_by_tile:
         size = geometry.height, geometry.width
         geometry = Geometry(geometry.kind, *size, 0, 0, *size)
-    elif split.pictures[first] is not None:
+    elif split.source_images[first] is not None:
         tiles = tuple(split.geometries[index] for index in samples)
         geometry = around(tiles)
-    return Picture(
+    return Case(
         id=name,
         filename=split.filenames[first],
         group=split.groups[first],
@@ -65,10 +65,10 @@ def _picture(split: Split, name: str, samples: Sequence[int], is_by_tile: bool) 
     )
 
 
-def read_picture(reader: RecordReader, picture: Picture) -> tuple[np.ndarray, np.ndarray]:
+def read_case(reader: RecordReader, case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Returns image (H, W, C) and mask (H, W) uint8 of a picture; tiles are put together."""
-    read = [read_sample(reader, index) for index in picture.samples]
-    if not picture.tiles:
+    read = [read_sample(reader, index) for index in case.samples]
+    if not case.tiles:
         return read[0]
-    image, mask = (joined(pieces, picture.tiles) for pieces in zip(*read, strict=True))
+    image, mask = (joined(pieces, case.tiles) for pieces in zip(*read, strict=True))
     return image, mask

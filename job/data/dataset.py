@@ -28,7 +28,7 @@ class Split:
     lengths: np.ndarray  # (N,) int64, bytes
     geometries: tuple[Geometry, ...]  # where each picture lies in the stored one
     spacings: tuple[tuple[float, float] | None, ...]  # mm (rows, columns) of a source pixel
-    pictures: tuple[str | None, ...]  # of a tile, the id of its picture
+    source_images: tuple[str | None, ...]  # of a tile, the id of its picture
     has_foreground: np.ndarray  # (N,) bool: a pixel of another class than 0
 
     def __len__(self) -> int:
@@ -124,6 +124,6 @@ def _split(
         lengths=columns["length"][rows],
         geometries=tuple(geometry for geometry, _ in chosen),
         spacings=tuple(spacing for _, spacing in chosen),
-        pictures=tuple(columns["picture"][rows]),
+        source_images=tuple(columns["picture"][rows]),
         has_foreground=columns["foreground"][rows],
     )

@@ -104,6 +104,6 @@ def _joined(name: str, parts: Sequence[Split], chosen: np.ndarray) -> Split:
         lengths=np.array(pick("lengths"), np.int64),
         geometries=pick("geometries"),
         spacings=pick("spacings"),
-        pictures=pick("pictures"),
+        source_images=pick("source_images"),
         has_foreground=np.array(pick("has_foreground"), bool),
     )

@@ -9,7 +9,7 @@ import numpy as np
 from flexunet.progress import Heartbeat, no_heartbeat
 from flexunet.storage import ObjectStore
 from flexunet.tables import csv_table
-from job.data.cases import read_picture
+from job.data.cases import read_case
 from job.data.dataset import Dataset
 from job.data.reader import RecordReader
 from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names
@@ -47,8 +47,8 @@ def write_evaluation(target: ObjectStore, evaluation: Evaluation, evaluator: Eva
     target.put("examples.csv", _examples_csv(evaluation).encode())
     for measured_name, text in _measured_tables(evaluation, evaluator.dataset):
         target.put(measured_name, text.encode())
-    for name, picture in evaluation.examples.items():
-        target.put(f"{name}.png", picture)
+    for name, png in evaluation.examples.items():
+        target.put(f"{name}.png", png)
     regions = evaluation.summary.get("prediction", {}).get("small_regions")
     # An evaluation without it keeps an earlier fit: that names its weights, and fits no others.
     if regions is not None:
@@ -70,13 +70,11 @@ def _per_case_csv(evaluation: Evaluation, dataset: Dataset) -> str:
     columns += [f"{measure}_{name}" for name in names for measure in measures]
     columns += [f"{count}_px_{name}" for name in names for count in ("tp", "fp", "fn", "tn")]
     rows = []
-    for index, (picture, case) in enumerate(
-        zip(evaluation.pictures, evaluation.counts, strict=True)
-    ):
+    for index, (case, counts) in enumerate(zip(evaluation.cases, evaluation.counts, strict=True)):
         values = [measures[key][index, c] for c in range(len(names)) for key in measures]
         defined = [None if np.isnan(value) else float(value) for value in values]
-        name = [picture.id, picture.filename, picture.group]
-        rows.append([*name, *defined, *(int(count) for count in case.reshape(-1))])
+        name = [case.id, case.filename, case.group]
+        rows.append([*name, *defined, *(int(count) for count in counts.reshape(-1))])
     return csv_table(columns, rows)
 
 
@@ -85,10 +83,10 @@ def _measured_tables(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple
     if evaluation.measured is None:
         return
     columns = ["id", "group", *case_columns(foreground_names(dataset))]
-    for size, cases in evaluation.measured.cases.items():
+    for size, case_metrics in evaluation.measured.case_metrics.items():
         rows = [
-            [picture.id, picture.group, *case_cells(case)]
-            for picture, case in zip(evaluation.pictures, cases, strict=True)
+            [case.id, case.group, *case_cells(metrics)]
+            for case, metrics in zip(evaluation.cases, case_metrics, strict=True)
         ]
         yield f"measures_{size}.csv", csv_table(columns, rows)
     sweep = evaluation.measured.sweep
@@ -98,9 +96,9 @@ def _measured_tables(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple
 def _examples_csv(evaluation: Evaluation) -> str:
     """Returns which case each picture in `examples/` and `overlays/` is of."""
     columns = ("picture", "id", "filename", "foreground_dice")
-    pictures = evaluation.pictures
+    cases = evaluation.cases
     rows = [
-        (name, pictures[index].id, pictures[index].filename, dice)
+        (name, cases[index].id, cases[index].filename, dice)
         for name, index, dice in _example_cases(evaluation.counts)
     ]
     return csv_table(columns, rows)
@@ -146,10 +144,10 @@ def draw_examples(
     classes = evaluator.dataset.manifest.classes
     found = {}
     for name, index, score in _example_cases(evaluation.counts):
-        picture = evaluation.pictures[index]
-        image, truth = read_picture(reader, picture)
+        case = evaluation.cases[index]
+        image, truth = read_case(reader, case)
         ids = evaluator.mask_of(image, heartbeat)
-        title = plots.panel_title(picture.filename, score)
+        title = plots.panel_title(case.filename, score)
         found[f"examples/{name}"] = plots.panel_png(image, truth, ids, classes, title)
         found[f"overlays/{name}"] = plots.overlay_png(image, ids, classes, truth)
     return found

@@ -18,7 +18,7 @@ from data_prep.shards.manifest import Manifest
 from flexunet.errors import StoppedError
 from flexunet.progress import Heartbeat, Progress, no_heartbeat
 from job.config import TrainConfig
-from job.data.cases import Picture, pictures_of, read_picture
+from job.data.cases import Case, cases_of, read_case
 from job.data.dataset import Dataset, Split
 from job.data.pipeline import EpochPlan, distributed_batches
 from job.data.reader import RecordReader
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 class Measured:
     """What was measured picture by picture."""
 
-    cases: dict[str, list[CaseMetrics]]  # by size
+    case_metrics: dict[str, list[CaseMetrics]]  # by size
     counts: np.ndarray  # (pictures, classes, 4) int64, of the masks that were measured
     sweep: ThresholdSweep  # at the network's size
 
@@ -64,7 +64,7 @@ class Evaluation:
     """What was counted over one split."""
 
     split: Split
-    pictures: tuple[Picture, ...]  # the cases
+    cases: tuple[Case, ...]
     means: dict[str, float]  # "loss" and the reference's metrics; of samples, which may be tiles
     counts: np.ndarray  # (cases, classes, 4) int64: tp, fp, fn, tn
     summary: dict[str, Any]  # strict JSON
@@ -101,9 +101,9 @@ class Evaluator:
         """Whether cases may be larger than the network."""
         return self.dataset.manifest.geometry == "tile" and not self.is_by_tile
 
-    def pictures_of(self, split: Split) -> tuple[Picture, ...]:
+    def cases_of(self, split: Split) -> tuple[Case, ...]:
         """Returns the cases of `split`."""
-        return pictures_of(split, is_by_tile=self.is_by_tile)
+        return cases_of(split, is_by_tile=self.is_by_tile)
 
     def predict(self, image: np.ndarray, heartbeat: Heartbeat = no_heartbeat) -> Probabilities:
         """Returns the probabilities (H, W, K) of a picture (H, W, C) of any size."""
@@ -158,21 +158,21 @@ class Evaluator:
                     raise StoppedError(f"stopped evaluating {name}; the same command resumes")
         # The last batch is filled up with padding, which comes after every case.
         samples = np.concatenate(parts)[: len(split)]
-        pictures = self.pictures_of(split)
+        cases = self.cases_of(split)
         means = means_of(running, self.metrics)
         if not measured:
-            counts = np.stack([samples[list(each.samples)].sum(axis=0) for each in pictures])
-            return Evaluation(split, pictures, means, counts, self._summary(name, counts, means))
+            counts = np.stack([samples[list(each.samples)].sum(axis=0) for each in cases])
+            return Evaluation(split, cases, means, counts, self._summary(name, counts, means))
         # Predicted again: the loss and the reference's metrics are of samples, which may be tiles,
         # in batches spread over devices; a case is a picture, in windows where it is large.
-        found = self._measure(name, pictures, reader, shown, should_stop, heartbeat)
+        found = self._measure(name, cases, reader, shown, should_stop, heartbeat)
         summary = self._summary(name, found.counts, means)
-        groups, names = [each.group for each in pictures], foreground_names(self.dataset)
+        groups, names = [each.group for each in cases], foreground_names(self.dataset)
         summary["truth"] = dict(TRUTHS)
         summary["sizes"] = {
-            size: summarize_cases(each, groups, names) for size, each in found.cases.items()
+            size: summarize_cases(each, groups, names) for size, each in found.case_metrics.items()
         }
-        return Evaluation(split, pictures, means, found.counts, summary, found)
+        return Evaluation(split, cases, means, found.counts, summary, found)
 
     def _summary(self, name: str, counts: np.ndarray, means: Mapping[str, float]) -> dict[str, Any]:
         is_by_tile = self.is_by_tile and self.dataset.manifest.geometry == "tile"
@@ -186,7 +186,7 @@ class Evaluator:
     def _measure(
         self,
         name: str,
-        pictures: Sequence[Picture],
+        cases: Sequence[Case],
         reader: RecordReader,
         shown: bool,
         should_stop: Callable[[], bool],
@@ -199,30 +199,30 @@ class Evaluator:
         from job.metrics.batch import confusion_counts
 
         manifest = self.dataset.manifest
-        cases: dict[str, list[CaseMetrics]] = {size: [] for size in SIZES}
+        case_metrics: dict[str, list[CaseMetrics]] = {size: [] for size in SIZES}
         parts = []
         sweep = ThresholdSweep(foreground_names(self.dataset), min_lesion=MIN_PIXELS)
-        with Progress(f"measure {name}", len(pictures), unit="cases", shown=shown) as bar:
-            for picture in bar.tracked(pictures):
-                image, truth = read_picture(reader, picture)
+        with Progress(f"measure {name}", len(cases), unit="cases", shown=shown) as bar:
+            for case in bar.tracked(cases):
+                image, truth = read_case(reader, case)
                 probabilities = self.predict(image, heartbeat)
                 ids = without_small(class_ids(probabilities), self.min_pixels)
-                for size, case in self._cases_of(picture, truth, probabilities, ids).items():
-                    cases[size].append(case)
+                for size, metrics in self._metrics_of_case(case, truth, probabilities, ids).items():
+                    case_metrics[size].append(metrics)
                 pair = truth[np.newaxis], ids[np.newaxis]
                 parts.append(confusion_counts(*pair, len(manifest.classes), manifest.ignore_id))
                 sweep.add(*_counted(truth, probabilities, manifest.ignore_id))
                 if should_stop():
                     raise StoppedError(f"stopped measuring {name}; the same command resumes")
-        return Measured(cases, np.concatenate(parts), sweep)
+        return Measured(case_metrics, np.concatenate(parts), sweep)
 
-    def _cases_of(
-        self, picture: Picture, truth: np.ndarray, probabilities: np.ndarray, ids: np.ndarray
+    def _metrics_of_case(
+        self, case: Case, truth: np.ndarray, probabilities: np.ndarray, ids: np.ndarray
     ) -> dict[str, CaseMetrics]:
         """Returns the case at each size; where both sizes are one, it is measured once."""
         manifest = self.dataset.manifest
-        geometry = picture.geometry
-        scales = _scales(geometry, picture.spacing)
+        geometry = case.geometry
+        scales = _scales(geometry, case.spacing)
         # Decided once: stored pixels are not all equally many of the picture's.
         tiny_regions = tiny_regions_of(
             without_ignored(truth, truth, manifest.ignore_id)[0], len(manifest.classes), MIN_PIXELS
@@ -331,11 +331,11 @@ def means_of(running: Any, metrics: Mapping[str, Any]) -> dict[str, float]:
     return {"loss": running.mean("loss"), **values}
 
 
-def _summary(name: str, cases: np.ndarray, means: Mapping[str, float], dataset: Dataset) -> Any:
+def _summary(name: str, counts: np.ndarray, means: Mapping[str, float], dataset: Dataset) -> Any:
     values = {name: value if math.isfinite(value) else None for name, value in means.items()}
     summary = {
         "split": name,
-        **summarize(cases),
+        **summarize(counts),
         "loss": values.pop("loss"),
         **{f"reference_{name}": value for name, value in values.items()},
     }

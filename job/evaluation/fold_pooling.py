@@ -11,7 +11,7 @@ from flexunet.json_files import read_json, read_table
 from flexunet.storage import ObjectStore, open_store
 from flexunet.tables import csv_table
 from job.config import TrainConfig
-from job.data.cases import pictures_of
+from job.data.cases import cases_of
 from job.data.folds import fold_configs, open_folded
 from job.metrics.per_case import (
     SIZES,
@@ -46,7 +46,7 @@ def pool_folds(config: TrainConfig) -> dict[str, Any]:
     for size in SIZES:
         folds = [_read_cases(output.subpath(name), size, classes) for name in names]
         cells = [
-            [number, each.id, each.group, *case_cells(each.case)]
+            [number, each.id, each.group, *case_cells(each.metrics)]
             for number, fold in enumerate(folds)
             for each in fold
         ]
@@ -80,8 +80,8 @@ def _check_cases(config: TrainConfig, classes: Sequence[str]) -> list[dict[str, 
                 f"{where}: of the {summary['split']} split of a run, which is no fold; "
                 f"{evaluate_again(run)}"
             )
-        own = pictures_of(dataset.split("test"), is_by_tile=summary["case"] == "tile")
-        expected = {picture.id for picture in own}
+        own = cases_of(dataset.split("test"), is_by_tile=summary["case"] == "tile")
+        expected = {case.id for case in own}
         for size in SIZES:
             found = {case.id for case in _read_cases(run, size, classes)}
             if found != expected:
@@ -147,11 +147,13 @@ class _FoldCase:
 
     id: str
     group: str
-    case: CaseMetrics
+    metrics: CaseMetrics
 
 
 def _summarized(cases: Sequence[_FoldCase], classes: Sequence[str]) -> dict[str, Any]:
-    return summarize_cases([each.case for each in cases], [each.group for each in cases], classes)
+    return summarize_cases(
+        [each.metrics for each in cases], [each.group for each in cases], classes
+    )
 
 
 def _read_cases(run: ObjectStore, size: str, classes: Sequence[str]) -> list[_FoldCase]:

@@ -13,7 +13,7 @@ from flexunet.progress import Progress
 from flexunet.settings import option
 from flexunet.storage import ObjectStore, open_store
 from job.config import TrainConfig
-from job.data.cases import read_picture
+from job.data.cases import read_case
 from job.data.dataset import Dataset, Split, open_dataset
 from job.data.folds import open_folded
 from job.data.reader import RecordReader
@@ -229,10 +229,10 @@ def _fit_regions(
     dataset = evaluator.dataset
     split = dataset.split("valid")
     reader = _reader_of(dataset, split, evaluator.config)
-    tally, pictures = RegionTally(foreground_names(dataset)), evaluator.pictures_of(split)
-    with Progress("fit on valid", len(pictures), unit="cases", shown=config.progress) as bar:
-        for picture in bar.tracked(pictures):
-            image, truth = read_picture(reader, picture)
+    tally, cases = RegionTally(foreground_names(dataset)), evaluator.cases_of(split)
+    with Progress("fit on valid", len(cases), unit="cases", shown=config.progress) as bar:
+        for case in bar.tracked(cases):
+            image, truth = read_case(reader, case)
             ids = class_ids(evaluator.predict(image))
             tally.add(*without_ignored(truth, ids, dataset.manifest.ignore_id))
     fitted_on = FittedOn(

@@ -109,8 +109,8 @@ def predict_images(
 
     with _threads() as readers, _threads() as writers:
         found = in_order(readers, read, chunk.names, num_waiting=num_waiting)
-        pictures = _readable(found, unreadable, other_colors, advance)
-        predicted = predict_all(pictures, predictor, config.batch_size, chunk.overlap, note=tell)
+        images = _readable(found, unreadable, other_colors, advance)
+        predicted = predict_all(images, predictor, config.batch_size, chunk.overlap, note=tell)
         for _ in in_order(writers, write, predicted, num_waiting=num_waiting):
             advance()
     return ChunkResult(tuple(unreadable), tuple(other_colors))

@@ -31,7 +31,7 @@ from flexunet.storage import NotFound, ObjectStore, open_store
 from flexunet.tables import csv_table
 from flexunet.text import pluralize
 from job.config import TrainConfig
-from job.data.cases import read_picture
+from job.data.cases import read_case
 from job.data.dataset import Dataset
 from job.data.reader import RecordReader
 from job.evaluation.artifacts import evaluation_folder, write_evaluation
@@ -65,7 +65,7 @@ class RunWriter:
     evaluator: Evaluator
     model: Any
     optimizer: Adam
-    pictures: dict[str, np.ndarray]  # predicted after every epoch, by name, (H, W, C)
+    prediction_inputs: dict[str, np.ndarray]  # predicted after every epoch, by name, (H, W, C)
     staging: str
     events: Any  # a tf.summary writer, or None
     # What completes the checkpoints that are not stored yet, oldest first.
@@ -158,11 +158,11 @@ class RunWriter:
         Args:
             alive: told of every batch of windows.
         """
-        for name, pixels in self.pictures.items():
+        for name, pixels in self.prediction_inputs.items():
             ids = self.evaluator.mask_of(pixels, heartbeat)
-            picture = plots.mask_png(ids, self.evaluator.dataset.manifest.classes)
+            mask_png = plots.mask_png(ids, self.evaluator.dataset.manifest.classes)
             # The reference counts epochs from 1 here.
-            self._put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", picture)
+            self._put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", mask_png)
 
     def end_epoch(self, state: TrainState, row: Mapping[str, Any], heartbeat: Heartbeat) -> None:
         """Stores all that an epoch leaves beside predictions, and a checkpoint last.
@@ -344,23 +344,23 @@ def open_run_writer(
             evaluator=evaluator,
             model=model,
             optimizer=optimizer,
-            pictures=_pictures(config, evaluator, reader),
+            prediction_inputs=_prediction_inputs(config, evaluator, reader),
             staging=staging,
             events=events,
             pending=pending,
         )
 
 
-def _pictures(
+def _prediction_inputs(
     config: TrainConfig, evaluator: Evaluator, reader: RecordReader
 ) -> dict[str, np.ndarray]:
     """Returns the pictures to predict after every epoch, by name, as the dataset stores them."""
     count, dataset = config.prediction_images, evaluator.dataset
     if config.prediction_folder is None:
-        chosen = evaluator.pictures_of(dataset.split("valid"))[:count]
-        return {each.id: read_picture(reader, each)[0] for each in chosen}
+        chosen = evaluator.cases_of(dataset.split("valid"))[:count]
+        return {each.id: read_case(reader, each)[0] for each in chosen}
     store = open_store(config.prediction_folder)
-    pictures = {}
+    prediction_inputs = {}
     for name in find_images(store, count):
         stem, url = stem_of(name).replace("/", "_"), f"{store.url}/{name}"
         try:
@@ -369,8 +369,8 @@ def _pictures(
         except ContentError as error:
             logger.warning("not predicted after every epoch (--prediction-folder): %s", error)
             continue
-        pictures[stem] = pixels
-    return pictures
+        prediction_inputs[stem] = pixels
+    return prediction_inputs
 
 
 def _environment(

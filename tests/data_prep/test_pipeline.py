@@ -91,18 +91,18 @@ def test_prepare_writes_what_was_read(source, tmp_path):
     }  # fmt: skip
     assert (manifest.channels, manifest.bit_depth, manifest.value_max) == (1, 8, 255)
     assert (manifest.name, manifest.leaky) == ("source", False)
-    pictures = {}
+    images = {}
     for row in rows:
         record = (tmp_path / "out" / row["shard"]).read_bytes()[row["offset"] :][: row["length"]]
         features = decode_example(unframe_record(record, where="x"))
         encoded = np.frombuffer(features["image/encoded"], np.uint8)
-        pictures[row["id"]] = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
+        images[row["id"]] = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
         truth = cv2.imread(str(source / "images" / f"{row['id']}.png"), cv2.IMREAD_UNCHANGED)
-        assert np.array_equal(pictures[row["id"]], truth)
+        assert np.array_equal(images[row["id"]], truth)
         assert row["sha256"] == hashlib.sha256(truth.tobytes()).hexdigest()
         assert row["pixels_per_class"] == [240, 16]
         assert features["image/filename"].decode() == row["filename"] == f"{row['id']}.png"
-    train = np.stack([pictures[row["id"]] for row in rows if row["split"] == "train"])
+    train = np.stack([images[row["id"]] for row in rows if row["split"] == "train"])
     assert manifest.mean == pytest.approx((train.mean(),), rel=1e-12)
     assert manifest.std == pytest.approx((train.std(),), rel=1e-12)
     names = {"report/statistics.png", "report/rejects.csv"}

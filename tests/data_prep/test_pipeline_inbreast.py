@@ -57,11 +57,11 @@ def _samples(folder):
     for row in read_samples(store, manifest).to_pylist():
         record = store.get(row["shard"], row["offset"], row["length"])
         features = decode_example(unframe_record(record, where="x"))
-        pictures = [
+        images = [
             cv2.imdecode(np.frombuffer(features[key], np.uint8), cv2.IMREAD_UNCHANGED)
             for key in ("image/encoded", "image/segmentation/class/encoded")
         ]
-        yield row, *pictures
+        yield row, *images
 
 
 def _run(*arguments):

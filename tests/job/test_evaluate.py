@@ -21,7 +21,7 @@ from data_prep.imaging.codecs import read_image
 from data_prep.imaging.geometry import Box, Geometry
 from flexunet.storage import open_store
 from job.config import identity_of
-from job.data.cases import Picture
+from job.data.cases import Case
 from job.data.reader import read_sample
 from job.data.shard_cache import open_reader
 from job.evaluate import main
@@ -132,15 +132,15 @@ def test_evaluate_agrees_with_the_evaluation_that_ends_training(
 
 
 def test_evaluate_shows_each_of_few_cases_once(evaluated: Path) -> None:
-    pictures = sorted(path.name for path in (evaluated / "examples").iterdir())
-    assert pictures == sorted(path.name for path in (evaluated / "overlays").iterdir())
+    cases = sorted(path.name for path in (evaluated / "examples").iterdir())
+    assert cases == sorted(path.name for path in (evaluated / "overlays").iterdir())
     named = list(csv.DictReader((evaluated / "examples.csv").read_text().splitlines()))
-    assert [f"{row['picture']}.png" for row in named] == pictures
+    assert [f"{row['picture']}.png" for row in named] == cases
     dices = [float(row["foreground_dice"]) for row in named]
     assert dices == sorted((float(row["dice_mass"]) for row in rows_of(evaluated)), reverse=True)
     # The three best leave one of four cases, the worst.
-    assert pictures == ["best-1.png", "best-2.png", "best-3.png", "worst-1.png"]
-    for name in pictures:
+    assert cases == ["best-1.png", "best-2.png", "best-3.png", "worst-1.png"]
+    for name in cases:
         # Three panels of 512 pixels side by side.
         data = (evaluated / "examples" / name).read_bytes()
         assert read_image(data, name=name).shape[1] > 3 * 512
@@ -177,7 +177,7 @@ def test_evaluate_measures_at_the_pictures_own_size_in_mm(own_run: Path) -> None
     device = tf.distribute.OneDeviceStrategy("CPU:0")
     evaluation, _ = evaluate_run(run, dataset, device, EvaluateConfig(progress=False))
     assert evaluation.measured is not None
-    sizes = evaluation.measured.cases
+    sizes = evaluation.measured.case_metrics
     for network, original in zip(sizes["network"], sizes["original"], strict=True):
         small, large = network.classes[0], original.classes[0]
         # A stored pixel is 2x3 pixels of the picture, 0.2 x 0.3 mm.
@@ -193,7 +193,7 @@ def test_specks_are_the_same_at_both_sizes(own_run: Path) -> None:
     dataset = dataset_of(run, None)
     # 64x96 pixels were stored as 32x32, each of them 6.
     geometry = Geometry("stretch", 64, 96, 0, 0, 32, 32)
-    picture = Picture("a", "a.png", "a", geometry, None, (0,))
+    case = Case("a", "a.png", "a", geometry, None, (0,))
     truth = np.zeros((32, 32), np.uint8)
     truth[2, 2:7] = 1  # 5 pixels, 30 of the picture
     truth[20, 2:8] = 1
@@ -201,7 +201,7 @@ def test_specks_are_the_same_at_both_sizes(own_run: Path) -> None:
     probabilities = np.stack([1.0 - nothing, nothing], axis=-1).astype(np.float32)
     device = tf.distribute.OneDeviceStrategy("CPU:0")
     evaluator = make_evaluator(run.config, device, dataset, network_of([]))
-    cases = evaluator._cases_of(picture, truth, probabilities, nothing)
+    cases = evaluator._metrics_of_case(case, truth, probabilities, nothing)
     for size in ("network", "original"):
         lesions = cases[size].classes[0].lesions
         assert (lesions.num_true, lesions.num_tiny_regions) == (1, 1), size
@@ -215,7 +215,7 @@ def test_specks_are_the_same_where_the_factor_is_no_whole_number(
     dataset = dataset_of(run, None)
     height, width = round(128 * factor), round(128 * 1.25 * factor)
     geometry = Geometry("stretch", height, width, 0, 0, 128, 128)
-    picture = Picture("a", "a.png", "a", geometry, None, (0,))
+    case = Case("a", "a.png", "a", geometry, None, (0,))
     truth = np.zeros((128, 128), np.uint8)
     for index, (row, column) in enumerate(np.ndindex(25, 18)):
         # By turns 6 and 5 stored pixels, which are not equally many of the picture's.
@@ -225,7 +225,7 @@ def test_specks_are_the_same_where_the_factor_is_no_whole_number(
     probabilities = np.stack([1.0 - truth, truth], axis=-1).astype(np.float32)
     device = tf.distribute.OneDeviceStrategy("CPU:0")
     evaluator = make_evaluator(run.config, device, dataset, network_of([]))
-    cases = evaluator._cases_of(picture, truth, probabilities, truth)
+    cases = evaluator._metrics_of_case(case, truth, probabilities, truth)
     for size in ("network", "original"):
         lesions = cases[size].classes[0].lesions
         assert (lesions.num_true, lesions.num_tiny_regions) == (225, 225), size
@@ -243,13 +243,13 @@ def test_missing_all_never_makes_a_case_better_at_either_size(own_run: Path) -> 
     )
     def check(seed: int, source: tuple[int, int]) -> None:
         random = np.random.default_rng(seed)
-        picture = Picture("a", "a.png", "a", Geometry("stretch", *source, 0, 0, 16, 16), None, (0,))
+        case = Case("a", "a.png", "a", Geometry("stretch", *source, 0, 0, 16, 16), None, (0,))
         truth = (random.random((16, 16)) < random.uniform(0.05, 0.6)).astype(np.uint8)
         truth[8, 8] = 1
         mass = random.random((16, 16)).astype(np.float32)
         found, lost = (
-            evaluator._cases_of(
-                picture, truth, np.stack([1 - each, each], axis=-1), (each > 0.5).astype(np.uint8)
+            evaluator._metrics_of_case(
+                case, truth, np.stack([1 - each, each], axis=-1), (each > 0.5).astype(np.uint8)
             )
             for each in (mass, np.zeros_like(mass))
         )
@@ -291,7 +291,7 @@ def test_evaluate_puts_cropped_and_flipped_cases_back(own_run: Path) -> None:
     device = tf.distribute.OneDeviceStrategy("CPU:0")
     evaluation, _ = evaluate_run(run, dataset, device, EvaluateConfig(progress=False))
     assert evaluation.measured is not None
-    sizes = evaluation.measured.cases
+    sizes = evaluation.measured.case_metrics
     for network, original in zip(sizes["network"], sizes["original"], strict=True):
         small, large = network.classes[0], original.classes[0]
         assert (small.tp, small.fp, small.fn) == (large.tp, large.fp, large.fn)

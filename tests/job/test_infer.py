@@ -76,9 +76,9 @@ def write_same(folder: Path, num_images: int, side: int = 32) -> None:
 
 def mask_of(folder: Path, name: str) -> np.ndarray:
     """Returns the class ids of a written mask, (h, w) uint8."""
-    with Image.open(folder / name) as picture:
-        assert picture.mode == "P"
-        return np.asarray(picture)
+    with Image.open(folder / name) as read:
+        assert read.mode == "P"
+        return np.asarray(read)
 
 
 def dice(predicted: np.ndarray, true: np.ndarray) -> float:
@@ -117,9 +117,9 @@ def test_infer_reads_every_kind_of_image_and_answers_at_its_size(
         *expected,
         *(f"overlays/{name}" for name in expected),
     }
-    for name, (picture, inside) in expected.items():
+    for name, (read, inside) in expected.items():
         ids = mask_of(output, name)
-        assert ids.shape == picture.shape
+        assert ids.shape == read.shape
         assert set(np.unique(ids)) == {0, 1}
         assert dice(ids == 1, inside) > 0.8, name
         # Class 1 is shown white, as the dataset says.
@@ -530,13 +530,13 @@ def test_masks_of_cropped_and_flipped_pictures_are_put_back(trained_run: Path) -
     image = np.zeros((40, 60, 1), np.uint8)
     image[10:30, 30:] = 100
     image[12:20, 40:50] = 200  # to be found
-    for picture in (image, np.ascontiguousarray(image[:, ::-1])):
-        pixels, geometry = to_model_pixels(picture, framed)
-        assert geometry.is_flipped == (picture is image)
+    for read in (image, np.ascontiguousarray(image[:, ::-1])):
+        pixels, geometry = to_model_pixels(read, framed)
+        assert geometry.is_flipped == (read is image)
         assert geometry.crop is not None
         bright = pixels.astype(np.float32) / 255
         ids = class_ids_at_source(np.concatenate([1 - bright, bright], axis=-1), geometry)
-        truth = (picture[..., 0] == 200).astype(np.uint8)
+        truth = (read[..., 0] == 200).astype(np.uint8)
         assert ids.shape == truth.shape
         # Its border may move by a pixel: it went through a size of 32x32.
         inner = cv2.erode(truth, np.ones((3, 3)))
@@ -558,9 +558,9 @@ def test_dicom_files_are_predicted_as_prep_stores_them(tmp_path: Path) -> None:
     images = open_store(str(tmp_path / "release" / "AllDICOMs"))
     assert set(split.filenames) < set(find_images(images))
     for index, name in enumerate(split.filenames):
-        picture = _read_image(images, name, dataset.manifest, QUIET)
-        assert not isinstance(picture, tuple)
-        assert np.array_equal(picture.pixels, read_sample(reader, index)[0])
+        read = _read_image(images, name, dataset.manifest, QUIET)
+        assert not isinstance(read, tuple)
+        assert np.array_equal(read.pixels, read_sample(reader, index)[0])
 
 
 def test_dicom_files_fit_a_dataset_of_8_bits(trained_run: Path) -> None:
@@ -610,9 +610,9 @@ def test_a_picture_of_more_bits_than_the_dataset_is_refused(
     store = open_store(str(tmp_path))
     assert isinstance(_read_image(store, "a.png", deep, QUIET), tuple)
     given = QUIET.model_copy(update={"full_scale": 4095 * 16})
-    picture = _read_image(store, "a.png", deep, given)
-    assert not isinstance(picture, tuple)
-    assert np.abs(picture.pixels.astype(int) - pixels).max() <= 1
+    read = _read_image(store, "a.png", deep, given)
+    assert not isinstance(read, tuple)
+    assert np.abs(read.pixels.astype(int) - pixels).max() <= 1
 
 
 def test_a_given_full_scale_below_the_values_is_refused(trained_run: Path) -> None:

@@ -155,15 +155,15 @@ def test_specks_go_at_both_sizes_of_resized_pictures(own_run: Path, tmp_path: Pa
     step = make_probability_step(network_of([load_model(run, which="best")[0]]))
     reader = open_reader(dataset, evaluation.split, cache="full", cache_dir=None)
     assert evaluation.measured is not None
-    sizes = evaluation.measured.cases
-    for index, picture in enumerate(evaluation.pictures):
+    sizes = evaluation.measured.case_metrics
+    for index, case in enumerate(evaluation.cases):
         image, truth = read_sample(reader, index)
         found = class_ids(step(image[np.newaxis]).numpy()[0]) == 1
-        source = tmp_path / "source" / "masks" / picture.filename
+        source = tmp_path / "source" / "masks" / case.filename
         pairs = {
             "network": (truth == 1, without(found, fit["min_pixels"])),
-            "original": (undo_geometry(truth, picture.geometry, nearest=True) == 1,
-                         masks["large"][picture.filename]),
+            "original": (undo_geometry(truth, case.geometry, nearest=True) == 1,
+                         masks["large"][case.filename]),
         }  # fmt: skip
         assert pairs["original"][0].shape == cv2.imread(str(source)).shape[:2]
         for size, (true, predicted) in pairs.items():

@@ -17,7 +17,7 @@ from PIL import Image
 from flexunet import progress
 from flexunet.errors import UsageError
 from flexunet.storage import open_store
-from job.data.cases import pictures_of, read_picture
+from job.data.cases import cases_of, read_case
 from job.data.dataset import open_dataset
 from job.data.folds import fold_of
 from job.data.shard_cache import open_reader
@@ -149,16 +149,16 @@ def test_pictures_are_put_together_from_their_tiles(tiled_run: Path) -> None:
     names = []
     for split in dataset.splits.values():
         reader = open_reader(dataset, split, cache="full", cache_dir=None)
-        pictures = pictures_of(split)
-        assert sorted(i for each in pictures for i in each.samples) == list(range(len(split)))
-        for picture in pictures:
-            names.append(picture.id)
-            image, mask = read_picture(reader, picture)
-            stored = cv2.imread(str(source / "images" / picture.filename), cv2.IMREAD_GRAYSCALE)
+        cases = cases_of(split)
+        assert sorted(i for each in cases for i in each.samples) == list(range(len(split)))
+        for case in cases:
+            names.append(case.id)
+            image, mask = read_case(reader, case)
+            stored = cv2.imread(str(source / "images" / case.filename), cv2.IMREAD_GRAYSCALE)
             assert np.array_equal(image[..., 0], stored)
-            true = cv2.imread(str(source / "masks" / picture.filename), cv2.IMREAD_GRAYSCALE)
+            true = cv2.imread(str(source / "masks" / case.filename), cv2.IMREAD_GRAYSCALE)
             assert np.array_equal(255 * mask, true)
-            assert picture.geometry.crop is None
+            assert case.geometry.crop is None
     assert len(names) == len(set(names)) == 10
 
 
