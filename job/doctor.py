@@ -6,13 +6,15 @@ Owns the checks and their remedies. TensorFlow is imported only when the checks 
 """
 
 import ctypes
+import functools
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -176,6 +178,36 @@ def ray_check() -> Check:
         return Check("Ray", "note", "not installed", "only training on several machines needs it")
 
 
+def dicom_check() -> Check:
+    """Returns which DICOM files can be read here, by how their pixels are compressed."""
+    from data_prep.imaging.dicom.frames import CODECS, EXTRA, decoder_problem
+
+    problem = decoder_problem()
+    families = dict.fromkeys(codec.family for codec in CODECS.values())
+    readable = [name for name in families if name == "rle" or not problem]
+    unreadable = [name for name in families if name not in readable]
+    found = ", ".join(["uncompressed", *map(_family_name, readable)])
+    if not problem:
+        return Check("DICOM", "ok", found)
+    others = ", ".join(map(_family_name, unreadable))
+    return Check("DICOM", "note", f"{found}; not {others} ({problem})", f"to read them: {EXTRA}")
+
+
+def _family_name(family: str) -> str:
+    return "JPEG (baseline, extended, lossless)" if family == "jpeg" else family.upper()
+
+
+def extras_check() -> Check:
+    """Returns which optional extras are installed."""
+    installed = [name for name, extra in EXTRAS.items() if extra.is_installed()]
+    missing = [f"{name} ({extra.what})" for name, extra in EXTRAS.items() if name not in installed]
+    found = ", ".join(installed) or "none"
+    if not missing:
+        return Check("extras", "ok", found)
+    remedy = "only if you need one: pip install 'flexunet[NAME]'"
+    return Check("extras", "ok", f"{found}; not installed: {', '.join(missing)}", remedy)
+
+
 def all_checks(bucket: str | None) -> Iterator[Check]:
     """Yields every check of this machine; the one of storage only where `bucket` is given."""
     yield python_check(tuple(sys.version_info[:3]), platform.system())
@@ -187,6 +219,8 @@ def all_checks(bucket: str | None) -> Iterator[Check]:
     if bucket is not None:
         yield bucket_check(bucket)
     yield ray_check()
+    yield dicom_check()
+    yield extras_check()
 
 
 @click.command(
@@ -247,16 +281,45 @@ def _gpu_check(tf: Any) -> Check:
     return Check("GPU", "ok", f"{len(gpus)}: {', '.join(names)}")
 
 
-def _gpu_evidence(tf: Any) -> GpuEvidence:
+def _has_cudnn_package() -> bool:
     installed = (each.name or "" for each in importlib.metadata.distributions())
+    return any(name.startswith("nvidia-cudnn") for name in installed)
+
+
+def _has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An optional extra of pyproject.toml.
+
+    Attributes:
+        what: it is for.
+        is_installed: returns whether what it installs is here.
+    """
+
+    what: str
+    is_installed: Callable[[], bool]
+
+
+EXTRAS = {
+    "gpu": Extra("CUDA libraries for NVIDIA GPUs", _has_cudnn_package),
+    "dicom": Extra("compressed DICOM", functools.partial(_has_module, "imagecodecs")),
+    "tfio": Extra(
+        "tensorflow-io, with TensorFlow 2.17", functools.partial(_has_module, "tensorflow_io")
+    ),
+}
+
+
+def _gpu_evidence(tf: Any) -> GpuEvidence:
     return GpuEvidence(
         visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         # WSL2 shows the driver of Windows as this device.
         has_driver=os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/dxg"),
         has_libcuda=_is_loadable("libcuda.so.1"),
         is_cuda_build=bool(tf.test.is_built_with_cuda()),
-        has_cuda_libraries=any(name.startswith("nvidia-cudnn") for name in installed)
-        or _is_loadable("libcudnn.so.9"),
+        has_cuda_libraries=_has_cudnn_package() or _is_loadable("libcudnn.so.9"),
     )
 
 

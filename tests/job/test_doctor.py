@@ -1,20 +1,29 @@
 import json
+import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
+import imagecodecs
 import pytest
 
 from job.doctor import (
+    EXTRAS,
     Check,
     GpuEvidence,
     bucket_check,
     core_check,
+    dicom_check,
     disk_check,
+    extras_check,
     main,
     memory_check,
     python_check,
     verdict,
     why_no_gpu,
 )
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +112,37 @@ def test_bucket_check_says_what_is_wrong_and_how_bad(tmp_path: Path) -> None:
     assert (unsupported.state, unsupported.exit_code) == ("failed", 2)
 
 
+def test_dicom_check_names_what_can_be_read_and_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compressed = "JPEG (baseline, extended, lossless), JPEG-LS, JPEG 2000"
+    assert dicom_check() == Check("DICOM", "ok", f"uncompressed, RLE, {compressed}")
+    remedy = "to read them: pip install 'flexunet[dicom]'"
+    monkeypatch.setattr(imagecodecs.JPEGLS, "available", False)
+    found = f"uncompressed, RLE; not {compressed} (imagecodecs lacks decoders)"
+    assert dicom_check() == Check("DICOM", "note", found, remedy)
+    (tmp_path / "imagecodecs.py").write_text("raise OSError('libjpeg.so: cannot open')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "imagecodecs")
+    assert dicom_check().found.endswith("(imagecodecs cannot be imported: OSError)")
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    assert dicom_check().found.endswith("(imagecodecs is not installed)")
+
+
+def test_extras_check_knows_all_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    assert set(EXTRAS) == set(project["optional-dependencies"])
+    for name, extra in EXTRAS.items():
+        monkeypatch.setitem(
+            EXTRAS, name, replace(extra, is_installed=lambda name=name: name != "tfio")
+        )
+    found = "gpu, dicom; not installed: tfio (tensorflow-io, with TensorFlow 2.17)"
+    remedy = "only if you need one: pip install 'flexunet[NAME]'"
+    assert extras_check() == Check("extras", "ok", found, remedy)
+    monkeypatch.delitem(EXTRAS, "tfio")
+    assert extras_check() == Check("extras", "ok", "gpu, dicom")
+
+
 def test_verdict_names_what_stands_in_the_way() -> None:
     ok = Check("Python", "ok", "3.12")
     note = Check("GPU", "note", "none")
@@ -127,6 +167,8 @@ def test_doctor_reports_this_machine_and_a_bad_bucket(capsys: pytest.CaptureFixt
         "disk (cache)",
         "disk (here)",
         "Ray",
+        "DICOM",
+        "extras",
     ]
     assert main(["--bucket", "/proc/none"]) == 5
     table = capsys.readouterr().out

@@ -109,6 +109,20 @@ def has_decoders() -> bool:
     return importlib.util.find_spec("imagecodecs") is not None
 
 
+def decoder_problem() -> str:
+    """Returns why only RLE is decoded here; empty where all compressions are."""
+    if not has_decoders():
+        return "imagecodecs is not installed"
+    try:
+        import imagecodecs
+
+        codecs = imagecodecs.JPEG8, imagecodecs.JPEGLS, imagecodecs.JPEG2K
+        is_whole = all(codec.available for codec in codecs)
+    except Exception as error:  # a broken installation raises anything
+        return f"imagecodecs cannot be imported: {type(error).__name__}"
+    return "" if is_whole else "imagecodecs lacks decoders"
+
+
 def decode_frame(
     pixel_data: bytes, codec: Codec, size: tuple[int, int], bits: Bits, *, name: str
 ) -> Values:
