@@ -1,1 +1,1 @@
-"""Files of the reference implementation's family."""
+"""Reads configuration and weight files of the reference implementation and its projects."""

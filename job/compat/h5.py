@@ -1,4 +1,4 @@
-"""Reads HDF5 files of others as data: no link is followed, and no other file is opened."""
+"""Reads untrusted HDF5 files as data: follows no link and opens no other file."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ def entry_at(group: Any, path: str) -> Any:
 
     Raises:
         KeyError: there is none.
-        TypeError: a link lies on the way, which could lead to any file of this machine.
+        TypeError: the path has a link, which could point to any file of this machine.
     """
     import h5py
 
@@ -26,10 +26,10 @@ def entry_at(group: Any, path: str) -> Any:
 
 
 def check_array(entry: Any, kinds: str = "f") -> None:
-    """Checks that an entry is an array which the file itself holds.
+    """Checks that an entry is an array stored in the file itself.
 
     Args:
-        kinds: of NumPy types that are allowed.
+        kinds: allowed kinds of NumPy types.
 
     Raises:
         TypeError: it is not.

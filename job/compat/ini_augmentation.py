@@ -1,4 +1,4 @@
-"""Maps the augmentation of the reference family's files to ours."""
+"""Maps the augmentation keys of reference files to `AugmentationConfig`."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from job.compat.ini_values import boolean, centers, number, numbers, some_number
 
 
 class _Kind(NamedTuple):
-    """A kind that a key switches on, and the keys of its amounts."""
+    """A kind of augmentation: the key that switches it on, and the keys of its amounts."""
 
     key: str
     default: bool
@@ -24,8 +24,8 @@ def _circle(section: str, name: str, amount: float) -> tuple[MappedKey, ...]:
     )
 
 
-# The reference implementation adds a copy of every picture for each kind that is on; here each
-# sample is changed anew in every epoch, with these probabilities.
+# The reference implementation adds a copy of every image for each kind that is on. This package
+# changes each sample anew in every epoch, with these probabilities.
 _KINDS = (
     _Kind("hflip", True, "hflip", 0.5),
     _Kind("vflip", True, "vflip", 0.5),
@@ -107,7 +107,7 @@ _KINDS = (
         "pincdistortion", False, "pincushion", 0.25, _circle("pincdistortion", "pincushion", -0.5)
     ),
 )
-# Kinds that are on when their list is not empty: key, default, setting of the list, kind.
+# Kinds that are on if their list is not empty: key, default, setting of the list, kind.
 _LISTED_KINDS = (
     ("shrinks", (0.8,), "shrink_ratios", "shrink"),
     ("shears", (), "shear_factors", "shear"),
@@ -115,7 +115,7 @@ _LISTED_KINDS = (
 
 
 def read_augmentation(reader: KeyReader) -> None:
-    """Sets which changes of training samples are drawn, how often and how strong."""
+    """Sets kind, probability and strength of the augmentation."""
     is_on = reader.take("model", "generator", boolean, False)
     with reader.without_effect(not is_on, "model.generator is False"):
         augments = reader.take("generator", "augmentation", boolean, True)

@@ -1,4 +1,4 @@
-"""Reads the text of an INI file as data: sections, keys and literals, which are never run."""
+"""Reads an INI file as data: sections, keys and literals; executes nothing."""
 
 import ast
 import io
@@ -18,7 +18,7 @@ _KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*[=:](.*)", re.DOTALL)
 
 
 class Entry(NamedTuple):
-    """One key of the file and the text of its value; lines count from 1."""
+    """Holds one key of the file and the text of its value; lines count from 1."""
 
     section: str
     key: str
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class IniFile:
-    """The entries of a file.
+    """Holds the entries of a file.
 
     Attributes:
         entries: by (section, key), in the file's order.
@@ -45,7 +45,7 @@ class IniFile:
             raise self.error(entry, "not UTF-8; save the file as UTF-8")
         try:
             with warnings.catch_warnings():
-                # The compiler warns of what literal_eval then refuses.
+                # The compiler warns of text that literal_eval then rejects.
                 warnings.simplefilter("ignore")
                 tree = ast.parse(entry.text.strip(), mode="eval")
             value = ast.literal_eval(tree)
@@ -54,7 +54,7 @@ class IniFile:
                 entry, "not a literal (number, 'text', True, False, None, tuple, list, dict)"
             ) from error
         if isinstance(tree.body, ast.Dict) and len(tree.body.keys) != len(value):
-            raise self.error(entry, "a key of the dict is given twice; keep one")
+            raise self.error(entry, "the dict has a key twice; keep one")
         return value
 
     def error(self, entry: Entry | None, problem: str) -> UsageError:
@@ -69,7 +69,7 @@ def read_ini(path: str) -> IniFile:
     """Returns the entries of the file at `path`; values are still text.
 
     Raises:
-        UsageError: it cannot be read, has a line of another form, or a key twice.
+        UsageError: the file cannot be read, has a malformed line, or has a key twice.
     """
     return IniFile(path, _parse(_read_text(path), path))
 
@@ -82,15 +82,15 @@ def _read_text(path: str) -> str:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}; check the path") from error
     if len(data) > _MAX_FILE_BYTES:
-        raise UsageError(f"{path}: larger than {_MAX_FILE_BYTES} bytes; not a configuration file")
-    # Comments are often in another encoding; a value with U+FFFD is refused where it is read.
+        raise UsageError(f"{path}: larger than {_MAX_FILE_BYTES} bytes; give a configuration file")
+    # Comments are often in another encoding. `literal` rejects values with U+FFFD.
     return data.decode("utf-8-sig", errors="replace")
 
 
 def _parse(text: str, path: str) -> dict[tuple[str, str], Entry]:
     """Returns the entries of INI `text` by (section, key), in order; comments are dropped.
 
-    A value goes on over the next lines while a bracket of it is open.
+    A value continues on the next lines while it has an open bracket.
     """
     entries: dict[tuple[str, str], Entry] = {}
     first_lines: dict[str, int] = {}
@@ -141,6 +141,6 @@ def _without_comment(line: str) -> tuple[str, int]:
 
 
 def clipped(text: str) -> str:
-    """Returns `text` as one short line that a terminal can be trusted with."""
+    """Returns `text` as one short line without control characters."""
     safe = "".join(each if each.isprintable() else f"\\x{ord(each):02x}" for each in text)
     return safe if len(safe) <= _SHOWN_CHARS else f"{safe[: _SHOWN_CHARS - 1]}…"

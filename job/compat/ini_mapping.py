@@ -1,6 +1,6 @@
-"""Maps the keys of the reference family's INI files to our settings, or says why one has no effect.
+"""Maps the keys of reference INI files to settings, or notes why a key has no effect.
 
-Must not know TensorFlow; it builds plain values, which the settings classes check.
+Builds plain values, which the settings classes check. Does not import TensorFlow.
 """
 
 import os
@@ -26,7 +26,7 @@ from job.compat.ini_values import (
     whole,
 )
 
-# Class names of the family that are registered here. Source: reference configuration, model.model.
+# Reference class name -> registered model. Source: key model.model of the reference configurations.
 _MODEL_NAMES = {"TensorFlowFlexUNet": "flexunet"}
 _LOSS_NAMES = {
     "categorical_crossentropy": "categorical_crossentropy",
@@ -39,18 +39,21 @@ _LOSS_NAMES = {
 }
 _METRIC_NAMES = ("dice_coef_multiclass", "dice_coef", "iou_coef", "sensitivity", "specificity")
 
-_RUN_FOLDER = "results lie in the run's own folder, which is never deleted"
+_RUN_FOLDER = "results are in the folder of the run, which is never deleted"
 _NO_EFFECT = "has no effect in the reference implementation either"
 _NEAREST = "a mask pixel takes the class of the nearest colour"
-_AFTER_EPOCHS = "after an epoch pictures are predicted as for training; see infer.images_dir"
+_AFTER_EPOCHS = "images are predicted after an epoch as in training; see infer.images_dir"
 _UNUSED = {
-    ("model", "dropout_seed_fixing"): "dropout is always repeatable: it depends on the seed",
+    ("model", "dropout_seed_fixing"): "dropout is always reproducible: it depends on the seed",
     ("model", "show_summary"): "the layers are not printed",
     ("dataset", "class_name"): "masks are recognised by their content",
     ("dataset", "datasetclass"): "masks are recognised by their content",
-    ("dataset", "resize_interpolation"): "images are stretched bilinearly, masks by nearest pixel",
-    ("train", "steps_per_epoch"): "an epoch is every training sample once",
-    ("train", "validation_steps"): "validation is every validation sample once",
+    (
+        "dataset",
+        "resize_interpolation",
+    ): "images are resized bilinearly, masks by nearest neighbour",
+    ("train", "steps_per_epoch"): "an epoch has every training sample once",
+    ("train", "validation_steps"): "validation has every validation sample once",
     ("train", "model_dir"): _RUN_FOLDER,
     ("train", "eval_dir"): _RUN_FOLDER,
     ("train", "epoch_change_infer_dir"): _RUN_FOLDER,
@@ -63,10 +66,10 @@ _UNUSED = {
     (
         "eval",
         "batch_size",
-    ): "evaluation uses the batch size of training; results do not depend on it",
+    ): "evaluation uses the batch size of training; the results do not depend on it",
     ("infer", "output_dir"): "give the folder to `flexunet infer RUN IMAGES OUTPUT`",
     ("tiledinfer", "output_dir"): "give it to `flexunet infer RUN IMAGES OUTPUT --window sliding`",
-    ("image", "color_order"): "pictures are always read as RGB",
+    ("image", "color_order"): "images are always read as RGB",
     ("mask", "mask_file_format"): "masks are found by stem and recognised by their content",
     ("mask", "mask_datatype"): "masks are recognised by their content",
     ("mask", "binarize"): _NEAREST,
@@ -75,12 +78,12 @@ _UNUSED = {
     ("mask", "blur_size"): _NEAREST,
     ("generator", "debug"): _NO_EFFECT,
     ("generator", "verbose"): _NO_EFFECT,
-    ("deformation", "alpha"): "alpah is what takes effect",
-    ("deformation", "sigmoid"): "sigmoids is what takes effect",
-    ("distortion", "gaussian_filter_sigma"): "the field is smoothed by gaussian_filter_rsigma",
+    ("deformation", "alpha"): "the key that takes effect is alpah",
+    ("deformation", "sigmoid"): "the key that takes effect is sigmoids",
+    ("distortion", "gaussian_filter_sigma"): "the key that takes effect is gaussian_filter_rsigma",
 }
 
-# (section, spellings, converter, the reference implementation's default, our setting)
+# (section, spellings, converter, default of the reference implementation, setting of this package)
 _NETWORK = (
     MappedKey("model", ("base_filters",), whole(1), 16, "model.base_filters"),
     MappedKey("model", ("num_layers",), whole(1), 6, "model.num_layers"),
@@ -131,15 +134,15 @@ _TRAINING = (
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """What a file of the reference implementation asks for.
+    """Holds the settings of a reference file.
 
     Attributes:
         train: nested values for TrainConfig.
         prep: values for PrepConfig.
-        sources: image and mask folders of the splits, absolute or as URLs; empty where the file
+        sources: image and mask folders of the splits, absolute or as URLs; empty if the file
             names none.
         infer_images: folder of images to predict, or None.
-        notes: one per key of the file, in its order, then the defaults that were filled in.
+        notes: one per key in the order of the file, then one per filled-in default.
     """
 
     train: dict[str, Any]
@@ -150,18 +153,18 @@ class ReferenceConfig:
 
 
 def is_reference_config(path: str) -> bool:
-    """Returns whether `path` is named like the reference implementation's files."""
+    """Returns whether `path` is named like a reference file: .config or .ini."""
     return path.lower().endswith((".config", ".ini"))
 
 
 def read_reference_config(path: str) -> ReferenceConfig:
     """Returns the settings of the INI file at `path`; nothing in it is executed.
 
-    A missing key has the reference implementation's default, not ours.
+    A missing key has the default of the reference implementation, not of this package.
 
     Raises:
         UsageError: the file cannot be read, a value is not a literal of the right kind, a key is
-            given twice, or the model is not registered; the message names file, line and key.
+            given twice, or the model is not registered; names file, line and key.
     """
     reader = KeyReader(read_ini(path), _UNUSED)
     _read_model(reader)
@@ -201,7 +204,7 @@ def _read_training(reader: KeyReader) -> None:
 
 
 def _read_metrics(reader: KeyReader) -> None:
-    """Joins the metrics of the model with those that train_metrics.csv shows."""
+    """Joins the metrics of the model with those of train_metrics.csv."""
     metrics = reader.take("model", "metrics", _metrics, ["dice_coef_multiclass"])
     columns = metrics
     if reader.has("train", "metrics"):
@@ -213,7 +216,7 @@ def _read_metrics(reader: KeyReader) -> None:
 
 
 def _read_inference(reader: KeyReader) -> str | None:
-    """Returns the folder of images to predict; sets what is predicted after every epoch."""
+    """Returns the folder of images to predict; sets the predictions after every epoch."""
     folder: str | None = reader.take(
         "infer", "images_dir", optional(folder_from(reader.file.path)), None
     )
@@ -232,15 +235,15 @@ def _read_inference(reader: KeyReader) -> str | None:
 
 
 def _predict_from(reader: KeyReader, folder: str) -> None:
-    """Has the pictures of `folder` predicted after every epoch where it exists.
+    """Sets `folder` as the images to predict after every epoch, if it exists.
 
-    The projects of the family are often handed on without it; training does not need it.
+    Reference projects are often distributed without this folder, and training does not need it.
     """
     if "://" in folder or os.path.isdir(folder):
         reader.set("prediction_folder", folder)
         reader.describe("infer", "images_dir", f"prediction_folder = {folder}")
         return
-    detail = f"{folder} does not exist: the first validation images are predicted instead"
+    detail = f"{folder} does not exist; the first validation images are predicted"
     reader.describe("infer", "images_dir", detail, "not used")
 
 
@@ -252,7 +255,7 @@ def _model_name(value: Any) -> str:
 
 
 def _metrics(value: Any) -> list[str]:
-    """Returns metric names without their `val_` doubles."""
+    """Returns metric names without their `val_` duplicates."""
     if not isinstance(value, tuple | list):
         raise ValueError("expected a list of names")
     known = {name: name for name in _METRIC_NAMES}

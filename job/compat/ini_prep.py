@@ -1,4 +1,4 @@
-"""Maps what the reference family's files say of images and masks to a dataset of data_prep."""
+"""Maps the image and mask keys of reference files to data_prep, and prepares the dataset."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_image_size(reader: KeyReader) -> None:
-    """Sets the size that images and masks are stored at."""
+    """Sets the size of the stored images and masks."""
     width = reader.take("model", "image_width", whole(1), 512)
     height = reader.take("model", "image_height", whole(1), 512)
     if width == height:
@@ -28,7 +28,7 @@ def read_image_size(reader: KeyReader) -> None:
 
 
 def read_masks(reader: KeyReader) -> None:
-    """Sets the classes by the colours of the masks; reads `num_classes`, which is set before."""
+    """Sets the classes from the mask colours; `num_classes` must be set already."""
     colors = reader.take("mask", "rgb_map", optional(_color_map), None)
     if colors is None:
         return
@@ -36,7 +36,7 @@ def read_masks(reader: KeyReader) -> None:
     if len(colors) != max(num_classes, 2):
         raise reader.file.error(
             reader.file.entries["mask", "rgb_map"],
-            f"{len(colors)} classes, but model.num_classes = {num_classes}; make them agree",
+            f"{len(colors)} classes, but model.num_classes = {num_classes}; make them equal",
         )
     names = ["background", *(f"class_{index}" for index in range(1, len(colors)))]
     text = ";".join(
@@ -48,9 +48,9 @@ def read_masks(reader: KeyReader) -> None:
 
 
 def read_source(reader: KeyReader, split: str) -> Source | None:
-    """Returns the folders of one split, or None where the file names neither."""
+    """Returns the folders of one split; None if the file names neither."""
     folders = {}
-    # The older spelling is that of the family's first projects.
+    # Early reference projects have the older spelling.
     for key, older in (("images_dir", "image_datapath"), ("masks_dir", "mask_datapath")):
         name = reader.first_of(split, (key, older))
         folders[key] = reader.take(split, name, optional(folder_from(reader.file.path)), None)
@@ -67,15 +67,15 @@ def read_source(reader: KeyReader, split: str) -> Source | None:
 def prepare_sources(
     sources: Sequence[Source], options: Mapping[str, Any], output_url: str, path: str
 ) -> None:
-    """Makes the image folders of the file at `path` a dataset, or finds it finished.
+    """Prepares a dataset from the image folders of the file at `path`, unless it is finished.
 
     Args:
-        sources: of the file.
-        options: values for PrepConfig, of the file and of the command line.
+        sources: image folders of the file.
+        options: values for PrepConfig from the file and the command line.
 
     Raises:
         UsageError: the file names no image folders, or a folder is missing or empty.
-        ContentError: pictures are bad or splits leak.
+        ContentError: images are bad or splits leak.
     """
     from data_prep.config import PrepConfig
     from data_prep.pipeline import prepare
@@ -83,7 +83,7 @@ def prepare_sources(
     if "train" not in {source.split for source in sources}:
         raise UsageError(
             f"{path}: no dataset: [train] names no images_dir and masks_dir; "
-            "add them, or give --data DATASET, a folder or gs:// URL made by prep"
+            "add them, or give --data DATASET, a folder or gs:// URL written by prep"
         )
     config = parse_settings(PrepConfig, options, path)
     logger.info("preparing the images of %s in %s", path, output_url)
@@ -91,7 +91,7 @@ def prepare_sources(
 
 
 def _color_map(value: Any) -> list[tuple[int, ...]]:
-    """Returns the colour of each class, by id; `{(r,g,b): id}` must name the ids 0..n-1 once."""
+    """Returns the colour of each class by id; `{(r,g,b): id}` must name each id 0..n-1 once."""
     if not isinstance(value, dict) or not value:
         raise ValueError("expected {(r,g,b): class, ...}")
     colors: dict[int, tuple[int, ...]] = {}

@@ -1,4 +1,4 @@
-"""Hands out the keys of an INI file one by one, and notes what became of each."""
+"""Reads the keys of an INI file one by one, and notes how each is used."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,14 +18,14 @@ Status = Literal["unknown", "not used", "mapped", "default"]
 
 @dataclass(frozen=True)
 class KeyNote:
-    """What became of one key of the file, or of one that is missing from it.
+    """Records how one key was used, present in the file or missing from it.
 
     Attributes:
         key: "section.key".
-        value: the text in the file, or the reference implementation's default.
+        value: the text in the file, or the default of the reference implementation.
         status: "mapped", "not used", "unknown" (misspelt), or "default" (missing from the file).
-        detail: our setting, the reason, or a suggestion.
-        line: line in the file, from 1; 0 where the key is missing.
+        detail: the setting, the reason, or a suggestion.
+        line: line in the file, from 1; 0 if the key is missing.
     """
 
     key: str
@@ -36,10 +36,10 @@ class KeyNote:
 
 
 class MappedKey(NamedTuple):
-    """A key that becomes one setting of ours.
+    """Maps a key to one setting of this package.
 
     Attributes:
-        keys: spellings; the first one that the file has counts.
+        keys: spellings; the first one in the file counts.
         default: as for `KeyReader.take`.
         target: dotted path of the setting.
     """
@@ -53,12 +53,12 @@ class MappedKey(NamedTuple):
 
 @dataclass
 class KeyReader:
-    """Hands out the entries of a file one by one and notes what became of each."""
+    """Reads the entries of a file one by one and notes how each is used."""
 
     file: IniFile
-    unused: Mapping[tuple[str, str], str]  # why keys that nobody takes have no effect
+    unused: Mapping[tuple[str, str], str]  # why keys that are never taken have no effect
     settings: dict[str, Any] = field(default_factory=lambda: {"prep": {}})
-    # Set while reading keys that are without effect because of another one.
+    # The reason, while reading keys that have no effect because of another key.
     unused_because: str | None = None
     _notes: dict[tuple[str, str], KeyNote] = field(default_factory=dict)
     _known: set[tuple[str, str]] = field(default_factory=set)
@@ -68,12 +68,12 @@ class KeyReader:
         return (section, key) in self.file.entries
 
     def first_of(self, section: str, keys: Sequence[str]) -> str:
-        """Returns the first of `keys` that the file has, or the first where it has none."""
+        """Returns the first of `keys` in the file; `keys[0]` if none is."""
         return next((key for key in keys if self.has(section, key)), keys[0])
 
     @contextmanager
     def without_effect(self, applies: bool, reason: str) -> Iterator[None]:
-        """Notes the keys taken inside as not used for `reason`, where that `applies`."""
+        """Notes the keys taken inside as not used for `reason`, if `applies`."""
         outer = self.unused_because
         if applies and outer is None:
             self.unused_because = reason
@@ -88,11 +88,12 @@ class KeyReader:
         default: Any,
         target: str | None = None,
     ) -> Any:
-        """Returns the converted value of a key and sets our setting `target` to it.
+        """Returns the converted value of a key and sets the setting `target` to it.
 
         Args:
-            default: the reference implementation's literal for a missing key; `...`: required.
-            target: dotted path of our setting; None: the caller uses the value.
+            default: literal that the reference implementation uses for a missing key; `...`:
+                required.
+            target: dotted path of the setting; None: the caller uses the value.
         """
         self._known.add((section, key))
         entry = self.file.entries.get((section, key))
@@ -109,12 +110,12 @@ class KeyReader:
         return value
 
     def take_mapped(self, mapped: MappedKey) -> None:
-        """Sets the setting that a key of a table stands for."""
+        """Takes a key and sets the setting that it maps to."""
         key = self.first_of(mapped.section, mapped.keys)
         self.take(mapped.section, key, mapped.convert, mapped.default, mapped.target)
 
     def set(self, target: str, value: Any) -> None:
-        """Sets our setting at the dotted path `target`."""
+        """Sets the setting at the dotted path `target`."""
         *groups, leaf = target.split(".")
         place = self.settings
         for group in groups:
@@ -122,14 +123,14 @@ class KeyReader:
         place[leaf] = value
 
     def describe(self, section: str, key: str, detail: str, status: Status = "mapped") -> None:
-        """Says what became of a key that was taken without a target."""
+        """Notes how a key is used that was taken without a target."""
         note = self._notes.get((section, key))
         if note is not None and self.unused_because is None:
             kept = note.status if note.status == "default" else status
             self._notes[section, key] = KeyNote(note.key, note.value, kept, detail, note.line)
 
     def all_notes(self) -> tuple[KeyNote, ...]:
-        """Returns a note for every key: of the file in its order, then the filled-in defaults."""
+        """Returns a note per key in the order of the file, then one per filled-in default."""
         for place, entry in self.file.entries.items():
             if place not in self._notes:
                 self.file.literal(entry)
@@ -163,12 +164,12 @@ class KeyReader:
             return f"no such section; {suggestion(entry.section, sections)}"
         elsewhere = sorted(section for section, key in known if key == entry.key)
         if elsewhere:
-            return f"belongs into [{'] or ['.join(elsewhere)}]"
+            return f"belongs in [{'] or ['.join(elsewhere)}]"
         return suggestion(entry.key, [key for section, key in known if section == entry.section])
 
 
 def format_notes(notes: Sequence[KeyNote]) -> "Table":
-    """Returns a table of `notes`, what needs attention first; at most 100 columns wide."""
+    """Returns a table of `notes`, those that need attention first; at most 100 columns wide."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -192,7 +193,7 @@ def format_notes(notes: Sequence[KeyNote]) -> "Table":
 
 
 def shown(value: Any) -> str:
-    """Returns a value as an option is written."""
+    """Returns a value in the form of an option."""
     if isinstance(value, list | tuple):
         return ",".join(shown(part) for part in value)
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""Converts literals of the reference family's files; a ValueError says what is expected."""
+"""Converts literals of reference files; the ValueError of a wrong one says what is expected."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ Convert = Callable[[Any], Any]
 
 
 def same(value: Any) -> Any:
-    """Returns any value as it is."""
+    """Returns `value` unchanged."""
     return value
 
 
@@ -38,7 +38,7 @@ def patience(value: Any) -> int:
     """Returns a number of epochs, 0 for never."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError("expected a whole number")
-    # The reference implementation stops never at zero and below.
+    # At 0 and below, the reference implementation never stops early.
     return max(value, 0)
 
 
@@ -57,7 +57,7 @@ def boolean(value: Any) -> bool:
 
 
 def flag(meaning: Mapping[bool, str]) -> Convert:
-    """Returns a converter of True and False to what they mean here."""
+    """Returns a converter of True and False to their values in `meaning`."""
 
     def convert(value: Any) -> str:
         return meaning[boolean(value)]
@@ -68,7 +68,7 @@ def flag(meaning: Mapping[bool, str]) -> Convert:
 def pair(value: Any) -> list[int]:
     """Returns two whole numbers."""
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise ValueError("expected a pair of whole numbers, as (3,3)")
+        raise ValueError("expected a pair of whole numbers such as (3,3)")
     return [whole(1)(part) for part in value]
 
 
@@ -80,12 +80,12 @@ def numbers(value: Any) -> list[float]:
 
 
 def optional(convert: Convert) -> Convert:
-    """Returns a converter that takes None, too."""
+    """Returns a converter that also accepts None."""
     return lambda value: None if value is None else convert(value)
 
 
 def one_of(names: Mapping[str, str]) -> Convert:
-    """Returns a converter of `names` to what each is called here."""
+    """Returns a converter of the keys of `names` to their values."""
 
     def convert(value: Any) -> str:
         if not isinstance(value, str) or value not in names:
@@ -96,13 +96,13 @@ def one_of(names: Mapping[str, str]) -> Convert:
 
 
 def folder_from(config_path: str) -> Convert:
-    """Returns a converter of a folder to its path as seen from the file's own folder."""
+    """Returns a converter of a folder, relative to the file's folder, to a full path."""
 
     def convert(value: Any) -> str:
         if not isinstance(value, str) or not value.strip():
             raise ValueError("expected a folder in quotes")
         if "\\" in value or not value.isprintable():
-            raise ValueError("write folders with / and not with \\")
+            raise ValueError("write folders with /, not with \\")
         if "://" in value:
             return value
         beside = os.path.dirname(os.path.abspath(config_path))
@@ -112,10 +112,12 @@ def folder_from(config_path: str) -> Convert:
 
 
 def some_numbers(value: Any) -> list[float]:
-    """Returns one or more numbers, of a list or of a number."""
+    """Returns one or more numbers from a list or a single number."""
     found = numbers([value] if isinstance(value, int | float) else value)
     if not found:
-        raise ValueError("expected one or more numbers; to switch the kind off set it to False")
+        raise ValueError(
+            "expected one or more numbers; to switch this augmentation off, set it to False"
+        )
     return found
 
 

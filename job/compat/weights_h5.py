@@ -1,4 +1,4 @@
-"""Loads the weights of the reference family's `best_model.h5` into a model of this package."""
+"""Loads a `best_model.h5` of the reference implementation into a model of this package."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def load_reference_weights(model: "keras.Model", path: str) -> None:
-    """Sets `model`'s weights from the reference family's `best_model.h5`.
+    """Sets the weights of `model` from a `best_model.h5` of the reference implementation.
 
-    The file is read as data: its model description is ignored, nothing in it is executed, no other
-    file is opened, and nothing is read before all shapes are known to fit.
+    Reads the file as data: ignores its model description, executes nothing and opens no other
+    file. Checks all shapes before it reads any values.
 
     Raises:
-        ContentError: not such a file, or its shapes are not this model's.
+        ContentError: not such a file, or its shapes do not fit this model.
     """
     import h5py
 
@@ -30,7 +30,7 @@ def load_reference_weights(model: "keras.Model", path: str) -> None:
             weights = [np.asarray(each) for each in datasets]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ContentError(
-            f"{path}: not a weight file of the reference family ({error}); "
+            f"{path}: not a weight file of the reference implementation ({error}); "
             "expected Keras HDF5 with layer_names and weight_names"
         ) from error
     set_weights(model, weights, source=path)
@@ -40,7 +40,7 @@ def set_weights(model: "keras.Model", weights: Sequence[np.ndarray], *, source: 
     """Sets all weights of `model`, in creation order, from `weights` read from `source`.
 
     Raises:
-        ContentError: their number or shapes are not this model's.
+        ContentError: their number or shapes do not fit this model.
     """
     _check_shapes(model, [each.shape for each in weights], source)
     for variable, value in zip(creation_order(model), weights, strict=True):
@@ -56,25 +56,24 @@ def _check_shapes(model: "keras.Model", found: Sequence[tuple[int, ...]], source
     difference = (
         f"{len(found)} weights, the model has {len(wanted)}"
         if at is None
-        else f"weight {at} has shape {found[at]}, the model's {variables[at].path} {wanted[at]}"
+        else f"weight {at} has shape {found[at]}, {variables[at].path} of the model {wanted[at]}"
     )
     raise ContentError(
-        f"{source}: does not fit the model: {difference}; "
-        "choose the model options that it was trained with"
+        f"{source}: does not fit the model: {difference}; give the model options of its training"
     )
 
 
 def creation_order(model: "keras.Model") -> list[Any]:
-    """Returns all weights in creation order, each layer's together (as the reference saves them).
+    """Returns all weights layer by layer in creation order, as the reference saves them.
 
-    Keras sorts the layers of a functional model by depth, which is creation order for a U-Net
-    without branches of equal depth; ties keep their order of creation.
+    Keras sorts the layers of a functional model by depth. In a U-Net without branches of equal
+    depth this is the creation order; ties keep their order of creation.
     """
     return [weight for layer in model.layers for weight in layer.weights]
 
 
 def _h5_datasets(file: Any) -> list[Any]:
-    """Returns the datasets of all weights, unread, in the order of the file's lists."""
+    """Returns the unread datasets of all weights, in the order of the file's lists."""
     root = entry_at(file, "model_weights") if "model_weights" in file else file
     datasets = []
     for layer in root.attrs["layer_names"]:

@@ -1,15 +1,16 @@
-"""Owns augmentation: one warp per sample for image and mask, drawn from (seed, epoch, sample).
+"""Augments an image and its mask with one warp, drawn from (seed, epoch, sample).
 
-The kinds and their formulas are the reference implementation's; what differs from it:
-- It makes one deformed copy per kind. Here each kind is drawn on its own with its probability, and
-  the drawn geometric ones are composed into one field of source coordinates, so that a picture is
-  interpolated once: the image linearly, the mask by nearest pixel, both through the same field.
-- Sharpening and brightening act on the image alone.
+The kinds and their formulas are those of the reference implementation, with these differences:
+- The reference implementation makes one deformed copy per kind. Here each kind is drawn
+  independently with its probability. All drawn geometric kinds form one field of source
+  coordinates, so that each sample is interpolated once: the image linearly, the mask by nearest
+  neighbour.
+- Sharpening and brightening change the image only.
 - One elastic field moves all channels.
-- What comes from outside the picture is 0, the black of a mammogram and class 0. The two random
-  fields repeat the edge instead, as a tissue that touches the border would leave black notches.
+- Pixels from outside the image are 0: black, and class 0. The two random fields repeat the edge
+  instead, since tissue at the border would otherwise get black notches.
 
-Must not know TensorFlow, files or batches.
+Does not import TensorFlow and reads no files.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,8 @@ from job.data.random_streams import Purpose, SampleKey, sample_generator
 
 Pixels: TypeAlias = npt.NDArray[Any]  # uint8 or uint16
 Field: TypeAlias = npt.NDArray[np.float32]  # (2, H, W): x and y, pixels
-# x and y of points, pixels, each of a shape that broadcasts to (H, W): a grid that nothing has bent
-# yet costs a row and a column.
+# x and y of points in pixels, each broadcastable to (H, W): an undistorted grid is one row and one
+# column.
 Points: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 Draws: TypeAlias = Callable[[Purpose], np.random.Generator]  # of one sample
 
@@ -42,8 +43,8 @@ _KINDS = (
     "sharpening",
     "brightening",
 )
-# A field smoothed with sigma is drawn at a spacing of sigma / 4 and interpolated: 16 times fewer
-# numbers, and no visible kinks.
+# A field smoothed with sigma is drawn at a spacing of sigma / 4 and interpolated: far fewer numbers
+# (1 / 4 at sigma 8, 1 / 100 at sigma 40), and no visible kinks.
 _CELLS_PER_SIGMA = 4
 
 
@@ -55,19 +56,19 @@ def augment(
     config: AugmentationConfig,
     value_max: int,
 ) -> tuple[Pixels, npt.NDArray[np.uint8]]:
-    """Returns the augmented image and mask; the very arguments when nothing was drawn.
+    """Returns the augmented image and mask; the arguments themselves if no kind was drawn.
 
-    A pure function of its arguments: the same on any machine layout and after a restart.
+    A pure function of its arguments: same result on any number of machines and after a restart.
 
     Args:
         image: (H, W, C) uint8 or uint16, C of 1 or 3.
         mask: (H, W) uint8 class ids.
-        value_max: the largest pixel value; what sharpening and brightening clip to.
+        value_max: largest pixel value; sharpening and brightening clip to it.
     """
     if not config.enabled:
         return image, mask
-    # A kind that needs many draws has a stream of its own, so that switching it on leaves the
-    # other kinds as they are.
+    # A kind that needs many draws has its own stream, so that switching it on does not change the
+    # other kinds.
     draws = partial(sample_generator, sample=sample)
     rng = draws(Purpose.DECISIONS)
     drawn = {
@@ -97,10 +98,10 @@ def _source_field(
     config: AugmentationConfig,
     draws: Draws,
 ) -> Points | None:
-    """Returns where in the sample each pixel of the result comes from; None when nothing moves.
+    """Returns the source coordinates of each pixel of the result; None if nothing moves.
 
-    A kind that acts later on the picture acts earlier on the coordinates. The picture is flipped,
-    rotated, sheared and shrunk, then bulged, then moved by the random fields.
+    The image is flipped, rotated, sheared and shrunk, then bulged, then moved by the random fields.
+    The coordinates go through these changes in reverse order.
     """
     if not drawn - {"sharpening", "brightening"}:
         return None
@@ -159,9 +160,9 @@ def elastic_field(
 
     Uniform noise in [-1, 1], smoothed with a Gaussian of `sigma` and multiplied by `alpha`, has the
     standard deviation alpha / sqrt(3) / (2 sqrt(pi) sigma). The reference implementation smooths
-    over the three channels too, which lessens that by sqrt(k(-1)^2 + k(0)^2 + k(1)^2) of the
-    one-dimensional Gaussian k. We draw a field of the resulting strength, the same for all
-    channels: 2.3 pixels for alpha 1300 and sigma 8, where Simard's formula alone would give 26.
+    over the three channels too, which multiplies it by sqrt(k(-1)^2 + k(0)^2 + k(1)^2) of the
+    one-dimensional Gaussian k. This function draws a field of that strength, the same for all
+    channels: 2.3 pixels for alpha 1300 and sigma 8. Simard's formula alone would give 26.
 
     Source: Simard, Steinkraus, Platt 2003, doi:10.1109/ICDAR.2003.1227801.
     """
@@ -179,7 +180,7 @@ def distortion_field(
 ) -> Field:
     """Returns a wide smooth displacement field: (2, height, width) float32, pixels.
 
-    The gradient of Gaussian noise that was smoothed with `sigma`; x and y are each scaled to a
+    The field is the gradient of Gaussian noise smoothed with `sigma`. x and y are each scaled to a
     largest absolute shift of `shift` pixels.
     """
     spacing = max(1.0, sigma / _CELLS_PER_SIGMA)
@@ -190,7 +191,7 @@ def distortion_field(
 
 
 def _cells(height: int, width: int, spacing: float) -> tuple[int, int]:
-    """Returns the size of the coarse grid; two cells at least, which a gradient needs."""
+    """Returns the size of the coarse grid; at least 2 cells a side, as the gradient needs."""
     return max(2, int(np.ceil(height / spacing))), max(2, int(np.ceil(width / spacing)))
 
 
@@ -218,7 +219,7 @@ def _resized(fields: Field, height: int, width: int) -> Field:
 
 
 def _bulged(points: Points, center: tuple[float, float], radius: float, amount: float) -> Points:
-    """Returns `points` with those in the circle moved towards (amount > 0) or from its centre.
+    """Returns `points` with those in the circle moved to (amount > 0) or from its centre.
 
     The distance d from the centre is multiplied by sin(pi d / (2 radius)) ** amount, which is 1 on
     the circle.
@@ -239,7 +240,7 @@ def _bulged(points: Points, center: tuple[float, float], radius: float, amount: 
 def _affine(
     drawn: set[str], picks: dict[str, float], config: AugmentationConfig
 ) -> npt.NDArray[np.float64]:
-    """Returns the (2, 2) matrix, about the centre, from places in the result to the sample."""
+    """Returns the (2, 2) matrix about the centre that maps result to sample coordinates."""
     matrix = np.eye(2)
     if "hflip" in drawn:
         matrix = matrix @ np.diag([-1.0, 1.0])
@@ -247,7 +248,7 @@ def _affine(
         matrix = matrix @ np.diag([1.0, -1.0])
     if "rotation" in drawn:
         turn = np.deg2rad(_pick(config.rotation_angles, picks["rotation"]))
-        # y points down, so this turns the picture anticlockwise. Rounded: 90 degrees are exact.
+        # y points down, so this turns the image anticlockwise. Rounding makes 90 degrees exact.
         cos, sin = np.round(np.cos(turn), 15), np.round(np.sin(turn), 15)
         matrix = matrix @ np.array([[cos, -sin], [sin, cos]])
     if "shear" in drawn:

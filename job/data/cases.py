@@ -1,4 +1,4 @@
-"""The pictures of a split: what is a case, whether it is stored whole or as tiles."""
+"""Groups the samples of a split into cases: images stored whole or as tiles."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from job.data.reader import RecordReader, read_sample
 
 @dataclass(frozen=True)
 class Case:
-    """A case: the samples that are its tiles, or the one that it is.
+    """Describes a case: one image, stored as one sample or as several tiles.
 
     Attributes:
-        geometry: where the source lies in what `read_case` returns.
-        spacing: mm (rows, columns) of a source pixel, where it is known.
+        geometry: position of the source image in the pixels of `read_case`.
+        spacing: mm (rows, columns) of a source pixel, if known.
         samples: indices in the split.
-        tiles: geometries of the samples, where they are tiles to be joined.
+        tiles: geometries of the samples, if they are tiles to join.
     """
 
     id: str
@@ -32,10 +32,10 @@ class Case:
 
 
 def cases_of(split: Split, *, is_by_tile: bool = False) -> tuple[Case, ...]:
-    """Returns the pictures of `split`, in the order of their first samples.
+    """Returns the cases of `split`, in the order of their first samples.
 
     Args:
-        is_by_tile: take each tile for a picture.
+        is_by_tile: make each tile a case.
     """
     members: dict[str, list[int]] = {}
     for index, (sample, case) in enumerate(zip(split.ids, split.source_images, strict=True)):
@@ -66,7 +66,7 @@ def _case(split: Split, name: str, samples: Sequence[int], is_by_tile: bool) -> 
 
 
 def read_case(reader: RecordReader, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Returns image (H, W, C) and mask (H, W) uint8 of a picture; tiles are put together."""
+    """Returns image (H, W, C) and mask (H, W) uint8 of a case; joins its tiles."""
     read = [read_sample(reader, index) for index in case.samples]
     if not case.tiles:
         return read[0]

@@ -1,4 +1,4 @@
-"""Opens a committed dataset: its manifest and the table of its samples, read and checked."""
+"""Opens a committed dataset: reads and checks its manifest and sample table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _SIDES = ("top", "left", "height", "width")
 
 @dataclass(frozen=True)
 class Split:
-    """The samples of one split, in the dataset's order."""
+    """Holds the samples of one split, in the order of the dataset."""
 
     name: str
     ids: tuple[str, ...]
@@ -26,9 +26,9 @@ class Split:
     shards: tuple[str, ...]  # of each sample
     offsets: np.ndarray  # (N,) int64, bytes
     lengths: np.ndarray  # (N,) int64, bytes
-    geometries: tuple[Geometry, ...]  # where each picture lies in the stored one
+    geometries: tuple[Geometry, ...]  # where each source image is in the stored one
     spacings: tuple[tuple[float, float] | None, ...]  # mm (rows, columns) of a source pixel
-    source_images: tuple[str | None, ...]  # of a tile, the id of its picture
+    source_images: tuple[str | None, ...]  # of a tile, the id of its image
     has_foreground: np.ndarray  # (N,) bool: a pixel of another class than 0
 
     def __len__(self) -> int:
@@ -37,31 +37,31 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A committed dataset."""
+    """Holds a committed dataset."""
 
     url: str
     manifest: Manifest
     digest: str  # sha256 of the manifest
     splits: dict[str, Split]
-    fold: tuple[int, int] | None = None  # (k, of how many) where the splits are those of a fold
+    fold: tuple[int, int] | None = None  # (fold, number of folds) if the splits are those of a fold
 
     def split(self, name: str) -> Split:
         """Returns the split `name`.
 
         Raises:
-            UsageError: the dataset has no sample in it.
+            UsageError: the split is missing or empty.
         """
         split = self.splits.get(name)
         if split is None or not len(split):
             present = [key for key, value in self.splits.items() if len(value)]
             raise UsageError(
-                f"{self.url}: split {name!r} has no samples; it has {', '.join(present)}"
+                f"{self.url}: split {name!r} has no samples; the dataset has {', '.join(present)}"
             )
         return split
 
 
 def open_dataset(url: str) -> Dataset:
-    """Returns the dataset at `url`, its tables read and checked, no shard touched yet."""
+    """Returns the dataset at `url` with its tables read and checked; opens no shard."""
     store = open_store(url)
     manifest, digest = read_manifest(store)
     table = read_samples(store, manifest)
@@ -79,7 +79,7 @@ def open_dataset(url: str) -> Dataset:
 
 
 def _places(table: Any) -> list[tuple[Geometry, tuple[float, float] | None]]:
-    """Returns the geometry and, where it is known, the spacing of each sample."""
+    """Returns the geometry and, if known, the spacing of each sample."""
     names = [*("source_height", "source_width"), *_SIDES]
     columns = ["geometry_kind", *names, *(f"crop_{side}" for side in _SIDES), "is_flipped"]
     rows = table.select([*columns, "spacing_y_mm", "spacing_x_mm"]).to_pylist()

@@ -1,7 +1,7 @@
-"""The splits of a run: those of its dataset, or, where it trains a fold, those of the fold.
+"""Selects the splits of a run: those of its dataset, or those of the fold that it trains.
 
-Fold k is evaluated, fold k + 1 validates (it chooses the epoch), the others train; the dataset's
-test split is not touched.
+The run of fold k is evaluated on fold k, validates on fold k + 1 (which selects the best epoch) and
+trains on the others. The test split of the dataset is not used.
 """
 
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from job.data.dataset import Dataset, Split, open_dataset
 
 
 def is_cross_validation(config: TrainConfig) -> bool:
-    """Returns whether `config` is of all folds, and not of a run that trains one of them."""
+    """Returns whether `config` trains all folds, not only one of them."""
     return config.folds is not None and config.fold is None
 
 
 def fold_configs(config: TrainConfig) -> list[TrainConfig]:
-    """Returns the config of every fold's run.
+    """Returns the configs of the runs of all folds.
 
     Raises:
-        UsageError: the names would be too long.
+        UsageError: the name of a run is too long.
     """
     return [
         config.model_copy(update={"fold": k, "name": checked_run_name(f"{config.name}-fold-{k}")})
@@ -33,10 +33,10 @@ def fold_configs(config: TrainConfig) -> list[TrainConfig]:
 
 
 def open_folded(config: TrainConfig, url: str | None = None) -> Dataset:
-    """Returns the dataset of `config`, its splits those of the fold where one is named.
+    """Returns the dataset of `config`, divided into the splits of its fold if it has one.
 
     Args:
-        url: where the dataset is now; None: as the config says.
+        url: current URL of the dataset; None: the URL in the config.
     """
     dataset = open_dataset(url or str(config.data))
     if config.folds is None or config.fold is None:
@@ -47,10 +47,10 @@ def open_folded(config: TrainConfig, url: str | None = None) -> Dataset:
 def fold_of(dataset: Dataset, num_folds: int, fold: int) -> Dataset:
     """Returns `dataset` with `fold` as its test split, the next as valid, the others as train.
 
-    Folds are those of `prep --num-folds`, by the dataset's own seed; groups stay whole.
+    The folds equal those of `prep --num-folds` with the seed of the dataset; groups stay whole.
 
     Raises:
-        UsageError: fewer groups than folds.
+        UsageError: there are fewer groups than folds.
     """
     parts = [dataset.splits[name] for name in ("train", "valid") if name in dataset.splits]
     ids = [sample for part in parts for sample in part.ids]
@@ -64,31 +64,31 @@ def fold_of(dataset: Dataset, num_folds: int, fold: int) -> Dataset:
 
 
 def split_words(name: str, fold: Sequence[int] | None) -> str:
-    """Returns what people are told of split `name`; `fold` as in `Dataset`."""
+    """Returns the words for split `name` in reports; `fold` as in `Dataset`."""
     if fold is None:
         return f"the {name} split"
     if name == "train":
-        return f"what trains {fold_words(fold)}"
+        return f"the training folds of {fold_words(fold)}"
     if name == "valid":
-        return f"what validates {fold_words(fold)}"
+        return f"the validation fold of {fold_words(fold)}"
     return fold_words(fold)
 
 
 def evaluated_words(config: TrainConfig) -> str:
-    """Returns what people are told of the cases on which a run is evaluated."""
+    """Returns the words for the cases on which a run is evaluated."""
     if config.folds is None or config.fold is None:
         return split_words("test", None)
     return split_words("test", (config.fold, config.folds))
 
 
 def fold_words(fold: Sequence[int]) -> str:
-    """Returns (k, of how many) in words."""
+    """Returns the words for fold (k, number of folds); people count folds from 1."""
     index, num_folds = fold
-    return f"fold {index} (of 0 to {num_folds - 1})"
+    return f"fold {index + 1} of {num_folds}"
 
 
 def _joined(name: str, parts: Sequence[Split], chosen: np.ndarray) -> Split:
-    """Returns the `chosen` samples of the parts one after the other."""
+    """Returns the `chosen` samples of all parts, in order, as one split."""
 
     def pick(field: str) -> tuple[Any, ...]:
         values = [value for part in parts for value in getattr(part, field)]

@@ -1,4 +1,4 @@
-"""Makes batches for the replicas as `tf.data`: reads, decodes, augments and hands them over."""
+"""Makes the batches of the replicas with `tf.data`: reads, decodes, augments."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The samples of an epoch, and what is drawn with them.
+    """Describes an epoch: its samples, seed and augmentation.
 
     Attributes:
         batches: (steps, global batch) sample indices of the whole epoch, PADDING included.
         seed: of the run.
-        first_step: where to begin in the batches.
-        augmentation: None: samples stay as they are stored.
+        first_step: index of the first batch to make.
+        augmentation: None: samples stay as stored.
     """
 
     batches: np.ndarray
@@ -40,12 +40,12 @@ class EpochPlan:
 
 @dataclass(frozen=True)
 class Replicas:
-    """The replicas that share a global batch, and which of them are of this process.
+    """Describes the replicas that share a global batch, and those of this process.
 
     Attributes:
-        first: global number of this process' first replica.
-        total: of all processes.
-        local: of this process; each takes every local-th batch.
+        first: global index of the first replica of this process.
+        total: number of replicas in all processes.
+        local: number of replicas in this process; each takes every local-th batch.
     """
 
     first: int = 0
@@ -62,7 +62,7 @@ def make_batches(
     float32 and `key` (b,) int64, with b = global batch / replicas.
 
     Args:
-        replicas: None: one alone.
+        replicas: None: a single replica.
     """
     import tensorflow as tf
 
@@ -78,14 +78,14 @@ def make_batches(
     decode = _decoder(dataset.manifest, plan)
     parallel = available_cores()
     data = tf.data.Dataset.from_tensor_slices(samples)
-    # Converted ones leave a file in the folder for temporary files when a process is killed.
+    # Functions that AutoGraph converts leave a temporary file behind when a process is killed.
     load, decode = map(tf.autograph.experimental.do_not_convert, (load, decode))
     data = data.map(load, num_parallel_calls=parallel, deterministic=True)
     data = data.unbatch().map(decode, num_parallel_calls=parallel, deterministic=True)
     data = data.batch(batch_size, drop_remainder=True)
     options = tf.data.Options()
     # Autotuning runs a thread that sleeps for up to a minute, and the end of an iterator waits for
-    # it: seconds lost at every end of an epoch (TensorFlow 2.21). A fixed number is as fast.
+    # it: this costs seconds at the end of every epoch (TensorFlow 2.21). A fixed number is as fast.
     options.autotune.enabled = False
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return data.prefetch(2 * replicas.local).with_options(options)
@@ -93,12 +93,12 @@ def make_batches(
 
 def _sample_rows(plan: EpochPlan, replicas: Replicas) -> dict[str, np.ndarray]:
     """Returns the samples of each per-replica batch by name: index, copy, weight, key, (N, b)."""
-    # A sample that comes twice in an epoch is another one each time.
+    # A sample that occurs twice in an epoch has other random numbers each time.
     copies = np.where(plan.batches == PADDING, 0, copy_numbers(plan.batches))[plan.first_step :]
     batches = plan.batches[plan.first_step :]
     indices, copies = (_per_replica(each, replicas) for each in (batches, copies))
     weights = (indices != PADDING).astype(np.float32)
-    # Padding repeats the step's first sample: real pixels, weight 0.
+    # Padding repeats the first sample of the step: real pixels, weight 0.
     fillers = np.repeat(batches[:, :1], replicas.local, axis=0)
     indices = np.where(indices == PADDING, fillers, indices)
     keys = dropout_keys(indices, seed=plan.seed, epoch=plan.epoch, copies=copies)
@@ -106,7 +106,7 @@ def _sample_rows(plan: EpochPlan, replicas: Replicas) -> dict[str, np.ndarray]:
 
 
 def iterate(batches: Any, reader: RecordReader) -> Iterator[Any]:
-    """Yields the elements of `batches`; a failure of `reader` comes out as what it was."""
+    """Yields the elements of `batches`; raises a failure of `reader` as the original error."""
     import tensorflow as tf
 
     elements = iter(batches)
@@ -130,13 +130,13 @@ def distributed_batches(
     *,
     first_replica: int = 0,
 ) -> Iterator[Any]:
-    """Yields a per-replica batch for every step of `plan` from its first on.
+    """Yields a per-replica batch for every step of `plan`, from its first step on.
 
-    The parts are handed to the replicas here rather than by a distributed dataset, which takes a
-    quarter of a second longer to start and assigns samples by rules of its own.
+    Does not use a distributed dataset, which takes a quarter of a second longer to start and
+    assigns samples to replicas by its own rules.
 
     Args:
-        first_replica: global number of this process' first replica.
+        first_replica: global index of the first replica of this process.
     """
     num_local = len(strategy.extended.worker_devices)
     replicas = Replicas(first_replica, strategy.num_replicas_in_sync, num_local)
@@ -153,7 +153,7 @@ def distributed_batches(
 
 
 def one_ahead(batches: Iterator[T]) -> Iterator[T]:
-    """Yields `batches`, the next of which a thread takes, and hands to its device, meanwhile."""
+    """Yields `batches` while a thread prepares the next one and copies it to its device."""
     with ThreadPoolExecutor(1, thread_name_prefix="next-batch") as thread:
         taken = thread.submit(next, batches, None)
         while (batch := taken.result()) is not None:
@@ -172,7 +172,7 @@ def _on_device(part: Mapping[str, Any], device: str) -> dict[str, Any]:
 
 
 def _per_replica(batches: np.ndarray, replicas: Replicas) -> np.ndarray:
-    """Returns this process' part of global batches, a row for each replica and step."""
+    """Returns the part of this process in global batches, one row per replica and step."""
     num_steps, batch_size = batches.shape
     local_size = batch_size // replicas.total
     per_replica = batches.reshape(num_steps, replicas.total, local_size)
@@ -181,7 +181,7 @@ def _per_replica(batches: np.ndarray, replicas: Replicas) -> np.ndarray:
 
 
 def _decoder(manifest: Manifest, plan: EpochPlan) -> Any:
-    """Returns what turns the files of a sample into pixels, augmented where the plan says so."""
+    """Returns the function that decodes and, if the plan says so, augments a sample."""
     import tensorflow as tf
 
     height, width = manifest.image_height, manifest.image_width

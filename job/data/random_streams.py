@@ -1,9 +1,9 @@
-"""The streams of random numbers for the order and the augmentation of samples.
+"""Makes the random streams for the order and the augmentation of samples.
 
-Dropout and initial weights draw from generators of TensorFlow and Keras. These are numpy's Philox,
-with the run's seed in the key. The last word of the counter names the purpose, so that no two
-streams share a number. In version 1, of runs of version 0.1.0, the order of epoch i and the
-augmentation of sample i in epoch 0 were drawn from the same numbers.
+The generators are numpy's Philox with the seed of the run in the key. The last word of the counter
+is the purpose, so that no two streams share numbers. In version 1, used by runs of version 0.1.0,
+the order of epoch i and the augmentation of sample i in epoch 0 share numbers. Dropout and initial
+weights draw from generators of TensorFlow and Keras instead.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What numbers are drawn for; the values are part of every run."""
+    """Names the purpose of a stream; the values are part of every run."""
 
-    DECISIONS = 0  # which kinds of augmentation a sample gets, and how strong
+    DECISIONS = 0  # kinds and strengths of augmentation of a sample
     DEFORMATION = 1
     DISTORTION = 2
     ORDER = 3  # of an epoch's samples
-    FOREGROUND_ORDER = 4  # of an epoch in which samples with foreground come more often
+    FOREGROUND_ORDER = 4  # of an epoch that oversamples samples with foreground
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SampleKey:
         seed: of the run, 0..2**64 - 1.
         epoch: 0..2**32 - 1.
         index: of the sample in its split, 0..2**32 - 1.
-        copy: how often the sample has come in this epoch before.
+        copy: number of earlier occurrences of the sample in this epoch.
     """
 
     seed: int

@@ -1,7 +1,7 @@
-"""Reads records by position and checks that each is the sample that it should be.
+"""Reads records by position and checks that each belongs to the expected sample.
 
-`samples.parquet` says where each record lies, so that any sample can be read at once. TensorFlow
-reads local files only.
+`samples.parquet` has the position of each record, so that samples can be read in any order.
+TensorFlow itself reads local files only.
 """
 
 import os
@@ -18,7 +18,7 @@ from job.data.dataset import Split
 
 @dataclass(frozen=True)
 class Record:
-    """The two PNG files of one record."""
+    """Holds the two PNG files of one record."""
 
     image: bytes
     mask: bytes
@@ -28,7 +28,7 @@ class RecordReader:
     """Reads records by position, from local shards or by range over the network."""
 
     def __init__(self, store: ObjectStore, split: Split, folder: str | None) -> None:
-        """Reads from the shards in `folder`, or from `store` where it is None."""
+        """Reads from the shards in `folder`, or from `store` if `folder` is None."""
         self._store = store
         self._split = split
         self._folder = folder
@@ -37,8 +37,8 @@ class RecordReader:
     def read_many(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns images and masks of `indices` (B,) int64, both (B,) bytes of PNG files.
 
-        It is called in a `tf.data` graph. TensorFlow turns an exception into one of its own, so
-        the cause is kept in `failure`.
+        A `tf.data` graph calls it. TensorFlow replaces an exception by one of its own, so
+        `failure` keeps the cause.
         """
         try:
             records = [self.read(int(index)) for index in indices]
@@ -49,14 +49,14 @@ class RecordReader:
         return images, np.array([record.mask for record in records], object)
 
     def filename(self, index: int) -> str:
-        """Returns the file name of the picture of sample `index`, for errors."""
+        """Returns the image file name of sample `index`, for errors."""
         return self._split.filenames[index]
 
     def read(self, index: int) -> Record:
         """Returns the record of sample `index`.
 
         Raises:
-            ContentError: the record is missing, damaged or another sample's; names the shard and
+            ContentError: the record is missing, damaged or of another sample; names the shard and
                 the sample.
         """
         shard = self._split.shards[index]
@@ -68,17 +68,17 @@ class RecordReader:
         sample_id = self._split.ids[index]
         where = f"{self._store.url}/{shard}, sample {sample_id!r}"
         features = _features_of(unframe_record(record, where=where))
-        # A shard in another's place has good checksums.
+        # Checksums do not detect a shard that was replaced by another.
         if features.get(ID_FEATURE) != sample_id.encode():
             raise ContentError(
-                f"{where}: the record is another sample's, so this is not the shard that was "
-                "prepared; prepare the dataset again"
+                f"{where}: the record belongs to another sample, so the shard was replaced; "
+                "prepare the dataset again"
             )
         return Record(features[IMAGE_FEATURE], features[MASK_FEATURE])
 
 
 def _read_part(path: str, offset: int, length: int) -> bytes:
-    # Opened for every read: 10 us, and no limit on the number of shards.
+    # Opening for every read takes 10 us and sets no limit on the number of shards.
     try:
         with open(path, "rb", buffering=0) as file:
             return os.pread(file.fileno(), length, offset)
@@ -89,13 +89,13 @@ def _read_part(path: str, offset: int, length: int) -> bytes:
 
 
 def _features_of(payload: bytes) -> dict[str, bytes]:
-    """Returns what a record needs of an Example; empty where it is none of this format."""
+    """Returns the features of an Example that a record needs; empty if the format is another."""
     import tensorflow as tf
     from google.protobuf.message import DecodeError
 
     try:
-        # 0.02 ms; `decode_example`, which needs no TensorFlow, takes 0.2 ms, a twentieth of
-        # decoding the pictures.
+        # This takes 0.02 ms. `decode_example`, which needs no TensorFlow, takes 0.2 ms, a twentieth
+        # of the time to decode the images.
         features = tf.train.Example.FromString(payload).features.feature
     except DecodeError:
         return {}

@@ -1,7 +1,7 @@
 """Orders the samples of an epoch and cuts the order into steps, from the seed alone.
 
-The shuffle is exact and global without a buffer, a restart begins at any batch for nothing, and
-the order does not depend on the number of workers.
+The shuffle is exact and global and needs no buffer. A restart can begin at any batch at no cost.
+The order does not depend on the number of workers.
 """
 
 import numpy as np
@@ -24,10 +24,11 @@ def sample_order(num_samples: int, *, seed: int, epoch: int, version: int) -> np
 def epoch_order(
     has_foreground: np.ndarray, share: float | None, *, seed: int, epoch: int, version: int
 ) -> np.ndarray:
-    """Returns the samples of an epoch in their order, (N,) int64; as many as there are.
+    """Returns the sample indices of an epoch in order, (N,) int64, N = number of samples.
 
-    Every sample once, or, where fewer than `share` of them have foreground: so many that have,
-    drawn in rounds of all of them, and the first of a permutation of the others.
+    Has every sample once, unless fewer than `share` of them have foreground. Then that share is
+    drawn from the samples with foreground, in rounds over all of them; the rest are the first of a
+    permutation of the other samples.
 
     Args:
         version: of the random streams.
@@ -45,7 +46,7 @@ def epoch_order(
 
 
 def global_batches(order: np.ndarray, batch_size: int) -> np.ndarray:
-    """Returns `order` cut into steps: (steps, batch_size) int64, the tail filled with PADDING."""
+    """Returns `order` cut into steps, (steps, batch_size) int64, padded with PADDING."""
     num_steps = -(-len(order) // batch_size)
     padded = np.full(num_steps * batch_size, PADDING, np.int64)
     padded[: len(order)] = order
@@ -53,7 +54,7 @@ def global_batches(order: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 def copy_numbers(indices: np.ndarray) -> np.ndarray:
-    """Returns how often each of `indices` has come before, in the same shape, int64."""
+    """Returns the number of earlier occurrences of each index, int64, in the shape of `indices`."""
     flat = indices.ravel()
     places = np.argsort(flat, kind="stable")
     in_order = flat[places]
@@ -69,7 +70,7 @@ def dropout_keys(
 
     Args:
         indices: of any shape.
-        copies: `copy_numbers` of the epoch, at the same places; None: each is the first.
+        copies: `copy_numbers` of the epoch in the same shape; None: all 0.
 
     Source of the mixing function: SplitMix64, Steele et al., OOPSLA 2014.
     """

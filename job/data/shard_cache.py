@@ -1,4 +1,4 @@
-"""Opens the reader of a split; copies the shards of a remote dataset to a local cache before."""
+"""Opens the reader of a split, after copying remote shards to a local cache."""
 
 import fcntl
 import logging
@@ -29,12 +29,12 @@ def open_reader(
     cache_dir: str | None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> RecordReader:
-    """Returns a reader of `split`; remote shards are copied to the cache first unless `ranges`.
+    """Returns a reader of `split`; with "full", copies remote shards to the cache first.
 
     Args:
         cache: "full" or "ranges".
         cache_dir: folder of the cache; None: `~/.cache/flexunet`.
-        alive: called for every shard that is found in the cache, and while one is copied there.
+        heartbeat: called for every shard in the cache, and while a shard is copied.
     """
     store = open_store(dataset.url)
     if store.local_root is not None:
@@ -56,19 +56,21 @@ def _check_sizes(store: ObjectStore, manifest: Manifest, split: Split) -> None:
             if found is None or found.size != shard.num_bytes:
                 size = "missing" if found is None else f"{found.size} bytes"
                 raise ContentError(
-                    f"{store.url}/{shard.name}: {size}, the manifest says {shard.num_bytes} bytes; "
-                    "prepare the dataset again"
+                    f"{store.url}/{shard.name}: {size}, but {shard.num_bytes} bytes in the "
+                    "manifest; prepare the dataset again"
                 )
 
 
 @contextmanager
 def _locked(folder: Path, heartbeat: Callable[[], None]) -> Iterator[None]:
-    """Holds the cache's lock: one process of a machine fills it, the others wait."""
+    """Holds the lock of the cache: one process of a machine fills it, the others wait."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise StorageError(f"{folder}: cache is not writable: {error.strerror}") from error
+        raise StorageError(
+            f"{folder}: cannot write the cache: {error.strerror}; give another --cache-dir"
+        ) from error
     try:
         while not _is_taken(lock):
             heartbeat()
@@ -97,8 +99,9 @@ def _fill_cache(
     needed, free = sum(shard.num_bytes for shard in missing), shutil.disk_usage(folder).free
     if needed > free:
         raise StorageError(
-            f"{folder}: {needed / 2**20:.0f} MiB of shards do not fit the {free / 2**20:.0f} MiB "
-            "left on this disk; give another --cache-dir or read by range with --cache ranges"
+            f"{folder}: the shards need {needed / 2**20:.0f} MiB, but this disk has "
+            f"{free / 2**20:.0f} MiB free; give another --cache-dir, or --cache ranges to read "
+            "over the network"
         )
     for shard in missing:
         logger.info("caching %s/%s (%.1f MiB)", store.url, shard.name, shard.num_bytes / 2**20)
@@ -106,8 +109,8 @@ def _fill_cache(
         if store.get_file(shard.name, path) != shard.crc32c:
             Path(path).unlink()
             raise ContentError(
-                f"{store.url}/{shard.name}: its CRC32C is not the manifest's; "
-                "the dataset is damaged, prepare it again"
+                f"{store.url}/{shard.name}: CRC32C differs from the manifest, the dataset is "
+                "damaged; prepare it again"
             )
         heartbeat()
 
@@ -116,9 +119,9 @@ def _is_cached(folder: str, shard: Any) -> bool:
     path = local_path(folder, shard.name)
     if not os.path.exists(path):
         return False
-    # A copy from an earlier run is trusted only after its content was read again.
+    # A copy from an earlier run counts only after a check of its content.
     if os.path.getsize(path) == shard.num_bytes and crc32c_of_file(path) == shard.crc32c:
         return True
-    logger.warning("%s: damaged cache copy; fetching it again", path)
+    logger.warning("%s: the cached copy is damaged; copying it again", path)
     os.unlink(path)
     return False

@@ -227,11 +227,11 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
         assert len(line) <= 80 or str(runs) in line
     assert "…" not in done.stdout
     for fold in range(3):
-        assert f"fold {fold} (of 0 to 2): {runs}/cv-fold-{fold}" in done.stderr
-        assert f"evaluating fold {fold} (of 0 to 2) with the best checkpoint" in tables
-        assert f"fold {fold} (of 0 to 2): 4 cases, the best checkpoint" in " ".join(tables.split())
+        assert f"fold {fold + 1} of 3: {runs}/cv-fold-{fold}" in done.stderr
+        assert f"evaluating fold {fold + 1} of 3 with the best checkpoint" in tables
+        assert f"fold {fold + 1} of 3: 4 cases, the best checkpoint" in " ".join(tables.split())
         page = (runs / f"cv-fold-{fold}" / "report.html").read_text()
-        assert f"over 4 cases of fold {fold} (of 0 to 2), mean over cases" in page
+        assert f"over 4 cases of fold {fold + 1} of 3, mean over cases" in page
     assert "test split" not in tables
     assert "cases of all folds, original size, which is the network's: 12 groups" in tables
     summary = json.loads((runs / "cv" / "cross_validation.json").read_text())

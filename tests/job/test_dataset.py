@@ -29,7 +29,7 @@ def test_split_knows_which_samples_have_foreground(tmp_path: Path) -> None:
 
 def test_split_without_samples_is_refused(discs: str) -> None:
     dataset = open_dataset(discs)
-    with pytest.raises(UsageError, match="split 'holdout' has no samples; it has"):
+    with pytest.raises(UsageError, match="split 'holdout' has no samples; the dataset has"):
         dataset.split("holdout")
 
 

@@ -179,7 +179,7 @@ def test_comments_in_another_encoding_do_no_harm(tmp_path: Path) -> None:
     [
         ("[train]\npoch_change_infer = True\n", "train.poch_change_infer", "'epoch_change_infer'"),
         ('[mask]\nmask_datatyoe = "categorized"\n', "mask.mask_datatyoe", "'mask_datatype'"),
-        ("[train]\nbase_filters = 32\n", "train.base_filters", "belongs into [model]"),
+        ("[train]\nbase_filters = 32\n", "train.base_filters", "belongs in [model]"),
         ("[trian]\nepochs = 3\n", "trian.epochs", "'train'"),
         ("[train]\nxyzzy = 3\n", "train.xyzzy", "known: "),
     ],
@@ -333,7 +333,7 @@ def test_odd_files_are_read_or_refused_in_one_line(
         ("{(0,0,0):0,(255,255,255):1,(9,9,9):2}", "3 classes, but model.num_classes = 2"),
         ("{(0,0,0):0,(255,255,255):2}", r"classes must be 0\.\.1, got \[0, 2\]"),
         ("{(0,0,0):0,(255,255,255):0}", "class 0 has two colours"),
-        ("{(0,0,0):0,(0,0,0):1}", "given twice"),
+        ("{(0,0,0):0,(0,0,0):1}", "the dict has a key twice"),
         ("{(0,0,0):0,(0,0,256):1}", r"expected 0\.\.255"),
         ("{(0,0):0,(0,0,255):1}", r"expected \(r,g,b\)"),
         ("[(0,0,0)]", "expected {"),

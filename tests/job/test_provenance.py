@@ -83,7 +83,7 @@ def test_a_fold_is_refused_weights_that_have_seen_it(
 ) -> None:
     for fold in range(3):
         config = config_of(tmp_path, trained_run, folds=3, fold=fold)
-        with pytest.raises(UsageError, match=f"on groups of fold {fold} .of 0 to 2., on which"):
+        with pytest.raises(UsageError, match=f"on groups of fold {fold + 1} of 3, on which"):
             check_no_leakage(config, fold_of(dataset, 3, fold))
     # The run of a fold: the same fold alone, as it was trained on one other and chose by the next.
     changed(own_run, folds=3, fold=1)
@@ -138,7 +138,7 @@ def test_the_same_pictures_in_another_form_are_recognized(
     config = config_of(tmp_path, trained_run)
     check_no_leakage(config, small)
     assert seen(config, small) == "no"
-    with pytest.raises(UsageError, match="groups of fold 0"):
+    with pytest.raises(UsageError, match="groups of fold 1 of"):
         check_no_leakage(config_of(tmp_path, trained_run, folds=3, fold=0), fold_of(small, 3, 0))
 
 
@@ -213,7 +213,7 @@ def test_a_run_that_has_begun_needs_its_source_no_more(
     place = {"output": str(own_run.parent), "name": own_run.name, "folds": 3, "fold": 0}
     check_origin(config_of(tmp_path, tmp_path / "gone", **place), fold_of(dataset, 3, 0))
     shutil.rmtree(own_run / "checkpoints")
-    with pytest.raises(UsageError, match="groups of fold 0"):
+    with pytest.raises(UsageError, match="groups of fold 1 of"):
         check_origin(config_of(tmp_path, trained_run, **place), fold_of(dataset, 3, 0))
 
 
@@ -225,7 +225,7 @@ def test_no_fold_begins_where_one_would_leak(
     def command(each: TrainConfig, file: str) -> list[str]:
         raise AssertionError("a fold was started")
 
-    with pytest.raises(UsageError, match="groups of fold 0"):
+    with pytest.raises(UsageError, match="groups of fold 1 of"):
         cross_validate(config, command, 1, lambda: False)
     # Folds that are trained need a source no more that is gone; the others say so themselves.
     gone = config.model_copy(update={"init_from": str(tmp_path / "gone")})
@@ -243,7 +243,7 @@ def test_commands_refuse_weights_that_have_seen_the_cases(
     done = commands.run(*module, *options)
     assert done.returncode == 2, done.stderr
     told = done.stderr.splitlines()[-1]
-    assert "groups of fold 1 (of 0 to 2), on which leaks is evaluated" in told
+    assert "groups of fold 2 of 3, on which leaks is evaluated" in told
     assert not (tmp_path / "runs" / "leaks" / "checkpoints").exists()
 
 

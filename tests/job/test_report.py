@@ -299,7 +299,7 @@ def test_card_counts_tiles_as_tiles_and_tells_a_fold(own_run: Path) -> None:
     assert "<th>split</th><th>tiles</th><th>groups</th>" in page
     become_fold(own_run)
     page = render(open_store(str(own_run)))
-    assert "Fold 1 (of 0 to 2), taken from train and valid (16 tiles)" in page
+    assert "Fold 2 of 3, taken from train and valid (16 tiles)" in page
     assert "test split was not touched" in page
     assert "<th>split</th>" not in page
 

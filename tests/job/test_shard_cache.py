@@ -85,7 +85,7 @@ def test_damaged_cache_copy_heals_with_one_warning(
     caplog.clear()
     assert_same(batches_of(dataset, plan, cache_dir=tmp_path), control)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert warnings == [f"{path}: damaged cache copy; fetching it again"]
+    assert warnings == [f"{path}: the cached copy is damaged; copying it again"]
 
 
 def test_damaged_source_is_a_content_error(remote: str, copy: Path, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_damaged_source_is_a_content_error(remote: str, copy: Path, tmp_path: Pa
     flip(path, 100)
     open_store(remote).put(path.name, path.read_bytes())
     dataset = open_dataset(remote)
-    with pytest.raises(ContentError, match=f"{path.name}: its CRC32C is not the manifest's"):
+    with pytest.raises(ContentError, match=f"{path.name}: CRC32C differs from the manifest"):
         batches_of(dataset, plan_of(dataset), cache_dir=tmp_path / "cache")
     assert ContentError.exit_code == 3
     assert not shards_of(tmp_path / "cache" / dataset.digest)
@@ -123,7 +123,9 @@ def test_cache_that_does_not_fit_is_refused_before_a_download(
     for stat in prepared.list():
         open_store(bucket_url).put(stat.name, prepared.get(stat.name))
     dataset = open_dataset(bucket_url)
-    with pytest.raises(StorageError, match=r"MiB of shards do not fit the .* give another"):
+    with pytest.raises(
+        StorageError, match=r"the shards need .* MiB, but this disk has .* give another"
+    ):
         open_reader(dataset, dataset.split("train"), cache="full", cache_dir=str(small_disk))
     assert not list(small_disk.rglob("*.tfrecord"))
 
@@ -131,7 +133,7 @@ def test_cache_that_does_not_fit_is_refused_before_a_download(
 def test_cache_that_is_not_writable_is_named(remote: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     dataset = open_dataset(remote)
-    with pytest.raises(StorageError, match="cache is not writable: Not a directory"):
+    with pytest.raises(StorageError, match="cannot write the cache: Not a directory"):
         open_reader(dataset, dataset.split("train"), cache="full", cache_dir=str(tmp_path / "file"))
 
 
