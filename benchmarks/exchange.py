@@ -64,7 +64,7 @@ def main(
         return
     measured = run_workers(num_workers)
     first = measured[0]
-    told_by_plan = (
+    reported_by_plan = (
         *("plan_bytes", "all_reduce_bytes", "flops_per_byte"),
         *("step_flops", "extra_flops_share"),
     )
@@ -73,24 +73,24 @@ def main(
         "first_step_s": first["first_step_s"],
         "share_of_silent": shares([each["step_s"] for each in measured]),
         "loopback_bytes_per_worker": {
-            way: statistics.median(counts) / num_workers
-            for way, counts in first["loopback_bytes"].items()
+            method: statistics.median(counts) / num_workers
+            for method, counts in first["loopback_bytes"].items()
         },
-        **{key: first[key] for key in told_by_plan},
+        **{key: first[key] for key in reported_by_plan},
     }
     result["predicted_share"] = predicted(result)
     counted = result["loopback_bytes_per_worker"]
     result["sent_over_all_reduce"] = counted["planned"] / counted["all_reduce"]
     name = f"exchange-{image_size}-{precision}"
     write_result(name if num_workers == 2 else f"{name}-{num_workers}-workers", result)
-    for way, values in result["share_of_silent"].items():
-        print(f"{way}: {statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
-    for way, times in first["step_s"].items():
-        print(f"{way}: {statistics.median(times):.2f} s ({min(times):.2f}-{max(times):.2f})")
-    print({key: result[key] for key in ("loopback_bytes_per_worker", *told_by_plan)})
+    for method, values in result["share_of_silent"].items():
+        print(f"{method}: {statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
+    for method, times in first["step_s"].items():
+        print(f"{method}: {statistics.median(times):.2f} s ({min(times):.2f}-{max(times):.2f})")
+    print({key: result[key] for key in ("loopback_bytes_per_worker", *reported_by_plan)})
     print(f"sent, planned over all-reduce: {result['sent_over_all_reduce']:.4f}")
-    for way, share in result["predicted_share"].items():
-        print(f"{way}: the cost model predicts {share:.2f}")
+    for method, share in result["predicted_share"].items():
+        print(f"{method}: the cost model predicts {share:.2f}")
 
 
 def run_workers(num_workers: int) -> list[dict[str, Any]]:
@@ -125,11 +125,11 @@ def shares(step_s: list[dict[str, list[float]]]) -> dict[str, list[float]]:
         return {}
     silent = [sum(1 / time_s for time_s in turn) for turn in _turns(step_s, "silent")]
     return {
-        way: [
+        method: [
             len(step_s) / max(turn) / rate
-            for turn, rate in zip(_turns(step_s, way), silent, strict=True)
+            for turn, rate in zip(_turns(step_s, method), silent, strict=True)
         ]
-        for way in WAYS[1:]
+        for method in WAYS[1:]
     }
 
 
@@ -155,8 +155,8 @@ def step_flops(model: Any, batch_size: int) -> int:
     return 3 * convolution_flops(model) * batch_size
 
 
-def _turns(step_s: list[dict[str, list[float]]], way: str) -> Iterator[tuple[float, ...]]:
-    return zip(*(each[way] for each in step_s), strict=True)
+def _turns(step_s: list[dict[str, list[float]]], method: str) -> Iterator[tuple[float, ...]]:
+    return zip(*(each[method] for each in step_s), strict=True)
 
 
 def work(network: dict[str, Any], repeats: int, spec: ProcessSpec) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def work(network: dict[str, Any], repeats: int, spec: ProcessSpec) -> dict[str, 
     from job.optimization.optimizer import Adam
     from job.training.step import StepOptions, make_train_step
 
-    told: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
     shape = (network["image_size"], network["image_size"])
     batch = {
         "image": tf.zeros((batch_size, *shape, 3), tf.uint8),
@@ -198,42 +198,42 @@ def work(network: dict[str, Any], repeats: int, spec: ProcessSpec) -> dict[str, 
         plan = None
         if used is strategy:
             ratio = measured_flops_per_byte(strategy, model.compute_dtype)
-            told["flops_per_byte"] = ProcessGroup(strategy, spec).run_on_primary(
+            reported["flops_per_byte"] = ProcessGroup(strategy, spec).run_on_primary(
                 lambda ratio=ratio: ratio
             )
             plan = make_plan(
                 model, batch_size=batch_size, num_replicas=num_workers,
-                flops_per_byte=told["flops_per_byte"],
+                flops_per_byte=reported["flops_per_byte"],
             )  # fmt: skip
-            told.update(plan_bytes=plan.sent_bytes(), all_reduce_bytes=plan.all_reduce_bytes())
-            told["extra_flops_share"] = plan.extra_flops() / step_flops(model, batch_size)
-            told["step_flops"] = step_flops(model, batch_size)
+            reported.update(plan_bytes=plan.sent_bytes(), all_reduce_bytes=plan.all_reduce_bytes())
+            reported["extra_flops_share"] = plan.extra_flops() / step_flops(model, batch_size)
+            reported["step_flops"] = step_flops(model, batch_size)
         values = used.experimental_distribute_values_from_function(lambda context: batch)
-        for way in its_ways:
-            used_plan = plan if way == "planned" else None
+        for method in its_ways:
+            used_plan = plan if method == "planned" else None
             step = make_train_step(
                 used, model, optimizer, Criterion(loss, {}), StepOptions(used_plan)
             )
-            runs[way] = (step, values)
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    counted: dict[str, list[int]] = {way: [] for way in ways}
-    meeting = ProcessGroup(strategy, spec)
+            runs[method] = (step, values)
+    seconds: dict[str, list[float]] = {method: [] for method in ways}
+    counted: dict[str, list[int]] = {method: [] for method in ways}
+    process_group = ProcessGroup(strategy, spec)
     for count in range(1 + repeats):
-        for way, (step, values) in runs.items():
-            meeting.any(False)
+        for method, (step, values) in runs.items():
+            process_group.any(False)
             started, sent = time.perf_counter(), loopback_bytes()
             sums = step(values, tf.constant(count, tf.int64), tf.constant(1e-4, tf.float64))
             float(sums["loss"][0])
-            seconds[way].append(time.perf_counter() - started)
-            counted[way].append(loopback_bytes() - sent)
+            seconds[method].append(time.perf_counter() - started)
+            counted[method].append(loopback_bytes() - sent)
             if rank == 0:
                 # A turn of the large network takes a minute on a busy machine: slow, not hung.
-                print(f"turn {count}, {way}: {seconds[way][-1]:.1f} s", file=sys.stderr)
+                print(f"turn {count}, {method}: {seconds[method][-1]:.1f} s", file=sys.stderr)
     # The first turn compiles.
-    return told | {
-        "first_step_s": {way: values[0] for way, values in seconds.items()},
-        "step_s": {way: values[1:] for way, values in seconds.items()},
-        "loopback_bytes": {way: values[1:] for way, values in counted.items()},
+    return reported | {
+        "first_step_s": {method: values[0] for method, values in seconds.items()},
+        "step_s": {method: values[1:] for method, values in seconds.items()},
+        "loopback_bytes": {method: values[1:] for method, values in counted.items()},
     }
 
 

@@ -117,23 +117,23 @@ class Section:
     device: str
     sizes: Sizes
     budget: Budget
-    tell: Callable[[str, Any], None]
+    report: Callable[[str, Any], None]
     start_method: str
 
     def check(self, name: str, value: float, limit: float) -> None:
         """Tells `value`, and that the section does not hold where it is above `limit`."""
-        self.tell(name, value)
+        self.report(name, value)
         if not value <= limit:
-            self.tell(f"fault: {name}", f"{value:g}; at most {limit:g} is allowed")
+            self.report(f"fault: {name}", f"{value:g}; at most {limit:g} is allowed")
 
     def expect(self, what: str, holds: bool) -> None:
         """Tells that the section does not hold where `what` does not."""
         if not holds:
-            self.tell(f"fault: {what}", "is not so")
+            self.report(f"fault: {what}", "is not so")
 
     def skip(self, name: str) -> None:
         """Tells that there is no time for `name`."""
-        self.tell(f"skipped: {name}", "no time left")
+        self.report(f"skipped: {name}", "no time left")
 
 
 # The sections.
@@ -147,20 +147,20 @@ def devices(section: Section) -> None:
 
     tf = import_tensorflow()
     gpus = tf.config.list_physical_devices("GPU")
-    section.tell("gpus", len(gpus))
+    section.report("gpus", len(gpus))
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
-    section.tell("names", [detail.get("device_name", "unknown") for detail in details])
-    section.tell(
+    section.report("names", [detail.get("device_name", "unknown") for detail in details])
+    section.report(
         "compute_capability",
         [".".join(map(str, detail.get("compute_capability", ()))) for detail in details],
     )
     build = tf.sysconfig.get_build_info()
-    section.tell("built_for", {key: build.get(f"{key}_version") for key in ("cuda", "cudnn")})
+    section.report("built_for", {key: build.get(f"{key}_version") for key in ("cuda", "cudnn")})
     driver = Path("/proc/driver/nvidia/version")
-    section.tell("driver", driver.read_text().splitlines()[0] if driver.exists() else None)
-    section.tell("tensor_float_32", tf.config.experimental.tensor_float_32_execution_enabled())
-    section.tell("bfloat16", resolve_precision("auto") == "mixed_bfloat16")
-    section.tell("why_not_xla", why_not_xla())
+    section.report("driver", driver.read_text().splitlines()[0] if driver.exists() else None)
+    section.report("tensor_float_32", tf.config.experimental.tensor_float_32_execution_enabled())
+    section.report("bfloat16", resolve_precision("auto") == "mixed_bfloat16")
+    section.report("why_not_xla", why_not_xla())
 
 
 def agreement(section: Section) -> None:
@@ -181,7 +181,7 @@ def agreement(section: Section) -> None:
                     weights_are_on = trainer.model.weights[0].value.device
                 section.expect(f"{name}, weights are on it", section.device in weights_are_on)
                 if allowed:
-                    section.tell(f"{name}, with TensorFloat-32", distances)
+                    section.report(f"{name}, with TensorFloat-32", distances)
                     continue
                 for what, value in distances.items():
                     section.check(f"{name}, {what}", value, section.sizes.tolerance)
@@ -207,7 +207,7 @@ def placement(section: Section) -> None:
                         trainer.evaluator.probabilities(batch["image"]).numpy()
                 finally:
                     tf.config.set_soft_device_placement(True)
-                section.tell(f"{name}, loss", float(total) / float(number))
+                section.report(f"{name}, loss", float(total) / float(number))
 
 
 def precisions(section: Section) -> None:
@@ -224,14 +224,14 @@ def precisions(section: Section) -> None:
             try:
                 resolve_precision(precision)
             except UsageError as error:
-                section.tell(f"refused: {precision}", str(error))
+                section.report(f"refused: {precision}", str(error))
                 continue
             change = {"precision": precision, "global_batch_size": batch}
             with _session(section, tf, data, section.device, change) as trainer:
                 steps = _steps(trainer, 2 + sizes.repeats)
             losses = [loss for loss, _ in steps]
-            section.tell(f"{precision}, loss", losses[-1])
-            section.tell(f"{precision}, images_per_s", batch / _median_s(steps))
+            section.report(f"{precision}, loss", losses[-1])
+            section.report(f"{precision}, images_per_s", batch / _median_s(steps))
             section.expect(f"{precision}, all losses are finite", all(map(math.isfinite, losses)))
 
 
@@ -241,16 +241,16 @@ def xla(section: Section) -> None:
     allow_tensor_float_32 = tf.config.experimental.enable_tensor_float_32_execution
     found = {}
     with _dataset(32, section.sizes.image_size, (0.8, 0.1, 0.1)) as data:
-        for way in ("off", "on"):
-            with _session(section, tf, data, section.device, {"xla": way}) as trainer:
+        for method in ("off", "on"):
+            with _session(section, tf, data, section.device, {"xla": method}) as trainer:
                 # The two shall differ by the order of their additions alone.
                 allow_tensor_float_32(False)
                 started = time.perf_counter()
-                found[way] = _first_step(trainer)
-                section.tell(f"{way}, first_step_s", time.perf_counter() - started)
+                found[method] = _first_step(trainer)
+                section.report(f"{method}, first_step_s", time.perf_counter() - started)
                 allow_tensor_float_32(True)
                 steps = _steps(trainer, 2 + section.sizes.repeats)
-                section.tell(f"{way}, step_s", _median_s(steps))
+                section.report(f"{method}, step_s", _median_s(steps))
     for what, value in _distances(found["on"], found["off"]).items():
         section.check(what, value, section.sizes.tolerance)
 
@@ -260,25 +260,25 @@ def rate(section: Section) -> None:
     sizes = section.sizes
     tf = _configured(section, TrainConfig())
     # First what must be known; each of the others takes as long as XLA needs for this network.
-    ways = [(way, precision) for way in sizes.rate_xla for precision in sizes.rate_precisions]
-    for way, precision in ways:
+    ways = [(method, precision) for method in sizes.rate_xla for precision in sizes.rate_precisions]
+    for method, precision in ways:
         for batch_size in sizes.batch_sizes:
-            name = f"{precision}, batch {batch_size}, XLA {way}"
-            if not section.budget.allows(10 if way == "off" else 30):
+            name = f"{precision}, batch {batch_size}, XLA {method}"
+            if not section.budget.allows(10 if method == "off" else 30):
                 section.skip(name)
                 continue
             network = Network(
                 sizes.image_size,
                 precision,
                 sizes.num_layers,
-                TrainConfig(global_batch_size=batch_size, xla=way),
+                TrainConfig(global_batch_size=batch_size, xla=method),
                 matmul_size=sizes.matmul_size,
                 num_matmuls=sizes.num_matmuls,
             )
             gc.collect()  # the network before it
             _reset_peak(tf, section.device)
             found = network.work("ours", sizes.repeats)
-            section.tell(
+            section.report(
                 name,
                 {
                     "step_s": statistics.median(found["step_s"]),
@@ -306,7 +306,7 @@ def input_alone(section: Section) -> None:
         dataset = prepare_phantoms(work, sizes.num_images, sizes.image_size)
         reader = open_reader(dataset, dataset.split("train"), cache="full", cache_dir=None)
         measured = Input(dataset, reader, strategy, batch_size)
-        section.tell("batch_size", batch_size)
+        section.report("batch_size", batch_size)
         for name, augmentation in (("plain", None), ("augmented", AUGMENTATION)):
 
             def take(limit: int, augmentation: Any = augmentation) -> None:
@@ -321,7 +321,7 @@ def input_alone(section: Section) -> None:
                     section.skip(f"{name}, more repeats than {len(rates)}")
                     break
                 rates.append(limit / timed(take, limit)[0])
-            section.tell(f"{name}, images_per_s", statistics.median(rates))
+            section.report(f"{name}, images_per_s", statistics.median(rates))
 
 
 def resume(section: Section) -> None:
@@ -351,7 +351,7 @@ def resume(section: Section) -> None:
         whole, killed = f"{folder}/runs/whole", f"{folder}/runs/killed"
         started = time.monotonic()
         _train(section, [*words, "--name", "whole"])
-        section.tell("whole_run_s", time.monotonic() - started)
+        section.report("whole_run_s", time.monotonic() - started)
         with _training(section, [*words, "--name", "killed"]) as process:
             while _steps_done(killed) < steps // 4:
                 if not process.is_alive():
@@ -359,17 +359,17 @@ def resume(section: Section) -> None:
                 time.sleep(0.02)
             process.kill()
             process.join()
-        section.tell("steps_before_the_kill", done := _steps_done(killed))
+        section.report("steps_before_the_kill", done := _steps_done(killed))
         section.expect("the kill came in the middle", 0 < done < steps)
         _train(section, [*words, "--name", "killed"])
         last = {name: max(find_checkpoints(open_store(name))) for name in (whole, killed)}
-        section.tell("steps", last[killed].step)
+        section.report("steps", last[killed].step)
         section.expect("both did all steps", {each.step for each in last.values()} == {steps})
         section.expect("the second start went on", last[killed].attempt > last[whole].attempt)
         for member in (WEIGHTS_NAME, OPTIMIZER_NAME):
             first, second = (_arrays(url, ref, member) for url, ref in last.items())
             different = [name for name in first if first[name] != second.get(name)]
-            section.tell(f"{member}, arrays", len(first))
+            section.report(f"{member}, arrays", len(first))
             section.check(f"{member}, arrays that differ", len(different), 0)
             section.expect(f"{member}, the same arrays", first.keys() == second.keys() != set())
 
@@ -689,14 +689,14 @@ def _work(
     # Left for what cannot be asked how long it takes.
     budget = Budget(0.9 * allowed_s)
 
-    def tell(key: str, value: Any) -> None:
+    def report(key: str, value: Any) -> None:
         sender.send((key, value))
 
     try:
-        SECTIONS[name][0](Section(device, sizes, budget, tell, start_method))
+        SECTIONS[name][0](Section(device, sizes, budget, report, start_method))
     except Exception as error:
         traceback.print_exc()
-        tell("error", traceback.format_exception_only(error)[-1].strip().splitlines()[0])
+        report("error", traceback.format_exception_only(error)[-1].strip().splitlines()[0])
 
 
 def _refuse_other_device(device: str, ended: Mapping[str, Any]) -> None:

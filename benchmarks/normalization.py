@@ -45,7 +45,7 @@ def main(sides: str, batch_sizes: str, channels: int, repeats: int) -> None:
         for whose in ("keras", "ours"):
             found = row["errors"][whose].items()
             print(f"  {whose}: " + ", ".join(f"{name} {error:.1e}" for name, error in found))
-        times = {way: f"{each['median']:.2f}" for way, each in row["time_over_keras"].items()}
+        times = {method: f"{each['median']:.2f}" for method, each in row["time_over_keras"].items()}
         print(f"  time over Keras': {times}")
 
 
@@ -71,14 +71,14 @@ def measured(name: str, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
     }
     ratios: dict[str, list[float]] = {"forward_backward": [], "forward": []}
     for _ in range(1 + repeats):
-        for way, index in (("forward_backward", 0), ("forward", 1)):
+        for method, index in (("forward_backward", 0), ("forward", 1)):
             took = {whose: seconds(runs[whose][index], tensors) for whose in runs}
-            ratios[way].append(took["ours"] / took["keras"])
+            ratios[method].append(took["ours"] / took["keras"])
     return {
         "layer": name,
         "shape": list(shape),
         "errors": errors,
-        "time_over_keras": {way: spread(values[1:]) for way, values in ratios.items()},
+        "time_over_keras": {method: spread(values[1:]) for method, values in ratios.items()},
     }
 
 

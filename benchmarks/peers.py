@@ -69,7 +69,7 @@ Epoch = Callable[[int], Batches]
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """A way to load, as a function that opens it and returns the batches of an epoch."""
 
     open: Callable[[Samples], Epoch]
@@ -199,19 +199,19 @@ BUFFER = "shards, then a buffer"
 BLOCKS = "blocks of shards (py1e)"
 TORCH = ("torch",)
 WAYS = {
-    OURS: Way(open_ours, "exact, global"),
-    "TFRecordDataset": Way(functools.partial(open_tfrecord, autotune=True), BUFFER),
-    "TFRecordDataset, not tuned": Way(functools.partial(open_tfrecord, autotune=False), BUFFER),
-    "WebDataset": Way(
+    OURS: Method(open_ours, "exact, global"),
+    "TFRecordDataset": Method(functools.partial(open_tfrecord, autotune=True), BUFFER),
+    "TFRecordDataset, not tuned": Method(functools.partial(open_tfrecord, autotune=False), BUFFER),
+    "WebDataset": Method(
         functools.partial(open_webdataset, decoder="l8"), BUFFER, ("webdataset", *TORCH)
     ),
-    "WebDataset, OpenCV": Way(
+    "WebDataset, OpenCV": Method(
         functools.partial(open_webdataset, decoder=opencv_handler), BUFFER, ("webdataset", *TORCH)
     ),
-    "MosaicML Streaming": Way(
+    "MosaicML Streaming": Method(
         functools.partial(open_streaming, decode=decode_pillow), BLOCKS, ("streaming", *TORCH)
     ),
-    "MosaicML Streaming, OpenCV": Way(
+    "MosaicML Streaming, OpenCV": Method(
         functools.partial(open_streaming, decode=decode_opencv), BLOCKS, ("streaming", *TORCH)
     ),
 }
@@ -230,7 +230,7 @@ def main(
 
     `make bench-peers` makes an environment that has the peers, and runs this in it.
     """
-    missing = {name: missing_modules(way) for name, way in WAYS.items()}
+    missing = {name: missing_modules(method) for name, method in WAYS.items()}
     names = [name for name, modules in missing.items() if not modules]
     not_installed = {name: modules for name, modules in missing.items() if modules}
     with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as stack:
@@ -263,9 +263,9 @@ def main(
     print_table(result, timings, num_images)
 
 
-def missing_modules(way: Way) -> list[str]:
-    """Returns the modules that `way` needs and that are not installed."""
-    return [name for name in way.modules if importlib.util.find_spec(name) is None]
+def missing_modules(method: Method) -> list[str]:
+    """Returns the modules that `method` needs and that are not installed."""
+    return [name for name in method.modules if importlib.util.find_spec(name) is None]
 
 
 def installed_versions() -> dict[str, str]:

@@ -92,13 +92,13 @@ def _matmul(tf: Any, dtype: Any, size: int) -> tuple[Any, Any]:
 @click.option("--way", hidden=True, help="Set for the processes that this command starts.")
 def main(
     image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int, ways: str,
-    layers: bool, keep_memory: bool, xla: Any, matmul_size: int, way: str | None,
+    layers: bool, keep_memory: bool, xla: Any, matmul_size: int, method: str | None,
 ) -> None:  # fmt: skip
     """Measures the training step of the reference's INbreast network."""
-    if way is not None:
+    if method is not None:
         config = TrainConfig(global_batch_size=batch_size, keep_memory=keep_memory, xla=xla)
         network = Network(image_size, precision, num_layers, config, matmul_size=matmul_size)
-        print(json.dumps(network.work(way, repeats)))
+        print(json.dumps(network.work(method, repeats)))
         return
     if precision == "mixed_bfloat16" and resolve_precision("auto") != precision:
         print("mixed_bfloat16: this machine does not compute it; nothing is measured")
@@ -138,11 +138,11 @@ def main(
             print(f"  over the step, {name}: {shown(shares)}")
 
 
-def _in_own_process(way: str) -> dict[str, Any]:
+def _in_own_process(method: str) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, *sys.argv, "--way", way]
+    command = [sys.executable, *sys.argv, "--way", method]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    print(f"{way}: measured", file=sys.stderr)
+    print(f"{method}: measured", file=sys.stderr)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -165,13 +165,13 @@ class Network:
         self.image_size, self.batch_size = image_size, config.global_batch_size
         self.precision, self.num_layers = precision, num_layers
 
-    def work(self, way: str, repeats: int) -> dict[str, Any]:
-        """Returns what this process measured of `way`."""
-        if way in ("reference", "pinned"):
+    def work(self, method: str, repeats: int) -> dict[str, Any]:
+        """Returns what this process measured of `method`."""
+        if method in ("reference", "pinned"):
             self.precision = "float32"
         threads = {"naive": (0, 0), "reference": (1, 0), "pinned": (1, 1)}
-        if way in threads:
-            self.tf = self.plain_tensorflow(*threads[way])
+        if method in threads:
+            self.tf = self.plain_tensorflow(*threads[method])
         else:
             self.configure()
         self.dtype = self.compute_dtype()
@@ -179,7 +179,7 @@ class Network:
             "ours": self.ours, "naive": self.naive, "reference": self.reference,
             "pinned": self.reference, "layers": self.layers,
         }  # fmt: skip
-        return works[way](repeats)
+        return works[method](repeats)
 
     def plain_tensorflow(self, intra_op: int, inter_op: int) -> Any:
         """Returns TensorFlow as others use it, with so many threads; 0: as it chooses."""

@@ -91,7 +91,7 @@ class ProcessGroup:
 
         Args:
             work: is given a function to call whenever it has moved on.
-            alive: called in this thread, and in that of `work`.
+            heartbeat: called in this thread, and in that of `work`.
 
         Raises:
             FlexUNetError: the one of the lowest rank on which `work` raised one.
@@ -100,11 +100,11 @@ class ProcessGroup:
             return [work(heartbeat)]
         moved = threading.Event()
 
-        def tell() -> None:
+        def notify() -> None:
             moved.set()
             heartbeat()  # a collective may hang, and the work go on
 
-        future = _in_thread(lambda: work(tell))
+        future = _in_thread(lambda: work(notify))
 
         def look() -> list[bool]:
             """Returns whether this process is done, and whether it has moved on."""

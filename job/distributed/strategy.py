@@ -31,7 +31,7 @@ def configure(config: TrainConfig, spec: ProcessSpec | None = None) -> Any:
     with the other processes of `spec`, which all must call it.
 
     Args:
-        place: None, or of a cluster of one: this process alone.
+        spec: None, or of a cluster of one: this process alone.
 
     Raises:
         UsageError: the batch does not divide by the replicas of this process, or TensorFlow was

@@ -201,7 +201,7 @@ def test_a_gpu_report_goes_on_after_a_section_that_failed(tmp_path: Path) -> Non
     assert "does not hold: precisions" in found.output
 
 
-def test_a_gpu_report_tells_what_does_not_agree(tmp_path: Path) -> None:
+def test_a_gpu_report_shows_what_does_not_agree(tmp_path: Path) -> None:
     arguments = ("--device", "cpu", "--small", "--minutes", "30", "--sections", "xla")
     smoke = Smoke("gpu.py", (*arguments, "--tolerance", "0"), "gpu-cpu.json")
     found = ended(smoke, tmp_path)

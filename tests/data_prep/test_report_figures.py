@@ -27,7 +27,7 @@ def green(height: int, width: int) -> np.ndarray:
     return np.full((height, width, 3), (12000, 30000, 12000), np.uint16)
 
 
-def test_a_mask_is_drawn_on_the_second_picture_alone() -> None:
+def test_a_mask_is_drawn_on_the_second_image_alone() -> None:
     mask = np.zeros((40, 60), np.uint8)
     mask[10:30, 20:50] = 1
     counts = is_green(
@@ -42,7 +42,7 @@ def test_a_mask_is_drawn_on_the_second_picture_alone() -> None:
     ]
 
 
-def test_names_of_narrow_pictures_have_room() -> None:
+def test_names_of_narrow_images_have_room() -> None:
     pairs = [
         PairPreview(f"a-long-name-of-a-case-{i}", green(80, 4), np.zeros((80, 4), np.uint8))
         for i in range(3)

@@ -32,7 +32,7 @@ def test_heads_of_one_output_per_class_or_a_sigmoid_fit(dataset: Dataset) -> Non
         assert num_outputs(fitting, dataset.manifest) == outputs
 
 
-def test_grey_pictures_fit_a_network_for_colour(dataset: Dataset) -> None:
+def test_grey_images_fit_a_network_for_colour(dataset: Dataset) -> None:
     assert image_shape(config(image_channels=3), dataset.manifest) == (32, 32, 3)
 
 
@@ -77,7 +77,7 @@ def test_small_tiles_fit_neither_structural_similarity_nor_a_wide_overlap(tmp_pa
         check_compatible(config().model_copy(update={"window_overlap": 8}), tiles)
 
 
-def test_pictures_that_are_never_cut_fit_any_overlap(dataset: Dataset) -> None:
+def test_images_that_are_never_cut_fit_any_overlap(dataset: Dataset) -> None:
     check_compatible(config().model_copy(update={"window_overlap": 99}), dataset)
 
 

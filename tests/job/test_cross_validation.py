@@ -103,7 +103,9 @@ def test_folds_read_their_samples_from_the_shards_of_both_splits(grouped: Datase
     assert most_shards == 2
 
 
-def test_folds_without_a_class_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folds_without_a_class_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_discs(tmp_path / "source", num_images=9, side=16)
     for path in sorted((tmp_path / "source" / "masks").iterdir())[1:]:
         assert cv2.imwrite(str(path), np.zeros((16, 16), np.uint8))
@@ -285,7 +287,7 @@ def check_pools_only_what_was_evaluated_alike(runs: Path) -> None:
     assert (runs / "cv" / "measures_network.csv").read_text() == before
     check_pools_only_the_cases_of_the_folds(runs, config, evaluate)
     evaluate()
-    check_tells_what_an_earlier_version_has_not_stored(runs, config)
+    check_reports_what_an_earlier_version_has_not_stored(runs, config)
     evaluate("--flips", "both", "--checkpoint", "last")
     with pytest.raises(
         UsageError,
@@ -331,7 +333,7 @@ def check_pools_only_the_cases_of_the_folds(
     assert pool_folds(config)["init_from"] == []
 
 
-def check_tells_what_an_earlier_version_has_not_stored(runs: Path, config: TrainConfig) -> None:
+def check_reports_what_an_earlier_version_has_not_stored(runs: Path, config: TrainConfig) -> None:
     table = runs / "cv-fold-1" / "evaluation" / "measures_network.csv"
     text = table.read_text()
     table.write_text(text.replace("specks_mass", "another"))

@@ -84,7 +84,7 @@ def python(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_what_comes_too_late_is_told_and_refused_where_it_changes_the_result() -> None:
+def test_what_comes_too_late_is_reported_and_refused_where_it_changes_the_result() -> None:
     asked = [(options, size) for options, size, _, _ in TABLE]
     results = json.loads(python(CONFIGURED, json.dumps(asked)).stdout)
     for (options, _, made, warned), found in zip(TABLE, results, strict=True):

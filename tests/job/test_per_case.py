@@ -257,7 +257,7 @@ def test_cases_are_read_back_from_their_table(scale: Scale) -> None:
         assert parse_case_metrics(row, ["mass"]) == case
 
 
-def test_specks_stay_apart_in_cases_tables_and_summary() -> None:
+def test_tiny_regions_stay_apart_in_cases_tables_and_summary() -> None:
     case = measure_case(LESION, EMPTY, 2, PIXELS, tiny_regions=tiny_regions_of(LESION, 2, 3))
     assert case.classes[0].fn == 2  # of pixels nothing is left out
     assert nothing_predicted(case) == case

@@ -217,7 +217,7 @@ def test_weights_that_differ_in_one_bit_end_all_processes() -> None:
     assert all("the weights of rank 1 are not those of rank 0" in error for error in errors)
 
 
-def test_who_waits_for_slow_work_of_another_is_told_that_it_goes_on() -> None:
+def test_who_waits_for_slow_work_of_another_hears_that_it_goes_on() -> None:
     for error in run_two(_SLOW):
         signs = re.search(r"(\d+) signs", error)
         assert signs and int(signs[1]) >= 2, error
@@ -244,7 +244,7 @@ raise SystemExit(train.main(sys.argv[1:]))
 """
 
 
-def test_only_the_process_that_stores_pictures_draws_them(dataset: str, tmp_path: Path) -> None:
+def test_only_the_process_that_stores_images_draws_them(dataset: str, tmp_path: Path) -> None:
     arguments = ["--no-progress", "--threads", "1"]
     arguments += options(dataset, tmp_path, "drawn", epochs="1", precision="float32")
     processes = start_cluster(2, arguments, command=[sys.executable, "-c", DRAWING])
@@ -300,7 +300,7 @@ def test_those_who_meet_wait_for_the_last_and_heed_no_stranger() -> None:
     assert order == ["came"] * 3 + ["met"] * 3
 
 
-def test_another_number_of_gpus_is_told_to_all() -> None:
+def test_another_number_of_gpus_is_reported_to_all() -> None:
     addresses = tuple(free_addresses(3))
 
     def come(rank: int) -> str:
@@ -309,8 +309,8 @@ def test_another_number_of_gpus_is_told_to_all() -> None:
         return str(caught.value)
 
     with ThreadPoolExecutor(3) as threads:
-        told = list(threads.map(come, range(3)))
-    assert set(told) == {
+        reported = list(threads.map(come, range(3)))
+    assert set(reported) == {
         f"rank 1 ({addresses[1]}) sees 4 GPUs and rank 0 sees 8; give all processes equally many "
         "(CUDA_VISIBLE_DEVICES)"
     }
@@ -377,8 +377,8 @@ def test_a_process_with_other_settings_is_named_by_all(
     errors = finish(processes)
     assert [process.returncode for process in processes] == [2, 2], errors
     for error in errors:
-        told = f"rank 1 was started with other settings than rank 0: --{option} was "
-        assert f"{told}{values[0]}, now {values[1]}" in error.replace('"', "")
+        reported = f"rank 1 was started with other settings than rank 0: --{option} was "
+        assert f"{reported}{values[0]}, now {values[1]}" in error.replace('"', "")
     assert not (tmp_path / "mixed" / "checkpoints").exists()
 
 

@@ -153,7 +153,7 @@ def test_page_of_cases_without_foreground_says_that_there_was_none(
     assert f"{words} in 3 of 4 cases." in " ".join(capsys.readouterr().out.split())
 
 
-def test_page_tells_of_restarts_and_stalls(own_run: Path) -> None:
+def test_page_reports_restarts_and_stalls(own_run: Path) -> None:
     lease = json.loads((own_run / "lease.json").read_text())
     base = "checkpoints/step-00000012/a1"
     # A stop, a launcher's look, a kill, the end, and a command that found the run over.
@@ -291,7 +291,7 @@ def test_page_says_where_weights_came_from(own_run: Path) -> None:
     assert "The weights started from a.h5; which cases trained these is not known" in found
 
 
-def test_card_counts_tiles_as_tiles_and_tells_a_fold(own_run: Path) -> None:
+def test_card_counts_tiles_as_tiles_and_reports_a_fold(own_run: Path) -> None:
     path = own_run / "dataset.json"
     assert "<th>split</th><th>pictures</th>" in render(open_store(str(own_run)))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"geometry": "tile"}))

@@ -347,13 +347,13 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
     arguments = [*options, "--name", "control", "--progress"]
     control = commands.run(*command(*arguments))
     assert control.returncode == 0, control.stderr
-    told = control.stderr.splitlines()
-    assert told.count("building the network") == 1
-    assert told.count("compiling the first step of epoch 1") == 1
+    reported = control.stderr.splitlines()
+    assert reported.count("building the network") == 1
+    assert reported.count("compiling the first step of epoch 1") == 1
     # The bar is over before: what it says of the last step is no end of the run.
-    is_bar = [line.startswith("train: ") for line in told]
+    is_bar = [line.startswith("train: ") for line in reported]
     assert any(is_bar)
-    assert not any(is_bar[told.index("evaluating the test split with the best checkpoint") :])
+    assert not any(is_bar[reported.index("evaluating the test split with the best checkpoint") :])
 
     broken = command(*options, "--name", "broken")
     run = tmp_path / "broken"

@@ -46,7 +46,7 @@ def test_steps_that_come_are_progress(quick: None) -> None:
     assert calls.seen == []
 
 
-def test_a_hung_step_is_told_once_with_its_phase(quick: None) -> None:
+def test_a_hung_step_is_reported_once_with_its_phase(quick: None) -> None:
     calls = Calls()
     with Watchdog(phase_s=30, step_s=0.2, expired=calls) as dog:
         dog.enter("epoch 3")
@@ -156,7 +156,7 @@ def test_a_paused_process_does_not_count_the_pause(tmp_path: Path) -> None:
     process.communicate()
 
 
-def test_a_peer_that_is_gone_is_told_long_before_a_hung_step(
+def test_a_peer_that_is_gone_is_reported_long_before_a_hung_step(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchdog, "_QUIET_S", 0.2)
