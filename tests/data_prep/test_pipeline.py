@@ -481,10 +481,19 @@ def test_names_of_which_none_has_a_group_are_not_to_be_skipped(source, tmp_path)
         code, errors = _main(
             [str(source), str(tmp_path / "out"), "--group-regex", "_(x+)$", *extra]
         )
-        assert code == 3
+        assert code == 2  # an option does not fit
         (line,) = (line for line in errors.splitlines() if "no group" in line)
         assert "case_0.png: no group, '_(x+)$' finds nothing in the file name (its ending" in line
         assert line.endswith("correct --group-regex (so with all 20 files)")
+
+
+def test_a_table_that_has_none_of_the_files_is_a_wrong_file(source, tmp_path):
+    (tmp_path / "groups.csv").write_text("file,group\nother.png,1\n")
+    table = str(tmp_path / "groups.csv")
+    code, errors = _main([str(source), str(tmp_path / "out"), "--group-csv", table])
+    assert code == 3
+    assert "case_0.png: has no row in" in errors
+    assert "(so with all 20 files)" in errors
 
 
 def test_rejects_csv_is_safe_in_a_spreadsheet():
