@@ -40,7 +40,7 @@ from job.inference.inputs import find_images, read_any
 from job.inference.preprocess import to_model_pixels
 from job.optimization.optimizer import Adam
 from job.reporting import plots
-from job.reporting.csv_tables import CURVE_TITLES, History
+from job.reporting.csv_tables import CURVE_LABELS, CURVE_TITLES, History
 from job.reporting.html_report import renew_report
 from job.runs import serialization
 from job.runs.checkpoints import download_checkpoint
@@ -190,17 +190,16 @@ class RunWriter:
             "train_metrics": tuple(names),
             "foreground": ("val_foreground_dice", "val_foreground_iou"),
         }
-        epochs = [row["epoch"] for row in state.rows]
+        epochs = [row["epoch"] + 1 for row in state.rows]
         for stem, lines in curves.items():
             series = {
                 name: [float("nan") if row[name] is None else row[name] for row in state.rows]
                 for name in lines
             }
             if series:
-                unit = "loss" if "loss" in stem else "value"
-                self._put(
-                    f"metrics/{stem}.png", plots.curve_png(CURVE_TITLES[stem], epochs, series, unit)
-                )
+                ylabel = "loss" if "loss" in stem else "score"
+                png = plots.curve_png(CURVE_TITLES[stem], epochs, series, ylabel, CURVE_LABELS)
+                self._put(f"metrics/{stem}.png", png)
 
     def read_best(self, state: TrainState, heartbeat: Heartbeat) -> bool:
         """Reads the weights of the best checkpoint into the model.

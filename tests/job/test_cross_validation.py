@@ -151,7 +151,7 @@ def test_tables_of_folds_fit_a_terminal(tmp_path: Path, capsys: pytest.CaptureFi
         lines = capsys.readouterr().out.splitlines()
         assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
         words = "".join(part for line in lines for part in line.split() if part not in "│┃")
-        assert words.count("false_positives_per_image") == 3 or name.startswith("aa")
+        assert words.count("falsepositivesperimage") == 3 or name.startswith("aa")
         assert "…" not in words
 
 
@@ -229,13 +229,14 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
         assert len(line) <= 80 or str(runs) in line
     assert "…" not in done.stdout
     for fold in range(3):
-        assert f"fold {fold + 1} of 3: {runs}/cv-fold-{fold}" in done.stderr
-        assert f"evaluating fold {fold + 1} of 3 with the best checkpoint" in tables
-        assert f"fold {fold + 1} of 3: 4 cases, the best checkpoint" in " ".join(tables.split())
+        words = f"fold {fold + 1} of 3"
+        assert f"{words}: {runs}/cv-fold-{fold}" in done.stderr
+        assert f"evaluating {words} with the best checkpoint" in tables
+        assert f"{words}: 4 images, the best checkpoint" in " ".join(tables.split())
         page = (runs / f"cv-fold-{fold}" / "report.html").read_text()
-        assert f"over 4 cases of fold {fold + 1} of 3, mean over cases" in page
+        assert f"for 4 images of {words}, at network size" in page
     assert "test split" not in tables
-    assert "cases of all folds, original size, which is the network's: 12 groups" in tables
+    assert "all folds, original size (same as network size): 12 groups" in tables
     summary = json.loads((runs / "cv" / "cross_validation.json").read_text())
     network = summary["sizes"]["network"]
     rows = list(csv.DictReader((runs / "cv" / "measures_network.csv").read_text().splitlines()))
@@ -255,12 +256,13 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
     assert pooled["num_cases"] == len(rows) == 12
     assert [each["num_cases"] for each in network["folds"]] == [4, 4, 4]
     page = (runs / "cv" / "report.html").read_text()
-    assert f'<td>mass dice_mean</td><td class="number">{pooled["value"]:.4f}</td>' in page
+    row = f'<td>Dice, mean over images</td><td class="number">{pooled["value"]:.4f}</td>'
+    assert row in page
     for words in (
-        "3 folds, taken from train and valid (12 pictures)",
-        "no groups were given: pictures of one patient may be",
-        "intervals draw pictures, not patients",
-        "The weights started from the seed.",
+        "3 folds, taken from train and valid (12 images)",
+        "no groups were given: images of one patient may be",
+        "intervals draw images, not patients",
+        "Trained from random weights.",
     ):
         assert words in page
     assert f"{pooled['low']:.4f} to {pooled['high']:.4f}" in page

@@ -20,15 +20,15 @@ def summary_of(prediction: np.ndarray, scale: Scale = PIXELS) -> dict[str, Any]:
 def test_notes_say_what_the_numbers_at_a_size_are_of() -> None:
     pixels, mm = summary_of(LESION), summary_of(LESION, MM)
     assert "the stored mask, enlarged" in size_notes("original size", mm)[0]
-    assert "take the stored pixels as square" in size_notes("network size", pixels)[0]
+    assert "assume square pixels" in size_notes("network size", pixels)[0]
     assert size_notes("network size", mm) == []
-    assert size_notes("original size, which is the network's", pixels) == []
+    assert size_notes("original size (same as network size)", pixels) == []
 
 
 def test_sizes_that_measure_the_same_are_shown_once() -> None:
     network, original = summary_of(LESION), summary_of(EMPTY)
     assert titled_sizes({"network": network, "original": dict(network)}) == [
-        ("original size, which is the network's", network)
+        ("original size (same as network size)", network)
     ]
     titles = [title for title, _ in titled_sizes({"network": network, "original": original})]
     assert titles == ["network size", "original size"]

@@ -142,5 +142,5 @@ def test_panel_png_fits_a_title_of_any_length() -> None:
 
 
 def test_panel_title_says_when_there_is_nothing_to_score() -> None:
-    assert panel_title("14.png", 0.92549) == "14.png: foreground Dice 0.925"
+    assert panel_title("14.png", 0.92549) == "14.png: image Dice 0.925"
     assert panel_title("14.png", None) == "14.png: no foreground"
