@@ -41,7 +41,7 @@ def test_grey_images_fit_a_network_for_colour(dataset: Dataset) -> None:
     [
         ({"name": "flexnet"}, "--model.name='flexnet': no such model; did you mean 'flexunet'"),
         ({"num_classes": 3}, "--model.num-classes=3: the dataset has 2 classes"),
-        ({"num_layers": 7}, "--model.num-layers=7 needs image sides that divide by 64, got 32x32"),
+        ({"num_layers": 7}, "--model.num-layers=7 needs image sides divisible by 64, got 32x32"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -102,7 +102,7 @@ def test_pixels_that_float16_cannot_hold_are_refused(dataset: Dataset) -> None:
     check_compatible(half, deep)
     as_stored = half.model_copy(update={"model": config(input_scaling="none").model})
     check_compatible(as_stored, dataset)
-    with pytest.raises(UsageError, match="pixels of up to 65535 are beyond float16's largest"):
+    with pytest.raises(UsageError, match="pixel values of up to 65535 exceed the largest"):
         check_compatible(as_stored, deep)
     check_compatible(as_stored.model_copy(update={"precision": "float32"}), deep)
 

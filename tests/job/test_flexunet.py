@@ -183,7 +183,7 @@ def test_same_seed_gives_same_weights() -> None:
 
 
 def test_sides_must_divide_by_the_levels() -> None:
-    with pytest.raises(UsageError, match="divide by 4, got 8x10"):
+    with pytest.raises(UsageError, match="divisible by 4, got 8x10"):
         build_model(SMALL, image_shape=(8, 10, 1), num_classes=2)
 
 

@@ -156,7 +156,7 @@ def test_a_run_that_stops_early_says_so_and_what_goes_on(
     )
     outcome, _ = train(config, one_cpu)
     assert (outcome["epochs"], outcome["stopped_early"]) == (2, True)
-    words = "stopped early after 2 epochs, as the validation loss has not fallen since epoch 1"
+    words = "stopped early after 2 epochs: the validation loss has not fallen since epoch 1"
     (line,) = (text for text in caplog.messages if words in text)
     assert line == f"{words} (--schedule.early-stopping-patience)"
     url = f"{tmp_path}/run"

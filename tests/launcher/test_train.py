@@ -172,7 +172,7 @@ def test_what_cannot_work_is_refused_before_a_worker_starts(
         (["--num-workers", "3"], "--global-batch-size=2 does not divide by the 3 replicas"),
         (["--data", "nowhere"], "no dataset at"),
         (["--num-workers", "0"], "--num-workers=0"),
-        (["--model.num-layers", "7"], "needs image sides that divide by 64"),
+        (["--model.num-layers", "7"], "needs image sides divisible by 64"),
     ):
         done = flexunet(*where, *options(data, str(tmp_path / "runs"), "no"), *arguments)
         assert done.returncode == 2, done.stderr
