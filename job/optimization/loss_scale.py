@@ -101,8 +101,8 @@ class LossScale:
             if value is None or value.shape != ():
                 found = "missing" if value is None else f"of shape {value.shape}"
                 raise ContentError(
-                    f"{source}: {name} is {found}, but a run in mixed_float16 stores one number there; "
-                    "restore the file, or train a run with another name"
+                    f"{source}: {name} is {found}, but a run in mixed_float16 stores one number "
+                    "there; restore the file, or train a run with another name"
                 )
             variable.assign(value)
 
