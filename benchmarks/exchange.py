@@ -1,15 +1,15 @@
-"""Measures workers that train together against workers that do not talk, one core each.
+"""Compares workers that exchange gradients with workers that do not, one core each.
 
     python benchmarks/exchange.py [--image-size 256] [--batch-size 2] [--num-workers 2]
     python benchmarks/exchange.py --table
 
-All processes take the three steps in turns: without talking, with all-reduce, with the planned
-exchange. The ratio of a turn is the images/s of all together over the sum of what they reach
-without talking; beside it stands what the plan's cost model says of it. Bytes are those of the plan
-and those that the loopback device counted. More workers than cores share cores: then only bytes are
-worth reading, and nobody is measured silent.
+All processes run three kinds of step in turns: without exchange ("silent"), with all-reduce, and
+with the planned exchange. The ratio of a turn is the images/s of all workers divided by their sum
+without exchange; the prediction of the plan's cost model is printed too. Bytes are those of the
+plan, and those that the loopback device counted. With more workers than cores, only the bytes are
+meaningful, and steps without exchange are not measured.
 
-`--table` trains nothing: it prints what the plan's cost model says of more workers and networks.
+`--table` trains nothing: it prints the predictions of the cost model for more workers.
 """
 
 import contextlib
@@ -40,18 +40,18 @@ TABLE_GBIT_PER_S = (1.0, 10.0)
 @click.option("--image-size", default=256, show_default=True, help="Side of the images, pixels.")
 @click.option("--batch-size", default=2, show_default=True, help="Images per worker and step.")
 @click.option("--precision", default="float32", show_default=True, help="float32, mixed_bfloat16.")
-@click.option("--repeats", default=5, show_default=True, help="Turns; one more comes before them.")
+@click.option("--repeats", default=5, show_default=True, help="Turns, after one warm-up turn.")
 @click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
 @click.option("--num-workers", default=2, show_default=True, help="Processes.")
-@click.option("--table", is_flag=True, help="Only compute the table of the cost model.")
-@click.option("--gflops", default=60.0, show_default=True, help="Of a worker, for --table, per s.")
+@click.option("--table", is_flag=True, help="Only print the table of the cost model.")
+@click.option("--gflops", default=60.0, show_default=True, help="GFLOP/s of a worker, for --table.")
 @click.option("--rank", type=int, hidden=True, help="Set for the workers, started by this command.")
-@click.option("--addresses", default="", hidden=True, help="Likewise.")
+@click.option("--addresses", default="", hidden=True, help="Set for the workers too.")
 def main(
     image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int,
     num_workers: int, table: bool, gflops: float, rank: int | None, addresses: str,
 ) -> None:  # fmt: skip
-    """Measures how much of the workers' speed is left when they exchange gradients."""
+    """Measure the share of the workers' speed that is left when they exchange gradients."""
     network = {
         "image_size": image_size, "batch_size": batch_size, "precision": precision,
         "num_layers": num_layers,
@@ -94,7 +94,7 @@ def main(
 
 
 def run_workers(num_workers: int) -> list[dict[str, Any]]:
-    """Starts this command once per worker and returns what each measured."""
+    """Starts this command once per worker and returns their measurements."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     addresses = ",".join(free_addresses(num_workers))
     workers = [
@@ -111,7 +111,7 @@ def run_workers(num_workers: int) -> list[dict[str, Any]]:
 
 
 def free_addresses(count: int) -> list[str]:
-    """Returns `count` addresses of this machine at which nothing listens."""
+    """Returns `count` free addresses of this machine."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -120,7 +120,7 @@ def free_addresses(count: int) -> list[str]:
 
 
 def shares(step_s: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Returns for each way of talking the images/s of all over the silent sum, per turn."""
+    """Returns the images/s of all workers over their sum without exchange, per kind and turn."""
     if "silent" not in step_s[0]:
         return {}
     silent = [sum(1 / time_s for time_s in turn) for turn in _turns(step_s, "silent")]
@@ -134,10 +134,11 @@ def shares(step_s: list[dict[str, list[float]]]) -> dict[str, list[float]]:
 
 
 def predicted(result: dict[str, Any]) -> dict[str, float]:
-    """Returns what the plan's cost model says that is left of the workers' speed.
+    """Returns the share of the workers' speed that the plan's cost model predicts.
 
-    In FLOPs: a step's, those that gathering adds, and as many per byte as the probe found. So it
-    takes the network to be slower than the probe by as much as the step is than its multiplication.
+    Counts in FLOPs: those of a step, those that gathering adds, and the probe's FLOPs per byte.
+    This assumes that the network is slower than the probe by the same factor as the step is slower
+    than its multiplication.
     """
     step_flops = result["step_flops"]
     per_byte = result["flops_per_byte"]
@@ -227,7 +228,7 @@ def work(network: dict[str, Any], repeats: int, spec: ProcessSpec) -> dict[str, 
             seconds[method].append(time.perf_counter() - started)
             counted[method].append(loopback_bytes() - sent)
             if rank == 0:
-                # A turn of the large network takes a minute on a busy machine: slow, not hung.
+                # Shows progress: a turn of the large network takes a minute on a busy machine.
                 print(f"turn {count}, {method}: {seconds[method][-1]:.1f} s", file=sys.stderr)
     # The first turn compiles.
     return reported | {
@@ -238,7 +239,7 @@ def work(network: dict[str, Any], repeats: int, spec: ProcessSpec) -> dict[str, 
 
 
 def make_network(network: dict[str, Any]) -> Any:
-    """Returns the INbreast network, or one of fewer levels."""
+    """Returns the INbreast network, possibly with fewer levels."""
     from job.models.registry import build_model
 
     size = network["image_size"]
@@ -258,9 +259,9 @@ def loopback_bytes() -> int:
 
 
 def write_and_print_table(network: dict[str, Any], gflops: float) -> None:
-    """Writes and prints what the cost model says of `TABLE_WORKERS` at `TABLE_GBIT_PER_S`.
+    """Writes and prints the cost model's predictions for `TABLE_WORKERS` at `TABLE_GBIT_PER_S`.
 
-    Nothing overlaps in this model: `kept` is the silent step over it plus the exchange.
+    Nothing overlaps in this model: `kept` is the step without exchange over the step with it.
     """
     from job.distributed.runtime import import_tensorflow
 
@@ -299,15 +300,15 @@ def write_and_print_table(network: dict[str, Any], gflops: float) -> None:
         f"exchange-table-{size}-{precision}",
         {**network, "worker_gflop_per_s": gflops, "silent_step_s": silent_s, "rows": rows},
     )
-    print(f"{size}x{size}, {precision}, {gflops:.0f} GFLOP/s a worker, {silent_s:.2f} s a step")
-    print("Gbit/s workers layers  plan MB  all-reduce MB  ratio  more FLOPs  kept  all-reduce kept")
+    print(f"{size}x{size}, {precision}, {gflops:.0f} GFLOP/s per worker, {silent_s:.2f} s per step")
+    print("Gbit/s workers layers plan MB all-reduce MB ratio +FLOPs kept all-reduce kept")
     for row in rows:
         ratio = row["all_reduce_mb"] / row["plan_mb"]
         print(
             f"{row['gbit_per_s']:6.0f} {row['num_workers']:7} {row['gathered_layers']:6} "
-            f"{row['plan_mb']:8.1f} {row['all_reduce_mb']:14.1f} {ratio:6.1f} "
-            f"{100 * row['extra_flops_share']:9.1f} % {row['plan_kept']:5.2f} "
-            f"{row['all_reduce_kept']:16.2f}"
+            f"{row['plan_mb']:7.1f} {row['all_reduce_mb']:13.1f} {ratio:5.1f} "
+            f"{100 * row['extra_flops_share']:5.1f}% {row['plan_kept']:4.2f} "
+            f"{row['all_reduce_kept']:15.2f}"
         )
 
 
