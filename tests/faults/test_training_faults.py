@@ -416,7 +416,7 @@ def test_a_rank_that_never_comes_is_named(
         with running_process(tmp_path / "trace", rank, addresses, options) as process:
             assert process.end(60) == 1, process.errors
             seconds.append(time.time() - process.started)
-            expected = f"rank {1 - rank} ({addresses[1 - rank]}) did not come in time"
+            expected = f"rank {1 - rank} ({addresses[1 - rank]}) did not connect in time"
             assert expected in process.last_line
     note = f"--phase-timeout 5: named, ended {max(seconds):.0f} s after the start at most"
     record_fault("R16", 3, 0, note)

@@ -503,5 +503,5 @@ def test_command_refuses_a_machine_without_the_gpu_that_was_asked_for(
     before = sorted(own_run.rglob("*"))
     assert main([str(own_run), "--needs-gpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "a GPU was asked for and TensorFlow sees none on" in line
+    assert "a GPU was requested, but TensorFlow finds none on" in line
     assert sorted(own_run.rglob("*")) == before

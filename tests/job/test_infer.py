@@ -777,6 +777,6 @@ def test_a_gpu_that_is_missing_is_refused(
     assert main([*arguments, "--needs-gpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(
-        r"a GPU was asked for and TensorFlow sees none on .*CUDA_VISIBLE_DEVICES", line
+        r"a GPU was requested, but TensorFlow finds none on .*CUDA_VISIBLE_DEVICES", line
     )
     assert not list((tmp_path / "masks").rglob("*.png"))

@@ -49,7 +49,7 @@ print(json.dumps(results))
 TABLE: list[tuple[dict[str, Any], int, int | str, str | None]] = [
     ({}, 0, 1, None),
     ({"deterministic": True}, 0, 1, None),
-    ({"threads": 2}, 0, 1, "too late for --threads=2: training goes on without"),
+    ({"threads": 2}, 0, 1, "too late for --threads=2: training continues without"),
     ({"keep_memory": True}, 0, 1, "too late for --keep-memory: training"),
     ({"threads": 2, "keep_memory": True}, 1, 1, "for --keep-memory and --threads=2: training"),
     ({"threads": 2, "deterministic": True}, 0, "one thread per core, too late for --thr", None),

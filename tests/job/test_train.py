@@ -432,7 +432,9 @@ def test_micro_batches_that_do_not_fit_the_replicas_begin_no_run(
     network = ["--model.num-layers", "2", "--output", str(tmp_path), "--name", "new"]
     result = commands.run("job.train", "--local", "--data", dataset, *sizes, *network)
     assert result.returncode == 2, result.stderr
-    assert "--accumulate=4 does not divide the batch of 2" in result.stderr.splitlines()[-1]
+    assert (
+        "--accumulate=4 does not divide 2, the batch of each of" in result.stderr.splitlines()[-1]
+    )
     assert not (tmp_path / "new" / "identity.json").exists()
 
 

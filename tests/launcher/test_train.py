@@ -169,7 +169,7 @@ def test_what_cannot_work_is_refused_before_a_worker_starts(
     data = prepare_discs(tmp_path)
     where = ["launch", "train", "--address", ray_cluster.address]
     for arguments, message in (
-        (["--num-workers", "3"], "--global-batch-size=2 does not divide by the 3 replicas"),
+        (["--num-workers", "3"], "--global-batch-size=2 is not divisible by the 3 replicas"),
         (["--data", "nowhere"], "no dataset at"),
         (["--num-workers", "0"], "--num-workers=0"),
         (["--model.num-layers", "7"], "needs image sides divisible by 64"),
