@@ -10,8 +10,12 @@ from flexunet.text import pluralize
 from job.optimization.schedule import stopped_early_words
 from job.reporting.phrases import (
     BASELINE,
+    EVERYTHING,
+    baseline_warnings,
     checkpoint_words,
     counted_cases,
+    everything_dice,
+    everything_rows,
     has_foreground,
     lesion_words,
     measure_label,
@@ -43,15 +47,17 @@ Origins = list[tuple[str, str]]  # (source, whether it saw the cases: "yes", "no
 
 @dataclass(frozen=True)
 class Foreground:
-    """The foreground Dice of a split, mean over images, and that of predicting nothing.
+    """The foreground Dice of a split, mean over images, and those of two baselines.
 
     Attributes:
+        all_foreground: of predicting each class on every pixel; None if it is not recorded.
         cases: how many images have it, in words.
         split: which images were evaluated, in words.
     """
 
     dice: float | None
     all_background: float | None
+    all_foreground: float | None
     cases: str
     split: str
 
@@ -111,10 +117,18 @@ class Size:
 
 @dataclass(frozen=True)
 class Metrics:
-    """The measures of a split; `thresholds` has scores at other thresholds than the one in use."""
+    """The measures of a split.
+
+    Attributes:
+        everything: the Dice of each class beside that of predicting it on every pixel.
+        warnings: on classes that are predicted no better.
+        thresholds: scores at other thresholds than the one in use.
+    """
 
     prediction: Prediction
     pixels: Table
+    everything: Table
+    warnings: Sequence[str]
     sizes: Sequence[Size]
     thresholds: Table | None
 
@@ -151,6 +165,7 @@ def headline_of(
     foreground = Foreground(
         dice=mean["dice"],
         all_background=nothing["dice"],
+        all_foreground=everything_dice(summary),
         cases=counted_cases(summary),
         split=summarized_words(summary),
     )
@@ -191,11 +206,18 @@ def metrics_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> Metrics
     return Metrics(
         prediction=_prediction(summary),
         pixels=pixels,
+        everything=_everything(summary),
+        warnings=baseline_warnings(summary),
         sizes=[
             size_of(title, measures) for title, measures in titled_sizes(summary.get("sizes", {}))
         ],
         thresholds=_thresholds(store),
     )
+
+
+def _everything(summary: Mapping[str, Any]) -> Table:
+    columns = ("class, network size", measure_label("dice_mean"), EVERYTHING)
+    return Table(columns, everything_rows(summary))
 
 
 def _prediction(summary: Mapping[str, Any]) -> Prediction:

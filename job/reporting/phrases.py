@@ -28,6 +28,7 @@ MEASURE_LABELS = {
     "nsd_px": f"NSD within {TOLERANCES['px']:g} pixels",
 }
 BASELINE = "predict-nothing baseline"
+EVERYTHING = "predict-everything baseline"  # a class on every pixel, each class alone
 ONE_SIZE = "original size (same as network size)"
 
 
@@ -64,6 +65,32 @@ def _case_noun(summary: Mapping[str, Any]) -> str:
 def has_foreground(summary: Mapping[str, Any]) -> bool:
     """Returns whether the truth of any summarized case has a foreground class."""
     return summary["all_background"]["foreground_mean"]["dice"] is not None
+
+
+def everything_dice(summary: Mapping[str, Any]) -> float | None:
+    """Returns the mean foreground Dice of predicting each class on every pixel."""
+    baseline = summary.get("all_foreground")  # earlier versions did not write it
+    dice: float | None = baseline["foreground_mean"]["dice"] if baseline else None
+    return dice
+
+
+def everything_rows(summary: Mapping[str, Any]) -> list[tuple[str, float | None, float | None]]:
+    """Returns (class, its Dice, the Dice of predicting it on every pixel), means over images."""
+    return [
+        (each["name"], each["dice"], each["all_foreground"]["dice"])
+        for each in summary["classes"][1:]
+        if "all_foreground" in each  # earlier versions did not write it
+    ]
+
+
+def baseline_warnings(summary: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for each class that is predicted no better than on every pixel."""
+    return [
+        f"{name}: Dice {dice:.4f} is no better than {everywhere:.4f}, which predicting this class "
+        "on every pixel gives."
+        for name, dice, everywhere in everything_rows(summary)
+        if dice is not None and everywhere and dice <= everywhere
+    ]
 
 
 def no_foreground_words(summary: Mapping[str, Any]) -> str:

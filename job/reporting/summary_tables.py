@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 from flexunet.text import pluralize
 from job.reporting.phrases import (
     BASELINE,
+    EVERYTHING,
+    baseline_warnings,
     checkpoint_words,
     counted_cases,
+    everything_dice,
     has_foreground,
     lesion_words,
     measure_label,
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
 
 
 def show_summary(summary: Mapping[str, Any]) -> None:
-    """Prints the foreground scores of a split next to those of predicting nothing."""
+    """Prints the foreground scores of a split next to those of two baselines.
+
+    They predict nothing, and each class on every pixel.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -43,6 +49,8 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         "pooled over pixels": summary["foreground_pooled"],
         f"{BASELINE}, mean over images": baseline,
     }
+    if everything_dice(summary) is not None:
+        rows[f"{EVERYTHING}, mean over images"] = summary["all_foreground"]["foreground_mean"]
     for label, scores in rows.items():
         values = [scores[name] for name in baseline]
         table.add_row(label, *map(shown, values))
@@ -50,6 +58,8 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     console.print(table)
     if not has_foreground(summary):
         console.print(no_foreground_words(summary))
+    for warning in baseline_warnings(summary):
+        console.print(warning, markup=False)
     sizes = titled_sizes(summary.get("sizes", {}))
     for title, measures in sizes:
         console.print(measures_table(title, measures))

@@ -138,6 +138,36 @@ def test_headline_counts_the_cases_of_its_mean(
     assert "mean over 3 of 4 images" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_class_that_fills_the_images_is_compared_with_itself_on_every_pixel(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = own_run / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    mass = summary["classes"][1]
+    everywhere = mass["all_foreground"]["dice"]
+    page = page_of(own_run).words
+    assert f"predict-everything baseline: {everywhere:.4f})" in page
+    assert "is no better than" not in page
+    show_summary(summary)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "predict-everything" in shown
+    assert f"{everywhere:.4f}" in shown
+    mass["all_foreground"]["dice"] = 0.9999
+    words = (
+        f"mass: Dice {mass['dice']:.4f} is no better than 0.9999, which predicting this class on"
+    )
+    path.write_text(json.dumps(summary))
+    assert words in page_of(own_run).words
+    show_summary(summary)
+    assert words in " ".join(capsys.readouterr().out.split())
+    # An earlier version recorded no such baseline.
+    del summary["all_foreground"], mass["all_foreground"]
+    path.write_text(json.dumps(summary))
+    assert "predict-everything" not in page_of(own_run).words
+    show_summary(summary)
+    assert "predict-everything" not in capsys.readouterr().out
+
+
 def test_page_of_cases_without_foreground_says_that_there_was_none(
     own_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
