@@ -13,11 +13,14 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +32,7 @@ R = TypeVar("R")
 
 _CGROUP_ROOT = "/sys/fs/cgroup"
 _CGROUP_MEMBERSHIP = "/proc/self/cgroup"
+_starting = threading.Lock()
 
 
 class InlineExecutor(Executor):
@@ -94,11 +98,33 @@ def open_pool(num_processes: int) -> Iterator[Executor]:
         yield from _spawned(num_processes)
 
 
+class _Process(SpawnProcess):
+    """A spawned process that does not import the program's main module.
+
+    What runs in it is defined elsewhere. A user's script would do its work again in each worker,
+    unless it has `if __name__ == "__main__"`.
+    """
+
+    @staticmethod
+    def _Popen(process: Any) -> Any:
+        with _starting:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            try:
+                return SpawnProcess._Popen(process)
+            finally:
+                sys.modules["__main__"] = main
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
 def _spawned(num_processes: int) -> Iterator[Executor]:
     """Yields an executor with `num_processes` spawned workers; ends them with the generator."""
     others = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(
-        num_processes, multiprocessing.get_context("spawn"), initializer=_start_worker
+        num_processes, _Context(), initializer=_start_worker
     )
     try:
         yield pool

@@ -1,4 +1,4 @@
-"""Predicts masks for a folder of images of any size: the command.
+"""Predicts masks for images of any size, a folder or one file: the command.
 
 python -m job.infer RUN IMAGES [OUTPUT]
 """
@@ -26,15 +26,15 @@ from job.inference.pipeline import InferResult, infer
 @click.argument("output", type=PATH, required=False)
 @settings_options(InferConfig)
 def command(run: str, images: str, output: str | None, **options: Any) -> int:
-    """Predict masks for the images in a folder or bucket prefix.
+    """Predict masks for one image, or for all images in a folder or bucket prefix.
 
-    RUN is the folder or gs:// URL of a run (RUNS/NAME), IMAGES a folder of images of any size,
-    OUTPUT your own folder or gs:// URL for the masks (default: in the run, RUN/inference), new or
-    not, outside of IMAGES. Writes a mask of IMAGES' name for each image, overlays/, inference.json,
-    inference-images-*.json and, where needed, unreadable.csv and passed_over.csv (files that are no
-    images). The same command continues after a stop: it keeps a mask if its image has not changed.
-    Masks of another run, checkpoint or folder of images are refused. --overwrite predicts all
-    again. Other files stay.
+    RUN is the folder or gs:// URL of a run (RUNS/NAME), IMAGES an image of any size or a folder of
+    images, OUTPUT your own folder or gs:// URL for the masks (default: in the run, RUN/inference),
+    new or not, outside of IMAGES. Writes a mask of IMAGES' name for each image, overlays/,
+    inference.json, inference-images-*.json and, where needed, unreadable.csv and passed_over.csv
+    (files that are no images). The same command continues after a stop: it keeps a mask if its
+    image has not changed. Masks of another run, checkpoint or folder of images are refused.
+    --overwrite predicts all again. Other files stay.
     """
     config = from_options(InferConfig, options)
     with quiet_interrupts():
@@ -49,6 +49,9 @@ def show_result(result: InferResult, config: InferConfig) -> None:
     Raises:
         ContentError: some images could not be read.
     """
+    if result.is_file:
+        _show_file(result, config)
+        return
     kept = f", {result.num_kept} kept (--overwrite predicts them again)" if result.num_kept else ""
     click.echo(f"masks: {result.output_url} ({result.num_written} written{kept})")
     if config.overlays:
@@ -66,6 +69,17 @@ def show_result(result: InferResult, config: InferConfig) -> None:
             f"{len(result.unreadable)} of the images could not be read, first "
             f"{result.unreadable[0][1]}; all are in {join_url(result.output_url, UNREADABLE_NAME)}"
         )
+
+
+def _show_file(result: InferResult, config: InferConfig) -> None:
+    if result.unreadable:
+        raise ContentError(result.unreadable[0][1])
+    (mask,) = result.masks
+    kept = " (kept; --overwrite predicts it again)" if result.num_kept else ""
+    click.echo(f"mask: {mask}{kept}")
+    if config.overlays:
+        name = mask.rpartition("/")[2]
+        click.echo(f"overlay: {join_url(result.output_url, OVERLAYS_FOLDER, name)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("flexunet", "data_prep", "job", "launcher")  # imports run leftwards only
+# The Python API: its table, and what it imports for type checkers, name packages above it. Nothing
+# of that is imported with it.
+API = "flexunet/__init__.py"
+API_TABLE = "_MODULES"
 _MODULE = re.compile(rf"({'|'.join(PACKAGES)})(\.[a-z_0-9]+)+")
 
 
@@ -44,13 +48,27 @@ def imported_names(tree: ast.AST) -> Iterator[str]:
             yield str(node.value)
 
 
+def outside_api(text: str) -> str:
+    """Returns the module of the API without its table and what is for type checkers alone."""
+    tree = ast.parse(text)
+
+    def is_of_api(node: ast.stmt) -> bool:
+        if isinstance(node, ast.If):
+            return ast.unparse(node.test) == "TYPE_CHECKING" and not node.orelse
+        return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == API_TABLE
+
+    tree.body = [each for each in tree.body if not is_of_api(each)]
+    return ast.unparse(tree)
+
+
 @functools.cache
 def import_graph() -> dict[str, set[str]]:
     """Returns the modules of the four packages that each of them imports."""
     paths = {module_name(path): path for path in python_files()}
     graph = {}
     for module, path in paths.items():
-        names = imported_names(ast.parse((ROOT / path).read_text()))
+        text = (ROOT / path).read_text()
+        names = imported_names(ast.parse(outside_api(text) if path == API else text))
         # `from a.b import c` imports the module a.b.c, or a name of the module a.b.
         found = {name if name in paths else name.rpartition(".")[0] for name in names}
         graph[module] = found & set(paths) - {module}

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping, Set
 
 import pytest
 
-from tests.source_tree import ROOT, import_graph, imported_names, module_name, python_files
+from tests.source_tree import (
+    API,
+    ROOT,
+    import_graph,
+    imported_names,
+    module_name,
+    outside_api,
+    python_files,
+)
 
 FRAMEWORKS = {"tensorflow", "tensorflow_io", "keras"}
 IMAGES = {"cv2", "PIL", "pydicom", "tifffile", "scipy", "matplotlib", "h5py"}
@@ -19,6 +27,8 @@ BANNED = {
 }
 RUN_PROTOCOL = ("layout", "lease", "ownership", "checkpoints", "identity", "status", "run")
 FRAMEWORK_FREE = {f"job/runs/{name}.py": {"tensorflow", "keras"} for name in RUN_PROTOCOL}
+# What the module of the Python API may name in its table.
+ABOVE_API = {"data_prep", "job"}
 # May import these, but only inside its functions: a reader that is chosen by an option.
 LAZY = {"data_prep/imaging/dicom/tfio.py": {"tensorflow", "tensorflow_io"}}
 
@@ -156,12 +166,15 @@ def test_every_package_has_modules() -> None:
 def test_module_imports_leftwards_only(name: str) -> None:
     banned = BANNED[name.split("/")[0]] | FRAMEWORK_FREE.get(name, set())
     text = (ROOT / name).read_text()
+    if name == API:
+        assert problems(text, banned - ABOVE_API) == []
+        text = outside_api(text)
     assert problems(text, banned - LAZY.get(name, set())) == []
     assert problems(outside_functions(text), banned) == []
 
 
 def test_exceptions_are_of_modules_that_exist() -> None:
-    assert {*FRAMEWORK_FREE, *LAZY} <= set(python_files())
+    assert {*FRAMEWORK_FREE, *LAZY, API} <= set(python_files())
 
 
 @pytest.mark.parametrize("package", sorted(ORDERS))
@@ -203,6 +216,22 @@ def test_preparation_does_not_load_tensorflow() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert found.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_found"),
+    [
+        ("_MODULES = {'train': 'job.train'}", False),
+        ("if TYPE_CHECKING:\n    from job.train import main", False),
+        ("OTHERS = {'train': 'job.train'}", True),
+        ("if not TYPE_CHECKING:\n    from job.train import main", True),
+        ("if TYPE_CHECKING:\n    import click\nelse:\n    import job.train", True),
+        ("def f():\n    if TYPE_CHECKING:\n        import job.train", True),
+        ("def f():\n    _MODULES = {'train': 'job.train'}", True),
+    ],
+)
+def test_only_the_table_of_the_api_names_packages_above_it(text: str, is_found: bool) -> None:
+    assert (problems(outside_api(text), {"job"}) != []) is is_found
 
 
 def test_import_outside_of_a_function_is_found() -> None:

@@ -17,7 +17,7 @@ class RegionCounts:
 
     Attributes:
         regions: in the source.
-        lost: those of them without a stored pixel.
+        vanished: those of them without a stored pixel.
     """
 
     regions: tuple[int, ...]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from flexunet.errors import UsageError
+from flexunet.paths import expand_home
 from flexunet.settings import Settings, parse_settings, remedy_for
 
 S = TypeVar("S", bound=Settings)
@@ -47,6 +48,18 @@ def settings_of(
     """
     values = keyword_values(function, cls, options, parameters)
     return parse_settings(cls, values, f"flexunet.{function}()")
+
+
+def path_text(path: StrPath) -> str:
+    """Returns a path or URL as text; `~` at its start is the home folder.
+
+    Raises:
+        UsageError: there is no such home folder.
+    """
+    try:
+        return expand_home(os.fspath(path))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _remedy(cls: type[Settings], name: str, parameters: Sequence[str]) -> str:

@@ -5,12 +5,20 @@ TensorFlow itself reads local files only.
 """
 
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from data_prep.imaging.codecs import read_image, read_mask_pixels
-from data_prep.shards.records import ID_FEATURE, IMAGE_FEATURE, MASK_FEATURE, unframe_record
+from data_prep.shards.records import (
+    ID_FEATURE,
+    IMAGE_FEATURE,
+    MASK_FEATURE,
+    decode_example,
+    unframe_record,
+)
 from flexunet.errors import ContentError, FlexUNetError, StorageError
 from flexunet.storage import ObjectStore, local_path
 from job.data.dataset import Split
@@ -90,6 +98,12 @@ def _read_part(path: str, offset: int, length: int) -> bytes:
 
 def _features_of(payload: bytes) -> dict[str, bytes]:
     """Returns the features of an Example that a record needs; empty if the format is another."""
+    names = (ID_FEATURE, IMAGE_FEATURE, MASK_FEATURE)
+    values = (_bytes_with_tensorflow if "tensorflow" in sys.modules else _bytes_of)(payload, names)
+    return values if len(values) == len(names) else {}
+
+
+def _bytes_with_tensorflow(payload: bytes, names: Sequence[str]) -> dict[str, bytes]:
     import tensorflow as tf
     from google.protobuf.message import DecodeError
 
@@ -99,9 +113,17 @@ def _features_of(payload: bytes) -> dict[str, bytes]:
         features = tf.train.Example.FromString(payload).features.feature
     except DecodeError:
         return {}
-    names = (ID_FEATURE, IMAGE_FEATURE, MASK_FEATURE)
     values = {name: features[name].bytes_list.value for name in names}
-    return {name: found[0] for name, found in values.items()} if all(values.values()) else {}
+    return {name: found[0] for name, found in values.items() if found}
+
+
+def _bytes_of(payload: bytes, names: Sequence[str]) -> dict[str, bytes]:
+    try:
+        features = decode_example(payload)
+    except ContentError:
+        return {}
+    values = ((name, features.get(name)) for name in names)
+    return {name: value for name, value in values if isinstance(value, bytes)}
 
 
 def read_sample(reader: RecordReader, index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,1 +1,1 @@
-"""Sets up devices and processes, and exchanges gradients and messages between them."""
+"""Devices, processes and what they exchange."""

@@ -1,5 +1,6 @@
 """Finds the images that `infer` predicts, reads them, and refuses folders that do not fit."""
 
+import contextlib
 import posixpath
 from collections.abc import Sequence
 
@@ -11,9 +12,57 @@ from data_prep.imaging.dicom.reader import DICOM_ENDINGS, read_dicom
 from data_prep.sources.dicom_files import dicom_without_ending, stem_of
 from data_prep.sources.pairs import IMAGE_ENDINGS
 from flexunet.errors import UsageError
-from flexunet.storage import ObjectMeta, ObjectStore, folder_problem, is_file, is_subpath, join_url
+from flexunet.storage import (
+    Forbidden,
+    ObjectMeta,
+    ObjectStore,
+    folder_problem,
+    is_file,
+    is_subpath,
+    join_url,
+    open_source,
+)
 
 OVERLAYS_FOLDER = "overlays"
+_ENDINGS = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
+
+
+def open_images(url: str) -> tuple[ObjectStore, str | None]:
+    """Returns the folder of the images at `url`, and the file's name where it is one image.
+
+    In a bucket an object of that name is meant before a folder.
+    """
+    source = open_source(url)
+    parent, _, name = source.url.rpartition("/")
+    if is_file(source):
+        return open_source(parent or "/"), name
+    if source.local_root is None and "://" in parent:
+        folder = open_source(parent)
+        with contextlib.suppress(Forbidden):
+            found = folder.stat(name)
+            if found is not None and found.size:
+                return folder, name
+    return source, None
+
+
+def select_images(
+    source: ObjectStore, file: str | None
+) -> tuple[list[ObjectMeta], tuple[str, ...]]:
+    """Returns the image `file` of `source` alone; None: as `sort_images`.
+
+    Raises:
+        UsageError: `file` is no image, or as `sort_images`.
+    """
+    if file is None:
+        return sort_images(source)
+    found = source.stat(file)
+    is_named = file.lower().endswith(_ENDINGS)
+    if found is None or not (is_named or dicom_without_ending(source, [found])):
+        raise UsageError(
+            f"{join_url(source.url, file)}: is no image; expected a file ending in "
+            f"{', '.join(_ENDINGS)}, or a DICOM file of any name"
+        )
+    return [found], ()
 
 
 def find_images(source: ObjectStore, count: int | None = None) -> list[str]:
@@ -45,15 +94,14 @@ def _names_of_images(
     source: ObjectStore, stats: Sequence[ObjectMeta], count: int | None
 ) -> list[str]:
     """Returns the names of all images, of those without an ending at least the first `count`."""
-    endings = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
-    named = [each.name for each in stats if each.name.lower().endswith(endings)]
+    named = [each.name for each in stats if each.name.lower().endswith(_ENDINGS)]
     wanted = None if count is None else max(count, 1)  # a folder without images is refused
     if wanted is not None and len(named) >= wanted:
         stats = [each for each in stats if each.name < named[wanted - 1]]
     names = sorted([*named, *dicom_without_ending(source, stats, wanted)])
     if not names:
         raise UsageError(
-            f"{source.url}: no images here; expected files ending in {', '.join(endings)}, or "
+            f"{source.url}: no images here; expected files ending in {', '.join(_ENDINGS)}, or "
             "DICOM files of any name"
         )
     if {"images", "masks"} <= {name.rpartition("/")[0] for name in names}:
@@ -93,25 +141,43 @@ def read_any(
     return read_image(data, name=name, max_pixels=max_pixels), None
 
 
-def refuse_files(source: ObjectStore, output: ObjectStore) -> None:
-    """Refuses IMAGES and OUTPUT that are no folders.
+def refuse_files(source: ObjectStore, file: str | None, output: ObjectStore) -> None:
+    """Refuses IMAGES that do not exist, and OUTPUT that is a file or is named like one.
+
+    Args:
+        file: the one image, see `open_images`.
 
     Raises:
         UsageError: names the one that is not.
     """
     problem = folder_problem(source)
     if problem:
-        raise UsageError(f"{source.url}: {problem}; give IMAGES a folder of images")
+        raise UsageError(f"{source.url}: {problem}; give IMAGES an image or a folder of images")
     if is_file(output):
         raise UsageError(f"{output.url}: is a file; give OUTPUT a folder, which infer makes")
+    if file is not None and output.url.lower().endswith(IMAGE_ENDINGS):
+        raise UsageError(
+            f"{output.url}: OUTPUT is a folder, also for one image, and this is named as a file; "
+            f"give a folder: the mask becomes OUTPUT/{mask_name(file)}"
+        )
 
 
-def refuse_overlap(source: ObjectStore, output: ObjectStore) -> None:
+def refuse_overlap(source: ObjectStore, file: str | None, output: ObjectStore) -> None:
     """Refuses masks among the images: the next call would take them for images, or replace some.
+
+    Args:
+        file: the one image, see `open_images`; only in OUTPUT it could be replaced.
 
     Raises:
         UsageError: one folder is in the other.
     """
+    if file is not None:
+        if is_subpath(source, output):
+            raise UsageError(
+                f"{output.url}: the image {file} lies in the output, where its mask could replace "
+                "it; give another OUTPUT"
+            )
+        return
     if is_subpath(source, output) or is_subpath(output, source):
         raise UsageError(
             f"{output.url}: the output and the images in {source.url} must not lie in one "

@@ -25,8 +25,8 @@ class PredictConfig(Settings):
     needs_gpu: bool = option(False, "Refuse a machine without a GPU instead of using its CPUs.")
 
 
-class InferConfig(PredictConfig):
-    """Options of `flexunet infer`."""
+class ImageConfig(PredictConfig):
+    """How images of any size are predicted; what `infer` and `Run.predict` have in common."""
 
     batch_size: int = option(8, "Images, or windows, predicted at once.", ge=1)
     window: Literal["auto", "sliding"] = option(
@@ -47,7 +47,12 @@ class InferConfig(PredictConfig):
         ge=255,
         le=65535,
     )
+    max_pixels: int = option(100_000_000, "Larger images are refused, pixels.", ge=1)
+
+
+class InferConfig(ImageConfig):
+    """Options of `flexunet infer`."""
+
     overlays: bool = option(True, "Write contours over the images to OUTPUT/overlays.")
     overwrite: bool = option(False, "Predict again what OUTPUT already has.")
-    max_pixels: int = option(100_000_000, "Larger images are refused, pixels.", ge=1)
     progress: bool = option(True, "Show a progress bar on a terminal.")

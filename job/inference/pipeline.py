@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.shards.manifest import Manifest
-from flexunet.errors import UsageError
 from flexunet.process_pool import OpenWorkers
 from flexunet.progress import Progress
-from flexunet.storage import ObjectMeta, ObjectStore, join_url, open_source, open_store
+from flexunet.storage import ObjectMeta, ObjectStore, join_url, open_store
 from job.inference.chunk import Chunk, ChunkResult, predict_chunk, predict_images
 from job.inference.inputs import (
     mask_name,
+    open_images,
     refuse_files,
     refuse_overlap,
     refuse_overlays_folder,
-    sort_images,
+    select_images,
 )
 from job.inference.mask_sources import (
     MaskPlan,
@@ -36,24 +36,41 @@ from job.inference.outputs import (
     record_of,
     refuse_other_masks,
 )
-from job.inference.prediction import color_warning, load_predictor
-from job.inference.region_filter import read_min_pixels
-from job.models.compatibility import window_overlap
-from job.runs.loading import EnsembleMember, ensemble_member, find_checkpoint, open_ensemble
+from job.inference.prediction import (
+    color_warning,
+    find_members,
+    load_predictor,
+    min_pixels_of,
+    overlap_of,
+)
+from job.runs.loading import open_ensemble
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class InferResult:
-    """What `infer` did."""
+    """What `infer` did.
+
+    Attributes:
+        output_url: folder or gs:// URL of the masks.
+        masks: URL of the mask of each image that could be read, in the order of the images.
+        num_written: masks that were predicted now.
+        num_kept: masks that were there already.
+        unreadable: (file, reason) of the images that could not be read.
+        passed_over: files that are no images.
+        gone: masks of images that are no longer there.
+        is_file: the images were one file.
+    """
 
     output_url: str
+    masks: tuple[str, ...]
     num_written: int
     num_kept: int
-    unreadable: tuple[tuple[str, str], ...]  # (file, reason)
-    passed_over: tuple[str, ...] = ()  # files that are no images
-    gone: tuple[str, ...] = ()  # masks of images that are no longer there
+    unreadable: tuple[tuple[str, str], ...]
+    passed_over: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
+    is_file: bool = False
 
 
 def infer(
@@ -64,13 +81,14 @@ def infer(
     *,
     open_workers: OpenWorkers | None = None,
 ) -> InferResult:
-    """Writes the mask of every image below `images_url`, in the classes' colours, at its own size.
+    """Writes the mask of every image in the classes' colours, at the image's own size.
 
     A mask that `output_url` already has is kept if its image is still the same, so that a stopped
     call continues. Images that cannot be read are listed in `unreadable.csv`, files that are no
     images in `passed_over.csv`.
 
     Args:
+        images_url: a folder, or one image.
         open_workers: opens the workers that predict, when there is something to do. None: this
             process.
 
@@ -81,38 +99,39 @@ def infer(
     """
     runs = open_ensemble([run_url, *config.ensemble])
     manifest = runs[0].manifest
-    overlap = None
-    if _is_sliding(config, manifest):
-        overlap = window_overlap(manifest, config.overlap, runs[0].config.window_overlap)
-    source = open_source(images_url)
+    overlap = overlap_of(runs[0], config)
+    source, file = open_images(images_url)
     output = open_store(output_url or join_url(run_url, "inference"))
-    refuse_files(source, output)
-    refuse_overlap(source, output)
-    images, passed_over = sort_images(source)
+    refuse_files(source, file, output)
+    refuse_overlap(source, file, output)
+    images, passed_over = select_images(source, file)
     if config.window == "sliding" and manifest.geometry != "tile":
         _warn_of_scale(manifest)
     if config.overlays:
         refuse_overlays_folder(source, [each.name for each in images])
     # Named by their folders: these weights stay the same while the run is trained further.
-    members = tuple(
-        ensemble_member(run, find_checkpoint(run.store, which=config.checkpoint)) for run in runs
-    )
-    min_pixels = _min_pixels(config, manifest, members, overlap)
+    members = find_members(runs, config.checkpoint)
+    min_pixels = min_pixels_of(config, manifest, members, overlap)
     record = record_of(members, source, config, min_pixels, overlap)
     plan, objects = _prepare_output(output, images, record, config)
     whole = Chunk(members, source.url, output.url, config, plan.todo, min_pixels, overlap)
     unreadable = _predict_all(whole, manifest, open_workers) if plan.todo else []
-    list_unreadable(output, unreadable)
-    list_passed_over(output, passed_over)
-    failed = [name for name, _ in unreadable]
+    if file is None:  # the tables are of all images
+        list_unreadable(output, unreadable)
+        list_passed_over(output, passed_over)
+    failed = {name for name, _ in unreadable}
     delete_outdated(output, objects, [*map(mask_name, failed), *overlay_names(failed)])
     return InferResult(
         output_url=output.url,
+        masks=tuple(
+            join_url(output.url, mask_name(each.name)) for each in images if each.name not in failed
+        ),
         num_written=len(plan.todo) - len(unreadable),
         num_kept=len(images) - len(plan.todo),
         unreadable=tuple(unreadable),
         passed_over=passed_over,
-        gone=plan.gone,
+        gone=plan.gone if file is None else (),
+        is_file=file is not None,
     )
 
 
@@ -146,24 +165,6 @@ def _warn_of_scale(manifest: Manifest) -> None:
         manifest.image_width,
         manifest.image_height,
     )
-
-
-def _is_sliding(config: InferConfig, manifest: Manifest) -> bool:
-    return config.window == "sliding" or manifest.geometry == "tile"
-
-
-def _min_pixels(
-    config: InferConfig, manifest: Manifest, members: Sequence[EnsembleMember], overlap: int | None
-) -> tuple[int, ...]:
-    if config.small_regions is None:
-        return ()
-    if _is_sliding(config, manifest) and manifest.geometry != "tile":
-        raise UsageError(
-            f"--small-regions={config.small_regions}: its sizes are pixels of resized pictures, "
-            "and --window sliding does not resize; leave one of the two out"
-        )
-    names = [each.name for each in manifest.classes if each.id != 0]
-    return read_min_pixels(open_store(config.small_regions), names, members, config.flips, overlap)
 
 
 def _predict_all(

@@ -14,14 +14,23 @@ from data_prep.imaging.geometry import Geometry, undo_geometry
 from data_prep.imaging.pixels import grey_channel
 from data_prep.imaging.tiles import starts
 from data_prep.shards.manifest import Manifest
-from flexunet.errors import StorageError
-from flexunet.storage import NotFound
-from job.inference.options import InferConfig
+from flexunet.errors import StorageError, UsageError
+from flexunet.storage import NotFound, open_store
+from job.inference.options import ImageConfig
 from job.inference.postprocess import Ids, area_scale, class_ids, class_ids_at_source, without_small
 from job.inference.preprocess import to_model_pixels
+from job.inference.region_filter import read_min_pixels
 from job.inference.sliding_window import Probabilities, Step, Windows, slide
+from job.models.compatibility import window_overlap
 from job.models.flips import Flips
-from job.runs.loading import EnsembleMember, TrainedRun, load_model, open_run
+from job.runs.loading import (
+    EnsembleMember,
+    TrainedRun,
+    ensemble_member,
+    find_checkpoint,
+    load_model,
+    open_run,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,47 @@ class ModelImage:
     geometry: Geometry
     has_other_colors: bool
     preview: np.ndarray | None = None
+
+
+def is_sliding(config: ImageConfig, manifest: Manifest) -> bool:
+    """Returns whether images are predicted at their own size, in windows."""
+    return config.window == "sliding" or manifest.geometry == "tile"
+
+
+def overlap_of(run: TrainedRun, config: ImageConfig) -> int | None:
+    """Returns by how many pixels windows overlap; None where images are predicted whole."""
+    if not is_sliding(config, run.manifest):
+        return None
+    return window_overlap(run.manifest, config.overlap, run.config.window_overlap)
+
+
+def find_members(
+    runs: Sequence[TrainedRun], checkpoint: Literal["best", "last"]
+) -> tuple[EnsembleMember, ...]:
+    """Returns the weights of `runs`; they stay the same while a run is trained further."""
+    return tuple(ensemble_member(run, find_checkpoint(run.store, which=checkpoint)) for run in runs)
+
+
+def min_pixels_of(
+    config: ImageConfig,
+    manifest: Manifest,
+    members: Sequence[EnsembleMember],
+    overlap: int | None,
+) -> tuple[int, ...]:
+    """Returns the size below which regions of each class but 0 are left out; empty: none is.
+
+    Raises:
+        UsageError: no such sizes are stored, or they are for other predictions.
+    """
+    if config.small_regions is None:
+        return ()
+    if is_sliding(config, manifest) and manifest.geometry != "tile":
+        raise UsageError(
+            f"--small-regions={config.small_regions}: its sizes are pixels of resized pictures, "
+            "and --window sliding does not resize; leave one of the two out"
+        )
+    names = [each.name for each in manifest.classes if each.id != 0]
+    return read_min_pixels(open_store(config.small_regions), names, members, config.flips, overlap)
 
 
 def load_predictor(
@@ -86,7 +136,7 @@ def _model_of(run: TrainedRun, member: EnsembleMember) -> Any:
 def model_image(
     image: np.ndarray,
     manifest: Manifest,
-    config: InferConfig,
+    config: ImageConfig,
     *,
     name: str,
     value_max: int | None = None,

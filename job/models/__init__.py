@@ -1,1 +1,1 @@
-"""Builds networks and their layers."""
+"""Networks and their layers."""

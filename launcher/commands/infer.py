@@ -22,6 +22,7 @@ from flexunet.process_pool import Workers
 from flexunet.settings import Settings, option, parse_settings
 from flexunet.storage import join_url
 from job.infer import show_result
+from job.inference.inputs import open_images
 from job.inference.options import InferConfig
 from job.inference.pipeline import infer
 from launcher.cluster.connection import connected
@@ -92,7 +93,7 @@ def _size(settings: InferLaunchConfig) -> tuple[int, Resources]:
 @settings_options(InferLaunchConfig)
 @settings_options(InferConfig, skip=["needs_gpu"])
 def command(run: str, images: str, output: str | None, **options: Any) -> int:
-    """Predict masks for the images in a folder or bucket prefix, on a Ray cluster.
+    """Predict masks for one image or for a folder of images, on a Ray cluster.
 
     Writes the same masks as `flexunet infer`. RUN, IMAGES and OUTPUT (default: RUN/inference) are
     gs:// URLs, or folders that all nodes mount. The same command continues after a stop.
@@ -103,7 +104,7 @@ def command(run: str, images: str, output: str | None, **options: Any) -> int:
     values = explicit_options(options)
     config = parse_settings(InferConfig, values | {"needs_gpu": needs_gpu}, "options", typed=values)
     target = output or join_url(run, "inference")
-    reads = [run, *config.ensemble, images]
+    reads = [run, *config.ensemble, open_images(images)[0].url]
     workers = functools.partial(process_workers, settings, reads, [target])
     with quiet_interrupts():
         result = infer(run, images, target, config, open_workers=workers)

@@ -153,7 +153,7 @@ def test_infer_warns_of_images_with_other_colors_than_the_dataset(
     assert "1 image is grey, first grey, but the run was trained on images in colour" in line
 
 
-def test_infer_keeps_what_is_there_unless_asked(trained_run: Path, tmp_path: Path) -> None:
+def test_infer_keeps_what_is_there_unless_told(trained_run: Path, tmp_path: Path) -> None:
     write_same(tmp_path / "images", 3)
     arguments = str(trained_run), str(tmp_path / "images"), str(tmp_path / "output")
     infer(*arguments, QUIET)
@@ -165,6 +165,82 @@ def test_infer_keeps_what_is_there_unless_asked(trained_run: Path, tmp_path: Pat
     result = infer(*arguments, QUIET.model_copy(update={"overwrite": True}))
     assert (result.num_written, result.num_kept) == (3, 0)
     assert mask_of(tmp_path / "output", "image-001.png").shape == (32, 32)
+
+
+def test_infer_predicts_one_file_and_leaves_the_masks_of_others_alone(
+    own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_same(tmp_path / "images", 3)
+    every = [str(own_run), str(tmp_path / "images"), "--no-progress"]
+    one = [str(own_run), str(tmp_path / "images" / "image-001.png"), "--no-progress"]
+    output = own_run / "inference"
+    assert main(one) == 0
+    mask, overlay = output / "image-001.png", output / "overlays" / "image-001.png"
+    assert capsys.readouterr().out == f"mask: {mask}\noverlay: {overlay}\n"
+    before = mask.read_bytes()
+    assert main(every) == 0
+    assert "2 written, 1 kept" in capsys.readouterr().out
+    assert main(one) == 0
+    assert f"mask: {mask} (kept; --overwrite predicts it again)" in capsys.readouterr().out
+    # The others have images: none is said to be gone.
+    assert main([*one, "--overwrite"]) == 0
+    assert "gone" not in capsys.readouterr().out
+    assert mask.read_bytes() == before
+    assert len(list(output.glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "code", "problem"),
+    [
+        ("a.png", "mask.png", 2, "mask.png: OUTPUT is a folder, also for one image"),
+        ("a.png", ".", 2, "the image a.png lies in the output, where its mask could replace it"),
+        ("notes.txt", "masks", 2, "notes.txt: is no image; expected a file ending in"),
+        ("broken.png", "masks", 3, "broken.png: "),
+        ("a.png", "notes.txt", 2, "is a file; give OUTPUT a folder"),
+    ],
+)
+def test_command_refuses_one_file_that_it_cannot_predict(
+    name: str,
+    output: str,
+    code: int,
+    problem: str,
+    trained_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(tmp_path / "a.png", disc(32, 32)[0])
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    arguments = [str(trained_run), str(tmp_path / name), str(tmp_path / output)]
+    before = (tmp_path / "a.png").read_bytes()
+    assert main([*arguments, "--no-progress"]) == code
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert not (tmp_path / "masks" / "unreadable.csv").exists()
+
+
+def test_infer_predicts_one_file_beside_its_output_and_one_object_of_a_bucket(
+    trained_run: Path, tmp_path: Path, bucket_url: str
+) -> None:
+    write(tmp_path / "a.png", disc(40, 50)[0])
+    data = dicom_bytes(disc(40, 50)[0].astype(np.uint16), 8, spacing_mm=0.07, key="x")
+    (tmp_path / "IM0001").write_bytes(data)
+    bucket = open_store(bucket_url)
+    for name in ("a.png", "IM0001"):
+        bucket.put(f"images/{name}", (tmp_path / name).read_bytes())
+        result = infer(str(trained_run), str(tmp_path / name), str(tmp_path / "masks"), QUIET)
+        (mask,) = result.masks
+        url = join_url(bucket_url, "images", name)
+        remote = infer(str(trained_run), url, join_url(bucket_url, "masks"), QUIET)
+        assert remote.masks == (join_url(bucket_url, "masks", Path(mask).name),)
+        found = bucket.get(f"masks/{Path(mask).name}")
+        assert found == Path(mask).read_bytes()
+        assert mask_of(tmp_path / "masks", Path(mask).name).shape == (40, 50)
+    # A folder of the bucket is one all the same.
+    urls = join_url(bucket_url, "images"), join_url(bucket_url, "all")
+    assert infer(str(trained_run), *urls, QUIET).num_written == 2
 
 
 def test_infer_gives_the_same_masks_whatever_the_batch(trained_run: Path, tmp_path: Path) -> None:
@@ -240,7 +316,7 @@ def test_infer_reads_from_and_writes_to_a_bucket(
     [
         (["a.png", "a.tif"], "a.png and a.tif would both become a.png"),
         (["notes.txt"], "no images here"),
-        ([], "images: does not exist; give IMAGES a folder"),
+        ([], "images: does not exist; give IMAGES an image or a folder"),
         (["overlays/a.png"], "would lie among the overlays"),
     ],
 )
@@ -334,7 +410,7 @@ def test_infer_refuses_the_folder_that_prep_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "output", "problem"),
     [
-        ("images/image-000.png", "output", "000.png: is a file, not a folder; give IMAGES"),
+        ("none", "output", "none: does not exist; give IMAGES an image or a folder"),
         ("images", "file", "/file: is a file; give OUTPUT a folder"),
     ],
 )
@@ -376,7 +452,7 @@ def test_command_ends_with_one_line_when_the_output_cannot_be_written(
         assert error.count("\n") == 1
 
 
-def test_a_deleted_image_is_not_an_unreadable_one(trained_run: Path, tmp_path: Path) -> None:
+def test_a_vanished_image_is_not_an_unreadable_one(trained_run: Path, tmp_path: Path) -> None:
     # It was listed a moment ago; to name it in unreadable.csv would end the call as if it was done.
     manifest = open_run(str(trained_run)).manifest
     with pytest.raises(StorageError, match=r"gone\.png does not exist"):
@@ -470,7 +546,7 @@ def constant_run(like: Path, output: Path, name: str, bias: float) -> str:
         return run.url
 
 
-def test_class_ids_at_source_puts_a_padded_image_back() -> None:
+def test_class_ids_at_source_puts_a_padded_picture_back() -> None:
     # 2x4 into 4x4: one row of padding above and below.
     geometry = fit((2, 4), (4, 4), kind="pad")
     probabilities = np.zeros((4, 4, 3), np.float32)
@@ -524,7 +600,7 @@ def test_to_model_pixels_gives_what_prep_stores(tmp_path: Path, layout: Any) -> 
         assert np.array_equal(colour, made)
 
 
-def test_masks_of_cropped_and_flipped_images_are_put_back(trained_run: Path) -> None:
+def test_masks_of_cropped_and_flipped_pictures_are_put_back(trained_run: Path) -> None:
     manifest = open_run(str(trained_run)).manifest
     framed = manifest.model_copy(update={"crop": "breast", "flip": "left"})
     image = np.zeros((40, 60, 1), np.uint8)
@@ -591,7 +667,7 @@ def deep_image(highest: int) -> np.ndarray:
     return np.linspace(0, highest, 64 * 64).astype(np.uint16).reshape(64, 64, 1)
 
 
-def test_an_image_of_more_bits_than_the_dataset_is_refused(
+def test_a_picture_of_more_bits_than_the_dataset_is_refused(
     trained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     deep = deep_manifest(trained_run)
@@ -632,7 +708,7 @@ def test_a_given_full_scale_below_the_values_is_refused(trained_run: Path) -> No
         ({"lowest_max": 900}, 899, True),
     ],
 )
-def test_an_image_of_fewer_bits_than_the_dataset_is_refused(
+def test_a_picture_of_fewer_bits_than_the_dataset_is_refused(
     trained_run: Path, recorded: dict[str, int], highest: int, is_refused: bool
 ) -> None:
     deep = deep_manifest(trained_run, **recorded)
@@ -777,6 +853,6 @@ def test_a_gpu_that_is_missing_is_refused(
     assert main([*arguments, "--needs-gpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(
-        r"a GPU was requested, but TensorFlow finds none on .*CUDA_VISIBLE_DEVICES", line
+        r"a GPU was asked for and TensorFlow sees none on .*CUDA_VISIBLE_DEVICES", line
     )
     assert not list((tmp_path / "masks").rglob("*.png"))

@@ -1,0 +1,211 @@
+"""A dataset in Python: prepare one, look at its samples, read them, hand them to TensorFlow."""
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.config import PrepConfig
+from data_prep.pipeline import prepare_source
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.sample_table import read_samples
+from flexunet.errors import UsageError
+from flexunet.settings import suggestion
+from flexunet.storage import open_store
+from job.api.keywords import StrPath, path_text, settings_of
+from job.api.log import shown_log
+from job.api.options import PrepOptions
+from job.config import TrainConfig
+from job.data import dataset as datasets
+from job.data.pipeline import EpochPlan, make_batches
+from job.data.reader import RecordReader, read_sample
+from job.data.sampling import epoch_order
+from job.data.shard_cache import open_reader
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_RANDOM_STREAMS = TrainConfig.model_fields["random_streams"].default
+
+
+class Sample(NamedTuple):
+    """A sample as it is stored.
+
+    Attributes:
+        image: (H, W, C) uint8 or uint16, C = 1 or 3; `Dataset.value_max` is full intensity.
+        mask: (H, W) uint8, class ids; pixels of `Dataset.ignore_id` count nowhere.
+    """
+
+    image: npt.NDArray[Any]
+    mask: npt.NDArray[np.uint8]
+
+
+class Dataset:
+    """A dataset that `prepare` made; `open_dataset` returns it.
+
+    Attributes:
+        url: its folder or gs:// URL.
+        splits: number of samples by split: "train", "valid", "test".
+        classes: names of the classes by class id; 0 is the background.
+        image_shape: (H, W, C) of every stored image.
+        dtype: of the stored images, uint8 or uint16.
+        value_max: raw value of full intensity.
+        ignore_id: class id of mask pixels that count nowhere; None: there are none.
+    """
+
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        """Wraps an opened dataset; call `open_dataset`."""
+        self._dataset = dataset
+        self._readers: dict[tuple[str, str], RecordReader] = {}
+        manifest = dataset.manifest
+        self.url: str = dataset.url
+        self.splits: Mapping[str, int] = {
+            name: info.num_samples for name, info in manifest.splits.items()
+        }
+        self.classes: tuple[str, ...] = tuple(each.name for each in manifest.classes)
+        self.image_shape: tuple[int, int, int] = (
+            manifest.image_height,
+            manifest.image_width,
+            manifest.channels,
+        )
+        self.dtype: np.dtype[Any] = np.dtype(f"uint{manifest.bit_depth}")
+        self.value_max: int = manifest.value_max
+        self.ignore_id: int | None = manifest.ignore_id
+
+    def __repr__(self) -> str:
+        splits = ", ".join(f"{count} {name}" for name, count in self.splits.items())
+        return f"<flexunet.Dataset {self.url}: {splits}, {self.image_shape} {self.dtype}>"
+
+    @property
+    def manifest(self) -> Manifest:
+        """Everything that `dataset.json` says: classes, geometry, mean and std, options of prep."""
+        return self._dataset.manifest
+
+    @functools.cached_property
+    def samples(self) -> "pd.DataFrame":
+        """A row for each sample, index `id`: split, group, filename, geometry, pixels_per_class.
+
+        The columns are those of `samples.parquet`.
+        """
+        table = read_samples(open_store(self.url), self._dataset.manifest)
+        return table.to_pandas().set_index("id")
+
+    def read(self, id: str) -> Sample:
+        """Returns the stored image and mask of the sample `id`, an index of `samples`.
+
+        In a bucket only this sample is read.
+
+        Raises:
+            UsageError: there is no such sample.
+            ContentError: its record is damaged or missing.
+            StorageError: storage is unavailable.
+        """
+        found = self._places.get(id)
+        if found is None:
+            raise UsageError(f"{self.url}: no sample {id!r}; {suggestion(id, list(self._places))}")
+        split, index = found
+        return Sample(*read_sample(self._reader(split, "ranges"), index))
+
+    def as_tf_dataset(
+        self,
+        split: str,
+        *,
+        shuffle: bool = False,
+        seed: int = 1234,
+        epoch: int = 1,
+        cache: Literal["full", "ranges"] = "full",
+    ) -> Any:
+        """Returns a `tf.data.Dataset` of (image, mask), one sample each: batch it as you like.
+
+        Pixels are as stored: image (H, W, C) uint8 or uint16, mask (H, W) uint8 of class ids. No
+        augmentation, no scaling. The order is the same every time.
+
+        Args:
+            split: "train", "valid" or "test".
+            shuffle: False: the order of the sample table. True: exactly the order in which a run
+                of `seed` takes the samples in `epoch`, without `foreground_share`.
+            seed: of the run; the default is that of `train`.
+            epoch: of the run, from 1.
+            cache: of a dataset in a bucket: "full" copies the split to `~/.cache/flexunet` first,
+                "ranges" reads one sample after the other over the network.
+
+        Raises:
+            UsageError: the dataset has no sample in `split`.
+            ContentError: a shard is missing. A record that is damaged is an error of TensorFlow
+                when it is read; its text says which.
+        """
+        from job.distributed.runtime import import_tensorflow
+
+        tf = import_tensorflow()
+        found = self._dataset.split(split)
+        order = np.arange(len(found))
+        if shuffle:
+            order = epoch_order(
+                found.has_foreground, None, seed=seed, epoch=epoch - 1, version=_RANDOM_STREAMS
+            )
+        plan = EpochPlan(order[:, np.newaxis], seed, epoch - 1)
+        batches = make_batches(self._dataset, self._reader(split, cache), plan)
+        samples = batches.map(lambda batch: (batch["image"][0], batch["mask"][0]))
+        return samples.apply(tf.data.experimental.assert_cardinality(len(order)))
+
+    @functools.cached_property
+    def _places(self) -> dict[str, tuple[str, int]]:
+        """The split of each sample and its index there, by id."""
+        return {
+            sample: (name, index)
+            for name, split in self._dataset.splits.items()
+            for index, sample in enumerate(split.ids)
+        }
+
+    def _reader(self, split: str, cache: str) -> RecordReader:
+        if (split, cache) not in self._readers:
+            found = self._dataset.split(split)
+            reader = open_reader(self._dataset, found, cache=cache, cache_dir=None)
+            self._readers[split, cache] = reader
+        return self._readers[split, cache]
+
+
+def open_dataset(url: StrPath) -> Dataset:
+    """Returns the dataset at `url`; its tables are read and checked, no image is read yet.
+
+    Args:
+        url: folder or gs:// URL that `prepare` or `flexunet prep` made.
+
+    Raises:
+        UsageError: there is no dataset, or it was made by a later version.
+        ContentError: it is damaged.
+        StorageError: storage is unavailable.
+    """
+    return Dataset(datasets.open_dataset(path_text(url)))
+
+
+def prepare(
+    source: StrPath, output: StrPath, *, progress: bool = True, **options: Unpack[PrepOptions]
+) -> Dataset:
+    """Turns the images and masks of `source` into a dataset at `output`, as `flexunet prep` does.
+
+    The same call continues where an interrupted one stopped; a finished dataset is opened.
+
+    Args:
+        source: folder or gs:// URL with images/ and masks/, or with train/, valid/ and test/ that
+            each hold both.
+        output: folder or gs:// URL of the dataset.
+        progress: show a progress bar on a terminal, else lines of the log.
+        options: the fields of `PrepConfig`: `image_size=256`, `fractions=(0.6, 0.2, 0.2)`.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        UsageError: an option is unknown or wrong, the source is missing or empty, or `output`
+            holds another dataset.
+        ContentError: a file is bad or splits share a group; nothing was committed.
+        StorageError: storage is unavailable, unwritable or full; the same call continues.
+    """
+    config = settings_of("prepare", PrepConfig, options, ("source", "output"))
+    with shown_log(progress):
+        url = path_text(output)
+        prepare_source(path_text(source), url, config, progress=progress)
+        return open_dataset(url)

@@ -1,0 +1,141 @@
+"""The keyword arguments of the API's functions, typed: the fields of the settings classes.
+
+A field that is a path takes `pathlib.Path`, too; a group takes a mapping, or settings of which the
+fields count that were set. What each means, with default and unit, is said by the settings class.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from job.api.keywords import StrPath
+from job.config import (
+    AugmentationConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+
+
+class PrepOptions(TypedDict, total=False):
+    """Keyword arguments of `flexunet.prepare`: the fields of `PrepConfig`."""
+
+    format: Literal["pairs", "inbreast"]
+    rois: Sequence[
+        Literal[
+            "mass", "spiculated", "cluster", "calcification", "asymmetry", "distortion", "other"
+        ]
+    ]
+    image_size: int
+    image_height: int | None
+    image_width: int | None
+    geometry: Literal["stretch", "pad"]
+    tile: int | None
+    tile_overlap: int
+    crop: Literal["none", "breast"]
+    flip: Literal["none", "left", "right"]
+    channels: Literal["auto", "grey", "rgb"]
+    full_scale: int | None
+    classes: str
+    ignore_id: int | None
+    off_map_limit: float
+    skip_bad: bool
+    group_preset: Literal["augmented"] | None
+    group_regex: str | None
+    group_csv: StrPath | None
+    fractions: Sequence[float]
+    seed: int
+    num_folds: int | None
+    allow_leaks: bool
+    hash_names: bool
+    shard_size: float
+    max_pixels: int
+    dicom_reader: Literal["pydicom", "tfio"]
+    num_processes: int | None
+
+
+class TrainOptions(TypedDict, total=False):
+    """Keyword arguments of `flexunet.train`: the fields of `TrainConfig`."""
+
+    preset: Literal["reference", "recipe"]
+    data: StrPath | None
+    output: StrPath
+    name: str | None
+    epochs: int
+    global_batch_size: int
+    accumulate: int
+    folds: int | None
+    fold: int | None
+    foreground_share: float | None
+    seed: int
+    random_streams: int
+    precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16", "float64"]
+    deterministic: bool
+    init_from: StrPath | None
+    metrics: Sequence[
+        Literal["dice_coef_multiclass", "dice_coef", "iou_coef", "sensitivity", "specificity"]
+    ]
+    prediction_images: int
+    prediction_folder: StrPath | None
+    window_overlap: int | None
+    checkpoint_every_minutes: float
+    keep_checkpoints: int
+    cache_dir: StrPath | None
+    cache: Literal["full", "ranges"]
+    cpu_replicas: int
+    gradient_exchange: Literal["auto", "all_reduce"]
+    exchange_flops_per_byte: float | None
+    keep_memory: bool
+    xla: Literal["auto", "on", "off"]
+    threads: int
+    phase_timeout: float
+    step_timeout: float
+    storage_timeout: float
+    tensorboard: bool
+    progress: bool
+    model: ModelConfig | Mapping[str, Any]
+    loss: LossConfig | Mapping[str, Any]
+    optimizer: OptimizerConfig | Mapping[str, Any]
+    schedule: ScheduleConfig | Mapping[str, Any]
+    augmentation: AugmentationConfig | Mapping[str, Any]
+
+
+class PredictOptions(TypedDict, total=False):
+    """What `EvaluateOptions` and `ImageOptions` have in common: the fields of `PredictConfig`."""
+
+    checkpoint: Literal["best", "last"]
+    ensemble: Sequence[StrPath]
+    flips: Literal["none", "horizontal", "vertical", "both"]
+    overlap: int | None
+    needs_gpu: bool
+
+
+class EvaluateOptions(PredictOptions, total=False):
+    """Keyword arguments of `flexunet.evaluate`: the fields of `EvaluateConfig`."""
+
+    split: Literal["train", "valid", "test"]
+    data: StrPath | None
+    output: StrPath | None
+    tiles_as_pictures: bool
+    remove_small_regions: bool
+    batch_size: int | None
+    cpu_replicas: int
+    progress: bool
+
+
+class ImageOptions(PredictOptions, total=False):
+    """Keyword arguments of `Run.predict`: the fields of `ImageConfig`."""
+
+    batch_size: int
+    window: Literal["auto", "sliding"]
+    small_regions: StrPath | None
+    full_scale: int | None
+    max_pixels: int
+
+
+class InferOptions(ImageOptions, total=False):
+    """Keyword arguments of `flexunet.infer`: the fields of `InferConfig`."""
+
+    overlays: bool
+    overwrite: bool
+    progress: bool

@@ -1,0 +1,136 @@
+"""Predicts images in memory with the weights of a run: what `Run.predict` does."""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from flexunet.errors import UsageError
+from flexunet.storage import ObjectStore
+from job.inference.inputs import read_any
+from job.inference.options import ImageConfig
+from job.inference.prediction import (
+    ModelImage,
+    Predictor,
+    color_warning,
+    find_members,
+    load_predictor,
+    mask_at_source,
+    min_pixels_of,
+    model_image,
+    overlap_of,
+    predict_all,
+    probabilities_at_source,
+)
+from job.runs.loading import open_ensemble
+
+logger = logging.getLogger(__name__)
+
+
+class Prediction(NamedTuple):
+    """What is predicted for an image, at the image's own size.
+
+    Attributes:
+        mask: (h, w) uint8, class ids; 0 is the background.
+        probabilities: (h, w, K) float32; K is the number of classes, or 1 for a run of
+            `model.num_classes=1`: the probability of class 1.
+    """
+
+    mask: npt.NDArray[np.uint8]
+    probabilities: npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayPredictor:
+    """The network of some runs, and the options with which it predicts."""
+
+    predictor: Predictor
+    config: ImageConfig
+    overlap: int | None
+    min_pixels: tuple[int, ...]
+
+    def images(self, store: ObjectStore, names: Iterable[str]) -> Iterator[ModelImage]:
+        """Yields the images of these names in `store`.
+
+        Raises:
+            ContentError: one of them cannot be read.
+        """
+        for name in names:
+            pixels, value_max = read_any(
+                store.get(name), name=name, max_pixels=self.config.max_pixels
+            )
+            yield self._model_image(pixels, name, value_max)
+
+    def image(self, pixels: npt.NDArray[Any]) -> ModelImage:
+        """Returns an array (h, w), (h, w, 1) or (h, w, 3) of uint8 or uint16 as an image.
+
+        Raises:
+            UsageError: it has another shape or dtype.
+            ContentError: it has 16 bits of another full scale than the dataset.
+        """
+        found = pixels[..., np.newaxis] if pixels.ndim == 2 else pixels
+        is_image = found.ndim == 3 and found.shape[2] in (1, 3) and found.size > 0
+        if not is_image or found.dtype not in (np.uint8, np.uint16):
+            raise UsageError(
+                f"flexunet.Run.predict(): an array of shape {pixels.shape} and dtype "
+                f"{pixels.dtype}; give the pixels as an image file has them: (h, w), (h, w, 1) or "
+                "(h, w, 3), uint8 or uint16"
+            )
+        return self._model_image(np.ascontiguousarray(found), "image", None)
+
+    def predict(
+        self, images: Iterator[ModelImage], batch_size: int | None = None
+    ) -> Iterator[tuple[ModelImage, npt.NDArray[np.uint8]]]:
+        """Yields each image with its mask.
+
+        Args:
+            batch_size: images, or windows, predicted at once; None: that of the config.
+        """
+        size = batch_size or self.config.batch_size
+        for image, found in predict_all(images, self.predictor, size, self.overlap):
+            yield image, mask_at_source(found, image.geometry, self.min_pixels)
+
+    def predict_one(
+        self, image: ModelImage, *, probabilities: bool
+    ) -> npt.NDArray[np.uint8] | Prediction:
+        """Returns the mask of an image, with its probabilities where they are asked for."""
+        size = 1 if self.overlap is None else self.config.batch_size
+        if not probabilities:
+            return next(self.predict(iter([image]), size))[1]
+        ((_, found),) = predict_all(
+            iter([image]), self.predictor, size, self.overlap, keeps_probabilities=True
+        )
+        mask = mask_at_source(found, image.geometry, self.min_pixels)
+        return Prediction(mask, probabilities_at_source(found, image.geometry))
+
+    def _model_image(
+        self, pixels: npt.NDArray[Any], name: str, value_max: int | None
+    ) -> ModelImage:
+        manifest = self.predictor.manifest
+        return model_image(pixels, manifest, self.config, name=name, value_max=value_max)
+
+    def warn_of_colors(self, image: ModelImage) -> bool:
+        """Warns where an image has other colours than the dataset; returns whether it did."""
+        names = [image.name] if image.has_other_colors else []
+        warning = color_warning(names, self.predictor.manifest)
+        if warning is not None:
+            logger.warning("%s", warning)
+        return warning is not None
+
+
+def open_array_predictor(urls: Sequence[str], config: ImageConfig) -> ArrayPredictor:
+    """Returns the network of these runs together; TensorFlow is imported here.
+
+    Raises:
+        UsageError: runs that do not go together, or options that do not fit them.
+        ContentError: a checkpoint is damaged.
+    """
+    runs = open_ensemble(urls)
+    manifest, overlap = runs[0].manifest, overlap_of(runs[0], config)
+    members = find_members(runs, config.checkpoint)
+    min_pixels = min_pixels_of(config, manifest, members, overlap)
+    predictor = load_predictor(members, config.flips, needs_gpu=config.needs_gpu)
+    return ArrayPredictor(predictor, config, overlap, min_pixels)

@@ -1,0 +1,236 @@
+"""A trained run in Python: its numbers, its weights, and what it predicts."""
+
+import io
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from flexunet.errors import UsageError
+from flexunet.json_files import read_json
+from flexunet.storage import NotFound, ObjectStore, open_store
+from job.api.datasets import Dataset, open_dataset
+from job.api.keywords import StrPath, path_text, settings_of
+from job.api.log import shown_log
+from job.api.options import ImageOptions
+from job.api.prediction import ArrayPredictor, Prediction, open_array_predictor
+from job.config import TrainConfig
+from job.inference.inputs import open_images, select_images
+from job.inference.options import ImageConfig
+from job.runs import loading
+from job.runs.layout import evaluate_again
+from job.runs.status import run_status
+
+if TYPE_CHECKING:
+    import keras
+    import pandas as pd
+
+Image = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+
+class EvaluationSummary(dict[str, Any]):
+    """The summary of an evaluation: what its `summary.json` says, by name.
+
+    `summary["foreground_mean"]["dice"]` is the mean Dice of the foreground over the cases.
+
+    Attributes:
+        url: folder or gs:// URL of the evaluation's tables and images.
+    """
+
+    def __init__(self, values: dict[str, Any], url: str) -> None:
+        """Takes the values of `summary.json` in the folder `url`."""
+        super().__init__(values)
+        self.url = url
+
+    @property
+    def cases(self) -> "pd.DataFrame":
+        """A row for each case, index `id`: the columns of `per_case.csv`."""
+        import pandas as pd
+
+        data = open_store(self.url).get("per_case.csv")
+        return pd.read_csv(io.BytesIO(data), dtype={"id": str, "group": str}).set_index("id")
+
+
+def read_evaluation(store: ObjectStore) -> EvaluationSummary | None:
+    """Returns the summary of the evaluation in the folder `store`; None: there is none."""
+    values = read_json(store, "summary.json", evaluate_again(store))
+    return None if values is None else EvaluationSummary(values, store.url)
+
+
+class Run:
+    """A run that has a checkpoint; `open_run` and `train` return it.
+
+    It reads the run and does not own it: a run that is being trained can be opened, too.
+
+    Attributes:
+        url: its folder or gs:// URL.
+        config: the options of the run, every one of them.
+    """
+
+    def __init__(self, run: loading.TrainedRun) -> None:
+        """Wraps an opened run; call `open_run`."""
+        self._run = run
+        self._predictors: dict[ImageConfig, ArrayPredictor] = {}
+        self._has_warned = False
+        self.url: str = run.store.url
+        self.config: TrainConfig = run.config
+
+    def __repr__(self) -> str:
+        return f"<flexunet.Run {self.url}: {self.status}>"
+
+    @property
+    def status(self) -> Literal["finished", "diverged", "stopped", "open"]:
+        """How it ended; "open": it is being trained, or its process was killed."""
+        return run_status(self._run.store)
+
+    @property
+    def history(self) -> "pd.DataFrame":
+        """A row for each finished epoch, index `epoch` from 1: `loss`, `val_loss` and others.
+
+        The columns are those of `metrics/history.csv`, which counts epochs from 0.
+        """
+        import pandas as pd
+
+        try:
+            data = self._run.store.get("metrics/history.csv")
+        except NotFound:
+            data = b"epoch\n"
+        table = pd.read_csv(io.BytesIO(data))
+        table["epoch"] += 1
+        return table.set_index("epoch")
+
+    @property
+    def summary(self) -> EvaluationSummary | None:
+        """The newest evaluation of the test split; None: there is none yet."""
+        return read_evaluation(self._run.store.subpath("evaluation"))
+
+    def open_dataset(self) -> Dataset:
+        """Returns the dataset on which the run was trained, from where it was then.
+
+        Raises:
+            UsageError: there is none any more.
+        """
+        return open_dataset(str(self.config.data))
+
+    def load_model(self, checkpoint: Literal["best", "last"] = "best") -> "keras.Model":
+        """Returns a Keras model: stored pixels in, probabilities out.
+
+        Its input is (B, H, W, C) uint8 or uint16, pixels as the dataset stores them, of any batch
+        B; see `Dataset.image_shape`. Its output is (B, H, W, K) float32: softmax over K classes, or
+        the sigmoid where K = 1. `predict` takes images of any size and kind. `model.export(folder)`
+        writes a SavedModel that needs no FlexUNet; to load what `model.save(file)` wrote, import
+        `job.models.flexunet` before, which knows its layers.
+
+        Args:
+            checkpoint: "best": of the lowest validation loss; "last": the newest.
+
+        Raises:
+            UsageError: no epoch has ended, so no checkpoint is the best.
+            ContentError: the checkpoint is damaged.
+        """
+        from job.distributed.runtime import import_tensorflow
+
+        import_tensorflow()
+        from job.models.ensemble import probability_model
+
+        model, _ = loading.load_model(self._run, which=checkpoint)
+        return probability_model(model, self._run.manifest.channels, self._run.manifest.bit_depth)
+
+    @overload
+    def predict(
+        self,
+        image: Image,
+        *,
+        probabilities: Literal[False] = False,
+        **options: Unpack[ImageOptions],
+    ) -> npt.NDArray[np.uint8]: ...
+
+    @overload
+    def predict(
+        self, image: Image, *, probabilities: Literal[True], **options: Unpack[ImageOptions]
+    ) -> Prediction: ...
+
+    @overload
+    def predict(
+        self, image: StrPath, *, probabilities: bool = False, **options: Unpack[ImageOptions]
+    ) -> Any: ...
+
+    def predict(
+        self,
+        image: Image | StrPath,
+        *,
+        probabilities: bool = False,
+        **options: Unpack[ImageOptions],
+    ) -> Any:
+        """Returns the mask of an image at its own size, as `infer` writes it.
+
+        The weights are loaded by the first call and stay in memory.
+
+        Args:
+            image: an array (h, w), (h, w, 1) or (h, w, 3) of uint8 or uint16 (RGB, pixels as an
+                image file has them); or a file; or a folder of images. Files and folders may be
+                gs:// URLs.
+            probabilities: return the probabilities, too; not of a folder.
+            options: the fields of `ImageConfig`: `flips="both"`, `full_scale=4095`.
+
+        Returns:
+            Of an array or a file: class ids (h, w) uint8, or a `Prediction`. Of a folder: an
+            iterator of (name, class ids) for each image, sorted by name.
+
+        Raises:
+            UsageError: an option is unknown or wrong, an array is no image, or no image is there.
+            ContentError: an image cannot be read; `infer` lists such images and does the others.
+            StorageError: storage is unavailable.
+        """
+        config = settings_of("Run.predict", ImageConfig, options, ("image",))
+        with shown_log(False):
+            return self._predict(image, config, probabilities=probabilities)
+
+    def _predict(self, image: Image | StrPath, config: ImageConfig, *, probabilities: bool) -> Any:
+        if isinstance(image, str | os.PathLike):
+            source, name = open_images(path_text(image))
+            if name is None:
+                return self._predict_folder(source, config, probabilities=probabilities)
+            select_images(source, name)
+            predictor = self._predictor(config)
+            (found,) = predictor.images(source, [name])
+        else:
+            predictor = self._predictor(config)
+            found = predictor.image(np.asarray(image))
+        self._has_warned = self._has_warned or predictor.warn_of_colors(found)
+        return predictor.predict_one(found, probabilities=probabilities)
+
+    def _predict_folder(
+        self, source: ObjectStore, config: ImageConfig, *, probabilities: bool
+    ) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+        if probabilities:
+            raise UsageError(
+                "flexunet.Run.predict(): probabilities=True is for an array or a file; call it for "
+                "each file of the folder"
+            )
+        images, _ = select_images(source, None)
+        predictor = self._predictor(config)
+        found = predictor.images(source, [each.name for each in images])
+        return ((image.name, mask) for image, mask in predictor.predict(found))
+
+    def _predictor(self, config: ImageConfig) -> ArrayPredictor:
+        if config not in self._predictors:
+            urls = [self.url, *config.ensemble]
+            self._predictors[config] = open_array_predictor(urls, config)
+        return self._predictors[config]
+
+
+def open_run(url: StrPath) -> Run:
+    """Returns the run at `url`; neither weights nor TensorFlow are loaded.
+
+    Args:
+        url: folder or gs:// URL: RUNS/NAME.
+
+    Raises:
+        UsageError: there is no run, or it has no checkpoint yet.
+        ContentError: one of its files is damaged.
+        StorageError: storage is unavailable.
+    """
+    return Run(loading.open_run(path_text(url)))

@@ -1,0 +1,99 @@
+"""Trains in this process, as `flexunet train --local` does."""
+
+from collections.abc import Callable
+from typing import Any, Unpack
+
+from flexunet.errors import DivergedError, StoppedError, UsageError
+from job.api.events import Event, EventSender
+from job.api.keywords import StrPath, keyword_values, path_text
+from job.api.log import shown_log
+from job.api.options import TrainOptions
+from job.api.runs import Run, open_run
+from job.config import TrainConfig
+from job.data.folds import is_cross_validation
+from job.runs.layout import run_url
+from job.training.options import resolve_config
+from job.training.process import run_local
+
+
+def train(
+    *,
+    config: StrPath | None = None,
+    on_event: Callable[[Event], object] | None = None,
+    skip_bad: bool = False,
+    allow_leaks: bool = False,
+    **options: Unpack[TrainOptions],
+) -> Run:
+    """Trains a network on a prepared dataset in this process, then evaluates it.
+
+    The same call again resumes the run, and returns at once where it is finished. Ctrl-C (in a
+    notebook: interrupt the kernel) stops after the step in progress, stores a checkpoint and raises
+    StoppedError; a second one raises KeyboardInterrupt at once, without saving.
+
+    An exception that `on_event` raises ends the run as Ctrl-C does: a checkpoint is stored, then
+    the exception is raised. It gets no event after that. Events are sent in this thread, between
+    two steps: training waits for `on_event`.
+
+    Args:
+        config: YAML file with any of the options, or a .config file of the reference
+            implementation; options win over it.
+        on_event: called with each event: `TrainingStarted`, `StepEnded`, `EpochEnded`,
+            `CheckpointStored`, `EvaluationEnded`, `TrainingEnded`. A run that is finished already
+            sends none.
+        skip_bad: with a .config file: leave bad images out of the dataset.
+        allow_leaks: with a .config file: accept splits that share a group or an image.
+        options: the fields of `TrainConfig`: `data="dataset"`, `epochs=5`,
+            `model={"num_layers": 5}`. With `progress` (the default) a bar or lines of the log show
+            how far it is; a program that has set up logging decides itself what is shown.
+
+    Returns:
+        The run; `run.summary` is its evaluation.
+
+    Raises:
+        UsageError: an option is unknown or wrong, there is no dataset, or the run was begun with
+            other options.
+        ContentError: the dataset is damaged.
+        LockedError: another process trains this run.
+        StorageError: storage is unavailable or full; the same call resumes.
+        StoppedError: it was stopped; a checkpoint is stored.
+        DivergedError: the loss became NaN or infinite.
+    """
+    values = keyword_values("train", TrainConfig, options, ("config",))
+    flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
+    prep_options = {name: True for name, is_given in flags.items() if is_given}
+    with shown_log(bool(values.get("progress", True))):
+        file = None if config is None else path_text(config)
+        settings = resolve_config(values, file, prep_options, function="flexunet.train()")
+        if is_cross_validation(settings):
+            raise UsageError(
+                "flexunet.train(): folds without fold trains several runs, each in a process of "
+                "its own; give fold=0 and so on, or use `flexunet train --local --folds`"
+            )
+        _run_with_events(settings, on_event or _ignore)
+        return open_run(run_url(settings))
+
+
+def _ignore(event: Event) -> Any:
+    """Stands for an `on_event` where nobody listens."""
+
+
+def _run_with_events(config: TrainConfig, on_event: Callable[[Event], object]) -> None:
+    """Trains; raises what `on_event` raised when the run has ended."""
+    sender = EventSender(on_event, run_url(config))
+    try:
+        # A notebook is not ours to end where training stalls.
+        run_local(config, sender.callbacks, ends_process=False)
+    except StoppedError as error:
+        sender.end("stopped")
+        if sender.failure is not None:
+            raise sender.failure from error
+        raise
+    except DivergedError:
+        sender.end("diverged")
+        raise
+    except BaseException:
+        sender.end("failed")
+        raise
+    sender.end("finished")
+    if sender.failure is not None:
+        raise sender.failure
