@@ -1,9 +1,9 @@
-"""Runs the tests of failures and shows what they counted.
+"""Runs the fault tests and prints a table of their counts.
 
     python -m tests.faults.table [--output FILE [--update]] [PYTEST OPTIONS]
 
-What a row means stands in ROWS. The table is shown, and stored, when tests have failed too. With
---update only the tests that ran now are new in FILE, so that one that was mended can be run alone.
+ROWS explains the rows. The table is printed and stored even if tests failed. With --update, only the
+results of the tests that ran now are replaced in FILE, so that a fixed test can be run alone.
 """
 
 import argparse
@@ -28,22 +28,22 @@ ROWS = {
     "R3": "every sample counts once per epoch",
     "R4": "the driver killed, the same command again",
     "R5": "the whole cluster killed, a new one",
-    "R6": "a run's owner killed at every change that it makes",
+    "R6": "the owner of a run killed at each of its changes",
     "R8": "storage: errors, outages, stalls",
     "R9": "storage: done, but the answer is lost",
-    "R11": "told to stop: a signal, a preempted node",
+    "R11": "a stop request: a signal, a preempted node",
     "R13": "two owners of one run",
     "R14": "data that does not divide by the processes",
-    "R15": "a process that stands still",
-    "R16": "a process that never comes, or dies before the first step",
+    "R15": "a stalled process",
+    "R16": "a process that never starts, or dies before the first step",
     "R22": "tables after restarts",
-    "R24": "errors that are tried again, and those that are not",
-    "R25": "a line to storage that is slower than the timeouts ask for",
+    "R24": "errors that are retried, and errors that are not",
+    "R25": "a connection to storage that is slower than the timeouts require",
 }
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a file that tests have added to; none where there is no file."""
+    """Returns the lines that tests added to a file; none if it does not exist."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
 
@@ -60,7 +60,7 @@ def read_report(path: Path) -> dict[str, bool]:
 
 
 def updated(before: dict[str, Any], now: dict[str, Any], tests: Collection[str]) -> dict[str, Any]:
-    """Returns the result `before` with what `tests`, which ran now, have replaced."""
+    """Returns the result `before`, with the rows of `tests` replaced by those of `now`."""
     rows = [row for row in before["rows"] if row["test"] not in tests]
     failed = [name for name in before["failed"] if name not in tests]
     return before | {"rows": rows + now["rows"], "failed": failed + now["failed"]}
@@ -80,10 +80,10 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Returns the exit code of pytest."""
-    parser = argparse.ArgumentParser(description="Run the tests of failures, show what was lost.")
+    """Runs the command and returns the exit code of pytest."""
+    parser = argparse.ArgumentParser(description="Run the fault tests and print what was lost.")
     parser.add_argument("--output", type=Path, help="file for the result, JSON")
-    parser.add_argument("--update", action="store_true", help="keep there what did not run now")
+    parser.add_argument("--update", action="store_true", help="keep the other tests' results in FILE")
     arguments, options = parser.parse_known_args()
     if arguments.update and not (arguments.output and arguments.output.is_file()):
         parser.error(f"--update needs an --output that exists, not {arguments.output}")
