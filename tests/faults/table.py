@@ -2,8 +2,8 @@
 
     python -m tests.faults.table [--output FILE [--update]] [PYTEST OPTIONS]
 
-ROWS explains the rows. The table is printed and stored even if tests failed. With --update, only the
-results of the tests that ran now are replaced in FILE, so that a fixed test can be run alone.
+ROWS explains the rows. The table is printed and stored even if tests failed. With --update, only
+the results of the tests that ran now are replaced in FILE, so that a fixed test can be run alone.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main() -> int:
     """Runs the command and returns the exit code of pytest."""
     parser = argparse.ArgumentParser(description="Run the fault tests and print what was lost.")
     parser.add_argument("--output", type=Path, help="file for the result, JSON")
-    parser.add_argument("--update", action="store_true", help="keep the other tests' results in FILE")
+    parser.add_argument("--update", action="store_true", help="keep the results of the other tests")
     arguments, options = parser.parse_known_args()
     if arguments.update and not (arguments.output and arguments.output.is_file()):
         parser.error(f"--update needs an --output that exists, not {arguments.output}")
