@@ -1,14 +1,14 @@
-# The image of every pod: `flexunet`, `ray`, and no compiler.
+# The image of all pods: with `flexunet` and `ray`, without a compiler.
 #
 #   make image                   target cpu, as flexunet:cpu
 #   make image TARGET=gpu        with the CUDA libraries of the `gpu` extra
-#   make image TARGET=bucket     the bucket emulator of the overlay `cpu`, which is no part of flexunet
+#   make image TARGET=bucket     the bucket emulator of the overlay `cpu`, not part of flexunet
 #
-# BASE is any image with Python 3.11 to 3.13 and apt. For a cluster give it by digest
-# (k8s/README.md); a tag can become another image over night.
+# BASE is any image with Python 3.11 to 3.13 and apt. For a cluster, give it by digest
+# (k8s/README.md): a tag can point to another image later.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
-# Installs from the lock: every file is checked against its hash, a stale lock is an error.
+# Installs from the lock file: checks the hash of every file; an outdated lock file is an error.
 FROM ${BASE} AS uv
 ARG UV_VERSION=0.13.9
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_NO_CACHE=1 UV_PYTHON_DOWNLOADS=never \
@@ -21,7 +21,7 @@ COPY pyproject.toml uv.lock ./
 FROM uv AS dependencies-cpu
 RUN uv sync --locked --no-default-groups --group current --extra dicom --no-install-project
 
-# Our own code alone, at the place of the others: a layer of megabytes where they have gigabytes.
+# Only this project's code, in the same folder as its dependencies: a small layer next to gigabytes.
 FROM uv AS package
 COPY README.md LICENSE ./
 COPY flexunet flexunet
@@ -30,14 +30,14 @@ COPY job job
 COPY launcher launcher
 RUN uv venv /opt/flexunet && uv pip install --no-deps --python /opt/flexunet/bin/python .
 
-# wget is what KubeRay's probes call.
+# KubeRay's probes call wget.
 FROM ${BASE} AS runtime
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --no-create-home --home-dir /tmp flexunet
-# Only /tmp and mounted volumes are written to, so that the root may be read-only.
+# Programs write only to /tmp and mounted volumes, so that the root can be read-only.
 ENV PATH=/opt/flexunet/bin:${PATH} HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     RAY_USAGE_STATS_ENABLED=0
 ARG VERSION=unknown
@@ -58,7 +58,7 @@ COPY --from=package /opt/flexunet /opt/flexunet
 FROM uv AS dependencies-bucket
 RUN uv sync --locked --only-group bucket
 
-# gcp-storage-emulator ignores preconditions, on which locks and commits rest; the proxy of our tests
+# gcp-storage-emulator ignores preconditions, which locks and commits need; the proxy of the tests
 # enforces them.
 FROM runtime AS bucket
 COPY --from=dependencies-bucket /opt/flexunet /opt/flexunet
@@ -69,7 +69,7 @@ FROM uv AS dependencies-gpu
 RUN uv sync --locked --no-default-groups --group current --extra gpu --extra dicom --no-install-project
 
 FROM runtime AS gpu
-# GKE mounts the driver there and leaves it to the image to look.
+# GKE mounts the driver there, and the image must set the paths.
 ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64 PATH=${PATH}:/usr/local/nvidia/bin
 COPY --from=dependencies-gpu /opt/flexunet /opt/flexunet
 COPY --from=package /opt/flexunet /opt/flexunet

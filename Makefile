@@ -1,4 +1,4 @@
-# Two commands need nothing but Python 3.11 to 3.13 with venv, and a package index:
+# These two commands need only Python 3.11 to 3.13 with venv, and a package index:
 #   make demo    synthetic mammograms -> prep -> train -> evaluate -> infer
 #   make test    lint, format check, type check, tests
 
@@ -17,7 +17,7 @@ DEMO := demo
 JOBS := 2
 TARGET := cpu
 IMAGE := flexunet:$(TARGET)
-# The first that works: a docker client without its daemon builds nothing.
+# The first one that works: a docker client without its daemon cannot build.
 ENGINE ?= $(shell for engine in docker podman buildah; do \
 	$$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -38,14 +38,14 @@ $(UV):
 	$(UV) sync --locked --quiet --compile-bytecode --python $(PYTHON)
 	@touch $@
 
-# tensorflow-io ended with Python 3.12.
+# tensorflow-io supports Python up to 3.12.
 .venv-oldest/.installed: $(UV) pyproject.toml uv.lock
 	@test -n "$(OLDEST_PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; install one or give OLDEST_PYTHON=/path/to/python" >&2; exit 2; }
 	UV_PROJECT_ENVIRONMENT=.venv-oldest $(UV) sync --locked --quiet --compile-bytecode --python $(OLDEST_PYTHON) --no-group current --extra tfio
 	@touch $@
 
-# What the input is compared with. MosaicML Streaming asks for older releases than this project runs on: the
-# project's own win, so that all ways have the same NumPy and Pillow.
+# The other data loaders of the benchmark. MosaicML Streaming requires older releases than this project:
+# the project's versions override them, so that all loaders use the same NumPy and Pillow.
 .venv-peers/.installed: $(UV) pyproject.toml uv.lock
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 to 3.13 with venv found; install one or give PYTHON=/path/to/python" >&2; exit 2; }
 	UV_PROJECT_ENVIRONMENT=.venv-peers $(UV) sync --locked --quiet --compile-bytecode --python $(PYTHON)
@@ -58,16 +58,16 @@ lint: .venv/.installed ## lint, format check, type check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## lint, then the tests that need one process, side by side: JOBS=2
+test: lint ## lint, then the tests that need one process, JOBS=2 at a time
 	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
 
-test-cluster: .venv/.installed ## the tests with Ray, several processes or kills, side by side: JOBS=2
+test-cluster: .venv/.installed ## tests with Ray, several processes or kills, JOBS=2 at a time
 	$(BIN)/pytest -m "cluster and not faults" --numprocesses $(JOBS) --dist worksteal
 
-test-oldest: .venv-oldest/.installed ## both on the oldest stack: TensorFlow 2.17 with tensorflow-io
+test-oldest: .venv-oldest/.installed ## the tests of test and test-cluster on TensorFlow 2.17 with tensorflow-io
 	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/pytest -m "not faults" --numprocesses $(JOBS) --dist worksteal
 
-test-faults: .venv/.installed ## the tests of failures, 40 minutes; writes benchmarks/results/faults.json
+test-faults: .venv/.installed ## fault tests, 40 minutes; writes benchmarks/results/faults.json
 	$(BIN)/python -m tests.faults.table --output benchmarks/results/faults.json
 
 docs: .venv/.installed ## build the documentation site into site/; a warning is an error
@@ -82,7 +82,7 @@ image: ## build the container image: TARGET=cpu, gpu or bucket, IMAGE=name, BASE
 test-image: ## build the image without a registry and run the product in it; Debian, as root, 25 GB
 	tests/image.sh
 
-demo: .venv/.installed ## the whole way on synthetic mammograms
+demo: .venv/.installed ## prep, train, evaluate, report and infer on synthetic mammograms
 	rm -rf $(DEMO)
 	python -m data_prep.phantoms $(DEMO)/source --num-images 240 --size 128
 	flexunet prep $(DEMO)/source $(DEMO)/dataset --image-size 128 --group-regex "phantom-p[0-9]+" --fractions 0.75,0.1,0.15
@@ -91,18 +91,18 @@ demo: .venv/.installed ## the whole way on synthetic mammograms
 	flexunet report $(DEMO)/runs/demo
 	flexunet infer $(DEMO)/runs/demo $(DEMO)/source/images
 	@printf '%s\n' '' 'Look at:' \
-		'  $(DEMO)/dataset/report/              pictures of the data' \
-		'  $(DEMO)/runs/demo/report.html        all of it on one page' \
+		'  $(DEMO)/dataset/report/              images of the data' \
+		'  $(DEMO)/runs/demo/report.html        everything on one page' \
 		'  $(DEMO)/runs/demo/metrics/           curves and tables' \
 		'  $(DEMO)/runs/demo/evaluation/        summary.json, per_case.csv, examples/' \
 		'  $(DEMO)/runs/demo/inference/         masks, and overlays/'
 
-demo-inbreast: .venv/.installed ## a generated INbreast release, prepared; its counts beside the published ones
+demo-inbreast: .venv/.installed ## prepare a generated INbreast release; compare counts with the published ones
 	rm -rf $(DEMO)/release $(DEMO)/release-dataset
 	python -m data_prep.phantoms $(DEMO)/release --format inbreast --size 256
 	flexunet prep --format inbreast $(DEMO)/release $(DEMO)/release-dataset --image-size 128 --crop breast --flip left
 
-bench: .venv/.installed ## measure, on a machine that does nothing else; writes benchmarks/results (not bench-gpu, bench-peers)
+bench: .venv/.installed ## run all benchmarks but bench-gpu, bench-peers, on an idle machine; writes benchmarks/results
 	$(BIN)/python benchmarks/prep.py
 	$(BIN)/python benchmarks/input.py
 	$(BIN)/python benchmarks/optimizer.py
@@ -120,8 +120,8 @@ bench: .venv/.installed ## measure, on a machine that does nothing else; writes 
 bench-gpu: .venv/.installed ## check and measure a GPU, 6 minutes; writes benchmarks/results/gpu-NAME.json
 	$(BIN)/python benchmarks/gpu.py
 
-bench-peers: .venv-peers/.installed ## measure the input against WebDataset, MosaicML Streaming, TFRecordDataset; 9 GB
+bench-peers: .venv-peers/.installed ## compare the input with WebDataset, MosaicML Streaming, TFRecordDataset; 9 GB
 	.venv-peers/bin/python benchmarks/peers.py
 
-clean: ## remove what the targets above made, but not .venv
+clean: ## remove the outputs of the targets above, but not .venv
 	rm -rf $(DEMO) site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,10 +2,11 @@
 
     python benchmarks/checkpoint.py [--output FOLDER_OR_GS_URL]
 
-Trains the reference's INbreast network (1.5 GB of weights and moments) on phantoms, and takes a
-checkpoint every so many steps. Training waits twice for it: in `Trainer.save`, and in the update of
-the step after it, which copies what it changes (that step less the median of the others beside
-which a checkpoint was being stored). Storing goes on beside the steps that follow.
+Trains the INbreast network of the reference implementation (TensorFlow-FlexUNet; 1.5 GB of weights
+and moments) on phantoms, and saves a checkpoint at regular steps. Training waits for it twice: in
+`Trainer.save`, and in the update of the next step, which copies the values that it changes
+(measured as that step minus the median of the other steps during an upload). The upload continues
+during the following steps.
 """
 
 import statistics
@@ -26,21 +27,21 @@ from job.data.dataset import open_dataset
 from job.distributed.process_group import ProcessGroup
 from job.runs.run import Run
 
-_STEPS = 100  # between two saves, for the share of time; fewer are enough to measure one
+_STEPS = 100  # steps per save for the share of time; the measurement needs fewer
 
 
 @click.command()
 @click.option("--image-size", default=256, show_default=True, help="Side of the images, pixels.")
 @click.option("--batch-size", default=2, show_default=True, help="Images per step.")
 @click.option("--steps-per-save", default=40, show_default=True, help="Steps between two saves.")
-@click.option("--saves", default=3, show_default=True, help="Checkpoints taken.")
+@click.option("--saves", default=3, show_default=True, help="Checkpoints to save.")
 @click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
 @click.option("--output", help="Folder or gs:// URL of the run; none: a temporary folder.")
 def main(
     image_size: int, batch_size: int, steps_per_save: int, saves: int, num_layers: int,
     output: str | None,
 ) -> None:  # fmt: skip
-    """Measures the wait for checkpoints of the INbreast network."""
+    """Measure how long training waits for checkpoints of the INbreast network."""
     from job.distributed.strategy import configure
 
     with tempfile.TemporaryDirectory(prefix="flexunet-bench-") as folder:
@@ -66,10 +67,10 @@ def main(
     write_result(f"checkpoint-{'gs' if output and '://' in output else 'local'}", result)
     waits, share = result["wait_s"], result["share_of_time"]
     print(
-        f"a save waits {statistics.median(waits):.2f} s ({min(waits):.2f}-{max(waits):.2f}), "
-        f"{100 * share:.2f} % of the time with one per {_STEPS} steps; stored in "
-        f"{statistics.median(result['stored_s']):.1f} s; steps meanwhile "
-        f"{result['slowdown']:.2f} times as long ({result['busy_step_s']:.2f} s against "
+        f"training waits {statistics.median(waits):.2f} s ({min(waits):.2f}-{max(waits):.2f}) per "
+        f"save, {100 * share:.2f} % of the time with one save per {_STEPS} steps\n"
+        f"upload: {statistics.median(result['stored_s']):.1f} s; steps meanwhile take "
+        f"{result['slowdown']:.2f} times as long ({result['busy_step_s']:.2f} s instead of "
         f"{result['idle_step_s']:.2f} s)"
     )
 
@@ -100,7 +101,7 @@ def _measure(
         upload_queue.flush()
         while len(stored) < saves:
             last = None
-            # A session's epoch is short here, and nothing but its steps is measured.
+            # An epoch is short here; only its steps are measured.
             for _ in trainer.train_steps(state):
                 now = time.perf_counter()
                 was_busy = saved_at is not None
@@ -116,13 +117,13 @@ def _measure(
                     trainer.save(state)
                     waits.append(time.perf_counter() - begin)
                     saved_at, has_landed = begin, threading.Event()
-                    upload_queue.post(has_landed.set)  # after all that the save has posted
+                    upload_queue.post(has_landed.set)  # runs after all uploads of the save
                 last = time.perf_counter()
             state = TrainState(state.learning_rate, epoch=state.epoch + 1, step=state.step)
         upload_queue.flush()
-    # Where a checkpoint was stored within a step, that one alone was beside it.
+    # If a checkpoint was stored within one step, only that step ran during the upload.
     step_s, busy_step_s = statistics.median(idle), statistics.median(busy or first)
-    # A pair for each save; a step that was no slower than the others copied in no time.
+    # One pair per save; a step that was not slower than the others had no copying time.
     totals = [a + max(0.0, b - busy_step_s) for a, b in zip(waits, first, strict=True)]
     return {
         "steps_per_save": steps_per_save,

@@ -1,15 +1,15 @@
-"""Measures workers that train together against workers that do not talk, one core each.
+"""Compares workers that exchange gradients with workers that do not, one core each.
 
     python benchmarks/exchange.py [--image-size 256] [--batch-size 2] [--num-workers 2]
     python benchmarks/exchange.py --table
 
-All processes take the three steps in turns: without talking, with all-reduce, with the planned
-exchange. The ratio of a turn is the images/s of all together over the sum of what they reach
-without talking; beside it stands what the plan's cost model says of it. Bytes are those of the plan
-and those that the loopback device counted. More workers than cores share cores: then only bytes are
-worth reading, and nobody is measured silent.
+All processes run three kinds of step in turns: without exchange ("silent"), with all-reduce, and
+with the planned exchange. The ratio of a turn is the images/s of all workers divided by their sum
+without exchange; the prediction of the plan's cost model is printed too. Bytes are those of the
+plan, and those that the loopback device counted. With more workers than cores, only the bytes are
+meaningful, and steps without exchange are not measured.
 
-`--table` trains nothing: it prints what the plan's cost model says of more workers and networks.
+`--table` trains nothing: it prints the predictions of the cost model for more workers.
 """
 
 import contextlib
@@ -40,18 +40,18 @@ TABLE_GBIT_PER_S = (1.0, 10.0)
 @click.option("--image-size", default=256, show_default=True, help="Side of the images, pixels.")
 @click.option("--batch-size", default=2, show_default=True, help="Images per worker and step.")
 @click.option("--precision", default="float32", show_default=True, help="float32, mixed_bfloat16.")
-@click.option("--repeats", default=5, show_default=True, help="Turns; one more comes before them.")
+@click.option("--repeats", default=5, show_default=True, help="Turns, after one warm-up turn.")
 @click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
 @click.option("--num-workers", default=2, show_default=True, help="Processes.")
-@click.option("--table", is_flag=True, help="Only compute the table of the cost model.")
-@click.option("--gflops", default=60.0, show_default=True, help="Of a worker, for --table, per s.")
+@click.option("--table", is_flag=True, help="Only print the table of the cost model.")
+@click.option("--gflops", default=60.0, show_default=True, help="GFLOP/s of a worker, for --table.")
 @click.option("--rank", type=int, hidden=True, help="Set for the workers, started by this command.")
-@click.option("--addresses", default="", hidden=True, help="Likewise.")
+@click.option("--addresses", default="", hidden=True, help="Set for the workers too.")
 def main(
     image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int,
     num_workers: int, table: bool, gflops: float, rank: int | None, addresses: str,
 ) -> None:  # fmt: skip
-    """Measures how much of the workers' speed is left when they exchange gradients."""
+    """Measure the share of the workers' speed that is left when they exchange gradients."""
     network = {
         "image_size": image_size, "batch_size": batch_size, "precision": precision,
         "num_layers": num_layers,
@@ -64,7 +64,7 @@ def main(
         return
     measured = run_workers(num_workers)
     first = measured[0]
-    told_by_plan = (
+    reported_by_plan = (
         *("plan_bytes", "all_reduce_bytes", "flops_per_byte"),
         *("step_flops", "extra_flops_share"),
     )
@@ -73,28 +73,28 @@ def main(
         "first_step_s": first["first_step_s"],
         "share_of_silent": shares([each["step_s"] for each in measured]),
         "loopback_bytes_per_worker": {
-            way: statistics.median(counts) / num_workers
-            for way, counts in first["loopback_bytes"].items()
+            method: statistics.median(counts) / num_workers
+            for method, counts in first["loopback_bytes"].items()
         },
-        **{key: first[key] for key in told_by_plan},
+        **{key: first[key] for key in reported_by_plan},
     }
     result["predicted_share"] = predicted(result)
     counted = result["loopback_bytes_per_worker"]
     result["sent_over_all_reduce"] = counted["planned"] / counted["all_reduce"]
     name = f"exchange-{image_size}-{precision}"
     write_result(name if num_workers == 2 else f"{name}-{num_workers}-workers", result)
-    for way, values in result["share_of_silent"].items():
-        print(f"{way}: {statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
-    for way, times in first["step_s"].items():
-        print(f"{way}: {statistics.median(times):.2f} s ({min(times):.2f}-{max(times):.2f})")
-    print({key: result[key] for key in ("loopback_bytes_per_worker", *told_by_plan)})
+    for method, values in result["share_of_silent"].items():
+        print(f"{method}: {statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
+    for method, times in first["step_s"].items():
+        print(f"{method}: {statistics.median(times):.2f} s ({min(times):.2f}-{max(times):.2f})")
+    print({key: result[key] for key in ("loopback_bytes_per_worker", *reported_by_plan)})
     print(f"sent, planned over all-reduce: {result['sent_over_all_reduce']:.4f}")
-    for way, share in result["predicted_share"].items():
-        print(f"{way}: the cost model predicts {share:.2f}")
+    for method, share in result["predicted_share"].items():
+        print(f"{method}: the cost model predicts {share:.2f}")
 
 
 def run_workers(num_workers: int) -> list[dict[str, Any]]:
-    """Starts this command once per worker and returns what each measured."""
+    """Starts this command once per worker and returns their measurements."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     addresses = ",".join(free_addresses(num_workers))
     workers = [
@@ -111,7 +111,7 @@ def run_workers(num_workers: int) -> list[dict[str, Any]]:
 
 
 def free_addresses(count: int) -> list[str]:
-    """Returns `count` addresses of this machine at which nothing listens."""
+    """Returns `count` free addresses of this machine."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -120,24 +120,25 @@ def free_addresses(count: int) -> list[str]:
 
 
 def shares(step_s: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Returns for each way of talking the images/s of all over the silent sum, per turn."""
+    """Returns the images/s of all workers over their sum without exchange, per kind and turn."""
     if "silent" not in step_s[0]:
         return {}
     silent = [sum(1 / time_s for time_s in turn) for turn in _turns(step_s, "silent")]
     return {
-        way: [
+        method: [
             len(step_s) / max(turn) / rate
-            for turn, rate in zip(_turns(step_s, way), silent, strict=True)
+            for turn, rate in zip(_turns(step_s, method), silent, strict=True)
         ]
-        for way in WAYS[1:]
+        for method in WAYS[1:]
     }
 
 
 def predicted(result: dict[str, Any]) -> dict[str, float]:
-    """Returns what the plan's cost model says that is left of the workers' speed.
+    """Returns the share of the workers' speed that the plan's cost model predicts.
 
-    In FLOPs: a step's, those that gathering adds, and as many per byte as the probe found. So it
-    takes the network to be slower than the probe by as much as the step is than its multiplication.
+    Counts in FLOPs: those of a step, those that gathering adds, and the probe's FLOPs per byte.
+    This assumes that the network is slower than the probe by the same factor as the step is slower
+    than its multiplication.
     """
     step_flops = result["step_flops"]
     per_byte = result["flops_per_byte"]
@@ -155,8 +156,8 @@ def step_flops(model: Any, batch_size: int) -> int:
     return 3 * convolution_flops(model) * batch_size
 
 
-def _turns(step_s: list[dict[str, list[float]]], way: str) -> Iterator[tuple[float, ...]]:
-    return zip(*(each[way] for each in step_s), strict=True)
+def _turns(step_s: list[dict[str, list[float]]], method: str) -> Iterator[tuple[float, ...]]:
+    return zip(*(each[method] for each in step_s), strict=True)
 
 
 def work(network: dict[str, Any], repeats: int, spec: ProcessSpec) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def work(network: dict[str, Any], repeats: int, spec: ProcessSpec) -> dict[str, 
     from job.optimization.optimizer import Adam
     from job.training.step import StepOptions, make_train_step
 
-    told: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
     shape = (network["image_size"], network["image_size"])
     batch = {
         "image": tf.zeros((batch_size, *shape, 3), tf.uint8),
@@ -198,47 +199,47 @@ def work(network: dict[str, Any], repeats: int, spec: ProcessSpec) -> dict[str, 
         plan = None
         if used is strategy:
             ratio = measured_flops_per_byte(strategy, model.compute_dtype)
-            told["flops_per_byte"] = ProcessGroup(strategy, spec).run_on_primary(
+            reported["flops_per_byte"] = ProcessGroup(strategy, spec).run_on_primary(
                 lambda ratio=ratio: ratio
             )
             plan = make_plan(
                 model, batch_size=batch_size, num_replicas=num_workers,
-                flops_per_byte=told["flops_per_byte"],
+                flops_per_byte=reported["flops_per_byte"],
             )  # fmt: skip
-            told.update(plan_bytes=plan.sent_bytes(), all_reduce_bytes=plan.all_reduce_bytes())
-            told["extra_flops_share"] = plan.extra_flops() / step_flops(model, batch_size)
-            told["step_flops"] = step_flops(model, batch_size)
+            reported.update(plan_bytes=plan.sent_bytes(), all_reduce_bytes=plan.all_reduce_bytes())
+            reported["extra_flops_share"] = plan.extra_flops() / step_flops(model, batch_size)
+            reported["step_flops"] = step_flops(model, batch_size)
         values = used.experimental_distribute_values_from_function(lambda context: batch)
-        for way in its_ways:
-            used_plan = plan if way == "planned" else None
+        for method in its_ways:
+            used_plan = plan if method == "planned" else None
             step = make_train_step(
                 used, model, optimizer, Criterion(loss, {}), StepOptions(used_plan)
             )
-            runs[way] = (step, values)
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    counted: dict[str, list[int]] = {way: [] for way in ways}
-    meeting = ProcessGroup(strategy, spec)
+            runs[method] = (step, values)
+    seconds: dict[str, list[float]] = {method: [] for method in ways}
+    counted: dict[str, list[int]] = {method: [] for method in ways}
+    process_group = ProcessGroup(strategy, spec)
     for count in range(1 + repeats):
-        for way, (step, values) in runs.items():
-            meeting.any(False)
+        for method, (step, values) in runs.items():
+            process_group.any(False)
             started, sent = time.perf_counter(), loopback_bytes()
             sums = step(values, tf.constant(count, tf.int64), tf.constant(1e-4, tf.float64))
             float(sums["loss"][0])
-            seconds[way].append(time.perf_counter() - started)
-            counted[way].append(loopback_bytes() - sent)
+            seconds[method].append(time.perf_counter() - started)
+            counted[method].append(loopback_bytes() - sent)
             if rank == 0:
-                # A turn of the large network takes a minute on a busy machine: slow, not hung.
-                print(f"turn {count}, {way}: {seconds[way][-1]:.1f} s", file=sys.stderr)
+                # Shows progress: a turn of the large network takes a minute on a busy machine.
+                print(f"turn {count}, {method}: {seconds[method][-1]:.1f} s", file=sys.stderr)
     # The first turn compiles.
-    return told | {
-        "first_step_s": {way: values[0] for way, values in seconds.items()},
-        "step_s": {way: values[1:] for way, values in seconds.items()},
-        "loopback_bytes": {way: values[1:] for way, values in counted.items()},
+    return reported | {
+        "first_step_s": {method: values[0] for method, values in seconds.items()},
+        "step_s": {method: values[1:] for method, values in seconds.items()},
+        "loopback_bytes": {method: values[1:] for method, values in counted.items()},
     }
 
 
 def make_network(network: dict[str, Any]) -> Any:
-    """Returns the INbreast network, or one of fewer levels."""
+    """Returns the INbreast network, possibly with fewer levels."""
     from job.models.registry import build_model
 
     size = network["image_size"]
@@ -258,9 +259,9 @@ def loopback_bytes() -> int:
 
 
 def write_and_print_table(network: dict[str, Any], gflops: float) -> None:
-    """Writes and prints what the cost model says of `TABLE_WORKERS` at `TABLE_GBIT_PER_S`.
+    """Writes and prints the cost model's predictions for `TABLE_WORKERS` at `TABLE_GBIT_PER_S`.
 
-    Nothing overlaps in this model: `kept` is the silent step over it plus the exchange.
+    Nothing overlaps in this model: `kept` is the step without exchange over the step with it.
     """
     from job.distributed.runtime import import_tensorflow
 
@@ -299,15 +300,15 @@ def write_and_print_table(network: dict[str, Any], gflops: float) -> None:
         f"exchange-table-{size}-{precision}",
         {**network, "worker_gflop_per_s": gflops, "silent_step_s": silent_s, "rows": rows},
     )
-    print(f"{size}x{size}, {precision}, {gflops:.0f} GFLOP/s a worker, {silent_s:.2f} s a step")
-    print("Gbit/s workers layers  plan MB  all-reduce MB  ratio  more FLOPs  kept  all-reduce kept")
+    print(f"{size}x{size}, {precision}, {gflops:.0f} GFLOP/s per worker, {silent_s:.2f} s per step")
+    print("Gbit/s workers layers plan MB all-reduce MB ratio +FLOPs kept all-reduce kept")
     for row in rows:
         ratio = row["all_reduce_mb"] / row["plan_mb"]
         print(
             f"{row['gbit_per_s']:6.0f} {row['num_workers']:7} {row['gathered_layers']:6} "
-            f"{row['plan_mb']:8.1f} {row['all_reduce_mb']:14.1f} {ratio:6.1f} "
-            f"{100 * row['extra_flops_share']:9.1f} % {row['plan_kept']:5.2f} "
-            f"{row['all_reduce_kept']:16.2f}"
+            f"{row['plan_mb']:7.1f} {row['all_reduce_mb']:13.1f} {ratio:5.1f} "
+            f"{100 * row['extra_flops_share']:5.1f}% {row['plan_kept']:4.2f} "
+            f"{row['all_reduce_kept']:15.2f}"
         )
 
 

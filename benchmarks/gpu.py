@@ -1,16 +1,16 @@
-"""What must hold on a GPU, and how fast it is there, in one run; its output is the report.
+"""Checks training on a GPU and measures its speed, in one run; the output is the report.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --device cpu --small
 
-Each section runs in a process of its own: one that fails, crashes or takes too long leaves the
-others, and what it had found until then. `agreement` compares the GPU with the CPU of the same
-machine, without TensorFloat-32, which it measures beside; `placement` forbids TensorFlow to place
-on the CPU what has no kernel for the GPU. `rate` is `benchmarks/step.py`, `input` is
-`benchmarks/input.py`. `resume` trains with the real command and `--deterministic`, kills it, goes
-on, and compares every bit with a run to which nothing happened.
+Each section runs in its own process: if one fails, crashes or takes too long, its results so far
+and the other sections remain. `agreement` compares the GPU with the CPU of the same machine,
+without TensorFloat-32, which it measures separately; `placement` forbids TensorFlow to move an
+operation without a GPU kernel to the CPU. `rate` is `benchmarks/step.py`, `input` is
+`benchmarks/input.py`. `resume` trains with the real command and `--deterministic`, kills it,
+resumes, and compares every bit with an uninterrupted run.
 
-Exit code: 0, 1 where a section did not hold, 2 where no GPU is seen.
+Exit code: 0; 1 if a section does not hold; 2 if TensorFlow finds no GPU.
 """
 
 import contextlib
@@ -55,23 +55,23 @@ PRECISIONS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much is done."""
+    """The amount of work of the sections."""
 
-    # Of losses and gradients in float32, relative; of gradients by the norm of each weight's.
+    # Relative, for losses and gradients in float32; of gradients, the norm per weight.
     tolerance: float = 1e-3
-    image_size: int = 512  # pixels a side, of `rate`, `input` and the steps of `precisions`
-    num_layers: int = 8  # levels of the network of `rate`
-    num_small_layers: int = 3  # of the networks of the other sections
-    batch_sizes: tuple[int, ...] = (2, 16)  # of `rate`
-    repeats: int = 10  # steps that are measured
+    image_size: int = 512  # pixels per side in `rate`, `input` and the steps of `precisions`
+    num_layers: int = 8  # levels of the network in `rate`
+    num_small_layers: int = 3  # levels of the networks in the other sections
+    batch_sizes: tuple[int, ...] = (2, 16)  # in `rate`
+    repeats: int = 10  # measured steps
     matmul_size: int = 8192
-    num_matmuls: int = 4  # one after the other, for one rate
-    num_images: int = 128  # of the input
-    # Of `agreement` and `placement`: each loss, and each normalisation but the first, which the
-    # losses have.
+    num_matmuls: int = 4  # consecutive ones per rate
+    num_images: int = 128  # in `input`
+    # In `agreement` and `placement`: each loss, and each normalisation except the first one, which
+    # the losses use.
     losses: tuple[str, ...] = get_args(LossName)
     normalizations: tuple[str, ...] = get_args(ModelConfig.model_fields["normalization"].annotation)
-    steps: int = 200  # of the training that is killed
+    steps: int = 200  # steps of the run that is killed
     precisions: tuple[str, ...] = PRECISIONS
     rate_precisions: tuple[str, ...] = tuple(name for name in PRECISIONS if name != "float64")
     rate_xla: tuple[str, ...] = ("off", "on")
@@ -95,76 +95,76 @@ SMALL = Sizes(
 
 
 class Budget:
-    """The time of one section."""
+    """The time limit of one section."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def allows(self, seconds: float) -> bool:
-        """Returns whether so much is left."""
+        """Returns whether at least `seconds` are left."""
         return time.monotonic() + seconds < self._end
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A section at work in its process.
+    """A running section in its process.
 
     Attributes:
-        device: "GPU" or "CPU", what is measured.
-        tell: takes a name and what was found of it; kept even when the process ends badly.
+        device: the measured device, "GPU" or "CPU".
+        report: receives a name and its result, which is kept even if the process crashes.
     """
 
     device: str
     sizes: Sizes
     budget: Budget
-    tell: Callable[[str, Any], None]
+    report: Callable[[str, Any], None]
     start_method: str
 
     def check(self, name: str, value: float, limit: float) -> None:
-        """Tells `value`, and that the section does not hold where it is above `limit`."""
-        self.tell(name, value)
+        """Reports `value`, and a fault if it is above `limit`."""
+        self.report(name, value)
         if not value <= limit:
-            self.tell(f"fault: {name}", f"{value:g}; at most {limit:g} is allowed")
+            self.report(f"fault: {name}", f"{value:g}; at most {limit:g} is allowed")
 
     def expect(self, what: str, holds: bool) -> None:
-        """Tells that the section does not hold where `what` does not."""
+        """Reports a fault unless `holds`."""
         if not holds:
-            self.tell(f"fault: {what}", "is not so")
+            self.report(f"fault: {what}", "does not hold")
 
     def skip(self, name: str) -> None:
-        """Tells that there is no time for `name`."""
-        self.tell(f"skipped: {name}", "no time left")
+        """Reports that there is no time left for `name`."""
+        self.report(f"skipped: {name}", "no time left")
 
 
 # The sections.
 
 
 def devices(section: Section) -> None:
-    """Finds what TensorFlow computes on, and the versions of what is below it."""
+    """Reports the devices of TensorFlow, and the versions of driver, CUDA and cuDNN."""
     from job.distributed.precision import resolve_precision
     from job.distributed.runtime import import_tensorflow
     from job.distributed.xla import why_not_xla
 
     tf = import_tensorflow()
     gpus = tf.config.list_physical_devices("GPU")
-    section.tell("gpus", len(gpus))
+    section.report("gpus", len(gpus))
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
-    section.tell("names", [detail.get("device_name", "unknown") for detail in details])
-    section.tell(
+    section.report("names", [detail.get("device_name", "unknown") for detail in details])
+    section.report(
         "compute_capability",
         [".".join(map(str, detail.get("compute_capability", ()))) for detail in details],
     )
     build = tf.sysconfig.get_build_info()
-    section.tell("built_for", {key: build.get(f"{key}_version") for key in ("cuda", "cudnn")})
+    section.report("built_for", {key: build.get(f"{key}_version") for key in ("cuda", "cudnn")})
     driver = Path("/proc/driver/nvidia/version")
-    section.tell("driver", driver.read_text().splitlines()[0] if driver.exists() else None)
-    section.tell("tensor_float_32", tf.config.experimental.tensor_float_32_execution_enabled())
-    section.tell("bfloat16", resolve_precision("auto") == "mixed_bfloat16")
-    section.tell("why_not_xla", why_not_xla())
+    section.report("driver", driver.read_text().splitlines()[0] if driver.exists() else None)
+    section.report("tensor_float_32", tf.config.experimental.tensor_float_32_execution_enabled())
+    section.report("bfloat16", resolve_precision("auto") == "mixed_bfloat16")
+    section.report("why_not_xla", why_not_xla())
 
 
 def agreement(section: Section) -> None:
-    """Compares the first step on the device with that on the CPU: loss and gradients."""
+    """Compares loss and gradients of the first step on the device with those on the CPU."""
     tf = _configured(section, TrainConfig(global_batch_size=4))
     allow_tensor_float_32 = tf.config.experimental.enable_tensor_float_32_execution
     with _dataset(12, 32, (0.5, 0.25, 0.25)) as data:
@@ -181,14 +181,14 @@ def agreement(section: Section) -> None:
                     weights_are_on = trainer.model.weights[0].value.device
                 section.expect(f"{name}, weights are on it", section.device in weights_are_on)
                 if allowed:
-                    section.tell(f"{name}, with TensorFloat-32", distances)
+                    section.report(f"{name}, with TensorFloat-32", distances)
                     continue
                 for what, value in distances.items():
                     section.check(f"{name}, {what}", value, section.sizes.tolerance)
 
 
 def placement(section: Section) -> None:
-    """Trains, evaluates and predicts where TensorFlow may not leave the device."""
+    """Trains, evaluates and predicts while TensorFlow must not use another device."""
     tf = _configured(section, TrainConfig(global_batch_size=4))
     with _dataset(12, 32, (0.5, 0.25, 0.25)) as data:
         for count, (name, case) in enumerate(_cases(section.sizes)):
@@ -196,7 +196,7 @@ def placement(section: Section) -> None:
                 section.skip(name)
                 continue
             with _session(section, tf, data, section.device, case) as trainer:
-                # Reading is for the CPU: it is over before.
+                # Reading runs on the CPU, so it ends before.
                 batch = next(_batches(trainer))
                 step, rate = tf.constant(0, tf.int64), tf.constant(1e-3, tf.float64)
                 tf.config.set_soft_device_placement(False)
@@ -207,11 +207,11 @@ def placement(section: Section) -> None:
                         trainer.evaluator.probabilities(batch["image"]).numpy()
                 finally:
                     tf.config.set_soft_device_placement(True)
-                section.tell(f"{name}, loss", float(total) / float(number))
+                section.report(f"{name}, loss", float(total) / float(number))
 
 
 def precisions(section: Section) -> None:
-    """Trains some steps in each precision: the loss stays finite, and how fast it is."""
+    """Trains some steps in each precision; checks that losses are finite, and measures speed."""
     from job.distributed.precision import resolve_precision
 
     sizes, batch = section.sizes, 4
@@ -224,61 +224,61 @@ def precisions(section: Section) -> None:
             try:
                 resolve_precision(precision)
             except UsageError as error:
-                section.tell(f"refused: {precision}", str(error))
+                section.report(f"refused: {precision}", str(error))
                 continue
             change = {"precision": precision, "global_batch_size": batch}
             with _session(section, tf, data, section.device, change) as trainer:
                 steps = _steps(trainer, 2 + sizes.repeats)
             losses = [loss for loss, _ in steps]
-            section.tell(f"{precision}, loss", losses[-1])
-            section.tell(f"{precision}, images_per_s", batch / _median_s(steps))
+            section.report(f"{precision}, loss", losses[-1])
+            section.report(f"{precision}, images_per_s", batch / _median_s(steps))
             section.expect(f"{precision}, all losses are finite", all(map(math.isfinite, losses)))
 
 
 def xla(section: Section) -> None:
-    """Compares training whose network XLA compiles with training without it."""
+    """Compares training with and without XLA compilation of the network."""
     tf = _configured(section, TrainConfig(global_batch_size=4))
     allow_tensor_float_32 = tf.config.experimental.enable_tensor_float_32_execution
     found = {}
     with _dataset(32, section.sizes.image_size, (0.8, 0.1, 0.1)) as data:
-        for way in ("off", "on"):
-            with _session(section, tf, data, section.device, {"xla": way}) as trainer:
-                # The two shall differ by the order of their additions alone.
+        for method in ("off", "on"):
+            with _session(section, tf, data, section.device, {"xla": method}) as trainer:
+                # So that the two differ only by the order of additions.
                 allow_tensor_float_32(False)
                 started = time.perf_counter()
-                found[way] = _first_step(trainer)
-                section.tell(f"{way}, first_step_s", time.perf_counter() - started)
+                found[method] = _first_step(trainer)
+                section.report(f"{method}, first_step_s", time.perf_counter() - started)
                 allow_tensor_float_32(True)
                 steps = _steps(trainer, 2 + section.sizes.repeats)
-                section.tell(f"{way}, step_s", _median_s(steps))
+                section.report(f"{method}, step_s", _median_s(steps))
     for what, value in _distances(found["on"], found["off"]).items():
         section.check(what, value, section.sizes.tolerance)
 
 
 def rate(section: Section) -> None:
-    """Measures the reference's INbreast network against the rate of matrix multiplication."""
+    """Compares the reference implementation's INbreast network with the matmul rate."""
     sizes = section.sizes
     tf = _configured(section, TrainConfig())
-    # First what must be known; each of the others takes as long as XLA needs for this network.
-    ways = [(way, precision) for way in sizes.rate_xla for precision in sizes.rate_precisions]
-    for way, precision in ways:
+    # XLA off first: with XLA, each measurement takes as long as its compilation.
+    ways = [(method, precision) for method in sizes.rate_xla for precision in sizes.rate_precisions]
+    for method, precision in ways:
         for batch_size in sizes.batch_sizes:
-            name = f"{precision}, batch {batch_size}, XLA {way}"
-            if not section.budget.allows(10 if way == "off" else 30):
+            name = f"{precision}, batch {batch_size}, XLA {method}"
+            if not section.budget.allows(10 if method == "off" else 30):
                 section.skip(name)
                 continue
             network = Network(
                 sizes.image_size,
                 precision,
                 sizes.num_layers,
-                TrainConfig(global_batch_size=batch_size, xla=way),
+                TrainConfig(global_batch_size=batch_size, xla=method),
                 matmul_size=sizes.matmul_size,
                 num_matmuls=sizes.num_matmuls,
             )
-            gc.collect()  # the network before it
+            gc.collect()  # frees the previous network
             _reset_peak(tf, section.device)
             found = network.work("ours", sizes.repeats)
-            section.tell(
+            section.report(
                 name,
                 {
                     "step_s": statistics.median(found["step_s"]),
@@ -292,7 +292,7 @@ def rate(section: Section) -> None:
 
 
 def input_alone(section: Section) -> None:
-    """Measures the input without a network, up to the memory of the device."""
+    """Measures the input pipeline without a network, up to the memory of the device."""
     from input import AUGMENTATION, Input, prepare_phantoms, timed
 
     from job.data.pipeline import one_ahead
@@ -306,7 +306,7 @@ def input_alone(section: Section) -> None:
         dataset = prepare_phantoms(work, sizes.num_images, sizes.image_size)
         reader = open_reader(dataset, dataset.split("train"), cache="full", cache_dir=None)
         measured = Input(dataset, reader, strategy, batch_size)
-        section.tell("batch_size", batch_size)
+        section.report("batch_size", batch_size)
         for name, augmentation in (("plain", None), ("augmented", AUGMENTATION)):
 
             def take(limit: int, augmentation: Any = augmentation) -> None:
@@ -321,16 +321,16 @@ def input_alone(section: Section) -> None:
                     section.skip(f"{name}, more repeats than {len(rates)}")
                     break
                 rates.append(limit / timed(take, limit)[0])
-            section.tell(f"{name}, images_per_s", statistics.median(rates))
+            section.report(f"{name}, images_per_s", statistics.median(rates))
 
 
 def resume(section: Section) -> None:
-    """Kills a training with --deterministic, goes on, and compares it with one left alone."""
+    """Kills a run with --deterministic, resumes it, and compares it with an uninterrupted run."""
     from job.runs.serialization import OPTIMIZER_NAME, WEIGHTS_NAME
 
     steps, steps_per_epoch, batch_size = section.sizes.steps, 10, 2
     with tempfile.TemporaryDirectory(prefix="flexunet-gpu-") as folder:
-        # 20 of 28 groups train.
+        # 20 of 28 groups are in the training split.
         data = _prepared(folder, 28, 64, (5 / 7, 1 / 7, 1 / 7))
         options = {
             "data": data,
@@ -339,7 +339,7 @@ def resume(section: Section) -> None:
             "global-batch-size": str(batch_size),
             "precision": "float32",
             "prediction-images": "0",
-            "checkpoint-every-minutes": "0.0001",  # one after the other
+            "checkpoint-every-minutes": "0.0001",  # one right after the other
             "schedule.early-stopping-patience": "0",
             "model.num-layers": str(section.sizes.num_small_layers),
             "model.base-filters": "8",
@@ -351,7 +351,7 @@ def resume(section: Section) -> None:
         whole, killed = f"{folder}/runs/whole", f"{folder}/runs/killed"
         started = time.monotonic()
         _train(section, [*words, "--name", "whole"])
-        section.tell("whole_run_s", time.monotonic() - started)
+        section.report("whole_run_s", time.monotonic() - started)
         with _training(section, [*words, "--name", "killed"]) as process:
             while _steps_done(killed) < steps // 4:
                 if not process.is_alive():
@@ -359,23 +359,23 @@ def resume(section: Section) -> None:
                 time.sleep(0.02)
             process.kill()
             process.join()
-        section.tell("steps_before_the_kill", done := _steps_done(killed))
+        section.report("steps_before_the_kill", done := _steps_done(killed))
         section.expect("the kill came in the middle", 0 < done < steps)
         _train(section, [*words, "--name", "killed"])
         last = {name: max(find_checkpoints(open_store(name))) for name in (whole, killed)}
-        section.tell("steps", last[killed].step)
+        section.report("steps", last[killed].step)
         section.expect("both did all steps", {each.step for each in last.values()} == {steps})
         section.expect("the second start went on", last[killed].attempt > last[whole].attempt)
         for member in (WEIGHTS_NAME, OPTIMIZER_NAME):
             first, second = (_arrays(url, ref, member) for url, ref in last.items())
             different = [name for name in first if first[name] != second.get(name)]
-            section.tell(f"{member}, arrays", len(first))
+            section.report(f"{member}, arrays", len(first))
             section.check(f"{member}, arrays that differ", len(different), 0)
             section.expect(f"{member}, the same arrays", first.keys() == second.keys() != set())
 
 
-# What a section does, and its share of the time, seconds of all MINUTES. The last that is run has
-# what the others left.
+# The function of a section, and its time limit in seconds if --minutes is MINUTES. The last section
+# has all the time that is left.
 SECTIONS: dict[str, tuple[Callable[[Section], None], float]] = {
     "devices": (devices, 40),
     "agreement": (agreement, 50),
@@ -389,19 +389,19 @@ SECTIONS: dict[str, tuple[Callable[[Section], None], float]] = {
 MINUTES = 6.0
 
 
-# What they share.
+# Functions that the sections share.
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstStep:
-    """The first step of a training: its loss and its gradients, one per weight."""
+    """The first step of a run: its loss and its gradients, one per weight."""
 
     loss: float
     gradients: list[np.ndarray]
 
 
 def _cases(sizes: Sizes) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the losses and normalisations that are tried, by name."""
+    """Yields name and options of each loss and normalisation to test."""
     for name in sizes.losses:
         yield name, {"loss": {"name": name}}
     for name in sizes.normalizations[1:]:
@@ -409,7 +409,7 @@ def _cases(sizes: Sizes) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _configured(section: Section, config: TrainConfig) -> Any:
-    """Returns TensorFlow, set up as `train` does."""
+    """Returns TensorFlow, configured as in `train`."""
     from job.distributed.runtime import import_tensorflow
     from job.distributed.strategy import configure
 
@@ -422,7 +422,7 @@ def _configured(section: Section, config: TrainConfig) -> Any:
 def _session(
     section: Section, tf: Any, data: Any, device: str, change: Mapping[str, Any]
 ) -> Iterator[Any]:
-    """Yields a small network in training on one device."""
+    """Yields the trainer of a small network on one device."""
     from job.distributed.process_group import ProcessGroup
     from job.training.setup import TrainingSetup
     from job.training.trainer_factory import open_trainer
@@ -437,7 +437,7 @@ def _session(
             "base_kernels": (5, 5),
             "dropout_rate": 0.1,
         },
-        # With the gradient alone in it, the first moment tells what the gradient was.
+        # Without clipping, the first moment after one step gives the gradient.
         "optimizer": {"clipvalue": None},
     }
     config = parse_settings(TrainConfig, deep_merge(small, change), "benchmark")
@@ -461,20 +461,20 @@ def _first_step(trainer: Any) -> FirstStep:
 
 
 def _distances(found: FirstStep, expected: FirstStep) -> dict[str, float]:
-    """Returns how far two first steps are apart, relative; of gradients the worst weight."""
+    """Returns the relative distance of two first steps; for gradients, of the worst weight."""
     whole = math.sqrt(sum(float(np.sum(np.square(each))) for each in expected.gradients))
     gradients = [
         float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-3 * whole))
         for a, b in zip(found.gradients, expected.gradients, strict=True)
     ]
-    # `max` would pass over one that is no number.
+    # `max` would ignore a NaN.
     worst = math.nan if any(map(math.isnan, gradients)) else max(gradients)
     loss = abs(found.loss - expected.loss) / abs(expected.loss)
     return {"loss": loss, "gradients": worst}
 
 
 def _steps(trainer: Any, count: int) -> list[tuple[float, float]]:
-    """Returns loss and seconds of `count` steps, epoch after epoch."""
+    """Returns loss and seconds of `count` steps over as many epochs as needed."""
     from job.training.state import TrainState
 
     found: list[tuple[float, float]] = []
@@ -490,7 +490,7 @@ def _steps(trainer: Any, count: int) -> list[tuple[float, float]]:
 
 
 def _median_s(steps: Sequence[tuple[float, float]]) -> float:
-    """Returns the seconds of a step; the first compiles, and that of each epoch waits for input."""
+    """Returns the median seconds of a step, without the first step, which compiles."""
     return statistics.median(seconds for _, seconds in steps[1:])
 
 
@@ -529,14 +529,14 @@ def _reset_peak(tf: Any, device: str) -> None:
 
 
 def _peak_mb(tf: Any, device: str) -> float:
-    """Returns the most memory that was in use: of the GPU, or resident of this process so far."""
+    """Returns the peak memory of the GPU, or the peak resident memory of this process."""
     if device == "GPU":
         return float(tf.config.experimental.get_memory_info("GPU:0")["peak"] / 1e6)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def _arrays(url: str, ref: CheckpointRef, member: str) -> dict[str, str]:
-    """Returns a hash of the bits of each array of a checkpoint's member, by name."""
+    """Returns a hash of the bits of each array in a checkpoint file, by name."""
     import io
 
     import h5py
@@ -557,13 +557,13 @@ def _arrays(url: str, ref: CheckpointRef, member: str) -> dict[str, str]:
 
 
 def _steps_done(run_url: str) -> int:
-    """Returns the steps of the newest checkpoint of a run that may not have begun."""
+    """Returns the step of the newest checkpoint of a run, 0 if it has none."""
     return max((ref.step for ref in find_checkpoints(open_store(run_url))), default=0)
 
 
 @contextlib.contextmanager
 def _training(section: Section, words: Sequence[str]) -> Iterator[Any]:
-    """Yields the process of a `flexunet` command, which does not outlive the block."""
+    """Yields the process of a `flexunet` command, and kills it after the block."""
     context = multiprocessing.get_context(section.start_method)
     process = context.Process(target=_command, args=(words,))
     process.start()
@@ -584,7 +584,7 @@ def _train(section: Section, words: Sequence[str]) -> None:
 def _command(words: Sequence[str]) -> None:
     from launcher.cli import main
 
-    os.dup2(2, 1)  # what it prints is not of the report
+    os.dup2(2, 1)  # its output is not part of the report
     raise SystemExit(main(list(words)))
 
 
@@ -593,25 +593,25 @@ def _command(words: Sequence[str]) -> None:
 
 @click.command()
 @click.option("--device", type=click.Choice(["gpu", "cpu"]), default="gpu", show_default=True)
-@click.option("--small", is_flag=True, help="Sizes that only show that it runs.")
-@click.option("--sections", default=",".join(SECTIONS), show_default=True, help="Some of them.")
-@click.option("--image-size", type=int, help="Side of the images of rate, input, precisions, xla.")
-@click.option("--num-layers", type=int, help="Levels of the network of rate.")
-@click.option("--repeats", type=int, help="Steps that are measured.")
-@click.option("--tolerance", type=float, help="Of losses and gradients, relative.")
-@click.option("--steps", type=int, help="Of the training that is killed, a multiple of 10.")
-@click.option("--minutes", default=MINUTES, show_default=True, help="All of it at most.")
+@click.option("--small", is_flag=True, help="Small sizes, only to test the script.")
+@click.option("--sections", default=",".join(SECTIONS), show_default=True, help="Sections to run.")
+@click.option("--image-size", type=int, help="Side of images in rate, input, precisions, xla.")
+@click.option("--num-layers", type=int, help="Levels of the network in rate.")
+@click.option("--repeats", type=int, help="Steps to measure.")
+@click.option("--tolerance", type=float, help="Relative tolerance of losses, gradients.")
+@click.option("--steps", type=int, help="Steps of the run in resume, multiple of 10.")
+@click.option("--minutes", default=MINUTES, show_default=True, help="Time limit.")
 def main(device: str, small: bool, sections: str, minutes: float, **sizes: float | None) -> None:
-    """Checks and measures a GPU, prints the report and writes it into the results."""
+    """Check and measure a GPU; print the report and write it to the results."""
     started = time.monotonic()
-    deadline = started + 60 * minutes - 5  # to end what hangs, and to write
+    deadline = started + 60 * minutes - 5  # leaves time to end a hanging process, and to write
     wanted = {"devices", *sections.split(",")}
     if unknown := sorted(wanted - set(SECTIONS)):
-        raise click.BadParameter(f"--sections: {unknown[0]} is none of {', '.join(SECTIONS)}")
+        raise click.BadParameter(f"--sections: {unknown[0]} is not one of {', '.join(SECTIONS)}")
     names = [name for name in SECTIONS if name in wanted]
     if device == "cpu":
-        # Forked from here, the sections need not import them again. With a GPU each starts anew:
-        # CUDA does not outlive a fork, and nobody has seen whether an import begins with it.
+        # The sections are forked from here and need not import these again. With a GPU, each
+        # section starts a new process: CUDA does not survive a fork, and an import might start it.
         import keras  # noqa: F401
         import tensorflow  # noqa: F401
     changes = {name: value for name, value in sizes.items() if value is not None}
@@ -633,18 +633,18 @@ def main(device: str, small: bool, sections: str, minutes: float, **sizes: float
             report["name"] = names_found[0] if device == "gpu" else "CPU"
             _print_head(report)
         _print_section(name, ended)
-        # After each, so that what was found stays when the machine is taken away.
+        # After each section, so that results remain if the machine is lost.
         _write(report)
     failed = [name for name, each in report["sections"].items() if each["status"] != "holds"]
     report["seconds"] = time.monotonic() - started
     _write(report)
-    verdict = f"does not hold: {', '.join(failed)}" if failed else "all of it holds"
+    verdict = f"does not hold: {', '.join(failed)}" if failed else "all sections hold"
     print(f"\n{report['seconds']:.0f} s; {verdict}")
     raise SystemExit(1 if failed else 0)
 
 
 def _ended(name: str, device: str, sizes: Sizes, allowed_s: float) -> dict[str, Any]:
-    """Returns how a section ended, what it found, and how long it took."""
+    """Runs a section; returns its status, results, error and duration."""
     if allowed_s < 5:
         return {"status": "not begun", "found": {}, "error": "no time left", "seconds": 0.0}
     start_method = "spawn" if device == "GPU" else "fork"
@@ -660,7 +660,7 @@ def _ended(name: str, device: str, sizes: Sizes, allowed_s: float) -> dict[str, 
     try:
         while error is None:
             if not receiver.poll(max(0.0, started + allowed_s - time.monotonic())):
-                error = f"stopped after its {allowed_s:.0f} s"
+                error = f"stopped after its limit of {allowed_s:.0f} s"
                 break
             key, value = receiver.recv()
             found[key] = value
@@ -670,7 +670,7 @@ def _ended(name: str, device: str, sizes: Sizes, allowed_s: float) -> dict[str, 
         if process.exitcode != 0:
             error = f"its process ended with code {process.exitcode}"
     finally:
-        # With what it has started; it leads a group of its own.
+        # With all processes that it started: it leads its own process group.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
@@ -684,25 +684,25 @@ def _ended(name: str, device: str, sizes: Sizes, allowed_s: float) -> dict[str, 
 def _work(
     name: str, device: str, sizes: Sizes, allowed_s: float, start_method: str, sender: Any
 ) -> None:
-    """Does a section in this process; what it finds goes through `sender`."""
+    """Runs a section in this process; sends its results through `sender`."""
     os.setpgrp()
-    # Left for what cannot be asked how long it takes.
+    # A tenth is left for parts of unknown duration.
     budget = Budget(0.9 * allowed_s)
 
-    def tell(key: str, value: Any) -> None:
+    def report(key: str, value: Any) -> None:
         sender.send((key, value))
 
     try:
-        SECTIONS[name][0](Section(device, sizes, budget, tell, start_method))
+        SECTIONS[name][0](Section(device, sizes, budget, report, start_method))
     except Exception as error:
         traceback.print_exc()
-        tell("error", traceback.format_exception_only(error)[-1].strip().splitlines()[0])
+        report("error", traceback.format_exception_only(error)[-1].strip().splitlines()[0])
 
 
 def _refuse_other_device(device: str, ended: Mapping[str, Any]) -> None:
-    """Ends the command where a GPU was to be measured and there is none."""
+    """Exits if a GPU is to be measured but none is available."""
     if device == "gpu" and not ended["found"].get("gpus"):
-        reason = ended["error"] or "it sees none"
+        reason = ended["error"] or "it finds none"
         print(f"no GPU for TensorFlow ({reason}); --device cpu measures the CPU", file=sys.stderr)
         raise SystemExit(2)
 
@@ -714,7 +714,7 @@ def _write(report: Mapping[str, Any]) -> None:
 
 def _print_head(report: Mapping[str, Any]) -> None:
     if report["measured"] == "CPU":
-        print("No GPU was measured: all of this is of the CPU, as --device cpu asks for.")
+        print("No GPU was measured: with --device cpu, all results are of the CPU.")
     machine = report["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     print(f"{report['name']}; {machine['cpu']}, {machine['cores']} cores; {packages}")

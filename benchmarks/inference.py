@@ -1,11 +1,11 @@
-"""Measures prediction against the forward FLOPs at the machine's matrix-multiplication rate.
+"""Compares the FLOP rate of prediction with the machine's matrix-multiplication rate.
 
     python benchmarks/inference.py [--image-size 512] [--batch-size 8]
 
 step: the compiled step that `infer` runs on a batch, in turns with a multiplication of matrices.
-path: what `infer` does with pictures, all of it: read, decode, fit, predict, argmax, encode, write;
-as images/s over those of the step alone. The network is the INbreast one with weights of no worth,
-which cost as much as trained ones.
+path: all of `infer` for an image: read, decode, fit, predict, argmax, encode, write; its images/s
+divided by those of the step. The network is the INbreast network with untrained weights, which take
+the same time as trained ones.
 """
 
 import tempfile
@@ -28,15 +28,15 @@ from job.config import ModelConfig, TrainConfig
 @click.command()
 @click.option("--image-size", default=512, show_default=True, help="Side of the images, pixels.")
 @click.option("--batch-size", default=8, show_default=True, help="Images at once.")
-@click.option("--num-images", default=24, show_default=True, help="Pictures of a pass of `path`.")
-@click.option("--repeats", default=5, show_default=True, help="Turns; one more comes before them.")
+@click.option("--num-images", default=24, show_default=True, help="Images of a pass of `path`.")
+@click.option("--repeats", default=5, show_default=True, help="Turns, after one warm-up turn.")
 @click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
 @click.option("--matmul-size", default=MATMUL_SIZE, show_default=True, help="Side of matrices.")
 def main(
     image_size: int, batch_size: int, num_images: int, repeats: int, num_layers: int,
     matmul_size: int,
 ) -> None:  # fmt: skip
-    """Measures prediction of the reference's INbreast network."""
+    """Measure prediction with the INbreast network of the reference implementation."""
     from job.distributed.runtime import import_tensorflow
     from job.distributed.strategy import configure
 
@@ -69,7 +69,7 @@ def main(
             started = time.perf_counter()
             predictor.step(batch).numpy()
             step_s.append(time.perf_counter() - started)
-            # One alone is often the slower for what the step has left in the caches.
+            # The best of three: the first one is often slower, because of the caches.
             rates.append(max(matmul_flops_per_s(tf, tf.float32, matmul_size) for _ in range(3)))
             chunk = Chunk(
                 (), images, f"{folder}/masks-{count}",

@@ -1,13 +1,13 @@
-"""Images per second of the input, against decoding the same PNG bytes alone.
+"""Compares the input pipeline with decoding the same PNG bytes alone, in images per second.
 
     python benchmarks/input.py [--num-images 200] [--image-size 512] [--batch-size 8]
 
-decode: `tf.io.decode_png` of image and mask in a `tf.data` map, bytes in memory, no batches: what
-no input can do without. input: shards read by position, checked, decoded, batched and distributed
-as training gets them. The two with warps add augmentation. Each repeat times an epoch of a few
-samples, which is the cost of starting one, and a whole epoch; the rate is that of the samples
-between. Kinds take turns and ratios are of neighbours in time. `cpu` is the time of all threads of
-this process: the number to read on a machine that others use too. Last, memory over epochs.
+decode: `tf.io.decode_png` of image and mask in a `tf.data` map, bytes in memory, no batches: the
+minimum of any input pipeline. input: reads shards by position, checks, decodes, batches and
+distributes as in training. The two kinds with warps add augmentation. Each repeat times an epoch of
+a few samples, which is the cost of starting an epoch, and a whole epoch; the rate is that of the
+samples in between. The kinds run in turns; ratios compare neighbouring runs. `cpu` is the time of
+all threads of this process: use it on a machine that is shared. Last, measures memory over epochs.
 """
 
 import tempfile
@@ -34,18 +34,20 @@ from job.data.sampling import global_batches, sample_order
 from job.data.shard_cache import open_reader
 
 AUGMENTATION = AugmentationConfig(enabled=True)  # the kinds that are on by default
-FEW_SAMPLES = 10  # of the epoch whose start is timed
-EPOCH_REPEATS = 2  # how often a long epoch takes each sample
+FEW_SAMPLES = 10  # in the short epoch that times the start
+EPOCH_REPEATS = 2  # times that a long epoch reads each sample
 
 
 @click.command()
-@click.option("--num-images", default=200, show_default=True, help="Phantoms to make.")
-@click.option("--image-size", default=512, show_default=True, help="Side of them, pixels.")
+@click.option("--num-images", default=200, show_default=True, help="Phantoms to generate.")
+@click.option("--image-size", default=512, show_default=True, help="Side of the images, pixels.")
 @click.option("--batch-size", default=8, show_default=True, help="Images per step.")
 @click.option("--repeats", default=9, show_default=True, help="Runs of each kind.")
-@click.option("--epochs", default=20, show_default=True, help="Epochs over which memory is seen.")
+@click.option(
+    "--epochs", default=20, show_default=True, help="Epochs over which memory is measured."
+)
 def main(num_images: int, image_size: int, batch_size: int, repeats: int, epochs: int) -> None:
-    """Measures, prints a table and writes `results/input.json`."""
+    """Measure the input pipeline, print a table and write `results/input.json`."""
     from job.distributed.strategy import configure
 
     strategy = configure(TrainConfig(global_batch_size=batch_size))
@@ -68,7 +70,7 @@ def main(num_images: int, image_size: int, batch_size: int, repeats: int, epochs
 def prepare_phantoms(
     work: str, num_images: int, size: int, *, shard_size_mb: float = 64.0
 ) -> Dataset:
-    """Returns a dataset whose train split holds all phantoms but two."""
+    """Returns a dataset with all phantoms but two in its train split."""
     write_phantoms(f"{work}/source", num_images + 2, size, 1)
     share = 1 / (num_images + 2)
     fractions = (1 - 2 * share, share, share)
@@ -92,14 +94,14 @@ class Input:
         self.num_samples = len(dataset.split("train"))
 
     def run(self, augmentation: AugmentationConfig | None, *, epoch: int, limit: int) -> None:
-        """Takes `limit` samples, each again where there are fewer."""
+        """Reads `limit` samples; repeats samples if the split has fewer."""
         for _ in self.batches(augmentation, epoch=epoch, limit=limit):
             pass
 
     def batches(
         self, augmentation: AugmentationConfig | None, *, epoch: int, limit: int
     ) -> Iterator[Any]:
-        """Returns the batches of `limit` samples, made as `job/training/trainer.py` does."""
+        """Returns the batches of `limit` samples, built as in `job/training/trainer.py`."""
         order = sample_order(self.num_samples, seed=0, epoch=epoch, version=2)
         plan = global_batches(np.resize(order, limit), self.batch_size)
         return distributed_batches(
@@ -111,7 +113,7 @@ class Input:
 
 
 def decode_run(measured: Input, augmentation: AugmentationConfig | None) -> Callable[[int], None]:
-    """Returns a function that decodes `limit` samples, and warps them where that is asked for."""
+    """Returns a function that decodes `limit` samples, and warps them with `augmentation`."""
     import tensorflow as tf
 
     order = sample_order(measured.num_samples, seed=0, epoch=0, version=2)
@@ -143,7 +145,7 @@ def decode_run(measured: Input, augmentation: AugmentationConfig | None) -> Call
 
 
 def measure_rates(measured: Input, repeats: int) -> dict[str, Any]:
-    """Returns the rate of each kind, the cost of starting an epoch, and ratios of neighbours."""
+    """Returns the rate and the epoch start of each kind, and ratios of neighbouring runs."""
     runs: dict[str, Callable[[int], None]] = {
         "decode": decode_run(measured, None),
         "input": lambda limit: measured.run(None, epoch=0, limit=limit),
@@ -197,10 +199,11 @@ def measure_memory(measured: Input, num_epochs: int) -> list[float]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Prints `result` with the machine that it holds on."""
+    """Prints `result` with the machine."""
     machine = result["machine"]
     print(f"{machine['cpu']}, {machine['cores']} cores; median (least to most)")
-    print(f"{result['num_images']} samples of {result['image_size']} pixels a side")
+    side = result["image_size"]
+    print(f"{result['num_images']} samples of {side} x {side} pixels")
     for title, group in result.items():
         if title.startswith(("wall", "cpu")):
             for name, value in group.items():

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's description, spreads, and where results go."""
+"""Functions of all benchmarks: describe the machine, summarize values, write results."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# A run that is only to show that a script still works must not overwrite what was measured.
+# A run that only tests a script must not overwrite the measured results.
 RESULTS = Path(os.environ.get("FLEXUNET_BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Returns processor, cores, memory, versions, and how many processes want to run now."""
+    """Returns processor, cores, memory, versions and load average."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -30,12 +30,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Returns median, least and most of `values`."""
+    """Returns median, minimum and maximum of `values`."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def shown(values: Sequence[float], digits: int = 2) -> str:
-    """Returns median (least-most) of `values` as text."""
+    """Returns median (minimum-maximum) of `values` as text."""
     median, least, most = (f"{v:.{digits}f}" for v in spread(values).values())
     return f"{median} ({least}-{most})"
 

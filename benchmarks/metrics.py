@@ -1,4 +1,4 @@
-"""Our Dice, IoU, HD95 and surface Dice against DeepMind's `surface-distance`, on random masks.
+"""Compares Dice, IoU, HD95 and surface Dice with DeepMind's `surface-distance` on random masks.
 
 python benchmarks/metrics.py [--masks 200]
 """
@@ -13,7 +13,7 @@ from job.metrics.confusion import dice, iou
 from job.metrics.surface_distance import contour_distances, hausdorff, surface_dice
 
 TOLERANCE = 1.0  # in the unit of the spacing
-DIVIDING = (0.05, 0.1, 0.2, 0.25, 0.5, 1.0)  # spacings with contours that lie on the tolerance
+DIVIDING = (0.05, 0.1, 0.2, 0.25, 0.5, 1.0)  # spacings with contours exactly at the tolerance
 
 
 def random_mask(random: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -33,7 +33,7 @@ def random_mask(random: np.random.Generator, height: int, width: int) -> np.ndar
 
 
 def differences(num_masks: int, seed: int = 0) -> dict[str, float]:
-    """Returns the largest difference of each measure, and how many pairs had empty masks."""
+    """Returns the largest difference of each metric, and the number of pairs with empty masks."""
     found = dict.fromkeys(("dice", "iou", "hd95", "surface_dice"), 0.0)
     empty = {"num_both_empty": 0, "num_one_empty": 0, "num_compared": 0}
     random = np.random.default_rng(seed)
@@ -60,7 +60,7 @@ def differences(num_masks: int, seed: int = 0) -> dict[str, float]:
 
 
 def _difference(first: float, second: float) -> float:
-    """Returns the distance of two values; two that are undefined, or both infinite, are equal."""
+    """Returns the distance of two values; 0 if both are undefined or both infinite."""
     if math.isnan(first) and math.isnan(second):
         return 0.0
     if math.isnan(first) or math.isnan(second):
@@ -87,7 +87,7 @@ def _ours(truth: np.ndarray, prediction: np.ndarray, spacing: tuple[float, float
 def _theirs(truth: np.ndarray, prediction: np.ndarray, spacing: tuple[float, float]) -> dict:
     import surface_distance
 
-    # Release 0.1 uses names that NumPy 2 has dropped and SciPy is about to.
+    # Release 0.1 uses names that NumPy 2 removed and that SciPy will remove.
     np.Inf, np.NaN = np.inf, np.nan  # type: ignore[attr-defined]
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore")
@@ -107,7 +107,7 @@ def _theirs(truth: np.ndarray, prediction: np.ndarray, spacing: tuple[float, flo
 @click.option("--masks", default=200, help="Pairs of random masks.")
 @click.option("--seed", default=0, help="Seed of the masks.")
 def main(masks: int, seed: int) -> None:
-    """Prints the largest differences and stores them in benchmarks/results/metrics.json."""
+    """Print the largest differences and store them in benchmarks/results/metrics.json."""
     from machine import write_result
 
     result = differences(masks, seed)

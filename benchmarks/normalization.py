@@ -1,10 +1,10 @@
-"""Measures normalisation against float64 and against Keras' layers.
+"""Compares the normalisation layers with float64 and with Keras' layers.
 
     python benchmarks/normalization.py [--sides 128,512,1024] [--batch-sizes 1,2] [--repeats 9]
 
-Errors are relative to the largest exact value: of the outputs, and of the gradients of inputs,
-gamma and beta, in float32. Times are of forward and backward and of forward alone; both layers take
-turns. `--sides 16 --repeats 1` takes seconds.
+Errors, in float32, are relative to the largest exact value of the outputs and of the gradients of
+inputs, gamma and beta. Times are measured for forward plus backward and for forward alone, with the
+two layers in turns. `--sides 16 --repeats 1` takes seconds.
 """
 
 import time
@@ -22,12 +22,14 @@ GRADIENTS = ("inputs", "gamma", "beta")
 
 
 @click.command()
-@click.option("--sides", default="128,512,1024", show_default=True, help="Of the images, pixels.")
-@click.option("--batch-sizes", default="1,2", show_default=True, help="Images at once.")
-@click.option("--channels", default=16, show_default=True, help="A multiple of 8.")
-@click.option("--repeats", default=9, show_default=True, help="Turns; one more comes before them.")
+@click.option(
+    "--sides", default="128,512,1024", show_default=True, help="Sides of the images, pixels."
+)
+@click.option("--batch-sizes", default="1,2", show_default=True, help="Batch sizes.")
+@click.option("--channels", default=16, show_default=True, help="Channels, a multiple of 8.")
+@click.option("--repeats", default=9, show_default=True, help="Turns, after one warm-up turn.")
 def main(sides: str, batch_sizes: str, channels: int, repeats: int) -> None:
-    """Measures errors and times of group and batch normalisation."""
+    """Measure errors and times of group and batch normalisation."""
     from job.distributed.runtime import import_tensorflow
     from job.distributed.strategy import configure
 
@@ -45,12 +47,12 @@ def main(sides: str, batch_sizes: str, channels: int, repeats: int) -> None:
         for whose in ("keras", "ours"):
             found = row["errors"][whose].items()
             print(f"  {whose}: " + ", ".join(f"{name} {error:.1e}" for name, error in found))
-        times = {way: f"{each['median']:.2f}" for way, each in row["time_over_keras"].items()}
+        times = {method: f"{each['median']:.2f}" for method, each in row["time_over_keras"].items()}
         print(f"  time over Keras': {times}")
 
 
 def measured(name: str, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
-    """Returns errors and times of one layer, ours and Keras'."""
+    """Returns errors and times of one layer, for this project and for Keras."""
     import tensorflow as tf
 
     random = np.random.default_rng(0)
@@ -71,19 +73,19 @@ def measured(name: str, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
     }
     ratios: dict[str, list[float]] = {"forward_backward": [], "forward": []}
     for _ in range(1 + repeats):
-        for way, index in (("forward_backward", 0), ("forward", 1)):
+        for method, index in (("forward_backward", 0), ("forward", 1)):
             took = {whose: seconds(runs[whose][index], tensors) for whose in runs}
-            ratios[way].append(took["ours"] / took["keras"])
+            ratios[method].append(took["ours"] / took["keras"])
     return {
         "layer": name,
         "shape": list(shape),
         "errors": errors,
-        "time_over_keras": {way: spread(values[1:]) for way, values in ratios.items()},
+        "time_over_keras": {method: spread(values[1:]) for method, values in ratios.items()},
     }
 
 
 def running(name: str, shape: tuple[int, ...], whose: str) -> tuple[Any, Any]:
-    """Returns what computes outputs and gradients, and what computes outputs alone."""
+    """Returns two functions: one for outputs and gradients, one for outputs alone."""
     import keras
     import tensorflow as tf
 
@@ -113,7 +115,7 @@ def running(name: str, shape: tuple[int, ...], whose: str) -> tuple[Any, Any]:
 
 
 def exactly(name: str, inputs: np.ndarray, output_gradient: np.ndarray) -> list[np.ndarray]:
-    """Returns outputs and gradients in float64, gamma being 1 and beta 0."""
+    """Returns outputs and gradients in float64, for gamma 1 and beta 0."""
     size = inputs.shape[-1]
     grouped = (*inputs.shape[:3], NUM_GROUPS, size // NUM_GROUPS)
     axes = (1, 2, 4) if name == "group" else (0, 1, 2)
@@ -135,7 +137,7 @@ def exactly(name: str, inputs: np.ndarray, output_gradient: np.ndarray) -> list[
 
 
 def seconds(run: Callable[..., list[Any]], tensors: list[Any]) -> float:
-    """Returns how long a run takes until its results are there."""
+    """Returns how long a run takes until its results are computed."""
     started = time.perf_counter()
     run(*tensors)[-1].numpy().flat[0]
     return time.perf_counter() - started

@@ -1,10 +1,10 @@
-"""Measures the optimizer's update against a copy of the same bytes.
+"""Compares the optimizer's update with a copy of the same number of bytes.
 
     python benchmarks/optimizer.py [--parameters 125] [--repeats 7]
 
-An update reads and writes weight and both moments and reads the gradient: 7 times the parameters'
-bytes. A copy of 3.5 times the parameters moves as much. Copies, by one thread per core, our Adam
-and Keras' take turns.
+An update reads and writes the weight and both moments, and reads the gradient: 7 times the bytes of
+the parameters. A copy of 3.5 times the parameters moves as much. The copy (one thread per core),
+this project's Adam and Keras' Adam run in turns.
 """
 
 import os
@@ -20,14 +20,16 @@ from machine import describe_machine, shown, write_result
 from job.config import OptimizerConfig, TrainConfig
 
 COLUMNS = 1024
-NUM_WEIGHTS = 40  # about as many as FlexUNet has
+NUM_WEIGHTS = 40  # about the number in FlexUNet
 
 
 @click.command()
-@click.option("--parameters", default=125.0, show_default=True, help="Millions of float32.")
-@click.option("--repeats", default=7, show_default=True, help="Turns; one more comes before them.")
+@click.option(
+    "--parameters", default=125.0, show_default=True, help="Millions of float32 parameters."
+)
+@click.option("--repeats", default=7, show_default=True, help="Turns, after one warm-up turn.")
 def main(parameters: float, repeats: int) -> None:
-    """Measures the update of Adam with clipped values."""
+    """Measure the update of Adam with clipped values."""
     from job.distributed.runtime import import_tensorflow
     from job.distributed.strategy import configure
 
@@ -66,7 +68,7 @@ def main(parameters: float, repeats: int) -> None:
 
 
 def copying(num_values: int) -> Callable[[], object]:
-    """Returns what copies so many float32, a part in each thread."""
+    """Returns a function that copies `num_values` float32, a part in each thread."""
     source, target = np.ones(num_values, np.float32), np.empty(num_values, np.float32)
     cores = os.cpu_count() or 1
     pool = ThreadPoolExecutor(cores)
@@ -75,7 +77,7 @@ def copying(num_values: int) -> Callable[[], object]:
 
 
 def updating(tf: Any, rows: int, *, is_keras: bool) -> Callable[[], object]:
-    """Returns what updates `NUM_WEIGHTS` weights of `rows` x `COLUMNS` once."""
+    """Returns a function that updates `NUM_WEIGHTS` weights of `rows` x `COLUMNS` once."""
     import keras
 
     from job.optimization.optimizer import Adam

@@ -1,18 +1,19 @@
-"""Images per second of the training input, against what others load the same samples with.
+"""Compares the training input with other data loaders on the same samples, in images per second.
 
-    make bench-peers        # an environment of its own, .venv-peers, 9 GB with PyTorch, and this
+    make bench-peers        # creates .venv-peers (9 GB with PyTorch) and runs this script in it
     python benchmarks/peers.py [--num-images 400] [--image-size 512] [--batch-size 8]
 
 WebDataset and MosaicML Streaming need PyTorch, and MosaicML Streaming an older google-cloud-storage
-than this project: they are not in `uv.lock`. One that is not installed is left out, and named.
+than this project: they are not in `uv.lock`. The script skips and reports loaders that are not
+installed.
 
-Every way delivers the same pairs of PNG bytes from local files, decoded to uint8 and batched, and
-not augmented, in the tensors of its own framework; that an epoch is exactly the samples of the
-dataset is checked pixel by pixel first. Each has as many workers or threads as there are cores, and
-a process of its own, which stays: PyTorch forks its workers, which no process may that has the
-threads of TensorFlow. Ways take turns. The rate is that of a whole epoch, its start included;
-`first` is the time to its first batch. Peers decode as their documentation shows, with Pillow, and
-once more with OpenCV, to tell the decoder from the loader.
+Every loader delivers the same pairs of PNG files from a local disk, decoded to uint8 and batched,
+without augmentation, as tensors of its own framework. The script first checks, pixel by pixel, that
+an epoch contains exactly the samples of the dataset. Each loader has one worker or thread per core,
+and its own long-lived process: PyTorch forks its workers, which is unsafe in a process with
+TensorFlow's threads. Loaders run in turns. The rate is that of a whole epoch including its start;
+`first` is the time to the first batch. Other loaders decode with Pillow, as in their documentation,
+and again with OpenCV, to separate the decoder from the loader.
 """
 
 import contextlib
@@ -45,14 +46,14 @@ from job.data.shard_cache import open_reader
 
 OURS = "flexunet"
 KEYS = ("image/encoded", "image/segmentation/class/encoded")
-SHARD_SIZE_MB = 8.0  # of TFRecords: readers of several at a time have several
-NUM_SHARDS = 8  # of peers' formats, equal ones: WebDataset deals out whole shards to its workers
+SHARD_SIZE_MB = 8.0  # of TFRecords: small, so that loaders can read several at a time
+NUM_SHARDS = 8  # of the other formats, of equal size: WebDataset gives whole shards to its workers
 PEER_PACKAGES = ("webdataset", "mosaicml-streaming", "torch", "torchvision")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Where the samples lie in the format of each way, and how they are asked for."""
+    """The paths of the samples in each format, and the settings of the loaders."""
 
     dataset: str
     tars: str
@@ -63,22 +64,22 @@ class Samples:
 
 
 # (image, mask) or (image, mask, weight) of a batch; image (b, H, W) or (b, H, W, 1) uint8, mask
-# (b, H, W) uint8, weight (b,) float32, 0 where a sample only fills the batch.
+# (b, H, W) uint8, weight (b,) float32, 0 for a sample that only fills the batch.
 Batches = Iterator[tuple[Any, ...]]
 Epoch = Callable[[int], Batches]
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to load, as a function that opens it and returns the batches of an epoch."""
+class Method:
+    """A loader: a function that opens it, and returns a function for the batches of an epoch."""
 
     open: Callable[[Samples], Epoch]
     shuffle: str
-    modules: tuple[str, ...] = ()  # that it needs beside the project's
+    modules: tuple[str, ...] = ()  # needed in addition to the project's
 
 
 def open_ours(samples: Samples) -> Epoch:
-    """The input of training."""
+    """Opens the training input of this project."""
     from job.distributed.strategy import configure
 
     strategy = configure(TrainConfig(global_batch_size=samples.batch_size))
@@ -95,7 +96,7 @@ def open_ours(samples: Samples) -> Epoch:
 
 
 def open_tfrecord(samples: Samples, *, autotune: bool) -> Epoch:
-    """The pipeline of TensorFlow's performance guide over the same shards."""
+    """Opens the pipeline of TensorFlow's performance guide over the same shards."""
     from job.distributed.strategy import configure
 
     configure(TrainConfig(global_batch_size=samples.batch_size))
@@ -144,12 +145,12 @@ def decode_opencv(data: bytes) -> np.ndarray:
 
 
 def opencv_handler(key: str, data: bytes) -> np.ndarray | None:
-    """A decoder of WebDataset."""
+    """Decodes a PNG file for WebDataset."""
     return decode_opencv(data) if key.endswith(".png") else None
 
 
 def open_webdataset(samples: Samples, *, decoder: Any) -> Epoch:
-    """Batches made in the workers of a `WebLoader`, as its documentation advises."""
+    """Opens a `WebLoader` whose workers build batches, as its documentation recommends."""
     import webdataset
 
     tars = sorted(str(path) for path in Path(samples.tars).glob("*.tar"))
@@ -165,7 +166,7 @@ def open_webdataset(samples: Samples, *, decoder: Any) -> Epoch:
 
 
 def open_streaming(samples: Samples, *, decode: Callable[[bytes], np.ndarray]) -> Epoch:
-    """A `StreamingDataset` of local shards behind PyTorch's `DataLoader`."""
+    """Opens a `StreamingDataset` of local shards with PyTorch's `DataLoader`."""
     import torch
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
@@ -175,7 +176,7 @@ def open_streaming(samples: Samples, *, decode: Callable[[bytes], np.ndarray]) -
             sample = super().__getitem__(at)
             return decode(sample["image"]), decode(sample["mask"])
 
-    # Copied into a batch at once, so that nobody writes to them.
+    # They are copied into a batch at once, so nothing writes to them.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     clean_stale_shared_memory()
     data = Pairs(local=samples.mds, shuffle=True, batch_size=samples.batch_size)
@@ -186,11 +187,11 @@ def open_streaming(samples: Samples, *, decode: Callable[[bytes], np.ndarray]) -
 
 
 def worker_options(samples: Samples) -> dict[str, Any]:
-    """Returns options of PyTorch's `DataLoader`: workers that stay from epoch to epoch."""
+    """Returns options of PyTorch's `DataLoader`: workers that persist over epochs."""
     return {
         "num_workers": samples.num_workers,
         "persistent_workers": True,
-        # PyTorch's own choice on Linux; in a process that was spawned it would be another.
+        # PyTorch's default on Linux; a spawned process would use another.
         "multiprocessing_context": "fork",
     }
 
@@ -199,38 +200,38 @@ BUFFER = "shards, then a buffer"
 BLOCKS = "blocks of shards (py1e)"
 TORCH = ("torch",)
 WAYS = {
-    OURS: Way(open_ours, "exact, global"),
-    "TFRecordDataset": Way(functools.partial(open_tfrecord, autotune=True), BUFFER),
-    "TFRecordDataset, not tuned": Way(functools.partial(open_tfrecord, autotune=False), BUFFER),
-    "WebDataset": Way(
+    OURS: Method(open_ours, "exact, global"),
+    "TFRecordDataset": Method(functools.partial(open_tfrecord, autotune=True), BUFFER),
+    "TFRecordDataset, not tuned": Method(functools.partial(open_tfrecord, autotune=False), BUFFER),
+    "WebDataset": Method(
         functools.partial(open_webdataset, decoder="l8"), BUFFER, ("webdataset", *TORCH)
     ),
-    "WebDataset, OpenCV": Way(
+    "WebDataset, OpenCV": Method(
         functools.partial(open_webdataset, decoder=opencv_handler), BUFFER, ("webdataset", *TORCH)
     ),
-    "MosaicML Streaming": Way(
+    "MosaicML Streaming": Method(
         functools.partial(open_streaming, decode=decode_pillow), BLOCKS, ("streaming", *TORCH)
     ),
-    "MosaicML Streaming, OpenCV": Way(
+    "MosaicML Streaming, OpenCV": Method(
         functools.partial(open_streaming, decode=decode_opencv), BLOCKS, ("streaming", *TORCH)
     ),
 }
 
 
 @click.command()
-@click.option("--num-images", default=400, show_default=True, help="Phantoms to make.")
-@click.option("--image-size", default=512, show_default=True, help="Side of them, pixels.")
+@click.option("--num-images", default=400, show_default=True, help="Phantoms to generate.")
+@click.option("--image-size", default=512, show_default=True, help="Side of the images, pixels.")
 @click.option("--batch-size", default=8, show_default=True, help="Images per batch.")
-@click.option("--shuffle-buffer", default=100, show_default=True, help="Of peers, samples.")
-@click.option("--repeats", default=7, show_default=True, help="Turns, an epoch of each way.")
+@click.option("--shuffle-buffer", default=100, show_default=True, help="Of other loaders, samples.")
+@click.option("--repeats", default=7, show_default=True, help="Turns, one epoch of each loader.")
 def main(
     num_images: int, image_size: int, batch_size: int, shuffle_buffer: int, repeats: int
 ) -> None:
-    """Measures, prints a table and writes `results/peers.json`.
+    """Compare data loaders, print a table and write `results/peers.json`.
 
-    `make bench-peers` makes an environment that has the peers, and runs this in it.
+    `make bench-peers` creates an environment with the other loaders, and runs this command in it.
     """
-    missing = {name: missing_modules(way) for name, way in WAYS.items()}
+    missing = {name: missing_modules(method) for name, method in WAYS.items()}
     names = [name for name, modules in missing.items() if not modules]
     not_installed = {name: modules for name, modules in missing.items() if modules}
     with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as stack:
@@ -246,7 +247,7 @@ def main(
         expected = write_formats(samples, not_installed)
         loaders = {name: stack.enter_context(loader_process(name, samples)) for name in names}
         for name, loader in loaders.items():
-            assert ask(loader, "check", 0) == expected, f"{name}: not the samples of the dataset"
+            assert ask(loader, "check", 0) == expected, f"{name}: other samples than the dataset"
         timings = measure(loaders, repeats)
     result = {
         "machine": describe_machine(),
@@ -263,13 +264,13 @@ def main(
     print_table(result, timings, num_images)
 
 
-def missing_modules(way: Way) -> list[str]:
-    """Returns the modules that `way` needs and that are not installed."""
-    return [name for name in way.modules if importlib.util.find_spec(name) is None]
+def missing_modules(method: Method) -> list[str]:
+    """Returns the missing modules of `method`."""
+    return [name for name in method.modules if importlib.util.find_spec(name) is None]
 
 
 def installed_versions() -> dict[str, str]:
-    """Returns the version of each package of the peers that is installed."""
+    """Returns the versions of the installed packages of the other loaders."""
     versions = {}
     for name in PEER_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -278,7 +279,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def write_formats(samples: Samples, not_installed: Mapping[str, Any]) -> list[str]:
-    """Writes the PNG bytes of the dataset in the peers' formats; returns the digests of pixels."""
+    """Writes the dataset's PNG bytes in the other formats; returns the digests of the pixels."""
     pairs = read_pairs(samples.dataset)
     if "WebDataset" not in not_installed:
         import webdataset
@@ -307,8 +308,8 @@ def write_formats(samples: Samples, not_installed: Mapping[str, Any]) -> list[st
 def read_pairs(folder: str) -> list[tuple[bytes, bytes]]:
     """Returns the PNG bytes of image and mask of each sample of the train split.
 
-    Without TensorFlow, which `RecordReader` imports: it and PyTorch each bring an LLVM, and a
-    process that loads both may abort.
+    Does not use TensorFlow, which `RecordReader` imports: TensorFlow and PyTorch each contain an
+    LLVM, and a process that loads both may abort.
     """
     split = open_dataset(folder).split("train")
     pairs = []
@@ -331,7 +332,7 @@ def digest(image: np.ndarray, mask: np.ndarray) -> str:
 
 @contextlib.contextmanager
 def loader_process(name: str, samples: Samples) -> Iterator[Connection]:
-    """Holds a process that loads in the way `name`; `ask` speaks with it."""
+    """Yields the connection to a process that runs the loader `name`, for `ask`."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(name, samples, there))
@@ -351,7 +352,7 @@ def ask(loader: Connection, what: str, epoch: int) -> Any:
 
 
 def serve(name: str, samples: Samples, connection: Connection) -> None:
-    """Answers `ask` until the other side is gone."""
+    """Answers `ask` until the connection is closed."""
     epoch = WAYS[name].open(samples)
     with contextlib.suppress(EOFError):
         while True:
@@ -370,19 +371,19 @@ def digests(epoch: Epoch, number: int) -> list[str]:
 
 
 def timed(epoch: Epoch, number: int) -> tuple[float, float]:
-    """Returns the time to the first batch and that of the whole epoch, s."""
+    """Returns the time to the first batch and of the whole epoch, s."""
     start = time.perf_counter()
     batches = epoch(number)
     next(batches)
     first = time.perf_counter() - start
     for _ in batches:
         pass
-    del batches  # whose end may wait
+    del batches  # may wait for workers
     return first, time.perf_counter() - start
 
 
 def measure(loaders: dict[str, Connection], repeats: int) -> dict[str, np.ndarray]:
-    """Returns the times of each way, (repeats, 2) float64: to the first batch, of the epoch, s."""
+    """Returns the times of each loader, (repeats, 2) float64: first batch, whole epoch, s."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
     for turn in range(repeats):
         for name, loader in loaders.items():
@@ -391,7 +392,7 @@ def measure(loaders: dict[str, Connection], repeats: int) -> dict[str, np.ndarra
 
 
 def summary(timings: Mapping[str, np.ndarray], num_images: int) -> dict[str, Any]:
-    """Returns rates, starts and ratios of turns as they go into the result."""
+    """Returns rates, times to the first batch, and ratios per turn, for the result."""
     ours = timings[OURS][:, 1]
     return {
         "shuffle": {name: WAYS[name].shuffle for name in timings},
@@ -410,20 +411,21 @@ def summary(timings: Mapping[str, np.ndarray], num_images: int) -> dict[str, Any
 def print_table(
     result: Mapping[str, Any], timings: Mapping[str, np.ndarray], num_images: int
 ) -> None:
-    """Prints a row per way; the machine and what was left out above and below."""
+    """Prints the machine, a row per loader, their shuffling and the loaders that are missing."""
     machine = result["machine"]
     print(f"{machine['cpu']}, {machine['cores']} cores; median (least-most) of turns")
     size, shards = result["image_size"], result["num_shards"]
-    print(f"{num_images} pairs of {size} pixels a side, {shards} shards")
-    print(f"{'':28}{'images/s':>22}{'first, s':>20}{OURS + ' / it':>20}  shuffle")
+    print(f"{num_images} pairs of {size} x {size} pixels, {shards} shards")
+    print(f"{'':27}{'images/s':>16}{'first batch, s':>18}{OURS + ' / it':>18}")
     ours = timings[OURS][:, 1]
     for name, times in timings.items():
         rate = shown((num_images / times[:, 1]).tolist(), 0)
         ratio = "" if name == OURS else shown((times[:, 1] / ours).tolist())
-        print(f"{name:28}{rate:>22}{shown(times[:, 0].tolist()):>20}{ratio:>20}  "
-              f"{WAYS[name].shuffle}")  # fmt: skip
+        print(f"{name:27}{rate:>16}{shown(times[:, 0].tolist()):>18}{ratio:>18}")
+    for name in timings:
+        print(f"shuffle of {name}: {WAYS[name].shuffle}")
     for name, modules in result["not_installed"].items():
-        print(f"{name}: left out, not installed: {', '.join(modules)}; see make bench-peers")
+        print(f"{name}: skipped, not installed: {', '.join(modules)}; see make bench-peers")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Images per second of `prep`, against plain decode and encode of the same files.
+"""Compares `prep` with plain decoding and encoding of the same files, in images per second.
 
     python benchmarks/prep.py [--source FOLDER] [--num-images 600] [--image-size 512]
 
-plain: one process reads both files of each pair, decodes them and encodes the pixels as PNG again
-with the same codec, and keeps nothing: what no preparation can do without. prep: all of the
-command, from pairing to report and commit, without the start of the program. Runs take turns, so
-that a busy machine meets all alike; ratios are of neighbours in time.
+plain: one process reads both files of each pair, decodes them, encodes the pixels as PNG again with
+the same codec, and keeps nothing: the minimum of any preparation. prep: the whole command, from
+pairing to report and commit, without the start of the program. Runs alternate, so that a busy
+machine affects all alike; ratios compare neighbouring runs.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ Sources = tuple[Source, ...]
 
 
 @click.command()
-@click.option("--source", help="Folder with images/ and masks/; unset: phantoms.")
-@click.option("--num-images", default=600, show_default=True, help="Phantoms to make.")
-@click.option("--image-size", default=512, show_default=True, help="Side of them, pixels.")
+@click.option("--source", help="Folder with images/ and masks/; none: phantoms.")
+@click.option("--num-images", default=600, show_default=True, help="Phantoms to generate.")
+@click.option("--image-size", default=512, show_default=True, help="Side of the images, pixels.")
 @click.option("--repeats", default=5, show_default=True, help="Runs of each kind.")
 def main(source: str | None, num_images: int, image_size: int, repeats: int) -> None:
-    """Measures, prints a table and writes `results/prep.json`."""
+    """Measure prep, print a table and write `results/prep.json`."""
     with tempfile.TemporaryDirectory() as work:
         folder = source or f"{work}/source"
         if source is None:
@@ -53,7 +53,7 @@ def main(source: str | None, num_images: int, image_size: int, repeats: int) -> 
 
 
 def measure_rates(source: str, work: str, size: int, repeats: int) -> dict[str, Any]:
-    """Returns images/s of each kind of run: median, least and most, and the ratios of medians."""
+    """Returns the images/s of each kind of run, CPU times, and ratios of neighbouring runs."""
     sources = find_sources(source)
     pairs = find_pairs(sources)[0]
     halves = [pairs[0::2], pairs[1::2]]
@@ -97,9 +97,9 @@ def measure_rates(source: str, work: str, size: int, repeats: int) -> dict[str, 
 
 
 def measure_memory(work: str, num_images: int, size: int) -> dict[str, float]:
-    """Returns the peak resident memory of a worker of two, MB, for N and for 4 N images.
+    """Returns the peak resident memory of one of two workers, MB, for N and for 4 N images.
 
-    Shards are small, so that both runs write several: a worker holds one shard at a time.
+    Shards are small, so that both runs write several: a worker keeps one shard in memory.
     """
     peaks = {}
     for number in (num_images, 4 * num_images):
@@ -134,13 +134,13 @@ def run_prep(sources: Sources, output: str, size: int, executor: Executor | None
 
 
 def two_workers(executor: Executor) -> OpenWorkers:
-    """Returns what opens `executor`, which runs two calls at once and stays open."""
+    """Returns a function that opens `executor` with two workers and does not close it."""
     return lambda: contextlib.nullcontext(Workers(executor, lambda: 2))
 
 
 @contextmanager
 def watched_children() -> Iterator[list[int]]:
-    """Yields a list whose one number is the most resident memory of a child so far, bytes."""
+    """Yields a list with one number: the peak resident memory of a child process, bytes."""
     peak = [0]
     stop = threading.Event()
 
@@ -159,10 +159,11 @@ def watched_children() -> Iterator[list[int]]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Prints `result` with the machine that it holds on."""
+    """Prints `result` with the machine."""
     machine = result["machine"]
     print(f"{machine['cpu']}, {machine['cores']} cores; median (least to most)")
-    print(f"{result['num_images']} pairs, stored with {result['image_size']} pixels a side")
+    side = result["image_size"]
+    print(f"{result['num_images']} pairs, stored as {side} x {side} pixels")
     for name, value in result["images_per_s"].items():
         print(
             f"{name:18} {value['median']:7.1f} images/s ({value['min']:.1f} to {value['max']:.1f})"

@@ -1,9 +1,10 @@
-"""The recipe against the reference's preset: the same network, pictures and number of steps.
+"""Compares the presets recipe and reference: same network, images and number of steps.
 
 python benchmarks/recipe.py [--pictures FOLDER]
 
-FOLDER holds images/ and masks/ whose names end in the number of their source, as those of
---group-preset augmented. A seed draws the splits and trains; both presets get the same seeds.
+FOLDER has images/ and masks/ with file names that end in the number of their source, as for
+--group-preset augmented. Each seed sets the splits and the training; both presets use the same
+seeds.
 """
 
 import json
@@ -29,14 +30,15 @@ from job.training.state import TrainState
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# What two cores can do; the network of the reference's INbreast project is 512 x 512 with 8 levels.
+# Small enough for two cores. The INbreast network of the reference implementation
+# (TensorFlow-FlexUNet) has 512 x 512 pixels and 8 levels.
 SIDE = 64
 NETWORK = {"num_layers": 4, "base_filters": 8, "base_kernels": (5, 5)}
 BATCH_SIZE = 2
 SEEDS = "0,1,2"
 ARMS: dict[str, dict[str, Any]] = {
     "reference": {"preset": "reference"},
-    # How much of a difference is the learning rate alone.
+    # Shows the effect of the learning rate alone.
     "reference, rate of the recipe": {
         "preset": "reference",
         "optimizer": {"learning_rate": 1e-3},
@@ -46,7 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def prepared(folder: str, source: str, seed: int, **groups: str) -> str:
-    """Returns the URL of a dataset whose splits are drawn by `seed`."""
+    """Returns the URL of a dataset with splits drawn from `seed`."""
     url = f"{folder}/dataset-{seed}"
     fractions = (0.6, 0.2, 0.2)
     config = PrepConfig(image_size=SIDE, fractions=fractions, seed=seed, **groups)
@@ -55,9 +57,9 @@ def prepared(folder: str, source: str, seed: int, **groups: str) -> str:
 
 
 def trained(data: str, num_steps: int, seed: int, arm: dict[str, Any]) -> float:
-    """Returns the foreground Dice on the test split of the best epoch of about `num_steps` steps.
+    """Returns the test foreground Dice of the best epoch after about `num_steps` steps.
 
-    The loop is that of `flexunet train`, without tables, pictures and checkpoints.
+    The loop is that of `flexunet train`, without tables, prediction images and checkpoints.
     """
     import tensorflow as tf
 
@@ -73,7 +75,7 @@ def trained(data: str, num_steps: int, seed: int, arm: dict[str, Any]) -> float:
         "seed": seed,
         "precision": "float32",
         "model": NETWORK,
-        # The same steps for all: none stops early.
+        # No early stopping: the same number of steps for all.
         "schedule": {"early_stopping_patience": 0},
         "augmentation": {"enabled": True, "shrink_probability": 0.0},
     }
@@ -104,7 +106,7 @@ def compared(
     seeds: Sequence[int],
     **groups: str,
 ) -> dict[str, Any]:
-    """Returns the foreground Dice of the test split for each arm and seed."""
+    """Returns the test foreground Dice for each arm and seed."""
     found: dict[str, list[float]] = {name: [] for name in arms}
     for seed in seeds:
         data = prepared(folder, source, seed, **groups)
@@ -132,15 +134,17 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--pictures", help="Folder of real pictures, grouped by source.")
-@click.option("--steps", default=400, help="Steps of each training.")
-@click.option("--phantoms", default=60, help="Synthetic pictures; 0: none.")
-@click.option("--arm", "arms", multiple=True, type=click.Choice(list(ARMS)), help="Only these.")
-@click.option("--seeds", default=SEEDS, show_default=True, help="Of the splits and trainings.")
+@click.option("--pictures", help="Folder of real images, grouped by source.")
+@click.option("--steps", default=400, help="Steps per training.")
+@click.option("--phantoms", default=60, help="Synthetic images; 0: none.")
+@click.option(
+    "--arm", "arms", multiple=True, type=click.Choice(list(ARMS)), help="Train only these."
+)
+@click.option("--seeds", default=SEEDS, show_default=True, help="Seeds of splits and training.")
 def main(images: str | None, steps: int, phantoms: int, arms: tuple[str, ...], seeds: str) -> None:
-    """Prints the foreground Dice and stores it in benchmarks/results/recipe.json.
+    """Print the foreground Dice and store it in benchmarks/results/recipe.json.
 
-    What is not measured now stays there as it was.
+    Keeps the results in that file that are not measured now.
     """
     path = RESULTS / "recipe.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}

@@ -1,10 +1,10 @@
-"""Measures the start of `flexunet train`, up to the end of its first step, against its core.
+"""Compares the start of `flexunet train`, until its first step has ended, with the necessary part.
 
     python benchmarks/start.py [--image-size 256]
 
-command: a new process runs the real command on a prepared dataset of phantoms and ends when the
-first step is done. core: a new process imports TensorFlow, builds the same network and optimizer,
-traces the step and does it once. They take turns.
+command: a new process runs the real command on a prepared dataset of phantoms, and ends after the
+first step. core: a new process imports TensorFlow, builds the same network and optimizer, traces
+the step and runs it once. They run in turns.
 """
 
 import os
@@ -72,11 +72,11 @@ __import__("os")._exit(0)
 
 @click.command()
 @click.option("--image-size", default=256, show_default=True, help="Side of the images, pixels.")
-@click.option("--repeats", default=5, show_default=True, help="Starts of each that count.")
-@click.option("--warm-ups", default=1, show_default=True, help="Starts of each before them.")
+@click.option("--repeats", default=5, show_default=True, help="Measured starts of each.")
+@click.option("--warm-ups", default=1, show_default=True, help="Starts of each before measuring.")
 @click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
 def main(image_size: int, repeats: int, warm_ups: int, num_layers: int) -> None:
-    """Measures the start of training of the reference's INbreast network."""
+    """Measure the start of training with the INbreast network of the reference implementation."""
     times: dict[str, list[float]] = {"command": [], "core": []}
     with tempfile.TemporaryDirectory(prefix="flexunet-bench-") as folder:
         write_phantoms(f"{folder}/source", 20, image_size, 1)
@@ -108,7 +108,7 @@ def main(image_size: int, repeats: int, warm_ups: int, num_layers: int) -> None:
 
 
 def seconds_of(program: str, arguments: list[str]) -> float:
-    """Returns how long a new Python process needs for `program`."""
+    """Returns the duration of `program` in a new Python process."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", program, *arguments], env=environment, check=True)

@@ -1,20 +1,20 @@
-"""Measures the training step against the machine's own matrix-multiplication rate.
+"""Compares the FLOP rate of the training step with the machine's matrix-multiplication rate.
 
     python benchmarks/step.py [--image-size 512] [--batch-size 2] [--precision float32]
 
-Four ways of training the same network, each in a process of its own, one after the other:
+Trains the same network in four ways, each in its own process, one after the other:
 
 ours       the step of `job/training/step.py`
 naive      a `tf.function` with a tape, Keras' loss and Keras' Adam
-reference  as the reference implementation trains: Keras' `fit` and Adam, one intra-op
-           thread, float32
-pinned     the same with one inter-op thread too: no two operations side by side
+reference  like the reference implementation (TensorFlow-FlexUNet): Keras' `fit` and Adam, one
+           intra-op thread, float32
+pinned     the same with one inter-op thread too: no two operations run at the same time
 
-A step and a multiplication of large matrices in the same dtype take turns; the ratio of their FLOP
-rates is the share of the machine that the step uses. The model's FLOPs are those of its
-convolutions, 2 per multiply-add, forward once and backward twice. Last, every layer alone, forward
-and backward: the sum of their best times is what the step could reach if nothing came between.
-User and system time and page faults say whether a step computes or waits for memory.
+A step and a multiplication of large matrices in the same dtype run in turns; the ratio of their
+FLOP rates is the share of the machine's rate that the step uses. The model's FLOPs are those of its
+convolutions, 2 per multiply-add, forward once and backward twice. Last, every layer runs alone,
+forward and backward: the sum of their best times is the lower limit for a step without overhead.
+User time, system time and page faults show whether a step computes or waits for memory.
 """
 
 import functools
@@ -59,7 +59,7 @@ def convolution_flops(model: Any) -> int:
 def matmul_flops_per_s(tf: Any, dtype: Any, size: int = MATMUL_SIZE, count: int = 1) -> float:
     """Returns the rate of `count` multiplications of `size` x `size` matrices, FLOP/s.
 
-    One element is read back at the end: all of them would take a GPU longer than the product.
+    Reads back one element only: reading all of them would take a GPU longer than the product.
     """
     a, product = _matmul(tf, dtype, size)
     started = time.perf_counter()
@@ -72,7 +72,7 @@ def matmul_flops_per_s(tf: Any, dtype: Any, size: int = MATMUL_SIZE, count: int 
 @functools.cache
 def _matmul(tf: Any, dtype: Any, size: int) -> tuple[Any, Any]:
     a = tf.cast(tf.random.stateless_normal((size, size), (1, 2)), dtype)
-    # Nothing in TensorFlow leaves out the elements that are not asked for.
+    # TensorFlow computes all elements, although only one is read.
     product = tf.function(lambda a, b: tf.matmul(a, b)[0, 0])
     product(a, a).numpy()
     return a, product
@@ -84,24 +84,28 @@ def _matmul(tf: Any, dtype: Any, size: int) -> tuple[Any, Any]:
 @click.option("--precision", default="float32", show_default=True, help="float32, mixed_bfloat16.")
 @click.option("--repeats", default=5, show_default=True, help="Measurements of each.")
 @click.option("--num-layers", default=8, show_default=True, help="Levels of FlexUNet.")
-@click.option("--ways", default=",".join(WAYS), show_default=True, help="Some of them.")
-@click.option("--layers/--no-layers", default=True, show_default=True, help="Each layer alone.")
-@click.option("--keep-memory", is_flag=True, help="Ours with the option of this name.")
-@click.option("--xla", default="off", show_default=True, help="Ours with it: auto, on, off.")
-@click.option("--matmul-size", default=MATMUL_SIZE, show_default=True, help="Side of matrices.")
+@click.option("--ways", default=",".join(WAYS), show_default=True, help="Ways to measure.")
+@click.option(
+    "--layers/--no-layers", default=True, show_default=True, help="Measure each layer alone."
+)
+@click.option("--keep-memory", is_flag=True, help="Measure ours with --keep-memory.")
+@click.option(
+    "--xla", default="off", show_default=True, help="Measure ours with --xla: auto, on, off."
+)
+@click.option("--matmul-size", default=MATMUL_SIZE, show_default=True, help="Side of the matrices.")
 @click.option("--way", hidden=True, help="Set for the processes that this command starts.")
 def main(
     image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int, ways: str,
-    layers: bool, keep_memory: bool, xla: Any, matmul_size: int, way: str | None,
+    layers: bool, keep_memory: bool, xla: Any, matmul_size: int, method: str | None,
 ) -> None:  # fmt: skip
-    """Measures the training step of the reference's INbreast network."""
-    if way is not None:
+    """Measure the training step of the INbreast network of the reference implementation."""
+    if method is not None:
         config = TrainConfig(global_batch_size=batch_size, keep_memory=keep_memory, xla=xla)
         network = Network(image_size, precision, num_layers, config, matmul_size=matmul_size)
-        print(json.dumps(network.work(way, repeats)))
+        print(json.dumps(network.work(method, repeats)))
         return
     if precision == "mixed_bfloat16" and resolve_precision("auto") != precision:
-        print("mixed_bfloat16: this machine does not compute it; nothing is measured")
+        print("mixed_bfloat16: this machine does not support it; nothing measured")
         return
     names = [*ways.split(","), *(["layers"] if layers else [])]
     measured = {name: _in_own_process(name) for name in names}
@@ -123,10 +127,11 @@ def main(
     for name in ways.split(","):
         each = measured[name]
         print(
-            f"{name}: step {shown(each['step_s'])} s, {shown(each['images_per_s'])} images/s, "
-            f"{shown(each['share_of_matmul_rate'])} of {shown(each['matmul_gflop_per_s'], 0)} "
-            f"GFLOP/s; user {shown(each['user_s'])} s, system {shown(each['system_s'])} s, "
-            f"{shown(each['page_faults'], 0)} page faults; peak {each['peak_rss_mb']:.0f} MB"
+            f"{name}: step {shown(each['step_s'])} s, {shown(each['images_per_s'])} images/s\n"
+            f"  {shown(each['share_of_matmul_rate'])} of {shown(each['matmul_gflop_per_s'], 0)} "
+            f"GFLOP/s; peak memory {each['peak_rss_mb']:.0f} MB\n"
+            f"  user {shown(each['user_s'])} s, system {shown(each['system_s'])} s\n"
+            f"  {shown(each['page_faults'], 0)} page faults"
         )
     for name, ratio in over.items():
         print(f"images/s, ours over {name}: {ratio:.2f}")
@@ -135,20 +140,20 @@ def main(
         print(f"layers alone: {total:.2f} s, {measured['layers']['share_of_matmul_rate']:.2f}")
         for name in ways.split(","):
             shares = [total / step_s for step_s in measured[name]["step_s"]]
-            print(f"  over the step, {name}: {shown(shares)}")
+            print(f"  share of the step, {name}: {shown(shares)}")
 
 
-def _in_own_process(way: str) -> dict[str, Any]:
+def _in_own_process(method: str) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, *sys.argv, "--way", way]
+    command = [sys.executable, *sys.argv, "--way", method]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    print(f"{way}: measured", file=sys.stderr)
+    print(f"{method}: measured", file=sys.stderr)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 class Network:
-    """The reference's INbreast network, and a batch for it."""
+    """The INbreast network of the reference implementation, and a batch for it."""
 
     def __init__(
         self,
@@ -165,13 +170,13 @@ class Network:
         self.image_size, self.batch_size = image_size, config.global_batch_size
         self.precision, self.num_layers = precision, num_layers
 
-    def work(self, way: str, repeats: int) -> dict[str, Any]:
-        """Returns what this process measured of `way`."""
-        if way in ("reference", "pinned"):
+    def work(self, method: str, repeats: int) -> dict[str, Any]:
+        """Measures `method` in this process and returns the result."""
+        if method in ("reference", "pinned"):
             self.precision = "float32"
         threads = {"naive": (0, 0), "reference": (1, 0), "pinned": (1, 1)}
-        if way in threads:
-            self.tf = self.plain_tensorflow(*threads[way])
+        if method in threads:
+            self.tf = self.plain_tensorflow(*threads[method])
         else:
             self.configure()
         self.dtype = self.compute_dtype()
@@ -179,10 +184,10 @@ class Network:
             "ours": self.ours, "naive": self.naive, "reference": self.reference,
             "pinned": self.reference, "layers": self.layers,
         }  # fmt: skip
-        return works[way](repeats)
+        return works[method](repeats)
 
     def plain_tensorflow(self, intra_op: int, inter_op: int) -> Any:
-        """Returns TensorFlow as others use it, with so many threads; 0: as it chooses."""
+        """Returns TensorFlow with only the thread counts set; 0: TensorFlow's default."""
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(intra_op)
@@ -190,7 +195,7 @@ class Network:
         return tf
 
     def configure(self) -> None:
-        """Sets TensorFlow up as `train` does."""
+        """Configures TensorFlow like `train`."""
         from job.distributed.runtime import import_tensorflow
         from job.distributed.strategy import configure
 
@@ -198,7 +203,7 @@ class Network:
         self.strategy = configure(self.config)
 
     def model(self) -> Any:
-        """Returns it, giving logits."""
+        """Returns the model with logits as output."""
         from job.models.registry import build_model
 
         size = self.image_size
@@ -208,7 +213,7 @@ class Network:
         )  # fmt: skip
 
     def keras_model(self) -> Any:
-        """Returns it as others write it: Keras' dropout, giving probabilities."""
+        """Returns the model in plain Keras: Keras' dropout, probabilities as output."""
         import keras
 
         from job.models.dropout import SampleDropout
@@ -227,7 +232,7 @@ class Network:
         return 3 * convolution_flops(model) * self.batch_size
 
     def compute_dtype(self) -> Any:
-        """Returns the dtype that its convolutions multiply."""
+        """Returns the dtype of the model's convolutions."""
         import keras
 
         return self.tf.as_dtype(keras.DTypePolicy(self.precision).compute_dtype)
@@ -279,7 +284,7 @@ class Network:
         }
 
     def naive(self, repeats: int) -> dict[str, Any]:
-        """Measures a training loop of the tutorials' kind, on all cores."""
+        """Measures a training loop as in TensorFlow's tutorials, on all cores."""
         import keras
 
         tf = self.tf
@@ -331,12 +336,12 @@ class Network:
         return self.tf.zeros((*shape, 3)), labels
 
     def layers(self, repeats: int) -> dict[str, Any]:
-        """Measures every layer alone: forward, and backward where it is trained through."""
+        """Measures every layer alone: forward, and backward if it needs a gradient."""
         import keras
 
         model = self.model()
         times = {
-            layer.name: self.layer_times(layer, is_primary=index <= 2)
+            layer.name: self.layer_times(layer, is_first=index <= 2)
             for index, layer in enumerate(model.layers)
             if not isinstance(layer, keras.layers.InputLayer)
         }
@@ -348,11 +353,11 @@ class Network:
             "share_of_matmul_rate": self.flops(model) / total / rate,
         }
 
-    def layer_times(self, layer: Any, *, is_primary: bool) -> list[float]:
-        """Returns seconds of `layer` forward and backward, some times.
+    def layer_times(self, layer: Any, *, is_first: bool) -> list[float]:
+        """Returns the seconds of `layer` forward and backward, `LAYER_REPEATS` times.
 
         Args:
-            is_first: nothing before it is trained, so its input needs no gradient.
+            is_first: no layer before it is trained, so its input needs no gradient.
         """
         from job.models.dropout import sample_keys
 
@@ -366,10 +371,10 @@ class Network:
         def run(inputs: list[Any], backward: Any) -> list[Any]:
             with sample_keys(keys), tf.GradientTape() as tape:
                 tape.watch(inputs)
-                # A layer that takes one tensor is not given a list of one.
+                # A layer with one input takes a tensor, not a list.
                 output = layer(inputs if len(inputs) > 1 else inputs[0], training=True)
             sources = [weight.value for weight in layer.trainable_weights]
-            sources += [] if is_primary else inputs
+            sources += [] if is_first else inputs
             found = tape.gradient(output, sources, output_gradients=backward) if sources else []
             return [output, *found]
 
@@ -381,7 +386,7 @@ class Network:
         return times[1:]
 
     def noise(self, like: Any) -> Any:
-        """Returns random values of the shape and dtype of a Keras tensor, with this batch."""
+        """Returns random values with the shape and dtype of a Keras tensor, for this batch."""
         values = self.tf.random.stateless_normal((self.batch_size, *like.shape[1:]), (3, 4))
         return self.tf.cast(values, like.dtype)
 
@@ -394,11 +399,11 @@ class StepClock:
         self._rows: list[dict[str, float]] = []
 
     def begin(self) -> None:
-        """Begins a step."""
+        """Starts the clock at the beginning of a step."""
         self._started = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
 
     def end(self) -> None:
-        """Ends it; its results must have been computed."""
+        """Stops the clock at the end of a step, whose results must have been computed."""
         started, before = self._started
         step_s, now = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
         rate = self._network.matmul_flops_per_s()
@@ -415,7 +420,7 @@ class StepClock:
         )
 
     def result(self) -> dict[str, Any]:
-        """Returns the columns of all steps but the first, which compiles."""
+        """Returns the columns of all steps except the first, which compiles."""
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         first, *rows = self._rows
         return {name: [row[name] for row in rows] for name in first} | {

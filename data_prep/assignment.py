@@ -39,7 +39,7 @@ def assign(samples: Sequence[EncodedSample], config: PrepConfig) -> Assignment:
         UsageError: there are fewer groups than splits or folds.
         ContentError: the ready-made splits leak, and `config.allow_leaks` is off.
     """
-    _tell_blank(samples)
+    _log_blank(samples)
     groups, joined = _joined_groups(samples)
     try:
         return _divided(samples, groups, config)
@@ -70,7 +70,7 @@ def _divided(
     return Assignment(groups, splits, folds, is_leaky)
 
 
-def _tell_blank(samples: Sequence[EncodedSample]) -> None:
+def _log_blank(samples: Sequence[EncodedSample]) -> None:
     blank = {sample.image_id: sample.filename for sample in samples if sample.is_blank}
     if blank:
         logger.warning(

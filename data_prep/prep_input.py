@@ -78,8 +78,10 @@ def collect_input(
         has_options: whether the command that is running has the options of `prep`.
 
     Raises:
-        UsageError: a source is missing or empty, or holds the output.
-        ContentError: a file is in no pair, and `config.skip_bad` is off; or no name gives a group.
+        UsageError: a source is missing or empty, or holds the output; or --group-regex or
+            --group-preset fits no name.
+        ContentError: a file is in no pair, and `config.skip_bad` is off; or --group-csv has none of
+            the files.
     """
     _refuse_overlap(output, sources)
     find = inbreast.find_cases if config.format == "inbreast" else find_pairs
@@ -155,7 +157,9 @@ def _grouped(
         except ContentError as error:
             rejects.append(Reject(join_url(pair.image_url, pair.image_name), str(error)))
     if rejects and not grouped:
-        raise ContentError(
+        # The rule of an option that fits no name is a wrong option; a table may lack the files.
+        kind = ContentError if config.group_csv is not None else UsageError
+        raise kind(
             f"{rejects[0].file}: {rejects[0].reason} "
             f"(so with all {pluralize(len(rejects), 'file')})"
         )

@@ -47,7 +47,11 @@ def write_report(
         pairs = [_read_pair(store, row) for row in _shown(members)]
         title = f"{manifest.name}: {name}, {len(pairs)} of {len(members)} samples, foreground first"
         contact_sheet = report_figures.contact_sheet_png(
-            pairs, manifest.classes, manifest.value_max, title
+            pairs,
+            manifest.classes,
+            manifest.value_max,
+            title,
+            ignore_id=manifest.ignore_id,
         )
         put_if_changed(store, report_figures.contact_sheet_name(name), contact_sheet)
     plot = report_figures.statistics_png(statistics, manifest.classes, manifest.name)

@@ -38,7 +38,7 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._note = ""
-        self._num_told = -1  # items done when the last line was logged
+        self._num_reported = -1  # items done when the last line was logged
 
     def __enter__(self) -> "Progress":
         if self._shown and sys.stderr.isatty():
@@ -53,7 +53,7 @@ class Progress:
             self._bar.update(self._task, advance=count, speed=self._speed(), note=note)
         elif self._shown and time.monotonic() - self._last_line > _LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self._num_told = self._done
+            self._num_reported = self._done
             logger.info("%s", self._line())
 
     def note(self, text: str) -> None:
@@ -81,7 +81,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._shown and kind is None and self._num_told != self._done:
+        elif self._shown and kind is None and self._num_reported != self._done:
             logger.info("%s", self._line())
 
     def _open_bar(self) -> None:

@@ -70,7 +70,8 @@ def option(
     Args:
         default: the value if the key is missing; `...` makes the key required.
         description: one sentence for `--help`, with the unit.
-        free: may change between two attempts of one run; every other field is part of its identity.
+        not_identity: may change between two attempts of one run; every other field is part of
+            its identity.
         path: the value is one or more paths or URLs; a leading `~` is the home folder.
         constraints: passed on to pydantic, such as `gt`, `le` and `pattern`.
     """

@@ -1,21 +1,20 @@
-"""Owns the training losses, each a function of sums over the global batch.
+"""Computes the training losses, each as a function of sums over the global batch.
 
-A loss is a weighted sum of terms. A term has two halves: `sums` adds up numbers over the pixels
-that this replica holds, `value` turns the same numbers of the whole batch into a scalar. Between
-them stands `global_sum`, called once per loss, so that any split of a batch over replicas gives
-one and the same loss.
+A loss is a weighted sum of terms. A term has two parts: `sums` adds numbers over the pixels of this
+replica, and `value` computes a scalar from the same sums over the whole batch. `global_sum`, called
+once per loss, connects the two. So every split of a batch over replicas gives the same loss.
 
-Weights. A pixel counts with (weight of its sample) x (weight of its true class), and with 0 where
-its label is the ignore id. A padded sample has weight 0 and counts nowhere. When nothing counts,
-every loss and its gradient is 0, never NaN.
+Weights. A pixel counts with (weight of its sample) x (weight of its true class), and with 0 if its
+label is the ignore id. A padded sample has weight 0. If nothing counts, every loss and its gradient
+are 0, never NaN.
 
-Numbers. Everything is computed in float32 from logits of 16 or 32 bits, and in float64 from
-float64. Logarithms of probabilities come from the logits. The reference implementation clips
-probabilities to [1e-7, 1 - 1e-7] instead; the two agree to 1e-5 while probabilities stay inside,
-and outside only ours has a gradient. `y` is the one-hot label, `p` the probability, softmax over
-the classes or, for a head of one channel, the sigmoid.
+Precision. Logits of 16 or 32 bits are computed in float32, logits of 64 bits in float64.
+Logarithms of probabilities are computed from the logits. The reference implementation clips
+probabilities to [1e-7, 1 - 1e-7] instead. Both agree to 1e-5 inside this range; outside, only this
+module has a gradient. `y` is the one-hot label, `p` the probability: softmax over the classes, or
+the sigmoid for a single output channel.
 
-Gradients over replicas: see `replica_sum`. Knows nothing of models, datasets or the step.
+Gradients over replicas: see `replica_sum`.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from job.config import SSIM_SIZE, check_class_weights, check_ssim_sides
 GlobalSum: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
 LossFunction: TypeAlias = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, GlobalSum], tf.Tensor]
 
-# SSIM's constants: Wang et al. 2004, doi:10.1109/TIP.2003.819861; pictures in [0, 1].
+# SSIM's constants: Wang et al. 2004, doi:10.1109/TIP.2003.819861; images in [0, 1].
 _SSIM_SIGMA = 1.5
 _SSIM_C1 = 0.01**2
 _SSIM_C2 = 0.03**2
@@ -42,16 +41,16 @@ def replica_sum(values: tf.Tensor) -> tf.Tensor:
     """Returns the sum of `values` over all replicas of the current strategy.
 
     The gradient of the result with respect to `values` is defined as the identity: no collective
-    runs backwards. What the caller must do: every replica differentiates the loss as it is (no
-    division by the number of replicas), and the gradients are added (SUM) over the replicas. Why
-    that is exact: the loss is L(S), S = sum_r s_r(weights), with the same value of S on every
-    replica; replica r computes L'(S) * ds_r/dweights, and these add up to dL/dweights.
-    A term of the loss that is no function of global sums (weight decay) is not covered: it would
-    be added once per replica.
+    runs in the backward pass. The caller must differentiate the loss on every replica without
+    dividing by the number of replicas, and add (SUM) the gradients over the replicas. This is
+    exact: the loss is L(S), S = sum_r s_r(weights), with the same value of S on every replica;
+    replica r computes L'(S) * ds_r/dweights, and these add up to dL/dweights.
+    A loss term that is no function of global sums (such as weight decay) must not be included: it
+    would be added once per replica.
 
     Args:
-        values: any shape, float32 or float64, in the replica context of `strategy.run`, or
-            outside of any strategy, where the sum is `values` itself.
+        values: any shape, float32 or float64, in the replica context of `strategy.run`. Outside of
+            any strategy the sum is `values` itself.
     """
     context = tf.distribute.get_replica_context()
     total = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.stop_gradient(values))
@@ -59,9 +58,9 @@ def replica_sum(values: tf.Tensor) -> tf.Tensor:
 
 
 def part_of(total: tf.Tensor) -> GlobalSum:
-    """Returns a global sum whose result is known: `total`, of which the values are a part.
+    """Returns a global sum with the known result `total`.
 
-    Its gradient is the identity, as that of `replica_sum`.
+    Its gradient is the identity, as for `replica_sum`.
     """
 
     @tf.custom_gradient
@@ -73,13 +72,13 @@ def part_of(total: tf.Tensor) -> GlobalSum:
 
 @dataclass(frozen=True)
 class PixelBatch:
-    """The part of a batch that one replica holds.
+    """Holds the batch of one replica.
 
     Attributes:
         labels: (B, H, W) int32, ignored pixels set to 0.
         logits: (B, H, W, C) float32 or float64.
-        is_counted: (B, H, W) of the dtype of the logits, 0 at ignored pixels, else 1.
-        pixel_weights: (B, H, W), class weight of the true class, 0 at ignored pixels.
+        is_counted: (B, H, W) with the dtype of the logits, 0 at ignored pixels, else 1.
+        pixel_weights: (B, H, W), weight of the true class, 0 at ignored pixels.
         sample_weights: (B,).
     """
 
@@ -90,15 +89,15 @@ class PixelBatch:
     sample_weights: tf.Tensor
 
     def weights(self) -> tf.Tensor:
-        """Returns what each pixel counts, sample weights included: (B, H, W)."""
+        """Returns the weight of each pixel, including sample weights: (B, H, W)."""
         return self.pixel_weights * self.sample_weights[:, tf.newaxis, tf.newaxis]
 
     def has_one_channel(self) -> bool:
-        """Returns whether the head is a single sigmoid channel."""
+        """Returns whether the output is a single sigmoid channel."""
         return bool(self.logits.shape[-1] == 1)
 
     def truth(self) -> tf.Tensor:
-        """Returns y: (B, H, W, C) one-hot, or the label itself for a head of one channel."""
+        """Returns y: (B, H, W, C) one-hot, or the label for a single output channel."""
         if self.has_one_channel():
             return tf.cast(self.labels, self.logits.dtype)[..., tf.newaxis]
         return tf.one_hot(self.labels, self.logits.shape[-1], dtype=self.logits.dtype)
@@ -114,7 +113,7 @@ class PixelBatch:
                 labels=self.truth()[..., 0], logits=self.logits[..., 0]
             )
         if self.logits.dtype == tf.float64:
-            # The operation for labels that are ids has no GPU kernel for float64.
+            # The operation for integer labels has no GPU kernel for float64.
             return tf.nn.softmax_cross_entropy_with_logits(labels=self.truth(), logits=self.logits)
         return tf.nn.sparse_softmax_cross_entropy_with_logits(
             labels=self.labels, logits=self.logits
@@ -123,7 +122,7 @@ class PixelBatch:
 
 @dataclass(frozen=True)
 class Term:
-    """One term of a loss: sums of a local batch, and the value of their global totals."""
+    """Defines one term of a loss: its sums over a local batch, and its value from global totals."""
 
     sums: Callable[[PixelBatch], list[tf.Tensor]]
     value: Callable[[Sequence[tf.Tensor]], tf.Tensor]
@@ -140,15 +139,15 @@ def make_loss(
     """Returns the loss `name`: (labels, logits, sample_weights, global_sum) -> scalar.
 
     The returned function takes labels (B, H, W) integer, logits (B, H, W, C) floating, weights
-    (B,) of the samples, and `global_sum`, which adds a vector over all replicas (`replica_sum`;
-    `tf.identity` on one). It gives the same scalar on every replica, float64 for float64 logits,
-    else float32.
+    (B,) of the samples, and `global_sum`, which adds a vector over all replicas (`replica_sum`, or
+    `tf.identity` for one replica). It returns the same scalar on every replica: float64 for float64
+    logits, else float32.
 
     Args:
         num_classes: C; 1 means one sigmoid channel with labels 0 and 1.
-        class_weights: a weight per class id, 0 or more (two of them when `num_classes` is 1). Pixel
-            means are divided by the sum of the weights, so only their ratios matter.
-        ignore_id: label of pixels that count nowhere.
+        class_weights: one weight per class id, 0 or more (two if `num_classes` is 1). Pixel means
+            are divided by the sum of the weights, so only their ratios matter.
+        ignore_id: label of pixels that do not count.
         focal_gamma: exponent of the focal loss, 1 or more.
 
     Raises:
@@ -158,7 +157,7 @@ def make_loss(
         raise UsageError(f"loss={name!r}: unknown loss; {suggestion(name, list(LOSSES))}")
     check_class_weights(class_weights, num_classes)
     if focal_gamma < 1:
-        raise UsageError(f"focal_gamma={focal_gamma}: must be 1 or more, or the gradient is NaN")
+        raise UsageError(f"focal_gamma={focal_gamma}: the gradient would be NaN; give 1 or more")
     terms = _focal_terms(focal_gamma) if name == "focal" else LOSSES[name]
 
     def loss(
@@ -171,9 +170,9 @@ def make_loss(
 
 
 def is_mean(name: str) -> bool:
-    """Returns whether the loss is a mean whose denominator follows from labels and weights alone.
+    """Returns whether the loss is a mean whose denominator depends on labels and weights only.
 
-    Then its gradient is known up to that factor before the whole batch has been seen.
+    Then a part of the batch gives its gradient up to that factor.
     """
     return all(term.value is _mean for _, term in LOSSES[name])
 
@@ -212,7 +211,7 @@ def _evaluate(
 
 
 def _mean(totals: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Returns totals[0] / totals[1], and 0 when nothing counted."""
+    """Returns totals[0] / totals[1], or 0 if nothing counts."""
     return tf.math.divide_no_nan(totals[0], totals[1])
 
 
@@ -227,7 +226,7 @@ def _cross_entropy_sums(batch: PixelBatch) -> list[tf.Tensor]:
 
 def _focal_sums(batch: PixelBatch, *, gamma: float) -> list[tf.Tensor]:
     cross_entropy = batch.cross_entropy()
-    # 1 - exp(-ce) without cancellation; rounding may put ce a hair below 0.
+    # 1 - exp(-ce) without cancellation; rounding can make ce slightly negative.
     miss = tf.maximum(-tf.math.expm1(-cross_entropy), 0)
     return _pixel_sums(batch, miss**gamma * cross_entropy)
 
@@ -240,7 +239,7 @@ def _binary_cross_entropy_sums(batch: PixelBatch) -> list[tf.Tensor]:
 
 
 def _log_probabilities(batch: PixelBatch) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns log p and log(1 - p), (B, H, W, C) each, exact also where p is nearly 0 or 1."""
+    """Returns log p and log(1 - p), (B, H, W, C) each, also exact for p near 0 or 1."""
     if batch.has_one_channel():
         return tf.math.log_sigmoid(batch.logits), tf.math.log_sigmoid(-batch.logits)
     log_p = tf.nn.log_softmax(batch.logits)
@@ -257,7 +256,7 @@ def _overlap_sums(batch: PixelBatch, *, foreground_alone: bool = False) -> list[
     """Returns I and S, see `LOSSES`.
 
     Args:
-        foreground_alone: without class 0, whose many pixels hide what lesions add.
+        foreground_alone: leave out class 0, whose many pixels hide the part of the lesions.
     """
     truth, probabilities = batch.truth(), batch.probabilities()
     if foreground_alone and not batch.has_one_channel():
@@ -276,7 +275,7 @@ def _dice_value(totals: Sequence[tf.Tensor]) -> tf.Tensor:
 def _iou_value(totals: Sequence[tf.Tensor]) -> tf.Tensor:
     intersection, both = totals
     union = both - intersection
-    # As (union - intersection) / union, so that a batch where nothing counts gives 0.
+    # As (union - intersection) / union, so that a batch in which nothing counts gives 0.
     return tf.math.divide_no_nan(union - intersection, union)
 
 
@@ -290,7 +289,7 @@ def _image_dice_sums(batch: PixelBatch) -> list[tf.Tensor]:
 
 
 def _ssim_sums(batch: PixelBatch) -> list[tf.Tensor]:
-    # Ignored pixels are 0 in both pictures: equal, so they cost nothing.
+    # Ignored pixels are 0 in both images: equal, so they do not add to the loss.
     shown = batch.is_counted[..., tf.newaxis]
     similarity = structural_similarity(batch.truth() * shown, batch.probabilities() * shown)
     weights = batch.sample_weights
@@ -300,14 +299,14 @@ def _ssim_sums(batch: PixelBatch) -> list[tf.Tensor]:
 def structural_similarity(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
     """Returns the SSIM of each pair of images: (B,) in [-1, 1], the mean over pixels and channels.
 
-    A Gaussian window of 11 x 11 with sigma 1.5 that stays inside the picture, K1 = 0.01, K2 = 0.03,
-    pictures in [0, 1]: equal to `tf.image.ssim(max_val=1)`, which would round float64 to float32.
+    The Gaussian window of 11 x 11 with sigma 1.5 stays inside the image; K1 = 0.01, K2 = 0.03,
+    images in [0, 1]. Equals `tf.image.ssim(max_val=1)`, which would round float64 to float32.
 
     Args:
         first, second: (B, H, W, C) float32 or float64, H and W at least 11.
 
     Raises:
-        UsageError: the pictures are smaller than the window.
+        UsageError: the images are smaller than the window.
     Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861.
     """
     check_ssim_sides(first.shape[1] or SSIM_SIZE, first.shape[2] or SSIM_SIZE)
@@ -321,7 +320,7 @@ def structural_similarity(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
 
 
 def _blur(images: tf.Tensor) -> tf.Tensor:
-    """Returns `images` under the Gaussian window, (B, H - 10, W - 10, C)."""
+    """Returns `images` averaged with the Gaussian window, (B, H - 10, W - 10, C)."""
     offsets = tf.range(SSIM_SIZE, dtype=images.dtype) - (SSIM_SIZE - 1) / 2
     kernel = tf.nn.softmax(-(offsets**2) / (2 * _SSIM_SIGMA**2))
     kernel = tf.tile(kernel[:, tf.newaxis, tf.newaxis, tf.newaxis], [1, 1, images.shape[-1], 1])
@@ -361,11 +360,11 @@ LOSSES: dict[str, tuple[tuple[float, Term], ...]] = {
     "bce_iou": _BCE_IOU,
     "basnet_hybrid": _BASNET,
 }
-"""The terms of each loss and their weights, by name; w is the weight of a pixel, sums run over the
-pixels of the whole batch and all channels:
+"""The terms of each loss and their weights, by name. w is the weight of a pixel. Sums run over all
+pixels and channels of the whole batch:
 
 categorical_crossentropy  sum(w * -log p[true]) / sum(w)
-binary cross-entropy      sum(w * mean_c -(y log p + (1 - y) log(1 - p))) / sum(w), part of others
+binary cross-entropy      sum(w * mean_c -(y log p + (1 - y) log(1 - p))) / sum(w), in some of these
 dice_loss                 1 - (2 I + 1) / (S + 1),  I = sum(w y p),  S = sum(w (y + p))
 iou_loss                  1 - I / (S - I)
 bce_dice_loss             (binary cross-entropy + dice_loss) / 2

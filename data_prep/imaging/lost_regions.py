@@ -17,7 +17,7 @@ class RegionCounts:
 
     Attributes:
         regions: in the source.
-        vanished: those of them without a stored pixel.
+        lost: those of them without a stored pixel.
     """
 
     regions: tuple[int, ...]

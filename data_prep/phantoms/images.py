@@ -47,7 +47,7 @@ class View:
     """One view of a breast, chest wall at the left.
 
     Attributes:
-        picture: brightness, what exceeds 0..1 is cut off by the detector.
+        image: brightness, what exceeds 0..1 is cut off by the detector.
         mask: the pixels of masses.
         outlines: of each mass, (N, 2) x, y as fractions of the size.
         marks: some places of the tissue, x, y as fractions of the size.

@@ -35,7 +35,7 @@ class Sample:
         filename: name of the picture's file, without folders.
         spacing_mm: size of a pixel of the source (y, x), where it is known.
         pixel_sha256: `sha256_of_pixels(image)`.
-        off_map_pixels: mask pixels whose colour was not exactly one of a class.
+        unmapped_pixels: mask pixels whose colour was not exactly one of a class.
         image_id: of a tile, the id of the picture that it was cut from.
     """
 

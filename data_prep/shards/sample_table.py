@@ -111,11 +111,11 @@ def read_samples(store: "ObjectStore", manifest: Manifest) -> "pyarrow.Table":
             table = table.append_column(field, pa.nulls(len(table), field.type))
     if not table.schema.equals(sample_schema()):
         raise ContentError(f"{where}: columns differ from this format; prepare the dataset again")
-    _check_places(table, manifest, where)
+    _check_locations(table, manifest, where)
     return table
 
 
-def _check_places(table: "pyarrow.Table", manifest: Manifest, where: str) -> None:
+def _check_locations(table: "pyarrow.Table", manifest: Manifest, where: str) -> None:
     records = dict.fromkeys((shard.name for shard in manifest.shards), 0)
     sizes = {shard.name: (shard.num_bytes, shard.split) for shard in manifest.shards}
     columns = (table[name].to_pylist() for name in ("id", "shard", "split", "offset", "length"))

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data_prep.imaging.dicom.reader import DICOM_ENDINGS
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import (
     BROKEN_LINK,
@@ -202,7 +203,7 @@ def _by_stem(url: str, endings: Sequence[str], rejects: list[Reject]) -> dict[st
         if "/" in name:
             reason = "lies in a folder of its own; move it up"
         elif ending.lower() not in endings:
-            reason = f"its ending is not one of {', '.join(endings)}"
+            reason = _why_other_ending(ending, endings)
         elif problem := name_problem(name):
             reason = refused_name(problem)
         elif is_broken_link(url, name):
@@ -212,6 +213,20 @@ def _by_stem(url: str, endings: Sequence[str], rejects: list[Reject]) -> dict[st
             continue
         rejects.append(Reject(join_url(url, name), reason))
     return names
+
+
+def _why_other_ending(ending: str, endings: Sequence[str]) -> str:
+    if ending.lower() in DICOM_ENDINGS:
+        return (
+            "DICOM files are not read as pairs; convert them to 16-bit PNG or TIFF, or give a "
+            "release of INbreast with --format inbreast"
+        )
+    if not ending:
+        return (
+            f"it has no ending, expected {', '.join(endings)}; convert DICOM files to 16-bit PNG "
+            "or TIFF"
+        )
+    return f"its ending is not one of {', '.join(endings)}"
 
 
 def _why_double(names: Sequence[str]) -> str:

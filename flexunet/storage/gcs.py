@@ -192,8 +192,8 @@ class GcsStore:
     def _blob(self, name: str) -> Any:
         return self._client().bucket(self._bucket).blob(self._folder + checked_name(name))
 
-    def _retry(self, tell: Callable[[Exception], Any] | None = None) -> Any:
-        """Returns the retry rule for transient failures; calls `tell` for each failure."""
+    def _retry(self, on_failure: Callable[[Exception], Any] | None = None) -> Any:
+        """Returns the retry rule for transient failures; calls `on_failure` for each failure."""
         from google.api_core.retry import Retry
 
         def on_error(error: Exception) -> None:
@@ -201,8 +201,8 @@ class GcsStore:
             response = getattr(error, "response", None)
             if response is not None:
                 response.close()
-            if tell is not None:
-                tell(error)
+            if on_failure is not None:
+                on_failure(error)
 
         # Pauses are random, from 0 to a limit that doubles from 0.2 s up to `maximum`.
         return Retry(

@@ -138,14 +138,14 @@ def unchanged(fetch: Callable[[], T], url: str) -> T:
     from google.cloud.storage.exceptions import DataCorruption
 
     for _ in range(_MAX_DOWNLOADS - 1):
-        with contextlib.suppress(DataCorruption, ChangedOnTheWay), _replaced_told(url):
+        with contextlib.suppress(DataCorruption, ChangedOnTheWay), _report_replaced(url):
             return fetch()
-    with _replaced_told(url):
+    with _report_replaced(url):
         return fetch()
 
 
 @contextlib.contextmanager
-def _replaced_told(url: str) -> Iterator[None]:
+def _report_replaced(url: str) -> Iterator[None]:
     """Raises ChangedOnTheWay if an object was replaced during its download, not if it is missing.
 
     After an interrupted download, the client library requests the rest of the same generation.

@@ -93,6 +93,6 @@ def size_of(info: os.stat_result) -> int:
 
 
 @functools.lru_cache(maxsize=1024)  # a folder is listed many times
-def tell_left_out(url: str, number: int, where: str, first: str) -> None:
+def log_left_out(url: str, number: int, where: str, first: str) -> None:
     """Warns once about links below `url` that are not listed."""
     logger.warning("%s: skipped %d symbolic links %s; the first is %s", url, number, where, first)

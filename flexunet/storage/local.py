@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from flexunet.errors import ContentError
 from flexunet.storage.base import BROKEN_LINK, ObjectMeta, do_nothing, refused
-from flexunet.storage.listing import size_of, tell_left_out, walk, walk_links, with_folders_above
+from flexunet.storage.listing import log_left_out, size_of, walk, walk_links, with_folders_above
 from flexunet.storage.local_files import (
     CHUNK_BYTES,
     crc32c_of,
@@ -91,7 +91,7 @@ class LocalStore:
             ]
         if left_out:
             where = "to a folder above" if self._follows_links else "to folders or out of it"
-            tell_left_out(self.url, len(left_out), where, min(left_out))
+            log_left_out(self.url, len(left_out), where, min(left_out))
         return sorted(found, key=lambda stat: stat.name)
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:

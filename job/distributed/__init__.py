@@ -1,1 +1,1 @@
-"""Devices, processes and what they exchange."""
+"""Sets up devices and processes, and exchanges gradients and messages between them."""

@@ -1,10 +1,10 @@
 """Chooses for each layer how replicas get its gradient: by all-reduce, or by exchanging factors.
 
-A plan takes for each layer what is sooner done, and where both take about as long, what sends
-less. What there is to choose from: see `job.distributed.gradient_exchange`.
+A plan chooses for each layer the faster way or, if both take about as long, the one that sends
+less. `job.distributed.gradient_exchange` describes both ways.
 
 Every replica must have the same plan. It is a pure function of the model, the batch, the number of
-replicas and one ratio of rates, so a restart that is given the same ratio computes the same bits.
+replicas and one ratio of rates. So a restart with the same ratio computes the same bits.
 """
 
 import logging
@@ -23,12 +23,12 @@ from job.distributed.process_group import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
-# FLOPs per byte where none are measured: a few cores at 120 GFLOP/s, a network of 1 Gbit/s.
+# FLOPs per byte if not measured: a few cores at 120 GFLOP/s, a network of 1 Gbit/s.
 NOMINAL_FLOPS_PER_BYTE = 1000.0
 
 _PLAIN_LAYERS = (keras.layers.Conv2D, keras.layers.Conv2DTranspose, keras.layers.Dense)
-# How much longer gathering a layer may take than all-reduce, for fewer bytes on a network that
-# others use too.
+# How much longer gathering a layer may take than all-reduce, to send fewer bytes on a shared
+# network.
 _PATIENCE = 1.15
 _PROBE_BYTES = 16 << 20
 _PROBE_SIZE = 1024
@@ -37,12 +37,12 @@ _PROBE_REPEATS = 5
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What a layer's gradient costs, for one call of the layer.
+    """Holds the costs of a layer's gradient, for one call of the layer.
 
     Attributes:
-        weight_bytes: of the gradients of its weights.
-        factor_bytes: of its input and output gradient, one replica's batch.
-        flops: of the gradients of its weights, one replica's batch.
+        weight_bytes: size of the gradients of its weights.
+        factor_bytes: size of its input and output gradient for the batch of one replica.
+        flops: operations to compute the gradients of its weights for the batch of one replica.
     """
 
     name: str
@@ -53,11 +53,12 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which layers' gradients are computed from gathered factors; the others are all-reduced.
+    """Selects the layers whose gradients use gathered factors; all others are all-reduced.
 
     Attributes:
-        costs: of every layer that could be gathered.
-        other_bytes: of the gradients of all other weights.
+        costs: costs of every layer that could be gathered.
+        other_bytes: size of the gradients of all other weights.
+        gathered: names of the selected layers.
     """
 
     num_replicas: int
@@ -66,26 +67,26 @@ class Plan:
     gathered: frozenset[str]
 
     def sent_bytes(self) -> float:
-        """Returns what each replica sends for the gradients of a step."""
+        """Returns the bytes that each replica sends for the gradients of a step."""
         reduced = self.other_bytes + sum(cost.weight_bytes for cost in self._costs(False))
         factors = sum(cost.factor_bytes for cost in self._costs(True))
         return _reduced_bytes(reduced, self.num_replicas) + (self.num_replicas - 1) * factors
 
     def all_reduce_bytes(self) -> float:
-        """Returns what each replica would send if everything was all-reduced."""
+        """Returns the bytes that each replica would send with all-reduce for all layers."""
         weights = self.other_bytes + sum(cost.weight_bytes for cost in self.costs)
         return _reduced_bytes(weights, self.num_replicas)
 
     def extra_flops(self) -> int:
-        """Returns what each replica computes beside its share, per step."""
+        """Returns the operations per step that each replica computes beyond its share."""
         return (self.num_replicas - 1) * sum(cost.flops for cost in self._costs(True))
 
     def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """Returns what the exchange adds to a step if nothing overlaps."""
+        """Returns the seconds that the exchange adds to a step if nothing overlaps."""
         return self.sent_bytes() / bytes_per_s + self.extra_flops() / flops_per_s
 
     def describe(self) -> str:
-        """Returns a line for the log."""
+        """Returns the plan as a log line."""
         return (
             f"gradient exchange: {len(self.gathered)} of {len(self.costs)} layers from gathered "
             f"inputs; {self.sent_bytes() / 1e6:.1f} MB per step and replica, all-reduce "
@@ -103,10 +104,10 @@ def _reduced_bytes(num_bytes: int, num_replicas: int) -> float:
 def agreed_plan(
     config: TrainConfig, strategy: tf.distribute.Strategy, process_group: ProcessGroup, model: Any
 ) -> Plan | None:
-    """Returns how gradients are exchanged, the same in all processes; None: by all-reduce.
+    """Returns the plan that all processes use; None: all-reduce all gradients.
 
-    What every replica computes for itself must have the same bits everywhere, and the gradients of
-    a GPU's convolutions have that only with deterministic operations.
+    Gathered gradients must have the same bits on every replica. Gradients of convolutions on GPUs
+    have them only with deterministic operations.
     """
     num_replicas = strategy.num_replicas_in_sync
     if num_replicas == 1 or config.gradient_exchange == "all_reduce":
@@ -115,11 +116,11 @@ def agreed_plan(
         return None
     ratio = config.exchange_flops_per_byte
     if ratio is None and config.deterministic:
-        # A measured one differs from start to start, and with it the order of the sums.
+        # A measured ratio differs between starts, and with it the order of the sums.
         ratio = NOMINAL_FLOPS_PER_BYTE
     elif ratio is None:
         ratio = measured_flops_per_byte(strategy, model.compute_dtype)
-    # Another choice in one process would be waited for without end.
+    # If one process chose another plan, all would wait for ever.
     agreed: float = process_group.run_on_primary(lambda: ratio)
     plan = make_plan(
         model,
@@ -135,11 +136,11 @@ def agreed_plan(
 def make_plan(
     model: keras.Model, *, batch_size: int, num_replicas: int, flops_per_byte: float
 ) -> Plan:
-    """Returns the plan that takes the least time; of two that take about as long, what sends less.
+    """Returns the plan that takes the least time; if times are about equal, that sends less.
 
     Args:
         batch_size: samples of one replica.
-        flops_per_byte: what a replica computes while it sends a byte; 0: all-reduce everything.
+        flops_per_byte: operations in the time of sending one byte; 0: all-reduce everything.
     """
     costs = tuple(_cost(layer, batch_size) for layer in _plain_layers(model))
     total = sum(_num_bytes(weight) for weight in model.trainable_weights)
@@ -164,7 +165,7 @@ def _plain_layers(model: keras.Model) -> list[Any]:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Returns whether the layer is linear but for its activation, and has no other weights."""
+    """Returns whether the layer is linear except for its activation, with no other weights."""
     if type(layer) not in _PLAIN_LAYERS or isinstance(layer.activation, keras.layers.Layer):
         return False
     weights = [layer.kernel] if layer.bias is None else [layer.kernel, layer.bias]
@@ -180,7 +181,7 @@ def _is_plain(layer: Any) -> bool:
 
 def _cost(layer: Any, batch_size: int) -> LayerCost:
     inputs, outputs = (layer.input.shape[1:], layer.output.shape[1:])
-    # A transposed convolution applies its kernel once per input pixel, the others per output.
+    # A transposed convolution applies its kernel per input pixel, other layers per output pixel.
     is_transposed = isinstance(layer, keras.layers.Conv2DTranspose)
     places = prod((inputs if is_transposed else outputs)[:-1])
     width: int = tf.as_dtype(layer.compute_dtype).size
@@ -197,12 +198,12 @@ def _num_bytes(weight: Any) -> int:
 
 
 def measured_flops_per_byte(strategy: tf.distribute.Strategy, dtype: str) -> float:
-    """Returns what a replica computes while it sends a byte; all replicas must call it.
+    """Returns the operations of a replica in the time of sending a byte; all replicas must call it.
 
-    A multiplication of matrices against an all-gather, each by all replicas at the same time.
+    Measures a matrix multiplication and an all-gather, each on all replicas at the same time.
 
     Args:
-        dtype: of the model's computations.
+        dtype: of the computations of the model.
     """
 
     def multiply(seed: tf.Tensor) -> tf.Tensor:
@@ -222,7 +223,7 @@ def measured_flops_per_byte(strategy: tf.distribute.Strategy, dtype: str) -> flo
 
 
 def _seconds(strategy: tf.distribute.Strategy, work: Callable[[tf.Tensor], tf.Tensor]) -> float:
-    # The seed is an argument: work on constants would be done once, while compiling.
+    # The seed is an argument: TensorFlow would compute work on constants once, while compiling.
     function = tf.function(lambda seed: strategy.run(work, (seed,)), autograph=False)
     times = []
     for count in range(1 + _PROBE_REPEATS):

@@ -1,18 +1,18 @@
 """Computes the gradient of the global batch from gathered inputs, without sending gradients.
 
 The gradient of a linear layer `y = x * W + b` (convolution, transposed convolution, dense) is
-`dW = g(x, dy)` with `g` linear in the samples: samples only add up. So over replicas r
+`dW = g(x, dy)`, where `g` is a sum over samples. So over replicas r
 
     sum_r g(x_r, dy_r) = g(concat_r x_r, concat_r dy_r)
 
-On the left stands all-reduce: N replicas send `2 (N-1)/N |W|` bytes each, as a ring does. On the
-right every replica gathers the inputs and the output gradients of all, `(N-1)(|x| + |dy|)` bytes
-each, and computes `g` for the whole batch, `N-1` times more than its share. Both are the same sum
-in another order. Deep layers of a U-Net have large kernels and few pixels: there the right side
-sends a hundredth. Which layers go which way is the plan's to say: `job.distributed.exchange_plan`.
+The left side is all-reduce: each of N replicas sends `2 (N-1)/N |W|` bytes in a ring. On the right
+side every replica gathers the inputs and output gradients of all replicas, `(N-1)(|x| + |dy|)`
+bytes each, and computes `g` for the whole batch, `N-1` times more than its share. Both are the same
+sum in another order. Deep layers of a U-Net have large kernels and few pixels: there the right side
+sends a hundredth of the bytes. `job.distributed.exchange_plan` chooses the way for each layer.
 
-Known as sufficient factor broadcasting: Xie et al. 2015, arXiv:1511.08486; the choice per layer as
-in Poseidon, Zhang et al. 2017, arXiv:1706.03292.
+The method is sufficient factor broadcasting: Xie et al. 2015, arXiv:1511.08486. The choice per
+layer is that of Poseidon: Zhang et al. 2017, arXiv:1706.03292.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +26,12 @@ import tensorflow as tf
 
 from job.distributed.exchange_plan import Plan
 
-_BUCKET_BYTES = 4 << 20  # gathered together: large enough for bandwidth to count, not latency
+_BUCKET_BYTES = 4 << 20  # gathered together: large enough that bandwidth dominates, not latency
 
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """One call of a layer on a replica: its input and its output before the activation."""
+    """Records one call of a layer on a replica: its input, and its output before activation."""
 
     layer: Any
     inputs: tf.Tensor
@@ -40,23 +40,23 @@ class LayerFactors:
 
 @dataclass(frozen=True)
 class LocalGradient:
-    """What a replica has found of the gradient, after one backward pass or several.
+    """Holds the part of a replica in the gradient, from one or more backward passes.
 
     Attributes:
         factors: every call of a gathered layer, with the gradient of its output.
-        others: of every other weight, the gradient.
+        others: gradients of all other weights.
     """
 
     factors: list[tuple[LayerFactors, tf.Tensor]]
     others: list[tf.Tensor]
 
     def __add__(self, other: "LocalGradient") -> "LocalGradient":
-        """Returns the share of both backward passes together."""
+        """Returns the sum of two parts."""
         others = [a + b for a, b in zip(self.others, other.others, strict=True)]
         return LocalGradient(self.factors + other.factors, others)
 
     def tensors(self) -> list[tf.Tensor]:
-        """Returns all that was computed backwards."""
+        """Returns all tensors of the backward pass."""
         return [*(gradient for _, gradient in self.factors), *self.others]
 
 
@@ -64,16 +64,16 @@ _factors: ContextVar[list[LayerFactors] | None] = ContextVar("factors", default=
 
 
 class Exchange:
-    """Computes on each replica the gradient of the global batch, as its plan says."""
+    """Computes the gradient of the global batch on each replica, as planned."""
 
     def __init__(self, model: keras.Model, plan: Plan) -> None:
-        """Makes the exchange of the layers of `model` that `plan` gathers."""
+        """Prepares the exchange for the layers of `model` that `plan` gathers."""
         self._weights = list(model.trainable_variables)
         self._layers = [layer for layer in model.layers if layer.name in plan.gathered]
 
     @contextmanager
     def record_layers(self) -> Iterator[None]:
-        """Lets `recorded` see the layers; around everything that the replicas trace."""
+        """Makes `recorded` record the layers; must enclose everything that the replicas trace."""
         with ExitStack() as stack:
             for layer in self._layers:
                 layer.call = _tap(layer)
@@ -82,7 +82,7 @@ class Exchange:
 
     @contextmanager
     def recorded(self) -> Iterator[list[LayerFactors]]:
-        """Yields the list to which this replica's calls of the model's layers are added."""
+        """Yields a list that collects the layer calls of this replica."""
         factors: list[LayerFactors] = []
         token = _factors.set(factors)
         try:
@@ -93,24 +93,24 @@ class Exchange:
     def local_gradient(
         self, tape: tf.GradientTape, loss: tf.Tensor, factors: Sequence[LayerFactors]
     ) -> LocalGradient:
-        """Returns what this replica knows of the gradient before any exchange.
+        """Returns the part of this replica in the gradient, before any exchange.
 
         Args:
-            loss: has as gradient this replica's share (`job.losses.replica_sum`).
-            factors: what `recorded` has collected on the way to it.
+            loss: its gradient is the part of this replica (see `job.losses.replica_sum`).
+            factors: the list of `recorded` after computing `loss`.
         """
         found = tape.gradient(
             loss,
             [*(factor.output for factor in factors), *(w.value for w in self._other_weights())],
         )
-        # Backwards: the first that are known are the first that travel.
+        # In reverse: the first gradients that are known are sent first.
         pairs = list(zip(factors, found[: len(factors)], strict=True))[::-1]
         return LocalGradient(pairs, found[len(factors) :])
 
     def gradients(self, local_gradient: LocalGradient) -> list[tf.Tensor]:
         """Returns the global gradient of each weight, in the order of the model's weights.
 
-        Called in replica context by all replicas, once per update.
+        All replicas must call it in replica context, once per update.
         """
         gradients: dict[int, tf.Tensor] = {}
         gathered = _gathered(local_gradient.factors)
@@ -149,7 +149,7 @@ def _tap(layer: Any) -> Callable[..., tf.Tensor]:
 
 @contextmanager
 def _linear(layer: Any) -> Iterator[None]:
-    """Takes the layer's activation away inside the block."""
+    """Removes the activation of the layer inside the block."""
     activation = layer.activation
     layer.activation = None
     try:
@@ -159,10 +159,10 @@ def _linear(layer: Any) -> Iterator[None]:
 
 
 def _global_weight_gradients(layer: Any, inputs: tf.Tensor, output: tf.Tensor) -> list[tf.Tensor]:
-    """Returns the gradients of the layer's weights, given that of its output, of the whole batch.
+    """Returns the gradients of the layer's weights for the whole batch, from its output gradient.
 
-    In 16 bits as a sum of those of each replica: a result is rounded to 16 bits, and the sum of
-    rounded parts, which all-reduce makes too, is nearer to the truth than the rounded whole.
+    In 16 bits, sums the gradients per replica: each result is rounded to 16 bits, and a sum of
+    rounded parts, as all-reduce computes it, is more exact than the rounded whole.
     """
     if inputs.dtype.size != 2:
         return _weight_gradients(layer, inputs, output)
@@ -173,10 +173,11 @@ def _global_weight_gradients(layer: Any, inputs: tf.Tensor, output: tf.Tensor) -
 
 
 def _weight_gradients(layer: Any, inputs: tf.Tensor, output: tf.Tensor) -> list[tf.Tensor]:
-    """Returns the gradients of the layer's weights, given that of its output."""
+    """Returns the gradients of the layer's weights from its output gradient."""
     token = _factors.set(None)
     try:
-        # Linear in its weights: the gradient needs no output, and this forward pass is pruned.
+        # The layer is linear in its weights: the gradient needs no output, and TensorFlow prunes
+        # this forward pass.
         with tf.GradientTape() as tape, _linear(layer):
             outputs = layer(inputs)
     finally:
@@ -221,7 +222,7 @@ def _all_gathered(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
 
 
 def _as_words(tensor: tf.Tensor) -> tf.Tensor:
-    """Returns the bits of `tensor` as (words,) float32, which every collective can carry."""
+    """Returns the bits of `tensor` as (words,) float32, which every collective supports."""
     flat = tf.reshape(tensor, (-1,))
     if flat.dtype.size == 2:
         flat = tf.pad(flat, [[0, flat.shape[0] % 2]])
@@ -230,7 +231,7 @@ def _as_words(tensor: tf.Tensor) -> tf.Tensor:
 
 
 def _from_words(rows: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-    """Returns what `_as_words` made of tensors `like` on each replica, concatenated.
+    """Reverses `_as_words` for tensors `like` of all replicas; returns them concatenated.
 
     Args:
         rows: (replicas, words) float32.

@@ -1,4 +1,4 @@
-"""Chooses the precision: what this machine's devices compute natively."""
+"""Chooses the precision that the devices of this machine compute natively."""
 
 import logging
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from job.distributed.runtime import import_tensorflow
 
 logger = logging.getLogger(__name__)
 
-# CUDA's compute capability from which on tensor cores multiply them.
+# Lowest compute capability whose tensor cores support the type.
 _FLOAT16_SINCE = (7, 0)
 _BFLOAT16_SINCE = (8, 0)
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 def resolve_precision(requested: str, largest_input: float = 1.0) -> str:
-    """Returns `requested`, with `auto` replaced by what this machine computes natively.
+    """Returns `requested`, with `auto` replaced by the native precision of this machine.
 
     Args:
-        largest_input: of the network; beyond float16's largest number, `auto` is not float16.
+        largest_input: largest network input; above the float16 range, `auto` is not float16.
 
     Raises:
-        UsageError: 16 bits asked for of a kind that the hardware emulates, or a GPU does.
+        UsageError: the hardware does not compute the requested 16-bit type natively.
     """
     gpus = _capabilities()
     native = native_precision(gpus, cpu_has_bfloat16=_cpu_has_bfloat16())
@@ -36,7 +36,7 @@ def resolve_precision(requested: str, largest_input: float = 1.0) -> str:
     elif requested == "mixed_float16" and min(gpus) < _FLOAT16_SINCE:
         raise UsageError(
             "precision=mixed_float16: a GPU of compute capability "
-            f"{'.'.join(map(str, min(gpus)))} has no fast float16 arithmetic (7.0 and later have); "
+            f"{'.'.join(map(str, min(gpus)))} has no fast float16 arithmetic (since 7.0); "
             "use float32 or auto"
         )
     if requested == "mixed_bfloat16" and native != "mixed_bfloat16":
@@ -48,21 +48,21 @@ def resolve_precision(requested: str, largest_input: float = 1.0) -> str:
 
 
 def predicting_precision(trained_in: str) -> str:
-    """Returns the precision in which this machine predicts by a run that was trained in another."""
+    """Returns the precision in which this machine predicts with a run trained in `trained_in`."""
     if trained_in == "mixed_float16" and not _capabilities():
-        return "float32"  # here several times faster
+        return "float32"  # several times faster on CPUs
     return trained_in
 
 
 def native_precision(gpus: Sequence[tuple[int, int]], *, cpu_has_bfloat16: bool) -> str:
     """Returns the fastest precision that every device computes natively.
 
-    Tensor cores multiply float16 since compute capability 7.0 (V100, T4), bfloat16 since 8.0; of
-    both, bfloat16 is taken, which needs no loss scale. Source: CUDA C++ Programming Guide, section
-    "Compute Capabilities".
+    Tensor cores support float16 since compute capability 7.0 (V100, T4) and bfloat16 since 8.0. If
+    both are native, chooses bfloat16, which needs no loss scale. Source: CUDA C++ Programming
+    Guide, section "Compute Capabilities".
 
     Args:
-        gpus: the compute capability of each; empty: training uses the CPU.
+        gpus: compute capability of each GPU; empty: training uses the CPU.
     """
     if not gpus:
         return "mixed_bfloat16" if cpu_has_bfloat16 else "float32"
@@ -72,7 +72,7 @@ def native_precision(gpus: Sequence[tuple[int, int]], *, cpu_has_bfloat16: bool)
 
 
 def _capabilities() -> list[tuple[int, int]]:
-    """Returns the compute capability of each GPU; (0, 0) of one that tells none."""
+    """Returns the compute capability of each GPU; (0, 0) if unknown."""
     tf = import_tensorflow()
     details = [
         tf.config.experimental.get_device_details(gpu)
@@ -86,7 +86,7 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def cpu_flags() -> set[str]:
-    """Returns the feature flags of the first CPU; empty where Linux does not tell."""
+    """Returns the feature flags of the first CPU; empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,8 +1,8 @@
-"""The processes that train one run together, and how they agree.
+"""Exchanges values between the processes that train one run together.
 
-Every process computes the same state; the first alone owns the run and writes. What only one of
-them can know (a stop, an error, what was restored) is exchanged through the strategy's collectives,
-at points that all of them reach. A process alone is a team of one and exchanges nothing.
+Every process computes the same state; only the first owns the run and writes. Facts that one
+process knows (a stop, an error, the restored state) are exchanged through the collectives of the
+strategy, at points that all processes reach. A single process exchanges nothing.
 """
 
 import functools
@@ -21,12 +21,12 @@ from job.distributed.rendezvous import ProcessSpec
 
 T = TypeVar("T")
 
-_LOOK_S = 1.0  # between two looks at how far the others are
-_WORDS = 64  # messages are padded to so many int64, so that few shapes are compiled
+_LOOK_S = 1.0  # between two checks of the progress of the other processes
+_WORDS = 64  # messages are padded to a multiple of this many int64, so that few shapes are compiled
 
 
 def _in_thread(work: Callable[[], T]) -> "Future[T]":
-    """Starts `work` in a thread that does not keep an interrupted process from ending."""
+    """Starts `work` in a thread that does not keep an interrupted process running."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -40,10 +40,10 @@ def _in_thread(work: Callable[[], T]) -> "Future[T]":
 
 
 class ProcessGroup:
-    """The processes of one `tf.distribute` strategy; every method is called by all of them."""
+    """Represents the processes of one strategy; all of them must call every method."""
 
     def __init__(self, strategy: Any, spec: ProcessSpec | None = None) -> None:
-        """Makes the team of `strategy`; `spec` is None for a process alone."""
+        """Makes the group of `strategy`; `spec` is None for a single process."""
         self.rank = spec.rank if spec else 0
         self.size = spec.size if spec else 1
         self._strategy = strategy
@@ -51,7 +51,7 @@ class ProcessGroup:
 
     @property
     def first_replica(self) -> int:
-        """The global number of this process' first replica; all processes have equally many."""
+        """The global index of the first replica of this process; all have equally many."""
         return self.rank * len(self._strategy.extended.worker_devices)
 
     @property
@@ -60,54 +60,54 @@ class ProcessGroup:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Returns whether any process wishes it."""
+        """Returns whether `flag` is true in any process."""
         if self.size == 1:
             return flag
         return bool(self._sum(np.array([flag], np.int64))[0])
 
     def run_on_primary(self, work: Callable[[], T]) -> T:
-        """Returns on every process what `work` returned on the first, through JSON.
+        """Returns the result of `work` on the first process to every process, through JSON.
 
         Raises:
-            FlexUNetError: the one that `work` raised there.
+            FlexUNetError: the error that `work` raised there.
         """
         return self._shared(work, is_worker=self.is_primary)[0]
 
     def all_gather_object(self, work: Callable[[], T]) -> list[T]:
-        """Returns on every process what `work` returned on each, by rank, through JSON.
+        """Returns the results of `work` on all processes, by rank, through JSON.
 
         Raises:
-            FlexUNetError: the one of the lowest rank on which `work` raised one.
+            FlexUNetError: the error of the lowest rank on which `work` failed.
         """
         return self._shared(work, is_worker=True)
 
     def all_gather_with_heartbeat(
         self, work: Callable[[Callable[[], None]], T], heartbeat: Callable[[], None]
     ) -> list[T]:
-        """Returns on every process what `work` returned on each, by rank, through JSON.
+        """Returns the results of `work` on all processes, by rank, through JSON.
 
-        It may take much longer in one process than in another. So whoever is done, or waits, tells
-        that there is life as long as there is progress somewhere.
+        `work` may take much longer in one process than in another. While any process makes
+        progress, `heartbeat` is called in all of them.
 
         Args:
-            work: is given a function to call whenever it has moved on.
-            alive: called in this thread, and in that of `work`.
+            work: gets a function to call after each bit of progress.
+            heartbeat: called in this thread and in that of `work`.
 
         Raises:
-            FlexUNetError: the one of the lowest rank on which `work` raised one.
+            FlexUNetError: the error of the lowest rank on which `work` failed.
         """
         if self.size == 1:
             return [work(heartbeat)]
         moved = threading.Event()
 
-        def tell() -> None:
+        def notify() -> None:
             moved.set()
-            heartbeat()  # a collective may hang, and the work go on
+            heartbeat()  # a collective may block while the work continues
 
-        future = _in_thread(lambda: work(tell))
+        future = _in_thread(lambda: work(notify))
 
         def look() -> list[bool]:
-            """Returns whether this process is done, and whether it has moved on."""
+            """Returns whether this process is done, and whether it made progress."""
             wait([future], _LOOK_S)
             found = [future.done(), moved.is_set()]
             moved.clear()
@@ -121,18 +121,18 @@ class ProcessGroup:
                 if any(has_moved for _, has_moved in looks):
                     heartbeat()
         except Exception:
-            # Another process is gone: what this one is storing must arrive all the same.
+            # Another process is gone, but this one must finish its uploads.
             wait([future])
             raise
         return self.all_gather_object(future.result)
 
     def broadcast(self, variables: Iterable[Any]) -> None:
-        """Sets `variables`, in the order in which all have them, to the values of the first."""
+        """Sets `variables` to their values in the first process; same order in all processes."""
         if self.size == 1:
             return
         for variable in variables:
             value = np.asarray(variable.numpy())
-            # Sums of integers with zeros keep every bit; those of floats lose the sign of zero.
+            # Integer sums with zeros keep every bit; float sums lose the sign of zero.
             bits = np.frombuffer(value.tobytes() + bytes(-value.nbytes % 8), np.int64)
             data = self._sum(bits if self.is_primary else np.zeros_like(bits)).tobytes()
             shared = np.frombuffer(data, value.dtype, value.size).reshape(value.shape)
@@ -141,11 +141,11 @@ class ProcessGroup:
     def check_same(self, variables: Iterable[Any]) -> None:
         """Checks that `variables` have the same bits in every process.
 
-        Collectives give all processes the same numbers; where one has others, its memory or its
-        arithmetic is at fault, and what the first stores would no longer be what all compute.
+        Collectives give all processes the same numbers. If a process has other bits, its memory or
+        arithmetic is faulty, and the stored state would not be the state of all processes.
 
         Raises:
-            FlexUNetError: on all of them; names the ranks that differ from the first.
+            FlexUNetError: in all processes; names the ranks that differ from the first.
         """
         if self.size == 1:
             return
@@ -160,10 +160,10 @@ class ProcessGroup:
         different = [str(rank) for rank, other in enumerate(others, start=1) if other != first]
         if different:
             raise FlexUNetError(
-                f"the weights of rank {', '.join(different)} are not those of rank 0, which must "
-                "not happen; the same command resumes from the last checkpoint: if it comes again, "
-                "give --gradient-exchange all_reduce where processors differ, else look at the "
-                "machine of that rank"
+                f"the weights of rank {', '.join(different)} differ from those of rank 0, which "
+                "must not happen; the same command resumes from the last checkpoint; if it happens "
+                "again, give --gradient-exchange all_reduce if the processors differ, else check "
+                "the machine of that rank"
             )
 
     def _shared(self, work: Callable[[], T], *, is_worker: bool) -> list[Any]:
@@ -197,7 +197,7 @@ class ProcessGroup:
         ]
 
     def _sum(self, values: np.ndarray) -> np.ndarray:
-        """Returns the sum of `values`, int64 (N,), over all processes; int32 has no GPU kernels."""
+        """Returns the sum of int64 `values` (N,) over all processes; int32 has no GPU kernels."""
         import tensorflow as tf
 
         strategy = self._strategy
@@ -205,12 +205,12 @@ class ProcessGroup:
 
             def add(values: Any) -> Any:
                 context = tf.distribute.get_replica_context()
-                # An argument is on no device, and a collective needs to know one.
+                # A collective needs a tensor on a device; an argument is on none.
                 return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(values))
 
             self._add = tf.function(lambda values: strategy.run(add, (values,)), autograph=False)
         num_local = len(strategy.extended.worker_devices)
-        # Only the first replica of each process speaks for it.
+        # Only the first replica of each process adds its values.
         parts = strategy.experimental_distribute_values_from_function(
             lambda context: tf.constant(
                 values if context.replica_id_in_sync_group % num_local == 0 else 0 * values
@@ -222,7 +222,7 @@ class ProcessGroup:
 
 @contextmanager
 def peer_errors(process_group: ProcessGroup) -> Iterator[None]:
-    """Turns what a collective says of a lost peer into a line.
+    """Converts the errors of collectives after the loss of a peer into one line.
 
     Raises:
         FlexUNetError: another process ended or cannot be reached.

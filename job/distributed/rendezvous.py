@@ -1,4 +1,4 @@
-"""Finds the processes of a cluster: from `TF_CONFIG`, and by meeting before TensorFlow starts."""
+"""Reads the processes of a cluster from `TF_CONFIG`, and connects them before TensorFlow starts."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from flexunet.errors import FlexUNetError, UsageError
 from flexunet.settings import Settings
 
 _VARIABLE = "TF_CONFIG"
-_ANSWER_S = 5.0  # to connect, and for a greeting
+_ANSWER_S = 5.0  # to connect, and to receive a message
 
 
 class _Task(Settings, extra="ignore"):
@@ -23,14 +23,14 @@ class _Task(Settings, extra="ignore"):
     index: int = Field(0, ge=0)
 
 
-class _TFConfig(Settings, extra="ignore"):  # TensorFlow itself reads more than we need
+class _TFConfig(Settings, extra="ignore"):  # TensorFlow has more keys than are used here
     cluster: dict[str, tuple[str, ...]]
     task: _Task
 
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """Where this process stands among those that train together."""
+    """Holds the rank of this process and the addresses of all processes."""
 
     rank: int
     addresses: tuple[str, ...]  # host:port of each process, by rank
@@ -42,10 +42,10 @@ class ProcessSpec:
 
 
 def process_spec_from_environment() -> ProcessSpec | None:
-    """Returns the place that `TF_CONFIG` gives this process; None where it is not set.
+    """Returns the `ProcessSpec` in `TF_CONFIG`; None if the variable is not set.
 
     Raises:
-        UsageError: it is not of TensorFlow's form, or of a cluster of another kind.
+        UsageError: it does not have the form of TensorFlow, or has other task types.
     """
     text = os.environ.get(_VARIABLE)
     if not text:
@@ -63,14 +63,14 @@ def process_spec_from_environment() -> ProcessSpec | None:
     other = sorted(set(config.cluster) - set(kinds))
     if other or config.task.type not in config.cluster:
         raise UsageError(
-            f"{_VARIABLE}: task type {config.task.type!r} of a cluster of "
-            f"{', '.join(config.cluster) or 'nothing'}; only workers (and a chief) train together"
+            f"{_VARIABLE}: task type {config.task.type!r} in a cluster with "
+            f"{', '.join(config.cluster) or 'no tasks'}; only workers and a chief can train"
         )
     first = {kind: sum(len(config.cluster.get(k, ())) for k in kinds[:i])
              for i, kind in enumerate(kinds)}  # fmt: skip
     if config.task.index >= len(config.cluster[config.task.type]):
         raise UsageError(
-            f"{_VARIABLE}: task index {config.task.index}, but there are "
+            f"{_VARIABLE}: task index {config.task.index}, but the cluster has "
             f"{len(config.cluster[config.task.type])} of type {config.task.type}"
         )
     addresses = tuple(address for kind in kinds for address in config.cluster.get(kind, ()))
@@ -78,14 +78,14 @@ def process_spec_from_environment() -> ProcessSpec | None:
 
 
 def rendezvous(spec: ProcessSpec, timeout_s: float, num_gpus: int = 0) -> None:
-    """Returns when every process of the cluster has called it, with as many GPUs.
+    """Waits until every process of the cluster has called it with the same number of GPUs.
 
-    TensorFlow's own start waits for a missing process for an hour, and holds the interpreter while
-    it does. So all meet here first, at the address where the first will serve in a moment.
+    TensorFlow waits up to an hour for a missing process and holds the interpreter meanwhile. So all
+    processes connect here first, at the address of rank 0, where TensorFlow will serve later.
 
     Raises:
-        FlexUNetError: some did not come in time; names their ranks and addresses.
-        UsageError: one sees another number of GPUs, on all of them; a strategy needs equally many.
+        FlexUNetError: some did not connect in time; names their ranks and addresses.
+        UsageError: in all processes, if one has another number of GPUs.
     """
     deadline = time.monotonic() + timeout_s
     greeting = hashlib.sha256(json.dumps(spec.addresses).encode()).digest()
@@ -102,7 +102,7 @@ def rendezvous(spec: ProcessSpec, timeout_s: float, num_gpus: int = 0) -> None:
 
 
 def _await_others(spec: ProcessSpec, greeting: bytes, num_gpus: int, deadline: float) -> list[int]:
-    """Returns the number of GPUs of each process, by rank, when all have come."""
+    """Returns the number of GPUs of each process, by rank, once all have connected."""
     counts = {0: num_gpus}
     port = int(spec.addresses[0].rpartition(":")[2])
     arrived: dict[int, socket.socket] = {}
@@ -115,8 +115,8 @@ def _await_others(spec: ProcessSpec, greeting: bytes, num_gpus: int, deadline: f
             )
         except OSError as error:
             raise FlexUNetError(
-                f"{spec.addresses[0]}: this process cannot listen there ({error.strerror}); is "
-                "another one of the same cluster still running?"
+                f"{spec.addresses[0]}: rank 0 cannot listen there ({error.strerror}); check "
+                "whether another process of this cluster is still running"
             ) from error
         while len(arrived) < spec.size - 1:
             left_s = deadline - time.monotonic()
@@ -144,7 +144,7 @@ def _heard(connection: socket.socket, greeting: bytes, count: int) -> list[int]:
     """Returns the `count` numbers of a message.
 
     Raises:
-        ValueError: it is of another cluster.
+        ValueError: the message is from another cluster.
     """
     message = _received(connection, len(greeting) + 4 * count)
     if not message.startswith(greeting):
@@ -164,7 +164,7 @@ def _received(connection: socket.socket, size: int) -> bytes:
 
 
 def _join_first(spec: ProcessSpec, greeting: bytes, num_gpus: int, deadline: float) -> list[int]:
-    """Returns the number of GPUs of each process, by rank, when the first has met all."""
+    """Returns the number of GPUs of each process, by rank, once rank 0 sends them."""
     host, _, port = spec.addresses[0].rpartition(":")
     while (left_s := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError, ValueError):
@@ -180,6 +180,6 @@ def _join_first(spec: ProcessSpec, greeting: bytes, num_gpus: int, deadline: flo
 def _missing(spec: ProcessSpec, ranks: Collection[int]) -> FlexUNetError:
     names = ", ".join(f"rank {rank} ({spec.addresses[rank]})" for rank in sorted(ranks))
     return FlexUNetError(
-        f"rank {spec.rank} of {spec.size}: {names} did not come in time (--phase-timeout), or "
-        "waits for another; start all processes again with the same TF_CONFIG cluster"
+        f"rank {spec.rank} of {spec.size}: {names} did not connect in time (--phase-timeout), or "
+        "waits for another process; start all again with the same TF_CONFIG cluster"
     )

@@ -1,6 +1,6 @@
-"""Sums over a global batch: of a replica, of its micro-batches, and over all replicas.
+"""Computes sums over a global batch: per micro-batch, per replica and over all replicas.
 
-Replicas return sums and counts; whoever reads them divides once.
+Replicas return sums and counts; the reader divides once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ import tensorflow as tf
 from job.losses import GlobalSum
 
 # image (B, H, W, C) uint8|uint16, mask (B, H, W) uint8, weight (B,) float32: 0 for padding,
-# key (B,) int64: what dropout draws from.
+# key (B,) int64: random keys of dropout.
 Batch = Mapping[str, tf.Tensor]
 Loss = Callable[..., tf.Tensor]
 Metrics = Mapping[str, Callable[..., tuple[tf.Tensor, tf.Tensor]]]
@@ -21,7 +21,7 @@ Sums = dict[str, tuple[tf.Tensor, tf.Tensor]]  # name -> (sum, count), () float6
 
 @dataclass(frozen=True)
 class Criterion:
-    """What is computed on every batch: the loss and, by name, the metrics."""
+    """Holds the loss and, by name, the metrics to compute on every batch."""
 
     loss: Loss
     metrics: Metrics
@@ -31,7 +31,7 @@ def micro_batches(batch: Batch, number: int) -> list[Batch]:
     """Returns `batch` in `number` equal parts; `number` divides it."""
     if number == 1:
         return [batch]
-    # Not `tf.split`, which has no GPU kernel for whole numbers.
+    # `tf.split` has no GPU kernel for integers.
     size = batch["weight"].shape[0] // number
     return [
         {name: value[i * size : (i + 1) * size] for name, value in batch.items()}
@@ -40,7 +40,7 @@ def micro_batches(batch: Batch, number: int) -> list[Batch]:
 
 
 def seen_by(global_sum: GlobalSum, seen: list[tf.Tensor]) -> GlobalSum:
-    """Returns `global_sum`, which adds what it is given to `seen`."""
+    """Returns a `global_sum` that also appends its arguments to `seen`."""
 
     def watched(values: tf.Tensor) -> tf.Tensor:
         seen.append(values)
@@ -64,6 +64,6 @@ def metric_sums(batch: Batch, logits: tf.Tensor, metrics: Metrics) -> tf.Tensor:
 
 
 def reduced(strategy: tf.distribute.Strategy, sums: Any, names: Sequence[str]) -> Sums:
-    """Returns the sums over all replicas by name; one exchange for all of them."""
+    """Returns the sums over all replicas by name, in one exchange."""
     total = tf.unstack(strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None))
     return {name: (total[2 * i], total[2 * i + 1]) for i, name in enumerate(names)}

@@ -1,7 +1,7 @@
 """Sets TensorFlow up before its first operation: Keras 3, memory, threads, determinism.
 
-TensorFlow's runtime cannot be changed later. Where a notebook has used it already, what still works
-is done; the rest is a warning, or an error where the result would differ.
+The runtime of TensorFlow cannot be changed later. If a notebook has used it already, each setting
+that is too late gives a warning, or an error if the result would differ.
 """
 
 import contextlib
@@ -23,39 +23,39 @@ _POOL_VARIABLE = "TF_CPU_ALLOCATOR_USE_BFC"
 
 
 def import_tensorflow() -> Any:
-    """Returns the `tensorflow` module, quiet, with Keras 3 beside it.
+    """Imports and returns `tensorflow` without its log output, with Keras 3.
 
     Raises:
         RuntimeError: Keras is older than 3, which this package cannot use.
     """
-    # Set by launchers for Keras 2; it must be gone before TensorFlow is imported.
+    # Some launchers set this for Keras 2. Remove it before TensorFlow is imported.
     os.environ.pop("TF_USE_LEGACY_KERAS", None)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    # TensorFlow's C++ part writes several lines before its own log level applies.
+    # The C++ part of TensorFlow writes several lines before its log level applies.
     with suppress_native_stderr(shown_on_error=True):
         import keras
         import tensorflow as tf
 
-        # The first look at the devices writes as much as the import.
+        # The first listing of the devices writes as much as the import.
         for gpu in tf.config.list_physical_devices("GPU"):
-            # Otherwise the first process of a machine takes all of its memory.
-            with contextlib.suppress(RuntimeError, ValueError):  # `configure` tells it
+            # Otherwise the first process of a machine takes all GPU memory.
+            with contextlib.suppress(RuntimeError, ValueError):  # `set_up` warns
                 tf.config.experimental.set_memory_growth(gpu, True)
     if int(keras.__version__.split(".")[0]) < 3:
-        raise RuntimeError(f"Keras {keras.__version__} found, 3 or newer needed")
+        raise RuntimeError(f"found Keras {keras.__version__}, but 3 or newer is required")
     if keras.config.backend() != "tensorflow":
         raise UsageError(
-            f"KERAS_BACKEND={keras.config.backend()}: this package trains with TensorFlow; unset it"
+            f"KERAS_BACKEND={keras.config.backend()}: training needs TensorFlow; unset the variable"
         )
     return tf
 
 
 def set_up(tf: Any, config: TrainConfig) -> None:
-    """Sets memory, threads and determinism; warns of what comes too late for this process.
+    """Sets memory, threads and determinism; warns of settings that are too late in this process.
 
     Raises:
-        UsageError: TensorFlow was used before and the result would be another one.
+        UsageError: TensorFlow was used before, and the result would differ.
     """
     _reuse_freed_memory()
     gpus = tf.config.list_physical_devices("GPU")
@@ -66,22 +66,22 @@ def set_up(tf: Any, config: TrainConfig) -> None:
     ]
     if too_late:
         logger.warning(
-            "TensorFlow was used before in this process, too late for %s: training goes on "
-            "without; to have it, %s",
+            "TensorFlow was used before in this process, too late for %s: training continues "
+            "without it; to use it, %s",
             " and ".join(too_late),
             RESTART,
         )
     if config.deterministic:
-        # Seeds of ours are explicit everywhere; op determinism still asks for a global one.
+        # All seeds are explicit, but op determinism needs a global seed, too.
         tf.random.set_seed(config.seed)
         tf.config.experimental.enable_op_determinism()
 
 
 def was_used() -> bool:
-    """Returns whether TensorFlow has made its devices in this process, as its first op does."""
+    """Returns whether TensorFlow has created its devices, which its first operation does."""
     from tensorflow.python.eager import context
 
-    # Every public function that tells anything of its devices makes them.
+    # Every public function about the devices would create them.
     return context.context()._context_handle is not None
 
 
@@ -91,10 +91,10 @@ def _grow(tf: Any, gpus: list[Any]) -> bool:
 
 
 def _set_threads(tf: Any, config: TrainConfig) -> bool:
-    """Sets the number of threads of an operation; returns whether it could.
+    """Sets the number of threads per operation; returns whether that was possible.
 
     Raises:
-        UsageError: it could not, and bits that depend on the number are asked for.
+        UsageError: it is too late, and `deterministic` needs the number.
     """
     threading_of_tf = tf.config.threading
     found = threading_of_tf.get_intra_op_parallelism_threads() or 0
@@ -107,17 +107,17 @@ def _set_threads(tf: Any, config: TrainConfig) -> bool:
         raise UsageError(
             f"--deterministic: TensorFlow was used before in this process, with "
             f"{pluralize(found, 'thread') if found else 'one thread per core'}, too late for "
-            f"--threads={config.threads}, and the last bits depend on it; {RESTART}"
+            f"--threads={config.threads}, on which the last bits depend; {RESTART}"
         )
     return False
 
 
 def _reuse_freed_memory() -> None:
-    """Lets glibc serve the tensors of a step from the memory of the step before.
+    """Makes glibc reuse the memory of the step before for the tensors of a step.
 
-    By default it gives large pieces back to the system, which must clear every page of the next
-    one: 8 % of the CPU time of a step at 512 x 512. No more arenas than there are, because only
-    the first holds pieces above 64 MiB. Where the C library is another one, nothing changes.
+    By default glibc returns large pieces to the system, which must clear every page of the next
+    piece: 8 % of the CPU time of a step at 512 x 512. Limits glibc to one arena, because only the
+    first can hold pieces above 64 MiB. Has no effect with another C library.
     """
     with contextlib.suppress(AttributeError):
         set_option = ctypes.CDLL(None).mallopt
@@ -131,13 +131,13 @@ def _reuse_freed_memory() -> None:
 
 
 def _use_memory_pool() -> bool:
-    """Lets TensorFlow hold what is freed in a pool of its own, also above 1 GiB.
+    """Makes TensorFlow keep freed memory in its own pool, also tensors above 1 GiB.
 
-    Returns whether it could.
+    Returns whether that was possible.
 
-    Convolutions without oneDNN make such tensors: a step at 512 x 512 then took 40 % of its CPU
-    time for new pages, and 11.8 GB instead of 6.9 with the pool. Read when TensorFlow makes its
-    first CPU device; its allocator for oneDNN does not look at it.
+    Convolutions without oneDNN create such tensors: without the pool, a step at 512 x 512 took 40 %
+    of its CPU time for new pages; with it, 11.8 GB of memory instead of 6.9. TensorFlow reads the
+    variable when it creates its first CPU device; its oneDNN allocator ignores it.
     """
     if was_used():
         return os.environ.get(_POOL_VARIABLE) == "true"

@@ -1,4 +1,4 @@
-"""Makes the `tf.distribute` strategy of this process, and checks what it is made of.
+"""Makes the `tf.distribute` strategy of this process, and checks devices and batch.
 
 Call `configure` before anything else uses TensorFlow.
 """
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 def configure(config: TrainConfig, spec: ProcessSpec | None = None) -> Any:
     """Sets TensorFlow up for `config` and returns its `tf.distribute.Strategy`.
 
-    All GPUs that this process sees, or `cpu_replicas` logical CPUs where there is none; together
-    with the other processes of `spec`, which all must call it.
+    Uses all GPUs that this process sees, or `cpu_replicas` logical CPUs if there are none. All
+    processes of `spec` must call it.
 
     Args:
-        place: None, or of a cluster of one: this process alone.
+        spec: None, or of a cluster of one: this process alone.
 
     Raises:
-        UsageError: the batch does not divide by the replicas of this process, or TensorFlow was
-            used before and the result would be another one.
+        UsageError: the replicas of this process do not divide the batch, or TensorFlow was used
+            before and the result would differ.
     """
     tf = import_tensorflow()
     refuse_used(spec)
@@ -43,16 +43,16 @@ def configure(config: TrainConfig, spec: ProcessSpec | None = None) -> Any:
     gpus = tf.config.list_physical_devices("GPU")
     if spec is not None and spec.size > 1:
         return _of_many(tf, config, spec, len(gpus))
-    # Otherwise a strategy of one process would look for the peers of another one's cluster.
+    # Otherwise the strategy of a single process would look for the peers in TF_CONFIG.
     os.environ.pop("TF_CONFIG", None)
     return _of_one(tf, config, gpus)
 
 
 def refuse_used(spec: ProcessSpec | None) -> None:
-    """Refuses a cluster of processes where TensorFlow was used before in this one.
+    """Refuses to join a cluster if this process has used TensorFlow before.
 
     Raises:
-        UsageError: says what to do.
+        UsageError: it has; says what to do.
     """
     if spec is not None and spec.size > 1 and was_used():
         raise UsageError(
@@ -62,17 +62,17 @@ def refuse_used(spec: ProcessSpec | None) -> None:
 
 
 def check_devices(config: TrainConfig, spec: ProcessSpec | None, num_gpus: int | None) -> int:
-    """Refuses what the strategy could not be made with, before others wait for this process.
+    """Checks the devices of this process, before other processes wait for it.
 
-    Returns the number of GPUs that this process sees. Whether the batch divides by all replicas is
-    known when the others have told theirs, see `check_batch`.
+    Returns the number of GPUs that this process sees. `check_batch` checks the batch, once the
+    numbers of the other processes are known.
 
     Args:
-        num_gpus: GPUs that this process was promised; None: whatever there is.
+        num_gpus: GPUs that this process must see; None: any number.
 
     Raises:
-        UsageError: a promised GPU is not seen, one process of several shall have several CPU
-            replicas, or has used TensorFlow before.
+        UsageError: the number of GPUs is another one; or, in a cluster, `cpu_replicas` is not 1 or
+            TensorFlow was used before.
     """
     tf = import_tensorflow()
     seen = len(tf.config.list_physical_devices("GPU"))
@@ -84,13 +84,13 @@ def check_devices(config: TrainConfig, spec: ProcessSpec | None, num_gpus: int |
     if config.cpu_replicas > 1:
         raise UsageError(
             f"--cpu-replicas={config.cpu_replicas}: each of {spec.size} processes has one CPU "
-            "replica; leave it at 1"
+            "replica; leave --cpu-replicas at 1"
         )
     return seen
 
 
 def require_gpu() -> None:
-    """Refuses to compute on CPUs where a GPU was asked for.
+    """Refuses to compute on CPUs if a GPU was requested.
 
     Raises:
         UsageError: this process sees no GPU.
@@ -98,13 +98,13 @@ def require_gpu() -> None:
     tf = import_tensorflow()
     if not tf.config.list_physical_devices("GPU"):
         raise UsageError(
-            f"a GPU was asked for and TensorFlow sees none on {socket.gethostname()} "
-            f"({_reasons(tf)}); install the extra gpu and a driver there, or ask for none"
+            f"a GPU was requested, but TensorFlow finds none on {socket.gethostname()} "
+            f"({_reasons(tf)}); install the extra gpu and a driver there, or request none"
         )
 
 
 def check_batch(config: TrainConfig, num_processes: int, num_gpus: int) -> None:
-    """Refuses a batch that cannot be cut into equal parts for every replica and micro-batch.
+    """Refuses a batch that does not divide evenly into replicas and micro-batches.
 
     Raises:
         UsageError: names the number of replicas.
@@ -112,7 +112,7 @@ def check_batch(config: TrainConfig, num_processes: int, num_gpus: int) -> None:
     num_replicas = num_processes * max(1, num_gpus)
     if config.global_batch_size % num_replicas:
         raise UsageError(
-            f"--global-batch-size={config.global_batch_size} does not divide by the "
+            f"--global-batch-size={config.global_batch_size} is not divisible by the "
             f"{num_replicas} replicas ({num_processes} processes, {num_gpus} GPUs each); choose a "
             "multiple, or another number of workers"
         )
@@ -120,7 +120,7 @@ def check_batch(config: TrainConfig, num_processes: int, num_gpus: int) -> None:
 
 
 def check_micro_batches(config: TrainConfig, num_replicas: int) -> None:
-    """Refuses a replica's batch that cannot be cut into equal micro-batches.
+    """Refuses a replica batch that does not divide evenly into micro-batches.
 
     Raises:
         UsageError: names the batch of a replica.
@@ -128,43 +128,43 @@ def check_micro_batches(config: TrainConfig, num_replicas: int) -> None:
     local = config.global_batch_size // num_replicas
     if local % config.accumulate:
         raise UsageError(
-            f"--accumulate={config.accumulate} does not divide the batch of {local} that each of "
-            f"{num_replicas} replicas holds; choose a divisor of it"
+            f"--accumulate={config.accumulate} does not divide {local}, the batch of each of "
+            f"{num_replicas} replicas; choose a divisor of {local}"
         )
 
 
 def _of_many(tf: Any, config: TrainConfig, spec: ProcessSpec, num_gpus: int) -> Any:
-    # Of a chief and workers, all become workers: who is first is the rank's to say.
+    # A chief becomes a worker: the rank decides which process is first.
     tasks = {
         "cluster": {"worker": spec.addresses},
         "task": {"type": "worker", "index": spec.rank},
     }
     os.environ["TF_CONFIG"] = json.dumps(tasks)
-    # NCCL where there are GPUs. The ring is the one that sums in the same order every time.
+    # NCCL for GPUs. On CPUs only the ring sums in the same order every time.
     kinds = tf.distribute.experimental.CommunicationImplementation
     options = tf.distribute.experimental.CommunicationOptions(
         implementation=kinds.AUTO if num_gpus else kinds.RING
     )
     _let_watchdog_be_first(config, spec)
-    # It holds the interpreter while it waits for the others, so that no thread of ours can end it.
+    # The strategy holds the interpreter while it waits, so no Python thread could end the process.
     faulthandler.dump_traceback_later(config.phase_timeout, exit=True, file=2)
     try:
         strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
     finally:
         faulthandler.cancel_dump_traceback_later()
     if threading.current_thread() is threading.main_thread():
-        # The strategy's runtime has taken SIGTERM for itself, below Python's own handlers.
+        # The runtime of the strategy has replaced the SIGTERM handler below Python's own handlers.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     return strategy
 
 
 def _let_watchdog_be_first(config: TrainConfig, spec: ProcessSpec) -> None:
-    """Makes TensorFlow's own heartbeat slower than our watchdog.
+    """Makes the heartbeat of TensorFlow slower than the watchdog.
 
-    Its default of 10 s aborts every process when one is silent: no stacks, and the checkpoint that
-    is on its way is lost. A process that dies is noticed by its connections at once all the same.
+    Its default of 10 s aborts every process when one is silent: no stacks, and the checkpoint in
+    upload is lost. A process that dies is still detected at once by its closed connections.
     """
-    # The strategy asks for a service only where none was configured; there is no public way.
+    # The strategy starts a service only if none is configured; there is no public API for this.
     from tensorflow.python.distribute.collective_all_reduce_strategy import coordination_config_pb2
     from tensorflow.python.eager import context
 
@@ -181,13 +181,13 @@ def _let_watchdog_be_first(config: TrainConfig, spec: ProcessSpec) -> None:
 
 def _other_gpus(tf: Any, promised: int, seen: int) -> UsageError:
     return UsageError(
-        f"{promised} GPUs were asked for and TensorFlow sees {seen} on {socket.gethostname()} "
-        f"({_reasons(tf)}); install the extra gpu and a driver there, or ask for other workers"
+        f"{promised} GPUs were requested, but TensorFlow finds {seen} on {socket.gethostname()} "
+        f"({_reasons(tf)}); install the extra gpu and a driver there, or request other workers"
     )
 
 
 def _reasons(tf: Any) -> str:
-    """Returns what may hide a GPU from TensorFlow."""
+    """Returns possible reasons why TensorFlow finds no GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
     built = "is built with" if tf.test.is_built_with_cuda() else "is built without"
     return f"CUDA_VISIBLE_DEVICES {visible}; this TensorFlow {built} CUDA"
@@ -201,12 +201,12 @@ def _of_one(tf: Any, config: TrainConfig, gpus: list[Any]) -> Any:
     used = max(n for n in range(1, len(devices) + 1) if config.global_batch_size % n == 0)
     if used < len(devices) and not gpus:
         raise UsageError(
-            f"--cpu-replicas={len(devices)}: the batch of {config.global_batch_size} does not "
-            "divide by it; choose a divisor of the batch"
+            f"--cpu-replicas={len(devices)} does not divide the batch of "
+            f"{config.global_batch_size}; choose a divisor of the batch"
         )
     if used < len(devices):
         logger.warning(
-            "using %d of %d GPUs: a batch of %d does not divide by more; a multiple of %d uses all",
+            "using %d of %d GPUs: more do not divide the batch of %d; a multiple of %d uses all",
             used,
             len(devices),
             config.global_batch_size,
@@ -217,7 +217,7 @@ def _of_one(tf: Any, config: TrainConfig, gpus: list[Any]) -> Any:
 
 
 def _logical_cpus(tf: Any, number: int) -> list[str]:
-    """Returns the names of so many logical CPUs, which are made where they may be.
+    """Returns the names of `number` logical CPUs; creates them unless TensorFlow was used before.
 
     Raises:
         UsageError: TensorFlow was used before, with fewer.
@@ -238,10 +238,10 @@ def _logical_cpus(tf: Any, number: int) -> list[str]:
 
 @functools.cache
 def _mirrored(devices: tuple[str, ...]) -> Any:
-    """Returns the one strategy of this process over `devices`.
+    """Returns the strategy over `devices`, one per process.
 
-    A second one would number its collectives from the start again, and TensorFlow would find other
-    shapes under the same number.
+    A second strategy would number its collectives from the start again, and TensorFlow would find
+    other shapes under the same number.
     """
     import tensorflow as tf
 
@@ -251,7 +251,7 @@ def _mirrored(devices: tuple[str, ...]) -> Any:
 
 @contextlib.contextmanager
 def _without_hints() -> Iterator[None]:
-    """Holds back what TensorFlow advises on collectives where it was used before."""
+    """Suppresses hints of TensorFlow on collectives, given if it was used before."""
     log = logging.getLogger("tensorflow")
     before = log.level
     log.setLevel(logging.ERROR)

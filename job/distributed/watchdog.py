@@ -1,7 +1,7 @@
-"""Training that stands still: noticed, told with the stacks of this process, and ended.
+"""Detects a stalled process, writes its stacks and ends it.
 
-A collective waits for its peers for ever, a dead disk or a deadlock too, and no scheduler sees the
-difference between a process that computes and one that waits. It must not know what is computed.
+A collective waits for its peers for ever; so does a process with a dead disk or a deadlock. No
+scheduler can distinguish a process that computes from one that waits.
 """
 
 import faulthandler
@@ -23,20 +23,20 @@ from flexunet.storage import ObjectStore
 logger = logging.getLogger(__name__)
 
 STACKS_FOLDER = "stacks"  # in a run's folder
-_NUM_STEPS = 50  # the latest steps, from which the usual duration is taken
+_NUM_STEPS = 50  # latest steps, whose median is the usual duration
 _MIN_STEP_S = 120.0
 _FACTOR = 10.0
 _TICK_S = 0.5
 _CONNECT_S = 2.0
-_QUIET_S = 10.0  # without a step, after which peers are looked for, and between two looks
-_END_S = 60.0  # for the last words, whatever happens
-_GRACE_S = 5.0  # for the other processes to write their stacks before the first one's end ends them
+_QUIET_S = 10.0  # without a step until peers are checked, and between two checks
+_END_S = 60.0  # to write the stacks; then the process ends in any case
+_GRACE_S = 5.0  # for the other processes to write their stacks before this process ends them
 
 
 class Watchdog:
-    """Calls `expired` when nothing has moved on for too long, or a peer is gone; a context manager.
+    """Calls `expired` if there is no progress for too long or a peer is gone; a context manager.
 
-    A collective does not always notice that its peer has died.
+    A collective does not always notice that a peer has died.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Watchdog:
         expired: Callable[[str], None],
         peers: Mapping[int, str] | None = None,
     ) -> None:
-        """Begins to watch when the block is entered.
+        """Sets the limits; watching starts when the block is entered.
 
         Args:
             phase_s: longest time to the first step of a phase, which may compile or wait.
             step_s: longest time of the other steps; 0: ten times their median, at least 120 s.
-            expired: called once, from another thread, with what is wrong.
-            peers: host:port at which each other process listens, by rank.
+            expired: called once, from another thread, with the problem.
+            peers: host:port of each other process, by rank.
         """
         self._peers = dict(peers or {})
         self._phase_s = phase_s
@@ -62,7 +62,9 @@ class Watchdog:
         self._phase = "starting"
         self._needs_peers = True
         self._limit_s = phase_s
-        self._begin = self._last = time.monotonic()  # of the step in progress; of its last sign
+        self._begin = self._last = (
+            time.monotonic()
+        )  # start of the step in progress; its last progress
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -76,10 +78,10 @@ class Watchdog:
         self._stop.set()
 
     def enter(self, phase: str, *, needs_peers: bool = True) -> None:
-        """Begins a phase; its name is what a person reads when it stands still.
+        """Begins a phase; its name is in the error message of a stall.
 
         Args:
-            needs_peers: whether a process that is gone ends this one too.
+            needs_peers: whether to end this process, too, if another one is gone.
         """
         self._phase = phase
         self._needs_peers = needs_peers
@@ -87,7 +89,7 @@ class Watchdog:
         self._last = self._begin
 
     def beat(self) -> None:
-        """Tells that a step of the phase is done."""
+        """Notes that a step of the phase is done."""
         now = time.monotonic()
         if self._limit_s != self._phase_s:
             self._steps.append(now - self._begin)
@@ -96,9 +98,9 @@ class Watchdog:
         self._limit_s, self._begin, self._last = limit_s, now, now
 
     def heartbeat(self) -> None:
-        """Tells that the step in progress has moved on; the rest of it has all of its time again.
+        """Notes progress within a step and restarts its time limit.
 
-        How long steps take is still told by `beat` alone.
+        Only `beat` measures the duration of steps.
         """
         self._last = time.monotonic()
 
@@ -107,19 +109,19 @@ class Watchdog:
         missing: set[str] = set()
         while not self._stop.wait(_TICK_S):
             now = time.monotonic()
-            # This whole process stood still (Ctrl-Z, a paused container): not the training's fault.
+            # Time in which the whole process is paused (Ctrl-Z, docker pause) does not count.
             pause_s = max(0.0, now - before - 10 * _TICK_S)
             self._begin, self._last = self._begin + pause_s, self._last + pause_s
             before = now
             past_s = now - self._last
             if past_s > self._limit_s:
                 self._expired(
-                    f"nothing has moved on for {past_s:.0f} s in: {self._phase} "
+                    f"no progress for {past_s:.0f} s in: {self._phase} "
                     "(--phase-timeout, --step-timeout)"
                 )
                 return
             if self._needs_peers and past_s > _QUIET_S and now - looked > _QUIET_S:
-                # Twice, because one refused connection may be an accident.
+                # Only after two checks: one refused connection may be an accident.
                 gone, missing = missing, set(unreachable(self._peers))
                 looked = before = time.monotonic()
                 if self._needs_peers and gone & missing:
@@ -128,16 +130,16 @@ class Watchdog:
 
 
 def end_process(store: ObjectStore, name: str, title: str) -> None:
-    """Writes the stacks of all threads to `name` in `store`, says so, and ends this process.
+    """Writes the stacks of all threads to `name` in `store`, prints a line, ends this process.
 
     Args:
-        title: the first line: which process stood still, and where.
+        title: the first line: which process stalled, and where.
     """
-    # Whatever follows may need a lock that the thread holds which hangs.
+    # The calls below may block on a lock that the stalled thread holds.
     faulthandler.dump_traceback_later(_END_S, exit=True, file=2)
     try:
         where = _store_stacks(store, name, title)
-        # Not by logging, for the same reason.
+        # Logging could block for the same reason.
         print(f"{title}; the same command resumes (stacks: {where})", file=sys.stderr)  # noqa: T201
         sys.stderr.flush()
         time.sleep(_GRACE_S)
@@ -149,11 +151,11 @@ def end_process(store: ObjectStore, name: str, title: str) -> None:
 def report_stall(store: ObjectStore, name: str, problem: str) -> None:
     """Writes the stacks of all threads to `name` in `store` and logs an error.
 
-    For a process that is not ours to end: a notebook, or a program that calls the Python API.
+    For a process that must not be ended: a notebook, or a program that calls the Python API.
     """
     where = _store_stacks(store, name, problem)
     logger.error(
-        "%s; if training does not go on, end this process; the same call resumes (stacks: %s)",
+        "%s; if training does not continue, end this process; the same call resumes (stacks: %s)",
         problem,
         where,
     )
@@ -172,7 +174,7 @@ def _store_stacks(store: ObjectStore, name: str, title: str) -> str:
 
 
 def unreachable(addresses: Mapping[int, str]) -> list[str]:
-    """Returns `rank R (host:port)` of each address at which nothing accepts a connection."""
+    """Returns `rank R (host:port)` of each address that accepts no connection."""
     missing = []
     for rank, address in addresses.items():
         host, _, port = address.rpartition(":")

@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 def uses_xla(config: TrainConfig, process_group: ProcessGroup) -> bool:
-    """Returns whether the network of a training step is compiled by XLA, the same in all processes.
+    """Returns whether XLA compiles the network of a training step, the same in all processes.
 
     Raises:
-        UsageError: asked for, and XLA compiles nothing in one of them.
+        UsageError: --xla=on, but XLA does not work in one of the processes.
     """
     if config.xla == "off":
         return False
-    # Batch normalization sums over the replicas in the middle of the network.
+    # Batch normalisation sums over the replicas in the middle of the network.
     may = config.model.normalization != "batch" and not config.deterministic
 
     def look() -> dict[str, Any]:
@@ -32,16 +32,18 @@ def uses_xla(config: TrainConfig, process_group: ProcessGroup) -> bool:
     found = process_group.all_gather_object(look)
     reason = next((each["reason"] for each in found if each["reason"] is not None), None)
     if reason is not None and config.xla == "on":
-        raise UsageError(f"--xla=on: XLA compiles nothing here ({reason}); leave it out")
+        raise UsageError(f"--xla=on: XLA does not work on this machine ({reason}); leave --xla out")
     if reason is not None:
-        logger.warning("XLA compiles nothing here (%s): training goes on without it", reason)
+        logger.warning(
+            "XLA does not work on this machine (%s): training continues without it", reason
+        )
     return reason is None and all(each["is_wanted"] for each in found)
 
 
 def why_not_xla() -> str | None:
-    """Returns why XLA cannot compile a network for this machine's devices; None: it can.
+    """Returns why XLA cannot compile a network for the devices of this machine; None: it can.
 
-    For a GPU it needs parts of CUDA that TensorFlow itself runs without.
+    On GPUs, XLA needs parts of CUDA that TensorFlow itself does not need.
     """
     tf = import_tensorflow()
 

@@ -132,7 +132,7 @@ class Evaluator:
             measured: also measure case by case, which predicts each case once more.
             shown: show the progress.
             should_stop: asked after every batch, and after every case that is measured.
-            alive: told of every batch of windows in which a case is predicted.
+            heartbeat: called for every batch of windows in which a case is predicted.
 
         Raises:
             StoppedError: `should_stop` answered yes.

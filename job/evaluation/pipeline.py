@@ -161,8 +161,8 @@ def evaluate_run(
         is_by_tile=config.tiles_as_pictures,
     )
     used = {"which": config.checkpoint, "epochs": [commit.epoch for _, commit in loaded]}
-    _tell_checkpoint(run.store, used)
-    _tell_replaced(target, keeps_fit=not config.remove_small_regions)
+    _log_checkpoint(run.store, used)
+    _log_replaced(target, keeps_fit=not config.remove_small_regions)
     protocol: dict[str, Any] = {
         "runs": [asdict(member) for member in members],
         "checkpoint": config.checkpoint,
@@ -183,7 +183,7 @@ def evaluate_run(
     return evaluation, write_evaluation(target, evaluation, evaluator)
 
 
-def _tell_checkpoint(run: ObjectStore, used: Mapping[str, Any]) -> None:
+def _log_checkpoint(run: ObjectStore, used: Mapping[str, Any]) -> None:
     stands = {
         "stopped": "; the run was stopped before its end",
         "open": "; the run is not over: it is being trained, or its process was killed",
@@ -211,7 +211,7 @@ def evaluation_target(run: TrainedRun, config: EvaluateConfig) -> ObjectStore:
     return evaluation_folder(run.store, config.split)
 
 
-def _tell_replaced(target: ObjectStore, *, keeps_fit: bool) -> None:
+def _log_replaced(target: ObjectStore, *, keeps_fit: bool) -> None:
     if target.stat("summary.json") is None:
         return
     stays = f"; {FILE_NAME} stays" if keeps_fit and target.stat(FILE_NAME) is not None else ""

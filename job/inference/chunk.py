@@ -89,9 +89,9 @@ def predict_images(
     chunk: Chunk,
     predictor: Predictor,
     advance: Callable[[], None],
-    tell: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> ChunkResult:
-    """Writes the masks of `chunk`; `tell` hears how far an image of many windows is."""
+    """Writes the masks of `chunk`; `note` hears how far an image of many windows is."""
     source, output = open_source(chunk.images_url), open_store(chunk.output_url)
     config, manifest = chunk.config, predictor.manifest
     # Pictures at their own size are large: one is read and one written beside the one predicted.
@@ -110,7 +110,7 @@ def predict_images(
     with _threads() as readers, _threads() as writers:
         found = in_order(readers, read, chunk.names, num_waiting=num_waiting)
         images = _readable(found, unreadable, other_colors, advance)
-        predicted = predict_all(images, predictor, config.batch_size, chunk.overlap, note=tell)
+        predicted = predict_all(images, predictor, config.batch_size, chunk.overlap, note=note)
         for _ in in_order(writers, write, predicted, num_waiting=num_waiting):
             advance()
     return ChunkResult(tuple(unreadable), tuple(other_colors))

@@ -65,7 +65,7 @@ def slide(
 
     Args:
         image: (H, W, C) stored pixels.
-        alive: told of every batch.
+        heartbeat: called for every batch.
     """
     height, width, batch_size = windows.height, windows.width, windows.batch_size
     num_rows, num_columns = image.shape[:2]
@@ -111,7 +111,7 @@ def probabilities_of(
 
     Args:
         windows: of the network's size; an image of that size is predicted alone.
-        alive: told of every batch of windows, or of the picture.
+        heartbeat: called for every batch of windows, or of the picture.
     """
     if image.shape[:2] == (windows.height, windows.width):
         found: Probabilities = np.asarray(step(image[np.newaxis]))[0]

@@ -102,6 +102,12 @@ def all_background(counts: Counts) -> Counts:
     return baseline
 
 
+def all_foreground(counts: Counts) -> Counts:
+    """Returns the counts (..., C, 4) of each class if it alone were predicted on every pixel."""
+    tp, fp, fn, tn = np.moveaxis(np.asarray(counts), -1, 0)
+    return np.stack([tp + fn, fp + tn, 0 * fn, 0 * tn], axis=-1)
+
+
 def summarize(cases: Counts) -> dict[str, Any]:
     """Returns the scores of a split, JSON-ready; an undefined value is None.
 
@@ -110,7 +116,8 @@ def summarize(cases: Counts) -> dict[str, Any]:
     Dice and IoU), `num_missed` (in the truth, not one pixel found) and `num_false_alarms` (in the
     prediction only). `foreground_mean` and `foreground_pooled` average over the classes but 0.
     `all_background` holds the foreground means and the pixel accuracy of predicting class 0
-    everywhere: what a model must beat.
+    everywhere, `all_foreground` the scores of predicting a foreground class on every pixel: what a
+    model must beat. The second is high where a class fills most of the images.
 
     Args:
         cases: (N, C, 4) integer, from `confusion_counts`.
@@ -128,6 +135,7 @@ def summarize(cases: Counts) -> dict[str, Any]:
             "foreground_mean": _foreground(baseline),
             "pixel_accuracy": _pixel_accuracy(baseline.sum(axis=0)),
         },
+        "all_foreground": {"foreground_mean": _foreground(all_foreground(cases))},
         "classes": classes,
     }
 
@@ -135,6 +143,7 @@ def summarize(cases: Counts) -> dict[str, Any]:
 def _summarize_class(cases: Counts, pooled: Counts, class_id: int) -> dict[str, Any]:
     tp, fp, fn, _ = np.moveaxis(cases, -1, 0)
     presences = Overlap(tp, fp, fn).presence_counts()
+    everywhere = {name: _mean(values) for name, values in scores(all_foreground(cases)).items()}
     return {
         "id": class_id,
         **{name: _mean(values) for name, values in scores(cases).items()},
@@ -142,6 +151,7 @@ def _summarize_class(cases: Counts, pooled: Counts, class_id: int) -> dict[str, 
         "num_empty": presences["neither"],
         "num_missed": presences["missed"],
         "num_false_alarms": presences["prediction_only"],
+        **({"all_foreground": everywhere} if class_id > 0 else {}),
     }
 
 

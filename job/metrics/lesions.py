@@ -67,7 +67,7 @@ def count_lesions(
     Pairs are taken by falling intersection over union, as long as it is at least `min_iou`.
 
     Args:
-        specks: (H, W) bool; a true region that is all of such pixels is a speck.
+        tiny_regions: (H, W) bool; a true region that is all of such pixels is a speck.
     """
     true, true_sizes = label_regions(truth)
     predicted, predicted_sizes = label_regions(prediction)

@@ -130,7 +130,8 @@ def measure_case(
     """Returns what is measured on masks (H, W) of class ids 0..num_classes-1.
 
     Args:
-        specks: (H, W) bool, pixels of true regions that are no lesions, see `tiny_regions_of`.
+        tiny_regions: (H, W) bool, pixels of true regions that are no lesions; see
+            `tiny_regions_of`.
     """
     classes = (
         _measure_class(truth == class_id, prediction == class_id, scale, tiny_regions)

@@ -1,1 +1,1 @@
-"""Networks and their layers."""
+"""Builds networks and their layers."""

@@ -1,4 +1,4 @@
-"""Whether a network and a dataset go together: known before TensorFlow is there, or a run begun."""
+"""Checks model and dataset compatibility without importing TensorFlow."""
 
 from data_prep.shards.manifest import Manifest
 from flexunet.errors import UsageError
@@ -13,8 +13,8 @@ def check_compatible(config: TrainConfig, dataset: Dataset) -> None:
     """Refuses a dataset on which `config` cannot train.
 
     Raises:
-        UsageError: there is no such model; sides, channels, classes, their weights, the precision
-            or the overlap of windows do not fit; or a split that is needed is empty.
+        UsageError: there is no such model; image sides, channels, classes, class weights, precision
+            or window overlap do not fit; or a required split is empty.
     """
     name = config.model.name
     if name not in MODELS:
@@ -37,27 +37,27 @@ def image_shape(config: TrainConfig, manifest: Manifest) -> tuple[int, int, int]
     """Returns (H, W, C) of the network's input, in pixels and channels.
 
     Raises:
-        UsageError: its channels cannot be made of the dataset's.
+        UsageError: the dataset does not have these channels.
     """
     channels = config.model.image_channels or manifest.channels
     if channels != manifest.channels and manifest.channels != 1:
         raise UsageError(
             f"--model.image-channels={channels}: the dataset has {manifest.channels} channels; "
-            "prepare it with --channels grey or leave --model.image-channels out"
+            "leave --model.image-channels out, or prepare the dataset with --channels grey"
         )
     return manifest.image_height, manifest.image_width, channels
 
 
 def input_max(config: TrainConfig, manifest: Manifest) -> float:
-    """Returns the largest number that the network's first convolution can be given."""
+    """Returns the largest possible input of the first convolution."""
     return 1.0 if config.model.input_scaling == "unit" else float(manifest.value_max)
 
 
 def num_outputs(config: TrainConfig, manifest: Manifest) -> int:
-    """Returns the channels of the head: one per class, or 1 for a sigmoid output.
+    """Returns the output channels: one per class, or 1 for a sigmoid output.
 
     Raises:
-        UsageError: the config names another number.
+        UsageError: the config has another number.
     """
     found, wanted = len(manifest.classes), config.model.num_classes
     if wanted is None or wanted == found or (wanted == 1 and found == 2):
@@ -69,41 +69,42 @@ def num_outputs(config: TrainConfig, manifest: Manifest) -> int:
 
 
 def check_float16(largest: float) -> None:
-    """Refuses inputs of the network that float16 cannot hold.
+    """Refuses network inputs that are too large for float16.
 
     Raises:
-        UsageError: names what `largest` is.
+        UsageError: `largest` is too large.
     """
     if largest > FLOAT16_MAX:
         raise UsageError(
-            f"--precision=mixed_float16: pixels of up to {largest:g} are beyond float16's largest "
-            f"number, {FLOAT16_MAX:g}; give --model.input-scaling=unit or --precision=float32"
+            f"--precision=mixed_float16: pixel values of up to {largest:g} exceed the largest "
+            f"float16 number, {FLOAT16_MAX:g}; give --model.input-scaling=unit or "
+            "--precision=float32"
         )
 
 
 def check_sides(shape: tuple[int, int, int], num_layers: int) -> None:
-    """Refuses sides of the image (H, W, C) that cannot be halved `num_layers` - 1 times.
+    """Refuses an image (H, W, C) whose sides cannot be halved `num_layers` - 1 times.
 
     Raises:
-        UsageError: names both.
+        UsageError: names the levels and the sides.
     """
     multiple = 2 ** (num_layers - 1)
     height, width, _ = shape
     if height % multiple or width % multiple:
         raise UsageError(
-            f"--model.num-layers={num_layers} needs image sides that divide by {multiple}, "
+            f"--model.num-layers={num_layers} needs image sides divisible by {multiple}, "
             f"got {height}x{width}; lower --model.num-layers or prepare another image size"
         )
 
 
 def window_overlap(manifest: Manifest, *wanted: int | None, flag: str = "--overlap") -> int:
-    """Returns the first of `wanted` that is set, or half a window; pixels.
+    """Returns the window overlap in pixels: the first of `wanted` that is set, or half a window.
 
     Args:
-        flag: the option by which the user can set it.
+        flag: option for the overlap, for the error message.
 
     Raises:
-        UsageError: it is not smaller than a window.
+        UsageError: the overlap is not smaller than a window.
     """
     side = min(manifest.image_height, manifest.image_width)
     overlap = next((each for each in wanted if each is not None), side // 2)

@@ -1,9 +1,9 @@
-"""Dropout as a pure function of (seed, epoch, layer, sample).
+"""Computes dropout as a pure function of (seed, epoch, layer, sample).
 
-Keras' own layer draws from a state that depends on the number of replicas and is lost by
-`save_weights`. Here each sample brings a key, so that a sample is treated alike on any number of
-replicas and after a restart. The keys reach the layers through `sample_keys`, because a layer of a
-functional model sees only its own input.
+The dropout layer of Keras draws from a state that depends on the number of replicas and that
+`save_weights` does not save. Here each sample has a key, so that its dropout is the same on any
+number of replicas and after a restart. `sample_keys` passes the keys to the layers, because a layer
+of a functional model gets only its own input.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# Returns what a layer keeps of values of shape (B, *shape), bool.
+# (layer, shape of one sample) -> the values that the layer keeps, (B, *shape) bool.
 Draw = Callable[["SampleDropout", tuple[int, ...]], tf.Tensor]
 
 _draw: ContextVar[Draw | None] = ContextVar("draw", default=None)
@@ -22,22 +22,22 @@ _draw: ContextVar[Draw | None] = ContextVar("draw", default=None)
 
 @contextmanager
 def sample_keys(keys: tf.Tensor) -> Iterator[None]:
-    """Gives `keys`, (B,) int64, to the dropout layers that are called inside the block."""
+    """Passes `keys`, (B,) int64, to the dropout layers called inside the block."""
     with _drawn_by(lambda layer, shape: _drawn(layer, shape, keys)):
         yield
 
 
 @contextmanager
 def kept_values(kept: Mapping[str, tf.Tensor]) -> Iterator[None]:
-    """Gives the dropout layers that are called inside the block what `draw_kept` returned."""
+    """Passes the result of `draw_kept` to the dropout layers called inside the block."""
     with _drawn_by(lambda layer, shape: kept[layer.name]):
         yield
 
 
 def draw_kept(model: keras.Model, keys: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Returns what the dropout layers of `model` keep, (B, ...) bool by name of the layer.
+    """Returns the values that the dropout layers of `model` keep, (B, ...) bool by layer name.
 
-    For code that XLA compiles: its generator gives other numbers for the same seeds.
+    For code compiled by XLA, whose generator gives other numbers for the same seeds.
 
     Args:
         keys: (B,) int64, as for `sample_keys`.
@@ -56,8 +56,8 @@ def _drawn_by(draw: Draw) -> Iterator[None]:
 
 
 def _drawn(layer: "SampleDropout", shape: tuple[int, ...], keys: tf.Tensor) -> tf.Tensor:
-    # One draw per sample: the batch is small and its size static, and a draw that covered the
-    # batch would tie a sample's values to its place in it.
+    # One draw per sample: the batch is small and its size static. A single draw for the batch would
+    # make the values of a sample depend on its position.
     index = tf.constant(layer.index, tf.int64)
     return tf.stack(
         [
@@ -74,7 +74,7 @@ class SampleDropout(keras.layers.Layer):
     def __init__(self, rate: float, index: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.rate = rate
-        self.index = index  # tells layers apart; part of the random seed
+        self.index = index  # unique per layer; part of the random seed
         self.supports_masking = True
 
     def get_config(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class SampleDropout(keras.layers.Layer):
             return inputs
         draw = _draw.get()
         if draw is None:
-            raise RuntimeError(f"{self.name} is trained outside of `sample_keys`")
+            raise RuntimeError(f"{self.name} was called in training outside of `sample_keys`")
         keep = draw(self, tuple(inputs.shape[1:]))
         scale = tf.cast(1.0 / (1.0 - self.rate), inputs.dtype)
         return tf.where(keep, inputs * scale, tf.zeros_like(inputs))

@@ -12,16 +12,16 @@ Network = Callable[[tf.Tensor], tf.Tensor]  # stored pixels (B, H, W, C) -> logi
 
 
 def network_of(models: Sequence[keras.Model], flips: Flips = "none") -> Network:
-    """Returns the network that `models` are together, over mirrored pictures where `flips` says so.
+    """Returns a network that averages `models` over the mirrored images of `flips`.
 
-    Its probabilities are the mean of theirs; one model without flips is what it always was.
+    Its probabilities are the mean probabilities. One model without flips gives its own logits.
     """
     mirrored = mirrored_axes(flips)
 
     def logits_of(model: keras.Model, images: tf.Tensor, turned: list[int]) -> tf.Tensor:
         if not turned:
             return model(prepared(model, images), training=False)
-        # Turned when they are floating point: 16-bit pixels have no GPU kernel for it.
+        # Reversed as floating point: there is no GPU kernel for 16-bit pixels.
         found = model(tf.reverse(prepared(model, images), turned), training=False)
         return tf.reverse(found, turned)
 
@@ -29,7 +29,7 @@ def network_of(models: Sequence[keras.Model], flips: Flips = "none") -> Network:
         parts = [logits_of(model, images, turned) for model in models for turned in mirrored]
         if len(parts) == 1:
             return parts[0]
-        # Models may compute in several precisions.
+        # The models may have different precisions.
         widest = max((part.dtype for part in parts), key=lambda dtype: dtype.size)
         return _logits_of_mean(tf.stack([tf.cast(part, widest) for part in parts]))
 
@@ -39,7 +39,7 @@ def network_of(models: Sequence[keras.Model], flips: Flips = "none") -> Network:
 def _logits_of_mean(logits: tf.Tensor) -> tf.Tensor:
     """Returns logits (B, H, W, K) of the mean probabilities of (N, B, H, W, K), without overflow.
 
-    Logits of a softmax are logarithms of probabilities; of a sigmoid, of p / (1 - p).
+    Softmax logits are logarithms of probabilities; a sigmoid logit is log(p / (1 - p)).
     """
     if logits.shape[-1] == 1:
         log_p, log_not_p = tf.math.log_sigmoid(logits), tf.math.log_sigmoid(-logits)
@@ -86,7 +86,7 @@ def probability_model(model: keras.Model, channels: int, bit_depth: int) -> kera
 
 
 def prepared(model: keras.Model, images: tf.Tensor) -> tf.Tensor:
-    """Returns stored pixels (B, H, W, C) as the model's input: its channels, floating point."""
+    """Returns stored pixels (B, H, W, C) as model input: floating point, channels of the model."""
     channels = model.input_shape[-1]
     images = tf.cast(images, tf.float64 if model.dtype == "float64" else tf.float32)
     if images.shape[-1] == 1 and channels > 1:
@@ -97,7 +97,7 @@ def prepared(model: keras.Model, images: tf.Tensor) -> tf.Tensor:
 def predicted_ids(logits: tf.Tensor) -> tf.Tensor:
     """Returns the most probable class of each pixel, (B, H, W) int32, for (B, H, W, K) logits.
 
-    K = 1 is a sigmoid output: class 1 where its probability is above one half.
+    K = 1 is a sigmoid output: class 1 if its probability is above one half.
     """
     if logits.shape[-1] == 1:
         return tf.cast(logits[..., 0] > 0, tf.int32)

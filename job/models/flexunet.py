@@ -11,7 +11,7 @@ from job.models.compatibility import check_sides
 from job.models.dropout import SampleDropout
 from job.models.normalization import BatchNormalization, GroupNormalization
 
-_NUM_GROUPS = 8  # of channels that are normalised together; fewer where they do not divide
+_NUM_GROUPS = 8  # groups of channels normalised together; fewer if 8 does not divide the channels
 
 
 def build_flexunet(
@@ -25,8 +25,8 @@ def build_flexunet(
 ) -> keras.Model:
     """Returns FlexUNet: a U-Net whose kernels and dilations shrink with depth.
 
-    Weights are created in the reference implementation's order: encoder from the top, then decoder
-    from the bottom, then the head.
+    Creates weights in the order of the reference implementation: encoder from the top, decoder
+    from the bottom, head.
     Source: TensorFlow-FlexUNet, sarah-antillia; U-Net, arXiv:1505.04597.
     """
     check_sides(image_shape, config.num_layers)
@@ -34,7 +34,7 @@ def build_flexunet(
     image = keras.Input(image_shape, name="image")  # (B, H, W, C)
     x = keras.layers.Rescaling(
         1.0 / value_max if config.input_scaling == "unit" else 1.0,
-        # Pixels of 16 bits are beyond float16 until they are scaled.
+        # Unscaled 16-bit pixels exceed the range of float16.
         dtype="float32" if policy.compute_dtype == "float16" else policy,
         name="input_scaling",
     )(image)
@@ -52,7 +52,7 @@ def build_flexunet(
         num_classes,
         1,
         kernel_initializer=block.initializer("glorot_uniform"),
-        # Softmax and its gradient need more than bfloat16's 8 bits.
+        # Softmax and its gradient need more than the 8 bits of bfloat16.
         dtype="float64" if policy.compute_dtype == "float64" else "float32",
         name="head",
     )(x)
@@ -60,7 +60,7 @@ def build_flexunet(
 
 
 class _BlockFactory:
-    """Makes the layers of one FlexUNet; counts them, so that each draws from its own seed."""
+    """Makes the layers of one FlexUNet; counts them to give each its own seed."""
 
     def __init__(self, config: ModelConfig, *, seed: int, policy: keras.DTypePolicy) -> None:
         self._config = config
@@ -110,10 +110,10 @@ class _BlockFactory:
         if self._config.normalization == "none":
             return x
         if self._config.normalization == "group":
-            # Of one picture: small batches are no worse, and replicas need not talk.
+            # Per image: works for small batches, and replicas need no exchange.
             groups = math.gcd(_NUM_GROUPS, x.shape[-1])
             return GroupNormalization(groups, dtype=self._policy)(x)
-        # Statistics over the global batch: replicas then compute what one device would.
+        # Statistics over the global batch: replicas compute the same as one device.
         return BatchNormalization(
             momentum=self._config.normalization_momentum, synchronized=True, dtype=self._policy
         )(x)

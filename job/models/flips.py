@@ -1,6 +1,6 @@
-"""Names the ways to mirror pictures over which a network may be averaged, and their axes.
+"""Defines the mirrored images over which predictions can be averaged.
 
-Apart from the networks, so that options can name them without TensorFlow.
+Imports no TensorFlow, so that options can name them.
 """
 
 from typing import Literal
@@ -9,7 +9,7 @@ Flips = Literal["none", "horizontal", "vertical", "both"]
 
 
 def mirrored_axes(flips: Flips) -> list[list[int]]:
-    """Returns the axes of (B, H, W, C) to reverse for each prediction; none for the first."""
+    """Returns the axes of (B, H, W, C) to reverse for each prediction; [] for the first."""
     axes = {"none": [], "horizontal": [2], "vertical": [1], "both": [2, 1]}[flips]
     mirrored: list[list[int]] = [[]]
     for axis in axes:

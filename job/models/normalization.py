@@ -1,19 +1,19 @@
-"""Owns group and batch normalisation: exact over large images, and blind to padding.
+"""Computes group and batch normalisation exactly for large images, ignoring padding.
 
-Weights, options and file entries are those of Keras' layers of the same names; what is computed is
-ours, for two reasons.
+Weights, options and file entries are those of the Keras layers of the same names. The computation
+differs for two reasons.
 
-Sums. TensorFlow sums an axis in the middle as one chain of float32 additions, which over a whole
-image loses up to three digits: Keras' group normalisation of a batch of 1 is off by 1e-3 at
-512 x 512, and an image alone differs from the same image in a batch. Here a mean over pixels is
-taken along W, then along H, so that no chain is longer than a side. The variance is the mean of
-centred squares, and the gradients of the weights are sums of the same kind.
+Sums. TensorFlow sums a middle axis as one chain of float32 additions. Over a whole image this loses
+up to three digits: the group normalisation of Keras is off by 1e-3 for a batch of 1 at 512 x 512,
+and an image alone gives another result than the same image in a batch. Here a mean over pixels is
+taken along W, then along H, so that no chain is longer than one side. The variance is the mean of
+centred squares. The gradients of the weights are summed in the same way.
 
-Padding. Batch normalisation sees all samples of the global batch but those of weight 0. The
-weights reach the layers through `counted_samples`, because a layer of a functional model sees
-only its own input.
+Padding. Batch normalisation uses all samples of the global batch except those of weight 0.
+`counted_samples` passes the weights to the layers, because a layer of a functional model gets only
+its own input.
 
-Numbers. 16-bit inputs are computed in float32. Knows nothing of the step, which gives the weights.
+Precision. 16-bit inputs are computed in float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,9 +32,10 @@ _sample_weights: ContextVar[tf.Tensor | None] = ContextVar("sample_weights", def
 
 @contextmanager
 def counted_samples(weights: tf.Tensor) -> Iterator[None]:
-    """Gives `weights`, (B,), to the batch normalisation layers that are called inside the block.
+    """Passes `weights`, (B,), to the batch normalisation layers called inside the block.
 
-    A sample of weight 0 changes neither statistics nor gradients. Outside, all samples count.
+    A sample of weight 0 changes neither statistics nor gradients. Outside the block, all samples
+    count.
     """
     token = _sample_weights.set(weights)
     try:
@@ -51,7 +52,7 @@ class GroupNormalization(keras.layers.GroupNormalization):
         """Creates gamma and beta, (C,) each, for inputs (B, H, W, C).
 
         Raises:
-            ValueError: other inputs, or channels that the groups do not divide.
+            ValueError: other inputs, or the channels do not divide into the groups.
         """
         _check_axes(self, input_shape)
         super().build(input_shape)
@@ -66,7 +67,7 @@ class GroupNormalization(keras.layers.GroupNormalization):
 class BatchNormalization(keras.layers.BatchNormalization):
     """Normalises each channel over the samples that count, as arXiv:1502.03167.
 
-    With `synchronized` these are the samples of all replicas; in replica context all must call.
+    With `synchronized`, these are the samples of all replicas, and all replicas must call it.
     """
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -77,13 +78,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """
         _check_axes(self, input_shape)
         if self.renorm:
-            raise ValueError(f"{self.name}: renorm=True is not computed here; leave it out")
+            raise ValueError(f"{self.name}: renorm=True is not supported; leave it out")
         super().build(input_shape)
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Returns `inputs` (B, H, W, C) normalised, in the layer's compute dtype.
 
-        By statistics of the batch in training, which then move the moving ones; else by these.
+        Training uses the batch statistics and updates the moving statistics with them. Otherwise
+        uses the moving statistics.
         """
         if not (training and self.trainable):
             return super().call(inputs, training=False)
@@ -99,12 +101,12 @@ def _check_axes(layer: keras.layers.Layer, input_shape: tuple[int | None, ...]) 
     if len(input_shape) != 4 or layer.axis not in (-1, 3):
         raise ValueError(
             f"{layer.name}: axis={layer.axis} of inputs {input_shape}; "
-            "only the channels of (B, H, W, C) are normalised"
+            "only the channels of (B, H, W, C) can be normalised"
         )
 
 
 def _counted(inputs: tf.Tensor) -> tf.Tensor:
-    """Returns 1 for each sample of `inputs` that counts, else 0: (B, 1) float32."""
+    """Returns (B, 1) float32: 1 for each sample of `inputs` that counts, else 0."""
     weights = _sample_weights.get()
     if weights is None:
         return tf.ones((tf.shape(inputs)[0], 1))
@@ -112,18 +114,18 @@ def _counted(inputs: tf.Tensor) -> tf.Tensor:
 
 
 class _Together(Protocol):
-    """What shares a mean and a variance, beside the pixels of an image."""
+    """Averages over everything that shares a mean and a variance, besides the pixels."""
 
     def average(self, values: tf.Tensor) -> tf.Tensor:
-        """Returns the mean, broadcastable to (B, C), of `values` (B, C), of an image each."""
+        """Returns the mean, broadcastable to (B, C), of per-image `values` (B, C)."""
 
     def spread(self, gradient: tf.Tensor) -> tf.Tensor:
-        """Returns the gradient of the values, (B, C), given that of their mean, (B, C)."""
+        """Returns the gradient of the values, (B, C), from the gradient of their mean, (B, C)."""
 
 
 @dataclass(frozen=True)
 class _Groups:
-    """The channels of a group."""
+    """Averages over the channels of a group."""
 
     num_channels: int  # of one group
 
@@ -134,12 +136,12 @@ class _Groups:
         return tf.reshape(tf.broadcast_to(means, tf.shape(grouped)), tf.shape(values))
 
     def spread(self, gradient: tf.Tensor) -> tf.Tensor:
-        return self.average(gradient)  # a symmetric matrix
+        return self.average(gradient)  # the averaging matrix is symmetric
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """The samples of a batch that count, those of all replicas if it is global."""
+    """Averages over the samples of a batch that count; of all replicas if global."""
 
     counted: tf.Tensor  # (B, 1) float32, 0 or 1
     is_global: bool
@@ -148,14 +150,14 @@ class _Samples:
         return self._mean_of_sum(values * tf.cast(self.counted, values.dtype))
 
     def spread(self, gradient: tf.Tensor) -> tf.Tensor:
-        # Padding, too, is normalised by the statistics, but has no part in them.
+        # Padding is normalised with the statistics but does not contribute to them.
         return self._mean_of_sum(gradient) * tf.cast(self.counted, gradient.dtype)
 
     def _mean_of_sum(self, values: tf.Tensor) -> tf.Tensor:
-        """Returns the sum of `values` (B, C) over all samples by the number that count, (1, C)."""
+        """Returns the sum of `values` (B, C) by the number of samples that count, (1, C)."""
         number = tf.cast(tf.reduce_sum(self.counted), values.dtype)
         sums = tf.concat([tf.reduce_sum(values, axis=0), [number]], axis=0)
-        # None where a strategy is entered but not run, as when a model is built.
+        # None inside a strategy's scope but outside its `run`, as when a model is built.
         context = tf.distribute.get_replica_context()
         if self.is_global and context is not None:
             sums = context.all_reduce(tf.distribute.ReduceOp.SUM, sums)
@@ -167,15 +169,15 @@ def _normalized(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Returns the outputs, and mean and variance, broadcastable to (B, C), without gradient.
 
-    The gradient is written out, because the sums of an automatic one would be inexact again, and
-    to read the inputs less often. With x the centred inputs, s = 1 / sqrt(variance + epsilon),
-    y = gamma s x + beta and g the gradient of y, that of the inputs is
+    The gradient is explicit: an automatic one would have inexact sums and read the inputs more
+    often. With x the centred inputs, s = 1 / sqrt(variance + epsilon), y = gamma s x + beta and g
+    the gradient of y, the gradient of the inputs is
 
         gamma s g - M(gamma s g) - s^2 x M(gamma s g x)
 
-    where M is the mean over everything that is normalised together.
+    where M is the mean over all values that are normalised together.
     """
-    # Keras computes wider than float32 in float64 alone, and so do we.
+    # As in Keras, only float64 inputs are computed in more than float32.
     inputs = tf.cast(inputs, tf.float64 if inputs.dtype == tf.float64 else tf.float32)
     fixed = tf.stop_gradient(inputs)
     mean = together.average(_pixel_mean(fixed))
@@ -190,11 +192,11 @@ def _normalized(
         scale = gamma * inverse
 
         def gradients(output: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            # Not before the gradient is there, or TensorFlow centres too early and keeps it long.
+            # Wait for the gradient: otherwise TensorFlow centres early and keeps the result long.
             with tf.control_dependencies([output]):
                 centred = inputs - _per_pixel(mean)
             plain, along = _pixel_mean(output), _pixel_mean(output * centred)
-            # Both at once: a collective of replicas costs more than what it carries.
+            # Both in one call: the latency of a collective costs more than its data.
             both = together.spread(tf.concat([scale * plain, scale * along], axis=1))
             offset, slope = tf.split(both, 2, axis=1)
             found = output * _per_pixel(scale) - centred * _per_pixel(slope * inverse**2)
@@ -205,7 +207,7 @@ def _normalized(
                 num_pixels * tf.reduce_sum(plain, axis=0),
             )
 
-        # Not by way of the centred inputs, which is one more pass over them.
+        # Centring the inputs first would be one more pass over them.
         return inputs * _per_pixel(scale) + _per_pixel(beta - mean * scale), gradients
 
     channels = inputs.shape[-1]

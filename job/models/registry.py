@@ -1,7 +1,7 @@
 """Builds the model that a config names.
 
-A model maps pixel values as stored, (B, H, W, C), to logits, (B, H, W, K). Another model is one
-function and one name in `BUILDERS`.
+A model maps stored pixel values, (B, H, W, C), to logits, (B, H, W, K). To add a model, write a
+builder function, and add its name to `BUILDERS` and `job.config.MODELS`.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,11 @@ def build_model(
     Args:
         image_shape: (H, W, C) of the input, pixels.
         num_classes: logits per pixel; 1 for a single sigmoid output.
-        value_max: largest value that a pixel can have; used by input scaling.
+        value_max: largest possible pixel value, for input scaling.
         precision: a Keras dtype policy; logits are never narrower than float32.
 
     Raises:
-        UsageError: unknown model, or sides that the levels do not divide.
+        UsageError: unknown model, or image sides that do not fit the levels.
     """
     builder = BUILDERS.get(config.name)
     if builder is None:

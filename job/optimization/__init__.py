@@ -1,1 +1,1 @@
-"""Adam, its learning rate, and the loss scale of float16."""
+"""Implements Adam, its learning rate schedule, and the loss scale of float16."""

@@ -1,12 +1,12 @@
-"""Dynamic loss scaling, for gradients that are computed in float16.
+"""Scales the loss dynamically for gradients in float16.
 
 float16 has no numbers between 0 and 6e-8, where many gradients are. So the loss is multiplied by a
 scale before the backward pass, and the gradient is divided by it in float32. The scale is as large
-as the gradients allow: it doubles after `GROWTH_STEPS` updates in a row, and is halved where a
-gradient overflows. That step changes no weight and counts as no step.
+as the gradients allow: it doubles after `GROWTH_STEPS` updates in a row, and halves when a gradient
+overflows. Such a step is skipped: it changes no weight and does not count.
 
-Source: Micikevicius et al. 2018, arXiv:1710.03740; the first scale and the number of steps are
-those of Keras' `LossScaleOptimizer`. Scales are powers of two, so that they round nothing.
+Source: Micikevicius et al. 2018, arXiv:1710.03740. The first scale and the number of steps are
+those of Keras' `LossScaleOptimizer`. Scales are powers of two, which cause no rounding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +21,13 @@ FIRST = 2.0**15
 SMALLEST = 1.0
 LARGEST = 2.0**24
 GROWTH_STEPS = 2000
-# Steps skipped in a row after which no scale helps: the largest becomes the smallest in 24.
+# After this many skipped steps in a row no scale helps: 24 halvings lead from the largest scale to
+# the smallest.
 MOST_SKIPPED = 50
 
 
 class LossScale:
-    """The scale of a run and its counters, as variables: what a checkpoint must hold."""
+    """Holds the scale of a run and its counters as variables, for checkpoints."""
 
     def __init__(self) -> None:
         """Creates the variables; call it inside the strategy's scope."""
@@ -35,7 +36,7 @@ class LossScale:
         self._skipped_in_row = _variable(0, tf.int64, "skipped_in_row")
 
     def scaled(self, loss: tf.Tensor) -> tf.Tensor:
-        """Returns what is differentiated instead of `loss`, () float32."""
+        """Returns the scaled `loss` for differentiation, () float32."""
         return loss * tf.cast(_value(self._scale), loss.dtype)
 
     def apply(
@@ -43,15 +44,15 @@ class LossScale:
     ) -> tf.Tensor:
         """Updates the weights if the gradients are finite, and then the scale.
 
-        Called in replica context with the global gradients, which are the same on all replicas; so
-        all of them skip a step, or none does.
+        Call it in replica context with the global gradients, which are the same on all replicas:
+        either all replicas skip a step, or none does.
 
         Args:
-            gradients: of the scaled loss, float32.
-            update: given the gradients of the loss itself.
+            gradients: gradients of the scaled loss, float32.
+            update: called with the gradients of the unscaled loss.
 
         Returns:
-            How many steps in a row were skipped until now, () int64; 0: this one was not.
+            Number of steps skipped in a row, () int64; 0 if this one was not skipped.
         """
         inverse = 1.0 / _value(self._scale)
         found = [gradient * tf.cast(inverse, gradient.dtype) for gradient in gradients]
@@ -65,7 +66,7 @@ class LossScale:
         return self._advance(is_finite)
 
     def _advance(self, is_finite: tf.Tensor) -> tf.Tensor:
-        """Sets the variables after a step; returns how many were skipped in a row."""
+        """Sets the variables after a step; returns the number of steps skipped in a row."""
         scale, good_steps = _value(self._scale), _value(self._good_steps) + 1
         grows = good_steps >= GROWTH_STEPS
         larger = tf.where(grows, tf.minimum(2 * scale, LARGEST), scale)
@@ -78,7 +79,7 @@ class LossScale:
 
     @property
     def value(self) -> float:
-        """The scale as it is now."""
+        """The current scale."""
         return float(self._scale.numpy())
 
     def named_variables(self) -> dict[str, Any]:
@@ -90,24 +91,24 @@ class LossScale:
         }
 
     def load_state(self, values: Mapping[str, np.ndarray], *, source: str) -> None:
-        """Sets the variables, which `values` holds by name.
+        """Sets the variables from `values`, by name.
 
         Raises:
-            ContentError: one is missing, or no single number.
+            ContentError: a variable is missing or not a single number.
         """
         for name, variable in self.named_variables().items():
             value = values.get(name)
             if value is None or value.shape != ():
                 found = "missing" if value is None else f"of shape {value.shape}"
                 raise ContentError(
-                    f"{source}: {name} is {found}; a run in mixed_float16 keeps one number there: "
-                    "restore the file, or train a run of another name"
+                    f"{source}: {name} is {found}, but a run in mixed_float16 stores one number "
+                    "there; restore the file, or train a run with another name"
                 )
             variable.assign(value)
 
 
 def loss_scale_for(precision: str) -> LossScale | None:
-    """Returns what gradients of this precision need; call it inside the strategy's scope."""
+    """Returns the loss scale of a precision or None; call it in the strategy's scope."""
     return LossScale() if precision == "mixed_float16" else None
 
 
@@ -115,7 +116,7 @@ def _variable(value: float, dtype: tf.DType, name: str) -> Any:
     return tf.Variable(tf.constant(value, dtype), trainable=False, name=f"loss_{name}")
 
 
-# In replica context a variable of a strategy takes no plain assignment: each replica sets its own.
+# In replica context a strategy's variable takes no plain assignment: each replica sets its own.
 
 
 def _value(variable: Any) -> tf.Tensor:

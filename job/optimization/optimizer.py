@@ -1,8 +1,8 @@
-"""Adam and AdamW as one fused update per weight.
+"""Computes Adam and AdamW as one fused update per weight.
 
-The state is plain variables and the step number is an argument, so that a checkpoint holds
-everything and nothing is hidden in an object. TensorFlow's fused kernel reads and writes each
-array once; Keras' optimizer, written in separate operations, passes over them about five times.
+The state is plain variables and the step number is an argument, so that a checkpoint can hold the
+complete state. The fused kernel of TensorFlow reads and writes each array once; the separate
+operations of the Keras optimizer read them about five times.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,11 @@ from job.optimization.loss_scale import LossScale
 
 
 class Adam:
-    """Adam (Kingma & Ba, arXiv:1412.6980) or AdamW (Loshchilov & Hutter, arXiv:1711.05101).
+    """Updates weights by Adam (arXiv:1412.6980) or AdamW (arXiv:1711.05101).
 
     Same formulas as Keras: `epsilon` is added to the root of the uncorrected second moment, and
     AdamW shrinks the weight by `learning_rate * weight_decay` before the update.
+    Source: Kingma and Ba 2015; Loshchilov and Hutter 2019.
     """
 
     def __init__(
@@ -32,8 +33,8 @@ class Adam:
         """Creates zero moments for `weights`; call it inside the strategy's scope.
 
         Args:
-            weights: trainable Keras variables, in the order in which gradients will come.
-            loss_scale: with which these are computed; saved and restored with the moments.
+            weights: trainable Keras variables, in the order of the gradients.
+            loss_scale: scale of the gradients; saved and restored with the moments.
         """
         self.loss_scale = loss_scale
         self._config = config
@@ -45,10 +46,10 @@ class Adam:
     def apply(
         self, gradients: Sequence[tf.Tensor], *, step: tf.Tensor, learning_rate: tf.Tensor
     ) -> None:
-        """Updates the weights in place; called in replica context with the global gradients.
+        """Updates the weights in place; call it in replica context with the global gradients.
 
         Args:
-            step: () int64, updates done so far; the first update has step 0.
+            step: () int64, number of earlier updates; 0 for the first update.
             learning_rate: () float64.
         """
         config = self._config
@@ -83,7 +84,7 @@ class Adam:
     def named_variables(self) -> dict[str, Any]:
         """Returns the variables by name: `first/0000`, `second/0000`, ... per weight.
 
-        With a loss scale, those of `LossScale.named_variables` too.
+        Includes those of `LossScale.named_variables` if there is a loss scale.
         """
         moments: dict[str, Any] = {}
         for name, first, second in zip(self._names, self._first, self._second, strict=True):
@@ -92,10 +93,10 @@ class Adam:
         return moments | (self.loss_scale.named_variables() if self.loss_scale else {})
 
     def load_state(self, moments: Mapping[str, np.ndarray], *, source: str) -> None:
-        """Sets the moments, and the loss scale where there is one.
+        """Sets the moments, and the loss scale if there is one.
 
         Raises:
-            ContentError: names or shapes are not those of these weights, or no loss scale is there.
+            ContentError: names or shapes do not fit the weights, or the loss scale is missing.
         """
         for kind, variables in (("first", self._first), ("second", self._second)):
             for name, variable in zip(self._names, variables, strict=True):
@@ -104,7 +105,7 @@ class Adam:
                     found = "missing" if value is None else f"of shape {value.shape}"
                     raise ContentError(
                         f"{source}: moment {kind}/{name} is {found}, expected "
-                        f"{tuple(variable.shape)}; it belongs to another model"
+                        f"{tuple(variable.shape)}; the file belongs to another model"
                     )
                 variable.assign(value)
         if self.loss_scale:

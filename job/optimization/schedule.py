@@ -1,10 +1,10 @@
-"""Owns warm-up and cosine of the learning rate, its reduction on a plateau, and early stopping.
+"""Computes learning rate warm-up, cosine decay and plateau reduction, and early stopping.
 
-The first two are a pure function of the step. The others are Keras' rules, with state that can be
-saved: both watch a value that should fall. As in Keras, an improvement is judged after rounding to
-float32, so that noise below 1e-7 of the value is none. Unlike in Keras, what is not finite never
-is the best value: there, a first NaN would stay the best for ever. Knows nothing of TensorFlow or
-of the loop.
+Warm-up and cosine are a pure function of the step. Plateau reduction and early stopping follow the
+rules of Keras, with state that can be saved; both watch a value that should fall. As in Keras, an
+improvement is judged after rounding to float32, so that noise below 1e-7 of the value is none.
+Unlike in Keras, NaN and infinity never count as the best value: in Keras, a first NaN stays the
+best for ever.
 
 Source of the rules: `ReduceLROnPlateau` and `EarlyStopping` of Keras 3.
 """
@@ -22,10 +22,10 @@ from flexunet.text import pluralize
 def rate_factor(
     step: int, *, steps_per_epoch: int, epochs: int, warmup_epochs: float, is_cosine: bool
 ) -> float:
-    """Returns what the learning rate of `step`, from 0, is multiplied by.
+    """Returns the factor of the learning rate at `step`, counted from 0.
 
-    Over the warm-up it grows linearly, 1 / n in the first of its n steps; then it is 1, or falls as
-    (1 + cos(pi t)) / 2 while t goes from 0 to 1 over the remaining steps of all epochs.
+    In the n steps of the warm-up the factor rises linearly from 1 / n to 1. After that it is 1, or
+    with cosine (1 + cos(pi t)) / 2, with t rising from 0 to 1 over the remaining steps.
     Source: Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts.
     """
     num_warmup = round(warmup_epochs * steps_per_epoch)
@@ -39,14 +39,14 @@ def rate_factor(
 
 @dataclass
 class PlateauReducer:
-    """Multiplies the learning rate by `factor` when the value has stopped falling.
+    """Multiplies the learning rate by `factor` when the value stops falling.
 
     Attributes:
         factor: in (0, 1).
         patience: epochs without improvement before a reduction; 0 acts like 1.
-        min_lr: the rate is never reduced below it.
+        min_lr: lower limit of the learning rate.
         min_delta: a smaller fall is no improvement.
-        cooldown: epochs after a reduction in which none is counted.
+        cooldown: epochs after a reduction that do not count.
     """
 
     factor: float = 0.4
@@ -77,11 +77,11 @@ class PlateauReducer:
         return max(lr * self.factor, self.min_lr)
 
     def state(self) -> dict[str, Any]:
-        """Returns what `load_state` needs to continue, in JSON types."""
+        """Returns the state for `load_state`, in JSON types."""
         return {"best": self.best, "wait": self.wait, "cooldown_left": self.cooldown_left}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continues from what `state` returned."""
+        """Restores a result of `state`."""
         self.best = state["best"]
         self.wait = state["wait"]
         self.cooldown_left = state["cooldown_left"]
@@ -89,13 +89,13 @@ class PlateauReducer:
 
 @dataclass
 class EarlyStopping:
-    """Stops training when the value has not fallen for `patience` epochs, and knows the best one.
+    """Stops training if the value has not fallen for `patience` epochs; keeps the best epoch.
 
     Attributes:
-        patience: epochs without improvement; 0 or less never stops, the best is still kept.
+        patience: epochs without improvement; 0 or less never stops, but keeps the best.
         min_delta: a smaller fall is no improvement.
         best: the best value so far, None before the first.
-        best_epoch: the epoch of `best`.
+        best_epoch: the epoch of `best`, counted from 0.
     """
 
     patience: int = 10
@@ -105,7 +105,7 @@ class EarlyStopping:
     wait: int = field(default=0, init=False)
 
     def update(self, value: float, epoch: int) -> bool:
-        """Returns whether to stop after `epoch` (from 0), which ended with `value`."""
+        """Returns whether to stop after `epoch` (from 0), whose value is `value`."""
         if _is_improvement(value, self.best, self.min_delta):
             self.best, self.best_epoch, self.wait = value, epoch, 0
             return False
@@ -113,20 +113,20 @@ class EarlyStopping:
         return 0 < self.patience <= self.wait and epoch > 0
 
     def state(self) -> dict[str, Any]:
-        """Returns what `load_state` needs to continue, in JSON types."""
+        """Returns the state for `load_state`, in JSON types."""
         return {"best": self.best, "best_epoch": self.best_epoch, "wait": self.wait}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continues from what `state` returned."""
+        """Restores a result of `state`."""
         self.best = state["best"]
         self.best_epoch = state["best_epoch"]
         self.wait = state["wait"]
 
 
 def stopped_early_words(epochs: int, best_epoch: int) -> str:
-    """Returns why training ended after so many epochs, for a person; `best_epoch` counts from 0."""
+    """Returns the words for an early stop; `best_epoch` counts from 0, the words from 1."""
     return (
-        f"stopped early after {pluralize(epochs, 'epoch')}, as the validation loss has not fallen "
+        f"stopped early after {pluralize(epochs, 'epoch')}: the validation loss has not fallen "
         f"since epoch {best_epoch + 1}"
     )
 

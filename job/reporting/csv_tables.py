@@ -1,4 +1,4 @@
-"""Writes the numbers of a run's epochs as CSV text, in the reference's formats and in full.
+"""Formats the numbers of all epochs as CSV: in the formats of the reference, and in full.
 
 Owns the layout of `train_losses.csv`, `train_metrics.csv` and `history.csv`.
 Knows nothing of TensorFlow, storage or plots.
@@ -10,19 +10,25 @@ from typing import Any
 from flexunet.tables import csv_table
 
 _LOSSES = ("loss", "val_loss")
-CURVE_TITLES = {  # of each picture of curves
-    "foreground": "Foreground of what validates",
-    "train_losses": "Loss",
-    "train_metrics": "Metrics of the reference, background included",
+CURVE_TITLES = {  # by file name of the plot
+    "foreground": "Validation foreground Dice and IoU, mean over images",
+    "train_losses": "Training and validation loss",
+    "train_metrics": "Metrics of the reference implementation, background included",
+}
+CURVE_LABELS = {  # of the lines in these plots; a metric of the reference keeps its name
+    "loss": "training loss",
+    "val_loss": "validation loss",
+    "val_foreground_dice": "foreground Dice",
+    "val_foreground_iou": "foreground IoU",
 }
 
 
 class History:
-    """The numbers of every finished epoch, in order; plain JSON, so that a checkpoint holds them.
+    """Holds the numbers of every finished epoch in order, as plain JSON for the checkpoint.
 
     Attributes:
-        rows: one mapping per epoch: "epoch" (from 0), "loss", "val_loss", and any other number
-            under a name that says its unit ("learning_rate", "epoch_time_s").
+        rows: one mapping per epoch: "epoch" (from 0), "loss", "val_loss", and other numbers, with
+            the unit in the name ("learning_rate", "epoch_time_s").
     """
 
     def __init__(
@@ -51,8 +57,8 @@ class History:
     def tables(self) -> dict[str, str]:
         """Returns the text of each table by file name.
 
-        The first two have the reference implementation's columns and spaces, 4 decimals, and an
-        empty cell where an epoch has no such number; `history.csv` has every number in full.
+        The first two have the columns and spaces of the reference implementation, 4 decimals, and
+        an empty cell if an epoch lacks the number; `history.csv` has every number in full.
         """
         return {
             "train_losses.csv": self._reference_table("epoch, loss, val_loss", _LOSSES),

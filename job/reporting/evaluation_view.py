@@ -1,4 +1,4 @@
-"""Collects what the report says of an evaluation: its metrics, cases, failures and weights."""
+"""Collects the data of an evaluation for the report: metrics, cases, failures and weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +9,16 @@ from flexunet.storage import ObjectStore
 from flexunet.text import pluralize
 from job.optimization.schedule import stopped_early_words
 from job.reporting.phrases import (
+    BASELINE,
+    EVERYTHING,
+    baseline_warnings,
     checkpoint_words,
     counted_cases,
+    everything_dice,
+    everything_rows,
     has_foreground,
     lesion_words,
+    measure_label,
     measure_rows,
     no_foreground_words,
     size_notes,
@@ -30,32 +36,39 @@ from job.reporting.view_parts import (
 from job.runs.layout import evaluate_again
 from job.runs.status import run_status
 
-_FAILED_DICE = 0.5  # a case below is listed as a failure
+_FAILED_DICE = 0.5  # of a class in an image; a lower one is listed as a failure
 _MAX_FAILURES = 100
 _STATUS_PHRASES = {"open": "not finished", "stopped": "stopped before its end"}
 _PRESENCES = ("neither", "both", "truth_only", "missed", "prediction_only")
 _LESION_COUNTS = ("lesions", "lesions_found", "false_positives", "specks")
 
-Origins = list[tuple[str, str]]  # (source, "yes" | "no" | "unknown": it has seen the cases)
+Origins = list[tuple[str, str]]  # (source, whether it saw the cases: "yes", "no" or "unknown")
 
 
 @dataclass(frozen=True)
 class Foreground:
-    """The mean foreground Dice of a split, and of predicting nothing."""
+    """The foreground Dice of a split, mean over images, and those of two baselines.
+
+    Attributes:
+        all_foreground: of predicting each class on every pixel; None if it is not recorded.
+        cases: how many images have it, in words.
+        split: which images were evaluated, in words.
+    """
 
     dice: float | None
     all_background: float | None
+    all_foreground: float | None
     cases: str
     split: str
 
 
 @dataclass(frozen=True)
 class Headline:
-    """How a run stands.
+    """The status of a run and its first number.
 
     Attributes:
-        weights: by which it was evaluated, in words, or nothing.
-        no_foreground: what is said where no case has any.
+        weights: the evaluated checkpoint, in words, or nothing.
+        no_foreground: the sentence for a split without any foreground.
     """
 
     status: str
@@ -66,7 +79,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Regions:
-    """Which small regions are removed, and the split that this was fitted on."""
+    """From which size on regions are kept, and the split on which the sizes were fitted."""
 
     num_cases: int
     split: str
@@ -75,11 +88,11 @@ class Regions:
 
 @dataclass(frozen=True)
 class Prediction:
-    """How cases were predicted, where that is not one plain pass of the run.
+    """How cases were predicted, if not by one plain pass of one run.
 
     Attributes:
-        runs: where several predict together.
-        flips: of pictures, where there are some.
+        runs: of an ensemble; empty for one run.
+        flips: mirrored images over which the mean is taken, None without them.
     """
 
     is_by_tile: bool
@@ -104,17 +117,25 @@ class Size:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What was measured on a split; `thresholds` are others than the one that is used."""
+    """The measures of a split.
+
+    Attributes:
+        everything: the Dice of each class beside that of predicting it on every pixel.
+        warnings: on classes that are predicted no better.
+        thresholds: scores at other thresholds than the one in use.
+    """
 
     prediction: Prediction
     pixels: Table
+    everything: Table
+    warnings: Sequence[str]
     sizes: Sequence[Size]
     thresholds: Table | None
 
 
 @dataclass(frozen=True)
 class Failures:
-    """The cases and classes with a low Dice, worst first; `table` has the first of them."""
+    """The (image, class) pairs with a low Dice, worst first; `table` has the first of them."""
 
     limit: float
     num_pairs: int
@@ -126,24 +147,25 @@ class Failures:
 def headline_of(
     store: ObjectStore, summary: Mapping[str, Any] | None, outcome: Mapping[str, Any] | None
 ) -> Headline:
-    """Returns how the run stands and its mean Dice."""
+    """Returns the status of a run and its foreground Dice."""
     found = run_status(store)
     status = _STATUS_PHRASES.get(found, found)
     if outcome and outcome.get("stopped_early"):
         status += f" ({stopped_early_words(outcome['epochs'], outcome['best']['epoch'])})"
     if outcome and outcome.get("skipped_steps"):
         number = pluralize(outcome["skipped_steps"], "training step")
-        status += f" ({number} skipped, whose gradients overflowed float16)"
+        status += f" ({number} skipped because gradients overflowed float16)"
     if summary is None:
         return Headline(status)
     used = summary.get("checkpoint")
-    weights = f", by {checkpoint_words(used)}" if used else ""
+    weights = f", with {checkpoint_words(used)}" if used else ""
     if not has_foreground(summary):
         return Headline(status, weights, no_foreground=no_foreground_words(summary))
     mean, nothing = summary["foreground_mean"], summary["all_background"]["foreground_mean"]
     foreground = Foreground(
         dice=mean["dice"],
         all_background=nothing["dice"],
+        all_foreground=everything_dice(summary),
         cases=counted_cases(summary),
         split=summarized_words(summary),
     )
@@ -151,7 +173,7 @@ def headline_of(
 
 
 def origins_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> Origins | None:
-    """Returns where the weights of a run came from; None where that is not recorded."""
+    """Returns the origin of the initial weights of a run, or None if it is not recorded."""
     if summary is not None and "init_from" in summary:
         return distinct_origins(summary["init_from"])
     source = read_config(store).get("init_from")
@@ -159,22 +181,22 @@ def origins_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> Origins
 
 
 def distinct_origins(origins: Sequence[Mapping[str, Any]] | None) -> Origins | None:
-    """Returns each source once, and whether it has seen the cases."""
+    """Returns each source once, and whether it saw the cases."""
     if origins is None:
         return None
     return sorted({(str(each["source"]), str(each["seen"])) for each in origins})
 
 
 def metrics_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> Metrics | None:
-    """Returns what the page shows of the newest evaluation of a run."""
+    """Returns the metrics of the newest evaluation of a run."""
     if summary is None:
         return None
     nothing = summary["all_background"]
     pixels = Table(
-        ("pixels", "value", "all background"),
+        ("all pixels", "value", BASELINE),
         [
             (
-                "pixel accuracy (hides what is missed)",
+                "pixel accuracy (counts background)",
                 summary["pixel_accuracy"],
                 nothing["pixel_accuracy"],
             ),
@@ -184,11 +206,18 @@ def metrics_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> Metrics
     return Metrics(
         prediction=_prediction(summary),
         pixels=pixels,
+        everything=_everything(summary),
+        warnings=baseline_warnings(summary),
         sizes=[
             size_of(title, measures) for title, measures in titled_sizes(summary.get("sizes", {}))
         ],
         thresholds=_thresholds(store),
     )
+
+
+def _everything(summary: Mapping[str, Any]) -> Table:
+    columns = ("class, network size", measure_label("dice_mean"), EVERYTHING)
+    return Table(columns, everything_rows(summary))
 
 
 def _prediction(summary: Mapping[str, Any]) -> Prediction:
@@ -209,7 +238,13 @@ def _regions(regions: Mapping[str, Any]) -> Regions:
         (each["name"], each["min_pixels"], each["dice_before"], each["dice"])
         for each in regions["classes"]
     ]
-    columns = ("class", "smallest region, pixels", "Dice there before", "Dice there with it")
+    dice = measure_label("dice_mean")
+    columns = (
+        "class",
+        "smallest kept region, pixels",
+        f"{dice}: all regions",
+        f"{dice}: kept regions",
+    )
     return Regions(where["num_cases"], where["split"], Table(columns, rows))
 
 
@@ -220,11 +255,11 @@ def _thresholds(store: ObjectStore) -> Table | None:
     rows = [
         [row["class"], row["threshold"], *map(cell_value, list(row.values())[2:])] for row in sweep
     ]
-    return Table(list(sweep[0]), rows)
+    return Table([measure_label(name) for name in sweep[0]], rows)
 
 
 def size_of(title: str, measures: Mapping[str, Any]) -> Size:
-    """Returns the measures that `summarize_cases` made of all cases at one size."""
+    """Returns the measures of all cases at one size, from `summarize_cases`."""
     tolerance = " or ".join(
         f"{value:g} {unit}" for unit, value in measures["nsd_tolerance"].items()
     )
@@ -242,16 +277,18 @@ def size_of(title: str, measures: Mapping[str, Any]) -> Size:
 
 def _measures(measures: Mapping[str, Any]) -> Table:
     columns = (
+        "class",
         "measure",
         "value",
         "95 % interval",
-        "cases",
+        "images",
         "groups",
-        "all background",
-        "over cases",
+        BASELINE,
+        "images of the baseline",
     )
     rows = [
         (
+            owner,
             label,
             each["value"],
             _interval(each),
@@ -260,7 +297,7 @@ def _measures(measures: Mapping[str, Any]) -> Table:
             each["all_background"],
             each["all_background_num_cases"],
         )
-        for label, each in measure_rows(measures)
+        for owner, label, each in measure_rows(measures)
     ]
     return Table(columns, rows)
 
@@ -275,14 +312,14 @@ def _counts(measures: Mapping[str, Any]) -> Table:
     columns = (
         "class",
         "in neither mask",
-        "in both",
+        "in both masks",
         "nothing predicted",
-        "not a pixel found",
+        "missed",
         "false alarm",
         "lesions",
-        "found",
+        "lesions found",
         "false positives",
-        "specks",
+        "tiny regions",
     )
     keys = [f"num_{key}" for key in (*_PRESENCES, *_LESION_COUNTS)]
     rows = [(each["name"], *(each[key] for key in keys)) for each in measures["classes"]]
@@ -290,7 +327,7 @@ def _counts(measures: Mapping[str, Any]) -> Table:
 
 
 def cases_of(store: ObjectStore) -> list[tuple[str, list[Figure]]] | None:
-    """Returns (title, figures) of the best, middle and worst cases; None where there are none."""
+    """Returns (title, figures) of the best, middle and worst cases, or None without examples."""
     rows = read_table(store, "evaluation/examples.csv", evaluate_again(store))
     if not rows:
         return None
@@ -304,13 +341,13 @@ def cases_of(store: ObjectStore) -> list[tuple[str, list[Figure]]] | None:
 
 def _case(store: ObjectStore, row: Mapping[str, str]) -> Figure:
     dice = cell_value(row["foreground_dice"])
-    score = "no foreground" if dice is None else f"Dice {dice:.3f}"
+    score = "no foreground" if dice is None else f"image Dice {dice:.3f}"
     data = read_bytes(store, f"evaluation/overlays/{row['picture']}.png")
     return small_figure(data, f"{row['filename']}: {score}")
 
 
 def failures_of(store: ObjectStore) -> Failures | None:
-    """Returns the cases and classes with a low Dice; None where nothing was measured."""
+    """Returns the (image, class) pairs with a low Dice, or None if nothing was measured."""
     rows = read_table(store, "evaluation/measures_network.csv", evaluate_again(store))
     if not rows:
         return None
@@ -325,10 +362,10 @@ def failures_of(store: ObjectStore) -> Failures | None:
     failed.sort(key=lambda each: each[0])
     shown = failed[:_MAX_FAILURES]
     columns = (
-        "case",
+        "image",
         "group",
         "class",
-        "what",
+        "problem",
         "Dice",
         "HD95",
         "unit",
@@ -357,4 +394,4 @@ def _failure(row: Mapping[str, str], name: str) -> str:
     if row[f"presence_{name}"] != "both":
         words = {"truth_only": "nothing predicted", "prediction_only": "false alarm"}
         return words.get(row[f"presence_{name}"], "")
-    return "poor overlap" if int(row[f"tp_px_{name}"]) else "not a pixel found"
+    return "poor overlap" if int(row[f"tp_px_{name}"]) else "no overlap"

@@ -1,10 +1,10 @@
-"""Renders `report.html`: one page about a run, made of the files that the run has stored.
+"""Renders `report.html`: one page about a run, from the files that the run stored.
 
 The folder of a cross-validation gets a page about all its folds.
 
-The page needs no network and no script: pictures are inside of it, and its own policy forbids
-everything else. Text from outside (names of files, groups, classes) is escaped. What is not there
-yet is said to be missing.
+The page needs no network and no script: images are embedded, and the policy of the page forbids
+everything else. Text from outside (names of files, groups, classes) is escaped. The page names the
+files that are still missing.
 """
 
 import functools
@@ -15,6 +15,7 @@ from flexunet.errors import ContentError, LockedError, StorageError, UsageError
 from flexunet.json_files import read_json
 from flexunet.storage import ObjectStore, join_url
 from flexunet.text import pluralize
+from job.data.folds import fold_words
 from job.reporting.evaluation_view import (
     cases_of,
     distinct_origins,
@@ -50,8 +51,8 @@ T = TypeVar("T", bound=str)
 REPORT_NAME = "report.html"
 
 _POOL_AGAIN = (
-    "evaluate the run of every fold again (flexunet evaluate RUN), then give the train command "
-    "with --folds again, which pools them"
+    "evaluate the run of each fold again (flexunet evaluate RUN), then repeat the train command "
+    "with --folds, which pools them"
 )
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,9 @@ def write_report(store: ObjectStore) -> str:
     """Writes `report.html` into the folder `store` of a run or a cross-validation; returns its URL.
 
     Raises:
-        UsageError: there is neither.
-        ContentError: a file of the run is damaged, or lacks what has come since it was written.
+        UsageError: the folder has neither.
+        ContentError: a file of the run is damaged, or an earlier version wrote it without a field
+            that the page needs.
     """
     if store.stat("config.yaml") is not None:
         page = render(store)
@@ -77,9 +79,9 @@ def write_report(store: ObjectStore) -> str:
 
 
 def renew_report(store: ObjectStore) -> None:
-    """Writes the report of a run that is over; one that cannot be made is a warning.
+    """Writes the report of a run that has ended; logs a warning if that fails.
 
-    The run is what it is without it.
+    The run is complete without a report.
 
     Raises:
         LockedError, StorageError: the run was lost, or storage fails.
@@ -90,7 +92,7 @@ def renew_report(store: ObjectStore) -> None:
         raise
     except Exception as error:
         logger.warning(
-            "%s could not be made (%s); the run is not touched by that: flexunet report %s",
+            "%s was not written (%s); the run itself is complete; try again: flexunet report %s",
             join_url(store.url, REPORT_NAME),
             error,
             store.url,
@@ -98,7 +100,7 @@ def renew_report(store: ObjectStore) -> None:
 
 
 def read_summary(store: ObjectStore) -> dict[str, Any] | None:
-    """Returns the newest evaluation of a run's test split, None where there is none."""
+    """Returns the newest evaluation of a run's test split, or None."""
     return read_json(store, "evaluation/summary.json", evaluate_again(store))
 
 
@@ -136,10 +138,10 @@ def render_folds(store: ObjectStore) -> str:
     return _rendered(
         "cross_validation.html.j2",
         store,
-        runs=runs,
+        runs=[(fold_words((k, len(runs))), run) for k, run in enumerate(runs)],
         report_name=REPORT_NAME,
         num_folds=summary["num_folds"],
-        # An earlier version did not copy the manifest there.
+        # Earlier versions did not copy the manifest there.
         drawn="whole groups" if manifest is None else f"groups {manifest.group_rule}",
         origins=distinct_origins(summary.get("init_from")),
         missing_groups=missing_groups(manifest),
@@ -154,12 +156,12 @@ def render_folds(store: ObjectStore) -> str:
 
 
 def _fold_by_fold(found: dict[str, Any]) -> Table:
-    folds = [dict(measure_rows(fold)) for fold in found["folds"]]
+    folds = [{row[:2]: row.measure["value"] for row in measure_rows(fold)}
+             for fold in found["folds"]]  # fmt: skip
     rows = [
-        (label, *(fold[label]["value"] if label in fold else None for fold in folds))
-        for label, _ in measure_rows(found["pooled"])
+        (*row[:2], *(fold.get(row[:2]) for fold in folds)) for row in measure_rows(found["pooled"])
     ]
-    return Table(["measure", *(f"fold {index}" for index in range(len(folds)))], rows)
+    return Table(["class", "measure", *(f"fold {index + 1}" for index in range(len(folds)))], rows)
 
 
 def _rendered(template: str, store: ObjectStore, **values: Any) -> str:
@@ -180,11 +182,11 @@ def _environment() -> "Environment":
     )
     environment.filters["number"] = number
     environment.filters["one_line"] = _one_line
-    environment.globals["counted"] = pluralize
+    environment.globals["pluralize"] = pluralize
     return environment
 
 
 def _one_line(text: T) -> T:
-    """Returns prose, or markup, with single spaces, however a template breaks its lines."""
+    """Returns prose or markup with single spaces and no line breaks of the template."""
     parts = text.replace("\n", " ").split(" ")
     return type(text)(" ".join(part for part in parts if part))

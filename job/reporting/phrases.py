@@ -1,98 +1,172 @@
-"""Says in words what a summary of an evaluation holds: for the report and the terminal alike."""
+"""Puts the summary of an evaluation into words, for the report and the terminal alike.
+
+Owns the names of the measures that people see: one quantity has one name everywhere.
+"""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from flexunet.text import pluralize
 from job.data.folds import split_words
-from job.metrics.per_case import TRUTHS
+from job.metrics.per_case import TOLERANCES, TRUTHS
 
 T = TypeVar("T")
 
+# What people see, by the name of the measure in summary.json and in the CSV files.
+MEASURE_LABELS = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "dice_mean": "Dice, mean over images",
+    "iou_mean": "IoU, mean over images",
+    "dice_pooled": "Dice, pooled over pixels",
+    "iou_pooled": "IoU, pooled over pixels",
+    "lesion_sensitivity": "lesion sensitivity",
+    "false_positives_per_image": "false positives per image",
+    "hd95_mm": "HD95 in mm",
+    "hd95_px": "HD95 in pixels",
+    "nsd_mm": f"NSD within {TOLERANCES['mm']:g} mm",
+    "nsd_px": f"NSD within {TOLERANCES['px']:g} pixels",
+}
+BASELINE = "predict-nothing baseline"
+EVERYTHING = "predict-everything baseline"  # a class on every pixel, each class alone
+ONE_SIZE = "original size (same as network size)"
+
+
+def measure_label(name: str) -> str:
+    """Returns what people see for the name of a measure, or the name if it has no other."""
+    return MEASURE_LABELS.get(name, name)
+
 
 def summarized_words(summary: Mapping[str, Any]) -> str:
-    """Returns which cases a summary is of."""
+    """Returns which cases are summarized."""
     # An earlier version did not write the fold.
     return split_words(summary["split"], summary.get("fold"))
 
 
+def num_cases_words(summary: Mapping[str, Any]) -> str:
+    """Returns how many images, or tiles, are summarized."""
+    return pluralize(summary["num_cases"], _case_noun(summary))
+
+
 def counted_cases(summary: Mapping[str, Any]) -> str:
-    """Returns how many cases the mean foreground Dice is over: those with a class in a mask."""
+    """Returns how many cases have a mean foreground Dice: those with a class in a mask."""
     total = summary["num_cases"]
     counts = {total - each["num_empty"] for each in summary["classes"][1:]}
     if counts == {total}:
-        return pluralize(total, "case")
+        return num_cases_words(summary)
     number = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
-    return f"{number} of {pluralize(total, 'case')}"
+    return f"{number} of {num_cases_words(summary)}"
+
+
+def _case_noun(summary: Mapping[str, Any]) -> str:
+    return "tile" if summary.get("case") == "tile" else "image"
 
 
 def has_foreground(summary: Mapping[str, Any]) -> bool:
-    """Returns whether a case of a summary has a foreground class in its truth."""
+    """Returns whether the truth of any summarized case has a foreground class."""
     return summary["all_background"]["foreground_mean"]["dice"] is not None
 
 
+def everything_dice(summary: Mapping[str, Any]) -> float | None:
+    """Returns the mean foreground Dice of predicting each class on every pixel."""
+    baseline = summary.get("all_foreground")  # earlier versions did not write it
+    dice: float | None = baseline["foreground_mean"]["dice"] if baseline else None
+    return dice
+
+
+def everything_rows(summary: Mapping[str, Any]) -> list[tuple[str, float | None, float | None]]:
+    """Returns (class, its Dice, the Dice of predicting it on every pixel), means over images."""
+    return [
+        (each["name"], each["dice"], each["all_foreground"]["dice"])
+        for each in summary["classes"][1:]
+        if "all_foreground" in each  # earlier versions did not write it
+    ]
+
+
+def baseline_warnings(summary: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for each class that is predicted no better than on every pixel."""
+    return [
+        f"{name}: Dice {dice:.4f} is no better than {everywhere:.4f}, which predicting this class "
+        "on every pixel gives."
+        for name, dice, everywhere in everything_rows(summary)
+        if dice is not None and everywhere and dice <= everywhere
+    ]
+
+
 def no_foreground_words(summary: Mapping[str, Any]) -> str:
-    """Returns what can be said of cases without any foreground."""
+    """Returns the false alarms in cases that all have no foreground."""
     alarms = ", ".join(
         f"{each['name']} in {each['num_false_alarms']}" for each in summary["classes"][1:]
     )
     return (
-        f"No case of {summarized_words(summary)} has foreground, so none can be found: false "
-        f"alarms of {alarms} of {pluralize(summary['num_cases'], 'case')}."
+        f"No {_case_noun(summary)} of {summarized_words(summary)} has foreground, so there is no "
+        f"Dice to report. False alarms: {alarms} of {num_cases_words(summary)}."
     )
 
 
-def measure_rows(size: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns (label, measure) of what `summarize_cases` returned, for tables that people read.
+class MeasureRow(NamedTuple):
+    """A row of a table of measures.
+
+    Attributes:
+        owner: the name of a class, or "foreground" for the mean over all foreground classes.
+    """
+
+    owner: str
+    label: str
+    measure: dict[str, Any]
+
+
+def measure_rows(size: Mapping[str, Any]) -> list[MeasureRow]:
+    """Returns a row for each measure of `summarize_cases`; the rows of an owner are together.
 
     With one foreground class the mean over classes is that class, and is left out.
     """
-    shared = size["foreground"] if len(size["classes"]) > 1 else {}
-    rows = [(f"foreground {name}", each) for name, each in shared.items()]
-    for each in size["classes"]:
-        rows += [
-            (f"{each['name']} {name}", value)
-            for name, value in each.items()
-            if isinstance(value, dict)
-        ]
-    return rows
+    owners = [("foreground", size["foreground"])] if len(size["classes"]) > 1 else []
+    owners += [(each["name"], each) for each in size["classes"]]
+    return [
+        MeasureRow(owner, measure_label(name), value)
+        for owner, values in owners
+        for name, value in values.items()
+        if isinstance(value, dict)
+    ]
 
 
 def titled_sizes(sizes: Mapping[str, T]) -> list[tuple[str, T]]:
-    """Returns (title, measures) of every size that is measured; equal ones are one.
+    """Returns (title, measures) for each size; two sizes with equal measures become one.
 
-    Pictures that were not resized, or are tiles put together, have the same measures at both.
+    The measures are equal if images were not resized, or were put together from tiles.
     """
     if len(sizes) == 2 and sizes["network"] == sizes["original"]:
-        return [("original size, which is the network's", sizes["original"])]
+        return [(ONE_SIZE, sizes["original"])]
     return [(f"{size} size", each) for size, each in sizes.items()]
 
 
 def size_notes(title: str, size: Mapping[str, Any]) -> list[str]:
-    """Returns what a reader must know of the measures at one of `titled_sizes`."""
+    """Returns the limits of the measures at one of `titled_sizes`."""
     notes = []
     if title == "original size":
         notes.append(
-            f"Truth at this size: {TRUTHS['original']}, and not the source's; what was lost when "
-            "it was stored does not count as missed."
+            f"Truth at this size: {TRUTHS['original']}, not the source mask. Regions that were "
+            "lost when the mask was stored do not count as missed."
         )
     if title == "network size" and any("hd95_px" in each for each in size["classes"]):
         notes.append(
-            "Distances in pixels of this size take the stored pixels as square, which they are not "
-            "where pictures of another aspect were stretched (--geometry stretch)."
+            "Distances in pixels of this size assume square pixels. Stored pixels are not square "
+            "if images of another aspect ratio were stretched (--geometry stretch)."
         )
     return notes
 
 
 def lesion_words(size: Mapping[str, Any]) -> str:
-    """Returns what counts as a lesion found in what `summarize_cases` returned, for readers."""
+    """Returns the rule by which `summarize_cases` counted lesions."""
     rule = size["lesion_rule"]
     return (
-        "A lesion is a connected region of the truth. It is found when a predicted region overlaps "
-        f"it with an IoU of at least {rule['min_iou']:g}, one region for one lesion; all other "
-        f"predicted regions are false positives. True regions of fewer than {rule['min_pixels']} "
-        "pixels of the network's size are specks: they are no lesions, and what finds one is no "
-        "false positive."
+        "A lesion is a connected region of the truth mask. It is found if a predicted region "
+        f"overlaps it with an IoU of at least {rule['min_iou']:g}; one region finds at most one "
+        "lesion. "
+        "All other predicted regions are false positives. True regions of fewer than "
+        f"{rule['min_pixels']} pixels at network size are tiny regions: they are not lesions, and "
+        "a predicted region that finds one is not a false positive."
     )
 
 

@@ -1,7 +1,7 @@
-"""Pictures of a run as PNG bytes: curves, coloured masks, overlays and panels.
+"""Draws curves, coloured masks, overlays and panels as PNG bytes.
 
-Owns how they look. Same input, same bytes: no dates, no versions, no global plot state. Knows
-nothing of storage, TensorFlow or what a number means.
+Owns how they look. The same input gives the same bytes: no dates, no versions, no global plot
+state. Knows nothing of storage, TensorFlow or the meaning of a number.
 """
 
 import io
@@ -20,7 +20,7 @@ from data_prep.imaging.color_map import ClassColor
 Pixels = npt.NDArray[np.uint8]
 Color = tuple[int, int, int]
 
-# Cyan and orange stay apart for every common colour blindness, and both from grey tissue.
+# Cyan and orange differ for every common colour blindness, and both differ from grey tissue.
 _TRUTH_COLOR: Color = (0, 220, 255)
 _PREDICTION_COLOR: Color = (255, 140, 0)
 _NO_CLASS_COLOR: Color = (128, 128, 128)
@@ -29,21 +29,27 @@ _PAPER: Color = (24, 24, 24)
 
 _DIMMED = 0.65
 _TINT = 0.35
-# Longest side of an overlay, pixels: small pictures grow until a contour is one of their pixels or
-# less, large ones shrink until a browser shows them at once.
+# Limits of the longest side of an overlay, pixels. Small images are enlarged until a contour is at
+# most one of their pixels wide; large ones are reduced so that a browser shows them whole.
 _OVERLAY_SIDES = (1024, 1600)
 _PANEL_SIDE = 512
 _MARGIN = 10
 
 
 def curve_png(
-    title: str, epochs: Sequence[int], series: Mapping[str, Sequence[float]], ylabel: str
+    title: str,
+    epochs: Sequence[int],
+    series: Mapping[str, Sequence[float]],
+    ylabel: str,
+    labels: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Returns line plots over epochs, in the reference implementation's look.
+    """Returns line plots over epochs, in the style of the reference implementation.
 
     Args:
+        epochs: from 1.
         series: values by name, each as long as `epochs`; names that start with "val_" are red,
-            others green, both dashed with markers. NaN leaves a gap.
+            the rest green, all dashed with markers. NaN leaves a gap.
+        labels: names in the legend, by name of the series; default: that name.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,10 +68,10 @@ def curve_png(
             linewidth=1.4,
             marker=marker,
             markersize=marker_size,
-            label=name,
+            label=(labels or {}).get(name, name),
         )
     axes.set_title(title, parse_math=False)
-    axes.set_xlabel("epoch")
+    axes.set_xlabel("epoch, counted from 1")
     axes.set_ylabel(ylabel, parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(epochs) == 1:
@@ -81,7 +87,7 @@ def mask_png(class_ids: Pixels, classes: Sequence[ClassColor]) -> bytes:
     """Returns a palette PNG: pixel values are class ids, shown in the colours of `classes`.
 
     Args:
-        class_ids: (H, W) uint8; an id without a class (the ignore id) is shown grey.
+        class_ids: (H, W) uint8; an id without a class (the ignore id) is grey.
     """
     image = Image.fromarray(class_ids)
     image.putpalette(_palette(classes).tobytes())
@@ -94,10 +100,10 @@ def overlay_png(
     classes: Sequence[ClassColor],
     truth: Pixels | None = None,
 ) -> bytes:
-    """Returns the dimmed image with the contours of the prediction, and of the truth where given.
+    """Returns the dimmed image with the contours of the prediction and, if given, the truth.
 
-    With more than one foreground class the prediction is also tinted in the classes' colours. A
-    legend stands below the picture and covers none of it.
+    With more than one foreground class the prediction is also tinted in the colours of the classes.
+    The legend is below the image and covers no part of it.
 
     Args:
         image: (H, W), (H, W, 1) or (H, W, 3), uint8 or uint16.
@@ -115,7 +121,7 @@ def overlay_png(
     line = max(1, round(max(height, width) / 500))
     entries = []
     if truth is not None:
-        # Wider and below, so that both lines show where they agree.
+        # Drawn first and wider, so that both lines show where they agree.
         true = _resized_ids(truth, height, width)
         _draw_contours(pixels, true, foreground, _TRUTH_COLOR, 2 * line)
         entries.append(_Entry("truth", _TRUTH_COLOR, is_line=True))
@@ -133,7 +139,7 @@ def panel_png(
     classes: Sequence[ClassColor],
     title: str,
 ) -> bytes:
-    """Returns image, truth and prediction side by side under `title`, the classes named below.
+    """Returns image, truth and prediction side by side, with `title` above and a legend below.
 
     Args:
         image: (H, W), (H, W, 1) or (H, W, 3), uint8 or uint16.
@@ -154,8 +160,8 @@ def panel_png(
 
 
 def panel_title(name: str, dice: float | None) -> str:
-    """Returns the title of a case; `dice` is None where neither mask has foreground."""
-    return f"{name}: no foreground" if dice is None else f"{name}: foreground Dice {dice:.3f}"
+    """Returns the title of a case; `dice` is None if neither mask has foreground."""
+    return f"{name}: no foreground" if dice is None else f"{name}: image Dice {dice:.3f}"
 
 
 class _Entry(NamedTuple):
@@ -165,10 +171,10 @@ class _Entry(NamedTuple):
 
 
 def _line_styles(names: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns (colour, marker) of each line: as in the reference, validation is red."""
+    """Returns (colour, marker) of each line; validation is red, as in the reference."""
     markers = "os^Dv"
     if all(name.startswith("val_") for name in names):
-        # Nothing to tell it from but itself.
+        # There is no training line to distinguish them from.
         return [(f"C{i % 10}", markers[i % len(markers)]) for i in range(len(names))]
     styles = []
     counts = {"green": 0, "red": 0}
@@ -188,7 +194,7 @@ def _palette(classes: Sequence[ClassColor]) -> Pixels:
 
 
 def _shown(image: npt.NDArray[Any]) -> Pixels:
-    """Returns `image` as (H, W, 3) uint8; 16-bit pictures are stretched to their own range."""
+    """Returns `image` as (H, W, 3) uint8; 16-bit images are scaled to their own range."""
     pixels = image[..., None] if image.ndim == 2 else image
     if pixels.dtype != np.uint8:
         low, high = float(pixels.min()), float(pixels.max())
@@ -257,11 +263,11 @@ def _legend(entries: Sequence[_Entry], width: int) -> Image.Image:
 
 
 def _line_of_text(text: str, width: int) -> Image.Image:
-    """Returns a strip with `text` in its middle, cut with an ellipsis where it is too long."""
+    """Returns a strip with centred `text`; a text that is too long loses its start."""
     font = _font()
     shown = text
     while len(shown) > 1 and font.getlength(shown) > width - 2 * _MARGIN:
-        # The end names the case and its score; the start is cut.
+        # Cut the start: the end has the name of the case and its score.
         shown = "…" + shown[2:]
     strip = Image.new("RGB", (width, 28), _PAPER)
     draw = ImageDraw.Draw(strip)
@@ -293,14 +299,14 @@ def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
 def _font() -> ImageFont.FreeTypeFont:
     import matplotlib
 
-    # The face that matplotlib ships, so that every picture looks the same on every machine.
+    # The font that matplotlib ships, so that an image looks the same on every machine.
     path = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     return ImageFont.truetype(path, 15)
 
 
 def _png(image: Image.Image) -> bytes:
     if image.mode == "RGB":
-        # Half the time of Pillow's writer: 60 instead of 133 ms for an overlay.
+        # Takes half the time of Pillow's writer: 60 instead of 133 ms for an overlay.
         return encode_png(np.asarray(image))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=False)

@@ -1,4 +1,4 @@
-"""Collects what the report says of a run itself: curves, dataset, attempts and environment."""
+"""Collects the data of a run itself for the report: curves, dataset, attempts, environment."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from job.runs.status import read_ends
 
 @dataclass(frozen=True)
 class FoldedSplits:
-    """What is taken of train and valid, in words, and how many samples that is."""
+    """The folds of train and valid together, in words, and their number of samples."""
 
     folds: str
     num_samples: int
@@ -26,10 +26,10 @@ class FoldedSplits:
 
 @dataclass(frozen=True)
 class DatasetCard:
-    """What a dataset is, its splits, and whether some of them share what they must not.
+    """The properties of a dataset, its splits, and whether splits share groups or images.
 
     Attributes:
-        splits: the dataset's own, or what folds are drawn of.
+        splits: those of the dataset, or the samples from which folds are drawn.
         missing_groups: see `missing_groups`.
     """
 
@@ -41,7 +41,7 @@ class DatasetCard:
 
 @dataclass(frozen=True)
 class Attempts:
-    """The attempts of a run, and the stacks of processes that stood still."""
+    """The attempts of a run, and the stack dumps of stalled processes."""
 
     num_restarts: int
     table: Table
@@ -49,7 +49,7 @@ class Attempts:
 
 
 def curves_of(store: ObjectStore) -> list[Figure]:
-    """Returns the curves that training has drawn."""
+    """Returns the curves that training drew."""
     found = [
         (read_bytes(store, f"metrics/{stem}.png"), title) for stem, title in CURVE_TITLES.items()
     ]
@@ -60,7 +60,7 @@ def dataset_card(manifest: Manifest | None, folds: str | None) -> DatasetCard | 
     """Returns the card of a dataset.
 
     Args:
-        folds: what is taken of train and valid, in words; None: the dataset's own splits are used.
+        folds: the folds of train and valid, in words; None: the splits of the dataset are used.
     """
     if manifest is None:
         return None
@@ -68,7 +68,7 @@ def dataset_card(manifest: Manifest | None, folds: str | None) -> DatasetCard | 
     channels = pluralize(manifest.channels, "channel")
     rows = [
         ("name", manifest.name),
-        ("pictures", f"{size}, {channels}, {manifest.bit_depth} bits, {manifest.geometry}"),
+        ("images", f"{size}, {channels}, {manifest.bit_depth} bits, {manifest.geometry}"),
         ("classes", ", ".join(each.name for each in manifest.classes)),
         ("splits", f"{manifest.split_rule}, seed {manifest.seed}"),
         ("groups", manifest.group_rule),
@@ -77,14 +77,14 @@ def dataset_card(manifest: Manifest | None, folds: str | None) -> DatasetCard | 
     return DatasetCard(
         table=Table(("dataset", ""), rows),
         splits=_splits(manifest, folds),
-        # Folds are drawn of whole groups, whatever the dataset's own splits share.
+        # Folds consist of whole groups, even if the splits of the dataset share groups.
         is_leaky=manifest.leaky and folds is None,
         missing_groups=missing_groups(manifest),
     )
 
 
 def _splits(manifest: Manifest, folds: str | None) -> Table | FoldedSplits:
-    samples = "tiles" if manifest.geometry == "tile" else "pictures"
+    samples = "tiles" if manifest.geometry == "tile" else "images"
     if folds is None:
         rows = [(name, info.num_samples, info.num_groups) for name, info in manifest.splits.items()]
         return Table(("split", samples, "groups"), rows)
@@ -93,10 +93,10 @@ def _splits(manifest: Manifest, folds: str | None) -> Table | FoldedSplits:
 
 
 def lost_regions(manifest: Manifest | None, *, is_folded: bool) -> Table | None:
-    """Returns the regions that the dataset's masks lost, where they were made smaller.
+    """Returns the mask regions that downscaling removed from the dataset, or None.
 
     Args:
-        is_folded: folds are drawn of train and valid together, and nothing of test.
+        is_folded: folds use train and valid together, and leave out test.
     """
     if manifest is None or not manifest.reduced:
         return None
@@ -118,18 +118,18 @@ def lost_regions(manifest: Manifest | None, *, is_folded: bool) -> Table | None:
         if each.id
     ]
     columns = (
-        "cases",
+        "split",
         "class",
-        "pictures",
-        "regions of the source",
-        "without a stored pixel",
-        "pictures that lost all foreground",
+        "images",
+        "source regions",
+        "lost regions",
+        "images that lost all foreground",
     )
     return Table(columns, rows)
 
 
 def attempts_of(store: ObjectStore, outcome: Mapping[str, Any] | None) -> Attempts | None:
-    """Returns the attempts of a run that trained something; None where it has not started."""
+    """Returns the attempts of a run that trained, or None before its start."""
     lease = read_json(store, LEASE_NAME, RESTORE)
     if lease is None:
         return None
@@ -137,18 +137,18 @@ def attempts_of(store: ObjectStore, outcome: Mapping[str, Any] | None) -> Attemp
     bases = {
         int(attempt): base
         for attempt, base in lease["bases"].items()
-        # These trained nothing: a launcher's look, a command that found the run over.
+        # These trained nothing: a status check of the launcher, a command on a finished run.
         if ends.get(int(attempt), {}).get("end") != "looked"
         and not (outcome and int(attempt) > outcome["attempt"])
     }
     last = max(bases, default=0)
     rows = [
-        (attempt, base or "the beginning", _end_of(attempt, last, outcome, ends.get(attempt)))
+        (attempt, base or "the start", _end_of(attempt, last, outcome, ends.get(attempt)))
         for attempt, base in sorted(bases.items())
     ]
     return Attempts(
         num_restarts=max(len(bases) - 1, 0),
-        table=Table(("attempt", "began from", "end"), rows),
+        table=Table(("attempt", "started from", "end"), rows),
         stacks=[stat.name for stat in store.list(f"{STACKS_FOLDER}/")],
     )
 
@@ -160,11 +160,11 @@ def _end_of(
         return f"stopped and saved at epoch {end['epoch']}, step {end['step']}"
     if attempt < last:
         return "killed, or ended by an error"
-    return str(outcome["status"]) if outcome else "not over"
+    return str(outcome["status"]) if outcome else "still running, or killed"
 
 
 def environment_of(store: ObjectStore) -> Table | None:
-    """Returns the environment of the last attempt; None where it has not started."""
+    """Returns the environment of the last attempt, or None before the start."""
     values = read_json(store, "environment.json", RESTORE)
     if values is None:
         return None

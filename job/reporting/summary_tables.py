@@ -1,47 +1,65 @@
 """Prints the summary of an evaluation as tables on a terminal."""
 
-from collections.abc import Mapping
-from typing import Any
+import itertools
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from flexunet.text import pluralize
 from job.reporting.phrases import (
+    BASELINE,
+    EVERYTHING,
+    baseline_warnings,
     checkpoint_words,
     counted_cases,
+    everything_dice,
     has_foreground,
     lesion_words,
+    measure_label,
     measure_rows,
     no_foreground_words,
+    num_cases_words,
     size_notes,
     summarized_words,
     titled_sizes,
 )
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 def show_summary(summary: Mapping[str, Any]) -> None:
-    """Prints the foreground scores of a split beside the all-background baseline."""
+    """Prints the foreground scores of a split next to those of two baselines.
+
+    They predict nothing, and each class on every pixel.
+    """
     from rich.console import Console
     from rich.table import Table
 
     used = summary.get("checkpoint")
     weights = f", {checkpoint_words(used)}" if used else ""
-    cases = pluralize(summary["num_cases"], "case")
+    cases = num_cases_words(summary)
     table = Table(title=f"{summarized_words(summary)}: {cases}{weights}")
-    table.add_column("foreground")
+    table.add_column("foreground, network size")
     baseline = summary["all_background"]["foreground_mean"]
-    columns = {
-        f"mean over {counted_cases(summary)}": summary["foreground_mean"],
-        "pooled pixels": summary["foreground_pooled"],
-        "all background": baseline,
-    }
-    for title in columns:
-        table.add_column(title, justify="right")
     for name in baseline:
-        values = [column[name] for column in columns.values()]
-        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
+        table.add_column(measure_label(name), justify="right", no_wrap=True)
+    rows = {
+        f"mean over {counted_cases(summary)}": summary["foreground_mean"],
+        "pooled over pixels": summary["foreground_pooled"],
+        f"{BASELINE}, mean over images": baseline,
+    }
+    if everything_dice(summary) is not None:
+        rows[f"{EVERYTHING}, mean over images"] = summary["all_foreground"]["foreground_mean"]
+    for label, scores in rows.items():
+        values = [scores[name] for name in baseline]
+        table.add_row(label, *map(shown, values))
     console = Console()
     console.print(table)
     if not has_foreground(summary):
         console.print(no_foreground_words(summary))
+    for warning in baseline_warnings(summary):
+        console.print(warning, markup=False)
     sizes = titled_sizes(summary.get("sizes", {}))
     for title, measures in sizes:
         console.print(measures_table(title, measures))
@@ -51,22 +69,43 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         console.print(lesion_words(sizes[0][1]), style="dim")
 
 
-def measures_table(title: str, measures: Mapping[str, Any]) -> Any:
-    """Returns what `summarize_cases` returned as a table for people, at most 80 columns wide."""
+def measures_table(title: str, measures: Mapping[str, Any]) -> "Table":
+    """Returns the measures of `summarize_cases` as a table of at most 80 columns."""
     from rich.table import Table
 
     table = Table(title=f"{title}: {pluralize(measures['num_groups'], 'group')}")
     table.add_column("measure", overflow="fold")
-    for column in ("value", "95 % interval", "cases", "groups"):
+    for column in ("value", "95 % interval", "images", "groups"):
         table.add_column(column, justify="right", no_wrap=True)
-    for label, measure in measure_rows(measures):
+    rows = []
+    for owner, label, measure in measure_rows(measures):
         value, low, high = measure["value"], measure["low"], measure["high"]
-        table.add_row(
+        cells = [
             label,
-            "-" if value is None else f"{value:.4f}",
-            "-" if low is None else f"{low:.4f} to {high:.4f}",
+            shown(value),
+            "-" if low is None else f"{shown(low)} to {shown(high)}",
             str(measure["num_cases"]),
-            # The outcome of a run of an earlier version has none.
+            # Earlier versions did not write it.
             str(measure.get("num_groups", "-")),
-        )
+        ]
+        rows.append((owner, cells))
+    add_rows(table, rows)
     return table
+
+
+def shown(value: float | None) -> str:
+    """Formats a value with 4 decimals, a distance of 100 and more with 2; None is a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if value < 100 else f"{value:.2f}"  # two of them fit 80 columns
+
+
+def add_rows(table: "Table", rows: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Adds (owner, cells) to a table, with a row for each owner above its rows."""
+    from rich.text import Text
+
+    for owner, own_rows in itertools.groupby(rows, key=operator.itemgetter(0)):
+        table.add_section()
+        table.add_row(Text(owner, style="bold"))
+        for _, cells in own_rows:
+            table.add_row(*cells)

@@ -1,4 +1,4 @@
-"""Shows a person a run that trains: one bar for all epochs and a line for each of them."""
+"""Shows a training run on a terminal: one bar for all epochs and a line for each epoch."""
 
 import logging
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from job.data.folds import evaluated_words
 
 logger = logging.getLogger(__name__)
 
-# Phases that take long and show nothing themselves, and what is said of them.
+# Long phases without a progress bar of their own, and their log lines.
 _SHOWN_PHASES = {
     "opening the session": "building the network",
     "evaluation": "evaluating {cases} with the best checkpoint",
@@ -18,7 +18,7 @@ _SHOWN_PHASES = {
 
 
 class TrainingDisplay:
-    """What a person sees of a run: one bar for all epochs and a line for each of them."""
+    """Shows one bar for all epochs of a run and a line for each epoch."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
@@ -38,7 +38,7 @@ class TrainingDisplay:
             self._progress = None
 
     def report(self, event: Mapping[str, Any]) -> None:
-        """Shows a step, an epoch, or what takes long without either.
+        """Shows a step, an epoch, or a long phase that has neither.
 
         The first step of a process opens the bar.
         """
@@ -56,7 +56,7 @@ class TrainingDisplay:
             self._progress.line(_epoch_line(event))
 
     def _show_phase(self, name: str) -> None:
-        """Says what is done where else nothing would be seen for long."""
+        """Names a phase that shows nothing else for long."""
         if name.startswith("epoch ") and self._progress is None:
             text = f"compiling the first step of {name}"
         elif name in _SHOWN_PHASES and name != self._phase:
@@ -79,11 +79,10 @@ class TrainingDisplay:
 
 
 def _epoch_line(row: Mapping[str, Any]) -> str:
-    """Returns the numbers of an epoch in 80 columns; Dice is that of the validation split."""
+    """Returns the numbers of an epoch in 80 columns; those after the bar are of validation."""
     dice = row["val_foreground_dice"]
     return (
-        f"epoch {row['epoch'] + 1:3d}/{row['num_epochs']}  loss {row['loss']:.4f}  "
-        f"val_loss {row['val_loss']:.4f}  "
-        f"foreground Dice {'-' if dice is None else f'{dice:.4f}'}  "
-        f"lr {row['learning_rate']:.1e}"
+        f"epoch {row['epoch'] + 1:3d}/{row['num_epochs']} lr {row['learning_rate']:.1e} "
+        f"loss {row['loss']:.4f} | val loss {row['val_loss']:.4f} "
+        f"foreground Dice {'-' if dice is None else f'{dice:.4f}'}"
     )

@@ -1,4 +1,4 @@
-"""Builds the tables and figures that the report's templates show, and reads the files they need."""
+"""Builds the tables and figures of the report, and reads the files that they need."""
 
 import base64
 import io
@@ -17,13 +17,13 @@ from flexunet.settings import read_yaml
 from flexunet.storage import NotFound, ObjectStore, join_url
 from job.data.folds import fold_words
 
-_IMAGE_SIDE = 640  # pixels; pictures of cases are made smaller, so that the page stays small
+_IMAGE_SIDE = 640  # pixels; images of cases are reduced to this, so that the page stays small
 _JPEG_QUALITY = 85
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of a table; numbers stand at the right, None is a dash."""
+    """The cells of a table; numbers are right-aligned, None is a dash."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -31,19 +31,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture inside of the page, a `data:` URL; None where its file is missing."""
+    """An image embedded as a `data:` URL, with a caption; the source is None without a file."""
 
     source: str | None
     caption: str
 
 
 def png_figure(png: bytes, caption: str) -> Figure:
-    """Returns a picture as it is."""
+    """Returns a figure with the unchanged image."""
     return Figure(_inline(png, "png"), caption)
 
 
 def small_figure(png: bytes | None, caption: str) -> Figure:
-    """Returns a picture small enough for a page that holds many."""
+    """Returns a figure with a reduced JPEG image, for a page with many images."""
     from PIL import Image
 
     if png is None:
@@ -61,14 +61,14 @@ def _inline(data: bytes, kind: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Returns a number as the page shows it: whole ones in full, others with 4 decimals."""
+    """Formats a number for the page: integers in full, floats with 4 decimals."""
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def cell_value(cell: str) -> float | str | None:
-    """Returns a cell of a CSV as a number where it is one, None where it is empty."""
+    """Returns a cell of a CSV as a number if it is one, or None if it is empty."""
     try:
         return float(cell) if cell else None
     except ValueError:
@@ -76,7 +76,7 @@ def cell_value(cell: str) -> float | str | None:
 
 
 def read_config(store: ObjectStore) -> dict[str, Any]:
-    """Returns the config of a run, empty where there is none."""
+    """Returns the config of a run, or an empty dict without one."""
     text = read_text(store, "config.yaml")
     return {} if text is None else read_yaml(text, join_url(store.url, "config.yaml"))
 
@@ -88,7 +88,7 @@ def read_dataset_copy(store: ObjectStore) -> Manifest | None:
 
 
 def read_bytes(store: ObjectStore, name: str) -> bytes | None:
-    """Returns an object of the run, None where there is none."""
+    """Returns an object of the run, or None if it is missing."""
     try:
         return store.get(name)
     except NotFound:
@@ -96,21 +96,21 @@ def read_bytes(store: ObjectStore, name: str) -> bytes | None:
 
 
 def read_text(store: ObjectStore, name: str) -> str | None:
-    """Returns a file of the run, None where there is none."""
+    """Returns the text of a file of the run, or None if it is missing."""
     data = read_bytes(store, name)
     return None if data is None else data.decode(errors="replace")
 
 
 def trained_fold(store: ObjectStore) -> str | None:
-    """Returns which fold a run trains, in words; None: the dataset's own splits."""
+    """Returns which fold a run trains, in words, or None if it uses the splits of the dataset."""
     config = read_config(store)
     if config.get("fold") is None:
         return None
-    fold = fold_words((int(config["fold"]), int(config["folds"])))
-    return fold.capitalize()
+    fold, num_folds = int(config["fold"]), int(config["folds"])
+    return f"{fold_words((fold, num_folds)).capitalize()} (--fold {fold})"
 
 
 def missing_groups(manifest: Manifest | None) -> str | None:
-    """Returns "by file" where no groups were given, "unknown" where that is not recorded."""
+    """Returns "by file" if no groups were given, "unknown" if that is not recorded, else None."""
     rules = {GROUPS_BY_FILE: "by file", GROUPS_UNKNOWN: "unknown"}
     return None if manifest is None else rules.get(manifest.group_rule)

@@ -246,7 +246,7 @@ def initialize_from(model: Any, source: str, heartbeat: Heartbeat = no_heartbeat
     as data, nothing in it is run.
 
     Args:
-        alive: called while bytes of a run move.
+        heartbeat: called while bytes of a run move.
     """
     from job.compat.weights_h5 import load_reference_weights
 

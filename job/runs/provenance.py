@@ -184,7 +184,7 @@ def _check_model(config: TrainConfig, dataset: Dataset, source: TrainedRun) -> N
     Raises:
         UsageError: names what differs.
     """
-    told = [
+    reported = [
         f"--model.{name.replace('_', '-')} was {theirs}, now {ours}"
         for name in _MODEL_FIELDS
         if (theirs := getattr(source.config.model, name)) != (ours := getattr(config.model, name))
@@ -199,11 +199,11 @@ def _check_model(config: TrainConfig, dataset: Dataset, source: TrainedRun) -> N
             num_outputs(config, dataset.manifest),
         ],
     }
-    told += [f"{was} {name}, now {now}" for name, (was, now) in pairs.items() if was != now]
-    if told:
+    reported += [f"{was} {name}, now {now}" for name, (was, now) in pairs.items() if was != now]
+    if reported:
         raise UsageError(
-            f"--init-from {config.init_from}: its network is another one: {'; '.join(told)}; give "
-            "the options that it was trained with"
+            f"--init-from {config.init_from}: its network is another one: {'; '.join(reported)}; "
+            "give the options that it was trained with"
         )
 
 

@@ -35,7 +35,7 @@ class UploadQueue:
 
         Args:
             budget_s: seconds for which one call is repeated while storage is out of reach.
-            alive: called while the block is left and bytes still move.
+            heartbeat: called while the block is left and bytes still move.
         """
         self._budget_s = budget_s
         self._alive = heartbeat
@@ -92,7 +92,7 @@ class UploadQueue:
         """Waits until at most one large call is on its way.
 
         Args:
-            alive: called while bytes move.
+            heartbeat: called while bytes move.
 
         Raises:
             Exception: the one that ended the deliveries.
@@ -104,7 +104,7 @@ class UploadQueue:
         """Waits until every call is done.
 
         Args:
-            alive: called while bytes move.
+            heartbeat: called while bytes move.
 
         Raises:
             Exception: the one that ended the deliveries, at every call from then on.

@@ -63,13 +63,13 @@ def cross_validate(
         for name in ("train", "valid"):
             dataset.split(name)
         check_no_leakage(each, dataset)
-    _tell_missing_classes(config)
+    _warn_of_missing_classes(config)
     with tempfile.TemporaryDirectory(prefix="flexunet-folds-") as folder, _processes() as running:
         waiting = list(configs)
-        code, is_told = 0, False
+        code, is_reported = 0, False
         while running or (waiting and not code):
-            if should_stop() and not is_told:
-                code, is_told = code or 6, True
+            if should_stop() and not is_reported:
+                code, is_reported = code or 6, True
                 _terminate(running)
             while waiting and not code and len(running) < num_parallel:
                 each = waiting.pop(0)
@@ -86,7 +86,7 @@ def cross_validate(
     return code
 
 
-def _tell_missing_classes(config: TrainConfig) -> None:
+def _warn_of_missing_classes(config: TrainConfig) -> None:
     """Warns of folds without a pixel of a class, whose figures then say nothing of it."""
     dataset = open_dataset(str(config.data))
     rows = read_samples(open_store(dataset.url), dataset.manifest).to_pylist()

@@ -69,7 +69,7 @@ def run_process(
 
     Args:
         config: `data` and `name` are set.
-        place: None: this process alone.
+        spec: None: this process alone.
         num_gpus: GPUs that this process was promised; None: whatever there is.
         launch: names the launcher, whose processes may follow one another at once.
         ends_process: end this process when training stalls; else the stacks are stored and an
@@ -225,7 +225,7 @@ def _acquire_run(config: TrainConfig, launch: str | None) -> Run:
 def _watched_callbacks(watchdog: Watchdog, callbacks: Callbacks) -> Callbacks:
     """Returns `callbacks` of which the watchdog hears too."""
 
-    def tell(event: Mapping[str, Any]) -> None:
+    def report_event(event: Mapping[str, Any]) -> None:
         if event["event"] == "phase":
             watchdog.enter(event["name"], needs_peers=event["needs_peers"])
         callbacks.report(event)
@@ -234,7 +234,7 @@ def _watched_callbacks(watchdog: Watchdog, callbacks: Callbacks) -> Callbacks:
         watchdog.beat()
         return callbacks.should_stop()
 
-    return Callbacks(tell, ask, watchdog.heartbeat)
+    return Callbacks(report_event, ask, watchdog.heartbeat)
 
 
 @contextmanager

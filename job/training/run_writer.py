@@ -40,7 +40,7 @@ from job.inference.inputs import find_images, read_any
 from job.inference.preprocess import to_model_pixels
 from job.optimization.optimizer import Adam
 from job.reporting import plots
-from job.reporting.csv_tables import CURVE_TITLES, History
+from job.reporting.csv_tables import CURVE_LABELS, CURVE_TITLES, History
 from job.reporting.html_report import renew_report
 from job.runs import serialization
 from job.runs.checkpoints import download_checkpoint
@@ -95,7 +95,7 @@ class RunWriter:
         None for a new run.
 
         Args:
-            alive: called while bytes move.
+            heartbeat: called while bytes move.
         """
         with tempfile.TemporaryDirectory(dir=self.staging) as folder:
             found = self.run.restore(folder, moved=heartbeat)
@@ -122,7 +122,7 @@ class RunWriter:
         Waits while two others are on their way. What fails is raised by `flush`.
 
         Args:
-            alive: called while it waits and bytes move.
+            heartbeat: called while it waits and bytes move.
         """
         try:
             self._save(state, heartbeat)
@@ -133,7 +133,7 @@ class RunWriter:
         """Waits until everything is stored.
 
         Args:
-            alive: called while bytes move.
+            heartbeat: called while bytes move.
 
         Raises:
             LockedError: the run is no longer ours.
@@ -156,7 +156,7 @@ class RunWriter:
         """Stores the masks of some pictures, by the weights as they are now.
 
         Args:
-            alive: told of every batch of windows.
+            heartbeat: called for every batch of windows.
         """
         for name, pixels in self.prediction_inputs.items():
             ids = self.evaluator.mask_of(pixels, heartbeat)
@@ -168,7 +168,7 @@ class RunWriter:
         """Stores all that an epoch leaves beside predictions, and a checkpoint last.
 
         Args:
-            alive: as for `save`.
+            heartbeat: as for `save`.
         """
         self.write_tables(state)
         self._write_events(row)
@@ -190,17 +190,16 @@ class RunWriter:
             "train_metrics": tuple(names),
             "foreground": ("val_foreground_dice", "val_foreground_iou"),
         }
-        epochs = [row["epoch"] for row in state.rows]
+        epochs = [row["epoch"] + 1 for row in state.rows]
         for stem, lines in curves.items():
             series = {
                 name: [float("nan") if row[name] is None else row[name] for row in state.rows]
                 for name in lines
             }
             if series:
-                unit = "loss" if "loss" in stem else "value"
-                self._put(
-                    f"metrics/{stem}.png", plots.curve_png(CURVE_TITLES[stem], epochs, series, unit)
-                )
+                ylabel = "loss" if "loss" in stem else "score"
+                png = plots.curve_png(CURVE_TITLES[stem], epochs, series, ylabel, CURVE_LABELS)
+                self._put(f"metrics/{stem}.png", png)
 
     def read_best(self, state: TrainState, heartbeat: Heartbeat) -> bool:
         """Reads the weights of the best checkpoint into the model.
@@ -208,7 +207,7 @@ class RunWriter:
         Returns whether it could: where it is damaged, the newest stay. `state.best` must be set.
 
         Args:
-            alive: called while bytes move.
+            heartbeat: called while bytes move.
         """
         self.flush(heartbeat)
         assert state.best is not None  # noqa: S101 - the caller's promise
@@ -324,7 +323,7 @@ def open_run_writer(
 
     Args:
         reader: of the validation split.
-        alive: called while that takes long and bytes move.
+        heartbeat: called while that takes long and bytes move.
     """
     config, run = setup.config, setup.run
     assert run is not None  # noqa: S101 - only the first process has a recorder

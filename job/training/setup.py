@@ -31,7 +31,7 @@ class TrainingSetup:
         dataset: of `config`.
         run: opened, owned by this process; None but in the first process of a team.
         strategy: a `tf.distribute.Strategy`.
-        team: the processes that train together.
+        process_group: the processes that train together.
     """
 
     config: TrainConfig
@@ -48,7 +48,7 @@ class Callbacks:
     Attributes:
         report: told of every phase, step and epoch.
         should_stop: asked after every step and every batch of an evaluation.
-        alive: told of parts of what lies between, where that may take long.
+        heartbeat: called for parts of what lies between, where that may take long.
     """
 
     report: Report

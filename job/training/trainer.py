@@ -169,7 +169,7 @@ class Trainer:
             state.step_in_epoch += 1
             total, count = sums["loss"]
             yield float(total) / float(count), int(count)
-        self._tell_skipped(state, state.skipped - skipped_before)
+        self._log_skipped(state, state.skipped - skipped_before)
 
     def _count_skipped(self, state: TrainState, sums: Sums) -> None:
         """Takes out of `sums` whether the step was skipped, and counts it."""
@@ -177,7 +177,7 @@ class Trainer:
         self.skipped_in_row = int(float(total) / float(count))
         state.skipped += self.skipped_in_row > 0
 
-    def _tell_skipped(self, state: TrainState, number: int) -> None:
+    def _log_skipped(self, state: TrainState, number: int) -> None:
         scale = self.optimizer.loss_scale
         if number and scale is not None and self.process_group.is_primary:
             logger.info(

@@ -27,7 +27,7 @@ def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -
     """Yields a session whose model, steps and readers are ready; nothing is trained yet.
 
     Args:
-        alive: told of every shard that is found or copied, and of every batch of windows.
+        heartbeat: called for every shard that is found or copied, and of every batch of windows.
 
     Raises:
         UsageError: a model that does not fit the dataset.
@@ -46,7 +46,7 @@ def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -
     )
     readers = _open_readers(setup, heartbeat)
     step = _train_step(setup, model, optimizer, evaluator)
-    recorders: list[RunWriter] = []
+    run_writers: list[RunWriter] = []
     with ExitStack() as stack:
 
         def record() -> None:
@@ -58,10 +58,10 @@ def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -
                 )
             )
             run_writer.write_description(setup.dataset, setup.strategy)
-            recorders.append(run_writer)
+            run_writers.append(run_writer)
 
         process_group.run_on_primary(record)
-        run_writer = recorders[0] if recorders else None
+        run_writer = run_writers[0] if run_writers else None
         yield Trainer(setup, readers, model, optimizer, step, evaluator, run_writer, heartbeat)
 
 

@@ -1,6 +1,6 @@
-"""Every benchmark runs at its smallest size and writes the numbers it is there for.
+"""Every benchmark runs at its smallest size and writes its numbers.
 
-What it measures there says nothing; that it still runs is the point.
+The measured values have no meaning at this size; the tests only check that the scripts run.
 """
 
 import json
@@ -18,8 +18,8 @@ from tests import commands
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = PROJECT / "benchmarks"
 ELSEWHERE = {
-    "machine.py": "what the others share",
-    "peers.py": "needs an environment of its own",
+    "machine.py": "shared functions, not a script",
+    "peers.py": "needs its own environment",
 }
 TIMEOUT_S = 300
 TINY = ("--image-size", "32", "--repeats", "1")
@@ -32,7 +32,7 @@ class Smoke:
 
     Attributes:
         writes: name of the result.
-        numbers: paths of values in it, joined by ">", that must be there and positive.
+        numbers: paths of values in it, joined by ">", that must exist and be positive.
     """
 
     script: str
@@ -58,7 +58,7 @@ SMOKES = [
     ),
     Smoke(
         "gpu.py",
-        ("--device", "cpu", "--small", "--minutes", "30"),  # a busy machine must not fail
+        ("--device", "cpu", "--small", "--minutes", "30"),  # must not fail on a busy machine
         "gpu-cpu.json",
         (
             "sections>precisions>found>mixed_bfloat16, images_per_s",
@@ -144,7 +144,7 @@ class Ended:
 
 
 def ended(smoke: Smoke, folder: Path, **environment: str) -> Ended:
-    """Returns how `smoke` ended, run in a process of its own."""
+    """Runs `smoke` in its own process and returns how it ended."""
     results = folder / "results"
     results.mkdir(parents=True)
     if smoke.script == "plot.py":
@@ -185,7 +185,7 @@ def test_every_benchmark_is_run_here() -> None:
 
 
 def test_a_gpu_report_goes_on_after_a_section_that_failed(tmp_path: Path) -> None:
-    # Sides that the network's levels do not divide.
+    # A side that is not divisible by the factor of the network's levels.
     arguments = ("--device", "cpu", "--small", "--image-size", "33")
     arguments = (*arguments, "--minutes", "30")
     smoke = Smoke("gpu.py", (*arguments, "--sections", "precisions,input"), "gpu-cpu.json")
@@ -201,7 +201,7 @@ def test_a_gpu_report_goes_on_after_a_section_that_failed(tmp_path: Path) -> Non
     assert "does not hold: precisions" in found.output
 
 
-def test_a_gpu_report_tells_what_does_not_agree(tmp_path: Path) -> None:
+def test_a_gpu_report_shows_what_does_not_agree(tmp_path: Path) -> None:
     arguments = ("--device", "cpu", "--small", "--minutes", "30", "--sections", "xla")
     smoke = Smoke("gpu.py", (*arguments, "--tolerance", "0"), "gpu-cpu.json")
     found = ended(smoke, tmp_path)
@@ -216,5 +216,5 @@ def test_without_a_gpu_the_report_of_one_is_refused_in_a_line(tmp_path: Path) ->
     found = ended(Smoke("gpu.py", (), "none"), tmp_path, CUDA_VISIBLE_DEVICES="")
     assert found.exit_code == 2, found.output
     last = found.output.splitlines()[-1]
-    assert last == "no GPU for TensorFlow (it sees none); --device cpu measures the CPU"
+    assert last == "no GPU for TensorFlow (it finds none); --device cpu measures the CPU"
     assert list(found.results.iterdir()) == []

@@ -125,7 +125,7 @@ def test_command_prints_what_was_found_beside_what_was_published(release, tmp_pa
     assert capsys.readouterr().out == said
 
 
-def test_a_release_without_its_format_is_told(release, tmp_path, capsys):
+def test_a_release_without_its_format_is_reported(release, tmp_path, capsys):
     assert cli.main([str(release), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.endswith("a release of INbreast; give --format inbreast\n")
     (tmp_path / "AllXML").mkdir()
@@ -133,7 +133,7 @@ def test_a_release_without_its_format_is_told(release, tmp_path, capsys):
     assert "no files in images/ and masks/" in capsys.readouterr().err
 
 
-def test_what_is_left_out_is_told(release, tmp_path):
+def test_what_is_left_out_is_reported(release, tmp_path):
     source = tmp_path / "release"
     shutil.copytree(release, source)
     images = sorted((source / "AllDICOMs").iterdir())

@@ -6,14 +6,23 @@ import numpy as np
 import PIL.Image
 
 from data_prep.imaging.color_map import ClassColor
-from data_prep.report_figures import _GAP, PairPreview, contact_sheet_png
+from data_prep.report_figures import (
+    _GAP,
+    PairPreview,
+    _fitted,
+    _font,
+    _text_width,
+    contact_sheet_png,
+)
 
 CLASSES = [ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255))]
 
 
-def contact_sheet(pairs: list[PairPreview], value_max: int = 255) -> np.ndarray:
+def contact_sheet(
+    pairs: list[PairPreview], value_max: int = 255, ignore_id: int | None = None
+) -> np.ndarray:
     """Returns the pixels of the sheet, (h, w, 3) int."""
-    png = contact_sheet_png(pairs, CLASSES, value_max, "a title")
+    png = contact_sheet_png(pairs, CLASSES, value_max, "a title", ignore_id=ignore_id)
     return np.asarray(PIL.Image.open(io.BytesIO(png)), int)
 
 
@@ -27,7 +36,7 @@ def green(height: int, width: int) -> np.ndarray:
     return np.full((height, width, 3), (12000, 30000, 12000), np.uint16)
 
 
-def test_a_mask_is_drawn_on_the_second_picture_alone() -> None:
+def test_a_mask_is_drawn_on_the_second_image_alone() -> None:
     mask = np.zeros((40, 60), np.uint8)
     mask[10:30, 20:50] = 1
     counts = is_green(
@@ -42,7 +51,7 @@ def test_a_mask_is_drawn_on_the_second_picture_alone() -> None:
     ]
 
 
-def test_names_of_narrow_pictures_have_room() -> None:
+def test_names_of_narrow_images_have_room() -> None:
     pairs = [
         PairPreview(f"a-long-name-of-a-case-{i}", green(80, 4), np.zeros((80, 4), np.uint8))
         for i in range(3)
@@ -64,3 +73,36 @@ def test_long_names_keep_the_columns_even() -> None:
     first = np.flatnonzero(np.any(is_green(pixels), axis=1))[0]
     for end, start in zip(ends[:-1], starts[1:], strict=True):
         assert np.all(pixels[first - 16 : first - 4, end + 1 : start] == 255)  # no name goes over
+
+
+def colors_of(pixels: np.ndarray) -> set[tuple[int, ...]]:
+    return set(map(tuple, np.unique(pixels.reshape(-1, 3), axis=0).tolist()))
+
+
+def test_ignored_pixels_are_hatched_in_grey_and_not_a_class() -> None:
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:30, 20:50] = 255
+    preview = PairPreview("one", green(40, 60), mask)
+    hatched = contact_sheet([preview], value_max=60000, ignore_id=255)
+    rows, columns = np.nonzero(is_green(hatched))
+    top, left = rows.max() - 39, columns.min()
+    area = hatched[top + 10 : top + 30, left + 20 : left + 50]
+    assert colors_of(area) == {(220, 220, 220), (90, 90, 90)}
+    lines = area[..., 0] == 220
+    assert lines.mean() == 1 / 3
+    assert np.array_equal(lines[1:, :-1], lines[:-1, 1:])  # diagonal
+    # The legend shows both the class and the hatching; without an ignore id only the class.
+    legend = hatched[rows.max() + 5 :]
+    mass = (214, 39, 40)
+    assert {(220, 220, 220), (90, 90, 90), mass} <= colors_of(legend)
+    plain = contact_sheet([preview], value_max=60000)
+    assert (90, 90, 90) not in colors_of(plain[top : top + 40, left : left + 60])
+
+
+def test_short_names_are_whole() -> None:
+    font = _font(11)
+    for name in ("7", "ab", "\n7 "):
+        assert _fitted(name, font, 100) == name.strip()
+    assert _fitted("", font, 100) == ""
+    assert _fitted("7", font, 1) == "…"
+    assert _fitted("0123456789", font, _text_width(font, "01…89")) == "01…89"

@@ -104,7 +104,7 @@ def test_stall_is_late_before_or_after_the_change(client: Client, proxy: FaultPr
     assert 0.3 <= time.monotonic() - start < 20
 
 
-def test_stall_ends_when_it_is_told_to(client: Client, proxy: FaultProxy) -> None:
+def test_stall_ends_when_it_is_asked_to(client: Client, proxy: FaultProxy) -> None:
     proxy.add(Fault("stall", seconds=60, count=1))
     with ThreadPoolExecutor(1) as pool:
         status = pool.submit(client.put, "a", b"1")
@@ -168,7 +168,7 @@ def test_precondition_of_a_session_holds_at_its_end(client: Client) -> None:
     assert client.get("a") == b"other"
 
 
-def test_finished_session_tells_its_object(client: Client, proxy: FaultProxy) -> None:
+def test_finished_session_names_its_object(client: Client, proxy: FaultProxy) -> None:
     path = client.start("a", "")
     proxy.add(Fault("lose-answer", kinds=("part",), count=1))
     with pytest.raises(ConnectionResetError):

@@ -78,7 +78,7 @@ def check_after_stop(store: ObjectStore, acknowledged: list[int], folder: Path) 
 
 def die_at(worker: Worker, url: str, *, steps: list[int], **stop: int) -> tuple[list[int], int]:
     """Lets a fork work until it dies; returns the steps that it said it had committed."""
-    worker.tell("work", url=url, steps=steps, keep_last=1, **stop)
+    worker.send("work", url=url, steps=steps, keep_last=1, **stop)
     acknowledged = []
     while "committed" in (answer := worker.hear()):
         acknowledged.append(answer["committed"])
@@ -391,7 +391,7 @@ def race(
 ) -> float:
     """Lets both open one run; returns the seconds that the loser took."""
     for worker in workers:
-        worker.tell(
+        worker.send(
             "open", url=url, renew_s=timing.renew_s, expire_s=timing.expire_s, by_lease=by_lease
         )
     answers = [worker.hear() for worker in workers]
@@ -512,7 +512,7 @@ def test_owner_that_is_paused_within_a_commit_learns_of_the_loss(
     worker.ask("commit", step=10)
     fault = Fault("stall", kinds=("put",), name=r"step-00000020/a1/COMMIT\.json", seconds=60)
     proxy.add(fault)
-    worker.tell("commit", step=20)
+    worker.send("commit", step=20)
     proxy.wait_for_stall()  # the lease is confirmed, COMMIT.json is on its way
     os.kill(pid, signal.SIGSTOP)
     try:

@@ -36,11 +36,11 @@ from tests.faults.training import (
     free_addresses,
     launched,
     make_control,
-    member,
     pause_of,
     redone_steps,
+    running_process,
+    running_processes,
     steps_of,
-    team,
     traps_left,
 )
 from tests.launcher.conftest import RayCluster, started_cluster
@@ -209,7 +209,9 @@ def test_a_storm_an_outage_and_a_stall_lose_nothing(
     case: Case, made: tuple[str, Path], record_fault: Record
 ) -> None:
     case.proxy.add(*storm(0.3))
-    with team(case.folder, case.options(**{"checkpoint-every-minutes": "0.01"})) as members:
+    with running_processes(
+        case.folder, case.options(**{"checkpoint-every-minutes": "0.01"})
+    ) as members:
         members[0].wait_for(lambda: case.step() >= 15)
         case.proxy.down = True
         time.sleep(20)
@@ -235,7 +237,7 @@ def test_an_outage_for_good_keeps_the_newest_checkpoint(
     options = case.options(**{"storage-timeout": "10"})
     staging = tmp_path / "staging"
     staging.mkdir()
-    with team(case.folder, options, TMPDIR=str(staging)) as members:
+    with running_processes(case.folder, options, TMPDIR=str(staging)) as members:
         members[0].wait_for(lambda: case.step() >= 15)
         case.proxy.down = True
         begin = time.monotonic()
@@ -253,7 +255,7 @@ def test_an_outage_for_good_keeps_the_newest_checkpoint(
     assert names == {"state.json", "model.weights.h5", "optimizer.npz"}
     case.proxy.down = False
     assert newest >= commits_of(case.run)[-1]
-    with team(case.folder, options) as members:
+    with running_processes(case.folder, options) as members:
         assert [each.end() for each in members] == [0, 0], members[0].errors
     assert_same_run(case.run, made[1])
     redone = redone_steps(case.folder)
@@ -327,7 +329,9 @@ def test_uneven_data_neither_hang_nor_change_a_number(
     with command(tmp_path / "alone-trace", alone) as process:
         assert process.end(120) == 0, process.errors
     begin = time.monotonic()
-    with team(tmp_path / "trace", arguments(data, str(tmp_path), "three", **changes), 3) as three:
+    with running_processes(
+        tmp_path / "trace", arguments(data, str(tmp_path), "three", **changes), 3
+    ) as three:
         assert [each.end(120) for each in three] == [0, 0, 0], three[0].errors
     seconds = time.monotonic() - begin
     alone_run, three_run = tmp_path / "alone", tmp_path / "three"
@@ -349,7 +353,7 @@ def test_an_upload_at_a_tenth_of_the_needed_speed_ends_nothing(
     limits = {"phase-timeout": "15", "storage-timeout": "5", "step-timeout": "20"}
     network = {"model.base-filters": "40", "model.base-kernels": "5,5", "epochs": "1"}
     options = case.options(**limits, **network, **{"checkpoint-every-minutes": "0"})
-    with team(case.folder, options, **{PART_BYTES: str(1 << 18)}) as members:
+    with running_processes(case.folder, options, **{PART_BYTES: str(1 << 18)}) as members:
         members[0].wait_for(lambda: case.step() >= NUM_STEPS - 1)
         case.proxy.add(Fault("slow", kinds=("part",), bytes_per_s=SLOW_BYTES_PER_S))
         begin = time.monotonic()
@@ -409,10 +413,10 @@ def test_a_rank_that_never_comes_is_named(
     seconds = []
     for number in range(3):
         rank, addresses = number % 2, free_addresses(2)
-        with member(tmp_path / "trace", rank, addresses, options) as process:
+        with running_process(tmp_path / "trace", rank, addresses, options) as process:
             assert process.end(60) == 1, process.errors
             seconds.append(time.time() - process.started)
-            expected = f"rank {1 - rank} ({addresses[1 - rank]}) did not come in time"
+            expected = f"rank {1 - rank} ({addresses[1 - rank]}) did not connect in time"
             assert expected in process.last_line
     note = f"--phase-timeout 5: named, ended {max(seconds):.0f} s after the start at most"
     record_fault("R16", 3, 0, note)
@@ -425,7 +429,7 @@ def test_a_rank_that_dies_before_the_strategy_is_noticed(
     limits = {"phase-timeout": "15", "storage-timeout": "5"}
     options = arguments(made[0], str(tmp_path), "early", **limits)
     set_trap(tmp_path / "trace", victim, "meet")
-    with team(tmp_path / "trace", options) as members:
+    with running_processes(tmp_path / "trace", options) as members:
         members[1 - victim].wait_for(lambda: not traps_left(tmp_path / "trace"))
         begin = time.monotonic()
         code, seconds = members[1 - victim].end(200), time.monotonic() - begin

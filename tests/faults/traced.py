@@ -54,7 +54,7 @@ class Trace:
         name = f"{time.time():.6f}-{os.getpid()}.jsonl"
         self._file = (folder / "events" / name).open("a", buffering=1)
 
-    def tell(self, event: str, **values: Any) -> None:
+    def record(self, event: str, **values: Any) -> None:
         """Writes an event."""
         line = {"event": event, "rank": self._rank, "time": time.time(), "pid": os.getpid()}
         self._file.write(json.dumps(line | values) + "\n")
@@ -69,7 +69,7 @@ class Trace:
                 path.unlink()
             except FileNotFoundError:  # it was another one's
                 continue
-            self.tell("trap", place=place, at=at, do=trap["do"])
+            self.record("trap", place=place, at=at, do=trap["do"])
             _fail(trap["do"])
 
     def install(self) -> None:
@@ -86,7 +86,7 @@ class Trace:
         part = os.environ.get(PART_BYTES)
         if part is not None:
             gcs._SINGLE_BYTES = gcs_transfer._PART_BYTES = int(part)
-        self.tell("start")
+        self.record("start")
         self._after(process, "rendezvous", lambda *_: self.pass_by("meet"))
         self._before(watchdog.Watchdog, "enter", lambda _, name: self._enter(name))
         self._before(trainer.Trainer, "restore", lambda _: self.pass_by("restore"))
@@ -98,13 +98,13 @@ class Trace:
 
         @functools.wraps(steps)
         def traced(of: trainer.Trainer, state: Any) -> Iterator[tuple[float, int]]:
-            self.tell("begin", attempt=of.attempt, epoch=state.epoch, step=state.step)
+            self.record("begin", attempt=of.attempt, epoch=state.epoch, step=state.step)
             train_step = of.train_step
 
             def traced_step(batch: Any, step: Any, learning_rate: Any) -> Any:
                 sums = train_step(batch, step, learning_rate)
                 # The state counts from 0, and this step is not in it yet.
-                self._tell_step(of, batch, state.epoch, int(step) + 1)
+                self._record_step(of, batch, state.epoch, int(step) + 1)
                 return sums
 
             of.train_step = traced_step
@@ -119,16 +119,16 @@ class Trace:
         trainer.Trainer.train_steps = traced  # type: ignore[method-assign]
 
     def _enter(self, name: str) -> None:
-        self.tell("phase", name=name)
+        self.record("phase", name=name)
         self.pass_by("phase", name)
 
-    def _tell_step(self, of: Any, batch: Any, epoch: int, step: int) -> None:
+    def _record_step(self, of: Any, batch: Any, epoch: int, step: int) -> None:
         local = of.strategy.experimental_local_results
         keys, weights = (
             np.concatenate([np.asarray(part) for part in local(batch[name])]).tolist()
             for name in ("key", "weight")
         )
-        self.tell(
+        self.record(
             "step", attempt=of.attempt, epoch=epoch, step=step, keys=keys, weights=weights
         )  # fmt: skip
 

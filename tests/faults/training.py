@@ -121,7 +121,7 @@ def launched(
 
 
 @contextmanager
-def member(
+def running_process(
     folder: Path, rank: int, addresses: Sequence[str], options: Sequence[str], **environment: str
 ) -> Iterator[Command]:
     """Yields the process `rank` of a cluster as `TF_CONFIG` describes it."""
@@ -132,14 +132,14 @@ def member(
 
 
 @contextmanager
-def team(
+def running_processes(
     folder: Path, options: Sequence[str], size: int = 2, **environment: str
 ) -> Iterator[list[Command]]:
     """Yields all processes of such a cluster, in the order of their ranks."""
     addresses = free_addresses(size)
     with ExitStack() as stack:
         yield [
-            stack.enter_context(member(folder, rank, addresses, options, **environment))
+            stack.enter_context(running_process(folder, rank, addresses, options, **environment))
             for rank in range(size)
         ]
 
@@ -155,7 +155,7 @@ def copied(dataset: str, url: str) -> str:
 def make_control(folder: Path) -> tuple[str, Path]:
     """Returns a dataset and the run of two processes that nothing happened to."""
     data = prepare_discs(folder)
-    with team(folder / "trace", arguments(data, str(folder), "control")) as members:
+    with running_processes(folder / "trace", arguments(data, str(folder), "control")) as members:
         assert [each.end() for each in members] == [0, 0], members[0].errors
     return data, folder / "control"
 

@@ -104,7 +104,7 @@ class Commands:
             self._run = own_run(store, LeaseTiming(renew_s, expire_s), by_lease=by_lease)
         except FlexUNetError as error:
             seconds = time.monotonic() - start
-            return {"error": type(error).__name__, "told": str(error), "seconds": seconds}
+            return {"error": type(error).__name__, "reported": str(error), "seconds": seconds}
         return {"attempt": self._run.attempt, "seconds": time.monotonic() - start}
 
     def commit(self, step: int) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class Worker:
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self.process = process
 
-    def tell(self, do: str, **task: Any) -> None:
+    def send(self, do: str, **task: Any) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": do, **task}).encode() + b"\n")
         self.process.stdin.flush()
@@ -180,7 +180,7 @@ class Worker:
         return answer
 
     def ask(self, do: str, **task: Any) -> dict[str, Any]:
-        self.tell(do, **task)
+        self.send(do, **task)
         return self.hear()
 
 

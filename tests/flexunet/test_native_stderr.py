@@ -45,7 +45,7 @@ def test_a_logger_that_came_inside_still_has_its_stream_after() -> None:
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_a_failure_shows_it_where_that_is_wished(shown: bool) -> None:
+def test_a_failure_shows_it_where_that_is_requested(shown: bool) -> None:
     lines = stderr_of(f"""
     try:
         with suppress_native_stderr(shown_on_error={shown}):

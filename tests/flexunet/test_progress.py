@@ -64,7 +64,7 @@ def test_work_that_goes_on_counts_what_was_done_before(
     assert messages(caplog) == ["read: 7/10 images, 1.5 images/s"]
 
 
-def test_a_log_is_told_the_end_once(
+def test_a_log_gets_the_end_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)

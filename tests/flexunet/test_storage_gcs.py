@@ -169,7 +169,7 @@ pAYnSBNJtOIum/Np/gpGEPgBg/2b0Pv0AqPihe37zyUbc7aV8LbIDTYw
         (True, "/nowhere", "invalid path: /nowhere; check REQUESTS_CA_BUNDLE"),
     ],
 )
-def test_tls_that_cannot_work_is_told_at_once(
+def test_tls_that_cannot_work_is_reported_at_once(
     is_tls: bool,
     authority: str | None,
     message: str,
@@ -199,7 +199,7 @@ def test_tls_that_cannot_work_is_told_at_once(
         server.server_close()
 
 
-def test_broken_line_and_refused_token_are_told_apart_from_refused_tls() -> None:
+def test_broken_line_and_refused_token_are_distinguished_from_refused_tls() -> None:
     import requests
     import urllib3
     from google.auth.exceptions import TransportError

@@ -168,7 +168,7 @@ def test_folder_of_conditional_puts_goes_with_its_last_object(tmp_path: Path) ->
     assert os.listdir(tmp_path / "a") == ["b"]
 
 
-def test_a_watched_folder_tells_of_bytes_on_their_way(tmp_path: Path) -> None:
+def test_a_watched_folder_reports_bytes_on_their_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(3 << 20))
     moves: list[int] = []
     store = LocalStore(str(tmp_path / "store")).watched(lambda: moves.append(1)).subpath("a")

@@ -109,7 +109,7 @@ def test_upload_in_parts_is_refused_at_its_end(
 
 
 @pytest.mark.parametrize("in_parts", [True, False])
-def test_a_watched_store_tells_of_bytes_on_their_way(
+def test_a_watched_store_reports_bytes_on_their_way(
     in_parts: bool, faulty_bucket: FaultyBucket, tmp_path: Path, parts: int
 ) -> None:
     """Both ways, and many times for each large object."""

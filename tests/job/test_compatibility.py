@@ -32,7 +32,7 @@ def test_heads_of_one_output_per_class_or_a_sigmoid_fit(dataset: Dataset) -> Non
         assert num_outputs(fitting, dataset.manifest) == outputs
 
 
-def test_grey_pictures_fit_a_network_for_colour(dataset: Dataset) -> None:
+def test_grey_images_fit_a_network_for_colour(dataset: Dataset) -> None:
     assert image_shape(config(image_channels=3), dataset.manifest) == (32, 32, 3)
 
 
@@ -41,7 +41,7 @@ def test_grey_pictures_fit_a_network_for_colour(dataset: Dataset) -> None:
     [
         ({"name": "flexnet"}, "--model.name='flexnet': no such model; did you mean 'flexunet'"),
         ({"num_classes": 3}, "--model.num-classes=3: the dataset has 2 classes"),
-        ({"num_layers": 7}, "--model.num-layers=7 needs image sides that divide by 64, got 32x32"),
+        ({"num_layers": 7}, "--model.num-layers=7 needs image sides divisible by 64, got 32x32"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -77,7 +77,7 @@ def test_small_tiles_fit_neither_structural_similarity_nor_a_wide_overlap(tmp_pa
         check_compatible(config().model_copy(update={"window_overlap": 8}), tiles)
 
 
-def test_pictures_that_are_never_cut_fit_any_overlap(dataset: Dataset) -> None:
+def test_images_that_are_never_cut_fit_any_overlap(dataset: Dataset) -> None:
     check_compatible(config().model_copy(update={"window_overlap": 99}), dataset)
 
 
@@ -102,7 +102,7 @@ def test_pixels_that_float16_cannot_hold_are_refused(dataset: Dataset) -> None:
     check_compatible(half, deep)
     as_stored = half.model_copy(update={"model": config(input_scaling="none").model})
     check_compatible(as_stored, dataset)
-    with pytest.raises(UsageError, match="pixels of up to 65535 are beyond float16's largest"):
+    with pytest.raises(UsageError, match="pixel values of up to 65535 exceed the largest"):
         check_compatible(as_stored, deep)
     check_compatible(as_stored.model_copy(update={"precision": "float32"}), deep)
 

@@ -10,6 +10,7 @@ from job.metrics.batch import confusion_counts
 from job.metrics.confusion import (
     Overlap,
     all_background,
+    all_foreground,
     dice,
     iou,
     sensitivity,
@@ -95,6 +96,33 @@ def test_all_background_is_what_counting_zeros_gives() -> None:
     labels, predictions = rng.integers(0, 3, (2, 4, 5, 6))
     found = all_background(confusion_counts(labels, predictions, 3).numpy())
     assert (found == confusion_counts(labels, np.zeros_like(labels), 3).numpy()).all()
+
+
+def test_summarize_gives_the_all_foreground_baseline() -> None:
+    summary = summarize(four_cases())
+    mass = summary["classes"][1]["all_foreground"]
+    # 3, 0, 4 and 0 of 10 pixels are class 1; where it is absent, Dice is 0.
+    assert mass["dice"] == pytest.approx((6 / 13 + 0 + 8 / 14 + 0) / 4)
+    assert (mass["sensitivity"], mass["specificity"]) == (1, 0)
+    assert summary["all_foreground"]["foreground_mean"] == mass
+    assert "all_foreground" not in summary["classes"][0]
+
+
+def test_all_foreground_is_what_counting_one_class_everywhere_gives() -> None:
+    labels = np.random.default_rng(0).integers(0, 3, (4, 5, 6))
+    labels[0, 0] = 9  # ignored
+    found = all_foreground(confusion_counts(labels, 0 * labels, 3, ignore_id=9).numpy())
+    for class_id in range(3):
+        everywhere = np.full_like(labels, class_id)
+        counts = confusion_counts(labels, everywhere, 3, ignore_id=9).numpy()
+        assert (found[:, class_id] == counts[:, class_id]).all()
+
+
+def test_a_large_class_gives_the_all_foreground_baseline_a_high_dice() -> None:
+    # 79 of 100 pixels: 2 * 79 / (100 + 79) = 0.8827.
+    summary = summarize(np.array([[[0, 21, 0, 79], [79, 0, 0, 21]]]))
+    assert summary["all_foreground"]["foreground_mean"]["dice"] == pytest.approx(0.8827, abs=1e-4)
+    assert summary["all_background"]["foreground_mean"]["dice"] == 0
 
 
 def test_summarize_gives_none_for_a_class_in_no_case() -> None:

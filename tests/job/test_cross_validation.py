@@ -103,7 +103,9 @@ def test_folds_read_their_samples_from_the_shards_of_both_splits(grouped: Datase
     assert most_shards == 2
 
 
-def test_folds_without_a_class_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folds_without_a_class_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_discs(tmp_path / "source", num_images=9, side=16)
     for path in sorted((tmp_path / "source" / "masks").iterdir())[1:]:
         assert cv2.imwrite(str(path), np.zeros((16, 16), np.uint8))
@@ -149,7 +151,7 @@ def test_tables_of_folds_fit_a_terminal(tmp_path: Path, capsys: pytest.CaptureFi
         lines = capsys.readouterr().out.splitlines()
         assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
         words = "".join(part for line in lines for part in line.split() if part not in "│┃")
-        assert words.count("false_positives_per_image") == 3 or name.startswith("aa")
+        assert words.count("falsepositivesperimage") == 3 or name.startswith("aa")
         assert "…" not in words
 
 
@@ -227,13 +229,14 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
         assert len(line) <= 80 or str(runs) in line
     assert "…" not in done.stdout
     for fold in range(3):
-        assert f"fold {fold + 1} of 3: {runs}/cv-fold-{fold}" in done.stderr
-        assert f"evaluating fold {fold + 1} of 3 with the best checkpoint" in tables
-        assert f"fold {fold + 1} of 3: 4 cases, the best checkpoint" in " ".join(tables.split())
+        words = f"fold {fold + 1} of 3"
+        assert f"{words}: {runs}/cv-fold-{fold}" in done.stderr
+        assert f"evaluating {words} with the best checkpoint" in tables
+        assert f"{words}: 4 images, the best checkpoint" in " ".join(tables.split())
         page = (runs / f"cv-fold-{fold}" / "report.html").read_text()
-        assert f"over 4 cases of fold {fold + 1} of 3, mean over cases" in page
+        assert f"for 4 images of {words}, at network size" in page
     assert "test split" not in tables
-    assert "cases of all folds, original size, which is the network's: 12 groups" in tables
+    assert "all folds, original size (same as network size): 12 groups" in tables
     summary = json.loads((runs / "cv" / "cross_validation.json").read_text())
     network = summary["sizes"]["network"]
     rows = list(csv.DictReader((runs / "cv" / "measures_network.csv").read_text().splitlines()))
@@ -253,12 +256,13 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
     assert pooled["num_cases"] == len(rows) == 12
     assert [each["num_cases"] for each in network["folds"]] == [4, 4, 4]
     page = (runs / "cv" / "report.html").read_text()
-    assert f'<td>mass dice_mean</td><td class="number">{pooled["value"]:.4f}</td>' in page
+    row = f'<td>Dice, mean over images</td><td class="number">{pooled["value"]:.4f}</td>'
+    assert row in page
     for words in (
-        "3 folds, taken from train and valid (12 pictures)",
-        "no groups were given: pictures of one patient may be",
-        "intervals draw pictures, not patients",
-        "The weights started from the seed.",
+        "3 folds, taken from train and valid (12 images)",
+        "no groups were given: images of one patient may be",
+        "intervals draw images, not patients",
+        "Trained from random weights.",
     ):
         assert words in page
     assert f"{pooled['low']:.4f} to {pooled['high']:.4f}" in page
@@ -285,7 +289,7 @@ def check_pools_only_what_was_evaluated_alike(runs: Path) -> None:
     assert (runs / "cv" / "measures_network.csv").read_text() == before
     check_pools_only_the_cases_of_the_folds(runs, config, evaluate)
     evaluate()
-    check_tells_what_an_earlier_version_has_not_stored(runs, config)
+    check_reports_what_an_earlier_version_has_not_stored(runs, config)
     evaluate("--flips", "both", "--checkpoint", "last")
     with pytest.raises(
         UsageError,
@@ -331,7 +335,7 @@ def check_pools_only_the_cases_of_the_folds(
     assert pool_folds(config)["init_from"] == []
 
 
-def check_tells_what_an_earlier_version_has_not_stored(runs: Path, config: TrainConfig) -> None:
+def check_reports_what_an_earlier_version_has_not_stored(runs: Path, config: TrainConfig) -> None:
     table = runs / "cv-fold-1" / "evaluation" / "measures_network.csv"
     text = table.read_text()
     table.write_text(text.replace("specks_mass", "another"))

@@ -33,7 +33,7 @@ def test_split_without_samples_is_refused(discs: str) -> None:
         dataset.split("holdout")
 
 
-def test_open_dataset_knows_the_part_of_each_picture_that_is_stored(tmp_path: Path) -> None:
+def test_open_dataset_knows_the_part_of_each_image_that_is_stored(tmp_path: Path) -> None:
     write_phantoms(str(tmp_path / "source"), 6, 64, 1)
     config = PrepConfig(
         image_size=32, crop="breast", flip="left", fractions=(0.5, 0.25, 0.25), num_processes=1

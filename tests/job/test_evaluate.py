@@ -166,7 +166,7 @@ def test_evaluate_measures_contours_lesions_and_thresholds(evaluated: Path) -> N
     assert float(half["dice_mean"]) == pytest.approx(summary["foreground_mean"]["dice"])
 
 
-def test_evaluate_measures_at_the_pictures_own_size_in_mm(own_run: Path) -> None:
+def test_evaluate_measures_at_the_images_own_size_in_mm(own_run: Path) -> None:
     run = open_run(str(own_run))
     dataset = dataset_of(run, None)
     split = dataset.split("test")
@@ -188,7 +188,7 @@ def test_evaluate_measures_at_the_pictures_own_size_in_mm(own_run: Path) -> None
     assert any(case.classes[0].hd95 for case in sizes["original"])
 
 
-def test_specks_are_the_same_at_both_sizes(own_run: Path) -> None:
+def test_tiny_regions_are_the_same_at_both_sizes(own_run: Path) -> None:
     run = open_run(str(own_run))
     dataset = dataset_of(run, None)
     # 64x96 pixels were stored as 32x32, each of them 6.
@@ -208,7 +208,7 @@ def test_specks_are_the_same_at_both_sizes(own_run: Path) -> None:
 
 
 @pytest.mark.parametrize("factor", [1.3, 2.6, 5.2])
-def test_specks_are_the_same_where_the_factor_is_no_whole_number(
+def test_tiny_regions_are_the_same_where_the_factor_is_no_whole_number(
     own_run: Path, factor: float
 ) -> None:
     run = open_run(str(own_run))
@@ -307,7 +307,7 @@ def test_evaluate_of_another_split_leaves_the_test_split_alone(own_run: Path) ->
     assert (own_run / "evaluation" / "per_case.csv").read_text() == before
 
 
-def test_evaluate_takes_the_last_weights_when_told(own_run: Path, tmp_path: Path) -> None:
+def test_evaluate_takes_the_last_weights_when_asked(own_run: Path, tmp_path: Path) -> None:
     commit_weights(own_run, tmp_path, lambda weights: np.full(weights.shape, np.nan))
     assert summary_of(Path(evaluate(own_run)))["foreground_mean"]["dice"] > 0.85
     folder = Path(evaluate(own_run, checkpoint="last"))
@@ -404,11 +404,11 @@ def seen_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def watched(*arguments: Any) -> Network:
         network = network_of(*arguments)
 
-        def told(images: tf.Tensor) -> tf.Tensor:
+        def reported(images: tf.Tensor) -> tf.Tensor:
             sizes.append(images.shape[0])
             return network(images)
 
-        return told
+        return reported
 
     monkeypatch.setattr("job.models.ensemble.network_of", watched)
     return sizes
@@ -469,7 +469,7 @@ def test_command_refuses_another_dataset(
     assert error.count("\n") == 1
 
 
-def test_command_refuses_tiles_as_pictures_where_there_are_none(
+def test_command_refuses_tiles_as_images_where_there_are_none(
     own_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(own_run.rglob("*"))
@@ -503,5 +503,5 @@ def test_command_refuses_a_machine_without_the_gpu_that_was_asked_for(
     before = sorted(own_run.rglob("*"))
     assert main([str(own_run), "--needs-gpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "a GPU was asked for and TensorFlow sees none on" in line
+    assert "a GPU was requested, but TensorFlow finds none on" in line
     assert sorted(own_run.rglob("*")) == before

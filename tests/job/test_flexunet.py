@@ -161,7 +161,7 @@ def test_kernels_shrink_to_three_and_dilations_to_one() -> None:
     assert model.output_shape == (None, 16, 24, 3)
 
 
-def test_group_normalisation_looks_at_one_picture_and_8_groups() -> None:
+def test_group_normalisation_looks_at_one_image_and_8_groups() -> None:
     size = {"num_layers": 2, "base_filters": 12, "base_kernels": (3, 3)}
     config = ModelConfig(**size, dropout_rate=0, normalization="group")
     model = build_model(config, image_shape=(8, 8, 1), num_classes=2)
@@ -183,7 +183,7 @@ def test_same_seed_gives_same_weights() -> None:
 
 
 def test_sides_must_divide_by_the_levels() -> None:
-    with pytest.raises(UsageError, match="divide by 4, got 8x10"):
+    with pytest.raises(UsageError, match="divisible by 4, got 8x10"):
         build_model(SMALL, image_shape=(8, 10, 1), num_classes=2)
 
 

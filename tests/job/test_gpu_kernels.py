@@ -200,7 +200,7 @@ def test_a_gpu_has_kernels_for_each_loss_and_its_gradient(num_outputs: int, dtyp
 
 
 @pytest.mark.parametrize("num_outputs", [1, 3])
-def test_a_gpu_has_kernels_for_mirrored_pictures_and_several_networks(num_outputs: int) -> None:
+def test_a_gpu_has_kernels_for_mirrored_images_and_several_networks(num_outputs: int) -> None:
     from job.models.registry import build_model
 
     config = parse_settings(ModelConfig, SMALL["model"], "test")
@@ -216,7 +216,7 @@ def test_a_gpu_has_kernels_for_mirrored_pictures_and_several_networks(num_output
     assert [str(each) for each in found] == []
 
 
-def test_a_gpu_has_kernels_for_what_processes_tell_each_other(two_cpus: Any) -> None:
+def test_a_gpu_has_kernels_for_what_processes_send_each_other(two_cpus: Any) -> None:
     process_group = ProcessGroup(two_cpus)
     assert process_group._sum(np.ones(3, np.int64)).tolist() == [1, 1, 1]
     assert process_group._add is not None

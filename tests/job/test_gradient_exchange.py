@@ -103,9 +103,9 @@ def test_gathered_factors_train_as_all_reduce_does(
     two_cpus: Any, name: str, changes: dict[str, Any]
 ) -> None:
     reduced, gathered = (
-        Trained(two_cpus, network(name=name, **changes), gathered=way, precision="float64",
+        Trained(two_cpus, network(name=name, **changes), gathered=method, precision="float64",
                 num_steps=STEPS)
-        for way in (False, True)
+        for method in (False, True)
     )  # fmt: skip
     # Every convolution of FlexUNet is plain: nothing but normalisation is left to all-reduce.
     assert len(gathered.plan.gathered) == 13
@@ -115,18 +115,20 @@ def test_gathered_factors_train_as_all_reduce_does(
 
 def test_in_bfloat16_it_is_no_farther_from_float32_than_all_reduce(two_cpus: Any) -> None:
     exact, reduced, gathered = (
-        Trained(two_cpus, network(dropout_rate=0.0), gathered=way, precision=precision, num_steps=1)
-        for way, precision in (
+        Trained(
+            two_cpus, network(dropout_rate=0.0), gathered=method, precision=precision, num_steps=1
+        )
+        for method, precision in (
             (False, "float32"),
             (False, "mixed_bfloat16"),
             (True, "mixed_bfloat16"),
         )
     )
     distances = []
-    for way in (reduced, gathered):
+    for method in (reduced, gathered):
         squares = [
             np.sum((found - exact.gradients()[name]) ** 2)
-            for name, found in way.gradients().items()
+            for name, found in method.gradients().items()
         ]
         distances.append(np.sqrt(np.sum(squares)))
     assert 0 < distances[1] <= 1.001 * distances[0]
@@ -197,8 +199,8 @@ def test_a_layer_that_is_called_twice_adds_up(
 ) -> None:
     monkeypatch.setitem(BUILDERS, "shared", build_with_shared_layer)
     reduced, gathered = (
-        Trained(two_cpus, network(name="shared"), gathered=way, precision="float64", num_steps=1)
-        for way in (False, True)
+        Trained(two_cpus, network(name="shared"), gathered=method, precision="float64", num_steps=1)
+        for method in (False, True)
     )
     for name, gradient in reduced.gradients().items():
         assert np.allclose(gradient, gathered.gradients()[name], rtol=1e-9, atol=1e-12)

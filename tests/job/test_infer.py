@@ -153,7 +153,7 @@ def test_infer_warns_of_images_with_other_colors_than_the_dataset(
     assert "1 image is grey, first grey, but the run was trained on images in colour" in line
 
 
-def test_infer_keeps_what_is_there_unless_told(trained_run: Path, tmp_path: Path) -> None:
+def test_infer_keeps_what_is_there_unless_asked(trained_run: Path, tmp_path: Path) -> None:
     write_same(tmp_path / "images", 3)
     arguments = str(trained_run), str(tmp_path / "images"), str(tmp_path / "output")
     infer(*arguments, QUIET)
@@ -452,7 +452,7 @@ def test_command_ends_with_one_line_when_the_output_cannot_be_written(
         assert error.count("\n") == 1
 
 
-def test_a_vanished_image_is_not_an_unreadable_one(trained_run: Path, tmp_path: Path) -> None:
+def test_a_deleted_image_is_not_an_unreadable_one(trained_run: Path, tmp_path: Path) -> None:
     # It was listed a moment ago; to name it in unreadable.csv would end the call as if it was done.
     manifest = open_run(str(trained_run)).manifest
     with pytest.raises(StorageError, match=r"gone\.png does not exist"):
@@ -546,7 +546,7 @@ def constant_run(like: Path, output: Path, name: str, bias: float) -> str:
         return run.url
 
 
-def test_class_ids_at_source_puts_a_padded_picture_back() -> None:
+def test_class_ids_at_source_puts_a_padded_image_back() -> None:
     # 2x4 into 4x4: one row of padding above and below.
     geometry = fit((2, 4), (4, 4), kind="pad")
     probabilities = np.zeros((4, 4, 3), np.float32)
@@ -600,7 +600,7 @@ def test_to_model_pixels_gives_what_prep_stores(tmp_path: Path, layout: Any) -> 
         assert np.array_equal(colour, made)
 
 
-def test_masks_of_cropped_and_flipped_pictures_are_put_back(trained_run: Path) -> None:
+def test_masks_of_cropped_and_flipped_images_are_put_back(trained_run: Path) -> None:
     manifest = open_run(str(trained_run)).manifest
     framed = manifest.model_copy(update={"crop": "breast", "flip": "left"})
     image = np.zeros((40, 60, 1), np.uint8)
@@ -667,7 +667,7 @@ def deep_image(highest: int) -> np.ndarray:
     return np.linspace(0, highest, 64 * 64).astype(np.uint16).reshape(64, 64, 1)
 
 
-def test_a_picture_of_more_bits_than_the_dataset_is_refused(
+def test_an_image_of_more_bits_than_the_dataset_is_refused(
     trained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     deep = deep_manifest(trained_run)
@@ -708,7 +708,7 @@ def test_a_given_full_scale_below_the_values_is_refused(trained_run: Path) -> No
         ({"lowest_max": 900}, 899, True),
     ],
 )
-def test_a_picture_of_fewer_bits_than_the_dataset_is_refused(
+def test_an_image_of_fewer_bits_than_the_dataset_is_refused(
     trained_run: Path, recorded: dict[str, int], highest: int, is_refused: bool
 ) -> None:
     deep = deep_manifest(trained_run, **recorded)
@@ -853,6 +853,6 @@ def test_a_gpu_that_is_missing_is_refused(
     assert main([*arguments, "--needs-gpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(
-        r"a GPU was asked for and TensorFlow sees none on .*CUDA_VISIBLE_DEVICES", line
+        r"a GPU was requested, but TensorFlow finds none on .*CUDA_VISIBLE_DEVICES", line
     )
     assert not list((tmp_path / "masks").rglob("*.png"))

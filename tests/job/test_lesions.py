@@ -46,7 +46,7 @@ def test_the_best_pairs_are_taken_first() -> None:
     assert (counts.num_found, counts.num_false_positives) == (2, 0)
 
 
-def test_specks_are_counted_apart_and_finding_one_is_no_false_positive() -> None:
+def test_tiny_regions_are_counted_apart_and_finding_one_is_no_false_positive() -> None:
     truth = mask_of("######..#", ".........", "##.......")
     tiny_regions = truth & ~without_small_regions(truth, 3)
     nothing = count_lesions(truth, np.zeros_like(truth), tiny_regions=tiny_regions)

@@ -350,7 +350,7 @@ def test_discs_are_learnt_as_in_float32(dataset: str, one_cpu: Any, tmp_path: Pa
     assert half == pytest.approx(exact, rel=0.05)
 
 
-def test_skipped_steps_do_not_count_for_the_schedule_and_are_told(
+def test_skipped_steps_do_not_count_for_the_schedule_and_are_reported(
     dataset: str,
     one_cpu: Any,
     tmp_path: Path,

@@ -229,7 +229,7 @@ def test_structural_similarity_is_tensorflows() -> None:
     )
 
 
-def test_basnet_hybrid_refuses_pictures_smaller_than_its_window() -> None:
+def test_basnet_hybrid_refuses_images_smaller_than_its_window() -> None:
     function = make_loss("basnet_hybrid_loss", num_classes=2)
     with pytest.raises(UsageError, match="at least 11x11 pixels, got 8x20"):
         function(np.zeros((1, 8, 20), int), np.zeros((1, 8, 20, 2)), np.ones(1), tf.identity)

@@ -49,7 +49,7 @@ print(json.dumps(results))
 TABLE: list[tuple[dict[str, Any], int, int | str, str | None]] = [
     ({}, 0, 1, None),
     ({"deterministic": True}, 0, 1, None),
-    ({"threads": 2}, 0, 1, "too late for --threads=2: training goes on without"),
+    ({"threads": 2}, 0, 1, "too late for --threads=2: training continues without"),
     ({"keep_memory": True}, 0, 1, "too late for --keep-memory: training"),
     ({"threads": 2, "keep_memory": True}, 1, 1, "for --keep-memory and --threads=2: training"),
     ({"threads": 2, "deterministic": True}, 0, "one thread per core, too late for --thr", None),
@@ -84,7 +84,7 @@ def python(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_what_comes_too_late_is_told_and_refused_where_it_changes_the_result() -> None:
+def test_what_comes_too_late_is_reported_and_refused_where_it_changes_the_result() -> None:
     asked = [(options, size) for options, size, _, _ in TABLE]
     results = json.loads(python(CONFIGURED, json.dumps(asked)).stdout)
     for (options, _, made, warned), found in zip(TABLE, results, strict=True):

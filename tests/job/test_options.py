@@ -98,8 +98,8 @@ def test_a_run_goes_on_as_it_was_begun_where_the_command_says_nothing(
     expected = begun.model_copy(update={"precision": "auto"})
     assert resolve_config(place, None) == expected
     assert "run goes on as it was begun: " in caplog.text
-    for told in ("--model.num-layers 5", "--random-streams 1", "--optimizer.clipvalue null"):
-        assert told in caplog.text
+    for reported in ("--model.num-layers 5", "--random-streams 1", "--optimizer.clipvalue null"):
+        assert reported in caplog.text
     # By its name alone, and one thing at a time, whatever does not go with today's defaults.
     del place["data"]
     assert resolve_config(place, None) == expected

@@ -234,10 +234,10 @@ def test_summary_averages_classes_and_names_its_rows() -> None:
     summary = summarize_cases([case, case], ["a", "b"], ["mass", "cyst"])
     # Dice of the classes: 2/3 and 0.
     assert summary["foreground"]["dice_mean"]["value"] == pytest.approx(1 / 3)
-    labels = [label for label, _ in measure_rows(summary)]
-    assert labels[0] == "foreground dice_mean"
-    assert "cyst hd95_px" in labels
-    assert measure_rows(summary_of(case, case))[0][0] == "mass dice_mean"
+    rows = [row[:2] for row in measure_rows(summary)]
+    assert rows[0] == ("foreground", "Dice, mean over images")
+    assert ("cyst", "HD95 in pixels") in rows
+    assert measure_rows(summary_of(case, case))[0][:2] == ("mass", "Dice, mean over images")
 
 
 @pytest.mark.parametrize("scale", [PIXELS, MM])
@@ -257,7 +257,7 @@ def test_cases_are_read_back_from_their_table(scale: Scale) -> None:
         assert parse_case_metrics(row, ["mass"]) == case
 
 
-def test_specks_stay_apart_in_cases_tables_and_summary() -> None:
+def test_tiny_regions_stay_apart_in_cases_tables_and_summary() -> None:
     case = measure_case(LESION, EMPTY, 2, PIXELS, tiny_regions=tiny_regions_of(LESION, 2, 3))
     assert case.classes[0].fn == 2  # of pixels nothing is left out
     assert nothing_predicted(case) == case

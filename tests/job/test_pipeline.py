@@ -106,7 +106,7 @@ def test_the_next_batch_is_taken_while_a_step_is_at_work() -> None:
     assert list(one_ahead(iter([]))) == []
 
 
-def test_what_fails_in_a_batch_is_told_after_the_step_before() -> None:
+def test_what_fails_in_a_batch_is_reported_after_the_step_before() -> None:
     def batches() -> Iterator[int]:
         yield 0
         raise ContentError("broken")

@@ -41,7 +41,7 @@ def test_curve_png_shows_both_series_and_repeats_bitwise(num_epochs: int) -> Non
     assert not Image.open(io.BytesIO(png)).info.get("Software")
 
 
-def test_curve_png_tells_lines_of_validation_alone_apart() -> None:
+def test_curve_png_distinguishes_lines_of_validation_alone() -> None:
     values = {"val_foreground_dice": [0.1, 0.5, 0.7], "val_foreground_iou": [0.1, 0.3, 0.5]}
     png = curve_png("foreground", range(3), values, "score")
     # The first two of matplotlib's usual colours.
@@ -112,14 +112,14 @@ def test_overlay_png_does_not_outline_the_ignore_id() -> None:
     assert num_of(png, TRUTH_COLOR, slice(0, 1024)) == 0
 
 
-def test_overlay_png_bounds_the_size_of_large_pictures() -> None:
+def test_overlay_png_bounds_the_size_of_large_images() -> None:
     ids = np.zeros((3000, 2000), np.uint8)
     picture = Image.open(io.BytesIO(overlay_png(np.zeros((3000, 2000), np.uint16), ids, CLASSES)))
     assert picture.width == 1067  # 2000 * 1600 / 3000
     assert picture.height == 1600 + 26
 
 
-def test_panel_png_shows_sixteen_bit_pictures_over_their_range() -> None:
+def test_panel_png_shows_sixteen_bit_images_over_their_range() -> None:
     image = np.zeros((64, 64), np.uint16)
     image[:, 32:] = 4095
     pixels = pixels_of(panel_png(image, square(8), square(24), CLASSES, "case"))
@@ -142,5 +142,5 @@ def test_panel_png_fits_a_title_of_any_length() -> None:
 
 
 def test_panel_title_says_when_there_is_nothing_to_score() -> None:
-    assert panel_title("14.png", 0.92549) == "14.png: foreground Dice 0.925"
+    assert panel_title("14.png", 0.92549) == "14.png: image Dice 0.925"
     assert panel_title("14.png", None) == "14.png: no foreground"

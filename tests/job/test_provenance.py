@@ -195,7 +195,7 @@ def test_weights_of_another_network_are_refused(
 ) -> None:
     own = {"num_layers": 2, "base_filters": 8, "base_kernels": (5, 5)}
     check_origin(config_of(tmp_path, trained_run, model=own | {"dropout_rate": 0.5}), dataset)
-    for changed_part, told in (
+    for changed_part, reported in (
         ({"base_filters": 4}, "--model.base-filters was 8, now 4"),
         ({"normalization": "group"}, "--model.normalization was none, now group"),
         ({"input_scaling": "none"}, "--model.input-scaling was unit, now none"),
@@ -203,7 +203,7 @@ def test_weights_of_another_network_are_refused(
         ({"image_channels": 3}, "1 channels, now 3"),
     ):
         config = config_of(tmp_path, trained_run, model=own | changed_part)
-        with pytest.raises(UsageError, match=f"its network is another one: {told}; give the"):
+        with pytest.raises(UsageError, match=f"its network is another one: {reported}; give the"):
             check_origin(config, dataset)
 
 
@@ -242,8 +242,8 @@ def test_commands_refuse_weights_that_have_seen_the_cases(
     options += ["--model.num-layers", "2"]
     done = commands.run(*module, *options)
     assert done.returncode == 2, done.stderr
-    told = done.stderr.splitlines()[-1]
-    assert "groups of fold 2 of 3, on which leaks is evaluated" in told
+    reported = done.stderr.splitlines()[-1]
+    assert "groups of fold 2 of 3, on which leaks is evaluated" in reported
     assert not (tmp_path / "runs" / "leaks" / "checkpoints").exists()
 
 

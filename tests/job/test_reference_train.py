@@ -137,7 +137,7 @@ def test_splits_that_leak_are_refused_until_they_are_accepted(
     assert '"leaky": true' in (Path(config.data) / "dataset.json").read_text()
 
 
-def test_bad_pictures_can_be_left_out(project: Path, tmp_path: Path) -> None:
+def test_bad_images_can_be_left_out(project: Path, tmp_path: Path) -> None:
     (tmp_path / "dataset" / "Discs" / "train" / "masks" / "train-disc-00.png").unlink()
     options = {"output": str(tmp_path / "runs")}
     with pytest.raises(ContentError, match=r"train-disc-00.*--skip-bad"):
@@ -147,7 +147,7 @@ def test_bad_pictures_can_be_left_out(project: Path, tmp_path: Path) -> None:
     assert "train-disc-00.png" in rejects
 
 
-def test_a_missing_group_is_told_with_the_command_that_has_groups(
+def test_a_missing_group_is_reported_with_the_command_that_has_groups(
     project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     resolve_config({"output": str(tmp_path / "runs")}, str(project))

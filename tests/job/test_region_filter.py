@@ -40,7 +40,7 @@ def case(*parts: tuple[int, int, int]) -> np.ndarray:
     return ids
 
 
-def test_fit_keeps_lesions_and_drops_specks() -> None:
+def test_fit_keeps_lesions_and_drops_tiny_regions() -> None:
     tally = RegionTally(["mass"])
     # A lesion of 10, found whole, beside a speck of 2: 2*10/22, and 1 without the speck.
     tally.add(case((0, 0, 10)), case((0, 0, 10), (4, 0, 2)))
@@ -120,7 +120,7 @@ def without(mask: np.ndarray, least: float) -> np.ndarray:
     return np.isin(labels, kept)
 
 
-def test_specks_go_at_both_sizes_of_resized_pictures(own_run: Path, tmp_path: Path) -> None:
+def test_tiny_regions_go_at_both_sizes_of_resized_images(own_run: Path, tmp_path: Path) -> None:
     write_with_tiny_regions(tmp_path / "source", 15)
     prep = PrepConfig(image_size=32, fractions=(0.4, 0.3, 0.3), num_processes=1)
     sources = find_sources(str(tmp_path / "source"))
@@ -248,7 +248,7 @@ def test_one_slip_of_many_lesions_does_not_forbid_a_size() -> None:
     assert line.endswith("of 43 lesions there 1 are so small")
 
 
-def test_specks_of_the_truth_do_not_forbid_a_size() -> None:
+def test_tiny_regions_of_the_truth_do_not_forbid_a_size() -> None:
     tally = RegionTally(["mass"])
     for _ in range(3):
         tally.add(case((0, 0, 20), (6, 30, 31)), case((0, 0, 20), (4, 0, 9)))
@@ -258,7 +258,7 @@ def test_specks_of_the_truth_do_not_forbid_a_size() -> None:
     assert line.endswith("of 3 lesions there 0 are so small")
 
 
-def test_no_size_is_fitted_where_no_lesion_tells_how_small_they_are() -> None:
+def test_no_size_is_fitted_where_no_lesion_shows_how_small_they_are() -> None:
     tally = RegionTally(["mass"])
     tally.add(case(), case((2, 5, 8)))
     (fit,) = tally.fit()

@@ -63,10 +63,10 @@ def test_page_says_how_cases_were_predicted(own_run: Path) -> None:
     path.write_text(json.dumps(summary | {"case": "tile"}))
     page = render(open_store(str(own_run)))
     assert "Mean of 2 runs: runs/a, runs/&lt;b&gt;." in page
-    assert "Mean over mirrored pictures: both." in page
-    assert "fitted on 4 cases of the valid split" in page
+    assert "Mean over mirrored images (--flips): both." in page
+    assert "fitted on 4 images of the valid split" in page
     assert '<td>mass</td><td class="number">37</td><td class="number">0.5000</td>' in page
-    assert "as if it were a picture" in page
+    assert "Every tile counts as one image" in page
 
 
 def test_page_needs_no_network_and_no_script(trained_run: Path) -> None:
@@ -84,12 +84,12 @@ def test_page_shows_what_the_run_has_stored(trained_run: Path) -> None:
     words = page_of(trained_run).words
     for text in (
         f"{mass['dice_mean']['value']:.4f}",
-        "where fewer than 5 groups have the measure",
+        "no interval if fewer than 5 groups have the measure",
         f"{mass['hd95_px']['all_background']:.4f}",  # the diagonal of 32x32 pixels
         "no groups were given",
-        "an IoU of at least 0.1, one region for one lesion",
-        "True regions of fewer than 6 pixels of the network's size are specks",
-        "Nothing predicted: the case has the class, the prediction does not.",
+        "an IoU of at least 0.1; one region finds at most one lesion",
+        "True regions of fewer than 6 pixels at network size are tiny regions",
+        "Nothing predicted: the class is in the truth only.",
         "Status: finished",
         "0 restarts.",
         "disc-",
@@ -98,9 +98,9 @@ def test_page_shows_what_the_run_has_stored(trained_run: Path) -> None:
     ):
         assert text in words, text
     assert f"{32 * 2**0.5:.4f}" in words
-    # The pictures are as large as the network's: one table says it.
-    assert words.count("which is the network's") == 1
-    assert "At network size" not in words
+    # The images are as large as the input of the network: one table has both sizes.
+    assert words.count("original size (same as network size)") == 1
+    assert "Measures, network size" not in words
 
 
 def test_page_lists_failures_worst_first(own_run: Path) -> None:
@@ -117,8 +117,8 @@ def test_page_lists_failures_worst_first(own_run: Path) -> None:
     third = changed(third, dice_mass="0.0", presence_mass="both", tp_px_mass="0")
     path.write_text("\n".join([header, first, second, third, *others]) + "\n")
     failures = page_of(own_run).words.split("Failures")[1].split("Curves")[0]
-    assert "3 with a Dice below 0.5, of 4 pairs of a case and a class" in failures
-    places = [failures.index(words) for words in ("nothing predicted", "not a pixel found")]
+    assert "3 of 4 pairs of an image and a class in one of its masks: Dice below 0.5" in failures
+    places = [failures.index(words) for words in ("nothing predicted", "no overlap")]
     assert sorted(places) == places
     assert places[-1] < failures.index("poor overlap")
     assert "0 of 1" in failures
@@ -131,9 +131,41 @@ def test_headline_counts_the_cases_of_its_mean(
     summary = json.loads(path.read_text())
     summary["classes"][1]["num_empty"] = 1
     path.write_text(json.dumps(summary))
-    assert " over 3 of 4 cases of the test split, mean over cases" in page_of(own_run).words
+    words = page_of(own_run).words
+    assert "Foreground Dice, mean over images: " in words
+    assert " for 3 of 4 images of the test split, at network size" in words
     show_summary(summary)
-    assert "mean over 3 of 4 cases" in " ".join(capsys.readouterr().out.split())
+    assert "mean over 3 of 4 images" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_class_that_fills_the_images_is_compared_with_itself_on_every_pixel(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = own_run / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    mass = summary["classes"][1]
+    everywhere = mass["all_foreground"]["dice"]
+    page = page_of(own_run).words
+    assert f"predict-everything baseline: {everywhere:.4f})" in page
+    assert "is no better than" not in page
+    show_summary(summary)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "predict-everything" in shown
+    assert f"{everywhere:.4f}" in shown
+    mass["all_foreground"]["dice"] = 0.9999
+    words = (
+        f"mass: Dice {mass['dice']:.4f} is no better than 0.9999, which predicting this class on"
+    )
+    path.write_text(json.dumps(summary))
+    assert words in page_of(own_run).words
+    show_summary(summary)
+    assert words in " ".join(capsys.readouterr().out.split())
+    # An earlier version recorded no such baseline.
+    del summary["all_foreground"], mass["all_foreground"]
+    path.write_text(json.dumps(summary))
+    assert "predict-everything" not in page_of(own_run).words
+    show_summary(summary)
+    assert "predict-everything" not in capsys.readouterr().out
 
 
 def test_page_of_cases_without_foreground_says_that_there_was_none(
@@ -145,15 +177,17 @@ def test_page_of_cases_without_foreground_says_that_there_was_none(
     summary["all_background"]["foreground_mean"] = {"dice": None, "iou": None}
     summary["classes"][1] |= {"num_empty": 1, "num_missed": 0, "num_false_alarms": 3}
     path.write_text(json.dumps(summary))
-    words = "No case of the test split has foreground, so none can be found: false alarms of mass"
+    words = "No image of the test split has foreground, so there is no Dice to report."
     page = page_of(own_run).words
-    assert f"{words} in 3 of 4 cases." in page
+    assert f"{words} False alarms: mass in 3 of 4 images." in page
     assert "Foreground Dice" not in page
     show_summary(summary)
-    assert f"{words} in 3 of 4 cases." in " ".join(capsys.readouterr().out.split())
+    assert f"{words} False alarms: mass in 3 of 4 images." in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
-def test_page_tells_of_restarts_and_stalls(own_run: Path) -> None:
+def test_page_reports_restarts_and_stalls(own_run: Path) -> None:
     lease = json.loads((own_run / "lease.json").read_text())
     base = "checkpoints/step-00000012/a1"
     # A stop, a launcher's look, a kill, the end, and a command that found the run over.
@@ -208,7 +242,7 @@ def test_page_shows_groups_and_says_what_the_truth_is(own_run: Path) -> None:
     numbers = "".join(f'<td class="number">{n}</td>' for n in (31, 29, "0.0000", 23))
     assert f"0.6250</td><td>0.5000 to 0.7500</td>{numbers}" in text
     assert "Truth at this size: the stored mask, enlarged" in text
-    assert "take the stored pixels as square" in text
+    assert "assume square pixels" in text
 
 
 def test_page_escapes_names_from_outside(own_run: Path) -> None:
@@ -245,7 +279,7 @@ def test_page_warns_where_groups_were_not_given_whoever_made_the_splits(own_run:
     path = own_run / "dataset.json"
     manifest = json.loads(path.read_text())
     assert (manifest["split_rule"], manifest["group_rule"]) == ("drawn", "by file")
-    sound = "no group and no picture is in more than one split"
+    sound = "no group and no image is in more than one split"
     for changes, words in (
         ({"split_rule": "ready-made"}, "no groups were given"),
         ({"group_rule": "not recorded"}, "how groups were made is not recorded"),
@@ -262,7 +296,7 @@ def test_page_warns_where_groups_were_not_given_whoever_made_the_splits(own_run:
 
 
 def test_page_says_what_intervals_draw(own_run: Path) -> None:
-    words = "intervals draw pictures, not patients"
+    words = "intervals draw images, not patients"
     assert words in page_of(own_run).words
     path = own_run / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"group_rule": "by table"}))
@@ -272,35 +306,35 @@ def test_page_says_what_intervals_draw(own_run: Path) -> None:
 def test_page_says_where_weights_came_from(own_run: Path) -> None:
     path = own_run / "evaluation" / "summary.json"
     summary = json.loads(path.read_text())
-    assert "The weights started from the seed." in page_of(own_run).words
+    assert "Trained from random weights." in page_of(own_run).words
     for seen, words in (
-        ("no", "which was trained on no group that is evaluated here"),
-        ("yes", "which has seen groups that are evaluated here"),
-        ("unknown", "which cases trained these is not known"),
+        ("no", "which saw no group that is evaluated here"),
+        ("yes", "which saw groups that are evaluated here"),
+        ("unknown", "Which cases these weights saw is not known"),
     ):
         origin = {"run": "discs", "source": "runs/<first>", "seen": seen}
         path.write_text(json.dumps(summary | {"init_from": [origin]}))
-        assert "The weights started from runs/<first>" in page_of(own_run).words
+        assert "Trained from the weights of runs/<first>" in page_of(own_run).words
         assert words in page_of(own_run).words
     # An evaluation of an earlier version did not record it, the config did.
     path.write_text(json.dumps(without(summary, "init_from")))
-    assert "The weights started from the seed." in page_of(own_run).words
+    assert "Trained from random weights." in page_of(own_run).words
     config = own_run / "config.yaml"
     config.write_text(config.read_text().replace("init_from: null", "init_from: a.h5"))
     found = page_of(own_run).words
-    assert "The weights started from a.h5; which cases trained these is not known" in found
+    assert "Trained from the weights of a.h5. Which cases these weights saw is not known" in found
 
 
-def test_card_counts_tiles_as_tiles_and_tells_a_fold(own_run: Path) -> None:
+def test_card_counts_tiles_as_tiles_and_reports_a_fold(own_run: Path) -> None:
     path = own_run / "dataset.json"
-    assert "<th>split</th><th>pictures</th>" in render(open_store(str(own_run)))
+    assert "<th>split</th><th>images</th>" in render(open_store(str(own_run)))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"geometry": "tile"}))
     page = render(open_store(str(own_run)))
     assert "<th>split</th><th>tiles</th><th>groups</th>" in page
     become_fold(own_run)
     page = render(open_store(str(own_run)))
-    assert "Fold 2 of 3, taken from train and valid (16 tiles)" in page
-    assert "test split was not touched" in page
+    assert "Fold 2 of 3 (--fold 1), taken from train and valid (16 tiles)" in page
+    assert "test split of the dataset was not used" in page
     assert "<th>split</th>" not in page
 
 
@@ -397,7 +431,7 @@ def test_outcome_without_groups_is_shown(own_run: Path, capsys: pytest.CaptureFi
     # As where a new evaluation was stopped while it replaced this one.
     (own_run / "evaluation" / "summary.json").unlink()
     show_end(outcome, str(own_run))
-    assert "mass dice_mean" in capsys.readouterr().out
+    assert "Dice, mean over images" in capsys.readouterr().out
 
 
 def test_chromium_shows_the_page(own_run: Path, tmp_path: Path) -> None:

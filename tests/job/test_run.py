@@ -323,7 +323,7 @@ def start_racer(folder: Path, by_lease: bool) -> "subprocess.Popen[str]":
     )
 
 
-def tell(child: "subprocess.Popen[str]", line: str) -> None:
+def send(child: "subprocess.Popen[str]", line: str) -> None:
     assert child.stdin is not None
     child.stdin.write(f"{line}\n")
     child.stdin.flush()
@@ -345,11 +345,11 @@ def test_one_of_two_racing_processes_wins(tmp_path: Path, by_lease: bool) -> Non
     try:
         for i in range(20):
             for racer in racers:
-                tell(racer, f"run-{i // 2}")  # every run twice: a new one, and one given back
+                send(racer, f"run-{i // 2}")  # every run twice: a new one, and one given back
             answers = sorted(hear(racer) for racer in racers)
             assert answers == ["locked", f"won {i % 2 + 1}"]
             for racer in racers:
-                tell(racer, "release")
+                send(racer, "release")
     finally:
         end(*racers)
 
@@ -357,7 +357,7 @@ def test_one_of_two_racing_processes_wins(tmp_path: Path, by_lease: bool) -> Non
 def test_killed_owner_gives_the_run_up(tmp_path: Path, by_lease: bool) -> None:
     owner = start_racer(tmp_path, by_lease)
     try:
-        tell(owner, "run")
+        send(owner, "run")
         assert hear(owner) == "won 1"
         start = time.monotonic()
         with pytest.raises(LockedError, match=f":{owner.pid}"):

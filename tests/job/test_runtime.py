@@ -52,24 +52,24 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
 def test_freed_memory_is_used_again() -> None:
     faults = {}
-    for way in ("configured", "plain"):
+    for method in ("configured", "plain"):
         done = subprocess.run(
-            [sys.executable, "-c", REUSE, way], capture_output=True, text=True, check=True
+            [sys.executable, "-c", REUSE, method], capture_output=True, text=True, check=True
         )
-        faults[way] = int(done.stdout)
+        faults[method] = int(done.stdout)
     assert faults["configured"] < 2000 < 20_000 < faults["plain"]
 
 
 def test_kept_memory_is_used_again() -> None:
     faults = {}
-    for way in ("kept", "returned"):
+    for method in ("kept", "returned"):
         # In a process of its own: TensorFlow reads it once. With oneDNN, which it chooses by the
         # CPU, it keeps memory anyway.
         done = subprocess.run(
-            [sys.executable, "-c", PEEK, way],
+            [sys.executable, "-c", PEEK, method],
             env=os.environ | {"TF_ENABLE_ONEDNN_OPTS": "0"},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        faults[way] = int(done.stdout)
+        faults[method] = int(done.stdout)
     # Now and then the next call finds what the last one left.
     assert faults["kept"] < 2000 < 50_000 < faults["returned"]

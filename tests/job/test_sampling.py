@@ -26,7 +26,7 @@ def test_sample_order_is_the_same_on_every_machine() -> None:
     assert sample_order(8, seed=3, epoch=2, version=2).tolist() == [3, 6, 5, 2, 1, 0, 4, 7]
 
 
-def test_epoch_order_draws_foreground_as_often_as_told() -> None:
+def test_epoch_order_draws_foreground_as_often_as_asked() -> None:
     has_foreground = np.arange(20) % 10 == 3  # two of 20
     order = epoch_order(has_foreground, 0.5, seed=1, epoch=0, version=2)
     counts = np.bincount(order, minlength=20)

@@ -97,7 +97,7 @@ def test_one_window_is_the_plain_forward_pass(trained_run: Path) -> None:
     assert np.array_equal(np.concatenate(list(bands)), plain)
 
 
-def test_memory_does_not_grow_with_the_height_of_the_picture() -> None:
+def test_memory_does_not_grow_with_the_height_of_the_image() -> None:
     peaks = []
     for height in (256, 4096):
         image = np.zeros((height, 64, 1), np.uint8)

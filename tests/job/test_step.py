@@ -183,14 +183,14 @@ def test_padding_counts_nowhere(one_cpu: Any, samples: Any) -> None:
     assert trained.sums.pair("loss")[1] == NUM_SAMPLES
 
 
-def told_size(network: Network, sizes: list[int]) -> Network:
+def reported_size(network: Network, sizes: list[int]) -> Network:
     """Returns `network`, which adds the number of pictures that it is given to `sizes`."""
 
-    def told(images: tf.Tensor) -> tf.Tensor:
+    def reported(images: tf.Tensor) -> tf.Tensor:
         sizes.append(images.shape[0])
         return network(images)
 
-    return told
+    return reported
 
 
 @pytest.mark.parametrize("loss_name", ["categorical_crossentropy", "bce_dice", "basnet_hybrid"])
@@ -208,7 +208,7 @@ def test_evaluation_step_counts_every_pixel_of_a_case(
         sizes: list[int] = []
         step = make_evaluation_step(
             strategy,
-            told_size(network_of([model]), sizes),
+            reported_size(network_of([model]), sizes),
             Criterion(loss, metrics),
             2,
             None,
@@ -243,7 +243,7 @@ def test_evaluations_and_windows_go_through_the_network_in_the_same_parts(
         return tf.concat([-bright, bright], axis=-1)
 
     strategy = request.getfixturevalue(devices)
-    evaluator = make_evaluator(config, strategy, dataset, told_size(network, sizes))
+    evaluator = make_evaluator(config, strategy, dataset, reported_size(network, sizes))
     reader = open_reader(dataset, dataset.split("valid"), cache="full", cache_dir=None)
     assert evaluator.evaluate("valid", reader).summary["foreground_mean"]["dice"] > 0.5
     assert set(sizes) == {2}

@@ -34,7 +34,7 @@ def test_contour_of_a_square_has_its_corners_cut() -> None:
     assert contour.lengths.sum() == pytest.approx(4 + 4 * math.sqrt(2) / 2)
 
 
-def test_contour_reaches_the_border_of_the_picture() -> None:
+def test_contour_reaches_the_border_of_the_image() -> None:
     assert len(contour_of(np.ones((3, 5), bool), (1.0, 1.0)).points) == 2 * (4 + 4 + 2) - 4
 
 
@@ -66,7 +66,7 @@ def test_surface_dice_counts_length_within_the_tolerance() -> None:
 
 
 @pytest.mark.parametrize(("spacing", "num_pixels"), [(0.2, 5), (0.1, 10), (0.05, 20)])
-def test_surface_dice_does_not_depend_on_the_place_in_the_picture(
+def test_surface_dice_does_not_depend_on_the_place_in_the_image(
     spacing: float, num_pixels: int
 ) -> None:
     for left in range(0, 200, 7):

@@ -96,7 +96,7 @@ class SlowNetwork:
         return np.full((*windows.shape[:3], 2), 0.5, np.float32)
 
 
-def test_a_large_picture_may_take_longer_than_a_step(
+def test_a_large_image_may_take_longer_than_a_step(
     tiled_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchdog, "_TICK_S", 0.02)
@@ -116,11 +116,11 @@ def test_a_large_picture_may_take_longer_than_a_step(
     assert expired == []
 
 
-def test_training_tells_of_every_batch_of_windows(tiled_run: Path, tmp_path: Path) -> None:
+def test_training_reports_every_batch_of_windows(tiled_run: Path, tmp_path: Path) -> None:
     config = open_run(str(tiled_run)).config
     config = config.model_copy(update={"output": str(tmp_path), "name": "again", "epochs": 1})
     device = tf.distribute.OneDeviceStrategy("CPU:0")
-    told: dict[str, int] = {}
+    reported: dict[str, int] = {}
     phases = ["starting"]
 
     def report(event: Any) -> None:
@@ -128,7 +128,7 @@ def test_training_tells_of_every_batch_of_windows(tiled_run: Path, tmp_path: Pat
             phases.append(event["name"])
 
     def heartbeat() -> None:
-        told[phases[-1]] = told.get(phases[-1], 0) + 1
+        reported[phases[-1]] = reported.get(phases[-1], 0) + 1
 
     with Run.open(str(tmp_path), "again") as run:
         setup = one_process_setup(config, run, device)
@@ -136,14 +136,14 @@ def test_training_tells_of_every_batch_of_windows(tiled_run: Path, tmp_path: Pat
     # 4 rows of 4 windows in batches of 2, for one picture after an epoch; for two of the test
     # split when they are measured, and again when they are shown. The best checkpoint is read in
     # two pieces, its record and its weights.
-    assert told == {"end of epoch 1": 8, "evaluation": 2 + 2 * 8 + 2 * 8}
+    assert reported == {"end of epoch 1": 8, "evaluation": 2 + 2 * 8 + 2 * 8}
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_pictures_are_put_together_from_their_tiles(tiled_run: Path) -> None:
+def test_images_are_put_together_from_their_tiles(tiled_run: Path) -> None:
     source = tiled_run.parents[1] / "source"
     dataset = open_dataset(str(tiled_run.parents[1] / "dataset"))
     names = []
@@ -162,7 +162,7 @@ def test_pictures_are_put_together_from_their_tiles(tiled_run: Path) -> None:
     assert len(names) == len(set(names)) == 10
 
 
-def test_training_evaluates_and_shows_pictures(tiled_run: Path) -> None:
+def test_training_evaluates_and_shows_images(tiled_run: Path) -> None:
     rows = rows_of(tiled_run / "evaluation" / "per_case.csv")
     assert [row["filename"] for row in rows] == [f"{row['id']}.png" for row in rows]
     assert len(rows) == 2
@@ -192,7 +192,7 @@ def test_evaluate_counts_the_pixels_of_the_masks_that_infer_writes(
         assert [int(row[f"{name}_px_mass"]) for name in ("tp", "fp", "fn")] == counts
 
 
-def test_tiles_are_cases_only_when_told(own_tiled_run: Path) -> None:
+def test_tiles_are_cases_only_when_asked(own_tiled_run: Path) -> None:
     summary, folder = evaluate(own_tiled_run, split="valid", tiles_as_pictures=True)
     assert (summary["case"], summary["num_cases"]) == ("tile", 18)
     rows = rows_of(folder / "per_case.csv")
@@ -262,7 +262,7 @@ def test_small_regions_are_fitted_on_valid_and_used_by_infer(
     ]
 
 
-def test_infer_slides_over_large_pictures_of_any_run(trained_run: Path, tmp_path: Path) -> None:
+def test_infer_slides_over_large_images_of_any_run(trained_run: Path, tmp_path: Path) -> None:
     """A run on pictures of 32x32 finds the discs of a picture of 90x100 at their own size."""
     y, x = np.mgrid[:90, :100]
     centers = [(20, 20), (60, 75), (75, 25)]
@@ -285,7 +285,7 @@ def test_infer_slides_over_large_pictures_of_any_run(trained_run: Path, tmp_path
         infer(str(trained_run), str(tmp_path / "images"), str(output), InferConfig(**config))
 
 
-def test_infer_says_how_far_a_large_picture_is(
+def test_infer_says_how_far_a_large_image_is(
     trained_run: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -298,11 +298,11 @@ def test_infer_says_how_far_a_large_picture_is(
     config = InferConfig(window="sliding", overlap=10, overlays=False)
     infer(str(trained_run), str(tmp_path / "images"), str(tmp_path / "masks"), config)
     # 70 rows in windows of 32 that overlap by 10.
-    told = [line for line in caplog.messages if line.startswith("infer: ")]
-    assert [line.split(", ")[-1] for line in told[:3]] == [
+    reported = [line for line in caplog.messages if line.startswith("infer: ")]
+    assert [line.split(", ")[-1] for line in reported[:3]] == [
         f"a.png: {number}/3 rows of windows" for number in (1, 2, 3)
     ]
-    assert told[-1].startswith("infer: 1/1 images")
+    assert reported[-1].startswith("infer: 1/1 images")
     assert "windows of 32x32 pixels of the pictures as they are, by a run that" in caplog.text
 
 

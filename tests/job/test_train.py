@@ -156,7 +156,7 @@ def test_a_run_that_stops_early_says_so_and_what_goes_on(
     )
     outcome, _ = train(config, one_cpu)
     assert (outcome["epochs"], outcome["stopped_early"]) == (2, True)
-    words = "stopped early after 2 epochs, as the validation loss has not fallen since epoch 1"
+    words = "stopped early after 2 epochs: the validation loss has not fallen since epoch 1"
     (line,) = (text for text in caplog.messages if words in text)
     assert line == f"{words} (--schedule.early-stopping-patience)"
     url = f"{tmp_path}/run"
@@ -347,13 +347,13 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
     arguments = [*options, "--name", "control", "--progress"]
     control = commands.run(*command(*arguments))
     assert control.returncode == 0, control.stderr
-    told = control.stderr.splitlines()
-    assert told.count("building the network") == 1
-    assert told.count("compiling the first step of epoch 1") == 1
+    reported = control.stderr.splitlines()
+    assert reported.count("building the network") == 1
+    assert reported.count("compiling the first step of epoch 1") == 1
     # The bar is over before: what it says of the last step is no end of the run.
-    is_bar = [line.startswith("train: ") for line in told]
+    is_bar = [line.startswith("train: ") for line in reported]
     assert any(is_bar)
-    assert not any(is_bar[told.index("evaluating the test split with the best checkpoint") :])
+    assert not any(is_bar[reported.index("evaluating the test split with the best checkpoint") :])
 
     broken = command(*options, "--name", "broken")
     run = tmp_path / "broken"
@@ -432,7 +432,9 @@ def test_micro_batches_that_do_not_fit_the_replicas_begin_no_run(
     network = ["--model.num-layers", "2", "--output", str(tmp_path), "--name", "new"]
     result = commands.run("job.train", "--local", "--data", dataset, *sizes, *network)
     assert result.returncode == 2, result.stderr
-    assert "--accumulate=4 does not divide the batch of 2" in result.stderr.splitlines()[-1]
+    assert (
+        "--accumulate=4 does not divide 2, the batch of each of" in result.stderr.splitlines()[-1]
+    )
     assert not (tmp_path / "new" / "identity.json").exists()
 
 

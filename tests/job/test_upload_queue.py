@@ -58,7 +58,7 @@ def test_an_error_that_is_not_ours_waits_for_what_was_posted() -> None:
     assert done == ["checkpoint"]
 
 
-def test_what_an_error_leaves_unstored_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_an_error_leaves_unstored_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     def call() -> None:
         raise StorageError("the disk is full")
 

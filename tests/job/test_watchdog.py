@@ -46,16 +46,14 @@ def test_steps_that_come_are_progress(quick: None) -> None:
     assert calls.seen == []
 
 
-def test_a_hung_step_is_told_once_with_its_phase(quick: None) -> None:
+def test_a_hung_step_is_reported_once_with_its_phase(quick: None) -> None:
     calls = Calls()
     with Watchdog(phase_s=30, step_s=0.2, expired=calls) as dog:
         dog.enter("epoch 3")
         dog.beat()
         assert calls.came.wait(60)
         time.sleep(0.3)
-    assert calls.seen == [
-        "nothing has moved on for 0 s in: epoch 3 (--phase-timeout, --step-timeout)"
-    ]
+    assert calls.seen == ["no progress for 0 s in: epoch 3 (--phase-timeout, --step-timeout)"]
 
 
 def test_the_first_step_of_a_phase_has_the_time_of_a_phase(quick: None) -> None:
@@ -135,7 +133,7 @@ def test_a_process_that_hangs_ends_and_leaves_its_stacks(tmp_path: Path) -> None
     assert done.returncode == 1
     assert "(--phase-timeout, --step-timeout); the same command resumes (stacks: " in done.stderr
     text = (tmp_path / "stacks" / "rank-0.txt").read_text()
-    assert re.match(r"rank 0: nothing has moved on for \d+ s in: the test \(", text)
+    assert re.match(r"rank 0: no progress for \d+ s in: the test \(", text)
     assert "in hang_here" in text
 
 
@@ -156,7 +154,7 @@ def test_a_paused_process_does_not_count_the_pause(tmp_path: Path) -> None:
     process.communicate()
 
 
-def test_a_peer_that_is_gone_is_told_long_before_a_hung_step(
+def test_a_peer_that_is_gone_is_reported_long_before_a_hung_step(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchdog, "_QUIET_S", 0.2)

@@ -46,5 +46,5 @@ def test_what_xla_cannot_compile_is_said(
     assert not uses_xla(TrainConfig(xla="auto"), process_group)
     (record,) = [record for record in caplog.records if record.name == "job.distributed.xla"]
     assert "AsString" in record.message
-    with pytest.raises(UsageError, match="--xla=on: XLA compiles nothing here"):
+    with pytest.raises(UsageError, match="--xla=on: XLA does not work on this machine"):
         uses_xla(TrainConfig(xla="on"), process_group)

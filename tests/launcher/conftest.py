@@ -50,8 +50,8 @@ cluster.shutdown()
 class RayCluster:
     """A Ray cluster to which a test adds nodes and from which it removes them."""
 
-    def __init__(self, wishes: IO[str], answers: IO[str], folder: str, pid: int) -> None:
-        self._wishes, self._answers = wishes, answers
+    def __init__(self, requests: IO[str], answers: IO[str], folder: str, pid: int) -> None:
+        self._requests, self._answers = requests, answers
         self.pid = pid  # of the process whose children are the nodes
         self.folder = folder  # of its logs and sockets, its RAY_TMPDIR
         self.address = ""  # host:port of the head
@@ -65,9 +65,9 @@ class RayCluster:
         """Removes a node; the cluster notices a killed one only after some seconds."""
         self._ask(name, kill)
 
-    def _ask(self, *wish: Any) -> str:
-        self._wishes.write(json.dumps(wish) + "\n")
-        self._wishes.flush()
+    def _ask(self, *request: Any) -> str:
+        self._requests.write(json.dumps(request) + "\n")
+        self._requests.flush()
         answer = self._answers.readline()
         assert answer, "the Ray cluster has ended"
         return str(json.loads(answer))

@@ -162,4 +162,4 @@ def test_a_promised_gpu_that_tensorflow_does_not_see_is_refused(
     finally:
         ray_cluster.remove_node("third")
     assert done.returncode == 2
-    assert "TensorFlow sees none on" in done.stderr.splitlines()[-1]
+    assert "TensorFlow finds none on" in done.stderr.splitlines()[-1]

@@ -208,7 +208,7 @@ def test_mistakes_are_one_line(
     assert message in lines[0]
 
 
-def test_a_missing_source_is_told_before_a_cluster_is_sought(
+def test_a_missing_source_is_reported_before_a_cluster_is_sought(
     flexunet: Launch, tmp_path: Path
 ) -> None:
     done = flexunet(*launch(tmp_path / "missing", tmp_path / "out", "--address=127.0.0.1:1"))

@@ -119,7 +119,9 @@ def test_a_stopped_job_has_time_to_store_a_checkpoint(flexunet: Launch, head: He
     assert (again.returncode, "had ended already: stopped" in again.stdout) == (0, True)
 
 
-def test_the_port_of_the_cluster_itself_is_told(ray_cluster: RayCluster, flexunet: Launch) -> None:
+def test_the_port_of_the_cluster_itself_is_reported(
+    ray_cluster: RayCluster, flexunet: Launch
+) -> None:
     done = flexunet("status", "--address", f"http://{ray_cluster.address}")
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
@@ -316,7 +318,7 @@ def test_without_the_token_there_is_no_access(
     assert access.get("RAY_AUTH_TOKEN", "no token") not in line
 
 
-def test_an_open_job_server_is_used_only_on_this_machine_or_by_wish(
+def test_an_open_job_server_is_used_only_on_this_machine_or_on_request(
     flexunet: Launch, tmp_path: Path
 ) -> None:
     with ray_head(None) as head:

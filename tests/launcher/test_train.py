@@ -146,7 +146,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(
     assert "starting" not in errors
 
 
-def test_divergence_is_told_at_once_and_not_tried_again(
+def test_divergence_is_reported_at_once_and_not_tried_again(
     ray_cluster: RayCluster, tmp_path: Path
 ) -> None:
     data = prepare_discs(tmp_path)
@@ -169,10 +169,10 @@ def test_what_cannot_work_is_refused_before_a_worker_starts(
     data = prepare_discs(tmp_path)
     where = ["launch", "train", "--address", ray_cluster.address]
     for arguments, message in (
-        (["--num-workers", "3"], "--global-batch-size=2 does not divide by the 3 replicas"),
+        (["--num-workers", "3"], "--global-batch-size=2 is not divisible by the 3 replicas"),
         (["--data", "nowhere"], "no dataset at"),
         (["--num-workers", "0"], "--num-workers=0"),
-        (["--model.num-layers", "7"], "needs image sides that divide by 64"),
+        (["--model.num-layers", "7"], "needs image sides divisible by 64"),
     ):
         done = flexunet(*where, *options(data, str(tmp_path / "runs"), "no"), *arguments)
         assert done.returncode == 2, done.stderr
@@ -193,7 +193,7 @@ def test_what_cannot_work_is_refused_before_a_worker_starts(
         ([signal.SIGINT, signal.SIGINT], "interrupted; the same command continues"),
     ],
 )
-def test_a_stop_while_ray_starts_is_told(
+def test_a_stop_while_ray_starts_is_reported(
     tmp_path: Path, signals: list[signal.Signals], last_line: str
 ) -> None:
     arguments = options(prepare_discs(tmp_path), str(tmp_path / "runs"), "new")
@@ -219,7 +219,7 @@ def test_a_stop_while_ray_starts_is_told(
     )
 
 
-def test_gpus_that_are_not_there_are_told_at_once(tmp_path: Path, flexunet: Any) -> None:
+def test_gpus_that_are_not_there_are_reported_at_once(tmp_path: Path, flexunet: Any) -> None:
     data = prepare_discs(tmp_path)
     begin = time.monotonic()
     arguments = options(data, str(tmp_path / "runs"), "gpu")

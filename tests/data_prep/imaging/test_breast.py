@@ -49,7 +49,7 @@ def test_find_breast_of_nothing_is_none():
     assert (geometry.crop, geometry.is_flipped) == (None, False)
 
 
-def test_find_breast_of_a_large_picture_keeps_its_border():
+def test_find_breast_of_a_large_image_keeps_its_border():
     image = _film(3000, 2000)
     image[1000:2000, 1500:] = 200
     box = find_breast(image).box

@@ -216,7 +216,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_read_image_names_a_file_that_is_not_a_whole_picture(kind: str) -> None:
+def test_read_image_names_a_file_that_is_not_a_whole_image(kind: str) -> None:
     with pytest.raises(ContentError, match=r"^cases/7\.png: ") as caught:
         read_image(BROKEN[kind], name="cases/7.png")
     assert "\n" not in str(caught.value)
@@ -236,7 +236,7 @@ def test_read_image_refuses_a_truncated_file(
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP"])
-def test_read_image_says_of_any_length_that_the_picture_is_cut_off(kind: str) -> None:
+def test_read_image_says_of_any_length_that_the_image_is_cut_off(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
     data = saved(Image.fromarray(noise), kind)
     refused = 0
@@ -304,7 +304,7 @@ def test_read_image_refuses_more_bytes_than_its_pixels_can_need() -> None:
         read_image(data, name="a", max_pixels=4)
 
 
-def test_read_image_takes_a_picture_of_exactly_max_pixels() -> None:
+def test_read_image_takes_an_image_of_exactly_max_pixels() -> None:
     data = encode_png(GREY)
     assert read_image(data, name="a", max_pixels=6).shape == (2, 3, 1)
     with pytest.raises(ContentError, match="3x2 is 6 pixels, more than 5"):
@@ -339,7 +339,7 @@ def test_read_image_refuses_values_other_than_unsigned_16_bit(data: bytes) -> No
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
-def test_read_image_refuses_a_turned_picture(kind: str) -> None:
+def test_read_image_refuses_a_turned_image(kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = saved(Image.fromarray(RGB), kind, exif=exif)

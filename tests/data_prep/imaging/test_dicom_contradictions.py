@@ -137,7 +137,7 @@ HEADERS = [(8, 1), (8, 7), (8, 8), (16, 1), (16, 8), (16, 9), (16, 12), (16, 15)
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 @pytest.mark.parametrize("syntax", [*LOSSLESS, *LOSSY])
-def test_any_number_of_bits_in_any_header_is_an_error_or_the_picture(syntax, photometric):
+def test_any_number_of_bits_in_any_header_is_an_error_or_the_image(syntax, photometric):
     kind = {"PhotometricInterpretation": ("CS", photometric.encode() + b" ")}
     num_read = 0
     for bits in BITS.get(syntax, range(2, 17)):
@@ -208,7 +208,7 @@ NEGATIVE = {  # both sides negative, so that their product is not
 @example((PLAIN, 12), {"PixelData": ("US", b"12")}, [])
 @example((uid.JPEG2000, 12), {"PixelData": ("US", b"12")}, [])
 @settings(max_examples=300, deadline=None)
-def test_any_header_is_an_error_or_the_picture_that_it_promises(stream, changes, bytes_changed):
+def test_any_header_is_an_error_or_the_image_that_it_promises(stream, changes, bytes_changed):
     syntax, bits = stream
     codestream = _codestream(syntax, bits)
     elements = {keyword: each for keyword, each in changes.items() if keyword != "PixelData"}

@@ -248,7 +248,7 @@ def test_pixels_that_are_not_in_fragments_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("syntax", [*LOSSLESS, *LOSSY])
-def test_a_damaged_codestream_is_one_error_or_a_picture(syntax, tmp_path):
+def test_a_damaged_codestream_is_one_error_or_an_image(syntax, tmp_path):
     bits = 8 if syntax == uid.JPEGBaseline8Bit else 12
     data = compressed(syntax, bits, tmp_path)
     frame = frame_of(data)

@@ -95,7 +95,7 @@ def test_what_is_not_dicom_is_named(data, words):
 
 
 @pytest.mark.parametrize("kind", BARE)
-def test_damaged_data_without_a_preamble_are_one_error_or_a_picture(kind):
+def test_damaged_data_without_a_preamble_are_one_error_or_an_image(kind):
     data = BARE[kind]
     rng = np.random.default_rng(1)
     broken = [data[:length] for length in range(0, len(data), 3)]

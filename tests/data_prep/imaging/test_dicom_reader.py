@@ -128,7 +128,7 @@ def test_read_dicom_refuses_what_is_no_dicom_file():
             _read(data)
 
 
-def test_read_dicom_of_a_damaged_file_is_one_error_or_a_picture():
+def test_read_dicom_of_a_damaged_file_is_one_error_or_an_image():
     whole = _file()
     rng = np.random.default_rng(1)
     num_refused = 0

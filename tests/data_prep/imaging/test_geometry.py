@@ -64,12 +64,12 @@ def test_apply_geometry_takes_mask_values_at_pixel_centres() -> None:
 
 
 @pytest.mark.parametrize(("source", "target"), [(511, 128), (128, 509), (100, 37), (37, 100)])
-def test_apply_geometry_keeps_mask_and_picture_aligned(source: int, target: int) -> None:
+def test_apply_geometry_keeps_mask_and_image_aligned(source: int, target: int) -> None:
     rows, columns = np.mgrid[:source, :source]
     disc = np.hypot(rows - source * 0.55, columns - source * 0.4) < source * 0.25
     geometry = fit((source, source), (target, target), kind="stretch")
     mask = apply_geometry(disc.astype(np.uint8), geometry, target, target, nearest=True)
-    picture = apply_geometry(
+    image = apply_geometry(
         np.where(disc, 60000, 0).astype(np.uint16), geometry, target, target, nearest=False
     )
     # The centres of mass agree to a tenth of the larger of the old and the new pixel.
@@ -77,8 +77,8 @@ def test_apply_geometry_keeps_mask_and_picture_aligned(source: int, target: int)
     for axis in (0, 1):
         places = np.arange(target)
         of_mask = mask.sum(axis) @ places / mask.sum()
-        of_picture = picture.sum(axis) @ places / picture.sum()
-        assert abs(of_mask - of_picture) < tolerance
+        of_image = image.sum(axis) @ places / image.sum()
+        assert abs(of_mask - of_image) < tolerance
 
 
 def test_apply_geometry_pads_with_zero() -> None:
@@ -146,7 +146,7 @@ def test_undo_geometry_returns_an_enlarged_mask_exactly() -> None:
     np.testing.assert_array_equal(undo_geometry(stored, geometry, nearest=True), mask)
 
 
-def test_undo_geometry_refuses_pixels_that_cannot_hold_the_picture() -> None:
+def test_undo_geometry_refuses_pixels_that_cannot_hold_the_image() -> None:
     geometry = fit((4, 2), (8, 8), kind="stretch")
     with pytest.raises(ValueError, match="too small"):
         undo_geometry(np.zeros((4, 4), np.uint8), geometry, nearest=True)

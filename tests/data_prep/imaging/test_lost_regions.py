@@ -10,7 +10,7 @@ from data_prep.imaging.geometry import Box, Geometry, apply_geometry, fit
 from data_prep.imaging.lost_regions import RegionCounts, count_regions
 
 
-def test_regions_between_the_kept_pixels_have_vanished() -> None:
+def test_regions_between_the_kept_pixels_are_lost() -> None:
     mask = np.zeros((16, 16), np.uint8)
     mask[1:9, 1:9] = 1
     mask[12, 12] = mask[13, 13] = 1  # touch at a corner: one region

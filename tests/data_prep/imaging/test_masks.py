@@ -205,7 +205,7 @@ def test_to_colors_gives_each_class_its_color() -> None:
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"real masks are not at {REAL}")
-def test_to_class_ids_of_real_masks_is_a_threshold_with_few_off_map_pixels() -> None:
+def test_to_class_ids_of_real_masks_is_a_threshold_with_few_unmapped_pixels() -> None:
     shares = []
     for path in sorted(REAL.iterdir()):
         pixels = read_mask_pixels(path.read_bytes(), name=path.name)

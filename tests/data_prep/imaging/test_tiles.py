@@ -36,7 +36,7 @@ def test_starts_cover_the_length_evenly(length, size, overlap, expected):
 @pytest.mark.parametrize("size", [(37, 50), (16, 16), (9, 30), (5, 7)])
 @pytest.mark.parametrize("crop", [None, Box(2, 1, 3, 5)])
 @pytest.mark.parametrize("is_flipped", [False, True])
-def test_joined_tiles_are_the_framed_picture(size, crop, is_flipped):
+def test_joined_tiles_are_the_framed_image(size, crop, is_flipped):
     image = np.random.default_rng(0).integers(0, 2**16, (*size, 3), dtype=np.uint16)
     whole = fit(size, (1, 1), kind="tile", crop=crop, is_flipped=is_flipped)
     framed = apply_geometry(image, whole, whole.height, whole.width, nearest=False)
@@ -75,7 +75,7 @@ def _rows(output):
     return read_samples(store, manifest).to_pylist()
 
 
-def test_prepare_records_each_tile_and_keeps_a_picture_in_one_split(tmp_path):
+def test_prepare_records_each_tile_and_keeps_an_image_in_one_split(tmp_path):
     for index in range(10):
         _write(tmp_path / "source", f"patient{index // 2}-{index}", index)
     options = {"tile_overlap": 4, "group_regex": "patient([0-9])"}
@@ -105,7 +105,7 @@ def test_prepare_records_each_tile_and_keeps_a_picture_in_one_split(tmp_path):
     assert all(len(found) == 1 for found in splits.values())
 
 
-def test_prepare_joins_pictures_that_are_the_same(tmp_path, caplog):
+def test_prepare_joins_images_that_are_the_same(tmp_path, caplog):
     for index in range(5):
         _write(tmp_path / "source", f"case-{index}", index)
     _write(tmp_path / "source", "copy", 3)
@@ -116,7 +116,7 @@ def test_prepare_joins_pictures_that_are_the_same(tmp_path, caplog):
     assert "1 group holds a picture of another group" in caplog.text
 
 
-def test_prepare_refuses_ready_made_splits_with_the_same_picture(tmp_path):
+def test_prepare_refuses_ready_made_splits_with_the_same_image(tmp_path):
     for index, split in enumerate(("train", "valid", "test")):
         _write(tmp_path / "source" / split, f"case-{index}", index)
     _prepare(tmp_path / "source", tmp_path / "out")  # the shared tile of film is no leak
@@ -125,7 +125,7 @@ def test_prepare_refuses_ready_made_splits_with_the_same_picture(tmp_path):
         _prepare(tmp_path / "source", tmp_path / "other")
 
 
-def test_prepare_leaves_bad_pictures_out_and_continues(tmp_path):
+def test_prepare_leaves_bad_images_out_and_continues(tmp_path):
     for index in range(6):
         _write(tmp_path / "source", f"case-{index}", index)
     shutil.copytree(tmp_path / "source", tmp_path / "broken")
@@ -137,7 +137,7 @@ def test_prepare_leaves_bad_pictures_out_and_continues(tmp_path):
     assert again == manifest
 
 
-def test_prepare_tells_of_pictures_and_not_of_their_tiles(tmp_path, caplog):
+def test_prepare_reports_images_and_not_their_tiles(tmp_path, caplog):
     for index in range(5):
         _write(tmp_path / "source", f"case-{index}", index)
     path = str(tmp_path / "source" / "images" / "case-1.png")
@@ -158,7 +158,7 @@ def test_sheets_show_tiles_with_foreground_first(tmp_path):
     assert all(row["pixels_per_class"][1] for row in report_files._shown(rows))
 
 
-def test_a_picture_of_too_many_tiles_is_refused_in_one_line(tmp_path):
+def test_an_image_of_too_many_tiles_is_refused_in_one_line(tmp_path):
     source = tmp_path / "source"
     for kind in ("images", "masks"):
         (source / kind).mkdir(parents=True)

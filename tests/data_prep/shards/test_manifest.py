@@ -107,6 +107,6 @@ def test_parse_manifest_refuses_what_is_not_json(data):
         ({"split_rule": "ready-made", "options": {}}, "not recorded"),
     ],
 )
-def test_groups_of_earlier_manifests_are_told_from_what_they_say(earlier, rule):
+def test_groups_of_earlier_manifests_are_read_from_what_they_say(earlier, rule):
     data = json.dumps({**manifest_values(**earlier), "format_version": 1}).encode()
     assert parse_manifest(data, "x").group_rule == rule

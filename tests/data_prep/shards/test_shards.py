@@ -82,7 +82,7 @@ def _pixels(tmp_path, written, index=0):
     return cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
 
 
-def test_scan_reports_facts_of_a_grey_picture_stored_as_rgb(tmp_path):
+def test_scan_reports_facts_of_a_grey_image_stored_as_rgb(tmp_path):
     image = np.zeros((8, 8, 3), np.uint8)
     image[0, 0] = 10
     mask = np.zeros((8, 8), np.uint8)
@@ -97,7 +97,7 @@ def test_scan_reports_facts_of_a_grey_picture_stored_as_rgb(tmp_path):
     assert found.source_crcs[0] == google_crc32c.value(source)
 
 
-def test_moments_are_exact_for_large_16_bit_pictures():
+def test_moments_are_exact_for_large_16_bit_images():
     image = np.full((1500, 1024, 1), 65535, np.uint16)
     image[0, 0] = 65534
     count = 1500 * 1024
@@ -106,7 +106,7 @@ def test_moments_are_exact_for_large_16_bit_pictures():
     )
 
 
-def test_mean_and_std_of_two_pictures():
+def test_mean_and_std_of_two_images():
     # values 1, 3 and 5, 7: mean 4; squared deviations 9, 1, 1, 9: variance 5
     parts = [Moments(2, (4,), (10,)), Moments(2, (12,), (74,))]
     assert mean_and_std(parts) == ((4.0,), (5**0.5,))
@@ -199,7 +199,7 @@ def _marked(value, num_marked=1):
         ([_marked(65535)] * 10, 65535),
     ],
 )
-def test_few_outliers_do_not_make_all_pictures_dark(tmp_path, images, value_max):
+def test_few_outliers_do_not_make_all_images_dark(tmp_path, images, value_max):
     items = [_item(tmp_path, f"{i:02}", image) for i, image in enumerate(images)]
     samples = _scan(tmp_path, items, height=40, width=40)
     assert common_pixel_format(samples) == PixelFormat(1, 16, value_max)
@@ -220,7 +220,7 @@ def test_given_full_scale_is_taken_and_what_is_above_it_counted(tmp_path):
     assert above == [("2", 10), ("1", 5)]
 
 
-def test_odd_pictures_are_stored_like_the_others(tmp_path):
+def test_odd_images_are_stored_like_the_others(tmp_path):
     colour = np.zeros((8, 8, 3), np.uint16)
     colour[0, 0] = (100, 200, 4000)
     samples = _scan(tmp_path, [_item(tmp_path, "a", _grey(51)), _item(tmp_path, "b", colour)])

@@ -80,7 +80,7 @@ def test_draw_rois_draws_the_kinds_asked_for_and_no_marks():
     assert draw_rois(rois, ["asymmetry"], 10, 6, name="a").sum() == 0
 
 
-def test_draw_rois_refuses_the_contour_of_another_picture():
+def test_draw_rois_refuses_the_contour_of_another_image():
     # 6 columns: the last centre is 5, and 5 % of 6 are 0.3.
     assert draw_rois([Roi("mass", np.add(SQUARE, (1.2, 0)))], ["mass"], 6, 6, name="a").sum() == 9
     with pytest.raises(ContentError, match=r"^a\.xml: a contour leaves its picture of 6x6"):
@@ -113,7 +113,7 @@ def test_read_rois_reads_points_in_pixels():
     assert roi.is_outline
 
 
-def test_count_findings_tells_outlines_from_marks():
+def test_count_findings_separates_outlines_from_marks():
     rois = [Roi("mass", SQUARE), Roi("mass", SQUARE[:2]), Roi("mass", SQUARE[:3])]
     rois += [Roi("other", SQUARE[:1]), Roi("cluster", SQUARE[:0])]
     assert inbreast.count_findings(rois) == (
@@ -251,7 +251,7 @@ def test_find_cases_lists_each_folder_once(tmp_path, monkeypatch):
           "a.xml": "patient is unknown"}),
     ],
 )  # fmt: skip
-def test_find_cases_tells_what_is_in_none(tmp_path, images, annotations, rejected):
+def test_find_cases_reports_what_is_in_none(tmp_path, images, annotations, rejected):
     pairs, rejects = find_cases(_release(tmp_path, images, annotations))
     found = {each.file.split("/")[-1]: each.reason for each in rejects}
     assert found.keys() == rejected.keys()

@@ -139,6 +139,20 @@ def test_find_pairs_gives_a_reason_for_every_file_left_over(tmp_path: Path) -> N
     ]
 
 
+def test_dicom_files_as_images_of_pairs_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    url = fill(tmp_path, "images/a.DCM", "images/IM000001", "masks/a.png", "masks/IM000001.dicom")
+    pairs, rejects = find_pairs(find_sources(url))
+    assert pairs == []
+    convert = "DICOM files are not read as pairs; convert them to 16-bit PNG or TIFF, or give a"
+    reasons = {reject.file.removeprefix(f"{url}/"): reject.reason for reject in rejects}
+    assert reasons["images/a.DCM"].startswith(convert)
+    assert reasons["masks/IM000001.dicom"].startswith(convert)
+    assert reasons["images/IM000001"] == (
+        "it has no ending, expected .bmp, .jpeg, .jpg, .png, .tif, .tiff; convert DICOM files to "
+        "16-bit PNG or TIFF"
+    )
+
+
 def test_folders_without_one_common_name_say_what_the_masks_are_called(tmp_path: Path) -> None:
     url = fill(tmp_path, "images/b.png", "images/a.jpg", "masks/b_mask.png", "masks/a_mask.png")
     expected = re.escape("there is a.jpg here and a_mask.png there, where a.png would be its mask")

@@ -3,7 +3,7 @@
 from data_prep.splits.leaks import find_leaks
 
 
-def test_find_leaks_names_groups_and_pictures_in_two_splits() -> None:
+def test_find_leaks_names_groups_and_images_in_two_splits() -> None:
     samples = [
         ("rotated_90_1", "train", "1", "aa"),
         ("1", "test", "1", "bb"),
