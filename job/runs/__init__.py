@@ -1,1 +1,1 @@
-"""A run on disk: who owns it, its checkpoints, how it ended, where its weights come from."""
+"""Stores runs: ownership, checkpoints, outcome, and the origin of the weights."""

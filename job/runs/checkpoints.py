@@ -1,6 +1,7 @@
-"""Reads, describes and deletes the commits of a run.
+"""Reads, describes and deletes the checkpoints of a run.
 
-A commit is a folder whose `COMMIT.json` was put last. What its members hold is the caller's.
+A checkpoint is a folder whose `COMMIT.json` is written last. The caller defines the content of its
+files (members).
 """
 
 import hashlib
@@ -30,18 +31,18 @@ from job.runs.lease import Lease, checkpoints_on_chain, is_on_chain, read_lease
 logger = logging.getLogger(__name__)
 
 MAX_MEMBERS = 64
-_KEEP = "keep"  # in the state of a COMMIT.json: folders of other commits that this one needs
+_KEEP = "keep"  # key in the state of COMMIT.json: folders of other checkpoints that this one needs
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._]{0,127}")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A commit as its COMMIT.json tells it.
+    """Describes a checkpoint by its COMMIT.json.
 
     Attributes:
-        state: what the caller gave, through JSON.
-        sha256: of the COMMIT.json, hex.
-        keep: folders of other commits that it needs; None where version 0.1.0 did not write it.
+        state: values of the caller, after a round trip through JSON.
+        sha256: digest of COMMIT.json, hex.
+        keep: folders of other checkpoints that it needs; None if unknown (version 0.1.0).
     """
 
     step: int
@@ -54,40 +55,42 @@ class Checkpoint:
 
 
 class CheckpointFile(Settings):
-    """One file of a commit."""
+    """Describes one file of a checkpoint."""
 
-    name: str = option(..., "File name inside the commit's folder.", pattern=r"^[A-Za-z0-9]")
+    name: str = option(
+        ..., "File name inside the folder of the checkpoint.", pattern=r"^[A-Za-z0-9]"
+    )
     size: int = option(..., "Size, bytes.", ge=0)
     crc32c: int = option(..., "CRC-32C of the bytes.", ge=0)
     sha256: str = option(..., "SHA-256 of the bytes, hex.", pattern="^[0-9a-f]{64}$")
 
 
 class CheckpointRecord(Settings):
-    """The content of COMMIT.json."""
+    """Defines the content of COMMIT.json."""
 
     version: Literal[1] = option(1, "Version of this format.")
     step: int = option(..., "Training steps done.", ge=0)
     attempt: int = option(..., "The attempt that wrote it.", ge=1)
     epoch: int = option(..., "Epochs done.", ge=0)
     members: tuple[CheckpointFile, ...] = option(
-        ..., "Every file of the commit.", max_length=MAX_MEMBERS
+        ..., "Every file of the checkpoint.", max_length=MAX_MEMBERS
     )
     dataset_digest: str = option(..., "SHA-256 of the dataset's manifest, hex.")
     config_digest: str = option(..., "SHA-256 of the run's identity, hex.")
-    state: dict[str, Any] = option(..., "What the caller wants back.")
+    state: dict[str, Any] = option(..., "Values of the caller.")
 
 
 def find_checkpoints(store: ObjectStore) -> list[CheckpointRef]:
-    """Returns the commits of a run that count, oldest first; needs no ownership."""
+    """Returns the valid checkpoints of a run, oldest first; needs no ownership."""
     found = read_lease(store)
     return checkpoints_on_chain(store, found[0]) if found else []
 
 
 def read_checkpoint(store: ObjectStore, prefix: str) -> Checkpoint:
-    """Returns the commit in the folder `prefix`.
+    """Returns the checkpoint in the folder `prefix`.
 
     Raises:
-        ContentError, NotFound: its record is damaged or missing.
+        ContentError, NotFound: its COMMIT.json is damaged or missing.
     """
     return _read_checkpoint(store, prefix)[1]
 
@@ -99,15 +102,15 @@ def download_newest(
     digests: tuple[str, str] | None = None,
     names: Collection[str] | None = None,
 ) -> tuple[Checkpoint, dict[str, str]] | None:
-    """Returns the newest undamaged commit of `refs` and its members' local paths by name.
+    """Downloads the newest undamaged checkpoint of `refs`; returns it and local paths by name.
 
     Args:
-        staging_dir: local folder for the members, in a folder of its own per commit.
-        digests: of dataset and config that the commit must have been made with.
-        names: members to fetch; None: all.
+        staging_dir: local folder; each checkpoint gets its own subfolder.
+        digests: required digests of dataset and config.
+        names: files to download; None: all.
 
     Raises:
-        ContentError: all of them are damaged.
+        ContentError: all checkpoints are damaged.
     """
     problems: list[str] = []
     for ref in sorted(refs, reverse=True):
@@ -121,8 +124,8 @@ def download_newest(
         return restored
     if problems:
         raise ContentError(
-            f"run {store.url} has no undamaged commit: {'; '.join(problems)}; restore the objects "
-            "or choose another run name"
+            f"run {store.url} has no undamaged checkpoint: {'; '.join(problems)}; restore the "
+            "objects or choose another --name"
         )
     return None
 
@@ -134,21 +137,23 @@ def download_checkpoint(
     digests: tuple[str, str] | None = None,
     names: Collection[str] | None = None,
 ) -> tuple[Checkpoint, dict[str, str]]:
-    """Returns one commit and its members' local paths by name; of `names` only, where given.
+    """Downloads one checkpoint, or only its files `names`; returns it and local paths by name.
 
     Raises:
-        ContentError, NotFound: an object is damaged or missing; the message names it.
+        ContentError, NotFound: an object is damaged or missing; names it.
     """
     record, commit = _read_checkpoint(store, ref.prefix)
     where = f"{store.url}/{ref.prefix}/{COMMIT_NAME}"
     if (record.attempt, record.step) != (ref.attempt, ref.step):
-        raise ContentError(f"{where}: it is of attempt {record.attempt}, step {record.step}")
+        raise ContentError(
+            f"{where}: the record belongs to attempt {record.attempt}, step {record.step}"
+        )
     if digests and (record.dataset_digest, record.config_digest) != digests:
-        raise ContentError(f"{where}: it was made with another dataset or config")
+        raise ContentError(f"{where}: the checkpoint belongs to another dataset or config")
     paths: dict[str, str] = {}
     for member in record.members:
         if not _MEMBER_NAME.fullmatch(member.name):
-            raise ContentError(f"{where}: member name {member.name!a} is not allowed")
+            raise ContentError(f"{where}: file name {member.name!a} is not allowed")
         if names is not None and member.name not in names:
             continue
         path = os.path.join(staging_dir, ref.prefix.replace("/", "-"), member.name)
@@ -172,13 +177,13 @@ def _fetch_member(store: ObjectStore, name: str, member: CheckpointFile, path: s
     if stat.size != member.size:  # before it fills the disk
         raise ContentError(f"{where} has {stat.size} bytes instead of {member.size}")
     if store.get_file(name, path) != member.crc32c:
-        raise ContentError(f"{where} is damaged: its crc32c is not the one committed")
+        raise ContentError(f"{where} is damaged: its crc32c differs from COMMIT.json")
     if _sha256_of_file(path) != member.sha256:
-        raise ContentError(f"{where} is damaged: its sha256 is not the one committed")
+        raise ContentError(f"{where} is damaged: its sha256 differs from COMMIT.json")
 
 
 def checkpoint_of(record: CheckpointRecord, prefix: str, data: bytes) -> Checkpoint:
-    """Returns what `record`, stored as `data` in the folder `prefix`, tells of a commit."""
+    """Returns the checkpoint of `record`, stored as `data` in the folder `prefix`."""
     state = dict(record.state)
     keep = state.pop(_KEEP, None)
     return Checkpoint(
@@ -198,7 +203,7 @@ def _sha256_of_file(path: str) -> str:
 
 
 def describe_members(members: Mapping[str, str]) -> tuple[CheckpointFile, ...]:
-    """Returns the size and digests of the local files `members`, path by name."""
+    """Returns sizes and digests of the local files `members` (name: path)."""
     return tuple(
         CheckpointFile(
             name=name,
@@ -211,14 +216,14 @@ def describe_members(members: Mapping[str, str]) -> tuple[CheckpointFile, ...]:
 
 
 def check_member_names(names: Iterable[str]) -> None:
-    """Raises ValueError where one of `names` cannot be that of a member."""
+    """Raises ValueError if one of `names` is not a valid file name of a checkpoint."""
     for name in names:
         if not _MEMBER_NAME.fullmatch(name) or name == COMMIT_NAME:
-            raise ValueError(f"{name!r} is not a member name")
+            raise ValueError(f"{name!r} is not a valid file name of a checkpoint")
 
 
 def record_state(state: Mapping[str, Any], keep: Collection[str]) -> dict[str, Any]:
-    """Returns the state of a commit record, with what `checkpoint_of` gives as `keep`."""
+    """Returns the state for COMMIT.json, including `keep` (see `checkpoint_of`)."""
     stored: dict[str, Any] = through_json({**state, _KEEP: list(keep)})
     return stored
 
@@ -227,9 +232,9 @@ def record_bytes(record: CheckpointRecord) -> bytes:
     """Returns the content of COMMIT.json.
 
     Raises:
-        ValueError: it would be too large.
+        ValueError: the state is too large.
     """
-    # Not pydantic's own JSON: it turns NaN and infinity into null.
+    # The JSON of pydantic would turn NaN and infinity into null.
     data = json.dumps(record.model_dump()).encode()
     if len(data) > MAX_RECORD_BYTES:
         raise ValueError(f"{COMMIT_NAME} would have {len(data)} bytes: state is too large")
@@ -237,7 +242,7 @@ def record_bytes(record: CheckpointRecord) -> bytes:
 
 
 class GarbageCollector:
-    """Deletes what a run no longer needs of its commits; remembers what each of them needs."""
+    """Deletes checkpoints that a run no longer needs; caches what each of them needs."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
@@ -246,10 +251,10 @@ class GarbageCollector:
     def collect(
         self, lease: Lease, newest: CheckpointRef, keep_last: int, keep: Collection[str]
     ) -> None:
-        """Deletes commits older than `newest`; otherwise as `Run.collect_garbage`.
+        """Deletes checkpoints older than `newest`; otherwise as `Run.collect_garbage`.
 
         Args:
-            lease: of the owner.
+            lease: lease of the owner.
         """
         folders = list_folders(self._store)
         committed = [ref for ref in folders if is_complete(folders[ref])]
@@ -268,9 +273,9 @@ class GarbageCollector:
                 delete_folder(self._store, stats)
 
     def _needed_by(self, prefix: str) -> tuple[str, ...] | None:
-        """Returns the folders that the commit in `prefix` needs; None where it does not say.
+        """Returns the folders that the checkpoint in `prefix` needs; None if unknown.
 
-        A commit that is damaged needs nothing any more.
+        A damaged checkpoint needs none.
         """
         if prefix not in self._kept_by:
             try:
@@ -281,6 +286,6 @@ class GarbageCollector:
 
 
 def delete_folder(store: ObjectStore, stats: list[ObjectMeta]) -> None:
-    """Deletes the objects of a commit folder, its COMMIT.json first."""
+    """Deletes the objects of a checkpoint folder, COMMIT.json first."""
     for stat in sorted(stats, key=lambda stat: not stat.name.endswith(f"/{COMMIT_NAME}")):
         store.delete(stat.name)

@@ -1,4 +1,4 @@
-"""Compares the settings and dataset that a run was begun with to those of a later attempt."""
+"""Compares the settings and dataset of a later attempt with those of the first."""
 
 import hashlib
 import json
@@ -14,31 +14,31 @@ from job.runs.layout import IDENTITY_NAME, RESTORE, through_json
 
 
 def read_identity(store: ObjectStore) -> dict[str, Any] | None:
-    """Returns `config` and `dataset_digest` of the first attempt, None before it."""
+    """Returns `config` and `dataset_digest` of the first attempt; None before it."""
     return read_json(store, IDENTITY_NAME, RESTORE)
 
 
 def settle_identity(
     store: ObjectStore, identity: Mapping[str, Any], dataset_digest: str
 ) -> tuple[str, str]:
-    """Checks that the run in `store` was begun as it is now, and remembers how at first.
+    """Checks that the run in `store` has this identity; the first attempt stores it.
 
     Args:
         identity: nested JSON values of the config fields that identify a run.
         dataset_digest: sha256 of the dataset's manifest, hex.
 
     Returns:
-        The digests of the dataset and of the identity, for the run's commits.
+        The digests of the dataset and of the identity, for the checkpoints of the run.
 
     Raises:
-        UsageError: some differ; names each with the stored and the new value.
+        UsageError: values differ; names each with the stored and the new value.
     """
     given = through_json({"config": identity, "dataset_digest": dataset_digest})
     stored = read_identity(store)
     if stored is None:
         store.put(IDENTITY_NAME, (json.dumps(given, indent=1, sort_keys=True) + "\n").encode())
     elif stored != given:
-        remedy = "give the old values or another name"
+        remedy = "give the old values or another --name"
         if not find_checkpoints(store):
             remedy += ", or delete the folder: it has no checkpoint yet"
         raise UsageError(
@@ -50,9 +50,9 @@ def settle_identity(
 
 
 def differences(stored: Any, given: Any) -> list[str]:
-    """Returns a sentence for each leaf of two nested JSON values that differs.
+    """Returns one phrase for each difference between two nested JSON values.
 
-    What is below `config` is named as the option that sets it.
+    Values below `config` are named by the option that sets them.
     """
     before, now = dict(_leaves(stored)), dict(_leaves(given))
     return [

@@ -1,4 +1,4 @@
-"""Names the objects of a run's folder, and reads the small records among them."""
+"""Names the objects in the folder of a run, and reads its small records."""
 
 import json
 import re
@@ -18,9 +18,11 @@ IDENTITY_NAME = "identity.json"
 OUTCOME_NAME = "outcome.json"
 COMMIT_NAME = "COMMIT.json"
 ORIGIN_NAME = "origin.json"
-CROSS_VALIDATION_NAME = "cross_validation.json"  # of all folds, in the folder of their common name
-ENDS_FOLDER = "attempts"  # how an attempt ended that did not end the run
-RESTORE = "restore the file, or train a run of another name"  # where one of these is damaged
+CROSS_VALIDATION_NAME = (
+    "cross_validation.json"  # results of all folds, in the folder of their common name
+)
+ENDS_FOLDER = "attempts"  # how attempts ended that did not end the run
+RESTORE = "restore the file, or train a run of another name"  # remedy if one of these is damaged
 MAX_RECORD_BYTES = 1 << 20
 _FOLDER = re.compile(r"(checkpoints/step-(\d{8,18})/a(\d{1,9}))/([^/]+)")
 
@@ -29,7 +31,7 @@ R = TypeVar("R", bound=Settings)
 
 @dataclass(frozen=True, order=True)
 class CheckpointRef:
-    """Where a commit lies; ordered by attempt, then step."""
+    """Locates a checkpoint; ordered by attempt, then step."""
 
     attempt: int
     step: int
@@ -37,7 +39,7 @@ class CheckpointRef:
 
 
 def run_url(config: TrainConfig) -> str:
-    """Returns the URL of the folder of the run, or of the cross-validation, that `config` is of."""
+    """Returns the URL of the run or cross-validation of `config`."""
     return join_url(config.output, str(config.name))
 
 
@@ -47,18 +49,18 @@ def evaluate_again(run: ObjectStore) -> str:
 
 
 def checkpoint_prefix(step: int, attempt: int) -> str:
-    """Returns the folder of a commit."""
+    """Returns the folder of a checkpoint."""
     return f"checkpoints/step-{step:08d}/a{attempt}"
 
 
 def parse_checkpoint_ref(prefix: str | None) -> CheckpointRef | None:
-    """Returns the place of the commit folder `prefix`; None where it is not named like one."""
+    """Parses a checkpoint folder name; returns None if `prefix` is not one."""
     match = _FOLDER.fullmatch(f"{prefix}/{COMMIT_NAME}")
     return match and CheckpointRef(int(match[3]), int(match[2]), match[1])
 
 
 def list_folders(store: ObjectStore) -> dict[CheckpointRef, list[ObjectMeta]]:
-    """Returns the objects of every commit folder, finished or not."""
+    """Returns the objects of every checkpoint folder, complete or not."""
     folders: dict[CheckpointRef, list[ObjectMeta]] = {}
     for stat in store.list("checkpoints/"):
         match = _FOLDER.fullmatch(stat.name)
@@ -69,15 +71,15 @@ def list_folders(store: ObjectStore) -> dict[CheckpointRef, list[ObjectMeta]]:
 
 
 def is_complete(stats: list[ObjectMeta]) -> bool:
-    """Returns whether the objects of a commit folder are a whole commit."""
+    """Returns whether the objects of a folder are a complete checkpoint."""
     return any(stat.name.endswith(f"/{COMMIT_NAME}") for stat in stats)
 
 
 def read_small(store: ObjectStore, name: str, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
-    """Returns an object that holds a record.
+    """Returns the bytes of a small record.
 
     Raises:
-        ContentError: it has more than `max_bytes`.
+        ContentError: the object has more than `max_bytes`.
     """
     stat = store.stat(name)
     if stat is None:
@@ -88,10 +90,10 @@ def read_small(store: ObjectStore, name: str, max_bytes: int = MAX_RECORD_BYTES)
 
 
 def parse_record(data: bytes, kind: type[R], where: str) -> R:
-    """Returns the record of `kind` that `data` holds as JSON.
+    """Parses the JSON `data` as a record of `kind`.
 
     Raises:
-        ContentError: it holds none; the message says what is wrong at `where`.
+        ContentError: it is not valid; names the problem and `where`.
     """
     try:
         return kind.model_validate_json(data)
@@ -102,5 +104,5 @@ def parse_record(data: bytes, kind: type[R], where: str) -> R:
 
 
 def through_json(value: Any) -> Any:
-    """Returns `value` as a later attempt will read it (tuples become lists)."""
+    """Returns `value` after a round trip through JSON (tuples become lists)."""
     return json.loads(json.dumps(value))

@@ -1,8 +1,8 @@
-"""Writes into `lease.json` who owns a run, and which commits its attempts resumed from.
+"""Stores in `lease.json` the owner of a run and the checkpoints that its attempts resumed from.
 
-Each opening of a run is an attempt with a number of its own, and writes the commit that it resumes
-from. So the lease names a chain of attempts, and only commits on that chain count: one that a
-process wrote after it had lost the run is never picked.
+Each opening of a run is an attempt with its own number, and records the checkpoint that it resumes
+from. So the lease defines a chain of attempts. Only checkpoints on this chain count: one that a
+process wrote after it lost the run is never used.
 """
 
 import os
@@ -28,19 +28,19 @@ from job.runs.layout import (
 )
 
 _MAX_LEASE_BYTES = 64 << 20  # version 0.1.0 added 40 bytes at every attempt
-_NUM_SHOWN = 100  # attempts of which the lease says what they rested on
+_NUM_SHOWN = 100  # latest attempts whose base checkpoint the lease keeps
 
 
 @dataclass(frozen=True)
 class LeaseTiming:
-    """Seconds between two renewals, and without one until a newcomer takes over."""
+    """Sets the seconds between renewals, and until a lease without renewal expires."""
 
     renew_s: float = 2.0
     expire_s: float = 15.0
 
 
 class Lease(Settings):
-    """The content of lease.json."""
+    """Defines the content of lease.json."""
 
     version: Literal[1] = option(1, "Version of this format.")
     attempt: int = option(..., "The attempt that owns the run.", ge=1)
@@ -49,17 +49,17 @@ class Lease(Settings):
     released: bool = option(False, "The owner has closed the run.")
     launch: str | None = option(None, "The launcher that started the owner, if one did.")
     bases: dict[int, str | None] = option(
-        ..., "Of every attempt, the folder of the commit it resumes from."
+        ..., "Folder of the checkpoint that each attempt resumes from."
     )
 
 
 def put_lease(store: ObjectStore, lease: Lease, generation: int) -> ObjectMeta:
-    """Stores the lease in the place of that with `generation`; 0: of none."""
+    """Stores the lease if the stored one has this `generation`; 0: if there is none."""
     return store.put(LEASE_NAME, lease.model_dump_json().encode(), if_generation=generation)
 
 
 def read_lease(store: ObjectStore) -> tuple[Lease, int] | None:
-    """Returns the lease and its generation, None for a new run."""
+    """Returns the lease and its generation; None for a new run."""
     while True:
         before = store.stat(LEASE_NAME)
         if before is None:
@@ -73,10 +73,10 @@ def read_lease(store: ObjectStore) -> tuple[Lease, int] | None:
 def take_lease(
     store: ObjectStore, timing: LeaseTiming, launch: str | None
 ) -> tuple[Lease, int, list[CheckpointRef]]:
-    """Returns the lease of a new attempt, which is stored, its generation, what it may restore.
+    """Stores the lease of a new attempt; returns it, its generation and its valid checkpoints.
 
     Raises:
-        LockedError: another process has the run, or was quicker.
+        LockedError: another process owns the run, or was faster.
     """
     found = _wait_for_lease(store, timing, launch)
     while True:
@@ -87,18 +87,21 @@ def take_lease(
             before, found = found, read_lease(store)
             is_renewed = before and found and before[0].owner == found[0].owner
             if launch is None or not is_renewed or found is None or found[0].launch != launch:
-                raise LockedError(f"{store.url}: another process took the run just now") from error
+                raise LockedError(
+                    f"{store.url}: another process has just taken the run; wait for it, stop it, "
+                    "or choose another --name"
+                ) from error
 
 
 def _wait_for_lease(
     store: ObjectStore, timing: LeaseTiming, launch: str | None
 ) -> tuple[Lease, int] | None:
-    """Returns the lease as soon as it may be taken: released, or unchanged for long enough.
+    """Returns the lease once it may be taken: released, or unchanged for long enough.
 
-    The time is this process's own; the clocks of two machines are never compared.
+    Uses only the clock of this process; clocks of two machines are never compared.
 
     Raises:
-        LockedError: the owner renewed it meanwhile.
+        LockedError: the owner renewed the lease meanwhile.
     """
     first = read_lease(store)
     if first is None or first[0].released or (launch is not None and first[0].launch == launch):
@@ -113,18 +116,18 @@ def _wait_for_lease(
             if found is None or found[0].released:
                 return found
             raise LockedError(
-                f"{store.url}: the run is owned by {found[0].owner}; wait for it, stop it or "
-                "choose another name"
+                f"{store.url}: the run is owned by {found[0].owner}; wait for it, stop it, or "
+                "choose another --name"
             )
         if time.monotonic() - asked_at > timing.expire_s / 3:
-            start = time.monotonic()  # storage was out of reach, so for the owner too
+            start = time.monotonic()  # storage was unreachable, so for the owner, too
     return first
 
 
 def next_lease(
     store: ObjectStore, found: tuple[Lease, int] | None, launch: str | None
 ) -> tuple[Lease, int, list[CheckpointRef]]:
-    """Returns the lease of a new attempt, the generation it replaces, and what it may restore."""
+    """Returns the lease of a new attempt, the generation to replace, and valid checkpoints."""
     owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     if found is None:
         return Lease(attempt=1, owner=owner, launch=launch, bases={1: None}), 0, []
@@ -139,20 +142,21 @@ def next_lease(
 def _bases_of(
     attempt: int, previous: Lease, candidates: Sequence[CheckpointRef]
 ) -> dict[int, str | None]:
-    """Returns what each attempt rested on: of the newest ones, which people are shown, as it was.
+    """Returns the base checkpoint of each attempt.
 
-    Of older ones only those whose commits are still there are named, each with the newest candidate
-    before it, so that the lease does not grow with every attempt.
+    The newest attempts keep their bases, for people to read. Of older ones, only those whose
+    checkpoints still exist are kept, each with the newest candidate before it as base. So the lease
+    does not grow with every attempt.
 
     Args:
-        candidates: the commits on the chain of the attempt before, oldest first.
+        candidates: the checkpoints on the chain of the attempt before, oldest first.
     """
     newest = {ref.attempt: ref.prefix for ref in candidates}
     bases = {n: base for n, base in previous.bases.items() if n > attempt - _NUM_SHOWN}
     bases[attempt] = candidates[-1].prefix if candidates else None
     older = [n for n in newest if n not in bases]
     bases |= {n: newest.get(before) for before, n in pairwise((0, *older))}
-    # Where the chain leaves the newest ones, it goes on with those.
+    # Where the chain leaves the newest attempts, it continues with the older ones.
     at = attempt
     while (base := parse_checkpoint_ref(bases[at])) and base.attempt in bases:
         if base.attempt >= at:
@@ -164,16 +168,16 @@ def _bases_of(
 
 
 def checkpoints_on_chain(store: ObjectStore, lease: Lease) -> list[CheckpointRef]:
-    """Returns the commits that count for the attempt of `lease`, oldest first."""
+    """Returns the valid checkpoints for the attempt of `lease`, oldest first."""
     folders = list_folders(store)
     return sorted(p for p in folders if is_complete(folders[p]) and is_on_chain(lease, p))
 
 
 def is_on_chain(lease: Lease, ref: CheckpointRef) -> bool:
-    """Returns whether a commit lies on the way that led to the current attempt.
+    """Returns whether a checkpoint is on the chain that leads to the current attempt.
 
-    An attempt's commits up to the one that the next attempt resumed from do. Later ones do not: the
-    attempt had lost the run when it wrote them.
+    The checkpoints of an attempt are on the chain up to the one from which the next attempt
+    resumed. It wrote later ones after it had lost the run.
     """
     attempt, last_step = lease.attempt, None
     while ref.attempt < attempt:

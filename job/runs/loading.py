@@ -1,6 +1,6 @@
-"""Opens a trained run for use: its config, its dataset's manifest and its weights.
+"""Opens a trained run: config, manifest of its dataset, and weights.
 
-Reads a run without owning it, so that masks can be predicted while it is still being trained.
+Reads a run without owning it, so that it can predict masks while training continues.
 """
 
 import hashlib
@@ -27,24 +27,24 @@ from job.runs.checkpoints import (
 from job.runs.layout import CROSS_VALIDATION_NAME, CheckpointRef, checkpoint_prefix
 from job.runs.status import run_status
 
-WEIGHT_FILES = (".h5", ".hdf5")  # endings of files to start from; anything else is a run
+WEIGHT_FILES = (".h5", ".hdf5")  # suffixes of weight files; any other source is a run
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run that has a checkpoint."""
+    """Holds a run that has a checkpoint."""
 
     store: ObjectStore  # the run's folder
     config: TrainConfig
-    manifest: Manifest  # of the dataset it was trained on
+    manifest: Manifest  # of its training dataset
     dataset_digest: str
 
 
 def open_run(run_url: str) -> TrainedRun:
-    """Returns the run at `run_url`; neither weights nor TensorFlow are loaded.
+    """Returns the run at `run_url`; loads neither weights nor TensorFlow.
 
     Raises:
-        UsageError: no run, or no checkpoint yet.
+        UsageError: there is no run, or no checkpoint yet.
     """
     store = open_store(run_url)
     try:
@@ -55,7 +55,7 @@ def open_run(run_url: str) -> TrainedRun:
     config = stored_config(read_yaml(text, where), where)
     if not find_checkpoints(store):
         raise _no_checkpoint(store)
-    data = store.get(MANIFEST_NAME)  # a copy of the dataset's, byte by byte
+    data = store.get(MANIFEST_NAME)  # an exact copy of that of the dataset
     manifest = parse_manifest(data, f"{store.url}/{MANIFEST_NAME}")
     return TrainedRun(store, config, manifest, hashlib.sha256(data).hexdigest())
 
@@ -63,8 +63,8 @@ def open_run(run_url: str) -> TrainedRun:
 def _no_run(store: ObjectStore) -> UsageError:
     if store.stat(CROSS_VALIDATION_NAME) is not None:
         return UsageError(
-            f"{store.url}: a cross-validation, which has no weights of its own; give the run of a "
-            f"fold, {store.url}-fold-0 and so on"
+            f"{store.url}: a cross-validation has no weights of its own; give the run of one fold, "
+            f"such as {store.url}-fold-0"
         )
     return UsageError(
         f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
@@ -73,7 +73,7 @@ def _no_run(store: ObjectStore) -> UsageError:
 
 @dataclass(frozen=True)
 class EnsembleMember:
-    """Weights that predict: a checkpoint of a run, by its folder there and its COMMIT.json."""
+    """Identifies the weights of a prediction: run, checkpoint folder, digest of COMMIT.json."""
 
     run: str
     checkpoint: str
@@ -81,12 +81,12 @@ class EnsembleMember:
 
 
 def open_ensemble(urls: Sequence[str]) -> tuple[TrainedRun, ...]:
-    """Returns runs whose probabilities can be averaged: they see the same pixels and classes.
+    """Returns runs whose probabilities can be averaged: same pixel format and classes.
 
-    Their precisions may differ: each computes in its own, and gives logits of float32 or wider.
+    Each run computes in its own precision and returns logits of float32 or wider.
 
     Raises:
-        UsageError: two differ in them, or one has no checkpoint.
+        UsageError: two runs differ, or one has no checkpoint.
     """
     runs = tuple(open_run(url) for url in urls)
     first = runs[0]
@@ -95,18 +95,18 @@ def open_ensemble(urls: Sequence[str]) -> tuple[TrainedRun, ...]:
             theirs, ours = getattr(run.manifest, name), getattr(first.manifest, name)
             if theirs != ours:
                 raise UsageError(
-                    f"{run.store.url}: {name} {_shown(theirs)}, but {first.store.url} has "
-                    f"{_shown(ours)}; only runs that are alike in it can predict together"
+                    f"{run.store.url}: {name} is {_shown(theirs)}, but {_shown(ours)} in "
+                    f"{first.store.url}; an ensemble needs runs with the same {name}"
                 )
         if num_outputs(run.config, run.manifest) != num_outputs(first.config, first.manifest):
             raise UsageError(
-                f"{run.store.url}: another --model.num-classes than {first.store.url} has; only "
-                "runs that are alike in it can predict together"
+                f"{run.store.url}: --model.num-classes differs from {first.store.url}; an ensemble "
+                "needs runs with the same number"
             )
     return runs
 
 
-# What makes pixels and probabilities of two runs mean the same.
+# Fields that must be equal so that pixels and probabilities of runs have the same meaning.
 _SHARED = (
     *("image_height", "image_width", "classes", "ignore_id", "channels", "bit_depth"),
     *("value_max", "geometry", "crop", "flip"),
@@ -120,18 +120,18 @@ def _shown(value: Any) -> str:
 
 
 def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Checkpoint]:
-    """Returns the model of `run` with the weights of a checkpoint, and the commit of these.
+    """Returns the model of `run` with the weights of a checkpoint, and that checkpoint.
 
-    It computes in the precision of the training; of float16, which CPUs only emulate, in float32
-    where there is no GPU.
+    The model computes in the precision of its training, but in float32 instead of float16 if there
+    is no GPU, since CPUs only emulate float16.
 
     Args:
         which: "best", "last", or the folder of a checkpoint.
 
     Raises:
-        UsageError: no checkpoint is the best yet.
+        UsageError: there is no best checkpoint yet.
         ContentError: the checkpoint is damaged.
-        NotFound: that folder has none any more.
+        NotFound: the checkpoint of that folder was deleted.
     """
     from job.distributed.precision import predicting_precision
 
@@ -145,18 +145,18 @@ def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Checkpoint]:
 
 
 def ensemble_member(run: TrainedRun, commit: Checkpoint) -> EnsembleMember:
-    """Returns the weights of a commit of a run."""
+    """Returns the ensemble member of a checkpoint."""
     return EnsembleMember(run.store.url, commit.prefix, commit.sha256)
 
 
 def find_checkpoint(store: ObjectStore, *, which: str) -> Checkpoint:
     """Returns a run's "best" or "last" checkpoint.
 
-    The last is the newest whose weights are undamaged, so these are read.
+    "last" is the newest with undamaged weights, so this reads the weights.
 
     Raises:
         UsageError: there is no such checkpoint yet.
-        ContentError: none is undamaged.
+        ContentError: all are damaged.
     """
     if which == "best":
         return read_checkpoint(store, _find_best(store).prefix)
@@ -167,7 +167,7 @@ def find_checkpoint(store: ObjectStore, *, which: str) -> Checkpoint:
 def fetch_checkpoint(
     store: ObjectStore, folder: str, *, which: str
 ) -> tuple[Checkpoint, dict[str, str]]:
-    """Returns a run's checkpoint, and the local path of its weights by name.
+    """Downloads the weights of a checkpoint; returns it and local paths by name.
 
     Args:
         which: as for `load_model`.
@@ -175,9 +175,9 @@ def fetch_checkpoint(
     Raises:
         UsageError: there is no such checkpoint yet.
         ContentError: it is damaged.
-        NotFound: it was named by its folder, which has none any more.
+        NotFound: the checkpoint of the named folder was deleted.
     """
-    # Never the moments, which are twice as large as the weights.
+    # The moments, twice as large as the weights, are never downloaded.
     if which == "last":
         names = [serialization.STATE_NAME, serialization.WEIGHTS_NAME]
         newest = download_newest(store, find_checkpoints(store), folder, names=names)
@@ -197,7 +197,8 @@ def _find_best(store: ObjectStore) -> CheckpointRef:
         best = serialization.read_state(newest[1][serialization.STATE_NAME])["best"]
     if best is None:
         raise UsageError(
-            f"{store.url}: no epoch has ended yet, so no checkpoint is the best; use the last"
+            f"{store.url}: no epoch has ended yet, so there is no best checkpoint; give "
+            "--checkpoint last"
         )
     step, attempt = best["step"], best["attempt"]
     return CheckpointRef(attempt, step, checkpoint_prefix(step, attempt))
@@ -212,20 +213,20 @@ def _ref_of(store: ObjectStore, prefix: str) -> CheckpointRef:
 
 def _no_checkpoint(store: ObjectStore) -> UsageError:
     remedies = {
-        "diverged": "it diverged; start a run of another name",
-        "stopped": "it was stopped before it had one; the same train command goes on",
-        "open": "wait for the first epoch to end, or, where its process is dead, train it again by "
-        "the same command",
+        "diverged": "it diverged; start a run with another --name",
+        "stopped": "it was stopped before its first one; the same train command resumes",
+        "open": "wait for the end of the first epoch; if its process is dead, the same train "
+        "command resumes",
     }
     remedy = remedies.get(run_status(store), "its checkpoints were deleted")
     return UsageError(f"{store.url}: no checkpoint yet; {remedy}")
 
 
 def model_for(config: TrainConfig, manifest: Manifest) -> Any:
-    """Returns the untrained model of `config` for pictures of `manifest`.
+    """Returns the untrained model of `config` for images of `manifest`.
 
     Raises:
-        UsageError: channels or classes of the two do not go together.
+        UsageError: channels or classes of the two do not fit.
     """
     from job.models.registry import build_model
 
@@ -240,10 +241,10 @@ def model_for(config: TrainConfig, manifest: Manifest) -> Any:
 
 
 def initialize_from(model: Any, source: str, heartbeat: Heartbeat = no_heartbeat) -> None:
-    """Sets the weights of `model` from another run (its best), or from a `.h5` file.
+    """Sets the weights of `model` from the best checkpoint of another run, or from a `.h5` file.
 
-    The file is the reference family's `best_model.h5` or Keras weights of this package; it is read
-    as data, nothing in it is run.
+    The file is a `best_model.h5` of the reference implementation or Keras weights of this package.
+    It is read as data; nothing in it is executed.
 
     Args:
         heartbeat: called while bytes of a run move.

@@ -1,4 +1,4 @@
-"""Holds a run for one process: by a file lock on this machine, by a renewed lease elsewhere."""
+"""Holds a run for one process: by a file lock on local disks, by a renewed lease elsewhere."""
 
 import fcntl
 import logging
@@ -23,34 +23,34 @@ logger = logging.getLogger(__name__)
 
 
 class Ownership(Protocol):
-    """Proof that this process owns a run."""
+    """Proves that this process owns a run."""
 
     lease: Lease
 
     @property
     def base(self) -> str | None:
-        """The folder of the commit that this attempt resumes from."""
+        """The folder of the checkpoint that this attempt resumes from."""
         ...
 
     @property
     def is_lost(self) -> bool:
-        """Whether the run is known to be lost."""
+        """Whether this process knows that it has lost the run."""
         ...
 
     def confirm(self) -> None:
-        """Raises LockedError when the run is no longer ours; asks storage."""
+        """Raises LockedError if this process has lost the run; asks storage."""
         ...
 
     def check(self) -> None:
-        """Raises LockedError when the run is no longer ours; asks storage where that can be."""
+        """Raises LockedError if this process has lost the run; asks storage only if in doubt."""
         ...
 
     def rebase(self, base: str | None) -> None:
-        """Writes into the lease that this attempt resumes from another commit."""
+        """Records in the lease that this attempt resumes from another checkpoint."""
         ...
 
     def release(self) -> None:
-        """Gives the run back; a second call does nothing."""
+        """Releases the run; a second call does nothing."""
         ...
 
 
@@ -61,7 +61,7 @@ def acquire(
     by_lease: bool | None,
     launch: str | None,
 ) -> tuple[Ownership, list[CheckpointRef]]:
-    """Returns the proof that this process owns the run in `store`, and what it may restore.
+    """Acquires the run in `store`; returns its ownership and the checkpoints to resume from.
 
     See `Run.acquire`.
     """
@@ -85,7 +85,7 @@ def acquire(
 
 
 class _FileLock:
-    """Ownership by `flock`, which the kernel ends with the process."""
+    """Owns a run by `flock`, which the kernel releases with the process."""
 
     def __init__(self, store: ObjectStore, file: int, lease: Lease, generation: int) -> None:
         self.lease = lease
@@ -103,7 +103,7 @@ class _FileLock:
         return False
 
     def confirm(self) -> None:
-        """Also notices that the lock file, and with it the run, was removed by hand."""
+        """Also detects that someone deleted the lock file or the whole run."""
         if self._is_released:
             raise _given_back(self._store)
         path = os.path.join(self._store.local_root or "", LOCK_NAME)
@@ -113,12 +113,12 @@ class _FileLock:
             is_same = False
         if not is_same:
             raise LockedError(
-                f"{path}, or the whole folder, was removed while the run was going on; this "
-                "process stops, and the same command begins anew"
+                f"{path} or its whole folder was deleted during the run; this process stops, and "
+                "the same command starts again"
             )
 
     def check(self) -> None:
-        """The same: it asks no other machine."""
+        """Same as `confirm`, which asks no other machine."""
         self.confirm()
 
     def rebase(self, base: str | None) -> None:
@@ -133,18 +133,18 @@ class _FileLock:
 
 
 class _RenewedLease:
-    """Ownership by a lease that a thread renews.
+    """Owns a run by a lease that a thread renews.
 
-    Only a lease of another owner tells that the run is lost, never the time or an outage: nobody
-    can take the run over without storage either. A lease that something else has damaged is written
-    again as long as it cannot have expired; later, nobody knows whose it was, and the run is lost.
+    Only the lease of another owner means that the run is lost. Elapsed time or an outage does not:
+    without storage, no other process can take the run over either. A damaged lease is written again
+    as long as it cannot have expired. After that its owner is unknown, and the run is lost.
     """
 
     def __init__(
         self, store: ObjectStore, lease: Lease, generation: int, timing: LeaseTiming
     ) -> None:
         self.lease = lease
-        # A request that hangs must not let the lease expire.
+        # The lease must not expire during a request that hangs.
         self._store = store.with_limits(
             retry_s=min(store.retry_s, max(timing.expire_s / 3, 1.0)),
             timeout_s=max(timing.expire_s / 5, 1.0),
@@ -196,7 +196,7 @@ class _RenewedLease:
         except LockedError:
             pass
         except StorageError as error:
-            logger.warning("%s is not given back, so that the next start has to wait: %s",
+            logger.warning("%s could not be released, so the next start has to wait: %s",
                            self._store.url, error)  # fmt: skip
 
     def _renew(self) -> None:
@@ -209,15 +209,17 @@ class _RenewedLease:
                 return
             except StorageError as error:
                 if not is_failing:
-                    logger.warning("the lease of %s is not renewed: %s", self._store.url, error)
+                    logger.warning(
+                        "the lease of %s could not be renewed: %s", self._store.url, error
+                    )
                 is_failing = True
             except Exception as error:
-                # Nobody renews the lease any more, and the owner must hear of it.
-                self._lose(f"the lease is not renewed any more, because of a bug ({error!r})")
+                # Without this thread no one renews the lease; the owner must get the error.
+                self._lose(f"the lease is no longer renewed because of a bug ({error!r})")
                 raise
 
     def _write_patiently(self, update: dict[str, Any]) -> None:
-        """Writes the lease as `_write`, as long as the run's other requests are repeated."""
+        """Writes the lease like `_write`; repeats that as long as other requests of the run."""
         deadline = time.monotonic() + self._patience_s
         while True:
             try:
@@ -238,7 +240,7 @@ class _RenewedLease:
                     stat = put_lease(self._store, lease, generation)
                     break
                 except PreconditionFailed as error:
-                    # It may be our own: a renewal that timed out can have reached the server.
+                    # It may be a renewal of this process that timed out but reached the server.
                     found = self._generation_of(lease.owner)
                     if found is None:
                         raise _lost(self._store, self._why_lost) from error
@@ -246,21 +248,21 @@ class _RenewedLease:
             self.lease, self._generation, self._renewed_at = lease, stat.generation, start
 
     def _generation_of(self, owner: str) -> int | None:
-        """Returns the generation of the stored lease where `owner` may replace it.
+        """Returns the generation of the stored lease if `owner` may replace it.
 
-        None: the run is lost, which this process knows from now on.
+        None: the run is lost; this process records that.
         """
         before = self._store.stat(LEASE_NAME)
         try:
             found = read_lease(self._store)
         except ContentError as error:
             if before is not None and not self._may_have_expired:
-                logger.warning("%s; this process owns the run and writes it again", error)
+                logger.warning("%s; this process owns the run and writes the lease again", error)
                 return before.generation
-            self._lose(f"the lease may have expired, and is damaged ({error})")
+            self._lose(f"the lease is damaged and may have expired ({error})")
             return None
         if found is None:
-            self._lose(f"{LEASE_NAME} was deleted, so nobody knows who owns the run")
+            self._lose(f"{LEASE_NAME} was deleted, so the owner of the run is unknown")
             return None
         if found[0].owner != owner:
             self._lose(None)
@@ -268,12 +270,12 @@ class _RenewedLease:
         return found[1]
 
     def _lose(self, why: str | None) -> None:
-        """Remembers that the run is lost; None: to another process."""
+        """Records that the run is lost; `why` None: to another process."""
         self._is_lost, self._why_lost = True, why
 
 
 def _now() -> float:
-    """Returns seconds by a clock that goes on while a machine is suspended."""
+    """Returns seconds of a clock that continues while the machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -283,14 +285,14 @@ def _lost(store: ObjectStore, why: str | None = None) -> LockedError:
 
 
 def _given_back(store: ObjectStore) -> LockedError:
-    return LockedError(f"{store.url}: this process has given the run back and writes nothing more")
+    return LockedError(f"{store.url}: this process has released the run and can no longer write")
 
 
 _open_locks: set[int] = set()
 
 
 def _forget_locks() -> None:
-    # A forked worker that outlives its parent would otherwise keep the parent's lock.
+    # Otherwise a forked worker that outlives its parent would keep the lock of the parent.
     for file in _open_locks:
         os.close(file)
     _open_locks.clear()
@@ -321,8 +323,8 @@ def _lock_file(root: str) -> int:
         os.close(file)
         if isinstance(error, BlockingIOError):
             raise LockedError(
-                f"{root}: the run is owned by process {holder or 'unknown'}; wait for it, stop it "
-                "or choose another name"
+                f"{root}: the run is owned by process {holder or 'unknown'}; wait for it, stop it, "
+                "or choose another --name"
             ) from error
         raise StorageError(f"cannot lock {path}: {error.strerror}") from error
     _open_locks.add(file)

@@ -1,13 +1,13 @@
-"""Finds where a run's first weights come from, and whether they have seen the evaluated cases.
+"""Finds the origin of a run's initial weights, and checks it for leakage.
 
-Weights that were trained on a case, or whose epoch was chosen by it, give it away, however the run
-that starts from them divides its dataset. What a source was started from counts as well.
+Weights leak a case if they were trained on it, or if it selected their best epoch, however the new
+run divides its dataset. The initial weights of the source count, too.
 
-It is found out when the weights are read, and kept in the run as `origin.json`: later the source
-may be gone, or another one by that name.
+The origin is determined when the weights are read, and stored in the run as `origin.json`, since
+the source may later be deleted or replaced.
 
-Datasets of the same files have the same names and groups, whatever else differs. Those of other
-files, or of the same in other groups, have pictures in common where the stored pixels are the same.
+Datasets of the same files have the same names and groups, whatever else differs. Otherwise images
+are compared by their stored pixels.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from job.runs.loading import WEIGHT_FILES, TrainedRun, open_run
 
 logger = logging.getLogger(__name__)
 
-# Of the model, those that decide which weights there are and what they mean.
+# Model options that determine the weights and their meaning.
 _MODEL_FIELDS = (
     *("name", "num_layers", "base_filters", "base_kernels", "dilation", "normalization"),
     *("activation", "input_scaling"),
@@ -44,14 +44,15 @@ Seen = Literal["no", "yes", "unknown"]
 
 @dataclass(frozen=True)
 class Origin:
-    """What the weights of a run started from.
+    """Describes the initial weights of a run.
 
     Attributes:
         run: name of the run.
         source: its `--init-from`.
         ids: samples of the run's dataset that trained or validated these weights, sorted.
-        groups: theirs, likewise; of the same files, all groups that did.
-        lacks: why there may be more; empty where all is known.
+        groups: groups of these samples, sorted; for datasets of the same files, all groups that
+            trained or validated the weights.
+        lacks: why there may be more samples; empty if all are known.
     """
 
     run: str
@@ -61,7 +62,7 @@ class Origin:
     lacks: str
 
     def seen(self, dataset: Dataset, evaluated: str = "test") -> Seen:
-        """Returns whether groups of the cases of split `evaluated` are among those."""
+        """Returns whether the weights have seen groups of the split `evaluated`."""
         split = dataset.splits.get(evaluated)
         if split is None:
             return "no"
@@ -73,7 +74,7 @@ class Origin:
 def as_record(
     origins: Iterable[Origin | None], dataset: Dataset, evaluated: str = "test"
 ) -> list[dict[str, str]]:
-    """Returns those that are not None as JSON values, for what an evaluation keeps."""
+    """Returns the origins that are not None as JSON values, for the evaluation summary."""
     return [
         {"run": each.run, "source": each.source, "seen": each.seen(dataset, evaluated)}
         for each in origins
@@ -82,16 +83,16 @@ def as_record(
 
 
 def find_origin(config: TrainConfig, dataset: Dataset) -> Origin | None:
-    """Returns what a new run starts from; None: from the seed.
+    """Returns the origin of the weights of a new run; None: random weights.
 
     Args:
-        dataset: of `config`, its splits those of its fold.
+        dataset: dataset of `config`, with the splits of its fold.
     """
     if config.init_from is None:
         return None
     try:
         ids, groups, lacks = _trained_by(config.init_from, dataset)
-    except FlexUNetError as error:  # it is gone, or cannot be read any more
+    except FlexUNetError as error:  # deleted or unreadable
         ids, groups, lacks = set[str](), set[str](), str(error)
     return Origin(
         str(config.name), config.init_from, tuple(sorted(ids)), tuple(sorted(groups)), lacks
@@ -104,7 +105,7 @@ def origin_json(origin: Origin) -> str:
 
 
 def read_origin(run: ObjectStore, config: TrainConfig) -> Origin | None:
-    """Returns what the run in `run` started from; None: from the seed.
+    """Returns the stored origin of the weights of a run; None: random weights.
 
     Raises:
         ContentError: its file is damaged.
@@ -113,7 +114,7 @@ def read_origin(run: ObjectStore, config: TrainConfig) -> Origin | None:
         return None
     values = read_json(run, ORIGIN_NAME, RESTORE)
     if values is None:
-        lacks = f"{run.url} has not recorded it"
+        lacks = f"{run.url} has no {ORIGIN_NAME}"
         return Origin(str(config.name), config.init_from, (), (), lacks)
     return Origin(
         run=values["run"],
@@ -125,37 +126,37 @@ def read_origin(run: ObjectStore, config: TrainConfig) -> Origin | None:
 
 
 def check_no_leakage(config: TrainConfig, dataset: Dataset) -> Origin | None:
-    """Refuses weights that have seen the cases which a run is evaluated on; returns their origin.
+    """Refuses weights that have seen the evaluated cases of a run; returns their origin.
 
     Args:
         dataset: as for `find_origin`.
 
     Raises:
-        UsageError: they have.
+        UsageError: the weights have seen groups of these cases.
     """
     origin = find_origin(config, dataset)
     split = dataset.splits.get("test")
     if origin is None or split is None:
         return origin
-    # Of a dataset with accepted leaks the run itself has other pictures of a group.
+    # With accepted leaks, the run itself trains on other images of evaluated groups.
     own = {g for name, each in dataset.splits.items() if name != "test" for g in each.groups}
     if (set(split.groups) - own) & set(origin.groups) or set(split.ids) & set(origin.ids):
         raise UsageError(
             f"--init-from {origin.source}: its weights come from training or validation on groups "
-            f"of {evaluated_words(config)}, on which {config.name} is evaluated; leave it out, or "
-            "give a run of the same splits or of the same fold"
+            f"of {evaluated_words(config)}, on which {config.name} is evaluated; leave --init-from "
+            "out, or give a run with the same splits or fold"
         )
     return origin
 
 
 def check_origin(config: TrainConfig, dataset: Dataset) -> None:
-    """Refuses a new run by `check_no_leakage`, and warns where nothing is known of its weights.
+    """Runs `check_no_leakage` for a new run, and warns if the origin is unknown.
 
-    A run that has a checkpoint needs its source no more.
+    A run that has a checkpoint no longer needs its source.
 
     Raises:
-        UsageError: the weights have seen its cases, are a run that is not there, or of another
-            network.
+        UsageError: the weights have seen the evaluated cases, the source run does not exist, or it
+            has another network.
     """
     store = open_store(run_url(config))
     if config.init_from is None or find_checkpoints(store):
@@ -168,8 +169,8 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
         _check_model(config, dataset, source)
     if origin is not None and origin.seen(dataset) == "unknown":
         logger.warning(
-            "--init-from %s: whether these weights were trained on cases of %s is not known (%s); "
-            "if they were, its metrics are too good",
+            "--init-from %s: cannot check whether these weights were trained on cases of %s (%s); "
+            "if they were, the metrics are too good",
             config.init_from,
             evaluated_words(config),
             origin.lacks,
@@ -177,12 +178,12 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
 
 
 def _check_model(config: TrainConfig, dataset: Dataset, source: TrainedRun) -> None:
-    """Refuses a network in which the weights of `source` mean nothing, or have no place.
+    """Refuses a network that does not fit the weights of `source`.
 
-    Keras reads what has a name in both, and leaves the rest without a word.
+    Keras would read the weights with a common name and silently skip the others.
 
     Raises:
-        UsageError: names what differs.
+        UsageError: names the differences.
     """
     reported = [
         f"--model.{name.replace('_', '-')} was {theirs}, now {ours}"
@@ -202,22 +203,22 @@ def _check_model(config: TrainConfig, dataset: Dataset, source: TrainedRun) -> N
     reported += [f"{was} {name}, now {now}" for name, (was, now) in pairs.items() if was != now]
     if reported:
         raise UsageError(
-            f"--init-from {config.init_from}: its network is another one: {'; '.join(reported)}; "
-            "give the options that it was trained with"
+            f"--init-from {config.init_from}: its network differs: {'; '.join(reported)}; "
+            "give the options of its training"
         )
 
 
 def _trained_by(source: str, dataset: Dataset) -> tuple[set[str], set[str], str]:
-    """Returns ids and groups of `dataset` that trained weights, and why there may be more."""
+    """Returns ids and groups of `dataset` that trained the weights, and why there may be more."""
     if source.endswith(WEIGHT_FILES):
-        return set(), set(), f"a file of weights, {source}, does not say it"
+        return set(), set(), f"the weight file {source} has no record of it"
     run = open_run(source)
     earlier = read_origin(run.store, run.config)
     lacks = earlier.lacks if earlier else ""
     is_same = run.dataset_digest == dataset.digest
     theirs = open_folded(run.config, dataset.url) if is_same else _dataset_of(run)
     if theirs is None:
-        gone = f"the dataset {run.config.data} of {run.store.url} is gone, or another one by now"
+        gone = f"the dataset {run.config.data} of {run.store.url} was deleted or replaced"
         return set(), set(), gone
     parts = [theirs.splits[name] for name in ("train", "valid") if name in theirs.splits]
     ids = {sample for part in parts for sample in part.ids}.union(earlier.ids if earlier else ())
@@ -228,14 +229,14 @@ def _trained_by(source: str, dataset: Dataset) -> tuple[set[str], set[str], str]
     ids, groups, num_other = _same_pixels(ids, theirs, dataset)
     if num_other:
         lacks = lacks or (
-            f"{num_other} pictures of {theirs.url} that it was trained on are not in this dataset, "
-            "or stored in another way"
+            f"{num_other} training images of {theirs.url} are not in this dataset, or are stored "
+            "with other pixels"
         )
     return ids, groups, lacks
 
 
 def _dataset_of(run: TrainedRun) -> Dataset | None:
-    """Returns what `run` was trained on, None where it is not there any more."""
+    """Returns the training dataset of `run`; None if it was deleted or replaced."""
     try:
         found = open_folded(run.config)
     except UsageError:
@@ -246,9 +247,9 @@ def _dataset_of(run: TrainedRun) -> Dataset | None:
 def _same_pixels(
     ids: Collection[str], theirs: Dataset, ours: Dataset
 ) -> tuple[set[str], set[str], int]:
-    """Returns ids and groups of `ours` with the pictures of samples `ids` of `theirs`.
+    """Returns ids and groups of `ours` that have the same images as samples `ids` of `theirs`.
 
-    Also returns how many of those pictures are not among ours.
+    Also returns the number of those images that `ours` does not have.
     """
     pixels, own_pixels = _pixels(theirs), _pixels(ours)
     trained = {pixels[sample] for sample in ids}
@@ -263,7 +264,7 @@ def _same_pixels(
 
 
 def _pixels(dataset: Dataset) -> dict[str, str]:
-    """Returns a digest of the whole picture of each sample: tiles alone are alike in strangers."""
+    """Returns a digest of the whole image of each sample; single tiles of others may be equal."""
     table = read_samples(open_store(dataset.url), dataset.manifest)
     rows = table.select(["id", "picture", "sha256"]).to_pylist()
     parts: dict[str, list[str]] = {}

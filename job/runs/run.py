@@ -1,11 +1,11 @@
-"""Owns a run, commits checkpoints to it, restores them, and says how it ended.
+"""Owns a run: stores its checkpoints, restores them, and records how it ended.
 
-It owns `lease.json`, `.lock`, `identity.json`, `outcome.json` and `checkpoints/` of a run's folder.
-It must not know TensorFlow, nor what the members of a commit hold.
+Manages `lease.json`, `.lock`, `identity.json`, `outcome.json` and `checkpoints/` in the folder of
+the run. Does not import TensorFlow and does not read the content of checkpoints.
 
-A run is owned by one process at a time. Each opening is an attempt with a number of its own, see
-`job/runs/lease.py`. Whatever else a run stores goes through `Run.store`, which refuses every change
-once the run is lost.
+One process at a time owns a run. Each opening is an attempt with its own number, see
+`job/runs/lease.py`. All other files of the run are written through `Run.store`, which refuses every
+change after the run is lost.
 """
 
 import json
@@ -37,12 +37,12 @@ from job.runs.status import End, read_outcome
 
 
 class Run:
-    """A run that this process owns until `close`; a context manager.
+    """Represents a run that this process owns until `close`; a context manager.
 
-    Methods may be called from several threads.
+    Several threads may call its methods.
 
     Attributes:
-        store: the run's folder. A change by a process that has lost the run is a LockedError.
+        store: the folder of the run. Writing raises LockedError after the run is lost.
     """
 
     def __init__(
@@ -66,17 +66,17 @@ class Run:
         timing: LeaseTiming | None = None,
         launch: str | None = None,
     ) -> "Run":
-        """Takes ownership of the run `name` below `output_url`, new or not.
+        """Acquires the run `name` below `output_url`, new or existing.
 
         Args:
-            launch: names the launcher of this process. The next process of the same launcher does
-                not wait for the lease of the one before to expire: its launcher knows that it is
-                gone, and if it were not, it could not commit any more.
+            launch: name of the launcher of this process. The next process of the same launcher does
+                not wait until the lease expires: the launcher knows that the process before is
+                gone, and if it were not, it could no longer store checkpoints.
 
         Raises:
             UsageError: the name is not allowed.
             LockedError: another process owns the run; nothing was written.
-            StorageError: storage fails, or is a server that does not enforce preconditions.
+            StorageError: storage fails, or the server does not enforce preconditions.
         """
         store = open_store(output_url).subpath(checked_run_name(name))
         return cls.acquire(store, timing=timing, launch=launch)
@@ -90,11 +90,11 @@ class Run:
         by_lease: bool | None = None,
         launch: str | None = None,
     ) -> "Run":
-        """Takes ownership of the run whose folder is `store`; otherwise as `open`.
+        """Acquires the run in the folder `store`; otherwise as `open`.
 
         Args:
-            by_lease: hold the run by a renewed lease (the default where there is no local folder)
-                instead of a lock of the operating system.
+            by_lease: use a renewed lease (the default for remote folders) instead of a file lock of
+                the operating system.
         """
         ownership, candidates = acquire(store, timing=timing, by_lease=by_lease, launch=launch)
         return cls(store, ownership, candidates)
@@ -121,28 +121,28 @@ class Run:
         return self._ownership.is_lost
 
     def check_owned(self) -> None:
-        """Raises LockedError where the run is known to be lost."""
+        """Raises LockedError if this process knows that it has lost the run."""
         if self.lost:
             self._ownership.confirm()
 
     def close(self) -> None:
-        """Gives the run back; a second call does nothing."""
+        """Releases the run; a second call does nothing."""
         self._ownership.release()
 
     def check_identity(self, identity: Mapping[str, Any], dataset_digest: str) -> None:
-        """Checks that this is the run that the first attempt began, and remembers it at first.
+        """Checks that the run has this identity; the first attempt stores it.
 
         Args:
             identity: nested JSON values of the config fields that identify a run.
             dataset_digest: sha256 of the dataset's manifest, hex.
 
         Raises:
-            UsageError: some differ; names each with the stored and the new value.
+            UsageError: values differ; names each with the stored and the new value.
         """
         self._digests = settle_identity(self.store, identity, dataset_digest)
 
     def read_identity(self) -> dict[str, Any] | None:
-        """Returns `config` and `dataset_digest` of the first attempt, None before it."""
+        """Returns `config` and `dataset_digest` of the first attempt; None before it."""
         return read_identity(self.store)
 
     def commit(
@@ -155,22 +155,22 @@ class Run:
         keep: Collection[str] = (),
         moved: Heartbeat = no_heartbeat,
     ) -> Checkpoint:
-        """Stores the local files `members` (name: path) and `state`, all of it or nothing.
+        """Stores a checkpoint of the local files `members` (name: path) and `state` atomically.
 
-        A step that this attempt has committed already is not stored again: the earlier commit is
-        returned. Call `check_identity` first.
+        If this attempt has stored this step already, returns the earlier checkpoint. Call
+        `check_identity` first.
 
         Args:
             state: JSON values; NaN and infinity are kept.
-            keep: folders of other commits that must stay as long as this one.
+            keep: folders of other checkpoints that must exist as long as this one.
             moved: called while bytes move, see `ObjectStore.watched`.
 
         Raises:
-            LockedError: the run is no longer ours; there is no commit.
-            StorageError: storage failed; there is no commit, and a later one may succeed.
+            LockedError: this process has lost the run; nothing is stored.
+            StorageError: storage failed; nothing is stored, and a later call may succeed.
         """
         if self._digests is None:
-            raise RuntimeError("check_identity comes before commit")
+            raise RuntimeError("call check_identity before commit")
         check_member_names(members)
         with self._mutex:
             newest = self._newest
@@ -178,7 +178,7 @@ class Run:
                 return newest
             record = self._record(step, epoch, members, record_state(state, keep))
             prefix, data = checkpoint_prefix(step, self.attempt), record_bytes(record)
-            # Before anything is touched: a commit of ours may be what the next owner rests on.
+            # Confirm before any change: the next owner may rest on this very checkpoint.
             self._ownership.confirm()
             if not self._is_stored(f"{prefix}/{COMMIT_NAME}", data):
                 self._put_members(step, members, moved)
@@ -191,16 +191,16 @@ class Run:
     def restore(
         self, staging_dir: str, *, moved: Heartbeat = no_heartbeat
     ) -> tuple[Checkpoint, dict[str, str]] | None:
-        """Returns the newest commit and its members' local paths by name; None for a new run.
+        """Downloads the newest checkpoint; returns it and local paths by name. None for a new run.
 
-        Every member is checked in size, crc32c and sha256 while it is copied to `staging_dir`. A
-        damaged commit is passed over with a warning, for the next older one.
+        Checks size, crc32c and sha256 of every file while copying it to `staging_dir`. Skips a
+        damaged checkpoint with a warning and uses the next older one.
 
         Args:
             moved: called while bytes move, see `ObjectStore.watched`.
 
         Raises:
-            ContentError: there are commits, but all of them are damaged.
+            ContentError: there are checkpoints, but all are damaged.
         """
         with self._mutex:
             refs = list(self._candidates)
@@ -217,14 +217,14 @@ class Run:
             return restored
 
     def collect_garbage(self, keep_last: int, keep: Collection[str] = ()) -> None:
-        """Deletes commits, except the newest, the newest `keep_last`, and what these need.
+        """Deletes checkpoints except the newest `keep_last` (at least 1) and those they need.
 
-        A commit needs the folders that it was committed with as `keep`. What older attempts left
-        unfinished goes too. A commit's COMMIT.json is deleted first, so a kill in between leaves an
-        unfinished one.
+        A checkpoint needs the folders in its `keep`. Incomplete checkpoints of older attempts are
+        deleted, too. COMMIT.json is deleted first, so an interrupted deletion leaves an incomplete
+        checkpoint.
 
         Args:
-            keep: more folders that the newest commit needs.
+            keep: more folders that the newest checkpoint needs.
         """
         with self._mutex:
             if self._newest is None:
@@ -234,11 +234,11 @@ class Run:
             self._garbage.collect(self._ownership.lease, newest, keep_last, keep)
 
     def put_text(self, name: str, text: str) -> None:
-        """Writes a whole text file of the run (a table, the config), replacing the one before."""
+        """Writes or replaces a text file of the run (a table, the config)."""
         self.put_bytes(name, text.encode())
 
     def put_bytes(self, name: str, data: bytes) -> None:
-        """Writes a whole file of the run, replacing the one before.
+        """Writes or replaces a file of the run.
 
         Raises:
             LockedError: the run is lost.
@@ -246,11 +246,11 @@ class Run:
         self.store.put(name, data)
 
     def read_outcome(self) -> dict[str, Any] | None:
-        """Returns how the run ended (`status`, `exit_code` and more), None while it has not."""
+        """Returns the outcome of the run (`status`, `exit_code` and more); None before its end."""
         return read_outcome(self.store)
 
     def write_outcome(self, status: str, exit_code: int, **details: Any) -> None:
-        """Ends the run: a later attempt finds this and does not start.
+        """Ends the run; later attempts find the outcome and do not train.
 
         Args:
             status: "finished" or "diverged".
@@ -260,12 +260,12 @@ class Run:
         self.put_text(OUTCOME_NAME, json.dumps(outcome, indent=1) + "\n")
 
     def clear_outcome(self) -> None:
-        """Opens an ended run again, for example because it may now train longer."""
+        """Reopens an ended run, for example to train more epochs."""
         self._ownership.confirm()
         self.store.delete(OUTCOME_NAME)
 
     def note_end(self, how: End, **details: Any) -> None:
-        """Writes down how this attempt ends where the run does not; a killed one leaves nothing."""
+        """Records how this attempt ends without ending the run; a killed one records nothing."""
         text = json.dumps({"end": how, **details}) + "\n"
         self.put_text(f"{ENDS_FOLDER}/{self.attempt}.json", text)
 
@@ -285,12 +285,14 @@ class Run:
 
     def _put_members(self, step: int, members: Mapping[str, str], moved: Heartbeat) -> None:
         prefix, store = checkpoint_prefix(step, self.attempt), self.store.watched(moved)
-        delete_folder(self.store, store.list(f"{prefix}/"))  # of an earlier try that was cut short
+        delete_folder(
+            self.store, store.list(f"{prefix}/")
+        )  # left by an interrupted attempt to store it
         for name, path in members.items():
             store.put_file(f"{prefix}/{name}", path, if_generation=0)
 
     def _is_stored(self, name: str, data: bytes) -> bool:
-        """Returns whether an earlier try, whose answer was lost, has stored `data` already."""
+        """Returns whether an earlier request, whose answer was lost, has stored `data`."""
         try:
             return self.store.get(name) == data
         except NotFound:

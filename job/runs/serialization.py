@@ -1,7 +1,7 @@
-"""Writes model and optimizer state as the members of a commit, and reads it back.
+"""Writes model and optimizer state as the files of a checkpoint, and reads them.
 
-Weights are HDF5, an array per variable by its path, and moments are arrays: data that is read
-without running anything.
+Weights are HDF5 with one array per variable path; moments are NumPy arrays. Reading executes
+nothing.
 """
 
 import contextlib
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "model.weights.h5"
 OPTIMIZER_NAME = "optimizer.npz"
 STATE_NAME = "state.json"
-_VERSION = "flexunet_weights"  # attribute of a weight file; without it, the file is one of Keras
+_VERSION = "flexunet_weights"  # attribute of a weight file; Keras' own files lack it
 _ARRAY = ":0"  # ends the name of an array
 
 
 class OptimizerState(Protocol):
-    """An optimizer whose state can be stored and restored."""
+    """Defines an optimizer whose state can be stored and restored."""
 
     def named_variables(self) -> dict[str, Any]:
         """Returns the TensorFlow variables that hold the state, by name."""
         ...
 
     def load_state(self, moments: Mapping[str, np.ndarray], *, source: str) -> None:
-        """Sets the state; raises ContentError where names or shapes do not fit."""
+        """Sets the state; raises ContentError if names or shapes do not fit."""
         ...
 
 
-# Arrays that checkpoints are copied into, kept from one to the next: to touch new memory takes
+# Arrays that hold copies of checkpoints, reused from one to the next: touching new memory takes
 # several times as long as the copy.
 Memory = list[dict[str, np.ndarray]]
 
@@ -53,17 +53,18 @@ def take(
     state: Mapping[str, Any],
     memory: Memory | None = None,
 ) -> Callable[[], dict[str, str]]:
-    """Takes a checkpoint of the weights, moments and state as they are now.
+    """Copies the current weights, moments and state, and returns a function that writes them.
 
     Args:
-        memory: of earlier checkpoints of this model; what is returned puts this one's back.
+        memory: reusable arrays of earlier checkpoints of this model; the returned function puts its
+            arrays back.
 
     Returns:
-        What writes its members into `folder` and returns their paths by name; training may go on
-        before it is called.
+        A function that writes the files into `folder` and returns their paths by name. Training may
+        continue before it is called.
 
     Raises:
-        StorageError: the folder is too full; the returned function also where it cannot be written.
+        StorageError: too little disk space; the returned function also if it cannot write.
     """
     paths = {
         name: os.path.join(folder, name) for name in (WEIGHTS_NAME, OPTIMIZER_NAME, STATE_NAME)
@@ -74,7 +75,7 @@ def take(
     memory = [] if memory is None else memory
     weights = {name: variable.value for name, variable in weights_by_path(model).items()}
     moments = optimizer.named_variables()
-    # Both kinds in one memory; a weight could have the name of a moment.
+    # Prefixes, because a weight could have the name of a moment.
     named = {f"weights/{name}": each for name, each in weights.items()}
     named |= {f"moments/{name}": each for name, each in moments.items()}
     arrays = _copied(named, memory.pop() if memory else {})
@@ -95,7 +96,7 @@ def take(
 
 
 def _copied(variables: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Copies `variables` into `arrays`, which are made where missing, and returns these."""
+    """Copies `variables` into `arrays`, adds missing arrays, and returns `arrays`."""
     import tensorflow as tf
 
     def on_host(variable: Any) -> Any:
@@ -111,14 +112,14 @@ def _copied(variables: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> dict
 
 
 def weights_by_path(model: "keras.Model") -> dict[str, Any]:
-    """Returns every variable of a model by its path, which is the same in every process.
+    """Returns the variables of a model by path, the same in every process.
 
-    Keras numbers layers without a name over all models of a process: `conv2d_8`. Here they are
-    numbered anew among their neighbours, in the order of the model's variables: `conv2d`,
-    `conv2d_1`. Names that somebody gave stay. Of variables of one path the later get a number.
+    Keras numbers unnamed layers over all models of a process: `conv2d_8`. Here they are numbered
+    within their parent, in the order of the model's variables: `conv2d`, `conv2d_1`. Explicit names
+    stay. If variables share a path, the later ones get a number.
     """
     automatic = {_snake_case(type(layer).__name__) for layer in model._flatten_layers()}
-    automatic.add("seed_generator")  # of a layer that draws; no layer itself
+    automatic.add("seed_generator")  # part of layers that draw random numbers; not a layer itself
     seen: dict[tuple[str, str], dict[str, int]] = {}
 
     def renamed(parent: str, name: str) -> str:
@@ -144,7 +145,7 @@ def weights_by_path(model: "keras.Model") -> dict[str, Any]:
 
 
 def _snake_case(name: str) -> str:
-    """Returns a class name as Keras makes names of it: Conv2DTranspose is conv2d_transpose."""
+    """Returns a class name in the form of Keras: Conv2DTranspose is conv2d_transpose."""
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
 
@@ -153,7 +154,7 @@ def _write_weights(path: str, weights: Mapping[str, np.ndarray]) -> None:
     """Writes arrays by the path of their variable.
 
     Raises:
-        StorageError: the file does not hold just these afterwards.
+        StorageError: the written file does not have exactly these arrays.
     """
     import h5py
 
@@ -165,11 +166,11 @@ def _write_weights(path: str, weights: Mapping[str, np.ndarray]) -> None:
     with h5py.File(path, "r") as file:
         problem = _difference(_shapes(file), expected)
     if problem:
-        raise StorageError(f"{path}: does not hold the weights it was written with: {problem}")
+        raise StorageError(f"{path}: does not have the weights that were written: {problem}")
 
 
 def _entry_name(path: str) -> str:
-    # A layer may have a variable and a layer of one name.
+    # A layer may have a variable and a layer with the same name.
     return f"{path}{_ARRAY}"
 
 
@@ -190,12 +191,12 @@ def _shapes(file: Any) -> dict[str, tuple[int, ...]]:
 def _difference(
     found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> str | None:
-    """Returns what is wrong with the arrays that were found; None: nothing."""
+    """Returns the first difference between two sets of arrays; None if there is none."""
     missing = [name for name in wanted if name not in found]
     more = [name for name in found if name not in wanted]
     if missing or more:
         lacks = f"it lacks {missing[0]}" if missing else f"the model has no {more[0]}"
-        return f"it holds {len(found)} arrays, the model has {len(wanted)}; {lacks}"
+        return f"it has {len(found)} arrays, the model has {len(wanted)}; {lacks}"
     for name, shape in wanted.items():
         if found[name] != shape:
             return f"{name} has shape {found[name]}, the model's {shape}"
@@ -204,22 +205,22 @@ def _difference(
 
 @contextlib.contextmanager
 def disk_errors(folder: str) -> Iterator[None]:
-    """Turns errors of the operating system inside the block into a StorageError of one line."""
+    """Converts errors of the operating system inside the block to a one-line StorageError."""
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{folder}: checkpoint could not be written: {error}") from error
+        raise StorageError(f"{folder}: cannot write the checkpoint: {error}") from error
 
 
 def _check_space(folder: str, model: "keras.Model") -> None:
-    """Refuses a folder that is too full: HDF5 ends the process when a write of its own fails."""
+    """Refuses a folder with too little space: HDF5 ends the process if a write fails."""
     weights = sum(_num_bytes(weight) for weight in model.non_trainable_variables)
     needed = weights + 3 * sum(_num_bytes(weight) for weight in model.trainable_weights)
     free = shutil.disk_usage(folder).free
     if free < needed * 1.05 + 2**20:
         raise StorageError(
             f"{folder}: No space left on device: a checkpoint needs {needed / 2**20:.0f} MiB, "
-            f"{free / 2**20:.0f} MiB are free; make room or set TMPDIR to a larger disk"
+            f"{free / 2**20:.0f} MiB are free; free space or set TMPDIR to a larger disk"
         )
 
 
@@ -228,9 +229,9 @@ def _num_bytes(weight: Any) -> int:
 
 
 def read_weights(model: "keras.Model", path: str) -> None:
-    """Sets the weights of `model` from a member that `take` wrote, of this version or of 0.1.0.
+    """Sets the weights of `model` from a file of `take`, of this version or of 0.1.0.
 
-    Nothing is set where they do not fit. Keras' own weight files are read as well.
+    Sets nothing if they do not fit. Also reads weight files of Keras.
 
     Raises:
         ContentError: not weights of this model.
@@ -244,22 +245,22 @@ def read_weights(model: "keras.Model", path: str) -> None:
                 _set_by_path(model, file, version)
                 return
             found, wanted = len(_shapes(file)), len(model.weights)
-        # Keras passes over what the model has no place for.
+        # Keras ignores arrays that the model does not have.
         if found != wanted:
-            raise ValueError(f"it holds {found} arrays, the model has {wanted}")
+            raise ValueError(f"it has {found} arrays, the model has {wanted}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a page of them before the error
+            warnings.simplefilter("ignore")  # many lines before the error
             model.load_weights(path)
     except (OSError, KeyError, TypeError, ValueError) as error:
         problem = str(error).strip().splitlines()[0]
         raise ContentError(
-            f"{path}: does not fit this model: {problem}; use the model options it was saved with"
+            f"{path}: does not fit this model: {problem}; give the model options of its training"
         ) from error
 
 
 def _set_by_path(model: "keras.Model", file: Any, version: Any) -> None:
     if version != 2:
-        raise ValueError(f"it is of version {version} of this format, and 2 is known")
+        raise ValueError(f"it has version {version} of the format, but 2 is known")
     weights = weights_by_path(model)
     problem = _difference(_shapes(file), {name: tuple(w.shape) for name, w in weights.items()})
     if problem:
@@ -272,7 +273,7 @@ def _set_by_path(model: "keras.Model", file: Any, version: Any) -> None:
 
 
 def read_optimizer(optimizer: OptimizerState, path: str) -> None:
-    """Sets the moments of `optimizer` from a member that `take` wrote."""
+    """Sets the moments of `optimizer` from a file of `take`."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             optimizer.load_state(arrays, source=path)
@@ -281,7 +282,7 @@ def read_optimizer(optimizer: OptimizerState, path: str) -> None:
 
 
 def read_state(path: str) -> dict[str, Any]:
-    """Returns the training state that `take` wrote."""
+    """Returns the training state from a file of `take`."""
     try:
         with open(path, encoding="utf-8") as file:
             state = json.load(file)

@@ -1,4 +1,4 @@
-"""Says how a run and its attempts ended, without owning the run."""
+"""Reads how a run and its attempts ended, without owning the run."""
 
 from typing import Any, Literal
 
@@ -7,17 +7,17 @@ from flexunet.storage import ObjectStore
 from job.runs.layout import ENDS_FOLDER, OUTCOME_NAME, RESTORE
 from job.runs.lease import read_lease
 
-End = Literal["stopped", "looked"]  # a stop that saved; a launcher that saw what there is to do
+End = Literal["stopped", "looked"]  # stopped and saved; only looked at the run, as a launcher does
 RunStatus = Literal["finished", "diverged", "stopped", "open"]
 
 
 def read_outcome(store: ObjectStore) -> dict[str, Any] | None:
-    """Returns how the run ended (`status`, `exit_code` and more), None while it has not."""
+    """Returns the outcome of the run (`status`, `exit_code` and more); None before its end."""
     return read_json(store, OUTCOME_NAME, RESTORE)
 
 
 def read_ends(store: ObjectStore) -> dict[int, dict[str, Any]]:
-    """Returns what `Run.note_end` wrote, by attempt."""
+    """Returns the records of `Run.note_end` by attempt."""
     ends = {}
     for stat in store.list(f"{ENDS_FOLDER}/"):
         stem = stat.name.removeprefix(f"{ENDS_FOLDER}/").removesuffix(".json")
@@ -27,9 +27,9 @@ def read_ends(store: ObjectStore) -> dict[int, dict[str, Any]]:
 
 
 def run_status(store: ObjectStore) -> RunStatus:
-    """Returns where the run in `store` stands, without owning it.
+    """Returns the status of the run in `store`, without owning it.
 
-    "open" is one that is being trained, or whose process was killed: from outside they look alike.
+    "open": the run is in training, or its process was killed. From outside both look the same.
     """
     outcome = read_outcome(store)
     if outcome is not None:

@@ -1,8 +1,8 @@
-"""Runs calls that upload, in order and in a thread of their own, while training continues.
+"""Runs uploads in order in a background thread while training continues.
 
-Knows nothing of what is stored. An outage is waited out up to a budget; whatever else fails ends
-the deliveries, and the owner is told at its next question. Whoever waits is told as long as bytes
-move: a slow line is no outage.
+A storage outage is waited out up to a time limit. Any other error stops the uploads, and the owner
+gets it at its next call. Waiting calls report progress while bytes move: a slow connection is no
+outage.
 """
 
 import logging
@@ -19,23 +19,23 @@ from flexunet.storage import Unavailable
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
-_LAST_CALL_S = 5.0  # for the call that is running when the rest is dropped
-_MOST_BUDGETS = 10  # for one call, however often bytes moved
-_LOOK_S = 1.0  # between two looks, while waiting, at whether bytes have moved
+_LAST_CALL_S = 5.0  # for the running call, when the others are dropped
+_MOST_BUDGETS = 10  # for one call, regardless of its progress
+_LOOK_S = 1.0  # between two checks, while waiting, for moved bytes
 
 
 class UploadQueue:
-    """Runs the calls that are posted, one after the other, in a thread; a context manager.
+    """Runs posted calls one after the other in a thread; a context manager.
 
-    Leaving the block waits for all of them, whatever error it is left by, unless by an interrupt.
+    Leaving the block waits for all calls, also after an error, but not after an interrupt.
     """
 
     def __init__(self, *, budget_s: float, heartbeat: Heartbeat = no_heartbeat) -> None:
         """Starts the thread.
 
         Args:
-            budget_s: seconds for which one call is repeated while storage is out of reach.
-            heartbeat: called while the block is left and bytes still move.
+            budget_s: seconds for which one call is repeated while storage cannot be reached.
+            heartbeat: called while leaving the block waits and bytes move.
         """
         self._budget_s = budget_s
         self._alive = heartbeat
@@ -56,18 +56,18 @@ class UploadQueue:
         if kind is None or issubclass(kind, Exception):
             self._wait_until(lambda: not self._calls, self._alive)
             if kind is not None and self._failure is not None:
-                logger.warning("what was on its way to storage is lost: %s", self._failure)
-        # Calls that are left would run beside the next owner of whatever they write.
+                logger.warning("the uploads in progress are lost: %s", self._failure)
+        # Remaining calls could write at the same time as the next owner.
         self._drop()
         self._thread.join(_LAST_CALL_S)
 
     @property
     def has_failed(self) -> bool:
-        """Whether a call failed for good, those after it are dropped, or the owner failed."""
+        """Whether a call failed permanently, which drops later calls, or the owner failed."""
         return self._failure is not None or self._refusal is not None
 
     def post(self, call: Callable[[], Any], *, is_large: bool = False) -> None:
-        """Lets `call` run after those posted before.
+        """Queues `call` after those posted before.
 
         Args:
             is_large: counts for `wait_for_capacity`.
@@ -79,23 +79,23 @@ class UploadQueue:
 
     @property
     def has_capacity(self) -> bool:
-        """Whether at most one large call is on its way."""
+        """Whether at most one large call is queued or running."""
         with self._changed:
             return sum(is_large for _, is_large in self._calls) < 2
 
     def moved(self) -> None:
-        """Tells that bytes of the running call have moved; called by that call, often."""
+        """Notes that the running call has moved bytes; that call calls it often."""
         self._num_moves += 1
         self._moved_at = time.monotonic()
 
     def wait_for_capacity(self, heartbeat: Heartbeat = no_heartbeat) -> None:
-        """Waits until at most one large call is on its way.
+        """Waits until at most one large call is queued or running.
 
         Args:
             heartbeat: called while bytes move.
 
         Raises:
-            Exception: the one that ended the deliveries.
+            Exception: the error that stopped the uploads.
         """
         self._wait_until(lambda: self.has_capacity, heartbeat)
         self._raise_failure()
@@ -107,13 +107,13 @@ class UploadQueue:
             heartbeat: called while bytes move.
 
         Raises:
-            Exception: the one that ended the deliveries, at every call from then on.
+            Exception: the error that stopped the uploads, at every later call, too.
         """
         self._wait_until(lambda: not self._calls, heartbeat)
         self._raise_failure()
 
     def fail(self, error: Exception) -> None:
-        """Takes no more calls; `flush` raises `error` after those that were posted before."""
+        """Accepts no more calls; `flush` raises `error` after the calls posted before."""
         with self._changed:
             self._refusal = self._refusal or error
 
@@ -158,12 +158,12 @@ class UploadQueue:
                 self._changed.notify_all()
 
     def _repeat(self, call: Callable[[], Any]) -> None:
-        """Repeats `call` while storage is out of reach, up to the budget since bytes last moved.
+        """Repeats `call` while storage cannot be reached, up to the limit since bytes last moved.
 
-        A line that breaks again and again after some bytes has ten times as long, all in all.
+        A connection that breaks repeatedly after some bytes has ten times the limit in total.
         """
         begin = looked_at = time.monotonic()
-        since: float | None = None  # storage is out of reach
+        since: float | None = None  # start of the outage
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
@@ -177,9 +177,9 @@ class UploadQueue:
                 is_over = past_s + pause_s > self._budget_s
                 if is_over or looked_at - begin > _MOST_BUDGETS * self._budget_s:
                     raise StorageError(
-                        f"storage was out of reach for {past_s:.0f} s: {error}"
+                        f"storage could not be reached for {past_s:.0f} s: {error}"
                     ) from error
-                logger.warning("storage is out of reach, training goes on: %s", error)
+                logger.warning("storage cannot be reached, training continues: %s", error)
             if self._dropped.wait(pause_s):
                 return
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

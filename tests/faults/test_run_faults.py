@@ -311,7 +311,7 @@ def test_outage_beyond_the_retries_is_unavailable_and_resumable(
     start = time.monotonic()
     run.close()
     assert time.monotonic() - start < 10
-    assert "is not given back" in caplog.text
+    assert "could not be released" in caplog.text
     faulty_bucket.proxy.down = False
     with own_run(store, QUICK) as run:
         assert (run.attempt, restored_step(run, str(tmp_path))) == (2, 20)

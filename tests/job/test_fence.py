@@ -229,7 +229,7 @@ def test_a_run_that_was_given_back_is_not_written_any_more(tmp_path: Path) -> No
         run.put_text("table.csv", "before")
         run.close()
         for call in WRITERS:
-            with pytest.raises(LockedError, match="has given the run back"):
+            with pytest.raises(LockedError, match="has released the run"):
                 run.check_identity({"x": 1}, "0" * 64) if run.read_identity() is None else None
                 call(run, str(tmp_path / "run" / "table.csv"))
         assert store.get("table.csv") == b"before"
@@ -242,7 +242,7 @@ def test_a_run_whose_folder_was_removed_and_made_anew_is_left_alone(tmp_path: Pa
     shutil.rmtree(tmp_path / "run")
     with Run.acquire(LocalStore(str(tmp_path / "run"))) as run:
         run.put_text("metrics/history.csv", "new")
-        with pytest.raises(LockedError, match="was removed"):
+        with pytest.raises(LockedError, match="was deleted"):
             late.store.subpath("metrics").put("history.csv", b"old")
         assert json.loads(run.store.get("lease.json"))["attempt"] == 1
         assert run.store.get("metrics/history.csv") == b"new"

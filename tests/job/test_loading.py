@@ -34,7 +34,7 @@ def test_open_trained_needs_a_run(tmp_path: Path) -> None:
 
 def test_open_trained_names_the_runs_of_a_cross_validation(tmp_path: Path) -> None:
     (tmp_path / CROSS_VALIDATION_NAME).write_text("{}")
-    with pytest.raises(UsageError, match=f"a cross-validation, .* {tmp_path}-fold-0 and so on"):
+    with pytest.raises(UsageError, match=f"a cross-validation has no .* {tmp_path}-fold-0"):
         open_run(str(tmp_path))
 
 
@@ -46,7 +46,7 @@ def test_open_trained_needs_a_checkpoint(own_run: Path) -> None:
         open_run(str(own_run))
     (own_run / "attempts").mkdir()
     (own_run / "attempts" / "1.json").write_text('{"end": "stopped"}')
-    with pytest.raises(UsageError, match="no checkpoint yet; it was stopped before it had one"):
+    with pytest.raises(UsageError, match="no checkpoint yet; it was stopped before its first one"):
         open_run(str(own_run))
 
 
@@ -118,7 +118,7 @@ def test_initialize_from_refuses_another_network(trained_run: Path, tmp_path: Pa
     normalized = model_for(with_model(run.config, normalization="group"), run.manifest)
     normalized.save_weights(tmp_path / "group.weights.h5")
     model = model_for(run.config, run.manifest)
-    with pytest.raises(ContentError, match="it holds 28 arrays, the model has 16; use"):
+    with pytest.raises(ContentError, match="it has 28 arrays, the model has 16; give"):
         initialize_from(model, str(tmp_path / "group.weights.h5"))
 
 

@@ -180,10 +180,10 @@ def test_weights_of_unknown_cases_are_warned_of(
 
     # 12 of train and 4 of valid.
     text = warned(own_run)
-    assert "were trained on cases of the test split is not known (16 pictures of" in text
-    assert "that it was trained on are not in this dataset, or stored in" in text
+    assert "were trained on cases of the test split (16 training images of" in text
+    assert "are not in this dataset, or are stored with" in text
     file = tmp_path / "best_model.h5"
-    assert f"is not known (a file of weights, {file}, does not say it); if" in warned(file)
+    assert f"(the weight file {file} has no record of it); if" in warned(file)
     changed(own_run, data=other.url)
     assert f"(the dataset {other.url} of {own_run} is gone, or another one" in warned(own_run)
     with pytest.raises(UsageError, match="no run here"):
@@ -203,7 +203,7 @@ def test_weights_of_another_network_are_refused(
         ({"image_channels": 3}, "1 channels, now 3"),
     ):
         config = config_of(tmp_path, trained_run, model=own | changed_part)
-        with pytest.raises(UsageError, match=f"its network is another one: {reported}; give the"):
+        with pytest.raises(UsageError, match=f"its network differs: {reported}; give the"):
             check_origin(config, dataset)
 
 

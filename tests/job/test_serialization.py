@@ -182,7 +182,7 @@ def test_weights_of_another_model_are_refused_and_nothing_is_set(tmp_path, body,
     members = _saved(tmp_path, _of(body))
     model = _of(other)
     before = [variable.numpy() for variable in model.variables]
-    with pytest.raises(ContentError, match="does not fit this model: it holds"):
+    with pytest.raises(ContentError, match="does not fit this model: it has"):
         serialization.read_weights(model, members[serialization.WEIGHTS_NAME])
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value)

@@ -373,7 +373,7 @@ def test_infer_refuses_runs_that_are_not_alike(
     images = str(trained_run.parents[1] / "source" / "images")
     arguments = [str(trained_run), images, str(tmp_path / "out"), "--ensemble", str(tiled_run)]
     assert infer_main(arguments) == 2
-    assert "only runs that are alike in it can predict together" in capsys.readouterr().err
+    assert "an ensemble needs runs with the same" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

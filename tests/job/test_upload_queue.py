@@ -65,7 +65,7 @@ def test_what_an_error_leaves_unstored_is_reported(caplog: pytest.LogCaptureFixt
     with pytest.raises(MemoryError), UploadQueue(budget_s=1) as box:
         box.post(call)
         raise MemoryError
-    assert caplog.messages == ["what was on its way to storage is lost: the disk is full"]
+    assert caplog.messages == ["the uploads in progress are lost: the disk is full"]
 
 
 def test_an_interrupt_drops_what_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_an_outage_beyond_the_budget_ends_the_deliveries() -> None:
     with UploadQueue(budget_s=0.1) as box:
         box.post(call)
         box.post(lambda: done.append(1))
-        with pytest.raises(StorageError, match=r"out of reach for .* no network"):
+        with pytest.raises(StorageError, match=r"could not be reached for .* no network"):
             box.flush()
         assert box.has_failed
         with pytest.raises(StorageError):
@@ -159,7 +159,7 @@ def test_a_line_that_breaks_for_ever_after_some_bytes_ends_the_deliveries() -> N
 
     with UploadQueue(budget_s=0.1) as box:
         box.post(call)
-        with pytest.raises(StorageError, match="out of reach"):
+        with pytest.raises(StorageError, match="could not be reached"):
             box.flush()
 
 
