@@ -1,4 +1,4 @@
-"""Evaluates a run on one split of its dataset: the command.
+"""Provides the command that evaluates a run on one split of its dataset.
 
 python -m job.evaluate RUN --split test
 """
@@ -22,18 +22,18 @@ def command(run: str, **options: Any) -> int:
     """Evaluate a run on one split of its dataset.
 
     RUN is the folder or gs:// URL of a run (RUNS/NAME). Writes tables (per_case.csv), summary.json
-    and pictures of some cases to RUN/evaluation, or to --output; what an earlier evaluation wrote
-    there is replaced, but for small_regions.json, which only --remove-small-regions replaces.
+    and images of some cases to RUN/evaluation, or to --output. An earlier evaluation there is
+    replaced, except small_regions.json, which only --remove-small-regions replaces.
 
-    Cases are measured at the network's size and at the picture's own. The truth is the stored mask,
-    for the picture's own size enlarged: what making it smaller lost does not count as missed, and
-    flexunet prep says how much that is.
+    Images are measured at network size and at original size. The truth is the stored mask, enlarged
+    for the original size: regions that downscaling removed do not count as missed; flexunet prep
+    reports how many there are.
     """
     config = from_options(EvaluateConfig, options)
     with quiet_interrupts():
         evaluation, url = evaluate(run, config)
     show_summary(evaluation.summary)
-    click.echo(f"tables and pictures: {url}")
+    click.echo(f"tables and images: {url}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Writes the report of a run or of a cross-validation: the command.
+"""Provides the command that writes the report of a run or of a cross-validation.
 
 python -m job.report RUN
 """
@@ -17,10 +17,10 @@ from job.reporting.html_report import write_report
 @click.command(cls=SettingsCommand)
 @click.argument("run", type=PATH)
 def command(run: str) -> int:
-    """Write RUN/report.html: one page with everything about a run, to be read without a network.
+    """Write RUN/report.html: one page about a run that needs no network.
 
-    RUN is the folder or gs:// URL of a run (RUNS/NAME), or of a cross-validation. Only files that
-    the run stored are read. Training writes it at its end.
+    RUN is the folder or gs:// URL of a run (RUNS/NAME), or of a cross-validation. The page is made
+    from the files of the run. Training writes it when it ends.
     """
     with quiet_interrupts():
         url = write_report(open_store(run))

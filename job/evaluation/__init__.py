@@ -1,1 +1,1 @@
-"""Evaluates a trained network on a split: counts, measures and what is stored of them."""
+"""Evaluates a trained network on a split: counts pixels, measures cases, writes tables."""

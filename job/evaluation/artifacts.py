@@ -1,4 +1,4 @@
-"""Writes the evaluation of a split: tables, summary.json, and pictures of some cases."""
+"""Writes the evaluation of a split: tables, summary.json and images of some cases."""
 
 import json
 import math
@@ -21,12 +21,12 @@ _NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
 
 
 def evaluation_folder(run: ObjectStore, split: str) -> ObjectStore:
-    """Returns where in a run the evaluation of a split lies."""
+    """Returns the folder of a run for the evaluation of a split."""
     return run.subpath("evaluation" if split == "test" else f"evaluation/{split}")
 
 
 def write_evaluation(target: ObjectStore, evaluation: Evaluation, evaluator: Evaluator) -> str:
-    """Writes the tables, the summary and pictures of best, middle and worst cases of a split.
+    """Writes the tables, the summary, and images of the best, middle and worst cases of a split.
 
     Args:
         target: the folder, see `evaluation_folder`.
@@ -40,7 +40,7 @@ def write_evaluation(target: ObjectStore, evaluation: Evaluation, evaluator: Eva
     for folder in ("examples", "overlays"):
         for stat in target.list(f"{folder}/"):
             target.delete(stat.name)
-    # Where there is a summary, all that it summarizes is there too.
+    # Delete the summary first, write it last: a summary implies that all files are complete.
     target.delete("summary.json")
     target.put("evaluation.csv", table.encode())
     target.put("per_case.csv", _per_case_csv(evaluation, evaluator.dataset).encode())
@@ -50,7 +50,7 @@ def write_evaluation(target: ObjectStore, evaluation: Evaluation, evaluator: Eva
     for name, png in evaluation.examples.items():
         target.put(f"{name}.png", png)
     regions = evaluation.summary.get("prediction", {}).get("small_regions")
-    # An evaluation without it keeps an earlier fit: that names its weights, and fits no others.
+    # Without it an earlier fit stays: the file names its weights and is used with no other.
     if regions is not None:
         target.put(FILE_NAME, (json.dumps(regions, indent=2, allow_nan=False) + "\n").encode())
     summary = json.dumps(evaluation.summary, indent=2, allow_nan=False) + "\n"
@@ -59,7 +59,7 @@ def write_evaluation(target: ObjectStore, evaluation: Evaluation, evaluator: Eva
 
 
 def evaluation_csv(loss_name: str, loss: float, metric_name: str, metric: float) -> str:
-    """Returns evaluation.csv as the reference implementation writes it: `name,value` twice."""
+    """Formats evaluation.csv like the reference implementation: two lines `name,value`."""
     return f"{loss_name},{loss:.4f}\n{metric_name},{metric:.4f}\n"
 
 
@@ -79,7 +79,7 @@ def _per_case_csv(evaluation: Evaluation, dataset: Dataset) -> str:
 
 
 def _measured_tables(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple[str, str]]:
-    """Yields name and text of the tables of what was measured case by case."""
+    """Yields name and text of the tables of measured cases."""
     if evaluation.measured is None:
         return
     columns = ["id", "group", *case_columns(foreground_names(dataset))]
@@ -94,7 +94,7 @@ def _measured_tables(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple
 
 
 def _examples_csv(evaluation: Evaluation) -> str:
-    """Returns which case each picture in `examples/` and `overlays/` is of."""
+    """Returns the table of the cases in `examples/` and `overlays/`."""
     columns = ("picture", "id", "filename", "foreground_dice")
     cases = evaluation.cases
     rows = [
@@ -105,10 +105,10 @@ def _examples_csv(evaluation: Evaluation) -> str:
 
 
 def _example_cases(counts: np.ndarray) -> list[tuple[str, int, float | None]]:
-    """Returns (name, case, foreground Dice) of the best, middle and worst cases, each case once.
+    """Returns (name, case, image Dice) of the best, middle and worst cases, each case once.
 
-    A case without foreground in truth and prediction has no Dice and is shown only where all have
-    none.
+    Image Dice is over the pixels of all foreground classes of one image. A case without foreground
+    in truth and prediction has none, and is used only if no case has one.
     """
     tp, fp, fn = (counts[:, 1:, i].sum(axis=1) for i in range(3))
     values = dice(tp, fp, fn)
@@ -135,9 +135,9 @@ def draw_examples(
     reader: RecordReader,
     heartbeat: Heartbeat = no_heartbeat,
 ) -> dict[str, bytes]:
-    """Returns PNGs by name of the best, middle and worst cases: as panels and as overlays.
+    """Draws the best, middle and worst cases as panels and as overlays; returns PNGs by name.
 
-    For who stores them: they are predicted again, as measuring keeps no masks.
+    The cases are predicted again, because measuring keeps no masks.
     """
     from job.reporting import plots
 

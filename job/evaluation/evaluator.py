@@ -1,9 +1,9 @@
-"""Evaluates a network on every case of a split: exact sums of pixels, and measures case by case.
+"""Evaluates a network on every case of a split: exact pixel counts, and measures of each case.
 
 Training and the command share the `Evaluator`. Every epoch counts pixels, on all devices. A final
-evaluation also measures case by case: contours, lesions and thresholds, at the network's size and,
-by the recorded geometry, at the picture's own. A case is a picture: tiles are put together and
-predicted in windows, unless each of them shall count as a picture.
+evaluation also measures each case: contours, lesions and thresholds, at network size and, by the
+recorded geometry, at the original size of the image. A case is an image: tiles are put together and
+predicted in windows, unless each tile counts as an image.
 """
 
 import math
@@ -52,20 +52,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured picture by picture."""
+    """The measures of each case."""
 
     case_metrics: dict[str, list[CaseMetrics]]  # by size
-    counts: np.ndarray  # (pictures, classes, 4) int64, of the masks that were measured
-    sweep: ThresholdSweep  # at the network's size
+    counts: np.ndarray  # (cases, classes, 4) int64, of the measured masks
+    sweep: ThresholdSweep  # at network size
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was counted over one split."""
+    """The counts, means and summary of one split."""
 
     split: Split
     cases: tuple[Case, ...]
-    means: dict[str, float]  # "loss" and the reference's metrics; of samples, which may be tiles
+    means: dict[str, float]  # "loss", metrics of the reference; over samples or tiles
     counts: np.ndarray  # (cases, classes, 4) int64: tp, fp, fn, tn
     summary: dict[str, Any]  # strict JSON
     measured: Measured | None = None
@@ -74,21 +74,20 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A model on its devices, and how its errors on a dataset are counted.
+    """Evaluates a model on its devices and on one dataset.
 
     Attributes:
-        windows: in which large cases are predicted; the overlap is 0 where the dataset's pictures
-            are all of the network's size, and the batch is what goes through the network of a
-            device at once.
-        is_by_tile: a tile counts as a picture.
-        min_pixels: of each class but 0, at the network's size; smaller regions are not predicted.
+        windows: in which large cases are predicted; the overlap is 0 if all images of the dataset
+            have network size, and the batch is the number of windows per device and pass.
+        is_by_tile: a tile counts as an image.
+        min_pixels: of each class but 0, at network size; smaller regions are not predicted.
     """
 
     config: TrainConfig
     strategy: Any
     dataset: Dataset
     loss: Callable[..., Any]
-    metrics: Mapping[str, Any]  # of the reference, by name
+    metrics: Mapping[str, Any]  # of the reference implementation, by name
     step: Callable[..., Any]  # batch -> sums, counts
     probabilities: Callable[[np.ndarray], Any]  # (B, H, W, C) pixels -> (B, H, W, K) float32
     windows: Windows
@@ -106,11 +105,11 @@ class Evaluator:
         return cases_of(split, is_by_tile=self.is_by_tile)
 
     def predict(self, image: np.ndarray, heartbeat: Heartbeat = no_heartbeat) -> Probabilities:
-        """Returns the probabilities (H, W, K) of a picture (H, W, C) of any size."""
+        """Returns the probabilities (H, W, K) of an image (H, W, C) of any size."""
         return probabilities_of(image, self.probabilities, self.windows, heartbeat=heartbeat)
 
     def mask_of(self, image: np.ndarray, heartbeat: Heartbeat = no_heartbeat) -> Ids:
-        """Returns the class ids (H, W) of a picture (H, W, C) of any size."""
+        """Returns the class ids (H, W) of an image (H, W, C) of any size."""
         return without_small(class_ids(self.predict(image, heartbeat)), self.min_pixels)
 
     def evaluate(
@@ -123,19 +122,19 @@ class Evaluator:
         should_stop: Callable[[], bool] = lambda: False,
         heartbeat: Heartbeat = no_heartbeat,
     ) -> Evaluation:
-        """Returns the evaluation of every case of split `name`, with the weights as they are now.
+        """Evaluates every case of split `name` with the current weights.
 
-        Where it is not measured, the pixels of a picture are added over its tiles.
+        Without `measured`, the pixel counts of an image are the sums over its tiles.
 
         Args:
             reader: of that split.
-            measured: also measure case by case, which predicts each case once more.
+            measured: also measure each case, which predicts it once more.
             shown: show the progress.
-            should_stop: asked after every batch, and after every case that is measured.
-            heartbeat: called for every batch of windows in which a case is predicted.
+            should_stop: called after every batch and after every measured case.
+            heartbeat: called for every batch of windows of a case.
 
         Raises:
-            StoppedError: `should_stop` answered yes.
+            StoppedError: `should_stop` returned True.
         """
         from job.metrics.batch import RunningSums
 
@@ -156,15 +155,15 @@ class Evaluator:
                 parts.append(counts.numpy())
                 if should_stop():
                     raise StoppedError(f"stopped evaluating {name}; the same command resumes")
-        # The last batch is filled up with padding, which comes after every case.
+        # The last batch ends with padding, after the last case.
         samples = np.concatenate(parts)[: len(split)]
         cases = self.cases_of(split)
         means = means_of(running, self.metrics)
         if not measured:
             counts = np.stack([samples[list(each.samples)].sum(axis=0) for each in cases])
             return Evaluation(split, cases, means, counts, self._summary(name, counts, means))
-        # Predicted again: the loss and the reference's metrics are of samples, which may be tiles,
-        # in batches spread over devices; a case is a picture, in windows where it is large.
+        # Predict again: the loss and the metrics of the reference are means over samples, which may
+        # be tiles, in batches spread over devices. A case is a whole image, in windows if large.
         found = self._measure(name, cases, reader, shown, should_stop, heartbeat)
         summary = self._summary(name, found.counts, means)
         groups, names = [each.group for each in cases], foreground_names(self.dataset)
@@ -192,9 +191,9 @@ class Evaluator:
         should_stop: Callable[[], bool],
         heartbeat: Heartbeat,
     ) -> Measured:
-        """Returns what is measured on each case; one at a time is in memory.
+        """Measures each case; one at a time is in memory.
 
-        Every process of a team does all of it: the others would only wait for the first.
+        Every process of a group does all of it; the rest would only wait for the first.
         """
         from job.metrics.batch import confusion_counts
 
@@ -219,11 +218,11 @@ class Evaluator:
     def _metrics_of_case(
         self, case: Case, truth: np.ndarray, probabilities: np.ndarray, ids: np.ndarray
     ) -> dict[str, CaseMetrics]:
-        """Returns the case at each size; where both sizes are one, it is measured once."""
+        """Returns the metrics at each size; equal sizes are measured once."""
         manifest = self.dataset.manifest
         geometry = case.geometry
         scales = _scales(geometry, case.spacing)
-        # Decided once: stored pixels are not all equally many of the picture's.
+        # Decide once, at network size: a stored pixel is not always equally many original pixels.
         tiny_regions = tiny_regions_of(
             without_ignored(truth, truth, manifest.ignore_id)[0], len(manifest.classes), MIN_PIXELS
         )
@@ -258,12 +257,12 @@ def make_evaluator(
 
     Args:
         network: of models that were made in the scope of `strategy`.
-        max_images_at_once: pictures that may go through the network of a device at once; None:
-            what the config's batch, devices and micro-batches make.
-        first_replica: global number of this process' first replica.
+        max_images_at_once: images per device and pass; None: from the batch, devices and
+            micro-batches of the config.
+        first_replica: global number of the first replica of this process.
 
     Raises:
-        UsageError: the loss does not fit the dataset's classes, or the overlap its tiles.
+        UsageError: the loss does not fit the classes of the dataset, or the overlap its tiles.
     """
     from job.evaluation.steps import make_evaluation_step
     from job.models.ensemble import make_probability_step
@@ -319,7 +318,7 @@ def _num_micro_batches(
     config: TrainConfig, local_batch: int, max_images_at_once: int | None
 ) -> int:
     if max_images_at_once is None:
-        # An evaluation may have another batch and other devices than the training.
+        # An evaluation may use another batch and other devices than training.
         return math.gcd(local_batch, config.accumulate)
     divisors = (n for n in range(1, local_batch + 1) if local_batch % n == 0)
     return next(n for n in divisors if local_batch // n <= max_images_at_once)
@@ -350,7 +349,7 @@ def foreground_names(dataset: Dataset) -> list[str]:
 
 
 def _scales(geometry: Geometry, spacing: tuple[float, float] | None) -> dict[str, Scale]:
-    """Returns the size of a pixel at each size of a picture."""
+    """Returns the size of a pixel at network size and at original size."""
     if spacing is None:
         return {size: Scale((1.0, 1.0), "px") for size in SIZES}
     network = (
@@ -363,7 +362,7 @@ def _scales(geometry: Geometry, spacing: tuple[float, float] | None) -> dict[str
 def _counted(
     truth: np.ndarray, probabilities: np.ndarray, ignore_id: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns truth and probabilities, with nothing of a class where the truth is ignored."""
+    """Returns truth and probabilities, both 0 at ignored pixels."""
     if ignore_id is None:
         return truth, probabilities
     ignored = truth == ignore_id

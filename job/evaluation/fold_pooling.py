@@ -12,7 +12,7 @@ from flexunet.storage import ObjectStore, open_store
 from flexunet.tables import csv_table
 from job.config import TrainConfig
 from job.data.cases import cases_of
-from job.data.folds import fold_configs, open_folded
+from job.data.folds import fold_configs, fold_words, open_folded
 from job.metrics.per_case import (
     SIZES,
     CaseMetrics,
@@ -26,11 +26,11 @@ from job.runs.provenance import as_record, read_origin
 
 
 def pool_folds(config: TrainConfig) -> dict[str, Any]:
-    """Writes what all folds together score into the folder of their common name; returns it.
+    """Pools all folds and writes the summary to the folder of their common name; returns it.
 
     Raises:
-        UsageError: folds were evaluated in unequal ways, or on other cases than their own.
-        ContentError: a fold's evaluation is missing or damaged, or lacks what has come since.
+        UsageError: folds were evaluated in different ways, or on cases of other folds.
+        ContentError: the evaluation of a fold is missing, damaged, or of an earlier version.
     """
     output = open_store(config.output)
     names = [str(each.name) for each in fold_configs(config)]
@@ -62,22 +62,23 @@ def pool_folds(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check_cases(config: TrainConfig, classes: Sequence[str]) -> list[dict[str, str]]:
-    """Refuses folds that were not evaluated on their own cases; returns what their runs began from.
+    """Checks that each fold was evaluated on its own cases; returns the origins of the weights.
 
-    Another split of a run, and an ensemble of runs of several folds, have seen what they are
-    evaluated on, or are evaluated on other cases.
+    Other splits of a run, and ensembles of several folds, were trained on the evaluated cases, or
+    evaluate other cases.
 
     Raises:
-        UsageError: names the fold, and what is wrong with it.
+        UsageError: a fold was evaluated on other cases, or its weights saw them.
     """
     started: list[dict[str, str]] = []
     for fold, each in enumerate(fold_configs(config)):
+        words = fold_words((fold, config.folds or 0))
         run = open_store(config.output).subpath(str(each.name))
         summary = read_json(run, "evaluation/summary.json", evaluate_again(run)) or {}
         dataset, where = open_folded(each), f"{run.url}/evaluation"
         if summary["split"] != "test":
             raise UsageError(
-                f"{where}: of the {summary['split']} split of a run, which is no fold; "
+                f"{where}: evaluates the {summary['split']} split of a run, not its fold; "
                 f"{evaluate_again(run)}"
             )
         own = cases_of(dataset.split("test"), is_by_tile=summary["case"] == "tile")
@@ -86,28 +87,28 @@ def _check_cases(config: TrainConfig, classes: Sequence[str]) -> list[dict[str, 
             found = {case.id for case in _read_cases(run, size, classes)}
             if found != expected:
                 raise UsageError(
-                    f"{where}: holds {len(found - expected)} cases that are not of fold {fold} and "
+                    f"{where}: has {len(found - expected)} cases that are not in {words} and "
                     f"lacks {len(expected - found)} of its {len(expected)}; {evaluate_again(run)}"
                 )
         origins = summary.get("init_from")
-        # An earlier version did not record it.
+        # Earlier versions did not record it.
         if origins is None:
             origins = as_record([read_origin(run, each)], dataset)
         for origin in origins:
             if origin["seen"] == "yes":
                 raise UsageError(
-                    f"{where}: {origin['run']} was started from {origin['source']}, which has seen "
-                    f"groups of fold {fold}; train the folds under another name without it"
+                    f"{where}: {origin['run']} was started from {origin['source']}, which saw "
+                    f"groups of {words}; train the folds under another name without it"
                 )
         started += origins
     return started
 
 
 def _check_alike(runs: Sequence[ObjectStore]) -> None:
-    """Refuses folds whose numbers mean different things, as one was evaluated again in another way.
+    """Checks that all folds were evaluated in the same way.
 
     Raises:
-        UsageError: names two of them, and what differs.
+        UsageError: two folds differ.
         ContentError: an evaluation is missing or damaged.
     """
     first, *others = [_read_protocol(run) for run in runs]
@@ -117,12 +118,13 @@ def _check_alike(runs: Sequence[ObjectStore]) -> None:
             raise UsageError(
                 f"{run.url}: evaluated with another {' and '.join(different)} "
                 f"({', '.join(str(other[name]) for name in different)}) than {runs[0].url} "
-                f"({', '.join(str(first[name]) for name in different)}); evaluate all folds alike"
+                f"({', '.join(str(first[name]) for name in different)}); "
+                "evaluate all folds in the same way"
             )
 
 
 def _read_protocol(run: ObjectStore) -> dict[str, Any]:
-    """Returns how the cases of a fold were predicted; one that training evaluated: plainly."""
+    """Returns how the cases of a fold were predicted; training predicts them plainly."""
     name = "evaluation/summary.json"
     summary = read_json(run, name, evaluate_again(run))
     if summary is None:
@@ -143,7 +145,7 @@ def _read_protocol(run: ObjectStore) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _FoldCase:
-    """A case of a fold, as its evaluation has stored it."""
+    """A case of a fold, from the tables of its evaluation."""
 
     id: str
     group: str

@@ -1,4 +1,4 @@
-"""Evaluates a stored run, or several together, on a split of the dataset that trained them."""
+"""Evaluates a run, or an ensemble of runs, on a split of their dataset."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -42,64 +42,62 @@ logger = logging.getLogger(__name__)
 class EvaluateConfig(PredictConfig):
     """Options of `flexunet evaluate`."""
 
-    split: Literal["train", "valid", "test"] = option("test", "Split whose cases are evaluated.")
+    split: Literal["train", "valid", "test"] = option("test", "Split to evaluate.")
     data: str | None = option(
-        None, "Where the run's dataset is now; unset: where it was trained from.", path=True
+        None, "Present folder or URL of the dataset of the run. Unset: as in training.", path=True
     )
     output: str | None = option(
         None,
-        "Your own folder or gs:// URL for the tables and pictures: new, or of an earlier "
-        "evaluation, which is replaced; one with other files is refused. Unset: in the run, "
-        "RUN/evaluation for the test split, else RUN/evaluation/SPLIT; an ensemble needs it.",
+        "Folder or gs:// URL for the tables and images: new, or of an earlier evaluation, which is "
+        "replaced; a folder with other files is refused. Unset: RUN/evaluation for the test split, "
+        "else RUN/evaluation/SPLIT. Required for an ensemble.",
         path=True,
     )
-    tiles_as_pictures: bool = option(
-        False, "Evaluate every tile of a dataset of tiles as if it were a picture."
-    )
+    tiles_as_pictures: bool = option(False, "Evaluate every tile of a tiled dataset as one image.")
     remove_small_regions: bool = option(
         False,
-        "Predict no regions below a size, which is fitted on the validation split and written to "
-        "small_regions.json.",
+        "Remove predicted regions below a size that is fitted on the validation split and written "
+        "to small_regions.json.",
     )
     batch_size: int | None = option(
         None,
-        "Cases per step, over all devices; unset: the run's batch, of which a device takes no more "
-        "at once than in training.",
+        "Cases per step, over all devices. Unset: the batch of the run, with at most as many per "
+        "device as in training.",
         ge=1,
     )
-    cpu_replicas: int = option(1, "Mirrored replicas on a machine without a GPU.", ge=1)
+    cpu_replicas: int = option(1, "Replicas on a machine without a GPU.", ge=1)
     progress: bool = option(True, "Show a progress bar on a terminal.")
 
     @model_validator(mode="after")
     def _small_regions_fit(self) -> "EvaluateConfig":
         if self.tiles_as_pictures and self.remove_small_regions:
             raise ValueError(
-                "--remove-small-regions fits sizes for whole pictures; leave it out, or "
+                "--remove-small-regions fits sizes for whole images; leave out this option or "
                 "--tiles-as-pictures"
             )
         if self.split == "valid" and self.remove_small_regions:
             raise ValueError(
-                "--remove-small-regions is fitted on the validation split, so --split valid would "
-                "flatter it; evaluate another split, or leave it out"
+                "--remove-small-regions is fitted on the validation split, so scores of --split valid "
+                "would be optimistic; evaluate another split, or leave out the option"
             )
         return self
 
 
 def evaluate(run_url: str, config: EvaluateConfig) -> tuple[Evaluation, str]:
-    """Returns the evaluation of one split of a run's dataset, and the folder it was written to.
+    """Evaluates one split of the dataset of a run; returns the evaluation and its folder.
 
-    TensorFlow is imported after everything that can be refused was checked.
+    All options are checked before TensorFlow is imported.
 
     Raises:
-        UsageError: no run, no such split, another dataset, runs that do not go together, an output
-            with other files, or no GPU where one is needed.
+        UsageError: no run, no such split, another dataset, runs that do not match, an output folder
+            with other files, or no GPU although one is needed.
     """
     run, *others = open_ensemble([run_url, *config.ensemble])
     dataset = dataset_of(run, config.data, others)
     if config.split not in dataset.splits and others:
         raise UsageError(
-            f"--split {config.split}: runs of several folds have each trained on what others "
-            "validate; all of them have only the test split not seen"
+            f"--split {config.split}: runs of several folds were trained on each other's images; "
+            "only the test split is unseen by all of them; give --split test"
         )
     for name in (config.split, *(["valid"] if config.remove_small_regions else [])):
         dataset.split(name)
@@ -114,10 +112,10 @@ def evaluate(run_url: str, config: EvaluateConfig) -> tuple[Evaluation, str]:
 
 
 def _check_tiles(run: TrainedRun, dataset: Dataset, config: EvaluateConfig) -> None:
-    """Refuses options of tiles where there are none, and windows that do not overlap as asked.
+    """Checks the options for tiles and for the overlap of windows.
 
     Raises:
-        UsageError: says which option.
+        UsageError: an option does not fit the dataset.
     """
     if dataset.manifest.geometry == "tile":
         window_overlap(dataset.manifest, config.overlap, run.config.window_overlap)
@@ -135,13 +133,13 @@ def evaluate_run(
     config: EvaluateConfig,
     others: Sequence[TrainedRun] = (),
 ) -> tuple[Evaluation, str]:
-    """Returns the evaluation of one split with the weights of a run, and where it was written.
+    """Evaluates one split with the weights of a run; returns the evaluation and its folder.
 
     Args:
-        others: runs that predict together with it.
+        others: the other runs of an ensemble.
 
     Raises:
-        UsageError: no such split, or an ensemble without a place for its evaluation.
+        UsageError: no such split, or an ensemble without an output folder.
     """
     from job.models.ensemble import network_of
 
@@ -186,28 +184,28 @@ def evaluate_run(
 def _log_checkpoint(run: ObjectStore, used: Mapping[str, Any]) -> None:
     stands = {
         "stopped": "; the run was stopped before its end",
-        "open": "; the run is not over: it is being trained, or its process was killed",
+        "open": "; the run has not ended: it is still training, or its process was killed",
     }
     logger.info("evaluating %s%s", checkpoint_words(used), stands.get(run_status(run), ""))
 
 
 def evaluation_target(run: TrainedRun, config: EvaluateConfig) -> ObjectStore:
-    """Returns the folder to which the evaluation goes.
+    """Returns the folder for the evaluation.
 
     Raises:
-        UsageError: it holds other files, or an ensemble is given none.
+        UsageError: the folder has other files, or an ensemble has no output folder.
     """
     if config.output is not None:
         store = open_store(config.output)
         names = {stat.name for stat in store.list()}
-        # Pictures of an earlier evaluation are deleted there: it must be one.
+        # Images of an earlier evaluation are deleted there, so it must be one.
         if names and "per_case.csv" not in names:
             raise UsageError(
-                f"{store.url}: holds other files than an evaluation; give --output a new folder"
+                f"{store.url}: has files that are not of an evaluation; give --output a new folder"
             )
         return store
     if config.ensemble:
-        raise UsageError("an ensemble's evaluation belongs to none of its runs; give --output")
+        raise UsageError("the evaluation of an ensemble belongs to none of its runs; give --output")
     return evaluation_folder(run.store, config.split)
 
 
@@ -215,7 +213,9 @@ def _log_replaced(target: ObjectStore, *, keeps_fit: bool) -> None:
     if target.stat("summary.json") is None:
         return
     stays = f"; {FILE_NAME} stays" if keeps_fit and target.stat(FILE_NAME) is not None else ""
-    logger.info("replacing the evaluation in %s (--output puts it elsewhere)%s", target.url, stays)
+    logger.info(
+        "replacing the evaluation in %s (--output writes to another folder)%s", target.url, stays
+    )
 
 
 def _reader_of(dataset: Dataset, split: Split, settings: TrainConfig) -> RecordReader:
@@ -225,7 +225,7 @@ def _reader_of(dataset: Dataset, split: Split, settings: TrainConfig) -> RecordR
 def _fit_regions(
     evaluator: Evaluator, members: Sequence[EnsembleMember], config: EvaluateConfig
 ) -> SmallRegions:
-    """Returns from which size on regions stay; it is fitted on `valid` always."""
+    """Fits on `valid` from which size on regions are kept."""
     dataset = evaluator.dataset
     split = dataset.split("valid")
     reader = _reader_of(dataset, split, evaluator.config)
@@ -254,7 +254,7 @@ def _fit_regions(
 
 
 def resolve_config(run: TrainedRun, config: EvaluateConfig) -> TrainConfig:
-    """Returns the run's config with the batch and the devices of this evaluation."""
+    """Returns the config of the run with the batch and devices of this evaluation."""
     batch_size = config.batch_size or run.config.global_batch_size
     changes: dict[str, Any] = {
         "global_batch_size": batch_size,
@@ -266,9 +266,9 @@ def resolve_config(run: TrainedRun, config: EvaluateConfig) -> TrainConfig:
 
 
 def _images_at_once(run: TrainedRun) -> int:
-    """Returns how many pictures went through the network of a replica at once in training.
+    """Returns how many images a replica processed at once in training.
 
-    A run that does not tell its replicas counts as one of a single replica.
+    A run that did not record its replicas counts as having one.
     """
     environment = read_json(run.store, "environment.json", "restore it, or give --batch-size") or {}
     local = run.config.global_batch_size // int(environment.get("replicas", 1))
@@ -276,16 +276,16 @@ def _images_at_once(run: TrainedRun) -> int:
 
 
 def dataset_of(run: TrainedRun, url: str | None, others: Sequence[TrainedRun] = ()) -> Dataset:
-    """Returns the dataset that `run` was trained on.
+    """Opens the dataset that `run` was trained on.
 
-    Where runs of other folds predict with it, each has trained on what another validates, and the
-    only split that all have not seen is the dataset's own test split.
+    Runs of different folds were trained on each other's images. The only split that is unseen by
+    all of them is the test split of the dataset.
 
     Args:
-        url: where it is now; None: where it was then.
+        url: its present folder or URL; None: as in training.
 
     Raises:
-        UsageError: another dataset is there, or one of `others` was trained on another.
+        UsageError: the folder has another dataset, or one of `others` was trained on another.
     """
     folds = {(each.config.folds, each.config.fold) for each in (run, *others)}
     if len(folds) == 1:
@@ -296,14 +296,14 @@ def dataset_of(run: TrainedRun, url: str | None, others: Sequence[TrainedRun] = 
     for each in others:
         if each.dataset_digest != run.dataset_digest:
             raise UsageError(
-                f"{each.store.url}: was trained on another dataset than {run.store.url}, and may "
-                "have seen the cases that would be evaluated; leave it out"
+                f"{each.store.url}: was trained on another dataset than {run.store.url} and may "
+                "have seen the evaluated images; leave it out"
             )
     if dataset.digest != run.dataset_digest:
         raise UsageError(
-            f"{dataset.url}: not the dataset that this run was trained on, the only one that it "
-            f"can be evaluated on (its manifest has sha256 {dataset.digest[:12]}, the run's "
-            f"{run.dataset_digest[:12]}): that was {run.config.data}; give --data only where it "
-            "lies elsewhere now"
+            f"{dataset.url}: not the dataset of this run (sha256 of the manifest "
+            f"{dataset.digest[:12]}, of the run {run.dataset_digest[:12]}). A run can be evaluated "
+            f"only on the dataset that it was trained on, {run.config.data}; give --data only if "
+            "that dataset has moved"
         )
     return dataset

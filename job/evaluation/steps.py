@@ -35,13 +35,13 @@ def make_evaluation_step(
 
     Args:
         network: of models that were made in the scope of `strategy`.
-        num_micro_batches: parts of a replica's batch that go through the network one after the
-            other; a divisor of that batch.
+        num_micro_batches: parts of the batch of a replica that go through the network one after
+            another; a divisor of that batch.
     """
     loss = criterion.loss
 
     def replica_step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
-        seen: list[tf.Tensor] = []  # the sums of which the loss is a function
+        seen: list[tf.Tensor] = []  # the sums from which the loss is computed
         metrics: list[tf.Tensor] = []
         counts: list[tf.Tensor] = []
         for part in micro_batches(batch, num_micro_batches):
@@ -53,11 +53,11 @@ def make_evaluation_step(
                 metrics.append(metric_sums(part, logits, criterion.metrics))
                 ids = predicted_ids(logits)
                 counts.append(confusion_counts(labels, ids, num_classes, ignore_id))
-        # Of its arguments only the sums count, and these are given.
+        # The loss depends only on the sums; the other arguments are of the last part.
         value = loss(labels, logits, part["weight"], part_of(replica_sum(tf.add_n(seen))))
         sums = [loss_sums(value, batch), tf.add_n(metrics)]
-        # Gathering pads, for which whole numbers of 64 bits have no GPU kernel; pixels that are
-        # counted are exact in float64.
+        # Gathering pads, and 64-bit integers have no GPU kernel for that. Pixel counts are exact in
+        # float64.
         return tf.concat(sums, axis=0), tf.cast(tf.concat(counts, axis=0), tf.float64)
 
     @tf.function(reduce_retracing=True, autograph=False)

@@ -1,1 +1,1 @@
-"""Segmentation metrics, of a batch and of a case."""
+"""Computes segmentation metrics of batches and of cases."""

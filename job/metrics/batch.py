@@ -1,9 +1,10 @@
-"""Metrics of a batch on its devices: confusion counts of each case, and the reference's as sums.
+"""Computes metrics of a batch on its devices: confusion counts, and sums for the reference metrics.
 
 The counts give per-class values that are exact over a split, see `job/metrics/confusion.py`. The
-reference implementation's metrics keep its formulas, which mix all classes; here they are pairs
-(sum, count) that add over batches and replicas, so that the value is that of the whole split, where
-the reference averages the values of batches. Knows nothing of files, models or the step.
+metrics of the reference implementation (TensorFlow-FlexUNet, "the reference") keep its formulas,
+which mix all classes. Here they are pairs (sum, count) that add up over batches and replicas, so
+the value is that of the whole split; the reference averages the values of batches. Knows nothing of
+files, models or the step.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,13 +20,13 @@ from flexunet.settings import suggestion
 def confusion_counts(
     labels: tf.Tensor, predictions: tf.Tensor, num_classes: int, ignore_id: int | None = None
 ) -> tf.Tensor:
-    """Returns true positives, false positives, false negatives, true negatives of each case.
+    """Counts true positives, false positives, false negatives and true negatives of each case.
 
     Args:
         labels: (B, H, W) integer class ids.
         predictions: (B, H, W) integer class ids.
-        num_classes: K. A head of one channel predicts two classes, so 1 counts as 2.
-        ignore_id: pixels with this label are in none of the four.
+        num_classes: K. A head of one channel predicts two classes, so 1 means 2.
+        ignore_id: pixels with this label are not counted.
 
     Returns:
         (B, K, 4) int64.
@@ -50,7 +51,7 @@ def confusion_counts(
 
 @dataclass(frozen=True)
 class ReferenceMetric:
-    """A metric of the reference implementation as a quotient of sums.
+    """A metric of the reference implementation, as a quotient of sums.
 
     Calling it gives (sum, count) of a batch, () float64 each; add them over batches and replicas.
 
@@ -58,7 +59,7 @@ class ReferenceMetric:
         sums: (y, p, weights) -> numerator and denominator of each image, (B,). y and p are
             (B, H, W, C), one-hot label and probability; weights (B, H, W, 1).
         smooth: added to numerator and denominator of the quotient of the whole split.
-        ignore_id: label of pixels that count nowhere.
+        ignore_id: label of pixels that are not counted.
     """
 
     sums: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -83,7 +84,7 @@ class ReferenceMetric:
         )
 
     def value(self, total: float, count: float) -> float:
-        """Returns the metric of everything that was added up; 0 when nothing was."""
+        """Returns the metric of the added sums; 0 if nothing was added."""
         denominator = count + self.smooth
         return (total + self.smooth) / denominator if denominator else 0.0
 
@@ -147,22 +148,22 @@ one-hot label, p the probability:
 
 dice_coef_multiclass  mean over images of (2 sum(y p) + 1) / (sum(y) + sum(p) + 1) of that image.
                       With softmax this is nearly the mean probability of the true class: a soft
-                      pixel accuracy, high for an all-background prediction
+                      pixel accuracy, high even if nothing is predicted
 dice_coef             (2 sum(y p) + 1) / (sum(y) + sum(p) + 1)
 iou_coef              sum(y p) / (sum(y) + sum(p) - sum(y p))
 sensitivity           sum(round(y p)) / sum(y)
 specificity           sum(round((1 - y) (1 - p))) / sum(1 - y)
 
-Exact over the whole split: the reference computes all but the first per batch and averages the
-batches. With two classes its sensitivity and specificity are one number, since each class is the
-complement of the other.
+They are exact over the whole split; the reference computes all but the first per batch and averages
+the batches. With two classes its sensitivity and specificity are the same number, because each
+class is the complement of the other.
 """
 
 
 def reference_metrics(
     names: Iterable[str], *, ignore_id: int | None = None
 ) -> dict[str, ReferenceMetric]:
-    """Returns the metrics of these names, with pixels of label `ignore_id` left out.
+    """Returns the metrics with these names; pixels with label `ignore_id` are left out.
 
     Raises:
         UsageError: a name is unknown.
@@ -180,7 +181,7 @@ def reference_metrics(
 class RunningSums:
     """Adds (sum, count) pairs by name in float64, over the batches of an epoch.
 
-    Its state is a JSON dict, so that an epoch can be continued with the same bits.
+    The state is a JSON dict, so that an epoch can continue with the same bits.
     """
 
     def __init__(self) -> None:
@@ -206,7 +207,7 @@ class RunningSums:
         return {name: list(pair) for name, pair in self._pairs.items()}
 
     def load_state(self, state: Mapping[str, Iterable[float]]) -> None:
-        """Continues from what `state` returned."""
+        """Continues from the sums that `state` returned."""
         loaded = {}
         for name, pair in state.items():
             total, count = pair

@@ -1,9 +1,9 @@
-"""Intervals of means over cases whose groups (patients) are drawn again.
+"""Computes bootstrap intervals over groups (patients) of cases.
 
-Cases of one patient are alike, so whole groups are drawn, with replacement. Every measure here is
-a quotient of two sums over cases: a mean has the number of cases below, pooled Dice the pixels of
-both masks. Source of the percentile interval: Efron and Tibshirani 1993, An Introduction to the
-Bootstrap, chapter 13.
+Cases of one patient are similar, so whole groups are drawn, with replacement. Every measure here is
+a quotient of two sums over cases: the denominator of a mean is the number of cases, that of pooled
+Dice the pixels of both masks. Source of the percentile interval: Efron and Tibshirani 1993, An
+Introduction to the Bootstrap, chapter 13.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ Values = npt.NDArray[np.float64]
 LEVEL = 0.95
 NUM_DRAWS = 2000
 SEED = 0
-MIN_GROUPS = 5  # with fewer, what they happen to agree in looks certain
+MIN_GROUPS = 5  # fewer groups may agree by chance, and a chance value would look certain
 
 _MAX_WEIGHTS = 2**22  # of one block of draws: 32 MB
 
 
 def ratio(numerators: Values, denominators: Values) -> float | None:
-    """Returns sum(numerators) / sum(denominators), None where nothing is below.
+    """Returns sum(numerators) / sum(denominators), or None if the denominators are 0.
 
     Args:
-        numerators, denominators: (N,) of each case, or (N, K): then the mean of the K quotients
+        numerators, denominators: (N,), one per case, or (N, K) for the mean of the K quotients
             that are defined.
     """
     value = _ratios(numerators.sum(axis=0)[None], denominators.sum(axis=0)[None])[0]
@@ -41,10 +41,10 @@ def interval(
     num_draws: int = NUM_DRAWS,
     level: float = LEVEL,
 ) -> tuple[float, float] | None:
-    """Returns the interval of `ratio` when groups are drawn with replacement.
+    """Returns the bootstrap interval of `ratio` over groups drawn with replacement.
 
-    Draws in which nothing is below have no value and are left out. None where fewer than
-    `MIN_GROUPS` groups contribute, because little can be said then.
+    Draws whose denominator is 0 have no value and are left out. Returns None if fewer than
+    `MIN_GROUPS` groups contribute: too few for an interval.
 
     Args:
         groups: (N,) the group of each case.
@@ -66,7 +66,7 @@ def interval(
 
 
 def num_contributing(denominators: Values, groups: Sequence[str]) -> int:
-    """Returns how many groups have something below, in any of the quotients."""
+    """Returns how many groups have a denominator above 0 in any of the quotients."""
     has_value = denominators.reshape(len(denominators), -1).any(axis=1)
     return len(set(np.asarray(groups)[has_value].tolist()))
 
@@ -78,7 +78,7 @@ def _per_group(values: Values, index: npt.NDArray[np.int64]) -> Values:
 
 
 def _ratios(numerator: Values, denominator: Values) -> Values:
-    """Returns the quotients of (D,) or (D, K), the latter averaged where they are defined: (D,)."""
+    """Returns the quotients (D,) of (D,), or of (D, K) averaged over those that are defined."""
     quotients = np.full(numerator.shape, np.nan)
     np.divide(numerator, denominator, out=quotients, where=denominator != 0)
     if quotients.ndim == 1:

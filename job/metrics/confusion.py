@@ -1,9 +1,9 @@
-"""Scores of confusion counts, and the summary of a split: the one source of what both tables share.
+"""Computes scores from confusion counts, and the summary of a split; all tables use these scores.
 
 Rules for empty masks, per case and class. Class absent from truth and prediction: Dice and IoU are
-undefined (NaN), left out of means, and the case is counted as empty. Absent from one of the two
-only: Dice and IoU are 0. Sensitivity is undefined where the truth lacks the class, specificity
-where the truth is nothing but the class.
+undefined (NaN), left out of means, and the case counts as empty. Absent from one of the two only:
+Dice and IoU are 0. Sensitivity is undefined if the truth lacks the class, specificity if the class
+covers the whole truth.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ N = TypeVar("N", int, Counts)
 class Overlap(Generic[N]):
     """Pixels of a class: true positives, false positives, false negatives.
 
-    Of one case a number each, of N cases (N,) each.
+    Each is a number for one case, or (N,) for N cases.
     """
 
     tp: N
@@ -31,20 +31,20 @@ class Overlap(Generic[N]):
     fn: N
 
     def dice_terms(self) -> tuple[N, N]:
-        """Returns what is above and below in Dice; below is 0 where both masks are empty."""
+        """Returns numerator and denominator of Dice, both 0 if both masks are empty."""
         return 2 * self.tp, 2 * self.tp + self.fp + self.fn
 
     def iou_terms(self) -> tuple[N, N]:
-        """Returns what is above and below in IoU; below is 0 where both masks are empty."""
+        """Returns numerator and denominator of IoU, both 0 if both masks are empty."""
         return self.tp, self.tp + self.fp + self.fn
 
     def presence_counts(self) -> dict[str, int]:
-        """Returns how many cases have the class in which masks, and in how many it is missed.
+        """Counts the cases by the masks that have the class, and the cases where it is missed.
 
-        The first four add up to all cases. "missed": in the truth, not one pixel found; more than
-        "truth_only", as something may be predicted, but nowhere right.
+        The first four add up to all cases. "missed": in the truth, and no pixel was found. It
+        includes "truth_only" and predictions elsewhere.
         """
-        # Arrays also of one case: `~` of Python's True is -2.
+        # Arrays for one case too: `~` of Python's True is -2.
         is_true, is_predicted = np.asarray(self.tp + self.fn) > 0, np.asarray(self.tp + self.fp) > 0
         is_missed = is_true & (np.asarray(self.tp) == 0)
         return {
@@ -56,7 +56,7 @@ class Overlap(Generic[N]):
         }
 
     def nothing_predicted(self) -> "Overlap[N]":
-        """Returns the pixels of an empty prediction: all that is true is missed."""
+        """Returns the pixels of an empty prediction: every true pixel is a false negative."""
         return Overlap(0 * self.tp, 0 * self.fp, self.tp + self.fn)
 
 
@@ -76,7 +76,7 @@ def sensitivity(tp: Counts, fn: Counts) -> Values:
 
 
 def specificity(tn: Counts, fp: Counts) -> Values:
-    """Returns tn / (tn + fp), elementwise; NaN where the truth is everything."""
+    """Returns tn / (tn + fp), elementwise; NaN where the class covers the truth."""
     return _ratio(tn, tn + fp)
 
 
@@ -92,7 +92,7 @@ def scores(counts: Counts) -> dict[str, Values]:
 
 
 def all_background(counts: Counts) -> Counts:
-    """Returns the counts (..., C, 4) that predicting class 0 everywhere would have given."""
+    """Returns the counts (..., C, 4) of the predict-nothing baseline: class 0 everywhere."""
     tp, fp, fn, tn = np.moveaxis(np.asarray(counts), -1, 0)
     nothing = Overlap(tp, fp, fn).nothing_predicted()
     hits, alarms, missed = nothing.tp, nothing.fp, nothing.fn
@@ -111,13 +111,13 @@ def all_foreground(counts: Counts) -> Counts:
 def summarize(cases: Counts) -> dict[str, Any]:
     """Returns the scores of a split, JSON-ready; an undefined value is None.
 
-    `classes[c]` holds the mean of each score over the cases where it is defined, the same from
-    `pooled` counts, and how many cases are `num_empty` (class in neither mask; left out of the mean
-    Dice and IoU), `num_missed` (in the truth, not one pixel found) and `num_false_alarms` (in the
-    prediction only). `foreground_mean` and `foreground_pooled` average over the classes but 0.
-    `all_background` holds the foreground means and the pixel accuracy of predicting class 0
-    everywhere, `all_foreground` the scores of predicting a foreground class on every pixel: what a
-    model must beat. The second is high where a class fills most of the images.
+    `classes[c]` has the mean of each score over the cases where it is defined, the scores of the
+    `pooled` counts, and the numbers of cases `num_empty` (class in neither mask; left out of the
+    mean Dice and IoU), `num_missed` (in the truth, no pixel found) and `num_false_alarms` (in the
+    prediction only). `foreground_mean` and `foreground_pooled` average over all classes but 0.
+    `all_background` has the foreground means and the pixel accuracy of the predict-nothing
+    baseline, `all_foreground` the scores of predicting a foreground class on every pixel: a useful
+    model is better than both. The second is high if a class fills most of the images.
 
     Args:
         cases: (N, C, 4) integer, from `confusion_counts`.
@@ -176,6 +176,6 @@ def _ratio(numerator: Counts, denominator: Counts) -> Values:
 
 
 def _mean(values: Values) -> float | None:
-    """Returns the mean of the defined values, None when there is none."""
+    """Returns the mean of the defined values, or None."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else None

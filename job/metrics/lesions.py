@@ -1,15 +1,15 @@
-"""Lesions: the connected regions of a mask, and which of them a prediction has found.
+"""Counts lesions: the connected regions of a mask, and which of them a prediction found.
 
-A true and a predicted region are the same lesion when their intersection over union is high
-enough; each belongs to one at most. So one large region that covers several lesions does not find
-them, and pieces beside the one that fits are false positives.
+A true and a predicted region match if their intersection over union is high enough; each region has
+at most one match. So one large region that covers several lesions does not find them, and pieces
+other than the matching one are false positives.
 
-A true region of a few pixels, a speck, is what drawing and resizing leave rather than a lesion. It
-is counted apart, and a predicted region that finds it is no false positive.
+A true region of a few pixels is a tiny region: an artefact of drawing and resizing, not a lesion.
+It is counted apart, and a predicted region that finds it is not a false positive.
 
-Sources: of the matching, Baumgartner et al. 2021 (nnDetection), arXiv:2106.00817, which takes an
-IoU of 0.1 for medical pictures; of specks, the lesion-wise scores of BraTS 2023, which leave out
-true regions below a size (2 to 50 voxels by task). Pure functions on numpy arrays.
+Sources: matching, Baumgartner et al. 2021 (nnDetection), arXiv:2106.00817, with an IoU of 0.1 for
+medical images; tiny regions, the lesion-wise scores of BraTS 2023, which leave out true regions
+below a size (2 to 50 voxels by task). Pure functions on numpy arrays.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import numpy.typing as npt
 Mask = npt.NDArray[np.bool_]
 
 MIN_IOU = 0.1
-MIN_PIXELS = 6  # of a lesion, at the network's size; smaller true regions are specks
+MIN_PIXELS = 6  # of a lesion, at the network's size; smaller true regions are tiny regions
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,20 @@ class LesionCounts:
     num_predicted: int
     num_found: int  # pairs of a true and a predicted region
     num_tiny_regions: int = (
-        0  # true regions that are too small; neither they nor their pairs are above
+        0  # true regions that are too small; the counts above exclude them and their pairs
     )
 
     @property
     def num_false_positives(self) -> int:
-        """Predicted regions that are no lesion, and no speck."""
+        """Predicted regions that match neither a lesion nor a tiny region."""
         return self.num_predicted - self.num_found
 
 
 def label_regions(mask: Mask) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Returns the region 1, 2, ... of each pixel of `mask` (H, W), 0 outside, and their pixels.
+    """Returns the region 1, 2, ... of each pixel of `mask` (H, W), 0 outside, and the region sizes.
 
-    Pixels that touch at a corner are of one region. The second array is (regions + 1,): pixels
-    outside first.
+    Pixels that touch at a corner belong to one region. The sizes, (regions + 1,), start with the
+    number of pixels outside.
     """
     import cv2
 
@@ -62,12 +62,12 @@ def count_lesions(
     min_iou: float = MIN_IOU,
     tiny_regions: Mask | None = None,
 ) -> LesionCounts:
-    """Returns how many regions there are and how many are found, for masks (H, W) bool.
+    """Counts true, predicted and found regions of masks (H, W) bool.
 
-    Pairs are taken by falling intersection over union, as long as it is at least `min_iou`.
+    Pairs are matched in order of falling intersection over union, down to `min_iou`.
 
     Args:
-        tiny_regions: (H, W) bool; a true region that is all of such pixels is a speck.
+        tiny_regions: (H, W) bool; a true region of such pixels only is a tiny region.
     """
     true, true_sizes = label_regions(truth)
     predicted, predicted_sizes = label_regions(prediction)

@@ -1,22 +1,21 @@
-"""What is measured on one case beside its pixels, and the summary of all cases with intervals.
+"""Measures each case beyond pixel counts, and summarizes all cases with intervals.
 
 Rules for empty masks, per case and class, counted as `num_neither`, `num_truth_only`,
-`num_prediction_only` and `num_both`. `num_missed` are those of the truth without one pixel found:
-more than `num_truth_only`, as something may be predicted, but nowhere right.
+`num_prediction_only` and `num_both`. `num_missed` counts cases with the class in the truth of which
+no pixel was found: `num_truth_only`, and predictions elsewhere.
 
     in neither mask       no value; left out of every mean
-    in one mask only      Dice, IoU and surface Dice 0; HD95 the diagonal of the picture, which no
-                          distance in it exceeds: a lesion that is missed, or invented, never makes
-                          a mean better
+    in one mask only      Dice, IoU and surface Dice 0; HD95 is the diagonal of the image, the
+                          longest possible distance: a missed lesion or a false positive never
+                          improves a mean
     in both               as measured
 
-Pooled Dice and IoU are no means over cases: they are of all pixels, where what is invented beside a
-lesion may weigh more than what is found of it.
+Pooled Dice and IoU are not means over cases: they are computed from the pixels of all cases
+together, so large regions weigh more.
 
-Lesions and false positives are counts, and need no rule; what is a lesion, and when it is found,
-says `job/metrics/lesions.py`. Distances are in mm where the spacing of
-the pixels is known, else in pixels; the two are never averaged together. Knows nothing of files,
-models or TensorFlow.
+Lesions and false positives are counts and need no rule; `job/metrics/lesions.py` defines a lesion
+and when it is found. Distances are in mm if the pixel spacing is known, else in pixels; the two are
+never averaged together. Knows nothing of files, models or TensorFlow.
 """
 
 import math
@@ -48,14 +47,14 @@ from job.metrics.surface_distance import Spacing, contour_distances, hausdorff, 
 
 Ids = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float64]
-Pair = tuple[Values, Values]  # what is above and below of a quotient of sums, of each case
+Pair = tuple[Values, Values]  # numerator and denominator of a quotient of sums, per case
 Unit = Literal["mm", "px"]
 Presence = Literal["neither", "truth_only", "prediction_only", "both"]
 
 SIZES = ("network", "original")  # at which cases are measured
-TRUTHS = {  # with which a prediction is compared
+TRUTHS = {  # the masks with which a prediction is compared
     "network": "the stored mask",
-    "original": "the stored mask, enlarged to the picture's own size",
+    "original": "the stored mask, enlarged to the image's own size",
 }
 TOLERANCES: dict[Unit, float] = {"mm": 1.0, "px": 2.0}  # within which contours agree
 _SHARED = ("dice_mean", "iou_mean", "dice_pooled", "iou_pooled")
@@ -63,7 +62,7 @@ _SHARED = ("dice_mean", "iou_mean", "dice_pooled", "iou_pooled")
 
 @dataclass(frozen=True)
 class Scale:
-    """The size of a pixel (rows, columns), in mm or, where that is not known, 1 pixel."""
+    """The size of a pixel (rows, columns) in mm, or 1 pixel if the spacing is not known."""
 
     spacing: Spacing
     unit: Unit
@@ -75,7 +74,7 @@ class ClassMetrics:
 
     Attributes:
         tp, fp, fn: pixels.
-        hd95: in the case's unit; None where the class is in neither mask.
+        hd95: in the unit of the case; None if the class is in neither mask.
         nsd: surface Dice within the tolerance; None likewise.
     """
 
@@ -93,7 +92,7 @@ class CaseMetrics:
     """A case at one size: its unit, and each foreground class (1, 2, ...).
 
     Attributes:
-        diagonal: of the picture, in the unit: no distance in it is longer.
+        diagonal: of the image, in the unit; no distance is longer.
     """
 
     unit: Unit
@@ -127,10 +126,10 @@ def measure_case(
     *,
     tiny_regions: npt.NDArray[np.bool_] | None = None,
 ) -> CaseMetrics:
-    """Returns what is measured on masks (H, W) of class ids 0..num_classes-1.
+    """Measures masks (H, W) of class ids 0..num_classes-1.
 
     Args:
-        tiny_regions: (H, W) bool, pixels of true regions that are no lesions; see
+        tiny_regions: (H, W) bool, pixels of true regions that are not lesions; see
             `tiny_regions_of`.
     """
     classes = (
@@ -189,10 +188,10 @@ def summarize_cases(
     """Returns the measures of all cases at one size, JSON-ready; an undefined value is None.
 
     Each measure is {"value", "low", "high", "num_cases", "num_groups", "all_background",
-    "all_background_num_cases"}: its value, the 95 % interval when groups are drawn again (None
-    where fewer than `MIN_GROUPS` contribute), the cases and groups that it is of, what predicting
-    nothing scores, and of how many cases that is: a case without the class has a distance only
-    where something was predicted. `foreground` has the mean over the classes.
+    "all_background_num_cases"}: its value, the 95 % bootstrap interval over groups (None if fewer
+    than `MIN_GROUPS` contribute), the numbers of cases and groups with a value, the value of the
+    predict-nothing baseline, and its number of cases: a case without the class has a distance only
+    if something was predicted. `foreground` has the mean over the classes.
 
     Args:
         groups: of each case.
@@ -235,13 +234,13 @@ def summarize_cases(
 
 
 def _side_by_side(ratios: Sequence[Mapping[str, Pair]], name: str) -> Pair:
-    """Returns what is above and below of a measure, (N, classes) each."""
+    """Returns numerators and denominators of a measure, (N, classes) each."""
     numerators, denominators = zip(*(each[name] for each in ratios), strict=True)
     return np.stack(numerators, axis=1), np.stack(denominators, axis=1)
 
 
 def _class_ratios(cases: Sequence[CaseMetrics], index: int) -> dict[str, Pair]:
-    """Returns what is above and below of each measure of a class, (N,) each, by name."""
+    """Returns numerators and denominators, (N,) each, of the measures of a class by name."""
     found = [case.classes[index] for case in cases]
     overlap = _overlap(found)
     lesions = [each.lesions for each in found]
@@ -282,7 +281,7 @@ def _overlap(found: Sequence[ClassMetrics]) -> Overlap[Counts]:
 
 
 def _mean_terms(values: Values) -> Pair:
-    """Returns what is above and below of the mean of the values that are defined, (N,) each."""
+    """Returns numerators and denominators, (N,) each, of the mean of the defined values."""
     return np.nan_to_num(values, nan=0.0), (~np.isnan(values)).astype(float)
 
 
@@ -318,12 +317,12 @@ def _num_cases(denominators: Values) -> int:
 
 
 def quotient(numerator: float, denominator: float) -> float | None:
-    """Returns `numerator` / `denominator`, None where nothing is below."""
+    """Returns `numerator` / `denominator`, or None if the denominator is 0."""
     return float(numerator / denominator) if denominator else None
 
 
 _CELLS = (
-    # None is another one's beginning: with `lesions_found`, classes x and found_x would collide.
+    # No name is the start of another: with `lesions_found`, classes x and found_x would collide.
     *("presence", "dice", "hd95", "nsd", "lesions", "found_lesions", "false_positives"),
     *("tp_px", "fp_px", "fn_px", "specks"),
 )
@@ -335,7 +334,7 @@ def case_columns(names: Sequence[str]) -> list[str]:
 
 
 def case_cells(case: CaseMetrics) -> list[Any]:
-    """Returns the cells of a case; None is an empty cell: the class is in neither mask."""
+    """Returns the cells of a case; None, an empty cell, means that the class is in neither mask."""
     cells: list[Any] = [case.unit, case.diagonal]
     for each in case.classes:
         dice_of_case = quotient(*Overlap(each.tp, each.fp, each.fn).dice_terms())
@@ -347,10 +346,10 @@ def case_cells(case: CaseMetrics) -> list[Any]:
 
 
 def parse_case_metrics(row: Mapping[str, str], names: Sequence[str]) -> CaseMetrics:
-    """Returns the case that a row of a table holds, by `case_columns`.
+    """Returns the case in a row of a table with `case_columns`.
 
     Raises:
-        KeyError, ValueError: it is not such a row.
+        KeyError, ValueError: the row lacks a column, or a cell is damaged.
     """
     classes = []
     for name in names:

@@ -1,12 +1,12 @@
-"""Distances between the contours of two masks: Hausdorff distance at a percentile, surface Dice.
+"""Computes distances between the contours of two masks: percentile Hausdorff, surface Dice.
 
-A contour is a set of elements, one for each 2x2 neighbourhood of pixels that are not all equal. An
-element lies at the corner that its four pixels share and is as long as the contour is there; the
-shares below are shares of that length. Distances are exact: a tree of the elements is searched, so
-that time and memory depend on the contours and not on the picture.
+A contour is a set of elements, one for each 2x2 neighbourhood of pixels that are not all equal. The
+position of an element is the corner that its four pixels share, its length that of the contour
+there. The shares below are shares of this length. Distances are exact: a search tree of the
+elements makes time and memory depend on the contours and not on the size of the image.
 
 Source of contours and measures: Nikolov et al. 2018, arXiv:1809.04430. Pure functions on numpy
-arrays; which masks are compared, and what an empty one means for a mean, is decided elsewhere.
+arrays; the caller decides which masks to compare, and how an empty mask counts in a mean.
 """
 
 import math
@@ -19,7 +19,7 @@ Mask = npt.NDArray[np.bool_]
 Values = npt.NDArray[np.float64]
 Spacing = tuple[float, float]  # of rows and of columns, in the unit of the distances
 
-_SLACK = 1e-9  # relative: what lies on the tolerance is within it, wherever in the picture it is
+_SLACK = 1e-9  # relative: a distance equal to the tolerance is within it, anywhere in the image
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Contour:
 
 @dataclass(frozen=True)
 class Distances:
-    """From each element of two contours to the nearest element of the other one, and its length."""
+    """The distance of each element of two contours to the other contour, and its length."""
 
     from_truth: Values
     truth_lengths: Values
@@ -46,7 +46,7 @@ class Distances:
 
 
 def contour_of(mask: Mask, spacing: Spacing) -> Contour:
-    """Returns the contour of `mask` (H, W) bool; pixels beyond the picture are outside."""
+    """Returns the contour of `mask` (H, W) bool; pixels beyond the image are outside."""
     inside = np.pad(mask, 1).astype(np.uint8)
     # One bit for each of the four pixels around a corner: (H + 1, W + 1), 0..15.
     corners = inside[:-1, :-1] << 3 | inside[:-1, 1:] << 2 | inside[1:, :-1] << 1 | inside[1:, 1:]
@@ -56,7 +56,7 @@ def contour_of(mask: Mask, spacing: Spacing) -> Contour:
 
 
 def contour_distances(truth: Mask, prediction: Mask, spacing: Spacing) -> Distances:
-    """Returns the distances between the contours of two masks (H, W) bool, none of them empty.
+    """Returns the distances between the contours of two masks (H, W) bool, neither of them empty.
 
     Args:
         spacing: size of a pixel (rows, columns); the distances are in its unit.
@@ -79,8 +79,8 @@ def contour_distances(truth: Mask, prediction: Mask, spacing: Spacing) -> Distan
 def hausdorff(distances: Distances, percent: float) -> float:
     """Returns the larger of the two distances within which `percent` of a contour lies.
 
-    95 gives HD95. The percentile is of length: the smallest distance such that the elements up to
-    it make at least that share of their contour.
+    95 gives HD95. The percentile is of length: the smallest distance for which the elements up
+    to it are at least that share of their contour.
     """
     return max(
         _percentile(distances.from_truth, distances.truth_lengths, percent),
@@ -91,9 +91,9 @@ def hausdorff(distances: Distances, percent: float) -> float:
 def surface_dice(distances: Distances, tolerance: float) -> float:
     """Returns the share of both contours that is within `tolerance` of the other one, 0 to 1.
 
-    Also called normalised surface distance (NSD).
+    Also called normalized surface Dice (NSD).
     """
-    # Places are rounded products: at 0.1 mm, 10 pixels are 1 mm in some columns, more in others.
+    # Positions are rounded products: at 0.1 mm, 10 pixels are 1 mm or slightly more, by column.
     limit = tolerance * (1 + _SLACK)
     near_truth = distances.truth_lengths[distances.from_truth <= limit].sum()
     near_prediction = distances.prediction_lengths[distances.from_prediction <= limit].sum()
@@ -102,7 +102,7 @@ def surface_dice(distances: Distances, tolerance: float) -> float:
 
 
 def _percentile(distances: Values, lengths: Values, percent: float) -> float:
-    # Equal distances in the order of their lengths, so that rounding in the sum is repeatable.
+    # Sort equal distances by length, so that rounding of the sum is repeatable.
     order = np.lexsort((lengths, distances))
     share = np.cumsum(lengths[order]) / lengths.sum()
     index = int(np.searchsorted(share, percent / 100))

@@ -1,4 +1,4 @@
-"""Measures what a class would score at other thresholds of its probability."""
+"""Computes the scores of a class at several thresholds of its probability."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 
 class ThresholdSweep:
-    """Sums over cases of what a class would score at other thresholds of its probability."""
+    """Sums the scores of classes over cases, at several thresholds of their probability."""
 
     COLUMNS = (
         "class",

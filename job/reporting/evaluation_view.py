@@ -29,6 +29,7 @@ from job.reporting.view_parts import (
     Figure,
     Table,
     cell_value,
+    name_once,
     read_bytes,
     read_config,
     small_figure,
@@ -193,10 +194,10 @@ def metrics_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> Metrics
         return None
     nothing = summary["all_background"]
     pixels = Table(
-        ("all pixels", "value", BASELINE),
+        ("background included", "value", BASELINE),
         [
             (
-                "pixel accuracy (counts background)",
+                "pixel accuracy",
                 summary["pixel_accuracy"],
                 nothing["pixel_accuracy"],
             ),
@@ -255,7 +256,7 @@ def _thresholds(store: ObjectStore) -> Table | None:
     rows = [
         [row["class"], row["threshold"], *map(cell_value, list(row.values())[2:])] for row in sweep
     ]
-    return Table([measure_label(name) for name in sweep[0]], rows)
+    return Table([measure_label(name) for name in sweep[0]], name_once(rows))
 
 
 def size_of(title: str, measures: Mapping[str, Any]) -> Size:
@@ -299,7 +300,7 @@ def _measures(measures: Mapping[str, Any]) -> Table:
         )
         for owner, label, each in measure_rows(measures)
     ]
-    return Table(columns, rows)
+    return Table(columns, name_once(rows))
 
 
 def _interval(measure: Mapping[str, Any]) -> str | None:

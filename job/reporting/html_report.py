@@ -36,6 +36,7 @@ from job.reporting.run_view import (
 from job.reporting.view_parts import (
     Table,
     missing_groups,
+    name_once,
     number,
     read_dataset_copy,
     read_text,
@@ -161,7 +162,8 @@ def _fold_by_fold(found: dict[str, Any]) -> Table:
     rows = [
         (*row[:2], *(fold.get(row[:2]) for fold in folds)) for row in measure_rows(found["pooled"])
     ]
-    return Table(["class", "measure", *(f"fold {index + 1}" for index in range(len(folds)))], rows)
+    columns = ["class", "measure", *(f"fold {index + 1}" for index in range(len(folds)))]
+    return Table(columns, name_once(rows))
 
 
 def _rendered(template: str, store: ObjectStore, **values: Any) -> str:

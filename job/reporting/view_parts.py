@@ -29,6 +29,14 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
 
+def name_once(rows: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """Returns the rows of a table; the first cell is empty where it repeats the one above."""
+    above = [None, *(row[0] for row in rows)]
+    return [
+        row if row[0] != name else ("", *row[1:]) for name, row in zip(above, rows, strict=False)
+    ]
+
+
 @dataclass(frozen=True)
 class Figure:
     """An image embedded as a `data:` URL, with a caption; the source is None without a file."""

@@ -294,7 +294,7 @@ def check_pools_only_what_was_evaluated_alike(runs: Path) -> None:
     with pytest.raises(
         UsageError,
         match=r"cv-fold-1: evaluated with another checkpoint and flips \(last, both\) than "
-        r".*cv-fold-0 \(best, none\); evaluate all folds alike",
+        r".*cv-fold-0 \(best, none\); evaluate all folds in the same way",
     ):
         pool_folds(config)
     summary = runs / "cv-fold-1" / "evaluation" / "summary.json"
@@ -321,14 +321,14 @@ def check_pools_only_the_cases_of_the_folds(
     summary["prediction"]["runs"] = summary["prediction"]["runs"][:1]
     alone.write_text(json.dumps(summary))
     with pytest.raises(
-        UsageError, match=r"holds 3 cases that are not of fold 1 and lacks 4 of its 4; evaluate"
+        UsageError, match=r"has 3 cases that are not in fold 2 of 3 and lacks 4 of its 4; evaluate"
     ):
         pool_folds(config)
     evaluate()
     summary = json.loads(alone.read_text())
     origin = {"run": "cv-fold-1", "source": "runs/first", "seen": "yes"}
     alone.write_text(json.dumps(summary | {"init_from": [origin]}))
-    with pytest.raises(UsageError, match="runs/first, which has seen groups of fold 1"):
+    with pytest.raises(UsageError, match="runs/first, which saw groups of fold 2 of 3"):
         pool_folds(config)
     del summary["init_from"]  # an earlier version
     alone.write_text(json.dumps(summary))

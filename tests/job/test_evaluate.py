@@ -464,7 +464,7 @@ def test_command_refuses_another_dataset(
     other = prepare_discs(tmp_path, num_images=8)
     assert main([str(trained_run), "--data", other]) == 2
     error = capsys.readouterr().err
-    assert "not the dataset that this run was trained on, the only one that it can be" in error
+    assert "not the dataset of this run" in error
     assert f"that was {trained_run.parents[1] / 'dataset'}; give --data only where" in error
     assert error.count("\n") == 1
 

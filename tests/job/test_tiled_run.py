@@ -257,7 +257,7 @@ def test_small_regions_are_fitted_on_valid_and_used_by_infer(
         assert evaluate(own_tiled_run)[0]["prediction"]["small_regions"] is None
     assert (folder / "small_regions.json").read_bytes() == fit
     assert caplog.messages[1:] == [
-        f"replacing the evaluation in {folder} (--output puts it elsewhere); "
+        f"replacing the evaluation in {folder} (--output writes to another folder); "
         "small_regions.json stays"
     ]
 
@@ -327,9 +327,12 @@ def test_infer_by_one_window_writes_the_masks_of_a_plain_pass(
         (["--ensemble", "TILES"], "geometry tile, but"),
         (["--ensemble", "MISSING"], "no run here"),
         (["--ensemble", "RUN"], "give --output"),
-        (["--output", "RUN"], "holds other files"),
-        (["--tiles-as-pictures", "--remove-small-regions"], "fits sizes for whole pictures"),
-        (["--split", "valid", "--remove-small-regions"], "--split valid would flatter it"),
+        (["--output", "RUN"], "has files that are not of an evaluation"),
+        (["--tiles-as-pictures", "--remove-small-regions"], "fits sizes for whole images"),
+        (
+            ["--split", "valid", "--remove-small-regions"],
+            "scores of --split valid would be optimistic",
+        ),
     ],
 )
 def test_evaluate_refuses_in_one_line(

@@ -1,0 +1,42 @@
+"""The summary of an evaluation and the lines of epochs fit a terminal."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from job.config import TrainConfig
+from job.metrics.confusion import summarize
+from job.metrics.per_case import Scale, measure_case, summarize_cases
+from job.reporting.summary_tables import show_summary
+from job.reporting.training_display import TrainingDisplay
+
+
+@pytest.mark.parametrize("name", ["mass", "architectural distortion", "a" * 70, "[red]"])
+def test_tables_of_a_summary_fit_a_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    masks = (random.random((10, 2, 64, 64)) < 0.3).astype(np.uint8)
+    cases = [measure_case(*pair, 3, Scale((9.0, 9.0), "mm")) for pair in masks]
+    sizes = summarize_cases(cases, [str(index) for index in range(10)], [name, "cyst"])
+    summary = summarize(np.full((1000, 3, 4), 7)) | {"split": "test", "sizes": {"network": sizes}}
+    for each, label in zip(summary["classes"], ("background", name, "cyst"), strict=True):
+        each |= {"name": label, "num_empty": 1 + each["id"]}
+    show_summary(summary)
+    text = capsys.readouterr().out
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "mean over 997 to 998 of 1000" in text
+    assert text.count("Dice, mean over images") == 3  # foreground and both classes
+    assert name.replace(" ", "") in "".join(part for part in text.split() if part != "│")
+
+
+def test_the_line_of_an_epoch_fits_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    step = {"epoch": 998, "step": 1, "num_epochs": 1000, "epoch_images": 4, "num_images": 4}
+    epoch = {"loss": 1.5, "val_loss": 1.25, "learning_rate": 1e-4, "val_foreground_dice": 0.5}
+    with TrainingDisplay(TrainConfig(data="data")) as display:
+        display.report({"event": "step", "loss": 1.0, **step})
+        display.report({"event": "epoch", **step, **epoch})
+    (line,) = (text for text in caplog.messages if "val loss 1.2500" in text)
+    assert line.startswith("epoch 999/1000 ")
+    assert line.endswith(" foreground Dice 0.5000")
+    assert len(line) <= 80
