@@ -77,8 +77,8 @@ class EvaluateConfig(PredictConfig):
             )
         if self.split == "valid" and self.remove_small_regions:
             raise ValueError(
-                "--remove-small-regions is fitted on the validation split, so scores of --split valid "
-                "would be optimistic; evaluate another split, or leave out the option"
+                "--remove-small-regions is fitted on the validation split, so scores of "
+                "--split valid would be optimistic; evaluate another split, or leave out the option"
             )
         return self
 

@@ -465,7 +465,7 @@ def test_command_refuses_another_dataset(
     assert main([str(trained_run), "--data", other]) == 2
     error = capsys.readouterr().err
     assert "not the dataset of this run" in error
-    assert f"that was {trained_run.parents[1] / 'dataset'}; give --data only where" in error
+    assert f"was trained on, {trained_run.parents[1] / 'dataset'}; give --data only if" in error
     assert error.count("\n") == 1
 
 

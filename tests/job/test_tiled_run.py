@@ -400,4 +400,7 @@ def test_runs_of_other_folds_predict_the_test_split_alone(
     first, second = (each.store.url for each in folds)
     arguments = ["--ensemble", second, "--split", "valid", "--output", str(tmp_path / "out")]
     assert evaluate_main([first, *arguments]) == 2
-    assert "--split valid: runs of several folds have each trained on" in capsys.readouterr().err
+    assert (
+        "--split valid: runs of several folds were trained on each other's images"
+        in capsys.readouterr().err
+    )
