@@ -1,8 +1,8 @@
-"""Commands of the project as processes, started by the suite's fork server.
+"""Runs commands of the project as processes of the suite's fork server.
 
-`run` and `start` are for tests of what a command does. They take the words of `python -m`, and
-behave as `subprocess.run` and `subprocess.Popen` with text. Tests of how a process begins (its
-path, what it imports, a signal in its first second) start it with `subprocess`.
+`run` and `start` are for tests of what a command does. They take the arguments of `python -m`, and
+behave like `subprocess.run` and `subprocess.Popen` with text. Tests of a process start (its path,
+its imports, a signal in its first second) use `subprocess` instead.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ from typing import IO
 
 PROJECT = Path(__file__).resolve().parents[1]
 
-SERVER_VARIABLE = "FLEXUNET_FORK_SERVER"  # folder of the server's socket, and whose it is
+SERVER_VARIABLE = "FLEXUNET_FORK_SERVER"  # folder of the server's socket, and its owner
 _START_TIMEOUT_S = 120.0
 _NUM_SERVERS = 2
 _calls = itertools.count()
@@ -35,10 +35,10 @@ def run(
     environment: Mapping[str, str] | None = None,
     timeout: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m WORDS` to its end, as `subprocess.run` with captured text.
+    """Runs `python -m WORDS` to its end, like `subprocess.run` with captured text.
 
     Args:
-        folder: where it works.
+        folder: its working folder.
         environment: its variables; None: those of this process.
         timeout: seconds after which it is killed.
 
@@ -59,7 +59,7 @@ def start(
     folder: Path | str = PROJECT,
     environment: Mapping[str, str] | None = None,
 ) -> "Process":
-    """Starts `python -m WORDS`, as `subprocess.Popen` with pipes for stdout and stderr."""
+    """Starts `python -m WORDS`, like `subprocess.Popen` with pipes for stdout and stderr."""
     pipes = [os.pipe() for _ in _OUTPUTS]
     with open(os.devnull, "rb") as nothing:
         theirs = [nothing.fileno(), *(write for _, write in pipes)]
@@ -83,7 +83,7 @@ def start(
 
 
 class Process:
-    """A process of the fork server; what is here is as of `subprocess.Popen`."""
+    """A process of the fork server, with the interface of `subprocess.Popen`."""
 
     def __init__(
         self,
@@ -115,14 +115,14 @@ class Process:
         return self._ended(0.0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Returns the exit code when it has ended; minus N where signal N ended it."""
+        """Waits for the end and returns the exit code; minus N if signal N ended the process."""
         code = self._ended(timeout)
         if code is None:
             raise subprocess.TimeoutExpired(list(self.args), timeout or 0.0)
         return code
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Returns what it writes to stdout and stderr until its end."""
+        """Waits for the end and returns the text of stdout and stderr."""
         found: dict[str, bytes] = dict.fromkeys(_OUTPUTS, b"")
         deadline = None if timeout is None else time.monotonic() + timeout
         with selectors.DefaultSelector() as selector:
@@ -145,7 +145,7 @@ class Process:
         return output, errors
 
     def send_signal(self, number: int) -> None:
-        """Sends it a signal, if it still runs."""
+        """Sends a signal, if the process still runs."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -165,7 +165,7 @@ class Process:
             except (BlockingIOError, TimeoutError):
                 return None
             self._connection.close()
-            # Without its server a process is killed.
+            # A process is killed if its server ends.
             status = int.from_bytes(data, "big") if data else signal.SIGKILL
             self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
@@ -174,8 +174,8 @@ class Process:
 def _connected() -> socket.socket:
     """Returns a connection to one of the suite's fork servers, which the first call starts.
 
-    They take turns. Each hashes text in another way, so that a run that is begun by one and resumed
-    by the other must not depend on the order of a set.
+    The servers are used in turns. Each has another hash seed, so that a run that one starts and
+    the other resumes must not depend on the order of a set.
     """
     number = next(_calls) % _NUM_SERVERS
     folder = Path(os.environ[SERVER_VARIABLE])
@@ -192,7 +192,7 @@ def _connected() -> socket.socket:
 
 
 def _start_server(path: Path, owner: int, number: int) -> None:
-    """Returns when the server listens; what it writes is in a log beside its socket."""
+    """Starts a server and waits until it listens; its output is in a log next to its socket."""
     variables = {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONHASHSEED": str(number + 1)}
     with open(f"{path}.log", "a") as log:
         subprocess.run(

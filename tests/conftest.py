@@ -1,4 +1,4 @@
-"""A bucket on a real server: gcp-storage-emulator behind a proxy, once per test process.
+"""Provides a bucket on a real server: gcp-storage-emulator behind a proxy, once per test process.
 
 The emulator supports ranges, checksums and generations but ignores preconditions, so every test
 that is not about that goes through `tests/faults/proxy.py`, which enforces them.
@@ -24,11 +24,11 @@ _numbers = itertools.count()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Lets google-api-core be imported beside a grpc without grpcio-status, which we never use.
+    """Ignores warnings of google-api-core, so that it can be imported without grpcio-status.
 
-    Its versions for protobuf 4 also tell when Google ends the support of this Python.
+    Its versions for protobuf 4 also warn when Google ends the support of this Python.
     """
-    # How long an example takes says how busy the machine is.
+    # No deadline: the time of an example depends on the load of the machine.
     settings.register_profile("suite", deadline=None)
     settings.load_profile("suite")
     # `nohup` and the background of a script let children ignore these, and tests send them.
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, handler)
-    if SERVER_VARIABLE not in os.environ:  # else a worker of xdist, which shares it
+    if SERVER_VARIABLE not in os.environ:  # otherwise a worker of xdist, which shares it
         folder = tempfile.mkdtemp(prefix="flexunet-tests-")
         Path(folder, "owner").write_text(str(os.getpid()))
         os.environ[SERVER_VARIABLE] = folder
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Makes what a test logged UTF-8, as test processes send it to each other."""
+    """Makes the log of a test valid UTF-8, because test processes send it to each other."""
     report = yield
     report.sections = [
         (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
@@ -75,7 +75,7 @@ def _session_proxy(storage_server: str) -> Iterator[FaultProxy]:
 
 @dataclass(frozen=True)
 class FaultyBucket:
-    """A place that no other test uses, and the proxy that can make it fail."""
+    """A URL that no other test uses, and the proxy that can make requests to it fail."""
 
     url: str
     proxy: FaultProxy

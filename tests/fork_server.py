@@ -1,11 +1,11 @@
-"""Starts Python commands by forking a process that has imported TensorFlow already.
+"""Starts Python commands by forking a process that has already imported TensorFlow.
 
-Importing TensorFlow takes some seconds of CPU, and the suite starts a command a hundred times. This
-process imports once, runs no operation, and forks for each request; `tests/commands.py` asks it.
+Importing TensorFlow takes some seconds of CPU time, and the suite starts a hundred commands. This
+process imports once, runs no operation, and forks for each request of `tests/commands.py`.
 
-A fork is not a start: how a command's process begins (its path, its first signals, what it imports)
-is tested by real starts. Forking is safe only before TensorFlow's first operation, so nothing but
-imports happens here.
+A fork is not a process start: the start of a command (its path, its first signals, its imports) is
+tested with real starts. Forking is safe only before TensorFlow's first operation, so this process
+only imports.
 
 python -m tests.fork_server SOCKET PID     ends with process PID
 """
@@ -43,12 +43,12 @@ _IMPORTED = (
     "job.report",
 )
 _PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
-_REQUEST_S = 30.0  # within which a request must be whole: others wait for it
-NUM_FILES = 3  # that come with a request: stdin, stdout, stderr
+_REQUEST_S = 30.0  # limit for receiving a request: others wait for it
+NUM_FILES = 3  # files sent with a request: stdin, stdout, stderr
 
 
 def main() -> None:
-    """Serves requests until the process that asked for this one is gone."""
+    """Serves requests until the process PID has ended."""
     path, owner = sys.argv[1], int(sys.argv[2])
     for name in _IMPORTED:
         importlib.import_module(name)
@@ -57,7 +57,7 @@ def main() -> None:
     listener.listen(64)
     os.rename(f"{path}.new", path)
     if os.fork():
-        os._exit(0)  # who started it waits for this, and can connect now
+        os._exit(0)  # the starter waits for this, and can connect now
     with listener, selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
         selector.register(os.pidfd_open(owner), selectors.EVENT_READ)
@@ -70,7 +70,7 @@ def _serve(listener: socket.socket, selector: selectors.BaseSelector) -> None:
             if key.fileobj is listener:
                 connection = listener.accept()[0]
                 connection.settimeout(_REQUEST_S)
-                # Who asked may be gone, or the machine may be out of processes; others ask next.
+                # The client may have ended, or no process could start; serve the next one.
                 try:
                     _start(connection, selector)
                 except Exception:
@@ -83,7 +83,7 @@ def _serve(listener: socket.socket, selector: selectors.BaseSelector) -> None:
 
 
 def _start(connection: socket.socket, selector: selectors.BaseSelector) -> None:
-    """Forks the process of a request; answers with its id, and later with how it ended."""
+    """Forks the process of a request; answers with its id, and later with its exit status."""
     size = int.from_bytes(_received(connection, 4), "big")
     data, files, _, _ = socket.recv_fds(connection, 1, NUM_FILES)
     try:
@@ -109,7 +109,7 @@ def _received(connection: socket.socket, size: int) -> bytes:
 
 
 def _report(key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
-    """Sends how a process ended to who asked for it, who may be gone."""
+    """Sends the exit status of a process to its client, if the client still exists."""
     pid, connection = key.data
     _, status = os.waitpid(pid, 0)
     selector.unregister(key.fileobj)
@@ -128,11 +128,11 @@ def _become(request: Mapping[str, Any], files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     tempfile.tempdir = None
-    np.random.seed()  # Python's own generator is seeded anew after a fork
+    np.random.seed()  # Python reseeds its own generator after a fork
     signal.signal(signal.SIGINT, signal.default_int_handler)
     module = request["module"]
     sys.argv = [module, *request["arguments"]]
-    sys.modules.pop(module, None)  # run anew, as `__main__`
+    sys.modules.pop(module, None)  # runs again, as `__main__`
     try:
         code = _code_of(module)
     except KeyboardInterrupt:
@@ -146,7 +146,7 @@ def _become(request: Mapping[str, Any], files: list[int]) -> None:
 
 
 def _code_of(module: str) -> int:
-    """Runs a module to its end and returns the exit code; what a real exit does is done."""
+    """Runs a module to its end, with the steps of a real exit, and returns the exit code."""
     code: Any = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

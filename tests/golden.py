@@ -1,21 +1,22 @@
-"""Shows that a refactoring changes nothing: runs the same commands with old and with new code.
+"""Checks that a refactoring changes nothing: runs the same commands with old and with new code.
 
     python tests/golden.py BASE [--only PATTERN] [--cache DIR] [--keep]
 
-Code that only moves must leave every file, table, mask and message as it was. No result is stored
-in the repository, as other CPUs round in other ways: both sides run here and now, the commit BASE
-in a git worktree of its own and the working tree, uncommitted changes included, in a copy that
-later edits do not reach. Only the command line is used, so modules may move. Every process, those
-that commands start and Ray's workers too, notes whose packages it imports: they must be its side's.
+Code that only moves must not change any file, table, mask or message. The repository stores no
+results, because CPUs round differently. Both sides run now: the commit BASE in its own git
+worktree, and the working tree, with uncommitted changes, in a copy that later edits do not affect.
+Commands run through the command line only, so modules may move. Every process, including Ray's
+workers and others that commands start, records from which tree it imports packages; it must be its
+own side's.
 
-A line for each item says whether its exit code, output and files are equal, and a last one which
-files only one side has left beside them. The exit code is 1 where something differs, 2 where
-nothing can be compared; an item that BASE does not know yet differs. What changes from run to run,
-and why, is in LEFT_OUT and VARYING of golden_outcomes.py; the commands are in golden.toml.
+The script prints one line per item: whether exit code, output and files are equal. A last line
+lists other files that only one side has. The exit code is 1 if something differs, and 2 if nothing
+can be compared; an item that BASE does not have yet differs. LEFT_OUT and VARYING in
+golden_outcomes.py list what changes from run to run, and why; golden.toml has the commands.
 
-PATTERN is a regular expression: --only '^(?!.*Ray)' leaves out the items of Ray, --only mistake
-takes those of wrong use; what these need runs as well, but is not compared. With --cache the
-outcomes of BASE are kept in DIR: the next run needs half of the time.
+PATTERN is a regular expression: --only '^(?!.*Ray)' skips the items of Ray, --only mistake selects
+those of wrong use. Items that these need run too, but are not compared. With --cache, the outcomes
+of BASE are stored in DIR: the next run takes half of the time.
 """
 
 import argparse
@@ -80,14 +81,14 @@ def read_items() -> list[Item]:
 
 
 def with_makers(item: Item, makers: Mapping[str, str]) -> Item:
-    """Returns the item, after those that make what its command names."""
+    """Returns the item, with the items that make the files in its command as predecessors."""
     paths = [f"{word}/" for word in item.command.split()]
     named = {name for made, name in makers.items() if any(p.startswith(f"{made}/") for p in paths)}
     return replace(item, after=tuple(sorted({*item.after, *named} - {item.name})))
 
 
 def chosen(items: Iterable[Item], wanted: Iterable[str]) -> list[Item]:
-    """Returns the items of these names and those that they need, in the order of `items`."""
+    """Returns the items with these names and the items that they need, in the order of `items`."""
     by_name = {item.name: item for item in items}
     needed, waiting = set[str](), list(wanted)
     while waiting:
@@ -98,7 +99,7 @@ def chosen(items: Iterable[Item], wanted: Iterable[str]) -> list[Item]:
 
 
 def git(*words: str) -> str:
-    """Returns what git answers of the repository."""
+    """Returns the output of a git command in the repository."""
     command = ["git", "-C", str(ROOT), *words]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
@@ -126,14 +127,14 @@ def trees(folder: Path, commit: str) -> Iterator[dict[str, Side]]:
 
 
 def write_inputs(folder: Path) -> None:
-    """Writes what the items need beside what others make."""
+    """Writes the input files of golden.toml."""
     for name, text in tomllib.loads(TABLE.read_text())["inputs"].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
 
 def cache_file(folder: Path | None, commit: str) -> Path | None:
-    """Returns where the outcomes of a commit are kept, on this machine and with these packages."""
+    """Returns the cache path for a commit, on this machine and with these packages."""
     if folder is None:
         return None
     installed = sorted(f"{d.name} {d.version}" for d in importlib.metadata.distributions())
@@ -146,7 +147,7 @@ def cache_file(folder: Path | None, commit: str) -> Path | None:
 def start(
     plan: Mapping[str, Sequence[Item]], sides: Mapping[str, Side], runner: Runner, pool: Executor
 ) -> dict[tuple[str, str], Future[Any]]:
-    """Returns the running commands by side and item; each waits for those before it."""
+    """Starts the commands and returns them by side and item; each waits for its predecessors."""
     tasks: dict[tuple[str, str], Future[Any]] = {}
     for item in plan["head"]:  # which has all of the other's
         for key, side in sides.items():
@@ -157,7 +158,7 @@ def start(
 
 
 def finished(tasks: dict[tuple[str, str], Future[Any]], names: Sequence[str]) -> Iterator[str]:
-    """Yields the names of items when both sides have ended, in that order."""
+    """Yields the name of each item as soon as both sides have ended."""
     waiting = {name: {tasks[key] for key in tasks if key[1] == name} for name in names}
     while waiting:
         running = [each for both in waiting.values() for each in both if not each.done()]
@@ -169,10 +170,10 @@ def finished(tasks: dict[tuple[str, str], Future[Any]], names: Sequence[str]) ->
 
 def compare(items: Sequence[Item], names: Sequence[str], sides: Mapping[str, Side],
             known: dict[str, Outcome], runner: Runner) -> int:  # fmt: skip
-    """Runs and compares the items of these names, adds to the known outcomes of BASE.
+    """Runs and compares the items with these names, and adds to the known outcomes of BASE.
 
     Returns:
-        How many differ.
+        The number of items that differ.
     """
     plan = {"base": chosen(items, set(names) - set(known)), "head": chosen(items, names)}
     num_different, by_name = 0, {item.name: item for item in items}
@@ -205,18 +206,18 @@ def compare(items: Sequence[Item], names: Sequence[str], sides: Mapping[str, Sid
 
 
 def say(*lines: str) -> None:
-    """Prints lines at once."""
+    """Prints lines and flushes them."""
     for line in lines:
         print(line, flush=True)  # noqa: T201
 
 
 def stop(*_: object) -> NoReturn:
-    """Answers SIGTERM: everything is removed."""
+    """Handles SIGTERM like Ctrl-C, so that everything is removed."""
     raise KeyboardInterrupt
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Runs the comparison and returns the exit code."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("base", metavar="BASE", help="commit to compare with")
     parser.add_argument("--only", metavar="PATTERN", default="", help="items whose name has it")

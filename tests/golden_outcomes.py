@@ -1,4 +1,4 @@
-"""What a command of golden.py does: run with the code of one side, read, and compared."""
+"""Runs the commands of golden.py with the code of one side; reads and compares their outcomes."""
 
 import base64
 import difflib
@@ -29,7 +29,7 @@ LEFT_OUT = {
     "*inference-images-*.json": "modification times of the images",
     "*prep-state/scan-*.bin": "named after the path and the time of the source",
 }
-# Tags beside which a browser shows no blanks; beside `<b>` or `<a>` it does, and in `<pre>`.
+# Tags next to which a browser shows no blanks; next to `<b>` or `<a>`, and in `<pre>`, it does.
 _BLOCKS = (
     "html|head|meta|title|style|body|section|div|p|h[1-6]|ul|ol|li|table|thead|tbody|tr|th|td"
     "|figure|figcaption"
@@ -55,7 +55,7 @@ VARYING = (
 )
 SECONDS = "seconds"  # of an outcome, not compared
 _TIMEOUT_S = 900
-_END_S = 30  # in which a command that is told to stop must end
+_END_S = 30  # limit for a command to end after a stop signal
 _MAX_TEXT = 200_000  # characters of a file that are kept for a diff
 _SHOWN_FILES, _SHOWN_LINES, SHOWN_WIDTH = 4, 6, 200
 _OTHERS = ("FLEXUNET_", "RAY_", "TF_", "PYTHON", "CUDA_", "GOOGLE_", "STORAGE_", "GIT_")
@@ -79,13 +79,13 @@ sys.meta_path.insert(0, Witness)
 
 @dataclass(frozen=True)
 class Item:
-    """One command, and what of it is compared.
+    """One command, and which of its outcomes are compared.
 
     Attributes:
-        made: the file or folder that it makes; empty: it makes none.
-        after: names of the items that must have run before.
-        processes: how many have to import the project, at least.
-        code: the exit code that it must have; that of a mistake is not 0.
+        made: the file or folder that it makes; empty: none.
+        after: names of the items that must run before.
+        processes: minimum number of processes that import the project.
+        code: the expected exit code; for a mistake not 0.
     """
 
     name: str
@@ -105,12 +105,12 @@ class Side:
 
     @property
     def notes(self) -> Path:
-        """Returns the folder in which processes note what they import."""
+        """Returns the folder in which processes record their imports."""
         return self.work.with_name("notes")
 
 
 class Runner:
-    """Runs commands, and ends those that run when the comparison is given up."""
+    """Runs commands, and ends them if the comparison is aborted."""
 
     def __init__(self, witness: Path) -> None:
         self._witness = witness  # folder of the module that notes imports
@@ -119,7 +119,7 @@ class Runner:
         self._is_over = False
 
     def outcome(self, item: Item, side: Side, earlier: Sequence[Future[Any]]) -> Outcome:
-        """Returns what a command does, when those before it have ended."""
+        """Runs a command after its predecessors have ended, and returns its outcome."""
         for each in earlier:
             each.result()
         began = time.monotonic()
@@ -160,7 +160,7 @@ class Runner:
         return {"exit code": str(process.returncode), "stdout": out, "stderr": errors}
 
     def give_up(self) -> None:
-        """Ends all commands; no more are started."""
+        """Ends all commands and starts no more."""
         with self._lock:
             self._is_over = True
         for process in list(self._running):
@@ -168,7 +168,7 @@ class Runner:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Ends a process that may have ended already; Ray, where it started one, with it."""
+    """Ends a process, if it still runs, and a Ray that it started."""
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -178,7 +178,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def python_words(command: str, tree: Path) -> list[str]:
-    """Returns the arguments of Python that run a command with the entry point of its tree."""
+    """Returns the Python arguments that run a command with the entry point of its tree."""
     first, *words = command.split()
     if first == "phantoms":
         return ["-m", "data_prep.phantoms", *words]
@@ -190,7 +190,7 @@ def python_words(command: str, tree: Path) -> list[str]:
 
 
 def import_problem(item: Item, side: Side, notes: Path) -> str:
-    """Returns which process of a command had other code than its side's; empty: none."""
+    """Returns which processes of a command used code of another side; empty: none."""
     text = notes.read_text() if notes.exists() else ""
     lines = [line.split(" ", 1) for line in text.splitlines()]
     for _, file in lines:
@@ -201,7 +201,7 @@ def import_problem(item: Item, side: Side, notes: Path) -> str:
 
 
 def files_of(path: Path, made: str) -> Iterator[tuple[str, str]]:
-    """Yields the name and the content of a file, or of those of a folder."""
+    """Yields the name and content of a file, or of each file in a folder."""
     if not made:
         return
     for each in [path] if path.is_file() else sorted(path.rglob("*")):
@@ -221,12 +221,12 @@ def text_of(data: bytes) -> str:
 
 
 def digest(data: bytes) -> str:
-    """Returns what stands for bytes."""
+    """Returns a digest and the size of bytes, as text."""
     return f"sha256 {hashlib.sha256(data).hexdigest()[:16]} of {len(data)} bytes"
 
 
 def normalised(name: str, text: str, side: Side) -> str:
-    """Returns text without what changes from run to run and without its folders' paths."""
+    """Returns text without paths and without parts that change from run to run."""
     text = text.replace(str(side.work), "<work>").replace(str(side.tree), "<tree>")
     for pattern, found, replacement, _ in VARYING:
         if fnmatch.fnmatch(name, pattern):
@@ -235,7 +235,7 @@ def normalised(name: str, text: str, side: Side) -> str:
 
 
 def invalid(item: Item, base: Outcome) -> list[str]:
-    """Returns lines that say why an outcome of BASE is none to compare with; none: it is."""
+    """Returns the reasons why an outcome of BASE cannot be compared; none: it can."""
     lines = [f"of BASE: {base['imports']}"] if base["imports"] else []
     if base["exit code"] != str(item.code):
         shown = f"exit code {base['exit code']}, not {item.code}: {base['stderr'][-SHOWN_WIDTH:]}"
@@ -246,7 +246,7 @@ def invalid(item: Item, base: Outcome) -> list[str]:
 
 
 def strays(folder: Path, made: Iterable[str]) -> set[str]:
-    """Returns the files of a side's folder that are none, or in none, of `made`."""
+    """Returns the files in a side's folder that are not in `made`."""
     known = {folder / name for name in made}
     files = (each for each in folder.rglob("*") if each.is_file())
     found = (each for each in files if not known & {each, *each.parents})
@@ -254,14 +254,14 @@ def strays(folder: Path, made: Iterable[str]) -> set[str]:
 
 
 def lines_of(text: str) -> list[str]:
-    """Returns lines, long ones in the pieces that HTML and JSON have."""
+    """Returns lines, with long lines of HTML and JSON split into pieces."""
     lines = text.splitlines()
     pieces = (re.sub("(</|, )", r"\n\1", x) if len(x) > SHOWN_WIDTH else x for x in lines)
     return "\n".join(pieces).splitlines()
 
 
 def differences(base: Mapping[str, str], head: Mapping[str, str]) -> list[str]:
-    """Returns lines that say in what two outcomes differ, the first few; none: in nothing."""
+    """Returns the first differences of two outcomes as lines; none: they are equal."""
     names = [name for name in {**base, **head} if base.get(name) != head.get(name)]
     names = [name for name in names if name != SECONDS]
     lines = []

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds the image and runs the product inside it as uid 1000, with neither a container engine's daemon
-# nor a registry: buildah, on a base image made with debootstrap.
+# Builds the image and runs the product in it as uid 1000, without a container engine's daemon or a
+# registry: with buildah, on a base image made with debootstrap.
 #
 #   apt-get install buildah debootstrap && tests/image.sh        as root; 20 minutes, 25 GB in TMPDIR
 #
-# Prints the size of each layer. Whatever fails ends it with another exit code than 0.
+# Prints the size of each layer. Any failure gives an exit code other than 0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,8 +12,8 @@ work=$(mktemp --directory --tmpdir flexunet-image-XXXXXX)
 trap 'rm -rf "$work"' EXIT
 engine="buildah --storage-driver vfs --root $work/root --runroot $work/run"
 say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
-# As the manifests have it: uid 1000 without privileges, the root read-only, and what is mounted. buildah
-# has no option for the root, so that the command itself begins as root and gives that up.
+# As in the manifests: uid 1000 without privileges, a read-only root, and the mounts. buildah has no
+# option for a read-only root, so the command itself starts as root and then drops privileges.
 inside() {
     $engine run --isolation chroot --user 0 --cap-add CAP_SYS_ADMIN -v "$PWD/docs:/etc/flexunet:ro" \
         -v "$work/tmp:/tmp" -v "$work/cache:/cache" flexunet-test -- sh -c 'mount -o remount,bind,ro / &&
@@ -25,7 +25,7 @@ say "base image"
 debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/base" >"$work/log" ||
     { tail "$work/log" >&2; exit 1; }
 container=$($engine from scratch)
-# A network that inspects TLS has a certificate of its own, which the build must trust as this machine does.
+# A network that inspects TLS has its own certificate, which the build must trust like this machine.
 if [[ -n ${SSL_CERT_FILE:-} ]]; then
     cp "$SSL_CERT_FILE" "$work/base/etc/ssl/certs/ca-certificates.crt"
     $engine config --env SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \

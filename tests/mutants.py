@@ -1,9 +1,9 @@
-"""Counts how many small faults in the code the tests notice, in one tree or in two.
+"""Counts how many small faults in the code the tests detect, in one tree or in two.
 
-Faults are drawn by a seed from the functions that decide what is stored and measured. Each is put
-into a copy of the tree, one at a time, and the tests of that part must fail. With two trees only
-functions whose code is the same in both are changed, so that the counts can be compared: a suite
-that was rearranged must kill no fewer.
+Draws faults with a seed from the functions that decide what is stored and measured. Puts each into
+a copy of the tree, one at a time; the tests of that part must fail. With two trees, it changes only
+functions whose code is the same in both, so that the counts can be compared: after a
+reorganization, a test suite must detect no fewer.
 
 python -m tests.mutants TREE [OTHER] --seed 1 --count 40
 """
@@ -85,7 +85,7 @@ _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: the node of a function that is changed."""
+    """One fault: the node of a function that changes."""
 
     part: str
     function: str  # with its class
@@ -96,7 +96,7 @@ class Mutant:
 
 
 def functions_of(tree: Path, part: str) -> dict[str, tuple[Path, ast.FunctionDef]]:
-    """Returns the functions of a part by qualified name; of a name that is twice there, none."""
+    """Returns the functions of a part by qualified name, without names that occur twice."""
     found: dict[str, tuple[Path, ast.FunctionDef]] = {}
     twice = set()
     for pattern in PARTS[part][0]:
@@ -118,7 +118,7 @@ def _functions(module: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def changes_of(function: ast.FunctionDef) -> list[ast.AST]:
-    """Returns the nodes of a function that can be changed: operators, numbers and `not`."""
+    """Returns the nodes of a function that can change: operators, numbers and `not`."""
     nodes = []
     for node in ast.walk(function):
         if isinstance(node, ast.Compare):
@@ -135,7 +135,7 @@ def changes_of(function: ast.FunctionDef) -> list[ast.AST]:
 
 
 def changed(function: ast.FunctionDef, index: int) -> ast.FunctionDef:
-    """Returns a copy of the function with its change number `index`."""
+    """Returns a copy of the function with the fault number `index`."""
     function = copy.deepcopy(function)
     node = changes_of(function)[index]
     if isinstance(node, ast.Compare):
@@ -152,7 +152,7 @@ def changed(function: ast.FunctionDef, index: int) -> ast.FunctionDef:
 
 
 def draw(trees: list[Path], seed: int, count: int) -> list[Mutant]:
-    """Returns `count` faults, spread over the parts, that are the same in all trees."""
+    """Returns `count` faults, spread over the parts, that exist in all trees."""
     generator = random.Random(seed)
     mutants: list[Mutant] = []
     by_part = {}
@@ -207,7 +207,7 @@ def _replace(path: Path, old: ast.FunctionDef, new: ast.FunctionDef) -> None:
 
 
 def main() -> None:
-    """Prints a line for each fault, and how many of them were noticed."""
+    """Prints a line for each fault, and how many were detected."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trees", nargs="+", type=Path)
     parser.add_argument("--seed", type=int, default=1)

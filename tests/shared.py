@@ -1,4 +1,4 @@
-"""What several test processes share: made once, by the first that needs it."""
+"""Makes folders that several test processes share: once, by the first process that needs one."""
 
 import fcntl
 import os
@@ -10,7 +10,7 @@ import pytest
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """Returns the folder `name` that `make` filled, in this process or in another of the suite."""
+    """Returns the folder `name` that `make` filled, in this or another process of the suite."""
     base = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent

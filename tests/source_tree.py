@@ -25,14 +25,14 @@ def python_files() -> list[str]:
 
 
 def module_name(path: str) -> str:
-    """Returns the dotted name of the module at `path`; that of the package for its `__init__`."""
+    """Returns the dotted name of the module at `path`; for an `__init__`, of the package."""
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def imported_names(tree: ast.AST) -> Iterator[str]:
-    """Yields the full dotted name of everything that is imported, also inside functions.
+    """Yields the full dotted name of every import, also inside functions.
 
-    A text that is the name of a module counts, too: tables name modules to import later.
+    A string with the name of a module counts too: tables name modules to import later.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -63,7 +63,7 @@ def outside_api(text: str) -> str:
 
 @functools.cache
 def import_graph() -> dict[str, set[str]]:
-    """Returns the modules of the four packages that each of them imports."""
+    """Returns, for each module of the four packages, the modules of these that it imports."""
     paths = {module_name(path): path for path in python_files()}
     graph = {}
     for module, path in paths.items():

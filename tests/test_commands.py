@@ -1,4 +1,4 @@
-"""The fork server's processes behave as those of `subprocess`."""
+"""The fork server's processes behave like those of `subprocess`."""
 
 import os
 import signal

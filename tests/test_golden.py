@@ -1,4 +1,4 @@
-"""`tests/golden.py` sees what differs, and leaves nothing behind."""
+"""`tests/golden.py` finds differences, and leaves no files behind."""
 
 import os
 import subprocess

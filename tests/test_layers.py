@@ -102,7 +102,7 @@ ORDERS = {
 
 
 def problems(text: str, banned: Set[str]) -> list[str]:
-    """Returns a line for each import that `banned` or the project's rules forbid."""
+    """Returns a line for each import that `banned` or the project's rules do not allow."""
     tree = ast.parse(text)
     names = list(imported_names(tree))
     found = [name for name in names if name.split(".")[0] in banned]
@@ -120,19 +120,19 @@ def problems(text: str, banned: Set[str]) -> list[str]:
 
 
 def outside_functions(text: str) -> str:
-    """Returns the module without its functions: what runs when it is imported."""
+    """Returns the module without its functions: the code that runs on import."""
     tree = ast.parse(text)
     tree.body = [each for each in tree.body if not isinstance(each, ast.FunctionDef)]
     return ast.unparse(tree)
 
 
 def entry_of(module: str, order: Iterable[str]) -> str | None:
-    """Returns the entry of `order` that is the module or a package that it is in."""
+    """Returns the entry of `order` that is the module or one of its parent packages."""
     return next((each for each in order if f"{module}.".startswith(f"{each}.")), None)
 
 
 def upward(graph: Mapping[str, Set[str]], order: list[str]) -> dict[tuple[str, str], list[str]]:
-    """Returns the imports against `order` and those between commands, by their two entries."""
+    """Returns the imports against `order`, and those between commands, by their two entries."""
     found: dict[tuple[str, str], list[str]] = {}
     for module, imports in graph.items():
         for other in imports:
@@ -145,7 +145,7 @@ def upward(graph: Mapping[str, Set[str]], order: list[str]) -> dict[tuple[str, s
 
 
 def circles(graph: Mapping[str, Set[str]]) -> set[frozenset[str]]:
-    """Returns the groups of modules that reach each other by imports."""
+    """Returns the groups of modules that import each other, directly or indirectly."""
     reached = {module: set(imports) for module, imports in graph.items()}
     for between in graph:
         for imports in reached.values():

@@ -1,8 +1,8 @@
-"""No package of the GPL or the AGPL is installed with flexunet, by default or by any extra.
+"""No package under the GPL or AGPL is installed with flexunet, by default or by any extra.
 
-What counts is what uv.lock has for the dependencies and the extras, with the extras that these ask
-for; groups for development do not. A package says its licence in its metadata; what is not
-installed here, or says nothing, is in `REVIEWED`. LGPL is allowed.
+The test covers the packages in uv.lock for the dependencies and the extras, with the extras that
+these request, but not the development groups. It reads the licence from a package's metadata;
+`REVIEWED` has those that are not installed here, or have no licence there. LGPL is allowed.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ LOCK = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))
 _CUDA = "proprietary, of NVIDIA (metadata on pypi.org, or the licence in the wheel)"
 _NCCL = "BSD-3-Clause: LICENSE.txt of github.com/NVIDIA/nccl"
 _TFIO = "Apache-2.0: LICENSE of github.com/tensorflow/io (metadata on pypi.org)"
-# Those that are not installed for the tests, and those whose metadata says nothing.
+# Packages that are not installed for the tests, or have no licence in their metadata.
 REVIEWED = {
     "namex": "Apache-2.0: LICENSE of github.com/fchollet/namex",
     "nvidia-cublas-cu12": _CUDA,
@@ -44,7 +44,7 @@ _GPL = re.compile(
 
 
 def reached(lock: Mapping[str, Any], root: str) -> set[str]:
-    """Returns the names of all that `root` and its extras bring, on any platform and Python."""
+    """Returns the names of all dependencies of `root` and its extras, on all platforms."""
     packages: dict[str, list[dict[str, Any]]] = {}
     for each in lock["package"]:
         packages.setdefault(each["name"], []).append(each)
@@ -64,10 +64,10 @@ def reached(lock: Mapping[str, Any], root: str) -> set[str]:
 
 
 def licence_of(name: str) -> list[str]:
-    """Returns what a package says of its licence, in all the ways that metadata has.
+    """Returns the licences in a package's metadata, from all fields that can have one.
 
-    A text of several lines is the licence itself, or those of all that is bundled: scipy quotes the
-    GPL with the exception for the runtime of GCC. There the classifiers count.
+    A text of several lines is the licence itself, or those of bundled files: scipy quotes the GPL
+    with the GCC runtime exception. For such packages, the classifiers count.
     """
     try:
         found = importlib.metadata.metadata(name)
@@ -79,7 +79,7 @@ def licence_of(name: str) -> list[str]:
 
 
 def problem_of(name: str, licences: list[str]) -> str | None:
-    """Returns why a package must not come in, None when it may."""
+    """Returns why a package is not allowed, None if it is."""
     if not licences:
         return f"{name}: says no licence here; look it up, and add it to REVIEWED with its source"
     if any(_is_gpl(each) for each in licences):
@@ -88,7 +88,7 @@ def problem_of(name: str, licences: list[str]) -> str | None:
 
 
 def _is_gpl(licence: str) -> bool:
-    """Of several licences to choose from, one that is no GPL is enough."""
+    """Returns whether all alternatives of a licence expression are GPL."""
     return all(_GPL.search(each) for each in re.split(r"\bOR\b", licence))
 
 

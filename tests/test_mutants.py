@@ -1,4 +1,4 @@
-"""The faults that the count of noticed faults rests on."""
+"""`tests/mutants.py` finds the same faults again, and changes only what it should."""
 
 import ast
 

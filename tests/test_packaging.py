@@ -1,6 +1,6 @@
-"""The wheel, the image's files, the type check and the tree are of the same packages.
+"""The wheel, the image's files, the type check and the tree have the same packages.
 
-The wheel is built from what the Dockerfile copies, as the image is, and used from another folder.
+The wheel is built from the files that the Dockerfile copies, and used from another folder.
 """
 
 import fnmatch
@@ -34,7 +34,7 @@ def package_files(folder: Path) -> set[str]:
 
 
 def copied_paths(stages: tuple[str, ...]) -> list[str]:
-    """Returns what these stages of the Dockerfile copy from the project's folder, in order."""
+    """Returns the paths that these stages of the Dockerfile copy from the project, in order."""
     stage, found = "", list[str]()
     for line in (ROOT / "Dockerfile").read_text().splitlines():
         if match := re.match(r"FROM \S+ AS (\S+)", line):
@@ -48,7 +48,7 @@ def copied_paths(stages: tuple[str, ...]) -> list[str]:
 
 
 def is_ignored(path: str) -> bool:
-    """Returns whether `.dockerignore` keeps `path` out; the last line that fits it decides."""
+    """Returns whether `.dockerignore` excludes `path`; the last matching line decides."""
     ignored = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         if not line or line.startswith("#"):
@@ -64,7 +64,7 @@ def is_ignored(path: str) -> bool:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds the wheel of what the image's build sees, by the build backend, without a network."""
+    """Builds the wheel from the files of the image's build, with the build backend, offline."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in copied_paths(("uv", "package")):
         for path in [ROOT / name, *(ROOT / name).rglob("*")]:
@@ -82,7 +82,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the `bin` of a new environment with the wheel; its dependencies are this one's."""
+    """Returns the `bin` of a new environment with the wheel and this environment's dependencies."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     # A path of its own comes later than the wheel, and the .pth files in it (those of an editable
@@ -124,7 +124,7 @@ def test_dockerignore_lets_in_what_the_dockerfile_copies_and_no_more() -> None:
 
 
 def test_every_folder_of_modules_is_a_package() -> None:
-    """Without `__init__.py`, one would be left out of the wheel."""
+    """Every folder has an `__init__.py`; without it, the wheel would not contain the folder."""
     folders = {path.rpartition("/")[0] for path in package_files(ROOT) if path.endswith(".py")}
     assert [each for each in sorted(folders) if not (ROOT / each / "__init__.py").is_file()] == []
 

@@ -1,7 +1,7 @@
-"""Checks what the README, the pages of docs/ and the Makefile name: commands, options and files.
+"""Checks the commands, options and files in the README, the pages of docs/ and the Makefile.
 
-Nothing is run: each command is parsed by the very command it names, so that a renamed option, a
-value that is no choice or a missing argument fails here.
+Runs no command, but parses each with its real parser, so that a renamed option, an invalid choice
+or a missing argument fails here.
 """
 
 import ast
@@ -33,11 +33,11 @@ PAGES = {
         *sorted((ROOT / "docs").rglob("*.md")),
     ]
 }
-# These have commands of other programs and options of their own.
+# These pages have commands of other programs, and their own options.
 OTHER_PAGES = ("k8s/README.md", "benchmarks/README.md")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# Programs of the system that a line may call; their options are not ours to check.
+# Programs of the system that a line may call; their options are not checked.
 OTHERS = {"cd", "ray", "source", "export", "uv", "tensorboard"}
 OTHER_OPTIONS = {"--head"}  # of `ray start`
 PACKAGES = {"data_prep": "data_prep.cli", "data_prep.phantoms": "data_prep.phantoms.cli"}
@@ -52,14 +52,14 @@ def shell_lines(text: str) -> list[str]:
 
 
 def recipe_lines(text: str) -> list[str]:
-    """Returns the lines of the recipes in the Makefile `text` that call our commands."""
+    """Returns the lines of recipes in the Makefile `text` that call this project's commands."""
     lines = text.replace("\\\n", " ").splitlines()
     found = [line.strip() for line in lines if re.match(r"\t@?(flexunet|python -m) ", line)]
     return [line.removeprefix("@").replace("$$", "$") for line in found]
 
 
 def calls(line: str) -> Iterator[list[str]]:
-    """Yields the arguments of each program that a line calls; comments and variables left out."""
+    """Yields the arguments of each program that a line calls, without comments and variables."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
     lexer.whitespace_split = True
     words: list[str] = []
@@ -79,7 +79,7 @@ def command_of(module: str) -> click.Command:
 
 
 def check(words: list[str]) -> None:
-    """Raises where a call cannot work: no such program, command, target, option or value."""
+    """Raises an error if a program, command, target, option or value of a call does not exist."""
     program, *rest = words
     if program == "make":
         targets = re.findall(r"^([a-z-]+):(?!=)", MAKEFILE, re.MULTILINE)
@@ -102,7 +102,7 @@ def check(words: list[str]) -> None:
 
 
 def check_flexunet(words: list[str]) -> None:
-    """Raises where `flexunet` with these arguments cannot work; follows what is handed on."""
+    """Raises an error if `flexunet` does not accept these arguments; also checks subcommands."""
     commands = COMMANDS
     if words[:1] == ["launch"] and words[1:2] != ["--help"]:
         words, commands = words[1:], LAUNCH_COMMANDS
@@ -116,7 +116,7 @@ def check_flexunet(words: list[str]) -> None:
 
 
 def parse(command: click.Command, arguments: list[str]) -> None:
-    """Parses `arguments` as `command` would; a config file of ours must be valid too."""
+    """Parses `arguments` like `command`; a config file of this project must be valid too."""
     if "--help" in arguments:
         arguments = [each for each in arguments if each != "--help"]
         command.make_context("command", arguments, resilient_parsing=True)
@@ -141,13 +141,13 @@ def typed_lines() -> list[str]:
 
 
 def code_words(text: str) -> set[str]:
-    """Returns the words of all inline code; blocks of code left out."""
+    """Returns the words of all inline code, without code blocks."""
     prose = re.sub(r"^( *)```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
     return {word for code in re.findall(r"`([^`\n]+)`", prose) for word in code.split()}
 
 
 def missing_paths(text: str) -> list[str]:
-    """Returns the files of the project that inline code names and that do not exist."""
+    """Returns the missing files of the project that inline code names."""
     top = "|".join([*OWN_PACKAGES, "docs", "k8s", "benchmarks", "tests"])
     form = re.compile(rf"({top})/[^A-Z<]*(/|\.[a-z0-9]+)")
     named = {word for word in code_words(text) if form.fullmatch(word)}
@@ -188,7 +188,7 @@ def test_linked_files_exist(page: str) -> None:
 
 @functools.cache
 def texts_of_the_code() -> str:
-    """Returns every text of the four packages, values in them left out."""
+    """Returns all strings of the four packages, without interpolated values."""
     return "\n".join(
         node.value if isinstance(node, ast.Constant) else "".join(map(_constant, node.values))
         for path in python_files()

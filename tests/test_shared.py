@@ -1,4 +1,4 @@
-"""What several test processes share is made again after it could not be made."""
+"""A folder that several test processes share is made again after a failure."""
 
 from pathlib import Path
 

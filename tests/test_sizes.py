@@ -1,7 +1,7 @@
-"""Folders, modules, functions and calls stay small, but for the exceptions that are named here.
+"""Folders, modules, functions and calls stay small, except for the exceptions listed here.
 
-Ruff counts statements, arguments and branches; its limits are in pyproject.toml. A function that
-one of these rules is switched off for (`noqa`) is an exception of this table, too.
+Ruff counts statements, arguments and branches; its limits are in pyproject.toml. A function with
+one of these rules disabled (`noqa`) is an exception in this table too.
 """
 
 import ast
@@ -69,7 +69,7 @@ def measured(path: str, text: str) -> Iterator[tuple[tuple[str, str], int]]:
 
 
 def sizes() -> dict[tuple[str, str], int]:
-    """Returns what the aims are compared with, of the four packages, by (aim, place)."""
+    """Returns the measured sizes of the four packages by (aim, place)."""
     paths = python_files()
     found: dict[tuple[str, str], int] = {}
     for path in paths:
@@ -81,7 +81,7 @@ def sizes() -> dict[tuple[str, str], int]:
 def too_large(
     found: dict[tuple[str, str], int], exceptions: dict[tuple[str, str], tuple[int, str]]
 ) -> dict[tuple[str, str], int]:
-    """Returns what is larger than its aim or its exception."""
+    """Returns the sizes that exceed their aim or their exception."""
     return {
         key: value
         for key, value in found.items()
@@ -92,7 +92,7 @@ def too_large(
 def unneeded(
     found: dict[tuple[str, str], int], exceptions: dict[tuple[str, str], tuple[int, str]]
 ) -> set[tuple[str, str]]:
-    """Returns the exceptions of what is gone, or as small as the aim."""
+    """Returns the exceptions that are no longer needed."""
     return {key for key in exceptions if found.get(key, 0) <= AIMS[key[0]]}
 
 

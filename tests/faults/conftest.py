@@ -1,4 +1,4 @@
-"""What the tests of failures share with those of the launcher: the cluster of two nodes."""
+"""Makes the launcher tests' cluster of two nodes available to the fault tests."""
 
 from tests.launcher.conftest import ray_cluster
 

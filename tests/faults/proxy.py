@@ -1,8 +1,8 @@
-"""A bucket that fails on request: an HTTP proxy in front of gcp-storage-emulator.
+"""Serves a bucket that fails on request: an HTTP proxy in front of gcp-storage-emulator.
 
-The emulator ignores preconditions; the proxy enforces `ifGenerationMatch` and `generation` as
-Google's servers do, for every kind of request. On top of that come faults: rules, an outage, or a
-stop after a number of changes. Everything random is seeded, every request is logged.
+The emulator ignores preconditions; the proxy enforces `ifGenerationMatch` and `generation` like
+Google's servers, for every kind of request. It also adds faults: rules, an outage, or a stop after
+a number of changes. All random numbers are seeded, and every request is logged.
 
     python -m tests.faults.proxy --port 9023 --fault '{"action": "status", "probability": 0.3}'
 
@@ -32,8 +32,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NoReturn
 
 BUCKET = "test-bucket"
-_PIECE_BYTES = 1 << 13  # that a slow line carries at once
-_HEAD_BYTES = 1 << 16  # of a body; the metadata of an upload come first in it
+_PIECE_BYTES = 1 << 13  # sent at once on a slow connection
+_HEAD_BYTES = 1 << 16  # of a body; an upload starts with its metadata
 _OBJECT = re.compile(r"(?:/download)?(?:/storage/v1)?/b/([^/]+)/o/([^/]+)")
 _COPY = re.compile(r"(?:/storage/v1)?/b/[^/]+/o/[^/]+/(?:copyTo|rewriteTo)/b/([^/]+)/o/([^/]+)")
 _COMPOSE = re.compile(r"(?:/storage/v1)?/b/([^/]+)/o/([^/]+)/compose")
@@ -57,10 +57,10 @@ Action = Literal[
 
 @dataclass(frozen=True)
 class Fault:
-    """A rule: what happens to which requests.
+    """A rule that selects requests, and the fault that it causes.
 
-    `kinds` (none: all), `method` and `name` (searched in the object's name) select requests, of
-    which each is hit with `probability`, at most `count` of them (None: no limit).
+    `kinds` (none: all), `method` and `name` (searched in the object's name) select requests. Each
+    of them is hit with `probability`, at most `count` of them (None: no limit).
     """
 
     action: Action
@@ -108,7 +108,7 @@ class _Answer:
 
 @dataclass
 class _Gate:
-    """What holds requests back."""
+    """A stall that delays requests."""
 
     opened: threading.Event = field(default_factory=threading.Event)
     is_cleared: bool = False
@@ -148,7 +148,7 @@ class FaultProxy:
 
     @property
     def address(self) -> str:
-        """What STORAGE_EMULATOR_HOST should be."""
+        """The value for STORAGE_EMULATOR_HOST."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def start(self) -> None:
@@ -156,7 +156,7 @@ class FaultProxy:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the service; requests that are under way are dropped."""
+        """Ends the service and drops running requests."""
         self._open_gate(is_cleared=True)
         self._server.shutdown()
         self._thread.join()
@@ -168,7 +168,7 @@ class FaultProxy:
             self._faults += [(fault, [0]) for fault in faults]
 
     def clear(self) -> None:
-        """Ends all faults, also stalls under way, and forgets the log."""
+        """Ends all faults, including running stalls, and clears the log."""
         with self._mutex:
             self._faults.clear()
             self._stop_at = None
@@ -179,24 +179,24 @@ class FaultProxy:
         self._open_gate(is_cleared=True)
 
     def wait_for_stall(self) -> None:
-        """Waits until a request is held back."""
+        """Waits until a request is stalled."""
         self._stalled.wait()
 
     def resume(self) -> None:
-        """Lets the requests that are held back go on."""
+        """Continues the stalled requests."""
         self._open_gate(is_cleared=False)
 
     def stop_after(self, num_changes: int, then: Callable[[], None] | None = None) -> None:
-        """Starts an outage when so many more changes have been made; the last one's answer is lost.
+        """Starts an outage after that many more changes; the answer of the last one is lost.
 
         Args:
-            then: called in that moment, before any other request is looked at.
+            then: called at that moment, before any other request is handled.
         """
         with self._mutex:
             self._stop_at = self.num_changes + num_changes, then
 
     def count(self, kind: Kind | None = None, name: str = "", status: int | None = None) -> int:
-        """Returns how many logged requests are of this kind, object name (searched) and status."""
+        """Returns how many logged requests have this kind, object name (searched) and status."""
         return sum(
             (kind is None or entry.kind == kind)
             and re.search(name, entry.name) is not None
@@ -205,7 +205,7 @@ class FaultProxy:
         )
 
     def fault_of(self, request: _Request) -> Fault | None:
-        """Returns what shall happen to a request."""
+        """Returns the fault for a request, None for no fault."""
         with self._mutex:
             if self.down:
                 return Fault("reset-early")
@@ -216,7 +216,7 @@ class FaultProxy:
         return None
 
     def hold(self, seconds: float) -> bool:
-        """Waits so long, or until `resume` or `clear`; returns whether the faults were cleared."""
+        """Waits that long, or until `resume` or `clear`; returns whether faults were cleared."""
         with self._mutex:
             gate = self._gate
             self._stalled.set()
@@ -224,7 +224,7 @@ class FaultProxy:
         return gate.is_cleared
 
     def parse(self, method: str, target: str, headers: Message, head: bytes) -> _Request:
-        """Returns what a request means; `head` is the beginning of its body."""
+        """Parses a request; `head` is the beginning of its body."""
         url = urllib.parse.urlsplit(target)
         query = {key: values[0] for key, values in urllib.parse.parse_qs(url.query).items()}
         kind, bucket, name = _meaning(method, url.path, query, head)
@@ -242,7 +242,7 @@ class FaultProxy:
         )
 
     def carry_out(self, request: _Request, body: bytes, headers: Message) -> _Answer | None:
-        """Returns the emulator's answer, None when there is an outage meanwhile."""
+        """Returns the emulator's answer, None if an outage started meanwhile."""
         with self._changing if request.is_change else contextlib.nullcontext():
             if self.down:
                 return None
@@ -314,7 +314,7 @@ class FaultProxy:
         return json.loads(answer.body) if answer.status == 200 else None
 
     def _completed(self, request: _Request, answer: _Answer) -> _Answer:
-        """Returns the answer with what Google's servers send and the emulator does not."""
+        """Adds what Google's servers send and the emulator does not, and returns the answer."""
         headers = dict(answer.headers)
         if request.kind == "session" and answer.status == 200:
             query = urllib.parse.urlsplit(headers["Location"]).query
@@ -425,7 +425,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _break(self) -> NoReturn:
-        """Ends the connection the hard way: the client gets ECONNRESET."""
+        """Resets the connection: the client gets ECONNRESET."""
         linger = struct.pack("ii", 1, 0)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         for part in (self.rfile, self.wfile, self.connection):
@@ -439,7 +439,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _slowly(pieces: Iterable[bytes], bytes_per_s: float) -> Iterator[bytes]:
-    """Yields `pieces` as a line of this rate would carry them."""
+    """Yields `pieces` at the rate of a slow connection."""
     for piece in pieces:
         time.sleep(len(piece) / bytes_per_s)
         yield piece
@@ -449,15 +449,15 @@ def start_emulator(bucket: str = BUCKET) -> tuple[Any, str]:
     """Returns a running emulator in memory, whose `stop` ends it, and its address."""
     from gcp_storage_emulator.server import create_server  # type: ignore[import-untyped]
 
-    # It takes every question for an object that is missing for an error.
+    # The emulator logs every request for a missing object as an error.
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     emulator = create_server("127.0.0.1", port, in_memory=True, default_bucket=bucket)
     storage = emulator._storage
-    # Every change would write all it knows as JSON to a place that nobody reads, and deleted
-    # objects would stay for seven days: with thousands of changes only that would be measured.
+    # By default, every change writes the whole state as JSON to an unused place, and deleted
+    # objects stay for seven days: with thousands of changes, this would dominate the time.
     storage._write_config_to_file = lambda: None
     storage.buckets[bucket]["softDeletePolicy"] = {"retentionDurationSeconds": "0"}
     emulator.start()

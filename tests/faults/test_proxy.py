@@ -1,4 +1,4 @@
-"""The faults happen as they are said to; seen by a plain HTTP client, without our storage code."""
+"""The proxy's faults happen as described; tested with a plain HTTP client, not our storage code."""
 
 import contextlib
 import http.client
@@ -21,7 +21,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 class Client:
-    """Plain requests below `/case-N/` of the bucket."""
+    """Sends plain requests below `/case-N/` of the bucket."""
 
     def __init__(self, bucket: FaultyBucket) -> None:
         self.address = bucket.proxy.address.removeprefix("http://")
@@ -137,7 +137,7 @@ def test_account_that_only_creates(client: Client, proxy: FaultProxy) -> None:
     proxy.creates_only = True
     assert [client.put("a", b"1"), client.put("a", b"2")] == [200, 403]
     assert client.put("a", b"2", "&ifGenerationMatch=0") == 403
-    # Neither by an upload in parts that began before the object was there.
+    # Also not by an upload in parts that began before the object existed.
     assert client.ask("PUT", session, b"2")[0] == 403
     path = f"/storage/v1/b/test-bucket/o/{client.folder}%2Fa"
     assert [client.ask(method, path)[0] for method in ("GET", "DELETE")] == [200, 403]

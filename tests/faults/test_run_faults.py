@@ -1,7 +1,7 @@
 """The run protocol under faults: stops at every change, damage, storms, outages, races, pauses.
 
-The bucket is a real server behind the fault proxy, the processes that die, race and sleep are real.
-What takes minutes is marked `faults` and runs with `make test-faults`.
+The bucket is a real server behind the fault proxy; the processes that die, race and sleep are real.
+Tests that take minutes are marked `faults` and run with `make test-faults`.
 """
 
 import functools
@@ -49,13 +49,13 @@ def worker(faulty_bucket: FaultyBucket) -> Iterator[Worker]:
 
 
 def committed_steps(store: ObjectStore) -> list[int]:
-    """Returns the steps that have a COMMIT.json, without asking the run protocol."""
+    """Returns the steps that have a COMMIT.json, without using the run protocol."""
     names = [stat.name for stat in store.list("checkpoints/")]
     return sorted(int(name[17:25]) for name in names if name.endswith("/COMMIT.json"))
 
 
 def check_after_stop(store: ObjectStore, acknowledged: list[int], folder: Path) -> int | None:
-    """Returns what the next attempt restores from a run whose owner died, after all checks."""
+    """Returns the step that the next attempt restores after the owner died, after all checks."""
     before = store.list("checkpoints/")
     committed = committed_steps(store)
     for place in find_checkpoints(store):  # one that is half deleted is no commit any more
@@ -77,7 +77,7 @@ def check_after_stop(store: ObjectStore, acknowledged: list[int], folder: Path) 
 
 
 def die_at(worker: Worker, url: str, *, steps: list[int], **stop: int) -> tuple[list[int], int]:
-    """Lets a fork work until it dies; returns the steps that it said it had committed."""
+    """Lets a fork work until it dies; returns the steps that it reported as committed."""
     worker.send("work", url=url, steps=steps, keep_last=1, **stop)
     acknowledged = []
     while "committed" in (answer := worker.hear()):
@@ -88,7 +88,7 @@ def die_at(worker: Worker, url: str, *, steps: list[int], **stop: int) -> tuple[
 def stop_bucket_at_every_change(
     bucket: FaultyBucket, worker: Worker, folder: Path, steps: list[int]
 ) -> list[int | None]:
-    """Returns what was restored after a stop at each change that a run makes."""
+    """Returns the steps restored after a stop at each change that a run makes."""
     found: list[int | None] = []
     while True:
         pid = worker.ask("fork")["pid"]
@@ -104,7 +104,7 @@ def stop_bucket_at_every_change(
 
 
 def expected_after_stops(found: list[int | None], steps: list[int]) -> None:
-    """Checks that what is restored grows by a step at a time, from nothing to the last one."""
+    """Checks that the restored step grows by one at a time, from none to the last."""
     order = [None, *steps]
     indices = [order.index(step) for step in found]
     assert indices == sorted(indices)
@@ -184,7 +184,7 @@ def test_damaged_object_of_a_bucket_is_passed_over_with_one_warning(
 def commit_under_faults(
     store: ObjectStore, folder: Path, num_commits: int, timing: LeaseTiming
 ) -> int:
-    """Commits in a thread of its own while others write tables; returns the commits that hold."""
+    """Commits in one thread while others write tables; returns the valid commits."""
     acknowledged: list[int] = []
     failures: list[BaseException] = []
 
@@ -214,7 +214,7 @@ def commit_under_faults(
 
 
 def storm(probability: float) -> list[Fault]:
-    """Returns rules that together hit so many of the requests, a tenth of these after the fact."""
+    """Returns rules that hit this share of requests, a tenth of them after the request is done."""
     actions: list[tuple[Action, int]] = [
         ("status", 429), ("status", 503), ("reset-early", 0), ("lose-answer", 0),
     ]  # fmt: skip
@@ -274,7 +274,7 @@ def test_outage_and_stall_lose_no_commit(
 def test_long_outage_and_stall_lose_no_commit(
     kind: str, faulty_bucket: FaultyBucket, tmp_path: Path, record_fault: Record
 ) -> None:
-    """A minute without storage, or half a minute without an answer, with limits as shipped."""
+    """A minute without storage, or half a minute without an answer, with the default limits."""
     proxy = faulty_bucket.proxy
 
     def begin() -> None:
@@ -320,7 +320,7 @@ def test_outage_beyond_the_retries_is_unavailable_and_resumable(
 def test_newcomer_does_not_take_a_run_because_of_an_outage(
     faulty_bucket: FaultyBucket, tmp_path: Path
 ) -> None:
-    """The owner could not renew its lease; the time of the outage is not held against it."""
+    """The owner could not renew its lease; the time of the outage does not count."""
     proxy = faulty_bucket.proxy
     timing = LeaseTiming(renew_s=0.2, expire_s=4)
     with own_run(open_store(faulty_bucket.url), timing) as run:
@@ -344,7 +344,7 @@ def test_newcomer_does_not_take_a_run_because_of_an_outage(
 
 @pytest.fixture
 def jumping_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets the wall clock of this process anew, up to a day off, at every look at it."""
+    """Makes the wall clock of this process jump, up to a day off, at every reading."""
     choice = random.Random(0).choice
     now, now_ns = time.time, time.time_ns
     hours = [-24, -1, 0, 1, 24]
@@ -438,7 +438,7 @@ def test_one_of_two_processes_wins_each_of_a_hundred_races(
 def test_newcomer_is_refused_within_five_seconds(
     faulty_bucket: FaultyBucket, worker: Worker
 ) -> None:
-    """With the timing as shipped; it has written nothing but its probe."""
+    """With the default timing; the loser has written only its probe."""
     store = open_store(faulty_bucket.url)
     with own_run(store, LeaseTiming()):
         before = {stat.name for stat in store.list()}
@@ -504,7 +504,7 @@ def test_no_owner_that_wakes_after_a_takeover_can_commit(
 def test_owner_that_is_paused_within_a_commit_learns_of_the_loss(
     faulty_bucket: FaultyBucket, worker: Worker, tmp_path: Path
 ) -> None:
-    """COMMIT.json itself comes too late: it is stored, but nobody counts it."""
+    """COMMIT.json itself is too late: it is stored, but never used."""
     proxy = faulty_bucket.proxy
     store = open_store(faulty_bucket.url)
     pid = worker.ask("fork")["pid"]
@@ -532,7 +532,7 @@ def test_owner_that_is_paused_within_a_commit_learns_of_the_loss(
 def test_launcher_that_is_wrong_about_a_death_still_gets_the_run(
     faulty_bucket: FaultyBucket, tmp_path: Path
 ) -> None:
-    """The owner lives and renews; the next process of the launch takes over at once."""
+    """The owner renews its lease; the next process of the launch takes over at once."""
     store = open_store(faulty_bucket.url)
     # The stall holds a renewal for certain; the newcomer's next look and write seldom do.
     slow = LeaseTiming(renew_s=0.25, expire_s=60)

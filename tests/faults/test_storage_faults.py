@@ -1,4 +1,4 @@
-"""Uploads whose answer is lost: none is stored twice, none is refused by its own success."""
+"""Uploads whose answer is lost: none is stored twice, and none fails because of its own success."""
 
 import os
 import time
@@ -17,7 +17,7 @@ Record = Callable[[str, int, int, str], None]
 
 
 def upload_blindly(bucket: FaultyBucket, folder: Path, num_uploads: int) -> int:
-    """Uploads objects whose first answers are all lost; returns how many are as they should be."""
+    """Uploads objects whose first answers are all lost; returns how many are correct."""
     proxy = bucket.proxy
     store = GcsStore(bucket.url)
     (folder / "large").write_bytes(os.urandom(3 << 18))
@@ -73,7 +73,7 @@ def test_a_thousand_uploads_whose_answer_is_lost_are_stored_once(
 def test_put_that_another_writer_overtook_is_refused(
     is_new: bool, faulty_bucket: FaultyBucket, storage_server: str
 ) -> None:
-    """Ours is stored but its answer lost, and somebody replaces it before we try again."""
+    """Our answer is lost, and another process replaces the object before the retry."""
     store = GcsStore(faulty_bucket.url)
     folder = faulty_bucket.url.removeprefix("gs://test-bucket/")
     upload = f"{storage_server}/upload/storage/v1/b/test-bucket/o?uploadType=media&name={folder}"

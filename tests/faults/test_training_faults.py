@@ -1,7 +1,7 @@
-"""Training under failures: kills, storms, hangs, preemption; what is lost is counted.
+"""Training under failures: kills, storms, hangs, preemption; counts what is lost.
 
-A run to which it happened must be the run to which nothing happened: weights bit by bit, tables
-byte by byte, every sample of every epoch exactly once.
+A run with failures must equal an uninterrupted run: weights bit by bit, tables byte by byte, every
+sample of every epoch exactly once.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ from tests.launcher.conftest import RayCluster, started_cluster
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 Record = Callable[[str, int, int, str], None]
 
-# Preempts the second node, as a cloud does that takes it away in a minute.
+# Preempts the second node, like a cloud that removes it after a minute.
 _DRAIN = """
 import sys, time
 import ray
@@ -69,7 +69,7 @@ assert accepted, problem
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Returns a dataset, and the run of two processes to which nothing happens."""
+    """Returns a dataset, and an uninterrupted run of two processes."""
     return make_control(tmp_path_factory.mktemp("control"))
 
 
@@ -87,17 +87,17 @@ class Case:
         return arguments(self._data, self.runs, "broken", **{"cache-dir": self._cache, **changes})
 
     def step(self, after: float = 0) -> int:
-        """Returns the newest step that a process has done later than `after`; 0: none."""
+        """Returns the newest step that a process has finished after `after`; 0: none."""
         return max(steps_of(self.folder, after), default=0)
 
     def num_events(self, name: str) -> int:
-        """Returns how many events of this name there were."""
+        """Returns the number of events with this name."""
         return sum(event["event"] == name for event in events_of(self.folder))
 
 
 @pytest.fixture
 def case(faulty_bucket: FaultyBucket, tmp_path: Path, made: tuple[str, Path]) -> Case:
-    """Returns a dataset in a bucket, and a place for a run of it."""
+    """Returns a dataset in a bucket, and a URL for its run."""
     return Case(faulty_bucket, tmp_path, made[0])
 
 
@@ -349,7 +349,7 @@ def test_uneven_data_neither_hang_nor_change_a_number(
 def test_an_upload_at_a_tenth_of_the_needed_speed_ends_nothing(
     case: Case, record_fault: Record
 ) -> None:
-    """All limits are 20 s, the checkpoint takes 200 s, and both processes wait so long."""
+    """All limits are 20 s; the checkpoint takes 200 s, and both processes wait for it."""
     limits = {"phase-timeout": "15", "storage-timeout": "5", "step-timeout": "20"}
     network = {"model.base-filters": "40", "model.base-kernels": "5,5", "epochs": "1"}
     options = case.options(**limits, **network, **{"checkpoint-every-minutes": "0"})
@@ -393,7 +393,7 @@ def test_workers_that_stand_still_are_replaced(
     pids = {event["pid"] for event in falls if event["do"] == "stop"}
     assert not any(psutil.pid_exists(pid) for pid in pids)
     stacks = [stat.name for stat in case.run.list("stacks/")]
-    # What stands still at the beginning of an epoch has the time of a phase.
+    # A process that stalls at the beginning of an epoch has the time limit of a phase.
     late = sum(pause > limit + 60 for pause, limit in zip(pauses, (10, 10, 45), strict=True))
     note = (
         "SIGSTOP of rank 1, of rank 0, blocked input of rank 1; --step-timeout 10: training after "
@@ -401,7 +401,7 @@ def test_workers_that_stand_still_are_replaced(
         f"steps redone {redone_steps(case.folder)}"
     )
     record_fault("R15", 3, late, note)
-    # A stopped process cannot write; all others did.
+    # A stopped process cannot write its stacks; all other processes did.
     assert len(stacks) == 1 + 1 + 2, stacks
     assert late == 0, pauses
 
@@ -448,7 +448,7 @@ def test_divergence_is_not_tried_again(
         with launched(case.folder, ray_cluster.address, case.options(**wild)) as driver:
             assert driver.end() == 7, driver.errors
         assert case.num_events("start") == num_starts
-    record_fault("R24", 2, 0, "loss not finite: exit 7, started once, and not again by the next")
+    record_fault("R24", 2, 0, "loss not finite: exit 7, no restart, also not by the next command")
 
 
 def test_a_worker_that_exits_with_137_is_tried_again(
@@ -459,7 +459,7 @@ def test_a_worker_that_exits_with_137_is_tried_again(
         assert driver.end() == 0, driver.errors
         assert driver.errors.count("restarting the workers") == 1
     assert_same_run(case.run, made[1])
-    record_fault("R24", 1, 0, "worker ended with 137: started again, identical")
+    record_fault("R24", 1, 0, "worker ended with 137: restarted, identical")
 
 
 def test_a_preempted_node_is_left_in_time(
@@ -467,7 +467,7 @@ def test_a_preempted_node_is_left_in_time(
 ) -> None:
     with (
         started_cluster() as cluster,
-        # It is not a failure.
+        # A preemption is not a failure.
         launched(case.folder, cluster.address, case.options(), max_failures=0) as driver,
     ):
         driver.wait_for(lambda: case.step() >= 20)

@@ -1,10 +1,10 @@
-"""Training that tells what it does, and that fails at the places where a test has set a trap.
+"""Runs training that records its events, and that fails where a test has set a trap.
 
     python -m tests.faults.traced FOLDER train --local ...        as python -m job.train
     python -m tests.faults.traced FOLDER launch train ...         as python -m launcher train
 
-Every process writes a line of JSON per event into a file of its own in FOLDER/events. A trap is a
-file in FOLDER/traps; the first process that it is meant for takes it away and falls into it.
+Every process writes a line of JSON per event into its own file in FOLDER/events. A trap is a file
+in FOLDER/traps; the first process that it is meant for removes it and does what it says.
 """
 
 import functools
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-PART_BYTES = "FLEXUNET_TEST_PART_BYTES"  # of the environment: larger files go up in such parts
+PART_BYTES = "FLEXUNET_TEST_PART_BYTES"  # variable: larger files are uploaded in such parts
 
 # Where a trap can be, and what its `at` means there.
 #   meet      the processes have met, the strategy is not made yet
@@ -35,7 +35,7 @@ PART_BYTES = "FLEXUNET_TEST_PART_BYTES"  # of the environment: larger files go u
 def set_trap(
     folder: Path, rank: int, place: str, at: int | str = 0, do: str | int = "kill", number: int = 0
 ) -> Path:
-    """Sets a trap; `number` tells apart those that are set at the same place. Returns its file."""
+    """Sets a trap and returns its file; `number` distinguishes traps at the same place."""
     traps = folder / "traps"
     traps.mkdir(parents=True, exist_ok=True)
     path = traps / f"{place}-{at}-{rank}-{number}".replace(" ", "-")
@@ -60,20 +60,20 @@ class Trace:
         self._file.write(json.dumps(line | values) + "\n")
 
     def pass_by(self, place: str, at: int | str = 0) -> None:
-        """Falls into a trap that is set here for this process."""
+        """Triggers a trap that is set at this place for this process."""
         for path in sorted(self._folder.glob(f"traps/{place}-*.json")):
             try:
                 trap = json.loads(path.read_text())
                 if trap["rank"] != self._rank or not _is_at(trap["at"], at):
                     continue
                 path.unlink()
-            except FileNotFoundError:  # it was another one's
+            except FileNotFoundError:  # another process removed it
                 continue
             self.record("trap", place=place, at=at, do=trap["do"])
             _fail(trap["do"])
 
     def install(self) -> None:
-        """Lets the code of `job` of this process pass by here; call it before training begins."""
+        """Makes the code of `job` in this process call `pass_by`; call this before training."""
         from job.distributed.runtime import import_tensorflow
 
         import_tensorflow()
@@ -169,13 +169,13 @@ def _fail(do: str | int) -> None:
 
 
 def events_of(folder: Path) -> list[dict[str, Any]]:
-    """Returns all events so far, in the order of time; a line that is not finished is left out."""
+    """Returns all events so far, in the order of time, without unfinished lines."""
     lines = [line for path in folder.glob("events/*") for line in path.read_text().split("\n")[:-1]]
     return sorted((json.loads(line) for line in lines), key=lambda event: event["time"])
 
 
 def work(folder: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains as one worker of a Ray cluster, as `launcher.worker.work`."""
+    """Trains as one worker of a Ray cluster, like `launcher.worker.work`."""
     from job.distributed.rendezvous import process_spec_from_environment
     from launcher import worker
 

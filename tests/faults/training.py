@@ -1,4 +1,4 @@
-"""Training that is broken on purpose: how it is started, and what must be true of it at the end."""
+"""Starts training runs for fault tests, and checks what must be true at their end."""
 
 import itertools
 import json
@@ -51,7 +51,7 @@ def arguments(data: str, output: str, name: str, **changes: str) -> list[str]:
 
 
 class Command:
-    """A running command of ours, traced in `folder`; its stderr is a file, it never waits."""
+    """A running flexunet command, traced in `folder`; its stderr is a file, so it never blocks."""
 
     def __init__(self, folder: Path, words: Sequence[str], **environment: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,16 +68,16 @@ class Command:
 
     @property
     def errors(self) -> str:
-        """What it wrote to stderr so far."""
+        """The text of stderr so far."""
         return self._log.read_text()
 
     @property
     def last_line(self) -> str:
-        """The last line of that."""
+        """The last line of stderr so far."""
         return self.errors.strip().splitlines()[-1]
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float = 120) -> Any:
-        """Returns what `predicate` returned when it was true."""
+        """Waits until `predicate` returns a true value, and returns it."""
         deadline = time.monotonic() + timeout
         while not (found := predicate()):
             assert self.process.poll() is None, f"it has ended: {self.errors}"
@@ -86,7 +86,7 @@ class Command:
         return found
 
     def end(self, timeout: float = 300) -> int:
-        """Returns the exit code."""
+        """Waits for the end and returns the exit code."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -95,7 +95,7 @@ class Command:
 
 @contextmanager
 def command(folder: Path, words: Sequence[str], **environment: str) -> Iterator[Command]:
-    """Yields a running command, which does not outlive the block."""
+    """Yields a running command, and kills it after the block."""
     running = Command(folder, words, **environment)
     try:
         yield running
@@ -135,7 +135,7 @@ def running_process(
 def running_processes(
     folder: Path, options: Sequence[str], size: int = 2, **environment: str
 ) -> Iterator[list[Command]]:
-    """Yields all processes of such a cluster, in the order of their ranks."""
+    """Yields all processes of a `TF_CONFIG` cluster, in the order of their ranks."""
     addresses = free_addresses(size)
     with ExitStack() as stack:
         yield [
@@ -153,7 +153,7 @@ def copied(dataset: str, url: str) -> str:
 
 
 def make_control(folder: Path) -> tuple[str, Path]:
-    """Returns a dataset and the run of two processes that nothing happened to."""
+    """Returns a dataset and an uninterrupted run of two processes."""
     data = prepare_discs(folder)
     with running_processes(folder / "trace", arguments(data, str(folder), "control")) as members:
         assert [each.end() for each in members] == [0, 0], members[0].errors
@@ -178,9 +178,9 @@ def assert_same_run(run: ObjectStore, control: Path) -> None:
 def redone_steps(folder: Path, num_processes: int = 2) -> list[int]:
     """Checks the samples of a run that has ended; returns the steps redone after each restart.
 
-    The steps that count are, of each attempt, those up to the one from which the next went on. In
-    them every epoch must have trained on every sample exactly once, and the attempts must have
-    trained on the same samples wherever they did the same step.
+    Of each attempt, the steps up to the one from which the next attempt resumed count. In these
+    steps, every epoch must train on every sample exactly once. Attempts that do the same step must
+    train on the same samples.
     """
     events = events_of(folder)
     begins: dict[int, int] = {}
@@ -219,12 +219,12 @@ def _ids_of(keys: Sequence[int], epoch: int) -> list[int]:
 
 
 def commits_of(run: ObjectStore) -> list[int]:
-    """Returns the steps of the commits that are there."""
+    """Returns the steps of the existing checkpoints."""
     return [place.step for place in find_checkpoints(run)]
 
 
 def steps_of(folder: Path, after: float = 0) -> list[int]:
-    """Returns the steps that processes have done later than `after`."""
+    """Returns the steps that processes have finished after `after`."""
     return [
         event["step"]
         for event in events_of(folder)
@@ -233,7 +233,7 @@ def steps_of(folder: Path, after: float = 0) -> list[int]:
 
 
 def traps_left(folder: Path) -> list[str]:
-    """Returns the traps into which nothing has fallen."""
+    """Returns the traps that no process has triggered."""
     return sorted(path.name for path in folder.glob("traps/*"))
 
 

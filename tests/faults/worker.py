@@ -1,7 +1,7 @@
-"""A process that works on runs as it is told, to be killed, paused and raced.
+"""Works on runs by commands from stdin, in a process that tests kill, pause and race.
 
 It reads one command per line of stdin and answers each with a line on stdout. `fork` makes a child
-that goes on in its place until it dies, so that a thousand deaths cost no thousand starts.
+that continues in its place until it dies, so that a thousand deaths do not need a thousand starts.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ MEMBERS = ("model.h5", "optimizer.h5")
 
 
 class StoppingStore(LocalStore):
-    """A folder whose process ends at change number `stop_at`, before or after it took place."""
+    """A folder store that ends its process at change number `stop_at`, before or after it."""
 
     stop_at = 0
     is_after = False
@@ -55,7 +55,7 @@ class StoppingStore(LocalStore):
 
 
 def commit_step(run: Run, folder: str, step: int) -> Checkpoint:
-    """Commits two members that hold their name and the step."""
+    """Commits two files that contain their name and the step."""
     paths = {name: os.path.join(folder, name) for name in MEMBERS}
     for name, path in paths.items():
         Path(path).write_text(f"{name} {step}")
@@ -63,7 +63,7 @@ def commit_step(run: Run, folder: str, step: int) -> Checkpoint:
 
 
 def restored_step(run: Run, folder: str) -> int | None:
-    """Returns the step of what is restored, after a check that every file is of that step."""
+    """Restores a run and returns its step, after checking that every file is of that step."""
     restored = run.restore(os.path.join(folder, "staging"))
     if restored is None:
         return None
@@ -82,14 +82,14 @@ def own_run(
     by_lease: bool | None = None,
     launch: str | None = None,
 ) -> Run:
-    """Takes a run and tells it what it is."""
+    """Acquires a run and sets its identity."""
     run = Run.acquire(store, timing=timing, by_lease=by_lease, launch=launch)
     run.check_identity(IDENTITY, DIGEST)
     return run
 
 
 class Commands:
-    """What a line may ask for."""
+    """The commands that a line may contain."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -125,7 +125,7 @@ class Commands:
     ) -> dict[str, Any]:
         """Opens a run, commits and collects garbage step by step, and closes it.
 
-        The lease is never renewed on the way, so that every run makes the same changes.
+        The lease is never renewed meanwhile, so that every run makes the same changes.
         """
         store = open_store(url)
         if store.local_root is not None:
@@ -162,7 +162,7 @@ def main() -> None:
 
 
 class Worker:
-    """The process, as tests see it."""
+    """The tests' side of a worker process."""
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self.process = process
@@ -186,7 +186,7 @@ class Worker:
 
 @contextlib.contextmanager
 def started_worker() -> Iterator[Worker]:
-    """Starts a worker; at the end it and its fork, if that is not stopped, see the end of stdin."""
+    """Starts a worker; at the end, it and its fork, unless stopped, get the end of stdin."""
     command = [sys.executable, "-m", "tests.faults.worker"]
     with subprocess.Popen(
         command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
