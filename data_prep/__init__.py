@@ -1,4 +1,4 @@
-"""Images and masks become a committed dataset; knows storage and records, never TensorFlow.
+"""Prepares a committed dataset from images and masks, without TensorFlow.
 
-`config` holds the options, `pipeline` the order of the steps, `cli` the command.
+`config` defines the options, `pipeline` the order of the steps, `cli` the command.
 """

@@ -1,4 +1,4 @@
-"""`python -m data_prep SOURCE OUTPUT`: the `prep` command."""
+"""Runs the `prep` command: `python -m data_prep SOURCE OUTPUT`."""
 
 import sys
 

@@ -1,7 +1,6 @@
-"""The split and the fold of each sample, and what users must know of them.
+"""Assigns each sample to a split and a fold, and warns of problems with them.
 
-Owns which groups are joined and whether leaks are allowed. How groups are divided is decided in
-`splits`.
+Decides which groups are merged and whether leaks are allowed; `splits` divides the groups.
 """
 
 import dataclasses
@@ -19,12 +18,17 @@ from flexunet.text import join_truncated, pluralize
 
 logger = logging.getLogger(__name__)
 
-_FEW_GROUPS = 5  # one of them moves the mean by a fifth and more
+_FEW_GROUPS = 5  # with fewer, one group changes the mean by more than a fifth
 
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """Where each sample id goes; `groups` are the joined ones, `folds` only of those with one."""
+    """The group, split and fold of each sample id.
+
+    Attributes:
+        groups: after merging.
+        folds: only of samples that have a fold.
+    """
 
     groups: dict[str, str]
     splits: dict[str, str]
@@ -33,7 +37,7 @@ class Assignment:
 
 
 def assign(samples: Sequence[EncodedSample], config: PrepConfig) -> Assignment:
-    """Returns where each sample goes: its ready-made split, or one that is drawn.
+    """Assigns each sample to its ready-made split or to a random one, and to a fold.
 
     Raises:
         UsageError: there are fewer groups than splits or folds.
@@ -47,8 +51,8 @@ def assign(samples: Sequence[EncodedSample], config: PrepConfig) -> Assignment:
         if not joined:
             raise
         raise UsageError(
-            f"{error} ({pluralize(len(joined), 'group')} joined with others, as they hold the same "
-            f"picture: {join_truncated(joined, MAX_LISTED)})"
+            f"{error} ({pluralize(len(joined), 'group')} merged with another, because they share "
+            f"an image: {join_truncated(joined, MAX_LISTED)})"
         ) from error
 
 
@@ -74,8 +78,8 @@ def _log_blank(samples: Sequence[EncodedSample]) -> None:
     blank = {sample.image_id: sample.filename for sample in samples if sample.is_blank}
     if blank:
         logger.warning(
-            "%s blank (all pixels alike) and no evidence of which groups belong together: %s",
-            "1 picture is" if len(blank) == 1 else f"{len(blank)} pictures are",
+            "%s blank (all pixels are equal); groups that share one are not merged: %s",
+            "1 image is" if len(blank) == 1 else f"{len(blank)} images are",
             join_truncated(list(blank.values()), MAX_LISTED),
         )
 
@@ -85,8 +89,8 @@ def _warn_of_small_splits(groups: Mapping[str, str], splits: Mapping[str, str]) 
         num_groups = len({groups[sample] for sample, its in splits.items() if its == name})
         if 0 < num_groups < _FEW_GROUPS:
             logger.warning(
-                "split %s has %s, so its figures say little: raise its part of --fractions, or "
-                "train with --folds",
+                "split %s has only %s, so its results are uncertain: increase its share in "
+                "--fractions, or train with --folds",
                 name,
                 pluralize(num_groups, "group"),
             )
@@ -95,7 +99,7 @@ def _warn_of_small_splits(groups: Mapping[str, str], splits: Mapping[str, str]) 
 def warn_of_missing_classes(
     samples: Sequence[EncodedSample], assignment: Assignment, config: PrepConfig
 ) -> None:
-    """Warns of every split and fold in which a class has no pixel."""
+    """Warns of every split and fold without a pixel of some class."""
     names = [each.name for each in parse_color_map(config.classes)]
     in_splits = [(f"split {assignment.splits[s.id]}", s.pixels_per_class) for s in samples]
     in_folds = [
@@ -108,10 +112,10 @@ def warn_of_missing_classes(
 
 
 def _joined_groups(samples: Sequence[EncodedSample]) -> tuple[dict[str, str], list[str]]:
-    """Returns the group of each id, and which were joined: groups that hold the same picture.
+    """Returns the group of each id, and the merged groups: those that share an image.
 
-    A picture that was filed twice would otherwise be trained on and tested with. A blank one says
-    nothing: it is alike in strangers.
+    Otherwise a duplicate image could be in both train and test. Blank images are skipped: images of
+    different patients may both be blank.
     """
     parents: dict[str, str] = {}
 
@@ -132,8 +136,8 @@ def _joined_groups(samples: Sequence[EncodedSample]) -> tuple[dict[str, str], li
             parents[max(group, other)] = min(group, other)
     if joined:
         logger.warning(
-            "%s a picture of another group and %s joined with it: %s",
-            "1 group holds" if len(joined) == 1 else f"{len(joined)} groups hold",
+            "%s an image with another group and %s merged with it: %s",
+            "1 group shares" if len(joined) == 1 else f"{len(joined)} groups share",
             "is" if len(joined) == 1 else "are",
             join_truncated(joined, MAX_LISTED),
         )
@@ -141,7 +145,7 @@ def _joined_groups(samples: Sequence[EncodedSample]) -> tuple[dict[str, str], li
 
 
 def _check_leaks(samples: Sequence[EncodedSample], config: PrepConfig) -> bool:
-    """Returns whether the ready-made splits leak; that is an error unless it is allowed."""
+    """Returns whether the ready-made splits leak; raises unless `config` allows leaks."""
     images = {s.image_id: s for s in samples}.values()
     leaks = find_leaks(
         (s.image_id, str(s.split), s.group, None if s.is_blank else s.image_sha256) for s in images
@@ -149,8 +153,8 @@ def _check_leaks(samples: Sequence[EncodedSample], config: PrepConfig) -> bool:
     if leaks and not config.allow_leaks:
         more = f"; and {len(leaks) - MAX_LISTED} more" if len(leaks) > MAX_LISTED else ""
         raise ContentError(
-            f"the ready-made splits leak: {'; '.join(leaks[:MAX_LISTED])}{more}; mend them or "
-            "accept it with --allow-leaks"
+            f"the ready-made splits leak: {'; '.join(leaks[:MAX_LISTED])}{more}; fix them, or "
+            "accept the leaks with --allow-leaks"
         )
     for leak in leaks[:MAX_LISTED]:
         logger.warning("leak: %s", leak)

@@ -1,4 +1,4 @@
-"""The `prep` command: reads its options, runs the preparation and prints what came of it.
+"""Runs the `prep` command: reads its options, prepares the dataset and prints a summary.
 
 flexunet prep SOURCE OUTPUT        the same as        python -m data_prep SOURCE OUTPUT
 """
@@ -23,8 +23,7 @@ from flexunet.process_pool import OpenWorkers
 from flexunet.settings import deep_merge, parse_settings, read_text, read_yaml
 from flexunet.storage import ObjectStore, open_store
 
-_COUNTS_WIDTH = 84  # columns of a terminal
-_LOG_WIDTH = 80  # likewise, where there is none
+_MIN_WIDTH = 80  # columns of tables, also without a terminal
 
 
 @click.command("prep", cls=SettingsCommand)
@@ -35,9 +34,9 @@ _LOG_WIDTH = 80  # likewise, where there is none
 def command(source: str, output: str, config_file: str | None, **options: Any) -> None:
     """Turns the images and masks of SOURCE into a dataset at OUTPUT.
 
-    SOURCE holds images/ and masks/, or train/, valid/ and test/ that each hold both; with --format
-    inbreast AllDICOMs/ and AllXML/. Both may be folders or gs:// URLs. The same command continues
-    where an interrupted one stopped.
+    SOURCE contains images/ and masks/, or train/, valid/ and test/ with both in each; with --format
+    inbreast AllDICOMs/ and AllXML/. SOURCE and OUTPUT are folders or gs:// URLs. After an
+    interruption, run the same command again to continue.
     """
     config = read_config(config_file, options)
     with quiet_interrupts():
@@ -45,10 +44,10 @@ def command(source: str, output: str, config_file: str | None, **options: Any) -
 
 
 def read_config(config_file: str | None, options: dict[str, Any]) -> PrepConfig:
-    """Returns the options of the command line, laid over those of the YAML file.
+    """Returns the options of the YAML file, overridden by those of the command line.
 
     Args:
-        options: as click hands over those that `settings_options` made.
+        options: the values of the options made by `settings_options`, as click passes them.
 
     Raises:
         UsageError: the file cannot be read, or an option is wrong.
@@ -64,7 +63,7 @@ def read_config(config_file: str | None, options: dict[str, Any]) -> PrepConfig:
 def run(
     source: str, output: str, config: PrepConfig, open_workers: OpenWorkers | None = None
 ) -> None:
-    """Prepares the dataset and prints what it holds; see `prepare_source`."""
+    """Prepares the dataset and prints a summary; see `prepare_source`."""
     manifest = prepare_source(source, output, config, open_workers=open_workers)
     store = open_store(output)
     _print_summary(manifest, store.url)
@@ -95,18 +94,18 @@ def _print_summary(manifest: Manifest, url: str) -> None:
 
 
 def _print_counts(store: ObjectStore) -> None:
-    """Prints what the release holds beside what was published of it."""
+    """Prints the findings of the release beside the published numbers."""
     from rich.console import Console
     from rich.table import Table
 
     rows = list(csv.reader(io.StringIO(store.get(inbreast.COUNTS_NAME).decode())))
     title = "found in the release, and published"
-    note = textwrap.fill(inbreast.PUBLISHED_NOTE, _LOG_WIDTH)
-    table = Table(*rows[0], title=title, caption=note, caption_justify="left")
+    note = textwrap.fill(inbreast.PUBLISHED_NOTE, _MIN_WIDTH)
+    table = Table(*rows[0], title=title, caption=note, caption_justify="left", pad_edge=False)
     for column in table.columns[1:-1]:
         column.justify = "right"
     for row in rows[1:]:
-        # An earlier version wrote other words into the last column.
+        # The last column may have other words from an earlier version.
         table.add_row(*row[:-1], inbreast.PUBLISHED.get(row[0], ""))
-    # A log has fewer columns, which break the last of these.
-    Console(soft_wrap=True, width=max(Console().width, _COUNTS_WIDTH)).print(table)
+    # A narrow log would wrap the last column.
+    Console(soft_wrap=True, width=max(Console().width, _MIN_WIDTH)).print(table)

@@ -1,4 +1,4 @@
-"""The options of `prep`, their checks, and which of them are the identity of a dataset."""
+"""Defines the options of `prep`, their checks, and which of them identify a dataset."""
 
 import re
 from typing import Any, Literal
@@ -12,123 +12,122 @@ from data_prep.imaging.dicom.reader import Reader
 from data_prep.sources import inbreast
 from flexunet.settings import Settings, option
 
-MAX_LISTED = 5  # names that a message lists
+MAX_LISTED = 5  # names listed in a message
 HASH_KEY_VARIABLE = "FLEXUNET_HASH_KEY"
 
 
 class PrepConfig(Settings):
-    """The options of `prep`. All but the free ones are the identity of a dataset."""
+    """The options of `prep`. All but those marked `not_identity` identify a dataset."""
 
     format: Literal["pairs", "inbreast"] = option(
         "pairs",
-        "pairs: pictures and masks; inbreast: the original INbreast release, AllDICOMs/ and "
-        "AllXML/, where the patient in the file name is the group and a picture without an XML "
-        "file has no finding.",
+        "pairs: images and masks; inbreast: the original INbreast release with AllDICOMs/ and "
+        "AllXML/. For inbreast, the patient in the file name is the group, and an image without "
+        "an XML file has no finding.",
     )
     rois: tuple[inbreast.Kind, ...] = option(
         ("mass",),
-        f"Annotations of INbreast that are foreground: {', '.join(inbreast.KINDS)}. They name the "
-        "class where --classes is not given: mass+spiculated.",
+        f"INbreast annotations to use as foreground: {', '.join(inbreast.KINDS)}. Without "
+        "--classes they also name the class, such as mass+spiculated.",
         min_length=1,
     )
     image_size: int = option(
         512,
-        "Height and width of the stored images, pixels. A network of 8 levels, as training's "
-        "default is, needs a multiple of 128; each level less halves that.",
+        "Height and width of the stored images, pixels. The default network (8 levels) needs a "
+        "multiple of 128; each level less halves that number.",
         ge=8,
         le=16384,
     )
     image_height: int | None = option(
-        None, "Height where it differs from --image-size, pixels.", ge=8, le=16384
+        None, "Height of the stored images if not --image-size, pixels.", ge=8, le=16384
     )
     image_width: int | None = option(
-        None, "Width where it differs from --image-size, pixels.", ge=8, le=16384
+        None, "Width of the stored images if not --image-size, pixels.", ge=8, le=16384
     )
     geometry: Literal["stretch", "pad"] = option(
-        "stretch", "stretch: fill the stored image; pad: keep the aspect, the rest is 0."
+        "stretch", "stretch: fill the stored image; pad: keep the aspect ratio, pad with 0."
     )
     tile: int | None = option(
         None,
-        "Cut pictures, at their own size, into tiles of so many pixels a side; unset: each is "
-        "resized to --image-size.",
+        "Cut images at their original size into square tiles with this side length, pixels. "
+        "Unset: resize each image to --image-size.",
         ge=8,
         le=16384,
     )
     tile_overlap: int = option(
-        0, "Pixels by which neighbouring tiles overlap at least; with --tile.", ge=0
+        0, "Minimum overlap of neighbouring tiles, pixels; with --tile.", ge=0
     )
     crop: Crop = option(
         "none",
-        "breast: leave out the film around the breast; undone where masks are predicted.",
+        "breast: remove the film around the breast; predicted masks get the full frame again.",
     )
     flip: Flip = option(
         "none",
-        "Side on which the chest wall shall be; other pictures are mirrored, undone likewise.",
+        "Side of the chest wall; other images are mirrored, and predicted masks mirrored back.",
     )
     channels: Literal["auto", "grey", "rgb"] = option(
-        "auto", "Channels of the stored images; auto: grey when every picture is grey."
+        "auto", "Channels of the stored images; auto: grey if every image is grey."
     )
     full_scale: int | None = option(
         None,
-        "Raw value of full intensity of 16-bit pictures whose files do not say it, as DICOM files "
-        "do; larger values become it. Unset: 2^bits - 1 of the bits that the pictures need, but "
-        "for a few pixels of a few pictures.",
+        "Raw value of full intensity for 16-bit images whose files do not state it (DICOM files "
+        "do). Larger values are clipped to it. Unset: 2^bits - 1, with the bits that the images "
+        "need except for a few pixels of a few images.",
         ge=255,
         le=65535,
     )
     classes: str = option(
         "background=0,0,0;mass=255,255,255",
-        "Colours of the masks in the order of the class ids: name=R,G,B;... or name=#rrggbb;...",
+        "Mask colours in the order of the class ids: name=R,G,B;... or name=#rrggbb;...",
     )
     ignore_id: int | None = option(
-        None, "Id in index masks of pixels that count nowhere; above the class ids.", ge=1, le=255
+        None, "Id of ignored pixels in index masks; larger than the class ids.", ge=1, le=255
     )
     off_map_limit: float = option(
-        0.01, "Largest share of a mask's pixels whose colour is of no class, 0 to 1.", ge=0, le=1
+        0.01, "Reject a mask if more than this share of its pixels matches no class.", ge=0, le=1
     )
     skip_bad: bool = option(
-        False, "Leave bad files out and list them in report/rejects.csv, instead of stopping."
+        False, "Skip bad files and list them in report/rejects.csv instead of stopping."
     )
     group_preset: Literal["augmented"] | None = option(
         None,
-        "How names say which samples belong together; augmented: the source number at the end "
-        "(barrdistorted_1001_0.3_0.3_23 is of 23). Unset, and no other --group option: every "
-        "file is a group.",
+        "How to read the group from the file name. augmented: the source number at the end "
+        "(barrdistorted_1001_0.3_0.3_23 has group 23). Without a --group option every file is "
+        "its own group.",
     )
     group_regex: str | None = option(
         None,
-        "Regular expression, found in the file name: its first group, or all of it, is the group.",
+        "Regular expression to search in the file name; its first capture group, or the whole "
+        "match, is the group.",
     )
     group_csv: str | None = option(None, "CSV file with the columns file and group.", path=True)
     fractions: tuple[float, float, float] = option(
-        (0.80, 0.15, 0.05), "Shares of samples for train, valid and test; whole groups each."
+        (0.80, 0.15, 0.05), "Shares of samples for train, valid and test; groups stay whole."
     )
-    seed: int = option(1, "Seed of splits, folds and the order in the shards.", ge=0)
+    seed: int = option(1, "Random seed for splits, folds and the order in the shards.", ge=0)
     num_folds: int | None = option(
-        None, "Folds for cross-validation over train and valid; column fold of the sample table.",
+        None, "Number of cross-validation folds over train and valid (column fold of the table).",
         ge=2, le=100,
     )  # fmt: skip
     allow_leaks: bool = option(
-        False, "Accept ready-made splits that share a group or a picture; marked leaky: true."
+        False, "Accept ready-made splits that share a group or image; marks the dataset as leaky."
     )
     hash_names: bool = option(
         False,
-        "Replace names and groups by 16 hex digits of their HMAC-SHA256; the key is in "
-        f"{HASH_KEY_VARIABLE}, without it names that can be guessed can be found again.",
+        "Replace names and groups by 16 hex digits of their HMAC-SHA256. Set the key in "
+        f"{HASH_KEY_VARIABLE}; without a key, guessable names can be recovered.",
     )
-    shard_size: float = option(64.0, "Size of a shard to aim at, MB.", gt=0, le=1024)
-    max_pixels: int = option(
-        DEFAULT_MAX_PIXELS, "Largest picture that is read, pixels.", ge=1, le=2**31
-    )
+    shard_size: float = option(64.0, "Target size of a shard, MB.", gt=0, le=1024)
+    max_pixels: int = option(DEFAULT_MAX_PIXELS, "Largest image to read, pixels.", ge=1, le=2**31)
     dicom_reader: Reader = option(
         "pydicom",
-        "What decodes DICOM files that are not compressed, to the same pixels; tfio: "
-        "tensorflow-io, of the extra tfio.",
+        "Decoder of uncompressed DICOM files; both give the same pixels. tfio: tensorflow-io, "
+        "from the extra tfio.",
         not_identity=True,
     )
     num_processes: int | None = option(
         None,
-        "Processes that read and encode; 1: this one. Unset: one per CPU.",
+        "Processes that read and encode; 1: only this one. Unset: one per CPU.",
         not_identity=True,
         ge=1,
     )
@@ -139,7 +138,7 @@ class PrepConfig(Settings):
         if not isinstance(values, dict) or "rois" not in values or "classes" in values:
             return values
         rois = values["rois"]
-        # Others are refused below.
+        # Unknown kinds are rejected later.
         is_known = isinstance(rois, list | tuple) and all(roi in inbreast.KINDS for roi in rois)
         if values.get("format") != "inbreast" or not rois or not is_known:
             return values
@@ -150,14 +149,14 @@ class PrepConfig(Settings):
     @classmethod
     def _fractions_are_three(cls, values: Any) -> Any:
         if isinstance(values, list | tuple) and len(values) != 3:
-            raise ValueError("three shares are needed: of train, valid and test")
+            raise ValueError("give three shares: of train, valid and test")
         return values
 
     @field_validator("fractions")
     @classmethod
     def _fractions_add_up(cls, values: tuple[float, float, float]) -> tuple[float, float, float]:
         if min(values) < 0 or abs(sum(values) - 1) > 1e-6:
-            raise ValueError("three shares of at least 0 that add up to 1 are needed")
+            raise ValueError("the three shares must be at least 0 and add up to 1")
         if values[0] == 0:
             raise ValueError("the share of train must be above 0")
         return values
@@ -180,13 +179,13 @@ class PrepConfig(Settings):
     def _format_fits(self) -> "PrepConfig":
         if self.format == "pairs":
             if self.rois != PrepConfig.model_fields["rois"].default:
-                raise ValueError("--rois is an option of --format inbreast")
+                raise ValueError("--rois needs --format inbreast")
         elif len(parse_color_map(self.classes)) != 2:
             raise ValueError(
-                "--format inbreast has a background and one foreground class; name two --classes"
+                "--format inbreast has a background and one foreground class; give two --classes"
             )
         elif (self.group_preset, self.group_regex, self.group_csv) != (None, None, None):
-            raise ValueError("the groups of --format inbreast are its patients; leave out --group")
+            raise ValueError("--format inbreast groups by patient; leave out the --group options")
         return self
 
     @model_validator(mode="after")
@@ -196,13 +195,13 @@ class PrepConfig(Settings):
                 raise ValueError("--tile-overlap needs --tile")
             return self
         if self.tile_overlap >= self.tile:
-            raise ValueError(f"--tile-overlap must be below --tile, which is {self.tile}")
+            raise ValueError(f"--tile-overlap must be less than --tile ({self.tile})")
         sizes = ("image_size", "image_height", "image_width", "geometry")
         for name in sizes:
             if getattr(self, name) != PrepConfig.model_fields[name].default:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} is for pictures that are resized, and --tile "
-                    f"{self.tile} stores them at their own size; leave out one of the two"
+                    f"--{name.replace('_', '-')} is for resized images, but --tile {self.tile} "
+                    "keeps their original size; leave out one of the two"
                 )
         return self
 
@@ -211,7 +210,7 @@ class PrepConfig(Settings):
         rules = ("group_preset", "group_regex", "group_csv")
         found = [f"--{name.replace('_', '-')}" for name in rules if getattr(self, name) is not None]
         if len(found) > 1:
-            raise ValueError(f"{' and '.join(found)} exclude each other; give one")
+            raise ValueError(f"{' and '.join(found)} cannot be combined; give one")
         return self
 
     @property
@@ -231,12 +230,12 @@ class PrepConfig(Settings):
 
 
 def identity_of(config: PrepConfig) -> dict[str, Any]:
-    """Returns the options that decide what is written, as JSON values."""
+    """Returns the options that determine the dataset's content, as JSON values."""
     values = config.model_dump(mode="json")
     for name, field in PrepConfig.model_fields.items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("not_identity"):
             del values[name]
     if config.full_scale is None:
-        del values["full_scale"]  # as before there was such an option
+        del values["full_scale"]  # as in versions without this option
     return values

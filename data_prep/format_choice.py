@@ -1,6 +1,6 @@
-"""Applies the options to the format of the stored pictures, and tells which pictures decided it.
+"""Applies the options to the format of the stored images, and reports which images determine it.
 
-The format itself is decided in `shards/pixel_format.py`.
+`shards/pixel_format.py` chooses the format.
 """
 
 import logging
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 def pixel_format_of(samples: Sequence[EncodedSample], config: PrepConfig) -> PixelFormat:
-    """Returns the format of the stored pictures.
+    """Returns the format of the stored images.
 
     Raises:
-        UsageError: a full scale is given, and all pictures have 8 bits.
+        UsageError: a full scale is given, but all images have 8 bits.
     """
     pixel_format = common_pixel_format(samples, config.full_scale)
     if config.full_scale is not None and pixel_format.bit_depth == 8:
         raise UsageError(
-            f"--full-scale {config.full_scale}: it is for pictures of 16 bits, and all of these "
-            "have 8; leave it out"
+            f"--full-scale {config.full_scale}: only for 16-bit images, but all of these have 8 "
+            "bits; leave it out"
         )
     return pixel_format
 
@@ -36,7 +36,7 @@ def pixel_format_of(samples: Sequence[EncodedSample], config: PrepConfig) -> Pix
 def warn_of_clipped(
     samples: Sequence[EncodedSample], pixel_format: PixelFormat, config: PrepConfig
 ) -> list[tuple[EncodedSample, int]]:
-    """Returns the pictures with pixels above the full scale, and their number; warns of them."""
+    """Warns of images with pixels above the full scale; returns them with the pixels' number."""
     if pixel_format.bit_depth == 8:
         return []
     found = clipped(samples, pixel_format.value_max, config.full_scale)
@@ -44,8 +44,8 @@ def warn_of_clipped(
     if less is not None:
         above = clipped(samples, less, None)
         logger.warning(
-            "the full scale is %d for few pixels: no picture has more than a thousandth of its "
-            "pixels above %d; if they are markers, --full-scale %d makes the pictures %d times "
+            "only few pixels need the full scale of %d: no image has more than a thousandth of its "
+            "pixels above %d; if these are markers, --full-scale %d makes the images %d times "
             "brighter: %s",
             pixel_format.value_max,
             less,
@@ -57,12 +57,12 @@ def warn_of_clipped(
         images = {sample.image_id for sample in samples if sample.num_above}
         named = [f"{s.filename} ({pluralize(n, 'pixel')}, up to {s.max_value})" for s, n in found]
         logger.warning(
-            "%d of %d pictures have pixels above the full scale %d%s, which become %d (see %s; "
-            "--full-scale gives another): %s",
+            "%d of %d images have pixels above the full scale %d%s; they are clipped to %d (see "
+            "%s; --full-scale sets another value): %s",
             len(found),
             len(images),
             pixel_format.value_max,
-            "" if config.full_scale else " that the others need",
+            "" if config.full_scale else " of the other images",
             pixel_format.value_max,
             report_figures.CLIPPED_NAME,
             join_truncated(named, MAX_LISTED),
@@ -73,7 +73,7 @@ def warn_of_clipped(
 def full_scale_info(
     samples: Sequence[EncodedSample], pixel_format: PixelFormat, config: PrepConfig
 ) -> FullScaleInfo | None:
-    """Returns what the manifest says of the full scale; None where every picture says its own."""
+    """Returns the manifest's full-scale entry; None if every image states its own full scale."""
     images = [sample for sample in samples if sample.num_above]
     if not images:
         return None
@@ -90,24 +90,24 @@ def full_scale_info(
 def warn_of_mixed(
     samples: Sequence[EncodedSample], pixel_format: PixelFormat, config: PrepConfig
 ) -> None:
-    """Warns of the few pictures that decided the format of all."""
+    """Warns if some images determine the format of all: colour, 16 bits or full scale."""
     samples = list({sample.image_id: sample for sample in samples}.values())
     coloured = [sample.filename for sample in samples if sample.channels == 3]
     if config.channels == "auto" and 0 < len(coloured) < len(samples):
         logger.warning(
-            "%d of %d pictures have colour, so all are stored as RGB (--channels grey would store "
+            "%d of %d images have colour, so all are stored as RGB (--channels grey would store "
             "one channel): %s", len(coloured), len(samples), _listed(coloured),
         )  # fmt: skip
     shallow = [sample.filename for sample in samples if sample.bit_depth < pixel_format.bit_depth]
     if shallow:
         logger.warning(
-            "%d of %d pictures have 8 bits, the others 16: 255 becomes %d in them: %s",
+            "%d of %d images have 8 bits, the others 16; their 255 becomes %d: %s",
             len(shallow), len(samples), pixel_format.value_max, _listed(shallow),
         )  # fmt: skip
     scaled = [s.filename for s in samples if s.value_max not in (None, pixel_format.value_max)]
     if scaled and not shallow:
         logger.warning(
-            "%d of %d pictures are of detectors of fewer bits; their full scale becomes %d: %s",
+            "%d of %d images are from detectors with fewer bits; their full scale becomes %d: %s",
             len(scaled), len(samples), pixel_format.value_max, _listed(scaled),
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Names as a dataset shows them: as they are, or with --hash-names their digests."""
+"""Replaces names in a dataset by digests if --hash-names is on."""
 
 import hashlib
 import hmac
@@ -11,11 +11,11 @@ from data_prep.sources.pairs import Reject, Source
 from flexunet.storage import open_store
 from flexunet.text import as_utf8
 
-_HASH_LENGTH = 16  # hex digits: 64 bits, a clash among a million names has odds of 1 to 37 million
+_HASH_LENGTH = 16  # hex digits, 64 bits: odds of a clash in a million names are 1 to 37 million
 
 
 def hidden(text: str, config: PrepConfig) -> str:
-    """Returns `text`, or what stands for it with --hash-names."""
+    """Returns `text`, or its digest with --hash-names."""
     if not config.hash_names:
         return text
     key = os.environ.get(HASH_KEY_VARIABLE, "").encode()
@@ -23,17 +23,17 @@ def hidden(text: str, config: PrepConfig) -> str:
 
 
 def hidden_name(name: str, config: PrepConfig) -> str:
-    """Returns the file name without folders; with --hash-names its stem is hidden."""
+    """Returns the file name without folders; with --hash-names, the stem is a digest."""
     base = os.path.basename(name)
     stem, ending = os.path.splitext(base)
-    # What follows the last dot of a DICOM file without an ending is part of its name.
+    # In a DICOM file without an ending, the text after the last dot is part of the name.
     if config.format == "inbreast" and ending.lower() not in (*DICOM_ENDINGS, ".xml"):
         stem, ending = base, ""
     return hidden(stem, config) + ending
 
 
 def without_name(reject: Reject, config: PrepConfig) -> str:
-    """Returns the reason of `reject`, the file's own name hidden in it."""
+    """Returns the reason of `reject` with the file's own name hidden."""
     name = os.path.basename(reject.file)
     reason = reject.reason.replace(name, hidden_name(name, config))
     stem = os.path.splitext(name)[0]
@@ -41,7 +41,7 @@ def without_name(reject: Reject, config: PrepConfig) -> str:
 
 
 def dataset_name(sources: Sequence[Source], config: PrepConfig) -> str:
-    """Returns the name of the folder that holds the sources; it is part of the manifest's bytes."""
+    """Returns the dataset's name in the manifest: that of the folder of the sources."""
     first = sources[0]
     parents = open_store(first.images).url.split("/")[:-1]
     if first.split is not None:

@@ -1,4 +1,4 @@
-"""The manifest of a dataset that was written: how many, how large, and what was lost."""
+"""Builds the manifest of a written dataset: counts, sizes and lost regions."""
 
 import dataclasses
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a dataset holds, before it is committed.
+    """The content of a dataset before it is committed.
 
     Attributes:
         samples: at least one, in any order.
@@ -40,7 +40,7 @@ class Contents:
 
 
 def build_manifest(contents: Contents, config: PrepConfig) -> Manifest:
-    """Returns the manifest of what was written with the options `config`."""
+    """Returns the manifest of `contents`, which was written with the options `config`."""
     pixel_format, samples, splits = (
         contents.pixel_format,
         contents.samples,
@@ -82,7 +82,7 @@ def build_manifest(contents: Contents, config: PrepConfig) -> Manifest:
 def _mean_and_std_of_train(
     shards: Sequence[WrittenShard],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation per channel, of all pictures where train has none."""
+    """Returns mean and standard deviation per channel over train, or all images if it is empty."""
     train = [r.moments for shard in shards if shard.info.split == "train" for r in shard.records]
     every = [r.moments for shard in shards for r in shard.records]
     return mean_and_std(train or every)
@@ -120,15 +120,15 @@ def _sums(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:
 
 
 def warn_of_lost_regions(manifest: Manifest) -> None:
-    """Warns where regions of the masks have no pixel in the stored masks."""
+    """Warns if downscaling removed regions of the masks."""
     infos = manifest.reduced.values()
     num_vanished = sum(sum(info.num_vanished) for info in infos)
     if num_vanished:
         logger.warning(
-            "%d of %s of the masks have no pixel in the stored masks, which are smaller, and %s "
-            "lost all foreground: training does not see them, and no evaluation counts them as "
-            "missed; raise --image-size, or cut tiles (--tile)",
+            "downscaling removed %d of %s in the masks, and all foreground of %s: they are missing "
+            "in training, and no evaluation counts them as missed; increase --image-size or use "
+            "--tile",
             num_vanished,
             pluralize(sum(sum(info.num_regions) for info in infos), "region"),
-            pluralize(sum(info.num_emptied for info in infos), "picture"),
+            pluralize(sum(info.num_emptied for info in infos), "image"),
         )

@@ -1,6 +1,6 @@
-"""Images and masks -> a committed dataset: the steps in order.
+"""Prepares a committed dataset from images and masks: runs the steps in order.
 
-How pictures are found, read, split and stored is decided elsewhere.
+Other modules find, read, split and store the images.
 """
 
 import dataclasses
@@ -53,15 +53,15 @@ def prepare_source(
     open_workers: OpenWorkers | None = None,
     progress: bool = True,
 ) -> Manifest:
-    """Returns the manifest of the dataset at `output`, prepared from the folder `source`.
+    """Prepares the dataset at `output` from the folder `source` and returns its manifest.
 
     Args:
         source: folder or gs:// URL as `flexunet prep` takes it.
-        open_workers, progress: as for `prepare`.
+        open_workers, progress: see `prepare`.
 
     Raises:
-        UsageError, ContentError, StorageError: as `prepare`; also where the output would make a
-            folder in which the next preparation of `source` looks for images.
+        UsageError, ContentError, StorageError: see `prepare`; also if the output would create a
+            folder where the next preparation of `source` looks for images.
     """
     sources = sources_of(source, config)
     _refuse_other_layout(source, output, config)
@@ -77,29 +77,29 @@ def prepare(
     progress: bool = True,
     has_options: bool = True,
 ) -> Manifest:
-    """Returns the manifest of the dataset at `output_url`, prepared now or found finished.
+    """Prepares the dataset at `output_url`, unless it is finished, and returns its manifest.
 
     Args:
-        open_workers: opens the workers that read and encode, after all else was checked. None:
+        open_workers: opens the workers that read and encode, after all other checks. None:
             processes of this machine.
-        progress: show it on stderr.
-        has_options: whether the command that is running has the options of `prep`.
+        progress: show the progress on stderr.
+        has_options: whether the current command has the options of `prep`.
 
     Raises:
-        UsageError: a source is missing or empty, the output is a file or in a source, or another
-            preparation is in it.
+        UsageError: a source is missing or empty, the output is a file or inside a source, or it
+            contains another preparation.
         ContentError: a file is bad or splits leak; nothing was committed.
-        StorageError: storage is unavailable, unwritable or full; the same call continues.
+        StorageError: storage is unavailable, read-only or full; the same call continues.
     """
     if not sources:
-        raise UsageError("prep: no sources were given; give at least one folder of pictures")
+        raise UsageError("prep: no sources were given; give at least one folder of images")
     store = open_store(output_url)
     if is_file(store):
-        raise UsageError(f"{store.url}: is a file; give OUTPUT a folder, which prep makes")
+        raise UsageError(f"{store.url}: is a file; OUTPUT must be a folder, which prep creates")
     prep_input = collect_input(sources, store, config, has_options=has_options)
     is_finished = store.stat(MANIFEST_NAME) is not None
     if not is_finished:
-        # Beside what prep stages, with which it goes or stays.
+        # In the staging folder, with which a remaining probe is deleted.
         probe_writable(store.subpath(STATE_PREFIX), may_stay=True)
     with (open_workers or _processes(config, len(prep_input.items)))() as workers:
         work = _Work(store, config, workers, progress)
@@ -113,7 +113,7 @@ def _refuse_other_layout(source: str, output: str, config: PrepConfig) -> None:
     folder = folder_made_by(store, source) if config.format == "pairs" else None
     if folder:
         raise UsageError(
-            f"{store.url}: the output would make {folder}, where the next prep looks for pictures; "
+            f"{store.url}: the output would create {folder}, where the next prep looks for images; "
             "choose another"
         )
 
@@ -125,7 +125,7 @@ def _processes(config: PrepConfig, num_items: int) -> OpenWorkers:
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What every step needs."""
+    """The arguments that every step needs."""
 
     store: ObjectStore
     config: PrepConfig
@@ -170,14 +170,14 @@ def _prepare(work: _Work, prep_input: PrepInput) -> Manifest:
     commit(store, manifest, table)
     remove_state(store)
     if refused:
-        logger.warning("list of the files left out: %s/%s", store.url, report_figures.REJECTS_NAME)
+        logger.warning("list of skipped files: %s/%s", store.url, report_figures.REJECTS_NAME)
     return manifest
 
 
 def _finished(work: _Work, prep_input: PrepInput) -> Manifest:
-    """Returns the manifest that is there, if it is of these options and files."""
+    """Returns the existing manifest if it has the same options and files; else raises."""
     manifest, _ = read_manifest(work.store)
-    # An option that an earlier version did not have was at its default.
+    # An option that an earlier version did not have had its default value.
     options = identity_of(PrepConfig()) | manifest.options
     found = {"options": options, "source_sha256": manifest.source_sha256}
     plan = {"options": identity_of(work.config), "source_sha256": manifest.source_sha256}
@@ -187,8 +187,8 @@ def _finished(work: _Work, prep_input: PrepInput) -> Manifest:
         plan["source_sha256"] = source_digest(items, crcs, prep_input.refused)
     if found != plan:
         raise UsageError(
-            f"{work.store.url}: holds a dataset already ({describe_difference(found, plan)})"
-            "; choose another folder or delete it"
+            f"{work.store.url}: contains another dataset ({describe_difference(found, plan)}); "
+            "choose another folder or delete it"
         )
     remove_state(work.store)
     logger.info("%s: finished already with these options and files", work.store.url)
@@ -207,26 +207,26 @@ def _digest_of_scanned(
 def _check_usable(
     samples: Sequence[EncodedSample], refused: Sequence[tuple[str, str]], wanted: Collection[str]
 ) -> None:
-    """Checks that what is left after pass 1 makes a dataset; warns of what is left out.
+    """Checks that the samples left after pass 1 suffice for a dataset; warns of skipped files.
 
     Args:
-        refused: (file, reason) each.
+        refused: (file, reason) of each rejected file.
         wanted: ready-made splits that must not be empty.
 
     Raises:
-        ContentError: nothing is left, a split is empty, or no mask has foreground.
+        ContentError: no sample is left, a split is empty, or no mask has foreground.
     """
     if not samples:
         raise ContentError(f"none of {len(refused)} files is usable: {_named(refused)}")
     if refused:
-        # Now, because what follows may fail, and rejects.csv comes with the dataset.
-        logger.warning("%s left out: %s", pluralize(len(refused), "file"), _named(refused))
+        # Logged now, because rejects.csv is written later, and the next steps may fail.
+        logger.warning("skipped %s: %s", pluralize(len(refused), "file"), _named(refused))
     _refuse_empty_splits(samples, wanted)
     _refuse_all_empty(samples)
 
 
 def _named(refused: Sequence[tuple[str, str]]) -> str:
-    """Returns the first (file, reason) in words, and how many more there are."""
+    """Returns the first rejected files with their reasons, and the number of the rest."""
     return join_truncated([_worded(*each) for each in refused], MAX_LISTED)
 
 
@@ -260,28 +260,28 @@ def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | Reje
     try:
         results = _run(work, scan_chunk, tasks, "encoding", len(items), _num_images)
     except ContentError as error:
-        raise ContentError(f"{error}; --skip-bad leaves such files out") from error
+        raise ContentError(f"{error}; or skip such files with --skip-bad") from error
     return [result for chunk in results for result in chunk]
 
 
 def _refuse_empty_splits(samples: Sequence[EncodedSample], wanted: Collection[str]) -> None:
-    """Refuses a source folder of a split of which no pair is left.
+    """Rejects a source with a split folder that has no usable pair.
 
-    A dataset without it would look whole, and training would find nothing to validate on.
+    Otherwise the dataset would look complete, but training would have no images for that split.
     """
     filled = {sample.split for sample in samples}
     empty = [name for name in SPLITS if name in wanted and name not in filled]
     if empty:
         raise ContentError(
-            f"no pair of {' and '.join(f'split {name}' for name in empty)} is usable, as the "
-            "files left out say; replace these files, or remove the folder of the split"
+            f"no pair of {' and '.join(f'split {name}' for name in empty)} is usable (see the "
+            "skipped files); replace these files, or remove the folder of the split"
         )
 
 
 def _refuse_all_empty(samples: Sequence[EncodedSample]) -> None:
-    """Refuses masks that hold something, of which not one pixel was read as foreground.
+    """Rejects masks with unmapped colours if no pixel of all masks is foreground.
 
-    Noise, as JPEG adds it, hides an area of another colour from the check of a single mask.
+    The check of a single mask can miss an area of another colour with noise, such as JPEG's.
     """
     has_foreground = any(
         any(s.pixels_per_class[1:]) or (s.regions is not None and any(s.regions.regions))
@@ -292,7 +292,7 @@ def _refuse_all_empty(samples: Sequence[EncodedSample]) -> None:
     if others and not has_foreground:
         raise ContentError(
             f"all {len(images)} masks would be read as empty, but {len(others)} of them have "
-            f"pixels of colours that are no class's, as that of {others[0]}; give the colours of "
+            f"pixels in colours of no class, such as that of {others[0]}; give the colours of "
             "these masks with --classes"
         )
 
@@ -314,7 +314,7 @@ def _run(
     num_images: int,
     images_in: Callable[[R], int],
 ) -> list[R]:
-    """Returns `function` of each task, in order; shows progress in images."""
+    """Runs `function` on each task; returns the results in order and shows progress in images."""
     results = []
     with Progress(title, num_images, shown=work.progress) as bar:
         for result in work.workers.in_order(function, tasks):

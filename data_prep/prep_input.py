@@ -1,6 +1,6 @@
-"""Finds what is prepared: the pairs of a source, their groups and names, and files to refuse.
+"""Finds the pairs of a source with their groups and names, and the files to reject.
 
-It reads listings and tables only, before a picture is read.
+Reads listings and tables only, before any image is read.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class PrepInput:
-    """What a preparation begins with.
+    """The input of a preparation.
 
     Attributes:
-        name: of the dataset.
-        wanted_splits: ready-made splits of which at least one pair must be usable.
-        refused: (file, reason) of the files that are in no pair, as the report may show them.
+        name: name of the dataset.
+        wanted_splits: ready-made splits that need at least one usable pair each.
+        refused: (file, reason) of the files without a pair, with names as the report shows them.
     """
 
     name: str
@@ -48,15 +48,15 @@ class PrepInput:
 
 
 def sources_of(source: str, config: PrepConfig) -> tuple[Source, ...]:
-    """Returns the folders that hold what is prepared.
+    """Returns the folders with the images and masks of `source`.
 
     Raises:
-        UsageError: one is missing or empty.
+        UsageError: a folder is missing or empty.
     """
     url = open_store(source).url
     problem = folder_problem(open_store(source))
     if problem:
-        raise UsageError(f"{url}: {problem}; give the folder that holds the source")
+        raise UsageError(f"{url}: {problem}; give the folder that contains the source")
     if config.format == "inbreast":
         return inbreast.find_release(source)
     try:
@@ -65,22 +65,22 @@ def sources_of(source: str, config: PrepConfig) -> tuple[Source, ...]:
         if not inbreast.is_release(source):
             raise
         raise UsageError(
-            f"{url}: no images/ and masks/, but a release of INbreast; give --format inbreast"
+            f"{url}: has no images/ and masks/, but looks like INbreast; give --format inbreast"
         ) from error
 
 
 def collect_input(
     sources: Sequence[Source], output: ObjectStore, config: PrepConfig, *, has_options: bool
 ) -> PrepInput:
-    """Returns the items of `sources`, sorted by id, and what is refused of them.
+    """Returns the items of `sources`, sorted by id, and the rejected files.
 
     Args:
-        has_options: whether the command that is running has the options of `prep`.
+        has_options: whether the current command has the options of `prep`.
 
     Raises:
-        UsageError: a source is missing or empty, or holds the output; or --group-regex or
+        UsageError: a source is missing or empty, or contains the output; or --group-regex or
             --group-preset fits no name.
-        ContentError: a file is in no pair, and `config.skip_bad` is off; or --group-csv has none of
+        ContentError: a file has no pair and `config.skip_bad` is off; or --group-csv has none of
             the files.
     """
     _refuse_overlap(output, sources)
@@ -101,15 +101,15 @@ def _refuse_overlap(store: ObjectStore, sources: Sequence[Source]) -> None:
         for url in (source.images, source.masks):
             if is_subpath(store, open_store(url)):
                 raise UsageError(
-                    f"{store.url}: the output lies in the source folder {url}; choose another"
+                    f"{store.url}: the output is inside the source folder {url}; choose another"
                 )
 
 
 def pairs_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[SourcePair]:
-    """Returns the pairs, each with its group, as they are encoded, sorted by id.
+    """Returns an item to encode for each pair with its group, sorted by id.
 
     Raises:
-        StorageError: a file vanished since it was listed.
+        StorageError: a file was deleted after it was listed.
     """
     urls = {url for pair, _ in grouped for url in (pair.image_url, pair.mask_url)}
     stats = {url: {stat.name: stat for stat in open_source(url).list()} for url in urls}
@@ -117,9 +117,9 @@ def pairs_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[So
     def file(url: str, name: str) -> File:
         stat = stats[url].get(name)
         if stat is None:
-            raise StorageError(f"{url}/{name}: vanished since it was listed; run it again")
-        # A reason that goes into rejects.csv must not carry a hidden name; one that ends the
-        # command is for the user alone.
+            raise StorageError(f"{url}/{name}: was deleted after it was listed; run prep again")
+        # A reason in rejects.csv must not contain a hidden name; an error that ends the command is
+        # shown to the user only.
         secret = config.hash_names and config.skip_bad
         label = hidden_name(name, config) if secret else join_url(url, name)
         return File(url, name, label, stat.size, stat.generation)
@@ -141,7 +141,7 @@ def pairs_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[So
 def _grouped(
     pairs: Sequence[Pair], config: PrepConfig, *, has_options: bool
 ) -> tuple[list[tuple[Pair, str]], list[Reject]]:
-    """Returns the pairs with their groups, and those whose name gives none."""
+    """Returns the pairs with their groups, and rejects for names without a group."""
     table = None
     if config.group_csv is not None:
         table = (read_text(config.group_csv, "--group-csv"), config.group_csv)
@@ -161,7 +161,7 @@ def _grouped(
         kind = ContentError if config.group_csv is not None else UsageError
         raise kind(
             f"{rejects[0].file}: {rejects[0].reason} "
-            f"(so with all {pluralize(len(rejects), 'file')})"
+            f"(same for all {pluralize(len(rejects), 'file')})"
         )
     return grouped, rejects
 
@@ -171,8 +171,8 @@ def _warn_of_files_as_groups(pairs: Sequence[Pair], *, has_options: bool) -> Non
     augmented = [pair for pair in pairs if groups.is_augmented_copy(pair.image_name)]
     if augmented:
         logger.warning(
-            "%d of %d names look like augmented copies (%s), and every file is a group of its own: "
-            "copies of one picture may lie in several splits; %s",
+            "%d of %d names look like augmented copies (%s), but every file is its own group: "
+            "copies of one image may be in several splits; %s",
             len(augmented),
             len(pairs),
             augmented[0].image_name,
@@ -182,25 +182,25 @@ def _warn_of_files_as_groups(pairs: Sequence[Pair], *, has_options: bool) -> Non
         )
     elif has_options:
         logger.warning(
-            "no --group option: every file is a group of its own; give one where a patient has "
-            "several pictures"
+            "no --group option: every file is its own group; give one if a patient has several "
+            "images"
         )
     else:
         logger.warning(
-            "every file is a group of its own; where a patient has several pictures, %s",
+            "every file is its own group; if a patient has several images, %s",
             elsewhere % "--group-regex REGEX",
         )
 
 
 def _refused(rejects: Sequence[Reject], config: PrepConfig) -> list[tuple[str, str]]:
-    """Returns (file, reason) of the files that are in no pair, as the report may show them."""
+    """Returns (file, reason) of the files without a pair, with names as the report shows them."""
     if rejects and not config.skip_bad:
         first = rejects[0]
         num_more = len(rejects) - 1
         more = f" (and {pluralize(num_more, 'more file')})" if num_more else ""
         raise ContentError(
-            f"{legible(f'{first.file}: {first.reason}')}{more}; mend it, or leave such files out "
-            "with --skip-bad"
+            f"{legible(f'{first.file}: {first.reason}')}{more}; fix it, or skip such files with "
+            "--skip-bad"
         )
     if not config.hash_names:
         return [(reject.file, reject.reason) for reject in rejects]
@@ -212,7 +212,7 @@ def source_digest(
     crcs: Sequence[tuple[int, int]],
     refused: Sequence[tuple[str, str]],
 ) -> str:
-    """Returns the digest of all that the source holds: names, groups, sizes and checksums."""
+    """Returns the digest of a source: names, groups, sizes and checksums of all files."""
     parts = [
         (item.id, item.group, item.filename, item.split, *_sizes(item), *crc)
         for item, crc in zip(items, crcs, strict=True)

@@ -1,6 +1,6 @@
-"""The `report/` folder of a dataset: statistics, sheets of sample pairs, refused files.
+"""Draws the `report/` of a dataset: statistics, contact sheets of sample pairs, rejected files.
 
-Draws what it is given; it must not decide anything about the dataset.
+Only draws; all decisions about the dataset are made elsewhere.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ STATISTICS_NAME = "report/statistics.png"
 REJECTS_NAME = "report/rejects.csv"
 CLIPPED_NAME = "report/clipped.csv"
 _THUMBNAIL = 240  # pixels of the longer side
-_MIN_COLUMN = 100  # pixels, so that names of small pictures can be told apart
+_MIN_COLUMN = 100  # pixels, so that names of small images stay readable
 _GAP = 12  # pixels between thumbnails
 _LINE = 18  # pixels of a line of text
 _OVERLAY_ALPHA = 0.45
 _HATCH_PERIOD, _HATCH_WIDTH = 6, 2  # pixels, of diagonal lines over ignored areas
 _HATCH_GREYS = 220.0, 90.0  # of the lines, and between them
-_LEAST_PERCENT = 1e-3  # of pixels; smaller shares are drawn there
+_LEAST_PERCENT = 1e-3  # of pixels; smaller shares are drawn at this value
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitStatistics:
-    """What the plot shows of one split; `class_pixels` has one number per class."""
+    """The statistics of one split in the plot; `class_pixels` has one number per class."""
 
     num_samples: int
     class_pixels: tuple[int, ...]
@@ -45,7 +45,7 @@ class SplitStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class PairPreview:
-    """One pair for a sheet: (H, W, C) uint8 or uint16, and (H, W) uint8 class ids."""
+    """One pair for a contact sheet: (H, W, C) uint8 or uint16, and (H, W) uint8 class ids."""
 
     title: str
     image: np.ndarray
@@ -53,17 +53,17 @@ class PairPreview:
 
 
 def contact_sheet_name(split: str) -> str:
-    """Returns the name of the sheet of sample pairs of `split`."""
+    """Returns the object name of the contact sheet of `split`."""
     return f"report/samples-{split}.png"
 
 
 def clipped_csv(rows: Sequence[tuple[str, int, int]]) -> str:
-    """Returns the table of pictures with pixels above the full scale: file, how many, largest."""
+    """Returns the CSV of images with clipped pixels: file, number of pixels, largest value."""
     return csv_table(("file", "num_pixels_above", "max_value"), rows)
 
 
 def rejects_csv(rejects: Sequence[tuple[str, str]]) -> str:
-    """Returns the table of (file, reason); it is safe to open in a spreadsheet."""
+    """Returns the CSV of rejected files and reasons; it is safe to open in a spreadsheet."""
     rows = [(legible(file), legible(reason)) for file, reason in rejects]
     return csv_table(("file", "reason"), rows)
 
@@ -71,10 +71,10 @@ def rejects_csv(rejects: Sequence[tuple[str, str]]) -> str:
 def statistics_png(
     splits: Mapping[str, SplitStatistics], classes: Sequence[ClassColor], title: str
 ) -> bytes:
-    """Returns a PNG: images per split, and the share of each class in the pixels of each split."""
+    """Returns a PNG with the images per split, and the share of pixels per class and split."""
     from matplotlib.figure import Figure
 
-    # Placed by hand: a layout draws everything twice. Names are told by their length.
+    # Fixed positions: a layout engine would draw everything twice. Widths of names are estimated.
     width, height = 11.0, 4 + 0.15 * len(classes)  # inches
     bottom, top = 0.6 / height, 1 - 0.7 / height
     longest = max(len(_shortened(info.name)) for info in classes)
@@ -97,14 +97,14 @@ def contact_sheet_png(
     *,
     ignore_id: int | None = None,
 ) -> bytes:
-    """Returns a PNG with the picture of each pair above the same picture with its mask on it.
+    """Returns a PNG with each image above the same image with its mask as an overlay.
 
     Args:
         pairs: one or more.
-        value_max: raw value that is drawn white.
+        value_max: raw value drawn as white.
         ignore_id: class id of pixels that count nowhere; they are hatched.
     """
-    # Without Matplotlib, which takes 0.5 s for what are pictures side by side.
+    # Without Matplotlib, which would need 0.5 s to put images side by side.
     large, small = _font(14), _font(11)
     columns = []
     for pair in pairs:
@@ -139,7 +139,7 @@ def contact_sheet_png(
 
 
 def _font(size: int) -> PIL.ImageFont.FreeTypeFont:
-    # The one of the plots; Pillow's own knows Latin letters only.
+    # The font of the plots; Pillow's default font has Latin letters only.
     import matplotlib as mpl
 
     return PIL.ImageFont.truetype(f"{mpl.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
@@ -150,7 +150,7 @@ def _text_width(font: PIL.ImageFont.FreeTypeFont, text: str) -> int:
 
 
 def _fitted(text: str, font: PIL.ImageFont.FreeTypeFont, width: int) -> str:
-    """Returns `text`, or both of its ends around an ellipsis, at most `width` pixels wide."""
+    """Returns `text`, shortened in the middle to at most `width` pixels."""
     text = " ".join(text.split())  # a line break cannot be drawn
     for num_kept in range(len(text), 0, -1):
         start, end = text[: (num_kept + 1) // 2], text[len(text) - num_kept // 2 :]
@@ -173,8 +173,8 @@ def _draw_counts(axes: "Axes", splits: Mapping[str, SplitStatistics]) -> None:
 def _draw_shares(
     axes: "Axes", splits: Mapping[str, SplitStatistics], classes: Sequence[ClassColor]
 ) -> None:
-    # A foreground of 1 % beside a background of 99 % shows only on a logarithmic axis, where a bar
-    # has no beginning and its length means nothing: a point is a place and no more.
+    # A foreground of 1 % beside a background of 99 % is visible only on a logarithmic axis. The
+    # length of a bar has no meaning there, so the values are points.
     height = 0.8 / len(splits)
     places = np.arange(len(classes))
     for i, (name, split) in enumerate(splits.items()):
@@ -189,21 +189,21 @@ def _draw_shares(
                 va="center", fontsize=8,
             )  # fmt: skip
     axes.set_xscale("log")
-    axes.set_xlim(_LEAST_PERCENT / 1.5, 1000)  # room for the numbers
+    axes.set_xlim(_LEAST_PERCENT / 1.5, 1000)  # space for the numbers
     axes.set_xticks([1e-3, 1e-2, 0.1, 1, 10, 100], ["<0.001", "0.01", "0.1", "1", "10", "100"])
     axes.minorticks_off()
     axes.xaxis.grid(visible=True, color="0.9")
     axes.set_axisbelow(True)
     axes.set_yticks(places, [_literal(_shortened(info.name)) for info in classes])
     axes.set_ylim(len(classes) - 0.5, -0.5)
-    axes.set_title("Share of each class in the pixels")
-    axes.set_xlabel("% of pixels; each step is ten times the one before")
+    axes.set_title("Share of pixels per class")
+    axes.set_xlabel("% of pixels (logarithmic scale)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", fontsize=8)
 
 
 def _thumbnails(pair: PairPreview, value_max: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (h, w, 3) uint8 and (h, w) uint8, reduced."""
+    """Returns the image (h, w, 3) uint8 and the mask (h, w) uint8, downscaled."""
     import cv2
 
     height, width = pair.mask.shape
@@ -245,7 +245,7 @@ def _swatch(class_id: int, ignore_id: int | None) -> np.ndarray:
 
 
 def _overlay_color(class_id: int) -> tuple[int, int, int]:
-    # Not the colour of the class itself, which is often white: unseen on dense tissue.
+    # Not the colour of the class, which is often white and invisible on dense tissue.
     from matplotlib.colors import to_rgb
 
     red, green, blue = (round(255 * value) for value in to_rgb(f"C{(class_id + 2) % 10}"))
@@ -258,5 +258,5 @@ def _shortened(text: str, length: int = 28) -> str:
 
 
 def _literal(text: str) -> str:
-    # Matplotlib would take what stands between dollar signs for a formula.
+    # Matplotlib would read text between dollar signs as a formula.
     return text.replace("$", r"\$")

@@ -1,6 +1,6 @@
-"""The files of `report/` beside a dataset, made of what was written.
+"""Writes the files of a dataset's `report/` from the stored samples.
 
-Owns which samples are shown and what is counted; how it is drawn is decided in `report_figures.py`.
+Selects the samples to show and the numbers to count; `report_figures.py` draws them.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,13 +26,13 @@ def write_report(
     rows: Sequence[Mapping[str, Any]],
     refused: Sequence[tuple[str, str]],
 ) -> None:
-    """Writes the refused files, a sheet of samples of each split, and the statistics.
+    """Writes the list of rejected files, a contact sheet per split, and the statistics.
 
     Args:
-        rows: of the sample table.
-        refused: (file, reason) each.
+        rows: the rows of the sample table.
+        refused: (file, reason) of each rejected file.
     """
-    # After a stop it may be there; the account may create and not replace.
+    # The file may exist from an interrupted run, and the account may not replace objects.
     put_if_changed(
         store, report_figures.REJECTS_NAME, report_figures.rejects_csv(sorted(refused)).encode()
     )
@@ -59,16 +59,20 @@ def write_report(
 
 
 def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns the samples for a sheet, those with foreground first.
+    """Returns the samples for a contact sheet, those with foreground first.
 
-    A sheet shows whether masks fit their pictures, and most tiles have nothing of it.
+    A sheet shows whether masks match their images, and most tiles have no foreground.
     """
     ordered = sorted(rows, key=lambda row: not any(row["pixels_per_class"][1:]))
     return ordered[:_PAIRS_PER_CONTACT_SHEET]
 
 
 def write_clipped(store: ObjectStore, above: Sequence[tuple[EncodedSample, int]]) -> None:
-    """Writes the pictures that have so many pixels above the full scale, unless there is none."""
+    """Writes the list of images with clipped pixels, if there are any.
+
+    Args:
+        above: (sample, number of pixels above the full scale) of each image.
+    """
     if above:
         lines = [(sample.filename, count, sample.max_value) for sample, count in above]
         put_if_changed(
@@ -79,10 +83,10 @@ def write_clipped(store: ObjectStore, above: Sequence[tuple[EncodedSample, int]]
 def write_counts(
     store: ObjectStore, samples: Sequence[EncodedSample], unannotated: Collection[str]
 ) -> None:
-    """Writes how many findings of each kind a release has.
+    """Writes the number of findings of each kind in an INbreast release.
 
     Args:
-        unannotated: ids of the pictures that came without an annotation file.
+        unannotated: ids of the images without an annotation file.
     """
     findings = {sample.image_id: sample.findings for sample in samples}
     groups = {sample.image_id: sample.group for sample in samples}
@@ -92,13 +96,13 @@ def write_counts(
 
 
 def _read_pair(store: ObjectStore, row: Mapping[str, Any]) -> report_figures.PairPreview:
-    """Returns a sample as a reader of the dataset would see it."""
+    """Returns a sample as read from its shard."""
     where = f"{store.url}/{row['shard']} at {row['offset']}"
     record = store.get(row["shard"], row["offset"], row["length"])
     features = decode_example(unframe_record(record, where=where))
     image, mask = features[IMAGE_FEATURE], features[MASK_FEATURE]
     if not isinstance(image, bytes) or not isinstance(mask, bytes):
-        raise ContentError(f"{where}: pictures are not bytes; prepare the dataset again")
+        raise ContentError(f"{where}: the image or mask is not bytes; prepare the dataset again")
     image_pixels = read_image(image, name=where, max_pixels=2**31)
     mask_pixels = read_mask_pixels(mask, name=where, max_pixels=2**31)
     return report_figures.PairPreview(str(row["id"]), image_pixels, mask_pixels)

@@ -1,4 +1,4 @@
-"""Pictures and masks in memory: decoded, fitted to a size, and read as class ids.
+"""Decodes images and masks, fits them to a size, and converts masks to class ids.
 
-Pure functions on bytes and pixels; they must not know data sets, groups or storage.
+Pure functions on bytes and pixels; they do not depend on datasets, groups or storage.
 """

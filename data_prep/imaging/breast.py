@@ -1,8 +1,8 @@
-"""Where the breast lies in a mammogram, so that empty film need not be stored.
+"""Finds the breast in a mammogram, so that empty film need not be stored.
 
-Owns the search; it must not know files or datasets. The same pixels give the same place, so that
-prediction frames a picture as preparation did. It is meant for dark film around a bright breast;
-labels are not part of the breast, because they do not hang together with it.
+The search works on pixels, without files or datasets. The same pixels give the same box, so that
+prediction crops an image like preparation. It expects dark film around a bright breast; labels are
+not part of the breast, because they are not connected to it.
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from data_prep.imaging.pixels import Pixels
 Crop = Literal["none", "breast"]
 Flip = Literal["none", "left", "right"]
 
-_SEARCH_SIDE = 512  # pixels: the search looks at a reduced picture
-_TISSUE = 0.04  # of the range between the darkest and nearly the brightest
+_SEARCH_SIDE = 512  # pixels: the search uses a downscaled image
+_TISSUE = 0.04  # of the range between the darkest pixel and the 99.5th percentile
 _MARGIN = 0.01  # of the longer side, around the breast
 
 
 @dataclass(frozen=True)
 class Breast:
-    """The box around the breast, pixels, and whether the chest wall is at the left."""
+    """The box around the breast, in pixels, and whether the chest wall is on the left."""
 
     box: Box
     is_left: bool
 
 
 def find_breast(image: Pixels) -> Breast | None:
-    """Returns where the breast lies, None where all is of one brightness.
+    """Returns the box of the breast, None if all pixels have the same brightness.
 
     Args:
         image: (H, W, C) uint8 or uint16, larger is brighter.
@@ -55,13 +55,13 @@ def find_breast(image: Pixels) -> Breast | None:
 
 
 def frame(image: Pixels, *, height: int, width: int, kind: str, crop: Crop, flip: Flip) -> Geometry:
-    """Returns how a picture is laid into the stored image of `height` x `width`.
+    """Returns the geometry of an image in the stored image of `height` x `width`.
 
     Args:
         image: (H, W, C) uint8 or uint16.
-        kind: "stretch", "pad" or "tile", see `image.fit`.
-        crop: "breast" leaves out what lies around it.
-        flip: the side on which the chest wall shall be.
+        kind: "stretch", "pad" or "tile", see `geometry.fit`.
+        crop: "breast" removes everything around the breast.
+        flip: the side of the chest wall in the stored image.
     """
     found = find_breast(image) if (crop, flip) != ("none", "none") else None
     return fit(
@@ -74,7 +74,7 @@ def frame(image: Pixels, *, height: int, width: int, kind: str, crop: Crop, flip
 
 
 def _tissue(image: Pixels) -> np.ndarray:
-    """Returns (h, w) uint8, reduced: 1 where it is brighter than film, single spots left out."""
+    """Returns a downscaled mask (h, w) uint8: 1 for pixels brighter than film, without spots."""
     import cv2
 
     height, width = image.shape[:2]

@@ -1,17 +1,17 @@
-"""Picture files to pixels and back: decoding with limits, lossless encoding.
+"""Decodes image files with limits, and encodes pixels losslessly.
 
-Owns the picture formats and their traps. It must not know classes, datasets or storage.
+The module handles the image formats; it does not depend on classes, datasets or storage.
 
-Decoding rules, the same for pictures and masks:
-- The format is found by content, never by extension: PNG, JPEG, TIFF or BMP.
+Decoding rules, the same for images and masks:
+- The format is detected from the content, never from the extension: PNG, JPEG, TIFF or BMP.
 - The header is checked before any pixel is decoded: size, one frame, upright.
-- Alpha is dropped, not composited: the colours below it are data, no background is invented.
-- A palette stands for its colours, of 8 bits. CMYK and YCbCr become RGB. 1-, 2- and 4-bit grey is
+- Alpha is dropped, not composited: the colours under it are data, and no background is invented.
+- A palette is replaced by its 8-bit colours. CMYK and YCbCr become RGB. 1-, 2- and 4-bit grey is
   scaled to 0..255, as the formats define it, so 1-bit gives 0 and 255.
-- 16-bit values are kept as they are, grey or colour. Signed, float and 32-bit values are refused.
-- An EXIF orientation other than upright is refused: whether the mask of such a picture was drawn on
-  the turned or on the stored picture cannot be known, and a wrong guess would go unnoticed.
-- Metadata stays behind: only pixels leave this module.
+- 16-bit values are kept, grey or colour. Signed, float and 32-bit values are rejected.
+- An EXIF orientation other than upright is rejected: the mask may have been drawn on the rotated or
+  on the stored image, and a wrong guess would not be noticed.
+- Metadata is dropped: the module returns only pixels.
 """
 
 import io
@@ -53,27 +53,27 @@ _PNG_SIGNATURE_BYTES = 8
 _PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _PNG_GREY_TYPES = (0, 4)  # grey, grey with alpha
 
-# On 24 mammograms of 512x512, grey, one core: run lengths with the Paeth filter 2.2 ms and 56.6 kB;
-# OpenCV's own default 1.9 ms, 60.7 kB; deflate level 6 with all filters 5.8 ms, 60.3 kB; level 9
-# 11 ms, 59.9 kB. Film grain leaves deflate's search nothing to find.
+# Measured on 24 mammograms of 512x512, grey, one core: run lengths with the Paeth filter 2.2 ms and
+# 56.6 kB; OpenCV's default 1.9 ms, 60.7 kB; deflate level 6 with all filters 5.8 ms, 60.3 kB; level
+# 9 11 ms, 59.9 kB. Film grain has no repetitions for deflate to find.
 _PNG_LEVEL = 1
 
 
 def is_image(data: bytes) -> bool:
-    """Returns whether `data` begins as a PNG, JPEG, TIFF or BMP file does."""
+    """Returns whether `data` starts like a PNG, JPEG, TIFF or BMP file."""
     return data.startswith(_SIGNATURES)
 
 
 def read_image(data: bytes, *, name: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
-    """Returns the pixels of a picture: (H, W, C) uint8 or uint16, C is 1 (grey) or 3 (RGB).
+    """Returns the pixels of an image: (H, W, C) uint8 or uint16, C is 1 (grey) or 3 (RGB).
 
     Args:
         data: the whole file: PNG, JPEG, TIFF or BMP.
-        name: what to call the file in errors.
-        max_pixels: larger pictures are refused before they are decoded.
+        name: name of the file in errors.
+        max_pixels: larger images are rejected before they are decoded.
 
     Raises:
-        ContentError: not a picture, corrupt, truncated, too large, more than one frame, turned by
+        ContentError: not an image, corrupt, truncated, too large, more than one frame, rotated by
             EXIF, or values that are not unsigned integers of at most 16 bits.
     """
     pixels = _decode(data, name=name, max_pixels=max_pixels)
@@ -83,11 +83,11 @@ def read_image(data: bytes, *, name: str, max_pixels: int = DEFAULT_MAX_PIXELS) 
 def read_mask_pixels(data: bytes, *, name: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
     """Returns the pixels of a mask: (H, W) uint8 or uint16 grey, or (H, W, 3) uint8 RGB.
 
-    A palette stands for its colours, so that the mask means what a viewer shows. 16-bit colours
-    keep their upper 8 bits.
+    A palette is replaced by its colours, as in an image viewer. 16-bit colours keep their upper 8
+    bits.
 
     Raises:
-        ContentError: as `read_image`.
+        ContentError: see `read_image`.
     """
     pixels = _decode(data, name=name, max_pixels=max_pixels)
     if pixels.ndim == 3 and pixels.dtype == np.uint16:
@@ -100,7 +100,7 @@ def encode_png(pixels: Pixels, *, is_mask: bool = False) -> bytes:
 
     Args:
         pixels: (H, W), (H, W, 1) or (H, W, 3) RGB; uint8 or uint16.
-        is_mask: mostly areas of one value, which are sooner read if nothing is predicted.
+        is_mask: mostly uniform areas, which decode faster without a PNG filter.
 
     Raises:
         ValueError: another shape or dtype.
@@ -117,9 +117,9 @@ def encode_png(pixels: Pixels, *, is_mask: bool = False) -> bytes:
     stored = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if is_rgb else pixels
     strategy = cv2.IMWRITE_PNG_STRATEGY_DEFAULT if is_mask else cv2.IMWRITE_PNG_STRATEGY_RLE
     options = [cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL, cv2.IMWRITE_PNG_STRATEGY, strategy]
-    # OpenCV 4.11, the newest beside NumPy 1, has no choice: larger files of the same pixels.
+    # OpenCV 4.11, the newest for NumPy 1, has no filter option: larger files with the same pixels.
     if hasattr(cv2, "IMWRITE_PNG_FILTER"):
-        # Paeth's saves 2 % of a mammogram's bytes, and reading takes nearly twice as long.
+        # The Paeth filter saves 2 % of a mammogram's bytes, but nearly doubles the decoding time.
         options += [
             cv2.IMWRITE_PNG_FILTER,
             cv2.IMWRITE_PNG_FILTER_NONE if is_mask else cv2.IMWRITE_PNG_FILTER_UP,
@@ -132,7 +132,7 @@ def _decode(data: bytes, *, name: str, max_pixels: int) -> Pixels:
     """Returns (H, W) grey or (H, W, 3) RGB, uint8 or uint16, never read-only."""
     if len(data) > max_pixels * _MAX_BYTES_PER_PIXEL + _MAX_METADATA_BYTES:
         raise ContentError(
-            f"{name}: {len(data)} bytes are more than a picture of {max_pixels} pixels can need; "
+            f"{name}: {len(data)} bytes are more than an image of {max_pixels} pixels can need; "
             "make it smaller or raise max_pixels"
         )
     with _decoding(data, name=name):
@@ -147,40 +147,40 @@ def _decode(data: bytes, *, name: str, max_pixels: int) -> Pixels:
 
 @contextmanager
 def _decoding(data: bytes, *, name: str) -> Iterator[None]:
-    """Turns whatever a decoder raises on broken bytes into one ContentError that names the file."""
+    """Converts any error of a decoder into a ContentError that names the file."""
     from PIL import UnidentifiedImageError
 
-    # Pillow warns of odd but harmless tags; anything that harms the pixels is an error of its.
+    # Pillow warns of odd but harmless tags; it raises an error if the pixels are damaged.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             yield
         except (ContentError, MemoryError):
             raise
-        # Broken files make Pillow raise OSError, SyntaxError, ValueError, struct.error, KeyError
-        # and more; nothing in this block does anything but decode these bytes.
+        # Damaged files make Pillow raise OSError, SyntaxError, ValueError, struct.error, KeyError
+        # and more; the block only decodes these bytes.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            if isinstance(error, UnidentifiedImageError):  # it names our stream, not the file
-                reason = "no decoder knows it"
+            if isinstance(error, UnidentifiedImageError):  # its text names the stream, not the file
+                reason = "unknown format"
             if data.startswith(_SIGNATURES):
                 why = ": ".join(filter(None, (tiff_kind(data), reason)))
-                reason = f"the picture is cut off or damaged, or of a kind that is not read ({why})"
+                reason = f"the image is truncated, damaged or of an unsupported kind ({why})"
             elif isinstance(error, UnidentifiedImageError):
                 reason = f"not a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file"
             raise ContentError(f"{name}: {reason}; replace the file") from error
 
 
 def _open(data: bytes, *, name: str, max_pixels: int) -> "Image.Image":
-    """Returns the opened picture, its header checked, no pixel decoded."""
+    """Opens an image and checks its header, without decoding pixels."""
     from PIL import Image
 
-    # Pillow's own limit only warns, and is not the user's: ours is checked on the same header.
+    # Pillow's limit only warns, and is not the user's limit, which is checked on the same header.
     Image.MAX_IMAGE_PIXELS = None
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
     _refuse_size(*image.size, name=name, max_pixels=max_pixels)
-    # Not of TIFF, whose directory was looked at: counting all of them is quadratic in a file made
-    # to hurt.
+    # Not for TIFF, whose directory was checked before: counting frames takes quadratic time in a
+    # malicious file.
     if image.format != "TIFF" and getattr(image, "n_frames", 1) > 1:
         _refuse_frames(name=name)
     return image
@@ -195,22 +195,22 @@ def _refuse_size(width: int, height: int, *, name: str, max_pixels: int) -> None
 
 
 def _refuse_frames(*, name: str) -> None:
-    raise ContentError(f"{name}: has more than one frame; save the one to use on its own")
+    raise ContentError(f"{name}: has more than one frame; save one frame as a separate file")
 
 
 def _refuse_orientation(orientation: object, *, name: str) -> None:
     if orientation in range(2, 9):
         raise ContentError(
-            f"{name}: EXIF orientation {orientation} would show the picture turned against its "
-            "mask; save it upright, without the tag"
+            f"{name}: EXIF orientation {orientation} rotates the image against its mask; save it "
+            "upright, without the tag"
         )
 
 
 def _decode_png(data: bytes, image: "Image.Image", *, name: str) -> Pixels:
-    """Returns the pixels by OpenCV, which keeps 16-bit colours and is 1.3 times as fast as Pillow.
+    """Decodes a PNG with OpenCV, which keeps 16-bit colours and is 1.3 times as fast as Pillow.
 
-    Pillow's verify checks the checksum of every chunk and the end of the file before, so that
-    libpng does not print about them on stderr; OpenCV refuses pixel data that ends early.
+    Before that, Pillow verifies the checksum of every chunk and the end of the file, so that libpng
+    prints nothing about them on stderr; OpenCV rejects pixel data that ends early.
     """
     import cv2
     from PIL import Image
@@ -227,8 +227,8 @@ def _decode_png(data: bytes, image: "Image.Image", *, name: str) -> Pixels:
             exif = Image.Exif()
             exif.load(chunk[8:-4])
             _refuse_orientation(exif.get(_EXIF_ORIENTATION, 1), name=name)
-    # Without colour profiles, transparency and text there is nothing left to be applied or warned
-    # about on stderr.
+    # Without colour profiles, transparency and text, libpng has nothing to apply or to print on
+    # stderr.
     plain = np.frombuffer(b"".join(pixel_chunks), np.uint8)
     pixels = _imdecode(plain, cv2.IMREAD_UNCHANGED)
     if color_type in _PNG_GREY_TYPES:
@@ -244,15 +244,15 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
         if end > len(data):
-            raise ValueError("truncated chunk")  # the last: verify does not look at its checksum
+            raise ValueError("truncated chunk")  # the last one: verify skips its checksum
         yield kind, data[position:end]
         position = end
 
 
 def _decode_tiff(data: bytes, *, name: str, max_pixels: int) -> Pixels:
-    """Returns the pixels by Pillow, and 16-bit colours by OpenCV.
+    """Decodes a TIFF with Pillow, and 16-bit colours with OpenCV.
 
-    Neither reads every file of 16 bits, nor one plane of two; `Tiff` restates those for Pillow.
+    Neither reads all 16-bit files, nor one plane of two; `Tiff` rewrites such files for Pillow.
     """
     import cv2
 
@@ -266,23 +266,23 @@ def _decode_tiff(data: bytes, *, name: str, max_pixels: int) -> Pixels:
     if kind.is_16_bit and kind.photometric == RGB:
         if kind.is_planar:
             return np.stack([_to_array(opened(tiff.plane(i))) for i in range(3)], axis=-1)
-        opened(data).load()  # to 8 bits, but then the file is whole: OpenCV may take half of one
+        opened(data).load()  # checks that the file is complete: OpenCV may decode half a file
         return _from_bgr(_imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
     if kind.is_16_bit and kind.photometric == PALETTE and kind.samples == 1:
         return _palette_colors(tiff)[_to_array(opened(tiff.plane(0)))]
     if kind.is_grey and kind.samples == 2 and kind.is_16_bit and not kind.is_planar:
         return _from_black(_first_of_pairs(np.array(opened(tiff.as_rgba8())), kind), kind)
-    # Pillow forgets white-is-zero and bits below 8 where there are planes, be it of one sample.
+    # With planes, even of one sample, Pillow ignores white-is-zero and bits below 8.
     if kind.is_grey and kind.samples <= 2 and (kind.is_planar or kind.is_16_bit):
         return _from_black(_to_array(opened(tiff.plane(0))), kind)
     if kind.is_planar and kind.bits[0] < 8:
-        raise ContentError(f"{name}: TIFF of a kind that is not read ({kind}); save it contiguous")
+        raise ContentError(f"{name}: unsupported kind of TIFF ({kind}); save it as contiguous")
     return _to_array(opened(data))
 
 
 def _check_tiff(kind: Kind, *, name: str, max_pixels: int) -> None:
     _refuse_size(kind.width, kind.height, name=name, max_pixels=max_pixels)
-    # A tile is decoded whole, however small the picture is.
+    # A tile is decoded completely, even if the image is smaller.
     _refuse_size(kind.tile_width, kind.tile_height, name=f"{name}: a tile", max_pixels=max_pixels)
     if kind.has_more_frames:
         _refuse_frames(name=name)
@@ -296,32 +296,32 @@ def _check_tiff(kind: Kind, *, name: str, max_pixels: int) -> None:
 
 
 def _palette_colors(tiff: Tiff) -> Pixels:
-    """Returns (number of colours, 3) uint8: the upper bits of what the file says, as of 8 bits."""
+    """Returns the palette (number of colours, 3) uint8: the upper 8 bits of the file's values."""
     return (np.array(tiff.palette(), np.uint16) >> 8).astype(np.uint8).reshape(3, -1).T
 
 
 def _first_of_pairs(pixels: Pixels, kind: Kind) -> Pixels:
-    """Returns the first (H, W) uint16 of two samples.
+    """Returns the first of two 16-bit samples as (H, W) uint16.
 
     Args:
-        pixels: (H, W, 4) uint8, the bytes of both in the order of the file.
+        pixels: (H, W, 4) uint8, the bytes of both samples in the order of the file.
     """
     first = pixels.view(f"{kind.order}u2")[:, :, 0].astype(np.uint16)
     if kind.has_differences:
         width = kind.tile_width or kind.width
         for left in range(0, kind.width, width):
             part = first[:, left : left + width]
-            np.cumsum(part, axis=1, dtype=np.uint16, out=part)  # modulo 65536, as it was written
+            np.cumsum(part, axis=1, dtype=np.uint16, out=part)  # modulo 65536, like the encoder
     return first
 
 
 def _from_black(pixels: Pixels, kind: Kind) -> Pixels:
-    """Returns grey with 0 for black."""
+    """Returns grey pixels with 0 as black; inverts white-is-zero."""
     return np.iinfo(pixels.dtype).max - pixels if kind.photometric == WHITE_IS_ZERO else pixels
 
 
 def _to_array(image: "Image.Image") -> Pixels:
-    """Returns (H, W) or (H, W, 3) of an image that Pillow decodes without loss."""
+    """Returns the pixels (H, W) or (H, W, 3) of an image that Pillow decodes without loss."""
     image.load()
     if image.mode in ("L", "LA", "La", "1"):
         return np.array(image.convert("L"))

@@ -1,6 +1,6 @@
-"""The classes of a dataset, and the colour that stands for each in masks.
+"""Parses and checks colour maps: the classes of a dataset and their mask colours.
 
-Owns the text form of a colour map and which ones are allowed. It must not know pixels or files.
+The module reads text only, no pixels and no files.
 """
 
 import re
@@ -16,7 +16,7 @@ MAX_CLASSES = 256  # ids are stored in 8 bits
 
 @dataclass(frozen=True)
 class ClassColor:
-    """A class, and the colour (RGB, 0..255 each) that stands for it in masks."""
+    """A class and its mask colour (RGB, 0..255 each)."""
 
     id: int
     name: str
@@ -27,19 +27,19 @@ DEFAULT_CLASSES = (ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass",
 
 
 def parse_color_map(text: str) -> tuple[ClassColor, ...]:
-    """Returns the classes of `background=0,0,0;mass=255,255,255`, ids in the order given.
+    """Returns the classes of a text like `background=0,0,0;mass=255,255,255`, ids in this order.
 
     Colours are `r,g,b` with 0..255 each, or `#rrggbb`.
 
     Raises:
-        UsageError: not of this form, a name or colour twice, fewer than two classes or more than
-            256, or a grey level that as an id would mean another class.
+        UsageError: another form, a duplicate name or colour, fewer than two classes or more than
+            256, or a grey level that is the id of another class.
     """
     parts = [part for part in re.split(r"[;\n]", text) if part.strip()]
     classes = tuple(_parse_class(i, part, text) for i, part in enumerate(parts))
     if not 2 <= len(classes) <= MAX_CLASSES:
         raise UsageError(
-            f"classes {text!r}: {len(classes)} given, allowed are 2 to {MAX_CLASSES}; "
+            f"classes {text!r}: {len(classes)} given, 2 to {MAX_CLASSES} are allowed; "
             "write name=r,g,b;name=r,g,b"
         )
     _refuse_twice("name", [entry.name for entry in classes], text)
@@ -49,23 +49,24 @@ def parse_color_map(text: str) -> tuple[ClassColor, ...]:
         if level is not None and level < len(classes) and level != entry.id:
             raise UsageError(
                 f"classes {text!r}: {entry.name!r} (id {entry.id}) has the grey level {level}, "
-                f"which as an id means {classes[level].name!r}; put it at place {level} of the list"
+                f"which is the id of {classes[level].name!r}; move it to position {level} (from 0) "
+                "of the list"
             )
     return classes
 
 
 def check_ignore_id(classes: Sequence[ClassColor], ignore_id: int | None) -> None:
-    """Checks that the ignore id cannot be taken for a class.
+    """Checks that the ignore id cannot be confused with a class.
 
     Raises:
-        UsageError: it is a class id, the grey level of a class, or does not fit 8 bits.
+        UsageError: the ignore id is a class id, the grey level of a class, or above 255.
     """
     if ignore_id is None:
         return
     if not len(classes) <= ignore_id < MAX_CLASSES:
         raise UsageError(
-            f"--ignore-id={ignore_id}: ids up to {len(classes) - 1} are classes and the largest "
-            f"possible is {MAX_CLASSES - 1}; choose one between"
+            f"--ignore-id={ignore_id}: ids up to {len(classes) - 1} are classes, and the largest "
+            f"possible id is {MAX_CLASSES - 1}; choose an id between them"
         )
     for entry in classes:
         if grey_level(entry.color) == ignore_id:
@@ -76,14 +77,14 @@ def check_ignore_id(classes: Sequence[ClassColor], ignore_id: int | None) -> Non
 
 
 def grey_level(color: Color) -> int | None:
-    """Returns the grey level of `color`, None where it is not grey."""
+    """Returns the grey level of `color`, None if it is not grey."""
     return color[0] if color[0] == color[1] == color[2] else None
 
 
 def _refuse_twice(what: str, values: Sequence[str | Color], text: str) -> None:
     twice = [value for value in values if values.count(value) > 1]
     if twice:
-        raise UsageError(f"classes {text!r}: {what} {twice[0]!r} is given twice")
+        raise UsageError(f"classes {text!r}: {what} {twice[0]!r} is given twice; change one")
 
 
 def _parse_class(class_id: int, part: str, text: str) -> ClassColor:

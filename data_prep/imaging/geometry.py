@@ -1,6 +1,6 @@
-"""Where a picture lies in its stored image: resized, padded, cropped or mirrored, and undone.
+"""Resizes, pads, crops and mirrors an image into its stored form, and undoes it.
 
-Pure functions on pixels; they know neither files nor datasets.
+Pure functions on pixels, without files or datasets.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from data_prep.imaging.pixels import Pixels
 
 @dataclass(frozen=True)
 class Box:
-    """A part of a picture, pixels."""
+    """A rectangular part of an image, in pixels."""
 
     top: int
     left: int
@@ -23,19 +23,19 @@ class Box:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a picture lies in the stored image, all in pixels.
+    """The position of a source image in the stored image, in pixels.
 
     Attributes:
-        kind: "stretch" (fills the stored image), "pad" (keeps its aspect; the rest is 0) or "tile"
-            (a part at its own size, upper left; the rest is 0).
-        source_height: height of the picture before.
-        source_width: width of the picture before.
-        top: first row of the picture in the stored image.
-        left: first column of the picture in the stored image.
-        height: rows of the picture in the stored image.
-        width: columns of the picture in the stored image.
-        crop: the part of the picture that is stored; None: all of it.
-        is_flipped: that part is mirrored, left to right.
+        kind: "stretch" (fills the stored image), "pad" (keeps the aspect ratio; the rest is 0) or
+            "tile" (a part at its own size, upper left; the rest is 0).
+        source_height: height of the source image.
+        source_width: width of the source image.
+        top: first row of the source in the stored image.
+        left: first column of the source in the stored image.
+        height: rows of the source in the stored image.
+        width: columns of the source in the stored image.
+        crop: the part of the source that is stored; None: all of it.
+        is_flipped: the part is mirrored left to right.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class Geometry:
 
     @property
     def part(self) -> Box:
-        """The part of the picture that is stored."""
+        """The part of the source image that is stored."""
         return self.crop or Box(0, 0, self.source_height, self.source_width)
 
 
@@ -62,18 +62,18 @@ def fit(
     crop: Box | None = None,
     is_flipped: bool = False,
 ) -> Geometry:
-    """Returns how a picture, or a part of it, is laid into the target.
+    """Returns the geometry that fits an image, or a part of it, into the target size.
 
     Args:
-        source: height and width of the picture.
+        source: height and width of the source image.
         target: height and width of the stored image.
-        kind: "stretch", "pad" to keep the aspect and centre the picture, or "tile" to keep the size
-            and leave the target out of account.
-        crop: the part of the picture that is used; None: all of it.
-        is_flipped: it is mirrored, left to right.
+        kind: "stretch", "pad" to keep the aspect ratio and centre the image, or "tile" to keep the
+            size and ignore the target.
+        crop: the part of the source to use; None: all of it.
+        is_flipped: mirror the part left to right.
 
     Raises:
-        ValueError: a size below 1, or another kind.
+        ValueError: a size below 1, or an unknown kind.
     """
     height, width = (crop.height, crop.width) if crop else source
     target_height, target_width = target
@@ -99,14 +99,14 @@ def fit(
 def apply_geometry(
     pixels: Pixels, geometry: Geometry, target_height: int, target_width: int, *, nearest: bool
 ) -> Pixels:
-    """Returns `pixels` laid into (target_height, target_width[, C]); dtype kept, the rest 0.
+    """Returns `pixels` fitted into (target_height, target_width[, C]), padded with 0; dtype kept.
 
     Args:
         pixels: (source_height, source_width) or (source_height, source_width, C).
-        nearest: True for masks: no new values, aligned with the resize of the picture.
+        nearest: True for masks: no new values, aligned with the resized image.
 
     Raises:
-        ValueError: `pixels` are not of the source size.
+        ValueError: `pixels` do not have the source size.
     """
     if pixels.shape[:2] != (geometry.source_height, geometry.source_width):
         raise ValueError(f"pixels {pixels.shape} do not have the source size of {geometry}")
@@ -122,7 +122,7 @@ def apply_geometry(
 
 
 def kept_lines(geometry: Geometry) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Returns the rows and the columns of the source that `apply_geometry` takes for a mask."""
+    """Returns the source rows and columns that `apply_geometry` keeps for a mask."""
     box = geometry.part
     rows, columns = (np.arange(length, dtype=np.int32) for length in (box.height, box.width))
     if geometry.is_flipped:
@@ -133,16 +133,16 @@ def kept_lines(geometry: Geometry) -> tuple[npt.NDArray[np.int32], npt.NDArray[n
 
 
 def undo_geometry(pixels: Pixels, geometry: Geometry, *, nearest: bool) -> Pixels:
-    """Returns the picture's part of the stored image at its source size, dtype kept.
+    """Returns the source image restored from the stored image to its size; keeps the dtype.
 
-    What was cropped away is 0.
+    Cropped parts are 0.
 
     Args:
         pixels: (H, W) or (H, W, C), the stored image or a mask of its size.
         nearest: True for masks.
 
     Raises:
-        ValueError: `pixels` are too small to hold the picture.
+        ValueError: `pixels` are too small for the geometry.
     """
     inner = pixels[_inside(geometry)]
     if inner.shape[:2] != (geometry.height, geometry.width):
@@ -174,11 +174,11 @@ def _resize(pixels: Pixels, height: int, width: int, *, nearest: bool) -> Pixels
         return pixels.copy()
     source = np.ascontiguousarray(pixels)
     if nearest:
-        # INTER_NEAREST takes the corner of a pixel and would shift a mask by up to half a pixel
-        # against its picture; the exact variant takes the centre.
+        # INTER_NEAREST samples the corner of a pixel and would shift a mask by up to half a pixel
+        # against its image; the exact variant samples the centre.
         result = cv2.resize(source, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
         return result.reshape(height, width, *pixels.shape[2:])
-    # Each axis by its own rule: INTER_AREA where it shrinks, then INTER_LINEAR where it grows.
+    # Separately for each axis: INTER_AREA to shrink it, then INTER_LINEAR to enlarge it.
     smaller = min(height, pixels.shape[0]), min(width, pixels.shape[1])
     if smaller != pixels.shape[:2]:
         source = cv2.resize(source, smaller[::-1], interpolation=cv2.INTER_AREA)

@@ -1,7 +1,7 @@
-"""Regions of a mask that leave no pixel in the stored one, because it is smaller.
+"""Counts the regions of a mask that downscaling removes from the stored mask.
 
-Whoever evaluates on stored masks cannot count such a region as missed: so it is counted here. A
-region is as in an evaluation: pixels of one class that touch, at a corner too.
+An evaluation on stored masks cannot count such a region as missed, so they are counted here. As in
+an evaluation, a region is a set of pixels of one class that touch, also at a corner.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ from data_prep.imaging.geometry import Geometry, kept_lines
 
 @dataclasses.dataclass(frozen=True)
 class RegionCounts:
-    """Regions of one mask by class id, class 0 left at 0.
+    """The number of regions of one mask by class id; always 0 for class 0.
 
     Attributes:
-        regions: in the source.
-        lost: those of them without a stored pixel.
+        regions: regions of the source mask.
+        lost: lost regions, without a pixel in the stored mask.
     """
 
     regions: tuple[int, ...]
@@ -25,14 +25,14 @@ class RegionCounts:
 
     @property
     def is_emptied(self) -> bool:
-        """Whether the source has foreground and the stored mask has none."""
+        """Whether the source mask has foreground and the stored mask has none."""
         return any(self.regions) and self.regions == self.lost
 
 
 def count_regions(mask: np.ndarray, geometry: Geometry, num_classes: int) -> RegionCounts | None:
-    """Returns the regions of a source mask (H, W) uint8; None where it is not made smaller.
+    """Counts the regions of a source mask (H, W) uint8; returns None without downscaling.
 
-    Only the box around the foreground is looked at: 0.2 ms for 1024x1024 pixels with a mass.
+    Reads only the box around the foreground: 0.2 ms for 1024x1024 pixels with a mass.
     """
     import cv2
 

@@ -1,15 +1,15 @@
-"""Colours and grey levels of a mask <-> class ids.
+"""Converts colours and grey levels of a mask to class ids and back.
 
-Owns the meaning of mask pixels. It must not know where masks come from or where ids go.
+The module defines the meaning of mask pixels; it does not depend on where masks come from.
 
-How a mask is read, whatever its file format:
-- A mask whose colours are all grey is a grey mask, also when it is stored as RGB or as a palette.
-- A grey mask that holds class ids only (0..K-1, and the ignore id) is an index mask: the
-  simplest are 0/1 masks of two classes.
-- Every other pixel belongs to the class with the nearest colour. It is counted as off-map when it
-  is not exactly of that colour: resampled masks have such pixels along their edges. 16-bit grey
-  masks are compared with the colours times 257 (65535 is white).
-- The ignore id stands for itself: grey level `ignore_id`, or that grey as a colour.
+Rules for reading a mask of any file format:
+- A mask whose colours are all grey is a grey mask, also if it is stored as RGB or as a palette.
+- A grey mask with only class ids (0..K-1, and the ignore id) is an index mask, such as a 0/1 mask
+  of two classes.
+- In other masks, each pixel gets the class with the nearest colour. A pixel is counted as unmapped
+  if its colour is not exactly that of a class: resampled masks have such pixels along their edges.
+  16-bit grey masks are compared with the colours times 257 (65535 is white).
+- The ignore id is read as the grey level `ignore_id`, or that grey as a colour.
 """
 
 import io
@@ -36,9 +36,9 @@ NPZ_KEY = "mask"
 _NUM_COLORS_NAMED = 5
 _LEVELS_16_BIT = 257  # 65535 / 255: one 8-bit grey level in 16 bits
 _MAX_DISTANCES = 2**18  # colours x classes compared at once: 6 MB
-_NOT_A_BLEND = 128  # a blend of two colours differs by less from the nearer one
+_NOT_A_BLEND = 128  # a blend of two colours is closer than this to one of them
 _MAX_ID_LIKE = 64
-_SOLID_SIDE = 3  # pixels; blends lie along edges, which are thinner
+_SOLID_SIDE = 3  # pixels; blends along edges are thinner
 _NPZ_BYTES_PER_PIXEL = 64  # eight one-hot classes as float64, or 64 as uint8
 
 
@@ -49,17 +49,17 @@ def to_class_ids(
     name: str,
     ignore_id: int | None = None,
 ) -> tuple[ClassIds, int, list[Color]]:
-    """Returns class ids (H, W) uint8, the number of off-map pixels, and their commonest colours.
+    """Returns class ids (H, W) uint8, the number of unmapped pixels, and their commonest colours.
 
     Args:
         pixels: (H, W) or (H, W, 1) grey, uint8 or uint16, or (H, W, 3) uint8 RGB.
         classes: the classes in the order of their ids.
-        name: what to call the mask in errors.
-        ignore_id: id of pixels that count nowhere.
+        name: name of the mask in errors.
+        ignore_id: id of pixels that are ignored everywhere.
 
     Raises:
         ContentError: the mask would be read as empty although it has areas of other colours or
-            ids: the classes do not describe it.
+            ids, so the classes do not match it.
         UsageError: `ignore_id` is a class id, or the grey level of a class.
     """
     check_ignore_id(classes, ignore_id)
@@ -82,9 +82,9 @@ def to_class_ids(
 
 
 def to_colors(class_ids: npt.NDArray[Any], classes: Sequence[ClassColor]) -> Pixels:
-    """Returns the picture (H, W, 3) uint8 of class ids (H, W); an ignore id becomes its own grey.
+    """Returns the colours (H, W, 3) uint8 of class ids (H, W); an ignore id becomes its own grey.
 
-    `to_class_ids` gives the same ids back.
+    `to_class_ids` converts them back to the same ids.
     """
     table = np.repeat(np.arange(MAX_CLASSES, dtype=np.uint8)[:, np.newaxis], 3, axis=1)
     for entry in classes:
@@ -101,22 +101,23 @@ def read_npz_mask(
 ) -> Pixels:
     """Returns the mask in an .npz file: (H, W) uint8 or uint16, for `to_class_ids`.
 
-    The array `mask` is (H, W) of ids or grey levels, or (H, W, C) one-hot, C in the order of the
-    ids; (H, W, 1) is (H, W). Pickled objects are never loaded, and the size is checked before
-    anything is inflated.
+    The array `mask` is (H, W) with ids or grey levels, or (H, W, C) one-hot with C in the order of
+    the ids; (H, W, 1) is read as (H, W). Pickled objects are never loaded, and the size is checked
+    before anything is decompressed.
 
     Args:
         data: the whole file.
-        name: what to call the file in errors.
-        num_classes: where given, a one-hot mask must have as many.
-        max_pixels: larger masks are refused.
+        name: name of the file in errors.
+        num_classes: the number of classes that a one-hot mask must have; None: any.
+        max_pixels: larger masks are rejected.
 
     Raises:
-        ContentError: not such a file, too large, not whole numbers of 0..65535, or not one-hot.
+        ContentError: another kind of file, too large, values other than whole numbers 0..65535, or
+            not one-hot.
     """
     try:
         array = _read_npz_array(data, name, max_pixels)
-    # What zipfile, zlib and numpy raise on broken archives.
+    # The errors that zipfile, zlib and numpy raise for damaged archives.
     except (
         *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError),
         *(RuntimeError, NotImplementedError, SyntaxError, TypeError),
@@ -127,18 +128,20 @@ def read_npz_mask(
         return _from_one_hot(array, name=name, num_classes=num_classes)
     plane = array.reshape(array.shape[:2])
     if not np.all((plane >= 0) & (plane <= 65535) & (plane == np.floor(plane))):
-        raise ContentError(f"{name}: the mask holds other values than whole numbers of 0..65535")
+        raise ContentError(
+            f"{name}: the mask has values that are not whole numbers 0..65535; replace it"
+        )
     return plane.astype(np.uint8 if plane.max() < MAX_CLASSES else np.uint16)
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Class ids, and the M distinct colours that no class has."""
+    """Class ids, and the M distinct unmapped colours."""
 
     ids: ClassIds
     off_colors: npt.NDArray[np.int64]  # (M, 3)
-    off_counts: npt.NDArray[np.int64]  # (M,) pixels of each
-    off_distances: npt.NDArray[np.int64]  # (M,) to the class it was given, 8-bit levels
+    off_counts: npt.NDArray[np.int64]  # (M,) pixels of each colour
+    off_distances: npt.NDArray[np.int64]  # (M,) to the assigned class, in 8-bit levels
 
 
 _NOTHING_OFF = (np.zeros((0, 3), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -162,7 +165,7 @@ def _read_grey(
     table = np.zeros(max(256, len(counts)), np.uint8)
     table[levels] = ids[nearest]
     off = distances > 0
-    # OpenCV's table is four times as fast, and has 256 places.
+    # OpenCV's table is four times as fast, but has only 256 entries.
     read = cv2.LUT(plane, table) if plane.dtype == np.uint8 else np.take(table, plane)
     return _Reading(
         np.asarray(read, np.uint8), shades[off], counts[levels[off]], distances[off] // scale
@@ -172,10 +175,10 @@ def _read_grey(
 def _read_exact(
     plane: Pixels, colors: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]
 ) -> ClassIds | None:
-    """Returns the class ids of a mask of nothing but the classes' own levels, as most are.
+    """Returns the class ids of a mask with only the grey levels of the classes, like most masks.
 
-    None: it is of another kind. No level of one class is the id of another, see `parse_color_map`.
-    Takes half the time of counting the levels.
+    Returns None for other masks. No level of one class is the id of another, see
+    `parse_color_map`. Takes half the time of counting the levels.
     """
     import cv2
 
@@ -184,18 +187,18 @@ def _read_exact(
     if plane.dtype != np.uint8 or ids.max() == no_class:
         return None
     table = np.full(256, no_class, np.uint8)
-    # Of classes of one level the first is taken.
+    # If classes share a level, the first one is used.
     table[colors[is_grey, 0][::-1]] = ids[is_grey][::-1]
     read = np.asarray(cv2.LUT(plane, table), np.uint8)
     return None if read.max() == no_class else read
 
 
 def _counts(plane: Pixels) -> npt.NDArray[np.int64]:
-    """Returns how often each value occurs, up to the largest of the type or of `plane`."""
+    """Returns the count of each value, up to the largest of the type or of `plane`."""
     import cv2
 
     if plane.dtype == np.uint8 and plane.size < 2**24:
-        # Five times as fast, and in float32: exact up to that many pixels.
+        # Five times as fast; counts in float32, which is exact up to 2**24 pixels.
         histogram = cv2.calcHist([plane], [0], None, [256], [0, 256])
         return histogram.ravel().astype(np.int64)
     return np.bincount(plane.ravel())
@@ -210,7 +213,7 @@ def _read_colors(
         codes |= pixels[..., channel]
     result = np.zeros(codes.shape, np.uint8)
     rest = np.ones(codes.shape, bool)
-    # Most pixels are exactly of a class: only the others are sorted and compared.
+    # Most pixels have exactly a class colour: only the others are sorted and compared.
     for (red, green, blue), class_id in zip(colors.tolist(), ids, strict=True):
         exact = codes == (red << 16 | green << 8 | blue)
         np.putmask(result, exact, class_id)
@@ -228,8 +231,8 @@ def _nearest(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Returns the index of the nearest of `colors` (K, 3) for each of `shades` (M, 3).
 
-    Also returns the largest difference of a channel to it. Nearest is by the sum of squares; of
-    equally near ones the first is taken.
+    Also returns the largest channel difference to that colour. The distance is the sum of squares;
+    if several colours are equally near, the first is used.
     """
     nearest = np.zeros(len(shades), np.int64)
     block = max(1, _MAX_DISTANCES // len(colors))
@@ -245,7 +248,7 @@ def _is_empty(class_ids: ClassIds, ignore_id: int | None) -> bool:
 
 
 def _num_solid(pixels: Pixels, colors: Sequence[Color]) -> int:
-    """Returns how many pixels lie in squares of one shade that is none of `colors`."""
+    """Returns the number of pixels in uniform squares whose colour is not in `colors`."""
     import cv2
 
     channels = pixels if pixels.ndim == 3 else pixels[:, :, np.newaxis]
@@ -266,25 +269,25 @@ def _refuse_unexplained(
     name: str,
     is_solid: bool,
 ) -> None:
-    """Refuses a mask that would become empty although it seems to hold something.
+    """Rejects a mask that would become empty although it seems to have foreground.
 
-    The faint rest of a lesion that was warped out of the picture is a blend, near the background's
-    colour. A colour far from it, grey levels 0, 1, 2 and so on without a gap, or areas of one
-    shade (`is_solid`: most of what is off the map) are a mask of other classes; below the limit for
-    off-map pixels, or with a higher one, it would be lost without a word.
+    The faint rest of a lesion warped out of the image is a blend, close to the background's colour.
+    A colour far from it, grey levels 0, 1, 2 and so on without a gap, or uniform areas (`is_solid`:
+    most unmapped pixels are in them) indicate a mask of other classes. Below the limit for unmapped
+    pixels, or with a higher limit, its foreground would be lost without a message.
     """
     levels = np.unique(reading.off_colors)
     is_grey = np.all(reading.off_colors == reading.off_colors[:, :1])
     known = [level for entry in classes if (level := grey_level(entry.color)) is not None]
     seen = np.union1d(levels, [level for level in known if level <= levels[-1]])
     is_id_like = is_grey and levels[-1] < _MAX_ID_LIKE and len(seen) == levels[-1] + 1
-    # Grey of 9 to 15 bits in a 16-bit file: white is not 65535 there.
+    # Grey of 9 to 15 bits in a 16-bit file, where white is not 65535.
     is_scaled = levels[-1] > 255
     if is_solid or is_id_like or is_scaled or reading.off_distances.max() >= _NOT_A_BLEND:
         colors = ", ".join(map(str, named))
         raise ContentError(
-            f"{name}: would be read as empty, but has {reading.off_counts.sum()} pixels of colours "
-            f"that are no class's: {colors}; give the colours of these masks with --classes"
+            f"{name}: would be read as empty, but has {reading.off_counts.sum()} pixels in colours "
+            f"of no class: {colors}; give the colours of these masks with --classes"
         )
 
 
@@ -294,18 +297,20 @@ def _as_color(values: npt.NDArray[np.int64]) -> Color:
 
 
 def _read_npz_array(data: bytes, name: str, max_pixels: int) -> npt.NDArray[Any]:
-    """Returns the array `mask`, (H, W) or (H, W, C) of bool, integers or floats."""
+    """Returns the array `mask`: (H, W) or (H, W, C) of bool, integers or floats."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         member = f"{NPZ_KEY}.npy"
         if member not in archive.namelist():
             held = ", ".join(entry.removesuffix(".npy") for entry in archive.namelist()[:5])
-            raise ContentError(f"{name}: no array {NPZ_KEY!r}, it holds {held or 'nothing'}")
-        # zipfile never inflates more than the size that the directory states.
+            raise ContentError(
+                f"{name}: has no array {NPZ_KEY!r}, only {held or 'nothing'}; rename the array"
+            )
+        # zipfile never decompresses more than the size stated in the directory.
         stated = archive.getinfo(member).file_size
         if stated > max_pixels * _NPZ_BYTES_PER_PIXEL:
             raise ContentError(
-                f"{name}: inflates to {stated} bytes, more than a mask of {max_pixels} pixels can "
-                "need; make it smaller or raise max_pixels"
+                f"{name}: decompresses to {stated} bytes, more than a mask of {max_pixels} pixels "
+                "can need; make it smaller or raise max_pixels"
             )
         with archive.open(member) as file:
             shape, fortran, dtype = _read_npy_header(file)
@@ -343,6 +348,6 @@ def _from_one_hot(array: npt.NDArray[Any], *, name: str, num_classes: int | None
         )
     is_one = array == 1
     if not (np.all(is_one | (array == 0)) and np.all(is_one.sum(axis=2) == 1)):
-        raise ContentError(f"{name}: not one-hot: a pixel does not have a single 1 among its zeros")
+        raise ContentError(f"{name}: not one-hot: a pixel does not have exactly one 1; replace it")
     ids: Pixels = is_one.argmax(axis=2).astype(np.uint8)
     return ids

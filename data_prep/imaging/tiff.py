@@ -1,10 +1,10 @@
-"""What a TIFF says of itself, and a TIFF restated as a plainer one of the same pixels.
+"""Reads the tags of a TIFF, and rewrites them so that Pillow can decode the pixels.
 
-Owns the tags of a TIFF. It must not decode pixels.
+The module handles the tags; it does not decode pixels.
 
-Pillow decodes every compression, and one channel of 16 bits at a time. `plane` and `as_rgba8` turn
-a file of another kind into one that Pillow decodes without loss: a directory of tags, put before
-the file, calls the bytes of the pixels by another name.
+Pillow decodes every compression, but only one channel of 16 bits at a time. `plane` and `as_rgba8`
+turn other files into files that Pillow decodes without loss: they prepend a directory of tags that
+describes the same bytes in another way.
 """
 
 import io
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _BIG_SIGNATURE = b"II+\0"
 _BIG_ENDIAN_BIG_SIGNATURE = b"MM\0+"
-# The third and the fourth, of which half is of the other byte order, are written and read too.
+# The third and fourth mix both byte orders; some programs write and read them.
 TIFF_SIGNATURES = (
     b"II*\0",
     b"MM\0*",
@@ -51,7 +51,7 @@ _COMPRESSIONS = {
     50000: "Zstandard",
     50001: "WebP",
 }
-_DIFFERENCED = (5, 8, 32946, 34925, 50000)  # the compressions that heed the predictor
+_DIFFERENCED = (5, 8, 32946, 34925, 50000)  # the compressions that use the predictor
 _PREFIX_BYTES = 8
 _PLANAR = 2
 _HORIZONTAL_PREDICTOR = 2
@@ -92,22 +92,22 @@ _SHORT_TAGS = (
 
 @dataclass(frozen=True)
 class Kind:
-    """What the first directory of a TIFF says.
+    """The properties of a TIFF from its first directory.
 
     Attributes:
         order: "<" little-endian or ">" big-endian.
         width: pixels.
         height: pixels.
-        bits: of each sample.
+        bits: bits of each sample.
         sample_formats: 1 unsigned, 2 signed, 3 float, 4 undefined.
-        photometric: what the samples mean.
-        samples: of each pixel, alpha included.
-        is_planar: the samples are stored one after another, each as a picture of its own.
+        photometric: meaning of the samples.
+        samples: number per pixel, alpha included.
+        is_planar: each sample is stored as a separate plane.
         compression: the number of the compression.
-        predictor: 1 none, 2 the difference to the pixel before in the row of a strip or tile.
+        predictor: 1 none, 2 the difference to the previous pixel in the row of a strip or tile.
         tile_width: pixels; 0: stored in strips.
         tile_height: pixels; 0: stored in strips.
-        orientation: as EXIF; 1 is upright.
+        orientation: as in EXIF; 1 is upright.
         has_more_frames: another directory follows.
     """
 
@@ -128,21 +128,21 @@ class Kind:
 
     @property
     def is_16_bit(self) -> bool:
-        """Every sample has 16 bits."""
+        """Whether every sample has 16 bits."""
         return set(self.bits) == {16}
 
     @property
     def has_differences(self) -> bool:
-        """The samples are stored as the difference to those of the pixel before."""
+        """Whether samples are stored as the difference to those of the previous pixel."""
         return self.predictor == _HORIZONTAL_PREDICTOR and self.compression in _DIFFERENCED
 
     @property
     def is_grey(self) -> bool:
-        """The first sample is grey; others are alpha or of no meaning."""
+        """Whether the first sample is grey; others are alpha or have no meaning."""
         return self.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO)
 
     def __str__(self) -> str:
-        """Returns `16-bit RGB of 3 samples, planar, LZW, big-endian`."""
+        """Returns a description: `16-bit RGB of 3 samples, planar, LZW, big-endian`."""
         bits = "/".join(str(each) for each in sorted(set(self.bits)))
         photometric = _PHOTOMETRICS.get(self.photometric, f"photometric {self.photometric}")
         samples = "1 sample" if self.samples == 1 else f"{self.samples} samples"
@@ -162,7 +162,7 @@ class Tiff:
         data: the whole file; classic or BigTIFF.
 
     Raises:
-        ValueError: the directory is cut off or lacks the size.
+        ValueError: the directory is truncated or lacks the size.
     """
 
     def __init__(self, data: bytes):
@@ -171,10 +171,10 @@ class Tiff:
         self.kind = self._read_kind()
 
     def palette(self) -> tuple[int, ...]:
-        """Returns the colours: all red, then all green, then all blue; 0..65535.
+        """Returns the colours: all red, then all green, then all blue values, 0..65535.
 
         Raises:
-            ValueError: not as many as the pixels can name.
+            ValueError: the number of colours does not match the bits of a pixel.
         """
         colors = self._values(_COLOR_MAP, ())
         if len(colors) != 3 * 2 ** self.kind.bits[0]:
@@ -182,12 +182,12 @@ class Tiff:
         return colors
 
     def plane(self, index: int) -> bytes:
-        """Returns a TIFF of one sample of each pixel, called grey.
+        """Returns a grey TIFF with only one sample of each pixel.
 
-        The file has one sample, or is planar.
+        The file must have one sample or be planar.
 
         Raises:
-            ValueError: the strips or tiles are not a whole number for each sample.
+            ValueError: the number of strips or tiles is not a multiple of the samples.
         """
         tags = {tag: self._values(tag, ()) for tag in _KEPT}
         for tag in _PER_STRIP:
@@ -206,9 +206,9 @@ class Tiff:
         )
 
     def as_rgba8(self) -> bytes:
-        """Returns a TIFF that calls the four bytes of two 16-bit samples red to alpha.
+        """Returns an RGBA TIFF whose four channels are the bytes of two 16-bit samples.
 
-        They are in the order of the file, and differences if the file has a predictor.
+        The bytes are in the order of the file, and are differences if the file has a predictor.
         """
         tags = {tag: self._values(tag, ()) for tag in (*_KEPT, *_PER_STRIP)}
         return self._restated(
@@ -226,7 +226,7 @@ class Tiff:
         value: Any = self._tags.get(tag, default)
         values = value if isinstance(value, tuple) else (value,)
         if not all(isinstance(each, int) for each in values):
-            raise ValueError(f"tag {tag} is not of whole numbers")
+            raise ValueError(f"tag {tag} has values that are not whole numbers")
         return values
 
     def _value(self, tag: int, default: int) -> int:
@@ -254,9 +254,9 @@ class Tiff:
         )
 
     def _restated(self, tags: dict[int, tuple[int, ...]]) -> bytes:
-        """Returns the file behind a directory of `tags`; those without values are left out.
+        """Returns the file with a new directory of `tags` before it; skips tags without values.
 
-        The pixels stay last: those of a file that is cut off are missed as before.
+        The pixels stay at the end, so that missing pixels of a truncated file are still detected.
         """
         order = self.kind.order
         entries = sorted((tag, values) for tag, values in tags.items() if values)
@@ -275,9 +275,9 @@ class Tiff:
 
 
 def _type_of(tag: int) -> tuple[int, str, int]:
-    """Returns the number, the code of `struct` and the bytes of the type that `tag` is written as.
+    """Returns the TIFF type number, the `struct` code and the bytes of the type of `tag`.
 
-    Everything is even in length, so that it stays at even places.
+    All lengths are even, so that all offsets stay even.
     """
     return (3, "H", 2) if tag in _SHORT_TAGS else (4, "I", 4)
 
@@ -288,7 +288,7 @@ def _num_bytes_outside(tag: int, num_values: int) -> int:
 
 
 def tiff_kind(data: bytes) -> str:
-    """Returns what kind of TIFF `data` is, in words; empty for what is none or is damaged."""
+    """Returns a description of the TIFF `data`; empty if it is no TIFF or is damaged."""
     try:
         return str(Tiff(data).kind) if data.startswith(TIFF_SIGNATURES) else ""
     except Exception:
@@ -299,12 +299,13 @@ def _read_directory(data: bytes) -> "ImageFileDirectory_v2":
     from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
     if data.startswith(_BIG_ENDIAN_BIG_SIGNATURE):
-        raise ValueError("big-endian BigTIFF; save it as little-endian")  # Pillow takes it as small
+        # Pillow would read it as a classic TIFF.
+        raise ValueError("big-endian BigTIFF; save it as little-endian")
     is_big = data.startswith(_BIG_SIGNATURE)
     tags = ImageFileDirectory_v2(data[: 16 if is_big else _PREFIX_BYTES])
     file = io.BytesIO(data)
     file.seek(tags.next)
     tags.load(file)
-    if tags.next == tags.offset:  # as it was before: Pillow warns of an early end, and goes on
-        raise ValueError("the tags are cut off")
+    if tags.next == tags.offset:  # unchanged: Pillow only warns of an early end
+        raise ValueError("the tags are truncated")
     return tags

@@ -1,6 +1,6 @@
-"""Where the tiles of a large picture lie; prediction lays its windows by the same rule.
+"""Computes the positions of tiles in a large image; prediction windows use the same rule.
 
-Pure functions; they know neither files nor datasets.
+Pure functions, without files or datasets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,12 @@ from data_prep.imaging.pixels import Pixels
 
 
 def starts(length: int, size: int, overlap: int) -> list[int]:
-    """Returns where tiles of `size` begin so that they cover 0..length, evenly spread.
+    """Returns the starts of evenly spaced tiles of `size` that cover 0..length.
 
-    One tile at 0 where `length` is not larger than `size`. Else the last one ends at `length`.
+    If `length` is at most `size`, one tile starts at 0. Otherwise the last tile ends at `length`.
 
     Args:
-        overlap: of neighbours, at least; below `size`.
+        overlap: minimum overlap of neighbours; less than `size`.
     """
     rest = length - size
     if rest <= 0:
@@ -27,20 +27,20 @@ def starts(length: int, size: int, overlap: int) -> list[int]:
 
 
 def count(whole: Geometry, height: int, width: int, overlap: int) -> int:
-    """Returns how many tiles `cut` yields."""
+    """Returns the number of tiles that `cut` yields."""
     part = whole.part
     return len(starts(part.height, height, overlap)) * len(starts(part.width, width, overlap))
 
 
 def cut(whole: Geometry, height: int, width: int, overlap: int) -> Iterator[tuple[Box, Geometry]]:
-    """Yields the tiles of `height` x `width` of a picture, row by row, none of them resized.
+    """Yields the tiles of `height` x `width` of an image, row by row, without resizing.
 
     Args:
-        whole: the framed picture at its own size, as `fit` returns it for the kind "tile".
+        whole: the cropped image at its own size, as `fit` returns it for the kind "tile".
 
     Yields:
-        The tile's place in the framed picture, and its geometry, which names its part of the
-        source. A picture that is smaller than a tile is its upper left part.
+        The tile's box in the cropped image, and its geometry, with its part of the source. An image
+        smaller than a tile is placed at the tile's upper left.
     """
     part = whole.part
     rows, columns = min(height, part.height), min(width, part.width)
@@ -54,7 +54,7 @@ def cut(whole: Geometry, height: int, width: int, overlap: int) -> Iterator[tupl
 
 
 def around(tiles: Sequence[Geometry]) -> Geometry:
-    """Returns the geometry of the framed picture that `tiles` were cut from, all of them."""
+    """Returns the geometry of the cropped image from all of its tiles."""
     first, parts = tiles[0], [tile.part for tile in tiles]
     top, left = min(part.top for part in parts), min(part.left for part in parts)
     height = max(part.top + part.height for part in parts) - top
@@ -66,9 +66,9 @@ def around(tiles: Sequence[Geometry]) -> Geometry:
 
 
 def joined(pieces: Sequence[Pixels], tiles: Sequence[Geometry]) -> Pixels:
-    """Returns the framed picture (H, W[, C]) whose tiles `pieces` are; dtype kept.
+    """Joins the tiles `pieces` to the cropped image (H, W[, C]); keeps the dtype.
 
-    Where tiles overlap, they hold the same pixels.
+    Overlapping tiles must have the same pixels there.
     """
     whole = around(tiles)
     result = np.zeros((whole.height, whole.width, *pieces[0].shape[2:]), pieces[0].dtype)

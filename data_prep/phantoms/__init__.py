@@ -1,4 +1,4 @@
-"""Synthetic mammograms for the demo and the tests, as plain pairs or as a release.
+"""Writes synthetic mammograms for the demo and the tests, as pairs or as an INbreast release.
 
-They are written as any source of data would have them; this package must not know datasets.
+The files have the form of any data source; the package does not depend on datasets.
 """

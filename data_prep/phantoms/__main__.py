@@ -1,4 +1,4 @@
-"""`python -m data_prep.phantoms FOLDER`: draws synthetic mammograms."""
+"""Runs the command `python -m data_prep.phantoms FOLDER`, which writes synthetic mammograms."""
 
 import sys
 

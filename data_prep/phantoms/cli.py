@@ -1,4 +1,4 @@
-"""The command that writes phantoms: python -m data_prep.phantoms FOLDER.
+"""Runs the command that writes phantoms: python -m data_prep.phantoms FOLDER.
 
 python -m data_prep.phantoms FOLDER --num-images 100
 python -m data_prep.phantoms FOLDER --format inbreast --num-patients 115
@@ -23,14 +23,14 @@ from flexunet.storage import open_store
               help="pairs: images/ and masks/; inbreast: DICOM files and annotations as in the "
                    "INbreast release.")  # fmt: skip
 @click.option("--num-images", type=click.IntRange(min=1),
-              help="How many pictures. [default: 100; of a release 2 or 4 each]")  # fmt: skip
+              help="Number of images. [default: 100; inbreast: 2 or 4 per patient]")  # fmt: skip
 @click.option("--size", default=512, show_default=True, type=click.IntRange(min=MIN_SIZE),
-              help="Side of each picture, of a release height of the largest, pixels.")  # fmt: skip
+              help="Side of each image, pixels; inbreast: height of the largest.")  # fmt: skip
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0),
-              help="The same seed gives the same pictures.")  # fmt: skip
+              help="Random seed; the same seed gives the same images.")  # fmt: skip
 @click.option("--num-patients", type=click.IntRange(min=1),
-              help="The pictures are views of so many patients; the name says whose "
-                   "(phantom-p007-1.png). [default: one each; of a release 115]")  # fmt: skip
+              help="Number of patients, who are in the file names (phantom-p007-1.png). "
+                   "[default: one per image; inbreast: 115]")  # fmt: skip
 def command(
     folder: str,
     kind: str,
@@ -41,13 +41,13 @@ def command(
 ) -> None:
     """Writes synthetic mammograms to FOLDER/images and their masks to FOLDER/masks.
 
-    Or, with --format inbreast, to FOLDER/AllDICOMs and their annotations to FOLDER/AllXML.
+    With --format inbreast, writes them to FOLDER/AllDICOMs and annotations to FOLDER/AllXML.
     """
     if kind == "inbreast":
         if num_images is not None:
-            raise UsageError("--num-images: give --num-patients with --format inbreast")
+            raise UsageError("--num-images: not for --format inbreast; give --num-patients instead")
         count = write_release(folder, num_patients or NUM_PATIENTS, size, seed)
-        click.echo(f"{count} phantoms as a release in {open_store(folder).url}")
+        click.echo(f"{count} phantoms as an INbreast release in {open_store(folder).url}")
         return
     num_images = num_images or 100
     write_phantoms(folder, num_images, size, seed, num_patients=num_patients)

@@ -1,10 +1,10 @@
-"""Synthetic mammograms with their masks, for the demo and for tests; no patient is in them.
+"""Draws synthetic mammograms with their masks, for the demo and for tests, without patient data.
 
-Owns what a phantom looks like. It must not know datasets: it writes plain pictures, as any source
-of data would have them. The look follows the INbreast pictures (Moreira et al., 2012,
-doi:10.1016/j.acra.2011.09.014): an oblique or craniocaudal view, strands of glandular tissue,
-vessels, calcifications, pectoral muscle, and masses with lobes or spicules. Brightness alone does
-not find a mass: muscle, glandular islands and calcifications are as bright.
+The module writes plain images, like any data source, and does not depend on datasets. The look
+follows the INbreast images (Moreira et al., 2012, doi:10.1016/j.acra.2011.09.014): an oblique or
+craniocaudal view, strands of glandular tissue, vessels, calcifications, pectoral muscle, and masses
+with lobes or spicules. Brightness alone does not find a mass: muscle, glandular islands and
+calcifications are as bright.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ Flags = npt.NDArray[np.bool_]
 
 MIN_SIZE = 32
 
-_LESION_FREE = 0.1  # share of pictures without a mass
+_LESION_FREE = 0.1  # share of images without a mass
 _TWO_LESIONS = 0.15
 _FAINT = 0.1
 _SMALL = 0.1
@@ -34,23 +34,23 @@ _SMALL = 0.1
 
 @dataclass(frozen=True)
 class _Canvas:
-    """The tissue of one view, chest wall at the left; lengths are fractions of the size."""
+    """The tissue of one view, chest wall on the left; lengths are fractions of the size."""
 
     breast: Flags
     depth: Plane  # distance from the skin
-    glands: Plane  # 0..1: where glandular tissue is
-    strands: Plane  # 0..1: its fine structure
+    glands: Plane  # 0..1: amount of glandular tissue
+    strands: Plane  # 0..1: fine structure of the glandular tissue
 
 
 @dataclass(frozen=True)
 class View:
-    """One view of a breast, chest wall at the left.
+    """One view of a breast, chest wall on the left.
 
     Attributes:
-        image: brightness, what exceeds 0..1 is cut off by the detector.
+        image: brightness; the detector clips it to 0..1.
         mask: the pixels of masses.
-        outlines: of each mass, (N, 2) x, y as fractions of the size.
-        marks: some places of the tissue, x, y as fractions of the size.
+        outlines: outline of each mass, (N, 2) x, y as fractions of the size.
+        marks: some points in the tissue, x, y as fractions of the size.
     """
 
     image: Plane
@@ -62,15 +62,15 @@ class View:
 def make_phantom(
     seed: int, index: int, size: int = 512, *, patient: int | None = None
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Returns a picture (size, size) uint8 and its mask (size, size) uint8 of 0 and 1.
+    """Returns an image (size, size) uint8 and its mask (size, size) uint8 of 0 and 1.
 
     The same arguments give the same pixels. Views of one patient share outline and glandular
     tissue, so that samples of a patient in two splits would leak.
 
     Args:
-        index: number of the picture; every index is another view with other masses.
+        index: number of the image; every index gives another view with other masses.
         size: side in pixels, at least 32.
-        patient: number of the patient; None makes each picture a patient of its own.
+        patient: number of the patient; None: each image has its own patient.
 
     Raises:
         ValueError: the size is too small.
@@ -97,12 +97,12 @@ def draw_view(
     num_masses: int | None = None,
     num_marks: int = 0,
 ) -> View:
-    """Returns a view, (size, size).
+    """Draws a view of (size, size) pixels.
 
     Args:
-        body: draws what all views of a patient share.
-        rng: draws the rest.
-        num_masses: None draws it, too.
+        body: random generator of everything that all views of a patient share.
+        rng: random generator of the rest.
+        num_masses: None: random.
 
     Raises:
         ValueError: the size is too small.
@@ -126,18 +126,20 @@ def draw_view(
 def write_phantoms(
     folder: str, num_images: int, size: int, seed: int, *, num_patients: int | None = None
 ) -> None:
-    """Writes `images/phantom-p007-1.png` and its black and white mask `masks/phantom-p007-1.png`.
+    """Writes images like `images/phantom-p007-1.png`, and black and white masks to `masks/`.
 
     Args:
         folder: path or storage URL.
-        num_patients: the pictures are views of so many patients, None for one each.
+        num_patients: number of patients; None: one per image.
 
     Raises:
-        UsageError: more patients than pictures, or the folder holds other files.
+        UsageError: more patients than images, or the folder contains other files.
     """
     num_patients = num_images if num_patients is None else num_patients
     if not 1 <= num_patients <= num_images:
-        raise UsageError(f"--num-patients={num_patients}: from 1 to the {num_images} images")
+        raise UsageError(
+            f"--num-patients={num_patients}: give a number from 1 to --num-images ({num_images})"
+        )
     store = open_store(folder)
     patients = [i * num_patients // num_images for i in range(num_images)]
     names = [f"phantom-p{p:03d}-{i - patients.index(p) + 1}.png" for i, p in enumerate(patients)]
@@ -158,7 +160,7 @@ def _num_lesions(rng: np.random.Generator) -> int:
 
 
 def _grid(size: int) -> tuple[Plane, Plane]:
-    """Returns y (size, 1) and x (1, size): pixel centres in 0..1."""
+    """Returns the pixel centres y (size, 1) and x (1, size) in 0..1."""
     line = ((np.arange(size) + 0.5) / size).astype(np.float32)
     return line[:, np.newaxis], line[np.newaxis]
 
@@ -171,7 +173,7 @@ def _noise(
     Args:
         cells: bumps along a side in the coarsest octave; each octave has twice as many, half as
             high.
-        aspect: above 1 the bumps are wider than high by so much.
+        aspect: width of the bumps divided by their height.
     """
     import cv2
 
@@ -197,14 +199,14 @@ def _draw_breast(rng: np.random.Generator, size: int, is_oblique: bool) -> _Canv
     breast = x < outline
     nipple = rng.uniform(0.014, 0.022)
     breast |= (x - width) ** 2 + (y - centre) ** 2 < nipple**2
-    # The chest wall is no skin: a column of tissue is added on its side.
+    # The chest wall is no skin: columns of tissue are added on its side.
     padded = np.pad(breast.astype(np.uint8), ((0, 0), (size // 4, 0)), mode="edge")
     depth = cv2.distanceTransform(padded, cv2.DIST_L2, 5)[:, size // 4 :] / np.float32(size)
     density = rng.uniform(-0.35, 0.55)
     middle = ((x - width * 0.58) / (width * 0.42)) ** 2 + ((y - centre) / (below * 0.75)) ** 2
     field = density + 1.1 - middle + 0.5 * _noise(rng, size, 4, octaves=3)
     glands = 1 / (1 + np.exp(-3 * field)) * np.clip(depth / 0.05 - 0.3, 0, 1)
-    # Strands are the ridges of noise, along the ducts, broken up by coarser noise.
+    # Strands are ridges of noise along the ducts, interrupted by coarser noise.
     strands = np.zeros((size, size), np.float32)
     for cells, power in ((7, 3), (15, 2), (31, 2)):
         ridges = np.clip(1 - np.abs(_noise(rng, size, cells, octaves=3, aspect=1.5)), 0, 1)
@@ -233,7 +235,7 @@ def _tissue(rng: np.random.Generator, canvas: _Canvas, is_oblique: bool) -> Plan
 
 
 def _add_distractors(rng: np.random.Generator, image: Plane, canvas: _Canvas) -> Plane:
-    """Returns the picture with glandular islands, vessels and calcifications: none is a mass."""
+    """Adds glandular islands, vessels and calcifications to the image; none is a mass."""
     import cv2
 
     size = len(image)
@@ -275,7 +277,7 @@ def _place(rng: np.random.Generator, canvas: _Canvas, margin: float) -> tuple[fl
 def _add_lesion(
     rng: np.random.Generator, image: Plane, canvas: _Canvas
 ) -> tuple[Plane, Flags, npt.NDArray[np.float64]]:
-    """Returns the picture with one mass, the pixels of the mass, and its outline as in `View`.
+    """Adds one mass; returns the image, the pixels of the mass, and its outline as in `View`.
 
     The spicules around it fade into the tissue and are not part of the mask.
     """
@@ -317,12 +319,12 @@ def _lobed(angle: npt.NDArray[Any], lobes: Sequence[tuple[int, float, float]]) -
 
 
 def _develop(rng: np.random.Generator, image: Plane, canvas: _Canvas) -> Plane:
-    """Returns the picture with the exposure, blur and grain of a detector."""
+    """Returns the image with the exposure, blur and grain of a detector."""
     import cv2
 
     size = len(image)
     exposed = np.clip(image, 0, 1.2) ** rng.uniform(0.85, 1.2) * rng.uniform(0.9, 1.25)
-    # Bright values saturate gently instead of at a level.
+    # Bright values saturate gradually instead of being clipped.
     exposed = np.where(exposed > 0.7, 0.7 + 0.3 * np.tanh((exposed - 0.7) / 0.3), exposed)
     blurred = cv2.GaussianBlur(exposed.astype(np.float32), (0, 0), size / 900)
     grain = rng.normal(0, 1, (size, size)).astype(np.float32)

@@ -1,11 +1,11 @@
-"""Phantoms in the form of the INbreast release: DICOM files and annotations; no patient is in them.
+"""Writes phantoms in the form of the INbreast release: DICOM files and annotations, no patients.
 
-Owns the form of the release as it is written: names, matrix sizes, bits, kinds and spellings of
-annotations, how many there are of each. What a phantom looks like is decided in `images.py`.
+Defines the form of the release: names, matrix sizes, bits, and kinds, spellings and numbers of
+annotations. `images.py` draws the phantoms.
 
-The shares are those of the release: of 115 cases, each of a phantom patient of its own, 90 have
-four views and 25 have two, which are 410 pictures; 107 of them have a mass, and nine of these a
-second one.
+The shares are those of the release: of 115 cases, each of its own phantom patient, 90 have four
+views and 25 have two, which gives 410 images; 107 of them have a mass, and nine of these a second
+mass.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ Points = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class _Plan:
-    """One picture of the release."""
+    """One image of the release."""
 
     index: int
     patient: int
@@ -54,19 +54,19 @@ class _Plan:
 
     @property
     def number(self) -> int:
-        """The file number, which picture and annotation have in common."""
+        """The file number, which image and annotation share."""
         return _FIRST_NUMBER + _NUMBER_STEP * self.index
 
 
 def write_release(folder: str, num_patients: int, size: int, seed: int) -> int:
-    """Writes `AllDICOMs/` and `AllXML/`; returns the number of pictures.
+    """Writes `AllDICOMs/` and `AllXML/`; returns the number of images.
 
     Args:
         folder: path or storage URL.
         size: rows of the larger detector, pixels.
 
     Raises:
-        UsageError: the folder holds other files.
+        UsageError: the folder contains other files.
     """
     store = open_store(folder)
     plans = list(_plan(num_patients))
@@ -95,12 +95,12 @@ def dicom_bytes(
     key: str,
     photometric: str = "MONOCHROME2",
 ) -> bytes:
-    """Returns a digital mammogram as an uncompressed DICOM file; equal arguments, equal bytes.
+    """Returns an uncompressed DICOM mammogram; equal arguments give equal bytes.
 
     Args:
-        pixels: (H, W), stored as they are.
-        bits: how many of the 16 are in use.
-        key: what its identifiers are made from.
+        pixels: (H, W), stored unchanged.
+        bits: number of the 16 bits in use.
+        key: source of the identifiers.
     """
     from pydicom import FileDataset
     from pydicom.dataset import FileMetaDataset
@@ -132,7 +132,7 @@ def dicom_bytes(
 
 
 def annotation_bytes(rois: Sequence[tuple[str, Points]]) -> bytes:
-    """Returns annotations, (name, points) each, as a property list in the form of OsiriX."""
+    """Returns annotations, (name, points) each, as an OsiriX property list."""
     listed = [
         {
             "IndexInImage": index,
@@ -153,7 +153,7 @@ def annotation_bytes(rois: Sequence[tuple[str, Points]]) -> bytes:
 def draw_image(
     plan: _Plan, size: int, seed: int
 ) -> tuple[npt.NDArray[np.uint16], int, list[tuple[str, Points]]]:
-    """Returns pixels (H, W), the bits in use, and annotations (name, points) of one picture."""
+    """Returns pixels (H, W), the bits in use, and annotations (name, points) of one image."""
     is_small = plan.patient % 3 == 2
     rows = round(size * _COLUMNS / _ROWS) if is_small else size
     columns = round(size * (_SMALL_COLUMNS if is_small else _COLUMNS) / _ROWS)
@@ -168,7 +168,7 @@ def draw_image(
         num_masses=plan.num_masses,
         num_marks=_NUM_MARKS,
     )
-    # The picture is higher than wide: what is cut off is empty.
+    # The image is higher than wide: the removed columns are empty.
     pixels = np.round(np.clip(view.image[:, :columns], 0, 1) * (2**bits - 1)).astype(np.uint16)
     rois = [(name, points * rows - 0.5) for name, points in _annotations(plan.index, view)]
     if plan.side == "R":

@@ -1,9 +1,9 @@
-"""Pass 1 of preparation: each pair is read once, checked, fitted, encoded and put aside.
+"""Runs pass 1 of preparation: reads, checks, fits, encodes and stages each pair once.
 
-The result of a scan is a staged object of finished records, and the facts that later decisions
-need: channels, bit depth, statistics, checksums. A staged object is named by a digest of all that
-went into it, so that an interrupted preparation finds its work again and never another's.
-This module must not know of splits and shards.
+A scan returns a staged object of finished records, and the facts for later decisions: channels, bit
+depth, statistics, checksums. The name of a staged object is a digest of all its inputs, so that an
+interrupted preparation finds its own work again and no other. The module does not depend on splits
+and shards.
 """
 
 import dataclasses
@@ -29,18 +29,18 @@ from data_prep.shards.source_pairs import (
 from data_prep.shards.staging import Parts, read_index, staged_name, store_at
 from flexunet.errors import ContentError
 
-_MIN_PAIRS, _MAX_PAIRS = 4, 32  # of a chunk; each costs two fsyncs, or two requests
-_MAX_TILES = 20_000  # of a picture; tiles of 64 that overlap by half cut 4096x3328 into 13081
-_MAX_BYTES = 64 * 2**20  # of a chunk whose PNGs do not compress at all
+_MIN_PAIRS, _MAX_PAIRS = 4, 32  # per chunk; each chunk needs two fsyncs or two requests
+_MAX_TILES = 20_000  # per image; tiles of 64 with half overlap cut 4096x3328 into 13081
+_MAX_BYTES = 64 * 2**20  # per chunk, for PNGs that do not compress at all
 _EXACT_PIXELS = 2**17  # of 65535**2 each
 
 
 def chunked(items: Sequence[SourcePair], layout: Layout) -> Iterator[tuple[SourcePair, ...]]:
-    """Yields `items` in chunks small enough for memory and many enough for all processes.
+    """Yields `items` in chunks that fit into memory, and enough chunks for all processes.
 
-    The cut depends on nothing but the input, so that a restart finds what was staged before.
+    The chunks depend only on the input, so that a restart finds staged objects again.
     """
-    if layout.geometry == "tile":  # of pictures whose size is not known yet
+    if layout.geometry == "tile":  # the size of the images is not known yet
         yield from ((item,) for item in items)
         return
     worst_bytes = layout.height * layout.width * 7  # three 16-bit channels and the mask
@@ -51,15 +51,15 @@ def chunked(items: Sequence[SourcePair], layout: Layout) -> Iterator[tuple[Sourc
 
 
 def scan_chunk(task: ScanTask) -> list[EncodedSample | RejectedPair]:
-    """Returns what is known about each sample of `task`, and stages their records.
+    """Returns the facts of each sample of `task`, and stages their records.
 
     Raises:
         ContentError: an item is bad and `skip_bad` is off.
-        StorageError: a file cannot be read, or the records not be staged.
+        StorageError: a file cannot be read, or the records cannot be staged.
     """
     import cv2
 
-    cv2.setNumThreads(1)  # the processes are the parallelism
+    cv2.setNumThreads(1)  # the processes already run in parallel
     staging = store_at(task.staging_url)
     name = staged_name(task)
     found = read_index(staging, name)
@@ -75,8 +75,9 @@ def scan_chunk(task: ScanTask) -> list[EncodedSample | RejectedPair]:
 def moments_of(image: np.ndarray) -> Moments:
     """Returns the exact sums of `image`, (H, W, C) uint8 or uint16.
 
-    OpenCV sums in float64, and may square a root: blocks keep the squares below 2**50, where
-    rounding mends that. It takes 0.02 ms for 512x512 pixels, a histogram of NumPy 1.3 ms.
+    OpenCV sums in float64, and `norm` may square a root. In blocks, the squares stay below 2**50,
+    where rounding gives the exact value. Takes 0.02 ms for 512x512 pixels; a NumPy histogram takes
+    1.3 ms.
     """
     import cv2
 
@@ -92,12 +93,12 @@ def moments_of(image: np.ndarray) -> Moments:
 
 @dataclasses.dataclass(frozen=True)
 class _FramedImage:
-    """One pair as it was read, and what all samples that are cut from it have in common.
+    """One pair as read, and the facts shared by all samples cut from it.
 
     Attributes:
-        whole: how the picture is stored; where it is cut, before that.
-        cut_sha256: of the framed picture's pixels where it is cut into tiles, else None.
-        cut_is_blank: all those pixels are alike.
+        whole: geometry of the stored image; with tiles, before cutting.
+        cut_sha256: digest of the cropped image's pixels if it is cut into tiles, else None.
+        cut_is_blank: all these pixels are equal.
         max_value, num_above, source_crcs: as in `EncodedSample`.
     """
 
@@ -114,7 +115,7 @@ class _FramedImage:
 def _scan_item(
     item: SourcePair, task: ScanTask
 ) -> Iterator[tuple[EncodedSample | RejectedPair, bytes]]:
-    """Yields what is known about each sample of a pair, and its record, which has no place yet."""
+    """Yields the facts of each sample of a pair, and its record, which has no offset yet."""
     layout = task.layout
     data = read_files(item)
     crcs = crcs_of(data)
@@ -143,7 +144,7 @@ def _frame_image(
 ) -> _FramedImage:
     sha256, is_blank = None, False
     if layout.geometry == "tile":
-        # Of the picture: tiles of film without tissue are alike in strangers.
+        # Digest of the whole image: tiles of empty film are equal in images of different patients.
         pixels = apply_geometry(read.image, whole, whole.height, whole.width, nearest=False)
         sha256, is_blank = sha256_of_pixels(pixels), _is_blank(pixels)
     return _FramedImage(
@@ -159,7 +160,7 @@ def _frame_image(
 
 
 def _scanned(framed: _FramedImage, layout: Layout, sample: Sample, num_bytes: int) -> EncodedSample:
-    """Returns the facts of a sample whose record has `num_bytes` and no place yet."""
+    """Returns the facts of a sample whose record has `num_bytes` bytes and no offset yet."""
     item, read = framed.item, framed.read
     image, mask = sample.image, sample.mask
     if framed.cut_sha256 is None:
@@ -196,7 +197,7 @@ def _scanned(framed: _FramedImage, layout: Layout, sample: Sample, num_bytes: in
 
 
 def _framed(item: SourcePair, layout: Layout, read: ReadPair) -> Geometry:
-    """Returns how the picture is stored; where it is cut, before that."""
+    """Returns the geometry of the stored image; with tiles, before cutting."""
     geometry = frame(
         read.image,
         height=layout.height,
@@ -215,8 +216,8 @@ def _refuse_many_tiles(item: SourcePair, layout: Layout, whole: Geometry) -> Non
     num_tiles = count(whole, layout.height, layout.width, layout.tile_overlap)
     if num_tiles > _MAX_TILES:
         raise ContentError(
-            f"{item.image.label}: {whole.height}x{whole.width} pixels would be {num_tiles} tiles, "
-            f"more than {_MAX_TILES}; raise --tile or lower --tile-overlap"
+            f"{item.image.label}: {whole.height}x{whole.width} pixels would give {num_tiles} "
+            f"tiles, more than {_MAX_TILES}; increase --tile or reduce --tile-overlap"
         )
 
 
@@ -232,7 +233,7 @@ def _num_above(read: ReadPair, layout: Layout) -> tuple[int, ...]:
 
 
 def _is_blank(pixels: np.ndarray) -> bool:
-    """Returns whether all pixels of (H, W[, C]) are alike: film that was not exposed, a filler."""
+    """Returns whether all pixels of (H, W[, C]) are equal, as in unexposed or filler images."""
     return bool(np.all(pixels == pixels[0, 0]))
 
 
@@ -242,7 +243,7 @@ def _without_border(image: np.ndarray, geometry: Geometry) -> np.ndarray:
 
 
 def _samples(framed: _FramedImage, layout: Layout) -> Iterator[Sample]:
-    """Yields the samples as they are stored: the picture, or its tiles."""
+    """Yields the samples to store: the image, or its tiles."""
     item, whole = framed.item, framed.whole
     if layout.geometry != "tile":
         yield _fitted_sample(framed, layout, whole, item.id)
@@ -274,7 +275,7 @@ def _fitted_sample(
 def _refuse_lost_foreground(
     item: SourcePair, layout: Layout, mask: np.ndarray, geometry: Geometry
 ) -> None:
-    """A crop that cuts the truth would make every prediction look better than it is."""
+    """Rejects a crop that removes foreground, which would make all metrics too good."""
     box = geometry.part
     is_foreground = mask > 0
     if layout.ignore_id is not None:
@@ -283,6 +284,6 @@ def _refuse_lost_foreground(
     num_lost = np.count_nonzero(is_foreground) - np.count_nonzero(inside)
     if num_lost:
         raise ContentError(
-            f"{item.image.label}: the crop to the breast would cut off {num_lost} pixels of "
-            "foreground; look at the picture, and prepare without --crop if it is right"
+            f"{item.image.label}: the crop to the breast would remove {num_lost} pixels of "
+            "foreground; check the image, and if it is correct, prepare without --crop"
         )

@@ -1,7 +1,7 @@
-"""The manifest of a dataset, `dataset.json`: what a reader must know before it reads a shard.
+"""Defines the manifest of a dataset, `dataset.json`, which readers need before any shard.
 
-It is written last, so that it is the commit. The module must not know how samples are found, split
-or spread over shards.
+The manifest is written last, which commits the dataset. The module does not depend on how samples
+are found, split or distributed over shards.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
 SHARD_PATTERN = re.compile(r"(train|valid|test)-(\d{5,})-of-(\d{5,})\.tfrecord")
 MAX_MANIFEST_BYTES = 64 * 2**20
-GROUPS_BY_FILE = "by file"  # a `Manifest.group_rule`: every picture is a group of its own
+GROUPS_BY_FILE = "by file"  # a `Manifest.group_rule`: every image is its own group
 GROUPS_UNKNOWN = "not recorded"
 
 
 class ShardInfo(Settings):
-    """One shard file as it was written."""
+    """The entry of one shard file."""
 
     name: str
     split: Split
@@ -40,19 +40,19 @@ class ShardInfo(Settings):
 
 
 class SplitInfo(Settings):
-    """Size of one split."""
+    """The size of one split."""
 
     num_samples: int = Field(ge=0)
     num_groups: int = Field(ge=0)
 
 
 class ReducedInfo(Settings):
-    """Masks of one split that were made smaller, and what became of their regions.
+    """The downscaled masks of one split, and their lost regions.
 
     Attributes:
-        num_emptied: pictures with foreground in the source and none in what is stored.
-        num_regions: of the sources, by class id; 0 of class 0.
-        num_vanished: those of them without a stored pixel, likewise.
+        num_emptied: images with foreground in the source mask and none in the stored mask.
+        num_regions: regions of the source masks by class id; 0 for class 0.
+        num_vanished: lost regions, without a stored pixel, by class id.
     """
 
     num_pictures: int = Field(ge=0)
@@ -62,14 +62,14 @@ class ReducedInfo(Settings):
 
 
 class FullScaleInfo(Settings):
-    """Full scale of the 16-bit pictures that do not say it themselves.
+    """The full scale of the 16-bit images that do not state it.
 
     Attributes:
-        rule: "given" by --full-scale, or "found": see `full_scale.common_pixel_format`.
-        lowest_max: largest value of the picture where that is lowest; blank ones do not count.
-        highest: value in all of them.
-        num_clipped_pictures: with pixels above the full scale; they became the full scale.
-        num_clipped_pixels: of the sources.
+        rule: "given" by --full-scale, or "found": see `pixel_format.common_pixel_format`.
+        lowest_max: smallest maximum of an image, without blank images.
+        highest: largest value of all these images.
+        num_clipped_pictures: images with pixels above the full scale, which were clipped to it.
+        num_clipped_pixels: clipped pixels of the source images.
     """
 
     rule: Literal["given", "found"]
@@ -80,18 +80,18 @@ class FullScaleInfo(Settings):
 
 
 class Manifest(Settings):
-    """`dataset.json`: everything a reader must know before it reads a shard.
+    """The content of `dataset.json`, which a reader needs before it reads a shard.
 
     Attributes:
         split_rule: "ready-made" or "drawn"; earlier versions wrote the group rule here as well.
-        group_rule: what the groups are, see `group_rule_of`.
-        value_max: the raw value that means full intensity: 255, or 2**bits - 1 of the bits in use.
-        ignore_id: class id of mask pixels that count nowhere.
-        mean: per channel, of the raw values of the train split; `std` likewise.
-        options: the options that decide what is written; the dataset's identity with its source.
-        reduced: of splits with masks that were made smaller; empty in datasets of version 0.1.0.
-        full_scale: None where no picture is of 16 bits without its own full scale, and in datasets
-            of earlier versions; it is left out of the JSON then.
+        group_rule: how groups were found, see `group_rule_of`.
+        value_max: the raw value of full intensity: 255, or 2**bits - 1 with the bits in use.
+        ignore_id: class id of mask pixels that are ignored everywhere.
+        mean, std: per channel, of the raw values of the train split.
+        options: the options that determine the content; with the source, the dataset's identity.
+        reduced: splits with downscaled masks; empty in datasets of version 0.1.0.
+        full_scale: None if all 16-bit images state their full scale, and in datasets of earlier
+            versions; then it is not in the JSON.
         source_sha256: digest of names, sizes and checksums of the source files.
     """
 
@@ -127,7 +127,7 @@ class Manifest(Settings):
     @model_validator(mode="before")
     @classmethod
     def _with_group_rule(cls, values: Any) -> Any:
-        """Adds what manifests of earlier versions lack: their options say it."""
+        """Adds the group rule to manifests of earlier versions, from their options."""
         if isinstance(values, dict) and "group_rule" not in values:
             return values | {"group_rule": _earlier_group_rule(values)}
         return values
@@ -135,7 +135,7 @@ class Manifest(Settings):
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
         if [info.id for info in self.classes] != list(range(len(self.classes))):
-            raise ValueError("the ids of classes must be 0, 1, 2, ... in order")
+            raise ValueError("the class ids must be 0, 1, 2, ... in order")
         if not len(self.mean) == len(self.std) == self.channels:
             raise ValueError(f"mean and std must have {self.channels} value(s)")
         _check_shards(self.shards, self.splits)
@@ -143,7 +143,7 @@ class Manifest(Settings):
 
     @property
     def num_samples(self) -> int:
-        """Number of samples in all splits."""
+        """The number of samples in all splits."""
         return sum(split.num_samples for split in self.splits.values())
 
     def to_json(self) -> bytes:
@@ -156,7 +156,7 @@ class Manifest(Settings):
 
 
 def group_rule_of(options: Mapping[str, Any]) -> str:
-    """Returns how the options of `prep` find the group of a picture, in words."""
+    """Returns the rule that finds an image's group with these options of `prep`, in words."""
     if options["format"] == "inbreast":
         return "by patient of the release"
     if options["group_preset"]:
@@ -175,11 +175,11 @@ def _earlier_group_rule(values: Mapping[str, Any]) -> str:
     try:
         return group_rule_of({"format": "pairs", **(options or {})})
     except (KeyError, TypeError):
-        return GROUPS_UNKNOWN  # not made by our `prep`
+        return GROUPS_UNKNOWN  # not made by this `prep`
 
 
 def shard_name(split: str, index: int, count: int) -> str:
-    """Returns `train-00000-of-00008.tfrecord`."""
+    """Returns the name of a shard, such as `train-00000-of-00008.tfrecord`."""
     return f"{split}-{index:05d}-of-{count:05d}.tfrecord"
 
 
@@ -187,18 +187,18 @@ def shard_name(split: str, index: int, count: int) -> str:
 
 
 def read_manifest(store: "ObjectStore") -> tuple[Manifest, str]:
-    """Returns the manifest of the dataset in `store`, and the sha256 (hex) that names the dataset.
+    """Returns the manifest of the dataset in `store`, and its sha256 (hex), the dataset's identity.
 
     Raises:
-        UsageError: there is no dataset.
+        UsageError: there is no dataset in `store`.
         ContentError: `dataset.json` is not a manifest of this format.
     """
     where = f"{store.url}/{MANIFEST_NAME}"
     stat = store.stat(MANIFEST_NAME)
     if stat is None:
         raise UsageError(
-            f"no dataset at {store.url}: {MANIFEST_NAME} is missing; give --data, the folder that "
-            "flexunet prep has written"
+            f"no dataset at {store.url}: {MANIFEST_NAME} is missing; give --data the folder that "
+            "flexunet prep wrote"
         )
     if stat.size > MAX_MANIFEST_BYTES:
         raise ContentError(f"{where}: {stat.size} bytes, more than {MAX_MANIFEST_BYTES} allowed")
@@ -207,10 +207,10 @@ def read_manifest(store: "ObjectStore") -> tuple[Manifest, str]:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Returns the manifest that `data` holds.
+    """Parses the manifest in `data`.
 
     Raises:
-        ContentError: it is not valid, or of another format version; `where` is named.
+        ContentError: the manifest is invalid or of another format version; the error names `where`.
     """
     try:
         values = json.loads(data)
@@ -221,7 +221,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise ContentError(
-            f"{where}: format_version {version!r}, this program reads {FORMAT_VERSION}; "
+            f"{where}: format_version is {version!r}, but this program reads {FORMAT_VERSION}; "
             "prepare the dataset with this version"
         )
     try:

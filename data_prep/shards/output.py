@@ -1,7 +1,7 @@
-"""The output folder of a preparation: claimed by a plan, written once, committed, tidied up.
+"""Manages the output folder of a preparation: claim, write once, commit, clean up.
 
-Owns what keeps two preparations apart and an interrupted one whole. It must not know what the
-plan, the shards and the table say.
+Keeps two preparations apart, and lets an interrupted one continue. The module does not depend on
+the content of the plan, the shards and the table.
 """
 
 import json
@@ -29,18 +29,18 @@ PLAN_NAME = f"{STATE_PREFIX}/plan.json"
 
 
 def staging_url(output_url: str) -> str:
-    """Returns the place of staged records."""
+    """Returns the URL of staged records."""
     return join_url(output_url, STATE_PREFIX)
 
 
 def claim_output(store: ObjectStore, plan: Mapping[str, Any]) -> None:
-    """Binds the output to `plan`: from now on nothing else may be prepared there.
+    """Claims the output for `plan`, so that no other preparation can use it.
 
     Args:
         plan: options and source of the preparation, JSON values.
 
     Raises:
-        UsageError: another preparation began there, or it holds shards of unknown origin.
+        UsageError: another preparation began there, or the output contains other shards.
     """
     data = _plan_bytes(plan)
     try:
@@ -55,13 +55,13 @@ def claim_output(store: ObjectStore, plan: Mapping[str, Any]) -> None:
     if found != data:
         differs = describe_difference(_parse_plan(found), plan)
         raise UsageError(
-            f"{store.url}: another preparation was interrupted here ({differs}); repeat its "
-            "command, or delete the folder, or choose another"
+            f"{store.url}: another preparation was interrupted here ({differs}); run its command "
+            "again, delete the folder, or choose another"
         )
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Returns the first options that differ, in words; `source_sha256` stands for the source."""
+    """Returns the first options that differ, or a difference of the source, in words."""
     before, after = old.get("options", {}), new.get("options", {})
     changes = [
         f"--{name.replace('_', '-')} was {before.get(name)}, now {after.get(name)}"
@@ -74,16 +74,16 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def commit(store: ObjectStore, manifest: Manifest, samples: bytes) -> None:
-    """Publishes the dataset: the sample table, then the manifest, which makes it whole."""
+    """Publishes the dataset: the sample table, then the manifest, which commits it."""
     put_once(store, SAMPLES_NAME, samples)
     put_once(store, MANIFEST_NAME, manifest.to_json())
 
 
 def remove_state(store: ObjectStore) -> None:
-    """Deletes the staged records and the plan; the dataset needs neither.
+    """Deletes the staged records and the plan, which the dataset does not need.
 
-    The plan goes last: it says what the rest is. Where the credentials may create and not delete,
-    all of it stays, which a warning tells.
+    The plan is deleted last, because it identifies the rest. If the credentials may not delete, the
+    objects stay, with a warning.
     """
     store.remove_unfinished()
     stats = store.list(f"{STATE_PREFIX}/")
@@ -92,8 +92,8 @@ def remove_state(store: ObjectStore) -> None:
             store.delete(stat.name)
     except Forbidden:
         logger.warning(
-            "%s: %d objects stay (%.1f MB), as these credentials may not delete; the dataset is "
-            "complete without them",
+            "%s: %d temporary objects remain (%.1f MB), because these credentials may not delete; "
+            "the dataset is complete without them",
             staging_url(store.url),
             len(stats),
             sum(stat.size for stat in stats) / _MEGABYTE,
@@ -101,13 +101,13 @@ def remove_state(store: ObjectStore) -> None:
 
 
 def put_once(store: ObjectStore, name: str, data: bytes) -> None:
-    """Puts `data` where nothing is; the same bytes from an earlier attempt are kept."""
+    """Stores `data` as a new object; keeps an existing object with the same bytes."""
     if _kept(store, name, data):
         return
     try:
         store.put(name, data, if_generation=0)
     except PreconditionFailed:
-        # Another process of the same preparation was quicker.
+        # Another process of the same preparation was faster.
         _kept(store, name, data)
 
 
@@ -117,8 +117,8 @@ def _kept(store: ObjectStore, name: str, data: bytes) -> bool:
         return False
     if not content_matches(store, stat, data):
         raise ContentError(
-            f"{store.url}/{name}: is not what this preparation writes (damaged, or of another "
-            "preparation); delete it and run the same command, or choose another folder"
+            f"{store.url}/{name}: is damaged or from another preparation; delete it and run the "
+            "same command, or choose another folder"
         )
     return True
 
@@ -127,8 +127,8 @@ def _refuse_strangers(store: ObjectStore) -> None:
     for stat in store.list():
         if SHARD_PATTERN.fullmatch(stat.name) or stat.name == SAMPLES_NAME:
             raise UsageError(
-                f"{store.url}: {stat.name} is there and belongs to no preparation that could be "
-                "continued; delete it or choose another folder"
+                f"{store.url}: contains {stat.name}, which belongs to no interrupted preparation; "
+                "delete it or choose another folder"
             )
 
 

@@ -1,6 +1,6 @@
-"""The two files of a pair -> checked pixels and class ids, of every format of a source.
+"""Reads the two files of a pair into checked pixels and class ids, for every source format.
 
-Owns the rules that a picture and its mask must follow together. It must not know geometries,
+Checks the rules for an image together with its mask. The module does not depend on geometries,
 records or staged objects.
 """
 
@@ -24,7 +24,7 @@ _SHOWN_COLORS = 3
 
 @dataclasses.dataclass(frozen=True)
 class ReadPair:
-    """One pair as it was read: (H, W, C) pixels, (H, W) class ids, and as in `EncodedSample`."""
+    """One pair as read: (H, W, C) pixels, (H, W) class ids, and facts as in `EncodedSample`."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -35,7 +35,7 @@ class ReadPair:
 
 
 def source_crcs(item: SourcePair) -> tuple[int, int]:
-    """Returns the CRC32C of the item's two files, as `scan_chunk` finds them."""
+    """Returns the CRC32C of the item's two files, as in `EncodedSample.source_crcs`."""
     return crcs_of(read_files(item))
 
 
@@ -45,7 +45,7 @@ def read_files(item: SourcePair) -> tuple[bytes, bytes | None]:
 
 
 def crcs_of(data: tuple[bytes, bytes | None]) -> tuple[int, int]:
-    """Returns the CRC32C of each of two files, 0 where there is none."""
+    """Returns the CRC32C of each of two files, 0 for a missing file."""
     first, second = (0 if each is None else google_crc32c.value(each) for each in data)
     return first, second
 
@@ -57,8 +57,8 @@ def read_pair(item: SourcePair, task: ScanTask, data: tuple[bytes, bytes | None]
         data: the item's two files.
 
     Raises:
-        ContentError: a file is bad, or the two do not fit each other.
-        UsageError: the reader of DICOM files is not installed.
+        ContentError: a file is bad, or the two files do not match.
+        UsageError: the DICOM reader is not installed.
     """
     return _READERS[task.layout.format](item, task, *data)
 
@@ -82,7 +82,7 @@ def _read_image_and_mask(
 def _read_case(
     item: SourcePair, task: ScanTask, image_data: bytes, mask_data: bytes | None
 ) -> ReadPair:
-    """Returns a picture of the INbreast release with the outlines of its annotation."""
+    """Returns an image of the INbreast release with the outlines of its annotation as mask."""
     layout = task.layout
     found = read_dicom(
         image_data,
@@ -104,7 +104,7 @@ _READERS = {"pairs": _read_image_and_mask, "inbreast": _read_case}
 
 
 def _read_image(item: SourcePair, layout: Layout, data: bytes) -> np.ndarray:
-    """Returns (H, W, C) pixels in the channels of `layout`; grey RGB becomes one channel."""
+    """Returns the image (H, W, C) in the channels of `layout`; grey RGB becomes one channel."""
     import cv2
 
     image = read_image(data, name=item.image.label, max_pixels=layout.max_pixels)
@@ -121,7 +121,7 @@ def _read_image(item: SourcePair, layout: Layout, data: bytes) -> np.ndarray:
 def _read_mask(
     item: SourcePair, file: File, layout: Layout, data: bytes, size: tuple[int, ...]
 ) -> tuple[np.ndarray, int]:
-    """Returns (H, W) uint8 class ids of the whole mask, and its number of off-map pixels."""
+    """Returns (H, W) uint8 class ids of the whole mask, and its number of unmapped pixels."""
     label = file.label
     if file.name.lower().endswith(".npz"):
         count = len(layout.classes)
@@ -130,7 +130,7 @@ def _read_mask(
         pixels = read_mask_pixels(data, name=label, max_pixels=layout.max_pixels)
     if pixels.shape[:2] != size:
         raise ContentError(
-            f"{label}: mask of {pixels.shape[1]}x{pixels.shape[0]} pixels, but its image "
+            f"{label}: the mask has {pixels.shape[1]}x{pixels.shape[0]} pixels, but its image "
             f"{item.image.label} has {size[1]}x{size[0]}; both must have the same size"
         )
     ids, unmapped, colors = to_class_ids(
@@ -140,9 +140,9 @@ def _read_mask(
         share = 100 * unmapped / ids.size
         shown = ", ".join(str(color) for color in colors[:_SHOWN_COLORS])
         raise ContentError(
-            f"{label}: {share:.2f} % of the pixels have no class colour, more than "
-            f"{100 * layout.off_map_limit:g} % allowed; most common: {shown}; name them in "
-            "--classes, or raise --off-map-limit where they are blends along edges"
+            f"{label}: {share:.2f} % of the pixels have no class colour, more than the allowed "
+            f"{100 * layout.off_map_limit:g} %; most common: {shown}; add them to --classes, or "
+            "increase --off-map-limit if they are blends along edges"
         )
     return ids, unmapped
 

@@ -1,7 +1,7 @@
-"""Decides the channels, bit depth and full scale that hold all pictures of a dataset.
+"""Chooses channels, bit depth and full scale for all images of a dataset.
 
-Owns which raw value means full intensity where files do not say it. It reads facts alone: it must
-not read or write pictures.
+Determines the raw value of full intensity if files do not state it. The module uses facts from pass
+1 only; it does not read or write images.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,23 +12,23 @@ from data_prep.shards.source_pairs import EncodedSample
 
 
 def full_scales(full_scale: int | None) -> tuple[int, ...]:
-    """Returns the raw values that may be full intensity: the given one, or 255, 511 ... 65535."""
+    """Returns the possible raw values of full intensity: the given one, or 255, 511 ... 65535."""
     return tuple(2**bits - 1 for bits in range(8, 17)) if full_scale is None else (full_scale,)
 
 
-_FEW_IMAGES = 10  # and one of so many pictures may have such pixels
-_SPARED_BITS = 2  # that their loss must spare: one bit of darkness is cheaper than lost values
+_FEW_IMAGES = 10  # one in this number of images may have pixels above the full scale
+_SPARED_BITS = 2  # that clipping must save: for one bit, darker images are better than lost values
 
 
 def common_pixel_format(
     samples: Iterable[EncodedSample], full_scale: int | None = None
 ) -> PixelFormat:
-    """Returns the least format that holds the pictures: grey only when all are grey.
+    """Returns the smallest format for all images: grey only if all are grey.
 
-    `value_max` is 255 for 8 bits, else `full_scale`, or where that is None 2**bits - 1 of the bits
-    that the pictures need, as a 12-bit detector stores 0..4095 in 16-bit files. A few pixels of a
-    few pictures do not count, as markers burned in, where the others need two bits less; see
-    `clipped`. What files say of their full scale counts always.
+    `value_max` is 255 for 8 bits, else `full_scale`. If that is None, it is 2**bits - 1 with the
+    bits that the images need: a 12-bit detector stores 0..4095 in 16-bit files. A few pixels of a
+    few images, such as burned-in markers, are ignored if the others need two bits less; see
+    `clipped`. A full scale stated in a file is never ignored.
     """
     is_grey, is_shallow, stated = True, True, 255
     unstated = {}
@@ -47,7 +47,7 @@ def common_pixel_format(
 
 
 def _full_scale(images: Sequence[EncodedSample]) -> int:
-    """Returns the full scale of 16-bit pictures that do not say it, 255 without any."""
+    """Returns the full scale of 16-bit images that do not state it, 255 without such images."""
     highest = max((image.max_value for image in images), default=0)
     num_bits = max(8, highest.bit_length())
     num_few = len(images) // _FEW_IMAGES
@@ -58,9 +58,9 @@ def _full_scale(images: Sequence[EncodedSample]) -> int:
 
 
 def _sparing(images: Sequence[EncodedSample], num_bits: int) -> Iterator[tuple[int, int]]:
-    """Yields the full scales, with their places, above which every picture has few pixels.
+    """Yields (index, full scale) for the full scales above which every image has few pixels.
 
-    Only those are yielded that need clearly fewer than `num_bits`, the smallest first.
+    Yields only scales that need clearly fewer bits than `num_bits`, the smallest first.
     """
     for place, scale in enumerate(full_scales(None)):
         if scale.bit_length() <= num_bits - _SPARED_BITS and all(
@@ -74,10 +74,10 @@ def _num_pixels(image: EncodedSample) -> int:
 
 
 def sparing_scale(samples: Iterable[EncodedSample], value_max: int) -> int | None:
-    """Returns the least full scale, clearly below `value_max`, that would clip few pixels.
+    """Returns the smallest full scale, clearly below `value_max`, that would clip few pixels.
 
-    None where there is none. Where such pixels are in many pictures, only the user knows whether
-    they are markers. The full scale was found, not given.
+    Returns None if there is none. If many images have such pixels, only the user knows whether they
+    are markers. Used only if no full scale was given.
     """
     images = list({each.image_id: each for each in samples if each.num_above}.values())
     found = _sparing(images, value_max.bit_length()) if images else iter(())
@@ -87,10 +87,10 @@ def sparing_scale(samples: Iterable[EncodedSample], value_max: int) -> int | Non
 def clipped(
     samples: Iterable[EncodedSample], value_max: int, full_scale: int | None
 ) -> list[tuple[EncodedSample, int]]:
-    """Returns the pictures with pixels above `value_max`, and how many, the most first.
+    """Returns the images with pixels above `value_max` and their number, largest number first.
 
     Args:
-        full_scale: the one that was given, or None.
+        full_scale: the given full scale, or None.
     """
     place = full_scales(full_scale).index(value_max)
     images = {sample.image_id: sample for sample in samples if sample.num_above}.values()

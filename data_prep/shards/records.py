@@ -1,7 +1,7 @@
-"""The records of a dataset: features of `tf.train.Example`, and TFRecord framing.
+"""Defines the records of a dataset: features of `tf.train.Example`, and TFRecord framing.
 
-Writer (`data_prep`) and reader (`job`) agree here on what a record holds. The module must not
-import TensorFlow: the few lines of wire format below are tested against TensorFlow's own reader.
+The writer (`data_prep`) and the reader (`job`) share this definition. The module does not import
+TensorFlow: its few lines of wire format are tested against TensorFlow's reader.
 """
 
 import dataclasses
@@ -19,24 +19,24 @@ from flexunet.errors import ContentError
 ID_FEATURE = "image/id"
 IMAGE_FEATURE = "image/encoded"
 MASK_FEATURE = "image/segmentation/class/encoded"
-RECORD_OVERHEAD = 16  # bytes that the framing adds to a payload: length, its CRC, the payload's CRC
+RECORD_OVERHEAD = 16  # bytes added by the framing: length, its CRC, the payload's CRC
 _HEADER = struct.Struct("<QI")  # payload length, masked CRC32C of the length
 _FOOTER = struct.Struct("<I")  # masked CRC32C of the payload
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One picture and its mask as they are stored.
+    """A stored image and its mask.
 
     Attributes:
         id: stem of the file name, unique in the dataset.
         image: (H, W, C) uint8 or uint16, C is 1 or 3.
         mask: (H, W) uint8, class ids.
-        filename: name of the picture's file, without folders.
-        spacing_mm: size of a pixel of the source (y, x), where it is known.
+        filename: name of the image file, without folders.
+        spacing_mm: size of a pixel of the source (y, x), None if unknown.
         pixel_sha256: `sha256_of_pixels(image)`.
-        unmapped_pixels: mask pixels whose colour was not exactly one of a class.
-        image_id: of a tile, the id of the picture that it was cut from.
+        unmapped_pixels: unmapped mask pixels: their colour was not exactly that of a class.
+        image_id: for a tile, the id of the image that it was cut from.
     """
 
     id: str
@@ -52,7 +52,7 @@ class Sample:
 
 
 def sha256_of_pixels(pixels: np.ndarray) -> str:
-    """Returns the sha256 (hex) of the raw values, row by row, little-endian, without a header."""
+    """Returns the sha256 (hex) of the raw values, row by row, little-endian, no header."""
     ordered = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("<"))
     return hashlib.sha256(ordered.data).hexdigest()
 
@@ -61,8 +61,8 @@ def encode_example(sample: Sample) -> bytes:
     """Returns the `tf.train.Example` of `sample`; equal samples give equal bytes.
 
     Features: image/{encoded,format,height,width,channels,filename,id,group} and
-    image/segmentation/class/{encoded,format}; both pictures are lossless PNG. A tile has
-    image/tile/{picture,top,left} too: the picture's id, and its place there in pixels.
+    image/segmentation/class/{encoded,format}; image and mask are lossless PNG. A tile also has
+    image/tile/{picture,top,left}: the image's id, and the tile's position in it in pixels.
     """
     height, width, channels = sample.image.shape
     place: dict[str, bytes | int] = {}
@@ -90,7 +90,7 @@ def encode_example(sample: Sample) -> bytes:
 def encode_features(features: Mapping[str, bytes | int]) -> bytes:
     """Returns a `tf.train.Example` with one value per key, keys sorted.
 
-    Protobuf promises no order for maps, so that its bytes may differ between processes.
+    Protobuf itself guarantees no order for maps, so its bytes may differ between processes.
     Source of the layout: tensorflow/core/example/{example,feature}.proto.
     """
     entries = []
@@ -106,10 +106,10 @@ def encode_features(features: Mapping[str, bytes | int]) -> bytes:
 
 
 def decode_example(payload: bytes) -> dict[str, bytes | int]:
-    """Returns the features of an Example that holds one bytes or int64 value per key.
+    """Returns the features of an Example with one bytes or int64 value per key.
 
     Raises:
-        ContentError: not such an Example.
+        ContentError: `payload` is not such an Example.
     """
     try:
         features: dict[str, bytes | int] = {}
@@ -128,16 +128,18 @@ def frame_record(payload: bytes) -> bytes:
 
 
 def unframe_record(record: bytes, *, where: str) -> bytes:
-    """Returns the payload of one whole TFRecord.
+    """Returns the payload of one complete TFRecord.
 
     Args:
-        where: what the record is, named in the error.
+        where: name of the record in errors.
 
     Raises:
-        ContentError: too short, too long, or a CRC does not fit.
+        ContentError: the record is too short, too long, or a CRC differs.
     """
     if len(record) < RECORD_OVERHEAD:
-        raise ContentError(f"{where}: record of {len(record)} bytes is cut off; prepare it again")
+        raise ContentError(
+            f"{where}: record of {len(record)} bytes is truncated; prepare the dataset again"
+        )
     length, length_crc = _HEADER.unpack_from(record)
     if _masked_crc(record[:8]) != length_crc or length != len(record) - RECORD_OVERHEAD:
         raise ContentError(f"{where}: damaged record header; prepare the dataset again")
@@ -197,7 +199,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
             raise ValueError(f"wire type {tag & 7} of field {tag >> 3}")
         length, position = _read_varint(message, position)
         if position + length > len(message):
-            raise ValueError("a field is cut off")
+            raise ValueError("a field is truncated")
         yield tag >> 3, message[position : position + length]
         position += length
 

@@ -1,6 +1,6 @@
-"""The sample table of a dataset: a row per sample, with the place of its record and its geometry.
+"""Writes and reads the sample table: one row per sample, with its record's location and geometry.
 
-Owns the columns of `samples.parquet`, how it is written, and the checks of a reader.
+Defines the columns of `samples.parquet`, and the checks of a reader.
 """
 
 import io
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 SAMPLES_NAME = "samples.parquet"
 _CROP_COLUMNS = ("crop_top", "crop_left", "crop_height", "crop_width")
-# Added after version 0.1.0; null where nothing was cropped, flipped or cut into tiles.
+# Added after version 0.1.0; null if nothing was cropped, flipped or cut into tiles.
 _LATER_COLUMNS = (*_CROP_COLUMNS, "is_flipped", "picture")
 
 
 def sample_schema() -> "pyarrow.Schema":
-    """Returns the schema of `samples.parquet`; pyarrow is imported here because it takes 0.5 s.
+    """Returns the schema of `samples.parquet`; imports pyarrow here because it takes 0.5 s.
 
-    `offset` is the position of the record header in the shard and `length` the whole record, both
-    in bytes. `top`, `left`, `height` and `width` say where the picture lies in the stored image, in
-    pixels; `crop_top` ... which part of the picture that is, in its own pixels, null for all of it,
-    and `is_flipped` whether it is mirrored, left to right. `picture` is the id of the picture that
-    a tile was cut from: all its tiles have its group, split and `off_map_pixels`; null where
-    samples are whole pictures. `sha256` is `sha256_of_pixels` of the stored image. `fold` is null
-    outside folds.
+    `offset` is the position of the record header in the shard and `length` that of the whole
+    record, both in bytes. `top`, `left`, `height` and `width` are the position of the source image
+    in the stored image, in pixels. `crop_top` ... are the stored part of the source, in its pixels,
+    null for all of it; `is_flipped` is whether it is mirrored left to right. `picture` is the id of
+    the image that a tile was cut from, null without tiles; all tiles of an image have its group,
+    split and `off_map_pixels`. `sha256` is `sha256_of_pixels` of the stored image. `fold` is null
+    for samples without a fold.
     """
     import pyarrow as pa
 
@@ -70,7 +70,7 @@ def samples_to_parquet(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def _table_of(rows: Iterable[Mapping[str, Any]]) -> "pyarrow.Table":
-    # By way of JSON, because pyarrow imports pandas (2 s) to look at a Python list.
+    # Through JSON, because pyarrow imports pandas (2 s) to convert a Python list.
     import pyarrow.json
 
     schema = sample_schema()
@@ -87,7 +87,7 @@ def read_samples(store: "ObjectStore", manifest: Manifest) -> "pyarrow.Table":
     """Returns the sample table, checked against `manifest`.
 
     Raises:
-        ContentError: size, checksum, columns, number of rows or a record's place do not fit.
+        ContentError: size, checksum, columns, number of rows or a record's location is wrong.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -96,16 +96,20 @@ def read_samples(store: "ObjectStore", manifest: Manifest) -> "pyarrow.Table":
     stat = store.stat(SAMPLES_NAME)
     size = None if stat is None else stat.size
     if size != manifest.samples_num_bytes:
-        expected = f"{manifest.samples_num_bytes} as {MANIFEST_NAME} says"
+        expected = f"{manifest.samples_num_bytes} as in {MANIFEST_NAME}"
         raise ContentError(f"{where}: {size} bytes, not {expected}; prepare the dataset again")
     data = store.get(SAMPLES_NAME)
     if google_crc32c.value(data) != manifest.samples_crc32c:
-        raise ContentError(f"{where}: checksum differs from {MANIFEST_NAME}; prepare it again")
+        raise ContentError(
+            f"{where}: checksum differs from {MANIFEST_NAME}; prepare the dataset again"
+        )
     try:
         # read_table would import pandas, which takes 2 s.
         table = pyarrow.parquet.ParquetFile(io.BytesIO(data)).read()
     except pa.ArrowException as error:
-        raise ContentError(f"{where}: not a parquet table ({error})") from error
+        raise ContentError(
+            f"{where}: not a parquet table ({error}); prepare the dataset again"
+        ) from error
     for field in sample_schema():
         if field.name not in table.column_names and field.name in _LATER_COLUMNS:
             table = table.append_column(field, pa.nulls(len(table), field.type))
@@ -123,7 +127,13 @@ def _check_locations(table: "pyarrow.Table", manifest: Manifest, where: str) -> 
         size, shard_split = sizes.get(shard, (0, ""))
         inside = offset >= 0 and length >= RECORD_OVERHEAD and offset + length <= size
         if not inside or split != shard_split:
-            raise ContentError(f"{where}: sample {sample_id!r} lies outside its shard {shard!r}")
+            raise ContentError(
+                f"{where}: sample {sample_id!r} is outside its shard {shard!r}; prepare the "
+                "dataset again"
+            )
         records[shard] += 1
     if records != {shard.name: shard.num_records for shard in manifest.shards}:
-        raise ContentError(f"{where}: {table.num_rows} rows do not fit the shards' records")
+        raise ContentError(
+            f"{where}: the {table.num_rows} rows do not match the records of the shards; prepare "
+            "the dataset again"
+        )

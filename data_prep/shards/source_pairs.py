@@ -1,6 +1,6 @@
-"""The pairs to encode, and the facts about each that pass 1 leaves for later decisions.
+"""Defines the pairs to encode, and the facts about each that pass 1 returns.
 
-Data alone; how the facts are found out is in `encode.py`.
+Data classes only; `encode.py` computes the facts.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from data_prep.sources import inbreast
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How pictures are read and stored; every field is part of the dataset's identity.
+    """The options for reading and storing images; every field is part of the dataset's identity.
 
     Attributes:
-        format: "pairs" of picture and mask, or "inbreast": DICOM file and annotation.
-        rois: kinds of annotations that are foreground.
-        tile_overlap: of neighbouring tiles, pixels; counts where `geometry` is "tile".
-        full_scale: raw value of full intensity of 16-bit pictures that do not say it; None: that
-            is found.
+        format: "pairs" of image and mask, or "inbreast": DICOM file and annotation.
+        rois: kinds of annotations used as foreground.
+        tile_overlap: minimum overlap of neighbouring tiles, pixels; only if `geometry` is "tile".
+        full_scale: raw value of full intensity of 16-bit images that do not state it; None:
+            determined from the images.
     """
 
     height: int
@@ -47,8 +47,8 @@ class File:
     """One source file.
 
     Attributes:
-        url, name: the store that holds it, and its name there.
-        label: what errors call it.
+        url, name: URL of its store, and its name there.
+        label: its name in errors.
     """
 
     url: str
@@ -60,9 +60,9 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class SourcePair:
-    """One pair to scan. `id`, `group` and `filename` are what the dataset shows.
+    """One pair to scan. `id`, `group` and `filename` are the names in the dataset.
 
-    `mask` is None where a release says so that there is nothing to see.
+    `mask` is None if an INbreast release has no annotation, which means no finding.
     """
 
     id: str
@@ -75,7 +75,7 @@ class SourcePair:
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Exact sums over the pixels of one or more pictures, per channel."""
+    """Exact sums over the pixels of one or more images, per channel."""
 
     num_pixels: int
     sums: tuple[int, ...]
@@ -84,23 +84,23 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSample:
-    """What pass 1 found out about one sample of a good pair, and where its record is staged.
+    """The facts of one sample of a good pair from pass 1, and the location of its staged record.
 
     Attributes:
-        image_id: id of the pair; the sample's own id where pictures are stored whole.
-        image_sha256: of the picture's pixels; `sha256` where it is stored whole.
-        is_blank: all those pixels are alike.
-        group: of the sample; `staged_group` is that of its record, before groups were joined.
-        staged, offset, length: name of the staged object, place of the framed record in it, bytes.
-        channels, bit_depth: as staged; `auto` keeps a picture as it is.
-        max_value: largest raw value of the source; of full intensity where the file says it.
-        value_max: raw value of full intensity, None where the file does not say it.
-        num_above: pixels of the source above each of `full_scales`; empty where the file says its
-            full scale, or has 8 bits.
-        spacing_mm: size of a pixel of the source (y, x), where it is known.
-        findings: annotations of a release.
-        regions: of the source's mask, None where it is not made smaller.
-        source_crcs: CRC32C of the image file and of the mask file, 0 where there is none.
+        image_id: id of the pair; the sample's own id if images are not cut into tiles.
+        image_sha256: digest of the image's pixels; equal to `sha256` without tiles.
+        is_blank: all these pixels are equal.
+        group: group of the sample; `staged_group` is the group in its record, before merging.
+        staged, offset, length: name of the staged object, and position and bytes of the record.
+        channels, bit_depth: as staged; `auto` keeps those of the image.
+        max_value: largest raw value of the source; full intensity if the file states it.
+        value_max: raw value of full intensity, None if the file does not state it.
+        num_above: pixels of the source above each of `full_scales`; empty if the file states its
+            full scale or has 8 bits.
+        spacing_mm: size of a pixel of the source (y, x), None if unknown.
+        findings: annotations of an INbreast release.
+        regions: region counts of the source mask, None without downscaling.
+        source_crcs: CRC32C of the image file and of the mask file, 0 for a missing file.
     """
 
     id: str
@@ -132,7 +132,7 @@ class EncodedSample:
 
 @dataclasses.dataclass(frozen=True)
 class RejectedPair:
-    """A pair that cannot be used: its id, the file at fault by its label, and why."""
+    """An unusable pair: its id, the label of the bad file, and the reason."""
 
     image_id: str
     file: str
@@ -142,12 +142,12 @@ class RejectedPair:
 
 @dataclasses.dataclass(frozen=True)
 class ScanTask:
-    """One call of `scan_chunk`.
+    """The arguments of one call of `scan_chunk`.
 
     Attributes:
         staging_url: the store of staged objects.
         skip_bad: a bad pair becomes a `RejectedPair` instead of an error.
-        dicom_reader: what decodes DICOM files; the pixels are the same.
+        dicom_reader: decoder of DICOM files; all give the same pixels.
     """
 
     staging_url: str

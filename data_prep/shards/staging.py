@@ -1,7 +1,7 @@
-"""Staged objects: finished records of pass 1, put aside until pass 2 copies them into shards.
+"""Stages finished records of pass 1 until pass 2 copies them into shards.
 
-A staged object is named by a digest of all that went into it, so that an interrupted preparation
-finds its work again and never another's. This module must not know how records are made.
+The name of a staged object is a digest of all its inputs, so that an interrupted preparation finds
+its own work again and no other. The module does not depend on the content of records.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from data_prep.shards.source_pairs import EncodedSample, Moments, RejectedPair, 
 from data_prep.sources import inbreast
 from flexunet.storage import ObjectStore, open_store, put_if_changed
 
-_VERSION = 7  # of what is staged; another version's is not found
+_VERSION = 7  # of the staged format; objects of other versions are not found
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
-_PART_BYTES = 32 * 2**20  # of records that a process holds; tiles of one picture take gigabytes
+_PART_BYTES = 32 * 2**20  # of records in memory; the tiles of one image may take gigabytes
 
 
 class Parts:
     """Stages records in objects of bounded size; the last one has the index and the chunk's name.
 
-    The index is what a later run looks for, and it is written when all else is there.
+    A later run looks for the index, which is written after all other objects.
     """
 
     def __init__(self, staging: ObjectStore, name: str) -> None:
@@ -39,10 +39,10 @@ class Parts:
         self._num_bytes = self._num_parts = self._num_placed = 0
 
     def add(self, result: EncodedSample | RejectedPair, record: bytes) -> None:
-        """Takes the next record; it is at its place when `finish` returns."""
+        """Adds the next record; its offset is final when `finish` returns."""
         if self._num_bytes + len(record) > _PART_BYTES and self._records:
             part = f"{self._name.removesuffix('.bin')}-{self._num_parts:05d}.bin"
-            # After a stop it may be there; the account may create and not replace.
+            # The part may exist from an interrupted run, and the account may not replace objects.
             put_if_changed(self._staging, part, self._take(part))
             self._num_parts += 1
         self._results.append(result)
@@ -50,7 +50,7 @@ class Parts:
         self._num_bytes += len(record)
 
     def finish(self) -> list[EncodedSample | RejectedPair]:
-        """Stages the rest and the index, and returns the results with the places of the records."""
+        """Stages the rest and the index; returns the results with the offsets of the records."""
         records = self._take(self._name)
         index = json.dumps([_to_json(result) for result in self._results], default=vars).encode()
         trailer = _TRAILER.pack(len(index), google_crc32c.value(index))
@@ -58,7 +58,7 @@ class Parts:
         return self._results
 
     def _take(self, staged: str) -> bytes:
-        """Returns the records since the last call, whose place is in the object `staged`."""
+        """Returns the records since the last call; sets their offsets in the object `staged`."""
         offset = 0
         for i, record in enumerate(self._records, self._num_placed):
             result = self._results[i]
@@ -74,16 +74,16 @@ class Parts:
 
 @functools.lru_cache(maxsize=64)
 def store_at(url: str) -> ObjectStore:
-    """Returns the store at `url`, the same one for each call in a process."""
+    """Returns the store at `url`, cached per process."""
     return open_store(url)
 
 
 def staged_name(task: ScanTask) -> str:
-    """Returns the name of the staged object that holds the index of `task`."""
-    # Labels and places are left out: the same pair by another path is the same work.
+    """Returns the name of the staged object with the index of `task`."""
+    # Without labels: the same pair through another path is the same work.
     parts: list[Any] = [FORMAT_VERSION, _VERSION, dataclasses.asdict(task.layout)]
     if task.layout.format == "inbreast":
-        parts.append(has_decoders())  # with them fewer pictures are refused
+        parts.append(has_decoders())  # with decoders, fewer images are rejected
     for item in task.items:
         files = [
             file and (file.url, file.name, file.size, file.generation)
@@ -95,7 +95,7 @@ def staged_name(task: ScanTask) -> str:
 
 
 def read_index(staging: ObjectStore, name: str) -> list[EncodedSample | RejectedPair] | None:
-    """Returns the results of a staged object, None when it is not there or damaged."""
+    """Returns the results of a staged object, None if it is missing or damaged."""
     stat = staging.stat(name)
     if stat is None or stat.size < _TRAILER.size:
         return None

@@ -1,17 +1,18 @@
-"""Pass 2 of preparation: staged records become shards, and rows of the sample table.
+"""Runs pass 2 of preparation: copies staged records into shards and rows of the sample table.
 
-Pass 1 (`encode.py`) leaves finished records under `prep-state/` of the output. This pass decides
-which record goes where and copies the bytes; only the odd record, of a picture of another kind than
-the dataset's or of a joined group, is decoded and encoded again.
+Pass 1 (`encode.py`) leaves finished records under `prep-state/` of the output. This pass assigns
+records to shards and copies the bytes. It encodes a record again only if its image has another
+format than the dataset, or its group was merged.
 
-How an interrupted preparation continues: staged records are found by a digest of their inputs;
-`prep-state/plan.json`, written before the first shard, says what the shards will hold; a shard that
-is there already is compared (size and CRC32C) with what would be written, and kept. The staged
-records need as much space as the dataset itself until they are deleted after the commit.
+After an interruption: staged records are found by a digest of their inputs.
+`prep-state/plan.json`, written before the first shard, defines the content of the shards. An
+existing shard is compared (size and CRC32C) with the one to write, and kept. The staged records
+need as much space as the dataset, until they are deleted after the commit.
 
-Order in a split: by the sha256 of seed and id, so that neighbours in a file are strangers.
+Samples of a split are ordered by the sha256 of seed and id, so that neighbours in a file are
+unrelated.
 
-This module must not know where samples come from, nor how splits are drawn.
+The module does not depend on the origin of samples or on how splits are drawn.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ _MEGABYTE = 10**6
 
 @dataclasses.dataclass(frozen=True)
 class ShardTask:
-    """One call of `write_shard`: the records of one shard, in order."""
+    """The arguments of one call of `write_shard`: the records of one shard, in order."""
 
     output_url: str
     name: str
@@ -57,7 +58,7 @@ class ShardTask:
 
 @dataclasses.dataclass(frozen=True)
 class RecordLocation:
-    """A record's place in its shard; sha256 and moments are those of the stored picture."""
+    """The location of a record in its shard, and sha256 and moments of the stored image."""
 
     offset: int
     length: int
@@ -67,7 +68,7 @@ class RecordLocation:
 
 @dataclasses.dataclass(frozen=True)
 class WrittenShard:
-    """A shard that is on storage; `records` are in the order of its task's."""
+    """A stored shard; `records` have the order of its task."""
 
     info: ShardInfo
     records: tuple[RecordLocation, ...]
@@ -82,11 +83,11 @@ def plan_shards(
     shard_size_mb: float,
     seed: int,
 ) -> list[ShardTask]:
-    """Returns the shards to write; it depends on the samples and the seed alone.
+    """Returns the shards to write, which depend only on the samples and the seed.
 
     Args:
         splits: split of each sample id.
-        shard_size_mb: size to aim at; a split with samples has at least one shard.
+        shard_size_mb: target size; a split with samples has at least one shard.
     """
     tasks = []
     for split in SPLITS:
@@ -100,10 +101,10 @@ def plan_shards(
 
 
 def write_shard(task: ShardTask) -> WrittenShard:
-    """Writes one shard, unless the same bytes are there already.
+    """Writes one shard, unless it exists with the same bytes.
 
     Raises:
-        ContentError: a staged record is damaged, or another shard of this name is there.
+        ContentError: a staged record is damaged, or another shard with this name exists.
         StorageError: reading or writing failed; the same command continues.
     """
     staging = store_at(staging_url(task.output_url))
@@ -132,7 +133,7 @@ def sample_rows(
     """Yields the rows of `samples.parquet`, in the order of the shards.
 
     Args:
-        tasks: what each of `shards` was written from.
+        tasks: the task of each of `shards`.
         folds: fold of the sample ids that have one.
     """
     for task, shard in zip(tasks, shards, strict=True):
@@ -158,9 +159,9 @@ def sample_rows(
 
 
 def mean_and_std(moments: Sequence[Moments]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation per channel of all pixels, raw values.
+    """Returns mean and standard deviation per channel of all pixels, as raw values.
 
-    Integers until the last division: the result does not depend on the order.
+    Computes with integers until the last division, so that the order has no effect.
     """
     count = sum(part.num_pixels for part in moments)
     means, deviations = [], []
@@ -187,7 +188,7 @@ def _final_record(
     if is_as_stored and scanned.group == scanned.staged_group:
         return record, scanned.sha256, scanned.moments
     features = decode_example(payload)
-    features["image/group"] = scanned.group.encode()  # groups are joined after they were staged
+    features["image/group"] = scanned.group.encode()  # groups are merged after staging
     sha256, moments = scanned.sha256, scanned.moments
     if not is_as_stored:
         encoded = features[IMAGE_FEATURE]
@@ -207,7 +208,7 @@ def _order(seed: int, sample_id: str) -> bytes:
 def _cut(
     samples: Sequence[EncodedSample], shard_bytes: float
 ) -> Iterator[tuple[EncodedSample, ...]]:
-    """Yields `samples` in parts of about equal bytes, as few as `shard_bytes` asks for."""
+    """Yields `samples` in parts of about equal size, of at most about `shard_bytes` each."""
     total = sum(sample.length for sample in samples)
     count = max(1, math.ceil(total / shard_bytes))
     parts: dict[int, list[EncodedSample]] = {}

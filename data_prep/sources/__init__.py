@@ -1,4 +1,4 @@
-"""Where pairs of picture and mask are found: the layouts of source folders.
+"""Finds pairs of image and mask in the layouts of source folders.
 
-Reads names, and the annotations of a release; it must not know how datasets are stored.
+Reads names, and the annotations of an INbreast release; does not depend on how datasets are stored.
 """

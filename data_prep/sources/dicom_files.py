@@ -1,10 +1,10 @@
-"""Which files of a folder are DICOM files, by their endings or by how they begin.
+"""Finds the DICOM files of a folder, by their endings or their first bytes.
 
-Owns what is looked into, and what the rest of a name is called. It must not know what else is in
+Decides which files to open, and which part of a name is its stem. The module reads nothing else of
 the files.
 
-An export of a PACS or a CD names them IM000001, or by numbers with dots. Files whose ending tells
-that they are something else are not looked into: each look into a bucket is a request.
+An export of a PACS or a CD names files IM000001, or by numbers with dots. Files with the ending of
+another format are not opened, because each read from a bucket is a request.
 """
 
 import itertools
@@ -27,16 +27,16 @@ _OTHER_ENDINGS = (
     *(".npy", ".npz", ".h5", ".hdf5", ".parquet", ".tfrecord", ".pkl", ".mat", ".db", ".sqlite"),
     *(".exe", ".dll", ".jar", ".app", ".bat", ".gif", ".webp", ".svg", ".ico"),
 )
-# The list of contents of a DICOM CD, itself a DICOM file without a picture.
+# The table of contents of a DICOM CD, itself a DICOM file without an image.
 _CONTENTS = ("dicomdir",)
 _NUM_THREADS = 16
 _KNOWN_ENDINGS = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
 
 
 def stem_of(name: str) -> str:
-    """Returns `name` without its ending where that is the ending of a picture.
+    """Returns `name` without its ending if that is an image's ending.
 
-    1.2.840.1 and 1.2.840.2 are two names, not one with two endings.
+    1.2.840.1 and 1.2.840.2 are two names, not one name with two endings.
     """
     stem, ending = os.path.splitext(name)
     return stem if ending.lower() in _KNOWN_ENDINGS else name
@@ -52,12 +52,12 @@ def why_no_image(name: str) -> str:
 def dicom_without_ending(
     store: ObjectStore, stats: Iterable[ObjectMeta], count: int | None = None
 ) -> set[str]:
-    """Returns the names of the objects that begin as DICOM and have no ending that says so.
+    """Returns the names of objects that start like DICOM files but have no DICOM ending.
 
-    Each that may be one is read as far as its signature; a broken link is none.
+    Reads only the signature of each candidate; skips broken links.
 
     Args:
-        count: only the first so many of them, and few more are looked into than that takes.
+        count: return at most this number of names, and open only a few more files than needed.
     """
     names = [each.name for each in stats if each.size >= SIGNATURE_BYTES and _may_be(each.name)]
     return set(itertools.islice(_found(store, names), count))
@@ -73,12 +73,12 @@ def _found(store: ObjectStore, names: list[str]) -> Iterator[str]:
     def look(name: str) -> bool:
         try:
             return is_dicom(store.get(name, 0, SIGNATURE_BYTES))
-        except (NotFound, ContentError):  # gone, or of a name that storage refuses
+        except (NotFound, ContentError):  # deleted, or a name that storage does not allow
             return False
         except StorageError:
             if store.local_root is None:
                 raise
-            return False  # a file that this user may not read
+            return False  # this user may not read the file
 
     if not names:
         return

@@ -1,17 +1,17 @@
-"""The original INbreast release: which files belong together, and what its annotations say.
+"""Reads the original INbreast release: pairs its files and parses its annotations.
 
     AllDICOMs/20586908_6c613a14b80a8591_MG_R_CC_ANON.dcm
     AllXML/20586908.xml
 
-Owns the names, the annotations and their spellings, and the contours' pixels. It must not know
-how datasets are stored.
+The module handles names, annotations and their spellings, and the pixels of contours. It does not
+depend on how datasets are stored.
 
-- Picture and annotation have the first part of the name in common; the second part stands for the
-  patient, who may have several of the published cases. A picture without an annotation has no
-  finding; how many there are is counted, as a file that is missing looks the same.
-- An annotation is a property list as OsiriX exports it. It is data from a stranger: its size is
-  limited before it is parsed, entities are refused, and points are read by a pattern.
-- A contour of one or two points is a mark, not an outline: counted, never drawn.
+- Image and annotation share the first part of the name. The second part identifies the patient, who
+  may have several of the published cases. An image without an annotation has no finding; such
+  images are counted, because a missing file looks the same.
+- An annotation is a property list exported by OsiriX. It is not trusted: its size is limited before
+  it is parsed, entities are rejected, and points are parsed with a pattern.
+- A contour of one or two points is a mark, not an outline: it is counted, but never drawn.
 
 Source: Moreira et al., INbreast: toward a full-field digital mammographic database, 2012,
 doi:10.1016/j.acra.2011.09.014.
@@ -62,41 +62,41 @@ _SPELLINGS: dict[str, Kind] = {
     "assymetry": "asymmetry",
     "distortion": "distortion",
 }
-# By finding. Images and cases as the paper's abstract has them (90 cases of both breasts with four
-# images, 25 of mastectomy patients with two); masses as later work quotes the paper.
+# By finding. Images and cases are from the paper's abstract (90 cases of both breasts with four
+# images, 25 of mastectomy patients with two); masses are from later work that quotes the paper.
 PUBLISHED = {"all": "410 images, 115 cases", "mass": "116 in 107 images"}
 PUBLISHED_NOTE = (
-    "Published: images and cases by Moreira et al. 2012, masses as later work quotes it; other "
-    "findings are not compared. Images and patients are those with a contour or a point of the "
-    "finding; of masses those with a contour, as the published ones. A patient may have several "
-    "cases. A picture without an annotation counts as healthy: where AllXML/ is incomplete, some "
-    "are not."
+    "Published: images and cases from Moreira et al. 2012, masses as quoted in later work; other "
+    "findings are not compared. Images and patients are those with a contour or point of the "
+    "finding; for masses, like the published number, only those with a contour. A patient may have "
+    "several cases. An image without an annotation counts as healthy: if AllXML/ is incomplete, "
+    "some are not."
 )
 
-_MAX_BYTES = 16 * 2**20  # of an annotation; the largest has some hundred calcifications
+_MAX_BYTES = 16 * 2**20  # of an annotation; the largest has a few hundred calcifications
 _MAX_POINTS = 200_000  # of an annotation
 _NUMBER = r"([-+]?[0-9]{1,12}(?:\.[0-9]{0,12})?(?:[eE][-+]?[0-9]{1,3})?)"
 _POINT = re.compile(rf"\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)\s*")
-_MARGIN = 0.05  # of a side: how far a contour may leave the picture
+_MARGIN = 0.05  # of a side: how far a contour may extend beyond the image
 _MIN_OUTLINE = 3
 
 
 @dataclass(frozen=True)
 class Roi:
-    """One annotation: its kind, and (N, 2) float64 points (x, y) in pixels of the picture."""
+    """One annotation: its kind, and (N, 2) float64 points (x, y) in pixels of the image."""
 
     kind: Kind
     points: npt.NDArray[np.float64]
 
     @property
     def is_outline(self) -> bool:
-        """Whether it encloses something."""
+        """Whether the points enclose an area."""
         return len(self.points) >= _MIN_OUTLINE
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How many outlines and marks of one kind a picture has."""
+    """The number of outlines and marks of one kind in an image."""
 
     kind: Kind
     num_contours: int
@@ -104,7 +104,7 @@ class Finding:
 
 
 def find_release(source_url: str) -> tuple[Source, ...]:
-    """Returns the folders of pictures and annotations of a release.
+    """Returns the folders of images and annotations of a release.
 
     Raises:
         UsageError: one of the two is missing or empty.
@@ -114,21 +114,21 @@ def find_release(source_url: str) -> tuple[Source, ...]:
     for folder in (source.images, source.masks):
         if not list_files(folder):
             raise UsageError(
-                f"{folder}: missing or empty; give the folder of the release, which holds "
+                f"{folder}: missing or empty; give the folder of the release that contains "
                 f"{_IMAGES}/ and {_ANNOTATIONS}/"
             )
     return (source,)
 
 
 def is_release(source_url: str) -> bool:
-    """Returns whether both folders of a release hold files."""
+    """Returns whether both folders of a release contain files."""
     return all(list_files(join_url(source_url, name)) for name in (_IMAGES, _ANNOTATIONS))
 
 
 def find_cases(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
-    """Returns the pictures with their annotations, sorted by id, and the files that are in none.
+    """Returns the images with their annotations, sorted by id, and the files without a pair.
 
-    The `mask_name` of a picture without an annotation is None.
+    The `mask_name` of an image without an annotation is None.
     """
     pairs: list[Pair] = []
     rejects: list[Reject] = []
@@ -149,7 +149,7 @@ def find_cases(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
 
 
 def patient_of(filename: str) -> str:
-    """Returns the second part of a picture's name, which stands for the patient.
+    """Returns the second part of an image's name, which identifies the patient.
 
     Raises:
         ContentError: the name has another form.
@@ -161,18 +161,18 @@ def patient_of(filename: str) -> str:
 
 
 _WRONG_NAME = (
-    "its name is not NUMBER_PATIENT_MG_SIDE_VIEW_ANON, so the patient is unknown; give it the "
-    "name that it has in the release"
+    "its name is not NUMBER_PATIENT_MG_SIDE_VIEW_ANON, so the patient is unknown; restore the name "
+    "that it has in the release"
 )
 
 
 def _by_number(
     url: str, endings: Sequence[str], pattern: re.Pattern[str], rejects: list[Reject]
 ) -> dict[str, list[str]]:
-    """Returns the object names of each file number; files that are no candidates go to `rejects`.
+    """Returns the object names of each file number; adds files with a wrong name to `rejects`.
 
-    Files of other endings are no part of the release and are passed over, unless they have a name
-    as in the release and begin as DICOM files do.
+    Skips files with other endings, which are not part of the release, unless they have a name as in
+    the release and start like DICOM files.
     """
     names: dict[str, list[str]] = {}
     unnamed: set[str] = set()
@@ -185,7 +185,7 @@ def _by_number(
             continue
         found = pattern.match(name)
         if found is None or "/" in name:
-            wrong = "lies in a folder of its own; move it up" if "/" in name else _WRONG_NAME
+            wrong = "is in a subfolder; move it up" if "/" in name else _WRONG_NAME
             rejects.append(Reject(join_url(url, name), wrong))
         elif problem := name_problem(name):
             rejects.append(Reject(join_url(url, name), refused_name(problem)))
@@ -198,8 +198,8 @@ def _by_number(
 
 def _why_alone(images: Sequence[str], annotations: Sequence[str], source: Source) -> str:
     if not images:
-        return f"no picture of this number in {source.images}"
-    what = "pictures" if len(images) > 1 else "annotations"
+        return f"no image with this number in {source.images}"
+    what = "images" if len(images) > 1 else "annotations"
     return f"several {what} have its number; keep one"
 
 
@@ -207,23 +207,27 @@ def _why_alone(images: Sequence[str], annotations: Sequence[str], source: Source
 
 
 def read_rois(data: bytes, *, name: str) -> list[Roi]:
-    """Returns the annotations of a property list in the form of OsiriX.
+    """Returns the annotations of an OsiriX property list.
 
     Args:
-        name: what to call the file in errors; nothing else of it is quoted.
+        name: name of the file in errors, which quote nothing else of the file.
 
     Raises:
-        ContentError: too large, not a property list, with entities, or not of this form.
+        ContentError: the file is too large, not a property list, has entities or another form.
     """
     if len(data) > _MAX_BYTES:
-        raise ContentError(f"{name}: {len(data)} bytes, an annotation has {_MAX_BYTES} at most")
+        raise ContentError(
+            f"{name}: {len(data)} bytes, an annotation has at most {_MAX_BYTES}; export it again"
+        )
     images = _member(_parsed(data, name), "Images", list, name)
     if len(images) != 1:
-        raise ContentError(f"{name}: annotations of {len(images)} pictures; one is expected")
+        raise ContentError(
+            f"{name}: annotations of {len(images)} images, expected one; export it again"
+        )
     image = images[0]
     rois = _member(image, "ROIs", list, name)
     if _member(image, "NumberOfROIs", int, name) != len(rois):
-        raise ContentError(f"{name}: NumberOfROIs is not the number of ROIs; export it again")
+        raise ContentError(f"{name}: NumberOfROIs differs from the number of ROIs; export it again")
     found = [_roi_of(roi, name) for roi in rois]
     if sum(len(roi.points) for roi in found) > _MAX_POINTS:
         raise ContentError(f"{name}: more than {_MAX_POINTS} points; export it again")
@@ -231,7 +235,7 @@ def read_rois(data: bytes, *, name: str) -> list[Roi]:
 
 
 def count_findings(rois: Iterable[Roi]) -> tuple[Finding, ...]:
-    """Returns how many annotations of each kind there are, in the order of `KINDS`."""
+    """Returns the number of annotations of each kind, in the order of `KINDS`."""
     count = Counter((roi.kind, roi.is_outline) for roi in rois)
     return tuple(
         Finding(kind, count[kind, True], count[kind, False])
@@ -246,7 +250,7 @@ def draw_rois(
     """Returns (height, width) uint8: 1 inside an outline of one of `kinds`, else 0.
 
     Raises:
-        ContentError: an outline lies outside the picture.
+        ContentError: an outline is outside the image.
     """
     mask = np.zeros((height, width), np.uint8)
     limits = np.array([width, height], np.float64)
@@ -256,27 +260,27 @@ def draw_rois(
         outside = np.maximum(-roi.points, roi.points - (limits - 1))
         if (outside > _MARGIN * limits).any():
             raise ContentError(
-                f"{name}: a contour leaves its picture of {width}x{height} pixels by more than "
-                f"{100 * _MARGIN:g} %; is it the annotation of another picture?"
+                f"{name}: a contour extends beyond its image of {width}x{height} pixels by more "
+                f"than {100 * _MARGIN:g} %; is it the annotation of another image?"
             )
         fill_polygon(mask, roi.points)
     return mask
 
 
 def fill_polygon(mask: npt.NDArray[np.uint8], points: npt.NDArray[np.float64]) -> None:
-    """Sets the pixels of `mask`, (H, W), whose centre lies in the polygon to 1.
+    """Sets the pixels of `mask` (H, W) whose centre is inside the polygon to 1.
 
-    The centre of the first pixel is (0, 0). Even-odd rule; of a border that runs through centres
-    the upper and the left one belong to the polygon, so that neighbours share no pixel.
+    The centre of the first pixel is (0, 0). Uses the even-odd rule. If a border runs through
+    centres, the upper and left border belong to the polygon, so that neighbours share no pixel.
 
     Args:
-        points: (N, 2) x, y; the last is joined to the first.
+        points: (N, 2) x, y; the last point connects to the first.
     """
     left, top = np.maximum(0, np.ceil(points.min(axis=0))).astype(int)
     right, bottom = np.minimum(mask.shape[::-1], np.ceil(points.max(axis=0))).astype(int)
     if left >= right or top >= bottom:
         return
-    # Of each row, the columns at which inside and outside change.
+    # For each row, the columns where inside and outside change.
     changes = np.zeros((bottom - top, right - left + 1), np.uint8)
     for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
         first, end = sorted((math.ceil(y0), math.ceil(y1)))
@@ -290,12 +294,12 @@ def fill_polygon(mask: npt.NDArray[np.uint8], points: npt.NDArray[np.float64]) -
 
 def _parsed(data: bytes, name: str) -> Any:
     try:
-        # Of this format alone: a binary one may refer to itself. Entities are refused by plistlib.
+        # XML only: a binary list may refer to itself. plistlib rejects entities.
         return plistlib.loads(data, fmt=plistlib.FMT_XML)
     except MemoryError:
         raise
-    # Broken files make it raise ExpatError, ValueError, KeyError, IndexError, AttributeError and
-    # more, some of which quote the file.
+    # Damaged files raise ExpatError, ValueError, KeyError, IndexError, AttributeError and more;
+    # some of them quote the file.
     except Exception:
         raise ContentError(f"{name}: not an XML property list; export it again") from None
 
@@ -303,14 +307,18 @@ def _parsed(data: bytes, name: str) -> Any:
 def _member(values: Any, key: str, kind: type, name: str) -> Any:
     found = values.get(key) if isinstance(values, dict) else None
     if not isinstance(found, kind) or isinstance(found, bool):
-        raise ContentError(f"{name}: {key} is missing or of another kind; export it from OsiriX")
+        raise ContentError(
+            f"{name}: {key} is missing or has a wrong type; export it from OsiriX again"
+        )
     return found
 
 
 def _roi_of(values: Any, name: str) -> Roi:
     points = _member(values, "Point_px", list, name)
     if _member(values, "NumberOfPoints", int, name) != len(points):
-        raise ContentError(f"{name}: NumberOfPoints is not the number of points; export it again")
+        raise ContentError(
+            f"{name}: NumberOfPoints differs from the number of points; export it again"
+        )
     spelled = " ".join(_member(values, "Name", str, name).casefold().split())
     array = np.array([_point_of(point, name) for point in points], np.float64).reshape(-1, 2)
     return Roi(_SPELLINGS.get(spelled, "other"), array)
@@ -319,7 +327,7 @@ def _roi_of(values: Any, name: str) -> Roi:
 def _point_of(text: Any, name: str) -> tuple[float, float]:
     found = _POINT.fullmatch(text) if isinstance(text, str) else None
     if found is None:
-        raise ContentError(f"{name}: a point is not of the form (x, y); export it again")
+        raise ContentError(f"{name}: a point does not have the form (x, y); export it again")
     return float(found[1]), float(found[2])
 
 
@@ -331,15 +339,15 @@ def count_rows(
     groups: Mapping[str, str],
     unannotated: Collection[str],
 ) -> Iterator[tuple[str, ...]]:
-    """Yields the rows of `COUNTS_COLUMNS`: what was found beside what was published.
+    """Yields the rows of `COUNTS_COLUMNS`: the counted findings beside the published numbers.
 
-    Images and patients of a finding are those with a contour or a point of it; of masses those with
-    a contour, because the published ones are outlined.
+    Images and patients of a finding are those with a contour or point of it; for masses only those
+    with a contour, because the published masses are outlined.
 
     Args:
-        findings: of each picture.
-        groups: patient of each picture.
-        unannotated: pictures that came without an annotation file.
+        findings: findings of each image.
+        groups: patient of each image.
+        unannotated: images without an annotation file.
     """
     counts = ("", "", str(len(findings)), str(len(set(groups.values()))))
     yield "all", *counts, PUBLISHED["all"]

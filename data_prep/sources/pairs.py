@@ -1,7 +1,7 @@
-"""Finds the pictures and masks of a source and pairs them by stem.
+"""Finds the images and masks of a source and pairs them by stem.
 
-Owns the layout of a source folder and what makes a pair. It reads names only: it must not know
-what is in the files, nor how samples are split.
+Defines the layout of a source folder. The module reads names only; it does not depend on the
+content of the files or on how samples are split.
 """
 
 import os
@@ -29,13 +29,13 @@ _IMAGES = "images"
 _MASKS = "masks"
 _SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid",
                   "test": "test"}  # fmt: skip
-_MISSING = "{}: missing or empty; images and masks lie in a folder each"
-_DROPPINGS = ("desktop.ini", "thumbs.db")  # and every name that starts with a dot
+_MISSING = "{}: missing or empty; put images and masks into a folder each"
+_DROPPINGS = ("desktop.ini", "thumbs.db")  # also every name that starts with a dot
 
 
 @dataclass(frozen=True)
 class Source:
-    """Two folders of pairs; `split` is None where the splits are still to be drawn."""
+    """The image folder and mask folder of pairs; `split` is None if it is not ready-made."""
 
     images: str
     masks: str
@@ -44,9 +44,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and its mask: the URL of a store and the name of the object in it, for each.
+    """An image and its mask: for each the URL of a store and the object's name in it.
 
-    `mask_name` is None where a release says so that there is nothing to see.
+    `mask_name` is None if an INbreast release has no annotation, which means no finding.
     """
 
     id: str
@@ -59,7 +59,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Reject:
-    """A file that cannot be used, by its URL; the reason names no other file."""
+    """An unusable file, by its URL, and the reason, which names no other file."""
 
     file: str
     reason: str
@@ -68,26 +68,26 @@ class Reject:
 def find_sources(source_url: str) -> tuple[Source, ...]:
     """Returns the folders of pairs below `source_url`.
 
-    Either `images/` and `masks/` lie there, or `train/`, `valid/` (also `val/`, `validation/`) and
-    `test/`, each holding the two; `valid/` and `test/` may be missing.
+    A source has either `images/` and `masks/`, or `train/`, `valid/` (also `val/`, `validation/`)
+    and `test/` with both in each; `valid/` and `test/` may be missing.
 
     Raises:
-        UsageError: neither, both, or one of the folders is missing or empty.
+        UsageError: neither or both layouts exist, or a folder is missing or empty.
     """
     url = open_store(source_url).url
     found = {name: split for name, split in _SPLIT_FOLDERS.items() if _holds(join_url(url, name))}
     is_flat = _holds(join_url(url, _IMAGES)) or _holds(join_url(url, _MASKS))
     if is_flat and found:
         raise UsageError(
-            f"{url}: holds {_IMAGES}/ or {_MASKS}/ and also {next(iter(found))}/; "
-            "keep one of the two layouts"
+            f"{url}: contains {_IMAGES}/ or {_MASKS}/ and also {next(iter(found))}/; keep one of "
+            "the two layouts"
         )
     if is_flat:
         return (_checked(Source(join_url(url, _IMAGES), join_url(url, _MASKS), None)),)
     if "train" not in found:
         raise UsageError(
             f"{url}: no files in {_IMAGES}/ and {_MASKS}/, nor in train/{_IMAGES}/ and "
-            f"train/{_MASKS}/; give the folder that holds them"
+            f"train/{_MASKS}/; give the folder that contains them"
         )
     for split, count in Counter(found.values()).items():
         if count > 1:
@@ -100,14 +100,14 @@ def find_sources(source_url: str) -> tuple[Source, ...]:
 
 
 def find_pairs(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
-    """Returns the pairs, sorted by id, and every file that is in none, sorted by name.
+    """Returns the pairs, sorted by id, and every file without a pair, sorted by name.
 
-    The id is the stem of the file name. Folders are read flat; hidden files and what file managers
-    leave behind are passed over.
+    The id is the stem of the file name. Subfolders are not read; hidden files and files of file
+    managers are skipped.
 
     Raises:
         UsageError: a folder is missing or empty.
-        ContentError: no name of one folder is in the other.
+        ContentError: the two folders have no name in common.
     """
     pairs: list[Pair] = []
     rejects: list[Reject] = []
@@ -119,9 +119,9 @@ def find_pairs(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
 
 
 def folder_made_by(output: ObjectStore, source_url: str) -> str | None:
-    """Returns the folder where `find_sources` looks for pictures and `output` would be the first.
+    """Returns the source folder that only `output` would create, None if there is none.
 
-    The next call would take the source for one of another layout.
+    With such a folder, the next `find_sources` would detect another layout.
     """
     for name in (_IMAGES, _MASKS, *_SPLIT_FOLDERS):
         url = join_url(open_store(source_url).url, name)
@@ -131,15 +131,15 @@ def folder_made_by(output: ObjectStore, source_url: str) -> str | None:
 
 
 def _pair_source(source: Source, pairs: list[Pair], rejects: list[Reject]) -> None:
-    """Adds the pairs of one source, and what is in none."""
+    """Adds the pairs of one source to `pairs`, and its files without a pair to `rejects`."""
     images = _by_stem(source.images, IMAGE_ENDINGS, rejects)
     masks = _by_stem(source.masks, MASK_ENDINGS, rejects)
     if images and masks and not images.keys() & masks.keys():
         image, mask = min(images), min(masks)
         raise ContentError(
-            f"{source.images} and {source.masks}: image and mask belong together by name, and no "
-            f"name is in both (there is {images[image][0]} here and {masks[mask][0]} there, where "
-            f"{image}.png would be its mask); rename one of them"
+            f"{source.images} and {source.masks}: image and mask need the same name, but no name "
+            f"is in both folders (such as {images[image][0]} and {masks[mask][0]}; the mask of the "
+            f"first would be {image}.png); rename the files"
         )
     for stem in images.keys() | masks.keys():
         of_image, of_mask = images.get(stem, []), masks.get(stem, [])
@@ -156,24 +156,24 @@ def _pair_source(source: Source, pairs: list[Pair], rejects: list[Reject]) -> No
 
 
 def list_files(url: str) -> list[str]:
-    """Returns the names of all objects at `url`, without what file managers leave behind."""
+    """Returns the names of all objects at `url`, except files of file managers."""
     return [stat.name for stat in list_stats(open_source(url))]
 
 
 def list_stats(store: ObjectStore) -> list[ObjectMeta]:
-    """Returns all objects of `store`, without what file managers leave behind."""
+    """Returns the metadata of all objects of `store`, except files of file managers."""
     return [stat for stat in store.list() if not _is_dropping(stat)]
 
 
 def is_broken_link(url: str, name: str) -> bool:
-    """Returns whether object `name` of a source is a symbolic link that leads to no file."""
+    """Returns whether object `name` of a source is a broken symbolic link."""
     store = open_source(url)
     return store.local_root is not None and store.stat(name) is None
 
 
 def refused_name(problem: str) -> str:
-    """Returns why a file with a name that storage refuses is no part of a pair."""
-    return f"storage refuses its name: {problem}; rename it"
+    """Returns the reject reason for a file whose name is not allowed in storage."""
+    return f"its name is not allowed: {problem}; rename it"
 
 
 def _holds(url: str) -> bool:
@@ -193,7 +193,7 @@ def _is_dropping(stat: ObjectMeta) -> bool:
 
 
 def _by_stem(url: str, endings: Sequence[str], rejects: list[Reject]) -> dict[str, list[str]]:
-    """Returns the object names of each stem; files that are no candidates go to `rejects`."""
+    """Returns the object names of each stem; adds unusable files to `rejects`."""
     files = list_files(url)
     if not files:
         raise UsageError(_MISSING.format(url))
@@ -201,7 +201,7 @@ def _by_stem(url: str, endings: Sequence[str], rejects: list[Reject]) -> dict[st
     for name in files:
         stem, ending = os.path.splitext(name)
         if "/" in name:
-            reason = "lies in a folder of its own; move it up"
+            reason = "is in a subfolder; move it up"
         elif ending.lower() not in endings:
             reason = _why_other_ending(ending, endings)
         elif problem := name_problem(name):
@@ -231,12 +231,12 @@ def _why_other_ending(ending: str, endings: Sequence[str]) -> str:
 
 def _why_double(names: Sequence[str]) -> str:
     if len(names) > 1:
-        return f"{len(names)} files in its folder differ in the ending only"
-    return "its partner exists more than once, with several endings"
+        return f"{len(names)} files in its folder differ only in the ending; keep one"
+    return "its partner exists more than once, with different endings; keep one"
 
 
 def _without_doubles(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Reject]]:
-    """Returns the pairs whose id is theirs alone, and the images of the others."""
+    """Returns the pairs with a unique id, and rejects for the images of the other pairs."""
     count = Counter(pair.id for pair in pairs)
     unique = [pair for pair in pairs if count[pair.id] == 1]
     reason = "the same name is in more than one split or source; rename one"

@@ -1,4 +1,4 @@
-"""Which samples belong together, and the split and fold of each.
+"""Groups samples that belong together, and assigns splits and folds.
 
-Reads names and digests only; it must not know pictures or storage.
+Reads names and digests only, no images and no storage.
 """

@@ -1,19 +1,19 @@
-"""What is wrong with a division: groups and pictures in two splits, classes that a part lacks."""
+"""Finds problems of splits: groups or images in two splits, and classes missing in a split."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from data_prep.splits.names import SPLITS
 
-_MAX_NAMED = 3  # files of one group that a leak names, of each split
+_MAX_NAMED = 3  # files listed per split for one leak
 
 
 def find_leaks(samples: Iterable[tuple[str, str, str, str | None]]) -> list[str]:
-    """Returns a sentence for every group, and every picture, that is in more than one split.
+    """Returns a sentence for every group and every image that is in more than one split.
 
     Args:
-        samples: (id, split, group, sha256 of the pixels) each; None where the pixels are no
-            evidence of anything, as those of a blank picture.
+        samples: (id, split, group, sha256 of the pixels) each; None for pixels that prove nothing,
+            such as those of a blank image.
     """
     rows = sorted(samples, key=lambda row: row[:3])
     by_group: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -28,7 +28,7 @@ def find_leaks(samples: Iterable[tuple[str, str, str, str | None]]) -> list[str]
         if len(places) > 1
     ]
     images = [
-        f"the same picture is in {_places(places)}"
+        f"the same image is in {_places(places)}"
         for places in by_pixels.values()
         if len(places) > 1
     ]
@@ -38,10 +38,10 @@ def find_leaks(samples: Iterable[tuple[str, str, str, str | None]]) -> list[str]
 def classes_missing(
     samples: Iterable[tuple[str, Sequence[int]]], classes: Sequence[str]
 ) -> list[str]:
-    """Returns a sentence for every place in which a class but the first has no pixel.
+    """Returns a sentence for every split or fold where a foreground class has no pixel.
 
     Args:
-        samples: (place, pixels of each class) each; a place is a split or a fold, in words.
+        samples: (place, pixels of each class) each; a place is a split or fold, in words.
         classes: names, in the order of the ids.
     """
     totals: dict[str, list[int]] = {}
@@ -49,7 +49,7 @@ def classes_missing(
         found = totals.setdefault(place, [0] * len(classes))
         totals[place] = [a + b for a, b in zip(found, pixels, strict=False)]
     return [
-        f"{place} has no pixel of class {name}: its figures say nothing of how {name} is found"
+        f"{place} has no pixel of class {name}: its metrics say nothing about {name}"
         for place, found in sorted(totals.items(), key=lambda each: (len(each[0]), each[0]))
         for name, total in list(zip(classes, found, strict=True))[1:]
         if not total

@@ -1,4 +1,4 @@
-"""The names of the splits of a dataset."""
+"""Defines the names of the splits of a dataset."""
 
 from typing import Literal
 

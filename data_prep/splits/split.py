@@ -1,8 +1,8 @@
-"""Splits and folds that keep groups together.
+"""Divides samples into splits and folds that keep groups together.
 
-Owns how samples are divided. It reads names only: it must not know pictures or storage.
+The module reads names only, no images and no storage.
 
-The same set of samples, in any order, with the same seed gives the same division.
+The same samples in any order and the same seed give the same division.
 """
 
 import bisect
@@ -21,30 +21,30 @@ def assign_splits(
 ) -> dict[str, str]:
     """Returns the split of each id; a group is never divided.
 
-    The number of samples of a split is as near to its fraction as exchanging groups can bring it,
-    and every split with a fraction above 0 has at least one group.
+    Groups are exchanged between splits until the number of samples of each split is as close as
+    possible to its fraction. Every split with a fraction above 0 has at least one group.
 
     Args:
         groups: id -> group.
         fractions: split -> share of the samples; they add up to 1.
 
     Raises:
-        UsageError: unknown split, fractions that do not add up, or fewer groups than splits.
+        UsageError: unknown split, fractions that do not add up to 1, or fewer groups than splits.
     """
     if not set(fractions) <= set(SPLITS):
-        raise UsageError(f"splits {sorted(fractions)}: known are {', '.join(SPLITS)}")
+        raise UsageError(f"splits {sorted(fractions)}: unknown; known: {', '.join(SPLITS)}")
     if min(fractions.values(), default=-1) < 0 or not math.isclose(
         sum(fractions.values()), 1, abs_tol=1e-6
     ):
         shares = ", ".join(f"{name} {share}" for name, share in fractions.items())
-        raise UsageError(f"--fractions {shares}: each is at least 0 and together they are 1")
+        raise UsageError(f"--fractions {shares}: each must be at least 0, and their sum 1")
     names: list[str] = [name for name in SPLITS if fractions.get(name, 0) > 0]
     place = _divide(groups, [fractions[name] for name in names], f"split {seed}", "splits")
     return {sample: names[place[group]] for sample, group in groups.items()}
 
 
 def assign_folds(groups: Mapping[str, str], *, num_folds: int, seed: int) -> dict[str, int]:
-    """Returns the fold 0..num_folds-1 of each id; groups stay whole, folds are of equal size.
+    """Returns the fold 0..num_folds-1 of each id; groups stay whole, folds have about equal sizes.
 
     Raises:
         UsageError: fewer than two folds, or fewer groups than folds.
@@ -58,17 +58,17 @@ def assign_folds(groups: Mapping[str, str], *, num_folds: int, seed: int) -> dic
 def _divide(
     groups: Mapping[str, str], shares: Sequence[float], salt: str, what: str
 ) -> dict[str, int]:
-    """Returns the part 0..len(shares)-1 of each group, near to `shares` of the samples.
+    """Returns the part 0..len(shares)-1 of each group, close to `shares` of the samples.
 
-    Groups in an order drawn by `salt` go where most is missing; then single groups are moved or
-    exchanged as long as that brings the parts nearer. Sizes play no role in the order, so that
-    large groups do not all end up in the largest part.
+    Takes the groups in an order randomized by `salt` and adds each to the part that lacks most
+    samples. Then moves or exchanges single groups as long as that improves the parts. The order
+    does not depend on the sizes, so that large groups do not all end up in the largest part.
     """
     sizes = Counter(groups.values())
     if len(sizes) < len(shares):
         raise UsageError(
-            f"{pluralize(len(sizes), 'group')} cannot fill {len(shares)} {what}; add samples, "
-            f"group them less coarsely, or ask for fewer {what}"
+            f"{pluralize(len(sizes), 'group')} cannot fill {len(shares)} {what}; add samples, use "
+            f"smaller groups, or request fewer {what}"
         )
     order = sorted(sizes, key=lambda group: (_draw(salt, group), group))
     missing = [share * len(groups) for share in shares]
@@ -89,16 +89,16 @@ def _draw(salt: str, group: str) -> bytes:
 
 
 def _exchange(parts: list[list[str]], missing: list[float], sizes: Mapping[str, int]) -> None:
-    """Moves or exchanges groups in place until no step lowers the sum of squares of `missing`."""
+    """Moves or exchanges groups in place until no step reduces the sum of squares of `missing`."""
     while True:
-        # Of the groups of one size in a part the first stands for all.
+        # Groups of equal size in a part are interchangeable: only the first is tried.
         first = [{sizes[group]: group for group in reversed(members)} for members in parts]
         ordered = [sorted(by_size) for by_size in first]
         steps = [
             (_gain(missing[giver], missing[taker], size - back), giver, taker, size, back)
             for giver in range(len(parts))
             for taker in range(len(parts))
-            if missing[giver] < missing[taker]  # else every step makes the two more unlike
+            if missing[giver] < missing[taker]  # else every step is worse
             for size, back in _near_steps(
                 ordered[giver],
                 [0, *ordered[taker]] if len(parts[giver]) > 1 else ordered[taker],
@@ -107,7 +107,7 @@ def _exchange(parts: list[list[str]], missing: list[float], sizes: Mapping[str, 
         ]
         if not steps:
             return
-        # Rounding errors must not make two states look better than each other.
+        # Rounding errors could otherwise make the loop alternate between two states forever.
         gain, giver, taker, size, back = max(steps)
         if gain < 1e-6:
             return
@@ -125,10 +125,10 @@ def _exchange(parts: list[list[str]], missing: list[float], sizes: Mapping[str, 
 def _near_steps(
     given: Sequence[int], returned: Sequence[int], ideal: float
 ) -> Iterator[tuple[int, int]]:
-    """Yields the (size, back) that can be best: `size - back` is above 0 and nearest to `ideal`.
+    """Yields (size, back) candidates: `size - back` is above 0 and closest to `ideal`.
 
-    The gain is a parabola of `size - back` whose top is at `ideal`. So of all that can be returned
-    for a size only the two neighbours of the top count; the whole product takes minutes.
+    The gain is a parabola in `size - back` with its maximum at `ideal`. So for each size only the
+    two `back` values beside the maximum are candidates; all pairs would take minutes.
 
     Args:
         given, returned: sizes, ascending.

@@ -138,10 +138,10 @@ def test_masks_of_another_colour_are_not_stored_as_empty(source, tmp_path):
         assert cv2.imwrite(str(path), np.where(mask, 100 + noise, 0).astype(np.uint8))
     done = _run(source, tmp_path / "out", "--image-size", "16")
     assert done.returncode == 3
-    assert "or raise --off-map-limit where they are blends" in done.stderr.splitlines()[-1]
+    assert "or increase --off-map-limit if they are blends" in done.stderr.splitlines()[-1]
     done = _run(source, tmp_path / "out", "--image-size", "16", "--off-map-limit", "1")
     assert done.returncode == 3
-    words = "all 20 masks would be read as empty, but 20 of them have pixels of colours"
+    words = "all 20 masks would be read as empty, but 20 of them have pixels in colours of no class"
     assert words in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out" / "dataset.json").exists()
 
@@ -192,7 +192,7 @@ def test_crop_that_cuts_the_truth_is_refused(source, tmp_path):
     for i in range(20):
         assert cv2.imwrite(str(source / "images" / f"case_{i}.png"), image)
     # The mask has columns 4 to 7, the breast 0 to 5: two columns of four pixels are lost.
-    with pytest.raises(ContentError, match=r"case_0\.png: the crop .* cut off 8 pixels"):
+    with pytest.raises(ContentError, match=r"case_0\.png: the crop .* remove 8 pixels"):
         _prepare(source, tmp_path / "out", crop="breast")
 
 
@@ -276,23 +276,23 @@ def _group_lives(group):
         (["SOURCE", "OUT", "--seed", "1", "--no-such"], 2, "--no-such"),
         (["SOURCE", "OUT", "--classes", "a=1"], 2, "classes"),
         (["SOURCE", "OUT", "--fractions", "0.5,0.1,0.1"], 2, "add up to 1"),
-        (["SOURCE", "OUT", "--fractions", "0.5,0.5"], 2, "'0.5']: three shares are needed: of"),
-        (["SOURCE", "OUT", "--fractions", "0.5,0.5,0,0"], 2, "three shares are needed: of train"),
+        (["SOURCE", "OUT", "--fractions", "0.5,0.5"], 2, "'0.5']: give three shares: of"),
+        (["SOURCE", "OUT", "--fractions", "0.5,0.5,0,0"], 2, "give three shares: of train"),
         (["SOURCE", "OUT", "--group-regex", "(", "--seed", "1"], 2, "--group-regex"),
-        (["SOURCE", "OUT", "--group-regex", "a", "--group-csv", "b"], 2, "exclude each other"),
+        (["SOURCE", "OUT", "--group-regex", "a", "--group-csv", "b"], 2, "cannot be combined"),
         (["SOURCE", "OUT", "--tile", "16", "--image-size", "16"], 2, "leave out one"),
-        (["SOURCE", "OUT", "--tile", "16", "--tile-overlap", "16"], 2, "below --tile"),
+        (["SOURCE", "OUT", "--tile", "16", "--tile-overlap", "16"], 2, "less than --tile"),
         (["SOURCE", "OUT", "--tile-overlap", "4"], 2, "needs --tile"),
         (["SOURCE", "OUT", "--config", "missing.yaml"], 2, "missing.yaml"),
         (["MISSING", "OUT"], 2, "MISSING: does not exist; give the folder"),
         (["MISSING", "OUT", "--format", "inbreast"], 2, "MISSING: does not exist; give the folder"),
         (["FILE", "OUT"], 2, "FILE: is a file, not a folder; give the folder"),
-        (["SOURCE", "FILE"], 2, "FILE: is a file; give OUTPUT a folder, which prep makes"),
+        (["SOURCE", "FILE"], 2, "FILE: is a file; OUTPUT must be a folder"),
         (["SOURCE", "FILE/out"], 2, "FILE is a file, not a folder; give a folder"),
-        (["SOURCE", "SOURCE/images/out"], 2, "lies in the source folder"),
-        (["SOURCE", "LINK/out"], 2, "lies in the source folder"),
-        (["SOURCE", "SOURCE/test"], 2, "source/test, where the next prep looks for pictures"),
-        (["SOURCE", "SOURCE/val/out"], 2, "source/val, where the next prep looks for pictures"),
+        (["SOURCE", "SOURCE/images/out"], 2, "is inside the source folder"),
+        (["SOURCE", "LINK/out"], 2, "is inside the source folder"),
+        (["SOURCE", "SOURCE/test"], 2, "source/test, where the next prep looks for images"),
+        (["SOURCE", "SOURCE/val/out"], 2, "source/val, where the next prep looks for images"),
         (["SOURCE", "/proc/no/such"], 5, "/proc/no"),
     ],
 )
@@ -357,7 +357,7 @@ def test_skip_bad_lists_every_file(source, tmp_path, caplog):
     manifest = _prepare(source, tmp_path / "out", skip_bad=True)
     assert manifest.num_samples == 18
     table = f"{tmp_path}/out/{report_figures.REJECTS_NAME}"
-    assert f"list of the files left out: {table}" in [record.message for record in caplog.records]
+    assert f"list of skipped files: {table}" in [record.message for record in caplog.records]
     lines = Path(table).read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == [
         "file",
@@ -392,7 +392,7 @@ def test_skip_bad_leaves_out_names_that_storage_refuses(source, tmp_path):
     assert _prepare(source, tmp_path / "out", skip_bad=True).num_samples == 20
     listed = (tmp_path / "out" / report_figures.REJECTS_NAME).read_text()
     for kind in ("images", "masks"):
-        assert f"{source}/{kind}/{decomposed}.png,storage refuses its name: " in listed
+        assert f"{source}/{kind}/{decomposed}.png,its name is not allowed: " in listed
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_skip_bad_lists_names_that_no_terminal_shows(
         os.rename(f"{source}/{kind}/odd.png", f"{source}/{kind}/{name}.png")
     with pytest.raises(ContentError) as caught:
         _prepare(source, tmp_path / "out", hash_names=hash_names)
-    assert str(caught.value).startswith(f"{source}/images/{shown}.png: storage refuses its name: ")
+    assert str(caught.value).startswith(f"{source}/images/{shown}.png: its name is not allowed: ")
     _prepare(source, tmp_path / "out", skip_bad=True, hash_names=hash_names)
     listed = (tmp_path / "out" / report_figures.REJECTS_NAME).read_text()
     assert listed.count(reason) == 2
@@ -461,8 +461,8 @@ def test_skip_bad_says_what_is_left_out_before_it_fails(source, tmp_path, caplog
         (source / "images" / f"case_{index}.png").write_bytes(b"broken")
     with pytest.raises(UsageError, match="2 groups cannot fill 3 splits"):
         _prepare(source, tmp_path / "out", skip_bad=True)
-    (reported,) = [record.message for record in caplog.records if "left out" in record.message]
-    assert reported.startswith(f"18 files left out: {source}/images/case_0.png: ")
+    (reported,) = [record.message for record in caplog.records if "skipped" in record.message]
+    assert reported.startswith(f"skipped 18 files: {source}/images/case_0.png: ")
     assert reported.endswith("; and 13 more")
     assert reported.count("case_") == 5
 
@@ -483,8 +483,10 @@ def test_names_of_which_none_has_a_group_are_not_to_be_skipped(source, tmp_path)
         )
         assert code == 2  # an option does not fit
         (line,) = (line for line in errors.splitlines() if "no group" in line)
-        assert "case_0.png: no group, '_(x+)$' finds nothing in the file name (its ending" in line
-        assert line.endswith("correct --group-regex (so with all 20 files)")
+        assert (
+            "case_0.png: no group: '_(x+)$' finds nothing in the file name (with its ending" in line
+        )
+        assert line.endswith("correct --group-regex (same for all 20 files)")
 
 
 def test_a_table_that_has_none_of_the_files_is_a_wrong_file(source, tmp_path):
@@ -531,8 +533,8 @@ def test_groups_stay_whole(source, tmp_path):
 
 def test_small_splits_are_warned_of(source, tmp_path, caplog):
     _prepare(source, tmp_path / "few", fractions=(0.6, 0.3, 0.1))
-    (warning,) = [record for record in caplog.records if "say little" in record.msg]
-    assert warning.getMessage().startswith("split test has 2 groups, so its figures say little")
+    (warning,) = [record for record in caplog.records if "uncertain" in record.msg]
+    assert warning.getMessage().startswith("split test has only 2 groups, so its results")
 
 
 def test_regions_that_are_lost_in_a_smaller_mask_are_reported_and_recorded(
@@ -547,10 +549,10 @@ def test_regions_that_are_lost_in_a_smaller_mask_are_reported_and_recorded(
     assert sum(info.num_pictures for info in infos) == 20
     assert sum(info.num_emptied for info in infos) == 1
     assert [sum(info.num_vanished[c] for info in infos) for c in (0, 1)] == [0, 2]
-    reported = "2 of 21 regions of the masks have no pixel in the stored masks"
+    reported = "downscaling removed 2 of 21 regions in the masks"
     assert reported in caplog.text
-    assert "1 picture lost all foreground" in caplog.text
-    assert "raise --image-size, or cut tiles" in caplog.text
+    assert "and all foreground of 1 image: " in caplog.text
+    assert "increase --image-size or use --tile" in caplog.text
     # Found finished, it is told again.
     caplog.clear()
     assert _prepare(source, tmp_path / "out", image_size=8) == manifest
@@ -579,7 +581,7 @@ def test_the_same_image_twice_stays_in_one_split(tmp_path, caplog):
         features = decode_example(unframe_record(record, where="record"))
         assert (features["image/id"], features["image/group"]) == (row["id"].encode(), b"a2")
     reported = (
-        "20 groups hold a picture of another group and are joined with it: b0 with a0; b1 with a1; "
+        "20 groups share an image with another group and are merged with it: b0 with a0; b1 with"
     )
     assert reported in caplog.text
     assert "b12 with a12; and 15 more\n" in caplog.text
@@ -599,9 +601,7 @@ def test_blank_images_do_not_join_groups(tmp_path, caplog, stored):
     _prepare(source, tmp_path / "out", **options)
     rows = _rows(tmp_path / "out")
     assert {row["group"] for row in rows} == {f"{patient:02}" for patient in range(12)}
-    reported = (
-        "12 pictures are blank (all pixels alike) and no evidence of which groups belong together"
-    )
+    reported = "12 images are blank (all pixels are equal); groups that share one are not merged"
     assert f"{reported}: p00_0.png; p01_0.png" in caplog.text
     assert "joined" not in caplog.text
 
@@ -619,7 +619,7 @@ def test_groups_that_are_too_few_as_they_were_joined_say_so(tmp_path):
     source = tmp_path / "source"
     for i in range(4):
         _make_pair(source, f"a{i}", 0)
-    with pytest.raises(UsageError, match=r"1 group cannot fill 3 splits.*3 groups joined.*a1 with"):
+    with pytest.raises(UsageError, match=r"1 group cannot fill 3 splits.*3 groups merged.*a1 with"):
         _prepare(source, tmp_path / "out")
 
 
@@ -645,7 +645,7 @@ def test_markers_are_clipped_reported_and_recorded(tmp_path, caplog, stored):
     )
     assert read_manifest(open_store(str(tmp_path / "out")))[0] == manifest
     assert "full_scale" not in manifest.options
-    reported = "1 of 12 pictures have pixels above the full scale 4095 that the others need"
+    reported = "1 of 12 images have pixels above the full scale 4095 of the other images"
     assert reported in caplog.text
     assert "p03.png (1 pixel, up to 65535)" in caplog.text
     table = (tmp_path / "out" / "report" / "clipped.csv").read_text()
@@ -656,7 +656,7 @@ def test_markers_in_many_images_are_reported_and_kept(tmp_path, caplog):
     _make_deep(tmp_path / "source", 12, [3, 5])
     assert _prepare(tmp_path / "source", tmp_path / "out", image_size=40).value_max == 65535
     reported = (
-        "above 4095; if they are markers, --full-scale 4095 makes the pictures 16 times brighter"
+        "above 4095; if these are markers, --full-scale 4095 makes the images 16 times brighter"
     )
     assert f"{reported}: p03.png; p05.png" in caplog.text
     assert not (tmp_path / "out" / "report" / "clipped.csv").exists()
@@ -664,7 +664,9 @@ def test_markers_in_many_images_are_reported_and_kept(tmp_path, caplog):
     manifest = _prepare(tmp_path / "source", tmp_path / "given", image_size=40, full_scale=4095)
     assert (manifest.value_max, manifest.full_scale.num_clipped_pictures) == (4095, 2)
     assert "if they are markers" not in caplog.text
-    assert "2 of 12 pictures have pixels above the full scale 4095, which become" in caplog.text
+    assert (
+        "2 of 12 images have pixels above the full scale 4095; they are clipped to" in caplog.text
+    )
 
 
 def test_full_scale_is_given_recorded_and_part_of_the_identity(tmp_path, caplog):
@@ -679,7 +681,7 @@ def test_full_scale_is_given_recorded_and_part_of_the_identity(tmp_path, caplog)
 
 
 def test_full_scale_of_8_bit_images_is_refused(source, tmp_path):
-    with pytest.raises(UsageError, match="--full-scale 4095: it is for pictures of 16 bits"):
+    with pytest.raises(UsageError, match="--full-scale 4095: only for 16-bit images"):
         _prepare(source, tmp_path / "out", full_scale=4095)
     manifest = _prepare(source, tmp_path / "out")
     assert b"full_scale" not in (tmp_path / "out" / "dataset.json").read_bytes()
@@ -781,7 +783,7 @@ def test_source_that_disappears_is_a_storage_error(source, tmp_path):
     pairs, _ = find_pairs(find_sources(str(source)))
     os.remove(source / "masks" / "case_2.png")
     config = PrepConfig()
-    with pytest.raises(StorageError, match=r"case_2\.png: vanished"):
+    with pytest.raises(StorageError, match=r"case_2\.png: was deleted"):
         pairs_of([(pair, pair.id) for pair in pairs], config)
 
 

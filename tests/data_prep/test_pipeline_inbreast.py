@@ -127,7 +127,7 @@ def test_command_prints_what_was_found_beside_what_was_published(release, tmp_pa
 
 def test_a_release_without_its_format_is_reported(release, tmp_path, capsys):
     assert cli.main([str(release), str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.endswith("a release of INbreast; give --format inbreast\n")
+    assert capsys.readouterr().err.endswith("looks like INbreast; give --format inbreast\n")
     (tmp_path / "AllXML").mkdir()
     assert cli.main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "no files in images/ and masks/" in capsys.readouterr().err
@@ -140,24 +140,24 @@ def test_what_is_left_out_is_reported(release, tmp_path):
     images[0].write_bytes(images[0].read_bytes()[:-10])
     shutil.copy(images[1], images[1].with_stem(images[1].stem + "_2"))
     (source / "AllXML" / "99.xml").write_bytes(b"x")
-    with pytest.raises(ContentError, match="several pictures have its number"):
+    with pytest.raises(ContentError, match="several images have its number"):
         _prepare(source, tmp_path / "out")
     manifest = _prepare(source, tmp_path / "out", skip_bad=True)
     assert manifest.num_samples == 40
     rejects = (tmp_path / "out" / "report" / "rejects.csv").read_text()
     assert "bytes of pixels, but" in rejects
-    assert "no picture of this number" in rejects
+    assert "no image with this number" in rejects
     counts = (tmp_path / "out" / inbreast.COUNTS_NAME).read_text()
     assert counts.splitlines()[1] == 'all,,,40,12,"410 images, 115 cases"'
 
 
 def test_options_that_do_not_fit_are_refused(release, tmp_path):
     for options, message in (
-        ({"group_regex": "x"}, "the groups of --format inbreast are its patients"),
-        ({"classes": "a=0,0,0;b=1,1,1;c=2,2,2"}, "name two --classes"),
+        ({"group_regex": "x"}, "--format inbreast groups by patient"),
+        ({"classes": "a=0,0,0;b=1,1,1;c=2,2,2"}, "give two --classes"),
         ({"rois": ("mess",)}, "rois"),
         ({"rois": ()}, "rois"),
-        ({"format": "pairs", "rois": ("cluster",)}, "--rois is an option of --format inbreast"),
+        ({"format": "pairs", "rois": ("cluster",)}, "--rois needs --format inbreast"),
     ):
         with pytest.raises(UsageError, match=message):
             _prepare(release, tmp_path / "out", **options)

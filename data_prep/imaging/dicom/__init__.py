@@ -1,4 +1,4 @@
-"""DICOM files -> pixels, their full scale and their spacing; nothing else of a file leaves here.
+"""Reads pixels, full scale and pixel spacing of DICOM files, and nothing else of them.
 
-A picture that is not what this package reads is refused, and no value of an element is quoted.
+Other kinds of images are rejected, and no error quotes the value of an element.
 """

@@ -1,14 +1,14 @@
-"""The compressed frame of a DICOM file -> its stored values.
+"""Decodes the compressed frame of a DICOM file to its stored values.
 
-Owns which compressions are read, what their codestreams say of themselves, and which library
-decodes them. It must not know the elements of a file.
+The module defines the supported compressions, parses their codestreams, and selects the library
+that decodes them. It does not read the elements of a file.
 
-- A codestream says its own size. It must be the one that the header says, which is within the
-  limit, before anything is decoded: a frame is never larger than the header has promised.
-- RLE says no size. It is unpacked here, up to the size that is wanted and no further.
-- The others are decoded by imagecodecs, of the extra `dicom`: libjpeg-turbo, CharLS and OpenJPEG.
-  It is no part of the default installation. The other libraries that pydicom can use are of the
-  GPL (pylibjpeg-libjpeg), or end the whole process on a damaged JPEG (python-gdcm).
+- A codestream states its size. Before decoding, it must equal the size in the header, which is
+  within the limit: a decoded frame is never larger than the header states.
+- RLE states no size. It is decompressed here, up to the expected size and no further.
+- The others are decoded by imagecodecs (libjpeg-turbo, CharLS and OpenJPEG), from the extra
+  `dicom`, which the default installation does not include. The other libraries that pydicom can use
+  have the GPL license (pylibjpeg-libjpeg), or crash the process on a damaged JPEG (python-gdcm).
 
 Sources: DICOM PS3.5 A.4 (fragments) and G (RLE); ITU-T T.81 B (JPEG), T.87 C (JPEG-LS) and
 T.800 A (JPEG 2000).
@@ -38,12 +38,12 @@ _ITEM = b"\xfe\xff\x00\xe0"
 _END_OF_ITEMS = b"\xfe\xff\xdd\xe0"
 _END_OF_IMAGE = b"\xff\xd9"  # of JPEG and JPEG-LS; in JPEG 2000 the end of the codestream
 _START_OF_SCAN = 0xDA
-# DHT, JPG and DAC lie among the numbers of the frame headers.
+# DHT, JPG and DAC have numbers in the range of the frame headers.
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
-_FIRST_MARKER = 0xC0  # TEM and what is reserved lie below; 0 is no marker
+_FIRST_MARKER = 0xC0  # TEM and reserved markers have lower numbers; 0 is no marker
 _WITHOUT_SEGMENT = range(0xD0, 0xDA)  # restarts, the start and the end of an image
 _J2K_START = b"\xff\x4f\xff\x51"
-_MIN_TILE_PIXELS = 256  # on average; OpenJPEG keeps some kilobytes for each tile
+_MIN_TILE_PIXELS = 256  # on average; OpenJPEG needs some kilobytes per tile
 _MIN_BLOCK_EXPONENT = 8  # 256 pixels; the usual block has 4096
 _COD, _COC = 0xFF52, 0xFF53
 _START_OF_TILE_PART, _START_OF_DATA, _END_OF_CODESTREAM = 0xFF90, 0xFF93, 0xFFD9
@@ -55,8 +55,8 @@ class Codec:
     """A compression of DICOM files.
 
     Attributes:
-        name: in words.
-        frame_headers: the markers that a JPEG of this kind may have.
+        name: name in messages.
+        frame_headers: the frame-header markers allowed in this kind of JPEG.
         tool: a program that decompresses such files.
     """
 
@@ -84,7 +84,7 @@ CODECS = {
 
 @dataclass(frozen=True)
 class Bits:
-    """The bits of a value: those that it takes, 8 or 16, and those of them that count."""
+    """The bits of a value: allocated (8 or 16), and stored (the bits in use)."""
 
     allocated: int
     stored: int
@@ -92,7 +92,7 @@ class Bits:
 
 @dataclass(frozen=True)
 class _Said:
-    """What a codestream says of its picture."""
+    """The image properties stated by a codestream."""
 
     height: int
     width: int
@@ -101,11 +101,11 @@ class _Said:
 
 
 class _Damaged(Exception):
-    """The codestream cannot be what its file says."""
+    """The codestream is damaged or contradicts the header."""
 
 
 def has_decoders() -> bool:
-    """Returns whether what decodes all but RLE is installed."""
+    """Returns whether the decoder of all compressions except RLE is installed."""
     return importlib.util.find_spec("imagecodecs") is not None
 
 
@@ -126,19 +126,19 @@ def decoder_problem() -> str:
 def decode_frame(
     pixel_data: bytes, codec: Codec, size: tuple[int, int], bits: Bits, *, name: str
 ) -> Values:
-    """Returns the stored values, (height, width) uint8 or uint16 as the bits allocated say.
+    """Returns the stored values (height, width), uint8 or uint16 according to the bits allocated.
 
-    What lossless ones have above the bits stored is dropped, as of uncompressed files; of others,
-    values that the loss has made too large are the largest.
+    For lossless codecs, bits above the bits stored are dropped, as in uncompressed files. For lossy
+    codecs, values that became too large are clipped to the largest allowed value.
 
     Args:
         pixel_data: the value of the element, in fragments.
-        size: height and width that the header says.
-        name: what to call the file in errors.
+        size: height and width from the header.
+        name: name of the file in errors.
 
     Raises:
-        ContentError: the decoder is not installed; the codestream is damaged, cut off, of another
-            kind or of another size than the file says.
+        ContentError: the decoder is not installed; the codestream is damaged, truncated, of another
+            kind, or has another size than the header states.
     """
     try:
         frame = _joined(pixel_data)
@@ -148,20 +148,20 @@ def decode_frame(
             values = _decoded(frame, codec, size, bits.allocated, name)
     except (_Damaged, struct.error, IndexError):
         raise ContentError(
-            f"{name}: its {codec.name} pixels are damaged, cut off or of another kind; replace the "
-            "file"
+            f"{name}: its {codec.name} pixels are damaged, truncated or of another kind; replace "
+            "the file"
         ) from None
-    # A codestream may have fewer bits than its file, and no uint8 can be compared with 4095.
+    # A codestream may have fewer bits than its file, and uint8 cannot be compared with 4095.
     values = values.astype(np.uint8) if bits.allocated == 8 else values.astype(np.uint16)
     value_max = 2**bits.stored - 1
     return values & value_max if codec.is_lossless else np.minimum(values, value_max)
 
 
 def _joined(pixel_data: bytes) -> bytes:
-    """Returns the fragments as one; the first item is a table of offsets, which is not needed."""
+    """Returns the joined fragments; skips the first item, a table of offsets."""
     fragments: list[bytes] = []
     position = 0
-    while position + 8 <= len(pixel_data):  # a zero may follow an odd number of bytes
+    while position + 8 <= len(pixel_data):  # a zero byte may pad an odd length
         tag, length = struct.unpack_from("<4sI", pixel_data, position)
         if tag == _END_OF_ITEMS:
             break
@@ -182,20 +182,20 @@ def _decoded(
         import imagecodecs
     except ImportError:
         raise ContentError(
-            f"{name}: compressed as {codec.name}; {EXTRA} for its decoder, or decompress it, as "
-            f"with {codec.tool}"
+            f"{name}: compressed as {codec.name}; {EXTRA} for its decoder, or decompress it, such "
+            f"as with {codec.tool}"
         ) from None
     said = _j2k_header(frame) if codec.family == "jpeg 2000" else _jpeg_header(frame, codec)
     if (said.height, said.width) != size:
         height, width = size
         raise ContentError(
-            f"{name}: its {codec.name} pixels are {said.width}x{said.height}, but its header says "
-            f"{width}x{height}; replace the file"
+            f"{name}: its {codec.name} pixels are {said.width}x{said.height}, but its header "
+            f"states {width}x{height}; replace the file"
         )
     if said.samples != 1 or not 2 <= said.bits <= bits_allocated:
         raise ContentError(
             f"{name}: its {codec.name} pixels have {said.samples} samples of {said.bits} bits, but "
-            f"its header says 1 of up to {bits_allocated}; replace the file"
+            f"its header states 1 of up to {bits_allocated}; replace the file"
         )
     if not frame.rstrip(b"\0").endswith(_END_OF_IMAGE):
         raise _Damaged
@@ -209,14 +209,14 @@ def _decoded(
         decode(frame, out=out)
     except MemoryError:
         raise
-    # Each codec has an error of its own, beside ValueError and RuntimeError.
+    # Each codec raises its own error class, or ValueError or RuntimeError.
     except Exception:
         raise _Damaged from None
     return out
 
 
 def _jpeg_header(frame: bytes, codec: Codec) -> _Said:
-    """Returns what the one frame header of a JPEG or JPEG-LS says."""
+    """Returns the properties from the only frame header of a JPEG or JPEG-LS."""
     if frame[:2] != b"\xff\xd8":
         raise _Damaged
     said = None
@@ -224,11 +224,12 @@ def _jpeg_header(frame: bytes, codec: Codec) -> _Said:
     while True:
         if frame[position] != 0xFF:
             raise _Damaged
-        while frame[position] == 0xFF:  # a marker may have fillers before it
+        while frame[position] == 0xFF:  # fill bytes may precede a marker
             position += 1
         marker = frame[position]
         (length,) = struct.unpack_from(">H", frame, position + 1)
-        # Decoders read on behind a marker without a segment; a frame header could hide in ours.
+        # Decoders continue right after a marker without a segment; if its next bytes were read as a
+        # segment here, a frame header could hide in it.
         if marker < _FIRST_MARKER or marker in _WITHOUT_SEGMENT or length < 2:
             raise _Damaged
         if marker == _START_OF_SCAN:
@@ -245,7 +246,7 @@ def _jpeg_header(frame: bytes, codec: Codec) -> _Said:
 
 
 def _j2k_header(frame: bytes) -> _Said:
-    """Returns what the first segment of a JPEG 2000 codestream says."""
+    """Returns the properties from the first segment of a JPEG 2000 codestream."""
     if not frame.startswith(_J2K_START):
         raise _Damaged
     right, bottom, left, top = struct.unpack_from(">4I", frame, 8)
@@ -263,7 +264,7 @@ def _j2k_header(frame: bytes) -> _Said:
 
 
 def _j2k_coding_styles(frame: bytes) -> Iterator[bytes]:
-    """Yields the bodies of all COD and COC segments, from their style on; also those of tiles."""
+    """Yields the bodies of all COD and COC segments from the style byte on, also in tiles."""
     position, part_end = 2, 0
     while position + 2 <= len(frame):
         (marker,) = struct.unpack_from(">H", frame, position)
@@ -282,16 +283,16 @@ def _j2k_coding_styles(frame: bytes) -> Iterator[bytes]:
             body = frame[position + 4 : position + 2 + length]
             yield body[:1] + body[5:]
         elif marker == _COC:
-            yield frame[position + 5 : position + 2 + length]  # after the number of its component
+            yield frame[position + 5 : position + 2 + length]  # after the component number
         position += 2 + length
 
 
 def _check_blocks(style: bytes) -> None:
-    """Refuses blocks or precincts of few pixels, for each of which OpenJPEG keeps some memory.
+    """Rejects blocks or precincts of few pixels, because OpenJPEG needs memory for each of them.
 
     Args:
-        style: of a COD or COC: whether precincts follow, levels, exponents of a block's sides less
-            2, two bytes, and the exponents of each level's precincts.
+        style: style of a COD or COC segment: whether precincts follow, levels, exponents of a
+            block's sides minus 2, two bytes, and the exponents of each level's precincts.
     """
     exponents = [(style[2] & 15) + (style[3] & 15) + 4]
     if style[0] & 1:
@@ -301,7 +302,7 @@ def _check_blocks(style: bytes) -> None:
 
 
 def _rle_decoded(frame: bytes, size: tuple[int, int], num_planes: int) -> Values:
-    """Returns (height, width) = `size`: each byte of a value is a segment, the highest first."""
+    """Returns values of shape `size`; each byte of a value has its own segment, highest first."""
     num_segments, *offsets = _RLE_HEADER.unpack_from(frame)
     if num_segments != num_planes:
         raise _Damaged
@@ -318,7 +319,7 @@ def _rle_decoded(frame: bytes, size: tuple[int, int], num_planes: int) -> Values
 
 
 def _unpacked(segment: bytes, num_bytes: int) -> bytes:
-    """Returns the first `num_bytes` of a segment of PackBits."""
+    """Returns the first `num_bytes` bytes of a decompressed PackBits segment."""
     out = bytearray()
     position = 0
     while len(out) < num_bytes:

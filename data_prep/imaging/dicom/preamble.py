@@ -1,14 +1,14 @@
-"""Recognizes DICOM data: files with a preamble, data sets without one, and what else a file is.
+"""Recognizes DICOM files with or without a preamble, and names the format of other files.
 
-A DICOM file begins with 128 free bytes, `DICM` and the file meta information (group 0002). Some
-programs write less: the file meta information first, or the data set alone (group 0008), as it is
-sent over a network. Only little endian is recognized, and no more than two elements are looked at.
+A DICOM file starts with 128 free bytes, `DICM` and the file meta information (group 0002). Some
+programs write less: the file meta information first, or only the data set (group 0008), as it is
+sent over a network. Only little endian is recognized, and at most two elements are read.
 """
 
 import struct
 
 PREAMBLE_BYTES = 128
-SIGNATURE_BYTES = PREAMBLE_BYTES + 4  # what `is_dicom` looks at
+SIGNATURE_BYTES = PREAMBLE_BYTES + 4  # read by `is_dicom`
 _MAGIC = b"DICM"
 _META_GROUP, _FIRST_GROUP, _PIXEL_GROUP = 0x0002, 0x0008, 0x7FE0
 _SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
@@ -36,24 +36,25 @@ _KINDS = (
 
 
 def is_dicom(data: bytes) -> bool:
-    """Returns whether `data` begins as a DICOM file does: with a preamble and `DICM`."""
+    """Returns whether `data` starts with the preamble of a DICOM file and `DICM`."""
     return data[PREAMBLE_BYTES:SIGNATURE_BYTES] == _MAGIC
 
 
 def is_bare(data: bytes) -> bool:
-    """Returns whether `data` begins as file meta information or a data set without a preamble."""
+    """Returns whether `data` is DICOM without a preamble: file meta information or a data set."""
     return not is_dicom(data) and _syntax_of(data) is not None
 
 
 def has_meta(data: bytes) -> bool:
-    """Returns whether `data`, for which `is_bare` holds, begins with file meta information."""
+    """Returns whether bare `data` (see `is_bare`) starts with file meta information."""
     return data[:2] == struct.pack("<H", _META_GROUP)
 
 
 def with_preamble(data: bytes) -> bytes:
-    """Returns `data`, for which `is_bare` holds, as a file with preamble and meta information.
+    """Returns bare `data` (see `is_bare`) as a file with preamble and meta information.
 
-    A data set alone does not say its transfer syntax; it is implicit or explicit little endian.
+    A data set without meta information does not state its transfer syntax; it is implicit or
+    explicit little endian.
     """
     meta = b""
     if not has_meta(data):
@@ -63,11 +64,11 @@ def with_preamble(data: bytes) -> bytes:
 
 
 def describe_other(data: bytes) -> str:
-    """Returns what `data` is if it is not DICOM, and what to do."""
+    """Returns the kind of `data` that is not DICOM, and a remedy."""
     if not data:
         return "it is empty; replace it"
     if not any(data[: 2**16]):
-        return "it begins with zeros alone; replace it"
+        return "it starts with zeros only; replace it"
     for signature, kind in _KINDS:
         if data.startswith(signature):
             return f"it is {kind}" + ("" if ";" in kind else "; replace it")
@@ -78,9 +79,9 @@ def describe_other(data: bytes) -> str:
 
 
 def _syntax_of(data: bytes) -> bytes | None:
-    """Returns the transfer syntax of the first element; None where there is none.
+    """Returns the transfer syntax of the first element, None if `data` is not DICOM.
 
-    A second element with a higher tag has to follow, so that other files are not taken for DICOM.
+    A second element with a higher tag must follow, so that other files are not taken for DICOM.
     """
     try:
         group, element = struct.unpack_from("<HH", data)
@@ -88,16 +89,16 @@ def _syntax_of(data: bytes) -> bytes | None:
             return None
         syntax, end = _end_of_element(data)
         following = struct.unpack_from("<HH", data, end)
-    except struct.error:  # it is too short
+    except struct.error:  # too short
         return None
-    if syntax == _IMPLICIT and group == _META_GROUP:  # which is explicit always
+    if syntax == _IMPLICIT and group == _META_GROUP:  # meta information is always explicit
         return None
     is_higher = (group, element) < following and following[0] <= _PIXEL_GROUP
     return syntax if is_higher else None
 
 
 def _end_of_element(data: bytes) -> tuple[bytes, int]:
-    """Returns the transfer syntax of the element at the beginning, and where it ends."""
+    """Returns the transfer syntax of the first element, and its end."""
     kind = data[4:6]
     if kind in _LONG_VRS:
         return _EXPLICIT, 12 + int(struct.unpack_from("<I", data, 8)[0])

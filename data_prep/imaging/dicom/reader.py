@@ -1,16 +1,15 @@
-"""DICOM files -> pixels, their full scale and their spacing; nothing else of the file leaves here.
+"""Reads pixels, full scale and pixel spacing of a DICOM file, and nothing else of it.
 
-Owns which DICOM files are read: one grey frame of unsigned values of 8 to 16 bits. It must not know
-data sets, annotations or storage, nor what compressed frames look like inside.
+Supports one grey frame of unsigned values of 8 to 16 bits. The module does not depend on datasets,
+annotations or storage, or on the format of compressed frames.
 
-- Only the few elements that are needed are parsed; text, private elements and sequences are
-  skipped, and no value of an element is ever quoted: an error must not tell whose picture it is.
+- Only the necessary elements are parsed; text, private elements and sequences are skipped. No error
+  quotes the value of an element, because it could identify the patient.
 - The header is checked before any pixel is decoded: transfer syntax, size, length of the pixels.
-  The size that a compressed frame says of itself must be the same.
-- MONOCHROME1 (white is 0) is inverted, so that dense tissue is bright in every picture. Rescaling
-  and windows are a viewer's matter and not applied: pixels are the stored values.
-- A picture that says that text is burned into it is refused. One that does not say so may still
-  have some.
+  The size stated by a compressed frame must be the same.
+- MONOCHROME1 (white is 0) is inverted, so that dense tissue is bright in every image. Rescaling and
+  windows are for viewers and are not applied: pixels are the stored values.
+- An image marked to have burned-in text is rejected. An image without the mark may still have some.
 """
 
 import io
@@ -64,12 +63,12 @@ _ELEMENTS = [
 
 @dataclass(frozen=True)
 class Radiograph:
-    """What is read of a DICOM file.
+    """The content read from a DICOM file.
 
     Attributes:
         pixels: (H, W, 1) uint8 or uint16; larger is brighter.
         value_max: the value of full intensity, 2**(bits stored) - 1.
-        spacing_mm: height and width of a pixel at the detector, where the file has them.
+        spacing_mm: height and width of a pixel at the detector; None if the file lacks them.
     """
 
     pixels: "Pixels"
@@ -80,18 +79,18 @@ class Radiograph:
 def read_dicom(
     data: bytes, *, name: str, max_pixels: int, reader: Reader = "pydicom"
 ) -> Radiograph:
-    """Returns the picture of a DICOM file.
+    """Returns the image of a DICOM file.
 
     Args:
-        data: the whole file; its preamble may be missing, and its file meta information.
-        name: what to call the file in errors.
-        max_pixels: larger pictures are refused before they are decoded.
-        reader: what decodes uncompressed pixels; both give the same.
+        data: the whole file; its preamble and file meta information may be missing.
+        name: name of the file in errors.
+        max_pixels: larger images are rejected before they are decoded.
+        reader: decoder of uncompressed pixels; both give the same pixels.
 
     Raises:
         UsageError: the reader is not installed.
-        ContentError: not DICOM, compressed in a way that is not read, not one grey frame of
-            unsigned values, too large, cut off, or marked to have text burned in.
+        ContentError: not DICOM, an unsupported compression, not one grey frame of unsigned values,
+            too large, truncated, or marked to have burned-in text.
     """
     has_syntax = True
     if not is_dicom(data):
@@ -113,16 +112,13 @@ def read_dicom(
 
 
 def _parsed(data: bytes, name: str) -> tuple["FileDataset", Codec | None]:
-    """Returns the elements that are needed, each of the kind that the checks expect, and the codec.
-
-    That is None where the pixels are not compressed.
-    """
+    """Returns the necessary elements, and the codec, which is None for uncompressed pixels."""
     import pydicom
 
-    # What is not valid is refused below or not used; a warning would quote it.
+    # Invalid values are rejected later or not used; a warning would quote them.
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     with _parsing(name):
-        # A deflated file must not be read further than its meta information: it may be a bomb.
+        # Only the meta information of a deflated file may be read: it may decompress endlessly.
         file = io.BytesIO(data[SIGNATURE_BYTES:])
         meta = pydicom.filereader.read_dataset(
             file,
@@ -137,39 +133,39 @@ def _parsed(data: bytes, name: str) -> tuple["FileDataset", Codec | None]:
     with _parsing(name):
         dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(_ELEMENTS))
         for keyword in _ELEMENTS:
-            _ = dataset.get(keyword)  # elements are converted when they are asked for
+            _ = dataset.get(keyword)  # elements are converted on access
     return dataset, codec
 
 
 def _refuse_unknown_compression(dataset: "FileDataset", name: str) -> None:
-    """Refuses compressed pixels of a data set that does not say how they are compressed."""
+    """Rejects compressed pixels if the file does not state the compression."""
     with _parsing(name):
         pixel_data = dataset.get_item(_PIXEL_DATA)
         is_compressed = pixel_data is not None and pixel_data.is_undefined_length
     if is_compressed:
         raise ContentError(
-            f"{name}: its pixels are compressed, and the file meta information that says how is "
-            "missing; export it again as a DICOM file"
+            f"{name}: its pixels are compressed, but the file meta information, which states how, "
+            "is missing; export it again as a DICOM file"
         )
 
 
 def _why_refused(syntax: str) -> str:
-    """Returns why a transfer syntax is not read; one that is not known is not quoted."""
+    """Returns why a transfer syntax is not supported; does not quote an unknown one."""
     if syntax in _REFUSED_SYNTAXES:
         what, tool = _REFUSED_SYNTAXES[syntax]
-        return f"stored {what}, which is not read; convert it, as with {tool}"
+        return f"stored as {what}, which is not supported; convert it, such as with {tool}"
     known = ", ".join(
         dict.fromkeys([*_SYNTAXES.values(), *(each.name for each in CODECS.values())])
     )
     return (
-        f"compressed or stored in a way that is not read (known: {known}); convert it to explicit "
-        "little endian with the program that wrote it"
+        f"unsupported compression or storage (supported: {known}); convert it to explicit little "
+        "endian with the program that wrote it"
     )
 
 
 @contextmanager
 def _parsing(name: str) -> Iterator[None]:
-    """Turns whatever pydicom raises into one ContentError that quotes nothing of the file."""
+    """Converts any error of pydicom into a ContentError that quotes nothing of the file."""
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
@@ -177,14 +173,14 @@ def _parsing(name: str) -> Iterator[None]:
             yield
     except (ContentError, MemoryError):
         raise
-    # It raises what its parsing meets: KeyError, ValueError, struct.error, EOFError and more; and
-    # these, its warnings and its log quote values.
+    # pydicom raises KeyError, ValueError, struct.error, EOFError and more; these, its warnings and
+    # its log quote values.
     except Exception:
         raise ContentError(f"{name}: damaged or incomplete DICOM file; replace it") from None
 
 
 def _check_kind(dataset: "FileDataset", name: str) -> None:
-    """Refuses all but one grey frame of unsigned values."""
+    """Rejects all files except those with one grey frame of unsigned values."""
     bits = [_number(dataset, key) for key in ("BitsAllocated", "BitsStored", "HighBit")]
     allocated, stored, high = bits
     kinds = {
@@ -194,17 +190,19 @@ def _check_kind(dataset: "FileDataset", name: str) -> None:
     }
     for what, (found, wanted) in kinds.items():
         if found != wanted:
-            raise ContentError(f"{name}: {what} {found}, only {wanted} is read; convert it")
+            raise ContentError(f"{name}: {what} {found}, only {wanted} is supported; convert it")
     if dataset.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ContentError(f"{name}: not a grey picture (MONOCHROME1 or MONOCHROME2); convert it")
+        raise ContentError(f"{name}: not a grey image (MONOCHROME1 or MONOCHROME2); convert it")
     if allocated not in (8, 16) or stored is None or not 8 <= stored <= allocated:
-        raise ContentError(f"{name}: {stored} bits stored in {allocated}, 8 to 16 are read")
+        raise ContentError(
+            f"{name}: {stored} bits stored in {allocated}, 8 to 16 are supported; convert it"
+        )
     if high != stored - 1:
-        raise ContentError(f"{name}: highest bit {high}, {stored - 1} is read; convert it")
+        raise ContentError(f"{name}: highest bit {high}, {stored - 1} is supported; convert it")
     if "YES" in str(dataset.get("BurnedInAnnotation", "")).upper():  # it may hold several values
         raise ContentError(
-            f"{name}: says that text is burned into its pixels, which may name the patient; blank "
-            "the text and mark it BurnedInAnnotation NO, or leave the file out"
+            f"{name}: is marked to have text burned into its pixels, which may name the patient; "
+            "blank the text and mark it BurnedInAnnotation NO, or leave the file out"
         )
 
 
@@ -213,9 +211,9 @@ def _check_size(
 ) -> None:
     height, width = _number(dataset, "Rows", 0), _number(dataset, "Columns", 0)
     pixel_data = dataset.get("PixelData")
-    # A damaged file may have numbers in the place of the pixels, and sides below 0.
+    # A damaged file may have numbers instead of pixels, and negative sizes.
     if min(height, width) < 1 or not isinstance(pixel_data, bytes) or not pixel_data:
-        raise ContentError(f"{name}: holds no picture; leave the file out")
+        raise ContentError(f"{name}: contains no image; leave the file out")
     if height * width > max_pixels:
         raise ContentError(
             f"{name}: {width}x{height} is {height * width} pixels, more than {max_pixels}; "
@@ -225,16 +223,19 @@ def _check_size(
     found = len(pixel_data)
     if not is_compressed and found not in (wanted, wanted + wanted % 2):
         raise ContentError(
-            f"{name}: {found} bytes of pixels, but {width}x{height} are {wanted}; replace the file"
+            f"{name}: {found} bytes of pixels, but {width}x{height} need {wanted}; replace the file"
         )
     if num_bytes - found > _MAX_HEADER_BYTES:
-        raise ContentError(f"{name}: {num_bytes - found} bytes beside the pixels; replace the file")
+        raise ContentError(
+            f"{name}: {num_bytes - found} bytes besides the pixels, more than {_MAX_HEADER_BYTES}; "
+            "replace the file"
+        )
 
 
 def _pixels_of(
     dataset: "FileDataset", codec: Codec | None, name: str, reader: Reader
 ) -> np.ndarray:
-    """Returns (H, W) uint8 or uint16: the bits stored, without what is above them."""
+    """Returns the pixels (H, W) uint8 or uint16, with the bits stored only."""
     if codec is not None:
         size = int(dataset.Rows), int(dataset.Columns)
         bits = Bits(int(dataset.BitsAllocated), int(dataset.BitsStored))
@@ -249,9 +250,9 @@ def _pixels_of(
 
 
 def _plain_file(dataset: "FileDataset") -> bytes:
-    """Returns a file of the checked elements alone, as MONOCHROME2.
+    """Returns a file with only the checked elements, as MONOCHROME2.
 
-    tensorflow-io applies rescaling and inverts MONOCHROME1 itself, 4095 to 1 instead of 0.
+    tensorflow-io applies rescaling, and inverts MONOCHROME1 wrongly: 4095 becomes 1 instead of 0.
     """
     dataset.PhotometricInterpretation = "MONOCHROME2"
     buffer = io.BytesIO()
@@ -260,13 +261,13 @@ def _plain_file(dataset: "FileDataset") -> bytes:
 
 
 def _number(dataset: "FileDataset", keyword: str, default: int | None = None) -> Any:
-    """Returns a whole number, None or `default` where there is none."""
+    """Returns an element that is a whole number, else `default`."""
     value = dataset.get(keyword)
     return int(value) if isinstance(value, int) else default
 
 
 def _spacing_of(dataset: "FileDataset", name: str) -> tuple[float, float] | None:
-    """Returns the detector's spacing, else that of the picture; None where neither makes sense.
+    """Returns the spacing at the detector, else that of the image; None if neither is plausible.
 
     Source: DICOM PS3.3 C.8.11.7 (ImagerPixelSpacing: rows first, at the detector's plane).
     """

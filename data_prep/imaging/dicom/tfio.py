@@ -1,7 +1,7 @@
-"""Pixels of DICOM files by tensorflow-io, for pipelines that are built on it.
+"""Decodes DICOM pixels with tensorflow-io, for pipelines that use it.
 
-The one module of `data_prep` that imports TensorFlow, and only inside the function that decodes:
-who does not choose this reader pays nothing for it. It must not know what is in the header.
+The only module of `data_prep` that imports TensorFlow, and only inside the decoding function, so
+that other readers do not load it. It does not read the header.
 """
 
 import functools
@@ -18,8 +18,8 @@ def decode(data: bytes, name: str) -> npt.NDArray[np.uint16]:
     """Returns the stored values of an uncompressed grey DICOM file of one frame, (H, W) uint16.
 
     Raises:
-        UsageError: tensorflow-io is not installed, or not beside its own TensorFlow.
-        ContentError: it cannot decode the file.
+        UsageError: tensorflow-io is not installed, or does not match the TensorFlow version.
+        ContentError: tensorflow-io cannot decode the file.
     """
     tf, tfio = _libraries()
     try:
@@ -27,8 +27,10 @@ def decode(data: bytes, name: str) -> npt.NDArray[np.uint16]:
             data, dtype=tf.uint16, scale="preserve", on_error="strict"
         ).numpy()
     except tf.errors.InvalidArgumentError:
-        # Its message may quote the file.
-        raise ContentError(f"{name}: tensorflow-io cannot decode it; use pydicom") from None
+        # The message of the error may quote the file.
+        raise ContentError(
+            f"{name}: tensorflow-io cannot decode it; use --dicom-reader pydicom"
+        ) from None
     pixels: npt.NDArray[np.uint16] = frames[0, :, :, 0]
     return pixels
 
@@ -42,8 +44,8 @@ def _libraries() -> tuple[Any, Any]:
     except ImportError as error:
         raise UsageError(
             "--dicom-reader tfio: tensorflow-io cannot be imported; install the extra tfio "
-            "(Python 3.11 or 3.12), or use pydicom"
+            "(Python 3.11 or 3.12), or use --dicom-reader pydicom"
         ) from error
-    # Every process that prepares would take the memory of the GPU.
+    # Otherwise every worker process would reserve GPU memory.
     tf.config.set_visible_devices([], "GPU")
     return tf, tfio

@@ -229,7 +229,7 @@ def test_read_image_refuses_a_truncated_file(
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = saved(Image.fromarray(noise), kind)
-    words = r"^a\.png: the picture is cut off or damaged, or of a kind that is not read \(.*\); rep"
+    words = r"^a\.png: the image is truncated, damaged or of an unsupported kind \(.*\); rep"
     with pytest.raises(ContentError, match=words):
         read_image(data[: int(len(data) * keep)], name="a.png")
     assert capfd.readouterr().err == ""
@@ -244,7 +244,7 @@ def test_read_image_says_of_any_length_that_the_image_is_cut_off(kind: str) -> N
         try:
             read_image(data[:length], name="a")
         except ContentError as error:
-            assert str(error).startswith("a: the picture is cut off or damaged"), length
+            assert str(error).startswith("a: the image is truncated, damaged"), length
             refused += 1
     # Pillow reads a JPEG without its last marker.
     assert refused >= len(data) - 4 - 2
@@ -300,7 +300,7 @@ def test_read_image_refuses_a_bomb_before_it_decodes() -> None:
 
 def test_read_image_refuses_more_bytes_than_its_pixels_can_need() -> None:
     data = encode_png(GREY) + bytes(65 * 2**20)
-    with pytest.raises(ContentError, match="bytes are more than a picture of 4 pixels"):
+    with pytest.raises(ContentError, match="bytes are more than an image of 4 pixels"):
         read_image(data, name="a", max_pixels=4)
 
 

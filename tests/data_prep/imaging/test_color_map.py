@@ -29,7 +29,7 @@ def test_parse_color_map_numbers_classes_in_order() -> None:
         ("a=0,0,0;b=٣,2,1", "is not name=r,g,b"),
         ("a=0,0,0;a=9,9,9", "name 'a' is given twice"),
         ("a=0,0,0;b=0,0,0", r"colour \(0, 0, 0\) is given twice"),
-        ("mass=255,255,255;background=0,0,0", "as an id means 'mass'; put it at place 0"),
+        ("mass=255,255,255;background=0,0,0", "is the id of 'mass'; move it to position 0"),
         (";".join(f"c{i}=9,{i % 256},{i // 256}" for i in range(257)), "257 given"),
     ],
 )

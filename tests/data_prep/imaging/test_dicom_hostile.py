@@ -44,7 +44,7 @@ def test_a_codestream_of_another_size_is_refused_before_it_is_decoded(
         dataset.Rows, dataset.Columns = 20, 30
 
     data = changed(compressed(syntax, 8, tmp_path), change)
-    with pytest.raises(ContentError, match="pixels are 50x40, but its header says 30x20"):
+    with pytest.raises(ContentError, match="pixels are 50x40, but its header states 30x20"):
         read(data)
     assert not no_decoding
 
@@ -60,7 +60,7 @@ def test_a_codestream_that_says_to_be_huge_is_refused_before_it_is_decoded(
     else:
         place = frame.index(struct.pack(">HH", HEIGHT, WIDTH))
         struct.pack_into(">HH", frame, place, 60000, 60000)
-    with pytest.raises(ContentError, match="pixels are 60000x60000, but its header says 50x40"):
+    with pytest.raises(ContentError, match="pixels are 60000x60000, but its header states 50x40"):
         read(with_frame(data, bytes(frame)))
 
     def change(dataset):
@@ -152,7 +152,7 @@ def test_a_codestream_that_is_cut_off_is_refused(syntax, tmp_path):
     data = compressed(syntax, 8, tmp_path)
     frame = frame_of(data)
     for length in (0, 1, 2, 20, len(frame) // 2, len(frame) - 20):
-        with pytest.raises(ContentError, match=r"^a\.dcm: its .* pixels are damaged, cut off"):
+        with pytest.raises(ContentError, match=r"^a\.dcm: its .* pixels are damaged, truncated"):
             read(with_frame(data, frame[:length]))
 
 
@@ -173,11 +173,13 @@ def test_colour_and_more_bits_than_the_file_has_are_refused(tmp_path, no_decodin
     data = compressed(uid.JPEGBaseline8Bit, 8, tmp_path)
     buffer = io.BytesIO()
     Image.new("RGB", (WIDTH, HEIGHT)).save(buffer, "JPEG")
-    with pytest.raises(ContentError, match="have 3 samples of 8 bits, but its header says 1 of"):
+    with pytest.raises(ContentError, match="have 3 samples of 8 bits, but its header states 1 of"):
         read(with_frame(data, buffer.getvalue()))
     for syntax in (uid.JPEGLSLossless, uid.JPEG2000Lossless, uid.JPEGLossless):
         deep = frame_of(compressed(syntax, 12, tmp_path))
-        with pytest.raises(ContentError, match=r"1 samples of \d+ bits, but its header says 1 of"):
+        with pytest.raises(
+            ContentError, match=r"1 samples of \d+ bits, but its header states 1 of"
+        ):
             read(with_frame(compressed(syntax, 8, tmp_path), deep))
     assert not no_decoding
 

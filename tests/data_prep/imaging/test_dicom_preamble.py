@@ -60,7 +60,9 @@ def test_a_compressed_data_set_without_its_syntax_is_refused():
     frame = struct.pack("<4sI", b"\xfe\xff\x00\xe0", 4) + b"abcd"
     end = struct.pack("<4sI", b"\xfe\xff\xdd\xe0", 0)
     hostile = data[:place] + b"\xff\xff\xff\xff" + frame + end
-    with pytest.raises(ContentError, match="compressed, and the file meta information that says"):
+    with pytest.raises(
+        ContentError, match="compressed, but the file meta information, which states"
+    ):
         _read(hostile)
 
 
@@ -68,7 +70,7 @@ def test_a_compressed_data_set_without_its_syntax_is_refused():
     ("data", "words"),
     [
         (b"", "it is empty; replace it"),
-        (bytes(5000), "it begins with zeros alone; replace it"),
+        (bytes(5000), "it starts with zeros only; replace it"),
         (b"\x89PNG\r\n\x1a\n" + bytes(200), "it is a PNG image; replace it"),
         (gzip.compress(WHOLE), "it is packed with gzip; unpack it"),
         (b"PK\x03\x04" + bytes(200), "it is a ZIP archive; unpack it"),

@@ -110,7 +110,7 @@ def test_read_image_is_exact_of_a_bigtiff_or_names_it(kind: str, planar: str) ->
     assert data.startswith(b"II+")
     assert outcome(data, meant) == "exact"
     data, meant = tiff_of(16, kind, planar, order=">", compression="lzw", bigtiff=True)
-    assert "not read (big-endian BigTIFF; save it as little-endian)" in outcome(data, meant)
+    assert "unsupported kind (big-endian BigTIFF; save it as little-endian)" in outcome(data, meant)
 
 
 def test_read_mask_pixels_of_planes_keeps_the_upper_bits_of_colors() -> None:
@@ -183,7 +183,7 @@ def test_read_image_refuses_a_restated_tiff_that_is_cut_off(kind: str, planar: s
         data, _ = tiff_of(16, kind, planar, compression=compression)
         # Half a pixel, or the last code of a strip.
         for end in (*range(5, len(data) - 1, 997), len(data) - 1):
-            with pytest.raises(ContentError, match=r"^a: the picture is cut off") as caught:
+            with pytest.raises(ContentError, match=r"^a: the image is truncated") as caught:
                 read_image(data[:end], name="a")
             assert " at 0x" not in str(caught.value)
 
@@ -191,7 +191,9 @@ def test_read_image_refuses_a_restated_tiff_that_is_cut_off(kind: str, planar: s
 def test_read_image_says_that_the_tags_of_a_tiff_are_cut_off() -> None:
     data, _ = tiff_of(16, "grey+alpha")
     for end in (8, 9, 100):
-        with pytest.raises(ContentError, match=r"^a: .*not read \(the tags are cut off\); replace"):
+        with pytest.raises(
+            ContentError, match=r"^a: .*unsupported kind \(the tags are truncated\); replace"
+        ):
             read_image(data[:end], name="a")
 
 

@@ -113,7 +113,7 @@ def test_prepare_joins_images_that_are_the_same(tmp_path, caplog):
     groups = {row["picture"]: row["group"] for row in _rows(tmp_path / "out")}
     assert groups["copy"] == groups["case-3"]
     assert len(set(groups.values())) == 5
-    assert "1 group holds a picture of another group" in caplog.text
+    assert "1 group shares an image with another group" in caplog.text
 
 
 def test_prepare_refuses_ready_made_splits_with_the_same_image(tmp_path):
@@ -144,7 +144,7 @@ def test_prepare_reports_images_and_not_their_tiles(tmp_path, caplog):
     colours = np.random.default_rng(9).integers(0, 256, (40, 24, 3), dtype=np.uint8)
     assert cv2.imwrite(path, colours)
     _prepare(tmp_path / "source", tmp_path / "out")
-    assert "1 of 5 pictures have colour" in caplog.text
+    assert "1 of 5 images have colour" in caplog.text
     assert "case-1.png" in caplog.text
 
 
@@ -168,8 +168,8 @@ def test_an_image_of_too_many_tiles_is_refused_in_one_line(tmp_path):
             assert cv2.imwrite(str(source / kind / f"{index}.png"), pixels.astype(np.uint8))
     options = {"tile": 8, "tile_overlap": 7, "fractions": (0.5, 0.25, 0.25)}
     problem = (
-        r"0\.png: 160x160 pixels would be 23409 tiles, more than 20000; raise --tile or lower "
-        r"--tile-overlap; --skip-bad leaves such files out$"
+        r"0\.png: 160x160 pixels would give 23409 tiles, more than 20000; increase --tile or "
+        r"reduce --tile-overlap; or skip such files with --skip-bad$"
     )
     with pytest.raises(ContentError, match=problem):
         _prepare(source, tmp_path / "out", **options)

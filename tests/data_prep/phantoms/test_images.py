@@ -132,7 +132,10 @@ def test_main_writes_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num-images", "2", "--num-patients", "3"], "--num-patients=3: from 1 to the 2 images"),
+        (
+            ["--num-images", "2", "--num-patients", "3"],
+            "--num-patients=3: give a number from 1 to --num-images (2)",
+        ),
         (["--size", "8"], "8 is not in the range x>=32"),
     ],
 )

@@ -91,6 +91,6 @@ def test_write_release_again_gives_the_same_files_and_refuses_others(tmp_path):
 def test_command_writes_a_release(tmp_path, capsys):
     arguments = [str(tmp_path / "a"), "--format", "inbreast", "--size", "48"]
     assert main([*arguments, "--num-patients", "2"]) == 0
-    assert capsys.readouterr().out == f"8 phantoms as a release in {tmp_path}/a\n"
+    assert capsys.readouterr().out == f"8 phantoms as an INbreast release in {tmp_path}/a\n"
     assert main([*arguments, "--num-images", "2"]) == 2
-    assert "give --num-patients with --format inbreast" in capsys.readouterr().err
+    assert "not for --format inbreast; give --num-patients" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def test_manifest_of_a_version_that_counted_no_regions_is_read():
 
 def test_read_manifest_says_how_to_make_a_dataset(tmp_path):
     with pytest.raises(
-        UsageError, match=r"dataset\.json is missing; give --data, the folder that flexunet prep"
+        UsageError, match=r"dataset\.json is missing; give --data the folder that flexunet prep"
     ):
         read_manifest(open_store(str(tmp_path)))
 
@@ -56,7 +56,7 @@ def test_read_manifest_refuses_a_huge_file(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"format_version": 2}, "format_version 2"),
+        ({"format_version": 2}, "format_version is 2"),
         ({"mean": [1.0, 2.0]}, "mean and std must have 1"),
         ({"splits": {"train": {"num_samples": 2, "num_groups": 1}}}, "do not add up"),
         ({"surprise": 1}, "surprise"),

@@ -81,7 +81,7 @@ def test_read_samples_refuses_another_size(tmp_path):
 )
 def test_read_samples_refuses_records_outside_their_shard(tmp_path, change):
     store, manifest = _stored(tmp_path, [_row(**change)])  # the shard has 100 bytes
-    with pytest.raises(ContentError, match="'a1' lies outside"):
+    with pytest.raises(ContentError, match="'a1' is outside"):
         read_samples(store, manifest)
 
 

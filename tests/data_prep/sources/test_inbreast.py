@@ -83,7 +83,7 @@ def test_draw_rois_draws_the_kinds_asked_for_and_no_marks():
 def test_draw_rois_refuses_the_contour_of_another_image():
     # 6 columns: the last centre is 5, and 5 % of 6 are 0.3.
     assert draw_rois([Roi("mass", np.add(SQUARE, (1.2, 0)))], ["mass"], 6, 6, name="a").sum() == 9
-    with pytest.raises(ContentError, match=r"^a\.xml: a contour leaves its picture of 6x6"):
+    with pytest.raises(ContentError, match=r"^a\.xml: a contour extends beyond its image of 6x6"):
         draw_rois([Roi("mass", np.add(SQUARE, (1.4, 0)))], ["mass"], 6, 6, name="a.xml")
 
 
@@ -153,17 +153,20 @@ _LAUGHS = b"""<?xml version="1.0"?><!DOCTYPE plist [<!ENTITY a "ha"><!ENTITY b "
         (_ENTITY, "not an XML property list"),
         (_LAUGHS, "not an XML property list"),
         (plistlib.dumps({"Images": []}, fmt=plistlib.FMT_BINARY), "not an XML property list"),
-        (b" " * (16 * 2**20 + 1), "an annotation has 16777216 at most"),
-        (plistlib.dumps(["secret"]), "Images is missing or of another kind"),
-        (_list(root={"Images": []}), "annotations of 0 pictures"),
-        (_list(image={"NumberOfROIs": 2}), "NumberOfROIs is not the number"),
-        (_list(image={"ROIs": "secret"}), "ROIs is missing or of another kind"),
-        (_list(roi={"NumberOfPoints": 2}), "NumberOfPoints is not the number"),
-        (_list(roi={"NumberOfPoints": True}), "NumberOfPoints is missing or of another kind"),
-        (_list(roi={"Name": 3}), "Name is missing or of another kind"),
-        (_list(roi={"Point_px": ["(1, 2)", "(3, secret)", "(5, 6)"]}), "not of the form"),
-        (_list(roi={"Point_px": ["(1, 2)", "__import__('os')", "(5, 6)"]}), "not of the form"),
-        (_list(roi={"Point_px": ["(1, 2)", [3, 4], "(5, 6)"]}), "not of the form"),
+        (b" " * (16 * 2**20 + 1), "an annotation has at most 16777216"),
+        (plistlib.dumps(["secret"]), "Images is missing or has a wrong type"),
+        (_list(root={"Images": []}), "annotations of 0 images"),
+        (_list(image={"NumberOfROIs": 2}), "NumberOfROIs differs from the number"),
+        (_list(image={"ROIs": "secret"}), "ROIs is missing or has a wrong type"),
+        (_list(roi={"NumberOfPoints": 2}), "NumberOfPoints differs from the number"),
+        (_list(roi={"NumberOfPoints": True}), "NumberOfPoints is missing or has a wrong type"),
+        (_list(roi={"Name": 3}), "Name is missing or has a wrong type"),
+        (_list(roi={"Point_px": ["(1, 2)", "(3, secret)", "(5, 6)"]}), "does not have the form"),
+        (
+            _list(roi={"Point_px": ["(1, 2)", "__import__('os')", "(5, 6)"]}),
+            "does not have the form",
+        ),
+        (_list(roi={"Point_px": ["(1, 2)", [3, 4], "(5, 6)"]}), "does not have the form"),
     ],
 )
 def test_read_rois_refuses_in_one_line_that_quotes_nothing(data, message):
@@ -182,7 +185,7 @@ def test_read_rois_refuses_too_many_points(monkeypatch):
 def test_read_rois_takes_a_point_at_infinity_for_outside():
     points = ["(1, 2)", "(3, 1e999)", "(5, 6)"]
     rois = read_rois(_list(roi={"Point_px": points}), name="a")
-    with pytest.raises(ContentError, match="leaves its picture"):
+    with pytest.raises(ContentError, match="extends beyond its image"):
         draw_rois(rois, ["mass"], 6, 6, name="a")
 
 
@@ -205,7 +208,7 @@ def test_find_cases_rejects_names_that_storage_refuses(tmp_path):
     (tmp_path / "AllDICOMs" / odd).write_bytes(b"x")
     pairs, rejects = find_cases(inbreast.find_release(str(tmp_path)))
     assert [pair.id for pair in pairs] == ["1_a_MG_L_CC_ANON"]
-    reason = "storage refuses its name: it is not UTF-8; rename it"
+    reason = "its name is not allowed: it is not UTF-8; rename it"
     assert rejects == [Reject(f"{tmp_path}/AllDICOMs/{odd}", reason)]
 
 
@@ -238,14 +241,14 @@ def test_find_cases_lists_each_folder_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("images", "annotations", "rejected"),
     [
-        # Two pictures of one number: neither can be told to be the annotated one.
+        # Two images of one number: which one is annotated is unknown.
         (["20_aa_MG.dcm", "20_aa_MG_2.dcm"], ["20.xml"],
-         {"20_aa_MG.dcm": "several pictures", "20_aa_MG_2.dcm": "several pictures",
-          "20.xml": "several pictures"}),
+         {"20_aa_MG.dcm": "several images", "20_aa_MG_2.dcm": "several images",
+          "20.xml": "several images"}),
         (["20_aa_MG.dcm"], ["20.xml", "20 copy.xml"],
          {"20_aa_MG.dcm": "several annotations", "20.xml": "several annotations",
           "20 copy.xml": "several annotations"}),
-        (["20_aa_MG.dcm"], ["21.xml"], {"21.xml": "no picture of this number"}),
+        (["20_aa_MG.dcm"], ["21.xml"], {"21.xml": "no image with this number"}),
         (["20.dcm", "x_aa_MG.dcm"], ["a.xml"],
          {"20.dcm": "patient is unknown", "x_aa_MG.dcm": "patient is unknown",
           "a.xml": "patient is unknown"}),

@@ -122,11 +122,11 @@ def test_find_pairs_gives_a_reason_for_every_file_left_over(tmp_path: Path) -> N
     assert [pair.id for pair in pairs] == ["ok"]
     images, masks = f"{url}/images", f"{url}/masks"
     endings = "its ending is not one of .bmp, .jpeg, .jpg, .png, .tif, .tiff"
-    double = "2 files in its folder differ in the ending only"
-    partner = "its partner exists more than once, with several endings"
+    double = "2 files in its folder differ only in the ending; keep one"
+    partner = "its partner exists more than once, with different endings; keep one"
     assert rejects == [
         Reject(f"{images}/alone.png", f"no mask of this name in {masks}"),
-        Reject(f"{images}/deep/x.png", "lies in a folder of its own; move it up"),
+        Reject(f"{images}/deep/x.png", "is in a subfolder; move it up"),
         Reject(f"{images}/many.png", partner),
         Reject(f"{images}/mask.npz", endings),
         Reject(f"{images}/notes.txt", endings),
@@ -155,8 +155,8 @@ def test_dicom_files_as_images_of_pairs_are_refused_with_what_to_do(tmp_path: Pa
 
 def test_folders_without_one_common_name_say_what_the_masks_are_called(tmp_path: Path) -> None:
     url = fill(tmp_path, "images/b.png", "images/a.jpg", "masks/b_mask.png", "masks/a_mask.png")
-    expected = re.escape("there is a.jpg here and a_mask.png there, where a.png would be its mask")
-    with pytest.raises(ContentError, match=rf"/masks: .*\({expected}\); rename one"):
+    expected = re.escape("such as a.jpg and a_mask.png; the mask of the first would be a.png")
+    with pytest.raises(ContentError, match=rf"/masks: .*\({expected}\); rename the files"):
         find_pairs(find_sources(url))
 
 

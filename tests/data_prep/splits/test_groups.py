@@ -48,9 +48,9 @@ def test_group_of_regex_takes_the_first_bracket_or_the_whole_match() -> None:
 
 def test_group_of_regex_says_what_helps_a_name_without_a_match() -> None:
     for regex in (r"(p\d+)", r"x*", r"(p\d+)?"):
-        with pytest.raises(ContentError, match=r"^no group, .*correct --group-regex$"):
+        with pytest.raises(ContentError, match=r"^no group: .*correct --group-regex$"):
             group_of(regex=regex)("scan.png")
-    with pytest.raises(ContentError, match="--group-preset augmented instead"):
+    with pytest.raises(ContentError, match="or use --group-preset augmented"):
         group_of(regex=r"(p\d+)")("barrdistorted_1001_0.3_0.3_23.png")
 
 
@@ -70,8 +70,11 @@ def test_group_of_table_finds_files_and_stems(text: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"groups\.csv: columns \[\]; expected"),
-        ("name,patient\na,b\n", r"groups\.csv: columns \['name', 'patient'\]; expected file,group"),
+        ("", r"groups\.csv: the columns are \[\]; expected"),
+        (
+            "name,patient\na,b\n",
+            r"groups\.csv: the columns are \['name', 'patient'\]; expected file,group",
+        ),
         ("file,group\na.png,\n", r"groups\.csv: line 2: file or group is empty"),
         ("file,group\na.png\n", r"groups\.csv: line 2: file or group is empty"),
         ("file,group\na.png,P1\na.png,P2\n", r"a\.png is in the groups P1 and P2"),
@@ -93,7 +96,7 @@ def test_group_of_table_names_a_file_without_a_row() -> None:
     [
         (lambda: group_of(preset="inbreast"), "'inbreast' is unknown; known: augmented"),
         (lambda: group_of(regex="("), r"--group-regex '\('"),
-        (lambda: group_of(preset="augmented", regex="a"), "more than one way"),
+        (lambda: group_of(preset="augmented", regex="a"), "more than one group option"),
     ],
 )
 def test_group_of_refuses_wrong_options(make: Callable[[], object], message: str) -> None:

@@ -13,7 +13,7 @@ def test_find_leaks_names_groups_and_images_in_two_splits() -> None:
     ]
     leaks = [
         "group '1' is in train (rotated_90_1) and test (1)",
-        "the same picture is in train (2, 2-copy) and valid (9)",
+        "the same image is in train (2, 2-copy) and valid (9)",
     ]
     assert find_leaks(samples) == leaks
     assert find_leaks(reversed(samples)) == leaks

@@ -106,10 +106,10 @@ def test_assign_splits_leaves_out_a_split_of_fraction_zero() -> None:
     [
         ([5, 5], FRACTIONS, "2 groups cannot fill 3 splits"),
         ([], FRACTIONS, "0 groups cannot fill 3 splits"),
-        ([1] * 9, {"train": 0.8, "valid": 0.3}, "train 0.8, valid 0.3: each is at least 0 and"),
-        ([1] * 9, {"train": 1.2, "valid": -0.2}, "each is at least 0"),
-        ([1] * 9, {}, "each is at least 0"),
-        ([1] * 9, {"train": 0.8, "dev": 0.2}, "known are train, valid, test"),
+        ([1] * 9, {"train": 0.8, "valid": 0.3}, "train 0.8, valid 0.3: each must be at least 0"),
+        ([1] * 9, {"train": 1.2, "valid": -0.2}, "each must be at least 0"),
+        ([1] * 9, {}, "each must be at least 0"),
+        ([1] * 9, {"train": 0.8, "dev": 0.2}, "unknown; known: train, valid, test"),
     ],
 )
 def test_assign_splits_refuses_what_cannot_be_done(
