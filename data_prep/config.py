@@ -84,7 +84,10 @@ class PrepConfig(Settings):
         None, "Id of ignored pixels in index masks; larger than the class ids.", ge=1, le=255
     )
     off_map_limit: float = option(
-        0.01, "Reject a mask if more than this share of its pixels matches no class.", ge=0, le=1
+        0.01,
+        "Reject a mask if more than this share of its pixels, 0 to 1, matches no class.",
+        ge=0,
+        le=1,
     )
     skip_bad: bool = option(
         False, "Skip bad files and list them in report/rejects.csv instead of stopping."
@@ -106,11 +109,13 @@ class PrepConfig(Settings):
     )
     seed: int = option(1, "Random seed for splits, folds and the order in the shards.", ge=0)
     num_folds: int | None = option(
-        None, "Number of cross-validation folds over train and valid (column fold of the table).",
+        None,
+        "Number of cross-validation folds over train and valid; column fold of the sample table.",
         ge=2, le=100,
     )  # fmt: skip
     allow_leaks: bool = option(
-        False, "Accept ready-made splits that share a group or image; marks the dataset as leaky."
+        False,
+        "Accept ready-made splits that share a group or an image; marks the dataset leaky: true.",
     )
     hash_names: bool = option(
         False,

@@ -44,8 +44,8 @@ def warn_of_clipped(
     if less is not None:
         above = clipped(samples, less, None)
         logger.warning(
-            "only few pixels need the full scale of %d: no image has more than a thousandth of its "
-            "pixels above %d; if these are markers, --full-scale %d makes the images %d times "
+            "only a few pixels need the full scale of %d: no image has more than a thousandth of "
+            "its pixels above %d; if these are markers, --full-scale %d makes the images %d times "
             "brighter: %s",
             pixel_format.value_max,
             less,

@@ -102,7 +102,7 @@ def contact_sheet_png(
     Args:
         pairs: one or more.
         value_max: raw value drawn as white.
-        ignore_id: class id of pixels that count nowhere; they are hatched.
+        ignore_id: class id of ignored pixels, which are hatched.
     """
     # Without Matplotlib, which would need 0.5 s to put images side by side.
     large, small = _font(14), _font(11)
@@ -217,7 +217,7 @@ def _thumbnails(pair: PairPreview, value_max: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _overlaid(image: np.ndarray, mask: np.ndarray, ignore_id: int | None) -> np.ndarray:
-    """Returns `image` with classes tinted, and hatched where `mask` is `ignore_id`."""
+    """Returns `image` with a tint for each class, and hatching for `ignore_id`."""
     result = image.astype(np.float32)
     for class_id in np.unique(mask[mask > 0]):
         where = mask == class_id
@@ -236,7 +236,7 @@ def _hatching(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _swatch(class_id: int, ignore_id: int | None) -> np.ndarray:
-    """Returns what the legend shows of a class, (h, w, 3) uint8."""
+    """Returns the legend swatch of a class, (h, w, 3) uint8."""
     shape = (_GAP + 1, _GAP + 1)
     if class_id == ignore_id:
         mask = np.full(shape, class_id, np.uint8)

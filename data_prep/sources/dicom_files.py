@@ -43,7 +43,7 @@ def stem_of(name: str) -> str:
 
 
 def why_no_image(name: str) -> str:
-    """Returns why a file is passed over that is neither an image nor DICOM."""
+    """Returns why a file that is neither an image nor DICOM is skipped."""
     if _may_be(name):
         return f"no ending of an image, and no DICM at byte {PREAMBLE_BYTES}"
     return "a file name of another kind of file"

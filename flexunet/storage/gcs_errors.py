@@ -105,7 +105,9 @@ def describe_cloud_error(
         )
     if isinstance(error, api.NotFound):
         if missing == "bucket" or "bucket does not exist" in text:
-            return StorageError(f"cannot {action} {url}: bucket {bucket!r} does not exist")
+            return StorageError(
+                f"cannot {action} {url}: bucket {bucket!r} does not exist; create it or fix the URL"
+            )
         return NotFound(f"{url} does not exist")
     credentials = _describe_credentials_error(error)
     if credentials is not None:

@@ -36,7 +36,7 @@ _INBREAST = Path(__file__).resolve().parents[3] / "shared" / "data" / "inbreast-
 
 
 def _make_pair(folder, name, seed):
-    """Writes a noisy grey picture of 16x16 and a mask with a square of 4x4."""
+    """Writes a noisy grey image of 16x16 and a mask with a square of 4x4."""
     for kind in ("images", "masks"):
         os.makedirs(folder / kind, exist_ok=True)
     image = np.random.default_rng(seed).integers(0, 256, (16, 16), dtype=np.uint8)
@@ -131,7 +131,7 @@ def test_masks_of_another_colour_are_not_stored_as_empty(source, tmp_path):
     words = r"case_\d+\.png: would be read as empty, but has 16 pixels .*\(100, 100, 100\); give"
     assert re.search(words, done.stderr.splitlines()[-1])
     assert done.stderr.count("--skip-bad") == 1
-    # With noise on them no mask tells by itself.
+    # With noise, the check of a single mask does not find it.
     for seed, path in enumerate(masks):
         mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         noise = np.random.default_rng(seed).integers(-9, 9, mask.shape)
@@ -179,7 +179,7 @@ def test_crop_and_flip_are_recorded_for_each_sample(tmp_path):
             for key in ("image/encoded", "image/segmentation/class/encoded")
         )
         assert np.array_equal(mask, apply_geometry(truth, geometry, 48, 48, nearest=True))
-        # The chest wall is at the left border of the picture, where it was mirrored too.
+        # The chest wall is at the left border of the image, also if it was mirrored.
         inner = image[:, row["left"] : row["left"] + row["width"]]
         assert inner[:, 0].mean() > 3 * inner[:, -1].mean()
         flipped.append(row["is_flipped"])
@@ -553,7 +553,7 @@ def test_regions_that_are_lost_in_a_smaller_mask_are_reported_and_recorded(
     assert reported in caplog.text
     assert "and all foreground of 1 image: " in caplog.text
     assert "increase --image-size or use --tile" in caplog.text
-    # Found finished, it is told again.
+    # A finished dataset logs it again.
     caplog.clear()
     assert _prepare(source, tmp_path / "out", image_size=8) == manifest
     assert reported in caplog.text
@@ -702,7 +702,7 @@ def test_ready_made_splits_are_kept_and_leaks_named(tmp_path):
     assert (of_names.split_rule, of_names.group_rule) == (
         "ready-made", "by regular expression ([a-z]+[0-9])",
     )  # fmt: skip
-    _make_pair(tmp_path / "source" / "test", "test0", 1)  # the picture of train1
+    _make_pair(tmp_path / "source" / "test", "test0", 1)  # the image of train1
     with pytest.raises(ContentError, match=r"train \(train1\) and test \(test0\)"):
         _prepare(tmp_path / "source", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.*"))

@@ -37,7 +37,7 @@ CANARY = "CANARY^JANE DOES"
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    """A release of 12 patients, 42 pictures, of which it keeps its own copy for each test."""
+    """Returns a copy, for each test, of a release of 12 patients with 42 images."""
     folder = tmp_path_factory.mktemp("inbreast") / "release"
     assert write_release(str(folder), 12, SIZE, 1) == 42
     return folder

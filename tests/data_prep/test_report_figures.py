@@ -1,4 +1,4 @@
-"""The sheet of sample pairs shows each picture, and its mask on it."""
+"""Tests the contact sheet, which shows each image, and its mask as an overlay."""
 
 import io
 
@@ -32,7 +32,7 @@ def is_green(pixels: np.ndarray) -> np.ndarray:
 
 
 def green(height: int, width: int) -> np.ndarray:
-    """Returns a picture with values up to 60000."""
+    """Returns an image with values up to 60000."""
     return np.full((height, width, 3), (12000, 30000, 12000), np.uint16)
 
 

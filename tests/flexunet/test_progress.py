@@ -20,7 +20,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def standing_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Returns the seconds at which the clock stands; set the first to move it."""
+    """Returns the seconds of the clock; set the first to move it."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now

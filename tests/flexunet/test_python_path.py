@@ -12,7 +12,7 @@ from flexunet import python_path
 from flexunet.python_path import safe_environment, safe_path, unsafe_folders
 
 PROJECT = Path(__file__).resolve().parents[2]
-# What a process of a pool imports before it is told the path of its parent, and what it does then.
+# Modules that a pool process imports before it gets the path of its parent, and the next ones.
 NAMES = ("socket", "pickle", "numpy", "cv2", "flexunet", "data_prep", "job", "launcher")
 SCRIPT = """
 import json, os, sys

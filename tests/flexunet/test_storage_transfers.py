@@ -67,8 +67,8 @@ def test_upload_in_parts_sends_each_part_once(
     else:
         stat = store.put_file("a", str(tmp_path / "file"), if_generation=0)
     assert (stat.size, stat.crc32c, store.get("a")) == (len(data), crc32c_of(data), data)
-    # Every broken request costs a question of where the server stands, and, where the part had
-    # not arrived, another try.
+    # After every broken request the client asks how much has arrived, and sends the part again if
+    # it has not.
     again = 1 if action == "lose-answer" else 2
     asked = proxy.count("part")
     assert 5 + broken <= asked <= 5 + again * broken

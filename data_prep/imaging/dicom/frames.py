@@ -110,7 +110,7 @@ def has_decoders() -> bool:
 
 
 def decoder_problem() -> str:
-    """Returns why only RLE is decoded here; empty where all compressions are."""
+    """Returns why only RLE can be decoded; empty if all compressions can."""
     if not has_decoders():
         return "imagecodecs is not installed"
     try:
@@ -118,7 +118,7 @@ def decoder_problem() -> str:
 
         codecs = imagecodecs.JPEG8, imagecodecs.JPEGLS, imagecodecs.JPEG2K
         is_whole = all(codec.available for codec in codecs)
-    except Exception as error:  # a broken installation raises anything
+    except Exception as error:  # a damaged installation may raise any error
         return f"imagecodecs cannot be imported: {type(error).__name__}"
     return "" if is_whole else "imagecodecs lacks decoders"
 

@@ -1,4 +1,4 @@
-"""Where the breast lies: boxes worked out by hand, phantoms, and the real mammograms."""
+"""Tests the box of the breast: computed by hand, in phantoms and in real mammograms."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def test_find_breast_is_the_box_with_a_margin(dtype, bright):
     image = _film(dtype=dtype)
     image[50:150, :40] = bright
     found = find_breast(image)
-    # A margin of 1 % of 200 pixels; the picture ends at the left.
+    # A margin of 1 % of 200 pixels; the image ends at the left.
     assert found.box == Box(top=48, left=0, height=104, width=42)
     assert found.is_left
     assert not find_breast(image[:, ::-1]).is_left

@@ -42,7 +42,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 def png(
     width: int, height: int, depth: int, color: int, rows: bytes, *extra: bytes, level: int = 6
 ) -> bytes:
-    """A PNG of `rows` (each with its filter byte); extra chunks lie before the pixels."""
+    """Returns a PNG of `rows` (each with its filter byte); extra chunks precede the pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(rows, level))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + pixels + chunk(b"IEND", b"")

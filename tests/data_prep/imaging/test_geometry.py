@@ -48,7 +48,7 @@ def test_apply_geometry_averages_the_shrinking_axis_when_the_other_grows() -> No
 
 
 def test_apply_geometry_interpolates_when_it_grows() -> None:
-    # Centres of the 4 new pixels lie at -0.25, 0.25, 0.75, 1.25 of the old: 0, 25, 75, 100.
+    # Centres of the 4 new pixels are at -0.25, 0.25, 0.75, 1.25 of the old: 0, 25, 75, 100.
     pixels = np.array([[0, 100]], np.uint8)
     geometry = fit((1, 2), (1, 4), kind="stretch")
     result = apply_geometry(pixels, geometry, 1, 4, nearest=False)

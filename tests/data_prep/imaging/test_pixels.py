@@ -1,4 +1,4 @@
-"""Channels, bit depth and full scale of pictures that become those of a dataset."""
+"""Tests the conversion of images to the channels, bit depth and full scale of a dataset."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Tiles: where they lie, put together again, and datasets of them."""
+"""Tests tiles: their positions, how they are joined again, and datasets of tiles."""
 
 import shutil
 
@@ -56,7 +56,7 @@ def _write(folder, name, seed, size=(40, 24)):
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     image = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
-    image[-16:, -16:] = 0  # film: the same in all pictures
+    image[-16:, -16:] = 0  # film: the same in all images
     mask = np.zeros(size, np.uint8)
     mask[2:6, 2:6] = 255
     assert cv2.imwrite(str(folder / "images" / f"{name}.png"), image)
@@ -100,7 +100,7 @@ def test_prepare_records_each_tile_and_keeps_an_image_in_one_split(tmp_path):
         features = decode_example(unframe_record(record, where="x"))
         place = [features[f"image/tile/{name}"] for name in ("picture", "top", "left")]
         assert place == [row["picture"].encode(), top, left]
-    # The tile of film is in all pictures, and yet the patients were not joined to one.
+    # The tile of film is in all images, but the patients were not merged.
     assert sorted(splits) == ["0", "1", "2", "3", "4"]
     assert all(len(found) == 1 for found in splits.values())
 
@@ -131,7 +131,7 @@ def test_prepare_leaves_bad_images_out_and_continues(tmp_path):
     shutil.copytree(tmp_path / "source", tmp_path / "broken")
     (tmp_path / "broken" / "images" / "case-2.png").write_bytes(b"no picture")
     manifest = _prepare(tmp_path / "broken", tmp_path / "out", skip_bad=True)
-    # 3 x 2 tiles of five pictures.
+    # 3 x 2 tiles of five images.
     assert manifest.num_samples == 5 * 6
     again = _prepare(tmp_path / "broken", tmp_path / "out", skip_bad=True)
     assert again == manifest
@@ -153,7 +153,7 @@ def test_sheets_show_tiles_with_foreground_first(tmp_path):
         _write(tmp_path / "source", f"case-{index}", index)
     _prepare(tmp_path / "source", tmp_path / "out")
     rows = [row for row in _rows(tmp_path / "out") if row["split"] == "train"]
-    # Of the 6 tiles of a picture one has a lesion; a sheet has room for 6 samples.
+    # One of the 6 tiles of an image has a lesion; a contact sheet shows 6 samples.
     assert sum(row["pixels_per_class"][1] > 0 for row in rows) == 6
     assert all(row["pixels_per_class"][1] for row in report_files._shown(rows))
 

@@ -89,7 +89,7 @@ def test_write_phantoms_writes_a_source_of_pairs_with_patients(tmp_path: Path) -
     write_phantoms(folder, 5, 64, 1, num_patients=2)
     pairs, rejects = find_pairs(find_sources(folder))
     assert rejects == []
-    # 5 pictures of 2 patients: i * 2 // 5 is 0, 0, 0, 1, 1.
+    # 5 images of 2 patients: i * 2 // 5 is 0, 0, 0, 1, 1.
     names = [*(f"phantom-p000-{i}" for i in (1, 2, 3)), "phantom-p001-1", "phantom-p001-2"]
     assert [pair.id for pair in pairs] == names
     groups = [group_of(regex=r"-(p\d+)-")(pair.image_name) for pair in pairs]

@@ -60,7 +60,7 @@ def test_read_manifest_refuses_a_huge_file(tmp_path):
         ({"mean": [1.0, 2.0]}, "mean and std must have 1"),
         ({"splits": {"train": {"num_samples": 2, "num_groups": 1}}}, "do not add up"),
         ({"surprise": 1}, "surprise"),
-        ({"classes": [{"id": 1, "name": "x", "color": [0, 0, 0]}]}, "ids of classes"),
+        ({"classes": [{"id": 1, "name": "x", "color": [0, 0, 0]}]}, "class ids must be"),
     ],
 )
 def test_parse_manifest_names_the_problem(changes, problem):

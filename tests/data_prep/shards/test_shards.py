@@ -1,4 +1,4 @@
-"""Scanning, planning, writing and continuing, on small pictures made here."""
+"""Tests scanning, planning, writing and continuing, on small images made here."""
 
 import dataclasses
 import json
@@ -312,7 +312,7 @@ def test_claim_output_refuses_shards_of_unknown_origin(tmp_path):
     store = open_store(f"{tmp_path}/out")
     store.put("notes.txt", b"mine")
     store.put("train-00000-of-00001.tfrecord", b"?")
-    with pytest.raises(UsageError, match=r"train-00000-of-00001\.tfrecord is there"):
+    with pytest.raises(UsageError, match=r"contains train-00000-of-00001\.tfrecord"):
         claim_output(store, {"options": {}, "source_sha256": "a"})
 
 

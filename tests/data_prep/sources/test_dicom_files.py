@@ -34,7 +34,7 @@ OTHERS = {
 
 
 class Recorded:
-    """A store that tells what was read of it."""
+    """A store that records its reads."""
 
     def __init__(self, store):
         self.store = store

@@ -34,7 +34,7 @@ def _fill(points, height=6, width=6):
 
 
 def test_fill_polygon_takes_pixels_whose_centre_is_inside():
-    # From 1 to 4: the centres 1, 2 and 3; 4 lies on the right and the lower border.
+    # From 1 to 4: the centres 1, 2 and 3; 4 is on the right and the lower border.
     expected = np.zeros((6, 6), np.uint8)
     expected[1:4, 1:4] = 1
     assert np.array_equal(_fill(SQUARE), expected)
@@ -58,7 +58,7 @@ def test_fill_polygon_shares_no_pixel_with_its_neighbour_and_stays_inside():
     whole = np.array([[0.5, 0.5], [5.2, 1.3], [4.1, 5.0], [0.9, 4.4]])
     parts = _fill(whole[[0, 1, 2]]) + _fill(whole[[0, 2, 3]])
     assert np.array_equal(parts, _fill(whole))
-    assert _fill(SQUARE + 4).sum() == 1  # (5, 5) alone is still in the picture
+    assert _fill(SQUARE + 4).sum() == 1  # only (5, 5) is still in the image
     assert _fill(SQUARE + 9).sum() == _fill(SQUARE - 9).sum() == 0
     assert _fill([[1, 1], [4, 1], [2, 1]]).sum() == 0
 
