@@ -111,7 +111,7 @@ def test_read_dicom_takes_a_spacing_that_makes_sense(spacing, expected):
         (_set(HighBit=15), "highest bit 15, 11 is supported"),
         (_set(BurnedInAnnotation="YES"), "text burned into its pixels"),
         (_set(BurnedInAnnotation=["NO", "YES"]), "text burned into its pixels"),
-        (_set(Rows=3), "12 bytes of pixels, but 3x3 are 18"),
+        (_set(Rows=3), "12 bytes of pixels, but 3x3 need 18"),
         (_set(Rows=0), "contains no image"),
         (_set(Rows=60000, Columns=60000), "is 3600000000 pixels, more than 100"),
         (lambda dataset: dataset.pop("PixelData"), "contains no image"),
