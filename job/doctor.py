@@ -2,7 +2,7 @@
 
     flexunet doctor [--bucket gs://BUCKET/PREFIX] [--json]
 
-Owns the checks and their remedies. TensorFlow is imported only when the checks run.
+TensorFlow is imported only when the checks run.
 """
 
 import ctypes
@@ -37,12 +37,12 @@ _INSTALL_GPU = "install it with: uv sync --extra gpu (or pip install 'flexunet[g
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check.
+    """Holds the result of one check.
 
     Attributes:
-        state: "ok"; "note": training runs, but something is worth knowing; "failed": it cannot.
-        remedy: what to do; empty where there is nothing.
-        exit_code: of the command when this is the first failure.
+        state: "ok"; "note": training runs, but read the remedy; "failed": training cannot run.
+        remedy: what to do; empty if nothing.
+        exit_code: exit code of the command if this is the first failure.
     """
 
     name: str
@@ -54,11 +54,11 @@ class Check:
 
 @dataclass(frozen=True)
 class GpuEvidence:
-    """What can keep TensorFlow from seeing a GPU.
+    """Holds the facts that explain why TensorFlow finds no GPU.
 
     Attributes:
-        visible_devices: the environment's CUDA_VISIBLE_DEVICES, None where it is not set.
-        has_driver: the kernel or WSL2 shows an NVIDIA driver.
+        visible_devices: value of CUDA_VISIBLE_DEVICES; None if not set.
+        has_driver: the kernel or WSL2 has an NVIDIA driver.
         has_libcuda: `libcuda.so.1`, the driver's user-space half, can be loaded.
         is_cuda_build: this TensorFlow was built for CUDA.
         has_cuda_libraries: cuDNN is installed as a Python package or on the library path.
@@ -72,12 +72,12 @@ class GpuEvidence:
 
 
 def why_no_gpu(evidence: GpuEvidence) -> tuple[str, str]:
-    """Returns why TensorFlow sees no GPU and what to do; the first cause that explains it."""
+    """Returns the first cause that explains why TensorFlow finds no GPU, and what to do."""
     if not evidence.has_driver and not evidence.has_libcuda:
         return "none: no NVIDIA driver on this machine", "training runs on the CPU"
     if not evidence.has_libcuda:
         return (
-            "none: the driver is there, libcuda.so.1 is not",
+            "none: the driver is installed, but libcuda.so.1 is missing",
             "in a container: start it with --gpus all (NVIDIA Container Toolkit)",
         )
     if evidence.visible_devices is not None and evidence.visible_devices in ("", "-1", "none"):
@@ -88,8 +88,8 @@ def why_no_gpu(evidence: GpuEvidence) -> tuple[str, str]:
     if not evidence.has_cuda_libraries:
         return "none: the CUDA libraries (cuDNN) are missing", _INSTALL_GPU
     return (
-        "none, though driver and libraries are there",
-        "run with TF_CPP_MIN_LOG_LEVEL=0 and read what TensorFlow could not load",
+        "none, although driver and libraries are installed",
+        "set TF_CPP_MIN_LOG_LEVEL=0 to see what TensorFlow could not load",
     )
 
 
@@ -118,7 +118,7 @@ def tensorflow_checks() -> list[Check]:
     precision = resolve_precision("auto")
     arithmetic = {
         "mixed_bfloat16": "the hardware computes bfloat16 natively",
-        "mixed_float16": "the GPU computes float16 natively, and no bfloat16",
+        "mixed_float16": "the GPU computes float16 natively, but not bfloat16",
         "float32": "the hardware does not compute bfloat16 natively",
     }[precision]
     return [
@@ -129,12 +129,12 @@ def tensorflow_checks() -> list[Check]:
 
 
 def core_check() -> Check:
-    """Returns the cores that this process may use, the quota of its cgroups respected."""
+    """Returns the number of cores that this process may use, within its cgroup quota."""
     return Check("cores", "ok", f"{usable_cores():g}")
 
 
 def memory_check() -> Check:
-    """Returns the memory that this process may use, the limit of its cgroups respected."""
+    """Returns the memory that this process may use, within its cgroup limit."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = min(machine, cgroup_memory_bytes())
     found = f"{limit / _GIB:.1f} GiB"
@@ -144,7 +144,7 @@ def memory_check() -> Check:
 
 
 def disk_check(name: str, folder: str) -> Check:
-    """Returns the free space where `folder` is or would be created."""
+    """Returns the free space of the disk on which `folder` is or would be created."""
     existing = os.path.abspath(os.path.expanduser(folder))
     while not os.path.isdir(existing):
         existing = os.path.dirname(existing)
@@ -153,14 +153,14 @@ def disk_check(name: str, folder: str) -> Check:
     if not os.access(existing, os.W_OK):
         return Check(name, "note", f"{found}, not writable", "give another folder")
     if free < _NO_DISK_BYTES:
-        return Check(name, "failed", found, "make room or give another folder", 5)
+        return Check(name, "failed", found, "free space or give another folder", 5)
     if free < _LOW_DISK_BYTES:
-        return Check(name, "note", found, "a run with its checkpoints can need more")
+        return Check(name, "note", found, "free space: a run with its checkpoints can need more")
     return Check(name, "ok", found)
 
 
 def bucket_check(url: str) -> Check:
-    """Returns whether `url` can be written, read and deleted from here."""
+    """Returns whether this machine can write, read and delete below `url`."""
     from flexunet.storage import open_store, probe_writable
 
     try:
@@ -209,7 +209,7 @@ def extras_check() -> Check:
 
 
 def all_checks(bucket: str | None) -> Iterator[Check]:
-    """Yields every check of this machine; the one of storage only where `bucket` is given."""
+    """Yields every check of this machine; storage only if `bucket` is set."""
     yield python_check(tuple(sys.version_info[:3]), platform.system())
     yield from tensorflow_checks()
     yield core_check()
@@ -224,23 +224,24 @@ def all_checks(bucket: str | None) -> Iterator[Check]:
 
 
 @click.command(
-    cls=SettingsCommand, help="Say what this machine has and lacks for training, and what to do."
+    cls=SettingsCommand,
+    help="Check this machine: TensorFlow, GPU, precision, memory, disk, bucket access.",
 )
 @click.option(
     "--bucket",
     type=PATH,
     metavar="URL",
-    help="Folder or gs:// URL where a small file is written, read and deleted.",
+    help="Folder or gs:// URL to check: writes, reads and deletes a small file there.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(bucket: str | None, as_json: bool) -> int:
-    """Say what this machine has and lacks for training, and what to do.
+    """Check this machine for training.
 
-    The exit code is 0 where training can run, else that of the first failure.
+    The exit code is 0 if training can run, else that of the first failure.
     """
     from rich.console import Console
 
-    with Console(stderr=True).status("Looking at this machine"):
+    with Console(stderr=True).status("Checking this machine"):
         checks = list(all_checks(bucket))
     failures = [check.exit_code for check in checks if check.state == "failed"]
     if as_json:
@@ -253,12 +254,12 @@ def command(bucket: str | None, as_json: bool) -> int:
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """Returns in one line whether training can run here, and what stands in its way."""
+    """Returns one line: whether training can run here, and which checks failed."""
     failed = [check.name for check in checks if check.state == "failed"]
     if failed:
         return f"Training cannot run here: {', '.join(failed)} failed."
     notes = [check.name for check in checks if check.state == "note"]
-    worth = f"; worth a look: {', '.join(notes)}" if notes else ""
+    worth = f"; see the notes: {', '.join(notes)}" if notes else ""
     return f"Training can run here{worth}."
 
 
@@ -292,11 +293,11 @@ def _has_module(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional extra of pyproject.toml.
+    """Describes an optional extra of pyproject.toml.
 
     Attributes:
-        what: it is for.
-        is_installed: returns whether what it installs is here.
+        what: its purpose.
+        is_installed: returns whether it is installed.
     """
 
     what: str
@@ -315,7 +316,7 @@ EXTRAS = {
 def _gpu_evidence(tf: Any) -> GpuEvidence:
     return GpuEvidence(
         visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
-        # WSL2 shows the driver of Windows as this device.
+        # WSL2 has this device for the driver of Windows.
         has_driver=os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/dxg"),
         has_libcuda=_is_loadable("libcuda.so.1"),
         is_cuda_build=bool(tf.test.is_built_with_cuda()),
@@ -344,7 +345,7 @@ def _table(checks: Sequence[Check]) -> Any:
     table.add_column("what to do", overflow="fold")
     for check in checks:
         mark, style = marks[check.state]
-        # Text, not str: brackets of a path or message would be read as markup.
+        # Text, not str: rich would read brackets in a str as markup.
         table.add_row(check.name, Text(mark, style), Text(check.found), Text(check.remedy))
     return table
 

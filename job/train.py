@@ -1,4 +1,4 @@
-"""Command: trains a network on a prepared dataset, then evaluates it.
+"""Trains a network on a prepared dataset, then evaluates it (command `flexunet train`).
 
 python -m job.train --local --data DATASET --output RUNS --name NAME
 """
@@ -25,10 +25,10 @@ from job.training.process import run_in_cluster, run_local, stop_signals
 
 
 def prep_flags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the flags for the datasets that a .config file of the reference prepares first."""
+    """Adds the flags for preparing the dataset of a reference .config file."""
     for name, text in (
-        ("--skip-bad", "leave bad pictures out, listed in the dataset's report/rejects.csv."),
-        ("--allow-leaks", "accept its splits though they share a group or a picture."),
+        ("--skip-bad", "leave out bad images; report/rejects.csv of the dataset lists them."),
+        ("--allow-leaks", "accept splits that share a group or an image."),
     ):
         function = click.option(name, is_flag=True, help=f"With a .config file: {text}")(function)
     return function
@@ -38,14 +38,14 @@ def prep_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--local",
     is_flag=True,
-    help="Train on the devices of this machine; without it, join the cluster of TF_CONFIG.",
+    help="Train on the devices of this machine. Without it, join the cluster in TF_CONFIG.",
 )
 @click.option(
     "--config",
     "file",
     type=PATH,
     metavar="PATH",
-    help="YAML file with any of these options, or the reference implementation's .config file.",
+    help="YAML file with any of these options, or a .config file of the reference implementation.",
 )
 @prep_flags
 @settings_options(TrainConfig)
@@ -54,13 +54,13 @@ def command(
 ) -> int:
     """Train a segmentation network on a prepared dataset, then evaluate it.
 
-    The same command again resumes the run. Ctrl-C saves first; the exit code is then 6.
+    The same command again resumes the run. Ctrl-C saves and stops with exit code 6.
     """
     spec = None if local else process_spec_from_environment()
     if not local and spec is None:
         raise UsageError(
             "no cluster is described here (TF_CONFIG is not set); give --local to train on this "
-            "machine, or use `flexunet launch train`"
+            "machine, or use `flexunet launch train` for a Ray cluster"
         )
     flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
     prep_options = {name: True for name, is_given in flags.items() if is_given}
@@ -75,10 +75,10 @@ def command(
 
 
 def show_end(outcome: Mapping[str, Any], url: str) -> None:
-    """Prints the newest evaluation of the test split, as the report shows it, and where all is.
+    """Prints the newest evaluation of the test split, and the locations of run and report.
 
-    That is not always the evaluation that ended training: `evaluate` may have replaced it since.
-    The report was written while the run was owned.
+    `evaluate` may have replaced the evaluation at the end of training. The report was written while
+    this process owned the run.
     """
     store = open_store(url)
     summary = read_summary(store) or outcome["evaluation"]
@@ -91,7 +91,7 @@ def show_end(outcome: Mapping[str, Any], url: str) -> None:
 def _cross_validate(config: TrainConfig, spec: ProcessSpec | None) -> int:
     if spec is not None:
         raise UsageError(
-            "--folds trains several runs: give --local, --fold for one of them, or use "
+            "--folds trains several runs; give --local, or --fold to train one of them, or use "
             "`flexunet launch train`"
         )
     with stop_signals() as should_stop:

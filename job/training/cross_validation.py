@@ -1,9 +1,9 @@
-"""Trains the folds of a cross-validation: no run sees the groups on which it is evaluated.
+"""Trains the folds of a cross-validation, and pools their cases.
 
-One run for each fold, in a process of its own, named NAME-fold-0 and so on; each resumes as any
-run. Fold k is evaluated, fold k + 1 validates (it chooses the epoch), the others train; the test
-split is not touched. At the end the cases of all folds are pooled: one interval over all groups,
-where a single fold would have few.
+Each fold is a run in its own process, named NAME-fold-0 and so on, and resumes like any run. The
+run of fold k is evaluated on fold k, validates on fold k + 1 (which selects the best epoch) and
+trains on the others. So no run trains on the groups of its evaluation. The test split is not used.
+At the end the cases of all folds are pooled, for one interval over all groups.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ Command = Callable[[TrainConfig, str], list[str]]  # a fold's config, its file -
 
 
 def separate_process(module: str, *arguments: str) -> Command:
-    """Returns the command line of a process that trains one fold by `module`."""
+    """Returns a function that makes the command line of a fold's process, running `module`."""
 
     def command(config: TrainConfig, file: str) -> list[str]:
         return [sys.executable, "-m", module, *arguments, "--config", file]
@@ -50,12 +50,12 @@ def cross_validate(
 ) -> int:
     """Trains all folds, `num_parallel` at a time, pools their cases; returns the exit code.
 
-    A fold that is finished is not trained again. At the first that fails, or when `should_stop`
-    answers yes, the others are stopped, which saves them.
+    Skips finished folds. After the first failure, or when `should_stop` returns true, stops the
+    other folds, which save their state.
 
     Raises:
-        UsageError: too few groups, a name that is too long, or a fold would start from weights
-            that have seen its cases.
+        UsageError: too few groups, a name is too long, or the initial weights of a fold have seen
+            its evaluated cases.
     """
     configs = fold_configs(config)
     for each in configs:
@@ -87,7 +87,7 @@ def cross_validate(
 
 
 def _warn_of_missing_classes(config: TrainConfig) -> None:
-    """Warns of folds without a pixel of a class, whose figures then say nothing of it."""
+    """Warns of folds without a pixel of a class, whose values do not cover that class."""
     dataset = open_dataset(str(config.data))
     rows = read_samples(open_store(dataset.url), dataset.manifest).to_pylist()
     pool = [row for row in rows if row["split"] != "test"]
@@ -96,14 +96,16 @@ def _warn_of_missing_classes(config: TrainConfig) -> None:
         num_folds=int(config.folds or 0),
         seed=dataset.manifest.seed,
     )
-    places = [(f"fold {folds[row['id']]}", row["pixels_per_class"]) for row in pool]
+    places = [
+        (f"fold {folds[row['id']] + 1} of {config.folds}", row["pixels_per_class"]) for row in pool
+    ]
     for line in classes_missing(places, [each.name for each in dataset.manifest.classes]):
         logger.warning("%s", line)
 
 
 @contextmanager
 def _processes() -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """Yields a list whose processes are ended with the block."""
+    """Yields a list of processes that are killed at the end of the block."""
     running: list[subprocess.Popen[bytes]] = []
     try:
         yield running
@@ -117,7 +119,7 @@ def _start(config: TrainConfig, command: Command, folder: str) -> "subprocess.Po
     path = os.path.join(folder, f"{config.name}.yaml")
     with open(path, "w", encoding="utf-8") as file:
         file.write(write_yaml(config))
-    # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
+    # A new session: only this process gets Ctrl-C, and passes it on once.
     return subprocess.Popen(  # noqa: S603 - ours
         command(config, path), env=safe_environment(), start_new_session=True
     )

@@ -34,23 +34,23 @@ def train_and_evaluate(setup: TrainingSetup, callbacks: Callbacks) -> dict[str, 
     """Trains until the epochs are done or training stops early, then evaluates the test split.
 
     Resumes from the newest verified checkpoint of the run. Every epoch ends with tables, curves,
-    predictions and, last, a checkpoint. Every process of a team calls it.
+    predictions and, last, a checkpoint. All processes must call it.
 
     Returns:
         The outcome, as written to `outcome.json`.
 
     Raises:
         UsageError: the run was begun with another dataset or other settings.
-        StoppedError: `should_stop` answered yes in one process; a checkpoint was written.
-        DivergedError: the loss, or with every scale its gradient, is not finite; the outcome was
-            written.
+        StoppedError: `should_stop` returned true in one process; a checkpoint was written.
+        DivergedError: the loss is not finite, or the gradient with every loss scale; the outcome
+            was written.
         LockedError, StorageError: the run was lost, or could not be stored.
     """
     process_group, run = setup.process_group, setup.run
     _check_same(setup)
     outcome = process_group.run_on_primary(lambda: _looked_for_outcome(setup))
     if outcome is not None:
-        # It may have been evaluated anew since.
+        # `evaluate` may have replaced its evaluation.
         process_group.run_on_primary(lambda: renew_report(run.store) if run is not None else None)
         return outcome
     from job.training.trainer_factory import open_trainer
@@ -66,13 +66,13 @@ def train_and_evaluate(setup: TrainingSetup, callbacks: Callbacks) -> dict[str, 
 
 @dataclass(frozen=True)
 class _Loop:
-    """The loop over epochs and steps of one session."""
+    """Runs the loop over epochs and steps."""
 
     trainer: "Trainer"
     callbacks: Callbacks
 
     def run(self) -> dict[str, Any]:
-        """Trains what is left and evaluates; returns the outcome."""
+        """Trains the remaining epochs and evaluates; returns the outcome."""
         trainer, begin = self.trainer, self.callbacks.begin
         begin("restoring")
         state = trainer.restore()
@@ -92,7 +92,7 @@ class _Loop:
         return outcome
 
     def _train_steps(self, state: TrainState, clock: "_Clock") -> None:
-        """Does the rest of the epoch in progress, with a checkpoint whenever one is due."""
+        """Trains the rest of the current epoch, with a checkpoint whenever one is due."""
         trainer = self.trainer
         for loss, num_images in trainer.train_steps(state):
             clock.tick(num_images)
@@ -107,7 +107,7 @@ class _Loop:
                 trainer.save(state)
 
     def _end_epoch(self, state: TrainState, clock: "_Clock") -> None:
-        """Validates, and stores what the epoch leaves."""
+        """Validates, and stores the results of the epoch."""
         trainer, number = self.trainer, state.epoch + 1
         self.callbacks.begin(f"validation of epoch {number}")
         row = trainer.validate(state, self._is_over)
@@ -121,13 +121,13 @@ class _Loop:
         self._report_stored()
 
     def _is_over(self) -> bool:
-        # A run that was lost, or cannot be stored, is told when it is ended.
+        # A lost run or failed storage is reported when the run ends.
         return self.trainer.process_group.any(
             self.callbacks.should_stop() or self.trainer.has_failed
         )
 
     def _end(self, store: Callable[..., T], *details: Any) -> T:
-        # Whoever else is gone: what is on its way to storage must arrive.
+        # Uploads must finish even if other processes are gone.
         self.callbacks.begin(_STORING, needs_peers=False)
         found = store(*details)
         self._report_stored()
@@ -140,7 +140,7 @@ class _Loop:
 
 @contextmanager
 def _ends_by_storing(callbacks: Callbacks) -> Iterator[None]:
-    """Lets a process that ends by an error store what is on its way, whoever else is gone."""
+    """Lets a process finish its uploads after an error, even if other processes are gone."""
     try:
         yield
     except BaseException:
@@ -152,15 +152,15 @@ _ALIKE = ("epochs", "accumulate", "gradient_exchange", "exchange_flops_per_byte"
 
 
 def _check_same(setup: TrainingSetup) -> None:
-    """Refuses processes that were started with other settings or another dataset than the first.
+    """Refuses processes with other settings or another dataset than the first.
 
     Raises:
-        UsageError: on all of them; names the rank and what differs.
+        UsageError: in all processes; names the rank and the differences.
     """
     config = setup.config
 
     def settings() -> dict[str, Any]:
-        # These decide which collectives run, and when: one that differs is waited for without end.
+        # These determine the sequence of collectives: a process with other values would block all.
         free = {name: getattr(config, name) for name in _ALIKE}
         together = {**identity_of(config), **free}
         return {"config": together, "dataset": setup.dataset.digest}
@@ -170,14 +170,14 @@ def _check_same(setup: TrainingSetup) -> None:
         if other != first:
             raise UsageError(
                 f"rank {rank} was started with other settings than rank 0: "
-                f"{'; '.join(differences(first, other))}; start all with the same"
+                f"{'; '.join(differences(first, other))}; start all with the same settings"
             )
 
 
 def _looked_for_outcome(setup: TrainingSetup) -> dict[str, Any] | None:
-    """Returns what `earlier_outcome` does; an attempt that is refused counts as no restart."""
+    """Returns `earlier_outcome`; a refused attempt does not count as a restart."""
     run = setup.run
-    assert run is not None  # noqa: S101 - only who owns it asks
+    assert run is not None  # noqa: S101 - only the owner calls it
     try:
         return earlier_outcome(setup.config, run, setup.dataset.digest)
     except (UsageError, DivergedError):
@@ -188,16 +188,16 @@ def _looked_for_outcome(setup: TrainingSetup) -> dict[str, Any] | None:
 def earlier_outcome(
     config: TrainConfig, run: Run | None, dataset_digest: str
 ) -> dict[str, Any] | None:
-    """Returns the outcome of a run that is over; a higher `epochs` reopens a finished one.
+    """Returns the outcome of an ended run, or None; a higher `epochs` reopens a finished one.
 
     Args:
         run: owned by this process.
 
     Raises:
-        UsageError: it is a run of another dataset or other settings.
-        DivergedError: it diverged.
+        UsageError: the run has another dataset or other settings.
+        DivergedError: the run diverged.
     """
-    assert run is not None  # noqa: S101 - only who owns it asks
+    assert run is not None  # noqa: S101 - only the owner calls it
     _check_dataset(config, run, dataset_digest)
     run.check_identity(identity_of(config), dataset_digest)
     outcome = run.read_outcome()
@@ -208,7 +208,7 @@ def earlier_outcome(
     if outcome["stopped_early"]:
         words = stopped_early_words(outcome["epochs"], outcome["best"]["epoch"])
         logger.info(
-            "%s: finished already: %s; to go on from its best weights, give another "
+            "%s: finished already: %s; to continue from its best weights, give another "
             "--name and --init-from %s",
             run.store.url,
             words,
@@ -222,8 +222,9 @@ def earlier_outcome(
         return outcome
     if config.schedule.cosine:
         logger.warning(
-            "%s: the cosine is one of all epochs: from its end after %d it jumps back up, to where "
-            "a run of %d would be; another --name trains such a run from the start",
+            "%s: schedule.cosine spans all epochs: the learning rate is 0 after epoch %d and now "
+            "jumps back up to that of a run of %d epochs; another --name trains such a run from "
+            "the start",
             run.store.url,
             outcome["epochs"],
             config.epochs,
@@ -233,17 +234,17 @@ def earlier_outcome(
 
 
 def _check_dataset(config: TrainConfig, run: Run, dataset_digest: str) -> None:
-    """Refuses another dataset than that with which the run was begun.
+    """Refuses another dataset than that of the first attempt.
 
     Raises:
-        UsageError: names both.
+        UsageError: names both datasets.
     """
     stored = run.read_identity()
     if stored is not None and stored["dataset_digest"] != dataset_digest:
-        begun_with = stored_yaml(run.store).get("data", "not known any more")
+        begun_with = stored_yaml(run.store).get("data", "unknown")
         raise UsageError(
             f"--data {config.data} is not the dataset with which run {run.url} was begun "
-            f"({begun_with}), or was prepared anew since (sha256 of dataset.json: "
+            f"({begun_with}), or was prepared again since (sha256 of dataset.json: "
             f"{stored['dataset_digest'][:12]}, now {dataset_digest[:12]}); give that dataset or "
             "another --name"
         )
@@ -276,7 +277,7 @@ def _step_event(
 
 
 class _Clock:
-    """Images per second since the first step of an epoch, and the time to the next checkpoint."""
+    """Measures images per second of an epoch, and the time to the next checkpoint."""
 
     def __init__(self) -> None:
         self._saved = time.monotonic()
@@ -285,7 +286,7 @@ class _Clock:
         self.images_per_s = 0.0
 
     def tick(self, num_images: int) -> None:
-        """Counts a step. The first is left out: it may compile."""
+        """Counts a step, except the first, which may compile."""
         now = time.monotonic()
         if self._first is None:
             self._first = now
@@ -294,7 +295,7 @@ class _Clock:
         self.images_per_s = self._num_images / (now - self._first)
 
     def is_due(self, minutes: float) -> bool:
-        """Returns whether `minutes` have passed since the last yes; 0 is never."""
+        """Returns whether `minutes` have passed since it last returned true; 0: never."""
         is_due = 0 < minutes * 60 <= time.monotonic() - self._saved
         if is_due:
             self._saved = time.monotonic()

@@ -1,4 +1,4 @@
-"""Resolves the options of a run: command line over file over the run as it was begun."""
+"""Resolves the options of a run: command line over file over the stored run."""
 
 import json
 import logging
@@ -32,20 +32,20 @@ def resolve_config(
     *,
     function: str | None = None,
 ) -> TrainConfig:
-    """Returns the config of `file` with the options of the command line laid over it.
+    """Returns the config of `file`, overridden by the options of the command line.
 
-    A run that exists goes on as it was begun: what neither of them says is taken from its own
-    `config.yaml`, whatever the defaults are by now.
+    An existing run keeps its options: those that neither gives are read from its `config.yaml`,
+    whatever the defaults are now.
 
-    A file of the reference implementation (.config, .ini) is read as it is; when no dataset is
-    given, its image folders are prepared first, beside the run, with `prep_options` as well.
+    A file of the reference implementation (.config, .ini) is accepted, too. Without a dataset, its
+    image folders are prepared next to the run, with `prep_options`.
 
     Args:
-        function: of Python, whose keyword arguments the options are; errors then name them so.
+        function: Python function whose keyword arguments are the options; for error messages.
 
     Raises:
-        UsageError: no dataset, a value that is not allowed, or a preset that `file` overrules.
-        ContentError: the image folders hold bad files or leaking splits.
+        UsageError: no dataset, an invalid value, or a preset that conflicts with `file`.
+        ContentError: the image folders have bad files or leaking splits.
     """
     from job.compat.ini_mapping import is_reference_config
 
@@ -68,7 +68,7 @@ def resolve_config(
 
 def _data_of(config: TrainConfig) -> str:
     if config.data is None:
-        raise UsageError("no dataset: give --data DATASET, a folder or gs:// URL made by prep")
+        raise UsageError("no dataset: give --data DATASET, a folder or gs:// URL written by prep")
     return config.data
 
 
@@ -78,12 +78,12 @@ def _resolved(
     options: Mapping[str, Any] | None,
     name_for: Callable[[TrainConfig], str],
 ) -> TrainConfig:
-    """Returns the config of `values`; of a run that exists, what they do not say is as it was.
+    """Returns the config of `values`; an existing run adds its stored options.
 
     Args:
-        where: what the values came from, named in errors.
-        options: those of them that were given on the command line; None: there is none.
-        name_for: the name of a run for which `values` have none.
+        where: origin of the values, for error messages.
+        options: values from the command line; None: there is no command line.
+        name_for: returns the run name if `values` have none.
     """
     place = {name: values[name] for name in _PLACE if name in values}
     found = parse_settings(TrainConfig, place, where, typed=options)
@@ -94,7 +94,7 @@ def _resolved(
     if stored is None:
         return parse_settings(TrainConfig, {**values, "name": name}, where, typed=options)
     given = {**values, "name": name}
-    if "preset" in values:  # it says all that presets say
+    if "preset" in values:  # an explicit preset sets all options of presets
         preset = parse_settings(TrainConfig, {"preset": values["preset"]}, where, typed=options)
         given = deep_merge(preset_values(preset), given)
     config = parse_settings(TrainConfig, deep_merge(stored, given), where, typed=options)
@@ -109,21 +109,21 @@ def _resolved(
         if key not in given_keys and value != defaults[key]
     ]
     if own:
-        logger.info("%s goes on as it was begun: %s", run_url(config), ", ".join(own))
+        logger.info("%s keeps the options of its first start: %s", run_url(config), ", ".join(own))
     return config
 
 
-# What says which run is meant.
+# Options that select the run.
 _PLACE = ("data", "output", "name", "folds", "fold")
 
 
 def _stored_values(place: TrainConfig) -> dict[str, Any] | None:
-    """Returns the options of a run, or of a fold of it that exists, as values; None for a new run.
+    """Returns the stored options of a run or of its first existing fold; None for a new run.
 
-    Without the precision: `auto` is what the run was begun in, see `stored_precision`.
+    Leaves out the precision: `auto` is the stored precision, see `stored_precision`.
 
     Raises:
-        ContentError: what the run has stored is damaged, or of a later version.
+        ContentError: the stored options are damaged, or from a later version.
     """
     output, names = open_store(place.output), [str(place.name)]
     is_parent = is_cross_validation(place)
@@ -141,12 +141,12 @@ def _stored_values(place: TrainConfig) -> dict[str, Any] | None:
 
 
 def _refuse_other_kind(place: TrainConfig, *, is_new: bool) -> None:
-    """Refuses a run in the folder of a cross-validation, and a cross-validation in that of a run.
+    """Refuses a run in the folder of a cross-validation, and the reverse.
 
     Each would replace the report of the other.
 
     Raises:
-        UsageError: says which of the two it is.
+        UsageError: names the kind of the existing folder.
     """
     output = open_store(place.output)
     run = output.subpath(str(place.name))
@@ -156,15 +156,15 @@ def _refuse_other_kind(place: TrainConfig, *, is_new: bool) -> None:
         if identity is not None or run.stat(CROSS_VALIDATION_NAME) is not None:
             number = identity["config"].get("folds", "N") if identity else "N"
             raise UsageError(
-                f"{run.url} is a cross-validation: give --folds {number} to go on with it, or "
-                "another --name"
+                f"{run.url} is a cross-validation; give --folds {number} to resume it, or another "
+                "--name"
             )
     if is_cross_validation(place) and run.stat(IDENTITY_NAME) is not None:
-        raise UsageError(f"{run.url} is a run, and no cross-validation; give another --name")
+        raise UsageError(f"{run.url} is a single run, not a cross-validation; give another --name")
 
 
 def stored_yaml(run: ObjectStore) -> dict[str, Any]:
-    """Returns `config.yaml` of a run; empty where its first process has not come so far."""
+    """Returns the values of a run's `config.yaml`; empty if not written yet."""
     try:
         return read_yaml(run.get("config.yaml").decode(), f"{run.url}/config.yaml")
     except NotFound:
@@ -172,7 +172,7 @@ def stored_yaml(run: ObjectStore) -> dict[str, Any]:
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
-    """Returns `config` with paths that mean the same in every working folder."""
+    """Returns `config` with absolute paths."""
     paths = {}
     for name in ("data", "output", "cache_dir", "prediction_folder", "init_from"):
         value = getattr(config, name)
@@ -214,10 +214,10 @@ def _resolve_reference(
 
 
 def _check_preset(options: Mapping[str, Any], values: Mapping[str, Any], file: str) -> None:
-    """Refuses a preset of the command line where `file` would win over parts of it.
+    """Refuses a preset of the command line if `file` would override parts of it.
 
     Raises:
-        UsageError: names the keys that are set in the file and not on the command line.
+        UsageError: names the keys that only the file sets.
     """
     preset = options.get("preset")
     if preset in (None, values.get("preset", "reference")):
@@ -225,20 +225,20 @@ def _check_preset(options: Mapping[str, Any], values: Mapping[str, Any], file: s
     lost = sorted(PRESET_KEYS & dotted_keys(values) - dotted_keys(options))
     if lost:
         raise UsageError(
-            f"--preset {preset} lies below {file}, which sets {', '.join(lost)}; take these out "
-            "of the file, give them as options too, or leave --preset out"
+            f"--preset {preset}: {file} would override it, since it sets {', '.join(lost)}; remove "
+            "these from the file, give them as options, too, or leave --preset out"
         )
 
 
 def _nothing_to_prepare(prep_options: Mapping[str, bool]) -> UsageError:
     flag = "--" + next(iter(prep_options)).replace("_", "-")
     return UsageError(
-        f"{flag} is for a .config file without --data; give it to `flexunet prep` instead"
+        f"{flag} needs a .config file without --data; give it to `flexunet prep` instead"
     )
 
 
 def run_name(url: str) -> str:
-    """Returns a run name made from the last part of `url`."""
+    """Returns a valid run name made from the last part of `url`."""
     last = url.rstrip("/").rsplit("/", 1)[-1].lower()
     name = re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:47].rstrip("-")
     return name if re.match(r"[a-z]", name) else f"run-{name}"[:47].rstrip("-")

@@ -1,4 +1,4 @@
-"""Runs one training process from start to end: devices, peers, the run, precision, watchdog."""
+"""Runs one training process: devices, peers, the run, precision, watchdog."""
 
 import logging
 import os
@@ -29,13 +29,13 @@ from job.training.setup import Callbacks, TrainingSetup
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 60.0
-_LAST_WORDS_S = 5.0  # for the stacks of a process that ends itself
+_LAST_WORDS_S = 5.0  # to store the stacks of a stalled process
 
 
 def run_local(
     config: TrainConfig, other: Callbacks | None = None, *, ends_process: bool = True
 ) -> dict[str, Any]:
-    """Trains on the devices of this machine; the body of `train --local`.
+    """Trains on the devices of this machine, as `train --local`.
 
     Args:
         config: `data` and `name` are set.
@@ -50,7 +50,7 @@ def run_local(
 
 
 def run_in_cluster(config: TrainConfig, spec: ProcessSpec) -> dict[str, Any]:
-    """Trains as the process `spec` of a cluster; the body of `train` without `--local`."""
+    """Trains as the process `spec` of a cluster, as `train` without `--local`."""
     with stop_signals() as should_stop, TrainingDisplay(config) as display:
         report = display.report if spec.rank == 0 else lambda event: None
         return run_process(config, spec, Callbacks(report, should_stop))
@@ -65,24 +65,24 @@ def run_process(
     launch: str | None = None,
     ends_process: bool = True,
 ) -> dict[str, Any]:
-    """Trains as one of the processes that train together; all of them call it.
+    """Trains as one of the processes that train together; all of them must call it.
 
     Args:
         config: `data` and `name` are set.
-        spec: None: this process alone.
-        num_gpus: GPUs that this process was promised; None: whatever there is.
-        launch: names the launcher, whose processes may follow one another at once.
+        spec: None: this process trains alone.
+        num_gpus: GPUs that this process must see; None: any number.
+        launch: name of the launcher, whose next process need not wait for the lease.
         ends_process: end this process when training stalls; else the stacks are stored and an
             error is logged.
 
     Raises:
-        FlexUNetError: also where another process ended, or cannot be reached.
+        FlexUNetError: also if another process ended or cannot be reached.
     """
-    # What can be refused at once is: TensorFlow takes seconds to come.
+    # Check first whatever can be checked without TensorFlow, whose import takes seconds.
     dataset = open_folded(config)
     check_compatible(config, dataset)
     if spec is None or spec.size == 1:
-        if launch is None:  # a launcher has done it
+        if launch is None:  # a launcher has checked it already
             check_origin(config, dataset)
         alone = _Process(config, dataset, None, num_gpus, launch, ends_process)
         with _acquire_run(config, launch) as run:
@@ -93,7 +93,7 @@ def run_process(
 
 @dataclass(frozen=True)
 class _Process:
-    """One of the processes that train together, see `run_process`."""
+    """Represents one of the processes that train together, see `run_process`."""
 
     config: TrainConfig
     dataset: Dataset
@@ -103,10 +103,10 @@ class _Process:
     ends_process: bool
 
     def train(self, run: Run | None, callbacks: Callbacks) -> dict[str, Any]:
-        """Makes the strategy, with the others where there are some, and trains.
+        """Makes the strategy, together with the other processes, and trains.
 
         Args:
-            run: of a process alone, which owns it; the first of several owns it from here on.
+            run: owned by a process that trains alone. Of several, the first acquires it here.
         """
         from job.distributed.strategy import (
             check_batch,
@@ -137,7 +137,7 @@ class _Process:
                 return train_and_evaluate(setup, callbacks)
 
     def _acquire_on_primary(self, process_group: ProcessGroup, stack: ExitStack) -> Run | None:
-        """Lets the first process own the run until `stack` is left; returns it there."""
+        """Acquires the run in the first process until `stack` closes; returns it there."""
         owned: list[Run] = []
 
         def acquire() -> None:
@@ -150,7 +150,7 @@ class _Process:
 
     @contextmanager
     def _watched(self) -> Iterator[Watchdog]:
-        """Yields the watchdog of this process, which writes into the run what stood still where."""
+        """Yields the watchdog of this process, which writes the stacks of a stall into the run."""
         config, spec = self.config, self.spec
         rank = spec.rank if spec else 0
         peers = {r: a for r, a in enumerate(spec.addresses) if r != rank} if spec else {}
@@ -173,10 +173,10 @@ class _Process:
             yield watchdog
 
     def _agree_on_precision(self, process_group: ProcessGroup, run: Run | None) -> str:
-        """Returns the precision in which all processes compute.
+        """Returns the precision of all processes.
 
         Raises:
-            UsageError: one of them does not compute in it.
+            UsageError: one of them does not support it.
         """
         from job.distributed.precision import resolve_precision
 
@@ -184,7 +184,7 @@ class _Process:
         requested: str = config.precision
         begun_in: str | None = None
         if requested == "auto":
-            # A run goes on as it began, on whatever it is resumed.
+            # A run keeps its precision, on whatever machine it resumes.
             begun_in = process_group.run_on_primary(lambda: stored_precision(run))
             requested = begun_in or requested
         largest = input_max(config, self.dataset.manifest)
@@ -197,33 +197,33 @@ class _Process:
                     raise
                 raise UsageError(
                     f"{config.output}/{config.name} was begun in {begun_in}, which "
-                    f"{socket.gethostname()} does not compute; resume it on a machine that "
+                    f"{socket.gethostname()} does not support; resume it on a machine that "
                     "does, or train another --name"
                 ) from error
 
         precisions = process_group.all_gather_object(resolve)
-        # Where machines are of two kinds, all of them compute in float32.
+        # If the machines differ, all of them compute in float32.
         return precisions[0] if len(set(precisions)) == 1 else "float32"
 
 
 def stored_precision(run: Run | None) -> str | None:
-    """Returns the precision in which a run was begun; None for a new one, or where it is not ours.
+    """Returns the precision in which a run was begun; None for a new run or without ownership.
 
-    Only the processes that train know what they compute natively, so `auto` is this one then.
+    `auto` is then this precision, since only the training processes know their hardware.
     """
     stored = run.read_identity() if run is not None else None
     return str(stored["config"]["precision"]) if stored else None
 
 
 def _acquire_run(config: TrainConfig, launch: str | None) -> Run:
-    # A request is repeated for a while, and the outbox repeats the whole call for longer.
+    # A request is repeated for a while; the upload queue repeats the whole call for longer.
     retry_s = min(_RETRY_S, max(config.storage_timeout, 1.0))
     store = open_store(config.output, retry_s=retry_s).subpath(checked_run_name(str(config.name)))
     return Run.acquire(store, launch=launch)
 
 
 def _watched_callbacks(watchdog: Watchdog, callbacks: Callbacks) -> Callbacks:
-    """Returns `callbacks` of which the watchdog hears too."""
+    """Returns `callbacks` that also notify the watchdog."""
 
     def report_event(event: Mapping[str, Any]) -> None:
         if event["event"] == "phase":
@@ -239,7 +239,7 @@ def _watched_callbacks(watchdog: Watchdog, callbacks: Callbacks) -> Callbacks:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C, SIGTERM or SIGHUP came; two end at once."""
+    """Yields a function that returns whether Ctrl-C, SIGTERM or SIGHUP came; a second one ends."""
     stop = threading.Event()
 
     def ask(number: int, frame: Any) -> None:

@@ -1,8 +1,8 @@
-"""What a run keeps and shows: tables, curves, predictions, events, checkpoints, evaluation.
+"""Writes the results of a run: tables, curves, predictions, events, checkpoints, evaluation.
 
-Written by the first process of a team alone. All of it goes through an outbox, in order, so that
-training does not wait for storage; the checkpoint comes last, so that an epoch whose tables or
-pictures are missing is done again.
+Only the first process writes them. Everything goes through an upload queue, in order, so that
+training does not wait for storage. The checkpoint is last, so that an epoch with missing tables or
+images is trained again.
 """
 
 import collections
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class RunWriter:
-    """The writer of one run; made by `open_run_writer`."""
+    """Writes the results of one run; made by `open_run_writer`."""
 
     config: TrainConfig
     run: Run
@@ -68,7 +68,7 @@ class RunWriter:
     prediction_inputs: dict[str, np.ndarray]  # predicted after every epoch, by name, (H, W, C)
     staging: str
     events: Any  # a tf.summary writer, or None
-    # What completes the checkpoints that are not stored yet, oldest first.
+    # Functions that complete the checkpoints that are not stored yet, oldest first.
     pending: list[Callable[[], dict[str, str]]] = dataclasses.field(default_factory=list)
     memory: serialization.Memory = dataclasses.field(default_factory=list)
     # The checkpoints that were stored and not yet reported, oldest first; filled by the queue.
@@ -76,17 +76,17 @@ class RunWriter:
 
     @property
     def has_failed(self) -> bool:
-        """Whether something could not be stored, or the run was lost; `flush` raises it."""
+        """Whether an upload failed or the run was lost; `flush` raises the error."""
         return self.upload_queue.has_failed or self.run.lost
 
     @property
     def _store(self) -> ObjectStore:
-        """The run's folder, for the thread of the outbox: bytes that move are told."""
+        """The folder of the run, for the upload thread; reports moved bytes."""
         return self.run.store.watched(self.upload_queue.moved)
 
     @property
     def has_capacity(self) -> bool:
-        """Whether a checkpoint can be taken without waiting for those on their way."""
+        """Whether a checkpoint can be taken without waiting for earlier ones."""
         return self.upload_queue.has_capacity
 
     def restore(self, heartbeat: Heartbeat) -> dict[str, Any] | None:
@@ -117,9 +117,9 @@ class RunWriter:
         return values
 
     def save(self, state: TrainState, heartbeat: Heartbeat) -> None:
-        """Takes a checkpoint of `state` and the weights as they are now, and stores it later.
+        """Takes a checkpoint of `state` and the current weights, and queues its upload.
 
-        Waits while two others are on their way. What fails is raised by `flush`.
+        Waits while two others are in upload. `flush` raises a failure.
 
         Args:
             heartbeat: called while it waits and bytes move.
@@ -136,8 +136,8 @@ class RunWriter:
             heartbeat: called while bytes move.
 
         Raises:
-            LockedError: the run is no longer ours.
-            StorageError: storage is full, or was out of reach for too long.
+            LockedError: this process has lost the run.
+            StorageError: storage is full, or could not be reached for too long.
         """
         try:
             self.upload_queue.flush(heartbeat)
@@ -146,14 +146,14 @@ class RunWriter:
         self.run.check_owned()
 
     def _kept(self) -> str:
-        """Completes the checkpoints that were not stored; returns words on where the newest is."""
+        """Completes the checkpoints that were not stored; returns words on the newest one."""
         try:
             return kept_words(self.pending)
         except StorageError:
             return ""
 
     def write_predictions(self, epoch: int, heartbeat: Heartbeat) -> None:
-        """Stores the masks of some pictures, by the weights as they are now.
+        """Stores the masks of some images, predicted with the current weights.
 
         Args:
             heartbeat: called for every batch of windows.
@@ -165,7 +165,7 @@ class RunWriter:
             self._put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", mask_png)
 
     def end_epoch(self, state: TrainState, row: Mapping[str, Any], heartbeat: Heartbeat) -> None:
-        """Stores all that an epoch leaves beside predictions, and a checkpoint last.
+        """Stores the results of an epoch except predictions, with a checkpoint last.
 
         Args:
             heartbeat: as for `save`.
@@ -175,7 +175,7 @@ class RunWriter:
         self.save(state, heartbeat)
 
     def write_tables(self, state: TrainState) -> None:
-        """Stores the tables and curves of the epochs done."""
+        """Stores the tables and curves of the finished epochs."""
         metrics = self.evaluator.metrics
         names = [*metrics, *(f"val_{name}" for name in metrics)]
         for name, text in History(state.rows, metrics=names).tables().items():
@@ -204,7 +204,7 @@ class RunWriter:
     def read_best(self, state: TrainState, heartbeat: Heartbeat) -> bool:
         """Reads the weights of the best checkpoint into the model.
 
-        Returns whether it could: where it is damaged, the newest stay. `state.best` must be set.
+        Returns whether it did: if it is damaged, the newest weights stay. `state.best` must be set.
 
         Args:
             heartbeat: called while bytes move.
@@ -220,7 +220,9 @@ class RunWriter:
                     store, ref, folder, names=[serialization.WEIGHTS_NAME]
                 )
             except (ContentError, NotFound) as error:
-                logger.warning("the best checkpoint is damaged, the newest is evaluated: %s", error)
+                logger.warning(
+                    "the best checkpoint is damaged, evaluating the newest instead: %s", error
+                )
                 return False
             serialization.read_weights(self.model, members[serialization.WEIGHTS_NAME])
         return True
@@ -231,7 +233,7 @@ class RunWriter:
         self.upload_queue.post(lambda: write_evaluation(target, evaluation, self.evaluator))
 
     def write_stop(self, state: TrainState, heartbeat: Heartbeat) -> None:
-        """Stores that this attempt was stopped, after all that was posted before."""
+        """Records, after all earlier uploads, that this attempt was stopped."""
         ref = {"epoch": state.epoch + 1, "step": state.step_in_epoch}
         self.upload_queue.post(lambda: self.run.note_end("stopped", **ref))
         self.flush(heartbeat)
@@ -239,13 +241,13 @@ class RunWriter:
     def write_outcome(
         self, status: str, exit_code: int, details: Mapping[str, Any], heartbeat: Heartbeat
     ) -> None:
-        """Stores how the run ended, after all that was posted before, and the page of all of it."""
+        """Stores the outcome of the run and the report, after all earlier uploads."""
         self.upload_queue.post(lambda: self.run.write_outcome(status, exit_code, **details))
         self.upload_queue.post(lambda: renew_report(self._store))
         self.flush(heartbeat)
 
     def write_description(self, dataset: Dataset, strategy: Any) -> None:
-        """Stores what describes the run: its config, its environment, a copy of the manifest."""
+        """Stores the config, the environment and a copy of the manifest."""
         environment = _environment(self.config, dataset, strategy, self.run.attempt)
         self._put("config.yaml", write_yaml(self.config).encode())
         self._put(MANIFEST_NAME, open_store(dataset.url).get(MANIFEST_NAME))
@@ -279,9 +281,9 @@ class RunWriter:
         self.upload_queue.post(store, is_large=True)
 
     def _rewrite_events(self, state: TrainState) -> None:
-        """Makes the events of this attempt those of all epochs; an epoch done twice is there once.
+        """Writes the events of all epochs as those of this attempt, each epoch once.
 
-        A killed attempt may have stored events of an epoch whose checkpoint never came.
+        A killed attempt may have stored events of an epoch without a checkpoint.
         """
         if self.events is None:
             return
@@ -319,7 +321,7 @@ def open_run_writer(
     *,
     heartbeat: Heartbeat,
 ) -> Iterator[RunWriter]:
-    """Yields the recorder of the setup's run; leaving the block waits until everything is stored.
+    """Yields the run writer of `setup`; leaving the block waits until everything is stored.
 
     Args:
         reader: of the validation split.

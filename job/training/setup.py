@@ -1,4 +1,4 @@
-"""Holds what a training process is given: its setup, and the callbacks of its caller."""
+"""Holds the setup of a training process and the callbacks of its caller."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ Report = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What one process trains, on what and with whom.
+    """Holds the config, dataset, run and processes of a training.
 
     Attributes:
         config: precision already resolved.
-        dataset: of `config`.
-        run: opened, owned by this process; None but in the first process of a team.
+        dataset: dataset of `config`.
+        run: run owned by this process; None except in the first process.
         strategy: a `tf.distribute.Strategy`.
         process_group: the processes that train together.
     """
@@ -43,7 +43,7 @@ class TrainingSetup:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What a training process tells its caller, and asks of it.
+    """Holds the functions by which a training process reports to its caller.
 
     Attributes:
         report: told of every phase, step and epoch.

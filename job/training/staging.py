@@ -1,4 +1,4 @@
-"""Keeps checkpoints in a local folder until they are stored, and for good where they cannot be."""
+"""Keeps checkpoints in a local folder until they are stored; for good if storage fails."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,7 @@ _STAGING_LOCK = "in-use.lock"
 
 
 def kept_words(pending: Sequence[Callable[[], dict[str, str]]]) -> str:
-    """Completes the checkpoints that were not stored; returns words on where the newest is.
+    """Completes the checkpoints that were not stored; returns words on the newest one.
 
     Raises:
         StorageError: this machine's disk is full.
@@ -28,22 +28,22 @@ def kept_words(pending: Sequence[Callable[[], dict[str, str]]]) -> str:
         return ""
     return (
         f"; the checkpoint that could not be stored is kept on {socket.gethostname()} in "
-        f"{folders[-1]} (its weights "
-        f"start a new run with --init-from {folders[-1]}/{serialization.WEIGHTS_NAME})"
+        f"{folders[-1]} (to start a new run from its weights, "
+        f"give --init-from {folders[-1]}/{serialization.WEIGHTS_NAME})"
     )
 
 
 @contextmanager
 def kept_if_unstored(pending: Sequence[Callable[[], dict[str, str]]]) -> Iterator[None]:
-    """Keeps checkpoints that were taken when another error came beside an outage.
+    """Keeps checkpoints that are not stored yet when an error ends the block.
 
     Raises:
-        StorageError: names their folder, which it keeps.
+        StorageError: names the folder of the checkpoints, which stays.
     """
     try:
         yield
     except (StorageError, LockedError):
-        raise  # the first says itself where they are; a run that is lost needs none
+        raise  # StorageError names the folder already; a lost run needs no checkpoint
     except Exception as error:
         words = kept_words(pending)
         if not words:
@@ -54,9 +54,9 @@ def kept_if_unstored(pending: Sequence[Callable[[], dict[str, str]]]) -> Iterato
 
 @contextmanager
 def staging_folder(url: str) -> Iterator[str]:
-    """Yields a local folder, which is kept when storage failed: it holds the newest checkpoint.
+    """Yields a local folder; it stays if storage failed, since it has the newest checkpoint.
 
-    What killed processes of the run `url` left on this machine is removed first.
+    First removes folders that killed processes of the run `url` left on this machine.
     """
     prefix = f"flexunet-{hashlib.sha256(url.encode()).hexdigest()[:16]}-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
@@ -67,7 +67,7 @@ def staging_folder(url: str) -> Iterator[str]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
     except StorageError:
-        # Without it, nobody takes this folder for one that was left behind.
+        # Without the lock file, no later process removes this folder.
         os.unlink(os.path.join(folder, _STAGING_LOCK))
         raise
     except BaseException:

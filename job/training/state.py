@@ -1,4 +1,4 @@
-"""Holds where a training run stands beside weights and moments; schedules move it on."""
+"""Holds the state of a training run, except weights and moments."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +9,12 @@ from job.optimization.schedule import EarlyStopping, PlateauReducer, rate_factor
 
 @dataclass
 class TrainState:
-    """The state of a run; JSON types only, so that floats come back bit by bit."""
+    """Holds the state of a run; JSON types only, so that floats are restored bit by bit."""
 
     learning_rate: float
     epoch: int = 0  # the epoch in progress, from 0
     step_in_epoch: int = 0
-    step: int = 0  # batches trained, of which some may have been skipped
+    step: int = 0  # batches trained, including skipped ones
     sums: dict[str, list[float]] = field(default_factory=dict)  # of the epoch in progress
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the finished epochs
     throughput: list[dict[str, Any]] = field(default_factory=list)  # of the same
@@ -22,22 +22,22 @@ class TrainState:
     stopping: dict[str, Any] | None = None
     best: dict[str, Any] | None = None  # {"epoch", "val_loss", "step", "attempt"}
     stopped_early: bool = False
-    skipped: int = 0  # steps without an update: in float16 their gradients overflowed
+    skipped: int = 0  # steps without an update, whose float16 gradients overflowed
 
     @property
     def updates(self) -> int:
-        """Updates of the weights: the steps that count for the optimizer and the schedule."""
+        """Number of weight updates, which the optimizer and the schedule count."""
         return self.step - self.skipped
 
     def is_finished(self, epochs: int) -> bool:
-        """Returns whether no epoch is left to do."""
+        """Returns whether no epoch is left."""
         return self.stopped_early or self.epoch >= epochs
 
     def rate(self, config: TrainConfig, num_steps: int, *, offset: int = 0) -> float:
-        """Returns the learning rate of the update that comes next, or `offset` from it.
+        """Returns the learning rate of the next update, or of the one `offset` from it.
 
         Args:
-            num_steps: of an epoch.
+            num_steps: steps per epoch.
         """
         return self.learning_rate * rate_factor(
             max(0, self.updates + offset),
@@ -48,7 +48,7 @@ class TrainState:
         )
 
     def watch(self, val_loss: float, settings: ScheduleConfig) -> bool:
-        """Lets both schedules see the loss of the epoch; returns whether it is the best so far."""
+        """Updates both schedules with the loss of the epoch; returns whether it is the best."""
         if settings.reduce_on_plateau:
             reducer = PlateauReducer(
                 factor=settings.reducer_factor,

@@ -1,4 +1,4 @@
-"""The training step: forward and backward pass, gradient exchange and update on every replica.
+"""Makes the training step: forward and backward pass, gradient exchange and update.
 
 The loss is a function of sums over the global batch, so that its value and gradient do not depend
 on the number of replicas.
@@ -34,15 +34,15 @@ SKIPPED = "skipped_in_row"  # among the sums of a training step with a loss scal
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a training step computes what it computes.
+    """Holds the options of a training step.
 
     Attributes:
         plan: how gradients are exchanged, the same on all replicas; None: by all-reduce.
-        num_micro_batches: parts of a replica's batch that go through the network one after the
-            other, for one exchange and one update; a divisor of that batch.
-        loss_is_mean: `job.losses.is_mean`; else several micro-batches cost a forward pass more.
-        uses_xla: the network is compiled, forward and backward; it must hold no collective, so no
-            batch normalization and a plan that gathers nothing.
+        num_micro_batches: parts of a replica's batch, computed one after the other for one exchange
+            and one update; a divisor of that batch.
+        loss_is_mean: `job.losses.is_mean`; else several micro-batches need one more forward pass.
+        uses_xla: compile the network, forward and backward. It must have no collective: no batch
+            normalisation, and a plan that gathers nothing.
     """
 
     plan: Plan | None = None
@@ -60,8 +60,8 @@ def make_train_step(
 ) -> Callable[[Batch, tf.Tensor, tf.Tensor], Sums]:
     """Returns the compiled `train_step(batch, step, learning_rate) -> sums`.
 
-    `sums` has an entry for `loss` and one for every metric. Where `optimizer` has a loss scale it
-    has one for `SKIPPED`, too: how many steps in a row were skipped until now, 0 after an update.
+    `sums` has entries for `loss` and every metric. With a loss scale it has one for `SKIPPED`: the
+    number of steps skipped in a row, 0 after an update.
     """
     options = options or StepOptions()
     exchange = _exchange_of(model, options.plan)
@@ -78,7 +78,7 @@ def make_train_step(
 
 
 def _exchange_of(model: keras.Model, plan: Plan | None) -> Any:
-    """Returns what turns the gradients of the replicas into those of the global batch."""
+    """Returns the exchange that computes the gradients of the global batch."""
     if plan is None or not plan.gathered:
         return AllReduce(model)
     from job.distributed.gradient_exchange import Exchange
@@ -88,7 +88,7 @@ def _exchange_of(model: keras.Model, plan: Plan | None) -> Any:
 
 @dataclass(frozen=True)
 class _Backward:
-    """What one backward pass of a replica has found, or several together."""
+    """Holds the results of one or more backward passes of a replica."""
 
     local_gradient: Any  # of `_ReplicaStep.exchange`
     metric_sums: tf.Tensor
@@ -101,7 +101,7 @@ class _Backward:
 
 @dataclass(frozen=True)
 class _ReplicaStep:
-    """A training step as one replica traces it."""
+    """Runs a training step on one replica."""
 
     model: keras.Model
     optimizer: Adam
@@ -112,14 +112,14 @@ class _ReplicaStep:
 
     def run(self, batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> tf.Tensor:
         """Updates the weights; returns (sum, count) of the loss, the metrics and `SKIPPED`."""
-        # `replica_sum` passes gradients through, so each replica's are its part of the global ones.
+        # `replica_sum` does not change gradients: each replica has its part of the global gradient.
         is_whole = self.options.num_micro_batches == 1
         done, value = self._backward(batch, replica_sum) if is_whole else self._accumulated(batch)
         skipped = self._update(self.exchange.gradients(done.local_gradient), step, learning_rate)
         return tf.concat([loss_sums(value, batch), done.metric_sums, *skipped], axis=0)
 
     def _backward(self, part: Batch, global_sum: GlobalSum) -> tuple[_Backward, tf.Tensor]:
-        """Returns what was found, of the scaled loss, and the loss."""
+        """Returns the results for the scaled loss, and the unscaled loss."""
         scale = self.optimizer.loss_scale
         with self.exchange.recorded() as factors, tf.GradientTape() as tape:
             logits = self._forward(part)
@@ -129,9 +129,9 @@ class _ReplicaStep:
         return _Backward(local_gradient, metric_sums(part, logits, self.criterion.metrics)), value
 
     def _accumulated(self, batch: Batch) -> tuple[_Backward, tf.Tensor]:
-        """Returns what `_backward` of the whole batch would, with the memory of a part of it."""
+        """Returns the result of `_backward` for the whole batch, with the memory of a part."""
         parts = micro_batches(batch, self.options.num_micro_batches)
-        # The gradient of a function of sums needs those of the whole batch.
+        # The gradient of a function of sums needs the sums of the whole batch.
         sums: list[tf.Tensor] = []
         for part in parts:
             with tf.control_dependencies(sums[-1:]):
@@ -140,7 +140,7 @@ class _ReplicaStep:
         global_sum = seen_by(part_of(replica_sum(tf.add_n(sums))), seen)
         done, _ = self._backward(parts[0], global_sum)
         for part in parts[1:]:
-            # One after the other: together they would need the memory of the whole batch.
+            # One after the other: in parallel they would need the memory of the whole batch.
             with tf.control_dependencies(done.local_gradient.tensors()):
                 done += self._backward(part, global_sum)[0]
         true_sums = part_of(replica_sum(tf.add_n(seen)))
@@ -157,7 +157,7 @@ class _ReplicaStep:
         return self.criterion.loss(labels, logits, part["weight"], global_sum)
 
     def _local_sums(self, part: Batch) -> tf.Tensor:
-        """Returns the sums of which the loss is a function; if it is a mean, true counts alone."""
+        """Returns the sums for the loss; if the loss is a mean, only its counts are correct."""
         seen: list[tf.Tensor] = []
         logits = self._no_logits(part) if self.options.loss_is_mean else self._forward(part)
         self._loss(part, logits, seen_by(tf.identity, seen))
@@ -170,7 +170,7 @@ class _ReplicaStep:
     def _update(
         self, gradients: list[tf.Tensor], step: tf.Tensor, learning_rate: tf.Tensor
     ) -> list[tf.Tensor]:
-        """Updates the weights; returns the sums of `SKIPPED`, (2,) float64, where there are any."""
+        """Updates the weights; with a loss scale returns [sums of `SKIPPED`], (2,) float64."""
         optimizer, scale = self.optimizer, self.optimizer.loss_scale
         if scale is None:
             optimizer.apply(gradients, step=step, learning_rate=learning_rate)
@@ -183,11 +183,11 @@ class _ReplicaStep:
 
 
 def _compiled(model: keras.Model) -> Callable[[tf.Tensor, Mapping[str, tf.Tensor]], tf.Tensor]:
-    """Returns the network in training as one program of XLA, and so its gradient.
+    """Returns the network in training, and its gradient, as one XLA program.
 
-    It is given what dropout keeps: XLA's generator draws other numbers from the same keys. Hoped
-    for on GPUs, where it has not run yet: what stands between convolutions is fused, and their
-    channels are padded for tensor cores.
+    The caller passes the kept values of dropout, because the generator of XLA draws other numbers
+    from the same keys. Expected on GPUs, but not tested yet: XLA fuses the operations between
+    convolutions and pads channels for tensor cores.
     """
 
     @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)

@@ -1,8 +1,8 @@
-"""Holds what lives as long as one training process: model, optimizer, compiled steps, readers.
+"""Holds the objects of one training process: model, optimizer, compiled steps, readers.
 
 `job/training/loop.py` is the loop over it. Everything that must survive the process is in
-`TrainState` and in the weights; a session can be rebuilt from a checkpoint at any step. Every
-process of a team has one and computes the same; that of the first has a recorder too.
+`TrainState` and in the weights; a trainer can be rebuilt from a checkpoint at any step. Every
+process has a trainer and computes the same; only that of the first process has a run writer.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass
 class Trainer:
-    """One training process of one run; made by `trainer_factory.open_trainer`."""
+    """Trains one run in one process; made by `trainer_factory.open_trainer`."""
 
     setup: TrainingSetup
     readers: dict[str, RecordReader]
@@ -56,7 +56,7 @@ class Trainer:
     train_step: Any
     evaluator: Evaluator
     run_writer: RunWriter | None  # of the first process
-    heartbeat: Heartbeat  # told in this process of parts of work that takes long
+    heartbeat: Heartbeat  # called during long work in this process
     attempt: int = 0  # of the run, known from `restore` on
     init_from: list[dict[str, str]] = dataclasses.field(default_factory=list)  # likewise
     skipped_in_row: int = 0  # steps until now, see `LossScale`
@@ -83,17 +83,17 @@ class Trainer:
 
     @property
     def num_steps(self) -> int:
-        """Steps of an epoch."""
+        """Number of steps per epoch."""
         return -(-len(self.dataset.split("train")) // self.config.global_batch_size)
 
     @property
     def has_failed(self) -> bool:
-        """Whether this process must end: `end_stopped` says why."""
+        """Whether this process must end; `end_stopped` raises the reason."""
         return self.run_writer is not None and self.run_writer.has_failed
 
     @property
     def is_stuck(self) -> bool:
-        """Whether no loss scale keeps the gradient finite: `end_diverged` says so."""
+        """Whether no loss scale keeps the gradient finite; `end_diverged` reports it."""
         return self.skipped_in_row >= MOST_SKIPPED
 
     def restore(self) -> TrainState:
@@ -112,7 +112,7 @@ class Trainer:
 
         found = self.process_group.all_gather_with_heartbeat(read, self.heartbeat)[0]
         self.attempt, self.init_from = found["attempt"], found["init_from"]
-        # The weights of a new run are the same everywhere: they come from the seed.
+        # Random weights of a new run are the same everywhere: they depend on the seed.
         if found["state"] is not None or self.config.init_from is not None:
             self.process_group.broadcast([*self.model.variables, *self.optimizer.variables])
         if found["state"] is None:
@@ -120,7 +120,7 @@ class Trainer:
         return TrainState(**found["state"])
 
     def _initialize(self, run: Run, heartbeat: Heartbeat) -> Origin | None:
-        """Reads the weights that a new run starts from; returns and keeps what they have seen."""
+        """Reads the initial weights of a new run; stores and returns their origin."""
         if self.config.init_from is None:
             return None
         origin = check_no_leakage(self.config, self.dataset)
@@ -130,7 +130,7 @@ class Trainer:
         return origin
 
     def train_steps(self, state: TrainState) -> Iterator[tuple[float, int]]:
-        """Does the rest of the epoch in progress; yields (loss, images) of every step."""
+        """Trains the rest of the current epoch; yields (loss, images) of every step."""
         split = self.dataset.split("train")
         order = epoch_order(
             split.has_foreground,
@@ -158,7 +158,7 @@ class Trainer:
         skipped_before = state.skipped
 
         for batch in one_ahead(batches):
-            # Tensors, because a Python number would be compiled into a step of its own.
+            # Tensors: a Python number would compile a new step for each value.
             step = tf.constant(state.updates, tf.int64)
             rate = state.rate(self.config, self.num_steps)
             sums = self.train_step(batch, step, tf.constant(rate, tf.float64))
@@ -172,7 +172,7 @@ class Trainer:
         self._log_skipped(state, state.skipped - skipped_before)
 
     def _count_skipped(self, state: TrainState, sums: Sums) -> None:
-        """Takes out of `sums` whether the step was skipped, and counts it."""
+        """Removes the `SKIPPED` entry from `sums`, and counts a skipped step."""
         total, count = sums.pop(SKIPPED, (0, 1))
         self.skipped_in_row = int(float(total) / float(count))
         state.skipped += self.skipped_in_row > 0
@@ -181,7 +181,7 @@ class Trainer:
         scale = self.optimizer.loss_scale
         if number and scale is not None and self.process_group.is_primary:
             logger.info(
-                "epoch %d: %s skipped, whose gradients overflowed float16; the loss scale is now "
+                "epoch %d: skipped %s because gradients overflowed float16; the loss scale is now "
                 "%g",
                 state.epoch + 1,
                 pluralize(number, "step"),
@@ -189,7 +189,7 @@ class Trainer:
             )
 
     def validate(self, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """Returns the numbers of the epoch whose steps are done; None when it was stopped."""
+        """Validates; returns the table row of the epoch; None if stopped."""
         running = RunningSums()
         running.load_state(state.sums)
         try:
@@ -204,9 +204,9 @@ class Trainer:
         return row | {f"val_foreground_{name}": foreground[name] for name in ("dice", "iou")}
 
     def finish_epoch(self, state: TrainState, row: dict[str, Any], *, images_per_s: float) -> None:
-        """Ends the epoch in progress: schedules, then all that the first process stores.
+        """Ends the current epoch: updates the schedules, then stores its results.
 
-        Everyone waits for the first, which may have to wait for earlier checkpoints.
+        All processes wait for the first, which may have to wait for earlier checkpoints.
 
         Raises:
             FlexUNetError: the processes no longer have the same weights.
@@ -225,16 +225,16 @@ class Trainer:
             run_writer.write_predictions(row["epoch"], heartbeat)
             run_writer.end_epoch(state, row, heartbeat)
 
-        # Pictures of many windows take long, as does a slow line to storage.
+        # Images of many windows take long, and so does a slow connection to storage.
         self._recorded(store)
         if state.stopped_early and state.best is not None and run_writer is not None:
             words = stopped_early_words(state.epoch, state.best["epoch"])
             logger.info("%s (--schedule.early-stopping-patience)", words)
 
     def save(self, state: TrainState) -> None:
-        """Takes a checkpoint that is stored while training goes on.
+        """Takes a checkpoint that is stored while training continues.
 
-        Nothing is taken while two are on their way: no step waits for storage.
+        Takes none while two are in upload, so that no step waits for storage.
         """
         if self.run_writer is not None and self.run_writer.has_capacity:
             self.run_writer.save(state, self.heartbeat)
@@ -246,7 +246,7 @@ class Trainer:
                 yield self.run_writer.stored.popleft()
 
     def end_stopped(self, state: TrainState) -> StoppedError:
-        """Stores a checkpoint and returns what to raise.
+        """Stores a checkpoint and returns the error to raise.
 
         Raises:
             LockedError, StorageError: the run was lost, or could not be stored.
@@ -263,7 +263,7 @@ class Trainer:
         )
 
     def end_diverged(self, state: TrainState, loss: float) -> DivergedError:
-        """Ends the run for good and returns what to raise."""
+        """Ends the run permanently and returns the error to raise."""
         remedy = "lower --optimizer.learning-rate or give --model.input-scaling=unit"
         problem = f"the loss became {loss}"
         if self.is_stuck and math.isfinite(loss):
@@ -280,10 +280,10 @@ class Trainer:
     def evaluate_best(
         self, state: TrainState, should_stop: Callable[[], bool]
     ) -> Evaluation | None:
-        """Returns the evaluation of the test split with the best weights; None where it is empty.
+        """Returns the evaluation of the test split with the best weights; None if it is empty.
 
         Raises:
-            StoppedError: `should_stop` answered yes.
+            StoppedError: `should_stop` returned true.
             LockedError, StorageError: the run was lost, or the checkpoint could not be stored.
         """
         if state.best is None or "test" not in self.dataset.splits:
@@ -295,7 +295,7 @@ class Trainer:
         try:
             evaluation = self._evaluate("test", should_stop, measured=True)
         except StoppedError:
-            # It may be trouble that stopped it, and the first process knows.
+            # A failure may be the cause, which the first process knows.
             self._recorded(lambda run_writer, heartbeat: run_writer.write_stop(state, heartbeat))
             raise
         epochs = state.best["epoch"] + 1 if is_best else state.epoch
@@ -340,9 +340,9 @@ class Trainer:
         )
 
     def _recorded(self, work: Callable[[RunWriter, Heartbeat], T]) -> T | None:
-        """Returns on every process what `work` returned in the first, which has the recorder.
+        """Runs `work` in the first process, which has the run writer; returns its result to all.
 
-        The others wait as long as it moves on.
+        The other processes wait while it makes progress.
         """
         run_writer = self.run_writer
 

@@ -1,4 +1,4 @@
-"""Assembles a session: model, optimizer, compiled step, readers and the recorder of the run."""
+"""Makes a trainer: model, optimizer, compiled step, readers and run writer."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,13 +24,13 @@ from job.training.trainer import Trainer
 
 @contextmanager
 def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -> Iterator[Trainer]:
-    """Yields a session whose model, steps and readers are ready; nothing is trained yet.
+    """Yields a trainer whose model, steps and readers are ready; trains nothing yet.
 
     Args:
         heartbeat: called for every shard that is found or copied, and of every batch of windows.
 
     Raises:
-        UsageError: a model that does not fit the dataset.
+        UsageError: the model does not fit the dataset.
     """
     config, process_group = setup.config, setup.process_group
     with setup.strategy.scope():
@@ -66,7 +66,7 @@ def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -
 
 
 def _open_readers(setup: TrainingSetup, heartbeat: Heartbeat) -> dict[str, RecordReader]:
-    """Returns a reader of every split, by name, whose shards are in the cache."""
+    """Fills the cache and returns a reader of every split, by name."""
     config, dataset = setup.config, setup.dataset
     readers: dict[str, RecordReader] = {}
 
@@ -81,7 +81,7 @@ def _open_readers(setup: TrainingSetup, heartbeat: Heartbeat) -> dict[str, Recor
 
 
 def _train_step(setup: TrainingSetup, model: Any, optimizer: Adam, evaluator: Evaluator) -> Any:
-    """Returns the compiled training step, with the same exchange in all processes."""
+    """Returns the compiled training step, with the same gradient exchange in all processes."""
     config, strategy, process_group = setup.config, setup.strategy, setup.process_group
     is_compiled = uses_xla(config, process_group)
     plan = None if is_compiled else agreed_plan(config, strategy, process_group, model)

@@ -119,7 +119,7 @@ def test_folds_without_a_class_are_reported(
     dataset = open_dataset(str(tmp_path / "dataset"))
     for fold in range(3):
         has_mass = bool(fold_of(dataset, 3, fold).split("test").has_foreground.any())
-        assert (f"fold {fold} has no pixel of class mass" in caplog.text) != has_mass
+        assert (f"fold {fold + 1} of 3 has no pixel of class mass" in caplog.text) != has_mass
     assert caplog.text.count("has no pixel of class mass") == 2
 
 

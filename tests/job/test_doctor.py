@@ -65,12 +65,12 @@ def evidence(
     ("found", "reason", "remedy"),
     [
         (evidence(has_driver=False, has_libcuda=False), "no NVIDIA driver", "on the CPU"),
-        (evidence(has_libcuda=False), "libcuda.so.1 is not", "--gpus all"),
+        (evidence(has_libcuda=False), "libcuda.so.1 is missing", "--gpus all"),
         (evidence(visible_devices=""), "hidden by CUDA_VISIBLE_DEVICES=''", "unset"),
         (evidence(visible_devices="-1"), "hidden by CUDA_VISIBLE_DEVICES='-1'", "unset"),
         (evidence(is_cuda_build=False, visible_devices="0"), "built for CPUs", "--extra gpu"),
         (evidence(has_cuda_libraries=False), "cuDNN", "flexunet[gpu]"),
-        (evidence(), "driver and libraries are there", "TF_CPP_MIN_LOG_LEVEL=0"),
+        (evidence(), "driver and libraries are installed", "TF_CPP_MIN_LOG_LEVEL=0"),
         # Libraries do not help a machine without a driver: the first cause is named.
         (
             evidence(has_driver=False, has_libcuda=False, has_cuda_libraries=False),
@@ -148,7 +148,7 @@ def test_verdict_names_what_stands_in_the_way() -> None:
     note = Check("GPU", "note", "none")
     failed = Check("storage", "failed", "gs://a: no such bucket", exit_code=2)
     assert verdict([ok]) == "Training can run here."
-    assert verdict([ok, note]) == "Training can run here; worth a look: GPU."
+    assert verdict([ok, note]) == "Training can run here; see the notes: GPU."
     assert verdict([ok, note, failed]) == "Training cannot run here: storage failed."
 
 

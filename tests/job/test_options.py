@@ -27,7 +27,9 @@ def test_a_preset_is_refused_where_the_file_would_win_over_it(tmp_path: Path) ->
     path = tmp_path / "config.yaml"
     path.write_text("data: d\nloss:\n  name: dice\nmodel:\n  num_layers: 4\n")
     recipe = {"preset": "recipe"}
-    with pytest.raises(UsageError, match=r"--preset recipe lies below .*which sets loss.name; "):
+    with pytest.raises(
+        UsageError, match=r"--preset recipe: .* would override it, since it sets loss.name; "
+    ):
         resolve_config(recipe, str(path))
     again = resolve_config(recipe | {"loss": {"name": "dice"}}, str(path))
     assert (again.loss.name, again.model.normalization) == ("dice", "group")
@@ -36,7 +38,7 @@ def test_a_preset_is_refused_where_the_file_would_win_over_it(tmp_path: Path) ->
     for options in ({}, recipe):
         config = resolve_config(options, str(path))
         assert (config.loss.name, config.model.normalization) == ("dice", "group")
-    with pytest.raises(UsageError, match="--preset reference lies below"):
+    with pytest.raises(UsageError, match=r"--preset reference: .* would override it"):
         resolve_config({"preset": "reference"}, str(path))
 
 
@@ -97,7 +99,7 @@ def test_a_run_goes_on_as_it_was_begun_where_the_command_says_nothing(
     # Its precision is what `auto` finds.
     expected = begun.model_copy(update={"precision": "auto"})
     assert resolve_config(place, None) == expected
-    assert "run goes on as it was begun: " in caplog.text
+    assert "run keeps the options of its first start: " in caplog.text
     for reported in ("--model.num-layers 5", "--random-streams 1", "--optimizer.clipvalue null"):
         assert reported in caplog.text
     # By its name alone, and one thing at a time, whatever does not go with today's defaults.
@@ -195,14 +197,16 @@ def test_a_run_and_a_cross_validation_never_share_a_folder(tmp_path: Path) -> No
     fold = parse_settings(TrainConfig, place | {"name": "cv-fold-0", "folds": 4, "fold": 0}, "test")
     begin_run(tmp_path, "cv-fold-0", fold)
     for options in (place, {"output": str(tmp_path)}):
-        with pytest.raises(UsageError, match=r"/cv is a cross-validation: give --folds 4 to go on"):
+        with pytest.raises(
+            UsageError, match=r"/cv is a cross-validation; give --folds 4 to resume"
+        ):
             resolve_config(options | {"name": "cv"}, None)
     (tmp_path / "pooled").mkdir()
     (tmp_path / "pooled" / "cross_validation.json").write_text("{}")
-    with pytest.raises(UsageError, match="is a cross-validation: give --folds N"):
+    with pytest.raises(UsageError, match="is a cross-validation; give --folds N"):
         resolve_config(place | {"name": "pooled"}, None)
     begin_run(tmp_path, "plain", parse_settings(TrainConfig, place | {"name": "plain"}, "test"))
-    with pytest.raises(UsageError, match="/plain is a run, and no cross-validation"):
+    with pytest.raises(UsageError, match="/plain is a single run, not a cross-validation"):
         resolve_config(place | {"name": "plain", "folds": 3}, None)
     assert resolve_config(place | {"name": "plain"}, None).name == "plain"
     assert resolve_config(place | {"name": "cv", "folds": 4}, None).folds == 4

@@ -359,7 +359,7 @@ def test_another_dataset_is_named(dataset: str, control: Path, tmp_path: Path) -
     done = commands.run(*training(["--local", *options(other, control.parent, "alone")]))
     assert done.returncode == 2, done.stderr
     assert f"--data {other} is not the dataset with which run" in done.stderr
-    assert f"({dataset}), or was prepared anew since" in done.stderr
+    assert f"({dataset}), or was prepared again since" in done.stderr
 
 
 @pytest.mark.parametrize(

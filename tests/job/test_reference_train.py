@@ -168,10 +168,12 @@ def test_flags_of_preparation_are_refused_where_nothing_is_prepared(
     for config in ([], ["--config", str(project)]):
         assert main(["--local", "--data", "dataset", flag, *config]) == 2
         line = capsys.readouterr().err.splitlines()[-1]
-        assert f"{flag} is for a .config file without --data; give it to `flexunet prep`" in line
+        assert f"{flag} needs a .config file without --data; give it to `flexunet prep`" in line
 
 
 def test_a_preset_is_refused_beside_a_file_of_the_reference(project: Path) -> None:
     # Its missing keys have the reference's defaults, which a preset would lie below too.
-    with pytest.raises(UsageError, match=r"--preset recipe lies below .*schedule.reduce_on_plat"):
+    with pytest.raises(
+        UsageError, match=r"--preset recipe: .* would override it.*schedule.reduce_on_plat"
+    ):
         resolve_config({"preset": "recipe", "data": "d"}, str(project))

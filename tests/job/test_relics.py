@@ -77,7 +77,7 @@ def test_a_run_stopped_in_an_epoch_goes_on_to_the_end_it_would_have_had(relics: 
     identity = (run / "identity.json").read_bytes()
     errors = train(relics, *STOPPED)
     assert "resuming from checkpoints/step-00000007/a1" in errors
-    assert "goes on as it was begun: --random-streams 1" in errors
+    assert "keeps the options of its first start: --random-streams 1" in errors
     assert (run / "identity.json").read_bytes() == identity
     expected = relics / "expected"
     assert_same_table(run / "metrics" / "history.csv", expected / "stopped-history.csv")

@@ -164,7 +164,7 @@ def test_a_run_that_stops_early_says_so_and_what_goes_on(
 
     again, events = train(config, one_cpu)
     assert (again["epochs"], events) == (2, [])
-    assert caplog.messages[-1].startswith(f"{url}: finished already: {words}; to go on")
+    assert caplog.messages[-1].startswith(f"{url}: finished already: {words}; to continue")
     assert caplog.messages[-1].endswith(f"give another --name and --init-from {url}")
     train(config.model_copy(update={"epochs": 1, "init_from": url, "name": "on"}), one_cpu)
 
@@ -178,7 +178,10 @@ def test_a_finished_cosine_that_is_trained_on_is_warned_of(
     train(config, one_cpu)
     assert "cosine" not in caplog.text
     outcome, _ = train(config.model_copy(update={"epochs": 2}), one_cpu)
-    assert "the cosine is one of all epochs: from its end after 1 it jumps" in caplog.text
+    assert (
+        "schedule.cosine spans all epochs: the learning rate is 0 after epoch 1 and now jumps"
+        in caplog.text
+    )
     assert outcome["epochs"] == 2
     last = [float(row["learning_rate"]) for row in history_of(tmp_path)]
     # 3 steps each: the last is 2/3 of the way in the first epoch alone, then 5/6 of both.
