@@ -96,22 +96,22 @@ def warn_of_mixed(
     if config.channels == "auto" and 0 < len(coloured) < len(samples):
         logger.warning(
             "%d of %d images have colour, so all are stored as RGB (--channels grey would store "
-            "one channel): %s", len(coloured), len(samples), _listed(coloured),
+            "one channel): %s", len(coloured), len(samples), _first_names(coloured),
         )  # fmt: skip
     shallow = [sample.filename for sample in samples if sample.bit_depth < pixel_format.bit_depth]
     if shallow:
         logger.warning(
             "%d of %d images have 8 bits, the others 16; their 255 becomes %d: %s",
-            len(shallow), len(samples), pixel_format.value_max, _listed(shallow),
+            len(shallow), len(samples), pixel_format.value_max, _first_names(shallow),
         )  # fmt: skip
     scaled = [s.filename for s in samples if s.value_max not in (None, pixel_format.value_max)]
     if scaled and not shallow:
         logger.warning(
             "%d of %d images are from detectors with fewer bits; their full scale becomes %d: %s",
-            len(scaled), len(samples), pixel_format.value_max, _listed(scaled),
+            len(scaled), len(samples), pixel_format.value_max, _first_names(scaled),
         )  # fmt: skip
 
 
-def _listed(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     more = ", ..." if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more

@@ -38,7 +38,7 @@ class RunCoordinator:
         """Returns the number of workers that ended with an error."""
         return len(self._ends)
 
-    def stop_request(self, reason: str) -> None:
+    def request_stop(self, reason: str) -> None:
         """Asks all workers to store a checkpoint and stop."""
         self._stop_request = self._stop_request or reason
 
@@ -62,7 +62,7 @@ class WorkerChannel:
         self._events: list[dict[str, Any]] = []
         self._stop_request: str | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._carry, name="link", daemon=True)
+        self._thread = threading.Thread(target=self._carry, name="worker-channel", daemon=True)
         self._handler = _ChannelHandler(self._add)
 
     def __enter__(self) -> "WorkerChannel":

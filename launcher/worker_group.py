@@ -81,7 +81,7 @@ def run_group(
         while thread.is_alive():
             thread.join(_TICK_S)
             if should_stop():
-                coordinator.stop_request.remote(_STOPPED)
+                coordinator.request_stop.remote(_STOPPED)
             num_before = len(group.nodes)
             _look(group, display)
             if num_before < settings.num_workers == len(group.nodes):
@@ -94,7 +94,7 @@ def run_group(
                     break
             elif not group.is_preempted and _draining() & set(group.nodes.values()):
                 group.is_preempted = True
-                coordinator.stop_request.remote(_PREEMPTED)
+                coordinator.request_stop.remote(_PREEMPTED)
         _look(group, display)
     ray.kill(coordinator)
     return group

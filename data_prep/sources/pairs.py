@@ -75,8 +75,10 @@ def find_sources(source_url: str) -> tuple[Source, ...]:
         UsageError: neither or both layouts exist, or a folder is missing or empty.
     """
     url = open_store(source_url).url
-    found = {name: split for name, split in _SPLIT_FOLDERS.items() if _holds(join_url(url, name))}
-    is_flat = _holds(join_url(url, _IMAGES)) or _holds(join_url(url, _MASKS))
+    found = {
+        name: split for name, split in _SPLIT_FOLDERS.items() if _has_files(join_url(url, name))
+    }
+    is_flat = _has_files(join_url(url, _IMAGES)) or _has_files(join_url(url, _MASKS))
     if is_flat and found:
         raise UsageError(
             f"{url}: contains {_IMAGES}/ or {_MASKS}/ and also {next(iter(found))}/; keep one of "
@@ -125,7 +127,7 @@ def folder_made_by(output: ObjectStore, source_url: str) -> str | None:
     """
     for name in (_IMAGES, _MASKS, *_SPLIT_FOLDERS):
         url = join_url(open_store(source_url).url, name)
-        if is_subpath(output, open_store(url)) and not _holds(url):
+        if is_subpath(output, open_store(url)) and not _has_files(url):
             return url
     return None
 
@@ -176,13 +178,13 @@ def refused_name(problem: str) -> str:
     return f"its name is not allowed: {problem}; rename it"
 
 
-def _holds(url: str) -> bool:
+def _has_files(url: str) -> bool:
     return bool(list_files(url))
 
 
 def _checked(source: Source) -> Source:
     for url in (source.images, source.masks):
-        if not _holds(url):
+        if not _has_files(url):
             raise UsageError(_MISSING.format(url))
     return source
 

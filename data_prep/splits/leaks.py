@@ -23,12 +23,12 @@ def find_leaks(samples: Iterable[tuple[str, str, str, str | None]]) -> list[str]
         if pixels is not None:
             by_pixels[pixels][split].append(sample)
     leaks = [
-        f"group {group!r} is in {_places(places)}"
+        f"group {group!r} is in {_files_by_split(places)}"
         for group, places in sorted(by_group.items())
         if len(places) > 1
     ]
     images = [
-        f"the same image is in {_places(places)}"
+        f"the same image is in {_files_by_split(places)}"
         for places in by_pixels.values()
         if len(places) > 1
     ]
@@ -56,7 +56,7 @@ def classes_missing(
     ]
 
 
-def _places(places: Mapping[str, Sequence[str]]) -> str:
+def _files_by_split(places: Mapping[str, Sequence[str]]) -> str:
     texts = []
     for split in sorted(places, key=_split_order):
         named = ", ".join(places[split][:_MAX_NAMED])

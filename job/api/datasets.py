@@ -102,9 +102,11 @@ class Dataset:
             ContentError: its record is damaged or missing.
             StorageError: storage is unavailable.
         """
-        found = self._places.get(id)
+        found = self._locations.get(id)
         if found is None:
-            raise UsageError(f"{self.url}: no sample {id!r}; {suggestion(id, list(self._places))}")
+            raise UsageError(
+                f"{self.url}: no sample {id!r}; {suggestion(id, list(self._locations))}"
+            )
         split, index = found
         return Sample(*read_sample(self._reader(split, "ranges"), index))
 
@@ -151,7 +153,7 @@ class Dataset:
         return samples.apply(tf.data.experimental.assert_cardinality(len(order)))
 
     @functools.cached_property
-    def _places(self) -> dict[str, tuple[str, int]]:
+    def _locations(self) -> dict[str, tuple[str, int]]:
         """The split of each sample and its index there, by id."""
         return {
             sample: (name, index)

@@ -72,13 +72,13 @@ def open_dataset(url: str) -> Dataset:
     columns["foreground"] = np.array(
         [any(counts[1:]) for counts in table.column("pixels_per_class").to_pylist()], bool
     )
-    places = _places(table)
+    geometries_and_spacings = _geometries_and_spacings(table)
     names = [str(name) for name in np.unique(columns["split"])]
-    splits = {name: _split(name, columns, places) for name in names}
+    splits = {name: _split(name, columns, geometries_and_spacings) for name in names}
     return Dataset(url=store.url, manifest=manifest, digest=digest, splits=splits)
 
 
-def _places(table: Any) -> list[tuple[Geometry, tuple[float, float] | None]]:
+def _geometries_and_spacings(table: Any) -> list[tuple[Geometry, tuple[float, float] | None]]:
     """Returns the geometry and, if known, the spacing of each sample."""
     names = [*("source_height", "source_width"), *_SIDES]
     columns = ["geometry_kind", *names, *(f"crop_{side}" for side in _SIDES), "is_flipped"]
@@ -110,10 +110,12 @@ def _spacing_of(y: float | None, x: float | None) -> tuple[float, float] | None:
 def _split(
     name: str,
     columns: dict[str, np.ndarray],
-    places: list[tuple[Geometry, tuple[float, float] | None]],
+    geometries_and_spacings: list[tuple[Geometry, tuple[float, float] | None]],
 ) -> Split:
     rows = columns["split"] == name
-    chosen = [place for place, is_chosen in zip(places, rows, strict=True) if is_chosen]
+    chosen = [
+        each for each, is_chosen in zip(geometries_and_spacings, rows, strict=True) if is_chosen
+    ]
     return Split(
         name=name,
         ids=tuple(columns["id"][rows]),

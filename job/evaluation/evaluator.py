@@ -210,7 +210,7 @@ class Evaluator:
                     case_metrics[size].append(metrics)
                 pair = truth[np.newaxis], ids[np.newaxis]
                 parts.append(confusion_counts(*pair, len(manifest.classes), manifest.ignore_id))
-                sweep.add(*_counted(truth, probabilities, manifest.ignore_id))
+                sweep.add(*_without_ignored(truth, probabilities, manifest.ignore_id))
                 if should_stop():
                     raise StoppedError(f"stopped measuring {name}; the same command resumes")
         return Measured(case_metrics, np.concatenate(parts), sweep)
@@ -359,7 +359,7 @@ def _scales(geometry: Geometry, spacing: tuple[float, float] | None) -> dict[str
     return {"network": Scale(network, "mm"), "original": Scale(spacing, "mm")}
 
 
-def _counted(
+def _without_ignored(
     truth: np.ndarray, probabilities: np.ndarray, ignore_id: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns truth and probabilities, both 0 at ignored pixels."""

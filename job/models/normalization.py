@@ -89,7 +89,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """
         if not (training and self.trainable):
             return super().call(inputs, training=False)
-        samples = _Samples(_counted(inputs), is_global=self.synchronized)
+        samples = _Samples(_sample_counts(inputs), is_global=self.synchronized)
         outputs, mean, variance = _normalized(self, inputs, samples)
         for moving, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
             change = tf.cast(value[0], moving.dtype) * (1 - self.momentum)
@@ -105,7 +105,7 @@ def _check_axes(layer: keras.layers.Layer, input_shape: tuple[int | None, ...]) 
         )
 
 
-def _counted(inputs: tf.Tensor) -> tf.Tensor:
+def _sample_counts(inputs: tf.Tensor) -> tf.Tensor:
     """Returns (B, 1) float32: 1 for each sample of `inputs` that counts, else 0."""
     weights = _sample_weights.get()
     if weights is None:

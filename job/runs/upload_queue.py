@@ -46,7 +46,7 @@ class UploadQueue:
         self._failure: Exception | None = None
         self._refusal: Exception | None = None
         self._dropped = threading.Event()
-        self._thread = threading.Thread(target=self._deliver, name="outbox", daemon=True)
+        self._thread = threading.Thread(target=self._deliver, name="upload-queue", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> "UploadQueue":

@@ -55,7 +55,7 @@ def train_and_evaluate(setup: TrainingSetup, callbacks: Callbacks) -> dict[str, 
         return outcome
     from job.training.trainer_factory import open_trainer
 
-    callbacks.begin("opening the session")
+    callbacks.begin("opening the trainer")
     with (
         open_trainer(setup, heartbeat=callbacks.heartbeat) as trainer,
         _ends_by_storing(callbacks),

@@ -328,7 +328,7 @@ def open_run_writer(
         heartbeat: called while that takes long and bytes move.
     """
     config, run = setup.config, setup.run
-    assert run is not None  # noqa: S101 - only the first process has a recorder
+    assert run is not None  # noqa: S101 - only the primary has a run writer
     pending: list[Callable[[], dict[str, str]]] = []
     with staging_folder(run.url) as staging, kept_if_unstored(pending), ExitStack() as stack:
         events = None

@@ -19,7 +19,7 @@ def main() -> int:
 
     steps = Trainer.train_steps
 
-    def counted(self: Trainer, state: Any) -> Iterator[tuple[float, int]]:
+    def stopping(self: Trainer, state: Any) -> Iterator[tuple[float, int]]:
         nonlocal num_steps
         for values in steps(self, state):
             num_steps -= 1
@@ -27,7 +27,7 @@ def main() -> int:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield values
 
-    Trainer.train_steps = counted  # type: ignore[method-assign]
+    Trainer.train_steps = stopping  # type: ignore[method-assign]
     return train.main(arguments)
 
 

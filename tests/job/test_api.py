@@ -154,19 +154,21 @@ def test_train_sends_events_and_returns_the_run(dataset_url: str, tmp_path: Path
     assert events == []
 
 
-class Refused(Exception):
+class WorkError(Exception):
     """Raised by an `on_event`."""
 
 
 def refuse() -> None:
-    raise Refused
+    raise WorkError
 
 
 def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize(("work", "error"), [(refuse, Refused), (interrupt, flexunet.StoppedError)])
+@pytest.mark.parametrize(
+    ("work", "error"), [(refuse, WorkError), (interrupt, flexunet.StoppedError)]
+)
 def test_ctrl_c_and_an_error_of_on_event_store_a_checkpoint_first(
     work: Callable[[], None], error: type[Exception], dataset_url: str, tmp_path: Path
 ) -> None:
@@ -182,7 +184,7 @@ def test_ctrl_c_and_an_error_of_on_event_store_a_checkpoint_first(
     run = flexunet.open_run(tmp_path / "a")
     assert run.status == "stopped"
     last = events[-1]
-    if error is Refused:
+    if error is WorkError:
         assert isinstance(last, flexunet.StepEnded)  # no event after the error
     else:
         assert last == flexunet.TrainingEnded("stopped")
@@ -204,9 +206,9 @@ def test_an_error_of_on_event_at_the_end_is_raised_of_a_finished_run(
 ) -> None:
     def on_event(event: flexunet.Event) -> None:
         if isinstance(event, flexunet.TrainingEnded):
-            raise Refused
+            raise WorkError
 
-    with pytest.raises(Refused):
+    with pytest.raises(WorkError):
         train(dataset_url, tmp_path, on_event=on_event)
     assert flexunet.open_run(tmp_path / "a").status == "finished"
 
@@ -253,7 +255,7 @@ def test_train_takes_a_file_and_options_win_over_it(dataset_url: str, tmp_path: 
     assert run.config.model.base_filters == 4
 
 
-def test_a_run_tells_its_numbers(run: flexunet.Run, trained_run: Path, dataset_url: str) -> None:
+def test_a_run_reports_its_numbers(run: flexunet.Run, trained_run: Path, dataset_url: str) -> None:
     assert isinstance(run.config, TrainConfig)
     assert (run.url, run.status, run.config.epochs) == (str(trained_run), "finished", 5)
     assert "discs: finished" in repr(run)

@@ -129,9 +129,7 @@ def test_what_a_source_began_from_is_found_by_its_pixels(
     assert set(of_run.split("test").ids) & set(origin.ids)
 
 
-def test_the_same_pictures_in_another_form_are_recognized(
-    trained_run: Path, tmp_path: Path
-) -> None:
+def test_the_same_images_in_another_form_are_recognized(trained_run: Path, tmp_path: Path) -> None:
     classes = "background=0,0,0;disc=255,255,255"
     source = trained_run.parents[1] / "source"
     small = prepared(source, tmp_path / "small", image_size=16, classes=classes)
@@ -143,7 +141,7 @@ def test_the_same_pictures_in_another_form_are_recognized(
 
 
 @pytest.mark.parametrize("size", [{"image_size": 32}, {"tile": 16}])
-def test_the_same_pictures_in_other_groups_are_recognized(
+def test_the_same_images_in_other_groups_are_recognized(
     own_run: Path, dataset: Dataset, tmp_path: Path, size: dict[str, int]
 ) -> None:
     source = Path(dataset.url).parent / "source"
