@@ -114,7 +114,7 @@ def test_command_prints_what_was_found_beside_what_was_published(release, tmp_pa
     assert "A patient may have several cases" in " ".join(said.split())
     assert rows["mass"] == ["12", "0", "11", "10", "116 in 107 images"]
     assert set(rows) == {"all", "no annotation", *inbreast.KINDS}
-    assert max(map(len, said.split("Published:")[1].splitlines())) <= 80
+    assert max(map(len, said.split("found in the release")[1].splitlines())) <= 80
     assert cli.main([*arguments, "--num-processes", "1"]) == 0  # finished already
     assert capsys.readouterr().out == said
     # A dataset of an earlier version, which took the published cases for patients.

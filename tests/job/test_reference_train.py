@@ -130,7 +130,7 @@ def test_splits_that_leak_are_refused_until_they_are_accepted(
 ) -> None:
     leak(project)
     options = {"output": str(tmp_path / "runs")}
-    with pytest.raises(ContentError, match=r"train-disc-00.*copy.*accept the leaks with --allow-leaks"):
+    with pytest.raises(ContentError, match=r"train-disc-00.*copy.*the leaks with --allow-leaks"):
         resolve_config(options, str(project))
     config = resolve_config(options, str(project), {"allow_leaks": True})
     assert config.data == str(tmp_path / "runs" / "discs-dataset")
