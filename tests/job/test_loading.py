@@ -42,7 +42,9 @@ def test_open_trained_needs_a_checkpoint(own_run: Path) -> None:
     for member in (own_run / "checkpoints").rglob("COMMIT.json"):
         member.unlink()
     (own_run / "outcome.json").unlink()
-    with pytest.raises(UsageError, match=r"no checkpoint yet; wait .*train it again by the same"):
+    with pytest.raises(
+        UsageError, match=r"no checkpoint yet; wait .*the same train command resumes"
+    ):
         open_run(str(own_run))
     (own_run / "attempts").mkdir()
     (own_run / "attempts" / "1.json").write_text('{"end": "stopped"}')
@@ -67,7 +69,7 @@ def test_load_model_takes_an_older_checkpoint_where_the_last_is_damaged(own_run:
     load_model(open_run(str(own_run)), which="last")
     for folder in folders:
         (folder / "a1" / serialization.WEIGHTS_NAME).write_bytes(b"")
-    with pytest.raises(ContentError, match="no undamaged commit"):
+    with pytest.raises(ContentError, match="no undamaged checkpoint"):
         load_model(open_run(str(own_run)), which="last")
 
 

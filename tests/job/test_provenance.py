@@ -183,7 +183,7 @@ def test_weights_of_unknown_cases_are_warned_of(
     file = tmp_path / "best_model.h5"
     assert f"(the weight file {file} has no record of it); if" in warned(file)
     changed(own_run, data=other.url)
-    assert f"(the dataset {other.url} of {own_run} is gone, or another one" in warned(own_run)
+    assert f"(the dataset {other.url} of {own_run} was deleted or replaced" in warned(own_run)
     with pytest.raises(UsageError, match="no run here"):
         warned(tmp_path / "gone")
 

@@ -192,7 +192,7 @@ def test_every_commit_damaged_is_an_error(tmp_path: Path) -> None:
     damage(tmp_path / "run" / checkpoint_prefix(10, 1) / "model.h5", "flip")
     with (
         own_run(tmp_path) as run,
-        pytest.raises(ContentError, match=r"no undamaged commit.*model\.h5"),
+        pytest.raises(ContentError, match=r"no undamaged checkpoint.*model\.h5"),
     ):
         run.restore(str(tmp_path / "staging"))
 
@@ -662,7 +662,7 @@ def test_owner_writes_a_lease_that_others_damaged_again(
     with own_run(tmp_path, by_lease=True, timing=PATIENT) as run:
         store.put("lease.json", damage)
         wait_until(lambda: b'"beat"' in store.get("lease.json"), [])
-        assert "this process owns the run and writes it again" in caplog.text
+        assert "this process owns the run and writes the lease again" in caplog.text
         assert commit(run, tmp_path, 10).step == 10
     with own_run(tmp_path, by_lease=True) as run:
         assert restored_step(run, tmp_path) == 10
