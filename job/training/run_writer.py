@@ -355,7 +355,7 @@ def open_run_writer(
 def _prediction_inputs(
     config: TrainConfig, evaluator: Evaluator, reader: RecordReader
 ) -> dict[str, np.ndarray]:
-    """Returns the pictures to predict after every epoch, by name, as the dataset stores them."""
+    """Returns the images to predict after every epoch, by name, in the dataset's format."""
     count, dataset = config.prediction_images, evaluator.dataset
     if config.prediction_folder is None:
         chosen = evaluator.cases_of(dataset.split("valid"))[:count]

@@ -46,9 +46,9 @@ class Callbacks:
     """Holds the functions by which a training process reports to its caller.
 
     Attributes:
-        report: told of every phase, step and epoch.
-        should_stop: asked after every step and every batch of an evaluation.
-        heartbeat: called for parts of what lies between, where that may take long.
+        report: called with every event: phase, step, epoch and others.
+        should_stop: called after every step and every batch of an evaluation.
+        heartbeat: called on progress in between, if that may take long.
     """
 
     report: Report
@@ -56,7 +56,7 @@ class Callbacks:
     heartbeat: Heartbeat = no_heartbeat
 
     def joined(self, other: "Callbacks") -> "Callbacks":
-        """Returns callbacks that call these first and then `other`; one yes is enough to stop."""
+        """Returns callbacks that call these first, then `other`; either can stop training."""
 
         def report(event: Mapping[str, Any]) -> None:
             self.report(event)
