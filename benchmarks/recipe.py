@@ -1,6 +1,6 @@
 """Compares the presets recipe and reference: same network, images and number of steps.
 
-python benchmarks/recipe.py [--pictures FOLDER]
+python benchmarks/recipe.py [--images FOLDER]
 
 FOLDER has images/ and masks/ with file names that end in the number of their source, as for
 --group-preset augmented. Each seed sets the splits and the training; both presets use the same
@@ -134,7 +134,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--pictures", help="Folder of real images, grouped by source.")
+@click.option("--images", help="Folder of real images, grouped by source.")
 @click.option("--steps", default=400, help="Steps per training.")
 @click.option("--phantoms", default=60, help="Synthetic images; 0: none.")
 @click.option(

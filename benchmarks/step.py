@@ -93,7 +93,7 @@ def _matmul(tf: Any, dtype: Any, size: int) -> tuple[Any, Any]:
     "--xla", default="off", show_default=True, help="Measure ours with --xla: auto, on, off."
 )
 @click.option("--matmul-size", default=MATMUL_SIZE, show_default=True, help="Side of the matrices.")
-@click.option("--way", hidden=True, help="Set for the processes that this command starts.")
+@click.option("--method", hidden=True, help="Set for the processes that this command starts.")
 def main(
     image_size: int, batch_size: int, precision: str, repeats: int, num_layers: int, ways: str,
     layers: bool, keep_memory: bool, xla: Any, matmul_size: int, method: str | None,
@@ -145,7 +145,7 @@ def main(
 
 def _in_own_process(method: str) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, *sys.argv, "--way", method]
+    command = [sys.executable, *sys.argv, "--method", method]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     print(f"{method}: measured", file=sys.stderr)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

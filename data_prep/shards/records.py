@@ -62,7 +62,7 @@ def encode_example(sample: Sample) -> bytes:
 
     Features: image/{encoded,format,height,width,channels,filename,id,group} and
     image/segmentation/class/{encoded,format}; image and mask are lossless PNG. A tile also has
-    image/tile/{picture,top,left}: the image's id, and the tile's position in it in pixels.
+    `image/tile/picture`, the image's id, and image/tile/{top,left}, its position in it in pixels.
     """
     height, width, channels = sample.image.shape
     place: dict[str, bytes | int] = {}
