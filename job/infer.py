@@ -1,4 +1,4 @@
-"""Predicts masks for images of any size, a folder or one file: the command.
+"""Provides the command that predicts masks for one image or a folder of images.
 
 python -m job.infer RUN IMAGES [OUTPUT]
 """
@@ -28,13 +28,13 @@ from job.inference.pipeline import InferResult, infer
 def command(run: str, images: str, output: str | None, **options: Any) -> int:
     """Predict masks for one image, or for all images in a folder or bucket prefix.
 
-    RUN is the folder or gs:// URL of a run (RUNS/NAME), IMAGES an image of any size or a folder of
-    images, OUTPUT your own folder or gs:// URL for the masks (default: in the run, RUN/inference),
-    new or not, outside of IMAGES. Writes a mask of IMAGES' name for each image, overlays/,
-    inference.json, inference-images-*.json and, where needed, unreadable.csv and passed_over.csv
-    (files that are no images). The same command continues after a stop: it keeps a mask if its
-    image has not changed. Masks of another run, checkpoint or folder of images are refused.
-    --overwrite predicts all again. Other files stay.
+    RUN is the folder or gs:// URL of a run (RUNS/NAME). IMAGES is an image of any size or a folder
+    of images. OUTPUT is a new or existing folder or gs:// URL for the masks, outside of IMAGES;
+    default: RUN/inference. Writes a mask with the name of each image, overlays/, inference.json,
+    inference-images-*.json and, if needed, unreadable.csv and passed_over.csv (files that are not
+    images). The same command continues after a stop: it keeps a mask if its image has not changed.
+    An OUTPUT with masks of another run, checkpoint or folder of images is refused; --overwrite
+    predicts all again. Other files stay.
     """
     config = from_options(InferConfig, options)
     with quiet_interrupts():
@@ -59,11 +59,11 @@ def show_result(result: InferResult, config: InferConfig) -> None:
     if result.passed_over:
         files = pluralize(len(result.passed_over), "file")
         first = legible(result.passed_over[0])
-        click.echo(f"passed over: {files}, neither pictures nor DICOM, first {first}")
+        click.echo(f"passed over: {files}, neither images nor DICOM, first {first}")
         click.echo(f"  listed in {join_url(result.output_url, PASSED_OVER_NAME)}")
     if result.gone:
         masks = pluralize(len(result.gone), "mask")
-        click.echo(f"no image: {masks} of images that are gone, first {legible(result.gone[0])}")
+        click.echo(f"without an image: {masks}, first {legible(result.gone[0])}")
     if result.unreadable:
         raise ContentError(
             f"{len(result.unreadable)} of the images could not be read, first "

@@ -1,1 +1,1 @@
-"""Reads images of any size, predicts their masks and writes them."""
+"""Reads images of any size, predicts their masks and writes the masks."""

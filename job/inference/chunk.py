@@ -1,6 +1,6 @@
-"""Predicts a chunk of images in one process: reading, the network and writing at the same time.
+"""Predicts a chunk of images in one process; reads, predicts and writes at the same time.
 
-How much waits between them is bounded, so that memory depends on the batch and not on the number of
+The queues between these steps are bounded, so memory depends on the batch and not on the number of
 images. A chunk may be predicted twice.
 """
 
@@ -31,18 +31,18 @@ from job.inference.prediction import (
 from job.models.flips import Flips
 from job.runs.loading import EnsembleMember
 
-# The longest side of the picture that is kept for the overlay, pixels; no overlay is larger.
+# The longest side of the image that is kept for the overlay, pixels; no overlay is larger.
 _PREVIEW_SIDE = 1600
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images to predict, and all that a process needs for it; may run twice.
+    """Images to predict, with all that a process needs to do so; may run twice.
 
     Attributes:
         members: the weights whose mean predicts.
-        min_pixels: of each class but 0, at the network's size; smaller regions go.
-        overlap: of windows, pixels; None where pictures are predicted whole.
+        min_pixels: of each class but 0, at network size; smaller regions are removed.
+        overlap: of windows, pixels; None if images are predicted whole.
     """
 
     members: tuple[EnsembleMember, ...]
@@ -56,11 +56,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What became of the images of a chunk.
+    """The result of a chunk.
 
     Attributes:
-        unreadable: (file, reason) of the images that cannot be read.
-        other_colors: images of other colours than the dataset's, see `ModelImage`.
+        unreadable: (file, reason) of the images that could not be read.
+        other_colors: images with other colours than the dataset, see `ModelImage`.
     """
 
     unreadable: tuple[tuple[str, str], ...]
@@ -81,7 +81,7 @@ def predict_chunk(chunk: Chunk) -> ChunkResult:
 def _kept_predictor(
     members: tuple[EnsembleMember, ...], flips: Flips, *, needs_gpu: bool
 ) -> Predictor:
-    # A member's digest is there for the cache: the folder may have got other weights.
+    # The digest of a member is a cache key: the folder may have new weights.
     return load_predictor(members, flips, needs_gpu=needs_gpu)
 
 
@@ -91,10 +91,10 @@ def predict_images(
     advance: Callable[[], None],
     note: Callable[[str], None] = lambda text: None,
 ) -> ChunkResult:
-    """Writes the masks of `chunk`; `note` hears how far an image of many windows is."""
+    """Writes the masks of `chunk`; `note` gets the progress of images of many windows."""
     source, output = open_source(chunk.images_url), open_store(chunk.output_url)
     config, manifest = chunk.config, predictor.manifest
-    # Pictures at their own size are large: one is read and one written beside the one predicted.
+    # Images at original size are large: read one and write one while one is predicted.
     num_waiting = 2 * config.batch_size if chunk.overlap is None else 1
     unreadable: list[tuple[str, str]] = []
     other_colors: list[str] = []
@@ -118,7 +118,7 @@ def predict_images(
 
 @contextmanager
 def _threads() -> Iterator[Executor]:
-    """Yields a pool of threads; at the end what has not begun is dropped."""
+    """Yields a pool of threads; cancels waiting calls at the end."""
     pool = ThreadPoolExecutor(min(8, available_cores()))
     try:
         yield pool
@@ -129,7 +129,7 @@ def _threads() -> Iterator[Executor]:
 def _read_image(
     source: ObjectStore, name: str, manifest: Manifest, config: InferConfig
 ) -> ModelImage | tuple[str, str]:
-    """Returns the picture, or its name and why it cannot be read."""
+    """Returns the image, or its name and the reason why it cannot be read."""
     try:
         image, value_max = read_any(source.get(name), name=name, max_pixels=config.max_pixels)
         found = model_image(image, manifest, config, name=name, value_max=value_max)
@@ -171,7 +171,7 @@ def _write_mask(image: ModelImage, ids: Ids, manifest: Manifest, output: ObjectS
     if image.preview is not None:
         overlay = plots.overlay_png(image.preview, ids, manifest.classes)
         _put_overlay(output, f"{OVERLAYS_FOLDER}/{name}", overlay)
-    # The mask last: it is what a continued call looks for.
+    # Write the mask last: a call that continues looks for it.
     _put_mask(output, name, plots.mask_png(ids, manifest.classes))
 
 
@@ -185,7 +185,7 @@ def _put_mask(output: ObjectStore, name: str, mask: bytes) -> None:
 
 
 def _put_overlay(output: ObjectStore, name: str, overlay: bytes) -> None:
-    """An overlay of a call that was stopped may stay: an account may create, and not replace."""
+    """Writes an overlay; an account that may not replace objects keeps that of a stopped call."""
     try:
         output.put(name, overlay)
     except Forbidden:

@@ -1,4 +1,4 @@
-"""Finds the images that `infer` predicts, reads them, and refuses folders that do not fit."""
+"""Finds and reads the images that `infer` predicts, and refuses folders that do not fit."""
 
 import contextlib
 import posixpath
@@ -28,9 +28,9 @@ _ENDINGS = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
 
 
 def open_images(url: str) -> tuple[ObjectStore, str | None]:
-    """Returns the folder of the images at `url`, and the file's name where it is one image.
+    """Returns the folder of the images at `url`, and the name of the file if it is one image.
 
-    In a bucket an object of that name is meant before a folder.
+    In a bucket an object with this name takes precedence over a folder.
     """
     source = open_source(url)
     parent, _, name = source.url.rpartition("/")
@@ -48,10 +48,10 @@ def open_images(url: str) -> tuple[ObjectStore, str | None]:
 def select_images(
     source: ObjectStore, file: str | None
 ) -> tuple[list[ObjectMeta], tuple[str, ...]]:
-    """Returns the image `file` of `source` alone; None: as `sort_images`.
+    """Returns only the image `file` of `source`, or all images like `sort_images`.
 
     Raises:
-        UsageError: `file` is no image, or as `sort_images`.
+        UsageError: `file` is not an image, or an error of `sort_images`.
     """
     if file is None:
         return sort_images(source)
@@ -59,7 +59,7 @@ def select_images(
     is_named = file.lower().endswith(_ENDINGS)
     if found is None or not (is_named or dicom_without_ending(source, [found])):
         raise UsageError(
-            f"{join_url(source.url, file)}: is no image; expected a file ending in "
+            f"{join_url(source.url, file)}: not an image; expected a file ending in "
             f"{', '.join(_ENDINGS)}, or a DICOM file of any name"
         )
     return [found], ()
@@ -69,19 +69,20 @@ def find_images(source: ObjectStore, count: int | None = None) -> list[str]:
     """Returns the names of all images below `source`, sorted; see `sort_images`.
 
     Args:
-        count: only the first so many; what comes behind them is not looked into, so DICOM files
-            there that have no ending are no reason to refuse the folder.
+        count: return only the first `count` images. Files after them are not read, so DICOM files
+            without an ending are no reason there to refuse the folder.
     """
     return _names_of_images(source, source.list(), count)[:count]
 
 
 def sort_images(source: ObjectStore) -> tuple[list[ObjectMeta], tuple[str, ...]]:
-    """Returns all images below `source`, sorted by name, and the names of files that are none.
+    """Returns all images below `source`, sorted by name, and the names of other files.
 
-    DICOM files are found by how they begin, too. Hidden files are not mentioned.
+    DICOM files without an ending are found by their first bytes. Hidden files are left out.
 
     Raises:
-        UsageError: there are no images, masks lie beside them, or two would have one mask.
+        UsageError: there are no images, the folder also has masks, or two images would get the
+            same mask.
     """
     stats = source.list()
     names = _names_of_images(source, stats, None)
@@ -93,7 +94,7 @@ def sort_images(source: ObjectStore) -> tuple[list[ObjectMeta], tuple[str, ...]]
 def _names_of_images(
     source: ObjectStore, stats: Sequence[ObjectMeta], count: int | None
 ) -> list[str]:
-    """Returns the names of all images, of those without an ending at least the first `count`."""
+    """Returns the names of all images; without endings, at least of the first `count`."""
     named = [each.name for each in stats if each.name.lower().endswith(_ENDINGS)]
     wanted = None if count is None else max(count, 1)  # a folder without images is refused
     if wanted is not None and len(named) >= wanted:
@@ -106,7 +107,7 @@ def _names_of_images(
         )
     if {"images", "masks"} <= {name.rpartition("/")[0] for name in names}:
         raise UsageError(
-            f"{source.url}: holds images/ and masks/, and masks are no images to predict; give "
+            f"{source.url}: has images/ and masks/, and masks are not images to predict; give "
             f"{join_url(source.url, 'images')}"
         )
     by_mask: dict[str, str] = {}
@@ -127,12 +128,12 @@ def mask_name(image_name: str) -> str:
 def read_any(
     data: bytes, *, name: str, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> tuple[np.ndarray, int | None]:
-    """Returns (h, w, 1|3) pixels of a picture or a DICOM file, and their full scale if it says so.
+    """Reads (h, w, 1|3) pixels of an image or DICOM file, and their full scale if the file has it.
 
-    A file with an ending of DICOM files may lack the preamble.
+    A file with a DICOM ending may lack the preamble.
 
     Raises:
-        ContentError: it cannot be read.
+        ContentError: the file cannot be read.
     """
     is_named_dicom = name.lower().endswith(DICOM_ENDINGS)
     if is_dicom(data) or (is_named_dicom and not is_image(data)):
@@ -142,58 +143,58 @@ def read_any(
 
 
 def refuse_files(source: ObjectStore, file: str | None, output: ObjectStore) -> None:
-    """Refuses IMAGES that do not exist, and OUTPUT that is a file or is named like one.
+    """Refuses missing IMAGES, and an OUTPUT that is a file or is named like one.
 
     Args:
         file: the one image, see `open_images`.
 
     Raises:
-        UsageError: names the one that is not.
+        UsageError: one of them does not fit.
     """
     problem = folder_problem(source)
     if problem:
         raise UsageError(f"{source.url}: {problem}; give IMAGES an image or a folder of images")
     if is_file(output):
-        raise UsageError(f"{output.url}: is a file; give OUTPUT a folder, which infer makes")
+        raise UsageError(f"{output.url}: is a file; give OUTPUT a folder; infer creates it")
     if file is not None and output.url.lower().endswith(IMAGE_ENDINGS):
         raise UsageError(
-            f"{output.url}: OUTPUT is a folder, also for one image, and this is named as a file; "
-            f"give a folder: the mask becomes OUTPUT/{mask_name(file)}"
+            f"{output.url}: OUTPUT must be a folder, also for one image, but this is the name of a "
+            f"file; give a folder: the mask becomes OUTPUT/{mask_name(file)}"
         )
 
 
 def refuse_overlap(source: ObjectStore, file: str | None, output: ObjectStore) -> None:
-    """Refuses masks among the images: the next call would take them for images, or replace some.
+    """Refuses masks among the images: the next call would predict or replace them.
 
     Args:
-        file: the one image, see `open_images`; only in OUTPUT it could be replaced.
+        file: the one image, see `open_images`; its mask could replace it only in OUTPUT.
 
     Raises:
-        UsageError: one folder is in the other.
+        UsageError: one folder contains the other.
     """
     if file is not None:
         if is_subpath(source, output):
             raise UsageError(
-                f"{output.url}: the image {file} lies in the output, where its mask could replace "
+                f"{output.url}: the image {file} is in the output, where its mask could replace "
                 "it; give another OUTPUT"
             )
         return
     if is_subpath(source, output) or is_subpath(output, source):
         raise UsageError(
-            f"{output.url}: the output and the images in {source.url} must not lie in one "
-            "another; give another OUTPUT"
+            f"{output.url}: the output and the images in {source.url} must not "
+            "contain each other; give another OUTPUT"
         )
 
 
 def refuse_overlays_folder(source: ObjectStore, names: Sequence[str]) -> None:
-    """Refuses images in a folder whose masks would be among the overlays.
+    """Refuses images in a folder `overlays`: their masks would be among the overlays.
 
     Raises:
-        UsageError: there are some.
+        UsageError: there are such images.
     """
     for name in names:
         if name.startswith(f"{OVERLAYS_FOLDER}/"):
             raise UsageError(
-                f"{source.url}: the masks of its folder {OVERLAYS_FOLDER} would lie among the "
+                f"{source.url}: the masks of its folder {OVERLAYS_FOLDER} would be among the "
                 "overlays; rename the folder or give --no-overlays"
             )

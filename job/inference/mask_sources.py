@@ -1,11 +1,11 @@
-"""Records which image each mask of a folder was made of, and finds the masks that are out of date.
+"""Records the source image of each mask in a folder, and finds the masks that are out of date.
 
 A call that predicts writes one record of all masks before its first mask: `inference-images-N.json`
-with N one higher than before. Then it deletes older records. So each call writes one record at
-most, and an account that may create objects but not replace them can write it.
+with N one higher than before. Then it deletes older records. So each call writes at most one
+record, and an account that may create objects but not replace them can write it.
 
-An image is the same if its name, its size and its checksum are the same. A local folder has no
-checksums; there the modification time counts. The record also names the generation of a mask that
+An image is the same if its name, size and checksum are the same. A local folder has no checksums;
+there the modification time counts. The record also names the generation of a mask that
 the call replaces: if the call is killed before it replaces the mask, the next call finds that
 generation and predicts again.
 """
@@ -29,14 +29,14 @@ _COLUMNS = ("image", "size", "generation", "crc32c", "old_mask")
 
 @dataclass(frozen=True)
 class MaskSource:
-    """The image that a mask is made of.
+    """The source image of a mask.
 
     Attributes:
         image: the name of the image.
         size: bytes of the image.
         generation: of the image; in a local folder its modification time in ns.
         crc32c: of the image, None in a local folder.
-        old_mask: generation of an earlier mask, which is not of this image; 0: there was none.
+        old_mask: generation of an earlier mask of another image; 0: there was none.
     """
 
     image: str
@@ -46,7 +46,7 @@ class MaskSource:
     old_mask: int
 
     def is_of(self, image: ObjectMeta) -> bool:
-        """Returns whether `image` is the image that is recorded here."""
+        """Returns whether `image` is the recorded image."""
         if (self.image, self.size) != (image.name, image.size):
             return False
         if self.crc32c is not None and image.crc32c is not None:
@@ -56,7 +56,7 @@ class MaskSource:
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """Which images to predict, and what to record.
+    """The images to predict, and the record to write.
 
     Attributes:
         todo: images to predict.
@@ -64,7 +64,7 @@ class MaskPlan:
         unknown: those of `todo` that have a mask, but no record of its image.
         gone: masks whose image is no longer there.
         sources: the new record, by the name of the mask.
-        holds_masks: whether the folder has masks of these images, or masks of the old record.
+        holds_masks: whether the folder has masks of these images or of the old record.
     """
 
     todo: tuple[str, ...]
@@ -82,7 +82,7 @@ def plan_masks(
     *,
     overwrite: bool,
 ) -> MaskPlan:
-    """Returns which of `images` to predict.
+    """Selects the images to predict.
 
     Args:
         objects: all objects of the folder of masks, by name.
@@ -109,7 +109,7 @@ def plan_masks(
         )
     gone = [name for name in sources if name not in recorded and name in objects]
     for name in gone:
-        # After --overwrite such a mask is of another run; it is out of date if its image is back.
+        # After --overwrite such a mask is of another run: out of date if its image comes back.
         source, mask = sources[name], objects[name]
         recorded[name] = replace(source, old_mask=mask.generation) if overwrite else source
     holds_masks = any(name in objects for name in recorded)
@@ -136,7 +136,7 @@ def report_plan(output: ObjectStore, plan: MaskPlan) -> None:
 
 
 def read_sources(output: ObjectStore, objects: Iterable[str]) -> dict[str, MaskSource]:
-    """Returns the newest record in `output`, by the name of the mask; empty where there is none.
+    """Returns the newest record in `output` by the name of the mask, or an empty one.
 
     Args:
         objects: the names of all objects in `output`.
@@ -154,7 +154,7 @@ def read_sources(output: ObjectStore, objects: Iterable[str]) -> dict[str, MaskS
 def write_sources(
     output: ObjectStore, objects: Iterable[str], sources: Mapping[str, MaskSource]
 ) -> None:
-    """Writes a new record and deletes the older ones, where these credentials may.
+    """Writes a new record and deletes older ones if the credentials allow it.
 
     Raises:
         StorageError: another process wrote a record at the same time.
@@ -168,8 +168,8 @@ def write_sources(
         output.put(f"inference-images-{number:06d}.json", text.encode(), if_generation=0)
     except PreconditionFailed as error:
         raise StorageError(
-            f"{output.url}: another infer has begun to write here; wait for its end, then run the "
-            "same command again"
+            f"{output.url}: another infer has begun to write here; wait until it ends, then run "
+            "the same command again"
         ) from error
     try:
         for name in records:
@@ -179,7 +179,7 @@ def write_sources(
 
 
 def delete_outdated(output: ObjectStore, objects: Iterable[str], names: Iterable[str]) -> None:
-    """Deletes those of `names` that are among `objects`: nothing replaces them."""
+    """Deletes those of `names` that are in `objects`; no new file replaces them."""
     outdated = sorted(set(objects).intersection(names))
     try:
         for name in outdated:
@@ -199,7 +199,7 @@ def overlay_names(images: Iterable[str]) -> list[str]:
 
 
 def _parsed(data: bytes) -> dict[str, MaskSource]:
-    """Returns the record that `data` holds; raises what its damage leads to."""
+    """Parses a record; raises if it is damaged."""
     found = {}
     for mask, (image, size, generation, crc32c, old_mask) in json.loads(data)["masks"].items():
         checksum = None if crc32c is None else int(crc32c)
@@ -208,7 +208,7 @@ def _parsed(data: bytes) -> dict[str, MaskSource]:
 
 
 def _records(objects: Iterable[str]) -> list[str]:
-    """Returns the names of the records among `objects`, the newest last."""
+    """Returns the names of the records in `objects`, the newest last."""
     return sorted((name for name in objects if _RECORD_NAME.fullmatch(name)), key=_number_of)
 
 

@@ -1,4 +1,4 @@
-"""Options of prediction: those of every command that predicts, and of `flexunet infer`."""
+"""Defines the options of all commands that predict, and those of `flexunet infer`."""
 
 from typing import Literal
 
@@ -7,28 +7,28 @@ from job.models.flips import Flips
 
 
 class PredictConfig(Settings):
-    """How pictures are predicted; what `evaluate` and `infer` have in common."""
+    """The prediction options that `evaluate` and `infer` share."""
 
     checkpoint: Literal["best", "last"] = option("best", "Weights.")
     ensemble: tuple[str, ...] = option(
-        (), "More runs, separated by commas: the mean of all their probabilities counts.", path=True
+        (), "More runs, separated by commas: the mean of all probabilities is used.", path=True
     )
     flips: Flips = option(
-        "none", "Mirrored pictures that are predicted too; the mean of the probabilities counts."
+        "none", "Also predict mirrored images and use the mean of the probabilities."
     )
     overlap: int | None = option(
         None,
-        "Pixels by which windows overlap at least, where pictures are predicted in windows; unset: "
-        "the run's window_overlap, or half a window.",
+        "Minimum overlap of windows, pixels, if images are predicted in windows. Unset: "
+        "window_overlap of the run, or half a window.",
         ge=0,
     )
     needs_gpu: bool = option(False, "Refuse a machine without a GPU instead of using its CPUs.")
 
 
 class ImageConfig(PredictConfig):
-    """How images of any size are predicted; what `infer` and `Run.predict` have in common."""
+    """The options that `infer` and `Run.predict` share for images of any size."""
 
-    batch_size: int = option(8, "Images, or windows, predicted at once.", ge=1)
+    batch_size: int = option(8, "Images or windows per batch.", ge=1)
     window: Literal["auto", "sliding"] = option(
         "auto",
         "sliding: predict pictures at their own size, in overlapping windows of the network's; "
@@ -47,12 +47,12 @@ class ImageConfig(PredictConfig):
         ge=255,
         le=65535,
     )
-    max_pixels: int = option(100_000_000, "Larger images are refused, pixels.", ge=1)
+    max_pixels: int = option(100_000_000, "Refuse images with more pixels.", ge=1)
 
 
 class InferConfig(ImageConfig):
     """Options of `flexunet infer`."""
 
-    overlays: bool = option(True, "Write contours over the images to OUTPUT/overlays.")
-    overwrite: bool = option(False, "Predict again what OUTPUT already has.")
+    overlays: bool = option(True, "Write the images with contours of the masks to OUTPUT/overlays.")
+    overwrite: bool = option(False, "Predict again the masks that OUTPUT already has.")
     progress: bool = option(True, "Show a progress bar on a terminal.")

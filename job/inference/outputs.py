@@ -1,4 +1,4 @@
-"""Keeps the records of a folder of masks: what the masks were made of, and unreadable images."""
+"""Keeps the records of a folder of masks: how masks were made, and unreadable images."""
 
 import json
 import logging
@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 UNREADABLE_NAME = "unreadable.csv"
 PASSED_OVER_NAME = "passed_over.csv"
-MAX_PASSED_OVER = 10_000  # files that the table names
-RECORD_NAME = "inference.json"  # which run, weights and images the masks are of
+MAX_PASSED_OVER = 10_000  # rows of the table
+RECORD_NAME = "inference.json"  # run, weights and images of the masks
 
-# What a record says and what it is where the record lacks it; None: no option of that name.
+# The keys of a record and their defaults; None: there is no option with this name.
 _RECORDED = {
     "run": None,
     "checkpoint": None,
@@ -32,7 +32,7 @@ _RECORDED = {
     "small_regions": "none",
     "full_scale": "the dataset's",
 }
-_MAX_CHANGES = 3  # that are told
+_MAX_CHANGES = 3  # in a message
 
 
 def record_of(
@@ -42,7 +42,7 @@ def record_of(
     min_pixels: Sequence[int],
     overlap: int | None,
 ) -> dict[str, Any]:
-    """Returns whose masks OUTPUT holds; what is not asked for is not named."""
+    """Returns the record of the masks in OUTPUT; options that are not used are left out."""
     first, *others = members
     record: dict[str, Any] = {
         "run": first.run,
@@ -56,7 +56,7 @@ def record_of(
     if overlap is not None:
         record |= {"window": "sliding", "overlap": overlap}
     if config.small_regions is not None:
-        # The file may be another one by the next call.
+        # The file may change before the next call.
         record |= {"small_regions": config.small_regions, "min_pixels": list(min_pixels)}
     if config.full_scale is not None:
         record["full_scale"] = config.full_scale
@@ -66,13 +66,13 @@ def record_of(
 def refuse_other_masks(
     output: ObjectStore, record: Mapping[str, Any], *, is_continued: bool
 ) -> None:
-    """Refuses to keep masks that were made from or with other things.
+    """Refuses to keep masks that were made with other weights, images or options.
 
     Args:
-        is_continued: whether OUTPUT holds masks that stay.
+        is_continued: whether OUTPUT has masks that stay.
 
     Raises:
-        UsageError: its record is another one.
+        UsageError: the record of OUTPUT differs.
     """
     found = _read_record(output)
     if is_continued and found != record:
@@ -84,13 +84,13 @@ def refuse_other_masks(
 
 
 def claim_output(output: ObjectStore, record: Mapping[str, Any]) -> None:
-    """Writes down whose masks OUTPUT holds."""
+    """Writes the record of the masks in OUTPUT."""
     if _read_record(output) != record:
         output.put(RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _read_record(output: ObjectStore) -> dict[str, Any] | None:
-    """Returns the record of OUTPUT; None where there is none or it is damaged."""
+    """Returns the record of OUTPUT, or None if it is missing or damaged."""
     try:
         found = json.loads(output.get(RECORD_NAME))
     except (NotFound, ValueError):
@@ -99,7 +99,7 @@ def _read_record(output: ObjectStore) -> dict[str, Any] | None:
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Returns in words what differs between two records (see `record_of`)."""
+    """Describes the differences between two records (see `record_of`)."""
     changes = []
     for name, default in _RECORDED.items():
         before, now = (_worded(record.get(name, default)) for record in (old, new))
@@ -107,7 +107,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             changes.append(
                 f"{name if default is None else flag_of([name])} was {before}, now {now}"
             )
-    # What follows from one of these is told where it alone differs.
+    # Report a consequence of these options only if the options are the same.
     both = [record for record in (old, new) if "overlap" in record]
     if len(both) == 2 and old["overlap"] != new["overlap"]:
         changes.append(f"--overlap was {old['overlap']}, now {new['overlap']}")
@@ -133,7 +133,7 @@ def list_unreadable(output: ObjectStore, unreadable: Sequence[tuple[str, str]]) 
 def list_passed_over(output: ObjectStore, names: Sequence[str]) -> None:
     """Writes the table of files that are no images, or deletes one of an earlier call.
 
-    It names the first `MAX_PASSED_OVER` files.
+    The table has the first `MAX_PASSED_OVER` files.
     """
     rows = [(name, why_no_image(name)) for name in names[:MAX_PASSED_OVER]]
     _write_table(output, PASSED_OVER_NAME, rows, "no file was passed over")
@@ -144,8 +144,8 @@ def _write_table(
 ) -> None:
     """Writes a table of (file, reason), or deletes one of an earlier call if there are no rows.
 
-    A table that is right already is not touched, and one that these credentials may not replace
-    or delete is named in a warning: an account may create, and not replace.
+    A correct table is not touched. If the credentials do not allow to replace or delete a table, a
+    warning names it: an account may be allowed to create objects but not to replace them.
     """
     shown = [(legible(file), legible(reason)) for file, reason in rows]
     data = csv_table(["file", "reason"], shown).encode() if rows else None

@@ -1,4 +1,4 @@
-"""Predicts the masks of a folder of images: decides what is to do, and cuts it into chunks."""
+"""Predicts the masks of a folder of images: selects the images and cuts them into chunks."""
 
 import logging
 import math
@@ -50,17 +50,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InferResult:
-    """What `infer` did.
+    """The result of `infer`.
 
     Attributes:
         output_url: folder or gs:// URL of the masks.
-        masks: URL of the mask of each image that could be read, in the order of the images.
-        num_written: masks that were predicted now.
-        num_kept: masks that were there already.
+        masks: URL of the mask of each readable image, in the order of the images.
+        num_written: masks that this call predicted.
+        num_kept: masks of earlier calls.
         unreadable: (file, reason) of the images that could not be read.
-        passed_over: files that are no images.
+        passed_over: files that are not images.
         gone: masks of images that are no longer there.
-        is_file: the images were one file.
+        is_file: IMAGES was one file.
     """
 
     output_url: str
@@ -81,21 +81,22 @@ def infer(
     *,
     open_workers: OpenWorkers | None = None,
 ) -> InferResult:
-    """Writes the mask of every image in the classes' colours, at the image's own size.
+    """Writes the mask of every image, in the colours of the classes and at its original size.
 
     A mask that `output_url` already has is kept if its image is still the same, so that a stopped
-    call continues. Images that cannot be read are listed in `unreadable.csv`, files that are no
-    images in `passed_over.csv`.
+    call continues. Images that cannot be read are listed in `unreadable.csv`, files that are
+    not images in `passed_over.csv`.
 
     Args:
         images_url: a folder, or one image.
-        open_workers: opens the workers that predict, when there is something to do. None: this
-            process.
+        open_workers: opens the workers that predict, if there is something to do. None: this
+            process predicts.
 
     Raises:
-        UsageError: no run, runs that do not go together, no images, two images whose masks would
-            have one name, output and images in one another, or masks of another run or folder.
-        StorageError: an image vanished, or storage is unavailable; the same call continues.
+        UsageError: no run, runs that do not match, no images, two images whose masks would
+            have one name, output and images that contain each other, or masks
+            of another run or folder.
+        StorageError: an image was deleted, or storage is unavailable; the same call continues.
     """
     runs = open_ensemble([run_url, *config.ensemble])
     manifest = runs[0].manifest
@@ -109,14 +110,14 @@ def infer(
         _warn_of_scale(manifest)
     if config.overlays:
         refuse_overlays_folder(source, [each.name for each in images])
-    # Named by their folders: these weights stay the same while the run is trained further.
+    # Refer to the folders of checkpoints: these weights stay the same if training continues.
     members = find_members(runs, config.checkpoint)
     min_pixels = min_pixels_of(config, manifest, members, overlap)
     record = record_of(members, source, config, min_pixels, overlap)
     plan, objects = _prepare_output(output, images, record, config)
     whole = Chunk(members, source.url, output.url, config, plan.todo, min_pixels, overlap)
     unreadable = _predict_all(whole, manifest, open_workers) if plan.todo else []
-    if file is None:  # the tables are of all images
+    if file is None:  # the tables are about all images
         list_unreadable(output, unreadable)
         list_passed_over(output, passed_over)
     failed = {name for name, _ in unreadable}
@@ -141,14 +142,14 @@ def _prepare_output(
     record: Mapping[str, Any],
     config: InferConfig,
 ) -> tuple[MaskPlan, Mapping[str, ObjectMeta]]:
-    """Writes the records of OUTPUT; returns what to predict, and what OUTPUT held before."""
+    """Writes the records of OUTPUT; returns what to predict and the earlier objects of OUTPUT."""
     objects = {stat.name: stat for stat in output.list()}
     sources = read_sources(output, objects)
     plan = plan_masks(images, objects, sources, overwrite=config.overwrite)
     is_continued = plan.holds_masks and not config.overwrite
     refuse_other_masks(output, record, is_continued=is_continued)
     report_plan(output, plan)
-    # First the images: a call that is killed in between then keeps no mask of another run.
+    # Write the record of images first: a call that is then killed keeps no mask of another run.
     if plan.sources != sources:
         write_sources(output, objects, plan.sources)
     claim_output(output, record)
@@ -159,9 +160,9 @@ def _prepare_output(
 
 def _warn_of_scale(manifest: Manifest) -> None:
     logger.warning(
-        "--window sliding: windows of %dx%d pixels of the pictures as they are, by a run that "
-        "was trained on whole pictures of that size: in larger ones all looks larger than what "
-        "it has learnt",
+        "--window sliding: predicting windows of %dx%d pixels at original size, but this run was "
+        "trained on whole images resized to that size; in larger images everything appears larger "
+        "than in training",
         manifest.image_width,
         manifest.image_height,
     )
@@ -170,7 +171,7 @@ def _warn_of_scale(manifest: Manifest) -> None:
 def _predict_all(
     whole: Chunk, manifest: Manifest, open_workers: OpenWorkers | None
 ) -> list[tuple[str, str]]:
-    """Writes the masks of `whole`; returns (file, reason) of the images that cannot be read."""
+    """Writes the masks of `whole`; returns (file, reason) of the unreadable images."""
     results = list(_results(whole, open_workers))
     other_colors = [name for result in results for name in result.other_colors]
     warning = color_warning(other_colors, manifest)
@@ -180,7 +181,7 @@ def _predict_all(
 
 
 def _results(whole: Chunk, open_workers: OpenWorkers | None) -> Iterator[ChunkResult]:
-    """Yields the results of the parts of `whole`, which workers do, or this process at once."""
+    """Yields the results of the parts of `whole`, from workers or from this process."""
     config = whole.config
     if open_workers is None:
         predictor = load_predictor(whole.members, config.flips, needs_gpu=config.needs_gpu)
@@ -198,9 +199,9 @@ def _results(whole: Chunk, open_workers: OpenWorkers | None) -> Iterator[ChunkRe
 
 
 def _cut(whole: Chunk, num_workers: int) -> Iterator[Chunk]:
-    """Yields parts of whole batches: several for each worker, so that none waits long for others.
+    """Yields parts of whole batches: several per worker, so that none waits long at the end.
 
-    At most 8 batches, which a worker that dies would have to do again.
+    A part has at most 8 batches: if a worker dies, its part is predicted again.
     """
     names, batch_size = whole.names, whole.config.batch_size
     num_batches = math.ceil(len(names) / batch_size)

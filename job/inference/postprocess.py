@@ -1,4 +1,4 @@
-"""Turns probabilities into masks, at the network's size and at the picture's own."""
+"""Turns probabilities into masks, at network size and at the original size of the image."""
 
 import math
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ def class_ids(probabilities: np.ndarray) -> Ids:
 
 
 def class_ids_at_source(probabilities: np.ndarray, geometry: Geometry) -> Ids:
-    """Returns the mask at the image's own size: (h, w) uint8.
+    """Returns the mask at the original size of the image: (h, w) uint8.
 
-    Probabilities are enlarged before the class is chosen, so that contours stay smooth; one class
-    at a time, because an image of 100 megapixels takes 400 MB for each.
+    Probabilities are enlarged before the class is chosen, so that contours stay smooth. This is
+    done for one class at a time: an image of 100 megapixels takes 400 MB per class.
 
     Args:
-        probabilities: (H, W, K) float32 at the model's size; K = 1 is a sigmoid output.
+        probabilities: (H, W, K) float32 at network size; K = 1 is a sigmoid output.
     """
     highest = undo_geometry(probabilities[..., 0], geometry, nearest=False)
     if probabilities.shape[-1] == 1:
@@ -40,11 +40,11 @@ def class_ids_at_source(probabilities: np.ndarray, geometry: Geometry) -> Ids:
 
 
 def without_small(ids: Ids, min_pixels: Sequence[int], scale: float = 1.0) -> Ids:
-    """Returns a mask (H, W) whose small regions are background.
+    """Returns a mask (H, W) without small regions.
 
     Args:
-        min_pixels: of each class but 0, at the network's size; smaller regions go.
-        scale: pixels of this mask for each of the network's.
+        min_pixels: of each class but 0, at network size; smaller regions become background.
+        scale: pixels of this mask per pixel at network size.
     """
     result = ids.copy()
     for index, limit in enumerate(min_pixels):
@@ -54,6 +54,6 @@ def without_small(ids: Ids, min_pixels: Sequence[int], scale: float = 1.0) -> Id
 
 
 def area_scale(geometry: Geometry) -> float:
-    """Returns how many pixels of the source are one of the stored image."""
+    """Returns the number of source pixels per stored pixel."""
     part = geometry.part
     return part.height * part.width / (geometry.height * geometry.width)

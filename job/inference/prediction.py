@@ -1,4 +1,4 @@
-"""Predicts images in memory, whole or in windows, and brings the result to their own size.
+"""Predicts images in memory, whole or in windows, and resizes results to the original size.
 
 Reads and writes no files: `job/inference/chunk.py` does.
 """
@@ -35,7 +35,7 @@ from job.runs.loading import (
 
 @dataclass(frozen=True)
 class Predictor:
-    """The network that predicts, and the dataset of its first run."""
+    """The network, and the dataset of its first run."""
 
     step: Step
     manifest: Manifest
@@ -43,12 +43,12 @@ class Predictor:
 
 @dataclass(frozen=True)
 class ModelImage:
-    """An image as the network takes it.
+    """An image in the form that the network takes.
 
     Attributes:
-        pixels: (H, W, C) of the network's size, or larger where windows slide over it.
-        geometry: where the image lies in `pixels`.
-        has_other_colors: it is in colour and the dataset is grey, or the other way round.
+        pixels: (H, W, C) at network size, or larger for sliding windows.
+        geometry: the position of the image in `pixels`.
+        has_other_colors: the image is in colour and the dataset grey, or the reverse.
         preview: (h, w, C), for the overlay.
     """
 
@@ -60,12 +60,12 @@ class ModelImage:
 
 
 def is_sliding(config: ImageConfig, manifest: Manifest) -> bool:
-    """Returns whether images are predicted at their own size, in windows."""
+    """Returns whether images are predicted at original size, in windows."""
     return config.window == "sliding" or manifest.geometry == "tile"
 
 
 def overlap_of(run: TrainedRun, config: ImageConfig) -> int | None:
-    """Returns by how many pixels windows overlap; None where images are predicted whole."""
+    """Returns the overlap of windows in pixels, or None if images are predicted whole."""
     if not is_sliding(config, run.manifest):
         return None
     return window_overlap(run.manifest, config.overlap, run.config.window_overlap)
@@ -74,7 +74,7 @@ def overlap_of(run: TrainedRun, config: ImageConfig) -> int | None:
 def find_members(
     runs: Sequence[TrainedRun], checkpoint: Literal["best", "last"]
 ) -> tuple[EnsembleMember, ...]:
-    """Returns the weights of `runs`; they stay the same while a run is trained further."""
+    """Returns the weights of `runs`; they stay the same if training continues."""
     return tuple(ensemble_member(run, find_checkpoint(run.store, which=checkpoint)) for run in runs)
 
 
@@ -84,17 +84,17 @@ def min_pixels_of(
     members: Sequence[EnsembleMember],
     overlap: int | None,
 ) -> tuple[int, ...]:
-    """Returns the size below which regions of each class but 0 are left out; empty: none is.
+    """Returns the smallest kept region of each class but 0; empty: all regions are kept.
 
     Raises:
-        UsageError: no such sizes are stored, or they are for other predictions.
+        UsageError: no sizes are stored, or they were fitted for other predictions.
     """
     if config.small_regions is None:
         return ()
     if is_sliding(config, manifest) and manifest.geometry != "tile":
         raise UsageError(
-            f"--small-regions={config.small_regions}: its sizes are pixels of resized pictures, "
-            "and --window sliding does not resize; leave one of the two out"
+            f"--small-regions={config.small_regions}: its sizes are in pixels of resized images, "
+            "and --window sliding does not resize; leave out one of the two options"
         )
     names = [each.name for each in manifest.classes if each.id != 0]
     return read_min_pixels(open_store(config.small_regions), names, members, config.flips, overlap)
@@ -103,11 +103,11 @@ def min_pixels_of(
 def load_predictor(
     members: Sequence[EnsembleMember], flips: Flips, *, needs_gpu: bool
 ) -> Predictor:
-    """Returns the network of the weights of `members`; TensorFlow is imported here.
+    """Loads the network with the weights of `members`; imports TensorFlow.
 
     Raises:
         UsageError: there is no GPU, but one is needed.
-        StorageError: a checkpoint has vanished since it was chosen.
+        StorageError: a checkpoint was deleted after it was chosen.
     """
     from job.distributed.runtime import import_tensorflow
     from job.distributed.strategy import require_gpu
@@ -128,8 +128,8 @@ def _model_of(run: TrainedRun, member: EnsembleMember) -> Any:
         return load_model(run, which=member.checkpoint)[0]
     except NotFound as error:
         raise StorageError(
-            f"{run.store.url}/{member.checkpoint}: vanished, as training went on; run it again "
-            "with --overwrite, or with another OUTPUT"
+            f"{run.store.url}/{member.checkpoint}: deleted because training continued; run "
+            "infer again with --overwrite, or with another OUTPUT"
         ) from error
 
 
@@ -141,13 +141,13 @@ def model_image(
     name: str,
     value_max: int | None = None,
 ) -> ModelImage:
-    """Returns `image` (h, w, 1|3) as the network of a dataset takes it, without a preview.
+    """Converts `image` (h, w, 1|3) to the form that the network takes, without a preview.
 
     Args:
-        value_max: raw value of full intensity, where the file says it.
+        value_max: raw value of full intensity, if the file has one.
 
     Raises:
-        ContentError: it has 16 bits of another full scale than the dataset.
+        ContentError: the image has 16 bits and another full scale than the dataset.
     """
     if value_max is None and image.dtype == np.uint16:
         value_max = config.full_scale
@@ -157,7 +157,7 @@ def model_image(
 
 
 def _has_other_colors(image: np.ndarray, manifest: Manifest) -> bool:
-    """Returns whether colours are lost, or a grey image is predicted by a network of colours.
+    """Returns whether colours are lost, or a network for colour predicts a grey image.
 
     Equal channels are grey: many grey images are stored as RGB.
     """
@@ -175,13 +175,13 @@ def predict_all(
     note: Callable[[str], None] = lambda text: None,
     keeps_probabilities: bool = False,
 ) -> Iterator[tuple[ModelImage, np.ndarray]]:
-    """Yields each image with what `mask_at_source` takes.
+    """Yields each image with its result at network size, for `mask_at_source`.
 
     Args:
-        batch_size: images, or windows, predicted at once.
-        overlap: of windows, pixels; None: images are predicted whole.
-        note: called with how far an image of many windows is.
-        keeps_probabilities: keep them also of images of many windows, where they take much memory.
+        batch_size: images or windows per batch.
+        overlap: of windows, pixels; None: predict images whole.
+        note: called with the progress of an image of many windows.
+        keeps_probabilities: also for images of many windows, which takes much memory.
     """
     if overlap is None:
         return _predict_whole(images, predictor, batch_size)
@@ -199,7 +199,7 @@ def _predict_whole(
     """Yields each image with its probabilities, (H, W, K) float32."""
     while batch := list(itertools.islice(images, batch_size)):
         pixels = np.stack([image.pixels for image in batch])
-        # The last batch is filled up: one shape, one compilation.
+        # Fill up the last batch: one shape needs one compilation.
         filler = np.repeat(pixels[:1], batch_size - len(batch), axis=0)
         probabilities = predictor.step(np.concatenate([pixels, filler])).numpy()
         yield from zip(batch, probabilities[: len(batch)], strict=True)
@@ -213,9 +213,9 @@ def _predict_in_windows(
     note: Callable[[str], None],
     reduce: Callable[[np.ndarray], np.ndarray],
 ) -> Iterator[tuple[ModelImage, np.ndarray]]:
-    """Yields each image, which is at its own size, with what `reduce` makes of its probabilities.
+    """Yields each image, at original size, with its reduced probabilities.
 
-    By `class_ids` the probabilities of a large image are never in memory all at once.
+    With `class_ids` as `reduce`, the probabilities of a large image are never all in memory.
     """
     manifest = predictor.manifest
     windows = Windows(manifest.image_height, manifest.image_width, overlap, batch_size)
@@ -233,7 +233,7 @@ def mask_at_source(found: np.ndarray, geometry: Geometry, min_pixels: Sequence[i
     """Returns the mask (h, w) of class ids or of probabilities, as `predict_all` yields them.
 
     Args:
-        min_pixels: of each class but 0, at the network's size; smaller regions are left out.
+        min_pixels: of each class but 0, at network size; smaller regions are removed.
     """
     is_mask = found.ndim == 2
     ids = (
@@ -245,9 +245,9 @@ def mask_at_source(found: np.ndarray, geometry: Geometry, min_pixels: Sequence[i
 
 
 def probabilities_at_source(probabilities: np.ndarray, geometry: Geometry) -> Probabilities:
-    """Returns probabilities (H, W, K) float32 at the image's own size: (h, w, K) float32.
+    """Returns probabilities (H, W, K) at the original size of the image: (h, w, K) float32.
 
-    What was cropped away is background: class 0 where K > 1, else 0.
+    Cropped areas are background: class 0 if K > 1, else 0.
     """
     planes = [
         undo_geometry(probabilities[..., index], geometry, nearest=False)
@@ -263,10 +263,10 @@ def probabilities_at_source(probabilities: np.ndarray, geometry: Geometry) -> Pr
 
 
 def color_warning(names: Iterable[str], manifest: Manifest) -> str | None:
-    """Returns what to warn of where images have other colours than the dataset; None: of nothing.
+    """Returns a warning if images have other colours than the dataset, or None.
 
     Args:
-        names: images that `has_other_colors`.
+        names: images with `has_other_colors`.
     """
     found = sorted(names)
     if not found:

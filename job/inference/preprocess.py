@@ -1,4 +1,4 @@
-"""Turns a picture into the pixels that the network takes: size, channels and full scale."""
+"""Converts an image to the size, channels and full scale that the network takes."""
 
 import logging
 from typing import Literal
@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 # 12-bit detectors store 0..4095 in 16-bit files.
 _LARGEST_12_BIT = 4095
-# Shares of the full scale that a 16-bit picture has to exceed: a picture of 12 bits is at most a
-# sixteenth of 16 bits. Two bits are enough where it is darker than all pictures of the dataset.
+# A 16-bit image must exceed 1/_UNUSED of the full scale: a 12-bit image uses at most a sixteenth of
+# 16 bits. 1/_UNUSED_AND_DARKEST applies to images that are darker than all images of the dataset.
 _UNUSED, _UNUSED_AND_DARKEST = 16, 4
 
 
@@ -28,19 +28,18 @@ def to_model_pixels(
     value_max: int | None = None,
     kind: Literal["stretch", "pad", "tile"] | None = None,
 ) -> tuple[np.ndarray, Geometry]:
-    """Returns `image` (h, w, 1|3) as the dataset would store it: (H, W, C), and where it lies.
+    """Converts `image` (h, w, 1|3) like the dataset: returns (H, W, C) pixels and the geometry.
 
-    An 8-bit dataset takes the upper byte of images that use 16 bits. In a dataset of 16 bits a few
-    pixels above its full scale become that, as in `prep`, and a warning tells.
+    For an 8-bit dataset the upper byte of images that use 16 bits is taken. For a 16-bit dataset a
+    few pixels above the full scale are clipped to it, as in `prep`, with a warning.
 
     Args:
-        value_max: raw value of full intensity, where it is known; a few pixels above it likewise.
-        kind: of geometry; None: the dataset's. "tile" leaves the picture at its own size, uncut.
+        value_max: raw value of full intensity, if known; a few pixels above it are clipped, too.
+        kind: of geometry; None: that of the dataset. "tile" keeps the original size, uncut.
 
     Raises:
-        ContentError: `image` has 16 bits and uses far less of them, or more, than the dataset's
-            full scale, or `value_max`: whether it is dark or of a detector of fewer bits cannot be
-            told.
+        ContentError: `image` has 16 bits and its values are far below, or above, the full scale
+            of the dataset or `value_max`: it may be dark, or from a detector of fewer bits.
     """
     import cv2
 
@@ -62,7 +61,7 @@ def to_model_pixels(
     if kind == "tile":
         size = geometry.height, geometry.width
     if manifest.channels == 1 and image.shape[2] == 3:
-        # As prep does: the luma of ITU-R BT.601, which keeps the value of equal channels.
+        # As in prep: the luma of ITU-R BT.601, which keeps the value of equal channels.
         image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, np.newaxis]
     pixels = apply_geometry(image, geometry, *size, nearest=False).reshape(*size, -1)
     if takes_upper_byte:
@@ -72,12 +71,12 @@ def to_model_pixels(
 
 
 def _refuse_unused_bits(image: np.ndarray, name: str) -> None:
-    """The upper byte of a 12-bit picture is nearly black, and its mask would be wrong."""
+    """Refuses 12-bit images: their upper byte is nearly black, and the mask would be wrong."""
     highest = int(image.max())
     if highest <= _LARGEST_12_BIT:
         raise ContentError(
             f"{name}: 16-bit file whose largest value is {highest}, but the model was trained on "
-            "8-bit images; give infer its own full scale with --full-scale, or scale its range to "
+            "8-bit images; give its full scale with --full-scale, or scale its range to "
             "0..255, save it with 8 bits and infer again"
         )
 
@@ -85,22 +84,22 @@ def _refuse_unused_bits(image: np.ndarray, name: str) -> None:
 def _check_full_scale(
     image: np.ndarray, manifest: Manifest, name: str, value_max: int | None
 ) -> None:
-    """Refuses a picture that is of another full scale than `value_max`, or the dataset's.
+    """Refuses an image with another full scale than `value_max` or the dataset.
 
-    Predicted as it is, it would be many times too bright or too dark, and its mask wrong.
+    It would be many times too bright or too dark, and its mask wrong.
     """
     brightest = image.max(axis=2)
     highest, full = int(brightest.max()), value_max or manifest.value_max
     num_above = int(np.count_nonzero(brightest > full))
-    whose = "the model's dataset" if value_max is None else "this picture as it was given"
+    whose = "the dataset of the model" if value_max is None else "this image, as given"
     if num_above * FEW_PIXELS > brightest.size:
         raise ContentError(
             f"{name}: 16-bit file with values up to {highest}, but full intensity is {full} in "
-            f"{whose}; give infer its own with --full-scale, or scale its range to 0..{full}"
+            f"{whose}; give its full scale with --full-scale, or scale its range to 0..{full}"
         )
     if num_above:
         logger.warning(
-            "%s: %s above full intensity, up to %d, taken as %d",
+            "%s: %s above full intensity, up to %d, clipped to %d",
             name,
             "1 pixel is" if num_above == 1 else f"{num_above} pixels are",
             highest,
@@ -114,6 +113,6 @@ def _check_full_scale(
     if highest <= full // share and highest < lowest:
         raise ContentError(
             f"{name}: 16-bit file whose largest value is {highest}, but full intensity is {full} "
-            f"in {whose}; give infer its own with --full-scale (4095 of 12 bits; {full} if the "
-            f"picture is so dark), or scale its range to 0..{full}"
+            f"in {whose}; give its full scale with --full-scale (4095 for 12 bits; {full} if the "
+            f"image is really this dark), or scale its range to 0..{full}"
         )

@@ -1,13 +1,13 @@
-"""Small predicted regions that are no lesions: the size from which on they stay.
+"""Fits the size below which predicted regions are removed, per class.
 
-It is fitted on the validation split alone, by the mean Dice over its cases, and stored with the
-evaluation that it was fitted for; `infer` takes it from there. No test case has a say in it.
+The size is fitted on the validation split only, by Dice, mean over images, and stored with its
+evaluation; `infer` reads it there. No test image influences it.
 
-Dice alone would pick a size above most lesions where few cases happen to gain by it, and small
-lesions of new cases would be gone. So no size is above the 5th percentile of the true lesions of
-the split: at most one in twenty is smaller, of fewer than 21 none. It is not their minimum,
-because then one slip of an annotation would forbid every size. Specks are no lesions, see
-`job/metrics/lesions.py`.
+Dice alone could choose a size above most lesions if a few images gain by it, and small lesions of
+new images would be removed. So no size is above the 5th percentile of the true lesions of the
+split: at most one in twenty is smaller, and none if there are fewer than 21. The limit is not the
+minimum, because one annotation error would then forbid every size. Tiny regions are not lesions,
+see `job/metrics/lesions.py`.
 """
 
 import json
@@ -34,9 +34,9 @@ _CAP_PERCENTILE = 5  # of the sizes of true lesions
 
 
 class ClassFit(Settings):
-    """What was found for one class: regions of fewer than `min_pixels` go.
+    """The fit of one class: regions of fewer than `min_pixels` are removed.
 
-    `dice` is the mean over the validation cases, None where none has the class.
+    `dice` is the mean over the validation images, None if none has the class.
     """
 
     name: str
@@ -46,7 +46,7 @@ class ClassFit(Settings):
 
 
 class FittedOn(Settings):
-    """The cases that a fit has seen."""
+    """The cases on which a fit was made."""
 
     split: str
     num_cases: int
@@ -55,10 +55,10 @@ class FittedOn(Settings):
 
 
 class SmallRegions(Settings):
-    """A fit as it is stored, and for which predictions it holds.
+    """A stored fit, and the predictions for which it is valid.
 
     Attributes:
-        overlap: of windows, pixels; None where pictures are predicted whole.
+        overlap: of windows, pixels; None if images are predicted whole.
         pixels: which pixels the sizes count.
     """
 
@@ -72,7 +72,7 @@ class SmallRegions(Settings):
 
 @dataclass(frozen=True)
 class _CaseRegions:
-    """The predicted regions of a class in one case, by rising size."""
+    """The predicted regions of a class in one case, in order of size."""
 
     sizes: npt.NDArray[np.int64]
     hits: npt.NDArray[np.int64]  # true pixels of each
@@ -80,21 +80,21 @@ class _CaseRegions:
 
     @property
     def num_true(self) -> int:
-        """True pixels."""
+        """The number of true pixels."""
         return int(self.true_sizes.sum())
 
 
 class RegionTally:
-    """Collects the regions of validation cases, and says which size is best."""
+    """Collects the regions of validation cases and fits the best size."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Collects for the foreground classes of these names."""
+        """Starts without cases; `names` are those of the foreground classes."""
         self._names = names
         self._cases: list[list[_CaseRegions]] = [[] for _ in names]
 
     @property
     def num_cases(self) -> int:
-        """Cases that were added."""
+        """The number of added cases."""
         return len(self._cases[0]) if self._cases else 0
 
     def add(self, truth: Ids, prediction: Ids) -> None:
@@ -107,11 +107,11 @@ class RegionTally:
             cases.append(_CaseRegions(sizes[1:][order], hits[order], label_regions(true)[1][1:]))
 
     def fit(self) -> list[ClassFit]:
-        """Returns the best size for each class; of equal ones the smallest."""
+        """Returns the best size for each class, the smallest of equally good ones."""
         return [_fit(name, cases) for name, cases in zip(self._names, self._cases, strict=True)]
 
     def describe(self, fits: Sequence[ClassFit]) -> list[str]:
-        """Returns a line for each class: what goes, what that does to Dice, what it would cost."""
+        """Returns a line for each class: removed regions, change of Dice, lesions at risk."""
         return [
             _described(fit, _lesion_sizes(cases))
             for fit, cases in zip(fits, self._cases, strict=True)
@@ -125,20 +125,20 @@ def _lesion_sizes(cases: Sequence[_CaseRegions]) -> npt.NDArray[np.int64]:
 
 def _described(fit: ClassFit, lesions: npt.NDArray[np.int64]) -> str:
     if fit.dice is None or fit.dice_before is None:
-        return f"{fit.name}: no case of valid has it, so every region stays"
+        return f"{fit.name}: no image of valid has this class; all regions are kept"
     if fit.min_pixels == 0:
-        return f"{fit.name}: every region stays (Dice on valid {fit.dice:.4f})"
+        return f"{fit.name}: all regions are kept (validation Dice {fit.dice:.4f})"
     num_smaller = int(np.count_nonzero(lesions < fit.min_pixels))
     return (
-        f"{fit.name}: predicted regions of fewer than {fit.min_pixels} pixels go; Dice on valid "
-        f"{fit.dice_before:.4f} before, {fit.dice:.4f} with it; of {len(lesions)} lesions "
-        f"there {num_smaller} are so small"
+        f"{fit.name}: removes predicted regions of fewer than {fit.min_pixels} pixels; validation "
+        f"Dice, mean over images: {fit.dice_before:.4f} before, {fit.dice:.4f} after; "
+        f"{num_smaller} of {len(lesions)} lesions of valid are smaller"
     )
 
 
 def _fit(name: str, cases: Sequence[_CaseRegions]) -> ClassFit:
     found = np.unique(np.concatenate([case.sizes for case in cases]))
-    limits = np.concatenate([[0], found + 1])  # nothing goes; all regions up to a size go
+    limits = np.concatenate([[0], found + 1])  # remove nothing; remove all regions up to a size
     lesions = _lesion_sizes(cases)
     largest = np.percentile(lesions, _CAP_PERCENTILE, method="lower") if len(lesions) else 0
     limits = limits[limits <= largest]
@@ -171,14 +171,14 @@ def read_min_pixels(
     flips: Flips,
     overlap: int | None,
 ) -> tuple[int, ...]:
-    """Returns the sizes that were stored with the evaluation in `store`, of each of `names`.
+    """Returns the sizes stored with the evaluation in `store`, for each of `names`.
 
     Args:
         names: of the foreground classes.
-        overlap: of windows, pixels; None where pictures are predicted whole.
+        overlap: of windows, pixels; None if images are predicted whole.
 
     Raises:
-        UsageError: none were, or for other weights, flips or overlap.
+        UsageError: no sizes are stored, or they are for other weights, flips or overlap.
         ContentError: the file is damaged.
     """
     where = f"{store.url}/{FILE_NAME}"
@@ -197,8 +197,8 @@ def read_min_pixels(
         other.append(f"overlap {found.overlap}, not {overlap}")
     if other:
         raise UsageError(
-            f"{where}: was fitted for {' and '.join(other)}; evaluate again as you predict, with "
-            "--remove-small-regions"
+            f"{where}: was fitted for {' and '.join(other)}; evaluate again with the options of "
+            "this prediction and --remove-small-regions"
         )
     return tuple(each.min_pixels for each in found.classes)
 

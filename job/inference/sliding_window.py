@@ -1,7 +1,7 @@
-"""Predicts pictures of any size in overlapping windows of the network's size.
+"""Predicts images of any size in overlapping windows of network size.
 
-A picture of the network's size is predicted at once. Windows are added with Gaussian weights: a
-window knows least about its border. The network is a function that the caller gives.
+An image of network size is predicted at once. Windows are added with Gaussian weights, because a
+window is least reliable at its border. The caller passes the network as a function.
 
 Source of the weights, sigma an eighth of a window: nnU-Net, Isensee et al. 2021,
 doi:10.1038/s41592-020-01008-z.
@@ -26,12 +26,12 @@ _SIGMA = 1 / 8  # of the side of a window
 
 @dataclass(frozen=True)
 class Windows:
-    """How pictures are cut into windows.
+    """The windows into which images are cut.
 
     Attributes:
         height, width: of a window, pixels.
-        overlap: of windows, pixels at least.
-        batch_size: windows predicted at once; fewer are filled up, so that all batches are alike.
+        overlap: of windows, minimum, pixels.
+        batch_size: windows per batch; a smaller last batch is filled up.
     """
 
     height: int
@@ -44,8 +44,8 @@ def window_weights(length: int, size: int, begins: Sequence[int]) -> npt.NDArray
     """Returns the weights of windows along one axis, (windows, size); at each pixel they add to 1.
 
     Args:
-        length: of the picture, pixels.
-        begins: where the windows begin; they cover it.
+        length: of the image, pixels.
+        begins: starts of the windows, which cover the image.
     """
     offsets = (np.arange(size) - (size - 1) / 2) / (size * _SIGMA)
     bell = np.exp(-(offsets**2) / 2)
@@ -60,8 +60,8 @@ def slide(
 ) -> Iterator[Probabilities]:
     """Yields the probabilities of `image` as bands of rows, top to bottom: (h, W, K) float32 each.
 
-    A band is as high as a window at most, so that memory does not depend on the picture's height
-    but for the picture itself. One that is smaller than a window is filled up with 0.
+    A band is at most as high as a window, so memory does not depend on the height of the image,
+    except for the image itself. An image smaller than a window is filled up with 0.
 
     Args:
         image: (H, W, C) stored pixels.
@@ -110,8 +110,8 @@ def probabilities_of(
     """Returns the probabilities (H, W, K) of an image (H, W, C) of any size, at that size.
 
     Args:
-        windows: of the network's size; an image of that size is predicted alone.
-        heartbeat: called for every batch of windows, or of the picture.
+        windows: of network size; an image of that size is predicted at once.
+        heartbeat: called for every batch of windows, or for the image.
     """
     if image.shape[:2] == (windows.height, windows.width):
         found: Probabilities = np.asarray(step(image[np.newaxis]))[0]

@@ -383,7 +383,7 @@ def test_what_predict_cannot_do_is_an_error(run: flexunet.Run, tmp_path: Path) -
     (tmp_path / "broken.png").write_bytes(b"x")
     for path, error, problem in (
         (tmp_path / "none", flexunet.UsageError, "no images here"),
-        (tmp_path / "notes.txt", flexunet.UsageError, "is no image"),
+        (tmp_path / "notes.txt", flexunet.UsageError, "not an image"),
         (tmp_path / "broken.png", flexunet.ContentError, "broken.png"),
     ):
         with pytest.raises(error, match=problem):

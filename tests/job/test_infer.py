@@ -192,9 +192,9 @@ def test_infer_predicts_one_file_and_leaves_the_masks_of_others_alone(
 @pytest.mark.parametrize(
     ("name", "output", "code", "problem"),
     [
-        ("a.png", "mask.png", 2, "mask.png: OUTPUT is a folder, also for one image"),
-        ("a.png", ".", 2, "the image a.png lies in the output, where its mask could replace it"),
-        ("notes.txt", "masks", 2, "notes.txt: is no image; expected a file ending in"),
+        ("a.png", "mask.png", 2, "mask.png: OUTPUT must be a folder, also for one image"),
+        ("a.png", ".", 2, "the image a.png is in the output, where its mask could replace it"),
+        ("notes.txt", "masks", 2, "notes.txt: not an image; expected a file ending in"),
         ("broken.png", "masks", 3, "broken.png: "),
         ("a.png", "notes.txt", 2, "is a file; give OUTPUT a folder"),
     ],
@@ -317,7 +317,7 @@ def test_infer_reads_from_and_writes_to_a_bucket(
         (["a.png", "a.tif"], "a.png and a.tif would both become a.png"),
         (["notes.txt"], "no images here"),
         ([], "images: does not exist; give IMAGES an image or a folder"),
-        (["overlays/a.png"], "would lie among the overlays"),
+        (["overlays/a.png"], "would be among the overlays"),
     ],
 )
 def test_command_refuses_images_that_it_cannot_name(
@@ -360,7 +360,7 @@ def test_infer_reads_dicom_files_of_any_name(
     said = capsys.readouterr().out
     assert "(6 written)" in said
     assert (
-        "passed over: 2 files, neither pictures nor DICOM, first DICOMDIR\n"
+        "passed over: 2 files, neither images nor DICOM, first DICOMDIR\n"
         f"  listed in {output}/passed_over.csv\n"
     ) in said
     assert (output / "passed_over.csv").read_text().splitlines() == [
@@ -401,7 +401,7 @@ def test_infer_refuses_the_folder_that_prep_takes(tmp_path: Path) -> None:
     write_same(tmp_path / "images", 2)
     assert len(find_images(open_store(str(tmp_path)))) == 2
     write_same(tmp_path / "masks", 2)
-    message = rf"^{tmp_path}: holds images/ and masks/, .*; give {tmp_path}/images$"
+    message = rf"^{tmp_path}: has images/ and masks/, .*; give {tmp_path}/images$"
     with pytest.raises(UsageError, match=message):
         find_images(open_store(str(tmp_path)))
     assert len(find_images(open_store(str(tmp_path / "images")))) == 2
@@ -430,7 +430,7 @@ def test_infer_refuses_an_output_among_the_images(
 ) -> None:
     write_same(tmp_path / "images", 1)
     (tmp_path / "link").symlink_to(tmp_path / "images")
-    with pytest.raises(UsageError, match="must not lie in one another"):
+    with pytest.raises(UsageError, match="must not contain each other"):
         infer(str(trained_run), str(tmp_path / "images"), str(tmp_path / output), QUIET)
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["image-000.png"]
 
@@ -679,7 +679,7 @@ def test_an_image_of_more_bits_than_the_dataset_is_refused(
     marked[0, :4] = 65535
     assert to_model_pixels(marked, deep, name="a.png")[0].max() == 4095
     assert caplog.messages == [
-        "a.png: 4 pixels are above full intensity, up to 65535, taken as 4095"
+        "a.png: 4 pixels are above full intensity, up to 65535, clipped to 4095"
     ]
     # What is given is rescaled: the same picture in all bits.
     write(tmp_path / "a.png", deep_image(4095) * 16)
@@ -836,7 +836,7 @@ def test_weights_are_those_of_the_claim_while_training_goes_on(
         yield inline_workers()
 
     arguments = str(own_run), str(tmp_path / "images"), str(tmp_path / "masks"), QUIET
-    with pytest.raises(StorageError, match="vanished, as training went on; run it again"):
+    with pytest.raises(StorageError, match="deleted because training continued; run infer again"):
         infer(*arguments, open_workers=workers_while_training)
     assert not (tmp_path / "masks" / "image-000.png").exists()
 

@@ -71,7 +71,7 @@ def test_a_folder_that_does_not_fit_is_refused_whatever_the_count(tmp_path):
             find_images(store, count)
     store = _filled(tmp_path / "b", {f"{name}.png": b"x" for name in ("images/1", "masks/1")})
     for count in (0, 1, None):
-        with pytest.raises(UsageError, match="holds images/ and masks/"):
+        with pytest.raises(UsageError, match="has images/ and masks/"):
             find_images(store, count)
 
 

@@ -158,7 +158,7 @@ def test_masks_of_images_that_are_gone_are_named(
     assert main([*local_case.arguments, "--no-progress"]) == 0
     shown = capsys.readouterr().out
     assert "0 written, 2 kept" in shown
-    assert "no image: 1 mask of images that are gone, first b.png\n" in shown
+    assert "without an image: 1 mask, first b.png\n" in shown
     os.rename(path + ".away", path)
     assert local_case.infer() == (0, 3)
     local_case.images.delete("b.bmp")

@@ -1,4 +1,4 @@
-"""The size below which predicted regions go, fitted by hand-worked cases."""
+"""The size below which predicted regions are removed, fitted by hand-worked cases."""
 
 import shutil
 from pathlib import Path
@@ -244,8 +244,10 @@ def test_one_slip_of_many_lesions_does_not_forbid_a_size() -> None:
     (fit,) = tally.fit()
     assert fit.min_pixels == 10
     (line,) = tally.describe([fit])
-    assert line.startswith("mass: predicted regions of fewer than 10 pixels go; Dice on valid 0.")
-    assert line.endswith("of 43 lesions there 1 are so small")
+    assert line.startswith(
+        "mass: removes predicted regions of fewer than 10 pixels; validation Dice, mean"
+    )
+    assert line.endswith("1 of 43 lesions of valid are smaller")
 
 
 def test_tiny_regions_of_the_truth_do_not_forbid_a_size() -> None:
@@ -255,7 +257,7 @@ def test_tiny_regions_of_the_truth_do_not_forbid_a_size() -> None:
     (fit,) = tally.fit()
     assert fit.min_pixels == 10
     (line,) = tally.describe([fit])
-    assert line.endswith("of 3 lesions there 0 are so small")
+    assert line.endswith("0 of 3 lesions of valid are smaller")
 
 
 def test_no_size_is_fitted_where_no_lesion_shows_how_small_they_are() -> None:
@@ -263,4 +265,4 @@ def test_no_size_is_fitted_where_no_lesion_shows_how_small_they_are() -> None:
     tally.add(case(), case((2, 5, 8)))
     (fit,) = tally.fit()
     assert fit.min_pixels == 0
-    assert tally.describe([fit]) == ["mass: every region stays (Dice on valid 0.0000)"]
+    assert tally.describe([fit]) == ["mass: all regions are kept (validation Dice 0.0000)"]

@@ -303,7 +303,7 @@ def test_infer_says_how_far_a_large_image_is(
         f"a.png: {number}/3 rows of windows" for number in (1, 2, 3)
     ]
     assert reported[-1].startswith("infer: 1/1 images")
-    assert "windows of 32x32 pixels of the pictures as they are, by a run that" in caplog.text
+    assert "predicting windows of 32x32 pixels at original size, but this run was" in caplog.text
 
 
 def test_infer_by_one_window_writes_the_masks_of_a_plain_pass(
