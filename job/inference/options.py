@@ -22,7 +22,7 @@ class PredictConfig(Settings):
         "window_overlap of the run, or half a window.",
         ge=0,
     )
-    needs_gpu: bool = option(False, "Refuse a machine without a GPU instead of using its CPUs.")
+    needs_gpu: bool = option(False, "Refuse to run without a GPU instead of using the CPUs.")
 
 
 class ImageConfig(PredictConfig):
@@ -31,19 +31,19 @@ class ImageConfig(PredictConfig):
     batch_size: int = option(8, "Images or windows per batch.", ge=1)
     window: Literal["auto", "sliding"] = option(
         "auto",
-        "sliding: predict pictures at their own size, in overlapping windows of the network's; "
-        "auto: do so where the run was trained on tiles, else resize them as for training.",
+        "sliding: predict images at original size, in overlapping windows of network size; auto: "
+        "sliding if the run was trained on tiles, else resize images as in training.",
     )
     small_regions: str | None = option(
         None,
-        "Evaluation (folder or gs:// URL) made with --remove-small-regions: predict no regions "
-        "below its sizes.",
+        "Evaluation (folder or gs:// URL) made with --remove-small-regions: remove predicted "
+        "regions below its sizes.",
         path=True,
     )
     full_scale: int | None = option(
         None,
-        "Raw value of full intensity of 16-bit images whose files do not say it, as DICOM files "
-        "do; unset: the dataset's of the run.",
+        "Raw value of full intensity of 16-bit images; files that record it, such as DICOM, use "
+        "their own. Unset: that of the dataset of the run.",
         ge=255,
         le=65535,
     )

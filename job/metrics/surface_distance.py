@@ -77,7 +77,7 @@ def contour_distances(truth: Mask, prediction: Mask, spacing: Spacing) -> Distan
 
 
 def hausdorff(distances: Distances, percent: float) -> float:
-    """Returns the larger of the two distances within which `percent` of a contour lies.
+    """Returns the larger of the two distances that contain `percent` of a contour.
 
     95 gives HD95. The percentile is of length: the smallest distance for which the elements up
     to it are at least that share of their contour.

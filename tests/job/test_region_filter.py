@@ -245,7 +245,7 @@ def test_one_slip_of_many_lesions_does_not_forbid_a_size() -> None:
     assert fit.min_pixels == 10
     (line,) = tally.describe([fit])
     assert line.startswith(
-        "mass: removes predicted regions of fewer than 10 pixels; validation Dice, mean"
+        "mass: removes predicted regions of fewer than 10 pixels; validation Dice"
     )
     assert line.endswith("1 of 43 lesions of valid are smaller")
 
