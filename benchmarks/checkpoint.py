@@ -105,12 +105,12 @@ def _measure(
             for _ in trainer.train_steps(state):
                 now = time.perf_counter()
                 was_busy = saved_at is not None
-                is_primary = len(waits) > len(first)
+                is_first = len(waits) > len(first)
                 if saved_at is not None and has_landed.is_set():
                     stored.append(now - saved_at)
                     saved_at = None
                 if last is not None and num_steps > 1:
-                    (first if is_primary else busy if was_busy else idle).append(now - last)
+                    (first if is_first else busy if was_busy else idle).append(now - last)
                 num_steps += 1
                 if num_steps % steps_per_save == 0 and len(waits) < saves:
                     begin = time.perf_counter()

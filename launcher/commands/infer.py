@@ -79,8 +79,8 @@ def _size(settings: InferLaunchConfig) -> tuple[int, Resources]:
         wait_for_slots(least, settings.num_workers or 1, settings.join_timeout)
     found = require_slots(least, settings.num_workers or 1)
     is_one_per_node = not num_gpus and settings.cpus_per_worker is None
-    room = len(found) if is_one_per_node else sum(found.values())
-    num_workers = settings.num_workers or room
+    num_fitting = len(found) if is_one_per_node else sum(found.values())
+    num_workers = settings.num_workers or num_fitting
     if settings.cpus_per_worker is None:
         least = widest(num_workers, num_gpus=num_gpus)
     return num_workers, least

@@ -22,6 +22,7 @@ from job.inference.options import InferConfig
 from launcher.cli import main
 from launcher.commands.launch import COMMANDS as LAUNCH_COMMANDS
 from launcher.commands.root import COMMANDS, command
+from launcher.commands.status import _print_table
 
 # Commands by name; a group is replaced by its members.
 ALL = sorted({*COMMANDS, *(f"launch {name}" for name in LAUNCH_COMMANDS)} - {"launch"})
@@ -402,3 +403,20 @@ def test_without_a_command_the_help_is_shown_and_the_exit_code_is_2(
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert importlib.metadata.version("flexunet") in capsys.readouterr().out
+
+
+def test_the_list_of_jobs_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    row = (
+        "train-0123abcd",
+        "running",
+        "2026-01-01 10:00:00",
+        "0:01:00",
+        "",
+        f"flexunet {'x' * 99}",
+    )
+    _print_table([row], None)
+    assert capsys.readouterr().out.splitlines()[1].endswith("x" * 99)
+    _print_table([row], 80)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) == 80
+    assert lines[1].endswith("  flexunet...")
