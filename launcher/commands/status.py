@@ -21,8 +21,8 @@ _TITLES = ("job", "state", "started", "duration", "exit code", "command")
 def command(job: str | None, **options: Any) -> None:
     """Show the state of JOB, or of all jobs submitted to a cluster.
 
-    A stopped job has no exit code, because Ray does not keep it. On a terminal, the list of all jobs
-    shortens long commands; with JOB, the whole command is shown.
+    A stopped job has no exit code, because Ray does not keep it. On a terminal, the list of all
+    jobs shortens long commands; with JOB, the whole command is shown.
     """
     config = from_options(JobsConfig, options)
     job_id = checked_job_id(job) if job else None

@@ -419,4 +419,4 @@ def test_the_list_of_jobs_fits_a_terminal(capsys: pytest.CaptureFixture[str]) ->
     _print_table([row], 80)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) == 80
-    assert lines[1].endswith("  flexunet...")
+    assert lines[1].endswith("  flexunet x...")
