@@ -34,6 +34,8 @@ def _alone(*, is_implicit):
 
 BARE = {
     "meta": WHOLE[SIGNATURE_BYTES:],
+    # The length of the group, 12 bytes, is often left out; the next element has a long header.
+    "meta, no length": WHOLE[SIGNATURE_BYTES + 12 :],
     "explicit": _alone(is_implicit=False),
     "implicit": _alone(is_implicit=True),
 }
