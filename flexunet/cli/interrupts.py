@@ -3,6 +3,7 @@
 Imports little, so that signals are handled while other modules load.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -46,6 +47,20 @@ def quiet_interrupts() -> Iterator[None]:
 
     with handled((signal.SIGTERM, signal.SIGHUP), interrupt):
         yield
+
+
+def ignore_interrupts_at_exit() -> None:
+    """Ignores Ctrl-C while the interpreter removes its modules.
+
+    Python would have no handler any more, and the process would end by the signal, although its
+    work is done. To be called first: functions of `atexit` run in reverse order.
+    """
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+def exit_on_interrupt(code: int) -> None:
+    """Ends the process with `code` at Ctrl-C: its work is done, and only threads may still run."""
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(code))
 
 
 def _leave_terminal() -> None:

@@ -10,7 +10,11 @@ from collections.abc import Sequence
 
 import click
 
-from flexunet.cli.interrupts import quiet_interrupts
+from flexunet.cli.interrupts import (
+    exit_on_interrupt,
+    ignore_interrupts_at_exit,
+    quiet_interrupts,
+)
 from flexunet.errors import FlexUNetError, StorageError
 from flexunet.synonyms import suggest_option
 
@@ -19,15 +23,27 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def run_command(command: click.Command, argv: Sequence[str] | None, program: str) -> int:
-    """Runs `command` and returns its exit code; reports a user error in one line on stderr."""
+    """Runs `command` and returns its exit code; reports a user error in one line on stderr.
+
+    Args:
+        argv: the arguments; None: those of this process, which ends with the command.
+    """
+    if argv is not None:
+        return _code_of(command, argv, program)
+    ignore_interrupts_at_exit()
+    code = _code_of(command, sys.argv[1:], program)
+    exit_on_interrupt(code)
+    return code
+
+
+def _code_of(command: click.Command, argv: Sequence[str], program: str) -> int:
     # Libraries log through their own loggers; this is the only handler.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("matplotlib", "PIL", "absl", "tensorflow", "urllib3", "google", "h5py"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with quiet_interrupts():
-            code = command.main(args=arguments, prog_name=program, standalone_mode=False)
+            code = command.main(args=list(argv), prog_name=program, standalone_mode=False)
             _flush_stdout()
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)  # noqa: T201

@@ -379,6 +379,59 @@ def test_a_signal_while_modules_are_imported_is_one_line(name: str, number: sign
     assert process.returncode == 6
 
 
+# A thread that still runs, a function that runs at exit, and a module that is removed last.
+SLOW_END = """
+import atexit, os, sys, threading, time, types
+def pause(write=os.write, sleep=time.sleep):
+    write(2, b"now\\n")
+    sleep(1)
+def outlast():
+    while threading.main_thread().is_alive():
+        time.sleep(0.01)
+    pause()
+class Slow:
+    def __del__(self, pause=pause):
+        pause()
+kind = sys.argv.pop(1)
+if kind == "thread":
+    threading.Thread(target=outlast).start()
+if kind == "atexit":
+    atexit.register(pause)
+if kind == "module":
+    slow = sys.modules["slow"] = types.ModuleType("slow")
+    slow.value = Slow()
+    del slow
+from launcher.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "code"),
+    [
+        ("thread", "--version", 0),
+        ("atexit", "--version", 0),
+        ("module", "--version", 0),
+        ("module", "--nothing", 2),
+    ],
+)
+def test_an_interrupt_after_the_command_keeps_its_exit_code(
+    kind: str, option: str, code: int
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_END, kind, option],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        while process.stderr.readline() != "now\n":
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert (process.returncode, error) == (code, "")
+
+
 @pytest.mark.parametrize("words", [["train", "--help"], ["--version"]])
 def test_a_full_stdout_is_one_line_and_exit_code_5(words: list[str]) -> None:
     with open("/dev/full", "w") as full:
