@@ -14,7 +14,7 @@ from tests.source_tree import PACKAGES, ROOT
 
 GLOSSARY = ROOT / "docs" / "glossary.md"
 # Where texts are checked: areas of AREAS. An area is added when its texts keep to the glossary.
-CHECKED = ["flexunet", "data_prep", "launcher", "pages", "k8s"]
+CHECKED = ["flexunet", "data_prep", "job", "launcher", "pages", "k8s"]
 AREAS = {
     **{name: [f"{name}/**/*.py", f"{name}/**/*.j2"] for name in PACKAGES},
     "pages": ["*.md", "docs/**/*.md", "benchmarks/*.md"],
