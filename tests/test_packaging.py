@@ -150,12 +150,85 @@ def test_wheel_works_from_another_folder(installed: Path, tmp_path: Path) -> Non
 
 def test_command_of_the_wheel_prepares_a_dataset(installed: Path, tmp_path: Path) -> None:
     assert "prep" in run_installed([installed / "flexunet", "--help"], tmp_path)
-    for folder, value in (("images", 100), ("masks", 255)):
-        (tmp_path / "source" / folder).mkdir(parents=True)
-        for i in range(6):
-            pixels = np.zeros((16, 16), np.uint8)
-            pixels[4:12, 4:12] = value + i if folder == "images" else value
-            Image.fromarray(pixels).save(tmp_path / "source" / folder / f"{i}.png")
+    write_source(tmp_path)
     sizes: list[str | Path] = ["--image-size", "16", "--num-processes", "1"]
     run_installed([installed / "flexunet", "prep", "source", "dataset", *sizes], tmp_path)
     assert (tmp_path / "dataset" / "dataset.json").is_file()
+
+
+# A program of a user, with no `if __name__ == "__main__"` though workers are processes.
+PROGRAM = """
+import sys
+
+import flexunet
+
+dataset = flexunet.prepare("source", "dataset", image_size=16, num_processes=2, progress=False)
+image, mask = dataset.read(dataset.samples.index[0])
+print(dataset.splits, image.shape, int(mask.max()))
+print([name for name in ("tensorflow", "ray", "keras") if name in sys.modules])
+"""
+
+# What a type checker must find in it, and no more.
+TYPED_PROGRAM = """
+import numpy as np
+
+import flexunet
+from flexunet import Run, train
+
+
+def show(event: flexunet.Event) -> None:
+    if isinstance(event, flexunet.EpochEnded):
+        print(event.epoch, event.metrics["val_loss"])
+
+
+run: Run = train(data="dataset", epochs=5, model={"num_layers": 5}, on_event=show)
+mask = run.predict(np.zeros((4, 4), np.uint8), flips="both")
+print(mask.shape, run.config.model.num_layers, flexunet.infer(run, "images").masks)
+with_probabilities = run.predict(np.zeros((4, 4), np.uint8), probabilities=True)
+print(with_probabilities.probabilities.shape)
+train(epocs=5)
+flexunet.no_such_name
+run.predict(np.zeros((4, 4), np.uint8), flips="twice")
+"""
+
+
+def write_source(folder: Path) -> None:
+    for kind, value in (("images", 100), ("masks", 255)):
+        (folder / "source" / kind).mkdir(parents=True)
+        for i in range(6):
+            pixels = np.zeros((16, 16), np.uint8)
+            pixels[4:12, 4:12] = value + i if kind == "images" else value
+            Image.fromarray(pixels).save(folder / "source" / kind / f"{i}.png")
+
+
+def test_a_program_uses_the_api_of_the_wheel(installed: Path, tmp_path: Path) -> None:
+    write_source(tmp_path)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    shown = run_installed([installed / "python", "program.py"], tmp_path).splitlines()
+    assert shown[-2:] == ["{'train': 4, 'valid': 1, 'test': 1} (16, 16, 1) 1", "[]"]
+
+
+def test_a_program_is_type_checked_by_the_wheel(installed: Path, tmp_path: Path) -> None:
+    """40 s of CPU time: mypy reads the packages and NumPy's types."""
+    (tmp_path / "typed.py").write_text(TYPED_PROGRAM)
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir"]
+    options = [str(tmp_path / "cache"), "--python-executable", str(installed / "python")]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [*command, *options, "typed.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    lines = TYPED_PROGRAM.splitlines()
+    found = [
+        (lines[int(line.split(":")[1]) - 1], line.rpartition("[")[2].rstrip("]"))
+        for line in done.stdout.splitlines()
+        if ": error:" in line
+    ]
+    assert found == [
+        ("train(epocs=5)", "call-arg"),
+        ("flexunet.no_such_name", "attr-defined"),
+        (lines[-1], "call-overload"),
+    ], done.stdout + done.stderr

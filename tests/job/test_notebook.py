@@ -4,10 +4,12 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 from tests.job.discs import prepare_discs
 
@@ -121,3 +123,61 @@ def test_a_run_trains_after_tensorflow_was_used(
         folder = tmp_path / "runs" / name
         assert json.loads((folder / "environment.json").read_text())["replicas"] == num_cpus
         assert json.loads((folder / "outcome.json").read_text())["status"] == "finished"
+
+
+# What a person runs in the cells of a notebook; `interrupt` is there when steps are done.
+CELL = """
+import tensorflow as tf
+
+tf.constant(1.0) + 1
+import flexunet
+
+def on_event(event):
+    if isinstance(event, flexunet.StepEnded):
+        open("step", "w").close()
+
+run = flexunet.train(
+    data={data!r},
+    output="runs",
+    name="a",
+    epochs={epochs},
+    global_batch_size=1,
+    model={{"num_layers": 2, "base_filters": 2, "base_kernels": (3, 3)}},
+    prediction_images=0,
+    tensorboard=False,
+    on_event=on_event,
+)
+print(run.status, len(run.history))
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # Jupyter's own
+def test_an_interrupt_of_the_kernel_saves_and_the_cell_resumes(
+    discs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path))
+    try:
+        sent = client.execute(CELL.format(data=discs, epochs=100_000))
+        while not (tmp_path / "step").exists():
+            time.sleep(0.1)
+        manager.interrupt_kernel()
+        message = client.get_shell_msg(timeout=300)
+        while message["parent_header"]["msg_id"] != sent:
+            message = client.get_shell_msg(timeout=300)
+        reply = message["content"]
+        assert (reply["status"], reply.get("ename")) == ("error", "StoppedError"), reply
+        assert "stopped and saved at epoch" in reply["evalue"]
+        outcome = tmp_path / "runs" / "a" / "outcome.json"
+        assert not outcome.exists()
+        saved = int(re.search(r"epoch (\d+)", reply["evalue"])[1])  # type: ignore[index]
+        # The same process goes on, also with fewer epochs than it was begun with.
+        reply = client.execute_interactive(
+            CELL.format(data=discs, epochs=saved + 1), timeout=300, output_hook=lambda message: None
+        )["content"]
+        assert reply["status"] == "ok", reply
+        found = json.loads(outcome.read_text())
+        assert (found["status"], found["epochs"]) == ("finished", saved + 1)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
