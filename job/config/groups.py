@@ -52,7 +52,7 @@ class ModelConfig(Settings):
     )
     normalization_momentum: float = option(
         0.99,
-        "Batch normalisation: weight of the old running statistics at each step; lower it for "
+        "Batch normalisation: share of the old running statistics kept at each step; lower it for "
         "runs of few steps.",
         gt=0,
         lt=1,
