@@ -324,7 +324,7 @@ def test_infer_by_one_window_writes_the_masks_of_a_plain_pass(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--ensemble", "TILES"], "geometry tile, but"),
+        (["--ensemble", "TILES"], "geometry is tile, but"),
         (["--ensemble", "MISSING"], "no run here"),
         (["--ensemble", "RUN"], "give --output"),
         (["--output", "RUN"], "has files that are not of an evaluation"),
