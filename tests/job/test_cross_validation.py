@@ -313,7 +313,9 @@ def check_pools_only_the_cases_of_the_folds(
     output = ("--output", str(runs / "cv-fold-1" / "evaluation"))
     # Of three folds one trains: what trained fold 2 is evaluated by fold 1, case by case.
     evaluate("--split", "train", *output, run="cv-fold-2")
-    with pytest.raises(UsageError, match=r"cv-fold-1/evaluation: evaluates the train split of a run, not its fold"):
+    with pytest.raises(
+        UsageError, match="cv-fold-1/evaluation: evaluates the train split of a run"
+    ):
         pool_folds(config)
     evaluate("--ensemble", str(runs / "cv-fold-0"), *output)
     alone = runs / "cv-fold-1" / "evaluation" / "summary.json"
