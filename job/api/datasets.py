@@ -19,6 +19,7 @@ from job.api.log import shown_log
 from job.api.options import PrepOptions
 from job.config import TrainConfig
 from job.data import dataset as datasets
+from job.data.folds import fold_words
 from job.data.pipeline import EpochPlan, make_batches
 from job.data.reader import RecordReader, read_sample
 from job.data.sampling import epoch_order
@@ -47,7 +48,8 @@ class Dataset:
 
     Attributes:
         url: its folder or gs:// URL.
-        splits: number of samples by split: "train", "valid", "test".
+        splits: number of samples by split: "train", "valid", "test". For the run of a fold,
+            `Run.open_dataset` returns the splits of that fold.
         classes: names of the classes by class id; 0 is the background.
         image_shape: (H, W, C) of every stored image.
         dtype: of the stored images, uint8 or uint16.
@@ -62,7 +64,7 @@ class Dataset:
         manifest = dataset.manifest
         self.url: str = dataset.url
         self.splits: Mapping[str, int] = {
-            name: info.num_samples for name, info in manifest.splits.items()
+            name: len(split) for name, split in dataset.splits.items()
         }
         self.classes: tuple[str, ...] = tuple(each.name for each in manifest.classes)
         self.image_shape: tuple[int, int, int] = (
@@ -76,7 +78,8 @@ class Dataset:
 
     def __repr__(self) -> str:
         splits = ", ".join(f"{count} {name}" for name, count in self.splits.items())
-        return f"<flexunet.Dataset {self.url}: {splits}, {self.image_shape} {self.dtype}>"
+        fold = "" if self._dataset.fold is None else f"{fold_words(self._dataset.fold)}: "
+        return f"<flexunet.Dataset {self.url}: {fold}{splits}, {self.image_shape} {self.dtype}>"
 
     @property
     def manifest(self) -> Manifest:
@@ -87,10 +90,15 @@ class Dataset:
     def samples(self) -> "pd.DataFrame":
         """A row for each sample, index `id`: split, group, filename, geometry, pixels_per_class.
 
-        The columns are those of `samples.parquet`.
+        The columns are those of `samples.parquet`. For the run of a fold, `split` is that of the
+        fold, and the test samples of the dataset, which no fold uses, are left out.
         """
         table = read_samples(open_store(self.url), self._dataset.manifest)
-        return table.to_pandas().set_index("id")
+        found = table.to_pandas().set_index("id")
+        if self._dataset.fold is not None:
+            found = found[found.index.isin(list(self._locations))]
+            found["split"] = [self._locations[sample][0] for sample in found.index]
+        return found
 
     def read(self, id: str) -> Sample:
         """Returns the stored image and mask of the sample `id`, an index of `samples`.

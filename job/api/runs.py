@@ -11,12 +11,13 @@ import numpy.typing as npt
 from flexunet.errors import UsageError
 from flexunet.json_files import read_json
 from flexunet.storage import NotFound, ObjectStore, open_store
-from job.api.datasets import Dataset, open_dataset
+from job.api.datasets import Dataset
 from job.api.keywords import StrPath, path_text, settings_of
 from job.api.log import shown_log
 from job.api.options import ImageOptions
 from job.api.prediction import ArrayPredictor, Prediction, open_array_predictor
 from job.config import TrainConfig
+from job.data.folds import open_folded
 from job.inference.inputs import open_images, select_images
 from job.inference.options import ImageConfig
 from job.runs import loading
@@ -109,10 +110,20 @@ class Run:
     def open_dataset(self) -> Dataset:
         """Returns the dataset on which the run was trained, from where it was then.
 
+        The run of fold k has the splits of its fold: "test" is fold k, "valid" is fold k + 1, and
+        "train" has the others.
+
         Raises:
-            UsageError: there is none any more.
+            UsageError: there is none any more, or another dataset is there now.
         """
-        return open_dataset(str(self.config.data))
+        dataset = open_folded(self.config)
+        loading.check_dataset(
+            self._run,
+            dataset,
+            "bring it back there; `flexunet.open_dataset` opens it at another place, with the "
+            "plain splits",
+        )
+        return Dataset(dataset)
 
     def load_model(self, checkpoint: Literal["best", "last"] = "best") -> "keras.Model":
         """Returns a Keras model: stored pixels in, probabilities out.

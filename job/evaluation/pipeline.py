@@ -29,6 +29,7 @@ from job.reporting.phrases import checkpoint_words
 from job.runs.loading import (
     EnsembleMember,
     TrainedRun,
+    check_dataset,
     ensemble_member,
     load_model,
     open_ensemble,
@@ -299,11 +300,9 @@ def dataset_of(run: TrainedRun, url: str | None, others: Sequence[TrainedRun] = 
                 f"{each.store.url}: was trained on another dataset than {run.store.url} and may "
                 "have seen the evaluated images; leave it out"
             )
-    if dataset.digest != run.dataset_digest:
-        raise UsageError(
-            f"{dataset.url}: not the dataset of this run (sha256 of the manifest "
-            f"{dataset.digest[:12]}, of the run {run.dataset_digest[:12]}). A run can be evaluated "
-            f"only on the dataset that it was trained on, {run.config.data}; give --data only if "
-            "that dataset has moved"
-        )
+    remedy = (
+        f"a run can be evaluated only on the dataset that it was trained on, {run.config.data}; "
+        "give --data only if that dataset has moved"
+    )
+    check_dataset(run, dataset, remedy)
     return dataset

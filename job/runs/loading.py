@@ -15,6 +15,7 @@ from flexunet.progress import Heartbeat, no_heartbeat
 from flexunet.settings import read_yaml
 from flexunet.storage import NotFound, ObjectStore, open_store
 from job.config import TrainConfig, stored_config
+from job.data.dataset import Dataset
 from job.models.compatibility import image_shape, num_outputs
 from job.runs import serialization
 from job.runs.checkpoints import (
@@ -58,6 +59,22 @@ def open_run(run_url: str) -> TrainedRun:
     data = store.get(MANIFEST_NAME)  # an exact copy of that of the dataset
     manifest = parse_manifest(data, f"{store.url}/{MANIFEST_NAME}")
     return TrainedRun(store, config, manifest, hashlib.sha256(data).hexdigest())
+
+
+def check_dataset(run: TrainedRun, dataset: Dataset, remedy: str) -> None:
+    """Refuses a dataset on which `run` was not trained.
+
+    Args:
+        remedy: what to do instead, for the error message.
+
+    Raises:
+        UsageError: names both digests.
+    """
+    if dataset.digest != run.dataset_digest:
+        raise UsageError(
+            f"{dataset.url}: not the dataset of this run (sha256 of the manifest "
+            f"{dataset.digest[:12]}, of the run {run.dataset_digest[:12]}); {remedy}"
+        )
 
 
 def _no_run(store: ObjectStore) -> UsageError:
