@@ -1,6 +1,5 @@
 """A trained run in Python: its numbers, its weights, and what it predicts."""
 
-import io
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
@@ -8,20 +7,21 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 import numpy as np
 import numpy.typing as npt
 
-from flexunet.errors import UsageError
+from flexunet.errors import ContentError, UsageError
 from flexunet.json_files import read_json
-from flexunet.storage import NotFound, ObjectStore, open_store
+from flexunet.storage import ObjectStore, open_store
 from job.api.datasets import Dataset
 from job.api.keywords import StrPath, path_text, settings_of
 from job.api.log import shown_log
 from job.api.options import ImageOptions
 from job.api.prediction import ArrayPredictor, Prediction, open_array_predictor
+from job.api.tables import read_frame
 from job.config import TrainConfig
 from job.data.folds import open_folded
 from job.inference.inputs import open_images, select_images
 from job.inference.options import ImageConfig
 from job.runs import loading
-from job.runs.layout import evaluate_again
+from job.runs.layout import RESTORE
 from job.runs.status import run_status
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Image = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+_EVALUATE_AGAIN = "evaluate the run again: flexunet.evaluate(run)"
 
 
 class EvaluationSummary(dict[str, Any]):
@@ -47,16 +49,21 @@ class EvaluationSummary(dict[str, Any]):
 
     @property
     def cases(self) -> "pd.DataFrame":
-        """A row for each case, index `id`: the columns of `per_case.csv`."""
-        import pandas as pd
+        """A row for each case, index `id`: the columns of `per_case.csv`.
 
-        data = open_store(self.url).get("per_case.csv")
-        return pd.read_csv(io.BytesIO(data), dtype={"id": str, "group": str}).set_index("id")
+        Raises:
+            ContentError: the file is missing or damaged.
+        """
+        store = open_store(self.url)
+        if store.stat("per_case.csv") is None:
+            raise ContentError(f"{store.url}/per_case.csv: is missing; {_EVALUATE_AGAIN}")
+        names = ("id", "filename", "group")
+        return read_frame(store, "per_case.csv", _EVALUATE_AGAIN, index="id", text=names)
 
 
 def read_evaluation(store: ObjectStore) -> EvaluationSummary | None:
     """Returns the summary of the evaluation in the folder `store`; None: there is none."""
-    values = read_json(store, "summary.json", evaluate_again(store))
+    values = read_json(store, "summary.json", _EVALUATE_AGAIN)
     return None if values is None else EvaluationSummary(values, store.url)
 
 
@@ -91,16 +98,13 @@ class Run:
         """A row for each finished epoch, index `epoch` from 1: `loss`, `val_loss` and others.
 
         The columns are those of `metrics/history.csv`, which counts epochs from 0.
-        """
-        import pandas as pd
 
-        try:
-            data = self._run.store.get("metrics/history.csv")
-        except NotFound:
-            data = b"epoch\n"
-        table = pd.read_csv(io.BytesIO(data))
-        table["epoch"] += 1
-        return table.set_index("epoch")
+        Raises:
+            ContentError: the file is damaged.
+        """
+        table = read_frame(self._run.store, "metrics/history.csv", RESTORE, index="epoch")
+        table.index += 1
+        return table
 
     @property
     def summary(self) -> EvaluationSummary | None:

@@ -1,10 +1,12 @@
 """What `flexunet.Run` and its tables return for datasets and files that have changed."""
 
+import math
 from pathlib import Path
 
 import pytest
 
 import flexunet
+from flexunet.tables import csv_table
 from job.config import TrainConfig
 from job.data.folds import fold_of
 from job.runs import loading
@@ -48,3 +50,47 @@ def test_another_dataset_in_the_place_of_that_of_the_run_is_refused(
     other = prepare_discs(tmp_path, num_images=16)
     with pytest.raises(flexunet.UsageError, match=r"not the dataset of this run .*open_dataset"):
         with_options(trained_run, data=other).open_dataset()
+
+
+def test_the_tables_have_names_as_written_and_numbers_as_numbers(own_run: Path) -> None:
+    run = flexunet.open_run(own_run)
+    names = ["-a", "NA", "null", "None", "'b", "007"]
+    rows = [(name, f"{name}.png", name, None if name == "NA" else 0.5, 3) for name in names]
+    columns = ["id", "filename", "group", "dice_mass", "tp_px_mass"]
+    (own_run / "evaluation" / "per_case.csv").write_text(csv_table(columns, rows))
+    assert run.summary is not None
+    cases = run.summary.cases
+    assert list(cases.index) == list(cases["group"]) == names
+    assert list(cases["filename"]) == [f"{name}.png" for name in names]
+    assert math.isnan(cases.loc["NA", "dice_mass"])
+    assert cases["dice_mass"].count() == 5
+    assert cases["tp_px_mass"].dtype == int
+    (own_run / "metrics" / "history.csv").write_text("epoch,loss\n0,0.5\n1,\n")
+    assert run.history["loss"].count() == 1
+    (own_run / "metrics" / "history.csv").unlink()
+    assert list(run.history.index) == []
+    assert run.history.index.name == "epoch"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("evaluation/per_case.csv", "id,group,dice_mass\na,b,0.5\nc"),
+        ("evaluation/per_case.csv", "id,group,dice_mass\na,b,0.5x\n"),
+        ("evaluation/per_case.csv", None),
+        ("evaluation/per_case.csv", 'id,group\n"a'),
+        ("metrics/history.csv", "epoch,loss\n0,0.5\nx,\n"),
+        ("metrics/history.csv", "loss\n0.5\n"),
+        ("metrics/history.csv", "epoch,loss\n0\n1,0.5\n"),
+    ],
+)
+def test_a_damaged_table_is_a_content_error_with_a_remedy(
+    file: str, text: str | None, own_run: Path
+) -> None:
+    run = flexunet.open_run(own_run)
+    assert run.summary is not None
+    (own_run / file).unlink()
+    if text is not None:
+        (own_run / file).write_text(text)
+    with pytest.raises(flexunet.ContentError, match=rf"{file}: .*; .*(restore|evaluate)"):
+        _ = run.summary.cases if "case" in file else run.history
