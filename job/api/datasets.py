@@ -43,6 +43,11 @@ class Sample(NamedTuple):
     mask: npt.NDArray[np.uint8]
 
 
+def _sample_of(batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns image and mask of a batch of one."""
+    return batch["image"][0], batch["mask"][0]
+
+
 class Dataset:
     """A dataset that `prepare` made; `open_dataset` returns it.
 
@@ -109,6 +114,12 @@ class Dataset:
             UsageError: there is no such sample.
             ContentError: its record is damaged or missing.
             StorageError: storage is unavailable.
+
+        Examples:
+            >>> name = dataset.samples.index[0]
+            >>> sample = dataset.read(name)
+            >>> sample.image.shape, sample.image.dtype, sample.mask.shape
+            ((32, 32, 1), dtype('uint8'), (32, 32))
         """
         found = self._locations.get(id)
         if found is None:
@@ -145,6 +156,12 @@ class Dataset:
             UsageError: the dataset has no sample in `split`.
             ContentError: a shard is missing. A record that is damaged is an error of TensorFlow
                 when it is read; its text says which.
+
+        Examples:
+            >>> batches = dataset.as_tf_dataset("train", shuffle=True, epoch=1).batch(4)
+            >>> images, masks = next(iter(batches))
+            >>> tuple(images.shape), tuple(masks.shape)
+            ((4, 32, 32, 1), (4, 32, 32))
         """
         from job.distributed.runtime import import_tensorflow
 
@@ -157,7 +174,7 @@ class Dataset:
             )
         plan = EpochPlan(order[:, np.newaxis], seed, epoch - 1)
         batches = make_batches(self._dataset, self._reader(split, cache), plan)
-        samples = batches.map(lambda batch: (batch["image"][0], batch["mask"][0]))
+        samples = batches.map(tf.autograph.experimental.do_not_convert(_sample_of))
         return samples.apply(tf.data.experimental.assert_cardinality(len(order)))
 
     @functools.cached_property
@@ -187,6 +204,13 @@ def open_dataset(url: StrPath) -> Dataset:
         UsageError: there is no dataset, or it was made by a later version.
         ContentError: it is damaged.
         StorageError: storage is unavailable.
+
+    Examples:
+        >>> dataset = flexunet.open_dataset("dataset")
+        >>> dataset.splits, dataset.classes
+        ({'train': 12, 'valid': 4, 'test': 4}, ('background', 'mass'))
+        >>> sorted(dataset.samples["split"].unique())
+        ['test', 'train', 'valid']
     """
     return Dataset(datasets.open_dataset(path_text(url)))
 
@@ -213,6 +237,13 @@ def prepare(
             holds another dataset.
         ContentError: a file is bad or splits share a group; nothing was committed.
         StorageError: storage is unavailable, unwritable or full; the same call continues.
+
+    Examples:
+        >>> flexunet.prepare("source", "dataset", image_size=32, fractions=(0.6, 0.2, 0.2)).splits
+        {'train': 12, 'valid': 4, 'test': 4}
+        >>> flexunet.prepare("source", "dataset", img_size=32)
+        Traceback (most recent call last):
+        flexunet.errors.UsageError: ... unknown option 'img_size'; did you mean 'image_size'?
     """
     config = settings_of("prepare", PrepConfig, options, ("source", "output"))
     with shown_log(progress):

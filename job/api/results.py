@@ -32,6 +32,13 @@ def evaluate(run: Run | StrPath, **options: Unpack[EvaluateOptions]) -> Evaluati
             own was.
         ContentError: the dataset or the checkpoint is damaged.
         StorageError: storage is unavailable or full.
+
+    Examples:
+        >>> summary = flexunet.evaluate("runs/first", split="valid", flips="both")
+        >>> sorted(summary["foreground_mean"])
+        ['dice', 'iou', 'sensitivity', 'specificity']
+        >>> len(summary.cases)
+        4
     """
     config = settings_of("evaluate", EvaluateConfig, options, ("run",))
     with shown_log(config.progress):
@@ -63,6 +70,13 @@ def infer(
         UsageError: an option is unknown or wrong, there is no run or no image, or `output` holds
             masks of another run or of other images.
         StorageError: storage is unavailable or full; the same call continues.
+
+    Examples:
+        >>> result = flexunet.infer("runs/first", "source/images", "masks")
+        >>> result.num_written, len(result.masks), result.unreadable
+        (20, 20, ())
+        >>> flexunet.infer("runs/first", "source/images/disc-00.png", "masks").num_kept
+        1
     """
     config = settings_of("infer", InferConfig, options, ("run", "images", "output"))
     target = None if output is None else path_text(output)
@@ -82,6 +96,10 @@ def write_report(run: Run | StrPath) -> str:
         UsageError: there is neither.
         ContentError: a file of the run is damaged.
         StorageError: storage is unavailable or full.
+
+    Examples:
+        >>> flexunet.write_report("runs/first").rpartition("/")[2]
+        'report.html'
     """
     return html_report.write_report(open_store(_url_of(run)))
 

@@ -144,6 +144,14 @@ class Run:
         Raises:
             UsageError: no epoch has ended, so no checkpoint is the best.
             ContentError: the checkpoint is damaged.
+
+        Examples:
+            >>> model = run.load_model()
+            >>> model.input_shape, model.output_shape
+            ((None, 32, 32, 1), (None, 32, 32, 2))
+            >>> images, masks = next(iter(run.open_dataset().as_tf_dataset("test").batch(4)))
+            >>> tuple(model(images).shape)
+            (4, 32, 32, 2)
         """
         from job.distributed.runtime import import_tensorflow
 
@@ -198,6 +206,16 @@ class Run:
             UsageError: an option is unknown or wrong, an array is no image, or no image is there.
             ContentError: an image cannot be read; `infer` lists such images and does the others.
             StorageError: storage is unavailable.
+
+        Examples:
+            >>> import numpy as np
+            >>> run.predict(np.zeros((40, 50), np.uint8)).shape
+            (40, 50)
+            >>> mask, probabilities = run.predict("source/images/disc-00.png", probabilities=True)
+            >>> mask.shape, probabilities.shape
+            ((32, 32), (32, 32, 2))
+            >>> len(dict(run.predict("source/images", flips="both")))
+            20
         """
         config = settings_of("Run.predict", ImageConfig, options, ("image",))
         with shown_log(False):
@@ -247,5 +265,10 @@ def open_run(url: StrPath) -> Run:
         UsageError: there is no run, or it has no checkpoint yet.
         ContentError: one of its files is damaged.
         StorageError: storage is unavailable.
+
+    Examples:
+        >>> run = flexunet.open_run("runs/first")
+        >>> run.config.epochs, len(run.history), run.summary["num_cases"]
+        (1, 1, 4)
     """
     return Run(loading.open_run(path_text(url)))

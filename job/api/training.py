@@ -57,6 +57,18 @@ def train(
         StorageError: storage is unavailable or full; the same call resumes.
         StoppedError: it was stopped; a checkpoint is stored.
         DivergedError: the loss became NaN or infinite.
+
+    Examples:
+        >>> def show(event):
+        ...     if isinstance(event, flexunet.EpochEnded):
+        ...         print(event.epoch, sorted(event.metrics)[-1], event.metrics["val_loss"] > 0)
+        >>> options = {"epochs": 1, "model": {"num_layers": 2}}
+        >>> run = flexunet.train(
+        ...     data="dataset", output="runs", name="first", on_event=show, **options
+        ... )
+        1 val_loss True
+        >>> run.status
+        'finished'
     """
     values = keyword_values("train", TrainConfig, options, ("config",))
     flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}

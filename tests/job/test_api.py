@@ -4,6 +4,7 @@ import functools
 import operator
 import os
 import signal
+import time
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -199,6 +200,44 @@ def test_ctrl_c_and_an_error_of_on_event_store_a_checkpoint_first(
     assert (start.num_epochs_done, start.attempt) == (0, 2)
     steps = [each.step for each in events if isinstance(each, flexunet.StepEnded)]
     assert steps == [3]
+
+
+def test_a_second_ctrl_c_ends_at_once_without_a_checkpoint(
+    dataset_url: str, tmp_path: Path
+) -> None:
+    events: list[flexunet.Event] = []
+
+    def on_event(event: flexunet.Event) -> None:
+        events.append(event)
+        if isinstance(event, flexunet.StepEnded):
+            interrupt()
+            interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset_url, tmp_path, on_event=on_event)
+    assert [type(each) for each in events] == [
+        flexunet.TrainingStarted,
+        flexunet.StepEnded,
+        flexunet.TrainingEnded,
+    ]
+    assert events[-1] == flexunet.TrainingEnded("failed")
+    with pytest.raises(flexunet.UsageError, match="no checkpoint yet"):
+        flexunet.open_run(tmp_path / "a")
+
+
+def test_a_stall_is_an_error_of_the_log_and_does_not_end_the_process(
+    dataset_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def on_event(event: flexunet.Event) -> None:
+        if isinstance(event, flexunet.StepEnded) and event.step == 2:
+            time.sleep(2)
+
+    run = train(dataset_url, tmp_path, on_event=on_event, step_timeout=0.2)
+    assert run.status == "finished"
+    (line,) = [each for each in caplog.messages if "if training does not go on" in each]
+    (stacks,) = (tmp_path / "a" / "stacks").iterdir()
+    assert str(stacks) in line
+    assert "in on_event" in stacks.read_text()
 
 
 def test_an_error_of_on_event_at_the_end_is_raised_of_a_finished_run(
