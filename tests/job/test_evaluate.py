@@ -331,13 +331,13 @@ def test_evaluate_says_which_checkpoint_it_took(
     # A later `train` shows this one too, as the report does.
     show_end(outcome, str(own_run))
     printed = capsys.readouterr().out
-    assert "test split: 4 cases, the last checkpoint" in " ".join(printed.split())
+    assert "test split: 4 images, the last checkpoint" in " ".join(printed.split())
     write_report(open_store(str(own_run)))
-    assert "by the last checkpoint, after 5 epochs" in (own_run / "report.html").read_text()
+    assert "with the last checkpoint, after 5 epochs" in (own_run / "report.html").read_text()
     (own_run / "outcome.json").unlink()
     caplog.clear()
     evaluate(own_run)
-    assert "it is being trained, or its process was killed" in caplog.messages[0]
+    assert "it is still training, or its process was killed" in caplog.messages[0]
 
 
 def commit_weights(folder: Path, staging: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
