@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,8 @@ from job.inference.prediction import (
     predict_all,
     probabilities_at_source,
 )
-from job.runs.loading import open_ensemble
+from job.runs.checkpoints import find_checkpoints
+from job.runs.loading import EnsembleMember, TrainedRun, open_ensemble
 
 logger = logging.getLogger(__name__)
 
@@ -121,16 +122,48 @@ class ArrayPredictor:
         return warning is not None
 
 
-def open_array_predictor(urls: Sequence[str], config: ImageConfig) -> ArrayPredictor:
-    """Returns the network of these runs together; TensorFlow is imported here.
+class PredictorCache:
+    """Keeps the network of the latest call: one ensemble, in the memory of the device."""
 
-    Raises:
-        UsageError: runs that do not go together, or options that do not fit them.
-        ContentError: a checkpoint is damaged.
-    """
-    runs = open_ensemble(urls)
-    manifest, overlap = runs[0].manifest, overlap_of(runs[0], config)
-    members = find_members(runs, config.checkpoint)
-    min_pixels = min_pixels_of(config, manifest, members, overlap)
-    predictor = load_predictor(members, config.flips, needs_gpu=config.needs_gpu)
-    return ArrayPredictor(predictor, config, overlap, min_pixels)
+    def __init__(self) -> None:
+        """Holds nothing until the first call of `open`."""
+        self._runs: tuple[tuple[str, ...], tuple[TrainedRun, ...]] | None = None
+        self._members: tuple[Any, tuple[EnsembleMember, ...]] | None = None
+        self._network: tuple[Any, Predictor] | None = None
+
+    def open(self, urls: Sequence[str], config: ImageConfig) -> ArrayPredictor:
+        """Returns the network of these runs together; TensorFlow is imported here.
+
+        Loads weights only if the checkpoints or `flips` differ from the call before.
+
+        Raises:
+            UsageError: runs that do not go together, or options that do not fit them.
+            ContentError: a checkpoint is damaged.
+        """
+        runs = self._open_runs(tuple(urls))
+        manifest, overlap = runs[0].manifest, overlap_of(runs[0], config)
+        members = self._find_members(runs, config.checkpoint)
+        min_pixels = min_pixels_of(config, manifest, members, overlap)
+        return ArrayPredictor(self._load(members, config), config, overlap, min_pixels)
+
+    def _open_runs(self, urls: tuple[str, ...]) -> tuple[TrainedRun, ...]:
+        if self._runs is None or self._runs[0] != urls:
+            self._runs = urls, open_ensemble(urls)
+        return self._runs[1]
+
+    def _find_members(
+        self, runs: Sequence[TrainedRun], checkpoint: Literal["best", "last"]
+    ) -> tuple[EnsembleMember, ...]:
+        # A list of names tells whether training stored another checkpoint since.
+        key = checkpoint, [(run.store.url, find_checkpoints(run.store)) for run in runs]
+        if self._members is None or self._members[0] != key:
+            self._members = key, find_members(runs, checkpoint)
+        return self._members[1]
+
+    def _load(self, members: tuple[EnsembleMember, ...], config: ImageConfig) -> Predictor:
+        key = members, config.flips, config.needs_gpu
+        if self._network is None or self._network[0] != key:
+            self._network = None  # frees its memory before the next one needs some
+            predictor = load_predictor(members, config.flips, needs_gpu=config.needs_gpu)
+            self._network = key, predictor
+        return self._network[1]

@@ -14,7 +14,7 @@ from job.api.datasets import Dataset
 from job.api.keywords import StrPath, path_text, settings_of
 from job.api.log import shown_log
 from job.api.options import ImageOptions
-from job.api.prediction import ArrayPredictor, Prediction, open_array_predictor
+from job.api.prediction import ArrayPredictor, Prediction, PredictorCache
 from job.api.tables import read_frame
 from job.config import TrainConfig
 from job.data.folds import open_folded
@@ -80,7 +80,7 @@ class Run:
     def __init__(self, run: loading.TrainedRun) -> None:
         """Wraps an opened run; call `open_run`."""
         self._run = run
-        self._predictors: dict[ImageConfig, ArrayPredictor] = {}
+        self._predictors = PredictorCache()
         self._has_warned = False
         self.url: str = run.store.url
         self.config: TrainConfig = run.config
@@ -189,7 +189,8 @@ class Run:
     ) -> Any:
         """Returns the mask of an image at its own size, as `infer` writes it.
 
-        The weights are loaded by the first call and stay in memory.
+        The first call loads the weights. They stay in memory until a call with another checkpoint,
+        `ensemble` or `flips` loads others; `checkpoint="last"` is the newest at each call.
 
         Args:
             image: an array (h, w), (h, w, 1) or (h, w, 3) of uint8 or uint16 (RGB, pixels as an
@@ -249,10 +250,7 @@ class Run:
         return ((image.name, mask) for image, mask in predictor.predict(found))
 
     def _predictor(self, config: ImageConfig) -> ArrayPredictor:
-        if config not in self._predictors:
-            urls = [self.url, *config.ensemble]
-            self._predictors[config] = open_array_predictor(urls, config)
-        return self._predictors[config]
+        return self._predictors.open([self.url, *config.ensemble], config)
 
 
 def open_run(url: StrPath) -> Run:

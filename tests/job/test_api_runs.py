@@ -1,15 +1,22 @@
 """What `flexunet.Run` and its tables return for datasets and files that have changed."""
 
 import math
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import flexunet
 from flexunet.tables import csv_table
+from job.api import prediction
 from job.config import TrainConfig
 from job.data.folds import fold_of
+from job.inference.prediction import Predictor, load_predictor
+from job.models.flips import Flips
 from job.runs import loading
+from job.runs.loading import EnsembleMember
 from tests.job.discs import prepare_discs
 
 
@@ -94,3 +101,27 @@ def test_a_damaged_table_is_a_content_error_with_a_remedy(
         (own_run / file).write_text(text)
     with pytest.raises(flexunet.ContentError, match=rf"{file}: .*; .*(restore|evaluate)"):
         _ = run.summary.cases if "case" in file else run.history
+
+
+def test_weights_are_loaded_again_only_for_other_weights(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[tuple[list[str], str]] = []
+
+    def load(members: Sequence[EnsembleMember], flips: Flips, *, needs_gpu: bool) -> Predictor:
+        loads.append(([member.checkpoint for member in members], flips))
+        return load_predictor(members, flips, needs_gpu=needs_gpu)
+
+    monkeypatch.setattr(prediction, "load_predictor", load)
+    image = np.zeros((20, 30), np.uint8)
+    run = flexunet.open_run(own_run)
+    newest, kept = sorted((own_run / "checkpoints").glob("step-*/a*"))[-1], own_run / "kept"
+    shutil.move(newest, kept)  # as before the end of the last epoch
+    for options in ({}, {"max_pixels": 10_000}, {"full_scale": 4095}, {"batch_size": 2}):
+        run.predict(image, checkpoint="last", **options)
+    assert len(loads) == 1
+    shutil.move(kept, newest)
+    run.predict(image, checkpoint="last")
+    assert [name for (name,), _ in loads][1] == str(newest.relative_to(own_run))
+    run.predict(image, checkpoint="last", flips="both")
+    assert [flips for _, flips in loads] == ["none", "none", "both"]
