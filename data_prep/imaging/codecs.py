@@ -16,7 +16,6 @@ Decoding rules, the same for images and masks:
 
 import io
 import struct
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.imaging.pixels import Pixels
+from data_prep.imaging.quiet import quiet_pillow
 from data_prep.imaging.tiff import (
     PALETTE,
     RGB,
@@ -151,8 +151,7 @@ def _decoding(data: bytes, *, name: str) -> Iterator[None]:
     from PIL import UnidentifiedImageError
 
     # Pillow warns of odd but harmless tags; it raises an error if the pixels are damaged.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+    with quiet_pillow():
         try:
             yield
         except (ContentError, MemoryError):

@@ -13,8 +13,6 @@ annotations or storage, or on the format of compressed frames.
 """
 
 import io
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from data_prep.imaging.dicom.preamble import (
     is_dicom,
     with_preamble,
 )
+from data_prep.imaging.quiet import quiet_pydicom
 from flexunet.errors import ContentError
 
 if TYPE_CHECKING:
@@ -98,25 +97,25 @@ def read_dicom(
             raise ContentError(f"{name}: not a DICOM file: {describe_other(data)}")
         has_syntax = has_meta(data)
         data = with_preamble(data)
-    dataset, codec = _parsed(data, name)
-    if not has_syntax:
-        _refuse_unknown_compression(dataset, name)
-    _check_kind(dataset, name)
-    _check_size(dataset, len(data), name, max_pixels, is_compressed=codec is not None)
-    is_inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
-    pixels = _pixels_of(dataset, codec, name, reader)
-    value_max = 2 ** int(dataset.BitsStored) - 1
-    if is_inverted:
-        pixels = pixels.dtype.type(value_max) - pixels
-    return Radiograph(pixels[:, :, np.newaxis], value_max, _spacing_of(dataset, name))
+    # Invalid values are rejected or not used; a warning would quote them.
+    with quiet_pydicom():
+        dataset, codec = _parsed(data, name)
+        if not has_syntax:
+            _refuse_unknown_compression(dataset, name)
+        _check_kind(dataset, name)
+        _check_size(dataset, len(data), name, max_pixels, is_compressed=codec is not None)
+        is_inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+        pixels = _pixels_of(dataset, codec, name, reader)
+        value_max = 2 ** int(dataset.BitsStored) - 1
+        if is_inverted:
+            pixels = pixels.dtype.type(value_max) - pixels
+        return Radiograph(pixels[:, :, np.newaxis], value_max, _spacing_of(dataset, name))
 
 
 def _parsed(data: bytes, name: str) -> tuple["FileDataset", Codec | None]:
     """Returns the necessary elements, and the codec, which is None for uncompressed pixels."""
     import pydicom
 
-    # Invalid values are rejected later or not used; a warning would quote them.
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     with _parsing(name):
         # Only the meta information of a deflated file may be read: it may decompress endlessly.
         file = io.BytesIO(data[SIGNATURE_BYTES:])
@@ -166,15 +165,11 @@ def _why_refused(syntax: str) -> str:
 @contextmanager
 def _parsing(name: str) -> Iterator[None]:
     """Converts any error of pydicom into a ContentError that quotes nothing of the file."""
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except (ContentError, MemoryError):
         raise
-    # pydicom raises KeyError, ValueError, struct.error, EOFError and more; these, its warnings and
-    # its log quote values.
+    # pydicom raises KeyError, ValueError, struct.error, EOFError and more; these quote values.
     except Exception:
         raise ContentError(f"{name}: damaged or incomplete DICOM file; replace it") from None
 
