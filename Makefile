@@ -1,4 +1,4 @@
-# These two commands need only Python 3.11 to 3.13 with venv, and a package index:
+# These two commands need only Python 3.11 to 3.13 with venv, and access to PyPI or a mirror:
 #   make demo    synthetic mammograms -> prep -> train -> evaluate -> infer
 #   make test    lint, format check, type check, tests
 

@@ -133,7 +133,7 @@ def test_links_and_anchors_lead_somewhere(site: Path) -> None:
     assert broken == []
 
 
-def test_nothing_is_loaded_from_a_network(site: Path) -> None:
+def test_nothing_is_loaded_from_the_internet(site: Path) -> None:
     for path in site.rglob("*.html"):
         addresses = [each for each in Html(path).resources if urlsplit(each).netloc]
         assert addresses == [], path

@@ -50,7 +50,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     # The lines of the log, the number of the last cells, and three figures.
     assert "epoch   5/5" in text
     assert "too late" not in text
-    found = re.search(r"55 steps, mean Dice of the test split: (0\.\d+)", text)
+    found = re.search(r"55 steps, foreground Dice of the test split: (0\.\d+)", text)
     assert found is not None
     assert float(found[1]) > 0.1
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
