@@ -5,10 +5,11 @@ images. A chunk may be predicted twice.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from flexunet.errors import ContentError
 from flexunet.process_pool import available_cores, in_order
 from flexunet.storage import Forbidden, ObjectStore, open_source, open_store
 from job.inference.inputs import OVERLAYS_FOLDER, mask_name, read_any
+from job.inference.mask_sources import MaskSource
 from job.inference.options import InferConfig
+from job.inference.outputs import OutputClaim
 from job.inference.postprocess import Ids
 from job.inference.prediction import (
     ModelImage,
@@ -43,6 +46,8 @@ class Chunk:
         members: the weights whose mean predicts.
         min_pixels: of each class but 0, at network size; smaller regions are removed.
         overlap: of windows, pixels; None if images are predicted whole.
+        record: how the masks of this call are made; None: nothing else writes the output.
+        sources: the images of the masks as recorded, by the name of the mask.
     """
 
     members: tuple[EnsembleMember, ...]
@@ -52,6 +57,8 @@ class Chunk:
     names: tuple[str, ...]
     min_pixels: tuple[int, ...]
     overlap: int | None
+    record: Mapping[str, Any] | None = None
+    sources: Mapping[str, MaskSource] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,12 +105,15 @@ def predict_images(
     num_waiting = 2 * config.batch_size if chunk.overlap is None else 1
     unreadable: list[tuple[str, str]] = []
     other_colors: list[str] = []
+    claim = OutputClaim(output, chunk.record, chunk.sources) if chunk.record is not None else None
 
     def read(name: str) -> ModelImage | tuple[str, str]:
         return _read_image(source, name, manifest, config)
 
     def write(task: tuple[ModelImage, np.ndarray]) -> None:
         image, found = task
+        if claim is not None:
+            claim.check_often()
         ids = mask_at_source(found, image.geometry, chunk.min_pixels)
         _write_mask(image, ids, manifest, output)
 

@@ -10,19 +10,20 @@ the call replaces: if the call is killed before it replaces the mask, the next c
 generation and predicts again.
 """
 
+import contextlib
 import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
-from flexunet.errors import StorageError
-from flexunet.storage import Forbidden, ObjectMeta, ObjectStore, PreconditionFailed
+from flexunet.storage import Forbidden, NotFound, ObjectMeta, ObjectStore, PreconditionFailed
 from flexunet.text import legible, pluralize
 from job.inference.inputs import OVERLAYS_FOLDER, mask_name
 
 logger = logging.getLogger(__name__)
 
+_RECORD_PREFIX = "inference-images-"
 _RECORD_NAME = re.compile(r"inference-images-([0-9]{6,12})\.json")
 _COLUMNS = ("image", "size", "generation", "crc32c", "old_mask")
 
@@ -81,6 +82,7 @@ def plan_masks(
     sources: Mapping[str, MaskSource],
     *,
     overwrite: bool,
+    is_other: bool = False,
 ) -> MaskPlan:
     """Selects the images to predict.
 
@@ -88,6 +90,7 @@ def plan_masks(
         objects: all objects of the folder of masks, by name.
         sources: the record of that folder, see `read_sources`.
         overwrite: predict all images.
+        is_other: the masks of that folder were made in another way, see `made_otherwise`.
     """
     todo, changed, unknown = [], [], []
     recorded: dict[str, MaskSource] = {}
@@ -109,9 +112,12 @@ def plan_masks(
         )
     gone = [name for name in sources if name not in recorded and name in objects]
     for name in gone:
-        # After --overwrite such a mask is of another run: out of date if its image comes back.
+        # A mask of another run is out of date if its image comes back.
         source, mask = sources[name], objects[name]
-        recorded[name] = replace(source, old_mask=mask.generation) if overwrite else source
+        recorded[name] = replace(source, old_mask=mask.generation) if is_other else source
+    if not is_other:
+        # Another call with the same run and options may be about to write these masks.
+        recorded = {**sources, **recorded}
     holds_masks = any(name in objects for name in recorded)
     return MaskPlan(tuple(todo), tuple(changed), tuple(unknown), tuple(gone), recorded, holds_masks)
 
@@ -140,14 +146,25 @@ def read_sources(output: ObjectStore, objects: Iterable[str]) -> dict[str, MaskS
 
     Args:
         objects: the names of all objects in `output`.
+
+    Raises:
+        NotFound: another call has deleted the record; list the objects again.
     """
     records = _records(objects)
     if not records:
         return {}
     try:
         return _parsed(output.get(records[-1]))
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         logger.warning("%s/%s: damaged, not used", output.url, records[-1])
+        return {}
+
+
+def newest_sources(output: ObjectStore) -> dict[str, MaskSource]:
+    """Returns the newest record in `output`, or an empty one if other calls replace it now."""
+    try:
+        return read_sources(output, [each.name for each in output.list(_RECORD_PREFIX)])
+    except NotFound:
         return {}
 
 
@@ -157,23 +174,24 @@ def write_sources(
     """Writes a new record and deletes older ones if the credentials allow it.
 
     Raises:
-        StorageError: another process wrote a record at the same time.
+        PreconditionFailed: another call wrote a record at the same time; plan again.
     """
     records = _records(objects)
     number = _number_of(records[-1]) + 1 if records else 1
     rows = {name: astuple(source) for name, source in sorted(sources.items())}
     lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
     text = f'{{"columns": {json.dumps(_COLUMNS)},\n"masks": {{\n' + ",\n".join(lines) + "\n}}\n"
-    try:
-        output.put(f"inference-images-{number:06d}.json", text.encode(), if_generation=0)
-    except PreconditionFailed as error:
-        raise StorageError(
-            f"{output.url}: another infer has begun to write here; wait until it ends, then run "
-            "the same command again"
-        ) from error
-    try:
-        for name in records:
+    name = f"inference-images-{number:06d}.json"
+    output.put(name, text.encode(), if_generation=0)
+    # The number is free again if other calls wrote it, then a higher one, and deleted it.
+    newest = _records(each.name for each in output.list(_RECORD_PREFIX))[-1:]
+    if newest and newest != [name]:
+        with contextlib.suppress(Forbidden):
             output.delete(name)
+        raise PreconditionFailed(f"{output.url}: another infer wrote {newest[0]} after {name}")
+    try:
+        for record in records:
+            output.delete(record)
     except Forbidden:
         logger.debug("%s: older records stay; these credentials may not delete", output.url)
 

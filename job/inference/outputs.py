@@ -2,15 +2,19 @@
 
 import json
 import logging
+import math
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from data_prep.sources.dicom_files import why_no_image
-from flexunet.errors import UsageError
+from flexunet.errors import StorageError, UsageError
 from flexunet.settings import flag_of
 from flexunet.storage import Forbidden, NotFound, ObjectStore
 from flexunet.tables import csv_table
 from flexunet.text import legible
+from job.inference.mask_sources import MaskSource, newest_sources
 from job.inference.options import InferConfig
 from job.runs.loading import EnsembleMember
 
@@ -33,6 +37,7 @@ _RECORDED = {
     "full_scale": "the dataset's",
 }
 _MAX_CHANGES = 3  # in a message
+_CHECK_S = 2.0  # between two checks of a claim
 
 
 def record_of(
@@ -83,10 +88,54 @@ def refuse_other_masks(
         )
 
 
+def made_otherwise(output: ObjectStore, record: Mapping[str, Any]) -> bool:
+    """Returns whether the masks in OUTPUT were made with other weights, images or options."""
+    return _read_record(output) != record
+
+
 def claim_output(output: ObjectStore, record: Mapping[str, Any]) -> None:
     """Writes the record of the masks in OUTPUT."""
     if _read_record(output) != record:
         output.put(RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+
+
+class OutputClaim:
+    """Notices that another call with another run or other options has begun to write into OUTPUT.
+
+    A call with the same run, images and options writes the same masks and takes over nothing.
+    """
+
+    def __init__(
+        self, output: ObjectStore, record: Mapping[str, Any], sources: Mapping[str, MaskSource]
+    ) -> None:
+        self._output, self._record, self._sources = output, record, sources
+        self._checked_at = -math.inf
+
+    def check_often(self) -> None:
+        """Like `check`, but at most every few seconds; for each mask."""
+        if time.monotonic() - self._checked_at >= _CHECK_S:
+            self.check()
+
+    def check(self) -> None:
+        """Checks that the newest records are those of this call, or agree with them.
+
+        Raises:
+            StorageError: they do not.
+        """
+        self._checked_at = time.monotonic()
+        is_taken = made_otherwise(self._output, self._record)
+        if not is_taken:
+            found = newest_sources(self._output)
+            is_taken = any(
+                name in found and replace(found[name], old_mask=0) != replace(source, old_mask=0)
+                for name, source in self._sources.items()
+            )
+        if is_taken:
+            raise StorageError(
+                f"{self._output.url}: another infer took over OUTPUT; masks of both may be in it: "
+                "when the other call has ended, run it again with --overwrite, and give this call "
+                "another OUTPUT"
+            )
 
 
 def _read_record(output: ObjectStore) -> dict[str, Any] | None:

@@ -7,9 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.shards.manifest import Manifest
+from flexunet.errors import StorageError
 from flexunet.process_pool import OpenWorkers
 from flexunet.progress import Progress
-from flexunet.storage import ObjectMeta, ObjectStore, join_url, open_store
+from flexunet.storage import (
+    NotFound,
+    ObjectMeta,
+    ObjectStore,
+    PreconditionFailed,
+    join_url,
+    open_store,
+)
 from job.inference.chunk import Chunk, ChunkResult, predict_chunk, predict_images
 from job.inference.inputs import (
     mask_name,
@@ -30,9 +38,11 @@ from job.inference.mask_sources import (
 )
 from job.inference.options import InferConfig
 from job.inference.outputs import (
+    OutputClaim,
     claim_output,
     list_passed_over,
     list_unreadable,
+    made_otherwise,
     record_of,
     refuse_other_masks,
 )
@@ -46,6 +56,8 @@ from job.inference.prediction import (
 from job.runs.loading import open_ensemble
 
 logger = logging.getLogger(__name__)
+
+_MAX_PLANS = 20  # that other calls may outrun
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,8 @@ def infer(
     record = record_of(members, source, config, min_pixels, overlap)
     plan, objects = _prepare_output(output, images, record, config)
     whole = Chunk(members, source.url, output.url, config, plan.todo, min_pixels, overlap)
+    sources = {name: plan.sources[name] for name in map(mask_name, plan.todo)}
+    whole = replace(whole, record=record, sources=sources)
     unreadable = _predict_all(whole, manifest, open_workers) if plan.todo else []
     if file is None:  # the tables are about all images
         list_unreadable(output, unreadable)
@@ -142,19 +156,46 @@ def _prepare_output(
     record: Mapping[str, Any],
     config: InferConfig,
 ) -> tuple[MaskPlan, Mapping[str, ObjectMeta]]:
-    """Writes the records of OUTPUT; returns what to predict and the earlier objects of OUTPUT."""
-    objects = {stat.name: stat for stat in output.list()}
-    sources = read_sources(output, objects)
-    plan = plan_masks(images, objects, sources, overwrite=config.overwrite)
-    is_continued = plan.holds_masks and not config.overwrite
-    refuse_other_masks(output, record, is_continued=is_continued)
+    """Writes the records of OUTPUT; returns what to predict and the earlier objects of OUTPUT.
+
+    Calls for single images may begin at once: each plans again after another has written a record.
+
+    Raises:
+        StorageError: other calls were first each time.
+    """
+    for _ in range(_MAX_PLANS):
+        try:
+            plan, objects = _write_plan(output, images, record, config)
+            break
+        except (PreconditionFailed, NotFound) as error:
+            problem = error
+    else:
+        raise StorageError(
+            f"{output.url}: another infer has begun to write here; wait until it ends, then run "
+            "the same command again"
+        ) from problem
     report_plan(output, plan)
-    # Write the record of images first: a call that is then killed keeps no mask of another run.
-    if plan.sources != sources:
-        write_sources(output, objects, plan.sources)
     claim_output(output, record)
     if not config.overlays:
         delete_outdated(output, objects, overlay_names(plan.todo))
+    return plan, objects
+
+
+def _write_plan(
+    output: ObjectStore,
+    images: Sequence[ObjectMeta],
+    record: Mapping[str, Any],
+    config: InferConfig,
+) -> tuple[MaskPlan, Mapping[str, ObjectMeta]]:
+    objects = {stat.name: stat for stat in output.list()}
+    sources = read_sources(output, objects)
+    is_other = config.overwrite and made_otherwise(output, record)
+    plan = plan_masks(images, objects, sources, overwrite=config.overwrite, is_other=is_other)
+    is_continued = plan.holds_masks and not config.overwrite
+    refuse_other_masks(output, record, is_continued=is_continued)
+    # Write the record of images first: a call that is then killed keeps no mask of another run.
+    if plan.sources != sources:
+        write_sources(output, objects, plan.sources)
     return plan, objects
 
 
@@ -177,6 +218,8 @@ def _predict_all(
     warning = color_warning(other_colors, manifest)
     if warning is not None:
         logger.warning("%s", warning)
+    if whole.record is not None:
+        OutputClaim(open_store(whole.output_url), whole.record, whole.sources).check()
     return [each for result in results for each in result.unreadable]
 
 
@@ -207,4 +250,6 @@ def _cut(whole: Chunk, num_workers: int) -> Iterator[Chunk]:
     num_batches = math.ceil(len(names) / batch_size)
     size = batch_size * min(8, math.ceil(num_batches / (4 * num_workers)))
     for start in range(0, len(names), size):
-        yield replace(whole, names=names[start : start + size])
+        part = names[start : start + size]
+        sources = {name: whole.sources[name] for name in map(mask_name, part)}
+        yield replace(whole, names=part, sources=sources)

@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,16 @@ import pytest
 
 from flexunet.errors import StorageError, UsageError
 from flexunet.process_pool import InlineExecutor, Workers
-from flexunet.storage import Forbidden, ObjectMeta, join_url, open_store
+from flexunet.storage import (
+    Forbidden,
+    NotFound,
+    ObjectMeta,
+    PreconditionFailed,
+    join_url,
+    open_store,
+)
 from job.infer import main
+from job.inference import chunk, mask_sources, pipeline
 from job.inference.mask_sources import MaskSource, plan_masks, read_sources, write_sources
 from job.inference.options import InferConfig
 from job.inference.pipeline import InferResult, infer
@@ -234,7 +242,16 @@ def test_masks_of_an_earlier_version_are_predicted_again(
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"{}", b"[]", b'{"masks": {"a.png": [1]}}', b'{"masks": 3}', b"\xff", b"[" * 9999],
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"masks": {"a.png": [1]}}',
+        b'{"masks": 3}',
+        b'{"masks": {"a.png": ["a", Infinity, 1, 1, 0]}}',
+        b"\xff",
+        b"[" * 9999,
+    ],
 )
 def test_a_damaged_record_is_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
@@ -295,8 +312,141 @@ def test_two_calls_that_begin_at_once_do_not_share_a_record(tmp_path: Path) -> N
     store = open_store(str(tmp_path))
     source = MaskSource("a.bmp", 1, 2, None, 0)
     write_sources(store, [], {"a.png": source})
-    with pytest.raises(StorageError, match="another infer has begun to write here; wait"):
+    with pytest.raises(PreconditionFailed):
         write_sources(store, [], {"a.png": source})
+
+
+def test_a_number_that_other_calls_used_and_deleted_is_not_taken_again(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    source = MaskSource("a.bmp", 1, 2, None, 0)
+    write_sources(store, [], {"a.png": source})
+    listed = ["inference-images-000001.json"]
+    write_sources(store, listed, {"b.png": source})
+    write_sources(store, [*listed, "inference-images-000002.json"], {"c.png": source})
+    with pytest.raises(PreconditionFailed, match=r"000003.json after inference-images-000002"):
+        write_sources(store, listed, {"d.png": source})
+    assert [each.name for each in store.list()] == ["inference-images-000003.json"]
+
+
+@contextmanager
+def interrupted(at: int, other: Callable[[], Any]) -> Iterator[Workers]:
+    """Yields workers that predict `at` images, then let another call run, then go on."""
+
+    class Interrupted(InlineExecutor):
+        def submit(self, *arguments: Any, **options: Any) -> Any:
+            nonlocal at
+            if at == 0:
+                other()
+            at -= 1
+            done = super().submit(*arguments, **options)
+            with suppress(StorageError):
+                done.result()
+            return done
+
+    yield Workers(Interrupted(), lambda: 1)
+
+
+OTHER = OVERWRITE.model_copy(update={"flips": "both"})
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_call_stops_if_another_run_takes_over_its_output(local_case: Case, at: int) -> None:
+    """At its next part, and also if the other call begins during the last part."""
+    case = local_case
+    case.put("a.bmp", "b.bmp", "c.bmp")
+    masks = {}
+
+    def other() -> None:
+        assert case.infer(OTHER) == (3, 0)
+        masks.update({each.name: each.generation for each in case.output.list()})
+
+    message = "another infer took over OUTPUT; .* run it again with --overwrite"
+    with pytest.raises(StorageError, match=message) as stopped:
+        case.infer(open_workers=lambda: interrupted(at, other))
+    assert stopped.value.exit_code == 5
+    assert {each.name: each.generation for each in case.output.list()} == masks
+    assert case.infer(OTHER.model_copy(update={"overwrite": False})) == (0, 3)
+
+
+def test_a_call_stops_if_another_one_begins_during_its_last_mask(
+    local_case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local_case.put("a.bmp")
+    put = chunk._put_mask
+    calls: list[str] = []
+
+    def late(*arguments: Any) -> None:
+        if not calls:
+            calls.append("other")
+            assert local_case.infer(OTHER) == (1, 0)
+        put(*arguments)
+
+    monkeypatch.setattr(chunk, "_put_mask", late)
+    with pytest.raises(StorageError, match="took over OUTPUT"):
+        local_case.infer()
+
+
+def test_calls_of_the_same_run_for_single_images_share_one_output(
+    local_case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = local_case
+    case.put("a.bmp", "b.bmp", "c.bmp")
+    run, images, output = case.arguments
+
+    def single(name: str) -> InferResult:
+        return infer(run, f"{images}/{name}.bmp", output, QUIET)
+
+    write = mask_sources.write_sources
+    begun: list[str] = []
+
+    def late(*arguments: Any) -> None:
+        if not begun:  # both have listed OUTPUT, and the other one is first
+            begun.append("b")
+            assert single("b").num_written == 1
+        write(*arguments)
+
+    monkeypatch.setattr(pipeline, "write_sources", late)
+    predict = pipeline._predict_all
+
+    def during(*arguments: Any) -> Any:
+        if "c" not in begun:
+            begun.append("c")
+            assert single("c").num_written == 1
+        return predict(*arguments)
+
+    monkeypatch.setattr(pipeline, "_predict_all", during)
+    assert single("a").num_written == 1
+    assert case.infer() == (0, 3)
+
+
+def test_a_call_that_others_always_outrun_ends_with_a_remedy(
+    local_case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local_case.put("a.bmp")
+
+    def outrun(*_: Any) -> None:
+        raise PreconditionFailed("exists")
+
+    monkeypatch.setattr(pipeline, "write_sources", outrun)
+    with pytest.raises(StorageError, match="another infer has begun to write here; wait"):
+        local_case.infer()
+
+
+def test_a_record_that_another_call_deletes_after_the_list_is_read_again(
+    local_case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local_case.put("a.bmp")
+    local_case.infer()
+    read, calls = mask_sources.read_sources, []
+
+    def deleted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise NotFound("inference-images-000001.json: no such file")
+        return read(*arguments)
+
+    monkeypatch.setattr(pipeline, "read_sources", deleted)
+    assert local_case.infer() == (0, 1)
 
 
 def test_the_record_of_many_images_is_small(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -58,7 +59,7 @@ def unchanged() -> Iterator[None]:
 
 
 def test_readers_in_threads_leave_nothing_changed_and_quote_nothing(
-    caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+    caplog: pytest.LogCaptureFixture, recwarn: Any
 ) -> None:
     dicom, image = dicom_with_invalid_values(), png()
 
