@@ -4,6 +4,9 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _PACKAGES = ("flexunet", "data_prep", "job")
 
@@ -23,6 +26,17 @@ def shown_log(is_shown: bool) -> Iterator[None]:
             yield
     finally:
         tensorflow.setLevel(level)
+
+
+def each_with_log(items: Iterator[T], is_shown: bool) -> Iterator[T]:
+    """Yields `items`, each made inside `shown_log`; between two, the log is the program's own."""
+    while True:
+        with shown_log(is_shown):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
 
 
 @contextmanager

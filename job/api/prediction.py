@@ -24,6 +24,7 @@ from job.inference.prediction import (
     overlap_of,
     predict_all,
     probabilities_at_source,
+    scale_warning,
 )
 from job.runs.checkpoints import find_checkpoints
 from job.runs.loading import EnsembleMember, TrainedRun, open_ensemble
@@ -113,13 +114,23 @@ class ArrayPredictor:
         manifest = self.predictor.manifest
         return model_image(pixels, manifest, self.config, name=name, value_max=value_max)
 
-    def warn_of_colors(self, image: ModelImage) -> bool:
-        """Warns where an image has other colours than the dataset; returns whether it did."""
-        names = [image.name] if image.has_other_colors else []
-        warning = color_warning(names, self.predictor.manifest)
-        if warning is not None:
-            logger.warning("%s", warning)
-        return warning is not None
+    def watched(self, images: Iterable[ModelImage], warned: set[str]) -> Iterator[ModelImage]:
+        """Yields `images`; warns once of windows and of other colours than in training.
+
+        Args:
+            warned: kinds of warnings that were given; this adds to them.
+        """
+        for image in images:
+            names = [image.name] if image.has_other_colors else []
+            manifest = self.predictor.manifest
+            for kind, warning in (
+                ("scale", scale_warning(self.config, manifest)),
+                ("colors", color_warning(names, manifest)),
+            ):
+                if warning is not None and kind not in warned:
+                    warned.add(kind)
+                    logger.warning("%s", warning)
+            yield image
 
 
 class PredictorCache:

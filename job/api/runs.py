@@ -12,7 +12,7 @@ from flexunet.json_files import read_json
 from flexunet.storage import ObjectStore, open_store
 from job.api.datasets import Dataset
 from job.api.keywords import StrPath, path_text, settings_of
-from job.api.log import shown_log
+from job.api.log import each_with_log, shown_log
 from job.api.options import ImageOptions
 from job.api.prediction import ArrayPredictor, Prediction, PredictorCache
 from job.api.tables import read_frame
@@ -81,7 +81,7 @@ class Run:
         """Wraps an opened run; call `open_run`."""
         self._run = run
         self._predictors = PredictorCache()
-        self._has_warned = False
+        self._warned: set[str] = set()
         self.url: str = run.store.url
         self.config: TrainConfig = run.config
 
@@ -229,12 +229,12 @@ class Run:
                 return self._predict_folder(source, config, probabilities=probabilities)
             select_images(source, name)
             predictor = self._predictor(config)
-            (found,) = predictor.images(source, [name])
+            found = predictor.images(source, [name])
         else:
             predictor = self._predictor(config)
-            found = predictor.image(np.asarray(image))
-        self._has_warned = self._has_warned or predictor.warn_of_colors(found)
-        return predictor.predict_one(found, probabilities=probabilities)
+            found = iter([predictor.image(np.asarray(image))])
+        (checked,) = predictor.watched(found, self._warned)
+        return predictor.predict_one(checked, probabilities=probabilities)
 
     def _predict_folder(
         self, source: ObjectStore, config: ImageConfig, *, probabilities: bool
@@ -247,7 +247,8 @@ class Run:
         images, _ = select_images(source, None)
         predictor = self._predictor(config)
         found = predictor.images(source, [each.name for each in images])
-        return ((image.name, mask) for image, mask in predictor.predict(found))
+        predicted = predictor.predict(predictor.watched(found, self._warned))
+        return each_with_log(((image.name, mask) for image, mask in predicted), is_shown=False)
 
     def _predictor(self, config: ImageConfig) -> ArrayPredictor:
         return self._predictors.open([self.url, *config.ensemble], config)

@@ -52,6 +52,7 @@ from job.inference.prediction import (
     load_predictor,
     min_pixels_of,
     overlap_of,
+    scale_warning,
 )
 from job.runs.loading import open_ensemble
 
@@ -118,8 +119,8 @@ def infer(
     refuse_files(source, file, output)
     refuse_overlap(source, file, output)
     images, passed_over = select_images(source, file)
-    if config.window == "sliding" and manifest.geometry != "tile":
-        _warn_of_scale(manifest)
+    if warning := scale_warning(config, manifest):
+        logger.warning("%s", warning)
     if config.overlays:
         refuse_overlays_folder(source, [each.name for each in images])
     # Refer to the folders of checkpoints: these weights stay the same if training continues.
@@ -197,16 +198,6 @@ def _write_plan(
     if plan.sources != sources:
         write_sources(output, objects, plan.sources)
     return plan, objects
-
-
-def _warn_of_scale(manifest: Manifest) -> None:
-    logger.warning(
-        "--window sliding: predicting windows of %dx%d pixels at original size, but this run was "
-        "trained on whole images resized to that size; in larger images everything appears larger "
-        "than in training",
-        manifest.image_width,
-        manifest.image_height,
-    )
 
 
 def _predict_all(

@@ -262,6 +262,17 @@ def probabilities_at_source(probabilities: np.ndarray, geometry: Geometry) -> Pr
     return np.stack(planes, axis=-1)
 
 
+def scale_warning(config: ImageConfig, manifest: Manifest) -> str | None:
+    """Returns a warning if windows show objects larger than in training, or None."""
+    if config.window != "sliding" or manifest.geometry == "tile":
+        return None
+    return (
+        f"--window sliding: predicting windows of {manifest.image_width}x{manifest.image_height} "
+        "pixels at original size, but this run was trained on whole images resized to that size; "
+        "in larger images everything appears larger than in training"
+    )
+
+
 def color_warning(names: Iterable[str], manifest: Manifest) -> str | None:
     """Returns a warning if images have other colours than the dataset, or None.
 

@@ -1,16 +1,19 @@
 """What `flexunet.Run` and its tables return for datasets and files that have changed."""
 
+import logging
 import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 import flexunet
 from flexunet.tables import csv_table
 from job.api import prediction
+from job.api.log import each_with_log
 from job.config import TrainConfig
 from job.data.folds import fold_of
 from job.inference.prediction import Predictor, load_predictor
@@ -125,3 +128,29 @@ def test_weights_are_loaded_again_only_for_other_weights(
     assert [name for (name,), _ in loads][1] == str(newest.relative_to(own_run))
     run.predict(image, checkpoint="last", flips="both")
     assert [flips for _, flips in loads] == ["none", "none", "both"]
+
+
+def test_a_folder_gets_the_warnings_of_infer_once(
+    trained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    colors = np.random.default_rng(1).integers(0, 255, (32, 40, 3)).astype(np.uint8)
+    for name in ("a.png", "b.png"):
+        cv2.imwrite(str(tmp_path / name), colors)
+    run = flexunet.open_run(trained_run)
+    tensorflow = logging.getLogger("tensorflow")
+    before = tensorflow.level
+    for _ in range(2):
+        for _ in run.predict(tmp_path, window="sliding"):
+            assert tensorflow.level == before
+    warnings = [line for line in caplog.messages if "in training" in line or "colour" in line]
+    assert len(warnings) == 2
+    assert "everything appears larger than in training" in warnings[0]
+    assert "1 image is in colour (RGB), first a.png" in warnings[1]
+
+
+def test_each_image_of_a_folder_is_predicted_inside_the_log() -> None:
+    tensorflow = logging.getLogger("tensorflow")
+    before = tensorflow.level
+    levels = each_with_log((tensorflow.level for _ in range(2)), is_shown=False)
+    assert list(levels) == [logging.ERROR] * 2
+    assert tensorflow.level == before
