@@ -14,7 +14,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from flexunet.errors import FlexUNetError
@@ -52,7 +53,7 @@ class Watchdog:
         Args:
             phase_s: longest time to the first step of a phase, which may compile or wait.
             step_s: longest time of the other steps; 0: ten times their median, at least 120 s.
-            expired: called once, from another thread, with the problem.
+            expired: called once for each stall, from another thread, with the problem.
             peers: host:port of each other process, by rank.
         """
         self._peers = dict(peers or {})
@@ -66,6 +67,8 @@ class Watchdog:
             time.monotonic()
         )  # start of the step in progress; its last progress
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
+        self._num_signs = 0  # of progress
+        self._is_paused = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -87,6 +90,7 @@ class Watchdog:
         self._needs_peers = needs_peers
         self._limit_s, self._begin = self._phase_s, time.monotonic()
         self._last = self._begin
+        self._num_signs += 1
 
     def beat(self) -> None:
         """Notes that a step of the phase is done."""
@@ -96,6 +100,7 @@ class Watchdog:
         usual = statistics.median(self._steps) if self._steps else 0.0
         limit_s = self._step_s or max(_MIN_STEP_S, _FACTOR * usual)
         self._limit_s, self._begin, self._last = limit_s, now, now
+        self._num_signs += 1
 
     def heartbeat(self) -> None:
         """Notes progress within a step and restarts its time limit.
@@ -103,30 +108,46 @@ class Watchdog:
         Only `beat` measures the duration of steps.
         """
         self._last = time.monotonic()
+        self._num_signs += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not watch inside the block: its time counts for no step and no limit."""
+        begin, self._is_paused = time.monotonic(), True
+        try:
+            yield
+        finally:
+            pause_s = time.monotonic() - begin
+            self._begin, self._last = self._begin + pause_s, self._last + pause_s
+            self._is_paused = False
 
     def _watch(self) -> None:
         before = looked = time.monotonic()
         missing: set[str] = set()
+        reported = -1  # signs of progress before the stall that was reported
         while not self._stop.wait(_TICK_S):
             now = time.monotonic()
             # Time in which the whole process is paused (Ctrl-Z, docker pause) does not count.
             pause_s = max(0.0, now - before - 10 * _TICK_S)
-            self._begin, self._last = self._begin + pause_s, self._last + pause_s
             before = now
+            if self._is_paused or reported == self._num_signs:
+                continue
+            self._begin, self._last = self._begin + pause_s, self._last + pause_s
             past_s = now - self._last
             if past_s > self._limit_s:
+                reported = self._num_signs
                 self._expired(
                     f"no progress for {past_s:.0f} s in: {self._phase} "
                     "(--phase-timeout, --step-timeout)"
                 )
-                return
+                continue
             if self._needs_peers and past_s > _QUIET_S and now - looked > _QUIET_S:
                 # Only after two checks: one refused connection may be an accident.
                 gone, missing = missing, set(unreachable(self._peers))
                 looked = before = time.monotonic()
                 if self._needs_peers and gone & missing:
+                    reported = self._num_signs
                     self._expired(f"{', '.join(sorted(gone & missing))} is gone")
-                    return
 
 
 def end_process(store: ObjectStore, name: str, title: str) -> None:

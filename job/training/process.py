@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,7 @@ class _Process:
             strategy = configure(config, spec)
             check_micro_batches(config, strategy.num_replicas_in_sync)
             process_group = ProcessGroup(strategy, spec)
-            callbacks = _watched_callbacks(watchdog, callbacks)
+            callbacks = _watched_callbacks(watchdog, callbacks, pauses=not self.ends_process)
             with peer_errors(process_group):
                 if spec is not None:
                     run = self._acquire_on_primary(process_group, stack)
@@ -222,13 +222,19 @@ def _acquire_run(config: TrainConfig, launch: str | None) -> Run:
     return Run.acquire(store, launch=launch)
 
 
-def _watched_callbacks(watchdog: Watchdog, callbacks: Callbacks) -> Callbacks:
-    """Returns `callbacks` that also notify the watchdog."""
+def _watched_callbacks(watchdog: Watchdog, callbacks: Callbacks, *, pauses: bool) -> Callbacks:
+    """Returns `callbacks` that also notify the watchdog.
+
+    Args:
+        pauses: do not watch while an event is reported, because a function of the user may take any
+            time: a prediction, a question, a breakpoint.
+    """
 
     def report_event(event: Mapping[str, Any]) -> None:
         if event["event"] == "phase":
             watchdog.enter(event["name"], needs_peers=event["needs_peers"])
-        callbacks.report(event)
+        with watchdog.paused() if pauses else nullcontext():
+            callbacks.report(event)
 
     def ask() -> bool:
         watchdog.beat()

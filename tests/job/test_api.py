@@ -33,6 +33,7 @@ from job.inference.prediction import find_members, load_predictor
 from job.models.ensemble import make_probability_step, network_of, probability_model
 from job.models.registry import build_model
 from job.runs.loading import open_run
+from job.training import loop
 
 SMALL = {"num_layers": 2, "base_filters": 4, "base_kernels": (3, 3)}
 
@@ -226,18 +227,37 @@ def test_a_second_ctrl_c_ends_at_once_without_a_checkpoint(
 
 
 def test_a_stall_is_an_error_of_the_log_and_does_not_end_the_process(
+    dataset_url: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[int] = []
+
+    def slow_tick(clock: loop._Clock, num_images: int) -> None:
+        done.append(num_images)
+        if len(done) == 2:
+            time.sleep(4)
+
+    monkeypatch.setattr(loop._Clock, "tick", slow_tick)
+    run = train(dataset_url, tmp_path, step_timeout=1)
+    assert run.status == "finished"
+    (line,) = [each for each in caplog.messages if "end this process" in each]
+    (stacks,) = (tmp_path / "a" / "stacks").iterdir()
+    assert str(stacks) in line
+    assert "in slow_tick" in stacks.read_text()
+
+
+def test_a_slow_on_event_is_no_stall(
     dataset_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def on_event(event: flexunet.Event) -> None:
         if isinstance(event, flexunet.StepEnded) and event.step == 2:
             time.sleep(4)
 
-    run = train(dataset_url, tmp_path, on_event=on_event, step_timeout=1)
-    assert run.status == "finished"
-    (line,) = [each for each in caplog.messages if "end this process" in each]
-    (stacks,) = (tmp_path / "a" / "stacks").iterdir()
-    assert str(stacks) in line
-    assert "in on_event" in stacks.read_text()
+    assert train(dataset_url, tmp_path, step_timeout=1, on_event=on_event).status == "finished"
+    assert not [line for line in caplog.messages if "no progress" in line]
+    assert not (tmp_path / "a" / "stacks").exists()
 
 
 def test_an_error_of_on_event_at_the_end_is_raised_of_a_finished_run(

@@ -56,6 +56,28 @@ def test_a_hung_step_is_reported_once_with_its_phase(quick: None) -> None:
     assert calls.seen == ["no progress for 0 s in: epoch 3 (--phase-timeout, --step-timeout)"]
 
 
+def test_a_pause_counts_for_no_limit_and_no_step(quick: None) -> None:
+    calls = Calls()
+    with Watchdog(phase_s=30, step_s=0.3, expired=calls) as dog:
+        dog.beat()
+        with dog.paused():
+            assert not calls.came.wait(0.6)
+        dog.beat()
+        assert list(dog._steps)[-1:] in ([], pytest.approx([0], abs=0.2))
+        assert calls.came.wait(60)  # it watches again
+
+
+def test_after_a_report_the_next_stall_is_reported_too(quick: None) -> None:
+    calls = Calls()
+    with Watchdog(phase_s=30, step_s=0.1, expired=calls) as dog:
+        for _ in range(2):
+            calls.came.clear()
+            dog.enter("epoch 3")
+            dog.beat()
+            assert calls.came.wait(10)
+    assert len(calls.seen) == 2
+
+
 def test_the_first_step_of_a_phase_has_the_time_of_a_phase(quick: None) -> None:
     calls = Calls()
     with Watchdog(phase_s=0.5, step_s=0.1, expired=calls) as dog:
