@@ -2,8 +2,9 @@
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -11,21 +12,37 @@ T = TypeVar("T")
 _PACKAGES = ("flexunet", "data_prep", "job")
 
 
+class _Shared:
+    """Enters a block for the first of several threads or nested calls; the last one leaves it."""
+
+    def __init__(self, block: Callable[[], AbstractContextManager[None]]) -> None:
+        self._block = block
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._entered = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._depth == 0:
+                self._entered.enter_context(self._block())
+            self._depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                self._entered.close()
+
+
 @contextmanager
 def shown_log(is_shown: bool) -> Iterator[None]:
     """Writes our log lines to stderr inside the block, as the commands do.
 
     A program that has set up logging decides itself what is shown. TensorFlow's hints are not: they
-    are about code that the user cannot change.
+    are about code that the user cannot change. Calls may be nested, and made in several threads.
     """
-    tensorflow = logging.getLogger("tensorflow")
-    level = tensorflow.level
-    tensorflow.setLevel(logging.ERROR)
-    try:
-        with _our_lines() if is_shown and not logging.getLogger().handlers else nullcontext():
-            yield
-    finally:
-        tensorflow.setLevel(level)
+    with _QUIET_TENSORFLOW, _OUR_LINES if is_shown else nullcontext():
+        yield
 
 
 def each_with_log(items: Iterator[T], is_shown: bool) -> Iterator[T]:
@@ -40,7 +57,21 @@ def each_with_log(items: Iterator[T], is_shown: bool) -> Iterator[T]:
 
 
 @contextmanager
+def _quiet_tensorflow() -> Iterator[None]:
+    tensorflow = logging.getLogger("tensorflow")
+    level = tensorflow.level
+    tensorflow.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        tensorflow.setLevel(level)
+
+
+@contextmanager
 def _our_lines() -> Iterator[None]:
+    if logging.getLogger().handlers:
+        yield
+        return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     loggers = [logging.getLogger(name) for name in _PACKAGES]
@@ -54,3 +85,7 @@ def _our_lines() -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(level)
+
+
+_QUIET_TENSORFLOW = _Shared(_quiet_tensorflow)
+_OUR_LINES = _Shared(_our_lines)

@@ -13,7 +13,6 @@ import pytest
 import flexunet
 from flexunet.tables import csv_table
 from job.api import prediction
-from job.api.log import each_with_log
 from job.config import TrainConfig
 from job.data.folds import fold_of
 from job.inference.prediction import Predictor, load_predictor
@@ -146,11 +145,3 @@ def test_a_folder_gets_the_warnings_of_infer_once(
     assert len(warnings) == 2
     assert "everything appears larger than in training" in warnings[0]
     assert "1 image is in colour (RGB), first a.png" in warnings[1]
-
-
-def test_each_image_of_a_folder_is_predicted_inside_the_log() -> None:
-    tensorflow = logging.getLogger("tensorflow")
-    before = tensorflow.level
-    levels = each_with_log((tensorflow.level for _ in range(2)), is_shown=False)
-    assert list(levels) == [logging.ERROR] * 2
-    assert tensorflow.level == before
