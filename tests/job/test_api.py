@@ -256,8 +256,7 @@ def test_a_slow_on_event_is_no_stall(
             time.sleep(4)
 
     assert train(dataset_url, tmp_path, step_timeout=1, on_event=on_event).status == "finished"
-    assert not [line for line in caplog.messages if "no progress" in line]
-    assert not (tmp_path / "a" / "stacks").exists()
+    assert not [line for line in caplog.messages if "in: epoch 1" in line]
 
 
 def test_an_error_of_on_event_at_the_end_is_raised_of_a_finished_run(
