@@ -103,7 +103,7 @@ def warn_of_missing_classes(
     names = [each.name for each in parse_color_map(config.classes)]
     in_splits = [(f"split {assignment.splits[s.id]}", s.pixels_per_class) for s in samples]
     in_folds = [
-        (f"fold {assignment.folds[s.id]}", s.pixels_per_class)
+        (f"fold {assignment.folds[s.id] + 1} of {config.num_folds}", s.pixels_per_class)
         for s in samples
         if s.id in assignment.folds
     ]

@@ -32,7 +32,7 @@ _MIN_WIDTH = 80  # columns of tables, also without a terminal
 @click.option("--config", "config_file", type=PATH, metavar="FILE", help="YAML file of options.")
 @settings_options(PrepConfig)
 def command(source: str, output: str, config_file: str | None, **options: Any) -> None:
-    """Turns the images and masks of SOURCE into a dataset at OUTPUT.
+    """Convert the images and masks of SOURCE into a dataset at OUTPUT.
 
     SOURCE contains images/ and masks/, or train/, valid/ and test/ with both in each; with --format
     inbreast AllDICOMs/ and AllXML/. SOURCE and OUTPUT are folders or gs:// URLs. After an

@@ -50,7 +50,7 @@ class PrepConfig(Settings):
     tile: int | None = option(
         None,
         "Cut images at their original size into square tiles with this side length, pixels. "
-        "Unset: resize each image to --image-size.",
+        "none: resize each image to --image-size.",
         ge=8,
         le=16384,
     )
@@ -71,7 +71,7 @@ class PrepConfig(Settings):
     full_scale: int | None = option(
         None,
         "Raw value of full intensity for 16-bit images whose files do not state it (DICOM files "
-        "do). Larger values are clipped to it. Unset: 2^bits - 1, with the bits that the images "
+        "do). Larger values are clipped to it. none: 2^bits - 1, with the bits that the images "
         "need except for a few pixels of a few images.",
         ge=255,
         le=65535,
@@ -123,7 +123,12 @@ class PrepConfig(Settings):
         f"{HASH_KEY_VARIABLE}; without a key, guessable names can be recovered.",
     )
     shard_size: float = option(64.0, "Target size of a shard, MB.", gt=0, le=1024)
-    max_pixels: int = option(DEFAULT_MAX_PIXELS, "Largest image to read, pixels.", ge=1, le=2**31)
+    max_pixels: int = option(
+        DEFAULT_MAX_PIXELS,
+        "Largest allowed image, pixels; larger ones are refused.",
+        ge=1,
+        le=2**31,
+    )
     dicom_reader: Reader = option(
         "pydicom",
         "Decoder of uncompressed DICOM files; both give the same pixels. tfio: tensorflow-io, "
@@ -132,7 +137,7 @@ class PrepConfig(Settings):
     )
     num_processes: int | None = option(
         None,
-        "Processes that read and encode; 1: only this one. Unset: one per CPU.",
+        "Processes that read and encode; 1: only this one; none: one per CPU.",
         not_identity=True,
         ge=1,
     )

@@ -71,7 +71,7 @@ def rejects_csv(rejects: Sequence[tuple[str, str]]) -> str:
 def statistics_png(
     splits: Mapping[str, SplitStatistics], classes: Sequence[ClassColor], title: str
 ) -> bytes:
-    """Returns a PNG with the images per split, and the share of pixels per class and split."""
+    """Returns a PNG with the samples per split, and the share of pixels per class and split."""
     from matplotlib.figure import Figure
 
     # Fixed positions: a layout engine would draw everything twice. Widths of names are estimated.
@@ -165,8 +165,8 @@ def _draw_counts(axes: "Axes", splits: Mapping[str, SplitStatistics]) -> None:
     axes.bar_label(bars, padding=2)
     axes.margins(y=0.12)
     axes.locator_params(axis="y", integer=True)
-    axes.set_title("Images per split")
-    axes.set_ylabel("images")
+    axes.set_title("Samples per split")
+    axes.set_ylabel("samples")
     axes.spines[["top", "right"]].set_visible(False)
 
 

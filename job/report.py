@@ -17,7 +17,7 @@ from job.reporting.html_report import write_report
 @click.command(cls=SettingsCommand)
 @click.argument("run", type=PATH)
 def command(run: str) -> int:
-    """Write RUN/report.html: one page about a run that needs no network.
+    """Write RUN/report.html: one self-contained page about a run.
 
     RUN is the folder or gs:// URL of a run (RUNS/NAME), or of a cross-validation. The page is made
     from the files of the run. Training writes it when it ends.

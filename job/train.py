@@ -45,7 +45,8 @@ def prep_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     "file",
     type=PATH,
     metavar="PATH",
-    help="YAML file with any of these options, or a .config file of the reference implementation.",
+    help="YAML file with any of these options, or a .config file of the reference implementation "
+    "(TensorFlow-FlexUNet).",
 )
 @prep_flags
 @settings_options(TrainConfig)

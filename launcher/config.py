@@ -22,7 +22,7 @@ class LaunchConfig(Settings):
     max_preemptions: int | None = option(
         None,
         "Maximum preempted nodes to recover from before exiting with code 6; the same command "
-        "resumes. None: any number.",
+        "resumes; none: any number.",
         ge=0,
     )
     wait_for_nodes: bool = option(

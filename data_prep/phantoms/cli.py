@@ -29,7 +29,7 @@ from flexunet.storage import open_store
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0),
               help="Random seed; the same seed gives the same images.")  # fmt: skip
 @click.option("--num-patients", type=click.IntRange(min=1),
-              help="Number of patients, who are in the file names (phantom-p007-1.png). "
+              help="Number of patients. File names contain the patient: phantom-p007-1.png. "
                    "[default: one per image; inbreast: 115]")  # fmt: skip
 def command(
     folder: str,
@@ -39,9 +39,9 @@ def command(
     seed: int,
     num_patients: int | None,
 ) -> None:
-    """Writes synthetic mammograms to FOLDER/images and their masks to FOLDER/masks.
+    """Write synthetic mammograms to FOLDER/images and their masks to FOLDER/masks.
 
-    With --format inbreast, writes them to FOLDER/AllDICOMs and annotations to FOLDER/AllXML.
+    With --format inbreast, write them to FOLDER/AllDICOMs and annotations to FOLDER/AllXML.
     """
     if kind == "inbreast":
         if num_images is not None:

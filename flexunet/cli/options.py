@@ -5,6 +5,7 @@ saved config always agree.
 """
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -24,24 +25,48 @@ MAX_WIDTH = 100  # columns of help on a wider terminal
 _SEPARATOR = "__"
 _MAX_NAME_WIDTH = 34  # columns; the text of a longer option starts on the next line
 _MAX_CHOICES_WIDTH = 24  # characters; longer choices are listed in the text
-_FIXED_BLANK = "\u00a0"
+_FIXED_BLANK, _FIXED_HYPHEN = "\u00a0", "\u2011"
+_OPTION_NAME = re.compile(r"(?<![\w-])--[\w.-]+")
 _NONE = "none"
 _UNSET = object()  # the option was unset on the command line; None means not given
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 
 
+class _HelpFormatter(click.HelpFormatter):
+    """Formats help without a line break inside the name of an option."""
+
+    def write_text(self, text: str) -> None:
+        """See `click.HelpFormatter.write_text`."""
+        super().write_text(_fixed(text))
+
+    def write_dl(self, rows: Sequence[tuple[str, str]], *arguments: Any, **options: Any) -> None:
+        """See `click.HelpFormatter.write_dl`."""
+        super().write_dl([(name, _fixed(text)) for name, text in rows], *arguments, **options)
+
+    def getvalue(self) -> str:
+        """Returns the help as plain text."""
+        return super().getvalue().replace(_FIXED_HYPHEN, "-").replace(_FIXED_BLANK, " ")
+
+
+def _fixed(text: str) -> str:
+    """Returns `text` with hyphens in option names at which click does not break a line."""
+    return _OPTION_NAME.sub(lambda name: name[0].replace("-", _FIXED_HYPHEN), text)
+
+
+class _HelpContext(click.Context):
+    formatter_class = _HelpFormatter
+
+
 class SettingsCommand(click.Command):
     """A click command with one help section per group of settings, at most 100 columns wide."""
+
+    context_class = _HelpContext
 
     def __init__(self, *arguments: Any, **attributes: Any) -> None:
         attributes["context_settings"] = {"max_content_width": MAX_WIDTH} | (
             attributes.get("context_settings") or {}
         )
         super().__init__(*arguments, **attributes)
-
-    def get_help(self, ctx: click.Context) -> str:
-        """Returns the help as plain text."""
-        return super().get_help(ctx).replace(_FIXED_BLANK, " ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the options to `formatter`, one section per group of settings."""
@@ -187,7 +212,7 @@ def _click_option(
         if attributes["is_nullable"]:
             value_type = _NullableType(value_type)
         attributes |= {"type": value_type, "metavar": metavar}
-    # Help lines must not break inside the default; `get_help` restores the blanks.
+    # Help lines must not break inside the default; the formatter restores the blanks.
     text = (text + _default_text(field)).replace("default: ", "default:" + _FIXED_BLANK)
     return click.option(*declarations, _SEPARATOR.join(path), help=text, **attributes)
 

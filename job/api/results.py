@@ -87,7 +87,7 @@ def infer(
 def write_report(run: Run | StrPath) -> str:
     """Writes `report.html` into the folder of a run or of a cross-validation; returns its URL.
 
-    One page that needs no network. Training and `flexunet report` write the same.
+    One self-contained page. Training and `flexunet report` write the same.
 
     Args:
         run: a run, or the folder or gs:// URL of a run or of a cross-validation.

@@ -36,7 +36,7 @@ _EVALUATE_AGAIN = "evaluate the run again: flexunet.evaluate(run)"
 class EvaluationSummary(dict[str, Any]):
     """The summary of an evaluation: what its `summary.json` says, by name.
 
-    `summary["foreground_mean"]["dice"]` is the mean Dice of the foreground over the cases.
+    `summary["foreground_mean"]["dice"]` is the foreground Dice.
 
     Attributes:
         url: folder or gs:// URL of the evaluation's tables and images.

@@ -43,7 +43,8 @@ class ModelConfig(Settings):
     )
     dropout_rate: float = option(
         0.04,
-        "Dropout rate of level 1; level i drops i times as much, level 0 nothing.",
+        "Dropout rate of the second level; the third drops twice as much, the fourth three times, "
+        "the first nothing.",
         ge=0.0,
         lt=1.0,
     )
@@ -200,24 +201,29 @@ class AugmentationConfig(Settings):
         (90.0, 180.0, 270.0), "Angles to choose from, in degrees anticlockwise."
     )
     shrink_probability: float = _probability(0.25, "shrunk towards its centre")
-    shrink_ratios: tuple[float, ...] = option((0.8,), "Ratios new side / old side to choose from.")
+    shrink_ratios: tuple[float, ...] = option((0.8,), "Ratios to choose from: new side / old side.")
     shear_probability: float = _probability(0.0, "sheared sideways")
     shear_factors: tuple[float, ...] = option(
-        (-0.1, 0.1), "Ratios sideways shift / distance from the middle row to choose from."
+        (-0.1, 0.1), "Ratios to choose from: sideways shift / distance from the middle row."
     )
     deformation_probability: float = _probability(0.0, "deformed elastically")
     deformation_alpha: float = option(
         1300.0,
-        "Strength of the elastic field; 1300 with sigma 8 gives shifts of 2.3 pixels rms.",
+        "Strength (alpha) of the elastic deformation; 1300 with sigma 8 gives shifts of 2.3 pixels "
+        "rms.",
         ge=0,
     )
     deformation_sigmas: tuple[float, ...] = option(
-        (8.0,), "Smoothness values of the elastic field to choose from, in pixels."
+        (8.0,),
+        "Standard deviations (sigma), pixels, of the Gaussian that smooths the deformation; one is "
+        "drawn.",
     )
-    distortion_probability: float = _probability(0.0, "distorted by a wide smooth field")
-    distortion_sigma: float = option(40.0, "Smoothness of the wide field, in pixels.", ge=1)
+    distortion_probability: float = _probability(0.0, "distorted by a smooth random field")
+    distortion_sigma: float = option(
+        40.0, "Standard deviation (sigma), pixels, of the Gaussian that smooths the field.", ge=1
+    )
     distortion_sizes: tuple[float, ...] = option(
-        (0.02,), "Ratios largest shift / longer image side to choose from."
+        (0.02,), "Ratios to choose from: largest shift / longer side of the image."
     )
     barrel_probability: float = _probability(0.0, "given a barrel distortion")
     barrel_radius: float = option(0.5, "Radius of the circle / image width.", gt=0)

@@ -61,8 +61,8 @@ class TrainConfig(Settings):
     preset: Literal["reference", "recipe"] = option(
         "reference",
         "Set of defaults for the other options. reference: the training of the reference "
-        "implementation (TensorFlow-FlexUNet). recipe: group normalisation, cross-entropy plus "
-        "foreground Dice loss, AdamW, warm-up and cosine decay, half of the samples with "
+        "implementation. recipe: group normalisation, cross-entropy plus Dice loss over the "
+        "foreground classes, AdamW, warm-up and cosine decay, half of the samples with "
         "foreground.",
         not_identity=True,
     )
@@ -150,8 +150,7 @@ class TrainConfig(Settings):
     )
     window_overlap: int | None = option(
         None,
-        "Least overlap in pixels of the windows in which images larger than the network's input "
-        "are predicted; none: half a window.",
+        "Minimum overlap of prediction windows, pixels; none: half a window.",
         not_identity=True,
         ge=0,
     )
@@ -180,9 +179,8 @@ class TrainConfig(Settings):
     )
     gradient_exchange: Literal["auto", "all_reduce"] = option(
         "auto",
-        "Exchange between replicas. auto: for each layer, exchange gradients or layer inputs, "
-        "whichever is faster, or sends less if the times are about equal; all_reduce: always "
-        "gradients.",
+        "Exchange between replicas. auto: for each layer, exchange gradients or layer inputs: the "
+        "faster one; if about equal, the one that sends less. all_reduce: always gradients.",
         not_identity=True,
     )
     exchange_flops_per_byte: float | None = option(
@@ -208,7 +206,8 @@ class TrainConfig(Settings):
     threads: int = option(0, "Number of CPU threads; 0: one per core.", not_identity=True, ge=0)
     phase_timeout: float = option(
         600.0,
-        "Seconds in which all processes must connect, and a phase must reach its first step.",
+        "Seconds for all processes to connect, and for each epoch, validation or evaluation to "
+        "finish its first step.",
         not_identity=True,
         gt=0,
     )

@@ -45,12 +45,14 @@ class EvaluateConfig(PredictConfig):
 
     split: Literal["train", "valid", "test"] = option("test", "Split to evaluate.")
     data: str | None = option(
-        None, "Present folder or URL of the dataset of the run. Unset: as in training.", path=True
+        None,
+        "Where the dataset is now, if it was moved after training; none: not moved.",
+        path=True,
     )
     output: str | None = option(
         None,
         "Folder or gs:// URL for the tables and images: new, or of an earlier evaluation, which is "
-        "replaced; a folder with other files is refused. Unset: RUN/evaluation for the test split, "
+        "replaced; a folder with other files is refused. none: RUN/evaluation for the test split, "
         "else RUN/evaluation/SPLIT. Required for an ensemble.",
         path=True,
     )
@@ -62,7 +64,7 @@ class EvaluateConfig(PredictConfig):
     )
     batch_size: int | None = option(
         None,
-        "Cases per step, over all devices. Unset: the batch of the run, with at most as many per "
+        "Cases per step, over all devices; none: the batch of the run, with at most as many per "
         "device as in training.",
         ge=1,
     )
@@ -183,11 +185,11 @@ def evaluate_run(
 
 
 def _log_checkpoint(run: ObjectStore, used: Mapping[str, Any]) -> None:
-    stands = {
+    endings = {
         "stopped": "; the run was stopped before its end",
         "open": "; the run has not ended: it is still training, or its process was killed",
     }
-    logger.info("evaluating %s%s", checkpoint_words(used), stands.get(run_status(run), ""))
+    logger.info("evaluating %s%s", checkpoint_words(used), endings.get(run_status(run), ""))
 
 
 def evaluation_target(run: TrainedRun, config: EvaluateConfig) -> ObjectStore:

@@ -9,7 +9,9 @@ from job.models.flips import Flips
 class PredictConfig(Settings):
     """The prediction options that `evaluate` and `infer` share."""
 
-    checkpoint: Literal["best", "last"] = option("best", "Weights.")
+    checkpoint: Literal["best", "last"] = option(
+        "best", "Checkpoint to use. best: lowest validation loss; last: newest."
+    )
     ensemble: tuple[str, ...] = option(
         (), "More runs, separated by commas: the mean of all probabilities is used.", path=True
     )
@@ -18,11 +20,11 @@ class PredictConfig(Settings):
     )
     overlap: int | None = option(
         None,
-        "Minimum overlap of windows, pixels, if images are predicted in windows. Unset: "
-        "window_overlap of the run, or half a window.",
+        "Minimum overlap of prediction windows, pixels; none: window_overlap of the run, or half a "
+        "window.",
         ge=0,
     )
-    needs_gpu: bool = option(False, "Refuse to run without a GPU instead of using the CPUs.")
+    needs_gpu: bool = option(False, "End with an error if no GPU is found. Off: use the CPUs then.")
 
 
 class ImageConfig(PredictConfig):
@@ -43,11 +45,13 @@ class ImageConfig(PredictConfig):
     full_scale: int | None = option(
         None,
         "Raw value of full intensity of 16-bit images; files that record it, such as DICOM, use "
-        "their own. Unset: that of the dataset of the run.",
+        "their own. none: that of the run's dataset.",
         ge=255,
         le=65535,
     )
-    max_pixels: int = option(100_000_000, "Refuse images with more pixels.", ge=1)
+    max_pixels: int = option(
+        100_000_000, "Largest allowed image, pixels; larger ones are refused.", ge=1
+    )
 
 
 class InferConfig(ImageConfig):

@@ -31,6 +31,7 @@ FILE_NAME = "small_regions.json"
 
 _MAX_BYTES = 2**20
 _CAP_PERCENTILE = 5  # of the sizes of true lesions
+_MEASURE = "Dice, mean over the validation images"
 
 
 class ClassFit(Settings):
@@ -127,11 +128,11 @@ def _described(fit: ClassFit, lesions: npt.NDArray[np.int64]) -> str:
     if fit.dice is None or fit.dice_before is None:
         return f"{fit.name}: no image of valid has this class; all regions are kept"
     if fit.min_pixels == 0:
-        return f"{fit.name}: all regions are kept (validation Dice {fit.dice:.4f})"
+        return f"{fit.name}: all regions are kept ({_MEASURE}: {fit.dice:.4f})"
     num_smaller = int(np.count_nonzero(lesions < fit.min_pixels))
     return (
-        f"{fit.name}: removes predicted regions of fewer than {fit.min_pixels} pixels; validation "
-        f"Dice, mean over images: {fit.dice_before:.4f} before, {fit.dice:.4f} after; "
+        f"{fit.name}: removes predicted regions of fewer than {fit.min_pixels} pixels; "
+        f"{_MEASURE}: {fit.dice_before:.4f} before, {fit.dice:.4f} after; "
         f"{num_smaller} of {len(lesions)} lesions of valid are smaller"
     )
 

@@ -2,9 +2,9 @@
 
 The folder of a cross-validation gets a page about all its folds.
 
-The page needs no network and no script: images are embedded, and the policy of the page forbids
-everything else. Text from outside (names of files, groups, classes) is escaped. The page names the
-files that are still missing.
+The page needs no internet access and no script: images are embedded, and the policy of the page
+forbids everything else. Text from outside (names of files, groups, classes) is escaped. The page
+names the files that are still missing.
 """
 
 import functools

@@ -49,13 +49,22 @@ def num_cases_words(summary: Mapping[str, Any]) -> str:
 
 
 def counted_cases(summary: Mapping[str, Any]) -> str:
-    """Returns how many cases have a mean foreground Dice: those with a class in a mask."""
+    """Returns how many cases have a foreground Dice: those with a class in a mask."""
     total = summary["num_cases"]
     counts = {total - each["num_empty"] for each in summary["classes"][1:]}
     if counts == {total}:
         return num_cases_words(summary)
     number = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     return f"{number} of {num_cases_words(summary)}"
+
+
+def left_out_words(summary: Mapping[str, Any]) -> str | None:
+    """Returns why `counted_cases` are fewer than all cases, or None if they are all."""
+    if not any(each["num_empty"] for each in summary["classes"][1:]):
+        return None
+    noun = _case_noun(summary)
+    article = "An" if noun == "image" else "A"
+    return f"{article} {noun} with a class in neither mask is left out for that class."
 
 
 def _case_noun(summary: Mapping[str, Any]) -> str:
@@ -68,7 +77,7 @@ def has_foreground(summary: Mapping[str, Any]) -> bool:
 
 
 def everything_dice(summary: Mapping[str, Any]) -> float | None:
-    """Returns the mean foreground Dice of predicting each class on every pixel."""
+    """Returns the foreground Dice of predicting each class on every pixel."""
     baseline = summary.get("all_foreground")  # earlier versions did not write it
     dice: float | None = baseline["foreground_mean"]["dice"] if baseline else None
     return dice

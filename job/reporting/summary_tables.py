@@ -14,6 +14,7 @@ from job.reporting.phrases import (
     counted_cases,
     everything_dice,
     has_foreground,
+    left_out_words,
     lesion_words,
     measure_label,
     measure_rows,
@@ -56,6 +57,8 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         table.add_row(label, *map(shown, values))
     console = Console()
     console.print(table)
+    if (left_out := left_out_words(summary)) is not None:
+        console.print(left_out, style="dim")
     if not has_foreground(summary):
         console.print(no_foreground_words(summary))
     for warning in baseline_warnings(summary):

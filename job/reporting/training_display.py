@@ -83,6 +83,6 @@ def _epoch_line(row: Mapping[str, Any]) -> str:
     dice = row["val_foreground_dice"]
     return (
         f"epoch {row['epoch'] + 1:3d}/{row['num_epochs']} lr {row['learning_rate']:.1e} "
-        f"loss {row['loss']:.4f} | val loss {row['val_loss']:.4f} "
+        f"loss {row['loss']:.4f} | val: loss {row['val_loss']:.4f} "
         f"foreground Dice {'-' if dice is None else f'{dice:.4f}'}"
     )

@@ -733,8 +733,10 @@ def test_splits_and_folds_without_a_class_are_reported(source, tmp_path, caplog)
         assert cv2.imwrite(str(source / "masks" / f"case_{i}.png"), blank)
     _prepare(source, tmp_path / "out", num_folds=3)
     (row,) = [row for row in _rows(tmp_path / "out") if row["pixels_per_class"][1]]
-    has_class = {f"split {row['split']}", f"fold {row['fold']}"}
-    for place in (*(f"split {name}" for name in SPLITS), "fold 0", "fold 1", "fold 2"):
+    folds = [f"fold {k} of 3" for k in (1, 2, 3)]
+    own_fold = [] if row["fold"] is None else [folds[row["fold"]]]
+    has_class = {f"split {row['split']}", *own_fold}
+    for place in (*(f"split {name}" for name in SPLITS), *folds):
         assert (f"{place} has no pixel of class mass" in caplog.text) != (place in has_class)
 
 

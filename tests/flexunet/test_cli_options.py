@@ -166,6 +166,27 @@ def test_an_empty_default_is_shown_as_none(capsys: pytest.CaptureFixture[str]) -
     assert "  --runs LIST  More runs. [default: none]\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", range(40, 81))
+def test_help_breaks_no_line_inside_an_option_name(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Long(Settings):
+        """Refers to --gpus-per-worker from a text, then to --cpus-per-worker."""
+
+        size: int = option(1, "Without --image-size-of-all, or else with --num-workers.")
+
+    @click.command(cls=SettingsCommand)
+    @settings_options(Long)
+    def command(**options: Any) -> None:
+        """Read --image-size-of-all first, then --num-workers."""
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run_command(command, ["--help"], "tool") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("--image-size-of-all") == shown.count("--num-workers") == 2
+    assert shown.isascii()
+
+
 def test_skipped_fields_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
     @click.command(cls=SettingsCommand)
     @settings_options(Outer, skip=("data", "inner"))

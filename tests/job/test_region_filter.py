@@ -245,7 +245,8 @@ def test_one_slip_of_many_lesions_does_not_forbid_a_size() -> None:
     assert fit.min_pixels == 10
     (line,) = tally.describe([fit])
     assert line.startswith(
-        "mass: removes predicted regions of fewer than 10 pixels; validation Dice"
+        "mass: removes predicted regions of fewer than 10 pixels; "
+        "Dice, mean over the validation images: "
     )
     assert line.endswith("1 of 43 lesions of valid are smaller")
 
@@ -265,4 +266,6 @@ def test_no_size_is_fitted_where_no_lesion_shows_how_small_they_are() -> None:
     tally.add(case(), case((2, 5, 8)))
     (fit,) = tally.fit()
     assert fit.min_pixels == 0
-    assert tally.describe([fit]) == ["mass: all regions are kept (validation Dice 0.0000)"]
+    assert tally.describe([fit]) == [
+        "mass: all regions are kept (Dice, mean over the validation images: 0.0000)"
+    ]

@@ -25,6 +25,7 @@ def test_tables_of_a_summary_fit_a_terminal(name: str, capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "mean over 997 to 998 of 1000" in text
+    assert "An image with a class in neither mask is left out for that class." in text
     assert text.count("Dice, mean over images") == 3  # foreground and both classes
     assert name.replace(" ", "") in "".join(part for part in text.split() if part != "│")
 
@@ -36,7 +37,7 @@ def test_the_line_of_an_epoch_fits_a_terminal(caplog: pytest.LogCaptureFixture) 
     with TrainingDisplay(TrainConfig(data="data")) as display:
         display.report({"event": "step", "loss": 1.0, **step})
         display.report({"event": "epoch", **step, **epoch})
-    (line,) = (text for text in caplog.messages if "val loss 1.2500" in text)
+    (line,) = (text for text in caplog.messages if "val: loss 1.2500" in text)
     assert line.startswith("epoch 999/1000 ")
     assert line.endswith(" foreground Dice 0.5000")
     assert len(line) <= 80
