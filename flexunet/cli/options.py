@@ -8,7 +8,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -39,7 +39,7 @@ class _HelpFormatter(click.HelpFormatter):
         """See `click.HelpFormatter.write_text`."""
         super().write_text(_fixed(text))
 
-    def write_dl(self, rows: Sequence[tuple[str, str]], *arguments: Any, **options: Any) -> None:
+    def write_dl(self, rows: Iterable[tuple[str, str]], *arguments: Any, **options: Any) -> None:
         """See `click.HelpFormatter.write_dl`."""
         super().write_dl([(name, _fixed(text)) for name, text in rows], *arguments, **options)
 

@@ -171,7 +171,7 @@ def test_help_breaks_no_line_inside_an_option_name(
     columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Long(Settings):
-        """Refers to --gpus-per-worker from a text, then to --cpus-per-worker."""
+        """A long name in a text."""
 
         size: int = option(1, "Without --image-size-of-all, or else with --num-workers.")
 
