@@ -193,9 +193,10 @@ def _resolve_reference(
 
     reference = read_reference_config(file)
     _check_preset(options, reference.train, file)
-    from rich.console import Console
+    if options.get("progress", True) or function is None:
+        from rich.console import Console
 
-    Console(stderr=True).print(format_notes(reference.notes))
+        Console(stderr=True).print(format_notes(reference.notes))
     folder = os.path.dirname(os.path.abspath(file))
     config = _resolved(
         deep_merge(reference.train, options),

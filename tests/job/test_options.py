@@ -13,6 +13,7 @@ from flexunet.settings import fields_of, parse_settings, write_yaml
 from job.config import TrainConfig, identity_of
 from job.runs.run import Run
 from job.training.options import resolve_config, run_name
+from tests.job.test_ini_mapping import MINIMAL
 
 
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
@@ -210,3 +211,14 @@ def test_a_run_and_a_cross_validation_never_share_a_folder(tmp_path: Path) -> No
         resolve_config(place | {"name": "plain", "folds": 3}, None)
     assert resolve_config(place | {"name": "plain"}, None).name == "plain"
     assert resolve_config(place | {"name": "cv", "folds": 4}, None).folds == 4
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_notes_on_a_reference_config_are_not_shown_without_progress(
+    progress: bool, discs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.config"
+    file.write_text(MINIMAL)
+    options = {"progress": progress, "data": discs, "output": str(tmp_path / "runs")}
+    resolve_config(options, str(file), function="flexunet.train()")
+    assert bool(capsys.readouterr().err) == progress
