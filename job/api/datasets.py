@@ -153,7 +153,7 @@ class Dataset:
                 "ranges" reads one sample after the other over the network.
 
         Raises:
-            UsageError: the dataset has no sample in `split`.
+            UsageError: `split` has no sample, or an argument is wrong.
             ContentError: a shard is missing. A record that is damaged is an error of TensorFlow
                 when it is read; its text says which.
 
@@ -165,8 +165,9 @@ class Dataset:
         """
         from job.distributed.runtime import import_tensorflow
 
-        tf = import_tensorflow()
         found = self._dataset.split(split)
+        _check_sampling(seed, epoch, cache)
+        tf = import_tensorflow()
         order = np.arange(len(found))
         if shuffle:
             order = epoch_order(
@@ -192,6 +193,22 @@ class Dataset:
             reader = open_reader(self._dataset, found, cache=cache, cache_dir=None)
             self._readers[split, cache] = reader
         return self._readers[split, cache]
+
+
+def _check_sampling(seed: int, epoch: int, cache: str) -> None:
+    """Refuses arguments of `as_tf_dataset` that no run could have.
+
+    Raises:
+        UsageError: names the argument.
+    """
+    problems = {
+        f"seed={seed!r}: give an integer from 0 to 2147483647": 0 <= seed < 2**31,
+        f"epoch={epoch!r}: epochs count from 1": epoch >= 1,
+        f"cache={cache!r}: give 'full' or 'ranges'": cache in ("full", "ranges"),
+    }
+    for problem, is_fine in problems.items():
+        if not is_fine:
+            raise UsageError(f"flexunet.Dataset.as_tf_dataset(): {problem}")
 
 
 def open_dataset(url: StrPath) -> Dataset:

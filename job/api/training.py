@@ -31,8 +31,11 @@ def train(
     StoppedError; a second one raises KeyboardInterrupt at once, without saving.
 
     An exception that `on_event` raises ends the run as Ctrl-C does: a checkpoint is stored, then
-    the exception is raised. It gets no event after that. Events are sent in this thread, between
-    two steps: training waits for `on_event`.
+    the exception is raised; if the run fails or diverges then, it is the cause of that error. It
+    gets no event after that. Events are sent in this thread, between two steps: training waits for
+    `on_event`.
+
+    `deterministic=True` makes TensorFlow deterministic until the process ends.
 
     Args:
         config: YAML file with any of the options, or a .config file of the reference
@@ -85,6 +88,14 @@ def train(
         return open_run(run_url(settings))
 
 
+def _add_cause(error: BaseException, failure: Exception | None) -> None:
+    """Adds what `on_event` raised as the first cause of `error`, so that tracebacks show both."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if failure is not None and error is not failure:
+        error.__cause__ = failure
+
+
 def _ignore(event: Event) -> Any:
     """Stands for an `on_event` where nobody listens."""
 
@@ -100,11 +111,13 @@ def _run_with_events(config: TrainConfig, on_event: Callable[[Event], object]) -
         if sender.failure is not None:
             raise sender.failure from error
         raise
-    except DivergedError:
+    except DivergedError as error:
         sender.end("diverged")
+        _add_cause(error, sender.failure)
         raise
-    except BaseException:
+    except BaseException as error:
         sender.end("failed")
+        _add_cause(error, sender.failure)
         raise
     sender.end("finished")
     if sender.failure is not None:

@@ -1,6 +1,7 @@
 """The Python API: what `import flexunet` does with a run that the real command trained."""
 
 import functools
+import math
 import operator
 import os
 import signal
@@ -122,6 +123,13 @@ def test_what_a_dataset_lacks_is_a_usage_error(dataset_url: str, tmp_path: Path)
         dataset.read("disc-0")
     with pytest.raises(flexunet.UsageError, match="split 'tset' has no samples"):
         dataset.as_tf_dataset("tset")
+    for options, problem in (
+        ({"epoch": 0}, "epoch=0: epochs count from 1"),
+        ({"seed": -1}, "seed=-1: give an integer"),
+        ({"cache": "range"}, "cache='range': give 'full' or 'ranges'"),
+    ):
+        with pytest.raises(flexunet.UsageError, match=problem):
+            dataset.as_tf_dataset("train", shuffle=True, **options)  # type: ignore[arg-type]
     with pytest.raises(flexunet.UsageError, match=r"dataset\.json"):
         flexunet.open_dataset(tmp_path)
     with pytest.raises(flexunet.UsageError, match="'img_size'; did you mean 'image_size'"):
@@ -269,6 +277,17 @@ def test_an_error_of_on_event_at_the_end_is_raised_of_a_finished_run(
     with pytest.raises(WorkError):
         train(dataset_url, tmp_path, on_event=on_event)
     assert flexunet.open_run(tmp_path / "a").status == "finished"
+
+
+def test_a_divergence_does_not_hide_the_error_of_on_event(dataset_url: str, tmp_path: Path) -> None:
+    def on_event(event: flexunet.Event) -> None:
+        if isinstance(event, flexunet.StepEnded) and not math.isfinite(event.loss):
+            raise WorkError
+
+    options = {"optimizer": {"learning_rate": 1e30, "clipvalue": None}, "epochs": 5}
+    with pytest.raises(flexunet.DivergedError) as caught:
+        train(dataset_url, tmp_path, on_event=on_event, **options)
+    assert isinstance(caught.value.__cause__, WorkError)
 
 
 def test_a_run_that_diverges_says_so_in_its_last_event(dataset_url: str, tmp_path: Path) -> None:
