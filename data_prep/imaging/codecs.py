@@ -16,6 +16,7 @@ Decoding rules, the same for images and masks:
 
 import io
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_PIXELS = 100_000_000
 
 
+_PILLOW_LIMIT = threading.Lock()  # of all threads of the process
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8", b"BM", *TIFF_SIGNATURES)
 _MAX_BYTES_PER_PIXEL = 8  # four channels of 16 bits, not compressed
@@ -175,8 +177,12 @@ def _open(data: bytes, *, name: str, max_pixels: int) -> "Image.Image":
     from PIL import Image
 
     # Pillow's limit only warns, and is not the user's limit, which is checked on the same header.
-    Image.MAX_IMAGE_PIXELS = None
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    with _PILLOW_LIMIT:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
     _refuse_size(*image.size, name=name, max_pixels=max_pixels)
     # Not for TIFF, whose directory was checked before: counting frames takes quadratic time in a
     # malicious file.

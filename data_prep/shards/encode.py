@@ -8,6 +8,7 @@ and shards.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -57,9 +58,24 @@ def scan_chunk(task: ScanTask) -> list[EncodedSample | RejectedPair]:
         ContentError: an item is bad and `skip_bad` is off.
         StorageError: a file cannot be read, or the records cannot be staged.
     """
+    with _one_thread():
+        return _scan_chunk(task)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Makes OpenCV use one thread in the block, because the processes already run in parallel."""
     import cv2
 
-    cv2.setNumThreads(1)  # the processes already run in parallel
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
+
+
+def _scan_chunk(task: ScanTask) -> list[EncodedSample | RejectedPair]:
     staging = store_at(task.staging_url)
     name = staged_name(task)
     found = read_index(staging, name)

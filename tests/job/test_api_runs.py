@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 
 import flexunet
@@ -145,3 +146,13 @@ def test_a_folder_gets_the_warnings_of_infer_once(
     assert len(warnings) == 2
     assert "everything appears larger than in training" in warnings[0]
     assert "1 image is in colour (RGB), first a.png" in warnings[1]
+
+
+def test_prepare_leaves_pillow_and_opencv_as_they_were(tmp_path: Path) -> None:
+    threads, limit = cv2.getNumThreads(), PIL.Image.MAX_IMAGE_PIXELS
+    cv2.setNumThreads(3)
+    try:
+        prepare_discs(tmp_path, num_images=16)
+        assert (cv2.getNumThreads(), PIL.Image.MAX_IMAGE_PIXELS) == (3, limit)
+    finally:
+        cv2.setNumThreads(threads)
