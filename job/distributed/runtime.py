@@ -75,6 +75,19 @@ def set_up(tf: Any, config: TrainConfig) -> None:
         # All seeds are explicit, but op determinism needs a global seed, too.
         tf.random.set_seed(config.seed)
         tf.config.experimental.enable_op_determinism()
+    elif is_deterministic():
+        logger.warning(
+            "--no-deterministic: TensorFlow was made deterministic before in this process and "
+            "stays so, which is slower; to change it, %s",
+            RESTART,
+        )
+
+
+def is_deterministic() -> bool:
+    """Returns whether the operations of this process are deterministic, which cannot be undone."""
+    from tensorflow.python.framework import config
+
+    return bool(config.is_op_determinism_enabled())
 
 
 def was_used() -> bool:

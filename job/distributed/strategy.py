@@ -44,8 +44,12 @@ def configure(config: TrainConfig, spec: ProcessSpec | None = None) -> Any:
     if spec is not None and spec.size > 1:
         return _of_many(tf, config, spec, len(gpus))
     # Otherwise the strategy of a single process would look for the peers in TF_CONFIG.
-    os.environ.pop("TF_CONFIG", None)
-    return _of_one(tf, config, gpus)
+    before = os.environ.pop("TF_CONFIG", None)
+    try:
+        return _of_one(tf, config, gpus)
+    finally:
+        if before is not None:
+            os.environ["TF_CONFIG"] = before
 
 
 def refuse_used(spec: ProcessSpec | None) -> None:

@@ -73,3 +73,26 @@ def test_kept_memory_is_used_again() -> None:
         faults[method] = int(done.stdout)
     # Now and then the next call finds what the last one left.
     assert faults["kept"] < 2000 < 50_000 < faults["returned"]
+
+
+CHANGES = """
+import logging, os, sys
+from job.distributed.strategy import configure
+from job.config import TrainConfig
+
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+os.environ["TF_CONFIG"] = "mine"
+for value in (True, False):
+    print(value)
+    configure(TrainConfig(deterministic=value))
+print(os.environ["TF_CONFIG"])
+"""
+
+
+def test_a_later_run_is_warned_of_determinism_and_the_environment_stays() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGES], capture_output=True, text=True, check=True
+    )
+    first, second, warning, environment = done.stdout.splitlines()
+    assert (first, second, environment) == ("True", "False", "mine")
+    assert "TensorFlow was made deterministic before in this process and stays so" in warning
