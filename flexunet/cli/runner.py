@@ -32,6 +32,9 @@ def run_command(command: click.Command, argv: Sequence[str] | None, program: str
         return _code_of(command, argv, program)
     ignore_interrupts_at_exit()
     code = _code_of(command, sys.argv[1:], program)
+    # After an error, stdout may still hold output, which os._exit would drop.
+    with contextlib.suppress(OSError, ValueError):
+        _flush_stdout()
     exit_on_interrupt(code)
     return code
 

@@ -268,6 +268,27 @@ def test_a_command_returns_its_own_exit_code() -> None:
     assert run_body(lambda: "text") == 0
 
 
+def test_an_interrupt_after_an_error_loses_no_output() -> None:
+    script = (
+        "import click, os, signal\n"
+        "from flexunet.cli.runner import run_command\n"
+        "from flexunet.errors import StorageError\n"
+        "@click.command()\n"
+        "def command():\n"
+        "    print('half a result')\n"
+        "    raise StorageError('disk full')\n"
+        "run_command(command, None, 'tool')\n"
+        "os.kill(os.getpid(), signal.SIGINT)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (5, b"half a result\n")
+
+
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     script = (
         "import click; from flexunet.cli.runner import run_command\n"
