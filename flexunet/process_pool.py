@@ -122,15 +122,16 @@ class _Context(SpawnContext):
 
 def _spawned(num_processes: int) -> Iterator[Executor]:
     """Yields an executor with `num_processes` spawned workers; ends them with the generator."""
-    others = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(
         num_processes, _Context(), initializer=_start_worker
     )
     try:
         yield pool
     except BaseException:
+        # Not all children: other threads of a user's program may have their own. `shutdown` forgets
+        # the processes.
+        workers = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
-        workers = set(multiprocessing.active_children()) - others
         for worker in workers:
             worker.kill()
         for worker in workers:

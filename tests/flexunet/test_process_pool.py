@@ -1,6 +1,7 @@
 """How many workers a process may have, and how they are used."""
 
 import math
+import multiprocessing
 import os
 import signal
 import time
@@ -158,6 +159,19 @@ def test_pool_ends_with_its_block_even_in_mid_work():
     # has waited for.
     commands = [" ".join(child.cmdline()) for child in psutil.Process().children()]
     assert not [each for each in commands if "spawn_main" in each]
+
+
+def test_pool_that_fails_leaves_other_children_alone():
+    child = multiprocessing.get_context("spawn").Process(target=_sleep, args=(600,))
+    try:
+        with pytest.raises(KeyboardInterrupt), open_pool(2) as executor:
+            assert list(in_order(executor, _square, [3], num_waiting=2)) == [9]
+            child.start()  # of another thread of the user's program
+            raise KeyboardInterrupt
+        assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_death_of_a_worker_is_one_line():
