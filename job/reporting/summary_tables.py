@@ -60,14 +60,14 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     if (left_out := left_out_words(summary)) is not None:
         console.print(left_out, style="dim")
     if not has_foreground(summary):
-        console.print(no_foreground_words(summary))
+        console.print(no_foreground_words(summary), markup=False)
     for warning in baseline_warnings(summary):
         console.print(warning, markup=False)
     sizes = titled_sizes(summary.get("sizes", {}))
     for title, measures in sizes:
         console.print(measures_table(title, measures))
         for line in size_notes(title, measures):
-            console.print(line, style="dim")
+            console.print(line, style="dim", markup=False)
     if sizes:
         console.print(lesion_words(sizes[0][1]), style="dim")
 

@@ -30,6 +30,16 @@ def test_tables_of_a_summary_fit_a_terminal(name: str, capsys: pytest.CaptureFix
     assert name.replace(" ", "") in "".join(part for part in text.split() if part != "│")
 
 
+def test_names_with_brackets_are_shown_where_no_case_has_foreground(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    summary = summarize(np.zeros((10, 2, 4), int)) | {"split": "test"}
+    for each, label in zip(summary["classes"], ("background", "[red]"), strict=True):
+        each |= {"name": label, "num_false_alarms": 3}
+    show_summary(summary)
+    assert "False alarms: [red] in 3 of" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_line_of_an_epoch_fits_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     step = {"epoch": 998, "step": 1, "num_epochs": 1000, "epoch_images": 4, "num_images": 4}
