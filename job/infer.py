@@ -12,7 +12,7 @@ from flexunet.cli.interrupts import quiet_interrupts
 from flexunet.cli.options import PATH, SettingsCommand, from_options, settings_options
 from flexunet.cli.runner import run_command
 from flexunet.errors import ContentError
-from flexunet.storage import join_url
+from flexunet.storage import join_url, open_store
 from flexunet.text import legible, pluralize
 from job.inference.inputs import OVERLAYS_FOLDER
 from job.inference.options import InferConfig
@@ -78,8 +78,10 @@ def _show_file(result: InferResult, config: InferConfig) -> None:
     kept = " (kept; --overwrite predicts it again)" if result.num_kept else ""
     click.echo(f"mask: {mask}{kept}")
     if config.overlays:
-        name = mask.rpartition("/")[2]
-        click.echo(f"overlay: {join_url(result.output_url, OVERLAYS_FOLDER, name)}")
+        overlay = f"{OVERLAYS_FOLDER}/{mask.rpartition('/')[2]}"
+        # A mask that was kept may be of a call with --no-overlays.
+        if not result.num_kept or open_store(result.output_url).stat(overlay) is not None:
+            click.echo(f"overlay: {join_url(result.output_url, overlay)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

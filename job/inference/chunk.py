@@ -17,7 +17,13 @@ from data_prep.imaging.geometry import apply_geometry, fit
 from data_prep.shards.manifest import Manifest
 from flexunet.errors import ContentError
 from flexunet.process_pool import available_cores, in_order
-from flexunet.storage import Forbidden, ObjectStore, open_source, open_store
+from flexunet.storage import (
+    Forbidden,
+    ObjectStore,
+    content_matches,
+    open_source,
+    open_store,
+)
 from job.inference.inputs import OVERLAYS_FOLDER, mask_name, read_any
 from job.inference.mask_sources import MaskSource
 from job.inference.options import InferConfig
@@ -68,10 +74,12 @@ class ChunkResult:
     Attributes:
         unreadable: (file, reason) of the images that could not be read.
         other_colors: images with other colours than the dataset, see `ModelImage`.
+        old_overlays: images whose overlay is of an earlier call, and may not be replaced.
     """
 
     unreadable: tuple[tuple[str, str], ...]
     other_colors: tuple[str, ...]
+    old_overlays: tuple[str, ...] = ()
 
 
 def predict_chunk(chunk: Chunk) -> ChunkResult:
@@ -105,6 +113,7 @@ def predict_images(
     num_waiting = 2 * config.batch_size if chunk.overlap is None else 1
     unreadable: list[tuple[str, str]] = []
     other_colors: list[str] = []
+    old_overlays: list[str] = []
     claim = OutputClaim(output, chunk.record, chunk.sources) if chunk.record is not None else None
 
     def read(name: str) -> ModelImage | tuple[str, str]:
@@ -115,7 +124,10 @@ def predict_images(
         if claim is not None:
             claim.check_often()
         ids = mask_at_source(found, image.geometry, chunk.min_pixels)
-        _write_mask(image, ids, manifest, output)
+        source = chunk.sources.get(mask_name(image.name))
+        was_listed = source is not None and source.old_mask != 0
+        if _write_mask(image, ids, manifest, output, was_listed=was_listed):
+            old_overlays.append(image.name)
 
     with _threads() as readers, _threads() as writers:
         found = in_order(readers, read, chunk.names, num_waiting=num_waiting)
@@ -123,7 +135,7 @@ def predict_images(
         predicted = predict_all(images, predictor, config.batch_size, chunk.overlap, note=note)
         for _ in in_order(writers, write, predicted, num_waiting=num_waiting):
             advance()
-    return ChunkResult(tuple(unreadable), tuple(other_colors))
+    return ChunkResult(tuple(unreadable), tuple(other_colors), tuple(old_overlays))
 
 
 @contextmanager
@@ -174,30 +186,49 @@ def _readable(
             advance()
 
 
-def _write_mask(image: ModelImage, ids: Ids, manifest: Manifest, output: ObjectStore) -> None:
+def _write_mask(
+    image: ModelImage, ids: Ids, manifest: Manifest, output: ObjectStore, *, was_listed: bool
+) -> bool:
+    """Writes the mask and the overlay of an image; returns whether an old overlay stays.
+
+    Args:
+        was_listed: there was a mask before this call.
+    """
     from job.reporting import plots
 
-    name = mask_name(image.name)
+    name, is_old = mask_name(image.name), False
     if image.preview is not None:
         overlay = plots.overlay_png(image.preview, ids, manifest.classes)
-        _put_overlay(output, f"{OVERLAYS_FOLDER}/{name}", overlay)
+        is_old = not _put_overlay(output, f"{OVERLAYS_FOLDER}/{name}", overlay)
     # Write the mask last: a call that continues looks for it.
-    _put_mask(output, name, plots.mask_png(ids, manifest.classes))
+    _put_mask(output, name, plots.mask_png(ids, manifest.classes), was_listed=was_listed)
+    return is_old
 
 
-def _put_mask(output: ObjectStore, name: str, mask: bytes) -> None:
+def _put_mask(output: ObjectStore, name: str, mask: bytes, *, was_listed: bool) -> None:
+    """Writes a mask; an account that may not replace objects keeps an equal one.
+
+    A chunk that runs again meets its own masks. Other accounts replace an equal mask: its new
+    generation shows the next call that it is up to date.
+    """
     try:
         output.put(name, mask)
     except Forbidden as error:
-        if output.stat(name) is None:
+        found = output.stat(name)
+        if found is not None and content_matches(output, found, mask):
+            return
+        if found is None or not was_listed:
             raise
         raise Forbidden(f"{error}; or give another OUTPUT: this mask is out of date") from error
 
 
-def _put_overlay(output: ObjectStore, name: str, overlay: bytes) -> None:
-    """Writes an overlay; an account that may not replace objects keeps that of a stopped call."""
+def _put_overlay(output: ObjectStore, name: str, overlay: bytes) -> bool:
+    """Writes an overlay; returns False if the account may not replace another one."""
     try:
         output.put(name, overlay)
     except Forbidden:
-        if output.stat(name) is None:
+        found = output.stat(name)
+        if found is None:
             raise
+        return content_matches(output, found, overlay)
+    return True

@@ -18,6 +18,7 @@ from flexunet.storage import (
     join_url,
     open_store,
 )
+from flexunet.text import legible, pluralize
 from job.inference.chunk import Chunk, ChunkResult, predict_chunk, predict_images
 from job.inference.inputs import (
     mask_name,
@@ -209,6 +210,15 @@ def _predict_all(
     warning = color_warning(other_colors, manifest)
     if warning is not None:
         logger.warning("%s", warning)
+    old_overlays = [name for result in results for name in result.old_overlays]
+    if old_overlays:
+        logger.warning(
+            "%s: these credentials cannot replace %s of an earlier call, first %s; delete them or "
+            "give another OUTPUT",
+            whole.output_url,
+            pluralize(len(old_overlays), "overlay"),
+            legible(overlay_names(old_overlays)[0]),
+        )
     if whole.record is not None:
         OutputClaim(open_store(whole.output_url), whole.record, whole.sources).check()
     return [each for result in results for each in result.unreadable]

@@ -329,6 +329,41 @@ def test_a_number_that_other_calls_used_and_deleted_is_not_taken_again(tmp_path:
 
 
 @contextmanager
+def repeated() -> Iterator[Workers]:
+    """Yields workers that predict each part twice, as if the first one had died at its end."""
+
+    class Repeated(InlineExecutor):
+        def submit(self, fn: Callable[..., Any], /, *arguments: Any, **options: Any) -> Any:
+            fn(*arguments, **options)
+            return super().submit(fn, *arguments, **options)
+
+    yield Workers(Repeated(), lambda: 1)
+
+
+def test_an_account_that_may_not_replace_objects_can_repeat_a_part(
+    trained_run: Path, faulty_bucket: FaultyBucket, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = faulty_bucket.url
+    case = Case(trained_run, join_url(base, "images"), join_url(base, "masks"))
+    case.put("a.bmp", "b.bmp", "c.bmp")
+    faulty_bucket.proxy.creates_only = True
+    assert case.infer(open_workers=repeated) == (3, 0)
+    assert "overlay" not in caplog.text
+    assert case.infer() == (0, 3)
+    # A stopped call has left an overlay, and then the image has changed.
+    case.put("d.bmp")
+    case.output.put("overlays/d.png", b"of the image before")
+    assert case.infer() == (1, 3)
+    assert (
+        f"{case.output.url}: these credentials cannot replace 1 overlay of an earlier call, first "
+        "overlays/d.png; delete them or give another OUTPUT"
+    ) in caplog.messages
+    with pytest.raises(Forbidden) as refused:
+        chunk._put_mask(case.output, "d.png", b"another mask", was_listed=False)
+    assert "out of date" not in str(refused.value)
+
+
+@contextmanager
 def interrupted(at: int, other: Callable[[], Any]) -> Iterator[Workers]:
     """Yields workers that predict `at` images, then let another call run, then go on."""
 
@@ -375,11 +410,11 @@ def test_a_call_stops_if_another_one_begins_during_its_last_mask(
     put = chunk._put_mask
     calls: list[str] = []
 
-    def late(*arguments: Any) -> None:
+    def late(*arguments: Any, **options: Any) -> None:
         if not calls:
             calls.append("other")
             assert local_case.infer(OTHER) == (1, 0)
-        put(*arguments)
+        put(*arguments, **options)
 
     monkeypatch.setattr(chunk, "_put_mask", late)
     with pytest.raises(StorageError, match="took over OUTPUT"):
