@@ -44,8 +44,8 @@ def warn_of_clipped(
     if less is not None:
         above = clipped(samples, less, None)
         logger.warning(
-            "only a few pixels need the full scale of %d: no image has more than a thousandth of "
-            "its pixels above %d; if these are markers, --full-scale %d makes the images %d times "
+            "the full scale is %d because of a few bright pixels (at most 0.1 %% of each image "
+            "above %d); if they are markers, give --full-scale %d, which makes the images %d times "
             "brighter: %s",
             pixel_format.value_max,
             less,
@@ -101,7 +101,8 @@ def warn_of_mixed(
     shallow = [sample.filename for sample in samples if sample.bit_depth < pixel_format.bit_depth]
     if shallow:
         logger.warning(
-            "%d of %d images have 8 bits, the others 16; their 255 becomes %d: %s",
+            "%d of %d images have 8 bits, the others 16; 8-bit images are scaled: 255 becomes "
+            "%d: %s",
             len(shallow), len(samples), pixel_format.value_max, _first_names(shallow),
         )  # fmt: skip
     scaled = [s.filename for s in samples if s.value_max not in (None, pixel_format.value_max)]

@@ -292,7 +292,7 @@ def _refuse_all_empty(samples: Sequence[EncodedSample]) -> None:
     if others and not has_foreground:
         raise ContentError(
             f"all {len(images)} masks would be read as empty, but {len(others)} of them have "
-            f"pixels in colours of no class, such as that of {others[0]}; give the colours of "
+            f"pixels in colours of no class, the first is {others[0]}; give the colours of "
             "these masks with --classes"
         )
 

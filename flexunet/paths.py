@@ -15,6 +15,6 @@ def expand_home(path: str) -> str:
     if found.startswith("~"):
         user = path.partition("/")[0]
         raise ValueError(
-            f"{user} names no user with a home folder; for a file of that name, write ./{user}"
+            f"{user}: this user has no home folder here; for a file of this name, write ./{user}"
         )
     return found

@@ -1,1 +1,1 @@
-"""A dataset becomes a trained run, its evaluation and masks; never knows Ray."""
+"""Trains a run on a dataset, evaluates it and predicts masks; imports no Ray."""

@@ -13,7 +13,7 @@ from flexunet.cli.options import PATH, SettingsCommand, from_options, settings_o
 from flexunet.cli.runner import run_command
 from flexunet.errors import ContentError
 from flexunet.storage import join_url, open_store
-from flexunet.text import legible, pluralize
+from flexunet.text import legible
 from job.inference.inputs import OVERLAYS_FOLDER
 from job.inference.options import InferConfig
 from job.inference.outputs import PASSED_OVER_NAME, UNREADABLE_NAME
@@ -57,13 +57,14 @@ def show_result(result: InferResult, config: InferConfig) -> None:
     if config.overlays:
         click.echo(f"overlays: {join_url(result.output_url, OVERLAYS_FOLDER)}")
     if result.passed_over:
-        files = pluralize(len(result.passed_over), "file")
-        first = legible(result.passed_over[0])
-        click.echo(f"passed over: {files}, neither images nor DICOM, first {first}")
+        count, first = len(result.passed_over), legible(result.passed_over[0])
+        kind = "file that is not an image" if count == 1 else "files that are not images"
+        click.echo(f"skipped {count} {kind}, first {first}")
         click.echo(f"  listed in {join_url(result.output_url, PASSED_OVER_NAME)}")
     if result.gone:
-        masks = pluralize(len(result.gone), "mask")
-        click.echo(f"without an image: {masks}, first {legible(result.gone[0])}")
+        count, first = len(result.gone), legible(result.gone[0])
+        masks = "1 mask has" if count == 1 else f"{count} masks have"
+        click.echo(f"{masks} no image in IMAGES any more, first {first}; delete if not needed")
     if result.unreadable:
         raise ContentError(
             f"{len(result.unreadable)} of the images could not be read, first "

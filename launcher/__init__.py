@@ -1,1 +1,1 @@
-"""The `flexunet` command, and the same job on many machines."""
+"""The `flexunet` command, and its commands on a Ray cluster."""

@@ -5,7 +5,7 @@ from launcher.cluster.resources import Resources
 
 
 class LaunchConfig(Settings):
-    """Where training runs, and how often it restarts."""
+    """Options of `launch train`: workers and restart limits."""
 
     address: str | None = option(
         None, "HOST:PORT of a Ray cluster; none: RAY_ADDRESS if it is set, else a local Ray."

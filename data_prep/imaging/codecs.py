@@ -135,7 +135,7 @@ def _decode(data: bytes, *, name: str, max_pixels: int) -> Pixels:
     if len(data) > max_pixels * _MAX_BYTES_PER_PIXEL + _MAX_METADATA_BYTES:
         raise ContentError(
             f"{name}: {len(data)} bytes are more than an image of {max_pixels} pixels can need; "
-            "make it smaller or raise max_pixels"
+            "downscale the image, or increase --max-pixels"
         )
     with _decoding(data, name=name):
         if data.startswith(TIFF_SIGNATURES):
@@ -195,7 +195,7 @@ def _refuse_size(width: int, height: int, *, name: str, max_pixels: int) -> None
     if width * height > max_pixels:
         raise ContentError(
             f"{name}: {width}x{height} is {width * height} pixels, more than {max_pixels}; "
-            "make it smaller or raise max_pixels"
+            "downscale the image, or increase --max-pixels"
         )
 
 

@@ -310,7 +310,7 @@ def _read_npz_array(data: bytes, name: str, max_pixels: int) -> npt.NDArray[Any]
         if stated > max_pixels * _NPZ_BYTES_PER_PIXEL:
             raise ContentError(
                 f"{name}: decompresses to {stated} bytes, more than a mask of {max_pixels} pixels "
-                "can need; make it smaller or raise max_pixels"
+                "can need; downscale the mask, or increase --max-pixels"
             )
         with archive.open(member) as file:
             shape, fortran, dtype = _read_npy_header(file)
@@ -336,7 +336,7 @@ def _check_npy(shape: tuple[int, ...], dtype: np.dtype[Any], *, name: str, max_p
     if shape[0] * shape[1] > max_pixels:
         raise ContentError(
             f"{name}: {shape[1]}x{shape[0]} is more than {max_pixels} pixels; "
-            "make it smaller or raise max_pixels"
+            "downscale the mask, or increase --max-pixels"
         )
 
 

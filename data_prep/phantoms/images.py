@@ -147,7 +147,10 @@ def write_phantoms(
     for place in ("images/", "masks/"):
         for stat in store.list(place):
             if stat.name not in ours:
-                raise UsageError(f"{store.url}/{stat.name} is in the way; choose another folder")
+                raise UsageError(
+                    f"{store.url}/{stat.name} exists already and is not one of these phantoms; "
+                    "choose another folder"
+                )
     for i, name in enumerate(names):
         image, mask = make_phantom(seed, i, size, patient=patients[i])
         store.put(f"images/{name}", encode_png(image))

@@ -76,7 +76,10 @@ def write_release(folder: str, num_patients: int, size: int, seed: int) -> int:
     for place in ("AllDICOMs/", "AllXML/"):
         for stat in store.list(place):
             if stat.name not in ours:
-                raise UsageError(f"{store.url}/{stat.name} is in the way; choose another folder")
+                raise UsageError(
+                    f"{store.url}/{stat.name} exists already and is not one of these phantoms; "
+                    "choose another folder"
+                )
     for plan in plans:
         pixels, bits, rois = draw_image(plan, size, seed)
         spacing_mm = _SPACING_MM * _ROWS / size

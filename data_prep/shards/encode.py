@@ -291,7 +291,7 @@ def _fitted_sample(
 def _refuse_lost_foreground(
     item: SourcePair, layout: Layout, mask: np.ndarray, geometry: Geometry
 ) -> None:
-    """Rejects a crop that removes foreground, which would make all metrics too good."""
+    """Rejects a crop that removes foreground, which would make all metrics optimistic."""
     box = geometry.part
     is_foreground = mask > 0
     if layout.ignore_id is not None:

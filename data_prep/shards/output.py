@@ -82,8 +82,8 @@ def commit(store: ObjectStore, manifest: Manifest, samples: bytes) -> None:
 def remove_state(store: ObjectStore) -> None:
     """Deletes the staged records and the plan, which the dataset does not need.
 
-    The plan is deleted last, because it identifies the rest. If the credentials may not delete, the
-    objects stay, with a warning.
+    The plan is deleted last, because it identifies the rest. Credentials without permission to
+    delete leave the objects there, with a warning.
     """
     store.remove_unfinished()
     stats = store.list(f"{STATE_PREFIX}/")
@@ -92,8 +92,8 @@ def remove_state(store: ObjectStore) -> None:
             store.delete(stat.name)
     except Forbidden:
         logger.warning(
-            "%s: %d temporary objects remain (%.1f MB), because these credentials may not delete; "
-            "the dataset is complete without them",
+            "%s: %d temporary objects remain (%.1f MB), because these credentials have no "
+            "permission to delete; the dataset is complete without them",
             staging_url(store.url),
             len(stats),
             sum(stat.size for stat in stats) / _MEGABYTE,

@@ -139,9 +139,9 @@ def _pair_source(source: Source, pairs: list[Pair], rejects: list[Reject]) -> No
     if images and masks and not images.keys() & masks.keys():
         image, mask = min(images), min(masks)
         raise ContentError(
-            f"{source.images} and {source.masks}: image and mask need the same name, but no name "
-            f"is in both folders (such as {images[image][0]} and {masks[mask][0]}; the mask of the "
-            f"first would be {image}.png); rename the files"
+            f"{source.images} and {source.masks}: no image has a mask of the same name: "
+            f"{images[image][0]} needs {image}.png, but the masks are {masks[mask][0]} and so on; "
+            "rename the files"
         )
     for stem in images.keys() | masks.keys():
         of_image, of_mask = images.get(stem, []), masks.get(stem, [])

@@ -95,4 +95,10 @@ def size_of(info: os.stat_result) -> int:
 @functools.lru_cache(maxsize=1024)  # a folder is listed many times
 def log_left_out(url: str, number: int, where: str, first: str) -> None:
     """Warns once about links below `url` that are not listed."""
-    logger.warning("%s: skipped %d symbolic links %s; the first is %s", url, number, where, first)
+    logger.warning(
+        "%s: skipped %d symbolic links %s, first %s; copy the files if you need them",
+        url,
+        number,
+        where,
+        first,
+    )

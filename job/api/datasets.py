@@ -88,7 +88,7 @@ class Dataset:
 
     @property
     def manifest(self) -> Manifest:
-        """Everything that `dataset.json` says: classes, geometry, mean and std, options of prep."""
+        """The content of `dataset.json`: classes, geometry, mean and std, options of prep."""
         return self._dataset.manifest
 
     @functools.cached_property
@@ -138,7 +138,7 @@ class Dataset:
         epoch: int = 1,
         cache: Literal["full", "ranges"] = "full",
     ) -> Any:
-        """Returns a `tf.data.Dataset` of (image, mask), one sample each: batch it as you like.
+        """Returns an unbatched `tf.data.Dataset` of (image, mask).
 
         Pixels are as stored: image (H, W, C) uint8 or uint16, mask (H, W) uint8 of class ids. No
         augmentation, no scaling. The order is the same every time.

@@ -9,7 +9,7 @@ from job.training.setup import Callbacks
 
 @dataclass(frozen=True)
 class TrainingStarted:
-    """The network, the data and the run are ready; the first step follows.
+    """Reports that the network, the data and the run are ready; the first step follows.
 
     Attributes:
         run: folder or gs:// URL of the run.
@@ -28,7 +28,7 @@ class TrainingStarted:
 
 @dataclass(frozen=True)
 class StepEnded:
-    """A step is done.
+    """Reports a finished step.
 
     Attributes:
         epoch: the epoch in progress, from 1.
@@ -49,7 +49,7 @@ class StepEnded:
 
 @dataclass(frozen=True)
 class EpochEnded:
-    """An epoch is trained and validated.
+    """Reports a trained and validated epoch.
 
     Attributes:
         epoch: the epoch that ended, from 1.
@@ -65,7 +65,7 @@ class EpochEnded:
 
 @dataclass(frozen=True)
 class CheckpointStored:
-    """A checkpoint is in storage: from here on the same call resumes after it.
+    """Reports a stored checkpoint; the same call resumes after it.
 
     Attributes:
         num_epochs_done: whole epochs in it.
@@ -80,7 +80,7 @@ class CheckpointStored:
 
 @dataclass(frozen=True)
 class EvaluationEnded:
-    """The test split is evaluated with the best checkpoint, and the evaluation is stored.
+    """Reports the stored evaluation of the test split with the best checkpoint.
 
     Attributes:
         summary: as `Run.summary`.
@@ -91,7 +91,7 @@ class EvaluationEnded:
 
 @dataclass(frozen=True)
 class TrainingEnded:
-    """The call ends; the last event of every call that sent `TrainingStarted`.
+    """Reports the end of the call; the last event after `TrainingStarted`.
 
     Attributes:
         status: "stopped": a checkpoint was stored, the same call resumes; "failed": an error that
@@ -123,11 +123,11 @@ class EventSender:
 
     @property
     def callbacks(self) -> Callbacks:
-        """What the training process calls."""
+        """The callbacks for the training process."""
         return Callbacks(self._report, lambda: self.failure is not None)
 
     def end(self, status: Literal["finished", "stopped", "diverged", "failed"]) -> None:
-        """Sends how the run ended."""
+        """Sends the end of the run, with its status."""
         if self._has_started:
             self._send(TrainingEnded(status))
 

@@ -101,7 +101,7 @@ class TrainOptions(TypedDict, total=False):
 
 
 class PredictOptions(TypedDict, total=False):
-    """What `EvaluateOptions` and `ImageOptions` have in common: the fields of `PredictConfig`."""
+    """The options shared by `EvaluateOptions` and `ImageOptions`: fields of `PredictConfig`."""
 
     checkpoint: Literal["best", "last"]
     ensemble: Sequence[StrPath]

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Prediction(NamedTuple):
-    """What is predicted for an image, at the image's own size.
+    """The mask of an image, and its probabilities if requested, at the image's own size.
 
     Attributes:
         mask: (h, w) uint8, class ids; 0 is the background.

@@ -34,7 +34,7 @@ _EVALUATE_AGAIN = "evaluate the run again: flexunet.evaluate(run)"
 
 
 class EvaluationSummary(dict[str, Any]):
-    """The summary of an evaluation: what its `summary.json` says, by name.
+    """The summary of an evaluation: the content of its `summary.json`, by name.
 
     `summary["foreground_mean"]["dice"]` is the foreground Dice.
 
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def status(self) -> Literal["finished", "diverged", "stopped", "open"]:
-        """How it ended; "open": it is being trained, or its process was killed."""
+        """The status of the run; "open": it is being trained, or its process was killed."""
         return run_status(self._run.store)
 
     @property
@@ -108,11 +108,11 @@ class Run:
 
     @property
     def summary(self) -> EvaluationSummary | None:
-        """The newest evaluation of the test split; None: there is none yet."""
+        """The newest evaluation of the test split, or None."""
         return read_evaluation(self._run.store.subpath("evaluation"))
 
     def open_dataset(self) -> Dataset:
-        """Returns the dataset on which the run was trained, from where it was then.
+        """Returns the dataset of the run, at the location stored in its config.
 
         The run of fold k has the splits of its fold: "test" is fold k, "valid" is fold k + 1, and
         "train" has the others.

@@ -53,7 +53,7 @@ def train(
         The run; `run.summary` is its evaluation.
 
     Raises:
-        UsageError: an option is unknown or wrong, there is no dataset, or the run was begun with
+        UsageError: an option is unknown or wrong, there is no dataset, or the run was started with
             other options.
         ContentError: the dataset is damaged.
         LockedError: another process trains this run.
@@ -81,8 +81,9 @@ def train(
         settings = resolve_config(values, file, prep_options, function="flexunet.train()")
         if is_cross_validation(settings):
             raise UsageError(
-                "flexunet.train(): folds without fold trains several runs, each in a process of "
-                "its own; give fold=0 and so on, or use `flexunet train --local --folds`"
+                f"flexunet.train(folds={settings.folds}) would train several runs, each in its own "
+                "process; give fold=0, then fold=1 and so on, or use `flexunet train --local "
+                f"--folds {settings.folds}`"
             )
         _run_with_events(settings, on_event or _ignore)
         return open_run(run_url(settings))
@@ -97,14 +98,14 @@ def _add_cause(error: BaseException, failure: Exception | None) -> None:
 
 
 def _ignore(event: Event) -> Any:
-    """Stands for an `on_event` where nobody listens."""
+    """Ignores an event: the default of `on_event`."""
 
 
 def _run_with_events(config: TrainConfig, on_event: Callable[[Event], object]) -> None:
     """Trains; raises what `on_event` raised when the run has ended."""
     sender = EventSender(on_event, run_url(config))
     try:
-        # A notebook is not ours to end where training stalls.
+        # Training must not end a notebook's process when it stalls.
         run_local(config, sender.callbacks, ends_process=False)
     except StoppedError as error:
         sender.end("stopped")

@@ -68,9 +68,9 @@ def split_words(name: str, fold: Sequence[int] | None) -> str:
     if fold is None:
         return f"the {name} split"
     if name == "train":
-        return f"the training folds of {fold_words(fold)}"
+        return f"the train split of the run of {fold_words(fold)}"
     if name == "valid":
-        return f"the validation fold of {fold_words(fold)}"
+        return f"the valid split of the run of {fold_words(fold)}"
     return fold_words(fold)
 
 

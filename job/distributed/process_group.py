@@ -160,10 +160,10 @@ class ProcessGroup:
         different = [str(rank) for rank, other in enumerate(others, start=1) if other != first]
         if different:
             raise FlexUNetError(
-                f"the weights of rank {', '.join(different)} differ from those of rank 0, which "
-                "must not happen; the same command resumes from the last checkpoint; if it happens "
-                "again, give --gradient-exchange all_reduce if the processors differ, else check "
-                "the machine of that rank"
+                f"the weights of rank {', '.join(different)} differ from those of rank 0: run "
+                "the same command again, which resumes from the last checkpoint. If it recurs on "
+                "machines with different processors, give --gradient-exchange all_reduce; "
+                "otherwise check the hardware of that rank"
             )
 
     def _shared(self, work: Callable[[], T], *, is_worker: bool) -> list[Any]:

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from flexunet.errors import FlexUNetError, UsageError
 from flexunet.settings import Settings
+from flexunet.text import pluralize
 
 _VARIABLE = "TF_CONFIG"
 _ANSWER_S = 5.0  # to connect, and to receive a message
@@ -96,8 +97,8 @@ def rendezvous(spec: ProcessSpec, timeout_s: float, num_gpus: int = 0) -> None:
     for rank, count in enumerate(counts):
         if count != counts[0]:
             raise UsageError(
-                f"rank {rank} ({spec.addresses[rank]}) sees {count} GPUs and rank 0 sees "
-                f"{counts[0]}; give all processes equally many (CUDA_VISIBLE_DEVICES)"
+                f"rank {rank} ({spec.addresses[rank]}) sees {pluralize(count, 'GPU')} and "
+                f"rank 0 sees {counts[0]}; give all processes equally many (CUDA_VISIBLE_DEVICES)"
             )
 
 

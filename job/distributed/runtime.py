@@ -17,7 +17,10 @@ from job.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-RESTART = "start a new process (in a notebook: restart the kernel) and do this first"
+RESTART = (
+    "restart the process (in a notebook: restart the kernel), and call flexunet before other "
+    "TensorFlow code"
+)
 
 _POOL_VARIABLE = "TF_CPU_ALLOCATOR_USE_BFC"
 
@@ -52,22 +55,22 @@ def import_tensorflow() -> Any:
 
 
 def set_up(tf: Any, config: TrainConfig) -> None:
-    """Sets memory, threads and determinism; warns of settings that are too late in this process.
+    """Sets memory, threads and determinism; warns of settings that cannot be set any more.
 
     Raises:
-        UsageError: TensorFlow was used before, and the result would differ.
+        UsageError: TensorFlow is already in use, and the result would differ.
     """
     _reuse_freed_memory()
     gpus = tf.config.list_physical_devices("GPU")
     too_late = [
-        *([] if _grow(tf, gpus) else ["GPU memory that grows as needed"]),
+        *([] if _grow(tf, gpus) else ["GPU memory growth"]),
         *([] if not config.keep_memory or _use_memory_pool() else ["--keep-memory"]),
         *([] if _set_threads(tf, config) else [f"--threads={config.threads}"]),
     ]
     if too_late:
         logger.warning(
-            "TensorFlow was used before in this process, too late for %s: training continues "
-            "without it; to use it, %s",
+            "TensorFlow is already in use, so %s cannot be set; training continues without; "
+            "to set, %s",
             " and ".join(too_late),
             RESTART,
         )
@@ -118,9 +121,10 @@ def _set_threads(tf: Any, config: TrainConfig) -> bool:
         return True
     if config.deterministic:
         raise UsageError(
-            f"--deterministic: TensorFlow was used before in this process, with "
-            f"{pluralize(found, 'thread') if found else 'one thread per core'}, too late for "
-            f"--threads={config.threads}, on which the last bits depend; {RESTART}"
+            f"--deterministic: TensorFlow is already in use with "
+            f"{pluralize(found, 'thread') if found else 'one thread per core'}, so "
+            f"--threads={config.threads} cannot be set, and the last bits of results depend on it; "
+            f"{RESTART}"
         )
     return False
 

@@ -60,8 +60,8 @@ def refuse_used(spec: ProcessSpec | None) -> None:
     """
     if spec is not None and spec.size > 1 and was_used():
         raise UsageError(
-            f"TensorFlow was used before in this process, too late to join a cluster of "
-            f"{spec.size} processes; {RESTART}"
+            f"TensorFlow is already in use, so this process cannot join a cluster of {spec.size} "
+            f"processes; {RESTART}"
         )
 
 
@@ -210,8 +210,10 @@ def _of_one(tf: Any, config: TrainConfig, gpus: list[Any]) -> Any:
         )
     if used < len(devices):
         logger.warning(
-            "using %d of %d GPUs: more do not divide the batch of %d; a multiple of %d uses all",
+            "using %d of %d GPUs, because %d do not divide --global-batch-size=%d; a batch that is "
+            "a multiple of %d uses all",
             used,
+            len(devices),
             len(devices),
             config.global_batch_size,
             len(devices),
@@ -234,8 +236,8 @@ def _logical_cpus(tf: Any, number: int) -> list[str]:
     names = [device.name for device in tf.config.list_logical_devices("CPU")]
     if len(names) < number:
         raise UsageError(
-            f"--cpu-replicas={number}: TensorFlow was used before in this process, with "
-            f"{pluralize(len(names), 'CPU device')}, too late for more; {RESTART}"
+            f"--cpu-replicas={number}: TensorFlow is already in use with "
+            f"{pluralize(len(names), 'CPU device')}, and cannot create more; {RESTART}"
         )
     return names[:number]
 

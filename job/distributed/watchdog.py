@@ -147,7 +147,7 @@ class Watchdog:
                 looked = before = time.monotonic()
                 if self._needs_peers and gone & missing:
                     reported = self._num_signs
-                    self._expired(f"{', '.join(sorted(gone & missing))} is gone")
+                    self._expired(f"cannot connect to {', '.join(sorted(gone & missing))}")
 
 
 def end_process(store: ObjectStore, name: str, title: str) -> None:

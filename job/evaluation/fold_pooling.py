@@ -68,7 +68,7 @@ def _check_cases(config: TrainConfig, classes: Sequence[str]) -> list[dict[str, 
     evaluate other cases.
 
     Raises:
-        UsageError: a fold was evaluated on other cases, or its weights saw them.
+        UsageError: a fold was evaluated on other cases, or its weights were trained on them.
     """
     started: list[dict[str, str]] = []
     for fold, each in enumerate(fold_configs(config)):
@@ -97,8 +97,8 @@ def _check_cases(config: TrainConfig, classes: Sequence[str]) -> list[dict[str, 
         for origin in origins:
             if origin["seen"] == "yes":
                 raise UsageError(
-                    f"{where}: {origin['run']} was started from {origin['source']}, which saw "
-                    f"groups of {words}; train the folds under another name without it"
+                    f"{where}: {origin['run']} was started from {origin['source']}, which was "
+                    f"trained on groups of {words}; train the folds under another name without it"
                 )
         started += origins
     return started

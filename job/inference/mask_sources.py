@@ -193,7 +193,7 @@ def write_sources(
         for record in records:
             output.delete(record)
     except Forbidden:
-        logger.debug("%s: older records stay; these credentials may not delete", output.url)
+        logger.debug("%s: older records stay; no permission to delete them", output.url)
 
 
 def delete_outdated(output: ObjectStore, objects: Iterable[str], names: Iterable[str]) -> None:

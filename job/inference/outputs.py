@@ -185,7 +185,7 @@ def list_passed_over(output: ObjectStore, names: Sequence[str]) -> None:
     The table has the first `MAX_PASSED_OVER` files.
     """
     rows = [(name, why_no_image(name)) for name in names[:MAX_PASSED_OVER]]
-    _write_table(output, PASSED_OVER_NAME, rows, "no file was passed over")
+    _write_table(output, PASSED_OVER_NAME, rows, "no file was skipped")
 
 
 def _write_table(
@@ -213,7 +213,7 @@ def _write_table(
         if found is None:
             raise
         logger.warning(
-            "%s/%s is of an earlier call and stays, as these credentials may not %s",
+            "%s/%s is of an earlier call and stays, as these credentials have no permission to %s",
             output.url,
             name,
             "replace objects" if rows else f"delete; {if_empty}",

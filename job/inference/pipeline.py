@@ -173,7 +173,7 @@ def _prepare_output(
             problem = error
     else:
         raise StorageError(
-            f"{output.url}: another infer has begun to write here; wait until it ends, then run "
+            f"{output.url}: another infer is writing here; wait until it ends, then run "
             "the same command again"
         ) from problem
     report_plan(output, plan)

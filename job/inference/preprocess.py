@@ -91,10 +91,10 @@ def _check_full_scale(
     brightest = image.max(axis=2)
     highest, full = int(brightest.max()), value_max or manifest.value_max
     num_above = int(np.count_nonzero(brightest > full))
-    whose = "the dataset of the model" if value_max is None else "this image, as given"
+    whose = "in the dataset of the model" if value_max is None else "by --full-scale or the file"
     if num_above * FEW_PIXELS > brightest.size:
         raise ContentError(
-            f"{name}: 16-bit file with values up to {highest}, but full intensity is {full} in "
+            f"{name}: 16-bit file with values up to {highest}, but full intensity is {full} "
             f"{whose}; give its full scale with --full-scale, or scale its range to 0..{full}"
         )
     if num_above:

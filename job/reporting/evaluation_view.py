@@ -43,7 +43,9 @@ _STATUS_PHRASES = {"open": "not finished", "stopped": "stopped before its end"}
 _PRESENCES = ("neither", "both", "truth_only", "missed", "prediction_only")
 _LESION_COUNTS = ("lesions", "lesions_found", "false_positives", "specks")
 
-Origins = list[tuple[str, str]]  # (source, whether it saw the cases: "yes", "no" or "unknown")
+Origins = list[
+    tuple[str, str]
+]  # (source, whether it was trained on the cases: "yes", "no" or "unknown")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Regions:
-    """From which size on regions are kept, and the split on which the sizes were fitted."""
+    """The smallest kept region per class, and the split on which it was fitted."""
 
     num_cases: int
     split: str
@@ -89,7 +91,7 @@ class Regions:
 
 @dataclass(frozen=True)
 class Prediction:
-    """How cases were predicted, if not by one plain pass of one run.
+    """The protocol of an evaluation: runs, flips, windows, removed regions.
 
     Attributes:
         runs: of an ensemble; empty for one run.
@@ -182,7 +184,7 @@ def origins_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> Origins
 
 
 def distinct_origins(origins: Sequence[Mapping[str, Any]] | None) -> Origins | None:
-    """Returns each source once, and whether it saw the cases."""
+    """Returns each source once, and whether it was trained on the cases."""
     if origins is None:
         return None
     return sorted({(str(each["source"]), str(each["seen"])) for each in origins})

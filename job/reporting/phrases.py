@@ -95,8 +95,7 @@ def everything_rows(summary: Mapping[str, Any]) -> list[tuple[str, float | None,
 def baseline_warnings(summary: Mapping[str, Any]) -> list[str]:
     """Returns a sentence for each class that is predicted no better than on every pixel."""
     return [
-        f"{name}: Dice {dice:.4f} is no better than {everywhere:.4f}, which predicting this class "
-        "on every pixel gives."
+        f"{name}: Dice {dice:.4f} is not above the {EVERYTHING} ({everywhere:.4f})."
         for name, dice, everywhere in everything_rows(summary)
         if dice is not None and everywhere and dice <= everywhere
     ]
@@ -181,6 +180,9 @@ def lesion_words(size: Mapping[str, Any]) -> str:
 
 def checkpoint_words(used: Mapping[str, Any]) -> str:
     """Returns which weights were evaluated: those of one run, or of several together."""
-    epochs = " and ".join(pluralize(each, "epoch") for each in used["epochs"])
     noun = "checkpoint" if len(used["epochs"]) == 1 else "checkpoints"
+    if used["which"] == "best":  # stored at the end of an epoch, which is counted from 1
+        word = "epoch" if len(used["epochs"]) == 1 else "epochs"
+        return f"the best {noun} ({word} {' and '.join(map(str, used['epochs']))})"
+    epochs = " and ".join(pluralize(each, "epoch") for each in used["epochs"])
     return f"the {used['which']} {noun}, after {epochs}"

@@ -143,7 +143,7 @@ def attempts_of(store: ObjectStore, outcome: Mapping[str, Any] | None) -> Attemp
     }
     last = max(bases, default=0)
     rows = [
-        (attempt, base or "the start", _end_of(attempt, last, outcome, ends.get(attempt)))
+        (attempt, base or "new run", _end_of(attempt, last, outcome, ends.get(attempt)))
         for attempt, base in sorted(bases.items())
     ]
     return Attempts(

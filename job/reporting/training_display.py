@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 # Long phases without a progress bar of their own, and their log lines.
 _SHOWN_PHASES = {
-    "opening the trainer": "building the network",
+    "building the network": "building the network",
     "evaluation": "evaluating {cases} with the best checkpoint",
 }
 

@@ -42,7 +42,7 @@ def settle_identity(
         if not find_checkpoints(store):
             remedy += ", or delete the folder: it has no checkpoint yet"
         raise UsageError(
-            f"run {store.url} was begun with other settings: "
+            f"run {store.url} was started with other settings: "
             f"{'; '.join(differences(stored, given))}; {remedy}"
         )
     digest = hashlib.sha256(json.dumps(given["config"], sort_keys=True).encode()).hexdigest()

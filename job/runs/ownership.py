@@ -196,8 +196,12 @@ class _RenewedLease:
         except LockedError:
             pass
         except StorageError as error:
-            logger.warning("%s could not be released, so the next start has to wait: %s",
-                           self._store.url, error)  # fmt: skip
+            logger.warning(
+                "%s could not be released: the next start waits until its lease expires (%g s): %s",
+                self._store.url,
+                self._timing.expire_s,
+                error,
+            )
 
     def _renew(self) -> None:
         is_failing = False
@@ -280,8 +284,13 @@ def _now() -> float:
 
 
 def _lost(store: ObjectStore, why: str | None = None) -> LockedError:
-    why = why or "another process has taken the run over"
-    return LockedError(f"{store.url}: {why}; this process stops")
+    if why is None:
+        return LockedError(
+            f"{store.url}: another process has taken the run over; this process stops"
+        )
+    return LockedError(
+        f"{store.url}: {why}; this process stops; run the same command again to resume"
+    )
 
 
 def _given_back(store: ObjectStore) -> LockedError:

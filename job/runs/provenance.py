@@ -170,7 +170,7 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
     if origin is not None and origin.seen(dataset) == "unknown":
         logger.warning(
             "--init-from %s: cannot check whether these weights were trained on cases of %s (%s); "
-            "if they were, the metrics are too good",
+            "if they were, the metrics are optimistic",
             config.init_from,
             evaluated_words(config),
             origin.lacks,

@@ -56,7 +56,11 @@ class UploadQueue:
         if kind is None or issubclass(kind, Exception):
             self._wait_until(lambda: not self._calls, self._alive)
             if kind is not None and self._failure is not None:
-                logger.warning("the uploads in progress are lost: %s", self._failure)
+                logger.warning(
+                    "the uploads in progress are lost; the same command resumes from the last "
+                    "stored checkpoint: %s",
+                    self._failure,
+                )
         # Remaining calls could write at the same time as the next owner.
         self._drop()
         self._thread.join(_LAST_CALL_S)

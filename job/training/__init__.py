@@ -1,1 +1,1 @@
-"""The training step and the loop's parts."""
+"""Trains: step, loop, stored results."""

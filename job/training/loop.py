@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_STORING = "storing the end"
+_STORING = "storing the outcome"
 
 
 def train_and_evaluate(setup: TrainingSetup, callbacks: Callbacks) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def train_and_evaluate(setup: TrainingSetup, callbacks: Callbacks) -> dict[str, 
         The outcome, as written to `outcome.json`.
 
     Raises:
-        UsageError: the run was begun with another dataset or other settings.
+        UsageError: the run was started with another dataset or other settings.
         StoppedError: `should_stop` returned true in one process; a checkpoint was written.
         DivergedError: the loss is not finite, or the gradient with every loss scale; the outcome
             was written.
@@ -55,7 +55,7 @@ def train_and_evaluate(setup: TrainingSetup, callbacks: Callbacks) -> dict[str, 
         return outcome
     from job.training.trainer_factory import open_trainer
 
-    callbacks.begin("opening the trainer")
+    callbacks.begin("building the network")
     with (
         open_trainer(setup, heartbeat=callbacks.heartbeat) as trainer,
         _ends_by_storing(callbacks),
@@ -243,7 +243,7 @@ def _check_dataset(config: TrainConfig, run: Run, dataset_digest: str) -> None:
     if stored is not None and stored["dataset_digest"] != dataset_digest:
         begun_with = stored_yaml(run.store).get("data", "unknown")
         raise UsageError(
-            f"--data {config.data} is not the dataset with which run {run.url} was begun "
+            f"--data {config.data} is not the dataset of run {run.url} "
             f"({begun_with}), or was prepared again since (sha256 of dataset.json: "
             f"{stored['dataset_digest'][:12]}, now {dataset_digest[:12]}); give that dataset or "
             "another --name"

@@ -122,7 +122,7 @@ class _Process:
             if spec.size > 1:
                 check_batch(config, spec.size, num_seen)
         with self._watched() as watchdog, ExitStack() as stack:
-            watchdog.enter("making the strategy")
+            watchdog.enter("setting up the devices")
             strategy = configure(config, spec)
             check_micro_batches(config, strategy.num_replicas_in_sync)
             process_group = ProcessGroup(strategy, spec)
@@ -196,7 +196,7 @@ class _Process:
                 if begun_in is None:
                     raise
                 raise UsageError(
-                    f"{config.output}/{config.name} was begun in {begun_in}, which "
+                    f"{config.output}/{config.name} was started with precision {begun_in}, which "
                     f"{socket.gethostname()} does not support; resume it on a machine that "
                     "does, or train another --name"
                 ) from error
@@ -207,7 +207,7 @@ class _Process:
 
 
 def stored_precision(run: Run | None) -> str | None:
-    """Returns the precision in which a run was begun; None for a new run or without ownership.
+    """Returns the precision with which a run was started; None for a new run or without ownership.
 
     `auto` is then this precision, since only the training processes know their hardware.
     """

@@ -368,7 +368,7 @@ def _prediction_inputs(
             image, value_max = read_any(store.get(name), name=url)
             pixels, _ = to_model_pixels(image, dataset.manifest, name=url, value_max=value_max)
         except ContentError as error:
-            logger.warning("not predicted after every epoch (--prediction-folder): %s", error)
+            logger.warning("--prediction-folder: skipped an image: %s", error)
             continue
         prediction_inputs[stem] = pixels
     return prediction_inputs

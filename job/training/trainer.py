@@ -63,22 +63,22 @@ class Trainer:
 
     @property
     def config(self) -> TrainConfig:
-        """The setup's."""
+        """The config of the setup."""
         return self.setup.config
 
     @property
     def dataset(self) -> Dataset:
-        """The setup's."""
+        """The dataset of the setup."""
         return self.setup.dataset
 
     @property
     def strategy(self) -> tf.distribute.Strategy:
-        """The setup's."""
+        """The strategy of the setup."""
         return self.setup.strategy
 
     @property
     def process_group(self) -> ProcessGroup:
-        """The setup's."""
+        """The process group of the setup."""
         return self.setup.process_group
 
     @property

@@ -32,7 +32,7 @@ from launcher.executors import RayProcesses
 
 
 class InferLaunchConfig(Settings):
-    """Where masks are predicted."""
+    """Options of `launch infer`: the cluster and its processes."""
 
     address: str | None = option(
         None, "HOST:PORT of a Ray cluster; none: RAY_ADDRESS if it is set, else a local Ray."

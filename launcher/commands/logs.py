@@ -11,7 +11,7 @@ from launcher.jobs.follow import follow
 
 
 class LogsConfig(JobsConfig):
-    """How much of the log to show."""
+    """Options of `flexunet logs`."""
 
     follow: bool = option(False, "Show the log until the job ends; exit with its exit code.")
 

@@ -24,7 +24,7 @@ from launcher.executors import RayExecutor
 
 
 class PrepLaunchConfig(Settings):
-    """Where images are read and encoded."""
+    """Options of `launch prep`: the cluster and its workers."""
 
     address: str | None = option(
         None, "HOST:PORT of a Ray cluster; none: RAY_ADDRESS if it is set, else a local Ray."

@@ -21,7 +21,7 @@ _PROGRAMS["evaluate"] = ("flexunet evaluate", "job.evaluate")
 
 
 class SubmitConfig(JobsConfig):
-    """How a command is submitted."""
+    """Options of `flexunet submit`."""
 
     follow: bool = option(False, "Show the job's log until it ends; exit with its exit code.")
     name: str | None = option(None, "Name of the job; none: the command and eight hex digits.")

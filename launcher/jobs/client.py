@@ -25,7 +25,7 @@ _JOB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"  # part of a URL, and of a file nam
 
 
 class JobsConfig(Settings):
-    """Which job server to use."""
+    """The job server's options."""
 
     address: str = option(..., "Job server of the cluster, such as http://HOST:8265.")
     insecure: bool = option(

@@ -656,7 +656,8 @@ def test_markers_in_many_images_are_reported_and_kept(tmp_path, caplog):
     _make_deep(tmp_path / "source", 12, [3, 5])
     assert _prepare(tmp_path / "source", tmp_path / "out", image_size=40).value_max == 65535
     reported = (
-        "above 4095; if these are markers, --full-scale 4095 makes the images 16 times brighter"
+        "above 4095); if they are markers, give --full-scale 4095, which makes the images 16 times "
+        "brighter"
     )
     assert f"{reported}: p03.png; p05.png" in caplog.text
     assert not (tmp_path / "out" / "report" / "clipped.csv").exists()
@@ -868,7 +869,9 @@ def test_an_account_that_only_creates_prepares_continues_and_skips(
     for _ in range(2):  # continues, then finds it finished
         caplog.clear()
         _prepare(source, remote)
-        (warning,) = [r.message for r in caplog.records if "may not delete" in r.message]
+        (warning,) = [
+            r.message for r in caplog.records if "have no permission to delete" in r.message
+        ]
         assert re.match(rf"{remote}/prep-state: \d+ objects stay \(0\.0 MB\)", warning)
     stats = {stat.name: stat for stat in store.list()}
     assert {name: stats[name].generation for name in before} == before

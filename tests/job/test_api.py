@@ -310,7 +310,7 @@ def test_a_run_that_diverges_says_so_in_its_last_event(dataset_url: str, tmp_pat
         ({"lr": 0.1}, "did you mean optimizer={'learning_rate': ...}?"),
         ({"epochs": 0}, r"flexunet.train(): epochs=0: input should be greater"),
         ({"data": None}, "no dataset"),
-        ({"folds": 3}, "folds without fold trains several runs"),
+        ({"folds": 3}, "train(folds=3) would train several runs"),
         ({"config": "missing.yaml"}, "missing.yaml: config file cannot be read"),
     ],
 )

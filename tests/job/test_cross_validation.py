@@ -330,7 +330,7 @@ def check_pools_only_the_cases_of_the_folds(
     summary = json.loads(alone.read_text())
     origin = {"run": "cv-fold-1", "source": "runs/first", "seen": "yes"}
     alone.write_text(json.dumps(summary | {"init_from": [origin]}))
-    with pytest.raises(UsageError, match="runs/first, which saw groups of fold 2 of 3"):
+    with pytest.raises(UsageError, match="runs/first, which was trained on groups of fold 2 of 3"):
         pool_folds(config)
     del summary["init_from"]  # an earlier version
     alone.write_text(json.dumps(summary))

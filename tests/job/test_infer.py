@@ -381,7 +381,7 @@ def test_infer_reads_dicom_files_of_any_name(
     said = capsys.readouterr().out
     assert "(6 written)" in said
     assert (
-        "passed over: 2 files, neither images nor DICOM, first DICOMDIR\n"
+        "skipped 2 files that are not images, first DICOMDIR\n"
         f"  listed in {output}/passed_over.csv\n"
     ) in said
     assert (output / "passed_over.csv").read_text().splitlines() == [
@@ -835,8 +835,8 @@ def test_the_list_of_passed_over_files_is_bounded(
     list_passed_over(store, [])
     assert [text.partition("passed_over.csv is of an earlier call and stays, ")[2] for text in
             caplog.messages] == [
-        "as these credentials may not replace objects",
-        "as these credentials may not delete; no file was passed over",
+        "as these credentials have no permission to replace objects",
+        "as these credentials have no permission to delete; no file was skipped",
     ]  # fmt: skip
 
 

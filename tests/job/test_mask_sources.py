@@ -166,7 +166,7 @@ def test_masks_of_images_that_are_gone_are_named(
     assert main([*local_case.arguments, "--no-progress"]) == 0
     shown = capsys.readouterr().out
     assert "0 written, 2 kept" in shown
-    assert "without an image: 1 mask, first b.png\n" in shown
+    assert "1 mask has no image in IMAGES any more, first b.png; delete if not needed\n" in shown
     os.rename(path + ".away", path)
     assert local_case.infer() == (0, 3)
     local_case.images.delete("b.bmp")
@@ -463,7 +463,7 @@ def test_a_call_that_others_always_outrun_ends_with_a_remedy(
         raise PreconditionFailed("exists")
 
     monkeypatch.setattr(pipeline, "write_sources", outrun)
-    with pytest.raises(StorageError, match="another infer has begun to write here; wait"):
+    with pytest.raises(StorageError, match="another infer is writing here; wait"):
         local_case.infer()
 
 

@@ -38,8 +38,7 @@ def test_a_class_that_is_no_better_than_on_every_pixel_is_named() -> None:
     for each, name in zip(summary["classes"], ("background", "mass"), strict=True):
         each["name"] = name
     assert baseline_warnings(summary) == [
-        "mass: Dice 0.8284 is no better than 0.8827, which predicting this class on every pixel "
-        "gives."
+        "mass: Dice 0.8284 is not above the predict-everything baseline (0.8827)."
     ]
     assert everything_rows(summary) == [("mass", 140 / 169, 158 / 179)]
     assert everything_dice(summary) == 158 / 179

@@ -65,7 +65,10 @@ def test_what_an_error_leaves_unstored_is_reported(caplog: pytest.LogCaptureFixt
     with pytest.raises(MemoryError), UploadQueue(budget_s=1) as box:
         box.post(call)
         raise MemoryError
-    assert caplog.messages == ["the uploads in progress are lost: the disk is full"]
+    assert caplog.messages == [
+        "the uploads in progress are lost; the same command resumes from the last stored "
+        "checkpoint: the disk is full"
+    ]
 
 
 def test_an_interrupt_drops_what_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,11 +189,11 @@ def test_a_peer_that_is_gone_is_reported_long_before_a_hung_step(
             dog.enter("epoch 3")
             assert not calls.came.wait(1.0)
             listening.close()
-            dog.enter("storing the end", needs_peers=False)
+            dog.enter("storing the outcome", needs_peers=False)
             assert not calls.came.wait(1.0)
             dog.enter("epoch 3")
             assert calls.came.wait(60)
-    assert calls.seen == [f"rank 1 ({peers[1]}) is gone"]
+    assert calls.seen == [f"cannot connect to rank 1 ({peers[1]})"]
 
 
 def test_only_an_address_at_which_nothing_listens_is_unreachable() -> None:

@@ -339,7 +339,7 @@ def test_home_folders_of_a_command_are_put_in(
         assert main(words) in (2, 3)
         assert f"{tmp_path}/{place}" in capsys.readouterr().err
     assert main(["prep", "~nobody-here/x", "out"]) == 2
-    assert "'SOURCE': ~nobody-here names no user with a home folder" in capsys.readouterr().err
+    assert "'SOURCE': ~nobody-here: this user has no home folder here" in capsys.readouterr().err
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -182,8 +182,8 @@ def _decoded(
         import imagecodecs
     except ImportError:
         raise ContentError(
-            f"{name}: compressed as {codec.name}; {EXTRA} for its decoder, or decompress it, such "
-            f"as with {codec.tool}"
+            f"{name}: compressed as {codec.name}; install its decoder ({EXTRA}), or decompress the "
+            f"file, for example with {codec.tool}"
         ) from None
     said = _j2k_header(frame) if codec.family == "jpeg 2000" else _jpeg_header(frame, codec)
     if (said.height, said.width) != size:

@@ -152,7 +152,7 @@ def _why_refused(syntax: str) -> str:
     """Returns why a transfer syntax is not supported; does not quote an unknown one."""
     if syntax in _REFUSED_SYNTAXES:
         what, tool = _REFUSED_SYNTAXES[syntax]
-        return f"stored as {what}, which is not supported; convert it, such as with {tool}"
+        return f"stored as {what}, which is not supported; convert it, for example with {tool}"
     known = ", ".join(
         dict.fromkeys([*_SYNTAXES.values(), *(each.name for each in CODECS.values())])
     )
@@ -212,7 +212,7 @@ def _check_size(
     if height * width > max_pixels:
         raise ContentError(
             f"{name}: {width}x{height} is {height * width} pixels, more than {max_pixels}; "
-            "make it smaller or raise max_pixels"
+            "downscale the image, or increase --max-pixels"
         )
     wanted = height * width * int(dataset.BitsAllocated) // 8
     found = len(pixel_data)

@@ -97,8 +97,8 @@ def test_without_the_extra_it_says_what_to_do(syntax, tmp_path, monkeypatch):
         read(data)
     codec = CODECS[str(syntax)]
     assert str(found.value) == (
-        f"a.dcm: compressed as {codec.name}; pip install 'flexunet[dicom]' for its decoder, or "
-        f"decompress it, such as with {codec.tool}"
+        f"a.dcm: compressed as {codec.name}; install its decoder "
+        f"(pip install 'flexunet[dicom]'), or decompress the file, for example with {codec.tool}"
     )
 
 

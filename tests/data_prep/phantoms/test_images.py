@@ -119,7 +119,7 @@ def test_write_phantoms_again_gives_the_same_files(tmp_path: Path) -> None:
 
 def test_write_phantoms_refuses_to_mix_with_other_files(tmp_path: Path) -> None:
     write_phantoms(str(tmp_path), 3, 64, 1)
-    with pytest.raises(UsageError, match=r"images/phantom-p002-1\.png is in the way"):
+    with pytest.raises(UsageError, match=r"images/phantom-p002-1\.png exists already"):
         write_phantoms(str(tmp_path), 2, 64, 1)
 
 

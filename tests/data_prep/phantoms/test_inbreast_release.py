@@ -84,7 +84,7 @@ def test_write_release_again_gives_the_same_files_and_refuses_others(tmp_path):
     first = _files(tmp_path)
     write_release(str(tmp_path), 2, 48, 1)
     assert _files(tmp_path) == first
-    with pytest.raises(UsageError, match="is in the way"):
+    with pytest.raises(UsageError, match="exists already"):
         write_release(str(tmp_path), 2, 48, 2)  # other patients
 
 
