@@ -54,6 +54,8 @@ def main(source: str | None, num_images: int, image_size: int, repeats: int) -> 
 
 def measure_rates(source: str, work: str, size: int, repeats: int) -> dict[str, Any]:
     """Returns the images/s of each kind of run, CPU times, and ratios of neighbouring runs."""
+    from prep import run_plain  # by a name that workers know: they do not run this script again
+
     sources = find_sources(source)
     pairs = find_pairs(sources)[0]
     halves = [pairs[0::2], pairs[1::2]]
