@@ -11,6 +11,7 @@ from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare_source
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.sample_table import read_samples
+from data_prep.splits.names import SPLITS
 from flexunet.errors import UsageError
 from flexunet.settings import suggestion
 from flexunet.storage import open_store
@@ -69,7 +70,7 @@ class Dataset:
         manifest = dataset.manifest
         self.url: str = dataset.url
         self.splits: Mapping[str, int] = {
-            name: len(split) for name, split in dataset.splits.items()
+            name: len(dataset.splits[name]) for name in SPLITS if name in dataset.splits
         }
         self.classes: tuple[str, ...] = tuple(each.name for each in manifest.classes)
         self.image_shape: tuple[int, int, int] = (
