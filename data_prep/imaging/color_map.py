@@ -49,10 +49,20 @@ def parse_color_map(text: str) -> tuple[ClassColor, ...]:
         if level is not None and level < len(classes) and level != entry.id:
             raise UsageError(
                 f"classes {text!r}: {entry.name!r} (id {entry.id}) has the grey level {level}, "
-                f"which is the id of {classes[level].name!r}; move it to position {level} (from 0) "
-                "of the list"
+                f"which is the id of {classes[level].name!r}; {_remedy(level)}"
             )
     return classes
+
+
+def _remedy(level: int) -> str:
+    """Returns what to do about a class whose grey level is the id of another class."""
+    move = f"move it to position {level} (from 0) of the list"
+    if level:
+        return move
+    return (
+        f"{move}: class 0 is the background; if black is your object, invert the masks: 0 becomes "
+        "255"
+    )
 
 
 def check_ignore_id(classes: Sequence[ClassColor], ignore_id: int | None) -> None:

@@ -30,6 +30,11 @@ def test_parse_color_map_numbers_classes_in_order() -> None:
         ("a=0,0,0;a=9,9,9", "name 'a' is given twice"),
         ("a=0,0,0;b=0,0,0", r"colour \(0, 0, 0\) is given twice"),
         ("mass=255,255,255;background=0,0,0", "is the id of 'mass'; move it to position 0"),
+        (
+            "background=255,255,255;membrane=0,0,0",
+            r"'membrane' \(id 1\) has the grey level 0, which is the id of 'background'.* class 0 "
+            "is the background; if black is your object, invert the masks: 0 becomes 255",
+        ),
         (";".join(f"c{i}=9,{i % 256},{i // 256}" for i in range(257)), "257 given"),
     ],
 )
