@@ -251,7 +251,13 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     def ask(number: int, frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
-        logger.warning("stopping after this step; a second signal stops at once, without saving")
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        logger.warning(
+            "%s received: the run stops and saves after this step (during compilation this can "
+            "take a minute). A second %s stops at once, without saving.",
+            name,
+            "Ctrl-C" if number == signal.SIGINT else "signal",
+        )
         stop.set()
 
     with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), ask):
