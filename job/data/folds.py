@@ -82,9 +82,12 @@ def evaluated_words(config: TrainConfig) -> str:
 
 
 def fold_words(fold: Sequence[int]) -> str:
-    """Returns the words for fold (k, number of folds); people count folds from 1."""
+    """Returns the words for fold (k, number of folds).
+
+    People count folds from 1; options and names on disk count from 0.
+    """
     index, num_folds = fold
-    return f"fold {index + 1} of {num_folds}"
+    return f"fold {index + 1} of {num_folds} (--fold {index})"
 
 
 def _joined(name: str, parts: Sequence[Split], chosen: np.ndarray) -> Split:

@@ -115,7 +115,7 @@ def trained_fold(store: ObjectStore) -> str | None:
     if config.get("fold") is None:
         return None
     fold, num_folds = int(config["fold"]), int(config["folds"])
-    return f"{fold_words((fold, num_folds)).capitalize()} (--fold {fold})"
+    return fold_words((fold, num_folds)).capitalize()
 
 
 def missing_groups(manifest: Manifest | None) -> str | None:

@@ -25,7 +25,7 @@ from flexunet.settings import write_yaml
 from flexunet.storage import open_store
 from job.config import TrainConfig
 from job.data.dataset import open_dataset
-from job.data.folds import evaluated_words, fold_configs, open_folded
+from job.data.folds import evaluated_words, fold_configs, fold_words, open_folded
 from job.evaluation.fold_pooling import pool_folds
 from job.runs.provenance import check_no_leakage
 
@@ -97,7 +97,7 @@ def _warn_of_missing_classes(config: TrainConfig) -> None:
         seed=dataset.manifest.seed,
     )
     places = [
-        (f"fold {folds[row['id']] + 1} of {config.folds}", row["pixels_per_class"]) for row in pool
+        (fold_words((folds[row["id"]], config.folds or 0)), row["pixels_per_class"]) for row in pool
     ]
     for line in classes_missing(places, [each.name for each in dataset.manifest.classes]):
         logger.warning("%s", line)

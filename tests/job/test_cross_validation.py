@@ -119,7 +119,9 @@ def test_folds_without_a_class_are_reported(
     dataset = open_dataset(str(tmp_path / "dataset"))
     for fold in range(3):
         has_mass = bool(fold_of(dataset, 3, fold).split("test").has_foreground.any())
-        assert (f"fold {fold + 1} of 3 has no pixel of class mass" in caplog.text) != has_mass
+        assert (
+            f"fold {fold + 1} of 3 (--fold {fold}) has no pixel of class mass" in caplog.text
+        ) != has_mass
     assert caplog.text.count("has no pixel of class mass") == 2
 
 
@@ -229,7 +231,7 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
         assert len(line) <= 80 or str(runs) in line
     assert "…" not in done.stdout
     for fold in range(3):
-        words = f"fold {fold + 1} of 3"
+        words = f"fold {fold + 1} of 3 (--fold {fold})"
         assert f"{words}: {runs}/cv-fold-{fold}" in done.stderr
         assert f"evaluating {words} with the best checkpoint" in tables
         assert f"{words}: 4 images, the best checkpoint" in " ".join(tables.split())
@@ -323,14 +325,16 @@ def check_pools_only_the_cases_of_the_folds(
     summary["prediction"]["runs"] = summary["prediction"]["runs"][:1]
     alone.write_text(json.dumps(summary))
     with pytest.raises(
-        UsageError, match=r"has 3 cases that are not in fold 2 of 3 and lacks 4 of its 4; evaluate"
+        UsageError,
+        match=r"3 cases that are not in fold 2 of 3 \(--fold 1\) and lacks 4 of its 4; evaluate",
     ):
         pool_folds(config)
     evaluate()
     summary = json.loads(alone.read_text())
     origin = {"run": "cv-fold-1", "source": "runs/first", "seen": "yes"}
     alone.write_text(json.dumps(summary | {"init_from": [origin]}))
-    with pytest.raises(UsageError, match="runs/first, which was trained on groups of fold 2 of 3"):
+    words = r"runs/first, which was trained on groups of fold 2 of 3 \(--fold 1\)"
+    with pytest.raises(UsageError, match=words):
         pool_folds(config)
     del summary["init_from"]  # an earlier version
     alone.write_text(json.dumps(summary))

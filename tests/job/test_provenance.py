@@ -83,7 +83,8 @@ def test_a_fold_is_refused_weights_that_have_seen_it(
 ) -> None:
     for fold in range(3):
         config = config_of(tmp_path, trained_run, folds=3, fold=fold)
-        with pytest.raises(UsageError, match=f"on groups of fold {fold + 1} of 3, on which"):
+        words = rf"on groups of fold {fold + 1} of 3 \(--fold {fold}\), on which"
+        with pytest.raises(UsageError, match=words):
             check_no_leakage(config, fold_of(dataset, 3, fold))
     # The run of a fold: the same fold alone, as it was trained on one other and chose by the next.
     changed(own_run, folds=3, fold=1)
@@ -241,7 +242,7 @@ def test_commands_refuse_weights_that_have_seen_the_cases(
     done = commands.run(*module, *options)
     assert done.returncode == 2, done.stderr
     reported = done.stderr.splitlines()[-1]
-    assert "groups of fold 2 of 3, on which leaks is evaluated" in reported
+    assert "groups of fold 2 of 3 (--fold 1), on which leaks is evaluated" in reported
     assert not (tmp_path / "runs" / "leaks" / "checkpoints").exists()
 
 
