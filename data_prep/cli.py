@@ -80,7 +80,7 @@ def _print_summary(manifest: Manifest, url: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("split", "samples", "groups", "shards", "MB", title=f"{manifest.name} at {url}")
+    table = Table("split", "samples", "groups", "shards", "MB", title=f"dataset written to {url}")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, info in manifest.splits.items():
@@ -90,7 +90,8 @@ def _print_summary(manifest: Manifest, url: str) -> None:
         table.add_row(name, *(str(number) for number in numbers), f"{size:.1f}")
     console = Console(soft_wrap=True)
     console.print(table)
-    console.print(f"report: {url}/{report_figures.STATISTICS_NAME}", markup=False, highlight=False)
+    sheet = report_figures.contact_sheet_name(next(iter(manifest.splits)))
+    console.print(f"check the masks: {url}/{sheet}", markup=False, highlight=False)
 
 
 def _print_counts(store: ObjectStore) -> None:

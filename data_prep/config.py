@@ -34,15 +34,15 @@ class PrepConfig(Settings):
     image_size: int = option(
         512,
         "Height and width of the stored images, pixels. The default network (8 levels) needs a "
-        "multiple of 128; each level less halves that number.",
+        "multiple of 128; 7 levels: 64, 6 levels: 32, and so on.",
         ge=8,
         le=16384,
     )
     image_height: int | None = option(
-        None, "Height of the stored images if not --image-size, pixels.", ge=8, le=16384
+        None, "Height of the stored images instead of --image-size, pixels.", ge=8, le=16384
     )
     image_width: int | None = option(
-        None, "Width of the stored images if not --image-size, pixels.", ge=8, le=16384
+        None, "Width of the stored images instead of --image-size, pixels.", ge=8, le=16384
     )
     geometry: Literal["stretch", "pad"] = option(
         "stretch", "stretch: fill the stored image; pad: keep the aspect ratio, pad with 0."
@@ -71,8 +71,8 @@ class PrepConfig(Settings):
     full_scale: int | None = option(
         None,
         "Raw value of full intensity for 16-bit images whose files do not state it (DICOM files "
-        "do). Larger values are clipped to it. none: 2^bits - 1, with the bits that the images "
-        "need except for a few pixels of a few images.",
+        "do). Larger values are clipped to it. Unset: found from the images, for example 4095 for "
+        "12 bits; a few brighter pixels are ignored.",
         ge=255,
         le=65535,
     )
@@ -165,8 +165,12 @@ class PrepConfig(Settings):
     @field_validator("fractions")
     @classmethod
     def _fractions_add_up(cls, values: tuple[float, float, float]) -> tuple[float, float, float]:
-        if min(values) < 0 or abs(sum(values) - 1) > 1e-6:
+        if min(values) < 0:
             raise ValueError("the three shares must be at least 0 and add up to 1")
+        if abs(sum(values) - 1) > 1e-6:
+            is_percent = abs(sum(values) - 100) < 1e-4
+            fix = f"; write {','.join(f'{each / 100:g}' for each in values)}" if is_percent else ""
+            raise ValueError(f"the shares must add up to 1{fix}")
         if values[0] == 0:
             raise ValueError("the share of train must be above 0")
         return values

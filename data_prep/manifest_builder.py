@@ -123,12 +123,15 @@ def warn_of_lost_regions(manifest: Manifest) -> None:
     """Warns if downscaling removed regions of the masks."""
     infos = manifest.reduced.values()
     num_vanished = sum(sum(info.num_vanished) for info in infos)
+    num_emptied = sum(info.num_emptied for info in infos)
     if num_vanished:
         logger.warning(
-            "downscaling removed %d of %s in the masks, and all foreground of %s: they are missing "
-            "in training, and no evaluation counts them as missed; increase --image-size or use "
+            "%d of %s have no pixel left at this size and are lost%s: they are missing in "
+            "training, and no evaluation counts them as missed; increase --image-size or use "
             "--tile",
             num_vanished,
-            pluralize(sum(sum(info.num_regions) for info in infos), "region"),
-            pluralize(sum(info.num_emptied for info in infos), "image"),
+            pluralize(sum(sum(info.num_regions) for info in infos), "mask region"),
+            f", and with them all foreground of {pluralize(num_emptied, 'image')}"
+            if num_emptied
+            else "",
         )

@@ -174,6 +174,8 @@ def read_text(path: str, flag: str | None = None) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
+    except FileNotFoundError as error:
+        raise UsageError(f"{flag or '--config'} {path}: does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
         if flag is None:
             raise UsageError(f"{path}: config file cannot be read: {error}") from error

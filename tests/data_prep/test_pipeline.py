@@ -275,7 +275,8 @@ def _group_lives(group):
         (["SOURCE", "OUT", "--image-size", "0"], 2, "--image-size=0"),
         (["SOURCE", "OUT", "--seed", "1", "--no-such"], 2, "--no-such"),
         (["SOURCE", "OUT", "--classes", "a=1"], 2, "classes"),
-        (["SOURCE", "OUT", "--fractions", "0.5,0.1,0.1"], 2, "add up to 1"),
+        (["SOURCE", "OUT", "--fractions", "0.5,0.1,0.1"], 2, "add up to 1\n"),
+        (["SOURCE", "OUT", "--fractions", "60,20,20"], 2, "add up to 1; write 0.6,0.2,0.2\n"),
         (["SOURCE", "OUT", "--fractions", "0.5,0.5"], 2, "'0.5']: give three shares: of"),
         (["SOURCE", "OUT", "--fractions", "0.5,0.5,0,0"], 2, "give three shares: of train"),
         (["SOURCE", "OUT", "--group-regex", "(", "--seed", "1"], 2, "--group-regex"),
@@ -283,7 +284,7 @@ def _group_lives(group):
         (["SOURCE", "OUT", "--tile", "16", "--image-size", "16"], 2, "leave out one"),
         (["SOURCE", "OUT", "--tile", "16", "--tile-overlap", "16"], 2, "less than --tile"),
         (["SOURCE", "OUT", "--tile-overlap", "4"], 2, "needs --tile"),
-        (["SOURCE", "OUT", "--config", "missing.yaml"], 2, "missing.yaml"),
+        (["SOURCE", "OUT", "--config", "missing.yaml"], 2, "--config missing.yaml: does not exist"),
         (["MISSING", "OUT"], 2, "MISSING: does not exist; give the folder"),
         (["MISSING", "OUT", "--format", "inbreast"], 2, "MISSING: does not exist; give the folder"),
         (["FILE", "OUT"], 2, "FILE: is a file, not a folder; give the folder"),
@@ -549,9 +550,9 @@ def test_regions_that_are_lost_in_a_smaller_mask_are_reported_and_recorded(
     assert sum(info.num_pictures for info in infos) == 20
     assert sum(info.num_emptied for info in infos) == 1
     assert [sum(info.num_vanished[c] for info in infos) for c in (0, 1)] == [0, 2]
-    reported = "downscaling removed 2 of 21 regions in the masks"
+    reported = "2 of 21 mask regions have no pixel left at this size and are lost"
     assert reported in caplog.text
-    assert "and all foreground of 1 image: " in caplog.text
+    assert "lost, and with them all foreground of 1 image: they" in caplog.text
     assert "increase --image-size or use --tile" in caplog.text
     # A finished dataset logs it again.
     caplog.clear()
@@ -562,6 +563,7 @@ def test_regions_that_are_lost_in_a_smaller_mask_are_reported_and_recorded(
 def test_masks_that_keep_their_size_are_not_counted(source, tmp_path, caplog):
     assert _prepare(source, tmp_path / "out").reduced == {}
     assert "have no pixel" not in caplog.text
+    assert "lost" not in caplog.text
 
 
 def test_the_same_image_twice_stays_in_one_split(tmp_path, caplog):

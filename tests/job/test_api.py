@@ -311,7 +311,7 @@ def test_a_run_that_diverges_says_so_in_its_last_event(dataset_url: str, tmp_pat
         ({"epochs": 0}, r"flexunet.train(): epochs=0: input should be greater"),
         ({"data": None}, "no dataset"),
         ({"folds": 3}, "train(folds=3) would train several runs"),
-        ({"config": "missing.yaml"}, "missing.yaml: config file cannot be read"),
+        ({"config": "missing.yaml"}, "--config missing.yaml: does not exist"),
     ],
 )
 def test_what_train_cannot_do_is_a_usage_error(

@@ -410,7 +410,7 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
         (["--local", "--epoch", "3"], "--epochs"),
         (["--local", "--data", "x", "--epochs", "0"], "--epochs=0"),
         (["--local", "--data", "x", "--name", "Not OK"], "--name='Not OK'"),
-        (["--local", "--config", "missing.yaml"], r"missing\.yaml: config file cannot be read"),
+        (["--local", "--config", "missing.yaml"], r"--config missing\.yaml: does not exist"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
