@@ -15,7 +15,7 @@ from data_prep.splits.names import SPLITS
 from flexunet.errors import UsageError
 from flexunet.settings import suggestion
 from flexunet.storage import open_store
-from job.api.keywords import StrPath, path_text, settings_of
+from job.api.keywords import StrPath, keyword_errors, path_text, settings_of
 from job.api.log import shown_log
 from job.api.options import PrepOptions
 from job.config import TrainConfig
@@ -264,7 +264,7 @@ def prepare(
         flexunet.errors.UsageError: ... unknown option 'img_size'; did you mean 'image_size'?
     """
     config = settings_of("prepare", PrepConfig, options, ("source", "output"))
-    with shown_log(progress):
+    with keyword_errors(PrepConfig), shown_log(progress):
         url = path_text(output)
         prepare_source(path_text(source), url, config, progress=progress)
         return open_dataset(url)

@@ -6,10 +6,11 @@ The keywords are the fields of the class, as the options of a command are: `epoc
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from flexunet.errors import UsageError
+from flexunet.errors import FlexUNetError, UsageError
 from flexunet.paths import expand_home
 from flexunet.settings import Settings, parse_settings, remedy_for
 
@@ -81,3 +82,44 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_plain(each) for each in value)
     return value
+
+
+@contextmanager
+def keyword_errors(cls: type[Settings], parameters: Sequence[str] = ()) -> Iterator[None]:
+    """Names keyword arguments, not options of a command, in the errors that the block raises.
+
+    Args:
+        parameters: keywords of the function that are no fields of `cls`.
+    """
+    try:
+        yield
+    except FlexUNetError as error:
+        names = {*cls.model_fields, *parameters}
+        error.args = tuple(
+            _with_keywords(each, names) if isinstance(each, str) else each for each in error.args
+        )
+        raise
+
+
+# A command that a message quotes stays as it is; a value is a number or a placeholder.
+_OPTION = re.compile(
+    r"`[^`]*`|\bflexunet [a-z]+ [^;,]*"
+    r"|--(?P<no>no-)?(?P<group>[a-z][a-z0-9-]*)(?:\.(?P<name>[a-z0-9-]+))?"
+    r"(?:[ =](?P<value>\d[\d.]*\b|[A-Z]{2,}\b))?"
+)
+
+
+def _with_keywords(text: str, names: set[str]) -> str:
+    def keyword(found: re.Match[str]) -> str:
+        group = (found["group"] or "").replace("-", "_")
+        if group not in names:
+            return found[0]
+        if found["no"]:
+            return f"{group}=False"
+        value = found["value"]
+        if found["name"]:
+            inner = found["name"].replace("-", "_")
+            return f"{group}={{'{inner}': {value or '...'}}}"
+        return f"{group}={value}" if value else group
+
+    return _OPTION.sub(keyword, text)

@@ -3,7 +3,7 @@
 from typing import Unpack
 
 from flexunet.storage import open_store
-from job.api.keywords import StrPath, path_text, settings_of
+from job.api.keywords import StrPath, keyword_errors, path_text, settings_of
 from job.api.log import shown_log
 from job.api.options import EvaluateOptions, InferOptions
 from job.api.runs import EvaluationSummary, Run, read_evaluation
@@ -41,7 +41,7 @@ def evaluate(run: Run | StrPath, **options: Unpack[EvaluateOptions]) -> Evaluati
         4
     """
     config = settings_of("evaluate", EvaluateConfig, options, ("run",))
-    with shown_log(config.progress):
+    with keyword_errors(EvaluateConfig), shown_log(config.progress):
         found, url = evaluation.evaluate(_url_of(run), config)
     return read_evaluation(open_store(url)) or EvaluationSummary(found.summary, url)
 
@@ -80,7 +80,7 @@ def infer(
     """
     config = settings_of("infer", InferConfig, options, ("run", "images", "output"))
     target = None if output is None else path_text(output)
-    with shown_log(config.progress):
+    with keyword_errors(InferConfig), shown_log(config.progress):
         return inference.infer(_url_of(run), path_text(images), target, config)
 
 

@@ -11,7 +11,7 @@ from flexunet.errors import ContentError, UsageError
 from flexunet.json_files import read_json
 from flexunet.storage import ObjectStore, open_store
 from job.api.datasets import Dataset
-from job.api.keywords import StrPath, path_text, settings_of
+from job.api.keywords import StrPath, keyword_errors, path_text, settings_of
 from job.api.log import each_with_log, shown_log
 from job.api.options import ImageOptions
 from job.api.prediction import ArrayPredictor, Prediction, PredictorCache
@@ -219,7 +219,7 @@ class Run:
             20
         """
         config = settings_of("Run.predict", ImageConfig, options, ("image",))
-        with shown_log(False):
+        with keyword_errors(ImageConfig), shown_log(False):
             return self._predict(image, config, probabilities=probabilities)
 
     def _predict(self, image: Image | StrPath, config: ImageConfig, *, probabilities: bool) -> Any:

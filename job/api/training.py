@@ -5,7 +5,7 @@ from typing import Any, Unpack
 
 from flexunet.errors import DivergedError, StoppedError, UsageError
 from job.api.events import Event, EventSender
-from job.api.keywords import StrPath, keyword_values, path_text
+from job.api.keywords import StrPath, keyword_errors, keyword_values, path_text
 from job.api.log import shown_log
 from job.api.options import TrainOptions
 from job.api.runs import Run, open_run
@@ -76,7 +76,11 @@ def train(
     values = keyword_values("train", TrainConfig, options, ("config",))
     flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
     prep_options = {name: True for name, is_given in flags.items() if is_given}
-    with shown_log(bool(values.get("progress", True))):
+    flag_names = ("allow_leaks", "skip_bad")
+    with (
+        keyword_errors(TrainConfig, flag_names),
+        shown_log(bool(values.get("progress", True))),
+    ):
         file = None if config is None else path_text(config)
         settings = resolve_config(values, file, prep_options, function="flexunet.train()")
         if is_cross_validation(settings):

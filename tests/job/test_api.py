@@ -309,7 +309,7 @@ def test_a_run_that_diverges_says_so_in_its_last_event(dataset_url: str, tmp_pat
         ({"batch_size": 4}, "unknown option 'batch_size'; did you mean 'global_batch_size'?"),
         ({"lr": 0.1}, "did you mean optimizer={'learning_rate': ...}?"),
         ({"epochs": 0}, r"flexunet.train(): epochs=0: input should be greater"),
-        ({"data": None}, "no dataset"),
+        ({"data": None}, "no dataset: give data=DATASET, a folder"),
         ({"folds": 3}, "train(folds=3) would train several runs"),
         ({"config": "missing.yaml"}, "--config missing.yaml: does not exist"),
     ],

@@ -7,7 +7,8 @@ import pytest
 
 from flexunet.errors import UsageError
 from flexunet.settings import Settings, option
-from job.api.keywords import keyword_values, settings_of
+from job.api.keywords import keyword_errors, keyword_values, settings_of
+from job.config import TrainConfig
 
 
 class Model(Settings):
@@ -61,3 +62,21 @@ def test_a_wrong_keyword_is_answered(options: dict[str, Any], problem: str) -> N
         settings_of("f", Config, options, ["source", "output"])
     assert problem in str(caught.value)
     assert str(caught.value).startswith("flexunet.f(): ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no dataset: give --data DATASET, a folder", "no dataset: give data=DATASET, a folder"),
+        ("give --folds 3 or another --name", "give folds=3 or another name"),
+        ("--preset recipe: remove it", "preset recipe: remove it"),
+        ("--skip-bad needs a file", "skip_bad needs a file"),
+        ("lower --optimizer.learning-rate", "lower optimizer={'learning_rate': ...}"),
+        ("use `flexunet train --data D`", "use `flexunet train --data D`"),
+        ("leave out --no-tensorboard; --other", "leave out tensorboard=False; --other"),
+    ],
+)
+def test_errors_name_keywords_and_not_options(text: str, expected: str) -> None:
+    with pytest.raises(UsageError) as caught, keyword_errors(TrainConfig, ("skip_bad",)):
+        raise UsageError(text)
+    assert str(caught.value) == expected
