@@ -155,6 +155,14 @@ class PrepConfig(Settings):
         name = "+".join(dict.fromkeys(rois))
         return values | {"classes": f"background=0,0,0;{name}=255,255,255"}
 
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _classes_are_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            example = cls.model_fields["classes"].default
+            raise ValueError(f'must be a string such as "{example}"')
+        return value
+
     @field_validator("fractions", mode="before")
     @classmethod
     def _fractions_are_three(cls, values: Any) -> Any:

@@ -87,17 +87,19 @@ def read_samples(store: "ObjectStore", manifest: Manifest) -> "pyarrow.Table":
     """Returns the sample table, checked against `manifest`.
 
     Raises:
-        ContentError: size, checksum, columns, number of rows or a record's location is wrong.
+        ContentError: it is missing, or its size, checksum, columns, number of rows or a record's
+            location is wrong.
     """
     import pyarrow as pa
     import pyarrow.parquet
 
     where = f"{store.url}/{SAMPLES_NAME}"
     stat = store.stat(SAMPLES_NAME)
-    size = None if stat is None else stat.size
-    if size != manifest.samples_num_bytes:
+    if stat is None:
+        raise ContentError(f"{where} is missing; prepare the dataset again")
+    if stat.size != manifest.samples_num_bytes:
         expected = f"{manifest.samples_num_bytes} as in {MANIFEST_NAME}"
-        raise ContentError(f"{where}: {size} bytes, not {expected}; prepare the dataset again")
+        raise ContentError(f"{where}: {stat.size} bytes, not {expected}; prepare the dataset again")
     data = store.get(SAMPLES_NAME)
     if google_crc32c.value(data) != manifest.samples_crc32c:
         raise ContentError(

@@ -18,8 +18,9 @@ from job.api.prediction import ArrayPredictor, Prediction, PredictorCache
 from job.api.tables import read_frame
 from job.config import TrainConfig
 from job.data.folds import open_folded
-from job.inference.inputs import open_images, select_images
+from job.inference.inputs import open_images, refuse_missing, select_images
 from job.inference.options import ImageConfig
+from job.reporting.phrases import headline_words
 from job.runs import loading
 from job.runs.layout import RESTORE
 from job.runs.status import run_status
@@ -46,6 +47,13 @@ class EvaluationSummary(dict[str, Any]):
         """Takes the values of `summary.json` in the folder `url`."""
         super().__init__(values)
         self.url = url
+
+    def __repr__(self) -> str:
+        """Returns a line with the foreground Dice; `print(dict(summary))` shows all values."""
+        try:
+            return f"<EvaluationSummary: {headline_words(self)}>"
+        except (KeyError, TypeError):  # some values are missing
+            return f"<EvaluationSummary: {self.url}>"
 
     @property
     def cases(self) -> "pd.DataFrame":
@@ -225,6 +233,7 @@ class Run:
     def _predict(self, image: Image | StrPath, config: ImageConfig, *, probabilities: bool) -> Any:
         if isinstance(image, str | os.PathLike):
             source, name = open_images(path_text(image))
+            refuse_missing(source)
             if name is None:
                 return self._predict_folder(source, config, probabilities=probabilities)
             select_images(source, name)

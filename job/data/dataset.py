@@ -9,8 +9,9 @@ import numpy as np
 from data_prep.imaging.geometry import Box, Geometry
 from data_prep.shards.manifest import Manifest, read_manifest
 from data_prep.shards.sample_table import read_samples
-from flexunet.errors import UsageError
-from flexunet.storage import open_store
+from flexunet.errors import ContentError, UsageError
+from flexunet.settings import read_yaml
+from flexunet.storage import NotFound, ObjectStore, open_store
 
 _SIDES = ("top", "left", "height", "width")
 
@@ -61,10 +62,19 @@ class Dataset:
 
 
 def open_dataset(url: str) -> Dataset:
-    """Returns the dataset at `url` with its tables read and checked; opens no shard."""
+    """Returns the dataset at `url` with its tables read and checked; opens no shard.
+
+    Raises:
+        UsageError: there is no dataset; a run is not one, though it has a copy of the manifest.
+        ContentError: a table is missing or damaged.
+    """
     store = open_store(url)
     manifest, digest = read_manifest(store)
-    table = read_samples(store, manifest)
+    try:
+        table = read_samples(store, manifest)
+    except ContentError:
+        _refuse_run(store)
+        raise
     columns = {
         name: table.column(name).to_numpy()
         for name in ("split", "id", "filename", "group", "shard", "offset", "length", "picture")
@@ -76,6 +86,23 @@ def open_dataset(url: str) -> Dataset:
     names = [str(name) for name in np.unique(columns["split"])]
     splits = {name: _split(name, columns, geometries_and_spacings) for name in names}
     return Dataset(url=store.url, manifest=manifest, digest=digest, splits=splits)
+
+
+def _refuse_run(store: ObjectStore) -> None:
+    """Refuses the folder of a run; names the dataset of the run if its config is readable.
+
+    Raises:
+        UsageError: it is a run.
+    """
+    if store.stat("identity.json") is None:
+        return
+    try:
+        config = read_yaml(store.get("config.yaml").decode(), "config.yaml")
+    except (NotFound, UnicodeDecodeError, UsageError):
+        return
+    data = config.get("data")
+    remedy = f"its dataset is {data}" if isinstance(data, str) else "give the dataset of the run"
+    raise UsageError(f"{store.url} is a run, not a dataset; {remedy}")
 
 
 def _geometries_and_spacings(table: Any) -> list[tuple[Geometry, tuple[float, float] | None]]:

@@ -142,6 +142,17 @@ def read_any(
     return read_image(data, name=name, max_pixels=max_pixels), None
 
 
+def refuse_missing(source: ObjectStore) -> None:
+    """Refuses images that do not exist; in a bucket `sort_images` finds that there are none.
+
+    Raises:
+        UsageError: the local folder does not exist.
+    """
+    problem = folder_problem(source)
+    if problem:
+        raise UsageError(f"{source.url}: {problem}; give an image or a folder of images")
+
+
 def refuse_files(source: ObjectStore, file: str | None, output: ObjectStore) -> None:
     """Refuses missing IMAGES, and an OUTPUT that is a file or is named like one.
 
@@ -151,9 +162,7 @@ def refuse_files(source: ObjectStore, file: str | None, output: ObjectStore) -> 
     Raises:
         UsageError: one of them does not fit.
     """
-    problem = folder_problem(source)
-    if problem:
-        raise UsageError(f"{source.url}: {problem}; give IMAGES an image or a folder of images")
+    refuse_missing(source)
     if is_file(output):
         raise UsageError(f"{output.url}: is a file; give OUTPUT a folder; infer creates it")
     if file is not None and output.url.lower().endswith(IMAGE_ENDINGS):

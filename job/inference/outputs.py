@@ -81,6 +81,14 @@ def refuse_other_masks(
     """
     found = _read_record(output)
     if is_continued and found != record:
+        if found and "images" in found and found | {"images": record["images"]} == record:
+            before, now = _worded(found["images"]), str(record["images"])
+            other = f"{output.url}-{now.rpartition('/')[2] or 'other'}"
+            raise UsageError(
+                f"{output.url} has masks of images from {before}, and this call has images from "
+                f"{now}; give another OUTPUT (for example {other}), or --overwrite to replace "
+                "masks of the same name"
+            )
         changes = _changes(found or {}, record)
         raise UsageError(
             f"{output.url}: holds masks made in another way: {'; '.join(changes[:_MAX_CHANGES])}; "

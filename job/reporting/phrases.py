@@ -83,6 +83,22 @@ def everything_dice(summary: Mapping[str, Any]) -> float | None:
     return dice
 
 
+def headline_words(summary: Mapping[str, Any]) -> str:
+    """Returns split, cases, and the foreground Dice next to those of the two baselines."""
+    words = f"{summary['split']}, {pluralize(summary['num_cases'], _case_noun(summary))}"
+    if not has_foreground(summary):
+        return f"{words}, no foreground"
+    baselines = [f"predict-nothing {_dice_of(summary['all_background']):.3f}"]
+    everything = everything_dice(summary)
+    if everything is not None:
+        baselines.append(f"predict-everything {everything:.3f}")
+    return f"{words}, foreground Dice {_dice_of(summary):.3f} ({', '.join(baselines)})"
+
+
+def _dice_of(values: Mapping[str, Any]) -> float:
+    return float(values["foreground_mean"]["dice"])
+
+
 def everything_rows(summary: Mapping[str, Any]) -> list[tuple[str, float | None, float | None]]:
     """Returns (class, its Dice, the Dice of predicting it on every pixel), means over images."""
     return [

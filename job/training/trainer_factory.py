@@ -1,10 +1,15 @@
 """Makes a trainer: model, optimizer, compiled step, readers and run writer."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import tensorflow as tf
+
 from flexunet.progress import Heartbeat, no_heartbeat
+from flexunet.text import pluralize
+from job.config.groups import ModelConfig
 from job.data.reader import RecordReader
 from job.data.shard_cache import open_reader
 from job.distributed.exchange_plan import agreed_plan
@@ -21,6 +26,10 @@ from job.training.setup import TrainingSetup
 from job.training.step import StepOptions, make_train_step
 from job.training.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
+_MANY_PARAMETERS = 30_000_000  # slow without a GPU
+
 
 @contextmanager
 def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -> Iterator[Trainer]:
@@ -35,6 +44,9 @@ def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -
     config, process_group = setup.config, setup.process_group
     with setup.strategy.scope():
         model = model_for(config, setup.dataset.manifest)
+        if setup.run is not None:  # the first process
+            has_gpu = bool(tf.config.list_logical_devices("GPU"))
+            logger.info("%s", network_words(config.model, model.count_params(), has_gpu=has_gpu))
         scale = loss_scale_for(config.precision)
         optimizer = Adam(config.optimizer, model.trainable_variables, scale)
     evaluator = make_evaluator(
@@ -63,6 +75,19 @@ def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -
         process_group.run_on_primary(record)
         run_writer = run_writers[0] if run_writers else None
         yield Trainer(setup, readers, model, optimizer, step, evaluator, run_writer, heartbeat)
+
+
+def network_words(model: ModelConfig, num_parameters: int, *, has_gpu: bool) -> str:
+    """Returns the size of the network, and without a GPU a smaller one if it is large."""
+    millions = f"{num_parameters / 1e6:.1f} million"
+    shown = millions if num_parameters >= 1_000_000 else str(num_parameters)
+    words = f"network: {pluralize(model.num_layers, 'level')}, {shown} parameters"
+    if has_gpu or num_parameters <= _MANY_PARAMETERS:
+        return words
+    return (
+        f"{words}; slow without a GPU: for a first try --model.num-layers 4 "
+        "--model.base-filters 8 --model.base-kernels 3,3"
+    )
 
 
 def _open_readers(setup: TrainingSetup, heartbeat: Heartbeat) -> dict[str, RecordReader]:

@@ -459,7 +459,11 @@ def test_what_predict_cannot_do_is_an_error(run: flexunet.Run, tmp_path: Path) -
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "broken.png").write_bytes(b"x")
     for path, error, problem in (
-        (tmp_path / "none", flexunet.UsageError, "no images here"),
+        (
+            tmp_path / "none",
+            flexunet.UsageError,
+            "none: does not exist; give an image or a folder of",
+        ),
         (tmp_path / "notes.txt", flexunet.UsageError, "not an image"),
         (tmp_path / "broken.png", flexunet.ContentError, "broken.png"),
     ):

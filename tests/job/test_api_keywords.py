@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from data_prep.config import PrepConfig
 from flexunet.errors import UsageError
 from flexunet.settings import Settings, option
 from job.api.keywords import keyword_errors, keyword_values, settings_of
@@ -80,3 +81,10 @@ def test_errors_name_keywords_and_not_options(text: str, expected: str) -> None:
     with pytest.raises(UsageError) as caught, keyword_errors(TrainConfig, ("skip_bad",)):
         raise UsageError(text)
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("classes", [{"background": (0, 0, 0)}, ["background"], 3])
+def test_classes_that_are_no_text_get_an_example(classes: object) -> None:
+    message = r'classes.*: must be a string such as "background=0,0,0;mass=255,255,255"$'
+    with pytest.raises(UsageError, match=message):
+        settings_of("prepare", PrepConfig, {"classes": classes}, ())

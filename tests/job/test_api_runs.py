@@ -156,3 +156,10 @@ def test_prepare_leaves_pillow_and_opencv_as_they_were(tmp_path: Path) -> None:
         assert (cv2.getNumThreads(), PIL.Image.MAX_IMAGE_PIXELS) == (3, limit)
     finally:
         cv2.setNumThreads(threads)
+
+
+def test_the_repr_of_a_summary_is_short(trained_run: Path) -> None:
+    summary = flexunet.open_run(trained_run).summary
+    assert repr(summary).startswith("<EvaluationSummary: test, 4 images, foreground Dice 0.")
+    assert len(repr(summary)) < 120
+    assert repr(flexunet.EvaluationSummary({}, "runs/a")) == "<EvaluationSummary: runs/a>"

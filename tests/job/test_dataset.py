@@ -1,5 +1,7 @@
 """What a dataset that was opened knows of its samples."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,12 @@ from data_prep.imaging.codecs import read_image
 from data_prep.phantoms.images import write_phantoms
 from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
-from flexunet.errors import UsageError
+from flexunet.errors import ContentError, UsageError
 from job.data.dataset import open_dataset
 from job.data.reader import read_sample
 from job.data.shard_cache import open_reader
 from tests.job.discs import prepare_discs
+from tests.source_tree import ROOT
 
 
 def test_split_knows_which_samples_have_foreground(tmp_path: Path) -> None:
@@ -53,3 +56,22 @@ def test_open_dataset_knows_the_part_of_each_image_that_is_stored(tmp_path: Path
             found.append(geometry.is_flipped)
     assert True in found
     assert False in found
+
+
+def test_a_run_is_no_dataset(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(ROOT / "tests/relics/v0.1.0/runs/folds-fold-0", run)
+    (data,) = re.findall("^data: (.+)$", (run / "config.yaml").read_text(), re.MULTILINE)
+    message = re.escape(f"{run} is a run, not a dataset; its dataset is {data}")
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        open_dataset(str(run))
+    (run / "config.yaml").write_text("epochs: 3")
+    with pytest.raises(UsageError, match=r"not a dataset; give the dataset of the run$"):
+        open_dataset(str(run))
+
+
+def test_a_dataset_without_its_table_is_damaged(discs: str, tmp_path: Path) -> None:
+    shutil.copy(Path(discs) / "dataset.json", tmp_path)
+    message = r"samples\.parquet is missing; prepare the dataset again$"
+    with pytest.raises(ContentError, match=message):
+        open_dataset(str(tmp_path))

@@ -337,7 +337,7 @@ def test_infer_reads_from_and_writes_to_a_bucket(
     [
         (["a.png", "a.tif"], "a.png and a.tif would both become a.png"),
         (["notes.txt"], "no images here"),
-        ([], "images: does not exist; give IMAGES an image or a folder"),
+        ([], "images: does not exist; give an image or a folder of images"),
         (["overlays/a.png"], "would be among the overlays"),
     ],
 )
@@ -431,7 +431,7 @@ def test_infer_refuses_the_folder_that_prep_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "output", "problem"),
     [
-        ("none", "output", "none: does not exist; give IMAGES an image or a folder"),
+        ("none", "output", "none: does not exist; give an image or a folder of images"),
         ("images", "file", "/file: is a file; give OUTPUT a folder"),
     ],
 )
@@ -765,7 +765,10 @@ def test_masks_of_other_images_or_weights_are_never_kept(trained_run: Path, tmp_
     config = InferConfig(progress=False)
     output = str(tmp_path / "masks")
     infer(str(trained_run), str(tmp_path / "first"), output, config)
-    changed = rf"holds masks made in another way: images was {tmp_path}/first, now .*/second; give"
+    changed = (
+        rf"{output} has masks of images from {tmp_path}/first, and this call has images from "
+        rf"{tmp_path}/second; give another OUTPUT \(for example {output}-second\), or --overwrite"
+    )
     with pytest.raises(UsageError, match=changed):
         infer(str(trained_run), str(tmp_path / "second"), output, config)
     other = config.model_copy(update={"ensemble": (str(trained_run),), "window": "sliding"})

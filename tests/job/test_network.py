@@ -9,6 +9,7 @@ import tensorflow as tf
 from job.config import ModelConfig
 from job.models.ensemble import make_probability_step, network_of, prepared
 from job.models.registry import build_model
+from job.training.trainer_factory import network_words
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])
@@ -69,3 +70,13 @@ def test_network_of_several_survives_logits_without_doubt() -> None:
     images = np.full((1, 2, 2, 1), 255, np.uint8)
     found = make_probability_step(network_of([model, model]))(images).numpy()
     assert found[..., 0] == pytest.approx(1.0)
+
+
+def test_a_large_network_without_a_gpu_names_a_smaller_one() -> None:
+    large, small = ModelConfig(), ModelConfig(num_layers=1)
+    words = "network: 8 levels, 125.0 million parameters"
+    assert network_words(large, 125_000_000, has_gpu=True) == words
+    found = network_words(large, 125_000_000, has_gpu=False)
+    assert found.startswith(f"{words}; slow without a GPU: for a first try --model.num-layers 4 ")
+    found = network_words(small, 30_000, has_gpu=False)
+    assert found == "network: 1 level, 30000 parameters"

@@ -10,6 +10,7 @@ from job.reporting.phrases import (
     baseline_warnings,
     everything_dice,
     everything_rows,
+    headline_words,
     size_notes,
     titled_sizes,
 )
@@ -61,3 +62,13 @@ def test_sizes_that_measure_the_same_are_shown_once() -> None:
     titles = [title for title, _ in titled_sizes({"network": network, "original": original})]
     assert titles == ["network size", "original size"]
     assert titled_sizes({}) == []
+
+
+def test_the_headline_has_the_dice_and_those_of_the_baselines() -> None:
+    summary = summarize(np.array([[[1, 9, 20, 70], [70, 20, 9, 1]]])) | {"split": "test"}
+    words = "test, 1 image, foreground Dice 0.828 (predict-nothing 0.000"
+    assert headline_words(summary) == f"{words}, predict-everything 0.883)"
+    del summary["all_foreground"]  # as in earlier versions
+    assert headline_words(summary) == f"{words})"
+    empty = summarize(np.array([[[90, 0, 10, 0], [0, 10, 0, 90]]])) | {"split": "test"}
+    assert headline_words(empty) == "test, 1 image, no foreground"

@@ -352,6 +352,7 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
     assert control.returncode == 0, control.stderr
     reported = control.stderr.splitlines()
     assert reported.count("building the network") == 1
+    assert sum(line.startswith("network: 3 levels, ") for line in reported) == 1
     assert reported.count("compiling the first step of epoch 1") == 1
     # The bar is over before: what it says of the last step is no end of the run.
     is_bar = [line.startswith("train: ") for line in reported]
