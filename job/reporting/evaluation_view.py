@@ -17,6 +17,7 @@ from job.reporting.phrases import (
     everything_dice,
     everything_rows,
     has_foreground,
+    left_out_words,
     lesion_words,
     measure_label,
     measure_rows,
@@ -43,9 +44,8 @@ _STATUS_PHRASES = {"open": "not finished", "stopped": "stopped before its end"}
 _PRESENCES = ("neither", "both", "truth_only", "missed", "prediction_only")
 _LESION_COUNTS = ("lesions", "lesions_found", "false_positives", "specks")
 
-Origins = list[
-    tuple[str, str]
-]  # (source, whether it was trained on the cases: "yes", "no" or "unknown")
+# (source, whether it was trained on the cases: "yes", "no" or "unknown")
+Origins = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Foreground:
     Attributes:
         all_foreground: of predicting each class on every pixel; None if it is not recorded.
         cases: how many images have it, in words.
-        split: which images were evaluated, in words.
+        left_out: how many images have no Dice, and why; None if there are none.
     """
 
     dice: float | None
@@ -63,6 +63,7 @@ class Foreground:
     all_foreground: float | None
     cases: str
     split: str
+    left_out: str | None
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Metrics:
         thresholds: scores at other thresholds than the one in use.
     """
 
+    split: str
     prediction: Prediction
     pixels: Table
     everything: Table
@@ -171,6 +173,7 @@ def headline_of(
         all_foreground=everything_dice(summary),
         cases=counted_cases(summary),
         split=summarized_words(summary),
+        left_out=left_out_words(summary),
     )
     return Headline(status, weights, foreground)
 
@@ -196,17 +199,14 @@ def metrics_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> Metrics
         return None
     nothing = summary["all_background"]
     pixels = Table(
-        ("background included", "value", BASELINE),
+        ("measure", "value", BASELINE),
         [
-            (
-                "pixel accuracy",
-                summary["pixel_accuracy"],
-                nothing["pixel_accuracy"],
-            ),
+            ("pixel accuracy", summary["pixel_accuracy"], nothing["pixel_accuracy"]),
             ("loss", summary["loss"], None),
         ],
     )
     return Metrics(
+        split=summary["split"],
         prediction=_prediction(summary),
         pixels=pixels,
         everything=_everything(summary),
@@ -334,7 +334,7 @@ def cases_of(store: ObjectStore) -> list[tuple[str, list[Figure]]] | None:
     rows = read_table(store, "evaluation/examples.csv", evaluate_again(store))
     if not rows:
         return None
-    kinds = (("best", "Best"), ("middle", "Median"), ("worst", "Worst"))
+    kinds = (("best", "Best"), ("middle", "Median (files middle-*.png)"), ("worst", "Worst"))
     found = [
         (title, [_case(store, row) for row in rows if row["picture"].startswith(f"{kind}-")])
         for kind, title in kinds

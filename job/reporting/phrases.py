@@ -60,11 +60,14 @@ def counted_cases(summary: Mapping[str, Any]) -> str:
 
 def left_out_words(summary: Mapping[str, Any]) -> str | None:
     """Returns why `counted_cases` are fewer than all cases, or None if they are all."""
-    if not any(each["num_empty"] for each in summary["classes"][1:]):
+    counts = {each["num_empty"] for each in summary["classes"][1:]}
+    if not any(counts):
         return None
-    noun = _case_noun(summary)
-    article = "An" if noun == "image" else "A"
-    return f"{article} {noun} with a class in neither mask is left out for that class."
+    number = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    return (
+        f"{_case_noun(summary).capitalize()}s where neither the truth nor the prediction has the "
+        f"class are not counted ({number} of {summary['num_cases']})."
+    )
 
 
 def _case_noun(summary: Mapping[str, Any]) -> str:
