@@ -8,6 +8,7 @@ import stat as stat_module
 from collections.abc import Iterator
 
 from flexunet.storage.names import HIDDEN, is_inside
+from flexunet.text import pluralize
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,5 @@ def size_of(info: os.stat_result) -> int:
 @functools.lru_cache(maxsize=1024)  # a folder is listed many times
 def log_left_out(url: str, number: int, where: str, first: str) -> None:
     """Warns once about links below `url` that are not listed."""
-    logger.warning(
-        "%s: skipped %d symbolic links %s, first %s; copy the files if you need them",
-        url,
-        number,
-        where,
-        first,
-    )
+    links = pluralize(number, "symbolic link")
+    logger.warning("%s: skipped %s %s, first %s", url, links, where, first)

@@ -90,7 +90,11 @@ class LocalStore:
                 if name.startswith(prefix)
             ]
         if left_out:
-            where = "to a folder above" if self._follows_links else "to folders or out of it"
+            where = (
+                "to a folder above"
+                if self._follows_links
+                else "to folders or out of this folder (copy the files if you need them)"
+            )
             log_left_out(self.url, len(left_out), where, min(left_out))
         return sorted(found, key=lambda stat: stat.name)
 
