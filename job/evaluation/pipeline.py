@@ -46,7 +46,7 @@ class EvaluateConfig(PredictConfig):
     split: Literal["train", "valid", "test"] = option("test", "Split to evaluate.")
     data: str | None = option(
         None,
-        "Where the dataset is now, if it was moved after training; none: not moved.",
+        "Folder or URL of the dataset, if it was moved after training; none: not moved.",
         path=True,
     )
     output: str | None = option(

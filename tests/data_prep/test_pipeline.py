@@ -496,7 +496,7 @@ def test_a_table_that_has_none_of_the_files_is_a_wrong_file(source, tmp_path):
     code, errors = _main([str(source), str(tmp_path / "out"), "--group-csv", table])
     assert code == 3
     assert "case_0.png: has no row in" in errors
-    assert "(so with all 20 files)" in errors
+    assert "(same for all 20 files)" in errors
 
 
 def test_rejects_csv_is_safe_in_a_spreadsheet():
@@ -874,7 +874,7 @@ def test_an_account_that_only_creates_prepares_continues_and_skips(
         (warning,) = [
             r.message for r in caplog.records if "have no permission to delete" in r.message
         ]
-        assert re.match(rf"{remote}/prep-state: \d+ objects stay \(0\.0 MB\)", warning)
+        assert re.match(rf"{remote}/prep-state: \d+ temporary objects remain \(0\.0 MB\)", warning)
     stats = {stat.name: stat for stat in store.list()}
     assert {name: stats[name].generation for name in before} == before
     _prepare(source, tmp_path / "out")

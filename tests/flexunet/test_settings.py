@@ -231,5 +231,5 @@ def test_the_home_folder_of_a_path_is_put_in(monkeypatch: pytest.MonkeyPatch) ->
     found = parse_settings(Places, values, "a.yaml")
     assert found == Places(one="/home/me/a", more=("/home/me", "b/~", "gs://b/~"), text="~/a")
     assert expand_home("./~") == "./~"
-    with pytest.raises(UsageError, match=r"a\.yaml: one='~nobody-here/x': .*no user with a home"):
+    with pytest.raises(UsageError, match=r"a\.yaml: one='~nobody-here/x': .*no home folder"):
         parse_settings(Places, {"one": "~nobody-here/x"}, "a.yaml")

@@ -166,7 +166,7 @@ def test_every_change_of_a_guarded_store_asks_first(
 ) -> None:
     """A new method of `ObjectStore` is either known here as one that reads, or guarded."""
     reading = {"stat", "list", "get", "get_file", "url", "local_root", "retry_s"}
-    making = {"below", "with_limits", "watched", "guarded"}  # give a store that is guarded too
+    making = {"subpath", "with_limits", "watched", "guarded"}  # give a store that is guarded too
     (tmp_path / "member").write_bytes(b"late")
     changing: dict[str, tuple[Any, ...]] = {
         "put": ("a", b"1"), "put_file": ("a", str(tmp_path / "member")), "delete": ("a",),

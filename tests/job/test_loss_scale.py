@@ -298,7 +298,9 @@ def test_a_checkpoint_without_a_scale_is_refused_in_float16_alone(
     with np.load(name) as arrays:
         assert not any(each.startswith("loss_scale/") for each in arrays)
     serialization.read_optimizer(exact.optimizer, name)
-    with pytest.raises(ContentError, match=r"loss_scale/scale is missing; a run in mixed_float16"):
+    with pytest.raises(
+        ContentError, match=r"loss_scale/scale is missing, but a run in mixed_float16"
+    ):
         serialization.read_optimizer(Trained(one_cpu).optimizer, name)
 
 
@@ -367,8 +369,8 @@ def test_skipped_steps_do_not_count_for_the_schedule_and_are_reported(
     (*_, last) = history_of(tmp_path / "run")
     rate = config.optimizer.learning_rate * (6 - skipped) / 6
     assert float(last["learning_rate"]) == pytest.approx(rate)
-    assert "skipped, whose gradients overflowed float16; the loss scale is now" in caplog.text
-    text = f"{pluralize(skipped, 'training step')} skipped, whose gradients overflowed float16"
+    assert "because gradients overflowed float16; the loss scale is now" in caplog.text
+    text = f"{pluralize(skipped, 'training step')} skipped because gradients overflowed float16"
     assert text in render(open_store(str(tmp_path / "run")))
 
 

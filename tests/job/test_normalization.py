@@ -285,7 +285,7 @@ def test_options_are_those_of_keras(layer: keras.layers.Layer) -> None:
     [
         (GroupNormalization(2, axis=1), (None, 4, 8, 8), "axis=1 of inputs"),
         (BatchNormalization(), (None, 4), "only the channels of"),
-        (BatchNormalization(renorm=True), (None, 8, 8, 4), "renorm=True is not computed"),
+        (BatchNormalization(renorm=True), (None, 8, 8, 4), "renorm=True is not supported"),
     ],
 )
 def test_what_is_not_computed_is_refused(

@@ -190,7 +190,7 @@ def test_weights_of_another_model_are_refused_and_nothing_is_set(tmp_path, body,
 
 def test_weights_of_another_shape_are_named(tmp_path):
     members = _saved(tmp_path, _model())
-    with pytest.raises(ContentError, match=r"conv2d/kernel has shape .*; use the model options"):
+    with pytest.raises(ContentError, match=r"conv2d/kernel has shape .*; give the model options"):
         serialization.read_weights(_model(base_kernels=(5, 5)), members[serialization.WEIGHTS_NAME])
 
 
@@ -208,7 +208,7 @@ def test_a_file_that_does_not_hold_the_model_is_never_handed_over(tmp_path, dama
             super().__setitem__(name, values)
 
     monkeypatch.setattr(h5py, "File", Broken)
-    with pytest.raises(StorageError, match="does not hold the weights"):
+    with pytest.raises(StorageError, match="does not have the weights that were written"):
         _saved(tmp_path, _model())
 
 

@@ -155,8 +155,8 @@ def test_dicom_files_as_images_of_pairs_are_refused_with_what_to_do(tmp_path: Pa
 
 def test_folders_without_one_common_name_say_what_the_masks_are_called(tmp_path: Path) -> None:
     url = fill(tmp_path, "images/b.png", "images/a.jpg", "masks/b_mask.png", "masks/a_mask.png")
-    expected = re.escape("such as a.jpg and a_mask.png; the mask of the first would be a.png")
-    with pytest.raises(ContentError, match=rf"/masks: .*\({expected}\); rename the files"):
+    expected = "a.jpg needs a.png, but the masks are a_mask.png and so on; rename the files"
+    with pytest.raises(ContentError, match=rf"/masks: .*: {re.escape(expected)}"):
         find_pairs(find_sources(url))
 
 
