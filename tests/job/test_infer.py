@@ -714,9 +714,7 @@ def test_an_image_of_more_bits_than_the_dataset_is_refused(
 
 def test_a_given_full_scale_below_the_values_is_refused(trained_run: Path) -> None:
     shallow = open_run(str(trained_run)).manifest
-    with pytest.raises(
-        ContentError, match="up to 4095, but full intensity is 1023 by --full-scale"
-    ):
+    with pytest.raises(ContentError, match="to 4095, but full intensity is 1023 by --full-scale"):
         to_model_pixels(deep_image(4095), shallow, value_max=1023)
 
 

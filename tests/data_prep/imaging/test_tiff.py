@@ -223,9 +223,7 @@ def test_read_image_measures_a_tiff_before_it_restates_it() -> None:
     file = io.BytesIO(data)
     with tifffile.TiffFile(file, mode="r+b") as opened:
         opened.pages[0].tags["ImageWidth"].overwrite(2**31)
-    with pytest.raises(
-        ContentError, match=r"^a: 2147483648x37 is .* more than 100000000; downscale"
-    ):
+    with pytest.raises(ContentError, match=r"^a: 2147483648x37 .* more than 100000000; downscale"):
         read_image(file.getvalue(), name="a")
 
 
