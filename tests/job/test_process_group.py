@@ -358,7 +358,7 @@ def test_another_dataset_is_named(dataset: str, control: Path, tmp_path: Path) -
     other = prepare_discs(tmp_path, num_images=8)
     done = commands.run(*training(["--local", *options(other, control.parent, "alone")]))
     assert done.returncode == 2, done.stderr
-    assert f"--data {other} is not the dataset with which run" in done.stderr
+    assert f"--data {other} is not the dataset of run" in done.stderr
     assert f"({dataset}), or was prepared again since" in done.stderr
 
 
