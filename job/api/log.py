@@ -2,36 +2,15 @@
 
 import logging
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
+
+from data_prep.imaging.quiet import Restore, SharedChange
 
 T = TypeVar("T")
 
 _PACKAGES = ("flexunet", "data_prep", "job")
-
-
-class _Shared:
-    """Enters a block for the first of several threads or nested calls; the last one leaves it."""
-
-    def __init__(self, block: Callable[[], AbstractContextManager[None]]) -> None:
-        self._block = block
-        self._lock = threading.Lock()
-        self._depth = 0
-        self._entered = ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._depth == 0:
-                self._entered.enter_context(self._block())
-            self._depth += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._depth -= 1
-            if self._depth == 0:
-                self._entered.close()
 
 
 @contextmanager
@@ -41,7 +20,7 @@ def shown_log(is_shown: bool) -> Iterator[None]:
     A program that has set up logging decides itself what is shown. TensorFlow's hints are not: they
     are about code that the user cannot change. Calls may be nested, and made in several threads.
     """
-    with _QUIET_TENSORFLOW, _OUR_LINES if is_shown else nullcontext():
+    with _QUIET_TENSORFLOW.applied(), _OUR_LINES.applied() if is_shown else nullcontext():
         yield
 
 
@@ -56,22 +35,16 @@ def each_with_log(items: Iterator[T], is_shown: bool) -> Iterator[T]:
         yield item
 
 
-@contextmanager
-def _quiet_tensorflow() -> Iterator[None]:
+def _quiet_tensorflow() -> Restore:
     tensorflow = logging.getLogger("tensorflow")
     level = tensorflow.level
     tensorflow.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        tensorflow.setLevel(level)
+    return lambda: tensorflow.setLevel(level)
 
 
-@contextmanager
-def _our_lines() -> Iterator[None]:
+def _show_our_lines() -> Restore:
     if logging.getLogger().handlers:
-        yield
-        return
+        return lambda: None
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     loggers = [logging.getLogger(name) for name in _PACKAGES]
@@ -79,13 +52,13 @@ def _our_lines() -> Iterator[None]:
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(level)
 
+    return restore
 
-_QUIET_TENSORFLOW = _Shared(_quiet_tensorflow)
-_OUR_LINES = _Shared(_our_lines)
+
+_QUIET_TENSORFLOW, _OUR_LINES = SharedChange(_quiet_tensorflow), SharedChange(_show_our_lines)
