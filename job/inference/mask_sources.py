@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
-from flexunet.storage import Forbidden, NotFound, ObjectMeta, ObjectStore, PreconditionFailed
+from flexunet.storage import Forbidden, ObjectMeta, ObjectStore, PreconditionFailed
 from flexunet.text import legible, pluralize
 from job.inference.inputs import OVERLAYS_FOLDER, mask_name
 
@@ -160,12 +160,10 @@ def read_sources(output: ObjectStore, objects: Iterable[str]) -> dict[str, MaskS
         return {}
 
 
-def newest_sources(output: ObjectStore) -> dict[str, MaskSource]:
-    """Returns the newest record in `output`, or an empty one if other calls replace it now."""
-    try:
-        return read_sources(output, [each.name for each in output.list(_RECORD_PREFIX)])
-    except NotFound:
-        return {}
+def newest_record(output: ObjectStore) -> str | None:
+    """Returns the name of the newest record in `output`; a record never changes under its name."""
+    records = _records(each.name for each in output.list(_RECORD_PREFIX))
+    return records[-1] if records else None
 
 
 def write_sources(
@@ -184,11 +182,11 @@ def write_sources(
     name = f"inference-images-{number:06d}.json"
     output.put(name, text.encode(), if_generation=0)
     # The number is free again if other calls wrote it, then a higher one, and deleted it.
-    newest = _records(each.name for each in output.list(_RECORD_PREFIX))[-1:]
-    if newest and newest != [name]:
+    newest = newest_record(output)
+    if newest and newest != name:
         with contextlib.suppress(Forbidden):
             output.delete(name)
-        raise PreconditionFailed(f"{output.url}: another infer wrote {newest[0]} after {name}")
+        raise PreconditionFailed(f"{output.url}: another infer wrote {newest} after {name}")
     try:
         for record in records:
             output.delete(record)

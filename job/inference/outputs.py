@@ -14,7 +14,7 @@ from flexunet.settings import flag_of
 from flexunet.storage import Forbidden, NotFound, ObjectStore
 from flexunet.tables import csv_table
 from flexunet.text import legible
-from job.inference.mask_sources import MaskSource, newest_sources
+from job.inference.mask_sources import MaskSource, newest_record, read_sources
 from job.inference.options import InferConfig
 from job.runs.loading import EnsembleMember
 
@@ -118,6 +118,7 @@ class OutputClaim:
     ) -> None:
         self._output, self._record, self._sources = output, record, sources
         self._checked_at = -math.inf
+        self._agreed: str | None = None  # the newest record that was read and agrees
 
     def check_often(self) -> None:
         """Like `check`, but at most every few seconds; for each mask."""
@@ -132,18 +133,27 @@ class OutputClaim:
         """
         self._checked_at = time.monotonic()
         is_taken = made_otherwise(self._output, self._record)
-        if not is_taken:
-            found = newest_sources(self._output)
-            is_taken = any(
-                name in found and replace(found[name], old_mask=0) != replace(source, old_mask=0)
-                for name, source in self._sources.items()
-            )
+        # The record of many images is large: read it only when another one is the newest.
+        newest = None if is_taken else newest_record(self._output)
+        if newest is not None and newest != self._agreed:
+            is_taken = self._disagrees(newest)
         if is_taken:
             raise StorageError(
                 f"{self._output.url}: another infer took over OUTPUT; masks of both may be in it: "
                 "when the other call has ended, run it again with --overwrite, and give this call "
                 "another OUTPUT"
             )
+        self._agreed = newest
+
+    def _disagrees(self, record: str) -> bool:
+        try:
+            found = read_sources(self._output, [record])
+        except NotFound:  # other calls replace it now
+            return False
+        return any(
+            name in found and replace(found[name], old_mask=0) != replace(source, old_mask=0)
+            for name, source in self._sources.items()
+        )
 
 
 def _read_record(output: ObjectStore) -> dict[str, Any] | None:
