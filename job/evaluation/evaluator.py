@@ -43,7 +43,7 @@ from job.metrics.per_case import (
     tiny_regions_of,
     without_ignored,
 )
-from job.metrics.thresholds import ThresholdSweep
+from job.metrics.thresholds import ThresholdSweep, sweep_case
 from job.models.compatibility import num_outputs, window_overlap
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class Evaluator:
         manifest = self.dataset.manifest
         case_metrics: dict[str, list[CaseMetrics]] = {size: [] for size in SIZES}
         parts = []
-        sweep = ThresholdSweep(foreground_names(self.dataset), min_lesion=MIN_PIXELS)
+        sweep = ThresholdSweep(foreground_names(self.dataset))
         with Progress(f"measure {name}", len(cases), unit="cases", shown=shown) as bar:
             for case in bar.tracked(cases):
                 image, truth = read_case(reader, case)
@@ -210,7 +210,8 @@ class Evaluator:
                     case_metrics[size].append(metrics)
                 pair = truth[np.newaxis], ids[np.newaxis]
                 parts.append(confusion_counts(*pair, len(manifest.classes), manifest.ignore_id))
-                sweep.add(*_without_ignored(truth, probabilities, manifest.ignore_id))
+                counted = _without_ignored(truth, probabilities, manifest.ignore_id)
+                sweep.add(sweep_case(*counted, len(manifest.classes), min_lesion=MIN_PIXELS))
                 if should_stop():
                     raise StoppedError(f"stopped measuring {name}; the same command resumes")
         return Measured(case_metrics, np.concatenate(parts), sweep)

@@ -1,20 +1,78 @@
 """Computes the scores of a class at several thresholds of its probability."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from job.metrics.confusion import Overlap
+from job.metrics.confusion import Counts, Overlap
 from job.metrics.lesions import count_lesions, without_small_regions
 from job.metrics.per_case import Ids, quotient
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 
+@dataclass(frozen=True)
+class CaseSweep:
+    """The counts of one case, (classes, thresholds) int64 each: of each foreground class.
+
+    Attributes:
+        tp, fp, fn: pixels.
+        num_true, num_found, num_false_positives: lesions, as in `LesionCounts`.
+    """
+
+    tp: Counts
+    fp: Counts
+    fn: Counts
+    num_true: Counts
+    num_found: Counts
+    num_false_positives: Counts
+
+
+def sweep_case(
+    truth: Ids, probabilities: npt.NDArray[np.float32], num_classes: int, *, min_lesion: int = 1
+) -> CaseSweep:
+    """Counts the pixels and lesions of one case at each of `THRESHOLDS`.
+
+    Args:
+        truth: (H, W) class ids 0..num_classes-1.
+        probabilities: (H, W, K) of classes 0..K-1, or K = 1: of class 1.
+        min_lesion: as in `tiny_regions_of`.
+    """
+    first = 0 if probabilities.shape[-1] == 1 else 1
+    classes = [
+        _sweep_class(truth == index + 1, probabilities[..., first + index], min_lesion)
+        for index in range(num_classes - 1)
+    ]
+    counts = np.array(classes, np.int64).reshape(num_classes - 1, len(THRESHOLDS), 6)
+    return CaseSweep(*np.moveaxis(counts, -1, 0))
+
+
+def _sweep_class(
+    truth: npt.NDArray[np.bool_], probabilities: npt.NDArray[np.float32], min_lesion: int
+) -> list[tuple[int, ...]]:
+    """Returns the values of `CaseSweep` of one class, in its order, at each threshold."""
+    tiny_regions = truth & ~without_small_regions(truth, min_lesion)
+    counts: list[tuple[int, ...]] = []
+    for threshold in THRESHOLDS:
+        predicted = probabilities >= np.float32(threshold)
+        tp = int(np.count_nonzero(truth & predicted))
+        fp = int(np.count_nonzero(predicted)) - tp
+        fn = int(np.count_nonzero(truth)) - tp
+        lesions = count_lesions(truth, predicted, tiny_regions=tiny_regions)
+        counts.append(
+            (tp, fp, fn, lesions.num_true, lesions.num_found, lesions.num_false_positives)
+        )
+    return counts
+
+
 class ThresholdSweep:
-    """Sums the scores of classes over cases, at several thresholds of their probability."""
+    """Sums the scores of classes over cases, at several thresholds of their probability.
+
+    Add the cases in one order, always: the sums then have the same bits.
+    """
 
     COLUMNS = (
         "class",
@@ -25,51 +83,31 @@ class ThresholdSweep:
         "false_positives_per_image",
     )
 
-    def __init__(self, names: Sequence[str], *, min_lesion: int = 1) -> None:
-        """Sweeps the foreground classes of these names; `min_lesion` as in `tiny_regions_of`."""
+    def __init__(self, names: Sequence[str]) -> None:
+        """Sums over the foreground classes of these names."""
         self._names = names
-        self._min_lesion = min_lesion
         shape = len(names), len(THRESHOLDS)
         self._sums = {
             key: np.zeros(shape)
             for key in ("tp", "fp", "fn", "dice", "defined", "true", "found", "false", "images")
         }
 
-    def add(self, truth: Ids, probabilities: npt.NDArray[np.float32]) -> None:
-        """Adds a case.
-
-        Args:
-            truth: (H, W) class ids.
-            probabilities: (H, W, K) of classes 0..K-1, or K = 1: of class 1.
-        """
-        first = 0 if probabilities.shape[-1] == 1 else 1
-        for index in range(len(self._names)):
-            self._add_class(index, truth == index + 1, probabilities[..., first + index])
-
-    def _add_class(
-        self, index: int, truth: npt.NDArray[np.bool_], probabilities: npt.NDArray[np.float32]
-    ) -> None:
-        tiny_regions = truth & ~without_small_regions(truth, self._min_lesion)
-        for step, threshold in enumerate(THRESHOLDS):
-            predicted = probabilities >= np.float32(threshold)
-            tp = int(np.count_nonzero(truth & predicted))
-            fp = int(np.count_nonzero(predicted)) - tp
-            fn = int(np.count_nonzero(truth)) - tp
-            lesions = count_lesions(truth, predicted, tiny_regions=tiny_regions)
-            above, below = Overlap(tp, fp, fn).dice_terms()
-            values = {
-                "tp": tp,
-                "fp": fp,
-                "fn": fn,
-                "dice": above / max(below, 1),
-                "defined": below > 0,
-                "true": lesions.num_true,
-                "found": lesions.num_found,
-                "false": lesions.num_false_positives,
-                "images": 1,
-            }
-            for key, value in values.items():
-                self._sums[key][index, step] += value
+    def add(self, case: CaseSweep) -> None:
+        """Adds a case from `sweep_case`."""
+        above, below = Overlap(case.tp, case.fp, case.fn).dice_terms()
+        values: dict[str, Counts | int] = {
+            "tp": case.tp,
+            "fp": case.fp,
+            "fn": case.fn,
+            "dice": above / np.maximum(below, 1),
+            "defined": below > 0,
+            "true": case.num_true,
+            "found": case.num_found,
+            "false": case.num_false_positives,
+            "images": 1,
+        }
+        for key, value in values.items():
+            self._sums[key] += value
 
     def rows(self) -> list[tuple[Any, ...]]:
         """Returns a row of `COLUMNS` for each class and threshold; undefined values are None."""
