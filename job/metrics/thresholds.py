@@ -8,10 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from job.metrics.confusion import Counts, Overlap
-from job.metrics.lesions import count_lesions, without_small_regions
+from job.metrics.lesions import box_of, match_regions, true_regions
 from job.metrics.per_case import Ids, quotient
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+
+_LIMITS = np.array(THRESHOLDS, np.float32)
+_MAX_PIXELS = 2**18  # of the masks of several thresholds that are labelled together
 
 
 @dataclass(frozen=True)
@@ -42,30 +45,38 @@ def sweep_case(
         min_lesion: as in `tiny_regions_of`.
     """
     first = 0 if probabilities.shape[-1] == 1 else 1
-    classes = [
-        _sweep_class(truth == index + 1, probabilities[..., first + index], min_lesion)
-        for index in range(num_classes - 1)
-    ]
-    counts = np.array(classes, np.int64).reshape(num_classes - 1, len(THRESHOLDS), 6)
-    return CaseSweep(*np.moveaxis(counts, -1, 0))
+    counts = np.zeros((6, num_classes - 1, len(THRESHOLDS)), np.int64)
+    for index in range(num_classes - 1):
+        of_class = np.ascontiguousarray(probabilities[..., first + index])
+        counts[:, index] = _sweep_class(truth == index + 1, of_class, min_lesion)
+    return CaseSweep(*counts)
 
 
 def _sweep_class(
     truth: npt.NDArray[np.bool_], probabilities: npt.NDArray[np.float32], min_lesion: int
-) -> list[tuple[int, ...]]:
-    """Returns the values of `CaseSweep` of one class, in its order, at each threshold."""
-    tiny_regions = truth & ~without_small_regions(truth, min_lesion)
-    counts: list[tuple[int, ...]] = []
-    for threshold in THRESHOLDS:
-        predicted = probabilities >= np.float32(threshold)
-        tp = int(np.count_nonzero(truth & predicted))
-        fp = int(np.count_nonzero(predicted)) - tp
-        fn = int(np.count_nonzero(truth)) - tp
-        lesions = count_lesions(truth, predicted, tiny_regions=tiny_regions)
-        counts.append(
-            (tp, fp, fn, lesions.num_true, lesions.num_found, lesions.num_false_positives)
-        )
-    return counts
+) -> Counts:
+    """Returns the values of `CaseSweep` of one class, in its order, (6, thresholds) int64."""
+    regions = true_regions(truth, min_pixels=min_lesion)
+    tp, predicted, num_found, num_predicted = np.zeros((4, len(THRESHOLDS)), np.int64)
+    start, box = 0, box_of(probabilities >= _LIMITS[0])
+    while box is not None:
+        height, width = probabilities[box].shape
+        part = slice(start, start + max(1, _MAX_PIXELS // (height * width)))
+        masks = probabilities[box] >= _LIMITS[part, np.newaxis, np.newaxis]
+        predicted[part] = [np.count_nonzero(mask) for mask in masks]
+        tp[part] = [np.count_nonzero(mask) for mask in masks & truth[box]]
+        # Many thresholds have the same mask.
+        _, first, inverse = np.unique(predicted[part], return_index=True, return_inverse=True)
+        origin = box[0].start, box[1].start
+        matches = match_regions(regions, masks[first], origin=origin)
+        num_found[part] = matches.num_found[inverse]
+        num_predicted[part] = matches.num_predicted[inverse]
+        start = part.stop
+        box = box_of(probabilities >= _LIMITS[start]) if start < len(THRESHOLDS) else None
+    num_pixels = len(regions.labels)
+    num_true = np.full(len(THRESHOLDS), regions.num_lesions)
+    false_positives = num_predicted - num_found
+    return np.array([tp, predicted - tp, num_pixels - tp, num_true, num_found, false_positives])
 
 
 class ThresholdSweep:
