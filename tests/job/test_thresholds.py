@@ -1,8 +1,11 @@
 """Scores at other thresholds of the probability."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
+from job.metrics.lesions import MIN_IOU, label_regions, without_small_regions
 from job.metrics.thresholds import THRESHOLDS, ThresholdSweep, sweep_case
 
 
@@ -28,3 +31,55 @@ def test_sweep_scores_every_threshold(num_outputs: int) -> None:
     sweep.add(sweep_case(truth, probabilities, 2, min_lesion=3))
     rows = {row[1]: row[2:] for row in sweep.rows()}
     assert rows[0.6][2:] == (None, 0)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_sweep_equals_one_count_for_each_threshold(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    height, width = random.integers(1, 40, 2)
+    num_classes, min_lesion = int(random.integers(2, 6)), int(random.integers(1, 8))
+    num_outputs = 1 if num_classes == 2 and seed % 2 else num_classes
+    truth = random.integers(0, num_classes, (height, width)).astype(np.uint8)
+    truth *= random.random((height, width)) < random.random()
+    probabilities = random.random((height, width, num_outputs)).astype(np.float32)
+    if seed % 3 == 0:  # many values are exactly at a threshold
+        probabilities = np.round(probabilities * 20) / np.float32(20)
+    if seed % 5 == 0:
+        probabilities[random.random(probabilities.shape) < 0.1] = np.nan
+    found = sweep_case(truth, probabilities, num_classes, min_lesion=min_lesion)
+    for index in range(num_classes - 1):
+        of_class = truth == index + 1
+        tiny = of_class & ~without_small_regions(of_class, min_lesion)
+        for step, threshold in enumerate(THRESHOLDS):
+            values = probabilities[..., index + (num_outputs > 1)]
+            predicted = values >= np.float32(threshold)
+            lesions = _count_plainly(of_class, predicted, tiny)
+            expected = (
+                np.count_nonzero(of_class & predicted),
+                np.count_nonzero(predicted & ~of_class),
+                np.count_nonzero(of_class & ~predicted),
+                *lesions,
+            )
+            assert tuple(getattr(found, f.name)[index, step] for f in fields(found)) == expected
+
+
+def _count_plainly(truth: np.ndarray, predicted: np.ndarray, tiny: np.ndarray) -> tuple[int, ...]:
+    """Returns the lesions, those found, and the false positives; compares all pairs of regions."""
+    true_labels, true_sizes = label_regions(truth)
+    labels, sizes = label_regions(predicted)
+    pairs = []
+    for first in range(1, len(true_sizes)):
+        for second in range(1, len(sizes)):
+            overlap = np.count_nonzero((true_labels == first) & (labels == second))
+            iou = overlap / (true_sizes[first] + sizes[second] - overlap)
+            if overlap and iou >= MIN_IOU:
+                pairs.append((-iou, first, second))
+    matched: dict[int, int] = {}
+    for _, first, second in sorted(pairs):
+        if first not in matched and second not in matched.values():
+            matched[first] = second
+    tiny_ones = {n for n in range(1, len(true_sizes)) if tiny[true_labels == n].all()}
+    num_found = len(matched.keys() - tiny_ones)
+    num_tiny_found = len(matched) - num_found
+    num_true = len(true_sizes) - 1 - len(tiny_ones)
+    return num_true, num_found, len(sizes) - 1 - num_tiny_found - num_found
