@@ -12,8 +12,8 @@ medical images; tiny regions, the lesion-wise scores of BraTS 2023, which leave 
 below a size (2 to 50 voxels by task). Pure functions on numpy arrays.
 
 Regions are numbered in the order of their first 2x2 block of pixels, row by row. Between pairs that
-fit equally well, this order decides. So a part of an image is cut out at even rows and columns:
-its regions then keep their order.
+fit equally well, this order decides. So a part of an image starts at an even row: its regions then
+keep their order. The column has no effect, because regions of one block would touch.
 """
 
 from dataclasses import dataclass
@@ -70,14 +70,14 @@ def label_regions(mask: Mask) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int
 def box_of(mask: Mask) -> Box | None:
     """Returns the part of `mask` (H, W) bool with all its pixels; None if it has none.
 
-    The part starts at an even row and column, so that its regions keep their order.
+    The part starts at an even row, so that its regions keep their order.
     """
     import cv2
 
     left, top, width, height = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))
     if not width:
         return None
-    return slice(top - top % 2, top + height), slice(left - left % 2, left + width)
+    return slice(top - top % 2, top + height), slice(left, left + width)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def match_regions(
 
     Args:
         predictions: (N, H, W) bool, of a part of the image with all predicted pixels.
-        origin: even row and even column where the part starts.
+        origin: even row, and column, where the part starts.
     """
     number = len(predictions)
     labels, sizes, ends = _label_predictions(predictions)

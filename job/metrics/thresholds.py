@@ -65,7 +65,8 @@ def _sweep_class(
         masks = probabilities[box] >= _LIMITS[part, np.newaxis, np.newaxis]
         predicted[part] = [np.count_nonzero(mask) for mask in masks]
         tp[part] = [np.count_nonzero(mask) for mask in masks & truth[box]]
-        # Many thresholds have the same mask.
+        # The mask of a higher threshold is part of the mask of a lower one: masks with equally many
+        # pixels are equal, and are labelled once.
         _, first, inverse = np.unique(predicted[part], return_index=True, return_inverse=True)
         origin = box[0].start, box[1].start
         matches = match_regions(regions, masks[first], origin=origin)

@@ -1,6 +1,13 @@
 import numpy as np
+import pytest
 
-from job.metrics.lesions import count_lesions, without_small_regions
+from job.metrics.lesions import (
+    _label_predictions,
+    box_of,
+    count_lesions,
+    label_regions,
+    without_small_regions,
+)
 
 
 def mask_of(*rows: str) -> np.ndarray:
@@ -71,3 +78,23 @@ def test_small_regions_are_removed_by_their_pixels() -> None:
     assert (without_small_regions(mask, 2) == mask_of("##...", "#....", ".....")).all()
     assert not without_small_regions(mask, 4).any()
     assert without_small_regions(mask, 0) is mask
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_regions_keep_their_order_in_a_part_and_in_a_stack(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    height, width = random.integers(8, 30, 2)
+    masks = random.random((3, height, width)) < 0.15
+    masks[:, : random.integers(0, 4)] = False  # parts start at odd and even rows and columns
+    masks[:, :, : random.integers(0, 4)] = False
+    labels, sizes, ends = _label_predictions(masks)
+    first = 0
+    for mask, stacked, last in zip(masks, labels, ends, strict=True):
+        whole, whole_sizes = label_regions(mask)
+        box = box_of(mask)
+        assert box is not None
+        assert np.array_equal(label_regions(mask[box])[0], whole[box])
+        assert np.array_equal(stacked[:height], np.where(mask, whole + first, 0))
+        assert np.array_equal(sizes[first + 1 : last + 1], whole_sizes[1:])
+        first = last
+    assert first == len(sizes) - 1

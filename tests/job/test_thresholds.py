@@ -5,6 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from job.metrics import lesions, thresholds
 from job.metrics.lesions import MIN_IOU, label_regions, without_small_regions
 from job.metrics.thresholds import THRESHOLDS, ThresholdSweep, sweep_case
 
@@ -34,11 +35,16 @@ def test_sweep_scores_every_threshold(num_outputs: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_sweep_equals_one_count_for_each_threshold(seed: int) -> None:
+def test_sweep_equals_one_count_for_each_threshold(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if seed % 2:  # as with large images: few thresholds at a time, too many pairs for a table
+        monkeypatch.setattr(thresholds, "_MAX_PIXELS", 500)
+        monkeypatch.setattr(lesions, "_MAX_TABLE", 0)
     random = np.random.default_rng(seed)
     height, width = random.integers(1, 40, 2)
     num_classes, min_lesion = int(random.integers(2, 6)), int(random.integers(1, 8))
-    num_outputs = 1 if num_classes == 2 and seed % 2 else num_classes
+    num_outputs = 1 if num_classes == 2 and seed % 4 < 2 else num_classes
     truth = random.integers(0, num_classes, (height, width)).astype(np.uint8)
     truth *= random.random((height, width)) < random.random()
     probabilities = random.random((height, width, num_outputs)).astype(np.float32)
@@ -53,12 +59,11 @@ def test_sweep_equals_one_count_for_each_threshold(seed: int) -> None:
         for step, threshold in enumerate(THRESHOLDS):
             values = probabilities[..., index + (num_outputs > 1)]
             predicted = values >= np.float32(threshold)
-            lesions = _count_plainly(of_class, predicted, tiny)
             expected = (
                 np.count_nonzero(of_class & predicted),
                 np.count_nonzero(predicted & ~of_class),
                 np.count_nonzero(of_class & ~predicted),
-                *lesions,
+                *_count_plainly(of_class, predicted, tiny),
             )
             assert tuple(getattr(found, f.name)[index, step] for f in fields(found)) == expected
 
