@@ -32,7 +32,7 @@ from job.inference.postprocess import (
 )
 from job.inference.sliding_window import Probabilities, Windows, probabilities_of
 from job.metrics.confusion import summarize
-from job.metrics.lesions import MIN_PIXELS
+from job.metrics.lesions import MIN_PIXELS, TrueRegions, regions_of_classes, tiny_pixels
 from job.metrics.per_case import (
     SIZES,
     TRUTHS,
@@ -40,7 +40,6 @@ from job.metrics.per_case import (
     Scale,
     measure_case,
     summarize_cases,
-    tiny_regions_of,
     without_ignored,
 )
 from job.metrics.thresholds import ThresholdSweep, sweep_case
@@ -206,43 +205,50 @@ class Evaluator:
                 image, truth = read_case(reader, case)
                 probabilities = self.predict(image, heartbeat)
                 ids = without_small(class_ids(probabilities), self.min_pixels)
-                for size, metrics in self._metrics_of_case(case, truth, probabilities, ids).items():
-                    case_metrics[size].append(metrics)
                 pair = truth[np.newaxis], ids[np.newaxis]
                 parts.append(confusion_counts(*pair, len(manifest.classes), manifest.ignore_id))
-                counted = _without_ignored(truth, probabilities, manifest.ignore_id)
-                sweep.add(sweep_case(*counted, len(manifest.classes), min_lesion=MIN_PIXELS))
+                counted, counted_probabilities = _without_ignored(
+                    truth, probabilities, manifest.ignore_id
+                )
+                regions = regions_of_classes(counted, len(manifest.classes), min_pixels=MIN_PIXELS)
+                found = self._metrics_of_case(case, truth, probabilities, ids, regions)
+                for size, metrics in found.items():
+                    case_metrics[size].append(metrics)
+                sweep.add(sweep_case(regions, counted_probabilities))
                 if should_stop():
                     raise StoppedError(f"stopped measuring {name}; the same command resumes")
         return Measured(case_metrics, np.concatenate(parts), sweep)
 
     def _metrics_of_case(
-        self, case: Case, truth: np.ndarray, probabilities: np.ndarray, ids: np.ndarray
+        self,
+        case: Case,
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        ids: np.ndarray,
+        regions: Sequence[TrueRegions],
     ) -> dict[str, CaseMetrics]:
-        """Returns the metrics at each size; equal sizes are measured once."""
+        """Returns the metrics at each size; equal sizes are measured once.
+
+        Args:
+            regions: of the truth, with its tiny regions.
+        """
         manifest = self.dataset.manifest
         geometry = case.geometry
         scales = _scales(geometry, case.spacing)
-        # Decide once, at network size: a stored pixel is not always equally many original pixels.
-        tiny_regions = tiny_regions_of(
-            without_ignored(truth, truth, manifest.ignore_id)[0], len(manifest.classes), MIN_PIXELS
-        )
-        network = self._measured(truth, ids, scales["network"], tiny_regions)
+        num_classes, ignore_id = len(manifest.classes), manifest.ignore_id
+        masks = without_ignored(truth, ids, ignore_id)
+        network = measure_case(*masks, num_classes, scales["network"], regions=regions)
         if not geometry.crop and (geometry.source_height, geometry.source_width) == truth.shape:
             return {"network": network, "original": network}
-        truth = undo_geometry(truth, geometry, nearest=True)
+        # Decide once, at network size: a stored pixel is not always equally many original pixels.
+        tiny = tiny_pixels(regions, truth.shape).view(np.uint8)
+        tiny_regions = undo_geometry(tiny, geometry, nearest=True).view(bool)
         ids = class_ids_at_source(probabilities, geometry)
         ids = without_small(ids, self.min_pixels, area_scale(geometry))
-        tiny_regions = undo_geometry(tiny_regions.view(np.uint8), geometry, nearest=True).view(bool)
-        original = self._measured(truth, ids, scales["original"], tiny_regions)
+        masks = without_ignored(undo_geometry(truth, geometry, nearest=True), ids, ignore_id)
+        regions = regions_of_classes(masks[0], num_classes, tiny_regions=tiny_regions)
+        original = measure_case(*masks, num_classes, scales["original"], regions=regions)
         return {"network": network, "original": original}
-
-    def _measured(
-        self, truth: np.ndarray, ids: np.ndarray, scale: Scale, tiny_regions: np.ndarray
-    ) -> CaseMetrics:
-        manifest = self.dataset.manifest
-        truth, ids = without_ignored(truth, ids, manifest.ignore_id)
-        return measure_case(truth, ids, len(manifest.classes), scale, tiny_regions=tiny_regions)
 
 
 def make_evaluator(

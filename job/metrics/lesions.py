@@ -16,12 +16,14 @@ fit equally well, this order decides. So a part of an image starts at an even ro
 keep their order. The column has no effect, because regions of one block would touch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 Mask = npt.NDArray[np.bool_]
+Ids = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.int64]
 Box = tuple[slice, slice]  # rows and columns of a part of an image
 
@@ -67,8 +69,8 @@ def label_regions(mask: Mask) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int
     return labels, sizes
 
 
-def box_of(mask: Mask) -> Box | None:
-    """Returns the part of `mask` (H, W) bool with all its pixels; None if it has none.
+def box_of(mask: Mask | Ids) -> Box | None:
+    """Returns the part of `mask` (H, W), bool or uint8, with all pixels but 0; None if all are 0.
 
     The part starts at an even row, so that its regions keep their order.
     """
@@ -121,7 +123,7 @@ def true_regions(
         nothing = np.zeros(0, np.int64)
         return TrueRegions(nothing, nothing, nothing, np.zeros(1, np.int64), np.zeros(1, bool))
     regions, sizes = label_regions(truth[box])
-    pixels = np.flatnonzero(regions)
+    pixels = np.flatnonzero(truth[box])
     labels = regions.ravel()[pixels].astype(np.int64)
     rows, columns = np.divmod(pixels, regions.shape[1])
     rows, columns = rows + box[0].start, columns + box[1].start
@@ -133,6 +135,33 @@ def true_regions(
     return TrueRegions(rows, columns, labels, sizes, is_tiny)
 
 
+def regions_of_classes(
+    truth: Ids, num_classes: int, *, tiny_regions: Mask | None = None, min_pixels: int = 1
+) -> tuple[TrueRegions, ...]:
+    """Returns the regions of each foreground class (1, 2, ...) of `truth` (H, W) class ids.
+
+    Args:
+        tiny_regions, min_pixels: as in `true_regions`.
+    """
+    return tuple(
+        true_regions(truth == class_id, tiny_regions=tiny_regions, min_pixels=min_pixels)
+        for class_id in range(1, num_classes)
+    )
+
+
+def tiny_pixels(regions: Sequence[TrueRegions], shape: tuple[int, int]) -> Mask:
+    """Returns the pixels (H, W) bool of the tiny regions of all classes.
+
+    Args:
+        shape: (H, W) of the truth.
+    """
+    result = np.zeros(shape, bool)
+    for each in regions:
+        is_tiny = each.is_tiny[each.labels]
+        result[each.rows[is_tiny], each.columns[is_tiny]] = True
+    return result
+
+
 @dataclass(frozen=True)
 class Matches:
     """The regions of several predictions of one case, (N,) int64 each.
@@ -140,10 +169,12 @@ class Matches:
     Attributes:
         num_predicted: regions that match no tiny region.
         num_found: pairs of a lesion and a predicted region.
+        tp: pixels in the truth and in the prediction.
     """
 
     num_predicted: Numbers
     num_found: Numbers
+    tp: Numbers
 
 
 def match_regions(
@@ -163,7 +194,10 @@ def match_regions(
     """
     number = len(predictions)
     labels, sizes, ends = _label_predictions(predictions)
-    pairs, overlaps = _overlapping_pairs(truth, labels, len(sizes), origin)
+    labels_there = _labels_in_truth(truth, labels, origin)
+    is_common = labels_there[1] > 0
+    codes = (labels_there[1] + labels_there[0] * len(sizes))[is_common]
+    pairs, overlaps = _count_codes(codes, len(truth.sizes) * len(sizes))
     true, predicted = np.divmod(pairs, len(sizes))
     ious = overlaps / (truth.sizes[true] + sizes[predicted] - overlaps)
     # The pairs are in order of true and predicted region: the stable sort keeps it among equals.
@@ -177,6 +211,7 @@ def match_regions(
     return Matches(
         num_predicted=np.diff(ends, prepend=0) - num_tiny_found,
         num_found=np.bincount(index[matched & ~is_tiny], minlength=number),
+        tp=np.count_nonzero(is_common, axis=1),
     )
 
 
@@ -197,30 +232,29 @@ def _label_predictions(predictions: Mask) -> tuple[npt.NDArray[np.int32], Number
     return labels.reshape(stack.shape), sizes, ends
 
 
-def _overlapping_pairs(
-    truth: TrueRegions,
-    labels: npt.NDArray[np.int32],
-    num_labels: int,
-    origin: tuple[int, int],
-) -> tuple[Numbers, Numbers]:
-    """Returns pairs as true label * num_labels + predicted label, and their common pixels.
+def _labels_in_truth(
+    truth: TrueRegions, labels: npt.NDArray[np.int32], origin: tuple[int, int]
+) -> tuple[Numbers, npt.NDArray[np.int32]]:
+    """Returns the true labels (pixels,) and the predicted ones (N, pixels) of the same pixels.
 
-    Both are (pairs,), in order of the pairs. Only pairs with common pixels: there may be thousands
-    of regions.
+    The pixels are those of the truth in `labels` (N, H, W), a part of the image.
     """
     number, height, width = labels.shape
     rows, columns, true = truth.rows - origin[0], truth.columns - origin[1], truth.labels
     is_inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     if not is_inside.all():
         rows, columns, true = rows[is_inside], columns[is_inside], true[is_inside]
-    predicted = labels.reshape(number, -1).take(rows * width + columns, axis=1)
-    codes = predicted + (true * num_labels)
-    codes = codes[predicted > 0]
-    if len(truth.sizes) * num_labels <= _MAX_TABLE:
-        overlaps = np.bincount(codes)
-        pairs = np.flatnonzero(overlaps)
-        return pairs, overlaps[pairs]
-    return np.unique(codes, return_counts=True)
+    return true, labels.reshape(number, -1).take(rows * width + columns, axis=1)
+
+
+def _count_codes(codes: Numbers, num_codes: int) -> tuple[Numbers, Numbers]:
+    """Returns the codes that occur, rising, and how often; codes are below `num_codes`."""
+    # There may be thousands of regions of both kinds.
+    if num_codes > _MAX_TABLE:
+        return np.unique(codes, return_counts=True)
+    counts = np.bincount(codes)
+    found = np.flatnonzero(counts)
+    return found, counts[found]
 
 
 def _matched(true: Numbers, predicted: Numbers) -> Mask:
@@ -239,26 +273,24 @@ def _matched(true: Numbers, predicted: Numbers) -> Mask:
 
 
 def count_lesions(
-    truth: Mask,
+    truth: TrueRegions,
     prediction: Mask,
     *,
+    origin: tuple[int, int] = (0, 0),
     min_iou: float = MIN_IOU,
-    tiny_regions: Mask | None = None,
 ) -> LesionCounts:
-    """Counts true, predicted and found regions of masks (H, W) bool.
-
-    Pairs are matched in order of falling intersection over union, down to `min_iou`.
+    """Counts true, predicted and found regions.
 
     Args:
-        tiny_regions: (H, W) bool; a true region of such pixels only is a tiny region.
+        prediction: (H, W) bool.
+        origin, min_iou: as in `match_regions`.
     """
-    true = true_regions(truth, tiny_regions=tiny_regions)
-    matches = match_regions(true, prediction[np.newaxis], min_iou=min_iou)
+    matches = match_regions(truth, prediction[np.newaxis], origin=origin, min_iou=min_iou)
     return LesionCounts(
-        num_true=true.num_lesions,
+        num_true=truth.num_lesions,
         num_predicted=int(matches.num_predicted[0]),
         num_found=int(matches.num_found[0]),
-        num_tiny_regions=true.num_tiny,
+        num_tiny_regions=truth.num_tiny,
     )
 
 

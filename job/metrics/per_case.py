@@ -40,8 +40,10 @@ from job.metrics.lesions import (
     MIN_IOU,
     MIN_PIXELS,
     LesionCounts,
+    TrueRegions,
+    box_of,
     count_lesions,
-    without_small_regions,
+    regions_of_classes,
 )
 from job.metrics.surface_distance import Spacing, contour_distances, hausdorff, surface_dice
 
@@ -109,32 +111,24 @@ def without_ignored(truth: Ids, prediction: Ids, ignore_id: int | None) -> tuple
     return np.where(ignored, zero, truth), np.where(ignored, zero, prediction)
 
 
-def tiny_regions_of(truth: Ids, num_classes: int, min_lesion: int) -> npt.NDArray[np.bool_]:
-    """Returns the pixels (H, W) bool of true regions with fewer than `min_lesion` pixels."""
-    tiny_regions = np.zeros(truth.shape, bool)
-    for class_id in range(1, num_classes):
-        mask = truth == class_id
-        tiny_regions |= mask & ~without_small_regions(mask, min_lesion)
-    return tiny_regions
-
-
 def measure_case(
     truth: Ids,
     prediction: Ids,
     num_classes: int,
     scale: Scale,
     *,
-    tiny_regions: npt.NDArray[np.bool_] | None = None,
+    regions: Sequence[TrueRegions] | None = None,
 ) -> CaseMetrics:
     """Measures masks (H, W) of class ids 0..num_classes-1.
 
     Args:
-        tiny_regions: (H, W) bool, pixels of true regions that are not lesions; see
-            `tiny_regions_of`.
+        regions: of the truth, from `regions_of_classes`; None: without tiny regions.
     """
+    if regions is None:
+        regions = regions_of_classes(truth, num_classes)
     classes = (
-        _measure_class(truth == class_id, prediction == class_id, scale, tiny_regions)
-        for class_id in range(1, num_classes)
+        _measure_class(truth == class_id, prediction == class_id, each, scale)
+        for class_id, each in enumerate(regions, 1)
     )
     return CaseMetrics(scale.unit, _diagonal(truth.shape, scale), tuple(classes))
 
@@ -158,21 +152,25 @@ def _diagonal(shape: tuple[int, ...], scale: Scale) -> float:
 def _measure_class(
     truth: npt.NDArray[np.bool_],
     prediction: npt.NDArray[np.bool_],
+    regions: TrueRegions,
     scale: Scale,
-    tiny_regions: npt.NDArray[np.bool_] | None,
 ) -> ClassMetrics:
+    part = box_of(truth | prediction)
+    if part is None:
+        return ClassMetrics("neither", 0, 0, 0, None, None, LesionCounts(0, 0, 0))
+    diagonal = _diagonal(truth.shape, scale)
+    # Few pixels of a large image have the class.
+    truth, prediction, origin = truth[part], prediction[part], (part[0].start, part[1].start)
     tp = int(np.count_nonzero(truth & prediction))
     fp = int(np.count_nonzero(prediction)) - tp
     fn = int(np.count_nonzero(truth)) - tp
     presence = _presence(tp + fn > 0, tp + fp > 0)
-    hd95, nsd = None, None
+    hd95, nsd = diagonal, 0.0
     if presence == "both":
-        distances = contour_distances(truth, prediction, scale.spacing)
+        distances = contour_distances(truth, prediction, scale.spacing, origin=origin)
         hd95 = hausdorff(distances, 95)
         nsd = surface_dice(distances, TOLERANCES[scale.unit])
-    elif presence != "neither":
-        hd95, nsd = _diagonal(truth.shape, scale), 0.0
-    lesions = count_lesions(truth, prediction, tiny_regions=tiny_regions)
+    lesions = count_lesions(regions, prediction, origin=origin)
     return ClassMetrics(presence, tp, fp, fn, hd95, nsd, lesions)
 
 

@@ -45,35 +45,59 @@ class Distances:
     prediction_lengths: Values
 
 
-def contour_of(mask: Mask, spacing: Spacing) -> Contour:
-    """Returns the contour of `mask` (H, W) bool; pixels beyond the image are outside."""
-    inside = np.pad(mask, 1).astype(np.uint8)
+def contour_of(mask: Mask, spacing: Spacing, *, origin: tuple[int, int] = (0, 0)) -> Contour:
+    """Returns the contour of `mask` (H, W) bool; pixels beyond it are outside.
+
+    Args:
+        spacing: size of a pixel (rows, columns).
+        origin: row and column of the image where the mask starts.
+    """
+    height, width = mask.shape
+    inside = np.zeros((height + 2, width + 2), np.uint8)
+    inside[1:-1, 1:-1] = mask
     # One bit for each of the four pixels around a corner: (H + 1, W + 1), 0..15.
-    corners = inside[:-1, :-1] << 3 | inside[:-1, 1:] << 2 | inside[1:, :-1] << 1 | inside[1:, 1:]
-    rows, columns = np.nonzero((corners > 0) & (corners < 15))
-    lengths = _element_lengths(spacing)[corners[rows, columns]]
-    return Contour(np.column_stack([rows, columns]) * np.asarray(spacing, float), lengths)
+    pairs = inside[:, :-1] << 1
+    pairs |= inside[:, 1:]
+    corners = pairs[:-1] << 2
+    corners |= pairs[1:]
+    # 1..14: not all pixels are equal. 0 - 1 is 255.
+    found = np.flatnonzero(corners - np.uint8(1) < 14)
+    rows, columns = np.divmod(found, width + 1)
+    points = np.empty((len(found), 2))
+    np.multiply(rows + origin[0], spacing[0], out=points[:, 0])
+    np.multiply(columns + origin[1], spacing[1], out=points[:, 1])
+    return Contour(points, _element_lengths(spacing)[corners.ravel()[found]])
 
 
-def contour_distances(truth: Mask, prediction: Mask, spacing: Spacing) -> Distances:
+def contour_distances(
+    truth: Mask, prediction: Mask, spacing: Spacing, *, origin: tuple[int, int] = (0, 0)
+) -> Distances:
     """Returns the distances between the contours of two masks (H, W) bool, neither of them empty.
 
     Args:
         spacing: size of a pixel (rows, columns); the distances are in its unit.
+        origin: row and column of the image where both masks start.
 
     Raises:
         ValueError: a mask is empty, or the shapes differ.
     """
-    from scipy.spatial import KDTree
-
     if truth.shape != prediction.shape:
         raise ValueError(f"truth {truth.shape} and prediction {prediction.shape} differ in shape")
-    true, predicted = contour_of(truth, spacing), contour_of(prediction, spacing)
+    true, predicted = (contour_of(each, spacing, origin=origin) for each in (truth, prediction))
     if not len(true.points) or not len(predicted.points):
         raise ValueError("an empty mask has no contour and no distance to another one")
-    from_truth, _ = KDTree(predicted.points).query(true.points)
-    from_prediction, _ = KDTree(true.points).query(predicted.points)
+    from_truth = _distances_to(predicted.points, true.points)
+    from_prediction = _distances_to(true.points, predicted.points)
     return Distances(from_truth, true.lengths, from_prediction, predicted.lengths)
+
+
+def _distances_to(targets: Values, points: Values) -> Values:
+    """Returns the distance (N,) of each of `points` (N, 2) to the nearest of `targets` (M, 2)."""
+    from scipy.spatial import cKDTree
+
+    # Distances do not depend on the form of the tree. This one takes half the time to build.
+    tree = cKDTree(targets, compact_nodes=False, balanced_tree=False)
+    return np.asarray(tree.query(points)[0])
 
 
 def hausdorff(distances: Distances, percent: float) -> float:

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from job.metrics.confusion import Counts, Overlap
-from job.metrics.lesions import box_of, match_regions, true_regions
-from job.metrics.per_case import Ids, quotient
+from job.metrics.lesions import TrueRegions, box_of, match_regions
+from job.metrics.per_case import quotient
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
@@ -34,29 +34,23 @@ class CaseSweep:
     num_false_positives: Counts
 
 
-def sweep_case(
-    truth: Ids, probabilities: npt.NDArray[np.float32], num_classes: int, *, min_lesion: int = 1
-) -> CaseSweep:
+def sweep_case(regions: Sequence[TrueRegions], probabilities: npt.NDArray[np.float32]) -> CaseSweep:
     """Counts the pixels and lesions of one case at each of `THRESHOLDS`.
 
     Args:
-        truth: (H, W) class ids 0..num_classes-1.
+        regions: of the truth, from `regions_of_classes`.
         probabilities: (H, W, K) of classes 0..K-1, or K = 1: of class 1.
-        min_lesion: as in `tiny_regions_of`.
     """
     first = 0 if probabilities.shape[-1] == 1 else 1
-    counts = np.zeros((6, num_classes - 1, len(THRESHOLDS)), np.int64)
-    for index in range(num_classes - 1):
+    counts = np.zeros((6, len(regions), len(THRESHOLDS)), np.int64)
+    for index, each in enumerate(regions):
         of_class = np.ascontiguousarray(probabilities[..., first + index])
-        counts[:, index] = _sweep_class(truth == index + 1, of_class, min_lesion)
+        counts[:, index] = _sweep_class(each, of_class)
     return CaseSweep(*counts)
 
 
-def _sweep_class(
-    truth: npt.NDArray[np.bool_], probabilities: npt.NDArray[np.float32], min_lesion: int
-) -> Counts:
+def _sweep_class(regions: TrueRegions, probabilities: npt.NDArray[np.float32]) -> Counts:
     """Returns the values of `CaseSweep` of one class, in its order, (6, thresholds) int64."""
-    regions = true_regions(truth, min_pixels=min_lesion)
     tp, predicted, num_found, num_predicted = np.zeros((4, len(THRESHOLDS)), np.int64)
     start, box = 0, box_of(probabilities >= _LIMITS[0])
     while box is not None:
@@ -64,14 +58,16 @@ def _sweep_class(
         part = slice(start, start + max(1, _MAX_PIXELS // (height * width)))
         masks = probabilities[box] >= _LIMITS[part, np.newaxis, np.newaxis]
         predicted[part] = [np.count_nonzero(mask) for mask in masks]
-        tp[part] = [np.count_nonzero(mask) for mask in masks & truth[box]]
         # The mask of a higher threshold is part of the mask of a lower one: masks with equally many
         # pixels are equal, and are labelled once.
-        _, first, inverse = np.unique(predicted[part], return_index=True, return_inverse=True)
+        is_new = np.diff(predicted[part], prepend=-1) != 0
+        index = np.cumsum(is_new) - 1
         origin = box[0].start, box[1].start
-        matches = match_regions(regions, masks[first], origin=origin)
-        num_found[part] = matches.num_found[inverse]
-        num_predicted[part] = matches.num_predicted[inverse]
+        distinct = masks if is_new.all() else masks[is_new]
+        matches = match_regions(regions, distinct, origin=origin)
+        tp[part] = matches.tp[index]
+        num_found[part] = matches.num_found[index]
+        num_predicted[part] = matches.num_predicted[index]
         start = part.stop
         box = box_of(probabilities >= _LIMITS[start]) if start < len(THRESHOLDS) else None
     num_pixels = len(regions.labels)

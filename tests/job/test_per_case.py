@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from flexunet.tables import csv_table
 from job.metrics.batch import confusion_counts
 from job.metrics.confusion import summarize
-from job.metrics.lesions import label_regions
+from job.metrics.lesions import label_regions, regions_of_classes
 from job.metrics.per_case import (
     CaseMetrics,
     Scale,
@@ -23,7 +24,6 @@ from job.metrics.per_case import (
     nothing_predicted,
     parse_case_metrics,
     summarize_cases,
-    tiny_regions_of,
     without_ignored,
 )
 from job.reporting.phrases import measure_rows
@@ -149,12 +149,11 @@ def test_missing_all_of_a_random_mask_never_makes_a_mean_better(seed: int, min_l
         (random.random(shape) < random.uniform(0.05, 0.7)).astype(np.uint8) for _ in range(2)
     )
     truth[0, 0] = 1
-    nothing, tiny_regions = np.zeros_like(truth), tiny_regions_of(truth, 2, min_lesion)
+    nothing = np.zeros_like(truth)
+    regions = regions_of_classes(truth, 2, min_pixels=min_lesion)
     other = measured(LESION, LESION)
     found, lost = (
-        summary_of(other, measure_case(truth, each, 2, PIXELS, tiny_regions=tiny_regions))[
-            "classes"
-        ][0]
+        summary_of(other, measure_case(truth, each, 2, PIXELS, regions=regions))["classes"][0]
         for each in (prediction, nothing)
     )
     assert lost["hd95_px"]["value"] >= found["hd95_px"]["value"]
@@ -165,9 +164,30 @@ def test_missing_all_of_a_random_mask_never_makes_a_mean_better(seed: int, min_l
     labels, sizes = label_regions(prediction == 1)
     for region in range(1, len(sizes)):
         fewer = np.where(labels == region, 0, prediction).astype(np.uint8)
-        case = measure_case(truth, fewer, 2, PIXELS, tiny_regions=tiny_regions)
+        case = measure_case(truth, fewer, 2, PIXELS, regions=regions)
         # The other case has one more, which is found.
         assert case.classes[0].lesions.num_found + 1 <= found["num_lesions_found"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_empty_surroundings_change_no_measure(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    truth, prediction = (
+        (random.integers(1, 4, (9, 11)) * (random.random((9, 11)) < 0.3)).astype(np.uint8)
+        for _ in range(2)
+    )
+    truth[4, 4:7] = prediction[4, 4:7] = [1, 2, 3]  # all classes in both: no distance is a diagonal
+    surroundings = [(2 * random.integers(1, 9), 7), (random.integers(1, 9), 8)]
+    small, large = (
+        measure_case(*masks, 4, MM, regions=regions_of_classes(masks[0], 4, min_pixels=3))
+        for masks in (
+            (truth, prediction),
+            (np.pad(truth, surroundings), np.pad(prediction, surroundings)),
+        )
+    )
+    for one, other in zip(small.classes, large.classes, strict=True):
+        assert one.hd95 == pytest.approx(other.hd95, rel=1e-12)
+        assert replace(one, hd95=None) == replace(other, hd95=None)
 
 
 def test_summary_never_averages_two_units() -> None:
@@ -258,7 +278,8 @@ def test_cases_are_read_back_from_their_table(scale: Scale) -> None:
 
 
 def test_tiny_regions_stay_apart_in_cases_tables_and_summary() -> None:
-    case = measure_case(LESION, EMPTY, 2, PIXELS, tiny_regions=tiny_regions_of(LESION, 2, 3))
+    regions = regions_of_classes(LESION, 2, min_pixels=3)
+    case = measure_case(LESION, EMPTY, 2, PIXELS, regions=regions)
     assert case.classes[0].fn == 2  # of pixels nothing is left out
     assert nothing_predicted(case) == case
     (row,) = csv.DictReader(csv_table(case_columns(["mass"]), [case_cells(case)]).splitlines())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from job.metrics import lesions, thresholds
-from job.metrics.lesions import MIN_IOU, label_regions, without_small_regions
+from job.metrics.lesions import MIN_IOU, label_regions, regions_of_classes, without_small_regions
 from job.metrics.thresholds import THRESHOLDS, ThresholdSweep, sweep_case
 
 
@@ -16,9 +16,9 @@ def test_sweep_scores_every_threshold(num_outputs: int) -> None:
     mass = np.array([[0.1, 0.4, 0.8, 0.6]], np.float32)
     probabilities = mass[..., None] if num_outputs == 1 else np.stack([1 - mass, mass], axis=-1)
     sweep = ThresholdSweep(["mass"])
-    sweep.add(sweep_case(truth, probabilities, 2))
+    sweep.add(sweep_case(regions_of_classes(truth, 2), probabilities))
     nothing = np.zeros((3, 4, num_outputs), np.float32)
-    sweep.add(sweep_case(np.zeros((3, 4), np.uint8), nothing, 2))
+    sweep.add(sweep_case(regions_of_classes(np.zeros((3, 4), np.uint8), 2), nothing))
     rows = {row[1]: row[2:] for row in sweep.rows()}
     assert list(rows) == list(THRESHOLDS)
     # Columns 1 to 3 predicted: 4 / 5; one lesion found, nothing else predicted in two pictures.
@@ -29,7 +29,7 @@ def test_sweep_scores_every_threshold(num_outputs: int) -> None:
     assert rows[0.85] == (0, 0, 0, 0)
     # A speck is no lesion, and what finds it is no false positive.
     sweep = ThresholdSweep(["mass"])
-    sweep.add(sweep_case(truth, probabilities, 2, min_lesion=3))
+    sweep.add(sweep_case(regions_of_classes(truth, 2, min_pixels=3), probabilities))
     rows = {row[1]: row[2:] for row in sweep.rows()}
     assert rows[0.6][2:] == (None, 0)
 
@@ -52,7 +52,7 @@ def test_sweep_equals_one_count_for_each_threshold(
         probabilities = np.round(probabilities * 20) / np.float32(20)
     if seed % 5 == 0:
         probabilities[random.random(probabilities.shape) < 0.1] = np.nan
-    found = sweep_case(truth, probabilities, num_classes, min_lesion=min_lesion)
+    found = sweep_case(regions_of_classes(truth, num_classes, min_pixels=min_lesion), probabilities)
     for index in range(num_classes - 1):
         of_class = truth == index + 1
         tiny = of_class & ~without_small_regions(of_class, min_lesion)
