@@ -25,7 +25,7 @@ _OTHER_ENDINGS = (
     *(".pdf", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx", ".rtf"),
     *(".zip", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar", ".tgz", ".iso"),
     *(".npy", ".npz", ".h5", ".hdf5", ".parquet", ".tfrecord", ".pkl", ".mat", ".db", ".sqlite"),
-    *(".exe", ".dll", ".jar", ".app", ".bat", ".gif", ".webp", ".svg", ".ico"),
+    *(".exe", ".dll", ".jar", ".app", ".bat", ".webp", ".svg", ".ico"),
 )
 # The table of contents of a DICOM CD, itself a DICOM file without an image.
 _CONTENTS = ("dicomdir",)

@@ -22,7 +22,7 @@ from flexunet.storage import (
     open_store,
 )
 
-IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 MASK_ENDINGS = (*IMAGE_ENDINGS, ".npz")
 
 _IMAGES = "images"

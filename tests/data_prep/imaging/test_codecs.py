@@ -135,6 +135,14 @@ LOSSLESS = {
     "tiff-rgb16": (tiff(RGB16, photometric=2, bits=16), RGB16),
     "tiff-rgb16-big-endian": (tiff(RGB16, photometric=2, bits=16, order=">"), RGB16),
     "tiff-rgb16-lzw": (cv2.imencode(".tiff", RGB16[..., ::-1])[1].tobytes(), RGB16),
+    "gif-l": (saved(Image.fromarray(GREY), "GIF"), np.dstack([GREY] * 3)),
+    "gif-p": (saved(Image.fromarray(RGB).quantize(6), "GIF"), RGB),
+    "gif-p-interlaced": (saved(Image.fromarray(RGB).quantize(6), "GIF", interlace=1), RGB),
+    "gif-p-transparent-color": (
+        saved(Image.fromarray(RGB).quantize(6), "GIF", transparency=0),
+        RGB,
+    ),
+    "gif-1": (saved(Image.fromarray(GREY > 100), "GIF"), np.where(GREY > 100, 255, 0)),
     "bmp-l": (saved(Image.fromarray(GREY), "BMP"), GREY),
     "bmp-rgb": (saved(Image.fromarray(RGB), "BMP"), RGB),
     "bmp-1": (saved(Image.fromarray(GREY > 100), "BMP"), np.where(GREY > 100, 255, 0)),
@@ -205,7 +213,7 @@ def test_read_image_ignores_the_extension() -> None:
 BROKEN = {
     "empty": b"",
     "text": b"patient,laterality\n1,L\n",
-    "gif": saved(Image.fromarray(GREY), "GIF"),
+    "avif": b"\0\0\0\x1cftypavif",
     "webp": saved(Image.fromarray(RGB), "WEBP"),
     "signature only": b"\x89PNG\r\n\x1a\n",
     "no end": LOSSLESS["png-l"][0][:-12],
@@ -222,8 +230,8 @@ def test_read_image_names_a_file_that_is_not_a_whole_image(kind: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP"])
-@pytest.mark.parametrize("keep", [0.001, 0.02, 0.3, 0.6, 0.9, 0.9999])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "GIF"])
+@pytest.mark.parametrize("keep", [0.001, 0.02, 0.3, 0.6, 0.9, 0.9995])
 def test_read_image_refuses_a_truncated_file(
     kind: str, keep: float, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,19 +243,19 @@ def test_read_image_refuses_a_truncated_file(
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF"])
 def test_read_image_says_of_any_length_that_the_image_is_cut_off(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
     data = saved(Image.fromarray(noise), kind)
     refused = 0
-    for length in range(4, len(data)):
+    for length in range(6, len(data)):
         try:
             read_image(data[:length], name="a")
         except ContentError as error:
             assert str(error).startswith("a: the image is truncated, damaged"), length
             refused += 1
-    # Pillow reads a JPEG without its last marker.
-    assert refused >= len(data) - 4 - 2
+    # Pillow reads a JPEG and a GIF without the last marker.
+    assert refused >= len(data) - 6 - 2
 
 
 def test_read_image_refuses_truncated_16_bit_colors_everywhere() -> None:
@@ -276,7 +284,8 @@ def test_read_image_of_a_damaged_png_writes_nothing_to_stderr(
 @given(st.integers(0, 10**9))
 def test_read_image_of_damaged_files_is_pixels_or_a_content_error(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    sources = [LOSSLESS[kind][0] for kind in ("png-rgb16", "tiff-rgb16", "tiff-rgb-lzw", "bmp-l")]
+    sources = [LOSSLESS[kind][0] for kind in ("png-rgb16", "tiff-rgb16", "tiff-rgb-lzw", "bmp-l",
+                                                  "gif-p-transparent-color")]  # fmt: skip
     data = bytearray(sources[seed % len(sources)])
     for position in rng.integers(0, len(data), 3):
         data[position] = rng.integers(256)
@@ -311,12 +320,56 @@ def test_read_image_takes_an_image_of_exactly_max_pixels() -> None:
         read_image(data, name="a", max_pixels=5)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "GIF"])
 def test_read_image_refuses_many_frames(kind: str) -> None:
     pages = [Image.fromarray(np.full((4, 4), i, np.uint8)) for i in range(50)]
     data = saved(pages[0], kind, save_all=True, append_images=pages[1:])
     with pytest.raises(ContentError, match=r"^a: has more than one frame"):
         read_image(data, name="a")
+
+
+def gif(
+    screen: tuple[int, int], box: tuple[int, int, int, int], codes: bytes, extra: bytes = b""
+) -> bytes:
+    """Returns a GIF of one frame at `box` (left, top, width, height) with codes of 9 bits."""
+    head = b"GIF89a" + struct.pack("<HHBBB", *screen, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    frame = b"," + struct.pack("<4HB", *box, 0) + b"\x08" + bytes([len(codes)]) + codes + b"\0"
+    return head + extra + frame + b";"
+
+
+CLEAR_AND_END = struct.pack("<I", 256 | 257 << 9)
+# Disposal to the background, for which Pillow fills the whole frame when it opens the file.
+DISPOSED = b"!\xf9\x04\x08\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gif((60_000, 60_000), (0, 0, 60_000, 60_000), b"", DISPOSED), "60000x60000 .* more than"),
+        (gif((4, 4), (0, 0, 60_000, 60_000), b"", DISPOSED), "its frame: 60000x60000 .* more than"),
+        (gif((4, 4), (1, 0, 3, 4), b""), "frame of 3x4 pixels at 1, 0 does not fill .* of 4x4; s"),
+        (gif((4, 4), (0, 0, 5, 4), b""), "frame of 5x4 pixels at 0, 0 does not fill .* of 4x4; s"),
+        (gif((4, 4), (0, 0, 4, 4), CLEAR_AND_END), "truncated, damaged"),
+        (gif((4, 4), (0, 0, 4, 4), b""), "truncated, damaged"),
+        (gif((0, 0), (0, 0, 0, 0), b""), "truncated, damaged"),
+        (gif((4, 4), (0, 0, 4, 4), b"")[:19] + b";", "truncated, damaged.*no frame"),
+        (gif((4, 4), (0, 0, 4, 4), b"")[:13], "truncated, damaged"),
+    ],
+    ids=["size", "frame", "left", "wide", "end", "no-codes", "no-pixels", "no-frame", "header"],
+)
+def test_read_image_refuses_hostile_gifs(data: bytes, message: str) -> None:
+    with pytest.raises(ContentError, match=f"^a: .*{message}") as caught:
+        read_image(data, name="a")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("screen", [(60_000, 60_000), (4, 4)])
+def test_read_image_checks_a_gif_before_pillow_opens_it(
+    screen: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened: 3.6 GB"))
+    with pytest.raises(ContentError, match="60000x60000 is 3600000000 pixels, more than"):
+        read_image(gif(screen, (0, 0, 60_000, 60_000), b"", DISPOSED), name="a")
 
 
 FLOATS = GREY.astype(np.float32)

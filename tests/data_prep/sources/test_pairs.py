@@ -121,7 +121,7 @@ def test_find_pairs_gives_a_reason_for_every_file_left_over(tmp_path: Path) -> N
     pairs, rejects = find_pairs(find_sources(url))
     assert [pair.id for pair in pairs] == ["ok"]
     images, masks = f"{url}/images", f"{url}/masks"
-    endings = "its ending is not one of .bmp, .jpeg, .jpg, .png, .tif, .tiff"
+    endings = "its ending is not one of .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff"
     double = "2 files in its folder differ only in the ending; keep one"
     partner = "its partner exists more than once, with different endings; keep one"
     assert rejects == [
@@ -148,8 +148,8 @@ def test_dicom_files_as_images_of_pairs_are_refused_with_what_to_do(tmp_path: Pa
     assert reasons["images/a.DCM"].startswith(convert)
     assert reasons["masks/IM000001.dicom"].startswith(convert)
     assert reasons["images/IM000001"] == (
-        "it has no ending, expected .bmp, .jpeg, .jpg, .png, .tif, .tiff; convert DICOM files to "
-        "16-bit PNG or TIFF"
+        "it has no ending, expected .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff; convert DICOM "
+        "files to 16-bit PNG or TIFF"
     )
 
 
