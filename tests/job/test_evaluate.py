@@ -29,6 +29,7 @@ from job.evaluation.evaluator import _scales, make_evaluator
 from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
 from job.inference.options import InferConfig
 from job.inference.pipeline import infer
+from job.metrics.lesions import MIN_PIXELS, regions_of_classes
 from job.metrics.per_case import Scale, nothing_predicted
 from job.models.ensemble import Network, network_of
 from job.optimization.optimizer import Adam
@@ -201,7 +202,8 @@ def test_tiny_regions_are_the_same_at_both_sizes(own_run: Path) -> None:
     probabilities = np.stack([1.0 - nothing, nothing], axis=-1).astype(np.float32)
     device = tf.distribute.OneDeviceStrategy("CPU:0")
     evaluator = make_evaluator(run.config, device, dataset, network_of([]))
-    cases = evaluator._metrics_of_case(case, truth, probabilities, nothing)
+    regions = regions_of_classes(truth, 2, min_pixels=MIN_PIXELS)
+    cases = evaluator._metrics_of_case(case, truth, probabilities, nothing, regions)
     for size in ("network", "original"):
         lesions = cases[size].classes[0].lesions
         assert (lesions.num_true, lesions.num_tiny_regions) == (1, 1), size
@@ -225,7 +227,8 @@ def test_tiny_regions_are_the_same_where_the_factor_is_no_whole_number(
     probabilities = np.stack([1.0 - truth, truth], axis=-1).astype(np.float32)
     device = tf.distribute.OneDeviceStrategy("CPU:0")
     evaluator = make_evaluator(run.config, device, dataset, network_of([]))
-    cases = evaluator._metrics_of_case(case, truth, probabilities, truth)
+    regions = regions_of_classes(truth, 2, min_pixels=MIN_PIXELS)
+    cases = evaluator._metrics_of_case(case, truth, probabilities, truth, regions)
     for size in ("network", "original"):
         lesions = cases[size].classes[0].lesions
         assert (lesions.num_true, lesions.num_tiny_regions) == (225, 225), size
@@ -249,7 +252,11 @@ def test_missing_all_never_makes_a_case_better_at_either_size(own_run: Path) -> 
         mass = random.random((16, 16)).astype(np.float32)
         found, lost = (
             evaluator._metrics_of_case(
-                case, truth, np.stack([1 - each, each], axis=-1), (each > 0.5).astype(np.uint8)
+                case,
+                truth,
+                np.stack([1 - each, each], axis=-1),
+                (each > 0.5).astype(np.uint8),
+                regions_of_classes(truth, 2, min_pixels=MIN_PIXELS),
             )
             for each in (mass, np.zeros_like(mass))
         )
