@@ -26,15 +26,12 @@ import tensorflow as tf
 
 from flexunet.errors import UsageError
 from flexunet.settings import suggestion
-from job.config import SSIM_SIZE, check_class_weights, check_ssim_sides
+from job.config import check_class_weights
+from job.ssim import structural_similarity
 
 GlobalSum: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
+_SMALL = 1e-6  # keeps Dice of one pixel, and of one class of one image, defined
 LossFunction: TypeAlias = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, GlobalSum], tf.Tensor]
-
-# SSIM's constants: Wang et al. 2004, doi:10.1109/TIP.2003.819861; images in [0, 1].
-_SSIM_SIGMA = 1.5
-_SSIM_C1 = 0.01**2
-_SSIM_C2 = 0.03**2
 
 
 def replica_sum(values: tf.Tensor) -> tf.Tensor:
@@ -288,44 +285,40 @@ def _image_dice_sums(batch: PixelBatch) -> list[tf.Tensor]:
     return [tf.reduce_sum(batch.sample_weights * loss), tf.reduce_sum(batch.sample_weights)]
 
 
+def _dice_loss_along(batch: PixelBatch, axis: int | tuple[int, int], first: int = 0) -> tf.Tensor:
+    """Returns 1 - (2 I + e) / (S + e), I and S summed along `axis` of (B, H, W, C).
+
+    Class weights count in sums over pixels; at one pixel they cancel.
+
+    Args:
+        first: the first class that counts; a single output channel always does.
+    """
+    truth, probabilities = batch.truth(), batch.probabilities()
+    if not batch.has_one_channel():
+        truth, probabilities = truth[..., first:], probabilities[..., first:]
+    weights = batch.is_counted if axis == -1 else batch.pixel_weights
+    weights = weights[..., tf.newaxis]
+    intersection = tf.reduce_sum(weights * truth * probabilities, axis=axis)
+    both = tf.reduce_sum(weights * (truth + probabilities), axis=axis)
+    # As one quotient, so that where nothing counts it is 0 and not 1 - 1.
+    return (both - 2 * intersection) / (both + _SMALL)
+
+
+def _pixel_dice_sums(batch: PixelBatch) -> list[tf.Tensor]:
+    return _pixel_sums(batch, _dice_loss_along(batch, -1))
+
+
+def _class_dice_sums(batch: PixelBatch) -> list[tf.Tensor]:
+    loss = tf.reduce_mean(_dice_loss_along(batch, (1, 2), first=1), axis=-1)
+    return [tf.reduce_sum(batch.sample_weights * loss), tf.reduce_sum(batch.sample_weights)]
+
+
 def _ssim_sums(batch: PixelBatch) -> list[tf.Tensor]:
     # Ignored pixels are 0 in both images: equal, so they do not add to the loss.
     shown = batch.is_counted[..., tf.newaxis]
     similarity = structural_similarity(batch.truth() * shown, batch.probabilities() * shown)
     weights = batch.sample_weights
     return [tf.reduce_sum(weights * (1 - similarity)), tf.reduce_sum(weights)]
-
-
-def structural_similarity(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
-    """Returns the SSIM of each pair of images: (B,) in [-1, 1], the mean over pixels and channels.
-
-    The Gaussian window of 11 x 11 with sigma 1.5 stays inside the image; K1 = 0.01, K2 = 0.03,
-    images in [0, 1]. Equals `tf.image.ssim(max_val=1)`, which would round float64 to float32.
-
-    Args:
-        first, second: (B, H, W, C) float32 or float64, H and W at least 11.
-
-    Raises:
-        UsageError: the images are smaller than the window.
-    Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861.
-    """
-    check_ssim_sides(first.shape[1] or SSIM_SIZE, first.shape[2] or SSIM_SIZE)
-    mean_1, mean_2 = _blur(first), _blur(second)
-    product, squares = mean_1 * mean_2, mean_1**2 + mean_2**2
-    covariance = _blur(first * second) - product
-    variances = _blur(first**2 + second**2) - squares
-    luminance = (2 * product + _SSIM_C1) / (squares + _SSIM_C1)
-    structure = (2 * covariance + _SSIM_C2) / (variances + _SSIM_C2)
-    return tf.reduce_mean(luminance * structure, axis=(1, 2, 3))
-
-
-def _blur(images: tf.Tensor) -> tf.Tensor:
-    """Returns `images` averaged with the Gaussian window, (B, H - 10, W - 10, C)."""
-    offsets = tf.range(SSIM_SIZE, dtype=images.dtype) - (SSIM_SIZE - 1) / 2
-    kernel = tf.nn.softmax(-(offsets**2) / (2 * _SSIM_SIGMA**2))
-    kernel = tf.tile(kernel[:, tf.newaxis, tf.newaxis, tf.newaxis], [1, 1, images.shape[-1], 1])
-    rows = tf.nn.depthwise_conv2d(images, kernel, [1, 1, 1, 1], "VALID")
-    return tf.nn.depthwise_conv2d(rows, tf.transpose(kernel, (1, 0, 2, 3)), [1, 1, 1, 1], "VALID")
 
 
 def _focal_terms(gamma: float) -> tuple[tuple[float, Term], ...]:
@@ -339,6 +332,8 @@ _FOREGROUND_DICE = Term(partial(_overlap_sums, foreground_alone=True), _dice_val
 _IOU = Term(_overlap_sums, _iou_value)
 _IMAGE_DICE = Term(_image_dice_sums, _mean)
 _SSIM = Term(_ssim_sums, _mean)
+_CE_PIXEL_DICE = ((1.0, _CROSS_ENTROPY), (1.0, Term(_pixel_dice_sums, _mean)))
+_CLASS_DICE = ((1.0, Term(_class_dice_sums, _mean)),)
 _BCE_DICE = ((0.5, _BINARY_CROSS_ENTROPY), (0.5, _DICE))
 _BCE_IOU = ((0.5, _BINARY_CROSS_ENTROPY), (0.5, _IOU))
 _BASNET = ((1 / 3, _BINARY_CROSS_ENTROPY), (1 / 3, _SSIM), (1 / 3, _IOU))
@@ -351,6 +346,8 @@ LOSSES: dict[str, tuple[tuple[float, Term], ...]] = {
     "bce_iou_loss": _BCE_IOU,
     "basnet_hybrid_loss": _BASNET,
     "dice_loss_multiclass": ((1.0, _IMAGE_DICE),),
+    "categorical_focal_dice_loss": _CE_PIXEL_DICE,
+    "dice_loss_foreground": _CLASS_DICE,
     "focal": _focal_terms(2.0),
     "ce_dice": ((0.5, _CROSS_ENTROPY), (0.5, _FOREGROUND_DICE)),
     "dice": ((1.0, _DICE),),
@@ -359,6 +356,8 @@ LOSSES: dict[str, tuple[tuple[float, Term], ...]] = {
     "iou": ((1.0, _IOU),),
     "bce_iou": _BCE_IOU,
     "basnet_hybrid": _BASNET,
+    "categorical_focal_dice": _CE_PIXEL_DICE,
+    "dice_foreground": _CLASS_DICE,
 }
 """The terms of each loss and their weights, by name. w is the weight of a pixel. Sums run over all
 pixels and channels of the whole batch:
@@ -371,6 +370,12 @@ bce_dice_loss             (binary cross-entropy + dice_loss) / 2
 bce_iou_loss              (binary cross-entropy + iou_loss) / 2
 basnet_hybrid_loss        (binary cross-entropy + mean over images of (1 - SSIM) + iou_loss) / 3
 dice_loss_multiclass      mean over images of 1 - (2 I + 1) / (S + 1), I and S of that image
+categorical_focal_dice_loss
+                          categorical_crossentropy + weighted mean over pixels of
+                          1 - (2 I + e) / (S + e), I and S of the classes at one pixel, e = 1e-6.
+                          It has no focal term; the name is the reference's
+dice_loss_foreground      mean over images and classes but 0 of 1 - (2 I + e) / (S + e),
+                          I and S of that image and class, e = 1e-6
 focal                     sum(w * (1 - p[true])**gamma * -log p[true]) / sum(w), arXiv:1708.02002
 ce_dice                   (categorical_crossentropy + dice_loss of all classes but 0) / 2
 

@@ -72,6 +72,7 @@ ORDERS = {
         "job.config",
         "job.data",
         "job.compat",
+        "job.ssim",
         "job.losses",
         "job.metrics",
         "job.models",

@@ -73,8 +73,17 @@ class TrainOptions(TypedDict, total=False):
     deterministic: bool
     init_from: StrPath | None
     metrics: Sequence[
-        Literal["dice_coef_multiclass", "dice_coef", "iou_coef", "sensitivity", "specificity"]
+        Literal[
+            "dice_coef_multiclass",
+            "dice_coef",
+            "iou_coef",
+            "sensitivity",
+            "specificity",
+            "dice_coef_foreground",
+            "dice_coef_hybrid",
+        ]
     ]
+    hybrid_weights: Sequence[float]
     prediction_images: int
     prediction_folder: StrPath | None
     window_overlap: int | None

@@ -15,6 +15,8 @@ _MAX_VALUE_CHARS = 4096
 _SHOWN_CHARS = 60
 _HEADER = re.compile(r"\s*\[\s*([A-Za-z_]\w*)\s*\]\s*")
 _KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*[=:](.*)", re.DOTALL)
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+_NO_LITERAL = "not a literal (number, 'text', True, False, None, tuple, list, dict)"
 
 
 class Entry(NamedTuple):
@@ -50,9 +52,7 @@ class IniFile:
                 tree = ast.parse(entry.text.strip(), mode="eval")
             value = ast.literal_eval(tree)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            raise self.error(
-                entry, "not a literal (number, 'text', True, False, None, tuple, list, dict)"
-            ) from error
+            raise self.error(entry, _why_no_literal(entry.text.strip(), error)) from error
         if isinstance(tree.body, ast.Dict) and len(tree.body.keys) != len(value):
             raise self.error(entry, "the dict has a key twice; keep one")
         return value
@@ -90,31 +90,38 @@ def _read_text(path: str) -> str:
 def _parse(text: str, path: str) -> dict[tuple[str, str], Entry]:
     """Returns the entries of INI `text` by (section, key), in order; comments are dropped.
 
-    A value continues on the next lines while it has an open bracket.
+    A value continues on the next lines while it has an open bracket, up to the next key or section,
+    and on lines that are indented deeper than its key. `literal` refuses a bracket that stays open.
     """
     entries: dict[tuple[str, str], Entry] = {}
     first_lines: dict[str, int] = {}
-    section, place, depth = "", ("", ""), 0
+    section, place, depth, indent = "", ("", ""), 0, 0
     for number, raw in enumerate(io.StringIO(text, newline=None), start=1):
         line, change = _without_comment(raw)
         if not line.strip():
             continue
         if header := _HEADER.fullmatch(line):
-            section, depth = header[1], 0
+            section, place, depth = header[1], ("", ""), 0
             _refuse_second(first_lines, f"[{section}]", number, path)
-        elif depth > 0:
-            entries[place] = entries[place]._replace(text=f"{entries[place].text} {line.strip()}")
-            depth += change
         elif section and (match := _KEY.fullmatch(line)):
-            place, depth = (section, match[1].lower()), change
+            place, depth, indent = (section, match[1].lower()), change, _indent(line)
             _refuse_second(first_lines, ".".join(place), number, path)
             entries[place] = Entry(*place, match[2].strip(), number)
+        elif place in entries and (depth > 0 or _indent(line) > indent):
+            # Python ignores a backslash at the end of a line.
+            before = entries[place].text.removesuffix("\\").rstrip()
+            entries[place] = entries[place]._replace(text=f"{before} {line.strip()}".strip())
+            depth += change
         else:
             raise UsageError(
                 f"{path}: line {number}: {clipped(line.strip())}: expected [section], "
                 "or key = value inside a section"
             )
     return entries
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _refuse_second(first_lines: dict[str, int], name: str, line: int, path: str) -> None:
@@ -138,6 +145,58 @@ def _without_comment(line: str) -> tuple[str, int]:
         elif character in ")]}":
             depth -= 1
     return line, depth
+
+
+def _why_no_literal(text: str, error: Exception) -> str:
+    """Returns what is wrong with the value `text`, with the place of a bracket, quote or comma."""
+    problem = _bracket_problem(text)
+    if problem:
+        return problem
+    start = error.offset or 0 if isinstance(error, SyntaxError) else 0
+    if isinstance(error, SyntaxError) and start and "comma" in error.msg:
+        near = text[start - 1 : error.end_offset]
+        return f"not a literal: a comma is missing in {_quoted(near.rstrip(',').strip())}"
+    if 1 < start <= len(text):
+        return f"{_NO_LITERAL}; the first error is at {_quoted(text[start - 1 : start + 11])}"
+    return _NO_LITERAL
+
+
+def _bracket_problem(text: str) -> str | None:
+    """Returns what is wrong with the brackets and quotes of `text`; None if they match."""
+    quote, is_open = "", []
+    for index, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in _CLOSING:
+            is_open.append((index, character))
+        elif character in _CLOSING.values():
+            if not is_open:
+                return f"the bracket {character} after {_before(text, index)} closes nothing"
+            start, opening = is_open.pop()
+            if character != _CLOSING[opening]:
+                return (
+                    f"the bracket {opening} of {_quoted(text[start : start + 12])} is closed by "
+                    f"{character} after {_before(text, index)}; write {_CLOSING[opening]} there"
+                )
+    if quote:
+        return f"the quote {quote} is not closed"
+    if is_open:
+        start, opening = is_open[-1]
+        return (
+            f"the bracket {opening} of {_quoted(text[start : start + 12])} is not closed; "
+            f"write {_CLOSING[opening]} at its end"
+        )
+    return None
+
+
+def _before(text: str, index: int) -> str:
+    return _quoted(text[max(0, index - 12) : index]) if index else "the start"
+
+
+def _quoted(text: str) -> str:
+    return f"`{clipped(text)}`"
 
 
 def clipped(text: str) -> str:

@@ -25,6 +25,7 @@ from job.compat.ini_values import (
     same,
     whole,
 )
+from job.config import HYBRID_WEIGHTS
 
 # Reference class name -> registered model. Source: key model.model of the reference configurations.
 _MODEL_NAMES = {"TensorFlowFlexUNet": "flexunet"}
@@ -36,8 +37,18 @@ _LOSS_NAMES = {
     "bce_iou_loss": "bce_iou",
     "basnet_hybrid_loss": "basnet_hybrid",
     "dice_loss_multiclass": "dice_multiclass",
+    "categorical_focal_dice_loss": "categorical_focal_dice",
+    "dice_loss_foreground": "dice_foreground",
 }
-_METRIC_NAMES = ("dice_coef_multiclass", "dice_coef", "iou_coef", "sensitivity", "specificity")
+_METRIC_NAMES = (
+    "dice_coef_multiclass",
+    "dice_coef",
+    "iou_coef",
+    "sensitivity",
+    "specificity",
+    "dice_coef_foreground",
+    "dice_coef_hybrid",
+)
 
 _RUN_FOLDER = "results are in the folder of the run, which is never deleted"
 _NO_EFFECT = "has no effect in the reference implementation either"
@@ -68,8 +79,12 @@ _UNUSED = {
         "batch_size",
     ): "evaluation uses the batch size of training; the results do not depend on it",
     ("infer", "output_dir"): "give the folder to `flexunet infer RUN IMAGES OUTPUT`",
+    ("infer", "npy_slice_index"): "all channels are used",
+    ("infer", "npy_slices_dir"): "all channels are used",
+    ("tiledinfer", "split_size"): "windows have the network size",
     ("tiledinfer", "output_dir"): "give it to `flexunet infer RUN IMAGES OUTPUT --window sliding`",
     ("image", "color_order"): "images are always read as RGB",
+    ("image", "file_format"): "images are recognised by their content",
     ("mask", "mask_file_format"): "masks are found by stem and recognised by their content",
     ("mask", "mask_datatype"): "masks are recognised by their content",
     ("mask", "binarize"): _NEAREST,
@@ -81,6 +96,11 @@ _UNUSED = {
     ("deformation", "alpha"): "the key that takes effect is alpah",
     ("deformation", "sigmoid"): "the key that takes effect is sigmoids",
     ("distortion", "gaussian_filter_sigma"): "the key that takes effect is gaussian_filter_rsigma",
+}
+
+_UNUSED_SECTIONS = {
+    "infer3d": "training never reads it; `flexunet infer` reads images, not volumes",
+    "debug": _NO_EFFECT,
 }
 
 # (section, spellings, converter, default of the reference implementation, setting of this package)
@@ -160,13 +180,14 @@ def is_reference_config(path: str) -> bool:
 def read_reference_config(path: str) -> ReferenceConfig:
     """Returns the settings of the INI file at `path`; nothing in it is executed.
 
-    A missing key has the default of the reference implementation, not of this package.
+    A missing key has the default of the reference implementation, not of this package. A value
+    that nothing reads may be anything; its note has the problem.
 
     Raises:
-        UsageError: the file cannot be read, a value is not a literal of the right kind, a key is
-            given twice, or the model is not registered; names file, line and key.
+        UsageError: the file cannot be read, a value that is used is not a literal of the right
+            kind, a key is given twice, or the model is not registered; names file, line and key.
     """
-    reader = KeyReader(read_ini(path), _UNUSED)
+    reader = KeyReader(read_ini(path), _UNUSED, _UNUSED_SECTIONS)
     _read_model(reader)
     _read_training(reader)
     _read_metrics(reader)
@@ -213,6 +234,27 @@ def _read_metrics(reader: KeyReader) -> None:
     reader.set("metrics", joined)
     for section in ("model", "train"):
         reader.describe(section, "metrics", f"metrics = {','.join(joined)}")
+    with reader.without_effect("dice_coef_hybrid" not in joined, "no metric is dice_coef_hybrid"):
+        _read_hybrid_weights(reader)
+
+
+def _read_hybrid_weights(reader: KeyReader) -> None:
+    """Sets the weights of dice_coef_hybrid."""
+    keys = ("hybrid_alpha", "hybrid_beta")
+    defaults = zip(keys, HYBRID_WEIGHTS, strict=True)
+    weights = [reader.take("model", key, number, default) for key, default in defaults]
+    if reader.unused_because is not None:
+        return
+    if abs(sum(weights) - 2) > 1e-6:
+        given = next((key for key in keys if reader.has("model", key)), keys[0])
+        raise reader.file.error(
+            reader.file.entries["model", given],
+            f"hybrid_alpha + hybrid_beta = {sum(weights):g}; they must add up to 2 "
+            f"(without the keys: {HYBRID_WEIGHTS[0]} and {HYBRID_WEIGHTS[1]})",
+        )
+    reader.set("hybrid_weights", weights)
+    for key in keys:
+        reader.describe("model", key, f"hybrid_weights = {shown(weights)}")
 
 
 def _read_inference(reader: KeyReader) -> str | None:

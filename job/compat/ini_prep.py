@@ -8,9 +8,14 @@ from data_prep.sources.pairs import Source
 from flexunet.errors import UsageError
 from flexunet.settings import parse_settings
 from job.compat.ini_reader import KeyReader
-from job.compat.ini_values import folder_from, optional, whole
+from job.compat.ini_values import folder_from, optional, same, whole
 
 logger = logging.getLogger(__name__)
+
+_SAMPLE_CLASSES = (
+    "The reference implementation replaces a map that it cannot read by "
+    "{(0,0,0):0,(0,255,0):1,(255,0,0):2,(0,0,255):3}, without a message"
+)
 
 
 def read_image_size(reader: KeyReader) -> None:
@@ -29,13 +34,21 @@ def read_image_size(reader: KeyReader) -> None:
 
 def read_masks(reader: KeyReader) -> None:
     """Sets the classes from the mask colours; `num_classes` must be set already."""
-    colors = reader.take("mask", "rgb_map", optional(_color_map), None)
+    # Some projects write color_map, which the reference implementation does not read.
+    key = reader.first_of("mask", ("rgb_map", "color_map"))
+    try:
+        colors = reader.take("mask", key, optional(_color_map), None)
+    except UsageError as error:
+        raise UsageError(f"{error}. {_SAMPLE_CLASSES}") from error
+    if key == "rgb_map":
+        with reader.without_effect(True, "the key that takes effect is rgb_map"):
+            reader.take("mask", "color_map", same, None)
     if colors is None:
         return
     num_classes = reader.settings["model"]["num_classes"]
     if len(colors) != max(num_classes, 2):
         raise reader.file.error(
-            reader.file.entries["mask", "rgb_map"],
+            reader.file.entries["mask", key],
             f"{len(colors)} classes, but model.num_classes = {num_classes}; make them equal",
         )
     names = ["background", *(f"class_{index}" for index in range(1, len(colors)))]
@@ -44,7 +57,7 @@ def read_masks(reader: KeyReader) -> None:
         for name, color in zip(names, colors, strict=True)
     )
     reader.set("prep.classes", text)
-    reader.describe("mask", "rgb_map", f"classes = {text}")
+    reader.describe("mask", key, f"classes = {text}")
 
 
 def read_source(reader: KeyReader, split: str) -> Source | None:

@@ -10,6 +10,8 @@ from flexunet.settings import suggestion
 
 Convert = Callable[[Any], Any]
 
+MAX_CHANNELS = 64
+
 
 def same(value: Any) -> Any:
     """Returns `value` unchanged."""
@@ -43,10 +45,10 @@ def patience(value: Any) -> int:
 
 
 def channels(value: Any) -> int:
-    """Returns 1 or 3."""
-    if isinstance(value, bool) or value not in (1, 3):
-        raise ValueError("expected 1 (grey) or 3 (RGB)")
-    return int(value)
+    """Returns the number of channels of an image: 1 (grey), 3 (RGB), or up to 64."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_CHANNELS:
+        raise ValueError(f"expected 1 (grey), 3 (RGB), or another number up to {MAX_CHANNELS}")
+    return value
 
 
 def boolean(value: Any) -> bool:

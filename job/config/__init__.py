@@ -25,6 +25,7 @@ from job.config.identity import (
     values_of_identity,
 )
 from job.config.train_config import (
+    HYBRID_WEIGHTS,
     PRESET_KEYS,
     MetricName,
     TrainConfig,
@@ -33,6 +34,7 @@ from job.config.train_config import (
 )
 
 __all__ = [
+    "HYBRID_WEIGHTS",
     "MODELS",
     "PRESET_KEYS",
     "SSIM_SIZE",

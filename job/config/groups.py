@@ -21,6 +21,8 @@ LossName = Literal[
     "dice_multiclass",
     "focal",
     "ce_dice",
+    "categorical_focal_dice",
+    "dice_foreground",
 ]
 MODELS = ("flexunet",)
 

@@ -20,7 +20,16 @@ from job.config.groups import (
 RUN_NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")
 RUN_NAME_RULE = "1 to 47 lower-case letters a-z, digits and hyphens; first a letter, last no hyphen"
 
-MetricName = Literal["dice_coef_multiclass", "dice_coef", "iou_coef", "sensitivity", "specificity"]
+MetricName = Literal[
+    "dice_coef_multiclass",
+    "dice_coef",
+    "iou_coef",
+    "sensitivity",
+    "specificity",
+    "dice_coef_foreground",
+    "dice_coef_hybrid",
+]
+HYBRID_WEIGHTS = (1.5, 0.5)
 _MIN_FOLDS = 3
 
 
@@ -139,6 +148,11 @@ class TrainConfig(Settings):
         ("dice_coef_multiclass",),
         "Metrics of the reference implementation to write to train_metrics.csv.",
     )
+    hybrid_weights: tuple[float, float] = option(
+        HYBRID_WEIGHTS,
+        "For the metric dice_coef_hybrid: weights of dice_coef_multiclass and of "
+        "dice_coef_foreground, which add up to 2.",
+    )
     prediction_images: int = option(
         6, "Images predicted after every epoch; 0: no predictions.", not_identity=True, ge=0
     )
@@ -238,6 +252,13 @@ class TrainConfig(Settings):
         if name is not None and not RUN_NAME.fullmatch(name):
             raise ValueError(f"not a run name; use {RUN_NAME_RULE}")
         return name
+
+    @field_validator("hybrid_weights")
+    @classmethod
+    def _add_up_to_two(cls, weights: tuple[float, float]) -> tuple[float, float]:
+        if min(weights) < 0 or abs(sum(weights) - 2) > 1e-6:
+            raise ValueError("give two numbers, each 0 or more, that add up to 2")
+        return weights
 
     @model_validator(mode="before")
     @classmethod

@@ -318,7 +318,10 @@ def _criterion(config: TrainConfig, manifest: Manifest) -> "Criterion":
         class_weights=config.loss.class_weights,
         ignore_id=manifest.ignore_id,
     )
-    return Criterion(loss, reference_metrics(config.metrics, ignore_id=manifest.ignore_id))
+    metrics = reference_metrics(
+        config.metrics, ignore_id=manifest.ignore_id, hybrid_weights=config.hybrid_weights
+    )
+    return Criterion(loss, metrics)
 
 
 def _num_micro_batches(

@@ -7,7 +7,7 @@ the value is that of the whole split; the reference averages the values of batch
 files, models or the step.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ import tensorflow as tf
 
 from flexunet.errors import UsageError
 from flexunet.settings import suggestion
+from job.config import HYBRID_WEIGHTS
+
+_SMALL = 1e-6  # keeps Dice of one class of one image defined
 
 
 def confusion_counts(
@@ -124,6 +127,29 @@ def _image_dice_sums(*batch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return (2 * intersection + 1) / (both + 1), tf.ones_like(both)
 
 
+def _class_dice_sums(
+    truth: tf.Tensor, probabilities: tf.Tensor, weights: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    # A single output channel is the foreground.
+    first = 0 if truth.shape[-1] == 1 else 1
+    truth, probabilities = truth[..., first:], probabilities[..., first:]
+    intersection = tf.reduce_sum(weights * truth * probabilities, axis=(1, 2))
+    both = tf.reduce_sum(weights * (truth + probabilities), axis=(1, 2))
+    dice = tf.reduce_mean((2 * intersection + _SMALL) / (both + _SMALL), axis=-1)
+    return dice, tf.ones_like(dice)
+
+
+def _hybrid(weights: Sequence[float]) -> "ReferenceMetric":
+    """Returns half of the weighted sum of multiclass Dice and foreground Dice."""
+
+    def sums(*batch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        multiclass, count = _image_dice_sums(*batch)
+        foreground, _ = _class_dice_sums(*batch)
+        return (weights[0] * multiclass + weights[1] * foreground) / 2, count
+
+    return ReferenceMetric(sums)
+
+
 def _sensitivity_sums(
     truth: tf.Tensor, probabilities: tf.Tensor, weights: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -142,6 +168,8 @@ REFERENCE_METRICS: dict[str, ReferenceMetric] = {
     "iou_coef": ReferenceMetric(_iou_sums),
     "sensitivity": ReferenceMetric(_sensitivity_sums),
     "specificity": ReferenceMetric(_specificity_sums),
+    "dice_coef_foreground": ReferenceMetric(_class_dice_sums),
+    "dice_coef_hybrid": _hybrid(HYBRID_WEIGHTS),
 }
 """The reference implementation's metrics, by name; sums run over pixels and channels, y is the
 one-hot label, p the probability:
@@ -153,6 +181,9 @@ dice_coef             (2 sum(y p) + 1) / (sum(y) + sum(p) + 1)
 iou_coef              sum(y p) / (sum(y) + sum(p) - sum(y p))
 sensitivity           sum(round(y p)) / sum(y)
 specificity           sum(round((1 - y) (1 - p))) / sum(1 - y)
+dice_coef_foreground  mean over images and classes but 0 of (2 sum(y p) + e) / (sum(y + p) + e) of
+                      that image and class, e = 1e-6; a class that an image lacks scores nearly 0
+dice_coef_hybrid      (a dice_coef_multiclass + b dice_coef_foreground) / 2, a = 1.5 and b = 0.5
 
 They are exact over the whole split; the reference computes all but the first per batch and averages
 the batches. With two classes its sensitivity and specificity are the same number, because each
@@ -161,9 +192,15 @@ class is the complement of the other.
 
 
 def reference_metrics(
-    names: Iterable[str], *, ignore_id: int | None = None
+    names: Iterable[str],
+    *,
+    ignore_id: int | None = None,
+    hybrid_weights: Sequence[float] = HYBRID_WEIGHTS,
 ) -> dict[str, ReferenceMetric]:
     """Returns the metrics with these names; pixels with label `ignore_id` are left out.
+
+    Args:
+        hybrid_weights: a and b of dice_coef_hybrid.
 
     Raises:
         UsageError: a name is unknown.
@@ -173,7 +210,8 @@ def reference_metrics(
         if name not in REFERENCE_METRICS:
             known = suggestion(name, list(REFERENCE_METRICS))
             raise UsageError(f"metrics={name!r}: unknown metric; {known}")
-        metric = REFERENCE_METRICS[name]
+        is_hybrid = name == "dice_coef_hybrid"
+        metric = _hybrid(hybrid_weights) if is_hybrid else REFERENCE_METRICS[name]
         metrics[name] = ReferenceMetric(metric.sums, metric.smooth, ignore_id)
     return metrics
 

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexunet.errors import UsageError
 from flexunet.json_files import read_json
@@ -21,6 +21,9 @@ from job.config import (
 )
 from job.data.folds import fold_configs, is_cross_validation
 from job.runs.layout import CROSS_VALIDATION_NAME, IDENTITY_NAME, RESTORE, run_url
+
+if TYPE_CHECKING:
+    from job.compat.ini_mapping import ReferenceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +200,9 @@ def _resolve_reference(
         from rich.console import Console
 
         Console(stderr=True).print(format_notes(reference.notes))
+    for note in reference.notes:
+        if note.problem:
+            logger.warning("%s. Ignored: %s", note.problem, note.detail)
     folder = os.path.dirname(os.path.abspath(file))
     config = _resolved(
         deep_merge(reference.train, options),
@@ -206,12 +212,33 @@ def _resolve_reference(
     )
     name = str(config.name)
     if config.data is None:
+        _check_can_prepare(reference, file)
         data = join_url(config.output, f"{name}-dataset")
         prepare_sources(reference.sources, {**reference.prep, **prep_options}, data, file)
         config = config.model_copy(update={"data": data})
     elif prep_options:
         raise _nothing_to_prepare(prep_options)
     return _absolute(config)
+
+
+def _check_can_prepare(reference: "ReferenceConfig", file: str) -> None:
+    """Refuses images and masks of `file` that would be read wrongly.
+
+    Raises:
+        UsageError: names the key.
+    """
+    model = reference.train["model"]
+    if model["image_channels"] not in (1, 3):
+        raise UsageError(
+            f"{file}: model.image_channels = {model['image_channels']}: only images with 1 or 3 "
+            "channels can be prepared; give 1 or 3"
+        )
+    if "classes" not in reference.prep and model["num_classes"] > 2:
+        raise UsageError(
+            f"{file}: mask.rgb_map is missing; add {{(r,g,b): class, ...}} with the colours of the "
+            f"{model['num_classes']} classes. The reference implementation would use the colours "
+            "of an example, without a message"
+        )
 
 
 def _check_preset(options: Mapping[str, Any], values: Mapping[str, Any], file: str) -> None:

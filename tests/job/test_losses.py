@@ -11,10 +11,13 @@ import pytest
 import tensorflow as tf
 
 from flexunet.errors import UsageError
-from job.losses import LOSSES, make_loss, replica_sum, structural_similarity
+from job.losses import LOSSES, make_loss, replica_sum
+from job.ssim import structural_similarity
+from tests.job.by_hand import cross_entropy, foreground_dice, pixel_dice
 
 PARITY = Path(__file__).parent / "parity"
-LONG_NAMES = [name for name in LOSSES if name.endswith(("loss", "entropy", "multiclass", "focal"))]
+ENDINGS = ("loss", "entropy", "multiclass", "focal", "loss_foreground")
+LONG_NAMES = [name for name in LOSSES if name.endswith(ENDINGS)]
 
 
 def batch(*, num_classes: int, dtype: Any = np.float64, seed: int = 0) -> tuple[Any, Any]:
@@ -78,12 +81,52 @@ def test_dice_loss_multiclass_agrees_with_the_reference_metric() -> None:
         ("dice_loss_multiclass", 1 - 2.5 / 3),
         ("focal", 0.25**2 * math.log(4 / 3)),
         ("ce_dice", (math.log(4 / 3) + 1 - (2 * 0.75 + 1) / (1 + 0.75 + 1)) / 2),
+        ("categorical_focal_dice_loss", math.log(4 / 3) + 1 - (1.5 + 1e-6) / (2 + 1e-6)),
+        ("dice_loss_foreground", 1 - (1.5 + 1e-6) / (1.75 + 1e-6)),
     ],
 )
 def test_make_loss_of_one_pixel_is_as_by_hand(name: str, expected: float) -> None:
     logits = np.log([[[[1.0, 3.0]]]])
     loss = make_loss(name, num_classes=2)(np.array([[[1]]]), logits, np.ones(1), tf.identity)
     assert float(loss) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("class_weights", [None, (1.0, 4.0, 0.5)])
+def test_losses_of_newer_projects_are_as_by_hand(class_weights: Any) -> None:
+    labels, logits = batch(num_classes=3, dtype=np.float32)
+    labels[0][labels[0] == 2] = 0  # a class that an image lacks
+    labels[1, :3] = 255
+    samples = np.array([1.0, 0.5, 2, 0])
+    weights = np.array(class_weights or (1.0, 1, 1))[np.where(labels == 255, 0, labels)]
+    weights[labels == 255] = 0
+    whole = weights * samples[:, np.newaxis, np.newaxis]
+    expected = {
+        "categorical_focal_dice_loss": np.average(
+            cross_entropy(labels, logits) + 1 - pixel_dice(labels, logits), weights=whole
+        ),
+        "dice_loss_foreground": np.average(
+            1 - foreground_dice(labels, logits, weights).mean(axis=1), weights=samples
+        ),
+    }
+    for name, by_hand in expected.items():
+        function = make_loss(name, num_classes=3, class_weights=class_weights, ignore_id=255)
+        loss, gradient = value_and_gradient(function, labels, logits, samples)
+        assert loss == pytest.approx(by_hand, abs=1e-6), name
+        assert np.isfinite(gradient).all()
+        assert gradient[0].any()
+
+
+@pytest.mark.parametrize("name", ["categorical_focal_dice_loss", "dice_loss_foreground"])
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
+def test_losses_of_newer_projects_take_logits_of_mixed_precision(name: str, dtype: Any) -> None:
+    labels, logits = batch(num_classes=3, dtype=np.float32)
+    half = tf.cast(logits, dtype)
+    function = make_loss(name, num_classes=3)
+    wide, _ = value_and_gradient(function, labels, tf.cast(half, tf.float32), np.ones(4))
+    loss, gradient = value_and_gradient(function, labels, half, np.ones(4))
+    assert loss == wide
+    assert gradient.dtype == dtype.as_numpy_dtype
+    assert np.isfinite(gradient.astype(np.float32)).all()
 
 
 def test_make_loss_of_one_channel_is_the_sigmoid() -> None:

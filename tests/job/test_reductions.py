@@ -15,7 +15,8 @@ from job.losses import LOSSES, make_loss
 from job.metrics.batch import REFERENCE_METRICS
 
 SIDE = 512
-LONG_NAMES = [name for name in LOSSES if name.endswith(("loss", "entropy", "multiclass", "focal"))]
+ENDINGS = ("loss", "entropy", "multiclass", "focal", "loss_foreground")
+LONG_NAMES = [name for name in LOSSES if name.endswith(ENDINGS)]
 
 
 @pytest.fixture(scope="module")

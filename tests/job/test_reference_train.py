@@ -125,6 +125,26 @@ def test_folders_that_are_missing_are_named(project: Path, tmp_path: Path) -> No
         resolve_config({"output": str(tmp_path / "runs")}, str(project))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rgb_map = {(0,0,0):0,(255,255,255):1,}", "", "num_classes"),
+        ("image_channels = 3", "image_channels = 4", r"model\.image_channels = 4"),
+    ],
+)
+def test_images_that_would_be_read_wrongly_are_not_prepared(
+    project: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    text = CONFIG.replace(old, new)
+    if message == "num_classes":
+        text = text.replace("num_classes   = 2", "num_classes   = 3")
+        message = r"mask\.rgb_map is missing; .*of the 3 classes"
+    project.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        resolve_config({"output": str(tmp_path / "runs")}, str(project))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_splits_that_leak_are_refused_until_they_are_accepted(
     project: Path, tmp_path: Path
 ) -> None:
