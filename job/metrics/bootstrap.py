@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 Values = npt.NDArray[np.float64]
+Pair = tuple[Values, Values]  # numerators and denominators of a measure, one per case
+Groups = Sequence[str] | npt.NDArray[np.int64]  # (N,) the group of each case, a name or a number
 
 LEVEL = 0.95
 NUM_DRAWS = 2000
 SEED = 0
 MIN_GROUPS = 5  # fewer groups may agree by chance, and a chance value would look certain
 
-_MAX_WEIGHTS = 2**22  # of one block of draws: 32 MB
+_MAX_WEIGHTS = 2**22  # of one block of draws: 32 MB, and as much while they are drawn
 
 
 def ratio(numerators: Values, denominators: Values) -> float | None:
@@ -35,46 +37,71 @@ def ratio(numerators: Values, denominators: Values) -> float | None:
 def interval(
     numerators: Values,
     denominators: Values,
-    groups: Sequence[str],
+    groups: Groups,
     *,
     seed: int = SEED,
     num_draws: int = NUM_DRAWS,
     level: float = LEVEL,
 ) -> tuple[float, float] | None:
-    """Returns the bootstrap interval of `ratio` over groups drawn with replacement.
+    """Returns the interval of one measure, see `intervals`."""
+    pairs = [(numerators, denominators)]
+    return intervals(pairs, groups, seed=seed, num_draws=num_draws, level=level)[0]
 
-    Draws whose denominator is 0 have no value and are left out. Returns None if fewer than
-    `MIN_GROUPS` groups contribute: too few for an interval.
+
+def intervals(
+    pairs: Sequence[Pair],
+    groups: Groups,
+    *,
+    seed: int = SEED,
+    num_draws: int = NUM_DRAWS,
+    level: float = LEVEL,
+) -> list[tuple[float, float] | None]:
+    """Returns the bootstrap interval of the `ratio` of each measure, over groups drawn at random.
+
+    Groups are drawn with replacement, and all measures use the same draws. Draws whose denominator
+    is 0 have no value and are left out. A measure has no interval (None) if fewer than `MIN_GROUPS`
+    groups contribute: too few for an interval.
 
     Args:
-        groups: (N,) the group of each case.
+        pairs: arguments of `ratio`, for each measure.
     """
-    if num_contributing(denominators, groups) < MIN_GROUPS:
-        return None
-    names, index = np.unique(np.asarray(groups), return_inverse=True)
-    numerator, denominator = _per_group(numerators, index), _per_group(denominators, index)
+    found: list[tuple[float, float] | None] = [None] * len(pairs)
+    chosen = [
+        index
+        for index, (_, denominators) in enumerate(pairs)
+        if num_contributing(denominators, groups) >= MIN_GROUPS
+    ]
+    if not chosen:
+        return found
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    sums = [tuple(_per_group(values, group) for values in pairs[index]) for index in chosen]
+    values = np.empty((len(chosen), num_draws))
     random = np.random.default_rng(seed)
-    values = []
     block = max(1, _MAX_WEIGHTS // len(names))
     for start in range(0, num_draws, block):
         size = min(block, num_draws - start)
-        weights = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size)
-        values.append(_ratios(weights @ numerator, weights @ denominator))
+        drawn = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size)
+        weights = drawn.astype(float)
+        for row, (numerator, denominator) in zip(values, sums, strict=True):
+            row[start : start + size] = _ratios(weights @ numerator, weights @ denominator)
     tail = (1 - level) / 2
-    low, high = np.nanquantile(np.concatenate(values), [tail, 1 - tail])
-    return float(low), float(high)
+    for index, row in zip(chosen, values, strict=True):
+        low, high = np.nanquantile(row, [tail, 1 - tail])
+        found[index] = float(low), float(high)
+    return found
 
 
-def num_contributing(denominators: Values, groups: Sequence[str]) -> int:
+def num_contributing(denominators: Values, groups: Groups) -> int:
     """Returns how many groups have a denominator above 0 in any of the quotients."""
     has_value = denominators.reshape(len(denominators), -1).any(axis=1)
-    return len(set(np.asarray(groups)[has_value].tolist()))
+    return len(np.unique(np.asarray(groups)[has_value]))
 
 
-def _per_group(values: Values, index: npt.NDArray[np.int64]) -> Values:
-    sums = np.zeros((int(index.max()) + 1, *values.shape[1:]))
-    np.add.at(sums, index, values)
-    return sums
+def _per_group(values: Values, group: npt.NDArray[np.int64]) -> Values:
+    """Returns the sums (groups,) of values (N,), or (groups, K) of (N, K)."""
+    if values.ndim == 1:
+        return np.asarray(np.bincount(group, weights=values), float)
+    return np.stack([np.bincount(group, weights=column) for column in values.T], axis=1)
 
 
 def _ratios(numerator: Values, denominator: Values) -> Values:

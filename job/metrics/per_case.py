@@ -31,7 +31,9 @@ from job.metrics.bootstrap import (
     MIN_GROUPS,
     NUM_DRAWS,
     SEED,
-    interval,
+    Groups,
+    Pair,
+    intervals,
     num_contributing,
     ratio,
 )
@@ -49,7 +51,6 @@ from job.metrics.surface_distance import Spacing, contour_distances, hausdorff, 
 
 Ids = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float64]
-Pair = tuple[Values, Values]  # numerator and denominator of a quotient of sums, per case
 Unit = Literal["mm", "px"]
 Presence = Literal["neither", "truth_only", "prediction_only", "both"]
 
@@ -198,11 +199,9 @@ def summarize_cases(
     ratios = [_class_ratios(cases, index) for index in range(len(names))]
     baseline = [nothing_predicted(case) for case in cases]
     nothing = [_class_ratios(baseline, index) for index in range(len(names))]
-    foreground = {
-        name: _measure(_side_by_side(ratios, name), _side_by_side(nothing, name), groups)
-        for name in _SHARED
-        if ratios
-    }
+    pairs = [_over_classes(ratios), *ratios]
+    baselines = [_over_classes(nothing), *nothing]
+    foreground, *classes = _measures(pairs, baselines, groups)
     return {
         "num_cases": len(cases),
         "num_groups": len(set(groups)),
@@ -217,24 +216,22 @@ def summarize_cases(
         "lesion_rule": {"min_iou": MIN_IOU, "min_pixels": MIN_PIXELS},
         "foreground": foreground,
         "classes": [
-            {
-                "id": index + 1,
-                "name": name,
-                **_class_counts(cases, index),
-                **{
-                    key: _measure(pair, nothing[index][key], groups)
-                    for key, pair in ratios[index].items()
-                },
-            }
+            {"id": index + 1, "name": name, **_class_counts(cases, index), **classes[index]}
             for index, name in enumerate(names)
         ],
     }
 
 
-def _side_by_side(ratios: Sequence[Mapping[str, Pair]], name: str) -> Pair:
-    """Returns numerators and denominators of a measure, (N, classes) each."""
-    numerators, denominators = zip(*(each[name] for each in ratios), strict=True)
-    return np.stack(numerators, axis=1), np.stack(denominators, axis=1)
+def _over_classes(ratios: Sequence[Mapping[str, Pair]]) -> dict[str, Pair]:
+    """Returns the measures over all classes: numerators and denominators (N, classes) each."""
+    return {
+        name: (
+            np.stack([each[name][0] for each in ratios], axis=1),
+            np.stack([each[name][1] for each in ratios], axis=1),
+        )
+        for name in _SHARED
+        if ratios
+    }
 
 
 def _class_ratios(cases: Sequence[CaseMetrics], index: int) -> dict[str, Pair]:
@@ -295,10 +292,28 @@ def _class_counts(cases: Sequence[CaseMetrics], index: int) -> dict[str, int]:
     }
 
 
-def _measure(pair: Pair, baseline: Pair, groups: Sequence[str]) -> dict[str, Any]:
+def _measures(
+    owners: Sequence[Mapping[str, Pair]],
+    baselines: Sequence[Mapping[str, Pair]],
+    groups: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Returns the measures of each owner: of the foreground and of each class."""
+    numbers = np.unique(np.asarray(groups), return_inverse=True)[1]
+    found = iter(intervals([pair for each in owners for pair in each.values()], numbers))
+    return [
+        {
+            name: _measure(pair, of_baseline[name], numbers, next(found))
+            for name, pair in each.items()
+        }
+        for each, of_baseline in zip(owners, baselines, strict=True)
+    ]
+
+
+def _measure(
+    pair: Pair, baseline: Pair, groups: Groups, found: tuple[float, float] | None
+) -> dict[str, Any]:
     numerators, denominators = pair
-    found = interval(numerators, denominators, groups)
-    low, high = found if found else (None, None)
+    low, high = found or (None, None)
     return {
         "value": ratio(numerators, denominators),
         "low": low,

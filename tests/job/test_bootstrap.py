@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from job.metrics.bootstrap import interval, num_contributing, ratio
+from job.metrics import bootstrap
+from job.metrics.bootstrap import interval, intervals, num_contributing, ratio
 
 
 def test_ratio_is_of_sums_and_averages_over_classes() -> None:
@@ -63,3 +64,38 @@ def test_interval_needs_five_groups_with_a_value() -> None:
 def test_groups_contribute_by_any_of_several_quotients() -> None:
     denominator = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
     assert num_contributing(denominator, ["a", "b", "c", "b"]) == 2
+
+
+@pytest.mark.parametrize("max_weights", [2**22, 100])
+def test_intervals_of_many_measures_are_those_of_each_alone(
+    max_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "_MAX_WEIGHTS", max_weights)  # 100: five draws at a time
+    random = np.random.default_rng(6)
+    groups = [f"patient-{number}" for number in random.integers(0, 20, 50)]
+    pairs = [
+        (random.random(shape), (random.random(shape) < 0.3) * random.random(shape))
+        for shape in ((50,), (50, 3), (50,))
+    ]
+    pairs.append((np.ones(50), np.arange(50) == 7))  # one group has a value
+    found = intervals(pairs, groups, num_draws=333)
+    assert found == [interval(*pair, groups, num_draws=333) for pair in pairs]
+    for pair, each in zip(pairs[:3], found[:3], strict=True):
+        assert each == pytest.approx(_plain_interval(*pair, groups))
+    assert found[3] is None
+
+
+def _plain_interval(
+    numerators: np.ndarray, denominators: np.ndarray, groups: list[str]
+) -> tuple[float, float]:
+    """Returns the interval of 333 draws, one at a time and group by group."""
+    names = sorted(set(groups))
+    random = np.random.default_rng(0)
+    values = []
+    for _ in range(333):
+        drawn = random.multinomial(len(names), [1 / len(names)] * len(names))
+        weights = [drawn[names.index(group)] for group in groups]
+        value = ratio(*((values.T * weights).T for values in (numerators, denominators)))
+        values += [] if value is None else [value]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
