@@ -39,7 +39,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("max-to-keep save-total-limit save-top-k", ("--keep-checkpoints",)),
     # Machines
     ("workers num-workers nproc n-jobs jobs num-processes np dataloader-num-workers",
-     ("--num-workers", "--num-processes", "--threads", "--memory-per-worker")),
+     ("--num-workers", "--threads", "--num-processes", "--memory-per-worker")),
     ("nodes nnodes num-nodes nproc-per-node", ("--num-workers",)),
     ("num-threads n-threads cpus num-cpus cores",
      ("--cpus-per-worker", "--threads", "--num-processes")),
@@ -59,8 +59,8 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
      ("--image-size", _SIZE_OF_DATASET)),
     ("patch-size crop-size tile-size", ("--tile", "set in the dataset: `flexunet prep --tile`")),
     ("stride step-size tile-step-size window-stride",
-     ("--tile-overlap", "--overlap", "--window-overlap")),
-    ("overlap", ("--tile-overlap", "--window-overlap")),
+     ("--overlap", "--window-overlap", "--tile-overlap")),
+    ("overlap", ("--window-overlap", "--tile-overlap")),
     ("val-split validation-split valid-split test-size train-ratio split-ratio val-ratio val-size "
      "split val-fraction", ("--fractions", "--split", _SPLIT_OF_DATASET)),
     ("classes num-classes n-classes nc nclass num-labels", ("--model.num-classes", "--classes")),

@@ -3,15 +3,22 @@
 python -m job.train --local --data DATASET --output RUNS --name NAME
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
-from flexunet.cli.options import PATH, SettingsCommand, explicit_options, settings_options
+from flexunet.cli.options import (
+    PATH,
+    SettingsCommand,
+    explicit_options,
+    extra_options,
+    settings_options,
+)
 from flexunet.cli.runner import run_command
 from flexunet.errors import UsageError
 from flexunet.storage import join_url, open_store
+from job.compat.ini_prep import PreparationConfig
 from job.config import TrainConfig
 from job.data.folds import is_cross_validation
 from job.distributed.rendezvous import ProcessSpec, process_spec_from_environment
@@ -22,16 +29,6 @@ from job.runs.layout import run_url
 from job.training.cross_validation import cross_validate, separate_process
 from job.training.options import resolve_config
 from job.training.process import run_in_cluster, run_local, stop_signals
-
-
-def prep_flags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the flags for preparing the dataset of a reference .config file."""
-    for name, text in (
-        ("--skip-bad", "leave out bad images; report/rejects.csv of the dataset lists them."),
-        ("--allow-leaks", "accept splits that share a group or an image."),
-    ):
-        function = click.option(name, is_flag=True, help=f"With a .config file: {text}")(function)
-    return function
 
 
 @click.command(cls=SettingsCommand)
@@ -48,11 +45,9 @@ def prep_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     help="YAML file with any of these options, or a .config file of the reference implementation "
     "(TensorFlow-FlexUNet).",
 )
-@prep_flags
 @settings_options(TrainConfig)
-def command(
-    local: bool, file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any
-) -> int:
+@extra_options(PreparationConfig, "prep", [TrainConfig])
+def command(local: bool, file: str | None, **options: Any) -> int:
     """Train a segmentation network on a prepared dataset, then evaluate it.
 
     The same command again resumes the run. Ctrl-C saves and stops with exit code 6.
@@ -63,9 +58,8 @@ def command(
             "no cluster is described here (TF_CONFIG is not set); give --local to train on this "
             "machine, or use `flexunet launch train` for a Ray cluster"
         )
-    flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
-    prep_options = {name: True for name, is_given in flags.items() if is_given}
-    config = resolve_config(explicit_options(options), file, prep_options)
+    values = explicit_options(options)
+    config = resolve_config(values, file, values.pop("prep", {}))
     if is_cross_validation(config):
         return _cross_validate(config, spec)
     outcome = run_in_cluster(config, spec) if spec else run_local(config)

@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 from pydantic.fields import FieldInfo
@@ -130,7 +130,31 @@ def settings_options(
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for path, field in reversed(list(fields_of(cls))):
             if path[0] not in skip:
-                function = _click_option(cls, path, field)(function)
+                place = _OptionPlace(flag_of(path), path, _group_of(cls, path))
+                function = _click_option(place, field)(function)
+        return function
+
+    return decorate
+
+
+def extra_options(
+    cls: type[Settings], name: str, beside: Sequence[type[Settings]]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Returns a decorator that adds the fields of `cls` as a section of their own.
+
+    `explicit_options` returns their values as the group `name`. The options have the names of the
+    fields; a name that `beside` has, too, is `--NAME.FIELD`.
+
+    Args:
+        cls: has no nested groups; its docstring explains the section.
+        beside: settings classes of the command's other options.
+    """
+    taken = {path for each in beside for path, _ in fields_of(each)}
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for path, field in reversed(list(fields_of(cls))):
+            flag = flag_of((name, *path) if path in taken else path)
+            function = _click_option(_OptionPlace(flag, (name, *path), cls), field)(function)
         return function
 
     return decorate
@@ -189,23 +213,29 @@ class _SettingsOption(click.Option):
         return "--" + ".".join([*groups, f"[no-]{leaf}"]), record[1]
 
 
-def _click_option(
-    cls: type[Settings], path: tuple[str, ...], field: FieldInfo
-) -> Callable[..., Any]:
-    dashed = [part.replace("_", "-") for part in path]
-    declarations = [flag_of(path)]
+class _OptionPlace(NamedTuple):
+    """The place of an option: its flag, the path of its value, and its section of the help."""
+
+    flag: str
+    path: tuple[str, ...]
+    group: type[Settings] | None
+
+
+def _click_option(place: _OptionPlace, field: FieldInfo) -> Callable[..., Any]:
+    declarations = [place.flag]
     kind = _without_none(field.annotation)
     attributes: dict[str, Any] = {
         "cls": _SettingsOption,
-        "group": _group_of(cls, path),
+        "group": place.group,
         "is_nullable": kind is not field.annotation,
         "default": None,
     }
     text = field.description or ""
     if kind is bool:
-        declarations[0] += "/--" + ".".join([*dashed[:-1], "no-" + dashed[-1]])
+        *dashed, last = place.flag.removeprefix("--").split(".")
+        declarations[0] += "/--" + ".".join([*dashed, f"no-{last}"])
     else:
-        value_type, metavar = _type_of(path, kind)
+        value_type, metavar = _type_of(place.path, kind)
         if isinstance(value_type, click.Choice) and len(metavar) > _MAX_CHOICES_WIDTH:
             text = f"{text} One of: {', '.join(value_type.choices)}."
             metavar = "NAME"
@@ -214,7 +244,7 @@ def _click_option(
         attributes |= {"type": value_type, "metavar": metavar}
     # Help lines must not break inside the default; the formatter restores the blanks.
     text = (text + _default_text(field)).replace("default: ", "default:" + _FIXED_BLANK)
-    return click.option(*declarations, _SEPARATOR.join(path), help=text, **attributes)
+    return click.option(*declarations, _SEPARATOR.join(place.path), help=text, **attributes)
 
 
 def _group_of(cls: type[Settings], path: tuple[str, ...]) -> type[Settings] | None:

@@ -7,8 +7,9 @@ from flexunet.errors import DivergedError, StoppedError, UsageError
 from job.api.events import Event, EventSender
 from job.api.keywords import StrPath, keyword_errors, keyword_values, path_text
 from job.api.log import shown_log
-from job.api.options import TrainOptions
+from job.api.options import PrepOptions, TrainOptions
 from job.api.runs import Run, open_run
+from job.compat.ini_prep import PreparationConfig
 from job.config import TrainConfig
 from job.data.folds import is_cross_validation
 from job.runs.layout import run_url
@@ -22,6 +23,7 @@ def train(
     on_event: Callable[[Event], object] | None = None,
     skip_bad: bool = False,
     allow_leaks: bool = False,
+    prep: PrepOptions | None = None,
     **options: Unpack[TrainOptions],
 ) -> Run:
     """Trains a network on a prepared dataset in this process, then evaluates it.
@@ -45,6 +47,8 @@ def train(
             sends none.
         skip_bad: with a .config file: leave bad images out of the dataset.
         allow_leaks: with a .config file: accept splits that share a group or an image.
+        prep: with a .config file: options of the preparation, as for `flexunet.prepare`:
+            `prep={"group_regex": "patient([0-9]+)"}`.
         options: the fields of `TrainConfig`: `data="dataset"`, `epochs=5`,
             `model={"num_layers": 5}`. With `progress` (the default) a bar or lines of the log show
             how far it is; a program that has set up logging decides itself what is shown.
@@ -75,7 +79,10 @@ def train(
     """
     values = keyword_values("train", TrainConfig, options, ("config",))
     flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
-    prep_options = {name: True for name, is_given in flags.items() if is_given}
+    prep_options = {
+        **keyword_values("train", PreparationConfig, prep or {}),
+        **{name: True for name, is_given in flags.items() if is_given},
+    }
     flag_names = ("allow_leaks", "skip_bad")
     with (
         keyword_errors(TrainConfig, flag_names),

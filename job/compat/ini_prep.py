@@ -1,12 +1,16 @@
 """Maps the image and mask keys of reference files to data_prep, and prepares the dataset."""
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_prep.config import PrepConfig
+from data_prep.shards.manifest import read_manifest
 from data_prep.sources.pairs import Source
-from flexunet.errors import UsageError
+from flexunet.errors import FlexUNetError, UsageError
 from flexunet.settings import parse_settings
+from flexunet.storage import open_store
 from job.compat.ini_reader import KeyReader
 from job.compat.ini_values import folder_from, optional, same, whole
 
@@ -77,20 +81,65 @@ def read_source(reader: KeyReader, split: str) -> Source | None:
     return Source(images=images, masks=masks, split=split)
 
 
+class PreparationConfig(PrepConfig):
+    """With a .config file, without --data: how to prepare its images. Options win over the file."""
+
+
+def prep_config(
+    of_file: Mapping[str, Any], options: Mapping[str, Any], path: str, *, is_typed: bool = True
+) -> PrepConfig:
+    """Returns how the images of the file at `path` are prepared; options win over the file.
+
+    Args:
+        of_file: values of the file.
+        options: values for PrepConfig from the command line or a program.
+        is_typed: whether `options` are from the command line.
+
+    Raises:
+        UsageError: a value is not allowed, or two contradict.
+    """
+    sizes = {"image_height", "image_width"} if "image_size" in options else set()
+    if options.get("tile") is not None:
+        sizes = {"image_size", "image_height", "image_width"}
+    kept = {name: value for name, value in of_file.items() if name not in sizes}
+    typed = options if is_typed else None
+    return parse_settings(PrepConfig, {**kept, **options}, path, typed=typed)
+
+
+def warn_of_other_size(data: str, of_file: Mapping[str, Any], path: str) -> None:
+    """Warns if the dataset at `data` has another image size than the file at `path`.
+
+    A dataset that cannot be read is an error of training.
+    """
+    with contextlib.suppress(FlexUNetError):
+        config = prep_config(of_file, {}, path)
+        manifest, _ = read_manifest(open_store(data))
+        found = (manifest.image_height, manifest.image_width)
+        if found != (config.height, config.width):
+            logger.warning(
+                "%s has images of %dx%d pixels (height x width), but %s asks for %dx%d; training "
+                "uses those of the dataset",
+                data,
+                *found,
+                path,
+                config.height,
+                config.width,
+            )
+
+
 def prepare_sources(
-    sources: Sequence[Source], options: Mapping[str, Any], output_url: str, path: str
+    sources: Sequence[Source], config: PrepConfig, output_url: str, path: str
 ) -> None:
     """Prepares a dataset from the image folders of the file at `path`, unless it is finished.
 
     Args:
         sources: image folders of the file.
-        options: values for PrepConfig from the file and the command line.
+        config: see `prep_config`.
 
     Raises:
         UsageError: the file names no image folders, or a folder is missing or empty.
         ContentError: images are bad or splits leak.
     """
-    from data_prep.config import PrepConfig
     from data_prep.pipeline import prepare
 
     if "train" not in {source.split for source in sources}:
@@ -98,9 +147,8 @@ def prepare_sources(
             f"{path}: no dataset: [train] names no images_dir and masks_dir; "
             "add them, or give --data DATASET, a folder or gs:// URL written by prep"
         )
-    config = parse_settings(PrepConfig, options, path)
     logger.info("preparing the images of %s in %s", path, output_url)
-    prepare(sources, output_url, config, has_options=False)
+    prepare(sources, output_url, config)
 
 
 def _color_map(value: Any) -> list[tuple[int, ...]]:

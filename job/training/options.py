@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def resolve_config(
     options: Mapping[str, Any],
     file: str | None,
-    prep_options: Mapping[str, bool] | None = None,
+    prep_options: Mapping[str, Any] | None = None,
     *,
     function: str | None = None,
 ) -> TrainConfig:
@@ -44,6 +44,7 @@ def resolve_config(
     image folders are prepared next to the run, with `prep_options`.
 
     Args:
+        prep_options: values for PrepConfig.
         function: Python function whose keyword arguments are the options; for error messages.
 
     Raises:
@@ -55,7 +56,7 @@ def resolve_config(
     if file is not None and is_reference_config(file):
         return _resolve_reference(options, file, prep_options or {}, function)
     if prep_options:
-        raise _nothing_to_prepare(prep_options)
+        raise _nothing_to_prepare(prep_options, function)
     values = read_yaml(read_text(file), file) if file else {}
     if file is not None:
         _check_preset(options, values, file)
@@ -187,11 +188,11 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 def _resolve_reference(
     options: Mapping[str, Any],
     file: str,
-    prep_options: Mapping[str, bool],
+    prep_options: Mapping[str, Any],
     function: str | None,
 ) -> TrainConfig:
     from job.compat.ini_mapping import read_reference_config
-    from job.compat.ini_prep import prepare_sources
+    from job.compat.ini_prep import prep_config, prepare_sources, warn_of_other_size
     from job.compat.ini_reader import format_notes
 
     reference = read_reference_config(file)
@@ -210,18 +211,28 @@ def _resolve_reference(
         options if function is None else None,
         lambda found: run_name(found.data or folder),
     )
-    name = str(config.name)
-    if config.data is None:
-        _check_can_prepare(reference, file)
-        data = join_url(config.output, f"{name}-dataset")
-        prepare_sources(reference.sources, {**reference.prep, **prep_options}, data, file)
-        config = config.model_copy(update={"data": data})
-    elif prep_options:
-        raise _nothing_to_prepare(prep_options)
+    own = _absolute(config.model_copy(update={"data": join_url(config.output, _own_name(config))}))
+    is_own = "data" not in options and config.data in (None, own.data)
+    if config.data is None or (is_own and prep_options):
+        prep = prep_config(reference.prep, prep_options, file, is_typed=function is None)
+        _check_can_prepare(reference, prep_options, file)
+        prepare_sources(reference.sources, prep, str(own.data), file)
+        return own
+    if prep_options:
+        raise _nothing_to_prepare(prep_options, function)
+    if not is_own:
+        warn_of_other_size(config.data, reference.prep, file)
     return _absolute(config)
 
 
-def _check_can_prepare(reference: "ReferenceConfig", file: str) -> None:
+def _own_name(config: TrainConfig) -> str:
+    """Returns the folder of the dataset that is prepared for a run."""
+    return f"{config.name}-dataset"
+
+
+def _check_can_prepare(
+    reference: "ReferenceConfig", prep_options: Mapping[str, Any], file: str
+) -> None:
     """Refuses images and masks of `file` that would be read wrongly.
 
     Raises:
@@ -233,11 +244,11 @@ def _check_can_prepare(reference: "ReferenceConfig", file: str) -> None:
             f"{file}: model.image_channels = {model['image_channels']}: only images with 1 or 3 "
             "channels can be prepared; give 1 or 3"
         )
-    if "classes" not in reference.prep and model["num_classes"] > 2:
+    if "classes" not in {*reference.prep, *prep_options} and model["num_classes"] > 2:
         raise UsageError(
             f"{file}: mask.rgb_map is missing; add {{(r,g,b): class, ...}} with the colours of the "
-            f"{model['num_classes']} classes. The reference implementation would use the colours "
-            "of an example, without a message"
+            f"{model['num_classes']} classes, or give --classes. The reference implementation "
+            "would use the colours of an example, without a message"
         )
 
 
@@ -258,8 +269,11 @@ def _check_preset(options: Mapping[str, Any], values: Mapping[str, Any], file: s
         )
 
 
-def _nothing_to_prepare(prep_options: Mapping[str, bool]) -> UsageError:
-    flag = "--" + next(iter(prep_options)).replace("_", "-")
+def _nothing_to_prepare(prep_options: Mapping[str, Any], function: str | None) -> UsageError:
+    name = next(iter(prep_options))
+    flag = flag_of(["prep", name] if name in TrainConfig.model_fields else [name])
+    if function is not None and name not in ("skip_bad", "allow_leaks"):
+        flag = f"prep={{'{name}': ...}}"
     return UsageError(
         f"{flag} needs a .config file without --data; give it to `flexunet prep` instead"
     )

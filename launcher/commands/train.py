@@ -12,16 +12,18 @@ from flexunet.cli.options import (
     PATH,
     SettingsCommand,
     explicit_options,
+    extra_options,
     from_options,
     settings_options,
 )
 from flexunet.storage import open_store
+from job.compat.ini_prep import PreparationConfig
 from job.config import TrainConfig
 from job.data.folds import is_cross_validation
 from job.reporting.fold_tables import show_folds
 from job.reporting.html_report import write_report
 from job.runs.layout import run_url
-from job.train import prep_flags, show_end
+from job.train import show_end
 from job.training.cross_validation import cross_validate, separate_process
 from job.training.options import resolve_config
 from job.training.process import stop_signals
@@ -42,19 +44,18 @@ logger = logging.getLogger(__name__)
     help="YAML file with train options, or a .config file of the reference implementation "
     "(TensorFlow-FlexUNet).",
 )
-@prep_flags
 @settings_options(LaunchConfig)
 @settings_options(TrainConfig)
-def command(file: str | None, allow_leaks: bool, skip_bad: bool, **options: Any) -> int:
+@extra_options(PreparationConfig, "prep", [TrainConfig, LaunchConfig])
+def command(file: str | None, **options: Any) -> int:
     """Train on a Ray cluster, or on a local Ray.
 
     The same command again resumes the run, on any number of workers that divides the batch size.
     """
-    flags = {"allow_leaks": allow_leaks, "skip_bad": skip_bad}
     where = {name: options.pop(name) for name in LaunchConfig.model_fields}
     settings = from_options(LaunchConfig, where)
-    prep_options = {name: True for name, is_given in flags.items() if is_given}
-    config = resolve_config(explicit_options(options), file, prep_options)
+    values = explicit_options(options)
+    config = resolve_config(values, file, values.pop("prep", {}))
     if is_cross_validation(config):
         return _cross_validate(config, settings)
     show_end(launch(config, settings), run_url(config))

@@ -5,12 +5,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from flexunet.errors import ContentError, UsageError
-from job.train import main
+from data_prep.config import PrepConfig
+from data_prep.shards.manifest import read_manifest
+from flexunet.errors import ContentError, StoppedError, UsageError
+from flexunet.settings import flag_of
+from flexunet.storage import open_store
+from job.compat.ini_prep import prep_config
+from job.config import TrainConfig
+from job.train import command, main
 from job.training.options import resolve_config
+from launcher.commands.train import command as launch_command
 from tests.job.discs import write_discs
 
 CONFIG = """\
@@ -115,8 +124,8 @@ def test_without_image_folders_a_dataset_must_be_given(
     capsys.readouterr()
     assert main(["--local", "--config", str(project), "--output", str(tmp_path / "runs")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"flexunet train: {project}: no da")
-    config = resolve_config({"data": "gs://bucket/discs"}, str(project))
-    assert (config.data, config.name) == ("gs://bucket/discs", "discs")
+    config = resolve_config({"data": "/data/discs"}, str(project))
+    assert (config.data, config.name) == ("/data/discs", "discs")
 
 
 def test_folders_that_are_missing_are_named(project: Path, tmp_path: Path) -> None:
@@ -167,18 +176,84 @@ def test_bad_images_can_be_left_out(project: Path, tmp_path: Path) -> None:
     assert "train-disc-00.png" in rejects
 
 
-def test_a_missing_group_is_reported_with_the_command_that_has_groups(
+def test_every_option_of_preparation_is_an_option_of_training() -> None:
+    flags = {flag for each in command.params for flag in each.opts}
+    expected = {flag_of([name]) for name in PrepConfig.model_fields}
+    # The only name that means something else in training.
+    assert expected - {"--seed"} <= flags
+    assert set(PrepConfig.model_fields) & set(TrainConfig.model_fields) == {"seed"}
+    assert {"--prep.seed", "--seed", "--no-skip-bad"} <= flags | {
+        flag for each in command.params for flag in each.secondary_opts
+    }
+    of_launch = {flag for each in launch_command.params for flag in each.opts}
+    assert flags - {"--local"} <= of_launch
+
+
+def test_options_of_preparation_win_over_the_file(project: Path, tmp_path: Path) -> None:
+    argv = ["--image-size", "16", "--group-regex", "[a-z]+-disc", "--prep.seed", "3", "--seed", "4"]
+    argv += ["--classes", "background=0,0,0;disc=255,255,255", "--allow-leaks", "--shard-size", "9"]
+    argv += ["--num-processes", "1"]
+    with patch("job.train.run_local", side_effect=StoppedError) as run_local:
+        assert main(["--local", "--config", str(project), "--output", str(tmp_path), *argv]) == 6
+    (config,) = run_local.call_args.args
+    assert config.seed == 4
+    manifest, _ = read_manifest(open_store(config.data))
+    assert (manifest.image_height, manifest.image_width) == (16, 16)
+    assert [each.name for each in manifest.classes] == ["background", "disc"]
+    found = {name: manifest.options[name] for name in ("group_regex", "seed", "shard_size")}
+    assert found == {"group_regex": "[a-z]+-disc", "seed": 3, "shard_size": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (16, 32)),
+        ({"image_size": 64}, (64, 64)),
+        ({"image_width": 48}, (16, 48)),
+        ({"tile": 24}, (24, 24)),
+        ({"tile": None}, (16, 32)),
+    ],
+)
+def test_sizes_of_options_replace_those_of_the_file(
+    options: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    config = prep_config({"image_height": 16, "image_width": 32}, options, "a.config")
+    assert (config.height, config.width) == expected
+
+
+def test_the_same_command_resumes_with_options_of_preparation(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "job.training.options._stored_values"
+    small = {"image_size": 16, "num_processes": 1}
+    first = resolve_config({}, str(project), small)
+    with patch(name, return_value={"data": first.data}):
+        assert resolve_config({}, str(project), small).data == first.data
+        assert resolve_config({}, str(project)).data == first.data
+        with pytest.raises(UsageError, match=r"\(--image-size was 16, now 32"):
+            resolve_config({}, str(project), {**small, "image_size": 32})
+    with (
+        patch(name, return_value={"data": "other"}),
+        pytest.raises(UsageError, match=r"--image-size needs a \.config file without --data"),
+    ):
+        resolve_config({}, str(project), small)
+
+
+def test_a_dataset_of_another_size_is_a_warning(
     project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    resolve_config({"output": str(tmp_path / "runs")}, str(project))
-    how = "prepare them with `flexunet prep ... {}` and give the dataset with --data"
-    assert how.format("--group-regex REGEX") in caplog.text
+    data = str(
+        resolve_config({"output": str(tmp_path / "runs")}, str(project), {"num_processes": 1}).data
+    )
+    options = {"output": str(tmp_path / "other"), "data": data}
     caplog.clear()
-    for path in (tmp_path / "dataset" / "Discs" / "train").glob("*/train-disc-00.png"):
-        path.rename(path.with_name("rotated_90_1.png"))
-    resolve_config({"output": str(tmp_path / "others")}, str(project))
-    assert "1 of 8 names look like augmented copies (rotated_90_1.png)" in caplog.text
-    assert how.format("--group-preset augmented") in caplog.text
+    resolve_config(options, str(project))
+    assert "images of" not in caplog.text
+    project.write_text(CONFIG.replace("image_height  = 32", "image_height  = 64"))
+    resolve_config(options, str(project))
+    expected = f"{data} has images of 32x32 pixels (height x width), but {project} asks for 64x32"
+    assert expected in caplog.text
 
 
 @pytest.mark.parametrize("flag", ["--allow-leaks", "--skip-bad"])

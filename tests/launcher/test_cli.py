@@ -113,6 +113,7 @@ def test_help_of_train_has_a_section_for_each_group(help_of: Callable[..., str])
         "Optimizer options:",
         "Schedule options:",
         "Augmentation options:",
+        "Preparation options:",
         "Values:",
     ]
 
@@ -215,7 +216,7 @@ TYPED = {
     "--patience": "--schedule.early-stopping-patience",
     "--weights": "--init-from",
     "--pretrained-weights": "--init-from",
-    "--classes": "--model.num-classes",
+    "--overlap": "--window-overlap",
     "--nc": "--model.num-classes",
     "--data-dir": "--data",
     "--output-dir": "--output",
