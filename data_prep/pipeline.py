@@ -6,7 +6,7 @@ Other modules find, read, split and store the images.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 
 from data_prep import report_figures
@@ -17,7 +17,7 @@ from data_prep.imaging.color_map import parse_color_map
 from data_prep.manifest_builder import Contents, build_manifest, warn_of_lost_regions
 from data_prep.prep_input import PrepInput, collect_input, source_digest, sources_of
 from data_prep.report_files import write_clipped, write_counts, write_report
-from data_prep.shards.encode import chunked, scan_chunk
+from data_prep.shards.encode import batched, chunked, scan_chunks
 from data_prep.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data_prep.shards.output import (
     STATE_PREFIX,
@@ -27,14 +27,21 @@ from data_prep.shards.output import (
     remove_state,
     staging_url,
 )
-from data_prep.shards.pair_reader import source_crcs
+from data_prep.shards.pair_reader import listed_crcs, source_crcs
 from data_prep.shards.sample_table import samples_to_parquet
 from data_prep.shards.source_pairs import EncodedSample, Layout, RejectedPair, ScanTask, SourcePair
 from data_prep.shards.write import ShardTask, WrittenShard, plan_shards, sample_rows, write_shard
+from data_prep.sources.listings import Listings
 from data_prep.sources.pairs import Source, folder_made_by
 from data_prep.splits.names import SPLITS
 from flexunet.errors import ContentError, UsageError
-from flexunet.process_pool import OpenWorkers, Workers, available_cores, local_workers
+from flexunet.process_pool import (
+    OpenWorkers,
+    Workers,
+    available_cores,
+    local_workers,
+    num_requests,
+)
 from flexunet.progress import Progress
 from flexunet.storage import ObjectStore, is_file, open_store, probe_writable
 from flexunet.text import join_truncated, pluralize
@@ -63,9 +70,11 @@ def prepare_source(
         UsageError, ContentError, StorageError: see `prepare`; also if the output would create a
             folder where the next preparation of `source` looks for images.
     """
-    sources = sources_of(source, config)
-    _refuse_other_layout(source, output, config)
-    return prepare(sources, output, config, open_workers=open_workers, progress=progress)
+    listings = Listings()
+    sources = sources_of(source, config, listings)
+    _refuse_other_layout(source, output, config, listings)
+    command = _Command(open_workers, progress, has_options=True)
+    return _prepare_listed(sources, output, config, listings, command)
 
 
 def prepare(
@@ -91,26 +100,46 @@ def prepare(
         ContentError: a file is bad or splits leak; nothing was committed.
         StorageError: storage is unavailable, read-only or full; the same call continues.
     """
+    command = _Command(open_workers, progress, has_options)
+    return _prepare_listed(sources, output_url, config, Listings(), command)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Command:
+    """The arguments of `prepare` that do not change the dataset."""
+
+    open_workers: OpenWorkers | None
+    progress: bool
+    has_options: bool
+
+
+def _prepare_listed(
+    sources: Sequence[Source],
+    output_url: str,
+    config: PrepConfig,
+    listings: Listings,
+    command: _Command,
+) -> Manifest:
     if not sources:
         raise UsageError("prep: no sources were given; give at least one folder of images")
     store = open_store(output_url)
     if is_file(store):
         raise UsageError(f"{store.url}: is a file; OUTPUT must be a folder, which prep creates")
-    prep_input = collect_input(sources, store, config, has_options=has_options)
+    prep_input = collect_input(sources, store, config, listings, has_options=command.has_options)
     is_finished = store.stat(MANIFEST_NAME) is not None
     if not is_finished:
         # In the staging folder, with which a remaining probe is deleted.
         probe_writable(store.subpath(STATE_PREFIX), may_stay=True)
-    with (open_workers or _processes(config, len(prep_input.items)))() as workers:
-        work = _Work(store, config, workers, progress)
+    with (command.open_workers or _processes(config, len(prep_input.items)))() as workers:
+        work = _Work(store, config, workers, command.progress)
         manifest = _finished(work, prep_input) if is_finished else _prepare(work, prep_input)
     warn_of_lost_regions(manifest)
     return manifest
 
 
-def _refuse_other_layout(source: str, output: str, config: PrepConfig) -> None:
+def _refuse_other_layout(source: str, output: str, config: PrepConfig, listings: Listings) -> None:
     store = open_store(output)
-    folder = folder_made_by(store, source) if config.format == "pairs" else None
+    folder = folder_made_by(store, source, listings) if config.format == "pairs" else None
     if folder:
         raise UsageError(
             f"{store.url}: the output would create {folder}, where the next prep looks for images; "
@@ -183,7 +212,9 @@ def _finished(work: _Work, prep_input: PrepInput) -> Manifest:
     plan = {"options": identity_of(work.config), "source_sha256": manifest.source_sha256}
     if found["options"] == plan["options"]:
         items = prep_input.items
-        crcs = _run(work, source_crcs, items, "comparing", len(items), lambda _: 1)
+        unlisted = [item for item in items if listed_crcs(item) is None]
+        read = iter(_run(work, source_crcs, unlisted, "comparing", len(unlisted), lambda _: 1))
+        crcs = [listed_crcs(item) or next(read) for item in items]
         plan["source_sha256"] = source_digest(items, crcs, prep_input.refused)
     if found != plan:
         raise UsageError(
@@ -253,15 +284,24 @@ def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | Reje
         full_scale=config.full_scale,
     )
     staging = staging_url(work.store.url)
-    tasks = [
+    chunks = [
         ScanTask(staging, layout, chunk, config.skip_bad, config.dicom_reader)
         for chunk in chunked(items, layout)
     ]
+    staged = {stat.name for stat in open_store(staging).list()}
+    tasks = batched(chunks, staged, work.workers.num_workers(), _num_requests(work, items))
     try:
-        results = _run(work, scan_chunk, tasks, "encoding", len(items), _num_images)
+        results = _run(work, scan_chunks, tasks, "encoding", len(items), _num_images)
     except ContentError as error:
         raise ContentError(f"{error}; or skip such files with --skip-bad") from error
     return [result for chunk in results for result in chunk]
+
+
+def _num_requests(work: _Work, items: Sequence[SourcePair] = ()) -> int:
+    """Returns how many requests each worker may send at once."""
+    urls = {file.url for item in items for file in (item.image, item.mask) if file is not None}
+    stores = [work.store, *map(open_store, urls)]
+    return num_requests(*stores, num_processes=work.workers.num_workers())
 
 
 def _refuse_empty_splits(samples: Sequence[EncodedSample], wanted: Collection[str]) -> None:
@@ -303,13 +343,15 @@ def _num_images(results: Sequence[EncodedSample | RejectedPair]) -> int:
 
 def _write(work: _Work, tasks: Sequence[ShardTask]) -> list[WrittenShard]:
     num_images = sum(len(task.records) for task in tasks)
+    number = _num_requests(work)
+    tasks = [dataclasses.replace(task, num_requests=number) for task in tasks]
     return _run(work, write_shard, tasks, "writing", num_images, lambda shard: len(shard.records))
 
 
 def _run(
     work: _Work,
     function: Callable[[T], R],
-    tasks: Sequence[T],
+    tasks: Iterable[T],
     title: str,
     num_images: int,
     images_in: Callable[[R], int],

@@ -14,6 +14,7 @@ from data_prep.config import PrepConfig
 from data_prep.hidden_names import dataset_name, hidden, hidden_name, without_name
 from data_prep.shards.source_pairs import File, SourcePair
 from data_prep.sources import inbreast
+from data_prep.sources.listings import Listings
 from data_prep.sources.pairs import Pair, Reject, Source, find_pairs, find_sources
 from data_prep.splits import groups
 from flexunet.errors import ContentError, StorageError, UsageError
@@ -23,7 +24,6 @@ from flexunet.storage import (
     folder_problem,
     is_subpath,
     join_url,
-    open_source,
     open_store,
 )
 from flexunet.text import legible, pluralize
@@ -47,8 +47,13 @@ class PrepInput:
     refused: tuple[tuple[str, str], ...]
 
 
-def sources_of(source: str, config: PrepConfig) -> tuple[Source, ...]:
+def sources_of(
+    source: str, config: PrepConfig, listings: Listings | None = None
+) -> tuple[Source, ...]:
     """Returns the folders with the images and masks of `source`.
+
+    Args:
+        listings: of the command, which lists the same folders later.
 
     Raises:
         UsageError: a folder is missing or empty.
@@ -57,12 +62,13 @@ def sources_of(source: str, config: PrepConfig) -> tuple[Source, ...]:
     problem = folder_problem(open_store(source))
     if problem:
         raise UsageError(f"{url}: {problem}; give the folder that contains the source")
+    listings = listings or Listings()
     if config.format == "inbreast":
-        return inbreast.find_release(source)
+        return inbreast.find_release(source, listings)
     try:
-        return find_sources(source)
+        return find_sources(source, listings)
     except UsageError as error:
-        if not inbreast.is_release(source):
+        if not inbreast.is_release(source, listings):
             raise
         raise UsageError(
             f"{url}: has no images/ and masks/, but looks like INbreast; give --format inbreast"
@@ -70,7 +76,12 @@ def sources_of(source: str, config: PrepConfig) -> tuple[Source, ...]:
 
 
 def collect_input(
-    sources: Sequence[Source], output: ObjectStore, config: PrepConfig, *, has_options: bool
+    sources: Sequence[Source],
+    output: ObjectStore,
+    config: PrepConfig,
+    listings: Listings,
+    *,
+    has_options: bool,
 ) -> PrepInput:
     """Returns the items of `sources`, sorted by id, and the rejected files.
 
@@ -85,13 +96,13 @@ def collect_input(
     """
     _refuse_overlap(output, sources)
     find = inbreast.find_cases if config.format == "inbreast" else find_pairs
-    pairs, rejects = find(sources)
+    pairs, rejects = find(sources, listings)
     grouped, ungrouped = _grouped(pairs, config, has_options=has_options)
     refused = _refused([*rejects, *ungrouped], config)
     return PrepInput(
         name=dataset_name(sources, config),
         wanted_splits=frozenset(source.split for source in sources if source.split is not None),
-        items=tuple(pairs_of(grouped, config)),
+        items=tuple(pairs_of(grouped, config, listings)),
         refused=tuple(refused),
     )
 
@@ -105,14 +116,16 @@ def _refuse_overlap(store: ObjectStore, sources: Sequence[Source]) -> None:
                 )
 
 
-def pairs_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[SourcePair]:
+def pairs_of(
+    grouped: Sequence[tuple[Pair, str]], config: PrepConfig, listings: Listings
+) -> list[SourcePair]:
     """Returns an item to encode for each pair with its group, sorted by id.
 
     Raises:
         StorageError: a file was deleted after it was listed.
     """
     urls = {url for pair, _ in grouped for url in (pair.image_url, pair.mask_url)}
-    stats = {url: {stat.name: stat for stat in open_source(url).list()} for url in urls}
+    stats = {url: {stat.name: stat for stat in listings.files(url)} for url in urls}
 
     def file(url: str, name: str) -> File:
         stat = stats[url].get(name)
@@ -122,7 +135,7 @@ def pairs_of(grouped: Sequence[tuple[Pair, str]], config: PrepConfig) -> list[So
         # shown to the user only.
         secret = config.hash_names and config.skip_bad
         label = hidden_name(name, config) if secret else join_url(url, name)
-        return File(url, name, label, stat.size, stat.generation)
+        return File(url, name, label, stat.size, stat.generation, stat.crc32c)
 
     items = [
         SourcePair(

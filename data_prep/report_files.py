@@ -3,6 +3,7 @@
 Selects the samples to show and the numbers to count; `report_figures.py` draws them.
 """
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from data_prep.shards.source_pairs import EncodedSample
 from data_prep.sources import inbreast
 from data_prep.splits.names import SPLITS
 from flexunet.errors import ContentError
-from flexunet.storage import ObjectStore, put_if_changed
+from flexunet.process_pool import in_order, num_requests, request_threads
+from flexunet.storage import ObjectStore, put_probably_new
 from flexunet.tables import csv_table
 
 _PAIRS_PER_CONTACT_SHEET = 6
@@ -33,7 +35,7 @@ def write_report(
         refused: (file, reason) of each rejected file.
     """
     # The file may exist from an interrupted run, and the account may not replace objects.
-    put_if_changed(
+    put_probably_new(
         store, report_figures.REJECTS_NAME, report_figures.rejects_csv(sorted(refused)).encode()
     )
     statistics: dict[str, report_figures.SplitStatistics] = {}
@@ -44,7 +46,7 @@ def write_report(
         counts = zip(*(row["pixels_per_class"] for row in members), strict=True)
         pixels = tuple(sum(column) for column in counts)
         statistics[name] = report_figures.SplitStatistics(len(members), pixels)
-        pairs = [_read_pair(store, row) for row in _shown(members)]
+        pairs = _read_pairs(store, _shown(members))
         title = f"{manifest.name}: {name}, {len(pairs)} of {len(members)} samples, foreground first"
         contact_sheet = report_figures.contact_sheet_png(
             pairs,
@@ -53,9 +55,9 @@ def write_report(
             title,
             ignore_id=manifest.ignore_id,
         )
-        put_if_changed(store, report_figures.contact_sheet_name(name), contact_sheet)
+        put_probably_new(store, report_figures.contact_sheet_name(name), contact_sheet)
     plot = report_figures.statistics_png(statistics, manifest.classes, manifest.name)
-    put_if_changed(store, report_figures.STATISTICS_NAME, plot)
+    put_probably_new(store, report_figures.STATISTICS_NAME, plot)
 
 
 def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -75,7 +77,7 @@ def write_clipped(store: ObjectStore, above: Sequence[tuple[EncodedSample, int]]
     """
     if above:
         lines = [(sample.filename, count, sample.max_value) for sample, count in above]
-        put_if_changed(
+        put_probably_new(
             store, report_figures.CLIPPED_NAME, report_figures.clipped_csv(lines).encode()
         )
 
@@ -92,7 +94,15 @@ def write_counts(
     groups = {sample.image_id: sample.group for sample in samples}
     found = [image_id for image_id in findings if image_id in unannotated]
     table = csv_table(inbreast.COUNTS_COLUMNS, inbreast.count_rows(findings, groups, found))
-    put_if_changed(store, inbreast.COUNTS_NAME, table.encode())
+    put_probably_new(store, inbreast.COUNTS_NAME, table.encode())
+
+
+def _read_pairs(
+    store: ObjectStore, rows: Sequence[Mapping[str, Any]]
+) -> list[report_figures.PairPreview]:
+    with request_threads(num_requests(store)) as threads:
+        read = functools.partial(_read_pair, store)
+        return list(in_order(threads, read, rows, num_waiting=len(rows)))
 
 
 def _read_pair(store: ObjectStore, row: Mapping[str, Any]) -> report_figures.PairPreview:

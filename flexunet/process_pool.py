@@ -1,4 +1,4 @@
-"""Runs functions in worker processes, with bounded queues and cleanup.
+"""Runs functions in worker processes, and requests in threads, with bounded queues and cleanup.
 
 Works with any `concurrent.futures.Executor`. The executor made here spawns its workers, because
 forking a process that has threads may deadlock.
@@ -12,11 +12,12 @@ import itertools
 import math
 import multiprocessing
 import os
+import queue
 import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,9 +27,13 @@ from typing import Any, TypeVar
 
 from flexunet.errors import FlexUNetError
 from flexunet.python_path import safe_path
+from flexunet.storage import ObjectStore
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+MAX_REQUESTS = 16  # to a bucket at once, by all processes of a command, if they are few
+MAX_BYTES_AHEAD = 64 << 20  # that one process reads before it needs them
 
 _CGROUP_ROOT = "/sys/fs/cgroup"
 _CGROUP_MEMBERSHIP = "/proc/self/cgroup"
@@ -57,6 +62,69 @@ class _Deferred(Future[Any]):
             except Exception as error:
                 self.set_exception(error)
         return super().result(timeout)
+
+
+class RequestThreads(Executor):
+    """Runs calls in threads that never delay the end of the process.
+
+    The threads of `ThreadPoolExecutor` are joined when the process ends: after Ctrl-C it would wait
+    for requests that are repeated during an outage.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+        self._calls = queue.SimpleQueue()
+        self._num_threads = num_threads
+        for _ in range(num_threads):
+            threading.Thread(target=self._run, name="requests", daemon=True).start()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See `Executor.submit`."""
+        future: Future[Any] = Future()
+        self._calls.put((future, functools.partial(fn, *args, **kwargs)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Ends the threads after the submitted calls, without waiting for them."""
+        for _ in range(self._num_threads):
+            self._calls.put(None)
+
+    def _run(self) -> None:
+        while (entry := self._calls.get()) is not None:
+            future, call = entry
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+            del entry, future, call  # or an idle thread would keep the result in memory
+
+
+def num_requests(*stores: ObjectStore, num_processes: int = 1) -> int:
+    """Returns how many requests each of `num_processes` sends at once; 1 for local folders.
+
+    Each of many processes sends 2, so that it computes during requests.
+    """
+    if all(store.local_root is not None for store in stores):
+        return 1
+    return max(2, MAX_REQUESTS // num_processes)
+
+
+@contextlib.contextmanager
+def request_threads(number: int) -> Iterator[Executor]:
+    """Yields an executor with `number` threads for requests; 1 runs calls in this thread.
+
+    If the block raises, running requests end later, on their own.
+    """
+    if number == 1:
+        yield InlineExecutor()
+        return
+    threads = RequestThreads(number)
+    try:
+        yield threads
+    finally:
+        threads.shutdown()
 
 
 @dataclass(frozen=True)
@@ -178,6 +246,43 @@ def in_order(
         ) from error
     finally:
         for future in queue:
+            future.cancel()
+
+
+def in_order_ahead(
+    executor: Executor,
+    function: Callable[[T], R],
+    tasks: Iterable[T],
+    *,
+    size_of: Callable[[T], int],
+    max_waiting: int = 2 * MAX_REQUESTS,
+    max_bytes: int = MAX_BYTES_AHEAD,
+) -> Generator[R, None, None]:
+    """Yields `function(task)` for each task, in the order of `tasks`; bounds also their bytes.
+
+    Args:
+        size_of: bytes of the task's result, as known before the call.
+        max_waiting: the most calls that are submitted and not yet yielded.
+        max_bytes: the most bytes of these calls' results; a larger result is alone.
+    """
+    waiting: collections.deque[tuple[Future[R], int]] = collections.deque()
+    rest = ((task, size_of(task)) for task in tasks)
+    upcoming = next(rest, None)
+    num_bytes = 0
+    try:
+        while waiting or upcoming is not None:
+            while upcoming is not None and len(waiting) < max_waiting:
+                task, size = upcoming
+                if waiting and num_bytes + size > max_bytes:
+                    break
+                waiting.append((executor.submit(function, task), size))
+                num_bytes += size
+                upcoming = next(rest, None)
+            future, size = waiting.popleft()
+            num_bytes -= size
+            yield future.result()
+    finally:
+        for future, _ in waiting:
             future.cancel()
 
 

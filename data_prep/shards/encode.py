@@ -6,8 +6,10 @@ interrupted preparation finds its own work again and no other. The module does n
 and shards.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,21 +18,32 @@ from data_prep.imaging.breast import frame
 from data_prep.imaging.geometry import Geometry, apply_geometry
 from data_prep.imaging.lost_regions import count_regions
 from data_prep.imaging.tiles import count, cut
-from data_prep.shards.pair_reader import ReadPair, crcs_of, read_files, read_pair
+from data_prep.shards.pair_reader import ReadPair, crcs_of, read_file, read_pair
 from data_prep.shards.pixel_format import full_scales
 from data_prep.shards.records import Sample, encode_example, frame_record, sha256_of_pixels
 from data_prep.shards.source_pairs import (
     EncodedSample,
+    File,
     Layout,
     Moments,
     RejectedPair,
+    ScanBatch,
     ScanTask,
     SourcePair,
 )
-from data_prep.shards.staging import Parts, read_index, staged_name, store_at
-from flexunet.errors import ContentError
+from data_prep.shards.staging import BackgroundPuts, Parts, read_index, staged_name, store_at
+from flexunet.errors import ContentError, FlexUNetError
+from flexunet.process_pool import (
+    MAX_BYTES_AHEAD,
+    MAX_REQUESTS,
+    in_order,
+    in_order_ahead,
+    request_threads,
+)
 
 _MIN_PAIRS, _MAX_PAIRS = 4, 32  # per chunk; each chunk needs two fsyncs or two requests
+_MAX_CHUNKS = 8  # per batch, so that the progress is shown often
+_READS_PER_PUT = 4  # at once; a staged object is one request, but larger than a source file
 _MAX_TILES = 20_000  # per image; tiles of 64 with half overlap cut 4096x3328 into 13081
 _MAX_BYTES = 64 * 2**20  # per chunk, for PNGs that do not compress at all
 _EXACT_PIXELS = 2**17  # of 65535**2 each
@@ -51,15 +64,39 @@ def chunked(items: Sequence[SourcePair], layout: Layout) -> Iterator[tuple[Sourc
         yield tuple(items[start : start + size])
 
 
-def scan_chunk(task: ScanTask) -> list[EncodedSample | RejectedPair]:
-    """Returns the facts of each sample of `task`, and stages their records.
+def batched(
+    chunks: Sequence[ScanTask], staged: Collection[str], num_workers: int, num_requests: int
+) -> Iterator[ScanBatch]:
+    """Yields `chunks` in batches: a worker reads ahead and stages without pauses inside of one.
+
+    Args:
+        staged: names of the objects that are staged already.
+        num_workers: each of them gets several batches, if there are enough chunks.
+        num_requests: see `ScanBatch`.
+    """
+    size = max(1, min(_MAX_CHUNKS, len(chunks) // (4 * num_workers)))
+    for start in range(0, len(chunks), size):
+        batch = tuple(chunks[start : start + size])
+        yield ScanBatch(batch, tuple(staged_name(c) in staged for c in batch), num_requests)
+
+
+def scan_chunks(batch: ScanBatch) -> list[EncodedSample | RejectedPair]:
+    """Returns the facts of each sample of `batch`, and stages their records.
 
     Raises:
         ContentError: an item is bad and `skip_bad` is off.
         StorageError: a file cannot be read, or the records cannot be staged.
     """
-    with _one_thread():
-        return _scan_chunk(task)
+    num_puts = max(1, batch.num_requests // _READS_PER_PUT)
+    puts = BackgroundPuts(store_at(batch.chunks[0].staging_url), num_puts)
+    try:
+        with _one_thread(), request_threads(batch.num_requests) as reader:
+            return _scan_batch(batch, reader, puts)
+    except FlexUNetError:
+        puts.wait()  # the chunks before are complete, and the same command finds them
+        raise
+    finally:
+        puts.close()
 
 
 @contextmanager
@@ -75,16 +112,59 @@ def _one_thread() -> Iterator[None]:
         cv2.setNumThreads(before)
 
 
-def _scan_chunk(task: ScanTask) -> list[EncodedSample | RejectedPair]:
-    staging = store_at(task.staging_url)
-    name = staged_name(task)
-    found = read_index(staging, name)
-    if found is not None and (task.skip_bad or not any(isinstance(r, RejectedPair) for r in found)):
+def _scan_batch(
+    batch: ScanBatch, reader: Executor, puts: BackgroundPuts
+) -> list[EncodedSample | RejectedPair]:
+    places = zip(batch.chunks, batch.is_staged, strict=True)
+    staged = list(in_order(reader, _staged_results, places, num_waiting=MAX_REQUESTS))
+    files = [
+        file
+        for task, found in zip(batch.chunks, staged, strict=True)
+        if found is None
+        for item in task.items
+        for file in (item.image, item.mask)
+        if file is not None
+    ]
+    results: list[EncodedSample | RejectedPair] = []
+    ahead = in_order_ahead(reader, read_file, files, size_of=_bytes_of)
+    with contextlib.closing(ahead) as data:
+        for task, found in zip(batch.chunks, staged, strict=True):
+            results += _scan_chunk(task, data, puts) if found is None else found
+    puts.wait()
+    return results
+
+
+def _bytes_of(file: File) -> int:
+    """Returns an upper limit of a file's bytes in memory; the limit of all files if unknown.
+
+    The server decompresses an object without a listed checksum. Such a file is read alone.
+    """
+    return file.size if file.crc32c is not None else MAX_BYTES_AHEAD
+
+
+def _staged_results(place: tuple[ScanTask, bool]) -> list[EncodedSample | RejectedPair] | None:
+    """Returns the results of a chunk that an interrupted run has staged, None if they are missing.
+
+    Without --skip-bad, a chunk with a rejected pair is scanned again to get the error.
+    """
+    task, may_exist = place
+    found = read_index(store_at(task.staging_url), staged_name(task)) if may_exist else None
+    if found is None or task.skip_bad or not any(isinstance(r, RejectedPair) for r in found):
         return found
-    parts = Parts(staging, name)
+    return None
+
+
+def _scan_chunk(
+    task: ScanTask, data: Iterator[bytes], puts: BackgroundPuts
+) -> list[EncodedSample | RejectedPair]:
+    """Returns the results of a chunk; `data` yields its files."""
+    parts = Parts(puts, staged_name(task))
     for item in task.items:
-        for result, record in _scan_item(item, task):
+        image = next(data)
+        mask = None if item.mask is None else next(data)
+        for result, record in _scan_item(item, task, (image, mask)):
             parts.add(result, record)
+        del image, mask
     return parts.finish()
 
 
@@ -129,11 +209,10 @@ class _FramedImage:
 
 
 def _scan_item(
-    item: SourcePair, task: ScanTask
+    item: SourcePair, task: ScanTask, data: tuple[bytes, bytes | None]
 ) -> Iterator[tuple[EncodedSample | RejectedPair, bytes]]:
     """Yields the facts of each sample of a pair, and its record, which has no offset yet."""
     layout = task.layout
-    data = read_files(item)
     crcs = crcs_of(data)
     try:
         read = read_pair(item, task, data)

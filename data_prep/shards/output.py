@@ -12,6 +12,7 @@ from typing import Any
 from data_prep.shards.manifest import MANIFEST_NAME, SHARD_PATTERN, Manifest
 from data_prep.shards.sample_table import SAMPLES_NAME
 from flexunet.errors import ContentError, UsageError
+from flexunet.process_pool import MAX_REQUESTS, in_order, num_requests, request_threads
 from flexunet.storage import (
     Forbidden,
     NotFound,
@@ -24,6 +25,7 @@ from flexunet.storage import (
 logger = logging.getLogger(__name__)
 
 _MEGABYTE = 10**6
+_MAX_BLIND_BYTES = 1 << 20
 STATE_PREFIX = "prep-state"
 PLAN_NAME = f"{STATE_PREFIX}/plan.json"
 
@@ -87,9 +89,13 @@ def remove_state(store: ObjectStore) -> None:
     """
     store.remove_unfinished()
     stats = store.list(f"{STATE_PREFIX}/")
+    names = [stat.name for stat in stats if stat.name != PLAN_NAME]
     try:
-        for stat in sorted(stats, key=lambda stat: stat.name == PLAN_NAME):
-            store.delete(stat.name)
+        with request_threads(num_requests(store)) as threads:
+            for _ in in_order(threads, store.delete, names, num_waiting=2 * MAX_REQUESTS):
+                pass
+        if len(names) < len(stats):
+            store.delete(PLAN_NAME)
     except Forbidden:
         logger.warning(
             "%s: %d temporary objects remain (%.1f MB), because these credentials have no "
@@ -102,13 +108,16 @@ def remove_state(store: ObjectStore) -> None:
 
 def put_once(store: ObjectStore, name: str, data: bytes) -> None:
     """Stores `data` as a new object; keeps an existing object with the same bytes."""
-    if _kept(store, name, data):
+    # A large object is not sent just to learn that it exists.
+    if len(data) > _MAX_BLIND_BYTES and _kept(store, name, data):
         return
     try:
         store.put(name, data, if_generation=0)
-    except PreconditionFailed:
-        # Another process of the same preparation was faster.
-        _kept(store, name, data)
+    except (PreconditionFailed, Forbidden):
+        # It exists already, or another process of the same preparation was faster. With some
+        # credentials, the server then answers that it may not be replaced.
+        if not _kept(store, name, data):
+            raise
 
 
 def _kept(store: ObjectStore, name: str, data: bytes) -> bool:

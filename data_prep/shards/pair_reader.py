@@ -36,12 +36,18 @@ class ReadPair:
 
 def source_crcs(item: SourcePair) -> tuple[int, int]:
     """Returns the CRC32C of the item's two files, as in `EncodedSample.source_crcs`."""
-    return crcs_of(read_files(item))
+    return crcs_of((read_file(item.image), None if item.mask is None else read_file(item.mask)))
 
 
-def read_files(item: SourcePair) -> tuple[bytes, bytes | None]:
-    """Returns the bytes of the item's two files."""
-    return _read(item.image), None if item.mask is None else _read(item.mask)
+def listed_crcs(item: SourcePair) -> tuple[int, int] | None:
+    """Returns the same as `source_crcs`, None if the store does not list these checksums."""
+    image, mask = item.image.crc32c, 0 if item.mask is None else item.mask.crc32c
+    return None if image is None or mask is None else (image, mask)
+
+
+def read_file(file: File) -> bytes:
+    """Returns the bytes of a source file."""
+    return _source_at(file.url).get(file.name)
 
 
 def crcs_of(data: tuple[bytes, bytes | None]) -> tuple[int, int]:
@@ -145,7 +151,3 @@ def _read_mask(
             "increase --off-map-limit if they are blends along edges"
         )
     return ids, unmapped
-
-
-def _read(file: File) -> bytes:
-    return _source_at(file.url).get(file.name)

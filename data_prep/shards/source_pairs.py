@@ -49,6 +49,7 @@ class File:
     Attributes:
         url, name: URL of its store, and its name there.
         label: its name in errors.
+        crc32c: CRC32C of its bytes as listed, None if the store does not list it.
     """
 
     url: str
@@ -56,6 +57,7 @@ class File:
     label: str
     size: int
     generation: int
+    crc32c: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,7 @@ class RejectedPair:
 
 @dataclasses.dataclass(frozen=True)
 class ScanTask:
-    """The arguments of one call of `scan_chunk`.
+    """The pairs whose records are staged together, and how to read them.
 
     Attributes:
         staging_url: the store of staged objects.
@@ -155,3 +157,17 @@ class ScanTask:
     items: tuple[SourcePair, ...]
     skip_bad: bool
     dicom_reader: Reader = "pydicom"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanBatch:
+    """The arguments of one call of `scan_chunks`: consecutive chunks with the same output.
+
+    Attributes:
+        is_staged: for each chunk whether its staged object may exist; if not, it is not looked for.
+        num_requests: requests at once; 1: only the next file is read, in the same thread.
+    """
+
+    chunks: tuple[ScanTask, ...]
+    is_staged: tuple[bool, ...]
+    num_requests: int

@@ -4,11 +4,14 @@ The name of a staged object is a digest of all its inputs, so that an interrupte
 its own work again and no other. The module does not depend on the content of records.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
 import struct
+from concurrent.futures import Future
 from typing import Any
 
 import google_crc32c
@@ -19,11 +22,13 @@ from data_prep.imaging.lost_regions import RegionCounts
 from data_prep.shards.manifest import FORMAT_VERSION
 from data_prep.shards.source_pairs import EncodedSample, Moments, RejectedPair, ScanTask
 from data_prep.sources import inbreast
-from flexunet.storage import ObjectStore, open_store, put_if_changed
+from flexunet.process_pool import RequestThreads
+from flexunet.storage import ObjectStore, open_store, put_probably_new
 
 _VERSION = 7  # of the staged format; objects of other versions are not found
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _PART_BYTES = 32 * 2**20  # of records in memory; the tiles of one image may take gigabytes
+_MAX_STAGING_BYTES = 2 * _PART_BYTES  # in memory until they are stored, unless one object is larger
 
 
 class Parts:
@@ -32,8 +37,8 @@ class Parts:
     A later run looks for the index, which is written after all other objects.
     """
 
-    def __init__(self, staging: ObjectStore, name: str) -> None:
-        self._staging, self._name = staging, name
+    def __init__(self, puts: "BackgroundPuts", name: str) -> None:
+        self._puts, self._name = puts, name
         self._results: list[EncodedSample | RejectedPair] = []
         self._records: list[bytes] = []
         self._num_bytes = self._num_parts = self._num_placed = 0
@@ -42,19 +47,23 @@ class Parts:
         """Adds the next record; its offset is final when `finish` returns."""
         if self._num_bytes + len(record) > _PART_BYTES and self._records:
             part = f"{self._name.removesuffix('.bin')}-{self._num_parts:05d}.bin"
-            # The part may exist from an interrupted run, and the account may not replace objects.
-            put_if_changed(self._staging, part, self._take(part))
+            self._puts.put(part, self._take(part))
             self._num_parts += 1
         self._results.append(result)
         self._records.append(record)
         self._num_bytes += len(record)
 
     def finish(self) -> list[EncodedSample | RejectedPair]:
-        """Stages the rest and the index; returns the results with the offsets of the records."""
+        """Stages the rest and the index; returns the results with the offsets of the records.
+
+        They are stored when `BackgroundPuts.wait` has returned.
+        """
         records = self._take(self._name)
         index = json.dumps([_to_json(result) for result in self._results], default=vars).encode()
         trailer = _TRAILER.pack(len(index), google_crc32c.value(index))
-        self._staging.put(self._name, b"".join((records, index, trailer)))
+        if self._num_parts:
+            self._puts.wait()  # the index promises that all parts exist
+        self._puts.put(self._name, b"".join((records, index, trailer)))
         return self._results
 
     def _take(self, staged: str) -> bytes:
@@ -70,6 +79,54 @@ class Parts:
         self._num_bytes = 0
         self._records.clear()
         return data
+
+
+class BackgroundPuts:
+    """Stages objects in its own threads while the next ones are computed.
+
+    An object may exist from an interrupted run, and the account may not replace objects. Reads have
+    other threads: an object would wait for all the files that are read ahead.
+    """
+
+    def __init__(self, staging: ObjectStore, num_threads: int) -> None:
+        self._staging, self._num_threads = staging, num_threads
+        self._threads = RequestThreads(num_threads)
+        self._running: collections.deque[tuple[Future[None], int]] = collections.deque()
+        self._num_bytes = 0
+
+    def put(self, name: str, data: bytes) -> None:
+        """Starts to stage `data` as soon as a thread is idle and few bytes are in memory.
+
+        Raises:
+            StorageError: an object before it could not be stored.
+        """
+        while self._running and (
+            len(self._running) == self._num_threads
+            or self._num_bytes + len(data) > _MAX_STAGING_BYTES
+        ):
+            self._finish_oldest()
+        future = self._threads.submit(put_probably_new, self._staging, name, data)
+        self._running.append((future, len(data)))
+        self._num_bytes += len(data)
+
+    def wait(self) -> None:
+        """Waits until all objects are stored.
+
+        Raises:
+            StorageError: one of them could not be stored.
+        """
+        concurrent.futures.wait([future for future, _ in self._running])
+        while self._running:
+            self._finish_oldest()
+
+    def close(self) -> None:
+        """Ends the threads after their last object, without waiting for them."""
+        self._threads.shutdown()
+
+    def _finish_oldest(self) -> None:
+        future, num_bytes = self._running.popleft()
+        self._num_bytes -= num_bytes
+        future.result()
 
 
 @functools.lru_cache(maxsize=64)

@@ -40,20 +40,28 @@ from data_prep.shards.source_pairs import EncodedSample, Moments
 from data_prep.shards.staging import store_at
 from data_prep.splits.names import SPLITS, Split
 from flexunet.errors import ContentError
+from flexunet.process_pool import in_order_ahead, request_threads
 from flexunet.storage import ObjectStore
 
 _MEGABYTE = 10**6
+_MAX_GAP_BYTES = 1 << 18  # that are read between two records, instead of another request
+_MAX_RANGE_BYTES = 1 << 23  # of a request, unless a record is larger
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardTask:
-    """The arguments of one call of `write_shard`: the records of one shard, in order."""
+    """The arguments of one call of `write_shard`: the records of one shard, in order.
+
+    Attributes:
+        num_requests: requests at once; 1: without other threads.
+    """
 
     output_url: str
     name: str
     split: Split
     pixel_format: PixelFormat
     records: tuple[EncodedSample, ...]
+    num_requests: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +116,13 @@ def write_shard(task: ShardTask) -> WrittenShard:
         StorageError: reading or writing failed; the same command continues.
     """
     staging = store_at(staging_url(task.output_url))
-    parts, placed, offset = [], [], 0
-    for scanned in task.records:
-        record, sha256, moments = _final_record(staging, scanned, task.pixel_format)
+    parts = _staged_records(staging, task)
+    placed, offset = [], 0
+    for i, scanned in enumerate(task.records):
+        where = f"{staging.url}/{scanned.staged} at {scanned.offset}"
+        record, sha256, moments = _final_record(parts[i], scanned, task.pixel_format, where)
         placed.append(RecordLocation(offset, len(record), sha256, moments))
-        parts.append(record)
+        parts[i] = record
         offset += len(record)
     data = b"".join(parts)
     parts.clear()
@@ -173,11 +183,58 @@ def mean_and_std(moments: Sequence[Moments]) -> tuple[tuple[float, ...], tuple[f
     return tuple(means), tuple(deviations)
 
 
+@dataclasses.dataclass
+class _Range:
+    """A range of a staged object, and the positions in the shard of the records to take from it."""
+
+    staged: str
+    start: int
+    end: int
+    places: list[int]
+
+
+def ranges_of(records: Sequence[EncodedSample]) -> list[_Range]:
+    """Returns the ranges to read for `records`, in the order of their first record.
+
+    A range may contain a few bytes of other records, which takes less time than another request.
+    """
+    ranges: list[_Range] = []
+    for i in sorted(range(len(records)), key=lambda i: (records[i].staged, records[i].offset)):
+        scanned = records[i]
+        end = scanned.offset + scanned.length
+        last = ranges[-1] if ranges else None
+        if (
+            last is not None
+            and last.staged == scanned.staged
+            and scanned.offset - last.end <= _MAX_GAP_BYTES
+            and end - last.start <= _MAX_RANGE_BYTES
+        ):
+            last.end = end
+            last.places.append(i)
+        else:
+            ranges.append(_Range(scanned.staged, scanned.offset, end, [i]))
+    return sorted(ranges, key=lambda each: min(each.places))
+
+
+def _staged_records(staging: ObjectStore, task: ShardTask) -> list[bytes]:
+    """Returns the staged records of a shard, in its order."""
+
+    def read(part: _Range) -> bytes:
+        return staging.get(part.staged, part.start, part.end - part.start)
+
+    records, ranges = [b""] * len(task.records), ranges_of(task.records)
+    with request_threads(task.num_requests) as threads:
+        ahead = in_order_ahead(threads, read, ranges, size_of=lambda each: each.end - each.start)
+        for part, data in zip(ranges, ahead, strict=True):
+            for i in part.places:
+                start = task.records[i].offset - part.start
+                records[i] = data[start : start + task.records[i].length]
+    return records
+
+
 def _final_record(
-    staging: ObjectStore, scanned: EncodedSample, pixel_format: PixelFormat
+    record: bytes, scanned: EncodedSample, pixel_format: PixelFormat, where: str
 ) -> tuple[bytes, str, Moments]:
-    record = staging.get(scanned.staged, scanned.offset, scanned.length)
-    where = f"{staging.url}/{scanned.staged} at {scanned.offset}"
     payload = unframe_record(record, where=where)
     is_as_stored = (scanned.channels, scanned.bit_depth) == (
         pixel_format.channels,
@@ -193,7 +250,7 @@ def _final_record(
     if not is_as_stored:
         encoded = features[IMAGE_FEATURE]
         if not isinstance(encoded, bytes):
-            raise ContentError(f"{where}: image/encoded is not bytes; delete {staging.url}")
+            raise ContentError(f"{where}: image/encoded is not bytes; delete this object")
         image = read_image(encoded, name=scanned.filename, max_pixels=2**62)
         image = convert(image, pixel_format, value_max=scanned.value_max)
         features |= {IMAGE_FEATURE: encode_png(image), "image/channels": image.shape[2]}

@@ -30,17 +30,17 @@ import numpy.typing as npt
 
 from data_prep.imaging.dicom.reader import DICOM_ENDINGS
 from data_prep.sources.dicom_files import dicom_without_ending, stem_of
-from data_prep.sources.pairs import (
-    Pair,
-    Reject,
-    Source,
-    is_broken_link,
-    list_files,
-    list_stats,
-    refused_name,
-)
+from data_prep.sources.listings import Listings
+from data_prep.sources.pairs import Pair, Reject, Source, is_broken_link, refused_name
 from flexunet.errors import ContentError, UsageError
-from flexunet.storage import BROKEN_LINK, join_url, name_problem, open_source, open_store
+from flexunet.storage import (
+    BROKEN_LINK,
+    ObjectMeta,
+    join_url,
+    name_problem,
+    open_source,
+    open_store,
+)
 
 Kind = Literal["mass", "spiculated", "cluster", "calcification", "asymmetry", "distortion", "other"]
 KINDS: tuple[Kind, ...] = (
@@ -51,6 +51,7 @@ COUNTS_COLUMNS = ("finding", "contours", "points", "images", "patients", "publis
 
 _IMAGES, _ANNOTATIONS = "AllDICOMs", "AllXML"
 _NAME = re.compile(r"([0-9]+)_([0-9A-Za-z]+)_")
+_NUMBER_NAME = re.compile(r"([0-9]+)")
 _SPELLINGS: dict[str, Kind] = {
     "mass": "mass",
     "spiculated region": "spiculated",
@@ -103,7 +104,7 @@ class Finding:
     num_points: int
 
 
-def find_release(source_url: str) -> tuple[Source, ...]:
+def find_release(source_url: str, listings: Listings | None = None) -> tuple[Source, ...]:
     """Returns the folders of images and annotations of a release.
 
     Raises:
@@ -111,8 +112,9 @@ def find_release(source_url: str) -> tuple[Source, ...]:
     """
     url = open_store(source_url).url
     source = Source(join_url(url, _IMAGES), join_url(url, _ANNOTATIONS), None)
+    listings = listings or Listings()
     for folder in (source.images, source.masks):
-        if not list_files(folder):
+        if not listings.files(folder):
             raise UsageError(
                 f"{folder}: missing or empty; give the folder of the release that contains "
                 f"{_IMAGES}/ and {_ANNOTATIONS}/"
@@ -120,21 +122,26 @@ def find_release(source_url: str) -> tuple[Source, ...]:
     return (source,)
 
 
-def is_release(source_url: str) -> bool:
+def is_release(source_url: str, listings: Listings) -> bool:
     """Returns whether both folders of a release contain files."""
-    return all(list_files(join_url(source_url, name)) for name in (_IMAGES, _ANNOTATIONS))
+    return all(listings.files(join_url(source_url, name)) for name in (_IMAGES, _ANNOTATIONS))
 
 
-def find_cases(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
+def find_cases(
+    sources: Sequence[Source], listings: Listings | None = None
+) -> tuple[list[Pair], list[Reject]]:
     """Returns the images with their annotations, sorted by id, and the files without a pair.
 
     The `mask_name` of an image without an annotation is None.
     """
     pairs: list[Pair] = []
     rejects: list[Reject] = []
+    listings = listings or Listings()
     for source in sources:
-        images = _by_number(source.images, DICOM_ENDINGS, _NAME, rejects)
-        annotations = _by_number(source.masks, (".xml",), re.compile("([0-9]+)"), rejects)
+        stats = listings.files(source.images)
+        images = _by_number(source.images, stats, DICOM_ENDINGS, _NAME, rejects)
+        stats = listings.files(source.masks)
+        annotations = _by_number(source.masks, stats, (".xml",), _NUMBER_NAME, rejects)
         for number in images.keys() | annotations.keys():
             of_image, of_mask = images.get(number, []), annotations.get(number, [])
             if len(of_image) == 1 and len(of_mask) <= 1:
@@ -167,7 +174,11 @@ _WRONG_NAME = (
 
 
 def _by_number(
-    url: str, endings: Sequence[str], pattern: re.Pattern[str], rejects: list[Reject]
+    url: str,
+    stats: Sequence[ObjectMeta],
+    endings: Sequence[str],
+    pattern: re.Pattern[str],
+    rejects: list[Reject],
 ) -> dict[str, list[str]]:
     """Returns the object names of each file number; adds files with a wrong name to `rejects`.
 
@@ -176,10 +187,9 @@ def _by_number(
     """
     names: dict[str, list[str]] = {}
     unnamed: set[str] = set()
-    store = open_source(url)
-    stats = list_stats(store)
     if endings == DICOM_ENDINGS:
-        unnamed = dicom_without_ending(store, (s for s in stats if pattern.match(s.name)))
+        named = (stat for stat in stats if pattern.match(stat.name))
+        unnamed = dicom_without_ending(open_source(url), named)
     for name in (each.name for each in stats):
         if not name.lower().endswith(tuple(endings)) and name not in unnamed:
             continue

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_prep.imaging.dicom.reader import DICOM_ENDINGS
+from data_prep.sources.listings import Listings
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import (
     BROKEN_LINK,
-    ObjectMeta,
     ObjectStore,
     is_subpath,
     join_url,
@@ -30,7 +30,6 @@ _MASKS = "masks"
 _SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid",
                   "test": "test"}  # fmt: skip
 _MISSING = "{}: missing or empty; put images and masks into a folder each"
-_DROPPINGS = ("desktop.ini", "thumbs.db")  # also every name that starts with a dot
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Reject:
     reason: str
 
 
-def find_sources(source_url: str) -> tuple[Source, ...]:
+def find_sources(source_url: str, listings: Listings | None = None) -> tuple[Source, ...]:
     """Returns the folders of pairs below `source_url`.
 
     A source has either `images/` and `masks/`, or `train/`, `valid/` (also `val/`, `validation/`)
@@ -75,17 +74,22 @@ def find_sources(source_url: str) -> tuple[Source, ...]:
         UsageError: neither or both layouts exist, or a folder is missing or empty.
     """
     url = open_store(source_url).url
-    found = {
-        name: split for name, split in _SPLIT_FOLDERS.items() if _has_files(join_url(url, name))
-    }
-    is_flat = _has_files(join_url(url, _IMAGES)) or _has_files(join_url(url, _MASKS))
+    listings = listings or Listings()
+    listings.look_for(url, (_IMAGES, _MASKS, *_SPLIT_FOLDERS))
+
+    def has_files(name: str) -> bool:
+        return bool(listings.files(join_url(url, name)))
+
+    found = {name: split for name, split in _SPLIT_FOLDERS.items() if has_files(name)}
+    is_flat = has_files(_IMAGES) or has_files(_MASKS)
     if is_flat and found:
         raise UsageError(
             f"{url}: contains {_IMAGES}/ or {_MASKS}/ and also {next(iter(found))}/; keep one of "
             "the two layouts"
         )
     if is_flat:
-        return (_checked(Source(join_url(url, _IMAGES), join_url(url, _MASKS), None)),)
+        source = Source(join_url(url, _IMAGES), join_url(url, _MASKS), None)
+        return (_checked(source, listings),)
     if "train" not in found:
         raise UsageError(
             f"{url}: no files in {_IMAGES}/ and {_MASKS}/, nor in train/{_IMAGES}/ and "
@@ -96,12 +100,14 @@ def find_sources(source_url: str) -> tuple[Source, ...]:
             names = [f"{name}/" for name, of in found.items() if of == split]
             raise UsageError(f"{url}: {' and '.join(names)} mean the same split; keep one")
     return tuple(
-        _checked(Source(join_url(url, name, _IMAGES), join_url(url, name, _MASKS), split))
+        _checked(Source(join_url(url, name, _IMAGES), join_url(url, name, _MASKS), split), listings)
         for name, split in found.items()
     )
 
 
-def find_pairs(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
+def find_pairs(
+    sources: Sequence[Source], listings: Listings | None = None
+) -> tuple[list[Pair], list[Reject]]:
     """Returns the pairs, sorted by id, and every file without a pair, sorted by name.
 
     The id is the stem of the file name. Subfolders are not read; hidden files and files of file
@@ -113,29 +119,35 @@ def find_pairs(sources: Sequence[Source]) -> tuple[list[Pair], list[Reject]]:
     """
     pairs: list[Pair] = []
     rejects: list[Reject] = []
+    listings = listings or Listings()
     for source in sources:
-        _pair_source(source, pairs, rejects)
+        _pair_source(source, pairs, rejects, listings)
     unique, doubles = _without_doubles(pairs)
     rejects.extend(doubles)
     return sorted(unique, key=lambda pair: pair.id), sorted(rejects, key=lambda entry: entry.file)
 
 
-def folder_made_by(output: ObjectStore, source_url: str) -> str | None:
+def folder_made_by(
+    output: ObjectStore, source_url: str, listings: Listings | None = None
+) -> str | None:
     """Returns the source folder that only `output` would create, None if there is none.
 
     With such a folder, the next `find_sources` would detect another layout.
     """
+    listings = listings or Listings()
     for name in (_IMAGES, _MASKS, *_SPLIT_FOLDERS):
         url = join_url(open_store(source_url).url, name)
-        if is_subpath(output, open_store(url)) and not _has_files(url):
+        if is_subpath(output, open_store(url)) and not listings.files(url):
             return url
     return None
 
 
-def _pair_source(source: Source, pairs: list[Pair], rejects: list[Reject]) -> None:
+def _pair_source(
+    source: Source, pairs: list[Pair], rejects: list[Reject], listings: Listings
+) -> None:
     """Adds the pairs of one source to `pairs`, and its files without a pair to `rejects`."""
-    images = _by_stem(source.images, IMAGE_ENDINGS, rejects)
-    masks = _by_stem(source.masks, MASK_ENDINGS, rejects)
+    images = _by_stem(source.images, IMAGE_ENDINGS, rejects, listings)
+    masks = _by_stem(source.masks, MASK_ENDINGS, rejects, listings)
     if images and masks and not images.keys() & masks.keys():
         image, mask = min(images), min(masks)
         raise ContentError(
@@ -157,16 +169,6 @@ def _pair_source(source: Source, pairs: list[Pair], rejects: list[Reject]) -> No
             rejects.extend(Reject(join_url(url, name), reason) for name in names_here)
 
 
-def list_files(url: str) -> list[str]:
-    """Returns the names of all objects at `url`, except files of file managers."""
-    return [stat.name for stat in list_stats(open_source(url))]
-
-
-def list_stats(store: ObjectStore) -> list[ObjectMeta]:
-    """Returns the metadata of all objects of `store`, except files of file managers."""
-    return [stat for stat in store.list() if not _is_dropping(stat)]
-
-
 def is_broken_link(url: str, name: str) -> bool:
     """Returns whether object `name` of a source is a broken symbolic link."""
     store = open_source(url)
@@ -178,25 +180,18 @@ def refused_name(problem: str) -> str:
     return f"its name is not allowed: {problem}; rename it"
 
 
-def _has_files(url: str) -> bool:
-    return bool(list_files(url))
-
-
-def _checked(source: Source) -> Source:
+def _checked(source: Source, listings: Listings) -> Source:
     for url in (source.images, source.masks):
-        if not _has_files(url):
+        if not listings.files(url):
             raise UsageError(_MISSING.format(url))
     return source
 
 
-def _is_dropping(stat: ObjectMeta) -> bool:
-    name = os.path.basename(stat.name)
-    return name.startswith(".") or name.lower() in _DROPPINGS
-
-
-def _by_stem(url: str, endings: Sequence[str], rejects: list[Reject]) -> dict[str, list[str]]:
+def _by_stem(
+    url: str, endings: Sequence[str], rejects: list[Reject], listings: Listings
+) -> dict[str, list[str]]:
     """Returns the object names of each stem; adds unusable files to `rejects`."""
-    files = list_files(url)
+    files = listings.names(url)
     if not files:
         raise UsageError(_MISSING.format(url))
     names: dict[str, list[str]] = {}

@@ -25,6 +25,7 @@ from flexunet.storage.preconditions import (
     probe_preconditions,
     probe_writable,
     put_if_changed,
+    put_probably_new,
 )
 from flexunet.storage.urls import folder_problem, is_file, is_subpath, open_source, open_store
 
@@ -54,5 +55,6 @@ __all__ = [
     "probe_preconditions",
     "probe_writable",
     "put_if_changed",
+    "put_probably_new",
     "refuse_file_above",
 ]

@@ -36,7 +36,9 @@ class NotAFolder(UsageError, StorageError):
 class ObjectMeta:
     """The metadata of one object.
 
-    `generation` changes with every write. `crc32c` is None for local files, which are not read.
+    `generation` changes with every write. `crc32c` is that of the bytes that `get` returns. It is
+    None if reading them is the only way to know it: for local files, and for objects that the
+    server decompresses.
     """
 
     name: str
@@ -75,6 +77,13 @@ class ObjectStore(Protocol):
 
         A prefix is compared as text: end it with `/` to list a folder. Unfinished puts are never
         listed.
+        """
+        ...
+
+    def folders(self) -> tuple[str, ...]:
+        """Returns the names of the folders directly below the URL, sorted; of a bucket's objects.
+
+        Does not list what is in them, so that one request for 1000 names suffices.
         """
         ...
 

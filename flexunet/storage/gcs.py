@@ -7,6 +7,7 @@ import io
 import mimetypes
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -36,7 +37,9 @@ _MAX_TIMEOUT_S = 30.0  # to connect, and between two bytes of a response
 _MAX_PAUSE_S = 10.0  # between two attempts
 _MAX_SESSIONS = 3  # of one upload in parts; a server may drop a session
 _SINGLE_BYTES = 8 << 20  # objects up to this size are uploaded in one request
+_NUM_CONNECTIONS = 32  # kept open by a process
 _BUCKET = re.compile(r"[a-z0-9][-a-z0-9._]{1,220}[a-z0-9]")
+_opening = threading.Lock()  # or the first requests of threads would open a client each
 
 
 class GcsStore:
@@ -99,12 +102,22 @@ class GcsStore:
             blobs = self._client().list_blobs(
                 self._bucket,
                 prefix=self._folder + prefix,
-                fields="items(name,size,generation,crc32c),nextPageToken",
+                fields="items(name,size,generation,crc32c,contentEncoding),nextPageToken",
                 retry=self._retry(),
                 timeout=self._timeout_s,
             )
             found = [_blob_stat(blob.name[len(self._folder) :], blob) for blob in blobs]
         return sorted((s for s in found if not s.name.endswith("/")), key=lambda s: s.name)
+
+    def folders(self) -> tuple[str, ...]:
+        """See `ObjectStore.folders`."""
+        with self._errors("list", "", missing="bucket"):
+            pages = self._client().list_blobs(
+                self._bucket, prefix=self._folder, delimiter="/",
+                fields="prefixes,nextPageToken", retry=self._retry(), timeout=self._timeout_s,
+            )  # fmt: skip
+            list(pages)  # the prefixes are known after all pages
+        return tuple(sorted(name[len(self._folder) : -1] for name in pages.prefixes))
 
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """See `ObjectStore.get`."""
@@ -186,7 +199,7 @@ class GcsStore:
         return 0
 
     def _client(self) -> Any:
-        with self._errors("open", ""):
+        with self._errors("open", ""), _opening:
             return _cloud_client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"))
 
     def _blob(self, name: str) -> Any:
@@ -360,21 +373,25 @@ def _cloud_client(process_id: int, emulator: str | None) -> Any:
     from google.cloud import storage
 
     # Since 3.11 a client also requests the bucket's metadata with the first object. An account with
-    # access to objects only is refused, with an error in the bucket's audit log
-    # (https://github.com/googleapis/google-cloud-python/issues/17650). No other option turns it
-    # off.
+    # access to objects only is refused, with an error in the bucket's audit log. No other option
+    # turns it off (https://github.com/googleapis/google-cloud-python/issues/17650).
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     if emulator is None:
-        return storage.Client()
-    endpoint = emulator if "://" in emulator else f"http://{emulator}"
-    return storage.Client(
-        project="emulator",
-        client_options={"api_endpoint": endpoint},
-    )
+        client = storage.Client()
+    else:
+        endpoint = emulator if "://" in emulator else f"http://{emulator}"
+        client = storage.Client(project="emulator", client_options={"api_endpoint": endpoint})
+    # Threads share the client; beyond 10 connections it would open one per request, with a warning.
+    # The adapters stay, because one may have a client certificate.
+    for adapter in client._http.adapters.values():
+        adapter.init_poolmanager(_NUM_CONNECTIONS, _NUM_CONNECTIONS)
+    return client
 
 
 def _blob_stat(name: str, blob: Any) -> ObjectMeta:
-    return ObjectMeta(name, int(blob.size), int(blob.generation), _decoded_crc32c(blob.crc32c))
+    # The server's checksum is that of the compressed bytes, but a get returns others.
+    crc32c = None if blob.content_encoding == "gzip" else _decoded_crc32c(blob.crc32c)
+    return ObjectMeta(name, int(blob.size), int(blob.generation), crc32c)
 
 
 def _decoded_crc32c(text: str | None) -> int | None:

@@ -98,6 +98,16 @@ class LocalStore:
             log_left_out(self.url, len(left_out), where, min(left_out))
         return sorted(found, key=lambda stat: stat.name)
 
+    def folders(self) -> tuple[str, ...]:
+        """See `ObjectStore.folders`."""
+        with local_errors("list", self.url):
+            try:
+                entries = list(os.scandir(self.url))
+            except (FileNotFoundError, NotADirectoryError):
+                return ()
+            found = [e for e in entries if e.is_dir(follow_symlinks=self._follows_links)]
+        return tuple(sorted(entry.name for entry in found))
+
     def get(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """See `ObjectStore.get`."""
         path = self._file_path(name)

@@ -18,6 +18,14 @@ def put_if_changed(store: ObjectStore, name: str, data: bytes) -> None:
         store.put(name, data)
 
 
+def put_probably_new(store: ObjectStore, name: str, data: bytes) -> None:
+    """Does the same as `put_if_changed`, with one request if the object is missing."""
+    try:
+        store.put(name, data, if_generation=0)
+    except (PreconditionFailed, Forbidden):  # Forbidden: these credentials may not replace it
+        put_if_changed(store, name, data)
+
+
 def content_matches(store: ObjectStore, stat: ObjectMeta, data: bytes) -> bool:
     """Returns whether the object has the size and the CRC-32C of `data`."""
     if stat.size != len(data):
