@@ -26,6 +26,7 @@ from data_prep.prep_input import pairs_of
 from data_prep.shards.manifest import MANIFEST_NAME, FullScaleInfo, read_manifest
 from data_prep.shards.records import decode_example, unframe_record
 from data_prep.shards.sample_table import read_samples
+from data_prep.sources.listings import Listings
 from data_prep.sources.pairs import find_pairs, find_sources
 from data_prep.splits.names import SPLITS
 from flexunet.errors import ContentError, StorageError, UsageError
@@ -789,7 +790,7 @@ def test_source_that_disappears_is_a_storage_error(source, tmp_path):
     os.remove(source / "masks" / "case_2.png")
     config = PrepConfig()
     with pytest.raises(StorageError, match=r"case_2\.png: was deleted"):
-        pairs_of([(pair, pair.id) for pair in pairs], config)
+        pairs_of([(pair, pair.id) for pair in pairs], config, Listings())
 
 
 def _cpu_s():

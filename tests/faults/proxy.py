@@ -136,6 +136,8 @@ class FaultProxy:
         self._random = random.Random(seed)
         self._mutex = threading.Lock()  # of everything here
         self._changing = threading.Lock()  # makes a precondition and its change one step
+        # The emulator serves one request at a time and lets 5 wait; others lose a second.
+        self._asking = threading.Lock()
         self._faults: list[tuple[Fault, list[int]]] = []
         self._stop_at: tuple[int, Callable[[], None] | None] | None = None
         self._sessions: dict[str, tuple[str, str, int | None]] = {}
@@ -330,17 +332,16 @@ class FaultProxy:
                 headers["X-Goog-Generation"] = found["generation"]
                 headers["X-Goog-Hash"] = f"crc32c={found['crc32c']},md5={found['md5Hash']}"
                 headers["X-Goog-Stored-Content-Length"] = str(found["size"])
+                if found.get("contentEncoding"):
+                    headers["Content-Encoding"] = found["contentEncoding"]
         return _Answer(answer.status, answer.body, headers)
 
     def _ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> _Answer:
-        connection = http.client.HTTPConnection(self._upstream)
-        try:
-            kept = {k: v for k, v in headers.items() if k.lower() not in _OWN_HEADERS}
-            connection.request(method, path, body, kept)
-            answer = connection.getresponse()
+        kept = {k: v for k, v in headers.items() if k.lower() not in _OWN_HEADERS}
+        with self._asking, contextlib.closing(http.client.HTTPConnection(self._upstream)) as server:
+            server.request(method, path, body, kept)
+            answer = server.getresponse()
             return _Answer(answer.status, answer.read(), dict(answer.headers))
-        finally:
-            connection.close()
 
 
 class _Server(ThreadingHTTPServer):

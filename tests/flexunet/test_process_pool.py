@@ -4,13 +4,19 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flexunet.errors import FlexUNetError
 from flexunet.process_pool import (
@@ -20,8 +26,12 @@ from flexunet.process_pool import (
     cgroup_cores,
     cgroup_memory_bytes,
     in_order,
+    in_order_ahead,
+    num_requests,
     open_pool,
+    request_threads,
 )
+from flexunet.storage import open_store
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -180,3 +190,85 @@ def test_death_of_a_worker_is_one_line():
         open_pool(2) as executor,
     ):
         list(in_order(executor, _die, [1], num_waiting=2))
+
+
+class CountingExecutor(InlineExecutor):
+    """An executor that keeps the tasks it was given and the futures it returned."""
+
+    def __init__(self) -> None:
+        self.tasks: list[int] = []
+        self.futures: list[Future[int]] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.tasks += args
+        self.futures.append(super().submit(fn, *args, **kwargs))
+        return self.futures[-1]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 30), max_size=20),
+    max_waiting=st.integers(1, 5),
+    max_bytes=st.integers(1, 40),
+)
+def test_calls_ahead_are_bounded_in_number_and_bytes(
+    sizes: list[int], max_waiting: int, max_bytes: int
+) -> None:
+    executor = CountingExecutor()
+    tasks = range(len(sizes))
+    results = in_order_ahead(
+        executor,
+        lambda i: -i,
+        tasks,
+        size_of=lambda i: sizes[i],
+        max_waiting=max_waiting,
+        max_bytes=max_bytes,
+    )
+    for done, result in enumerate(results):
+        assert result == -done
+        ahead = executor.tasks[done:]  # also the one that was yielded just now
+        assert len(ahead) <= max_waiting
+        assert sum(sizes[i] for i in ahead) <= max_bytes or len(ahead) == 1
+        # No more could have been started.
+        rest = sizes[len(executor.tasks) :]
+        is_full = len(ahead) == max_waiting
+        assert not rest or is_full or sum(sizes[i] for i in ahead) + rest[0] > max_bytes
+    assert executor.tasks == list(tasks)
+
+
+def test_calls_ahead_are_cancelled_when_the_caller_stops() -> None:
+    executor = CountingExecutor()
+    results = in_order_ahead(executor, abs, range(100), size_of=lambda _: 1, max_waiting=4)
+    assert next(results) == 0
+    results.close()
+    assert [future.cancelled() for future in executor.futures] == [False, True, True, True]
+
+
+def test_request_threads_run_at_once_and_pass_errors_on() -> None:
+    both = threading.Barrier(2, timeout=10)
+
+    def wait_for_both(number: int) -> int:
+        both.wait()
+        if number:
+            raise ValueError("second")
+        return 7
+
+    with request_threads(2) as threads:
+        first, second = threads.submit(wait_for_both, 0), threads.submit(wait_for_both, 1)
+        assert first.result() == 7
+        with pytest.raises(ValueError, match="second"):
+            second.result()
+
+
+def test_an_unfinished_request_does_not_delay_the_end_of_the_process() -> None:
+    code = (
+        "import time; from flexunet.process_pool import RequestThreads;"
+        "RequestThreads(1).submit(time.sleep, 60); print('end')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, text=True)
+    assert (done.returncode, done.stdout) == (0, "end\n")
+
+
+def test_requests_are_shared_by_the_processes_and_only_for_buckets(tmp_path: Path) -> None:
+    local, bucket = open_store(str(tmp_path)), open_store("gs://some-bucket/a")
+    assert num_requests(local, local, num_processes=2) == 1
+    assert [num_requests(local, bucket, num_processes=n) for n in (1, 2, 5, 64)] == [16, 8, 3, 2]

@@ -142,7 +142,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 def wait_for_process(cluster: RayCluster, command: subprocess.Popen[str]) -> Any:
     deadline = time.monotonic() + 60
-    while not (found := ray_processes(cluster.folder, "scan_chunk")):
+    while not (found := ray_processes(cluster.folder, "scan_chunks")):
         assert command.poll() is None, "ended before a worker was seen"
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -11,12 +11,20 @@ import pytest
 
 from data_prep.imaging.color_map import DEFAULT_CLASSES
 from data_prep.imaging.pixels import PixelFormat
-from data_prep.shards.encode import chunked, moments_of, scan_chunk
+from data_prep.shards.encode import chunked, moments_of, scan_chunks
 from data_prep.shards.manifest import shard_name
 from data_prep.shards.output import claim_output, remove_state, staging_url
 from data_prep.shards.pixel_format import clipped, common_pixel_format
 from data_prep.shards.records import decode_example, sha256_of_pixels, unframe_record
-from data_prep.shards.source_pairs import File, Layout, Moments, RejectedPair, ScanTask, SourcePair
+from data_prep.shards.source_pairs import (
+    File,
+    Layout,
+    Moments,
+    RejectedPair,
+    ScanBatch,
+    ScanTask,
+    SourcePair,
+)
 from data_prep.shards.write import mean_and_std, plan_shards, write_shard
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store
@@ -61,7 +69,7 @@ def _scan(tmp_path, items, *, skip_bad=False, **changes):
     layout = dataclasses.replace(_LAYOUT, **changes)
     staging = staging_url(f"{tmp_path}/out")
     task = ScanTask(staging, layout, tuple(items), skip_bad)
-    return scan_chunk(task)
+    return scan_chunks(ScanBatch((task,), (True,), 1))
 
 
 def _plan(tmp_path, samples, **changes):
