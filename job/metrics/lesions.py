@@ -87,11 +87,13 @@ class TrueRegions:
     """The regions of a true mask.
 
     Attributes:
+        box: a part of the image with all pixels; None if there are none.
         rows, columns, labels: (N,) of the pixels; the labels are 1, 2, ...
         sizes: (regions + 1,) pixels of each region, from label 1; the first value has no meaning.
         is_tiny: (regions + 1,) bool, whether a region is a tiny region; the first value is False.
     """
 
+    box: Box | None
     rows: Numbers
     columns: Numbers
     labels: Numbers
@@ -121,18 +123,23 @@ def true_regions(
     box = box_of(truth)
     if box is None:
         nothing = np.zeros(0, np.int64)
-        return TrueRegions(nothing, nothing, nothing, np.zeros(1, np.int64), np.zeros(1, bool))
-    regions, sizes = label_regions(truth[box])
-    pixels = np.flatnonzero(truth[box])
-    labels = regions.ravel()[pixels].astype(np.int64)
-    rows, columns = np.divmod(pixels, regions.shape[1])
-    rows, columns = rows + box[0].start, columns + box[1].start
+        return TrueRegions(
+            None, nothing, nothing, nothing, np.zeros(1, np.int64), np.zeros(1, bool)
+        )
+    part = np.ascontiguousarray(truth[box])
+    regions, sizes = label_regions(part)
+    labels = regions[part].astype(np.int64)
+    pixels = np.flatnonzero(part)
+    rows = pixels // part.shape[1]
+    columns = pixels - rows * part.shape[1]
+    rows += box[0].start
+    columns += box[1].start
     is_tiny = sizes < min_pixels
     if tiny_regions is not None:
         large = labels[~tiny_regions[rows, columns]]
         is_tiny |= np.bincount(large, minlength=len(sizes)) == 0
     is_tiny[0] = False
-    return TrueRegions(rows, columns, labels, sizes, is_tiny)
+    return TrueRegions(box, rows, columns, labels, sizes, is_tiny)
 
 
 def regions_of_classes(
@@ -241,10 +248,20 @@ def _labels_in_truth(
     """
     number, height, width = labels.shape
     rows, columns, true = truth.rows - origin[0], truth.columns - origin[1], truth.labels
-    is_inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    if not is_inside.all():
+    if truth.box and not _contains(origin, (height, width), truth.box):
+        is_inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
         rows, columns, true = rows[is_inside], columns[is_inside], true[is_inside]
-    return true, labels.reshape(number, -1).take(rows * width + columns, axis=1)
+    rows *= width
+    rows += columns
+    return true, labels.reshape(number, -1).take(rows, axis=1)
+
+
+def _contains(origin: tuple[int, int], shape: tuple[int, int], box: Box) -> bool:
+    """Returns whether the part of an image from `origin` on, of `shape`, contains `box`."""
+    return all(
+        first <= inner.start and inner.stop <= first + length
+        for first, length, inner in zip(origin, shape, box, strict=True)
+    )
 
 
 def _count_codes(codes: Numbers, num_codes: int) -> tuple[Numbers, Numbers]:

@@ -62,7 +62,8 @@ def contour_of(mask: Mask, spacing: Spacing, *, origin: tuple[int, int] = (0, 0)
     corners |= pairs[1:]
     # 1..14: not all pixels are equal. 0 - 1 is 255.
     found = np.flatnonzero(corners - np.uint8(1) < 14)
-    rows, columns = np.divmod(found, width + 1)
+    rows = found // (width + 1)
+    columns = found - rows * (width + 1)
     points = np.empty((len(found), 2))
     np.multiply(rows + origin[0], spacing[0], out=points[:, 0])
     np.multiply(columns + origin[1], spacing[1], out=points[:, 1])
