@@ -215,12 +215,14 @@ def in_order(
     tasks: Iterable[T],
     *,
     num_waiting: int | Callable[[], int],
+    remedy: str = "use fewer with --num-processes; the same command continues",
 ) -> Iterator[R]:
     """Yields `function(task)` for each task, in the order of `tasks`.
 
     Args:
         num_waiting: the most calls that are submitted and not yet yielded, to bound memory; a
             function is called again for each result.
+        remedy: what to do if memory ran out, for the error message.
 
     Raises:
         FlexUNetError: a worker process died.
@@ -241,8 +243,7 @@ def in_order(
             yield result
     except concurrent.futures.BrokenExecutor as error:
         raise FlexUNetError(
-            "a worker process was killed, perhaps because memory ran out; use fewer with "
-            "--num-processes; the same command continues"
+            f"a worker process was killed, perhaps because memory ran out; {remedy}"
         ) from error
     finally:
         for future in queue:

@@ -22,6 +22,7 @@ from job.distributed.rendezvous import ProcessSpec
 T = TypeVar("T")
 
 _LOOK_S = 1.0  # between two checks of the progress of the other processes
+_PIECE_BYTES = 2**22  # of each process, in one exchange
 _WORDS = 64  # messages are padded to a multiple of this many int64, so that few shapes are compiled
 
 
@@ -98,18 +99,71 @@ class ProcessGroup:
         """
         if self.size == 1:
             return [work(heartbeat)]
-        moved = threading.Event()
+        return self._watched(lambda notify, _: work(notify), heartbeat, lambda: False)
+
+    def run_stoppable(
+        self,
+        work: Callable[[Callable[[], None], Callable[[], bool]], None],
+        heartbeat: Callable[[], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Runs `work` in every process; a stop request of one process reaches all within seconds.
+
+        `work` may take much longer in one process than in another, and must not use collectives.
+
+        Args:
+            work: gets a function to call after each bit of progress, and a function that returns
+                whether to stop. It must raise `StoppedError` soon after a stop request.
+            heartbeat: as in `all_gather_with_heartbeat`.
+            should_stop: whether this process requests a stop. Called only after progress of any
+                process, in this thread.
+
+        Raises:
+            FlexUNetError: the error of the lowest rank on which `work` failed.
+        """
+        if self.size == 1:
+            work(heartbeat, should_stop)
+        else:
+            self._watched(work, heartbeat, should_stop)
+
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """Returns `data` of all processes, by rank; the messages have bounded size."""
+        if self.size == 1:
+            return [data]
+        lengths = np.zeros(self.size, np.int64)
+        lengths[self.rank] = len(data)
+        lengths = self._sum(lengths)
+        found = [bytearray() for _ in lengths]
+        for start in range(0, int(lengths.max()), _PIECE_BYTES):
+            size = min(_PIECE_BYTES, -(-(int(lengths.max()) - start) // (8 * _WORDS)) * 8 * _WORDS)
+            rows = np.zeros((self.size, size), np.uint8)
+            piece = np.frombuffer(data[start : start + size], np.uint8)
+            rows[self.rank, : len(piece)] = piece
+            pieces = self._sum(rows.reshape(-1).view(np.int64)).view(np.uint8)
+            for whole, row in zip(found, pieces.reshape(self.size, size), strict=True):
+                whole += row.tobytes()
+        return [bytes(whole[:length]) for whole, length in zip(found, lengths, strict=True)]
+
+    def _watched(
+        self,
+        work: Callable[[Callable[[], None], Callable[[], bool]], T],
+        heartbeat: Callable[[], None],
+        should_stop: Callable[[], bool],
+    ) -> list[T]:
+        """Runs `work` in a thread; this thread exchanges progress and stop requests."""
+        moved, stop = threading.Event(), threading.Event()
 
         def notify() -> None:
             moved.set()
             heartbeat()  # a collective may block while the work continues
 
-        future = _in_thread(lambda: work(notify))
+        future = _in_thread(lambda: work(notify, stop.is_set))
+        asks_to_stop = False
 
         def look() -> list[bool]:
-            """Returns whether this process is done, and whether it made progress."""
+            """Returns whether this process is done, has made progress and requests a stop."""
             wait([future], _LOOK_S)
-            found = [future.done(), moved.is_set()]
+            found = [future.done(), moved.is_set(), asks_to_stop]
             moved.clear()
             return found
 
@@ -117,11 +171,15 @@ class ProcessGroup:
         try:
             while not is_over:
                 looks: list[list[bool]] = self.all_gather_object(functools.partial(list, look()))
-                is_over = all(is_done for is_done, _ in looks)
-                if any(has_moved for _, has_moved in looks):
+                is_over = all(is_done for is_done, _, _ in looks)
+                if any(asks for _, _, asks in looks):
+                    stop.set()
+                if any(has_moved for _, has_moved, _ in looks):
                     heartbeat()
+                    asks_to_stop = asks_to_stop or should_stop()
         except Exception:
             # Another process is gone, but this one must finish its uploads.
+            stop.set()
             wait([future])
             raise
         return self.all_gather_object(future.result)

@@ -13,11 +13,10 @@ from job.data.cases import read_case
 from job.data.dataset import Dataset
 from job.data.reader import RecordReader
 from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names
+from job.evaluation.example_cases import example_cases
 from job.inference.region_filter import FILE_NAME
-from job.metrics.confusion import dice, scores
+from job.metrics.confusion import scores
 from job.metrics.per_case import case_cells, case_columns
-
-_NUM_EXAMPLES = 3  # of the best, the middle and the worst cases each
 
 
 def evaluation_folder(run: ObjectStore, split: str) -> ObjectStore:
@@ -99,34 +98,9 @@ def _examples_csv(evaluation: Evaluation) -> str:
     cases = evaluation.cases
     rows = [
         (name, cases[index].id, cases[index].filename, dice)
-        for name, index, dice in _example_cases(evaluation.counts)
+        for name, index, dice in example_cases(evaluation.counts)
     ]
     return csv_table(columns, rows)
-
-
-def _example_cases(counts: np.ndarray) -> list[tuple[str, int, float | None]]:
-    """Returns (name, case, image Dice) of the best, middle and worst cases, each case once.
-
-    Image Dice is over the pixels of all foreground classes of one image. A case without foreground
-    in truth and prediction has none, and is used only if no case has one.
-    """
-    tp, fp, fn = (counts[:, 1:, i].sum(axis=1) for i in range(3))
-    values = dice(tp, fp, fn)
-    order = [int(i) for i in np.argsort(-values, kind="stable")]
-    ranked = [i for i in order if not np.isnan(values[i])] or order
-    middle = max(0, len(ranked) // 2 - _NUM_EXAMPLES // 2)
-    groups = {
-        "best": ranked[:_NUM_EXAMPLES],
-        "worst": ranked[::-1][:_NUM_EXAMPLES],
-        "middle": ranked[middle : middle + _NUM_EXAMPLES],
-    }
-    chosen: list[tuple[str, int, float | None]] = []
-    for name, cases in groups.items():
-        for rank, case in enumerate(cases, start=1):
-            if case not in [index for _, index, _ in chosen]:
-                score = None if np.isnan(values[case]) else float(values[case])
-                chosen.append((f"{name}-{rank}", case, score))
-    return chosen
 
 
 def draw_examples(
@@ -137,17 +111,25 @@ def draw_examples(
 ) -> dict[str, bytes]:
     """Draws the best, middle and worst cases as panels and as overlays; returns PNGs by name.
 
-    The cases are predicted again, because measuring keeps no masks.
+    Args:
+        evaluation: with measured cases, whose masks are drawn.
+        heartbeat: called for every case.
+
+    Raises:
+        ValueError: the cases were not measured.
     """
+    if evaluation.measured is None:
+        raise ValueError("draw_examples needs measured cases: evaluate with measured=True")
     from job.reporting import plots
 
     classes = evaluator.dataset.manifest.classes
     found = {}
-    for name, index, score in _example_cases(evaluation.counts):
+    for name, index, score in example_cases(evaluation.counts):
         case = evaluation.cases[index]
         image, truth = read_case(reader, case)
-        ids = evaluator.mask_of(image, heartbeat)
+        ids = evaluation.measured.masks[index]
         title = plots.panel_title(case.filename, score)
         found[f"examples/{name}"] = plots.panel_png(image, truth, ids, classes, title)
         found[f"overlays/{name}"] = plots.overlay_png(image, ids, classes, truth)
+        heartbeat()
     return found

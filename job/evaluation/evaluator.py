@@ -7,55 +7,33 @@ predicted in windows, unless each tile counts as an image.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.imaging.geometry import Geometry, undo_geometry
 from data_prep.shards.manifest import Manifest
 from flexunet.errors import StoppedError
 from flexunet.progress import Heartbeat, Progress, no_heartbeat
 from job.config import TrainConfig
-from job.data.cases import Case, cases_of, read_case
+from job.data.cases import Case, cases_of
 from job.data.dataset import Dataset, Split
 from job.data.pipeline import EpochPlan, distributed_batches
 from job.data.reader import RecordReader
 from job.data.sampling import global_batches
-from job.inference.postprocess import (
-    Ids,
-    area_scale,
-    class_ids,
-    class_ids_at_source,
-    without_small,
-)
+from job.distributed.process_group import ProcessGroup
+from job.evaluation.case_measures import CaseMeasures
+from job.evaluation.gathering import Measured, measure_together
+from job.evaluation.rank_evaluation import RankEvaluation, Watch, workers_for
+from job.inference.postprocess import Ids, class_ids, without_small
 from job.inference.sliding_window import Probabilities, Windows, probabilities_of
 from job.metrics.confusion import summarize
-from job.metrics.lesions import MIN_PIXELS, TrueRegions, regions_of_classes, tiny_pixels
-from job.metrics.per_case import (
-    SIZES,
-    TRUTHS,
-    CaseMetrics,
-    Scale,
-    measure_case,
-    summarize_cases,
-    without_ignored,
-)
-from job.metrics.thresholds import ThresholdSweep, sweep_case
+from job.metrics.per_case import TRUTHS, summarize_cases
 from job.models.compatibility import num_outputs, window_overlap
 
 if TYPE_CHECKING:
     from job.distributed.replica_sums import Criterion
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The measures of each case."""
-
-    case_metrics: dict[str, list[CaseMetrics]]  # by size
-    counts: np.ndarray  # (cases, classes, 4) int64, of the measured masks
-    sweep: ThresholdSweep  # at network size
 
 
 @dataclass(frozen=True)
@@ -88,9 +66,10 @@ class Evaluator:
     loss: Callable[..., Any]
     metrics: Mapping[str, Any]  # of the reference implementation, by name
     step: Callable[..., Any]  # batch -> sums, counts
+    local_step: Callable[..., Any]  # batch -> sums and probabilities of each replica
     probabilities: Callable[[np.ndarray], Any]  # (B, H, W, C) pixels -> (B, H, W, K) float32
     windows: Windows
-    first_replica: int = 0  # of this process, among all
+    process_group: ProcessGroup
     is_by_tile: bool = False
     min_pixels: tuple[int, ...] = ()
 
@@ -127,50 +106,46 @@ class Evaluator:
 
         Args:
             reader: of that split.
-            measured: also measure each case, which predicts it once more.
+            measured: also measure each case; the processes of the group share the cases.
             shown: show the progress.
-            should_stop: called after every batch and after every measured case.
-            heartbeat: called for every batch of windows of a case.
+            should_stop, heartbeat: see `Watch`. All processes must agree in `should_stop`, unless
+                `measured`.
 
         Raises:
             StoppedError: `should_stop` returned True.
         """
+        split = self.dataset.split(name)
+        if measured:
+            return self._measured_evaluation(split, reader, Watch(shown, should_stop, heartbeat))
+        samples, means = self._count(split, reader, shown, should_stop)
+        cases = self.cases_of(split)
+        counts = np.stack([samples[list(each.samples)].sum(axis=0) for each in cases])
+        return Evaluation(split, cases, means, counts, self._summary(name, counts, means))
+
+    def _count(
+        self, split: Split, reader: RecordReader, shown: bool, should_stop: Callable[[], bool]
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """Returns the counts of each sample, (samples, classes, 4) int64, and the means."""
         from job.metrics.batch import RunningSums
 
-        split = self.dataset.split(name)
         plan = global_batches(np.arange(len(split)), self.config.global_batch_size)
         batches = distributed_batches(
             self.strategy,
             self.dataset,
             reader,
             EpochPlan(plan, self.config.seed, epoch=0),
-            first_replica=self.first_replica,
+            first_replica=self.process_group.first_replica,
         )
         running, parts = RunningSums(), []
-        with Progress(f"evaluate {name}", len(plan), unit="batches", shown=shown) as bar:
+        with Progress(f"evaluate {split.name}", len(plan), unit="batches", shown=shown) as bar:
             for batch in bar.tracked(batches):
                 sums, counts = self.step(batch)
                 running.add(sums)
                 parts.append(counts.numpy())
                 if should_stop():
-                    raise StoppedError(f"stopped evaluating {name}; the same command resumes")
+                    raise StoppedError(f"stopped evaluating {split.name}; the same command resumes")
         # The last batch ends with padding, after the last case.
-        samples = np.concatenate(parts)[: len(split)]
-        cases = self.cases_of(split)
-        means = means_of(running, self.metrics)
-        if not measured:
-            counts = np.stack([samples[list(each.samples)].sum(axis=0) for each in cases])
-            return Evaluation(split, cases, means, counts, self._summary(name, counts, means))
-        # Predict again: the loss and the metrics of the reference are means over samples, which may
-        # be tiles, in batches spread over devices. A case is a whole image, in windows if large.
-        found = self._measure(name, cases, reader, shown, should_stop, heartbeat)
-        summary = self._summary(name, found.counts, means)
-        groups, names = [each.group for each in cases], foreground_names(self.dataset)
-        summary["truth"] = dict(TRUTHS)
-        summary["sizes"] = {
-            size: summarize_cases(each, groups, names) for size, each in found.case_metrics.items()
-        }
-        return Evaluation(split, cases, means, found.counts, summary, found)
+        return np.concatenate(parts)[: len(split)], means_of(running, self.metrics)
 
     def _summary(self, name: str, counts: np.ndarray, means: Mapping[str, float]) -> dict[str, Any]:
         is_by_tile = self.is_by_tile and self.dataset.manifest.geometry == "tile"
@@ -181,74 +156,45 @@ class Evaluator:
         }
         return {**_summary(name, counts, means, self.dataset), **protocol}
 
-    def _measure(
-        self,
-        name: str,
-        cases: Sequence[Case],
-        reader: RecordReader,
-        shown: bool,
-        should_stop: Callable[[], bool],
-        heartbeat: Heartbeat,
-    ) -> Measured:
-        """Measures each case; one at a time is in memory.
+    def _measured_evaluation(self, split: Split, reader: RecordReader, watch: Watch) -> Evaluation:
+        """Predicts and measures each case once, together with the other processes."""
+        from job.distributed.replica_sums import Criterion
+        from job.evaluation.steps import total_sums
+        from job.metrics.batch import RunningSums
 
-        Every process of a group does all of it; the rest would only wait for the first.
-        """
-        from job.metrics.batch import confusion_counts
+        cases, names = self.cases_of(split), foreground_names(self.dataset)
+        own, group = self._rank_evaluation(split, reader), self.process_group
+        sums, found = measure_together(own, group, watch, names)
+        criterion = Criterion(self.loss, self.metrics)
+        channels, running = num_outputs(self.config, self.dataset.manifest), RunningSums()
+        for replicas in sums:
+            running.add(total_sums(replicas, criterion, channels))
+        means = means_of(running, self.metrics)
+        summary = self._summary(split.name, found.counts, means)
+        groups = [each.group for each in cases]
+        summary["truth"] = dict(TRUTHS)
+        summary["sizes"] = {
+            size: summarize_cases(each, groups, names) for size, each in found.case_metrics.items()
+        }
+        return Evaluation(split, cases, means, found.counts, summary, found)
 
-        manifest = self.dataset.manifest
-        case_metrics: dict[str, list[CaseMetrics]] = {size: [] for size in SIZES}
-        parts = []
-        sweep = ThresholdSweep(foreground_names(self.dataset))
-        with Progress(f"measure {name}", len(cases), unit="cases", shown=shown) as bar:
-            for case in bar.tracked(cases):
-                image, truth = read_case(reader, case)
-                probabilities = self.predict(image, heartbeat)
-                ids = without_small(class_ids(probabilities), self.min_pixels)
-                pair = truth[np.newaxis], ids[np.newaxis]
-                parts.append(confusion_counts(*pair, len(manifest.classes), manifest.ignore_id))
-                counted, counted_probabilities = _without_ignored(
-                    truth, probabilities, manifest.ignore_id
-                )
-                regions = regions_of_classes(counted, len(manifest.classes), min_pixels=MIN_PIXELS)
-                found = self._metrics_of_case(case, truth, probabilities, ids, regions)
-                for size, metrics in found.items():
-                    case_metrics[size].append(metrics)
-                sweep.add(sweep_case(regions, counted_probabilities))
-                if should_stop():
-                    raise StoppedError(f"stopped measuring {name}; the same command resumes")
-        return Measured(case_metrics, np.concatenate(parts), sweep)
-
-    def _metrics_of_case(
-        self,
-        case: Case,
-        truth: np.ndarray,
-        probabilities: np.ndarray,
-        ids: np.ndarray,
-        regions: Sequence[TrueRegions],
-    ) -> dict[str, CaseMetrics]:
-        """Returns the metrics at each size; equal sizes are measured once.
-
-        Args:
-            regions: of the truth, with its tiny regions.
-        """
-        manifest = self.dataset.manifest
-        geometry = case.geometry
-        scales = _scales(geometry, case.spacing)
-        num_classes, ignore_id = len(manifest.classes), manifest.ignore_id
-        masks = without_ignored(truth, ids, ignore_id)
-        network = measure_case(*masks, num_classes, scales["network"], regions=regions)
-        if not geometry.crop and (geometry.source_height, geometry.source_width) == truth.shape:
-            return {"network": network, "original": network}
-        # Decide once, at network size: a stored pixel is not always equally many original pixels.
-        tiny = tiny_pixels(regions, truth.shape).view(np.uint8)
-        tiny_regions = undo_geometry(tiny, geometry, nearest=True).view(bool)
-        ids = class_ids_at_source(probabilities, geometry)
-        ids = without_small(ids, self.min_pixels, area_scale(geometry))
-        masks = without_ignored(undo_geometry(truth, geometry, nearest=True), ids, ignore_id)
-        regions = regions_of_classes(masks[0], num_classes, tiny_regions=tiny_regions)
-        original = measure_case(*masks, num_classes, scales["original"], regions=regions)
-        return {"network": network, "original": original}
+    def _rank_evaluation(self, split: Split, reader: RecordReader) -> RankEvaluation:
+        group, manifest = self.process_group, self.dataset.manifest
+        return RankEvaluation(
+            dataset=self.dataset,
+            split=split,
+            reader=reader,
+            cases=self.cases_of(split),
+            measures=CaseMeasures(len(manifest.classes), manifest.ignore_id, self.min_pixels),
+            strategy=self.strategy,
+            step=self.local_step,
+            predict=self.predict if self.has_windows else None,
+            batch_size=self.config.global_batch_size,
+            first_replica=group.first_replica,
+            rank=group.rank,
+            num_processes=group.size,
+            num_workers=workers_for(self.config.threads, group.size),
+        )
 
 
 def make_evaluator(
@@ -258,7 +204,7 @@ def make_evaluator(
     network: Callable[..., Any],
     *,
     max_images_at_once: int | None = None,
-    first_replica: int = 0,
+    process_group: ProcessGroup | None = None,
 ) -> Evaluator:
     """Returns the evaluator of a network, see `job.models.ensemble.network_of`.
 
@@ -266,12 +212,12 @@ def make_evaluator(
         network: of models that were made in the scope of `strategy`.
         max_images_at_once: images per device and pass; None: from the batch, devices and
             micro-batches of the config.
-        first_replica: global number of the first replica of this process.
+        process_group: of `strategy`; None: this process alone.
 
     Raises:
         UsageError: the loss does not fit the classes of the dataset, or the overlap its tiles.
     """
-    from job.evaluation.steps import make_evaluation_step
+    from job.evaluation.steps import make_evaluation_step, make_local_step
     from job.models.ensemble import make_probability_step
 
     manifest = dataset.manifest
@@ -296,6 +242,7 @@ def make_evaluator(
         loss=criterion.loss,
         metrics=criterion.metrics,
         step=step,
+        local_step=make_local_step(strategy, network, criterion, num_micro_batches),
         probabilities=make_probability_step(network),
         windows=Windows(
             height=manifest.image_height,
@@ -303,7 +250,7 @@ def make_evaluator(
             overlap=overlap,
             batch_size=local_batch // num_micro_batches,
         ),
-        first_replica=first_replica,
+        process_group=process_group or ProcessGroup(strategy),
     )
 
 
@@ -356,24 +303,3 @@ def _summary(name: str, counts: np.ndarray, means: Mapping[str, float], dataset:
 def foreground_names(dataset: Dataset) -> list[str]:
     """Returns the names of all classes but 0."""
     return [each.name for each in dataset.manifest.classes if each.id != 0]
-
-
-def _scales(geometry: Geometry, spacing: tuple[float, float] | None) -> dict[str, Scale]:
-    """Returns the size of a pixel at network size and at original size."""
-    if spacing is None:
-        return {size: Scale((1.0, 1.0), "px") for size in SIZES}
-    network = (
-        spacing[0] * geometry.part.height / geometry.height,
-        spacing[1] * geometry.part.width / geometry.width,
-    )
-    return {"network": Scale(network, "mm"), "original": Scale(spacing, "mm")}
-
-
-def _without_ignored(
-    truth: np.ndarray, probabilities: np.ndarray, ignore_id: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns truth and probabilities, both 0 at ignored pixels."""
-    if ignore_id is None:
-        return truth, probabilities
-    ignored = truth == ignore_id
-    return np.where(ignored, 0, truth), np.where(ignored[..., np.newaxis], 0, probabilities)

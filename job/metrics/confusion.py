@@ -60,6 +60,36 @@ class Overlap(Generic[N]):
         return Overlap(0 * self.tp, 0 * self.fp, self.tp + self.fn)
 
 
+def count_pixels(
+    truth: npt.NDArray[np.uint8],
+    prediction: npt.NDArray[np.uint8],
+    num_classes: int,
+    ignore_id: int | None = None,
+) -> npt.NDArray[np.int64]:
+    """Counts true positives, false positives, false negatives and true negatives of one case.
+
+    Equals `job.metrics.batch.confusion_counts`, which counts a batch with TensorFlow.
+
+    Args:
+        truth, prediction: (H, W) class ids.
+        num_classes: K. A network of one channel predicts two classes, so 1 means 2.
+        ignore_id: pixels with this label are not counted.
+
+    Returns:
+        (K, 4) int64.
+    """
+    if ignore_id is not None:
+        is_counted = truth != ignore_id
+        truth, prediction = truth[is_counted], prediction[is_counted]
+    counts = np.zeros((max(num_classes, 2), 4), np.int64)
+    for class_id, row in enumerate(counts):
+        is_true, is_predicted = truth == class_id, prediction == class_id
+        tp = np.count_nonzero(is_true & is_predicted)
+        fp, fn = np.count_nonzero(is_predicted) - tp, np.count_nonzero(is_true) - tp
+        row[:] = tp, fp, fn, truth.size - tp - fp - fn
+    return counts
+
+
 def dice(tp: Counts, fp: Counts, fn: Counts) -> Values:
     """Returns 2 tp / (2 tp + fp + fn), elementwise; NaN where truth and prediction are empty."""
     return _ratio(*Overlap(tp, fp, fn).dice_terms())

@@ -49,19 +49,22 @@ def _logits_of_mean(logits: tf.Tensor) -> tf.Tensor:
 
 
 def make_probability_step(network: Network) -> Callable[[Any], tf.Tensor]:
-    """Returns the compiled `probability_step(images (B, H, W, C)) -> (B, H, W, K)` float32.
-
-    Softmax over K, or the sigmoid where K = 1.
-    """
+    """Returns the compiled `probability_step(images (B, H, W, C)) -> (B, H, W, K)` float32."""
 
     @tf.function(reduce_retracing=True, autograph=False)
     def probability_step(images: tf.Tensor) -> tf.Tensor:
-        logits = network(images)
-        is_single = logits.shape[-1] == 1
-        probabilities = tf.sigmoid(logits) if is_single else tf.nn.softmax(logits)
-        return tf.cast(probabilities, tf.float32)
+        return probabilities_of_logits(network(images))
 
     return probability_step
+
+
+def probabilities_of_logits(logits: tf.Tensor) -> tf.Tensor:
+    """Returns probabilities (B, H, W, K) float32 of logits (B, H, W, K).
+
+    Softmax over K, or the sigmoid where K = 1.
+    """
+    is_single = logits.shape[-1] == 1
+    return tf.cast(tf.sigmoid(logits) if is_single else tf.nn.softmax(logits), tf.float32)
 
 
 def probability_model(model: keras.Model, channels: int, bit_depth: int) -> keras.Model:

@@ -85,7 +85,7 @@ class _Loop:
             if self._is_over() and not state.is_finished(trainer.config.epochs):
                 raise self._end(trainer.end_stopped, state)
         begin("evaluation")
-        evaluation = trainer.evaluate_best(state, self._is_over)
+        evaluation = trainer.evaluate_best(state, self._asks_to_stop)
         outcome = self._end(trainer.end_finished, state, evaluation)
         if evaluation is not None:
             self.callbacks.report({"event": "evaluation", "summary": outcome["evaluation"]})
@@ -121,10 +121,11 @@ class _Loop:
         self._report_stored()
 
     def _is_over(self) -> bool:
+        return self.trainer.process_group.any(self._asks_to_stop())
+
+    def _asks_to_stop(self) -> bool:
         # A lost run or failed storage is reported when the run ends.
-        return self.trainer.process_group.any(
-            self.callbacks.should_stop() or self.trainer.has_failed
-        )
+        return self.callbacks.should_stop() or self.trainer.has_failed
 
     def _end(self, store: Callable[..., T], *details: Any) -> T:
         # Uploads must finish even if other processes are gone.

@@ -282,8 +282,11 @@ class Trainer:
     ) -> Evaluation | None:
         """Returns the evaluation of the test split with the best weights; None if it is empty.
 
+        Args:
+            should_stop: whether this process requests a stop.
+
         Raises:
-            StoppedError: `should_stop` returned true.
+            StoppedError: `should_stop` returned true in one of the processes.
             LockedError, StorageError: the run was lost, or the checkpoint could not be stored.
         """
         if state.best is None or "test" not in self.dataset.splits:

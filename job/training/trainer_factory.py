@@ -54,7 +54,7 @@ def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -
         setup.strategy,
         setup.dataset,
         network_of([model]),
-        first_replica=process_group.first_replica,
+        process_group=process_group,
     )
     readers = _open_readers(setup, heartbeat)
     step = _train_step(setup, model, optimizer, evaluator)

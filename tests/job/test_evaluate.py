@@ -21,16 +21,15 @@ from data_prep.imaging.codecs import read_image
 from data_prep.imaging.geometry import Box, Geometry
 from flexunet.storage import open_store
 from job.config import identity_of
-from job.data.cases import Case
 from job.data.reader import read_sample
 from job.data.shard_cache import open_reader
 from job.evaluate import main
-from job.evaluation.evaluator import _scales, make_evaluator
+from job.evaluation.case_measures import CaseInput, CaseMeasures, scales_of
 from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
 from job.inference.options import InferConfig
 from job.inference.pipeline import infer
 from job.metrics.lesions import MIN_PIXELS, regions_of_classes
-from job.metrics.per_case import Scale, nothing_predicted
+from job.metrics.per_case import CaseMetrics, Scale, nothing_predicted
 from job.models.ensemble import Network, network_of
 from job.optimization.optimizer import Adam
 from job.reporting.html_report import write_report
@@ -189,35 +188,33 @@ def test_evaluate_measures_at_the_images_own_size_in_mm(own_run: Path) -> None:
     assert any(case.classes[0].hd95 for case in sizes["original"])
 
 
-def test_tiny_regions_are_the_same_at_both_sizes(own_run: Path) -> None:
-    run = open_run(str(own_run))
-    dataset = dataset_of(run, None)
+def metrics_of(
+    geometry: Geometry, truth: np.ndarray, probabilities: np.ndarray, ids: np.ndarray
+) -> dict[str, CaseMetrics]:
+    """Returns the metrics of a case of two classes at each size."""
+    case = CaseInput(0, geometry, None, truth, probabilities)
+    regions = regions_of_classes(truth, 2, min_pixels=MIN_PIXELS)
+    return CaseMeasures(2, None).metrics_of(case, ids, regions)
+
+
+def test_tiny_regions_are_the_same_at_both_sizes() -> None:
     # 64x96 pixels were stored as 32x32, each of them 6.
     geometry = Geometry("stretch", 64, 96, 0, 0, 32, 32)
-    case = Case("a", "a.png", "a", geometry, None, (0,))
     truth = np.zeros((32, 32), np.uint8)
     truth[2, 2:7] = 1  # 5 pixels, 30 of the picture
     truth[20, 2:8] = 1
     nothing = np.zeros_like(truth)
     probabilities = np.stack([1.0 - nothing, nothing], axis=-1).astype(np.float32)
-    device = tf.distribute.OneDeviceStrategy("CPU:0")
-    evaluator = make_evaluator(run.config, device, dataset, network_of([]))
-    regions = regions_of_classes(truth, 2, min_pixels=MIN_PIXELS)
-    cases = evaluator._metrics_of_case(case, truth, probabilities, nothing, regions)
+    cases = metrics_of(geometry, truth, probabilities, nothing)
     for size in ("network", "original"):
         lesions = cases[size].classes[0].lesions
         assert (lesions.num_true, lesions.num_tiny_regions) == (1, 1), size
 
 
 @pytest.mark.parametrize("factor", [1.3, 2.6, 5.2])
-def test_tiny_regions_are_the_same_where_the_factor_is_no_whole_number(
-    own_run: Path, factor: float
-) -> None:
-    run = open_run(str(own_run))
-    dataset = dataset_of(run, None)
+def test_tiny_regions_are_the_same_where_the_factor_is_no_whole_number(factor: float) -> None:
     height, width = round(128 * factor), round(128 * 1.25 * factor)
     geometry = Geometry("stretch", height, width, 0, 0, 128, 128)
-    case = Case("a", "a.png", "a", geometry, None, (0,))
     truth = np.zeros((128, 128), np.uint8)
     for index, (row, column) in enumerate(np.ndindex(25, 18)):
         # By turns 6 and 5 stored pixels, which are not equally many of the picture's.
@@ -225,38 +222,27 @@ def test_tiny_regions_are_the_same_where_the_factor_is_no_whole_number(
         if index % 2:
             truth[row * 5 + 1, column * 7 + 1] = 0
     probabilities = np.stack([1.0 - truth, truth], axis=-1).astype(np.float32)
-    device = tf.distribute.OneDeviceStrategy("CPU:0")
-    evaluator = make_evaluator(run.config, device, dataset, network_of([]))
-    regions = regions_of_classes(truth, 2, min_pixels=MIN_PIXELS)
-    cases = evaluator._metrics_of_case(case, truth, probabilities, truth, regions)
+    cases = metrics_of(geometry, truth, probabilities, truth)
     for size in ("network", "original"):
         lesions = cases[size].classes[0].lesions
         assert (lesions.num_true, lesions.num_tiny_regions) == (225, 225), size
     assert cases["network"].classes[0].lesions.num_found == 225
 
 
-def test_missing_all_never_makes_a_case_better_at_either_size(own_run: Path) -> None:
-    run = open_run(str(own_run))
-    device = tf.distribute.OneDeviceStrategy("CPU:0")
-    evaluator = make_evaluator(run.config, device, dataset_of(run, None), network_of([]))
-
+def test_missing_all_never_makes_a_case_better_at_either_size() -> None:
     @settings(deadline=None)
     @given(
         seed=st.integers(0, 2**32 - 1), source=st.tuples(st.integers(16, 70), st.integers(16, 70))
     )
     def check(seed: int, source: tuple[int, int]) -> None:
         random = np.random.default_rng(seed)
-        case = Case("a", "a.png", "a", Geometry("stretch", *source, 0, 0, 16, 16), None, (0,))
+        geometry = Geometry("stretch", *source, 0, 0, 16, 16)
         truth = (random.random((16, 16)) < random.uniform(0.05, 0.6)).astype(np.uint8)
         truth[8, 8] = 1
         mass = random.random((16, 16)).astype(np.float32)
         found, lost = (
-            evaluator._metrics_of_case(
-                case,
-                truth,
-                np.stack([1 - each, each], axis=-1),
-                (each > 0.5).astype(np.uint8),
-                regions_of_classes(truth, 2, min_pixels=MIN_PIXELS),
+            metrics_of(
+                geometry, truth, np.stack([1 - each, each], axis=-1), (each > 0.5).astype(np.uint8)
             )
             for each in (mass, np.zeros_like(mass))
         )
@@ -278,13 +264,13 @@ def test_missing_all_never_makes_a_case_better_at_either_size(own_run: Path) -> 
 
 def test_scales_follow_the_geometry_of_each_axis() -> None:
     # 64x96 source pixels of 0.1 x 0.2 mm in 32x32 stored ones.
-    scales = _scales(Geometry("stretch", 64, 96, 0, 0, 32, 32), (0.1, 0.2))
+    scales = scales_of(Geometry("stretch", 64, 96, 0, 0, 32, 32), (0.1, 0.2))
     assert scales["original"] == Scale((0.1, 0.2), "mm")
     assert scales["network"].spacing == pytest.approx((0.2, 0.6))
-    assert _scales(Geometry("stretch", 64, 96, 0, 0, 32, 32), None)["network"].unit == "px"
+    assert scales_of(Geometry("stretch", 64, 96, 0, 0, 32, 32), None)["network"].unit == "px"
     # Of which the 32x48 in the middle were stored: half as many in as many.
     part = Geometry("stretch", 64, 96, 0, 0, 32, 32, Box(16, 24, 32, 48))
-    assert _scales(part, (0.1, 0.2))["network"].spacing == pytest.approx((0.1, 0.3))
+    assert scales_of(part, (0.1, 0.2))["network"].spacing == pytest.approx((0.1, 0.3))
 
 
 def test_evaluate_puts_cropped_and_flipped_cases_back(own_run: Path) -> None:
@@ -440,19 +426,18 @@ def test_a_device_gets_no_more_at_once_than_in_training(
         return evaluate_run(run, dataset_of(run, None), strategy, config)[0].summary
 
     one_cpu = tf.distribute.OneDeviceStrategy("CPU:0")
-    # A case of the network's size is measured alone, so 1 is always among them.
     expected = evaluated_by(one_cpu, 1, "whole")
-    assert set(sizes) == {1, 4}
+    assert set(sizes) == {4}
     for strategy, replicas, held in (
         (one_cpu, None, 4), (one_cpu, 2, 2), (one_cpu, 4, 1), (two_cpus, 1, 2), (two_cpus, 4, 1),
     ):  # fmt: skip
         found = evaluated_by(strategy, replicas, "again")
-        assert set(sizes) == {1, held}, (replicas, held)
+        assert set(sizes) == {held}, (replicas, held)
         assert found["classes"] == expected["classes"]
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     # What is asked for is spread over the devices, however much that is.
     evaluated_by(two_cpus, 4, "asked", batch_size=4)
-    assert set(sizes) == {1, 2}
+    assert set(sizes) == {2}
 
 
 def test_a_run_in_float16_predicts_in_float32_on_a_cpu(own_run: Path) -> None:

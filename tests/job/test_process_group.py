@@ -75,8 +75,18 @@ def assert_same_numbers(first: Path, second: Path) -> None:
         assert a.keys() == b.keys()
         for name in a:
             assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-9), name
-    cases = [(run / "evaluation" / "per_case.csv").read_text() for run in (first, second)]
-    assert cases[0] == cases[1]
+    ours, theirs = (files_of(run / "evaluation") for run in (first, second))
+    assert ours == theirs
+    assert len(ours) >= 5 + 4 * 2  # tables, and two images of each of 4 cases
+
+
+def files_of(evaluation: Path) -> dict[str, bytes]:
+    """Returns the tables and images; the loss in summary.json is a sum of parts of each process."""
+    return {
+        str(path.relative_to(evaluation)): path.read_bytes()
+        for path in evaluation.rglob("*.*")
+        if path.suffix in (".csv", ".png")
+    }
 
 
 @pytest.fixture(scope="module")

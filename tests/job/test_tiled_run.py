@@ -134,9 +134,9 @@ def test_training_reports_every_batch_of_windows(tiled_run: Path, tmp_path: Path
         setup = one_process_setup(config, run, device)
         train_and_evaluate(setup, Callbacks(report, lambda: False, heartbeat))
     # 4 rows of 4 windows in batches of 2, for one picture after an epoch; for two of the test
-    # split when they are measured, and again when they are shown. The best checkpoint is read in
-    # two pieces, its record and its weights.
-    assert reported == {"end of epoch 1": 8, "evaluation": 2 + 2 * 8 + 2 * 8}
+    # split, which report again when they are measured and when they are drawn, and for 9 batches of
+    # tiles. The best checkpoint is read in two pieces, its record and its weights.
+    assert reported == {"end of epoch 1": 8, "evaluation": 2 + 9 + 2 * (8 + 1 + 1)}
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -1,0 +1,87 @@
+"""Runs the evaluation of all processes of a group; puts their results in the order of the split."""
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from flexunet.progress import Heartbeat
+from job.distributed.process_group import ProcessGroup
+from job.evaluation.case_file import CaseFile
+from job.evaluation.example_cases import example_cases
+from job.evaluation.rank_evaluation import RankEvaluation, RankResult, Watch
+from job.inference.postprocess import Ids
+from job.metrics.confusion import Counts
+from job.metrics.per_case import SIZES, CaseMetrics
+from job.metrics.thresholds import ThresholdSweep
+
+T = TypeVar("T")
+
+_CASES_AT_ONCE = 256  # whose sweeps the processes exchange together
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The measures of each case."""
+
+    case_metrics: dict[str, list[CaseMetrics]]  # by size
+    counts: Counts  # (cases, classes, 4) int64, of the measured masks
+    sweep: ThresholdSweep  # at network size
+    masks: dict[int, Ids]  # predicted at network size, of the `example_cases`
+
+
+def measure_together(
+    own: RankEvaluation, process_group: ProcessGroup, watch: Watch, names: Sequence[str]
+) -> tuple[list[list[Any]], Measured]:
+    """Predicts and measures each case once, in one of the processes; all must call this function.
+
+    Args:
+        own: the part of this process.
+        names: of the foreground classes.
+
+    Returns:
+        In all processes: for each batch the `ReplicaSums` of all replicas, and the measures.
+
+    Raises:
+        StoppedError: `watch.should_stop` returned True in one of the processes.
+    """
+    results: list[RankResult] = []
+    with CaseFile() as file:
+
+        def work(notify: Heartbeat, is_stopped: Callable[[], bool]) -> None:
+            results.append(own.run(Watch(watch.shown, is_stopped, notify), file))
+
+        process_group.run_stoppable(work, watch.heartbeat, watch.should_stop)
+        parts = _gather(process_group, results[0])
+        cases = {index: case for each in parts for index, case in each.cases.items()}
+        counts = np.stack([cases[index][1] for index in range(len(own.cases))])
+        sweep = ThresholdSweep(names)
+        for start in range(0, len(cases), _CASES_AT_ONCE):
+            part = range(start, min(start + _CASES_AT_ONCE, len(cases)))
+            sweeps = _joined(_gather(process_group, file.sweeps(part)))
+            for index in part:
+                sweep.add(sweeps[index])
+        chosen = [index for _, index, _ in example_cases(counts)]
+        masks = _joined(_gather(process_group, file.masks(chosen)))
+    metrics = {size: [cases[index][0][size] for index in range(len(cases))] for size in SIZES}
+    sums = [
+        [replica for part in batch for replica in part]
+        for batch in zip(*(each.sums for each in parts), strict=True)
+    ]
+    unpacked = {index: mask.unpack() for index, mask in masks.items()}
+    return sums, Measured(metrics, counts, sweep, unpacked)
+
+
+def _gather(process_group: ProcessGroup, value: T) -> list[T]:
+    """Returns `value` of all processes, by rank."""
+    if process_group.size == 1:
+        return [value]
+    found = process_group.all_gather_bytes(pickle.dumps(value))
+    # The processes of a run trust each other: they exchange its weights.
+    return [pickle.loads(each) for each in found]  # noqa: S301
+
+
+def _joined(parts: Sequence[dict[int, T]]) -> dict[int, T]:
+    return {index: value for part in parts for index, value in part.items()}
