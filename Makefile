@@ -105,6 +105,7 @@ demo-inbreast: .venv/.installed ## prepare a generated INbreast release; compare
 bench: .venv/.installed ## run all benchmarks but bench-gpu, bench-peers, on an idle machine; writes benchmarks/results
 	$(BIN)/python benchmarks/prep.py
 	$(BIN)/python benchmarks/input.py
+	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/normalization.py
 	$(BIN)/python benchmarks/inference.py

@@ -1,19 +1,22 @@
-"""Opens the reader of a split, after copying remote shards to a local cache."""
+"""Opens the readers of splits, after copying remote shards to a local cache."""
 
 import fcntl
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data_prep.shards.manifest import Manifest
+from data_prep.shards.manifest import ShardInfo
 from flexunet.errors import ContentError, StorageError
-from flexunet.storage import ObjectStore, crc32c_of_file, local_path, open_store
+from flexunet.progress import Heartbeat, Progress, no_heartbeat
+from flexunet.storage import LocalStore, ObjectStore, crc32c_of_file, local_path, open_store
+from flexunet.text import pluralize
 from job.data.dataset import Dataset, Split
+from job.data.downloads import MIB, ShardCopies
 from job.data.reader import RecordReader
 
 logger = logging.getLogger(__name__)
@@ -21,48 +24,71 @@ logger = logging.getLogger(__name__)
 _LOCK_TICK_S = 0.5
 
 
-def open_reader(
-    dataset: Dataset,
-    split: Split,
-    *,
-    cache: str,
-    cache_dir: str | None,
-    heartbeat: Callable[[], None] = lambda: None,
-) -> RecordReader:
-    """Returns a reader of `split`; with "full", copies remote shards to the cache first.
+@dataclass(frozen=True)
+class CacheOptions:
+    """Holds how the shards of a remote dataset are read.
 
-    Args:
+    Attributes:
         cache: "full" or "ranges".
         cache_dir: folder of the cache; None: `~/.cache/flexunet`.
-        heartbeat: called for every shard in the cache, and while a shard is copied.
+        progress: show the progress of copying.
+    """
+
+    cache: str
+    cache_dir: str | None
+    progress: bool = True
+
+
+def open_reader(
+    dataset: Dataset, split: Split, *, cache: str, cache_dir: str | None
+) -> RecordReader:
+    """Returns a reader of `split`; see `open_readers` and `CacheOptions`."""
+    return open_readers(dataset, {"": split}, CacheOptions(cache, cache_dir))[""]
+
+
+def open_readers(
+    dataset: Dataset,
+    splits: Mapping[str, Split],
+    options: CacheOptions,
+    *,
+    heartbeat: Heartbeat = no_heartbeat,
+) -> dict[str, RecordReader]:
+    """Returns a reader of each split by name; with "full", copies remote shards to the cache first.
+
+    Args:
+        heartbeat: called for every shard in the cache, and while shards are copied.
+
+    Raises:
+        ContentError: a shard differs from the manifest.
+        StorageError: the dataset cannot be read, or the cache cannot be written.
     """
     store = open_store(dataset.url)
-    if store.local_root is not None:
-        _check_sizes(store, dataset.manifest, split)
-        return RecordReader(store, split, store.local_root)
-    if cache == "ranges":
-        return RecordReader(store, split, None)
-    folder = Path(cache_dir or Path.home() / ".cache" / "flexunet") / dataset.digest
-    with _locked(folder, heartbeat):
-        _fill_cache(store.watched(heartbeat), dataset.manifest, split, str(folder), heartbeat)
-    return RecordReader(store, split, str(folder))
+    names = {name for split in splits.values() for name in split.shards}
+    shards = [shard for shard in dataset.manifest.shards if shard.name in names]
+    folder = store.local_root
+    if folder is not None:
+        _check_sizes(store, shards)
+    elif options.cache == "full":
+        top = options.cache_dir or Path.home() / ".cache" / "flexunet"
+        folder = str(Path(top) / dataset.digest)
+        with _locked(Path(folder), heartbeat):
+            _fill_cache(store, shards, folder, heartbeat, progress=options.progress)
+    return {name: RecordReader(store, split, folder) for name, split in splits.items()}
 
 
-def _check_sizes(store: ObjectStore, manifest: Manifest, split: Split) -> None:
-    needed = set(split.shards)
-    for shard in manifest.shards:
-        if shard.name in needed:
-            found = store.stat(shard.name)
-            if found is None or found.size != shard.num_bytes:
-                size = "missing" if found is None else f"{found.size} bytes"
-                raise ContentError(
-                    f"{store.url}/{shard.name}: {size}, but {shard.num_bytes} bytes in the "
-                    "manifest; prepare the dataset again"
-                )
+def _check_sizes(store: ObjectStore, shards: Sequence[ShardInfo]) -> None:
+    for shard in shards:
+        found = store.stat(shard.name)
+        if found is None or found.size != shard.num_bytes:
+            size = "missing" if found is None else f"{found.size} bytes"
+            raise ContentError(
+                f"{store.url}/{shard.name}: {size}, but {shard.num_bytes} bytes in the "
+                "manifest; prepare the dataset again"
+            )
 
 
 @contextmanager
-def _locked(folder: Path, heartbeat: Callable[[], None]) -> Iterator[None]:
+def _locked(folder: Path, heartbeat: Heartbeat) -> Iterator[None]:
     """Holds the lock of the cache: one process of a machine fills it, the others wait."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,33 +115,36 @@ def _is_taken(lock: int) -> bool:
 
 
 def _fill_cache(
-    store: ObjectStore, manifest: Manifest, split: Split, folder: str, heartbeat: Callable[[], None]
+    store: ObjectStore,
+    shards: Sequence[ShardInfo],
+    folder: str,
+    heartbeat: Heartbeat,
+    *,
+    progress: bool,
 ) -> None:
-    missing, used = [], set(split.shards)
-    for shard in manifest.shards:
-        if shard.name in used and not _is_cached(folder, shard):
+    # A process that was killed while it copied leaves parts of files.
+    LocalStore(folder).remove_unfinished()
+    missing = []
+    for shard in shards:
+        if not _is_cached(folder, shard):
             missing.append(shard)
         heartbeat()
+    if not missing:
+        return
     needed, free = sum(shard.num_bytes for shard in missing), shutil.disk_usage(folder).free
     if needed > free:
         raise StorageError(
-            f"{folder}: the shards need {needed / 2**20:.0f} MiB, but this disk has "
-            f"{free / 2**20:.0f} MiB free; give another --cache-dir, or --cache ranges to read "
+            f"{folder}: the shards need {needed / MIB:.0f} MiB, but this disk has "
+            f"{free / MIB:.0f} MiB free; give another --cache-dir, or --cache ranges to read "
             "over the network"
         )
-    for shard in missing:
-        logger.info("caching %s/%s (%.1f MiB)", store.url, shard.name, shard.num_bytes / 2**20)
-        path = local_path(folder, shard.name)
-        if store.get_file(shard.name, path) != shard.crc32c:
-            Path(path).unlink()
-            raise ContentError(
-                f"{store.url}/{shard.name}: CRC32C differs from the manifest, the dataset is "
-                "damaged; prepare it again"
-            )
-        heartbeat()
+    size = f"{pluralize(len(missing), 'shard')}, {needed / MIB:.1f} MiB"
+    logger.info("caching %s: %s, in %s", store.url, size, folder)
+    with Progress("cache", -(-needed // MIB), unit="MiB", shown=progress) as bar:
+        ShardCopies(store, missing, folder).run(heartbeat, bar)
 
 
-def _is_cached(folder: str, shard: Any) -> bool:
+def _is_cached(folder: str, shard: ShardInfo) -> bool:
     path = local_path(folder, shard.name)
     if not os.path.exists(path):
         return False

@@ -17,7 +17,7 @@ from job.data.cases import read_case
 from job.data.dataset import Dataset, Split, open_dataset
 from job.data.folds import open_folded
 from job.data.reader import RecordReader
-from job.data.shard_cache import open_reader
+from job.data.shard_cache import CacheOptions, open_readers
 from job.evaluation.artifacts import draw_examples, evaluation_folder, write_evaluation
 from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names, make_evaluator
 from job.inference.options import PredictConfig
@@ -174,7 +174,7 @@ def evaluate_run(
         regions = _fit_regions(evaluator, members, config)
         protocol["small_regions"] = regions.model_dump(mode="json")
         evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in regions.classes))
-    reader = _reader_of(dataset, split, settings)
+    reader = _reader_of(dataset, split, settings, progress=config.progress)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
     origins = as_record(
         [read_origin(each.store, each.config) for each in (run, *others)], dataset, split.name
@@ -221,8 +221,11 @@ def _log_replaced(target: ObjectStore, *, keeps_fit: bool) -> None:
     )
 
 
-def _reader_of(dataset: Dataset, split: Split, settings: TrainConfig) -> RecordReader:
-    return open_reader(dataset, split, cache=settings.cache, cache_dir=settings.cache_dir)
+def _reader_of(
+    dataset: Dataset, split: Split, settings: TrainConfig, *, progress: bool
+) -> RecordReader:
+    options = CacheOptions(settings.cache, settings.cache_dir, progress)
+    return open_readers(dataset, {"": split}, options)[""]
 
 
 def _fit_regions(
@@ -231,7 +234,7 @@ def _fit_regions(
     """Fits on `valid` from which size on regions are kept."""
     dataset = evaluator.dataset
     split = dataset.split("valid")
-    reader = _reader_of(dataset, split, evaluator.config)
+    reader = _reader_of(dataset, split, evaluator.config, progress=config.progress)
     tally, cases = RegionTally(foreground_names(dataset)), evaluator.cases_of(split)
     with Progress("fit on valid", len(cases), unit="cases", shown=config.progress) as bar:
         for case in bar.tracked(cases):

@@ -11,7 +11,7 @@ from flexunet.progress import Heartbeat, no_heartbeat
 from flexunet.text import pluralize
 from job.config.groups import ModelConfig
 from job.data.reader import RecordReader
-from job.data.shard_cache import open_reader
+from job.data.shard_cache import CacheOptions, open_readers
 from job.distributed.exchange_plan import agreed_plan
 from job.distributed.replica_sums import Criterion
 from job.distributed.xla import uses_xla
@@ -93,13 +93,11 @@ def network_words(model: ModelConfig, num_parameters: int, *, has_gpu: bool) -> 
 def _open_readers(setup: TrainingSetup, heartbeat: Heartbeat) -> dict[str, RecordReader]:
     """Fills the cache and returns a reader of every split, by name."""
     config, dataset = setup.config, setup.dataset
+    options = CacheOptions(config.cache, config.cache_dir, config.progress)
     readers: dict[str, RecordReader] = {}
 
     def fill_cache(heartbeat: Heartbeat) -> None:
-        for name, split in dataset.splits.items():
-            readers[name] = open_reader(
-                dataset, split, cache=config.cache, cache_dir=config.cache_dir, heartbeat=heartbeat
-            )
+        readers.update(open_readers(dataset, dataset.splits, options, heartbeat=heartbeat))
 
     setup.process_group.all_gather_with_heartbeat(fill_cache, heartbeat)
     return readers

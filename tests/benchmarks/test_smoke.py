@@ -112,6 +112,12 @@ SMOKES = [
         ("wall_ms_of_epoch_of_10>input>median", "rss_mb_after_epoch"),
     ),
     Smoke(
+        "cache.py",
+        ("--num-shards", "3", "--shard-mb", "0.01", "--latency-ms", "1", "--repeats", "1"),
+        "cache.json",
+        ("seconds>one>median", "times_as_fast>median", "share_of_streams>median"),
+    ),
+    Smoke(
         "prep.py",
         (*TINY, "--num-images", "24"),
         "prep.json",

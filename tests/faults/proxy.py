@@ -33,6 +33,7 @@ from typing import Any, Literal, NoReturn
 
 BUCKET = "test-bucket"
 _PIECE_BYTES = 1 << 13  # sent at once on a slow connection
+_WAKE_UP_S = 0.01  # least time between two pieces on a fast connection
 _HEAD_BYTES = 1 << 16  # of a body; an upload starts with its metadata
 _OBJECT = re.compile(r"(?:/download)?(?:/storage/v1)?/b/([^/]+)/o/([^/]+)")
 _COPY = re.compile(r"(?:/storage/v1)?/b/[^/]+/o/[^/]+/(?:copyTo|rewriteTo)/b/([^/]+)/o/([^/]+)")
@@ -419,7 +420,9 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[: len(body) // 2]
             self.close_connection = True  # politely, or the client could miss what was sent
         if action == "slow":
-            pieces = (body[i : i + _PIECE_BYTES] for i in range(0, len(body), _PIECE_BYTES))
+            # Fast connections send larger pieces: a server in Python cannot wake up so often.
+            size = max(_PIECE_BYTES, int(bytes_per_s * _WAKE_UP_S))
+            pieces = (body[i : i + size] for i in range(0, len(body), size))
             for piece in _slowly(pieces, bytes_per_s):
                 self.wfile.write(piece)
             return
@@ -440,9 +443,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _slowly(pieces: Iterable[bytes], bytes_per_s: float) -> Iterator[bytes]:
-    """Yields `pieces` at the rate of a slow connection."""
+    """Yields `pieces` at the rate of a slow connection.
+
+    Each piece has a time at which it is due, so that late wake-ups do not add up.
+    """
+    due = time.monotonic()
     for piece in pieces:
-        time.sleep(len(piece) / bytes_per_s)
+        due += len(piece) / bytes_per_s
+        time.sleep(max(due - time.monotonic(), 0.0))
         yield piece
 
 
