@@ -65,13 +65,27 @@ def _divided(
         _warn_of_small_splits(groups, splits)
         is_leaky = False
     else:
-        splits = {sample.id: str(sample.split) for sample in samples}
+        splits = _with_drawn_valid(samples, groups, config)
         is_leaky = _check_leaks(samples, config)
     folds = {}
     if config.num_folds is not None:
         members = {name: group for name, group in groups.items() if splits[name] != "test"}
         folds = assign_folds(members, num_folds=config.num_folds, seed=config.seed)
     return Assignment(groups, splits, folds, is_leaky)
+
+
+def _with_drawn_valid(
+    samples: Sequence[EncodedSample], groups: Mapping[str, str], config: PrepConfig
+) -> dict[str, str]:
+    """Returns the ready-made split of each sample; draws valid from train with --draw-valid."""
+    splits = {sample.id: str(sample.split) for sample in samples}
+    if config.draw_valid is None:
+        return splits
+    train = {name: groups[name] for name, split in splits.items() if split == "train"}
+    fractions = {"train": 1 - config.draw_valid, "valid": config.draw_valid}
+    drawn = assign_splits(train, fractions=fractions, seed=config.seed)
+    _warn_of_small_splits(train, drawn)
+    return splits | drawn
 
 
 def _log_blank(samples: Sequence[EncodedSample]) -> None:

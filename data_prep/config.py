@@ -12,6 +12,10 @@ from data_prep.imaging.dicom.reader import Reader
 from data_prep.sources import inbreast
 from flexunet.settings import Settings, option
 
+# Options that earlier versions did not have; with its default, each is no part of the identity.
+_LATER_OPTIONS = (
+    *("full_scale", "images", "masks", "image_name", "mask_name", "missing_mask", "draw_valid"),
+)
 MAX_LISTED = 5  # names listed in a message
 HASH_KEY_VARIABLE = "FLEXUNET_HASH_KEY"
 
@@ -24,6 +28,30 @@ class PrepConfig(Settings):
         "pairs: images and masks; inbreast: the original INbreast release with AllDICOMs/ and "
         "AllXML/. For inbreast, the patient in the file name is the group, and an image without "
         "an XML file has no finding.",
+    )
+    images: str | None = option(
+        None,
+        "Folder of the images below SOURCE, or pattern of folders or files: train/*/images. none: "
+        "folders are found by their names.",
+    )
+    masks: str | None = option(
+        None,
+        "Folder of the masks below SOURCE, or pattern of folders or files; each * stands for the "
+        "same as in --images. none: folders are found by their names.",
+    )
+    image_name: str | None = option(
+        None,
+        "Name of an image without its ending, if only a part of it is also in the name of the "
+        "mask: {stem}_training.",
+    )
+    mask_name: str | None = option(
+        None,
+        "Name of the mask of an image without its ending: {stem}_mask. {stem}_* joins several "
+        "masks of one image. none: equal names, or else the one rule that pairs all names.",
+    )
+    missing_mask: Literal["error", "empty"] = option(
+        "error",
+        "error: an image without a mask is a bad file; empty: it has no finding.",
     )
     rois: tuple[inbreast.Kind, ...] = option(
         ("mass",),
@@ -106,6 +134,13 @@ class PrepConfig(Settings):
     group_csv: str | None = option(None, "CSV file with the columns file and group.", path=True)
     fractions: tuple[float, float, float] = option(
         (0.80, 0.15, 0.05), "Shares of samples for train, valid and test; groups stay whole."
+    )
+    draw_valid: float | None = option(
+        None,
+        "Share of train to draw as validation split if SOURCE has train/ and no valid/; groups "
+        "stay whole. none: such a dataset has no validation split, and training needs --folds.",
+        gt=0,
+        lt=1,
     )
     seed: int = option(1, "Random seed for splits, folds and the order in the shards.", ge=0)
     num_folds: int | None = option(
@@ -202,6 +237,8 @@ class PrepConfig(Settings):
         if self.format == "pairs":
             if self.rois != PrepConfig.model_fields["rois"].default:
                 raise ValueError("--rois needs --format inbreast")
+        elif layout := self._layout_options():
+            raise ValueError(f"{layout[0]} needs --format pairs")
         elif len(parse_color_map(self.classes)) != 2:
             raise ValueError(
                 "--format inbreast has a background and one foreground class; give two --classes"
@@ -209,6 +246,15 @@ class PrepConfig(Settings):
         elif (self.group_preset, self.group_regex, self.group_csv) != (None, None, None):
             raise ValueError("--format inbreast groups by patient; leave out the --group options")
         return self
+
+    def _layout_options(self) -> list[str]:
+        """Returns the options given about folders and names of pairs."""
+        names = ("images", "masks", "image_name", "mask_name", "missing_mask", "draw_valid")
+        return [
+            f"--{name.replace('_', '-')}"
+            for name in names
+            if getattr(self, name) != PrepConfig.model_fields[name].default
+        ]
 
     @model_validator(mode="after")
     def _tiles_fit(self) -> "PrepConfig":
@@ -258,6 +304,7 @@ def identity_of(config: PrepConfig) -> dict[str, Any]:
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("not_identity"):
             del values[name]
-    if config.full_scale is None:
-        del values["full_scale"]  # as in versions without this option
+    for name in _LATER_OPTIONS:
+        if getattr(config, name) == PrepConfig.model_fields[name].default:
+            del values[name]
     return values

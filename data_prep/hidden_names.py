@@ -43,7 +43,8 @@ def without_name(reject: Reject, config: PrepConfig) -> str:
 def dataset_name(sources: Sequence[Source], config: PrepConfig) -> str:
     """Returns the dataset's name in the manifest: that of the folder of the sources."""
     first = sources[0]
-    parents = open_store(first.images).url.split("/")[:-1]
-    if first.split is not None:
-        parents = parents[:-1]
+    if first.root is not None:
+        parents = open_store(first.root).url.split("/")
+    else:
+        parents = open_store(first.images).url.split("/")[: -1 if first.split is None else -2]
     return "dataset" if config.hash_names or not parents else as_utf8(parents[-1]) or "dataset"

@@ -15,7 +15,7 @@ from data_prep.hidden_names import dataset_name, hidden, hidden_name, without_na
 from data_prep.shards.source_pairs import File, SourcePair
 from data_prep.sources import inbreast
 from data_prep.sources.listings import Listings
-from data_prep.sources.pairs import Pair, Reject, Source, find_pairs, find_sources
+from data_prep.sources.pairs import Pair, PairOptions, Reject, Source, find_pairs, find_sources
 from data_prep.splits import groups
 from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.settings import read_text
@@ -66,8 +66,10 @@ def sources_of(
     if config.format == "inbreast":
         return inbreast.find_release(source, listings)
     try:
-        return find_sources(source, listings)
+        return find_sources(source, listings, images=config.images, masks=config.masks)
     except UsageError as error:
+        if config.images is not None or config.masks is not None:
+            raise
         if not inbreast.is_release(source, listings):
             raise
         raise UsageError(
@@ -95,8 +97,12 @@ def collect_input(
             the files.
     """
     _refuse_overlap(output, sources)
-    find = inbreast.find_cases if config.format == "inbreast" else find_pairs
-    pairs, rejects = find(sources, listings)
+    _check_draw_valid(sources, config)
+    if config.format == "inbreast":
+        pairs, rejects = inbreast.find_cases(sources, listings)
+    else:
+        options = PairOptions(config.image_name, config.mask_name, config.missing_mask)
+        pairs, rejects = find_pairs(sources, listings, options)
     grouped, ungrouped = _grouped(pairs, config, has_options=has_options)
     refused = _refused([*rejects, *ungrouped], config)
     return PrepInput(
@@ -105,6 +111,20 @@ def collect_input(
         items=tuple(pairs_of(grouped, config, listings)),
         refused=tuple(refused),
     )
+
+
+def _check_draw_valid(sources: Sequence[Source], config: PrepConfig) -> None:
+    """Checks --draw-valid, and warns of ready-made splits without validation."""
+    splits = {source.split for source in sources}
+    if config.draw_valid is not None and (None in splits or "valid" in splits):
+        has = "has no train/ and test/" if None in splits else "has a validation split"
+        fix = "give --fractions instead" if None in splits else "leave it out"
+        raise UsageError(f"--draw-valid {config.draw_valid:g}: the source {has}; {fix}")
+    if config.draw_valid is None and "train" in splits and "valid" not in splits:
+        logger.warning(
+            "the source has no validation split: training needs one or --folds; draw one from "
+            "train/ with --draw-valid 0.15"
+        )
 
 
 def _refuse_overlap(store: ObjectStore, sources: Sequence[Source]) -> None:

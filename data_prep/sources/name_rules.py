@@ -60,6 +60,10 @@ class NameRule:
         pairs = ((image, self.mask_of(image)) for image in images)
         return {image: (mask,) for image, mask in pairs if mask is not None and mask in masks}
 
+    def is_image(self, stem: str) -> bool:
+        """Returns whether the rule gives a mask to the image with this stem."""
+        return self.mask_of(stem) is not None
+
     def as_options(self) -> str:
         """Returns the options of `prep` that state the rule, as text for a message."""
         of_image = f'--image-name "{STEM.join(self.image)}" ' if any(self.image) else ""
@@ -113,6 +117,15 @@ class NamePatterns:
             for image in owners:
                 matched.setdefault(image, []).append(mask)
         return {image: tuple(found) for image, found in matched.items()}
+
+    def is_image(self, stem: str) -> bool:
+        """Returns whether the rule gives a mask to the image with this stem."""
+        return _compiled(self.image).fullmatch(stem) is not None
+
+    def as_options(self) -> str:
+        """Returns the options of `prep` that state the rule, as text for a message."""
+        of_image = "" if self.image == STEM else f'--image-name "{self.image}" '
+        return f'{of_image}--mask-name "{self.mask}"'
 
     def split(self, stems: _Stems) -> tuple[set[str], set[str]]:
         """Returns the stems of images and of masks in a folder that contains both.
@@ -300,25 +313,34 @@ def _without(stem: str, affix: tuple[str, str]) -> str | None:
     return stem[len(prefix) : len(stem) - len(suffix)] if fits and is_long else None
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    parts = (
-        "".join(_as_regex(piece) for piece in _WILDCARD.split(part)) for part in pattern.split(STEM)
-    )
-    return re.compile("(?P<stem>.+)".join(parts), re.DOTALL)
-
-
 _WILDCARD = re.compile(r"(\*|\?|\[[^\[\]]+\])")
 
 
-def _as_regex(piece: str) -> str:
+def glob_as_regex(pattern: str, *, captures: bool = False) -> str:
+    """Returns the regular expression of a name's pattern with `*`, `?` and `[...]`.
+
+    Args:
+        captures: each wildcard is a group.
+    """
+    group = "({})" if captures else "{}"
+    return "".join(
+        group.format(_wildcard_as_regex(piece)) if _WILDCARD.fullmatch(piece) else re.escape(piece)
+        for piece in _WILDCARD.split(pattern)
+    )
+
+
+def _wildcard_as_regex(piece: str) -> str:
     if piece in ("*", "?"):
-        return ".*" if piece == "*" else "."
-    if _WILDCARD.fullmatch(piece):
-        inside = piece[1:-1]
-        is_not = inside.startswith("!")
-        return f"[{'^' if is_not else ''}{re.escape(inside[is_not:]).replace(chr(92) + '-', '-')}]"
-    return re.escape(piece)
+        return "[^/]*" if piece == "*" else "[^/]"
+    inside = piece[1:-1]
+    is_not = inside.startswith("!")
+    letters = re.escape(inside[is_not:]).replace(r"\-", "-")
+    return f"[{'^/' if is_not else ''}{letters}]"
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile("(?P<stem>.+)".join(map(glob_as_regex, pattern.split(STEM))), re.DOTALL)
 
 
 def _wrong_pattern(text: str, *, needs_stem: bool) -> str | None:

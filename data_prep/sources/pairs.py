@@ -1,51 +1,92 @@
-"""Finds the images and masks of a source and pairs them by stem.
+"""Finds the images and masks of a source and pairs them by their names.
 
-Defines the layout of a source folder. The module reads names only; it does not depend on the
-content of the files or on how samples are split.
+The module reads names only; it does not depend on the content of the files or on how samples are
+split. `layout` finds folders that are not named as usual, and `name_rules` the rule of the names.
 """
 
-import os
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from data_prep.imaging.dicom.reader import DICOM_ENDINGS
+from data_prep.sources.layout import (
+    FolderPair,
+    Folders,
+    find_folders,
+    folders_of,
+    select_folders,
+)
 from data_prep.sources.listings import Listings
+from data_prep.sources.name_rules import (
+    EQUAL,
+    NamePatterns,
+    NameRule,
+    Naming,
+    find_rule,
+)
+from data_prep.sources.source_files import (
+    IMAGE_ENDINGS,
+    MASK_ENDINGS,
+    MISSING,
+    Reject,
+    Source,
+    Stems,
+    is_broken_link,
+    refused_name,
+    stems_of,
+)
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import (
-    BROKEN_LINK,
     ObjectStore,
     is_subpath,
     join_url,
-    name_problem,
-    open_source,
     open_store,
 )
+from flexunet.text import join_truncated, pluralize
 
-IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
-MASK_ENDINGS = (*IMAGE_ENDINGS, ".npz")
+__all__ = [
+    "IMAGE_ENDINGS",
+    "MASK_ENDINGS",
+    "Pair",
+    "PairOptions",
+    "Reject",
+    "Source",
+    "find_pairs",
+    "find_sources",
+    "folder_made_by",
+    "is_broken_link",
+    "refused_name",
+]
+
+logger = logging.getLogger(__name__)
 
 _IMAGES = "images"
 _MASKS = "masks"
 _SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid",
                   "test": "test"}  # fmt: skip
-_MISSING = "{}: missing or empty; put images and masks into a folder each"
 
 
 @dataclass(frozen=True)
-class Source:
-    """The image folder and mask folder of pairs; `split` is None if it is not ready-made."""
+class PairOptions:
+    """How images and masks are paired.
 
-    images: str
-    masks: str
-    split: str | None
+    Attributes:
+        image_name, mask_name: patterns of the stems; both None: the rule is found.
+        missing_mask: "empty": an image without a mask has no finding.
+    """
+
+    image_name: str | None = None
+    mask_name: str | None = None
+    missing_mask: Literal["error", "empty"] = "error"
 
 
 @dataclass(frozen=True)
 class Pair:
     """An image and its mask: for each the URL of a store and the object's name in it.
 
-    `mask_name` is None if an INbreast release has no annotation, which means no finding.
+    `mask_name` is None if the image has no finding: an INbreast release has no annotation, or
+    --missing-mask is "empty". `more_masks` are further masks of the image, in the same store.
     """
 
     id: str
@@ -54,27 +95,49 @@ class Pair:
     mask_url: str
     mask_name: str | None
     split: str | None
+    more_masks: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Reject:
-    """An unusable file, by its URL, and the reason, which names no other file."""
-
-    file: str
-    reason: str
-
-
-def find_sources(source_url: str, listings: Listings | None = None) -> tuple[Source, ...]:
+def find_sources(
+    source_url: str,
+    listings: Listings | None = None,
+    *,
+    images: str | None = None,
+    masks: str | None = None,
+) -> tuple[Source, ...]:
     """Returns the folders of pairs below `source_url`.
 
     A source has either `images/` and `masks/`, or `train/`, `valid/` (also `val/`, `validation/`)
-    and `test/` with both in each; `valid/` and `test/` may be missing.
+    and `test/` with both in each; `valid/` and `test/` may be missing. Otherwise all its folders
+    are listed, and `find_folders` looks for other names.
+
+    Args:
+        images, masks: patterns of folders or files below the source, instead of their names.
 
     Raises:
-        UsageError: neither or both layouts exist, or a folder is missing or empty.
+        UsageError: no layout or several are found, a folder is missing or empty, or a pattern
+            fits nothing.
     """
     url = open_store(source_url).url
     listings = listings or Listings()
+    if images is not None or masks is not None:
+        return _as_sources(url, select_folders(_all_folders(url, listings), images, masks))
+    try:
+        usual = _usual_sources(url, listings)
+    except UsageError:
+        found = find_folders(_all_folders(url, listings))
+        if found is None:
+            raise
+        return _as_sources(url, found)
+    # images/train/ and masks/train/ instead of train/images/ and train/masks/
+    if not any("/" not in name for source in usual for name in listings.names(source.images)):
+        found = find_folders(_all_folders(url, listings))
+        if found is not None:
+            return _as_sources(url, found)
+    return usual
+
+
+def _usual_sources(url: str, listings: Listings) -> tuple[Source, ...]:
     listings.look_for(url, (_IMAGES, _MASKS, *_SPLIT_FOLDERS))
 
     def has_files(name: str) -> bool:
@@ -93,7 +156,8 @@ def find_sources(source_url: str, listings: Listings | None = None) -> tuple[Sou
     if "train" not in found:
         raise UsageError(
             f"{url}: no files in {_IMAGES}/ and {_MASKS}/, nor in train/{_IMAGES}/ and "
-            f"train/{_MASKS}/; give the folder that contains them"
+            f"train/{_MASKS}/, nor in folders of similar names; give the folder that contains "
+            "them, or name them with --images and --masks"
         )
     for split, count in Counter(found.values()).items():
         if count > 1:
@@ -105,26 +169,112 @@ def find_sources(source_url: str, listings: Listings | None = None) -> tuple[Sou
     )
 
 
+def _all_folders(url: str, listings: Listings) -> Folders:
+    return folders_of(url, listings.names(url), IMAGE_ENDINGS, MASK_ENDINGS)
+
+
+def _as_sources(url: str, found: Sequence[FolderPair]) -> tuple[Source, ...]:
+    def url_of(path: str) -> str:
+        return join_url(url, path) if path else url
+
+    return tuple(
+        Source(
+            url_of(each.images),
+            url_of(each.masks),
+            each.split,
+            url,
+            each.image_glob,
+            each.mask_glob,
+        )
+        for each in found
+    )
+
+
 def find_pairs(
-    sources: Sequence[Source], listings: Listings | None = None
+    sources: Sequence[Source],
+    listings: Listings | None = None,
+    options: PairOptions = PairOptions(),
 ) -> tuple[list[Pair], list[Reject]]:
     """Returns the pairs, sorted by id, and every file without a pair, sorted by name.
 
-    The id is the stem of the file name. Subfolders are not read; hidden files and files of file
-    managers are skipped.
+    The id is the stem of the image. Equal stems are a pair, or else one rule for all names is
+    found (see `find_rule`). Subfolders are not read; hidden files and files of file managers are
+    skipped.
 
     Raises:
-        UsageError: a folder is missing or empty.
-        ContentError: the two folders have no name in common.
+        UsageError: a folder is missing or empty, or the names have several readings.
+        ContentError: no rule pairs the names.
     """
     pairs: list[Pair] = []
     rejects: list[Reject] = []
     listings = listings or Listings()
-    for source in sources:
-        _pair_source(source, pairs, rejects, listings)
+    given = _given_patterns(options)
+    found = [stems_of(source, listings, rejects).divided(given) for source in sources]
+    naming = given or _found_rule(found)
+    for each in found:
+        _pair_source(each, naming, options, pairs, rejects)
+    if given and not any(pair.mask_name for pair in pairs):
+        raise UsageError(
+            f"--mask-name {given.mask!r}: no mask of {sources[0].masks} belongs to an image of "
+            f"{sources[0].images}; {_first_names(found)}"
+        )
     unique, doubles = _without_doubles(pairs)
     rejects.extend(doubles)
+    _log_layout(sources, naming, len(unique))
     return sorted(unique, key=lambda pair: pair.id), sorted(rejects, key=lambda entry: entry.file)
+
+
+def _given_patterns(options: PairOptions) -> NamePatterns | None:
+    if options.image_name is None and options.mask_name is None:
+        return None
+    return NamePatterns(options.image_name or "{stem}", options.mask_name or "{stem}")
+
+
+def _found_rule(found: Sequence[Stems]) -> NameRule:
+    """Returns the rule that pairs the names of all sources."""
+    without = [e for e in found if e.images and e.masks and not e.images.keys() & e.masks.keys()]
+    if not without:
+        return EQUAL
+    first = without[0]
+    url = first.source.root or first.source.images
+    rule = find_rule([(each.images, each.masks) for each in found], url)
+    if rule is None or rule == EQUAL:
+        raise ContentError(
+            f"{first.source.images} and {first.source.masks}: no image has a mask of the same "
+            f"name, and no rule pairs them: {_first_names([first])}; rename the files, or give a "
+            "rule such as --mask-name '{stem}_mask'"
+        )
+    return rule
+
+
+def _first_names(found: Sequence[Stems]) -> str:
+    images = min((name for each in found for names in each.images.values() for name in names),
+                 default="none")  # fmt: skip
+    masks = min((name for each in found for names in each.masks.values() for name in names),
+                default="none")  # fmt: skip
+    return f"the first image is {images}, the first mask {masks}"
+
+
+def _log_layout(sources: Sequence[Source], naming: Naming, num_pairs: int) -> None:
+    root = sources[0].root
+    if root is None:
+        above = sources[0].images.rstrip("/").rpartition("/")[0]
+        root = above.rpartition("/")[0] if sources[0].split else above
+
+    def shown(urls: Collection[str]) -> str:
+        return join_truncated(
+            [f"{url.removeprefix(root).strip('/')}/" for url in dict.fromkeys(urls)], 3
+        )
+
+    rule = "equal names" if naming == EQUAL else naming.as_options()
+    logger.info(
+        "%s: images in %s, masks in %s, %s: %s",
+        root,
+        shown([source.images for source in sources]),
+        shown([source.masks for source in sources]),
+        rule,
+        pluralize(num_pairs, "pair"),
+    )
 
 
 def folder_made_by(
@@ -143,87 +293,53 @@ def folder_made_by(
 
 
 def _pair_source(
-    source: Source, pairs: list[Pair], rejects: list[Reject], listings: Listings
+    found: Stems,
+    naming: Naming,
+    options: PairOptions,
+    pairs: list[Pair],
+    rejects: list[Reject],
 ) -> None:
     """Adds the pairs of one source to `pairs`, and its files without a pair to `rejects`."""
-    images = _by_stem(source.images, IMAGE_ENDINGS, rejects, listings)
-    masks = _by_stem(source.masks, MASK_ENDINGS, rejects, listings)
-    if images and masks and not images.keys() & masks.keys():
-        image, mask = min(images), min(masks)
-        raise ContentError(
-            f"{source.images} and {source.masks}: no image has a mask of the same name: "
-            f"{images[image][0]} needs {image}.png, but the masks are {masks[mask][0]} and so on; "
-            "rename the files"
-        )
-    for stem in images.keys() | masks.keys():
-        of_image, of_mask = images.get(stem, []), masks.get(stem, [])
-        if len(of_image) == len(of_mask) == 1:
-            names = (source.images, of_image[0], source.masks, of_mask[0])
-            pairs.append(Pair(stem, *names, source.split))
+    source = found.source
+    matched = naming.match(found.images, found.masks)
+    for stem, of_image in found.images.items():
+        of_mask = [found.masks[mask] for mask in matched.get(stem, ())]
+        is_single = all(len(names) == 1 for names in (of_image, *of_mask))
+        is_empty = not of_mask and options.missing_mask == "empty" and naming.is_image(stem)
+        if is_single and (of_mask or is_empty):
+            masks = tuple(sorted(names[0] for names in of_mask))
+            name, more = (masks[0], masks[1:]) if masks else (None, ())
+            pairs.append(
+                Pair(stem, source.images, of_image[0], source.masks, name, source.split, more)
+            )
             continue
-        for url, names_here, partners, missing in (
-            (source.images, of_image, of_mask, f"no mask of this name in {source.masks}"),
-            (source.masks, of_mask, of_image, f"no image of this name in {source.images}"),
-        ):
-            reason = _why_double(names_here) if partners else missing
-            rejects.extend(Reject(join_url(url, name), reason) for name in names_here)
+        reason = _why_double(of_image) if of_mask else _why_no_mask(source, naming, stem)
+        rejects.extend(Reject(join_url(source.images, name), reason) for name in of_image)
+        for names in of_mask:
+            reason = _why_double(names)
+            rejects.extend(Reject(join_url(source.masks, name), reason) for name in names)
+    used = {mask for masks in matched.values() for mask in masks}
+    for names in (names for stem, names in found.masks.items() if stem not in used):
+        reason = _why_no_image(source, naming)
+        rejects.extend(Reject(join_url(source.masks, name), reason) for name in names)
 
 
-def is_broken_link(url: str, name: str) -> bool:
-    """Returns whether object `name` of a source is a broken symbolic link."""
-    store = open_source(url)
-    return store.local_root is not None and store.stat(name) is None
+def _why_no_mask(source: Source, naming: Naming, stem: str) -> str:
+    if not naming.is_image(stem):
+        return f"its name does not fit {naming.as_options()}"
+    return f"no mask of this name in {source.masks}"
 
 
-def refused_name(problem: str) -> str:
-    """Returns the reject reason for a file whose name is not allowed in storage."""
-    return f"its name is not allowed: {problem}; rename it"
+def _why_no_image(source: Source, naming: Naming) -> str:
+    reason = f"no image of this name in {source.images}"
+    return reason if naming == EQUAL else f"{reason} with {naming.as_options()}"
 
 
 def _checked(source: Source, listings: Listings) -> Source:
     for url in (source.images, source.masks):
         if not listings.files(url):
-            raise UsageError(_MISSING.format(url))
+            raise UsageError(MISSING.format(url))
     return source
-
-
-def _by_stem(
-    url: str, endings: Sequence[str], rejects: list[Reject], listings: Listings
-) -> dict[str, list[str]]:
-    """Returns the object names of each stem; adds unusable files to `rejects`."""
-    files = listings.names(url)
-    if not files:
-        raise UsageError(_MISSING.format(url))
-    names: dict[str, list[str]] = {}
-    for name in files:
-        stem, ending = os.path.splitext(name)
-        if "/" in name:
-            reason = "is in a subfolder; move it up"
-        elif ending.lower() not in endings:
-            reason = _why_other_ending(ending, endings)
-        elif problem := name_problem(name):
-            reason = refused_name(problem)
-        elif is_broken_link(url, name):
-            reason = BROKEN_LINK
-        else:
-            names.setdefault(stem, []).append(name)
-            continue
-        rejects.append(Reject(join_url(url, name), reason))
-    return names
-
-
-def _why_other_ending(ending: str, endings: Sequence[str]) -> str:
-    if ending.lower() in DICOM_ENDINGS:
-        return (
-            "DICOM files are not read as pairs; convert them to 16-bit PNG or TIFF, or give a "
-            "release of INbreast with --format inbreast"
-        )
-    if not ending:
-        return (
-            f"it has no ending, expected {', '.join(endings)}; convert DICOM files to 16-bit PNG "
-            "or TIFF"
-        )
-    return f"its ending is not one of {', '.join(endings)}"
 
 
 def _why_double(names: Sequence[str]) -> str:

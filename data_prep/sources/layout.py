@@ -1,0 +1,352 @@
+"""Finds the folders of images and masks of a source, by their names or by patterns.
+
+The module compares names of a listing; it reads no files and does not pair them.
+
+A folder is recognized by the words of its path, in any case and order: one word for its role
+(images, masks), one for its split. The other parts of the path must be the same for images and
+masks. A path that can be read in two ways is never guessed.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from data_prep.sources.name_rules import MASK_WORDS, glob_as_regex, split_one_folder
+from flexunet.errors import UsageError
+from flexunet.text import join_truncated, pluralize
+
+IMAGE_WORDS = frozenset(
+    ("images", "image", "imgs", "img", "jpegimages", "pngimages", "photos", "originals")
+)
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "valid": "valid",
+    "val": "valid",
+    "validation": "valid",
+    "test": "test",
+    "testing": "test",
+}
+
+Role = Literal["images", "masks"]
+_MAX_LISTED = 5  # folders named in a message
+_OPTIONS: dict[Role, str] = {"images": "--images", "masks": "--masks"}
+
+
+@dataclass(frozen=True)
+class FolderPair:
+    """A folder of images and its folder of masks, relative to the source; "" is the source.
+
+    Attributes:
+        image_glob, mask_glob: pattern of the file names, None for all.
+    """
+
+    images: str
+    masks: str
+    split: str | None
+    image_glob: str | None = None
+    mask_glob: str | None = None
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """The role and the split in a path, None if it has no word for it, and its other parts."""
+
+    role: Role | None
+    split: str | None
+    rest: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The files of a source by folder.
+
+    Attributes:
+        url: the source, named in errors.
+        images, masks: path of a folder -> names of its files with an ending of an image or a mask.
+    """
+
+    url: str
+    images: Mapping[str, Sequence[str]]
+    masks: Mapping[str, Sequence[str]]
+
+
+def folders_of(
+    url: str, names: Iterable[str], image_endings: Sequence[str], mask_endings: Sequence[str]
+) -> Folders:
+    """Returns the folders of the files `names`, which are relative to the source `url`."""
+    images: dict[str, list[str]] = {}
+    masks: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        for found, endings in ((images, image_endings), (masks, mask_endings)):
+            if file.lower().endswith(tuple(endings)):
+                found.setdefault(folder, []).append(file)
+    return Folders(url, images, masks)
+
+
+def meaning_of(path: str) -> Meaning:
+    """Returns the role and the split that the parts of `path` name."""
+    role: Role | None = None
+    split: str | None = None
+    rest: list[str] = []
+    for part in filter(None, path.split("/")):
+        its_role, its_split = _meaning_of_part(part)
+        if its_role is None and its_split is None:
+            rest.append(part)
+        if its_role is not None:
+            rest += [] if role is None else [role]
+            role = its_role
+        if its_split is not None:
+            rest += [] if split is None else [its_split]
+            split = split or its_split
+    return Meaning(role, split, tuple(rest))
+
+
+def _meaning_of_part(part: str) -> tuple[Role | None, str | None]:
+    words = re.findall("[a-z0-9]+", part.lower())
+    joined = "".join(words)
+    if role := _role_of_word(joined):
+        return role, None
+    if joined in SPLIT_WORDS:
+        return None, SPLIT_WORDS[joined]
+    roles = [role for word in words if (role := _role_of_word(word))]
+    splits = [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
+    # train_masks and mask_images are known, left_images and train_masks_old are not.
+    if len(words) != 2 or len(roles) + len(splits) != 2 or len(splits) == 2:
+        return None, None
+    return "masks" if "masks" in roles else roles[0], splits[0] if splits else None
+
+
+def _role_of_word(word: str) -> Role | None:
+    if word in MASK_WORDS:
+        return "masks"
+    return "images" if word in IMAGE_WORDS else None
+
+
+@dataclass
+class _Place:
+    """The folders of one split whose other parts are the same, by role."""
+
+    images: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+
+def find_folders(folders: Folders) -> tuple[FolderPair, ...] | None:
+    """Returns the folders that the names say, None if no folder of images has masks.
+
+    Raises:
+        UsageError: the names have several readings, or some folder lacks its partner.
+    """
+    places: dict[tuple[str | None, tuple[str, ...]], _Place] = {}
+    for path in sorted(folders.images.keys() | folders.masks.keys()):
+        meaning = meaning_of(path)
+        place = places.setdefault((meaning.split, meaning.rest), _Place())
+        if meaning.role == "masks":
+            place.masks.append(path)
+        elif path in folders.images:
+            (place.images if meaning.role else place.others).append(path)
+    if not any(place.masks for place in places.values()):
+        return _folders_with_both(folders)
+    pairs: list[FolderPair] = []
+    alone: list[str] = []
+    for (split, _), place in places.items():
+        images = place.images or place.others
+        for role, paths in (("images", images), ("masks", place.masks)):
+            if len(paths) > 1 and place.masks:
+                raise UsageError(_several(folders.url, "images" if role == "images" else "masks",
+                                          paths))  # fmt: skip
+        if images and place.masks:
+            pairs.append(FolderPair(images[0], place.masks[0], split))
+        else:
+            # A folder of images without such a name, such as docs/, is no part of the source.
+            alone += [*place.images, *place.masks, *(place.others if split else ())]
+    if pairs and alone:
+        raise UsageError(_without_partner(folders.url, alone[0]))
+    return with_splits(folders.url, pairs) if pairs else None
+
+
+def _folders_with_both(folders: Folders) -> tuple[FolderPair, ...] | None:
+    """Returns the folders that contain images and masks, told apart by the words of their names."""
+    pairs, alone = [], []
+    for path, files in sorted(folders.images.items()):
+        meaning = meaning_of(path)
+        if all(split_one_folder({os.path.splitext(file)[0] for file in files})):
+            pairs.append(FolderPair(path, path, meaning.split))
+        elif meaning.role or meaning.split:
+            alone.append(path)
+    if pairs and alone:
+        raise UsageError(_without_partner(folders.url, alone[0]))
+    return with_splits(folders.url, pairs) if pairs else None
+
+
+def with_splits(url: str, pairs: Sequence[FolderPair]) -> tuple[FolderPair, ...]:
+    """Returns `pairs` in the order of their splits; without splits if all are of train.
+
+    Raises:
+        UsageError: some are in a split and some are not, or none is of train.
+    """
+    splits = {pair.split for pair in pairs}
+    if None in splits and len(splits) > 1:
+        inside = next(pair.images for pair in pairs if pair.split)
+        outside = next(pair.images for pair in pairs if not pair.split)
+        raise UsageError(
+            f"{url}: {_shown(inside)} is in a folder of a split and {_shown(outside)} is not; give "
+            "the folders to use with --images and --masks"
+        )
+    if splits != {None} and "train" not in splits:
+        raise UsageError(
+            f"{url}: no folder train/ or training/ beside {_shown(pairs[0].images)}; give the "
+            "folders to use with --images and --masks"
+        )
+    if splits == {"train"}:
+        pairs = [replace(pair, split=None) for pair in pairs]
+    order = [None, "train", "valid", "test"]
+    return tuple(sorted(pairs, key=lambda pair: (order.index(pair.split), pair.images)))
+
+
+# Patterns
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """A folder that a pattern matches, what its wildcards stand for, and the pattern of files."""
+
+    path: str
+    wildcards: tuple[str, ...]
+    glob: str | None = None
+
+
+def select_folders(
+    folders: Folders, images: str | None, masks: str | None
+) -> tuple[FolderPair, ...]:
+    """Returns the folders that the patterns select; the folders of the other role are found.
+
+    Args:
+        images, masks: patterns of folders or files, relative to the source; at least one.
+
+    Raises:
+        UsageError: a pattern is malformed, matches nothing, or the folders do not match.
+    """
+    of_images = None if images is None else _selected(folders, "images", images)
+    of_masks = None if masks is None else _selected(folders, "masks", masks)
+    if of_images is not None and of_masks is not None:
+        pairs = _joined(folders.url, of_images, of_masks)
+    elif of_images is not None:
+        pairs = [(each, _partner(folders, "masks", each)) for each in of_images]
+    else:
+        pairs = [(_partner(folders, "images", each), each) for each in of_masks or ()]
+    found = [
+        FolderPair(image.path, mask.path, meaning_of(image.path).split, image.glob, mask.glob)
+        for image, mask in pairs
+    ]
+    return with_splits(folders.url, found)
+
+
+def _selected(folders: Folders, role: Role, pattern: str) -> list[_Selected]:
+    files = folders.images if role == "images" else folders.masks
+    problem = _pattern_problem(pattern)
+    if problem:
+        raise UsageError(f"{_OPTIONS[role]} {pattern!r}: {problem}")
+    parts = [part for part in pattern.split("/") if part not in ("", ".")]
+    found = _matching(files, parts)
+    if not found and parts and not pattern.endswith("/"):
+        file_pattern = re.compile(glob_as_regex(parts[-1]), re.DOTALL)
+        found = [
+            replace(each, glob=parts[-1])
+            for each in _matching(files, parts[:-1])
+            if any(map(file_pattern.fullmatch, files[each.path]))
+        ]
+    if not found:
+        existing = join_truncated([_shown(path) for path in sorted(files)], _MAX_LISTED)
+        raise UsageError(
+            f"{_OPTIONS[role]} {pattern!r}: no {role} there in {folders.url}; folders with "
+            f"{role}: {existing or 'none'}"
+        )
+    return found
+
+
+def _matching(files: Mapping[str, object], parts: Sequence[str]) -> list[_Selected]:
+    regex = re.compile("/".join(glob_as_regex(part, captures=True) for part in parts))
+    found = ((path, regex.fullmatch(path)) for path in sorted(files))
+    return [_Selected(path, match.groups()) for path, match in found if match]
+
+
+def _pattern_problem(pattern: str) -> str | None:
+    parts = pattern.split("/")
+    if not pattern or pattern.startswith(("/", "~")) or "://" in pattern:
+        return "must be relative to SOURCE; write for example train/images"
+    if ".." in parts:
+        return "leaves SOURCE; give a folder that contains images and masks as SOURCE"
+    if "**" in pattern:
+        return "** is not supported; write one * for each folder"
+    try:
+        for part in parts:
+            re.compile(glob_as_regex(part))
+    except re.error as error:
+        return f"is not a pattern ({error})"
+    return None
+
+
+def _joined(
+    url: str, images: Sequence[_Selected], masks: Sequence[_Selected]
+) -> list[tuple[_Selected, _Selected]]:
+    """Returns the folders whose wildcards stand for the same."""
+    if len(images) == len(masks) == 1:
+        return [(images[0], masks[0])]
+    by_wildcards = {each.wildcards: each for each in masks}
+    if len(by_wildcards) == len(masks) == len(images) and all(
+        each.wildcards in by_wildcards for each in images
+    ):
+        return [(each, by_wildcards[each.wildcards]) for each in images]
+    alone = [each.path for each in images if each.wildcards not in by_wildcards]
+    named = f", and {_shown(alone[0])} has no partner" if alone else ""
+    raise UsageError(
+        f"{url}: --images and --masks select {pluralize(len(images), 'folder')} and "
+        f"{pluralize(len(masks), 'folder')}{named}; each * must stand for the same in both"
+    )
+
+
+def _partner(folders: Folders, role: Role, given: _Selected) -> _Selected:
+    """Returns the folder of `role` that belongs to a given one of the other role."""
+    files = folders.images if role == "images" else folders.masks
+    known = [path for path in sorted(files) if meaning_of(path).role == role]
+    beside = [path for path in known if _num_different(path, given.path) == 1]
+    above = [given.path.rpartition("/")[0]] if given.path else []
+    found = beside or [path for path in above if path in files]
+    if len(found) > 1:
+        raise UsageError(_several(folders.url, role, found))
+    if not found:
+        raise UsageError(_without_partner(folders.url, given.path))
+    return _Selected(found[0], ())
+
+
+def _num_different(path: str, other: str) -> int | None:
+    parts, others = path.split("/"), other.split("/")
+    if len(parts) != len(others):
+        return None
+    return sum(part != its for part, its in zip(parts, others, strict=True))
+
+
+# Messages
+
+
+def _several(url: str, role: Role, paths: Sequence[str]) -> str:
+    named = " and ".join(map(_shown, paths[:_MAX_LISTED]))
+    choice = f"{_OPTIONS[role]} {paths[0] or '.'}"
+    return f"{url}: {named} may be the {role}; choose one, for example {choice}"
+
+
+def _without_partner(url: str, path: str) -> str:
+    partner = "images" if meaning_of(path).role == "masks" else "masks"
+    return (
+        f"{url}: no folder of {partner} belongs to {_shown(path)}; add it, or give the folders to "
+        "use with --images and --masks"
+    )
+
+
+def _shown(path: str) -> str:
+    return f"{path}/" if path else "the folder itself"
