@@ -84,7 +84,7 @@ def _with_drawn_valid(
     train = {name: groups[name] for name, split in splits.items() if split == "train"}
     fractions = {"train": 1 - config.draw_valid, "valid": config.draw_valid}
     drawn = assign_splits(train, fractions=fractions, seed=config.seed)
-    _warn_of_small_splits(train, drawn)
+    _warn_of_small_splits(train, drawn, "--draw-valid")
     return splits | drawn
 
 
@@ -98,15 +98,18 @@ def _log_blank(samples: Sequence[EncodedSample]) -> None:
         )
 
 
-def _warn_of_small_splits(groups: Mapping[str, str], splits: Mapping[str, str]) -> None:
+def _warn_of_small_splits(
+    groups: Mapping[str, str], splits: Mapping[str, str], option: str = "--fractions"
+) -> None:
     for name in ("valid", "test"):
         num_groups = len({groups[sample] for sample, its in splits.items() if its == name})
         if 0 < num_groups < _FEW_GROUPS:
             logger.warning(
                 "split %s has only %s, so its results are uncertain: increase its share in "
-                "--fractions, or train with --folds",
+                "%s, or train with --folds",
                 name,
                 pluralize(num_groups, "group"),
+                option,
             )
 
 

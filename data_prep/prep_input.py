@@ -165,6 +165,7 @@ def pairs_of(
             split=pair.split,
             image=file(pair.image_url, pair.image_name),
             mask=file(pair.mask_url, pair.mask_name) if pair.mask_name else None,
+            more_masks=tuple(file(pair.mask_url, name) for name in pair.more_masks),
         )
         for pair, group in grouped
     ]
@@ -255,4 +256,5 @@ def source_digest(
 
 
 def _sizes(item: SourcePair) -> tuple[int, int | None]:
-    return item.image.size, None if item.mask is None else item.mask.size
+    masks = [file.size for file in item.masks]
+    return item.image.size, sum(masks) if masks else None

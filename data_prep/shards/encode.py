@@ -18,7 +18,7 @@ from data_prep.imaging.breast import frame
 from data_prep.imaging.geometry import Geometry, apply_geometry
 from data_prep.imaging.lost_regions import count_regions
 from data_prep.imaging.tiles import count, cut
-from data_prep.shards.pair_reader import ReadPair, crcs_of, read_file, read_pair
+from data_prep.shards.pair_reader import PairData, ReadPair, crcs_of, read_file, read_pair
 from data_prep.shards.pixel_format import full_scales
 from data_prep.shards.records import Sample, encode_example, frame_record, sha256_of_pixels
 from data_prep.shards.source_pairs import (
@@ -122,8 +122,7 @@ def _scan_batch(
         for task, found in zip(batch.chunks, staged, strict=True)
         if found is None
         for item in task.items
-        for file in (item.image, item.mask)
-        if file is not None
+        for file in (item.image, *item.masks)
     ]
     results: list[EncodedSample | RejectedPair] = []
     ahead = in_order_ahead(reader, read_file, files, size_of=_bytes_of)
@@ -160,11 +159,10 @@ def _scan_chunk(
     """Returns the results of a chunk; `data` yields its files."""
     parts = Parts(puts, staged_name(task))
     for item in task.items:
-        image = next(data)
-        mask = None if item.mask is None else next(data)
-        for result, record in _scan_item(item, task, (image, mask)):
+        files = next(data), tuple(next(data) for _ in item.masks)
+        for result, record in _scan_item(item, task, files):
             parts.add(result, record)
-        del image, mask
+        del files
     return parts.finish()
 
 
@@ -209,7 +207,7 @@ class _FramedImage:
 
 
 def _scan_item(
-    item: SourcePair, task: ScanTask, data: tuple[bytes, bytes | None]
+    item: SourcePair, task: ScanTask, data: PairData
 ) -> Iterator[tuple[EncodedSample | RejectedPair, bytes]]:
     """Yields the facts of each sample of a pair, and its record, which has no offset yet."""
     layout = task.layout
@@ -229,8 +227,8 @@ def _scan_item(
 
 
 def _refused(item: SourcePair, reason: str, crcs: tuple[int, int]) -> RejectedPair:
-    is_mask = item.mask is not None and reason.startswith(item.mask.label)
-    at_fault = item.mask if item.mask is not None and is_mask else item.image
+    masks = (file for file in item.masks if reason.startswith(file.label))
+    at_fault = next(masks, item.image)
     return RejectedPair(item.id, at_fault.label, reason, crcs)
 
 

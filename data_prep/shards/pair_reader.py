@@ -1,4 +1,4 @@
-"""Reads the two files of a pair into checked pixels and class ids, for every source format.
+"""Reads the files of a pair into checked pixels and class ids, for every source format.
 
 Checks the rules for an image together with its mask. The module does not depend on geometries,
 records or staged objects.
@@ -6,6 +6,8 @@ records or staged objects.
 
 import dataclasses
 import functools
+import struct
+from collections.abc import Sequence
 
 import google_crc32c
 import numpy as np
@@ -20,6 +22,7 @@ from flexunet.errors import ContentError
 from flexunet.storage import ObjectStore, open_source
 
 _SHOWN_COLORS = 3
+PairData = tuple[bytes, tuple[bytes, ...]]  # the image file and its mask files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +38,16 @@ class ReadPair:
 
 
 def source_crcs(item: SourcePair) -> tuple[int, int]:
-    """Returns the CRC32C of the item's two files, as in `EncodedSample.source_crcs`."""
-    return crcs_of((read_file(item.image), None if item.mask is None else read_file(item.mask)))
+    """Returns the checksums of the item's files, as in `EncodedSample.source_crcs`."""
+    image = google_crc32c.value(read_file(item.image))
+    return image, _joint_crc([google_crc32c.value(read_file(file)) for file in item.masks])
 
 
 def listed_crcs(item: SourcePair) -> tuple[int, int] | None:
     """Returns the same as `source_crcs`, None if the store does not list these checksums."""
-    image, mask = item.image.crc32c, 0 if item.mask is None else item.mask.crc32c
-    return None if image is None or mask is None else (image, mask)
+    image, masks = item.image.crc32c, [file.crc32c for file in item.masks]
+    known = [crc for crc in masks if crc is not None]
+    return None if image is None or len(known) < len(masks) else (image, _joint_crc(known))
 
 
 def read_file(file: File) -> bytes:
@@ -50,20 +55,26 @@ def read_file(file: File) -> bytes:
     return _source_at(file.url).get(file.name)
 
 
-def crcs_of(data: tuple[bytes, bytes | None]) -> tuple[int, int]:
-    """Returns the CRC32C of each of two files, 0 for a missing file."""
-    first, second = (0 if each is None else google_crc32c.value(each) for each in data)
-    return first, second
+def crcs_of(data: PairData) -> tuple[int, int]:
+    """Returns the checksums of the files of a pair, as in `EncodedSample.source_crcs`."""
+    image, masks = data
+    return google_crc32c.value(image), _joint_crc([google_crc32c.value(mask) for mask in masks])
 
 
-def read_pair(item: SourcePair, task: ScanTask, data: tuple[bytes, bytes | None]) -> ReadPair:
+def _joint_crc(crcs: Sequence[int]) -> int:
+    if len(crcs) < 2:
+        return crcs[0] if crcs else 0
+    return google_crc32c.value(struct.pack(f">{len(crcs)}I", *crcs))
+
+
+def read_pair(item: SourcePair, task: ScanTask, data: PairData) -> ReadPair:
     """Returns the pixels and class ids of a pair.
 
     Args:
-        data: the item's two files.
+        data: the item's files.
 
     Raises:
-        ContentError: a file is bad, or the two files do not match.
+        ContentError: a file is bad, or the files do not match.
         UsageError: the DICOM reader is not installed.
     """
     return _READERS[task.layout.format](item, task, *data)
@@ -75,18 +86,46 @@ def _source_at(url: str) -> ObjectStore:
 
 
 def _read_image_and_mask(
-    item: SourcePair, task: ScanTask, image_data: bytes, mask_data: bytes | None
+    item: SourcePair, task: ScanTask, image_data: bytes, masks_data: tuple[bytes, ...]
 ) -> ReadPair:
     layout = task.layout
     image = _read_image(item, layout, image_data)
-    if item.mask is None or mask_data is None:
-        raise ValueError(f"{item.image.label}: a pair without a mask")
-    mask, unmapped = _read_mask(item, item.mask, layout, mask_data, image.shape[:2])
+    size = image.shape[:2]
+    mask, unmapped = np.zeros(size, np.uint8), 0
+    for number, (file, data) in enumerate(zip(item.masks, masks_data, strict=True)):
+        found, num_unmapped = _read_mask(item, file, layout, data, size)
+        mask = found if number == 0 else _joined(mask, found, file, layout)
+        unmapped += num_unmapped
     return ReadPair(image, mask, unmapped)
 
 
+def _joined(before: np.ndarray, found: np.ndarray, file: File, layout: Layout) -> np.ndarray:
+    """Returns the ids (H, W) of both masks: a class replaces ignored pixels, these background.
+
+    Args:
+        before: ids of the masks of the image before `file`, whose ids are `found`.
+
+    Raises:
+        ContentError: the masks give different classes to a pixel.
+    """
+    ignored = -1 if layout.ignore_id is None else layout.ignore_id
+    is_class = [(ids != 0) & (ids != ignored) for ids in (before, found)]
+    differs = is_class[0] & is_class[1] & (before != found)
+    if differs.any():
+        row, column = np.argwhere(differs)[0]
+        names = {each.id: each.name for each in layout.classes}
+        raise ContentError(
+            f"{file.label}: {np.count_nonzero(differs)} pixels have another class in another mask "
+            f"of this image, the first at x {column}, y {row}: {names[int(found[row, column])]} "
+            f"here, {names[int(before[row, column])]} there; correct one, or select fewer masks "
+            "with --mask-name"
+        )
+    is_new = is_class[1] | ((before == 0) & (found == ignored))
+    return np.where(is_new, found, before)
+
+
 def _read_case(
-    item: SourcePair, task: ScanTask, image_data: bytes, mask_data: bytes | None
+    item: SourcePair, task: ScanTask, image_data: bytes, masks_data: tuple[bytes, ...]
 ) -> ReadPair:
     """Returns an image of the INbreast release with the outlines of its annotation as mask."""
     layout = task.layout
@@ -98,8 +137,8 @@ def _read_case(
     )
     image = to_rgb(found.pixels) if layout.channels == "rgb" else found.pixels
     rois: list[inbreast.Roi] = []
-    if item.mask is not None and mask_data is not None:
-        rois = inbreast.read_rois(mask_data, name=item.mask.label)
+    if item.mask is not None:
+        rois = inbreast.read_rois(masks_data[0], name=item.mask.label)
     label = item.image.label if item.mask is None else item.mask.label
     mask = inbreast.draw_rois(rois, layout.rois, *image.shape[:2], name=label)
     counts = inbreast.count_findings(rois)

@@ -64,7 +64,8 @@ class File:
 class SourcePair:
     """One pair to scan. `id`, `group` and `filename` are the names in the dataset.
 
-    `mask` is None if an INbreast release has no annotation, which means no finding.
+    `mask` is None if the image has no finding: an INbreast release has no annotation, or
+    --missing-mask is "empty". `more_masks` are joined with `mask`.
     """
 
     id: str
@@ -73,6 +74,12 @@ class SourcePair:
     split: str | None
     image: File
     mask: File | None
+    more_masks: tuple[File, ...] = ()
+
+    @property
+    def masks(self) -> tuple[File, ...]:
+        """All masks, in the order in which they are read."""
+        return () if self.mask is None else (self.mask, *self.more_masks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +109,8 @@ class EncodedSample:
         spacing_mm: size of a pixel of the source (y, x), None if unknown.
         findings: annotations of an INbreast release.
         regions: region counts of the source mask, None without downscaling.
-        source_crcs: CRC32C of the image file and of the mask file, 0 for a missing file.
+        source_crcs: CRC32C of the image file and of the mask file, 0 for a missing file; of
+            several masks the CRC32C of their CRC32Cs.
     """
 
     id: str
