@@ -34,9 +34,9 @@ _MIN_WIDTH = 80  # columns of tables, also without a terminal
 def command(source: str, output: str, config_file: str | None, **options: Any) -> None:
     """Convert the images and masks of SOURCE into a dataset at OUTPUT.
 
-    SOURCE contains images/ and masks/, or train/, valid/ and test/ with both in each; with --format
-    inbreast AllDICOMs/ and AllXML/. SOURCE and OUTPUT are folders or gs:// URLs. After an
-    interruption, run the same command again to continue.
+    SOURCE contains images/ and masks/, or train/, valid/ and test/ with both in each, or folders of
+    similar names; with --format inbreast AllDICOMs/ and AllXML/. SOURCE and OUTPUT are folders or
+    gs:// URLs. After an interruption, run the same command again to continue.
     """
     config = read_config(config_file, options)
     with quiet_interrupts():

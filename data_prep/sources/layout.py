@@ -127,7 +127,7 @@ def _role_of_word(word: str) -> Role | None:
 
 
 @dataclass
-class _Place:
+class _Siblings:
     """The folders of one split whose other parts are the same, by role."""
 
     images: list[str] = field(default_factory=list)
@@ -141,36 +141,33 @@ def find_folders(folders: Folders) -> tuple[FolderPair, ...] | None:
     Raises:
         UsageError: the names have several readings, or some folder lacks its partner.
     """
-    places: dict[tuple[str | None, tuple[str, ...]], _Place] = {}
+    groups: dict[tuple[str | None, tuple[str, ...]], _Siblings] = {}
     for path in sorted(folders.images.keys() | folders.masks.keys()):
         meaning = meaning_of(path)
-        place = places.setdefault((meaning.split, meaning.rest), _Place())
+        siblings = groups.setdefault((meaning.split, meaning.rest), _Siblings())
         if meaning.role == "masks":
-            place.masks.append(path)
+            siblings.masks.append(path)
         elif path in folders.images:
-            (place.images if meaning.role else place.others).append(path)
-    if not any(place.masks for place in places.values()):
+            (siblings.images if meaning.role else siblings.others).append(path)
+    if not any(siblings.masks for siblings in groups.values()):
         return _folders_with_both(folders)
     pairs: list[FolderPair] = []
     alone: list[str] = []
-    for (split, _), place in places.items():
-        images = place.images or place.others
-        for role, paths in (("images", images), ("masks", place.masks)):
-            if len(paths) > 1 and place.masks:
-                raise UsageError(_several(folders.url, "images" if role == "images" else "masks",
-                                          paths))  # fmt: skip
-        if images and place.masks:
-            pairs.append(FolderPair(images[0], place.masks[0], split))
+    for (split, _), siblings in groups.items():
+        images, masks = siblings.images or siblings.others, siblings.masks
+        if images and masks:
+            image, mask = _only(folders.url, "images", images), _only(folders.url, "masks", masks)
+            pairs.append(FolderPair(image, mask, split))
         else:
             # A folder of images without such a name, such as docs/, is no part of the source.
-            alone += [*place.images, *place.masks, *(place.others if split else ())]
+            alone += [*siblings.images, *masks, *(siblings.others if split else ())]
     if pairs and alone:
         raise UsageError(_without_partner(folders.url, alone[0]))
     return with_splits(folders.url, pairs) if pairs else None
 
 
 def _folders_with_both(folders: Folders) -> tuple[FolderPair, ...] | None:
-    """Returns the folders that contain images and masks, told apart by the words of their names."""
+    """Returns the folders that contain images and masks, divided by the words of their names."""
     pairs, alone = [], []
     for path, files in sorted(folders.images.items()):
         meaning = meaning_of(path)
@@ -317,11 +314,9 @@ def _partner(folders: Folders, role: Role, given: _Selected) -> _Selected:
     beside = [path for path in known if _num_different(path, given.path) == 1]
     above = [given.path.rpartition("/")[0]] if given.path else []
     found = beside or [path for path in above if path in files]
-    if len(found) > 1:
-        raise UsageError(_several(folders.url, role, found))
     if not found:
         raise UsageError(_without_partner(folders.url, given.path))
-    return _Selected(found[0], ())
+    return _Selected(_only(folders.url, role, found), ())
 
 
 def _num_different(path: str, other: str) -> int | None:
@@ -332,6 +327,13 @@ def _num_different(path: str, other: str) -> int | None:
 
 
 # Messages
+
+
+def _only(url: str, role: Role, paths: Sequence[str]) -> str:
+    """Returns the only one of `paths`; raises an error that names the choices."""
+    if len(paths) > 1:
+        raise UsageError(_several(url, role, paths))
+    return paths[0]
 
 
 def _several(url: str, role: Role, paths: Sequence[str]) -> str:

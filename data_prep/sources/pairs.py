@@ -5,6 +5,7 @@ split. `layout` finds folders that are not named as usual, and `name_rules` the 
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from data_prep.sources.layout import (
     Folders,
     find_folders,
     folders_of,
+    meaning_of,
     select_folders,
 )
 from data_prep.sources.listings import Listings
@@ -284,12 +286,26 @@ def folder_made_by(
 
     With such a folder, the next `find_sources` would detect another layout.
     """
-    listings = listings or Listings()
-    for name in (_IMAGES, _MASKS, *_SPLIT_FOLDERS):
-        url = join_url(open_store(source_url).url, name)
-        if is_subpath(output, open_store(url)) and not listings.files(url):
-            return url
-    return None
+    source = open_store(source_url)
+    first = _first_folder(output, source)
+    meaning = meaning_of(first or "")
+    if first is None or (meaning.role is None and meaning.split is None):
+        return None
+    url = join_url(source.url, first)
+    return None if (listings or Listings()).files(url) else url
+
+
+def _first_folder(inner: ObjectStore, outer: ObjectStore) -> str | None:
+    """Returns the folder of `outer` that contains `inner`, None if `inner` is not below it."""
+    if not is_subpath(inner, outer):
+        return None
+    if inner.local_root and outer.local_root:
+        path = os.path.relpath(os.path.realpath(inner.local_root),
+                               os.path.realpath(outer.local_root))  # fmt: skip
+    else:
+        path = inner.url[len(outer.url.rstrip("/")) + 1 :]
+    first = path.split("/")[0]
+    return first if first not in ("", ".") else None
 
 
 def _pair_source(

@@ -64,7 +64,7 @@ class Stems:
     masks: Names
 
     def divided(self, naming: NamePatterns | None) -> "Stems":
-        """Returns the images and the masks of a folder with both, told apart by their names."""
+        """Returns the images and the masks of a folder with both, divided by their names."""
         if not self.source.is_one_folder:
             return self
         images, masks = split_one_folder(self.masks) if naming is None else naming.split(self.masks)

@@ -21,6 +21,11 @@ class PrepOptions(TypedDict, total=False):
     """Keyword arguments of `flexunet.prepare`: the fields of `PrepConfig`."""
 
     format: Literal["pairs", "inbreast"]
+    images: str | None
+    masks: str | None
+    image_name: str | None
+    mask_name: str | None
+    missing_mask: Literal["error", "empty"]
     rois: Sequence[
         Literal[
             "mass", "spiculated", "cluster", "calcification", "asymmetry", "distortion", "other"
@@ -44,6 +49,7 @@ class PrepOptions(TypedDict, total=False):
     group_regex: str | None
     group_csv: StrPath | None
     fractions: Sequence[float]
+    draw_valid: float | None
     seed: int
     num_folds: int | None
     allow_leaks: bool

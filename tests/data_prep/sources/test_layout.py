@@ -265,7 +265,7 @@ def test_a_found_layout_is_that_of_the_whole_folder_and_reads_no_subfolders(
     assert line in caplog.messages
 
 
-def test_images_and_masks_in_one_folder_are_told_apart(tmp_path: Path) -> None:
+def test_images_and_masks_in_one_folder_are_divided(tmp_path: Path) -> None:
     url = make(tmp_path, "a (1).png", "a (1)_mask.png", "a (2).png", "a (2)_mask.png")
     assert paired(url) == {
         "a (1).png": ("a (1)_mask.png",),
