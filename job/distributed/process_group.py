@@ -8,7 +8,8 @@ strategy, at points that all processes reach. A single process exchanges nothing
 import functools
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from job.distributed.rendezvous import ProcessSpec
 T = TypeVar("T")
 
 _LOOK_S = 1.0  # between two checks of the progress of the other processes
+_ASK_S = 1.0  # between two questions for a stop request, if batches are shorter
 _PIECE_BYTES = 2**22  # of each process, in one exchange
 _WORDS = 64  # messages are padded to a multiple of this many int64, so that few shapes are compiled
 
@@ -65,6 +67,12 @@ class ProcessGroup:
         if self.size == 1:
             return flag
         return bool(self._sum(np.array([flag], np.int64))[0])
+
+    def add(self, values: Sequence[int]) -> list[int]:
+        """Returns the sums of `values` over all processes."""
+        if self.size == 1:
+            return [int(each) for each in values]
+        return [int(each) for each in self._sum(np.array(values, np.int64))]
 
     def run_on_primary(self, work: Callable[[], T]) -> T:
         """Returns the result of `work` on the first process to every process, through JSON.
@@ -276,6 +284,44 @@ class ProcessGroup:
         )
         total = strategy.experimental_local_results(self._add(parts))[0]
         return np.asarray(total.numpy())
+
+
+class StopPoll:
+    """Asks the processes of a group for a stop request: about once a second, and at the end.
+
+    Each process calls it after every batch. All of them agree on the batches after which they
+    exchange their requests, from the mean duration of the batches before.
+    """
+
+    def __init__(
+        self, process_group: ProcessGroup, should_stop: Callable[[], bool], num_batches: int
+    ) -> None:
+        """Starts before the first of `num_batches`; `should_stop` is of this process."""
+        self._process_group = process_group
+        self._should_stop = should_stop
+        self._num_left = num_batches
+        self._interval = self._until_asked = 1  # batches
+        self._is_requested = False
+        self._last_asked = time.monotonic()
+
+    def __call__(self) -> bool:
+        """Returns whether a process has requested a stop, as far as the processes exchanged it."""
+        self._is_requested = self._should_stop() or self._is_requested
+        if self._process_group.size == 1:
+            return self._is_requested
+        self._num_left -= 1
+        self._until_asked -= 1
+        if self._until_asked and self._num_left:
+            return False
+        now = time.monotonic()
+        milliseconds = round(1000 * (now - self._last_asked))
+        self._last_asked = now
+        found = self._process_group.add([self._is_requested, milliseconds])
+        mean_s = found[1] / 1000 / self._process_group.size / self._interval
+        # Double it at most: one short batch says little about the next ones.
+        wanted = int(_ASK_S / mean_s) if mean_s else 2 * self._interval
+        self._interval = self._until_asked = max(1, min(2 * self._interval, wanted))
+        return found[0] > 0
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from job.data.dataset import Dataset, Split
 from job.data.pipeline import EpochPlan, distributed_batches
 from job.data.reader import RecordReader
 from job.data.sampling import global_batches
-from job.distributed.process_group import ProcessGroup
+from job.distributed.process_group import ProcessGroup, StopPoll
 from job.evaluation.case_measures import CaseMeasures
 from job.evaluation.gathering import Measured, measure_together
 from job.evaluation.rank_evaluation import RankEvaluation, Watch, workers_for
@@ -108,11 +108,12 @@ class Evaluator:
             reader: of that split.
             measured: also measure each case; the processes of the group share the cases.
             shown: show the progress.
-            should_stop, heartbeat: see `Watch`. All processes must agree in `should_stop`, unless
-                `measured`.
+            should_stop: called after every batch and after every measured case: whether this
+                process requests a stop. It stops all processes of the group within seconds.
+            heartbeat: see `Watch`.
 
         Raises:
-            StoppedError: `should_stop` returned True.
+            StoppedError: `should_stop` returned True in one of the processes.
         """
         split = self.dataset.split(name)
         if measured:
@@ -137,12 +138,13 @@ class Evaluator:
             first_replica=self.process_group.first_replica,
         )
         running, parts = RunningSums(), []
+        is_stopped = StopPoll(self.process_group, should_stop, len(plan))
         with Progress(f"evaluate {split.name}", len(plan), unit="batches", shown=shown) as bar:
             for batch in bar.tracked(batches):
                 sums, counts = self.step(batch)
                 running.add(sums)
                 parts.append(counts.numpy())
-                if should_stop():
+                if is_stopped():
                     raise StoppedError(f"stopped evaluating {split.name}; the same command resumes")
         # The last batch ends with padding, after the last case.
         return np.concatenate(parts)[: len(split)], means_of(running, self.metrics)

@@ -110,7 +110,7 @@ class _Loop:
         """Validates, and stores the results of the epoch."""
         trainer, number = self.trainer, state.epoch + 1
         self.callbacks.begin(f"validation of epoch {number}")
-        row = trainer.validate(state, self._is_over)
+        row = trainer.validate(state, self._asks_to_stop)
         self.callbacks.begin(f"end of epoch {number}")
         if row is None:
             raise self._end(trainer.end_stopped, state)

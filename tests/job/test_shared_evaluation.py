@@ -21,7 +21,7 @@ from data_prep.imaging.geometry import Geometry
 from flexunet.errors import FlexUNetError, StoppedError, StorageError
 from job.data.shard_cache import open_reader
 from job.distributed import process_group
-from job.distributed.process_group import ProcessGroup
+from job.distributed.process_group import ProcessGroup, StopPoll
 from job.distributed.rendezvous import ProcessSpec
 from job.evaluation import case_file, rank_evaluation
 from job.evaluation.artifacts import draw_examples
@@ -99,6 +99,46 @@ def test_a_stop_request_of_one_process_ends_the_work_of_both(
     assert in_both(work_in) == ["stopped", "stopped"]
     assert beats[1] > 2  # while the other one still makes progress
     assert max(asks) < 50  # not after each bit of progress
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.0, 12), (0.3, 40)])
+def test_processes_ask_each_other_about_once_a_second(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, most: int
+) -> None:
+    clock = [100.0, 100.0]
+    monkeypatch.setattr(process_group.time, "monotonic", lambda: clock[0])
+
+    def stopped_after(group: ProcessGroup, request: int | None) -> tuple[list[int], int]:
+        """Returns the batches after which this process stops, and how often it asked."""
+        asked, num_asked = [], 0
+        add = group.add
+
+        def counted_add(values: Any) -> list[int]:
+            nonlocal num_asked
+            num_asked += 1
+            return add(values)
+
+        monkeypatch.setattr(group, "add", counted_add)
+        batch = 0
+        poll = StopPoll(group, lambda: group.rank == 1 and batch == request, 100)
+        for batch in range(1, 101):
+            if group.rank == 0:
+                clock[0] += seconds
+            if poll():
+                asked.append(batch)
+                break
+        return asked, num_asked
+
+    for request in (None, 1, 50, 99, 100):
+        (first, num_asked), (second, _) = in_both(
+            lambda g, request=request: stopped_after(g, request)
+        )
+        assert first == second
+        assert num_asked <= most
+        if request is None:
+            assert first == []
+        else:  # also of the last batch: a request is never lost
+            assert request <= first[0] <= min(100, request + (64 if seconds == 0 else 4))
 
 
 def some_case(index: int, seed: int = 0) -> CaseInput:
