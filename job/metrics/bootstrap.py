@@ -6,7 +6,7 @@ Dice the pixels of both masks. Source of the percentile interval: Efron and Tibs
 Introduction to the Bootstrap, chapter 13.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,9 @@ NUM_DRAWS = 2000
 SEED = 0
 MIN_GROUPS = 5  # fewer groups may agree by chance, and a chance value would look certain
 
-_MAX_WEIGHTS = 2**22  # of one block of draws: 32 MB, and as much while they are drawn
+# Weights of one block of draws. Of larger products the linear algebra library shares the work among
+# threads, which takes a hundred times as long if other processes use the processor cores.
+_MAX_WEIGHTS = 9000
 
 
 def ratio(numerators: Values, denominators: Values) -> float | None:
@@ -73,20 +75,22 @@ def intervals(
     ]
     if not chosen:
         return found
-    names, group = np.unique(np.asarray(groups), return_inverse=True)
-    sums = [tuple(_per_group(values, group) for values in pairs[index]) for index in chosen]
-    values = np.empty((len(chosen), num_draws))
-    random = np.random.default_rng(seed)
-    block = max(1, _MAX_WEIGHTS // len(names))
-    for start in range(0, num_draws, block):
-        size = min(block, num_draws - start)
-        drawn = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size)
-        weights = drawn.astype(float)
-        for row, (numerator, denominator) in zip(values, sums, strict=True):
-            row[start : start + size] = _ratios(weights @ numerator, weights @ denominator)
+    group = np.unique(np.asarray(groups), return_inverse=True)[1]
+    columns = [
+        np.asarray(np.bincount(group, weights=column), float)
+        for index in chosen
+        for values in pairs[index]
+        for column in values.reshape(len(values), -1).T
+    ]
+    sums = _draw_sums(columns, num_draws, seed)
     tail = (1 - level) / 2
-    for index, row in zip(chosen, values, strict=True):
-        low, high = np.nanquantile(row, [tail, 1 - tail])
+    for index in chosen:
+        shape = num_draws, *pairs[index][0].shape[1:]
+        numerator, denominator = (
+            np.stack([next(sums) for _ in values.reshape(len(values), -1).T], axis=1).reshape(shape)
+            for values in pairs[index]
+        )
+        low, high = np.nanquantile(_ratios(numerator, denominator), [tail, 1 - tail])
         found[index] = float(low), float(high)
     return found
 
@@ -97,11 +101,22 @@ def num_contributing(denominators: Values, groups: Groups) -> int:
     return len(np.unique(np.asarray(groups)[has_value]))
 
 
-def _per_group(values: Values, group: npt.NDArray[np.int64]) -> Values:
-    """Returns the sums (groups,) of values (N,), or (groups, K) of (N, K)."""
-    if values.ndim == 1:
-        return np.asarray(np.bincount(group, weights=values), float)
-    return np.stack([np.bincount(group, weights=column) for column in values.T], axis=1)
+def _draw_sums(columns: Sequence[Values], num_draws: int, seed: int) -> Iterator[Values]:
+    """Returns the sum (draws,) of the drawn groups for each column, (groups,).
+
+    All columns use the same draws, with replacement.
+    """
+    random = np.random.default_rng(seed)
+    number = len(columns[0])
+    sums = np.empty((len(columns), num_draws))
+    # Rows of a product in blocks of four have the same bits, whatever the number of blocks.
+    block = max(4, _MAX_WEIGHTS // number // 4 * 4)
+    for start in range(0, num_draws, block):
+        size = min(block, num_draws - start)
+        weights = random.multinomial(number, np.full(number, 1 / number), size).astype(float)
+        for column, row in zip(columns, sums, strict=True):
+            np.matmul(weights, column, out=row[start : start + size])
+    return iter(sums)
 
 
 def _ratios(numerator: Values, denominator: Values) -> Values:
