@@ -14,7 +14,8 @@ from flexunet.settings import Settings, option
 
 # Options that earlier versions did not have; with its default, each is no part of the identity.
 _LATER_OPTIONS = (
-    *("full_scale", "images", "masks", "image_name", "mask_name", "missing_mask", "draw_valid"),
+    *("full_scale", "images", "masks", "field_of_view", "image_name", "mask_name"),
+    *("missing_mask", "draw_valid"),
 )
 MAX_LISTED = 5  # names listed in a message
 HASH_KEY_VARIABLE = "FLEXUNET_HASH_KEY"
@@ -38,6 +39,11 @@ class PrepConfig(Settings):
         None,
         "Folder of the masks below SOURCE, or pattern of folders or files; each * stands for the "
         "same as in --images. none: folders are found by their names.",
+    )
+    field_of_view: str | None = option(
+        None,
+        "Folder of masks below SOURCE, or pattern of folders or files, that are white in the field "
+        "of view and black outside; pixels outside are ignored. Needs --ignore-id.",
     )
     image_name: str | None = option(
         None,
@@ -249,12 +255,18 @@ class PrepConfig(Settings):
 
     def _layout_options(self) -> list[str]:
         """Returns the options given about folders and names of pairs."""
-        names = ("images", "masks", "image_name", "mask_name", "missing_mask", "draw_valid")
+        names = set(_LATER_OPTIONS) - {"full_scale"}
         return [
             f"--{name.replace('_', '-')}"
             for name in names
             if getattr(self, name) != PrepConfig.model_fields[name].default
         ]
+
+    @model_validator(mode="after")
+    def _field_of_view_fits(self) -> "PrepConfig":
+        if self.field_of_view is not None and self.ignore_id is None:
+            raise ValueError("--field-of-view needs --ignore-id, the id of the pixels outside")
+        return self
 
     @model_validator(mode="after")
     def _tiles_fit(self) -> "PrepConfig":

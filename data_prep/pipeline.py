@@ -299,7 +299,7 @@ def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | Reje
 
 def _num_requests(work: _Work, items: Sequence[SourcePair] = ()) -> int:
     """Returns how many requests each worker may send at once."""
-    urls = {file.url for item in items for file in (item.image, *item.masks)}
+    urls = {file.url for item in items for file in item.files}
     stores = [work.store, *map(open_store, urls)]
     return num_requests(*stores, num_processes=work.workers.num_workers())
 

@@ -15,7 +15,15 @@ from data_prep.hidden_names import dataset_name, hidden, hidden_name, without_na
 from data_prep.shards.source_pairs import File, SourcePair
 from data_prep.sources import inbreast
 from data_prep.sources.listings import Listings
-from data_prep.sources.pairs import Pair, PairOptions, Reject, Source, find_pairs, find_sources
+from data_prep.sources.pairs import (
+    FolderOptions,
+    Pair,
+    PairOptions,
+    Reject,
+    Source,
+    find_pairs,
+    find_sources,
+)
 from data_prep.splits import groups
 from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.settings import read_text
@@ -66,9 +74,10 @@ def sources_of(
     if config.format == "inbreast":
         return inbreast.find_release(source, listings)
     try:
-        return find_sources(source, listings, images=config.images, masks=config.masks)
+        options = FolderOptions(config.images, config.masks, config.field_of_view)
+        return find_sources(source, listings, options)
     except UsageError as error:
-        if config.images is not None or config.masks is not None:
+        if (config.images, config.masks, config.field_of_view) != (None, None, None):
             raise
         if not inbreast.is_release(source, listings):
             raise
@@ -129,7 +138,7 @@ def _check_draw_valid(sources: Sequence[Source], config: PrepConfig) -> None:
 
 def _refuse_overlap(store: ObjectStore, sources: Sequence[Source]) -> None:
     for source in sources:
-        for url in (source.images, source.masks):
+        for url in filter(None, (source.images, source.masks, source.views)):
             if is_subpath(store, open_store(url)):
                 raise UsageError(
                     f"{store.url}: the output is inside the source folder {url}; choose another"
@@ -144,7 +153,8 @@ def pairs_of(
     Raises:
         StorageError: a file was deleted after it was listed.
     """
-    urls = {url for pair, _ in grouped for url in (pair.image_url, pair.mask_url)}
+    found = (url for pair, _ in grouped for url in (pair.image_url, pair.mask_url, pair.view_url))
+    urls = {url for url in found if url is not None}
     stats = {url: {stat.name: stat for stat in listings.files(url)} for url in urls}
 
     def file(url: str, name: str) -> File:
@@ -166,6 +176,7 @@ def pairs_of(
             image=file(pair.image_url, pair.image_name),
             mask=file(pair.mask_url, pair.mask_name) if pair.mask_name else None,
             more_masks=tuple(file(pair.mask_url, name) for name in pair.more_masks),
+            view=file(pair.view_url, pair.view_name) if pair.view_url and pair.view_name else None,
         )
         for pair, group in grouped
     ]
@@ -256,5 +267,5 @@ def source_digest(
 
 
 def _sizes(item: SourcePair) -> tuple[int, int | None]:
-    masks = [file.size for file in item.masks]
+    masks = [file.size for file in item.files[1:]]
     return item.image.size, sum(masks) if masks else None

@@ -122,7 +122,7 @@ def _scan_batch(
         for task, found in zip(batch.chunks, staged, strict=True)
         if found is None
         for item in task.items
-        for file in (item.image, *item.masks)
+        for file in item.files
     ]
     results: list[EncodedSample | RejectedPair] = []
     ahead = in_order_ahead(reader, read_file, files, size_of=_bytes_of)
@@ -159,7 +159,7 @@ def _scan_chunk(
     """Returns the results of a chunk; `data` yields its files."""
     parts = Parts(puts, staged_name(task))
     for item in task.items:
-        files = next(data), tuple(next(data) for _ in item.masks)
+        files = tuple(next(data) for _ in item.files)
         for result, record in _scan_item(item, task, files):
             parts.add(result, record)
         del files
@@ -227,7 +227,7 @@ def _scan_item(
 
 
 def _refused(item: SourcePair, reason: str, crcs: tuple[int, int]) -> RejectedPair:
-    masks = (file for file in item.masks if reason.startswith(file.label))
+    masks = (file for file in item.files[1:] if reason.startswith(file.label))
     at_fault = next(masks, item.image)
     return RejectedPair(item.id, at_fault.label, reason, crcs)
 

@@ -22,7 +22,7 @@ from flexunet.errors import ContentError
 from flexunet.storage import ObjectStore, open_source
 
 _SHOWN_COLORS = 3
-PairData = tuple[bytes, tuple[bytes, ...]]  # the image file and its mask files
+PairData = tuple[bytes, ...]  # the files of a pair, see `SourcePair.files`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +39,13 @@ class ReadPair:
 
 def source_crcs(item: SourcePair) -> tuple[int, int]:
     """Returns the checksums of the item's files, as in `EncodedSample.source_crcs`."""
-    image = google_crc32c.value(read_file(item.image))
-    return image, _joint_crc([google_crc32c.value(read_file(file)) for file in item.masks])
+    return _crcs_of_files([google_crc32c.value(read_file(file)) for file in item.files])
 
 
 def listed_crcs(item: SourcePair) -> tuple[int, int] | None:
     """Returns the same as `source_crcs`, None if the store does not list these checksums."""
-    image, masks = item.image.crc32c, [file.crc32c for file in item.masks]
-    known = [crc for crc in masks if crc is not None]
-    return None if image is None or len(known) < len(masks) else (image, _joint_crc(known))
+    known = [file.crc32c for file in item.files if file.crc32c is not None]
+    return _crcs_of_files(known) if len(known) == len(item.files) else None
 
 
 def read_file(file: File) -> bytes:
@@ -57,27 +55,27 @@ def read_file(file: File) -> bytes:
 
 def crcs_of(data: PairData) -> tuple[int, int]:
     """Returns the checksums of the files of a pair, as in `EncodedSample.source_crcs`."""
-    image, masks = data
-    return google_crc32c.value(image), _joint_crc([google_crc32c.value(mask) for mask in masks])
+    return _crcs_of_files([google_crc32c.value(each) for each in data])
 
 
-def _joint_crc(crcs: Sequence[int]) -> int:
-    if len(crcs) < 2:
-        return crcs[0] if crcs else 0
-    return google_crc32c.value(struct.pack(f">{len(crcs)}I", *crcs))
+def _crcs_of_files(crcs: Sequence[int]) -> tuple[int, int]:
+    image, *others = crcs
+    if len(others) < 2:
+        return image, others[0] if others else 0
+    return image, google_crc32c.value(struct.pack(f">{len(others)}I", *others))
 
 
 def read_pair(item: SourcePair, task: ScanTask, data: PairData) -> ReadPair:
     """Returns the pixels and class ids of a pair.
 
     Args:
-        data: the item's files.
+        data: the item's `files`.
 
     Raises:
         ContentError: a file is bad, or the files do not match.
         UsageError: the DICOM reader is not installed.
     """
-    return _READERS[task.layout.format](item, task, *data)
+    return _READERS[task.layout.format](item, task, data)
 
 
 @functools.lru_cache(maxsize=64)
@@ -85,18 +83,47 @@ def _source_at(url: str) -> ObjectStore:
     return open_source(url)
 
 
-def _read_image_and_mask(
-    item: SourcePair, task: ScanTask, image_data: bytes, masks_data: tuple[bytes, ...]
-) -> ReadPair:
+def _read_image_and_mask(item: SourcePair, task: ScanTask, data: PairData) -> ReadPair:
     layout = task.layout
-    image = _read_image(item, layout, image_data)
+    image = _read_image(item, layout, data[0])
     size = image.shape[:2]
     mask, unmapped = np.zeros(size, np.uint8), 0
-    for number, (file, data) in enumerate(zip(item.masks, masks_data, strict=True)):
-        found, num_unmapped = _read_mask(item, file, layout, data, size)
-        mask = found if number == 0 else _joined(mask, found, file, layout)
+    for number, file in enumerate(item.masks, 1):
+        found, num_unmapped = _read_mask(item, file, layout, data[number], size)
+        mask = found if number == 1 else _joined(mask, found, file, layout)
         unmapped += num_unmapped
+    if item.view is not None and layout.ignore_id is not None:
+        mask[~_read_view(item, item.view, layout, data[-1], size)] = layout.ignore_id
     return ReadPair(image, mask, unmapped)
+
+
+def _read_view(
+    item: SourcePair, file: File, layout: Layout, data: bytes, size: tuple[int, ...]
+) -> np.ndarray:
+    """Returns (H, W) bool: inside of the field of view, which is the brighter half of the values.
+
+    Raises:
+        ContentError: the file has colours, another size than its image, or one value only.
+    """
+    pixels = read_mask_pixels(data, name=file.label, max_pixels=layout.max_pixels)
+    _check_size(item, file, pixels, size)
+    grey = pixels if pixels.ndim == 2 else grey_channel(pixels)
+    if grey is None:
+        raise ContentError(
+            f"{file.label}: a field of view has colours; it must be white inside and black outside"
+        )
+    inside = grey > grey.max() // 2
+    if not inside.any():
+        raise ContentError(f"{file.label}: no pixel is inside of the field of view; replace it")
+    return inside
+
+
+def _check_size(item: SourcePair, file: File, pixels: np.ndarray, size: tuple[int, ...]) -> None:
+    if pixels.shape[:2] != size:
+        raise ContentError(
+            f"{file.label}: the mask has {pixels.shape[1]}x{pixels.shape[0]} pixels, but its image "
+            f"{item.image.label} has {size[1]}x{size[0]}; both must have the same size"
+        )
 
 
 def _joined(before: np.ndarray, found: np.ndarray, file: File, layout: Layout) -> np.ndarray:
@@ -124,13 +151,11 @@ def _joined(before: np.ndarray, found: np.ndarray, file: File, layout: Layout) -
     return np.where(is_new, found, before)
 
 
-def _read_case(
-    item: SourcePair, task: ScanTask, image_data: bytes, masks_data: tuple[bytes, ...]
-) -> ReadPair:
+def _read_case(item: SourcePair, task: ScanTask, data: PairData) -> ReadPair:
     """Returns an image of the INbreast release with the outlines of its annotation as mask."""
     layout = task.layout
     found = read_dicom(
-        image_data,
+        data[0],
         name=item.image.label,
         max_pixels=layout.max_pixels,
         reader=task.dicom_reader,
@@ -138,7 +163,7 @@ def _read_case(
     image = to_rgb(found.pixels) if layout.channels == "rgb" else found.pixels
     rois: list[inbreast.Roi] = []
     if item.mask is not None:
-        rois = inbreast.read_rois(masks_data[0], name=item.mask.label)
+        rois = inbreast.read_rois(data[1], name=item.mask.label)
     label = item.image.label if item.mask is None else item.mask.label
     mask = inbreast.draw_rois(rois, layout.rois, *image.shape[:2], name=label)
     counts = inbreast.count_findings(rois)
@@ -173,11 +198,7 @@ def _read_mask(
         pixels = read_npz_mask(data, label, num_classes=count, max_pixels=layout.max_pixels)
     else:
         pixels = read_mask_pixels(data, name=label, max_pixels=layout.max_pixels)
-    if pixels.shape[:2] != size:
-        raise ContentError(
-            f"{label}: the mask has {pixels.shape[1]}x{pixels.shape[0]} pixels, but its image "
-            f"{item.image.label} has {size[1]}x{size[0]}; both must have the same size"
-        )
+    _check_size(item, file, pixels, size)
     ids, unmapped, colors = to_class_ids(
         pixels, layout.classes, name=label, ignore_id=layout.ignore_id
     )

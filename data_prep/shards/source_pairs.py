@@ -65,7 +65,8 @@ class SourcePair:
     """One pair to scan. `id`, `group` and `filename` are the names in the dataset.
 
     `mask` is None if the image has no finding: an INbreast release has no annotation, or
-    --missing-mask is "empty". `more_masks` are joined with `mask`.
+    --missing-mask is "empty". `more_masks` are joined with `mask`; pixels outside of the field of
+    view `view` are ignored.
     """
 
     id: str
@@ -75,11 +76,17 @@ class SourcePair:
     image: File
     mask: File | None
     more_masks: tuple[File, ...] = ()
+    view: File | None = None
 
     @property
     def masks(self) -> tuple[File, ...]:
-        """All masks, in the order in which they are read."""
+        """All masks."""
         return () if self.mask is None else (self.mask, *self.more_masks)
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """All files in the order in which they are read: the image is the first."""
+        return (self.image, *self.masks, *(() if self.view is None else (self.view,)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +117,7 @@ class EncodedSample:
         findings: annotations of an INbreast release.
         regions: region counts of the source mask, None without downscaling.
         source_crcs: CRC32C of the image file and of the mask file, 0 for a missing file; of
-            several masks the CRC32C of their CRC32Cs.
+            several masks, or with a field of view, the CRC32C of the CRC32Cs of these files.
     """
 
     id: str

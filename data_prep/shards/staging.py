@@ -144,7 +144,12 @@ def staged_name(task: ScanTask) -> str:
     for item in task.items:
         files = [
             file and (file.url, file.name, file.size, file.generation)
-            for file in (item.image, item.mask, *item.more_masks)
+            for file in (
+                item.image,
+                item.mask,
+                *item.more_masks,
+                *([item.view] if item.view else []),
+            )
         ]
         parts.append((item.id, item.group, item.filename, item.split, files))
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from data_prep.sources.name_rules import MASK_WORDS, glob_as_regex, split_one_folder
+from data_prep.sources.name_rules import MASK_WORDS, split_one_folder
 from flexunet.errors import UsageError
-from flexunet.text import join_truncated, pluralize
 
 IMAGE_WORDS = frozenset(
     ("images", "image", "imgs", "img", "jpegimages", "pngimages", "photos", "originals")
@@ -31,8 +30,8 @@ SPLIT_WORDS = {
 }
 
 Role = Literal["images", "masks"]
-_MAX_LISTED = 5  # folders named in a message
-_OPTIONS: dict[Role, str] = {"images": "--images", "masks": "--masks"}
+MAX_LISTED = 5  # folders named in a message
+OPTIONS: dict[Role, str] = {"images": "--images", "masks": "--masks"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class FolderPair:
     """A folder of images and its folder of masks, relative to the source; "" is the source.
 
     Attributes:
-        image_glob, mask_glob: pattern of the file names, None for all.
+        image_glob, mask_glob, view_glob: pattern of the file names, None for all.
+        views: folder of the masks of the field of view, None if there is none.
     """
 
     images: str
@@ -48,6 +48,8 @@ class FolderPair:
     split: str | None
     image_glob: str | None = None
     mask_glob: str | None = None
+    views: str | None = None
+    view_glob: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,13 @@ def find_folders(folders: Folders) -> tuple[FolderPair, ...] | None:
     for (split, _), siblings in groups.items():
         images, masks = siblings.images or siblings.others, siblings.masks
         if images and masks:
-            image, mask = _only(folders.url, "images", images), _only(folders.url, "masks", masks)
+            image, mask = only(folders.url, "images", images), only(folders.url, "masks", masks)
             pairs.append(FolderPair(image, mask, split))
         else:
             # A folder of images without such a name, such as docs/, is no part of the source.
             alone += [*siblings.images, *masks, *(siblings.others if split else ())]
     if pairs and alone:
-        raise UsageError(_without_partner(folders.url, alone[0]))
+        raise UsageError(without_partner(folders.url, alone[0]))
     return with_splits(folders.url, pairs) if pairs else None
 
 
@@ -176,7 +178,7 @@ def _folders_with_both(folders: Folders) -> tuple[FolderPair, ...] | None:
         elif meaning.role or meaning.split:
             alone.append(path)
     if pairs and alone:
-        raise UsageError(_without_partner(folders.url, alone[0]))
+        raise UsageError(without_partner(folders.url, alone[0]))
     return with_splits(folders.url, pairs) if pairs else None
 
 
@@ -191,12 +193,12 @@ def with_splits(url: str, pairs: Sequence[FolderPair]) -> tuple[FolderPair, ...]
         inside = next(pair.images for pair in pairs if pair.split)
         outside = next(pair.images for pair in pairs if not pair.split)
         raise UsageError(
-            f"{url}: {_shown(inside)} is in a folder of a split and {_shown(outside)} is not; give "
+            f"{url}: {shown(inside)} is in a folder of a split and {shown(outside)} is not; give "
             "the folders to use with --images and --masks"
         )
     if splits != {None} and "train" not in splits:
         raise UsageError(
-            f"{url}: no folder train/ or training/ beside {_shown(pairs[0].images)}; give the "
+            f"{url}: no folder train/ or training/ beside {shown(pairs[0].images)}; give the "
             "folders to use with --images and --masks"
         )
     if splits == {"train"}:
@@ -205,131 +207,7 @@ def with_splits(url: str, pairs: Sequence[FolderPair]) -> tuple[FolderPair, ...]
     return tuple(sorted(pairs, key=lambda pair: (order.index(pair.split), pair.images)))
 
 
-# Patterns
-
-
-@dataclass(frozen=True)
-class _Selected:
-    """A folder that a pattern matches, what its wildcards stand for, and the pattern of files."""
-
-    path: str
-    wildcards: tuple[str, ...]
-    glob: str | None = None
-
-
-def select_folders(
-    folders: Folders, images: str | None, masks: str | None
-) -> tuple[FolderPair, ...]:
-    """Returns the folders that the patterns select; the folders of the other role are found.
-
-    Args:
-        images, masks: patterns of folders or files, relative to the source; at least one.
-
-    Raises:
-        UsageError: a pattern is malformed, matches nothing, or the folders do not match.
-    """
-    of_images = None if images is None else _selected(folders, "images", images)
-    of_masks = None if masks is None else _selected(folders, "masks", masks)
-    if of_images is not None and of_masks is not None:
-        pairs = _joined(folders.url, of_images, of_masks)
-    elif of_images is not None:
-        pairs = [(each, _partner(folders, "masks", each)) for each in of_images]
-    else:
-        pairs = [(_partner(folders, "images", each), each) for each in of_masks or ()]
-    found = [
-        FolderPair(image.path, mask.path, meaning_of(image.path).split, image.glob, mask.glob)
-        for image, mask in pairs
-    ]
-    return with_splits(folders.url, found)
-
-
-def _selected(folders: Folders, role: Role, pattern: str) -> list[_Selected]:
-    files = folders.images if role == "images" else folders.masks
-    problem = _pattern_problem(pattern)
-    if problem:
-        raise UsageError(f"{_OPTIONS[role]} {pattern!r}: {problem}")
-    parts = [part for part in pattern.split("/") if part not in ("", ".")]
-    found = _matching(files, parts)
-    if not found and parts and not pattern.endswith("/"):
-        file_pattern = re.compile(glob_as_regex(parts[-1]), re.DOTALL)
-        found = [
-            replace(each, glob=parts[-1])
-            for each in _matching(files, parts[:-1])
-            if any(map(file_pattern.fullmatch, files[each.path]))
-        ]
-    if not found:
-        existing = join_truncated([_shown(path) for path in sorted(files)], _MAX_LISTED)
-        raise UsageError(
-            f"{_OPTIONS[role]} {pattern!r}: no {role} there in {folders.url}; folders with "
-            f"{role}: {existing or 'none'}"
-        )
-    return found
-
-
-def _matching(files: Mapping[str, object], parts: Sequence[str]) -> list[_Selected]:
-    regex = re.compile("/".join(glob_as_regex(part, captures=True) for part in parts))
-    found = ((path, regex.fullmatch(path)) for path in sorted(files))
-    return [_Selected(path, match.groups()) for path, match in found if match]
-
-
-def _pattern_problem(pattern: str) -> str | None:
-    parts = pattern.split("/")
-    if not pattern or pattern.startswith(("/", "~")) or "://" in pattern:
-        return "must be relative to SOURCE; write for example train/images"
-    if ".." in parts:
-        return "leaves SOURCE; give a folder that contains images and masks as SOURCE"
-    if "**" in pattern:
-        return "** is not supported; write one * for each folder"
-    try:
-        for part in parts:
-            re.compile(glob_as_regex(part))
-    except re.error as error:
-        return f"is not a pattern ({error})"
-    return None
-
-
-def _joined(
-    url: str, images: Sequence[_Selected], masks: Sequence[_Selected]
-) -> list[tuple[_Selected, _Selected]]:
-    """Returns the folders whose wildcards stand for the same."""
-    if len(images) == len(masks) == 1:
-        return [(images[0], masks[0])]
-    by_wildcards = {each.wildcards: each for each in masks}
-    if len(by_wildcards) == len(masks) == len(images) and all(
-        each.wildcards in by_wildcards for each in images
-    ):
-        return [(each, by_wildcards[each.wildcards]) for each in images]
-    alone = [each.path for each in images if each.wildcards not in by_wildcards]
-    named = f", and {_shown(alone[0])} has no partner" if alone else ""
-    raise UsageError(
-        f"{url}: --images and --masks select {pluralize(len(images), 'folder')} and "
-        f"{pluralize(len(masks), 'folder')}{named}; each * must stand for the same in both"
-    )
-
-
-def _partner(folders: Folders, role: Role, given: _Selected) -> _Selected:
-    """Returns the folder of `role` that belongs to a given one of the other role."""
-    files = folders.images if role == "images" else folders.masks
-    known = [path for path in sorted(files) if meaning_of(path).role == role]
-    beside = [path for path in known if _num_different(path, given.path) == 1]
-    above = [given.path.rpartition("/")[0]] if given.path else []
-    found = beside or [path for path in above if path in files]
-    if not found:
-        raise UsageError(_without_partner(folders.url, given.path))
-    return _Selected(_only(folders.url, role, found), ())
-
-
-def _num_different(path: str, other: str) -> int | None:
-    parts, others = path.split("/"), other.split("/")
-    if len(parts) != len(others):
-        return None
-    return sum(part != its for part, its in zip(parts, others, strict=True))
-
-
-# Messages
-
-
-def _only(url: str, role: Role, paths: Sequence[str]) -> str:
+def only(url: str, role: Role, paths: Sequence[str]) -> str:
     """Returns the only one of `paths`; raises an error that names the choices."""
     if len(paths) > 1:
         raise UsageError(_several(url, role, paths))
@@ -337,18 +215,21 @@ def _only(url: str, role: Role, paths: Sequence[str]) -> str:
 
 
 def _several(url: str, role: Role, paths: Sequence[str]) -> str:
-    named = " and ".join(map(_shown, paths[:_MAX_LISTED]))
-    choice = f"{_OPTIONS[role]} {paths[0] or '.'}"
-    return f"{url}: {named} may be the {role}; choose one, for example {choice}"
+    named = " and ".join(map(shown, paths[:MAX_LISTED]))
+    choice = f"{OPTIONS[role]} {paths[0] or '.'}"
+    view = "; a field of view belongs to --field-of-view" if role == "masks" else ""
+    return f"{url}: {named} may be the {role}; choose one, for example {choice}{view}"
 
 
-def _without_partner(url: str, path: str) -> str:
+def without_partner(url: str, path: str) -> str:
+    """Returns the error for a folder of images or masks without the other one."""
     partner = "images" if meaning_of(path).role == "masks" else "masks"
     return (
-        f"{url}: no folder of {partner} belongs to {_shown(path)}; add it, or give the folders to "
+        f"{url}: no folder of {partner} belongs to {shown(path)}; add it, or give the folders to "
         "use with --images and --masks"
     )
 
 
-def _shown(path: str) -> str:
+def shown(path: str) -> str:
+    """Returns the path of a folder as in messages."""
     return f"{path}/" if path else "the folder itself"

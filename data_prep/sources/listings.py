@@ -35,18 +35,21 @@ class Listings:
         """Returns the names of `files`."""
         return [stat.name for stat in self.files(url)]
 
-    def look_for(self, url: str, folders: Collection[str]) -> None:
+    def look_for(self, url: str, folders: Collection[str]) -> tuple[str, ...]:
         """Lists the `folders` that exist in a bucket's folder `url`, in one or two requests.
+
+        Returns the names of all folders directly in `url`.
 
         A folder with others beside them is not listed as a whole, because these may be large.
         """
         store = open_source(url)
-        if store.local_root is not None:
-            return
         existing = store.folders()
+        if store.local_root is not None:
+            return existing
         self._found |= {join_url(url, name): [] for name in folders if name not in existing}
         if existing and set(existing) <= set(folders):
             self._found.setdefault(url, _below_folders(store))
+        return existing
 
     def _folder_above(self, url: str) -> str | None:
         """Returns a listed folder that contains `url`, None if there is none."""

@@ -6,7 +6,7 @@ Defines which files are images and masks. The module reads names only and does n
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from data_prep.imaging.dicom.reader import DICOM_ENDINGS
@@ -29,6 +29,7 @@ class Source:
         root: the folder in which they were found by their names or by patterns; None if they have
             the usual names. Files in their subfolders belong to other folders then.
         image_glob, mask_glob: pattern of the names of the files, None for all.
+        views: the folder of the masks of the field of view, None if there is none.
     """
 
     images: str
@@ -37,6 +38,8 @@ class Source:
     root: str | None = None
     image_glob: str | None = None
     mask_glob: str | None = None
+    views: str | None = None
+    view_glob: str | None = None
 
     @property
     def is_one_folder(self) -> bool:
@@ -62,6 +65,7 @@ class Stems:
     source: Source
     images: Names
     masks: Names
+    views: Names = field(default_factory=dict)
 
     def divided(self, naming: NamePatterns | None) -> "Stems":
         """Returns the images and the masks of a folder with both, divided by their names."""
@@ -72,11 +76,13 @@ class Stems:
             self.source,
             {stem: names for stem, names in self.images.items() if stem in images},
             {stem: names for stem, names in self.masks.items() if stem in masks},
+            self.views,
         )
 
 
 def stems_of(source: Source, listings: Listings, rejects: list[Reject]) -> Stems:
     """Returns the usable files of a source; adds the others to `rejects`."""
+    views = {} if source.views is None else _by_stem(source, "views", listings, rejects)
     if source.is_one_folder:
         masks = _by_stem(source, "masks", listings, rejects)
         only = {
@@ -84,20 +90,23 @@ def stems_of(source: Source, listings: Listings, rejects: list[Reject]) -> Stems
             for stem, names in masks.items()
             if (found := [name for name in names if name.lower().endswith(IMAGE_ENDINGS)])
         }
-        return Stems(source, only, masks)
+        return Stems(source, only, masks, views)
     images = _by_stem(source, "images", listings, rejects)
-    return Stems(source, images, _by_stem(source, "masks", listings, rejects))
+    return Stems(source, images, _by_stem(source, "masks", listings, rejects), views)
 
 
 def _by_stem(
-    source: Source, role: Literal["images", "masks"], listings: Listings, rejects: list[Reject]
+    source: Source,
+    role: Literal["images", "masks", "views"],
+    listings: Listings,
+    rejects: list[Reject],
 ) -> Names:
     """Returns the object names of each stem; adds unusable files to `rejects`."""
-    url, glob, endings = (
-        (source.images, source.image_glob, IMAGE_ENDINGS)
-        if role == "images"
-        else (source.masks, source.mask_glob, MASK_ENDINGS)
-    )
+    url, glob, endings = {
+        "images": (source.images, source.image_glob, IMAGE_ENDINGS),
+        "masks": (source.masks, source.mask_glob, MASK_ENDINGS),
+        "views": (source.views or "", source.view_glob, IMAGE_ENDINGS),
+    }[role]
     files = listings.names(url)
     if not files:
         raise UsageError(MISSING.format(url))

@@ -23,6 +23,7 @@ class PrepOptions(TypedDict, total=False):
     format: Literal["pairs", "inbreast"]
     images: str | None
     masks: str | None
+    field_of_view: str | None
     image_name: str | None
     mask_name: str | None
     missing_mask: Literal["error", "empty"]

@@ -67,7 +67,8 @@ def command(source: str, output: str, config_file: str | None, **options: Any) -
     settings = from_options(PrepLaunchConfig, where)
     config = read_config(config_file, options)
     per_worker = Resources(memory_bytes=int((settings.memory_per_worker or 0) * 1e9))
-    folders = [url for each in sources_of(source, config) for url in (each.images, each.masks)]
+    sources = sources_of(source, config)
+    folders = [url for each in sources for url in (each.images, each.masks, each.views) if url]
     workers = functools.partial(task_workers, settings, per_worker, folders, [output])
     with quiet_interrupts():
         run(source, output, config, workers)

@@ -21,6 +21,7 @@ NUMBERS = range(8)
 LATER_OPTIONS: dict[str, Any] = {
     "images": "images",
     "masks": "masks",
+    "field_of_view": "view",
     "image_name": "{stem}",
     "mask_name": "{stem}",
     "missing_mask": "empty",
@@ -107,7 +108,8 @@ def test_the_options_of_layouts_are_no_part_of_the_identity_of_older_datasets() 
     identity = identity_of(PrepConfig())
     assert set(LATER_OPTIONS).isdisjoint(identity)
     for name, value in LATER_OPTIONS.items():
-        assert identity_of(PrepConfig(**{name: value})) == identity | {name: value}
+        config = PrepConfig(ignore_id=9, **{name: value})
+        assert identity_of(config) == identity | {name: value, "ignore_id": 9}
 
 
 def test_several_masks_of_an_image_are_joined(tmp_path: Path) -> None:
@@ -173,6 +175,51 @@ def test_an_image_without_a_mask_has_no_finding_if_asked_for(tmp_path: Path) -> 
     (source / "images/5.png").unlink()
     with pytest.raises(ContentError, match=r"masks/5\.png: no image of this name in"):
         prepared(source, tmp_path / "other", missing_mask="empty")
+
+
+@pytest.mark.parametrize("values", [(0, 255), (0, 1), (10, 240)])
+def test_pixels_outside_of_the_field_of_view_are_ignored(
+    tmp_path: Path, values: tuple[int, int]
+) -> None:
+    source = Path(write_source(tmp_path / "source", "images/{}.png", "gt/{}.png"))
+    view = np.full((16, 16), values[0], np.uint8)
+    view[2:9, 3:5] = values[1]
+    (source / "view").mkdir()
+    for number in NUMBERS:
+        assert cv2.imwrite(str(source / f"view/{number}_fov.png"), view)
+    options = {"field_of_view": "view", "ignore_id": 7}
+    manifest = prepared(source, tmp_path / "out", **options)
+    assert manifest.ignore_id == 7
+    for name, mask in masks_of(tmp_path / "out").items():
+        expected = np.where(view == values[1], 0, 7).astype(np.uint8)
+        rows = slice(max(2, int(name)), min(9, int(name) + 2))
+        expected[rows, 4] = 1
+        np.testing.assert_array_equal(mask, expected)
+    assert prepared(source, tmp_path / "out", **options) == manifest
+    view[0, 0] = values[1]
+    assert cv2.imwrite(str(source / "view/3_fov.png"), view)
+    with pytest.raises(UsageError, match="contains another dataset"):
+        prepared(source, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (np.zeros((16, 16), np.uint8), "no pixel is inside of the field of view; replace it"),
+        (np.ones((8, 16), np.uint8), "the mask has 16x8 pixels, but its image"),
+        (np.dstack([np.eye(16, dtype=np.uint8) * i for i in (9, 90, 200)]), "has colours; it must"),
+    ],
+)
+def test_a_bad_field_of_view_is_named(tmp_path: Path, view: np.ndarray, message: str) -> None:
+    source = Path(write_source(tmp_path / "source", "images/{}.png", "gt/{}.png"))
+    for number in NUMBERS:
+        write_mask(source / f"view/{number}.png", (4, 4))
+    assert cv2.imwrite(str(source / "view/6.png"), view)
+    options = {"field_of_view": "view", "ignore_id": 7}
+    with pytest.raises(ContentError, match=rf"view/6\.png: .*{message}"):
+        prepared(source, tmp_path / "out", **options)
+    assert prepared(source, tmp_path / "out", skip_bad=True, **options).num_samples == 7
+    assert f"{source}/view/6.png," in (tmp_path / "out/report/rejects.csv").read_text()
 
 
 def write_release(folder: Path) -> str:
@@ -243,6 +290,7 @@ def test_a_validation_split_that_cannot_be_drawn_is_a_wrong_call(
             2,
             "must be a name without its ending",
         ),
+        (["--field-of-view", "labels"], 2, "--field-of-view needs --ignore-id, the id"),
         (["--draw-valid", "1"], 2, "--draw-valid=1.0: input should be less than 1"),
         (["--format", "inbreast", "--masks", "gt"], 2, "--masks needs --format pairs"),
         ([], 2, "groundtruth/ and labels/ may be the masks; choose one, for example --masks"),
@@ -276,8 +324,14 @@ def test_a_source_in_a_bucket_is_found_with_few_lists(tmp_path: Path, bucket_url
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"real data sets are not at {REAL}")
 def test_prep_reads_drive_as_it_is_released(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"masks": "training/1st_manual", "image_size": 32}
+    options: dict[str, Any] = {
+        "field_of_view": "training/mask", "ignore_id": 2, "image_size": 32,
+    }  # fmt: skip
     manifest = prepared(REAL / "drive", tmp_path / "out", **options)
     assert (manifest.name, manifest.num_samples, manifest.channels) == ("drive", 20, 3)
     assert set(manifest.splits) == {"train", "valid", "test"}
-    assert all(mask.any() for mask in masks_of(tmp_path / "out").values())
+    for mask in masks_of(tmp_path / "out").values():
+        shares = [np.mean(mask == value) for value in range(3)]
+        assert shares[1] > 0.02  # vessels
+        assert 0.25 < shares[2] < 0.4  # outside of the field of view, a disc
+        assert (mask[0, 0], mask[16, 16] != 2) == (2, True)

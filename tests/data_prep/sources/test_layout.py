@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.sources.folder_patterns import FolderOptions, choose_folders, select_folders
 from data_prep.sources.layout import (
     IMAGE_WORDS,
     SPLIT_WORDS,
@@ -16,7 +17,6 @@ from data_prep.sources.layout import (
     find_folders,
     folders_of,
     meaning_of,
-    select_folders,
 )
 from data_prep.sources.name_rules import MASK_WORDS
 from data_prep.sources.pairs import (
@@ -26,7 +26,7 @@ from data_prep.sources.pairs import (
     find_pairs,
     find_sources,
 )
-from flexunet.errors import UsageError
+from flexunet.errors import ContentError, UsageError
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"real data sets are not at {REAL}")
@@ -232,6 +232,38 @@ def test_a_wrong_pattern_says_what_is_wrong(images: str, masks: str | None, mess
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "options", "expected"),
+    [
+        (DRIVE, FolderOptions(field_of_view="training/mask"),
+         [("training/images", "training/1st_manual", None, None, None, "training/mask")]),
+        (["x/images/a.png", "x/gt/a.png", "x/fov/a.png", "y/images/b.png", "y/gt/b.png",
+          "y/fov/b.png"], FolderOptions(field_of_view="*/fov"),
+         [("x/images", "x/gt", None, None, None, "x/fov"),
+          ("y/images", "y/gt", None, None, None, "y/fov")]),
+        (["images/a.png", "masks/a.png", "other/deep/a.png"],
+         FolderOptions("images", "masks", "other/deep"),
+         [("images", "masks", None, None, None, "other/deep")]),
+        (["images/a.png", "gt/a.png", "gt/a_fov.png"], FolderOptions(field_of_view="gt/*_fov.png"),
+         [("images", "gt", None, None, None, "gt", "*_fov.png")]),
+    ],
+)  # fmt: skip
+def test_a_folder_of_the_field_of_view_is_selected(
+    names: Sequence[str], options: FolderOptions, expected: list[tuple[str | None, ...]]
+) -> None:
+    folders = folders_of("SOURCE", names, IMAGE_ENDINGS, MASK_ENDINGS)
+    assert choose_folders(folders, options) == tuple(FolderPair(*e) for e in expected)  # type: ignore[arg-type]
+
+
+def test_a_field_of_view_must_belong_to_one_folder_of_images() -> None:
+    names = ("x/images/a.png", "x/gt/a.png", "y/images/b.png", "y/gt/b.png", "x/fov/a.png")
+    folders = folders_of("SOURCE", names, IMAGE_ENDINGS, MASK_ENDINGS)
+    with pytest.raises(UsageError, match="--field-of-view selects 0 folders for y/images/; give"):
+        choose_folders(folders, FolderOptions(field_of_view="x/fov"))
+    with pytest.raises(UsageError, match=r"^--field-of-view 'z': no masks there in SOURCE"):
+        choose_folders(folders, FolderOptions(field_of_view="z"))
+
+
 def make(root: Path, *names: str) -> str:
     for name in names:
         path = root / name
@@ -242,8 +274,10 @@ def make(root: Path, *names: str) -> str:
 
 def paired(url: str, **options: str) -> dict[str, tuple[str | None, ...]]:
     """Returns the masks of each image of the source `url`, by path, and no rejects."""
-    folders = {key: options.pop(key, None) for key in ("images", "masks")}
-    pairs, rejects = find_pairs(find_sources(url, **folders), None, PairOptions(**options))  # type: ignore[arg-type]
+    keys = ("images", "masks", "field_of_view")
+    folders = FolderOptions(**{key: options.pop(key, None) for key in keys})
+    sources = find_sources(url, None, folders)
+    pairs, rejects = find_pairs(sources, None, PairOptions(**options))  # type: ignore[arg-type]
     assert rejects == []
     return {
         f"{pair.image_url.removeprefix(url)}/{pair.image_name}".lstrip("/"): tuple(
@@ -305,6 +339,32 @@ def test_splits_inside_of_the_usual_folders_are_found(tmp_path: Path) -> None:
         "a": "train",
         "b": "test",
     }
+
+
+def test_an_image_without_a_field_of_view_is_a_bad_file(tmp_path: Path) -> None:
+    names = [f"{folder}/{n}{end}.png" for folder, end in (("images", "_i"), ("gt", ""), ("v", "_v"))
+             for n in range(1, 5) if (folder, n) != ("v", 2)]  # fmt: skip
+    url = make(tmp_path, *names, "v/9_v.png")
+    pairs, rejects = find_pairs(find_sources(url, None, FolderOptions(field_of_view="v")))
+    assert [(p.id, p.mask_name, p.view_url, p.view_name) for p in pairs] == [
+        (f"{n}_i", f"{n}.png", f"{url}/v", f"{n}_v.png") for n in (1, 3, 4)
+    ]
+    assert [(reject.file, reject.reason) for reject in rejects] == [
+        (f"{url}/gt/2.png", "its image has no field of view"),
+        (f"{url}/images/2_i.png", f"no field of view of this name in {url}/v"),
+    ]
+    for name in names[-3:]:
+        (tmp_path / name).rename((tmp_path / name).with_name(f"{name[2]}{name[2]}q.png"))
+    with pytest.raises(ContentError, match=r"/v: no image has a mask of the same.*; rename the f"):
+        find_pairs(find_sources(url, None, FolderOptions(field_of_view="v")))
+
+
+def test_a_second_folder_of_masks_beside_the_usual_ones_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = make(tmp_path, "images/a.png", "masks/a.png", "manual1/a.png", "test_images_old/a.png")
+    assert paired(url) == {"images/a.png": ("masks/a.png",)}
+    assert f"{url}: masks/ is used, not manual1/; choose with --masks" in caplog.messages
 
 
 @real_data
