@@ -123,7 +123,16 @@ SMOKES = [
         "prep.json",
         ("images_per_s>prep_1>median", "peak_worker_rss_mb>24"),
     ),
-    Smoke("metrics.py", ("--masks", "5"), "metrics.json", ("num_compared",)),
+    Smoke(
+        "metrics.py",
+        (*TINY, "--masks", "5", "--samples", "2"),
+        "metrics.json",
+        (
+            "num_compared",
+            "measures>hd95_and_surface_dice>ours_over_theirs>median",
+            "measures>intervals>ours_over_theirs>median",
+        ),
+    ),
     Smoke(
         "optimizer.py",
         ("--parameters", "1", "--repeats", "1"),
