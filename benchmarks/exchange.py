@@ -173,7 +173,7 @@ def work(network: dict[str, Any], repeats: int, spec: ProcessSpec) -> dict[str, 
     batch_size: int = network["batch_size"]
     config = TrainConfig(global_batch_size=num_workers * batch_size, threads=1)
     strategy = configure(config, spec)
-    from job.distributed.exchange_plan import make_plan, measured_flops_per_byte
+    from job.distributed.exchange_plan import make_plan, measured_rates
     from job.distributed.replica_sums import Criterion
     from job.losses import make_loss
     from job.optimization.optimizer import Adam
@@ -198,7 +198,7 @@ def work(network: dict[str, Any], repeats: int, spec: ProcessSpec) -> dict[str, 
         loss = make_loss("categorical_crossentropy", num_classes=2)
         plan = None
         if used is strategy:
-            ratio = measured_flops_per_byte(strategy, model.compute_dtype)
+            ratio = measured_rates(strategy, model.compute_dtype).flops_per_byte
             reported["flops_per_byte"] = ProcessGroup(strategy, spec).run_on_primary(
                 lambda ratio=ratio: ratio
             )

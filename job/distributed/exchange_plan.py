@@ -10,7 +10,7 @@ replicas and one ratio of rates. So a restart with the same ratio computes the s
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from statistics import median
 from typing import Any
@@ -30,9 +30,32 @@ _PLAIN_LAYERS = (keras.layers.Conv2D, keras.layers.Conv2DTranspose, keras.layers
 # How much longer gathering a layer may take than all-reduce, to send fewer bytes on a shared
 # network.
 _PATIENCE = 1.15
-_PROBE_BYTES = 16 << 20
 _PROBE_SIZE = 1024
-_PROBE_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Sets how precisely the rates of the replicas are measured."""
+
+    num_bytes: int
+    repeats: int
+
+
+_TO_PLAN = _Probe(16 << 20, 5)
+_TO_LOG = _Probe(4 << 20, 2)  # takes an eighth of the time
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Holds what a replica does per second while all others do the same."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+    @property
+    def flops_per_byte(self) -> float:
+        """The operations in the time of sending a byte."""
+        return self.flops_per_s / self.bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -85,16 +108,43 @@ class Plan:
         """Returns the seconds that the exchange adds to a step if nothing overlaps."""
         return self.sent_bytes() / bytes_per_s + self.extra_flops() / flops_per_s
 
+    def all_reduce_only(self) -> "Plan":
+        """Returns the plan that all-reduces the gradients of all layers."""
+        return replace(self, gathered=frozenset())
+
     def describe(self) -> str:
-        """Returns the plan as a log line."""
+        """Returns the plan as the start of a log line."""
         return (
             f"gradient exchange: {len(self.gathered)} of {len(self.costs)} layers from gathered "
             f"inputs; {self.sent_bytes() / 1e6:.1f} MB per step and replica, all-reduce "
             f"{self.all_reduce_bytes() / 1e6:.1f} MB"
         )
 
+    def describe_cost(self, rates: Rates, other: "Plan", options: str) -> str:
+        """Returns the expected cost per step, for the log.
+
+        Args:
+            other: the plan that the options in `options` would select.
+        """
+        seconds = self.seconds(rates.flops_per_s, rates.bytes_per_s)
+        # Forward, gradients of inputs and gradients of weights take about as long.
+        computed = 3 * sum(cost.flops for cost in self.costs) / rates.flops_per_s
+        words = (
+            f"expected per step: {_duration(seconds)} to exchange, {_duration(computed)} or more "
+            f"to compute (measured: {rates.bytes_per_s / 1e6:.4g} MB/s and "
+            f"{rates.flops_per_s / 1e9:.4g} GFLOP/s per replica)"
+        )
+        if other.gathered != self.gathered:
+            changed = other.seconds(rates.flops_per_s, rates.bytes_per_s)
+            words += f"; with {options} {_duration(changed)} to exchange"
+        return words
+
     def _costs(self, is_gathered: bool) -> list[LayerCost]:
         return [cost for cost in self.costs if (cost.name in self.gathered) == is_gathered]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"
 
 
 def _reduced_bytes(num_bytes: int, num_replicas: int) -> float:
@@ -102,35 +152,83 @@ def _reduced_bytes(num_bytes: int, num_replicas: int) -> float:
 
 
 def agreed_plan(
-    config: TrainConfig, strategy: tf.distribute.Strategy, process_group: ProcessGroup, model: Any
+    config: TrainConfig,
+    strategy: tf.distribute.Strategy,
+    process_group: ProcessGroup,
+    model: Any,
+    *,
+    uses_xla: bool = False,
 ) -> Plan | None:
     """Returns the plan that all processes use; None: all-reduce all gradients.
 
     Gathered gradients must have the same bits on every replica. Gradients of convolutions on GPUs
-    have them only with deterministic operations.
+    have them only with deterministic operations. A step that XLA compiles cannot gather.
+
+    Several processes log what the exchange is expected to cost per step.
     """
     num_replicas = strategy.num_replicas_in_sync
-    if num_replicas == 1 or config.gradient_exchange == "all_reduce":
+    options = _options_to_gather(config, uses_xla=uses_xla)
+    if num_replicas == 1 or (options and process_group.size == 1):
         return None
-    if tf.config.list_logical_devices("GPU") and not config.deterministic:
-        return None
-    ratio = config.exchange_flops_per_byte
-    if ratio is None and config.deterministic:
-        # A measured ratio differs between starts, and with it the order of the sums.
-        ratio = NOMINAL_FLOPS_PER_BYTE
-    elif ratio is None:
-        ratio = measured_flops_per_byte(strategy, model.compute_dtype)
+    is_logged = process_group.size > 1
+    ratio, rates = _ratio_and_rates(
+        config, strategy, model, is_free=not options, is_logged=is_logged
+    )
     # If one process chose another plan, all would wait for ever.
     agreed: float = process_group.run_on_primary(lambda: ratio)
-    plan = make_plan(
+    planned = make_plan(
         model,
         batch_size=config.global_batch_size // num_replicas,
         num_replicas=num_replicas,
         flops_per_byte=agreed,
     )
+    all_reduce = planned.all_reduce_only()
+    plan, other = (all_reduce, planned) if options else (planned, all_reduce)
     if process_group.is_primary:
-        logger.info("%s (%.0f FLOPs per byte)", plan.describe(), agreed)
-    return plan
+        words = [plan.describe() + ("" if options else f" ({agreed:.0f} FLOPs per byte)")]
+        if rates is not None and is_logged:
+            changed = " ".join(options) or "--gradient-exchange all_reduce"
+            words.append(plan.describe_cost(rates, other, changed))
+        logger.info("%s", "; ".join(words))
+    return None if options else plan
+
+
+def _ratio_and_rates(
+    config: TrainConfig,
+    strategy: tf.distribute.Strategy,
+    model: Any,
+    *,
+    is_free: bool,
+    is_logged: bool,
+) -> tuple[float, Rates | None]:
+    """Returns the FLOPs per byte to plan with, and the rates where they are measured.
+
+    Args:
+        is_free: the plan may gather.
+        is_logged: measure the rates for the log, if the plan does not need them.
+    """
+    ratio = config.exchange_flops_per_byte
+    if ratio is None and config.deterministic:
+        # A measured ratio differs between starts, and with it the order of the sums.
+        ratio = NOMINAL_FLOPS_PER_BYTE
+    is_needed = is_free and ratio is None
+    # On a GPU, a gather that only the log needs could end training: it is not yet tested there.
+    if not is_needed and (not is_logged or tf.config.list_logical_devices("GPU")):
+        return ratio or 0.0, None
+    rates = measured_rates(strategy, model.compute_dtype, _TO_PLAN if is_needed else _TO_LOG)
+    return rates.flops_per_byte if ratio is None else ratio, rates
+
+
+def _options_to_gather(config: TrainConfig, *, uses_xla: bool) -> list[str]:
+    """Returns the options without which all gradients are all-reduced; empty: they can be."""
+    options = []
+    if config.gradient_exchange == "all_reduce":
+        options.append("--gradient-exchange auto")
+    if uses_xla:
+        options.append("--xla off")
+    if tf.config.list_logical_devices("GPU") and not config.deterministic:
+        options.append("--deterministic")
+    return options
 
 
 def make_plan(
@@ -197,8 +295,8 @@ def _num_bytes(weight: Any) -> int:
     return int(prod(weight.shape) * tf.as_dtype(weight.dtype).size)
 
 
-def measured_flops_per_byte(strategy: tf.distribute.Strategy, dtype: str) -> float:
-    """Returns the operations of a replica in the time of sending a byte; all replicas must call it.
+def measured_rates(strategy: tf.distribute.Strategy, dtype: str, probe: _Probe = _TO_PLAN) -> Rates:
+    """Measures what each replica computes and sends per second; all replicas must call it.
 
     Measures a matrix multiplication and an all-gather, each on all replicas at the same time.
 
@@ -213,20 +311,23 @@ def measured_flops_per_byte(strategy: tf.distribute.Strategy, dtype: str) -> flo
 
     def gather(seed: tf.Tensor) -> tf.Tensor:
         context = tf.distribute.get_replica_context()
-        words = tf.random.stateless_uniform((_PROBE_BYTES // 4,), seed)
+        words = tf.random.stateless_uniform((probe.num_bytes // 4,), seed)
         return tf.reduce_max(context.all_gather(words, axis=0))
 
-    num_bytes = (strategy.num_replicas_in_sync - 1) * _PROBE_BYTES
-    return (2 * _PROBE_SIZE**3 / _seconds(strategy, multiply)) / (
-        num_bytes / _seconds(strategy, gather)
+    num_bytes = (strategy.num_replicas_in_sync - 1) * probe.num_bytes
+    return Rates(
+        2 * _PROBE_SIZE**3 / _seconds(strategy, multiply, probe.repeats),
+        num_bytes / _seconds(strategy, gather, probe.repeats),
     )
 
 
-def _seconds(strategy: tf.distribute.Strategy, work: Callable[[tf.Tensor], tf.Tensor]) -> float:
+def _seconds(
+    strategy: tf.distribute.Strategy, work: Callable[[tf.Tensor], tf.Tensor], repeats: int
+) -> float:
     # The seed is an argument: TensorFlow would compute work on constants once, while compiling.
     function = tf.function(lambda seed: strategy.run(work, (seed,)), autograph=False)
     times = []
-    for count in range(1 + _PROBE_REPEATS):
+    for count in range(1 + repeats):
         seed = tf.constant([1, count], tf.int32)
         started = time.perf_counter()
         for result in strategy.experimental_local_results(function(seed)):

@@ -17,6 +17,7 @@ Batch = Mapping[str, tf.Tensor]
 Loss = Callable[..., tf.Tensor]
 Metrics = Mapping[str, Callable[..., tuple[tf.Tensor, tf.Tensor]]]
 Sums = dict[str, tuple[tf.Tensor, tf.Tensor]]  # name -> (sum, count), () float64 each
+FetchedSums = dict[str, tuple[float, float]]  # the same as numbers of Python
 
 
 @dataclass(frozen=True)

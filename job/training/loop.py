@@ -100,7 +100,7 @@ class _Loop:
             self._report_stored()
             if not math.isfinite(loss) or trainer.is_stuck:
                 raise self._end(trainer.end_diverged, state, loss)
-            if self._is_over():
+            if trainer.messages.any(self._asks_to_stop()):
                 raise self._end(trainer.end_stopped, state)
             is_last = state.step_in_epoch == trainer.num_steps
             if not is_last and clock.is_due(trainer.config.checkpoint_every_minutes):

@@ -253,8 +253,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         logger.warning(
-            "%s received: the run stops and saves after this step (during compilation this can "
-            "take a minute). A second %s stops at once, without saving.",
+            "%s received: the run stops and saves after this step or the next (during compilation "
+            "this can take a minute). A second %s stops at once, without saving.",
             name,
             "Ctrl-C" if number == signal.SIGINT else "signal",
         )

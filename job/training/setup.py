@@ -47,7 +47,8 @@ class Callbacks:
 
     Attributes:
         report: called with every event: phase, step, epoch and others.
-        should_stop: called after every step and every batch of an evaluation.
+        should_stop: called after every step and every batch of an evaluation. True ends training;
+            a group of processes may train one more step before.
         heartbeat: called on progress in between, if that may take long.
     """
 

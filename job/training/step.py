@@ -4,6 +4,8 @@ The loss is a function of sums over the global batch, so that its value and grad
 on the number of replicas.
 """
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +15,14 @@ import tensorflow as tf
 
 from job.distributed.all_reduce import AllReduce
 from job.distributed.exchange_plan import Plan
+from job.distributed.process_group import ProcessGroup
 from job.distributed.replica_sums import (
     Batch,
     Criterion,
-    Sums,
+    FetchedSums,
     loss_sums,
     metric_sums,
     micro_batches,
-    reduced,
     seen_by,
 )
 from job.losses import GlobalSum, part_of, replica_sum
@@ -29,7 +31,12 @@ from job.models.ensemble import prepared
 from job.models.normalization import counted_samples
 from job.optimization.optimizer import Adam
 
-SKIPPED = "skipped_in_row"  # among the sums of a training step with a loss scale
+# Entries among the sums of a training step: with a loss scale, and in a team of processes.
+SKIPPED = "skipped_in_row"
+MESSAGES = "messages"  # see `StepMessages`
+
+# After steps of this length a stop request is exchanged at once, else with the next step.
+_LONG_STEP_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,52 @@ class StepOptions:
         loss_is_mean: `job.losses.is_mean`; else several micro-batches need one more forward pass.
         uses_xla: compile the network, forward and backward. It must have no collective: no batch
             normalisation, and a plan that gathers nothing.
+        has_messages: the step adds up a message of each process, too.
     """
 
     plan: Plan | None = None
     num_micro_batches: int = 1
     loss_is_mean: bool = False
     uses_xla: bool = False
+    has_messages: bool = False
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """Runs a compiled training step, and fetches its sums all at once.
+
+    Each fetch of a tensor releases the interpreter's lock, which another thread may then hold for
+    milliseconds.
+
+    Attributes:
+        compiled: `compiled(batch, step, learning_rate) -> (2 names,) float64`.
+        names: those of the sums, in order.
+    """
+
+    compiled: Any
+    names: tuple[str, ...]
+
+    def __call__(
+        self, batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor, *message: tf.Tensor
+    ) -> FetchedSums:
+        """Updates the weights, and returns the sums of the global batch.
+
+        `sums` has entries for `loss` and every metric. With a loss scale it has one for `SKIPPED`:
+        the number of steps skipped in a row, 0 after an update.
+
+        Args:
+            step: () int64, number of earlier updates.
+            learning_rate: () float64.
+            message: only with `StepOptions.has_messages`: (2,) float64, which all replicas of this
+                process send. The sums have an entry for `MESSAGES`.
+        """
+        values = self.compiled(batch, step, learning_rate, *message).numpy().tolist()
+        pairs = zip(values[::2], values[1::2], strict=True)
+        return dict(zip(self.names, pairs, strict=True))
+
+    def get_concrete_function(self, *arguments: Any) -> Any:
+        """Returns the traced step for `arguments` without running it."""
+        return self.compiled.get_concrete_function(*arguments)
 
 
 def make_train_step(
@@ -57,24 +104,24 @@ def make_train_step(
     optimizer: Adam,
     criterion: Criterion,
     options: StepOptions | None = None,
-) -> Callable[[Batch, tf.Tensor, tf.Tensor], Sums]:
-    """Returns the compiled `train_step(batch, step, learning_rate) -> sums`.
-
-    `sums` has entries for `loss` and every metric. With a loss scale it has one for `SKIPPED`: the
-    number of steps skipped in a row, 0 after an update.
-    """
+) -> TrainStep:
+    """Returns the compiled training step."""
     options = options or StepOptions()
     exchange = _exchange_of(model, options.plan)
     replica = _ReplicaStep(model, optimizer, criterion, options, exchange, _compiled(model))
     names = ["loss", *criterion.metrics, *([SKIPPED] if optimizer.loss_scale else [])]
+    # Last, so that the other names keep their places in the vector.
+    names += [MESSAGES] if options.has_messages else []
 
     @tf.function(reduce_retracing=True, autograph=False)
-    def train_step(batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> Sums:
+    def train_step(
+        batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor, *message: tf.Tensor
+    ) -> tf.Tensor:
         with exchange.record_layers():
-            sums = strategy.run(replica.run, (batch, step, learning_rate))
-        return reduced(strategy, sums, names)
+            sums = strategy.run(replica.run, (batch, step, learning_rate, *message))
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
 
-    return train_step
+    return TrainStep(train_step, tuple(names))
 
 
 def _exchange_of(model: keras.Model, plan: Plan | None) -> Any:
@@ -110,13 +157,15 @@ class _ReplicaStep:
     exchange: Any  # `AllReduce` or `Exchange`
     compiled: Callable[..., tf.Tensor]  # see `_compiled`
 
-    def run(self, batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor) -> tf.Tensor:
-        """Updates the weights; returns (sum, count) of the loss, the metrics and `SKIPPED`."""
+    def run(
+        self, batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor, *message: tf.Tensor
+    ) -> tf.Tensor:
+        """Updates the weights; returns (sum, count) of each name, see `TrainStep`."""
         # `replica_sum` does not change gradients: each replica has its part of the global gradient.
         is_whole = self.options.num_micro_batches == 1
         done, value = self._backward(batch, replica_sum) if is_whole else self._accumulated(batch)
         skipped = self._update(self.exchange.gradients(done.local_gradient), step, learning_rate)
-        return tf.concat([loss_sums(value, batch), done.metric_sums, *skipped], axis=0)
+        return tf.concat([loss_sums(value, batch), done.metric_sums, *skipped, *message], axis=0)
 
     def _backward(self, part: Batch, global_sum: GlobalSum) -> tuple[_Backward, tf.Tensor]:
         """Returns the results for the scaled loss, and the unscaled loss."""
@@ -196,3 +245,49 @@ def _compiled(model: keras.Model) -> Callable[[tf.Tensor, Mapping[str, tf.Tensor
             return model(prepared(model, images), training=True)
 
     return network
+
+
+class StepMessages:
+    """Exchanges stop requests with each training step, without an exchange of their own.
+
+    The sums of the step carry them. A request that is made after a step is known to all processes
+    after the next one at the latest: if the steps before took 0.25 s or longer, `ProcessGroup.any`
+    asks at once, since its exchange costs little then. All processes choose the same way, because
+    the sums hold the durations too.
+    """
+
+    def __init__(self, process_group: ProcessGroup) -> None:
+        """Starts without a request; all processes of `process_group` must make one object."""
+        self._process_group = process_group
+        self._asks_here = False
+        self._asks_anywhere = False
+        self._mean_step_s = math.inf
+        self._last_sent: float | None = None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there are other processes to ask."""
+        return self._process_group.size > 1
+
+    def outgoing(self) -> tuple[float, float]:
+        """Returns the message for the next step: 1.0 for a request, seconds of the step before."""
+        now, before = time.monotonic(), self._last_sent
+        self._last_sent = now
+        return float(self._asks_here), math.inf if before is None else now - before
+
+    def receive(self, num_requests: float, seconds: float, num_replicas: int) -> None:
+        """Takes the sums of the messages over `num_replicas` replicas."""
+        self._asks_anywhere = num_requests > 0
+        self._mean_step_s = seconds / num_replicas
+
+    def any(self, flag: bool) -> bool:
+        """Returns whether any process called this with a true `flag`, after this step or the last.
+
+        All processes must call it after each step, and get the same answer.
+        """
+        self._asks_here = flag
+        if not self.is_used:
+            return flag
+        if self._asks_anywhere or self._mean_step_s < _LONG_STEP_S:
+            return self._asks_anywhere
+        return self._process_group.any(flag)

@@ -22,7 +22,7 @@ from job.data.pipeline import EpochPlan, distributed_batches, one_ahead
 from job.data.reader import RecordReader
 from job.data.sampling import epoch_order, global_batches
 from job.distributed.process_group import ProcessGroup
-from job.distributed.replica_sums import Sums
+from job.distributed.replica_sums import FetchedSums
 from job.evaluation.artifacts import draw_examples
 from job.evaluation.evaluator import Evaluation, Evaluator, means_of
 from job.metrics.batch import RunningSums
@@ -38,7 +38,7 @@ from job.runs.run import Run
 from job.training.run_writer import RunWriter
 from job.training.setup import TrainingSetup
 from job.training.state import TrainState
-from job.training.step import SKIPPED
+from job.training.step import MESSAGES, SKIPPED, StepMessages
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +53,11 @@ class Trainer:
     readers: dict[str, RecordReader]
     model: Any
     optimizer: Adam
-    train_step: Any
+    train_step: Any  # a `TrainStep`
     evaluator: Evaluator
     run_writer: RunWriter | None  # of the first process
     heartbeat: Heartbeat  # called during long work in this process
+    messages: StepMessages  # of the processes, with each step
     attempt: int = 0  # of the run, known from `restore` on
     init_from: list[dict[str, str]] = dataclasses.field(default_factory=list)  # likewise
     skipped_in_row: int = 0  # steps until now, see `LossScale`
@@ -161,20 +162,30 @@ class Trainer:
             # Tensors: a Python number would compile a new step for each value.
             step = tf.constant(state.updates, tf.int64)
             rate = state.rate(self.config, self.num_steps)
-            sums = self.train_step(batch, step, tf.constant(rate, tf.float64))
+            sums = self._run_step(batch, step, tf.constant(rate, tf.float64))
             self._count_skipped(state, sums)
             running.add(sums)
             state.sums = running.state()
             state.step += 1
             state.step_in_epoch += 1
             total, count = sums["loss"]
-            yield float(total) / float(count), int(count)
+            yield total / count, int(count)
         self._log_skipped(state, state.skipped - skipped_before)
 
-    def _count_skipped(self, state: TrainState, sums: Sums) -> None:
+    def _run_step(self, batch: Any, step: tf.Tensor, rate: tf.Tensor) -> FetchedSums:
+        """Trains a step; returns its sums without those of the messages."""
+        if not self.messages.is_used:
+            sums: FetchedSums = self.train_step(batch, step, rate)
+            return sums
+        message = tf.constant(self.messages.outgoing(), tf.float64)
+        sums = self.train_step(batch, step, rate, message)
+        self.messages.receive(*sums.pop(MESSAGES), self.strategy.num_replicas_in_sync)
+        return sums
+
+    def _count_skipped(self, state: TrainState, sums: FetchedSums) -> None:
         """Removes the `SKIPPED` entry from `sums`, and counts a skipped step."""
-        total, count = sums.pop(SKIPPED, (0, 1))
-        self.skipped_in_row = int(float(total) / float(count))
+        total, count = sums.pop(SKIPPED, (0.0, 1.0))
+        self.skipped_in_row = int(total / count)
         state.skipped += self.skipped_in_row > 0
 
     def _log_skipped(self, state: TrainState, number: int) -> None:

@@ -23,7 +23,7 @@ from job.optimization.optimizer import Adam
 from job.runs.loading import model_for
 from job.training.run_writer import RunWriter, open_run_writer
 from job.training.setup import TrainingSetup
-from job.training.step import StepOptions, make_train_step
+from job.training.step import StepMessages, StepOptions, make_train_step
 from job.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,10 @@ def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -
 
         process_group.run_on_primary(record)
         run_writer = run_writers[0] if run_writers else None
-        yield Trainer(setup, readers, model, optimizer, step, evaluator, run_writer, heartbeat)
+        messages = StepMessages(process_group)
+        yield Trainer(
+            setup, readers, model, optimizer, step, evaluator, run_writer, heartbeat, messages
+        )
 
 
 def network_words(model: ModelConfig, num_parameters: int, *, has_gpu: bool) -> str:
@@ -107,11 +110,17 @@ def _train_step(setup: TrainingSetup, model: Any, optimizer: Adam, evaluator: Ev
     """Returns the compiled training step, with the same gradient exchange in all processes."""
     config, strategy, process_group = setup.config, setup.strategy, setup.process_group
     is_compiled = uses_xla(config, process_group)
-    plan = None if is_compiled else agreed_plan(config, strategy, process_group, model)
+    plan = agreed_plan(config, strategy, process_group, model, uses_xla=is_compiled)
     return make_train_step(
         strategy,
         model,
         optimizer,
         Criterion(evaluator.loss, evaluator.metrics),
-        StepOptions(plan, config.accumulate, is_mean(config.loss.name), is_compiled),
+        StepOptions(
+            plan,
+            config.accumulate,
+            is_mean(config.loss.name),
+            is_compiled,
+            has_messages=process_group.size > 1,
+        ),
     )

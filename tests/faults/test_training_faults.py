@@ -475,7 +475,7 @@ def test_a_preempted_node_is_left_in_time(
         drain = [sys.executable, "-c", _DRAIN, cluster.address]
         subprocess.run(drain, check=True, capture_output=True, timeout=60)
         drained = time.time()
-        driver.wait_for(lambda: "starting" in driver.errors)
+        driver.wait_for(lambda: "restarting" in driver.errors)
         seconds, stopped_at = time.time() - drained, case.step()
         assert commits_of(case.run)[-1] == stopped_at
         cluster.add_node("third")

@@ -101,8 +101,8 @@ class Trace:
             self.record("begin", attempt=of.attempt, epoch=state.epoch, step=state.step)
             train_step = of.train_step
 
-            def traced_step(batch: Any, step: Any, learning_rate: Any) -> Any:
-                sums = train_step(batch, step, learning_rate)
+            def traced_step(batch: Any, step: Any, *rest: Any) -> Any:
+                sums = train_step(batch, step, *rest)
                 # The state counts from 0, and this step is not in it yet.
                 self._record_step(of, batch, state.epoch, int(step) + 1)
                 return sums

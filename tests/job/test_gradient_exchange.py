@@ -1,5 +1,6 @@
 """The gradient exchange: the plan, and the same gradients by every way."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from job.config import ModelConfig, OptimizerConfig
+from job.config import ModelConfig, OptimizerConfig, TrainConfig
+from job.distributed import exchange_plan
 from job.distributed.exchange_plan import (
     NOMINAL_FLOPS_PER_BYTE,
     LayerCost,
     Plan,
+    Rates,
+    agreed_plan,
     make_plan,
-    measured_flops_per_byte,
+    measured_rates,
 )
 from job.distributed.replica_sums import Criterion
 from job.losses import make_loss
@@ -226,7 +230,77 @@ def test_the_inbreast_network_sends_an_eighth_on_two_replicas() -> None:
 def test_rates_are_measured(two_cpus: Any) -> None:
     # Between cores at 1 to 10000 GFLOP/s that copy 0.1 to 1000 GB/s: work that is not done, for it
     # was folded into a constant, shows as a rate beyond all machines.
-    assert 1e-3 < measured_flops_per_byte(two_cpus, "float32") < 1e5
+    assert 1e-3 < measured_rates(two_cpus, "float32").flops_per_byte < 1e5
+
+
+# Options of a run, and what its log says about the exchange at 40 GFLOP/s and 100 MB/s.
+COSTS: list[tuple[dict[str, Any], bool, str, str | None]] = [
+    ({}, False, "11 of 18 layers", "with --gradient-exchange all_reduce"),
+    ({"exchange_flops_per_byte": 1e-6}, False, "0 of 18 layers", None),
+    ({"deterministic": True}, False, "11 of 18 layers", "with --gradient-exchange all_reduce"),
+    ({"gradient_exchange": "all_reduce"}, False, "0 of 18 layers", "with --gradient-exchange auto"),
+    ({"gradient_exchange": "all_reduce"}, True, "0 of 18 layers", "auto --xla off"),
+    ({}, True, "0 of 18 layers", "with --xla off"),
+]
+
+
+class Group:
+    """A process group of which this process is the first."""
+
+    is_primary = True
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def run_on_primary(self, work: Any) -> Any:
+        return work()
+
+
+@pytest.fixture(scope="module")
+def wide() -> keras.Model:
+    return build_model(
+        network(num_layers=4, base_filters=16), image_shape=(16, 16, 1), num_classes=2
+    )
+
+
+@pytest.mark.parametrize(("options", "uses_xla", "plan", "other"), COSTS)
+def test_several_processes_log_what_the_exchange_costs(
+    two_cpus: Any,
+    wide: keras.Model,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    uses_xla: bool,
+    plan: str,
+    other: str | None,
+) -> None:
+    monkeypatch.setattr(exchange_plan, "measured_rates", lambda *_: Rates(40e9, 100e6))
+    caplog.set_level("INFO", logger=exchange_plan.__name__)
+    config = TrainConfig(global_batch_size=4, **options)
+    lines = []
+    for size in (2, 1):
+        caplog.clear()
+        found = agreed_plan(config, two_cpus, Group(size), wide, uses_xla=uses_xla)  # type: ignore[arg-type]
+        lines.append(caplog.text)
+        assert (found is None) is (uses_xla or config.gradient_exchange == "all_reduce")
+    assert plan in lines[0]
+    assert "(measured: 100 MB/s and 40 GFLOP/s per replica)" in lines[0]
+    assert lines[0].count("\n") == 1
+    if other is None:
+        assert "; with" not in lines[0]
+    else:
+        assert re.search(rf"{other} [\d.]+ m?s to exchange", lines[0]), lines[0]
+    assert "expected" not in lines[1]
+
+
+def test_the_expected_cost_is_that_of_the_rates() -> None:
+    plan = Plan(2, (LayerCost("a", 10**6, 10**5, 10**8),), 0, frozenset({"a"}))
+    # Sends 1e5 bytes in 1 ms and computes 1e8 FLOPs more in 2.5 ms; all-reduce sends 1e6 in 10 ms.
+    words = plan.describe_cost(Rates(40e9, 100e6), plan.all_reduce_only(), "--option value")
+    assert words == (
+        "expected per step: 3.5 ms to exchange, 7.5 ms or more to compute (measured: 100 MB/s and "
+        "40 GFLOP/s per replica); with --option value 10 ms to exchange"
+    )
 
 
 @pytest.mark.parametrize("excess", [0.9, 1.1, 1.2])

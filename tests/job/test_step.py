@@ -1,6 +1,7 @@
 """The training step: the same computation on one device and on two mirrored replicas."""
 
 import inspect
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from job.metrics.batch import RunningSums, reference_metrics
 from job.models.ensemble import Network, network_of
 from job.models.registry import build_model
 from job.optimization.optimizer import Adam
-from job.training.step import StepOptions, make_train_step
+from job.training.step import MESSAGES, StepOptions, make_train_step
 from tests.job.discs import prepare_discs
 
 NUM_SAMPLES, SIDE, BATCH = 10, 16, 4
@@ -73,6 +74,7 @@ class Trained:
         num_micro_batches: int = 1,
         gathers: bool = False,
         uses_xla: bool = False,
+        message: tuple[float, float] | None = None,
     ) -> None:
         with strategy.scope():
             self.model = build_model(
@@ -93,7 +95,13 @@ class Trained:
             self.model,
             self.optimizer,
             Criterion(loss, metrics),
-            StepOptions(plan, num_micro_batches, is_mean(loss_name), uses_xla),
+            StepOptions(
+                plan,
+                num_micro_batches,
+                is_mean(loss_name),
+                uses_xla,
+                has_messages=message is not None,
+            ),
         )
         self.losses: list[float] = []
         self.sums = RunningSums()
@@ -106,7 +114,8 @@ class Trained:
                     lambda context, parts=parts: parts[context.replica_id_in_sync_group]
                 )
                 rate = tf.constant(1e-3, tf.float64)
-                self.arguments = (batch, tf.constant(count, tf.int64), rate)
+                sent = () if message is None else (tf.constant(message, tf.float64),)
+                self.arguments = (batch, tf.constant(count, tf.int64), rate, *sent)
                 sums = self.step(*self.arguments)
                 self.sums.add(sums)
                 self.losses.append(float(sums["loss"][0]) / float(sums["loss"][1]))
@@ -171,6 +180,20 @@ def test_synchronised_normalisation_sees_the_whole_batch(
     one = Trained(one_cpu, samples, precision="float64", num_steps=2, model=model)
     two = Trained(two_cpus, samples, precision="float64", num_steps=2, model=model)
     assert np.allclose(one.losses, two.losses, rtol=1e-9, atol=0)
+
+
+def test_messages_change_no_bit_of_training(two_cpus: Any, samples: Any) -> None:
+    plain, sending = (
+        trained_once(two_cpus, samples, precision="float64", loss_name="bce_dice", message=message)
+        for message in (None, (1.0, math.inf))
+    )
+    assert plain.losses == sending.losses
+    for name in ("loss", "dice_coef_multiclass", "sensitivity"):
+        assert plain.sums.pair(name) == sending.sums.pair(name)
+    for a, b in zip(plain.model.weights, sending.model.weights, strict=True):
+        assert np.array_equal(a.numpy(), b.numpy())
+    # Both replicas send the message, in each of the 9 steps.
+    assert sending.sums.pair(MESSAGES) == (2 * 9.0, math.inf)
 
 
 def test_training_lowers_the_loss(one_cpu: Any, samples: Any) -> None:
