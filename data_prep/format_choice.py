@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from data_prep import report_figures
 from data_prep.config import MAX_LISTED, PrepConfig
+from data_prep.imaging.arrays import has_planes
 from data_prep.imaging.pixels import PixelFormat
 from data_prep.shards.manifest import FullScaleInfo
 from data_prep.shards.pixel_format import clipped, common_pixel_format, sparing_scale
 from data_prep.shards.source_pairs import EncodedSample
-from flexunet.errors import UsageError
+from flexunet.errors import ContentError, UsageError
 from flexunet.text import join_truncated, pluralize
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,9 @@ def pixel_format_of(samples: Sequence[EncodedSample], config: PrepConfig) -> Pix
 
     Raises:
         UsageError: a full scale is given, but all images have 8 bits.
+        ContentError: the images have different numbers of channels, other than grey and RGB.
     """
+    _refuse_mixed_channels(samples)
     pixel_format = common_pixel_format(samples, config.full_scale)
     if config.full_scale is not None and pixel_format.bit_depth == 8:
         raise UsageError(
@@ -31,6 +34,16 @@ def pixel_format_of(samples: Sequence[EncodedSample], config: PrepConfig) -> Pix
             "bits; leave it out"
         )
     return pixel_format
+
+
+def _refuse_mixed_channels(samples: Sequence[EncodedSample]) -> None:
+    first = {sample.channels: sample.filename for sample in reversed(samples)}
+    if len(first) > 1 and any(has_planes(channels) for channels in first):
+        named = [f"{name} has {number}" for number, name in sorted(first.items())]
+        raise ContentError(
+            f"the images have different numbers of channels: {join_truncated(named, MAX_LISTED)}; "
+            "give all the same number"
+        )
 
 
 def warn_of_clipped(

@@ -16,6 +16,7 @@ import PIL.ImageFont
 
 from data_prep.imaging.codecs import encode_png
 from data_prep.imaging.color_map import ClassColor
+from data_prep.imaging.pixels import shown_channels
 from flexunet.tables import csv_table
 from flexunet.text import legible
 
@@ -209,7 +210,7 @@ def _thumbnails(pair: PairPreview, value_max: int) -> tuple[np.ndarray, np.ndarr
     height, width = pair.mask.shape
     scale = min(1.0, _THUMBNAIL / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    image = cv2.resize(pair.image, size, interpolation=cv2.INTER_AREA)
+    image = cv2.resize(shown_channels(pair.image), size, interpolation=cv2.INTER_AREA)
     mask = cv2.resize(pair.mask, size, interpolation=cv2.INTER_NEAREST_EXACT)
     image = np.clip(image.astype(np.float32) * (255 / value_max), 0, 255).astype(np.uint8)
     image = image.reshape(*mask.shape, -1)

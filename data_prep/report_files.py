@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from data_prep import report_figures
-from data_prep.imaging.codecs import read_image, read_mask_pixels
+from data_prep.imaging.arrays import decode_image, has_planes
+from data_prep.imaging.codecs import read_mask_pixels
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.records import IMAGE_FEATURE, MASK_FEATURE, decode_example, unframe_record
 from data_prep.shards.source_pairs import EncodedSample
@@ -46,8 +47,10 @@ def write_report(
         counts = zip(*(row["pixels_per_class"] for row in members), strict=True)
         pixels = tuple(sum(column) for column in counts)
         statistics[name] = report_figures.SplitStatistics(len(members), pixels)
-        pairs = _read_pairs(store, _shown(members))
+        pairs = _read_pairs(store, _shown(members), manifest.channels)
         title = f"{manifest.name}: {name}, {len(pairs)} of {len(members)} samples, foreground first"
+        if has_planes(manifest.channels):
+            title += f", channel 1 of {manifest.channels}"
         contact_sheet = report_figures.contact_sheet_png(
             pairs,
             manifest.classes,
@@ -98,14 +101,16 @@ def write_counts(
 
 
 def _read_pairs(
-    store: ObjectStore, rows: Sequence[Mapping[str, Any]]
+    store: ObjectStore, rows: Sequence[Mapping[str, Any]], channels: int
 ) -> list[report_figures.PairPreview]:
     with request_threads(num_requests(store)) as threads:
-        read = functools.partial(_read_pair, store)
+        read = functools.partial(_read_pair, store, channels)
         return list(in_order(threads, read, rows, num_waiting=len(rows)))
 
 
-def _read_pair(store: ObjectStore, row: Mapping[str, Any]) -> report_figures.PairPreview:
+def _read_pair(
+    store: ObjectStore, channels: int, row: Mapping[str, Any]
+) -> report_figures.PairPreview:
     """Returns a sample as read from its shard."""
     where = f"{store.url}/{row['shard']} at {row['offset']}"
     record = store.get(row["shard"], row["offset"], row["length"])
@@ -113,6 +118,6 @@ def _read_pair(store: ObjectStore, row: Mapping[str, Any]) -> report_figures.Pai
     image, mask = features[IMAGE_FEATURE], features[MASK_FEATURE]
     if not isinstance(image, bytes) or not isinstance(mask, bytes):
         raise ContentError(f"{where}: the image or mask is not bytes; prepare the dataset again")
-    image_pixels = read_image(image, name=where, max_pixels=2**31)
+    image_pixels = decode_image(image, channels, name=where)
     mask_pixels = read_mask_pixels(mask, name=where, max_pixels=2**31)
     return report_figures.PairPreview(str(row["id"]), image_pixels, mask_pixels)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.imaging.pixels import Pixels
+from data_prep.imaging.pixels import Pixels, by_channels
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,17 @@ def _resize(pixels: Pixels, height: int, width: int, *, nearest: bool) -> Pixels
         # against its image; the exact variant samples the centre.
         result = cv2.resize(source, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
         return result.reshape(height, width, *pixels.shape[2:])
-    # Separately for each axis: INTER_AREA to shrink it, then INTER_LINEAR to enlarge it.
-    smaller = min(height, pixels.shape[0]), min(width, pixels.shape[1])
-    if smaller != pixels.shape[:2]:
+    resized = by_channels(lambda part: _resize_smoothly(part, height, width), source)
+    return resized.reshape(height, width, *pixels.shape[2:])
+
+
+def _resize_smoothly(source: Pixels, height: int, width: int) -> Pixels:
+    """Resizes each axis separately: INTER_AREA to shrink it, then INTER_LINEAR to enlarge it."""
+    import cv2
+
+    smaller = min(height, source.shape[0]), min(width, source.shape[1])
+    if smaller != source.shape[:2]:
         source = cv2.resize(source, smaller[::-1], interpolation=cv2.INTER_AREA)
     if smaller != (height, width):
         source = cv2.resize(source, (width, height), interpolation=cv2.INTER_LINEAR)
-    return source.reshape(height, width, *pixels.shape[2:])
+    return source

@@ -3,12 +3,14 @@
 The module works on arrays in memory; it does not depend on files or datasets.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+MAX_CHANNELS = 64  # of an image
 FEW_PIXELS = 1000  # one in this number of an image's pixels may be above the full scale
 
 Pixels = npt.NDArray[Any]
@@ -31,6 +33,32 @@ def grey_channel(pixels: Pixels) -> Pixels | None:
     return np.asarray(first) if is_grey else None
 
 
+def by_channels(function: Callable[[Pixels], Pixels], image: Pixels) -> Pixels:
+    """Returns `function` of an image (H, W, C), applied to a few channels at once.
+
+    OpenCV resizes at most four channels, and moves two with less precision than one.
+
+    Args:
+        function: treats channels alike; takes and returns 1, 3 or 4 of them.
+    """
+    channels = 1 if image.ndim == 2 else image.shape[2]
+    if channels in (1, 3, 4):
+        return function(image)
+    parts, start = [], 0
+    while start < channels:
+        size = min(4, channels - start)
+        size = 1 if size == 2 else size
+        part = function(np.ascontiguousarray(image[..., start : start + size]))
+        parts.append(part.reshape(*part.shape[:2], size))
+        start += size
+    return np.concatenate(parts, axis=2)
+
+
+def shown_channels(image: Pixels) -> Pixels:
+    """Returns the channels of (H, W, C) to show: grey and RGB as they are, else the first."""
+    return image if image.shape[2] in (1, 3) else image[..., :1]
+
+
 def to_rgb(image: Pixels) -> Pixels:
     """Returns the image as (H, W, 3); repeats the channel of a grey image."""
     return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
@@ -40,7 +68,7 @@ def to_rgb(image: Pixels) -> Pixels:
 class PixelFormat:
     """The channels, bit depth and full scale of all stored images."""
 
-    channels: Literal[1, 3]
+    channels: int
     bit_depth: Literal[8, 16]
     value_max: int
 

@@ -14,9 +14,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from data_prep.imaging.arrays import NPY_ENDING
 from data_prep.imaging.breast import frame
 from data_prep.imaging.geometry import Geometry, apply_geometry
 from data_prep.imaging.lost_regions import count_regions
+from data_prep.imaging.pixels import MAX_CHANNELS
 from data_prep.imaging.tiles import count, cut
 from data_prep.shards.pair_reader import PairData, ReadPair, crcs_of, read_file, read_pair
 from data_prep.shards.pixel_format import full_scales
@@ -57,7 +59,10 @@ def chunked(items: Sequence[SourcePair], layout: Layout) -> Iterator[tuple[Sourc
     if layout.geometry == "tile":  # the size of the images is not known yet
         yield from ((item,) for item in items)
         return
-    worst_bytes = layout.height * layout.width * 7  # three 16-bit channels and the mask
+    # Three 16-bit channels and the mask; the header of an array is not read here.
+    is_array = any(item.image.name.lower().endswith(NPY_ENDING) for item in items)
+    pixel_bytes = 2 * MAX_CHANNELS + 1 if is_array else 7
+    worst_bytes = layout.height * layout.width * pixel_bytes
     wanted = min(_MAX_PAIRS, max(_MIN_PAIRS, len(items) // 48))
     size = max(1, min(wanted, _MAX_BYTES // worst_bytes))
     for start in range(0, len(items), size):

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from data_prep.imaging.breast import Crop, Flip
 from data_prep.imaging.color_map import ClassColor
+from data_prep.imaging.pixels import MAX_CHANNELS
 from data_prep.splits.names import Split
 from flexunet.errors import ContentError, UsageError
 from flexunet.settings import Settings
@@ -99,7 +100,7 @@ class Manifest(Settings):
     name: str
     image_height: int = Field(gt=0)
     image_width: int = Field(gt=0)
-    channels: Literal[1, 3]
+    channels: int = Field(ge=1, le=MAX_CHANNELS)
     bit_depth: Literal[8, 16]
     value_max: int = Field(ge=255, le=65535)
     classes: tuple[ClassColor, ...] = Field(min_length=1)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import google_crc32c
 import numpy as np
 
+from data_prep.imaging.arrays import check_storable, has_planes, is_npy, read_npy
 from data_prep.imaging.codecs import read_image, read_mask_pixels
 from data_prep.imaging.dicom.reader import read_dicom
 from data_prep.imaging.masks import read_npz_mask, to_class_ids
@@ -177,7 +178,17 @@ def _read_image(item: SourcePair, layout: Layout, data: bytes) -> np.ndarray:
     """Returns the image (H, W, C) in the channels of `layout`; grey RGB becomes one channel."""
     import cv2
 
-    image = read_image(data, name=item.image.label, max_pixels=layout.max_pixels)
+    read = read_npy if is_npy(data) else read_image
+    image = read(data, name=item.image.label, max_pixels=layout.max_pixels)
+    channels = image.shape[2]
+    check_storable(layout.height, layout.width, channels, name=item.image.label)
+    if has_planes(channels):
+        if layout.channels != "auto":
+            raise ContentError(
+                f"{item.image.label}: has {channels} channels, but --channels {layout.channels} is "
+                "for grey and RGB images; leave the option out"
+            )
+        return image
     if layout.channels == "rgb":
         return to_rgb(image)
     grey = grey_channel(image)

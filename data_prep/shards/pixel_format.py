@@ -5,7 +5,6 @@ Determines the raw value of full intensity if files do not state it. The module 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
 
 from data_prep.imaging.pixels import FEW_PIXELS, PixelFormat
 from data_prep.shards.source_pairs import EncodedSample
@@ -25,25 +24,26 @@ def common_pixel_format(
 ) -> PixelFormat:
     """Returns the smallest format for all images: grey only if all are grey.
 
+    All images have 1 or 3 channels, or all have the same other number.
+
     `value_max` is 255 for 8 bits, else `full_scale`. If that is None, it is 2**bits - 1 with the
     bits that the images need: a 12-bit detector stores 0..4095 in 16-bit files. A few pixels of a
     few images, such as burned-in markers, are ignored if the others need two bits less; see
     `clipped`. A full scale stated in a file is never ignored.
     """
-    is_grey, is_shallow, stated = True, True, 255
+    most_channels, is_shallow, stated = 1, True, 255
     unstated = {}
     for sample in samples:
-        is_grey &= sample.channels == 1
+        most_channels = max(most_channels, sample.channels)
         is_shallow &= sample.bit_depth == 8
         if sample.num_above:
             unstated[sample.image_id] = sample
         else:
             stated = max(stated, sample.max_value)
-    channels: Literal[1, 3] = 1 if is_grey else 3
     if is_shallow:
-        return PixelFormat(channels, 8, 255)
+        return PixelFormat(most_channels, 8, 255)
     found = full_scale or max(2 ** stated.bit_length() - 1, _full_scale(list(unstated.values())))
-    return PixelFormat(channels, 16, found)
+    return PixelFormat(most_channels, 16, found)
 
 
 def _full_scale(images: Sequence[EncodedSample]) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 import google_crc32c
 import numpy as np
 
+from data_prep.imaging.arrays import encode_image, has_planes
 from data_prep.imaging.codecs import encode_png
 from data_prep.imaging.geometry import Geometry
 from flexunet.errors import ContentError
@@ -30,7 +31,7 @@ class Sample:
 
     Attributes:
         id: stem of the file name, unique in the dataset.
-        image: (H, W, C) uint8 or uint16, C is 1 or 3.
+        image: (H, W, C) uint8 or uint16.
         mask: (H, W) uint8, class ids.
         filename: name of the image file, without folders.
         spacing_mm: size of a pixel of the source (y, x), None if unknown.
@@ -61,7 +62,8 @@ def encode_example(sample: Sample) -> bytes:
     """Returns the `tf.train.Example` of `sample`; equal samples give equal bytes.
 
     Features: image/{encoded,format,height,width,channels,filename,id,group} and
-    image/segmentation/class/{encoded,format}; image and mask are lossless PNG. A tile also has
+    image/segmentation/class/{encoded,format}; image and mask are lossless PNG. An image with other
+    than 1 or 3 channels has the format png-planes, see `encode_image`. A tile also has
     `image/tile/picture`, the image's id, and image/tile/{top,left}, its position in it in pixels.
     """
     height, width, channels = sample.image.shape
@@ -74,9 +76,9 @@ def encode_example(sample: Sample) -> bytes:
         {
             **place,
             "image/channels": channels,
-            IMAGE_FEATURE: encode_png(sample.image),
+            IMAGE_FEATURE: encode_image(sample.image),
             "image/filename": sample.filename.encode(),
-            "image/format": b"png",
+            "image/format": b"png-planes" if has_planes(channels) else b"png",
             "image/group": sample.group.encode(),
             "image/height": height,
             ID_FEATURE: sample.id.encode(),

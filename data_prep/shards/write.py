@@ -23,7 +23,7 @@ from typing import Any
 
 import google_crc32c
 
-from data_prep.imaging.codecs import encode_png, read_image
+from data_prep.imaging.arrays import decode_image, encode_image
 from data_prep.imaging.pixels import PixelFormat, convert
 from data_prep.shards.encode import moments_of
 from data_prep.shards.manifest import ShardInfo, shard_name
@@ -251,9 +251,9 @@ def _final_record(
         encoded = features[IMAGE_FEATURE]
         if not isinstance(encoded, bytes):
             raise ContentError(f"{where}: image/encoded is not bytes; delete this object")
-        image = read_image(encoded, name=scanned.filename, max_pixels=2**62)
+        image = decode_image(encoded, scanned.channels, name=scanned.filename)
         image = convert(image, pixel_format, value_max=scanned.value_max)
-        features |= {IMAGE_FEATURE: encode_png(image), "image/channels": image.shape[2]}
+        features |= {IMAGE_FEATURE: encode_image(image), "image/channels": image.shape[2]}
         sha256, moments = sha256_of_pixels(image), moments_of(image)
     return frame_record(encode_features(features)), sha256, moments
 

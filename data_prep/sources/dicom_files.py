@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from data_prep.imaging.arrays import NPY_ENDING
 from data_prep.imaging.dicom.preamble import PREAMBLE_BYTES, SIGNATURE_BYTES, is_dicom
 from data_prep.imaging.dicom.reader import DICOM_ENDINGS
 from data_prep.sources.pairs import IMAGE_ENDINGS
@@ -30,7 +31,7 @@ _OTHER_ENDINGS = (
 # The table of contents of a DICOM CD, itself a DICOM file without an image.
 _CONTENTS = ("dicomdir",)
 _NUM_THREADS = 16
-_KNOWN_ENDINGS = (*IMAGE_ENDINGS, *DICOM_ENDINGS)
+_KNOWN_ENDINGS = (*IMAGE_ENDINGS, NPY_ENDING, *DICOM_ENDINGS)
 
 
 def stem_of(name: str) -> str:

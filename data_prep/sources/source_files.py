@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data_prep.imaging.arrays import NPY_ENDING
 from data_prep.imaging.dicom.reader import DICOM_ENDINGS
 from data_prep.sources.listings import Listings
 from data_prep.sources.name_rules import NamePatterns, glob_as_regex, split_one_folder
@@ -19,6 +20,16 @@ IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 MASK_ENDINGS = (*IMAGE_ENDINGS, ".npz")
 
 MISSING = "{}: missing or empty; put images and masks into a folder each"
+
+
+def image_endings(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the endings of images among `names`: arrays only where there are no other images.
+
+    Beside images, arrays are features or labels.
+    """
+    endings = {os.path.splitext(name)[1].lower() for name in names}
+    has_arrays = NPY_ENDING in endings and not endings & set(IMAGE_ENDINGS)
+    return (*IMAGE_ENDINGS, NPY_ENDING) if has_arrays else IMAGE_ENDINGS
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,8 @@ def _by_stem(
         "views": (source.views or "", source.view_glob, IMAGE_ENDINGS),
     }[role]
     files = listings.names(url)
+    if role == "images":
+        endings = image_endings(files)
     if not files:
         raise UsageError(MISSING.format(url))
     pattern = None if glob is None else re.compile(glob_as_regex(glob), re.DOTALL)

@@ -67,14 +67,17 @@ class ArrayPredictor:
             yield self._model_image(pixels, name, value_max)
 
     def image(self, pixels: npt.NDArray[Any]) -> ModelImage:
-        """Returns an array (h, w), (h, w, 1) or (h, w, 3) of uint8 or uint16 as an image.
+        """Returns an array (h, w) or (h, w, c) of uint8 or uint16 as an image.
+
+        c is 1, 3 or the number of channels of the dataset.
 
         Raises:
             UsageError: it has another shape or dtype.
             ContentError: it has 16 bits of another full scale than the dataset.
         """
         found = pixels[..., np.newaxis] if pixels.ndim == 2 else pixels
-        is_image = found.ndim == 3 and found.shape[2] in (1, 3) and found.size > 0
+        channels = self.predictor.manifest.channels
+        is_image = found.ndim == 3 and found.shape[2] in (1, 3, channels) and found.size > 0
         if not is_image or found.dtype not in (np.uint8, np.uint16):
             raise UsageError(
                 f"flexunet.Run.predict(): an array of shape {pixels.shape} and dtype "

@@ -1,15 +1,18 @@
 """Maps the image and mask keys of reference files to data_prep, and prepares the dataset."""
 
 import contextlib
+import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_prep.config import PrepConfig
-from data_prep.shards.manifest import read_manifest
-from data_prep.sources.pairs import Source
+from data_prep.shards.manifest import Manifest, read_manifest
+from data_prep.sources.folder_patterns import FolderOptions
+from data_prep.sources.pairs import Source, find_sources
 from flexunet.errors import FlexUNetError, UsageError
-from flexunet.settings import parse_settings
+from flexunet.settings import flag_of, parse_settings
 from flexunet.storage import open_store
 from job.compat.ini_reader import KeyReader
 from job.compat.ini_values import folder_from, optional, same, whole
@@ -129,8 +132,10 @@ def warn_of_other_size(data: str, of_file: Mapping[str, Any], path: str) -> None
 
 def prepare_sources(
     sources: Sequence[Source], config: PrepConfig, output_url: str, path: str
-) -> None:
+) -> Manifest:
     """Prepares a dataset from the image folders of the file at `path`, unless it is finished.
+
+    Returns its manifest.
 
     Args:
         sources: image folders of the file.
@@ -147,8 +152,38 @@ def prepare_sources(
             f"{path}: no dataset: [train] names no images_dir and masks_dir; "
             "add them, or give --data DATASET, a folder or gs:// URL written by prep"
         )
+    for name in ("images", "masks", "field_of_view"):
+        if getattr(config, name) is not None:
+            raise UsageError(
+                f"{flag_of([name])}: {path} names the folders itself, as images_dir and masks_dir; "
+                "change them there, or give the option to `flexunet prep`"
+            )
     logger.info("preparing the images of %s in %s", path, output_url)
-    prepare(sources, output_url, config)
+    return prepare(_without_globs(sources), output_url, config)
+
+
+def _without_globs(sources: Sequence[Source]) -> list[Source]:
+    """Returns the folders that patterns such as `train/*/images` stand for.
+
+    Raises:
+        UsageError: a pattern fits no folder.
+    """
+    found: list[Source] = []
+    for source in sources:
+        if not any("*" in url for url in (source.images, source.masks)):
+            found.append(source)
+            continue
+        images, masks = source.images.split("/"), source.masks.split("/")
+        parts = zip(images, masks, strict=False)
+        shared = itertools.takewhile(lambda pair: pair[0] == pair[1] and "*" not in pair[0], parts)
+        num_shared = len(list(shared))
+        root = "/".join(images[:num_shared])
+        patterns = FolderOptions(
+            images="/".join(images[num_shared:]), masks="/".join(masks[num_shared:])
+        )
+        folders = find_sources(root, options=patterns)
+        found += [dataclasses.replace(folder, split=source.split) for folder in folders]
+    return found
 
 
 def _color_map(value: Any) -> list[tuple[int, ...]]:

@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any
 
+from data_prep.imaging.pixels import MAX_CHANNELS
 from flexunet.paths import expand_home
 from flexunet.settings import suggestion
 
 Convert = Callable[[Any], Any]
-
-MAX_CHANNELS = 64
 
 
 def same(value: Any) -> Any:

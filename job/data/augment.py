@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.imaging.pixels import by_channels
 from job.config import AugmentationConfig
 from job.data.random_streams import Purpose, SampleKey, sample_generator
 
@@ -274,7 +275,11 @@ def _warp(
 
     x, y = (np.ascontiguousarray(part) for part in np.broadcast_arrays(*source))
     border = cv2.BORDER_CONSTANT
-    warped_image = cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=border, borderValue=0)
+
+    def moved(part: Pixels) -> Pixels:
+        return cv2.remap(part, x, y, cv2.INTER_LINEAR, borderMode=border, borderValue=0)
+
+    warped_image = by_channels(moved, image)
     warped_mask = cv2.remap(mask, x, y, cv2.INTER_NEAREST, borderMode=border, borderValue=0)
     return warped_image.reshape(image.shape), warped_mask.astype(np.uint8, copy=False)
 
@@ -284,7 +289,7 @@ def _sharpened(image: Pixels, k: float, value_max: int) -> Pixels:
 
     kernel = np.full((3, 3), -k, np.float32)
     kernel[1, 1] = 1 + 8 * k
-    sharpened = cv2.filter2D(image, -1, kernel).reshape(image.shape)
+    sharpened = by_channels(lambda part: cv2.filter2D(part, -1, kernel), image).reshape(image.shape)
     limited: Pixels = np.minimum(sharpened, image.dtype.type(value_max))
     return limited
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from data_prep.imaging.arrays import has_planes
 from data_prep.shards.manifest import Manifest
 from flexunet.process_pool import available_cores
 from job.config import AugmentationConfig
@@ -180,6 +181,22 @@ def _per_replica(batches: np.ndarray, replicas: Replicas) -> np.ndarray:
     return local.reshape(num_steps * replicas.local, local_size)
 
 
+def decode_image(data: Any, channels: int, dtype: Any) -> Any:
+    """Returns the tensor (H, W, C) of a stored image, as `data_prep.imaging.arrays.decode_image`.
+
+    Args:
+        data: () string, the stored PNG.
+        dtype: tf.uint8 or tf.uint16.
+    """
+    import tensorflow as tf
+
+    if not has_planes(channels):
+        return tf.io.decode_png(data, channels, dtype)
+    planes = tf.io.decode_png(data, 1, dtype)[..., 0]
+    width = tf.shape(planes)[1]
+    return tf.transpose(tf.reshape(planes, [channels, -1, width]), [1, 2, 0])
+
+
 def _decoder(manifest: Manifest, plan: EpochPlan) -> Any:
     """Returns the function that decodes and, if the plan says so, augments a sample."""
     import tensorflow as tf
@@ -197,7 +214,7 @@ def _decoder(manifest: Manifest, plan: EpochPlan) -> Any:
         return list(pair)
 
     def decode(element: dict[str, Any]) -> dict[str, Any]:
-        image = tf.io.decode_png(element["image"], manifest.channels, dtype)
+        image = decode_image(element["image"], manifest.channels, dtype)
         mask = tf.io.decode_png(element["mask"], 1, tf.uint8)[..., 0]
         if augmentation is not None and augmentation.enabled:
             image, mask = tf.numpy_function(

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.imaging.codecs import read_image, read_mask_pixels
+from data_prep.imaging.arrays import decode_image
+from data_prep.imaging.codecs import read_mask_pixels
 from data_prep.shards.records import (
     ID_FEATURE,
     IMAGE_FEATURE,
@@ -35,8 +36,15 @@ class Record:
 class RecordReader:
     """Reads records by position, from local shards or by range over the network."""
 
-    def __init__(self, store: ObjectStore, split: Split, folder: str | None) -> None:
-        """Reads from the shards in `folder`, or from `store` if `folder` is None."""
+    def __init__(
+        self, store: ObjectStore, split: Split, folder: str | None, *, channels: int
+    ) -> None:
+        """Reads from the shards in `folder`, or from `store` if `folder` is None.
+
+        Args:
+            channels: of the stored images.
+        """
+        self.channels = channels
         self._store = store
         self._split = split
         self._folder = folder
@@ -130,6 +138,6 @@ def read_sample(reader: RecordReader, index: int) -> tuple[np.ndarray, np.ndarra
     """Returns image (H, W, C) uint8|uint16 and mask (H, W) uint8 of sample `index`."""
     record = reader.read(index)
     name = reader.filename(index)
-    image = read_image(record.image, name=name)
+    image = decode_image(record.image, reader.channels, name=name)
     mask = read_mask_pixels(record.mask, name=name)
     return image, mask.astype(np.uint8)

@@ -73,7 +73,11 @@ def open_readers(
         folder = str(Path(top) / dataset.digest)
         with _locked(Path(folder), heartbeat):
             _fill_cache(store, shards, folder, heartbeat, progress=options.progress)
-    return {name: RecordReader(store, split, folder) for name, split in splits.items()}
+    channels = dataset.manifest.channels
+    return {
+        name: RecordReader(store, split, folder, channels=channels)
+        for name, split in splits.items()
+    }
 
 
 def _check_sizes(store: ObjectStore, shards: Sequence[ShardInfo]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_prep.imaging.arrays import NPY_ENDING, is_npy, read_npy
 from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS, is_image, read_image
 from data_prep.imaging.dicom.preamble import is_dicom
 from data_prep.imaging.dicom.reader import DICOM_ENDINGS, read_dicom
@@ -56,11 +57,11 @@ def select_images(
     if file is None:
         return sort_images(source)
     found = source.stat(file)
-    is_named = file.lower().endswith(_ENDINGS)
+    is_named = file.lower().endswith((*_ENDINGS, NPY_ENDING))
     if found is None or not (is_named or dicom_without_ending(source, [found])):
         raise UsageError(
             f"{join_url(source.url, file)}: not an image; expected a file ending in "
-            f"{', '.join(_ENDINGS)}, or a DICOM file of any name"
+            f"{', '.join((*_ENDINGS, NPY_ENDING))}, or a DICOM file of any name"
         )
     return [found], ()
 
@@ -96,14 +97,16 @@ def _names_of_images(
 ) -> list[str]:
     """Returns the names of all images; without endings, at least of the first `count`."""
     named = [each.name for each in stats if each.name.lower().endswith(_ENDINGS)]
+    # Beside images, arrays are features or labels.
+    named = named or [each.name for each in stats if each.name.lower().endswith(NPY_ENDING)]
     wanted = None if count is None else max(count, 1)  # a folder without images is refused
     if wanted is not None and len(named) >= wanted:
         stats = [each for each in stats if each.name < named[wanted - 1]]
     names = sorted([*named, *dicom_without_ending(source, stats, wanted)])
     if not names:
         raise UsageError(
-            f"{source.url}: no images here; expected files ending in {', '.join(_ENDINGS)}, or "
-            "DICOM files of any name"
+            f"{source.url}: no images here; expected files ending in "
+            f"{', '.join((*_ENDINGS, NPY_ENDING))}, or DICOM files of any name"
         )
     if {"images", "masks"} <= {name.rpartition("/")[0] for name in names}:
         raise UsageError(
@@ -128,7 +131,7 @@ def mask_name(image_name: str) -> str:
 def read_any(
     data: bytes, *, name: str, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> tuple[np.ndarray, int | None]:
-    """Reads (h, w, 1|3) pixels of an image or DICOM file, and their full scale if the file has it.
+    """Reads (h, w, c) pixels of an image, .npy or DICOM file, and their full scale if it has one.
 
     A file with a DICOM ending may lack the preamble.
 
@@ -139,6 +142,8 @@ def read_any(
     if is_dicom(data) or (is_named_dicom and not is_image(data)):
         found = read_dicom(data, name=name, max_pixels=max_pixels)
         return found.pixels, found.value_max
+    if is_npy(data):
+        return read_npy(data, name=name, max_pixels=max_pixels), None
     return read_image(data, name=name, max_pixels=max_pixels), None
 
 

@@ -141,7 +141,7 @@ def model_image(
     name: str,
     value_max: int | None = None,
 ) -> ModelImage:
-    """Converts `image` (h, w, 1|3) to the form that the network takes, without a preview.
+    """Converts `image` (h, w, c) to the form that the network takes, without a preview.
 
     Args:
         value_max: raw value of full intensity, if the file has one.
@@ -163,7 +163,7 @@ def _has_other_colors(image: np.ndarray, manifest: Manifest) -> bool:
     """
     if manifest.channels == 1:
         return image.shape[2] == 3 and grey_channel(image) is None
-    return image.shape[2] == 1
+    return manifest.channels == 3 and image.shape[2] == 1
 
 
 def predict_all(

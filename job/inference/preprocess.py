@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from data_prep.imaging.arrays import has_planes
 from data_prep.imaging.breast import frame
 from data_prep.imaging.geometry import Geometry, apply_geometry
 from data_prep.imaging.pixels import FEW_PIXELS, PixelFormat, convert
@@ -28,7 +29,7 @@ def to_model_pixels(
     value_max: int | None = None,
     kind: Literal["stretch", "pad", "tile"] | None = None,
 ) -> tuple[np.ndarray, Geometry]:
-    """Converts `image` (h, w, 1|3) like the dataset: returns (H, W, C) pixels and the geometry.
+    """Converts `image` (h, w, c) like the dataset: returns (H, W, C) pixels and the geometry.
 
     For an 8-bit dataset the upper byte of images that use 16 bits is taken. For a 16-bit dataset a
     few pixels above the full scale are clipped to it, as in `prep`, with a warning.
@@ -38,11 +39,13 @@ def to_model_pixels(
         kind: of geometry; None: that of the dataset. "tile" keeps the original size, uncut.
 
     Raises:
-        ContentError: `image` has 16 bits and its values are far below, or above, the full scale
+        ContentError: `image` has another number of channels, other than grey and RGB; or it has 16
+            bits and its values are far below, or above, the full scale
             of the dataset or `value_max`: it may be dark, or from a detector of fewer bits.
     """
     import cv2
 
+    _check_channels(image, manifest, name)
     takes_upper_byte = manifest.bit_depth == 8 and image.dtype == np.uint16 and value_max is None
     if takes_upper_byte:
         _refuse_unused_bits(image, name)
@@ -68,6 +71,15 @@ def to_model_pixels(
         pixels = (pixels >> 8).astype(np.uint8)
     target = PixelFormat(manifest.channels, manifest.bit_depth, manifest.value_max)
     return convert(pixels, target, value_max=value_max), geometry
+
+
+def _check_channels(image: np.ndarray, manifest: Manifest, name: str) -> None:
+    """Refuses another number of channels; grey and RGB are converted into each other."""
+    found, expected = image.shape[2], manifest.channels
+    if found != expected and (has_planes(found) or has_planes(expected)):
+        raise ContentError(
+            f"{name}: an image of {found} channels, but the run was trained on images of {expected}"
+        )
 
 
 def _refuse_unused_bits(image: np.ndarray, name: str) -> None:

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.imaging.codecs import encode_png
 from data_prep.imaging.color_map import ClassColor
+from data_prep.imaging.pixels import shown_channels
 
 Pixels = npt.NDArray[np.uint8]
 Color = tuple[int, int, int]
@@ -106,7 +107,7 @@ def overlay_png(
     The legend is below the image and covers no part of it.
 
     Args:
-        image: (H, W), (H, W, 1) or (H, W, 3), uint8 or uint16.
+        image: (H, W) or (H, W, C), uint8 or uint16.
         class_ids: (H, W) uint8, the prediction.
         truth: (H, W) uint8.
     """
@@ -142,7 +143,7 @@ def panel_png(
     """Returns image, truth and prediction side by side, with `title` above and a legend below.
 
     Args:
-        image: (H, W), (H, W, 1) or (H, W, 3), uint8 or uint16.
+        image: (H, W) or (H, W, C), uint8 or uint16.
         truth, prediction: (H, W) uint8.
     """
     scale = _PANEL_SIDE / max(truth.shape)
@@ -194,8 +195,11 @@ def _palette(classes: Sequence[ClassColor]) -> Pixels:
 
 
 def _shown(image: npt.NDArray[Any]) -> Pixels:
-    """Returns `image` as (H, W, 3) uint8; 16-bit images are scaled to their own range."""
-    pixels = image[..., None] if image.ndim == 2 else image
+    """Returns `image` as (H, W, 3) uint8; 16-bit images are scaled to their own range.
+
+    Of an image with other than 1 or 3 channels, the first is shown.
+    """
+    pixels = shown_channels(image[..., None] if image.ndim == 2 else image)
     if pixels.dtype != np.uint8:
         low, high = float(pixels.min()), float(pixels.max())
         pixels = ((pixels - low) * (255.0 / max(high - low, 1.0))).round().astype(np.uint8)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.imaging.arrays import has_planes
 from data_prep.shards.manifest import Manifest, ReducedInfo
 from flexunet.json_files import read_json
 from flexunet.storage import ObjectStore
@@ -66,6 +67,8 @@ def dataset_card(manifest: Manifest | None, folds: str | None) -> DatasetCard | 
         return None
     size = f"{manifest.image_width} x {manifest.image_height}"
     channels = pluralize(manifest.channels, "channel")
+    if has_planes(manifest.channels):
+        channels += " (figures show channel 1)"
     rows = [
         ("name", manifest.name),
         ("images", f"{size}, {channels}, {manifest.bit_depth} bits, {manifest.geometry}"),

@@ -23,6 +23,7 @@ from job.data.folds import fold_configs, is_cross_validation
 from job.runs.layout import CROSS_VALIDATION_NAME, IDENTITY_NAME, RESTORE, run_url
 
 if TYPE_CHECKING:
+    from data_prep.shards.manifest import Manifest
     from job.compat.ini_mapping import ReferenceConfig
 
 logger = logging.getLogger(__name__)
@@ -216,7 +217,8 @@ def _resolve_reference(
     if config.data is None or (is_own and prep_options):
         prep = prep_config(reference.prep, prep_options, file, is_typed=function is None)
         _check_can_prepare(reference, prep_options, file)
-        prepare_sources(reference.sources, prep, str(own.data), file)
+        manifest = prepare_sources(reference.sources, prep, str(own.data), file)
+        _check_channels(own, manifest, file)
         return own
     if prep_options:
         raise _nothing_to_prepare(prep_options, function)
@@ -239,16 +241,25 @@ def _check_can_prepare(
         UsageError: names the key.
     """
     model = reference.train["model"]
-    if model["image_channels"] not in (1, 3):
-        raise UsageError(
-            f"{file}: model.image_channels = {model['image_channels']}: only images with 1 or 3 "
-            "channels can be prepared; give 1 or 3"
-        )
     if "classes" not in {*reference.prep, *prep_options} and model["num_classes"] > 2:
         raise UsageError(
             f"{file}: mask.rgb_map is missing; add {{(r,g,b): class, ...}} with the colours of the "
             f"{model['num_classes']} classes, or give --classes. The reference implementation "
             "would use the colours of an example, without a message"
+        )
+
+
+def _check_channels(config: TrainConfig, manifest: "Manifest", file: str) -> None:
+    """Refuses images of fewer channels than `file` asks for; grey can become RGB.
+
+    Raises:
+        UsageError: names both numbers.
+    """
+    wanted, found = config.model.image_channels, manifest.channels
+    if wanted is not None and found != wanted and (found, wanted) != (1, 3):
+        raise UsageError(
+            f"{file}: model.image_channels = {wanted}, but the images have {found} "
+            f"channel{'s' if found > 1 else ''}; change the key or the images"
         )
 
 

@@ -44,6 +44,24 @@ def run(image: Any, mask: Any, config: AugmentationConfig, **values: Any) -> tup
     return augment(image, mask, SampleKey(**options), config=config, value_max=value_max)
 
 
+@pytest.mark.parametrize("channels", [2, 4, 5, 64])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_augment_treats_each_channel_as_a_grey_image(channels: int, dtype: Any) -> None:
+    _, mask = sample(48, 64)
+    value_max = int(np.iinfo(dtype).max)
+    rng = np.random.default_rng(channels)
+    image = rng.integers(0, value_max, (48, 64, channels), endpoint=True).astype(dtype)
+    config = only(*KINDS)
+    found, found_mask = run(image, mask, config, value_max=value_max)
+    assert (found.shape, found.dtype) == (image.shape, image.dtype)
+    for channel in {0, 1, channels - 1}:
+        grey, grey_mask = run(image[..., channel, np.newaxis], mask, config, value_max=value_max)
+        # OpenCV rounds one channel and four at different places.
+        difference = np.abs(found[..., channel].astype(int) - grey[..., 0])
+        assert difference.max() <= 1
+        assert np.array_equal(found_mask, grey_mask)
+
+
 @pytest.mark.parametrize(("channels", "bits"), [(1, 8), (3, 8), (1, 12), (3, 16)])
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in GEOMETRIC), tuple(GEOMETRIC)])
 def test_augment_moves_image_and_mask_by_one_field(

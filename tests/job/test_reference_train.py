@@ -134,22 +134,10 @@ def test_folders_that_are_missing_are_named(project: Path, tmp_path: Path) -> No
         resolve_config({"output": str(tmp_path / "runs")}, str(project))
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("rgb_map = {(0,0,0):0,(255,255,255):1,}", "", "num_classes"),
-        ("image_channels = 3", "image_channels = 4", r"model\.image_channels = 4"),
-    ],
-)
-def test_images_that_would_be_read_wrongly_are_not_prepared(
-    project: Path, tmp_path: Path, old: str, new: str, message: str
-) -> None:
-    text = CONFIG.replace(old, new)
-    if message == "num_classes":
-        text = text.replace("num_classes   = 2", "num_classes   = 3")
-        message = r"mask\.rgb_map is missing; .*of the 3 classes"
-    project.write_text(text)
-    with pytest.raises(UsageError, match=message):
+def test_masks_without_a_colour_map_are_not_prepared(project: Path, tmp_path: Path) -> None:
+    text = CONFIG.replace("rgb_map = {(0,0,0):0,(255,255,255):1,}", "")
+    project.write_text(text.replace("num_classes   = 2", "num_classes   = 3"))
+    with pytest.raises(UsageError, match=r"mask\.rgb_map is missing; .*of the 3 classes"):
         resolve_config({"output": str(tmp_path / "runs")}, str(project))
     assert not (tmp_path / "runs").exists()
 
@@ -254,6 +242,36 @@ def test_a_dataset_of_another_size_is_a_warning(
     resolve_config(options, str(project))
     expected = f"{data} has images of 32x32 pixels (height x width), but {project} asks for 64x32"
     assert expected in caplog.text
+
+
+def test_patterns_of_folders_stand_for_all_that_fit(project: Path, tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        folder = tmp_path / "dataset" / "Discs" / split
+        for number, path in enumerate(sorted((folder / "images").iterdir())):
+            for kind in ("images", "masks"):
+                place = folder / f"source-{number % 2}" / kind
+                place.mkdir(parents=True, exist_ok=True)
+                (folder / kind / path.name).rename(place / path.name)
+        for kind in ("images", "masks"):
+            (folder / kind).rmdir()
+    globbed = re.sub(r"/(train|valid|test)/(images|masks)/", r"/\1/*/\2/", CONFIG)
+    assert globbed.count("/*/") == 6
+    project.write_text(globbed)
+    options = {"output": str(tmp_path / "runs")}
+    data = resolve_config(options, str(project), {"num_processes": 1}).data
+    manifest, _ = read_manifest(open_store(str(data)))
+    found = {name: split.num_samples for name, split in manifest.splits.items()}
+    assert found == {"train": 4, "valid": 2, "test": 2}
+    project.write_text(globbed.replace("/test/*/images", "/test/*/pics"))
+    with pytest.raises(UsageError, match=r"--images '\*/pics': no images there in .*Discs/test"):
+        resolve_config({"output": str(tmp_path / "other")}, str(project), {"num_processes": 1})
+
+
+def test_the_folders_of_a_file_are_changed_in_the_file(project: Path, tmp_path: Path) -> None:
+    options = {"output": str(tmp_path / "runs")}
+    for name in ("images", "masks", "field_of_view"):
+        with pytest.raises(UsageError, match=f"{flag_of([name])}: .* names the folders itself"):
+            resolve_config(options, str(project), {name: "a", "ignore_id": 255})
 
 
 @pytest.mark.parametrize("flag", ["--allow-leaks", "--skip-bad"])
