@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import click
 
 from flexunet.cli.interrupts import (
+    end_process,
     exit_on_interrupt,
     ignore_interrupts_at_exit,
     quiet_interrupts,
@@ -36,7 +37,14 @@ def run_command(command: click.Command, argv: Sequence[str] | None, program: str
     with contextlib.suppress(OSError, ValueError):
         _flush_stdout()
     exit_on_interrupt(code)
+    if "tensorflow" in sys.modules and not _has_peers():
+        end_process(code)
     return code
+
+
+def _has_peers() -> bool:
+    """Returns whether this process trains with others: they may still wait for its answers."""
+    return "TF_CONFIG" in os.environ
 
 
 def _code_of(command: click.Command, argv: Sequence[str], program: str) -> int:

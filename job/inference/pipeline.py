@@ -228,6 +228,9 @@ def _results(whole: Chunk, open_workers: OpenWorkers | None) -> Iterator[ChunkRe
     """Yields the results of the parts of `whole`, from workers or from this process."""
     config = whole.config
     if open_workers is None:
+        if whole.overlap is None:  # a batch is filled up, which a few images do not need
+            size = min(config.batch_size, len(whole.names))
+            whole = replace(whole, config=config.model_copy(update={"batch_size": size}))
         predictor = load_predictor(whole.members, config.flips, needs_gpu=config.needs_gpu)
         with Progress("infer", len(whole.names), shown=config.progress) as progress:
             yield predict_images(whole, predictor, progress.advance, progress.note)

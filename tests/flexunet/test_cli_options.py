@@ -303,3 +303,28 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     )
     os.close(write_end)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+_LAST_WORK = """
+import atexit, sys, threading, time, weakref
+from concurrent.futures import ThreadPoolExecutor
+from flexunet.cli.interrupts import end_process
+
+class Slow:
+    def __del__(self):
+        print("modules removed")
+
+slow = Slow()
+atexit.register(print, "function of atexit")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+ThreadPoolExecutor(1).submit(lambda: (time.sleep(0.1), print("pool")))
+end_process(7)
+"""
+
+
+def test_a_process_ends_with_all_its_work_but_removes_no_modules() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LAST_WORK], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 7, done.stderr
+    assert done.stdout.split("\n") == ["pool", "thread", "function of atexit", ""]

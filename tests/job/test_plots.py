@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -144,3 +146,12 @@ def test_panel_png_fits_a_title_of_any_length() -> None:
 def test_panel_title_says_when_there_is_nothing_to_score() -> None:
     assert panel_title("14.png", 0.92549) == "14.png: image Dice 0.925"
     assert panel_title("14.png", None) == "14.png: no foreground"
+
+
+def test_an_overlay_does_not_load_matplotlib() -> None:
+    code = (
+        "import sys; from job.reporting import plots; found = plots._font().path; "
+        "assert 'matplotlib' not in sys.modules; "
+        "import matplotlib; assert found.startswith(matplotlib.get_data_path()), found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
