@@ -186,10 +186,8 @@ def find_rule(folders: Sequence[tuple[_Stems, _Stems]], where: str) -> NameRule 
             tried.setdefault(pairs, rule)
     best: _Pairs = max(tried, key=len, default=frozenset())
     counts = [sum(len(stems[side]) for stems in folders) for side in (0, 1)]
-    # A rule that leaves no file over has no rival that does.
-    least = len(best) - 1 if counts == [len(best)] * 2 else len(best) // 2
-    rivals = [pairs for pairs in tried if not pairs <= best and len(pairs) > least]
-    if rivals:
+    rivals = [pairs for pairs in tried if not pairs <= best and 2 * len(pairs) > len(best)]
+    if rivals and counts != [len(best)] * 2:
         raise UsageError(_ambiguous(where, {pairs: tried[pairs] for pairs in (best, *rivals)}))
     share = max(len(best) / max(1, count) for count in counts)
     return tried[best] if share > _MIN_SHARE else None

@@ -118,7 +118,7 @@ def test_several_masks_of_an_image_are_joined(tmp_path: Path) -> None:
         write_image(source / f"images/{number}.png", number)
         write_mask(source / f"masks/{number}_a.png", (0, 0), (4, 4))
         if number:
-            write_mask(source / f"masks/{number}_b.png", (4, 4), (8, number))
+            write_mask(source / f"masks/{number}_b.bmp", (4, 4), (8, number))
     options = {"mask_name": "{stem}_*"}
     manifest = prepared(source, tmp_path / "out", **options)
     stored = masks_of(tmp_path / "out")
@@ -130,7 +130,7 @@ def test_several_masks_of_an_image_are_joined(tmp_path: Path) -> None:
             expected[row : row + 2, column : column + 2] = 1
         np.testing.assert_array_equal(stored[str(number)], expected)
     assert prepared(source, tmp_path / "out", **options) == manifest
-    write_mask(source / "masks/3_b.png", (12, 12))
+    write_mask(source / "masks/3_b.bmp", (12, 12))  # of the same size
     with pytest.raises(UsageError, match="contains another dataset"):
         prepared(source, tmp_path / "out", **options)
 

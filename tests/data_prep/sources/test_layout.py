@@ -223,11 +223,12 @@ def test_patterns_select_folders_and_files(
         ("[b-a]", None, "is not a pattern"),
         ("*", "y", "--images and --masks select 2 folders and 1 folder, and x/ has no partner"),
         ("x", None, "no folder of masks belongs to x/"),
+        ("[xy]", "[zw]", "--images and --masks select 2 folders and 2 folders, and x/ has no"),
     ],
 )
 def test_a_wrong_pattern_says_what_is_wrong(images: str, masks: str | None, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        selected(["x/a.png", "y/a.png"], images, masks)
+        selected(["x/a.png", "y/a.png", "z/a.npz", "w/a.npz"], images, masks)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -260,6 +261,11 @@ def test_a_field_of_view_must_belong_to_one_folder_of_images() -> None:
     folders = folders_of("SOURCE", names, IMAGE_ENDINGS, MASK_ENDINGS)
     with pytest.raises(UsageError, match="--field-of-view selects 0 folders for y/images/; give"):
         choose_folders(folders, FolderOptions(field_of_view="x/fov"))
+    more = folders_of(
+        "SOURCE", [*names, "y/fov/b.png", "y/fov2/b.png"], IMAGE_ENDINGS, IMAGE_ENDINGS
+    )
+    with pytest.raises(UsageError, match="--field-of-view selects 2 folders for y/images/; give"):
+        choose_folders(more, FolderOptions(field_of_view="*/fov*"))
     with pytest.raises(UsageError, match=r"^--field-of-view 'z': no masks there in SOURCE"):
         choose_folders(folders, FolderOptions(field_of_view="z"))
 

@@ -144,6 +144,8 @@ def test_a_found_rule_has_its_separators_outside_of_the_key() -> None:
     for count in (1, 20):
         rule = find_rule([(images[:count], masks[:count])], "source")
         assert rule == NameRule(("", "_training"), ("", "_manual1"))
+    images, masks = [f"img_{n}" for n in NUMBERS], [f"mask_{n}" for n in NUMBERS]
+    assert find_rule([(images, masks)], "source") == NameRule(("img_", ""), ("mask_", ""))
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,7 @@ def test_a_found_rule_has_its_separators_outside_of_the_key() -> None:
         ("{stem}", "*_{stem}", ["x_a", "y_b", "y_a"], {"a": ("x_a", "y_a"), "b": ("y_b",)}),
         ("{stem}", "{stem}[12]", ["a1", "a2", "a3"], {"a": ("a1", "a2")}),
         ("{stem}", "{stem}[!3-9]", ["a1", "a4"], {"a": ("a1",)}),
+        ("{stem}", "*{stem}*", ["a_a", "xbx"], {"a": ("a_a",), "b": ("xbx",)}),
         ("{stem}", "m?{stem}", ["m1a", "m12a", "ma"], {"a": ("m1a",)}),
         ("{stem}", "{stem}.(1)", ["a.(1)", "ax(1)"], {"a": ("a.(1)",)}),
     ],
@@ -221,3 +224,11 @@ def test_a_given_pattern_divides_a_folder_with_both() -> None:
     stems = {"a", "b", "a_1", "a_2", "b_1", "c"}
     found = NamePatterns(mask="{stem}_*").split(stems)
     assert found == ({"a", "b", "c"}, {"a_1", "a_2", "b_1"})
+    assert NamePatterns(mask="{stem}*").split({"a", "b", "a1"}) == ({"a", "b"}, {"a1"})
+
+
+def test_a_rule_that_leaves_no_file_over_has_no_rival() -> None:
+    images, masks = ["1", "11"], ["1_1", "11_1"]  # 1 with 11_1 and 11 with 1_1 leave two over
+    rule = find_rule([(images, masks)], "source")
+    assert rule is not None
+    assert rule.match(images, masks) == {"1": ("1_1",), "11": ("11_1",)}
