@@ -228,7 +228,6 @@ def test_a_given_pattern_divides_a_folder_with_both() -> None:
 
 
 def test_a_rule_that_leaves_no_file_over_has_no_rival() -> None:
-    images, masks = ["1", "11"], ["1_1", "11_1"]  # 1 with 11_1 and 11 with 1_1 leave two over
-    rule = find_rule([(images, masks)], "source")
-    assert rule is not None
-    assert rule.match(images, masks) == {"1": ("1_1",), "11": ("11_1",)}
+    keys = ["a_1", "a_11", "a_111"]  # {stem}1_m pairs two of them
+    rule = find_rule([(keys, [f"{key}_m" for key in keys])], "source")
+    assert rule == NameRule(mask=("", "_m"))
