@@ -24,7 +24,7 @@ Colors = npt.NDArray[np.int64]
 _MAX_TOLERANCE = 32  # levels of the largest channel difference
 _MIN_SIMILAR = 6  # of 3 x 3 pixels, the pixel itself included
 _WINDOWS = (5, 9)  # sides of the neighbourhood, pixels
-_MAX_FROM_SEGMENT = 40.0  # levels, Euclidean
+_MAX_FROM_SEGMENT = 40.0
 _MAX_DISTANCES = 2**18  # colours x classes compared at once: 6 MB
 
 
@@ -172,6 +172,9 @@ def _between(value: Colors, has_seed: npt.NDArray[np.bool_], colors: Colors) -> 
     position = position.clip(0, 1)
     distance = np.linalg.norm(start + position[:, np.newaxis] * along - value, axis=1)
     best = distance.argmin()
+    k0=((colors-value)**2).sum(1).argmin(); is_near=np.abs(colors[k0]-value).max()<=tolerances_of(colors)[k0]
+    own = np.linalg.norm(colors - value, axis=1)
+    if is_near and distance[best] > own.min() + 10: return -1
     if distance[best] <= _MAX_FROM_SEGMENT:
         return int(first[best] if position[best] < 0.5 else second[best])
     if len(present) < 3:
