@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from data_prep.config import MAX_LISTED, PrepConfig
-from data_prep.imaging.color_map import parse_color_map
+from data_prep.masks.color_map import parse_color_map
 from data_prep.shards.source_pairs import EncodedSample
 from data_prep.splits.leaks import classes_missing, find_leaks
 from data_prep.splits.names import SPLITS

@@ -7,15 +7,22 @@ from pydantic import field_validator, model_validator
 
 from data_prep.imaging.breast import Crop, Flip
 from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS
-from data_prep.imaging.color_map import check_ignore_id, parse_color_map
 from data_prep.imaging.dicom.reader import Reader
+from data_prep.masks.color_map import (
+    Color,
+    check_ignore_id,
+    check_ignored,
+    free_ignore_id,
+    parse_color_map,
+    parse_ignored,
+)
 from data_prep.sources import inbreast
 from flexunet.settings import Settings, option
 
 # Options that earlier versions did not have; with its default, each is no part of the identity.
 _LATER_OPTIONS = (
-    *("full_scale", "images", "masks", "field_of_view", "image_name", "mask_name"),
-    *("missing_mask", "draw_valid"),
+    *("full_scale", "ignore", "images", "masks", "field_of_view", "image_name"),
+    *("mask_name", "missing_mask", "draw_valid"),
 )
 MAX_LISTED = 5  # names listed in a message
 HASH_KEY_VARIABLE = "FLEXUNET_HASH_KEY"
@@ -42,8 +49,8 @@ class PrepConfig(Settings):
     )
     field_of_view: str | None = option(
         None,
-        "Folder of masks below SOURCE, or pattern of folders or files, that are white in the field "
-        "of view and black outside; pixels outside are ignored. Needs --ignore-id.",
+        "Masks of the field of view, white inside and black outside: a folder below SOURCE, or a "
+        "pattern of folders or files. Pixels outside are ignored.",
     )
     image_name: str | None = option(
         None,
@@ -114,12 +121,22 @@ class PrepConfig(Settings):
         "background=0,0,0;mass=255,255,255",
         "Mask colours in the order of the class ids: name=R,G,B;... or name=#rrggbb;...",
     )
+    ignore: str | None = option(
+        None,
+        "Grey levels, ids or colours of mask pixels to ignore in training and evaluation: 255 or "
+        "224,224,192 or #e0e0c0; several with a semicolon: 255;224,224,192.",
+    )
     ignore_id: int | None = option(
-        None, "Id of ignored pixels in index masks; larger than the class ids.", ge=1, le=255
+        None,
+        "Id of ignored pixels, in index masks and in the dataset; larger than the class ids. "
+        "Unset: a free id, if pixels are ignored.",
+        ge=1,
+        le=255,
     )
     off_map_limit: float = option(
         0.01,
-        "Reject a mask if more than this share of its pixels, 0 to 1, matches no class.",
+        "Has no effect: masks with noise and blends are read, and an area of an unknown colour is "
+        "an error whatever its size. Accepted for older commands.",
         ge=0,
         le=1,
     )
@@ -235,7 +252,9 @@ class PrepConfig(Settings):
 
     @model_validator(mode="after")
     def _classes_fit(self) -> "PrepConfig":
-        check_ignore_id(parse_color_map(self.classes), self.ignore_id)
+        classes = parse_color_map(self.classes)
+        check_ignore_id(classes, self.ignore_id)
+        check_ignored(classes, self.ignored_colors)
         return self
 
     @model_validator(mode="after")
@@ -255,18 +274,12 @@ class PrepConfig(Settings):
 
     def _layout_options(self) -> list[str]:
         """Returns the options given about folders and names of pairs."""
-        names = set(_LATER_OPTIONS) - {"full_scale"}
+        names = set(_LATER_OPTIONS) - {"full_scale", "ignore"}
         return [
             f"--{name.replace('_', '-')}"
             for name in names
             if getattr(self, name) != PrepConfig.model_fields[name].default
         ]
-
-    @model_validator(mode="after")
-    def _field_of_view_fits(self) -> "PrepConfig":
-        if self.field_of_view is not None and self.ignore_id is None:
-            raise ValueError("--field-of-view needs --ignore-id, the id of the pixels outside")
-        return self
 
     @model_validator(mode="after")
     def _tiles_fit(self) -> "PrepConfig":
@@ -292,6 +305,19 @@ class PrepConfig(Settings):
         if len(found) > 1:
             raise ValueError(f"{' and '.join(found)} cannot be combined; give one")
         return self
+
+    @property
+    def ignored_colors(self) -> tuple[Color, ...]:
+        """Colours of ignored mask pixels, with the grey level of a given ignore id."""
+        colors = parse_ignored([text for text in (self.ignore or "").split(";") if text.strip()])
+        return colors if self.ignore_id is None else (*colors, (self.ignore_id,) * 3)
+
+    @property
+    def ignore_value(self) -> int | None:
+        """Id of ignored pixels in the dataset, None if no pixels are ignored."""
+        if self.ignore_id is None and (self.ignored_colors or self.field_of_view is not None):
+            return free_ignore_id(parse_color_map(self.classes))
+        return self.ignore_id
 
     @property
     def height(self) -> int:

@@ -8,8 +8,8 @@ import flexunet
 from data_prep.assignment import Assignment
 from data_prep.config import PrepConfig, identity_of
 from data_prep.format_choice import full_scale_info
-from data_prep.imaging.color_map import parse_color_map
 from data_prep.imaging.pixels import PixelFormat
+from data_prep.masks.color_map import parse_color_map
 from data_prep.shards.manifest import Manifest, ReducedInfo, SplitInfo, group_rule_of
 from data_prep.shards.source_pairs import EncodedSample
 from data_prep.shards.write import WrittenShard, mean_and_std
@@ -56,7 +56,7 @@ def build_manifest(contents: Contents, config: PrepConfig) -> Manifest:
         bit_depth=pixel_format.bit_depth,
         value_max=pixel_format.value_max,
         classes=parse_color_map(config.classes),
-        ignore_id=config.ignore_id,
+        ignore_id=config.ignore_value,
         geometry=config.kind,
         crop=config.crop,
         flip=config.flip,

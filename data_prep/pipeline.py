@@ -13,10 +13,15 @@ from data_prep import report_figures
 from data_prep.assignment import assign, warn_of_missing_classes
 from data_prep.config import MAX_LISTED, PrepConfig, identity_of
 from data_prep.format_choice import pixel_format_of, warn_of_clipped, warn_of_mixed
-from data_prep.imaging.color_map import parse_color_map
 from data_prep.manifest_builder import Contents, build_manifest, warn_of_lost_regions
+from data_prep.masks.color_map import parse_color_map
 from data_prep.prep_input import PrepInput, collect_input, source_digest, sources_of
-from data_prep.report_files import write_clipped, write_counts, write_report
+from data_prep.report_files import (
+    write_clipped,
+    write_counts,
+    write_report,
+    write_unmapped_colors,
+)
 from data_prep.shards.encode import batched, chunked, scan_chunks
 from data_prep.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data_prep.shards.output import (
@@ -125,6 +130,8 @@ def _prepare_listed(
     store = open_store(output_url)
     if is_file(store):
         raise UsageError(f"{store.url}: is a file; OUTPUT must be a folder, which prep creates")
+    if config.off_map_limit != PrepConfig.model_fields["off_map_limit"].default:
+        logger.warning("--off-map-limit has no effect any more; remove it")
     prep_input = collect_input(sources, store, config, listings, has_options=command.has_options)
     is_finished = store.stat(MANIFEST_NAME) is not None
     if not is_finished:
@@ -194,6 +201,7 @@ def _prepare(work: _Work, prep_input: PrepInput) -> Manifest:
     manifest = build_manifest(contents, config)
     write_report(store, manifest, rows, refused)
     write_clipped(store, above)
+    write_unmapped_colors(store, samples, manifest.classes)
     if config.format == "inbreast":
         write_counts(store, samples, {item.id for item in prep_input.items if item.mask is None})
     commit(store, manifest, table)
@@ -273,8 +281,7 @@ def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | Reje
         geometry=config.kind,
         channels=config.channels,
         classes=parse_color_map(config.classes),
-        ignore_id=config.ignore_id,
-        off_map_limit=config.off_map_limit,
+        ignore_id=config.ignore_value,
         max_pixels=config.max_pixels,
         format=config.format,
         rois=config.rois,
@@ -282,6 +289,7 @@ def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | Reje
         flip=config.flip,
         tile_overlap=config.tile_overlap,
         full_scale=config.full_scale,
+        ignored=config.ignored_colors,
     )
     staging = staging_url(work.store.url)
     chunks = [

@@ -15,8 +15,8 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from data_prep.imaging.codecs import encode_png
-from data_prep.imaging.color_map import ClassColor
 from data_prep.imaging.pixels import shown_channels
+from data_prep.masks.color_map import ClassColor
 from flexunet.tables import csv_table
 from flexunet.text import legible
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 STATISTICS_NAME = "report/statistics.png"
 REJECTS_NAME = "report/rejects.csv"
 CLIPPED_NAME = "report/clipped.csv"
+UNMAPPED_NAME = "report/unmapped-colors.csv"
+UNMAPPED_COLUMNS = ("red", "green", "blue", "pixels", "files", "nearest_class")
 _THUMBNAIL = 240  # pixels of the longer side
 _MIN_COLUMN = 100  # pixels, so that names of small images stay readable
 _GAP = 12  # pixels between thumbnails

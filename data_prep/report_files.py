@@ -4,12 +4,15 @@ Selects the samples to show and the numbers to count; `report_figures.py` draws 
 """
 
 import functools
+import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from data_prep import report_figures
 from data_prep.imaging.arrays import decode_image, has_planes
 from data_prep.imaging.codecs import read_mask_pixels
+from data_prep.masks.color_map import ClassColor, Color
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.records import IMAGE_FEATURE, MASK_FEATURE, decode_example, unframe_record
 from data_prep.shards.source_pairs import EncodedSample
@@ -19,8 +22,12 @@ from flexunet.errors import ContentError
 from flexunet.process_pool import in_order, num_requests, request_threads
 from flexunet.storage import ObjectStore, put_probably_new
 from flexunet.tables import csv_table
+from flexunet.text import pluralize
+
+logger = logging.getLogger(__name__)
 
 _PAIRS_PER_CONTACT_SHEET = 6
+_MAX_UNMAPPED_COLORS = 1000  # rows
 
 
 def write_report(
@@ -83,6 +90,49 @@ def write_clipped(store: ObjectStore, above: Sequence[tuple[EncodedSample, int]]
         put_probably_new(
             store, report_figures.CLIPPED_NAME, report_figures.clipped_csv(lines).encode()
         )
+
+
+def write_unmapped_colors(
+    store: ObjectStore, samples: Sequence[EncodedSample], classes: Sequence[ClassColor]
+) -> None:
+    """Writes the commonest mask colours of no class, if there are any, and warns of unexplained.
+
+    Noise and blends along edges get a class by their neighbourhood; other pixels get the class of
+    the nearest colour.
+    """
+    images = list({sample.image_id: sample for sample in samples}.values())
+    pixels, files = Counter[Color](), Counter[Color]()
+    for sample in images:
+        pixels.update(dict(sample.unmapped_colors))
+        files.update(color for color, _ in sample.unmapped_colors)
+    if not pixels:
+        return
+    rows = [
+        (*color, count, files[color], _nearest_class(color, classes).name)
+        for color, count in sorted(pixels.items(), key=lambda each: (-each[1], each[0]))
+    ]
+    table = csv_table(report_figures.UNMAPPED_COLUMNS, rows[:_MAX_UNMAPPED_COLORS])
+    put_probably_new(store, report_figures.UNMAPPED_NAME, table.encode())
+    unexplained = [sample for sample in images if sample.unexplained_pixels]
+    if unexplained:
+        worst = max(unexplained, key=lambda each: each.unexplained_pixels)
+        logger.warning(
+            "%s of %s are neither noise nor blends of classes nearby and got the class of the "
+            "nearest colour, most in %s (%d); %s/%s lists the colours",
+            pluralize(sum(each.unexplained_pixels for each in unexplained), "mask pixel"),
+            pluralize(len(unexplained), "image"),
+            worst.filename,
+            worst.unexplained_pixels,
+            store.url,
+            report_figures.UNMAPPED_NAME,
+        )
+
+
+def _nearest_class(color: Color, classes: Sequence[ClassColor]) -> ClassColor:
+    def squares(entry: ClassColor) -> int:
+        return sum((a - b) ** 2 for a, b in zip(color, entry.color, strict=True))
+
+    return min(classes, key=squares)
 
 
 def write_counts(

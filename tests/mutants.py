@@ -47,7 +47,7 @@ PARTS = {
         ],
     ),
     "masks": (
-        ["data_prep/colormap.py", "data_prep/imaging/masks.py", "data_prep/imaging/color_map.py"],
+        ["data_prep/colormap.py", "data_prep/masks/reading.py", "data_prep/masks/color_map.py"],
         [
             "tests/data_prep/test_colormap.py",
             "tests/data_prep/imaging/test_masks.py",

@@ -52,6 +52,7 @@ ORDERS = {
     ],
     "data_prep": [
         "data_prep.imaging",
+        "data_prep.masks",
         "data_prep.sources",
         "data_prep.splits",
         "data_prep.shards",

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.imaging.codecs import encode_png
-from data_prep.imaging.color_map import DEFAULT_CLASSES
-from data_prep.imaging.masks import to_colors
+from data_prep.masks.color_map import DEFAULT_CLASSES
+from data_prep.masks.reading import to_colors
 from flexunet.errors import UsageError
 from flexunet.storage import open_store
 

@@ -281,6 +281,8 @@ def _scanned(framed: _FramedImage, layout: Layout, sample: Sample, num_bytes: in
         geometry=sample.geometry,
         pixels_per_class=tuple(int(np.count_nonzero(mask == c.id)) for c in layout.classes),
         unmapped_pixels=sample.unmapped_pixels,
+        unmapped_colors=read.reading.unmapped_colors,
+        unexplained_pixels=read.reading.unexplained_pixels,
         sha256=sample.pixel_sha256,
         image_sha256=framed.cut_sha256 or sample.pixel_sha256,
         is_blank=is_blank,
@@ -365,7 +367,7 @@ def _fitted_sample(
         geometry=geometry,
         spacing_mm=read.spacing_mm,
         pixel_sha256=sha256_of_pixels(image),
-        unmapped_pixels=read.unmapped_pixels,
+        unmapped_pixels=read.reading.unmapped_pixels,
         image_id=item.id if layout.geometry == "tile" else None,
     )
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from data_prep.imaging.breast import Crop, Flip
-from data_prep.imaging.color_map import ClassColor
 from data_prep.imaging.pixels import MAX_CHANNELS
+from data_prep.masks.color_map import ClassColor
 from data_prep.splits.names import Split
 from flexunet.errors import ContentError, UsageError
 from flexunet.settings import Settings

@@ -15,27 +15,31 @@ import numpy as np
 from data_prep.imaging.arrays import check_storable, has_planes, is_npy, read_npy
 from data_prep.imaging.codecs import read_image, read_mask_pixels
 from data_prep.imaging.dicom.reader import read_dicom
-from data_prep.imaging.masks import read_npz_mask, to_class_ids
 from data_prep.imaging.pixels import grey_channel, to_rgb
+from data_prep.masks.npz import read_npz_mask
+from data_prep.masks.reading import MaskReading, MaskRules, read_classes
 from data_prep.shards.source_pairs import File, Layout, ScanTask, SourcePair
 from data_prep.sources import inbreast
 from flexunet.errors import ContentError
 from flexunet.storage import ObjectStore, open_source
 
-_SHOWN_COLORS = 3
 PairData = tuple[bytes, ...]  # the files of a pair, see `SourcePair.files`
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadPair:
-    """One pair as read: (H, W, C) pixels, (H, W) class ids, and facts as in `EncodedSample`."""
+    """One pair as read: (H, W, C) pixels, the mask, and facts as in `EncodedSample`."""
 
     image: np.ndarray
-    mask: np.ndarray
-    unmapped_pixels: int = 0
+    reading: MaskReading
     value_max: int | None = None
     spacing_mm: tuple[float, float] | None = None
     findings: tuple[inbreast.Finding, ...] = ()
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The class ids (H, W) uint8."""
+        return self.reading.ids
 
 
 def source_crcs(item: SourcePair) -> tuple[int, int]:
@@ -88,14 +92,13 @@ def _read_image_and_mask(item: SourcePair, task: ScanTask, data: PairData) -> Re
     layout = task.layout
     image = _read_image(item, layout, data[0])
     size = image.shape[:2]
-    mask, unmapped = np.zeros(size, np.uint8), 0
+    reading = MaskReading(np.zeros(size, np.uint8))
     for number, file in enumerate(item.masks, 1):
-        found, num_unmapped = _read_mask(item, file, layout, data[number], size)
-        mask = found if number == 1 else _joined(mask, found, file, layout)
-        unmapped += num_unmapped
+        found = _read_mask(item, file, layout, data[number], size)
+        reading = found if number == 1 else _joined(reading, found, file, layout)
     if item.view is not None and layout.ignore_id is not None:
-        mask[~_read_view(item, item.view, layout, data[-1], size)] = layout.ignore_id
-    return ReadPair(image, mask, unmapped)
+        reading.ids[~_read_view(item, item.view, layout, data[-1], size)] = layout.ignore_id
+    return ReadPair(image, reading)
 
 
 def _read_view(
@@ -127,29 +130,29 @@ def _check_size(item: SourcePair, file: File, pixels: np.ndarray, size: tuple[in
         )
 
 
-def _joined(before: np.ndarray, found: np.ndarray, file: File, layout: Layout) -> np.ndarray:
-    """Returns the ids (H, W) of both masks: a class replaces ignored pixels, these background.
+def _joined(before: MaskReading, found: MaskReading, file: File, layout: Layout) -> MaskReading:
+    """Returns both masks as one: a class replaces ignored pixels, and these background.
 
     Args:
-        before: ids of the masks of the image before `file`, whose ids are `found`.
+        before: the masks of the image before `file`, which is read as `found`.
 
     Raises:
         ContentError: the masks give different classes to a pixel.
     """
     ignored = -1 if layout.ignore_id is None else layout.ignore_id
-    is_class = [(ids != 0) & (ids != ignored) for ids in (before, found)]
-    differs = is_class[0] & is_class[1] & (before != found)
+    is_class = [(ids != 0) & (ids != ignored) for ids in (before.ids, found.ids)]
+    differs = is_class[0] & is_class[1] & (before.ids != found.ids)
     if differs.any():
         row, column = np.argwhere(differs)[0]
         names = {each.id: each.name for each in layout.classes}
         raise ContentError(
             f"{file.label}: {np.count_nonzero(differs)} pixels have another class in another mask "
-            f"of this image, the first at x {column}, y {row}: {names[int(found[row, column])]} "
-            f"here, {names[int(before[row, column])]} there; correct one, or select fewer masks "
-            "with --mask-name"
+            f"of this image, the first at x {column}, y {row}: "
+            f"{names[int(found.ids[row, column])]} here, {names[int(before.ids[row, column])]} "
+            "there; correct one, or select fewer masks with --mask-name"
         )
-    is_new = is_class[1] | ((before == 0) & (found == ignored))
-    return np.where(is_new, found, before)
+    is_new = is_class[1] | ((before.ids == 0) & (found.ids == ignored))
+    return before.joined_with(found, np.where(is_new, found.ids, before.ids))
 
 
 def _read_case(item: SourcePair, task: ScanTask, data: PairData) -> ReadPair:
@@ -168,7 +171,7 @@ def _read_case(item: SourcePair, task: ScanTask, data: PairData) -> ReadPair:
     label = item.image.label if item.mask is None else item.mask.label
     mask = inbreast.draw_rois(rois, layout.rois, *image.shape[:2], name=label)
     counts = inbreast.count_findings(rois)
-    return ReadPair(image, mask, 0, found.value_max, found.spacing_mm, counts)
+    return ReadPair(image, MaskReading(mask), found.value_max, found.spacing_mm, counts)
 
 
 _READERS = {"pairs": _read_image_and_mask, "inbreast": _read_case}
@@ -201,8 +204,8 @@ def _read_image(item: SourcePair, layout: Layout, data: bytes) -> np.ndarray:
 
 def _read_mask(
     item: SourcePair, file: File, layout: Layout, data: bytes, size: tuple[int, ...]
-) -> tuple[np.ndarray, int]:
-    """Returns (H, W) uint8 class ids of the whole mask, and its number of unmapped pixels."""
+) -> MaskReading:
+    """Returns the whole mask as read; it must have the size of its image."""
     label = file.label
     if file.name.lower().endswith(".npz"):
         count = len(layout.classes)
@@ -210,15 +213,5 @@ def _read_mask(
     else:
         pixels = read_mask_pixels(data, name=label, max_pixels=layout.max_pixels)
     _check_size(item, file, pixels, size)
-    ids, unmapped, colors = to_class_ids(
-        pixels, layout.classes, name=label, ignore_id=layout.ignore_id
-    )
-    if unmapped > layout.off_map_limit * ids.size:
-        share = 100 * unmapped / ids.size
-        shown = ", ".join(str(color) for color in colors[:_SHOWN_COLORS])
-        raise ContentError(
-            f"{label}: {share:.2f} % of the pixels have no class colour, more than the allowed "
-            f"{100 * layout.off_map_limit:g} %; most common: {shown}; add them to --classes, or "
-            "increase --off-map-limit if they are blends along edges"
-        )
-    return ids, unmapped
+    rules = MaskRules(layout.classes, layout.ignore_id, layout.ignored)
+    return read_classes(pixels, rules, name=label)

@@ -7,10 +7,10 @@ import dataclasses
 from typing import Literal
 
 from data_prep.imaging.breast import Crop, Flip
-from data_prep.imaging.color_map import ClassColor
 from data_prep.imaging.dicom.reader import Reader
 from data_prep.imaging.geometry import Geometry
 from data_prep.imaging.lost_regions import RegionCounts
+from data_prep.masks.color_map import ClassColor, Color
 from data_prep.sources import inbreast
 
 
@@ -24,6 +24,7 @@ class Layout:
         tile_overlap: minimum overlap of neighbouring tiles, pixels; only if `geometry` is "tile".
         full_scale: raw value of full intensity of 16-bit images that do not state it; None:
             determined from the images.
+        ignored: mask colours that are read as `ignore_id`.
     """
 
     height: int
@@ -32,7 +33,6 @@ class Layout:
     channels: Literal["auto", "grey", "rgb"]
     classes: tuple[ClassColor, ...]
     ignore_id: int | None
-    off_map_limit: float
     max_pixels: int
     format: Literal["pairs", "inbreast"] = "pairs"
     rois: tuple[str, ...] = ()
@@ -40,6 +40,7 @@ class Layout:
     flip: Flip = "none"
     tile_overlap: int = 0
     full_scale: int | None = None
+    ignored: tuple[Color, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,8 @@ class EncodedSample:
         staged, offset, length: name of the staged object, and position and bytes of the record.
         channels, bit_depth: as staged; `auto` keeps those of the image.
         max_value: largest raw value of the source; full intensity if the file states it.
+        unmapped_pixels, unmapped_colors, unexplained_pixels: of the whole source mask, see
+            `MaskReading`.
         value_max: raw value of full intensity, None if the file does not state it.
         num_above: pixels of the source above each of `full_scales`; empty if the file states its
             full scale or has 8 bits.
@@ -135,6 +138,8 @@ class EncodedSample:
     geometry: Geometry
     pixels_per_class: tuple[int, ...]
     unmapped_pixels: int
+    unmapped_colors: tuple[tuple[Color, int], ...]
+    unexplained_pixels: int
     sha256: str
     image_sha256: str
     is_blank: bool

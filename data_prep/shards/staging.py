@@ -25,7 +25,7 @@ from data_prep.sources import inbreast
 from flexunet.process_pool import RequestThreads
 from flexunet.storage import ObjectStore, open_store, put_probably_new
 
-_VERSION = 7  # of the staged format; objects of other versions are not found
+_VERSION = 8  # of the staged format; objects of other versions are not found
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _PART_BYTES = 32 * 2**20  # of records in memory; the tiles of one image may take gigabytes
 _MAX_STAGING_BYTES = 2 * _PART_BYTES  # in memory until they are stored, unless one object is larger
@@ -186,6 +186,7 @@ def _from_json(values: dict[str, Any]) -> EncodedSample | RejectedPair:
     geometry = Geometry(**geometry, crop=Box(**crop) if crop else None)
     moments = {key: _tuple(value) for key, value in values.pop("moments").items()}
     counts = tuple(values.pop("pixels_per_class"))
+    unmapped = tuple((_tuple(color), count) for color, count in values.pop("unmapped_colors"))
     num_above = tuple(values.pop("num_above"))
     findings = tuple(inbreast.Finding(**each) for each in values.pop("findings"))
     regions = values.pop("regions")
@@ -195,6 +196,7 @@ def _from_json(values: dict[str, Any]) -> EncodedSample | RejectedPair:
         geometry=geometry,
         moments=Moments(**moments),
         pixels_per_class=counts,
+        unmapped_colors=unmapped,
         num_above=num_above,
         findings=findings,
         regions=regions,

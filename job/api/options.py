@@ -43,6 +43,7 @@ class PrepOptions(TypedDict, total=False):
     channels: Literal["auto", "grey", "rgb"]
     full_scale: int | None
     classes: str
+    ignore: str | None
     ignore_id: int | None
     off_map_limit: float
     skip_bad: bool

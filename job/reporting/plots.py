@@ -16,8 +16,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.imaging.codecs import encode_png
-from data_prep.imaging.color_map import ClassColor
 from data_prep.imaging.pixels import shown_channels
+from data_prep.masks.color_map import ClassColor
 
 Pixels = npt.NDArray[np.uint8]
 Color = tuple[int, int, int]

@@ -290,7 +290,6 @@ def test_a_validation_split_that_cannot_be_drawn_is_a_wrong_call(
             2,
             "must be a name without its ending",
         ),
-        (["--field-of-view", "labels"], 2, "--field-of-view needs --ignore-id, the id"),
         (["--draw-valid", "1"], 2, "--draw-valid=1.0: input should be less than 1"),
         (["--format", "inbreast", "--masks", "gt"], 2, "--masks needs --format pairs"),
         ([], 2, "groundtruth/ and labels/ may be the masks; choose one, for example --masks"),

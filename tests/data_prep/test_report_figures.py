@@ -5,7 +5,7 @@ import io
 import numpy as np
 import PIL.Image
 
-from data_prep.imaging.color_map import ClassColor
+from data_prep.masks.color_map import ClassColor
 from data_prep.report_figures import (
     _GAP,
     PairPreview,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.imaging.color_map import ClassColor
+from data_prep.masks.color_map import ClassColor
 from job.reporting.plots import curve_png, mask_png, overlay_png, panel_png, panel_title
 
 CLASSES = (ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255)))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_prep.imaging.codecs import read_image, read_mask_pixels
-from data_prep.imaging.color_map import DEFAULT_CLASSES
-from data_prep.imaging.masks import to_class_ids
+from data_prep.masks.color_map import DEFAULT_CLASSES
+from data_prep.masks.reading import MaskRules, read_classes
 from data_prep.phantoms.cli import main
 from data_prep.phantoms.images import make_phantom, write_phantoms
 from data_prep.sources.pairs import find_pairs, find_sources
@@ -100,9 +100,9 @@ def test_write_phantoms_writes_a_source_of_pairs_with_patients(tmp_path: Path) -
         np.testing.assert_array_equal(read_image(stored, name="a")[..., 0], image)
         colors = read_mask_pixels((Path(pair.mask_url) / pair.mask_name).read_bytes(), name="a")
         assert colors.shape == (64, 64, 3)
-        ids, unmapped, _ = to_class_ids(colors, DEFAULT_CLASSES, name="a")
-        np.testing.assert_array_equal(ids, mask)
-        assert unmapped == 0
+        reading = read_classes(colors, MaskRules(DEFAULT_CLASSES), name="a")
+        np.testing.assert_array_equal(reading.ids, mask)
+        assert reading.unmapped_pixels == 0
 
 
 def test_write_phantoms_again_gives_the_same_files(tmp_path: Path) -> None:

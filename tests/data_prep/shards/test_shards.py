@@ -9,8 +9,8 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from data_prep.imaging.color_map import DEFAULT_CLASSES
 from data_prep.imaging.pixels import PixelFormat
+from data_prep.masks.color_map import DEFAULT_CLASSES
 from data_prep.shards.encode import chunked, moments_of, scan_chunks
 from data_prep.shards.manifest import shard_name
 from data_prep.shards.output import claim_output, remove_state, staging_url
@@ -36,7 +36,6 @@ _LAYOUT = Layout(
     channels="auto",
     classes=DEFAULT_CLASSES,
     ignore_id=None,
-    off_map_limit=0.01,
     max_pixels=10_000,
 )
 
@@ -132,10 +131,16 @@ def test_scan_names_the_colour_that_is_no_class(tmp_path):
     mask[0, :2] = (0, 0, 255)  # BGR: red, 2 of 64 pixels
     mask[4, :2] = 255
     item = _item(tmp_path, "a", _grey(1), mask)
-    with pytest.raises(ContentError, match=r"masks/a\.png: 3\.12 % .*\(255, 0, 0\)"):
+    (found,) = _scan(tmp_path, [item])
+    assert (found.unmapped_pixels, found.unexplained_pixels) == (2, 2)
+    assert found.unmapped_colors == (((255, 0, 0), 2),)
+    mask[0:2, :2] = (0, 0, 255)
+    item = _item(tmp_path, "b", _grey(1), mask)
+    words = r"masks/b\.png: .* 4 pixels of colour 255,0,0 at row 0, column 0; .*--ignore 255,0,0"
+    with pytest.raises(ContentError, match=words):
         _scan(tmp_path, [item])
-    (found,) = _scan(tmp_path, [item], off_map_limit=0.5)
-    assert found.unmapped_pixels == 2
+    (found,) = _scan(tmp_path, [item], ignore_id=254, ignored=((255, 0, 0),))
+    assert (found.unmapped_pixels, found.pixels_per_class) == (0, (58, 2))
 
 
 def test_scan_skips_a_bad_pair_and_says_why(tmp_path):

@@ -65,6 +65,29 @@ def _remedy(level: int) -> str:
     )
 
 
+def parse_ignored(texts: Sequence[str]) -> tuple[Color, ...]:
+    """Returns the colours of texts like `255` (a grey level), `224,224,192` or `#e0e0c0`.
+
+    Raises:
+        UsageError: another form.
+    """
+    return tuple(dict.fromkeys(_parse_ignored(text) for text in texts))
+
+
+def check_ignored(classes: Sequence[ClassColor], ignored: Sequence[Color]) -> None:
+    """Checks that no ignored colour is the colour of a class.
+
+    Raises:
+        UsageError: a colour is both.
+    """
+    for entry in classes:
+        if entry.color in ignored:
+            raise UsageError(
+                f"--ignore {','.join(map(str, entry.color))} is the colour of {entry.name!r}; "
+                "remove one of them"
+            )
+
+
 def check_ignore_id(classes: Sequence[ClassColor], ignore_id: int | None) -> None:
     """Checks that the ignore id cannot be confused with a class.
 
@@ -86,9 +109,46 @@ def check_ignore_id(classes: Sequence[ClassColor], ignore_id: int | None) -> Non
             )
 
 
+def free_ignore_id(classes: Sequence[ClassColor]) -> int:
+    """Returns the largest id that is neither the id nor the grey level of a class.
+
+    Raises:
+        UsageError: there is none.
+    """
+    taken = {entry.id for entry in classes} | {grey_level(entry.color) for entry in classes}
+    free = [value for value in range(MAX_CLASSES) if value not in taken]
+    if not free:
+        raise UsageError("--ignore needs a free id, but all 256 are classes; remove a class")
+    return free[-1]
+
+
 def grey_level(color: Color) -> int | None:
     """Returns the grey level of `color`, None if it is not grey."""
     return color[0] if color[0] == color[1] == color[2] else None
+
+
+def parse_color(text: str) -> Color | None:
+    """Returns the colour of `r,g,b` (0..255 each) or `#rrggbb`, None for another form."""
+    hexadecimal = re.fullmatch(r"#([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})", text)
+    decimal = re.fullmatch(r"(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})", text, re.ASCII)
+    if hexadecimal:
+        red, green, blue = (int(value, 16) for value in hexadecimal.groups())
+    elif decimal:
+        red, green, blue = (int(value) for value in decimal.groups())
+    else:
+        return None
+    return (red, green, blue) if max(red, green, blue) <= 255 else None
+
+
+def _parse_ignored(text: str) -> Color:
+    plain = text.strip()
+    color = parse_color(f"{plain},{plain},{plain}" if "," not in plain else plain)
+    color = color or parse_color(plain)
+    if color is None:
+        raise UsageError(
+            f"--ignore {text!r} is not a grey level 0 to 255, r,g,b (0..255 each) or #rrggbb"
+        )
+    return color
 
 
 def _refuse_twice(what: str, values: Sequence[str | Color], text: str) -> None:
@@ -99,14 +159,9 @@ def _refuse_twice(what: str, values: Sequence[str | Color], text: str) -> None:
 
 def _parse_class(class_id: int, part: str, text: str) -> ClassColor:
     name, found, color = (piece.strip() for piece in part.partition("="))
-    hexadecimal = re.fullmatch(r"#([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})", color)
-    decimal = re.fullmatch(r"(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})", color, re.ASCII)
-    if hexadecimal:
-        red, green, blue = (int(value, 16) for value in hexadecimal.groups())
-    elif decimal:
-        red, green, blue = (int(value) for value in decimal.groups())
-    if not name or not found or not (hexadecimal or decimal) or max(red, green, blue) > 255:
+    value = parse_color(color)
+    if not name or not found or value is None:
         raise UsageError(
             f"classes {text!r}: {part.strip()!r} is not name=r,g,b (0..255 each) or name=#rrggbb"
         )
-    return ClassColor(class_id, name, (red, green, blue))
+    return ClassColor(class_id, name, value)

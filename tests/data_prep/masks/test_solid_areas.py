@@ -1,0 +1,126 @@
+"""Areas of a colour of no class are found and named, whatever the rest of the mask is like."""
+
+import re
+
+import cv2
+import numpy as np
+import pytest
+
+from data_prep.masks.color_map import DEFAULT_CLASSES, parse_color_map
+from data_prep.masks.reading import MaskRules, read_classes
+from flexunet.errors import ContentError
+from tests.data_prep.masks.drawn_masks import (
+    colors_of,
+    compressed,
+    far_color,
+    random_classes,
+    random_ids,
+    resized,
+)
+
+ORGANS = parse_color_map("background=0,0,0;mass=255,0,0;calcification=0,0,255")
+
+
+def random_blob(rng: np.random.Generator) -> np.ndarray:
+    """Returns a box of bool with 4 to 40 connected pixels, 2 x 2 of them in a square."""
+    blob = np.zeros((7, 7), bool)
+    blob[:2, :2] = True
+    for _ in range(int(rng.integers(0, 37))):
+        beside = cv2.dilate(blob.view(np.uint8), np.ones((3, 3), np.uint8)).view(bool) & ~blob
+        rows, columns = np.nonzero(beside)
+        chosen = int(rng.integers(len(rows)))
+        blob[rows[chosen], columns[chosen]] = True
+    return blob
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_planted_blob_of_4_to_40_pixels_is_named_with_its_place(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    number = int(rng.integers(2, 6))
+    classes = random_classes(rng, number)
+    colors = colors_of(classes)
+    mask = colors.astype(np.uint8)[random_ids(rng, number)]
+    scale, method = [(1, 0), (2, cv2.INTER_LINEAR), (0.6, cv2.INTER_CUBIC)][seed % 3]
+    mask = resized(scale, method)(mask)
+    read_classes(mask, MaskRules(classes), name="m.png")
+    is_class = (mask[:, :, np.newaxis] == colors.astype(np.uint8)).all(axis=3).any(axis=2)
+    free = cv2.erode(is_class.view(np.uint8), np.ones((15, 15), np.uint8))[:-8, :-8]
+    rows, columns = np.nonzero(free)
+    place = int(rng.integers(len(rows)))
+    row, column = int(rows[place]), int(columns[place])
+    blob = random_blob(rng)
+    color = far_color(rng, colors)
+    mask[row : row + blob.shape[0], column : column + blob.shape[1]][blob] = color
+    named = ",".join(map(str, color))
+    words = f"m.png: .*{np.count_nonzero(blob)} pixels of colour {named} at row {row}, column "
+    with pytest.raises(ContentError, match=rf"{words}.*--ignore {named}$"):
+        read_classes(mask, MaskRules(classes), name="m.png")
+    ignored = (tuple(int(each) for each in color),)
+    reading = read_classes(mask, MaskRules(classes, 200, ignored), name="m.png")  # type: ignore[arg-type]
+    assert np.count_nonzero(reading.ids == 200) >= np.count_nonzero(blob)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_large_area_is_named_after_jpeg_compression(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    classes = random_classes(rng, 3)
+    colors = colors_of(classes)
+    mask = colors.astype(np.uint8)[random_ids(rng, 3)]
+    color = far_color(rng, colors)
+    mask[30:60, 40:70] = color
+    with pytest.raises(ContentError, match=r"m\.jpg: has areas of a colour of no class") as error:
+        read_classes(compressed(85)(mask), MaskRules(classes), name="m.jpg")
+    found = re.search(r"of colour (\d+),(\d+),(\d+) at", str(error.value))
+    assert found
+    assert np.abs(np.array([int(each) for each in found.groups()]) - color).max() <= 24
+
+
+@pytest.mark.parametrize(
+    ("level", "side"), [(1, 2), (1, 70), (2, 4), (100, 2), (127, 3), (128, 3), (128, 70), (200, 5)]
+)
+def test_a_second_grey_level_beside_a_white_lesion_is_an_error(level: int, side: int) -> None:
+    mask = np.zeros((128, 128), np.uint8)
+    mask[10:40, 10:40] = 255
+    mask[50 : 50 + side, 50 : 50 + side] = level
+    pixels = side * side
+    for pixels_of in (mask, np.stack([mask] * 3, axis=2)):
+        words = rf"{pixels} pixels of colour {level},{level},{level} at row 50, column 50"
+        with pytest.raises(ContentError, match=words):
+            read_classes(pixels_of, MaskRules(DEFAULT_CLASSES), name="m.png")
+
+
+@pytest.mark.parametrize("color", [(0, 255, 0), (255, 255, 0), (255, 255, 255), (60, 0, 200)])
+def test_an_outline_of_another_color_is_an_error(color: tuple[int, int, int]) -> None:
+    mask = np.zeros((64, 64, 3), np.uint8)
+    mask[5:20, 5:20] = (255, 0, 0)
+    cv2.rectangle(mask, (30, 30), (50, 55), color, 1)
+    if color == (60, 0, 200):  # near the blends of red and blue, a line is taken for one
+        assert read_classes(mask, MaskRules(ORGANS), name="m.png").unexplained_pixels > 0
+        return
+    with pytest.raises(ContentError, match="at row 30, column 30"):
+        read_classes(mask, MaskRules(ORGANS), name="m.png")
+
+
+def test_many_areas_are_counted_and_the_largest_are_named() -> None:
+    mask = np.zeros((64, 64, 3), np.uint8)
+    for i in range(5):
+        mask[10 * i : 10 * i + 3 + i, 20:24] = (0, 255, 0)
+    with pytest.raises(ContentError, match=r"28 pixels .* 24 pixels .* 20 pixels .* and 2 more;"):
+        read_classes(mask, MaskRules(ORGANS), name="m.png")
+
+
+def test_a_noisy_area_of_no_class_is_an_error() -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[5:20, 5:20] = 255
+    noise = np.random.default_rng(0).integers(-9, 9, (20, 20))
+    mask[30:50, 30:50] = 110 + noise
+    with pytest.raises(ContentError, match="areas of a colour of no class: 400 pixels"):
+        read_classes(mask, MaskRules(DEFAULT_CLASSES), name="m.png")
+
+
+def test_a_photograph_in_place_of_a_mask_is_an_error() -> None:
+    image = cv2.GaussianBlur(
+        np.random.default_rng(0).integers(0, 256, (96, 96), np.uint8), (9, 9), 0
+    )
+    with pytest.raises(ContentError, match="areas of a colour of no class"):
+        read_classes(np.asarray(image, np.uint8), MaskRules(DEFAULT_CLASSES), name="m.png")
