@@ -99,6 +99,7 @@ class TrainOptions(TypedDict, total=False):
     keep_checkpoints: int
     cache_dir: StrPath | None
     cache: Literal["full", "ranges"]
+    cache_size: float | None
     cpu_replicas: int
     gradient_exchange: Literal["auto", "all_reduce"]
     exchange_flops_per_byte: float | None

@@ -185,8 +185,16 @@ class TrainConfig(Settings):
     )
     cache: Literal["full", "ranges"] = option(
         "full",
-        "full: copy all shards first; ranges: read samples one by one over the network.",
+        "full: copy all shards first; ranges: keep nothing, read samples over the network.",
         not_identity=True,
+    )
+    cache_size: float | None = option(
+        None,
+        "With --cache full: most GiB of a remote dataset to keep on a node. Of a larger dataset "
+        "samples are kept up to this size, and the others are read over the network in each "
+        "epoch. none: copy all shards.",
+        not_identity=True,
+        gt=0,
     )
     cpu_replicas: int = option(
         1, "Number of mirrored replicas on a machine without a GPU.", not_identity=True, ge=1, le=64

@@ -141,7 +141,9 @@ def distributed_batches(
     """
     num_local = len(strategy.extended.worker_devices)
     replicas = Replicas(first_replica, strategy.num_replicas_in_sync, num_local)
-    elements = iterate(make_batches(dataset, reader, plan, replicas), reader)
+    batches = make_batches(dataset, reader, plan, replicas)
+    reader.expect(_sample_rows(plan, replicas)["index"].reshape(-1))
+    elements = iterate(batches, reader)
     for first in elements:
         parts = [first, *itertools.islice(elements, num_local - 1)]
         on_devices = [

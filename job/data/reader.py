@@ -23,6 +23,7 @@ from data_prep.shards.records import (
 from flexunet.errors import ContentError, FlexUNetError, StorageError
 from flexunet.storage import ObjectStore, local_path
 from job.data.dataset import Split
+from job.data.record_cache import ReadAhead, RecordKey, RemoteRecords
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,25 @@ class RecordReader:
     """Reads records by position, from local shards or by range over the network."""
 
     def __init__(
-        self, store: ObjectStore, split: Split, folder: str | None, *, channels: int
+        self, store: ObjectStore, split: Split, source: str | RemoteRecords, *, channels: int
     ) -> None:
-        """Reads from the shards in `folder`, or from `store` if `folder` is None.
+        """Reads `split` of the dataset in `store`.
 
         Args:
+            source: folder of the shards, or the records of `store`.
             channels: of the stored images.
         """
         self.channels = channels
         self._store = store
         self._split = split
-        self._folder = folder
+        self._folder = source if isinstance(source, str) else None
+        self._ahead = ReadAhead(source, self._key) if isinstance(source, RemoteRecords) else None
         self.failure: FlexUNetError | None = None
+
+    def expect(self, indices: np.ndarray) -> None:
+        """Sets the samples (N,) int64 that are read next; fetches remote ones ahead."""
+        if self._ahead is not None:
+            self._ahead.expect(indices.tolist())
 
     def read_many(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns images and masks of `indices` (B,) int64, both (B,) bytes of PNG files.
@@ -75,14 +83,13 @@ class RecordReader:
             ContentError: the record is missing, damaged or of another sample; names the shard and
                 the sample.
         """
-        shard = self._split.shards[index]
-        offset, length = int(self._split.offsets[index]), int(self._split.lengths[index])
-        if self._folder is None:
-            record = self._store.get(shard, offset, length)
+        key = self._key(index)
+        if self._ahead is not None:
+            record = self._ahead.read(index)
         else:
-            record = _read_part(local_path(self._folder, shard), offset, length)
+            record = _read_part(local_path(self._folder or "", key.shard), key.offset, key.length)
         sample_id = self._split.ids[index]
-        where = f"{self._store.url}/{shard}, sample {sample_id!r}"
+        where = f"{self._store.url}/{key.shard}, sample {sample_id!r}"
         features = _features_of(unframe_record(record, where=where))
         # Checksums do not detect a shard that was replaced by another.
         if features.get(ID_FEATURE) != sample_id.encode():
@@ -91,6 +98,10 @@ class RecordReader:
                 "prepare the dataset again"
             )
         return Record(features[IMAGE_FEATURE], features[MASK_FEATURE])
+
+    def _key(self, index: int) -> RecordKey:
+        split = self._split
+        return RecordKey(split.shards[index], int(split.offsets[index]), int(split.lengths[index]))
 
 
 def _read_part(path: str, offset: int, length: int) -> bytes:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.shards.manifest import ShardInfo
+from data_prep.shards.manifest import Manifest, ShardInfo
 from flexunet.errors import ContentError, StorageError
 from flexunet.progress import Heartbeat, Progress, no_heartbeat
 from flexunet.storage import LocalStore, ObjectStore, crc32c_of_file, local_path, open_store
@@ -18,9 +18,12 @@ from flexunet.text import pluralize
 from job.data.dataset import Dataset, Split
 from job.data.downloads import MIB, ShardCopies
 from job.data.reader import RecordReader
+from job.data.record_cache import RecordFolder, RemoteRecords
 
 logger = logging.getLogger(__name__)
 
+RECORDS_FOLDER = "records"  # beside the shards of a dataset in the cache
+GIB = 1 << 30
 _LOCK_TICK_S = 0.5
 
 
@@ -31,11 +34,13 @@ class CacheOptions:
     Attributes:
         cache: "full" or "ranges".
         cache_dir: folder of the cache; None: `~/.cache/flexunet`.
+        cache_size: most GiB of the dataset to keep, if it is larger; None: no limit.
         progress: show the progress of copying.
     """
 
     cache: str
     cache_dir: str | None
+    cache_size: float | None = None
     progress: bool = True
 
 
@@ -55,6 +60,9 @@ def open_readers(
 ) -> dict[str, RecordReader]:
     """Returns a reader of each split by name; with "full", copies remote shards to the cache first.
 
+    With a `cache_size` that is less than the dataset, keeps single records instead when they are
+    first read.
+
     Args:
         heartbeat: called for every shard in the cache, and while shards are copied.
 
@@ -65,19 +73,43 @@ def open_readers(
     store = open_store(dataset.url)
     names = {name for split in splits.values() for name in split.shards}
     shards = [shard for shard in dataset.manifest.shards if shard.name in names]
-    folder = store.local_root
-    if folder is not None:
+    source: str | RemoteRecords
+    if store.local_root is not None:
         _check_sizes(store, shards)
-    elif options.cache == "full":
+        source = store.local_root
+    elif options.cache == "ranges":
+        source = RemoteRecords(store, None)
+    else:
         top = options.cache_dir or Path.home() / ".cache" / "flexunet"
-        folder = str(Path(top) / dataset.digest)
-        with _locked(Path(folder), heartbeat):
-            _fill_cache(store, shards, folder, heartbeat, progress=options.progress)
+        folder = Path(top) / dataset.digest
+        records = _bounded_folder(folder, dataset.manifest, options.cache_size)
+        source = str(folder) if records is None else RemoteRecords(store, records)
+        if records is None:
+            with _locked(folder, heartbeat):
+                _fill_cache(store, shards, str(folder), heartbeat, progress=options.progress)
     channels = dataset.manifest.channels
     return {
-        name: RecordReader(store, split, folder, channels=channels)
+        name: RecordReader(store, split, source, channels=channels)
         for name, split in splits.items()
     }
+
+
+def _bounded_folder(
+    folder: Path, manifest: Manifest, cache_size: float | None
+) -> RecordFolder | None:
+    """Returns the folder for records of a dataset that is larger than `cache_size` GiB."""
+    num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+    if cache_size is None or num_bytes <= cache_size * GIB:
+        return None
+    records = RecordFolder(str(folder / RECORDS_FOLDER), int(cache_size * GIB))
+    logger.info(
+        "%s: keeping up to %.1f of %.1f GiB of the dataset; the rest is read over the network in "
+        "each epoch",
+        records.path,
+        cache_size,
+        num_bytes / GIB,
+    )
+    return records
 
 
 def _check_sizes(store: ObjectStore, shards: Sequence[ShardInfo]) -> None:
@@ -139,8 +171,8 @@ def _fill_cache(
     if needed > free:
         raise StorageError(
             f"{folder}: the shards need {needed / MIB:.0f} MiB, but this disk has "
-            f"{free / MIB:.0f} MiB free; give another --cache-dir, or --cache ranges to read "
-            "over the network"
+            f"{free / MIB:.0f} MiB free; give another --cache-dir, or --cache-size to keep a part "
+            "and read the rest over the network"
         )
     size = f"{pluralize(len(missing), 'shard')}, {needed / MIB:.1f} MiB"
     logger.info("caching %s: %s, in %s", store.url, size, folder)

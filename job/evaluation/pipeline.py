@@ -224,7 +224,7 @@ def _log_replaced(target: ObjectStore, *, keeps_fit: bool) -> None:
 def _reader_of(
     dataset: Dataset, split: Split, settings: TrainConfig, *, progress: bool
 ) -> RecordReader:
-    options = CacheOptions(settings.cache, settings.cache_dir, progress)
+    options = CacheOptions(settings.cache, settings.cache_dir, settings.cache_size, progress)
     return open_readers(dataset, {"": split}, options)[""]
 
 

@@ -96,7 +96,7 @@ def network_words(model: ModelConfig, num_parameters: int, *, has_gpu: bool) -> 
 def _open_readers(setup: TrainingSetup, heartbeat: Heartbeat) -> dict[str, RecordReader]:
     """Fills the cache and returns a reader of every split, by name."""
     config, dataset = setup.config, setup.dataset
-    options = CacheOptions(config.cache, config.cache_dir, config.progress)
+    options = CacheOptions(config.cache, config.cache_dir, config.cache_size, config.progress)
     readers: dict[str, RecordReader] = {}
 
     def fill_cache(heartbeat: Heartbeat) -> None:

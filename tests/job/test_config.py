@@ -29,6 +29,7 @@ FREE = {
     "keep_checkpoints",
     "cache_dir",
     "cache",
+    "cache_size",
     "cpu_replicas",
     "accumulate",
     "keep_memory",
