@@ -106,6 +106,7 @@ bench: .venv/.installed ## run all benchmarks but bench-gpu, bench-peers, on an 
 	$(BIN)/python benchmarks/prep.py
 	$(BIN)/python benchmarks/input.py
 	$(BIN)/python benchmarks/cache.py
+	$(BIN)/python benchmarks/records.py
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/normalization.py

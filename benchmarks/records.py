@@ -26,6 +26,7 @@ from job.config import TrainConfig
 from job.data.dataset import Dataset, open_dataset
 from job.data.pipeline import EpochPlan, distributed_batches, one_ahead
 from job.data.reader import RecordReader
+from job.data.record_cache import RemoteRecords
 from job.data.sampling import global_batches, sample_order
 from job.data.shard_cache import CacheOptions, open_readers
 
@@ -114,9 +115,8 @@ def readers_of(dataset: Dataset, work: str) -> dict[str, RecordReader]:
         name: open_readers(dataset, {"train": split}, options[name])["train"]
         for name in ("all", "half", "a tenth", "nothing")
     }
-    one = open_readers(dataset, {"train": split}, options["nothing"])["train"]
-    one.__class__ = Impatient
-    return readers | {"one at a time": one}
+    store = open_store(URL)
+    return readers | {"one at a time": Impatient(store, split, RemoteRecords(store, None))}
 
 
 def images_per_s(

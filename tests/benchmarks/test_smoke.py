@@ -118,6 +118,12 @@ SMOKES = [
         ("seconds>one>median", "times_as_fast>median", "share_of_streams>median"),
     ),
     Smoke(
+        "records.py",
+        (*TINY, "--num-images", "12", "--step-ms", "1", "--latency-ms", "1"),
+        "records.json",
+        ("images_per_s>half>median", "over_all>one at a time>median", "mean_record_kb"),
+    ),
+    Smoke(
         "prep.py",
         (*TINY, "--num-images", "24"),
         "prep.json",
