@@ -217,8 +217,7 @@ class ReadAhead:
         self._key_of = key_of
         self._mutex = threading.Lock()
         self._order: deque[int] = deque()
-        self._num_left: Counter[int] = Counter()  # occurrences in the order
-        self._num_read: Counter[int] = Counter()  # of these, already read
+        self._num_read: Counter[int] = Counter()  # reads of samples before their request
         self._pending: dict[int, deque[Future[bytes]]] = {}
         self._num_pending = 0
 
@@ -231,7 +230,7 @@ class ReadAhead:
             self._pending.clear()
             self._num_pending = 0
             self._order = deque(order)
-            self._num_left, self._num_read = Counter(self._order), Counter()
+            self._num_read.clear()
             self._fill()
 
     def read(self, index: int) -> bytes:
@@ -247,7 +246,7 @@ class ReadAhead:
                 self._num_pending -= 1
                 if not futures:
                     del self._pending[index]
-            elif self._num_left[index]:
+            else:
                 self._num_read[index] += 1
             self._fill()
         return self._records.read(self._key_of(index)) if future is None else future.result()
@@ -258,7 +257,6 @@ class ReadAhead:
             if self._num_pending == NUM_AHEAD:
                 return
             index = self._order.popleft()
-            self._num_left[index] -= 1
             if self._num_read[index]:
                 self._num_read[index] -= 1  # several threads read, and one was faster
                 continue
