@@ -103,7 +103,7 @@ def _bounded_folder(
         return None
     records = RecordFolder(str(folder / RECORDS_FOLDER), int(cache_size * GIB))
     logger.info(
-        "%s: keeping up to %.1f of %.1f GiB of the dataset; the rest is read over the network in "
+        "%s: keeping up to %.3g of %.3g GiB of the dataset; the rest is read over the network in "
         "each epoch",
         records.path,
         cache_size,
