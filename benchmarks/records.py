@@ -116,7 +116,9 @@ def readers_of(dataset: Dataset, work: str) -> dict[str, RecordReader]:
         for name in ("all", "half", "a tenth", "nothing")
     }
     store = open_store(URL)
-    return readers | {"one at a time": Impatient(store, split, RemoteRecords(store, None))}
+    return readers | {
+        "one at a time": Impatient(store, split, RemoteRecords(store, None), channels=1)
+    }
 
 
 def images_per_s(

@@ -300,7 +300,7 @@ def test_a_lost_network_ends_the_epoch_with_its_error(
     dataset = open_dataset(remote)
     short: ObjectStore = open_store(remote, retry_s=0.5)
     records = RemoteRecords(short, RecordFolder(str(tmp_path), half_of(dataset)))
-    reader = RecordReader(short, dataset.split("train"), records)
+    reader = RecordReader(short, dataset.split("train"), records, channels=1)
     faulty_bucket.proxy.down = True
     strategy = _one_cpu()
     plan = EpochPlan(np.arange(8).reshape(2, 4), 0, 0)
