@@ -111,6 +111,7 @@ bench: .venv/.installed ## run all benchmarks but bench-gpu, bench-peers, on an 
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/normalization.py
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/step.py --precision mixed_bfloat16

@@ -151,6 +151,15 @@ SMOKES = [
         "normalization.json",
         ("cases>0>errors>keras>gamma", "cases>0>time_over_keras>forward_backward>median"),
     ),
+    Smoke(
+        "evaluation.py",
+        (
+            *("--images", "2", "--large-images", "0", "--shrink", "4", "--repeats", "1"),
+            *("--only", "evaluate"),
+        ),
+        "evaluation.json",
+        ("scenes>street>evaluate>head>0>cpu",),
+    ),
     Smoke("plot.py", (), "ratios.png"),
 ]
 
