@@ -1,5 +1,6 @@
 """Shows the progress of long work: a bar on a terminal, a log line every 15 s elsewhere."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -116,6 +117,30 @@ class Progress:
             self._note,
         ]
         return ", ".join(part for part in parts if part)
+
+
+@contextlib.contextmanager
+def waiting(text: str, *, shown: bool = True) -> Iterator[None]:
+    """Shows `text` and the seconds so far on a terminal while the block runs, then removes them.
+
+    For work of unknown length before a `Progress` can count; shows nothing without a terminal.
+    """
+    if not (shown and sys.stderr.isatty()):
+        yield
+        return
+    from rich import progress
+    from rich.console import Console
+
+    with progress.Progress(
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        refresh_per_second=4,
+    ) as display:
+        display.add_task(text, total=None)
+        yield
 
 
 def load_bar() -> None:

@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from flexunet.errors import UsageError
 from flexunet.json_files import read_json
-from flexunet.progress import Progress
+from flexunet.progress import Progress, waiting
 from flexunet.settings import option
 from flexunet.storage import ObjectStore, open_store
 from job.config import TrainConfig
@@ -108,9 +108,10 @@ def evaluate(run_url: str, config: EvaluateConfig) -> tuple[Evaluation, str]:
     _check_tiles(run, dataset, config)
     from job.distributed.strategy import configure, require_gpu
 
-    if config.needs_gpu:
-        require_gpu()
-    strategy = configure(resolve_config(run, config))
+    with waiting("loading TensorFlow", shown=config.progress):
+        if config.needs_gpu:
+            require_gpu()
+        strategy = configure(resolve_config(run, config))
     return evaluate_run(run, dataset, strategy, config, others)
 
 
@@ -149,7 +150,7 @@ def evaluate_run(
     settings = resolve_config(run, config)
     split = dataset.split(config.split)
     target = evaluation_target(run, config)
-    with strategy.scope():
+    with waiting("loading the weights", shown=config.progress), strategy.scope():
         loaded = [load_model(each, which=config.checkpoint) for each in (run, *others)]
     members = [
         ensemble_member(each, commit)
@@ -180,8 +181,9 @@ def evaluate_run(
         [read_origin(each.store, each.config) for each in (run, *others)], dataset, split.name
     )
     evaluation.summary.update(checkpoint=used, prediction=protocol, init_from=origins)
-    evaluation = replace(evaluation, examples=draw_examples(evaluator, evaluation, reader))
-    return evaluation, write_evaluation(target, evaluation, evaluator)
+    with waiting("writing tables and images", shown=config.progress):
+        evaluation = replace(evaluation, examples=draw_examples(evaluator, evaluation, reader))
+        return evaluation, write_evaluation(target, evaluation, evaluator)
 
 
 def _log_checkpoint(run: ObjectStore, used: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from data_prep.shards.manifest import Manifest
 from flexunet.errors import StorageError
 from flexunet.process_pool import OpenWorkers
-from flexunet.progress import Progress
+from flexunet.progress import Progress, waiting
 from flexunet.storage import (
     NotFound,
     ObjectMeta,
@@ -231,7 +231,8 @@ def _results(whole: Chunk, open_workers: OpenWorkers | None) -> Iterator[ChunkRe
         if whole.overlap is None:  # a batch is filled up, which a few images do not need
             size = min(config.batch_size, len(whole.names))
             whole = replace(whole, config=config.model_copy(update={"batch_size": size}))
-        predictor = load_predictor(whole.members, config.flips, needs_gpu=config.needs_gpu)
+        with waiting("loading TensorFlow and the weights", shown=config.progress):
+            predictor = load_predictor(whole.members, config.flips, needs_gpu=config.needs_gpu)
         with Progress("infer", len(whole.names), shown=config.progress) as progress:
             yield predict_images(whole, predictor, progress.advance, progress.note)
         return

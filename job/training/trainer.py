@@ -8,6 +8,7 @@ process has a trainer and computes the same; only that of the first process has 
 import dataclasses
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -96,6 +97,11 @@ class Trainer:
     def is_stuck(self) -> bool:
         """Whether no loss scale keeps the gradient finite; `end_diverged` reports it."""
         return self.skipped_in_row >= MOST_SKIPPED
+
+    @property
+    def _shows_bar(self) -> bool:
+        is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        return self.config.progress and self.process_group.is_primary and is_terminal
 
     def restore(self) -> TrainState:
         """Returns the state of the newest verified checkpoint, or of a new run."""
@@ -372,6 +378,8 @@ class Trainer:
             split,
             self.readers[split],
             measured=measured,
+            # Elsewhere a line reports the phase, and the log gets no lines of a bar.
+            shown=measured and self._shows_bar,
             should_stop=should_stop,
             heartbeat=self.heartbeat,
         )

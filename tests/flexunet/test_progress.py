@@ -12,7 +12,7 @@ import pytest
 
 from flexunet import progress
 from flexunet.cli.interrupts import quiet_interrupts
-from flexunet.progress import Progress
+from flexunet.progress import Progress, waiting
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -123,13 +123,8 @@ def test_work_that_fails_does_not_claim_an_end(caplog: pytest.LogCaptureFixture)
     assert messages(caplog) == []
 
 
-def test_a_terminal_gets_a_bar_and_lines_above_it() -> None:
-    script = (
-        "from flexunet.progress import Progress\n"
-        "with Progress('reading', 4) as bar:\n"
-        "    bar.line('epoch 1 [loss]')\n"
-        "    bar.advance(4, note='noted')\n"
-    )
+def text_on_terminal(script: str) -> str:
+    """Returns what `script` writes to a terminal, without its control sequences."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
     child = subprocess.Popen([sys.executable, "-c", script], stderr=theirs, env=environment)
@@ -143,12 +138,47 @@ def test_a_terminal_gets_a_bar_and_lines_above_it() -> None:
             break
     os.close(ours)
     assert child.wait() == 0
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode())
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode())
+
+
+def test_a_terminal_gets_a_bar_and_lines_above_it() -> None:
+    plain = text_on_terminal(
+        "from flexunet.progress import Progress\n"
+        "with Progress('reading', 4) as bar:\n"
+        "    bar.line('epoch 1 [loss]')\n"
+        "    bar.advance(4, note='noted')\n"
+    )
     # Brackets of a line are not taken for markup.
     assert "epoch 1 [loss]" in plain
     assert "reading" in plain
     assert "4/4" in plain
     assert "noted" in plain
+
+
+def test_a_terminal_shows_what_a_command_waits_for() -> None:
+    # The second one works while another library writes to descriptor 2, as TensorFlow does.
+    plain = text_on_terminal(
+        "import os, time\n"
+        "from flexunet.native_stderr import suppress_native_stderr\n"
+        "from flexunet.progress import waiting\n"
+        "with waiting('hidden', shown=False): pass\n"
+        "with waiting('loading'), suppress_native_stderr(shown_on_error=True):\n"
+        "    time.sleep(1.2); os.write(2, b'noise')\n"
+    )
+    assert "hidden" not in plain
+    assert "noise" not in plain
+    assert "loading" in plain
+    assert "0:00:01" in plain
+
+
+def test_a_log_gets_no_line_of_what_a_command_waits_for(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    with waiting("loading"):
+        pass
+    assert messages(caplog) == []
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
