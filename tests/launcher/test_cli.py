@@ -305,7 +305,10 @@ def options_by_flag(name: str) -> set[str]:
 
 
 # Words in an option's text that show that it takes a path.
-IS_PATH = r"(folder|URL)\b(?! of the| name| below SOURCE)|CSV file|More runs|earlier run|Where the run's dataset"
+IS_PATH = (
+    r"(folder|URL)\b(?! of the| name| below SOURCE)|CSV file|More runs|earlier run"
+    r"|Where the run's dataset"
+)
 
 
 @pytest.mark.parametrize("cls", [PrepConfig, TrainConfig, EvaluateConfig, InferConfig])
