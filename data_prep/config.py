@@ -16,12 +16,13 @@ from data_prep.masks.color_map import (
     parse_color_map,
     parse_ignored,
 )
+from data_prep.masks.reading import Encoding
 from data_prep.sources import inbreast
 from flexunet.settings import Settings, option
 
 # Options that earlier versions did not have; with its default, each is no part of the identity.
 _LATER_OPTIONS = (
-    *("full_scale", "ignore", "images", "masks", "field_of_view", "image_name"),
+    *("full_scale", "ignore", "mask_encoding", "images", "masks", "field_of_view", "image_name"),
     *("mask_name", "missing_mask", "draw_valid"),
 )
 MAX_LISTED = 5  # names listed in a message
@@ -120,6 +121,12 @@ class PrepConfig(Settings):
     classes: str = option(
         "background=0,0,0;mass=255,255,255",
         "Mask colours in the order of the class ids: name=R,G,B;... or name=#rrggbb;...",
+    )
+    mask_encoding: Encoding = option(
+        "auto",
+        "What carries the classes in mask files. index: ids, also as indices of a palette; colour: "
+        "colours and grey levels; alpha: the alpha channel, opaque is the second class; auto: "
+        "ids if all values of a mask are ids, else colours.",
     )
     ignore: str | None = option(
         None,
@@ -255,6 +262,11 @@ class PrepConfig(Settings):
         classes = parse_color_map(self.classes)
         check_ignore_id(classes, self.ignore_id)
         check_ignored(classes, self.ignored_colors)
+        if self.mask_encoding == "alpha" and (len(classes) != 2 or self.ignore is not None):
+            raise ValueError(
+                "--mask-encoding alpha has two classes and no ignored pixels; give two --classes, "
+                "and leave out --ignore"
+            )
         return self
 
     @model_validator(mode="after")
@@ -274,7 +286,7 @@ class PrepConfig(Settings):
 
     def _layout_options(self) -> list[str]:
         """Returns the options given about folders and names of pairs."""
-        names = set(_LATER_OPTIONS) - {"full_scale", "ignore"}
+        names = set(_LATER_OPTIONS) - {"full_scale", "ignore", "mask_encoding"}
         return [
             f"--{name.replace('_', '-')}"
             for name in names

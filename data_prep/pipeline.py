@@ -290,6 +290,7 @@ def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | Reje
         tile_overlap=config.tile_overlap,
         full_scale=config.full_scale,
         ignored=config.ignored_colors,
+        mask_encoding=config.mask_encoding,
     )
     staging = staging_url(work.store.url)
     chunks = [

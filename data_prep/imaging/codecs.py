@@ -138,12 +138,12 @@ def _decode(data: bytes, *, name: str, max_pixels: int) -> Pixels:
             f"{name}: {len(data)} bytes are more than an image of {max_pixels} pixels can need; "
             "downscale the image, or increase --max-pixels"
         )
-    with _decoding(data, name=name):
+    with decoding(data, name=name):
         if data.startswith(TIFF_SIGNATURES):
             return _decode_tiff(data, name=name, max_pixels=max_pixels)
         if data.startswith(_GIF_SIGNATURES):
             _check_gif(data, name=name, max_pixels=max_pixels)
-        image = _open(data, name=name, max_pixels=max_pixels)
+        image = open_image(data, name=name, max_pixels=max_pixels)
         if image.format == "PNG":
             return _decode_png(data, image, name=name)
         _refuse_orientation(image.getexif().get(_EXIF_ORIENTATION, 1), name=name)
@@ -151,7 +151,7 @@ def _decode(data: bytes, *, name: str, max_pixels: int) -> Pixels:
 
 
 @contextmanager
-def _decoding(data: bytes, *, name: str) -> Iterator[None]:
+def decoding(data: bytes, *, name: str) -> Iterator[None]:
     """Converts any error of a decoder into a ContentError that names the file."""
     from PIL import UnidentifiedImageError
 
@@ -175,7 +175,7 @@ def _decoding(data: bytes, *, name: str) -> Iterator[None]:
             raise ContentError(f"{name}: {reason}; replace the file") from error
 
 
-def _open(data: bytes, *, name: str, max_pixels: int) -> "Image.Image":
+def open_image(data: bytes, *, name: str, max_pixels: int) -> "Image.Image":
     """Opens an image and checks its header, without decoding pixels."""
     from PIL import Image
 
@@ -314,7 +314,7 @@ def _decode_tiff(data: bytes, *, name: str, max_pixels: int) -> Pixels:
     _check_tiff(kind, name=name, max_pixels=max_pixels)
 
     def opened(file: bytes) -> "Image.Image":
-        return _open(file, name=name, max_pixels=max_pixels)
+        return open_image(file, name=name, max_pixels=max_pixels)
 
     if kind.is_16_bit and kind.photometric == RGB:
         if kind.is_planar:

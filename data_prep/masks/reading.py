@@ -2,7 +2,7 @@
 
 The module defines the meaning of mask pixels; it does not depend on where masks come from.
 
-Rules for reading a mask of any file format:
+Rules for reading a mask of any file format, if no encoding is given:
 - A mask whose colours are all grey is a grey mask, also if it is stored as RGB or as a palette.
 - A grey mask with only class ids (0..K-1) and ignored levels is an index mask, such as a 0/1 mask
   of two classes.
@@ -10,13 +10,16 @@ Rules for reading a mask of any file format:
   rules for the other pixels, which count as unmapped. 16-bit grey masks are compared with the
   colours times 257 (65535 is white).
 - A mask with an area of a colour of no class is rejected, see `solid_areas.py`.
+- A mask with a palette is read by its colours, if all of them are of classes, else by its indices,
+  if all of them are ids.
+- A mask of one colour with a varying alpha channel is rejected: its shape is in the alpha channel.
 - Ignored colours are read as the ignore id.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +27,12 @@ import numpy.typing as npt
 from data_prep.imaging.pixels import Pixels, grey_channel
 from data_prep.masks.blends import assign_classes
 from data_prep.masks.color_map import MAX_CLASSES, ClassColor, Color, grey_level
+from data_prep.masks.files import MaskFile
 from data_prep.masks.solid_areas import SolidArea, find_solid_areas
 from flexunet.errors import ContentError
 
+Encoding = Literal["auto", "index", "colour", "alpha"]
+"""What carries the classes: auto decides for each mask, see above."""
 ClassIds = npt.NDArray[np.uint8]
 """(H, W) uint8 class ids."""
 
@@ -44,12 +50,14 @@ class MaskRules:
     Attributes:
         classes: the classes in the order of their ids.
         ignore_id: id of pixels that are ignored everywhere, None without such pixels.
+        encoding: what carries the classes.
         ignored: distinct colours, none of them of a class, that are read as the ignore id.
     """
 
     classes: tuple[ClassColor, ...]
     ignore_id: int | None = None
     ignored: tuple[Color, ...] = ()
+    encoding: Encoding = "auto"
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,33 @@ class MaskReading:
         )
 
 
+def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
+    """Returns the class ids of a mask file, and its unmapped pixels.
+
+    Raises:
+        ContentError: see `read_classes`; or the file does not have what `rules.encoding` names.
+    """
+    if rules.encoding == "alpha":
+        return _read_alpha(mask, name=name)
+    if rules.encoding == "index":
+        plane = grey_channel(mask.pixels) if mask.indices is None else mask.indices
+        if plane is None:
+            raise ContentError(
+                f"{name}: is a colour image without a palette, but --mask-encoding is index; "
+                "replace the file, or use --mask-encoding colour"
+            )
+        return _read_index(plane, rules, name=name)
+    if rules.encoding == "auto":
+        if mask.alpha is not None and (mask.pixels == mask.pixels[0, 0]).all():
+            raise ContentError(
+                f"{name}: has one colour, and its shape is in the alpha channel; read it with "
+                "--mask-encoding alpha, or replace the file"
+            )
+        if mask.indices is not None and _is_index(mask.indices, mask.pixels, rules):
+            return _read_index(mask.indices, rules, name=name)
+    return read_classes(mask.pixels, rules, name=name)
+
+
 def read_classes(pixels: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
     """Returns the class ids of a mask, and its unmapped pixels.
 
@@ -96,6 +131,48 @@ def read_classes(pixels: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
     plane = grey_channel(pixels)
     coded = _code_colors(pixels, known) if plane is None else _code_grey(plane, known, rules)
     return coded if isinstance(coded, MaskReading) else _read_coded(coded, known, rules, name)
+
+
+def _is_index(indices: Pixels, pixels: Pixels, rules: MaskRules) -> bool:
+    """Returns whether the palette of a mask has colours of no class, but all indices are ids."""
+    used = np.unique(indices)
+    colors = pixels if pixels.ndim == 3 else np.stack([pixels] * 3, axis=2)
+    is_known = np.zeros(indices.shape, bool)
+    for color in _Known.of(rules).colors.astype(np.uint8):
+        is_known |= (colors == color).all(axis=2)
+    return not is_known.all() and bool((_index_table(rules)[used] >= 0).all())
+
+
+def _read_index(plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
+    values, counts = np.unique(plane, return_counts=True)
+    table = _index_table(rules)
+    wrong = [
+        (int(value), int(count))
+        for value, count in zip(values, counts, strict=True)
+        if value >= len(table) or table[value] < 0
+    ]
+    if wrong:
+        named = ", ".join(f"{value} ({count} pixels)" for value, count in wrong[:_NUM_COLORS_NAMED])
+        raise ContentError(
+            f"{name}: has ids of no class: {named}; the ids of the {len(rules.classes)} classes "
+            f"are 0 to {len(rules.classes) - 1}; add classes to --classes, or ignore these pixels "
+            f"with --ignore {wrong[0][0]}"
+        )
+    return MaskReading(table.astype(np.uint8)[plane])
+
+
+def _read_alpha(mask: MaskFile, *, name: str) -> MaskReading:
+    """Returns 1 where a mask is opaque by half or more; values between 0 and 255 are unmapped."""
+    if mask.alpha is None:
+        raise ContentError(
+            f"{name}: has no alpha channel, or one value in it, but --mask-encoding is alpha; "
+            "replace the file, or use another encoding"
+        )
+    is_soft = (mask.alpha > 0) & (mask.alpha < 255)
+    values, counts = np.unique(mask.alpha[is_soft], return_counts=True)
+    soft = sorted(zip(counts.tolist(), values.tolist(), strict=True), reverse=True)
+    colors = tuple(((value,) * 3, count) for count, value in soft[:_NUM_COLORS_NAMED])
+    return MaskReading((mask.alpha >= 128).astype(np.uint8), int(counts.sum()), colors)
 
 
 def to_colors(class_ids: npt.NDArray[Any], classes: Sequence[ClassColor]) -> Pixels:
@@ -160,7 +237,7 @@ def _code_grey(plane: Pixels, known: _Known, rules: MaskRules) -> _Coded | MaskR
         return MaskReading(exact)
     levels = np.flatnonzero(_counts(plane))
     as_index = _index_table(rules)
-    if levels[-1] < MAX_CLASSES and (as_index[levels] >= 0).all():
+    if rules.encoding == "auto" and levels[-1] < MAX_CLASSES and (as_index[levels] >= 0).all():
         return MaskReading(as_index.astype(np.uint8)[plane])
     table = np.zeros(levels[-1] + 1, np.int32)
     table[levels] = np.arange(len(levels))

@@ -16,8 +16,9 @@ from data_prep.imaging.arrays import check_storable, has_planes, is_npy, read_np
 from data_prep.imaging.codecs import read_image, read_mask_pixels
 from data_prep.imaging.dicom.reader import read_dicom
 from data_prep.imaging.pixels import grey_channel, to_rgb
+from data_prep.masks.files import MaskFile, read_mask_file
 from data_prep.masks.npz import read_npz_mask
-from data_prep.masks.reading import MaskReading, MaskRules, read_classes
+from data_prep.masks.reading import MaskReading, MaskRules, read_mask
 from data_prep.shards.source_pairs import File, Layout, ScanTask, SourcePair
 from data_prep.sources import inbreast
 from flexunet.errors import ContentError
@@ -209,9 +210,9 @@ def _read_mask(
     label = file.label
     if file.name.lower().endswith(".npz"):
         count = len(layout.classes)
-        pixels = read_npz_mask(data, label, num_classes=count, max_pixels=layout.max_pixels)
+        mask = MaskFile(read_npz_mask(data, label, num_classes=count, max_pixels=layout.max_pixels))
     else:
-        pixels = read_mask_pixels(data, name=label, max_pixels=layout.max_pixels)
-    _check_size(item, file, pixels, size)
-    rules = MaskRules(layout.classes, layout.ignore_id, layout.ignored)
-    return read_classes(pixels, rules, name=label)
+        mask = read_mask_file(data, name=label, max_pixels=layout.max_pixels)
+    _check_size(item, file, mask.pixels, size)
+    rules = MaskRules(layout.classes, layout.ignore_id, layout.ignored, layout.mask_encoding)
+    return read_mask(mask, rules, name=label)

@@ -11,6 +11,7 @@ from data_prep.imaging.dicom.reader import Reader
 from data_prep.imaging.geometry import Geometry
 from data_prep.imaging.lost_regions import RegionCounts
 from data_prep.masks.color_map import ClassColor, Color
+from data_prep.masks.reading import Encoding
 from data_prep.sources import inbreast
 
 
@@ -25,6 +26,7 @@ class Layout:
         full_scale: raw value of full intensity of 16-bit images that do not state it; None:
             determined from the images.
         ignored: mask colours that are read as `ignore_id`.
+        mask_encoding: what carries the classes in mask files.
     """
 
     height: int
@@ -41,6 +43,7 @@ class Layout:
     tile_overlap: int = 0
     full_scale: int | None = None
     ignored: tuple[Color, ...] = ()
+    mask_encoding: Encoding = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,7 @@ class PrepOptions(TypedDict, total=False):
     channels: Literal["auto", "grey", "rgb"]
     full_scale: int | None
     classes: str
+    mask_encoding: Literal["auto", "index", "colour", "alpha"]
     ignore: str | None
     ignore_id: int | None
     off_map_limit: float

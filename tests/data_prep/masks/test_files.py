@@ -1,0 +1,119 @@
+"""Mask files with a palette or alpha: read by what carries the classes, or rejected."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.masks.color_map import DEFAULT_CLASSES, parse_color_map
+from data_prep.masks.files import read_mask_file
+from data_prep.masks.reading import Encoding, MaskRules, read_mask
+from flexunet.errors import ContentError
+
+VOC = parse_color_map("background=0,0,0;aeroplane=128,0,0;bicycle=0,128,0")
+IDS = np.array([[0, 1, 1], [2, 0, 2]], np.uint8)
+PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0]
+
+
+def saved(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def with_palette(ids: np.ndarray, palette: list[int]) -> Image.Image:
+    image = Image.fromarray(ids)
+    image.putpalette(palette)
+    return image
+
+
+def read(data: bytes, rules: MaskRules) -> list[list[int]]:
+    file = read_mask_file(data, name="m.png", max_pixels=100)
+    ids: list[list[int]] = read_mask(file, rules, name="m.png").ids.tolist()
+    return ids
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("encoding", ["auto", "index", "colour"])
+def test_a_palette_is_read_by_its_colors_or_its_indices(kind: str, encoding: Encoding) -> None:
+    data = saved(with_palette(IDS, PALETTE), kind)
+    assert read(data, MaskRules(VOC, encoding=encoding)) == IDS.tolist()
+
+
+@pytest.mark.parametrize("encoding", ["auto", "index"])
+def test_a_palette_of_other_colors_is_read_by_its_indices(encoding: Encoding) -> None:
+    data = saved(with_palette(IDS, [9, 9, 9, 90, 80, 70, 30, 200, 40]), "PNG")
+    assert read(data, MaskRules(VOC, encoding=encoding)) == IDS.tolist()
+
+
+def test_colors_of_a_palette_count_before_its_indices() -> None:
+    swapped = [0, 0, 0, 0, 128, 0, 128, 0, 0]  # index 1 has the colour of class 2
+    data = saved(with_palette(IDS, swapped), "PNG")
+    assert read(data, MaskRules(VOC)) == [[0, 2, 2], [1, 0, 1]]
+    assert read(data, MaskRules(VOC, encoding="index")) == IDS.tolist()
+
+
+def test_an_ignored_index_of_a_palette_is_the_ignore_id() -> None:
+    ids = np.array([[0, 1], [255, 2]], np.uint8)
+    palette = PALETTE + [7] * 252 * 3 + [224, 224, 192]
+    data = saved(with_palette(ids, palette), "PNG")
+    assert read(data, MaskRules(VOC, 250, ((255, 255, 255),), "index")) == [[0, 1], [250, 2]]
+    assert read(data, MaskRules(VOC, 250, ((224, 224, 192),))) == [[0, 1], [250, 2]]
+    with pytest.raises(
+        ContentError, match=r"has ids of no class: 255 \(1 pixels\); .*--ignore 255"
+    ):
+        read(data, MaskRules(VOC, encoding="index"))
+
+
+@pytest.mark.parametrize("plane", [IDS, IDS.astype(np.uint16)])
+def test_grey_ids_are_read_as_index_whatever_the_colors_are(plane: np.ndarray) -> None:
+    data = saved(Image.fromarray(plane), "PNG")
+    assert read(data, MaskRules(VOC, encoding="index")) == IDS.tolist()
+    with pytest.raises(ContentError, match="of no class"):
+        read(saved(Image.fromarray(plane * 60), "PNG"), MaskRules(VOC, encoding="index"))
+
+
+def test_level_1_is_no_id_if_the_encoding_is_colour() -> None:
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:6, 2:6] = 1
+    data = saved(Image.fromarray(mask), "PNG")
+    assert read(data, MaskRules(DEFAULT_CLASSES)) == mask.tolist()
+    with pytest.raises(ContentError, match="16 pixels of colour 1,1,1"):
+        read(data, MaskRules(DEFAULT_CLASSES, encoding="colour"))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("LA", "PNG"), ("RGBA", "PNG"), ("RGBA", "TIFF")])
+def test_a_shape_in_the_alpha_channel_is_read_or_rejected(mode: str, kind: str) -> None:
+    alpha = np.array([[0, 255, 200], [0, 90, 255]], np.uint8)
+    image = Image.new(mode, (3, 2), "white")
+    image.putalpha(Image.fromarray(alpha))
+    data = saved(image, kind)
+    with pytest.raises(ContentError, match=r"m\.png: .*alpha channel; .*--mask-encoding alpha"):
+        read(data, MaskRules(DEFAULT_CLASSES))
+    file = read_mask_file(data, name="m.png", max_pixels=100)
+    reading = read_mask(file, MaskRules(DEFAULT_CLASSES, encoding="alpha"), name="m.png")
+    assert reading.ids.tolist() == [[0, 1, 1], [0, 0, 1]]
+    assert reading.unmapped_pixels == 2
+    assert reading.unmapped_colors == (((200,) * 3, 1), ((90,) * 3, 1))
+
+
+def test_colors_under_a_varying_alpha_channel_are_read_as_colors() -> None:
+    colors = np.array(PALETTE, np.uint8).reshape(3, 3)[IDS]
+    image = Image.fromarray(np.dstack([colors, (IDS > 0).astype(np.uint8) * 255]))
+    assert read(saved(image, "PNG"), MaskRules(VOC)) == IDS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("image", "encoding", "message"),
+    [
+        (Image.fromarray(IDS), "alpha", "has no alpha channel, or one value in it"),
+        (Image.new("RGBA", (2, 2), (9, 9, 9, 255)), "alpha", "has no alpha channel, or one value"),
+        (Image.new("RGB", (2, 2), (9, 80, 9)), "index", "is a colour image without a palette"),
+    ],
+)
+def test_a_file_without_what_the_encoding_names_is_rejected(
+    image: Image.Image, encoding: Encoding, message: str
+) -> None:
+    with pytest.raises(ContentError, match=rf"^m\.png: {message}"):
+        read(saved(image, "PNG"), MaskRules(DEFAULT_CLASSES, encoding=encoding))
