@@ -23,7 +23,9 @@ from data_prep.shards.source_pairs import File, Layout, ScanTask, SourcePair
 from data_prep.sources import inbreast
 from flexunet.errors import ContentError
 from flexunet.storage import ObjectStore, open_source
+from flexunet.text import join_truncated
 
+_MAX_LISTED = 3  # files named in an error
 PairData = tuple[bytes, ...]  # the files of a pair, see `SourcePair.files`
 
 
@@ -96,7 +98,7 @@ def _read_image_and_mask(item: SourcePair, task: ScanTask, data: PairData) -> Re
     reading = MaskReading(np.zeros(size, np.uint8))
     for number, file in enumerate(item.masks, 1):
         found = _read_mask(item, file, layout, data[number], size)
-        reading = found if number == 1 else _joined(reading, found, file, layout)
+        reading = found if number == 1 else _joined(reading, found, item.masks[:number], layout)
     if item.view is not None and layout.ignore_id is not None:
         reading.ids[~_read_view(item, item.view, layout, data[-1], size)] = layout.ignore_id
     return ReadPair(image, reading)
@@ -108,7 +110,7 @@ def _read_view(
     """Returns (H, W) bool: inside of the field of view, which is the brighter half of the values.
 
     Raises:
-        ContentError: the file has colours, another size than its image, or one value only.
+        ContentError: the file has colours, another size than its image, or no pixel inside.
     """
     pixels = read_mask_pixels(data, name=file.label, max_pixels=layout.max_pixels)
     _check_size(item, file, pixels, size)
@@ -131,11 +133,13 @@ def _check_size(item: SourcePair, file: File, pixels: np.ndarray, size: tuple[in
         )
 
 
-def _joined(before: MaskReading, found: MaskReading, file: File, layout: Layout) -> MaskReading:
+def _joined(
+    before: MaskReading, found: MaskReading, files: Sequence[File], layout: Layout
+) -> MaskReading:
     """Returns both masks as one: a class replaces ignored pixels, and these background.
 
     Args:
-        before: the masks of the image before `file`, which is read as `found`.
+        before, found: all masks before the last of `files`, and that one.
 
     Raises:
         ContentError: the masks give different classes to a pixel.
@@ -147,10 +151,11 @@ def _joined(before: MaskReading, found: MaskReading, file: File, layout: Layout)
         row, column = np.argwhere(differs)[0]
         names = {each.id: each.name for each in layout.classes}
         raise ContentError(
-            f"{file.label}: {np.count_nonzero(differs)} pixels have another class in another mask "
-            f"of this image, the first at x {column}, y {row}: "
-            f"{names[int(found.ids[row, column])]} here, {names[int(before.ids[row, column])]} "
-            "there; correct one, or select fewer masks with --mask-name"
+            f"{files[-1].label}: {np.count_nonzero(differs)} pixels have another class in "
+            f"{join_truncated([file.label for file in files[:-1]], _MAX_LISTED)}, the first at x "
+            f"{column}, y {row}: {names[int(found.ids[row, column])]} here, "
+            f"{names[int(before.ids[row, column])]} there; correct one, or select fewer masks with "
+            "--mask-name"
         )
     is_new = is_class[1] | ((before.ids == 0) & (found.ids == ignored))
     return before.joined_with(found, np.where(is_new, found.ids, before.ids))

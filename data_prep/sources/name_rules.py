@@ -8,6 +8,7 @@ accepted if it leaves no file over, or if no other rule pairs more than half as 
 """
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -230,14 +231,14 @@ def _candidates(folders: Sequence[tuple[_Stems, _Stems]]) -> list[NameRule]:
             for token in set(_TOKEN.findall(mask)):
                 by_token.setdefault(token, []).append(mask)
         for image in _samples(sorted(images)):
-            votes.update(set(_rules_of(image, by_token)))
+            votes.update(list(dict.fromkeys(_rules_of(image, by_token))))
     pooled = (
         [i for images, _ in folders for i in images],
         [m for _, masks in folders for m in masks],
     )
-    common = (_common_rule(*each) for each in (*folders, pooled))
+    common = (rule for each in (*folders, pooled) for rule in _common_rules(*each))
     voted = (rule for rule, _ in votes.most_common(_MAX_RULES))
-    return list(dict.fromkeys([EQUAL, *filter(None, common), *voted]))
+    return list(dict.fromkeys([EQUAL, *common, *voted]))
 
 
 def _rules_of(image: str, by_token: Mapping[str, Sequence[str]]) -> Iterator[NameRule]:
@@ -248,43 +249,52 @@ def _rules_of(image: str, by_token: Mapping[str, Sequence[str]]) -> Iterator[Nam
         shared.update(found if len(found) <= _MAX_SHARING else ())
     for mask, _ in shared.most_common(_MAX_PARTNERS):
         match = SequenceMatcher(None, image, mask, autojunk=False).find_longest_match()
-        yield _tidy(
+        rule = NameRule(
             (image[: match.a], image[match.a + match.size :]),
             (mask[: match.b], mask[match.b + match.size :]),
-            image[match.a : match.a + match.size],
         )
+        yield from _tidied(rule, image[match.a : match.a + match.size])
 
 
-def _common_rule(images: _Stems, masks: _Stems) -> NameRule | None:
-    """Returns the rule that is left if all images and all masks have a partner.
+def _common_rules(images: _Stems, masks: _Stems) -> Iterator[NameRule]:
+    """Yields the rules that are left if all images and all masks have a partner.
 
     Then the text that all images have at their start, and all masks, belongs to no key, or to all.
     """
     if len(images) < 2 or len(masks) < 2:
-        return None
-    sides = []
-    for stems in (images, masks):
-        prefix = _common_start(stems)
-        sides.append((prefix, _common_end([stem[len(prefix) :] for stem in stems])))
-    (image_prefix, image_suffix), (mask_prefix, mask_suffix) = sides
-    # Separators stay outside of the key: `21_training` has {stem}_training, not {stem}training.
-    before = len(_common_end([image_prefix, mask_prefix]).lstrip(_SEPARATORS))
-    after = len(_common_start([image_suffix, mask_suffix]).rstrip(_SEPARATORS))
-    return NameRule(
-        (image_prefix[: len(image_prefix) - before], image_suffix[after:]),
-        (mask_prefix[: len(mask_prefix) - before], mask_suffix[after:]),
-    )
+        return
+    for image, mask in itertools.product(_common_affixes(images), _common_affixes(masks)):
+        before = len(_common_end([image[0], mask[0]]))
+        after = len(_common_start([image[1], mask[1]]))
+        rule = NameRule(
+            (image[0][: len(image[0]) - before], image[1][after:]),
+            (mask[0][: len(mask[0]) - before], mask[1][after:]),
+        )
+        left, right = image[0][len(image[0]) - before :], image[1][:after]
+        yield from _tidied(rule, f"{left}a{right}")
 
 
-def _tidy(image: tuple[str, str], mask: tuple[str, str], key: str) -> NameRule:
-    """Returns the rule with separators at the ends of `key` moved to the text around it."""
+def _common_affixes(stems: _Stems) -> Iterator[tuple[str, str]]:
+    """Yields the prefix and the suffix of all stems; in two ways, because they may overlap."""
+    prefix, suffix = _common_start(stems), _common_end(stems)
+    yield prefix, _common_end([stem[len(prefix) :] for stem in stems])
+    yield _common_start([stem[: len(stem) - len(suffix)] for stem in stems]), suffix
+
+
+def _tidied(rule: NameRule, key: str) -> Iterator[NameRule]:
+    """Yields the rule with separators at the ends of `key` moved to the text around it, and itself.
+
+    So `21_training` and `21_manual1` have `{stem}_training`, and not `{stem}training`. A key that
+    is a separator only has no other rule.
+    """
+    image, mask = rule.image, rule.mask
     core = key.strip(_SEPARATORS)
-    if not core or (not any(image) and not any(mask)):
-        return NameRule(image, mask)
-    start = key.index(core)
-    left = key[:start] if image[0] or mask[0] else ""
-    right = key[start + len(core) :] if image[1] or mask[1] else ""
-    return NameRule((image[0] + left, right + image[1]), (mask[0] + left, right + mask[1]))
+    if core and rule != EQUAL:
+        start = key.index(core)
+        left = key[:start] if image[0] or mask[0] else ""
+        right = key[start + len(core) :] if image[1] or mask[1] else ""
+        yield NameRule((image[0] + left, right + image[1]), (mask[0] + left, right + mask[1]))
+    yield rule
 
 
 def _common_start(texts: Collection[str]) -> str:

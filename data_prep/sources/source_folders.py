@@ -55,6 +55,7 @@ def find_sources(
     try:
         usual = _usual_sources(url, listings)
     except UsageError:
+        logger.info("%s: no %s/ and %s/; listing all folders", url, _IMAGES, _MASKS)
         found = find_folders(_all_folders(url, listings))
         if found is None:
             raise

@@ -142,7 +142,7 @@ def test_masks_that_give_two_classes_to_a_pixel_are_bad_files(tmp_path: Path) ->
     with pytest.raises(ContentError) as caught:
         prepared(source, tmp_path / "out", **options)
     text = (
-        f"{source}/masks/5_b.png: 2 pixels have another class in another mask of this image, the "
+        f"{source}/masks/5_b.png: 2 pixels have another class in {source}/masks/5_a.png, the "
         "first at x 5, y 5: two here, one there; correct one, or select fewer masks with "
         "--mask-name"
     )
