@@ -12,6 +12,7 @@ from data_prep.masks.color_map import (
     Color,
     check_ignore_id,
     check_ignored,
+    check_levels,
     free_ignore_id,
     parse_color_map,
     parse_ignored,
@@ -260,6 +261,8 @@ class PrepConfig(Settings):
     @model_validator(mode="after")
     def _classes_fit(self) -> "PrepConfig":
         classes = parse_color_map(self.classes)
+        if self.mask_encoding == "auto":
+            check_levels(classes)
         check_ignore_id(classes, self.ignore_id)
         check_ignored(classes, self.ignored_colors)
         if self.mask_encoding == "alpha" and (len(classes) != 2 or self.ignore is not None):

@@ -33,7 +33,7 @@ def parse_color_map(text: str) -> tuple[ClassColor, ...]:
 
     Raises:
         UsageError: another form, a duplicate name or colour, fewer than two classes or more than
-            256, or a grey level that is the id of another class.
+            256.
     """
     parts = [part for part in re.split(r"[;\n]", text) if part.strip()]
     classes = tuple(_parse_class(i, part, text) for i, part in enumerate(parts))
@@ -44,25 +44,25 @@ def parse_color_map(text: str) -> tuple[ClassColor, ...]:
         )
     _refuse_twice("name", [entry.name for entry in classes], text)
     _refuse_twice("colour", [entry.color for entry in classes], text)
+    return classes
+
+
+def check_levels(classes: Sequence[ClassColor]) -> None:
+    """Checks that no grey level of a class is the id of another one.
+
+    Only needed if masks may hold ids or colours (`--mask-encoding auto`).
+
+    Raises:
+        UsageError: a level has two meanings.
+    """
     for entry in classes:
         level = grey_level(entry.color)
         if level is not None and level < len(classes) and level != entry.id:
             raise UsageError(
-                f"classes {text!r}: {entry.name!r} (id {entry.id}) has the grey level {level}, "
-                f"which is the id of {classes[level].name!r}; {_remedy(level)}"
+                f"--classes: {entry.name!r} (id {entry.id}) has the grey level {level}, which is "
+                f"the id of {classes[level].name!r}; give --mask-encoding colour if the masks have "
+                "colours, or --mask-encoding index if they have ids"
             )
-    return classes
-
-
-def _remedy(level: int) -> str:
-    """Returns what to do about a class whose grey level is the id of another class."""
-    move = f"move it to position {level} (from 0) of the list"
-    if level:
-        return move
-    return (
-        f"{move}: class 0 is the background; if black is your object, invert the masks: 0 becomes "
-        "255"
-    )
 
 
 def parse_ignored(texts: Sequence[str]) -> tuple[Color, ...]:

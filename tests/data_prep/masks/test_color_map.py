@@ -8,6 +8,7 @@ from data_prep.masks.color_map import (
     Color,
     check_ignore_id,
     check_ignored,
+    check_levels,
     free_ignore_id,
     parse_color_map,
     parse_ignored,
@@ -38,12 +39,6 @@ def test_parse_color_map_numbers_classes_in_order() -> None:
         ("a=0,0,0;b=٣,2,1", "is not name=r,g,b"),
         ("a=0,0,0;a=9,9,9", "name 'a' is given twice"),
         ("a=0,0,0;b=0,0,0", r"colour \(0, 0, 0\) is given twice"),
-        ("mass=255,255,255;background=0,0,0", "is the id of 'mass'; move it to position 0"),
-        (
-            "background=255,255,255;membrane=0,0,0",
-            r"'membrane' \(id 1\) has the grey level 0, which is the id of 'background'.* class 0 "
-            "is the background; if black is your object, invert the masks: 0 becomes 255",
-        ),
         (";".join(f"c{i}=9,{i % 256},{i // 256}" for i in range(257)), "257 given"),
     ],
 )
@@ -102,3 +97,25 @@ def test_free_ignore_id_needs_an_id_that_no_class_has() -> None:
     classes = tuple(ClassColor(i, f"c{i}", (i, 255 - i, 0)) for i in range(256))
     with pytest.raises(UsageError, match="--ignore needs a free id"):
         free_ignore_id(classes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mass=255,255,255;background=0,0,0", "'background' .id 1. has the grey level 0, which is"),
+        (
+            "a=9,9,9;b=2,2,2;c=1,1,1",
+            "'b' .id 1. has the grey level 2, which is the id of 'c'; give",
+        ),
+    ],
+)
+def test_check_levels_refuses_a_level_that_is_the_id_of_another_class(
+    text: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=f"{message}.*--mask-encoding colour"):
+        check_levels(parse_color_map(text))
+
+
+@pytest.mark.parametrize("text", ["a=0,0,0;b=1,1,1", "a=9,9,9;b=2,2,2", "a=0,0,0;b=0,1,0"])
+def test_check_levels_accepts_levels_with_one_meaning(text: str) -> None:
+    check_levels(parse_color_map(text))

@@ -83,6 +83,12 @@ def test_level_1_is_no_id_if_the_encoding_is_colour() -> None:
         read(data, MaskRules(DEFAULT_CLASSES, encoding="colour"))
 
 
+def test_black_is_foreground_if_the_first_class_is_white() -> None:
+    classes = parse_color_map("cell=255,255,255;membrane=0,0,0")
+    data = saved(Image.fromarray(np.array([[255, 0], [200, 255]], np.uint8)), "PNG")
+    assert read(data, MaskRules(classes, encoding="colour")) == [[0, 1], [0, 0]]
+
+
 @pytest.mark.parametrize(("mode", "kind"), [("LA", "PNG"), ("RGBA", "PNG"), ("RGBA", "TIFF")])
 def test_a_shape_in_the_alpha_channel_is_read_or_rejected(mode: str, kind: str) -> None:
     alpha = np.array([[0, 255, 200], [0, 90, 255]], np.uint8)
