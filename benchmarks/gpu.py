@@ -204,6 +204,7 @@ def placement(section: Section) -> None:
                     total, number = trainer.train_step(batch, step, rate)["loss"]
                     if count == 0:
                         trainer.evaluator.step(batch)[1].numpy()
+                        trainer.evaluator.local_step(batch)
                         trainer.evaluator.probabilities(batch["image"]).numpy()
                 finally:
                     tf.config.set_soft_device_placement(True)

@@ -146,11 +146,13 @@ def total_sums(
         replicas: in the order of their numbers.
         num_outputs: channels of the logits.
     """
-    # The loss depends only on the sums; the other arguments have any values.
-    total = tf.add_n([tf.constant(each.loss) for each in replicas])
-    labels = tf.zeros((1, SSIM_SIZE, SSIM_SIZE), tf.int32)
-    logits = tf.zeros((1, SSIM_SIZE, SSIM_SIZE, num_outputs), total.dtype)
-    value = float(criterion.loss(labels, logits, tf.zeros((1,)), part_of(total)))
+    # A few numbers: not every operation on integers has a GPU kernel.
+    with tf.device("CPU:0"):
+        # The loss depends only on the sums; the other arguments have any values.
+        total = tf.add_n([tf.constant(each.loss) for each in replicas])
+        labels = tf.zeros((1, SSIM_SIZE, SSIM_SIZE), tf.int32)
+        logits = tf.zeros((1, SSIM_SIZE, SSIM_SIZE, num_outputs), total.dtype)
+        value = float(criterion.loss(labels, logits, tf.zeros((1,)), part_of(total)))
     sums = {"loss": (sum(value * each.count for each in replicas), _total_count(replicas))}
     metrics = np.sum([each.metrics for each in replicas], axis=0)
     for index, name in enumerate(criterion.metrics):
