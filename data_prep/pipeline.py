@@ -78,7 +78,7 @@ def prepare_source(
     listings = Listings()
     sources = sources_of(source, config, listings)
     _refuse_other_layout(source, output, config, listings)
-    command = _Command(open_workers, progress, has_options=True)
+    command = _Command(open_workers, progress)
     return _prepare_listed(sources, output, config, listings, command)
 
 
@@ -89,7 +89,6 @@ def prepare(
     *,
     open_workers: OpenWorkers | None = None,
     progress: bool = True,
-    has_options: bool = True,
 ) -> Manifest:
     """Prepares the dataset at `output_url`, unless it is finished, and returns its manifest.
 
@@ -97,7 +96,6 @@ def prepare(
         open_workers: opens the workers that read and encode, after all other checks. None:
             processes of this machine.
         progress: show the progress on stderr.
-        has_options: whether the current command has the options of `prep`.
 
     Raises:
         UsageError: a source is missing or empty, the output is a file or inside a source, or it
@@ -105,7 +103,7 @@ def prepare(
         ContentError: a file is bad or splits leak; nothing was committed.
         StorageError: storage is unavailable, read-only or full; the same call continues.
     """
-    command = _Command(open_workers, progress, has_options)
+    command = _Command(open_workers, progress)
     return _prepare_listed(sources, output_url, config, Listings(), command)
 
 
@@ -115,7 +113,6 @@ class _Command:
 
     open_workers: OpenWorkers | None
     progress: bool
-    has_options: bool
 
 
 def _prepare_listed(
@@ -132,7 +129,7 @@ def _prepare_listed(
         raise UsageError(f"{store.url}: is a file; OUTPUT must be a folder, which prep creates")
     if config.off_map_limit != PrepConfig.model_fields["off_map_limit"].default:
         logger.warning("--off-map-limit has no effect any more; remove it")
-    prep_input = collect_input(sources, store, config, listings, has_options=command.has_options)
+    prep_input = collect_input(sources, store, config, listings)
     is_finished = store.stat(MANIFEST_NAME) is not None
     if not is_finished:
         # In the staging folder, with which a remaining probe is deleted.

@@ -91,13 +91,8 @@ def collect_input(
     output: ObjectStore,
     config: PrepConfig,
     listings: Listings,
-    *,
-    has_options: bool,
 ) -> PrepInput:
     """Returns the items of `sources`, sorted by id, and the rejected files.
-
-    Args:
-        has_options: whether the current command has the options of `prep`.
 
     Raises:
         UsageError: a source is missing or empty, or contains the output; or --group-regex or
@@ -112,7 +107,7 @@ def collect_input(
     else:
         options = PairOptions(config.image_name, config.mask_name, config.missing_mask)
         pairs, rejects = find_pairs(sources, listings, options)
-    grouped, ungrouped = _grouped(pairs, config, has_options=has_options)
+    grouped, ungrouped = _grouped(pairs, config)
     refused = _refused([*rejects, *ungrouped], config)
     return PrepInput(
         name=dataset_name(sources, config),
@@ -184,7 +179,7 @@ def pairs_of(
 
 
 def _grouped(
-    pairs: Sequence[Pair], config: PrepConfig, *, has_options: bool
+    pairs: Sequence[Pair], config: PrepConfig
 ) -> tuple[list[tuple[Pair, str]], list[Reject]]:
     """Returns the pairs with their groups, and rejects for names without a group."""
     table = None
@@ -194,7 +189,7 @@ def _grouped(
     if config.format == "inbreast":
         rule = inbreast.patient_of
     elif (config.group_preset, config.group_regex, config.group_csv) == (None, None, None):
-        _warn_of_files_as_groups(pairs, has_options=has_options)
+        _warn_of_files_as_groups(pairs)
     grouped, rejects = [], []
     for pair in pairs:
         try:
@@ -211,29 +206,20 @@ def _grouped(
     return grouped, rejects
 
 
-def _warn_of_files_as_groups(pairs: Sequence[Pair], *, has_options: bool) -> None:
-    elsewhere = "prepare them with `flexunet prep ... %s` and give the dataset with --data"
+def _warn_of_files_as_groups(pairs: Sequence[Pair]) -> None:
     augmented = [pair for pair in pairs if groups.is_augmented_copy(pair.image_name)]
     if augmented:
         logger.warning(
             "%d of %d names look like augmented copies (%s), but every file is its own group: "
-            "copies of one image may be in several splits; %s",
+            "copies of one image may be in several splits; see --group-preset augmented",
             len(augmented),
             len(pairs),
             augmented[0].image_name,
-            "see --group-preset augmented"
-            if has_options
-            else elsewhere % "--group-preset augmented",
-        )
-    elif has_options:
-        logger.warning(
-            "no --group option: every file is its own group; give one if a patient has several "
-            "images"
         )
     else:
         logger.warning(
-            "every file is its own group; if a patient has several images, %s",
-            elsewhere % "--group-regex REGEX",
+            "no --group option: every file is its own group; give one if a patient has several "
+            "images"
         )
 
 

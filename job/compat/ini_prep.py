@@ -13,7 +13,7 @@ from data_prep.sources.folder_patterns import FolderOptions
 from data_prep.sources.pairs import Source, find_sources
 from flexunet.errors import FlexUNetError, UsageError
 from flexunet.settings import flag_of, parse_settings
-from flexunet.storage import open_store
+from flexunet.storage import folder_problem, open_store
 from job.compat.ini_reader import KeyReader
 from job.compat.ini_values import folder_from, optional, same, whole
 
@@ -159,7 +159,23 @@ def prepare_sources(
                 "change them there, or give the option to `flexunet prep`"
             )
     logger.info("preparing the images of %s in %s", path, output_url)
-    return prepare(_without_globs(sources), output_url, config)
+    return prepare(_without_globs(_existing(sources, path)), output_url, config)
+
+
+def _existing(sources: Sequence[Source], path: str) -> list[Source]:
+    """Returns `sources` without a test split that does not exist; training does not need it."""
+    found = []
+    for source in sources:
+        roots = [url.partition("*")[0] for url in (source.images, source.masks)]
+        if source.split == "test" and all(folder_problem(open_store(root)) for root in roots):
+            logger.warning(
+                "%s: the folders of [test] do not exist (%s); the dataset has no test split",
+                path,
+                source.images,
+            )
+            continue
+        found.append(source)
+    return found
 
 
 def _without_globs(sources: Sequence[Source]) -> list[Source]:

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from flexunet.errors import UsageError
-from job.losses import LOSSES, make_loss, replica_sum
+from job.losses import LOSSES, is_mean, make_loss, replica_sum
 from job.ssim import structural_similarity
 from tests.job.by_hand import cross_entropy, foreground_dice, pixel_dice
 
@@ -114,6 +114,17 @@ def test_losses_of_newer_projects_are_as_by_hand(class_weights: Any) -> None:
         assert loss == pytest.approx(by_hand, abs=1e-6), name
         assert np.isfinite(gradient).all()
         assert gradient[0].any()
+
+
+@pytest.mark.parametrize("name", [name for name in LONG_NAMES if is_mean(name)])
+def test_a_part_of_the_batch_gives_the_gradient_of_a_mean_up_to_a_factor(name: str) -> None:
+    labels, logits = batch(num_classes=3)
+    function = make_loss(name, num_classes=3, class_weights=(1, 4, 2))
+    _, whole = value_and_gradient(function, labels, logits, np.ones(4))
+    _, part = value_and_gradient(function, labels[:2], logits[:2], np.ones(2))
+    factor = (whole[:2] * part).sum() / (part * part).sum()
+    # Micro-batches of a mean need no sums of the whole batch.
+    assert np.abs(whole[:2] - factor * part).max() < 1e-12 * np.abs(whole).max()
 
 
 @pytest.mark.parametrize("name", ["categorical_focal_dice_loss", "dice_loss_foreground"])

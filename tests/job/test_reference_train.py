@@ -244,6 +244,21 @@ def test_a_dataset_of_another_size_is_a_warning(
     assert expected in caplog.text
 
 
+def test_a_missing_test_split_is_a_warning(
+    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    test = tmp_path / "dataset" / "Discs" / "test"
+    test.rename(tmp_path / "elsewhere")
+    data = resolve_config({"output": str(tmp_path / "a")}, str(project), {"num_processes": 1}).data
+    manifest, _ = read_manifest(open_store(str(data)))
+    found = {name: split.num_samples for name, split in manifest.splits.items()}
+    assert found == {"train": 4, "valid": 2, "test": 0}
+    assert f"the folders of [test] do not exist ({test}/images)" in caplog.text
+    (test / "images").mkdir(parents=True)  # one of the two is there: an accident
+    with pytest.raises(UsageError, match=r"test/images: missing or empty"):
+        resolve_config({"output": str(tmp_path / "b")}, str(project), {"num_processes": 1})
+
+
 def test_patterns_of_folders_stand_for_all_that_fit(project: Path, tmp_path: Path) -> None:
     for split in ("train", "valid", "test"):
         folder = tmp_path / "dataset" / "Discs" / split

@@ -278,8 +278,6 @@ def test_evaluations_and_windows_go_through_the_network_in_the_same_parts(
 ACCUMULATED: list[tuple[LossName, dict[str, Any]]] = [
     ("categorical_crossentropy", {}),
     ("focal", {"activation": "mish"}),
-    ("categorical_focal_dice", {}),
-    ("dice_foreground", {}),
     ("bce_dice", {}),  # no mean: its gradient needs the sums of the whole batch
 ]
 
