@@ -181,6 +181,8 @@ class RankEvaluation:
 
     def _predicted_in_windows(self, watch: Watch) -> Iterator[CaseInput]:
         assert self.predict is not None  # noqa: S101 - only called where it is set
+        order = [each for index in self._own_cases() for each in self.cases[index].samples]
+        self.reader.expect(np.array(order, np.int64))
         for index in self._own_cases():
             image, truth = read_case(self.reader, self.cases[index])
             yield self._input(index, truth, self.predict(image, watch.heartbeat))
