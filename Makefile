@@ -104,6 +104,7 @@ demo-inbreast: .venv/.installed ## prepare a generated INbreast release; compare
 
 bench: .venv/.installed ## run all benchmarks but bench-gpu, bench-peers, on an idle machine; writes benchmarks/results
 	$(BIN)/python benchmarks/prep.py
+	$(BIN)/python benchmarks/bucket.py
 	$(BIN)/python benchmarks/input.py
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/records.py

@@ -218,7 +218,7 @@ def _finished(work: _Work, prep_input: PrepInput) -> Manifest:
     if found["options"] == plan["options"]:
         items = prep_input.items
         unlisted = [item for item in items if listed_crcs(item) is None]
-        read = iter(_run(work, source_crcs, unlisted, "comparing", len(unlisted), lambda _: 1))
+        read = iter(_compare(work, unlisted))
         crcs = [listed_crcs(item) or next(read) for item in items]
         plan["source_sha256"] = source_digest(items, crcs, prep_input.refused)
     if found != plan:
@@ -229,6 +229,13 @@ def _finished(work: _Work, prep_input: PrepInput) -> Manifest:
     remove_state(work.store)
     logger.info("%s: finished already with these options and files", work.store.url)
     return manifest
+
+
+def _compare(work: _Work, unlisted: Sequence[SourcePair]) -> list[tuple[int, int]]:
+    """Returns the checksums of items that the store does not list; shows no progress of none."""
+    if not unlisted:
+        return []
+    return _run(work, source_crcs, unlisted, "comparing", len(unlisted), lambda _: 1)
 
 
 def _digest_of_scanned(

@@ -140,6 +140,16 @@ SMOKES = [
         ),
     ),
     Smoke(
+        "bucket.py",
+        ("--num-images", "4", "--image-size", "32", "--delay-ms", "1", "--num-processes", "1"),
+        "bucket.json",
+        (
+            "plain_requests_per_s>16_at_once>before",
+            "prep>first>source_downloads",
+            "prep>again>wall_s",
+        ),
+    ),
+    Smoke(
         "optimizer.py",
         ("--parameters", "1", "--repeats", "1"),
         "optimizer.json",

@@ -6,8 +6,8 @@ a number of changes. All random numbers are seeded, and every request is logged.
 
     python -m tests.faults.proxy --port 9023 --fault '{"action": "status", "probability": 0.3}'
 
-serves the bucket `test-bucket`, prints STORAGE_EMULATOR_HOST for other processes, and starts or
-ends an outage at every SIGUSR1.
+serves the bucket `test-bucket`, prints STORAGE_EMULATOR_HOST for other processes, starts or ends an
+outage at every SIGUSR1, and prints the requests since the last SIGUSR2 at every SIGUSR2.
 """
 
 import argparse
@@ -206,6 +206,14 @@ class FaultProxy:
             and (status is None or entry.status == status)
             for entry in tuple(self.log)
         )
+
+    def take_log(self) -> list[Logged]:
+        """Returns the logged requests, oldest first, and clears the log."""
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self.log.popleft())
+        return taken
 
     def fault_of(self, request: _Request) -> Fault | None:
         """Returns the fault for a request, None for no fault."""
@@ -518,6 +526,10 @@ def _error(status: int, message: str) -> _Answer:
     return _Answer(status, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
 
+def _print_log(proxy: FaultProxy) -> None:
+    print(json.dumps([vars(entry) for entry in proxy.take_log()]), flush=True)  # noqa: T201
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve a bucket that fails on request.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
@@ -529,10 +541,12 @@ def main() -> None:
     emulator, upstream = start_emulator(arguments.bucket)
     proxy = FaultProxy(upstream, host=arguments.host, port=arguments.port, seed=arguments.seed)
     proxy.add(*(Fault(**json.loads(text)) for text in arguments.fault))
+    sys.setswitchinterval(1e-4)  # or each of many threads waits 5 ms for its turn
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     signal.signal(signal.SIGUSR1, lambda *_: setattr(proxy, "down", not proxy.down))
+    signal.signal(signal.SIGUSR2, lambda *_: _print_log(proxy))
     proxy.start()
     print(f"STORAGE_EMULATOR_HOST={proxy.address}", flush=True)  # noqa: T201
     while not ended.is_set():
