@@ -169,8 +169,8 @@ class Evaluator:
         sums, found = measure_together(own, group, watch, names)
         criterion = Criterion(self.loss, self.metrics)
         channels, running = num_outputs(self.config, self.dataset.manifest), RunningSums()
-        for replicas in sums:
-            running.add(total_sums(replicas, criterion, channels))
+        for totals in total_sums(sums, criterion, channels):
+            running.add(totals)
         means = means_of(running, self.metrics)
         summary = self._summary(split.name, found.counts, means)
         groups = [each.group for each in cases]

@@ -4,7 +4,7 @@
 collectives: each process keeps the sums of its replicas, and `total_sums` adds them at the end.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,26 +138,32 @@ def make_local_step(
 
 
 def total_sums(
-    replicas: Sequence[ReplicaSums], criterion: Criterion, num_outputs: int
-) -> dict[str, tuple[float, float]]:
-    """Returns (sum, count) of the loss and of each metric over all replicas of a batch.
+    batches: Iterable[Sequence[ReplicaSums]], criterion: Criterion, num_outputs: int
+) -> Iterator[dict[str, tuple[float, float]]]:
+    """Yields (sum, count) of the loss and of each metric over all replicas, for each batch.
 
     Args:
-        replicas: in the order of their numbers.
+        batches: the sums of the replicas, in the order of their numbers.
         num_outputs: channels of the logits.
     """
-    # A few numbers: not every operation on integers has a GPU kernel.
-    with tf.device("CPU:0"):
+
+    @tf.function(reduce_retracing=True, autograph=False)
+    def loss_of(total: tf.Tensor) -> tf.Tensor:
         # The loss depends only on the sums; the other arguments have any values.
-        total = tf.add_n([tf.constant(each.loss) for each in replicas])
         labels = tf.zeros((1, SSIM_SIZE, SSIM_SIZE), tf.int32)
         logits = tf.zeros((1, SSIM_SIZE, SSIM_SIZE, num_outputs), total.dtype)
-        value = float(criterion.loss(labels, logits, tf.zeros((1,)), part_of(total)))
-    sums = {"loss": (sum(value * each.count for each in replicas), _total_count(replicas))}
-    metrics = np.sum([each.metrics for each in replicas], axis=0)
-    for index, name in enumerate(criterion.metrics):
-        sums[name] = float(metrics[2 * index]), float(metrics[2 * index + 1])
-    return sums
+        return criterion.loss(labels, logits, tf.zeros((1,)), part_of(total))
+
+    for replicas in batches:
+        # A few numbers: not every operation on integers has a GPU kernel.
+        with tf.device("CPU:0"):
+            total = tf.add_n([tf.constant(each.loss) for each in replicas])
+            value = float(loss_of(total))
+        sums = {"loss": (sum(value * each.count for each in replicas), _total_count(replicas))}
+        metrics = np.sum([each.metrics for each in replicas], axis=0)
+        for index, name in enumerate(criterion.metrics):
+            sums[name] = float(metrics[2 * index]), float(metrics[2 * index + 1])
+        yield sums
 
 
 def _total_count(replicas: Sequence[ReplicaSums]) -> float:
