@@ -15,6 +15,7 @@ from data_prep.shards.records import MASK_FEATURE, decode_example, unframe_recor
 from data_prep.shards.sample_table import read_samples
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store
+from tests.conftest import FaultyBucket
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 NUMBERS = range(8)
@@ -312,13 +313,27 @@ def test_a_wrong_call_ends_with_2_and_bad_names_with_3(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_in_a_bucket_is_found_with_few_lists(tmp_path: Path, bucket_url: str) -> None:
-    local = write_source(tmp_path / "source", "training/imgs/{}.png", "training/manual1/{}_m.png")
-    remote = open_store(f"{bucket_url}/source")
+@pytest.mark.parametrize(
+    ("image", "mask", "options"),
+    [
+        ("training/imgs/{}.png", "training/manual1/{}_m.png", {}),
+        ("{}.png", "{}_mask.png", {}),
+        ("x/a/{}.png", "x/b/{}.png", {"images": "x/a", "masks": "*/b"}),
+    ],
+)
+def test_a_source_in_a_bucket_is_listed_once(
+    tmp_path: Path, faulty_bucket: FaultyBucket, image: str, mask: str, options: dict[str, str]
+) -> None:
+    local = write_source(tmp_path / "source", image, mask)
+    url, proxy = f"{faulty_bucket.url}/source", faulty_bucket.proxy
     for name, data in files(Path(local)).items():
-        remote.put(name, data)
-    expected = prepared(local, tmp_path / "a")
-    assert prepared(f"{bucket_url}/source", tmp_path / "b") == expected
+        open_store(url).put(name, data)
+    expected = prepared(local, tmp_path / "a", **options)
+    proxy.clear()
+    assert prepared(url, tmp_path / "b", **options) == expected
+    assert proxy.count("list") <= 2  # the folders of the source, and all its files
+    assert proxy.count("get") == 2 * len(NUMBERS)
+    assert proxy.count("stat") == 0
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"real data sets are not at {REAL}")
