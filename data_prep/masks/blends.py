@@ -33,6 +33,7 @@ _MUCH_NEARER = 2.5  # a class that is nearer than those nearby by this factor is
 _MAX_TOLERANCE = 32  # levels of the largest channel difference
 _MIN_SIMILAR = 6  # of 3 x 3 pixels, the pixel itself included
 _WINDOWS = (5, 9)  # sides of the neighbourhood, pixels
+MARGIN = 6  # pixels around the unmapped ones that decide about them
 _MAX_ENDS = 16  # classes nearby whose segments are compared; with more, the nearest is used
 _MAX_DISTANCES = 2**18  # values compared at once: 6 MB
 

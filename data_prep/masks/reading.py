@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.imaging.pixels import Pixels, grey_channel
-from data_prep.masks.blends import assign_classes
+from data_prep.masks.blends import MARGIN, assign_classes, nearest_of
 from data_prep.masks.color_map import MAX_CLASSES, ClassColor, Color, grey_level
 from data_prep.masks.files import MaskFile
 from data_prep.masks.solid_areas import SolidArea, find_solid_areas
@@ -309,23 +309,39 @@ def _code_colors(pixels: Pixels, known: _Known) -> _Coded | MaskReading:
 
 
 def _read_coded(coded: _Coded, known: _Known, rules: MaskRules, name: str) -> MaskReading:
-    assigned = assign_classes(coded.codes, coded.values, known.colors)
-    areas = find_solid_areas(coded.codes, coded.values, known.colors, assigned)
-    if areas:
-        _refuse_areas(areas, name=name)
-    ids = known.ids.astype(np.uint8)[assigned.index]
-    counts = np.bincount(coded.codes.ravel(), minlength=len(coded.values))
-    off = np.flatnonzero((assigned.distances > 0) & (counts > 0))
+    nearest, distances = nearest_of(coded.values, known.colors)
+    ids = known.ids.astype(np.uint8)[nearest][coded.codes]
+    is_off = (distances > 0)[coded.codes]
+    counts = np.bincount(coded.codes[is_off], minlength=len(coded.values))
+    off = np.flatnonzero(counts)
     off = off[np.argsort(-counts[off], kind="stable")]
+    num_unexplained = 0
+    if len(off):
+        # Most masks have unmapped pixels only along the edges of a few areas.
+        box = _box_around(is_off)
+        codes = coded.codes[box]
+        assigned = assign_classes(codes, coded.values, known.colors)
+        areas = find_solid_areas(codes, coded.values, known.colors, assigned)
+        if areas:
+            _refuse_areas(areas, box, name=name)
+        ids[box] = known.ids[assigned.index]
+        num_unexplained = int(np.count_nonzero(assigned.is_unexplained))
     colors = tuple(
         (_as_color(coded.named[each]), int(counts[each])) for each in off[:_NUM_COLORS_NAMED]
     )
-    num_off = int(counts[off].sum())
-    reading = MaskReading(ids, num_off, colors, int(np.count_nonzero(assigned.is_unexplained)))
-    if num_off and _is_empty(ids, rules.ignore_id):
-        farthest = assigned.distances[off].max()
-        _refuse_unexplained(reading, coded.named[off], farthest, rules.classes, name)
+    reading = MaskReading(ids, int(counts.sum()), colors, num_unexplained)
+    if len(off) and _is_empty(ids, rules.ignore_id):
+        _refuse_unexplained(reading, coded.named[off], distances[off].max(), rules.classes, name)
     return reading
+
+
+def _box_around(flags: npt.NDArray[np.bool_]) -> tuple[slice, slice]:
+    """Returns the rows and columns of all set pixels, with the neighbourhood that counts."""
+    rows, columns = (np.flatnonzero(flags.any(axis=axis)) for axis in (1, 0))
+    first, last = (
+        slice(max(each[0] - MARGIN, 0), each[-1] + MARGIN + 1) for each in (rows, columns)
+    )
+    return first, last
 
 
 def _is_empty(class_ids: ClassIds, ignore_id: int | None) -> bool:
@@ -333,10 +349,10 @@ def _is_empty(class_ids: ClassIds, ignore_id: int | None) -> bool:
     return not foreground.any()
 
 
-def _refuse_areas(areas: Sequence[SolidArea], *, name: str) -> None:
+def _refuse_areas(areas: Sequence[SolidArea], box: tuple[slice, slice], *, name: str) -> None:
     found = [
-        f"{area.num_pixels} pixels of colour {_written(area.color)} at row {area.row}, column "
-        f"{area.column}"
+        f"{area.num_pixels} pixels of colour {_written(area.color)} at row "
+        f"{box[0].start + area.row}, column {box[1].start + area.column}"
         for area in areas[:_NUM_AREAS_NAMED]
     ]
     more = f" and {len(areas) - len(found)} more" if len(areas) > len(found) else ""
