@@ -1,6 +1,10 @@
 """Reads mask files with all that may carry classes: colours, palette indices and alpha.
 
-The formats and their limits are those of `imaging/codecs.py`.
+The formats and their limits are those of `imaging/codecs.py`; `reading.py` has the meaning of colours
+and levels. Rules, if no encoding is given:
+- A mask with a palette is read by its colours, if all of them are of classes, else by its indices,
+  if all of them are ids.
+- A mask of one colour with a varying alpha channel is rejected: its shape is in the alpha channel.
 """
 
 from dataclasses import dataclass
@@ -8,7 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.imaging.codecs import decoding, open_image, read_mask_pixels
-from data_prep.imaging.pixels import Pixels
+from data_prep.imaging.pixels import Pixels, grey_channel
+from data_prep.masks.reading import (
+    NUM_COLORS_NAMED,
+    KnownColors,
+    MaskReading,
+    MaskRules,
+    index_table,
+    read_classes,
+)
+from flexunet.errors import ContentError
 
 _PNG_SIGNATURE = b"\x89PNG"
 _PNG_COLOR_TYPE = 25  # position of the byte
@@ -48,6 +61,75 @@ def read_mask_file(data: bytes, *, name: str, max_pixels: int) -> MaskFile:
             return MaskFile(pixels)
         alpha = np.array(image.getchannel("A"))
     return MaskFile(pixels, alpha=None if (alpha == alpha[0, 0]).all() else alpha)
+
+
+def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
+    """Returns the class ids of a mask file, and its unmapped pixels.
+
+    Raises:
+        ContentError: see `read_classes`; or the file does not have what `rules.encoding` names.
+    """
+    if rules.encoding == "alpha":
+        return _read_alpha(mask, name=name)
+    if rules.encoding == "index":
+        plane = grey_channel(mask.pixels) if mask.indices is None else mask.indices
+        if plane is None:
+            raise ContentError(
+                f"{name}: is a colour image without a palette, but --mask-encoding is index; "
+                "replace the file, or use --mask-encoding colour"
+            )
+        return _read_index(plane, rules, name=name)
+    if rules.encoding == "auto":
+        if mask.alpha is not None and (mask.pixels == mask.pixels[0, 0]).all():
+            raise ContentError(
+                f"{name}: has one colour, and its shape is in the alpha channel; read it with "
+                "--mask-encoding alpha, or replace the file"
+            )
+        if mask.indices is not None and _is_index(mask.indices, mask.pixels, rules):
+            return _read_index(mask.indices, rules, name=name)
+    return read_classes(mask.pixels, rules, name=name)
+
+
+def _is_index(indices: Pixels, pixels: Pixels, rules: MaskRules) -> bool:
+    """Returns whether the palette of a mask has colours of no class, but all indices are ids."""
+    used = np.unique(indices)
+    colors = pixels if pixels.ndim == 3 else np.stack([pixels] * 3, axis=2)
+    is_known = np.zeros(indices.shape, bool)
+    for color in KnownColors.of(rules).colors.astype(np.uint8):
+        is_known |= (colors == color).all(axis=2)
+    return not is_known.all() and bool((index_table(rules)[used] >= 0).all())
+
+
+def _read_index(plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
+    values, counts = np.unique(plane, return_counts=True)
+    table = index_table(rules)
+    wrong = [
+        (int(value), int(count))
+        for value, count in zip(values, counts, strict=True)
+        if value >= len(table) or table[value] < 0
+    ]
+    if wrong:
+        named = ", ".join(f"{value} ({count} pixels)" for value, count in wrong[:NUM_COLORS_NAMED])
+        raise ContentError(
+            f"{name}: has ids of no class: {named}; the ids of the {len(rules.classes)} classes "
+            f"are 0 to {len(rules.classes) - 1}; add classes to --classes, or ignore these pixels "
+            f"with --ignore {wrong[0][0]}"
+        )
+    return MaskReading(table.astype(np.uint8)[plane])
+
+
+def _read_alpha(mask: MaskFile, *, name: str) -> MaskReading:
+    """Returns 1 where a mask is opaque by half or more; values between 0 and 255 are unmapped."""
+    if mask.alpha is None:
+        raise ContentError(
+            f"{name}: has no alpha channel, or one value in it, but --mask-encoding is alpha; "
+            "replace the file, or use another encoding"
+        )
+    is_soft = (mask.alpha > 0) & (mask.alpha < 255)
+    values, counts = np.unique(mask.alpha[is_soft], return_counts=True)
+    soft = sorted(zip(counts.tolist(), values.tolist(), strict=True), reverse=True)
+    colors = tuple(((value,) * 3, count) for count, value in soft[:NUM_COLORS_NAMED])
+    return MaskReading((mask.alpha >= 128).astype(np.uint8), int(counts.sum()), colors)
 
 
 def _is_plain(data: bytes) -> bool:

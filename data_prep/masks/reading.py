@@ -10,9 +10,6 @@ Rules for reading a mask of any file format, if no encoding is given:
   rules for the other pixels, which count as unmapped. 16-bit grey masks are compared with the
   colours times 257 (65535 is white).
 - A mask with an area of a colour of no class is rejected, see `solid_areas.py`.
-- A mask with a palette is read by its colours, if all of them are of classes, else by its indices,
-  if all of them are ids.
-- A mask of one colour with a varying alpha channel is rejected: its shape is in the alpha channel.
 - Ignored colours are read as the ignore id.
 """
 
@@ -27,7 +24,6 @@ import numpy.typing as npt
 from data_prep.imaging.pixels import Pixels, grey_channel
 from data_prep.masks.blends import MARGIN, assign_classes, nearest_of
 from data_prep.masks.color_map import MAX_CLASSES, ClassColor, Color, grey_level
-from data_prep.masks.files import MaskFile
 from data_prep.masks.solid_areas import SolidArea, find_solid_areas
 from flexunet.errors import ContentError
 
@@ -36,7 +32,7 @@ Encoding = Literal["auto", "index", "colour", "alpha"]
 ClassIds = npt.NDArray[np.uint8]
 """(H, W) uint8 class ids."""
 
-_NUM_COLORS_NAMED = 5
+NUM_COLORS_NAMED = 5
 _NUM_AREAS_NAMED = 3
 _LEVELS_16_BIT = 257  # 65535 / 255: one 8-bit grey level in 16 bits
 _NOT_A_BLEND = 128  # a blend of two colours is closer than this to one of them
@@ -84,36 +80,9 @@ class MaskReading:
         return MaskReading(
             ids,
             self.unmapped_pixels + other.unmapped_pixels,
-            tuple(colors.most_common(_NUM_COLORS_NAMED)),
+            tuple(colors.most_common(NUM_COLORS_NAMED)),
             self.unexplained_pixels + other.unexplained_pixels,
         )
-
-
-def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
-    """Returns the class ids of a mask file, and its unmapped pixels.
-
-    Raises:
-        ContentError: see `read_classes`; or the file does not have what `rules.encoding` names.
-    """
-    if rules.encoding == "alpha":
-        return _read_alpha(mask, name=name)
-    if rules.encoding == "index":
-        plane = grey_channel(mask.pixels) if mask.indices is None else mask.indices
-        if plane is None:
-            raise ContentError(
-                f"{name}: is a colour image without a palette, but --mask-encoding is index; "
-                "replace the file, or use --mask-encoding colour"
-            )
-        return _read_index(plane, rules, name=name)
-    if rules.encoding == "auto":
-        if mask.alpha is not None and (mask.pixels == mask.pixels[0, 0]).all():
-            raise ContentError(
-                f"{name}: has one colour, and its shape is in the alpha channel; read it with "
-                "--mask-encoding alpha, or replace the file"
-            )
-        if mask.indices is not None and _is_index(mask.indices, mask.pixels, rules):
-            return _read_index(mask.indices, rules, name=name)
-    return read_classes(mask.pixels, rules, name=name)
 
 
 def read_classes(pixels: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
@@ -127,52 +96,10 @@ def read_classes(pixels: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
         ContentError: the mask has an area of a colour of no class, or would be read as empty
             although it has other colours or ids, so the classes do not match it.
     """
-    known = _Known.of(rules)
+    known = KnownColors.of(rules)
     plane = grey_channel(pixels)
     coded = _code_colors(pixels, known) if plane is None else _code_grey(plane, known, rules)
     return coded if isinstance(coded, MaskReading) else _read_coded(coded, known, rules, name)
-
-
-def _is_index(indices: Pixels, pixels: Pixels, rules: MaskRules) -> bool:
-    """Returns whether the palette of a mask has colours of no class, but all indices are ids."""
-    used = np.unique(indices)
-    colors = pixels if pixels.ndim == 3 else np.stack([pixels] * 3, axis=2)
-    is_known = np.zeros(indices.shape, bool)
-    for color in _Known.of(rules).colors.astype(np.uint8):
-        is_known |= (colors == color).all(axis=2)
-    return not is_known.all() and bool((_index_table(rules)[used] >= 0).all())
-
-
-def _read_index(plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
-    values, counts = np.unique(plane, return_counts=True)
-    table = _index_table(rules)
-    wrong = [
-        (int(value), int(count))
-        for value, count in zip(values, counts, strict=True)
-        if value >= len(table) or table[value] < 0
-    ]
-    if wrong:
-        named = ", ".join(f"{value} ({count} pixels)" for value, count in wrong[:_NUM_COLORS_NAMED])
-        raise ContentError(
-            f"{name}: has ids of no class: {named}; the ids of the {len(rules.classes)} classes "
-            f"are 0 to {len(rules.classes) - 1}; add classes to --classes, or ignore these pixels "
-            f"with --ignore {wrong[0][0]}"
-        )
-    return MaskReading(table.astype(np.uint8)[plane])
-
-
-def _read_alpha(mask: MaskFile, *, name: str) -> MaskReading:
-    """Returns 1 where a mask is opaque by half or more; values between 0 and 255 are unmapped."""
-    if mask.alpha is None:
-        raise ContentError(
-            f"{name}: has no alpha channel, or one value in it, but --mask-encoding is alpha; "
-            "replace the file, or use another encoding"
-        )
-    is_soft = (mask.alpha > 0) & (mask.alpha < 255)
-    values, counts = np.unique(mask.alpha[is_soft], return_counts=True)
-    soft = sorted(zip(counts.tolist(), values.tolist(), strict=True), reverse=True)
-    colors = tuple(((value,) * 3, count) for count, value in soft[:_NUM_COLORS_NAMED])
-    return MaskReading((mask.alpha >= 128).astype(np.uint8), int(counts.sum()), colors)
 
 
 def to_colors(class_ids: npt.NDArray[Any], classes: Sequence[ClassColor]) -> Pixels:
@@ -187,14 +114,14 @@ def to_colors(class_ids: npt.NDArray[Any], classes: Sequence[ClassColor]) -> Pix
 
 
 @dataclass(frozen=True)
-class _Known:
+class KnownColors:
     """The K colours that have an id, (K, 3), and their ids, (K,)."""
 
     colors: npt.NDArray[np.int64]
     ids: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, rules: MaskRules) -> "_Known":
+    def of(cls, rules: MaskRules) -> "KnownColors":
         colors = [entry.color for entry in rules.classes]
         ids = [entry.id for entry in rules.classes]
         if rules.ignore_id is not None:
@@ -203,7 +130,7 @@ class _Known:
         return cls(np.array(colors), np.array(ids))
 
 
-def _index_table(rules: MaskRules) -> npt.NDArray[np.int64]:
+def index_table(rules: MaskRules) -> npt.NDArray[np.int64]:
     """Returns the id of each level of an index mask, (256,); -1 for other levels."""
     table = np.full(MAX_CLASSES, -1)
     for color in rules.ignored:
@@ -230,13 +157,13 @@ class _Coded:
     named: npt.NDArray[np.int64]
 
 
-def _code_grey(plane: Pixels, known: _Known, rules: MaskRules) -> _Coded | MaskReading:
+def _code_grey(plane: Pixels, known: KnownColors, rules: MaskRules) -> _Coded | MaskReading:
     """Returns the indices of the grey levels; or the ids, if all levels are of classes."""
     exact = _read_exact(plane, known)
     if exact is not None:
         return MaskReading(exact)
     levels = np.flatnonzero(_counts(plane))
-    as_index = _index_table(rules)
+    as_index = index_table(rules)
     if rules.encoding == "auto" and levels[-1] < MAX_CLASSES and (as_index[levels] >= 0).all():
         return MaskReading(as_index.astype(np.uint8)[plane])
     table = np.zeros(levels[-1] + 1, np.int32)
@@ -245,7 +172,7 @@ def _code_grey(plane: Pixels, known: _Known, rules: MaskRules) -> _Coded | MaskR
     return _Coded(table[plane], _to_8_bits(named, known) if levels[-1] > 255 else named, named)
 
 
-def _to_8_bits(levels: npt.NDArray[np.int64], known: _Known) -> npt.NDArray[np.int64]:
+def _to_8_bits(levels: npt.NDArray[np.int64], known: KnownColors) -> npt.NDArray[np.int64]:
     """Returns 16-bit grey `levels` (M, 3) in 8 bits; only exact class colours become such."""
     rounded = (levels + _LEVELS_16_BIT // 2) // _LEVELS_16_BIT
     is_grey = (known.colors == known.colors[:, :1]).all(axis=1)
@@ -255,7 +182,7 @@ def _to_8_bits(levels: npt.NDArray[np.int64], known: _Known) -> npt.NDArray[np.i
     return np.where(is_off[:, np.newaxis], beside.clip(0, 255), rounded)
 
 
-def _read_exact(plane: Pixels, known: _Known) -> ClassIds | None:
+def _read_exact(plane: Pixels, known: KnownColors) -> ClassIds | None:
     """Returns the class ids of a mask with only the grey levels of the classes, like most masks.
 
     Returns None for other masks. No level of one class is the id of another, see
@@ -286,7 +213,7 @@ def _counts(plane: Pixels) -> npt.NDArray[np.int64]:
     return np.bincount(plane.ravel())
 
 
-def _code_colors(pixels: Pixels, known: _Known) -> _Coded | MaskReading:
+def _code_colors(pixels: Pixels, known: KnownColors) -> _Coded | MaskReading:
     """Returns the indices of the colours; or the ids, if all colours are of classes."""
     packed = pixels[..., 0].astype(np.uint32)
     for channel in (1, 2):
@@ -308,10 +235,10 @@ def _code_colors(pixels: Pixels, known: _Known) -> _Coded | MaskReading:
     return _Coded(codes, values, values)
 
 
-def _read_coded(coded: _Coded, known: _Known, rules: MaskRules, name: str) -> MaskReading:
+def _read_coded(coded: _Coded, known: KnownColors, rules: MaskRules, name: str) -> MaskReading:
     nearest, distances = nearest_of(coded.values, known.colors)
-    ids = known.ids.astype(np.uint8)[nearest][coded.codes]
-    is_off = (distances > 0)[coded.codes]
+    ids = np.take(known.ids.astype(np.uint8)[nearest], coded.codes)
+    is_off = np.take(distances > 0, coded.codes)
     counts = np.bincount(coded.codes[is_off], minlength=len(coded.values))
     off = np.flatnonzero(counts)
     off = off[np.argsort(-counts[off], kind="stable")]
@@ -327,7 +254,7 @@ def _read_coded(coded: _Coded, known: _Known, rules: MaskRules, name: str) -> Ma
         ids[box] = known.ids[assigned.index]
         num_unexplained = int(np.count_nonzero(assigned.is_unexplained))
     colors = tuple(
-        (_as_color(coded.named[each]), int(counts[each])) for each in off[:_NUM_COLORS_NAMED]
+        (_as_color(coded.named[each]), int(counts[each])) for each in off[:NUM_COLORS_NAMED]
     )
     reading = MaskReading(ids, int(counts.sum()), colors, num_unexplained)
     if len(off) and _is_empty(ids, rules.ignore_id):
@@ -338,10 +265,8 @@ def _read_coded(coded: _Coded, known: _Known, rules: MaskRules, name: str) -> Ma
 def _box_around(flags: npt.NDArray[np.bool_]) -> tuple[slice, slice]:
     """Returns the rows and columns of all set pixels, with the neighbourhood that counts."""
     rows, columns = (np.flatnonzero(flags.any(axis=axis)) for axis in (1, 0))
-    first, last = (
-        slice(max(each[0] - MARGIN, 0), each[-1] + MARGIN + 1) for each in (rows, columns)
-    )
-    return first, last
+    top, left = (max(int(each[0]) - MARGIN, 0) for each in (rows, columns))
+    return slice(top, int(rows[-1]) + MARGIN + 1), slice(left, int(columns[-1]) + MARGIN + 1)
 
 
 def _is_empty(class_ids: ClassIds, ignore_id: int | None) -> bool:

@@ -16,9 +16,9 @@ from data_prep.imaging.arrays import check_storable, has_planes, is_npy, read_np
 from data_prep.imaging.codecs import read_image, read_mask_pixels
 from data_prep.imaging.dicom.reader import read_dicom
 from data_prep.imaging.pixels import grey_channel, to_rgb
-from data_prep.masks.files import MaskFile, read_mask_file
+from data_prep.masks.files import MaskFile, read_mask, read_mask_file
 from data_prep.masks.npz import read_npz_mask
-from data_prep.masks.reading import MaskReading, MaskRules, read_mask
+from data_prep.masks.reading import MaskReading, MaskRules
 from data_prep.shards.source_pairs import File, Layout, ScanTask, SourcePair
 from data_prep.sources import inbreast
 from flexunet.errors import ContentError

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from data_prep.masks.color_map import DEFAULT_CLASSES, parse_color_map
-from data_prep.masks.files import read_mask_file
-from data_prep.masks.reading import Encoding, MaskRules, read_mask
+from data_prep.masks.files import read_mask, read_mask_file
+from data_prep.masks.reading import Encoding, MaskRules
 from flexunet.errors import ContentError
 
 VOC = parse_color_map("background=0,0,0;aeroplane=128,0,0;bicycle=0,128,0")
