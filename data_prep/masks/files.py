@@ -1,7 +1,7 @@
 """Reads mask files with all that may carry classes: colours, palette indices and alpha.
 
-The formats and their limits are those of `imaging/codecs.py`; `reading.py` has the meaning of colours
-and levels. Rules, if no encoding is given:
+The formats and their limits are those of `imaging/codecs.py`; `reading.py` has the meaning of
+colours and levels. Rules, if no encoding is given:
 - A mask with a palette is read by its colours, if all of them are of classes, else by its indices,
   if all of them are ids.
 - A mask of one colour with a varying alpha channel is rejected: its shape is in the alpha channel.

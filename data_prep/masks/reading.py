@@ -122,6 +122,7 @@ class KnownColors:
 
     @classmethod
     def of(cls, rules: MaskRules) -> "KnownColors":
+        """Returns the colours of the classes and of ignored pixels."""
         colors = [entry.color for entry in rules.classes]
         ids = [entry.id for entry in rules.classes]
         if rules.ignore_id is not None:
