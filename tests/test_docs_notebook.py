@@ -32,6 +32,7 @@ def test_the_notebook_is_stored_without_outputs() -> None:
     assert cells[0].source.startswith("import tensorflow")
 
 
+@pytest.mark.cluster
 # Jupyter's own.
 @pytest.mark.filterwarnings("ignore")
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

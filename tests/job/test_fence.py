@@ -165,7 +165,7 @@ def test_every_change_of_a_guarded_store_asks_first(
     kind: str, bucket_url: str, tmp_path: Path
 ) -> None:
     """A new method of `ObjectStore` is either known here as one that reads, or guarded."""
-    reading = {"stat", "list", "get", "get_file", "url", "local_root", "retry_s"}
+    reading = {"stat", "list", "folders", "get", "get_file", "url", "local_root", "retry_s"}
     making = {"subpath", "with_limits", "watched", "guarded"}  # give a store that is guarded too
     (tmp_path / "member").write_bytes(b"late")
     changing: dict[str, tuple[Any, ...]] = {

@@ -480,6 +480,7 @@ def test_a_deleted_image_is_not_an_unreadable_one(trained_run: Path, tmp_path: P
         _read_image(open_store(str(tmp_path)), "gone.png", manifest, QUIET)
 
 
+@pytest.mark.cluster
 def test_command_continues_after_it_was_killed(trained_run: Path, tmp_path: Path) -> None:
     images, output = tmp_path / "images", tmp_path / "output"
     write_same(images, 100, side=300)

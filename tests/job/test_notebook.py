@@ -13,6 +13,7 @@ from jupyter_client.manager import start_new_kernel
 
 from tests.job.discs import prepare_discs
 
+pytestmark = pytest.mark.cluster  # kernels of Jupyter, and interrupts
 PROJECT = Path(__file__).resolve().parents[2]
 
 # Prints what `configure` made or raised, and what it warned of, for each set of options.
