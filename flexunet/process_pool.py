@@ -35,6 +35,7 @@ R = TypeVar("R")
 MAX_REQUESTS = 16  # to a bucket at once, by all processes of a command, if they are few
 MAX_BYTES_AHEAD = 64 << 20  # that one process reads before it needs them
 
+_MANAGER_S = 10.0  # seconds for the thread of a pool whose workers are killed
 _CGROUP_ROOT = "/sys/fs/cgroup"
 _CGROUP_MEMBERSHIP = "/proc/self/cgroup"
 _starting = threading.Lock()
@@ -199,11 +200,16 @@ def _spawned(num_processes: int) -> Iterator[Executor]:
         # Not all children: other threads of a user's program may have their own. `shutdown` forgets
         # the processes.
         workers = list((pool._processes or {}).values())
+        manager: Any = getattr(pool, "_executor_manager_thread", None)
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.kill()
         for worker in workers:
             worker.join()
+        if manager is not None:
+            # This thread waits for the workers too. Whoever comes second sees them alive until the
+            # first one has noted their exit codes.
+            manager.join(_MANAGER_S)
         raise
     finally:
         pool.shutdown()
