@@ -12,6 +12,7 @@ from data_prep.masks.color_map import (
     Color,
     check_ignore_id,
     check_ignored,
+    check_ignored_levels,
     check_levels,
     free_ignore_id,
     parse_color_map,
@@ -221,6 +222,13 @@ class PrepConfig(Settings):
         name = "+".join(dict.fromkeys(rois))
         return values | {"classes": f"background=0,0,0;{name}=255,255,255"}
 
+    @field_validator("ignore")
+    @classmethod
+    def _something_is_ignored(cls, text: str | None) -> str | None:
+        if text is not None and not parse_ignored(text.split(";")):
+            raise ValueError("give a grey level or a colour, or leave it out")
+        return text
+
     @field_validator("classes", mode="before")
     @classmethod
     def _classes_are_text(cls, value: Any) -> Any:
@@ -263,6 +271,8 @@ class PrepConfig(Settings):
         classes = parse_color_map(self.classes)
         if self.mask_encoding == "auto":
             check_levels(classes)
+        if self.mask_encoding in ("auto", "index"):
+            check_ignored_levels(classes, parse_ignored((self.ignore or "").split(";")))
         check_ignore_id(classes, self.ignore_id)
         check_ignored(classes, self.ignored_colors)
         if self.mask_encoding == "alpha" and (len(classes) != 2 or self.ignore is not None):
@@ -289,7 +299,7 @@ class PrepConfig(Settings):
 
     def _layout_options(self) -> list[str]:
         """Returns the options given about folders and names of pairs."""
-        names = set(_LATER_OPTIONS) - {"full_scale", "ignore", "mask_encoding"}
+        names = [name for name in _LATER_OPTIONS if name != "full_scale"]
         return [
             f"--{name.replace('_', '-')}"
             for name in names
@@ -324,7 +334,7 @@ class PrepConfig(Settings):
     @property
     def ignored_colors(self) -> tuple[Color, ...]:
         """Colours of ignored mask pixels, with the grey level of a given ignore id."""
-        colors = parse_ignored([text for text in (self.ignore or "").split(";") if text.strip()])
+        colors = parse_ignored((self.ignore or "").split(";"))
         return colors if self.ignore_id is None else (*colors, (self.ignore_id,) * 3)
 
     @property

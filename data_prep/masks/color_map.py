@@ -68,10 +68,29 @@ def check_levels(classes: Sequence[ClassColor]) -> None:
 def parse_ignored(texts: Sequence[str]) -> tuple[Color, ...]:
     """Returns the colours of texts like `255` (a grey level), `224,224,192` or `#e0e0c0`.
 
+    Empty texts are skipped.
+
     Raises:
         UsageError: another form.
     """
-    return tuple(dict.fromkeys(_parse_ignored(text) for text in texts))
+    return tuple(dict.fromkeys(_parse_ignored(text) for text in texts if text.strip()))
+
+
+def check_ignored_levels(classes: Sequence[ClassColor], ignored: Sequence[Color]) -> None:
+    """Checks that no ignored grey level is the id of a class.
+
+    Only needed if masks may hold ids.
+
+    Raises:
+        UsageError: a level has two meanings.
+    """
+    for color in ignored:
+        level = grey_level(color)
+        if level is not None and level < len(classes):
+            raise UsageError(
+                f"--ignore {level} is the id of {classes[level].name!r}; if the masks have "
+                "colours, give --mask-encoding colour, else remove it"
+            )
 
 
 def check_ignored(classes: Sequence[ClassColor], ignored: Sequence[Color]) -> None:

@@ -3,7 +3,7 @@
 The formats and their limits are those of `imaging/codecs.py`; `reading.py` has the meaning of
 colours and levels. Rules, if no encoding is given:
 - A mask with a palette is read by its colours, if all of them are of classes, else by its indices,
-  if all of them are ids.
+  if all of them are ids. If both are possible and differ, it is rejected.
 - A mask of one colour with a varying alpha channel is rejected: its shape is in the alpha channel.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.imaging.codecs import decoding, open_image, read_mask_pixels
+from data_prep.imaging.codecs import decoding, open_image, read_image
 from data_prep.imaging.pixels import Pixels, grey_channel
 from data_prep.masks.reading import (
     NUM_COLORS_NAMED,
@@ -37,11 +37,13 @@ class MaskFile:
         pixels: (H, W) uint8 or uint16 grey, or (H, W, 3) uint8 RGB, without alpha.
         indices: (H, W) uint8 indices into the palette, None without a palette.
         alpha: (H, W) uint8, None without alpha or if it is the same everywhere.
+        is_ids: the pixels are class ids, whatever the encoding is.
     """
 
     pixels: Pixels
     indices: Pixels | None = None
     alpha: Pixels | None = None
+    is_ids: bool = False
 
 
 def read_mask_file(data: bytes, *, name: str, max_pixels: int) -> MaskFile:
@@ -50,17 +52,43 @@ def read_mask_file(data: bytes, *, name: str, max_pixels: int) -> MaskFile:
     Raises:
         ContentError: see `read_image`.
     """
-    pixels = read_mask_pixels(data, name=name, max_pixels=max_pixels)
+    pixels = read_image(data, name=name, max_pixels=max_pixels)
+    if pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    elif pixels.dtype == np.uint16:
+        pixels = _colors_of_16_bits(pixels, name=name)
     if _is_plain(data) or pixels.dtype != np.uint8:
         return MaskFile(pixels)
     with decoding(data, name=name):
         image = open_image(data, name=name, max_pixels=max_pixels)
-        if image.mode == "P":
-            return MaskFile(pixels, indices=np.array(image))
-        if image.mode not in ("LA", "RGBA"):
-            return MaskFile(pixels)
-        alpha = np.array(image.getchannel("A"))
-    return MaskFile(pixels, alpha=None if (alpha == alpha[0, 0]).all() else alpha)
+        indices = np.array(image) if image.mode == "P" else None
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        alpha = np.array(image.getchannel("A")) if image.mode in ("LA", "RGBA") else None
+    if alpha is not None and (alpha == alpha[0, 0]).all():
+        alpha = None
+    return MaskFile(pixels, indices, alpha)
+
+
+def _colors_of_16_bits(pixels: Pixels, *, name: str) -> Pixels:
+    """Returns (H, W, 3) uint8 colours of 16-bit ones, or (H, W) uint16 if all are grey.
+
+    Raises:
+        ContentError: a value is no 8-bit value, times 257 or 256.
+    """
+    grey = grey_channel(pixels)
+    if grey is not None:
+        return np.ascontiguousarray(grey)
+    high, low = pixels >> 8, pixels & 255
+    is_odd = ((low != 0) & (low != high)).any(axis=2)
+    if is_odd.any():
+        row, column = np.argwhere(is_odd)[0]
+        color = ",".join(map(str, pixels[row, column]))
+        raise ContentError(
+            f"{name}: the 16-bit colour {color} at row {row}, column {column} has no equal in 8 "
+            "bits; save the mask with 8 bits a channel"
+        )
+    return high.astype(np.uint8)
 
 
 def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
@@ -69,6 +97,8 @@ def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
     Raises:
         ContentError: see `read_classes`; or the file does not have what `rules.encoding` names.
     """
+    if mask.is_ids:
+        return MaskReading(mask.pixels)
     if rules.encoding == "alpha":
         return _read_alpha(mask, name=name)
     if rules.encoding == "index":
@@ -85,19 +115,38 @@ def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
                 f"{name}: has one colour, and its shape is in the alpha channel; read it with "
                 "--mask-encoding alpha, or replace the file"
             )
-        if mask.indices is not None and _is_index(mask.indices, mask.pixels, rules):
+        if mask.indices is not None and _is_index(mask.indices, mask.pixels, rules, name=name):
             return _read_index(mask.indices, rules, name=name)
     return read_classes(mask.pixels, rules, name=name)
 
 
-def _is_index(indices: Pixels, pixels: Pixels, rules: MaskRules) -> bool:
-    """Returns whether the palette of a mask has colours of no class, but all indices are ids."""
-    used = np.unique(indices)
-    colors = pixels if pixels.ndim == 3 else np.stack([pixels] * 3, axis=2)
-    is_known = np.zeros(indices.shape, bool)
-    for color in KnownColors.of(rules).colors.astype(np.uint8):
-        is_known |= (colors == color).all(axis=2)
-    return not is_known.all() and bool((index_table(rules)[used] >= 0).all())
+def _is_index(indices: Pixels, pixels: Pixels, rules: MaskRules, *, name: str) -> bool:
+    """Returns whether the palette of a mask has colours of no class, but all indices are ids.
+
+    Raises:
+        ContentError: the colours and the indices are of different classes, or two indices have the
+            same colour.
+    """
+    used, first = np.unique(indices, return_index=True)
+    flat = pixels.reshape(indices.size, -1)[first]
+    colors = [tuple(map(int, color)) for color in np.broadcast_to(flat, (len(used), 3))]
+    known = KnownColors.of(rules)
+    ids = {tuple(color): class_id for color, class_id in zip(*known.lists(), strict=True)}
+    by_color = [ids.get(color, -1) for color in colors]
+    by_index = index_table(rules)[used].tolist()
+    if len(set(colors)) < len(colors):
+        raise ContentError(
+            f"{name}: different indices of its palette have the same colour; give --mask-encoding "
+            "index or --mask-encoding colour"
+        )
+    if min(by_color) >= 0 and min(by_index) >= 0 and by_color != by_index:
+        place = next(i for i in range(len(used)) if by_color[i] != by_index[i])
+        raise ContentError(
+            f"{name}: index {used[place]} of its palette has the colour "
+            f"{','.join(map(str, colors[place]))} of class {by_color[place]}; give --mask-encoding "
+            "index or --mask-encoding colour"
+        )
+    return min(by_color) < 0 <= min(by_index)
 
 
 def _read_index(plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:

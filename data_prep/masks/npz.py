@@ -15,6 +15,7 @@ import numpy.typing as npt
 from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS
 from data_prep.imaging.pixels import Pixels
 from data_prep.masks.color_map import MAX_CLASSES
+from data_prep.masks.files import MaskFile
 from flexunet.errors import ContentError
 
 NPZ_KEY = "mask"
@@ -29,7 +30,18 @@ def read_npz_mask(
     num_classes: int | None = None,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> Pixels:
-    """Returns the mask in an .npz file: (H, W) uint8 or uint16, for `read_classes`.
+    """Returns the mask in an .npz file: (H, W) uint8 or uint16."""
+    return read_npz_file(data, name, num_classes=num_classes, max_pixels=max_pixels).pixels
+
+
+def read_npz_file(
+    data: bytes,
+    name: str,
+    *,
+    num_classes: int | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> MaskFile:
+    """Returns the mask in an .npz file, with one-hot classes as ids.
 
     The array `mask` is (H, W) with ids or grey levels, or (H, W, C) one-hot with C in the order of
     the ids; (H, W, 1) is read as (H, W). Pickled objects are never loaded, and the size is checked
@@ -55,13 +67,14 @@ def read_npz_mask(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ContentError(f"{name}: not a readable .npz mask: {reason}; replace it") from error
     if array.ndim == 3 and array.shape[2] > 1:
-        return _from_one_hot(array, name=name, num_classes=num_classes)
+        ids = _from_one_hot(array, name=name, num_classes=num_classes)
+        return MaskFile(ids, is_ids=True)
     plane = array.reshape(array.shape[:2])
     if not np.all((plane >= 0) & (plane <= 65535) & (plane == np.floor(plane))):
         raise ContentError(
             f"{name}: the mask has values that are not whole numbers 0..65535; replace it"
         )
-    return plane.astype(np.uint8 if plane.max() < MAX_CLASSES else np.uint16)
+    return MaskFile(plane.astype(np.uint8 if plane.max() < MAX_CLASSES else np.uint16))
 
 
 def _read_npz_array(data: bytes, name: str, max_pixels: int) -> npt.NDArray[Any]:

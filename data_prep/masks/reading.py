@@ -130,6 +130,10 @@ class KnownColors:
             ids = [*ids, *[rules.ignore_id] * len(rules.ignored)]
         return cls(np.array(colors), np.array(ids))
 
+    def lists(self) -> tuple[list[list[int]], list[int]]:
+        """Returns the colours and the ids as lists."""
+        return self.colors.tolist(), self.ids.tolist()
+
 
 def index_table(rules: MaskRules) -> npt.NDArray[np.int64]:
     """Returns the id of each level of an index mask, (256,); -1 for other levels."""

@@ -34,6 +34,7 @@ _MIN_SOFT = 9  # pixels with similar neighbours
 _MIN_SHARP = 4  # pixels
 _MIN_NOISY = 8  # pixels, the side of a square; JPEG's blocks have this size
 _MIN_EXACT = 0.9  # of the pixels around a sharp area
+_MAX_LABELS = 1024  # colours of sharp areas of a mask; masks have a few
 _FEW_COLORS = 8  # unmapped colours of a mask without blends
 
 
@@ -148,6 +149,8 @@ class _SharpAreas:
             # JPEG compression makes squares of one colour, but close to a class.
             is_far = self._assigned.distances > self._assigned.tolerances
             cores = _equal_squares(codes) & is_far[codes]
+        if np.count_nonzero(np.bincount(codes[cores])) > _MAX_LABELS:
+            return cores  # an enlarged photograph: the time for each of its colours would be large
         for box, merged in _components(cores):
             here = codes[box]
             for code in np.unique(here[merged]):

@@ -16,8 +16,8 @@ from data_prep.imaging.arrays import check_storable, has_planes, is_npy, read_np
 from data_prep.imaging.codecs import read_image, read_mask_pixels
 from data_prep.imaging.dicom.reader import read_dicom
 from data_prep.imaging.pixels import grey_channel, to_rgb
-from data_prep.masks.files import MaskFile, read_mask, read_mask_file
-from data_prep.masks.npz import read_npz_mask
+from data_prep.masks.files import read_mask, read_mask_file
+from data_prep.masks.npz import read_npz_file
 from data_prep.masks.reading import MaskReading, MaskRules
 from data_prep.shards.source_pairs import File, Layout, ScanTask, SourcePair
 from data_prep.sources import inbreast
@@ -215,7 +215,7 @@ def _read_mask(
     label = file.label
     if file.name.lower().endswith(".npz"):
         count = len(layout.classes)
-        mask = MaskFile(read_npz_mask(data, label, num_classes=count, max_pixels=layout.max_pixels))
+        mask = read_npz_file(data, label, num_classes=count, max_pixels=layout.max_pixels)
     else:
         mask = read_mask_file(data, name=label, max_pixels=layout.max_pixels)
     _check_size(item, file, mask.pixels, size)

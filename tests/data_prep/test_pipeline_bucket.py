@@ -133,6 +133,7 @@ def _staged_images(output: str) -> int:
     return sum(len(read_index(staging, name) or ()) for name in names)
 
 
+@pytest.mark.cluster
 def test_killed_processes_are_continued_with_the_same_bytes(
     source: str, expected: dict[str, bytes], faulty_bucket: FaultyBucket
 ) -> None:

@@ -224,6 +224,7 @@ for name, split in dataset.splits.items():
 """
 
 
+@pytest.mark.cluster
 def test_two_processes_of_a_node_share_the_folder_and_its_limit(
     remote: str, tmp_path: Path
 ) -> None:
@@ -237,6 +238,7 @@ def test_two_processes_of_a_node_share_the_folder_and_its_limit(
     assert 0.6 * limit < num_bytes(tmp_path) <= limit
 
 
+@pytest.mark.cluster
 def test_what_a_killed_process_left_is_counted_again(
     remote: str, faulty_bucket: FaultyBucket, tmp_path: Path
 ) -> None:

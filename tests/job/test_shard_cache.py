@@ -63,6 +63,7 @@ open_readers(dataset, dataset.splits, options, heartbeat=lambda: print("alive", 
 NUM_SHARDS = 12  # of the train split of `many_shards`; more than streams
 
 
+@pytest.mark.cluster
 def test_second_process_waits_for_the_first_and_downloads_nothing(
     remote: str, tmp_path: Path
 ) -> None:
@@ -193,6 +194,7 @@ def read_all(dataset: Dataset, cache_dir: Path) -> list[Record]:
     return found
 
 
+@pytest.mark.cluster
 def test_a_killed_copy_is_continued_and_leaves_no_parts(
     many_shards: Dataset, faulty_bucket: FaultyBucket, tmp_path: Path
 ) -> None:
@@ -226,6 +228,7 @@ def test_a_disk_that_fills_up_ends_all_copies(
     assert not list(small_disk.rglob(".flexunet-tmp-*"))
 
 
+@pytest.mark.cluster
 def test_two_processes_of_a_node_copy_each_shard_once(
     many_shards: Dataset, faulty_bucket: FaultyBucket, tmp_path: Path
 ) -> None:

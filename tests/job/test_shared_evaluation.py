@@ -148,6 +148,7 @@ def some_case(index: int, seed: int = 0) -> CaseInput:
     return CaseInput(index, Geometry("stretch", 48, 36, 0, 0, 24, 24), None, truth, probabilities)
 
 
+@pytest.mark.cluster
 def test_worker_processes_measure_the_same_in_the_same_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -164,6 +165,7 @@ def test_worker_processes_measure_the_same_in_the_same_order(
         assert np.array_equal(ours.sweep.tp, theirs.sweep.tp)
 
 
+@pytest.mark.cluster
 def test_a_killed_worker_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_evaluation, "_WORTH_S", 0.0)
     others = set(multiprocessing.active_children())  # of earlier tests in this process

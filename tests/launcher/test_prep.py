@@ -202,7 +202,7 @@ def test_mistakes_are_one_line(
     environment = {"RAY_ADDRESS": ray_cluster.address}
     done = flexunet(*launch(source, tmp_path / "out"), *options, **environment)
     assert done.returncode == code
-    expected = ("no --group option", "joining Ray at ")
+    expected = ("no --group option", "joining Ray at ", f"{source}: images in ")
     lines = [line for line in done.stderr.splitlines() if not line.startswith(expected)]
     assert len(lines) == 1
     assert message in lines[0]

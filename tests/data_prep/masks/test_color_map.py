@@ -8,6 +8,7 @@ from data_prep.masks.color_map import (
     Color,
     check_ignore_id,
     check_ignored,
+    check_ignored_levels,
     check_levels,
     free_ignore_id,
     parse_color_map,
@@ -119,3 +120,10 @@ def test_check_levels_refuses_a_level_that_is_the_id_of_another_class(
 @pytest.mark.parametrize("text", ["a=0,0,0;b=1,1,1", "a=9,9,9;b=2,2,2", "a=0,0,0;b=0,1,0"])
 def test_check_levels_accepts_levels_with_one_meaning(text: str) -> None:
     check_levels(parse_color_map(text))
+
+
+def test_check_ignored_levels_refuses_the_id_of_a_class() -> None:
+    check_ignored_levels(DEFAULT_CLASSES, [(2, 2, 2), (1, 0, 0)])
+    words = r"--ignore 1 is the id of 'mass'; .*--mask-encoding colour"
+    with pytest.raises(UsageError, match=words):
+        check_ignored_levels(DEFAULT_CLASSES, [(9, 9, 9), (1, 1, 1)])

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.imaging.codecs import encode_png
 from data_prep.masks.color_map import DEFAULT_CLASSES, parse_color_map
 from data_prep.masks.files import read_mask, read_mask_file
+from data_prep.masks.npz import read_npz_file
 from data_prep.masks.reading import Encoding, MaskRules
 from flexunet.errors import ContentError
 
@@ -47,11 +49,58 @@ def test_a_palette_of_other_colors_is_read_by_its_indices(encoding: Encoding) ->
     assert read(data, MaskRules(VOC, encoding=encoding)) == IDS.tolist()
 
 
-def test_colors_of_a_palette_count_before_its_indices() -> None:
+def test_a_palette_whose_colors_and_indices_differ_is_rejected() -> None:
     swapped = [0, 0, 0, 0, 128, 0, 128, 0, 0]  # index 1 has the colour of class 2
     data = saved(with_palette(IDS, swapped), "PNG")
-    assert read(data, MaskRules(VOC)) == [[0, 2, 2], [1, 0, 1]]
+    with pytest.raises(ContentError, match="index 1 of its palette has the colour 0,128,0 of cla"):
+        read(data, MaskRules(VOC))
+    assert read(data, MaskRules(VOC, encoding="colour")) == [[0, 2, 2], [1, 0, 1]]
     assert read(data, MaskRules(VOC, encoding="index")) == IDS.tolist()
+
+
+def test_indices_of_one_color_are_rejected() -> None:
+    data = saved(with_palette(IDS, [0] * 9), "PNG")
+    with pytest.raises(ContentError, match="different indices of its palette have the same colour"):
+        read(data, MaskRules(VOC))
+    assert read(data, MaskRules(VOC, encoding="index")) == IDS.tolist()
+
+
+def test_a_shape_in_the_transparency_of_a_palette_is_read_or_rejected() -> None:
+    image = with_palette((IDS > 0).astype(np.uint8), [255] * 6)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=bytes([0, 255]))
+    with pytest.raises(ContentError, match="its shape is in the alpha channel"):
+        read(buffer.getvalue(), MaskRules(DEFAULT_CLASSES))
+    rules = MaskRules(DEFAULT_CLASSES, encoding="alpha")
+    assert read(buffer.getvalue(), rules) == [[0, 1, 1], [1, 0, 1]]
+
+
+def png_16(pixels: np.ndarray) -> bytes:
+    return encode_png(pixels.astype(np.uint16))
+
+
+@pytest.mark.parametrize("factor", [256, 257])
+def test_16_bit_colors_are_read_if_they_are_8_bit_values(factor: int) -> None:
+    colors = np.array(PALETTE, np.uint16).reshape(3, 3)[IDS] * factor
+    assert read(png_16(colors), MaskRules(VOC)) == IDS.tolist()
+    colors[1, 2, 1] += 1
+    with pytest.raises(ContentError, match=r"16-bit colour .* at row 1, column 2 has no equal"):
+        read(png_16(colors), MaskRules(VOC))
+
+
+@pytest.mark.parametrize("encoding", ["auto", "index"])
+def test_16_bit_grey_ids_in_three_channels_are_ids(encoding: Encoding) -> None:
+    data = png_16(np.stack([IDS] * 3, axis=2))
+    assert read(data, MaskRules(VOC, encoding=encoding)) == IDS.tolist()
+
+
+def test_one_hot_classes_are_ids_whatever_the_colors_are() -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, mask=np.eye(2, dtype=np.uint8)[np.array([[0, 1], [1, 1]])])
+    classes = parse_color_map("cell=255,255,255;membrane=0,0,0")
+    file = read_npz_file(buffer.getvalue(), "m.npz", num_classes=2)
+    reading = read_mask(file, MaskRules(classes, encoding="colour"), name="m.npz")
+    assert reading.ids.tolist() == [[0, 1], [1, 1]]
 
 
 def test_an_ignored_index_of_a_palette_is_the_ignore_id() -> None:

@@ -124,3 +124,12 @@ def test_a_photograph_in_place_of_a_mask_is_an_error() -> None:
     )
     with pytest.raises(ContentError, match="areas of a colour of no class"):
         read_classes(np.asarray(image, np.uint8), MaskRules(DEFAULT_CLASSES), name="m.png")
+
+
+@pytest.mark.timeout(60)
+def test_an_enlarged_photograph_takes_no_pass_for_each_of_its_colors() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)
+    pixels = np.repeat(np.repeat(image, 2, axis=0), 2, axis=1)
+    # One pass for each of its 160,000 colours would take hours.
+    with pytest.raises(ContentError, match="areas of a colour of no class"):
+        read_classes(pixels, MaskRules(ORGANS), name="m.png")
