@@ -1,4 +1,4 @@
-"""Measures training input from a bucket of which a node keeps a part, against keeping all of it.
+"""Measures training input from a bucket if a node keeps only some records, against all records.
 
     python benchmarks/records.py [--num-images 200] [--latency-ms 40] [--stream-mb-s 20]
 

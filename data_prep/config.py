@@ -47,8 +47,8 @@ class PrepConfig(Settings):
     )
     masks: str | None = option(
         None,
-        "Folder of the masks below SOURCE, or pattern of folders or files; each * stands for the "
-        "same as in --images. none: folders are found by their names.",
+        "Folder of the masks below SOURCE, or pattern of folders or files; each * matches the "
+        "same text as in --images. none: folders are found by their names.",
     )
     field_of_view: str | None = option(
         None,

@@ -128,7 +128,7 @@ def _prepare_listed(
     if is_file(store):
         raise UsageError(f"{store.url}: is a file; OUTPUT must be a folder, which prep creates")
     if config.off_map_limit != PrepConfig.model_fields["off_map_limit"].default:
-        logger.warning("--off-map-limit has no effect any more; remove it")
+        logger.warning("--off-map-limit has no effect; remove it")
     prep_input = collect_input(sources, store, config, listings)
     is_finished = store.stat(MANIFEST_NAME) is not None
     if not is_finished:

@@ -188,7 +188,7 @@ class _SharpAreas:
             return bool(num_own >= _MIN_EXACT * num_around > 0)
         value = self._values[code]
         if not _has_square(inside, 2):
-            # A line may be what is left of a blend whose other class is outside of the mask.
+            # A line may be a blend with a class that is outside of the mask.
             return not is_blend(value, self._colors)
         return _has_square(inside, 4) or not is_blend(value, self._colors[np.unique(around)])
 

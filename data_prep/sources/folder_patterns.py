@@ -40,7 +40,7 @@ class FolderOptions:
 
 @dataclass(frozen=True)
 class _Selected:
-    """A folder that a pattern matches, what its wildcards stand for, and the pattern of files."""
+    """A folder that a pattern matches, the text of its wildcards, and the pattern of files."""
 
     path: str
     wildcards: tuple[str, ...]
@@ -175,7 +175,7 @@ def _pattern_problem(pattern: str) -> str | None:
 def _joined(
     url: str, images: Sequence[_Selected], masks: Sequence[_Selected]
 ) -> list[tuple[_Selected, _Selected]]:
-    """Returns the folders whose wildcards stand for the same."""
+    """Returns the folders whose wildcards match the same text."""
     if len(images) == len(masks) == 1:
         return [(images[0], masks[0])]
     by_wildcards = {each.wildcards: each for each in masks}
@@ -187,7 +187,7 @@ def _joined(
     named = f", and {shown(alone[0])} has no partner" if alone else ""
     raise UsageError(
         f"{url}: --images and --masks select {pluralize(len(images), 'folder')} and "
-        f"{pluralize(len(masks), 'folder')}{named}; each * must stand for the same in both"
+        f"{pluralize(len(masks), 'folder')}{named}; each * must match the same text in both"
     )
 
 

@@ -179,7 +179,7 @@ def _existing(sources: Sequence[Source], path: str) -> list[Source]:
 
 
 def _without_globs(sources: Sequence[Source]) -> list[Source]:
-    """Returns the folders that patterns such as `train/*/images` stand for.
+    """Returns the folders that match patterns such as `train/*/images`.
 
     Raises:
         UsageError: a pattern fits no folder.
