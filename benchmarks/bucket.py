@@ -9,7 +9,6 @@ finished dataset. Proxy and emulator need CPU time of the same machine; if it is
 later than asked for. So compare with plain, which they slow down too.
 """
 
-import contextlib
 import json
 import os
 import resource
@@ -17,7 +16,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +28,7 @@ import click
 import cv2
 import numpy as np
 import psutil
-from machine import describe_machine, write_result
+from machine import describe_machine, watched_memory, write_result
 
 from flexunet.process_pool import MAX_REQUESTS
 from flexunet.storage import open_store
@@ -137,7 +135,7 @@ def run_prep(command: list[str], checkout: str, proxy: subprocess.Popen[str]) ->
     with subprocess.Popen(
         command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL
     ) as process:
-        with watched_memory(process.pid) as peak_bytes:
+        with watched_memory(lambda: tree_of(process.pid)) as peak_bytes:
             exit_code = process.wait()
         wall_s = time.perf_counter() - started
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -155,26 +153,10 @@ def run_prep(command: list[str], checkout: str, proxy: subprocess.Popen[str]) ->
     }
 
 
-@contextmanager
-def watched_memory(process_id: int) -> Iterator[list[int]]:
-    """Yields a list with one number: the peak resident memory of one process of a tree, bytes."""
-    peak = [0]
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.05):
-            with contextlib.suppress(psutil.Error):
-                top = psutil.Process(process_id)
-                for process in (top, *top.children(recursive=True)):
-                    peak[0] = max(peak[0], process.memory_info().rss)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
+def tree_of(process_id: int) -> list[psutil.Process]:
+    """Returns a process and all that it started."""
+    top = psutil.Process(process_id)
+    return [top, *top.children(recursive=True)]
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -1,13 +1,17 @@
 """Functions of all benchmarks: describe the machine, summarize values, write results."""
 
+import contextlib
 import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 # A run that only tests a script must not overwrite the measured results.
 RESULTS = Path(os.environ.get("FLEXUNET_BENCHMARK_RESULTS") or Path(__file__).parent / "results")
@@ -45,3 +49,31 @@ def write_result(name: str, result: dict[str, Any]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2) + "\n"
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def watched_memory(
+    processes: Callable[[], Iterable[psutil.Process]],
+) -> Iterator[list[int]]:
+    """Yields a list with one number: the peak resident memory of one of `processes`, bytes.
+
+    Args:
+        processes: returns the processes to watch; is called every 20 ms.
+    """
+    peak = [0]
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.02):
+            # A process may end between the two calls.
+            with contextlib.suppress(psutil.Error):
+                for process in processes():
+                    peak[0] = max(peak[0], process.memory_info().rss)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()

@@ -11,16 +11,14 @@ machine affects all alike; ratios compare neighbouring runs.
 import contextlib
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from typing import Any
 
 import click
 import psutil
-from machine import describe_machine, spread, write_result
+from machine import describe_machine, spread, watched_memory, write_result
 
 from data_prep.config import PrepConfig
 from data_prep.imaging.codecs import encode_png, read_image, read_mask_pixels
@@ -107,7 +105,7 @@ def measure_memory(work: str, num_images: int, size: int) -> dict[str, float]:
     for number in (num_images, 4 * num_images):
         source = f"{work}/memory-{number}"
         write_phantoms(source, number, size, 2)
-        with open_pool(2) as pool, watched_children() as peak_bytes:
+        with open_pool(2) as pool, watched_memory(psutil.Process().children) as peak_bytes:
             config = PrepConfig(image_size=size, num_processes=2, shard_size=2.0)
             found = find_sources(source)
             workers = two_workers(pool)
@@ -138,26 +136,6 @@ def run_prep(sources: Sources, output: str, size: int, executor: Executor | None
 def two_workers(executor: Executor) -> OpenWorkers:
     """Returns a function that opens `executor` with two workers and does not close it."""
     return lambda: contextlib.nullcontext(Workers(executor, lambda: 2))
-
-
-@contextmanager
-def watched_children() -> Iterator[list[int]]:
-    """Yields a list with one number: the peak resident memory of a child process, bytes."""
-    peak = [0]
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.02):
-            for child in psutil.Process().children():
-                peak[0] = max(peak[0], child.memory_info().rss)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
 
 
 def print_table(result: dict[str, Any]) -> None:
