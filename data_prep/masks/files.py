@@ -19,6 +19,7 @@ from data_prep.masks.reading import (
     MaskReading,
     MaskRules,
     index_table,
+    level_counts,
     read_classes,
 )
 from flexunet.errors import ContentError
@@ -150,11 +151,11 @@ def _is_index(indices: Pixels, pixels: Pixels, rules: MaskRules, *, name: str) -
 
 
 def _read_index(plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
-    values, counts = np.unique(plane, return_counts=True)
+    counts = level_counts(plane)
     table = index_table(rules)
     wrong = [
-        (int(value), int(count))
-        for value, count in zip(values, counts, strict=True)
+        (int(value), int(counts[value]))
+        for value in np.flatnonzero(counts)
         if value >= len(table) or table[value] < 0
     ]
     if wrong:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from data_prep.imaging.pixels import Pixels, grey_channel
 from data_prep.masks.blends import MARGIN, assign_classes, nearest_of
 from data_prep.masks.color_map import MAX_CLASSES, ClassColor, Color, grey_level
-from data_prep.masks.solid_areas import SolidArea, find_solid_areas
+from data_prep.masks.solid_areas import Box, SolidArea, find_solid_areas
 from flexunet.errors import ContentError
 
 Encoding = Literal["auto", "index", "colour", "alpha"]
@@ -167,7 +167,7 @@ def _code_grey(plane: Pixels, known: KnownColors, rules: MaskRules) -> _Coded | 
     exact = _read_exact(plane, known)
     if exact is not None:
         return MaskReading(exact)
-    levels = np.flatnonzero(_counts(plane))
+    levels = np.flatnonzero(level_counts(plane))
     as_index = index_table(rules)
     if rules.encoding == "auto" and levels[-1] < MAX_CLASSES and (as_index[levels] >= 0).all():
         return MaskReading(as_index.astype(np.uint8)[plane])
@@ -207,7 +207,7 @@ def _read_exact(plane: Pixels, known: KnownColors) -> ClassIds | None:
     return None if (read == no_class).any() else read
 
 
-def _counts(plane: Pixels) -> npt.NDArray[np.int64]:
+def level_counts(plane: Pixels) -> npt.NDArray[np.int64]:
     """Returns the count of each value, up to the largest of the type or of `plane`."""
     import cv2
 
@@ -267,7 +267,7 @@ def _read_coded(coded: _Coded, known: KnownColors, rules: MaskRules, name: str) 
     return reading
 
 
-def _box_around(flags: npt.NDArray[np.bool_]) -> tuple[slice, slice]:
+def _box_around(flags: npt.NDArray[np.bool_]) -> Box:
     """Returns the rows and columns of all set pixels, with the neighbourhood that counts."""
     rows, columns = (np.flatnonzero(flags.any(axis=axis)) for axis in (1, 0))
     top, left = (max(int(each[0]) - MARGIN, 0) for each in (rows, columns))
@@ -279,7 +279,7 @@ def _is_empty(class_ids: ClassIds, ignore_id: int | None) -> bool:
     return not foreground.any()
 
 
-def _refuse_areas(areas: Sequence[SolidArea], box: tuple[slice, slice], *, name: str) -> None:
+def _refuse_areas(areas: Sequence[SolidArea], box: Box, *, name: str) -> None:
     found = [
         f"{area.num_pixels} pixels of colour {_written(area.color)} at row "
         f"{box[0].start + area.row}, column {box[1].start + area.column}"
