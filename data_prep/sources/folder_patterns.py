@@ -121,7 +121,7 @@ def select_folders(
         FolderPair(image.path, mask.path, meaning_of(image.path).split, image.glob, mask.glob)
         for image, mask in pairs
     ]
-    return with_splits(folders.url, found)
+    return with_splits(folders.url, found, are_chosen=True)
 
 
 def _selected(

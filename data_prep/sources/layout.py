@@ -182,8 +182,13 @@ def _folders_with_both(folders: Folders) -> tuple[FolderPair, ...] | None:
     return with_splits(folders.url, pairs) if pairs else None
 
 
-def with_splits(url: str, pairs: Sequence[FolderPair]) -> tuple[FolderPair, ...]:
+def with_splits(
+    url: str, pairs: Sequence[FolderPair], *, are_chosen: bool = False
+) -> tuple[FolderPair, ...]:
     """Returns `pairs` in the order of their splits; without splits if all are of train.
+
+    Args:
+        are_chosen: the user named the folders, so that all of them may be of another split, too.
 
     Raises:
         UsageError: some are in a split and some are not, or none is of train.
@@ -196,12 +201,13 @@ def with_splits(url: str, pairs: Sequence[FolderPair]) -> tuple[FolderPair, ...]
             f"{url}: {shown(inside)} is in a folder of a split and {shown(outside)} is not; give "
             "the folders to use with --images and --masks"
         )
-    if splits != {None} and "train" not in splits:
+    is_one = splits == {"train"} or (are_chosen and len(splits) == 1)
+    if not is_one and splits != {None} and "train" not in splits:
         raise UsageError(
             f"{url}: no folder train/ or training/ beside {shown(pairs[0].images)}; give the "
             "folders to use with --images and --masks"
         )
-    if splits == {"train"}:
+    if is_one:
         pairs = [replace(pair, split=None) for pair in pairs]
     order = [None, "train", "valid", "test"]
     return tuple(sorted(pairs, key=lambda pair: (order.index(pair.split), pair.images)))

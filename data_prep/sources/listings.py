@@ -7,6 +7,8 @@ import dataclasses
 import os
 from collections.abc import Collection
 
+from flexunet.errors import UsageError
+from flexunet.progress import waiting
 from flexunet.storage import ObjectMeta, ObjectStore, join_url, open_source
 
 _DROPPINGS = ("desktop.ini", "thumbs.db")  # also every name that starts with a dot
@@ -30,6 +32,23 @@ class Listings:
             listed = store.list() if known is None else self._part_of(known, url)
             self._found[url] = [stat for stat in listed if not _is_dropping(stat)]
         return self._found[url]
+
+    def check_number(self, url: str, most: int) -> None:
+        """Lists `url` as `files` does; shows the time that it takes.
+
+        Raises:
+            UsageError: more than `most` objects; the rest is not listed.
+        """
+        if url in self._found:
+            return
+        with waiting(f"listing {url}"):
+            listed = open_source(url).list(most=most + 1)
+        if len(listed) > most:
+            raise UsageError(
+                f"{url}: contains more than {most} files, and folders of images and masks are "
+                "looked for in all of them; give a folder inside of it that contains both"
+            )
+        self._found[url] = [stat for stat in listed if not _is_dropping(stat)]
 
     def names(self, url: str) -> list[str]:
         """Returns the names of `files`."""

@@ -18,6 +18,7 @@ from flexunet.storage import ObjectStore, is_subpath, join_url, open_store
 
 logger = logging.getLogger(__name__)
 
+_MAX_FILES = 1_000_000  # in which folders are looked for; about 20 s and 0.5 GB
 _IMAGES = "images"
 _MASKS = "masks"
 _SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid",
@@ -106,6 +107,7 @@ def _usual_sources(url: str, listings: Listings) -> tuple[Source, ...]:
 
 
 def _all_folders(url: str, listings: Listings) -> Folders:
+    listings.check_number(url, _MAX_FILES)
     return folders_of(url, listings.names(url), IMAGE_ENDINGS, MASK_ENDINGS)
 
 

@@ -72,11 +72,14 @@ class ObjectStore(Protocol):
         """Returns the metadata of an object, None if it does not exist."""
         ...
 
-    def list(self, prefix: str = "") -> list[ObjectMeta]:
+    def list(self, prefix: str = "", *, most: int | None = None) -> list[ObjectMeta]:
         """Returns the metadata of every object whose name starts with `prefix`, sorted by name.
 
         A prefix is compared as text: end it with `/` to list a folder. Unfinished puts are never
         listed.
+
+        Args:
+            most: stop after so many objects, which are any of them; None: list all.
         """
         ...
 

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import functools
 import io
+import itertools
 import mimetypes
 import os
 import re
@@ -96,7 +97,7 @@ class GcsStore:
             return None
         return _blob_stat(name, blob)
 
-    def list(self, prefix: str = "") -> list[ObjectMeta]:
+    def list(self, prefix: str = "", *, most: int | None = None) -> list[ObjectMeta]:
         """See `ObjectStore.list`; skips the empty objects that represent folders."""
         with self._errors("list", prefix, missing="bucket"):
             blobs = self._client().list_blobs(
@@ -106,8 +107,9 @@ class GcsStore:
                 retry=self._retry(),
                 timeout=self._timeout_s,
             )
-            found = [_blob_stat(blob.name[len(self._folder) :], blob) for blob in blobs]
-        return sorted((s for s in found if not s.name.endswith("/")), key=lambda s: s.name)
+            found = (_blob_stat(blob.name[len(self._folder) :], blob) for blob in blobs)
+            files = list(itertools.islice((s for s in found if not s.name.endswith("/")), most))
+        return sorted(files, key=lambda stat: stat.name)
 
     def folders(self) -> tuple[str, ...]:
         """See `ObjectStore.folders`."""

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import errno
 import fcntl
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -70,7 +71,7 @@ class LocalStore:
         with local_errors("read", path):
             return stat_path(name, path)
 
-    def list(self, prefix: str = "") -> list[ObjectMeta]:
+    def list(self, prefix: str = "", *, most: int | None = None) -> list[ObjectMeta]:
         """See `ObjectStore.list`; lists links to files inside the folder, but no other links.
 
         A store that follows links also lists broken links, with size 0, although `stat` returns
@@ -84,11 +85,12 @@ class LocalStore:
                 files = walk_links(top, folder, with_folders_above(top), left_out)
             else:
                 files = walk(top, folder, os.path.realpath(self.url), left_out)
-            found = [
+            objects = (
                 ObjectMeta(name, size_of(info), info.st_mtime_ns, None)
                 for name, info in files
                 if name.startswith(prefix)
-            ]
+            )
+            found = list(itertools.islice(objects, most))
         if left_out:
             where = (
                 "to a folder above"

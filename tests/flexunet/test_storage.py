@@ -85,6 +85,8 @@ def test_list_is_recursive_sorted_and_by_prefix(store: ObjectStore) -> None:
     assert names(store, "a") == ["a-1", "a/x/1"]
     assert names(store, "b/1") == ["b/10"]
     assert names(store, "c/") == []
+    assert len(store.list(most=2)) == 2
+    assert store.list(most=100) == store.list()
 
 
 def test_below_sees_the_same_objects(store: ObjectStore) -> None:

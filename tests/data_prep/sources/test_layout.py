@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.sources import source_folders
 from data_prep.sources.folder_patterns import FolderOptions, choose_folders, select_folders
 from data_prep.sources.layout import (
     IMAGE_WORDS,
@@ -200,6 +201,8 @@ def test_the_parts_of_a_path_have_a_meaning(path: str, expected: Meaning) -> Non
         (["s1/images/a.png", "s1/tumour/a.png", "s2/images/b.png", "s2/tumour/b.png"],
          None, "*/tumour", [("s1/images", "s1/tumour", None), ("s2/images", "s2/tumour", None)]),
         (["scans/a.png", "masks/a.png", "old/a.png"], "scans", None, [("scans", "masks", None)]),
+        (["x/valid/images/a.png", "x/valid/masks/a.png", "x/test/images/b.png"],
+         "x/valid/images", None, [("x/valid/images", "x/valid/masks", None)]),
     ],
 )  # fmt: skip
 def test_patterns_select_folders_and_files(
@@ -303,6 +306,20 @@ def test_a_found_layout_is_that_of_the_whole_folder_and_reads_no_subfolders(
     assert paired(url) == {"a.png": ("labels/a_gt.png",), "b.png": ("labels/b_gt.png",)}
     line = f'{url}: images in /, masks in labels/, --mask-name "{{stem}}_gt": 2 pairs'
     assert line in caplog.messages
+
+
+def test_the_search_for_folders_ends_at_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_folders, "_MAX_FILES", 4)
+    url = make(tmp_path, "imgs/a.png", "imgs/b.png", "gt/a.png", "gt/b.png")
+    assert paired(url) == {"imgs/a.png": ("gt/a.png",), "imgs/b.png": ("gt/b.png",)}
+    make(tmp_path, "other/a.txt")
+    with pytest.raises(UsageError, match=r"contains more than 4 files.*give a folder inside of it"):
+        find_sources(url)
+    usual = make(tmp_path / "usual", *(f"{each}/{n}.png" for each in ("images", "masks")
+                                       for n in range(3)))  # fmt: skip
+    assert len(find_pairs(find_sources(usual))[0]) == 3
 
 
 def test_images_and_masks_in_one_folder_are_divided(tmp_path: Path) -> None:
