@@ -137,8 +137,8 @@ class PrepConfig(Settings):
     )
     ignore_id: int | None = option(
         None,
-        "Id of ignored pixels, in index masks and in the dataset; larger than the class ids. "
-        "Unset: a free id, if pixels are ignored.",
+        "Id of ignored pixels, in index masks and in the dataset; larger than the class ids. It is "
+        "no grey level of other masks: see --ignore. Unset: a free id, if pixels are ignored.",
         ge=1,
         le=255,
     )
@@ -333,9 +333,8 @@ class PrepConfig(Settings):
 
     @property
     def ignored_colors(self) -> tuple[Color, ...]:
-        """Colours of ignored mask pixels, with the grey level of a given ignore id."""
-        colors = parse_ignored((self.ignore or "").split(";"))
-        return colors if self.ignore_id is None else (*colors, (self.ignore_id,) * 3)
+        """Colours of ignored mask pixels. The ignore id of index masks is no colour."""
+        return parse_ignored((self.ignore or "").split(";"))
 
     @property
     def ignore_value(self) -> int | None:

@@ -10,6 +10,7 @@ from data_prep.config import PrepConfig, identity_of
 from data_prep.format_choice import full_scale_info
 from data_prep.imaging.pixels import PixelFormat
 from data_prep.masks.color_map import parse_color_map
+from data_prep.masks.reading import READING_RULES
 from data_prep.shards.manifest import Manifest, ReducedInfo, SplitInfo, group_rule_of
 from data_prep.shards.source_pairs import EncodedSample
 from data_prep.shards.write import WrittenShard, mean_and_std
@@ -76,6 +77,7 @@ def build_manifest(contents: Contents, config: PrepConfig) -> Manifest:
         reduced=_reduced(samples, splits),
         source_sha256=contents.source_sha256,
         full_scale=full_scale_info(samples, pixel_format, config),
+        reading_rules=READING_RULES if config.format == "pairs" else None,
     )
 
 

@@ -15,6 +15,7 @@ from data_prep.config import MAX_LISTED, PrepConfig, identity_of
 from data_prep.format_choice import pixel_format_of, warn_of_clipped, warn_of_mixed
 from data_prep.manifest_builder import Contents, build_manifest, warn_of_lost_regions
 from data_prep.masks.color_map import parse_color_map
+from data_prep.masks.reading import READING_RULES
 from data_prep.prep_input import PrepInput, collect_input, source_digest, sources_of
 from data_prep.report_files import (
     write_clipped,
@@ -228,6 +229,12 @@ def _finished(work: _Work, prep_input: PrepInput) -> Manifest:
         )
     remove_state(work.store)
     logger.info("%s: finished already with these options and files", work.store.url)
+    if work.config.format == "pairs" and (manifest.reading_rules or 1) < READING_RULES:
+        logger.info(
+            "%s: an earlier version read the masks, by other rules; to read them by the present "
+            "ones, prepare them into another folder",
+            work.store.url,
+        )
     return manifest
 
 
@@ -295,6 +302,7 @@ def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | Reje
         full_scale=config.full_scale,
         ignored=config.ignored_colors,
         mask_encoding=config.mask_encoding,
+        has_ignore_id=config.ignore_id is not None,
     )
     staging = staging_url(work.store.url)
     chunks = [

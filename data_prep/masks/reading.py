@@ -10,7 +10,7 @@ Rules for reading a mask of any file format, if no encoding is given:
   rules for the other pixels, which count as unmapped. 16-bit grey masks are compared with the
   colours times 257 (65535 is white).
 - A mask with an area of a colour of no class is rejected, see `solid_areas.py`.
-- Ignored colours are read as the ignore id.
+- Ignored colours are read as the ignore id. In index masks, the ignore id itself may be such an id.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from data_prep.imaging.pixels import Pixels, grey_channel
 from data_prep.masks.blends import MARGIN, assign_classes, nearest_of
 from data_prep.masks.color_map import MAX_CLASSES, ClassColor, Color, grey_level
-from data_prep.masks.solid_areas import Box, SolidArea, find_solid_areas
+from data_prep.masks.solid_areas import FEW_COLORS, Box, SolidArea, find_solid_areas
 from flexunet.errors import ContentError
 
 Encoding = Literal["auto", "index", "colour", "alpha"]
@@ -38,6 +38,12 @@ _LEVELS_16_BIT = 257  # 65535 / 255: one 8-bit grey level in 16 bits
 _NOT_A_BLEND = 128  # a blend of two colours is closer than this to one of them
 _MAX_ID_LIKE = 64
 
+READING_RULES = 2
+"""Version of the rules by which masks are read; datasets record it. Datasets without it have 1.
+
+Until version 1, a mask with colours had the ignore id as a grey level, too.
+"""
+
 
 @dataclass(frozen=True)
 class MaskRules:
@@ -48,12 +54,14 @@ class MaskRules:
         ignore_id: id of pixels that are ignored everywhere, None without such pixels.
         encoding: what carries the classes.
         ignored: distinct colours, none of them of a class, that are read as the ignore id.
+        has_ignore_id: index masks may hold the ignore id. It is no grey level of other masks.
     """
 
     classes: tuple[ClassColor, ...]
     ignore_id: int | None = None
     ignored: tuple[Color, ...] = ()
     encoding: Encoding = "auto"
+    has_ignore_id: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,8 @@ def index_table(rules: MaskRules) -> npt.NDArray[np.int64]:
         level = grey_level(color)
         if level is not None and rules.ignore_id is not None:
             table[level] = rules.ignore_id
+    if rules.has_ignore_id and rules.ignore_id is not None:
+        table[rules.ignore_id] = rules.ignore_id
     for entry in rules.classes:
         table[entry.id] = entry.id
     return table
@@ -248,6 +258,7 @@ def _read_coded(coded: _Coded, known: KnownColors, rules: MaskRules, name: str) 
     off = np.flatnonzero(counts)
     off = off[np.argsort(-counts[off], kind="stable")]
     num_unexplained = 0
+    _refuse_ignore_id(coded.named[off], rules, name=name)
     if len(off):
         # Most masks have unmapped pixels only along the edges of a few areas.
         box = _box_around(is_off)
@@ -265,6 +276,25 @@ def _read_coded(coded: _Coded, known: KnownColors, rules: MaskRules, name: str) 
     if len(off) and _is_empty(ids, rules.ignore_id):
         _refuse_unexplained(reading, coded.named[off], distances[off].max(), rules.classes, name)
     return reading
+
+
+def _refuse_ignore_id(off_colors: npt.NDArray[np.int64], rules: MaskRules, *, name: str) -> None:
+    """Rejects a mask with the ignore id as a grey level beside colours of classes.
+
+    Only in a mask of few colours: among the levels of blends and noise, that level means nothing.
+
+    Args:
+        off_colors: (M, 3) the unmapped colours.
+    """
+    level = rules.ignore_id if rules.has_ignore_id else None
+    if level is None or len(off_colors) > FEW_COLORS or not (off_colors == level).all(axis=1).any():
+        return
+    ignored = ";".join(_written(color) for color in rules.ignored)
+    option = f'"{ignored};{level}"' if ignored else level
+    raise ContentError(
+        f"{name}: has colours, and the grey level {level}, which is only an id (--ignore-id); to "
+        f"ignore its pixels give --ignore {option}, else choose another --ignore-id"
+    )
 
 
 def _box_around(flags: npt.NDArray[np.bool_]) -> Box:

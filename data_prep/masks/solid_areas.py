@@ -35,7 +35,7 @@ _MIN_SHARP = 4  # pixels
 _MIN_NOISY = 8  # pixels, the side of a square; JPEG's blocks have this size
 _MIN_EXACT = 0.9  # of the pixels around a sharp area
 _MAX_LABELS = 1024  # colours of sharp areas of a mask; masks have a few
-_FEW_COLORS = 8  # unmapped colours of a mask without blends
+FEW_COLORS = 8  # unmapped colours of a mask without blends
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _SharpAreas:
         codes, is_off = self._codes, ~self._assigned.is_exact
         result = np.zeros(codes.shape, bool)
         cores = is_off
-        if np.count_nonzero(np.bincount(codes[is_off])) > _FEW_COLORS:
+        if np.count_nonzero(np.bincount(codes[is_off])) > FEW_COLORS:
             # JPEG compression makes squares of one colour, but close to a class.
             is_far = self._assigned.distances > self._assigned.tolerances
             cores = _equal_squares(codes) & is_far[codes]

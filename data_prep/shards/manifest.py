@@ -93,6 +93,9 @@ class Manifest(Settings):
         reduced: splits with downscaled masks; empty in datasets of version 0.1.0.
         full_scale: None if all 16-bit images state their full scale, and in datasets of earlier
             versions; then it is not in the JSON.
+        reading_rules: version of the rules that read the mask files; None in datasets of earlier
+            versions, which used version 1, and if there are no mask files. Then it is not in the
+            JSON.
         source_sha256: digest of names, sizes and checksums of the source files.
     """
 
@@ -124,6 +127,7 @@ class Manifest(Settings):
     reduced: dict[Split, ReducedInfo] = Field(default_factory=dict)
     source_sha256: str = ""
     full_scale: FullScaleInfo | None = None
+    reading_rules: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -150,8 +154,9 @@ class Manifest(Settings):
     def to_json(self) -> bytes:
         """Returns the bytes of `dataset.json`; equal manifests give equal bytes."""
         values = self.model_dump(mode="json")
-        if self.full_scale is None:
-            del values["full_scale"]
+        for name in ("full_scale", "reading_rules"):
+            if values[name] is None:
+                del values[name]
         text = json.dumps(values, indent=1, ensure_ascii=False)
         return text.encode() + b"\n"
 

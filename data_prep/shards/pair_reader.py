@@ -219,5 +219,11 @@ def _read_mask(
     else:
         mask = read_mask_file(data, name=label, max_pixels=layout.max_pixels)
     _check_size(item, file, mask.pixels, size)
-    rules = MaskRules(layout.classes, layout.ignore_id, layout.ignored, layout.mask_encoding)
+    rules = MaskRules(
+        layout.classes,
+        layout.ignore_id,
+        layout.ignored,
+        layout.mask_encoding,
+        layout.has_ignore_id,
+    )
     return read_mask(mask, rules, name=label)

@@ -26,6 +26,7 @@ class Layout:
         full_scale: raw value of full intensity of 16-bit images that do not state it; None:
             determined from the images.
         ignored: mask colours that are read as `ignore_id`.
+        has_ignore_id: index masks may hold `ignore_id`.
         mask_encoding: what carries the classes in mask files.
     """
 
@@ -44,6 +45,7 @@ class Layout:
     full_scale: int | None = None
     ignored: tuple[Color, ...] = ()
     mask_encoding: Encoding = "auto"
+    has_ignore_id: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ import google_crc32c
 from data_prep.imaging.dicom.frames import has_decoders
 from data_prep.imaging.geometry import Box, Geometry
 from data_prep.imaging.lost_regions import RegionCounts
+from data_prep.masks.reading import READING_RULES
 from data_prep.shards.manifest import FORMAT_VERSION
 from data_prep.shards.source_pairs import EncodedSample, Moments, RejectedPair, ScanTask
 from data_prep.sources import inbreast
@@ -138,7 +139,8 @@ def store_at(url: str) -> ObjectStore:
 def staged_name(task: ScanTask) -> str:
     """Returns the name of the staged object with the index of `task`."""
     # Without labels: the same pair through another path is the same work.
-    parts: list[Any] = [FORMAT_VERSION, _VERSION, dataclasses.asdict(task.layout)]
+    versions = [FORMAT_VERSION, _VERSION, READING_RULES]
+    parts: list[Any] = [*versions, dataclasses.asdict(task.layout)]
     if task.layout.format == "inbreast":
         parts.append(has_decoders())  # with decoders, fewer images are rejected
     for item in task.items:

@@ -20,6 +20,7 @@ import pytest
 from data_prep import cli, report_figures
 from data_prep.config import HASH_KEY_VARIABLE, PrepConfig
 from data_prep.imaging.geometry import Box, Geometry, apply_geometry
+from data_prep.masks.reading import READING_RULES
 from data_prep.phantoms.images import write_phantoms
 from data_prep.pipeline import prepare
 from data_prep.prep_input import pairs_of
@@ -153,6 +154,23 @@ def test_second_run_changes_nothing_and_says_so(source, tmp_path):
     assert (second.returncode, "finished already" in second.stderr) == (0, True)
     assert "train" in second.stdout
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_a_finished_dataset_of_earlier_reading_rules_keeps_its_bytes(source, tmp_path, caplog):
+    caplog.set_level("INFO")
+    manifest = _prepare(source, tmp_path / "out", ignore_id=9)
+    assert manifest.reading_rules == READING_RULES
+    _prepare(source, tmp_path / "out", ignore_id=9)
+    assert "finished already" in caplog.text
+    assert "an earlier version read the masks" not in caplog.text
+    path = tmp_path / "out" / MANIFEST_NAME
+    values = json.loads(path.read_bytes())
+    del values["reading_rules"]  # as in earlier versions
+    path.write_bytes(json.dumps(values, indent=1).encode())
+    before = _files(tmp_path / "out")
+    assert _prepare(source, tmp_path / "out", ignore_id=9).reading_rules is None
+    assert _files(tmp_path / "out") == before
+    assert "an earlier version read the masks, by other rules" in caplog.text
 
 
 def test_crop_and_flip_are_recorded_for_each_sample(tmp_path):

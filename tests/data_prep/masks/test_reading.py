@@ -1,5 +1,6 @@
 """Colours and grey levels to ids and back; masks that must not be misread in silence."""
 
+import dataclasses
 import io
 import tracemalloc
 import zipfile
@@ -116,6 +117,33 @@ def test_to_class_ids_keeps_the_ignore_id() -> None:
     pixels = rgb((255, 0, 0), (200, 200, 200), (0, 0, 0))
     ids, unmapped, _ = to_class_ids(pixels, ORGANS, name="a", ignore_id=200)
     assert (ids.tolist(), unmapped) == ([[1, 200, 0]], 0)
+
+
+def test_the_ignore_id_is_an_id_and_no_grey_level() -> None:
+    rules = MaskRules(ORGANS, 200, has_ignore_id=True)
+    assert read_classes(grey(0, 1, 3, 200), rules, name="a").ids.tolist() == [[0, 1, 3, 200]]
+    assert read_classes(grey(0, 200), rules, name="a").ids.tolist() == [[0, 200]]
+    pixels = rgb((255, 0, 0), (200, 200, 200), (0, 0, 0), (9, 9, 9))
+    known = ((7, 8, 9),)
+    for ignored, option in (((), "200"), (known, '"7,8,9;200"')):
+        with pytest.raises(ContentError, match=rf"^a: .*only an id .* give --ignore {option}, "):
+            read_classes(pixels, dataclasses.replace(rules, ignored=ignored), name="a")
+    ignored = ((200, 200, 200),)
+    reading = read_classes(pixels, dataclasses.replace(rules, ignored=ignored), name="a")
+    assert reading.ids.tolist() == [[1, 200, 0, 0]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_ignore_id_changes_nothing_in_a_mask_with_noise(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((40, 40), np.int64)
+    mask[10:30, 10:30] = 255
+    noise = (mask + rng.integers(-30, 31, mask.shape)).clip(0, 255).astype(np.uint8)
+    plain = read_classes(noise, MaskRules(DEFAULT_CLASSES), name="a")
+    rules = MaskRules(DEFAULT_CLASSES, int(rng.integers(230, 255)), has_ignore_id=True)
+    found = read_classes(noise, rules, name="a")
+    assert (found.ids == plain.ids).all()
+    assert dataclasses.replace(found, ids=plain.ids) == plain
 
 
 @pytest.mark.parametrize(
