@@ -76,6 +76,7 @@ class TrainOptions(TypedDict, total=False):
     folds: int | None
     fold: int | None
     foreground_share: float | None
+    foreground_share_end: float | None
     seed: int
     random_streams: int
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16", "float64"]

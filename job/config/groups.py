@@ -155,6 +155,14 @@ class OptimizerConfig(Settings):
     clipnorm: float | None = option(
         None, "Clip the gradient of each tensor to this norm; 0 or none: no clipping.", ge=0
     )
+    ema_momentum: float | None = option(
+        None,
+        "Keep an exponential average of the weights, and validate and predict with it: share of "
+        "the old average kept at each step, at most (1 + t) / (10 + t) at step t from 0. 0.99 or "
+        "0.999 are usual. none: no average.",
+        gt=0,
+        lt=1,
+    )
 
 
 class ScheduleConfig(Settings):

@@ -18,6 +18,8 @@ _LATER: dict[str, Any] = {
     "schedule.cosine": False,
     "random_streams": 1,
     "hybrid_weights": [1.5, 0.5],
+    "optimizer.ema_momentum": None,
+    "foreground_share_end": None,
 }
 
 

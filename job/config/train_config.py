@@ -122,6 +122,13 @@ class TrainConfig(Settings):
         gt=0,
         lt=1,
     )
+    foreground_share_end: float | None = option(
+        None,
+        "Let foreground_share fall linearly to this share in the last epoch; 0: to every sample "
+        "once. none: it stays the same.",
+        ge=0,
+        lt=1,
+    )
     seed: int = option(
         1234, "Random seed of weights, sample order, dropout and augmentation.", ge=0, lt=2**31
     )
@@ -293,6 +300,16 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"accumulate={self.accumulate} does not divide "
                 f"global_batch_size={self.global_batch_size}; choose a divisor of the batch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _share_falls(self) -> "TrainConfig":
+        start, end = self.foreground_share, self.foreground_share_end
+        if end is not None and (start is None or end > start):
+            raise ValueError(
+                f"foreground_share_end={end} needs a foreground_share of at least {end}, from "
+                "which the share falls; give it, or leave foreground_share_end out"
             )
         return self
 

@@ -11,12 +11,12 @@ import numpy as np
 from data_prep.imaging.arrays import has_planes
 from data_prep.shards.manifest import Manifest
 from flexunet.process_pool import available_cores
-from job.config import AugmentationConfig
+from job.config import AugmentationConfig, TrainConfig
 from job.data.augment import augment
-from job.data.dataset import Dataset
+from job.data.dataset import Dataset, Split
 from job.data.random_streams import SampleKey
 from job.data.reader import RecordReader
-from job.data.sampling import PADDING, copy_numbers, dropout_keys
+from job.data.sampling import PADDING, copy_numbers, dropout_keys, epoch_order, global_batches
 
 T = TypeVar("T")
 
@@ -37,6 +37,26 @@ class EpochPlan:
     epoch: int
     first_step: int = 0
     augmentation: AugmentationConfig | None = None
+
+
+def plan_epoch(
+    config: TrainConfig, split: Split, *, epoch: int, first_step: int, share: float | None
+) -> EpochPlan:
+    """Returns the plan of a training epoch of `split`.
+
+    Args:
+        first_step: index of the first batch to make.
+        share: `job.data.sampling.share_at` of the epoch.
+    """
+    order = epoch_order(
+        split.has_foreground,
+        share,
+        seed=config.seed,
+        epoch=epoch,
+        version=config.random_streams,
+    )
+    batches = global_batches(order, config.global_batch_size)
+    return EpochPlan(batches, config.seed, epoch, first_step, config.augmentation)
 
 
 @dataclass(frozen=True)

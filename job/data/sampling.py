@@ -45,6 +45,19 @@ def epoch_order(
     return random.permutation(np.array(chosen, np.int64))
 
 
+def share_at(share: float | None, end: float | None, progress: float) -> float | None:
+    """Returns the foreground share of an epoch, see `TrainConfig.foreground_share`.
+
+    Args:
+        share: at the start of training; None: every sample once.
+        end: share that it falls to; None: it stays the same.
+        progress: of the training at the start of the epoch, 0 in the first, 1 in the last.
+    """
+    if share is None or end is None:
+        return share
+    return share + (end - share) * min(1.0, progress)
+
+
 def global_batches(order: np.ndarray, batch_size: int) -> np.ndarray:
     """Returns `order` cut into steps, (steps, batch_size) int64, padded with PADDING."""
     num_steps = -(-len(order) // batch_size)

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from flexunet.errors import ContentError
 from job.config import OptimizerConfig
+from job.optimization.averaging import WeightAverage
 from job.optimization.loss_scale import LossScale
 
 
@@ -29,14 +30,17 @@ class Adam:
         config: OptimizerConfig,
         weights: Sequence[Any],
         loss_scale: LossScale | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         """Creates zero moments for `weights`; call it inside the strategy's scope.
 
         Args:
             weights: trainable Keras variables, in the order of the gradients.
             loss_scale: scale of the gradients; saved and restored with the moments.
+            average: updated after the weights; a checkpoint has it in files of its own.
         """
         self.loss_scale = loss_scale
+        self.average = average
         self._config = config
         self._weights = [weight.value for weight in weights]
         self._names = [f"{index:04d}" for index in range(len(weights))]
@@ -75,11 +79,14 @@ class Adam:
                 epsilon=tf.cast(config.epsilon, dtype),
                 grad=gradient,
             )
+        if self.average is not None:
+            self.average.update(step)
 
     @property
     def variables(self) -> list[Any]:
-        """The moments and the loss scale, as TensorFlow variables."""
-        return list(self.named_variables().values())
+        """The moments, the loss scale and the averaged weights, as TensorFlow variables."""
+        averages = self.average.variables if self.average is not None else []
+        return [*self.named_variables().values(), *averages]
 
     def named_variables(self) -> dict[str, Any]:
         """Returns the variables by name: `first/0000`, `second/0000`, ... per weight.

@@ -22,15 +22,33 @@ from job.compat.h5 import check_array, entry_at
 if TYPE_CHECKING:
     import keras
 
-WEIGHTS_NAME = "model.weights.h5"
+WEIGHTS_NAME = "model.weights.h5"  # those to predict with: averaged if the run averages
+RAW_WEIGHTS_NAME = "raw.weights.h5"  # those to train on; only if the run averages its weights
 OPTIMIZER_NAME = "optimizer.npz"
 STATE_NAME = "state.json"
 _VERSION = "flexunet_weights"  # attribute of a weight file; Keras' own files lack it
 _ARRAY = ":0"  # ends the name of an array
 
 
+class Average(Protocol):
+    """Defines an average of weights."""
+
+    def of(self, weight: Any) -> Any:
+        """Returns the average of a TensorFlow variable."""
+        ...
+
+    def restart(self) -> None:
+        """Sets the average to the current weights."""
+        ...
+
+
 class OptimizerState(Protocol):
     """Defines an optimizer whose state can be stored and restored."""
+
+    @property
+    def average(self) -> Average | None:
+        """The average of the weights, if the run keeps one."""
+        ...
 
     def named_variables(self) -> dict[str, Any]:
         """Returns the TensorFlow variables that hold the state, by name."""
@@ -66,27 +84,30 @@ def take(
     Raises:
         StorageError: too little disk space; the returned function also if it cannot write.
     """
-    paths = {
-        name: os.path.join(folder, name) for name in (WEIGHTS_NAME, OPTIMIZER_NAME, STATE_NAME)
-    }
     text = json.dumps(state)
+    average, moments = optimizer.average, optimizer.named_variables()
     with disk_errors(folder):
-        _check_space(folder, model)
+        _check_space(folder, model, num_copies=3 if average is None else 4)
     memory = [] if memory is None else memory
     weights = {name: variable.value for name, variable in weights_by_path(model).items()}
-    moments = optimizer.named_variables()
-    # Prefixes, because a weight could have the name of a moment.
-    named = {f"weights/{name}": each for name, each in weights.items()}
-    named |= {f"moments/{name}": each for name, each in moments.items()}
+    files = {WEIGHTS_NAME: weights, OPTIMIZER_NAME: moments}
+    if average is not None:
+        averages = {name: average.of(weight) for name, weight in weights.items()}
+        files = {WEIGHTS_NAME: averages, RAW_WEIGHTS_NAME: weights, OPTIMIZER_NAME: moments}
+    # Prefixes, because the same name may be in several files.
+    named = {f"{file}/{name}": each for file, part in files.items() for name, each in part.items()}
     arrays = _copied(named, memory.pop() if memory else {})
+    paths = {name: os.path.join(folder, name) for name in (*files, STATE_NAME)}
 
     def finish() -> dict[str, str]:
         with disk_errors(folder):
-            values = {name: arrays[f"weights/{name}"] for name in weights}
-            _write_weights(paths[WEIGHTS_NAME], values)
-            values = {name: arrays[f"moments/{name}"] for name in moments}
-            with open(paths[OPTIMIZER_NAME], "wb") as file:
-                np.savez(file, allow_pickle=False, **values)
+            for file_name, part in files.items():
+                values = {name: arrays[f"{file_name}/{name}"] for name in part}
+                if file_name == OPTIMIZER_NAME:
+                    with open(paths[file_name], "wb") as file:
+                        np.savez(file, allow_pickle=False, **values)
+                else:
+                    _write_weights(paths[file_name], values)
             with open(paths[STATE_NAME], "w", encoding="utf-8") as file:
                 file.write(text)
         memory.append(arrays)
@@ -212,10 +233,14 @@ def disk_errors(folder: str) -> Iterator[None]:
         raise StorageError(f"{folder}: cannot write the checkpoint: {error}") from error
 
 
-def _check_space(folder: str, model: "keras.Model") -> None:
-    """Refuses a folder with too little space: HDF5 ends the process if a write fails."""
+def _check_space(folder: str, model: "keras.Model", *, num_copies: int) -> None:
+    """Refuses a folder with too little space: HDF5 ends the process if a write fails.
+
+    Args:
+        num_copies: arrays of the size of each trainable weight.
+    """
     weights = sum(_num_bytes(weight) for weight in model.non_trainable_variables)
-    needed = weights + 3 * sum(_num_bytes(weight) for weight in model.trainable_weights)
+    needed = weights + num_copies * sum(_num_bytes(weight) for weight in model.trainable_weights)
     free = shutil.disk_usage(folder).free
     if free < needed * 1.05 + 2**20:
         raise StorageError(
@@ -270,6 +295,23 @@ def _set_by_path(model: "keras.Model", file: Any, version: Any) -> None:
         check_array(entry, kinds="fiub")
     for name, weight in weights.items():
         weight.assign(np.asarray(entries[name]))
+
+
+def read_trained_weights(
+    model: "keras.Model", optimizer: OptimizerState, members: Mapping[str, str]
+) -> None:
+    """Sets the weights to go on training with, and their average if the run keeps one.
+
+    Args:
+        members: the files of a checkpoint, by name.
+
+    Raises:
+        ContentError: not weights of this model.
+    """
+    read_weights(model, members[WEIGHTS_NAME])
+    if optimizer.average is not None:
+        optimizer.average.restart()
+        read_weights(model, members[RAW_WEIGHTS_NAME])
 
 
 def read_optimizer(optimizer: OptimizerState, path: str) -> None:

@@ -102,7 +102,7 @@ class RunWriter:
             if found is None:
                 return None
             commit, members = found
-            serialization.read_weights(self.model, members[serialization.WEIGHTS_NAME])
+            serialization.read_trained_weights(self.model, self.optimizer, members)
             serialization.read_optimizer(self.optimizer, members[serialization.OPTIMIZER_NAME])
             values = serialization.read_state(members[serialization.STATE_NAME])
         state = TrainState(**values)
@@ -204,7 +204,8 @@ class RunWriter:
     def read_best(self, state: TrainState, heartbeat: Heartbeat) -> bool:
         """Reads the weights of the best checkpoint into the model.
 
-        Returns whether it did: if it is damaged, the newest weights stay. `state.best` must be set.
+        Returns whether it did: if it is damaged, the newest weights stay, averaged if the run
+        averages them. `state.best` must be set.
 
         Args:
             heartbeat: called while bytes move.
@@ -223,6 +224,8 @@ class RunWriter:
                 logger.warning(
                     "the best checkpoint is damaged, evaluating the newest instead: %s", error
                 )
+                if self.optimizer.average is not None:
+                    self.optimizer.average.move_to_weights()
                 return False
             serialization.read_weights(self.model, members[serialization.WEIGHTS_NAME])
         return True

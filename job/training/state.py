@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from job.config import ScheduleConfig, TrainConfig
+from job.data.sampling import share_at
 from job.optimization.schedule import EarlyStopping, PlateauReducer, rate_factor
 
 
@@ -46,6 +47,11 @@ class TrainState:
             warmup_epochs=config.schedule.warmup_epochs,
             is_cosine=config.schedule.cosine,
         )
+
+    def foreground_share(self, config: TrainConfig) -> float | None:
+        """Returns the share of samples with foreground in the epoch in progress."""
+        progress = self.epoch / max(1, config.epochs - 1)
+        return share_at(config.foreground_share, config.foreground_share_end, progress)
 
     def watch(self, val_loss: float, settings: ScheduleConfig) -> bool:
         """Updates both schedules with the loss of the epoch; returns whether it is the best."""

@@ -5,11 +5,13 @@
 process has a trainer and computes the same; only that of the first process has a run writer.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import tensorflow as tf
@@ -19,9 +21,8 @@ from flexunet.progress import Heartbeat
 from flexunet.text import pluralize
 from job.config import TrainConfig
 from job.data.dataset import Dataset
-from job.data.pipeline import EpochPlan, distributed_batches, one_ahead
+from job.data.pipeline import distributed_batches, one_ahead, plan_epoch
 from job.data.reader import RecordReader
-from job.data.sampling import epoch_order, global_batches
 from job.distributed.process_group import ProcessGroup
 from job.distributed.replica_sums import FetchedSums
 from job.evaluation.artifacts import draw_examples
@@ -29,9 +30,7 @@ from job.evaluation.evaluator import Evaluation, Evaluator, means_of
 from job.metrics.batch import RunningSums
 from job.optimization.loss_scale import MOST_SKIPPED
 from job.optimization.optimizer import Adam
-from job.optimization.schedule import (
-    stopped_early_words,
-)
+from job.optimization.schedule import stopped_early_words
 from job.runs.layout import ORIGIN_NAME
 from job.runs.loading import initialize_from
 from job.runs.provenance import Origin, as_record, check_no_leakage, origin_json, read_origin
@@ -132,26 +131,20 @@ class Trainer:
             return None
         origin = check_no_leakage(self.config, self.dataset)
         initialize_from(self.model, self.config.init_from, heartbeat)
+        if self.optimizer.average is not None:
+            self.optimizer.average.restart()
         if origin is not None:
             run.put_text(ORIGIN_NAME, origin_json(origin))
         return origin
 
     def train_steps(self, state: TrainState) -> Iterator[tuple[float, int]]:
         """Trains the rest of the current epoch; yields (loss, images) of every step."""
-        split = self.dataset.split("train")
-        order = epoch_order(
-            split.has_foreground,
-            self.config.foreground_share,
-            seed=self.config.seed,
+        plan = plan_epoch(
+            self.config,
+            self.dataset.split("train"),
             epoch=state.epoch,
-            version=self.config.random_streams,
-        )
-        plan = EpochPlan(
-            global_batches(order, self.config.global_batch_size),
-            self.config.seed,
-            state.epoch,
-            state.step_in_epoch,
-            self.config.augmentation,
+            first_step=state.step_in_epoch,
+            share=state.foreground_share(self.config),
         )
         batches = distributed_batches(
             self.strategy,
@@ -210,7 +203,8 @@ class Trainer:
         running = RunningSums()
         running.load_state(state.sums)
         try:
-            validation = self._evaluate("valid", should_stop)
+            with self._averaged_weights():
+                validation = self._evaluate("valid", should_stop)
         except StoppedError:
             return None
         rate = state.rate(self.config, self.num_steps, offset=-1)
@@ -228,7 +222,8 @@ class Trainer:
         Raises:
             FlexUNetError: the processes no longer have the same weights.
         """
-        self.process_group.check_same(self.model.variables)
+        averages = self.optimizer.average.variables if self.optimizer.average else []
+        self.process_group.check_same([*self.model.variables, *averages])
         is_best = state.watch(row["val_loss"], self.config.schedule)
         state.rows.append(row)
         state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
@@ -239,7 +234,8 @@ class Trainer:
         run_writer = self.run_writer
 
         def store(run_writer: RunWriter, heartbeat: Heartbeat) -> None:
-            run_writer.write_predictions(row["epoch"], heartbeat)
+            with self._averaged_weights():
+                run_writer.write_predictions(row["epoch"], heartbeat)
             run_writer.end_epoch(state, row, heartbeat)
 
         # Images of many windows take long, and so does a slow connection to storage.
@@ -370,6 +366,11 @@ class Trainer:
             return work(run_writer, heartbeat) if run_writer is not None else None
 
         return self.process_group.all_gather_with_heartbeat(of_first, self.heartbeat)[0]
+
+    def _averaged_weights(self) -> AbstractContextManager[None]:
+        """Returns a context in which the model has the averaged weights, if the run keeps them."""
+        average = self.optimizer.average
+        return contextlib.nullcontext() if average is None else average.in_use()
 
     def _evaluate(
         self, split: str, should_stop: Callable[[], bool], *, measured: bool = False

@@ -18,6 +18,7 @@ from job.distributed.xla import uses_xla
 from job.evaluation.evaluator import Evaluator, make_evaluator
 from job.losses import is_mean
 from job.models.ensemble import network_of
+from job.optimization.averaging import WeightAverage
 from job.optimization.loss_scale import loss_scale_for
 from job.optimization.optimizer import Adam
 from job.runs.loading import model_for
@@ -48,7 +49,9 @@ def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -
             has_gpu = bool(tf.config.list_logical_devices("GPU"))
             logger.info("%s", network_words(config.model, model.count_params(), has_gpu=has_gpu))
         scale = loss_scale_for(config.precision)
-        optimizer = Adam(config.optimizer, model.trainable_variables, scale)
+        momentum = config.optimizer.ema_momentum
+        average = None if momentum is None else WeightAverage(momentum, model.variables)
+        optimizer = Adam(config.optimizer, model.trainable_variables, scale, average)
     evaluator = make_evaluator(
         config,
         setup.strategy,

@@ -85,10 +85,11 @@ def test_every_field_is_free_or_part_of_the_identity() -> None:
     of_augmentation = {name for name in names if name.startswith("augmentation.")}
     schedule = {"warmup_epochs": 1, "cosine": True, "reduce_on_plateau": False}
     values = {"folds": 3, "fold": 0, "foreground_share": 0.5, "schedule": schedule}
+    values |= {"foreground_share_end": 0.1, "optimizer": {"ema_momentum": 0.99}}
     values["hybrid_weights"] = [1.6, 0.4]
     identity = identity_of(parse_settings(TrainConfig, values, "test"))
     later = {"folds", "fold", "foreground_share", "schedule.warmup_epochs", "schedule.cosine"}
-    later |= {"random_streams", "hybrid_weights"}
+    later |= {"random_streams", "hybrid_weights", "foreground_share_end", "optimizer.ema_momentum"}
     assert set(identity) == IDENTITY | of_augmentation | later
     # Runs that were begun before there were these keep their identity.
     assert set(identity_of(TrainConfig(random_streams=1))) == IDENTITY | of_augmentation

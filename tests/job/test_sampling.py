@@ -1,6 +1,7 @@
 """The order of samples, the cut into steps, and the keys of dropout."""
 
 import numpy as np
+import pytest
 
 from job.data.sampling import (
     PADDING,
@@ -8,6 +9,7 @@ from job.data.sampling import (
     epoch_order,
     global_batches,
     sample_order,
+    share_at,
 )
 
 
@@ -47,6 +49,18 @@ def test_epoch_order_is_every_sample_once_where_there_is_foreground_enough() -> 
     half = np.arange(20) < 10
     for has_foreground, share in ((half, 0.5), (half, None), (np.zeros(20, bool), 0.5)):
         assert epoch_order(has_foreground, share, seed=1, epoch=2, version=2).tolist() == plain
+
+
+def test_the_foreground_share_falls_in_a_line() -> None:
+    shares = [share_at(0.6, 0.1, epoch / 4) for epoch in range(6)]
+    assert shares == pytest.approx([0.6, 0.475, 0.35, 0.225, 0.1, 0.1])
+    assert (share_at(0.6, None, 0.5), share_at(None, None, 0.5)) == (0.6, None)
+    has_foreground = np.arange(20) < 2
+    orders = [
+        epoch_order(has_foreground, share_at(0.5, 0.0, at), seed=1, epoch=0, version=2)
+        for at in (0, 0.5, 1)
+    ]
+    assert [int(has_foreground[order].sum()) for order in orders] == [10, 5, 2]
 
 
 def test_global_batches_pads_the_tail() -> None:

@@ -25,7 +25,7 @@ from flexunet.errors import (
     UsageError,
 )
 from flexunet.storage import join_url, open_store
-from job.config import ModelConfig, ScheduleConfig, TrainConfig
+from job.config import ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from job.reporting.html_report import render
 from job.reporting.training_display import TrainingDisplay
 from job.runs.checkpoints import find_checkpoints
@@ -103,9 +103,13 @@ def one_cpu() -> Any:
 def finished(
     dataset: str, one_cpu: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TrainConfig, dict[str, Any], list[dict[str, Any]]]:
-    """Returns config, outcome and events of a run of 2 epochs, 3 steps each."""
+    """Returns config, outcome and events of a run of 2 epochs, 3 steps each.
+
+    It averages its weights, so that the tests that resume it see whether the average does.
+    """
     output = tmp_path_factory.mktemp("finished")
-    config = config_for(dataset, output, tensorboard=True, keep_checkpoints=1)
+    average = OptimizerConfig(ema_momentum=0.5)
+    config = config_for(dataset, output, tensorboard=True, keep_checkpoints=1, optimizer=average)
     return config, *train(config, one_cpu)
 
 
