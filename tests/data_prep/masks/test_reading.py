@@ -1,9 +1,7 @@
 """Colours and grey levels to ids and back; masks that must not be misread in silence."""
 
 import dataclasses
-import io
 import tracemalloc
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 from data_prep.imaging.codecs import read_mask_pixels
 from data_prep.imaging.pixels import Pixels
 from data_prep.masks.color_map import DEFAULT_CLASSES, ClassColor, Color, parse_color_map
-from data_prep.masks.npz import read_npz_mask
 from data_prep.masks.reading import MaskRules, read_classes, to_colors
 from flexunet.errors import ContentError
 
@@ -41,12 +38,6 @@ def grey(*levels: int) -> Pixels:
 
 def rgb(*colors: tuple[int, int, int]) -> Pixels:
     return np.array([colors], np.uint8)
-
-
-def npz(**arrays: object) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -247,81 +238,3 @@ def test_to_class_ids_of_real_masks_is_a_threshold_with_few_unmapped_pixels() ->
         assert len(colors) == 5
     assert len(shares) == 24
     assert 0 < min(shares) <= max(shares) < 0.003
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [
-        np.array([[0, 1, 2]], np.uint8),
-        np.array([[0, 1, 2]], np.int64),
-        np.array([[0, 1, 2]], np.float32),
-        np.array([[[0], [1], [2]]], np.uint8),
-        np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 1]]], np.uint8),
-        np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 1]]], bool),
-        np.asfortranarray(np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 1]]], np.float64)),
-    ],
-)
-def test_read_npz_mask_reads_ids_and_one_hot(mask: Pixels) -> None:
-    for data in (npz(mask=mask), npz(other=np.zeros(3), mask=mask)):
-        pixels = read_npz_mask(data, "a.npz", num_classes=3)
-        assert pixels.dtype == np.uint8
-        assert pixels.tolist() == [[0, 1, 2]]
-
-
-def test_read_npz_mask_keeps_grey_levels() -> None:
-    assert read_npz_mask(npz(mask=np.array([[0, 255]])), "a").tolist() == [[0, 255]]
-    assert read_npz_mask(npz(mask=np.array([[0, 65535]])), "a").dtype == np.uint16
-    assert read_npz_mask(npz(mask=np.array([[False, True]])), "a").tolist() == [[0, 1]]
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "not a readable .npz mask"),
-        (b"PK\3\4 and nothing", "not a readable .npz mask"),
-        (npz(mask=np.zeros((9, 9)))[:-40], "not a readable .npz mask"),
-        (npz(label=np.zeros((9, 9))), "no array 'mask', only label"),
-        (npz(mask=np.zeros(9)), r"the mask is \(9,\) float64"),
-        (npz(mask=np.zeros((2, 2, 2, 2))), r"the mask is \(2, 2, 2, 2\)"),
-        (npz(mask=np.zeros((0, 5))), r"the mask is \(0, 5\)"),
-        (npz(mask=np.array([["a"]])), r"the mask is \(1, 1\) <U1"),
-        (npz(mask=np.array([[{}]], object)), r"the mask is \(1, 1\) object"),
-        (npz(mask=np.array([[-1]])), "values that are not whole numbers"),
-        (npz(mask=np.array([[0.5]])), "values that are not whole numbers"),
-        (npz(mask=np.array([[np.nan]])), "values that are not whole numbers"),
-        (npz(mask=np.array([[65536]])), "values that are not whole numbers"),
-        (npz(mask=np.array([[[1, 1, 0]]])), "not one-hot"),
-        (npz(mask=np.array([[[0, 0, 0]]])), "not one-hot"),
-        (npz(mask=np.array([[[0.4, 0.6, 0]]])), "not one-hot"),
-        (npz(mask=np.array([[[1, 0]]])), "one-hot mask of 2 classes; expected 3"),
-    ],
-)
-def test_read_npz_mask_names_what_is_wrong(data: bytes, message: str) -> None:
-    with pytest.raises(ContentError, match=rf"^a\.npz: .*{message}") as caught:
-        read_npz_mask(data, "a.npz", num_classes=3)
-    assert "\n" not in str(caught.value)
-
-
-def test_read_npz_mask_refuses_a_bomb_before_it_inflates() -> None:
-    data = npz(mask=np.zeros((8000, 8000), np.uint8))
-    assert len(data) < 70_000
-    tracemalloc.start()
-    with pytest.raises(ContentError, match="decompresses to 64000128 bytes"):
-        read_npz_mask(data, "a", max_pixels=10_000)
-    with pytest.raises(ContentError, match="8000x8000 is more than 2000000 pixels"):
-        read_npz_mask(data, "a", max_pixels=2_000_000)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 5e6
-
-
-def test_read_npz_mask_refuses_a_header_that_promises_more_than_there_is() -> None:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": "|u1", "fortran_order": False, "shape": (9000, 9000)}
-    )
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("mask.npy", header.getvalue() + b"\0\1\1")
-    with pytest.raises(ContentError, match="^a: not a readable"):  # noqa: RUF043
-        read_npz_mask(archive.getvalue(), "a")
