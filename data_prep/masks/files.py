@@ -8,11 +8,13 @@ colours and levels. Rules, if no encoding is given:
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_prep.imaging.codecs import decoding, open_image, read_image
 from data_prep.imaging.pixels import Pixels, grey_channel
+from data_prep.masks.color_map import Color
 from data_prep.masks.reading import (
     NUM_COLORS_NAMED,
     KnownColors,
@@ -24,10 +26,13 @@ from data_prep.masks.reading import (
 )
 from flexunet.errors import ContentError
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 _PNG_SIGNATURE = b"\x89PNG"
 _PNG_COLOR_TYPE = 25  # position of the byte
 _PNG_PLAIN_TYPES = (0, 2)  # grey and RGB, without palette and alpha
-_PLAIN_SIGNATURES = (b"\xff\xd8",)  # JPEG
+_JPEG_SIGNATURE = b"\xff\xd8"
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,15 @@ class MaskFile:
         pixels: (H, W) uint8 or uint16 grey, or (H, W, 3) uint8 RGB, without alpha.
         indices: (H, W) uint8 indices into the palette, None without a palette.
         alpha: (H, W) uint8, None without alpha or if it is the same everywhere.
-        is_ids: the pixels are class ids, whatever the encoding is.
+        palette: colours of the indices 0, 1, 2 and so on, as far as the file has them.
+        num_classes: of a one-hot array, whose pixels are class ids whatever the encoding is.
     """
 
     pixels: Pixels
     indices: Pixels | None = None
     alpha: Pixels | None = None
-    is_ids: bool = False
+    palette: tuple[Color, ...] = ()
+    num_classes: int | None = None
 
 
 def read_mask_file(data: bytes, *, name: str, max_pixels: int) -> MaskFile:
@@ -63,12 +70,13 @@ def read_mask_file(data: bytes, *, name: str, max_pixels: int) -> MaskFile:
     with decoding(data, name=name):
         image = open_image(data, name=name, max_pixels=max_pixels)
         indices = np.array(image) if image.mode == "P" else None
+        palette = _palette_of(image)
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         alpha = np.array(image.getchannel("A")) if image.mode in ("LA", "RGBA") else None
     if alpha is not None and (alpha == alpha[0, 0]).all():
         alpha = None
-    return MaskFile(pixels, indices, alpha)
+    return MaskFile(pixels, indices, alpha, palette)
 
 
 def _colors_of_16_bits(pixels: Pixels, *, name: str) -> Pixels:
@@ -98,7 +106,7 @@ def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
     Raises:
         ContentError: see `read_classes`; or the file does not have what `rules.encoding` names.
     """
-    if mask.is_ids:
+    if mask.num_classes is not None:
         return MaskReading(mask.pixels)
     if rules.encoding == "alpha":
         return _read_alpha(mask, name=name)
@@ -186,4 +194,14 @@ def _is_plain(data: bytes) -> bool:
     """Returns whether the file has neither a palette nor alpha, as its first bytes show."""
     if data.startswith(_PNG_SIGNATURE):
         return data[_PNG_COLOR_TYPE] in _PNG_PLAIN_TYPES
-    return data.startswith(_PLAIN_SIGNATURES)
+    return is_jpeg(data)
+
+
+def is_jpeg(data: bytes) -> bool:
+    """Returns whether `data` starts like a JPEG file."""
+    return data.startswith(_JPEG_SIGNATURE)
+
+
+def _palette_of(image: "Image.Image") -> tuple[Color, ...]:
+    channels = iter(image.getpalette() or () if image.mode == "P" else ())
+    return tuple(zip(channels, channels, channels, strict=False))

@@ -75,7 +75,8 @@ def read_npz_file(
                 array = _Array(file)
                 _check_array(array, name=name, num_classes=num_classes, max_pixels=max_pixels)
                 if array.num_channels > 1:
-                    return MaskFile(_read_one_hot(array, name=name), is_ids=True)
+                    ids = _read_one_hot(array, name=name)
+                    return MaskFile(ids, num_classes=array.num_channels)
                 return MaskFile(_read_levels(array, name=name))
     # The errors that zipfile, zlib, struct and numpy raise for damaged archives.
     except (

@@ -1,0 +1,1 @@
+"""Decides how the masks of a dataset are read: encoding, classes and ignored pixels."""

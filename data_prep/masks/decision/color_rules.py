@@ -1,0 +1,217 @@
+"""Finds the meaning of colours, palettes and alpha channels in masks.
+
+The colours of solid areas are classes. Colours near a commoner one are its noise, and colours
+between two commoner ones are blends along edges.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from data_prep.masks.blends import is_blend
+from data_prep.masks.class_names import (
+    VOC_NAMES,
+    VOID_COLOR,
+    color_map_text,
+    color_names,
+    id_names,
+)
+from data_prep.masks.color_map import Color, grey_level
+from data_prep.masks.decision.findings import (
+    BLACK_AND_WHITE,
+    Finding,
+    Reading,
+    black_and_white,
+    certain,
+    ids_reading,
+    uncertain,
+)
+from data_prep.masks.decision.level_rules import NEAR, read_ids, read_levels
+from data_prep.masks.statistics import VOID_LEVEL, MaskStatistics, ValueCount
+
+Colors = Mapping[Color, ValueCount]
+
+_BLACK: Color = (0, 0, 0)
+_FEW_COLORS = 64  # of all masks; more are noise or blends
+_MAX_CLASSES = 64
+_MIN_SOLID = 9  # pixels
+_MIN_SOLID_SHARE = 0.9  # of the pixels of all masks
+_MANY_COLORS = 6
+_FEW_FILES = 3
+
+
+def read_alpha() -> Reading:
+    """Returns the reading of the alpha channel."""
+    return Reading("alpha", black_and_white().classes, meaning="opaque is the foreground")
+
+
+def read_palettes(masks: MaskStatistics, indices: Mapping[int, ValueCount]) -> Finding:
+    """Returns the meaning of masks with palettes.
+
+    Args:
+        indices: counts of the indices that are not ignored.
+    """
+    palette = {index: color for index, color in masks.palette.items() if index in indices}
+    colors = colors_of_palette(indices, palette)
+    by_color = read_colors(colors, masks)
+    if masks.num_voc == masks.kinds["palette"]:
+        return read_voc(masks, indices)
+    if is_grey_palette(palette):
+        if all(grey_level(color) == index for index, color in palette.items()):
+            return read_levels(indices, masks)
+        if list(palette.values()) == list(BLACK_AND_WHITE) and list(palette) == [0, 1]:
+            return read_levels({0: indices[0], 255: indices[1]}, masks)
+    number = max((index for index in indices if index != VOID_LEVEL), default=1) + 1
+    reading = ids_reading(
+        max(number, 2),
+        colors=[palette.get(index) for index in range(max(number, 2))],
+        ignore="255" if VOID_LEVEL in indices else None,
+    )
+    finding = read_ids(indices, masks, reading)
+    if finding.readings and by_color.readings:
+        finding = Finding(
+            finding.evidence,
+            finding.readings if finding.is_certain else (reading, by_color.readings[0]),
+            finding.is_certain,
+        )
+    return _doubted_palette(finding, by_color, masks, palette)
+
+
+def _doubted_palette(
+    finding: Finding, by_color: Finding, masks: MaskStatistics, palette: Mapping[int, Color]
+) -> Finding:
+    """Returns the finding, uncertain if the colours of the palettes mean something else."""
+    reason = None
+    if masks.num_other_palettes:
+        reason = "the palettes of the masks differ"
+    elif masks.num_twins:
+        reason = "two indices of a palette have the same colour"
+    elif _BLACK in palette.values() and palette.get(0) != _BLACK:
+        reason = "black is not index 0 of the palette"
+    if reason is None:
+        return finding
+    readings = (finding.readings[0], *by_color.readings[:1])
+    return Finding((*finding.evidence, reason), readings)
+
+
+def read_voc(masks: MaskStatistics, indices: Mapping[int, ValueCount]) -> Finding:
+    """Returns the reading of masks with the palette of Pascal VOC: 255 is ignored."""
+    number = max(2, 1 + max((i for i in indices if i != VOID_LEVEL), default=1))
+    names = [*VOC_NAMES, *id_names(256)[len(VOC_NAMES) :]][:number]
+    colors = [masks.palette.get(index) for index in range(number)]
+    reading = ids_reading(number, names=names, colors=colors, ignore="255")
+    evidence = "the masks have the palette of Pascal VOC, whose index 255 is ignored"
+    finding = certain(reading, evidence, "the classes have the names of Pascal VOC")
+    inner = {index: count for index, count in indices.items() if index != VOID_LEVEL}
+    found = read_ids(inner, masks, reading)
+    is_numbered = not found.is_certain and sorted(inner) == list(range(number))
+    return finding.doubted(found.evidence[-1]) if is_numbered else finding
+
+
+def is_grey_palette(palette: Mapping[int, Color]) -> bool:
+    """Returns whether all colours are grey."""
+    return all(grey_level(color) is not None for color in palette.values())
+
+
+def colors_of_palette(
+    indices: Mapping[int, ValueCount], palette: Mapping[int, Color]
+) -> dict[Color, ValueCount]:
+    """Returns the counts of the colours of indices."""
+    result: dict[Color, ValueCount] = {}
+    for index, count in indices.items():
+        color = palette[index]
+        result[color] = result[color] + count if color in result else count
+    return result
+
+
+def read_colors(colors: Colors, masks: MaskStatistics, ignored: tuple[Color, ...] = ()) -> Finding:
+    """Returns the meaning of masks in colour.
+
+    Args:
+        colors: counts of the colours of all masks.
+        ignored: colours that are ignored.
+    """
+    found = [color for color in solid_colors(colors) if color not in ignored]
+    if not found or len(found) > _MAX_CLASSES:
+        return uncertain("the masks have many colours, as photographs have")
+    num_pixels = sum(count.num_pixels for count in colors.values()) + masks.num_left_out
+    share = sum(count.num_flat for count in colors.values()) / max(num_pixels, 1)
+    void = colors.get(VOID_COLOR)
+    ignore = None
+    if void is not None and VOID_COLOR in found and void.is_border:
+        found.remove(VOID_COLOR)
+        ignore = ",".join(map(str, VOID_COLOR))
+    named = join_colors(found)
+    evidence = f"the masks have areas of the colours {named}; {share:.1%} of the pixels are solid"
+    if ignore:
+        evidence += f", and {ignore} is a thin border"
+    if len(found) < 2:
+        return uncertain(f"all masks have one colour, {named}", _of_colors([*found, (255, 0, 0)]))
+    if share < _MIN_SOLID_SHARE:
+        return uncertain(f"{evidence}, which is little for masks", _of_colors(found, ignore))
+    if _BLACK not in found:
+        by_size = sorted(found, key=lambda color: -colors[color].num_pixels)
+        readings = [
+            _of_colors([first, *(color for color in found if color != first)], ignore)
+            for first in by_size[:3]
+        ]
+        return uncertain(f"{evidence}; none of them is black, so any may be class 0", *readings)
+    found = [_BLACK, *(color for color in found if color != _BLACK)]
+    finding = certain(_of_colors(found, ignore), evidence)
+    once = [color for color in found[1:] if colors[color].num_files == 1]
+    if masks.num_files >= _FEW_FILES and len(once) >= max(_MANY_COLORS, 0.8 * len(found[1:])):
+        reason = f"{len(once)} colours are in one mask only, so colours may be single objects"
+        return finding.doubted(reason)
+    return finding
+
+
+def _of_colors(colors: list[Color], ignore: str | None = None) -> Reading:
+    if set(colors) == set(BLACK_AND_WHITE):
+        names = ["background", "foreground"]
+    else:
+        names = ["background", *color_names(colors[1:])]
+    first = ",".join(map(str, colors[0]))
+    meaning = f"{first} is class 0, {join_colors(colors[1:])} are the others"
+    return Reading("colour", color_map_text(names, colors), ignore, meaning)
+
+
+def join_colors(colors: list[Color], limit: int = 6) -> str:
+    """Returns the colours as text: 0,0,0; 255,0,0; long lists are cut."""
+    shown = "; ".join(",".join(map(str, color)) for color in colors[:limit])
+    return f"{shown} and {len(colors) - limit} more" if len(colors) > limit else shown
+
+
+def solid_colors(colors: Colors) -> list[Color]:
+    """Returns the colours of solid areas in the order of red, green, blue.
+
+    Masks of a few colours have all as classes. In other masks, colours near a commoner one are
+    its noise, and colours between two commoner ones are blends.
+    """
+    if len(colors) <= _FEW_COLORS and all(count.num_flat for count in colors.values()):
+        return sorted(colors)
+    found: list[Color] = []
+    for color in sorted(colors, key=lambda color: (-colors[color].num_flat, color)):
+        if colors[color].num_flat < _MIN_SOLID:
+            break
+        distances = [max(abs(a - b) for a, b in zip(color, other, strict=True)) for other in found]
+        if min(distances, default=255) > NEAR and not _is_rare_blend(color, colors, found):
+            found.append(color)
+    ends = [_near_end(color) for color in found]
+    if len(found) == 2 and set(ends) == set(BLACK_AND_WHITE):
+        return [*BLACK_AND_WHITE]
+    return sorted(found)
+
+
+def _is_rare_blend(color: Color, colors: Colors, found: list[Color]) -> bool:
+    """Returns whether a colour is between two commoner ones and mostly at edges."""
+    count = colors[color]
+    if 2 * count.num_solid > count.num_pixels:
+        return False
+    return is_blend(np.array(color), np.array(found).reshape(-1, 3))
+
+
+def _near_end(color: Color) -> Color | None:
+    for end in BLACK_AND_WHITE:
+        if max(abs(a - b) for a, b in zip(color, end, strict=True)) <= NEAR:
+            return end
+    return None

@@ -1,0 +1,289 @@
+"""One decision for all masks: what is certain, what is asked, and with which options."""
+
+import io
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.masks.class_names import VOC_COLORS, id_color
+from data_prep.masks.color_map import parse_color_map
+from data_prep.masks.decision.decide import GivenOptions, MaskDecision, decide_masks
+from data_prep.masks.statistics import MaskStatistics
+from tests.data_prep.masks.made_masks import (
+    GREYS,
+    areas,
+    color_file,
+    grey_file,
+    image_file,
+    outlined,
+    palette_file,
+    statistics,
+)
+
+BW = "background=0,0,0;foreground=255,255,255"
+VOC_PALETTE = [level for i in range(256) for level in id_color(i)]
+RED_GREEN = [0, 0, 0, 255, 0, 0, 0, 255, 0]
+COLORS = [(0, 0, 0), (255, 0, 0), (0, 255, 0), (224, 224, 192)]
+
+
+def grey(*sets: Sequence[int], **options: object) -> MaskStatistics:
+    """Returns the statistics of a grey file with areas of each set of values."""
+    files = [grey_file(areas(values, seed=i), **options) for i, values in enumerate(sets)]
+    return statistics(*files)
+
+
+def soft(values: Sequence[int]) -> MaskStatistics:
+    image = Image.fromarray(areas(values).astype(np.uint8))
+    return statistics(image_file(image.resize((150, 150), Image.Resampling.BICUBIC)))
+
+
+def with_alpha(mask: np.ndarray) -> bytes:
+    image = Image.new("RGBA", mask.shape[::-1], (90, 10, 10, 255))
+    image.putalpha(Image.fromarray(mask.astype(np.uint8)))
+    return image_file(image)
+
+
+def one_hot(num_classes: int) -> MaskStatistics:
+    buffer = io.BytesIO()
+    np.savez(buffer, mask=np.eye(num_classes, dtype=np.uint8)[areas([0, 1])])
+    return statistics(buffer.getvalue(), name="m.npz")
+
+
+CERTAIN: dict[str, tuple[Callable[[], MaskStatistics], str, str, str | None]] = {
+    "0 and 255": (lambda: grey([0, 255], [0]), "colour", BW, None),
+    "empty": (lambda: grey([0], [0]), "colour", BW, None),
+    "0 and 1": (lambda: grey([0, 1], [0]), "index", BW, None),
+    "0 and 1 of 16 bits": (lambda: grey([0, 65535], [0]), "colour", BW, None),
+    "ids": (
+        lambda: grey([0, 1, 3], [0, 2], [0, 2, 3]),
+        "index",
+        "background=0,0,0;class1=128,0,0;class2=0,128,0;class3=128,128,0",
+        None,
+    ),
+    "ids with a border": (
+        lambda: statistics(grey_file(outlined(areas([0, 1])))),
+        "index",
+        "background=0,0,0;foreground=128,0,0",
+        "255",
+    ),
+    "Pascal VOC": (
+        lambda: statistics(palette_file(areas([0, 2, 255]), VOC_PALETTE)),
+        "index",
+        "background=0,0,0;aeroplane=128,0,0;bicycle=0,128,0",
+        "255",
+    ),
+    "a palette": (
+        lambda: statistics(palette_file(areas([0, 1, 2]), RED_GREEN)),
+        "index",
+        "background=0,0,0;class1=255,0,0;class2=0,255,0",
+        None,
+    ),
+    "a palette of greys": (
+        lambda: statistics(palette_file(areas([0, 255]), GREYS)),
+        "colour",
+        BW,
+        None,
+    ),
+    "a palette of black and white": (
+        lambda: statistics(palette_file(areas([0, 1]), [0, 0, 0, 255, 255, 255])),
+        "colour",
+        BW,
+        None,
+    ),
+    "grey levels": (
+        lambda: grey([0, 128, 255]),
+        "colour",
+        "background=0,0,0;class1=128,128,128;class2=255,255,255",
+        None,
+    ),
+    "soft edges": (lambda: soft([0, 255]), "colour", BW, None),
+    "noise": (lambda: grey([0, 255], kind="JPEG", quality=60), "colour", BW, None),
+    "colours": (
+        lambda: statistics(color_file(areas([0, 1, 2]), COLORS), grey_file(areas([0]))),
+        "colour",
+        "background=0,0,0;green=0,255,0;red=255,0,0",
+        None,
+    ),
+    "colours as JPEG": (
+        lambda: statistics(color_file(areas([0, 1, 2], side=192), COLORS, "JPEG", quality=95)),
+        "colour",
+        "background=0,0,0;green=0,255,1;red=254,0,0",
+        None,
+    ),
+    "colours with a border": (
+        lambda: statistics(color_file(outlined(areas([0, 1, 2]), 3), COLORS)),
+        "colour",
+        "background=0,0,0;green=0,255,0;red=255,0,0",
+        "224,224,192",
+    ),
+    "alpha": (lambda: statistics(with_alpha(areas([0, 255]))), "alpha", BW, None),
+    "one-hot": (
+        lambda: one_hot(3),
+        "index",
+        "background=0,0,0;class1=128,0,0;class2=0,128,0",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CERTAIN)
+def test_masks_with_one_meaning_are_certain(case: str) -> None:
+    made, encoding, classes, ignore = CERTAIN[case]
+    decision = decide_masks(made())
+    assert decision.reading is not None, decision
+    found = decision.reading
+    assert (found.encoding, found.classes, found.ignore) == (encoding, classes, ignore)
+    assert decision.evidence
+    assert not decision.candidates
+
+
+ASKED: dict[str, tuple[Callable[[], MaskStatistics], str, list[str]]] = {
+    "255 as areas": (
+        lambda: grey([0, 1, 255]),
+        "the pixels of 255 are areas",
+        ["index/255", "colour"],
+    ),
+    "0 and 1, 0 and 255": (
+        lambda: grey([0, 1], [0, 255]),
+        "others 0 and 255",
+        ["mixed", "index/255"],
+    ),
+    "gaps": (lambda: grey([0, 2]), "1 is missing", ["index", "colour"]),
+    "no 0": (lambda: grey([1, 2, 3]), "0 is missing", ["index", "colour"]),
+    "uneven levels": (lambda: grey([0, 100, 220]), "nor evenly spaced", ["colour"]),
+    "grey levels as JPEG": (
+        lambda: grey([0, 128, 255], kind="JPEG", quality=75),
+        "the masks have noise",
+        ["colour"],
+    ),
+    "0 and 1 as JPEG": (
+        lambda: grey([0, 1, 2], kind="JPEG", quality=95),
+        "the files are JPEG",
+        ["index"],
+    ),
+    "16-bit ids": (lambda: grey([0, 300, 600]), "the masks have 16-bit values", []),
+    "instances": (
+        lambda: grey([0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [0, 1, 2]),
+        "numbers its regions from 1",
+        ["index"],
+    ),
+    "instances with the palette of Pascal VOC": (
+        lambda: statistics(
+            palette_file(areas([0, 1, 2, 3]), VOC_PALETTE),
+            palette_file(areas([0, 1, 2]), VOC_PALETTE),
+        ),
+        "numbers its regions from 1",
+        ["index/255"],
+    ),
+    "two entries of one colour": (
+        lambda: statistics(palette_file(areas([0, 1, 2]), [0, 0, 0, 255, 0, 0, 255, 0, 0])),
+        "two indices of a palette have the same colour",
+        ["index", "colour"],
+    ),
+    "palettes that differ": (
+        lambda: statistics(
+            palette_file(areas([0, 1, 2]), RED_GREEN),
+            palette_file(areas([0, 1, 2]), [0, 0, 0, 0, 255, 0, 255, 0, 0]),
+        ),
+        "the palettes of the masks differ",
+        ["index", "colour"],
+    ),
+    "black at index 1": (
+        lambda: statistics(palette_file(areas([0, 1]), [255, 255, 255, 0, 0, 0])),
+        "black is not index 0",
+        ["index", "colour"],
+    ),
+    "no black": (
+        lambda: statistics(color_file(areas([0, 1]), COLORS[1:])),
+        "none of them is black",
+        ["colour", "colour"],
+    ),
+    "alpha in some": (
+        lambda: statistics(with_alpha(areas([0, 255])), grey_file(areas([0, 255]))),
+        "1 of 2 masks have one colour",
+        ["alpha"],
+    ),
+    "one value": (lambda: grey([255], [255]), "have only the value 255", ["colour", "index"]),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_masks_with_several_meanings_are_asked(case: str) -> None:
+    made, reason, expected = ASKED[case]
+    decision = decide_masks(made())
+    assert not decision.is_certain
+    assert reason in "; ".join(decision.evidence)
+    found = [f"{each.encoding}/{each.ignore}" if each.ignore else each.encoding
+             for each in decision.candidates]  # fmt: skip
+    assert found == expected
+    for each in decision.candidates:
+        assert len(parse_color_map(each.classes)) >= 2
+
+
+def decided(made: MaskStatistics, **given: object) -> MaskDecision:
+    return decide_masks(made, GivenOptions(**given))  # type: ignore[arg-type]
+
+
+def test_given_options_win() -> None:
+    made = grey([0, 1, 255])
+    ignored = decided(made, ignored=((255, 255, 255),)).reading
+    assert ignored is not None
+    assert (ignored.encoding, ignored.ignore) == ("index", "255")
+    as_ids = decided(made, encoding="index").reading
+    assert as_ids is not None
+    assert as_ids.ignore == "255"
+    as_colors = decided(made, encoding="colour").reading
+    assert as_colors is not None
+    assert as_colors.classes == "background=0,0,0;class1=1,1,1;class2=255,255,255"
+    classes = parse_color_map(BW)
+    assert (
+        decided(grey([0, 1], [0]), classes=classes).reading
+        == decided(grey([0]), classes=classes, encoding="index").reading
+    )
+    black_white = decided(grey([0, 255], [0]), classes=classes).reading
+    assert black_white is not None
+    assert black_white.encoding == "colour"
+    assert black_white.classes == BW
+    both = decided(grey([0, 1], [0, 255]), classes=classes)
+    assert [each.encoding for each in both.candidates] == ["mixed", "colour"]
+
+
+def test_indices_and_colors_of_given_classes_may_differ() -> None:
+    classes = parse_color_map("a=0,0,0;b=255,0,0;c=0,255,0")
+    swapped = [0, 0, 0, 0, 255, 0, 255, 0, 0]
+    asked = decided(statistics(palette_file(areas([0, 1, 2]), swapped)), classes=classes)
+    assert [each.encoding for each in asked.candidates] == ["index", "colour"]
+    same = decided(statistics(palette_file(areas([0, 1, 2]), RED_GREEN)), classes=classes)
+    assert same.is_certain
+
+
+def test_the_palette_of_voc_is_that_of_its_kit() -> None:
+    assert VOC_COLORS[:6] == (
+        (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128)
+    )  # fmt: skip
+    assert id_color(20) == (0, 64, 128)
+    assert len({id_color(i) for i in range(256)}) == 256
+
+
+def test_the_order_of_the_files_does_not_matter() -> None:
+    rng = np.random.default_rng(3)
+    files = [
+        color_file(areas([0, 1, 2], seed=3), COLORS, "JPEG", quality=80),
+        color_file(areas([0, 2], seed=4), COLORS),
+        grey_file(areas([0, 255], seed=5)),
+        palette_file(areas([0, 1], seed=6), RED_GREEN),
+    ]
+    expected = statistics(*files)
+    for _ in range(3):
+        rng.shuffle(files)
+        assert statistics(*files) == expected
+
+
+def test_statistics_stay_small() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    found = statistics(image_file(Image.fromarray(noise)))
+    assert len(found.colors) <= 256
+    assert found.num_left_out + sum(c.num_pixels for c in found.colors.values()) == 40000
+    assert not decide_masks(found).is_certain
