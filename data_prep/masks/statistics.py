@@ -137,7 +137,9 @@ class MaskStatistics:
         )
 
 
-def _add_counts(first: Mapping[Any, ValueCount], second: Mapping[Any, ValueCount]) -> dict[Any, Any]:
+def _add_counts(
+    first: Mapping[Any, ValueCount], second: Mapping[Any, ValueCount]
+) -> dict[Any, Any]:
     result = dict(first)
     for value, count in second.items():
         result[value] = result[value] + count if value in result else count
