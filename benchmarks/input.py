@@ -7,12 +7,14 @@ minimum of any input pipeline. input: reads shards by position, checks, decodes,
 distributes as in training. The two kinds with warps add augmentation. Each repeat times an epoch of
 a few samples, which is the cost of starting an epoch, and a whole epoch; the rate is that of the
 samples in between. The kinds run in turns; ratios compare neighbouring runs. `cpu` is the time of
-all threads of this process: use it on a machine that is shared. Last, measures memory over epochs.
+all threads of this process: use it on a machine that is shared. Then times each kind of
+augmentation alone, and the presets, on one thread. Last, measures memory over epochs.
 """
 
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import click
@@ -25,7 +27,7 @@ from data_prep.phantoms.images import write_phantoms
 from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from job.config import AugmentationConfig, TrainConfig
-from job.data.augment import augment
+from job.data.augmentation.augment import augment
 from job.data.dataset import Dataset, open_dataset
 from job.data.pipeline import EpochPlan, distributed_batches
 from job.data.random_streams import SampleKey
@@ -36,6 +38,7 @@ from job.data.shard_cache import open_reader
 AUGMENTATION = AugmentationConfig(enabled=True)  # the kinds that are on by default
 FEW_SAMPLES = 10  # in the short epoch that times the start
 EPOCH_REPEATS = 2  # times that a long epoch reads each sample
+AUGMENTED_SAMPLES = 16  # of each kind in a repeat
 
 
 @click.command()
@@ -61,6 +64,7 @@ def main(num_images: int, image_size: int, batch_size: int, repeats: int, epochs
             "image_size": image_size,
             "batch_size": batch_size,
             **measure_rates(measured, repeats),
+            "cpu_ms_of_augmentation": measure_augmentation(image_size, repeats),
             "rss_mb_after_epoch": measure_memory(measured, epochs),
         }
     write_result("input", result)
@@ -180,6 +184,39 @@ def measure_rates(measured: Input, repeats: int) -> dict[str, Any]:
             for first, second in (("input", "decode"), ("input, warp", "decode, warp"))
         }  # fmt: skip
     return result
+
+
+def measure_augmentation(side: int, repeats: int) -> dict[str, Any]:
+    """Returns the CPU time per grey 8-bit sample of each kind of augmentation, ms."""
+    import cv2
+
+    kinds = [
+        name.removesuffix("_probability")
+        for name in AugmentationConfig.model_fields
+        if name.endswith("_probability")
+    ]
+    off = {f"{kind}_probability": 0.0 for kind in kinds}
+    configs = {
+        kind: AugmentationConfig(enabled=True, **off | {f"{kind}_probability": 1.0})
+        for kind in kinds
+    }
+    configs |= {name: AugmentationConfig(preset=name) for name in ("light", "strong")}
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 1), dtype=np.uint8)
+    mask = image[..., 0] // 128
+
+    def run(config: AugmentationConfig, limit: int) -> None:
+        for index in range(limit):
+            augment(image, mask, SampleKey(0, 0, index), config=config, value_max=255)
+
+    times: dict[str, list[float]] = {name: [] for name in configs}
+    num_threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    for _ in range(repeats + 1):
+        for name, config in configs.items():
+            cpu = timed(partial(run, config), AUGMENTED_SAMPLES)[1]
+            times[name].append(float(cpu) * 1e3 / AUGMENTED_SAMPLES)
+    cv2.setNumThreads(num_threads)
+    return {name: spread(values[1:]) for name, values in times.items()}  # the first warms up
 
 
 def timed(run: Callable[[int], None], limit: int) -> np.ndarray:

@@ -5,10 +5,10 @@ between two attempts of one run (epochs, devices, cache, logging). Nothing here 
 so that `--help` answers at once.
 """
 
+from job.config.augmentation import AugmentationConfig
 from job.config.groups import (
     MODELS,
     SSIM_SIZE,
-    AugmentationConfig,
     LossConfig,
     LossName,
     ModelConfig,

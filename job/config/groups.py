@@ -1,4 +1,4 @@
-"""The groups of options inside `TrainConfig`: model, loss, optimizer, schedule, augmentation.
+"""The groups of options inside `TrainConfig`: model, loss, optimizer, schedule.
 
 Also checks losses against the number of outputs and the image size.
 """
@@ -192,82 +192,4 @@ class ScheduleConfig(Settings):
             raise ValueError(
                 "cosine and reduce_on_plateau exclude each other; switch one of them off"
             )
-        return self
-
-
-def _probability(default: float, what: str) -> float:
-    text = f"Probability that a sample is {what}."
-    return option(default, text, ge=0, le=1)
-
-
-class AugmentationConfig(Settings):
-    """Random changes of training samples, drawn anew in every epoch; lengths in pixels."""
-
-    enabled: bool = option(False, "Augment training samples.")
-    hflip_probability: float = _probability(0.5, "mirrored left to right")
-    vflip_probability: float = _probability(0.5, "mirrored top to bottom")
-    rotation_probability: float = _probability(0.5, "rotated about its centre")
-    rotation_angles: tuple[float, ...] = option(
-        (90.0, 180.0, 270.0), "Angles to choose from, in degrees anticlockwise."
-    )
-    shrink_probability: float = _probability(0.25, "shrunk towards its centre")
-    shrink_ratios: tuple[float, ...] = option((0.8,), "Ratios to choose from: new side / old side.")
-    shear_probability: float = _probability(0.0, "sheared sideways")
-    shear_factors: tuple[float, ...] = option(
-        (-0.1, 0.1), "Ratios to choose from: sideways shift / distance from the middle row."
-    )
-    deformation_probability: float = _probability(0.0, "deformed elastically")
-    deformation_alpha: float = option(
-        1300.0,
-        "Strength (alpha) of the elastic deformation; 1300 with sigma 8 gives shifts of 2.3 pixels "
-        "rms.",
-        ge=0,
-    )
-    deformation_sigmas: tuple[float, ...] = option(
-        (8.0,),
-        "Standard deviations (sigma), pixels, of the Gaussian that smooths the deformation; one is "
-        "drawn.",
-    )
-    distortion_probability: float = _probability(0.0, "distorted by a smooth random field")
-    distortion_sigma: float = option(
-        40.0, "Standard deviation (sigma), pixels, of the Gaussian that smooths the field.", ge=1
-    )
-    distortion_sizes: tuple[float, ...] = option(
-        (0.02,), "Ratios to choose from: largest shift / longer side of the image."
-    )
-    barrel_probability: float = _probability(0.0, "given a barrel distortion")
-    barrel_radius: float = option(0.5, "Radius of the circle / image width.", gt=0)
-    barrel_amount: float = option(0.5, "Strength, above 0.", gt=0, le=4)
-    barrel_centers: tuple[float, ...] = option(
-        (0.5, 0.5), "Centres x,y,x,y,... to choose from; x / image width, y / image height."
-    )
-    pincushion_probability: float = _probability(0.0, "given a pincushion distortion")
-    pincushion_radius: float = option(0.5, "Radius of the circle / image width.", gt=0)
-    pincushion_amount: float = option(-0.5, "Strength, between -1 and 0.", gt=-1, lt=0)
-    pincushion_centers: tuple[float, ...] = option(
-        (0.5, 0.5), "Centres x,y,x,y,... to choose from; x / image width, y / image height."
-    )
-    sharpening_probability: float = _probability(0.0, "sharpened")
-    sharpening_k: float = option(
-        1.0, "Strength k: the 3x3 kernel has 1 + 8k in its middle and -k around it.", ge=0
-    )
-    brightening_probability: float = _probability(0.0, "brightened")
-    brightening_alpha: float = option(1.2, "Factor of the pixel values.", gt=0)
-    brightening_beta: float = option(10.0, "Added to the pixel values; 255 is full scale.")
-
-    @model_validator(mode="after")
-    def _choices_are_possible(self) -> "AugmentationConfig":
-        for name in ("rotation_angles", "shear_factors", "shrink_ratios"):
-            if not getattr(self, name):
-                raise ValueError(
-                    f"{name} is empty; to switch this augmentation off, set its probability to 0"
-                )
-        for name in ("shrink_ratios", "deformation_sigmas", "distortion_sizes"):
-            values = getattr(self, name)
-            if not values or min(values) <= 0:
-                raise ValueError(f"{name}={values}: give one or more numbers above 0")
-        for name in ("barrel_centers", "pincushion_centers"):
-            values = getattr(self, name)
-            if not values or len(values) % 2:
-                raise ValueError(f"{name}={values}: give pairs x,y")
         return self

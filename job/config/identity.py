@@ -20,6 +20,21 @@ _LATER: dict[str, Any] = {
     "hybrid_weights": [1.5, 0.5],
     "optimizer.ema_momentum": None,
     "foreground_share_end": None,
+    "augmentation.preset": None,
+    "augmentation.border": "black",
+    "augmentation.scale_probability": 0.0,
+    "augmentation.scale_range": [0.7, 1.4],
+    "augmentation.crop_probability": 0.0,
+    "augmentation.crop_range": [0.5, 1.0],
+    "augmentation.crop_aspects": [0.75, 1.333],
+    "augmentation.contrast_probability": 0.0,
+    "augmentation.contrast_range": [0.75, 1.25],
+    "augmentation.gamma_probability": 0.0,
+    "augmentation.gamma_range": [0.7, 1.5],
+    "augmentation.blur_probability": 0.0,
+    "augmentation.blur_range": [0.5, 1.0],
+    "augmentation.noise_probability": 0.0,
+    "augmentation.noise_range": [0.0, 0.05],
 }
 
 

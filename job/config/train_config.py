@@ -8,8 +8,8 @@ from pydantic import field_validator, model_validator
 
 from flexunet.errors import UsageError
 from flexunet.settings import Settings, deep_merge, option
+from job.config.augmentation import AugmentationConfig
 from job.config.groups import (
-    AugmentationConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,

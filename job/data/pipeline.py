@@ -12,7 +12,7 @@ from data_prep.imaging.arrays import has_planes
 from data_prep.shards.manifest import Manifest
 from flexunet.process_pool import available_cores
 from job.config import AugmentationConfig, TrainConfig
-from job.data.augment import augment
+from job.data.augmentation.augment import augment
 from job.data.dataset import Dataset, Split
 from job.data.random_streams import SampleKey
 from job.data.reader import RecordReader

@@ -20,6 +20,13 @@ class Purpose(IntEnum):
     DISTORTION = 2
     ORDER = 3  # of an epoch's samples
     FOREGROUND_ORDER = 4  # of an epoch that oversamples samples with foreground
+    # Each kind of augmentation from here on has its own stream: whether it applies, and how much.
+    SCALE = 5
+    CROP = 6
+    CONTRAST = 7
+    GAMMA = 8
+    BLUR = 9
+    NOISE = 10
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,11 @@ SMOKES = [
         "input.py",
         (*TINY, "--num-images", "12", "--epochs", "2"),
         "input.json",
-        ("wall_ms_of_epoch_of_10>input>median", "rss_mb_after_epoch"),
+        (
+            "wall_ms_of_epoch_of_10>input>median",
+            "cpu_ms_of_augmentation>noise>median",
+            "rss_mb_after_epoch",
+        ),
     ),
     Smoke(
         "cache.py",

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zlib
 from typing import Any
 
 import cv2
@@ -10,8 +11,9 @@ import pytest
 
 from flexunet.errors import UsageError
 from flexunet.settings import parse_settings
-from job.config import AugmentationConfig
-from job.data.augment import augment, distortion_field, elastic_field
+from job.config import AugmentationConfig, TrainConfig, identity_of, values_of_identity
+from job.data.augmentation.augment import augment
+from job.data.augmentation.warps import distortion_field, elastic_field
 from job.data.random_streams import SampleKey
 
 KINDS = [
@@ -19,7 +21,8 @@ KINDS = [
     for name in AugmentationConfig.model_fields
     if name.endswith("_probability")
 ]
-GEOMETRIC = [kind for kind in KINDS if kind not in ("sharpening", "brightening")]
+OF_PIXELS = ("sharpening", "brightening", "contrast", "gamma", "blur", "noise")
+GEOMETRIC = [kind for kind in KINDS if kind not in OF_PIXELS]
 
 
 def only(*kinds: str, **values: Any) -> AugmentationConfig:
@@ -51,7 +54,8 @@ def test_augment_treats_each_channel_as_a_grey_image(channels: int, dtype: Any) 
     value_max = int(np.iinfo(dtype).max)
     rng = np.random.default_rng(channels)
     image = rng.integers(0, value_max, (48, 64, channels), endpoint=True).astype(dtype)
-    config = only(*KINDS)
+    # Noise is independent in each channel.
+    config = only(*(kind for kind in KINDS if kind != "noise"))
     found, found_mask = run(image, mask, config, value_max=value_max)
     assert (found.shape, found.dtype) == (image.shape, image.dtype)
     for channel in {0, 1, channels - 1}:
@@ -109,7 +113,7 @@ def test_augment_is_a_function_of_seed_epoch_and_sample() -> None:
 
 def test_augment_gives_the_same_pixels_in_another_process() -> None:
     code = (
-        "import zlib, numpy as np; from job.data.augment import *;"
+        "import zlib, numpy as np; from job.data.augmentation.augment import *;"
         "i = np.arange(64 * 48, dtype='u2').reshape(64, 48, 1); m = (i[..., 0] % 3).astype('u1');"
         "c = AugmentationConfig(enabled=True, deformation_probability=1, hflip_probability=1);"
         "i, m = augment(i, m, SampleKey(1, 2, 3), config=c, value_max=65535);"
@@ -261,10 +265,166 @@ def test_brightening_is_alpha_x_plus_beta_levels(
     assert moved.dtype == dtype
 
 
+NEW_KINDS = ("scale", "crop", "contrast", "gamma", "blur", "noise")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value_max", "channels", "crc"),
+    [(np.uint8, 255, 3, 2357188032), (np.uint16, 4095, 1, 3090530278)],
+)
+def test_kinds_of_earlier_versions_give_their_pixels(
+    dtype: Any, value_max: int, channels: int, crc: int
+) -> None:
+    """Runs of version 0.2 and before resume with these."""
+    rng = np.random.default_rng(1)
+    image = rng.integers(0, value_max, (40, 48, channels), endpoint=True).astype(dtype)
+    mask = rng.integers(0, 4, (40, 48)).astype(np.uint8)
+    earlier = [kind for kind in KINDS if kind not in NEW_KINDS]
+    found = 0
+    for probability in (0.5, 1.0):
+        chances: dict[str, Any] = {f"{kind}_probability": probability for kind in earlier}
+        config = AugmentationConfig(enabled=True, **chances)
+        for index in range(12):
+            key = SampleKey(3, index % 3, index, index % 2)
+            pair = augment(image, mask, key, config=config, value_max=value_max)
+            found = zlib.crc32(pair[0].tobytes() + pair[1].tobytes(), found)
+    assert found == crc
+
+
+@pytest.mark.parametrize("kind", NEW_KINDS)
+def test_a_kind_with_its_own_stream_has_its_probability_and_leaves_the_others(kind: str) -> None:
+    rng = np.random.default_rng(5)
+    image = rng.integers(60, 180, (16, 16, 1), dtype=np.uint8)
+    mask = image[..., 0] // 128
+    values = {**only("rotation").model_dump(), f"{kind}_probability": 0.3}
+    plain, config = only("rotation"), AugmentationConfig(**values)
+    same = 0
+    for index in range(150):
+        first, second = (run(image, mask, each, index=index) for each in (plain, config))
+        is_equal = np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
+        same += is_equal
+    # 105 expected, standard deviation 5.6; a tiny amount may change no pixel.
+    assert 86 < same < 128
+    again = [run(image, mask, config, index=3) for _ in range(2)]
+    assert np.array_equal(again[0][0], again[1][0])
+
+
+@pytest.mark.parametrize(
+    ("limits", "areas"), [((2.0, 2.0), (4.0, 4.0)), ((0.5, 0.5), (0.25, 0.25)), (None, None)]
+)
+def test_scale_enlarges_about_a_random_point_and_mirrors_at_the_border(
+    limits: tuple[float, float] | None, areas: tuple[float, float] | None
+) -> None:
+    values = {} if limits is None else {"scale_range": limits}
+    config = only("scale", **values)
+    low, high = areas or (0.7**2, 1.4**2)
+    # A ramp: its slope is 1 / ratio where nothing is mirrored.
+    ramp = np.broadcast_to(np.arange(101, dtype=np.uint16) * 100, (101, 101))[..., np.newaxis]
+    centers = []
+    for index in range(20):
+        moved, mask = run(ramp, np.ones((101, 101), np.uint8), config, index=index, value_max=65535)
+        assert mask.all()
+        slope = np.abs(np.diff(moved[50, :, 0].astype(float)))
+        assert low * 0.97 <= (100 / np.median(slope)) ** 2 <= high * 1.03
+        centers.append(int(np.abs(moved[50, :, 0].astype(int) - ramp[50, :, 0]).argmin()))
+    assert len(set(centers)) > 10
+    if limits == (0.5, 0.5):
+        assert moved.max() >= 9900
+        assert moved.min() <= 100
+
+
+def test_crop_shows_a_part_of_its_area_and_ratio() -> None:
+    config = only("crop", crop_range=(0.4, 0.6), crop_aspects=(0.8, 1.25))
+    y, x = np.mgrid[:80, :120].astype(np.uint16) * 500
+    image, mask = np.stack([y, x, y], axis=-1), np.zeros((80, 120), np.uint8)
+    corners = set()
+    for index in range(30):
+        moved, _ = run(image, mask, config, index=index, value_max=65535)
+        top, left = moved[0, 0, 0] / 500, moved[0, 0, 1] / 500
+        height, width = moved[-1, 0, 0] / 500 - top, moved[0, -1, 1] / 500 - left
+        assert 0.38 < (height / 79) * (width / 119) < 0.62
+        assert 0.78 < (width / 119) / (height / 79) < 1.28
+        corners.add((int(top), int(left)))
+    assert len(corners) > 20
+
+
+@pytest.mark.parametrize(("dtype", "value_max"), [(np.uint8, 255), (np.uint16, 4095)])
+def test_contrast_gamma_blur_and_noise_follow_their_formulas(dtype: Any, value_max: int) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0.3 * value_max, 0.6 * value_max, (64, 64, 2)).astype(dtype)
+    mask = np.zeros((64, 64), np.uint8)
+    for index in range(8):
+        found = {
+            kind: run(
+                image, mask, only(kind, noise_range=(0.02, 0.05)), index=index, value_max=value_max
+            )
+            for kind in ("contrast", "gamma", "blur", "noise")
+        }
+        for kind, (moved, same) in found.items():
+            assert (moved.shape, moved.dtype, same is mask) == (image.shape, image.dtype, True), (
+                kind
+            )
+            assert moved.max() <= value_max
+        values = image.astype(float)
+        contrast = found["contrast"][0].astype(float)
+        assert contrast.mean(axis=(0, 1)) == pytest.approx(values.mean(axis=(0, 1)), abs=0.6)
+        assert 0.74 < contrast.std() / values.std() < 1.26
+        exponents = np.log(found["gamma"][0] / value_max) / np.log(values / value_max)
+        assert 0.69 < exponents.mean() < 1.51
+        assert exponents.std() < 0.02
+        assert found["blur"][0].std() < 0.8 * values.std()
+        assert found["blur"][0].mean() == pytest.approx(values.mean(), rel=0.01)
+        noise = (found["noise"][0] - values) / value_max
+        assert 0.019 < noise.std() < 0.053
+        assert abs(noise.mean()) < 0.003
+        assert abs(np.corrcoef(noise[..., 0].ravel(), noise[..., 1].ravel())[0, 1]) < 0.08
+    # The ends of the range stay where they are.
+    ends = np.array([[[0], [value_max]]], dtype)
+    assert run(ends, mask[:1, :2], only("gamma"), value_max=value_max)[0].tolist() == ends.tolist()
+    bright = np.full((32, 32, 1), value_max, dtype)
+    loud = run(bright, mask[:32, :32], only("noise", noise_range=(0.1, 0.1)), value_max=value_max)[
+        0
+    ]
+    assert loud.max() == value_max  # clipped, and not wrapped around
+    assert loud.min() > 0.3 * value_max
+
+
+def test_a_mirror_border_has_neither_black_pixels_nor_new_classes() -> None:
+    image, mask = np.full((48, 64, 3), 200, np.uint8), np.full((48, 64), 3, np.uint8)
+    kinds = ("rotation", "shrink", "shear")
+    black, mirrored = (
+        run(image, mask, only(*kinds, border=border, rotation_angles=(30.0,)))
+        for border in ("black", "mirror")
+    )
+    assert (black[0] == 0).any()
+    assert (black[1] == 0).any()
+    assert (mirrored[0] == 200).all()
+    assert (mirrored[1] == 3).all()
+
+
+def test_presets_switch_augmentation_on_and_single_options_win() -> None:
+    strong = AugmentationConfig(preset="strong")
+    assert strong.enabled
+    assert strong.noise_probability > 0
+    assert len(strong.rotation_angles) == 23
+    own = AugmentationConfig(preset="strong", noise_probability=0.0, enabled=False)
+    assert (own.enabled, own.noise_probability) == (False, 0.0)
+    assert own.blur_probability == strong.blur_probability
+    assert AugmentationConfig() == AugmentationConfig(preset=None)
+    config = parse_settings(TrainConfig, {"augmentation": {"preset": "strong"}}, "test")
+    again = parse_settings(TrainConfig, values_of_identity(identity_of(config)), "test")
+    assert again.augmentation == strong
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"shrink_ratios": [0.0]}, "shrink_ratios"),
+        ({"scale_range": [0.0, 1]}, r"scale_range=\(0\.0, 1\.0\): .*above 0"),
+        ({"gamma_range": [1.5, 0.7]}, "gamma_range=.*the smaller one first"),
+        ({"noise_range": [-0.1, 0]}, "noise_range=.*0 or more"),
+        ({"crop_range": [0.5, 1.5]}, "crop_range=.*at most"),
+        ({"crop_aspects": [2, 1]}, "crop_aspects="),
         ({"rotation_angles": []}, "rotation_angles is empty"),
         ({"barrel_centers": [0.5]}, "barrel_centers=.*pairs x,y"),
         ({"hflip_probability": 1.5}, r"hflip_probability=1\.5"),
@@ -278,7 +438,9 @@ def test_augmentation_config_refuses_impossible_values(values: Any, message: str
 
 
 def test_augment_is_imported_without_cv2_and_tensorflow() -> None:
-    code = "import sys, job.data.augment; print({'cv2', 'tensorflow'} & set(sys.modules))"
+    code = (
+        "import sys, job.data.augmentation.augment; print({'cv2', 'tensorflow'} & set(sys.modules))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

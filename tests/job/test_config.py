@@ -78,21 +78,37 @@ IDENTITY = {
     "schedule.min_learning_rate",
     "schedule.early_stopping_patience",
 }
+LATER_KINDS = ("scale", "crop", "contrast", "gamma", "blur", "noise")
 
 
 def test_every_field_is_free_or_part_of_the_identity() -> None:
     names = {".".join(path) for path, _ in fields_of(TrainConfig)}
-    of_augmentation = {name for name in names if name.startswith("augmentation.")}
+    earlier = set(identity_of(TrainConfig(random_streams=1)))
+    of_augmentation = {name for name in earlier if name.startswith("augmentation.")}
+    # Each later option of augmentation at another value than that of earlier versions.
+    augmentation = {
+        "border": "mirror",
+        "preset": "light",
+        **{f"{kind}_probability": 0.5 for kind in LATER_KINDS},
+        **{f"{kind}_range": [0.9, 0.95] for kind in LATER_KINDS},
+        "crop_aspects": [1, 1],
+    }
+    later_of_augmentation = {f"augmentation.{name}" for name in augmentation}
     schedule = {"warmup_epochs": 1, "cosine": True, "reduce_on_plateau": False}
     values = {"folds": 3, "fold": 0, "foreground_share": 0.5, "schedule": schedule}
-    values |= {"foreground_share_end": 0.1, "optimizer": {"ema_momentum": 0.99}}
+    values |= {
+        "augmentation": augmentation,
+        "foreground_share_end": 0.1,
+        "optimizer": {"ema_momentum": 0.99},
+    }
     values["hybrid_weights"] = [1.6, 0.4]
     identity = identity_of(parse_settings(TrainConfig, values, "test"))
     later = {"folds", "fold", "foreground_share", "schedule.warmup_epochs", "schedule.cosine"}
     later |= {"random_streams", "hybrid_weights", "foreground_share_end", "optimizer.ema_momentum"}
+    later |= later_of_augmentation
     assert set(identity) == IDENTITY | of_augmentation | later
     # Runs that were begun before there were these keep their identity.
-    assert set(identity_of(TrainConfig(random_streams=1))) == IDENTITY | of_augmentation
+    assert earlier == IDENTITY | of_augmentation
     assert names == FREE | set(identity)
     # Each kind of augmentation changes what is learned.
     assert len(of_augmentation) == 28

@@ -16,7 +16,7 @@ from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError
 from job.config import AugmentationConfig
-from job.data.augment import augment
+from job.data.augmentation.augment import augment
 from job.data.dataset import open_dataset
 from job.data.pipeline import (
     EpochPlan,

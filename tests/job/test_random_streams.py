@@ -9,8 +9,8 @@ from job.data.random_streams import Purpose, SampleKey, epoch_generator, sample_
 from job.data.sampling import epoch_order, sample_order
 
 SEED = 1234
-SAMPLE_PURPOSES = (Purpose.DECISIONS, Purpose.DEFORMATION, Purpose.DISTORTION)
 EPOCH_PURPOSES = (Purpose.ORDER, Purpose.FOREGROUND_ORDER)
+SAMPLE_PURPOSES = tuple(each for each in Purpose if each not in EPOCH_PURPOSES)
 
 
 def draws(*, version: int) -> list[tuple[int, ...]]:

@@ -1,20 +1,14 @@
-"""Augments an image and its mask with one warp, drawn from (seed, epoch, sample).
+"""Moves the pixels of an image and its mask at random, by one field of source coordinates.
 
-The kinds and their formulas are those of the reference implementation, with these differences:
-- The reference implementation makes one deformed copy per kind. Here each kind is drawn
-  independently with its probability. All drawn geometric kinds form one field of source
-  coordinates, so that each sample is interpolated once: the image linearly, the mask by nearest
-  neighbour.
-- Sharpening and brightening change the image only.
-- One elastic field moves all channels.
-- Pixels from outside the image are 0: black, and class 0. The two random fields repeat the edge
-  instead, since tissue at the border would otherwise get black notches.
+All drawn kinds form one field, so that each sample is interpolated once: the image linearly, the
+mask by nearest neighbour. The image is flipped, rotated, sheared and shrunk, then bulged, moved by
+the random fields, scaled, and cropped; the coordinates go through these changes in reverse order.
 
-Does not import TensorFlow and reads no files.
+Pixels from outside the image are 0: black, and class 0; or image and mask continue as in a mirror.
+The random fields repeat the edge, since tissue at the border would otherwise get black notches.
+Scaling always continues as in a mirror, so that no pixel gets a class that nobody annotated.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,77 +16,27 @@ import numpy.typing as npt
 
 from data_prep.imaging.pixels import by_channels
 from job.config import AugmentationConfig
-from job.data.random_streams import Purpose, SampleKey, sample_generator
+from job.data.augmentation.draws import DrawnRange, Draws, drawn_range
+from job.data.random_streams import Purpose
 
 Pixels: TypeAlias = npt.NDArray[Any]  # uint8 or uint16
 Field: TypeAlias = npt.NDArray[np.float32]  # (2, H, W): x and y, pixels
 # x and y of points in pixels, each broadcastable to (H, W): an undistorted grid is one row and one
 # column.
 Points: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-Draws: TypeAlias = Callable[[Purpose], np.random.Generator]  # of one sample
 
-_KINDS = (
-    "hflip",
-    "vflip",
-    "rotation",
-    "shrink",
-    "shear",
-    "deformation",
-    "distortion",
-    "barrel",
-    "pincushion",
-    "sharpening",
-    "brightening",
-)
 # A field smoothed with sigma is drawn at a spacing of sigma / 4 and interpolated: far fewer numbers
 # (1 / 4 at sigma 8, 1 / 100 at sigma 40), and no visible kinks.
 _CELLS_PER_SIGMA = 4
-
-
-def augment(
-    image: Pixels,
-    mask: npt.NDArray[np.uint8],
-    sample: SampleKey,
-    *,
-    config: AugmentationConfig,
-    value_max: int,
-) -> tuple[Pixels, npt.NDArray[np.uint8]]:
-    """Returns the augmented image and mask; the arguments themselves if no kind was drawn.
-
-    A pure function of its arguments: same result on any number of machines and after a restart.
-
-    Args:
-        image: (H, W, C) uint8 or uint16, C of 1 or 3.
-        mask: (H, W) uint8 class ids.
-        value_max: largest pixel value; sharpening and brightening clip to it.
-    """
-    if not config.enabled:
-        return image, mask
-    # A kind that needs many draws has its own stream, so that switching it on does not change the
-    # other kinds.
-    draws = partial(sample_generator, sample=sample)
-    rng = draws(Purpose.DECISIONS)
-    drawn = {
-        kind
-        for kind, number in zip(_KINDS, rng.random(len(_KINDS)), strict=True)
-        if number < getattr(config, f"{kind}_probability")
-    }
-    picks = dict(zip(_KINDS, rng.random(len(_KINDS)), strict=True))
-    source = _source_field(mask.shape, drawn, picks, config, draws)
-    if source is not None:
-        image, mask = _warp(image, mask, source)
-    if "sharpening" in drawn:
-        image = _sharpened(image, config.sharpening_k, value_max)
-    if "brightening" in drawn:
-        image = _brightened(image, config.brightening_alpha, config.brightening_beta, value_max)
-    return image, mask
+_AFFINE = frozenset({"hflip", "vflip", "rotation", "shrink", "shear"})
+_MOVING = _AFFINE | {"deformation", "distortion", "barrel", "pincushion"}
 
 
 def _pick(options: tuple[float, ...], number: float) -> float:
     return options[int(number * len(options))]
 
 
-def _source_field(
+def source_points(
     shape: tuple[int, ...],
     drawn: set[str],
     picks: dict[str, float],
@@ -101,16 +45,24 @@ def _source_field(
 ) -> Points | None:
     """Returns the source coordinates of each pixel of the result; None if nothing moves.
 
-    The image is flipped, rotated, sheared and shrunk, then bulged, then moved by the random fields.
-    The coordinates go through these changes in reverse order.
+    Args:
+        shape: (H, W).
+        drawn: the kinds without a stream of their own that apply.
+        picks: for each of them a number in [0, 1), which selects the amount.
     """
-    if not drawn - {"sharpening", "brightening"}:
+    scale = drawn_range(draws, Purpose.SCALE, config, "scale")
+    crop = drawn_range(draws, Purpose.CROP, config, "crop")
+    if not drawn & _MOVING and scale is None and crop is None:
         return None
     height, width = shape
     points = (
         np.arange(width, dtype=np.float32)[np.newaxis, :],
         np.arange(height, dtype=np.float32)[:, np.newaxis],
     )
+    if crop is not None:
+        points = _cropped(points, crop, config.crop_aspects)
+    if scale is not None:
+        points = _scaled(points, scale)
     points = _moved_by_random_fields(points, drawn, picks, config, draws)
     for kind in ("pincushion", "barrel"):
         if kind in drawn:
@@ -119,9 +71,47 @@ def _source_field(
             center = (centers[i] * width, centers[i + 1] * height)
             radius = getattr(config, f"{kind}_radius") * width
             points = _bulged(points, center, radius, getattr(config, f"{kind}_amount"))
-    if drawn & {"hflip", "vflip", "rotation", "shrink", "shear"}:
+    if drawn & _AFFINE:
         points = _transformed(points, _affine(drawn, picks, config), (height, width))
     return points
+
+
+def _cropped(points: Points, crop: DrawnRange, aspects: tuple[float, float]) -> Points:
+    """Returns the points of a random crop, enlarged to the whole image.
+
+    Args:
+        crop: draws the share of the area.
+        aspects: limits of the ratio of width to height; 1 is that of the image.
+    """
+    area, generator = crop.uniform(), crop.generator
+    aspect = aspects[0] * (aspects[1] / aspects[0]) ** generator.random()
+    shares = min(1.0, np.sqrt(area * aspect)), min(1.0, np.sqrt(area / aspect))
+    found = []
+    for along, share in zip(points, shares, strict=True):
+        start = (1 - share) * along.size * generator.random()
+        # Pixels are areas: the outer half of a border pixel has no neighbour to mix with.
+        source = (along + np.float32(0.5)) * np.float32(share) + np.float32(start - 0.5)
+        found.append(np.clip(source, 0, along.size - 1))
+    return found[0], found[1]
+
+
+def _scaled(points: Points, scale: DrawnRange) -> Points:
+    """Returns points further from a random point, or nearer to it; mirrored at the border."""
+    ratio, found = scale.log_uniform(), []
+    for along in points:
+        last = along.size - 1
+        center = last * scale.generator.random()
+        found.append(
+            _mirrored((along - np.float32(center)) / np.float32(ratio) + np.float32(center), last)
+        )
+    return found[0], found[1]
+
+
+def _mirrored(values: npt.NDArray[np.float32], last: int) -> npt.NDArray[np.float32]:
+    """Returns coordinates in [0, last]; those outside are mirrored at the outer pixels."""
+    if last == 0:
+        return np.zeros_like(values)
+    return np.float32(last) - np.abs(np.mod(values, np.float32(2 * last)) - np.float32(last))
 
 
 def _moved_by_random_fields(
@@ -268,13 +258,18 @@ def _transformed(points: Points, matrix: npt.NDArray[np.float64], shape: tuple[i
     return a * x + (b * y + shift[0]), c * x + (d * y + shift[1])
 
 
-def _warp(
-    image: Pixels, mask: npt.NDArray[np.uint8], source: Points
+def warped(
+    image: Pixels, mask: npt.NDArray[np.uint8], source: Points, *, is_mirrored: bool
 ) -> tuple[Pixels, npt.NDArray[np.uint8]]:
+    """Returns image and mask with the pixels at the source points.
+
+    Args:
+        is_mirrored: beyond the border they continue as in a mirror; else they are 0.
+    """
     import cv2
 
     x, y = (np.ascontiguousarray(part) for part in np.broadcast_arrays(*source))
-    border = cv2.BORDER_CONSTANT
+    border = cv2.BORDER_REFLECT_101 if is_mirrored else cv2.BORDER_CONSTANT
 
     def moved(part: Pixels) -> Pixels:
         return cv2.remap(part, x, y, cv2.INTER_LINEAR, borderMode=border, borderValue=0)
@@ -282,20 +277,3 @@ def _warp(
     warped_image = by_channels(moved, image)
     warped_mask = cv2.remap(mask, x, y, cv2.INTER_NEAREST, borderMode=border, borderValue=0)
     return warped_image.reshape(image.shape), warped_mask.astype(np.uint8, copy=False)
-
-
-def _sharpened(image: Pixels, k: float, value_max: int) -> Pixels:
-    import cv2
-
-    kernel = np.full((3, 3), -k, np.float32)
-    kernel[1, 1] = 1 + 8 * k
-    sharpened = by_channels(lambda part: cv2.filter2D(part, -1, kernel), image).reshape(image.shape)
-    limited: Pixels = np.minimum(sharpened, image.dtype.type(value_max))
-    return limited
-
-
-def _brightened(image: Pixels, alpha: float, beta: float, value_max: int) -> Pixels:
-    levels = np.arange(np.iinfo(image.dtype).max + 1)
-    bright = np.rint(alpha * levels + beta * value_max / 255)
-    table = np.clip(bright, 0, value_max).astype(image.dtype)
-    return np.take(table, image)

@@ -1,0 +1,1 @@
+"""Augments training samples."""
