@@ -27,7 +27,7 @@ from job.training.step import MESSAGES, StepOptions, make_train_step
 from tests.job.discs import prepare_discs
 
 NUM_SAMPLES, SIDE, BATCH = 10, 16, 4
-MODEL = ModelConfig(num_layers=3, base_filters=4, base_kernels=(5, 5), dropout_rate=0.1)
+MODEL = ModelConfig(num_layers=2, base_filters=4, base_kernels=(5, 5), dropout_rate=0.1)
 
 
 @pytest.fixture(scope="module")
