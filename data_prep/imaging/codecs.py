@@ -53,9 +53,8 @@ _EXIF_ORIENTATION = 0x0112
 _PNG_SIGNATURE_BYTES = 8
 _PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _PNG_GREY_TYPES = (0, 4)  # grey, grey with alpha
-
+_BMP_BITS = 28  # position of the byte
 _GIF_HEADER_BYTES = 13  # signature and logical screen
-
 # Measured on 24 mammograms of 512x512, grey, one core: run lengths with the Paeth filter 2.2 ms and
 # 56.6 kB; OpenCV's default 1.9 ms, 60.7 kB; deflate level 6 with all filters 5.8 ms, 60.3 kB; level
 # 9 11 ms, 59.9 kB. Film grain has no repetitions for deflate to find.
@@ -146,6 +145,8 @@ def _decode(data: bytes, *, name: str, max_pixels: int) -> Pixels:
         image = open_image(data, name=name, max_pixels=max_pixels)
         if image.format == "PNG":
             return _decode_png(data, image, name=name)
+        if image.format == "BMP" and image.mode == "L" and data[_BMP_BITS] < 8:
+            raise ValueError("grey of 4 bits, which Pillow takes for 8; save it as PNG")
         _refuse_orientation(image.getexif().get(_EXIF_ORIENTATION, 1), name=name)
         return _to_array(image)
 
@@ -161,8 +162,7 @@ def decoding(data: bytes, *, name: str) -> Iterator[None]:
             yield
         except (ContentError, MemoryError):
             raise
-        # Damaged files make Pillow raise OSError, SyntaxError, ValueError, struct.error, KeyError
-        # and more; the block only decodes these bytes.
+        # Damaged files make Pillow raise errors of many types; the block only decodes these bytes.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, UnidentifiedImageError):  # its text names the stream, not the file

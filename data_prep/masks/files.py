@@ -4,6 +4,8 @@ The formats and their limits are those of `imaging/codecs.py`; `reading.py` has 
 colours and levels. Rules, if no encoding is given:
 - A mask with a palette is read by its colours, if all of them are of classes, else by its indices,
   if all of them are ids. If both are possible and differ, it is rejected.
+- Grey of 1, 2 or 4 bits is such a palette: its levels are the indices, and scaled to 0..255 they
+  are the colours.
 - A mask of one colour with a varying alpha channel is rejected: its shape is in the alpha channel.
 """
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from data_prep.imaging.codecs import decoding, open_image, read_image
 from data_prep.imaging.pixels import Pixels, grey_channel
+from data_prep.imaging.tiff import TIFF_SIGNATURES, Tiff
 from data_prep.masks.color_map import Color
 from data_prep.masks.reading import (
     NUM_COLORS_NAMED,
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _PNG_SIGNATURE = b"\x89PNG"
-_PNG_COLOR_TYPE = 25  # position of the byte
+_PNG_BITS, _PNG_COLOR_TYPE = 24, 25  # positions of the bytes
+_PNG_GREY = 0
 _PNG_PLAIN_TYPES = (0, 2)  # grey and RGB, without palette and alpha
 _JPEG_SIGNATURE = b"\xff\xd8"
 
@@ -41,7 +45,8 @@ class MaskFile:
 
     Attributes:
         pixels: (H, W) uint8 or uint16 grey, or (H, W, 3) uint8 RGB, without alpha.
-        indices: (H, W) uint8 indices into the palette, None without a palette.
+        indices: (H, W) uint8 indices into the palette, None without a palette. Also the levels of
+            grey of fewer than 8 bits, whose palette is the scale of 0..255.
         alpha: (H, W) uint8, None without alpha or if it is the same everywhere.
         palette: colours of the indices 0, 1, 2 and so on, as far as the file has them.
         num_classes: of a one-hot array, whose pixels are class ids whatever the encoding is.
@@ -65,10 +70,14 @@ def read_mask_file(data: bytes, *, name: str, max_pixels: int) -> MaskFile:
         pixels = pixels[:, :, 0]
     elif pixels.dtype == np.uint16:
         pixels = _colors_of_16_bits(pixels, name=name)
-    if _is_plain(data) or pixels.dtype != np.uint8:
+    if pixels.dtype != np.uint8:
         return MaskFile(pixels)
+    if _is_plain(data):
+        return _with_levels(pixels, _png_grey_bits(data))
     with decoding(data, name=name):
         image = open_image(data, name=name, max_pixels=max_pixels)
+        if image.mode in ("1", "L"):
+            return _with_levels(pixels, 1 if image.mode == "1" else _tiff_bits(data))
         indices = np.array(image) if image.mode == "P" else None
         palette = _palette_of(image)
         if image.mode == "P" and "transparency" in image.info:
@@ -77,6 +86,26 @@ def read_mask_file(data: bytes, *, name: str, max_pixels: int) -> MaskFile:
     if alpha is not None and (alpha == alpha[0, 0]).all():
         alpha = None
     return MaskFile(pixels, indices, alpha, palette)
+
+
+def _with_levels(pixels: Pixels, bits: int) -> MaskFile:
+    """Returns grey `pixels` (H, W) with the levels that a file of `bits` bits has."""
+    if bits >= 8 or pixels.ndim != 2:
+        return MaskFile(pixels)
+    step = 255 // ((1 << bits) - 1)
+    palette = tuple((level,) * 3 for level in range(0, 256, step))
+    return MaskFile(pixels, pixels // np.uint8(step), palette=palette)
+
+
+def _png_grey_bits(data: bytes) -> int:
+    """Returns the bits of a grey PNG, 8 for any other file without palette and alpha."""
+    is_grey = data.startswith(_PNG_SIGNATURE) and data[_PNG_COLOR_TYPE] == _PNG_GREY
+    return data[_PNG_BITS] if is_grey else 8
+
+
+def _tiff_bits(data: bytes) -> int:
+    """Returns the bits of a TIFF, 8 for any other file."""
+    return max(Tiff(data).kind.bits) if data.startswith(TIFF_SIGNATURES) else 8
 
 
 def _colors_of_16_bits(pixels: Pixels, *, name: str) -> Pixels:
@@ -124,25 +153,31 @@ def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
                 f"{name}: has one colour, and its shape is in the alpha channel; read it with "
                 "--mask-encoding alpha, or replace the file"
             )
-        if mask.indices is not None and _is_index(mask.indices, mask.pixels, rules, name=name):
+        if mask.indices is not None and _is_index(mask, mask.indices, rules, name=name):
             return _read_index(mask.indices, rules, name=name)
     return read_classes(mask.pixels, rules, name=name)
 
 
-def _is_index(indices: Pixels, pixels: Pixels, rules: MaskRules, *, name: str) -> bool:
+def _is_index(mask: MaskFile, indices: Pixels, rules: MaskRules, *, name: str) -> bool:
     """Returns whether the palette of a mask has colours of no class, but all indices are ids.
 
     Raises:
         ContentError: the colours and the indices are of different classes, or two indices have the
             same colour.
     """
-    used, first = np.unique(indices, return_index=True)
-    flat = pixels.reshape(indices.size, -1)[first]
-    colors = [tuple(map(int, color)) for color in np.broadcast_to(flat, (len(used), 3))]
+    used = np.flatnonzero(level_counts(indices))
+    # A file may use indices beyond its palette, which decoders give a colour of their own.
+    colors = [
+        mask.palette[index] if index < len(mask.palette) else _color_of(mask.pixels, indices, index)
+        for index in used.tolist()
+    ]
     known = KnownColors.of(rules)
     ids = {tuple(color): class_id for color, class_id in zip(*known.lists(), strict=True)}
     by_color = [ids.get(color, -1) for color in colors]
     by_index = index_table(rules)[used].tolist()
+    # Scaled levels have no palette of their own.
+    kind = "index" if mask.pixels.ndim == 3 else "level"
+    of_file = "of its palette" if kind == "index" else "of a file with few bits"
     if len(set(colors)) < len(colors):
         raise ContentError(
             f"{name}: different indices of its palette have the same colour; give --mask-encoding "
@@ -151,11 +186,18 @@ def _is_index(indices: Pixels, pixels: Pixels, rules: MaskRules, *, name: str) -
     if min(by_color) >= 0 and min(by_index) >= 0 and by_color != by_index:
         place = next(i for i in range(len(used)) if by_color[i] != by_index[i])
         raise ContentError(
-            f"{name}: index {used[place]} of its palette has the colour "
+            f"{name}: {kind} {used[place]} {of_file} has the colour "
             f"{','.join(map(str, colors[place]))} of class {by_color[place]}; give --mask-encoding "
             "index or --mask-encoding colour"
         )
     return min(by_color) < 0 <= min(by_index)
+
+
+def _color_of(pixels: Pixels, indices: Pixels, index: int) -> Color:
+    """Returns the colour of a pixel with `index`, which occurs."""
+    place = int((indices == index).argmax())
+    color = pixels.reshape(indices.size, -1)[place].tolist()
+    return color[0], color[-1 if len(color) < 3 else 1], color[-1]
 
 
 def _read_index(plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:

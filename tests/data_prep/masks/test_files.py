@@ -1,6 +1,9 @@
 """Mask files with a palette or alpha: read by what carries the classes, or rejected."""
 
 import io
+import struct
+import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from PIL import Image
 
 from data_prep.imaging.codecs import encode_png
 from data_prep.masks.color_map import DEFAULT_CLASSES, parse_color_map
-from data_prep.masks.files import read_mask, read_mask_file
+from data_prep.masks.files import MaskFile, read_mask, read_mask_file
 from data_prep.masks.npz import read_npz_file
 from data_prep.masks.reading import Encoding, MaskRules
 from flexunet.errors import ContentError
@@ -73,6 +76,103 @@ def test_a_shape_in_the_transparency_of_a_palette_is_read_or_rejected() -> None:
         read(buffer.getvalue(), MaskRules(DEFAULT_CLASSES))
     rules = MaskRules(DEFAULT_CLASSES, encoding="alpha")
     assert read(buffer.getvalue(), rules) == [[0, 1, 1], [1, 0, 1]]
+
+
+def packed_rows(levels: np.ndarray, bits: int) -> list[bytes]:
+    """Returns the rows of `levels` (H, W) with `bits` bits a pixel, which Pillow cannot write."""
+    places = np.arange(bits - 1, -1, -1)
+    flags = levels[..., np.newaxis] >> places & 1
+    return [row.tobytes() for row in np.packbits(flags.reshape(len(levels), -1), axis=1)]
+
+
+def grey_png(levels: np.ndarray, bits: int) -> bytes:
+    height, width = levels.shape
+    pixels = zlib.compress(b"".join(b"\0" + row for row in packed_rows(levels, bits)))
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def grey_tiff(levels: np.ndarray, bits: int) -> bytes:
+    height, width = levels.shape
+    pixels = b"".join(packed_rows(levels, bits))
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    tags[279] = len(pixels)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    return start + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_a_bmp_of_4_bits_with_a_grey_palette_is_refused() -> None:
+    palette = b"".join(bytes((i, i, i, 0)) for i in range(16))  # Pillow reads two pixels as one
+    pixels = b"\x01\x10\0\0"
+    header = struct.pack("<IiiHHIIiiII", 40, 4, 1, 1, 4, 0, len(pixels), 0, 0, 16, 16)
+    data = b"BM" + struct.pack("<IHHI", 118 + len(pixels), 0, 0, 118) + header + palette + pixels
+    with pytest.raises(ContentError, match="grey of 4 bits"):
+        read(data, MaskRules(VOC))
+
+
+FEW_BITS = [(made, bits) for made in (grey_png, grey_tiff) for bits in (1, 2, 4)]
+THREE = parse_color_map("background=0,0,0;a=255,0,0;b=0,0,255")
+
+
+@pytest.mark.parametrize(("made", "bits"), FEW_BITS)
+@pytest.mark.parametrize("encoding", ["auto", "index"])
+def test_grey_of_few_bits_is_read_as_the_levels_of_the_file(
+    made: Callable[[np.ndarray, int], bytes], bits: int, encoding: Encoding
+) -> None:
+    rng = np.random.default_rng(bits)
+    ids = rng.integers(0, min(3, 1 << bits), (7, 9))
+    assert read(made(ids, bits), MaskRules(THREE, encoding=encoding)) == ids.tolist()
+    if bits > 1:
+        ids[3, 3] = top = (1 << bits) - 1
+        rules = MaskRules(THREE, 9, ((top,) * 3,), encoding)
+        assert read(made(ids, bits), rules) == np.where(ids == top, 9, ids).tolist()
+
+
+@pytest.mark.parametrize(("made", "bits"), FEW_BITS)
+def test_grey_of_few_bits_is_read_as_scaled_if_these_are_the_colors(
+    made: Callable[[np.ndarray, int], bytes], bits: int
+) -> None:
+    top = (1 << bits) - 1
+    levels = np.random.default_rng(bits).integers(0, 2, (7, 9)) * top
+    for encoding in ("auto", "colour"):
+        reading = read(made(levels, bits), MaskRules(DEFAULT_CLASSES, encoding=encoding))
+        assert reading == (levels // top).tolist()
+    if bits > 1:
+        with pytest.raises(ContentError, match=rf"has ids of no class: {top} \(.*--ignore {top}$"):
+            read(made(levels, bits), MaskRules(DEFAULT_CLASSES, encoding="index"))
+    else:
+        assert (
+            read(made(levels, 1), MaskRules(DEFAULT_CLASSES, encoding="index")) == levels.tolist()
+        )
+
+
+def test_grey_of_few_bits_with_two_readings_is_rejected() -> None:
+    classes = parse_color_map("background=0,0,0;a=170,170,170;b=85,85,85")
+    data = grey_png(np.array([[0, 1, 2]]), 2)
+    with pytest.raises(
+        ContentError, match="level 1 of a file with few bits has the colour 85,85,8"
+    ):
+        read(data, MaskRules(classes))
+    assert read(data, MaskRules(classes, encoding="colour")) == [[0, 2, 1]]
+    assert read(data, MaskRules(classes, encoding="index")) == [[0, 1, 2]]
+
+
+def test_an_index_beyond_the_palette_has_the_color_of_its_pixel() -> None:
+    pixels = np.array([[[0, 0, 0], [128, 0, 0], [0, 128, 0]]], np.uint8)
+    file = MaskFile(pixels, np.array([[7, 8, 9]], np.uint8), palette=((0, 0, 0),) * 8)
+    assert read_mask(file, MaskRules(VOC), name="m").ids.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF"])
+def test_the_palette_has_the_colors_of_the_pixels(kind: str) -> None:
+    file = read_mask_file(saved(with_palette(IDS, PALETTE), kind), name="m", max_pixels=100)
+    assert file.indices is not None
+    assert np.array_equal(np.array(file.palette)[file.indices], file.pixels)
 
 
 def png_16(pixels: np.ndarray) -> bytes:
