@@ -14,6 +14,9 @@ probabilities to [1e-7, 1 - 1e-7] instead. Both agree to 1e-5 inside this range;
 module has a gradient. `y` is the one-hot label, `p` the probability: softmax over the classes, or
 the sigmoid for a single output channel.
 
+Several heads (deep supervision) have one loss, the weighted mean of theirs; all share one
+`global_sum`. See `job.models.heads`.
+
 Gradients over replicas: see `replica_sum`.
 """
 
@@ -27,11 +30,13 @@ import tensorflow as tf
 from flexunet.errors import UsageError
 from flexunet.settings import suggestion
 from job.config import check_class_weights
+from job.models.heads import at_size_of, head_weights
 from job.ssim import structural_similarity
 
 GlobalSum: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
 _SMALL = 1e-6  # keeps Dice of one pixel, and of one class of one image, defined
-LossFunction: TypeAlias = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, GlobalSum], tf.Tensor]
+Logits: TypeAlias = tf.Tensor | Sequence[tf.Tensor]
+LossFunction: TypeAlias = Callable[[tf.Tensor, Logits, tf.Tensor, GlobalSum], tf.Tensor]
 
 
 def replica_sum(values: tf.Tensor) -> tf.Tensor:
@@ -135,10 +140,10 @@ def make_loss(
 ) -> LossFunction:
     """Returns the loss `name`: (labels, logits, sample_weights, global_sum) -> scalar.
 
-    The returned function takes labels (B, H, W) integer, logits (B, H, W, C) floating, weights
-    (B,) of the samples, and `global_sum`, which adds a vector over all replicas (`replica_sum`, or
-    `tf.identity` for one replica). It returns the same scalar on every replica: float64 for float64
-    logits, else float32.
+    The returned function takes labels (B, H, W) integer, logits (B, H, W, C) floating or those of
+    several heads, weights (B,) of the samples, and `global_sum`, which adds a vector over all
+    replicas (`replica_sum`, or `tf.identity` for one replica). It returns the same scalar on every
+    replica: float64 for float64 logits, else float32.
 
     Args:
         num_classes: C; 1 means one sigmoid channel with labels 0 and 1.
@@ -158,10 +163,15 @@ def make_loss(
     terms = _focal_terms(focal_gamma) if name == "focal" else LOSSES[name]
 
     def loss(
-        labels: tf.Tensor, logits: tf.Tensor, sample_weights: tf.Tensor, global_sum: GlobalSum
+        labels: tf.Tensor, logits: Logits, sample_weights: tf.Tensor, global_sum: GlobalSum
     ) -> tf.Tensor:
-        batch = _pixel_batch(labels, logits, sample_weights, class_weights, ignore_id)
-        return _evaluate(terms, batch, global_sum)
+        heads = logits if isinstance(logits, list | tuple) else [logits]
+        same_size = [heads[0], *(at_size_of(labels, each) for each in heads[1:])]
+        batches = [
+            _pixel_batch(labels, each, sample_weights, class_weights, ignore_id)
+            for each in same_size
+        ]
+        return _evaluate(terms, batches, global_sum)
 
     return loss
 
@@ -195,13 +205,18 @@ def _pixel_batch(
 
 
 def _evaluate(
-    terms: Sequence[tuple[float, Term]], batch: PixelBatch, global_sum: GlobalSum
+    terms: Sequence[tuple[float, Term]], batches: Sequence[PixelBatch], global_sum: GlobalSum
 ) -> tf.Tensor:
-    parts = [term.sums(batch) for _, term in terms]
+    weighted = [
+        (head_weight * weight, term, batch)
+        for head_weight, batch in zip(head_weights(len(batches)), batches, strict=True)
+        for weight, term in terms
+    ]
+    parts = [term.sums(batch) for _, term, batch in weighted]
     totals = tf.unstack(global_sum(tf.stack([number for part in parts for number in part])))
     loss = tf.zeros((), totals[0].dtype)
     start = 0
-    for (weight, term), part in zip(terms, parts, strict=True):
+    for (weight, term, _), part in zip(weighted, parts, strict=True):
         loss += weight * term.value(totals[start : start + len(part)])
         start += len(part)
     return loss

@@ -24,24 +24,44 @@ LossName = Literal[
     "categorical_focal_dice",
     "dice_foreground",
 ]
-MODELS = ("flexunet",)
+MODELS = ("flexunet", "residual-unet")
 
 
 class ModelConfig(Settings):
     """The network. The defaults are the reference implementation's INbreast network."""
 
-    name: str = option("flexunet", f"Registered model: {', '.join(MODELS)}.")
+    name: str = option(
+        "flexunet",
+        "Network: flexunet, or residual-unet, a U-Net with a residual encoder and kernels of 3x3.",
+    )
     num_layers: int = option(
         8, "Number of levels; 2**(levels-1) must divide both image sides.", ge=1, le=12
     )
     base_filters: int = option(
         16, "Filters of the first level; each further level doubles them.", ge=1
     )
+    max_filters: int | None = option(
+        None, "Most filters of a level; none: they double at every level.", ge=1
+    )
     base_kernels: tuple[int, int] = option(
-        (9, 9), "Kernel size of the first level, odd, in pixels; 2 less at each level, at least 3."
+        (9, 9),
+        "flexunet: kernel size of the first level, odd, in pixels; 2 less at each level, at least "
+        "3.",
     )
     dilation: tuple[int, int] = option(
-        (1, 1), "Dilation of the first level, pixels; 1 less at each level, at least 1."
+        (1, 1), "flexunet: dilation of the first level, pixels; 1 less at each level, at least 1."
+    )
+    residual_blocks: tuple[int, ...] = option(
+        (1, 3, 4, 6),
+        "residual-unet: blocks of each encoder level; the last number is that of all deeper "
+        "levels.",
+    )
+    deep_supervision: int = option(
+        0,
+        "Heads at this many coarser levels of the decoder, which count in the training loss: half "
+        "as much at each level. Predictions use the main head alone.",
+        ge=0,
+        le=10,
     )
     dropout_rate: float = option(
         0.04,
@@ -50,8 +70,10 @@ class ModelConfig(Settings):
         ge=0.0,
         lt=1.0,
     )
-    normalization: Literal["none", "batch", "group"] = option(
-        "none", "Normalisation after convolutions; group: 8 groups of channels in each image."
+    normalization: Literal["none", "batch", "group", "instance"] = option(
+        "none",
+        "Normalisation after convolutions; group: 8 groups of channels in each image; instance: "
+        "each channel of each image.",
     )
     normalization_momentum: float = option(
         0.99,
@@ -84,6 +106,34 @@ class ModelConfig(Settings):
         if min(dilation) < 1:
             raise ValueError("a dilation must be 1 or more")
         return dilation
+
+    @field_validator("residual_blocks")
+    @classmethod
+    def _has_blocks(cls, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        if not blocks or min(blocks) < 1:
+            raise ValueError("give one or more numbers, each 1 or more")
+        return blocks
+
+    @model_validator(mode="after")
+    def _kernels_have_an_effect(self) -> "ModelConfig":
+        if self.name == "flexunet" or self.name not in MODELS:
+            return self
+        if self.base_kernels not in ((9, 9), (3, 3)) or self.dilation != (1, 1):
+            raise ValueError(
+                f"base_kernels={self.base_kernels} and dilation={self.dilation} have no effect on "
+                f"name={self.name}, whose kernels are fixed; leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_levels_to_supervise(self) -> "ModelConfig":
+        most = max(0, self.num_layers - 2)
+        if self.deep_supervision > most:
+            raise ValueError(
+                f"deep_supervision={self.deep_supervision} is too high: a decoder of "
+                f"num_layers={self.num_layers} has {most} coarser levels; give {most} or less"
+            )
+        return self
 
     @model_validator(mode="after")
     def _dropout_below_one(self) -> "ModelConfig":

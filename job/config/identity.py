@@ -35,6 +35,9 @@ _LATER: dict[str, Any] = {
     "augmentation.blur_range": [0.5, 1.0],
     "augmentation.noise_probability": 0.0,
     "augmentation.noise_range": [0.0, 0.05],
+    "model.max_filters": None,
+    "model.residual_blocks": [1, 3, 4, 6],
+    "model.deep_supervision": 0,
 }
 
 

@@ -25,6 +25,8 @@ def check_compatible(config: TrainConfig, dataset: Dataset) -> None:
     check_class_weights(config.loss.class_weights, num_outputs(config, manifest))
     height, width, _ = shape = image_shape(config, manifest)
     check_sides(shape, config.model.num_layers)
+    if config.model.normalization == "instance":
+        check_coarsest(shape, config.model.num_layers)
     if config.precision == "mixed_float16":
         check_float16(input_max(config, manifest))
     if config.loss.name == "basnet_hybrid":
@@ -94,6 +96,21 @@ def check_sides(shape: tuple[int, int, int], num_layers: int) -> None:
         raise UsageError(
             f"--model.num-layers={num_layers} needs image sides divisible by {multiple}, "
             f"got {height}x{width}; lower --model.num-layers or prepare another image size"
+        )
+
+
+def check_coarsest(shape: tuple[int, int, int], num_layers: int) -> None:
+    """Refuses an image (H, W, C) of which the coarsest of `num_layers` levels is one pixel.
+
+    Raises:
+        UsageError: names the levels and the sides.
+    """
+    height, width, _ = shape
+    if height * width == 4 ** (num_layers - 1):
+        raise UsageError(
+            f"--model.normalization=instance: level {num_layers} of images of {height}x{width} is "
+            "one pixel, which minus its own mean is 0; lower --model.num-layers, or choose "
+            "--model.normalization=group"
         )
 
 

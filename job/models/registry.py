@@ -1,6 +1,7 @@
 """Builds the model that a config names.
 
-A model maps stored pixel values, (B, H, W, C), to logits, (B, H, W, K). To add a model, write a
+A model maps stored pixel values, (B, H, W, C), to logits, (B, H, W, K); with deep supervision it
+has more outputs, see `job.models.heads`. To add a model, write a
 builder function, and add its name to `BUILDERS` and `job.config.MODELS`.
 """
 
@@ -12,11 +13,15 @@ from flexunet.errors import UsageError
 from flexunet.settings import suggestion
 from job.config import ModelConfig
 from job.models.flexunet import build_flexunet
+from job.models.residual_unet import build_residual_unet
 
 # (config, image shape (H, W, C), num_classes, largest pixel value, seed, dtype policy) -> model
 Builder = Callable[..., keras.Model]
 
-BUILDERS: dict[str, Builder] = {"flexunet": build_flexunet}
+BUILDERS: dict[str, Builder] = {
+    "flexunet": build_flexunet,
+    "residual-unet": build_residual_unet,
+}
 
 
 def build_model(

@@ -151,6 +151,7 @@ def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Checkpoint]:
         NotFound: the checkpoint of that folder was deleted.
     """
     from job.distributed.precision import predicting_precision
+    from job.models.heads import main_model
 
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
         commit, members = fetch_checkpoint(run.store, folder, which=which)
@@ -158,7 +159,7 @@ def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Checkpoint]:
         config = run.config.model_copy(update={"precision": precision})
         model = model_for(config, run.manifest)
         serialization.read_weights(model, members[serialization.WEIGHTS_NAME])
-    return model, commit
+    return main_model(model), commit
 
 
 def ensemble_member(run: TrainedRun, commit: Checkpoint) -> EnsembleMember:

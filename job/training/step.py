@@ -28,6 +28,7 @@ from job.distributed.replica_sums import (
 from job.losses import GlobalSum, part_of, replica_sum
 from job.models.dropout import draw_kept, kept_values, sample_keys
 from job.models.ensemble import prepared
+from job.models.heads import outputs_of
 from job.models.normalization import counted_samples
 from job.optimization.optimizer import Adam
 
@@ -155,7 +156,7 @@ class _ReplicaStep:
     criterion: Criterion
     options: StepOptions
     exchange: Any  # `AllReduce` or `Exchange`
-    compiled: Callable[..., tf.Tensor]  # see `_compiled`
+    compiled: Callable[..., Any]  # see `_compiled`
 
     def run(
         self, batch: Batch, step: tf.Tensor, learning_rate: tf.Tensor, *message: tf.Tensor
@@ -171,11 +172,11 @@ class _ReplicaStep:
         """Returns the results for the scaled loss, and the unscaled loss."""
         scale = self.optimizer.loss_scale
         with self.exchange.recorded() as factors, tf.GradientTape() as tape:
-            logits = self._forward(part)
-            value = self._loss(part, logits, global_sum)
+            heads = self._forward(part)
+            value = self._loss(part, heads, global_sum)
             scaled = scale.scaled(value) if scale else value
         local_gradient = self.exchange.local_gradient(tape, scaled, factors)
-        return _Backward(local_gradient, metric_sums(part, logits, self.criterion.metrics)), value
+        return _Backward(local_gradient, metric_sums(part, heads[0], self.criterion.metrics)), value
 
     def _accumulated(self, batch: Batch) -> tuple[_Backward, tf.Tensor]:
         """Returns the result of `_backward` for the whole batch, with the memory of a part."""
@@ -195,26 +196,27 @@ class _ReplicaStep:
         true_sums = part_of(replica_sum(tf.add_n(seen)))
         return done, self._loss(parts[0], self._no_logits(parts[0]), true_sums)
 
-    def _forward(self, part: Batch) -> tf.Tensor:
+    def _forward(self, part: Batch) -> list[tf.Tensor]:
+        """Returns the logits of each head, the main one first."""
         if self.options.uses_xla:
-            return self.compiled(part["image"], draw_kept(self.model, part["key"]))
+            return outputs_of(self.compiled(part["image"], draw_kept(self.model, part["key"])))
         with sample_keys(part["key"]), counted_samples(part["weight"]):
-            return self.model(prepared(self.model, part["image"]), training=True)
+            return outputs_of(self.model(prepared(self.model, part["image"]), training=True))
 
-    def _loss(self, part: Batch, logits: tf.Tensor, global_sum: GlobalSum) -> tf.Tensor:
+    def _loss(self, part: Batch, heads: list[tf.Tensor], global_sum: GlobalSum) -> tf.Tensor:
         labels = tf.cast(part["mask"], tf.int32)
-        return self.criterion.loss(labels, logits, part["weight"], global_sum)
+        return self.criterion.loss(labels, heads, part["weight"], global_sum)
 
     def _local_sums(self, part: Batch) -> tf.Tensor:
         """Returns the sums for the loss; if the loss is a mean, only its counts are correct."""
         seen: list[tf.Tensor] = []
-        logits = self._no_logits(part) if self.options.loss_is_mean else self._forward(part)
-        self._loss(part, logits, seen_by(tf.identity, seen))
+        heads = self._no_logits(part) if self.options.loss_is_mean else self._forward(part)
+        self._loss(part, heads, seen_by(tf.identity, seen))
         return seen[0]
 
-    def _no_logits(self, part: Batch) -> tf.Tensor:
-        shape = (*part["mask"].shape, self.model.output_shape[-1])
-        return tf.zeros(shape, self.model.outputs[0].dtype)
+    def _no_logits(self, part: Batch) -> list[tf.Tensor]:
+        number = part["mask"].shape[0]
+        return [tf.zeros((number, *each.shape[1:]), each.dtype) for each in self.model.outputs]
 
     def _update(
         self, gradients: list[tf.Tensor], step: tf.Tensor, learning_rate: tf.Tensor
@@ -231,7 +233,7 @@ class _ReplicaStep:
         return [tf.stack([tf.cast(skipped, tf.float64), tf.constant(1.0, tf.float64)])]
 
 
-def _compiled(model: keras.Model) -> Callable[[tf.Tensor, Mapping[str, tf.Tensor]], tf.Tensor]:
+def _compiled(model: keras.Model) -> Callable[[tf.Tensor, Mapping[str, tf.Tensor]], Any]:
     """Returns the network in training, and its gradient, as one XLA program.
 
     The caller passes the kept values of dropout, because the generator of XLA draws other numbers
@@ -240,7 +242,7 @@ def _compiled(model: keras.Model) -> Callable[[tf.Tensor, Mapping[str, tf.Tensor
     """
 
     @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
-    def network(images: tf.Tensor, kept: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    def network(images: tf.Tensor, kept: Mapping[str, tf.Tensor]) -> Any:
         with kept_values(kept):
             return model(prepared(model, images), training=True)
 

@@ -18,6 +18,7 @@ from job.distributed.xla import uses_xla
 from job.evaluation.evaluator import Evaluator, make_evaluator
 from job.losses import is_mean
 from job.models.ensemble import network_of
+from job.models.heads import main_model
 from job.optimization.averaging import WeightAverage
 from job.optimization.loss_scale import loss_scale_for
 from job.optimization.optimizer import Adam
@@ -56,7 +57,7 @@ def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -
         config,
         setup.strategy,
         setup.dataset,
-        network_of([model]),
+        network_of([main_model(model)]),
         process_group=process_group,
     )
     readers = _open_readers(setup, heartbeat)

@@ -42,6 +42,10 @@ def test_grey_images_fit_a_network_for_colour(dataset: Dataset) -> None:
         ({"name": "flexnet"}, "--model.name='flexnet': no such model; did you mean 'flexunet'"),
         ({"num_classes": 3}, "--model.num-classes=3: the dataset has 2 classes"),
         ({"num_layers": 7}, "--model.num-layers=7 needs image sides divisible by 64, got 32x32"),
+        (
+            {"num_layers": 6, "normalization": "instance"},
+            "--model.normalization=instance: level 6 of images of 32x32 is one pixel",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(

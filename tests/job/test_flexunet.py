@@ -204,6 +204,9 @@ def test_unknown_model_is_named_with_the_nearest() -> None:
         ({"dilation": (0, 1)}, "1 or more"),
         ({"dropout_rate": 0.3, "num_layers": 5}, "below 1"),
         ({"num_layer": 3}, "did you mean 'num_layers'"),
+        ({"num_layers": 4, "deep_supervision": 3}, "has 2 coarser levels; give 2 or less"),
+        ({"residual_blocks": ()}, "give one or more numbers"),
+        ({"name": "residual-unet", "base_kernels": (5, 5)}, "have no effect on name=residual-unet"),
     ],
 )
 def test_model_options_are_checked(values: dict[str, object], message: str) -> None:

@@ -274,6 +274,29 @@ def test_summed_gradients_of_a_shared_weight_are_those_of_one_replica(two_cpus: 
     assert sum(part.numpy() for part in gradients()) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", ["ce_dice", "dice_multiclass", "basnet_hybrid"])
+def test_coarser_heads_count_half_as_much_at_each_level_for_every_pixel_alike(name: str) -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 4, (2, 16, 24))
+    heads = [random.normal(size=(2, 16 // step, 24 // step, 3)) for step in (1, 2, 8)]
+    loss = make_loss(name, num_classes=3, class_weights=(1.0, 4.0, 0.5), ignore_id=3)
+    weights, calls = tf.constant([1.0, 0.5]), []
+
+    def counting_sum(values: tf.Tensor) -> tf.Tensor:
+        calls.append(values)
+        return values
+
+    repeated = [
+        each.repeat(16 // each.shape[1], 1).repeat(16 // each.shape[1], 2) for each in heads
+    ]
+    alone = [float(loss(labels, tf.constant(each), weights, tf.identity)) for each in repeated]
+    found = loss(labels, [tf.constant(each) for each in heads], weights, counting_sum)
+    assert float(found) == pytest.approx((4 * alone[0] + 2 * alone[1] + alone[2]) / 7, rel=1e-12)
+    assert len(calls) == 1  # one exchange between replicas
+    main = float(loss(labels, [tf.constant(heads[0])], weights, tf.identity))
+    assert main == alone[0]
+
+
 def test_structural_similarity_is_tensorflows() -> None:
     rng = np.random.default_rng(3)
     first, second = rng.random((2, 2, 15, 20, 3)).astype(np.float32)

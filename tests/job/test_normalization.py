@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import job.models.flexunet
+import job.models.blocks
 from job.config import ModelConfig, OptimizerConfig
 from job.distributed.replica_sums import Criterion
 from job.evaluation.steps import make_evaluation_step
@@ -24,6 +24,7 @@ from job.training.step import make_train_step
 # What is normalised together, of values (B, H, W, groups, channels of a group).
 LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "group": (lambda: GroupNormalization(2), (1, 2, 4)),
+    "instance": (lambda: GroupNormalization(4), (1, 2)),
     "batch": (lambda: BatchNormalization(synchronized=True), (0, 1, 2)),
 }
 
@@ -245,7 +246,7 @@ def test_weights_that_keras_layers_wrote_are_read(
 
     with monkeypatch.context() as patch:
         for name in ("GroupNormalization", "BatchNormalization"):
-            patch.setattr(job.models.flexunet, name, getattr(keras.layers, name))
+            patch.setattr(job.models.blocks, name, getattr(keras.layers, name))
         written = model()
     random = np.random.default_rng(0)
     for weight in written.weights:

@@ -277,8 +277,13 @@ def test_evaluations_and_windows_go_through_the_network_in_the_same_parts(
 
 ACCUMULATED: list[tuple[LossName, dict[str, Any]]] = [
     ("categorical_crossentropy", {}),
-    ("focal", {"activation": "mish"}),
+    (
+        "focal",
+        {"name": "residual-unet", "activation": "mish", "normalization": "instance"}
+        | {"residual_blocks": (1,), "max_filters": 8, "deep_supervision": 1},
+    ),
     ("bce_dice", {}),  # no mean: its gradient needs the sums of the whole batch
+    ("ce_dice", {"deep_supervision": 1}),
 ]
 
 
