@@ -4,16 +4,18 @@ Reads a run without owning it, so that it can predict masks while training conti
 """
 
 import hashlib
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data_prep.shards.manifest import MANIFEST_NAME, Manifest, parse_manifest
-from flexunet.errors import UsageError
+from flexunet.errors import ContentError, UsageError
 from flexunet.progress import Heartbeat, no_heartbeat
 from flexunet.settings import read_yaml
 from flexunet.storage import NotFound, ObjectStore, open_store
+from flexunet.text import pluralize
 from job.config import TrainConfig, stored_config
 from job.data.dataset import Dataset
 from job.models.compatibility import image_shape, num_outputs
@@ -27,6 +29,8 @@ from job.runs.checkpoints import (
 )
 from job.runs.layout import CROSS_VALIDATION_NAME, CheckpointRef, checkpoint_prefix
 from job.runs.status import run_status
+
+logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = (".h5", ".hdf5")  # suffixes of weight files; any other source is a run
 
@@ -262,19 +266,90 @@ def initialize_from(model: Any, source: str, heartbeat: Heartbeat = no_heartbeat
     """Sets the weights of `model` from the best checkpoint of another run, or from a `.h5` file.
 
     The file is a `best_model.h5` of the reference implementation or Keras weights of this package.
-    It is read as data; nothing in it is executed.
+    It is read as data; nothing in it is executed. Heads for deep supervision keep the weights that
+    they have.
+
+    If the run has other classes, channels or heads for deep supervision, layers that do not fit
+    keep the weights that they have; the log names them.
 
     Args:
         heartbeat: called while bytes of a run move.
+
+    Raises:
+        ContentError: the weights do not fit, or no layer of the run does.
     """
     from job.compat.weights_h5 import load_reference_weights
+    from job.models.heads import main_model
 
     if source.endswith(".weights.h5"):
-        serialization.read_weights(model, source)
+        serialization.read_weights(main_model(model), source)
     elif source.endswith(WEIGHT_FILES):
-        load_reference_weights(model, source)
+        load_reference_weights(main_model(model), source)
     else:
         with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
             store = open_store(source).watched(heartbeat)
             _, members = fetch_checkpoint(store, folder, which="best")
-            serialization.read_weights(model, members[serialization.WEIGHTS_NAME])
+            _take_weights(model, open_run(source), members[serialization.WEIGHTS_NAME])
+
+
+def _take_weights(model: Any, source: TrainedRun, path: str) -> None:
+    """Sets the weights of `model` from the file `path` of a run, where they fit."""
+    config, manifest = source.config, source.manifest
+    theirs = (image_shape(config, manifest)[-1], num_outputs(config, manifest))
+    is_same_depth = config.model.deep_supervision == len(model.outputs) - 1
+    if is_same_depth and theirs == (model.input_shape[-1], model.outputs[0].shape[-1]):
+        serialization.read_weights(model, path)
+        return
+    trained = model_for(config, manifest)
+    serialization.read_weights(trained, path)
+    take_fitting(model, trained, source.store.url)
+
+
+def take_fitting(model: Any, trained: Any, source: str) -> None:
+    """Copies each layer of `trained` that has the shapes of the layer of that name in `model`.
+
+    Logs the layers that do not fit, with their shapes.
+
+    Args:
+        source: the origin of `trained`, for messages.
+
+    Raises:
+        ContentError: no layer fits.
+    """
+    ours, theirs = (_variables_by_layer(each) for each in (model, trained))
+    fitting = [name for name in ours if _shapes_of(ours[name]) == _shapes_of(theirs.get(name, {}))]
+    if not fitting:
+        raise ContentError(f"--init-from {source}: no layer of its network fits this network")
+    for name in fitting:
+        for key, variable in ours[name].items():
+            variable.assign(theirs[name][key].numpy())
+    anew = [
+        f"{name} {_shape_words(ours[name])} (there: {_shape_words(theirs.get(name, {}))})"
+        for name in ours
+        if name not in fitting
+    ]
+    unused = [f"{name} {_shape_words(theirs[name])}" for name in theirs if name not in ours]
+    words = f"--init-from {source}: took {len(fitting)} of {pluralize(len(ours), 'layer')}"
+    if anew:
+        words += f"; these start anew: {', '.join(anew)}"
+    if unused:
+        words += f"; these are not used: {', '.join(unused)}"
+    logger.info("%s", words)
+
+
+def _variables_by_layer(model: Any) -> dict[str, dict[str, Any]]:
+    """Returns the variables of each layer by their last name."""
+    layers: dict[str, dict[str, Any]] = {}
+    for path, variable in serialization.weights_by_path(model).items():
+        layer, _, name = path.rpartition("/")
+        layers.setdefault(layer, {})[name] = variable
+    return layers
+
+
+def _shapes_of(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(each.shape) for name, each in variables.items()}
+
+
+def _shape_words(variables: Mapping[str, Any]) -> str:
+    shapes = _shapes_of(variables).items()
+    return ", ".join(f"{n} {'x'.join(map(str, shape))}" for n, shape in shapes) or "none"

@@ -26,7 +26,6 @@ from flexunet.storage import ObjectStore, open_store
 from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.data.folds import evaluated_words, open_folded
-from job.models.compatibility import image_shape, num_outputs
 from job.runs.checkpoints import find_checkpoints
 from job.runs.layout import ORIGIN_NAME, RESTORE, run_url
 from job.runs.loading import WEIGHT_FILES, TrainedRun, open_run
@@ -35,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 # Model options that determine the weights and their meaning.
 _MODEL_FIELDS = (
-    *("name", "num_layers", "base_filters", "base_kernels", "dilation", "normalization"),
-    *("activation", "input_scaling"),
+    *("name", "num_layers", "base_filters", "max_filters", "base_kernels", "dilation"),
+    *("residual_blocks", "normalization", "activation", "input_scaling"),
 )
 
 Seen = Literal["no", "yes", "unknown"]
@@ -166,7 +165,7 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
         source = open_run(config.init_from)
     origin = check_no_leakage(config, dataset)
     if source is not None:
-        _check_model(config, dataset, source)
+        _check_model(config, source)
     if origin is not None and origin.seen(dataset) == "unknown":
         logger.warning(
             "--init-from %s: cannot check whether these weights were trained on cases of %s (%s); "
@@ -177,10 +176,11 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
         )
 
 
-def _check_model(config: TrainConfig, dataset: Dataset, source: TrainedRun) -> None:
-    """Refuses a network that does not fit the weights of `source`.
+def _check_model(config: TrainConfig, source: TrainedRun) -> None:
+    """Refuses a network in which the weights of `source` would not mean the same.
 
-    Keras would read the weights with a common name and silently skip the others.
+    Other classes, channels and heads for deep supervision are allowed: `initialize_from` starts
+    their layers anew.
 
     Raises:
         UsageError: names the differences.
@@ -190,17 +190,6 @@ def _check_model(config: TrainConfig, dataset: Dataset, source: TrainedRun) -> N
         for name in _MODEL_FIELDS
         if (theirs := getattr(source.config.model, name)) != (ours := getattr(config.model, name))
     ]
-    pairs = {
-        "channels": [
-            image_shape(source.config, source.manifest)[-1],
-            image_shape(config, dataset.manifest)[-1],
-        ],
-        "outputs": [
-            num_outputs(source.config, source.manifest),
-            num_outputs(config, dataset.manifest),
-        ],
-    }
-    reported += [f"{was} {name}, now {now}" for name, (was, now) in pairs.items() if was != now]
     if reported:
         raise UsageError(
             f"--init-from {config.init_from}: its network differs: {'; '.join(reported)}; "

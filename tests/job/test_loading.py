@@ -4,13 +4,17 @@ import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import LocalStore, open_store
-from job.config import TrainConfig
+from job.config import ModelConfig, TrainConfig
+from job.models.heads import main_model
+from job.models.registry import build_model
 from job.runs import serialization
 from job.runs.layout import CROSS_VALIDATION_NAME
 from job.runs.loading import (
@@ -20,11 +24,16 @@ from job.runs.loading import (
     load_model,
     model_for,
     open_run,
+    take_fitting,
 )
 
 
 def with_model(config: TrainConfig, **changes: int) -> TrainConfig:
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+def weights_of(model: Any) -> dict[str, np.ndarray]:
+    return {path: each.numpy() for path, each in serialization.weights_by_path(model).items()}
 
 
 def test_open_trained_needs_a_run(tmp_path: Path) -> None:
@@ -107,6 +116,57 @@ def test_initialize_from_copies_the_best_weights_of_a_run(
         initialize_from(model, source)
         for weight, expected in zip(model.weights, best.weights, strict=True):
             assert np.array_equal(weight, expected)
+
+
+def test_initialize_from_starts_only_layers_of_other_shapes_anew(
+    trained_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = open_run(str(trained_run))
+    best = weights_of(load_model(run, which="best")[0])
+    more = replace(run.manifest.classes[1], id=2, name="more")
+    other = run.manifest.model_copy(update={"classes": (*run.manifest.classes, more)})
+    model = model_for(with_model(run.config, image_channels=3), other)
+    before = weights_of(model)
+    with caplog.at_level("INFO", "job.runs.loading"):
+        initialize_from(model, str(trained_run))
+    anew = {"conv2d/kernel", "conv2d/bias", "head/kernel", "head/bias"}
+    for name, found in weights_of(model).items():
+        assert np.array_equal(found, before[name] if name in anew else best[name]), name
+    (record,) = caplog.records
+    assert record.message == (
+        f"--init-from {trained_run}: took 6 of 8 layers; these start anew: "
+        "conv2d kernel 5x5x3x8, bias 8 (there: kernel 5x5x1x8, bias 8), "
+        "head kernel 1x1x8x3, bias 3 (there: kernel 1x1x8x2, bias 2)"
+    )
+
+
+def test_heads_for_deep_supervision_are_left_out_or_start_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = ModelConfig(num_layers=3, base_filters=2, base_kernels=(3, 3))
+    supervised = config.model_copy(update={"deep_supervision": 1})
+    for ours, theirs, words in (
+        (supervised, config, "took 13 of 14 layers; these start anew: head_level_1 kernel 1x1x4x2"),
+        (config, supervised, "took 13 of 13 layers; these are not used: head_level_1 kernel"),
+    ):
+        model, trained = (
+            build_model(each, image_shape=(8, 8, 1), num_classes=2, seed=seed)
+            for seed, each in enumerate((ours, theirs))
+        )
+        with caplog.at_level("INFO", "job.runs.loading"):
+            take_fitting(model, trained, "RUN")
+        assert words in caplog.records[-1].message
+        pairs = zip(main_model(model).weights, main_model(trained).weights, strict=True)
+        assert all(np.array_equal(found, right) for found, right in pairs)
+
+
+def test_taking_weights_of_which_none_fits_is_an_error() -> None:
+    first, other = (
+        keras.Sequential([keras.Input((4, 4, channels)), keras.layers.Conv2D(2, 1)])
+        for channels in (1, 2)
+    )
+    with pytest.raises(ContentError, match="--init-from RUN: no layer of its network fits"):
+        take_fitting(first, other, "RUN")
 
 
 # Keras warns before it fails.

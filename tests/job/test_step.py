@@ -280,10 +280,10 @@ ACCUMULATED: list[tuple[LossName, dict[str, Any]]] = [
     (
         "focal",
         {"name": "residual-unet", "activation": "mish", "normalization": "instance"}
-        | {"residual_blocks": (1,), "max_filters": 8, "deep_supervision": 1},
+        | {"num_layers": 3, "residual_blocks": (1,), "max_filters": 8, "deep_supervision": 1},
     ),
     ("bce_dice", {}),  # no mean: its gradient needs the sums of the whole batch
-    ("ce_dice", {"deep_supervision": 1}),
+    ("ce_dice", {"num_layers": 3, "deep_supervision": 1}),
 ]
 
 
