@@ -15,7 +15,7 @@ module has a gradient. `y` is the one-hot label, `p` the probability: softmax ov
 the sigmoid for a single output channel.
 
 Several heads (deep supervision) have one loss, the weighted mean of theirs; all share one
-`global_sum`. See `job.models.heads`.
+`global_sum`. See `job.deep_supervision`.
 
 Gradients over replicas: see `replica_sum`.
 """
@@ -30,7 +30,7 @@ import tensorflow as tf
 from flexunet.errors import UsageError
 from flexunet.settings import suggestion
 from job.config import check_class_weights
-from job.models.heads import at_size_of, head_weights
+from job.deep_supervision import at_size_of, head_weights
 from job.ssim import structural_similarity
 
 GlobalSum: TypeAlias = Callable[[tf.Tensor], tf.Tensor]

@@ -74,6 +74,7 @@ ORDERS = {
         "job.data",
         "job.compat",
         "job.ssim",
+        "job.deep_supervision",
         "job.losses",
         "job.metrics",
         "job.models",

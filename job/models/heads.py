@@ -1,20 +1,14 @@
-"""Makes the output layers of a network, weighs them in the loss, and selects the one that predicts.
+"""Makes the output layers of a network, and selects the one that predicts.
 
 Deep supervision (arXiv:1409.5185): besides the main head, coarser levels of the decoder have heads
-of their own. They count in the training loss alone. Predictions, evaluations and exports use the
-main head.
-
-Coarse logits are repeated to the size of the labels. So ignored pixels and class weights count
-exactly as for the main head, a cell of several classes learns their shares, and no small region is
-lost, as it would be in labels of that size. This costs the memory of one more set of logits per
-head, which is little beside the activations of a level.
+of their own. They count in the training loss alone, see `job.deep_supervision`. Predictions,
+evaluations and exports use the main head.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from job.models.blocks import BlockFactory
 
@@ -63,19 +57,3 @@ def main_model(model: keras.Model) -> keras.Model:
 def outputs_of(found: Any) -> list[Any]:
     """Returns the outputs of a call of a model as a list, the main head's first."""
     return list(found) if isinstance(found, list | tuple) else [found]
-
-
-def head_weights(number: int) -> list[float]:
-    """Returns the weights of `number` heads, the main one first; they add up to 1."""
-    halves = [0.5**level for level in range(number)]
-    return [each / sum(halves) for each in halves]
-
-
-def at_size_of(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    """Returns logits (B, h, w, C), each repeated to fill the (B, H, W) of the labels."""
-    (_, height, width, channels), sides = logits.shape, labels.shape[1:]
-    steps = (sides[0] // height, sides[1] // width)
-    # By broadcasting: its gradient is a sum, with the same bits on every run.
-    cells = logits[:, :, tf.newaxis, :, tf.newaxis, :]
-    shape = (tf.shape(logits)[0], height, steps[0], width, steps[1], channels)
-    return tf.reshape(tf.broadcast_to(cells, shape), (-1, *sides, channels))

@@ -13,6 +13,7 @@ from flexunet.errors import ContentError, UsageError
 from flexunet.settings import parse_settings
 from job.compat.weights_h5 import creation_order, load_reference_weights, set_weights
 from job.config import MODELS, ModelConfig
+from job.models.heads import main_model
 from job.models.registry import BUILDERS, build_model
 
 PARITY = Path(__file__).parent / "parity"
@@ -180,6 +181,28 @@ def test_same_seed_gives_same_weights() -> None:
     for a, b in zip(first.weights, second.weights, strict=True):
         assert np.array_equal(a.numpy(), b.numpy())
     assert not np.array_equal(first.weights[0].numpy(), other.weights[0].numpy())
+
+
+@pytest.mark.parametrize("channels", [1, 64])
+def test_the_residual_unet_has_a_head_for_each_supervised_level(channels: int) -> None:
+    config = ModelConfig(
+        name="residual-unet", num_layers=4, base_filters=4, max_filters=8, residual_blocks=(1, 2),
+        normalization="instance", activation="mish", deep_supervision=2,
+    )  # fmt: skip
+    model = build_model(config, image_shape=(16, 32, channels), num_classes=3, seed=1)
+    assert [each.shape[1:] for each in model.outputs] == [(16, 32, 3), (8, 16, 3), (4, 8, 3)]
+    main = main_model(model)
+    assert main.output.shape[1:] == (16, 32, 3)
+    plain = build_model(
+        config.model_copy(update={"deep_supervision": 0}),
+        image_shape=(16, 32, channels), num_classes=3, seed=1,
+    )  # fmt: skip
+    images = np.random.default_rng(0).integers(0, 256, (1, 16, 32, channels)).astype(np.float32)
+    # The other heads change no weight of the main one.
+    assert np.array_equal(main(images), plain(images))
+    assert max(each.shape[-1] for each in plain.weights) == 8
+    # Blocks by level: 1, 2, 2, 2, each with an addition.
+    assert sum(isinstance(each, keras.layers.Add) for each in plain.layers) == 7
 
 
 def test_sides_must_divide_by_the_levels() -> None:
