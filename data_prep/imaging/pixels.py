@@ -59,6 +59,11 @@ def shown_channels(image: Pixels) -> Pixels:
     return image if image.shape[2] in (1, 3) else image[..., :1]
 
 
+def is_uniform(pixels: Pixels) -> bool:
+    """Returns whether all pixels of (H, W[, C]) are equal, as in unexposed or filler images."""
+    return bool(np.all(pixels == pixels[0, 0]))
+
+
 def to_rgb(image: Pixels) -> Pixels:
     """Returns the image as (H, W, 3); repeats the channel of a grey image."""
     return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.imaging.geometry import Box, Geometry, apply_geometry, fit
-from data_prep.imaging.lost_regions import RegionCounts, count_regions
+from data_prep.imaging.lost_regions import RegionCounts, count_regions, regions_at
 
 
 def test_regions_between_the_kept_pixels_are_lost() -> None:
@@ -83,3 +83,18 @@ def test_counts_are_those_of_labels_that_are_resized(
     stored = apply_geometry(labels.astype(np.uint16), geometry, *target, nearest=True)
     assert found.regions == (0, count - 1)
     assert found.lost == (0, count - 1 - len(set(stored[stored > 0].tolist())))
+
+
+def test_areas_are_counted_once_for_several_sizes() -> None:
+    rng = np.random.default_rng(0)
+    mask = rng.choice(np.array([0, 0, 0, 1, 2, 9], np.uint8), (40, 30))
+    places = [fit((40, 30), (height, height), kind="stretch") for height in (8, 16, 24)]
+    found = regions_at(mask, places, 4)
+    for class_id in (1, 2):
+        areas, is_lost = found[class_id]
+        assert areas.sum() == np.count_nonzero(mask == class_id)
+        for place, lost in zip(places, is_lost, strict=True):
+            counts = count_regions(mask, place, 4)
+            assert counts is not None
+            assert (counts.regions[class_id], counts.lost[class_id]) == (len(areas), lost.sum())
+    assert not len(found[3][0])
