@@ -1,0 +1,121 @@
+"""Proposes how file names may say which images belong together, such as those of a patient.
+
+Compares names only. A proposal is a guess: only the user knows what a number in a name means.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from data_prep.splits.groups import augmented_group, is_augmented_copy, regex_group
+from flexunet.errors import ContentError
+
+_MAX_CANDIDATES = 4
+_MAX_PARTS = 4  # of a name, at its start or end
+_MIN_GROUPS = 3  # fewer groups cannot fill three splits
+_MAX_LARGEST = 0.5  # share of the images in the largest group
+_MIN_AUGMENTED = 0.5  # share of the names that look like augmented copies
+_EXAMPLES = 3
+_PART = r"[^_\-. ]+"
+_GAP = r"[_\-. ]+"
+
+
+@dataclass(frozen=True)
+class GroupCandidate:
+    """A possible rule for groups.
+
+    Attributes:
+        option, value: of `prep`: "group_regex" or "group_preset".
+        num_groups: number of groups.
+        smallest, median, largest: images in a group.
+        num_shared: groups with images in several ready-made splits.
+        examples: (group, names of two of its images) of a few large groups.
+    """
+
+    option: str
+    value: str
+    num_groups: int
+    smallest: int
+    median: int
+    largest: int
+    num_shared: int
+    examples: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def group_candidates(splits: Mapping[str, str | None]) -> tuple[GroupCandidate, ...]:
+    """Returns the rules that divide images into plausible groups, the coarsest first.
+
+    A rule is plausible if it fits all names and gives at least 3 groups, of which one has several
+    images and none has more than half of them.
+
+    Args:
+        splits: ready-made split of each image by file name, None without one.
+    """
+    names = sorted(splits)
+    found: dict[frozenset[tuple[str, ...]], GroupCandidate] = {}
+    for option, value, rule in _rules(names):
+        groups = _groups(names, rule)
+        if groups is None or not _is_plausible(groups, len(names)):
+            continue
+        members = frozenset(tuple(each) for each in groups.values())
+        found.setdefault(members, _candidate(option, value, groups, splits))
+    ordered = sorted(found.values(), key=lambda each: (each.option, each.num_groups))
+    return tuple(ordered[:_MAX_CANDIDATES])
+
+
+def are_augmented(names: Sequence[str]) -> bool:
+    """Returns whether at least half of the names are those of augmented copies."""
+    num_copies = sum(map(is_augmented_copy, names))
+    return num_copies > 0 and num_copies >= _MIN_AUGMENTED * len(names)
+
+
+def _rules(names: Sequence[str]) -> Iterator[tuple[str, str, Callable[[str], str]]]:
+    if are_augmented(names):
+        # Other parts of such names are parameters of the deformation.
+        yield "group_preset", "augmented", augmented_group
+        return
+    patterns = [
+        *(rf"^((?:{_PART}{_GAP}){{{number - 1}}}{_PART}){_GAP}" if number > 1
+          else rf"^({_PART}){_GAP}" for number in range(1, _MAX_PARTS + 1)),
+        r"^([A-Za-z]+[0-9]+)",
+        r"^([0-9]+)",
+        r"^([A-Za-z]+)",
+    ]  # fmt: skip
+    for pattern in patterns:
+        yield "group_regex", pattern, regex_group(pattern)
+
+
+def _groups(names: Sequence[str], rule: Callable[[str], str]) -> dict[str, list[str]] | None:
+    """Returns the names by group, None if the rule does not fit all names."""
+    groups: dict[str, list[str]] = {}
+    try:
+        for name in names:
+            groups.setdefault(rule(name), []).append(name)
+    except ContentError:
+        return None
+    return groups
+
+
+def _is_plausible(groups: Mapping[str, Sequence[str]], num_names: int) -> bool:
+    largest = max((len(each) for each in groups.values()), default=0)
+    return len(groups) >= _MIN_GROUPS and 1 < largest <= _MAX_LARGEST * num_names
+
+
+def _candidate(
+    option: str,
+    value: str,
+    groups: Mapping[str, Sequence[str]],
+    splits: Mapping[str, str | None],
+) -> GroupCandidate:
+    sizes = sorted(map(len, groups.values()))
+    shared = [each for each in groups.values() if len({splits[name] for name in each}) > 1]
+    largest = sorted(groups, key=lambda group: (-len(groups[group]), group))[:_EXAMPLES]
+    return GroupCandidate(
+        option,
+        value,
+        len(groups),
+        sizes[0],
+        sizes[len(sizes) // 2],
+        sizes[-1],
+        len(shared),
+        tuple((group, tuple(groups[group][:2])) for group in largest),
+    )
