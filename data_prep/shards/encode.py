@@ -18,10 +18,10 @@ from data_prep.imaging.arrays import NPY_ENDING
 from data_prep.imaging.breast import frame
 from data_prep.imaging.geometry import Geometry, apply_geometry
 from data_prep.imaging.lost_regions import count_regions
-from data_prep.imaging.pixels import MAX_CHANNELS
+from data_prep.imaging.pixels import MAX_CHANNELS, is_uniform
 from data_prep.imaging.tiles import count, cut
 from data_prep.shards.pair_reader import PairData, ReadPair, crcs_of, read_file, read_pair
-from data_prep.shards.pixel_format import full_scales
+from data_prep.shards.pixel_format import num_above
 from data_prep.shards.records import Sample, encode_example, frame_record, sha256_of_pixels
 from data_prep.shards.source_pairs import (
     EncodedSample,
@@ -95,7 +95,7 @@ def scan_chunks(batch: ScanBatch) -> list[EncodedSample | RejectedPair]:
     num_puts = max(1, batch.num_requests // _READS_PER_PUT)
     puts = BackgroundPuts(store_at(batch.chunks[0].staging_url), num_puts)
     try:
-        with _one_thread(), request_threads(batch.num_requests) as reader:
+        with one_thread(), request_threads(batch.num_requests) as reader:
             return _scan_batch(batch, reader, puts)
     except FlexUNetError:
         puts.wait()  # the chunks before are complete, and the same command finds them
@@ -105,7 +105,7 @@ def scan_chunks(batch: ScanBatch) -> list[EncodedSample | RejectedPair]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Makes OpenCV use one thread in the block, because the processes already run in parallel."""
     import cv2
 
@@ -130,7 +130,7 @@ def _scan_batch(
         for file in item.files
     ]
     results: list[EncodedSample | RejectedPair] = []
-    ahead = in_order_ahead(reader, read_file, files, size_of=_bytes_of)
+    ahead = in_order_ahead(reader, read_file, files, size_of=most_bytes)
     with contextlib.closing(ahead) as data:
         for task, found in zip(batch.chunks, staged, strict=True):
             results += _scan_chunk(task, data, puts) if found is None else found
@@ -138,7 +138,7 @@ def _scan_batch(
     return results
 
 
-def _bytes_of(file: File) -> int:
+def most_bytes(file: File) -> int:
     """Returns an upper limit of a file's bytes in memory; the limit of all files if unknown.
 
     The server decompresses an object without a listed checksum. Such a file is read alone.
@@ -244,7 +244,7 @@ def _frame_image(
     if layout.geometry == "tile":
         # Digest of the whole image: tiles of empty film are equal in images of different patients.
         pixels = apply_geometry(read.image, whole, whole.height, whole.width, nearest=False)
-        sha256, is_blank = sha256_of_pixels(pixels), _is_blank(pixels)
+        sha256, is_blank = sha256_of_pixels(pixels), is_uniform(pixels)
     return _FramedImage(
         item=item,
         read=read,
@@ -262,7 +262,7 @@ def _scanned(framed: _FramedImage, layout: Layout, sample: Sample, num_bytes: in
     item, read = framed.item, framed.read
     image, mask = sample.image, sample.mask
     if framed.cut_sha256 is None:
-        is_blank = _is_blank(_without_border(image, framed.whole))
+        is_blank = is_uniform(_without_border(image, framed.whole))
     else:
         is_blank = framed.cut_is_blank
     return EncodedSample(
@@ -322,19 +322,7 @@ def _refuse_many_tiles(item: SourcePair, layout: Layout, whole: Geometry) -> Non
 
 
 def _num_above(read: ReadPair, layout: Layout) -> tuple[int, ...]:
-    if read.value_max is not None or read.image.dtype == np.uint8:
-        return ()
-    brightest = read.image.max(axis=2)
-    top = int(brightest.max())
-    return tuple(
-        int(np.count_nonzero(brightest > scale)) if top > scale else 0
-        for scale in full_scales(layout.full_scale)
-    )
-
-
-def _is_blank(pixels: np.ndarray) -> bool:
-    """Returns whether all pixels of (H, W[, C]) are equal, as in unexposed or filler images."""
-    return bool(np.all(pixels == pixels[0, 0]))
+    return () if read.value_max is not None else num_above(read.image, layout.full_scale)
 
 
 def _without_border(image: np.ndarray, geometry: Geometry) -> np.ndarray:

@@ -113,7 +113,7 @@ def _read_view(
         ContentError: the file has colours, another size than its image, or no pixel inside.
     """
     pixels = read_mask_pixels(data, name=file.label, max_pixels=layout.max_pixels)
-    _check_size(item, file, pixels, size)
+    check_size(item, file, pixels.shape[:2], size)
     grey = pixels if pixels.ndim == 2 else grey_channel(pixels)
     if grey is None:
         raise ContentError(
@@ -125,10 +125,15 @@ def _read_view(
     return inside
 
 
-def _check_size(item: SourcePair, file: File, pixels: np.ndarray, size: tuple[int, ...]) -> None:
-    if pixels.shape[:2] != size:
+def check_size(item: SourcePair, file: File, found: tuple[int, ...], size: tuple[int, ...]) -> None:
+    """Checks that a mask of the size `found` has the size of its image.
+
+    Raises:
+        ContentError: it has another one.
+    """
+    if found != size:
         raise ContentError(
-            f"{file.label}: the mask has {pixels.shape[1]}x{pixels.shape[0]} pixels, but its image "
+            f"{file.label}: the mask has {found[1]}x{found[0]} pixels, but its image "
             f"{item.image.label} has {size[1]}x{size[0]}; both must have the same size"
         )
 
@@ -218,7 +223,7 @@ def _read_mask(
         mask = read_npz_file(data, label, num_classes=count, max_pixels=layout.max_pixels)
     else:
         mask = read_mask_file(data, name=label, max_pixels=layout.max_pixels)
-    _check_size(item, file, mask.pixels, size)
+    check_size(item, file, mask.pixels.shape[:2], size)
     rules = MaskRules(
         layout.classes,
         layout.ignore_id,

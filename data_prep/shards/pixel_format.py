@@ -5,8 +5,11 @@ Determines the raw value of full intensity if files do not state it. The module 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
-from data_prep.imaging.pixels import FEW_PIXELS, PixelFormat
+import numpy as np
+
+from data_prep.imaging.pixels import FEW_PIXELS, PixelFormat, Pixels
 from data_prep.shards.source_pairs import EncodedSample
 
 
@@ -15,12 +18,58 @@ def full_scales(full_scale: int | None) -> tuple[int, ...]:
     return tuple(2**bits - 1 for bits in range(8, 17)) if full_scale is None else (full_scale,)
 
 
+def num_above(image: Pixels, full_scale: int | None) -> tuple[int, ...]:
+    """Returns how many pixels of (H, W, C) are above each of `full_scales`; none for 8 bits."""
+    if image.dtype == np.uint8:
+        return ()
+    brightest = image.max(axis=2)
+    top = int(brightest.max())
+    return tuple(
+        int(np.count_nonzero(brightest > scale)) if top > scale else 0
+        for scale in full_scales(full_scale)
+    )
+
+
+class MeasuredImage(Protocol):
+    """The facts about an image that its format needs; see `EncodedSample`."""
+
+    @property
+    def image_id(self) -> str:
+        """Id of the source image."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        ...
+
+    @property
+    def bit_depth(self) -> int:
+        """Bits of a channel."""
+        ...
+
+    @property
+    def max_value(self) -> int:
+        """Largest raw value, or full intensity if the file states it."""
+        ...
+
+    @property
+    def num_above(self) -> tuple[int, ...]:
+        """Pixels above each of `full_scales`; empty if the file states its full scale."""
+        ...
+
+    @property
+    def num_source_pixels(self) -> int:
+        """Pixels of the source image."""
+        ...
+
+
 _FEW_IMAGES = 10  # one in this number of images may have pixels above the full scale
 _SPARED_BITS = 2  # that clipping must save: for one bit, darker images are better than lost values
 
 
 def common_pixel_format(
-    samples: Iterable[EncodedSample], full_scale: int | None = None
+    samples: Iterable[MeasuredImage], full_scale: int | None = None
 ) -> PixelFormat:
     """Returns the smallest format for all images: grey only if all are grey.
 
@@ -46,7 +95,7 @@ def common_pixel_format(
     return PixelFormat(most_channels, 16, found)
 
 
-def _full_scale(images: Sequence[EncodedSample]) -> int:
+def _full_scale(images: Sequence[MeasuredImage]) -> int:
     """Returns the full scale of 16-bit images that do not state it, 255 without such images."""
     highest = max((image.max_value for image in images), default=0)
     num_bits = max(8, highest.bit_length())
@@ -57,20 +106,16 @@ def _full_scale(images: Sequence[EncodedSample]) -> int:
     return 2**num_bits - 1
 
 
-def _sparing(images: Sequence[EncodedSample], num_bits: int) -> Iterator[tuple[int, int]]:
+def _sparing(images: Sequence[MeasuredImage], num_bits: int) -> Iterator[tuple[int, int]]:
     """Yields (index, full scale) for the full scales above which every image has few pixels.
 
     Yields only scales that need clearly fewer bits than `num_bits`, the smallest first.
     """
     for place, scale in enumerate(full_scales(None)):
         if scale.bit_length() <= num_bits - _SPARED_BITS and all(
-            each.num_above[place] * FEW_PIXELS <= _num_pixels(each) for each in images
+            each.num_above[place] * FEW_PIXELS <= each.num_source_pixels for each in images
         ):
             yield place, scale
-
-
-def _num_pixels(image: EncodedSample) -> int:
-    return image.geometry.source_height * image.geometry.source_width
 
 
 def sparing_scale(samples: Iterable[EncodedSample], value_max: int) -> int | None:

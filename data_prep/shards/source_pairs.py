@@ -156,6 +156,11 @@ class EncodedSample:
     regions: RegionCounts | None
     source_crcs: tuple[int, int]
 
+    @property
+    def num_source_pixels(self) -> int:
+        """Pixels of the source image."""
+        return self.geometry.source_height * self.geometry.source_width
+
 
 @dataclasses.dataclass(frozen=True)
 class RejectedPair:

@@ -143,14 +143,7 @@ def find_folders(folders: Folders) -> tuple[FolderPair, ...] | None:
     Raises:
         UsageError: the names have several readings, or some folder lacks its partner.
     """
-    groups: dict[tuple[str | None, tuple[str, ...]], _Siblings] = {}
-    for path in sorted(folders.images.keys() | folders.masks.keys()):
-        meaning = meaning_of(path)
-        siblings = groups.setdefault((meaning.split, meaning.rest), _Siblings())
-        if meaning.role == "masks":
-            siblings.masks.append(path)
-        elif path in folders.images:
-            (siblings.images if meaning.role else siblings.others).append(path)
+    groups = _siblings_of(folders)
     if not any(siblings.masks for siblings in groups.values()):
         return _folders_with_both(folders)
     pairs: list[FolderPair] = []
@@ -166,6 +159,31 @@ def find_folders(folders: Folders) -> tuple[FolderPair, ...] | None:
     if pairs and alone:
         raise UsageError(without_partner(folders.url, alone[0]))
     return with_splits(folders.url, pairs) if pairs else None
+
+
+def possible_pairs(folders: Folders) -> list[FolderPair]:
+    """Returns each folder of images with each folder of masks that may belong to it.
+
+    Unlike `find_folders`, accepts names with several readings and splits without train.
+    """
+    return [
+        FolderPair(images, masks, split)
+        for (split, _), siblings in _siblings_of(folders).items()
+        for images in siblings.images or siblings.others
+        for masks in siblings.masks
+    ]
+
+
+def _siblings_of(folders: Folders) -> dict[tuple[str | None, tuple[str, ...]], _Siblings]:
+    groups: dict[tuple[str | None, tuple[str, ...]], _Siblings] = {}
+    for path in sorted(folders.images.keys() | folders.masks.keys()):
+        meaning = meaning_of(path)
+        siblings = groups.setdefault((meaning.split, meaning.rest), _Siblings())
+        if meaning.role == "masks":
+            siblings.masks.append(path)
+        elif path in folders.images:
+            (siblings.images if meaning.role else siblings.others).append(path)
+    return groups
 
 
 def _folders_with_both(folders: Folders) -> tuple[FolderPair, ...] | None:

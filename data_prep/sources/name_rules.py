@@ -65,13 +65,31 @@ class NameRule:
         """Returns whether the rule gives a mask to the image with this stem."""
         return self.mask_of(stem) is not None
 
+    @property
+    def patterns(self) -> tuple[str | None, str]:
+        """The values of --image-name and --mask-name; None for image names that are the key."""
+        return STEM.join(self.image) if any(self.image) else None, STEM.join(self.mask)
+
     def as_options(self) -> str:
         """Returns the options of `prep` that state the rule, as text for a message."""
-        of_image = f'--image-name "{STEM.join(self.image)}" ' if any(self.image) else ""
-        return f'{of_image}--mask-name "{STEM.join(self.mask)}"'
+        image, mask = self.patterns
+        of_image = "" if image is None else f'--image-name "{image}" '
+        return f'{of_image}--mask-name "{mask}"'
 
 
 EQUAL = NameRule()
+
+
+class SeveralRules(UsageError):
+    """More than one rule pairs images and masks.
+
+    Attributes:
+        rules: the rules with their numbers of pairs, the largest number first.
+    """
+
+    def __init__(self, text: str, rules: Sequence[tuple["NameRule", int]] = ()) -> None:
+        super().__init__(text)
+        self.rules = tuple(rules)
 
 
 @dataclass(frozen=True)
@@ -173,8 +191,8 @@ def find_rule(folders: Sequence[tuple[_Stems, _Stems]], where: str) -> NameRule 
         where: the place in errors.
 
     Raises:
-        UsageError: several rules are possible: each pairs more than half as many as the best, which
-            leaves files over.
+        SeveralRules: several rules are possible: each pairs more than half as many as the best,
+            which leaves files over.
     """
     tried: dict[_Pairs, NameRule] = {}
     for rule in _candidates(folders):
@@ -189,7 +207,9 @@ def find_rule(folders: Sequence[tuple[_Stems, _Stems]], where: str) -> NameRule 
     counts = [sum(len(stems[side]) for stems in folders) for side in (0, 1)]
     rivals = [pairs for pairs in tried if not pairs <= best and 2 * len(pairs) > len(best)]
     if rivals and counts != [len(best)] * 2:
-        raise UsageError(_ambiguous(where, {pairs: tried[pairs] for pairs in (best, *rivals)}))
+        possible = {pairs: tried[pairs] for pairs in (best, *rivals)}
+        rules = [(rule, len(pairs)) for pairs, rule in possible.items()]
+        raise SeveralRules(_ambiguous(where, possible), sorted(rules, key=lambda each: -each[1]))
     share = max(len(best) / max(1, count) for count in counts)
     return tried[best] if share > _MIN_SHARE else None
 

@@ -43,12 +43,15 @@ __all__ = [
     "FolderOptions",
     "Pair",
     "PairOptions",
+    "PairedFiles",
     "Reject",
     "Source",
+    "describe_rule",
     "find_pairs",
     "find_sources",
     "folder_made_by",
     "is_broken_link",
+    "pair_sources",
     "refused_name",
 ]
 
@@ -106,9 +109,29 @@ def find_pairs(
         UsageError: a folder is missing or empty, or the names have several readings.
         ContentError: no rule pairs the names.
     """
+    paired = pair_sources(sources, listings or Listings(), options)
+    _log_layout(sources, paired.naming, len(paired.pairs))
+    return list(paired.pairs), list(paired.rejects)
+
+
+@dataclass(frozen=True)
+class PairedFiles:
+    """The pairs of sources, the files without a pair, and the rule of the names of masks.
+
+    `naming` is None if the format defines the names.
+    """
+
+    pairs: tuple[Pair, ...]
+    rejects: tuple[Reject, ...]
+    naming: Naming | None
+
+
+def pair_sources(
+    sources: Sequence[Source], listings: Listings, options: PairOptions
+) -> PairedFiles:
+    """Returns the pairs of `sources`; see `find_pairs`, which also logs them."""
     pairs: list[Pair] = []
     rejects: list[Reject] = []
-    listings = listings or Listings()
     given = _given_patterns(options)
     found = [stems_of(source, listings, rejects).divided(given) for source in sources]
     rules = _Rules(given or _found_rule(found), _rule_of_views(found))
@@ -121,8 +144,11 @@ def find_pairs(
         )
     unique, doubles = _without_doubles(pairs)
     rejects.extend(doubles)
-    _log_layout(sources, rules.masks, len(unique))
-    return sorted(unique, key=lambda pair: pair.id), sorted(rejects, key=lambda entry: entry.file)
+    return PairedFiles(
+        tuple(sorted(unique, key=lambda pair: pair.id)),
+        tuple(sorted(rejects, key=lambda entry: entry.file)),
+        rules.masks,
+    )
 
 
 def _given_patterns(options: PairOptions) -> NamePatterns | None:
@@ -182,7 +208,12 @@ def _first_names(found: Sequence[Stems]) -> str:
     return f"the first image is {images}, the first mask {masks}"
 
 
-def _log_layout(sources: Sequence[Source], naming: Naming, num_pairs: int) -> None:
+def describe_rule(naming: Naming | None) -> str:
+    """Returns the rule of the names of masks in words, or as options of `prep`."""
+    return "equal names" if naming in (None, EQUAL) else naming.as_options()
+
+
+def _log_layout(sources: Sequence[Source], naming: Naming | None, num_pairs: int) -> None:
     root = sources[0].root
     if root is None:
         above = sources[0].images.rstrip("/").rpartition("/")[0]
@@ -193,13 +224,12 @@ def _log_layout(sources: Sequence[Source], naming: Naming, num_pairs: int) -> No
             [f"{url.removeprefix(root).strip('/')}/" for url in dict.fromkeys(urls)], 3
         )
 
-    rule = "equal names" if naming == EQUAL else naming.as_options()
     logger.info(
         "%s: images in %s, masks in %s, %s: %s",
         root,
         shown([source.images for source in sources]),
         shown([source.masks for source in sources]),
-        rule,
+        describe_rule(naming),
         pluralize(num_pairs, "pair"),
     )
 

@@ -46,26 +46,26 @@ def find_sources(
     url = open_store(source_url).url
     listings = listings or Listings()
     if options is not None and options != FolderOptions():
-        chosen = choose_folders(_all_folders(url, listings), options)
+        chosen = choose_folders(all_folders(url, listings), options)
         if chosen is None:
             raise UsageError(
                 f"{url}: no folder of images with masks beside the field of view; name them with "
                 "--images and --masks"
             )
-        return _as_sources(url, chosen)
+        return as_sources(url, chosen)
     try:
         usual = _usual_sources(url, listings)
     except UsageError:
         logger.info("%s: no %s/ and %s/; listing all folders", url, _IMAGES, _MASKS)
-        found = find_folders(_all_folders(url, listings))
+        found = find_folders(all_folders(url, listings))
         if found is None:
             raise
-        return _as_sources(url, found)
+        return as_sources(url, found)
     # images/train/ and masks/train/ instead of train/images/ and train/masks/
     if not any("/" not in name for source in usual for name in listings.names(source.images)):
-        found = find_folders(_all_folders(url, listings))
+        found = find_folders(all_folders(url, listings))
         if found is not None:
-            return _as_sources(url, found)
+            return as_sources(url, found)
     return usual
 
 
@@ -106,12 +106,19 @@ def _usual_sources(url: str, listings: Listings) -> tuple[Source, ...]:
     )
 
 
-def _all_folders(url: str, listings: Listings) -> Folders:
+def all_folders(url: str, listings: Listings) -> Folders:
+    """Returns all folders below the source `url`.
+
+    Raises:
+        UsageError: they contain more than a million files.
+    """
     listings.check_number(url, _MAX_FILES)
     return folders_of(url, listings.names(url), IMAGE_ENDINGS, MASK_ENDINGS)
 
 
-def _as_sources(url: str, found: Sequence[FolderPair]) -> tuple[Source, ...]:
+def as_sources(url: str, found: Sequence[FolderPair]) -> tuple[Source, ...]:
+    """Returns the pairs of folders `found` below the source `url`."""
+
     def url_of(path: str) -> str:
         return join_url(url, path) if path else url
 
