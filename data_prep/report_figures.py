@@ -32,6 +32,7 @@ _THUMBNAIL = 240  # pixels of the longer side
 _MIN_COLUMN = 100  # pixels, so that names of small images stay readable
 _GAP = 12  # pixels between thumbnails
 _LINE = 18  # pixels of a line of text
+_MAX_LEGEND = 10  # names in a line of the legend; without more classes, it names all of them
 _OVERLAY_ALPHA = 0.45
 _HATCH_PERIOD, _HATCH_WIDTH = 6, 2  # pixels, of diagonal lines over ignored areas
 _HATCH_GREYS = 220.0, 90.0  # of the lines, and between them
@@ -115,16 +116,16 @@ def contact_sheet_png(
         columns.append((pair.title, image, _overlaid(image, mask, ignore_id)))
     widest = max(_MIN_COLUMN, *(image.shape[1] for _, image, _ in columns))
     tallest = max(image.shape[0] for _, image, _ in columns)
-    legend = [(_shortened(info.name), _swatch(info.id, None)) for info in classes[1:10]]
+    legend = [(_shortened(info.name), _swatch(info.id, None)) for info in _named(classes, pairs)]
     if ignore_id is not None:
         legend.append(("ignored", _swatch(ignore_id, ignore_id)))
-    legend_widths = [_text_width(small, name) + 3 * _GAP for name, _ in legend]
-    width = max(
-        (widest + _GAP) * len(columns), _text_width(large, title) + _GAP, sum(legend_widths)
-    )
+    lines = [legend[start : start + _MAX_LEGEND] for start in range(0, len(legend), _MAX_LEGEND)]
+    widths = [[_text_width(small, name) + 3 * _GAP for name, _ in line] for line in lines]
+    width = max((widest + _GAP) * len(columns), _text_width(large, title) + _GAP, *map(sum, widths))
     top = 2 * _LINE + _GAP
     bottom = top + 2 * (tallest + _GAP)
-    canvas = PIL.Image.new("RGB", (width + _GAP, bottom + _LINE + _GAP), "white")
+    height = bottom + max(1, len(lines)) * _LINE + _GAP
+    canvas = PIL.Image.new("RGB", (width + _GAP, height), "white")
     draw = PIL.ImageDraw.Draw(canvas)
     draw.text(((width + _GAP) / 2, _GAP), title, "black", large, anchor="mt")
     left = _GAP
@@ -133,12 +134,22 @@ def contact_sheet_png(
         canvas.paste(PIL.Image.fromarray(image), (left, top))
         canvas.paste(PIL.Image.fromarray(overlay), (left, top + tallest + _GAP))
         left += widest + _GAP
-    left = max(_GAP, (width + _GAP - sum(legend_widths)) // 2)
-    for (name, swatch), name_width in zip(legend, legend_widths, strict=True):
-        canvas.paste(PIL.Image.fromarray(swatch), (left, bottom))
-        draw.text((left + _GAP + 6, bottom + _GAP / 2), name, "black", small, anchor="lm")
-        left += name_width
+    for line, name_widths in zip(lines, widths, strict=True):
+        left = max(_GAP, (width + _GAP - sum(name_widths)) // 2)
+        for (name, swatch), name_width in zip(line, name_widths, strict=True):
+            canvas.paste(PIL.Image.fromarray(swatch), (left, bottom))
+            draw.text((left + _GAP + 6, bottom + _GAP / 2), name, "black", small, anchor="lm")
+            left += name_width
+        bottom += _LINE
     return encode_png(np.asarray(canvas))
+
+
+def _named(classes: Sequence[ClassColor], pairs: Sequence[PairPreview]) -> list[ClassColor]:
+    """Returns the foreground classes for the legend: of many, those in the masks."""
+    if len(classes) <= _MAX_LEGEND:
+        return list(classes[1:])
+    seen = {int(class_id) for pair in pairs for class_id in np.unique(pair.mask)}
+    return [info for info in classes[1:] if info.id in seen]
 
 
 def _font(size: int) -> PIL.ImageFont.FreeTypeFont:
@@ -251,7 +262,10 @@ def _overlay_color(class_id: int) -> tuple[int, int, int]:
     # Not the colour of the class, which is often white and invisible on dense tissue.
     from matplotlib.colors import to_rgb
 
-    red, green, blue = (round(255 * value) for value in to_rgb(f"C{(class_id + 2) % 10}"))
+    first = to_rgb(f"C{(class_id + 2) % 10}")
+    # Ten colours, then the same ones lighter, then darker.
+    target, part = ((0.0, 0.0), (1.0, 0.55), (0.0, 0.45))[min(2, (class_id - 1) // 10)]
+    red, green, blue = (round(255 * (v + part * (target - v))) for v in first)
     return red, green, blue
 
 
