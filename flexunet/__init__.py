@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_prep.config import PrepConfig
+    from data_prep.inspection.config import InspectConfig
+    from data_prep.inspection.findings import Inspection
     from flexunet.errors import (
         ContentError,
         DivergedError,
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from flexunet.storage import ObjectStore, open_store
-    from job.api.datasets import Dataset, Sample, open_dataset, prepare
+    from job.api.datasets import Dataset, Sample, inspect, open_dataset, prepare
     from job.api.events import (
         CheckpointStored,
         EpochEnded,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
         EvaluateOptions,
         ImageOptions,
         InferOptions,
+        InspectOptions,
         PrepOptions,
         TrainOptions,
     )
@@ -70,6 +73,9 @@ __all__ = [
     "InferConfig",
     "InferOptions",
     "InferResult",
+    "InspectConfig",
+    "InspectOptions",
+    "Inspection",
     "LockedError",
     "LossConfig",
     "ModelConfig",
@@ -92,6 +98,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "infer",
+    "inspect",
     "open_dataset",
     "open_run",
     "open_store",
@@ -122,6 +129,9 @@ _MODULES = {
     "InferConfig": "job.inference.options",
     "InferOptions": "job.api.options",
     "InferResult": "job.inference.pipeline",
+    "InspectConfig": "data_prep.inspection.config",
+    "InspectOptions": "job.api.options",
+    "Inspection": "data_prep.inspection.findings",
     "LockedError": "flexunet.errors",
     "LossConfig": "job.config",
     "ModelConfig": "job.config",
@@ -143,6 +153,7 @@ _MODULES = {
     "UsageError": "flexunet.errors",
     "evaluate": "job.api.results",
     "infer": "job.api.results",
+    "inspect": "job.api.datasets",
     "open_dataset": "job.api.datasets",
     "open_run": "job.api.runs",
     "open_store": "flexunet.storage",

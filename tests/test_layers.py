@@ -66,6 +66,7 @@ ORDERS = {
         "data_prep.manifest_builder",
         "data_prep.report_files",
         "data_prep.pipeline",
+        "data_prep.inspection",
         "data_prep.cli",
         "data_prep.__main__",
     ],

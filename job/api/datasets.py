@@ -1,4 +1,4 @@
-"""A dataset in Python: prepare one, look at its samples, read them, hand them to TensorFlow."""
+"""A dataset in Python: inspect a source, prepare, look at samples, hand them to TensorFlow."""
 
 import functools
 from collections.abc import Mapping
@@ -8,6 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.config import PrepConfig
+from data_prep.inspection.config import InspectConfig
+from data_prep.inspection.findings import Inspection
+from data_prep.inspection.output import output_store, write_findings
+from data_prep.inspection.pipeline import inspect_source
 from data_prep.pipeline import prepare_source
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.sample_table import read_samples
@@ -17,7 +21,7 @@ from flexunet.settings import suggestion
 from flexunet.storage import open_store
 from job.api.keywords import StrPath, keyword_errors, path_text, settings_of
 from job.api.log import shown_log
-from job.api.options import PrepOptions
+from job.api.options import InspectOptions, PrepOptions
 from job.config import TrainConfig
 from job.data import dataset as datasets
 from job.data.folds import fold_words
@@ -268,3 +272,46 @@ def prepare(
         url = path_text(output)
         prepare_source(path_text(source), url, config, progress=progress)
         return open_dataset(url)
+
+
+def inspect(
+    source: StrPath,
+    output: StrPath | None = None,
+    *,
+    progress: bool = True,
+    **options: Unpack[InspectOptions],
+) -> Inspection:
+    """Examines the images and masks of `source`, and proposes the `prep` command for them.
+
+    Args:
+        source: folder or gs:// URL; nothing is written into it.
+        output: folder or gs:// URL for `inspect.json` and the contact sheet `inspect.png`; None:
+            nothing is written.
+        progress: show a progress bar on a terminal, else lines of the log.
+        options: the fields of `InspectConfig`: `masks="labels"`, `sample=100`.
+
+    Returns:
+        The findings. If folders or masks have several readings, or files are bad, `questions` has
+        what to decide, and `exit_code` is not 0.
+
+    Raises:
+        UsageError: an option is unknown or wrong, `source` does not exist, or `output` is in it.
+        StorageError: the source cannot be read, or the output cannot be written.
+
+    Examples:
+        >>> found = flexunet.inspect("source")
+        >>> found.layout.num_pairs, found.masks.classes
+        (20, 'background=0,0,0;foreground=255,255,255')
+        >>> found.command
+        "flexunet prep source dataset-source ..."
+    """
+    config = settings_of("inspect", InspectConfig, options, ("source", "output"))
+    with keyword_errors(InspectConfig), shown_log(progress):
+        path = path_text(source)
+        store = None if output is None else output_store(path, path_text(output))
+        found, sheet = inspect_source(
+            path, config, with_contact_sheet=store is not None, progress=progress
+        )
+        if store is not None:
+            write_findings(store, found, sheet)
+        return found

@@ -63,6 +63,28 @@ class PrepOptions(TypedDict, total=False):
     num_processes: int | None
 
 
+class InspectOptions(TypedDict, total=False):
+    """Keyword arguments of `flexunet.inspect`: the fields of `InspectConfig`."""
+
+    sample: int
+    format: Literal["pairs", "inbreast"] | None
+    images: str | None
+    masks: str | None
+    field_of_view: str | None
+    image_name: str | None
+    mask_name: str | None
+    missing_mask: Literal["error", "empty"]
+    classes: str | None
+    mask_encoding: Literal["auto", "index", "colour", "alpha", "mixed"]
+    ignore: str | None
+    group_preset: Literal["augmented"] | None
+    group_regex: str | None
+    group_csv: StrPath | None
+    full_scale: int | None
+    max_pixels: int
+    num_processes: int | None
+
+
 class TrainOptions(TypedDict, total=False):
     """Keyword arguments of `flexunet.train`: the fields of `TrainConfig`."""
 

@@ -9,6 +9,10 @@ from launcher.commands.group import LazyGroup
 
 # name -> (module with `command`, line for the list of commands)
 COMMANDS = {
+    "inspect": (
+        "data_prep.inspection.cli",
+        "Examine images and masks, and propose the prep command for them.",
+    ),
     "prep": ("data_prep.cli", "Convert images and masks into a dataset of TFRecord shards."),
     "train": ("job.train", "Train on a dataset, then evaluate; the same command resumes."),
     "evaluate": ("job.evaluate", "Evaluate a run on one split of its dataset."),

@@ -21,6 +21,7 @@ from PIL import Image
 
 import flexunet
 from data_prep.config import PrepConfig
+from data_prep.inspection.config import InspectConfig
 from flexunet.settings import Settings
 from job.api import options as api_options
 from job.config import ModelConfig, TrainConfig
@@ -523,6 +524,7 @@ def argument_kind(kind: Any, *, is_path: bool) -> Any:
 @pytest.mark.parametrize(
     ("keywords", "settings"),
     [
+        (api_options.InspectOptions, InspectConfig),
         (api_options.PrepOptions, PrepConfig),
         (api_options.TrainOptions, TrainConfig),
         (api_options.EvaluateOptions, EvaluateConfig),

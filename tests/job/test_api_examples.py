@@ -11,6 +11,7 @@ from tests.job.discs import write_discs
 
 # In the order in which one needs what the other makes.
 DOCUMENTED: dict[str, Any] = {
+    "inspect": flexunet.inspect,
     "prepare": flexunet.prepare,
     "open_dataset": flexunet.open_dataset,
     "Dataset.read": flexunet.Dataset.read,

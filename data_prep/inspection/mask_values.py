@@ -1,0 +1,130 @@
+"""Describes the values and colours of masks: which are classes, ignored, blends, noise or unknown.
+
+The meaning of the masks is decided in `masks/decision`; this module explains it value by value.
+"""
+
+import numpy as np
+
+from data_prep.inspection.findings import OthersFinding, ValueFinding
+from data_prep.masks.blends import is_blend, nearest_of, tolerances_of
+from data_prep.masks.color_map import (
+    ClassColor,
+    Color,
+    grey_level,
+    parse_color_map,
+    parse_ignored,
+)
+from data_prep.masks.decision.findings import Reading
+from data_prep.masks.statistics import MaskStatistics, ValueCount
+
+MAX_LISTED = 12  # values without a class
+_MIN_SOLID = 9  # pixels whose neighbours are equal
+
+
+def describe_values(
+    masks: MaskStatistics, reading: Reading | None
+) -> tuple[tuple[ValueFinding, ...], tuple[OthersFinding, ...]]:
+    """Returns the values of the masks, classes first; and noise, blends and rare values by kind.
+
+    Args:
+        reading: how the masks are read; None if that is not known.
+    """
+    meanings = _Meanings(reading)
+    values: list[tuple[str, int | None, Color | None, ValueCount]] = [
+        *((str(level), level, _grey(level), count) for level, count in masks.levels.items()),
+        *(
+            (f"{index} ({_text(masks.palette[index])})", index, masks.palette[index], count)
+            for index, count in masks.indices.items()
+        ),
+        *((_text(color), None, color, count) for color, count in masks.colors.items()),
+    ]
+    total = max(1, masks.num_pixels)
+    merged: dict[tuple[str, str, str], ValueFinding] = {}
+    for text, value_id, color, count in values:
+        kind, words = meanings.of(value_id, color, count)
+        share, num_files = count.num_pixels / total, count.num_files
+        before = merged.get((kind, text, words))
+        if before is not None:  # grey in some files, and in others beside colours
+            share, num_files = share + before.share, num_files + before.num_files
+        merged[kind, text, words] = ValueFinding(text, color, words, share, num_files)
+    found = [(kind, value) for (kind, _, _), value in merged.items()]
+    found.sort(key=lambda each: (_KINDS.index(each[0]), -each[1].share))
+    listed = [each for each in found if each[0] in (_CLASS, _IGNORED)]
+    listed += [each for each in found if each[0] in (_AREA, _UNKNOWN)][:MAX_LISTED]
+    rest = {id(each) for each in found} - {id(each) for each in listed}
+    others = [
+        OthersFinding(kind, len(shares), sum(shares))
+        for kind in _KINDS
+        if (shares := [each[1].share for each in found if id(each) in rest and each[0] == kind])
+    ]
+    if masks.num_left_out:
+        others.append(OthersFinding("rare values, not counted", 0, masks.num_left_out / total))
+    return tuple(value for _, value in listed), tuple(others)
+
+
+_CLASS, _IGNORED, _AREA, _UNKNOWN = "class", "ignored", "area of no class", "unknown"
+_NOISE, _BLEND, _UNEXPLAINED = "noise of classes", "blends at edges", "unexplained"
+_KINDS = (_CLASS, _IGNORED, _AREA, _UNKNOWN, _NOISE, _BLEND, _UNEXPLAINED)
+_Meaning = tuple[str, str]  # kind, words
+
+
+class _Meanings:
+    """The meaning of values in a reading."""
+
+    def __init__(self, reading: Reading | None) -> None:
+        self._encoding = None if reading is None else reading.encoding
+        classes = () if reading is None else parse_color_map(reading.classes)
+        self._classes: tuple[ClassColor, ...] = classes
+        ignored = () if reading is None else parse_ignored((reading.ignore or "").split(";"))
+        self._ignored: tuple[Color, ...] = ignored
+        self._colors = np.array([each.color for each in classes] + list(ignored), np.int64)
+
+    def of(self, value_id: int | None, color: Color | None, count: ValueCount) -> _Meaning:
+        """Returns the meaning of a value.
+
+        Args:
+            value_id: the level or the index into a palette; None for a colour.
+            color: None for levels above 255.
+        """
+        if value_id is not None and self._encoding in ("index", "mixed"):
+            found = self._of_id(value_id)
+            if found is not None or self._encoding == "index":
+                return found or (_AREA, "id of no class")
+        return self._of_color(color, count)
+
+    def _of_id(self, value: int) -> _Meaning | None:
+        if value < len(self._classes):
+            return _CLASS, f"class {self._classes[value].name}"
+        return (_IGNORED, _IGNORED) if (value,) * 3 in self._ignored else None
+
+    def _of_color(self, color: Color | None, count: ValueCount) -> _Meaning:
+        if self._encoding == "alpha":
+            return _UNKNOWN, "the shape is in the alpha channel"
+        if color is None or not len(self._colors):
+            return _UNKNOWN, _UNKNOWN
+        if color in self._ignored:
+            return _IGNORED, _IGNORED
+        value = np.array(color, np.int64)
+        nearest, distance = nearest_of(value[np.newaxis], self._colors)
+        name = self._name(int(nearest[0]))
+        if distance[0] == 0:
+            return _CLASS, f"class {name}"
+        if distance[0] <= tolerances_of(self._colors)[nearest[0]]:
+            return _NOISE, f"noise of {name}"
+        if count.num_solid >= _MIN_SOLID:
+            return _AREA, _AREA
+        if is_blend(value, self._colors):
+            return _BLEND, f"blend, nearest {name}"
+        return _UNEXPLAINED, f"unexplained, nearest {name}"
+
+    def _name(self, number: int) -> str:
+        return self._classes[number].name if number < len(self._classes) else "ignored"
+
+
+def _grey(level: int) -> Color | None:
+    return (level, level, level) if level <= 255 else None
+
+
+def _text(color: Color) -> str:
+    level = grey_level(color)
+    return ",".join(map(str, color)) if level is None else str(level)

@@ -1,0 +1,216 @@
+"""Inspects a source: finds pairs, reads all files once, measures a sample, proposes the command.
+
+`report.py` prints and writes the result.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from data_prep.config import PrepConfig
+from data_prep.imaging.stored_sizes import MIN_AREA, MIN_NOISY_AREA, stored_sizes
+from data_prep.inspection.config import InspectConfig
+from data_prep.inspection.findings import Inspection
+from data_prep.inspection.layout import find_layout
+from data_prep.inspection.output import draw_contact_sheet, shown_pairs
+from data_prep.inspection.scan import (
+    FilesScan,
+    InspectTask,
+    RegionsScan,
+    batches,
+    scan_files,
+    scan_regions,
+)
+from data_prep.inspection.summary import Measured, count_sizes, summarize
+from data_prep.masks.color_map import parse_color_map, parse_ignored
+from data_prep.masks.decision.decide import GivenOptions, MaskDecision, decide_masks
+from data_prep.masks.decision.findings import Reading
+from data_prep.prep_input import pairs_of
+from data_prep.shards.pixel_format import common_pixel_format
+from data_prep.shards.source_pairs import Layout, SourcePair
+from data_prep.sources.listings import Listings
+from data_prep.splits.group_candidates import group_candidates
+from flexunet.process_pool import (
+    OpenWorkers,
+    Workers,
+    available_cores,
+    local_workers,
+    num_requests,
+)
+from flexunet.progress import Progress
+from flexunet.storage import open_store
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_FEW_PAIRS = 100  # that one process reads before others have started
+_FEW_BYTES = 32 * 2**20
+
+
+def inspect_source(
+    source: str,
+    config: InspectConfig,
+    *,
+    with_contact_sheet: bool = False,
+    open_workers: OpenWorkers | None = None,
+    progress: bool = True,
+) -> tuple[Inspection, bytes | None]:
+    """Returns what was found in `source`, and a contact sheet as PNG.
+
+    Args:
+        source: folder or gs:// URL as `flexunet prep` takes it.
+        with_contact_sheet: draw it, if the masks can be read.
+        open_workers: opens the workers that read files; None: processes of this machine.
+        progress: show the progress on stderr.
+
+    Raises:
+        UsageError: the source does not exist, or an option is wrong.
+        StorageError: it cannot be read.
+    """
+    listings = Listings()
+    found = Measured(find_layout(source, config.prep_options, listings))
+    paired = found.layout.paired
+    sheet = None
+    if paired is not None and paired.pairs:
+        grouped = [(pair, pair.id) for pair in paired.pairs]
+        found.items = pairs_of(grouped, found.layout.config, listings)
+        with (open_workers or _processes(config, found.items))() as workers:
+            _measure(found, config, _Work(workers, progress))
+        if with_contact_sheet:
+            sheet = _contact_sheet(found, source)
+    names = {image.filename: image.split for image in found.images}
+    is_grouped = _has_groups(found.layout.config)
+    groups = () if is_grouped else group_candidates(names)
+    return summarize(source, found, groups, listings), sheet
+
+
+def _has_groups(config: PrepConfig) -> bool:
+    rules = (config.group_preset, config.group_regex, config.group_csv)
+    return config.format == "inbreast" or any(rule is not None for rule in rules)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The arguments that each step needs."""
+
+    workers: Workers
+    progress: bool
+
+    def run(
+        self, function: Callable[[T], R], tasks: Iterable[T], title: str, total: int,
+        number: Callable[[R], int],
+    ) -> Iterable[R]:  # fmt: skip
+        """Yields the results in order, and shows the progress in images."""
+        with Progress(title, total, shown=self.progress) as bar:
+            for result in self.workers.in_order(function, tasks):
+                bar.advance(number(result))
+                yield result
+
+
+def _processes(config: InspectConfig, items: Sequence[SourcePair]) -> OpenWorkers:
+    num_bytes = sum(file.size for item in items for file in item.files)
+    is_small = len(items) <= _FEW_PAIRS and num_bytes <= _FEW_BYTES
+    number = config.num_processes or (1 if is_small else available_cores())
+    return functools.partial(local_workers, max(1, min(number, len(items))))
+
+
+def _measure(found: Measured, config: InspectConfig, work: _Work) -> None:
+    """Reads all files, decides what the masks mean, and measures the regions of a sample."""
+    layout = layout_of(found.layout.config, None)
+    stores = [open_store(url) for url in {file.url for item in found.items for file in item.files}]
+    number = work.workers.num_workers()
+    task = InspectTask((), layout, num_requests(*stores, num_processes=number))
+    scans = work.run(
+        scan_files, batches(found.items, task, number), "reading", len(found.items), _num_pairs
+    )
+    for scan in scans:
+        _add(found, scan)
+    if not found.images:
+        return
+    found.decision = _decide(found)
+    found.reading = _likeliest(found.decision)
+    found.sizes = stored_sizes(count_sizes(found.images))
+    if found.decision is not None and found.reading is None:
+        return
+    sample = _evenly(found.items, config.sample)
+    layout = layout_of(found.layout.config, found.reading)
+    found.min_area = MIN_NOISY_AREA if found.has_noise else MIN_AREA
+    task = dataclasses.replace(task, layout=layout, sizes=found.sizes, min_area=found.min_area)
+    measured = work.run(
+        scan_regions, batches(sample, task, number), "measuring regions", len(sample), _num_pairs
+    )
+    for part in measured:
+        found.regions.add(part)
+
+
+def _num_pairs(scan: FilesScan | RegionsScan) -> int:
+    return scan.num_pairs
+
+
+def _add(found: Measured, scan: FilesScan) -> None:
+    found.images += scan.images
+    found.masks += scan.masks
+    found.bad += scan.bad
+    for kind, number in scan.mask_kinds.items():
+        found.mask_kinds[kind] = found.mask_kinds.get(kind, 0) + number
+
+
+def _decide(found: Measured) -> MaskDecision | None:
+    config = found.layout.config
+    if config.format == "inbreast" or not found.masks.num_files:
+        return None
+    given = found.layout.options
+    ignored = parse_ignored(config.ignore.split(";")) if config.ignore is not None else None
+    classes = parse_color_map(given["classes"]) if given.get("classes") else None
+    return decide_masks(found.masks, GivenOptions(config.mask_encoding, classes, ignored))
+
+
+def _likeliest(decision: MaskDecision | None) -> Reading | None:
+    if decision is None or decision.reading is not None:
+        return None if decision is None else decision.reading
+    return decision.candidates[0] if decision.candidates else None
+
+
+def layout_of(config: PrepConfig, reading: Reading | None) -> Layout:
+    """Returns the options of `prep` that say how the pairs are read, with original sizes."""
+    if reading is not None:
+        config = config.model_validate({**config.model_dump(), **reading.options})
+    return Layout(
+        height=config.height,
+        width=config.width,
+        geometry="stretch",
+        channels="auto",
+        classes=parse_color_map(config.classes),
+        ignore_id=config.ignore_value,
+        max_pixels=config.max_pixels,
+        format=config.format,
+        rois=config.rois,
+        full_scale=config.full_scale,
+        ignored=config.ignored_colors,
+        mask_encoding=config.mask_encoding,
+    )
+
+
+def _evenly(items: Sequence[T], most: int) -> list[T]:
+    """Returns up to `most` evenly spaced items."""
+    if len(items) <= most:
+        return list(items)
+    return [items[number * len(items) // most] for number in range(most)]
+
+
+def _contact_sheet(found: Measured, source: str) -> bytes | None:
+    chosen = shown_pairs(found.regions.pixels)
+    if not chosen:
+        return None
+    by_id = {item.id: item for item in found.items}
+    items = [by_id[name] for name in chosen]
+    layout = layout_of(found.layout.config, found.reading)
+    how = ""
+    if found.decision is not None and found.decision.reading is None and found.reading:
+        how = f", if {found.reading.meaning}"
+    title = f"{open_store(source).url.rpartition('/')[2]}: {len(items)} of {len(found.items)}{how}"
+    pixel_format = common_pixel_format(found.images, found.layout.config.full_scale)
+    stores = [open_store(url) for url in {file.url for item in items for file in item.files}]
+    return draw_contact_sheet(items, layout, pixel_format, title, num_requests(*stores))

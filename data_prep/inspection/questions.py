@@ -1,0 +1,142 @@
+"""Writes the `prep` commands that an inspection proposes, and what only the user can decide.
+
+Pure functions on options. A command has only options that differ from the defaults of `prep`.
+"""
+
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.config import PrepConfig
+from data_prep.inspection.findings import Answer, Question
+from data_prep.inspection.layout import Reading as LayoutReading
+from data_prep.masks.class_names import color_map_text, id_names
+from data_prep.masks.color_map import parse_color_map
+from data_prep.masks.decision.decide import MaskDecision
+from data_prep.masks.decision.findings import BLACK_AND_WHITE, Reading
+from data_prep.splits.group_candidates import GroupCandidate
+from flexunet.text import pluralize
+
+_MOST = 0.5  # share of white pixels from which black may be the object
+
+_LATE = ("group_preset", "group_regex", "draw_valid", "missing_mask", "skip_bad", "allow_leaks")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question with the options of `prep` that each answer adds.
+
+    Attributes:
+        answers: (words, options), the likeliest first; an option of None is left out.
+    """
+
+    text: str
+    answers: tuple[tuple[str, Mapping[str, Any]], ...]
+
+
+def prep_command(source: str, output: str, options: Mapping[str, Any]) -> str:
+    """Returns the command line for a shell: `flexunet prep SOURCE OUTPUT --option value`."""
+    words = ["flexunet", "prep", source, output]
+    fields = PrepConfig.model_fields
+    names = [name for name in fields if name not in _LATE]
+    for name in (*names, *_LATE):
+        value = options.get(name)
+        if value is None or value == fields[name].default:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, _as_text(value)]
+    return shlex.join(words)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(_as_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def proposals(
+    source: str, output: str, options: Mapping[str, Any], choices: Sequence[Choice]
+) -> tuple[str, tuple[Question, ...]]:
+    """Returns the command with the first answer to each question, and all questions.
+
+    The command of an answer has the first answers to the other questions.
+    """
+    first = dict(options)
+    for choice in choices:
+        first |= choice.answers[0][1]
+    questions = []
+    for choice in choices:
+        every = {name: options.get(name) for _, more in choice.answers for name in more}
+        answers = [
+            Answer(text, prep_command(source, output, {**first, **every, **more}))
+            for text, more in choice.answers
+        ]
+        questions.append(Question(choice.text, tuple(answers)))
+    return prep_command(source, output, first), tuple(questions)
+
+
+def layout_choice(readings: Sequence[LayoutReading]) -> Choice | None:
+    """Returns the question about folders or names with several readings."""
+    answers = tuple((each.text, each.options) for each in readings)
+    return Choice("Which folders or names are the images and masks?", answers) if answers else None
+
+
+def meaning_choice(decision: MaskDecision) -> Choice | None:
+    """Returns the question about the values of masks with several meanings."""
+    answers = tuple((each.meaning, each.options) for each in decision.candidates)
+    return Choice("What do the values of the masks mean?", answers) if answers else None
+
+
+def black_choice(reading: Reading, white: float) -> Choice | None:
+    """Returns the question whether black is the object.
+
+    Args:
+        white: share of white pixels in black and white masks; up to half there is no question.
+    """
+    colors = [entry.color for entry in parse_color_map(reading.classes)]
+    if white <= _MOST or reading.encoding != "colour" or colors != list(BLACK_AND_WHITE):
+        return None
+    text = f"White covers {white:.0%} of the pixels of the masks. Are the objects white or black?"
+    swapped = color_map_text(id_names(2), BLACK_AND_WHITE[::-1])
+    return Choice(text, (("white", {}), ("black", {"classes": swapped})))
+
+
+def group_choice(groups: Sequence[GroupCandidate]) -> Choice | None:
+    """Returns the question about groups; that of augmented copies is answered with yes first."""
+    if not groups:
+        return None
+    rules: list[tuple[str, Mapping[str, Any]]] = [
+        (f"yes: {each.num_groups} groups such as {each.examples[0][0]}", {each.option: each.value})
+        for each in groups
+    ]
+    no: tuple[str, Mapping[str, Any]] = ("no: each image is on its own", {})
+    if groups[0].option == "group_preset":
+        text = "The names look like augmented copies. Are equal last numbers copies of one image?"
+        return Choice(text, (*rules, no))
+    text = (
+        "Do several images belong together, such as those of a patient? The names only hint at it."
+    )
+    return Choice(text, (no, *rules))
+
+
+def valid_choice(splits: Collection[str | None]) -> Choice | None:
+    """Returns the question whether to draw a validation split, if there is only train."""
+    if "train" not in splits or "valid" in splits:
+        return None
+    text = "There is no validation split, which training needs. Draw one from train?"
+    return Choice(text, (("yes: 15 %", {"draw_valid": 0.15}), ("no: train with --folds", {})))
+
+
+def bad_choice(number: int) -> Choice | None:
+    """Returns the question about `number` files that cannot be used."""
+    text = f"{pluralize(number, 'file')} cannot be used (see above). Leave them out?"
+    no: tuple[str, Mapping[str, Any]] = ("no: prep stops until they are corrected", {})
+    return Choice(text, (("yes", {"skip_bad": True}), no)) if number else None
+
+
+def leak_choice(number: int) -> Choice | None:
+    """Returns the question about `number` sets of equal images in several splits."""
+    text = "Equal images are in several splits, so measures would be too good. Accept it?"
+    no: tuple[str, Mapping[str, Any]] = ("no: prep stops until they are removed", {})
+    return Choice(text, (no, ("yes", {"allow_leaks": True}))) if number else None
