@@ -27,9 +27,15 @@ class Progress:
     """
 
     def __init__(
-        self, title: str, total: int, *, done: int = 0, unit: str = "images", shown: bool = True
+        self,
+        title: str,
+        total: int | None,
+        *,
+        done: int = 0,
+        unit: str = "images",
+        shown: bool = True,
     ) -> None:
-        """Starts at `done` of `total`; shows nothing if `shown` is False."""
+        """Starts at `done` of `total`, if that is known; shows nothing if `shown` is False."""
         self._title = title
         self._total = total
         self._unit = unit
@@ -111,8 +117,9 @@ class Progress:
         return f"{(self._done - self._begin) / elapsed:.1f} {self._unit}/s"
 
     def _line(self) -> str:
+        count = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
         parts = [
-            f"{self._title}: {self._done}/{self._total} {self._unit}",
+            f"{self._title}: {count} {self._unit}",
             self._speed(),
             self._note,
         ]

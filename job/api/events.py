@@ -14,14 +14,14 @@ class TrainingStarted:
     Attributes:
         run: folder or gs:// URL of the run.
         num_epochs_done: epochs that earlier calls finished; 0 for a new run.
-        num_epochs: epochs of the whole run.
+        num_epochs: epochs of the whole run; None if only its time ends it.
         num_steps: steps of each epoch.
         attempt: how often the run was started, from 1.
     """
 
     run: str
     num_epochs_done: int
-    num_epochs: int
+    num_epochs: int | None
     num_steps: int
     attempt: int
 
@@ -32,7 +32,7 @@ class StepEnded:
 
     Attributes:
         epoch: the epoch in progress, from 1.
-        num_epochs: epochs of the whole run.
+        num_epochs: epochs of the whole run; None if only its time ends it.
         step: the step of the epoch, from 1.
         num_steps: steps of each epoch.
         loss: mean over the images of the step.
@@ -40,7 +40,7 @@ class StepEnded:
     """
 
     epoch: int
-    num_epochs: int
+    num_epochs: int | None
     step: int
     num_steps: int
     loss: float
@@ -53,13 +53,13 @@ class EpochEnded:
 
     Attributes:
         epoch: the epoch that ended, from 1.
-        num_epochs: epochs of the whole run.
+        num_epochs: epochs of the whole run; None if only its time ends it.
         metrics: the row of `Run.history` without its epoch: `loss`, `val_loss`,
             `val_foreground_dice`, `learning_rate` and others; None where a value is not defined.
     """
 
     epoch: int
-    num_epochs: int
+    num_epochs: int | None
     metrics: Mapping[str, float | None]
 
 

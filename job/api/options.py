@@ -92,7 +92,9 @@ class TrainOptions(TypedDict, total=False):
     data: StrPath | None
     output: StrPath
     name: str | None
-    epochs: int
+    epochs: int | None
+    time_budget: float | None
+    time_schedule: StrPath | None
     global_batch_size: int
     accumulate: int
     folds: int | None

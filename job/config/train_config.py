@@ -88,12 +88,29 @@ class TrainConfig(Settings):
         "dataset.",
         not_identity=True,
     )
-    epochs: int = option(
+    epochs: int | None = option(
         100,
         "Passes over the training split. A higher number continues a finished run, unless it "
-        "stopped early; with schedule.cosine the learning rate then jumps back up.",
+        "stopped early; with schedule.cosine the learning rate then jumps back up. none: until "
+        "time_budget is used, which is the default with time_budget.",
         not_identity=True,
         ge=1,
+    )
+    time_budget: float | None = option(
+        None,
+        "Minutes for training with its validations and checkpoints, in all attempts together; not "
+        "for the start and the final evaluation. schedule.cosine falls over this time. At the end "
+        "of the time the run validates and is finished, also within an epoch. Of a "
+        "cross-validation, each run has this time. A higher number continues a finished run.",
+        not_identity=True,
+        gt=0,
+    )
+    time_schedule: str | None = option(
+        None,
+        "With time_budget: a run whose recorded time to follow instead of the clock. With "
+        "deterministic, the same options and the same hardware, the result is that of this run.",
+        not_identity=True,
+        path=True,
     )
     global_batch_size: int = option(2, "Samples per step over all devices.", ge=1)
     accumulate: int = option(
@@ -281,7 +298,18 @@ class TrainConfig(Settings):
         """Merges the explicit options over those of the preset."""
         if not isinstance(values, dict):
             return values
-        return deep_merge(PRESETS.get(str(values.get("preset")), {}), values)
+        preset = PRESETS.get(str(values.get("preset")), {})
+        if values.get("time_budget") is not None:
+            preset = {**preset, "epochs": None}
+        return deep_merge(preset, values)
+
+    @model_validator(mode="after")
+    def _ends(self) -> "TrainConfig":
+        if self.time_budget is None and self.epochs is None:
+            raise ValueError("epochs=none needs time_budget; give the minutes, or a number")
+        if self.time_budget is None and self.time_schedule is not None:
+            raise ValueError("time_schedule needs time_budget; give the minutes, too")
+        return self
 
     @model_validator(mode="after")
     def _micro_batches_are_equal(self) -> "TrainConfig":

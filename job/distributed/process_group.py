@@ -53,6 +53,11 @@ class ProcessGroup:
         self._add: Callable[..., Any] | None = None
 
     @property
+    def num_local_replicas(self) -> int:
+        """Number of replicas in each process."""
+        return len(self._strategy.extended.worker_devices)
+
+    @property
     def first_replica(self) -> int:
         """The global index of the first replica of this process; all have equally many."""
         return self.rank * len(self._strategy.extended.worker_devices)

@@ -1,1 +1,1 @@
-"""Implements Adam, its schedule, the average of weights, and the loss scale of float16."""
+"""Implements Adam, its schedule by epochs or time, the average of weights, and the loss scale."""

@@ -18,9 +18,11 @@ import numpy as np
 
 from flexunet.text import pluralize
 
+_LONGEST_WARMUP = 0.1  # of the time of a run with a time budget
+
 
 def rate_factor(
-    step: int, *, steps_per_epoch: int, epochs: int, warmup_epochs: float, is_cosine: bool
+    step: int, *, steps_per_epoch: int, epochs: int | None, warmup_epochs: float, is_cosine: bool
 ) -> float:
     """Returns the factor of the learning rate at `step`, counted from 0.
 
@@ -33,8 +35,32 @@ def rate_factor(
         return (step + 1) / num_warmup
     if not is_cosine:
         return 1.0
+    if epochs is None:
+        raise ValueError("without a number of epochs the schedule needs a time budget")
     rest = max(1, epochs * steps_per_epoch - num_warmup)
-    return (1 + math.cos(math.pi * min(1.0, (step - num_warmup) / rest))) / 2
+    return _cosine((step - num_warmup) / rest)
+
+
+def timed_rate_factor(
+    step: int, fraction: float, *, steps_per_epoch: int, warmup_epochs: float, is_cosine: bool
+) -> float:
+    """Returns the factor of the learning rate at `step` of a run with a time budget.
+
+    As `rate_factor`, with two differences. The cosine falls over the whole time. The warm-up ends
+    after a tenth of the time at the latest, because an epoch may take longer than that.
+
+    Args:
+        fraction: part of the time, or of the epochs if these end first, that is used; 0 to 1.
+    """
+    factor = _cosine(fraction) if is_cosine else 1.0
+    num_warmup = round(warmup_epochs * steps_per_epoch)
+    if step < num_warmup:
+        factor *= min(1.0, max((step + 1) / num_warmup, fraction / _LONGEST_WARMUP))
+    return factor
+
+
+def _cosine(part: float) -> float:
+    return (1 + math.cos(math.pi * min(1.0, part))) / 2
 
 
 @dataclass

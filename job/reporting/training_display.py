@@ -50,7 +50,9 @@ class TrainingDisplay:
         if self._progress is None:
             return
         if event["event"] == "step":
-            note = f"epoch {event['epoch'] + 1}/{event['num_epochs']} step loss {event['loss']:.4f}"
+            note = f"epoch {_epoch_words(event)} step loss {event['loss']:.4f}"
+            if "time_fraction" in event:
+                note = f"{event['time_fraction']:.0%} of the time, {note}"
             self._progress.advance(event["num_images"], note)
         elif event["event"] == "epoch":
             self._progress.line(_epoch_line(event))
@@ -74,15 +76,22 @@ class TrainingDisplay:
     def _open(self, event: Mapping[str, Any]) -> Progress:
         before = (event["step"] - 1) * self._config.global_batch_size
         done = event["epoch"] * event["epoch_images"] + before
-        total = event["num_epochs"] * event["epoch_images"]
+        num_epochs = event["num_epochs"]
+        total = None if num_epochs is None else num_epochs * event["epoch_images"]
         return Progress("train", total, done=done, shown=self._config.progress).__enter__()
+
+
+def _epoch_words(event: Mapping[str, Any]) -> str:
+    """Returns the number of an epoch, and of how many if that is known."""
+    number = f"{event['epoch'] + 1:3d}" if event["event"] == "epoch" else f"{event['epoch'] + 1}"
+    return number if event["num_epochs"] is None else f"{number}/{event['num_epochs']}"
 
 
 def _epoch_line(row: Mapping[str, Any]) -> str:
     """Returns the numbers of an epoch in 80 columns; those after the bar are of validation."""
     dice = row["val_foreground_dice"]
     return (
-        f"epoch {row['epoch'] + 1:3d}/{row['num_epochs']} lr {row['learning_rate']:.1e} "
+        f"epoch {_epoch_words(row)} lr {row['learning_rate']:.1e} "
         f"loss {row['loss']:.4f} | val: loss {row['val_loss']:.4f} "
         f"foreground Dice {'-' if dice is None else f'{dice:.4f}'}"
     )

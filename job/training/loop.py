@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +13,7 @@ from flexunet.text import pluralize
 from job.config import TrainConfig, identity_of
 from job.distributed.process_group import peer_errors
 from job.optimization.schedule import stopped_early_words
+from job.optimization.time_schedule import seconds_of
 from job.reporting.html_report import renew_report
 from job.runs.identity import differences
 from job.runs.run import Run
@@ -77,12 +78,12 @@ class _Loop:
         begin("restoring")
         state = trainer.restore()
         self.callbacks.report(_started_event(trainer, state))
-        while not state.is_finished(trainer.config.epochs):
+        while not state.is_finished(trainer.config):
             begin(f"epoch {state.epoch + 1}")
             clock = _Clock()
             self._train_steps(state, clock)
             self._end_epoch(state, clock)
-            if self._is_over() and not state.is_finished(trainer.config.epochs):
+            if self._is_over() and not state.is_finished(trainer.config):
                 raise self._end(trainer.end_stopped, state)
         begin("evaluation")
         evaluation = trainer.evaluate_best(state, self._asks_to_stop)
@@ -102,7 +103,7 @@ class _Loop:
                 raise self._end(trainer.end_diverged, state, loss)
             if trainer.messages.any(self._asks_to_stop()):
                 raise self._end(trainer.end_stopped, state)
-            is_last = state.step_in_epoch == trainer.num_steps
+            is_last = state.step_in_epoch == trainer.num_steps or state.is_time_over
             if not is_last and clock.is_due(trainer.config.checkpoint_every_minutes):
                 trainer.save(state)
 
@@ -149,7 +150,15 @@ def _ends_by_storing(callbacks: Callbacks) -> Iterator[None]:
         raise
 
 
-_ALIKE = ("epochs", "accumulate", "gradient_exchange", "exchange_flops_per_byte", "xla")
+_ALIKE = (
+    "epochs",
+    "time_budget",
+    "time_schedule",
+    "accumulate",
+    "gradient_exchange",
+    "exchange_flops_per_byte",
+    "xla",
+)
 
 
 def _check_same(setup: TrainingSetup) -> None:
@@ -216,22 +225,36 @@ def earlier_outcome(
             run.store.url,
         )
         return outcome
-    if outcome["epochs"] >= config.epochs:
+    if _is_complete(outcome, config):
         logger.info(
             "%s: finished already after %s", run.store.url, pluralize(outcome["epochs"], "epoch")
         )
         return outcome
     if config.schedule.cosine:
+        whole = (
+            f"{config.time_budget:g} minutes"
+            if config.epochs is None
+            else pluralize(config.epochs, "epoch")
+        )
         logger.warning(
             "%s: schedule.cosine spans all epochs: the learning rate is 0 after epoch %d and now "
-            "jumps back up to that of a run of %d epochs; another --name trains such a run from "
+            "jumps back up to that of a run of %s; another --name trains such a run from "
             "the start",
             run.store.url,
             outcome["epochs"],
-            config.epochs,
+            whole,
         )
     run.clear_outcome()
     return None
+
+
+def _is_complete(outcome: Mapping[str, Any], config: TrainConfig) -> bool:
+    """Returns whether a finished run has the epochs, or the time, that `config` asks for."""
+    if config.epochs is not None and outcome["epochs"] >= config.epochs:
+        return True
+    if config.time_budget is None or not outcome.get("is_time_over"):
+        return False
+    return bool(outcome["time_budget_s"] >= seconds_of(config.time_budget))
 
 
 def _check_dataset(config: TrainConfig, run: Run, dataset_digest: str) -> None:
@@ -264,7 +287,7 @@ def _started_event(trainer: "Trainer", state: TrainState) -> dict[str, Any]:
 def _step_event(
     trainer: "Trainer", state: TrainState, loss: float, clock: "_Clock", num_images: int
 ) -> dict[str, Any]:
-    return {
+    event = {
         "event": "step",
         "epoch": state.epoch,
         "num_epochs": trainer.config.epochs,
@@ -275,6 +298,9 @@ def _step_event(
         "epoch_images": len(trainer.dataset.split("train")),
         "images_per_s": clock.images_per_s,
     }
+    if state.time is not None:
+        event["time_fraction"] = state.time.fraction_at(state.step)
+    return event
 
 
 class _Clock:

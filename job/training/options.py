@@ -179,7 +179,7 @@ def stored_yaml(run: ObjectStore) -> dict[str, Any]:
 def _absolute(config: TrainConfig) -> TrainConfig:
     """Returns `config` with absolute paths."""
     paths = {}
-    for name in ("data", "output", "cache_dir", "prediction_folder", "init_from"):
+    for name in ("data", "output", "cache_dir", "prediction_folder", "init_from", "time_schedule"):
         value = getattr(config, name)
         if value is not None and "://" not in value:
             paths[name] = os.path.abspath(value)

@@ -39,6 +39,7 @@ from job.evaluation.evaluator import Evaluation, Evaluator
 from job.inference.inputs import find_images, read_any
 from job.inference.preprocess import to_model_pixels
 from job.optimization.optimizer import Adam
+from job.optimization.time_schedule import RECORD_NAME
 from job.reporting import plots
 from job.reporting.csv_tables import CURVE_LABELS, CURVE_TITLES, History
 from job.reporting.html_report import renew_report
@@ -180,6 +181,8 @@ class RunWriter:
         names = [*metrics, *(f"val_{name}" for name in metrics)]
         for name, text in History(state.rows, metrics=names).tables().items():
             self._put(f"metrics/{name}", text.encode())
+        if state.time is not None:
+            self._put(RECORD_NAME, state.time.table().encode())
         if not state.rows:
             return
         columns = list(state.throughput[0])
@@ -263,7 +266,7 @@ class RunWriter:
         self.upload_queue.wait_for_capacity(heartbeat)
         with serialization.disk_errors(self.staging):
             folder = tempfile.mkdtemp(prefix="checkpoint-", dir=self.staging)
-        values = dataclasses.asdict(state)
+        values = state.as_values()
         finish = functools.cache(
             serialization.take(folder, self.model, self.optimizer, values, self.memory)
         )

@@ -14,7 +14,8 @@ from job.runs.run import Run
 #   "phase": "name", "needs_peers"; before every part of the work
 #   "started": "epoch" (epochs done), "num_epochs", "num_steps", "attempt"; before the first step
 #   "step": "epoch", "num_epochs", "step", "num_steps", "loss", "num_images", "epoch_images",
-#       "images_per_s"; after every step
+#       "images_per_s", with a time budget also "time_fraction"; after every step
+#   In each, "num_epochs" is None if only the time ends training.
 #   "epoch": "num_epochs" and the row of the epoch; after every epoch
 #   "checkpoint": "epoch" (epochs done), "step" (of the next), "checkpoint" (its folder); after the
 #       step, epoch or end that follows its storing, of the first process alone

@@ -1,11 +1,18 @@
 """Holds the state of a training run, except weights and moments."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 from job.config import ScheduleConfig, TrainConfig
 from job.data.sampling import share_at
-from job.optimization.schedule import EarlyStopping, PlateauReducer, rate_factor
+from job.optimization.schedule import (
+    EarlyStopping,
+    PlateauReducer,
+    rate_factor,
+    timed_rate_factor,
+)
+from job.optimization.time_schedule import Record, TimeSchedule, seconds_of
 
 
 @dataclass
@@ -24,15 +31,82 @@ class TrainState:
     best: dict[str, Any] | None = None  # {"epoch", "val_loss", "step", "attempt"}
     stopped_early: bool = False
     skipped: int = 0  # steps without an update, whose float16 gradients overflowed
+    time: TimeSchedule | None = None  # of a run with a time budget
+
+    def __post_init__(self) -> None:
+        """Takes the values of a checkpoint."""
+        stored: Any = self.time
+        if isinstance(stored, dict):
+            self.time = TimeSchedule(**stored)
+
+    def as_values(self) -> dict[str, Any]:
+        """Returns the values for a checkpoint, in JSON types."""
+        values = dataclasses.asdict(self)
+        if self.time is None:
+            del values["time"]  # earlier versions do not know it
+        return values
+
+    def begin(self, config: TrainConfig, record: Record | None) -> None:
+        """Begins an attempt.
+
+        Args:
+            record: of the time of another run, to follow instead of the clock.
+        """
+        if config.time_budget is None:
+            self.time = None
+            return
+        budget_s = seconds_of(config.time_budget)
+        if self.time is None:
+            self.time = TimeSchedule(budget_s)
+        if record is not None:
+            self.time.follow(record)
+        self.time.begin(budget_s, self.step)
 
     @property
     def updates(self) -> int:
         """Number of weight updates, which the optimizer and the schedule count."""
         return self.step - self.skipped
 
-    def is_finished(self, epochs: int) -> bool:
+    @property
+    def is_time_over(self) -> bool:
+        """Whether the time budget, if there is one, leaves no time for a step."""
+        return self.time is not None and self.time.is_over
+
+    def is_finished(self, config: TrainConfig) -> bool:
         """Returns whether no epoch is left."""
-        return self.stopped_early or self.epoch >= epochs
+        is_last = config.epochs is not None and self.epoch >= config.epochs
+        return self.stopped_early or is_last or self.is_time_over
+
+    def end_step(self, used_s: float | None) -> None:
+        """Counts a step.
+
+        Args:
+            used_s: training time at its start, the same in all processes; None: no time budget.
+        """
+        self.step += 1
+        self.step_in_epoch += 1
+        if self.time is not None and used_s is not None:
+            self.time.note(used_s, self.step)
+
+    def note_epoch_end(self, used_s: float | None) -> None:
+        """Takes the training time after the validation of an epoch, the same in all processes."""
+        if self.time is not None and used_s is not None:
+            self.time.note_epoch_end(used_s, self.step)
+
+    def note_used(self, used_s: float | None) -> None:
+        """Takes the training time of a checkpoint; the schedule changes only with the next step."""
+        if self.time is not None and used_s is not None:
+            self.time.used_s = used_s
+
+    def time_outcome(self) -> dict[str, Any]:
+        """Returns the time of a finished run, for its outcome; empty without a time budget."""
+        if self.time is None:
+            return {}
+        return {
+            "time_budget_s": self.time.budget_s,
+            "time_used_s": self.time.used_s,
+            "is_time_over": self.is_time_over,
+        }
 
     def rate(self, config: TrainConfig, num_steps: int, *, offset: int = 0) -> float:
         """Returns the learning rate of the next update, or of the one `offset` from it.
@@ -40,17 +114,31 @@ class TrainState:
         Args:
             num_steps: steps per epoch.
         """
-        return self.learning_rate * rate_factor(
-            max(0, self.updates + offset),
+        step, schedule = max(0, self.updates + offset), config.schedule
+        if self.time is None:
+            return self.learning_rate * rate_factor(
+                step,
+                steps_per_epoch=num_steps,
+                epochs=config.epochs,
+                warmup_epochs=schedule.warmup_epochs,
+                is_cosine=schedule.cosine,
+            )
+        fraction = self.time.fraction_at(self.step + offset)
+        if config.epochs is not None:  # whichever ends first
+            fraction = max(fraction, min(1.0, step / (config.epochs * num_steps)))
+        return self.learning_rate * timed_rate_factor(
+            step,
+            fraction,
             steps_per_epoch=num_steps,
-            epochs=config.epochs,
-            warmup_epochs=config.schedule.warmup_epochs,
-            is_cosine=config.schedule.cosine,
+            warmup_epochs=schedule.warmup_epochs,
+            is_cosine=schedule.cosine,
         )
 
     def foreground_share(self, config: TrainConfig) -> float | None:
         """Returns the share of samples with foreground in the epoch in progress."""
-        progress = self.epoch / max(1, config.epochs - 1)
+        progress = 0.0 if config.epochs is None else self.epoch / max(1, config.epochs - 1)
+        if self.time is not None:
+            progress = max(progress, self.time.fraction_at(self.step - self.step_in_epoch))
         return share_at(config.foreground_share, config.foreground_share_end, progress)
 
     def watch(self, val_loss: float, settings: ScheduleConfig) -> bool:
@@ -71,3 +159,18 @@ class TrainState:
         self.stopped_early = stopping.update(val_loss, self.epoch)
         self.stopping = stopping.state()
         return self.best is None or val_loss < self.best["val_loss"]
+
+
+def diverged_words(config: TrainConfig, state: TrainState, problem: str) -> str:
+    """Returns the reason of a run that diverged, and what to change.
+
+    Args:
+        problem: what is not finite.
+    """
+    remedy = "lower --optimizer.learning-rate or give --model.input-scaling=unit"
+    if config.precision == "mixed_float16":
+        remedy += ", or train a run with --precision float32"
+    return (
+        f"{config.output}/{config.name}: {problem} in epoch {state.epoch + 1}, step "
+        f"{state.step_in_epoch}; {remedy}"
+    )

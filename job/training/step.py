@@ -35,6 +35,7 @@ from job.optimization.optimizer import Adam
 # Entries among the sums of a training step: with a loss scale, and in a team of processes.
 SKIPPED = "skipped_in_row"
 MESSAGES = "messages"  # see `StepMessages`
+CLOCK = "clock"  # training time used, s: of the primary alone, with a time budget
 
 # After steps of this length a stop request is exchanged at once, else with the next step.
 _LONG_STEP_S = 0.25
@@ -52,6 +53,7 @@ class StepOptions:
         uses_xla: compile the network, forward and backward. It must have no collective: no batch
             normalisation, and a plan that gathers nothing.
         has_messages: the step adds up a message of each process, too.
+        has_clock: the messages hold the training time.
     """
 
     plan: Plan | None = None
@@ -59,6 +61,7 @@ class StepOptions:
     loss_is_mean: bool = False
     uses_xla: bool = False
     has_messages: bool = False
+    has_clock: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class TrainStep:
             step: () int64, number of earlier updates.
             learning_rate: () float64.
             message: only with `StepOptions.has_messages`: (2,) float64, which all replicas of this
-                process send. The sums have an entry for `MESSAGES`.
+                process send. The sums have an entry for `MESSAGES`. With `has_clock`: (4,), and
+                an entry for `CLOCK`.
         """
         values = self.compiled(batch, step, learning_rate, *message).numpy().tolist()
         pairs = zip(values[::2], values[1::2], strict=True)
@@ -113,6 +117,7 @@ def make_train_step(
     names = ["loss", *criterion.metrics, *([SKIPPED] if optimizer.loss_scale else [])]
     # Last, so that the other names keep their places in the vector.
     names += [MESSAGES] if options.has_messages else []
+    names += [CLOCK] if options.has_messages and options.has_clock else []
 
     @tf.function(reduce_retracing=True, autograph=False)
     def train_step(
@@ -270,6 +275,27 @@ class StepMessages:
     def is_used(self) -> bool:
         """Whether there are other processes to ask."""
         return self._process_group.size > 1
+
+    def run_step(
+        self, train_step: Any, arguments: tuple[Any, ...], used_s: float | None
+    ) -> tuple[FetchedSums, float | None]:
+        """Trains a step; returns its sums without those of the messages, and the common time.
+
+        Args:
+            train_step: a `TrainStep`.
+            arguments: of the step.
+            used_s: training time by the clock of this process; None: the step sends no time. All
+                processes get that of the primary.
+        """
+        if not self.is_used:
+            return train_step(*arguments), used_s
+        group = self._process_group
+        message = [*self.outgoing()]
+        if used_s is not None:
+            message += [used_s / group.num_local_replicas if group.is_primary else 0.0, 0.0]
+        sums: FetchedSums = train_step(*arguments, tf.constant(message, tf.float64))
+        self.receive(*sums.pop(MESSAGES), group.size * group.num_local_replicas)
+        return sums, None if used_s is None else sums.pop(CLOCK)[0]
 
     def outgoing(self) -> tuple[float, float]:
         """Returns the message for the next step: 1.0 for a request, seconds of the step before."""

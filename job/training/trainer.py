@@ -24,21 +24,21 @@ from job.data.dataset import Dataset
 from job.data.pipeline import distributed_batches, one_ahead, plan_epoch
 from job.data.reader import RecordReader
 from job.distributed.process_group import ProcessGroup
-from job.distributed.replica_sums import FetchedSums
 from job.evaluation.artifacts import draw_examples
 from job.evaluation.evaluator import Evaluation, Evaluator, means_of
 from job.metrics.batch import RunningSums
 from job.optimization.loss_scale import MOST_SKIPPED
 from job.optimization.optimizer import Adam
 from job.optimization.schedule import stopped_early_words
+from job.optimization.time_schedule import TrainingClock, read_record
 from job.runs.layout import ORIGIN_NAME
 from job.runs.loading import initialize_from
 from job.runs.provenance import Origin, as_record, check_no_leakage, origin_json, read_origin
 from job.runs.run import Run
 from job.training.run_writer import RunWriter
 from job.training.setup import TrainingSetup
-from job.training.state import TrainState
-from job.training.step import MESSAGES, SKIPPED, StepMessages
+from job.training.state import TrainState, diverged_words
+from job.training.step import SKIPPED, StepMessages
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Trainer:
     attempt: int = 0  # of the run, known from `restore` on
     init_from: list[dict[str, str]] = dataclasses.field(default_factory=list)  # likewise
     skipped_in_row: int = 0  # steps until now, see `LossScale`
+    clock: TrainingClock | None = None  # with a time budget, from `restore` on
 
     @property
     def config(self) -> TrainConfig:
@@ -114,16 +115,21 @@ class Trainer:
             else:
                 origin = read_origin(run.store, self.config)
             known = as_record([origin], self.dataset)
-            return {"state": state, "attempt": run.attempt, "init_from": known}
+            followed = self.config.time_schedule
+            record = None if followed is None else read_record(followed)
+            return {"state": state, "attempt": run.attempt, "init_from": known, "record": record}
 
         found = self.process_group.all_gather_with_heartbeat(read, self.heartbeat)[0]
         self.attempt, self.init_from = found["attempt"], found["init_from"]
         # Random weights of a new run are the same everywhere: they depend on the seed.
         if found["state"] is not None or self.config.init_from is not None:
             self.process_group.broadcast([*self.model.variables, *self.optimizer.variables])
-        if found["state"] is None:
-            return TrainState(learning_rate=self.config.optimizer.learning_rate)
-        return TrainState(**found["state"])
+        new = {"learning_rate": self.config.optimizer.learning_rate}
+        state = TrainState(**(found["state"] or new))
+        state.begin(self.config, found["record"])
+        if state.time is not None:
+            self.clock = TrainingClock(state.time.used_s)
+        return state
 
     def _initialize(self, run: Run, heartbeat: Heartbeat) -> Origin | None:
         """Reads the initial weights of a new run; stores and returns their origin."""
@@ -160,28 +166,20 @@ class Trainer:
         for batch in one_ahead(batches):
             # Tensors: a Python number would compile a new step for each value.
             step = tf.constant(state.updates, tf.int64)
-            rate = state.rate(self.config, self.num_steps)
-            sums = self._run_step(batch, step, tf.constant(rate, tf.float64))
+            rate = tf.constant(state.rate(self.config, self.num_steps), tf.float64)
+            arguments = (batch, step, rate)
+            sums, used_s = self.messages.run_step(self.train_step, arguments, self._used_s())
             self._count_skipped(state, sums)
             running.add(sums)
             state.sums = running.state()
-            state.step += 1
-            state.step_in_epoch += 1
+            state.end_step(used_s)
             total, count = sums["loss"]
             yield total / count, int(count)
+            if state.is_time_over:
+                break
         self._log_skipped(state, state.skipped - skipped_before)
 
-    def _run_step(self, batch: Any, step: tf.Tensor, rate: tf.Tensor) -> FetchedSums:
-        """Trains a step; returns its sums without those of the messages."""
-        if not self.messages.is_used:
-            sums: FetchedSums = self.train_step(batch, step, rate)
-            return sums
-        message = tf.constant(self.messages.outgoing(), tf.float64)
-        sums = self.train_step(batch, step, rate, message)
-        self.messages.receive(*sums.pop(MESSAGES), self.strategy.num_replicas_in_sync)
-        return sums
-
-    def _count_skipped(self, state: TrainState, sums: FetchedSums) -> None:
+    def _count_skipped(self, state: TrainState, sums: Any) -> None:
         """Removes the `SKIPPED` entry from `sums`, and counts a skipped step."""
         total, count = sums.pop(SKIPPED, (0.0, 1.0))
         self.skipped_in_row = int(total / count)
@@ -233,13 +231,18 @@ class Trainer:
         state.throughput.append({"epoch": row["epoch"], "train_images_per_s": images_per_s})
         run_writer = self.run_writer
 
-        def store(run_writer: RunWriter, heartbeat: Heartbeat) -> None:
+        def store(run_writer: RunWriter, heartbeat: Heartbeat) -> float | None:
             with self._averaged_weights():
                 run_writer.write_predictions(row["epoch"], heartbeat)
+            used_s = self._used_s()
+            state.note_epoch_end(used_s)
             run_writer.end_epoch(state, row, heartbeat)
+            return used_s
 
         # Images of many windows take long, and so does a slow connection to storage.
-        self._recorded(store)
+        used_s = self._recorded(store)
+        if run_writer is None:
+            state.note_epoch_end(used_s)
         if state.stopped_early and state.best is not None and run_writer is not None:
             words = stopped_early_words(state.epoch, state.best["epoch"])
             logger.info("%s (--schedule.early-stopping-patience)", words)
@@ -250,7 +253,11 @@ class Trainer:
         Takes none while two are in upload, so that no step waits for storage.
         """
         if self.run_writer is not None and self.run_writer.has_capacity:
+            state.note_used(self._used_s())
             self.run_writer.save(state, self.heartbeat)
+
+    def _used_s(self) -> float | None:
+        return None if self.clock is None else self.clock.used_s()
 
     def take_stored(self) -> Iterator[dict[str, Any]]:
         """Yields the checkpoints that were stored since the last call; on the first process."""
@@ -266,6 +273,7 @@ class Trainer:
         """
 
         def store(run_writer: RunWriter, heartbeat: Heartbeat) -> None:
+            state.note_used(self._used_s())
             run_writer.save(state, heartbeat)
             run_writer.write_stop(state, heartbeat)
 
@@ -277,16 +285,10 @@ class Trainer:
 
     def end_diverged(self, state: TrainState, loss: float) -> DivergedError:
         """Ends the run permanently and returns the error to raise."""
-        remedy = "lower --optimizer.learning-rate or give --model.input-scaling=unit"
         problem = f"the loss became {loss}"
         if self.is_stuck and math.isfinite(loss):
             problem = f"the gradient was not finite in {self.skipped_in_row} steps in a row"
-        if self.optimizer.loss_scale is not None:
-            remedy += ", or train a run with --precision float32"
-        reason = (
-            f"{self.config.output}/{self.config.name}: {problem} in epoch {state.epoch + 1}, step "
-            f"{state.step_in_epoch}; {remedy}"
-        )
+        reason = diverged_words(self.config, state, problem)
         self._write_outcome("diverged", DivergedError.exit_code, {"reason": reason})
         return DivergedError(reason)
 
@@ -336,13 +338,14 @@ class Trainer:
         Raises:
             LockedError, StorageError: the run was lost, or could not be stored.
         """
-        outcome = {
+        outcome: dict[str, Any] = {
             "epochs": state.epoch,
             "stopped_early": state.stopped_early,
             "best": state.best,
             "skipped_steps": state.skipped,
             "evaluation": dict(evaluation.summary) if evaluation else {},
         }
+        outcome |= state.time_outcome()
         if self.run_writer is not None and evaluation is not None:
             self.run_writer.write_evaluation(evaluation)
         self._write_outcome("finished", 0, outcome)

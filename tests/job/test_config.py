@@ -22,6 +22,8 @@ FREE = {
     "output",
     "name",
     "epochs",
+    "time_budget",
+    "time_schedule",
     "prediction_images",
     "prediction_folder",
     "window_overlap",

@@ -59,6 +59,11 @@ def options(dataset: str, output: Path, name: str, **changes: str) -> list[str]:
         "model.base-kernels": "3,3",
         "model.dropout-rate": "0.1",
         "augmentation.deformation-probability": "0.5",
+        "augmentation.preset": "strong",
+        "foreground-share": "0.9",
+        "foreground-share-end": "0.1",
+        "optimizer.ema-momentum": "0.5",
+        "time-budget": "1000",  # the clock of the first process travels with the steps
     } | changes
     flags = ["--no-tensorboard", "--augmentation.enabled"]
     return [*flags, *(part for key, value in values.items() for part in (f"--{key}", value))]

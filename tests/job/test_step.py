@@ -23,7 +23,7 @@ from job.metrics.batch import RunningSums, reference_metrics
 from job.models.ensemble import Network, network_of
 from job.models.registry import build_model
 from job.optimization.optimizer import Adam
-from job.training.step import MESSAGES, StepOptions, make_train_step
+from job.training.step import CLOCK, MESSAGES, StepOptions, make_train_step
 from tests.job.discs import prepare_discs
 
 NUM_SAMPLES, SIDE, BATCH = 10, 16, 4
@@ -74,7 +74,7 @@ class Trained:
         num_micro_batches: int = 1,
         gathers: bool = False,
         uses_xla: bool = False,
-        message: tuple[float, float] | None = None,
+        message: tuple[float, ...] | None = None,
     ) -> None:
         with strategy.scope():
             self.model = build_model(
@@ -101,6 +101,7 @@ class Trained:
                 is_mean(loss_name),
                 uses_xla,
                 has_messages=message is not None,
+                has_clock=message is not None,
             ),
         )
         self.losses: list[float] = []
@@ -185,7 +186,7 @@ def test_synchronised_normalisation_sees_the_whole_batch(
 def test_messages_change_no_bit_of_training(two_cpus: Any, samples: Any) -> None:
     plain, sending = (
         trained_once(two_cpus, samples, precision="float64", loss_name="bce_dice", message=message)
-        for message in (None, (1.0, math.inf))
+        for message in (None, (1.0, math.inf, 2.5, 0.0))
     )
     assert plain.losses == sending.losses
     for name in ("loss", "dice_coef_multiclass", "sensitivity"):
@@ -194,6 +195,7 @@ def test_messages_change_no_bit_of_training(two_cpus: Any, samples: Any) -> None
         assert np.array_equal(a.numpy(), b.numpy())
     # Both replicas send the message, in each of the 9 steps.
     assert sending.sums.pair(MESSAGES) == (2 * 9.0, math.inf)
+    assert sending.sums.pair(CLOCK) == (2 * 9 * 2.5, 0.0)
 
 
 def test_training_lowers_the_loss(one_cpu: Any, samples: Any) -> None:

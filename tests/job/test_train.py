@@ -26,12 +26,14 @@ from flexunet.errors import (
 )
 from flexunet.storage import join_url, open_store
 from job.config import ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from job.optimization.time_schedule import RECORD_NAME, TrainingClock
 from job.reporting.html_report import render
 from job.reporting.training_display import TrainingDisplay
 from job.runs.checkpoints import find_checkpoints
 from job.runs.lease import LeaseTiming
 from job.runs.run import Run
 from job.runs.status import read_ends, run_status
+from job.training import trainer
 from job.training.loop import train_and_evaluate
 from job.training.setup import Callbacks
 from tests import commands
@@ -195,6 +197,51 @@ def test_a_finished_cosine_that_is_trained_on_is_warned_of(
     )
 
 
+def test_a_time_budget_ends_within_an_epoch_and_counts_lost_time_once(
+    dataset: str, one_cpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock shows the number of steps that this process has trained, in seconds."""
+    events: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        trainer,
+        "TrainingClock",
+        lambda before_s: TrainingClock(before_s, lambda: float(len(steps_of(events)))),
+    )
+    schedule = ScheduleConfig(cosine=True, reduce_on_plateau=False)
+    config = config_for(dataset, tmp_path, epochs=None, time_budget=5 / 60, schedule=schedule)
+
+    def attempt(stop_after: int | None = None) -> dict[str, Any]:
+        events.clear()
+        with Run.open(config.output, str(config.name)) as run:
+            return train_and_evaluate(
+                one_process_setup(config, run, one_cpu),
+                Callbacks(
+                    lambda event: events.append(dict(event)),
+                    lambda: stop_after is not None and len(steps_of(events)) >= stop_after,
+                ),
+            )
+
+    with pytest.raises(StoppedError):
+        attempt(stop_after=2)
+    outcome = attempt()
+    # 3 steps, of which the last and the validation take 1 s; then 2 steps until 4 s are used.
+    assert [(each["step"], each["num_epochs"]) for each in steps_of(events)] == [
+        *((3, None), (1, None), (2, None))
+    ]
+    assert (outcome["epochs"], outcome["is_time_over"], outcome["time_used_s"]) == (2, True, 5.0)
+    run = tmp_path / "run"
+    record = (run / RECORD_NAME).read_text().splitlines()
+    assert record == ["step,time_fraction", "2,0.2", "3,0.75", "5,1.0"]
+    rates = [float(row["learning_rate"]) for row in history_of(tmp_path)]
+    rate = config.optimizer.learning_rate
+    assert rates == pytest.approx(
+        [rate * (1 + math.cos(math.pi * part)) / 2 for part in (0.2, 0.75)]
+    )
+    assert "Status: finished" in render(open_store(str(run)))
+    again = attempt()
+    assert (again["time_used_s"], events) == (5.0, [])
+
+
 def test_a_stop_during_validation_keeps_the_epoch(
     finished: Any, one_cpu: Any, tmp_path: Path
 ) -> None:
@@ -327,17 +374,20 @@ def wait_for(path: Path, process: commands.Process) -> None:
 
 
 def arrays_of(run: Path) -> dict[str, np.ndarray]:
-    """Returns the weights of the newest checkpoint by name."""
+    """Returns the weights of the newest checkpoint by file and name, with the raw ones."""
     import h5py
 
     ref = max(find_checkpoints(open_store(str(run))))
     arrays: dict[str, np.ndarray] = {}
-    with h5py.File(run / ref.prefix / "model.weights.h5") as file:
-        file.visititems(
-            lambda name, item: (
-                arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+    for path in (run / ref.prefix).glob("*.weights.h5"):
+        with h5py.File(path) as file:
+            file.visititems(
+                lambda name, item, path=path: (
+                    arrays.update({f"{path.name}/{name}": item[()]})
+                    if isinstance(item, h5py.Dataset)
+                    else None
+                )
             )
-        )
     return arrays
 
 
@@ -404,6 +454,46 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
         assert (tmp_path / "control" / path).read_text() == (run / path).read_text()
     per_case = Path("evaluation") / "per_case.csv"
     assert (tmp_path / "control" / per_case).read_text() == (run / per_case).read_text()
+
+
+@pytest.mark.cluster
+def test_averaged_and_timed_a_killed_run_and_a_repeated_one_equal_the_first_bit_by_bit(
+    dataset: str, tmp_path: Path
+) -> None:
+    options = [
+        *("--local", "--no-progress", "--threads", "1", "--deterministic", "--no-tensorboard"),
+        *("--data", dataset, "--output", str(tmp_path), "--global-batch-size", "2"),
+        *("--model.num-layers", "2", "--model.base-filters", "4", "--model.base-kernels", "3,3"),
+        *("--model.normalization", "batch", "--preset", "recipe", "--time-budget", "0.3"),
+        *("--optimizer.ema-momentum", "0.8", "--augmentation.preset", "strong"),
+        *("--foreground-share", "0.9", "--foreground-share-end", "0.1"),
+        *("--checkpoint-every-minutes", "0.0001"),
+    ]
+
+    def attempt(name: str, last: int = 0) -> str:
+        found = commands.run("tests.job.stepping", str(last), *options, "--name", name)
+        assert found.returncode == (-signal.SIGKILL if last else 0), found.stderr
+        return found.stderr
+
+    attempt("control")
+    outcome = json.loads((tmp_path / "control" / "outcome.json").read_text())
+    # 6 steps an epoch, the last of which and the validation take a second: 17 of 18 s for steps.
+    assert (outcome["epochs"], outcome["best"]["step"] <= 18) == (3, True)
+    attempt("killed", last=11)
+    assert "resuming from" in attempt("killed")
+    # Without the clock of the steps: by the record alone.
+    followed = ["--name", "repeated", "--time-schedule", str(tmp_path / "control")]
+    found = commands.run("job.train", *options, *followed)
+    assert found.returncode == 0, found.stderr
+    expected = arrays_of(tmp_path / "control")
+    for name in ("killed", "repeated"):
+        arrays = arrays_of(tmp_path / name)
+        assert expected.keys() == arrays.keys()
+        for path, values in expected.items():
+            assert np.array_equal(values, arrays[path]), (name, path)
+        for table in ("metrics/history.csv", RECORD_NAME, "evaluation/per_case.csv"):
+            first, second = (tmp_path / run / table for run in ("control", name))
+            assert first.read_text() == second.read_text(), (name, table)
 
 
 @pytest.mark.parametrize(
