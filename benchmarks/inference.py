@@ -23,6 +23,7 @@ from data_prep.shards.manifest import MANIFEST_NAME, parse_manifest
 from data_prep.sources.pairs import find_sources
 from flexunet.storage import open_store
 from job.config import ModelConfig, TrainConfig
+from job.postprocessing.masks import Postprocessing
 
 
 @click.command()
@@ -73,7 +74,8 @@ def main(
             rates.append(max(matmul_flops_per_s(tf, tf.float32, matmul_size) for _ in range(3)))
             chunk = Chunk(
                 (), images, f"{folder}/masks-{count}",
-                InferConfig(batch_size=batch_size, progress=False), tuple(names), (), None,
+                InferConfig(batch_size=batch_size, progress=False), tuple(names),
+                Postprocessing(), None,
             )  # fmt: skip
             started = time.perf_counter()
             predict_images(chunk, predictor, lambda: None)

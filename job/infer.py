@@ -18,6 +18,7 @@ from job.inference.inputs import OVERLAYS_FOLDER
 from job.inference.options import InferConfig
 from job.inference.outputs import PASSED_OVER_NAME, UNREADABLE_NAME
 from job.inference.pipeline import InferResult, infer
+from job.inference.probability_files import PROBABILITIES_FOLDER
 
 
 @click.command(cls=SettingsCommand)
@@ -56,6 +57,8 @@ def show_result(result: InferResult, config: InferConfig) -> None:
     click.echo(f"masks: {result.output_url} ({result.num_written} written{kept})")
     if config.overlays:
         click.echo(f"overlays: {join_url(result.output_url, OVERLAYS_FOLDER)}")
+    if config.probabilities != "none":
+        click.echo(f"probabilities: {join_url(result.output_url, PROBABILITIES_FOLDER)}")
     if result.passed_over:
         count, first = len(result.passed_over), legible(result.passed_over[0])
         kind = "file that is not an image" if count == 1 else "files that are not images"
@@ -83,6 +86,8 @@ def _show_file(result: InferResult, config: InferConfig) -> None:
         # A mask that was kept may be of a call with --no-overlays.
         if not result.num_kept or open_store(result.output_url).stat(overlay) is not None:
             click.echo(f"overlay: {join_url(result.output_url, overlay)}")
+    if config.probabilities != "none":
+        click.echo(f"probabilities: {join_url(result.output_url, PROBABILITIES_FOLDER)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -82,6 +82,7 @@ ORDERS = {
         "job.optimization",
         "job.distributed",
         "job.runs",
+        "job.postprocessing",
         "job.reporting",
         "job.inference",
         "job.evaluation",

@@ -118,6 +118,7 @@ class TrainOptions(TypedDict, total=False):
         ]
     ]
     hybrid_weights: Sequence[float]
+    fit_postprocessing: bool
     prediction_images: int
     prediction_folder: StrPath | None
     window_overlap: int | None
@@ -151,6 +152,9 @@ class PredictOptions(TypedDict, total=False):
     ensemble: Sequence[StrPath]
     flips: Literal["none", "horizontal", "vertical", "both"]
     overlap: int | None
+    threshold: Sequence[float] | None
+    min_region: Sequence[int] | None
+    temperature: float | None
     needs_gpu: bool
 
 
@@ -180,6 +184,7 @@ class ImageOptions(PredictOptions, total=False):
 class InferOptions(ImageOptions, total=False):
     """Keyword arguments of `flexunet.infer`: the fields of `InferConfig`."""
 
+    probabilities: Literal["none", "tiff", "float16", "float32"]
     overlays: bool
     overwrite: bool
     progress: bool

@@ -19,13 +19,15 @@ from job.inference.prediction import (
     find_members,
     load_predictor,
     mask_at_source,
-    min_pixels_of,
     model_image,
     overlap_of,
+    postprocessing_of,
     predict_all,
     probabilities_at_source,
     scale_warning,
 )
+from job.postprocessing.masks import Postprocessing
+from job.postprocessing.temperature import calibrated
 from job.runs.checkpoints import find_checkpoints
 from job.runs.loading import EnsembleMember, TrainedRun, open_ensemble
 
@@ -52,7 +54,8 @@ class ArrayPredictor:
     predictor: Predictor
     config: ImageConfig
     overlap: int | None
-    min_pixels: tuple[int, ...]
+    postprocessing: Postprocessing
+    line: str | None  # on the postprocessing, for the log
 
     def images(self, store: ObjectStore, names: Iterable[str]) -> Iterator[ModelImage]:
         """Yields the images of these names in `store`.
@@ -95,8 +98,11 @@ class ArrayPredictor:
             batch_size: images, or windows, predicted at once; None: that of the config.
         """
         size = batch_size or self.config.batch_size
-        for image, found in predict_all(images, self.predictor, size, self.overlap):
-            yield image, mask_at_source(found, image.geometry, self.min_pixels)
+        thresholds = self.postprocessing.thresholds
+        for image, found in predict_all(
+            images, self.predictor, size, self.overlap, thresholds=thresholds
+        ):
+            yield image, mask_at_source(found, image.geometry, self.postprocessing)
 
     def predict_one(
         self, image: ModelImage, *, probabilities: bool
@@ -106,10 +112,11 @@ class ArrayPredictor:
         if not probabilities:
             return next(self.predict(iter([image]), size))[1]
         ((_, found),) = predict_all(
-            iter([image]), self.predictor, size, self.overlap, keeps_probabilities=True
+            iter([image]), self.predictor, size, self.overlap, thresholds=None
         )
-        mask = mask_at_source(found, image.geometry, self.min_pixels)
-        return Prediction(mask, probabilities_at_source(found, image.geometry))
+        mask = mask_at_source(found, image.geometry, self.postprocessing)
+        shown = calibrated(found, self.postprocessing.temperature)
+        return Prediction(mask, probabilities_at_source(shown, image.geometry))
 
     def _model_image(
         self, pixels: npt.NDArray[Any], name: str, value_max: int | None
@@ -120,12 +127,17 @@ class ArrayPredictor:
     def watched(self, images: Iterable[ModelImage], warned: set[str]) -> Iterator[ModelImage]:
         """Yields `images`; warns once of windows and of other colours than in training.
 
+        Logs the postprocessing once, too.
+
         Args:
             warned: kinds of warnings that were given; this adds to them.
         """
         for image in images:
             names = [image.name] if image.has_other_colors else []
             manifest = self.predictor.manifest
+            if self.line is not None and self.line not in warned:
+                warned.add(self.line)
+                logger.info("%s", self.line)
             for kind, warning in (
                 ("scale", scale_warning(self.config, manifest)),
                 ("colors", color_warning(names, manifest)),
@@ -155,10 +167,11 @@ class PredictorCache:
             ContentError: a checkpoint is damaged.
         """
         runs = self._open_runs(tuple(urls))
-        manifest, overlap = runs[0].manifest, overlap_of(runs[0], config)
+        overlap = overlap_of(runs[0], config)
         members = self._find_members(runs, config.checkpoint)
-        min_pixels = min_pixels_of(config, manifest, members, overlap)
-        return ArrayPredictor(self._load(members, config), config, overlap, min_pixels)
+        found = postprocessing_of(config, runs, members, overlap)
+        predictor = self._load(members, config)
+        return ArrayPredictor(predictor, config, overlap, found.values, found.line)
 
     def _open_runs(self, urls: tuple[str, ...]) -> tuple[TrainedRun, ...]:
         if self._runs is None or self._runs[0] != urls:

@@ -38,6 +38,7 @@ _LATER: dict[str, Any] = {
     "model.max_filters": None,
     "model.residual_blocks": [1, 3, 4, 6],
     "model.deep_supervision": 0,
+    "fit_postprocessing": False,
 }
 
 

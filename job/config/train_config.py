@@ -177,6 +177,11 @@ class TrainConfig(Settings):
         "For the metric dice_coef_hybrid: weights of dice_coef_multiclass and of "
         "dice_coef_foreground, which add up to 2.",
     )
+    fit_postprocessing: bool = option(
+        False,
+        "After training, fit the threshold and the smallest region of each class and the "
+        "temperature on the validation split. evaluate and infer then use them.",
+    )
     prediction_images: int = option(
         6, "Images predicted after every epoch; 0: no predictions.", not_identity=True, ge=0
     )

@@ -14,9 +14,9 @@ from job.data.dataset import Dataset
 from job.data.reader import RecordReader
 from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names
 from job.evaluation.example_cases import example_cases
-from job.inference.region_filter import FILE_NAME
 from job.metrics.confusion import scores
 from job.metrics.per_case import case_cells, case_columns
+from job.postprocessing.region_filter import FILE_NAME
 
 
 def evaluation_folder(run: ObjectStore, split: str) -> ObjectStore:
@@ -90,6 +90,8 @@ def _measured_tables(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple
         yield f"measures_{size}.csv", csv_table(columns, rows)
     sweep = evaluation.measured.sweep
     yield "thresholds.csv", csv_table(sweep.COLUMNS, sweep.rows())
+    calibration = evaluation.measured.calibration
+    yield "calibration.csv", csv_table(calibration.COLUMNS, calibration.rows())
 
 
 def _examples_csv(evaluation: Evaluation) -> str:

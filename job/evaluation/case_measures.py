@@ -6,20 +6,14 @@ can be pickled.
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from data_prep.imaging.geometry import Geometry, undo_geometry
-from job.inference.postprocess import (
-    Ids,
-    area_scale,
-    class_ids,
-    class_ids_at_source,
-    without_small,
-)
 from job.inference.sliding_window import Probabilities
+from job.metrics.calibration import Bins, bin_case
 from job.metrics.confusion import count_pixels
 from job.metrics.lesions import MIN_PIXELS, TrueRegions, regions_of_classes, tiny_pixels
 from job.metrics.per_case import (
@@ -30,6 +24,14 @@ from job.metrics.per_case import (
     without_ignored,
 )
 from job.metrics.thresholds import CaseSweep, sweep_case
+from job.postprocessing.masks import (
+    Ids,
+    Postprocessing,
+    class_ids,
+    masked,
+    masked_at_source,
+)
+from job.postprocessing.temperature import calibrated
 
 Spacing = tuple[float, float]
 
@@ -54,20 +56,34 @@ class CaseInput:
 
 
 @dataclass(frozen=True)
+class CaseTallies:
+    """The sums of a case over pixels, at network size.
+
+    Attributes:
+        sweep: at several thresholds.
+        calibration: without a temperature and, if there is one, with it.
+    """
+
+    sweep: CaseSweep
+    calibration: tuple[Bins, ...]
+
+
+@dataclass(frozen=True)
 class CaseResult:
     """The measures of a case.
 
     Attributes:
         metrics: by size.
         counts: (classes, 4) int64, of the mask at network size.
-        sweep: at network size.
+        plain_counts: likewise, of the mask without postprocessing; None if that is the same.
         mask: the predicted class ids at network size, see `PackedMask`.
     """
 
     index: int
     metrics: dict[str, CaseMetrics]
     counts: npt.NDArray[np.int64]
-    sweep: CaseSweep
+    plain_counts: npt.NDArray[np.int64] | None
+    tallies: CaseTallies
     mask: "PackedMask"
 
 
@@ -95,24 +111,39 @@ class CaseMeasures:
     Attributes:
         num_classes: background included.
         ignore_id: label of pixels that are not counted.
-        min_pixels: of each class but 0, at network size; smaller regions are not predicted.
+        postprocessing: how probabilities become masks.
     """
 
     num_classes: int
     ignore_id: int | None
-    min_pixels: tuple[int, ...] = ()
+    postprocessing: Postprocessing = field(default_factory=Postprocessing)
 
     def measure(self, case: CaseInput) -> CaseResult:
         """Returns the measures of a case."""
-        ids = without_small(class_ids(case.probabilities), self.min_pixels)
+        ids = masked(case.probabilities, self.postprocessing)
         truth, probabilities = _without_ignored(case.truth, case.probabilities, self.ignore_id)
         regions = regions_of_classes(truth, self.num_classes, min_pixels=MIN_PIXELS)
         return CaseResult(
             index=case.index,
             metrics=self.metrics_of(case, ids, regions),
-            counts=count_pixels(case.truth, ids, self.num_classes, self.ignore_id),
-            sweep=sweep_case(regions, probabilities),
+            counts=self._counts(case.truth, ids),
+            plain_counts=self._plain_counts(case),
+            tallies=CaseTallies(sweep_case(regions, probabilities), self._calibration(case)),
             mask=PackedMask.of(ids),
+        )
+
+    def _counts(self, truth: Ids, ids: Ids) -> npt.NDArray[np.int64]:
+        return count_pixels(truth, ids, self.num_classes, self.ignore_id)
+
+    def _plain_counts(self, case: CaseInput) -> npt.NDArray[np.int64] | None:
+        if not self.postprocessing.changes_masks:
+            return None
+        return self._counts(case.truth, class_ids(case.probabilities))
+
+    def _calibration(self, case: CaseInput) -> tuple[Bins, ...]:
+        return tuple(
+            bin_case(case.truth, calibrated(case.probabilities, each), self.ignore_id)
+            for each in temperatures(self.postprocessing)
         )
 
     def metrics_of(
@@ -133,12 +164,17 @@ class CaseMeasures:
         # Decide once, at network size: a stored pixel is not always equally many original pixels.
         tiny = tiny_pixels(regions, truth.shape).view(np.uint8)
         tiny_regions = undo_geometry(tiny, geometry, nearest=True).view(bool)
-        ids = class_ids_at_source(case.probabilities, geometry)
-        ids = without_small(ids, self.min_pixels, area_scale(geometry))
+        ids = masked_at_source(case.probabilities, geometry, self.postprocessing)
         masks = without_ignored(undo_geometry(truth, geometry, nearest=True), ids, self.ignore_id)
         regions = regions_of_classes(masks[0], self.num_classes, tiny_regions=tiny_regions)
         original = measure_case(*masks, self.num_classes, scales["original"], regions=regions)
         return {"network": network, "original": original}
+
+
+def temperatures(postprocessing: Postprocessing) -> tuple[float, ...]:
+    """Returns the temperatures at which calibration is measured; the first is 1."""
+    temperature = postprocessing.temperature
+    return (1.0,) if temperature == 1 else (1.0, temperature)
 
 
 def scales_of(geometry: Geometry, spacing: Spacing | None) -> dict[str, Scale]:

@@ -8,7 +8,7 @@ predicted in windows, unless each tile counts as an image.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,11 +26,12 @@ from job.distributed.process_group import ProcessGroup, StopPoll
 from job.evaluation.case_measures import CaseMeasures
 from job.evaluation.gathering import Measured, measure_together
 from job.evaluation.rank_evaluation import RankEvaluation, Watch, workers_for
-from job.inference.postprocess import Ids, class_ids, without_small
 from job.inference.sliding_window import Probabilities, Windows, probabilities_of
 from job.metrics.confusion import summarize
 from job.metrics.per_case import TRUTHS, summarize_cases
 from job.models.compatibility import num_outputs, window_overlap
+from job.postprocessing.masks import Ids, Postprocessing, masked
+from job.postprocessing.stored import FittedPostprocessing
 
 if TYPE_CHECKING:
     from job.distributed.replica_sums import Criterion
@@ -57,7 +58,8 @@ class Evaluator:
         windows: in which large cases are predicted; the overlap is 0 if all images of the dataset
             have network size, and the batch is the number of windows per device and pass.
         is_by_tile: a tile counts as an image.
-        min_pixels: of each class but 0, at network size; smaller regions are not predicted.
+        postprocessing: how probabilities become masks.
+        fitted: the fit that has these values, if summaries name it.
     """
 
     config: TrainConfig
@@ -71,12 +73,17 @@ class Evaluator:
     windows: Windows
     process_group: ProcessGroup
     is_by_tile: bool = False
-    min_pixels: tuple[int, ...] = ()
+    postprocessing: Postprocessing = field(default_factory=Postprocessing)
+    fitted: FittedPostprocessing | None = None
 
     @property
     def has_windows(self) -> bool:
         """Whether cases may be larger than the network."""
         return self.dataset.manifest.geometry == "tile" and not self.is_by_tile
+
+    def with_postprocessing(self, fitted: FittedPostprocessing) -> "Evaluator":
+        """Returns an evaluator that uses fitted values and names them in its summaries."""
+        return replace(self, postprocessing=fitted.values(), fitted=fitted)
 
     def cases_of(self, split: Split) -> tuple[Case, ...]:
         """Returns the cases of `split`."""
@@ -88,7 +95,7 @@ class Evaluator:
 
     def mask_of(self, image: np.ndarray, heartbeat: Heartbeat = no_heartbeat) -> Ids:
         """Returns the class ids (H, W) of an image (H, W, C) of any size."""
-        return without_small(class_ids(self.predict(image, heartbeat)), self.min_pixels)
+        return masked(self.predict(image, heartbeat), self.postprocessing)
 
     def evaluate(
         self,
@@ -165,7 +172,7 @@ class Evaluator:
         from job.metrics.batch import RunningSums
 
         cases, names = self.cases_of(split), foreground_names(self.dataset)
-        own, group = self._rank_evaluation(split, reader), self.process_group
+        own, group = self.rank_evaluation(split, reader), self.process_group
         sums, found = measure_together(own, group, watch, names)
         criterion = Criterion(self.loss, self.metrics)
         channels, running = num_outputs(self.config, self.dataset.manifest), RunningSums()
@@ -178,16 +185,22 @@ class Evaluator:
         summary["sizes"] = {
             size: summarize_cases(each, groups, names) for size, each in found.case_metrics.items()
         }
+        summary["calibration"] = found.calibration.summary()
+        if self.fitted is not None:
+            summary["prediction"] = {"postprocessing": self.fitted.record()}
+        if found.plain_counts is not None:
+            summary["without_postprocessing"] = _named(summarize(found.plain_counts), self.dataset)
         return Evaluation(split, cases, means, found.counts, summary, found)
 
-    def _rank_evaluation(self, split: Split, reader: RecordReader) -> RankEvaluation:
+    def rank_evaluation(self, split: Split, reader: RecordReader) -> RankEvaluation:
+        """Returns the part of this process in the evaluation of `split`."""
         group, manifest = self.process_group, self.dataset.manifest
         return RankEvaluation(
             dataset=self.dataset,
             split=split,
             reader=reader,
             cases=self.cases_of(split),
-            measures=CaseMeasures(len(manifest.classes), manifest.ignore_id, self.min_pixels),
+            measures=CaseMeasures(len(manifest.classes), manifest.ignore_id, self.postprocessing),
             strategy=self.strategy,
             step=self.local_step,
             predict=self.predict if self.has_windows else None,
@@ -297,6 +310,11 @@ def _summary(name: str, counts: np.ndarray, means: Mapping[str, float], dataset:
         "loss": values.pop("loss"),
         **{f"reference_{name}": value for name, value in values.items()},
     }
+    return _named(summary, dataset)
+
+
+def _named(summary: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """Adds the names of the classes to a summary."""
     for each, info in zip(summary["classes"], dataset.manifest.classes, strict=True):
         each["name"] = info.name
     return summary

@@ -137,10 +137,20 @@ def _read_protocol(run: ObjectStore) -> dict[str, Any]:
             "flips": protocol.get("flips", "none"),
             "overlap": summary["overlap"],
             "removal of small regions": bool(protocol.get("small_regions")),
+            "postprocessing": _postprocessing_kind(protocol.get("postprocessing")),
             "kind of case": summary["case"],
         }
     except (TypeError, AttributeError) as error:
         raise _damaged(run, name) from error
+
+
+def _postprocessing_kind(used: dict[str, Any] | None) -> str:
+    """Returns how probabilities became masks; each fold may have fitted its own values."""
+    if not used:
+        return "none"
+    if used.get("fitted_on"):
+        return "fitted"
+    return f"thresholds {used['thresholds']}, smallest regions {used['min_region']}"
 
 
 @dataclass(frozen=True)

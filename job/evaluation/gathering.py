@@ -10,16 +10,18 @@ import numpy as np
 from flexunet.progress import Heartbeat
 from job.distributed.process_group import ProcessGroup
 from job.evaluation.case_file import CaseFile
+from job.evaluation.case_measures import temperatures
 from job.evaluation.example_cases import example_cases
 from job.evaluation.rank_evaluation import RankEvaluation, RankResult, Watch
-from job.inference.postprocess import Ids
+from job.metrics.calibration import Calibration
 from job.metrics.confusion import Counts
 from job.metrics.per_case import SIZES, CaseMetrics
 from job.metrics.thresholds import ThresholdSweep
+from job.postprocessing.masks import Ids
 
 T = TypeVar("T")
 
-_CASES_AT_ONCE = 256  # whose sweeps the processes exchange together
+CASES_AT_ONCE = 256  # whose tallies the processes exchange together
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Measured:
 
     case_metrics: dict[str, list[CaseMetrics]]  # by size
     counts: Counts  # (cases, classes, 4) int64, of the measured masks
+    plain_counts: Counts | None  # likewise, without postprocessing; None if that is the same
     sweep: ThresholdSweep  # at network size
+    calibration: Calibration  # likewise
     masks: dict[int, Ids]  # predicted at network size, of the `example_cases`
 
 
@@ -54,27 +58,31 @@ def measure_together(
             results.append(own.run(Watch(watch.shown, is_stopped, notify), file))
 
         process_group.run_stoppable(work, watch.heartbeat, watch.should_stop)
-        parts = _gather(process_group, results[0])
+        parts = gather(process_group, results[0])
         cases = {index: case for each in parts for index, case in each.cases.items()}
         counts = np.stack([cases[index][1] for index in range(len(own.cases))])
+        plain = [each for index in range(len(own.cases)) if (each := cases[index][2]) is not None]
         sweep = ThresholdSweep(names)
-        for start in range(0, len(cases), _CASES_AT_ONCE):
-            part = range(start, min(start + _CASES_AT_ONCE, len(cases)))
-            sweeps = _joined(_gather(process_group, file.sweeps(part)))
+        calibration = Calibration(names, temperatures(own.measures.postprocessing))
+        for start in range(0, len(cases), CASES_AT_ONCE):
+            part = range(start, min(start + CASES_AT_ONCE, len(cases)))
+            tallies = joined(gather(process_group, file.tallies(part)))
             for index in part:
-                sweep.add(sweeps[index])
+                sweep.add(tallies[index].sweep)
+                calibration.add(tallies[index].calibration)
         chosen = [index for _, index, _ in example_cases(counts)]
-        masks = _joined(_gather(process_group, file.masks(chosen)))
+        masks = joined(gather(process_group, file.masks(chosen)))
     metrics = {size: [cases[index][0][size] for index in range(len(cases))] for size in SIZES}
     sums = [
         [replica for part in batch for replica in part]
         for batch in zip(*(each.sums for each in parts), strict=True)
     ]
     unpacked = {index: mask.unpack() for index, mask in masks.items()}
-    return sums, Measured(metrics, counts, sweep, unpacked)
+    plain_counts = np.stack(plain) if plain else None
+    return sums, Measured(metrics, counts, plain_counts, sweep, calibration, unpacked)
 
 
-def _gather(process_group: ProcessGroup, value: T) -> list[T]:
+def gather(process_group: ProcessGroup, value: T) -> list[T]:
     """Returns `value` of all processes, by rank."""
     if process_group.size == 1:
         return [value]
@@ -83,5 +91,6 @@ def _gather(process_group: ProcessGroup, value: T) -> list[T]:
     return [pickle.loads(each) for each in found]  # noqa: S301
 
 
-def _joined(parts: Sequence[dict[int, T]]) -> dict[int, T]:
+def joined(parts: Sequence[dict[int, T]]) -> dict[int, T]:
+    """Returns the values of all processes by index."""
     return {index: value for part in parts for index, value in part.items()}

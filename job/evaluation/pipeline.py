@@ -21,10 +21,11 @@ from job.data.shard_cache import CacheOptions, open_readers
 from job.evaluation.artifacts import draw_examples, evaluation_folder, write_evaluation
 from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names, make_evaluator
 from job.inference.options import PredictConfig
-from job.inference.postprocess import class_ids
-from job.inference.region_filter import FILE_NAME, FittedOn, RegionTally, SmallRegions
 from job.metrics.per_case import without_ignored
 from job.models.compatibility import window_overlap
+from job.postprocessing.masks import class_ids
+from job.postprocessing.region_filter import FILE_NAME, FittedOn, RegionTally, SmallRegions
+from job.postprocessing.stored import ExplicitValues, PredictionKind, resolve_postprocessing
 from job.reporting.phrases import checkpoint_words
 from job.runs.loading import (
     EnsembleMember,
@@ -77,6 +78,11 @@ class EvaluateConfig(PredictConfig):
             raise ValueError(
                 "--remove-small-regions fits sizes for whole images; leave out this option or "
                 "--tiles-as-pictures"
+            )
+        if self.min_region is not None and self.remove_small_regions:
+            raise ValueError(
+                "--remove-small-regions fits the sizes that --min-region gives; leave out one of "
+                "the two options"
             )
         if self.split == "valid" and self.remove_small_regions:
             raise ValueError(
@@ -171,10 +177,7 @@ def evaluate_run(
         "flips": config.flips,
         "small_regions": None,
     }
-    if config.remove_small_regions:
-        regions = _fit_regions(evaluator, members, config)
-        protocol["small_regions"] = regions.model_dump(mode="json")
-        evaluator = replace(evaluator, min_pixels=tuple(fit.min_pixels for fit in regions.classes))
+    evaluator = _postprocessed(evaluator, [run, *others], members, config, protocol)
     reader = _reader_of(dataset, split, settings, progress=config.progress)
     evaluation = evaluator.evaluate(split.name, reader, measured=True, shown=config.progress)
     origins = as_record(
@@ -184,6 +187,37 @@ def evaluate_run(
     with waiting("writing tables and images", shown=config.progress):
         evaluation = replace(evaluation, examples=draw_examples(evaluator, evaluation, reader))
         return evaluation, write_evaluation(target, evaluation, evaluator)
+
+
+def _postprocessed(
+    evaluator: Evaluator,
+    runs: Sequence[TrainedRun],
+    members: Sequence[EnsembleMember],
+    config: EvaluateConfig,
+    protocol: dict[str, Any],
+) -> Evaluator:
+    """Returns the evaluator with the fitted or explicit values; adds them to `protocol`.
+
+    Fits the sizes of `--remove-small-regions` here.
+    """
+    overlap = evaluator.windows.overlap if evaluator.has_windows else None
+    found = resolve_postprocessing(
+        [each.store for each in runs],
+        foreground_names(evaluator.dataset),
+        PredictionKind(tuple(members), config.flips, overlap, config.split),
+        ExplicitValues.of(config),
+    )
+    if found.line is not None:
+        logger.info("%s", found.line)
+    if found.record is not None:
+        protocol["postprocessing"] = found.record
+    evaluator = replace(evaluator, postprocessing=found.values)
+    if config.remove_small_regions:
+        regions = _fit_regions(evaluator, members, config)
+        protocol["small_regions"] = regions.model_dump(mode="json")
+        min_pixels = tuple(fit.min_pixels for fit in regions.classes)
+        evaluator = replace(evaluator, postprocessing=replace(found.values, min_pixels=min_pixels))
+    return evaluator
 
 
 def _log_checkpoint(run: ObjectStore, used: Mapping[str, Any]) -> None:
@@ -241,7 +275,7 @@ def _fit_regions(
     with Progress("fit on valid", len(cases), unit="cases", shown=config.progress) as bar:
         for case in bar.tracked(cases):
             image, truth = read_case(reader, case)
-            ids = class_ids(evaluator.predict(image))
+            ids = class_ids(evaluator.predict(image), evaluator.postprocessing.thresholds)
             tally.add(*without_ignored(truth, ids, dataset.manifest.ignore_id))
     fitted_on = FittedOn(
         split=split.name,

@@ -64,11 +64,13 @@ class RankResult:
 
     Attributes:
         sums: `ReplicaSums` of the replicas of this process, for each batch.
-        cases: the metrics and the counts of its cases by index.
+        cases: by index, the metrics of a case, its counts, and those without postprocessing.
     """
 
     sums: list[list[Any]] = field(default_factory=list)
-    cases: dict[int, tuple[dict[str, CaseMetrics], Counts]] = field(default_factory=dict)
+    cases: dict[int, tuple[dict[str, CaseMetrics], Counts, Counts | None]] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,7 @@ class RankEvaluation:
         found = RankResult()
         if self.predict is not None:
             self._add_tiles(found, watch)
-            inputs, number = self._predicted_in_windows(watch), len(self._own_cases())
-        else:
-            inputs, number = self._predicted_in_batches(found, watch), self._num_samples()
+        inputs, number = self.predicted(found, watch)
         title = f"evaluate {self.split.name}{self._rank_words()}"
         results = measure_all(inputs, self.measures, number, self.num_workers)
         with (
@@ -117,11 +117,20 @@ class RankEvaluation:
             Progress(title, number, unit="cases", shown=watch.shown) as bar,
         ):
             for result in bar.tracked(results):
-                file.add(result.index, result.sweep, result.mask)
-                found.cases[result.index] = result.metrics, result.counts
+                file.add(result.index, result.tallies, result.mask)
+                found.cases[result.index] = result.metrics, result.counts, result.plain_counts
                 watch.heartbeat()
                 watch.check_stop(f"evaluating {self.split.name}")
         return found
+
+    def predicted(self, found: RankResult, watch: Watch) -> tuple[Iterator[CaseInput], int]:
+        """Returns the predicted cases of this process, and their number.
+
+        Each case goes through the network once. Adds the sums of whole samples to `found`.
+        """
+        if self.predict is not None:
+            return self._predicted_in_windows(watch), len(self._own_cases())
+        return self._predicted_in_batches(found, watch), self._num_samples()
 
     def _rank_words(self) -> str:
         if self.num_processes == 1:

@@ -28,7 +28,6 @@ from job.inference.inputs import OVERLAYS_FOLDER, mask_name, read_any
 from job.inference.mask_sources import MaskSource
 from job.inference.options import InferConfig
 from job.inference.outputs import OutputClaim
-from job.inference.postprocess import Ids
 from job.inference.prediction import (
     ModelImage,
     Predictor,
@@ -37,7 +36,9 @@ from job.inference.prediction import (
     model_image,
     predict_all,
 )
+from job.inference.probability_files import probability_file, probability_name
 from job.models.flips import Flips
+from job.postprocessing.masks import Ids, Postprocessing
 from job.runs.loading import EnsembleMember
 
 # The longest side of the image that is kept for the overlay, pixels; no overlay is larger.
@@ -50,7 +51,7 @@ class Chunk:
 
     Attributes:
         members: the weights whose mean predicts.
-        min_pixels: of each class but 0, at network size; smaller regions are removed.
+        postprocessing: how probabilities become masks.
         overlap: of windows, pixels; None if images are predicted whole.
         record: how the masks of this call are made; None: nothing else writes the output.
         sources: the images of the masks as recorded, by the name of the mask.
@@ -61,7 +62,7 @@ class Chunk:
     output_url: str
     config: InferConfig
     names: tuple[str, ...]
-    min_pixels: tuple[int, ...]
+    postprocessing: Postprocessing
     overlap: int | None
     record: Mapping[str, Any] | None = None
     sources: Mapping[str, MaskSource] = field(default_factory=dict)
@@ -115,6 +116,7 @@ def predict_images(
     other_colors: list[str] = []
     old_overlays: list[str] = []
     claim = OutputClaim(output, chunk.record, chunk.sources) if chunk.record is not None else None
+    thresholds = chunk.postprocessing.thresholds if config.probabilities == "none" else None
 
     def read(name: str) -> ModelImage | tuple[str, str]:
         return _read_image(source, name, manifest, config)
@@ -123,7 +125,9 @@ def predict_images(
         image, found = task
         if claim is not None:
             claim.check_often()
-        ids = mask_at_source(found, image.geometry, chunk.min_pixels)
+        ids = mask_at_source(found, image.geometry, chunk.postprocessing)
+        if config.probabilities != "none":
+            _put_probabilities(image, found, chunk, output)
         source = chunk.sources.get(mask_name(image.name))
         was_listed = source is not None and source.old_mask != 0
         if _write_mask(image, ids, manifest, output, was_listed=was_listed):
@@ -132,7 +136,9 @@ def predict_images(
     with _threads() as readers, _threads() as writers:
         found = in_order(readers, read, chunk.names, num_waiting=num_waiting)
         images = _readable(found, unreadable, other_colors, advance)
-        predicted = predict_all(images, predictor, config.batch_size, chunk.overlap, note=note)
+        predicted = predict_all(
+            images, predictor, config.batch_size, chunk.overlap, note=note, thresholds=thresholds
+        )
         for _ in in_order(writers, write, predicted, num_waiting=num_waiting):
             advance()
     return ChunkResult(tuple(unreadable), tuple(other_colors), tuple(old_overlays))
@@ -203,6 +209,23 @@ def _write_mask(
     # Write the mask last: a call that continues looks for it.
     _put_mask(output, name, plots.mask_png(ids, manifest.classes), was_listed=was_listed)
     return is_old
+
+
+def _put_probabilities(
+    image: ModelImage, found: np.ndarray, chunk: Chunk, output: ObjectStore
+) -> None:
+    """Writes the probabilities of an image, before its mask."""
+    file_format = chunk.config.probabilities
+    assert file_format != "none"  # noqa: S101 - the caller's promise
+    temperature = chunk.postprocessing.temperature
+    data = probability_file(found, image.geometry, temperature, file_format)
+    name = probability_name(image.name, file_format)
+    try:
+        output.put(name, data)
+    except Forbidden:
+        stat = output.stat(name)
+        if stat is None or not content_matches(output, stat, data):
+            raise
 
 
 def _put_mask(output: ObjectStore, name: str, mask: bytes, *, was_listed: bool) -> None:

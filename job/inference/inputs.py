@@ -200,15 +200,19 @@ def refuse_overlap(source: ObjectStore, file: str | None, output: ObjectStore) -
         )
 
 
-def refuse_overlays_folder(source: ObjectStore, names: Sequence[str]) -> None:
-    """Refuses images in a folder `overlays`: their masks would be among the overlays.
+def refuse_folder(source: ObjectStore, names: Sequence[str], folder: str, remedy: str) -> None:
+    """Refuses images in a folder such as `overlays`: their masks would be among the overlays.
+
+    Args:
+        folder: of OUTPUT that has other files than masks.
+        remedy: the option that writes no such files.
 
     Raises:
         UsageError: there are such images.
     """
     for name in names:
-        if name.startswith(f"{OVERLAYS_FOLDER}/"):
+        if name.startswith(f"{folder}/"):
             raise UsageError(
-                f"{source.url}: the masks of its folder {OVERLAYS_FOLDER} would be among the "
-                "overlays; rename the folder or give --no-overlays"
+                f"{source.url}: the masks of its folder {folder} would be among the {folder}; "
+                f"rename the folder or give {remedy}"
             )

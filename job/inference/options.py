@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import field_validator
+
 from flexunet.settings import Settings, option
 from job.models.flips import Flips
 
@@ -24,7 +26,38 @@ class PredictConfig(Settings):
         "window.",
         ge=0,
     )
+    threshold: tuple[float, ...] | None = option(
+        None,
+        "Probability from which a class is predicted: one number, or one for each class but the "
+        "background. none: as fitted after training, else 0.5.",
+    )
+    min_region: tuple[int, ...] | None = option(
+        None,
+        "Smallest predicted region, pixels at network size: one number, or one for each class but "
+        "the background; smaller ones are removed. none: as fitted after training, else 0.",
+    )
+    temperature: float | None = option(
+        None,
+        "Divide logits by this number before probabilities are written or their calibration is "
+        "measured; masks stay the same. none: as fitted after training, else 1.",
+        gt=0,
+        le=100,
+    )
     needs_gpu: bool = option(False, "End with an error if no GPU is found. Off: use the CPUs then.")
+
+    @field_validator("threshold")
+    @classmethod
+    def _is_probability(cls, values: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if values is not None and not (values and min(values) > 0 and max(values) < 1):
+            raise ValueError(f"{values}: give one or more numbers above 0 and below 1")
+        return values
+
+    @field_validator("min_region")
+    @classmethod
+    def _is_size(cls, values: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if values is not None and not (values and min(values) >= 0):
+            raise ValueError(f"{values}: give one or more numbers of pixels, each 0 or more")
+        return values
 
 
 class ImageConfig(PredictConfig):
@@ -54,9 +87,18 @@ class ImageConfig(PredictConfig):
     )
 
 
+ProbabilityFormat = Literal["none", "tiff", "float16", "float32"]
+
+
 class InferConfig(ImageConfig):
     """Options of `flexunet infer`."""
 
+    probabilities: ProbabilityFormat = option(
+        "none",
+        "Also write the probabilities of each image to OUTPUT/probabilities, at its own size. "
+        "tiff: 16 bits, a page for each class, 65535 is probability 1; float16, float32: .npy "
+        "(h, w, classes). Needs memory for all classes of an image.",
+    )
     overlays: bool = option(True, "Write the images with contours of the masks to OUTPUT/overlays.")
     overwrite: bool = option(False, "Predict again the masks that OUTPUT already has.")
     progress: bool = option(True, "Show a progress bar on a terminal.")

@@ -16,6 +16,7 @@ from flexunet.tables import csv_table
 from flexunet.text import legible
 from job.inference.mask_sources import MaskSource, newest_record, read_sources
 from job.inference.options import InferConfig
+from job.postprocessing.masks import Postprocessing
 from job.runs.loading import EnsembleMember
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ _RECORDED = {
     "window": "auto",
     "small_regions": "none",
     "full_scale": "the dataset's",
+    "threshold": "0.5",
+    "min_region": "0",
+    "probabilities": "none",
+    "temperature": "1",
 }
 _MAX_CHANGES = 3  # in a message
 _CHECK_S = 2.0  # between two checks of a claim
@@ -44,7 +49,7 @@ def record_of(
     members: Sequence[EnsembleMember],
     source: ObjectStore,
     config: InferConfig,
-    min_pixels: Sequence[int],
+    postprocessing: Postprocessing,
     overlap: int | None,
 ) -> dict[str, Any]:
     """Returns the record of the masks in OUTPUT; options that are not used are left out."""
@@ -62,7 +67,16 @@ def record_of(
         record |= {"window": "sliding", "overlap": overlap}
     if config.small_regions is not None:
         # The file may change before the next call.
-        record |= {"small_regions": config.small_regions, "min_pixels": list(min_pixels)}
+        sizes = list(postprocessing.min_pixels)
+        record |= {"small_regions": config.small_regions, "min_pixels": sizes}
+    elif postprocessing.min_pixels:
+        record["min_region"] = list(postprocessing.min_pixels)
+    if postprocessing.thresholds:
+        record["threshold"] = list(postprocessing.thresholds)
+    if config.probabilities != "none":
+        record["probabilities"] = config.probabilities
+        if postprocessing.temperature != 1:
+            record["temperature"] = postprocessing.temperature
     if config.full_scale is not None:
         record["full_scale"] = config.full_scale
     return record

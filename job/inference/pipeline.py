@@ -21,11 +21,12 @@ from flexunet.storage import (
 from flexunet.text import legible, pluralize
 from job.inference.chunk import Chunk, ChunkResult, predict_chunk, predict_images
 from job.inference.inputs import (
+    OVERLAYS_FOLDER,
     mask_name,
     open_images,
     refuse_files,
+    refuse_folder,
     refuse_overlap,
-    refuse_overlays_folder,
     select_images,
 )
 from job.inference.mask_sources import (
@@ -51,11 +52,13 @@ from job.inference.prediction import (
     color_warning,
     find_members,
     load_predictor,
-    min_pixels_of,
     overlap_of,
+    postprocessing_of,
     scale_warning,
 )
-from job.runs.loading import open_ensemble
+from job.inference.probability_files import PROBABILITIES_FOLDER, probability_names
+from job.postprocessing.masks import Postprocessing
+from job.runs.loading import EnsembleMember, TrainedRun, open_ensemble
 
 logger = logging.getLogger(__name__)
 
@@ -122,14 +125,13 @@ def infer(
     images, passed_over = select_images(source, file)
     if warning := scale_warning(config, manifest):
         logger.warning("%s", warning)
-    if config.overlays:
-        refuse_overlays_folder(source, [each.name for each in images])
+    _refuse_folders(source, [each.name for each in images], config)
     # Refer to the folders of checkpoints: these weights stay the same if training continues.
     members = find_members(runs, config.checkpoint)
-    min_pixels = min_pixels_of(config, manifest, members, overlap)
-    record = record_of(members, source, config, min_pixels, overlap)
+    postprocessing = _logged_postprocessing(config, runs, members, overlap)
+    record = record_of(members, source, config, postprocessing, overlap)
     plan, objects = _prepare_output(output, images, record, config)
-    whole = Chunk(members, source.url, output.url, config, plan.todo, min_pixels, overlap)
+    whole = Chunk(members, source.url, output.url, config, plan.todo, postprocessing, overlap)
     sources = {name: plan.sources[name] for name in map(mask_name, plan.todo)}
     whole = replace(whole, record=record, sources=sources)
     unreadable = _predict_all(whole, manifest, open_workers) if plan.todo else []
@@ -137,7 +139,8 @@ def infer(
         list_unreadable(output, unreadable)
         list_passed_over(output, passed_over)
     failed = {name for name, _ in unreadable}
-    delete_outdated(output, objects, [*map(mask_name, failed), *overlay_names(failed)])
+    gone = [*map(mask_name, failed), *overlay_names(failed), *probability_names(failed)]
+    delete_outdated(output, objects, gone)
     return InferResult(
         output_url=output.url,
         masks=tuple(
@@ -150,6 +153,27 @@ def infer(
         gone=plan.gone if file is None else (),
         is_file=file is not None,
     )
+
+
+def _logged_postprocessing(
+    config: InferConfig,
+    runs: Sequence[TrainedRun],
+    members: Sequence[EnsembleMember],
+    overlap: int | None,
+) -> Postprocessing:
+    """Returns how probabilities become masks; logs what was fitted for it."""
+    found = postprocessing_of(config, runs, members, overlap)
+    if found.line is not None:
+        logger.info("%s", found.line)
+    return found.values
+
+
+def _refuse_folders(source: ObjectStore, names: Sequence[str], config: InferConfig) -> None:
+    """Refuses images whose masks would be among other files of OUTPUT."""
+    if config.overlays:
+        refuse_folder(source, names, OVERLAYS_FOLDER, "--no-overlays")
+    if config.probabilities != "none":
+        refuse_folder(source, names, PROBABILITIES_FOLDER, "--probabilities none")
 
 
 def _prepare_output(
@@ -180,6 +204,8 @@ def _prepare_output(
     claim_output(output, record)
     if not config.overlays:
         delete_outdated(output, objects, overlay_names(plan.todo))
+    others = probability_names(plan.todo, without=config.probabilities)
+    delete_outdated(output, objects, others)
     return plan, objects
 
 

@@ -5,10 +5,12 @@ Reads and writes no files: `job/inference/chunk.py` does.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from data_prep.imaging.geometry import Geometry, undo_geometry
 from data_prep.imaging.pixels import grey_channel
@@ -17,12 +19,25 @@ from data_prep.shards.manifest import Manifest
 from flexunet.errors import StorageError, UsageError
 from flexunet.storage import NotFound, open_store
 from job.inference.options import ImageConfig
-from job.inference.postprocess import Ids, area_scale, class_ids, class_ids_at_source, without_small
 from job.inference.preprocess import to_model_pixels
-from job.inference.region_filter import read_min_pixels
 from job.inference.sliding_window import Probabilities, Step, Windows, slide
 from job.models.compatibility import window_overlap
 from job.models.flips import Flips
+from job.postprocessing.masks import (
+    Ids,
+    Postprocessing,
+    area_scale,
+    class_ids,
+    masked_at_source,
+    without_small,
+)
+from job.postprocessing.region_filter import read_min_pixels
+from job.postprocessing.stored import (
+    ExplicitValues,
+    PredictionKind,
+    Resolved,
+    resolve_postprocessing,
+)
 from job.runs.loading import (
     EnsembleMember,
     TrainedRun,
@@ -78,26 +93,53 @@ def find_members(
     return tuple(ensemble_member(run, find_checkpoint(run.store, which=checkpoint)) for run in runs)
 
 
-def min_pixels_of(
+def postprocessing_of(
+    config: ImageConfig,
+    runs: Sequence[TrainedRun],
+    members: Sequence[EnsembleMember],
+    overlap: int | None,
+) -> Resolved:
+    """Returns how probabilities become masks: by the options, else by the fit of the run.
+
+    Raises:
+        UsageError: an option does not fit the classes, or sizes of `small_regions` are missing or
+            were fitted for other predictions.
+        ContentError: a fit is damaged.
+    """
+    manifest = runs[0].manifest
+    names = [each.name for each in manifest.classes if each.id != 0]
+    found = resolve_postprocessing(
+        [each.store for each in runs],
+        names,
+        PredictionKind(tuple(members), config.flips, overlap),
+        ExplicitValues.of(config),
+    )
+    if config.small_regions is None:
+        return found
+    min_pixels = _stored_sizes(config, manifest, members, overlap)
+    return replace(found, values=replace(found.values, min_pixels=min_pixels))
+
+
+def _stored_sizes(
     config: ImageConfig,
     manifest: Manifest,
     members: Sequence[EnsembleMember],
     overlap: int | None,
 ) -> tuple[int, ...]:
-    """Returns the smallest kept region of each class but 0; empty: all regions are kept.
-
-    Raises:
-        UsageError: no sizes are stored, or they were fitted for other predictions.
-    """
-    if config.small_regions is None:
-        return ()
+    """Returns the sizes of `--small-regions` for each class but 0."""
+    if config.min_region is not None:
+        raise UsageError(
+            f"--small-regions={config.small_regions} and --min-region both give the smallest "
+            "region; leave out one of the two options"
+        )
     if is_sliding(config, manifest) and manifest.geometry != "tile":
         raise UsageError(
             f"--small-regions={config.small_regions}: its sizes are in pixels of resized images, "
             "and --window sliding does not resize; leave out one of the two options"
         )
     names = [each.name for each in manifest.classes if each.id != 0]
-    return read_min_pixels(open_store(config.small_regions), names, members, config.flips, overlap)
+    store = open_store(str(config.small_regions))
+    return read_min_pixels(store, names, members, config.flips, overlap)
 
 
 def load_predictor(
@@ -173,7 +215,7 @@ def predict_all(
     overlap: int | None,
     *,
     note: Callable[[str], None] = lambda text: None,
-    keeps_probabilities: bool = False,
+    thresholds: Sequence[float] | None = (),
 ) -> Iterator[tuple[ModelImage, np.ndarray]]:
     """Yields each image with its result at network size, for `mask_at_source`.
 
@@ -181,11 +223,12 @@ def predict_all(
         batch_size: images or windows per batch.
         overlap: of windows, pixels; None: predict images whole.
         note: called with the progress of an image of many windows.
-        keeps_probabilities: also for images of many windows, which takes much memory.
+        thresholds: as for `class_ids`, for images of many windows. None: yield probabilities of
+            these, too, which takes much memory.
     """
     if overlap is None:
         return _predict_whole(images, predictor, batch_size)
-    reduce = _unchanged if keeps_probabilities else class_ids
+    reduce = _unchanged if thresholds is None else partial(class_ids, thresholds=thresholds)
     return _predict_in_windows(images, predictor, batch_size, overlap, note, reduce)
 
 
@@ -229,19 +272,12 @@ def _predict_in_windows(
         yield image, np.concatenate(parts)
 
 
-def mask_at_source(found: np.ndarray, geometry: Geometry, min_pixels: Sequence[int]) -> Ids:
-    """Returns the mask (h, w) of class ids or of probabilities, as `predict_all` yields them.
-
-    Args:
-        min_pixels: of each class but 0, at network size; smaller regions are removed.
-    """
-    is_mask = found.ndim == 2
-    ids = (
-        undo_geometry(found, geometry, nearest=True)
-        if is_mask
-        else class_ids_at_source(found, geometry)
-    )
-    return without_small(ids, min_pixels, area_scale(geometry))
+def mask_at_source(found: np.ndarray, geometry: Geometry, postprocessing: Postprocessing) -> Ids:
+    """Returns the mask (h, w) of class ids or of probabilities, as `predict_all` yields them."""
+    if found.ndim == 2:
+        ids = undo_geometry(found, geometry, nearest=True)
+        return without_small(ids, postprocessing.min_pixels, area_scale(geometry))
+    return masked_at_source(found, geometry, postprocessing)
 
 
 def probabilities_at_source(probabilities: np.ndarray, geometry: Geometry) -> Probabilities:
@@ -249,17 +285,23 @@ def probabilities_at_source(probabilities: np.ndarray, geometry: Geometry) -> Pr
 
     Cropped areas are background: class 0 if K > 1, else 0.
     """
-    planes = [
-        undo_geometry(probabilities[..., index], geometry, nearest=False)
-        for index in range(probabilities.shape[-1])
-    ]
-    if geometry.crop is not None and len(planes) > 1:
-        part = geometry.part
-        is_outside = np.ones(planes[0].shape, bool)
-        rows, columns = part.top + part.height, part.left + part.width
-        is_outside[part.top : rows, part.left : columns] = False
-        planes[0][is_outside] = 1
-    return np.stack(planes, axis=-1)
+    return np.stack(list(planes_at_source(probabilities, geometry)), axis=-1)
+
+
+def planes_at_source(
+    probabilities: np.ndarray, geometry: Geometry
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Yields the probabilities of each class, as `probabilities_at_source`: (h, w) float32."""
+    num_outputs = probabilities.shape[-1]
+    for index in range(num_outputs):
+        plane = undo_geometry(probabilities[..., index], geometry, nearest=False)
+        if geometry.crop is not None and num_outputs > 1 and index == 0:
+            part = geometry.part
+            is_outside = np.ones(plane.shape, bool)
+            rows, columns = part.top + part.height, part.left + part.width
+            is_outside[part.top : rows, part.left : columns] = False
+            plane[is_outside] = 1
+        yield plane
 
 
 def scale_warning(config: ImageConfig, manifest: Manifest) -> str | None:

@@ -95,6 +95,35 @@ def intervals(
     return found
 
 
+def difference_interval(
+    first: Pair,
+    second: Pair,
+    groups: Groups,
+    *,
+    seed: int = SEED,
+    num_draws: int = NUM_DRAWS,
+    level: float = LEVEL,
+) -> tuple[float, float] | None:
+    """Returns the bootstrap interval of the `ratio` of `first` minus that of `second`.
+
+    Both are of the same cases and use the same draws; None if fewer than `MIN_GROUPS` groups
+    contribute to one of them.
+    """
+    if min(num_contributing(each[1], groups) for each in (first, second)) < MIN_GROUPS:
+        return None
+    group = np.unique(np.asarray(groups), return_inverse=True)[1]
+    parts = [values.reshape(len(values), -1) for pair in (first, second) for values in pair]
+    columns = [
+        np.asarray(np.bincount(group, weights=column), float) for part in parts for column in part.T
+    ]
+    sums = _draw_sums(columns, num_draws, seed)
+    drawn = [np.stack([next(sums) for _ in part.T], axis=1) for part in parts]
+    values = _ratios(drawn[0], drawn[1]) - _ratios(drawn[2], drawn[3])
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def num_contributing(denominators: Values, groups: Groups) -> int:
     """Returns how many groups have a denominator above 0 in any of the quotients."""
     has_value = denominators.reshape(len(denominators), -1).any(axis=1)

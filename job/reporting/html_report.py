@@ -16,6 +16,7 @@ from flexunet.json_files import read_json
 from flexunet.storage import ObjectStore, join_url
 from flexunet.text import pluralize
 from job.data.folds import fold_words
+from job.reporting.calibration_view import calibration_of, postprocessing_of
 from job.reporting.evaluation_view import (
     cases_of,
     distinct_origins,
@@ -117,6 +118,8 @@ def render(store: ObjectStore) -> str:
         origins=origins_of(store, summary),
         missing_groups=missing_groups(manifest),
         metrics=metrics_of(store, summary),
+        postprocessing=postprocessing_of(summary),
+        calibration=calibration_of(store, summary),
         lost=lost_regions(manifest, is_folded=fold is not None),
         cases=cases_of(store),
         failures=failures_of(store),

@@ -163,7 +163,7 @@ class RunWriter:
             ids = self.evaluator.mask_of(pixels, heartbeat)
             mask_png = plots.mask_png(ids, self.evaluator.dataset.manifest.classes)
             # The reference counts epochs from 1 here.
-            self._put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", mask_png)
+            self.put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", mask_png)
 
     def end_epoch(self, state: TrainState, row: Mapping[str, Any], heartbeat: Heartbeat) -> None:
         """Stores the results of an epoch except predictions, with a checkpoint last.
@@ -180,14 +180,14 @@ class RunWriter:
         metrics = self.evaluator.metrics
         names = [*metrics, *(f"val_{name}" for name in metrics)]
         for name, text in History(state.rows, metrics=names).tables().items():
-            self._put(f"metrics/{name}", text.encode())
+            self.put(f"metrics/{name}", text.encode())
         if state.time is not None:
-            self._put(RECORD_NAME, state.time.table().encode())
+            self.put(RECORD_NAME, state.time.table().encode())
         if not state.rows:
             return
         columns = list(state.throughput[0])
         rows = ([row[name] for name in columns] for row in state.throughput)
-        self._put("metrics/throughput.csv", csv_table(columns, rows).encode())
+        self.put("metrics/throughput.csv", csv_table(columns, rows).encode())
         curves = {
             "train_losses": ("loss", "val_loss"),
             "train_metrics": tuple(names),
@@ -202,13 +202,13 @@ class RunWriter:
             if series:
                 ylabel = "loss" if "loss" in stem else "score"
                 png = plots.curve_png(CURVE_TITLES[stem], epochs, series, ylabel, CURVE_LABELS)
-                self._put(f"metrics/{stem}.png", png)
+                self.put(f"metrics/{stem}.png", png)
 
-    def read_best(self, state: TrainState, heartbeat: Heartbeat) -> bool:
+    def read_best(self, state: TrainState, heartbeat: Heartbeat) -> list[str]:
         """Reads the weights of the best checkpoint into the model.
 
-        Returns whether it did: if it is damaged, the newest weights stay, averaged if the run
-        averages them. `state.best` must be set.
+        Returns folder and digest of the checkpoint; nothing if it is damaged: the newest weights
+        stay, averaged if the run averages them. `state.best` must be set.
 
         Args:
             heartbeat: called while bytes move.
@@ -220,7 +220,7 @@ class RunWriter:
         with tempfile.TemporaryDirectory(dir=self.staging) as folder:
             try:
                 store = self.run.store.watched(heartbeat)
-                _, members = download_checkpoint(
+                commit, members = download_checkpoint(
                     store, ref, folder, names=[serialization.WEIGHTS_NAME]
                 )
             except (ContentError, NotFound) as error:
@@ -229,9 +229,9 @@ class RunWriter:
                 )
                 if self.optimizer.average is not None:
                     self.optimizer.average.move_to_weights()
-                return False
+                return []
             serialization.read_weights(self.model, members[serialization.WEIGHTS_NAME])
-        return True
+        return [commit.prefix, commit.sha256]
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Stores the evaluation of a split."""
@@ -255,11 +255,12 @@ class RunWriter:
     def write_description(self, dataset: Dataset, strategy: Any) -> None:
         """Stores the config, the environment and a copy of the manifest."""
         environment = _environment(self.config, dataset, strategy, self.run.attempt)
-        self._put("config.yaml", write_yaml(self.config).encode())
-        self._put(MANIFEST_NAME, open_store(dataset.url).get(MANIFEST_NAME))
-        self._put("environment.json", (json.dumps(environment, indent=2) + "\n").encode())
+        self.put("config.yaml", write_yaml(self.config).encode())
+        self.put(MANIFEST_NAME, open_store(dataset.url).get(MANIFEST_NAME))
+        self.put("environment.json", (json.dumps(environment, indent=2) + "\n").encode())
 
-    def _put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes) -> None:
+        """Queues a file of the run."""
         self.upload_queue.post(lambda: self._store.put(name, data))
 
     def _save(self, state: TrainState, heartbeat: Heartbeat) -> None:
@@ -314,7 +315,7 @@ class RunWriter:
         folder = os.path.join(self.staging, "tensorboard")
         for name in os.listdir(folder):
             with open(os.path.join(folder, name), "rb") as file:
-                self._put(f"tensorboard/attempt-{self.run.attempt}/{name}", file.read())
+                self.put(f"tensorboard/attempt-{self.run.attempt}/{name}", file.read())
 
 
 @contextmanager

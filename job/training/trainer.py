@@ -26,11 +26,14 @@ from job.data.reader import RecordReader
 from job.distributed.process_group import ProcessGroup
 from job.evaluation.artifacts import draw_examples
 from job.evaluation.evaluator import Evaluation, Evaluator, means_of
+from job.evaluation.rank_evaluation import Watch
+from job.evaluation.validation_fit import fit_postprocessing, log_fit
 from job.metrics.batch import RunningSums
 from job.optimization.loss_scale import MOST_SKIPPED
 from job.optimization.optimizer import Adam
 from job.optimization.schedule import stopped_early_words
 from job.optimization.time_schedule import TrainingClock, read_record
+from job.postprocessing.stored import POSTPROCESSING_NAME
 from job.runs.layout import ORIGIN_NAME
 from job.runs.loading import initialize_from
 from job.runs.provenance import Origin, as_record, check_no_leakage, origin_json, read_origin
@@ -202,7 +205,12 @@ class Trainer:
         running.load_state(state.sums)
         try:
             with self._averaged_weights():
-                validation = self._evaluate("valid", should_stop)
+                validation = self.evaluator.evaluate(
+                    "valid",
+                    self.readers["valid"],
+                    should_stop=should_stop,
+                    heartbeat=self.heartbeat,
+                )
         except StoppedError:
             return None
         rate = state.rate(self.config, self.num_steps, offset=-1)
@@ -304,33 +312,48 @@ class Trainer:
             StoppedError: `should_stop` returned true in one of the processes.
             LockedError, StorageError: the run was lost, or the checkpoint could not be stored.
         """
-        if state.best is None or "test" not in self.dataset.splits:
+        has_test, fits = "test" in self.dataset.splits, self.config.fit_postprocessing
+        if state.best is None or not (has_test or fits):
             return None
-        is_best = self._recorded(
-            lambda run_writer, heartbeat: run_writer.read_best(state, heartbeat)
-        )
+        best = self._recorded(lambda run_writer, heartbeat: run_writer.read_best(state, heartbeat))
         self.process_group.broadcast(self.model.variables)
         try:
-            evaluation = self._evaluate("test", should_stop, measured=True)
+            evaluator = self._fitted(best, should_stop) if fits and best else self.evaluator
+            if not has_test:
+                return None
+            evaluation = evaluator.evaluate(
+                "test",
+                self.readers["test"],
+                measured=True,
+                shown=self._shows_bar,
+                should_stop=should_stop,
+                heartbeat=self.heartbeat,
+            )
         except StoppedError:
             # A failure may be the cause, which the first process knows.
             self._recorded(lambda run_writer, heartbeat: run_writer.write_stop(state, heartbeat))
             raise
-        epochs = state.best["epoch"] + 1 if is_best else state.epoch
-        evaluation.summary["checkpoint"] = {
-            "which": "best" if is_best else "last",
-            "epochs": [epochs],
-        }
+        epochs = state.best["epoch"] + 1 if best else state.epoch
+        used = {"which": "best" if best else "last", "epochs": [epochs]}
+        evaluation.summary["checkpoint"] = used
         evaluation.summary["init_from"] = self.init_from
         examples: dict[str, bytes] = {}
 
         def draw(run_writer: RunWriter, heartbeat: Heartbeat) -> None:
-            examples.update(
-                draw_examples(self.evaluator, evaluation, self.readers["test"], heartbeat)
-            )
+            examples.update(draw_examples(evaluator, evaluation, self.readers["test"], heartbeat))
 
         self._recorded(draw)
         return dataclasses.replace(evaluation, examples=examples)
+
+    def _fitted(self, checkpoint: list[str], should_stop: Callable[[], bool]) -> Evaluator:
+        """Fits and stores the postprocessing of the best weights; returns an evaluator with it."""
+        watch = Watch(self._shows_bar, should_stop, self.heartbeat)
+        valid = self.readers["valid"]
+        fitted = fit_postprocessing(self.evaluator, valid, checkpoint, watch)
+        if self.run_writer is not None:
+            log_fit(fitted)
+            self.run_writer.put(POSTPROCESSING_NAME, fitted.text().encode())
+        return self.evaluator.with_postprocessing(fitted)
 
     def end_finished(self, state: TrainState, evaluation: Evaluation | None) -> dict[str, Any]:
         """Stores the evaluation of the test split, ends the run, returns the outcome.
@@ -374,16 +397,3 @@ class Trainer:
         """Returns a context in which the model has the averaged weights, if the run keeps them."""
         average = self.optimizer.average
         return contextlib.nullcontext() if average is None else average.in_use()
-
-    def _evaluate(
-        self, split: str, should_stop: Callable[[], bool], *, measured: bool = False
-    ) -> Evaluation:
-        return self.evaluator.evaluate(
-            split,
-            self.readers[split],
-            measured=measured,
-            # Elsewhere a line reports the phase, and the log gets no lines of a bar.
-            shown=measured and self._shows_bar,
-            should_stop=should_stop,
-            heartbeat=self.heartbeat,
-        )

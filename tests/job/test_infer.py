@@ -40,10 +40,10 @@ from job.inference.inputs import find_images, sort_images
 from job.inference.options import InferConfig
 from job.inference.outputs import MAX_PASSED_OVER, list_passed_over
 from job.inference.pipeline import infer
-from job.inference.postprocess import class_ids_at_source
 from job.inference.prediction import color_warning, model_image
 from job.inference.preprocess import to_model_pixels
 from job.optimization.optimizer import Adam
+from job.postprocessing.masks import class_ids_at_source
 from job.runs import serialization
 from job.runs.loading import model_for, open_run
 from job.runs.run import Run

@@ -20,15 +20,15 @@ from job.data.shard_cache import open_reader
 from job.evaluation.pipeline import EvaluateConfig, dataset_of, evaluate_run
 from job.inference.options import InferConfig
 from job.inference.pipeline import infer
-from job.inference.postprocess import class_ids, without_small
-from job.inference.region_filter import (
+from job.models.ensemble import make_probability_step, network_of
+from job.postprocessing.masks import class_ids, without_small
+from job.postprocessing.region_filter import (
     FILE_NAME,
     FittedOn,
     RegionTally,
     SmallRegions,
     read_min_pixels,
 )
-from job.models.ensemble import make_probability_step, network_of
 from job.runs.loading import EnsembleMember, load_model, open_run
 
 

@@ -162,7 +162,7 @@ def test_worker_processes_measure_the_same_in_the_same_order(
         assert ours.metrics == theirs.metrics
         assert np.array_equal(ours.counts, theirs.counts)
         assert np.array_equal(ours.mask.unpack(), theirs.mask.unpack())
-        assert np.array_equal(ours.sweep.tp, theirs.sweep.tp)
+        assert np.array_equal(ours.tallies.sweep.tp, theirs.tallies.sweep.tp)
 
 
 @pytest.mark.cluster
@@ -204,22 +204,22 @@ def test_results_of_cases_are_kept_in_a_file(monkeypatch: pytest.MonkeyPatch) ->
     results = [CaseMeasures(3, None).measure(some_case(index)) for index in range(3)]
     with CaseFile() as file:
         for each in reversed(results):
-            file.add(each.index, each.sweep, each.mask)
+            file.add(each.index, each.tallies, each.mask)
         assert np.array_equal(file.masks([1, 7])[1].unpack(), results[1].mask.unpack())
-        assert np.array_equal(file.sweeps([2])[2].fn, results[2].sweep.fn)
-        assert file.sweeps([7]) == {}
+        assert np.array_equal(file.tallies([2])[2].sweep.fn, results[2].tallies.sweep.fn)
+        assert file.tallies([7]) == {}
 
 
 def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(case_file, "_MAX_BYTES", 1000)
-    sweep = CaseMeasures(3, None).measure(some_case(0)).sweep
+    tallies = CaseMeasures(3, None).measure(some_case(0)).tallies
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with CaseFile() as file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
         try:
             with pytest.raises(StorageError, match=r"cannot store the results.*TMPDIR"):
                 for index in range(100):
-                    file.add(index, sweep, PackedMask((1, 1), b"x"))
+                    file.add(index, tallies, PackedMask((1, 1), b"x"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

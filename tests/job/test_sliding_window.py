@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from data_prep.imaging.tiles import starts
-from job.inference.postprocess import class_ids
 from job.inference.sliding_window import Windows, probabilities_of, slide, window_weights
 from job.models.ensemble import make_probability_step, network_of
+from job.postprocessing.masks import class_ids
 from job.runs.loading import load_model, open_run
 
 WINDOW: dict[str, Any] = {"height": 16, "width": 12, "batch_size": 3}

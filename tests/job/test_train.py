@@ -27,10 +27,13 @@ from flexunet.errors import (
 from flexunet.storage import join_url, open_store
 from job.config import ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from job.optimization.time_schedule import RECORD_NAME, TrainingClock
+from job.postprocessing.masks import Postprocessing
+from job.postprocessing.stored import read_postprocessing
 from job.reporting.html_report import render
 from job.reporting.training_display import TrainingDisplay
 from job.runs.checkpoints import find_checkpoints
 from job.runs.lease import LeaseTiming
+from job.runs.loading import find_checkpoint
 from job.runs.run import Run
 from job.runs.status import read_ends, run_status
 from job.training import trainer
@@ -112,6 +115,7 @@ def finished(
     output = tmp_path_factory.mktemp("finished")
     average = OptimizerConfig(ema_momentum=0.5)
     config = config_for(dataset, output, tensorboard=True, keep_checkpoints=1, optimizer=average)
+    config = config.model_copy(update={"fit_postprocessing": True})
     return config, *train(config, one_cpu)
 
 
@@ -285,8 +289,21 @@ def test_a_run_leaves_all_its_outputs(finished: Any) -> None:
     summary = json.loads((run / "evaluation" / "summary.json").read_text())
     assert summary == outcome["evaluation"]
     assert summary["num_cases"] == 4
+    check_best_is_fitted(run)
+    assert summary["prediction"]["postprocessing"]["fitted_on"]["num_cases"] == 4
     header = (run / "metrics" / "train_losses.csv").read_text().splitlines()[0]
     assert header == "epoch, loss, val_loss"
+
+
+def check_best_is_fitted(run: Path) -> None:
+    """Checks that the fit of a run is of its best checkpoint."""
+    fitted = read_postprocessing(open_store(str(run)), ["mass"])
+    best = find_checkpoint(open_store(str(run)), which="best")
+    assert fitted is not None
+    assert (fitted.checkpoint, fitted.commit_sha256) == (best.prefix, best.sha256)
+    # Four validation images are too few for an interval.
+    assert fitted.values() == Postprocessing()
+    assert fitted.temperature.low is None
 
 
 def test_another_setting_under_the_same_name_is_refused(finished: Any, one_cpu: Any) -> None:
@@ -306,6 +323,8 @@ def test_a_finished_run_trains_again_only_for_more_epochs(finished: Any, one_cpu
     store = open_store(join_url(config.output, "run"))
     steps = {ref.step for ref in find_checkpoints(store)}
     assert steps == {3 * (longer["best"]["epoch"] + 1), 9}
+    assert longer["best"] != outcome["best"]
+    check_best_is_fitted(Path(config.output) / "run")
 
 
 def test_a_run_that_is_lost_during_evaluation_ends_as_lost(

@@ -22,9 +22,9 @@ from pydantic import Field
 from flexunet.errors import ContentError, UsageError
 from flexunet.settings import Settings, parse_settings
 from flexunet.storage import ObjectStore
-from job.inference.postprocess import Ids
 from job.metrics.lesions import MIN_PIXELS, label_regions
 from job.models.flips import Flips
+from job.postprocessing.masks import Ids
 from job.runs.loading import EnsembleMember
 
 FILE_NAME = "small_regions.json"
@@ -72,17 +72,44 @@ class SmallRegions(Settings):
 
 
 @dataclass(frozen=True)
-class _CaseRegions:
-    """The predicted regions of a class in one case, in order of size."""
+class CaseRegions:
+    """The predicted regions of a class in one case, in order of size.
+
+    Attributes:
+        sizes: pixels of each predicted region.
+        hits: true pixels of each.
+        true_sizes: pixels of each true region.
+    """
 
     sizes: npt.NDArray[np.int64]
-    hits: npt.NDArray[np.int64]  # true pixels of each
-    true_sizes: npt.NDArray[np.int64]  # pixels of each true region
+    hits: npt.NDArray[np.int64]
+    true_sizes: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, truth: Ids, prediction: Ids, class_id: int) -> "CaseRegions":
+        """Returns the regions of one class of two masks (H, W) without ignored pixels."""
+        true = truth == class_id
+        labels, sizes = label_regions(prediction == class_id)
+        hits = np.bincount(labels[true], minlength=len(sizes))[1:]
+        order = np.argsort(sizes[1:], kind="stable")
+        return cls(sizes[1:][order], hits[order], label_regions(true)[1][1:])
 
     @property
     def num_true(self) -> int:
         """The number of true pixels."""
         return int(self.true_sizes.sum())
+
+    def dice_terms(
+        self, limits: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """Returns Dice and whether it is defined, (L,) each, without regions below each limit."""
+        num_gone = np.searchsorted(self.sizes, limits)
+        pixels, hits = (
+            sum_ - np.concatenate([[0], np.cumsum(each)])[num_gone]
+            for each, sum_ in ((self.sizes, self.sizes.sum()), (self.hits, self.hits.sum()))
+        )
+        both = pixels + self.num_true
+        return 2 * hits / np.maximum(both, 1), both > 0
 
 
 class RegionTally:
@@ -91,7 +118,7 @@ class RegionTally:
     def __init__(self, names: Sequence[str]) -> None:
         """Starts without cases; `names` are those of the foreground classes."""
         self._names = names
-        self._cases: list[list[_CaseRegions]] = [[] for _ in names]
+        self._cases: list[list[CaseRegions]] = [[] for _ in names]
 
     @property
     def num_cases(self) -> int:
@@ -101,11 +128,7 @@ class RegionTally:
     def add(self, truth: Ids, prediction: Ids) -> None:
         """Adds a case, two masks (H, W) of class ids without ignored pixels."""
         for index, cases in enumerate(self._cases):
-            true = truth == index + 1
-            labels, sizes = label_regions(prediction == index + 1)
-            hits = np.bincount(labels[true], minlength=len(sizes))[1:]
-            order = np.argsort(sizes[1:], kind="stable")
-            cases.append(_CaseRegions(sizes[1:][order], hits[order], label_regions(true)[1][1:]))
+            cases.append(CaseRegions.of(truth, prediction, index + 1))
 
     def fit(self) -> list[ClassFit]:
         """Returns the best size for each class, the smallest of equally good ones."""
@@ -119,7 +142,7 @@ class RegionTally:
         ]
 
 
-def _lesion_sizes(cases: Sequence[_CaseRegions]) -> npt.NDArray[np.int64]:
+def _lesion_sizes(cases: Sequence[CaseRegions]) -> npt.NDArray[np.int64]:
     sizes = np.concatenate([case.true_sizes for case in cases])
     return sizes[sizes >= MIN_PIXELS]
 
@@ -137,22 +160,25 @@ def _described(fit: ClassFit, lesions: npt.NDArray[np.int64]) -> str:
     )
 
 
-def _fit(name: str, cases: Sequence[_CaseRegions]) -> ClassFit:
+def candidate_limits(cases: Sequence[CaseRegions]) -> npt.NDArray[np.int64]:
+    """Returns the sizes, in pixels, that a fit may choose: 0, then one for each predicted size.
+
+    None is above the 5th percentile of the true lesions.
+    """
     found = np.unique(np.concatenate([case.sizes for case in cases]))
     limits = np.concatenate([[0], found + 1])  # remove nothing; remove all regions up to a size
     lesions = _lesion_sizes(cases)
     largest = np.percentile(lesions, _CAP_PERCENTILE, method="lower") if len(lesions) else 0
-    limits = limits[limits <= largest]
+    return limits[limits <= largest]
+
+
+def _fit(name: str, cases: Sequence[CaseRegions]) -> ClassFit:
+    limits = candidate_limits(cases)
     total, count = np.zeros(len(limits)), np.zeros(len(limits))
     for case in cases:
-        num_gone = np.searchsorted(case.sizes, limits)
-        pixels, hits = (
-            sum_ - np.concatenate([[0], np.cumsum(each)])[num_gone]
-            for each, sum_ in ((case.sizes, case.sizes.sum()), (case.hits, case.hits.sum()))
-        )
-        both = pixels + case.num_true
-        total += 2 * hits / np.maximum(both, 1)
-        count += both > 0
+        dice, is_defined = case.dice_terms(limits)
+        total += dice
+        count += is_defined
     if not count.any():
         return ClassFit(name=name, min_pixels=0, dice_before=None, dice=None)
     dice = total / np.maximum(count, 1)

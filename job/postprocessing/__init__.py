@@ -1,0 +1,1 @@
+"""Turns probabilities into masks, and fits how: thresholds, small regions, temperature."""

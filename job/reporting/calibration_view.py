@@ -1,0 +1,160 @@
+"""Collects for the report what postprocessing an evaluation used, and how calibrated it is."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexunet.json_files import read_table
+from flexunet.storage import ObjectStore
+from job.reporting.phrases import measure_label
+from job.reporting.view_parts import Table
+from job.runs.layout import evaluate_again
+
+PLOT_SIDE = 220  # pixels of a plot
+_BAR_HEIGHT = 40  # of the histogram under it
+_PLAIN = "without temperature"
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class UsedPostprocessing:
+    """The postprocessing of an evaluation.
+
+    Attributes:
+        cases: on which it was fitted, in words; None: it was given by options.
+        not_used: why a stored fit was not used; None: it was, or there is none.
+        table: the values and, if they change masks, the Dice without them.
+        dice, plain_dice: foreground Dice with and without it.
+    """
+
+    cases: tuple[int, str] | None
+    not_used: str | None
+    temperature: float
+    table: Table
+    dice: float | None
+    plain_dice: float | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a reliability plot: points (x, y) in pixels from the upper left corner."""
+
+    label: str
+    points: Sequence[Point]
+
+    @property
+    def path(self) -> str:
+        """The points as an SVG attribute."""
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
+
+
+@dataclass(frozen=True)
+class ReliabilityPlot:
+    """A plot of one class.
+
+    Attributes:
+        bars: (left, top, width, height) of the share of pixels in each bin, on a log scale.
+    """
+
+    title: str
+    side: int
+    height: int
+    lines: Sequence[Line]
+    bars: Sequence[tuple[float, float, float, float]]
+
+
+@dataclass(frozen=True)
+class CalibrationView:
+    """The calibration of an evaluation."""
+
+    num_bins: int
+    temperature: float
+    table: Table
+    plots: Sequence[ReliabilityPlot]
+
+
+def postprocessing_of(summary: Mapping[str, Any] | None) -> UsedPostprocessing | None:
+    """Returns the postprocessing of an evaluation, None if there was none."""
+    used = ((summary or {}).get("prediction") or {}).get("postprocessing")
+    if summary is None or not used:
+        return None
+    plain = summary.get("without_postprocessing")
+    plain_classes = plain["classes"] if plain else [{}] * len(summary["classes"])
+    dice = measure_label("dice_mean")
+    rows = [
+        (name, threshold, pixels, without.get("dice"), found["dice"])
+        for name, threshold, pixels, without, found in zip(
+            used["classes"],
+            used["thresholds"],
+            used["min_region"],
+            plain_classes[1:],
+            summary["classes"][1:],
+            strict=True,
+        )
+    ]
+    columns = ("class", "threshold", "smallest region, pixels", f"{dice}: without", f"{dice}: with")
+    fitted_on = used["fitted_on"]
+    return UsedPostprocessing(
+        cases=(fitted_on["num_cases"], fitted_on["split"]) if fitted_on else None,
+        not_used=used["not_used"],
+        temperature=used["temperature"],
+        table=Table(columns, rows),
+        dice=summary["foreground_mean"]["dice"],
+        plain_dice=plain["foreground_mean"]["dice"] if plain else None,
+    )
+
+
+def calibration_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> CalibrationView | None:
+    """Returns the calibration of the newest evaluation, None if it was not measured."""
+    # Earlier versions did not measure it.
+    found = (summary or {}).get("calibration")
+    if not found:
+        return None
+    has_temperature = found["temperature"] != 1
+    owners = [(each["name"], each) for each in found["classes"]]
+    owners.append(("top class", found["top_class"]))
+    columns = ["class", "ECE"]
+    if has_temperature:
+        columns = ["class", f"ECE {_PLAIN}", f"ECE with temperature {found['temperature']:.3g}"]
+    rows = [
+        (name, each["ece"], *([each["ece_with_temperature"]] if has_temperature else []))
+        for name, each in owners
+    ]
+    bins = read_table(store, "evaluation/calibration.csv", evaluate_again(store)) or []
+    plots = [_plot(name, [row for row in bins if row["class"] == name]) for name, _ in owners]
+    return CalibrationView(
+        num_bins=found["num_bins"],
+        temperature=found["temperature"],
+        table=Table(columns, rows),
+        plots=[each for each in plots if each.lines],
+    )
+
+
+def _plot(title: str, rows: Sequence[Mapping[str, str]]) -> ReliabilityPlot:
+    temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
+    lines = []
+    for index, temperature in enumerate(temperatures):
+        points = [
+            (
+                float(row["mean_probability"]) * PLOT_SIDE,
+                (1 - float(row["share_right"])) * PLOT_SIDE,
+            )
+            for row in rows
+            if row["temperature"] == temperature and row["mean_probability"]
+        ]
+        label = _PLAIN if index == 0 else f"temperature {float(temperature):.3g}"
+        lines.append(Line(label, points))
+    last = [row for row in rows if temperatures and row["temperature"] == temperatures[-1]]
+    return ReliabilityPlot(title, PLOT_SIDE, PLOT_SIDE + _BAR_HEIGHT, lines, _bars(last))
+
+
+def _bars(rows: Sequence[Mapping[str, str]]) -> list[tuple[float, float, float, float]]:
+    most = math.log1p(max((int(row["pixels"]) for row in rows), default=0)) or 1.0
+    bars = []
+    for row in rows:
+        height = math.log1p(int(row["pixels"])) / most * (_BAR_HEIGHT - 4)
+        left, right = float(row["low"]) * PLOT_SIDE, float(row["high"]) * PLOT_SIDE
+        bars.append((left + 1, PLOT_SIDE + _BAR_HEIGHT - height, right - left - 2, height))
+    return bars
