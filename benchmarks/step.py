@@ -359,7 +359,7 @@ class Network:
         Args:
             is_first: no layer before it is trained, so its input needs no gradient.
         """
-        from job.models.dropout import sample_keys
+        from job.models.dropout import dropout
 
         tf = self.tf
         given = layer.input if isinstance(layer.input, list) else [layer.input]
@@ -369,7 +369,7 @@ class Network:
 
         @tf.function
         def run(inputs: list[Any], backward: Any) -> list[Any]:
-            with sample_keys(keys), tf.GradientTape() as tape:
+            with dropout([layer], keys, self.config.random_streams), tf.GradientTape() as tape:
                 tape.watch(inputs)
                 # A layer with one input takes a tensor, not a list.
                 output = layer(inputs if len(inputs) > 1 else inputs[0], training=True)

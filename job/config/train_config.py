@@ -150,10 +150,11 @@ class TrainConfig(Settings):
         1234, "Random seed of weights, sample order, dropout and augmentation.", ge=0, lt=2**31
     )
     random_streams: int = option(
-        2,
-        "Version of the random streams drawn from the seed; 1: those of version 0.1.0.",
+        3,
+        "Version of the random streams drawn from the seed; 1: those of version 0.1.0; 2: earlier "
+        "dropout, which draws for each sample alone.",
         ge=1,
-        le=2,
+        le=3,
     )
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16", "float64"] = option(
         "auto",

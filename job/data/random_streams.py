@@ -2,8 +2,9 @@
 
 The generators are numpy's Philox with the seed of the run in the key. The last word of the counter
 is the purpose, so that no two streams share numbers. In version 1, used by runs of version 0.1.0,
-the order of epoch i and the augmentation of sample i in epoch 0 share numbers. Dropout and initial
-weights draw from generators of TensorFlow and Keras instead.
+the order of epoch i and the augmentation of sample i in epoch 0 share numbers. Version 3 differs
+from version 2 in dropout alone, which `job.models.dropout` draws. Initial weights draw from
+generators of Keras.
 """
 
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ from job.distributed.replica_sums import (
     seen_by,
 )
 from job.losses import GlobalSum, part_of, replica_sum
-from job.models.dropout import draw_kept, kept_values, sample_keys
+from job.models.dropout import draw_kept, dropout, kept_values
 from job.models.ensemble import prepared
 from job.models.heads import outputs_of
 from job.models.normalization import counted_samples
@@ -54,6 +54,7 @@ class StepOptions:
             normalisation, and a plan that gathers nothing.
         has_messages: the step adds up a message of each process, too.
         has_clock: the messages hold the training time.
+        random_streams: version of the random streams, for dropout.
     """
 
     plan: Plan | None = None
@@ -62,6 +63,7 @@ class StepOptions:
     uses_xla: bool = False
     has_messages: bool = False
     has_clock: bool = False
+    random_streams: int = 3
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,11 @@ class _ReplicaStep:
 
     def _forward(self, part: Batch) -> list[tf.Tensor]:
         """Returns the logits of each head, the main one first."""
+        layers, version = self.model.layers, self.options.random_streams
         if self.options.uses_xla:
-            return outputs_of(self.compiled(part["image"], draw_kept(self.model, part["key"])))
-        with sample_keys(part["key"]), counted_samples(part["weight"]):
+            kept = draw_kept(layers, part["key"], version)
+            return outputs_of(self.compiled(part["image"], kept))
+        with dropout(layers, part["key"], version), counted_samples(part["weight"]):
             return outputs_of(self.model(prepared(self.model, part["image"]), training=True))
 
     def _loss(self, part: Batch, heads: list[tf.Tensor], global_sum: GlobalSum) -> tf.Tensor:
@@ -241,9 +245,11 @@ class _ReplicaStep:
 def _compiled(model: keras.Model) -> Callable[[tf.Tensor, Mapping[str, tf.Tensor]], Any]:
     """Returns the network in training, and its gradient, as one XLA program.
 
-    The caller passes the kept values of dropout, because the generator of XLA draws other numbers
-    from the same keys. Expected on GPUs, but not tested yet: XLA fuses the operations between
-    convolutions and pads channels for tensor cores.
+    The caller passes the kept values of dropout, because in versions 1 and 2 of the random streams
+    the generator of XLA would draw other numbers from the same keys.
+
+    Expected on GPUs, but not tested yet: XLA fuses the operations between convolutions and pads
+    channels for tensor cores.
     """
 
     @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)

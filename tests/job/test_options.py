@@ -175,7 +175,7 @@ def test_folds_go_on_as_the_first_of_them_that_was_begun(tmp_path: Path) -> None
 
 def test_a_new_run_takes_the_defaults_of_today(tmp_path: Path) -> None:
     options = {"data": "gs://b/data", "output": str(tmp_path), "name": "new"}
-    assert resolve_config(options, None).random_streams == 2
+    assert resolve_config(options, None).random_streams == 3
     assert not list(tmp_path.iterdir())
 
 
