@@ -182,9 +182,14 @@ def read_text(path: str, flag: str | None = None) -> str:
         raise UsageError(f"{flag} {path}: cannot be read ({error}); give a text file") from error
 
 
-def write_yaml(settings: Settings) -> str:
-    """Returns `settings` as YAML text with every field, defaults too."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+def write_yaml(settings: Settings, *, only_set: bool = False) -> str:
+    """Returns `settings` as YAML text with every field, defaults too.
+
+    Args:
+        only_set: write only the fields that were set when `settings` were made.
+    """
+    values = settings.model_dump(mode="json", exclude_unset=only_set)
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from job.compat.ini_prep import PreparationConfig
 from job.config import TrainConfig
 from job.data.folds import is_cross_validation
 from job.distributed.rendezvous import ProcessSpec, process_spec_from_environment
+from job.planning.options import resolve_config
 from job.reporting.fold_tables import show_folds
 from job.reporting.html_report import REPORT_NAME, read_summary, write_report
 from job.reporting.summary_tables import show_summary
 from job.runs.layout import run_url
 from job.training.cross_validation import cross_validate, separate_process
-from job.training.options import resolve_config
 from job.training.process import run_in_cluster, run_local, stop_signals
 
 

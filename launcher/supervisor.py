@@ -15,9 +15,13 @@ from flexunet.errors import FlexUNetError, StoppedError, UsageError
 from flexunet.storage import join_url, open_store
 from flexunet.text import pluralize
 from job.config import TrainConfig
+from job.data.dataset import Dataset
 from job.data.folds import open_folded
 from job.distributed.watchdog import STACKS_FOLDER
 from job.models.compatibility import check_compatible
+from job.planning.facts import machine_facts
+from job.planning.options import begun_config, needs_plan
+from job.planning.settle import preview
 from job.reporting.html_report import renew_report
 from job.reporting.training_display import TrainingDisplay
 from job.runs.checkpoints import find_checkpoints
@@ -54,8 +58,6 @@ def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
     Raises:
         FlexUNetError: as `job.training.loop.train_and_evaluate`; also when too many workers failed.
     """
-    from job.distributed.strategy import check_batch
-
     launch_id = uuid.uuid4().hex
     with stop_signals() as should_stop, TrainingDisplay(config) as display, ExitStack() as stack:
 
@@ -64,12 +66,10 @@ def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
                 raise stopped_at_start()
 
         dataset = open_folded(config)
-        check_compatible(config, dataset)
-        check_origin(config, dataset)
-        check_batch(config, settings.num_workers, settings.gpus_per_worker)
+        _check(config, settings, dataset)
         check_stop()
         stack.enter_context(connected(settings.address, worker_logs=False))
-        outcome = _outcome_so_far(config, dataset.digest, launch_id)
+        outcome, config = _outcome_so_far(config, dataset.digest, launch_id)
         if outcome is not None:
             return outcome
         settings = _sized(config, settings)
@@ -91,6 +91,22 @@ def launch(config: TrainConfig, settings: LaunchConfig) -> dict[str, Any]:
             pause_s = retries.spend(error, is_preempted=group.is_preempted)
             logger.warning("restarting the workers (%s)", error)
             _pause(pause_s, should_stop)
+
+
+def _check(config: TrainConfig, settings: LaunchConfig, dataset: Dataset) -> None:
+    """Checks before any worker starts what can be checked without one.
+
+    The first worker plans the options of a new run. Its machine may differ from this one, so the
+    plan here is only for these checks.
+    """
+    from job.distributed.strategy import check_batch
+
+    num_replicas = settings.num_workers * max(1, settings.gpus_per_worker)
+    machine = machine_facts(config, num_gpus=0)
+    planned = preview(config, machine.model_copy(update={"num_replicas": num_replicas}))
+    check_compatible(planned, dataset)
+    check_origin(planned, dataset)
+    check_batch(planned, settings.num_workers, settings.gpus_per_worker)
 
 
 class _RetryPolicy:
@@ -161,8 +177,12 @@ def _cluster_errors() -> Iterator[None]:
         ) from error
 
 
-def _outcome_so_far(config: TrainConfig, digest: str, launch_id: str) -> dict[str, Any] | None:
-    """Returns the outcome of a finished run before any worker starts, else None.
+def _outcome_so_far(
+    config: TrainConfig, digest: str, launch_id: str
+) -> tuple[dict[str, Any] | None, TrainConfig]:
+    """Returns the outcome of a finished run before any worker starts, else None, and the config.
+
+    A run that another process has begun meanwhile keeps its options.
 
     Raises:
         LockedError: another process owns the run.
@@ -172,14 +192,17 @@ def _outcome_so_far(config: TrainConfig, digest: str, launch_id: str) -> dict[st
         precision = stored_precision(run)
         outcome = None
         if precision is not None:
+            if needs_plan(config):
+                config = begun_config(config)
+            found = config
             if config.precision == "auto":
-                config = config.model_copy(update={"precision": precision})
-            outcome = earlier_outcome(config, run, digest)
+                found = config.model_copy(update={"precision": precision})
+            outcome = earlier_outcome(found, run, digest)
         if outcome is None:
             run.note_end("looked")
         else:
             renew_report(run.store)  # a later evaluation may have changed it
-        return outcome
+        return outcome, config
 
 
 def _sized(config: TrainConfig, settings: LaunchConfig) -> LaunchConfig:

@@ -169,7 +169,8 @@ def _outcome_of(
     trainer = TensorflowTrainer(
         work,
         train_loop_config={
-            "config": config.model_dump(mode="json"),
+            # What is not set, the first worker plans.
+            "config": config.model_dump(mode="json", exclude_unset=True),
             "coordinator": group.coordinator,
             "launch": launch_id,
             "num_gpus": settings.gpus_per_worker,

@@ -33,7 +33,7 @@ ABOVE_API = {"data_prep", "job"}
 LAZY = {"data_prep/imaging/dicom/tfio.py": {"tensorflow", "tensorflow_io"}}
 
 # Each package's own order, lowest first: a module imports from its own entry and from earlier ones.
-COMMANDS = ["job.evaluate", "job.infer", "job.report", "job.train", "job.doctor"]
+COMMANDS = ["job.evaluate", "job.infer", "job.plan", "job.report", "job.train", "job.doctor"]
 ORDERS = {
     "flexunet": [
         "flexunet.errors",
@@ -83,6 +83,7 @@ ORDERS = {
         "job.distributed",
         "job.runs",
         "job.postprocessing",
+        "job.planning",
         "job.reporting",
         "job.inference",
         "job.evaluation",

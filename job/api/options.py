@@ -88,7 +88,7 @@ class InspectOptions(TypedDict, total=False):
 class TrainOptions(TypedDict, total=False):
     """Keyword arguments of `flexunet.train`: the fields of `TrainConfig`."""
 
-    preset: Literal["reference", "recipe"]
+    preset: Literal["auto", "reference", "recipe"]
     data: StrPath | None
     output: StrPath
     name: str | None

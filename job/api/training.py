@@ -12,8 +12,8 @@ from job.api.runs import Run, open_run
 from job.compat.ini_prep import PreparationConfig
 from job.config import TrainConfig
 from job.data.folds import is_cross_validation
+from job.planning.options import resolve_config
 from job.runs.layout import run_url
-from job.training.options import resolve_config
 from job.training.process import run_local
 
 

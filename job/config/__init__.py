@@ -19,6 +19,7 @@ from job.config.groups import (
 )
 from job.config.identity import (
     identity_of,
+    nested_values,
     preset_values,
     stored_config,
     stored_options,
@@ -51,6 +52,7 @@ __all__ = [
     "checked_run_name",
     "dotted_keys",
     "identity_of",
+    "nested_values",
     "preset_values",
     "stored_config",
     "stored_options",

@@ -68,16 +68,16 @@ def identity_of(config: TrainConfig, *, is_whole: bool = False) -> dict[str, Any
 
 def values_of_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the nested config values of an identity, see `identity_of`."""
-    return _nested({**_LATER, **identity})
+    return nested_values({**_LATER, **identity})
 
 
 def preset_values(config: TrainConfig) -> dict[str, Any]:
     """Returns the nested values of `config` for all options that any preset sets."""
     whole = identity_of(config, is_whole=True)
-    return _nested({name: whole[name] for name in PRESET_KEYS})
+    return nested_values({name: whole[name] for name in PRESET_KEYS})
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested_values(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Returns values by dotted path as nested groups."""
     values: dict[str, Any] = {}
     for name, value in flat.items():

@@ -36,6 +36,7 @@ _MIN_FOLDS = 3
 # Defaults of all other options. The defaults of "reference" are the training of the reference
 # implementation; benchmarks/recipe.py compares the recipe with it.
 PRESETS: dict[str, dict[str, Any]] = {
+    "auto": {},  # planned, see job/planning
     "reference": {},
     "recipe": {
         "model": {"normalization": "group"},
@@ -67,9 +68,10 @@ PRESET_KEYS = frozenset().union(*map(dotted_keys, PRESETS.values()))
 class TrainConfig(Settings):
     """The options of one training run."""
 
-    preset: Literal["reference", "recipe"] = option(
+    preset: Literal["auto", "reference", "recipe"] = option(
         "reference",
-        "Set of defaults for the other options. reference: the training of the reference "
+        "Set of defaults for the other options. auto: planned from the dataset and the machine of "
+        "the first worker, see `flexunet plan`. reference: the training of the reference "
         "implementation. recipe: group normalisation, cross-entropy plus Dice loss over the "
         "foreground classes, AdamW, warm-up and cosine decay, half of the samples with "
         "foreground.",

@@ -118,7 +118,7 @@ def _processes() -> Iterator[list["subprocess.Popen[bytes]"]]:
 def _start(config: TrainConfig, command: Command, folder: str) -> "subprocess.Popen[bytes]":
     path = os.path.join(folder, f"{config.name}.yaml")
     with open(path, "w", encoding="utf-8") as file:
-        file.write(write_yaml(config))
+        file.write(write_yaml(config, only_set=True))  # the rest is planned
     # A new session: only this process gets Ctrl-C, and passes it on once.
     return subprocess.Popen(  # noqa: S603 - ours
         command(config, path), env=safe_environment(), start_new_session=True

@@ -14,10 +14,10 @@ from job.config import TrainConfig, identity_of
 from job.distributed.process_group import peer_errors
 from job.optimization.schedule import stopped_early_words
 from job.optimization.time_schedule import seconds_of
+from job.planning.options import stored_yaml
 from job.reporting.html_report import renew_report
 from job.runs.identity import differences
 from job.runs.run import Run
-from job.training.options import stored_yaml
 from job.training.setup import Callbacks, TrainingSetup
 from job.training.state import TrainState
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from flexunet.cli.interrupts import handled
 from flexunet.errors import UsageError
+from flexunet.progress import Heartbeat
 from flexunet.storage import open_store
 from job.config import TrainConfig, checked_run_name
 from job.data.dataset import Dataset
@@ -20,9 +21,13 @@ from job.distributed.process_group import ProcessGroup, peer_errors
 from job.distributed.rendezvous import ProcessSpec, rendezvous
 from job.distributed.watchdog import STACKS_FOLDER, Watchdog, end_process, report_stall
 from job.models.compatibility import check_compatible, input_max
+from job.planning.facts import MachineFacts, machine_facts
+from job.planning.options import needs_plan
+from job.planning.settle import DryStep, preview, settle_config
 from job.reporting.training_display import TrainingDisplay
 from job.runs.provenance import check_origin
 from job.runs.run import Run
+from job.training.dry_step import measure_step
 from job.training.loop import train_and_evaluate
 from job.training.setup import Callbacks, TrainingSetup
 
@@ -80,12 +85,15 @@ def run_process(
     """
     # Check first whatever can be checked without TensorFlow, whose import takes seconds.
     dataset = open_folded(config)
-    check_compatible(config, dataset)
+    planned = preview(config, machine_facts(config, spec, num_gpus))
+    check_compatible(planned, dataset)
     if spec is None or spec.size == 1:
         if launch is None:  # a launcher has checked it already
-            check_origin(config, dataset)
-        alone = _Process(config, dataset, None, num_gpus, launch, ends_process)
+            check_origin(planned, dataset)
         with _acquire_run(config, launch) as run:
+            # Before TensorFlow takes memory from the dry step.
+            config = _settled(run, config, None, num_gpus, callbacks)
+            alone = _Process(config, dataset, None, num_gpus, launch, ends_process)
             return alone.train(run, callbacks)
     process = _Process(config, dataset, spec, num_gpus, launch, ends_process)
     return process.train(None, callbacks)
@@ -119,19 +127,25 @@ class _Process:
         num_seen = check_devices(config, spec, self.num_gpus)
         if spec is not None:
             rendezvous(spec, config.phase_timeout, num_seen)
-            if spec.size > 1:
+            if spec.size > 1 and not needs_plan(config):
                 check_batch(config, spec.size, num_seen)
         with self._watched() as watchdog, ExitStack() as stack:
             watchdog.enter("setting up the devices")
             strategy = configure(config, spec)
-            check_micro_batches(config, strategy.num_replicas_in_sync)
             process_group = ProcessGroup(strategy, spec)
             callbacks = _watched_callbacks(watchdog, callbacks, pauses=not self.ends_process)
             with peer_errors(process_group):
                 if spec is not None:
                     run = self._acquire_on_primary(process_group, stack)
+                    watchdog.enter("planning")
+                    config = self._settle_on_primary(process_group, run, num_seen, callbacks)
+                    if self.launch is None:
+                        process_group.run_on_primary(lambda: check_origin(config, self.dataset))
+                    check_batch(config, spec.size, num_seen)
+                else:
+                    check_micro_batches(config, strategy.num_replicas_in_sync)
                 watchdog.enter("starting")
-                precision = self._agree_on_precision(process_group, run)
+                precision = self._agree_on_precision(config, process_group, run)
                 config = config.model_copy(update={"precision": precision})
                 setup = TrainingSetup(config, self.dataset, run, strategy, process_group)
                 return train_and_evaluate(setup, callbacks)
@@ -144,9 +158,22 @@ class _Process:
             owned.append(stack.enter_context(_acquire_run(self.config, self.launch)))
 
         process_group.run_on_primary(acquire)
-        if self.launch is None:
-            process_group.run_on_primary(lambda: check_origin(self.config, self.dataset))
         return owned[0] if owned else None
+
+    def _settle_on_primary(
+        self, process_group: ProcessGroup, run: Run | None, num_gpus: int, callbacks: Callbacks
+    ) -> TrainConfig:
+        """Returns the complete config that the first process settles, in all processes."""
+
+        def settle(heartbeat: Heartbeat) -> dict[str, Any]:
+            if run is None:
+                return {}
+            reports = Callbacks(callbacks.report, callbacks.should_stop, heartbeat)
+            settled = _settled(run, self.config, self.spec, num_gpus, reports)
+            return settled.model_dump(mode="json")
+
+        settled = process_group.all_gather_with_heartbeat(settle, callbacks.heartbeat)[0]
+        return TrainConfig.model_validate(settled)
 
     @contextmanager
     def _watched(self) -> Iterator[Watchdog]:
@@ -172,7 +199,9 @@ class _Process:
         ) as watchdog:
             yield watchdog
 
-    def _agree_on_precision(self, process_group: ProcessGroup, run: Run | None) -> str:
+    def _agree_on_precision(
+        self, config: TrainConfig, process_group: ProcessGroup, run: Run | None
+    ) -> str:
         """Returns the precision of all processes.
 
         Raises:
@@ -180,7 +209,6 @@ class _Process:
         """
         from job.distributed.precision import resolve_precision
 
-        config = self.config
         requested: str = config.precision
         begun_in: str | None = None
         if requested == "auto":
@@ -204,6 +232,21 @@ class _Process:
         precisions = process_group.all_gather_object(resolve)
         # If the machines differ, all of them compute in float32.
         return precisions[0] if len(set(precisions)) == 1 else "float32"
+
+
+def _settled(
+    run: Run,
+    config: TrainConfig,
+    spec: ProcessSpec | None,
+    num_gpus: int | None,
+    callbacks: Callbacks,
+) -> TrainConfig:
+    """Returns the complete config of the owned `run`, see `settle_config`."""
+
+    def measure(config: TrainConfig, machine: MachineFacts) -> DryStep:
+        return measure_step(config, machine, callbacks.should_stop, callbacks.heartbeat)
+
+    return settle_config(run, config, lambda: machine_facts(config, spec, num_gpus), measure)
 
 
 def stored_precision(run: Run | None) -> str | None:

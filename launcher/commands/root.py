@@ -14,6 +14,7 @@ COMMANDS = {
         "Examine images and masks, and propose the prep command for them.",
     ),
     "prep": ("data_prep.cli", "Convert images and masks into a dataset of TFRecord shards."),
+    "plan": ("job.plan", "Show the options that a new run on a dataset would get, and why."),
     "train": ("job.train", "Train on a dataset, then evaluate; the same command resumes."),
     "evaluate": ("job.evaluate", "Evaluate a run on one split of its dataset."),
     "report": ("job.report", "Write a report on a run: metrics, cases, curves, failures."),

@@ -20,12 +20,12 @@ from flexunet.storage import open_store
 from job.compat.ini_prep import PreparationConfig
 from job.config import TrainConfig
 from job.data.folds import is_cross_validation
+from job.planning.options import resolve_config
 from job.reporting.fold_tables import show_folds
 from job.reporting.html_report import write_report
 from job.runs.layout import run_url
 from job.train import show_end
 from job.training.cross_validation import cross_validate, separate_process
-from job.training.options import resolve_config
 from job.training.process import stop_signals
 from launcher.cluster.connection import connected
 from launcher.cluster.resources import require_slots, widest, worker_slots

@@ -14,7 +14,7 @@ from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store
 from job.data.pipeline import decode_image
 from job.inference.inputs import find_images
-from job.training.options import resolve_config
+from job.planning.options import resolve_config
 from tests.job.discs import write_discs
 from tests.job.test_reference_train import CONFIG
 

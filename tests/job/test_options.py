@@ -11,8 +11,8 @@ from flexunet.errors import (
 )
 from flexunet.settings import fields_of, parse_settings, write_yaml
 from job.config import TrainConfig, identity_of
+from job.planning.options import resolve_config, run_name
 from job.runs.run import Run
-from job.training.options import resolve_config, run_name
 from tests.job.test_ini_mapping import MINIMAL
 
 

@@ -17,8 +17,8 @@ from flexunet.settings import flag_of
 from flexunet.storage import open_store
 from job.compat.ini_prep import prep_config
 from job.config import TrainConfig
+from job.planning.options import resolve_config
 from job.train import command, main
-from job.training.options import resolve_config
 from launcher.commands.train import command as launch_command
 from tests.job.discs import write_discs
 
@@ -213,7 +213,7 @@ def test_the_same_command_resumes_with_options_of_preparation(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    name = "job.training.options._stored_values"
+    name = "job.planning.options._stored_values"
     small = {"image_size": 16, "num_processes": 1}
     first = resolve_config({}, str(project), small)
     with patch(name, return_value={"data": first.data}):

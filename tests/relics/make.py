@@ -11,7 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
-from job.training.options import resolve_config
+from job.planning.options import resolve_config
 from job.training.process import run_process
 from job.training.setup import Callbacks
 

@@ -20,6 +20,8 @@ from job.config import (
     stored_options,
 )
 from job.data.folds import fold_configs, is_cross_validation
+from job.planning.plan_file import explicit_values, read_plan
+from job.planning.rules import PLANNED
 from job.runs.layout import CROSS_VALIDATION_NAME, IDENTITY_NAME, RESTORE, run_url
 
 if TYPE_CHECKING:
@@ -99,7 +101,9 @@ def _resolved(
     if stored is None:
         return parse_settings(TrainConfig, {**values, "name": name}, where, typed=options)
     given = {**values, "name": name}
-    if "preset" in values:  # an explicit preset sets all options of presets
+    if values.get("preset") == "auto":
+        _refuse_to_plan_again(stored, run_url(found))
+    elif "preset" in values:  # an explicit preset sets all options of presets
         preset = parse_settings(TrainConfig, {"preset": values["preset"]}, where, typed=options)
         given = deep_merge(preset_values(preset), given)
     config = parse_settings(TrainConfig, deep_merge(stored, given), where, typed=options)
@@ -117,6 +121,36 @@ def _resolved(
         logger.info("%s keeps the options of its first start: %s", run_url(config), ", ".join(own))
     return config
 
+
+def needs_plan(config: TrainConfig) -> bool:
+    """Returns whether options of `config` are still to be planned.
+
+    That of micro-batches does not count: it follows the workers of each attempt.
+    """
+    explicit = dotted_keys(explicit_values(config))
+    return config.preset == "auto" and not explicit >= PLANNED - _OF_ATTEMPT
+
+
+def begun_config(config: TrainConfig) -> TrainConfig:
+    """Returns `config` with the stored options of its run, which another process has begun."""
+    values, where = explicit_values(config), run_url(config)
+    return _absolute(_resolved(values, where, None, lambda found: str(found.name)))
+
+
+def _refuse_to_plan_again(stored: Mapping[str, Any], run: str) -> None:
+    """Refuses `--preset auto` for a run of another preset.
+
+    Raises:
+        UsageError: names that preset.
+    """
+    if stored["preset"] != "auto":
+        raise UsageError(
+            f"--preset auto: {run} was started with --preset {stored['preset']}, and a run keeps "
+            "its options; leave --preset out, or give another --name"
+        )
+
+
+_OF_ATTEMPT = frozenset({"accumulate", "precision"})  # an attempt may find its own value
 
 # Options that select the run.
 _PLACE = ("data", "output", "name", "folds", "fold")
@@ -138,8 +172,14 @@ def _stored_values(place: TrainConfig) -> dict[str, Any] | None:
         identity = read_json(run, IDENTITY_NAME, RESTORE)
         if identity is None:
             continue
-        values = stored_options(identity["config"], stored_yaml(run), run.url)
-        for name in ("precision", "output", "name", *(["fold"] if is_parent else [])):
+        plan = read_plan(run)
+        known: dict[str, Any] = {"preset": "reference" if plan is None else "auto"}
+        known = deep_merge(known | (plan.values() if plan else {}), stored_yaml(run))
+        values = stored_options(identity["config"], known, run.url)
+        left_out = ["precision", "output", "name", *(["fold"] if is_parent else [])]
+        if plan is not None and plan.chose("accumulate"):
+            left_out.append("accumulate")  # it follows the workers, see `settle.fit_to_workers`
+        for name in left_out:
             values.pop(name, None)
         return values
     return None
