@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from job.api.prediction import Prediction
     from job.api.results import evaluate, infer, write_report
     from job.api.runs import EvaluationSummary, Run, open_run
-    from job.api.training import train
+    from job.api.training import plan, train
     from job.config import (
         AugmentationConfig,
         LossConfig,
@@ -54,10 +54,12 @@ if TYPE_CHECKING:
     from job.evaluation.pipeline import EvaluateConfig
     from job.inference.options import ImageConfig, InferConfig
     from job.inference.pipeline import InferResult
+    from job.planning.plan_file import Choice, Plan
 
 __all__ = [
     "AugmentationConfig",
     "CheckpointStored",
+    "Choice",
     "ContentError",
     "Dataset",
     "DivergedError",
@@ -81,6 +83,7 @@ __all__ = [
     "ModelConfig",
     "ObjectStore",
     "OptimizerConfig",
+    "Plan",
     "Prediction",
     "PrepConfig",
     "PrepOptions",
@@ -102,6 +105,7 @@ __all__ = [
     "open_dataset",
     "open_run",
     "open_store",
+    "plan",
     "prepare",
     "train",
     "write_report",
@@ -114,6 +118,7 @@ _NOT_INSTALLED = "0+unknown"  # compares lower than every real version
 _MODULES = {
     "AugmentationConfig": "job.config",
     "CheckpointStored": "job.api.events",
+    "Choice": "job.planning.plan_file",
     "ContentError": "flexunet.errors",
     "Dataset": "job.api.datasets",
     "DivergedError": "flexunet.errors",
@@ -137,6 +142,7 @@ _MODULES = {
     "ModelConfig": "job.config",
     "ObjectStore": "flexunet.storage",
     "OptimizerConfig": "job.config",
+    "Plan": "job.planning.plan_file",
     "Prediction": "job.api.prediction",
     "PrepConfig": "data_prep.config",
     "PrepOptions": "job.api.options",
@@ -157,6 +163,7 @@ _MODULES = {
     "open_dataset": "job.api.datasets",
     "open_run": "job.api.runs",
     "open_store": "flexunet.storage",
+    "plan": "job.api.training",
     "prepare": "job.api.datasets",
     "train": "job.api.training",
     "write_report": "job.api.results",

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 from flexunet.errors import DivergedError, StoppedError, UsageError
+from flexunet.settings import parse_settings
 from job.api.events import Event, EventSender
 from job.api.keywords import StrPath, keyword_errors, keyword_values, path_text
 from job.api.log import shown_log
@@ -13,8 +14,10 @@ from job.compat.ini_prep import PreparationConfig
 from job.config import TrainConfig
 from job.data.folds import is_cross_validation
 from job.planning.options import resolve_config
+from job.planning.plan_file import Plan
 from job.runs.layout import run_url
-from job.training.process import run_local
+from job.training.dry_step import DryStepMode, plan_dataset
+from job.training.process import run_local, stop_signals
 
 
 def train(
@@ -98,6 +101,39 @@ def train(
             )
         _run_with_events(settings, on_event or _ignore)
         return open_run(run_url(settings))
+
+
+def plan(
+    *,
+    dry_step: DryStepMode = "auto",
+    **options: Unpack[TrainOptions],
+) -> Plan:
+    """Returns the options that `train` with `preset="auto"` would choose for a new run, and why.
+
+    Stores nothing. A run that exists keeps its own options.
+
+    Args:
+        dry_step: train a few steps in another process, to measure memory and time. auto: only if
+            the estimated memory is not far below that of this machine.
+        options: fields of `TrainConfig`, which keep their values; the others are planned around
+            them. `data` is required.
+
+    Raises:
+        UsageError: an option is unknown or wrong, there is no dataset, or no network fits into
+            memory.
+        ContentError: the dataset is damaged.
+
+    Examples:
+        >>> found = flexunet.plan(data="dataset", model={"num_layers": 2}, dry_step="never")
+        >>> [(each.option, each.value) for each in found.choices if each.source == "given"]
+        [('model.num_layers', 2)]
+    """
+    values = keyword_values("plan", TrainConfig, options, ("dry_step",)) | {"preset": "auto"}
+    if values.get("data") is None:
+        raise UsageError("flexunet.plan(): no dataset: give data, a folder written by prep")
+    with keyword_errors(TrainConfig, ("dry_step",)), stop_signals() as should_stop:
+        config = parse_settings(TrainConfig, values, "flexunet.plan()")
+        return plan_dataset(config, dry_step, should_stop)
 
 
 def _add_cause(error: BaseException, failure: Exception | None) -> None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ModelWrapValidatorHandler, field_validator, model_validator
 
 from flexunet.errors import UsageError
 from flexunet.settings import Settings, deep_merge, option
@@ -33,24 +33,22 @@ HYBRID_WEIGHTS = (1.5, 0.5)
 _MIN_FOLDS = 3
 
 
-# Defaults of all other options. The defaults of "reference" are the training of the reference
-# implementation; benchmarks/recipe.py compares the recipe with it.
-PRESETS: dict[str, dict[str, Any]] = {
-    "auto": {},  # planned, see job/planning
-    "reference": {},
-    "recipe": {
-        "model": {"normalization": "group"},
-        "loss": {"name": "ce_dice"},
-        "optimizer": {"name": "adamw", "learning_rate": 1e-3, "clipvalue": None, "clipnorm": 1.0},
-        "schedule": {
-            "reduce_on_plateau": False,
-            "early_stopping_patience": 0,
-            "warmup_epochs": 1.0,
-            "cosine": True,
-        },
-        "foreground_share": 0.5,
+_RECIPE: dict[str, Any] = {
+    "model": {"normalization": "group"},
+    "loss": {"name": "ce_dice"},
+    "optimizer": {"name": "adamw", "learning_rate": 1e-3, "clipvalue": None, "clipnorm": 1.0},
+    "schedule": {
+        "reduce_on_plateau": False,
+        "early_stopping_patience": 0,
+        "warmup_epochs": 1.0,
+        "cosine": True,
     },
+    "foreground_share": 0.5,
 }
+# Defaults of all other options. The defaults of "reference" are the training of the reference
+# implementation; benchmarks/recipe.py compares the recipe with it. Those of "auto" only check the
+# explicit options: job/planning replaces them.
+PRESETS: dict[str, dict[str, Any]] = {"auto": _RECIPE, "reference": {}, "recipe": _RECIPE}
 
 
 def dotted_keys(values: Mapping[str, Any], prefix: str = "") -> set[str]:
@@ -300,16 +298,25 @@ class TrainConfig(Settings):
             raise ValueError("give two numbers, each 0 or more, that add up to 2")
         return weights
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _over_preset(cls, values: Any) -> Any:
-        """Merges the explicit options over those of the preset."""
+    def _over_preset(cls, values: Any, parse: ModelWrapValidatorHandler["TrainConfig"]) -> Any:
+        """Merges the explicit options over those of the preset.
+
+        With the preset auto, only the explicit options count as set: the others are planned.
+        """
         if not isinstance(values, dict):
-            return values
-        preset = PRESETS.get(str(values.get("preset")), {})
+            return parse(values)
+        preset = str(values.get("preset", cls.model_fields["preset"].default))
+        base = PRESETS.get(preset, {})
         if values.get("time_budget") is not None:
-            preset = {**preset, "epochs": None}
-        return deep_merge(preset, values)
+            base = {**base, "epochs": None}
+        if preset == "auto" and isinstance(values.get("accumulate"), int):
+            base = {"global_batch_size": values["accumulate"], **base}
+        config = parse(deep_merge(base, values))
+        if preset == "auto":
+            _unset(config, base, values)
+        return config
 
     @model_validator(mode="after")
     def _ends(self) -> "TrainConfig":
@@ -366,6 +373,15 @@ class TrainConfig(Settings):
                 f"give 0 to {self.folds - 1}"
             )
         return self
+
+
+def _unset(settings: Settings, base: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Marks the fields of `base` that are not in `values` as not set."""
+    for name, value in base.items():
+        if name not in values:
+            settings.__pydantic_fields_set__.discard(name)
+        elif isinstance(value, Mapping) and isinstance(values[name], Mapping):
+            _unset(getattr(settings, name), value, values[name])
 
 
 def checked_run_name(name: str) -> str:

@@ -133,11 +133,9 @@ def _batch(situation: Situation) -> Chosen:
         sizes: tuple[int, ...] = (1, 2, *BATCHES)
     else:
         sizes = BATCHES
-    replicas = machine.num_replicas
-    size = next(
-        (n for n in sizes if n >= wanted and n % replicas == 0),
-        replicas * math.ceil(wanted / replicas),
-    )
+    parts = int(situation.value("accumulate")) if "accumulate" in situation.given else 1
+    unit = machine.num_replicas * parts
+    size = next((n for n in sizes if n >= wanted and n % unit == 0), unit * -(-wanted // unit))
     counts = [str(n) for n in range(1, size + 1) if size % n == 0]
     reason = f"{', '.join(counts)} workers divide it"
     return {

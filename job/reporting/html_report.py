@@ -33,6 +33,7 @@ from job.reporting.run_view import (
     dataset_card,
     environment_of,
     lost_regions,
+    plan_of,
 )
 from job.reporting.view_parts import (
     Table,
@@ -127,6 +128,7 @@ def render(store: ObjectStore) -> str:
         dataset=dataset_card(manifest, fold),
         is_folded=fold is not None,
         attempts=attempts_of(store, outcome),
+        plan=plan_of(store),
         environment=environment_of(store),
         config=read_text(store, "config.yaml") or "",
     )
@@ -156,6 +158,7 @@ def render_folds(store: ObjectStore) -> str:
         lost=lost_regions(manifest, is_folded=True),
         dataset=dataset_card(manifest, f"{summary['num_folds']} folds"),
         is_folded=True,
+        plan=plan_of(store),
     )
 
 

@@ -10,6 +10,8 @@ from flexunet.json_files import read_json
 from flexunet.storage import ObjectStore
 from flexunet.text import pluralize
 from job.distributed.watchdog import STACKS_FOLDER
+from job.planning.plan_file import read_plan
+from job.planning.plan_words import COLUMNS, plan_rows, summary_rows
 from job.reporting.csv_tables import CURVE_TITLES
 from job.reporting.view_parts import Figure, Table, missing_groups, png_figure, read_bytes
 from job.runs.layout import LEASE_NAME, RESTORE
@@ -164,6 +166,25 @@ def _end_of(
     if attempt < last:
         return "killed, or ended by an error"
     return str(outcome["status"]) if outcome else "still running, or killed"
+
+
+@dataclass(frozen=True)
+class PlanView:
+    """The plan of a run: what it rests on, its choices, and its notes."""
+
+    summary: Table
+    choices: Table
+    notes: Sequence[str]
+
+
+def plan_of(store: ObjectStore) -> PlanView | None:
+    """Returns the plan of a run or a cross-validation; None if it was not planned."""
+    plan = read_plan(store)
+    if plan is None:
+        return None
+    return PlanView(
+        Table(("planned from", ""), summary_rows(plan)), Table(COLUMNS, plan_rows(plan)), plan.notes
+    )
 
 
 def environment_of(store: ObjectStore) -> Table | None:

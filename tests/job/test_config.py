@@ -225,7 +225,7 @@ def test_what_a_preset_sets_identifies_the_run_although_its_name_is_free() -> No
         ({"fold": 3, "folds": 3}, "fold=3 does not exist with folds=3; give 0 to 2"),
         ({"seed": 2**31}, "seed=2147483648: .*less than 2147483648"),
         ({"epochs": 0}, "epochs=0"),
-        ({"preset": "best"}, "preset='best': input should be 'reference' or 'recipe'"),
+        ({"preset": "best"}, "preset='best': input should be 'auto', 'reference' or 'recipe'"),
         ({"schedule": {"cosine": True}}, "schedule: cosine and reduce_on_plateau exclude each"),
         ({"schedule": {"early_stopping_patience": -1}}, "greater than or equal to 0"),
         ({"global_batch_size": 4, "accumulate": 3}, "accumulate=3 does not divide .*size=4"),

@@ -1,0 +1,189 @@
+"""A run is planned once, by its owner; what resumes keeps its options, wherever it does."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexunet.errors import UsageError
+from flexunet.settings import parse_settings, write_yaml
+from flexunet.storage import open_store
+from job.config import TrainConfig, identity_of
+from job.planning.facts import MachineFacts
+from job.planning.options import needs_plan, resolve_config
+from job.planning.plan_file import PLAN_NAME, read_plan
+from job.planning.settle import DryStep, facts_of, fitted_plan, settle_config
+from job.planning.situation import GIB
+from job.reporting.html_report import render
+from job.runs.run import Run
+
+LAPTOP = MachineFacts(
+    host="laptop", device="cpu", memory_bytes=16 * GIB, cores=2, precision="float32"
+)
+NODE = MachineFacts(
+    host="node", device="gpu", memory_bytes=40 * GIB, cores=8, precision="mixed_bfloat16"
+)
+
+
+@dataclass
+class Steps:
+    """Dry steps that fit from some number of samples and filters on."""
+
+    samples: int = 99
+    filters: int = 99
+    seen: list[tuple[int, int]] = field(default_factory=list)
+
+    def __call__(self, config: TrainConfig, machine: MachineFacts) -> DryStep:
+        assert not needs_plan(config)
+        found = config.global_batch_size // config.accumulate, config.model.base_filters
+        self.seen.append(found)
+        fits = found[0] <= self.samples and found[1] <= self.filters
+        return DryStep(fits, GIB, 0.5 if fits else 0.0)
+
+
+def not_here() -> MachineFacts:
+    raise AssertionError("a run that has begun does not look at its machine")
+
+
+def never(config: TrainConfig, machine: MachineFacts) -> DryStep:
+    raise AssertionError("no dry step is needed")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is, as the user names it."""
+
+    data: str
+    output: str
+    name: str = "run"
+
+    def resolve(self, **options: Any) -> TrainConfig:
+        values = {"data": self.data, "output": self.output, "name": self.name, "preset": "auto"}
+        return resolve_config(values | options, None)
+
+    def settle(self, machine: Any = LAPTOP, **options: Any) -> TrainConfig:
+        """Settles the config as an attempt does that is killed before its identity is stored."""
+        config = self.resolve(**options)
+        facts = machine if callable(machine) else lambda: machine
+        with Run.open(self.output, str(config.name)) as run:
+            return settle_config(run, config, facts, never)
+
+    def begin(self, machine: Any = LAPTOP, *, is_described: bool = True, **options: Any) -> None:
+        """Leaves what a run has when its first attempt has begun."""
+        config = self.settle(machine, **options).model_copy(update={"precision": "float32"})
+        with Run.open(self.output, str(config.name)) as run:
+            run.check_identity(identity_of(config), "d" * 64)
+            if is_described:
+                run.put_text("config.yaml", write_yaml(config))
+
+
+@pytest.fixture
+def place(discs: str, tmp_path: Path) -> Place:
+    return Place(discs, str(tmp_path))
+
+
+def test_a_new_run_is_planned_and_keeps_the_plan(place: Place) -> None:
+    config = place.settle(seed=5, model={"num_layers": 2})
+    store = open_store(place.output).subpath("run")
+    plan = read_plan(store)
+    assert plan is not None
+    assert not needs_plan(config)
+    assert (config.seed, config.model.num_layers, config.optimizer.name) == (5, 2, "adamw")
+    assert plan.given == {"model.num_layers": 2}
+    assert parse_settings(TrainConfig, plan.values(), "plan").model == config.model
+    store.put("config.yaml", write_yaml(config).encode())
+    page = render(store)
+    assert "--schedule.cosine" in page
+    assert "laptop: CPU, 2 cores, float32" in page
+    store.delete(PLAN_NAME)
+    assert "--schedule.cosine" not in render(store)
+
+
+@pytest.mark.parametrize("is_described", [True, False])
+def test_a_begun_run_is_not_planned_again(place: Place, is_described: bool) -> None:
+    place.begin(is_described=is_described, model={"num_layers": 2})
+    first = (Path(place.output) / "run" / PLAN_NAME).read_bytes()
+    for options in ({}, {"model": {"num_layers": 2}}, {"seed": 1234}):
+        config = place.settle(NODE, **options)
+        assert config.global_batch_size == 4  # a GPU would get 8
+        assert config.model.num_layers == 2
+        assert config.accumulate == 1
+    other = place.resolve(model={"num_layers": 3})
+    with Run.open(place.output, "run") as run, pytest.raises(UsageError, match="num-layers was 2"):
+        run.check_identity(identity_of(other.model_copy(update={"precision": "float32"})), "d" * 64)
+    assert (Path(place.output) / "run" / PLAN_NAME).read_bytes() == first
+
+
+def test_one_who_read_the_options_before_another_began_the_run_keeps_theirs(place: Place) -> None:
+    late = place.resolve()
+    assert needs_plan(late)
+    place.begin(NODE)
+    with Run.open(place.output, "run") as run:
+        config = settle_config(run, late, lambda: LAPTOP, never)
+    assert (config.global_batch_size, needs_plan(config)) == (8, False)
+
+
+def test_an_attempt_killed_before_its_first_step_leaves_a_plan_for_the_same_options(
+    place: Place,
+) -> None:
+    assert place.settle(LAPTOP).global_batch_size == 4
+    assert place.settle(NODE).global_batch_size == 4
+    # Nothing has begun, so other options may still be planned.
+    assert place.settle(NODE, model={"base_filters": 4}).global_batch_size == 8
+
+
+@pytest.mark.parametrize(("replicas", "parts"), [(1, 4), (2, 2), (4, 1)])
+def test_micro_batches_follow_the_workers(place: Place, replicas: int, parts: int) -> None:
+    config = place.resolve()
+    plan = fitted_plan(facts_of(config), LAPTOP, config, Steps(samples=1), always=True)
+    assert plan.samples_at_once == 1
+    with Run.open(place.output, "run") as run:
+        run.put_text(PLAN_NAME, plan.model_dump_json())
+        values = parse_settings(TrainConfig, plan.values(), "plan")
+        run.check_identity(
+            identity_of(values.model_copy(update={"precision": "float32"})), "d" * 64
+        )
+    workers = LAPTOP.model_copy(update={"num_replicas": replicas})
+    assert place.settle(workers).accumulate == parts
+    assert place.settle(not_here, accumulate=2).accumulate == 2
+
+
+def test_a_dry_step_that_does_not_fit_gives_smaller_parts_then_fewer_filters(
+    place: Place,
+) -> None:
+    config = place.resolve()
+    facts = facts_of(config)
+    steps = Steps(samples=1, filters=12)
+    plan = fitted_plan(facts, LAPTOP, config, steps, always=True)
+    assert steps.seen == [(4, 32), (2, 32), (1, 32), (1, 24), (1, 16), (1, 12)]
+    assert plan.measured is not None
+    assert len(plan.measured.tried) == 5
+    assert plan.minutes == plan.num_steps * 0.5 / 60
+    given = place.resolve(model={"base_filters": 32}, accumulate=4)
+    with pytest.raises(UsageError, match=r"does not fit into the memory of laptop, 16\.0 G"):
+        fitted_plan(facts, LAPTOP, given, Steps(filters=24), always=True)
+    # Far below the memory, nothing is measured.
+    assert fitted_plan(facts, LAPTOP, config, never).measured is None
+
+
+def test_folds_share_one_plan(place: Place) -> None:
+    folds = [Place(place.data, place.output, f"cv-fold-{k}") for k in range(3)]
+    first = folds[0].settle(LAPTOP, folds=3, fold=0)
+    second = folds[1].settle(NODE, folds=3, fold=1)
+    assert first.global_batch_size == second.global_batch_size == 4
+    shared = open_store(place.output).subpath("cv").get(PLAN_NAME)
+    for fold in folds[:2]:
+        assert open_store(place.output).subpath(fold.name).get(PLAN_NAME) == shared
+    with pytest.raises(UsageError, match=r"--model.num-layers was not set, now 2; give the old"):
+        folds[2].settle(NODE, folds=3, fold=2, model={"num_layers": 2})
+
+
+def test_auto_is_refused_for_a_run_of_another_preset(place: Place) -> None:
+    config = place.resolve(preset="recipe")
+    with Run.open(place.output, "run") as run:
+        run.check_identity(identity_of(config), "d" * 64)
+        run.put_text("config.yaml", write_yaml(config))
+    with pytest.raises(UsageError, match="was started with --preset recipe, and a run keeps its"):
+        place.resolve()
+    assert not needs_plan(resolve_config({"output": place.output, "name": "run"}, None))
