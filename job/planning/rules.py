@@ -28,6 +28,7 @@ SHORTEST_STEPS = 500  # of a run that would take too long
 TRAINING_MINUTES = 60.0
 RARE_SHARE = 0.5
 WARMUP_SHARE = 0.05
+EMA_SHARE, MOST_EMA = 0.05, 0.999
 
 # option -> (value, reason)
 Chosen = dict[str, tuple[Any, str]]
@@ -231,17 +232,30 @@ def _loss(situation: Situation) -> Chosen:
 def _foreground_share(situation: Situation) -> Chosen:
     share = situation.facts.foreground_share
     shown = f"{100 * share:.0f} % of the samples have foreground"
-    if share >= RARE_SHARE or share == 0:
-        return {"foreground_share": (None, shown)}
-    return {"foreground_share": (RARE_SHARE, f"only {shown}")}
+    is_rare = 0 < share < RARE_SHARE
+    chosen = (RARE_SHARE, f"only {shown}") if is_rare else (None, shown)
+    start = situation.value("foreground_share") if _is_given(situation) else chosen[0]
+    end = (None, "the share does not change") if start is None else (0.0, "ends as the images are")
+    return {"foreground_share": chosen, "foreground_share_end": end}
+
+
+def _is_given(situation: Situation) -> bool:
+    return "foreground_share" in situation.given
 
 
 def _optimizer(situation: Situation) -> Chosen:
+    steps = int(situation.value("epochs")) * situation.steps_per_epoch
+    window = max(1, round(EMA_SHARE * steps))
+    momentum = min(MOST_EMA, round(1 - 1 / window, 4)) or None
     return {
         "optimizer.name": ("adamw", "needs little tuning"),
         "optimizer.learning_rate": (1e-3, "the peak, after the warm-up"),
         "optimizer.clipvalue": (None, "clipnorm limits the gradient instead"),
         "optimizer.clipnorm": (1.0, "limits single large steps"),
+        "optimizer.ema_momentum": (
+            momentum,
+            f"averages the weights of about {window} steps, {100 * EMA_SHARE:g} % of all",
+        ),
     }
 
 
@@ -263,33 +277,23 @@ def _schedule(situation: Situation) -> Chosen:
 
 def _augmentation(situation: Situation) -> Chosen:
     facts = situation.facts
-    is_square = facts.height == facts.width
     is_free = not facts.is_scene and not facts.is_oriented
-    oriented = "the images have an orientation" if not is_free else "any orientation is as likely"
+    is_strong = facts.num_train < FEW_SAMPLES and not facts.is_scene
+    kind = "any orientation is as likely" if is_free else "the images have an orientation"
     turned = 0.5 if is_free else 0.0
-    elastic = 0.3 if facts.num_train < FEW_SAMPLES and not facts.is_scene else 0.0
+    of_samples = pluralize(facts.num_train, "training sample")
     return {
-        "augmentation.enabled": (True, f"{pluralize(facts.num_train, 'training sample')}"),
+        "augmentation.preset": (
+            "strong" if is_strong else "light",
+            "photos of scenes keep their lines" if facts.is_scene else of_samples,
+        ),
+        "augmentation.enabled": (True, of_samples),
         "augmentation.hflip_probability": (
             0.0 if facts.is_oriented else 0.5,
             "prep mirrored the images to one side" if facts.is_oriented else "left is as right",
         ),
-        "augmentation.vflip_probability": (turned, oriented),
-        "augmentation.rotation_probability": (turned, oriented),
-        "augmentation.rotation_angles": (
-            (90.0, 180.0, 270.0) if is_square else (180.0,),
-            "square images" if is_square else "quarter turns would cut the longer side",
-        ),
-        "augmentation.shrink_probability": (0.25, "objects of other sizes"),
-        "augmentation.deformation_probability": (
-            elastic,
-            "few samples"
-            if elastic
-            else "scenes keep their lines"
-            if facts.is_scene
-            else "enough samples",
-        ),
-        "augmentation.brightening_probability": (0.25, "other exposures"),
+        "augmentation.vflip_probability": (turned, kind),
+        "augmentation.rotation_probability": (turned, kind),
     }
 
 
@@ -339,8 +343,9 @@ RULES = (
     ),
     Rule(("loss.name", "loss.class_weights"), "Cross-entropy plus Dice, no class weights.", _loss),
     Rule(
-        ("foreground_share",),
-        f"{RARE_SHARE:g} if fewer samples than that have foreground; else every sample once.",
+        ("foreground_share", "foreground_share_end"),
+        f"{RARE_SHARE:g} if fewer samples than that have foreground, falling to that of the "
+        "dataset in the last epoch; else every sample once.",
         _foreground_share,
     ),
     Rule(
@@ -349,8 +354,11 @@ RULES = (
             "optimizer.learning_rate",
             "optimizer.clipvalue",
             "optimizer.clipnorm",
+            "optimizer.ema_momentum",
         ),
-        "AdamW with a rate of 0.001, the gradient of each tensor clipped to norm 1.",
+        "AdamW with a rate of 0.001, the gradient of each tensor clipped to norm 1. The weights "
+        f"are averaged over the last {100 * EMA_SHARE:g} % of the steps, with a momentum of at most "
+        f"{MOST_EMA:g}.",
         _optimizer,
     ),
     Rule(
@@ -366,18 +374,15 @@ RULES = (
     ),
     Rule(
         (
+            "augmentation.preset",
             "augmentation.enabled",
             "augmentation.hflip_probability",
             "augmentation.vflip_probability",
             "augmentation.rotation_probability",
-            "augmentation.rotation_angles",
-            "augmentation.shrink_probability",
-            "augmentation.deformation_probability",
-            "augmentation.brightening_probability",
         ),
-        "Mirrored and turned, unless `prep` gave all images one orientation, or they look like "
-        "photos of scenes (colour, 5 or more classes); shrunk and brightened; elastic deformation "
-        f"below {FEW_SAMPLES} training samples.",
+        f"The preset strong below {FEW_SAMPLES} training samples, else light. Mirrored and turned, "
+        "unless `prep` gave all images one orientation. Images that look like photos of scenes "
+        "(colour, 5 or more classes) are light, not turned and not upside down.",
         _augmentation,
     ),
 )

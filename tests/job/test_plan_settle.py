@@ -51,8 +51,8 @@ def never(config: TrainConfig, machine: MachineFacts) -> DryStep:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run is, as the user names it."""
+class Typed:
+    """The options of a command."""
 
     data: str
     output: str
@@ -79,13 +79,13 @@ class Place:
 
 
 @pytest.fixture
-def place(discs: str, tmp_path: Path) -> Place:
-    return Place(discs, str(tmp_path))
+def typed(discs: str, tmp_path: Path) -> Typed:
+    return Typed(discs, str(tmp_path))
 
 
-def test_a_new_run_is_planned_and_keeps_the_plan(place: Place) -> None:
-    config = place.settle(seed=5, model={"num_layers": 2})
-    store = open_store(place.output).subpath("run")
+def test_a_new_run_is_planned_and_keeps_the_plan(typed: Typed) -> None:
+    config = typed.settle(seed=5, model={"num_layers": 2})
+    store = open_store(typed.output).subpath("run")
     plan = read_plan(store)
     assert plan is not None
     assert not needs_plan(config)
@@ -101,58 +101,63 @@ def test_a_new_run_is_planned_and_keeps_the_plan(place: Place) -> None:
 
 
 @pytest.mark.parametrize("is_described", [True, False])
-def test_a_begun_run_is_not_planned_again(place: Place, is_described: bool) -> None:
-    place.begin(is_described=is_described, model={"num_layers": 2})
-    first = (Path(place.output) / "run" / PLAN_NAME).read_bytes()
+def test_a_begun_run_is_not_planned_again(typed: Typed, is_described: bool) -> None:
+    typed.begin(is_described=is_described, model={"num_layers": 2})
+    first = (Path(typed.output) / "run" / PLAN_NAME).read_bytes()
     for options in ({}, {"model": {"num_layers": 2}}, {"seed": 1234}):
-        config = place.settle(NODE, **options)
+        config = typed.settle(NODE, **options)
         assert config.global_batch_size == 4  # a GPU would get 8
         assert config.model.num_layers == 2
         assert config.accumulate == 1
-    other = place.resolve(model={"num_layers": 3})
-    with Run.open(place.output, "run") as run, pytest.raises(UsageError, match="num-layers was 2"):
-        run.check_identity(identity_of(other.model_copy(update={"precision": "float32"})), "d" * 64)
-    assert (Path(place.output) / "run" / PLAN_NAME).read_bytes() == first
+    other = typed.resolve(model={"num_layers": 3}).model_copy(update={"precision": "float32"})
+    with (
+        Run.open(typed.output, "run") as run,
+        pytest.raises(UsageError, match="num-layers was 2"),
+    ):
+        run.check_identity(identity_of(other), "d" * 64)
+    assert (Path(typed.output) / "run" / PLAN_NAME).read_bytes() == first
 
 
-def test_one_who_read_the_options_before_another_began_the_run_keeps_theirs(place: Place) -> None:
-    late = place.resolve()
+def test_one_who_read_the_options_before_another_began_the_run_keeps_theirs(
+    typed: Typed,
+) -> None:
+    late = typed.resolve()
     assert needs_plan(late)
-    place.begin(NODE)
-    with Run.open(place.output, "run") as run:
+    typed.begin(NODE)
+    with Run.open(typed.output, "run") as run:
         config = settle_config(run, late, lambda: LAPTOP, never)
     assert (config.global_batch_size, needs_plan(config)) == (8, False)
 
 
 def test_an_attempt_killed_before_its_first_step_leaves_a_plan_for_the_same_options(
-    place: Place,
+    typed: Typed,
 ) -> None:
-    assert place.settle(LAPTOP).global_batch_size == 4
-    assert place.settle(NODE).global_batch_size == 4
+    assert typed.settle(LAPTOP).global_batch_size == 4
+    assert typed.settle(NODE).global_batch_size == 4
     # Nothing has begun, so other options may still be planned.
-    assert place.settle(NODE, model={"base_filters": 4}).global_batch_size == 8
+    assert typed.settle(NODE, model={"base_filters": 4}).global_batch_size == 8
 
 
 @pytest.mark.parametrize(("replicas", "parts"), [(1, 4), (2, 2), (4, 1)])
-def test_micro_batches_follow_the_workers(place: Place, replicas: int, parts: int) -> None:
-    config = place.resolve()
+def test_micro_batches_follow_the_workers(typed: Typed, replicas: int, parts: int) -> None:
+    config = typed.resolve()
     plan = fitted_plan(facts_of(config), LAPTOP, config, Steps(samples=1), always=True)
     assert plan.samples_at_once == 1
-    with Run.open(place.output, "run") as run:
+    with Run.open(typed.output, "run") as run:
         run.put_text(PLAN_NAME, plan.model_dump_json())
         values = parse_settings(TrainConfig, plan.values(), "plan")
         run.check_identity(
             identity_of(values.model_copy(update={"precision": "float32"})), "d" * 64
         )
     workers = LAPTOP.model_copy(update={"num_replicas": replicas})
-    assert place.settle(workers).accumulate == parts
-    assert place.settle(not_here, accumulate=2).accumulate == 2
+    assert typed.settle(workers).accumulate == parts
+    assert typed.settle(not_here, accumulate=2).accumulate == 2
 
 
 def test_a_dry_step_that_does_not_fit_gives_smaller_parts_then_fewer_filters(
-    place: Place,
+    typed: Typed,
 ) -> None:
-    config = place.resolve()
+    config = typed.resolve()
     facts = facts_of(config)
     steps = Steps(samples=1, filters=12)
     plan = fitted_plan(facts, LAPTOP, config, steps, always=True)
@@ -160,30 +165,30 @@ def test_a_dry_step_that_does_not_fit_gives_smaller_parts_then_fewer_filters(
     assert plan.measured is not None
     assert len(plan.measured.tried) == 5
     assert plan.minutes == plan.num_steps * 0.5 / 60
-    given = place.resolve(model={"base_filters": 32}, accumulate=4)
+    given = typed.resolve(model={"base_filters": 32}, accumulate=4)
     with pytest.raises(UsageError, match=r"does not fit into the memory of laptop, 16\.0 G"):
         fitted_plan(facts, LAPTOP, given, Steps(filters=24), always=True)
     # Far below the memory, nothing is measured.
     assert fitted_plan(facts, LAPTOP, config, never).measured is None
 
 
-def test_folds_share_one_plan(place: Place) -> None:
-    folds = [Place(place.data, place.output, f"cv-fold-{k}") for k in range(3)]
+def test_folds_share_one_plan(typed: Typed) -> None:
+    folds = [Typed(typed.data, typed.output, f"cv-fold-{k}") for k in range(3)]
     first = folds[0].settle(LAPTOP, folds=3, fold=0)
     second = folds[1].settle(NODE, folds=3, fold=1)
     assert first.global_batch_size == second.global_batch_size == 4
-    shared = open_store(place.output).subpath("cv").get(PLAN_NAME)
+    shared = open_store(typed.output).subpath("cv").get(PLAN_NAME)
     for fold in folds[:2]:
-        assert open_store(place.output).subpath(fold.name).get(PLAN_NAME) == shared
+        assert open_store(typed.output).subpath(fold.name).get(PLAN_NAME) == shared
     with pytest.raises(UsageError, match=r"--model.num-layers was not set, now 2; give the old"):
         folds[2].settle(NODE, folds=3, fold=2, model={"num_layers": 2})
 
 
-def test_auto_is_refused_for_a_run_of_another_preset(place: Place) -> None:
-    config = place.resolve(preset="recipe")
-    with Run.open(place.output, "run") as run:
+def test_auto_is_refused_for_a_run_of_another_preset(typed: Typed) -> None:
+    config = typed.resolve(preset="recipe")
+    with Run.open(typed.output, "run") as run:
         run.check_identity(identity_of(config), "d" * 64)
         run.put_text("config.yaml", write_yaml(config))
     with pytest.raises(UsageError, match="was started with --preset recipe, and a run keeps its"):
-        place.resolve()
-    assert not needs_plan(resolve_config({"output": place.output, "name": "run"}, None))
+        typed.resolve()
+    assert not needs_plan(resolve_config({"output": typed.output, "name": "run"}, None))
