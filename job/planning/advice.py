@@ -37,9 +37,7 @@ def notes_on(situation: Situation) -> Iterator[str]:
             f"the {situation.machine.memory_bytes / GIB:.1f} GiB here. Prepare smaller images or "
             "tiles."
         )
-    minutes = (
-        int(situation.value("epochs")) * situation.steps_per_epoch * situation.step_seconds() / 60
-    )
+    minutes = situation.num_steps * situation.step_seconds() / 60
     if minutes > _LONG_MINUTES:
         yield (
             f"Training takes about {minutes:.0f} minutes on this machine. A smaller image size, "

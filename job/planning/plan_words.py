@@ -15,9 +15,11 @@ def plan_words(plan: Plan) -> str:
     batch = f"batch {values['global_batch_size']}"
     if parts != 1:
         batch += f" in {parts} parts"
+    epochs = values["epochs"]
+    length = "" if epochs is None else f"{epochs} epochs, "
     return (
-        f"plan: {levels} levels, {filters} filters, {batch}, {values['epochs']} epochs "
-        f"({pluralize(plan.num_steps, 'step')}, about {minutes_words(plan)}); all choices are in "
+        f"plan: {levels} levels, {filters} filters, {batch}, {length}"
+        f"{pluralize(plan.num_steps, 'step')} (about {minutes_words(plan)}); all choices are in "
         "plan.json and in the report"
     )
 

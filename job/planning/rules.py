@@ -72,7 +72,7 @@ def make_plan(
             else:
                 choices.append(Choice(option=option, value=value, reason=reason))
         situation = situation.with_values({each.option: each.value for each in choices})
-    num_steps = int(situation.value("epochs")) * situation.steps_per_epoch
+    num_steps = situation.num_steps
     samples = max(1, situation.replica_batch // int(situation.value("accumulate")))
     return Plan(
         dataset=facts,
@@ -148,7 +148,7 @@ def _filters(situation: Situation) -> Chosen:
     limit = situation.limits.base_filters or FILTERS[0]
     few = situation.facts.num_train < FEW_SAMPLES
     most_parameters = PARAMETERS_OF_FEW if few else PARAMETERS_OF_MANY
-    steps = wanted_steps(situation)
+    steps, minutes = wanted_steps(situation), training_minutes(situation)
     allowed = [n for n in FILTERS if n <= limit] or [FILTERS[-1]]
     reason = "as many as any rule allows"
     for filters in allowed:
@@ -163,8 +163,8 @@ def _filters(situation: Situation) -> Chosen:
                 f"at most {most_parameters // 10**6} million parameters for "
                 f"{pluralize(situation.facts.num_train, 'training sample')}"
             )
-        elif steps * situation.step_seconds(**changes) > 60 * TRAINING_MINUTES:
-            reason = f"more would need over {TRAINING_MINUTES:g} minutes for {steps} steps"
+        elif steps * situation.step_seconds(**changes) > 60 * minutes:
+            reason = f"more would need over {minutes:g} minutes for {steps} steps"
         else:
             break
     if filters == situation.limits.base_filters:
@@ -199,12 +199,21 @@ def _accumulate(situation: Situation) -> Chosen:
 
 def wanted_steps(situation: Situation) -> int:
     """Returns the training steps that the dataset needs; those of given epochs."""
-    if "epochs" in situation.given:
+    if situation.value("epochs") is not None and "epochs" in situation.given:
         return int(situation.value("epochs")) * situation.steps_per_epoch
+    if situation.time_budget is not None:
+        return SHORTEST_STEPS
     return min(max(FEWEST_STEPS, STEPS_PER_SAMPLE * situation.facts.num_train), MOST_STEPS)
 
 
+def training_minutes(situation: Situation) -> float:
+    """Returns the longest duration of a training."""
+    return TRAINING_MINUTES if situation.time_budget is None else situation.time_budget
+
+
 def _length(situation: Situation) -> Chosen:
+    if situation.time_budget is not None:
+        return {"epochs": (None, f"--time-budget ends it after {situation.time_budget:g} minutes")}
     steps = wanted_steps(situation)
     reason = f"about {steps} steps for {situation.facts.num_train} training samples"
     possible = int(60 * TRAINING_MINUTES / situation.step_seconds())
@@ -244,8 +253,7 @@ def _is_given(situation: Situation) -> bool:
 
 
 def _optimizer(situation: Situation) -> Chosen:
-    steps = int(situation.value("epochs")) * situation.steps_per_epoch
-    window = max(1, round(EMA_SHARE * steps))
+    window = max(1, round(EMA_SHARE * situation.num_steps))
     momentum = min(MOST_EMA, round(1 - 1 / window, 4)) or None
     return {
         "optimizer.name": ("adamw", "needs little tuning"),
@@ -260,7 +268,7 @@ def _optimizer(situation: Situation) -> Chosen:
 
 
 def _schedule(situation: Situation) -> Chosen:
-    warmup = round(WARMUP_SHARE * int(situation.value("epochs")), 2)
+    warmup = round(WARMUP_SHARE * situation.num_steps / situation.steps_per_epoch, 2)
     falls = bool(situation.value("schedule.reduce_on_plateau")) and (
         "schedule.reduce_on_plateau" in situation.given
     )
@@ -322,7 +330,8 @@ RULES = (
         f"The most of {', '.join(map(str, FILTERS))} that fit into memory one sample at a time, "
         f"with at most {PARAMETERS_OF_FEW // 10**6} million parameters below {FEW_SAMPLES} "
         f"training samples, else {PARAMETERS_OF_MANY // 10**6} million, and an estimated duration "
-        f"of at most {TRAINING_MINUTES:g} minutes. Fewer than {USUAL_FILTERS} only for memory.",
+        f"of at most {TRAINING_MINUTES:g} minutes. With --time-budget, {SHORTEST_STEPS} steps must "
+        f"fit into it. Fewer than {USUAL_FILTERS} only for memory.",
         _filters,
     ),
     Rule(
@@ -333,7 +342,8 @@ RULES = (
     Rule(
         ("epochs",),
         f"{STEPS_PER_SAMPLE} steps per training sample, {FEWEST_STEPS} to {MOST_STEPS}; fewer, but "
-        f"at least {SHORTEST_STEPS}, if they would take over {TRAINING_MINUTES:g} minutes.",
+        f"at least {SHORTEST_STEPS}, if that takes over {TRAINING_MINUTES:g} minutes. none with "
+        "--time-budget.",
         _length,
     ),
     Rule(
@@ -357,7 +367,7 @@ RULES = (
             "optimizer.ema_momentum",
         ),
         "AdamW with a rate of 0.001, the gradient of each tensor clipped to norm 1. The weights "
-        f"are averaged over the last {100 * EMA_SHARE:g} % of the steps, with a momentum of at most "
+        f"are averaged over about {100 * EMA_SHARE:g} % of the steps, with a momentum of at most "
         f"{MOST_EMA:g}.",
         _optimizer,
     ),

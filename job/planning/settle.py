@@ -31,6 +31,7 @@ from job.runs.run import Run
 logger = logging.getLogger(__name__)
 
 _GROUPS = ("model.", "loss.", "optimizer.", "schedule.", "augmentation.")
+_GIVEN = PLANNED | {"time_budget"}
 # With less than this share of the memory, an estimate needs no dry step.
 _SURE_SHARE = 0.3
 
@@ -124,7 +125,7 @@ def given_options(config: TrainConfig) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat_values(values).items()
-        if name in PLANNED or name.startswith(_GROUPS)
+        if name in _GIVEN or name.startswith(_GROUPS)
     }
 
 
@@ -158,14 +159,20 @@ def fitted_plan(
         found = measure(with_plan(config, plan), machine)
         limit = MEMORY_SHARE[machine.device] * machine.memory_bytes
         if found.fits and found.memory_bytes <= limit:
-            measured = Measured(
-                memory_bytes=found.memory_bytes, step_s=found.step_s, tried=tuple(tried)
-            )
-            minutes = plan.num_steps * found.step_s / 60
-            return plan.model_copy(update={"measured": measured, "minutes": minutes})
+            return _with_measured(plan, found, tried)
         tried.append(_words(plan, found, machine))
         logger.info("dry step: %s", tried[-1])
         limits = _tighter(plan, limits, machine)
+
+
+def _with_measured(plan: Plan, found: DryStep, tried: list[str]) -> Plan:
+    """Returns `plan` with the measured duration; with a time budget, that gives the steps."""
+    measured = Measured(memory_bytes=found.memory_bytes, step_s=found.step_s, tried=tuple(tried))
+    num_steps, minutes = plan.num_steps, plan.num_steps * found.step_s / 60
+    if plan.value("epochs") is None:
+        num_steps, minutes = max(1, round(60 * plan.minutes / found.step_s)), plan.minutes
+    changes = {"measured": measured, "num_steps": num_steps, "minutes": minutes}
+    return plan.model_copy(update=changes)
 
 
 def _words(plan: Plan, found: DryStep, machine: MachineFacts) -> str:

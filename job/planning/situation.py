@@ -102,6 +102,20 @@ class Situation:
         return math.ceil(max(1, self.facts.num_train) / self.batch)
 
     @property
+    def time_budget(self) -> float | None:
+        """Minutes of --time-budget."""
+        minutes = self.value("time_budget")
+        return None if minutes is None else float(minutes)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the training: of its epochs, or as many as its time budget allows."""
+        epochs = self.value("epochs")
+        if epochs is not None:
+            return int(epochs) * self.steps_per_epoch
+        return max(1, round(60 * (self.time_budget or 1) / self.step_seconds()))
+
+    @property
     def memory_bytes(self) -> float:
         """The memory that training may use."""
         return MEMORY_SHARE[self.machine.device] * self.machine.memory_bytes

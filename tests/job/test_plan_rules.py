@@ -151,6 +151,16 @@ def test_short_memory_lowers_first_the_samples_then_the_filters() -> None:
     assert filters[-1] < filters[0]
 
 
+def test_a_time_budget_gives_the_length_and_a_network_for_it() -> None:
+    short, long = (plan(given={"time_budget": minutes}) for minutes in (2.0, 60.0))
+    config = parse_settings(TrainConfig, short.values(), "plan")
+    assert (config.epochs, config.time_budget) == (None, 2.0)
+    assert values(short)["model.base_filters"] < values(long)["model.base_filters"]
+    assert 1.9 < short.minutes < 2.1
+    assert values(short)["optimizer.ema_momentum"] < values(long)["optimizer.ema_momentum"]
+    assert plan(given={"time_budget": 2.0, "epochs": 3}).num_steps == 18
+
+
 def test_lost_regions_give_the_command_that_keeps_them() -> None:
     lost = {"num_regions": 113, "num_lost": 9, "num_emptied": 1}
     (note,) = plan(lost | {"prep_options": {"image_size": 256, "group_regex": "p[0-9]+"}}).notes
