@@ -1,14 +1,13 @@
-"""Assigns each sample to a split and a fold, and warns of problems with them.
+"""Assigns each usable sample to a split and a fold, and warns of problems with them.
 
 Decides which groups are merged and whether leaks are allowed; `splits` divides the groups.
 """
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from data_prep.config import MAX_LISTED, PrepConfig
-from data_prep.masks.color_map import parse_color_map
 from data_prep.shards.source_pairs import EncodedSample
 from data_prep.splits.leaks import classes_missing, find_leaks
 from data_prep.splits.names import SPLITS
@@ -34,6 +33,69 @@ class Assignment:
     splits: dict[str, str]
     folds: dict[str, int]
     is_leaky: bool
+
+
+def check_usable(
+    samples: Sequence[EncodedSample], refused: Sequence[tuple[str, str]], wanted: Collection[str]
+) -> None:
+    """Checks that the samples left after pass 1 suffice for a dataset; warns of skipped files.
+
+    Args:
+        refused: (file, reason) of each rejected file.
+        wanted: ready-made splits that must not be empty.
+
+    Raises:
+        ContentError: no sample is left, a split is empty, or no mask has foreground.
+    """
+    if not samples:
+        raise ContentError(f"none of {len(refused)} files is usable: {_named(refused)}")
+    if refused:
+        # Logged now, because rejects.csv is written later, and the next steps may fail.
+        logger.warning("skipped %s: %s", pluralize(len(refused), "file"), _named(refused))
+    _refuse_empty_splits(samples, wanted)
+    _refuse_all_empty(samples)
+
+
+def _named(refused: Sequence[tuple[str, str]]) -> str:
+    """Returns the first rejected files with their reasons, and the number of the rest."""
+    return join_truncated([_worded(*each) for each in refused], MAX_LISTED)
+
+
+def _worded(file: str, reason: str) -> str:
+    return reason if reason.startswith(file) else f"{file}: {reason}"
+
+
+def _refuse_empty_splits(samples: Sequence[EncodedSample], wanted: Collection[str]) -> None:
+    """Rejects a source with a split folder that has no usable pair.
+
+    Otherwise the dataset would look complete, but training would have no images for that split.
+    """
+    filled = {sample.split for sample in samples}
+    empty = [name for name in SPLITS if name in wanted and name not in filled]
+    if empty:
+        raise ContentError(
+            f"no pair of {' and '.join(f'split {name}' for name in empty)} is usable (see the "
+            "skipped files); replace these files, or remove the folder of the split"
+        )
+
+
+def _refuse_all_empty(samples: Sequence[EncodedSample]) -> None:
+    """Rejects masks with unmapped colours if no pixel of all masks is foreground.
+
+    The check of a single mask can miss an area of another colour with noise, such as JPEG's.
+    """
+    has_foreground = any(
+        any(s.pixels_per_class[1:]) or (s.regions is not None and any(s.regions.regions))
+        for s in samples
+    )
+    images = {s.image_id: s for s in samples}.values()
+    others = [s.filename for s in images if s.unmapped_pixels]
+    if others and not has_foreground:
+        raise ContentError(
+            f"all {len(images)} masks would be read as empty, but {len(others)} of them have "
+            f"pixels in colours of no class, the first is {others[0]}; give the colours of "
+            "these masks with --classes"
+        )
 
 
 def assign(samples: Sequence[EncodedSample], config: PrepConfig) -> Assignment:
@@ -117,7 +179,7 @@ def warn_of_missing_classes(
     samples: Sequence[EncodedSample], assignment: Assignment, config: PrepConfig
 ) -> None:
     """Warns of every split and fold without a pixel of some class."""
-    names = [each.name for each in parse_color_map(config.classes)]
+    names = [each.name for each in config.color_map]
     in_splits = [(f"split {assignment.splits[s.id]}", s.pixels_per_class) for s in samples]
     in_folds = [
         (f"fold {assignment.folds[s.id] + 1} of {config.num_folds}", s.pixels_per_class)

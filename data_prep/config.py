@@ -9,6 +9,7 @@ from data_prep.imaging.breast import Crop, Flip
 from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS
 from data_prep.imaging.dicom.reader import Reader
 from data_prep.masks.color_map import (
+    ClassColor,
     Color,
     check_ignore_id,
     check_ignored,
@@ -18,8 +19,9 @@ from data_prep.masks.color_map import (
     parse_color_map,
     parse_ignored,
 )
-from data_prep.masks.reading import Encoding
+from data_prep.masks.decision.findings import MaskEncoding
 from data_prep.sources import inbreast
+from flexunet.errors import UsageError
 from flexunet.settings import Settings, option
 
 # Options that earlier versions did not have; with its default, each is no part of the identity.
@@ -27,6 +29,8 @@ _LATER_OPTIONS = (
     *("full_scale", "ignore", "mask_encoding", "images", "masks", "field_of_view", "image_name"),
     *("mask_name", "missing_mask", "draw_valid"),
 )
+# The classes without --classes, until they were found from the masks; those of --format inbreast.
+EARLIER_CLASSES = "background=0,0,0;mass=255,255,255"
 MAX_LISTED = 5  # names listed in a message
 HASH_KEY_VARIABLE = "FLEXUNET_HASH_KEY"
 
@@ -120,20 +124,22 @@ class PrepConfig(Settings):
         ge=255,
         le=65535,
     )
-    classes: str = option(
-        "background=0,0,0;mass=255,255,255",
-        "Mask colours in the order of the class ids: name=R,G,B;... or name=#rrggbb;...",
+    classes: str | None = option(
+        None,
+        "Mask colours in the order of the class ids: name=R,G,B;... or name=#rrggbb;... none: "
+        "found from the masks.",
     )
-    mask_encoding: Encoding = option(
+    mask_encoding: MaskEncoding = option(
         "auto",
         "What carries the classes in mask files. index: ids, also as indices of a palette; colour: "
         "colours and grey levels; alpha: the alpha channel, opaque is the second class; auto: "
-        "ids if all values of a mask are ids, else colours.",
+        "found from all masks; mixed: for each mask, ids if all its values are ids, else colours.",
     )
     ignore: str | None = option(
         None,
         "Grey levels, ids or colours of mask pixels to ignore in training and evaluation: 255 or "
-        "224,224,192 or #e0e0c0; several with a semicolon: 255;224,224,192.",
+        "224,224,192 or #e0e0c0; several with a semicolon: 255;224,224,192. none: found from the "
+        "masks.",
     )
     ignore_id: int | None = option(
         None,
@@ -212,9 +218,9 @@ class PrepConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _class_is_named_after_rois(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "rois" not in values or "classes" in values:
+        if not isinstance(values, dict) or values.get("classes") is not None:
             return values
-        rois = values["rois"]
+        rois = values.get("rois", cls.model_fields["rois"].default)
         # Unknown kinds are rejected later.
         is_known = isinstance(rois, list | tuple) and all(roi in inbreast.KINDS for roi in rois)
         if values.get("format") != "inbreast" or not rois or not is_known:
@@ -232,9 +238,8 @@ class PrepConfig(Settings):
     @field_validator("classes", mode="before")
     @classmethod
     def _classes_are_text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            example = cls.model_fields["classes"].default
-            raise ValueError(f'must be a string such as "{example}"')
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f'must be a string such as "{EARLIER_CLASSES}"')
         return value
 
     @field_validator("fractions", mode="before")
@@ -268,10 +273,12 @@ class PrepConfig(Settings):
 
     @model_validator(mode="after")
     def _classes_fit(self) -> "PrepConfig":
-        classes = parse_color_map(self.classes)
-        if self.mask_encoding == "auto":
+        if self.classes is None:
+            return self
+        classes = self.color_map
+        if self.mask_encoding in ("auto", "mixed"):
             check_levels(classes)
-        if self.mask_encoding in ("auto", "index"):
+        if self.mask_encoding in ("auto", "mixed", "index"):
             check_ignored_levels(classes, parse_ignored((self.ignore or "").split(";")))
         check_ignore_id(classes, self.ignore_id)
         check_ignored(classes, self.ignored_colors)
@@ -289,7 +296,7 @@ class PrepConfig(Settings):
                 raise ValueError("--rois needs --format inbreast")
         elif layout := self._layout_options():
             raise ValueError(f"{layout[0]} needs --format pairs")
-        elif len(parse_color_map(self.classes)) != 2:
+        elif len(self.color_map) != 2:
             raise ValueError(
                 "--format inbreast has a background and one foreground class; give two --classes"
             )
@@ -332,6 +339,17 @@ class PrepConfig(Settings):
         return self
 
     @property
+    def color_map(self) -> tuple[ClassColor, ...]:
+        """The classes, which are known once the masks are examined.
+
+        Raises:
+            UsageError: they are not known, or they are wrong.
+        """
+        if self.classes is None:
+            raise UsageError("the classes are not known; give --classes")
+        return parse_color_map(self.classes)
+
+    @property
     def ignored_colors(self) -> tuple[Color, ...]:
         """Colours of ignored mask pixels. The ignore id of index masks is no colour."""
         return parse_ignored((self.ignore or "").split(";"))
@@ -340,7 +358,7 @@ class PrepConfig(Settings):
     def ignore_value(self) -> int | None:
         """Id of ignored pixels in the dataset, None if no pixels are ignored."""
         if self.ignore_id is None and (self.ignored_colors or self.field_of_view is not None):
-            return free_ignore_id(parse_color_map(self.classes))
+            return free_ignore_id(self.color_map)
         return self.ignore_id
 
     @property

@@ -9,9 +9,8 @@ from data_prep.assignment import Assignment
 from data_prep.config import PrepConfig, identity_of
 from data_prep.format_choice import full_scale_info
 from data_prep.imaging.pixels import PixelFormat
-from data_prep.masks.color_map import parse_color_map
 from data_prep.masks.reading import READING_RULES
-from data_prep.shards.manifest import Manifest, ReducedInfo, SplitInfo, group_rule_of
+from data_prep.shards.manifest import Manifest, MaskChoice, ReducedInfo, SplitInfo, group_rule_of
 from data_prep.shards.source_pairs import EncodedSample
 from data_prep.shards.write import WrittenShard, mean_and_std
 from data_prep.splits.names import SPLITS, Split
@@ -29,6 +28,7 @@ class Contents:
         samples: at least one, in any order.
         table: bytes of the sample table.
         source_sha256: digest of the source files.
+        mask_choice: how the masks are read, where the user gave no options.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Contents:
     shards: Sequence[WrittenShard]
     table: bytes
     source_sha256: str
+    mask_choice: MaskChoice | None
 
 
 def build_manifest(contents: Contents, config: PrepConfig) -> Manifest:
@@ -56,7 +57,7 @@ def build_manifest(contents: Contents, config: PrepConfig) -> Manifest:
         channels=pixel_format.channels,
         bit_depth=pixel_format.bit_depth,
         value_max=pixel_format.value_max,
-        classes=parse_color_map(config.classes),
+        classes=config.color_map,
         ignore_id=config.ignore_value,
         geometry=config.kind,
         crop=config.crop,
@@ -77,6 +78,7 @@ def build_manifest(contents: Contents, config: PrepConfig) -> Manifest:
         reduced=_reduced(samples, splits),
         source_sha256=contents.source_sha256,
         full_scale=full_scale_info(samples, pixel_format, config),
+        mask_choice=contents.mask_choice,
         reading_rules=READING_RULES if config.format == "pairs" else None,
     )
 

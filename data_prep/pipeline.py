@@ -6,16 +6,17 @@ Other modules find, read, split and store the images.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from data_prep import report_figures
-from data_prep.assignment import assign, warn_of_missing_classes
-from data_prep.config import MAX_LISTED, PrepConfig, identity_of
+from data_prep.assignment import assign, check_usable, warn_of_missing_classes
+from data_prep.choices.mask_options import CommandPaths, choose_mask_options, existing_options
+from data_prep.config import PrepConfig, identity_of
 from data_prep.format_choice import pixel_format_of, warn_of_clipped, warn_of_mixed
 from data_prep.manifest_builder import Contents, build_manifest, warn_of_lost_regions
-from data_prep.masks.color_map import parse_color_map
 from data_prep.masks.reading import READING_RULES
+from data_prep.masks.statistics import MaskStatistics
 from data_prep.prep_input import PrepInput, collect_input, source_digest, sources_of
 from data_prep.report_files import (
     write_clipped,
@@ -24,7 +25,8 @@ from data_prep.report_files import (
     write_unmapped_colors,
 )
 from data_prep.shards.encode import batched, chunked, scan_chunks
-from data_prep.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data_prep.shards.manifest import MANIFEST_NAME, Manifest, MaskChoice, read_manifest
+from data_prep.shards.mask_sample import read_sample
 from data_prep.shards.output import (
     STATE_PREFIX,
     claim_output,
@@ -39,7 +41,6 @@ from data_prep.shards.source_pairs import EncodedSample, Layout, RejectedPair, S
 from data_prep.shards.write import ShardTask, WrittenShard, plan_shards, sample_rows, write_shard
 from data_prep.sources.listings import Listings
 from data_prep.sources.pairs import Source, folder_made_by
-from data_prep.splits.names import SPLITS
 from flexunet.errors import ContentError, UsageError
 from flexunet.process_pool import (
     OpenWorkers,
@@ -50,7 +51,6 @@ from flexunet.process_pool import (
 )
 from flexunet.progress import Progress
 from flexunet.storage import ObjectStore, is_file, open_store, probe_writable
-from flexunet.text import join_truncated, pluralize
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,9 @@ def prepare_source(
     listings = Listings()
     sources = sources_of(source, config, listings)
     _refuse_other_layout(source, output, config, listings)
-    command = _Command(open_workers, progress)
+    # On other workers the command has another name.
+    paths = None if open_workers else CommandPaths(source, output)
+    command = _Command(open_workers, progress, paths)
     return _prepare_listed(sources, output, config, listings, command)
 
 
@@ -114,6 +116,7 @@ class _Command:
 
     open_workers: OpenWorkers | None
     progress: bool
+    paths: CommandPaths | None = None
 
 
 def _prepare_listed(
@@ -136,7 +139,9 @@ def _prepare_listed(
         # In the staging folder, with which a remaining probe is deleted.
         probe_writable(store.subpath(STATE_PREFIX), may_stay=True)
     with (command.open_workers or _processes(config, len(prep_input.items)))() as workers:
-        work = _Work(store, config, workers, command.progress)
+        work = _with_mask_options(
+            _Work(store, config, workers, command.progress), prep_input, command.paths
+        )
         manifest = _finished(work, prep_input) if is_finished else _prepare(work, prep_input)
     warn_of_lost_regions(manifest)
     return manifest
@@ -165,6 +170,21 @@ class _Work:
     config: PrepConfig
     workers: Workers
     progress: bool
+    mask_choice: MaskChoice | None = None
+
+
+def _with_mask_options(work: _Work, prep_input: PrepInput, paths: CommandPaths | None) -> _Work:
+    """Returns the arguments with options about masks for all that the user did not give."""
+    items = prep_input.items
+
+    def sample() -> MaskStatistics:
+        number = _num_requests(work, items)
+        pixels = work.config.max_pixels
+        return read_sample(items, work.workers, max_pixels=pixels, num_requests=number)
+
+    existing = existing_options(work.store)
+    config, choice = choose_mask_options(work.config, existing, sample, paths)
+    return dataclasses.replace(work, config=config, mask_choice=choice)
 
 
 def _prepare(work: _Work, prep_input: PrepInput) -> Manifest:
@@ -173,7 +193,7 @@ def _prepare(work: _Work, prep_input: PrepInput) -> Manifest:
     samples = [result for result in results if isinstance(result, EncodedSample)]
     bad = [(result.file, result.reason) for result in results if isinstance(result, RejectedPair)]
     refused = [*prep_input.refused, *bad]
-    _check_usable(samples, refused, prep_input.wanted_splits)
+    check_usable(samples, refused, prep_input.wanted_splits)
     assignment = assign(samples, config)
     warn_of_missing_classes(samples, assignment, config)
     samples = [dataclasses.replace(s, group=assignment.groups[s.id]) for s in samples]
@@ -189,12 +209,22 @@ def _prepare(work: _Work, prep_input: PrepInput) -> Manifest:
         seed=config.seed,
     )
     source_sha256 = _digest_of_scanned(prep_input, results)
-    claim_output(store, {"options": identity_of(config), "source_sha256": source_sha256})
+    plan = {"options": identity_of(config), "source_sha256": source_sha256}
+    if work.mask_choice is not None:
+        plan["mask_choice"] = work.mask_choice.model_dump(mode="json")
+    claim_output(store, plan)
     shards = _write(work, tasks)
     rows = list(sample_rows(tasks, shards, assignment.folds))
     table = samples_to_parquet(rows)
     contents = Contents(
-        prep_input.name, pixel_format, samples, assignment, shards, table, source_sha256
+        name=prep_input.name,
+        pixel_format=pixel_format,
+        samples=samples,
+        assignment=assignment,
+        shards=shards,
+        table=table,
+        source_sha256=source_sha256,
+        mask_choice=work.mask_choice,
     )
     manifest = build_manifest(contents, config)
     write_report(store, manifest, rows, refused)
@@ -254,36 +284,6 @@ def _digest_of_scanned(
     )
 
 
-def _check_usable(
-    samples: Sequence[EncodedSample], refused: Sequence[tuple[str, str]], wanted: Collection[str]
-) -> None:
-    """Checks that the samples left after pass 1 suffice for a dataset; warns of skipped files.
-
-    Args:
-        refused: (file, reason) of each rejected file.
-        wanted: ready-made splits that must not be empty.
-
-    Raises:
-        ContentError: no sample is left, a split is empty, or no mask has foreground.
-    """
-    if not samples:
-        raise ContentError(f"none of {len(refused)} files is usable: {_named(refused)}")
-    if refused:
-        # Logged now, because rejects.csv is written later, and the next steps may fail.
-        logger.warning("skipped %s: %s", pluralize(len(refused), "file"), _named(refused))
-    _refuse_empty_splits(samples, wanted)
-    _refuse_all_empty(samples)
-
-
-def _named(refused: Sequence[tuple[str, str]]) -> str:
-    """Returns the first rejected files with their reasons, and the number of the rest."""
-    return join_truncated([_worded(*each) for each in refused], MAX_LISTED)
-
-
-def _worded(file: str, reason: str) -> str:
-    return reason if reason.startswith(file) else f"{file}: {reason}"
-
-
 def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | RejectedPair]:
     config = work.config
     layout = Layout(
@@ -291,7 +291,7 @@ def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | Reje
         width=config.width,
         geometry=config.kind,
         channels=config.channels,
-        classes=parse_color_map(config.classes),
+        classes=config.color_map,
         ignore_id=config.ignore_value,
         max_pixels=config.max_pixels,
         format=config.format,
@@ -301,7 +301,7 @@ def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | Reje
         tile_overlap=config.tile_overlap,
         full_scale=config.full_scale,
         ignored=config.ignored_colors,
-        mask_encoding=config.mask_encoding,
+        mask_encoding="auto" if config.mask_encoding == "mixed" else config.mask_encoding,
         has_ignore_id=config.ignore_id is not None,
     )
     staging = staging_url(work.store.url)
@@ -323,39 +323,6 @@ def _num_requests(work: _Work, items: Sequence[SourcePair] = ()) -> int:
     urls = {file.url for item in items for file in item.files}
     stores = [work.store, *map(open_store, urls)]
     return num_requests(*stores, num_processes=work.workers.num_workers())
-
-
-def _refuse_empty_splits(samples: Sequence[EncodedSample], wanted: Collection[str]) -> None:
-    """Rejects a source with a split folder that has no usable pair.
-
-    Otherwise the dataset would look complete, but training would have no images for that split.
-    """
-    filled = {sample.split for sample in samples}
-    empty = [name for name in SPLITS if name in wanted and name not in filled]
-    if empty:
-        raise ContentError(
-            f"no pair of {' and '.join(f'split {name}' for name in empty)} is usable (see the "
-            "skipped files); replace these files, or remove the folder of the split"
-        )
-
-
-def _refuse_all_empty(samples: Sequence[EncodedSample]) -> None:
-    """Rejects masks with unmapped colours if no pixel of all masks is foreground.
-
-    The check of a single mask can miss an area of another colour with noise, such as JPEG's.
-    """
-    has_foreground = any(
-        any(s.pixels_per_class[1:]) or (s.regions is not None and any(s.regions.regions))
-        for s in samples
-    )
-    images = {s.image_id: s for s in samples}.values()
-    others = [s.filename for s in images if s.unmapped_pixels]
-    if others and not has_foreground:
-        raise ContentError(
-            f"all {len(images)} masks would be read as empty, but {len(others)} of them have "
-            f"pixels in colours of no class, the first is {others[0]}; give the colours of "
-            "these masks with --classes"
-        )
 
 
 def _num_images(results: Sequence[EncodedSample | RejectedPair]) -> int:

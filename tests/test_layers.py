@@ -61,6 +61,7 @@ ORDERS = {
         "data_prep.config",
         "data_prep.hidden_names",
         "data_prep.prep_input",
+        "data_prep.choices",
         "data_prep.assignment",
         "data_prep.format_choice",
         "data_prep.manifest_builder",

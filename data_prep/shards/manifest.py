@@ -80,6 +80,20 @@ class FullScaleInfo(Settings):
     num_clipped_pixels: int = Field(ge=0)
 
 
+class MaskChoice(Settings):
+    """How masks are read, as `prep` found from a sample of them.
+
+    Attributes:
+        decided: options of `prep` that the user did not give; `Manifest.options` has their values.
+        evidence: short sentences about the masks.
+        num_files: masks in the sample.
+    """
+
+    decided: tuple[str, ...]
+    evidence: tuple[str, ...]
+    num_files: int = Field(ge=0)
+
+
 class Manifest(Settings):
     """The content of `dataset.json`, which a reader needs before it reads a shard.
 
@@ -96,6 +110,8 @@ class Manifest(Settings):
         reading_rules: version of the rules that read the mask files; None in datasets of earlier
             versions, which used version 1, and if there are no mask files. Then it is not in the
             JSON.
+        mask_choice: None if the user gave all options about masks, if there are no mask files, and
+            in datasets of earlier versions; then it is not in the JSON.
         source_sha256: digest of names, sizes and checksums of the source files.
     """
 
@@ -128,6 +144,7 @@ class Manifest(Settings):
     source_sha256: str = ""
     full_scale: FullScaleInfo | None = None
     reading_rules: int | None = Field(default=None, ge=1)
+    mask_choice: MaskChoice | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -154,7 +171,7 @@ class Manifest(Settings):
     def to_json(self) -> bytes:
         """Returns the bytes of `dataset.json`; equal manifests give equal bytes."""
         values = self.model_dump(mode="json")
-        for name in ("full_scale", "reading_rules"):
+        for name in ("full_scale", "reading_rules", "mask_choice"):
             if values[name] is None:
                 del values[name]
         text = json.dumps(values, indent=1, ensure_ascii=False)

@@ -62,6 +62,17 @@ def claim_output(store: ObjectStore, plan: Mapping[str, Any]) -> None:
         )
 
 
+def read_plan(store: ObjectStore) -> dict[str, Any] | None:
+    """Returns the plan of the preparation that was interrupted in `store`, None if there is none.
+
+    The plan is empty if it is damaged.
+    """
+    try:
+        return _parse_plan(store.get(PLAN_NAME))
+    except NotFound:
+        return None
+
+
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Returns the first options that differ, or a difference of the source, in words."""
     before, after = old.get("options", {}), new.get("options", {})

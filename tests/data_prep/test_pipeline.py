@@ -124,11 +124,12 @@ def test_any_number_of_processes_and_any_place_give_the_same_bytes(source, tmp_p
 
 
 def test_masks_of_another_colour_are_not_stored_as_empty(source, tmp_path):
+    classes = ("--classes", "background=0,0,0;lesion=255,255,255")
     masks = sorted((source / "masks").iterdir())
     for path in masks:
         mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         assert cv2.imwrite(str(path), (mask // 255 * 100).astype(np.uint8))
-    done = _run(source, tmp_path / "out", "--image-size", "16")
+    done = _run(source, tmp_path / "out", "--image-size", "16", *classes)
     assert done.returncode == 3
     words = (
         r"case_\d+\.png: has areas .*: 16 pixels of colour 100,100,100 at .*--ignore 100,100,100"
@@ -140,7 +141,7 @@ def test_masks_of_another_colour_are_not_stored_as_empty(source, tmp_path):
         mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         noise = np.random.default_rng(seed).integers(-9, 9, mask.shape)
         assert cv2.imwrite(str(path), np.where(mask, 100 + noise, 0).astype(np.uint8))
-    done = _run(source, tmp_path / "out", "--image-size", "16")
+    done = _run(source, tmp_path / "out", "--image-size", "16", *classes)
     assert done.returncode == 3
     words = "all 20 masks would be read as empty, but 20 of them have pixels in colours of no class"
     assert words in done.stderr.splitlines()[-1]
@@ -759,7 +760,7 @@ def test_splits_and_folds_without_a_class_are_reported(source, tmp_path, caplog)
     own_fold = [] if row["fold"] is None else [folds[row["fold"]]]
     has_class = {f"split {row['split']}", *own_fold}
     for place in (*(f"split {name}" for name in SPLITS), *folds):
-        assert (f"{place} has no pixel of class mass" in caplog.text) != (place in has_class)
+        assert (f"{place} has no pixel of class foreground" in caplog.text) != (place in has_class)
 
 
 def test_folds_cover_train_and_valid(source, tmp_path):

@@ -35,7 +35,8 @@ def prepare_discs(
     """
     write_discs(folder / "source", num_images=num_images, side=side)
     size = {"tile": tile, "tile_overlap": tile // 4} if tile else {"image_size": side}
-    config = PrepConfig(**size, fractions=(0.6, 0.2, 0.2), num_processes=1)
+    classes = "background=0,0,0;mass=255,255,255"
+    config = PrepConfig(**size, classes=classes, fractions=(0.6, 0.2, 0.2), num_processes=1)
     sources = find_sources(str(folder / "source"))
     prepare(sources, str(folder / "dataset"), config, progress=False)
     return str(folder / "dataset")

@@ -120,9 +120,9 @@ def test_folds_without_a_class_are_reported(
     for fold in range(3):
         has_mass = bool(fold_of(dataset, 3, fold).split("test").has_foreground.any())
         assert (
-            f"fold {fold + 1} of 3 (--fold {fold}) has no pixel of class mass" in caplog.text
+            f"fold {fold + 1} of 3 (--fold {fold}) has no pixel of class foreground" in caplog.text
         ) != has_mass
-    assert caplog.text.count("has no pixel of class mass") == 2
+    assert caplog.text.count("has no pixel of class foreground") == 2
 
 
 def test_folds_need_as_many_groups(grouped: Dataset) -> None:

@@ -10,7 +10,7 @@ certain has no reading, but candidates to choose from. `level_rules.py` and `col
 the rules.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from data_prep.masks.class_names import color_map_text
@@ -34,7 +34,7 @@ from data_prep.masks.decision.findings import (
     uncertain,
 )
 from data_prep.masks.decision.level_rules import read_ids, read_levels
-from data_prep.masks.statistics import MaskStatistics, ValueCount
+from data_prep.masks.statistics import VOID_LEVEL, MaskStatistics, ValueCount
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ class GivenOptions:
         encoding: what carries the classes; "auto": not given.
         classes: None: not given.
         ignored: colours and levels of ignored pixels; None: not given.
+        ignore_id: id of ignored pixels in index masks; None: not given.
     """
 
     encoding: MaskEncoding = "auto"
     classes: tuple[ClassColor, ...] | None = None
     ignored: tuple[Color, ...] | None = None
+    ignore_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class _Values:
 
 def _rest(masks: MaskStatistics, given: GivenOptions) -> _Values:
     ignored = given.ignored or ()
-    levels = {grey_level(color) for color in ignored}
+    levels = {given.ignore_id, *(grey_level(color) for color in ignored)}
     return _Values(
         {value: count for value, count in masks.levels.items() if value not in levels},
         {
@@ -248,6 +250,8 @@ def _encoding_of(
         return finding if len(classes) == 2 else finding.doubted("alpha has two classes")
     ids = {*values.levels, *values.indices}
     known = {entry.color for entry in classes}
+    if VOID_LEVEL in ids - set(range(len(classes))) and (VOID_LEVEL,) * 3 not in known:
+        return _with_void(masks, ids, classes)
     is_ids = not masks.colors and ids <= set(range(len(classes)))
     colors = _all_colors(values)
     is_colors = set(colors) <= known and all(value <= 255 for value in values.levels)
@@ -266,6 +270,21 @@ def _encoding_of(
         Reading("mixed", "", meaning="each mask has class ids or colours"),
         Reading("colour", "", meaning="all masks have colours"),
     )
+
+
+def _with_void(
+    masks: MaskStatistics, ids: Collection[int], classes: Sequence[ClassColor]
+) -> Finding:
+    """Returns the encoding of masks with the value 255, which no class has."""
+    index = Reading("index", "", "255", "values are class ids, and 255 is ignored")
+    colour = Reading("colour", "", meaning="all masks have the colours of classes")
+    if masks.colors or set(ids) - {VOID_LEVEL} - set(range(len(classes))):
+        return certain(colour, "the masks have other values than class ids")
+    counts = [each[VOID_LEVEL] for each in (masks.levels, masks.indices) if VOID_LEVEL in each]
+    is_voc = masks.num_voc == masks.num_files
+    if is_voc or all(count.is_border for count in counts):
+        return certain(index, "all values of the masks are class ids, and 255 is a void border")
+    return uncertain("the pixels of 255 are areas, and no class has this value", index)
 
 
 def _same_meaning(values: _Values, classes: Sequence[ClassColor]) -> bool:

@@ -1,0 +1,199 @@
+"""`prep` without options about masks: one choice for all, stated, kept, or asked for."""
+
+import json
+import shlex
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from data_prep.cli import main
+from data_prep.config import EARLIER_CLASSES, PrepConfig
+from data_prep.pipeline import prepare, prepare_source
+from data_prep.shards.manifest import Manifest, read_manifest
+from data_prep.shards.mask_sample import NUM_SAMPLED
+from data_prep.sources.pairs import find_sources
+from flexunet.errors import ContentError, UsageError
+from flexunet.storage import open_store
+from tests.data_prep.masks.made_masks import areas, outlined
+
+SIDE = 64
+NUM = 6
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the figures, which take most of the time and do not depend on the choice."""
+    monkeypatch.setattr("data_prep.pipeline.write_report", lambda *_: None)
+
+
+def write_source(folder: Path, masks: list[np.ndarray]) -> Path:
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for i, mask in enumerate(masks):
+        image = rng.integers(0, 256, mask.shape, np.uint8)
+        assert cv2.imwrite(str(folder / "images" / f"case_{i:02d}.png"), image)
+        assert cv2.imwrite(str(folder / "masks" / f"case_{i:02d}.png"), mask.astype(np.uint8))
+    return folder
+
+
+def masks_of(values: list[int]) -> list[np.ndarray]:
+    return [areas(values, side=SIDE, seed=i) for i in range(NUM)]
+
+
+def prepared(source: Path, output: Path, **options: object) -> Manifest:
+    config = PrepConfig(image_size=SIDE, num_processes=1, **options)  # type: ignore[arg-type]
+    return prepare(find_sources(str(source)), str(output), config, progress=False)
+
+
+def as_made_earlier(output: Path, **options: object) -> dict[str, object]:
+    """Rewrites the manifest as a version that read each mask by itself, and returns it."""
+    path = output / "dataset.json"
+    manifest = json.loads(path.read_text())
+    manifest.pop("mask_choice", None)
+    for name in ("mask_encoding", "ignore"):
+        manifest["options"].pop(name, None)
+    manifest["options"] |= options
+    path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    found: dict[str, object] = manifest
+    return found
+
+
+def test_the_choice_is_logged_and_in_the_manifest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    masks = [outlined(mask) for mask in masks_of([0, 1])]
+    source = write_source(tmp_path / "source", masks)
+    manifest = prepared(source, tmp_path / "out")
+    assert [each.name for each in manifest.classes] == ["background", "foreground"]
+    assert manifest.ignore_id == 255
+    chosen = {name: manifest.options[name] for name in ("classes", "mask_encoding", "ignore")}
+    assert chosen == {
+        "classes": "background=0,0,0;foreground=128,0,0", "mask_encoding": "index", "ignore": "255"
+    }  # fmt: skip
+    assert manifest.mask_choice is not None
+    assert manifest.mask_choice.decided == ("classes", "mask_encoding", "ignore")
+    assert manifest.mask_choice.num_files == NUM
+    assert "the pixels of 255 are a thin border" in manifest.mask_choice.evidence[0]
+    assert "masks: read as index, 255 ignored, background=0,0,0;foreground=128,0,0" in caplog.text
+    # Given options lead to the same shards, and the same command finds its own dataset.
+    caplog.clear()
+    assert prepared(source, tmp_path / "out") == manifest
+    assert "finished already" in caplog.text
+    assert "masks: read as" not in caplog.text
+    same = prepared(source, tmp_path / "given", **chosen)
+    assert same.mask_choice is None
+    assert same.shards == manifest.shards
+
+
+def test_an_uncertain_choice_is_left_to_the_user(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    source = write_source(tmp_path / "a source", masks_of([0, 2]))
+    output = tmp_path / "out"
+    arguments = [str(source), str(output), "--image-size", str(SIDE), "--num-processes", "1"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "the masks have the ids 0, 2; 1 is missing (6 masks read); give --mask-enc" in error
+    assert not (output / "dataset.json").exists()
+    commands = [line.strip() for record in caplog.messages for line in record.splitlines()
+                if line.strip().startswith("flexunet prep")]  # fmt: skip
+    assert len(commands) == 2
+    read = []
+    for i, command in enumerate(commands):
+        words = shlex.split(command)
+        assert words[2:4] == [str(source), str(output)]
+        assert main([*words[2:3], str(tmp_path / f"out{i}"), *words[4:]]) == 0
+        manifest, _ = read_manifest(open_store(str(tmp_path / f"out{i}")))
+        read.append([each.name for each in manifest.classes])
+    assert read == [["background", "class1", "class2"], ["background", "foreground"]]
+
+
+def test_a_file_that_contradicts_the_choice_is_rejected(tmp_path: Path) -> None:
+    sampled = np.linspace(0, 39, NUM_SAMPLED).round()
+    unseen = [i for i in range(40) if i not in sampled and i > 9]
+    for values, other in (([0, 255], 1), ([0, 1, 2], 90)):
+        masks = [areas(values, side=16, seed=i) for i in range(40)]
+        masks[unseen[0]] = areas([0, other], side=16)
+        folder = tmp_path / str(other)
+        source = write_source(folder / "source", masks)
+        with pytest.raises(ContentError, match=rf"case_{unseen[0]}\.png: .*--skip-bad"):
+            prepared(source, folder / "out")
+
+
+@pytest.mark.parametrize("foreground", [255, 1])
+def test_a_dataset_of_an_earlier_version_stays_the_same(
+    tmp_path: Path, foreground: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    source = write_source(tmp_path / "source", masks_of([0, foreground]))
+    output = tmp_path / "out"
+    prepared(source, output, classes=EARLIER_CLASSES)
+    earlier = as_made_earlier(output)
+    before = (output / "dataset.json").read_bytes()
+    assert json.loads(prepared(source, output).to_json()) == earlier
+    assert "finished already" in caplog.text
+    assert (output / "dataset.json").read_bytes() == before
+    # Its options were given, and are missing now.
+    as_made_earlier(output, classes="background=0,0,0;cell=255,255,255")
+    with pytest.raises(UsageError, match="--classes was background=0,0,0;cell=255,255,255, now"):
+        prepared(source, output)
+
+
+def test_an_interrupted_preparation_keeps_its_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path / "source", masks_of([0, 255]))
+    whole = prepared(source, tmp_path / "whole")
+
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    for made_earlier in (False, True):
+        output = tmp_path / f"out{made_earlier}"
+        with monkeypatch.context() as patched:
+            patched.setattr("data_prep.pipeline.write_clipped", stop)
+            given = {"classes": EARLIER_CLASSES} if made_earlier else {}
+            with pytest.raises(KeyboardInterrupt):
+                prepared(source, output, **given)
+        plan = output / "prep-state" / "plan.json"
+        values = json.loads(plan.read_text())
+        if made_earlier:
+            del values["mask_choice"], values["options"]["mask_encoding"]
+            plan.write_text(json.dumps(values, indent=1, sort_keys=True))
+        manifest = prepared(source, output)
+        assert (manifest == whole) is not made_earlier
+        assert manifest.options == values["options"]
+    assert [each.name for each in manifest.classes] == ["background", "mass"]
+
+
+def test_an_option_of_the_first_command_is_missed(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", masks_of([0, 255]))
+    prepared(source, tmp_path / "out", classes="a=0,0,0;b=255,255,255")
+    with pytest.raises(UsageError, match="was made with --classes a=0,0,0;b=255,255,255; give it"):
+        prepared(source, tmp_path / "out")
+
+
+def test_more_masks_are_read_if_few_have_foreground(tmp_path: Path) -> None:
+    empty = np.zeros((8, 8), np.uint8)
+    masks = [empty] * 100
+    masks[41] = areas([0, 1, 2, 3], side=SIDE)
+    source = write_source(tmp_path / "source", masks)
+    config = PrepConfig(image_size=8, num_processes=1)
+    manifest = prepare_source(str(source), str(tmp_path / "out"), config, progress=False)
+    assert len(manifest.classes) == 4
+    assert manifest.mask_choice is not None
+    assert manifest.mask_choice.num_files > NUM_SAMPLED
+
+
+def test_bad_masks_are_rejected_and_do_not_decide(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", masks_of([0, 1, 2]))
+    (source / "masks" / "case_00.png").write_bytes(b"no image")
+    with pytest.raises(ContentError, match="case_00"):
+        prepared(source, tmp_path / "out")
+    manifest = prepared(source, tmp_path / "out", skip_bad=True)
+    assert [each.name for each in manifest.classes] == ["background", "class1", "class2"]
