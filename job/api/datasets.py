@@ -230,7 +230,7 @@ def open_dataset(url: StrPath) -> Dataset:
     Examples:
         >>> dataset = flexunet.open_dataset("dataset")
         >>> dataset.splits, dataset.classes
-        ({'train': 12, 'valid': 4, 'test': 4}, ('background', 'mass'))
+        ({'train': 12, 'valid': 4, 'test': 4}, ('background', 'foreground'))
         >>> sorted(dataset.samples["split"].unique())
         ['test', 'train', 'valid']
     """

@@ -42,8 +42,8 @@ class PrepOptions(TypedDict, total=False):
     flip: Literal["none", "left", "right"]
     channels: Literal["auto", "grey", "rgb"]
     full_scale: int | None
-    classes: str
-    mask_encoding: Literal["auto", "index", "colour", "alpha"]
+    classes: str | None
+    mask_encoding: Literal["auto", "index", "colour", "alpha", "mixed"]
     ignore: str | None
     ignore_id: int | None
     off_map_limit: float
