@@ -20,6 +20,7 @@ from data_prep.masks.color_map import (
     parse_ignored,
 )
 from data_prep.masks.decision.findings import MaskEncoding
+from data_prep.masks.reading import Encoding
 from data_prep.sources import inbreast
 from flexunet.errors import UsageError
 from flexunet.settings import Settings, option
@@ -348,6 +349,11 @@ class PrepConfig(Settings):
         if self.classes is None:
             raise UsageError("the classes are not known; give --classes")
         return parse_color_map(self.classes)
+
+    @property
+    def file_encoding(self) -> Encoding:
+        """What carries the classes in each file; auto: decided for each file."""
+        return "auto" if self.mask_encoding == "mixed" else self.mask_encoding
 
     @property
     def ignored_colors(self) -> tuple[Color, ...]:

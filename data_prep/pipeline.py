@@ -301,7 +301,7 @@ def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | Reje
         tile_overlap=config.tile_overlap,
         full_scale=config.full_scale,
         ignored=config.ignored_colors,
-        mask_encoding="auto" if config.mask_encoding == "mixed" else config.mask_encoding,
+        mask_encoding=config.file_encoding,
         has_ignore_id=config.ignore_id is not None,
     )
     staging = staging_url(work.store.url)

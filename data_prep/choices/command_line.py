@@ -6,17 +6,17 @@ from typing import Any
 
 from data_prep.config import PrepConfig
 
+_LATE = ("group_preset", "group_regex", "draw_valid", "missing_mask", "skip_bad", "allow_leaks")
+
 
 def prep_command(source: str, output: str, options: Mapping[str, Any]) -> str:
-    """Returns the command line for a shell: `flexunet prep SOURCE OUTPUT --option value`.
-
-    Args:
-        options: values of fields of `PrepConfig`; defaults are left out.
-    """
+    """Returns the command line for a shell: `flexunet prep SOURCE OUTPUT --option value`."""
     words = ["flexunet", "prep", source, output]
-    for name, field in PrepConfig.model_fields.items():
+    fields = PrepConfig.model_fields
+    names = [name for name in fields if name not in _LATE]
+    for name in (*names, *_LATE):
         value = options.get(name)
-        if value is None or value == field.default:
+        if value is None or value == fields[name].default:
             continue
         flag = f"--{name.replace('_', '-')}"
         words += [flag] if value is True else [flag, _as_text(value)]

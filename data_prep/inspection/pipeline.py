@@ -26,7 +26,7 @@ from data_prep.inspection.scan import (
 from data_prep.inspection.summary import Measured, count_sizes, summarize
 from data_prep.masks.color_map import parse_color_map, parse_ignored
 from data_prep.masks.decision.decide import GivenOptions, MaskDecision, decide_masks
-from data_prep.masks.decision.findings import Reading
+from data_prep.masks.decision.findings import Reading, black_and_white
 from data_prep.prep_input import pairs_of
 from data_prep.shards.pixel_format import common_pixel_format
 from data_prep.shards.source_pairs import Layout, SourcePair
@@ -175,6 +175,8 @@ def _likeliest(decision: MaskDecision | None) -> Reading | None:
 
 def layout_of(config: PrepConfig, reading: Reading | None) -> Layout:
     """Returns the options of `prep` that say how the pairs are read, with original sizes."""
+    if reading is None and config.classes is None:
+        reading = black_and_white()
     if reading is not None:
         config = config.model_validate({**config.model_dump(), **reading.options})
     return Layout(
@@ -182,14 +184,14 @@ def layout_of(config: PrepConfig, reading: Reading | None) -> Layout:
         width=config.width,
         geometry="stretch",
         channels="auto",
-        classes=parse_color_map(config.classes),
+        classes=config.color_map,
         ignore_id=config.ignore_value,
         max_pixels=config.max_pixels,
         format=config.format,
         rois=config.rois,
         full_scale=config.full_scale,
         ignored=config.ignored_colors,
-        mask_encoding=config.mask_encoding,
+        mask_encoding=config.file_encoding,
     )
 
 

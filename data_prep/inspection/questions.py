@@ -3,12 +3,11 @@
 Pure functions on options. A command has only options that differ from the defaults of `prep`.
 """
 
-import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.config import PrepConfig
+from data_prep.choices.command_line import prep_command
 from data_prep.inspection.findings import Answer, Question
 from data_prep.inspection.layout import Reading as LayoutReading
 from data_prep.masks.class_names import color_map_text, id_names
@@ -19,8 +18,6 @@ from data_prep.splits.group_candidates import GroupCandidate
 from flexunet.text import pluralize
 
 _MOST = 0.5  # share of white pixels from which black may be the object
-
-_LATE = ("group_preset", "group_regex", "draw_valid", "missing_mask", "skip_bad", "allow_leaks")
 
 
 @dataclass(frozen=True)
@@ -33,26 +30,6 @@ class Choice:
 
     text: str
     answers: tuple[tuple[str, Mapping[str, Any]], ...]
-
-
-def prep_command(source: str, output: str, options: Mapping[str, Any]) -> str:
-    """Returns the command line for a shell: `flexunet prep SOURCE OUTPUT --option value`."""
-    words = ["flexunet", "prep", source, output]
-    fields = PrepConfig.model_fields
-    names = [name for name in fields if name not in _LATE]
-    for name in (*names, *_LATE):
-        value = options.get(name)
-        if value is None or value == fields[name].default:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        words += [flag] if value is True else [flag, _as_text(value)]
-    return shlex.join(words)
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(_as_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def proposals(

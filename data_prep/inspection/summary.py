@@ -43,7 +43,7 @@ from data_prep.inspection.questions import (
 from data_prep.inspection.scan import BadFile, ClassRegions, ImageFacts, RegionsScan
 from data_prep.masks.color_map import parse_color_map
 from data_prep.masks.decision.decide import MaskDecision
-from data_prep.masks.decision.findings import Reading
+from data_prep.masks.decision.findings import Reading, black_and_white
 from data_prep.masks.statistics import MaskStatistics
 from data_prep.shards.pixel_format import common_pixel_format
 from data_prep.shards.source_pairs import SourcePair
@@ -201,8 +201,11 @@ def regions_of(found: Measured) -> tuple[RegionsFinding, ...]:
 
 
 def _classes(found: Measured) -> list[str]:
-    text = found.layout.config.classes if found.reading is None else found.reading.classes
-    return [entry.name for entry in parse_color_map(text)] if found.regions.num_pairs else []
+    if not found.regions.num_pairs:
+        return []
+    reading = found.reading or black_and_white()
+    text = found.layout.config.classes if found.reading is None else reading.classes
+    return [entry.name for entry in parse_color_map(text or reading.classes)]
 
 
 def _percentile(areas: Mapping[int, int], share: float) -> int:

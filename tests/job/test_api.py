@@ -76,7 +76,7 @@ def test_a_dataset_is_looked_at_and_read(dataset_url: str) -> None:
     dataset = flexunet.open_dataset(Path(dataset_url))
     assert dataset.url == dataset_url
     assert dataset.splits == {"train": 12, "valid": 4, "test": 4}
-    assert dataset.classes == ("background", "foreground")
+    assert dataset.classes == ("background", "mass")
     assert (dataset.image_shape, dataset.dtype) == ((32, 32, 1), np.uint8)
     assert (dataset.value_max, dataset.ignore_id) == (255, None)
     table = dataset.samples

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import cli
+from data_prep.choices.command_line import prep_command
 from data_prep.config import PrepConfig
-from data_prep.inspection.questions import Choice, prep_command, proposals
+from data_prep.inspection.questions import Choice, proposals
 from data_prep.inspection.tables import shown_command
 
 NAMES = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=9)
