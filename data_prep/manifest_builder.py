@@ -28,7 +28,6 @@ class Contents:
         samples: at least one, in any order.
         table: bytes of the sample table.
         source_sha256: digest of the source files.
-        mask_choice: how the masks are read, where the user gave no options.
     """
 
     name: str
@@ -38,11 +37,16 @@ class Contents:
     shards: Sequence[WrittenShard]
     table: bytes
     source_sha256: str
-    mask_choice: MaskChoice | None
 
 
-def build_manifest(contents: Contents, config: PrepConfig) -> Manifest:
-    """Returns the manifest of `contents`, which was written with the options `config`."""
+def build_manifest(
+    contents: Contents, config: PrepConfig, mask_choice: MaskChoice | None = None
+) -> Manifest:
+    """Returns the manifest of `contents`, which was written with the options `config`.
+
+    Args:
+        mask_choice: how the masks are read, where the user gave no options.
+    """
     pixel_format, samples, splits = (
         contents.pixel_format,
         contents.samples,
@@ -78,7 +82,7 @@ def build_manifest(contents: Contents, config: PrepConfig) -> Manifest:
         reduced=_reduced(samples, splits),
         source_sha256=contents.source_sha256,
         full_scale=full_scale_info(samples, pixel_format, config),
-        mask_choice=contents.mask_choice,
+        mask_choice=mask_choice,
         reading_rules=READING_RULES if config.format == "pairs" else None,
     )
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from data_prep import report_figures
 from data_prep.assignment import assign, check_usable, warn_of_missing_classes
@@ -209,24 +209,14 @@ def _prepare(work: _Work, prep_input: PrepInput) -> Manifest:
         seed=config.seed,
     )
     source_sha256 = _digest_of_scanned(prep_input, results)
-    plan = {"options": identity_of(config), "source_sha256": source_sha256}
-    if work.mask_choice is not None:
-        plan["mask_choice"] = work.mask_choice.model_dump(mode="json")
-    claim_output(store, plan)
+    claim_output(store, _plan(work, source_sha256))
     shards = _write(work, tasks)
     rows = list(sample_rows(tasks, shards, assignment.folds))
     table = samples_to_parquet(rows)
     contents = Contents(
-        name=prep_input.name,
-        pixel_format=pixel_format,
-        samples=samples,
-        assignment=assignment,
-        shards=shards,
-        table=table,
-        source_sha256=source_sha256,
-        mask_choice=work.mask_choice,
+        prep_input.name, pixel_format, samples, assignment, shards, table, source_sha256
     )
-    manifest = build_manifest(contents, config)
+    manifest = build_manifest(contents, config, work.mask_choice)
     write_report(store, manifest, rows, refused)
     write_clipped(store, above)
     write_unmapped_colors(store, samples, manifest.classes)
@@ -237,6 +227,13 @@ def _prepare(work: _Work, prep_input: PrepInput) -> Manifest:
     if refused:
         logger.warning("list of skipped files: %s/%s", store.url, report_figures.REJECTS_NAME)
     return manifest
+
+
+def _plan(work: _Work, source_sha256: str) -> dict[str, Any]:
+    plan = {"options": identity_of(work.config), "source_sha256": source_sha256}
+    if work.mask_choice is not None:
+        plan["mask_choice"] = work.mask_choice.model_dump(mode="json")
+    return plan
 
 
 def _finished(work: _Work, prep_input: PrepInput) -> Manifest:
