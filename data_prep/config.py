@@ -20,7 +20,7 @@ from data_prep.masks.color_map import (
     parse_ignored,
 )
 from data_prep.masks.decision.findings import MaskEncoding
-from data_prep.masks.reading import Encoding
+from data_prep.masks.rules import Encoding
 from data_prep.sources import inbreast
 from flexunet.errors import UsageError
 from flexunet.settings import Settings, option
@@ -139,8 +139,8 @@ class PrepConfig(Settings):
     ignore: str | None = option(
         None,
         "Grey levels, ids or colours of mask pixels to ignore in training and evaluation: 255 or "
-        "224,224,192 or #e0e0c0; several with a semicolon: 255;224,224,192. none: found from the "
-        "masks.",
+        "224,224,192 or #e0e0c0; several with a semicolon: 255;224,224,192. Levels of 16-bit masks "
+        "may be up to 65535. none: found from the masks.",
     )
     ignore_id: int | None = option(
         None,
@@ -282,7 +282,8 @@ class PrepConfig(Settings):
         if self.mask_encoding in ("auto", "mixed", "index"):
             check_ignored_levels(classes, parse_ignored((self.ignore or "").split(";")))
         check_ignore_id(classes, self.ignore_id)
-        check_ignored(classes, self.ignored_colors)
+        if self.mask_encoding != "index":  # ids are no colours
+            check_ignored(classes, self.ignored_colors)
         if self.mask_encoding == "alpha" and (len(classes) != 2 or self.ignore is not None):
             raise ValueError(
                 "--mask-encoding alpha has two classes and no ignored pixels; give two --classes, "

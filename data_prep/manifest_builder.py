@@ -9,7 +9,7 @@ from data_prep.assignment import Assignment
 from data_prep.config import PrepConfig, identity_of
 from data_prep.format_choice import full_scale_info
 from data_prep.imaging.pixels import PixelFormat
-from data_prep.masks.reading import READING_RULES
+from data_prep.masks.rules import READING_RULES
 from data_prep.shards.manifest import Manifest, MaskChoice, ReducedInfo, SplitInfo, group_rule_of
 from data_prep.shards.source_pairs import EncodedSample
 from data_prep.shards.write import WrittenShard, mean_and_std

@@ -15,7 +15,7 @@ from data_prep.choices.mask_options import CommandPaths, choose_mask_options, ex
 from data_prep.config import PrepConfig, identity_of
 from data_prep.format_choice import pixel_format_of, warn_of_clipped, warn_of_mixed
 from data_prep.manifest_builder import Contents, build_manifest, warn_of_lost_regions
-from data_prep.masks.reading import READING_RULES
+from data_prep.masks.rules import READING_RULES
 from data_prep.masks.statistics import MaskStatistics
 from data_prep.prep_input import PrepInput, collect_input, source_digest, sources_of
 from data_prep.report_files import (

@@ -6,7 +6,8 @@ The meaning of the masks is decided in `masks/decision`; this module explains it
 import numpy as np
 
 from data_prep.inspection.findings import OthersFinding, ValueFinding
-from data_prep.masks.blends import is_blend, nearest_of, tolerances_of
+from data_prep.masks.blends import is_blend
+from data_prep.masks.coding import nearest_of, tolerances_of
 from data_prep.masks.color_map import (
     ClassColor,
     Color,

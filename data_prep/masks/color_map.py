@@ -6,12 +6,20 @@ The module reads text only, no pixels and no files.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from flexunet.errors import UsageError
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 Color = tuple[int, int, int]
-"""Red, green and blue, 0..255 each."""
+"""Red, green and blue, 0..255 each. Three equal larger values are a grey level of 16 bits."""
 MAX_CLASSES = 256  # ids are stored in 8 bits
+LEVELS_16_BIT = 257  # 65535 / 255: one 8-bit grey level in 16 bits
+_MAX_LEVEL = 65535
+Levels = TypeVar("Levels", int, "npt.NDArray[np.int64]")
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def check_levels(classes: Sequence[ClassColor]) -> None:
 def parse_ignored(texts: Sequence[str]) -> tuple[Color, ...]:
     """Returns the colours of texts like `255` (a grey level), `224,224,192` or `#e0e0c0`.
 
-    Empty texts are skipped.
+    Grey levels may be up to 65535, for 16-bit masks. Empty texts are skipped.
 
     Raises:
         UsageError: another form.
@@ -100,11 +108,14 @@ def check_ignored(classes: Sequence[ClassColor], ignored: Sequence[Color]) -> No
         UsageError: a colour is both.
     """
     for entry in classes:
-        if entry.color in ignored:
-            raise UsageError(
-                f"--ignore {','.join(map(str, entry.color))} is the colour of {entry.name!r}; "
-                "remove one of them"
-            )
+        level = grey_level(entry.color)
+        in_16_bits = ((level * LEVELS_16_BIT,) * 3,) if level else ()
+        for color in (entry.color, *in_16_bits):
+            if color in ignored:
+                raise UsageError(
+                    f"--ignore {color_text(color)} is the colour of {entry.name!r}; "
+                    "remove one of them"
+                )
 
 
 def check_ignore_id(classes: Sequence[ClassColor], ignore_id: int | None) -> None:
@@ -146,6 +157,16 @@ def grey_level(color: Color) -> int | None:
     return color[0] if color[0] == color[1] == color[2] else None
 
 
+def color_text(color: Color) -> str:
+    """Returns a colour as --ignore takes it: `r,g,b`, or a level of more than 8 bits."""
+    return str(color[0]) if max(color) >= MAX_CLASSES else ",".join(map(str, color))
+
+
+def to_8_bits(level: Levels) -> Levels:
+    """Returns the nearest 8-bit level of a 16-bit one, or of an array of them."""
+    return (level + LEVELS_16_BIT // 2) // LEVELS_16_BIT
+
+
 def parse_color(text: str) -> Color | None:
     """Returns the colour of `r,g,b` (0..255 each) or `#rrggbb`, None for another form."""
     hexadecimal = re.fullmatch(r"#([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})", text)
@@ -161,11 +182,13 @@ def parse_color(text: str) -> Color | None:
 
 def _parse_ignored(text: str) -> Color:
     plain = text.strip()
-    color = parse_color(f"{plain},{plain},{plain}" if "," not in plain else plain)
-    color = color or parse_color(plain)
+    if re.fullmatch(r"\d{1,5}", plain, re.ASCII) and int(plain) <= _MAX_LEVEL:
+        return (int(plain),) * 3
+    color = parse_color(plain)
     if color is None:
         raise UsageError(
-            f"--ignore {text!r} is not a grey level 0 to 255, r,g,b (0..255 each) or #rrggbb"
+            f"--ignore {text!r} is not a grey level 0 to 255 (of 16-bit masks 0 to {_MAX_LEVEL}), "
+            "r,g,b (0..255 each) or #rrggbb"
         )
     return color
 

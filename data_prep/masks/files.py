@@ -17,16 +17,10 @@ import numpy as np
 from data_prep.imaging.codecs import decoding, open_image, read_image
 from data_prep.imaging.pixels import Pixels, grey_channel
 from data_prep.imaging.tiff import TIFF_SIGNATURES, Tiff
-from data_prep.masks.color_map import Color
-from data_prep.masks.reading import (
-    NUM_COLORS_NAMED,
-    KnownColors,
-    MaskReading,
-    MaskRules,
-    index_table,
-    level_counts,
-    read_classes,
-)
+from data_prep.masks.coding import level_counts, lookup
+from data_prep.masks.color_map import MAX_CLASSES, Color
+from data_prep.masks.reading import NUM_COLORS_NAMED, MaskReading, known_colors, read_classes
+from data_prep.masks.rules import MaskRules, index_table, options_to_ignore_ids
 from flexunet.errors import ContentError
 
 if TYPE_CHECKING:
@@ -171,7 +165,7 @@ def _is_index(mask: MaskFile, indices: Pixels, rules: MaskRules, *, name: str) -
         mask.palette[index] if index < len(mask.palette) else _color_of(mask.pixels, indices, index)
         for index in used.tolist()
     ]
-    known = KnownColors.of(rules)
+    known = known_colors(rules)
     ids = {tuple(color): class_id for color, class_id in zip(*known.lists(), strict=True)}
     by_color = [ids.get(color, -1) for color in colors]
     by_index = index_table(rules)[used].tolist()
@@ -210,12 +204,14 @@ def _read_index(plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
     ]
     if wrong:
         named = ", ".join(f"{value} ({count} pixels)" for value, count in wrong[:NUM_COLORS_NAMED])
+        ids = [value for value, _ in wrong[:NUM_COLORS_NAMED]]
+        add = "add classes to --classes, or " if max(ids) < MAX_CLASSES else ""
         raise ContentError(
             f"{name}: has ids of no class: {named}; the ids of the {len(rules.classes)} classes "
-            f"are 0 to {len(rules.classes) - 1}; add classes to --classes, or ignore these pixels "
-            f"with --ignore {wrong[0][0]}"
+            f"are 0 to {len(rules.classes) - 1}; {add}ignore these pixels with "
+            f"{options_to_ignore_ids(ids, rules)}"
         )
-    return MaskReading(table.astype(np.uint8)[plane])
+    return MaskReading(lookup(table.astype(np.uint8), plane))
 
 
 def _read_alpha(mask: MaskFile, *, name: str) -> MaskReading:

@@ -22,10 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.masks.blends import Assignment, Colors, Flags, is_blend
-
-Box = tuple[slice, slice]
-"""Rows and columns."""
+from data_prep.masks.blends import Assignment, Box, is_blend
+from data_prep.masks.coding import Codes, Flags, Shades, lookup, row_blocks
 
 _MIN_DISTANCE = 12  # levels from the nearest class, at least
 _MAX_RANGE = 12  # levels within 3 x 3 pixels
@@ -43,83 +41,100 @@ class SolidArea:
     """A connected area of one colour of no class.
 
     Attributes:
-        color: its median colour, C levels.
+        code: its median colour, as an index into the colours of the mask.
         num_pixels: number of its pixels.
         row, column: its first pixel.
     """
 
-    color: tuple[int, ...]
+    code: int
     num_pixels: int
     row: int
     column: int
 
 
-def find_solid_areas(
-    codes: npt.NDArray[np.integer], values: Colors, colors: Colors, assigned: Assignment
-) -> list[SolidArea]:
+def find_solid_areas(codes: Codes, shades: Shades, assigned: Assignment) -> list[SolidArea]:
     """Returns the areas of no class, the largest first.
 
     Args:
-        codes: (H, W), index of the pixel's colour in `values`.
-        values: (M, C) distinct colours of the mask, 0..255.
-        colors: (K, C) distinct colours of the classes, 0..255.
+        codes: (H, W), index of the pixel's colour in `shades`.
         assigned: the classes of the same mask.
     """
     if assigned.is_exact.all():
         return []
-    is_found = _soft_pixels(codes, values, assigned)
-    is_found |= _SharpAreas(codes, values, colors, assigned).pixels()
+    is_found = _soft_pixels(codes, shades, assigned)
+    is_found |= _SharpAreas(codes, shades, assigned).pixels()
     is_found |= _noisy_pixels(assigned)
-    areas = [_area(codes, values, box, inside) for box, inside in _components(is_found)]
+    areas = [_area(codes, shades, box, inside) for box, inside in _components(is_found, 1)]
     return sorted(areas, key=lambda area: -area.num_pixels)
 
 
-def _area(codes: npt.NDArray[np.integer], values: Colors, box: Box, inside: Flags) -> SolidArea:
-    rows, columns = np.nonzero(inside)
-    colors = values[codes[box][inside]]
-    # An existing colour, not a median of each channel on its own.
-    middle = np.median(colors, axis=0)
-    color = colors[np.abs(colors - middle).sum(axis=1).argmin()]
-    row, column = box[0].start + rows[0], box[1].start + columns[0]
-    return SolidArea(tuple(color.tolist()), len(rows), int(row), int(column))
+def _area(codes: Codes, shades: Shades, box: Box, inside: Flags) -> SolidArea:
+    own = codes[box][inside]
+    # An existing colour, not a median of each channel on its own: the first of the nearest ones.
+    used = np.flatnonzero(_is_used(own, len(shades.values)))
+    middle = np.median(shades.values[own], axis=0)
+    distance = np.zeros(len(used), np.float32)
+    for channel, level in enumerate(middle.tolist()):
+        distance += np.abs(shades.values[used, channel] - np.float32(level))
+    is_nearest = np.zeros(len(shades.values), bool)
+    is_nearest[used[distance == distance.min()]] = True
+    code = int(own[is_nearest[own].argmax()])
+    place = int(inside.argmax())
+    row, column = divmod(place, inside.shape[1])
+    return SolidArea(code, len(own), box[0].start + row, box[1].start + column)
 
 
-def _soft_pixels(codes: npt.NDArray[np.integer], values: Colors, assigned: Assignment) -> Flags:
+def _is_used(codes: npt.NDArray[np.integer], number: int) -> Flags:
+    """Returns which of `number` colours occur in `codes`, (number,)."""
+    used = np.zeros(number, bool)
+    used[codes] = True
+    return used
+
+
+def _soft_pixels(codes: Codes, shades: Shades, assigned: Assignment) -> Flags:
     """Returns (H, W) bool, the pixels of soft areas."""
-    import cv2
-
     result = np.zeros(codes.shape, bool)
-    is_odd = assigned.distances > np.maximum(assigned.tolerances, _MIN_DISTANCE)
-    odd = is_odd[codes] & ~assigned.is_seed
+    is_odd = shades.distances > np.maximum(shades.tolerances, _MIN_DISTANCE)
+    odd = lookup(is_odd, codes) & ~assigned.is_seed
     if np.count_nonzero(odd) < _MIN_SOFT:
         return result
-    pixels = values.astype(np.uint8)[codes]
-    square = np.ones((3, 3), np.uint8)
-    ranges = cv2.dilate(pixels, square) - cv2.erode(pixels, square)
-    is_flat = (ranges.reshape(*codes.shape, -1) <= _MAX_RANGE).all(axis=2)
-    for box, inside in _components(odd & is_flat):
-        colors = pixels[box][inside]
+    for rows in row_blocks(codes.shape):
+        if odd[rows].any():
+            odd[rows] &= _is_flat(codes, shades, rows)
+    for box, inside in _components(odd, _MIN_SOFT):
+        colors = shades.values[codes[box][inside]]
         low, high = np.percentile(colors, (5, 95), axis=0)
-        if len(colors) >= _MIN_SOFT and (high - low).max() <= _MAX_SPREAD:
+        if (high - low).max() <= _MAX_SPREAD:
             result[box] |= inside
     return result
+
+
+def _is_flat(codes: Codes, shades: Shades, rows: slice) -> Flags:
+    """Returns whether the 3 x 3 pixels around each pixel of `rows` are similar."""
+    import cv2
+
+    first, last = max(rows.start - 1, 0), min(rows.stop + 1, len(codes))
+    pixels = shades.values[codes[first:last]]
+    square = np.ones((3, 3), np.uint8)
+    ranges = cv2.dilate(pixels, square) - cv2.erode(pixels, square)
+    inside = ranges[rows.start - first : rows.stop - first]
+    return np.asarray(cv2.inRange(inside, (0,) * 3, (_MAX_RANGE,) * 3)) > 0
 
 
 def _noisy_pixels(assigned: Assignment) -> Flags:
     """Returns (H, W) bool, the pixels of noisy areas."""
     result = np.zeros(assigned.index.shape, bool)
-    if np.count_nonzero(assigned.is_unexplained) >= _MIN_NOISY**2:
-        for box, inside in _components(assigned.is_unexplained):
-            if _has_square(inside, _MIN_NOISY):
-                result[box] |= inside
+    for box, inside in _components(assigned.is_unexplained, _MIN_NOISY**2):
+        if _has_square(inside, _MIN_NOISY):
+            result[box] |= inside
     return result
 
 
-def _equal_squares(codes: npt.NDArray[np.integer]) -> Flags:
+def _equal_squares(codes: Codes) -> Flags:
     """Returns (H, W) bool, the pixels in squares of 2 x 2 pixels of one colour."""
     across = codes[:, 1:] == codes[:, :-1]
-    down = codes[1:] == codes[:-1]
-    square = across[1:] & across[:-1] & down[:, 1:]
+    square = across[1:] & across[:-1]
+    square &= codes[1:, 1:] == codes[:-1, 1:]
     result = np.zeros(codes.shape, bool)
     for rows in (slice(None, -1), slice(1, None)):
         for columns in (slice(None, -1), slice(1, None)):
@@ -130,41 +145,43 @@ def _equal_squares(codes: npt.NDArray[np.integer]) -> Flags:
 class _SharpAreas:
     """Finds the sharp areas of one mask; see `find_solid_areas` for the arguments."""
 
-    def __init__(
-        self,
-        codes: npt.NDArray[np.integer],
-        values: Colors,
-        colors: Colors,
-        assigned: Assignment,
-    ) -> None:
-        self._codes, self._values, self._colors = codes, values, colors
-        self._assigned = assigned
+    def __init__(self, codes: Codes, shades: Shades, assigned: Assignment) -> None:
+        self._codes, self._shades, self._assigned = codes, shades, assigned
 
     def pixels(self) -> Flags:
         """Returns (H, W) bool, the pixels of sharp areas."""
-        codes, is_off = self._codes, ~self._assigned.is_exact
+        codes, shades = self._codes, self._shades
         result = np.zeros(codes.shape, bool)
-        cores = is_off
-        if np.count_nonzero(np.bincount(codes[is_off])) > FEW_COLORS:
+        cores = ~self._assigned.is_exact
+        if self._num_colors(cores) > FEW_COLORS:
             # JPEG compression makes squares of one colour, but close to a class.
-            is_far = self._assigned.distances > self._assigned.tolerances
-            cores = _equal_squares(codes) & is_far[codes]
-        if np.count_nonzero(np.bincount(codes[cores])) > _MAX_LABELS:
+            cores = _equal_squares(codes)
+            cores &= lookup(shades.distances > shades.tolerances, codes)
+        if self._num_colors(cores) > _MAX_LABELS:
             return cores  # an enlarged photograph: the time for each of its colours would be large
-        for box, merged in _components(cores):
+        for box, merged in _components(cores, _MIN_SHARP):
             here = codes[box]
             for code in np.unique(here[merged]):
-                for inner, inside in _components(merged & (here == code)):
+                for inner, inside in _components(merged & (here == code), _MIN_SHARP):
                     place = _nested(box, inner)
                     if self._is_label(place, inside, int(code)):
                         result[place] |= inside
         return self._completed(result)
 
+    def _num_colors(self, flags: Flags) -> int:
+        number = len(self._shades.values)
+        used = np.zeros(number, bool)
+        for rows in row_blocks(flags.shape):
+            used |= _is_used(self._codes[rows][flags[rows]], number)
+        return int(np.count_nonzero(used))
+
     def _completed(self, found: Flags) -> Flags:
         """Returns the areas with all connected pixels of the same colour."""
+        if not found.any():
+            return found
         result = found.copy()
         for code in np.unique(self._codes[found]):
-            for box, inside in _components(self._codes == code):
+            for box, inside in _components(self._codes == code, _MIN_SHARP):
                 if (found[box] & inside).any():
                     result[box] |= inside
         return result
@@ -173,24 +190,22 @@ class _SharpAreas:
         """Returns whether an area of colour `code` is a label, not noise or a blend."""
         import cv2
 
-        if np.count_nonzero(inside) < _MIN_SHARP:
-            return False
-        assigned = self._assigned
+        assigned, shades = self._assigned, self._shades
         square = np.ones((3, 3), np.uint8)
         ring = cv2.dilate(inside.view(np.uint8), square).view(bool)
         ring &= self._codes[place] != code
         num_around = np.count_nonzero(ring)
-        around = assigned.nearest[self._codes[place][ring & assigned.is_exact[place]]]
+        around = shades.nearest[self._codes[place][ring & assigned.is_exact[place]]]
         if len(around) < _MIN_EXACT * num_around:
             return False
-        if assigned.distances[code] <= assigned.tolerances[code]:
-            num_own = np.count_nonzero(around == assigned.nearest[code])
+        if shades.distances[code] <= shades.tolerances[code]:
+            num_own = np.count_nonzero(around == shades.nearest[code])
             return bool(num_own >= _MIN_EXACT * num_around > 0)
-        value = self._values[code]
+        value = shades.values[code]
         if not _has_square(inside, 2):
             # A line may be a blend with a class that is outside of the mask.
-            return not is_blend(value, self._colors)
-        return _has_square(inside, 4) or not is_blend(value, self._colors[np.unique(around)])
+            return not is_blend(value, shades.colors)
+        return _has_square(inside, 4) or not is_blend(value, shades.colors[np.unique(around)])
 
 
 def _has_square(inside: Flags, side: int) -> bool:
@@ -204,16 +219,25 @@ def _has_square(inside: Flags, side: int) -> bool:
     return bool(kept.any())
 
 
-def _components(flags: Flags) -> Iterator[tuple[Box, Flags]]:
-    """Yields the bounding box of each connected part with a margin of 1 pixel, and its pixels."""
+def _components(flags: Flags, min_pixels: int) -> Iterator[tuple[Box, Flags]]:
+    """Yields the bounding box of each connected part with a margin of 1 pixel, and its pixels.
+
+    Args:
+        min_pixels: smaller parts are left out.
+    """
     import cv2
 
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(flags.view(np.uint8), connectivity=8)
-    for label, (left, top, width, height, _) in enumerate(stats.tolist()):
-        if label:
-            rows = slice(max(top - 1, 0), top + height + 1)
-            columns = slice(max(left - 1, 0), left + width + 1)
-            yield (rows, columns), labels[rows, columns] == label
+    if np.count_nonzero(flags) < min_pixels:
+        return
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(
+        np.ascontiguousarray(flags).view(np.uint8), connectivity=8
+    )
+    large = np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= min_pixels) + 1
+    for label in large.tolist():
+        left, top, width, height, _ = stats[label].tolist()
+        rows = slice(max(top - 1, 0), top + height + 1)
+        columns = slice(max(left - 1, 0), left + width + 1)
+        yield (rows, columns), labels[rows, columns] == label
 
 
 def _nested(outer: Box, inner: Box) -> Box:

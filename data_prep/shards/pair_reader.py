@@ -18,7 +18,8 @@ from data_prep.imaging.dicom.reader import read_dicom
 from data_prep.imaging.pixels import grey_channel, to_rgb
 from data_prep.masks.files import read_mask, read_mask_file
 from data_prep.masks.npz import read_npz_file
-from data_prep.masks.reading import MaskReading, MaskRules
+from data_prep.masks.reading import MaskReading
+from data_prep.masks.rules import MaskRules
 from data_prep.shards.source_pairs import File, Layout, ScanTask, SourcePair
 from data_prep.sources import inbreast
 from flexunet.errors import ContentError

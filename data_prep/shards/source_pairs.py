@@ -11,7 +11,7 @@ from data_prep.imaging.dicom.reader import Reader
 from data_prep.imaging.geometry import Geometry
 from data_prep.imaging.lost_regions import RegionCounts
 from data_prep.masks.color_map import ClassColor, Color
-from data_prep.masks.reading import Encoding
+from data_prep.masks.rules import Encoding
 from data_prep.sources import inbreast
 
 

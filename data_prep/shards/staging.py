@@ -19,7 +19,7 @@ import google_crc32c
 from data_prep.imaging.dicom.frames import has_decoders
 from data_prep.imaging.geometry import Box, Geometry
 from data_prep.imaging.lost_regions import RegionCounts
-from data_prep.masks.reading import READING_RULES
+from data_prep.masks.rules import READING_RULES
 from data_prep.shards.manifest import FORMAT_VERSION
 from data_prep.shards.source_pairs import EncodedSample, Moments, RejectedPair, ScanTask
 from data_prep.sources import inbreast

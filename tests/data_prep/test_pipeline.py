@@ -20,7 +20,7 @@ import pytest
 from data_prep import cli, report_figures
 from data_prep.config import HASH_KEY_VARIABLE, PrepConfig
 from data_prep.imaging.geometry import Box, Geometry, apply_geometry
-from data_prep.masks.reading import READING_RULES
+from data_prep.masks.rules import READING_RULES
 from data_prep.phantoms.images import write_phantoms
 from data_prep.pipeline import prepare
 from data_prep.prep_input import pairs_of

@@ -13,12 +13,14 @@ Ids = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.uint8]
 
 
-def random_classes(rng: np.random.Generator, number: int) -> tuple[ClassColor, ...]:
-    """Returns black and `number` - 1 colours; all differ by 80 levels or more in a channel."""
+def random_classes(
+    rng: np.random.Generator, number: int, distance: int = 80
+) -> tuple[ClassColor, ...]:
+    """Returns black and `number` - 1 colours; all differ by `distance` levels in a channel."""
     colors = [np.zeros(3, np.int64)]
     while len(colors) < number:
         color = rng.integers(0, 256, 3)
-        if min(np.abs(color - other).max() for other in colors) >= 80:
+        if min(np.abs(color - other).max() for other in colors) >= distance:
             colors.append(color)
     return tuple(
         ClassColor(i, f"c{i}", (int(r), int(g), int(b))) for i, (r, g, b) in enumerate(colors)

@@ -4,9 +4,11 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.masks.blends import assign_classes, nearest_of, tolerances_of
+from data_prep.masks.blends import assign_classes
+from data_prep.masks.coding import Shades, nearest_of, tolerances_of
 from data_prep.masks.color_map import parse_color_map
-from data_prep.masks.reading import MaskRules, read_classes
+from data_prep.masks.reading import read_classes
+from data_prep.masks.rules import MaskRules
 from tests.data_prep.masks.drawn_masks import (
     colors_of,
     compressed,
@@ -128,5 +130,5 @@ def test_many_classes_nearby_give_the_nearest_of_them() -> None:
     codes = np.arange(20)[np.newaxis].repeat(9, axis=0)
     codes[4, 9] = 21
     values = np.concatenate([colors, [[108, 142, 160]]])
-    assigned = assign_classes(codes, values, colors)
+    assigned = assign_classes(codes, Shades.of(values.astype(np.uint8), colors))
     assert assigned.index[4, 9] in range(5, 14)

@@ -69,7 +69,7 @@ def test_parse_ignored_reads_levels_and_colors_once_each() -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["256", "-1", "1,2", "red", "1,2,3,4", "#12345", "1.5"])
+@pytest.mark.parametrize("text", ["65536", "-1", "1,2", "red", "1,2,3,4", "#12345", "1.5"])
 def test_parse_ignored_names_the_value_it_cannot_read(text: str) -> None:
     with pytest.raises(UsageError, match=f"--ignore '{text}' is not a grey level"):
         parse_ignored(["255", text])

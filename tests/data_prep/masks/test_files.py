@@ -13,7 +13,7 @@ from data_prep.imaging.codecs import encode_png
 from data_prep.masks.color_map import DEFAULT_CLASSES, parse_color_map
 from data_prep.masks.files import MaskFile, read_mask, read_mask_file
 from data_prep.masks.npz import read_npz_file
-from data_prep.masks.reading import Encoding, MaskRules
+from data_prep.masks.rules import Encoding, MaskRules
 from flexunet.errors import ContentError
 
 VOC = parse_color_map("background=0,0,0;aeroplane=128,0,0;bicycle=0,128,0")

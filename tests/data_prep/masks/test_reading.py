@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from data_prep.imaging.codecs import read_mask_pixels
 from data_prep.imaging.pixels import Pixels
 from data_prep.masks.color_map import DEFAULT_CLASSES, ClassColor, Color, parse_color_map
-from data_prep.masks.reading import MaskRules, read_classes, to_colors
+from data_prep.masks.reading import read_classes, to_colors
+from data_prep.masks.rules import MaskRules
 from flexunet.errors import ContentError
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "inbreast-mini" / "masks"
@@ -116,7 +117,7 @@ def test_the_ignore_id_is_an_id_and_no_grey_level() -> None:
     assert read_classes(grey(0, 200), rules, name="a").ids.tolist() == [[0, 200]]
     pixels = rgb((255, 0, 0), (200, 200, 200), (0, 0, 0), (9, 9, 9))
     known = ((7, 8, 9),)
-    for ignored, option in (((), "200"), (known, '"7,8,9;200"')):
+    for ignored, option in (((), "200,200,200"), (known, '"7,8,9;200,200,200"')):
         with pytest.raises(ContentError, match=rf"^a: .*only an id .* give --ignore {option}, "):
             read_classes(pixels, dataclasses.replace(rules, ignored=ignored), name="a")
     ignored = ((200, 200, 200),)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data_prep.masks.color_map import DEFAULT_CLASSES, parse_color_map
-from data_prep.masks.reading import MaskRules, read_classes
+from data_prep.masks.reading import read_classes
+from data_prep.masks.rules import MaskRules
 from flexunet.errors import ContentError
 from tests.data_prep.masks.drawn_masks import (
     colors_of,

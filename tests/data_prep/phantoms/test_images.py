@@ -7,7 +7,8 @@ import pytest
 
 from data_prep.imaging.codecs import read_image, read_mask_pixels
 from data_prep.masks.color_map import DEFAULT_CLASSES
-from data_prep.masks.reading import MaskRules, read_classes
+from data_prep.masks.reading import read_classes
+from data_prep.masks.rules import MaskRules
 from data_prep.phantoms.cli import main
 from data_prep.phantoms.images import make_phantom, write_phantoms
 from data_prep.sources.pairs import find_pairs, find_sources

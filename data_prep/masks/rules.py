@@ -1,0 +1,118 @@
+"""Defines how the masks of a dataset are read: classes, encoding and ignored pixels.
+
+For errors, it words the options that change this; `prep` accepts them beside the options in use.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.masks.color_map import (
+    MAX_CLASSES,
+    ClassColor,
+    Color,
+    check_levels,
+    color_text,
+    grey_level,
+    to_8_bits,
+)
+from flexunet.errors import UsageError
+
+READING_RULES = 2
+"""Version of the rules by which masks are read; datasets record it. Datasets without it have 1.
+
+With version 1, the ignore id was also a grey level of masks with colours.
+"""
+
+Encoding = Literal["auto", "index", "colour", "alpha"]
+"""What carries the classes: auto decides for each mask, see `reading.py`."""
+
+AS_8_BITS = "save these masks with 8 bits a channel"
+
+
+@dataclass(frozen=True)
+class MaskRules:
+    """How the masks of a dataset are read.
+
+    Attributes:
+        classes: the classes in the order of their ids.
+        ignore_id: id of pixels that are ignored everywhere, None without such pixels.
+        ignored: distinct colours, none of them of a class, that are read as the ignore id. Levels
+            above 255 are those of 16-bit grey.
+        encoding: what carries the classes.
+        has_ignore_id: index masks may hold the ignore id. It is no grey level of other masks.
+    """
+
+    classes: tuple[ClassColor, ...]
+    ignore_id: int | None = None
+    ignored: tuple[Color, ...] = ()
+    encoding: Encoding = "auto"
+    has_ignore_id: bool = False
+
+
+def index_table(rules: MaskRules) -> npt.NDArray[np.int64]:
+    """Returns the id of each level of an index mask, (256,) or more; -1 for other levels."""
+    levels = [level for color in rules.ignored if (level := grey_level(color)) is not None]
+    table = np.full(max([MAX_CLASSES, *(level + 1 for level in levels)]), -1)
+    if rules.ignore_id is not None:
+        table[levels] = rules.ignore_id
+        if rules.has_ignore_id:
+            table[rules.ignore_id] = rules.ignore_id
+    for entry in rules.classes:
+        table[entry.id] = entry.id
+    return table
+
+
+def options_to_ignore(colors: Sequence[Color], rules: MaskRules) -> str | None:
+    """Returns the options that ignore pixels of `colors`, beside those that are ignored already.
+
+    Args:
+        colors: colours that no class has, in the levels of the file.
+
+    Returns:
+        None if there are none, because a class has that colour in 8 bits: the level 255 of a mask
+        of 16 bits is nearly black, but --ignore 255 would be white.
+    """
+    if any(entry.color in colors for entry in rules.classes):
+        return None
+    levels = [level for color in colors if (level := grey_level(color)) is not None]
+    # Unless the encoding is given, `prep` takes these levels for ids.
+    has_ids = min(levels, default=MAX_CLASSES) < len(rules.classes)
+    option = _ignore_option([color_text(color) for color in colors], rules)
+    return f"--mask-encoding colour {option}" if has_ids else option
+
+
+def options_to_ignore_ids(ids: Sequence[int], rules: MaskRules) -> str:
+    """Returns the option that ignores pixels of `ids`, beside those that are ignored already."""
+    option = _ignore_option([str(each) for each in ids], rules)
+    is_level = any(grey_level(entry.color) in ids for entry in rules.classes)
+    return f"--mask-encoding index {option}" if is_level else option
+
+
+def option_to_add(color: Color, rules: MaskRules) -> str | None:
+    """Returns how to add a class that gets the pixels of `color`.
+
+    Args:
+        color: in the levels of the file.
+
+    Returns:
+        None if a class or ignored pixels have its 8-bit colour already.
+    """
+    needed = color if max(color) < MAX_CLASSES else (to_8_bits(color[0]),) * 3
+    if needed in {*(entry.color for entry in rules.classes), *rules.ignored}:
+        return None
+    added = ClassColor(len(rules.classes), "added", needed)
+    option = f"the colour {color_text(needed)} to --classes"
+    try:
+        check_levels([*rules.classes, added])
+    except UsageError:  # the level is also an id
+        return f"{option} with --mask-encoding colour"
+    return option
+
+
+def _ignore_option(texts: Sequence[str], rules: MaskRules) -> str:
+    every = list(dict.fromkeys([*(color_text(color) for color in rules.ignored), *texts]))
+    return f"--ignore {every[0]}" if len(every) == 1 else f'--ignore "{";".join(every)}"'
