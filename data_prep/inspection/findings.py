@@ -207,8 +207,13 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What only the user can decide before `prep`, and its answers."""
+    """What only the user can decide before `prep`, and its answers.
 
+    Attributes:
+        about: "layout", "masks", "groups", "validation", "bad files" or "leaks".
+    """
+
+    about: str
     text: str
     answers: tuple[Answer, ...]
 
@@ -219,6 +224,7 @@ class Inspection:
 
     Attributes:
         source: its folder or URL.
+        groups: groups by the given rule, or by rules that names may hint at.
         command: the `flexunet prep` command that is proposed; if there are questions, with the
             first answer to those without which `prep` stops. None if no command can work.
         questions: what only the user can decide.

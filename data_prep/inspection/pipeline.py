@@ -16,6 +16,7 @@ from data_prep.inspection.findings import Inspection
 from data_prep.inspection.layout import find_layout
 from data_prep.inspection.output import draw_contact_sheet, shown_pairs
 from data_prep.inspection.scan import (
+    BadFile,
     FilesScan,
     InspectTask,
     RegionsScan,
@@ -23,7 +24,7 @@ from data_prep.inspection.scan import (
     scan_files,
     scan_regions,
 )
-from data_prep.inspection.summary import Measured, count_sizes, summarize
+from data_prep.inspection.summary import GROUP_OPTIONS, Measured, count_sizes, summarize
 from data_prep.masks.color_map import parse_color_map, parse_ignored
 from data_prep.masks.decision.decide import GivenOptions, MaskDecision, decide_masks
 from data_prep.masks.decision.findings import Reading, black_and_white
@@ -31,7 +32,8 @@ from data_prep.prep_input import pairs_of
 from data_prep.shards.pixel_format import common_pixel_format
 from data_prep.shards.source_pairs import Layout, SourcePair
 from data_prep.sources.listings import Listings
-from data_prep.splits.group_candidates import group_candidates
+from data_prep.splits.group_candidates import GroupCandidate, given_groups, group_candidates
+from data_prep.splits.groups import group_of
 from flexunet.process_pool import (
     OpenWorkers,
     Workers,
@@ -40,6 +42,7 @@ from flexunet.process_pool import (
     num_requests,
 )
 from flexunet.progress import Progress
+from flexunet.settings import read_text
 from flexunet.storage import open_store
 
 T = TypeVar("T")
@@ -80,15 +83,29 @@ def inspect_source(
             _measure(found, config, _Work(workers, progress))
         if with_contact_sheet:
             sheet = _contact_sheet(found, source)
-    names = {image.filename: image.split for image in found.images}
-    is_grouped = _has_groups(found.layout.config)
-    groups = () if is_grouped else group_candidates(names)
+    groups = _groups(found)
     return summarize(source, found, groups, listings), sheet
 
 
-def _has_groups(config: PrepConfig) -> bool:
-    rules = (config.group_preset, config.group_regex, config.group_csv)
-    return config.format == "inbreast" or any(rule is not None for rule in rules)
+def _groups(found: Measured) -> tuple[GroupCandidate, ...]:
+    """Returns the groups by the given rule, or those that names may hint at.
+
+    Names without a group by the given rule are bad files.
+    """
+    config = found.layout.config
+    splits = {image.filename: image.split for image in found.images}
+    if config.format == "inbreast":
+        return ()
+    given = ((name, getattr(config, name)) for name in GROUP_OPTIONS)
+    option, value = next((each for each in given if each[1] is not None), ("", ""))
+    if not option:
+        return group_candidates(splits)
+    table = (read_text(value, "--group-csv"), value) if option == "group_csv" else None
+    rule = group_of(preset=config.group_preset, regex=config.group_regex, table=table)
+    candidate, problems = given_groups(splits, option, value, rule)
+    labels = {item.filename: item.image.label for item in found.items}
+    found.bad += [BadFile(labels[name], reason) for name, reason in problems.items()]
+    return () if candidate is None else (candidate,)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ class Choice:
     """A question with the options of `prep` that each answer adds.
 
     Attributes:
+        about: see `Question`.
         answers: (words, options), the likeliest first; an option of None is left out.
     """
 
+    about: str
     text: str
     answers: tuple[tuple[str, Mapping[str, Any]], ...]
 
@@ -49,20 +51,22 @@ def proposals(
             Answer(text, prep_command(source, output, {**first, **every, **more}))
             for text, more in choice.answers
         ]
-        questions.append(Question(choice.text, tuple(answers)))
+        questions.append(Question(choice.about, choice.text, tuple(answers)))
     return prep_command(source, output, first), tuple(questions)
 
 
 def layout_choice(readings: Sequence[LayoutReading]) -> Choice | None:
     """Returns the question about folders or names with several readings."""
     answers = tuple((each.text, each.options) for each in readings)
-    return Choice("Which folders or names are the images and masks?", answers) if answers else None
+    text = "Which folders or names are the images and masks?"
+    return Choice("layout", text, answers) if answers else None
 
 
 def meaning_choice(decision: MaskDecision) -> Choice | None:
     """Returns the question about the values of masks with several meanings."""
     answers = tuple((each.meaning, each.options) for each in decision.candidates)
-    return Choice("What do the values of the masks mean?", answers) if answers else None
+    text = "What do the values of the masks mean?"
+    return Choice("masks", text, answers) if answers else None
 
 
 def black_choice(reading: Reading, white: float) -> Choice | None:
@@ -76,7 +80,7 @@ def black_choice(reading: Reading, white: float) -> Choice | None:
         return None
     text = f"White covers {white:.0%} of the pixels of the masks. Are the objects white or black?"
     swapped = color_map_text(id_names(2), BLACK_AND_WHITE[::-1])
-    return Choice(text, (("white", {}), ("black", {"classes": swapped})))
+    return Choice("masks", text, (("white", {}), ("black", {"classes": swapped})))
 
 
 def group_choice(groups: Sequence[GroupCandidate]) -> Choice | None:
@@ -90,11 +94,11 @@ def group_choice(groups: Sequence[GroupCandidate]) -> Choice | None:
     no: tuple[str, Mapping[str, Any]] = ("no: each image is on its own", {})
     if groups[0].option == "group_preset":
         text = "The names look like augmented copies. Are equal last numbers copies of one image?"
-        return Choice(text, (*rules, no))
+        return Choice("groups", text, (*rules, no))
     text = (
         "Do several images belong together, such as those of a patient? The names only hint at it."
     )
-    return Choice(text, (no, *rules))
+    return Choice("groups", text, (no, *rules))
 
 
 def valid_choice(splits: Collection[str | None]) -> Choice | None:
@@ -102,18 +106,38 @@ def valid_choice(splits: Collection[str | None]) -> Choice | None:
     if "train" not in splits or "valid" in splits:
         return None
     text = "There is no validation split, which training needs. Draw one from train?"
-    return Choice(text, (("yes: 15 %", {"draw_valid": 0.15}), ("no: train with --folds", {})))
+    answers: tuple[tuple[str, Mapping[str, Any]], ...] = (
+        ("yes: 15 %", {"draw_valid": 0.15}),
+        ("no: train with --folds", {}),
+    )
+    return Choice("validation", text, answers)
 
 
-def bad_choice(number: int) -> Choice | None:
-    """Returns the question about `number` files that cannot be used."""
+def bad_choice(number: int, num_without_mask: int) -> Choice | None:
+    """Returns the question about files that cannot be used.
+
+    Args:
+        number: all of them.
+        num_without_mask: images without a mask among them.
+    """
+    if not number:
+        return None
     text = f"{pluralize(number, 'file')} cannot be used (see above). Leave them out?"
-    no: tuple[str, Mapping[str, Any]] = ("no: prep stops until they are corrected", {})
-    return Choice(text, (("yes", {"skip_bad": True}), no)) if number else None
+    answers: list[tuple[str, Mapping[str, Any]]] = [
+        ("yes", {"skip_bad": True}),
+        ("no: prep stops until they are corrected", {}),
+    ]
+    if num_without_mask:
+        rest = {"skip_bad": True} if number > num_without_mask else {}
+        words = (
+            f"{pluralize(num_without_mask, 'image')} without a mask: there is no finding in them"
+        )
+        answers.append((words, {"missing_mask": "empty", **rest}))
+    return Choice("bad files", text, tuple(answers))
 
 
 def leak_choice(number: int) -> Choice | None:
     """Returns the question about `number` sets of equal images in several splits."""
     text = "Equal images are in several splits, so measures would be too good. Accept it?"
     no: tuple[str, Mapping[str, Any]] = ("no: prep stops until they are removed", {})
-    return Choice(text, (no, ("yes", {"allow_leaks": True}))) if number else None
+    return Choice("leaks", text, (no, ("yes", {"allow_leaks": True}))) if number else None

@@ -48,12 +48,13 @@ from data_prep.masks.statistics import MaskStatistics
 from data_prep.shards.pixel_format import common_pixel_format
 from data_prep.shards.source_pairs import SourcePair
 from data_prep.sources.listings import Listings
-from data_prep.sources.pairs import Reject, describe_rule
+from data_prep.sources.pairs import NO_MASK, Reject, describe_rule
 from data_prep.splits.group_candidates import GroupCandidate
 from flexunet.errors import FlexUNetError
 from flexunet.storage import is_subpath, open_store
 from flexunet.text import legible
 
+GROUP_OPTIONS = ("group_preset", "group_regex", "group_csv")
 _EXAMPLES = 3
 _MAX_SETS = 10  # of equal images that are listed
 _MAX_OTHER_FILES = 100_000  # beside the folders of images and masks
@@ -327,6 +328,11 @@ def _output_name(url: str) -> str:
     return name if not is_subpath(open_store(name), open_store(url)) else f"../{name}"
 
 
+def has_groups(found: Measured) -> bool:
+    """Returns whether the user gave a rule for groups."""
+    return any(found.layout.given.get(name) is not None for name in GROUP_OPTIONS)
+
+
 def _choices(
     found: Measured,
     groups: Sequence[GroupCandidate],
@@ -346,9 +352,12 @@ def _choices(
         layout_choice(found.layout.readings),
         meaning,
         black,
-        group_choice(groups),
+        None if has_groups(found) else group_choice(groups),
         valid_choice({each.split for each in layout.folders}),
-        bad_choice(sum(each.number for each in (*layout.left_over, *bad))),
+        bad_choice(
+            sum(each.number for each in (*layout.left_over, *bad)),
+            sum(each.number for each in layout.left_over if each.about.startswith(NO_MASK)),
+        ),
         leak_choice(0 if duplicates is None else duplicates.num_across_splits),
     )
     return [choice for choice in possible if choice is not None]

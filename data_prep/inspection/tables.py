@@ -140,7 +140,9 @@ class _Printer:
             for each in inspection.groups
         ]
         columns = ("rule", "groups", "fewest / median / most images", "in 2 splits", "such as")
-        self._table("possible groups: a guess from the names, to be confirmed", columns, rows)
+        is_guess = any(question.about == "groups" for question in inspection.questions)
+        title = "possible groups: a guess from the names, to be confirmed" if is_guess else "groups"
+        self._table(title, columns, rows)
 
     def regions(self, inspection: Inspection) -> None:
         """Prints the sizes of regions, and how many of them stored sizes would lose."""

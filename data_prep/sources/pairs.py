@@ -40,6 +40,7 @@ from flexunet.text import join_truncated, pluralize
 __all__ = [
     "IMAGE_ENDINGS",
     "MASK_ENDINGS",
+    "NO_MASK",
     "FolderOptions",
     "Pair",
     "PairOptions",
@@ -55,6 +56,7 @@ __all__ = [
     "refused_name",
 ]
 
+NO_MASK = "no mask of this name"  # start of the reason for an image without a mask
 _RULE_REMEDY = "rename the files, or give a rule such as --mask-name '{stem}_mask'"
 
 logger = logging.getLogger(__name__)
@@ -281,7 +283,7 @@ def _view_of(found: Stems, rules: _Rules, stem: str) -> str | None:
 def _why_no_mask(source: Source, naming: Naming, stem: str) -> str:
     if not naming.is_image(stem):
         return f"its name does not fit {naming.as_options()}"
-    return f"no mask of this name in {source.masks}"
+    return f"{NO_MASK} in {source.masks}"
 
 
 def _why_no_image(source: Source, naming: Naming) -> str:

@@ -62,6 +62,26 @@ def group_candidates(splits: Mapping[str, str | None]) -> tuple[GroupCandidate, 
     return tuple(ordered[:_MAX_CANDIDATES])
 
 
+def given_groups(
+    splits: Mapping[str, str | None], option: str, value: str, rule: Callable[[str], str]
+) -> tuple[GroupCandidate | None, dict[str, str]]:
+    """Returns the groups by a rule that the user gave, and why other names have none.
+
+    Args:
+        splits: see `group_candidates`.
+        option, value: see `GroupCandidate`.
+        rule: returns the group of a file name, or raises ContentError.
+    """
+    groups: dict[str, list[str]] = {}
+    problems: dict[str, str] = {}
+    for name in sorted(splits):
+        try:
+            groups.setdefault(rule(name), []).append(name)
+        except ContentError as error:
+            problems[name] = str(error)
+    return (_candidate(option, value, groups, splits) if groups else None), problems
+
+
 def are_augmented(names: Sequence[str]) -> bool:
     """Returns whether at least half of the names are those of augmented copies."""
     num_copies = sum(map(is_augmented_copy, names))

@@ -59,8 +59,10 @@ def test_defaults_are_left_out() -> None:
 
 def test_each_answer_has_a_command_with_the_first_answers_to_the_other_questions() -> None:
     choices = [
-        Choice("Which?", (("x", {"masks": "x", "field_of_view": "v"}), ("y", {"masks": "y"}))),
-        Choice("Bad?", (("yes", {"skip_bad": True}), ("no", {}))),
+        Choice(
+            "layout", "Which?", (("x", {"masks": "x", "field_of_view": "v"}), ("y", {"masks": "y"}))
+        ),
+        Choice("bad files", "Bad?", (("yes", {"skip_bad": True}), ("no", {}))),
     ]
     command, questions = proposals("s", "o", {"image_size": 256}, choices)
     start = "flexunet prep s o --masks x --field-of-view v --image-size 256"
