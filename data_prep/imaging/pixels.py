@@ -61,7 +61,9 @@ def shown_channels(image: Pixels) -> Pixels:
 
 def is_uniform(pixels: Pixels) -> bool:
     """Returns whether all pixels of (H, W[, C]) are equal, as in unexposed or filler images."""
-    return bool(np.all(pixels == pixels[0, 0]))
+    first = pixels[0, 0]
+    # The first row decides about almost all images.
+    return bool(np.all(pixels[0] == first) and np.all(pixels == first))
 
 
 def to_rgb(image: Pixels) -> Pixels:

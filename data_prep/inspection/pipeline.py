@@ -151,15 +151,27 @@ def _measure(found: Measured, config: InspectConfig, work: _Work) -> None:
     found.sizes = stored_sizes(count_sizes(found.images))
     if found.decision is not None and found.reading is None:
         return
-    sample = _evenly(found.items, config.sample)
-    layout = layout_of(found.layout.config, found.reading)
+    sample = _evenly(_good(found), config.sample)
+    sizes = {image.image_id: (image.height, image.width) for image in found.images}
     found.min_area = MIN_NOISY_AREA if found.has_noise else MIN_AREA
-    task = dataclasses.replace(task, layout=layout, sizes=found.sizes, min_area=found.min_area)
+    task = dataclasses.replace(
+        task,
+        layout=layout_of(found.layout.config, found.reading),
+        image_sizes=tuple(sizes[item.id] for item in sample),
+        sizes=found.sizes,
+        min_area=found.min_area,
+    )
     measured = work.run(
         scan_regions, batches(sample, task, number), "measuring regions", len(sample), _num_pairs
     )
     for part in measured:
         found.regions.add(part)
+
+
+def _good(found: Measured) -> list[SourcePair]:
+    """Returns the pairs without a bad file."""
+    bad = {each.file for each in found.bad}
+    return [item for item in found.items if bad.isdisjoint(file.label for file in item.files)]
 
 
 def _num_pairs(scan: FilesScan | RegionsScan) -> int:

@@ -22,9 +22,10 @@ from data_prep.imaging.stored_sizes import MIN_AREA, StoredSize
 from data_prep.imaging.tiff import TIFF_SIGNATURES
 from data_prep.masks.files import MaskFile, is_jpeg, read_mask_file
 from data_prep.masks.npz import read_npz_file
+from data_prep.masks.reading import MaskReading
 from data_prep.masks.statistics import MaskStatistics, statistics_of
 from data_prep.shards.encode import most_bytes, one_thread
-from data_prep.shards.pair_reader import check_size, read_file, read_pair
+from data_prep.shards.pair_reader import check_size, read_file, read_masks, read_pair
 from data_prep.shards.pixel_format import num_above
 from data_prep.shards.records import sha256_of_pixels
 from data_prep.shards.source_pairs import File, Layout, ScanTask, SourcePair
@@ -107,13 +108,15 @@ class InspectTask:
     """Some pairs and how to read them.
 
     Attributes:
-        sizes: stored sizes to compare; only for `scan_regions`.
+        image_sizes: (height, width) of each image; this and the rest only for `scan_regions`.
+        sizes: stored sizes to compare.
         min_area: smallest region that counts as lost, pixels.
     """
 
     items: tuple[SourcePair, ...]
     layout: Layout
     num_requests: int
+    image_sizes: tuple[tuple[int, int], ...] = ()
     sizes: tuple[StoredSize, ...] = ()
     min_area: int = MIN_AREA
 
@@ -176,8 +179,8 @@ def batches(
     """Yields `task` for all `items`, a part of them each."""
     size = max(1, min(_MAX_BATCH, len(items) // (_NUM_BATCHES * num_workers)))
     for start in range(0, len(items), size):
-        part = tuple(items[start : start + size])
-        yield replace(task, items=part)
+        part = slice(start, start + size)
+        yield replace(task, items=tuple(items[part]), image_sizes=task.image_sizes[part])
 
 
 def scan_files(task: InspectTask) -> FilesScan:
@@ -217,22 +220,33 @@ def scan_regions(task: InspectTask) -> RegionsScan:
         StorageError: a bucket cannot be read.
     """
     result = RegionsScan(num_pairs=len(task.items))
-    for item, data in _read_ahead(task):
+    is_pairs = task.layout.format == "pairs"
+    for number, (item, data) in enumerate(_read_ahead(task, with_images=not is_pairs)):
         try:
             files = tuple(_bytes(each) for each in data)
-            read = read_pair(item, _scan_task(item, task.layout), files)
+            if is_pairs:
+                reading = read_masks(item, task.layout, files, task.image_sizes[number])
+            else:
+                scan = ScanTask("", task.layout, (item,), skip_bad=True)
+                reading = read_pair(item, scan, files).reading
         except ContentError as error:
             result.bad.append(_bad_file(item, str(error)))
             continue
-        result.num_pixels += read.mask.size
-        result.num_unexplained += read.reading.unexplained_pixels
-        result.num_unmapped += read.reading.unmapped_pixels
-        result.pixels[item.id] = tuple(
-            int(np.count_nonzero(read.mask == each.id)) for each in task.layout.classes
-        )
-        for class_id, found in _regions(read.mask, task).items():
-            result.classes.setdefault(class_id, ClassRegions()).add(found)
+        _add_regions(result, item, reading, task)
     return result
+
+
+def _add_regions(
+    result: RegionsScan, item: SourcePair, reading: MaskReading, task: InspectTask
+) -> None:
+    result.num_pixels += reading.ids.size
+    result.num_unexplained += reading.unexplained_pixels
+    result.num_unmapped += reading.unmapped_pixels
+    result.pixels[item.id] = tuple(
+        int(np.count_nonzero(reading.ids == each.id)) for each in task.layout.classes
+    )
+    for class_id, found in _regions(reading.ids, task).items():
+        result.classes.setdefault(class_id, ClassRegions()).add(found)
 
 
 def _bad_file(item: SourcePair, reason: str) -> BadFile:
@@ -249,10 +263,6 @@ def _read_mask_file(file: File, data: bytes, max_pixels: int) -> MaskFile:
     if file.name.lower().endswith(".npz"):
         return read_npz_file(data, file.label, max_pixels=max_pixels)
     return read_mask_file(data, name=file.label, max_pixels=max_pixels)
-
-
-def _scan_task(item: SourcePair, layout: Layout) -> ScanTask:
-    return ScanTask("", layout, (item,), skip_bad=True)
 
 
 def _regions(mask: Pixels, task: InspectTask) -> dict[int, ClassRegions]:
@@ -300,14 +310,17 @@ def _image_facts(item: SourcePair, layout: Layout, data: bytes) -> ImageFacts:
     )
 
 
-def _read_ahead(task: InspectTask) -> Iterator[tuple[SourcePair, tuple[_Read, ...]]]:
+def _read_ahead(
+    task: InspectTask, *, with_images: bool = True
+) -> Iterator[tuple[SourcePair, tuple[_Read, ...]]]:
     """Yields each pair of a task with its files."""
-    files = [file for item in task.items for file in item.files]
+    first = 0 if with_images else 1
+    files = [file for item in task.items for file in item.files[first:]]
     with one_thread(), request_threads(task.num_requests) as reader:
         ahead = in_order_ahead(reader, _read_or_reason, files, size_of=most_bytes)
         with contextlib.closing(ahead) as data:
             for item in task.items:
-                yield item, tuple(next(data) for _ in item.files)
+                yield item, tuple(next(data) for _ in item.files[first:])
 
 
 @functools.lru_cache(maxsize=64)

@@ -96,13 +96,28 @@ def _read_image_and_mask(item: SourcePair, task: ScanTask, data: PairData) -> Re
     layout = task.layout
     image = _read_image(item, layout, data[0])
     size = image.shape[:2]
+    return ReadPair(image, read_masks(item, layout, data[1:], size))
+
+
+def read_masks(
+    item: SourcePair, layout: Layout, data: PairData, size: tuple[int, ...]
+) -> MaskReading:
+    """Returns the class ids of a pair of images and masks.
+
+    Args:
+        data: the item's `files` without the image.
+        size: height and width of the image.
+
+    Raises:
+        ContentError: a file is bad, has another size, or contradicts another one.
+    """
     reading = MaskReading(np.zeros(size, np.uint8))
     for number, file in enumerate(item.masks, 1):
-        found = _read_mask(item, file, layout, data[number], size)
+        found = _read_mask(item, file, layout, data[number - 1], size)
         reading = found if number == 1 else _joined(reading, found, item.masks[:number], layout)
     if item.view is not None and layout.ignore_id is not None:
         reading.ids[~_read_view(item, item.view, layout, data[-1], size)] = layout.ignore_id
-    return ReadPair(image, reading)
+    return reading
 
 
 def _read_view(
