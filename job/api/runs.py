@@ -78,27 +78,46 @@ def read_evaluation(store: ObjectStore) -> EvaluationSummary | None:
 class Run:
     """A run that has a checkpoint; `open_run` and `train` return it.
 
-    It reads the run and does not own it: a run that is being trained can be opened, too.
+    It reads the run and does not own it: a run that is being trained can be opened, too. The runs
+    of a cross-validation are one `Run`, whose probabilities are the mean of the folds.
 
     Attributes:
         url: its folder or gs:// URL.
         config: the options of the run, every one of them.
+        runs: the URL of the run, or of the run of each fold.
     """
 
-    def __init__(self, run: loading.TrainedRun) -> None:
-        """Wraps an opened run; call `open_run`."""
-        self._run = run
+    def __init__(self, run: loading.TrainedRun, *folds: loading.TrainedRun, url: str = "") -> None:
+        """Wraps an opened run; call `open_run`.
+
+        Args:
+            run: the run, or that of the first fold.
+            folds: the runs of the other folds.
+            url: of the cross-validation.
+        """
+        self._run, self._members = run, (run, *folds)
         self._predictors = PredictorCache()
         self._warned: set[str] = set()
-        self.url: str = run.store.url
+        self.url: str = url or run.store.url
         self.config: TrainConfig = run.config
+        self.runs: tuple[str, ...] = tuple(each.store.url for each in self._members)
+        if folds:
+            name = self.url.rstrip("/").rpartition("/")[2]
+            self.config = run.config.model_copy(update={"fold": None, "name": name})
+
+    @property
+    def _store(self) -> ObjectStore:
+        return self._run.store if len(self._members) == 1 else open_store(self.url)
 
     def __repr__(self) -> str:
         return f"<flexunet.Run {self.url}: {self.status}>"
 
     @property
     def status(self) -> Literal["finished", "diverged", "stopped", "open"]:
-        """The status of the run; "open": it is being trained, or its process was killed."""
+        """The status of the run; "open": it is being trained, or its process was killed.
+
+        A cross-validation can be opened only if all folds are finished.
+        """
         return run_status(self._run.store)
 
     @property
@@ -108,8 +127,14 @@ class Run:
         The columns are those of `metrics/history.csv`, which counts epochs from 0.
 
         Raises:
+            UsageError: each fold of a cross-validation has its own; open one of `runs`.
             ContentError: the file is damaged.
         """
+        if len(self._members) > 1:
+            raise UsageError(
+                f"{self.url}: each fold of a cross-validation has its own history; open one of its "
+                f"runs: flexunet.open_run({self.runs[0]!r})"
+            )
         table = read_frame(self._run.store, "metrics/history.csv", RESTORE, index="epoch")
         table.index += 1
         return table
@@ -117,13 +142,13 @@ class Run:
     @property
     def summary(self) -> EvaluationSummary | None:
         """The newest evaluation of the test split, or None."""
-        return read_evaluation(self._run.store.subpath("evaluation"))
+        return read_evaluation(self._store.subpath("evaluation"))
 
     def open_dataset(self) -> Dataset:
         """Returns the dataset of the run, at the location stored in its config.
 
         The run of fold k has the splits of its fold: "test" is fold k, "valid" is fold k + 1, and
-        "train" has the others.
+        "train" has the others. A cross-validation has the plain splits.
 
         Raises:
             UsageError: there is none any more, or another dataset is there now.
@@ -164,10 +189,14 @@ class Run:
         from job.distributed.runtime import import_tensorflow
 
         import_tensorflow()
-        from job.models.ensemble import probability_model
+        from job.models.ensemble import mean_model, probability_model
 
-        model, _ = loading.load_model(self._run, which=checkpoint)
-        return probability_model(model, self._run.manifest.channels, self._run.manifest.bit_depth)
+        channels, bit_depth = self._run.manifest.channels, self._run.manifest.bit_depth
+        models = [
+            probability_model(loading.load_model(each, which=checkpoint)[0], channels, bit_depth)
+            for each in self._members
+        ]
+        return models[0] if len(models) == 1 else mean_model(models)
 
     @overload
     def predict(
@@ -267,10 +296,11 @@ def open_run(url: StrPath) -> Run:
     """Returns the run at `url`; neither weights nor TensorFlow are loaded.
 
     Args:
-        url: folder or gs:// URL: RUNS/NAME.
+        url: folder or gs:// URL: RUNS/NAME, of a run or of a cross-validation, whose folds then
+            predict together.
 
     Raises:
-        UsageError: there is no run, or it has no checkpoint yet.
+        UsageError: there is no run, it has no checkpoint yet, or a fold is not finished.
         ContentError: one of its files is damaged.
         StorageError: storage is unavailable.
 
@@ -279,4 +309,6 @@ def open_run(url: StrPath) -> Run:
         >>> run.config.epochs, len(run.history), run.summary["num_cases"]
         (1, 1, 4)
     """
-    return Run(loading.open_run(path_text(url)))
+    text = path_text(url)
+    runs = loading.open_ensemble([text])
+    return Run(*runs, url=open_store(text).url if len(runs) > 1 else "")

@@ -13,6 +13,7 @@ from flexunet.tables import csv_table
 from job.config import TrainConfig
 from job.data.cases import cases_of
 from job.data.folds import fold_configs, fold_words, open_folded
+from job.metrics.fold_spread import spread_of_folds
 from job.metrics.per_case import (
     SIZES,
     CaseMetrics,
@@ -56,6 +57,8 @@ def pool_folds(config: TrainConfig) -> dict[str, Any]:
             "pooled": _summarized([each for fold in folds for each in fold], classes),
             "folds": [_summarized(fold, classes) for fold in folds],
         }
+        of_size = summary["sizes"][size]
+        of_size["over_folds"] = spread_of_folds(of_size["folds"])
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     target.put(CROSS_VALIDATION_NAME, text.encode())
     return summary

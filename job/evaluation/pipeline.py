@@ -102,6 +102,10 @@ def evaluate(run_url: str, config: EvaluateConfig) -> tuple[Evaluation, str]:
             with other files, or no GPU although one is needed.
     """
     run, *others = open_ensemble([run_url, *config.ensemble])
+    if others and not config.ensemble and config.output is None:
+        # A cross-validation has a folder of its own.
+        output = evaluation_folder(open_store(run_url), config.split).url
+        config = config.model_copy(update={"output": output})
     dataset = dataset_of(run, config.data, others)
     if config.split not in dataset.splits and others:
         raise UsageError(
@@ -334,6 +338,12 @@ def dataset_of(run: TrainedRun, url: str | None, others: Sequence[TrainedRun] = 
         dataset = open_folded(run.config, url)
     else:
         dataset = open_dataset(url or str(run.config.data))
+        if not len(dataset.splits.get("test", ())):
+            raise UsageError(
+                f"{dataset.url}: has no test split, and runs of several folds were trained on each "
+                "other's images; cross_validation.json has the measures of all folds, each on "
+                "images that its run was not trained on"
+            )
         dataset = replace(dataset, splits={"test": dataset.split("test")})
     for each in others:
         if each.dataset_digest != run.dataset_digest:

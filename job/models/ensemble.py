@@ -88,6 +88,16 @@ def probability_model(model: keras.Model, channels: int, bit_depth: int) -> kera
     return keras.Model(image, keras.ops.cast(probabilities, "float32"), name="probabilities")
 
 
+def mean_model(models: Sequence[keras.Model]) -> keras.Model:
+    """Returns a model of the mean probabilities of models from `probability_model`."""
+    first = models[0].inputs[0]
+    image = keras.Input(first.shape[1:], dtype=first.dtype, name="image")
+    for number, model in enumerate(models):
+        model.name = f"run_{number}"  # a model takes each name once
+    mean = keras.layers.Average()([model(image) for model in models])
+    return keras.Model(image, mean, name="probabilities")
+
+
 def prepared(model: keras.Model, images: tf.Tensor) -> tf.Tensor:
     """Returns stored pixels (B, H, W, C) as model input: floating point, channels of the model."""
     channels = model.input_shape[-1]

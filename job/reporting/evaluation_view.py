@@ -294,7 +294,7 @@ def _measures(measures: Mapping[str, Any]) -> Table:
             owner,
             label,
             each["value"],
-            _interval(each),
+            interval_words(each),
             each["num_cases"],
             each["num_groups"],
             each["all_background"],
@@ -305,7 +305,8 @@ def _measures(measures: Mapping[str, Any]) -> Table:
     return Table(columns, name_once(rows))
 
 
-def _interval(measure: Mapping[str, Any]) -> str | None:
+def interval_words(measure: Mapping[str, Any]) -> str | None:
+    """Returns the interval of a measure in words, None if it has none."""
     if measure["low"] is None:
         return None
     return f"{measure['low']:.4f} to {measure['high']:.4f}"

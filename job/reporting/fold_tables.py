@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flexunet.storage import open_store
 from job.config import TrainConfig
+from job.metrics.fold_spread import spread
 from job.reporting.phrases import lesion_words, measure_rows, size_notes, titled_sizes
 from job.reporting.summary_tables import add_rows, measures_table, shown
 from job.runs.layout import CROSS_VALIDATION_NAME, run_url
@@ -30,6 +31,7 @@ def show_folds(config: TrainConfig) -> None:
         console.print(measures_table(f"all folds, {title}", found["pooled"]))
         rows = [row[:2] for row in measure_rows(found["pooled"])]
         folds = [{row[:2]: row.measure for row in measure_rows(each)} for each in found["folds"]]
+        console.print(_spread_table(title, rows, folds))
         for first in range(0, len(folds), _FOLDS_BESIDE):
             beside = dict(enumerate(folds[first : first + _FOLDS_BESIDE], start=first))
             console.print(_folds_table(title, rows, beside))
@@ -38,6 +40,26 @@ def show_folds(config: TrainConfig) -> None:
     console.print(lesion_words(sizes[0][1]["pooled"]), style="dim")
     where = f"cross-validation: {url}/{CROSS_VALIDATION_NAME}"
     console.print(where, markup=False, highlight=False, soft_wrap=True)
+
+
+def _spread_table(
+    title: str, rows: Sequence[Row], folds: Sequence[Mapping[Row, Mapping[str, Any]]]
+) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=f"over folds, {title}")
+    table.add_column("measure", overflow="fold")
+    for column in ("mean", "SD", "folds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    cells = []
+    for row in rows:
+        measures = [each[row] for each in folds if row in each]
+        found = spread([measure["value"] for measure in measures])
+        cells.append(
+            (row[0], [row[1], shown(found["mean"]), shown(found["sd"]), str(found["num_folds"])])
+        )
+    add_rows(table, cells)
+    return table
 
 
 def _folds_table(

@@ -16,12 +16,14 @@ from flexunet.json_files import read_json
 from flexunet.storage import ObjectStore, join_url
 from flexunet.text import pluralize
 from job.data.folds import fold_words
+from job.metrics.fold_spread import spread
 from job.reporting.calibration_view import calibration_of, postprocessing_of
 from job.reporting.evaluation_view import (
     cases_of,
     distinct_origins,
     failures_of,
     headline_of,
+    interval_words,
     metrics_of,
     origins_of,
     size_of,
@@ -165,10 +167,23 @@ def render_folds(store: ObjectStore) -> str:
 def _fold_by_fold(found: dict[str, Any]) -> Table:
     folds = [{row[:2]: row.measure["value"] for row in measure_rows(fold)}
              for fold in found["folds"]]  # fmt: skip
-    rows = [
-        (*row[:2], *(fold.get(row[:2]) for fold in folds)) for row in measure_rows(found["pooled"])
-    ]
-    columns = ["class", "measure", *(f"fold {index + 1}" for index in range(len(folds)))]
+    rows = []
+    for owner, label, pooled in measure_rows(found["pooled"]):
+        values = [fold.get((owner, label)) for fold in folds]
+        over = spread(values)
+        rows.append(
+            (
+                owner,
+                label,
+                over["mean"],
+                over["sd"],
+                pooled["value"],
+                interval_words(pooled),
+                *values,
+            )
+        )
+    columns = ["class", "measure", "mean of the folds", "SD of the folds", "all cases"]
+    columns += ["95 % interval", *(f"fold {index + 1}" for index in range(len(folds)))]
     return Table(columns, name_once(rows))
 
 

@@ -28,7 +28,7 @@ from job.runs.checkpoints import (
     read_checkpoint,
 )
 from job.runs.layout import CROSS_VALIDATION_NAME, CheckpointRef, checkpoint_prefix
-from job.runs.status import run_status
+from job.runs.status import member_urls, run_status
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +104,13 @@ class EnsembleMember:
 def open_ensemble(urls: Sequence[str]) -> tuple[TrainedRun, ...]:
     """Returns runs whose probabilities can be averaged: same pixel format and classes.
 
-    Each run computes in its own precision and returns logits of float32 or wider.
+    The folder of a cross-validation stands for the runs of all its folds. Each run computes in its
+    own precision and returns logits of float32 or wider.
 
     Raises:
-        UsageError: two runs differ, or one has no checkpoint.
+        UsageError: two runs differ, one has no checkpoint, or a fold is not finished.
     """
-    runs = tuple(open_run(url) for url in urls)
+    runs = tuple(open_run(member) for url in urls for member in member_urls(url))
     first = runs[0]
     for run in runs[1:]:
         for name in _SHARED:
