@@ -225,7 +225,7 @@ def _used_words(run: ObjectStore, fitted: FittedPostprocessing, values: Postproc
     cases = pluralize(fitted.fitted_on.num_cases, "validation image")
     return (
         f"postprocessing of {run.url}, fitted on {cases}: "
-        f"{described([each.name for each in fitted.classes], values)} ({UNDO}: none)"
+        f"{described([each.name for each in fitted.classes], values)} (undo: {UNDO})"
     )
 
 

@@ -30,6 +30,7 @@ from job.reporting.view_parts import (
     Figure,
     Table,
     cell_value,
+    interval_words,
     name_once,
     read_bytes,
     read_config,
@@ -303,13 +304,6 @@ def _measures(measures: Mapping[str, Any]) -> Table:
         for owner, label, each in measure_rows(measures)
     ]
     return Table(columns, name_once(rows))
-
-
-def interval_words(measure: Mapping[str, Any]) -> str | None:
-    """Returns the interval of a measure in words, None if it has none."""
-    if measure["low"] is None:
-        return None
-    return f"{measure['low']:.4f} to {measure['high']:.4f}"
 
 
 def _counts(measures: Mapping[str, Any]) -> Table:

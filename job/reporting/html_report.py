@@ -23,7 +23,6 @@ from job.reporting.evaluation_view import (
     distinct_origins,
     failures_of,
     headline_of,
-    interval_words,
     metrics_of,
     origins_of,
     size_of,
@@ -39,6 +38,7 @@ from job.reporting.run_view import (
 )
 from job.reporting.view_parts import (
     Table,
+    interval_words,
     missing_groups,
     name_once,
     number,

@@ -35,28 +35,11 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     They predict nothing, and each class on every pixel.
     """
     from rich.console import Console
-    from rich.table import Table
 
-    used = summary.get("checkpoint")
-    weights = f", {checkpoint_words(used)}" if used else ""
-    cases = num_cases_words(summary)
-    table = Table(title=f"{summarized_words(summary)}: {cases}{weights}")
-    table.add_column("foreground, network size")
-    baseline = summary["all_background"]["foreground_mean"]
-    for name in baseline:
-        table.add_column(measure_label(name), justify="right", no_wrap=True)
-    rows = {
-        f"mean over {counted_cases(summary)}": summary["foreground_mean"],
-        "pooled over pixels": summary["foreground_pooled"],
-        f"{BASELINE}, mean over images": baseline,
-    }
-    if everything_dice(summary) is not None:
-        rows[f"{EVERYTHING}, mean over images"] = summary["all_foreground"]["foreground_mean"]
-    for label, scores in rows.items():
-        values = [scores[name] for name in baseline]
-        table.add_row(label, *map(shown, values))
     console = Console()
-    console.print(table)
+    console.print(_foreground_table(summary))
+    if len(summary["classes"]) > 2:
+        console.print(_classes_table(summary))
     if (left_out := left_out_words(summary)) is not None:
         console.print(left_out, style="dim")
     if not has_foreground(summary):
@@ -70,6 +53,50 @@ def show_summary(summary: Mapping[str, Any]) -> None:
             console.print(line, style="dim", markup=False)
     if sizes:
         console.print(lesion_words(sizes[0][1]), style="dim")
+
+
+def _foreground_table(summary: Mapping[str, Any]) -> "Table":
+    """Returns the scores of the foreground and of the baselines."""
+    from rich.table import Table
+
+    used = summary.get("checkpoint")
+    weights = f", {checkpoint_words(used)}" if used else ""
+    cases = num_cases_words(summary)
+    table = Table(title=f"{summarized_words(summary)}: {cases}{weights}")
+    table.add_column("foreground, network size")
+    baseline = summary["all_background"]["foreground_mean"]
+    for name in baseline:
+        table.add_column(measure_label(name), justify="right", no_wrap=True)
+    rows = {
+        f"mean over {counted_cases(summary)}": summary["foreground_mean"],
+        "pooled over pixels": summary["foreground_pooled"],
+    }
+    if plain := summary.get("without_postprocessing"):
+        rows["mean, without postprocessing"] = plain["foreground_mean"]
+    rows[f"{BASELINE}, mean over images"] = baseline
+    if everything_dice(summary) is not None:
+        rows[f"{EVERYTHING}, mean over images"] = summary["all_foreground"]["foreground_mean"]
+    for label, scores in rows.items():
+        values = [scores[name] for name in baseline]
+        table.add_row(label, *map(shown, values))
+    return table
+
+
+def _classes_table(summary: Mapping[str, Any]) -> "Table":
+    """Returns Dice and IoU of each class but the background, mean and pooled, in 80 columns."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="each class, network size")
+    table.add_column("class", overflow="fold")
+    for name in ("Dice", "IoU"):
+        for kind in ("mean", "pooled"):
+            table.add_column(f"{name}, {kind}", justify="right", no_wrap=True)
+    for each in summary["classes"][1:]:
+        pooled = each["pooled"]
+        values = (each["dice"], pooled["dice"], each["iou"], pooled["iou"])
+        table.add_row(Text(each["name"]), *map(shown, values))
+    return table
 
 
 def measures_table(title: str, measures: Mapping[str, Any]) -> "Table":

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,13 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def interval_words(measure: Mapping[str, Any]) -> str | None:
+    """Returns the interval of a measure in words, None if it has none."""
+    if measure["low"] is None:
+        return None
+    return f"{measure['low']:.4f} to {measure['high']:.4f}"
 
 
 def cell_value(cell: str) -> float | str | None:

@@ -29,6 +29,7 @@ def test_tables_of_a_summary_fit_a_terminal(name: str, capsys: pytest.CaptureFix
         "Images where neither the truth nor the prediction has the class are not counted "
         "(2 to 3 of 1000)."
     ) in " ".join(text.split())
+    assert "Dice, mean ┃ Dice, pooled ┃" in text
     assert text.count("Dice, mean over images") == 3  # foreground and both classes
     assert name.replace(" ", "") in "".join(part for part in text.split() if part != "│")
 
