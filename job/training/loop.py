@@ -103,7 +103,7 @@ class _Loop:
                 raise self._end(trainer.end_diverged, state, loss)
             if trainer.messages.any(self._asks_to_stop()):
                 raise self._end(trainer.end_stopped, state)
-            is_last = state.step_in_epoch == trainer.num_steps or state.is_time_over
+            is_last = state.step_in_epoch == trainer.num_steps or state.is_time_over()
             if not is_last and clock.is_due(trainer.config.checkpoint_every_minutes):
                 trainer.save(state)
 

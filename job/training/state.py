@@ -67,7 +67,6 @@ class TrainState:
         """Number of weight updates, which the optimizer and the schedule count."""
         return self.step - self.skipped
 
-    @property
     def is_time_over(self) -> bool:
         """Whether the time budget, if there is one, leaves no time for a step."""
         return self.time is not None and self.time.is_over
@@ -75,7 +74,9 @@ class TrainState:
     def is_finished(self, config: TrainConfig) -> bool:
         """Returns whether no epoch is left."""
         is_last = config.epochs is not None and self.epoch >= config.epochs
-        return self.stopped_early or is_last or self.is_time_over
+        # The epoch that the time cuts short is validated, too, also after a restart.
+        is_cut = self.is_time_over() and self.step_in_epoch == 0
+        return self.stopped_early or is_last or is_cut
 
     def end_step(self, used_s: float | None) -> None:
         """Counts a step.
@@ -105,7 +106,7 @@ class TrainState:
         return {
             "time_budget_s": self.time.budget_s,
             "time_used_s": self.time.used_s,
-            "is_time_over": self.is_time_over,
+            "is_time_over": self.is_time_over(),
         }
 
     def rate(self, config: TrainConfig, num_steps: int, *, offset: int = 0) -> float:

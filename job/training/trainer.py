@@ -148,6 +148,8 @@ class Trainer:
 
     def train_steps(self, state: TrainState) -> Iterator[tuple[float, int]]:
         """Trains the rest of the current epoch; yields (loss, images) of every step."""
+        if state.is_time_over():  # a restart before the validation
+            return
         plan = plan_epoch(
             self.config,
             self.dataset.split("train"),
@@ -178,7 +180,7 @@ class Trainer:
             state.end_step(used_s)
             total, count = sums["loss"]
             yield total / count, int(count)
-            if state.is_time_over:
+            if state.is_time_over():
                 break
         self._log_skipped(state, state.skipped - skipped_before)
 

@@ -61,6 +61,9 @@ def test_the_rate_follows_the_time_and_the_warm_up_is_short() -> None:
     assert rates[5] == pytest.approx((used / 0.1) * (1 + math.cos(math.pi * used)) / 2)
     assert not state.is_finished(config)
     state.end_step(600.0)
+    assert state.is_time_over()
+    assert not state.is_finished(config)  # before its validation
+    state.step_in_epoch = 0
     assert state.is_finished(config)
     assert state.rate(config, num_steps) == pytest.approx(0.0, abs=1e-12)
     assert state.rate(config, num_steps, offset=-1) > 0  # that of the step which was trained
@@ -82,9 +85,9 @@ def test_the_end_of_an_epoch_is_kept_free_and_epochs_may_end_first() -> None:
     state.end_step(49.9)
     # An epoch keeps its share, whatever the clock says within it.
     assert state.foreground_share(config) == pytest.approx(0.8 - 0.6 / 3)
-    assert not state.is_time_over
+    assert not state.is_time_over()
     state.end_step(50.0)
-    assert state.is_time_over
+    assert state.is_time_over()
     # Of 2 epochs of 2 steps, 3 steps are 3/4, and the time ends later.
     config = config_of(
         time_budget=1000, epochs=2, schedule={"cosine": True, "reduce_on_plateau": False}
@@ -123,11 +126,11 @@ def test_a_resumed_run_and_one_that_follows_the_record_have_the_same_parts(
 def test_a_longer_budget_goes_on_and_the_values_of_other_runs_stay() -> None:
     state = state_of(config_of(time_budget=1))
     state.end_step(60.0)
-    assert state.is_time_over
+    assert state.is_time_over()
     again = TrainState(**json.loads(json.dumps(state.as_values())))
     again.begin(config_of(time_budget=2), None)
     assert again.time is not None
-    assert (again.is_time_over, again.time.fraction_at(again.step)) == (False, 0.5)
+    assert (again.is_time_over(), again.time.fraction_at(again.step)) == (False, 0.5)
     again.begin(config_of(), None)
     assert "time" not in again.as_values()  # as earlier versions wrote it
 

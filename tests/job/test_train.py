@@ -201,7 +201,7 @@ def test_a_finished_cosine_that_is_trained_on_is_warned_of(
     )
 
 
-def test_a_time_budget_ends_within_an_epoch_and_counts_lost_time_once(
+def test_a_time_budget_ends_within_an_epoch_that_is_validated_after_a_restart(
     dataset: str, one_cpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock shows the number of steps that this process has trained, in seconds."""
@@ -214,24 +214,25 @@ def test_a_time_budget_ends_within_an_epoch_and_counts_lost_time_once(
     schedule = ScheduleConfig(cosine=True, reduce_on_plateau=False)
     config = config_for(dataset, tmp_path, epochs=None, time_budget=5 / 60, schedule=schedule)
 
-    def attempt(stop_after: int | None = None) -> dict[str, Any]:
+    def attempt(*, stops: bool = False) -> dict[str, Any]:
+        """Trains; may stop in the validation of the second epoch."""
         events.clear()
         with Run.open(config.output, str(config.name)) as run:
             return train_and_evaluate(
                 one_process_setup(config, run, one_cpu),
                 Callbacks(
                     lambda event: events.append(dict(event)),
-                    lambda: stop_after is not None and len(steps_of(events)) >= stop_after,
+                    lambda: stops and events[-1].get("name") == "validation of epoch 2",
                 ),
             )
 
     with pytest.raises(StoppedError):
-        attempt(stop_after=2)
-    outcome = attempt()
+        attempt(stops=True)
     # 3 steps, of which the last and the validation take 1 s; then 2 steps until 4 s are used.
-    assert [(each["step"], each["num_epochs"]) for each in steps_of(events)] == [
-        *((3, None), (1, None), (2, None))
-    ]
+    numbers = [(each["step"], each["num_epochs"]) for each in steps_of(events)]
+    assert numbers == [(1, None), (2, None), (3, None), (1, None), (2, None)]
+    outcome = attempt()
+    assert steps_of(events) == []
     assert (outcome["epochs"], outcome["is_time_over"], outcome["time_used_s"]) == (2, True, 5.0)
     run = tmp_path / "run"
     record = (run / RECORD_NAME).read_text().splitlines()
