@@ -57,8 +57,12 @@ class WeightAverage:
             tf.constant(self._momentum, tf.float64), (1.0 + count) / (10.0 + count)
         )
         for average, weight in zip(self._averages, self._weights, strict=True):
-            change = (average - weight) * tf.cast(1.0 - momentum, weight.dtype)
-            tf.raw_ops.AssignSubVariableOp(resource=average.handle, value=change)
+            # One fused operation: average -= (1 - momentum) (average - weight).
+            tf.raw_ops.ResourceApplyGradientDescent(
+                var=average.handle,
+                alpha=tf.cast(1.0 - momentum, weight.dtype),
+                delta=average - weight,
+            )
 
     def restart(self) -> None:
         """Sets the average to the current weights."""
