@@ -5,6 +5,7 @@ complete state. The fused kernel of TensorFlow reads and writes each array once;
 operations of the Keras optimizer read them about five times.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,6 +82,10 @@ class Adam:
             )
         if self.average is not None:
             self.average.update(step)
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which the model has the averaged weights, if there is an average."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_use()
 
     @property
     def variables(self) -> list[Any]:

@@ -5,13 +5,11 @@
 process has a trainer and computes the same; only that of the first process has a run writer.
 """
 
-import contextlib
 import dataclasses
 import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import tensorflow as tf
@@ -206,7 +204,7 @@ class Trainer:
         running = RunningSums()
         running.load_state(state.sums)
         try:
-            with self._averaged_weights():
+            with self.optimizer.averaged_weights():
                 validation = self.evaluator.evaluate(
                     "valid",
                     self.readers["valid"],
@@ -242,7 +240,7 @@ class Trainer:
         run_writer = self.run_writer
 
         def store(run_writer: RunWriter, heartbeat: Heartbeat) -> float | None:
-            with self._averaged_weights():
+            with self.optimizer.averaged_weights():
                 run_writer.write_predictions(row["epoch"], heartbeat)
             used_s = self._used_s()
             state.note_epoch_end(used_s)
@@ -394,8 +392,3 @@ class Trainer:
             return work(run_writer, heartbeat) if run_writer is not None else None
 
         return self.process_group.all_gather_with_heartbeat(of_first, self.heartbeat)[0]
-
-    def _averaged_weights(self) -> AbstractContextManager[None]:
-        """Returns a context in which the model has the averaged weights, if the run keeps them."""
-        average = self.optimizer.average
-        return contextlib.nullcontext() if average is None else average.in_use()
