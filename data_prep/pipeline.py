@@ -6,7 +6,7 @@ Other modules find, read, split and store the images.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from data_prep import report_figures
@@ -19,6 +19,7 @@ from data_prep.masks.rules import READING_RULES
 from data_prep.masks.statistics import MaskStatistics
 from data_prep.prep_input import PrepInput, collect_input, source_digest, sources_of
 from data_prep.report_files import (
+    UnmappedColors,
     write_clipped,
     write_counts,
     write_report,
@@ -189,7 +190,8 @@ def _with_mask_options(work: _Work, prep_input: PrepInput, paths: CommandPaths |
 
 def _prepare(work: _Work, prep_input: PrepInput) -> Manifest:
     config, store = work.config, work.store
-    results = _scan(work, prep_input.items)
+    colors = UnmappedColors()
+    results = _scan(work, prep_input.items, colors)
     samples = [result for result in results if isinstance(result, EncodedSample)]
     bad = [(result.file, result.reason) for result in results if isinstance(result, RejectedPair)]
     refused = [*prep_input.refused, *bad]
@@ -219,7 +221,7 @@ def _prepare(work: _Work, prep_input: PrepInput) -> Manifest:
     manifest = build_manifest(contents, config, work.mask_choice)
     write_report(store, manifest, rows, refused)
     write_clipped(store, above)
-    write_unmapped_colors(store, samples, manifest.classes)
+    write_unmapped_colors(store, samples, colors, manifest.classes)
     if config.format == "inbreast":
         write_counts(store, samples, {item.id for item in prep_input.items if item.mask is None})
     commit(store, manifest, table)
@@ -269,7 +271,7 @@ def _compare(work: _Work, unlisted: Sequence[SourcePair]) -> list[tuple[int, int
     """Returns the checksums of items that the store does not list; shows no progress of none."""
     if not unlisted:
         return []
-    return _run(work, source_crcs, unlisted, "comparing", len(unlisted), lambda _: 1)
+    return list(_each(work, source_crcs, unlisted, "comparing", len(unlisted), lambda _: 1))
 
 
 def _digest_of_scanned(
@@ -281,7 +283,10 @@ def _digest_of_scanned(
     )
 
 
-def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | RejectedPair]:
+def _scan(
+    work: _Work, items: Sequence[SourcePair], colors: UnmappedColors
+) -> list[EncodedSample | RejectedPair]:
+    """Returns the results of pass 1; their unmapped colours are added to `colors`."""
     config = work.config
     layout = Layout(
         height=config.height,
@@ -309,10 +314,10 @@ def _scan(work: _Work, items: Sequence[SourcePair]) -> list[EncodedSample | Reje
     staged = {stat.name for stat in open_store(staging).list()}
     tasks = batched(chunks, staged, work.workers.num_workers(), _num_requests(work, items))
     try:
-        results = _run(work, scan_chunks, tasks, "encoding", len(items), _num_images)
+        chunks_of_results = _each(work, scan_chunks, tasks, "encoding", len(items), _num_images)
+        return [result for chunk in chunks_of_results for result in colors.take(chunk)]
     except ContentError as error:
         raise ContentError(f"{error}; or skip such files with --skip-bad") from error
-    return [result for chunk in results for result in chunk]
 
 
 def _num_requests(work: _Work, items: Sequence[SourcePair] = ()) -> int:
@@ -330,21 +335,23 @@ def _write(work: _Work, tasks: Sequence[ShardTask]) -> list[WrittenShard]:
     num_images = sum(len(task.records) for task in tasks)
     number = _num_requests(work)
     tasks = [dataclasses.replace(task, num_requests=number) for task in tasks]
-    return _run(work, write_shard, tasks, "writing", num_images, lambda shard: len(shard.records))
+    return list(_each(work, write_shard, tasks, "writing", num_images, _num_records))
 
 
-def _run(
+def _num_records(shard: WrittenShard) -> int:
+    return len(shard.records)
+
+
+def _each(
     work: _Work,
     function: Callable[[T], R],
     tasks: Iterable[T],
     title: str,
     num_images: int,
     images_in: Callable[[R], int],
-) -> list[R]:
-    """Runs `function` on each task; returns the results in order and shows progress in images."""
-    results = []
+) -> Iterator[R]:
+    """Runs `function` on each task; yields the results in order and shows progress in images."""
     with Progress(title, num_images, shown=work.progress) as bar:
         for result in work.workers.in_order(function, tasks):
             bar.advance(images_in(result))
-            results.append(result)
-    return results
+            yield result

@@ -3,10 +3,11 @@
 Selects the samples to show and the numbers to count; `report_figures.py` draws them.
 """
 
+import dataclasses
 import functools
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from data_prep import report_figures
@@ -15,7 +16,7 @@ from data_prep.imaging.codecs import read_mask_pixels
 from data_prep.masks.color_map import ClassColor, Color
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.records import IMAGE_FEATURE, MASK_FEATURE, decode_example, unframe_record
-from data_prep.shards.source_pairs import EncodedSample
+from data_prep.shards.source_pairs import EncodedSample, RejectedPair
 from data_prep.sources import inbreast
 from data_prep.splits.names import SPLITS
 from flexunet.errors import ContentError
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _PAIRS_PER_CONTACT_SHEET = 6
 _MAX_UNMAPPED_COLORS = 1000  # rows
+_MAX_COUNTED = 2**17  # colours in memory
+_Key = tuple[Color, int]  # a colour, and the class with the nearest colour
 
 
 def write_report(
@@ -92,8 +95,62 @@ def write_clipped(store: ObjectStore, above: Sequence[tuple[EncodedSample, int]]
         )
 
 
+class UnmappedColors:
+    """Adds up the mask colours of no class over all images, in bounded memory.
+
+    Beyond the limits of a mask and of the dataset, only the number of pixels is known.
+    """
+
+    def __init__(self, max_colors: int = _MAX_COUNTED) -> None:
+        self._max_colors = max_colors
+        self._pixels, self._files = Counter[_Key](), Counter[_Key]()
+        self._num_pixels = 0
+
+    def take(self, results: Iterable[EncodedSample | RejectedPair]) -> list[Any]:
+        """Adds the colours of the next results; returns the results without them.
+
+        Args:
+            results: those of an image follow each other.
+        """
+        kept, image_id = [], None
+        for result in results:
+            if isinstance(result, EncodedSample):
+                if result.image_id != image_id:
+                    self._add(result)
+                image_id = result.image_id
+                result = dataclasses.replace(result, unmapped_colors=())
+            kept.append(result)
+        return kept
+
+    def _add(self, sample: EncodedSample) -> None:
+        self._num_pixels += sample.unmapped_pixels
+        for each in sample.unmapped_colors:
+            self._pixels[each.color, each.nearest] += each.num_pixels
+            self._files[each.color, each.nearest] += 1
+        if len(self._pixels) > self._max_colors:
+            self._pixels = Counter(dict(self._pixels.most_common(self._max_colors // 2)))
+            self._files = Counter({key: self._files[key] for key in self._pixels})
+
+    def rows(self, classes: Sequence[ClassColor]) -> list[tuple[Any, ...]]:
+        """Returns the rows of the table: the commonest colours, and the pixels of all others."""
+        found = sorted(self._pixels.items(), key=lambda each: (-each[1], each[0]))
+        rows: list[tuple[Any, ...]] = [
+            (*color, count, self._files[color, nearest], _class_name(nearest, classes))
+            for (color, nearest), count in found[:_MAX_UNMAPPED_COLORS]
+        ]
+        rest = self._num_pixels - sum(count for _, count in found[:_MAX_UNMAPPED_COLORS])
+        return [*rows, ("", "", "", rest, "", "(other colours)")] if rest else rows
+
+
+def _class_name(class_id: int, classes: Sequence[ClassColor]) -> str:
+    return classes[class_id].name if class_id < len(classes) else "(ignored)"
+
+
 def write_unmapped_colors(
-    store: ObjectStore, samples: Sequence[EncodedSample], classes: Sequence[ClassColor]
+    store: ObjectStore,
+    samples: Sequence[EncodedSample],
+    colors: UnmappedColors,
+    classes: Sequence[ClassColor],
 ) -> None:
     """Writes the commonest mask colours of no class, if there are any, and warns of unexplained.
 
@@ -101,17 +158,10 @@ def write_unmapped_colors(
     the nearest colour.
     """
     images = list({sample.image_id: sample for sample in samples}.values())
-    pixels, files = Counter[Color](), Counter[Color]()
-    for sample in images:
-        pixels.update(dict(sample.unmapped_colors))
-        files.update(color for color, _ in sample.unmapped_colors)
-    if not pixels:
+    rows = colors.rows(classes)
+    if not rows:
         return
-    rows = [
-        (*color, count, files[color], _nearest_class(color, classes).name)
-        for color, count in sorted(pixels.items(), key=lambda each: (-each[1], each[0]))
-    ]
-    table = csv_table(report_figures.UNMAPPED_COLUMNS, rows[:_MAX_UNMAPPED_COLORS])
+    table = csv_table(report_figures.UNMAPPED_COLUMNS, rows)
     put_probably_new(store, report_figures.UNMAPPED_NAME, table.encode())
     unexplained = [sample for sample in images if sample.unexplained_pixels]
     if unexplained:
@@ -126,13 +176,6 @@ def write_unmapped_colors(
             store.url,
             report_figures.UNMAPPED_NAME,
         )
-
-
-def _nearest_class(color: Color, classes: Sequence[ClassColor]) -> ClassColor:
-    def squares(entry: ClassColor) -> int:
-        return sum((a - b) ** 2 for a, b in zip(color, entry.color, strict=True))
-
-    return min(classes, key=squares)
 
 
 def write_counts(

@@ -26,6 +26,7 @@ Codes = npt.NDArray[np.integer]
 Colors = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 Small = npt.NDArray[np.int16]
+Lengths = npt.NDArray[np.int32]
 Packed = npt.NDArray[np.uint32]
 """Colours as one number each: red, green and blue, 8 bits each, after 8 set bits."""
 
@@ -150,16 +151,20 @@ class CodedMask:
 
     codes: Codes
     shades: Shades
-    counts: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.integer]
     ids: npt.NDArray[np.uint8]
     is_16_bit: bool = False
 
     def color_of(self, code: int) -> Color:
         """Returns a colour in the levels of the file."""
-        if self.is_16_bit:
-            return (code,) * 3
-        red, green, blue = self.shades.values[code].tolist()
+        red, green, blue = self.colors_of(np.array([code]))[0].tolist()
         return red, green, blue
+
+    def colors_of(self, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+        """Returns colours (N, 3) in the levels of the file."""
+        if self.is_16_bit:
+            return np.repeat(codes[:, np.newaxis], 3, axis=1)
+        return self.shades.values[codes]
 
 
 def code_grey(plane: Pixels, counts: npt.NDArray[np.int64], known: KnownColors) -> CodedMask:
@@ -198,17 +203,30 @@ def code_colors(pixels: Pixels, known: KnownColors) -> CodedMask:
     others = _distinct(found[~_find(found, ours, order)[1]] for found, _ in runs)
     table = _table_of(others)
     codes = np.empty(pixels.shape[:2], np.int32)
-    counts = np.zeros(len(ours) + len(others))
+    counts = np.zeros(len(ours) + len(others), np.int32)
     for rows, (found, lengths) in zip(blocks, runs, strict=True):
         code, is_known = _find(found, ours, order)
         rest = found[~is_known]
         places = np.searchsorted(others, rest) if table is None else table[rest & (_NUM_RGB - 1)]
         code[~is_known] = len(ours) + places
         codes[rows] = np.repeat(code, lengths).reshape(codes[rows].shape)
-        counts += np.bincount(code, lengths, len(counts))
-    values = np.concatenate([known.colors.astype(np.uint8), _unpacked(others)])
+        _add_counts(counts, code, lengths)
+    values = np.empty((len(counts), 3), np.uint8)
+    values[: len(ours)] = known.colors
+    for channel, shift in enumerate((16, 8, 0)):
+        values[len(ours) :, channel] = others >> shift & 255
     shades = Shades.of(values, known.colors)
-    return CodedMask(codes, shades, counts.astype(np.int64), known.ids.astype(np.uint8))
+    return CodedMask(codes, shades, counts, known.ids.astype(np.uint8))
+
+
+def _add_counts(
+    counts: npt.NDArray[np.integer], codes: npt.NDArray[np.integer], lengths: Lengths
+) -> None:
+    """Adds the pixels of runs to the counts of their codes."""
+    if len(counts) > len(codes):  # not a pass over all colours for a few runs
+        np.add.at(counts, codes, lengths)
+    else:
+        counts += np.bincount(codes, lengths, len(counts)).astype(counts.dtype)
 
 
 def level_counts(plane: Pixels) -> npt.NDArray[np.int64]:
@@ -225,7 +243,7 @@ def level_counts(plane: Pixels) -> npt.NDArray[np.int64]:
     return counts
 
 
-def _runs(pixels: Pixels) -> tuple[Packed, npt.NDArray[np.int32]]:
+def _runs(pixels: Pixels) -> tuple[Packed, Lengths]:
     """Returns the colours of the runs of equal pixels, and their lengths."""
     import cv2
 
@@ -272,11 +290,6 @@ def _table_of(others: Packed) -> npt.NDArray[np.int32] | None:
     table = np.zeros(_NUM_RGB, np.int32)
     table[others & (_NUM_RGB - 1)] = np.arange(len(others), dtype=np.int32)
     return table
-
-
-def _unpacked(packed: Packed) -> npt.NDArray[np.uint8]:
-    """Returns the colours (M, 3)."""
-    return np.stack([packed >> 16 & 255, packed >> 8 & 255, packed & 255], axis=1).astype(np.uint8)
 
 
 def tolerances_of(colors: Colors) -> Small:

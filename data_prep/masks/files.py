@@ -19,13 +19,20 @@ from data_prep.imaging.pixels import Pixels, grey_channel
 from data_prep.imaging.tiff import TIFF_SIGNATURES, Tiff
 from data_prep.masks.coding import level_counts, lookup
 from data_prep.masks.color_map import MAX_CLASSES, Color
-from data_prep.masks.reading import NUM_COLORS_NAMED, MaskReading, known_colors, read_classes
+from data_prep.masks.reading import (
+    NUM_COLORS_NAMED,
+    MaskReading,
+    UnmappedColor,
+    known_colors,
+    read_classes,
+)
 from data_prep.masks.rules import MaskRules, index_table, options_to_ignore_ids
 from flexunet.errors import ContentError
 
 if TYPE_CHECKING:
     from PIL import Image
 
+_OPAQUE = 128  # of 255
 _PNG_SIGNATURE = b"\x89PNG"
 _PNG_BITS, _PNG_COLOR_TYPE = 24, 25  # positions of the bytes
 _PNG_GREY = 0
@@ -224,8 +231,10 @@ def _read_alpha(mask: MaskFile, *, name: str) -> MaskReading:
     is_soft = (mask.alpha > 0) & (mask.alpha < 255)
     values, counts = np.unique(mask.alpha[is_soft], return_counts=True)
     soft = sorted(zip(counts.tolist(), values.tolist(), strict=True), reverse=True)
-    colors = tuple(((value,) * 3, count) for count, value in soft[:NUM_COLORS_NAMED])
-    return MaskReading((mask.alpha >= 128).astype(np.uint8), int(counts.sum()), colors)
+    colors = tuple(
+        UnmappedColor((value,) * 3, count, int(value >= _OPAQUE)) for count, value in soft
+    )
+    return MaskReading((mask.alpha >= _OPAQUE).astype(np.uint8), int(counts.sum()), colors)
 
 
 def _is_plain(data: bytes) -> bool:

@@ -16,7 +16,7 @@ Rules for reading a mask of any file format, if no encoding is given:
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +47,24 @@ ClassIds = npt.NDArray[np.uint8]
 """(H, W) uint8 class ids."""
 
 NUM_COLORS_NAMED = 5
+MAX_COLORS_KEPT = 1024  # of a mask, for the table of the dataset
 _NUM_AREAS_NAMED = 3
 _NOT_A_BLEND = 128  # a blend of two colours is closer than this to one of them
 _MAX_ID_LIKE = 64
+
+
+class UnmappedColor(NamedTuple):
+    """A mask colour that is not exactly that of a class.
+
+    Attributes:
+        color: in the levels of the file; an alpha value three times.
+        num_pixels: its pixels.
+        nearest: id of the class, or the ignore id, whose colour is the nearest.
+    """
+
+    color: Color
+    num_pixels: int
+    nearest: int
 
 
 @dataclass(frozen=True)
@@ -59,24 +74,26 @@ class MaskReading:
     Attributes:
         ids: (H, W) uint8 class ids.
         unmapped_pixels: pixels whose colour is not exactly that of a class.
-        unmapped_colors: the commonest of these colours with their number of pixels.
+        unmapped_colors: the commonest of these colours, at most `MAX_COLORS_KEPT`.
         unexplained_pixels: unmapped pixels that are neither noise nor a blend of classes nearby;
             they have the class of the nearest colour.
     """
 
     ids: ClassIds
     unmapped_pixels: int = 0
-    unmapped_colors: tuple[tuple[Color, int], ...] = ()
+    unmapped_colors: tuple[UnmappedColor, ...] = ()
     unexplained_pixels: int = 0
 
     def joined_with(self, other: "MaskReading", ids: ClassIds) -> "MaskReading":
         """Returns the reading `ids` of this mask together with `other`, with the pixels of both."""
-        colors = Counter(dict(self.unmapped_colors))
-        colors.update(dict(other.unmapped_colors))
+        counts = Counter[tuple[Color, int]]()
+        for each in (*self.unmapped_colors, *other.unmapped_colors):
+            counts[each.color, each.nearest] += each.num_pixels
+        kept = counts.most_common(MAX_COLORS_KEPT)
         return MaskReading(
             ids,
             self.unmapped_pixels + other.unmapped_pixels,
-            tuple(colors.most_common(NUM_COLORS_NAMED)),
+            tuple(UnmappedColor(color, number, nearest) for (color, nearest), number in kept),
             self.unexplained_pixels + other.unexplained_pixels,
         )
 
@@ -162,7 +179,6 @@ def _read_coded(coded: CodedMask, rules: MaskRules, name: str) -> MaskReading:
     off = np.flatnonzero(counts)
     if not len(off):
         return MaskReading(ids)
-    off = off[np.argsort(-counts[off], kind="stable")]
     _refuse_ignore_id(coded, off, rules, name=name)
     # Most masks have unmapped pixels only along the edges of a few areas.
     box = _box_around(lookup(~shades.is_exact, coded.codes))
@@ -172,12 +188,25 @@ def _read_coded(coded: CodedMask, rules: MaskRules, name: str) -> MaskReading:
     if areas:
         _refuse_areas(areas, box, coded, rules, name=name)
     ids[box] = lookup(coded.ids, assigned.index)
-    colors = tuple((coded.color_of(each), int(counts[each])) for each in off[:NUM_COLORS_NAMED])
+    colors = tuple(
+        UnmappedColor(coded.color_of(code), int(counts[code]), int(coded.ids[shades.nearest[code]]))
+        for code in _commonest(counts, MAX_COLORS_KEPT).tolist()
+    )
     num_unexplained = int(np.count_nonzero(assigned.is_unexplained))
     reading = MaskReading(ids, int(counts.sum()), colors, num_unexplained)
     if _is_empty(ids, rules.ignore_id):
         _refuse_unexplained(reading, coded, off, rules, name=name)
     return reading
+
+
+def _commonest(counts: npt.NDArray[np.integer], number: int) -> npt.NDArray[np.intp]:
+    """Returns the places of the largest counts above 0, the first of equal ones first."""
+    largest = np.partition(counts, -number)[-number] if len(counts) > number else 0
+    above = np.flatnonzero(counts > largest)
+    if largest:
+        above = np.concatenate([above, np.flatnonzero(counts == largest)[: number - len(above)]])
+    # In blocks of equal counts, places ascend.
+    return above[np.argsort(-counts[above].astype(np.int64), kind="stable")]
 
 
 def _refuse_ignore_id(
@@ -263,7 +292,7 @@ def _refuse_unexplained(
     Args:
         off: the unmapped colours.
     """
-    colors = np.array([coded.color_of(each) for each in off.tolist()])
+    colors = coded.colors_of(off)
     levels = np.unique(colors)
     is_grey = np.all(colors == colors[:, :1])
     known = [level for each in rules.classes if (level := grey_level(each.color)) is not None]
@@ -273,7 +302,7 @@ def _refuse_unexplained(
     is_scaled = levels[-1] > 255
     if not (is_id_like or is_scaled or coded.shades.distances[off].max() >= _NOT_A_BLEND):
         return
-    found = [color for color, _ in reading.unmapped_colors]
+    found = [each.color for each in reading.unmapped_colors[:NUM_COLORS_NAMED]]
     remedy = _remedy(found, rules)
     if is_id_like:
         remedy = f"if these are ids, give all {levels[-1] + 1} --classes; else {remedy}"

@@ -226,9 +226,12 @@ def _scan_item(
         yield _refused(item, str(error), crcs), b""
         return
     framed = _frame_image(item, layout, read, whole, crcs)
+    colors = read.reading.unmapped_colors
     for sample in _samples(framed, layout):
         record = frame_record(encode_example(sample))
-        yield _scanned(framed, layout, sample, len(record)), record
+        scanned = _scanned(framed, layout, sample, len(record))
+        yield dataclasses.replace(scanned, unmapped_colors=colors), record
+        colors = ()  # the first sample has those of the whole mask
 
 
 def _refused(item: SourcePair, reason: str, crcs: tuple[int, int]) -> RejectedPair:
@@ -281,7 +284,7 @@ def _scanned(framed: _FramedImage, layout: Layout, sample: Sample, num_bytes: in
         geometry=sample.geometry,
         pixels_per_class=tuple(int(np.count_nonzero(mask == c.id)) for c in layout.classes),
         unmapped_pixels=sample.unmapped_pixels,
-        unmapped_colors=read.reading.unmapped_colors,
+        unmapped_colors=(),
         unexplained_pixels=read.reading.unexplained_pixels,
         sha256=sample.pixel_sha256,
         image_sha256=framed.cut_sha256 or sample.pixel_sha256,

@@ -11,6 +11,7 @@ from data_prep.imaging.dicom.reader import Reader
 from data_prep.imaging.geometry import Geometry
 from data_prep.imaging.lost_regions import RegionCounts
 from data_prep.masks.color_map import ClassColor, Color
+from data_prep.masks.reading import UnmappedColor
 from data_prep.masks.rules import Encoding
 from data_prep.sources import inbreast
 
@@ -117,7 +118,7 @@ class EncodedSample:
         channels, bit_depth: as staged; `auto` keeps those of the image.
         max_value: largest raw value of the source; full intensity if the file states it.
         unmapped_pixels, unmapped_colors, unexplained_pixels: of the whole source mask, see
-            `MaskReading`.
+            `MaskReading`. Of the tiles of an image, only the first has the colours.
         value_max: raw value of full intensity, None if the file does not state it.
         num_above: pixels of the source above each of `full_scales`; empty if the file states its
             full scale or has 8 bits.
@@ -143,7 +144,7 @@ class EncodedSample:
     geometry: Geometry
     pixels_per_class: tuple[int, ...]
     unmapped_pixels: int
-    unmapped_colors: tuple[tuple[Color, int], ...]
+    unmapped_colors: tuple[UnmappedColor, ...]
     unexplained_pixels: int
     sha256: str
     image_sha256: str

@@ -19,6 +19,7 @@ import google_crc32c
 from data_prep.imaging.dicom.frames import has_decoders
 from data_prep.imaging.geometry import Box, Geometry
 from data_prep.imaging.lost_regions import RegionCounts
+from data_prep.masks.reading import UnmappedColor
 from data_prep.masks.rules import READING_RULES
 from data_prep.shards.manifest import FORMAT_VERSION
 from data_prep.shards.source_pairs import EncodedSample, Moments, RejectedPair, ScanTask
@@ -26,7 +27,7 @@ from data_prep.sources import inbreast
 from flexunet.process_pool import RequestThreads
 from flexunet.storage import ObjectStore, open_store, put_probably_new
 
-_VERSION = 8  # of the staged format; objects of other versions are not found
+_VERSION = 9  # of the staged format; objects of other versions are not found
 _TRAILER = struct.Struct("<QI")  # bytes of the index before it, and the CRC32C of the index
 _PART_BYTES = 32 * 2**20  # of records in memory; the tiles of one image may take gigabytes
 _MAX_STAGING_BYTES = 2 * _PART_BYTES  # in memory until they are stored, unless one object is larger
@@ -188,7 +189,9 @@ def _from_json(values: dict[str, Any]) -> EncodedSample | RejectedPair:
     geometry = Geometry(**geometry, crop=Box(**crop) if crop else None)
     moments = {key: _tuple(value) for key, value in values.pop("moments").items()}
     counts = tuple(values.pop("pixels_per_class"))
-    unmapped = tuple((_tuple(color), count) for color, count in values.pop("unmapped_colors"))
+    unmapped = tuple(
+        UnmappedColor(_tuple(color), *rest) for color, *rest in values.pop("unmapped_colors")
+    )
     num_above = tuple(values.pop("num_above"))
     findings = tuple(inbreast.Finding(**each) for each in values.pop("findings"))
     regions = values.pop("regions")

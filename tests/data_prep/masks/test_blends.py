@@ -110,7 +110,7 @@ def test_a_pixel_that_nothing_explains_gets_the_nearest_class_and_is_counted() -
     reading = read_classes(mask, MaskRules(classes), name="m.png")
     assert reading.ids[4, 4] == 2
     assert reading.unexplained_pixels == 1
-    assert reading.unmapped_colors == (((70, 180, 90), 1),)
+    assert reading.unmapped_colors == (((70, 180, 90), 1, 2),)
 
 
 def test_tolerances_are_a_quarter_of_the_distance_to_the_next_class() -> None:

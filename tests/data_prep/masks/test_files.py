@@ -250,7 +250,7 @@ def test_a_shape_in_the_alpha_channel_is_read_or_rejected(mode: str, kind: str) 
     reading = read_mask(file, MaskRules(DEFAULT_CLASSES, encoding="alpha"), name="m.png")
     assert reading.ids.tolist() == [[0, 1, 1], [0, 0, 1]]
     assert reading.unmapped_pixels == 2
-    assert reading.unmapped_colors == (((200,) * 3, 1), ((90,) * 3, 1))
+    assert reading.unmapped_colors == (((200,) * 3, 1, 1), ((90,) * 3, 1, 0))
 
 
 def test_colors_under_a_varying_alpha_channel_are_read_as_colors() -> None:

@@ -30,7 +30,7 @@ def to_class_ids(
     """Returns the ids, the number of unmapped pixels, and their commonest colours."""
     ignored = () if ignore_id is None else ((ignore_id,) * 3,)
     reading = read_classes(pixels, MaskRules(classes, ignore_id, ignored), name=name)
-    return reading.ids, reading.unmapped_pixels, [color for color, _ in reading.unmapped_colors]
+    return reading.ids, reading.unmapped_pixels, [each.color for each in reading.unmapped_colors]
 
 
 def grey(*levels: int) -> Pixels:
@@ -94,7 +94,7 @@ def test_to_class_ids_names_the_commonest_colors_first() -> None:
         (255, 0, 0), *[(250, 1, 0)] * 2, *[(0, 240, 0)] * 3, *[(i, 0, 1) for i in range(9)]
     )
     assert to_class_ids(pixels, ORGANS, name="a")[2][:2] == [(0, 240, 0), (250, 1, 0)]
-    assert len(to_class_ids(pixels, ORGANS, name="a")[2]) == 5
+    assert len(to_class_ids(pixels, ORGANS, name="a")[2]) == 11
 
 
 def test_to_class_ids_reads_an_index_mask_of_many_classes() -> None:
@@ -236,6 +236,6 @@ def test_to_class_ids_of_real_masks_is_a_threshold_with_few_unmapped_pixels() ->
         shares.append(unmapped / ids.size)
         exact = (pixels == 0).all(axis=2) | (pixels == 255).all(axis=2)
         assert unmapped == np.count_nonzero(~exact)
-        assert len(colors) == 5
+        assert len(colors) > 5
     assert len(shares) == 24
     assert 0 < min(shares) <= max(shares) < 0.003

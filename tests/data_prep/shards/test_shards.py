@@ -133,7 +133,7 @@ def test_scan_names_the_colour_that_is_no_class(tmp_path):
     item = _item(tmp_path, "a", _grey(1), mask)
     (found,) = _scan(tmp_path, [item])
     assert (found.unmapped_pixels, found.unexplained_pixels) == (2, 2)
-    assert found.unmapped_colors == (((255, 0, 0), 2),)
+    assert found.unmapped_colors == (((255, 0, 0), 2, 0),)
     mask[0:2, :2] = (0, 0, 255)
     item = _item(tmp_path, "b", _grey(1), mask)
     words = r"masks/b\.png: .* 4 pixels of colour 255,0,0 at row 0, column 0; .*--ignore 255,0,0"
