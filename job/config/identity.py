@@ -39,6 +39,11 @@ _LATER: dict[str, Any] = {
     "model.residual_blocks": [1, 3, 4, 6],
     "model.deep_supervision": 0,
     "fit_postprocessing": False,
+    "model.encoder": "efficientnet-lite0",
+    "model.encoder_weights": "imagenet",
+    "model.encoder_batch_norm": "auto",
+    "model.encoder_frozen_epochs": 0,
+    "optimizer.encoder_learning_rate_factor": 1.0,
 }
 
 

@@ -328,16 +328,22 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _micro_batches_are_equal(self) -> "TrainConfig":
-        if self.xla == "on" and self.model.normalization == "batch":
-            raise ValueError(
-                "xla=on does not support model.normalization=batch, whose layers exchange "
-                "statistics between replicas; choose model.normalization=group, or xla=off"
+        if self.model.exchanges_statistics and (self.xla == "on" or self.accumulate > 1):
+            is_own = self.model.normalization == "batch"
+            option, other = (
+                ("model.normalization=batch", "model.normalization=group")
+                if is_own
+                else ("model.encoder_batch_norm=synchronized", "pretrained weights with frozen")
             )
-        if self.accumulate > 1 and self.model.normalization == "batch":
+            if self.xla == "on":
+                raise ValueError(
+                    f"xla=on does not support {option}, whose layers exchange statistics between "
+                    f"replicas; choose {other}, or xla=off"
+                )
             raise ValueError(
-                f"accumulate={self.accumulate} does not support model.normalization=batch, which "
-                "would normalise over parts of the batch; choose model.normalization=group, or "
-                "accumulate=1 and a smaller global_batch_size"
+                f"accumulate={self.accumulate} does not support {option}, which would normalise "
+                f"over parts of the batch; choose {other}, or accumulate=1 and a smaller "
+                "global_batch_size"
             )
         if self.global_batch_size % self.accumulate:
             raise ValueError(
@@ -353,6 +359,22 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"foreground_share_end={end} needs a foreground_share of at least {end}, from "
                 "which the share falls; give it, or leave foreground_share_end out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _encoder_has_statistics(self) -> "TrainConfig":
+        model = self.model
+        if not model.has_encoder:
+            if self.optimizer.encoder_learning_rate_factor != 1.0:
+                raise ValueError(
+                    "optimizer.encoder_learning_rate_factor has no effect on "
+                    f"model.name={model.name}; leave it out, or choose model.name=encoder-unet"
+                )
+        elif model.has_fixed_statistics and not (model.pretrained_encoder or self.init_from):
+            raise ValueError(
+                "model.encoder_batch_norm=frozen: random weights have no statistics; choose "
+                "synchronized, or give model.encoder_weights or init_from"
             )
         return self
 

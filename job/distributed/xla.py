@@ -22,7 +22,7 @@ def uses_xla(config: TrainConfig, process_group: ProcessGroup) -> bool:
     if config.xla == "off":
         return False
     # Batch normalisation sums over the replicas in the middle of the network.
-    may = config.model.normalization != "batch" and not config.deterministic
+    may = not config.model.exchanges_statistics and not config.deterministic
 
     def look() -> dict[str, Any]:
         has_gpu = bool(tf.config.list_logical_devices("GPU"))

@@ -30,12 +30,15 @@ class BlockFactory:
 
     def initializer(self, name: str) -> Any:
         """Returns a Keras initializer, he_normal or glorot_uniform, with the next seed."""
-        seed = int(self._seeds.spawn(1)[0].generate_state(1)[0] >> 1)
         kinds = {
             "he_normal": keras.initializers.HeNormal,
             "glorot_uniform": keras.initializers.GlorotUniform,
         }
-        return kinds[name](seed=seed)
+        return kinds[name](seed=self.next_seed())
+
+    def next_seed(self) -> int:
+        """Returns the seed of the next layer's weights."""
+        return int(self._seeds.spawn(1)[0].generate_state(1)[0] >> 1)
 
     def scaled(self, image: Any, value_max: float) -> Any:
         """Returns the input (B, H, W, C) scaled as `config.input_scaling` says."""

@@ -3,7 +3,7 @@
 from data_prep.shards.manifest import Manifest
 from flexunet.errors import UsageError
 from flexunet.settings import suggestion
-from job.config import MODELS, TrainConfig, check_class_weights, check_ssim_sides
+from job.config import MODELS, ModelConfig, TrainConfig, check_class_weights, check_ssim_sides
 from job.data.dataset import Dataset
 
 FLOAT16_MAX = 65504.0
@@ -24,8 +24,8 @@ def check_compatible(config: TrainConfig, dataset: Dataset) -> None:
     manifest = dataset.manifest
     check_class_weights(config.loss.class_weights, num_outputs(config, manifest))
     height, width, _ = shape = image_shape(config, manifest)
-    check_sides(shape, config.model.num_layers)
-    if config.model.normalization == "instance":
+    check_sides(shape, config.model)
+    if config.model.normalization == "instance" and not config.model.has_encoder:
         check_coarsest(shape, config.model.num_layers)
     if config.precision == "mixed_float16":
         check_float16(input_max(config, manifest))
@@ -84,18 +84,21 @@ def check_float16(largest: float) -> None:
         )
 
 
-def check_sides(shape: tuple[int, int, int], num_layers: int) -> None:
-    """Refuses an image (H, W, C) whose sides cannot be halved `num_layers` - 1 times.
+def check_sides(shape: tuple[int, int, int], model: ModelConfig) -> None:
+    """Refuses an image (H, W, C) whose sides cannot be halved from level to level.
 
     Raises:
         UsageError: names the levels and the sides.
     """
-    multiple = 2 ** (num_layers - 1)
+    multiple = 2 ** (model.levels - 1)
     height, width, _ = shape
     if height % multiple or width % multiple:
+        option, remedy = f"--model.num-layers={model.levels}", "lower --model.num-layers or "
+        if model.has_encoder:
+            option, remedy = f"--model.name={model.name}", ""
         raise UsageError(
-            f"--model.num-layers={num_layers} needs image sides divisible by {multiple}, "
-            f"got {height}x{width}; lower --model.num-layers or prepare another image size"
+            f"{option} needs image sides divisible by {multiple}, got {height}x{width}; "
+            f"{remedy}prepare another image size"
         )
 
 

@@ -25,7 +25,7 @@ def build_flexunet(
     from the bottom, head.
     Source: TensorFlow-FlexUNet, sarah-antillia; U-Net, arXiv:1505.04597.
     """
-    check_sides(image_shape, config.num_layers)
+    check_sides(image_shape, config)
     block = BlockFactory(config, seed=seed, policy=policy)
     image = keras.Input(image_shape, name="image")  # (B, H, W, C)
     x = block.scaled(image, value_max)

@@ -97,6 +97,44 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return tf.cast(outputs, self.compute_dtype)
 
 
+@keras.saving.register_keras_serializable("flexunet")
+class FixedBatchNormalization(BatchNormalization):
+    """Normalises each channel with the moving statistics, also in training; they never change.
+
+    Gamma and beta are trained. For an encoder with pretrained weights: its statistics come from
+    many more images than a batch has, and replicas need no exchange.
+    """
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """Returns `inputs` (B, H, W, C) normalised, in the layer's compute dtype."""
+        inputs = tf.cast(inputs, tf.float64 if inputs.dtype == tf.float64 else tf.float32)
+        mean, variance, gamma, beta = (
+            tf.cast(each, inputs.dtype)
+            for each in (self.moving_mean, self.moving_variance, self.gamma, self.beta)
+        )
+        scale = gamma * tf.math.rsqrt(variance + self.epsilon)
+        return tf.cast(_scaled(inputs, mean, scale, beta), self.compute_dtype)
+
+
+def _scaled(inputs: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
+    """Returns (inputs - mean) * scale + beta, for inputs (B, H, W, C) and (C,) each.
+
+    The gradient is explicit, because an automatic one would have inexact sums.
+    """
+
+    @tf.custom_gradient
+    def scaled(inputs: tf.Tensor, scale: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Gradients]:
+        def gradients(output: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            num_pixels = tf.cast(tf.reduce_prod(tf.shape(inputs)[1:3]), inputs.dtype)
+            plain, along = _pixel_mean(output), _pixel_mean(output * (inputs - mean))
+            sums = (num_pixels * tf.reduce_sum(each, axis=0) for each in (along, plain))
+            return (output * scale, *sums)
+
+        return inputs * scale + (beta - mean * scale), gradients
+
+    return scaled(inputs, scale, beta)
+
+
 def _check_axes(layer: keras.layers.Layer, input_shape: tuple[int | None, ...]) -> None:
     if len(input_shape) != 4 or layer.axis not in (-1, 3):
         raise ValueError(

@@ -12,6 +12,7 @@ import keras
 from flexunet.errors import UsageError
 from flexunet.settings import suggestion
 from job.config import ModelConfig
+from job.models.encoder_unet import build_encoder_unet
 from job.models.flexunet import build_flexunet
 from job.models.residual_unet import build_residual_unet
 
@@ -21,6 +22,7 @@ Builder = Callable[..., keras.Model]
 BUILDERS: dict[str, Builder] = {
     "flexunet": build_flexunet,
     "residual-unet": build_residual_unet,
+    "encoder-unet": build_encoder_unet,
 }
 
 

@@ -26,7 +26,7 @@ def build_residual_unet(
     over 2 x 2 pixels and projected.
     Source: ResNet, arXiv:1512.03385; residual encoders of nnU-Net, arXiv:2404.09556.
     """
-    check_sides(image_shape, config.num_layers)
+    check_sides(image_shape, config)
     block = BlockFactory(config, seed=seed, policy=policy)
     image = keras.Input(image_shape, name="image")  # (B, H, W, C)
     x = _convolution(block, block.scaled(image, value_max), 0)

@@ -7,6 +7,7 @@ operations of the Keras optimizer read them about five times.
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,32 @@ from flexunet.errors import ContentError
 from job.config import OptimizerConfig
 from job.optimization.averaging import WeightAverage
 from job.optimization.loss_scale import LossScale
+
+
+@dataclass(frozen=True)
+class SlowWeights:
+    """Selects weights with a lower learning rate.
+
+    Attributes:
+        is_slow: of each weight.
+        frozen_updates: number of updates at the start in which they stay the same; their moments
+            are updated.
+        factor: of the learning rate after that, 1 or less.
+    """
+
+    is_slow: tuple[bool, ...]
+    frozen_updates: int
+    factor: float
+
+    def rate(self, step: tf.Tensor, learning_rate: tf.Tensor) -> tf.Tensor:
+        """Returns the learning rate of the slow weights, () float64.
+
+        Args:
+            step: () int64, number of earlier updates.
+            learning_rate: () float64, of the other weights.
+        """
+        slower = learning_rate * tf.constant(self.factor, learning_rate.dtype)
+        return tf.where(step < self.frozen_updates, tf.zeros_like(slower), slower)
 
 
 class Adam:
@@ -32,6 +59,7 @@ class Adam:
         weights: Sequence[Any],
         loss_scale: LossScale | None = None,
         average: WeightAverage | None = None,
+        slow: SlowWeights | None = None,
     ) -> None:
         """Creates zero moments for `weights`; call it inside the strategy's scope.
 
@@ -39,10 +67,12 @@ class Adam:
             weights: trainable Keras variables, in the order of the gradients.
             loss_scale: scale of the gradients; saved and restored with the moments.
             average: updated after the weights; a checkpoint has it in files of its own.
+            slow: weights with a lower learning rate.
         """
         self.loss_scale = loss_scale
         self.average = average
         self._config = config
+        self._slow = slow
         self._weights = [weight.value for weight in weights]
         self._names = [f"{index:04d}" for index in range(len(weights))]
         self._first = [_zeros(weight, "first_moment") for weight in self._weights]
@@ -58,12 +88,13 @@ class Adam:
             learning_rate: () float64.
         """
         config = self._config
-        for weight, first, second, gradient in zip(
-            self._weights, self._first, self._second, gradients, strict=True
+        rates = self._rates(step, learning_rate)
+        for weight, first, second, gradient, rate in zip(
+            self._weights, self._first, self._second, gradients, rates, strict=True
         ):
             gradient = self._clipped(gradient)
             dtype = gradient.dtype
-            rate = tf.cast(learning_rate, dtype)
+            rate = tf.cast(rate, dtype)
             count = tf.cast(step + 1, dtype)
             if config.name == "adamw":
                 decayed = weight * (rate * tf.cast(config.weight_decay, dtype))
@@ -86,6 +117,13 @@ class Adam:
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which the model has the averaged weights, if there is an average."""
         return contextlib.nullcontext() if self.average is None else self.average.in_use()
+
+    def _rates(self, step: tf.Tensor, learning_rate: tf.Tensor) -> list[tf.Tensor]:
+        """Returns the learning rate of each weight."""
+        if self._slow is None:
+            return [learning_rate] * len(self._weights)
+        slower = self._slow.rate(step, learning_rate)
+        return [slower if is_slow else learning_rate for is_slow in self._slow.is_slow]
 
     @property
     def variables(self) -> list[Any]:

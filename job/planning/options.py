@@ -218,11 +218,15 @@ def stored_yaml(run: ObjectStore) -> dict[str, Any]:
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """Returns `config` with absolute paths."""
-    paths = {}
+    paths: dict[str, Any] = {}
     for name in ("data", "output", "cache_dir", "prediction_folder", "init_from", "time_schedule"):
         value = getattr(config, name)
         if value is not None and "://" not in value:
             paths[name] = os.path.abspath(value)
+    model = config.model
+    if model.encoder_weights not in ("imagenet", "none"):
+        weights = {"encoder_weights": os.path.abspath(model.encoder_weights)}
+        paths["model"] = model.model_copy(update=weights)
     return config.model_copy(update=paths)
 
 

@@ -26,6 +26,7 @@ from flexunet.storage import ObjectStore, open_store
 from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.data.folds import evaluated_words, open_folded
+from job.models.encoders.pretrained import IMAGENET, check_pretrained
 from job.runs.checkpoints import find_checkpoints
 from job.runs.layout import ORIGIN_NAME, RESTORE, run_url
 from job.runs.loading import WEIGHT_FILES, TrainedRun, open_run
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 # Model options that determine the weights and their meaning.
 _MODEL_FIELDS = (
     *("name", "num_layers", "base_filters", "max_filters", "base_kernels", "dilation"),
-    *("residual_blocks", "normalization", "activation", "input_scaling"),
+    *("residual_blocks", "encoder", "normalization", "activation", "input_scaling"),
 )
 
 Seen = Literal["no", "yes", "unknown"]
@@ -47,11 +48,13 @@ class Origin:
 
     Attributes:
         run: name of the run.
-        source: its `--init-from`.
+        source: its `--init-from`; empty if only its encoder has weights of others.
         ids: samples of the run's dataset that trained or validated these weights, sorted.
         groups: groups of these samples, sorted; for datasets of the same files, all groups that
             trained or validated the weights.
         lacks: why there may be more samples; empty if all are known.
+        encoder: origin of the pretrained weights of its encoder, also by way of `source`; empty if
+            there are none.
     """
 
     run: str
@@ -59,6 +62,7 @@ class Origin:
     ids: tuple[str, ...]
     groups: tuple[str, ...]
     lacks: str
+    encoder: str = ""
 
     def seen(self, dataset: Dataset, evaluated: str = "test") -> Seen:
         """Returns whether the weights have seen groups of the split `evaluated`."""
@@ -74,11 +78,23 @@ def as_record(
     origins: Iterable[Origin | None], dataset: Dataset, evaluated: str = "test"
 ) -> list[dict[str, str]]:
     """Returns the origins that are not None as JSON values, for the evaluation summary."""
-    return [
-        {"run": each.run, "source": each.source, "seen": each.seen(dataset, evaluated)}
-        for each in origins
-        if each is not None
-    ]
+    records = []
+    for each in origins:
+        if each is None:
+            continue
+        seen = each.seen(dataset, evaluated)
+        if each.source:
+            records.append({"run": each.run, "source": each.source, "seen": seen})
+        if each.encoder:
+            records.append(
+                {"run": each.run, "source": each.encoder, "seen": _seen_by_encoder(each)}
+            )
+    return records
+
+
+def _seen_by_encoder(origin: Origin) -> Seen:
+    # ImageNet has photographs; the training of a weight file is not recorded.
+    return "no" if origin.encoder.startswith(IMAGENET) else "unknown"
 
 
 def find_origin(config: TrainConfig, dataset: Dataset) -> Origin | None:
@@ -89,18 +105,48 @@ def find_origin(config: TrainConfig, dataset: Dataset) -> Origin | None:
     """
     if config.init_from is None:
         return None
+    encoder = ""
     try:
         ids, groups, lacks = _trained_by(config.init_from, dataset)
+        encoder = _encoder_of(config.init_from)
     except FlexUNetError as error:  # deleted or unreadable
         ids, groups, lacks = set[str](), set[str](), str(error)
     return Origin(
-        str(config.name), config.init_from, tuple(sorted(ids)), tuple(sorted(groups)), lacks
+        run=str(config.name),
+        source=config.init_from,
+        ids=tuple(sorted(ids)),
+        groups=tuple(sorted(groups)),
+        lacks=lacks,
+        encoder=encoder,
     )
+
+
+def encoder_origin(config: TrainConfig, encoder: str) -> Origin:
+    """Returns the origin of a run of which only the encoder has weights of others.
+
+    Args:
+        encoder: result of `job.models.encoders.pretrained.set_pretrained_encoder`.
+    """
+    is_known = encoder.startswith(IMAGENET)
+    lacks = "" if is_known else f"the weight file {encoder} has no record of it"
+    return Origin(str(config.name), "", (), (), lacks, encoder)
+
+
+def _encoder_of(source: str) -> str:
+    """Returns the origin of the pretrained encoder of a run; empty if it has none."""
+    if source.endswith(WEIGHT_FILES):
+        return ""
+    run = open_run(source)
+    earlier = read_origin(run.store, run.config)
+    return earlier.encoder if earlier is not None else ""
 
 
 def origin_json(origin: Origin) -> str:
     """Returns the text of `origin.json`."""
-    return json.dumps(asdict(origin), indent=1) + "\n"
+    values = asdict(origin)
+    if not origin.encoder:
+        del values["encoder"]  # earlier versions had none
+    return json.dumps(values, indent=1) + "\n"
 
 
 def read_origin(run: ObjectStore, config: TrainConfig) -> Origin | None:
@@ -109,18 +155,20 @@ def read_origin(run: ObjectStore, config: TrainConfig) -> Origin | None:
     Raises:
         ContentError: its file is damaged.
     """
-    if config.init_from is None:
+    if config.init_from is None and config.model.pretrained_encoder is None:
         return None
     values = read_json(run, ORIGIN_NAME, RESTORE)
     if values is None:
         lacks = f"{run.url} has no {ORIGIN_NAME}"
-        return Origin(str(config.name), config.init_from, (), (), lacks)
+        encoder = config.model.pretrained_encoder or ""
+        return Origin(str(config.name), config.init_from or "", (), (), lacks, encoder)
     return Origin(
         run=values["run"],
         source=values["source"],
         ids=tuple(values["ids"]),
         groups=tuple(values["groups"]),
         lacks=values["lacks"],
+        encoder=values.get("encoder", ""),
     )
 
 
@@ -173,6 +221,29 @@ def check_origin(config: TrainConfig, dataset: Dataset) -> None:
             config.init_from,
             evaluated_words(config),
             origin.lacks,
+        )
+
+
+def check_encoder(config: TrainConfig) -> None:
+    """Refuses a new run whose pretrained encoder is not on this machine.
+
+    A run that has a checkpoint no longer needs it. Warns if its origin is unknown.
+
+    Raises:
+        UsageError: names the package or the file.
+    """
+    weights = config.model.pretrained_encoder
+    if config.init_from is not None or weights is None:
+        return
+    if find_checkpoints(open_store(run_url(config))):
+        return
+    check_pretrained(config.model)
+    if weights != "imagenet":
+        logger.warning(
+            "--model.encoder-weights %s: cannot check whether these weights were trained on cases "
+            "of %s; if they were, the metrics are optimistic",
+            weights,
+            evaluated_words(config),
         )
 
 

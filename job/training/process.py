@@ -25,7 +25,7 @@ from job.planning.facts import MachineFacts, machine_facts
 from job.planning.options import needs_plan
 from job.planning.settle import DryStep, preview, settle_config
 from job.reporting.training_display import TrainingDisplay
-from job.runs.provenance import check_origin
+from job.runs.provenance import check_encoder, check_origin
 from job.runs.run import Run
 from job.training.dry_step import measure_step
 from job.training.loop import train_and_evaluate
@@ -90,6 +90,7 @@ def run_process(
     if spec is None or spec.size == 1:
         if launch is None:  # a launcher has checked it already
             check_origin(planned, dataset)
+            check_encoder(planned)
         with _acquire_run(config, launch) as run:
             # Before TensorFlow takes memory from the dry step.
             config = _settled(run, config, None, num_gpus, callbacks)

@@ -27,6 +27,7 @@ from job.evaluation.evaluator import Evaluation, Evaluator, means_of
 from job.evaluation.rank_evaluation import Watch
 from job.evaluation.validation_fit import fit_postprocessing, log_fit
 from job.metrics.batch import RunningSums
+from job.models.encoders.pretrained import set_pretrained_encoder
 from job.optimization.loss_scale import MOST_SKIPPED
 from job.optimization.optimizer import Adam
 from job.optimization.schedule import stopped_early_words
@@ -34,7 +35,14 @@ from job.optimization.time_schedule import TrainingClock, read_record
 from job.postprocessing.stored import POSTPROCESSING_NAME
 from job.runs.layout import ORIGIN_NAME
 from job.runs.loading import initialize_from
-from job.runs.provenance import Origin, as_record, check_no_leakage, origin_json, read_origin
+from job.runs.provenance import (
+    Origin,
+    as_record,
+    check_no_leakage,
+    encoder_origin,
+    origin_json,
+    read_origin,
+)
 from job.runs.run import Run
 from job.training.run_writer import RunWriter
 from job.training.setup import TrainingSetup
@@ -123,7 +131,8 @@ class Trainer:
         found = self.process_group.all_gather_with_heartbeat(read, self.heartbeat)[0]
         self.attempt, self.init_from = found["attempt"], found["init_from"]
         # Random weights of a new run are the same everywhere: they depend on the seed.
-        if found["state"] is not None or self.config.init_from is not None:
+        config = self.config
+        if found["state"] or config.init_from or config.model.pretrained_encoder:
             self.process_group.broadcast([*self.model.variables, *self.optimizer.variables])
         new = {"learning_rate": self.config.optimizer.learning_rate}
         state = TrainState(**(found["state"] or new))
@@ -134,10 +143,14 @@ class Trainer:
 
     def _initialize(self, run: Run, heartbeat: Heartbeat) -> Origin | None:
         """Reads the initial weights of a new run; stores and returns their origin."""
-        if self.config.init_from is None:
+        config = self.config
+        if config.init_from is not None:
+            origin = check_no_leakage(config, self.dataset)
+            initialize_from(self.model, config.init_from, heartbeat)
+        elif config.model.pretrained_encoder is not None:
+            origin = encoder_origin(config, set_pretrained_encoder(self.model, config.model))
+        else:
             return None
-        origin = check_no_leakage(self.config, self.dataset)
-        initialize_from(self.model, self.config.init_from, heartbeat)
         if self.optimizer.average is not None:
             self.optimizer.average.restart()
         if origin is not None:

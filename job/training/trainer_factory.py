@@ -17,11 +17,12 @@ from job.distributed.replica_sums import Criterion
 from job.distributed.xla import uses_xla
 from job.evaluation.evaluator import Evaluator, make_evaluator
 from job.losses import is_mean
+from job.models.encoders.mobile import is_encoder_weight
 from job.models.ensemble import network_of
 from job.models.heads import main_model
 from job.optimization.averaging import WeightAverage
 from job.optimization.loss_scale import loss_scale_for
-from job.optimization.optimizer import Adam
+from job.optimization.optimizer import Adam, SlowWeights
 from job.runs.loading import model_for
 from job.training.run_writer import RunWriter, open_run_writer
 from job.training.setup import TrainingSetup
@@ -52,7 +53,8 @@ def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -
         scale = loss_scale_for(config.precision)
         momentum = config.optimizer.ema_momentum
         average = None if momentum is None else WeightAverage(momentum, model.variables)
-        optimizer = Adam(config.optimizer, model.trainable_variables, scale, average)
+        slow = _slow_weights(setup, model)
+        optimizer = Adam(config.optimizer, model.trainable_variables, scale, average, slow)
     evaluator = make_evaluator(
         config,
         setup.strategy,
@@ -84,11 +86,25 @@ def open_trainer(setup: TrainingSetup, *, heartbeat: Heartbeat = no_heartbeat) -
         )
 
 
+def _slow_weights(setup: TrainingSetup, model: Any) -> SlowWeights | None:
+    """Returns the weights of the encoder if they are trained later or slower than the others."""
+    config = setup.config
+    epochs, factor = (
+        config.model.encoder_frozen_epochs,
+        config.optimizer.encoder_learning_rate_factor,
+    )
+    if not config.model.has_encoder or (epochs == 0 and factor == 1.0):
+        return None
+    num_steps = -(-len(setup.dataset.split("train")) // config.global_batch_size)
+    is_slow = tuple(is_encoder_weight(each) for each in model.trainable_variables)
+    return SlowWeights(is_slow, epochs * num_steps, factor)
+
+
 def network_words(model: ModelConfig, num_parameters: int, *, has_gpu: bool) -> str:
     """Returns the size of the network, and without a GPU a smaller one if it is large."""
     millions = f"{num_parameters / 1e6:.1f} million"
     shown = millions if num_parameters >= 1_000_000 else str(num_parameters)
-    words = f"network: {pluralize(model.num_layers, 'level')}, {shown} parameters"
+    words = f"network: {pluralize(model.levels, 'level')}, {shown} parameters"
     if has_gpu or num_parameters <= _MANY_PARAMETERS:
         return words
     return (

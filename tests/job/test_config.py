@@ -101,15 +101,25 @@ def test_every_field_is_free_or_part_of_the_identity() -> None:
     values |= {
         "augmentation": augmentation,
         "foreground_share_end": 0.1,
-        "optimizer": {"ema_momentum": 0.99},
+        "optimizer": {"ema_momentum": 0.99, "encoder_learning_rate_factor": 0.1},
     }
     values |= {"hybrid_weights": [1.6, 0.4], "fit_postprocessing": True}
-    values["model"] = {"max_filters": 64, "residual_blocks": [2], "deep_supervision": 1}
+    values["model"] = {
+        "name": "encoder-unet",
+        "max_filters": 64,
+        "residual_blocks": [2],
+        "deep_supervision": 1,
+        "encoder": "mobilenet-v2",
+        "encoder_weights": "w.h5",
+        "encoder_batch_norm": "frozen",
+        "encoder_frozen_epochs": 1,
+    }
     identity = identity_of(parse_settings(TrainConfig, values, "test"))
     later = {"folds", "fold", "foreground_share", "schedule.warmup_epochs", "schedule.cosine"}
     later |= {"random_streams", "hybrid_weights", "foreground_share_end", "optimizer.ema_momentum"}
     later |= {"fit_postprocessing", *later_of_augmentation}
-    later |= {f"model.{name}" for name in values["model"]}
+    later |= {f"model.{name}" for name in values["model"]} - {"model.name"}
+    later |= {"optimizer.encoder_learning_rate_factor"}
     assert set(identity) == IDENTITY | of_augmentation | later
     # Runs that were begun before there were these keep their identity.
     assert earlier == IDENTITY | of_augmentation

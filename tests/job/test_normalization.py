@@ -15,7 +15,12 @@ from job.distributed.replica_sums import Criterion
 from job.evaluation.steps import make_evaluation_step
 from job.losses import make_loss
 from job.models.ensemble import network_of
-from job.models.normalization import BatchNormalization, GroupNormalization, counted_samples
+from job.models.normalization import (
+    BatchNormalization,
+    FixedBatchNormalization,
+    GroupNormalization,
+    counted_samples,
+)
 from job.models.registry import build_model
 from job.optimization.optimizer import Adam
 from job.runs.serialization import read_weights
@@ -83,6 +88,30 @@ def test_values_and_gradients_are_those_of_float64(
     found = run(tf.constant(values), tf.constant(gradient))
     for each, exact in zip(found, expected(values, gradient, gamma, axes), strict=True):
         assert relative_error(each, exact) < 1e-5
+
+
+def test_fixed_statistics_give_values_and_gradients_of_float64_and_never_change() -> None:
+    values, gradient = activations((1, 512, 512, 4))
+    layer = FixedBatchNormalization()
+    layer.build(values.shape)
+    gamma, beta, mean, variance = (np.array(each, np.float32) for each in (
+        [0.8, 1.1, 0.9, 1.3], [0.1, -0.2, 0, 3], [0.5, 0.9, 1.5, 2], [0.3, 1, 2, 4],
+    ))  # fmt: skip
+    layer.set_weights([gamma, beta, mean, variance])
+    with tf.GradientTape() as tape:
+        inputs = tf.constant(values)
+        tape.watch(inputs)
+        outputs = layer(inputs, training=True)
+    found = tape.gradient(outputs, [inputs, layer.gamma.value, layer.beta.value], gradient)
+    x, g, wide = values.astype(np.float64), gradient.astype(np.float64), gamma.astype(np.float64)
+    scaled = (x - mean) / np.sqrt(variance.astype(np.float64) + 1e-3)
+    sums = [(g * scaled).sum((0, 1, 2)), g.sum((0, 1, 2))]
+    inverse = wide / np.sqrt(variance.astype(np.float64) + 1e-3)
+    exact = [wide * scaled + beta, g * inverse, *sums]
+    for each, right in zip([outputs, *found], exact, strict=True):
+        assert relative_error(each, right) < 1e-5
+    assert np.array_equal(layer.get_weights()[2], mean)
+    assert np.array_equal(layer(values), outputs)
 
 
 def test_the_gradients_of_16_bits_are_computed_in_32() -> None:

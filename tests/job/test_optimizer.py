@@ -9,13 +9,15 @@ import tensorflow as tf
 
 from flexunet.errors import ContentError
 from job.config import OptimizerConfig
-from job.optimization.optimizer import Adam
+from job.optimization.optimizer import Adam, SlowWeights
 
 
-def run(config: OptimizerConfig, gradients: list[list[np.ndarray]]) -> list[np.ndarray]:
+def run(
+    config: OptimizerConfig, gradients: list[list[np.ndarray]], slow: SlowWeights | None = None
+) -> list[np.ndarray]:
     """Returns the weights after one update per entry of `gradients`, starting at ones."""
     weights = [keras.Variable(np.ones(g.shape, np.float32)) for g in gradients[0]]
-    optimizer = Adam(config, weights)
+    optimizer = Adam(config, weights, slow=slow)
     for step, values in enumerate(gradients):
         optimizer.apply(
             [tf.constant(v, tf.float32) for v in values],
@@ -86,3 +88,21 @@ def test_moments_of_another_model_are_refused() -> None:
     moments = {"first/0000": np.zeros(3), "second/0000": np.zeros(4)}
     with pytest.raises(ContentError, match=r"second/0000 is of shape \(4,\)"):
         optimizer.load_state(moments, source="x")
+
+
+def test_slow_weights_stay_the_same_at_first_and_then_change_less(
+    gradients: list[list[np.ndarray]],
+) -> None:
+    config = OptimizerConfig(name="adamw", learning_rate=0.01, weight_decay=0.1)
+    plain = run(config, gradients)
+    assert [
+        each.tolist() for each in run(config, gradients, SlowWeights((False, True), 0, 1.0))
+    ] == [each.tolist() for each in plain]
+    frozen = run(config, gradients[:4], SlowWeights((False, True), 4, 0.5))
+    assert np.array_equal(frozen[1], np.ones(5))
+    assert np.array_equal(frozen[0], run(config, gradients[:4])[0])
+    # The fifth update has the moments of all gradients, and half the rate.
+    slow = run(config, gradients[:5], SlowWeights((False, True), 4, 0.5))[1]
+    both = [run(config, gradients[:number])[1] for number in (4, 5)]
+    step = both[1] - both[0] * (1 - 0.01 * 0.1)
+    assert np.allclose(slow, (1 - 0.005 * 0.1) + step / 2, rtol=0, atol=1e-6)

@@ -1,0 +1,1 @@
+"""Builds encoders whose weights others have trained, and reads these weights."""

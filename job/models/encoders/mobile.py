@@ -1,0 +1,186 @@
+"""Builds encoders of inverted residual blocks: EfficientNet-Lite0 and MobileNetV2.
+
+The layers, and the order of their weights, are those of the published networks without their
+classifier. Padding is TensorFlow's "same", which for strides of 2 pads more at the end; with
+symmetric padding the published weights give other features.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from job.models.blocks import BlockFactory
+from job.models.normalization import BatchNormalization, FixedBatchNormalization
+
+PREFIX = "encoder_"  # begins the names of all layers of an encoder
+_EPSILON = 1e-3  # of the batch normalisation of both networks
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Describes blocks of the same number of channels.
+
+    Attributes:
+        expansion: channels inside of a block / channels of its input.
+        side: of the depthwise kernel, pixels.
+        strides: of the first block.
+        filters: channels of the output.
+        repeats: number of blocks.
+    """
+
+    expansion: int
+    side: int
+    strides: int
+    filters: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Describes an encoder, which takes (pixel - offset) / scale for pixels of 0 to 255.
+
+    Attributes:
+        stem: channels of the first convolution, which halves the sides.
+    """
+
+    stem: int
+    stages: tuple[Stage, ...]
+    offset: float
+    scale: float
+
+
+ENCODERS = {
+    # Tan and Le 2019, arXiv:1905.11946; Lite: github.com/tensorflow/tpu, efficientnet/lite.
+    "efficientnet-lite0": Encoder(
+        32,
+        (
+            Stage(1, 3, 1, 16, 1),
+            Stage(6, 3, 2, 24, 2),
+            Stage(6, 5, 2, 40, 2),
+            Stage(6, 3, 2, 80, 3),
+            Stage(6, 5, 1, 112, 3),
+            Stage(6, 5, 2, 192, 4),
+            Stage(6, 3, 1, 320, 1),
+        ),
+        offset=127.0,
+        scale=128.0,
+    ),
+    # Sandler et al. 2018, arXiv:1801.04381.
+    "mobilenet-v2": Encoder(
+        32,
+        (
+            Stage(1, 3, 1, 16, 1),
+            Stage(6, 3, 2, 24, 2),
+            Stage(6, 3, 2, 32, 3),
+            Stage(6, 3, 2, 64, 4),
+            Stage(6, 3, 1, 96, 3),
+            Stage(6, 3, 2, 160, 3),
+            Stage(6, 3, 1, 320, 1),
+        ),
+        offset=127.5,
+        scale=127.5,
+    ),
+}
+
+
+def encoder_features(block: BlockFactory, encoder: Encoder, x: Any) -> list[Any]:
+    """Returns the features of levels 1 to 5, (B, H / 2^level, W / 2^level, C) each.
+
+    The features of a level are the last ones before the sides are halved again.
+
+    Args:
+        block: its config says how batch normalisation works.
+        x: (B, H, W, C) scaled for `encoder`.
+    """
+    layers = _Layers(block)
+    x = layers.convolution(x, encoder.stem, 3, "stem", strides=2)
+    levels, number = [], 0
+    for stage in encoder.stages:
+        if stage.strides > 1:
+            levels.append(x)
+        for index in range(stage.repeats):
+            name = f"block_{number}"
+            x = layers.inverted_residual(x, stage, name, strides=1 if index else stage.strides)
+            number += 1
+    return [*levels, x]
+
+
+def is_encoder_weight(variable: Any) -> bool:
+    """Returns whether a Keras variable is part of an encoder."""
+    return bool(variable.path.startswith(PREFIX))
+
+
+def encoder_layers(model: keras.Model) -> list[Any]:
+    """Returns the layers of the encoder that have weights, from the stem on."""
+    return [each for each in model.layers if each.name.startswith(PREFIX) and each.weights]
+
+
+class _Layers:
+    """Makes the layers of one encoder."""
+
+    def __init__(self, block: BlockFactory) -> None:
+        self._block = block
+        self._policy = block.policy
+
+    def inverted_residual(self, x: Any, stage: Stage, name: str, *, strides: int) -> Any:
+        """Returns `x` (B, H, W, C) expanded, filtered by channel, and projected."""
+        channels, found = x.shape[-1], x
+        if stage.expansion > 1:
+            found = self.convolution(found, channels * stage.expansion, 1, f"{name}_expand")
+        found = self._depthwise(found, stage.side, f"{name}_depthwise", strides)
+        found = self.convolution(found, stage.filters, 1, f"{name}_project", is_linear=True)
+        if strides > 1 or channels != stage.filters:
+            return found
+        return keras.layers.Add(dtype=self._policy)([x, found])
+
+    def convolution(
+        self,
+        x: Any,
+        filters: int,
+        side: int,
+        name: str,
+        *,
+        strides: int = 1,
+        is_linear: bool = False,
+    ) -> Any:
+        """Returns `x` after convolution, batch normalisation and, if not linear, ReLU6."""
+        x = keras.layers.Conv2D(
+            filters,
+            side,
+            strides=strides,
+            padding="same",
+            use_bias=False,
+            kernel_initializer=self._block.initializer("he_normal"),
+            dtype=self._policy,
+            name=f"{PREFIX}{name}_conv",
+        )(x)
+        x = self._normalized(x, name)
+        return x if is_linear else self._activated(x)
+
+    def _depthwise(self, x: Any, side: int, name: str, strides: int) -> Any:
+        x = keras.layers.DepthwiseConv2D(
+            side,
+            strides=strides,
+            padding="same",
+            use_bias=False,
+            # He's, of one input channel; that of Keras counts all of them.
+            depthwise_initializer=keras.initializers.RandomNormal(
+                stddev=math.sqrt(2.0) / side, seed=self._block.next_seed()
+            ),
+            dtype=self._policy,
+            name=f"{PREFIX}{name}_conv",
+        )(x)
+        return self._activated(self._normalized(x, name))
+
+    def _normalized(self, x: Any, name: str) -> Any:
+        config = self._block.config
+        options = {"epsilon": _EPSILON, "dtype": self._policy, "name": f"{PREFIX}{name}_norm"}
+        if config.has_fixed_statistics:
+            return FixedBatchNormalization(**options)(x)
+        momentum = config.normalization_momentum
+        return BatchNormalization(momentum=momentum, synchronized=True, **options)(x)
+
+    def _activated(self, x: Any) -> Any:
+        return keras.layers.Activation("relu6", dtype=self._policy)(x)
