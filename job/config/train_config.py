@@ -330,18 +330,18 @@ class TrainConfig(Settings):
     def _micro_batches_are_equal(self) -> "TrainConfig":
         if self.model.exchanges_statistics and (self.xla == "on" or self.accumulate > 1):
             is_own = self.model.normalization == "batch"
-            option, other = (
-                ("model.normalization=batch", "model.normalization=group")
+            problem, other = (
+                ("does not support model.normalization=batch", "model.normalization=group")
                 if is_own
-                else ("model.encoder_batch_norm=synchronized", "pretrained weights with frozen")
+                else ("does not support model.encoder_batch_norm=synchronized", "frozen")
             )
             if self.xla == "on":
                 raise ValueError(
-                    f"xla=on does not support {option}, whose layers exchange statistics between "
+                    f"xla=on {problem}, whose layers exchange statistics between "
                     f"replicas; choose {other}, or xla=off"
                 )
             raise ValueError(
-                f"accumulate={self.accumulate} does not support {option}, which would normalise "
+                f"accumulate={self.accumulate} {problem}, which would normalise "
                 f"over parts of the batch; choose {other}, or accumulate=1 and a smaller "
                 "global_batch_size"
             )
