@@ -15,6 +15,7 @@ from job.config.groups import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from job.config.network_checks import check_encoder_training, check_statistics
 
 # Valid in every storage and on every cluster.
 RUN_NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")
@@ -327,24 +328,9 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _micro_batches_are_equal(self) -> "TrainConfig":
-        if self.model.exchanges_statistics and (self.xla == "on" or self.accumulate > 1):
-            is_own = self.model.normalization == "batch"
-            problem, other = (
-                ("does not support model.normalization=batch", "model.normalization=group")
-                if is_own
-                else ("does not support model.encoder_batch_norm=synchronized", "frozen")
-            )
-            if self.xla == "on":
-                raise ValueError(
-                    f"xla=on {problem}, whose layers exchange statistics between "
-                    f"replicas; choose {other}, or xla=off"
-                )
-            raise ValueError(
-                f"accumulate={self.accumulate} {problem}, which would normalise "
-                f"over parts of the batch; choose {other}, or accumulate=1 and a smaller "
-                "global_batch_size"
-            )
+    def _network_fits_the_training(self) -> "TrainConfig":
+        check_encoder_training(self.model, self.optimizer, self.init_from)
+        check_statistics(self.model, accumulate=self.accumulate, xla=self.xla)
         if self.global_batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate} does not divide "
@@ -359,22 +345,6 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"foreground_share_end={end} needs a foreground_share of at least {end}, from "
                 "which the share falls; give it, or leave foreground_share_end out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _encoder_has_statistics(self) -> "TrainConfig":
-        model = self.model
-        if not model.has_encoder:
-            if self.optimizer.encoder_learning_rate_factor != 1.0:
-                raise ValueError(
-                    "optimizer.encoder_learning_rate_factor has no effect on "
-                    f"model.name={model.name}; leave it out, or choose model.name=encoder-unet"
-                )
-        elif model.has_fixed_statistics and not (model.pretrained_encoder or self.init_from):
-            raise ValueError(
-                "model.encoder_batch_norm=frozen: random weights have no statistics; choose "
-                "synchronized, or give model.encoder_weights or init_from"
             )
         return self
 

@@ -17,19 +17,20 @@ import subprocess
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data_prep.shards.sample_table import read_samples
 from flexunet.errors import FlexUNetError, UsageError
 from flexunet.json_files import read_json
+from flexunet.progress import Heartbeat, no_heartbeat
 from flexunet.storage import ObjectStore, open_store
 from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.data.folds import evaluated_words, open_folded
-from job.models.encoders.pretrained import IMAGENET, check_pretrained
+from job.models.encoders.pretrained import IMAGENET, check_pretrained, set_pretrained_encoder
 from job.runs.checkpoints import find_checkpoints
 from job.runs.layout import ORIGIN_NAME, RESTORE, run_url
-from job.runs.loading import WEIGHT_FILES, TrainedRun, open_run
+from job.runs.loading import WEIGHT_FILES, TrainedRun, initialize_from, open_run
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,26 @@ def find_origin(config: TrainConfig, dataset: Dataset) -> Origin | None:
         lacks=lacks,
         encoder=encoder,
     )
+
+
+def set_initial_weights(
+    model: Any, config: TrainConfig, dataset: Dataset, heartbeat: Heartbeat = no_heartbeat
+) -> Origin | None:
+    """Sets the weights that a new run starts from, and returns their origin.
+
+    Without `init_from` and a pretrained encoder, `model` keeps its random weights: returns None.
+
+    Raises:
+        UsageError: the weights have seen the evaluated cases, or are not on this machine.
+        ContentError: the weights are damaged, or do not fit.
+    """
+    if config.init_from is not None:
+        origin = check_no_leakage(config, dataset)
+        initialize_from(model, config.init_from, heartbeat)
+        return origin
+    if config.model.pretrained_encoder is None:
+        return None
+    return encoder_origin(config, set_pretrained_encoder(model, config.model))
 
 
 def encoder_origin(config: TrainConfig, encoder: str) -> Origin:

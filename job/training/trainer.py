@@ -27,22 +27,13 @@ from job.evaluation.evaluator import Evaluation, Evaluator, means_of
 from job.evaluation.rank_evaluation import Watch
 from job.evaluation.validation_fit import fit_postprocessing, log_fit
 from job.metrics.batch import RunningSums
-from job.models.encoders.pretrained import set_pretrained_encoder
 from job.optimization.loss_scale import MOST_SKIPPED
 from job.optimization.optimizer import Adam
 from job.optimization.schedule import stopped_early_words
 from job.optimization.time_schedule import TrainingClock, read_record
 from job.postprocessing.stored import POSTPROCESSING_NAME
 from job.runs.layout import ORIGIN_NAME
-from job.runs.loading import initialize_from
-from job.runs.provenance import (
-    Origin,
-    as_record,
-    check_no_leakage,
-    encoder_origin,
-    origin_json,
-    read_origin,
-)
+from job.runs.provenance import Origin, as_record, origin_json, read_origin, set_initial_weights
 from job.runs.run import Run
 from job.training.run_writer import RunWriter
 from job.training.setup import TrainingSetup
@@ -143,14 +134,7 @@ class Trainer:
 
     def _initialize(self, run: Run, heartbeat: Heartbeat) -> Origin | None:
         """Reads the initial weights of a new run; stores and returns their origin."""
-        config = self.config
-        if config.init_from is not None:
-            origin = check_no_leakage(config, self.dataset)
-            initialize_from(self.model, config.init_from, heartbeat)
-        elif config.model.pretrained_encoder is not None:
-            origin = encoder_origin(config, set_pretrained_encoder(self.model, config.model))
-        else:
-            return None
+        origin = set_initial_weights(self.model, self.config, self.dataset, heartbeat)
         if self.optimizer.average is not None:
             self.optimizer.average.restart()
         if origin is not None:
