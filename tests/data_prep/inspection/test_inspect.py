@@ -11,17 +11,25 @@ import numpy as np
 import pytest
 
 from data_prep import cli as prep_cli
+from data_prep.choices.mask_options import choose_mask_options
+from data_prep.config import PrepConfig
 from data_prep.inspection import cli
 from data_prep.inspection.config import InspectConfig
 from data_prep.inspection.findings import Inspection
 from data_prep.inspection.layout import find_layout
 from data_prep.inspection.output import CONTACT_SHEET_NAME, JSON_NAME, shown_pairs
 from data_prep.inspection.pipeline import inspect_source
+from data_prep.pipeline import prepare_source
+from data_prep.prep_input import pairs_of
 from data_prep.shards.manifest import read_manifest
+from data_prep.shards.mask_sample import read_sample
 from data_prep.sources.listings import Listings
+from data_prep.sources.pairs import find_pairs, find_sources
 from flexunet.errors import UsageError
+from flexunet.process_pool import InlineExecutor, Workers
 from flexunet.storage import open_store
 from tests import commands
+from tests.data_prep.inspection.test_questions import parsed
 
 RED = (0, 0, 255)  # as OpenCV orders it
 
@@ -266,3 +274,52 @@ def test_a_shell_runs_the_proposed_command(tmp_path: Path, monkeypatch: pytest.M
     assert prep_cli.main([*arguments[1:], "--num-processes", "1"]) == 0
     manifest, _ = read_manifest(open_store(str(tmp_path / "dataset-it's")))
     assert sum(split.num_samples for split in manifest.splits.values()) == 8
+
+
+def void_border(row: int) -> np.ndarray:
+    """Returns ids 0 and 1 with a border of 255 around the square."""
+    pixels = mask(row, 1)
+    pixels[row, 5:17] = pixels[row + 11, 5:17] = 255
+    return pixels
+
+
+def chosen_by_prep(source: str, options: PrepConfig) -> PrepConfig:
+    """Returns `options` with those about masks that `prep` chooses."""
+    listings = Listings()
+    pairs, _ = find_pairs(find_sources(source, listings), listings)
+    items = pairs_of([(pair, pair.id) for pair in pairs], options, listings)
+    workers = Workers(InlineExecutor(), lambda: 1)
+    config, _ = choose_mask_options(
+        options, None, lambda: read_sample(items, workers, max_pixels=2**20, num_requests=1)
+    )
+    return config
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [mask, lambda row: mask(row, 1), void_border, lambda row: mask(row, RED)],
+    ids=["black and white", "ids", "void border", "colours"],
+)
+def test_prep_chooses_the_options_of_the_command(tmp_path: Path, masks: Any) -> None:
+    url = make(tmp_path)
+    for number in range(8):
+        write(tmp_path / f"masks/{number}.png", masks(number))
+    found = inspected(url, num_processes=1)
+    assert (found.questions, found.exit_code) == ((), 0)
+    _, _, config = parsed(str(found.command))
+    assert config.classes is not None
+    assert chosen_by_prep(url, PrepConfig(image_size=config.image_size)) == config
+
+
+def test_prep_without_options_and_the_command_write_the_same_dataset(tmp_path: Path) -> None:
+    url = make(tmp_path / "a")
+    for number in range(8):
+        write(tmp_path / f"a/masks/{number}.png", void_border(number))
+    _, _, config = parsed(str(inspected(url, num_processes=1).command))
+    plain = PrepConfig(image_size=config.image_size, num_processes=1)
+    contents = []
+    for name, each in (("command", config), ("plain", plain)):
+        manifest = prepare_source(url, str(tmp_path / name), each, progress=False)
+        contents.append((manifest.shards, manifest.samples_crc32c, manifest.options))
+    assert contents[0] == contents[1]
+    assert manifest.ignore_id == 255
