@@ -3,6 +3,8 @@
 The meaning of the masks is decided in `masks/decision`; this module explains it value by value.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from data_prep.inspection.findings import OthersFinding, ValueFinding
@@ -18,6 +20,7 @@ from data_prep.masks.color_map import (
 from data_prep.masks.decision.findings import Reading
 from data_prep.masks.statistics import MaskStatistics, ValueCount
 
+_MAX_NOISE = 4  # classes whose noise is counted apart
 MAX_LISTED = 12  # values without a class
 _MIN_SOLID = 9  # pixels whose neighbours are equal
 
@@ -52,15 +55,21 @@ def describe_values(
     found.sort(key=lambda each: (_KINDS.index(each[0]), -each[1].share))
     listed = [each for each in found if each[0] in (_CLASS, _IGNORED)]
     listed += [each for each in found if each[0] in (_AREA, _UNKNOWN)][:MAX_LISTED]
-    rest = {id(each) for each in found} - {id(each) for each in listed}
-    others = [
-        OthersFinding(kind, len(shares), sum(shares))
-        for kind in _KINDS
-        if (shares := [each[1].share for each in found if id(each) in rest and each[0] == kind])
-    ]
+    kept = {id(value) for _, value in listed}
+    others = _joined([each for each in found if id(each[1]) not in kept])
     if masks.num_left_out:
         others.append(OthersFinding("rare values, not counted", 0, masks.num_left_out / total))
     return tuple(value for _, value in listed), tuple(others)
+
+
+def _joined(values: Sequence[tuple[str, ValueFinding]]) -> list[OthersFinding]:
+    """Returns the values by kind; noise by class, if it is of a few classes."""
+    names = {value.looks_like for kind, value in values if kind == _NOISE}
+    shares: dict[str, list[float]] = {}
+    for kind, value in values:
+        is_named = kind == _NOISE and len(names) <= _MAX_NOISE
+        shares.setdefault(value.looks_like if is_named else kind, []).append(value.share)
+    return [OthersFinding(name, len(each), sum(each)) for name, each in shares.items()]
 
 
 _CLASS, _IGNORED, _AREA, _UNKNOWN = "class", "ignored", "area of no class", "unknown"

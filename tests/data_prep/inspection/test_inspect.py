@@ -19,6 +19,7 @@ from data_prep.inspection.findings import Inspection
 from data_prep.inspection.layout import find_layout
 from data_prep.inspection.output import CONTACT_SHEET_NAME, JSON_NAME, shown_pairs
 from data_prep.inspection.pipeline import inspect_source
+from data_prep.phantoms.inbreast_release import write_release
 from data_prep.pipeline import prepare_source
 from data_prep.prep_input import pairs_of
 from data_prep.shards.manifest import read_manifest
@@ -229,6 +230,31 @@ def test_a_sample_is_spread_over_all_pairs_and_noise_needs_larger_regions(tmp_pa
     assert found.size is not None and found.size.num_sampled == 3
     assert {each.class_name: each.num_images for each in found.regions} == {"b": 2, "c": 1}
     assert {each.min_area for each in found.regions} == {16}
+
+
+def test_a_bucket_gives_the_findings_of_a_folder(tmp_path: Path, bucket_url: str) -> None:
+    folder = make(tmp_path / "data", "imgs/{}.png", "gt/{}_m.png")
+    (tmp_path / "data/gt/notes.txt").write_text("x")
+    (tmp_path / "data/imgs/3.png").write_bytes(b"no image")
+    store = open_store(f"{bucket_url}/data")
+    for path in Path(folder).rglob("*.*"):
+        store.put(str(path.relative_to(folder)), path.read_bytes())
+    found = [
+        json.dumps(inspected(url, num_processes=1).as_json()).replace(url, "SOURCE")
+        for url in (folder, store.url)
+    ]
+    assert found[0] == found[1]
+    assert '"exit_code": 3' in found[0]
+
+
+def test_a_release_of_inbreast_is_found(tmp_path: Path) -> None:
+    write_release(str(tmp_path), num_patients=4, size=64, seed=1)
+    found = inspected(tmp_path, num_processes=1)
+    assert "--format" in words(found.command)
+    assert found.images is not None
+    assert dict(found.images.file_kinds) == {"DICOM": found.layout.num_pairs}
+    assert found.masks is None
+    assert [each.class_name for each in found.regions] == ["mass"]
 
 
 def test_pairs_of_a_sheet_show_all_classes_first() -> None:

@@ -41,7 +41,7 @@ def test_noise_and_blends_are_counted_together() -> None:
     values, others = describe_values(statistics(mask), COLORS)
     assert {each.value for each in values} == {"0", "255,0,0"}
     assert [(each.looks_like, each.num_values) for each in others] == [
-        ("noise of classes", 3),
+        ("noise of background", 3),
         ("blends at edges", 1),
     ]
     assert sum(each.share for each in (*values, *others)) == pytest.approx(1)
