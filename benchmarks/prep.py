@@ -1,10 +1,11 @@
-"""Compares `prep` with plain decoding and encoding of the same files, in images per second.
+"""Compares `prep` and `inspect` with plain decoding and encoding of the same files, in images/s.
 
     python benchmarks/prep.py [--source FOLDER] [--num-images 600] [--image-size 512]
 
 plain: one process reads both files of each pair, decodes them, encodes the pixels as PNG again with
 the same codec, and keeps nothing: the minimum of any preparation. prep: the whole command, from
-pairing to report and commit, without the start of the program. Runs alternate, so that a busy
+pairing to report and commit, without the start of the program. inspect: the whole command with its
+contact sheet, without the start of the program. Runs alternate, so that a busy
 machine affects all alike; ratios compare neighbouring runs.
 """
 
@@ -22,6 +23,8 @@ from machine import describe_machine, spread, watched_memory, write_result
 
 from data_prep.config import PrepConfig
 from data_prep.imaging.codecs import encode_png, read_image, read_mask_pixels
+from data_prep.inspection.config import InspectConfig
+from data_prep.inspection.pipeline import inspect_source
 from data_prep.phantoms.images import write_phantoms
 from data_prep.pipeline import prepare
 from data_prep.sources.pairs import Pair, Source, find_pairs, find_sources
@@ -67,9 +70,11 @@ def measure_rates(source: str, work: str, size: int, repeats: int) -> dict[str, 
             "prep_1": lambda: run_prep(sources, output, size),
             "plain_2": lambda: list(in_order(pool, run_plain, halves, num_waiting=2)),
             "prep_2": lambda: run_prep(sources, output, size, pool),
+            "inspect_1": lambda: run_inspect(source),
+            "inspect_2": lambda: run_inspect(source, pool),
         }
         rates: dict[str, list[float]] = {name: [] for name in runs}
-        cpu_ms: dict[str, list[float]] = {"plain_1": [], "prep_1": []}
+        cpu_ms: dict[str, list[float]] = {name: [] for name in ("plain_1", "prep_1", "inspect_1")}
         for _ in range(repeats):
             for name, run in runs.items():
                 started, cpu_started = time.perf_counter(), time.process_time()
@@ -91,6 +96,7 @@ def measure_rates(source: str, work: str, size: int, repeats: int) -> dict[str, 
             for first, second in (
                 ("prep_1", "plain_1"), ("prep_2", "plain_2"),
                 ("prep_2", "prep_1"), ("plain_2", "plain_1"),
+                ("inspect_1", "prep_1"), ("inspect_2", "inspect_1"),
             )
         },
     }  # fmt: skip
@@ -131,6 +137,15 @@ def run_prep(sources: Sources, output: str, size: int, executor: Executor | None
     config = PrepConfig(image_size=size, num_processes=1)
     open_workers = two_workers(executor) if executor else None
     prepare(sources, output, config, open_workers=open_workers, progress=False)
+
+
+def run_inspect(source: str, executor: Executor | None = None) -> None:
+    """Inspects the folder `source` in this process, or by two in `executor`."""
+    config = InspectConfig(num_processes=1)
+    open_workers = two_workers(executor) if executor else None
+    inspect_source(
+        source, config, with_contact_sheet=True, open_workers=open_workers, progress=False
+    )
 
 
 def two_workers(executor: Executor) -> OpenWorkers:

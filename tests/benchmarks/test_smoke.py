@@ -131,7 +131,7 @@ SMOKES = [
         "prep.py",
         (*TINY, "--num-images", "24"),
         "prep.json",
-        ("images_per_s>prep_1>median", "peak_worker_rss_mb>24"),
+        ("images_per_s>prep_1>median", "images_per_s>inspect_2>median", "peak_worker_rss_mb>24"),
     ),
     Smoke(
         "metrics.py",
