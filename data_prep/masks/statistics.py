@@ -250,7 +250,8 @@ def _level_counts(plane: Pixels) -> tuple[dict[int, ValueCount], int]:
         int(v): ValueCount(int(every[v]), int(flat[v]), int(solid[v]))
         for v in np.flatnonzero(every)
     }
-    if VOID_LEVEL in counts:
+    # Black and white masks have no border.
+    if VOID_LEVEL in counts and not counts.keys() <= {0, VOID_LEVEL}:
         counts[VOID_LEVEL] += _border_count(plane == VOID_LEVEL, plane == 0)
     kept = _commonest(counts, _MAX_KEPT)
     return kept, plane.size - sum(count.num_pixels for count in kept.values())
