@@ -9,8 +9,12 @@ from data_prep.imaging.breast import Crop, Flip
 from data_prep.imaging.codecs import DEFAULT_MAX_PIXELS
 from data_prep.imaging.dicom.reader import Reader
 from data_prep.masks.color_map import (
+    EARLIER_CLASSES,
+    FIRST_CLASS,
+    NO_BACKGROUND,
     ClassColor,
     Color,
+    DatasetClasses,
     check_ignore_id,
     check_ignored,
     check_ignored_levels,
@@ -18,20 +22,19 @@ from data_prep.masks.color_map import (
     free_ignore_id,
     parse_color_map,
     parse_ignored,
+    with_background,
 )
 from data_prep.masks.decision.findings import MaskEncoding
 from data_prep.masks.rules import Encoding
 from data_prep.sources import inbreast
-from flexunet.errors import UsageError
+from data_prep.splits.split import check_fractions
 from flexunet.settings import Settings, option
 
 # Options that earlier versions did not have; with its default, each is no part of the identity.
 _LATER_OPTIONS = (
     *("full_scale", "ignore", "mask_encoding", "images", "masks", "field_of_view", "image_name"),
-    *("mask_name", "missing_mask", "draw_valid"),
+    *("mask_name", "missing_mask", "draw_valid", "background"),
 )
-# The classes without --classes, until they were found from the masks; those of --format inbreast.
-EARLIER_CLASSES = "background=0,0,0;mass=255,255,255"
 MAX_LISTED = 5  # names listed in a message
 HASH_KEY_VARIABLE = "FLEXUNET_HASH_KEY"
 
@@ -129,6 +132,11 @@ class PrepConfig(Settings):
         None,
         "Mask colours in the order of the class ids: name=R,G,B;... or name=#rrggbb;... none: "
         "found from the masks.",
+    )
+    background: str = option(
+        FIRST_CLASS,
+        "Name or colour of the class that is the background and gets id 0; first: the first class; "
+        "none: no class, so that every class is reported.",
     )
     mask_encoding: MaskEncoding = option(
         "auto",
@@ -253,14 +261,7 @@ class PrepConfig(Settings):
     @field_validator("fractions")
     @classmethod
     def _fractions_add_up(cls, values: tuple[float, float, float]) -> tuple[float, float, float]:
-        if min(values) < 0:
-            raise ValueError("the three shares must be at least 0 and add up to 1")
-        if abs(sum(values) - 1) > 1e-6:
-            is_percent = abs(sum(values) - 100) < 1e-4
-            fix = f"; write {','.join(f'{each / 100:g}' for each in values)}" if is_percent else ""
-            raise ValueError(f"the shares must add up to 1{fix}")
-        if values[0] == 0:
-            raise ValueError("the share of train must be above 0")
+        check_fractions(values)
         return values
 
     @field_validator("group_regex")
@@ -276,15 +277,15 @@ class PrepConfig(Settings):
     def _classes_fit(self) -> "PrepConfig":
         if self.classes is None:
             return self
-        classes = self.color_map
+        in_files, classes = parse_color_map(self.classes), self.color_map
         if self.mask_encoding in ("auto", "mixed"):
-            check_levels(classes)
+            check_levels(in_files)
         if self.mask_encoding in ("auto", "mixed", "index"):
-            check_ignored_levels(classes, parse_ignored((self.ignore or "").split(";")))
+            check_ignored_levels(in_files, parse_ignored((self.ignore or "").split(";")))
         check_ignore_id(classes, self.ignore_id)
         if self.mask_encoding != "index":  # ids are no colours
             check_ignored(classes, self.ignored_colors)
-        if self.mask_encoding == "alpha" and (len(classes) != 2 or self.ignore is not None):
+        if self.mask_encoding == "alpha" and (len(in_files) != 2 or self.ignore is not None):
             raise ValueError(
                 "--mask-encoding alpha has two classes and no ignored pixels; give two --classes, "
                 "and leave out --ignore"
@@ -293,8 +294,10 @@ class PrepConfig(Settings):
 
     @model_validator(mode="after")
     def _format_fits(self) -> "PrepConfig":
+        if self.missing_mask == "empty" and self.background == NO_BACKGROUND:
+            raise ValueError("--missing-mask empty needs a background; leave --background none out")
         if self.format == "pairs":
-            if self.rois != PrepConfig.model_fields["rois"].default:
+            if self.rois != _default("rois"):
                 raise ValueError("--rois needs --format inbreast")
         elif layout := self._layout_options():
             raise ValueError(f"{layout[0]} needs --format pairs")
@@ -308,12 +311,8 @@ class PrepConfig(Settings):
 
     def _layout_options(self) -> list[str]:
         """Returns the options given about folders and names of pairs."""
-        names = [name for name in _LATER_OPTIONS if name != "full_scale"]
-        return [
-            f"--{name.replace('_', '-')}"
-            for name in names
-            if getattr(self, name) != PrepConfig.model_fields[name].default
-        ]
+        changed = (name for name in _LATER_OPTIONS if getattr(self, name) != _default(name))
+        return [f"--{name.replace('_', '-')}" for name in changed if name != "full_scale"]
 
     @model_validator(mode="after")
     def _tiles_fit(self) -> "PrepConfig":
@@ -325,7 +324,7 @@ class PrepConfig(Settings):
             raise ValueError(f"--tile-overlap must be less than --tile ({self.tile})")
         sizes = ("image_size", "image_height", "image_width", "geometry")
         for name in sizes:
-            if getattr(self, name) != PrepConfig.model_fields[name].default:
+            if getattr(self, name) != _default(name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} is for resized images, but --tile {self.tile} "
                     "keeps their original size; leave out one of the two"
@@ -341,15 +340,14 @@ class PrepConfig(Settings):
         return self
 
     @property
-    def color_map(self) -> tuple[ClassColor, ...]:
-        """The classes, which are known once the masks are examined.
+    def dataset_classes(self) -> DatasetClasses:
+        """The classes of the dataset; not before they are found from the masks."""
+        return with_background(parse_color_map(self.classes or ""), self.background)
 
-        Raises:
-            UsageError: they are not known, or they are wrong.
-        """
-        if self.classes is None:
-            raise UsageError("the classes are not known; give --classes")
-        return parse_color_map(self.classes)
+    @property
+    def color_map(self) -> tuple[ClassColor, ...]:
+        """The classes in the order of their ids; see `dataset_classes`."""
+        return self.dataset_classes.classes
 
     @property
     def file_encoding(self) -> Encoding:
@@ -384,6 +382,10 @@ class PrepConfig(Settings):
         return "tile" if self.tile else self.geometry
 
 
+def _default(name: str) -> Any:
+    return PrepConfig.model_fields[name].default
+
+
 def identity_of(config: PrepConfig) -> dict[str, Any]:
     """Returns the options that determine the dataset's content, as JSON values."""
     values = config.model_dump(mode="json")
@@ -392,6 +394,6 @@ def identity_of(config: PrepConfig) -> dict[str, Any]:
         if isinstance(extra, dict) and extra.get("not_identity"):
             del values[name]
     for name in _LATER_OPTIONS:
-        if getattr(config, name) == PrepConfig.model_fields[name].default:
+        if getattr(config, name) == _default(name):
             del values[name]
     return values

@@ -304,6 +304,7 @@ def _scan(
         full_scale=config.full_scale,
         ignored=config.ignored_colors,
         mask_encoding=config.file_encoding,
+        file_ids=config.dataset_classes.file_ids,
         has_ignore_id=config.ignore_id is not None,
     )
     staging = staging_url(work.store.url)

@@ -10,8 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.choices.command_line import prep_command
-from data_prep.config import EARLIER_CLASSES, PrepConfig
-from data_prep.masks.color_map import parse_color_map, parse_ignored
+from data_prep.config import PrepConfig
+from data_prep.masks.color_map import (
+    EARLIER_CLASSES,
+    FIRST_CLASS,
+    parse_color_map,
+    parse_ignored,
+)
 from data_prep.masks.decision.decide import GivenOptions, MaskDecision, decide_masks
 from data_prep.masks.decision.findings import Reading
 from data_prep.masks.statistics import MaskStatistics
@@ -120,6 +125,7 @@ def given_options(config: PrepConfig) -> GivenOptions:
         classes=None if config.classes is None else parse_color_map(config.classes),
         ignored=None if config.ignore is None else parse_ignored(config.ignore.split(";")),
         ignore_id=config.ignore_id,
+        background=None if config.background == FIRST_CLASS else config.background,
     )
 
 

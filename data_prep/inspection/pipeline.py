@@ -221,6 +221,7 @@ def layout_of(config: PrepConfig, reading: Reading | None) -> Layout:
         full_scale=config.full_scale,
         ignored=config.ignored_colors,
         mask_encoding=config.file_encoding,
+        file_ids=config.dataset_classes.file_ids,
     )
 
 

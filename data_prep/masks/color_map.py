@@ -34,6 +34,10 @@ class ClassColor:
 DEFAULT_CLASSES = (ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255)))
 
 
+# The classes without --classes, until they were found from the masks; those of --format inbreast.
+EARLIER_CLASSES = "background=0,0,0;mass=255,255,255"
+
+
 def parse_color_map(text: str) -> tuple[ClassColor, ...]:
     """Returns the classes of a text like `background=0,0,0;mass=255,255,255`, ids in this order.
 
@@ -53,6 +57,65 @@ def parse_color_map(text: str) -> tuple[ClassColor, ...]:
     _refuse_twice("name", [entry.name for entry in classes], text)
     _refuse_twice("colour", [entry.color for entry in classes], text)
     return classes
+
+
+@dataclass(frozen=True)
+class DatasetClasses:
+    """The classes of a dataset, and which of them the ids in mask files are.
+
+    Attributes:
+        classes: the classes in the order of their ids in the dataset.
+        file_ids: their id in the dataset for each id in mask files; empty: the same.
+    """
+
+    classes: tuple[ClassColor, ...]
+    file_ids: tuple[int, ...] = ()
+
+
+FIRST_CLASS, NO_BACKGROUND = "first", "none"  # values of --background
+
+
+def with_background(classes: Sequence[ClassColor], background: str) -> DatasetClasses:
+    """Returns the classes with the background as class 0.
+
+    Args:
+        classes: the classes in the order of --classes, which is that of the ids in mask files.
+        background: name or colour of a class; "first": the first one; "none": class 0 occurs
+            nowhere, and all of `classes` have higher ids.
+
+    Raises:
+        UsageError: no class has this name or colour, or there are too many classes.
+    """
+    if background == FIRST_CLASS:
+        return DatasetClasses(tuple(classes))
+    if background == NO_BACKGROUND:
+        return _without_background(classes)
+    color = parse_color(background) or parse_color(",".join([background] * 3))
+    found = [each.id for each in classes if background == each.name or color == each.color]
+    if not found:
+        named = ", ".join(f"{each.name} ({','.join(map(str, each.color))})" for each in classes)
+        raise UsageError(
+            f"--background {background!r} is no class; give the name or the colour of one, or "
+            f"none: {named}"
+        )
+    order = [found[0], *(each.id for each in classes if each.id != found[0])]
+    ordered = tuple(
+        ClassColor(i, classes[old].name, classes[old].color) for i, old in enumerate(order)
+    )
+    file_ids = tuple(order.index(each.id) for each in classes)
+    return DatasetClasses(ordered, () if file_ids == tuple(sorted(file_ids)) else file_ids)
+
+
+def _without_background(classes: Sequence[ClassColor]) -> DatasetClasses:
+    if len(classes) >= MAX_CLASSES:
+        raise UsageError(f"--background none: at most {MAX_CLASSES - 1} classes are possible")
+    taken = {each.color for each in classes}
+    greys = ((level, level, level) for level in range(1, MAX_CLASSES))
+    unused = ClassColor(0, NO_BACKGROUND, next(grey for grey in greys if grey not in taken))
+    if any(each.name == NO_BACKGROUND for each in classes):
+        raise UsageError("--background none: a class has the name 'none'; give it another one")
+    moved = tuple(ClassColor(each.id + 1, each.name, each.color) for each in classes)
+    return DatasetClasses((unused, *moved), tuple(each.id for each in moved))
 
 
 def check_levels(classes: Sequence[ClassColor]) -> None:

@@ -137,9 +137,9 @@ def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
         ContentError: see `read_classes`; or the file does not have what `rules.encoding` names.
     """
     if mask.num_classes is not None:
-        return MaskReading(mask.pixels)
+        return MaskReading(rules.as_dataset_ids(mask.pixels))
     if rules.encoding == "alpha":
-        return _read_alpha(mask, name=name)
+        return _read_alpha(mask, rules, name=name)
     if rules.encoding == "index":
         plane = grey_channel(mask.pixels) if mask.indices is None else mask.indices
         if plane is None:
@@ -214,15 +214,18 @@ def _read_index(plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
         ids = [value for value, _ in wrong[:NUM_COLORS_NAMED]]
         add = "add classes to --classes, or " if max(ids) < MAX_CLASSES else ""
         raise ContentError(
-            f"{name}: has ids of no class: {named}; the ids of the {len(rules.classes)} classes "
-            f"are 0 to {len(rules.classes) - 1}; {add}ignore these pixels with "
+            f"{name}: has ids of no class: {named}; the ids of the {len(rules.read_classes)} "
+            f"classes are 0 to {len(rules.read_classes) - 1}; {add}ignore these pixels with "
             f"{options_to_ignore_ids(ids, rules)}"
         )
     return MaskReading(lookup(table.astype(np.uint8), plane))
 
 
-def _read_alpha(mask: MaskFile, *, name: str) -> MaskReading:
-    """Returns 1 where a mask is opaque by half or more; values between 0 and 255 are unmapped."""
+def _read_alpha(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
+    """Returns the second class where a mask is opaque by half or more.
+
+    Values between 0 and 255 are unmapped.
+    """
     if mask.alpha is None:
         raise ContentError(
             f"{name}: has no alpha channel, or one value in it, but --mask-encoding is alpha; "
@@ -231,10 +234,12 @@ def _read_alpha(mask: MaskFile, *, name: str) -> MaskReading:
     is_soft = (mask.alpha > 0) & (mask.alpha < 255)
     values, counts = np.unique(mask.alpha[is_soft], return_counts=True)
     soft = sorted(zip(counts.tolist(), values.tolist(), strict=True), reverse=True)
+    class_ids = rules.file_ids or (0, 1)
     colors = tuple(
-        UnmappedColor((value,) * 3, count, int(value >= _OPAQUE)) for count, value in soft
+        UnmappedColor((value,) * 3, count, class_ids[value >= _OPAQUE]) for count, value in soft
     )
-    return MaskReading((mask.alpha >= _OPAQUE).astype(np.uint8), int(counts.sum()), colors)
+    ids = rules.as_dataset_ids((mask.alpha >= _OPAQUE).astype(np.uint8))
+    return MaskReading(ids, int(counts.sum()), colors)
 
 
 def _is_plain(data: bytes) -> bool:

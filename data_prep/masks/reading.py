@@ -123,7 +123,7 @@ def known_colors(rules: MaskRules, *, is_16_bit: bool = False) -> KnownColors:
     """
     ignored = () if rules.ignore_id is None else rules.ignored
     make = KnownColors.of_16_bits if is_16_bit else KnownColors.of
-    return make(rules.classes, ignored, rules.ignore_id or 0)
+    return make(rules.read_classes, ignored, rules.ignore_id or 0)
 
 
 def to_colors(class_ids: npt.NDArray[Any], classes: Sequence[ClassColor]) -> Pixels:
@@ -295,7 +295,7 @@ def _refuse_unexplained(
     colors = coded.colors_of(off)
     levels = np.unique(colors)
     is_grey = np.all(colors == colors[:, :1])
-    known = [level for each in rules.classes if (level := grey_level(each.color)) is not None]
+    known = [level for each in rules.read_classes if (level := grey_level(each.color)) is not None]
     seen = np.union1d(levels, [level for level in known if level <= levels[-1]])
     is_id_like = is_grey and levels[-1] < _MAX_ID_LIKE and len(seen) == levels[-1] + 1
     # Grey of 9 to 15 bits in a 16-bit file, where white is not 65535.

@@ -43,6 +43,8 @@ class MaskRules:
         ignored: distinct colours, none of them of a class, that are read as the ignore id. Levels
             above 255 are those of 16-bit grey.
         encoding: what carries the classes.
+        file_ids: the class id of each id in index masks; empty: the same. Other classes occur in no
+            mask.
         has_ignore_id: index masks may hold the ignore id. It is no grey level of other masks.
     """
 
@@ -51,6 +53,24 @@ class MaskRules:
     ignored: tuple[Color, ...] = ()
     encoding: Encoding = "auto"
     has_ignore_id: bool = False
+    file_ids: tuple[int, ...] = ()
+
+    @property
+    def read_classes(self) -> tuple[ClassColor, ...]:
+        """The classes that masks may have."""
+        found = self.file_ids
+        return tuple(each for each in self.classes if each.id in found) if found else self.classes
+
+    @property
+    def file_classes(self) -> tuple[ClassColor, ...]:
+        """These classes in the order of the ids in index masks, with these ids."""
+        ids = self.file_ids or range(len(self.classes))
+        found = (self.classes[class_id] for class_id in ids)
+        return tuple(ClassColor(i, each.name, each.color) for i, each in enumerate(found))
+
+    def as_dataset_ids(self, ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Returns the class ids (H, W) of ids as index masks have them."""
+        return np.array(self.file_ids, np.uint8)[ids] if self.file_ids else ids
 
 
 def index_table(rules: MaskRules) -> npt.NDArray[np.int64]:
@@ -61,8 +81,8 @@ def index_table(rules: MaskRules) -> npt.NDArray[np.int64]:
         table[levels] = rules.ignore_id
         if rules.has_ignore_id:
             table[rules.ignore_id] = rules.ignore_id
-    for entry in rules.classes:
-        table[entry.id] = entry.id
+    ids = rules.file_ids or range(len(rules.classes))
+    table[: len(ids)] = ids
     return table
 
 
@@ -76,11 +96,11 @@ def options_to_ignore(colors: Sequence[Color], rules: MaskRules) -> str | None:
         None if there are none, because a class has that colour in 8 bits: the level 255 of a mask
         of 16 bits is nearly black, but --ignore 255 would be white.
     """
-    if any(entry.color in colors for entry in rules.classes):
+    if any(entry.color in colors for entry in rules.file_classes):
         return None
     levels = [level for color in colors if (level := grey_level(color)) is not None]
     # Unless the encoding is given, `prep` takes these levels for ids.
-    has_ids = min(levels, default=MAX_CLASSES) < len(rules.classes)
+    has_ids = min(levels, default=MAX_CLASSES) < len(rules.file_classes)
     option = _ignore_option([color_text(color) for color in colors], rules)
     return f"--mask-encoding colour {option}" if has_ids else option
 
@@ -88,7 +108,7 @@ def options_to_ignore(colors: Sequence[Color], rules: MaskRules) -> str | None:
 def options_to_ignore_ids(ids: Sequence[int], rules: MaskRules) -> str:
     """Returns the option that ignores pixels of `ids`, beside those that are ignored already."""
     option = _ignore_option([str(each) for each in ids], rules)
-    is_level = any(grey_level(entry.color) in ids for entry in rules.classes)
+    is_level = any(grey_level(entry.color) in ids for entry in rules.file_classes)
     return f"--mask-encoding index {option}" if is_level else option
 
 
@@ -102,12 +122,12 @@ def option_to_add(color: Color, rules: MaskRules) -> str | None:
         None if a class or ignored pixels have its 8-bit colour already.
     """
     needed = color if max(color) < MAX_CLASSES else (to_8_bits(color[0]),) * 3
-    if needed in {*(entry.color for entry in rules.classes), *rules.ignored}:
+    if needed in {*(entry.color for entry in rules.file_classes), *rules.ignored}:
         return None
-    added = ClassColor(len(rules.classes), "added", needed)
+    added = ClassColor(len(rules.file_classes), "added", needed)
     option = f"the colour {color_text(needed)} to --classes"
     try:
-        check_levels([*rules.classes, added])
+        check_levels([*rules.file_classes, added])
     except UsageError:  # the level is also an id
         return f"{option} with --mask-encoding colour"
     return option

@@ -235,7 +235,7 @@ def _read_mask(
     """Returns the whole mask as read; it must have the size of its image."""
     label = file.label
     if file.name.lower().endswith(".npz"):
-        count = len(layout.classes)
+        count = len(layout.file_ids or layout.classes)
         mask = read_npz_file(data, label, num_classes=count, max_pixels=layout.max_pixels)
     else:
         mask = read_mask_file(data, name=label, max_pixels=layout.max_pixels)
@@ -246,5 +246,6 @@ def _read_mask(
         layout.ignored,
         layout.mask_encoding,
         layout.has_ignore_id,
+        layout.file_ids,
     )
     return read_mask(mask, rules, name=label)

@@ -29,6 +29,7 @@ class Layout:
         ignored: mask colours that are read as `ignore_id`.
         has_ignore_id: index masks may hold `ignore_id`.
         mask_encoding: what carries the classes in mask files.
+        file_ids: see `MaskRules`.
     """
 
     height: int
@@ -46,6 +47,7 @@ class Layout:
     full_scale: int | None = None
     ignored: tuple[Color, ...] = ()
     mask_encoding: Encoding = "auto"
+    file_ids: tuple[int, ...] = ()
     has_ignore_id: bool = False
 
 

@@ -16,6 +16,22 @@ from flexunet.errors import UsageError
 from flexunet.text import pluralize
 
 
+def check_fractions(values: tuple[float, float, float]) -> None:
+    """Checks the shares of train, valid and test.
+
+    Raises:
+        ValueError: a share is negative, that of train is 0, or they do not add up to 1.
+    """
+    if min(values) < 0:
+        raise ValueError("the three shares must be at least 0 and add up to 1")
+    if abs(sum(values) - 1) > 1e-6:
+        is_percent = abs(sum(values) - 100) < 1e-4
+        fix = f"; write {','.join(f'{each / 100:g}' for each in values)}" if is_percent else ""
+        raise ValueError(f"the shares must add up to 1{fix}")
+    if values[0] == 0:
+        raise ValueError("the share of train must be above 0")
+
+
 def assign_splits(
     groups: Mapping[str, str], *, fractions: Mapping[str, float], seed: int
 ) -> dict[str, str]:

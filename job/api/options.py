@@ -43,6 +43,7 @@ class PrepOptions(TypedDict, total=False):
     channels: Literal["auto", "grey", "rgb"]
     full_scale: int | None
     classes: str | None
+    background: str
     mask_encoding: Literal["auto", "index", "colour", "alpha", "mixed"]
     ignore: str | None
     ignore_id: int | None
@@ -75,6 +76,7 @@ class InspectOptions(TypedDict, total=False):
     mask_name: str | None
     missing_mask: Literal["error", "empty"]
     classes: str | None
+    background: str
     mask_encoding: Literal["auto", "index", "colour", "alpha", "mixed"]
     ignore: str | None
     group_preset: Literal["augmented"] | None

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main
-from data_prep.config import EARLIER_CLASSES, PrepConfig
+from data_prep.config import PrepConfig
+from data_prep.masks.color_map import EARLIER_CLASSES
 from data_prep.pipeline import prepare, prepare_source
 from data_prep.shards.manifest import Manifest, read_manifest
 from data_prep.shards.mask_sample import NUM_SAMPLED
+from data_prep.shards.records import decode_example, unframe_record
+from data_prep.shards.sample_table import read_samples
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store
@@ -197,3 +200,64 @@ def test_bad_masks_are_rejected_and_do_not_decide(tmp_path: Path) -> None:
         prepared(source, tmp_path / "out")
     manifest = prepared(source, tmp_path / "out", skip_bad=True)
     assert [each.name for each in manifest.classes] == ["background", "class1", "class2"]
+
+
+def stored(output: Path) -> dict[str, np.ndarray]:
+    """Returns the stored class ids of each image."""
+    store = open_store(str(output))
+    manifest, _ = read_manifest(store)
+    result = {}
+    for row in read_samples(store, manifest).to_pylist():
+        record = store.get(row["shard"], row["offset"], row["length"])
+        data = decode_example(unframe_record(record, where="x"))["image/segmentation/class/encoded"]
+        assert isinstance(data, bytes)
+        mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        result[row["id"]] = np.asarray(mask)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("background", "given", "names", "ids"),
+    [
+        ("first", {}, ["background", "foreground"], [0, 1]),
+        ("white", {}, ["white", "black"], [1, 0]),
+        ("255", {}, ["white", "black"], [1, 0]),
+        ("none", {}, ["none", "black", "white"], [1, 2]),
+        ("cell", {"classes": "wall=0,0,0;cell=255,255,255"}, ["cell", "wall"], [1, 0]),
+    ],
+)
+def test_any_class_or_none_is_the_background(
+    tmp_path: Path, background: str, given: dict[str, str], names: list[str], ids: list[int]
+) -> None:
+    masks = masks_of([0, 255])
+    source = write_source(tmp_path / "source", masks)
+    manifest = prepared(source, tmp_path / "out", background=background, **given)
+    assert [each.name for each in manifest.classes] == names
+    assert manifest.options.get("background", "first") == background
+    for i, mask in enumerate(masks):
+        expected = np.where(mask == 255, ids[1], ids[0])
+        assert np.array_equal(stored(tmp_path / "out")[f"case_{i:02d}"], expected)
+    assert prepared(source, tmp_path / "out", background=background, **given) == manifest
+
+
+def test_the_background_of_ids_and_colors(tmp_path: Path) -> None:
+    masks = masks_of([0, 1, 2])
+    source = write_source(tmp_path / "ids", masks)
+    manifest = prepared(source, tmp_path / "none", background="none")
+    assert [each.name for each in manifest.classes] == ["none", "class0", "class1", "class2"]
+    assert np.array_equal(stored(tmp_path / "none")["case_00"], masks[0] + 1)
+    prepared(source, tmp_path / "last", background="class2")
+    assert np.array_equal(stored(tmp_path / "last")["case_00"], (masks[0] + 1) % 3)
+    with pytest.raises(UsageError, match=r"--background 'sky' is no class; .*: class0 \(0,0,0\)"):
+        prepared(source, tmp_path / "out", background="sky")
+    with pytest.raises(ValueError, match="--missing-mask empty needs a background"):
+        PrepConfig(background="none", missing_mask="empty")
+    # No colour is black: the user says which one is the background.
+    for i, mask in enumerate(masks):
+        colors = np.array([(9, 200, 9), (200, 9, 9), (9, 9, 200)], np.uint8)
+        path = str(source / "masks" / f"case_{i:02d}.png")
+        assert cv2.imwrite(path, colors[mask])  # blue, green and red
+    with pytest.raises(UsageError, match="none of them is black"):
+        prepared(source, tmp_path / "colors")
+    prepared(source, tmp_path / "colors", background="200,9,9")
+    assert np.array_equal(stored(tmp_path / "colors")["case_00"] == 0, masks[0] == 2)

@@ -36,6 +36,7 @@ _FEW_COLORS = 64  # of all masks; more are noise or blends
 _MAX_CLASSES = 64
 _MIN_SOLID = 9  # pixels
 _MIN_SOLID_SHARE = 0.9  # of the pixels of all masks
+_MIN_NOISY = 64  # solid pixels of a class in masks with noise or blends
 _MANY_COLORS = 6
 _FEW_FILES = 3
 
@@ -59,8 +60,9 @@ def read_palettes(masks: MaskStatistics, indices: Mapping[int, ValueCount]) -> F
     if is_grey_palette(palette):
         if all(grey_level(color) == index for index, color in palette.items()):
             return read_levels(indices, masks)
-        if list(palette.values()) == list(BLACK_AND_WHITE) and list(palette) == [0, 1]:
-            return read_levels({0: indices[0], 255: indices[1]}, masks)
+        if [palette[index] for index in sorted(palette)] == list(BLACK_AND_WHITE):
+            black, white = (indices[index] for index in sorted(palette))
+            return read_levels({0: black, 255: white}, masks)
     number = max((index for index in indices if index != VOID_LEVEL), default=1) + 1
     reading = ids_reading(
         max(number, 2),
@@ -124,12 +126,19 @@ def colors_of_palette(
     return result
 
 
-def read_colors(colors: Colors, masks: MaskStatistics, ignored: tuple[Color, ...] = ()) -> Finding:
+def read_colors(
+    colors: Colors,
+    masks: MaskStatistics,
+    ignored: tuple[Color, ...] = (),
+    *,
+    has_background: bool = False,
+) -> Finding:
     """Returns the meaning of masks in colour.
 
     Args:
         colors: counts of the colours of all masks.
         ignored: colours that are ignored.
+        has_background: the user says which colour is the background.
     """
     found = [color for color in solid_colors(colors) if color not in ignored]
     if not found or len(found) > _MAX_CLASSES:
@@ -149,20 +158,33 @@ def read_colors(colors: Colors, masks: MaskStatistics, ignored: tuple[Color, ...
         return uncertain(f"all masks have one colour, {named}", _of_colors([*found, (255, 0, 0)]))
     if share < _MIN_SOLID_SHARE:
         return uncertain(f"{evidence}, which is little for masks", _of_colors(found, ignore))
-    if _BLACK not in found:
+    if _BLACK not in found and not has_background:
         by_size = sorted(found, key=lambda color: -colors[color].num_pixels)
         readings = [
             _of_colors([first, *(color for color in found if color != first)], ignore)
             for first in by_size[:3]
         ]
         return uncertain(f"{evidence}; none of them is black, so any may be class 0", *readings)
-    found = [_BLACK, *(color for color in found if color != _BLACK)]
+    found = sorted(found, key=lambda color: color != _BLACK)
     finding = certain(_of_colors(found, ignore), evidence)
+    rare = [color for color in found[1:] if colors[color].num_flat < _MIN_NOISY]
+    if rare and len(colors) > _FEW_COLORS:
+        return _rare(finding, found, rare, ignore)
     once = [color for color in found[1:] if colors[color].num_files == 1]
     if masks.num_files >= _FEW_FILES and len(once) >= max(_MANY_COLORS, 0.8 * len(found[1:])):
         reason = f"{len(once)} colours are in one mask only, so colours may be single objects"
         return finding.doubted(reason)
     return finding
+
+
+def _rare(finding: Finding, found: list[Color], rare: list[Color], ignore: str | None) -> Finding:
+    """Returns the finding as uncertain: `rare` colours may be mistakes."""
+    kept = [color for color in found if color not in rare]
+    texts = [*([ignore] if ignore else []), *(",".join(map(str, color)) for color in rare)]
+    without = _of_colors(kept, ";".join(texts)) if len(kept) > 1 else None
+    reason = f"{join_colors(rare)} covers a few pixels only: a class, or a mistake to be ignored"
+    readings = (*finding.readings, *([without] if without else []))
+    return Finding((*finding.evidence, reason), readings)
 
 
 def _of_colors(colors: list[Color], ignore: str | None = None) -> Reading:
@@ -172,6 +194,8 @@ def _of_colors(colors: list[Color], ignore: str | None = None) -> Reading:
         names = ["background", *color_names(colors[1:])]
     first = ",".join(map(str, colors[0]))
     meaning = f"{first} is class 0, {join_colors(colors[1:])} are the others"
+    if ignore is not None:
+        meaning += f", {ignore} is ignored"
     return Reading("colour", color_map_text(names, colors), ignore, meaning)
 
 

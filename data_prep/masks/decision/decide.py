@@ -13,7 +13,7 @@ the rules.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from data_prep.masks.class_names import color_map_text
+from data_prep.masks.class_names import color_map_text, color_names, id_names
 from data_prep.masks.color_map import ClassColor, Color, grey_level, parse_color_map
 from data_prep.masks.decision.color_rules import (
     colors_of_palette,
@@ -46,12 +46,15 @@ class GivenOptions:
         classes: None: not given.
         ignored: colours and levels of ignored pixels; None: not given.
         ignore_id: id of ignored pixels in index masks; None: not given.
+        background: name or colour of the background, or "none"; None: not given. Classes are then
+            named by their colours, because black is no background by itself.
     """
 
     encoding: MaskEncoding = "auto"
     classes: tuple[ClassColor, ...] | None = None
     ignored: tuple[Color, ...] | None = None
     ignore_id: int | None = None
+    background: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def decide_masks(masks: MaskStatistics, given: GivenOptions | None = None) -> Ma
 
 def _with_given(reading: Reading, given: GivenOptions) -> Reading:
     classes = reading.classes
+    if given.background is not None and given.classes is None:
+        classes = _named_alike(reading)
     if given.classes is not None:
         names = [entry.name for entry in given.classes]
         classes = color_map_text(names, [entry.color for entry in given.classes])
@@ -104,6 +109,18 @@ def _with_given(reading: Reading, given: GivenOptions) -> Reading:
     if given.ignored is not None:
         ignore = ";".join(_text_of(color) for color in given.ignored) or None
     return Reading(reading.encoding, classes, ignore, reading.meaning)
+
+
+def _named_alike(reading: Reading) -> str:
+    """Returns the classes with names that do not say which is the background."""
+    classes = parse_color_map(reading.classes)
+    colors = [entry.color for entry in classes]
+    names = [entry.name for entry in classes]
+    if reading.encoding == "colour":
+        names = color_names(colors)
+    elif names[1:] == id_names(len(names))[1:]:
+        names = [f"class{i}" for i in range(len(names))]
+    return color_map_text(names, colors)
 
 
 def _text_of(color: Color) -> str:
@@ -149,14 +166,19 @@ def _all_colors(values: _Values) -> dict[Color, ValueCount]:
 
 def _by_encoding(values: _Values, masks: MaskStatistics, given: GivenOptions) -> Finding:
     if given.encoding == "auto":
-        return _automatic(values, masks)
+        return _automatic(values, masks, has_background=given.background is not None)
     if given.encoding == "mixed":
         return certain(Reading("mixed", black_and_white().classes), "the options say so")
     if given.encoding == "alpha":
         return certain(read_alpha(), "the options say so")
     if given.encoding == "index":
         return _as_ids(values, masks)
-    finding = read_colors(_all_colors(values), masks, given.ignored or ())
+    finding = read_colors(
+        _all_colors(values),
+        masks,
+        given.ignored or (),
+        has_background=given.background is not None,
+    )
     if not values.colors and not values.indices and values.levels:
         grey = read_levels(values.levels, masks)
         if grey.is_certain and grey.readings[0].encoding == "colour":
@@ -187,7 +209,7 @@ def _settled(finding: Finding) -> Finding:
     return Finding(finding.evidence, ids, is_certain=len(ids) == 1)
 
 
-def _automatic(values: _Values, masks: MaskStatistics) -> Finding:
+def _automatic(values: _Values, masks: MaskStatistics, *, has_background: bool = False) -> Finding:
     if masks.num_alpha_shapes:
         evidence = (
             f"{masks.num_alpha_shapes} of {masks.num_files} masks have one colour, and their shape "
@@ -199,7 +221,7 @@ def _automatic(values: _Values, masks: MaskStatistics) -> Finding:
     if masks.num_classes:
         return _one_hot(values, masks)
     if values.colors:
-        return read_colors(_all_colors(values), masks)
+        return read_colors(_all_colors(values), masks, has_background=has_background)
     if not values.indices:
         return read_levels(values.levels, masks)
     if not values.levels or is_grey_palette(values.palette):
