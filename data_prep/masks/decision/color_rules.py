@@ -35,7 +35,7 @@ _BLACK: Color = (0, 0, 0)
 _FEW_COLORS = 64  # of all masks; more are noise or blends
 _MAX_CLASSES = 64
 _MIN_SOLID = 9  # pixels
-_MIN_SOLID_SHARE = 0.9  # of the pixels of all masks
+_MIN_SOLID_SHARE = 0.9  # of the pixels of all masks; photographs have less
 _MIN_NOISY = 64  # solid pixels of a class in masks with noise or blends
 _MANY_COLORS = 6
 _FEW_FILES = 3
@@ -143,17 +143,16 @@ def read_colors(
     found = [color for color in solid_colors(colors) if color not in ignored]
     if not found or len(found) > _MAX_CLASSES:
         return uncertain("the masks have many colours, as photographs have")
-    num_pixels = sum(count.num_pixels for count in colors.values()) + masks.num_left_out
-    share = sum(count.num_flat for count in colors.values()) / max(num_pixels, 1)
+    share = _share_near(colors, found, masks.num_left_out)
     void = colors.get(VOID_COLOR)
     ignore = None
     if void is not None and VOID_COLOR in found and void.is_border:
         found.remove(VOID_COLOR)
         ignore = ",".join(map(str, VOID_COLOR))
     named = join_colors(found)
-    evidence = f"the masks have areas of the colours {named}; {share:.1%} of the pixels are solid"
+    evidence = f"the masks have areas of the colours {named}, and {share:.1%} of all pixels are so"
     if ignore:
-        evidence += f", and {ignore} is a thin border"
+        evidence += f"; {ignore} is a thin border"
     if len(found) < 2:
         return uncertain(f"all masks have one colour, {named}", _of_colors([*found, (255, 0, 0)]))
     if share < _MIN_SOLID_SHARE:
@@ -175,6 +174,15 @@ def read_colors(
         reason = f"{len(once)} colours are in one mask only, so colours may be single objects"
         return finding.doubted(reason)
     return finding
+
+
+def _share_near(colors: Colors, found: list[Color], num_left_out: int) -> float:
+    """Returns the share of pixels with a colour near one of `found`."""
+    values = np.array(list(colors))
+    distances = np.stack([np.abs(values - color).max(axis=1) for color in found])
+    counts = np.array([count.num_pixels for count in colors.values()])
+    num_near = counts[distances.min(axis=0) <= NEAR].sum()
+    return float(num_near / max(counts.sum() + num_left_out, 1))
 
 
 def _rare(finding: Finding, found: list[Color], rare: list[Color], ignore: str | None) -> Finding:
