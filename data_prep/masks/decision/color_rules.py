@@ -37,6 +37,7 @@ _MAX_CLASSES = 64
 _MIN_SOLID = 9  # pixels
 _MIN_SOLID_SHARE = 0.9  # of the pixels of all masks; photographs have less
 _MIN_NOISY = 64  # solid pixels of a class in masks with noise or blends
+_RARE_BACKGROUND = 0.05  # of all pixels
 _MANY_COLORS = 6
 _FEW_FILES = 3
 
@@ -165,7 +166,8 @@ def read_colors(
         ]
         return uncertain(f"{evidence}; none of them is black, so any may be class 0", *readings)
     found = sorted(found, key=lambda color: color != _BLACK)
-    finding = certain(_of_colors(found, ignore), evidence)
+    notes = [] if has_background else _note_of_black(colors)
+    finding = certain(_of_colors(found, ignore), evidence, *notes)
     rare = [color for color in found[1:] if colors[color].num_flat < _MIN_NOISY]
     if rare and len(colors) > _FEW_COLORS:
         return _rare(finding, found, rare, ignore)
@@ -174,6 +176,14 @@ def read_colors(
         reason = f"{len(once)} colours are in one mask only, so colours may be single objects"
         return finding.doubted(reason)
     return finding
+
+
+def _note_of_black(colors: Colors) -> list[str]:
+    """Returns a hint if black is rare, as where every pixel has a label."""
+    share = colors[_BLACK].num_pixels / sum(count.num_pixels for count in colors.values())
+    if share >= _RARE_BACKGROUND:
+        return []
+    return [f"black covers {share:.1%}: if it is no background, give --background none"]
 
 
 def _share_near(colors: Colors, found: list[Color], num_left_out: int) -> float:

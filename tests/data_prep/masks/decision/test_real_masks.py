@@ -60,6 +60,8 @@ def test_the_decision_is_certain_and_right(name: str) -> None:
             max(abs(a - b) for a, b in zip(color, each.color, strict=True)) for each in classes
         ]
         assert min(distances) <= 2
+    hints = {"ISBI": "if black is the object", "CamVid": "give --background none"}
+    assert (hints.get(name, "give --background") in "; ".join(decision.evidence)) == (name in hints)
     if colors == BW:
         assert [each.name for each in classes] == ["background", "foreground"]
 
