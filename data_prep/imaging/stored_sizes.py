@@ -17,6 +17,7 @@ _SIDES = (256, 512, 768, 1024)  # longer side of the sizes that are compared
 _DEFAULT_SIDE = 512
 _TILE = 512
 _MAX_LOST = 0.01  # share of a class's regions that a size may lose
+_MIN_KEPT = 3.0  # pixels of the smallest 5 % of a class's regions that a size must keep
 _SAME_ASPECT = 1.1  # ratio of the widest to the narrowest, without the outer 5 %
 _PADDED_ASPECT = 1.5
 
@@ -43,10 +44,15 @@ class StoredSize:
 
 @dataclass(frozen=True)
 class ClassLoss:
-    """The regions of a class that are not tiny, and how many of them a stored size would lose."""
+    """The regions of a class that are not tiny, and how many of them a stored size would lose.
+
+    Attributes:
+        smallest: 5th percentile of their areas, pixels.
+    """
 
     name: str
     number: int
+    smallest: int
     lost: Mapping[StoredSize, int]
 
 
@@ -86,24 +92,41 @@ def proposed_size(
     """Returns the options of `prep` for the size of the stored images, and the reason.
 
     Images of up to 512 pixels keep their size, rounded up to a multiple of 128. Of larger ones, the
-    smallest size from 512 on that loses at most 1 % of the regions of each class is taken. If there
-    is none, they are cut into tiles.
+    smallest size from 512 on is taken that loses at most 1 % of the regions of each class, and
+    keeps 3 pixels of the smallest 5 %. If there is none, they are cut into tiles.
     """
     own = f"most images have {_shown(sizes.most_common(1)[0][0])} pixels"
     candidates = [size for size in compared if max(size.height, size.width) >= _DEFAULT_SIDE]
     if not candidates:
         size = compared[-1]
         return size.options, f"{own}; {size} is the next size with sides divisible by {STEP}"
+    areas = [height * width for height, width in sizes.elements()]
+    area = float(np.median(areas))
     for size in candidates:
-        if _worst(losses, size)[0] <= _MAX_LOST:
+        if _problem(losses, size, area) is None:
             return size.options, _why(own, size, compared, losses)
     largest = candidates[-1]
-    share, name = _worst(losses, largest)
-    loses = f"resizing to {largest} would lose {share:.1%} of the regions of {name}"
+    problem = _problem(losses, largest, area)
     shorter = float(np.median([min(size) for size in sizes.elements()]))
     if shorter < _TILE:
-        return largest.options, f"{own}; {loses}, but they are too small for tiles of {_TILE}"
-    return {"tile": _TILE}, f"{own}; {loses}, tiles keep the original size"
+        return largest.options, f"{own}; {problem}, but they are too small for tiles of {_TILE}"
+    return {"tile": _TILE}, f"{own}; {problem}, tiles keep the original size"
+
+
+def _problem(losses: Sequence[ClassLoss], size: StoredSize, area: float) -> str | None:
+    """Returns why a stored size is too small for images of `area` pixels, None if it is not."""
+    share, name = _worst(losses, size)
+    if share > _MAX_LOST:
+        return f"resizing to {size} would lose {share:.1%} of the regions of {name}"
+    scale = min(1.0, _area(size) / area)
+    for each in losses:
+        kept = each.smallest * scale
+        if each.number and kept < min(_MIN_KEPT, each.smallest):
+            return (
+                f"resizing to {size} would leave {kept:.1f} pixels of the smallest 5 % of the "
+                f"regions of {each.name}"
+            )
+    return None
 
 
 def _worst(losses: Sequence[ClassLoss], size: StoredSize) -> tuple[float, str]:

@@ -88,7 +88,10 @@ def group_choice(groups: Sequence[GroupCandidate]) -> Choice | None:
     if not groups:
         return None
     rules: list[tuple[str, Mapping[str, Any]]] = [
-        (f"yes: {each.num_groups} groups such as {each.examples[0][0]}", {each.option: each.value})
+        (
+            f"yes: {each.num_groups} groups such as {each.examples[0][0]}{_shared(each)}",
+            {each.option: each.value},
+        )
         for each in groups
     ]
     no: tuple[str, Mapping[str, Any]] = ("no: each image is on its own", {})
@@ -99,6 +102,14 @@ def group_choice(groups: Sequence[GroupCandidate]) -> Choice | None:
         "Do several images belong together, such as those of a patient? The names only hint at it."
     )
     return Choice("groups", text, (no, *rules))
+
+
+def _shared(group: GroupCandidate) -> str:
+    """Returns what happens to groups in several ready-made splits."""
+    if not group.num_shared:
+        return ""
+    number = pluralize(group.num_shared, "group")
+    return f"; prep will stop, because {number} of them would be in several splits"
 
 
 def valid_choice(splits: Collection[str | None]) -> Choice | None:

@@ -222,7 +222,9 @@ def _size(found: Measured, regions: Sequence[RegionsFinding]) -> SizeFinding | N
     if not found.images:
         return None
     losses = [
-        ClassLoss(each.class_name, each.number, {s: each.lost[str(s)] for s in found.sizes})
+        ClassLoss(
+            each.class_name, each.number, each.smallest, {s: each.lost[str(s)] for s in found.sizes}
+        )
         for each in regions
     ]
     options, reason = proposed_size(count_sizes(found.images), found.sizes, losses)

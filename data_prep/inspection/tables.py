@@ -15,6 +15,7 @@ _MAX_ROWS = 8
 _MAX_NAMES = 3
 _MAX_VALUES = 32  # classes, ignored and unknown ones
 _MAX_CLASSES = 24  # in the table of regions
+_RARE = 1e-4  # share of all pixels
 _MAX_SIZES = 5  # of stored images in a table
 
 
@@ -102,6 +103,11 @@ class _Printer:
         ]  # fmt: skip
         title = f"{masks.number} masks, {_counts(masks.file_kinds)}"
         self._table(title, ("value", "looks like", "pixels", "files"), rows)
+        rare = [each for each in masks.values if each.looks_like.startswith("class ")]
+        rare = [each for each in rare if each.share < _RARE]
+        if rare:
+            named = [f"{each.looks_like} in {pluralize(each.num_files, 'file')}" for each in rare]
+            self._line(f"rare, perhaps a mistake: {join_truncated(named, _MAX_ROWS)}")
         for sentence in masks.evidence:
             self._line(f"- {sentence}")
         if masks.encoding is None:
@@ -131,15 +137,14 @@ class _Printer:
         """Prints how names may say which images belong together."""
         rows = [
             (
-                f"--{each.option.replace('_', '-')} {shlex.quote(each.value)}",
+                ", ".join(group for group, _ in each.examples),
                 str(each.num_groups),
                 f"{each.smallest} / {each.median} / {each.largest}",
                 str(each.num_shared),
-                ", ".join(group for group, _ in each.examples),
             )
             for each in inspection.groups
         ]
-        columns = ("rule", "groups", "fewest / median / most images", "in 2 splits", "such as")
+        columns = ("such as", "groups", "fewest / median / most images", "in several splits")
         is_guess = any(question.about == "groups" for question in inspection.questions)
         title = "possible groups: a guess from the names, to be confirmed" if is_guess else "groups"
         self._table(title, columns, rows)

@@ -3,6 +3,8 @@
 Compares names only. A proposal is a guess: only the user knows what a number in a name means.
 """
 
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +17,7 @@ _MIN_GROUPS = 3  # fewer groups cannot fill three splits
 _MAX_LARGEST = 0.5  # share of the images in the largest group
 _MIN_AUGMENTED = 0.5  # share of the names that look like augmented copies
 _EXAMPLES = 3
-_PART = r"[^_\-. ]+"
-_GAP = r"[_\-. ]+"
+_SEPARATORS = "_-. "
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,23 @@ def _rules(names: Sequence[str]) -> Iterator[tuple[str, str, Callable[[str], str
         # Other parts of such names are parameters of the deformation.
         yield "group_preset", "augmented", augmented_group
         return
-    patterns = [
-        *(rf"^((?:{_PART}{_GAP}){{{number - 1}}}{_PART}){_GAP}" if number > 1
-          else rf"^({_PART}){_GAP}" for number in range(1, _MAX_PARTS + 1)),
-        r"^([A-Za-z]+[0-9]+)",
-        r"^([0-9]+)",
-        r"^([A-Za-z]+)",
-    ]  # fmt: skip
-    for pattern in patterns:
+    letters = r"^([A-Za-z]+[0-9]+)", r"^([0-9]+)", r"^([A-Za-z]+)"
+    for pattern in (*_patterns_of_parts(names), *letters):
         yield "group_regex", pattern, regex_group(pattern)
+
+
+def _patterns_of_parts(names: Sequence[str]) -> Iterator[str]:
+    """Yields patterns of the first parts of a name, between the separators that names have."""
+    found = {letter for name in names for letter in os.path.splitext(name)[0]}
+    separators = [each for each in _SEPARATORS if each in found]
+    if not separators:
+        return
+    joined = re.escape("".join(separators))
+    part, gap = f"[^{joined}]+", f"[{joined}]"
+    if len(separators) == 1:
+        gap = r"\." if separators == ["."] else separators[0]
+    for number in range(1, _MAX_PARTS + 1):
+        yield f"^({gap.join([part] * number)}){gap}"
 
 
 def _groups(names: Sequence[str], rule: Callable[[str], str]) -> dict[str, list[str]] | None:

@@ -23,7 +23,7 @@ def proposed(sizes: Sizes, number: int = 100, **lost: int) -> tuple[dict[str, An
     """Returns the proposal for a class that loses `lost` regions by longer side: side_512=3."""
     compared = stored_sizes(sizes)
     counts = {size: lost.get(f"side_{max(size.height, size.width)}", 0) for size in compared}
-    return proposed_size(sizes, compared, [ClassLoss("mass", number, counts)])
+    return proposed_size(sizes, compared, [ClassLoss("mass", number, 10_000, counts)])
 
 
 @pytest.mark.parametrize(
@@ -58,13 +58,26 @@ def test_the_reason_names_the_class_that_loses_most() -> None:
     sizes = Counter({(2000, 2000): 5})
     compared = stored_sizes(sizes)
     losses = [
-        ClassLoss("vessel", 200, {size: 0 for size in compared}),
-        ClassLoss("nodule", 50, {size: 10 for size in compared}),
-        ClassLoss("none", 0, {size: 0 for size in compared}),
+        ClassLoss("vessel", 200, 10_000, {size: 0 for size in compared}),
+        ClassLoss("nodule", 50, 10_000, {size: 10 for size in compared}),
+        ClassLoss("none", 0, 0, {size: 0 for size in compared}),
     ]
     options, reason = proposed_size(sizes, compared, losses)
     assert options == {"tile": 512}
     assert "resizing to 1024x1024 would lose 20.0% of the regions of nodule" in reason
+
+
+@pytest.mark.parametrize(
+    ("smallest", "options"),
+    [(1000, {}), (40, {"image_size": 768}), (20, {"image_size": 1024}), (9, {"tile": 512})],
+)
+def test_the_smallest_regions_keep_three_pixels(smallest: int, options: dict[str, Any]) -> None:
+    sizes = Counter({(2400, 2400): 5})
+    compared = stored_sizes(sizes)
+    losses = [ClassLoss("exudate", 500, smallest, dict.fromkeys(compared, 0))]
+    found, reason = proposed_size(sizes, compared, losses)
+    assert found == options
+    assert ("1.6 pixels of the smallest 5 %" in reason) == ("tile" in options)
 
 
 def test_masks_without_regions_have_a_size() -> None:
@@ -85,7 +98,7 @@ def test_every_proposal_is_accepted_by_prep_and_the_default_network(
 ) -> None:
     compared = stored_sizes(Counter(sizes))
     assert len(set(compared)) == len(compared)
-    losses = [ClassLoss("a", 100, dict(zip(compared, lost, strict=False)))]
+    losses = [ClassLoss("a", 100, 1 + 9 * lost[4], dict(zip(compared, lost, strict=False)))]
     options, _ = proposed_size(Counter(sizes), compared, losses)
     config = PrepConfig(**options)
     assert config.height % STEP == config.width % STEP == 0

@@ -100,8 +100,8 @@ def test_every_problem_is_found_and_the_rest_is_still_inspected(tmp_path: Path) 
     for number in range(8):  # a second image of each patient
         write(tmp_path / f"train/images/p{number}_2.png", image(20 + number))
         write(tmp_path / f"train/masks/p{number}_2.png", mask(number))
-    write(tmp_path / "test/images/q.png", image(3))  # equal to p3_1
-    write(tmp_path / "test/masks/q.png", mask(3))
+    write(tmp_path / "test/images/q_1.png", image(3))  # equal to p3_1
+    write(tmp_path / "test/masks/q_1.png", mask(3))
     (tmp_path / "train/images/p0_1.png").write_bytes(b"\x89PNG no")
     write(tmp_path / "train/masks/p1_1.png", mask(1, size=32))
     write(tmp_path / "train/images/alone.png", image(9))
@@ -118,7 +118,7 @@ def test_every_problem_is_found_and_the_rest_is_still_inspected(tmp_path: Path) 
     }
     assert found.duplicates is not None
     assert found.duplicates.num_across_splits == 1
-    assert set(found.duplicates.sets[0]) == {"train/p3_1.png", "test/q.png"}
+    assert set(found.duplicates.sets[0]) == {"train/p3_1.png", "test/q_1.png"}
     about = [question.about for question in found.questions]
     assert about == ["groups", "validation", "bad files", "leaks"]
     answers = found.questions[2].answers

@@ -16,8 +16,8 @@ SLICES = [f"case{c}_day{d}_slice_{s:03}.png" for c in range(4) for d in range(2)
 
 def test_patients_and_days_of_slices_are_found() -> None:
     assert candidates(*SLICES) == [
-        (r"^([^_\-. ]+)[_\-. ]+", 4, 6),
-        (r"^((?:[^_\-. ]+[_\-. ]+){1}[^_\-. ]+)[_\-. ]+", 8, 3),
+        ("^([^_]+)_", 4, 6),
+        ("^([^_]+_[^_]+)_", 8, 3),
     ]
 
 
@@ -37,6 +37,16 @@ def test_numbers_of_single_images_and_a_few_large_groups_are_no_candidates(
     names: list[str],
 ) -> None:
     assert candidates(*names) == []
+
+
+@pytest.mark.parametrize(
+    ("separator", "pattern"), [("-", r"^([^\-]+)-"), (".", r"^([^\.]+)\."), (" ", r"^([^\ ]+) ")]
+)
+def test_patterns_have_the_separators_of_the_names(separator: str, pattern: str) -> None:
+    names = [f"p{number // 3}{separator}{number}.png" for number in range(12)]
+    assert candidates(*names)[0] == (pattern, 4, 3)
+    mixed = [*names, "p9_1.png", "p9_2.png"]
+    assert all(value != pattern for value, _, _ in candidates(*mixed))
 
 
 def test_letters_before_a_number_are_groups() -> None:
