@@ -46,11 +46,12 @@ $(UV):
 
 # The other data loaders of the benchmark. MosaicML Streaming requires older releases than this project:
 # the project's versions override them, so that all loaders use the same NumPy and Pillow.
-.venv-peers/.installed: $(UV) pyproject.toml uv.lock
+.venv-peers/.installed: $(UV) pyproject.toml uv.lock benchmarks/peers.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 to 3.13 with venv found; install one or give PYTHON=/path/to/python" >&2; exit 2; }
 	UV_PROJECT_ENVIRONMENT=.venv-peers $(UV) sync --locked --quiet --compile-bytecode --python $(PYTHON)
 	$(UV) export --locked --quiet --no-hashes --no-emit-project --output-file .venv-peers/locked.txt
-	$(UV) pip install --quiet --python .venv-peers/bin/python --overrides .venv-peers/locked.txt $(PEERS)
+	$(UV) pip install --quiet --python .venv-peers/bin/python --overrides .venv-peers/locked.txt \
+		--constraints benchmarks/peers.txt $(PEERS)
 	@touch $@
 
 lint: .venv/.installed ## lint, format check, type check
@@ -120,13 +121,15 @@ bench: .venv/.installed ## run all benchmarks but bench-gpu, bench-peers, on an 
 	$(BIN)/python benchmarks/exchange.py --image-size 512 --repeats 3
 	$(BIN)/python benchmarks/exchange.py --image-size 256 --num-workers 4 --repeats 2
 	$(BIN)/python benchmarks/exchange.py --image-size 512 --table
+	$(BIN)/python benchmarks/rounding.py
 	$(BIN)/python benchmarks/plot.py
 
 bench-gpu: .venv/.installed ## check and measure a GPU, 6 minutes; writes benchmarks/results/gpu-NAME.json
 	$(BIN)/python benchmarks/gpu.py
 
-bench-peers: .venv-peers/.installed ## compare the input with WebDataset, MosaicML Streaming, TFRecordDataset; 9 GB
+bench-peers: .venv-peers/.installed ## compare input and step with WebDataset, MosaicML Streaming, TFRecordDataset, PyTorch; 9 GB
 	.venv-peers/bin/python benchmarks/peers.py
+	.venv-peers/bin/python benchmarks/peer_step.py
 
 clean: ## remove the outputs of the targets above, but not .venv
 	rm -rf $(DEMO) site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -243,6 +243,19 @@ class Network:
 
     def ours(self, repeats: int) -> dict[str, Any]:
         """Measures the step of this package."""
+        model, run = self.our_step()
+        clock = StepClock(self, model)
+        for count in range(1 + repeats):
+            clock.begin()
+            run(count)
+            clock.end()
+        return clock.result() | {
+            "parameters": model.count_params(),
+            "forward_gflop_per_image": convolution_flops(model) / 1e9,
+        }
+
+    def our_step(self) -> tuple[Any, Callable[[int], float]]:
+        """Returns the model, and the step of this package: step number -> loss."""
         from job.distributed.replica_sums import Criterion
         from job.distributed.xla import uses_xla
         from job.losses import make_loss
@@ -273,15 +286,7 @@ class Network:
             "key": tf.range(self.batch_size, dtype=tf.int64),
         }
         rate = tf.constant(LEARNING_RATE, tf.float64)
-        clock = StepClock(self, model)
-        for count in range(1 + repeats):
-            clock.begin()
-            float(step(batch, tf.constant(count, tf.int64), rate)["loss"][0])
-            clock.end()
-        return clock.result() | {
-            "parameters": model.count_params(),
-            "forward_gflop_per_image": convolution_flops(model) / 1e9,
-        }
+        return model, lambda count: step(batch, tf.constant(count, tf.int64), rate)["loss"][0]
 
     def naive(self, repeats: int) -> dict[str, Any]:
         """Measures a training loop as in TensorFlow's tutorials, on all cores."""

@@ -131,6 +131,7 @@ class TrainOptions(TypedDict, total=False):
     cache_size: float | None
     cpu_replicas: int
     gradient_exchange: Literal["auto", "all_reduce"]
+    gradient_dtype: Literal["float32", "bfloat16"]
     exchange_flops_per_byte: float | None
     keep_memory: bool
     xla: Literal["auto", "on", "off"]

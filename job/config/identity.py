@@ -17,6 +17,7 @@ _LATER: dict[str, Any] = {
     "schedule.warmup_epochs": 0.0,
     "schedule.cosine": False,
     "random_streams": 1,
+    "gradient_dtype": "float32",
     "hybrid_weights": [1.5, 0.5],
     "optimizer.ema_momentum": None,
     "foreground_share_end": None,

@@ -236,6 +236,12 @@ class TrainConfig(Settings):
         "faster one; if about equal, the one that sends less. all_reduce: always gradients.",
         not_identity=True,
     )
+    gradient_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "Type in which replicas send gradients. float32: as they are computed. bfloat16: half of "
+        "the bytes, with 8 bits of each number, for many workers on a slow network. Gathered layer "
+        "inputs are sent as they are. No effect with one replica.",
+    )
     exchange_flops_per_byte: float | None = option(
         None,
         "For gradient_exchange auto: floating-point operations that a replica computes in the "

@@ -9,7 +9,7 @@ replicas and one ratio of rates. So a restart with the same ratio computes the s
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from statistics import median
@@ -31,6 +31,7 @@ _PLAIN_LAYERS = (keras.layers.Conv2D, keras.layers.Conv2DTranspose, keras.layers
 # network.
 _PATIENCE = 1.15
 _PROBE_SIZE = 1024
+_LESS = 0.9  # the log names an option if the exchange would take at most this share of the time
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class LayerCost:
     """Holds the costs of a layer's gradient, for one call of the layer.
 
     Attributes:
-        weight_bytes: size of the gradients of its weights.
+        weight_bytes: size of the gradients of its weights, as they are sent.
         factor_bytes: size of its input and output gradient for the batch of one replica.
         flops: operations to compute the gradients of its weights for the batch of one replica.
     """
@@ -80,7 +81,7 @@ class Plan:
 
     Attributes:
         costs: costs of every layer that could be gathered.
-        other_bytes: size of the gradients of all other weights.
+        other_bytes: size of the gradients of all other weights, as they are sent.
         gathered: names of the selected layers.
     """
 
@@ -120,11 +121,11 @@ class Plan:
             f"{self.all_reduce_bytes() / 1e6:.1f} MB"
         )
 
-    def describe_cost(self, rates: Rates, other: "Plan", options: str) -> str:
+    def describe_cost(self, rates: Rates, others: Mapping[str, "Plan"]) -> str:
         """Returns the expected cost per step, for the log.
 
         Args:
-            other: the plan that the options in `options` would select.
+            others: plans that other options would select, by these options.
         """
         seconds = self.seconds(rates.flops_per_s, rates.bytes_per_s)
         # Forward, gradients of inputs and gradients of weights take about as long.
@@ -134,7 +135,7 @@ class Plan:
             f"to compute (measured: {rates.bytes_per_s / 1e6:.4g} MB/s and "
             f"{rates.flops_per_s / 1e9:.4g} GFLOP/s per replica)"
         )
-        if other.gathered != self.gathered:
+        for options, other in others.items():
             changed = other.seconds(rates.flops_per_s, rates.bytes_per_s)
             words += f"; with {options} {_duration(changed)} to exchange"
         return words
@@ -176,21 +177,43 @@ def agreed_plan(
     )
     # If one process chose another plan, all would wait for ever.
     agreed: float = process_group.run_on_primary(lambda: ratio)
-    planned = make_plan(
-        model,
-        batch_size=config.global_batch_size // num_replicas,
-        num_replicas=num_replicas,
-        flops_per_byte=agreed,
-    )
-    all_reduce = planned.all_reduce_only()
-    plan, other = (all_reduce, planned) if options else (planned, all_reduce)
+
+    def planned(dtype: str, *, is_free: bool) -> Plan:
+        plan = make_plan(
+            model,
+            batch_size=config.global_batch_size // num_replicas,
+            num_replicas=num_replicas,
+            flops_per_byte=agreed,
+            gradient_dtype=dtype,
+        )
+        return plan if is_free else plan.all_reduce_only()
+
+    plan = planned(config.gradient_dtype, is_free=not options)
     if process_group.is_primary:
         words = [plan.describe() + ("" if options else f" ({agreed:.0f} FLOPs per byte)")]
         if rates is not None and is_logged:
-            changed = " ".join(options) or "--gradient-exchange all_reduce"
-            words.append(plan.describe_cost(rates, other, changed))
+            others = _worth_naming(
+                plan, planned(config.gradient_dtype, is_free=bool(options)), options
+            )
+            others |= _worth_sending(plan, planned("bfloat16", is_free=not options), rates)
+            words.append(plan.describe_cost(rates, others))
         logger.info("%s", "; ".join(words))
     return None if options else plan
+
+
+def _worth_naming(plan: Plan, other: Plan, options: Sequence[str]) -> dict[str, Plan]:
+    """Returns the plan without or with gathered layers by its options, if it is another one."""
+    if other.gathered == plan.gathered:
+        return {}
+    return {" ".join(options) or "--gradient-exchange all_reduce": other}
+
+
+def _worth_sending(plan: Plan, narrow: Plan, rates: Rates) -> dict[str, Plan]:
+    """Returns the plan that sends bfloat16 by its option, if it takes clearly less time."""
+    seconds, others = (
+        each.seconds(rates.flops_per_s, rates.bytes_per_s) for each in (plan, narrow)
+    )
+    return {"--gradient-dtype bfloat16 in a new run": narrow} if others < _LESS * seconds else {}
 
 
 def _ratio_and_rates(
@@ -232,16 +255,23 @@ def _options_to_gather(config: TrainConfig, *, uses_xla: bool) -> list[str]:
 
 
 def make_plan(
-    model: keras.Model, *, batch_size: int, num_replicas: int, flops_per_byte: float
+    model: keras.Model,
+    *,
+    batch_size: int,
+    num_replicas: int,
+    flops_per_byte: float,
+    gradient_dtype: str = "float32",
 ) -> Plan:
     """Returns the plan that takes the least time; if times are about equal, that sends less.
 
     Args:
         batch_size: samples of one replica.
         flops_per_byte: operations in the time of sending one byte; 0: all-reduce everything.
+        gradient_dtype: in which all-reduce sends, `TrainConfig.gradient_dtype`.
     """
-    costs = tuple(_cost(layer, batch_size) for layer in _plain_layers(model))
-    total = sum(_num_bytes(weight) for weight in model.trainable_weights)
+    sent = 2 if gradient_dtype == "bfloat16" else None
+    costs = tuple(_cost(layer, batch_size, sent) for layer in _plain_layers(model))
+    total = sum(_num_bytes(weight, sent) for weight in model.trainable_weights)
 
     def is_gathered(cost: LayerCost) -> bool:
         computed = cost.flops / flops_per_byte if flops_per_byte else float("inf")
@@ -277,7 +307,7 @@ def _is_plain(layer: Any) -> bool:
     return channels_last and all(None not in shape[1:] for shape in shapes)
 
 
-def _cost(layer: Any, batch_size: int) -> LayerCost:
+def _cost(layer: Any, batch_size: int, sent: int | None) -> LayerCost:
     inputs, outputs = (layer.input.shape[1:], layer.output.shape[1:])
     # A transposed convolution applies its kernel per input pixel, other layers per output pixel.
     is_transposed = isinstance(layer, keras.layers.Conv2DTranspose)
@@ -285,14 +315,15 @@ def _cost(layer: Any, batch_size: int) -> LayerCost:
     width: int = tf.as_dtype(layer.compute_dtype).size
     return LayerCost(
         layer.name,
-        sum(_num_bytes(weight) for weight in layer.trainable_weights),
+        sum(_num_bytes(weight, sent) for weight in layer.trainable_weights),
         batch_size * (prod(inputs) + prod(outputs)) * width,
         2 * batch_size * places * prod(layer.kernel.shape),
     )
 
 
-def _num_bytes(weight: Any) -> int:
-    return int(prod(weight.shape) * tf.as_dtype(weight.dtype).size)
+def _num_bytes(weight: Any, sent: int | None) -> int:
+    """Returns the size of a gradient; `sent`: bytes of a number; None: as the weight has."""
+    return int(prod(weight.shape) * (sent or tf.as_dtype(weight.dtype).size))
 
 
 def measured_rates(strategy: tf.distribute.Strategy, dtype: str, probe: _Probe = _TO_PLAN) -> Rates:

@@ -24,6 +24,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from job.distributed.all_reduce import sum_over_replicas
 from job.distributed.exchange_plan import Plan
 
 _BUCKET_BYTES = 4 << 20  # gathered together: large enough that bandwidth dominates, not latency
@@ -66,8 +67,13 @@ _factors: ContextVar[list[LayerFactors] | None] = ContextVar("factors", default=
 class Exchange:
     """Computes the gradient of the global batch on each replica, as planned."""
 
-    def __init__(self, model: keras.Model, plan: Plan) -> None:
-        """Prepares the exchange for the layers of `model` that `plan` gathers."""
+    def __init__(self, model: keras.Model, plan: Plan, dtype: str) -> None:
+        """Prepares the exchange for the layers of `model` that `plan` gathers.
+
+        Args:
+            dtype: in which all other gradients are sent, see `sum_over_replicas`.
+        """
+        self._dtype = dtype
         self._weights = list(model.trainable_variables)
         self._layers = [layer for layer in model.layers if layer.name in plan.gathered]
 
@@ -120,8 +126,7 @@ class Exchange:
                 called_before = gradients.get(id(weight))
                 gradients[id(weight)] = total if called_before is None else called_before + total
         if local_gradient.others:
-            context = tf.distribute.get_replica_context()
-            sums = context.all_reduce(tf.distribute.ReduceOp.SUM, local_gradient.others)
+            sums = sum_over_replicas(local_gradient.others, self._dtype)
             others = self._other_weights()
             gradients |= {id(w): total for w, total in zip(others, sums, strict=True)}
         return [gradients[id(weight)] for weight in self._weights]

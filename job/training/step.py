@@ -55,6 +55,7 @@ class StepOptions:
         has_messages: the step adds up a message of each process, too.
         has_clock: the messages hold the training time.
         random_streams: version of the random streams, for dropout.
+        gradient_dtype: in which replicas send gradients, `TrainConfig.gradient_dtype`.
     """
 
     plan: Plan | None = None
@@ -64,6 +65,7 @@ class StepOptions:
     has_messages: bool = False
     has_clock: bool = False
     random_streams: int = 3
+    gradient_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def make_train_step(
 ) -> TrainStep:
     """Returns the compiled training step."""
     options = options or StepOptions()
-    exchange = _exchange_of(model, options.plan)
+    exchange = _exchange_of(model, options.plan, options.gradient_dtype)
     replica = _ReplicaStep(model, optimizer, criterion, options, exchange, _compiled(model))
     names = ["loss", *criterion.metrics, *([SKIPPED] if optimizer.loss_scale else [])]
     # Last, so that the other names keep their places in the vector.
@@ -132,13 +134,13 @@ def make_train_step(
     return TrainStep(train_step, tuple(names))
 
 
-def _exchange_of(model: keras.Model, plan: Plan | None) -> Any:
+def _exchange_of(model: keras.Model, plan: Plan | None, dtype: str) -> Any:
     """Returns the exchange that computes the gradients of the global batch."""
     if plan is None or not plan.gathered:
-        return AllReduce(model)
+        return AllReduce(model, dtype)
     from job.distributed.gradient_exchange import Exchange
 
-    return Exchange(model, plan)
+    return Exchange(model, plan, dtype)
 
 
 @dataclass(frozen=True)

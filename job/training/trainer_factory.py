@@ -144,5 +144,6 @@ def _train_step(setup: TrainingSetup, model: Any, optimizer: Adam, evaluator: Ev
             has_messages=process_group.size > 1,
             has_clock=config.time_budget is not None,
             random_streams=config.random_streams,
+            gradient_dtype=config.gradient_dtype,
         ),
     )

@@ -20,6 +20,7 @@ SCRIPTS = PROJECT / "benchmarks"
 ELSEWHERE = {
     "machine.py": "shared functions, not a script",
     "peers.py": "needs its own environment",
+    "peer_step.py": "needs its own environment",
 }
 TIMEOUT_S = 300
 TINY = ("--image-size", "32", "--repeats", "1")
@@ -86,6 +87,12 @@ SMOKES = [
         ("--table", "--image-size", "32", "--num-layers", "2"),
         "exchange-table-32-float32.json",
         ("silent_step_s", "rows>0>plan_kept"),
+    ),
+    Smoke(
+        "rounding.py",
+        ("--image-size", "32", "--steps", "2", "--seeds", "0", "--ways", "float32,restarted"),
+        "rounding.json",
+        ("ways>float32>loss", "ways>restarted>gradient_error"),
     ),
     Smoke(
         "recipe.py",

@@ -104,6 +104,7 @@ def test_every_field_is_free_or_part_of_the_identity() -> None:
         "optimizer": {"ema_momentum": 0.99, "encoder_learning_rate_factor": 0.1},
     }
     values |= {"hybrid_weights": [1.6, 0.4], "fit_postprocessing": True}
+    values["gradient_dtype"] = "bfloat16"
     values["model"] = {
         "name": "encoder-unet",
         "max_filters": 64,
@@ -117,7 +118,7 @@ def test_every_field_is_free_or_part_of_the_identity() -> None:
     identity = identity_of(parse_settings(TrainConfig, values, "test"))
     later = {"folds", "fold", "foreground_share", "schedule.warmup_epochs", "schedule.cosine"}
     later |= {"random_streams", "hybrid_weights", "foreground_share_end", "optimizer.ema_momentum"}
-    later |= {"fit_postprocessing", *later_of_augmentation}
+    later |= {"fit_postprocessing", "gradient_dtype", *later_of_augmentation}
     later |= {f"model.{name}" for name in values["model"]} - {"model.name"}
     later |= {"optimizer.encoder_learning_rate_factor"}
     assert set(identity) == IDENTITY | of_augmentation | later

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
 from job.distributed import exchange_plan
+from job.distributed.all_reduce import AllReduce, Gradients
 from job.distributed.exchange_plan import (
     NOMINAL_FLOPS_PER_BYTE,
     LayerCost,
@@ -22,6 +24,7 @@ from job.distributed.exchange_plan import (
     make_plan,
     measured_rates,
 )
+from job.distributed.gradient_exchange import Exchange, LocalGradient
 from job.distributed.replica_sums import Criterion
 from job.losses import make_loss
 from job.models.registry import BUILDERS, build_model
@@ -47,8 +50,17 @@ class Trained:
     """A network after some steps on pseudo-random pictures, split over the replicas."""
 
     def __init__(
-        self, strategy: Any, config: ModelConfig, *, gathered: bool, precision: str, num_steps: int
+        self,
+        strategy: Any,
+        config: ModelConfig,
+        *,
+        gathered: bool,
+        precision: str = "float32",
+        num_steps: int,
+        gradient_dtype: str = "float32",
     ) -> None:
+        self.losses: list[float] = []
+        self._strategy = strategy
         with strategy.scope():
             self.model = build_model(
                 config, image_shape=(SIDE, SIDE, 1), num_classes=2, seed=5, precision=precision
@@ -60,12 +72,24 @@ class Trained:
         plan = replace(plan, gathered=everything if gathered else frozenset())
         self.plan = plan
         loss = make_loss("bce_dice", num_classes=2)
-        step = make_train_step(
-            strategy, self.model, self.optimizer, Criterion(loss, {}), StepOptions(plan)
+        options = StepOptions(plan, gradient_dtype=gradient_dtype)
+        self._step = make_train_step(
+            strategy, self.model, self.optimizer, Criterion(loss, {}), options
         )
-        for count in range(num_steps):
-            batch = self._batch(strategy, count)
-            step(batch, tf.constant(count, tf.int64), tf.constant(1e-3, tf.float64))
+        self.train(num_steps)
+
+    def train(self, num_steps: int) -> None:
+        """Trains this many more steps."""
+        for count in range(len(self.losses), len(self.losses) + num_steps):
+            batch = self._batch(self._strategy, count)
+            rate = tf.constant(1e-3, tf.float64)
+            total, number = self._step(batch, tf.constant(count, tf.int64), rate)["loss"]
+            self.losses.append(total / number)
+
+    @property
+    def variables(self) -> list[Any]:
+        """Weights and moments: what a checkpoint holds."""
+        return [*self.model.variables, *self.optimizer.variables]
 
     @staticmethod
     def _batch(strategy: Any, count: int) -> Any:
@@ -136,6 +160,52 @@ def test_in_bfloat16_it_is_no_farther_from_float32_than_all_reduce(two_cpus: Any
         ]
         distances.append(np.sqrt(np.sum(squares)))
     assert 0 < distances[1] <= 1.001 * distances[0]
+
+
+def test_gradients_in_bfloat16_train_as_those_in_float32_do_and_need_no_more_state(
+    two_cpus: Any,
+) -> None:
+    config = network(num_layers=2, base_kernels=(3, 3))
+    exact, narrow, later = (
+        Trained(two_cpus, config, gathered=False, num_steps=number, gradient_dtype=dtype)
+        for dtype, number in (("float32", 500), ("bfloat16", 450), ("bfloat16", 0))
+    )
+    for variable, stored in zip(later.variables, narrow.variables, strict=True):
+        variable.assign(stored)
+    later.losses = list(narrow.losses)
+    for each in (narrow, later):
+        each.train(50)
+    # A checkpoint has all that the next steps need.
+    assert narrow.losses == later.losses
+    for a, b in zip(narrow.variables, later.variables, strict=True):
+        assert np.array_equal(a.numpy(), b.numpy())
+    assert exact.losses[0] == narrow.losses[0]
+    assert exact.losses != narrow.losses
+    ends = [np.mean(each.losses[-50:]) for each in (exact, narrow)]
+    assert ends[0] < 0.6 * exact.losses[0]
+    assert ends[1] == pytest.approx(ends[0], rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_exchanges_send_in_the_dtype(two_cpus: Any, dtype: str) -> None:
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(3, use_bias=False)(inputs))
+    parts = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    exchanges = (
+        (AllReduce(model, dtype), Gradients),
+        (Exchange(model, Plan(2, (), 0, frozenset()), dtype), partial(LocalGradient, [])),
+    )
+    for exchange, gradient in exchanges:
+
+        def run(exchange: Any = exchange, gradient: Any = gradient) -> Any:
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            return exchange.gradients(gradient([tf.gather(parts, replica)]))
+
+        (total,) = two_cpus.run(tf.function(run, autograph=False))
+        for found in two_cpus.experimental_local_results(total):
+            assert found.dtype == tf.float32
+            exact, narrow = (tf.cast(part, dtype) for part in parts)
+            assert np.array_equal(found, tf.cast(exact + narrow, tf.float32))
 
 
 def test_nothing_is_left_in_the_model(two_cpus: Any) -> None:
@@ -235,6 +305,7 @@ def test_rates_are_measured(two_cpus: Any) -> None:
 
 # Options of a run, and what its log says about the exchange at 40 GFLOP/s and 100 MB/s.
 COSTS: list[tuple[dict[str, Any], bool, str, str | None]] = [
+    ({"gradient_dtype": "bfloat16"}, False, "7 of 18 layers", "--gradient-exchange all_reduce"),
     ({}, False, "11 of 18 layers", "with --gradient-exchange all_reduce"),
     ({"exchange_flops_per_byte": 1e-6}, False, "0 of 18 layers", None),
     ({"deterministic": True}, False, "11 of 18 layers", "with --gradient-exchange all_reduce"),
@@ -286,8 +357,11 @@ def test_several_processes_log_what_the_exchange_costs(
     assert plan in lines[0]
     assert "(measured: 100 MB/s and 40 GFLOP/s per replica)" in lines[0]
     assert lines[0].count("\n") == 1
+    narrow = r"with --gradient-dtype bfloat16 in a new run [\d.]+ m?s to exchange"
+    is_narrow = config.gradient_dtype == "bfloat16"
+    assert bool(re.search(narrow, lines[0])) is (not is_narrow), lines[0]
     if other is None:
-        assert "; with" not in lines[0]
+        assert lines[0].count("; with") == 1
     else:
         assert re.search(rf"{other} [\d.]+ m?s to exchange", lines[0]), lines[0]
     assert "expected" not in lines[1]
@@ -296,7 +370,7 @@ def test_several_processes_log_what_the_exchange_costs(
 def test_the_expected_cost_is_that_of_the_rates() -> None:
     plan = Plan(2, (LayerCost("a", 10**6, 10**5, 10**8),), 0, frozenset({"a"}))
     # Sends 1e5 bytes in 1 ms and computes 1e8 FLOPs more in 2.5 ms; all-reduce sends 1e6 in 10 ms.
-    words = plan.describe_cost(Rates(40e9, 100e6), plan.all_reduce_only(), "--option value")
+    words = plan.describe_cost(Rates(40e9, 100e6), {"--option value": plan.all_reduce_only()})
     assert words == (
         "expected per step: 3.5 ms to exchange, 7.5 ms or more to compute (measured: 100 MB/s and "
         "40 GFLOP/s per replica); with --option value 10 ms to exchange"

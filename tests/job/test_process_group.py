@@ -341,7 +341,8 @@ def test_another_number_of_gpus_is_reported_to_all() -> None:
 def test_when_one_process_is_killed_the_other_ends_with_a_line(
     dataset: str, tmp_path: Path
 ) -> None:
-    processes = start_cluster(2, options(dataset, tmp_path, "killed", epochs="200"))
+    changes = {"gradient-dtype": "bfloat16", "gradient-exchange": "all_reduce", "epochs": "200"}
+    processes = start_cluster(2, options(dataset, tmp_path, "killed", **changes))
     store = open_store(str(tmp_path / "killed"))
     wait_until(lambda: len(find_checkpoints(store)) > 0, processes)
     processes[1].kill()
