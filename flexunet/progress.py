@@ -1,10 +1,13 @@
-"""Shows the progress of long work: a bar on a terminal, a log line every 15 s elsewhere."""
+"""Shows the progress of long work: a bar on a terminal, a log line every 15 s elsewhere.
+
+A worker on another machine sends its progress to the process that shows it: see `sent_by`.
+"""
 
 import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -14,6 +17,30 @@ Heartbeat = Callable[[], None]  # called regularly while long work makes progres
 logger = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 15.0
+_SEND_EVERY_S = 0.5
+
+# Takes what `Progress.follow` needs, as an event of JSON types.
+Sender = Callable[[Mapping[str, Any]], None]
+_sender: Sender | None = None
+
+
+@contextlib.contextmanager
+def sent_by(sender: Sender) -> Iterator[None]:
+    """Sends the progress of this process by `sender` inside the block, instead of showing it.
+
+    In all threads of the process: long work often has its own.
+    """
+    global _sender
+    _sender, before = sender, _sender
+    try:
+        yield
+    finally:
+        _sender = before
+
+
+def is_watched() -> bool:
+    """Returns whether a bar is seen: on a terminal here, or where `sent_by` sends it."""
+    return _sender is not None or (sys.stderr is not None and sys.stderr.isatty())
 
 
 def no_heartbeat() -> None:
@@ -23,7 +50,8 @@ def no_heartbeat() -> None:
 class Progress:
     """Counts finished items of one task; shows the rate and the time left.
 
-    Draws a bar on a terminal. Without a terminal, logs a line every 15 s and one at the end.
+    Draws a bar on a terminal. Without a terminal, logs a line every 15 s and one at the end; inside
+    `sent_by` sends events instead.
     """
 
     def __init__(
@@ -46,11 +74,25 @@ class Progress:
         self._task: Any = None
         self._note = ""
         self._num_reported = -1  # items done when the last line was logged
+        self._sender = _sender if shown else None
 
     def __enter__(self) -> "Progress":
-        if self._shown and sys.stderr.isatty():
+        if self._sender is not None:
+            self._send(is_over=False)
+        elif self._shown and sys.stderr.isatty():
             self._open_bar()
         return self
+
+    @classmethod
+    def of(cls, event: Mapping[str, Any], *, shown: bool = True) -> "Progress":
+        """Returns the progress whose first event is `event`; `follow` takes it and the others."""
+        return cls(
+            event["title"], event["total"], done=event["begin"], unit=event["unit"], shown=shown
+        )
+
+    def follow(self, event: Mapping[str, Any]) -> None:
+        """Shows what `event` of another process says."""
+        self.advance(event["done"] - self._done, event["note"])
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Adds `count` finished items; shows `note` at the end of the bar."""
@@ -58,6 +100,9 @@ class Progress:
         self._note = note
         if self._bar is not None:
             self._bar.update(self._task, advance=count, speed=self._speed(), note=note)
+        elif self._sender is not None:
+            if time.monotonic() - self._last_line > _SEND_EVERY_S:
+                self._send(is_over=False)
         elif self._shown and time.monotonic() - self._last_line > _LINE_EVERY_S:
             self._last_line = time.monotonic()
             self._num_reported = self._done
@@ -88,8 +133,26 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        elif self._sender is not None:
+            self._send(is_over=True)
         elif self._shown and kind is None and self._num_reported != self._done:
             logger.info("%s", self._line())
+
+    def _send(self, *, is_over: bool) -> None:
+        assert self._sender is not None  # noqa: S101 - only called where it is set
+        self._last_line = time.monotonic()
+        self._sender(
+            {
+                "event": "progress",
+                "title": self._title,
+                "total": self._total,
+                "unit": self._unit,
+                "begin": self._begin,
+                "done": self._done,
+                "note": self._note,
+                "is_over": is_over,
+            }
+        )
 
     def _open_bar(self) -> None:
         from rich import progress

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flexunet.errors import FlexUNetError, kind_of
+from flexunet.progress import sent_by
 
 _TICK_S = 0.5
 _PACKAGES = ("flexunet", "data_prep", "job")  # a worker sends their log records
@@ -51,8 +52,8 @@ class RunCoordinator:
 class WorkerChannel:
     """Connects a worker to the coordinator: sends events and receives stop requests in a thread.
 
-    Log records of this project's packages are sent as events, because the driver shows no other
-    output of a worker.
+    Log records of this project's packages, and the progress of rank 0, are sent as events, because
+    the driver shows no other output of a worker.
     """
 
     def __init__(self, coordinator: Any, rank: int) -> None:
@@ -64,17 +65,20 @@ class WorkerChannel:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._carry, name="worker-channel", daemon=True)
         self._handler = _ChannelHandler(self._add)
+        self._sent = sent_by(self.report)
 
     def __enter__(self) -> "WorkerChannel":
         for name in _PACKAGES:
             logging.getLogger(name).addHandler(self._handler)
             logging.getLogger(name).setLevel(logging.INFO if self._rank == 0 else logging.WARNING)
+        self._sent.__enter__()
         self._thread.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
         for name in _PACKAGES:
             logging.getLogger(name).removeHandler(self._handler)
+        self._sent.__exit__(None, None, None)
         self._stop.set()
         self._thread.join(_MEET_S)
 

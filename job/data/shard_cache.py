@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 RECORDS_FOLDER = "records"  # beside the shards of a dataset in the cache
 GIB = 1 << 30
 _LOCK_TICK_S = 0.5
+_NUM_CHECKS = 8  # cached shards that are read at once, as streams from a bucket
+_SHOWN_CHECK_BYTES = 256 << 20  # a check of fewer bytes takes about a second
 
 
 @dataclass(frozen=True)
@@ -160,11 +163,7 @@ def _fill_cache(
 ) -> None:
     # A process that was killed while it copied leaves parts of files.
     LocalStore(folder).remove_unfinished()
-    missing = []
-    for shard in shards:
-        if not _is_cached(folder, shard):
-            missing.append(shard)
-        heartbeat()
+    missing = _missing(folder, shards, heartbeat, progress=progress)
     if not missing:
         return
     needed, free = sum(shard.num_bytes for shard in missing), shutil.disk_usage(folder).free
@@ -178,6 +177,34 @@ def _fill_cache(
     logger.info("caching %s: %s, in %s", store.url, size, folder)
     with Progress("cache", -(-needed // MIB), unit="MiB", shown=progress) as bar:
         ShardCopies(store, missing, folder).run(heartbeat, bar)
+
+
+def _missing(
+    folder: str, shards: Sequence[ShardInfo], heartbeat: Heartbeat, *, progress: bool
+) -> list[ShardInfo]:
+    """Returns the shards that are not in the cache or damaged there; several threads check."""
+    present = [shard for shard in shards if os.path.exists(local_path(folder, shard.name))]
+    num_bytes = sum(shard.num_bytes for shard in present)
+    is_long = num_bytes > _SHOWN_CHECK_BYTES
+    is_cached = dict.fromkeys((shard.name for shard in shards), False)
+    with (
+        ThreadPoolExecutor(_NUM_CHECKS, "shard-check") as threads,
+        Progress(
+            "check cache", -(-num_bytes // MIB), unit="MiB", shown=progress and is_long
+        ) as bar,
+    ):
+        found = threads.map(lambda shard: _is_cached(folder, shard), present)
+        checked = shown = 0
+        try:
+            for shard, is_same in zip(present, found, strict=True):
+                is_cached[shard.name] = is_same
+                checked += shard.num_bytes
+                bar.advance(-(-checked // MIB) - shown)
+                shown = -(-checked // MIB)
+                heartbeat()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+    return [shard for shard in shards if not is_cached[shard.name]]
 
 
 def _is_cached(folder: str, shard: ShardInfo) -> bool:

@@ -24,6 +24,8 @@ class TrainingDisplay:
         self._config = config
         self._progress: Progress | None = None
         self._phase = ""
+        self._other: Progress | None = None  # of a worker: other work than steps
+        self._other_title = ""
 
     def __enter__(self) -> "TrainingDisplay":
         load_bar()  # while no other thread imports anything
@@ -33,6 +35,7 @@ class TrainingDisplay:
         self._close(*error)
 
     def _close(self, *error: Any) -> None:
+        self._close_other()
         if self._progress is not None:
             self._progress.__exit__(*(error or (None, None, None)))
             self._progress = None
@@ -43,9 +46,14 @@ class TrainingDisplay:
         The first step of a process opens the bar.
         """
         if event["event"] == "phase":
+            self._close_other()
             self._show_phase(event["name"])
             return
+        if event["event"] == "progress":
+            self._show_other(event)
+            return
         if self._progress is None and event["event"] == "step":
+            self._close_other()
             self._progress = self._open(event)
         if self._progress is None:
             return
@@ -56,6 +64,23 @@ class TrainingDisplay:
             self._progress.advance(event["num_images"], note)
         elif event["event"] == "epoch":
             self._progress.line(_epoch_line(event))
+
+    def _show_other(self, event: Mapping[str, Any]) -> None:
+        """Shows the progress of a worker, see `flexunet.progress.sent_by`."""
+        if self._progress is not None:
+            return  # a terminal has one bar at a time
+        if self._other is None or self._other_title != event["title"]:
+            self._close_other()
+            self._other_title = event["title"]
+            self._other = Progress.of(event, shown=self._config.progress).__enter__()
+        self._other.follow(event)
+        if event["is_over"]:
+            self._close_other()
+
+    def _close_other(self) -> None:
+        if self._other is not None:
+            self._other.__exit__(None, None, None)
+            self._other = None
 
     def _show_phase(self, name: str) -> None:
         """Names a phase that shows nothing else for long."""

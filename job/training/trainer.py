@@ -8,14 +8,13 @@ process has a trainer and computes the same; only that of the first process has 
 import dataclasses
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import tensorflow as tf
 
 from flexunet.errors import DivergedError, StoppedError
-from flexunet.progress import Heartbeat
+from flexunet.progress import Heartbeat, is_watched
 from flexunet.text import pluralize
 from job.config import TrainConfig
 from job.data.dataset import Dataset
@@ -100,8 +99,7 @@ class Trainer:
 
     @property
     def _shows_bar(self) -> bool:
-        is_terminal = sys.stderr is not None and sys.stderr.isatty()
-        return self.config.progress and self.process_group.is_primary and is_terminal
+        return self.config.progress and self.process_group.is_primary and is_watched()
 
     def restore(self) -> TrainState:
         """Returns the state of the newest verified checkpoint, or of a new run."""

@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import pty
@@ -7,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -198,3 +201,29 @@ def test_a_closed_terminal_is_no_interrupt_under_nohup() -> None:
             time.sleep(0.1)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_progress_is_sent_where_somebody_sees_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    now, events = standing_clock(monkeypatch), list[Mapping[str, Any]]()
+    assert not progress.is_watched()
+    with progress.sent_by(events.append):
+        assert progress.is_watched()
+        with Progress("read", 10, done=2) as bar:
+            for second in range(1, 9):
+                now[0] = second / 4
+                bar.advance(note=f"file {second}")
+        with Progress("hidden", 10, shown=False) as hidden:
+            hidden.advance()
+    # At the start, twice a second, and at the end; nothing is logged there.
+    assert [event["done"] for event in events] == [2, 5, 8, 10]
+    assert [event["is_over"] for event in events] == [False, False, False, True]
+    assert not caplog.messages
+    assert json.loads(json.dumps(events)) == events
+    with Progress.of(events[0]) as seen:
+        now[0] += 4
+        for event in events:
+            seen.follow(event)
+    assert caplog.messages == ["read: 10/10 images, 2.0 images/s, file 8"]

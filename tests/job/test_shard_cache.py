@@ -17,8 +17,8 @@ from data_prep.pipeline import prepare
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, StorageError
 from flexunet.progress import Heartbeat, Progress
-from flexunet.storage import GcsStore, ObjectStore, open_store
-from job.data import downloads
+from flexunet.storage import GcsStore, ObjectStore, crc32c_of_file, open_store
+from job.data import downloads, shard_cache
 from job.data.dataset import Dataset, open_dataset
 from job.data.downloads import ShardCopies
 from job.data.reader import Record
@@ -99,6 +99,38 @@ def test_damaged_cache_copy_heals_with_one_warning(
     assert_same(batches_of(dataset, plan, cache_dir=tmp_path), control)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert warnings == [f"{path}: the cached copy is damaged; copying it again"]
+
+
+def test_cached_shards_are_checked_at_the_same_time(
+    many_shards: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    read_all(many_shards, tmp_path / "cache")
+    barrier, lock, checked = threading.Barrier(8), threading.Lock(), list[str]()
+
+    def together(path: str) -> int:
+        with lock:
+            checked.append(path)
+            is_first = len(checked) <= 8
+        if is_first:
+            barrier.wait(30)  # raises if fewer than 8 threads come
+        return crc32c_of_file(path)
+
+    monkeypatch.setattr(shard_cache, "crc32c_of_file", together)
+    monkeypatch.setattr(shard_cache, "_SHOWN_CHECK_BYTES", 0)
+    folder = tmp_path / "cache" / many_shards.digest
+    damaged = shards_of(folder)[3:5]
+    for path in damaged:
+        flip(path, 100)
+    damaged[0].unlink()
+    caplog.set_level("INFO")
+    read_all(many_shards, tmp_path / "cache")
+    assert len(checked) == len(many_shards.manifest.shards) - 1
+    assert f"{damaged[1]}: the cached copy is damaged; copying it again" in caplog.messages
+    assert "check cache: 1/1 MiB" in caplog.messages
+    assert any("caching" in each and ": 2 shards, " in each for each in caplog.messages)
 
 
 def test_damaged_source_is_a_content_error(remote: str, copy: Path, tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """The summary of an evaluation and the lines of epochs fit a terminal."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 
+from flexunet.progress import Progress, sent_by
 from job.config import TrainConfig
 from job.metrics.confusion import summarize
 from job.metrics.per_case import Scale, measure_case, summarize_cases
@@ -55,3 +58,29 @@ def test_the_line_of_an_epoch_fits_a_terminal(caplog: pytest.LogCaptureFixture) 
     assert line.startswith("epoch 999/1000 ")
     assert line.endswith(" foreground Dice 0.5000")
     assert len(line) <= 80
+
+
+def test_the_progress_of_a_worker_is_shown_between_the_steps(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    step = {"event": "step", "epoch": 0, "step": 1, "num_epochs": 1, "epoch_images": 4}
+    step |= {"num_images": 4, "loss": 1.0}
+    sent: list[Mapping[str, Any]] = []
+    with sent_by(sent.append), Progress("evaluate test", 3, unit="cases") as bar:
+        bar.advance(3)
+    with TrainingDisplay(TrainConfig(data="data")) as display:
+        display.report({**sent[0], "title": "cache"})  # and its worker is killed
+        display.report(step)
+        display.report(sent[0])  # not beside the bar of the steps
+        display.report({"event": "phase", "name": "evaluation", "needs_peers": True})
+        caplog.clear()
+        for event in sent:
+            display.report(event)
+        assert caplog.messages == ["evaluate test: 3/3 cases"]
+        display.report(sent[0])  # and the driver is interrupted
+    with TrainingDisplay(TrainConfig(data="data", progress=False)) as display:
+        caplog.clear()
+        for event in sent:
+            display.report(event)
+    assert not caplog.messages

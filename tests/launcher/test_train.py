@@ -105,6 +105,7 @@ def test_a_killed_worker_changes_nothing(
     code, errors = driver.end()
     assert code == 0, errors
     assert "restarting the workers" in errors
+    assert "evaluate test, rank 0 of 2: " in errors  # the progress of a worker
     assert "resuming from checkpoints/step-" in errors
 
     expected, found = weights_of(tmp_path / "control"), weights_of(store.url)
