@@ -1,17 +1,17 @@
-"""Compares ways to send gradients in bfloat16 with float32, for a small network.
+"""Compares methods to send gradients in bfloat16 with float32, for a small network.
 
     python benchmarks/rounding.py [--steps 500] [--replicas 4] [--seeds 0,1,2]
 
-One process computes what the replicas would: each has one image per step. All ways start with the
-same weights and see the same images.
+One process computes what the replicas would: each has one image per step. All methods start with
+the same weights and see the same images.
 
 float32         the sum of the parts
 nearest         each part rounded to the nearest bfloat16, summed in bfloat16 as in a ring; this is
                 `--gradient-dtype bfloat16`
 stochastic      each part rounded up or down at random, so that its mean is exact; summed likewise
 error feedback  each replica adds what it rounded off to its part of the next step
-restarted       error feedback, but half-way the replicas lose what they keep, as after a kill with
-                a checkpoint of weights and moments alone
+restarted       error feedback, but after half of the steps the replicas lose what they keep, as
+                after a kill with a checkpoint of weights and moments alone
 
 The table has the loss, the Dice of new images, and the root mean square error of the gradient
 relative to the sum in float32 of the same parts.
@@ -26,7 +26,7 @@ from machine import describe_machine, shown, write_result
 from data_prep.phantoms.images import make_phantom
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
 
-WAYS = ("float32", "nearest", "stochastic", "error feedback", "restarted")
+METHODS = ("float32", "nearest", "stochastic", "error feedback", "restarted")
 NETWORK = ModelConfig(num_layers=3, base_filters=6, base_kernels=(3, 3), dropout_rate=0.0)
 LEARNING_RATE = 1e-3
 NUM_VALIDATION = 40  # images
@@ -35,35 +35,36 @@ LAST = 50  # steps whose loss is averaged
 
 @click.command()
 @click.option("--image-size", default=48, show_default=True, help="Side of the images, pixels.")
-@click.option("--steps", default=500, show_default=True, help="Steps of each way.")
+@click.option("--steps", default=500, show_default=True, help="Steps of each method.")
 @click.option("--replicas", default=4, show_default=True, help="Replicas; one image each.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Of weights and images.")
-@click.option("--ways", default=",".join(WAYS), show_default=True, help="Ways to compare.")
-def main(image_size: int, steps: int, replicas: int, seeds: str, ways: str) -> None:
-    """Compare ways to send gradients, and write `results/rounding.json`."""
+@click.option("--methods", default=",".join(METHODS), show_default=True, help="Methods to compare.")
+def main(image_size: int, steps: int, replicas: int, seeds: str, methods: str) -> None:
+    """Compare methods to send gradients, and write `results/rounding.json`."""
     from job.distributed.runtime import import_tensorflow
     from job.distributed.strategy import configure
 
     import_tensorflow()
     configure(TrainConfig(global_batch_size=replicas))
-    rows: dict[str, list[dict[str, Any]]] = {way: [] for way in ways.split(",")}
+    rows: dict[str, list[dict[str, Any]]] = {method: [] for method in methods.split(",")}
     final: dict[tuple[str, int], list[np.ndarray]] = {}
     for seed in map(int, seeds.split(",")):
         images, masks = phantoms(seed, image_size)
-        for way in rows:
-            trained = Trained(way, seed, image_size, replicas)
+        for method in rows:
+            trained = Trained(method, seed, image_size, replicas)
             trained.train(images, masks, steps)
-            rows[way].append(trained.result(images, masks))
-            final[way, seed] = [weight.numpy() for weight in trained.model.weights]
-            print(f"seed {seed}, {way}: {rows[way][-1]}", flush=True)
+            rows[method].append(trained.result(images, masks))
+            final[method, seed] = [weight.numpy() for weight in trained.model.weights]
+            print(f"seed {seed}, {method}: {rows[method][-1]}", flush=True)
     columns = ("loss", "dice", "gradient_error")
     table = {
-        way: {key: [row[key] for row in found] for key in columns} for way, found in rows.items()
+        method: {key: [row[key] for row in found] for key in columns}
+        for method, found in rows.items()
     }
     same = {
         f"seed {seed}": all(map(np.array_equal, weights, final["error feedback", seed]))
-        for (way, seed), weights in final.items()
-        if way == "restarted" and ("error feedback", seed) in final
+        for (method, seed), weights in final.items()
+        if method == "restarted" and ("error feedback", seed) in final
     }
     write_result(
         "rounding",
@@ -73,13 +74,13 @@ def main(image_size: int, steps: int, replicas: int, seeds: str, ways: str) -> N
             "steps": steps,
             "replicas": replicas,
             "restarted_has_the_bits_of_error_feedback": same,
-            "ways": table,
+            "methods": table,
         },
     )
     print(f"{'':16}{'loss':>24}{'Dice':>24}{'gradient error':>24}")
-    for way, found in table.items():
+    for method, found in table.items():
         cells = "".join(f"{shown(found[key], 4):>24}" for key in columns)
-        print(f"{way:16}{cells}")
+        print(f"{method:16}{cells}")
     print(f"restarted error feedback ends with the same bits: {same}")
 
 
@@ -91,16 +92,16 @@ def phantoms(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Trained:
-    """A network whose gradients are summed over replicas in one of the ways."""
+    """A network whose gradients are summed over replicas in one of the methods."""
 
-    def __init__(self, way: str, seed: int, image_size: int, replicas: int) -> None:
+    def __init__(self, method: str, seed: int, image_size: int, replicas: int) -> None:
         import tensorflow as tf
 
         from job.losses import make_loss
         from job.models.registry import build_model
         from job.optimization.optimizer import Adam
 
-        self.tf, self.way, self.seed, self.replicas = tf, way, seed, replicas
+        self.tf, self.method, self.seed, self.replicas = tf, method, seed, replicas
         shape = (image_size, image_size, 1)
         self.model = build_model(NETWORK, image_shape=shape, num_classes=2, seed=seed)
         self.optimizer = Adam(OptimizerConfig(clipvalue=None), self.model.trainable_variables)
@@ -117,7 +118,7 @@ class Trained:
         """Trains so many steps on random images."""
         tf, random = self.tf, np.random.default_rng(self.seed)
         for count in range(steps):
-            if self.way == "restarted" and count == steps // 2:
+            if self.method == "restarted" and count == steps // 2:
                 for residual in (each for part in self.residuals for each in part):
                     residual.assign(tf.zeros_like(residual))
             chosen = random.integers(0, len(images) - NUM_VALIDATION, self.replicas)
@@ -153,7 +154,7 @@ class Trained:
             losses.append(loss)
             parts.append(tape.gradient(loss, weights))
         exact = [tf.add_n(list(each)) for each in zip(*parts, strict=True)]
-        total = exact if self.way == "float32" else self._sent(parts, count)
+        total = exact if self.method == "float32" else self._sent(parts, count)
         self.optimizer.apply(
             total, step=count, learning_rate=tf.constant(LEARNING_RATE, tf.float64)
         )
@@ -177,9 +178,9 @@ class Trained:
 
     def _rounded(self, part: Any, replica: int, index: int, count: Any) -> Any:
         tf = self.tf
-        if self.way == "nearest":
+        if self.method == "nearest":
             return tf.cast(part, tf.bfloat16)
-        if self.way == "stochastic":
+        if self.method == "stochastic":
             # The upper half of the bits, after a random number is added to the lower half.
             seed = tf.stack([tf.cast(count, tf.int32), replica * 1000 + index])
             noise = tf.random.stateless_uniform(part.shape, seed, 0, 2**16, tf.int32)

@@ -90,9 +90,9 @@ SMOKES = [
     ),
     Smoke(
         "rounding.py",
-        ("--image-size", "32", "--steps", "2", "--seeds", "0", "--ways", "float32,restarted"),
+        ("--image-size", "32", "--steps", "2", "--seeds", "0", "--methods", "float32,restarted"),
         "rounding.json",
-        ("ways>float32>loss", "ways>restarted>gradient_error"),
+        ("methods>float32>loss", "methods>restarted>gradient_error"),
     ),
     Smoke(
         "recipe.py",
