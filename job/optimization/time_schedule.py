@@ -81,19 +81,26 @@ class TimeSchedule:
         """
         if budget_s != self.budget_s:
             self.budget_s = budget_s
-            self.note(self.used_s, step)
+            self._set(self._measured(step), step)
 
     def note(self, used_s: float, step: int) -> None:
         """Takes a reading of the clock, the same in all processes.
+
+        The part never falls, though the reserve may: else the learning rate would rise again.
 
         Args:
             step: the first that the reading concerns.
         """
         self.used_s = used_s
-        if self._followed is None:
-            fraction = _fraction(used_s, self.budget_s - self.reserve_s)
-        else:
-            fraction = _value_at(self._followed, step)
+        fraction = self._measured(step)
+        self._set(fraction if self._followed else max(fraction, self.fraction_at(step)), step)
+
+    def _measured(self, step: int) -> float:
+        if self._followed is not None:
+            return _value_at(self._followed, step)
+        return _fraction(self.used_s, self.budget_s - self.reserve_s)
+
+    def _set(self, fraction: float, step: int) -> None:
         if self.record and self.record[-1][0] == step:
             self.record[-1][1] = fraction
         elif fraction != self.fraction_at(step):

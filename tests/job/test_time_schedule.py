@@ -95,6 +95,10 @@ def test_the_end_of_an_epoch_is_kept_free_and_epochs_may_end_first() -> None:
     late = state_of(config)
     for _ in range(3):
         late.end_step(0.0)
+    assert state.time is not None
+    before = state.time.fraction_at(state.step)
+    state.note_epoch_end(50.0)  # nothing to keep free any more: the part stays
+    assert (state.time.reserve_s, state.time.fraction_at(state.step)) == (0.0, before)
     assert late.rate(config, 2) == pytest.approx((1 + math.cos(math.pi * 3 / 4)) / 2)
 
 
@@ -107,11 +111,13 @@ def test_a_resumed_run_and_one_that_follows_the_record_have_the_same_parts(
     config = config_of(time_budget=data.draw(st.floats(0.1, 20)))
     whole, resumed = state_of(config), state_of(config)
     for step, used_s in enumerate(readings):
-        whole.end_step(used_s)
         if step == cut:
             resumed = TrainState(**json.loads(json.dumps(resumed.as_values())))
             resumed.begin(config, None)
-        resumed.end_step(used_s)
+        for each in (whole, resumed):
+            each.end_step(used_s)
+            if step % 3 == 2:
+                each.note_epoch_end(used_s + step % 2)
     assert dataclasses.asdict(resumed) == dataclasses.asdict(whole)
     assert whole.time is not None
     followed = TrainState(learning_rate=1.0)
@@ -121,6 +127,8 @@ def test_a_resumed_run_and_one_that_follows_the_record_have_the_same_parts(
     assert followed.time is not None
     assert followed.time.record == whole.time.record
     assert len(whole.time.record) <= 1000
+    parts = [part for _, part in whole.time.record]
+    assert parts == sorted(parts)
 
 
 def test_a_longer_budget_goes_on_and_the_values_of_other_runs_stay() -> None:
