@@ -225,7 +225,10 @@ def _length(situation: Situation) -> Chosen:
 
 
 def _precision(situation: Situation) -> Chosen:
-    return {"precision": ("auto", f"this machine computes in {situation.machine.precision}")}
+    return {
+        "precision": ("auto", f"this machine computes in {situation.machine.precision}"),
+        "fit_postprocessing": (True, "uses only what is better beyond chance"),
+    }
 
 
 def _loss(situation: Situation) -> Chosen:
@@ -243,13 +246,10 @@ def _foreground_share(situation: Situation) -> Chosen:
     shown = f"{100 * share:.0f} % of the samples have foreground"
     is_rare = 0 < share < RARE_SHARE
     chosen = (RARE_SHARE, f"only {shown}") if is_rare else (None, shown)
-    start = situation.value("foreground_share") if _is_given(situation) else chosen[0]
+    is_given = "foreground_share" in situation.given
+    start = situation.value("foreground_share") if is_given else chosen[0]
     end = (None, "the share does not change") if start is None else (0.0, "ends as the images are")
     return {"foreground_share": chosen, "foreground_share_end": end}
-
-
-def _is_given(situation: Situation) -> bool:
-    return "foreground_share" in situation.given
 
 
 def _optimizer(situation: Situation) -> Chosen:
@@ -347,8 +347,9 @@ RULES = (
         _length,
     ),
     Rule(
-        ("precision",),
-        "`auto`: the narrowest type that the hardware computes natively.",
+        ("precision", "fit_postprocessing"),
+        "`auto`: the narrowest type that the hardware computes natively. After training, "
+        "thresholds, smallest regions and a temperature are fitted on the validation split.",
         _precision,
     ),
     Rule(("loss.name", "loss.class_weights"), "Cross-entropy plus Dice, no class weights.", _loss),

@@ -61,7 +61,9 @@ def tiled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optimizer.learning-rate": "0.003",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    done = commands.run("job.train", "--local", "--no-tensorboard", *arguments)
+    done = commands.run(
+        "job.train", "--local", "--no-tensorboard", "--fit-postprocessing", *arguments
+    )
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "tiles"
 
@@ -135,8 +137,10 @@ def test_training_reports_every_batch_of_windows(tiled_run: Path, tmp_path: Path
         train_and_evaluate(setup, Callbacks(report, lambda: False, heartbeat))
     # 4 rows of 4 windows in batches of 2, for one picture after an epoch; for two of the test
     # split, which report again when they are measured and when they are drawn, and for 9 batches of
-    # tiles. The best checkpoint is read in two pieces, its record and its weights.
-    assert reported == {"end of epoch 1": 8, "evaluation": 2 + 9 + 2 * (8 + 1 + 1)}
+    # tiles. The best checkpoint is read in two pieces, its record and its weights. The fit reports
+    # the windows of two images of the validation split, and each image three times.
+    assert reported["end of epoch 1"] == 8
+    assert reported["evaluation"] == 2 + 9 + 2 * (8 + 1 + 1) + 2 * (8 + 3)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -173,6 +177,8 @@ def test_training_evaluates_and_shows_images(tiled_run: Path) -> None:
     assert (summary["case"], summary["overlap"]) == ("picture", TILE // 2)
     assert summary["num_cases"] == summary["sizes"]["original"]["num_cases"] == 2
     assert summary["foreground_mean"]["dice"] > 0.7
+    fitted = json.loads((tiled_run / "postprocessing.json").read_text())
+    assert (fitted["overlap"], fitted["fitted_on"]["num_cases"]) == (16, 2)  # half a window
     (shown, *_) = (tiled_run / "epoch_change_infer").iterdir()
     assert cv2.imread(str(shown)).shape == (SIDE, SIDE, 3)
 
