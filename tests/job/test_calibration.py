@@ -59,6 +59,9 @@ def test_errors_equal_those_of_a_loop_over_pixels(seed: int) -> None:
         plain_error([float(p.max()) for _, p in pixels], [bool(y == p.argmax()) for y, p in pixels])
     )
     assert found == pytest.approx(expected, abs=1e-9)
+    if num_classes == 2:  # as one output, of class 1
+        one = bin_case(truth, probabilities[..., 1:], ignore_id).errors()
+        assert one == pytest.approx(expected, abs=1e-6)
 
 
 def test_cases_add_up_in_their_order_and_without_pixels_nothing_is_defined() -> None:

@@ -179,7 +179,7 @@ def test_selection_keeps_the_default_where_the_gain_may_be_chance() -> None:
 def test_selection_needs_five_groups_and_prefers_the_default() -> None:
     better = np.stack([np.full(8, 0.5), np.full(8, 0.9)], axis=1)
     found = select(scores_of(better), ["a", "a", "b", "b", "c", "c", "d", "d"], 0)
-    assert (found.index, found.best, found.low) == (0, 1, None)
+    assert (found.index, found.best, found.low, found.gain) == (0, 1, None, None)
     equal = np.full((8, 5), 0.7)
     assert select(scores_of(equal), [str(i) for i in range(8)], 2).best == 2
     undefined = Scores(np.zeros((8, 1, 3)), np.zeros((8, 1, 3)))
