@@ -54,13 +54,15 @@ def run(source: str, output: str | None, config: InspectConfig, *, as_json: bool
     """
     store = output_store(source, output)
     inspection, sheet = inspect_source(source, config, with_contact_sheet=True)
-    write_findings(store, inspection, sheet)
+    # The findings are shown first: writing them may fail.
     if as_json:
         click.echo(json.dumps(inspection.as_json(), indent=2))
     else:
         from data_prep.inspection.tables import print_inspection
 
         print_inspection(inspection)
+    write_findings(store, inspection, sheet)
+    if not as_json:
         names = [JSON_NAME, *([CONTACT_SHEET_NAME] if sheet else [])]
         click.echo(f"\nwritten to {store.url}: {', '.join(names)}")
     return inspection.exit_code

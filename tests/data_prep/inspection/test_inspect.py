@@ -280,6 +280,11 @@ def test_the_command_writes_its_findings_and_nothing_into_the_source(
     assert sorted(Path(url).rglob("*")) == before
     assert cli.main([url, "--json", "--output", str(tmp_path / "other")]) == 0
     assert json.loads(capsys.readouterr().out) == written
+    (tmp_path / "file").write_text("x")
+    assert cli.main([url, "--output", str(tmp_path / "file" / "below")]) == 2
+    written_nowhere = capsys.readouterr()
+    assert "Proposed command" in written_nowhere.out
+    assert "is a file, not a folder" in written_nowhere.err
     monkeypatch.chdir(url)
     assert cli.main([url, "--num-processes", "1"]) == 2
     assert "into which inspect writes nothing" in capsys.readouterr().err
