@@ -162,10 +162,11 @@ def _undecided(
     found = f"{'; '.join(decision.evidence)} ({pluralize(masks.num_files, 'mask')} read)"
     if not decision.candidates:
         return UsageError(
-            f"masks: {found}; replace the files, or give --mask-encoding and --classes"
+            f"the masks have no clear reading: {found}; replace the files, or give --mask-encoding "
+            "and --classes"
         )
     choices = " or ".join(each.arguments() for each in decision.candidates[:_MAX_SHOWN])
-    return UsageError(f"masks: {found}; give {choices}")
+    return UsageError(f"the masks have several readings: {found}; give {choices}")
 
 
 def _command(config: PrepConfig, reading: Reading, paths: CommandPaths | None) -> str:
