@@ -58,7 +58,10 @@ def measure_step(
     """
     logger.info("dry step: measuring the memory of a training step")
     of_process = max(1, config.global_batch_size // machine.num_replicas) * machine.local_replicas
-    request = config.model_copy(update={"global_batch_size": of_process, "progress": False})
+    changes = {"global_batch_size": of_process, "progress": False, "epochs": config.epochs or 1}
+    # The clock of a time budget changes the rate only.
+    no_clock = {"time_budget": None, "time_schedule": None}
+    request = config.model_copy(update=changes | no_clock)
     with tempfile.TemporaryFile() as question, tempfile.TemporaryFile() as answer:
         question.write(request.model_dump_json().encode())
         question.seek(0)
