@@ -47,9 +47,9 @@ _RECIPE: dict[str, Any] = {
     "foreground_share": 0.5,
 }
 # Defaults of all other options. The defaults of "reference" are the training of the reference
-# implementation; benchmarks/recipe.py compares the recipe with it. Those of "auto" only check the
-# explicit options: job/planning replaces them.
-PRESETS: dict[str, dict[str, Any]] = {"auto": _RECIPE, "reference": {}, "recipe": _RECIPE}
+# implementation; benchmarks/recipe.py compares the recipe with it. Those of "auto" are planned from
+# the dataset, see job/planning.
+PRESETS: dict[str, dict[str, Any]] = {"auto": {}, "reference": {}, "recipe": _RECIPE}
 
 
 def dotted_keys(values: Mapping[str, Any], prefix: str = "") -> set[str]:
@@ -68,7 +68,7 @@ class TrainConfig(Settings):
     """The options of one training run."""
 
     preset: Literal["auto", "reference", "recipe"] = option(
-        "reference",
+        "auto",
         "Set of defaults for the other options. auto: planned from the dataset and the machine of "
         "the first worker, see `flexunet plan`. reference: the training of the reference "
         "implementation. recipe: group normalisation, cross-entropy plus Dice loss over the "
@@ -318,8 +318,8 @@ class TrainConfig(Settings):
         base = PRESETS.get(preset, {})
         if values.get("time_budget") is not None:
             base = {**base, "epochs": None}
-        if preset == "auto" and isinstance(values.get("accumulate"), int):
-            base = {"global_batch_size": values["accumulate"], **base}
+        if preset == "auto":
+            base = deep_merge(base, _companions(values))
         config = parse(deep_merge(base, values))
         if preset == "auto":
             _unset(config, base, values)
@@ -371,6 +371,21 @@ class TrainConfig(Settings):
                 f"give 0 to {self.folds - 1}"
             )
         return self
+
+
+def _companions(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values that let explicit options pass the checks before the others are planned."""
+    found: dict[str, Any] = {}
+    if isinstance(values.get("accumulate"), int):
+        found["global_batch_size"] = values["accumulate"]
+    if isinstance(values.get("foreground_share_end"), int | float):
+        found["foreground_share"] = max(0.5, values["foreground_share_end"])
+    schedule, model = (values.get(name) or {} for name in ("schedule", "model"))
+    if isinstance(schedule, Mapping) and schedule.get("cosine"):
+        found["schedule"] = {"reduce_on_plateau": False}
+    if isinstance(model, Mapping) and {"dropout_rate", "deep_supervision"} & set(model):
+        found["model"] = {"num_layers": 2 + int(model.get("deep_supervision") or 0)}
+    return found
 
 
 def _unset(settings: Settings, base: Mapping[str, Any], values: Mapping[str, Any]) -> None:

@@ -84,6 +84,7 @@ def _resolved(
     where: str,
     options: Mapping[str, Any] | None,
     name_for: Callable[[TrainConfig], str],
+    new_preset: str = str(TrainConfig.model_fields["preset"].default),
 ) -> TrainConfig:
     """Returns the config of `values`; an existing run adds its stored options.
 
@@ -91,6 +92,7 @@ def _resolved(
         where: origin of the values, for error messages.
         options: values from the command line; None: there is no command line.
         name_for: returns the run name if `values` have none.
+        new_preset: of a new run if `values` have none.
     """
     place = {name: values[name] for name in _PLACE if name in values}
     found = parse_settings(TrainConfig, place, where, typed=options)
@@ -99,7 +101,8 @@ def _resolved(
     stored = _stored_values(found)
     _refuse_other_kind(found, is_new=stored is None)
     if stored is None:
-        return parse_settings(TrainConfig, {**values, "name": name}, where, typed=options)
+        new = {"preset": new_preset, **values, "name": name}
+        return parse_settings(TrainConfig, new, where, typed=options)
     given = {**values, "name": name}
     if values.get("preset") == "auto":
         _refuse_to_plan_again(stored, run_url(found))
@@ -241,6 +244,11 @@ def _resolve_reference(
     from job.compat.ini_reader import format_notes
 
     reference = read_reference_config(file)
+    if options.get("preset") == "auto":
+        raise UsageError(
+            f"--preset auto: {file} sets all options as the reference implementation does, so "
+            "nothing is planned; leave --preset or the file out"
+        )
     _check_preset(options, reference.train, file)
     if options.get("progress", True) or function is None:
         from rich.console import Console
@@ -255,6 +263,7 @@ def _resolve_reference(
         file,
         options if function is None else None,
         lambda found: run_name(found.data or folder),
+        "reference",
     )
     own = _absolute(config.model_copy(update={"data": join_url(config.output, _own_name(config))}))
     is_own = "data" not in options and config.data in (None, own.data)
@@ -314,7 +323,8 @@ def _check_preset(options: Mapping[str, Any], values: Mapping[str, Any], file: s
         UsageError: names the keys that only the file sets.
     """
     preset = options.get("preset")
-    if preset in (None, values.get("preset", "reference")):
+    # With auto, all values of the file count as given, and the plan is made around them.
+    if preset in (None, "auto", values.get("preset", "reference")):
         return
     lost = sorted(PRESET_KEYS & dotted_keys(values) - dotted_keys(options))
     if lost:

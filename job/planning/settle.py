@@ -8,7 +8,7 @@ from typing import Any
 from flexunet.errors import UsageError
 from flexunet.settings import deep_merge, parse_settings
 from flexunet.storage import ObjectStore, PreconditionFailed, open_store
-from job.config import TrainConfig
+from job.config import ModelConfig, TrainConfig
 from job.data.dataset import Dataset, open_dataset
 from job.planning.facts import DatasetFacts, MachineFacts, dataset_facts
 from job.planning.options import begun_config, needs_plan
@@ -118,15 +118,22 @@ def given_options(config: TrainConfig) -> dict[str, Any]:
     The network of --init-from counts as given, because its weights need it.
     """
     values = explicit_values(config)
-    source = config.init_from
-    if source is not None and not source.endswith(WEIGHT_FILES):
-        model = open_run(source).config.model.model_dump(mode="json")
-        values = deep_merge({"model": model}, values)
+    if config.init_from is not None:
+        values = deep_merge({"model": _network_of(config.init_from)}, values)
     return {
         name: value
         for name, value in flat_values(values).items()
         if name in _GIVEN or name.startswith(_GROUPS)
     }
+
+
+def _network_of(source: str) -> dict[str, Any]:
+    """Returns the options of the network whose weights `--init-from` reads.
+
+    A weight file does not name them: it counts as the reference's network.
+    """
+    model = ModelConfig() if source.endswith(WEIGHT_FILES) else open_run(source).config.model
+    return model.model_dump(mode="json", exclude={"num_classes", "image_channels"})
 
 
 def fitted_plan(

@@ -24,6 +24,7 @@ from tests.job.processes import free_addresses, weights_of
 PROJECT = Path(__file__).resolve().parents[2]
 NUM_EPOCHS, NUM_STEPS, NUM_SAMPLES, BATCH, SEED = 10, 6, 12, 2, 1234  # steps of an epoch
 OPTIONS = {
+    "preset": "reference",
     "epochs": str(NUM_EPOCHS),
     "global-batch-size": str(BATCH),
     "seed": str(SEED),

@@ -60,6 +60,7 @@ def _train_discs(folder: Path) -> None:
         "data": prepare_discs(folder),
         "output": str(folder / "runs"),
         "name": "discs",
+        "preset": "reference",
         "epochs": "5",
         "seed": "2",  # of others, some find no disc yet
         "global-batch-size": "1",

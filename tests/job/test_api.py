@@ -55,6 +55,7 @@ def train(dataset_url: str, output: Path, **options: Any) -> flexunet.Run:
         "data": dataset_url,
         "output": output,
         "name": "a",
+        "preset": "reference",
         "epochs": 1,
         "global_batch_size": 4,
         "model": SMALL,

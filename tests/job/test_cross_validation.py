@@ -224,6 +224,7 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
     options = ["--folds", "3", "--epochs", "2", "--data", data, "--output", str(tmp_path / "runs")]
     options += ["--name", "cv", "--no-tensorboard", "--prediction-images", "0"]
     options += ["--model.num-layers", "2", "--model.base-filters", "4", "--precision", "float32"]
+    options += ["--preset", "reference"]
     done = commands.run("job.train", "--local", *options)
     assert done.returncode == 0, done.stderr
     runs = tmp_path / "runs"

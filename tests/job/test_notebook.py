@@ -122,7 +122,16 @@ def test_a_run_trains_after_tensorflow_was_used(
     options = [
         *("--data", prepare_discs(tmp_path), "--output", str(tmp_path / "runs"), "--epochs", "1"),
         *("--global-batch-size", "4", "--cpu-replicas", str(num_cpus), "--threads", "0"),
-        *("--model.num-layers", "2", "--model.base-filters", "4", "--model.base-kernels", "3,3"),
+        *(
+            "--preset",
+            "reference",
+            "--model.num-layers",
+            "2",
+            "--model.base-filters",
+            "4",
+            "--model.base-kernels",
+            "3,3",
+        ),
         *("--no-tensorboard", "--no-progress", "--prediction-images", "0"),
     ]
     # The second has other shapes.
@@ -154,6 +163,7 @@ run = flexunet.train(
     name="a",
     epochs={epochs},
     global_batch_size=1,
+    preset="reference",
     model={{"num_layers": 2, "base_filters": 2, "base_kernels": (3, 3)}},
     prediction_images=0,
     tensorboard=False,

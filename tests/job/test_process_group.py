@@ -54,6 +54,7 @@ def options(dataset: str, output: Path, name: str, **changes: str) -> list[str]:
         "global-batch-size": "4",
         "precision": "float64",
         "prediction-images": "1",
+        "preset": "reference",
         "model.num-layers": "4",
         "model.base-filters": "4",
         "model.base-kernels": "3,3",

@@ -270,7 +270,16 @@ def test_a_run_keeps_what_its_weights_began_from(
     assert summary["init_from"] == []
     shutil.copytree(trained_run, tmp_path / "source-run")
     options = ["--data", dataset.url, "--output", str(tmp_path / "runs"), "--name", "next"]
-    options += ["--init-from", "source-run", "--epochs", "1", "--prediction-images", "0"]
+    options += [
+        "--preset",
+        "reference",
+        "--init-from",
+        "source-run",
+        "--epochs",
+        "1",
+        "--prediction-images",
+        "0",
+    ]
     options += ["--model.num-layers", "2", "--model.base-filters", "8", "--no-tensorboard"]
     options += ["--model.base-kernels", "5,5", "--precision", "float32"]
     run, known = (

@@ -55,6 +55,7 @@ def tiled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "global-batch-size": "2",
         "precision": "float32",
         "prediction-images": "1",
+        "preset": "reference",
         "model.num-layers": "2",
         "model.base-filters": "8",
         "model.base-kernels": "5,5",

@@ -76,5 +76,8 @@ def test_launch_trains_every_fold_and_pools_them(
     )
     assert done.returncode == 0, done.stderr
     assert "3 folds, 2 at a time" in done.stderr
+    names = ("cv", "cv-fold-0", "cv-fold-1", "cv-fold-2")
+    plans = {(tmp_path / "runs" / name / "plan.json").read_bytes() for name in names}
+    assert len(plans) == 1
     summary = json.loads((tmp_path / "runs" / "cv" / CROSS_VALIDATION_NAME).read_text())
     assert summary["sizes"]["network"]["pooled"]["num_cases"] == 12

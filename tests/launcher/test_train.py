@@ -33,6 +33,7 @@ OPTIONS = {
     "precision": "float32",
     "prediction-images": "1",
     "threads": "1",
+    "preset": "reference",
     "model.num-layers": "3",
     "model.base-filters": "4",
     "model.base-kernels": "3,3",

@@ -12,13 +12,23 @@ import pytest
 
 from data_prep.phantoms.images import write_phantoms
 from flexunet.storage import ObjectStore, open_store
+from job.planning.plan_file import read_plan
 from tests.launcher.conftest import PROJECT, Launch
 from tests.launcher.head import ray_head
 
 MAMMOGRAMS = PROJECT.parent / "shared" / "data" / "inbreast-mini"
 _TRAIN = (
     *("--num-workers", 2, "--epochs", 2, "--global-batch-size", 4, "--precision", "float32"),
-    *("--model.num-layers", 3, "--model.base-filters", 4, "--model.base-kernels", "3,3"),
+    *(
+        "--preset",
+        "reference",
+        "--model.num-layers",
+        3,
+        "--model.base-filters",
+        4,
+        "--model.base-kernels",
+        "3,3",
+    ),
 )
 
 
@@ -56,6 +66,10 @@ def test_a_cluster_started_by_hand_goes_the_whole_way(
     names = _show(store)
     found = {name.split("/")[2] for name in names if name.startswith("runs/first/")}
     assert {"checkpoints", "metrics", "evaluation", "epoch_change_infer", "outcome.json"} <= found
+    plan = read_plan(store.subpath("runs/first"))  # of the first of both workers
+    assert plan is not None
+    assert plan.machine.num_replicas == 2
+    assert plan.chose("optimizer.name")
     masks = [name for name in names if name.startswith("masks/") and name.count("/") == 1]
     assert sum(name.endswith(".png") for name in masks) == num_images
     assert {"dataset/dataset.json", "dataset/samples.parquet"} <= set(names)
