@@ -366,6 +366,7 @@ def make_run(
         "global-batch-size": "1",
         "precision": "float32",
         "prediction-images": "0",
+        "preset": "reference",
         "model.num-layers": "2",
         "model.base-filters": "8",
         "model.base-kernels": "3,3",

@@ -342,6 +342,7 @@ def resume(section: Section) -> None:
             "prediction-images": "0",
             "checkpoint-every-minutes": "0.0001",  # one right after the other
             "schedule.early-stopping-patience": "0",
+            "preset": "reference",
             "model.num-layers": str(section.sizes.num_small_layers),
             "model.base-filters": "8",
             "model.base-kernels": "3,3",

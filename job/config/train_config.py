@@ -73,7 +73,7 @@ class TrainConfig(Settings):
         "the first worker, see `flexunet plan`. reference: the training of the reference "
         "implementation. recipe: group normalisation, cross-entropy plus Dice loss over the "
         "foreground classes, AdamW, warm-up and cosine decay, half of the samples with "
-        "foreground.",
+        "foreground. The defaults shown for the other options are those of reference.",
         not_identity=True,
     )
     data: str | None = option(

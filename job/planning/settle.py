@@ -23,7 +23,7 @@ from job.planning.plan_file import (
 )
 from job.planning.plan_words import plan_words
 from job.planning.rules import FILTERS, PLANNED, make_plan
-from job.planning.situation import GIB, MEMORY_SHARE, Limits
+from job.planning.situation import GIB, Limits
 from job.runs.identity import differences
 from job.runs.loading import WEIGHT_FILES, open_run
 from job.runs.run import Run
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _GROUPS = ("model.", "loss.", "optimizer.", "schedule.", "augmentation.")
 _GIVEN = PLANNED | {"time_budget"}
+# Share of the memory that a measured step may use: evaluation and checkpoints need the rest.
+_MEASURED_SHARE = 0.85
 # With less than this share of the memory, an estimate needs no dry step.
 _SURE_SHARE = 0.3
 
@@ -164,7 +166,7 @@ def fitted_plan(
         if measure is None or (is_sure and not always):
             return plan
         found = measure(with_plan(config, plan), machine)
-        limit = MEMORY_SHARE[machine.device] * machine.memory_bytes
+        limit = _MEASURED_SHARE * machine.memory_bytes
         if found.fits and found.memory_bytes <= limit:
             return _with_measured(plan, found, tried)
         tried.append(_words(plan, found, machine))
@@ -202,7 +204,7 @@ def _tighter(plan: Plan, limits: Limits, machine: MachineFacts) -> Limits:
     filters = plan.value("model.base_filters")
     fewer = [n for n in FILTERS if isinstance(filters, int) and n < filters]
     if fewer and plan.chose("model.base_filters"):
-        return Limits(limits.samples_at_once, fewer[0])
+        return Limits(plan.samples_at_once, fewer[0])
     raise UsageError(
         f"training does not fit into the memory of {machine.host}, "
         f"{machine.memory_bytes / GIB:.1f} GiB, with {filters} filters "

@@ -120,7 +120,7 @@ def _watched(
     """
     peak = 0
     while process.poll() is None:
-        peak = max(peak, _resident_bytes(process.pid))
+        peak = max(peak, _own_bytes(process.pid))
         if peak > limit:
             process.kill()
         if should_stop():
@@ -130,12 +130,20 @@ def _watched(
     return peak
 
 
-def _resident_bytes(pid: int) -> int:
+def _own_bytes(pid: int) -> int:
+    """Returns the memory of a process without its pages of files, which the kernel can drop."""
     try:
         with open(f"/proc/{pid}/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
+            _, resident, of_files, *_ = map(int, file.read().split())
+    except (OSError, ValueError):
         return 0
+    return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _file_bytes() -> int:
+    """Returns the pages of files in the memory of this process, in bytes."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[2]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _text(file: Any) -> str:
@@ -207,7 +215,7 @@ def _measured(config: TrainConfig) -> dict[str, Any]:
                 if len(durations) == _NUM_STEPS:
                     break
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - _file_bytes()
     gpus = _gpu_peaks()
     return {"fits": True, "memory_bytes": max(gpus, default=peak), "step_s": min(durations[1:])}
 

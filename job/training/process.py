@@ -85,7 +85,9 @@ def run_process(
     """
     # Check first whatever can be checked without TensorFlow, whose import takes seconds.
     dataset = open_folded(config)
-    planned = preview(config, machine_facts(config, spec, num_gpus))
+    planned = config
+    if needs_plan(config):
+        planned = preview(config, machine_facts(config, spec, num_gpus))
     check_compatible(planned, dataset)
     if spec is None or spec.size == 1:
         if launch is None:  # a launcher has checked it already

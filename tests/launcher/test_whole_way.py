@@ -20,8 +20,6 @@ MAMMOGRAMS = PROJECT.parent / "shared" / "data" / "inbreast-mini"
 _TRAIN = (
     *("--num-workers", 2, "--epochs", 2, "--global-batch-size", 4, "--precision", "float32"),
     *(
-        "--preset",
-        "reference",
         "--model.num-layers",
         3,
         "--model.base-filters",
