@@ -84,7 +84,8 @@ def main(image_size: int, repeats: int, warm_ups: int, num_layers: int) -> None:
         prepare(find_sources(f"{folder}/source"), f"{folder}/data", options, progress=False)
         for count in range(warm_ups + repeats):
             command = [
-                "--local", "--preset", "reference", "--data", f"{folder}/data", "--output", f"{folder}/runs",
+                "--local", "--preset", "reference", "--data", f"{folder}/data",
+                "--output", f"{folder}/runs",
                 "--name", f"start-{count}", "--precision", "float32",
                 "--model.num-layers", str(num_layers), "--model.image-channels", "3",
             ]  # fmt: skip
