@@ -25,13 +25,12 @@ from job.config.identity import (
     stored_options,
     values_of_identity,
 )
+from job.config.presets import PRESET_KEYS, dotted_keys
 from job.config.train_config import (
     HYBRID_WEIGHTS,
-    PRESET_KEYS,
     MetricName,
     TrainConfig,
     checked_run_name,
-    dotted_keys,
 )
 
 __all__ = [

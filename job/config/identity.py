@@ -6,7 +6,8 @@ from typing import Any
 
 from flexunet.errors import ContentError, UsageError
 from flexunet.settings import deep_merge, fields_of, parse_settings
-from job.config.train_config import PRESET_KEYS, TrainConfig
+from job.config.presets import PRESET_KEYS
+from job.config.train_config import TrainConfig
 
 # Identity fields of later versions, each with the value that earlier versions used. The values
 # are frozen: a new default does not change them.

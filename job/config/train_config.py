@@ -1,7 +1,6 @@
-"""Defines `TrainConfig`, all options of `flexunet train`, and the presets."""
+"""Defines `TrainConfig`, all options of `flexunet train`."""
 
 import re
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import ModelWrapValidatorHandler, field_validator, model_validator
@@ -16,6 +15,7 @@ from job.config.groups import (
     ScheduleConfig,
 )
 from job.config.network_checks import check_encoder_training, check_statistics
+from job.config.presets import PRESETS, companions, unset
 
 # Valid in every storage and on every cluster.
 RUN_NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")
@@ -32,36 +32,6 @@ MetricName = Literal[
 ]
 HYBRID_WEIGHTS = (1.5, 0.5)
 _MIN_FOLDS = 3
-
-
-_RECIPE: dict[str, Any] = {
-    "model": {"normalization": "group"},
-    "loss": {"name": "ce_dice"},
-    "optimizer": {"name": "adamw", "learning_rate": 1e-3, "clipvalue": None, "clipnorm": 1.0},
-    "schedule": {
-        "reduce_on_plateau": False,
-        "early_stopping_patience": 0,
-        "warmup_epochs": 1.0,
-        "cosine": True,
-    },
-    "foreground_share": 0.5,
-}
-# Defaults of all other options. The defaults of "reference" are the training of the reference
-# implementation; benchmarks/recipe.py compares the recipe with it. Those of "auto" are planned from
-# the dataset, see job/planning.
-PRESETS: dict[str, dict[str, Any]] = {"auto": {}, "reference": {}, "recipe": _RECIPE}
-
-
-def dotted_keys(values: Mapping[str, Any], prefix: str = "") -> set[str]:
-    """Returns the dotted keys of nested `values`."""
-    found: set[str] = set()
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        found |= dotted_keys(value, f"{name}.") if isinstance(value, Mapping) else {name}
-    return found
-
-
-PRESET_KEYS = frozenset().union(*map(dotted_keys, PRESETS.values()))
 
 
 class TrainConfig(Settings):
@@ -319,10 +289,10 @@ class TrainConfig(Settings):
         if values.get("time_budget") is not None:
             base = {**base, "epochs": None}
         if preset == "auto":
-            base = deep_merge(base, _companions(values))
+            base = deep_merge(base, companions(values))
         config = parse(deep_merge(base, values))
         if preset == "auto":
-            _unset(config, base, values)
+            unset(config, base, values)
         return config
 
     @model_validator(mode="after")
@@ -371,30 +341,6 @@ class TrainConfig(Settings):
                 f"give 0 to {self.folds - 1}"
             )
         return self
-
-
-def _companions(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values that let explicit options pass the checks before the others are planned."""
-    found: dict[str, Any] = {}
-    if isinstance(values.get("accumulate"), int):
-        found["global_batch_size"] = values["accumulate"]
-    if isinstance(values.get("foreground_share_end"), int | float):
-        found["foreground_share"] = max(0.5, values["foreground_share_end"])
-    schedule, model = (values.get(name) or {} for name in ("schedule", "model"))
-    if isinstance(schedule, Mapping) and schedule.get("cosine"):
-        found["schedule"] = {"reduce_on_plateau": False}
-    if isinstance(model, Mapping) and {"dropout_rate", "deep_supervision"} & set(model):
-        found["model"] = {"num_layers": 2 + int(model.get("deep_supervision") or 0)}
-    return found
-
-
-def _unset(settings: Settings, base: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Marks the fields of `base` that are not in `values` as not set."""
-    for name, value in base.items():
-        if name not in values:
-            settings.__pydantic_fields_set__.discard(name)
-        elif isinstance(value, Mapping) and isinstance(values[name], Mapping):
-            _unset(getattr(settings, name), value, values[name])
 
 
 def checked_run_name(name: str) -> str:

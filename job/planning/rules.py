@@ -137,6 +137,9 @@ def _batch(situation: Situation) -> Chosen:
     parts = int(situation.value("accumulate")) if "accumulate" in situation.given else 1
     unit = machine.num_replicas * parts
     size = next((n for n in sizes if n >= wanted and n % unit == 0), unit * -(-wanted // unit))
+    limit = situation.limits.samples_at_once
+    if limit is not None and situation.model().exchanges_statistics:
+        size = min(size, limit * machine.num_replicas)  # there are no micro-batches
     counts = [str(n) for n in range(1, size + 1) if size % n == 0]
     reason = f"{', '.join(counts)} workers divide it"
     return {
@@ -178,7 +181,7 @@ def _filters(situation: Situation) -> Chosen:
 def _accumulate(situation: Situation) -> Chosen:
     batch, limit = situation.replica_batch, situation.limits.samples_at_once
     parts = [n for n in range(1, batch + 1) if batch % n == 0]
-    if situation.value("model.normalization") == "batch":
+    if situation.model().exchanges_statistics:
         return {"accumulate": (1, "batch normalisation needs the whole batch at once")}
 
     def fits(part: int) -> bool:

@@ -199,7 +199,8 @@ def _tighter(plan: Plan, limits: Limits, machine: MachineFacts) -> Limits:
     Raises:
         UsageError: nothing is left to reduce.
     """
-    if plan.samples_at_once > 1 and plan.chose("accumulate"):
+    is_ignored = plan.samples_at_once > (limits.samples_at_once or plan.samples_at_once)
+    if plan.samples_at_once > 1 and plan.chose("accumulate") and not is_ignored:
         return Limits(plan.samples_at_once // 2, limits.base_filters)
     filters = plan.value("model.base_filters")
     fewer = [n for n in FILTERS if isinstance(filters, int) and n < filters]

@@ -103,7 +103,12 @@ def test_a_given_option_wins_and_the_others_are_planned_around_it() -> None:
     assert values(wide)["accumulate"] > values(plan(machine=small))["accumulate"]
     assert values(plan(given={"epochs": 3}))["schedule.warmup_epochs"] == 0.15
     assert plan(given={"epochs": 3}).num_steps == 18
-    for given in ({"schedule.reduce_on_plateau": True}, {"model.normalization": "batch"}):
+    for given in (
+        {"schedule.reduce_on_plateau": True},
+        {"model.normalization": "batch"},
+        {"model.name": "residual-unet"},
+        {"model.name": "encoder-unet", "model.encoder_batch_norm": "synchronized"},
+    ):
         parse_settings(TrainConfig, plan(given=given, machine=small).values(), "plan")
 
 

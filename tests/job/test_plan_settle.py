@@ -168,6 +168,17 @@ def test_a_dry_step_that_does_not_fit_gives_smaller_parts_then_fewer_filters(
     given = typed.resolve(model={"base_filters": 32}, accumulate=4)
     with pytest.raises(UsageError, match=r"does not fit into the memory of laptop, 16\.0 G"):
         fitted_plan(facts, LAPTOP, given, Steps(filters=24), always=True)
+    # Batch normalisation allows no parts: the batch itself becomes smaller, unless it was given.
+    batch = {"model": {"normalization": "batch"}}
+    assert (
+        fitted_plan(facts, LAPTOP, typed.resolve(**batch), Steps(samples=2), always=True).value(
+            "global_batch_size"
+        )
+        == 2
+    )
+    with pytest.raises(UsageError, match="does not fit into the memory of laptop"):
+        config = typed.resolve(global_batch_size=4, **batch)
+        fitted_plan(facts, LAPTOP, config, Steps(samples=2), always=True)
     # Far below the memory, nothing is measured.
     assert fitted_plan(facts, LAPTOP, config, never).measured is None
 
