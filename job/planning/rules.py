@@ -249,8 +249,7 @@ def _foreground_share(situation: Situation) -> Chosen:
     shown = f"{100 * share:.0f} % of the samples have foreground"
     is_rare = 0 < share < RARE_SHARE
     chosen = (RARE_SHARE, f"only {shown}") if is_rare else (None, shown)
-    is_given = "foreground_share" in situation.given
-    start = situation.value("foreground_share") if is_given else chosen[0]
+    start = situation.values.get("foreground_share", chosen[0])
     end = (None, "the share does not change") if start is None else (0.0, "ends as the images are")
     return {"foreground_share": chosen, "foreground_share_end": end}
 
