@@ -6,15 +6,14 @@ the others around it.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from flexunet.text import pluralize
 from job.planning.advice import notes_on
 from job.planning.facts import DatasetFacts, MachineFacts
 from job.planning.plan_file import Choice, Plan
-from job.planning.situation import GIB, Limits, Situation
+from job.planning.situation import GIB, Chosen, Limits, Rule, Situation
 
 LARGEST_LEVELS = 7
 SMALLEST_BOTTOM = 8  # pixels, shorter side of the deepest level
@@ -29,24 +28,6 @@ TRAINING_MINUTES = 60.0
 RARE_SHARE = 0.5
 WARMUP_SHARE = 0.05
 EMA_SHARE, MOST_EMA = 0.05, 0.999
-
-# option -> (value, reason)
-Chosen = dict[str, tuple[Any, str]]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A rule of a plan.
-
-    Attributes:
-        options: those that it chooses.
-        text: the rule in words, for the documentation.
-        choose: the rule.
-    """
-
-    options: tuple[str, ...]
-    text: str
-    choose: Callable[[Situation], Chosen]
 
 
 def make_plan(

@@ -1,7 +1,7 @@
-"""Holds what a rule of a plan may look at: facts, limits, and the values chosen so far."""
+"""Defines a rule of a plan, and what it may look at: facts, limits, and values chosen so far."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,3 +140,22 @@ class Situation:
                 3 * self.cost(**changes).flops * self.batch / num_processes / machine.cores / rate
             )
         return 3 * self.cost(**changes).flops * self.replica_batch / rate
+
+
+# option -> (value, reason)
+Chosen = dict[str, tuple[Any, str]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of a plan.
+
+    Attributes:
+        options: those that it chooses.
+        text: the rule in words, for the documentation.
+        choose: the rule.
+    """
+
+    options: tuple[str, ...]
+    text: str
+    choose: Callable[[Situation], Chosen]
