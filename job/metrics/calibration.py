@@ -77,18 +77,32 @@ def bin_case(
         top_ids = (found[:, 0] > 0.5).astype(np.uint8)
         columns = [found[:, 0], np.maximum(found[:, 0], 1 - found[:, 0])]
     else:
-        top_ids = np.argmax(found, axis=-1).astype(np.uint8)
-        columns = [*found.T[1:], found.max(axis=-1, initial=0)]
+        top_ids, highest = _top_class(found)
+        columns = [*found.T[1:], highest]
     rights = [*(labels == index + 1 for index in range(len(columns) - 1)), labels == top_ids]
     parts = [_bin(column, right) for column, right in zip(columns, rights, strict=True)]
     pixels, right, probability = (np.stack(each) for each in zip(*parts, strict=True))
     return Bins(pixels, right, probability)
 
 
+def _top_class(found: npt.NDArray[np.float32]) -> tuple[Ids, npt.NDArray[np.float32]]:
+    """Returns the most probable class (N,) of (N, K), and its probability.
+
+    Class by class, because `argmax` over a short axis takes several times as long.
+    """
+    highest, ids = found[:, 0].copy(), np.zeros(len(found), np.uint8)
+    for class_id in range(1, found.shape[1]):
+        ids[found[:, class_id] > highest] = class_id
+        np.maximum(highest, found[:, class_id], out=highest)
+    return ids, highest
+
+
 def _bin(
     column: npt.NDArray[np.float32], right: npt.NDArray[np.bool_]
 ) -> tuple[Counts, Counts, Values]:
-    values = np.nan_to_num(column.astype(np.float64), nan=0.0)  # a network may have diverged
+    values = column.astype(np.float64)
+    if np.isnan(values.sum()):  # the network has diverged
+        values = np.nan_to_num(values, nan=0.0)
     index = np.minimum((values * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     both = np.bincount(2 * index + right, minlength=2 * NUM_BINS).reshape(NUM_BINS, 2)
     sums = np.bincount(index, weights=values, minlength=NUM_BINS)
