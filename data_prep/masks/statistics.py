@@ -42,8 +42,9 @@ class ValueCount:
     """The pixels of one value or colour.
 
     Attributes:
-        num_flat: pixels whose 3 x 3 neighbours differ by 12 levels or less in each channel.
-        num_solid: pixels whose 3 x 3 neighbours are equal.
+        num_flat: pixels whose 3 x 3 neighbours differ by 12 levels or less in each channel; all
+            pixels of a grey mask that has only 0 and 255.
+        num_solid: pixels whose 3 x 3 neighbours are equal; all pixels of such a mask.
         num_deep: pixels whose 13 x 13 neighbours are equal; only counted for 255 and 224,224,192.
         num_beside: pixels with another value than 0 within 13 x 13 pixels; counted for the same.
         num_files: files with this value.
@@ -242,10 +243,12 @@ def _of_levels(plane: Pixels, key: str) -> dict[str, Any]:
 
 def _level_counts(plane: Pixels) -> tuple[dict[int, ValueCount], int]:
     """Returns the count of each value, and the pixels of values that are not kept."""
-    difference = _range_of(plane)
-    every, flat, solid = (
-        _histogram(plane, which) for which in (None, difference <= FLAT_RANGE, difference == 0)
-    )
+    every = flat = solid = _histogram(plane, None)
+    # Most masks are black and white, and no rule asks for areas of these two.
+    if not set(np.flatnonzero(every).tolist()) <= {0, VOID_LEVEL}:
+        difference = _range_of(plane)
+        flat = _histogram(plane, difference <= FLAT_RANGE)
+        solid = _histogram(plane, difference == 0)
     counts = {
         int(v): ValueCount(int(every[v]), int(flat[v]), int(solid[v]))
         for v in np.flatnonzero(every)
