@@ -40,7 +40,7 @@ from data_prep.masks.rules import (
     option_to_add,
     options_to_ignore,
 )
-from data_prep.masks.solid_areas import FEW_COLORS, SolidArea, find_solid_areas
+from data_prep.masks.solid_areas import FEW_COLORS, SolidArea, find_solid_areas, has_sharp_edges
 from flexunet.errors import ContentError
 
 ClassIds = npt.NDArray[np.uint8]
@@ -184,7 +184,8 @@ def _read_coded(coded: CodedMask, rules: MaskRules, name: str) -> MaskReading:
     box = _box_around(lookup(~shades.is_exact, coded.codes))
     codes = np.ascontiguousarray(coded.codes[box])
     assigned = assign_classes(codes, shades)
-    areas = find_solid_areas(codes, shades, assigned)
+    is_clean = len(off) <= FEW_COLORS and has_sharp_edges(coded.codes, shades)
+    areas = find_solid_areas(codes, shades, assigned, is_clean=is_clean)
     if areas:
         _refuse_areas(areas, box, coded, rules, name=name)
     ids[box] = lookup(coded.ids, assigned.index)

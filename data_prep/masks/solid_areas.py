@@ -8,8 +8,10 @@ Any other area is a label that the classes do not name. Three kinds are found:
   class colours around;
 - noisy: connected pixels with a square of 8 x 8 pixels that are neither noise nor blends.
 
-In a mask of few colours, which has no noise, sharp areas also count if their colour is within the
-tolerance of the class around them, and so do lines of a colour that is no blend of any two classes.
+A mask of few colours has no noise. There, 4 connected pixels also count if their colour is no blend
+of any two classes. If the edges between its classes are sharp but for one or two places, it has no
+blends either, and any 4 connected pixels count. Else sharp areas also count if their colour is
+within the tolerance of the class around them.
 
 Limits: after resampling, areas of under about 100 pixels (after JPEG compression 400) and lines of
 1 or 2 pixels look like blends. Colours about
@@ -33,6 +35,10 @@ _MIN_SHARP = 4  # pixels
 _MIN_NOISY = 8  # pixels, the side of a square; JPEG's blocks have this size
 _MIN_EXACT = 0.9  # of the pixels around a sharp area
 _MAX_LABELS = 1024  # colours of sharp areas of a mask; masks have a few
+_SHARP_EDGES = 4  # sharp edges for each unmapped pixel between two classes, in a clean mask
+_MIN_SHARP_EDGES = 16  # pairs of pixels
+_MAX_BLENDS = 2  # connected parts; an area on an edge between two classes looks like one
+_NEARBY = 9  # pixels, side of the square in which a pixel between two classes has both
 FEW_COLORS = 8  # unmapped colours of a mask without blends
 
 
@@ -52,20 +58,62 @@ class SolidArea:
     column: int
 
 
-def find_solid_areas(codes: Codes, shades: Shades, assigned: Assignment) -> list[SolidArea]:
+def has_sharp_edges(codes: Codes, shades: Shades) -> bool:
+    """Returns whether the edges between the classes of a whole mask have no blends.
+
+    Most of them then have pixels of both classes side by side.
+    """
+    import cv2
+
+    classes = np.where(shades.is_exact, shades.nearest, np.int16(-1))
+    index = lookup(classes, codes)
+    num_sharp = 0
+    for one, other in ((index[1:], index[:-1]), (index[:, 1:], index[:, :-1])):
+        num_sharp += np.count_nonzero((one != other) & (one >= 0) & (other >= 0))
+    square = np.ones((_NEARBY,) * 2, np.uint8)
+    highest = cv2.dilate(index, square)
+    lowest = -cv2.dilate(np.where(index < 0, np.int16(-1 << 14), -index), square)
+    num_between = np.count_nonzero((index < 0) & (highest >= 0) & (highest != lowest))
+    return num_sharp >= max(_MIN_SHARP_EDGES, _SHARP_EDGES * num_between)
+
+
+def find_solid_areas(
+    codes: Codes, shades: Shades, assigned: Assignment, *, is_clean: bool = False
+) -> list[SolidArea]:
     """Returns the areas of no class, the largest first.
 
     Args:
         codes: (H, W), index of the pixel's colour in `shades`.
         assigned: the classes of the same mask.
+        is_clean: the whole mask has few colours, and sharp edges.
     """
     if assigned.is_exact.all():
         return []
+    if is_clean and _num_blends(assigned) <= _MAX_BLENDS:
+        areas = _areas_by_color(codes, shades, ~assigned.is_exact)
+        return sorted(areas, key=lambda area: -area.num_pixels)
     is_found = _soft_pixels(codes, shades, assigned)
     is_found |= _SharpAreas(codes, shades, assigned).pixels()
     is_found |= _noisy_pixels(assigned)
     areas = [_area(codes, shades, box, inside) for box, inside in _components(is_found, 1)]
     return sorted(areas, key=lambda area: -area.num_pixels)
+
+
+def _num_blends(assigned: Assignment) -> int:
+    """Returns the number of connected parts that are explained as blends."""
+    import cv2
+
+    flags = ~(assigned.is_seed | assigned.is_unexplained)
+    return cv2.connectedComponents(flags.view(np.uint8), connectivity=8)[0] - 1
+
+
+def _areas_by_color(codes: Codes, shades: Shades, flags: Flags) -> Iterator[SolidArea]:
+    """Yields the areas of each colour in connected parts of `flags` that are not tiny."""
+    for box, merged in _components(flags, _MIN_SHARP):
+        here = codes[box]
+        for code in np.unique(here[merged]):
+            for inner, inside in _components(merged & (here == code), 1):
+                yield _area(codes, shades, _nested(box, inner), inside)
 
 
 def _area(codes: Codes, shades: Shades, box: Box, inside: Flags) -> SolidArea:
@@ -153,7 +201,9 @@ class _SharpAreas:
         codes, shades = self._codes, self._shades
         result = np.zeros(codes.shape, bool)
         cores = ~self._assigned.is_exact
-        if self._num_colors(cores) > FEW_COLORS:
+        if self._num_colors(cores) <= FEW_COLORS:
+            result = self._no_blends(cores)
+        else:
             # JPEG compression makes squares of one colour, but close to a class.
             cores = _equal_squares(codes)
             cores &= lookup(shades.distances > shades.tolerances, codes)
@@ -167,6 +217,16 @@ class _SharpAreas:
                     if self._is_label(place, inside, int(code)):
                         result[place] |= inside
         return self._completed(result)
+
+    def _no_blends(self, unmapped: Flags) -> Flags:
+        """Returns (H, W) bool, unmapped pixels of colours that are no noise and no blends."""
+        shades, result = self._shades, np.zeros(unmapped.shape, bool)
+        is_odd = ~shades.is_near
+        for code in np.flatnonzero(is_odd & _is_used(self._codes[unmapped], len(is_odd))):
+            is_odd[code] = not is_blend(shades.values[code], shades.colors)
+        for box, inside in _components(unmapped & lookup(is_odd, self._codes), _MIN_SHARP):
+            result[box] |= inside
+        return result
 
     def _num_colors(self, flags: Flags) -> int:
         number = len(self._shades.values)
