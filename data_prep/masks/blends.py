@@ -257,7 +257,10 @@ def _between(
         code = codes[some]
         values = shades.values[code].astype(np.int64)
         ends = shades.colors[present[some]]
-        nearer, distance = _nearer_end(values, ends)
+        if ends.shape[1] <= _MAX_ENDS:
+            nearer, distance = _nearer_end(values, ends)
+        else:
+            nearer, distance = np.zeros(len(ends), np.int64), np.full(len(ends), np.inf)
         own = np.sqrt(((values - shades.colors[shades.nearest[code]]) ** 2).sum(axis=1))
         among = ((values[:, np.newaxis] - ends) ** 2).sum(axis=2)
         # Compared with a segment, a class within its tolerance is preferred.
@@ -277,8 +280,6 @@ def _nearer_end(values: Colors, ends: Colors) -> tuple[Colors, npt.NDArray[np.fl
         values: (N, C) colours.
         ends: (N, P, C) the ends for each colour.
     """
-    if ends.shape[1] > _MAX_ENDS:
-        return np.zeros(len(values), np.int64), np.full(len(values), np.inf)
     first, second = np.triu_indices(ends.shape[1], 1)
     start = ends[:, first].astype(np.float64)  # (N, pairs, C)
     along = ends[:, second] - start

@@ -198,19 +198,21 @@ def code_colors(pixels: Pixels, known: KnownColors) -> CodedMask:
     """
     blocks = list(row_blocks(pixels.shape))
     runs = [_runs(pixels[rows]) for rows in blocks]
-    ours, _ = _runs(known.colors.astype(np.uint8)[:, np.newaxis])
+    ours = _packed(known.colors.astype(np.uint8)[:, np.newaxis])
     order = np.argsort(ours)
     others = _distinct(found[~_find(found, ours, order)[1]] for found, _ in runs)
     table = _table_of(others)
     codes = np.empty(pixels.shape[:2], np.int32)
     counts = np.zeros(len(ours) + len(others), np.int32)
-    for rows, (found, lengths) in zip(blocks, runs, strict=True):
+    for rows in blocks:
+        found, lengths = runs.pop(0)  # not needed any more
         code, is_known = _find(found, ours, order)
         rest = found[~is_known]
         places = np.searchsorted(others, rest) if table is None else table[rest & (_NUM_RGB - 1)]
         code[~is_known] = len(ours) + places
         codes[rows] = np.repeat(code, lengths).reshape(codes[rows].shape)
         _add_counts(counts, code, lengths)
+    del table
     values = np.empty((len(counts), 3), np.uint8)
     values[: len(ours)] = known.colors
     for channel, shift in enumerate((16, 8, 0)):
@@ -245,12 +247,17 @@ def level_counts(plane: Pixels) -> npt.NDArray[np.int64]:
 
 def _runs(pixels: Pixels) -> tuple[Packed, Lengths]:
     """Returns the colours of the runs of equal pixels, and their lengths."""
-    import cv2
-
-    packed = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGRA).view("<u4").ravel()
+    packed = _packed(pixels)
     starts = np.flatnonzero(packed[1:] != packed[:-1]).astype(np.int32) + 1
     starts = np.concatenate([np.zeros(1, np.int32), starts])
     return packed[starts], np.diff(starts, append=np.int32(packed.size))
+
+
+def _packed(pixels: Pixels) -> Packed:
+    """Returns the colours of (H, W, 3) pixels in the order of the rows, (H * W,)."""
+    import cv2
+
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGRA)).view("<u4").ravel()
 
 
 def _find(

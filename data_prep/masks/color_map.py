@@ -3,6 +3,7 @@
 The module reads text only, no pixels and no files.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ DEFAULT_CLASSES = (ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass",
 EARLIER_CLASSES = "background=0,0,0;mass=255,255,255"
 
 
+@functools.lru_cache(maxsize=64)
 def parse_color_map(text: str) -> tuple[ClassColor, ...]:
     """Returns the classes of a text like `background=0,0,0;mass=255,255,255`, ids in this order.
 
@@ -243,6 +245,7 @@ def parse_color(text: str) -> Color | None:
     return (red, green, blue) if max(red, green, blue) <= 255 else None
 
 
+@functools.lru_cache(maxsize=256)
 def _parse_ignored(text: str) -> Color:
     plain = text.strip()
     if re.fullmatch(r"\d{1,5}", plain, re.ASCII) and int(plain) <= _MAX_LEVEL:

@@ -176,27 +176,32 @@ def _read_coded(coded: CodedMask, rules: MaskRules, name: str) -> MaskReading:
     shades = coded.shades
     ids = lookup(coded.ids[shades.nearest], coded.codes)
     counts = np.where(shades.is_exact, 0, coded.counts)
-    off = np.flatnonzero(counts)
-    if not len(off):
+    num_colors = int(np.count_nonzero(counts))
+    if not num_colors:
         return MaskReading(ids)
-    _refuse_ignore_id(coded, off, rules, name=name)
+    if num_colors <= FEW_COLORS:
+        _refuse_ignore_id(coded, np.flatnonzero(counts), rules, name=name)
     # Most masks have unmapped pixels only along the edges of a few areas.
     box = _box_around(lookup(~shades.is_exact, coded.codes))
     codes = np.ascontiguousarray(coded.codes[box])
     assigned = assign_classes(codes, shades)
-    is_clean = len(off) <= FEW_COLORS and has_sharp_edges(coded.codes, shades)
+    is_clean = num_colors <= FEW_COLORS and has_sharp_edges(coded.codes, shades)
     areas = find_solid_areas(codes, shades, assigned, is_clean=is_clean)
     if areas:
         _refuse_areas(areas, box, coded, rules, name=name)
     ids[box] = lookup(coded.ids, assigned.index)
-    colors = tuple(
-        UnmappedColor(coded.color_of(code), int(counts[code]), int(coded.ids[shades.nearest[code]]))
-        for code in _commonest(counts, MAX_COLORS_KEPT).tolist()
+    common = _commonest(counts, MAX_COLORS_KEPT)
+    colors = zip(
+        map(tuple, coded.colors_of(common).tolist()),
+        counts[common].tolist(),
+        coded.ids[shades.nearest[common]].tolist(),
+        strict=True,
     )
     num_unexplained = int(np.count_nonzero(assigned.is_unexplained))
-    reading = MaskReading(ids, int(counts.sum()), colors, num_unexplained)
+    kept = tuple(UnmappedColor(*each) for each in colors)
+    reading = MaskReading(ids, int(counts.sum()), kept, num_unexplained)
     if _is_empty(ids, rules.ignore_id):
-        _refuse_unexplained(reading, coded, off, rules, name=name)
+        _refuse_unexplained(reading, coded, np.flatnonzero(counts), rules, name=name)
     return reading
 
 
@@ -215,15 +220,12 @@ def _refuse_ignore_id(
 ) -> None:
     """Rejects a mask with the ignore id as a grey level beside colours of classes.
 
-    Only in a mask of few colours: among the levels of blends and noise, that level means nothing.
-
     Args:
-        off: the unmapped colours.
+        off: the unmapped colours of a mask with few of them. Among the levels of blends and noise,
+            that level means nothing.
     """
     level = rules.ignore_id if rules.has_ignore_id else None
-    if level is None or len(off) > FEW_COLORS:
-        return
-    if (level,) * 3 in [coded.color_of(each) for each in off.tolist()]:
+    if level is not None and (level,) * 3 in [coded.color_of(each) for each in off.tolist()]:
         raise ContentError(
             f"{name}: has colours, and the grey level {level}, which is only an id (--ignore-id); "
             f"to ignore its pixels give {options_to_ignore([(level,) * 3], rules)}, else choose "

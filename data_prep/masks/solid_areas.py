@@ -69,11 +69,11 @@ def has_sharp_edges(codes: Codes, shades: Shades) -> bool:
     index = lookup(classes, codes)
     num_sharp = 0
     for one, other in ((index[1:], index[:-1]), (index[:, 1:], index[:, :-1])):
-        num_sharp += np.count_nonzero((one != other) & (one >= 0) & (other >= 0))
+        num_sharp += int(np.count_nonzero((one != other) & (one >= 0) & (other >= 0)))
     square = np.ones((_NEARBY,) * 2, np.uint8)
     highest = cv2.dilate(index, square)
     lowest = -cv2.dilate(np.where(index < 0, np.int16(-1 << 14), -index), square)
-    num_between = np.count_nonzero((index < 0) & (highest >= 0) & (highest != lowest))
+    num_between = int(np.count_nonzero((index < 0) & (highest >= 0) & (highest != lowest)))
     return num_sharp >= max(_MIN_SHARP_EDGES, _SHARP_EDGES * num_between)
 
 
@@ -90,8 +90,8 @@ def find_solid_areas(
     if assigned.is_exact.all():
         return []
     if is_clean and _num_blends(assigned) <= _MAX_BLENDS:
-        areas = _areas_by_color(codes, shades, ~assigned.is_exact)
-        return sorted(areas, key=lambda area: -area.num_pixels)
+        by_color = _areas_by_color(codes, shades, ~assigned.is_exact)
+        return sorted(by_color, key=lambda area: -area.num_pixels)
     is_found = _soft_pixels(codes, shades, assigned)
     is_found |= _SharpAreas(codes, shades, assigned).pixels()
     is_found |= _noisy_pixels(assigned)
@@ -119,14 +119,12 @@ def _areas_by_color(codes: Codes, shades: Shades, flags: Flags) -> Iterator[Soli
 def _area(codes: Codes, shades: Shades, box: Box, inside: Flags) -> SolidArea:
     own = codes[box][inside]
     # An existing colour, not a median of each channel on its own: the first of the nearest ones.
-    used = np.flatnonzero(_is_used(own, len(shades.values)))
-    middle = np.median(shades.values[own], axis=0)
-    distance = np.zeros(len(used), np.float32)
-    for channel, level in enumerate(middle.tolist()):
-        distance += np.abs(shades.values[used, channel] - np.float32(level))
-    is_nearest = np.zeros(len(shades.values), bool)
-    is_nearest[used[distance == distance.min()]] = True
-    code = int(own[is_nearest[own].argmax()])
+    distance = np.zeros(len(shades.values), np.float32)
+    for channel in shades.values.T:
+        distance += np.abs(channel - np.float32(np.median(lookup(channel, own[:, np.newaxis]))))
+    distance[~_is_used(own, len(distance))] = np.inf
+    is_nearest = lookup(distance == distance.min(), own[:, np.newaxis])
+    code = int(own[is_nearest.argmax()])
     place = int(inside.argmax())
     row, column = divmod(place, inside.shape[1])
     return SolidArea(code, len(own), box[0].start + row, box[1].start + column)

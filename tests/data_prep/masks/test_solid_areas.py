@@ -155,6 +155,16 @@ def test_blends_of_few_colors_are_no_areas(seed: int, scale: tuple[float, float]
     assert np.count_nonzero(found != expected) < 0.02 * found.size
 
 
+def test_blends_of_two_of_many_classes_are_no_areas() -> None:
+    rng = np.random.default_rng(0)
+    classes = random_classes(rng, 20, 40)
+    mask = colors_of(classes).astype(np.uint8)[np.repeat([[3, 7]], 20, axis=0)]
+    made = resized(2, cv2.INTER_LINEAR)(np.repeat(mask, 10, axis=1))
+    reading = read_classes(made, MaskRules(classes, encoding="colour"), name="m")
+    assert set(np.unique(reading.ids)) == {3, 7}
+    assert reading.unmapped_pixels > 0
+
+
 def test_many_areas_are_counted_and_the_largest_are_named() -> None:
     mask = np.zeros((64, 64, 3), np.uint8)
     for i in range(5):
