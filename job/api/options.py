@@ -11,6 +11,7 @@ from job.api.keywords import StrPath
 from job.config import (
     AugmentationConfig,
     LossConfig,
+    MetricName,
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -108,17 +109,7 @@ class TrainOptions(TypedDict, total=False):
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16", "float64"]
     deterministic: bool
     init_from: StrPath | None
-    metrics: Sequence[
-        Literal[
-            "dice_coef_multiclass",
-            "dice_coef",
-            "iou_coef",
-            "sensitivity",
-            "specificity",
-            "dice_coef_foreground",
-            "dice_coef_hybrid",
-        ]
-    ]
+    metrics: Sequence[MetricName]
     hybrid_weights: Sequence[float]
     fit_postprocessing: bool
     prediction_images: int

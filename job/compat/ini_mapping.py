@@ -40,6 +40,7 @@ _LOSS_NAMES = {
     "categorical_focal_dice_loss": "categorical_focal_dice",
     "dice_loss_foreground": "dice_foreground",
 }
+# Names in reference files. `MetricName` may get others, which the reference does not have.
 _METRIC_NAMES = (
     "dice_coef_multiclass",
     "dice_coef",

@@ -136,7 +136,9 @@ def test_each_remedy_is_accepted_and_changes_the_outcome(case: str) -> None:
 def test_ignored_levels_of_16_bits_are_read_as_in_the_file_and_in_8_bits() -> None:
     mask = areas(0, "u2", 65535, 300, 100 * 257)
     config = PrepConfig(classes=TWO, ignore="300;100", ignore_id=7)
-    ids = read_mask(mask, rules_of(config), name="m").ids
+    reading = read_mask(mask, rules_of(config), name="m")
+    ids = reading.ids
+    assert reading.unmapped_pixels == 0
     assert [int(ids[10, column]) for column in (6, 18, 30)] == [1, 7, 7]
     rules = dataclasses.replace(rules_of(config), ignored=((300,) * 3,))
     with pytest.raises(ContentError, match=r"64 pixels of grey level 25700 at row 8, column 28"):
