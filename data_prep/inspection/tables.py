@@ -103,11 +103,6 @@ class _Printer:
         ]  # fmt: skip
         title = f"{masks.number} masks, {_counts(masks.file_kinds)}"
         self._table(title, ("value", "looks like", "pixels", "files"), rows)
-        rare = [each for each in masks.values if each.looks_like.startswith("class ")]
-        rare = [each for each in rare if each.share < _RARE]
-        if rare:
-            named = [f"{each.looks_like} in {pluralize(each.num_files, 'file')}" for each in rare]
-            self._line(f"rare, perhaps a mistake: {join_truncated(named, _MAX_ROWS)}")
         for sentence in masks.evidence:
             self._line(f"- {sentence}")
         if masks.encoding is None:
@@ -173,6 +168,12 @@ class _Printer:
             self._line(
                 f"tiny: under {least} pixels, not counted in the other columns; median and 5 %: "
                 "pixels that half and 5 % of the regions do not exceed"
+            )
+        if rare := [each for each in seen if each.share < _RARE]:
+            named = [f"{each.class_name} in {pluralize(each.num_images, 'image')}" for each in rare]
+            self._line(
+                f"rare, under {_percent(_RARE)} of the pixels, perhaps a mistake: "
+                f"{join_truncated(named, _MAX_ROWS)}"
             )
         if unseen := [each.class_name for each in regions if each not in seen]:
             self._line(f"without a region: {join_truncated(unseen, _MAX_CLASSES, separator=', ')}")
