@@ -32,9 +32,8 @@ from job.training.process import stop_signals
     "--dry-step",
     type=click.Choice(["auto", "always", "never"]),
     default="auto",
-    show_default=True,
     help="Train a few steps in another process, to measure memory and time. auto: only if the "
-    "estimated memory is not far below that of this machine.",
+    "estimated memory is not far below that of this machine. [default: auto]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as in plan.json of a run.")
 @settings_options(TrainConfig, skip=("data", "preset"))
