@@ -180,6 +180,8 @@ def _options_of(
     images, masks = pairs[0].images or ".", pairs[0].masks or "."
     if len(pairs) > 1:
         images, masks = _without_split(images), _without_split(masks)
+    # On a command line, none unsets the option.
+    images, masks = (f"./{each}" if each == "none" else each for each in (images, masks))
     chosen = choose_folders(folders, FolderOptions(images, masks))
     return {"images": images, "masks": masks}, chosen or ()
 
