@@ -37,6 +37,7 @@ class InspectConfig(Settings):
     mask_name: str | None = _of_prep("mask_name")
     missing_mask: Literal["error", "empty"] = _of_prep("missing_mask")
     classes: str | None = _of_prep("classes")
+    background: str = _of_prep("background")
     mask_encoding: MaskEncoding = _of_prep("mask_encoding")
     ignore: str | None = _of_prep("ignore")
     group_preset: Literal["augmented"] | None = _of_prep("group_preset")

@@ -25,7 +25,7 @@ from data_prep.inspection.scan import (
     scan_regions,
 )
 from data_prep.inspection.summary import GROUP_OPTIONS, Measured, count_sizes, summarize
-from data_prep.masks.color_map import parse_color_map, parse_ignored
+from data_prep.masks.color_map import FIRST_CLASS, parse_color_map, parse_ignored
 from data_prep.masks.decision.decide import GivenOptions, MaskDecision, decide_masks
 from data_prep.masks.decision.findings import Reading, black_and_white
 from data_prep.prep_input import pairs_of
@@ -193,7 +193,15 @@ def _decide(found: Measured) -> MaskDecision | None:
     given = found.layout.options
     ignored = parse_ignored(config.ignore.split(";")) if config.ignore is not None else None
     classes = parse_color_map(given["classes"]) if given.get("classes") else None
-    return decide_masks(found.masks, GivenOptions(config.mask_encoding, classes, ignored))
+    return decide_masks(
+        found.masks,
+        GivenOptions(
+            config.mask_encoding,
+            classes,
+            ignored,
+            background=None if config.background == FIRST_CLASS else config.background,
+        ),
+    )
 
 
 def _likeliest(decision: MaskDecision | None) -> Reading | None:
@@ -204,10 +212,12 @@ def _likeliest(decision: MaskDecision | None) -> Reading | None:
 
 def layout_of(config: PrepConfig, reading: Reading | None) -> Layout:
     """Returns the options of `prep` that say how the pairs are read, with original sizes."""
+    options = {} if reading is None else reading.options
     if reading is None and config.classes is None:
-        reading = black_and_white()
-    if reading is not None:
-        config = config.model_validate({**config.model_dump(), **reading.options})
+        # The given background may be no class of these.
+        options = {**black_and_white().options, "background": FIRST_CLASS}
+    if options:
+        config = config.model_validate({**config.model_dump(), **options})
     return Layout(
         height=config.height,
         width=config.width,

@@ -41,7 +41,7 @@ from data_prep.inspection.questions import (
     valid_choice,
 )
 from data_prep.inspection.scan import BadFile, ClassRegions, ImageFacts, RegionsScan
-from data_prep.masks.color_map import parse_color_map
+from data_prep.masks.color_map import parse_color_map, with_background
 from data_prep.masks.decision.decide import MaskDecision
 from data_prep.masks.decision.findings import Reading, black_and_white
 from data_prep.masks.statistics import MaskStatistics
@@ -204,9 +204,13 @@ def regions_of(found: Measured) -> tuple[RegionsFinding, ...]:
 def _classes(found: Measured) -> list[str]:
     if not found.regions.num_pairs:
         return []
-    reading = found.reading or black_and_white()
-    text = found.layout.config.classes if found.reading is None else reading.classes
-    return [entry.name for entry in parse_color_map(text or reading.classes)]
+    config = found.layout.config
+    text = config.classes if found.reading is None else found.reading.classes
+    if text is None:
+        classes = tuple(parse_color_map(black_and_white().classes))
+    else:
+        classes = with_background(parse_color_map(text), config.background).classes
+    return [entry.name for entry in classes]
 
 
 def _percentile(areas: Mapping[int, int], share: float) -> int:

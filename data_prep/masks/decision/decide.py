@@ -33,7 +33,7 @@ from data_prep.masks.decision.findings import (
     join_values,
     uncertain,
 )
-from data_prep.masks.decision.level_rules import read_ids, read_levels
+from data_prep.masks.decision.level_rules import note_of_white, read_ids, read_levels
 from data_prep.masks.statistics import VOID_LEVEL, MaskStatistics, ValueCount
 
 
@@ -223,7 +223,10 @@ def _automatic(values: _Values, masks: MaskStatistics, *, has_background: bool =
     if values.colors:
         return read_colors(_all_colors(values), masks, has_background=has_background)
     if not values.indices:
-        return read_levels(values.levels, masks)
+        finding = read_levels(values.levels, masks)
+        if has_background or not finding.is_certain or finding.readings != (black_and_white(),):
+            return finding
+        return certain(black_and_white(), *finding.evidence, *note_of_white(values.levels))
     if not values.levels or is_grey_palette(values.palette):
         finding = read_palettes(masks, values.indices)
         return finding if not values.levels else _with_grey(finding, values, masks)

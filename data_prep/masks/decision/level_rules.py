@@ -47,7 +47,7 @@ def read_levels(levels: Levels, masks: MaskStatistics) -> Finding:
         return _read_16_bits(levels, masks)
     if values == [0, 255]:
         evidence = "the masks have the values 0 and 255"
-        return certain(black_and_white(), evidence, *_note_of_white(levels))
+        return certain(black_and_white(), evidence)
     if values == [0, 1]:
         return certain(ids_reading(2), "the masks have the values 0 and 1")
     if len(values) == 1:
@@ -88,7 +88,7 @@ def read_ids(levels: Levels, masks: MaskStatistics, ids: Reading | None = None) 
     return finding if doubt is None else finding.doubted(doubt)
 
 
-def _note_of_white(levels: Levels) -> list[str]:
+def note_of_white(levels: Levels) -> list[str]:
     """Returns a hint if white covers more than half of the pixels, as the space between cells."""
     num_pixels = sum(count.num_pixels for count in levels.values())
     num_white = sum(count.num_pixels for level, count in levels.items() if level >= 255 - NEAR)
@@ -154,7 +154,7 @@ def is_black_and_white(levels: Levels) -> bool:
 def _soft(levels: Levels) -> Finding:
     num_between = sum(NEAR < value < 255 - NEAR for value in levels)
     evidence = "the masks are black and white, with soft edges or noise"
-    finding = certain(black_and_white(), evidence, *_note_of_white(levels))
+    finding = certain(black_and_white(), evidence)
     if num_between != 1 or len(levels) != 3:
         return finding
     middle = next(value for value in levels if 0 < value < 255)
