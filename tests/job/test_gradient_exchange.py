@@ -118,25 +118,27 @@ class Trained:
         return {k: 10 * v.numpy() for k, v in moments.items() if k.startswith("first/")}
 
 
-@pytest.mark.parametrize("name", list(BUILDERS))
+RESIDUAL = {"name": "residual-unet", "residual_blocks": (1,), "num_layers": 2, "dropout_rate": 0.0}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("config", "num_gathered"),
     [
-        {},
-        {"activation": "mish", "dilation": (2, 2)},
-        {"normalization": "batch", "activation": "mish", "num_layers": 2},
+        (network(), 13),
+        (network(activation="mish", dilation=(2, 2)), 13),
+        (network(normalization="batch", activation="mish", num_layers=2), 8),
+        (ModelConfig(**RESIDUAL, base_filters=4), 9),
     ],
 )
 def test_gathered_factors_train_as_all_reduce_does(
-    two_cpus: Any, name: str, changes: dict[str, Any]
+    two_cpus: Any, config: ModelConfig, num_gathered: int
 ) -> None:
     reduced, gathered = (
-        Trained(two_cpus, network(name=name, **changes), gathered=method, precision="float64",
-                num_steps=STEPS)
+        Trained(two_cpus, config, gathered=method, precision="float64", num_steps=STEPS)
         for method in (False, True)
-    )  # fmt: skip
-    # Every convolution of FlexUNet is plain: nothing but normalisation is left to all-reduce.
-    assert len(gathered.plan.gathered) == (8 if "num_layers" in changes else 13)
+    )
+    # Every convolution of these networks is plain: only normalisation is left to all-reduce.
+    assert len(gathered.plan.gathered) == num_gathered
     for a, b in zip(reduced.model.weights, gathered.model.weights, strict=True):
         assert np.allclose(a.numpy(), b.numpy(), rtol=1e-9, atol=1e-9), a.path
 
@@ -168,21 +170,21 @@ def test_gradients_in_bfloat16_train_as_those_in_float32_do_and_need_no_more_sta
     config = network(num_layers=2, base_kernels=(3, 3))
     exact, narrow, later = (
         Trained(two_cpus, config, gathered=False, num_steps=number, gradient_dtype=dtype)
-        for dtype, number in (("float32", 500), ("bfloat16", 450), ("bfloat16", 0))
+        for dtype, number in (("float32", 120), ("bfloat16", 100), ("bfloat16", 0))
     )
     for variable, stored in zip(later.variables, narrow.variables, strict=True):
         variable.assign(stored)
     later.losses = list(narrow.losses)
     for each in (narrow, later):
-        each.train(50)
+        each.train(20)
     # A checkpoint has all that the next steps need.
     assert narrow.losses == later.losses
     for a, b in zip(narrow.variables, later.variables, strict=True):
         assert np.array_equal(a.numpy(), b.numpy())
     assert exact.losses[0] == narrow.losses[0]
     assert exact.losses != narrow.losses
-    ends = [np.mean(each.losses[-50:]) for each in (exact, narrow)]
-    assert ends[0] < 0.6 * exact.losses[0]
+    ends = [np.mean(each.losses[-20:]) for each in (exact, narrow)]
+    assert ends[0] < 0.9 * exact.losses[0]
     assert ends[1] == pytest.approx(ends[0], rel=0.02)
 
 
