@@ -21,7 +21,7 @@ class InspectConfig(Settings):
 
     sample: int = option(
         500,
-        "Most pairs whose regions are measured, evenly spaced by name. All files are read for "
+        "Most images whose regions are measured, evenly spaced by name. All files are read for "
         "everything else.",
         ge=1,
     )

@@ -78,8 +78,8 @@ class TrainConfig(Settings):
     )
     time_schedule: str | None = option(
         None,
-        "With time_budget: a run whose recorded time to follow instead of the clock. With "
-        "deterministic, the same options and the same hardware, the result is that of this run.",
+        "With time_budget: folder or gs:// URL of a run whose recorded time to follow instead of "
+        "the clock. With deterministic, equal options and hardware, the result equals that run.",
         not_identity=True,
         path=True,
     )

@@ -13,7 +13,7 @@ from flexunet.errors import UsageError
 from flexunet.settings import parse_settings
 from job.compat.ini_mapping import ReferenceConfig, is_reference_config, read_reference_config
 from job.compat.ini_reader import KeyNote, format_notes
-from job.config import MetricName, TrainConfig
+from job.config import AugmentationConfig, MetricName, TrainConfig
 
 INBREAST = (
     Path(__file__).resolve().parents[3]
@@ -639,7 +639,7 @@ def test_every_kind_of_augmentation_is_mapped(tmp_path: Path) -> None:
     config = read(tmp_path, MINIMAL + "generator = True\n" + EVERYTHING)
     ours = parse_settings(TrainConfig, config.train, "train").augmentation
     # Flips and rotation 0.5, every other kind 0.25; the amounts are those of the text above.
-    assert ours.model_dump() == {
+    assert ours.model_dump() == AugmentationConfig().model_dump() | {
         "enabled": True,
         "hflip_probability": 0.5,
         "vflip_probability": 0.5,

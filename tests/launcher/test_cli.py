@@ -34,6 +34,7 @@ UNITLESS = {
     "off-map-limit",
     "ignore-id",
     "optimizer.learning-rate",
+    "optimizer.encoder-learning-rate-factor",
     "optimizer.beta-1",
     "optimizer.beta-2",
     "optimizer.epsilon",
@@ -307,7 +308,7 @@ def options_by_flag(name: str) -> set[str]:
 # Words in an option's text that show that it takes a path.
 IS_PATH = (
     r"(folder|URL)\b(?! of the| name| below SOURCE)|CSV file|More runs|earlier run"
-    r"|Where the run's dataset"
+    r"|Where the run's dataset|weight file"
 )
 
 
@@ -323,7 +324,8 @@ def test_every_option_that_is_a_path_takes_a_home_folder(cls: type[Settings]) ->
 def test_every_argument_that_is_a_path_takes_a_home_folder(name: str) -> None:
     for each in found_command(name).params:
         is_argument = isinstance(each, click.Argument) and each.name not in ("job", "words")
-        is_file = isinstance(each, click.Option) and each.opts[0] in ("--config", "--bucket")
+        paths = ("--config", "--bucket", *(["--output"] if name == "inspect" else []))
+        is_file = isinstance(each, click.Option) and each.opts[0] in paths
         assert isinstance(each.type, PathType) == (is_argument or is_file), each.name
 
 
