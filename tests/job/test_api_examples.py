@@ -16,6 +16,7 @@ DOCUMENTED: dict[str, Any] = {
     "open_dataset": flexunet.open_dataset,
     "Dataset.read": flexunet.Dataset.read,
     "Dataset.as_tf_dataset": flexunet.Dataset.as_tf_dataset,
+    "plan": flexunet.plan,
     "train": flexunet.train,
     "open_run": flexunet.open_run,
     "Run.load_model": flexunet.Run.load_model,
