@@ -60,7 +60,8 @@ def larger_command(facts: DatasetFacts) -> str:
 
 def prep_command(facts: DatasetFacts, **changes: Any) -> str:
     """Returns a `prep` command with the options of the dataset, of other sizes."""
-    kept = {name: value for name, value in facts.prep_options.items() if name not in _SIZE_OPTIONS}
+    left_out = (*_SIZE_OPTIONS, "geometry") if "tile" in changes else _SIZE_OPTIONS
+    kept = {name: value for name, value in facts.prep_options.items() if name not in left_out}
     words = []
     for name, value in {**kept, **changes}.items():
         flag = flag_of([name])

@@ -180,7 +180,7 @@ def _stored_values(place: TrainConfig) -> dict[str, Any] | None:
         known = deep_merge(known | (plan.values() if plan else {}), stored_yaml(run))
         values = stored_options(identity["config"], known, run.url)
         left_out = ["precision", "output", "name", *(["fold"] if is_parent else [])]
-        if plan is not None and plan.chose("accumulate"):
+        if plan is not None and values.get("preset") == "auto" and plan.chose("accumulate"):
             left_out.append("accumulate")  # it follows the workers, see `settle.fit_to_workers`
         for name in left_out:
             values.pop(name, None)

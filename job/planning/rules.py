@@ -90,15 +90,17 @@ def _levels(situation: Situation) -> Chosen:
     facts = situation.facts
     wanted = wanted_reach(facts)
     side = min(facts.height, facts.width)
+    fewest, limit = situation.allowed_levels
     most = 1
     while (
-        most < LARGEST_LEVELS
+        most < min(LARGEST_LEVELS, limit)
         and math.gcd(facts.height, facts.width) % 2**most == 0
         and side // 2**most >= SMALLEST_BOTTOM
     ):
         most += 1
     levels = next(
-        (n for n in range(1, most) if situation.cost(num_layers=n).receptive_field >= wanted), most
+        (n for n in range(fewest, most) if situation.cost(num_layers=n).receptive_field >= wanted),
+        most,
     )
     reach = situation.cost(num_layers=levels).receptive_field
     reason = f"a receptive field of {reach} pixels; {wanted} are wanted"

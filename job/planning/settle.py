@@ -76,16 +76,33 @@ def settle_config(
     if has_begun and needs_plan(config):
         config = begun_config(config)
     elif needs_plan(config):
-        plan = _plan_of_new(run, config, machine(), measure)
-        return with_plan(config, plan)
-    plan_or_none = read_plan(run.store) or _copied_from_folds(run, config)
-    if plan_or_none is None or "accumulate" in config.model_fields_set:
+        facts = machine()
+        plan = _plan_of_new(run, config, facts, measure)
+        planned = with_plan(config, plan)
+        # The plan may be that of an earlier attempt, or of another fold, with other workers.
+        return (
+            planned if _keeps_parts(config) else fit_to_workers(planned, plan, facts.num_replicas)
+        )
+    if config.preset != "auto" and not has_begun and run.store.stat(PLAN_NAME) is not None:
+        run.store.delete(PLAN_NAME)  # of an attempt that ended before its first step
+    if config.preset != "auto" or _keeps_parts(config):
         return config
-    return fit_to_workers(config, plan_or_none, machine().num_replicas)
+    stored = read_plan(run.store) or _copied_from_folds(run, config)
+    return config if stored is None else fit_to_workers(config, stored, machine().num_replicas)
+
+
+def _keeps_parts(config: TrainConfig) -> bool:
+    """Returns whether the user gives the number of micro-batches."""
+    return "accumulate" in config.model_fields_set
 
 
 def fit_to_workers(config: TrainConfig, plan: Plan, num_replicas: int) -> TrainConfig:
-    """Returns `config` with the fewest micro-batches that are as small as the plan's."""
+    """Returns `config` with the fewest micro-batches that are as small as the plan's.
+
+    A network whose normalisation needs the whole batch at once keeps it.
+    """
+    if config.model.exchanges_statistics:
+        return config
     batch = max(1, config.global_batch_size // num_replicas)
     parts = [n for n in range(1, batch + 1) if batch % n == 0]
     part = next(n for n in parts if batch // n <= plan.samples_at_once)
@@ -218,12 +235,15 @@ def _plan_of_new(run: Run, config: TrainConfig, machine: MachineFacts, measure: 
     """Returns the plan of a new run, after storing it.
 
     An attempt that ended before its first step has left a plan. It stays, unless the options of
-    the user or the dataset are now others. The folds of a cross-validation share the first plan.
+    the user or the dataset are now others, or the workers do not divide its batch. The folds of a
+    cross-validation share the first plan.
     """
     dataset, given = open_dataset(str(config.data)), given_options(config)
     plan = read_plan(run.store)
     if plan is not None and (plan.dataset_digest, plan.given) == (dataset.digest, given):
-        return plan
+        batch = with_plan(config, plan).global_batch_size
+        if batch % machine.num_replicas == 0:
+            return plan
     folds = _folder_of_folds(config)
     plan = read_plan(folds) if folds is not None else None
     if plan is None:

@@ -12,6 +12,8 @@ from job.planning.network_cost import NetworkCost, network_cost
 
 GIB = 2**30
 
+_MOST_LEVELS = 12  # of ModelConfig
+
 # Share of the memory that a plan uses. Evaluation, checkpoints and fluctuations need the rest.
 MEMORY_SHARE = {"cpu": 0.75, "gpu": 0.85}
 # A process of TensorFlow without a network, its input pipeline included, bytes.
@@ -95,6 +97,13 @@ class Situation:
     def replica_batch(self) -> int:
         """The batch of a replica, at least 1."""
         return max(1, self.batch // self.machine.num_replicas)
+
+    @property
+    def allowed_levels(self) -> tuple[int, int]:
+        """Fewest and most levels with the given deep supervision and dropout rate."""
+        rate = float(self.value("model.dropout_rate"))
+        fewest = 2 + supervised if (supervised := int(self.value("model.deep_supervision"))) else 1
+        return fewest, math.ceil(1 / rate) if rate else _MOST_LEVELS
 
     @property
     def steps_per_epoch(self) -> int:

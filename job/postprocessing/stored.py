@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import model_validator
+
 from flexunet.errors import ContentError, UsageError
 from flexunet.settings import Settings, parse_settings
 from flexunet.storage import ObjectStore
@@ -23,6 +25,7 @@ POSTPROCESSING_NAME = "postprocessing.json"
 UNDO = "--threshold 0.5 --min-region 0 --temperature 1"
 
 _VERSION = 1
+_MAX_TEMPERATURE = 100.0  # of --temperature
 
 
 class FittedValue(Settings):
@@ -58,6 +61,14 @@ class FittedClass(Settings):
     threshold: FittedValue
     min_region: FittedValue
 
+    @model_validator(mode="after")
+    def _in_range(self) -> "FittedClass":
+        if not 0 < self.threshold.value < 1:
+            raise ValueError(f"threshold {self.threshold.value:g} is not between 0 and 1")
+        if not 0 <= self.min_region.value < 2**31:
+            raise ValueError(f"min_region {self.min_region.value:g} is no number of pixels")
+        return self
+
 
 class FittedPostprocessing(Settings):
     """The content of `postprocessing.json`.
@@ -86,6 +97,15 @@ class FittedPostprocessing(Settings):
     gain: float | None
     low: float | None
     high: float | None
+
+    @model_validator(mode="after")
+    def _temperature_in_range(self) -> "FittedPostprocessing":
+        if not 0 < self.temperature.value <= _MAX_TEMPERATURE:
+            raise ValueError(
+                f"temperature {self.temperature.value:g} is not above 0 and at most "
+                f"{_MAX_TEMPERATURE:g}"
+            )
+        return self
 
     def text(self) -> str:
         """Returns the text of the file."""

@@ -13,6 +13,7 @@ from typing import Any
 from flexunet.cli.interrupts import handled
 from flexunet.errors import UsageError
 from flexunet.progress import Heartbeat
+from flexunet.settings import parse_settings
 from flexunet.storage import open_store
 from job.config import TrainConfig, checked_run_name
 from job.data.dataset import Dataset
@@ -176,7 +177,7 @@ class _Process:
             return settled.model_dump(mode="json")
 
         settled = process_group.all_gather_with_heartbeat(settle, callbacks.heartbeat)[0]
-        return TrainConfig.model_validate(settled)
+        return parse_settings(TrainConfig, settled, "plan")
 
     @contextmanager
     def _watched(self) -> Iterator[Watchdog]:

@@ -1,6 +1,7 @@
 """The rules of a plan: pure functions of dataset, machine and given options."""
 
 import re
+import shlex
 from typing import Any
 
 import pytest
@@ -164,6 +165,29 @@ def test_a_time_budget_gives_the_length_and_a_network_for_it() -> None:
     assert 1.9 < short.minutes < 2.1
     assert values(short)["optimizer.ema_momentum"] < values(long)["optimizer.ema_momentum"]
     assert plan(given={"time_budget": 2.0, "epochs": 3}).num_steps == 18
+
+
+@pytest.mark.parametrize(
+    ("given", "levels"),
+    [
+        ({"model.deep_supervision": 4}, 6),
+        ({"model.dropout_rate": 0.25}, 4),
+        ({"model.dropout_rate": 0.5}, 2),
+    ],
+)
+def test_levels_are_planned_around_supervision_and_dropout(
+    given: dict[str, Any], levels: int
+) -> None:
+    found = plan(given=given)
+    assert found.value("model.num_layers") == levels
+    parse_settings(TrainConfig, found.values(), "plan")
+
+
+def test_the_command_for_tiles_can_be_given() -> None:
+    facts = FACTS.model_copy(update={"prep_options": {"geometry": "pad", "image_size": 512}})
+    words = shlex.split(prep_command(facts, tile=512, tile_overlap=64))
+    assert words[4:] == ["--tile", "512", "--tile-overlap", "64"]
+    assert "--geometry pad" in prep_command(facts, image_size=768)
 
 
 def test_lost_regions_give_the_command_that_keeps_them() -> None:

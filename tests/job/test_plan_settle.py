@@ -10,9 +10,10 @@ from flexunet.errors import UsageError
 from flexunet.settings import parse_settings, write_yaml
 from flexunet.storage import open_store
 from job.config import TrainConfig, identity_of
+from job.data.dataset import open_dataset
 from job.planning.facts import MachineFacts
 from job.planning.options import needs_plan, resolve_config
-from job.planning.plan_file import PLAN_NAME, read_plan
+from job.planning.plan_file import PLAN_NAME, plan_json, read_plan
 from job.planning.settle import DryStep, facts_of, fitted_plan, settle_config
 from job.planning.situation import GIB
 from job.reporting.html_report import render
@@ -203,3 +204,34 @@ def test_auto_is_refused_for_a_run_of_another_preset(typed: Typed) -> None:
     with pytest.raises(UsageError, match="was started with --preset recipe, and a run keeps its"):
         typed.resolve()
     assert not needs_plan(resolve_config({"output": typed.output, "name": "run"}, None))
+
+
+def leave_plan(typed: Typed) -> None:
+    """Leaves the plan of an attempt that had memory for one sample at once, and never began."""
+    config = typed.resolve()
+    plan = fitted_plan(facts_of(config), LAPTOP, config, Steps(samples=1), always=True)
+    digest = open_dataset(typed.data).digest
+    with Run.open(typed.output, "run") as run:
+        run.put_bytes(PLAN_NAME, plan_json(plan.model_copy(update={"dataset_digest": digest})))
+
+
+def test_a_plan_that_an_attempt_left_is_not_used_by_another_preset(typed: Typed) -> None:
+    leave_plan(typed)
+    config = typed.settle(not_here, preset="recipe", global_batch_size=8)
+    assert config.accumulate == 1
+    assert read_plan(open_store(typed.output).subpath("run")) is None
+
+
+@pytest.mark.parametrize(("replicas", "batch", "parts"), [(1, 4, 4), (2, 4, 2), (3, 6, 1)])
+def test_a_plan_that_an_attempt_left_is_fitted_to_other_workers(
+    typed: Typed, replicas: int, batch: int, parts: int
+) -> None:
+    leave_plan(typed)
+    config = typed.settle(LAPTOP.model_copy(update={"num_replicas": replicas}))
+    assert (config.global_batch_size, config.accumulate) == (batch, parts)
+
+
+def test_batch_normalisation_keeps_the_batch_of_a_replica_whole(typed: Typed) -> None:
+    two = LAPTOP.model_copy(update={"num_replicas": 2})
+    typed.begin(two, model={"normalization": "batch"})
+    assert typed.settle(LAPTOP).accumulate == 1

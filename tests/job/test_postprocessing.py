@@ -273,6 +273,8 @@ def test_a_damaged_or_later_fit_is_refused_with_a_remedy(tmp_path: Path) -> None
         (fitted(version=2).text(), "has version 2, and this FlexUNet reads version 1"),
         (fitted().text().replace('"mass"', '"cyst"'), "its classes are cyst, the run's mass"),
         (fitted().text().replace("0.3", '"x"'), "threshold"),
+        (fitted().text().replace("0.3", "0.0"), "threshold 0 is not between 0 and 1"),
+        (fitted().text().replace("0.3", "2"), "threshold 2 is not between 0 and 1"),
     ):
         path.write_text(text)
         with pytest.raises(ContentError, match=re.escape(words)) as error:
