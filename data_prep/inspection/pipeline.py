@@ -1,6 +1,6 @@
 """Inspects a source: finds pairs, reads all files once, measures a sample, proposes the command.
 
-`report.py` prints and writes the result.
+`tables.py` prints the result, `output.py` writes it.
 """
 
 import dataclasses

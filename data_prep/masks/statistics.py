@@ -1,4 +1,4 @@
-"""Counts the values and colours of mask files, from which `decision.py` finds their meaning.
+"""Counts the values and colours of mask files, from which `decision/` finds their meaning.
 
 The statistics of one file are small and can be added: `statistics_of(a) + statistics_of(b)`. Their
 size is bounded, whatever the masks contain.
