@@ -16,7 +16,6 @@ from job.optimization.schedule import stopped_early_words
 from job.optimization.time_schedule import seconds_of
 from job.planning.options import stored_yaml
 from job.reporting.html_report import renew_report
-from job.runs.identity import differences
 from job.runs.run import Run
 from job.training.setup import Callbacks, TrainingSetup
 from job.training.state import TrainState
@@ -48,7 +47,6 @@ def train_and_evaluate(setup: TrainingSetup, callbacks: Callbacks) -> dict[str, 
         LockedError, StorageError: the run was lost, or could not be stored.
     """
     process_group, run = setup.process_group, setup.run
-    _check_same(setup)
     outcome = process_group.run_on_primary(lambda: _looked_for_outcome(setup))
     if outcome is not None:
         # `evaluate` may have replaced its evaluation.
@@ -148,40 +146,6 @@ def _ends_by_storing(callbacks: Callbacks) -> Iterator[None]:
     except BaseException:
         callbacks.begin(_STORING, needs_peers=False)
         raise
-
-
-_ALIKE = (
-    "epochs",
-    "time_budget",
-    "time_schedule",
-    "accumulate",
-    "gradient_exchange",
-    "exchange_flops_per_byte",
-    "xla",
-)
-
-
-def _check_same(setup: TrainingSetup) -> None:
-    """Refuses processes with other settings or another dataset than the first.
-
-    Raises:
-        UsageError: in all processes; names the rank and the differences.
-    """
-    config = setup.config
-
-    def settings() -> dict[str, Any]:
-        # These determine the sequence of collectives: a process with other values would block all.
-        free = {name: getattr(config, name) for name in _ALIKE}
-        together = {**identity_of(config), **free}
-        return {"config": together, "dataset": setup.dataset.digest}
-
-    first, *others = setup.process_group.all_gather_object(settings)
-    for rank, other in enumerate(others, start=1):
-        if other != first:
-            raise UsageError(
-                f"rank {rank} was started with other settings than rank 0: "
-                f"{'; '.join(differences(first, other))}; start all with the same settings"
-            )
 
 
 def _looked_for_outcome(setup: TrainingSetup) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from flexunet.errors import UsageError
 from flexunet.progress import Heartbeat
 from flexunet.settings import parse_settings
 from flexunet.storage import open_store
-from job.config import TrainConfig, checked_run_name
+from job.config import TrainConfig, checked_run_name, identity_of
 from job.data.dataset import Dataset
 from job.data.folds import open_folded
 from job.distributed.process_group import ProcessGroup, peer_errors
@@ -26,6 +26,7 @@ from job.planning.facts import MachineFacts, machine_facts
 from job.planning.options import needs_plan
 from job.planning.settle import DryStep, preview, settle_config
 from job.reporting.training_display import TrainingDisplay
+from job.runs.identity import differences
 from job.runs.provenance import check_encoder, check_origin
 from job.runs.run import Run
 from job.training.dry_step import measure_step
@@ -103,6 +104,19 @@ def run_process(
     return process.train(None, callbacks)
 
 
+# Options outside the identity that determine the sequence of collectives: a process with other
+# values would block all.
+_ALIKE = (
+    "epochs",
+    "time_budget",
+    "time_schedule",
+    "accumulate",
+    "gradient_exchange",
+    "exchange_flops_per_byte",
+    "xla",
+)
+
+
 @dataclass(frozen=True)
 class _Process:
     """Represents one of the processes that train together, see `run_process`."""
@@ -140,6 +154,8 @@ class _Process:
             callbacks = _watched_callbacks(watchdog, callbacks, pauses=not self.ends_process)
             with peer_errors(process_group):
                 if spec is not None:
+                    # Before the first process settles the options for all.
+                    self._check_same(process_group)
                     run = self._acquire_on_primary(process_group, stack)
                     watchdog.enter("planning")
                     config = self._settle_on_primary(process_group, run, num_seen, callbacks)
@@ -153,6 +169,26 @@ class _Process:
                 config = config.model_copy(update={"precision": precision})
                 setup = TrainingSetup(config, self.dataset, run, strategy, process_group)
                 return train_and_evaluate(setup, callbacks)
+
+    def _check_same(self, process_group: ProcessGroup) -> None:
+        """Refuses processes with other settings or another dataset than the first.
+
+        Raises:
+            UsageError: in all processes; names the rank and the differences.
+        """
+
+        def settings() -> dict[str, Any]:
+            free = {name: getattr(self.config, name) for name in _ALIKE}
+            together = {**identity_of(self.config), **free}
+            return {"config": together, "dataset": self.dataset.digest}
+
+        first, *others = process_group.all_gather_object(settings)
+        for rank, other in enumerate(others, start=1):
+            if other != first:
+                raise UsageError(
+                    f"rank {rank} was started with other settings than rank 0: "
+                    f"{'; '.join(differences(first, other))}; start all with the same settings"
+                )
 
     def _acquire_on_primary(self, process_group: ProcessGroup, stack: ExitStack) -> Run | None:
         """Acquires the run in the first process until `stack` closes; returns it there."""

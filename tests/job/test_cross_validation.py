@@ -253,7 +253,7 @@ def test_command_pools_what_each_fold_has_not_seen(tmp_path: Path) -> None:
         assert own == members(fold_of(dataset, 3, fold), "test")
         config = (runs / f"cv-fold-{fold}" / "config.yaml").read_text()
         assert f"fold: {fold}\n" in config
-    dices = [float(row["dice_mass"]) for row in rows]
+    dices = [float(row["dice_foreground"]) for row in rows]
     pooled = network["pooled"]["classes"][0]["dice_mean"]
     assert pooled["value"] == pytest.approx(np.mean(dices))
     assert pooled["low"] <= pooled["value"] <= pooled["high"]

@@ -417,7 +417,8 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
 ) -> None:
     options = [
         *("--data", dataset, "--output", str(tmp_path), "--epochs", "6", "--deterministic"),
-        *("--global-batch-size", "2", "--model.num-layers", "3", "--model.base-filters", "4"),
+        *("--preset", "reference", "--global-batch-size", "2"),
+        *("--model.num-layers", "3", "--model.base-filters", "4"),
         *("--model.base-kernels", "3,3", "--model.dropout-rate", "0.1", "--augmentation.enabled"),
         *("--augmentation.deformation-probability", "0.5", "--no-tensorboard"),
     ]
