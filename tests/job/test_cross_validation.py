@@ -352,10 +352,10 @@ def check_pools_only_the_cases_of_the_folds(
 def check_reports_what_an_earlier_version_has_not_stored(runs: Path, config: TrainConfig) -> None:
     table = runs / "cv-fold-1" / "evaluation" / "measures_network.csv"
     text = table.read_text()
-    table.write_text(text.replace("specks_mass", "another"))
+    table.write_text(text.replace("specks_foreground", "another"))
     with pytest.raises(
         ContentError,
-        match=r"cv-fold-1/evaluation/measures_network\.csv: 'specks_mass' is missing.*; "
+        match=r"cv-fold-1/evaluation/measures_network\.csv: 'specks_foreground' is missing.*; "
         r"evaluate the run again: flexunet evaluate .*cv-fold-1$",
     ):
         pool_folds(config)

@@ -146,7 +146,11 @@ def test_gathered_factors_train_as_all_reduce_does(
 def test_in_bfloat16_it_is_no_farther_from_float32_than_all_reduce(two_cpus: Any) -> None:
     exact, reduced, gathered = (
         Trained(
-            two_cpus, network(dropout_rate=0.0), gathered=method, precision=precision, num_steps=1
+            two_cpus,
+            network(num_layers=2, dropout_rate=0.0),
+            gathered=method,
+            precision=precision,
+            num_steps=1,
         )
         for method, precision in (
             (False, "float32"),
