@@ -265,6 +265,9 @@ def _one_hot(values: _Values, masks: MaskStatistics) -> Finding:
     return certain(ids_reading(max(numbers[0], 2)), evidence)
 
 
+_IDS_AND_VOID = Reading("index", "", "255", "values are class ids, and 255 is ignored")
+
+
 def _encoding_of(
     masks: MaskStatistics, given: GivenOptions, classes: Sequence[ClassColor]
 ) -> Finding:
@@ -280,6 +283,12 @@ def _encoding_of(
     is_ids = not masks.colors and ids <= set(range(len(classes)))
     colors = _all_colors(values)
     is_colors = set(colors) <= known and all(value <= 255 for value in values.levels)
+    if _may_be_void(masks, values, classes):
+        return uncertain(
+            "the masks have areas of class ids, and 255, the level of a class",
+            _IDS_AND_VOID,
+            Reading("colour", "", meaning="255 is its class, and other ids are noise"),
+        )
     if is_ids and is_colors and not _same_meaning(values, classes):
         return uncertain(
             "the indices of the palettes and their colours are of different classes",
@@ -301,15 +310,32 @@ def _with_void(
     masks: MaskStatistics, ids: Collection[int], classes: Sequence[ClassColor]
 ) -> Finding:
     """Returns the encoding of masks with the value 255, which no class has."""
-    index = Reading("index", "", "255", "values are class ids, and 255 is ignored")
     colour = Reading("colour", "", meaning="all masks have the colours of classes")
     if masks.colors or set(ids) - {VOID_LEVEL} - set(range(len(classes))):
         return certain(colour, "the masks have other values than class ids")
     counts = [each[VOID_LEVEL] for each in (masks.levels, masks.indices) if VOID_LEVEL in each]
     is_voc = masks.num_voc == masks.num_files
     if is_voc or all(count.is_border for count in counts):
-        return certain(index, "all values of the masks are class ids, and 255 is a void border")
-    return uncertain("the pixels of 255 are areas, and no class has this value", index)
+        return certain(
+            _IDS_AND_VOID, "all values of the masks are class ids, and 255 is a void border"
+        )
+    return uncertain("the pixels of 255 are areas, and no class has this value", _IDS_AND_VOID)
+
+
+def _may_be_void(masks: MaskStatistics, values: _Values, classes: Sequence[ClassColor]) -> bool:
+    """Returns whether 255, the level of a class, may be void beside class ids.
+
+    So it is if another id, whose level no class has, covers areas of the same masks.
+    """
+    levels = {grey_level(entry.color) for entry in classes}
+    ids = set(values.levels) - {VOID_LEVEL}
+    if masks.colors or VOID_LEVEL not in values.levels or not ids <= set(range(len(classes))):
+        return False
+    return any(
+        values.levels[each].num_solid
+        and any({each, VOID_LEVEL} <= seen for seen in masks.value_sets)
+        for each in ids - levels
+    )
 
 
 def _same_meaning(values: _Values, classes: Sequence[ClassColor]) -> bool:

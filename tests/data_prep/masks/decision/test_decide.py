@@ -250,6 +250,18 @@ def test_given_options_win() -> None:
     assert [each.encoding for each in both.candidates] == ["mixed", "colour"]
 
 
+@pytest.mark.parametrize("made", [outlined(areas([0, 1])), areas([0, 1, 255])])
+def test_a_class_of_level_255_may_be_void_beside_ids(made: np.ndarray) -> None:
+    asked = decided(statistics(grey_file(made)), classes=parse_color_map(BW))
+    index, colour = asked.candidates
+    assert (index.encoding, index.ignore, colour.encoding) == ("index", "255", "colour")
+    assert [each.name for each in parse_color_map(index.classes)] == ["background", "foreground"]
+    # A few pixels of 1 beside areas of 255 are no class.
+    noisy = areas([0, 255])
+    noisy[5, 5::7] = 1
+    assert decided(statistics(grey_file(noisy)), classes=parse_color_map(BW)).is_certain
+
+
 def test_indices_and_colors_of_given_classes_may_differ() -> None:
     classes = parse_color_map("a=0,0,0;b=255,0,0;c=0,255,0")
     swapped = [0, 0, 0, 0, 255, 0, 255, 0, 0]
