@@ -11,7 +11,9 @@ _LATE = ("group_preset", "group_regex", "draw_valid", "missing_mask", "skip_bad"
 
 def prep_command(source: str, output: str, options: Mapping[str, Any]) -> str:
     """Returns the command line for a shell: `flexunet prep SOURCE OUTPUT --option value`."""
-    words = ["flexunet", "prep", source, output]
+    # A name that begins with a dash would be an option.
+    places = [f"./{each}" if each.startswith("-") else each for each in (source, output)]
+    words = ["flexunet", "prep", *places]
     fields = PrepConfig.model_fields
     names = [name for name in fields if name not in _LATE]
     for name in (*names, *_LATE):
@@ -26,4 +28,6 @@ def prep_command(source: str, output: str, options: Mapping[str, Any]) -> str:
 def _as_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(_as_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return str(value)

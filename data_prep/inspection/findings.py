@@ -248,7 +248,8 @@ class Inspection:
     @property
     def exit_code(self) -> int:
         """Exit code of the command; see the class."""
-        if self.layout.problem is not None or self.command is None:
+        is_open = self.masks is not None and self.masks.encoding is None
+        if self.layout.problem is not None or self.command is None or is_open:
             return 2
         return 3 if self.bad_files else 0
 

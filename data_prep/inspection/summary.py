@@ -41,7 +41,7 @@ from data_prep.inspection.questions import (
     valid_choice,
 )
 from data_prep.inspection.scan import BadFile, ClassRegions, ImageFacts, RegionsScan
-from data_prep.masks.color_map import parse_color_map, with_background
+from data_prep.masks.color_map import NO_BACKGROUND, parse_color_map, with_background
 from data_prep.masks.decision.decide import MaskDecision
 from data_prep.masks.decision.findings import Reading, black_and_white
 from data_prep.masks.statistics import MaskStatistics
@@ -201,6 +201,11 @@ def regions_of(found: Measured) -> tuple[RegionsFinding, ...]:
     return tuple(result)
 
 
+def _names_background(found: Measured) -> bool:
+    """Returns whether the user says which class is the background."""
+    return not {"classes", "background"}.isdisjoint(found.layout.given)
+
+
 def _classes(found: Measured) -> list[str]:
     if not found.regions.num_pairs:
         return []
@@ -351,7 +356,7 @@ def _choices(
     black, meaning = None, None
     if decision is not None and decision.reading is None:
         meaning = meaning_choice(decision)
-    elif decision is not None and decision.reading and "classes" not in found.layout.given:
+    elif decision is not None and decision.reading and not _names_background(found):
         white = found.regions.classes.get(1, ClassRegions()).num_pixels
         black = black_choice(decision.reading, white / max(1, found.regions.num_pixels))
     possible = (
@@ -362,7 +367,9 @@ def _choices(
         valid_choice({each.split for each in layout.folders}),
         bad_choice(
             sum(each.number for each in (*layout.left_over, *bad)),
-            sum(each.number for each in layout.left_over if each.about.startswith(NO_MASK)),
+            0
+            if found.layout.given.get("background") == NO_BACKGROUND
+            else sum(each.number for each in layout.left_over if each.about.startswith(NO_MASK)),
         ),
         leak_choice(0 if duplicates is None else duplicates.num_across_splits),
     )

@@ -208,6 +208,7 @@ def test_masks_with_several_meanings_are_a_question(tmp_path: Path) -> None:
     (question,) = found.questions
     assert len(question.answers) > 1
     assert len({each.command for each in question.answers}) == len(question.answers)
+    assert found.exit_code == 2  # as that of prep
 
 
 def test_mostly_white_masks_are_asked_about(tmp_path: Path) -> None:
@@ -217,6 +218,7 @@ def test_mostly_white_masks_are_asked_about(tmp_path: Path) -> None:
     (question,) = inspected(tmp_path, num_processes=1).questions
     assert "Are the objects white or black?" in question.text
     assert "background=255,255,255;foreground=0,0,0" in words(question.answers[1].command)
+    assert inspected(tmp_path, num_processes=1, background="white").questions == ()
 
 
 def test_a_sample_is_spread_over_all_pairs_and_noise_needs_larger_regions(tmp_path: Path) -> None:
