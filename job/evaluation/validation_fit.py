@@ -51,7 +51,7 @@ Values = npt.NDArray[np.float64]
 
 VALIDATION = "valid"
 
-_FULL = 65535  # stands for probability 1
+_FULL = 65535  # the stored value of probability 1
 _MAX_LIMITS = 256  # smallest regions that are tried for a class
 
 

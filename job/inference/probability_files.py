@@ -20,7 +20,7 @@ PROBABILITIES_FOLDER = "probabilities"
 
 FileFormat = Literal["tiff", "float16", "float32"]
 
-_FULL = 65535  # stands for probability 1
+_FULL = 65535  # the stored value of probability 1
 _ENDINGS = {"tiff": ".tif", "float16": ".npy", "float32": ".npy"}
 
 

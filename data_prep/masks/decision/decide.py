@@ -243,7 +243,7 @@ def _automatic(values: _Values, masks: MaskStatistics, *, has_background: bool =
 
 
 def _with_grey(finding: Finding, values: _Values, masks: MaskStatistics) -> Finding:
-    """Returns the meaning of grey masks, of which some have a palette of greys."""
+    """Returns the meaning of grey masks if some of them have a palette of greys."""
     levels = dict(values.levels)
     for color, count in colors_of_palette(values.indices, values.palette).items():
         level = color[0]

@@ -32,7 +32,7 @@ def sharpened(image: Pixels, k: float, value_max: int) -> Pixels:
 
 
 def brightened(image: Pixels, alpha: float, beta: float, value_max: int) -> Pixels:
-    """Returns `alpha` times the values plus `beta`, of which 255 is the full scale."""
+    """Returns `alpha` times the values plus `beta`; a `beta` of 255 is the full scale."""
     return _looked_up(image, _table(alpha * _levels(image) + beta * value_max / 255, value_max))
 
 

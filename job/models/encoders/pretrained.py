@@ -23,7 +23,7 @@ _MAX_BYTES = 256 << 20  # of a weight file; the largest that is known here has 1
 
 @dataclass(frozen=True)
 class WeightPackage:
-    """Describes a weight file in a package of PyPI, of which exactly this version is used."""
+    """Describes a weight file in one exact version of a PyPI package."""
 
     name: str
     version: str

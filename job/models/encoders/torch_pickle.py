@@ -52,7 +52,7 @@ class _Tensor(NamedTuple):
 
 
 class _Rebuild:
-    """Stands for `torch._utils._rebuild_tensor_v2`; has no attribute that a pickle could set."""
+    """Replaces `torch._utils._rebuild_tensor_v2`; has no attribute that a pickle could set."""
 
     __slots__ = ()
 
