@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,21 @@ def watched_memory(
     finally:
         stop.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def connected_process(serve: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
+    """Yields the connection to a new process that runs `serve(*arguments, connection)`.
+
+    `serve` must end when the connection is closed.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(*arguments, there))
+    process.start()
+    there.close()
+    try:
+        yield here
+    finally:
+        here.close()
+        process.join()

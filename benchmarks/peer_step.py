@@ -20,7 +20,7 @@ import multiprocessing
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any
 
 import click
 import numpy as np
-from machine import describe_machine, shown, spread, write_result
+from machine import connected_process, describe_machine, shown, spread, write_result
 
 from job.config import ModelConfig, OptimizerConfig, TrainConfig
 
@@ -83,8 +83,8 @@ def compare(settings: tuple[int, int, int, str], is_compiled: bool, repeats: int
     """Returns times and ratios of steps in turns; the first of each is not counted."""
     times: dict[str, list[tuple[float, float]]] = {"ours": [], "peer": []}
     with (
-        step_process(our_step, settings) as ours,
-        step_process(compiled_step if is_compiled else eager_step, settings) as peer,
+        connected_process(serve, our_step, settings) as ours,
+        connected_process(serve, compiled_step if is_compiled else eager_step, settings) as peer,
     ):
         sides = {"ours": ours, "peer": peer}
         for side in sides.values():
@@ -164,21 +164,6 @@ def compare_small(path: Path) -> None:
         abs(float(loss) - float(found["loss"])),
     ]
     np.savez(path, **found, difference=max(differences))
-
-
-@contextlib.contextmanager
-def step_process(make: Callable[..., Any], settings: tuple[Any, ...]) -> Iterator[Connection]:
-    """Yields the connection to a process that makes a step and runs it, for `ask`."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(make, settings, there))
-    process.start()
-    there.close()
-    try:
-        yield here
-    finally:
-        here.close()
-        process.join()
 
 
 def ask(side: Connection, what: str) -> Any:

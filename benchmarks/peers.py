@@ -22,7 +22,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import multiprocessing
 import tempfile
 import time
 import warnings
@@ -35,7 +34,7 @@ from typing import Any
 import click
 import numpy as np
 from input import Input, prepare_phantoms
-from machine import describe_machine, shown, spread, write_result
+from machine import connected_process, describe_machine, shown, spread, write_result
 
 from data_prep.imaging.codecs import read_image, read_mask_pixels
 from data_prep.shards.records import decode_example, unframe_record
@@ -245,7 +244,9 @@ def main(
             num_workers=available_cores(),
         )
         expected = write_formats(samples, not_installed)
-        loaders = {name: stack.enter_context(loader_process(name, samples)) for name in names}
+        loaders = {
+            name: stack.enter_context(connected_process(serve, name, samples)) for name in names
+        }
         for name, loader in loaders.items():
             assert ask(loader, "check", 0) == expected, f"{name}: other samples than the dataset"
         timings = measure(loaders, repeats)
@@ -328,21 +329,6 @@ def digest(image: np.ndarray, mask: np.ndarray) -> str:
     assert image.dtype == mask.dtype == np.uint8
     assert image.size == mask.size
     return hashlib.sha256(image.tobytes() + mask.tobytes()).hexdigest()
-
-
-@contextlib.contextmanager
-def loader_process(name: str, samples: Samples) -> Iterator[Connection]:
-    """Yields the connection to a process that runs the loader `name`, for `ask`."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(name, samples, there))
-    process.start()
-    there.close()
-    try:
-        yield here
-    finally:
-        here.close()
-        process.join()
 
 
 def ask(loader: Connection, what: str, epoch: int) -> Any:
