@@ -11,7 +11,12 @@ from typing import Any, TypeVar
 
 from data_prep import report_figures
 from data_prep.assignment import assign, check_usable, warn_of_missing_classes
-from data_prep.choices.mask_options import CommandPaths, choose_mask_options, existing_options
+from data_prep.choices.mask_options import (
+    ChosenMasks,
+    CommandPaths,
+    choose_mask_options,
+    existing_options,
+)
 from data_prep.config import PrepConfig, identity_of
 from data_prep.format_choice import pixel_format_of, warn_of_clipped, warn_of_mixed
 from data_prep.manifest_builder import Contents, build_manifest, warn_of_lost_regions
@@ -27,7 +32,7 @@ from data_prep.report_files import (
 )
 from data_prep.shards.encode import batched, chunked, scan_chunks
 from data_prep.shards.manifest import MANIFEST_NAME, Manifest, MaskChoice, read_manifest
-from data_prep.shards.mask_sample import read_sample
+from data_prep.shards.mask_sample import SampleTask, read_samples, statistics_of_files
 from data_prep.shards.output import (
     STATE_PREFIX,
     claim_output,
@@ -171,21 +176,31 @@ class _Work:
     config: PrepConfig
     workers: Workers
     progress: bool
-    mask_choice: MaskChoice | None = None
+    masks: ChosenMasks | None = None
+
+    @property
+    def mask_choice(self) -> MaskChoice | None:
+        """How the masks are read, where the user gave no options."""
+        return None if self.masks is None else self.masks.choice
 
 
 def _with_mask_options(work: _Work, prep_input: PrepInput, paths: CommandPaths | None) -> _Work:
     """Returns the arguments with options about masks for all that the user did not give."""
     items = prep_input.items
 
-    def sample() -> MaskStatistics:
-        number = _num_requests(work, items)
-        pixels = work.config.max_pixels
-        return read_sample(items, work.workers, max_pixels=pixels, num_requests=number)
+    def samples() -> Iterator[MaskStatistics]:
+        task = SampleTask((), work.config.max_pixels, _num_requests(work, items))
+        return read_samples(items, work.workers, task, rest)
 
-    existing = existing_options(work.store)
-    config, choice = choose_mask_options(work.config, existing, sample, paths)
-    return dataclasses.replace(work, config=config, mask_choice=choice)
+    def rest(tasks: Sequence[SampleTask], num_files: int) -> Iterator[MaskStatistics]:
+        yield from _each(work, statistics_of_files, tasks, "reading masks", num_files, _num_files)
+
+    chosen = choose_mask_options(work.config, existing_options(work.store), samples, paths)
+    return dataclasses.replace(work, config=chosen.config, masks=chosen)
+
+
+def _num_files(masks: MaskStatistics) -> int:
+    return masks.num_files
 
 
 def _prepare(work: _Work, prep_input: PrepInput) -> Manifest:
@@ -303,9 +318,10 @@ def _scan(
         tile_overlap=config.tile_overlap,
         full_scale=config.full_scale,
         ignored=config.ignored_colors,
-        mask_encoding=config.file_encoding,
+        mask_encoding=config.file_encoding if work.masks is None else work.masks.encoding,
         file_ids=config.dataset_classes.file_ids,
         has_ignore_id=config.ignore_id is not None,
+        palette=() if work.masks is None else work.masks.palette,
     )
     staging = staging_url(work.store.url)
     chunks = [
@@ -318,7 +334,16 @@ def _scan(
         chunks_of_results = _each(work, scan_chunks, tasks, "encoding", len(items), _num_images)
         return [result for chunk in chunks_of_results for result in colors.take(chunk)]
     except ContentError as error:
-        raise ContentError(f"{error}; or skip such files with --skip-bad") from error
+        hint = _hint_of_sample(work, items)
+        raise ContentError(f"{error}; or skip such files with --skip-bad{hint}") from error
+
+
+def _hint_of_sample(work: _Work, items: Sequence[SourcePair]) -> str:
+    """Returns what finds other classes if only a sample of the masks decided about them."""
+    choice = work.mask_choice
+    if choice is None or choice.num_files >= sum(len(item.masks) for item in items):
+        return ""
+    return f"; classes were found from {choice.num_files} masks, and flexunet inspect reads all"
 
 
 def _num_requests(work: _Work, items: Sequence[SourcePair] = ()) -> int:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Color = tuple[int, int, int]
 """Red, green and blue, 0..255 each. Three equal larger values are a grey level of 16 bits."""
+Palette = tuple[tuple[int, Color], ...]
+"""Indices and their colours."""
 MAX_CLASSES = 256  # ids are stored in 8 bits
 LEVELS_16_BIT = 257  # 65535 / 255: one 8-bit grey level in 16 bits
 _MAX_LEVEL = 65535

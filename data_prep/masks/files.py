@@ -9,16 +9,18 @@ colours and levels. Rules, if no encoding is given:
 - A mask of one colour with a varying alpha channel is rejected: its shape is in the alpha channel.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from data_prep.imaging.codecs import decoding, open_image, read_image
 from data_prep.imaging.pixels import Pixels, grey_channel
 from data_prep.imaging.tiff import TIFF_SIGNATURES, Tiff
 from data_prep.masks.coding import level_counts, lookup
-from data_prep.masks.color_map import MAX_CLASSES, Color
+from data_prep.masks.color_map import MAX_CLASSES, Color, color_text
 from data_prep.masks.reading import (
     NUM_COLORS_NAMED,
     MaskReading,
@@ -147,7 +149,7 @@ def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
                 f"{name}: is a colour image without a palette, but --mask-encoding is index; "
                 "replace the file, or use --mask-encoding colour"
             )
-        return _read_index(plane, rules, name=name)
+        return _read_index(mask, plane, rules, name=name)
     if rules.encoding == "auto":
         if mask.alpha is not None and (mask.pixels == mask.pixels[0, 0]).all():
             raise ContentError(
@@ -155,7 +157,7 @@ def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
                 "--mask-encoding alpha, or replace the file"
             )
         if mask.indices is not None and _is_index(mask, mask.indices, rules, name=name):
-            return _read_index(mask.indices, rules, name=name)
+            return _read_index(mask, mask.indices, rules, name=name)
     return read_classes(mask.pixels, rules, name=name)
 
 
@@ -166,12 +168,8 @@ def _is_index(mask: MaskFile, indices: Pixels, rules: MaskRules, *, name: str) -
         ContentError: the colours and the indices are of different classes, or two indices have the
             same colour.
     """
-    used = np.flatnonzero(level_counts(indices))
-    # A file may use indices beyond its palette, which decoders give a colour of their own.
-    colors = [
-        mask.palette[index] if index < len(mask.palette) else _color_of(mask.pixels, indices, index)
-        for index in used.tolist()
-    ]
+    palette = used_colors(mask, level_counts(indices))
+    used, colors = list(palette), list(palette.values())
     known = known_colors(rules)
     ids = {tuple(color): class_id for color, class_id in zip(*known.lists(), strict=True)}
     by_color = [ids.get(color, -1) for color in colors]
@@ -194,6 +192,24 @@ def _is_index(mask: MaskFile, indices: Pixels, rules: MaskRules, *, name: str) -
     return min(by_color) < 0 <= min(by_index)
 
 
+def used_colors(mask: MaskFile, counts: npt.NDArray[np.integer]) -> dict[int, Color]:
+    """Returns the colour of each index that a mask with a palette uses, in ascending order.
+
+    Args:
+        counts: pixels of each index, from 0.
+    """
+    if mask.indices is None:
+        return {}
+    used = np.flatnonzero(counts).tolist()
+    # A file may use indices beyond its palette, which decoders give a colour of their own.
+    return {
+        index: mask.palette[index]
+        if index < len(mask.palette)
+        else _color_of(mask.pixels, mask.indices, index)
+        for index in used
+    }
+
+
 def _color_of(pixels: Pixels, indices: Pixels, index: int) -> Color:
     """Returns the colour of a pixel with `index`, which occurs."""
     place = int((indices == index).argmax())
@@ -201,7 +217,7 @@ def _color_of(pixels: Pixels, indices: Pixels, index: int) -> Color:
     return color[0], color[-1 if len(color) < 3 else 1], color[-1]
 
 
-def _read_index(plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
+def _read_index(mask: MaskFile, plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
     counts = level_counts(plane)
     table = index_table(rules)
     wrong = [
@@ -218,7 +234,27 @@ def _read_index(plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
             f"classes are 0 to {len(rules.read_classes) - 1}; {add}ignore these pixels with "
             f"{options_to_ignore_ids(ids, rules)}"
         )
+    # Scaled levels have no palette of their own.
+    if rules.palette and mask.indices is not None and mask.pixels.ndim == 3:
+        _check_palette(used_colors(mask, counts), dict(rules.palette), name=name)
     return MaskReading(lookup(table.astype(np.uint8), plane))
+
+
+def _check_palette(found: Mapping[int, Color], expected: Mapping[int, Color], *, name: str) -> None:
+    """Checks that the indices of a palette have the colours by which their meaning was decided.
+
+    Raises:
+        ContentError: one of them has another colour, so that it may mean another class.
+    """
+    for index, color in found.items():
+        other = expected.get(index, color)
+        if other != color:
+            raise ContentError(
+                f"{name}: index {index} of its palette has the colour {color_text(color)}, but "
+                f"{color_text(other)} in the masks from which the classes were found; replace the "
+                "file, or give --classes with --mask-encoding index if the indices are right, or "
+                "with --mask-encoding colour if the colours are"
+            )
 
 
 def _read_alpha(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:

@@ -14,6 +14,7 @@ from data_prep.masks.color_map import (
     MAX_CLASSES,
     ClassColor,
     Color,
+    Palette,
     check_levels,
     color_text,
     grey_level,
@@ -46,6 +47,8 @@ class MaskRules:
         file_ids: the class id of each id in index masks; empty: the same. Other classes occur in no
             mask.
         has_ignore_id: index masks may hold the ignore id. It is no grey level of other masks.
+        palette: indices, and the colours that palettes of index masks must have there. Other
+            indices may have any colour.
     """
 
     classes: tuple[ClassColor, ...]
@@ -54,6 +57,7 @@ class MaskRules:
     encoding: Encoding = "auto"
     has_ignore_id: bool = False
     file_ids: tuple[int, ...] = ()
+    palette: Palette = ()
 
     @property
     def read_classes(self) -> tuple[ClassColor, ...]:

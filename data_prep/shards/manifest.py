@@ -10,11 +10,17 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from data_prep.imaging.breast import Crop, Flip
 from data_prep.imaging.pixels import MAX_CHANNELS
-from data_prep.masks.color_map import ClassColor
+from data_prep.masks.color_map import ClassColor, Palette
 from data_prep.splits.names import Split
 from flexunet.errors import ContentError, UsageError
 from flexunet.settings import Settings
@@ -87,11 +93,19 @@ class MaskChoice(Settings):
         decided: options of `prep` that the user did not give; `Manifest.options` has their values.
         evidence: short sentences about the masks.
         num_files: masks in the sample.
+        palette: indices of palettes, and the colours that all masks must have there; empty if
+            palettes do not matter. Then it is not in the JSON.
     """
 
     decided: tuple[str, ...]
     evidence: tuple[str, ...]
     num_files: int = Field(ge=0)
+    palette: Palette = ()
+
+    @model_serializer(mode="wrap")
+    def _without_empty_palette(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return values if self.palette else {k: v for k, v in values.items() if k != "palette"}
 
 
 class Manifest(Settings):

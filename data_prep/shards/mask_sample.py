@@ -1,11 +1,11 @@
 """Reads statistics of a sample of the mask files of a source.
 
-A few files are read, spread over the source. More are read only as long as hardly any of them has
-foreground.
+A few files are read, spread over the source. More are read as long as hardly any of them has
+foreground, and all of them if the sample leaves their meaning open.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -36,29 +36,41 @@ class SampleTask:
     num_requests: int
 
 
-def read_sample(
-    items: Sequence[SourcePair], workers: Workers, *, max_pixels: int, num_requests: int
-) -> MaskStatistics:
-    """Returns the statistics of a sample of the masks of `items`.
+Run = Callable[[Sequence[SampleTask], int], Iterable[MaskStatistics]]
+"""Runs `statistics_of_files` on tasks with this number of files, and shows the progress."""
+
+
+def read_samples(
+    items: Sequence[SourcePair], workers: Workers, task: SampleTask, read_rest: Run
+) -> Iterator[MaskStatistics]:
+    """Yields the statistics of a sample of the masks of `items`, and then of all masks.
 
     Files that cannot be read are left out; the first pass of `prep` reports them.
 
     Args:
-        max_pixels, num_requests: see `SampleTask`.
+        task: without files.
+        read_rest: reads the masks that are not in the sample.
 
     Raises:
         StorageError: a file cannot be read from storage.
     """
-    files = [file for item in items for file in item.masks]
     total = MaskStatistics()
-    for sample in _samples(files):
+    files = [file for item in items for file in item.masks]
+    samples = _samples(files)
+    for sample in samples:
         number = max(1, min(workers.num_workers(), len(sample) // 4))
-        tasks = [SampleTask(tuple(sample[i::number]), max_pixels, num_requests)
-                 for i in range(number)]  # fmt: skip
+        tasks = [dataclasses.replace(task, files=tuple(sample[i::number])) for i in range(number)]
         total = sum(workers.in_order(statistics_of_files, tasks), total)
         if is_enough(total):
             break
-    return total
+    yield total
+    rest = [file for sample in samples for file in sample]
+    if rest:
+        tasks = [
+            dataclasses.replace(task, files=tuple(rest[start : start + NUM_SAMPLED]))
+            for start in range(0, len(rest), NUM_SAMPLED)
+        ]
+        yield sum(read_rest(tasks, len(rest)), total)
 
 
 def statistics_of_files(task: SampleTask) -> MaskStatistics:

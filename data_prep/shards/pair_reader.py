@@ -247,5 +247,6 @@ def _read_mask(
         layout.mask_encoding,
         layout.has_ignore_id,
         layout.file_ids,
+        layout.palette,
     )
     return read_mask(mask, rules, name=label)

@@ -10,7 +10,7 @@ from data_prep.imaging.breast import Crop, Flip
 from data_prep.imaging.dicom.reader import Reader
 from data_prep.imaging.geometry import Geometry
 from data_prep.imaging.lost_regions import RegionCounts
-from data_prep.masks.color_map import ClassColor, Color
+from data_prep.masks.color_map import ClassColor, Color, Palette
 from data_prep.masks.reading import UnmappedColor
 from data_prep.masks.rules import Encoding
 from data_prep.sources import inbreast
@@ -29,7 +29,7 @@ class Layout:
         ignored: mask colours that are read as `ignore_id`.
         has_ignore_id: index masks may hold `ignore_id`.
         mask_encoding: what carries the classes in mask files.
-        file_ids: see `MaskRules`.
+        file_ids, palette: see `MaskRules`.
     """
 
     height: int
@@ -49,6 +49,7 @@ class Layout:
     mask_encoding: Encoding = "auto"
     file_ids: tuple[int, ...] = ()
     has_ignore_id: bool = False
+    palette: Palette = ()
 
 
 @dataclasses.dataclass(frozen=True)

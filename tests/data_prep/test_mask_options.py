@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,16 +11,19 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.config import PrepConfig
+from data_prep.masks.class_names import id_color
 from data_prep.masks.color_map import EARLIER_CLASSES
 from data_prep.pipeline import prepare, prepare_source
 from data_prep.shards.manifest import Manifest, read_manifest
 from data_prep.shards.mask_sample import NUM_SAMPLED
+from data_prep.shards.pair_reader import ReadPair, read_pair
 from data_prep.shards.records import decode_example, unframe_record
 from data_prep.shards.sample_table import read_samples
+from data_prep.shards.source_pairs import SourcePair
 from data_prep.sources.pairs import find_sources
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import open_store
-from tests.data_prep.masks.made_masks import areas, outlined
+from tests.data_prep.masks.made_masks import areas, outlined, palette_file
 
 SIDE = 64
 NUM = 6
@@ -128,6 +132,101 @@ def test_a_file_that_contradicts_the_choice_is_rejected(tmp_path: Path) -> None:
             prepared(source, folder / "out")
 
 
+RED_GREEN = [0, 0, 0, 255, 0, 0, 0, 255, 0]
+GREEN_RED = [0, 0, 0, 0, 255, 0, 255, 0, 0]
+WHITE_FIRST = [255, 255, 255, 0, 0, 0, 9, 9, 9]
+
+
+def unsampled(number: int) -> int:
+    """Returns the first of `number` masks that is not in the sample of `prep`."""
+    sampled = np.linspace(0, number - 1, NUM_SAMPLED).round()
+    return next(i for i in range(number) if i not in sampled)
+
+
+def write_file(source: Path, number: int, data: bytes) -> None:
+    (source / "masks" / f"case_{number:02d}.png").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("usual", "other", "message"),
+    [
+        (RED_GREEN, GREEN_RED, "index 1 of its palette has the colour 0,255,0, but 255,0,0 in"),
+        (RED_GREEN, [0, 0, 0, 255, 0, 0, 9, 9, 9], "index 2 .* colour 9,9,9, but 0,255,0 in"),
+        (None, WHITE_FIRST, "index 0 of its palette has the colour 255,255,255, but 0,0,0 in"),
+    ],
+)
+def test_a_palette_with_other_colors_is_rejected(
+    tmp_path: Path, usual: list[int] | None, other: list[int], message: str
+) -> None:
+    """The colours of its indices may mean other classes than in the sample."""
+    masks = [areas([0, 1, 2], side=16, seed=i) for i in range(40)]
+    source = write_source(tmp_path / "source", masks)
+    for i, mask in enumerate(masks):
+        if usual is not None:
+            write_file(source, i, palette_file(mask, usual))
+    unseen = unsampled(len(masks))
+    write_file(source, unseen, palette_file(masks[unseen], other))
+    with pytest.raises(ContentError, match=rf"case_{unseen:02d}\.png: {message} .*--skip-bad"):
+        prepared(source, tmp_path / "out")
+    # The same palette in the sample is a question, and the answer reads all of them.
+    write_file(source, 0, palette_file(masks[0], other))
+    if usual is not None:
+        with pytest.raises(UsageError, match="the palettes of the masks differ"):
+            prepared(source, tmp_path / "out")
+    given = {"classes": "a=0,0,0;b=255,0,0;c=0,255,0", "mask_encoding": "index"}
+    prepared(source, tmp_path / "given", **given)
+    assert np.array_equal(stored(tmp_path / "given")[f"case_{unseen:02d}"][::4, ::4], masks[unseen])
+    write_file(source, 0, palette_file(masks[0], usual or RED_GREEN))
+    skipped = prepared(source, tmp_path / "skipped", skip_bad=True)
+    assert skipped.num_samples == len(masks) - 1
+
+
+def test_the_palette_is_kept_for_what_is_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of an interrupted preparation that was replaced is compared with its palette."""
+    masks = [areas([0, 1, 2], side=16, seed=i) for i in range(40)]
+    source = write_source(tmp_path / "source", masks)
+    for i, mask in enumerate(masks):
+        write_file(source, i, palette_file(mask, RED_GREEN))
+    interrupted(source, tmp_path / "out", monkeypatch)
+    write_file(source, 0, palette_file(masks[0], GREEN_RED))  # in the sample, which is not read
+    with pytest.raises(ContentError, match=r"case_00\.png: index 1 of its palette"):
+        prepared(source, tmp_path / "out")
+    write_file(source, 0, palette_file(masks[0], RED_GREEN))
+    manifest = prepared(source, tmp_path / "out")
+    assert manifest.mask_choice is not None
+    assert manifest.mask_choice.palette == ((0, (0, 0, 0)), (1, (255, 0, 0)), (2, (0, 255, 0)))
+    written = json.loads((tmp_path / "out" / "dataset.json").read_text())["mask_choice"]
+    assert written["palette"] == [[0, [0, 0, 0]], [1, [255, 0, 0]], [2, [0, 255, 0]]]
+
+
+def test_unused_classes_of_pascal_voc_have_its_colors(tmp_path: Path) -> None:
+    palette = [channel for i in range(256) for channel in id_color(i)]
+    masks = [areas([0, 1, 3], side=16, seed=i) for i in range(40)]
+    source = write_source(tmp_path / "source", masks)
+    unseen = unsampled(len(masks))
+    masks[unseen] = areas([0, 2], side=16)
+    for i, mask in enumerate(masks):
+        write_file(source, i, palette_file(mask, palette))
+    prepared(source, tmp_path / "out")
+    palette[6:9] = [1, 2, 3]
+    write_file(source, unseen, palette_file(masks[unseen], palette))
+    with pytest.raises(ContentError, match="index 2 of its palette has the colour 1,2,3, but 0,1"):
+        prepared(source, tmp_path / "other")
+
+
+def test_an_open_sample_is_decided_by_all_masks(tmp_path: Path) -> None:
+    """As `inspect` does, which reads all of them: class 1 is in no mask of the sample."""
+    masks = [areas([0, 2], side=16, seed=i) for i in range(40)]
+    masks[unsampled(40)] = areas([0, 1], side=16)
+    source = write_source(tmp_path / "source", masks)
+    manifest = prepared(source, tmp_path / "out")
+    assert [each.name for each in manifest.classes] == ["background", "class1", "class2"]
+    assert manifest.mask_choice is not None
+    assert manifest.mask_choice.num_files == 40
+
+
 @pytest.mark.parametrize("foreground", [255, 1])
 def test_a_dataset_of_an_earlier_version_stays_the_same(
     tmp_path: Path, foreground: int, caplog: pytest.LogCaptureFixture
@@ -147,31 +246,125 @@ def test_a_dataset_of_an_earlier_version_stays_the_same(
         prepared(source, output)
 
 
-def test_an_interrupted_preparation_keeps_its_choice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write_source(tmp_path / "source", masks_of([0, 255]))
-    whole = prepared(source, tmp_path / "whole")
+def interrupted(source: Path, output: Path, patched: pytest.MonkeyPatch, **options: object) -> Path:
+    """Begins a preparation that is killed before its last step; returns the path of its plan."""
 
-    def stop(*arguments: object, **options: object) -> None:
+    def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    for made_earlier in (False, True):
-        output = tmp_path / f"out{made_earlier}"
-        with monkeypatch.context() as patched:
-            patched.setattr("data_prep.pipeline.write_clipped", stop)
-            given = {"classes": EARLIER_CLASSES} if made_earlier else {}
-            with pytest.raises(KeyboardInterrupt):
-                prepared(source, output, **given)
-        plan = output / "prep-state" / "plan.json"
-        values = json.loads(plan.read_text())
-        if made_earlier:
-            del values["mask_choice"], values["options"]["mask_encoding"]
-            plan.write_text(json.dumps(values, indent=1, sort_keys=True))
-        manifest = prepared(source, output)
-        assert (manifest == whole) is not made_earlier
-        assert manifest.options == values["options"]
+    with patched.context() as each:
+        each.setattr("data_prep.pipeline.write_clipped", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(source, output, **options)
+    return output / "prep-state" / "plan.json"
+
+
+def read_again(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Returns a list that gets the names of the pairs that are read from now on."""
+    found: list[str] = []
+
+    def read(item: SourcePair, *arguments: object) -> ReadPair:
+        found.append(item.id)
+        return read_pair(item, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("data_prep.shards.encode.read_pair", read)
+    return found
+
+
+OF_255 = {"classes": "background=0,0,0;foreground=255,255,255", "mask_encoding": "colour"}
+OF_1 = {"classes": "background=0,0,0;foreground=255,255,255", "mask_encoding": "index"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [({}, {}), ({}, OF_255), (OF_255, {}), ({"classes": OF_255["classes"]}, {}),
+     ({}, {"classes": OF_255["classes"]})],
+)  # fmt: skip
+def test_any_command_of_the_same_meaning_continues_an_interrupted_preparation(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: dict[str, str],
+    second: dict[str, str],
+) -> None:
+    """As `inspect` proposes a command with all options, and `prep` needs none."""
+    source = write_source(tmp_path / "source", masks_of([0, 255]))
+    whole = prepared(source, tmp_path / "whole", **first)
+    plan = interrupted(source, tmp_path / "out", monkeypatch, **first).read_bytes()
+    names = read_again(monkeypatch)
+    manifest = prepared(source, tmp_path / "out", **second)
+    assert names == []
+    assert manifest == whole
+    assert manifest.options == json.loads(plan)["options"]
+    assert (tmp_path / "out" / "dataset.json").read_bytes() == manifest.to_json()
+    assert prepared(source, tmp_path / "out") == manifest
+
+
+def begun_earlier(
+    source: Path, output: Path, patched: pytest.MonkeyPatch, **options: object
+) -> dict[str, Any]:
+    """Interrupts a preparation as a version that read each mask by itself; returns its options."""
+    path = interrupted(source, output, patched, **{"mask_encoding": "mixed", **options})
+    plan = json.loads(path.read_text())
+    plan.pop("mask_choice", None)
+    del plan["options"]["mask_encoding"]
+    path.write_text(json.dumps(plan, indent=1, sort_keys=True))
+    found: dict[str, Any] = plan["options"]
+    return found
+
+
+@pytest.mark.parametrize("foreground", [255, 1])
+def test_what_an_earlier_version_began_is_finished_if_the_decision_means_the_same(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    foreground: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    masks = masks_of([0, foreground])
+    source = write_source(tmp_path / "source", masks)
+    options = begun_earlier(source, tmp_path / "out", monkeypatch, classes=EARLIER_CLASSES)
+    manifest = prepared(source, tmp_path / "out")
+    assert manifest.options == options
     assert [each.name for each in manifest.classes] == ["background", "mass"]
+    assert "an earlier version began with --classes background=0,0,0;mass" in caplog.text
+    assert np.array_equal(stored(tmp_path / "out")["case_00"] > 0, masks[0] > 0)
+
+
+@pytest.mark.parametrize(
+    ("masks", "now"),
+    [
+        (lambda: [outlined(mask) for mask in masks_of([0, 1])], "are read as .*--ignore 255.*"),
+        (lambda: masks_of([0, 1, 2]), "are read as --mask-encoding index .*"),
+        (lambda: [*masks_of([0, 1])[1:], *masks_of([0, 255])[:1]], "have several readings: some.*"),
+    ],
+)
+def test_an_earlier_guess_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masks: Any, now: str
+) -> None:
+    """Void borders, more classes, and both 1 and 255 as foreground were read without a word."""
+    source = write_source(tmp_path / "source", masks_of([0, 255]))
+    begun_earlier(source, tmp_path / "out", monkeypatch, classes=EARLIER_CLASSES)
+    for i, mask in enumerate(masks()):
+        cv2.imwrite(str(source / "masks" / f"case_{i:02d}.png"), mask.astype(np.uint8))
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    match = rf"earlier version was interrupted here, .*; now the masks {now}; delete the folder"
+    with pytest.raises(UsageError, match=match):
+        prepared(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_mask_that_contradicts_what_an_earlier_version_began_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = [areas([0, 255], side=16, seed=i) for i in range(40)]
+    source = write_source(tmp_path / "source", masks)
+    begun_earlier(source, tmp_path / "out", monkeypatch, classes=EARLIER_CLASSES)
+    sampled = np.linspace(0, 39, NUM_SAMPLED).round()
+    unseen = next(i for i in range(10, 40) if i not in sampled)
+    ids = areas([0, 1], side=16).astype(np.uint8)
+    assert cv2.imwrite(str(source / "masks" / f"case_{unseen}.png"), ids)
+    with pytest.raises(ContentError, match=rf"case_{unseen}\.png: has areas of a colour of no cl"):
+        prepared(source, tmp_path / "out")
 
 
 def test_an_option_of_the_first_command_is_missed(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from data_prep.phantoms.inbreast_release import write_release
 from data_prep.pipeline import prepare_source
 from data_prep.prep_input import pairs_of
 from data_prep.shards.manifest import read_manifest
-from data_prep.shards.mask_sample import read_sample
+from data_prep.shards.mask_sample import SampleTask, read_samples
 from data_prep.sources.listings import Listings
 from data_prep.sources.pairs import find_pairs, find_sources
 from flexunet.errors import UsageError
@@ -322,10 +322,13 @@ def chosen_by_prep(source: str, options: PrepConfig) -> PrepConfig:
     pairs, _ = find_pairs(find_sources(source, listings), listings)
     items = pairs_of([(pair, pair.id) for pair in pairs], options, listings)
     workers = Workers(InlineExecutor(), lambda: 1)
-    config, _ = choose_mask_options(
-        options, None, lambda: read_sample(items, workers, max_pixels=2**20, num_requests=1)
-    )
-    return config
+    task = SampleTask((), max_pixels=2**20, num_requests=1)
+    chosen = choose_mask_options(options, None, lambda: read_samples(items, workers, task, no_rest))
+    return chosen.config
+
+
+def no_rest(tasks: object, num_files: int) -> list[Any]:
+    raise AssertionError("all masks are in the sample")
 
 
 @pytest.mark.parametrize(
