@@ -4,9 +4,10 @@ Only draws; all decisions about the dataset are made elsewhere.
 """
 
 import dataclasses
+import functools
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import PIL.ImageFont
 
 from data_prep.imaging.codecs import encode_png
 from data_prep.imaging.pixels import shown_channels
-from data_prep.masks.color_map import ClassColor
+from data_prep.masks.color_map import ClassColor, Color
 from flexunet.tables import csv_table
 from flexunet.text import legible
 
@@ -34,8 +35,12 @@ _GAP = 12  # pixels between thumbnails
 _LINE = 18  # pixels of a line of text
 _MAX_LEGEND = 10  # names in a line of the legend; without more classes, it names all of them
 _OVERLAY_ALPHA = 0.45
+_SWATCH = (_GAP + 1, _GAP + 1)  # height and width in the legend, pixels
+_NUM_SPARE = 30  # colours of classes whose own one is not visible
 _HATCH_PERIOD, _HATCH_WIDTH = 6, 2  # pixels, of diagonal lines over ignored areas
 _HATCH_GREYS = 220.0, 90.0  # of the lines, and between them
+_MIN_BRIGHTEST, _MIN_CHROMA = 100, 64  # levels, of a colour that is visible on grey images
+_MIN_DIFFERENCE = 60  # levels in a channel, of two classes
 _LEAST_PERCENT = 1e-3  # of pixels; smaller shares are drawn at this value
 
 
@@ -110,15 +115,19 @@ def contact_sheet_png(
     """
     # Without Matplotlib, which would need 0.5 s to put images side by side.
     large, small = _font(14), _font(11)
+    colors = overlay_colors(classes)
     columns = []
     for pair in pairs:
         image, mask = _thumbnails(pair, value_max)
-        columns.append((pair.title, image, _overlaid(image, mask, ignore_id)))
+        columns.append((pair.title, image, _overlaid(image, mask, colors, ignore_id)))
     widest = max(_MIN_COLUMN, *(image.shape[1] for _, image, _ in columns))
     tallest = max(image.shape[0] for _, image, _ in columns)
-    legend = [(_shortened(info.name), _swatch(info.id, None)) for info in _named(classes, pairs)]
+    legend = [
+        (_shortened(info.name), np.full((*_SWATCH, 3), colors[info.id], np.uint8))
+        for info in _named(classes, pairs)
+    ]
     if ignore_id is not None:
-        legend.append(("ignored", _swatch(ignore_id, ignore_id)))
+        legend.append(("ignored", _hatched_swatch(ignore_id)))
     lines = [legend[start : start + _MAX_LEGEND] for start in range(0, len(legend), _MAX_LEGEND)]
     widths = [[_text_width(small, name) + 3 * _GAP for name, _ in line] for line in lines]
     width = max((widest + _GAP) * len(columns), _text_width(large, title) + _GAP, *map(sum, widths))
@@ -230,15 +239,17 @@ def _thumbnails(pair: PairPreview, value_max: int) -> tuple[np.ndarray, np.ndarr
     return np.broadcast_to(image, (*mask.shape, 3)), mask
 
 
-def _overlaid(image: np.ndarray, mask: np.ndarray, ignore_id: int | None) -> np.ndarray:
+def _overlaid(
+    image: np.ndarray, mask: np.ndarray, colors: Mapping[int, Color], ignore_id: int | None
+) -> np.ndarray:
     """Returns `image` with a tint for each class, and hatching for `ignore_id`."""
     result = image.astype(np.float32)
-    for class_id in np.unique(mask[mask > 0]):
+    for class_id in np.unique(mask[mask > 0]).tolist():
         where = mask == class_id
         if class_id == ignore_id:
             result[where] = np.where(_hatching(mask.shape)[where, np.newaxis], *_HATCH_GREYS)
             continue
-        color = np.array(_overlay_color(int(class_id)))
+        color = np.array(colors.get(class_id) or _spare_color(class_id))
         result[where] = (1 - _OVERLAY_ALPHA) * result[where] + _OVERLAY_ALPHA * color
     return result.astype(np.uint8)
 
@@ -249,22 +260,53 @@ def _hatching(shape: tuple[int, ...]) -> np.ndarray:
     return (x + y) % _HATCH_PERIOD < _HATCH_WIDTH
 
 
-def _swatch(class_id: int, ignore_id: int | None) -> np.ndarray:
-    """Returns the legend swatch of a class, (h, w, 3) uint8."""
-    shape = (_GAP + 1, _GAP + 1)
-    if class_id == ignore_id:
-        mask = np.full(shape, class_id, np.uint8)
-        return _overlaid(np.zeros((*shape, 3), np.uint8), mask, ignore_id)
-    return np.full((*shape, 3), _overlay_color(class_id), np.uint8)
+def _hatched_swatch(ignore_id: int) -> np.ndarray:
+    """Returns the legend swatch of ignored pixels, (h, w, 3) uint8."""
+    mask = np.full(_SWATCH, ignore_id, np.uint8)
+    return _overlaid(np.zeros((*_SWATCH, 3), np.uint8), mask, {}, ignore_id)
 
 
-def _overlay_color(class_id: int) -> tuple[int, int, int]:
-    # Not the colour of the class, which is often white and invisible on dense tissue.
+def overlay_colors(classes: Sequence[ClassColor]) -> dict[int, Color]:
+    """Returns the colour of each foreground class in overlays: its own one if that is visible.
+
+    White, grey and dark colours are invisible on images, and similar ones look the same.
+    Such classes get another colour, which no other class has.
+    """
+    result: dict[int, Color] = {}
+    for entry in classes[1:]:
+        color = entry.color
+        is_visible = max(color) >= _MIN_BRIGHTEST and max(color) - min(color) >= _MIN_CHROMA
+        if is_visible and _difference(color, result.values()) >= _MIN_DIFFERENCE:
+            result[entry.id] = color
+    for entry in classes[1:]:
+        if entry.id not in result:
+            result[entry.id] = _free_color(entry.id, result.values())
+    return result
+
+
+def _difference(color: Color, others: Iterable[Color]) -> int:
+    """Returns the largest channel difference to the nearest of `others`."""
+    distances = (max(abs(a - b) for a, b in zip(color, each, strict=True)) for each in others)
+    return min(distances, default=255)
+
+
+def _free_color(class_id: int, taken: Collection[Color]) -> Color:
+    """Returns the colour of a class without an own one, of those that are far from others."""
+    if len(taken) >= _NUM_SPARE:  # all are taken
+        return _spare_color(class_id)
+    spare = [_spare_color(number) for number in range(class_id, class_id + _NUM_SPARE)]
+    far = (color for color in spare if _difference(color, taken) >= _MIN_DIFFERENCE)
+    new = (color for color in spare if color not in taken)
+    return next(far, None) or next(new, None) or spare[0]
+
+
+@functools.cache
+def _spare_color(class_id: int) -> Color:
     from matplotlib.colors import to_rgb
 
     first = to_rgb(f"C{(class_id + 2) % 10}")
     # Ten colours, then the same ones lighter, then darker.
-    target, part = ((0.0, 0.0), (1.0, 0.55), (0.0, 0.45))[min(2, (class_id - 1) // 10)]
+    target, part = ((0.0, 0.0), (1.0, 0.55), (0.0, 0.45))[(class_id - 1) // 10 % 3]
     red, green, blue = (round(255 * (v + part * (target - v))) for v in first)
     return red, green, blue
 

@@ -3,7 +3,7 @@
 The meaning of the masks is decided in `masks/decision`; this module explains it value by value.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -22,16 +22,18 @@ from data_prep.masks.statistics import MaskStatistics, ValueCount
 
 _MAX_NOISE = 4  # classes whose noise is counted apart
 MAX_LISTED = 12  # values without a class
+_MAX_VALUES = 64  # of the masks of a pair that are listed
 _MIN_SOLID = 9  # pixels whose neighbours are equal
 
 
 def describe_values(
-    masks: MaskStatistics, reading: Reading | None
+    masks: MaskStatistics, reading: Reading | None, areas: Collection[Color] = ()
 ) -> tuple[tuple[ValueFinding, ...], tuple[OthersFinding, ...]]:
     """Returns the values of the masks, classes first; and noise, blends and rare values by kind.
 
     Args:
         reading: how the masks are read; None if that is not known.
+        areas: values of no class for which masks cannot be read.
     """
     meanings = _Meanings(reading)
     values: list[tuple[str, int | None, Color | None, ValueCount]] = [
@@ -46,6 +48,8 @@ def describe_values(
     merged: dict[tuple[str, str, str], ValueFinding] = {}
     for text, value_id, color, count in values:
         kind, words = meanings.of(value_id, color, count)
+        if color in areas and kind not in (_CLASS, _IGNORED):
+            kind, words = _AREA, _AREA
         share, num_files = count.num_pixels / total, count.num_files
         before = merged.get((kind, text, words))
         if before is not None:  # grey in some files, and in others beside colours
@@ -70,6 +74,32 @@ def _joined(values: Sequence[tuple[str, ValueFinding]]) -> list[OthersFinding]:
         is_named = kind == _NOISE and len(names) <= _MAX_NOISE
         shares.setdefault(value.looks_like if is_named else kind, []).append(value.share)
     return [OthersFinding(name, len(each), sum(each)) for name, each in shares.items()]
+
+
+Values = frozenset[tuple[int | None, Color | None]]
+"""Values of masks: id or level, None for a colour; and how it is shown, None above 255."""
+
+
+def values_of(masks: MaskStatistics) -> Values | None:
+    """Returns the values of masks, None if they are too many to list, or not all are known."""
+    number = len(masks.levels) + len(masks.indices) + len(masks.colors)
+    if masks.num_left_out or masks.num_alpha_shapes or number > _MAX_VALUES:
+        return None
+    return frozenset[tuple[int | None, Color | None]](
+        [
+            *((level, _grey(level)) for level in masks.levels),
+            *((index, masks.palette[index]) for index in masks.indices),
+            *((None, color) for color in masks.colors),
+        ]
+    )
+
+
+def are_known(values: Values | None, reading: Reading) -> bool:
+    """Returns whether all values are of classes or ignored, so that masks can be read."""
+    if values is None:
+        return False
+    meanings, none = _Meanings(reading), ValueCount(0)
+    return all(meanings.of(*value, none)[0] in (_CLASS, _IGNORED) for value in values)
 
 
 _CLASS, _IGNORED, _AREA, _UNKNOWN = "class", "ignored", "area of no class", "unknown"

@@ -14,6 +14,7 @@ from data_prep.imaging.stored_sizes import MIN_AREA, MIN_NOISY_AREA, stored_size
 from data_prep.inspection.config import InspectConfig
 from data_prep.inspection.findings import Inspection
 from data_prep.inspection.layout import find_layout
+from data_prep.inspection.mask_values import are_known
 from data_prep.inspection.output import draw_contact_sheet, shown_pairs
 from data_prep.inspection.scan import (
     BadFile,
@@ -166,6 +167,32 @@ def _measure(found: Measured, config: InspectConfig, work: _Work) -> None:
     )
     for part in measured:
         found.regions.add(part)
+    _check_rest(found, sample, task, work)
+
+
+def _check_rest(
+    found: Measured, sample: Sequence[SourcePair], task: InspectTask, work: _Work
+) -> None:
+    """Reads the masks outside of the sample that have other values than those of classes.
+
+    `prep` may reject them.
+    """
+    if found.reading is None:
+        return
+    measured = {item.id for item in sample}
+    known = {values: are_known(values, found.reading) for values in set(found.values.values())}
+    rest = [
+        item
+        for item in _good(found)
+        if item.id not in measured and not known[found.values[item.id]]
+    ]
+    sizes = {image.image_id: (image.height, image.width) for image in found.images}
+    task = dataclasses.replace(
+        task, image_sizes=tuple(sizes[item.id] for item in rest), is_check=True
+    )
+    tasks = batches(rest, task, work.workers.num_workers())
+    for part in work.run(scan_regions, tasks, "checking masks", len(rest), _num_pairs):
+        found.regions.bad.extend(part.bad)
 
 
 def _good(found: Measured) -> list[SourcePair]:
@@ -182,6 +209,8 @@ def _add(found: Measured, scan: FilesScan) -> None:
     found.images += scan.images
     found.masks += scan.masks
     found.bad += scan.bad
+    for item_id, values in scan.values.items():
+        found.values[item_id] = found.interned(values)
     for kind, number in scan.mask_kinds.items():
         found.mask_kinds[kind] = found.mask_kinds.get(kind, 0) + number
 

@@ -10,8 +10,16 @@ from typing import Any
 from data_prep.choices.command_line import prep_command
 from data_prep.inspection.findings import Answer, Question
 from data_prep.inspection.layout import Reading as LayoutReading
-from data_prep.masks.class_names import color_map_text, id_names
-from data_prep.masks.color_map import parse_color_map
+from data_prep.masks.class_names import color_map_text, id_color, id_names
+from data_prep.masks.color_map import (
+    MAX_CLASSES,
+    ClassColor,
+    Color,
+    color_text,
+    grey_level,
+    parse_color_map,
+)
+from data_prep.masks.decision.color_rules import join_colors
 from data_prep.masks.decision.decide import MaskDecision
 from data_prep.masks.decision.findings import BLACK_AND_WHITE, Reading
 from data_prep.splits.group_candidates import GroupCandidate
@@ -122,6 +130,58 @@ def valid_choice(splits: Collection[str | None]) -> Choice | None:
         ("no: train with --folds", {}),
     )
     return Choice("validation", text, answers)
+
+
+def area_choice(
+    reading: Reading, colors: Sequence[Color], num_masks: int, is_all: bool
+) -> Choice | None:
+    """Returns the question about values of no class that cover areas.
+
+    Args:
+        reading: how the masks are read.
+        colors: these values; see `NoClassError`.
+        num_masks: masks with them.
+        is_all: these are all masks, so that they cannot be left out.
+    """
+    if not colors:
+        return None
+    named = join_colors(sorted(colors))
+    text = f"{pluralize(num_masks, 'mask')} cannot be read: {named} is of no class. What is it?"
+    ignored = [*([reading.ignore] if reading.ignore else []), *map(_value_text, sorted(colors))]
+    classes = parse_color_map(reading.classes)
+    answers: list[tuple[str, Mapping[str, Any]]] = [
+        ("to be ignored", {**reading.options, "ignore": ";".join(ignored)})
+    ]
+    added = _with_classes(classes, reading, colors)
+    if added is not None:
+        answers.append(("a class of its own", {**reading.options, "classes": added}))
+    if not is_all:
+        answers.append(("a mistake: leave these masks out", {"skip_bad": True}))
+    return Choice("masks", text, tuple(answers))
+
+
+def _value_text(color: Color) -> str:
+    level = grey_level(color)
+    return color_text(color) if level is None else str(level)
+
+
+def _with_classes(
+    classes: Sequence[ClassColor], reading: Reading, colors: Sequence[Color]
+) -> str | None:
+    """Returns the classes with one more for each of `colors`; None if they cannot be classes."""
+    own = {entry.color for entry in classes}
+    names = [entry.name for entry in classes]
+    if reading.encoding == "index":
+        last = max(max(color) for color in colors)
+        added: list[Color] = [id_color(i) for i in range(len(classes), last + 1)]
+    else:
+        added = sorted(colors)
+    if any(max(color) >= MAX_CLASSES for color in colors) or not own.isdisjoint(added):
+        return None
+    new = [f"class{len(classes) + i}" for i in range(len(added))]
+    if not set(new).isdisjoint(names) or len(classes) + len(added) > MAX_CLASSES:
+        return None
+    return color_map_text([*names, *new], [*(entry.color for entry in classes), *added])
 
 
 def bad_choice(number: int, num_without_mask: int) -> Choice | None:

@@ -7,7 +7,7 @@ the pairs after the meaning of the masks is known. A bad file is a result, not a
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,9 +20,12 @@ from data_prep.imaging.lost_regions import regions_at
 from data_prep.imaging.pixels import Pixels, grey_channel, is_uniform
 from data_prep.imaging.stored_sizes import MIN_AREA, StoredSize
 from data_prep.imaging.tiff import TIFF_SIGNATURES
+from data_prep.inspection.mask_values import Values, values_of
+from data_prep.masks.color_map import Color
 from data_prep.masks.files import MaskFile, is_jpeg, read_mask_file
 from data_prep.masks.npz import read_npz_file
 from data_prep.masks.reading import MaskReading
+from data_prep.masks.rules import NoClassError
 from data_prep.masks.statistics import MaskStatistics, statistics_of
 from data_prep.shards.encode import most_bytes, one_thread
 from data_prep.shards.pair_reader import check_size, read_file, read_masks, read_pair
@@ -49,10 +52,15 @@ _Read = bytes | str  # a file, or why it cannot be read
 
 @dataclass(frozen=True)
 class BadFile:
-    """A file that `prep` would reject, and why."""
+    """A file that `prep` would reject, and why.
+
+    Attributes:
+        colors: values of no class in a mask; see `NoClassError`.
+    """
 
     file: str
     reason: str
+    colors: tuple[Color, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class FilesScan:
     Attributes:
         num_pairs: pairs that were read, with those of bad files.
         mask_kinds: number of mask files by kind of file.
+        values: values of the masks of each pair by its id; None: too many to list.
     """
 
     num_pairs: int = 0
@@ -101,6 +110,7 @@ class FilesScan:
     masks: MaskStatistics = field(default_factory=MaskStatistics)
     mask_kinds: Counter[str] = field(default_factory=Counter)
     bad: tuple[BadFile, ...] = ()
+    values: Mapping[str, Values | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,7 @@ class InspectTask:
         image_sizes: (height, width) of each image; this and the rest only for `scan_regions`.
         sizes: stored sizes to compare.
         min_area: smallest region that counts as lost, pixels.
+        is_check: only whether the masks can be read; without regions.
     """
 
     items: tuple[SourcePair, ...]
@@ -119,6 +130,7 @@ class InspectTask:
     image_sizes: tuple[tuple[int, int], ...] = ()
     sizes: tuple[StoredSize, ...] = ()
     min_area: int = MIN_AREA
+    is_check: bool = False
 
 
 @dataclass
@@ -192,6 +204,7 @@ def scan_files(task: InspectTask) -> FilesScan:
     images: list[ImageFacts] = []
     bad: list[BadFile] = []
     masks, kinds = MaskStatistics(), Counter[str]()
+    values: dict[str, Values | None] = {}
     for item, data in _read_ahead(task):
         image: ImageFacts | None = None
         try:
@@ -201,16 +214,19 @@ def scan_files(task: InspectTask) -> FilesScan:
             bad.append(BadFile(item.image.label, str(error)))
         if task.layout.format == "inbreast":
             continue
+        of_pair = MaskStatistics()
         for file, read in zip(item.masks, data[1:], strict=False):
             try:
                 mask = _read_mask_file(file, _bytes(read), task.layout.max_pixels)
-                masks += statistics_of(mask, is_jpeg_file=is_jpeg(_bytes(read)))
+                of_pair += statistics_of(mask, is_jpeg_file=is_jpeg(_bytes(read)))
                 kinds[file_kind(_bytes(read))] += 1
                 if image is not None:
                     check_size(item, file, mask.pixels.shape[:2], (image.height, image.width))
             except ContentError as error:
                 bad.append(BadFile(file.label, str(error)))
-    return FilesScan(len(task.items), tuple(images), masks, kinds, tuple(bad))
+        masks += of_pair
+        values[item.id] = values_of(of_pair)
+    return FilesScan(len(task.items), tuple(images), masks, kinds, tuple(bad), values)
 
 
 def scan_regions(task: InspectTask) -> RegionsScan:
@@ -230,9 +246,10 @@ def scan_regions(task: InspectTask) -> RegionsScan:
                 scan = ScanTask("", task.layout, (item,), skip_bad=True)
                 reading = read_pair(item, scan, files).reading
         except ContentError as error:
-            result.bad.append(_bad_file(item, str(error)))
+            result.bad.append(_bad_file(item, error))
             continue
-        _add_regions(result, item, reading, task)
+        if not task.is_check:
+            _add_regions(result, item, reading, task)
     return result
 
 
@@ -249,9 +266,10 @@ def _add_regions(
         result.classes.setdefault(class_id, ClassRegions()).add(found)
 
 
-def _bad_file(item: SourcePair, reason: str) -> BadFile:
-    masks = (file.label for file in item.files[1:] if reason.startswith(file.label))
-    return BadFile(next(masks, item.image.label), reason)
+def _bad_file(item: SourcePair, error: ContentError) -> BadFile:
+    masks = (file.label for file in item.files[1:] if str(error).startswith(file.label))
+    colors = error.colors if isinstance(error, NoClassError) else ()
+    return BadFile(next(masks, item.image.label), str(error), colors)
 
 
 def file_kind(data: bytes) -> str:

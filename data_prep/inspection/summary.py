@@ -28,9 +28,10 @@ from data_prep.inspection.findings import (
     SizeFinding,
 )
 from data_prep.inspection.layout import FoundLayout
-from data_prep.inspection.mask_values import describe_values
+from data_prep.inspection.mask_values import Values, describe_values
 from data_prep.inspection.questions import (
     Choice,
+    area_choice,
     bad_choice,
     black_choice,
     group_choice,
@@ -41,7 +42,7 @@ from data_prep.inspection.questions import (
     valid_choice,
 )
 from data_prep.inspection.scan import BadFile, ClassRegions, ImageFacts, RegionsScan
-from data_prep.masks.color_map import NO_BACKGROUND, parse_color_map, with_background
+from data_prep.masks.color_map import NO_BACKGROUND, Color, parse_color_map, with_background
 from data_prep.masks.decision.decide import MaskDecision
 from data_prep.masks.decision.findings import Reading, black_and_white
 from data_prep.masks.statistics import MaskStatistics
@@ -57,6 +58,7 @@ from flexunet.text import legible
 GROUP_OPTIONS = ("group_preset", "group_regex", "group_csv")
 _EXAMPLES = 3
 _MAX_SETS = 10  # of equal images that are listed
+_MAX_SETS_OF_VALUES = 1000
 _MAX_OTHER_FILES = 100_000  # beside the folders of images and masks
 
 
@@ -71,6 +73,7 @@ class Measured:
         sizes: the compared sizes of stored images.
         min_area: smallest region that is not tiny, pixels.
         regions: the regions of the sampled pairs.
+        values: by id of each pair: values of its masks, see `FilesScan`.
     """
 
     layout: FoundLayout
@@ -84,6 +87,20 @@ class Measured:
     sizes: tuple[StoredSize, ...] = ()
     min_area: int = MIN_AREA
     regions: RegionsScan = field(default_factory=RegionsScan)
+    values: dict[str, Values | None] = field(default_factory=dict)
+
+    _distinct: dict[Values | None, Values | None] = field(default_factory=dict)
+
+    def interned(self, values: Values | None) -> Values | None:
+        """Returns an equal object that many pairs share; None beyond a limit, to save memory."""
+        if values not in self._distinct and len(self._distinct) >= _MAX_SETS_OF_VALUES:
+            return None
+        return self._distinct.setdefault(values, values)
+
+    @property
+    def areas(self) -> tuple[Color, ...]:
+        """Values of no class for which masks cannot be read."""
+        return tuple(dict.fromkeys(color for each in self.regions.bad for color in each.colors))
 
     @property
     def has_noise(self) -> bool:
@@ -311,7 +328,7 @@ def _other_files(
 def _masks(found: Measured) -> MasksFinding | None:
     if found.decision is None:
         return None
-    values, others = describe_values(found.masks, found.reading)
+    values, others = describe_values(found.masks, found.reading, found.areas)
     certain = found.decision.reading
     return MasksFinding(
         number=found.masks.num_files,
@@ -359,14 +376,20 @@ def _choices(
     elif decision is not None and decision.reading and not _names_background(found):
         white = found.regions.classes.get(1, ClassRegions()).num_pixels
         black = black_choice(decision.reading, white / max(1, found.regions.num_pixels))
+    refused = [each for each in found.regions.bad if each.colors]
+    areas = None
+    if decision is not None and decision.reading is not None:
+        is_all = len(refused) >= len(found.items)
+        areas = area_choice(decision.reading, found.areas, len(refused), is_all)
     possible = (
         layout_choice(found.layout.readings),
         meaning,
         black,
+        areas,
         None if has_groups(found) else group_choice(groups),
         valid_choice({each.split for each in layout.folders}),
         bad_choice(
-            sum(each.number for each in (*layout.left_over, *bad)),
+            sum(each.number for each in (*layout.left_over, *bad)) - len(refused),
             0
             if found.layout.given.get("background") == NO_BACKGROUND
             else sum(each.number for each in layout.left_over if each.about.startswith(NO_MASK)),

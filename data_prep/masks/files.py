@@ -28,7 +28,7 @@ from data_prep.masks.reading import (
     known_colors,
     read_classes,
 )
-from data_prep.masks.rules import MaskRules, index_table, options_to_ignore_ids
+from data_prep.masks.rules import MaskRules, NoClassError, index_table, options_to_ignore_ids
 from flexunet.errors import ContentError
 
 if TYPE_CHECKING:
@@ -229,10 +229,11 @@ def _read_index(mask: MaskFile, plane: Pixels, rules: MaskRules, *, name: str) -
         named = ", ".join(f"{value} ({count} pixels)" for value, count in wrong[:NUM_COLORS_NAMED])
         ids = [value for value, _ in wrong[:NUM_COLORS_NAMED]]
         add = "add classes to --classes, or " if max(ids) < MAX_CLASSES else ""
-        raise ContentError(
+        raise NoClassError(
             f"{name}: has ids of no class: {named}; the ids of the {len(rules.read_classes)} "
             f"classes are 0 to {len(rules.read_classes) - 1}; {add}ignore these pixels with "
-            f"{options_to_ignore_ids(ids, rules)}"
+            f"{options_to_ignore_ids(ids, rules)}",
+            [(value,) * 3 for value, _ in wrong],
         )
     # Scaled levels have no palette of their own.
     if rules.palette and mask.indices is not None and mask.pixels.ndim == 3:

@@ -36,6 +36,7 @@ from data_prep.masks.color_map import MAX_CLASSES, ClassColor, Color, color_text
 from data_prep.masks.rules import (
     AS_8_BITS,
     MaskRules,
+    NoClassError,
     index_table,
     option_to_add,
     options_to_ignore,
@@ -256,9 +257,10 @@ def _refuse_areas(
         for area in shown
     ]
     more = f" and {len(areas) - len(found)} more" if len(areas) > len(found) else ""
-    raise ContentError(
+    raise NoClassError(
         f"{name}: has areas of a colour of no class: {'; '.join(found)}{more}; "
-        f"{_remedy(colors, rules)}"
+        f"{_remedy(colors, rules)}",
+        list(dict.fromkeys(coded.color_of(area.code) for area in areas)),
     )
 
 
@@ -309,7 +311,8 @@ def _refuse_unexplained(
     remedy = _remedy(found, rules)
     if is_id_like:
         remedy = f"if these are ids, give all {levels[-1] + 1} --classes; else {remedy}"
-    raise ContentError(
+    raise NoClassError(
         f"{name}: would be read as empty, but has {reading.unmapped_pixels} pixels in colours of "
-        f"no class: {', '.join(map(_named, found))}; {remedy}"
+        f"no class: {', '.join(map(_named, found))}; {remedy}",
+        found,
     )

@@ -20,7 +20,7 @@ from data_prep.masks.color_map import (
     grey_level,
     to_8_bits,
 )
-from flexunet.errors import UsageError
+from flexunet.errors import ContentError, UsageError
 
 READING_RULES = 2
 """Version of the rules by which masks are read; datasets record it. Datasets without it have 1.
@@ -30,6 +30,19 @@ With version 1, the ignore id was also a grey level of masks with colours.
 
 Encoding = Literal["auto", "index", "colour", "alpha"]
 """What carries the classes: auto decides for each mask, see `reading.py`."""
+
+
+class NoClassError(ContentError):
+    """A mask has values of no class, which are neither noise nor blends.
+
+    Attributes:
+        colors: these values in the levels of the file, ids as grey.
+    """
+
+    def __init__(self, message: str, colors: Sequence[Color] = ()) -> None:
+        super().__init__(message)
+        self.colors = tuple(colors)
+
 
 AS_8_BITS = "save these masks with 8 bits a channel"
 

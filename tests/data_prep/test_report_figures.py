@@ -13,6 +13,7 @@ from data_prep.report_figures import (
     _font,
     _text_width,
     contact_sheet_png,
+    overlay_colors,
 )
 
 CLASSES = [ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255))]
@@ -106,3 +107,19 @@ def test_short_names_are_whole() -> None:
     assert _fitted("", font, 100) == ""
     assert _fitted("7", font, 1) == "…"
     assert _fitted("0123456789", font, _text_width(font, "01…89")) == "01…89"
+
+
+def test_classes_have_their_own_colors_if_these_are_visible() -> None:
+    colors = [(0, 0, 0), (255, 0, 0), (255, 255, 255), (240, 20, 9), (0, 0, 40), (0, 200, 80)]
+    found = overlay_colors([ClassColor(i, f"c{i}", color) for i, color in enumerate(colors)])
+    assert sorted(found) == [1, 2, 3, 4, 5]
+    assert (found[1], found[5]) == (colors[1], colors[5])
+    for class_id in (2, 3, 4):  # white, like class 1, dark
+        others = [color for other, color in found.items() if other != class_id]
+        distances = [
+            max(abs(a - b) for a, b in zip(found[class_id], c, strict=True)) for c in others
+        ]
+        assert min(distances) >= 60
+    many = overlay_colors([ClassColor(i, f"c{i}", (i, i, i)) for i in range(256)])
+    assert len(many) == 255
+    assert len({many[i] for i in range(1, 31)}) == 30
