@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from data_prep.imaging.codecs import decoding, open_image, read_image
 from data_prep.imaging.pixels import Pixels, grey_channel
@@ -168,8 +167,12 @@ def _is_index(mask: MaskFile, indices: Pixels, rules: MaskRules, *, name: str) -
         ContentError: the colours and the indices are of different classes, or two indices have the
             same colour.
     """
-    palette = used_colors(mask, level_counts(indices))
-    used, colors = list(palette), list(palette.values())
+    used = np.flatnonzero(level_counts(indices))
+    # A file may use indices beyond its palette, which decoders give a colour of their own.
+    colors = [
+        mask.palette[index] if index < len(mask.palette) else _color_of(mask.pixels, indices, index)
+        for index in used.tolist()
+    ]
     known = known_colors(rules)
     ids = {tuple(color): class_id for color, class_id in zip(*known.lists(), strict=True)}
     by_color = [ids.get(color, -1) for color in colors]
@@ -190,24 +193,6 @@ def _is_index(mask: MaskFile, indices: Pixels, rules: MaskRules, *, name: str) -
             "index or --mask-encoding colour"
         )
     return min(by_color) < 0 <= min(by_index)
-
-
-def used_colors(mask: MaskFile, counts: npt.NDArray[np.integer]) -> dict[int, Color]:
-    """Returns the colour of each index that a mask with a palette uses, in ascending order.
-
-    Args:
-        counts: pixels of each index, from 0.
-    """
-    if mask.indices is None:
-        return {}
-    used = np.flatnonzero(counts).tolist()
-    # A file may use indices beyond its palette, which decoders give a colour of their own.
-    return {
-        index: mask.palette[index]
-        if index < len(mask.palette)
-        else _color_of(mask.pixels, mask.indices, index)
-        for index in used
-    }
 
 
 def _color_of(pixels: Pixels, indices: Pixels, index: int) -> Color:
@@ -237,7 +222,12 @@ def _read_index(mask: MaskFile, plane: Pixels, rules: MaskRules, *, name: str) -
         )
     # Scaled levels have no palette of their own.
     if rules.palette and mask.indices is not None and mask.pixels.ndim == 3:
-        _check_palette(used_colors(mask, counts), dict(rules.palette), name=name)
+        used = np.flatnonzero(counts).tolist()
+        colors = [
+            mask.palette[i] if i < len(mask.palette) else _color_of(mask.pixels, plane, i)
+            for i in used
+        ]
+        _check_palette(dict(zip(used, colors, strict=True)), dict(rules.palette), name=name)
     return MaskReading(lookup(table.astype(np.uint8), plane))
 
 

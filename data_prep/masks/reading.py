@@ -13,6 +13,7 @@ Rules for reading a mask of any file format, if no encoding is given:
 - Ignored colours are read as the ignore id. In index masks, the ignore id itself may be such an id.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,8 +140,7 @@ def to_colors(class_ids: npt.NDArray[Any], classes: Sequence[ClassColor]) -> Pix
 
 
 def _read_grey(plane: Pixels, rules: MaskRules, name: str) -> MaskReading:
-    known = known_colors(rules)
-    exact = _read_exact(plane, known)
+    exact = _read_exact(plane, rules)
     if exact is not None:
         return MaskReading(exact)
     counts = level_counts(plane)
@@ -148,12 +148,11 @@ def _read_grey(plane: Pixels, rules: MaskRules, name: str) -> MaskReading:
     as_index = index_table(rules)
     if rules.encoding == "auto" and levels[-1] < MAX_CLASSES and (as_index[levels] >= 0).all():
         return MaskReading(as_index.astype(np.uint8)[plane])
-    if levels[-1] >= MAX_CLASSES:
-        known = known_colors(rules, is_16_bit=True)
+    known = known_colors(rules, is_16_bit=bool(levels[-1] >= MAX_CLASSES))
     return _read_coded(code_grey(plane, counts[: levels[-1] + 1], known), rules, name)
 
 
-def _read_exact(plane: Pixels, known: KnownColors) -> ClassIds | None:
+def _read_exact(plane: Pixels, rules: MaskRules) -> ClassIds | None:
     """Returns the class ids of a mask with only the grey levels of the classes, like most masks.
 
     Returns None for other masks. No level of one class is the id of another, see
@@ -161,16 +160,26 @@ def _read_exact(plane: Pixels, known: KnownColors) -> ClassIds | None:
     """
     import cv2
 
-    is_grey = (known.colors == known.colors[:, :1]).all(axis=1)
-    free = np.setdiff1d(np.arange(MAX_CLASSES), known.ids)
-    if plane.dtype != np.uint8 or not len(free):
+    found = _ids_of_levels(rules)
+    if plane.dtype != np.uint8 or found is None:
         return None
-    no_class = free[-1]
-    table = np.full(256, no_class, np.uint8)
-    # If classes share a level, the first one is used.
-    table[known.colors[is_grey, 0][::-1]] = known.ids[is_grey][::-1]
+    table, no_class = found
     read = np.asarray(cv2.LUT(plane, table), np.uint8)
     return None if (read == no_class).any() else read
+
+
+@functools.lru_cache(maxsize=8)
+def _ids_of_levels(rules: MaskRules) -> tuple[ClassIds, int] | None:
+    """Returns the id of each grey level, (256,), and the id of the others; None if none is free."""
+    known = known_colors(rules)
+    is_grey = (known.colors == known.colors[:, :1]).all(axis=1)
+    free = np.setdiff1d(np.arange(MAX_CLASSES), known.ids)
+    if not len(free):
+        return None
+    table = np.full(256, free[-1], np.uint8)
+    # If classes share a level, the first one is used.
+    table[known.colors[is_grey, 0][::-1]] = known.ids[is_grey][::-1]
+    return table, int(free[-1])
 
 
 def _read_coded(coded: CodedMask, rules: MaskRules, name: str) -> MaskReading:

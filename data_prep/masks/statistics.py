@@ -14,9 +14,8 @@ import numpy.typing as npt
 
 from data_prep.imaging.pixels import Pixels, grey_channel
 from data_prep.masks.class_names import VOC_COLORS, VOID_COLOR
-from data_prep.masks.coding import level_counts
 from data_prep.masks.color_map import Color
-from data_prep.masks.files import MaskFile, is_jpeg, read_mask_file, used_colors
+from data_prep.masks.files import MaskFile, is_jpeg, read_mask_file
 from data_prep.masks.npz import read_npz_file
 
 Kind = Literal["grey", "palette", "colour", "one-hot"]
@@ -212,7 +211,13 @@ def _of_values(mask: MaskFile, common: dict[str, Any]) -> MaskStatistics:
 
 
 def _of_palette(mask: MaskFile, indices: Pixels, common: dict[str, Any]) -> MaskStatistics:
-    palette = used_colors(mask, level_counts(indices))
+    used, first = np.unique(indices, return_index=True)
+    flat = mask.pixels.reshape(indices.size, -1)[first]
+    colors = np.broadcast_to(flat, (len(used), 3)).tolist()
+    palette: dict[int, Color] = {
+        int(index): (red, green, blue)
+        for index, (red, green, blue) in zip(used, colors, strict=True)
+    }
     is_voc = mask.palette[: len(VOC_COLORS)] == VOC_COLORS
     return MaskStatistics(
         kinds=Counter(["palette"]),

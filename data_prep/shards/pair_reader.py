@@ -240,7 +240,12 @@ def _read_mask(
     else:
         mask = read_mask_file(data, name=label, max_pixels=layout.max_pixels)
     check_size(item, file, mask.pixels.shape[:2], size)
-    rules = MaskRules(
+    return read_mask(mask, _rules_of(layout), name=label)
+
+
+@functools.lru_cache(maxsize=8)
+def _rules_of(layout: Layout) -> MaskRules:
+    return MaskRules(
         layout.classes,
         layout.ignore_id,
         layout.ignored,
@@ -249,4 +254,3 @@ def _read_mask(
         layout.file_ids,
         layout.palette,
     )
-    return read_mask(mask, rules, name=label)

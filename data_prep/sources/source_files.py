@@ -118,14 +118,15 @@ def _by_stem(
         "masks": (source.masks, source.mask_glob, MASK_ENDINGS),
         "views": (source.views or "", source.view_glob, IMAGE_ENDINGS),
     }[role]
-    files = listings.names(url)
+    stats = listings.files(url)
     if role == "images":
-        endings = image_endings(files)
-    if not files:
+        endings = image_endings([stat.name for stat in stats])
+    if not stats:
         raise UsageError(MISSING.format(url))
     pattern = None if glob is None else re.compile(glob_as_regex(glob), re.DOTALL)
     names: Names = {}
-    for name in files:
+    for stat in stats:
+        name = stat.name
         is_elsewhere = "/" in name and source.root is not None
         if is_elsewhere or (pattern is not None and not pattern.fullmatch(name)):
             continue
@@ -136,7 +137,7 @@ def _by_stem(
             reason = _why_other_ending(ending, endings)
         elif problem := name_problem(name):
             reason = refused_name(problem)
-        elif is_broken_link(url, name):
+        elif not stat.size and is_broken_link(url, name):  # which is listed with size 0
             reason = BROKEN_LINK
         else:
             names.setdefault(stem, []).append(name)

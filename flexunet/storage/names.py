@@ -40,11 +40,13 @@ def checked_name(name: str) -> str:
 
 def name_problem(name: str) -> str | None:
     """Returns why `name` is not a safe object name (see `checked_name`), None if it is safe."""
-    problem = next(filter(None, map(_character_problem, name)), None)
-    if problem:
-        return problem
-    if not unicodedata.is_normalized("NFC", name):
-        return "it is not in Unicode normal form C"
+    # Most names are ASCII without control characters: all of these are allowed.
+    if not (name.isascii() and name.isprintable()):
+        problem = next(filter(None, map(_character_problem, name)), None)
+        if problem:
+            return problem
+        if not unicodedata.is_normalized("NFC", name):
+            return "it is not in Unicode normal form C"
     if "\\" in name:
         return "it contains a backslash"
     if re.match(r"[A-Za-z]:", name):
