@@ -20,7 +20,7 @@ from pydantic import (
 
 from data_prep.imaging.breast import Crop, Flip
 from data_prep.imaging.pixels import MAX_CHANNELS
-from data_prep.masks.color_map import ClassColor, Palette
+from data_prep.masks.color_map import NO_BACKGROUND, ClassColor, Palette
 from data_prep.splits.names import Split
 from flexunet.errors import ContentError, UsageError
 from flexunet.settings import Settings
@@ -176,6 +176,11 @@ class Manifest(Settings):
             raise ValueError(f"mean and std must have {self.channels} value(s)")
         _check_shards(self.shards, self.splits)
         return self
+
+    @property
+    def has_background(self) -> bool:
+        """Whether class 0 occurs in the source masks; without, only padding has it."""
+        return self.options.get("background") != NO_BACKGROUND
 
     @property
     def num_samples(self) -> int:

@@ -12,6 +12,9 @@ import keras
 
 from job.models.blocks import BlockFactory
 
+_MAIN_HEAD = "head"
+_NEVER = -1e4  # a logit whose softmax is 0
+
 
 def segmentation_heads(block: BlockFactory, decoder: Sequence[Any], num_classes: int) -> Any:
     """Returns the logits of the main head, or those of all heads as a list with the main one first.
@@ -24,7 +27,7 @@ def segmentation_heads(block: BlockFactory, decoder: Sequence[Any], num_classes:
         (B, H, W, num_classes), or also (B, H / 2^level, W / 2^level, num_classes) for each of the
         levels 1 to `deep_supervision`.
     """
-    main = _head(block, decoder[0], num_classes, "head")
+    main = _head(block, decoder[0], num_classes, _MAIN_HEAD)
     # After the main head, which keeps its seed.
     coarser = [
         _head(block, decoder[level], num_classes, f"head_level_{level}")
@@ -42,6 +45,14 @@ def _head(block: BlockFactory, x: Any, num_classes: int, name: str) -> Any:
         dtype="float64" if block.policy.compute_dtype == "float64" else "float32",
         name=name,
     )(x)
+
+
+def exclude_class(model: keras.Model, class_id: int) -> None:
+    """Changes the weights of the main head so that a class has the probability 0 everywhere."""
+    head = model.get_layer(_MAIN_HEAD)
+    kernel, bias = head.get_weights()
+    kernel[..., class_id], bias[class_id] = 0, _NEVER
+    head.set_weights([kernel, bias])
 
 
 def main_model(model: keras.Model) -> keras.Model:

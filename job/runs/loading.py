@@ -156,7 +156,7 @@ def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Checkpoint]:
         NotFound: the checkpoint of that folder was deleted.
     """
     from job.distributed.precision import predicting_precision
-    from job.models.heads import main_model
+    from job.models.heads import exclude_class, main_model
 
     with tempfile.TemporaryDirectory(prefix="flexunet-") as folder:
         commit, members = fetch_checkpoint(run.store, folder, which=which)
@@ -164,6 +164,8 @@ def load_model(run: TrainedRun, *, which: str) -> tuple[Any, Checkpoint]:
         config = run.config.model_copy(update={"precision": precision})
         model = model_for(config, run.manifest)
         serialization.read_weights(model, members[serialization.WEIGHTS_NAME])
+    if not run.manifest.has_background:  # class 0 is padding, which no prediction is about
+        exclude_class(model, 0)
     return main_model(model), commit
 
 

@@ -13,6 +13,7 @@ from flexunet.storage import (
     checked_name,
     local_path,
 )
+from flexunet.storage.names import _character_problem
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,11 @@ def test_unsafe_name_is_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a", "a/b.c", "..a", "a..", ".a", "a b", "é", "x" * 255, "ab:c"])
 def test_safe_name_is_kept(name: str) -> None:
     assert checked_name(name) == name
+
+
+def test_a_character_of_ascii_is_safe_if_it_is_printable() -> None:
+    for character in map(chr, range(128)):
+        assert (_character_problem(character) is None) == character.isprintable()
 
 
 PARTS = st.sampled_from(["..", ".", "", "a", "é", "\\", "\0", "C:", "~", "...", " ", "/"])

@@ -13,6 +13,8 @@ import pytest
 from flexunet.errors import ContentError, UsageError
 from flexunet.storage import LocalStore, open_store
 from job.config import ModelConfig, TrainConfig
+from job.models.compatibility import image_shape
+from job.models.ensemble import predicted_ids, probabilities_of_logits
 from job.models.heads import main_model
 from job.models.registry import build_model
 from job.runs import serialization
@@ -100,6 +102,20 @@ def test_load_model_reads_the_record_of_a_commit_once(trained_run: Path) -> None
     assert ensemble_member(run, commit).commit_sha256 == hashlib.sha256(data).hexdigest()
     assert commit.epoch == 5
     assert ReadingStore.read == ["lease.json", f"{commit.prefix}/COMMIT.json"]
+
+
+def test_padding_is_never_predicted_where_no_class_is_background(trained_run: Path) -> None:
+    run = open_run(str(trained_run))
+    shape = (1, *image_shape(run.config, run.manifest))
+    image = np.random.default_rng(0).uniform(0, 255, shape)
+    options = {**run.manifest.options, "background": "none"}
+    without = replace(run, manifest=run.manifest.model_copy(update={"options": options}))
+    plain, excluded = (load_model(each, which="best")[0](image) for each in (run, without))
+    probabilities = probabilities_of_logits(excluded).numpy()
+    assert plain.shape[-1] == 2
+    assert not probabilities[..., 0].any()
+    assert np.array_equal(excluded[..., 1], plain[..., 1])
+    assert (predicted_ids(excluded).numpy() == 1).all()
 
 
 def test_initialize_from_copies_the_best_weights_of_a_run(
