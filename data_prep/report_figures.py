@@ -40,7 +40,8 @@ _NUM_SPARE = 30  # colours of classes whose own one is not visible
 _HATCH_PERIOD, _HATCH_WIDTH = 6, 2  # pixels, of diagonal lines over ignored areas
 _HATCH_GREYS = 220.0, 90.0  # of the lines, and between them
 _MIN_BRIGHTEST, _MIN_CHROMA = 100, 64  # levels, of a colour that is visible on grey images
-_MIN_DIFFERENCE = 60  # levels in a channel, of two classes
+_MIN_DIFFERENCE = 60  # levels in a channel, of two classes with their own colours
+_FAR = 120  # levels, of another colour from all others, if there is one
 _LEAST_PERCENT = 1e-3  # of pixels; smaller shares are drawn at this value
 
 
@@ -295,9 +296,9 @@ def _free_color(class_id: int, taken: Collection[Color]) -> Color:
     if len(taken) >= _NUM_SPARE:  # all are taken
         return _spare_color(class_id)
     spare = [_spare_color(number) for number in range(class_id, class_id + _NUM_SPARE)]
-    far = (color for color in spare if _difference(color, taken) >= _MIN_DIFFERENCE)
-    new = (color for color in spare if color not in taken)
-    return next(far, None) or next(new, None) or spare[0]
+    distances = [_difference(color, taken) for color in spare]
+    far = [color for color, each in zip(spare, distances, strict=True) if each >= _FAR]
+    return far[0] if far else spare[distances.index(max(distances))]
 
 
 @functools.cache
