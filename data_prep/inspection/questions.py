@@ -19,12 +19,12 @@ from data_prep.masks.color_map import (
     grey_level,
     parse_color_map,
 )
-from data_prep.masks.decision.color_rules import join_colors
 from data_prep.masks.decision.decide import MaskDecision
 from data_prep.masks.decision.findings import BLACK_AND_WHITE, Reading
 from data_prep.splits.group_candidates import GroupCandidate
-from flexunet.text import pluralize
+from flexunet.text import join_truncated, pluralize
 
+_MAX_NAMED = 6  # values
 _MOST = 0.5  # share of white pixels from which black may be the object
 
 
@@ -145,18 +145,22 @@ def area_choice(
     """
     if not colors:
         return None
-    named = join_colors(sorted(colors))
-    text = f"{pluralize(num_masks, 'mask')} cannot be read: {named} is of no class. What is it?"
-    ignored = [*([reading.ignore] if reading.ignore else []), *map(_value_text, sorted(colors))]
+    values = [_value_text(color) for color in sorted(colors)]
+    named = join_truncated(values, _MAX_NAMED)
+    text = (
+        f"{pluralize(num_masks, 'mask')} cannot be read, because areas of them are of no class: "
+        f"{named}. What are these?"
+    )
+    ignored = [*([reading.ignore] if reading.ignore else []), *values]
     classes = parse_color_map(reading.classes)
     answers: list[tuple[str, Mapping[str, Any]]] = [
         ("to be ignored", {**reading.options, "ignore": ";".join(ignored)})
     ]
     added = _with_classes(classes, reading, colors)
     if added is not None:
-        answers.append(("a class of its own", {**reading.options, "classes": added}))
+        answers.append(("classes of their own", {**reading.options, "classes": added}))
     if not is_all:
-        answers.append(("a mistake: leave these masks out", {"skip_bad": True}))
+        answers.append(("mistakes: leave these masks out", {"skip_bad": True}))
     return Choice("masks", text, tuple(answers))
 
 
