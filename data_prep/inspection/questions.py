@@ -24,7 +24,7 @@ from data_prep.masks.decision.findings import BLACK_AND_WHITE, Reading
 from data_prep.splits.group_candidates import GroupCandidate
 from flexunet.text import join_truncated, pluralize
 
-_MAX_NAMED = 6  # values
+_MAX_NAMED, _MAX_VALUES = 6, 32  # values in a question, and in an option
 _MOST = 0.5  # share of white pixels from which black may be the object
 
 
@@ -135,7 +135,7 @@ def valid_choice(splits: Collection[str | None]) -> Choice | None:
 def area_choice(
     reading: Reading, colors: Sequence[Color], num_masks: int, is_all: bool
 ) -> Choice | None:
-    """Returns the question about values of no class that cover areas.
+    """Returns the question about values of no class that cover areas, None if they are too many.
 
     Args:
         reading: how the masks are read.
@@ -143,7 +143,7 @@ def area_choice(
         num_masks: masks with them.
         is_all: these are all masks, so that they cannot be left out.
     """
-    if not colors:
+    if not 0 < len(colors) <= _MAX_VALUES:
         return None
     values = [_value_text(color) for color in sorted(colors)]
     named = join_truncated(values, _MAX_NAMED)

@@ -389,7 +389,7 @@ def _choices(
         None if has_groups(found) else group_choice(groups),
         valid_choice({each.split for each in layout.folders}),
         bad_choice(
-            sum(each.number for each in (*layout.left_over, *bad)) - len(refused),
+            sum(each.number for each in (*layout.left_over, *bad)) - len(refused) * bool(areas),
             0
             if found.layout.given.get("background") == NO_BACKGROUND
             else sum(each.number for each in layout.left_over if each.about.startswith(NO_MASK)),
