@@ -22,7 +22,7 @@ ENGINE ?= $(shell for engine in docker podman buildah; do \
 	$$engine info >/dev/null 2>&1 && echo $$engine && break; done)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo demo-inbreast test test-cluster test-oldest test-faults test-image image lint setup docs bench bench-gpu bench-peers clean help
+.PHONY: demo demo-inbreast test test-cluster test-oldest test-faults test-image image lint setup docs bench bench-gpu bench-peers bench-results clean help
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/'
@@ -52,6 +52,15 @@ $(UV):
 	$(UV) export --locked --quiet --no-hashes --no-emit-project --output-file .venv-peers/locked.txt
 	$(UV) pip install --quiet --python .venv-peers/bin/python --overrides .venv-peers/locked.txt \
 		--constraints benchmarks/peers.txt $(PEERS)
+	@touch $@
+
+# What others train with; see benchmarks/quality_peers.py.
+.venv-results/.installed: $(UV) pyproject.toml uv.lock benchmarks/quality.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 to 3.13 with venv found; install one or give PYTHON=/path/to/python" >&2; exit 2; }
+	UV_PROJECT_ENVIRONMENT=.venv-results $(UV) sync --locked --quiet --compile-bytecode --python $(PYTHON)
+	$(UV) export --locked --quiet --no-hashes --no-emit-project --output-file .venv-results/locked.txt
+	$(UV) pip install --quiet --python .venv-results/bin/python --overrides .venv-results/locked.txt \
+		--constraints benchmarks/quality.txt torch segmentation-models-pytorch timm albumentations scikit-learn
 	@touch $@
 
 lint: .venv/.installed ## lint, format check, type check
@@ -103,7 +112,7 @@ demo-inbreast: .venv/.installed ## prepare a generated INbreast release; compare
 	python -m data_prep.phantoms $(DEMO)/release --format inbreast --size 256
 	flexunet prep --format inbreast $(DEMO)/release $(DEMO)/release-dataset --image-size 128 --crop breast --flip left
 
-bench: .venv/.installed ## run all benchmarks but bench-gpu, bench-peers, on an idle machine; writes benchmarks/results
+bench: .venv/.installed ## run all benchmarks but bench-gpu, bench-peers, bench-results, on an idle machine; writes benchmarks/results
 	$(BIN)/python benchmarks/prep.py
 	$(BIN)/python benchmarks/bucket.py
 	$(BIN)/python benchmarks/input.py
@@ -130,6 +139,10 @@ bench-gpu: .venv/.installed ## check and measure a GPU, 6 minutes; writes benchm
 bench-peers: .venv-peers/.installed ## compare input and step with WebDataset, MosaicML Streaming, TFRecordDataset, PyTorch; 9 GB
 	.venv-peers/bin/python benchmarks/peers.py
 	.venv-peers/bin/python benchmarks/peer_step.py
+
+bench-results: .venv-results/.installed ## compare the Dice of presets, a peer and a random forest on the images in DATA; 7 hours; goes on
+	@test -n "$(DATA)" || { echo "make: give DATA, the folder of the sets; see benchmarks/README.md" >&2; exit 2; }
+	.venv-results/bin/python benchmarks/quality.py $(DATA)
 
 clean: ## remove the outputs of the targets above, but not .venv
 	rm -rf $(DEMO) site .mypy_cache .ruff_cache .pytest_cache .hypothesis
