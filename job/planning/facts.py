@@ -1,13 +1,15 @@
 """Collects the facts that a plan rests on: a dataset and a machine."""
 
+import functools
 import math
 import os
 import resource
 import socket
 import statistics
 import subprocess
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -15,6 +17,7 @@ from pydantic import Field
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.sample_table import read_samples
 from flexunet.process_pool import cgroup_memory_bytes, usable_cores
+from flexunet.python_path import safe_environment
 from flexunet.settings import Settings
 from flexunet.storage import open_store
 from job.config import TrainConfig
@@ -24,6 +27,7 @@ from job.distributed.rendezvous import ProcessSpec
 
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 _QUERY_S = 10.0
+_TENSORFLOW_S = 120.0  # its import from a cold disk
 
 
 class DatasetFacts(Settings):
@@ -153,14 +157,17 @@ def machine_facts(
 
     Args:
         spec: the processes that train together; None: this one alone.
-        num_gpus: GPUs that TensorFlow sees; None: those that the driver lists.
+        num_gpus: GPUs that TensorFlow sees; None: a process of its own asks it.
     """
     gpus = [] if num_gpus == 0 else visible_gpus()
+    if gpus:
+        # The driver also lists those for which TensorFlow has no libraries.
+        gpus = gpus[: num_tensorflow_gpus() if num_gpus is None else num_gpus]
     num_processes = spec.size if spec else 1
     local = len(gpus) if gpus else config.cpu_replicas
     capabilities = [each.capability for each in gpus]
     precision = native_precision(capabilities, cpu_has_bfloat16=bool(_BFLOAT16_FLAGS & cpu_flags()))
-    memory = min((each.memory_bytes for each in gpus), default=_own_memory(spec))
+    memory = min((each.memory_bytes for each in gpus), default=own_memory_bytes(spec))
     return MachineFacts(
         host=socket.gethostname(),
         device="gpu" if gpus else "cpu",
@@ -196,6 +203,24 @@ def visible_gpus() -> list[Gpu]:
     return parse_gpus(done.stdout, shown)
 
 
+@functools.cache
+def num_tensorflow_gpus() -> int:
+    """Returns the number of GPUs that TensorFlow sees, in a process of its own."""
+    code = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
+    try:
+        done = subprocess.run(  # noqa: S603 - a fixed command
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=_TENSORFLOW_S,
+            check=True,
+            env=safe_environment() | {"TF_CONFIG": ""},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return int(done.stdout.split()[-1])
+
+
 def parse_gpus(text: str, shown: str | None) -> list[Gpu]:
     """Returns the GPUs in the output `text` of nvidia-smi.
 
@@ -218,15 +243,27 @@ def parse_gpus(text: str, shown: str | None) -> list[Gpu]:
     # As CUDA does: the list ends at the first name that is not valid.
     found = []
     for name in shown.split(","):
-        gpu_or_none = gpus.get(name.strip())
-        if gpu_or_none is None:
+        key = _full_name(name.strip(), gpus)
+        if key is None:
             break
-        found.append(gpu_or_none)
+        found.append(gpus[key])
     return found
 
 
-def _own_memory(spec: ProcessSpec | None) -> int:
-    """Returns this process's share of the RAM, within all limits, in bytes."""
+def _full_name(name: str, known: Collection[str]) -> str | None:
+    """Returns the index or UUID that `name` means; a UUID may be cut short if it is unique."""
+    if name in known:
+        return name
+    longer = [each for each in known if name.startswith("GPU-") and each.startswith(name)]
+    return longer[0] if len(longer) == 1 else None
+
+
+def own_memory_bytes(spec: ProcessSpec | None = None) -> int:
+    """Returns this process's share of the RAM, within all limits, in bytes.
+
+    Args:
+        spec: the processes that train together; None: this one alone.
+    """
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [resource.getrlimit(each)[0] for each in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     own = [limit for limit in limits if limit != resource.RLIM_INFINITY]

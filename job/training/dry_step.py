@@ -22,7 +22,7 @@ from flexunet.python_path import safe_environment
 from job.config import TrainConfig
 from job.data.dataset import open_dataset
 from job.models.compatibility import check_compatible
-from job.planning.facts import MachineFacts, dataset_facts, machine_facts
+from job.planning.facts import MachineFacts, dataset_facts, machine_facts, own_memory_bytes
 from job.planning.plan_file import Plan
 from job.planning.settle import DryStep, fitted_plan, preview
 
@@ -36,7 +36,11 @@ _KILL_SHARE = 0.92
 _TICK_S = 0.02
 _NUM_STEPS = 3  # the first one compiles
 _KEPT_CHARS = 2000  # of the output of a failed process
-_MEMORY_ERRORS = ("ResourceExhausted", "MemoryError", "bad_alloc", "OOM", "out of memory")
+# In the output of a process whose allocation failed: of TensorFlow, Python, C++, CUDA and libc.
+_MEMORY_ERRORS = (
+    *("ResourceExhaustedError", "RESOURCE_EXHAUSTED", "OOM when allocating", "MemoryError"),
+    *("std::bad_alloc", "CUDA_ERROR_OUT_OF_MEMORY", "Cannot allocate memory"),
+)
 
 
 def measure_step(
@@ -75,12 +79,15 @@ def measure_step(
                 start_new_session=True,  # Ctrl-C reaches this process, which ends the other
             )
             try:
-                limit = int(_KILL_SHARE * machine.memory_bytes)
+                # On a GPU, the memory of the machine limits only what the process has in RAM.
+                is_on_gpu = machine.device == "gpu"
+                memory = own_memory_bytes() if is_on_gpu else machine.memory_bytes
+                limit = int(_KILL_SHARE * memory)
                 peak = _watched(process, limit, should_stop, heartbeat)
             finally:
                 process.kill()
                 process.wait()
-            return _result(process.returncode, _text(answer), _text(log), peak)
+            return result_of(process.returncode, _text(answer), _text(log), peak)
 
 
 def plan_dataset(
@@ -151,8 +158,13 @@ def _text(file: Any) -> str:
     return str(file.read().decode(errors="replace"))
 
 
-def _result(code: int, answer: str, log: str, peak: int) -> DryStep:
+def result_of(code: int, answer: str, log: str, peak: int) -> DryStep:
     """Returns the result of a process that ended with `code`.
+
+    Args:
+        answer: its standard output.
+        log: its standard error.
+        peak: its peak memory, bytes.
 
     Raises:
         FlexUNetError: it failed for another reason than memory.
@@ -163,8 +175,8 @@ def _result(code: int, answer: str, log: str, peak: int) -> DryStep:
         if "error" in values:
             raise error_of(values["error"], values["text"])
         return DryStep(**values)
-    is_killed = code in (-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
-    if is_killed or any(each in log for each in _MEMORY_ERRORS):
+    # The kernel and this process kill what needs too much; a crash alone says nothing of memory.
+    if code == -signal.SIGKILL or any(each in log for each in _MEMORY_ERRORS):
         return DryStep(fits=False, memory_bytes=peak, step_s=0.0)
     last = (log.strip()[-_KEPT_CHARS:].splitlines() or ["no output"])[-1]
     raise FlexUNetError(

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from flexunet.settings import fields_of, parse_settings
 from job.config import TrainConfig
 from job.models.registry import build_model
+from job.planning import facts as facts_module
 from job.planning.advice import prep_command
-from job.planning.facts import DatasetFacts, MachineFacts, parse_gpus
+from job.planning.facts import DatasetFacts, MachineFacts, machine_facts, parse_gpus
 from job.planning.network_cost import network_cost, receptive_field
 from job.planning.plan_file import Plan, plan_json
 from job.planning.rules import PLANNED, RULES, make_plan
@@ -225,6 +226,21 @@ def test_gpus_are_those_that_the_process_may_use() -> None:
     assert [each.capability for each in both] == [(7, 5), (9, 0)]
     assert parse_gpus(text, "1") == parse_gpus(text, "GPU-b") == both[1:]
     assert parse_gpus(text, "") == parse_gpus(text, "-1,0") == []
+    long = text.replace("GPU-a", "GPU-ab12").replace("GPU-b", "GPU-abff")
+    assert parse_gpus(long, "GPU-abf") == both[1:]
+    assert parse_gpus(long, "GPU-ab") == parse_gpus(long, "GPU-c1") == []
+
+
+def test_a_gpu_that_tensorflow_cannot_use_is_not_planned_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listed = parse_gpus("0, GPU-a, 16384, 7.5\n1, GPU-b, 81920, 9.0\n", None)
+    monkeypatch.setattr(facts_module, "visible_gpus", lambda: listed)
+    config = TrainConfig(data="data")
+    for num_seen, device, replicas in ((0, "cpu", 1), (1, "gpu", 1), (2, "gpu", 2)):
+        monkeypatch.setattr(facts_module, "num_tensorflow_gpus", lambda num=num_seen: num)
+        for machine in (machine_facts(config), machine_facts(config, num_gpus=num_seen)):
+            assert (machine.device, machine.local_replicas) == (device, replicas)
 
 
 def test_the_rules_choose_options_that_exist_and_are_documented() -> None:

@@ -1,12 +1,14 @@
 """A run is planned once, by its owner; what resumes keeps its options, wherever it does."""
 
+import re
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flexunet.errors import UsageError
+from flexunet.errors import FlexUNetError, UsageError
 from flexunet.settings import parse_settings, write_yaml
 from flexunet.storage import open_store
 from job.config import TrainConfig, identity_of
@@ -18,6 +20,7 @@ from job.planning.settle import DryStep, facts_of, fitted_plan, settle_config
 from job.planning.situation import GIB
 from job.reporting.html_report import render
 from job.runs.run import Run
+from job.training.dry_step import result_of
 
 LAPTOP = MachineFacts(
     host="laptop", device="cpu", memory_bytes=16 * GIB, cores=2, precision="float32"
@@ -235,3 +238,25 @@ def test_batch_normalisation_keeps_the_batch_of_a_replica_whole(typed: Typed) ->
     two = LAPTOP.model_copy(update={"num_replicas": 2})
     typed.begin(two, model={"normalization": "batch"})
     assert typed.settle(LAPTOP).accumulate == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "is_memory"),
+    [
+        (-signal.SIGKILL, "", True),
+        (-signal.SIGABRT, "terminate called after throwing an instance of 'std::bad_alloc'", True),
+        (1, "ResourceExhaustedError: OOM when allocating tensor with shape[2,512,512]", True),
+        (1, "MemoryError: Unable to allocate 8.00 GiB", True),
+        (-signal.SIGSEGV, "Fatal Python error: Segmentation fault", False),
+        (-signal.SIGABRT, "Check failed: status.ok()", False),
+        (1, "ValueError: images of the ZOOM lens", False),
+    ],
+)
+def test_a_dry_step_that_crashes_is_not_taken_for_short_memory(
+    code: int, log: str, is_memory: bool
+) -> None:
+    if is_memory:
+        assert result_of(code, "", log, GIB) == DryStep(fits=False, memory_bytes=GIB, step_s=0.0)
+        return
+    with pytest.raises(FlexUNetError, match=f"failed with exit code {code}: {re.escape(log)}"):
+        result_of(code, "", log, GIB)
