@@ -305,22 +305,24 @@ def evaluate_at_the_end(
     return found
 
 
-def difference(first: Path, second: Path) -> float:
-    """Returns the largest difference of a number in the summaries and tables of two evaluations.
+def difference(old: Path, new: Path) -> float:
+    """Returns the largest difference of a number that the evaluation `old` has from that in `new`.
+
+    A later version may add tables, columns and keys.
 
     Raises:
-        SystemExit: they differ in something else.
+        SystemExit: `new` lacks something, or another value than a number differs.
     """
     largest = 0.0
-    for name in sorted({path.name for path in (*first.glob("*.csv"), *second.glob("*.csv"))}):
-        ours, theirs = (list(csv.reader((each / name).open())) for each in (first, second))
+    for name in sorted(path.name for path in old.glob("*.csv")):
+        ours, theirs = (list(csv.DictReader((each / name).open())) for each in (old, new))
         largest = max(largest, _difference(ours, theirs, name))
-    ours, theirs = (json.loads((each / "summary.json").read_text()) for each in (first, second))
+    ours, theirs = (json.loads((each / "summary.json").read_text()) for each in (old, new))
     return max(largest, _difference(ours, theirs, "summary.json"))
 
 
 def _difference(ours: Any, theirs: Any, where: str) -> float:
-    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() <= theirs.keys():
         return max((_difference(ours[k], theirs[k], f"{where}, {k}") for k in ours), default=0.0)
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         pairs = enumerate(zip(ours, theirs, strict=True))

@@ -135,7 +135,8 @@ def _filters(situation: Situation) -> Chosen:
     few = situation.facts.num_train < FEW_SAMPLES
     most_parameters = PARAMETERS_OF_FEW if few else PARAMETERS_OF_MANY
     steps, minutes = wanted_steps(situation), training_minutes(situation)
-    allowed = [n for n in FILTERS if n <= limit] or [FILTERS[-1]]
+    most = min(limit, situation.limits.measured_filters or limit)
+    allowed = [n for n in FILTERS if n <= most] or [FILTERS[-1]]
     reason = "as many as any rule allows"
     for filters in allowed:
         changes = {"base_filters": filters}

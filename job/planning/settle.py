@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flexunet.errors import UsageError
@@ -22,7 +22,7 @@ from job.planning.plan_file import (
     read_plan,
 )
 from job.planning.plan_words import plan_words
-from job.planning.rules import FILTERS, PLANNED, make_plan
+from job.planning.rules import FILTERS, PLANNED, TRAINING_MINUTES, make_plan
 from job.planning.situation import GIB, Limits
 from job.runs.identity import differences
 from job.runs.loading import WEIGHT_FILES, open_run
@@ -34,7 +34,7 @@ _GROUPS = ("model.", "loss.", "optimizer.", "schedule.", "augmentation.")
 _GIVEN = PLANNED | {"time_budget"}
 # Share of the memory that a measured step may use: evaluation and checkpoints need the rest.
 _MEASURED_SHARE = 0.85
-# With less than this share of the memory, an estimate needs no dry step.
+# With less than this share of the memory and of the longest duration, estimates need no dry step.
 _SURE_SHARE = 0.3
 
 
@@ -165,7 +165,9 @@ def fitted_plan(
 ) -> Plan:
     """Returns a plan whose training step fits into the memory of `machine`.
 
-    Tries it with a dry step, unless the estimate is far below the memory.
+    Tries it with a dry step, unless the estimates are far below the memory and the longest
+    duration. The measured duration then gives the epochs, and fewer filters where they take too
+    long.
 
     Args:
         measure: None: no dry step.
@@ -179,26 +181,40 @@ def fitted_plan(
     given = given_options(config)
     while True:
         plan = make_plan(facts, machine, given, limits)
-        is_sure = plan.memory_bytes < _SURE_SHARE * machine.memory_bytes
-        if measure is None or (is_sure and not always):
+        is_small = plan.memory_bytes < _SURE_SHARE * machine.memory_bytes
+        is_short = plan.minutes < _SURE_SHARE * TRAINING_MINUTES
+        if measure is None or (is_small and is_short and not always):
             return plan
         found = measure(with_plan(config, plan), machine)
         limit = _MEASURED_SHARE * machine.memory_bytes
-        if found.fits and found.memory_bytes <= limit:
-            return _with_measured(plan, found, tried)
-        tried.append(_words(plan, found, machine))
+        if not found.fits or found.memory_bytes > limit:
+            tried.append(_words(plan, found, machine))
+            logger.info("dry step: %s", tried[-1])
+            limits = _tighter(plan, limits, machine)
+            continue
+        timed_limits = _timed(plan, limits, found.step_s)
+        timed = make_plan(facts, machine, given, timed_limits)
+        if _size_of(timed) == _size_of(plan):
+            measured = Measured(
+                memory_bytes=found.memory_bytes, step_s=found.step_s, tried=tuple(tried)
+            )
+            return timed.model_copy(update={"measured": measured})
+        filters = plan.value("model.base_filters")
+        tried.append(f"{filters} filters: {found.step_s:.2g} s for a step, which is too long")
         logger.info("dry step: %s", tried[-1])
-        limits = _tighter(plan, limits, machine)
+        limits = replace(timed_limits, measured_filters=_size_of(timed)[0])
 
 
-def _with_measured(plan: Plan, found: DryStep, tried: list[str]) -> Plan:
-    """Returns `plan` with the measured duration; with a time budget, that gives the steps."""
-    measured = Measured(memory_bytes=found.memory_bytes, step_s=found.step_s, tried=tuple(tried))
-    num_steps, minutes = plan.num_steps, plan.num_steps * found.step_s / 60
-    if plan.value("epochs") is None:
-        num_steps, minutes = max(1, round(60 * plan.minutes / found.step_s)), plan.minutes
-    changes = {"measured": measured, "num_steps": num_steps, "minutes": minutes}
-    return plan.model_copy(update=changes)
+def _timed(plan: Plan, limits: Limits, step_s: float) -> Limits:
+    """Returns limits with the measured duration of a step of `plan`."""
+    estimated_s = plan.minutes * 60 / plan.num_steps
+    slowdown = limits.slowdown * step_s / estimated_s
+    return replace(limits, slowdown=slowdown, measured_filters=_size_of(plan)[0])
+
+
+def _size_of(plan: Plan) -> tuple[Any, int]:
+    """Returns the filters, and the samples at once."""
+    return plan.value("model.base_filters"), plan.samples_at_once
 
 
 def _words(plan: Plan, found: DryStep, machine: MachineFacts) -> str:
@@ -218,11 +234,11 @@ def _tighter(plan: Plan, limits: Limits, machine: MachineFacts) -> Limits:
     """
     is_ignored = plan.samples_at_once > (limits.samples_at_once or plan.samples_at_once)
     if plan.samples_at_once > 1 and plan.chose("accumulate") and not is_ignored:
-        return Limits(plan.samples_at_once // 2, limits.base_filters)
+        return replace(limits, samples_at_once=plan.samples_at_once // 2)
     filters = plan.value("model.base_filters")
     fewer = [n for n in FILTERS if isinstance(filters, int) and n < filters]
     if fewer and plan.chose("model.base_filters"):
-        return Limits(plan.samples_at_once, fewer[0])
+        return replace(limits, samples_at_once=plan.samples_at_once, base_filters=fewer[0])
     raise UsageError(
         f"training does not fit into the memory of {machine.host}, "
         f"{machine.memory_bytes / GIB:.1f} GiB, with {filters} filters "

@@ -41,10 +41,14 @@ class Limits:
     Attributes:
         samples_at_once: most samples of a replica in memory together; None: as estimated.
         base_filters: most filters of the first level; None: as estimated.
+        slowdown: measured over estimated duration of a step; 1: not measured.
+        measured_filters: filters of the measured step; more are not measured. None: any number.
     """
 
     samples_at_once: int | None = None
     base_filters: int | None = None
+    slowdown: float = 1.0
+    measured_filters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,15 +144,14 @@ class Situation:
         return _PROCESS_BYTES[device] + replicas * of_replica
 
     def step_seconds(self, **changes: Any) -> float:
-        """Returns the estimated duration of a training step."""
+        """Returns the estimated duration of a training step, corrected by a measured one."""
         machine = self.machine
         rate = _RATES.get((machine.device, machine.precision), _RATES[machine.device, "float32"])
+        samples: float = self.replica_batch
         if machine.device == "cpu":
             num_processes = machine.num_replicas / machine.local_replicas
-            return (
-                3 * self.cost(**changes).flops * self.batch / num_processes / machine.cores / rate
-            )
-        return 3 * self.cost(**changes).flops * self.replica_batch / rate
+            samples = self.batch / num_processes / machine.cores
+        return self.limits.slowdown * 3 * self.cost(**changes).flops * samples / rate
 
 
 # option -> (value, reason)
