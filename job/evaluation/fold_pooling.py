@@ -151,9 +151,11 @@ def _postprocessing_kind(used: dict[str, Any] | None) -> str:
     """Returns how probabilities became masks; each fold may have fitted its own values."""
     if not used:
         return "none"
-    if used.get("fitted_on"):
-        return "fitted"
-    return f"thresholds {used['thresholds']}, smallest regions {used['min_region']}"
+    if not used.get("fitted_on"):
+        return f"thresholds {used['thresholds']}, smallest regions {used['min_region']}"
+    # Earlier versions did not record what options had replaced.
+    given = [f"{name} {used[name]}" for name in used.get("given", ())]
+    return ", but ".join(["fitted", *given])
 
 
 @dataclass(frozen=True)

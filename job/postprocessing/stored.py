@@ -24,6 +24,12 @@ from job.runs.loading import EnsembleMember
 POSTPROCESSING_NAME = "postprocessing.json"
 UNDO = "--threshold 0.5 --min-region 0 --temperature 1"
 
+_GIVEN = {
+    "thresholds": "thresholds",
+    "min_region": "smallest regions",
+    "temperature": "temperature",
+}
+
 _VERSION = 1
 _MAX_TEMPERATURE = 100.0  # of --temperature
 
@@ -112,14 +118,18 @@ class FittedPostprocessing(Settings):
         values = self.model_dump(mode="json")
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
-    def record(self, values: Postprocessing | None = None) -> dict[str, Any]:
+    def record(
+        self, values: Postprocessing | None = None, given: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Returns the values that are used and their origin, as JSON.
 
         Args:
             values: that are used; None: the fitted ones.
+            given: keys of the record that options of the user replaced.
         """
         used, names = values or self.values(), [each.name for each in self.classes]
-        return _record(names, used, self.fitted_on.model_dump(mode="json"), None)
+        fitted_on = self.fitted_on.model_dump(mode="json")
+        return {**_record(names, used, fitted_on, None), "given": list(given)}
 
     def values(self) -> Postprocessing:
         """Returns the values that predictions use."""
@@ -165,9 +175,16 @@ class ExplicitValues:
         return cls(config.threshold, config.min_region, config.temperature)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The keys of the record that the options replace."""
+        values = (self.threshold, self.min_region, self.temperature)
+        names = ("thresholds", "min_region", "temperature")
+        return tuple(name for name, value in zip(names, values, strict=True) if value is not None)
+
+    @property
     def is_complete(self) -> bool:
         """Whether the options replace every fitted value."""
-        return None not in (self.threshold, self.min_region, self.temperature)
+        return len(self.names) == 3
 
 
 @dataclass(frozen=True)
@@ -213,14 +230,14 @@ def resolve_postprocessing(
     if fitted is None and explicit == ExplicitValues():
         return Resolved()
     if fitted is not None and reason is None:
-        record = fitted.record(values)
+        record = fitted.record(values, explicit.names)
     else:
         record = _record(names, values, None, reason)
     line = None
     if fitted is not None and reason is not None:
         line = f"{runs[0].url}/{POSTPROCESSING_NAME} is not used: {reason}"
     elif fitted is not None and values != Postprocessing():
-        line = _used_words(runs[0], fitted, values)
+        line = _used_words(runs[0], fitted, values, explicit.names)
     return Resolved(values, line, record)
 
 
@@ -240,13 +257,21 @@ def _record(
     }
 
 
-def _used_words(run: ObjectStore, fitted: FittedPostprocessing, values: Postprocessing) -> str:
+def _used_words(
+    run: ObjectStore, fitted: FittedPostprocessing, values: Postprocessing, given: Sequence[str]
+) -> str:
     """Returns the line on values that change a mask or a probability."""
     cases = pluralize(fitted.fitted_on.num_cases, "validation image")
+    but = f", but {given_words(given)} given" if given else ""
     return (
-        f"postprocessing of {run.url}, fitted on {cases}: "
+        f"postprocessing of {run.url}, fitted on {cases}{but}: "
         f"{described([each.name for each in fitted.classes], values)} (undo: {UNDO})"
     )
+
+
+def given_words(given: Sequence[str]) -> str:
+    """Returns the values that options replaced in words; `given` as in a record."""
+    return " and ".join(_GIVEN[name] for name in given)
 
 
 def described(names: Sequence[str], values: Postprocessing) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flexunet.json_files import read_table
 from flexunet.storage import ObjectStore
+from job.postprocessing.stored import given_words
 from job.reporting.phrases import measure_label
 from job.reporting.view_parts import Table
 from job.runs.layout import evaluate_again
@@ -24,12 +25,14 @@ class UsedPostprocessing:
 
     Attributes:
         cases: on which it was fitted, in words; None: it was given by options.
+        given: the values of it that options replaced, in words; "": none.
         not_used: why a stored fit was not used; None: it was, or there is none.
         table: the values and, if they change masks, the Dice without them.
         dice, plain_dice: foreground Dice with and without it.
     """
 
     cases: tuple[int, str] | None
+    given: str
     not_used: str | None
     temperature: float
     table: Table
@@ -98,6 +101,7 @@ def postprocessing_of(summary: Mapping[str, Any] | None) -> UsedPostprocessing |
     fitted_on = used["fitted_on"]
     return UsedPostprocessing(
         cases=(fitted_on["num_cases"], fitted_on["split"]) if fitted_on else None,
+        given=given_words(used.get("given", ())),
         not_used=used["not_used"],
         temperature=used["temperature"],
         table=Table(columns, rows),

@@ -297,6 +297,7 @@ def check_pools_only_what_was_evaluated_alike(runs: Path) -> None:
     evaluate()  # as training did
     pool_folds(config)
     assert (runs / "cv" / "measures_network.csv").read_text() == before
+    check_pools_only_one_postprocessing(runs, config)
     check_pools_only_the_cases_of_the_folds(runs, config, evaluate)
     evaluate()
     check_reports_what_an_earlier_version_has_not_stored(runs, config)
@@ -315,6 +316,21 @@ def check_pools_only_what_was_evaluated_alike(runs: Path) -> None:
     summary.unlink()
     with pytest.raises(ContentError, match=r"summary\.json is missing"):
         pool_folds(config)
+
+
+def check_pools_only_one_postprocessing(runs: Path, config: TrainConfig) -> None:
+    paths = [runs / f"cv-fold-{k}" / "evaluation" / "summary.json" for k in range(3)]
+    texts = [path.read_text() for path in paths]
+    used = {"thresholds": [0.4], "min_region": [0], "fitted_on": {"split": "valid"}}
+    for path, text, given in zip(paths, texts, ([], ["thresholds"], []), strict=True):
+        summary = json.loads(text)
+        summary["prediction"]["postprocessing"] = {**used, "given": given}
+        path.write_text(json.dumps(summary))
+    words = r"cv-fold-1: .* postprocessing \(fitted, but thresholds \[0\.4\]\) than .* \(fitted\)"
+    with pytest.raises(UsageError, match=words):
+        pool_folds(config)
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
 
 
 def check_pools_only_the_cases_of_the_folds(

@@ -32,10 +32,11 @@ NODE = MachineFacts(
 
 @dataclass
 class Steps:
-    """Dry steps that fit from some number of samples and filters on."""
+    """Dry steps that fit from some number of samples and filters on, and take some time."""
 
     samples: int = 99
     filters: int = 99
+    seconds_per_filter: float = 0.0  # 0: half a second in any case
     seen: list[tuple[int, int]] = field(default_factory=list)
 
     def __call__(self, config: TrainConfig, machine: MachineFacts) -> DryStep:
@@ -43,7 +44,8 @@ class Steps:
         found = config.global_batch_size // config.accumulate, config.model.base_filters
         self.seen.append(found)
         fits = found[0] <= self.samples and found[1] <= self.filters
-        return DryStep(fits, GIB, 0.5 if fits else 0.0)
+        step_s = self.seconds_per_filter * found[1] or 0.5
+        return DryStep(fits, GIB, step_s if fits else 0.0)
 
 
 def not_here() -> MachineFacts:
@@ -168,7 +170,7 @@ def test_a_dry_step_that_does_not_fit_gives_smaller_parts_then_fewer_filters(
     assert steps.seen == [(4, 32), (2, 32), (1, 32), (1, 24), (1, 16), (1, 12)]
     assert plan.measured is not None
     assert len(plan.measured.tried) == 5
-    assert plan.minutes == plan.num_steps * 0.5 / 60
+    assert plan.minutes == pytest.approx(plan.num_steps * 0.5 / 60)
     given = typed.resolve(model={"base_filters": 32}, accumulate=4)
     with pytest.raises(UsageError, match=r"does not fit into the memory of laptop, 16\.0 G"):
         fitted_plan(facts, LAPTOP, given, Steps(filters=24), always=True)
@@ -185,6 +187,28 @@ def test_a_dry_step_that_does_not_fit_gives_smaller_parts_then_fewer_filters(
         fitted_plan(facts, LAPTOP, config, Steps(samples=2), always=True)
     # Far below the memory, nothing is measured.
     assert fitted_plan(facts, LAPTOP, config, never).measured is None
+
+
+def test_a_measured_step_gives_the_epochs_and_fewer_filters(typed: Typed) -> None:
+    config = typed.resolve()
+    facts = facts_of(config)
+    plans = []
+    # At most an hour: with 32 filters a step takes 0.32, 2.9 and 32 s.
+    for seconds_per_filter in (0.01, 0.09, 1.0):
+        steps = Steps(seconds_per_filter=seconds_per_filter)
+        plan = fitted_plan(facts, LAPTOP, config, steps, always=True)
+        filters = plan.value("model.base_filters")
+        assert steps.seen[-1][1] == filters  # the plan's own step is the measured one
+        step_s = seconds_per_filter * float(str(filters))
+        assert plan.minutes == pytest.approx(plan.num_steps * step_s / 60)
+        plans.append((filters, plan.num_steps >= 1500, plan.minutes < 62))
+    assert plans == [(32, True, True), (24, True, True), (8, False, False)]
+    budget = typed.resolve(time_budget=10)
+    steps = Steps(seconds_per_filter=0.09)
+    plan = fitted_plan(facts_of(budget), LAPTOP, budget, steps, always=True)
+    assert plan.measured is not None
+    assert plan.num_steps * plan.measured.step_s == pytest.approx(600, rel=0.01)
+    assert plan.value("model.base_filters") == 12  # 500 steps in 10 minutes
 
 
 def test_folds_share_one_plan(typed: Typed) -> None:

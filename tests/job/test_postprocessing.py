@@ -243,7 +243,11 @@ def test_predictions_use_the_stored_fit_unless_options_replace_it(tmp_path: Path
     assert "mass: threshold 0.3, mass: smallest region 20 pixels, temperature 1.5" in found.line
     assert UNDO in found.line
     assert found.record["fitted_on"]["num_cases"] == 8
-    assert resolved(tmp_path, threshold=(0.5,)).values == Postprocessing((), (20,), 1.5)
+    assert found.record["given"] == []
+    partly = resolved(tmp_path, threshold=(0.5,))
+    assert partly.values == Postprocessing((), (20,), 1.5)
+    assert partly.record["given"] == ["thresholds"]
+    assert "fitted on 8 validation images, but thresholds given: mass: smallest" in partly.line
     undone = resolved(tmp_path, threshold=(0.5,), min_region=(0,), temperature=1.0)
     assert (undone.values, undone.line) == (Postprocessing(), None)
     with pytest.raises(UsageError, match=r"--threshold=0\.1,0\.2: give one number, or 1, one for"):
