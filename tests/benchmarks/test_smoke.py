@@ -21,6 +21,8 @@ ELSEWHERE = {
     "machine.py": "shared functions, not a script",
     "peers.py": "needs its own environment",
     "peer_step.py": "needs its own environment",
+    "quality_peers.py": "needs its own environment",
+    "quality_table.py": "a part of quality.py",
 }
 TIMEOUT_S = 300
 TINY = ("--image-size", "32", "--repeats", "1")

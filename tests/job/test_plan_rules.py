@@ -1,5 +1,6 @@
 """The rules of a plan: pure functions of dataset, machine and given options."""
 
+import math
 import re
 import shlex
 from typing import Any
@@ -201,13 +202,26 @@ def test_lost_regions_give_the_command_that_keeps_them() -> None:
     assert prep_command(FACTS, image_size=64).endswith("DATASET --image-size 64")
 
 
-@pytest.mark.parametrize("levels", [1, 4])
-@pytest.mark.parametrize("normalization", ["none", "group"])
-def test_the_estimated_parameters_are_those_of_the_network(levels: int, normalization: str) -> None:
-    model = {"num_layers": levels, "base_filters": 6, "normalization": normalization}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 1, "normalization": "group"},
+        {"num_layers": 4, "normalization": "none"},
+        {"num_layers": 4, "normalization": "group", "max_filters": 16},
+        {"name": "residual-unet", "num_layers": 3, "normalization": "group"},
+        {"name": "residual-unet", "num_layers": 4, "normalization": "none", "max_filters": 16},
+        {"name": "encoder-unet", "num_layers": 6, "encoder_weights": "none"},
+        {"name": "encoder-unet", "num_layers": 6, "encoder_weights": "none"}
+        | {"encoder": "mobilenet-v2", "normalization": "group"},
+    ],
+    ids=str,
+)
+def test_the_estimated_parameters_are_those_of_the_network(changes: dict[str, Any]) -> None:
+    model = {"base_filters": 6, **changes}
     config = parse_settings(TrainConfig, {"model": model}, "test").model
-    built = build_model(config, image_shape=(32, 16, 3), num_classes=2)
-    assert network_cost(config, (32, 16, 3), 2).num_parameters == built.count_params()
+    built = build_model(config, image_shape=(32, 32, 3), num_classes=2)
+    trainable = sum(math.prod(each.shape) for each in built.trainable_weights)
+    assert network_cost(config, (32, 32, 3), 2).num_parameters == trainable
 
 
 def test_the_receptive_field_is_that_of_the_layers() -> None:

@@ -1,4 +1,4 @@
-"""Builds encoders of inverted residual blocks: EfficientNet-Lite0 and MobileNetV2.
+"""Builds encoders of inverted residual blocks.
 
 The layers, and the order of their weights, are those of the published networks without their
 classifier. Padding is TensorFlow's "same", which for strides of 2 pads more at the end; with
@@ -6,83 +6,16 @@ symmetric padding the published weights give other features.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 
 from job.models.blocks import BlockFactory
+from job.models.encoders.stages import Encoder, Stage
 from job.models.normalization import BatchNormalization, FixedBatchNormalization
 
 PREFIX = "encoder_"  # begins the names of all layers of an encoder
 _EPSILON = 1e-3  # of the batch normalisation of both networks
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Describes blocks of the same number of channels.
-
-    Attributes:
-        expansion: channels inside of a block / channels of its input.
-        side: of the depthwise kernel, pixels.
-        strides: of the first block.
-        filters: channels of the output.
-        repeats: number of blocks.
-    """
-
-    expansion: int
-    side: int
-    strides: int
-    filters: int
-    repeats: int
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Describes an encoder, which takes (pixel - offset) / scale for pixels of 0 to 255.
-
-    Attributes:
-        stem: channels of the first convolution, which halves the sides.
-    """
-
-    stem: int
-    stages: tuple[Stage, ...]
-    offset: float
-    scale: float
-
-
-ENCODERS = {
-    # Tan and Le 2019, arXiv:1905.11946; Lite: github.com/tensorflow/tpu, efficientnet/lite.
-    "efficientnet-lite0": Encoder(
-        32,
-        (
-            Stage(1, 3, 1, 16, 1),
-            Stage(6, 3, 2, 24, 2),
-            Stage(6, 5, 2, 40, 2),
-            Stage(6, 3, 2, 80, 3),
-            Stage(6, 5, 1, 112, 3),
-            Stage(6, 5, 2, 192, 4),
-            Stage(6, 3, 1, 320, 1),
-        ),
-        offset=127.0,
-        scale=128.0,
-    ),
-    # Sandler et al. 2018, arXiv:1801.04381.
-    "mobilenet-v2": Encoder(
-        32,
-        (
-            Stage(1, 3, 1, 16, 1),
-            Stage(6, 3, 2, 24, 2),
-            Stage(6, 3, 2, 32, 3),
-            Stage(6, 3, 2, 64, 4),
-            Stage(6, 3, 1, 96, 3),
-            Stage(6, 3, 2, 160, 3),
-            Stage(6, 3, 1, 320, 1),
-        ),
-        offset=127.5,
-        scale=127.5,
-    ),
-}
 
 
 def encoder_features(block: BlockFactory, encoder: Encoder, x: Any) -> list[Any]:
