@@ -5,9 +5,10 @@ from typing import Any
 
 from job.config import TrainConfig
 from job.distributed.rendezvous import process_spec_from_environment
-from job.training.process import run_process
+from job.training.process import Placement, run_process
 from job.training.setup import Callbacks
 from launcher.channel import WorkerChannel
+from launcher.cluster.resources import node_share
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -27,8 +28,9 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
                 config,
                 spec,
                 Callbacks(channel.report, channel.should_stop),
-                num_gpus=settings["num_gpus"],
-                launch=settings["launch"],
+                placement=Placement(
+                    settings["launch"], settings["num_gpus"], node_share(settings["num_cpus"])
+                ),
             )
         except Exception as error:
             if channel.is_shared(error, spec.size):

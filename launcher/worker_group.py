@@ -174,6 +174,7 @@ def _outcome_of(
             "coordinator": group.coordinator,
             "launch": launch_id,
             "num_gpus": settings.gpus_per_worker,
+            "num_cpus": num_cpus,
         },
         scaling_config=ScalingConfig(
             num_workers=settings.num_workers,

@@ -7,7 +7,8 @@ import keras
 from job.config import ModelConfig
 from job.models.blocks import BlockFactory
 from job.models.compatibility import check_sides
-from job.models.encoders.mobile import ENCODERS, encoder_features
+from job.models.encoders.mobile import encoder_features
+from job.models.encoders.stages import ENCODERS
 from job.models.heads import segmentation_heads
 
 

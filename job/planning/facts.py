@@ -151,13 +151,18 @@ def _options_of(manifest: Manifest) -> dict[str, Any]:
 
 
 def machine_facts(
-    config: TrainConfig, spec: ProcessSpec | None = None, num_gpus: int | None = None
+    config: TrainConfig,
+    spec: ProcessSpec | None = None,
+    *,
+    num_gpus: int | None = None,
+    node_share: float = 1.0,
 ) -> MachineFacts:
     """Returns the facts of this machine, without TensorFlow.
 
     Args:
         spec: the processes that train together; None: this one alone.
         num_gpus: GPUs that TensorFlow sees; None: a process of its own asks it.
+        node_share: largest share of the machine's RAM for this process.
     """
     gpus = [] if num_gpus == 0 else visible_gpus()
     if gpus:
@@ -167,7 +172,7 @@ def machine_facts(
     local = len(gpus) if gpus else config.cpu_replicas
     capabilities = [each.capability for each in gpus]
     precision = native_precision(capabilities, cpu_has_bfloat16=bool(_BFLOAT16_FLAGS & cpu_flags()))
-    memory = min((each.memory_bytes for each in gpus), default=own_memory_bytes(spec))
+    memory = min((each.memory_bytes for each in gpus), default=own_memory_bytes(spec, node_share))
     return MachineFacts(
         host=socket.gethostname(),
         device="gpu" if gpus else "cpu",
@@ -258,11 +263,12 @@ def _full_name(name: str, known: Collection[str]) -> str | None:
     return longer[0] if len(longer) == 1 else None
 
 
-def own_memory_bytes(spec: ProcessSpec | None = None) -> int:
+def own_memory_bytes(spec: ProcessSpec | None = None, most: float = 1.0) -> int:
     """Returns this process's share of the RAM, within all limits, in bytes.
 
     Args:
         spec: the processes that train together; None: this one alone.
+        most: the largest share of the machine.
     """
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [resource.getrlimit(each)[0] for each in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
@@ -271,4 +277,5 @@ def own_memory_bytes(spec: ProcessSpec | None = None) -> int:
     if spec is not None:
         hosts = [address.rpartition(":")[0] for address in spec.addresses]
         num_here = hosts.count(hosts[spec.rank])
-    return int(min(min(machine, cgroup_memory_bytes()) / num_here, *own, math.inf))
+    share = min(most, 1 / num_here)
+    return int(min(min(machine, cgroup_memory_bytes()) * share, *own, math.inf))

@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flexunet.cli.interrupts import handled
@@ -63,13 +63,28 @@ def run_in_cluster(config: TrainConfig, spec: ProcessSpec) -> dict[str, Any]:
         return run_process(config, spec, Callbacks(report, should_stop))
 
 
+@dataclass(frozen=True)
+class Placement:
+    """How a launcher has placed a process.
+
+    Attributes:
+        launch: name of the launcher, whose next process need not wait for the lease; None: the
+            process was not launched.
+        num_gpus: GPUs that the process must see; None: any number.
+        node_share: share of the machine's memory for which it plans a new run.
+    """
+
+    launch: str | None = None
+    num_gpus: int | None = None
+    node_share: float = 1.0
+
+
 def run_process(
     config: TrainConfig,
     spec: ProcessSpec | None,
     callbacks: Callbacks,
     *,
-    num_gpus: int | None = None,
-    launch: str | None = None,
+    placement: Placement | None = None,
     ends_process: bool = True,
 ) -> dict[str, Any]:
     """Trains as one of the processes that train together; all of them must call it.
@@ -77,8 +92,7 @@ def run_process(
     Args:
         config: `data` and `name` are set.
         spec: None: this process trains alone.
-        num_gpus: GPUs that this process must see; None: any number.
-        launch: name of the launcher, whose next process need not wait for the lease.
+        placement: by a launcher; None: there is none.
         ends_process: end this process when training stalls; else the stacks are stored and an
             error is logged.
 
@@ -87,20 +101,21 @@ def run_process(
     """
     # Check first whatever can be checked without TensorFlow, whose import takes seconds.
     dataset = open_folded(config)
+    placement = placement or Placement()
     planned = config
     if needs_plan(config):
-        planned = preview(config, machine_facts(config, spec, num_gpus))
+        planned = preview(config, _facts(config, spec, placement)())
     check_compatible(planned, dataset)
     if spec is None or spec.size == 1:
-        if launch is None:  # a launcher has checked it already
+        if placement.launch is None:  # a launcher has checked it already
             check_origin(planned, dataset)
             check_encoder(planned)
-        with _acquire_run(config, launch) as run:
+        with _acquire_run(config, placement.launch) as run:
             # Before TensorFlow takes memory from the dry step.
-            config = _settled(run, config, None, num_gpus, callbacks)
-            alone = _Process(config, dataset, None, num_gpus, launch, ends_process)
+            config = _settled(run, config, _facts(config, None, placement), callbacks)
+            alone = _Process(config, dataset, None, placement, ends_process)
             return alone.train(run, callbacks)
-    process = _Process(config, dataset, spec, num_gpus, launch, ends_process)
+    process = _Process(config, dataset, spec, placement, ends_process)
     return process.train(None, callbacks)
 
 
@@ -124,8 +139,7 @@ class _Process:
     config: TrainConfig
     dataset: Dataset
     spec: ProcessSpec | None
-    num_gpus: int | None
-    launch: str | None
+    placement: Placement
     ends_process: bool
 
     def train(self, run: Run | None, callbacks: Callbacks) -> dict[str, Any]:
@@ -142,7 +156,7 @@ class _Process:
         )
 
         config, spec = self.config, self.spec
-        num_seen = check_devices(config, spec, self.num_gpus)
+        num_seen = check_devices(config, spec, self.placement.num_gpus)
         if spec is not None:
             rendezvous(spec, config.phase_timeout, num_seen)
             if spec.size > 1 and not needs_plan(config):
@@ -159,7 +173,7 @@ class _Process:
                     run = self._acquire_on_primary(process_group, stack)
                     watchdog.enter("planning")
                     config = self._settle_on_primary(process_group, run, num_seen, callbacks)
-                    if self.launch is None:
+                    if self.placement.launch is None:
                         process_group.run_on_primary(lambda: check_origin(config, self.dataset))
                     check_batch(config, spec.size, num_seen)
                 else:
@@ -195,7 +209,7 @@ class _Process:
         owned: list[Run] = []
 
         def acquire() -> None:
-            owned.append(stack.enter_context(_acquire_run(self.config, self.launch)))
+            owned.append(stack.enter_context(_acquire_run(self.config, self.placement.launch)))
 
         process_group.run_on_primary(acquire)
         return owned[0] if owned else None
@@ -209,7 +223,8 @@ class _Process:
             if run is None:
                 return {}
             reports = Callbacks(callbacks.report, callbacks.should_stop, heartbeat)
-            settled = _settled(run, self.config, self.spec, num_gpus, reports)
+            seen = replace(self.placement, num_gpus=num_gpus)
+            settled = _settled(run, self.config, _facts(self.config, self.spec, seen), reports)
             return settled.model_dump(mode="json")
 
         settled = process_group.all_gather_with_heartbeat(settle, callbacks.heartbeat)[0]
@@ -274,19 +289,23 @@ class _Process:
         return precisions[0] if len(set(precisions)) == 1 else "float32"
 
 
+def _facts(
+    config: TrainConfig, spec: ProcessSpec | None, placement: Placement
+) -> Callable[[], MachineFacts]:
+    """Returns a function that returns the facts of this machine, see `machine_facts`."""
+    num_gpus, share = placement.num_gpus, placement.node_share
+    return lambda: machine_facts(config, spec, num_gpus=num_gpus, node_share=share)
+
+
 def _settled(
-    run: Run,
-    config: TrainConfig,
-    spec: ProcessSpec | None,
-    num_gpus: int | None,
-    callbacks: Callbacks,
+    run: Run, config: TrainConfig, machine: Callable[[], MachineFacts], callbacks: Callbacks
 ) -> TrainConfig:
     """Returns the complete config of the owned `run`, see `settle_config`."""
 
     def measure(config: TrainConfig, machine: MachineFacts) -> DryStep:
         return measure_step(config, machine, callbacks.should_stop, callbacks.heartbeat)
 
-    return settle_config(run, config, lambda: machine_facts(config, spec, num_gpus), measure)
+    return settle_config(run, config, machine, measure)
 
 
 def stored_precision(run: Run | None) -> str | None:

@@ -121,6 +121,18 @@ def total(resource: str) -> float:
     return float(ray.cluster_resources().get(resource, 0.0))
 
 
+def node_share(num_cpus: float) -> float:
+    """Returns the share of this node that a worker with `num_cpus` cores may use, at most 1.
+
+    Other workers may get the other cores, such as those of folds that train side by side.
+    """
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    of_node = [each["Resources"].get("CPU", 0.0) for each in ray.nodes() if each["NodeID"] == here]
+    return min(1.0, num_cpus / max(*of_node, num_cpus))
+
+
 def widest(num_workers: int, *, num_gpus: float = 0) -> Resources:
     """Returns the resources per worker that give `num_workers` workers the most whole cores.
 

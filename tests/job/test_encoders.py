@@ -26,8 +26,9 @@ from job.config import ModelConfig, TrainConfig
 from job.models.blocks import BlockFactory
 from job.models.encoders import pretrained
 from job.models.encoders.keras_file import read_keras_weights
-from job.models.encoders.mobile import ENCODERS, Encoder, encoder_features
+from job.models.encoders.mobile import encoder_features
 from job.models.encoders.pretrained import check_pretrained, set_pretrained_encoder
+from job.models.encoders.stages import ENCODERS, Encoder
 from job.models.encoders.torch_pickle import read_torch_arrays
 from job.runs.provenance import (
     as_record,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from flexunet.settings import fields_of, parse_settings
 from job.config import TrainConfig
+from job.distributed.rendezvous import ProcessSpec
 from job.models.registry import build_model
 from job.planning import facts as facts_module
 from job.planning.advice import prep_command
@@ -255,6 +256,15 @@ def test_a_gpu_that_tensorflow_cannot_use_is_not_planned_for(
         monkeypatch.setattr(facts_module, "num_tensorflow_gpus", lambda num=num_seen: num)
         for machine in (machine_facts(config), machine_facts(config, num_gpus=num_seen)):
             assert (machine.device, machine.local_replicas) == (device, replicas)
+
+
+def test_the_memory_is_shared_with_others_on_the_machine() -> None:
+    config = TrainConfig(data="data")
+    whole = machine_facts(config, num_gpus=0).memory_bytes
+    two_here = ProcessSpec(0, ("a:1", "a:2", "b:1"))
+    for spec, share, expected in ((None, 0.5, 0.5), (two_here, 1.0, 0.5), (two_here, 0.25, 0.25)):
+        found = machine_facts(config, spec, num_gpus=0, node_share=share).memory_bytes
+        assert found == pytest.approx(whole * expected, rel=1e-6)
 
 
 def test_the_rules_choose_options_that_exist_and_are_documented() -> None:

@@ -116,13 +116,16 @@ def test_connected_joins_the_cluster_of_the_address_or_of_the_environment(
         sums = resources.worker_slots(Resources())
         sums_of_two = resources.worker_slots(Resources(num_cpus=2))
         seen = ray.get(ray.remote(lambda: os.environ.get("STORAGE_EMULATOR_HOST")).remote())
-    print(json.dumps([sorted(sums.values()), sums_of_two, seen]))
+        ask = ray.remote(lambda: [resources.node_share(n) for n in (0.5, 1, 2)])
+        shares = ray.get(ask.remote())
+    print(json.dumps([sorted(sums.values()), sums_of_two, seen, shares]))
     """
     place = ray_cluster.address
     for arguments, environment in [((place,), {}), (("",), {"RAY_ADDRESS": place})]:
         done = run(code, *arguments, STORAGE_EMULATOR_HOST="http://emulator", **environment)
         assert done.returncode == 0, done.stderr
-        assert done.stdout == '[[1, 1], {}, "http://emulator"]\n'  # two nodes of one CPU
+        # Two nodes of one CPU.
+        assert done.stdout == '[[1, 1], {}, "http://emulator", [0.5, 1.0, 1.0]]\n'
         assert done.stderr == ""
 
 
