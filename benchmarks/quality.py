@@ -1,14 +1,14 @@
-"""Compares what ways to train reach in the same time: presets, a peer, a random forest.
+"""Compares what methods of training reach in the same time: presets, a peer, a random forest.
 
     make bench-results DATA=FOLDER          # creates .venv-results and runs this script in it
-    python benchmarks/quality.py FOLDER [--sets drive] [--ways auto] [--folds 0] [--minutes 10]
+    python benchmarks/quality.py FOLDER [--sets drive] [--methods auto] [--folds 0] [--minutes 10]
 
 FOLDER has a folder for each of `SETS`, with the images as they were published. Each set is divided
-into three folds by image. In each fold, every way trains on the same images, may choose its best
+into three folds by image. In each fold, every method trains on the same images, may choose its best
 moment on the same validation images, and predicts the images of the fold at their own size. These
 masks are measured twice: by this project, and by ten lines of NumPy that know nothing of it.
 
-One way in one fold is a cell, a file in benchmarks/results/quality. A cell that exists is not
+One method in one fold is a cell, a file in benchmarks/results/quality. A cell that exists is not
 measured again, so the command goes on where it was interrupted. Each cell records the share of the
 machine's time that it got: less than nine tenths means that others used the machine.
 """
@@ -105,15 +105,15 @@ OURS = {  # options of `flexunet train`
     ),
 }
 PEERS = ("smp", "smp, encoder", "random forest")  # see quality_peers.py
-DEFAULT_WAYS = ("reference", "recipe", "auto", "auto, encoder", *PEERS)
+DEFAULT_METHODS = ("reference", "recipe", "auto", "auto, encoder", *PEERS)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to train in one fold of a set, with one seed."""
+    """One method to train in one fold of a set, with one seed."""
 
     set_name: str
-    way: str
+    method: str
     fold: int
     seed: int
     minutes: float
@@ -121,10 +121,10 @@ class Cell:
     @property
     def path(self) -> Path:
         """The file of its result; the minutes and the seed are named if they are not usual."""
-        way = self.way.replace(", ", "-").replace(" ", "-")
+        method = self.method.replace(", ", "-").replace(" ", "-")
         unusual = "" if self.minutes == 10 else f"-{self.minutes:g}min"
         seeded = f"-seed{self.seed}" if self.seed else ""
-        return RESULTS / CELLS / f"{self.set_name}-{way}-fold{self.fold}{seeded}{unusual}.json"
+        return RESULTS / CELLS / f"{self.set_name}-{method}-fold{self.fold}{seeded}{unusual}.json"
 
 
 def dice_by_numpy(truth_file: Path, mask_file: Path, level: int, view_file: Path | None) -> float:
@@ -181,7 +181,7 @@ def measure_cell(cell: Cell, source: Path, work: Path) -> dict[str, Any]:
     flexunet.prepare(str(source), dataset, fractions=(0.7, 0.3, 0.0), **images.options)
     files, stems = files_of(source, images), fold_stems(dataset, cell.fold)
     output = work / "cells" / cell.path.stem
-    train = _train_ours if cell.way in OURS else _train_peer
+    train = _train_ours if cell.method in OURS else _train_peer
     started, cpu_s = time.monotonic(), _cpu_seconds()
     curve = train(cell, dataset, output, {name: [files[s] for s in stems[name]] for name in stems})
     wall_s, used_s = time.monotonic() - started, _cpu_seconds() - cpu_s
@@ -196,7 +196,7 @@ def measure_cell(cell: Cell, source: Path, work: Path) -> dict[str, Any]:
     assert all(abs(case["numpy"] - case["ours"]) < 1e-9 for case in cases.values())
     return {
         "set": cell.set_name,
-        "way": cell.way,
+        "method": cell.method,
         "fold": cell.fold,
         "seed": cell.seed,
         "minutes": cell.minutes,
@@ -217,7 +217,7 @@ def _train_ours(cell: Cell, dataset: str, output: Path, files: dict[str, Any]) -
     fold = ("--folds", str(NUM_FOLDS), "--fold", str(cell.fold), "--seed", str(cell.seed))
     place = ("--local", "--data", dataset, "--output", str(run.parent), "--name", run.name)
     budget = ("--time-budget", f"{cell.minutes:g}")
-    _command(output, "train", *place, *fold, *budget, *OURS[cell.way])
+    _command(output, "train", *place, *fold, *budget, *OURS[cell.method])
     images.mkdir(exist_ok=True)
     for path, *_ in files["test"]:
         shutil.copy(path, images)
@@ -271,7 +271,7 @@ def _train_peer(cell: Cell, dataset: str, output: Path, files: dict[str, Any]) -
         name: [[str(p) if p else "" for p in row] for row in rows] for name, rows in files.items()
     }
     task = {
-        "way": cell.way,
+        "method": cell.method,
         "minutes": cell.minutes,
         "seed": cell.seed + cell.fold,
         "level": SETS[cell.set_name].object_level,
@@ -301,26 +301,28 @@ def _peer_packages() -> dict[str, str | None]:
 
 
 def cells(
-    sets: Iterable[str], ways: Iterable[str], folds: Iterable[int], seed: int, minutes: float
+    sets: Iterable[str], methods: Iterable[str], folds: Iterable[int], seed: int, minutes: float
 ) -> list[Cell]:
     """Returns the cells fold by fold, so that an interrupted table has whole folds."""
-    order = itertools.product(folds, sets, ways)
-    return [Cell(set_name, way, fold, seed, minutes) for fold, set_name, way in order]
+    order = itertools.product(folds, sets, methods)
+    return [Cell(set_name, method, fold, seed, minutes) for fold, set_name, method in order]
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--sets", default="isbi-membrane,drive", show_default=True, help="Sets of images.")
-@click.option("--ways", default=";".join(DEFAULT_WAYS), show_default=True, help='Joined by ";".')
+@click.option(
+    "--methods", default=";".join(DEFAULT_METHODS), show_default=True, help='Joined by ";".'
+)
 @click.option("--folds", default="0,1,2", show_default=True, help="Folds.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the weights and the order.")
 @click.option("--minutes", default=10.0, show_default=True, help="Time of a training.")
 @click.option("--until", help="Begin no cell after this time of the day, as 17:30.")
 def main(
-    folder: Path, sets: str, ways: str, folds: str, seed: int, minutes: float, until: str | None
+    folder: Path, sets: str, methods: str, folds: str, seed: int, minutes: float, until: str | None
 ) -> None:
     """Measure the cells that are missing, then write the tables and curves of all."""
-    chosen = (sets.split(","), ways.split(";"), [int(fold) for fold in folds.split(",")])
+    chosen = (sets.split(","), methods.split(";"), [int(fold) for fold in folds.split(",")])
     for cell in cells(*chosen, seed, minutes):
         if cell.path.exists():
             continue

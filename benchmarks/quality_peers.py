@@ -172,7 +172,7 @@ def train_network(task: dict[str, Any], pairs: dict[str, list[Any]]) -> Any:
     import torch
 
     torch.manual_seed(task["seed"])
-    peer = Peer(has_weights=task["way"] == "smp, encoder")
+    peer = Peer(has_weights=task["method"] == "smp, encoder")
     loss_of = smp.losses.DiceLoss(mode="binary", from_logits=True)
     optimizer = torch.optim.Adam(peer.network.parameters(), lr=RATE)
     budget_s, started = task["minutes"] * 60, time.monotonic()
@@ -245,7 +245,7 @@ def main() -> None:
         name: [read_pair(row, task["level"]) for row in rows]
         for name, rows in task["files"].items()
     }
-    train = train_forest if task["way"] == "random forest" else train_network
+    train = train_forest if task["method"] == "random forest" else train_network
     masks, curve = train(task, pairs)
     write_masks(masks, task["files"]["test"], output)
     (output / "curve.json").write_text(json.dumps(curve), encoding="utf-8")

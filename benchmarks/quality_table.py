@@ -13,17 +13,17 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-Cells = Mapping[str, Sequence[dict[str, Any]]]  # by way
+Cells = Mapping[str, Sequence[dict[str, Any]]]  # by method
 BASE = "auto"  # the others are compared with it
 
 
 def read_cells(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Returns the cells by set (with the minutes) and way, in the order of their folds."""
+    """Returns the cells by set (with the minutes) and method, in the order of their folds."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted(folder.glob("*.json")):
         cell = json.loads(path.read_text(encoding="utf-8"))
-        found[f"{cell['set']}, {cell['minutes']:g} minutes"][cell["way"]].append(cell)
-    return {name: dict(ways) for name, ways in found.items()}
+        found[f"{cell['set']}, {cell['minutes']:g} minutes"][cell["method"]].append(cell)
+    return {name: dict(methods) for name, methods in found.items()}
 
 
 def _of_images(cells: Sequence[dict[str, Any]]) -> dict[tuple[int, str], float]:
@@ -41,34 +41,36 @@ def _difference(cells: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]])
     return f"{statistics.mean(pairs):+.3f} ± {error:.3f}"
 
 
-def table_of(ways: Cells) -> str:
-    """Returns one set as a Markdown table, the best way first."""
-    rows = ["| way | mean Dice | folds | minus auto | images | share of the machine |"]
+def table_of(methods: Cells) -> str:
+    """Returns one set as a Markdown table, the best method first."""
+    rows = ["| method | mean Dice | folds | minus auto | images | share of the machine |"]
     rows.append("|---|---|---|---|---|---|")
-    means = {way: statistics.mean(_of_images(cells).values()) for way, cells in ways.items()}
-    for way in sorted(ways, key=lambda way: -means[way]):
-        cells = ways[way]
+    means = {
+        method: statistics.mean(_of_images(cells).values()) for method, cells in methods.items()
+    }
+    for method in sorted(methods, key=lambda method: -means[method]):
+        cells = methods[method]
         folds = ", ".join(f"{cell['mean_dice']:.3f}" for cell in cells)
-        minus = "" if way == BASE else _difference(cells, ways.get(BASE, []))
+        minus = "" if method == BASE else _difference(cells, methods.get(BASE, []))
         shares = [cell["share_of_machine"] for cell in cells]
         share = f"{min(shares):.2f} to {max(shares):.2f}"
         num = len(_of_images(cells))
-        rows.append(f"| {way} | {means[way]:.3f} | {folds} | {minus} | {num} | {share} |")
+        rows.append(f"| {method} | {means[method]:.3f} | {folds} | {minus} | {num} | {share} |")
     return "\n".join(rows)
 
 
 def draw_curves(sets: Mapping[str, Cells], path: Path) -> None:
     """Draws the validation Dice over minutes: one panel a set, one line a fold."""
     figure, panels = plt.subplots(1, len(sets), figsize=(6 * len(sets), 4.2), squeeze=False)
-    names = sorted({way for ways in sets.values() for way in ways})
+    names = sorted({method for methods in sets.values() for method in methods})
     colors = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
-    for panel, (set_name, ways) in zip(panels[0], sets.items(), strict=True):
-        for way, cells in ways.items():
+    for panel, (set_name, methods) in zip(panels[0], sets.items(), strict=True):
+        for method, cells in methods.items():
             for number, cell in enumerate(cells):
                 minutes, values = np.array(cell["curve"] or np.empty((0, 2))).reshape(-1, 2).T
-                style: dict[str, Any] = {"color": colors[way], "linewidth": 1.2}
+                style: dict[str, Any] = {"color": colors[method], "linewidth": 1.2}
                 style |= {"marker": "D", "markersize": 4} if len(minutes) == 1 else {}
-                panel.plot(minutes, values, label=way if number == 0 else None, **style)
+                panel.plot(minutes, values, label=method if number == 0 else None, **style)
         panel.set(
             title=set_name, xlabel="minutes of training", ylabel="validation Dice", ylim=(0, 1)
         )
@@ -85,7 +87,9 @@ def write_tables(folder: Path) -> None:
     if not sets:
         print("no cell is measured yet")
         return
-    text = "\n\n".join(f"### {name}\n\n{table_of(ways)}" for name, ways in sets.items()) + "\n"
+    text = (
+        "\n\n".join(f"### {name}\n\n{table_of(methods)}" for name, methods in sets.items()) + "\n"
+    )
     (folder / "table.md").write_text(text, encoding="utf-8")
     draw_curves(sets, folder / "curves.png")
     print(text)

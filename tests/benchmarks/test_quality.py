@@ -1,4 +1,4 @@
-"""The comparison of ways to train measures a cell of a tiny set, and goes on where it stopped."""
+"""The comparison of methods measures a cell of a tiny set once, and goes on where it stopped."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_a_cell_is_measured_once(tmp_path: Path) -> None:
     write_set(tmp_path / "isbi-membrane")
     environment = os.environ | {"FLEXUNET_BENCHMARK_RESULTS": str(tmp_path / "results")}
     words = ["tests.script", SCRIPT, str(tmp_path), "--sets", "isbi-membrane", "--folds", "1"]
-    words += ["--minutes", "0.05", "--ways"]
+    words += ["--minutes", "0.05", "--methods"]
     done = commands.run(*words, "auto", environment=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     [path] = (tmp_path / "results" / "quality").glob("*.json")
