@@ -141,8 +141,9 @@ class PrepConfig(Settings):
     mask_encoding: MaskEncoding = option(
         "auto",
         "What carries the classes in mask files. index: ids, also as indices of a palette; colour: "
-        "colours and grey levels; alpha: the alpha channel, opaque is the second class; auto: "
-        "found from all masks; mixed: for each mask, ids if all its values are ids, else colours.",
+        "colours and grey levels; alpha: the alpha channel, opaque is the second class; nonzero: "
+        "all but 0 is the second class; auto: found from all masks; mixed: for each mask, ids if "
+        "all its values are ids, else colours.",
     )
     ignore: str | None = option(
         None,
@@ -283,13 +284,12 @@ class PrepConfig(Settings):
         if self.mask_encoding in ("auto", "mixed", "index"):
             check_ignored_levels(in_files, parse_ignored((self.ignore or "").split(";")))
         check_ignore_id(classes, self.ignore_id)
-        if self.mask_encoding != "index":  # ids are no colours
+        if self.mask_encoding not in ("index", "nonzero"):  # their values are no colours
             check_ignored(classes, self.ignored_colors)
-        if self.mask_encoding == "alpha" and (len(in_files) != 2 or self.ignore is not None):
-            raise ValueError(
-                "--mask-encoding alpha has two classes and no ignored pixels; give two --classes, "
-                "and leave out --ignore"
-            )
+        if self.mask_encoding in ("alpha", "nonzero") and len(in_files) != 2:
+            raise ValueError(f"--mask-encoding {self.mask_encoding} needs two --classes")
+        if self.mask_encoding == "alpha" and self.ignore is not None:
+            raise ValueError("--mask-encoding alpha has no ignored pixels; leave out --ignore")
         return self
 
     @model_validator(mode="after")

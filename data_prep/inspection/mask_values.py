@@ -126,11 +126,18 @@ class _Meanings:
             value_id: the level or the index into a palette; None for a colour.
             color: None for levels above 255.
         """
+        if self._encoding == "nonzero":
+            return self._of_nonzero(color or (1,) * 3, is_zero=value_id == 0 or color == (0, 0, 0))
         if value_id is not None and self._encoding in ("index", "mixed"):
             found = self._of_id(value_id)
             if found is not None or self._encoding == "index":
                 return found or (_AREA, "id of no class")
         return self._of_color(color, count)
+
+    def _of_nonzero(self, color: Color, *, is_zero: bool) -> _Meaning:
+        if color in self._ignored:
+            return _IGNORED, _IGNORED
+        return _CLASS, f"class {self._classes[not is_zero].name}"
 
     def _of_id(self, value: int) -> _Meaning | None:
         if value < len(self._classes):

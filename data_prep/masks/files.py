@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.imaging.codecs import decoding, open_image, read_image
-from data_prep.imaging.pixels import Pixels, grey_channel
+from data_prep.imaging.pixels import Pixels, grey_channel, is_uniform
 from data_prep.imaging.tiff import TIFF_SIGNATURES, Tiff
 from data_prep.masks.coding import level_counts, lookup
 from data_prep.masks.color_map import MAX_CLASSES, Color, color_text
@@ -26,6 +26,7 @@ from data_prep.masks.reading import (
     UnmappedColor,
     known_colors,
     read_classes,
+    read_nonzero,
 )
 from data_prep.masks.rules import MaskRules, NoClassError, index_table, options_to_ignore_ids
 from flexunet.errors import ContentError
@@ -49,7 +50,8 @@ class MaskFile:
         pixels: (H, W) uint8 or uint16 grey, or (H, W, 3) uint8 RGB, without alpha.
         indices: (H, W) uint8 indices into the palette, None without a palette. Also the levels of
             grey of fewer than 8 bits, whose palette is the scale of 0..255.
-        alpha: (H, W) uint8, None without alpha or if it is the same everywhere.
+        alpha: (H, W) uint8, None without alpha or if it is the same everywhere. A mask of one
+            colour that is transparent everywhere has an alpha channel: its shape is empty.
         palette: colours of the indices 0, 1, 2 and so on, as far as the file has them.
         num_classes: of a one-hot array, whose pixels are class ids whatever the encoding is.
     """
@@ -59,6 +61,20 @@ class MaskFile:
     alpha: Pixels | None = None
     palette: tuple[Color, ...] = ()
     num_classes: int | None = None
+
+    @property
+    def is_transparent(self) -> bool:
+        """Whether nothing is opaque."""
+        return self.alpha is not None and not self.alpha.any()
+
+    def color_of(self, index: int) -> Color:
+        """Returns the colour of an index that occurs."""
+        # A file may use indices beyond its palette, which decoders give a colour of their own.
+        if index < len(self.palette):
+            return self.palette[index]
+        place = int((np.asarray(self.indices) == index).argmax())
+        color = self.pixels.reshape(-1, self.pixels[0, 0].size)[place].tolist()
+        return color[0], color[-1 if len(color) < 3 else 1], color[-1]
 
 
 def read_mask_file(data: bytes, *, name: str, max_pixels: int) -> MaskFile:
@@ -85,7 +101,7 @@ def read_mask_file(data: bytes, *, name: str, max_pixels: int) -> MaskFile:
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         alpha = np.array(image.getchannel("A")) if image.mode in ("LA", "RGBA") else None
-    if alpha is not None and (alpha == alpha[0, 0]).all():
+    if alpha is not None and is_uniform(alpha) and (alpha.any() or not is_uniform(pixels)):
         alpha = None
     return MaskFile(pixels, indices, alpha, palette)
 
@@ -141,6 +157,8 @@ def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
         return MaskReading(rules.as_dataset_ids(mask.pixels))
     if rules.encoding == "alpha":
         return _read_alpha(mask, rules, name=name)
+    if rules.encoding == "nonzero":
+        return read_nonzero(mask.pixels if mask.indices is None else mask.indices, rules)
     if rules.encoding == "index":
         plane = grey_channel(mask.pixels) if mask.indices is None else mask.indices
         if plane is None:
@@ -150,7 +168,8 @@ def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
             )
         return _read_index(mask, plane, rules, name=name)
     if rules.encoding == "auto":
-        if mask.alpha is not None and (mask.pixels == mask.pixels[0, 0]).all():
+        is_shape = mask.alpha is not None and not mask.is_transparent
+        if is_shape and is_uniform(mask.pixels):
             raise ContentError(
                 f"{name}: has one colour, and its shape is in the alpha channel; read it with "
                 "--mask-encoding alpha, or replace the file"
@@ -168,11 +187,7 @@ def _is_index(mask: MaskFile, indices: Pixels, rules: MaskRules, *, name: str) -
             same colour.
     """
     used = np.flatnonzero(level_counts(indices))
-    # A file may use indices beyond its palette, which decoders give a colour of their own.
-    colors = [
-        mask.palette[index] if index < len(mask.palette) else _color_of(mask.pixels, indices, index)
-        for index in used.tolist()
-    ]
+    colors = [mask.color_of(index) for index in used.tolist()]
     known = known_colors(rules)
     ids = {tuple(color): class_id for color, class_id in zip(*known.lists(), strict=True)}
     by_color = [ids.get(color, -1) for color in colors]
@@ -193,13 +208,6 @@ def _is_index(mask: MaskFile, indices: Pixels, rules: MaskRules, *, name: str) -
             "index or --mask-encoding colour"
         )
     return min(by_color) < 0 <= min(by_index)
-
-
-def _color_of(pixels: Pixels, indices: Pixels, index: int) -> Color:
-    """Returns the colour of a pixel with `index`, which occurs."""
-    place = int((indices == index).argmax())
-    color = pixels.reshape(indices.size, -1)[place].tolist()
-    return color[0], color[-1 if len(color) < 3 else 1], color[-1]
 
 
 def _read_index(mask: MaskFile, plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:

@@ -117,6 +117,26 @@ def read_classes(pixels: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
     return _read_grey(plane, rules, name)
 
 
+def read_nonzero(pixels: Pixels, rules: MaskRules) -> MaskReading:
+    """Returns the second class wherever a mask is not 0, such as numbers of single objects.
+
+    Args:
+        pixels: as for `read_classes`, or the indices of a palette, (H, W).
+    """
+    plane = grey_channel(pixels)
+    if plane is None:
+        red, green, blue = (pixels[:, :, channel].astype(np.int32) for channel in range(3))
+        plane = red << 16 | green << 8 | blue
+        ignored = [color[0] << 16 | color[1] << 8 | color[2] for color in rules.ignored]
+    else:
+        levels = (grey_level(color) for color in rules.ignored)
+        ignored = [level for level in levels if level is not None]
+    ids = rules.as_dataset_ids((plane != 0).astype(np.uint8))
+    if rules.ignore_id is not None:
+        ids[np.isin(plane, ignored)] = rules.ignore_id
+    return MaskReading(ids)
+
+
 def known_colors(rules: MaskRules, *, is_16_bit: bool = False) -> KnownColors:
     """Returns the colours that have an id.
 
@@ -196,7 +216,7 @@ def _read_coded(coded: CodedMask, rules: MaskRules, name: str) -> MaskReading:
     codes = np.ascontiguousarray(coded.codes[box])
     assigned = assign_classes(codes, shades)
     is_clean = num_colors <= FEW_COLORS and has_sharp_edges(coded.codes, shades)
-    areas = find_solid_areas(codes, shades, assigned, is_clean=is_clean)
+    areas = find_solid_areas(codes, shades, assigned, coded.counts, is_clean=is_clean)
     if areas:
         _refuse_areas(areas, box, coded, rules, name=name)
     ids[box] = lookup(coded.ids, assigned.index)

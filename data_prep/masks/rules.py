@@ -22,13 +22,14 @@ from data_prep.masks.color_map import (
 )
 from flexunet.errors import ContentError, UsageError
 
-READING_RULES = 2
+READING_RULES = 3
 """Version of the rules by which masks are read; datasets record it. Datasets without it have 1.
 
-With version 1, the ignore id was also a grey level of masks with colours.
+With version 1, the ignore id was also a grey level of masks with colours. Until version 2, areas
+of a colour near a class could be read as this class beside areas of its own colour.
 """
 
-Encoding = Literal["auto", "index", "colour", "alpha"]
+Encoding = Literal["auto", "index", "colour", "alpha", "nonzero"]
 """What carries the classes: auto decides for each mask, see `reading.py`."""
 
 

@@ -8,10 +8,14 @@ Any other area is a label that the classes do not name. Three kinds are found:
   class colours around;
 - noisy: connected pixels with a square of 8 x 8 pixels that are neither noise nor blends.
 
+A sharp area with a square of 3 x 3 pixels needs no class colours around if its colour is no blend
+of any two classes.
+
 A mask of few colours has no noise. There, 4 connected pixels also count if their colour is no blend
 of any two classes. If the edges between its classes are sharp but for one or two places, it has no
-blends either, and any 4 connected pixels count. Else sharp areas also count if their colour is
-within the tolerance of the class around them.
+blends either, and any 4 connected pixels count. Else the colours of areas may also be within the
+tolerance of a class: of the class around them, or of one whose own colour occurs in the mask. A
+mask without that colour may have the class in a slightly different one.
 
 Limits: after resampling, areas of under about 100 pixels (after JPEG compression 400) and lines of
 1 or 2 pixels look like blends. Colours about
@@ -78,13 +82,20 @@ def has_sharp_edges(codes: Codes, shades: Shades) -> bool:
 
 
 def find_solid_areas(
-    codes: Codes, shades: Shades, assigned: Assignment, *, is_clean: bool = False
+    codes: Codes,
+    shades: Shades,
+    assigned: Assignment,
+    counts: npt.NDArray[np.integer],
+    *,
+    is_clean: bool = False,
 ) -> list[SolidArea]:
     """Returns the areas of no class, the largest first.
 
     Args:
-        codes: (H, W), index of the pixel's colour in `shades`.
-        assigned: the classes of the same mask.
+        codes: (H, W), index of the pixel's colour in `shades`: the part of a mask with all unmapped
+            pixels.
+        assigned: the classes of the same pixels.
+        counts: (M,) pixels of each colour in the whole mask.
         is_clean: the whole mask has few colours, and sharp edges.
     """
     if assigned.is_exact.all():
@@ -93,7 +104,9 @@ def find_solid_areas(
         by_color = _areas_by_color(codes, shades, ~assigned.is_exact)
         return sorted(by_color, key=lambda area: -area.num_pixels)
     is_found = _soft_pixels(codes, shades, assigned)
-    is_found |= _SharpAreas(codes, shades, assigned).pixels()
+    num_exact = np.zeros(len(shades.colors), np.int64)
+    np.add.at(num_exact, shades.nearest[shades.is_exact], counts[shades.is_exact])
+    is_found |= _SharpAreas(codes, shades, assigned, num_exact >= _MIN_SOFT).pixels()
     is_found |= _noisy_pixels(assigned)
     areas = [_area(codes, shades, box, inside) for box, inside in _components(is_found, 1)]
     return sorted(areas, key=lambda area: -area.num_pixels)
@@ -189,18 +202,25 @@ def _equal_squares(codes: Codes) -> Flags:
 
 
 class _SharpAreas:
-    """Finds the sharp areas of one mask; see `find_solid_areas` for the arguments."""
+    """Finds the sharp areas of one mask; see `find_solid_areas` for the other arguments.
 
-    def __init__(self, codes: Codes, shades: Shades, assigned: Assignment) -> None:
+    Args:
+        is_there: (K,) classes whose own colour occurs in the whole mask.
+    """
+
+    def __init__(self, codes: Codes, shades: Shades, assigned: Assignment, is_there: Flags) -> None:
         self._codes, self._shades, self._assigned = codes, shades, assigned
+        self._is_distinct = is_there[shades.nearest] & shades.is_near & ~shades.is_exact
+        self._has_few = False
 
     def pixels(self) -> Flags:
         """Returns (H, W) bool, the pixels of sharp areas."""
         codes, shades = self._codes, self._shades
         result = np.zeros(codes.shape, bool)
         cores = ~self._assigned.is_exact
-        if self._num_colors(cores) <= FEW_COLORS:
-            result = self._no_blends(cores)
+        self._has_few = self._num_colors(cores) <= FEW_COLORS
+        if self._has_few:
+            result = self._no_blends(cores) | self._near_classes(cores)
         else:
             # JPEG compression makes squares of one colour, but close to a class.
             cores = _equal_squares(codes)
@@ -226,6 +246,19 @@ class _SharpAreas:
             result[box] |= inside
         return result
 
+    def _near_classes(self, unmapped: Flags) -> Flags:
+        """Returns (H, W) bool, the inside of areas near a class that also has its own colour."""
+        import cv2
+
+        result = np.zeros(unmapped.shape, bool)
+        square = np.ones((3, 3), np.uint8)
+        is_used = _is_used(self._codes, len(self._is_distinct))
+        for code in np.flatnonzero(self._is_distinct & is_used):
+            inner = cv2.erode((self._codes == code).view(np.uint8), square).view(bool)
+            for box, inside in _components(inner, _MIN_SOFT):
+                result[box] |= inside
+        return result
+
     def _num_colors(self, flags: Flags) -> int:
         number = len(self._shades.values)
         used = np.zeros(number, bool)
@@ -249,6 +282,10 @@ class _SharpAreas:
         import cv2
 
         assigned, shades = self._assigned, self._shades
+        value = shades.values[code]
+        is_far = not shades.is_near[code] and not is_blend(value, shades.colors)
+        if is_far and _has_square(inside, 3):
+            return True
         square = np.ones((3, 3), np.uint8)
         ring = cv2.dilate(inside.view(np.uint8), square).view(bool)
         ring &= self._codes[place] != code
@@ -258,11 +295,13 @@ class _SharpAreas:
             return False
         if shades.distances[code] <= shades.tolerances[code]:
             num_own = np.count_nonzero(around == shades.nearest[code])
-            return bool(num_own >= _MIN_EXACT * num_around > 0)
-        value = shades.values[code]
+            is_enclosed = bool(num_own >= _MIN_EXACT * num_around > 0)
+            return is_enclosed or (
+                self._has_few and bool(self._is_distinct[code]) and _has_square(inside, 2)
+            )
         if not _has_square(inside, 2):
             # A line may be a blend with a class that is outside of the mask.
-            return not is_blend(value, shades.colors)
+            return is_far
         return _has_square(inside, 4) or not is_blend(value, shades.colors[np.unique(around)])
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.imaging.pixels import Pixels, grey_channel
+from data_prep.imaging.pixels import Pixels, grey_channel, is_uniform
 from data_prep.masks.class_names import VOC_COLORS, VOID_COLOR
 from data_prep.masks.color_map import Color
 from data_prep.masks.files import MaskFile, is_jpeg, read_mask_file
@@ -28,11 +28,13 @@ _BORDER_SIDE = 13  # pixels; no line of a void border is wider
 # Shares of the pixels of a value that is a border. Measured: 0-2 % against 81 % of an area.
 _MAX_DEEP = 0.05
 _MIN_BESIDE = 0.8
+_MIN_FLAT = 0.1  # of the pixels of a value with areas; discs of 5 pixels have 0.4
 _MAX_KEPT = 256  # values or colours of one file
 _MAX_MERGED = 1024  # values or colours of all files
 _MAX_SET = 64  # values of a set
 _MAX_SETS = 256
-_MAX_IDS = 256  # ids whose regions are counted in one file
+_MAX_STRAY = 4  # pixels of a value in a file on average; a class has more
+_MIN_SOLID_IDS = 0.8  # of the ids of a file have areas; the levels of soft edges have none
 _EXACT = 1 << 25  # flags above 24 bits of colour
 _FLAT = 1 << 24
 
@@ -45,20 +47,33 @@ class ValueCount:
         num_flat: pixels whose 3 x 3 neighbours differ by 12 levels or less in each channel; all
             pixels of a grey mask that has only 0 and 255.
         num_solid: pixels whose 3 x 3 neighbours are equal; all pixels of such a mask.
+        num_between: pixels of grey masks with a lower and a higher value within 3 x 3 pixels.
         num_deep: pixels whose 13 x 13 neighbours are equal; only counted for 255 and 224,224,192.
-        num_beside: pixels with another value than 0 within 13 x 13 pixels; counted for the same.
+        num_beside: pixels with a solid area of another value than 0 within 13 x 13 pixels; counted
+            for the same.
         num_files: files with this value.
     """
 
     num_pixels: int
     num_flat: int = 0
     num_solid: int = 0
+    num_between: int = 0
     num_deep: int = 0
     num_beside: int = 0
     num_files: int = 1
 
     def __add__(self, other: "ValueCount") -> "ValueCount":
         return ValueCount(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def is_area(self) -> bool:
+        """Whether the value has areas, not only lines, edges and single pixels."""
+        return self.num_flat >= _MIN_FLAT * self.num_pixels > 0
+
+    @property
+    def is_stray(self) -> bool:
+        """Whether the value has only a few pixels in a file, none of them in an area."""
+        return not self.num_solid and self.num_pixels < _MAX_STRAY * self.num_files
 
     @property
     def is_border(self) -> bool:
@@ -80,12 +95,15 @@ class MaskStatistics:
         num_classes: numbers of classes of the one-hot arrays.
         value_sets: number of files with exactly these grey levels or indices; sets of more than
             64 values are left out.
-        num_ids, num_single_ids: ids above 0 of all files that have ids 0, 1, 2 and so on; and how
-            many of them are one connected region in their file.
+        id_counts: number of files by how many ids they have: levels or indices but 0 and 255.
+        num_numbered: files whose ids are 1, 2, 3 and so on without a gap.
+        num_ids, num_single_ids: ids of all files with two or more; and how many of them are one
+            connected region in their file.
         num_empty: files of one value or colour.
         num_jpeg: files compressed as JPEG.
         num_16_bit: files with 16 bits a channel.
         num_alpha_shapes: files of one colour with a varying alpha channel.
+        num_transparent: files of one colour that are transparent everywhere.
         num_alpha: files with a varying alpha channel.
         num_voc: files whose palette begins with the 21 colours of Pascal VOC.
         num_twins: files with two used indices of one colour.
@@ -102,12 +120,15 @@ class MaskStatistics:
     palette: Mapping[int, Color] = field(default_factory=dict)
     num_classes: frozenset[int] = frozenset()
     value_sets: Mapping[frozenset[int], int] = field(default_factory=Counter)
+    id_counts: Mapping[int, int] = field(default_factory=Counter)
+    num_numbered: int = 0
     num_ids: int = 0
     num_single_ids: int = 0
     num_empty: int = 0
     num_jpeg: int = 0
     num_16_bit: int = 0
     num_alpha_shapes: int = 0
+    num_transparent: int = 0
     num_alpha: int = 0
     num_voc: int = 0
     num_twins: int = 0
@@ -134,6 +155,7 @@ class MaskStatistics:
             value_sets=Counter(
                 dict((Counter(self.value_sets) + Counter(other.value_sets)).most_common(_MAX_SETS))
             ),
+            id_counts=Counter(self.id_counts) + Counter(other.id_counts),
             num_other_palettes=self.num_other_palettes
             + max(other.num_other_palettes, int(differs)),
             **numbers,
@@ -190,8 +212,12 @@ def statistics_of(mask: MaskFile, *, is_jpeg_file: bool = False) -> MaskStatisti
             kinds=Counter([kind]), num_classes=frozenset([mask.num_classes]), **common
         )
     if mask.alpha is not None:
-        is_shape = bool((mask.pixels == mask.pixels[0, 0]).all())
-        common |= {"num_alpha": 1, "num_alpha_shapes": int(is_shape)}
+        is_shape = is_uniform(mask.pixels) and not mask.is_transparent
+        common |= {
+            "num_alpha": int(not mask.is_transparent),
+            "num_alpha_shapes": int(is_shape),
+            "num_transparent": int(mask.is_transparent),
+        }
     found = _of_values(mask, common)
     num_values = len(found.levels) + len(found.indices) + len(found.colors)
     is_empty = num_values == 1 and not found.num_alpha_shapes
@@ -211,20 +237,15 @@ def _of_values(mask: MaskFile, common: dict[str, Any]) -> MaskStatistics:
 
 
 def _of_palette(mask: MaskFile, indices: Pixels, common: dict[str, Any]) -> MaskStatistics:
-    used, first = np.unique(indices, return_index=True)
-    flat = mask.pixels.reshape(indices.size, -1)[first]
-    colors = np.broadcast_to(flat, (len(used), 3)).tolist()
-    palette: dict[int, Color] = {
-        int(index): (red, green, blue)
-        for index, (red, green, blue) in zip(used, colors, strict=True)
-    }
+    fields_of_indices = _of_levels(indices, "indices")
+    palette = {index: mask.color_of(index) for index in sorted(fields_of_indices["indices"])}
     is_voc = mask.palette[: len(VOC_COLORS)] == VOC_COLORS
     return MaskStatistics(
         kinds=Counter(["palette"]),
         palette=palette,
         num_voc=int(is_voc),
         num_twins=int(len(set(palette.values())) < len(palette)),
-        **_of_levels(indices, "indices"),
+        **fields_of_indices,
         **common,
     )
 
@@ -235,8 +256,12 @@ def _of_levels(plane: Pixels, key: str) -> dict[str, Any]:
     result: dict[str, Any] = {key: counts, "num_left_out": num_left_out}
     if len(counts) <= _MAX_SET and not num_left_out:
         result["value_sets"] = Counter([frozenset(counts)])
-    ids = sorted(value for value in counts if value)
-    if not num_left_out and ids == list(range(1, len(ids) + 1)) and 1 < len(ids) < _MAX_IDS:
+    ids = [value for value in sorted(counts) if value not in (0, VOID_LEVEL)]
+    if ids and not num_left_out:
+        result["id_counts"] = Counter([len(ids)])
+        result["num_numbered"] = int(ids == list(range(1, len(ids) + 1)))
+    num_solid = sum(counts[value].num_solid > 0 for value in ids)
+    if len(ids) > 1 and num_solid >= _MIN_SOLID_IDS * len(ids):
         result |= {"num_ids": len(ids), "num_single_ids": _num_single(plane, ids)}
     return result
 
@@ -244,18 +269,23 @@ def _of_levels(plane: Pixels, key: str) -> dict[str, Any]:
 def _level_counts(plane: Pixels) -> tuple[dict[int, ValueCount], int]:
     """Returns the count of each value, and the pixels of values that are not kept."""
     every = flat = solid = _histogram(plane, None)
+    between = np.zeros_like(every)
+    is_solid = None
     # Most masks are black and white, and no rule asks for areas of these two.
     if not set(np.flatnonzero(every).tolist()) <= {0, VOID_LEVEL}:
-        difference = _range_of(plane)
-        flat = _histogram(plane, difference <= FLAT_RANGE)
-        solid = _histogram(plane, difference == 0)
+        low, high = _neighbors(plane)
+        is_solid = low == high
+        flat = _histogram(plane, high - low <= FLAT_RANGE)
+        solid = _histogram(plane, is_solid)
+        between = _histogram(plane, (low < plane) & (plane < high))
     counts = {
-        int(v): ValueCount(int(every[v]), int(flat[v]), int(solid[v]))
+        int(v): ValueCount(int(every[v]), int(flat[v]), int(solid[v]), int(between[v]))
         for v in np.flatnonzero(every)
     }
     # Black and white masks have no border.
-    if VOID_LEVEL in counts and not counts.keys() <= {0, VOID_LEVEL}:
-        counts[VOID_LEVEL] += _border_count(plane == VOID_LEVEL, plane == 0)
+    if VOID_LEVEL in counts and is_solid is not None:
+        is_void = plane == VOID_LEVEL
+        counts[VOID_LEVEL] += _border_count(is_void, is_solid & ~is_void & (plane != 0))
     kept = _commonest(counts, _MAX_KEPT)
     return kept, plane.size - sum(count.num_pixels for count in kept.values())
 
@@ -265,7 +295,8 @@ def _color_counts(pixels: Pixels) -> tuple[dict[Color, ValueCount], int]:
     import cv2
 
     # Planes: NumPy takes five times as long for a channel of interleaved ones.
-    first, second, third = cv2.split(_range_of(pixels))
+    low, high = _neighbors(pixels)
+    first, second, third = cv2.split(high - low)
     difference = np.maximum(np.maximum(first, second), third)
     packed = np.zeros(pixels.shape[:2], np.uint32)
     for plane in cv2.split(pixels):
@@ -273,7 +304,9 @@ def _color_counts(pixels: Pixels) -> tuple[dict[Color, ValueCount], int]:
         packed |= np.asarray(plane, np.uint8)
     red, green, blue = VOID_COLOR
     is_void = packed == (red << 16 | green << 8 | blue)
-    border = _border_count(is_void, packed == 0) if is_void.any() else None
+    border = None
+    if is_void.any():
+        border = _border_count(is_void, (difference == 0) & ~is_void & (packed != 0))
     packed |= np.where(difference <= FLAT_RANGE, np.uint32(_FLAT), np.uint32(0))
     packed |= np.where(difference == 0, np.uint32(_EXACT), np.uint32(0))
     # Neighbours are mostly equal: only the first of equal ones in a row is sorted.
@@ -309,22 +342,26 @@ def _histogram(plane: Pixels, where: Flags | None) -> npt.NDArray[np.int64]:
     return np.bincount((plane if where is None else plane[where]).ravel(), minlength=size)
 
 
-def _range_of(pixels: Pixels) -> Pixels:
-    """Returns the range of each channel within 3 x 3 pixels."""
+def _neighbors(pixels: Pixels) -> tuple[Pixels, Pixels]:
+    """Returns the lowest and the highest value of each channel within 3 x 3 pixels."""
     import cv2
 
     square = np.ones((3, 3), np.uint8)
-    difference = cv2.dilate(pixels, square) - cv2.erode(pixels, square)
-    return np.asarray(difference).reshape(pixels.shape)
+    low, high = cv2.erode(pixels, square), cv2.dilate(pixels, square)
+    return np.asarray(low).reshape(pixels.shape), np.asarray(high).reshape(pixels.shape)
 
 
-def _border_count(is_void: Flags, is_zero: Flags) -> ValueCount:
-    """Returns `num_deep` and `num_beside` of the pixels `is_void`, (H, W)."""
+def _border_count(is_void: Flags, is_area: Flags) -> ValueCount:
+    """Returns `num_deep` and `num_beside` of the pixels `is_void`, (H, W).
+
+    Args:
+        is_area: the pixels of solid areas of other values.
+    """
     import cv2
 
     square = np.ones((_BORDER_SIDE, _BORDER_SIDE), np.uint8)
     deep = cv2.erode(is_void.view(np.uint8), square)
-    others = cv2.dilate((~is_void & ~is_zero).view(np.uint8), square)
+    others = cv2.dilate(is_area.view(np.uint8), square)
     num_beside = int(np.count_nonzero(others[is_void]))
     return ValueCount(0, num_deep=int(np.count_nonzero(deep)), num_beside=num_beside, num_files=0)
 
@@ -332,11 +369,11 @@ def _border_count(is_void: Flags, is_zero: Flags) -> ValueCount:
 def _num_single(plane: Codes, ids: Sequence[int]) -> int:
     """Returns how many of the ids are one connected region of `plane`."""
     import cv2
+    from scipy import ndimage
 
     num_single = 0
+    boxes = ndimage.find_objects(plane.astype(np.int32), ids[-1])
     for value in ids:
-        inside = (plane == value).view(np.uint8)
-        left, top, width, height = cv2.boundingRect(inside)
-        number, _ = cv2.connectedComponents(inside[top : top + height, left : left + width])
-        num_single += number == 2
+        inside = (plane[boxes[value - 1]] == value).view(np.uint8)
+        num_single += cv2.connectedComponents(inside)[0] == 2
     return num_single

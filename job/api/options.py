@@ -45,7 +45,7 @@ class PrepOptions(TypedDict, total=False):
     full_scale: int | None
     classes: str | None
     background: str
-    mask_encoding: Literal["auto", "index", "colour", "alpha", "mixed"]
+    mask_encoding: Literal["auto", "index", "colour", "alpha", "nonzero", "mixed"]
     ignore: str | None
     ignore_id: int | None
     off_map_limit: float
@@ -78,7 +78,7 @@ class InspectOptions(TypedDict, total=False):
     missing_mask: Literal["error", "empty"]
     classes: str | None
     background: str
-    mask_encoding: Literal["auto", "index", "colour", "alpha", "mixed"]
+    mask_encoding: Literal["auto", "index", "colour", "alpha", "nonzero", "mixed"]
     ignore: str | None
     group_preset: Literal["augmented"] | None
     group_regex: str | None

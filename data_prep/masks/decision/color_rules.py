@@ -5,6 +5,7 @@ between two commoner ones are blends along edges.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from data_prep.masks.class_names import (
     VOID_COLOR,
     color_map_text,
     color_names,
+    id_color,
     id_names,
 )
 from data_prep.masks.color_map import Color, grey_level
@@ -24,15 +26,18 @@ from data_prep.masks.decision.findings import (
     black_and_white,
     certain,
     ids_reading,
+    nonzero_reading,
     uncertain,
 )
-from data_prep.masks.decision.level_rules import NEAR, read_ids, read_levels
+from data_prep.masks.decision.level_rules import NEAR, instances_doubt, read_ids, read_levels
 from data_prep.masks.statistics import VOID_LEVEL, MaskStatistics, ValueCount
 
 Colors = Mapping[Color, ValueCount]
 
 _BLACK: Color = (0, 0, 0)
 _FEW_COLORS = 64  # of all masks; more are noise or blends
+_FEW_THIN = 8  # colours without an area in masks of few colours
+_MAX_TWIN = 3  # levels in each channel between two colours of one class
 _MAX_CLASSES = 64
 _MIN_SOLID = 9  # pixels
 _MIN_SOLID_SHARE = 0.9  # of the pixels of all masks; photographs have less
@@ -64,19 +69,15 @@ def read_palettes(masks: MaskStatistics, indices: Mapping[int, ValueCount]) -> F
         if [palette[index] for index in sorted(palette)] == list(BLACK_AND_WHITE):
             black, white = (indices[index] for index in sorted(palette))
             return read_levels({0: black, 255: white}, masks)
-    number = max((index for index in indices if index != VOID_LEVEL), default=1) + 1
-    reading = ids_reading(
-        max(number, 2),
-        colors=[palette.get(index) for index in range(max(number, 2))],
-        ignore="255" if VOID_LEVEL in indices else None,
-    )
-    finding = read_ids(indices, masks, reading)
-    if finding.readings and by_color.readings:
-        finding = Finding(
-            finding.evidence,
-            finding.readings if finding.is_certain else (reading, by_color.readings[0]),
-            finding.is_certain,
-        )
+
+    def with_colors(number: int, ignore: str | None) -> Reading:
+        colors = [palette.get(index) for index in range(number)]
+        return ids_reading(number, colors=colors, ignore=ignore)
+
+    finding = read_ids(indices, masks, with_colors)
+    if not finding.is_certain:
+        ids = [each for each in finding.readings if each.encoding != "colour"]
+        finding = Finding(finding.evidence, (*ids, *by_color.readings[:1]))
     return _doubted_palette(finding, by_color, masks, palette)
 
 
@@ -93,22 +94,23 @@ def _doubted_palette(
         reason = "black is not index 0 of the palette"
     if reason is None:
         return finding
-    readings = (finding.readings[0], *by_color.readings[:1])
-    return Finding((*finding.evidence, reason), readings)
+    readings = dict.fromkeys((*finding.readings, *by_color.readings[:1]))
+    return Finding((*finding.evidence, reason), tuple(readings))
 
 
 def read_voc(masks: MaskStatistics, indices: Mapping[int, ValueCount]) -> Finding:
     """Returns the reading of masks with the palette of Pascal VOC: 255 is ignored."""
-    number = max(2, 1 + max((i for i in indices if i != VOID_LEVEL), default=1))
+    inner = [index for index in indices if index != VOID_LEVEL]
+    number = max(len(VOC_NAMES), 1 + max(inner, default=0))
     names = [*VOC_NAMES, *id_names(256)[len(VOC_NAMES) :]][:number]
-    colors = [masks.palette.get(index) for index in range(number)]
+    colors = [masks.palette.get(index, id_color(index)) for index in range(number)]
     reading = ids_reading(number, names=names, colors=colors, ignore="255")
     evidence = "the masks have the palette of Pascal VOC, whose index 255 is ignored"
     finding = certain(reading, evidence, "the classes have the names of Pascal VOC")
-    inner = {index: count for index, count in indices.items() if index != VOID_LEVEL}
-    found = read_ids(inner, masks, reading)
-    is_numbered = not found.is_certain and sorted(inner) == list(range(number))
-    return finding.doubted(found.evidence[-1]) if is_numbered else finding
+    doubt = instances_doubt(len(inner) - 1, masks)
+    if doubt is None:
+        return finding
+    return Finding((*finding.evidence, doubt), (nonzero_reading("255"), reading))
 
 
 def is_grey_palette(palette: Mapping[int, Color]) -> bool:
@@ -168,14 +170,7 @@ def read_colors(
     found = sorted(found, key=lambda color: color != _BLACK)
     notes = [] if has_background else _note_of_black(colors)
     finding = certain(_of_colors(found, ignore), evidence, *notes)
-    rare = [color for color in found[1:] if colors[color].num_flat < _MIN_NOISY]
-    if rare and len(colors) > _FEW_COLORS:
-        return _rare(finding, found, rare, ignore)
-    once = [color for color in found[1:] if colors[color].num_files == 1]
-    if masks.num_files >= _FEW_FILES and len(once) >= max(_MANY_COLORS, 0.8 * len(found[1:])):
-        reason = f"{len(once)} colours are in one mask only, so colours may be single objects"
-        return finding.doubted(reason)
-    return finding
+    return _doubted_colors(finding, colors, found, masks, ignore)
 
 
 def _note_of_black(colors: Colors) -> list[str]:
@@ -195,14 +190,64 @@ def _share_near(colors: Colors, found: list[Color], num_left_out: int) -> float:
     return float(num_near / max(counts.sum() + num_left_out, 1))
 
 
-def _rare(finding: Finding, found: list[Color], rare: list[Color], ignore: str | None) -> Finding:
-    """Returns the finding as uncertain: `rare` colours may be mistakes."""
-    kept = [color for color in found if color not in rare]
-    texts = [*([ignore] if ignore else []), *(",".join(map(str, color)) for color in rare)]
-    without = _of_colors(kept, ";".join(texts)) if len(kept) > 1 else None
-    reason = f"{join_colors(rare)} covers a few pixels only: a class, or a mistake to be ignored"
-    readings = (*finding.readings, *([without] if without else []))
+def _doubted_colors(
+    finding: Finding, colors: Colors, found: list[Color], masks: MaskStatistics, ignore: str | None
+) -> Finding:
+    """Returns the finding, uncertain if some colours may be no classes."""
+    thin = _thin_colors(colors)
+    if thin:
+        return _thin(finding, colors, found, thin, ignore)
+    twins = [color for color in found if _is_twin(color, colors, found)]
+    kept = [color for color in found if color not in twins]
+    if twins and len(kept) > 1:
+        reason = f"{join_colors(twins)} is nearly the colour of another class, or the same class"
+        merged = replace(
+            _of_colors(kept, ignore), meaning=f"{join_colors(twins)} is noise of another class"
+        )
+        return Finding((*finding.evidence, reason), (merged, *finding.readings))
+    rare = [color for color in found[1:] if colors[color].num_flat < _MIN_NOISY]
+    if rare and len(colors) > _FEW_COLORS:
+        kept = [color for color in found if color not in rare]
+        without = [_of_colors(kept, _join_ignored(ignore, rare))] if len(kept) > 1 else []
+        reason = (
+            f"{join_colors(rare)} covers a few pixels only: a class, or a mistake to be ignored"
+        )
+        return finding.doubted(reason, *without)
+    once = [color for color in found[1:] if colors[color].num_files == 1]
+    if masks.num_files >= _FEW_FILES and len(once) >= max(_MANY_COLORS, 0.8 * len(found[1:])):
+        reason = f"{len(once)} colours are in one mask only, so colours may be single objects"
+        return finding.doubted(reason, *(() if masks.num_jpeg else (nonzero_reading(ignore),)))
+    return finding
+
+
+def _thin(
+    finding: Finding, colors: Colors, found: list[Color], thin: list[Color], ignore: str | None
+) -> Finding:
+    """Returns the readings of a few colours without an area: edges or single pixels, or lines."""
+    named = join_colors(thin)
+    is_one = len(thin) == 1
+    areas = np.array(found)
+    edges = replace(finding.readings[0], meaning=f"{named}: edges of other areas, or noise")
+    ignored = _of_colors(found, _join_ignored(ignore, thin))
+    lines = _of_colors([*found, *thin], ignore)
+    is_edge = all(colors[color].is_stray or is_blend(np.array(color), areas) for color in thin)
+    readings = (edges, ignored, lines) if is_edge else (lines, edges, ignored)
+    reason = f"{named} {'has' if is_one else 'have'} no area"
     return Finding((*finding.evidence, reason), readings)
+
+
+def _join_ignored(ignore: str | None, colors: list[Color]) -> str:
+    return ";".join([*([ignore] if ignore else []), *(",".join(map(str, each)) for each in colors)])
+
+
+def _is_twin(color: Color, colors: Colors, found: list[Color]) -> bool:
+    """Returns whether a commoner colour is a few levels away."""
+    number = colors[color].num_pixels
+    return any(
+        0 < max(abs(a - b) for a, b in zip(color, other, strict=True)) <= _MAX_TWIN
+        and (colors[other].num_pixels, other) > (number, color)
+        for other in found
+    )
 
 
 def _of_colors(colors: list[Color], ignore: str | None = None) -> Reading:
@@ -226,11 +271,13 @@ def join_colors(colors: list[Color], limit: int = 6) -> str:
 def solid_colors(colors: Colors) -> list[Color]:
     """Returns the colours of solid areas in the order of red, green, blue.
 
-    Masks of a few colours have all as classes. In other masks, colours near a commoner one are
-    its noise, and colours between two commoner ones are blends.
+    Masks of a few colours have all with areas as classes. In other masks, colours near a commoner
+    one are its noise, and colours between two commoner ones are blends.
     """
-    if len(colors) <= _FEW_COLORS and all(count.num_flat for count in colors.values()):
-        return sorted(colors)
+    thin = _without_area(colors)
+    if len(colors) <= _FEW_COLORS and len(thin) <= _FEW_THIN:
+        areas = sorted(color for color in colors if color not in thin)
+        return areas if len(areas) > 1 else sorted(colors)
     found: list[Color] = []
     for color in sorted(colors, key=lambda color: (-colors[color].num_flat, color)):
         if colors[color].num_flat < _MIN_SOLID:
@@ -242,6 +289,18 @@ def solid_colors(colors: Colors) -> list[Color]:
     if len(found) == 2 and set(ends) == set(BLACK_AND_WHITE):
         return [*BLACK_AND_WHITE]
     return sorted(found)
+
+
+def _without_area(colors: Colors) -> list[Color]:
+    # A border of ignored pixels is thin.
+    return sorted(c for c, count in colors.items() if not count.is_area and c != VOID_COLOR)
+
+
+def _thin_colors(colors: Colors) -> list[Color]:
+    """Returns the colours without an area, if there are few beside two or more with areas."""
+    thin = _without_area(colors)
+    is_few = len(colors) <= _FEW_COLORS and len(thin) <= _FEW_THIN
+    return thin if is_few and len(colors) - len(thin) > 1 else []
 
 
 def _is_rare_blend(color: Color, colors: Colors, found: list[Color]) -> bool:

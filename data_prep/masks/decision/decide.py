@@ -6,12 +6,12 @@
         for reading in decision.candidates: print(reading.meaning, reading.arguments())
 
 Options that the user gives are kept, and only the others are decided. A decision that is not
-certain has no reading, but candidates to choose from. `level_rules.py` and `color_rules.py` have
-the rules.
+certain has no reading, but candidates to choose from. `level_rules.py`, `color_rules.py` and
+`void_rules.py` have the rules.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from data_prep.masks.class_names import color_map_text, color_names, id_names
 from data_prep.masks.color_map import ClassColor, Color, grey_level, parse_color_map
@@ -31,9 +31,16 @@ from data_prep.masks.decision.findings import (
     grey_levels_reading,
     ids_reading,
     join_values,
+    nonzero_reading,
     uncertain,
 )
 from data_prep.masks.decision.level_rules import note_of_white, read_ids, read_levels
+from data_prep.masks.decision.void_rules import (
+    IDS_AND_VOID,
+    encoding_with_void,
+    keep_foreground,
+    may_be_void,
+)
 from data_prep.masks.statistics import VOID_LEVEL, MaskStatistics, ValueCount
 
 
@@ -92,6 +99,8 @@ def decide_masks(masks: MaskStatistics, given: GivenOptions | None = None) -> Ma
         finding = _encoding_of(masks, given, given.classes)
     else:
         finding = _by_encoding(_rest(masks, given), masks, given)
+    if given.ignored is None:
+        finding = keep_foreground(finding, masks, given.classes)
     readings = tuple(dict.fromkeys(_with_given(each, given) for each in finding.readings))
     if finding.is_certain:
         return MaskDecision(readings[0], finding.evidence)
@@ -102,13 +111,13 @@ def _with_given(reading: Reading, given: GivenOptions) -> Reading:
     classes = reading.classes
     if given.background is not None and given.classes is None:
         classes = _named_alike(reading)
-    if given.classes is not None:
+    if given.classes is not None and not reading.has_added:
         names = [entry.name for entry in given.classes]
         classes = color_map_text(names, [entry.color for entry in given.classes])
     ignore = reading.ignore
     if given.ignored is not None:
         ignore = ";".join(_text_of(color) for color in given.ignored) or None
-    return Reading(reading.encoding, classes, ignore, reading.meaning)
+    return replace(reading, classes=classes, ignore=ignore)
 
 
 def _named_alike(reading: Reading) -> str:
@@ -169,6 +178,8 @@ def _by_encoding(values: _Values, masks: MaskStatistics, given: GivenOptions) ->
         return _automatic(values, masks, has_background=given.background is not None)
     if given.encoding == "mixed":
         return certain(Reading("mixed", black_and_white().classes), "the options say so")
+    if given.encoding == "nonzero":
+        return certain(nonzero_reading(), "the options say so")
     if given.encoding == "alpha":
         return certain(read_alpha(), "the options say so")
     if given.encoding == "index":
@@ -211,11 +222,12 @@ def _settled(finding: Finding) -> Finding:
 
 def _automatic(values: _Values, masks: MaskStatistics, *, has_background: bool = False) -> Finding:
     if masks.num_alpha_shapes:
+        number = masks.num_alpha_shapes + masks.num_transparent
         evidence = (
-            f"{masks.num_alpha_shapes} of {masks.num_files} masks have one colour, and their shape "
-            "is in the alpha channel"
+            f"{number} of {masks.num_files} masks have one colour, and their shape is in the alpha "
+            "channel"
         )
-        if masks.num_alpha_shapes == masks.num_files:
+        if number == masks.num_files:
             return certain(read_alpha(), evidence)
         return uncertain(evidence, read_alpha())
     if masks.num_classes:
@@ -265,9 +277,6 @@ def _one_hot(values: _Values, masks: MaskStatistics) -> Finding:
     return certain(ids_reading(max(numbers[0], 2)), evidence)
 
 
-_IDS_AND_VOID = Reading("index", "", "255", "values are class ids, and 255 is ignored")
-
-
 def _encoding_of(
     masks: MaskStatistics, given: GivenOptions, classes: Sequence[ClassColor]
 ) -> Finding:
@@ -279,14 +288,14 @@ def _encoding_of(
     ids = {*values.levels, *values.indices}
     known = {entry.color for entry in classes}
     if VOID_LEVEL in ids - set(range(len(classes))) and (VOID_LEVEL,) * 3 not in known:
-        return _with_void(masks, ids, classes)
+        return encoding_with_void(masks, ids, classes)
     is_ids = not masks.colors and ids <= set(range(len(classes)))
     colors = _all_colors(values)
     is_colors = set(colors) <= known and all(value <= 255 for value in values.levels)
-    if _may_be_void(masks, values, classes):
+    if may_be_void(masks, values.levels, classes):
         return uncertain(
             "the masks have areas of class ids, and 255, the level of a class",
-            _IDS_AND_VOID,
+            IDS_AND_VOID,
             Reading("colour", "", meaning="255 is its class, and other ids are noise"),
         )
     if is_ids and is_colors and not _same_meaning(values, classes):
@@ -303,38 +312,6 @@ def _encoding_of(
         "some masks have class ids, others the colours of classes",
         Reading("mixed", "", meaning="each mask has class ids or colours"),
         Reading("colour", "", meaning="all masks have colours"),
-    )
-
-
-def _with_void(
-    masks: MaskStatistics, ids: Collection[int], classes: Sequence[ClassColor]
-) -> Finding:
-    """Returns the encoding of masks with the value 255, which no class has."""
-    colour = Reading("colour", "", meaning="all masks have the colours of classes")
-    if masks.colors or set(ids) - {VOID_LEVEL} - set(range(len(classes))):
-        return certain(colour, "the masks have other values than class ids")
-    counts = [each[VOID_LEVEL] for each in (masks.levels, masks.indices) if VOID_LEVEL in each]
-    is_voc = masks.num_voc == masks.num_files
-    if is_voc or all(count.is_border for count in counts):
-        return certain(
-            _IDS_AND_VOID, "all values of the masks are class ids, and 255 is a void border"
-        )
-    return uncertain("the pixels of 255 are areas, and no class has this value", _IDS_AND_VOID)
-
-
-def _may_be_void(masks: MaskStatistics, values: _Values, classes: Sequence[ClassColor]) -> bool:
-    """Returns whether 255, the level of a class, may be void beside class ids.
-
-    So it is if another id, whose level no class has, covers areas of the same masks.
-    """
-    levels = {grey_level(entry.color) for entry in classes}
-    ids = set(values.levels) - {VOID_LEVEL}
-    if masks.colors or VOID_LEVEL not in values.levels or not ids <= set(range(len(classes))):
-        return False
-    return any(
-        values.levels[each].num_solid
-        and any({each, VOID_LEVEL} <= seen for seen in masks.value_sets)
-        for each in ids - levels
     )
 
 

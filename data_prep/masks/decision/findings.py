@@ -2,13 +2,13 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from data_prep.masks.class_names import color_map_text, id_color, id_names, with_id_colors
 from data_prep.masks.color_map import Color
 
-MaskEncoding = Literal["auto", "index", "colour", "alpha", "mixed"]
+MaskEncoding = Literal["auto", "index", "colour", "alpha", "nonzero", "mixed"]
 """Values of --mask-encoding; auto: one decision for all masks; mixed: each mask by itself."""
 
 BLACK_AND_WHITE: tuple[Color, ...] = ((0, 0, 0), (255, 255, 255))
@@ -23,12 +23,14 @@ class Reading:
         classes: the classes as text of --classes.
         ignore: ignored pixels as text of --ignore, None if no pixels are ignored.
         meaning: the reading in words, for people who choose between several.
+        has_added: the classes are those that the user gives, and one more.
     """
 
     encoding: MaskEncoding
     classes: str
     ignore: str | None = None
     meaning: str = ""
+    has_added: bool = False
 
     @property
     def options(self) -> dict[str, str]:
@@ -59,9 +61,9 @@ class Finding:
     readings: tuple[Reading, ...] = ()
     is_certain: bool = False
 
-    def doubted(self, reason: str) -> "Finding":
-        """Returns the same readings as an uncertain finding, with the reason."""
-        return replace(self, evidence=(*self.evidence, reason), is_certain=False)
+    def doubted(self, reason: str, *more: Reading) -> "Finding":
+        """Returns the same readings, and more, as an uncertain finding with the reason."""
+        return Finding((*self.evidence, reason), (*self.readings, *more))
 
 
 def certain(reading: Reading, *evidence: str) -> Finding:
@@ -77,6 +79,14 @@ def uncertain(evidence: str, *readings: Reading) -> Finding:
 def black_and_white(meaning: str = "white is the foreground") -> Reading:
     """Returns the reading of black background and white foreground."""
     return Reading("colour", color_map_text(id_names(2), BLACK_AND_WHITE), meaning=meaning)
+
+
+def nonzero_reading(ignore: str | None = None) -> Reading:
+    """Returns the reading of all values above 0 as one class."""
+    meaning = "all values but 0 are the foreground, as numbers of single objects are"
+    if ignore is not None:
+        meaning += f"; {ignore} is ignored"
+    return Reading("nonzero", black_and_white().classes, ignore, meaning)
 
 
 def ids_reading(

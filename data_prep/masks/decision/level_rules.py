@@ -1,11 +1,11 @@
 """Finds the meaning of grey levels and ids: one plane of values in each mask.
 
-Certain are 0 and 255; 0 and 1; ids without gaps; 255 as a thin border around ids; evenly spaced
-solid levels from 0 to 255; and black and white with soft or noisy edges. Anything else has several
-readings, between which the user chooses.
+Certain are 0 and 255; 0 and 1; ids without gaps that all have areas; 255 as a thin border around
+areas of ids; evenly spaced levels from 0 to 255 that all have areas; and black and white with soft
+edges of many levels, or noise. Anything else has several readings, between which the user chooses.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from data_prep.masks.decision.findings import (
     Finding,
@@ -15,11 +15,14 @@ from data_prep.masks.decision.findings import (
     grey_levels_reading,
     ids_reading,
     join_values,
+    nonzero_reading,
     uncertain,
 )
 from data_prep.masks.statistics import VOID_LEVEL, MaskStatistics, ValueCount
 
 Levels = Mapping[int, ValueCount]
+MakeReading = Callable[[int, str | None], Reading]
+"""Returns the reading of ids: their number, and the text of ignored values."""
 
 NEAR = 32  # levels around black and white that noise reaches
 _MIN_NEAR = 0.9  # of the pixels of a mask in black and white
@@ -27,10 +30,10 @@ _MAX_GAP_ID = 64  # higher values are grey levels, not ids with gaps
 _MAX_CLASSES = 32  # grey levels that are proposed as classes
 _MIN_SOLID = 9  # pixels
 _STEP_16_BIT = 257
+_FEW_LEVELS = 8  # between black and white; more are soft edges
 _MIN_INSTANCES = 3  # ids in the mask that has most
-_FEW_FILES = 3
 _MANY_IDS = 8
-_IS_SINGLE = 0.9  # of all ids
+_IS_SINGLE = 0.75  # of all ids
 
 
 def read_levels(levels: Levels, masks: MaskStatistics) -> Finding:
@@ -54,38 +57,61 @@ def read_levels(levels: Levels, masks: MaskStatistics) -> Finding:
         return _one_value(values[0])
     finding = _read_8_bits(levels, values, masks)
     if masks.num_16_bit and finding.is_certain:
-        return finding.doubted("the masks have 16 bits, as masks of instances often have")
+        doubt = "the masks have 16 bits, as masks of instances often have"
+        return finding.doubted(doubt, nonzero_reading())
     return finding
 
 
-def read_ids(levels: Levels, masks: MaskStatistics, ids: Reading | None = None) -> Finding:
+def _plain_ids(number: int, ignore: str | None) -> Reading:
+    return ids_reading(number, ignore=ignore)
+
+
+def read_ids(
+    levels: Levels, masks: MaskStatistics, make_reading: MakeReading = _plain_ids
+) -> Finding:
     """Returns the meaning of ids, 0..255, which may have gaps and 255 as ignored value.
 
     Args:
-        ids: the reading of these ids, if they have names or colours; else they have none.
+        make_reading: makes the reading of ids with their names and colours, if they have some.
     """
     values = [value for value in sorted(levels) if value != VOID_LEVEL]
     number = values[-1] + 1 if values else 1
     void = levels.get(VOID_LEVEL)
-    reading = ids or ids_reading(max(number, 2), ignore=None if void is None else "255")
+    ignore = None if void is None else "255"
+    reading = make_reading(max(number, 2), ignore)
     seen = f"the masks have the ids {join_values(sorted(levels))}"
+    doubt = instances_doubt(len(values) - 1, masks)
+    instances = () if doubt is None else (nonzero_reading(ignore),)
     if values != list(range(number)):
         missing = sorted(set(range(number)) - set(values))
-        return uncertain(
+        finding = uncertain(
             f"{seen}; {join_values(missing)} {'is' if len(missing) == 1 else 'are'} missing",
+            *instances,
             reading,
-            grey_levels_reading(values, ignore=reading.ignore),
+            grey_levels_reading(values, ignore=ignore),
         )
+        return finding if doubt is None else finding.doubted(doubt)
     if void is not None and not void.is_border:
         return uncertain(
-            f"{seen}; the pixels of 255 are areas, which may be ignored pixels or a class",
+            f"{seen}; 255 is no border around areas, so it may be ignored pixels or a class",
+            *_white_reading(levels, values),
             reading,
             grey_levels_reading([*values, VOID_LEVEL]),
+            nonzero_reading(),
         )
-    doubt = _doubt_of_ids(levels, values, masks)
-    evidence = [seen if void is None else f"{seen}; the pixels of 255 are a thin border"]
-    finding = certain(reading, *evidence)
-    return finding if doubt is None else finding.doubted(doubt)
+    finding = certain(reading, seen if void is None else f"{seen}; 255 is a thin border")
+    if doubt is not None:
+        return Finding(finding.evidence, (*instances, reading)).doubted(doubt)
+    return _doubted_ids(finding, levels, values, make_reading, masks)
+
+
+def _white_reading(levels: Levels, values: Sequence[int]) -> list[Reading]:
+    """Returns the reading that only 255 is foreground, if no other id has an area."""
+    if any(levels[value].is_area for value in values[1:]):
+        return []
+    named = join_values(values[1:])
+    meaning = f"255 is the foreground, {named} {'is' if len(values) == 2 else 'are'} ignored"
+    return [Reading("colour", black_and_white().classes, ";".join(map(str, values[1:])), meaning)]
 
 
 def note_of_white(levels: Levels) -> list[str]:
@@ -120,6 +146,9 @@ def _read_8_bits(levels: Levels, values: Sequence[int], masks: MaskStatistics) -
         return _soft(levels)
     if others == list(range(len(others))) and len(others) > 1:
         return read_ids(levels, masks)
+    thin = _thin_levels(levels)
+    if thin:
+        return _ask_of_thin(levels, thin)
     spaced = _evenly_spaced(levels)
     if spaced:
         evidence = f"the masks have areas of the evenly spaced grey levels {join_values(spaced)}"
@@ -152,30 +181,55 @@ def is_black_and_white(levels: Levels) -> bool:
 
 
 def _soft(levels: Levels) -> Finding:
-    num_between = sum(NEAR < value < 255 - NEAR for value in levels)
-    evidence = "the masks are black and white, with soft edges or noise"
-    finding = certain(black_and_white(), evidence)
-    if num_between != 1 or len(levels) != 3:
-        return finding
-    middle = next(value for value in levels if 0 < value < 255)
-    asked = uncertain(
-        f"the masks have the values {join_values(sorted(levels))}; {middle} has no solid area",
-        black_and_white(f"{middle} is the edge of the white areas"),
-        Reading(
-            "colour",
-            black_and_white().classes,
-            str(middle),
-            f"white is the foreground, {middle} is ignored",
-        ),
-        grey_levels_reading(sorted(levels)),
+    thin = _thin_levels(levels)
+    if thin:
+        return _ask_of_thin(levels, thin)
+    return certain(black_and_white(), "the masks are black and white, with soft edges or noise")
+
+
+def _thin_levels(levels: Levels) -> list[int]:
+    """Returns the levels between black and white that have no area, if there are few."""
+    between = [value for value in sorted(levels) if NEAR < value < 255 - NEAR]
+    has_ends = min(levels) <= NEAR and max(levels) >= 255 - NEAR
+    if not has_ends or len(between) > _FEW_LEVELS:
+        return []
+    return [value for value in between if not levels[value].is_area]
+
+
+def _ask_of_thin(levels: Levels, thin: Sequence[int]) -> Finding:
+    """Returns the readings of a few levels without an area: edges of other areas, or lines."""
+    every = [value for value in sorted(levels) if NEAR < value < 255 - NEAR]
+    kept = [0, *(value for value in every if value not in thin), 255]
+    named = join_values(thin)
+    is_one = len(thin) == 1
+    classes = grey_levels_reading(kept).classes
+    edges = Reading(
+        "colour",
+        classes,
+        meaning=f"{named} {'is the edge' if is_one else 'are the edges'} of other areas",
     )
-    return asked
+    ignored = Reading(
+        "colour",
+        classes,
+        ";".join(map(str, thin)),
+        f"{named} {'is' if is_one else 'are'} ignored",
+    )
+    lines = grey_levels_reading([0, *every, 255])
+    num_between = sum(levels[value].num_between for value in thin)
+    is_edge = 2 * num_between >= sum(levels[value].num_pixels for value in thin)
+    return uncertain(
+        f"the masks have the values {join_values(sorted(levels))}; {named} "
+        f"{'has' if is_one else 'have'} no area",
+        *((edges, ignored, lines) if is_edge else (lines, edges, ignored)),
+    )
 
 
 def _evenly_spaced(levels: Levels) -> list[int]:
     """Returns the levels of the solid areas if they are evenly spaced from 0 to 255."""
     found = solid_levels(levels)
     if len(found) < 3 or found[0] != 0 or found[-1] != 255:
+        return []
+    if not all(levels[value].is_area for value in found[1:-1]):
         return []
     step = 255 / (len(found) - 1)
     is_even = all(abs(level - i * step) <= 1 for i, level in enumerate(found))
@@ -202,7 +256,8 @@ def _is_exact(levels: Levels, found: Sequence[int]) -> bool:
 
 
 def _uneven(levels: Levels) -> Finding:
-    found = solid_levels(levels)
+    every = solid_levels(levels)
+    found = [value for value in every if levels[value].is_area or value in (every[0], every[-1])]
     solid = sum(levels[value].num_flat for value in found)
     if len(found) < 2 or len(found) > _MAX_CLASSES:
         return uncertain("the masks have many grey levels, as photographs have")
@@ -214,6 +269,7 @@ def _uneven(levels: Levels) -> Finding:
         f"the masks have areas of the grey levels {join_values(found)}, {share:.0%} of all "
         "pixels; they are neither ids nor evenly spaced from 0 to 255",
         *readings,
+        *([grey_levels_reading(every)] if len(found) < len(every) <= _MAX_CLASSES else []),
     )
 
 
@@ -229,11 +285,12 @@ def _read_16_bits(levels: Levels, masks: MaskStatistics) -> Finding:
     values = sorted(levels)
     finding = uncertain(
         f"the masks have 16-bit values: {join_values(values)}; they may be ids of single objects, "
-        "which are no classes; save class ids below 255 with 8 bits"
+        "which are no classes; save class ids below 255 with 8 bits",
+        nonzero_reading(),
     )
     spaced = _evenly_spaced(scaled)
     if spaced and all(value % _STEP_16_BIT == 0 for value in values):
-        return Finding(finding.evidence, (grey_levels_reading(spaced),))
+        return Finding(finding.evidence, (grey_levels_reading(spaced), *finding.readings))
     return finding
 
 
@@ -241,34 +298,59 @@ def _occur_together(masks: MaskStatistics, first: int, second: int) -> bool:
     return any({first, second} <= values for values in masks.value_sets)
 
 
-def _doubt_of_ids(levels: Levels, values: Sequence[int], masks: MaskStatistics) -> str | None:
-    """Returns why the values may be no class ids, None if nothing suggests it."""
+def _doubted_ids(
+    finding: Finding,
+    levels: Levels,
+    values: Sequence[int],
+    make_reading: MakeReading,
+    masks: MaskStatistics,
+) -> Finding:
+    """Returns the finding, uncertain if some values may be no class ids."""
     if masks.num_jpeg:
-        return "the files are JPEG, which changes ids; save the masks as PNG"
+        return finding.doubted("the files are JPEG, which changes ids; save the masks as PNG")
     rare = [
         value for value in values[2:] if not levels[value].num_solid and _is_rare(levels, value)
     ]
     if rare and len(rare) == len(values) - 2:
-        return f"the pixels of {join_values(rare)} may be noise of compression"
-    return _doubt_of_instances(masks)
+        reason = f"the pixels of {join_values(rare)} may be noise of compression"
+    else:
+        rare = [value for value in values[1:] if levels[value].is_stray]
+        reason = (
+            f"{join_values(rare)} covers a few pixels only: a class, or a mistake to be ignored"
+        )
+    if not rare or len(rare) == len(values) - 1:
+        return finding
+    ignore = ";".join(map(str, [*rare, *([VOID_LEVEL] if VOID_LEVEL in levels else [])]))
+    kept = [value for value in values if value not in rare]
+    is_last = kept == list(range(len(kept)))
+    without = (
+        make_reading(len(kept), ignore) if is_last else grey_levels_reading(kept, ignore=ignore)
+    )
+    return Finding(finding.evidence, (without, *finding.readings)).doubted(reason)
 
 
 def _is_rare(levels: Levels, value: int) -> bool:
     return 100 * levels[value].num_pixels < levels[1].num_pixels
 
 
-def _doubt_of_instances(masks: MaskStatistics) -> str | None:
-    """Returns why the ids may be numbers of single objects in each mask, such as cells."""
-    sets = [values - {VOID_LEVEL} for values in masks.value_sets]
-    is_numbered = all(values == set(range(len(values))) for values in sets)
-    most = max((len(values) for values in sets), default=1) - 1
-    varies = len({len(values) for values in sets if len(values) > 1}) > 1
+def instances_doubt(num_ids: int, masks: MaskStatistics) -> str | None:
+    """Returns why ids may be numbers of single objects, such as cells; None if they hardly are.
+
+    Args:
+        num_ids: different ids of all masks.
+    """
     is_single = masks.num_single_ids >= _IS_SINGLE * masks.num_ids > 0
-    if not (is_numbered and is_single):
+    if not is_single:
         return None
-    if (varies and most >= _MIN_INSTANCES) or (masks.num_files < _FEW_FILES and most >= _MANY_IDS):
+    is_numbered = masks.num_numbered == sum(masks.id_counts.values())
+    if is_numbered and len(masks.id_counts) > 1 and max(masks.id_counts) >= _MIN_INSTANCES:
         return (
             "each mask numbers its regions from 1, so the values may be single objects, which are "
             "no classes"
+        )
+    if num_ids >= _MANY_IDS:
+        return (
+            f"most of the {num_ids} ids are one region in each mask, so they may be single "
+            "objects, which are no classes"
         )
     return None

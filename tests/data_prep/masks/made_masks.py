@@ -1,6 +1,8 @@
 """Makes mask files with known values, in the formats in which people save masks."""
 
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 
 import cv2
@@ -49,6 +51,25 @@ def grey_file(mask: Mask, kind: str = "PNG", **options: object) -> bytes:
     """Returns a grey file of 8 bits, or of 16 bits if the mask is uint16."""
     dtype = np.uint16 if mask.dtype == np.uint16 and mask.max() > 255 else np.uint8
     return image_file(Image.fromarray(mask.astype(dtype)), kind, **options)
+
+
+def packed_rows(levels: Mask, bits: int) -> list[bytes]:
+    """Returns the rows of `levels` (H, W) with `bits` bits a pixel, which Pillow cannot write."""
+    places = np.arange(bits - 1, -1, -1)
+    flags = levels[..., np.newaxis] >> places & 1
+    return [row.tobytes() for row in np.packbits(flags.reshape(len(levels), -1), axis=1)]
+
+
+def grey_png(levels: Mask, bits: int) -> bytes:
+    """Returns a grey PNG with `bits` bits a pixel."""
+    height, width = levels.shape
+    pixels = zlib.compress(b"".join(b"\0" + row for row in packed_rows(levels, bits)))
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
 
 
 def palette_file(mask: Mask, palette: Sequence[int], kind: str = "PNG") -> bytes:

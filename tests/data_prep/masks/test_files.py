@@ -2,7 +2,6 @@
 
 import io
 import struct
-import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -10,11 +9,13 @@ import pytest
 from PIL import Image
 
 from data_prep.imaging.codecs import encode_png
+from data_prep.masks.class_names import id_color
 from data_prep.masks.color_map import DEFAULT_CLASSES, parse_color_map
 from data_prep.masks.files import MaskFile, read_mask, read_mask_file
 from data_prep.masks.npz import read_npz_file
 from data_prep.masks.rules import Encoding, MaskRules
 from flexunet.errors import ContentError
+from tests.data_prep.masks.made_masks import grey_png, packed_rows
 
 VOC = parse_color_map("background=0,0,0;aeroplane=128,0,0;bicycle=0,128,0")
 IDS = np.array([[0, 1, 1], [2, 0, 2]], np.uint8)
@@ -76,24 +77,6 @@ def test_a_shape_in_the_transparency_of_a_palette_is_read_or_rejected() -> None:
         read(buffer.getvalue(), MaskRules(DEFAULT_CLASSES))
     rules = MaskRules(DEFAULT_CLASSES, encoding="alpha")
     assert read(buffer.getvalue(), rules) == [[0, 1, 1], [1, 0, 1]]
-
-
-def packed_rows(levels: np.ndarray, bits: int) -> list[bytes]:
-    """Returns the rows of `levels` (H, W) with `bits` bits a pixel, which Pillow cannot write."""
-    places = np.arange(bits - 1, -1, -1)
-    flags = levels[..., np.newaxis] >> places & 1
-    return [row.tobytes() for row in np.packbits(flags.reshape(len(levels), -1), axis=1)]
-
-
-def grey_png(levels: np.ndarray, bits: int) -> bytes:
-    height, width = levels.shape
-    pixels = zlib.compress(b"".join(b"\0" + row for row in packed_rows(levels, bits)))
-    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
 
 
 def grey_tiff(levels: np.ndarray, bits: int) -> bytes:
@@ -272,3 +255,35 @@ def test_a_file_without_what_the_encoding_names_is_rejected(
 ) -> None:
     with pytest.raises(ContentError, match=rf"^m\.png: {message}"):
         read(saved(image, "PNG"), MaskRules(DEFAULT_CLASSES, encoding=encoding))
+
+
+def test_a_mask_that_is_transparent_everywhere_is_empty() -> None:
+    empty = saved(Image.new("RGBA", (3, 2), (9, 9, 9, 0)), "PNG")
+    assert read(empty, MaskRules(DEFAULT_CLASSES, encoding="alpha")) == [[0] * 3] * 2
+    black = saved(Image.new("RGBA", (3, 2), (0, 0, 0, 0)), "PNG")
+    assert read(black, MaskRules(DEFAULT_CLASSES)) == [[0] * 3] * 2
+    drawn = Image.fromarray(np.dstack([np.array(PALETTE, np.uint8).reshape(3, 3)[IDS], IDS * 0]))
+    with pytest.raises(ContentError, match="has no alpha channel, or one value in it"):
+        read(saved(drawn, "PNG"), MaskRules(DEFAULT_CLASSES, encoding="alpha"))
+    assert read(saved(drawn, "PNG"), MaskRules(VOC)) == IDS.tolist()
+
+
+@pytest.mark.parametrize("kind", ["grey", "16 bits", "palette", "colours"])
+def test_nonzero_values_are_the_second_class(kind: str) -> None:
+    ids = np.array([[0, 1, 7], [40, 0, 3]], np.uint8)
+    colors = np.array([id_color(i) for i in range(256)], np.uint8)
+    image = {
+        "grey": Image.fromarray(ids),
+        "16 bits": Image.fromarray(ids.astype(np.uint16) * 300),
+        "palette": with_palette(ids, [9, 9, 9, *colors[1:].ravel().tolist()]),
+        "colours": Image.fromarray(colors[ids]),
+    }[kind]
+    data = saved(image, "PNG")
+    expected = (ids > 0).astype(int)
+    rules = MaskRules(DEFAULT_CLASSES, encoding="nonzero")
+    assert read(data, rules) == expected.tolist()
+    moved = MaskRules(DEFAULT_CLASSES, encoding="nonzero", file_ids=(1, 0))
+    assert read(data, moved) == (1 - expected).tolist()
+    ignored = {"16 bits": (900, 900, 900), "colours": id_color(3)}
+    with_void = MaskRules(DEFAULT_CLASSES, 9, (ignored.get(kind, (3, 3, 3)),), "nonzero")
+    assert read(data, with_void) == np.where(ids == 3, 9, expected).tolist()

@@ -90,6 +90,65 @@ def test_a_second_grey_level_beside_a_white_lesion_is_an_error(level: int, side:
             read_classes(pixels_of, MaskRules(DEFAULT_CLASSES), name="m.png")
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 10])
+@pytest.mark.parametrize(
+    ("classes", "outline", "inside"),
+    [
+        ("background=0,0,0;mass=255,255,255", (255, 255, 255), (1, 1, 1)),
+        ("background=0,0,0;mass=255,255,255", (255, 255, 255), (2, 2, 2)),
+        ("background=0,0,0;mass=255,0,0", (255, 0, 0), (20, 0, 0)),
+        ("b=0,0,0;a=128,128,128;c=255,255,255", (255, 255, 255), (1, 1, 1)),
+    ],
+)
+def test_an_area_near_one_class_within_another_is_an_error(
+    classes: str, outline: tuple[int, int, int], inside: tuple[int, int, int], width: int
+) -> None:
+    mask = np.zeros((128, 128, 3), np.uint8)
+    cv2.circle(mask, (64, 64), 30, outline, -1)
+    cv2.circle(mask, (64, 64), 30 - width, inside, -1)
+    rules = MaskRules(parse_color_map(classes), encoding="colour")
+    named = ",".join(map(str, inside))
+    number = int((mask == inside).all(axis=2).sum())
+    with pytest.raises(ContentError, match=rf"{number} pixels of colour {named} at row"):
+        read_classes(mask, rules, name="m.png")
+    cv2.circle(mask, (64, 64), 10, (3, 3, 3), -1)  # two areas that touch each other
+    with pytest.raises(ContentError, match=rf"{number} pixels of colour {named} at row"):
+        read_classes(mask, rules, name="m.png")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_an_area_near_a_class_is_named_wherever_it_is(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    classes = random_classes(rng, int(rng.integers(2, 6)))
+    colors = colors_of(classes)
+    ids = random_ids(rng, len(classes))
+    mask = colors.astype(np.uint8)[ids]
+    class_id = int(rng.choice([each for each in np.unique(ids) if (ids == each).sum() >= 50]))
+    shift = rng.integers(1, 9) * np.where(colors[class_id] > 127, -1, 1)
+    row, column = rng.integers(0, 88, 2).tolist()
+    mask[row : row + 8, column : column + 8] = colors[class_id] + shift
+    named = ",".join(map(str, colors[class_id] + shift))
+    with pytest.raises(ContentError, match=rf"64 pixels of colour {named} at row {row}, column"):
+        read_classes(mask, MaskRules(classes, encoding="colour"), name="m.png")
+
+
+@pytest.mark.parametrize("level", [254, 240])
+def test_a_class_in_a_slightly_different_colour_is_read(level: int) -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:30, 10:30] = level
+    assert np.count_nonzero(read_classes(mask, MaskRules(DEFAULT_CLASSES), name="m").ids) == 400
+
+
+def test_a_square_far_from_all_blends_needs_no_class_colours_around() -> None:
+    mask = np.zeros((64, 64, 3), np.uint8)
+    cv2.circle(mask, (20, 20), 12, (255, 0, 0), -1)
+    cv2.circle(mask, (44, 44), 9, (255, 0, 255), -1)
+    mask = cv2.resize(mask, None, fx=2.3, fy=2.3, interpolation=cv2.INTER_LINEAR)
+    classes = parse_color_map("background=0,0,0;mass=255,0,0;other=255,255,0")
+    with pytest.raises(ContentError, match="pixels of colour 255,0,255 at"):
+        read_classes(mask, MaskRules(classes), name="m.png")
+
+
 @pytest.mark.parametrize("color", [(0, 255, 0), (255, 255, 0), (255, 255, 255), (60, 0, 200)])
 def test_an_outline_of_another_color_is_an_error(color: tuple[int, int, int]) -> None:
     mask = np.zeros((64, 64, 3), np.uint8)

@@ -3,11 +3,12 @@
 import io
 from collections.abc import Callable, Sequence
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.masks.class_names import VOC_COLORS, id_color
+from data_prep.masks.class_names import VOC_COLORS, VOC_NAMES, id_color
 from data_prep.masks.color_map import parse_color_map
 from data_prep.masks.decision.decide import GivenOptions, MaskDecision, decide_masks
 from data_prep.masks.statistics import MaskStatistics
@@ -16,6 +17,7 @@ from tests.data_prep.masks.made_masks import (
     areas,
     color_file,
     grey_file,
+    grey_png,
     image_file,
     outlined,
     palette_file,
@@ -23,6 +25,9 @@ from tests.data_prep.masks.made_masks import (
 )
 
 BW = "background=0,0,0;foreground=255,255,255"
+VOC_CLASSES = ";".join(
+    f"{name}={','.join(map(str, color))}" for name, color in zip(VOC_NAMES, VOC_COLORS, strict=True)
+)
 VOC_PALETTE = [level for i in range(256) for level in id_color(i)]
 RED_GREEN = [0, 0, 0, 255, 0, 0, 0, 255, 0]
 COLORS = [(0, 0, 0), (255, 0, 0), (0, 255, 0), (224, 224, 192)]
@@ -43,6 +48,40 @@ def with_alpha(mask: np.ndarray) -> bytes:
     image = Image.new("RGBA", mask.shape[::-1], (90, 10, 10, 255))
     image.putalpha(Image.fromarray(mask.astype(np.uint8)))
     return image_file(image)
+
+
+def lines(values: Sequence[int], seed: int) -> np.ndarray:
+    """Returns a mask of 0 with a disc of 255 and lines of one pixel of each value."""
+    rng = np.random.default_rng(seed)
+    mask = areas([0, 255], seed=seed).astype(np.uint8)
+    for value in values:
+        first, last = rng.integers(0, 96, 2).tolist()
+        cv2.line(mask, (first, 0), (last, 95), value, 1)
+    return mask
+
+
+def lines_and_strays(seed: int) -> np.ndarray:
+    """Returns a mask of 0 with lines of 255, and single pixels of 1 beside them."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((96, 96), np.uint8)
+    for _ in range(5):
+        first, last = rng.integers(0, 96, 2).tolist()
+        cv2.line(mask, (first, 0), (last, 95), 255, 3)
+    beside = cv2.dilate(mask, np.ones((3, 3), np.uint8)) - mask
+    mask[(beside > 0) & (rng.random(mask.shape) < 0.3)] = 1
+    return mask
+
+
+def made_smaller(seed: int) -> np.ndarray:
+    """Returns lines of 255 and of three pixels, reduced to half the size."""
+    mask = lines_and_strays(seed)
+    return cv2.resize(mask & 254 | (mask >> 7), (48, 48), interpolation=cv2.INTER_AREA)
+
+
+def with_pixel(mask: np.ndarray, value: int) -> np.ndarray:
+    mask = mask.copy()
+    mask[0, 7] = value
+    return mask
 
 
 def one_hot(num_classes: int) -> MaskStatistics:
@@ -71,8 +110,14 @@ CERTAIN: dict[str, tuple[Callable[[], MaskStatistics], str, str, str | None]] = 
     "Pascal VOC": (
         lambda: statistics(palette_file(areas([0, 2, 255]), VOC_PALETTE)),
         "index",
-        "background=0,0,0;aeroplane=128,0,0;bicycle=0,128,0",
+        VOC_CLASSES,
         "255",
+    ),
+    "grey of 2 bits": (
+        lambda: statistics(grey_png(areas([0, 3]), 2), grey_png(areas([0]), 2)),
+        "colour",
+        BW,
+        None,
     ),
     "a palette": (
         lambda: statistics(palette_file(areas([0, 1, 2]), RED_GREEN)),
@@ -118,7 +163,12 @@ CERTAIN: dict[str, tuple[Callable[[], MaskStatistics], str, str, str | None]] = 
         "background=0,0,0;green=0,255,0;red=255,0,0",
         "224,224,192",
     ),
-    "alpha": (lambda: statistics(with_alpha(areas([0, 255]))), "alpha", BW, None),
+    "alpha": (
+        lambda: statistics(with_alpha(areas([0, 255])), with_alpha(areas([0]))),
+        "alpha",
+        BW,
+        None,
+    ),
     "one-hot": (
         lambda: one_hot(3),
         "index",
@@ -142,8 +192,41 @@ def test_masks_with_one_meaning_are_certain(case: str) -> None:
 ASKED: dict[str, tuple[Callable[[], MaskStatistics], str, list[str]]] = {
     "255 as areas": (
         lambda: grey([0, 1, 255]),
-        "the pixels of 255 are areas",
-        ["index/255", "colour"],
+        "255 is no border around areas",
+        ["index/255", "colour", "nonzero"],
+    ),
+    "255 as lines, and stray pixels of 1": (
+        lambda: statistics(*(grey_file(lines_and_strays(i)) for i in range(3))),
+        "255 is no border around areas",
+        ["colour/1", "colour", "nonzero", "index/255"],
+    ),
+    "black and white made smaller": (
+        lambda: statistics(*(grey_file(made_smaller(i)) for i in range(3))),
+        "64, 128, 191 have no area",
+        ["colour", "colour/64;128;191", "colour"],
+    ),
+    "lines of levels that are evenly spaced": (
+        lambda: statistics(*(grey_file(lines([85, 170], i)) for i in range(3))),
+        "85, 170 have no area",
+        ["colour", "colour", "colour/85;170"],
+    ),
+    "an id on single pixels": (
+        lambda: statistics(*(grey_file(with_pixel(areas([0, 1, 2]), 3)) for _ in range(3))),
+        "3 covers a few pixels only",
+        ["index/3", "index"],
+    ),
+    "a colour on single pixels": (
+        lambda: statistics(*(color_file(with_pixel(areas([0, 1]), 2), COLORS) for _ in range(3))),
+        "0,255,0 has no area",
+        ["colour", "colour/0,255,0", "colour"],
+    ),
+    "colours one level apart": (
+        lambda: statistics(
+            color_file(areas([0, 1]), [(0, 0, 0), (254, 0, 0)]),
+            color_file(areas([0, 1], seed=1), [(0, 0, 0), (255, 0, 0)]),
+        ),
+        "is nearly the colour of another class",
+        ["colour", "colour"],
     ),
     "0 and 1, 0 and 255": (
         lambda: grey([0, 1], [0, 255]),
@@ -163,11 +246,11 @@ ASKED: dict[str, tuple[Callable[[], MaskStatistics], str, list[str]]] = {
         "the files are JPEG",
         ["index"],
     ),
-    "16-bit ids": (lambda: grey([0, 300, 600]), "the masks have 16-bit values", []),
+    "16-bit ids": (lambda: grey([0, 300, 600]), "the masks have 16-bit values", ["nonzero"]),
     "instances": (
         lambda: grey([0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [0, 1, 2]),
         "numbers its regions from 1",
-        ["index"],
+        ["nonzero", "index"],
     ),
     "instances with the palette of Pascal VOC": (
         lambda: statistics(
@@ -175,7 +258,7 @@ ASKED: dict[str, tuple[Callable[[], MaskStatistics], str, list[str]]] = {
             palette_file(areas([0, 1, 2]), VOC_PALETTE),
         ),
         "numbers its regions from 1",
-        ["index/255"],
+        ["nonzero/255", "index/255"],
     ),
     "two entries of one colour": (
         lambda: statistics(palette_file(areas([0, 1, 2]), [0, 0, 0, 255, 0, 0, 255, 0, 0])),
@@ -260,6 +343,31 @@ def test_a_class_of_level_255_may_be_void_beside_ids(made: np.ndarray) -> None:
     noisy = areas([0, 255])
     noisy[5, 5::7] = 1
     assert decided(statistics(grey_file(noisy)), classes=parse_color_map(BW)).is_certain
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("values", [[0, 255], [0, 1, 255]])
+def test_ignoring_all_foreground_is_neither_the_first_nor_the_only_reading(
+    values: list[int], count: int
+) -> None:
+    classes = parse_color_map(";".join(f"c{i}={80 * i},0,0" for i in range(count)))
+    made = grey(values, values)
+    asked = decided(made, classes=classes)
+    found = [(each.encoding, each.ignore) for each in asked.candidates]
+    assert len(found) > 1
+    assert ("index", "255") in found
+    assert (found[0] == ("index", "255")) == (values == [0, 1, 255])
+    assert (("nonzero", None) in found) == (count == 2)
+    added = [each for each in asked.candidates if each.encoding == "colour"]
+    for each in added:
+        names = [entry.name for entry in parse_color_map(each.classes)]
+        assert names == [*(f"c{i}" for i in range(count)), f"class{count}"]
+
+
+def test_ignoring_all_foreground_is_never_certain() -> None:
+    voc = statistics(palette_file(areas([0, 255]), VOC_PALETTE))
+    assert [each.encoding for each in decided(voc).candidates] == ["nonzero", "index"]
+    assert decided(statistics(palette_file(areas([0]), VOC_PALETTE))).is_certain
 
 
 def test_indices_and_colors_of_given_classes_may_differ() -> None:

@@ -90,19 +90,59 @@ def test_resized_masks_have_no_class_of_blends(seed: int) -> None:
     assert decision.reading is None or found[0] == drawn
 
 
+def numbered_cells(rng: np.random.Generator, number: int, kind: str) -> np.ndarray:
+    """Returns (192, 192): cells with ids as programs number them."""
+    ids = np.arange(1, number + 1)
+    if kind == "crops":  # of a larger mask, whose ids are up to 40
+        ids = rng.permutation(np.arange(1, 41))[:number]
+    mask = np.zeros((192, 192), np.uint8)
+    side = 12
+    for class_id, cell in zip(ids.tolist(), rng.permutation(side**2)[:number], strict=True):
+        center = (int(cell % side) * 16 + 8, int(cell // side) * 16 + 8)
+        radius = int(rng.integers(3, 7))
+        cv2.circle(mask, center, radius, class_id, -1)
+        if kind == "cut" and class_id % 5 == 0:
+            mask[:, center[0]][mask[:, center[0]] == class_id] = 0
+        if kind == "with a border":
+            cv2.circle(mask, center, radius + 1, 255, 1)
+    return mask
+
+
+NUMBERS = {
+    "numbered": [3, 5, 8, 4, 11],
+    "cut": [5, 9, 7, 12, 6],
+    "crops": [9, 12, 7, 11, 8, 10, 12, 6],
+    "many": [80, 95, 120, 100],
+    "as many in each": [9, 9, 9, 9],
+    "with a border": [3, 5, 8, 4, 11],
+}
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-def test_instances_are_never_classes(seed: int) -> None:
-    """Cells that each mask numbers from 1 are no classes, in any format with ids."""
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_instances_are_never_classes(kind: str, seed: int) -> None:
+    """Cells that masks number are no classes, in any format with ids."""
     rng = np.random.default_rng(seed)
-    files = []
-    for number in rng.permutation(np.arange(3, 15))[:5]:
-        mask = np.zeros((128, 128), np.uint8)
-        cells = rng.permutation(25)[:number]
-        for class_id, cell in enumerate(cells, 1):
-            center = (int(cell % 5) * 25 + 12, int(cell // 5) * 25 + 12)
-            cv2.circle(mask, center, int(rng.integers(4, 11)), class_id, -1)
-        palette = rng.permutation(np.arange(768) % MAX_CLASSES).tolist()
-        palette[:3] = [0, 0, 0]
-        files.append(palette_file(mask, palette) if seed % 2 else grey_file(mask))
+    masks = [numbered_cells(rng, number, kind) for number in NUMBERS[kind]]
+    palette = rng.permutation(np.arange(768) % MAX_CLASSES).tolist()
+    palette[:3] = [0, 0, 0]
+    files = [palette_file(mask, palette) if seed % 2 else grey_file(mask) for mask in masks]
     decision = decide_masks(statistics(*files))
     assert not decision.is_certain
+    assert "may be single objects" in "; ".join(decision.evidence)
+    first, *others = decision.candidates
+    assert first.encoding == "nonzero"
+    assert others
+    expected = np.where(masks[0] == 255, IGNORED, masks[0] > 0)
+    assert np.array_equal(read(files[0], first), expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ids_of_classes_with_several_regions_are_certain(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    masks = [random_ids(rng, 12, side=192) for _ in range(4)]
+    for mask in masks:
+        cells = rng.permutation(144)
+        for number, cell in enumerate(cells[:36].tolist()):
+            cv2.circle(mask, (cell % 12 * 16 + 8, cell // 12 * 16 + 8), 4, number % 11 + 1, -1)
+    assert decide_masks(statistics(*map(grey_file, masks))).is_certain
