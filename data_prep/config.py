@@ -287,7 +287,7 @@ class PrepConfig(Settings):
         if self.mask_encoding not in ("index", "nonzero"):  # their values are no colours
             check_ignored(classes, self.ignored_colors)
         if self.mask_encoding in ("alpha", "nonzero") and len(in_files) != 2:
-            raise ValueError(f"--mask-encoding {self.mask_encoding} needs two --classes")
+            raise ValueError(f"--mask-encoding {self.mask_encoding}: give two --classes")
         if self.mask_encoding == "alpha" and self.ignore is not None:
             raise ValueError("--mask-encoding alpha has no ignored pixels; leave out --ignore")
         return self

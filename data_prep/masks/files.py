@@ -230,12 +230,8 @@ def _read_index(mask: MaskFile, plane: Pixels, rules: MaskRules, *, name: str) -
         )
     # Scaled levels have no palette of their own.
     if rules.palette and mask.indices is not None and mask.pixels.ndim == 3:
-        used = np.flatnonzero(counts).tolist()
-        colors = [
-            mask.palette[i] if i < len(mask.palette) else _color_of(mask.pixels, plane, i)
-            for i in used
-        ]
-        _check_palette(dict(zip(used, colors, strict=True)), dict(rules.palette), name=name)
+        found = {index: mask.color_of(index) for index in np.flatnonzero(counts).tolist()}
+        _check_palette(found, dict(rules.palette), name=name)
     return MaskReading(lookup(table.astype(np.uint8), plane))
 
 

@@ -283,8 +283,8 @@ class _SharpAreas:
 
         assigned, shades = self._assigned, self._shades
         value = shades.values[code]
-        is_far = not shades.is_near[code] and not is_blend(value, shades.colors)
-        if is_far and _has_square(inside, 3):
+        is_near = bool(shades.is_near[code])
+        if not is_near and _has_square(inside, 3) and not is_blend(value, shades.colors):
             return True
         square = np.ones((3, 3), np.uint8)
         ring = cv2.dilate(inside.view(np.uint8), square).view(bool)
@@ -293,7 +293,7 @@ class _SharpAreas:
         around = shades.nearest[self._codes[place][ring & assigned.is_exact[place]]]
         if len(around) < _MIN_EXACT * num_around:
             return False
-        if shades.distances[code] <= shades.tolerances[code]:
+        if is_near:
             num_own = np.count_nonzero(around == shades.nearest[code])
             is_enclosed = bool(num_own >= _MIN_EXACT * num_around > 0)
             return is_enclosed or (
@@ -301,7 +301,7 @@ class _SharpAreas:
             )
         if not _has_square(inside, 2):
             # A line may be a blend with a class that is outside of the mask.
-            return is_far
+            return not is_blend(value, shades.colors)
         return _has_square(inside, 4) or not is_blend(value, shades.colors[np.unique(around)])
 
 

@@ -96,16 +96,40 @@ def test_the_choice_is_logged_and_in_the_manifest(
     assert same.shards == manifest.shards
 
 
+FOUR_OBJECTS = ["background", "class1", "class2", "class3", "class4"]
+
+
+@pytest.mark.parametrize(
+    ("masks", "found", "classes"),
+    [
+        (
+            masks_of([0, 2]),
+            "the masks have the ids 0, 2; 1 is missing",
+            [["background", "class1", "class2"], ["background", "foreground"]],
+        ),
+        (
+            [areas(range(3 + i % 3), side=SIDE, seed=i) for i in range(NUM)],
+            "each mask numbers its regions from 1, so the values may be single objects, which are "
+            "no classes",
+            [["background", "foreground"], FOUR_OBJECTS],
+        ),
+    ],
+)
 def test_an_uncertain_choice_is_left_to_the_user(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    masks: list[np.ndarray],
+    found: str,
+    classes: list[list[str]],
 ) -> None:
     caplog.set_level("INFO")
-    source = write_source(tmp_path / "a source", masks_of([0, 2]))
+    source = write_source(tmp_path / "a source", masks)
     output = tmp_path / "out"
     arguments = [str(source), str(output), "--image-size", str(SIDE), "--num-processes", "1"]
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert "the masks have the ids 0, 2; 1 is missing (6 masks read); give --mask-enc" in error
+    assert f"{found} (6 masks read); give --mask-enc" in error
     assert not (output / "dataset.json").exists()
     commands = [line.strip() for record in caplog.messages for line in record.splitlines()
                 if line.strip().startswith("flexunet prep")]  # fmt: skip
@@ -117,7 +141,7 @@ def test_an_uncertain_choice_is_left_to_the_user(
         assert main([*words[2:3], str(tmp_path / f"out{i}"), *words[4:]]) == 0
         manifest, _ = read_manifest(open_store(str(tmp_path / f"out{i}")))
         read.append([each.name for each in manifest.classes])
-    assert read == [["background", "class1", "class2"], ["background", "foreground"]]
+    assert read == classes
 
 
 def test_a_file_that_contradicts_the_choice_is_rejected(tmp_path: Path) -> None:

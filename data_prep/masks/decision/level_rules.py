@@ -99,7 +99,8 @@ def read_ids(
             grey_levels_reading([*values, VOID_LEVEL]),
             nonzero_reading(),
         )
-    finding = certain(reading, seen if void is None else f"{seen}; 255 is a thin border")
+    border = "" if void is None else "; the pixels of 255 are a thin border"
+    finding = certain(reading, f"{seen}{border}")
     if doubt is not None:
         return Finding(finding.evidence, (*instances, reading)).doubted(doubt)
     return _doubted_ids(finding, levels, values, make_reading, masks)

@@ -56,6 +56,17 @@ def test_grey_and_colour_files_are_one_table() -> None:
     ]
 
 
+def test_all_values_but_0_are_the_second_class() -> None:
+    reading = Reading("nonzero", "background=0,0,0;cell=255,255,255", "255")
+    mask = np.repeat(np.array([[0, 1, 7, 255]], np.uint8), 10, axis=0).repeat(10, axis=1)
+    values, others = describe_values(statistics(mask), reading)
+    words = ["class background", "class cell", "class cell", "ignored"]
+    assert [each.looks_like for each in values] == words
+    assert others == ()
+    values, _ = describe_values(statistics(colors((0, 0, 0), (0, 9, 3))), reading)
+    assert [each.looks_like for each in values] == words[:2]
+
+
 def test_ids_are_classes_by_their_value_and_not_by_their_colour() -> None:
     mask = np.repeat(np.array([[0, 1, 7, 255]], np.uint8), 10, axis=0).repeat(10, axis=1)
     reading = Reading("index", "background=0,0,0;cell=255,255,255", "255")
