@@ -144,7 +144,8 @@ def _read_8_bits(levels: Levels, values: Sequence[int], masks: MaskStatistics) -
             ids_reading(2, ignore="255"),
         )
     if is_black_and_white(levels):
-        return _soft(levels)
+        rivals = _rivals(levels) if not masks.num_jpeg else []
+        return _ask_of_rivals(levels, rivals, masks) if rivals else _soft(levels)
     if others == list(range(len(others))) and len(others) > 1:
         return read_ids(levels, masks)
     thin = _thin_levels(levels)
@@ -178,6 +179,38 @@ def is_black_and_white(levels: Levels) -> bool:
         and has_shades
         and all(sum(each.num_flat for each in end) >= _MIN_SOLID for end in (black, white))
         and sum(each.num_flat for each in between) < _MIN_SOLID
+    )
+
+
+def _rivals(levels: Levels) -> list[int]:
+    """Returns the levels near black or white that have areas beside a commoner one, if few."""
+    if len(levels) > _MAX_CLASSES:
+        return []
+    found: list[int] = []
+    for is_white in (False, True):
+        end = [v for v in levels if (v >= 255 - NEAR if is_white else v <= NEAR)]
+        end = [v for v in end if levels[v].num_solid >= max(_MIN_SOLID, levels[v].num_pixels // 10)]
+        end.sort(key=lambda value: levels[value].num_pixels)
+        found += end[:-1]
+    return sorted(found)
+
+
+def _ask_of_rivals(levels: Levels, rivals: Sequence[int], masks: MaskStatistics) -> Finding:
+    """Returns the readings of levels near black or white: noise, or classes of their own."""
+    named = join_values(rivals)
+    areas = [value for value in sorted(levels) if levels[value].is_area]
+    every = [each for each in areas if NEAR < each < 255 - NEAR or each in rivals]
+    classes = grey_levels_reading(sorted({0, 255, *every}))
+    noise = black_and_white(f"{named}: noise of black or white")
+    is_beside = any(
+        _occur_together(masks, rival, other)
+        for rival in rivals
+        for other in areas
+        if other != rival and abs(other - rival) <= NEAR
+    )
+    return uncertain(
+        f"the masks have areas of {join_values(areas)}: several levels near black or white",
+        *((classes, noise) if is_beside else (noise, classes)),
     )
 
 

@@ -210,6 +210,18 @@ ASKED: dict[str, tuple[Callable[[], MaskStatistics], str, list[str]]] = {
         "85, 170 have no area",
         ["colour", "colour", "colour/85;170"],
     ),
+    "ids, a border, and a level near white": (
+        lambda: statistics(
+            grey_file(outlined(areas([0, 1, 2]))), grey_file(outlined(areas([0, 1, 2, 246])))
+        ),
+        "several levels near black or white",
+        ["colour", "colour"],
+    ),
+    "white is 254 in some files": (
+        lambda: grey([0, 255], [0, 254], [0, 255]),
+        "several levels near black or white",
+        ["colour", "colour"],
+    ),
     "an id on single pixels": (
         lambda: statistics(*(grey_file(with_pixel(areas([0, 1, 2]), 3)) for _ in range(3))),
         "3 covers a few pixels only",
