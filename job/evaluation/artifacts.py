@@ -13,7 +13,7 @@ from job.data.cases import read_case
 from job.data.dataset import Dataset
 from job.data.reader import RecordReader
 from job.evaluation.evaluator import Evaluation, Evaluator, foreground_names
-from job.evaluation.example_cases import example_cases
+from job.evaluation.example_cases import example_cases, image_dice_of
 from job.metrics.confusion import scores
 from job.metrics.per_case import case_cells, case_columns
 from job.postprocessing.region_filter import FILE_NAME
@@ -92,14 +92,16 @@ def _measured_tables(evaluation: Evaluation, dataset: Dataset) -> Iterator[tuple
     yield "thresholds.csv", csv_table(sweep.COLUMNS, sweep.rows())
     calibration = evaluation.measured.calibration
     yield "calibration.csv", csv_table(calibration.COLUMNS, calibration.rows())
+    confusion = evaluation.measured.confusion
+    yield "confusion.csv", csv_table(confusion.COLUMNS, confusion.rows())
 
 
 def _examples_csv(evaluation: Evaluation) -> str:
     """Returns the table of the cases in `examples/` and `overlays/`."""
-    columns = ("picture", "id", "filename", "foreground_dice")
-    cases = evaluation.cases
+    columns = ("picture", "id", "filename", "foreground_dice", "mean_dice")
+    cases, image_dice = evaluation.cases, image_dice_of(evaluation.counts)
     rows = [
-        (name, cases[index].id, cases[index].filename, dice)
+        (name, cases[index].id, cases[index].filename, image_dice[index], dice)
         for name, index, dice in example_cases(evaluation.counts)
     ]
     return csv_table(columns, rows)
@@ -125,12 +127,13 @@ def draw_examples(
     from job.reporting import plots
 
     classes = evaluator.dataset.manifest.classes
+    is_mean = len(classes) > 2  # over classes
     found = {}
     for name, index, score in example_cases(evaluation.counts):
         case = evaluation.cases[index]
         image, truth = read_case(reader, case)
         ids = evaluation.measured.masks[index]
-        title = plots.panel_title(case.filename, score)
+        title = plots.panel_title(case.filename, score, "mean Dice" if is_mean else "image Dice")
         found[f"examples/{name}"] = plots.panel_png(image, truth, ids, classes, title)
         found[f"overlays/{name}"] = plots.overlay_png(image, ids, classes, truth)
         heartbeat()

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from data_prep.imaging.geometry import Geometry, undo_geometry
 from job.inference.sliding_window import Probabilities
 from job.metrics.calibration import Bins, bin_case
-from job.metrics.confusion import count_pixels
+from job.metrics.confusion import count_confusion, count_pixels
 from job.metrics.lesions import MIN_PIXELS, TrueRegions, regions_of_classes, tiny_pixels
 from job.metrics.per_case import (
     SIZES,
@@ -62,10 +62,12 @@ class CaseTallies:
     Attributes:
         sweep: at several thresholds.
         calibration: without a temperature and, if there is one, with it.
+        confusion: (classes, classes) int64 pixels of the mask: truth, prediction.
     """
 
     sweep: CaseSweep
     calibration: tuple[Bins, ...]
+    confusion: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,11 @@ class CaseMeasures:
             metrics=self.metrics_of(case, ids, regions),
             counts=self._counts(case.truth, ids),
             plain_counts=self._plain_counts(case),
-            tallies=CaseTallies(sweep_case(regions, probabilities), self._calibration(case)),
+            tallies=CaseTallies(
+                sweep=sweep_case(regions, probabilities),
+                calibration=self._calibration(case),
+                confusion=count_confusion(case.truth, ids, self.num_classes, self.ignore_id),
+            ),
             mask=PackedMask.of(ids),
         )
 

@@ -14,7 +14,7 @@ from job.evaluation.case_measures import temperatures
 from job.evaluation.example_cases import example_cases
 from job.evaluation.rank_evaluation import RankEvaluation, RankResult, Watch
 from job.metrics.calibration import Calibration
-from job.metrics.confusion import Counts
+from job.metrics.confusion import Confusion, Counts
 from job.metrics.per_case import SIZES, CaseMetrics
 from job.metrics.thresholds import ThresholdSweep
 from job.postprocessing.masks import Ids
@@ -33,6 +33,7 @@ class Measured:
     plain_counts: Counts | None  # likewise, without postprocessing; None if that is the same
     sweep: ThresholdSweep  # at network size
     calibration: Calibration  # likewise
+    confusion: Confusion  # likewise, of the measured masks
     masks: dict[int, Ids]  # predicted at network size, of the `example_cases`
 
 
@@ -64,12 +65,14 @@ def measure_together(
         plain = [each for index in range(len(own.cases)) if (each := cases[index][2]) is not None]
         sweep = ThresholdSweep(names)
         calibration = Calibration(names, temperatures(own.measures.postprocessing))
+        confusion = Confusion([each.name for each in own.dataset.manifest.classes])
         for start in range(0, len(cases), CASES_AT_ONCE):
             part = range(start, min(start + CASES_AT_ONCE, len(cases)))
             tallies = joined(gather(process_group, file.tallies(part)))
             for index in part:
                 sweep.add(tallies[index].sweep)
                 calibration.add(tallies[index].calibration)
+                confusion.add(tallies[index].confusion)
         chosen = [index for _, index, _ in example_cases(counts)]
         masks = joined(gather(process_group, file.masks(chosen)))
     metrics = {size: [cases[index][0][size] for index in range(len(cases))] for size in SIZES}
@@ -79,7 +82,15 @@ def measure_together(
     ]
     unpacked = {index: mask.unpack() for index, mask in masks.items()}
     plain_counts = np.stack(plain) if plain else None
-    return sums, Measured(metrics, counts, plain_counts, sweep, calibration, unpacked)
+    return sums, Measured(
+        case_metrics=metrics,
+        counts=counts,
+        plain_counts=plain_counts,
+        sweep=sweep,
+        calibration=calibration,
+        confusion=confusion,
+        masks=unpacked,
+    )
 
 
 def gather(process_group: ProcessGroup, value: T) -> list[T]:

@@ -6,6 +6,7 @@ Dice and IoU are 0. Sensitivity is undefined if the truth lacks the class, speci
 covers the whole truth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -88,6 +89,53 @@ def count_pixels(
         fp, fn = np.count_nonzero(is_predicted) - tp, np.count_nonzero(is_true) - tp
         row[:] = tp, fp, fn, truth.size - tp - fp - fn
     return counts
+
+
+def count_confusion(
+    truth: npt.NDArray[np.uint8],
+    prediction: npt.NDArray[np.uint8],
+    num_classes: int,
+    ignore_id: int | None = None,
+) -> npt.NDArray[np.int64]:
+    """Counts the pixels of each true class that were predicted as each class, in one case.
+
+    Args:
+        truth, prediction: (H, W) class ids.
+        num_classes: K. A network of one channel predicts two classes, so 1 means 2.
+        ignore_id: pixels with this label are not counted.
+
+    Returns:
+        (K, K) int64: truth, prediction.
+    """
+    side = max(num_classes, 2)
+    is_counted = truth < side
+    if ignore_id is not None:
+        is_counted &= truth != ignore_id
+    codes = truth[is_counted].astype(np.uint16) * side + prediction[is_counted]
+    return np.bincount(codes, minlength=side * side).reshape(side, side)
+
+
+class Confusion:
+    """Sums the confusion of cases, and formats it as a table."""
+
+    COLUMNS = ("truth", "predicted", "pixels")
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Takes the names of all classes, background included."""
+        self._names = names
+        self._pixels = np.zeros((len(names), len(names)), np.int64)
+
+    def add(self, pixels: Counts) -> None:
+        """Adds a case from `count_confusion`."""
+        self._pixels += pixels
+
+    def rows(self) -> list[tuple[str, str, int]]:
+        """Returns a row of `COLUMNS` for each pair of classes."""
+        return [
+            (truth, predicted, int(self._pixels[row, column]))
+            for row, truth in enumerate(self._names)
+            for column, predicted in enumerate(self._names)
+        ]
 
 
 def dice(tp: Counts, fp: Counts, fn: Counts) -> Values:

@@ -25,7 +25,8 @@ Color = tuple[int, int, int]
 # Cyan and orange differ for every common colour blindness, and both differ from grey tissue.
 _TRUTH_COLOR: Color = (0, 220, 255)
 _PREDICTION_COLOR: Color = (255, 140, 0)
-_NO_CLASS_COLOR: Color = (128, 128, 128)
+_EDGE_COLOR: Color = (0, 0, 0)
+NO_CLASS_COLOR: Color = (128, 128, 128)
 _INK: Color = (235, 235, 235)
 _PAPER: Color = (24, 24, 24)
 
@@ -36,6 +37,7 @@ _TINT = 0.35
 _OVERLAY_SIDES = (1024, 1600)
 _PANEL_SIDE = 512
 _MARGIN = 10
+_EDGE = 1  # pixels of the dark edge on each side of a contour
 
 
 def curve_png(
@@ -121,14 +123,13 @@ def overlay_png(
         canvas = np.where((predicted > 0)[..., None], canvas + _TINT * (tinted - canvas), canvas)
     pixels = np.round(canvas).astype(np.uint8)
     line = max(1, round(max(height, width) / 500))
-    entries = []
+    # The truth is drawn first and wider, so that both lines show where they agree.
+    contours = [_Contour("prediction", predicted, _PREDICTION_COLOR, line)]
     if truth is not None:
-        # Drawn first and wider, so that both lines show where they agree.
         true = _resized_ids(truth, height, width)
-        _draw_contours(pixels, true, foreground, _TRUTH_COLOR, 2 * line)
-        entries.append(_Entry("truth", _TRUTH_COLOR, is_line=True))
-    _draw_contours(pixels, predicted, foreground, _PREDICTION_COLOR, line)
-    entries.append(_Entry("prediction", _PREDICTION_COLOR, is_line=True))
+        contours.insert(0, _Contour("truth", true, _TRUTH_COLOR, 2 * line))
+    _draw_two_tone(pixels, contours, foreground)
+    entries = [_Entry(each.name, each.color, is_line=True) for each in contours]
     if len(foreground) > 1:
         entries.extend(_Entry(each.name, each.color, is_line=False) for each in foreground)
     return _png(_stacked([_image(pixels), _legend(entries, width)]))
@@ -158,12 +159,23 @@ def panel_png(
     tiles = [_stacked([_line_of_text(name, width), _image(tile)]) for name, tile in columns]
     row = _side_by_side(tiles)
     entries = [_Entry(each.name, each.color, is_line=False) for each in classes]
+    if not {each.id for each in classes}.issuperset(np.unique(truth).tolist()):
+        entries.append(_Entry("ignored", NO_CLASS_COLOR, is_line=False))
     return _png(_stacked([_line_of_text(title, row.width), row, _legend(entries, row.width)]))
 
 
-def panel_title(name: str, dice: float | None) -> str:
+def panel_title(name: str, dice: float | None, measure: str = "image Dice") -> str:
     """Returns the title of a case; `dice` is None if neither mask has foreground."""
-    return f"{name}: no foreground" if dice is None else f"{name}: image Dice {dice:.3f}"
+    return f"{name}: no foreground" if dice is None else f"{name}: {measure} {dice:.3f}"
+
+
+class _Contour(NamedTuple):
+    """The borders of the regions of a mask: class ids (H, W), and pixels of the line."""
+
+    name: str
+    class_ids: Pixels
+    color: Color
+    line: int
 
 
 class _Entry(NamedTuple):
@@ -189,7 +201,7 @@ def _line_styles(names: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _palette(classes: Sequence[ClassColor]) -> Pixels:
     """Returns the colour of every possible id: (256, 3) uint8."""
-    palette = np.full((256, 3), _NO_CLASS_COLOR, np.uint8)
+    palette = np.full((256, 3), NO_CLASS_COLOR, np.uint8)
     for each in classes:
         palette[each.id] = each.color
     return palette
@@ -228,6 +240,16 @@ def _resized_ids(class_ids: Pixels, height: int, width: int) -> Pixels:
 
     resized = cv2.resize(class_ids, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
     return np.asarray(resized, np.uint8)
+
+
+def _draw_two_tone(
+    pixels: Pixels, contours: Sequence[_Contour], classes: Sequence[ClassColor]
+) -> None:
+    """Draws contours with a dark edge, which shows them on bright pixels of any colour, too."""
+    for each in contours:
+        _draw_contours(pixels, each.class_ids, classes, _EDGE_COLOR, each.line + 2 * _EDGE)
+    for each in contours:
+        _draw_contours(pixels, each.class_ids, classes, each.color, each.line)
 
 
 def _draw_contours(
