@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_FEW_CLASSES = 4  # up to which every measure of a class has a row of its own
+_SHORT_COLUMNS = {
+    "dice_mean": "Dice,\nmean",
+    "lesion_sensitivity": "lesion\nsens.",
+    "false_positives_per_image": "FP per\nimage",
+}
+
+
 def show_summary(summary: Mapping[str, Any]) -> None:
     """Prints the foreground scores of a split next to those of two baselines.
 
@@ -48,7 +56,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         console.print(warning, markup=False)
     sizes = titled_sizes(summary.get("sizes", {}))
     for title, measures in sizes:
-        console.print(measures_table(title, measures))
+        console.print(_short_table(title, measures) or measures_table(title, measures))
         for line in size_notes(title, measures):
             console.print(line, style="dim", markup=False)
     if sizes:
@@ -99,6 +107,36 @@ def _classes_table(summary: Mapping[str, Any]) -> "Table":
     return table
 
 
+def _short_table(title: str, measures: Mapping[str, Any]) -> "Table | None":
+    """Returns a row for each of many classes, in 80 columns; None with few classes or two units."""
+    from rich.table import Table
+    from rich.text import Text
+
+    units = [unit for unit in ("mm", "px") if f"hd95_{unit}" in measures["classes"][0]]
+    if len(measures["classes"]) <= _FEW_CLASSES or len(units) != 1:
+        return None
+    table = Table(title=f"{title}: {pluralize(measures['num_groups'], 'group')}")
+    table.add_column("class", overflow="fold")
+    columns = _SHORT_COLUMNS | {f"hd95_{units[0]}": f"HD95,\n{units[0]}", f"nsd_{units[0]}": "NSD"}
+    for name, header in columns.items():
+        table.add_column(header, justify="right", no_wrap=True)
+        if name == "dice_mean":
+            table.add_column("95 % interval\nof this Dice", justify="right", no_wrap=True)
+    owners = [{"name": "foreground"} | dict(measures["foreground"]), *measures["classes"]]
+    for owner in owners:
+        dice = owner["dice_mean"]
+        cells = [shown((owner.get(name) or {}).get("value")) for name in columns]
+        cells.insert(1, interval_cell(dice))
+        table.add_row(Text(owner["name"]), *cells)
+    return table
+
+
+def interval_cell(measure: Mapping[str, Any]) -> str:
+    """Formats the interval of a measure; a dash without one."""
+    low, high = measure["low"], measure["high"]
+    return "-" if low is None else f"{shown(low)} to {shown(high)}"
+
+
 def measures_table(title: str, measures: Mapping[str, Any]) -> "Table":
     """Returns the measures of `summarize_cases` as a table of at most 80 columns."""
     from rich.table import Table
@@ -109,11 +147,10 @@ def measures_table(title: str, measures: Mapping[str, Any]) -> "Table":
         table.add_column(column, justify="right", no_wrap=True)
     rows = []
     for owner, label, measure in measure_rows(measures):
-        value, low, high = measure["value"], measure["low"], measure["high"]
         cells = [
             label,
-            shown(value),
-            "-" if low is None else f"{shown(low)} to {shown(high)}",
+            shown(measure["value"]),
+            interval_cell(measure),
             str(measure["num_cases"]),
             # Earlier versions did not write it.
             str(measure.get("num_groups", "-")),

@@ -37,6 +37,29 @@ def test_tables_of_a_summary_fit_a_terminal(name: str, capsys: pytest.CaptureFix
     assert name.replace(" ", "") in "".join(part for part in text.split() if part != "│")
 
 
+def test_many_classes_have_a_row_each(capsys: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    names = ["sign symbol", *(f"class {n}" for n in range(2, 8)), "a" * 40, "[red]", "car", "x"]
+    masks = random.integers(0, 12, (6, 2, 32, 32)).astype(np.uint8)
+    cases = [measure_case(*pair, 12, Scale((1.0, 1.0), "px")) for pair in masks]
+    sizes = summarize_cases(cases, list("abcdef"), names)
+    summary = summarize(np.full((6, 12, 4), 7)) | {"split": "test", "sizes": {"network": sizes}}
+    for each, label in zip(summary["classes"], ("background", *names), strict=True):
+        each["name"] = label
+    show_summary(summary)
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 75
+    for size in (sizes["classes"][0], sizes["classes"][9]):
+        dice = size["dice_mean"]
+        interval = f"{dice['low']:.4f} to {dice['high']:.4f}"
+        (line,) = (each for each in lines if interval in each)
+        assert size["name"] in line
+        for name in ("dice_mean", "lesion_sensitivity", "hd95_px", "nsd_px"):
+            assert f"{size[name]['value']:.4f}" in line
+
+
 def test_names_with_brackets_are_shown_where_no_case_has_foreground(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
