@@ -7,28 +7,41 @@ forbids everything else. Text from outside (names of files, groups, classes) is 
 names the files that are still missing.
 """
 
-import functools
 import logging
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from flexunet.errors import ContentError, LockedError, StorageError, UsageError
 from flexunet.json_files import read_json
 from flexunet.storage import ObjectStore, join_url
-from flexunet.text import pluralize
 from job.data.folds import fold_words
 from job.metrics.fold_spread import spread
-from job.reporting.calibration_view import calibration_of, postprocessing_of
-from job.reporting.evaluation_view import (
-    cases_of,
+from job.reporting.phrases import measure_rows, titled_sizes
+from job.reporting.rendering import render_page
+from job.reporting.views.calibration import calibration_of, postprocessing_of
+from job.reporting.views.confusion import confusion_of
+from job.reporting.views.evaluation import (
     distinct_origins,
-    failures_of,
     headline_of,
     metrics_of,
     origins_of,
-    size_of,
 )
-from job.reporting.phrases import measure_rows, titled_sizes
-from job.reporting.run_view import (
+from job.reporting.views.failures import failures_of
+from job.reporting.views.gallery import gallery_of
+from job.reporting.views.line_plots import PlotGroup
+from job.reporting.views.measures import size_of
+from job.reporting.views.parts import (
+    Rgb,
+    Table,
+    class_colors,
+    interval_words,
+    missing_groups,
+    name_once,
+    read_dataset_copy,
+    read_text,
+    trained_fold,
+)
+from job.reporting.views.probabilities import threshold_groups
+from job.reporting.views.run import (
     attempts_of,
     curves_of,
     dataset_card,
@@ -36,28 +49,18 @@ from job.reporting.run_view import (
     lost_regions,
     plan_of,
 )
-from job.reporting.view_parts import (
-    Table,
-    interval_words,
-    missing_groups,
-    name_once,
-    number,
-    read_dataset_copy,
-    read_text,
-    trained_fold,
-)
 from job.runs.layout import CROSS_VALIDATION_NAME, OUTCOME_NAME, RESTORE, evaluate_again
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-T = TypeVar("T", bound=str)
 
 REPORT_NAME = "report.html"
 
 _POOL_AGAIN = (
     "evaluate the run of each fold again (flexunet evaluate RUN), then repeat the train command "
     "with --folds, which pools them"
+)
+
+_SECTIONS = (
+    *("Metrics", "Examples", "Failures", "Probabilities", "Curves", "Dataset", "Plan", "Attempts"),
+    *("Environment", "Config"),
 )
 
 logger = logging.getLogger(__name__)
@@ -114,26 +117,49 @@ def render(store: ObjectStore) -> str:
     summary = read_summary(store)
     outcome = read_json(store, OUTCOME_NAME, RESTORE)
     manifest, fold = read_dataset_copy(store), trained_fold(store)
-    return _rendered(
+    colors, plan = class_colors(manifest), plan_of(store)
+    probabilities = _probabilities(store, summary, colors)
+    return render_page(
         "report.html.j2",
-        store,
+        store.url,
+        titles=_titles(has_probabilities=bool(probabilities), has_plan=plan is not None),
         headline=headline_of(store, summary, outcome),
         origins=origins_of(store, summary),
         missing_groups=missing_groups(manifest),
-        metrics=metrics_of(store, summary),
+        metrics=metrics_of(summary, colors),
+        confusion=confusion_of(store, colors),
         postprocessing=postprocessing_of(summary),
-        calibration=calibration_of(store, summary),
+        probabilities=probabilities,
         lost=lost_regions(manifest, is_folded=fold is not None),
-        cases=cases_of(store),
-        failures=failures_of(store),
+        examples=gallery_of(
+            store, colors, has_ignored=manifest is not None and manifest.ignore_id is not None
+        ),
+        failures=failures_of(store, colors),
         curves=curves_of(store),
         dataset=dataset_card(manifest, fold),
         is_folded=fold is not None,
         attempts=attempts_of(store, outcome),
-        plan=plan_of(store),
+        plan=plan,
         environment=environment_of(store),
         config=read_text(store, "config.yaml") or "",
     )
+
+
+def _probabilities(
+    store: ObjectStore, summary: dict[str, Any] | None, colors: dict[str, Rgb]
+) -> list[PlotGroup]:
+    """Returns the plots of the probabilities of the newest evaluation; empty without one."""
+    if summary is None:
+        return []
+    calibration = calibration_of(store, summary, colors)
+    groups = threshold_groups(store, summary["split"], colors)
+    return [*groups, *([calibration] if calibration is not None else [])]
+
+
+def _titles(*, has_probabilities: bool, has_plan: bool) -> list[str]:
+    """Returns the titles of the sections, in their order."""
+    optional = {"Probabilities": has_probabilities, "Plan": has_plan}
+    return [title for title in _SECTIONS if optional.get(title, True)]
 
 
 def render_folds(store: ObjectStore) -> str:
@@ -143,9 +169,9 @@ def render_folds(store: ObjectStore) -> str:
         raise ContentError(f"{store.url}/{CROSS_VALIDATION_NAME} is missing; {_POOL_AGAIN}")
     runs = summary["runs"]
     manifest = read_dataset_copy(store)
-    return _rendered(
+    return render_page(
         "cross_validation.html.j2",
-        store,
+        store.url,
         runs=[(fold_words((k, len(runs))), run) for k, run in enumerate(runs)],
         report_name=REPORT_NAME,
         num_folds=summary["num_folds"],
@@ -154,7 +180,7 @@ def render_folds(store: ObjectStore) -> str:
         origins=distinct_origins(summary.get("init_from")),
         missing_groups=missing_groups(manifest),
         sizes=[
-            (size_of(title, found["pooled"]), _fold_by_fold(found))
+            (size_of(title, found["pooled"], class_colors(manifest)), _fold_by_fold(found))
             for title, found in titled_sizes(summary["sizes"])
         ],
         lost=lost_regions(manifest, is_folded=True),
@@ -185,31 +211,3 @@ def _fold_by_fold(found: dict[str, Any]) -> Table:
     columns = ["class", "measure", "mean of the folds", "SD of the folds", "all cases"]
     columns += ["95 % interval", *(f"fold {index + 1}" for index in range(len(folds)))]
     return Table(columns, name_once(rows))
-
-
-def _rendered(template: str, store: ObjectStore, **values: Any) -> str:
-    name = store.url.rstrip("/").rsplit("/", 1)[-1]
-    return _environment().get_template(template).render(name=name, url=store.url, **values) + "\n"
-
-
-@functools.cache
-def _environment() -> "Environment":
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("job.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    environment.filters["one_line"] = _one_line
-    environment.globals["pluralize"] = pluralize
-    return environment
-
-
-def _one_line(text: T) -> T:
-    """Returns prose or markup with single spaces and no line breaks of the template."""
-    parts = text.replace("\n", " ").split(" ")
-    return type(text)(" ".join(part for part in parts if part))

@@ -27,6 +27,8 @@ MEASURE_LABELS = {
     "nsd_mm": f"NSD within {TOLERANCES['mm']:g} mm",
     "nsd_px": f"NSD within {TOLERANCES['px']:g} pixels",
 }
+_LOWER_IS_BETTER = {MEASURE_LABELS[name]
+                    for name in ("false_positives_per_image", "hd95_mm", "hd95_px")}  # fmt: skip
 BASELINE = "predict-nothing baseline"
 EVERYTHING = "predict-everything baseline"  # a class on every pixel, each class alone
 ONE_SIZE = "original size (same as network size)"
@@ -35,6 +37,14 @@ ONE_SIZE = "original size (same as network size)"
 def measure_label(name: str) -> str:
     """Returns what people see for the name of a measure, or the name if it has no other."""
     return MEASURE_LABELS.get(name, name)
+
+
+def is_share(label: str) -> bool:
+    """Returns whether a measure with this label is between 0 and 1, and better if it is higher.
+
+    All others are better if they are lower.
+    """
+    return label not in _LOWER_IS_BETTER
 
 
 def summarized_words(summary: Mapping[str, Any]) -> str:

@@ -71,9 +71,9 @@ def test_page_says_how_cases_were_predicted(own_run: Path) -> None:
 
 def test_page_needs_no_network_and_no_script(trained_run: Path) -> None:
     page = page_of(trained_run)
-    # Four cases and three curves.
-    assert page.tags.count("img") == 7
-    assert all(address.startswith("data:image/") for address in page.addresses)
+    # Panel and overlay of four cases, and three curves.
+    assert page.tags.count("img") == 11
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "url(" not in render(open_store(str(trained_run)))
 
@@ -116,7 +116,7 @@ def test_page_lists_failures_worst_first(own_run: Path) -> None:
     second = changed(second, dice_mass="0.0", presence_mass="truth_only", found_lesions_mass="0")
     third = changed(third, dice_mass="0.0", presence_mass="both", tp_px_mass="0")
     path.write_text("\n".join([header, first, second, third, *others]) + "\n")
-    failures = page_of(own_run).words.split("Failures")[1].split("Curves")[0]
+    failures = page_of(own_run).words.split("Failures")[2].split("Curves")[0]
     assert "3 of 4 images have a Dice below 0.5 (each class counted by itself, at" in failures
     places = [failures.index(words) for words in ("nothing predicted", "no overlap")]
     assert sorted(places) == places
@@ -328,15 +328,16 @@ def test_page_says_where_weights_came_from(own_run: Path) -> None:
 
 def test_card_counts_tiles_as_tiles_and_reports_a_fold(own_run: Path) -> None:
     path = own_run / "dataset.json"
-    assert "<th>split</th><th>images</th>" in render(open_store(str(own_run)))
+    page = render(open_store(str(own_run)))
+    assert '<th scope="col">split</th><th scope="col" class="number">images</th>' in page
     path.write_text(json.dumps(json.loads(path.read_text()) | {"geometry": "tile"}))
     page = render(open_store(str(own_run)))
-    assert "<th>split</th><th>tiles</th><th>groups</th>" in page
+    assert '<th scope="col">split</th><th scope="col" class="number">tiles</th>' in page
     become_fold(own_run)
     page = render(open_store(str(own_run)))
     assert "Fold 2 of 3 (--fold 1), taken from train and valid (16 tiles)" in page
     assert "test split of the dataset was not used" in page
-    assert "<th>split</th>" not in page
+    assert '<th scope="col">split</th>' not in page
 
 
 def test_page_of_a_run_that_is_not_over_says_what_is_missing(own_run: Path) -> None:

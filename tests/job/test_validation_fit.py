@@ -206,7 +206,9 @@ def test_evaluate_and_infer_use_the_fit_of_the_run(
     page = render(open_store(str(own_run)))
     assert "Postprocessing was fitted on 12 images of the valid split" in page
     assert f"ECE with temperature {fitted.found.temperature.value:.3g}" in page
-    assert page.count("<polyline") == 4  # a class and the top class, without and with temperature
+    # A class and the top class, without and with temperature; then Dice over thresholds, mean and
+    # pooled, and lesions found.
+    assert page.count("<polyline") == 4 + 3
 
     images, source = tmp_path / "masks", own_run.parents[1] / "images"
     source.mkdir()

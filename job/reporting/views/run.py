@@ -13,7 +13,7 @@ from job.distributed.watchdog import STACKS_FOLDER
 from job.planning.plan_file import read_plan
 from job.planning.plan_words import COLUMNS, plan_rows, summary_rows
 from job.reporting.csv_tables import CURVE_TITLES
-from job.reporting.view_parts import Figure, Table, missing_groups, png_figure, read_bytes
+from job.reporting.views.parts import Figure, Table, missing_groups, png_figure, read_bytes
 from job.runs.layout import LEASE_NAME, RESTORE
 from job.runs.status import read_ends
 

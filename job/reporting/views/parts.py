@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.shards.manifest import (
@@ -17,16 +17,30 @@ from flexunet.settings import read_yaml
 from flexunet.storage import NotFound, ObjectStore, join_url
 from job.data.folds import fold_words
 
-_IMAGE_SIDE = 640  # pixels; images of cases are reduced to this, so that the page stays small
-_JPEG_QUALITY = 85
+# Images of cases get the best quality that keeps them below this size: the page stays small,
+# whatever they show. Each try is the divisor of the sides and the quality.
+_IMAGE_BYTES = 90_000
+_JPEG_TRIES = ((1, 85), (1, 75), (1, 60), (1, 45), (2, 60), (2, 45), (3, 45), (4, 30))
+
+Rgb = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Table:
-    """The cells of a table; numbers are right-aligned, None is a dash."""
+    """The cells of a table; numbers are right-aligned, None is a dash.
+
+    Attributes:
+        colors: of classes by name, shown beside names in the first column.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    colors: Mapping[str, Rgb] = field(default_factory=dict)
+
+    def is_number(self, column: int) -> bool:
+        """Returns whether the cells of a column are numbers or empty."""
+        cells = [row[column] for row in self.rows if row[column] is not None]
+        return bool(cells) and all(isinstance(each, int | float) for each in cells)
 
 
 def name_once(rows: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
@@ -50,17 +64,24 @@ def png_figure(png: bytes, caption: str) -> Figure:
     return Figure(_inline(png, "png"), caption)
 
 
-def small_figure(png: bytes | None, caption: str) -> Figure:
-    """Returns a figure with a reduced JPEG image, for a page with many images."""
+def small_figure(png: bytes | None, caption: str, side: int) -> Figure:
+    """Returns a figure with a reduced JPEG image, for a page with many images.
+
+    Args:
+        side: most pixels of the longer side.
+    """
     from PIL import Image
 
     if png is None:
         return Figure(None, caption)
     image = Image.open(io.BytesIO(png)).convert("RGB")
-    image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
-    buffer = io.BytesIO()
-    # Colour at full resolution: contours are one or two pixels wide.
-    image.save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    for part, quality in _JPEG_TRIES:
+        image.thumbnail((side // part, side // part))
+        buffer = io.BytesIO()
+        # Colour at full resolution: contours are one or two pixels wide.
+        image.save(buffer, format="JPEG", quality=quality, subsampling=0)
+        if buffer.tell() <= _IMAGE_BYTES:
+            break
     return Figure(_inline(buffer.getvalue(), "jpeg"), caption)
 
 
@@ -123,6 +144,11 @@ def trained_fold(store: ObjectStore) -> str | None:
         return None
     fold, num_folds = int(config["fold"]), int(config["folds"])
     return fold_words((fold, num_folds)).capitalize()
+
+
+def class_colors(manifest: Manifest | None) -> dict[str, Rgb]:
+    """Returns the colour of each class by name; empty without a manifest."""
+    return {} if manifest is None else {each.name: each.color for each in manifest.classes}
 
 
 def missing_groups(manifest: Manifest | None) -> str | None:

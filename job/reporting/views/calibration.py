@@ -2,21 +2,26 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flexunet.json_files import read_table
 from flexunet.storage import ObjectStore
 from job.postprocessing.stored import given_words
 from job.reporting.phrases import measure_label
-from job.reporting.view_parts import Table
+from job.reporting.views.line_plots import PAIR, Frame, LinePlot, PlotGroup, range_words
+from job.reporting.views.parts import Rgb, Table
 from job.runs.layout import evaluate_again
 
-PLOT_SIDE = 220  # pixels of a plot
-_BAR_HEIGHT = 40  # of the histogram under it
+_PLOT_SIDE = 128  # pixels of a plot
+_BAR_HEIGHT = 26  # of the histogram below it
 _PLAIN = "without temperature"
-
-Point = tuple[float, float]
+_NOTE = (
+    "ECE: expected calibration error, the mean over pixels of the difference between the predicted "
+    "probability and the share of pixels that are right, in {num_bins} bins. On the dashed "
+    "diagonal, probabilities are right; below it, they are too high. Bars: number of pixels in "
+    "each bin, on a log scale. Top class: the most probable class of each pixel."
+)
 
 
 @dataclass(frozen=True)
@@ -38,44 +43,6 @@ class UsedPostprocessing:
     table: Table
     dice: float | None
     plain_dice: float | None
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a reliability plot: points (x, y) in pixels from the upper left corner."""
-
-    label: str
-    points: Sequence[Point]
-
-    @property
-    def path(self) -> str:
-        """The points as an SVG attribute."""
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
-
-
-@dataclass(frozen=True)
-class ReliabilityPlot:
-    """A plot of one class.
-
-    Attributes:
-        bars: (left, top, width, height) of the share of pixels in each bin, on a log scale.
-    """
-
-    title: str
-    side: int
-    height: int
-    lines: Sequence[Line]
-    bars: Sequence[tuple[float, float, float, float]]
-
-
-@dataclass(frozen=True)
-class CalibrationView:
-    """The calibration of an evaluation."""
-
-    num_bins: int
-    temperature: float
-    table: Table
-    plots: Sequence[ReliabilityPlot]
 
 
 def postprocessing_of(summary: Mapping[str, Any] | None) -> UsedPostprocessing | None:
@@ -110,8 +77,14 @@ def postprocessing_of(summary: Mapping[str, Any] | None) -> UsedPostprocessing |
     )
 
 
-def calibration_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> CalibrationView | None:
-    """Returns the calibration of the newest evaluation, None if it was not measured."""
+def calibration_of(
+    store: ObjectStore, summary: Mapping[str, Any] | None, colors: Mapping[str, Rgb]
+) -> PlotGroup | None:
+    """Returns the calibration of the newest evaluation, None if it was not measured.
+
+    Args:
+        colors: of classes by name.
+    """
     # Earlier versions did not measure it.
     found = (summary or {}).get("calibration")
     if not found:
@@ -127,31 +100,40 @@ def calibration_of(store: ObjectStore, summary: Mapping[str, Any] | None) -> Cal
         for name, each in owners
     ]
     bins = read_table(store, "evaluation/calibration.csv", evaluate_again(store)) or []
-    plots = [_plot(name, [row for row in bins if row["class"] == name]) for name, _ in owners]
-    return CalibrationView(
-        num_bins=found["num_bins"],
-        temperature=found["temperature"],
-        table=Table(columns, rows),
+    plots = [
+        _plot(name, [row for row in bins if row["class"] == name], colors.get(name))
+        for name, _ in owners
+    ]
+    temperatures = list(dict.fromkeys(row["temperature"] for row in bins))
+    return PlotGroup(
+        title="Calibration, network size",
+        notes=[_NOTE.format(num_bins=found["num_bins"])],
+        legend=[
+            (_PLAIN if index == 0 else f"temperature {float(each):.3g}", PAIR[index % 2])
+            for index, each in enumerate(temperatures)
+        ],
         plots=[each for each in plots if each.lines],
+        table=Table(columns, rows, colors),
     )
 
 
-def _plot(title: str, rows: Sequence[Mapping[str, str]]) -> ReliabilityPlot:
+def _plot(title: str, rows: Sequence[Mapping[str, str]], color: Rgb | None) -> LinePlot:
+    labels = "predicted probability", "share that is right"
+    frame = Frame(labels, _PLOT_SIDE, _PLOT_SIDE, (0.0, 1.0))
     temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
-    lines = []
+    lines, words = [], [f"Reliability of {title}."]
     for index, temperature in enumerate(temperatures):
         points = [
-            (
-                float(row["mean_probability"]) * PLOT_SIDE,
-                (1 - float(row["share_right"])) * PLOT_SIDE,
-            )
+            (float(row["mean_probability"]), float(row["share_right"]))
             for row in rows
             if row["temperature"] == temperature and row["mean_probability"]
         ]
-        label = _PLAIN if index == 0 else f"temperature {float(temperature):.3g}"
-        lines.append(Line(label, points))
+        lines.append(frame.line(points, PAIR[index % 2], has_markers=True))
+        name = _PLAIN if index == 0 else f"temperature {float(temperature):.3g}"
+        words.append(range_words(f"Share that is right, {name}", points))
     last = [row for row in rows if temperatures and row["temperature"] == temperatures[-1]]
-    return ReliabilityPlot(title, PLOT_SIDE, PLOT_SIDE + _BAR_HEIGHT, lines, _bars(last))
+    plot = frame.plot(title, " ".join(words), lines, color)
+    return replace(plot, has_diagonal=True, bars=_bars(last), bars_height=_BAR_HEIGHT)
 
 
 def _bars(rows: Sequence[Mapping[str, str]]) -> list[tuple[float, float, float, float]]:
@@ -159,6 +141,6 @@ def _bars(rows: Sequence[Mapping[str, str]]) -> list[tuple[float, float, float, 
     bars = []
     for row in rows:
         height = math.log1p(int(row["pixels"])) / most * (_BAR_HEIGHT - 4)
-        left, right = float(row["low"]) * PLOT_SIDE, float(row["high"]) * PLOT_SIDE
-        bars.append((left + 1, PLOT_SIDE + _BAR_HEIGHT - height, right - left - 2, height))
+        left, right = float(row["low"]) * _PLOT_SIDE, float(row["high"]) * _PLOT_SIDE
+        bars.append((left + 1, _PLOT_SIDE + _BAR_HEIGHT - height, right - left - 2, height))
     return bars
