@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         TrainOptions,
     )
     from job.api.prediction import Prediction
-    from job.api.results import evaluate, infer, write_report
+    from job.api.results import Comparison, compare, evaluate, infer, write_report
     from job.api.runs import EvaluationSummary, Run, open_run
     from job.api.training import plan, train
     from job.config import (
@@ -60,6 +60,7 @@ __all__ = [
     "AugmentationConfig",
     "CheckpointStored",
     "Choice",
+    "Comparison",
     "ContentError",
     "Dataset",
     "DivergedError",
@@ -99,6 +100,7 @@ __all__ = [
     "TrainingStarted",
     "UsageError",
     "__version__",
+    "compare",
     "evaluate",
     "infer",
     "inspect",
@@ -119,6 +121,7 @@ _MODULES = {
     "AugmentationConfig": "job.config",
     "CheckpointStored": "job.api.events",
     "Choice": "job.planning.plan_file",
+    "Comparison": "job.api.results",
     "ContentError": "flexunet.errors",
     "Dataset": "job.api.datasets",
     "DivergedError": "flexunet.errors",
@@ -157,6 +160,7 @@ _MODULES = {
     "TrainingEnded": "job.api.events",
     "TrainingStarted": "job.api.events",
     "UsageError": "flexunet.errors",
+    "compare": "job.api.results",
     "evaluate": "job.api.results",
     "infer": "job.api.results",
     "inspect": "job.api.datasets",

@@ -33,7 +33,10 @@ ABOVE_API = {"data_prep", "job"}
 LAZY = {"data_prep/imaging/dicom/tfio.py": {"tensorflow", "tensorflow_io"}}
 
 # Each package's own order, lowest first: a module imports from its own entry and from earlier ones.
-COMMANDS = ["job.evaluate", "job.infer", "job.plan", "job.report", "job.train", "job.doctor"]
+COMMANDS = [
+    *("job.evaluate", "job.infer", "job.plan", "job.report", "job.train", "job.doctor"),
+    "job.compare",
+]
 ORDERS = {
     "flexunet": [
         "flexunet.errors",
@@ -88,6 +91,7 @@ ORDERS = {
         "job.reporting",
         "job.inference",
         "job.evaluation",
+        "job.comparison",
         "job.training",
         "job.api",
         *COMMANDS,

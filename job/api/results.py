@@ -1,18 +1,23 @@
-"""Evaluates a run, predicts masks into a folder and writes a report, as the commands do."""
+"""Evaluates a run, predicts into a folder, writes a report and compares, as the commands do."""
 
-from typing import Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from flexunet.storage import open_store
 from job.api.keywords import StrPath, keyword_errors, path_text, settings_of
 from job.api.log import shown_log
 from job.api.options import EvaluateOptions, InferOptions
 from job.api.runs import EvaluationSummary, Run, read_evaluation
+from job.comparison.comparison import compare_runs
+from job.comparison.page import page_target, write_page
 from job.evaluation import pipeline as evaluation
 from job.evaluation.pipeline import EvaluateConfig
 from job.inference import pipeline as inference
 from job.inference.options import InferConfig
 from job.inference.pipeline import InferResult
 from job.reporting import html_report
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def evaluate(run: Run | StrPath, **options: Unpack[EvaluateOptions]) -> EvaluationSummary:
@@ -102,6 +107,85 @@ def write_report(run: Run | StrPath) -> str:
         'report.html'
     """
     return html_report.write_report(open_store(_url_of(run)))
+
+
+class Comparison(dict[str, Any]):
+    """A comparison of runs with the first of them: what `flexunet compare --json` prints, by name.
+
+    Attributes:
+        url: of the page; None: none was written.
+    """
+
+    def __init__(self, values: dict[str, Any], url: str | None) -> None:
+        """Takes the values of a comparison."""
+        super().__init__(values)
+        self.url = url
+
+    def __repr__(self) -> str:
+        """Returns a line with the names of the runs; `print(dict(comparison))` shows all values."""
+        names = " and ".join(str(run["name"]) for run in self.get("runs", ()))
+        return f"<Comparison: {names}, {self.get('num_cases')} cases>"
+
+    @property
+    def differences(self) -> "pd.DataFrame":
+        """A row for each size, run, class and measure.
+
+        Columns: `size`, `run`, `class`, `measure`, `first`, `value`, `difference`, `low` and `high`
+        of its 95 % interval, `num_groups`. Without an interval, `low` and `high` are NaN.
+        """
+        import pandas as pd
+
+        rows = [{"size": size, **row} for size, found in self["sizes"].items() for row in found]
+        return pd.DataFrame(rows).astype(dict.fromkeys(("low", "high", "difference"), float))
+
+    @property
+    def options(self) -> "pd.DataFrame":
+        """The options that differ: a row for each option, a column for each run."""
+        import pandas as pd
+
+        names = [run["name"] for run in self["runs"]]
+        values = self["options"]
+        return pd.DataFrame.from_dict(
+            {name: [str(each) for each in found] for name, found in values.items()},
+            orient="index",
+            columns=names,
+        )
+
+
+def compare(
+    *runs: Run | StrPath,
+    split: Literal["train", "valid", "test"] = "test",
+    output: StrPath | None = None,
+) -> Comparison:
+    """Compares runs with the first of them, on the same cases, as `flexunet compare` does.
+
+    Args:
+        runs: two or more runs, or folders or gs:// URLs of runs or cross-validations.
+        split: the evaluated split.
+        output: file or gs:// URL of the page, which ends in .html; None: no page.
+
+    Returns:
+        Paired differences of all measures with 95 % bootstrap intervals over groups, and the
+        options that differ.
+
+    Raises:
+        UsageError: a run is not evaluated, or not on the same cases as the first one.
+        ContentError: a file of a run is damaged.
+        StorageError: storage is unavailable or full.
+
+    Examples:
+        >>> comparison = flexunet.compare("runs/first", "runs/second", output="compare.html")
+        >>> comparison["num_cases"], sorted(comparison["sizes"])
+        (4, ['original'])
+        >>> list(comparison.differences.columns[:4])
+        ['size', 'run', 'class', 'measure']
+    """
+    target = None if output is None else path_text(output)
+    if target is not None:
+        page_target(target)
+    compared = compare_runs([_url_of(run) for run in runs], split)
+    url = None if target is None else write_page(compared, target)
+    return Comparison(compared.as_json(), url)
 
 
 def _url_of(run: Run | StrPath) -> str:

@@ -1,7 +1,7 @@
 """Pools the cases of all folds of a cross-validation: one interval over all groups."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,18 +133,27 @@ def _read_protocol(run: ObjectStore) -> dict[str, Any]:
     if summary is None:
         raise _missing(run, name)
     try:
-        protocol = summary.get("prediction") or {}
-        return {
-            "checkpoint": protocol.get("checkpoint", "best"),
-            "number of runs": len(protocol.get("runs", ["itself"])),
-            "flips": protocol.get("flips", "none"),
-            "overlap": summary["overlap"],
-            "removal of small regions": bool(protocol.get("small_regions")),
-            "postprocessing": _postprocessing_kind(protocol.get("postprocessing")),
-            "kind of case": summary["case"],
-        }
+        return protocol_of(summary)
     except (TypeError, AttributeError) as error:
         raise _damaged(run, name) from error
+
+
+def protocol_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how cases were predicted, in words as keys, from the summary of an evaluation.
+
+    Raises:
+        TypeError, AttributeError: the summary is damaged.
+    """
+    protocol = summary.get("prediction") or {}
+    return {
+        "checkpoint": protocol.get("checkpoint", "best"),
+        "number of runs": len(protocol.get("runs", ["itself"])),
+        "flips": protocol.get("flips", "none"),
+        "overlap": summary["overlap"],
+        "removal of small regions": bool(protocol.get("small_regions")),
+        "postprocessing": _postprocessing_kind(protocol.get("postprocessing")),
+        "kind of case": summary["case"],
+    }
 
 
 def _postprocessing_kind(used: dict[str, Any] | None) -> str:

@@ -104,24 +104,56 @@ def difference_interval(
     num_draws: int = NUM_DRAWS,
     level: float = LEVEL,
 ) -> tuple[float, float] | None:
-    """Returns the bootstrap interval of the `ratio` of `first` minus that of `second`.
+    """Returns the interval of one difference, see `difference_intervals`."""
+    pairs = [(first, second)]
+    return difference_intervals(pairs, groups, seed=seed, num_draws=num_draws, level=level)[0]
 
-    Both are of the same cases and use the same draws; None if fewer than `MIN_GROUPS` groups
-    contribute to one of them.
+
+def difference_intervals(
+    pairs: Sequence[tuple[Pair, Pair]],
+    groups: Groups,
+    *,
+    seed: int = SEED,
+    num_draws: int = NUM_DRAWS,
+    level: float = LEVEL,
+) -> list[tuple[float, float] | None]:
+    """Returns the bootstrap interval of the `ratio` of the first minus that of the second.
+
+    Both are of the same cases, and all use the same draws; None if fewer than `MIN_GROUPS` groups
+    contribute to one of the two.
+
+    Args:
+        pairs: (first, second) for each measure.
     """
-    if min(num_contributing(each[1], groups) for each in (first, second)) < MIN_GROUPS:
-        return None
+    found: list[tuple[float, float] | None] = [None] * len(pairs)
+    chosen = [
+        index
+        for index, both in enumerate(pairs)
+        if min(num_contributing(each[1], groups) for each in both) >= MIN_GROUPS
+    ]
+    if not chosen:
+        return found
     group = np.unique(np.asarray(groups), return_inverse=True)[1]
-    parts = [values.reshape(len(values), -1) for pair in (first, second) for values in pair]
+    parts = [
+        values.reshape(len(values), -1)
+        for index in chosen
+        for pair in pairs[index]
+        for values in pair
+    ]
     columns = [
         np.asarray(np.bincount(group, weights=column), float) for part in parts for column in part.T
     ]
     sums = _draw_sums(columns, num_draws, seed)
-    drawn = [np.stack([next(sums) for _ in part.T], axis=1) for part in parts]
-    values = _ratios(drawn[0], drawn[1]) - _ratios(drawn[2], drawn[3])
     tail = (1 - level) / 2
-    low, high = np.nanquantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    for number, index in enumerate(chosen):
+        drawn = [
+            np.stack([next(sums) for _ in part.T], axis=1)
+            for part in parts[4 * number : 4 * number + 4]
+        ]
+        values = _ratios(drawn[0], drawn[1]) - _ratios(drawn[2], drawn[3])
+        low, high = np.nanquantile(values, [tail, 1 - tail])
+        found[index] = float(low), float(high)
+    return found
 
 
 def num_contributing(denominators: Values, groups: Groups) -> int:

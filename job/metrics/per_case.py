@@ -196,11 +196,8 @@ def summarize_cases(
         groups: of each case.
         names: of the foreground classes.
     """
-    ratios = [_class_ratios(cases, index) for index in range(len(names))]
-    baseline = [nothing_predicted(case) for case in cases]
-    nothing = [_class_ratios(baseline, index) for index in range(len(names))]
-    pairs = [_over_classes(ratios), *ratios]
-    baselines = [_over_classes(nothing), *nothing]
+    pairs = measure_pairs(cases, len(names))
+    baselines = measure_pairs([nothing_predicted(case) for case in cases], len(names))
     foreground, *classes = _measures(pairs, baselines, groups)
     return {
         "num_cases": len(cases),
@@ -220,6 +217,16 @@ def summarize_cases(
             for index, name in enumerate(names)
         ],
     }
+
+
+def measure_pairs(cases: Sequence[CaseMetrics], num_classes: int) -> list[dict[str, Pair]]:
+    """Returns the arguments of `ratio` for each measure: of the foreground, then of each class.
+
+    Args:
+        num_classes: foreground classes.
+    """
+    ratios = [_class_ratios(cases, index) for index in range(num_classes)]
+    return [_over_classes(ratios), *ratios]
 
 
 def _over_classes(ratios: Sequence[Mapping[str, Pair]]) -> dict[str, Pair]:

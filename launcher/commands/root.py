@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("job.train", "Train on a dataset, then evaluate; the same command resumes."),
     "evaluate": ("job.evaluate", "Evaluate a run on one split of its dataset."),
     "report": ("job.report", "Write a report on a run: metrics, cases, curves, failures."),
+    "compare": ("job.compare", "Compare runs on the same cases: differences, curves, options."),
     "infer": ("job.infer", "Predict masks for a folder of images."),
     "launch": ("launcher.commands.launch", "Prepare, train or infer on a Ray cluster."),
     "submit": (

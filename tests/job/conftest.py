@@ -85,6 +85,22 @@ def own_run(trained_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def street_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with the runs "clear" and "noisy" of 12 classes; do not write there.
+
+    Nothing was trained: the masks are synthetic, their evaluation is real.
+    """
+    return made_once(tmp_path_factory, "street-runs", _store_street_runs)
+
+
+def _store_street_runs(folder: Path) -> None:
+    from tests.job.stored_runs import store_run
+
+    store_run(str(folder / "clear"), noise=0.3)
+    store_run(str(folder / "noisy"), noise=0.6, epochs=5)
+
+
+@pytest.fixture(scope="session")
 def discs(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Returns a dataset of 16 discs; do not write there."""
     return prepare_discs(tmp_path_factory.mktemp("discs"), num_images=16)

@@ -1,6 +1,7 @@
 """The examples in the docstrings of the Python API work, one after the other."""
 
 import doctest
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ DOCUMENTED: dict[str, Any] = {
     "evaluate": flexunet.evaluate,
     "infer": flexunet.infer,
     "write_report": flexunet.write_report,
+    "compare": flexunet.compare,
 }
 
 
@@ -45,5 +47,7 @@ def test_examples_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, each in DOCUMENTED.items():
         (found,) = finder.find(each, name, module=False, globs=names)
         found.globs = names  # else each has a copy
+        if name == "compare":  # another run; to train one takes long
+            shutil.copytree("runs/first", "runs/second")
         runner.run(found, out=texts.append, clear_globs=False)
         assert texts == [], "".join(texts)

@@ -442,7 +442,7 @@ def test_chromium_shows_the_page(own_run: Path, tmp_path: Path) -> None:
         pytest.skip("no chromium: install the Debian package of this name")
     page, shot = write_report(open_store(str(own_run))), tmp_path / "shot.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1160,4000"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1160,6000"]
     subprocess.run(
         [chromium, *flags, f"--screenshot={shot}", f"file://{page}"],
         check=True,
@@ -450,7 +450,7 @@ def test_chromium_shows_the_page(own_run: Path, tmp_path: Path) -> None:
         timeout=120,
     )
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
-    assert pixels.shape == (4000, 1160, 3)
+    assert pixels.shape == (6000, 1160, 3)
     red, green, blue = np.moveaxis(pixels, -1, 0)
     # The contours of the cases, orange and cyan however they were scaled, and both kinds of curve.
     orange = (red - blue > 90) & (green - blue > 30) & (red - green > 40)
