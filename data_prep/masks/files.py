@@ -53,6 +53,7 @@ class MaskFile:
         alpha: (H, W) uint8, None without alpha or if it is the same everywhere. A mask of one
             colour that is transparent everywhere has an alpha channel: its shape is empty.
         palette: colours of the indices 0, 1, 2 and so on, as far as the file has them.
+        is_lossy: the file is JPEG, so that its colours have noise.
         num_classes: of a one-hot array, whose pixels are class ids whatever the encoding is.
     """
 
@@ -61,6 +62,7 @@ class MaskFile:
     alpha: Pixels | None = None
     palette: tuple[Color, ...] = ()
     num_classes: int | None = None
+    is_lossy: bool = False
 
     @property
     def is_transparent(self) -> bool:
@@ -90,6 +92,8 @@ def read_mask_file(data: bytes, *, name: str, max_pixels: int) -> MaskFile:
         pixels = _colors_of_16_bits(pixels, name=name)
     if pixels.dtype != np.uint8:
         return MaskFile(pixels)
+    if is_jpeg(data):
+        return MaskFile(pixels, is_lossy=True)
     if _is_plain(data):
         return _with_levels(pixels, _png_grey_bits(data))
     with decoding(data, name=name):
@@ -176,7 +180,7 @@ def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
             )
         if mask.indices is not None and _is_index(mask, mask.indices, rules, name=name):
             return _read_index(mask, mask.indices, rules, name=name)
-    return read_classes(mask.pixels, rules, name=name)
+    return read_classes(mask.pixels, rules, name=name, is_lossy=mask.is_lossy)
 
 
 def _is_index(mask: MaskFile, indices: Pixels, rules: MaskRules, *, name: str) -> bool:
@@ -274,10 +278,8 @@ def _read_alpha(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
 
 
 def _is_plain(data: bytes) -> bool:
-    """Returns whether the file has neither a palette nor alpha, as its first bytes show."""
-    if data.startswith(_PNG_SIGNATURE):
-        return data[_PNG_COLOR_TYPE] in _PNG_PLAIN_TYPES
-    return is_jpeg(data)
+    """Returns whether a PNG has neither a palette nor alpha; false for any other file."""
+    return data.startswith(_PNG_SIGNATURE) and data[_PNG_COLOR_TYPE] in _PNG_PLAIN_TYPES
 
 
 def is_jpeg(data: bytes) -> bool:

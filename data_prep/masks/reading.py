@@ -42,7 +42,7 @@ from data_prep.masks.rules import (
     option_to_add,
     options_to_ignore,
 )
-from data_prep.masks.solid_areas import FEW_COLORS, SolidArea, find_solid_areas, has_sharp_edges
+from data_prep.masks.solid_areas import FEW_COLORS, SolidArea, find_solid_areas, kind_of
 from flexunet.errors import ContentError
 
 ClassIds = npt.NDArray[np.uint8]
@@ -100,12 +100,15 @@ class MaskReading:
         )
 
 
-def read_classes(pixels: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
+def read_classes(
+    pixels: Pixels, rules: MaskRules, *, name: str, is_lossy: bool = False
+) -> MaskReading:
     """Returns the class ids of a mask, and its unmapped pixels.
 
     Args:
         pixels: (H, W) or (H, W, 1) grey, uint8 or uint16, or (H, W, 3) uint8 RGB.
         name: name of the mask in errors.
+        is_lossy: the mask was compressed as JPEG: it has noise, even if its colours are few.
 
     Raises:
         ContentError: the mask has an area of a colour of no class, or would be read as empty
@@ -113,8 +116,9 @@ def read_classes(pixels: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
     """
     plane = grey_channel(pixels)
     if plane is None:
-        return _read_coded(code_colors(pixels, known_colors(rules)), rules, name)
-    return _read_grey(plane, rules, name)
+        coded = code_colors(pixels, known_colors(rules))
+        return _read_coded(coded, rules, name, is_lossy=is_lossy)
+    return _read_grey(plane, rules, name, is_lossy=is_lossy)
 
 
 def read_nonzero(pixels: Pixels, rules: MaskRules) -> MaskReading:
@@ -159,7 +163,7 @@ def to_colors(class_ids: npt.NDArray[Any], classes: Sequence[ClassColor]) -> Pix
     return np.take(table, class_ids, axis=0)
 
 
-def _read_grey(plane: Pixels, rules: MaskRules, name: str) -> MaskReading:
+def _read_grey(plane: Pixels, rules: MaskRules, name: str, *, is_lossy: bool) -> MaskReading:
     exact = _read_exact(plane, rules)
     if exact is not None:
         return MaskReading(exact)
@@ -169,7 +173,8 @@ def _read_grey(plane: Pixels, rules: MaskRules, name: str) -> MaskReading:
     if rules.encoding == "auto" and levels[-1] < MAX_CLASSES and (as_index[levels] >= 0).all():
         return MaskReading(as_index.astype(np.uint8)[plane])
     known = known_colors(rules, is_16_bit=bool(levels[-1] >= MAX_CLASSES))
-    return _read_coded(code_grey(plane, counts[: levels[-1] + 1], known), rules, name)
+    coded = code_grey(plane, counts[: levels[-1] + 1], known)
+    return _read_coded(coded, rules, name, is_lossy=is_lossy)
 
 
 def _read_exact(plane: Pixels, rules: MaskRules) -> ClassIds | None:
@@ -202,21 +207,22 @@ def _ids_of_levels(rules: MaskRules) -> tuple[ClassIds, int] | None:
     return table, int(free[-1])
 
 
-def _read_coded(coded: CodedMask, rules: MaskRules, name: str) -> MaskReading:
+def _read_coded(coded: CodedMask, rules: MaskRules, name: str, *, is_lossy: bool) -> MaskReading:
     shades = coded.shades
     ids = lookup(coded.ids[shades.nearest], coded.codes)
     counts = np.where(shades.is_exact, 0, coded.counts)
     num_colors = int(np.count_nonzero(counts))
     if not num_colors:
         return MaskReading(ids)
-    if num_colors <= FEW_COLORS:
+    has_few = num_colors <= FEW_COLORS and not is_lossy
+    if has_few:
         _refuse_ignore_id(coded, np.flatnonzero(counts), rules, name=name)
     # Most masks have unmapped pixels only along the edges of a few areas.
     box = _box_around(lookup(~shades.is_exact, coded.codes))
     codes = np.ascontiguousarray(coded.codes[box])
     assigned = assign_classes(codes, shades)
-    is_clean = num_colors <= FEW_COLORS and has_sharp_edges(coded.codes, shades)
-    areas = find_solid_areas(codes, shades, assigned, coded.counts, is_clean=is_clean)
+    kind = kind_of(coded.codes, shades) if has_few else "noisy"
+    areas = find_solid_areas(codes, shades, assigned, coded.counts, kind)
     if areas:
         _refuse_areas(areas, box, coded, rules, name=name)
     ids[box] = lookup(coded.ids, assigned.index)

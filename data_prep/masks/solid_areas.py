@@ -11,19 +11,20 @@ Any other area is a label that the classes do not name. Three kinds are found:
 A sharp area with a square of 3 x 3 pixels needs no class colours around if its colour is no blend
 of any two classes.
 
-A mask of few colours has no noise. There, 4 connected pixels also count if their colour is no blend
-of any two classes. If the edges between its classes are sharp but for one or two places, it has no
-blends either, and any 4 connected pixels count. Else the colours of areas may also be within the
-tolerance of a class: of the class around them, or of one whose own colour occurs in the mask. A
-mask without that colour may have the class in a slightly different one.
+A mask of few colours has no noise, unless it is a JPEG file. There, 4 connected pixels also count
+if their colour is no blend of any two classes. If the edges between its classes are sharp but for
+one or two places, it has no blends either, and any 4 connected pixels count. Else the colours of
+areas may also be within the tolerance of a class: of the class around them, or of one whose own
+colour occurs in the mask. A mask without that colour may have the class in a slightly different
+one.
 
 Limits: after resampling, areas of under about 100 pixels (after JPEG compression 400) and lines of
-1 or 2 pixels look like blends. Colours about
-20 levels apart cannot be distinguished.
+1 or 2 pixels look like blends. Colours about 20 levels apart cannot be distinguished.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +44,7 @@ _SHARP_EDGES = 4  # sharp edges for each unmapped pixel between two classes, in 
 _MIN_SHARP_EDGES = 16  # pairs of pixels
 _MAX_BLENDS = 2  # connected parts; an area on an edge between two classes looks like one
 _NEARBY = 9  # pixels, side of the square in which a pixel between two classes has both
-FEW_COLORS = 8  # unmapped colours of a mask without blends
+FEW_COLORS = 8  # unmapped colours of a mask of few colours
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,14 @@ class SolidArea:
     column: int
 
 
-def has_sharp_edges(codes: Codes, shades: Shades) -> bool:
-    """Returns whether the edges between the classes of a whole mask have no blends.
+Kind = Literal["clean", "few", "noisy"]
+"""clean: few colours and sharp edges; few: few colours; noisy: others, and JPEG files."""
 
-    Most of them then have pixels of both classes side by side.
+
+def kind_of(codes: Codes, shades: Shades) -> Kind:
+    """Returns the kind of a whole mask of few colours.
+
+    Most edges between the classes of a clean mask have pixels of both classes side by side.
     """
     import cv2
 
@@ -78,7 +83,8 @@ def has_sharp_edges(codes: Codes, shades: Shades) -> bool:
     highest = cv2.dilate(index, square)
     lowest = -cv2.dilate(np.where(index < 0, np.int16(-1 << 14), -index), square)
     num_between = int(np.count_nonzero((index < 0) & (highest >= 0) & (highest != lowest)))
-    return num_sharp >= max(_MIN_SHARP_EDGES, _SHARP_EDGES * num_between)
+    is_sharp = num_sharp >= max(_MIN_SHARP_EDGES, _SHARP_EDGES * num_between)
+    return "clean" if is_sharp else "few"
 
 
 def find_solid_areas(
@@ -86,8 +92,7 @@ def find_solid_areas(
     shades: Shades,
     assigned: Assignment,
     counts: npt.NDArray[np.integer],
-    *,
-    is_clean: bool = False,
+    kind: Kind,
 ) -> list[SolidArea]:
     """Returns the areas of no class, the largest first.
 
@@ -96,17 +101,18 @@ def find_solid_areas(
             pixels.
         assigned: the classes of the same pixels.
         counts: (M,) pixels of each colour in the whole mask.
-        is_clean: the whole mask has few colours, and sharp edges.
+        kind: of the whole mask.
     """
     if assigned.is_exact.all():
         return []
-    if is_clean and _num_blends(assigned) <= _MAX_BLENDS:
+    if kind == "clean" and _num_blends(assigned) <= _MAX_BLENDS:
         by_color = _areas_by_color(codes, shades, ~assigned.is_exact)
         return sorted(by_color, key=lambda area: -area.num_pixels)
     is_found = _soft_pixels(codes, shades, assigned)
     num_exact = np.zeros(len(shades.colors), np.int64)
     np.add.at(num_exact, shades.nearest[shades.is_exact], counts[shades.is_exact])
-    is_found |= _SharpAreas(codes, shades, assigned, num_exact >= _MIN_SOFT).pixels()
+    is_there = num_exact >= _MIN_SOFT if kind != "noisy" else None
+    is_found |= _SharpAreas(codes, shades, assigned, is_there).pixels()
     is_found |= _noisy_pixels(assigned)
     areas = [_area(codes, shades, box, inside) for box, inside in _components(is_found, 1)]
     return sorted(areas, key=lambda area: -area.num_pixels)
@@ -205,20 +211,23 @@ class _SharpAreas:
     """Finds the sharp areas of one mask; see `find_solid_areas` for the other arguments.
 
     Args:
-        is_there: (K,) classes whose own colour occurs in the whole mask.
+        is_there: (K,) classes whose own colour occurs in the whole mask; None: it is noisy.
     """
 
-    def __init__(self, codes: Codes, shades: Shades, assigned: Assignment, is_there: Flags) -> None:
+    def __init__(
+        self, codes: Codes, shades: Shades, assigned: Assignment, is_there: Flags | None
+    ) -> None:
         self._codes, self._shades, self._assigned = codes, shades, assigned
-        self._is_distinct = is_there[shades.nearest] & shades.is_near & ~shades.is_exact
-        self._has_few = False
+        self._has_few = is_there is not None
+        self._is_distinct = shades.is_near & ~shades.is_exact
+        if is_there is not None:
+            self._is_distinct &= is_there[shades.nearest]
 
     def pixels(self) -> Flags:
         """Returns (H, W) bool, the pixels of sharp areas."""
         codes, shades = self._codes, self._shades
         result = np.zeros(codes.shape, bool)
         cores = ~self._assigned.is_exact
-        self._has_few = self._num_colors(cores) <= FEW_COLORS
         if self._has_few:
             result = self._no_blends(cores) | self._near_classes(cores)
         else:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep.masks.color_map import DEFAULT_CLASSES, parse_color_map
+from data_prep.masks.files import read_mask, read_mask_file
 from data_prep.masks.reading import read_classes
 from data_prep.masks.rules import MaskRules
 from flexunet.errors import ContentError
@@ -18,6 +19,7 @@ from tests.data_prep.masks.drawn_masks import (
     random_ids,
     resized,
 )
+from tests.data_prep.masks.made_masks import grey_file
 
 ORGANS = parse_color_map("background=0,0,0;mass=255,0,0;calcification=0,0,255")
 
@@ -74,6 +76,21 @@ def test_a_large_area_is_named_after_jpeg_compression(seed: int) -> None:
     found = re.search(r"of colour (\d+),(\d+),(\d+) at", str(error.value))
     assert found
     assert np.abs(np.array([int(each) for each in found.groups()]) - color).max() <= 24
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("quality", [95, 98, 100])
+def test_noise_of_few_levels_in_a_jpeg_file_is_no_area(quality: int, seed: int) -> None:
+    ids = random_ids(np.random.default_rng(seed), 2)
+    rules = MaskRules(DEFAULT_CLASSES, encoding="colour")
+    data = grey_file(ids * 255, "JPEG", quality=quality)
+    file = read_mask_file(data, name="m.jpg", max_pixels=10**5)
+    assert np.array_equal(read_mask(file, rules, name="m.jpg").ids, ids)
+    mask = ids * 255
+    mask[30:60, 40:70] = 120
+    data = grey_file(mask, "JPEG", quality=quality)
+    with pytest.raises(ContentError, match=r"m\.jpg: has areas of a colour of no class"):
+        read_mask(read_mask_file(data, name="m.jpg", max_pixels=10**5), rules, name="m.jpg")
 
 
 @pytest.mark.parametrize(
