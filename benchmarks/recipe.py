@@ -88,10 +88,10 @@ def trained(data: str, num_steps: int, seed: int, arm: dict[str, Any]) -> float:
         while state.epoch < epochs:
             for _ in trainer.train_steps(state):
                 pass
-            row = trainer.validate(state, lambda: False)
-            assert row is not None
-            trainer.finish_epoch(state, row, images_per_s=0.0)
-            if state.best and state.best["epoch"] == row["epoch"]:
+            numbers = trainer.validate(state, lambda: False)
+            assert numbers is not None
+            trainer.finish_epoch(state, numbers, images_per_s=0.0)
+            if state.best and state.best["epoch"] == numbers.row["epoch"]:
                 best = trainer.model.get_weights()
         trainer.model.set_weights(best)
         summary = trainer.evaluator.evaluate("test", trainer.readers["test"]).summary

@@ -1,6 +1,7 @@
-"""Expands `~` in paths from options and config files."""
+"""Expands `~` in paths from options and config files; finds secrets in addresses."""
 
 import os
+from urllib.parse import urlsplit
 
 
 def expand_home(path: str) -> str:
@@ -18,3 +19,9 @@ def expand_home(path: str) -> str:
             f"{user}: this user has no home folder here; for a file of this name, write ./{user}"
         )
     return found
+
+
+def has_secret(address: str) -> bool:
+    """Returns whether a URL has a user, a password, or a query, which may be a token."""
+    parts = urlsplit(address)
+    return bool(parts.scheme and ("@" in parts.netloc or parts.query))

@@ -22,13 +22,12 @@ from job.models.compatibility import check_compatible
 from job.planning.facts import machine_facts
 from job.planning.options import begun_config, needs_plan
 from job.planning.settle import preview
-from job.reporting.html_report import renew_report
 from job.reporting.training_display import TrainingDisplay
 from job.runs.checkpoints import find_checkpoints
 from job.runs.layout import run_url
 from job.runs.provenance import check_origin
 from job.runs.run import Run
-from job.training.loop import earlier_outcome
+from job.training.loop import earlier_outcome, renew_ended_run
 from job.training.process import stop_signals, stored_precision
 from launcher.cluster.connection import connected
 from launcher.cluster.node_checks import check_nodes
@@ -201,7 +200,7 @@ def _outcome_so_far(
         if outcome is None:
             run.note_end("looked")
         else:
-            renew_report(run.store)  # a later evaluation may have changed it
+            renew_ended_run(config, run, outcome)
         return outcome, config
 
 

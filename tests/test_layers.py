@@ -92,6 +92,7 @@ ORDERS = {
         "job.inference",
         "job.evaluation",
         "job.comparison",
+        "job.trackers",
         "job.training",
         "job.api",
         *COMMANDS,

@@ -131,6 +131,9 @@ class TrainOptions(TypedDict, total=False):
     step_timeout: float
     storage_timeout: float
     tensorboard: bool
+    tracker: Literal["mlflow"] | None
+    tracking_uri: StrPath | None
+    experiment: str | None
     progress: bool
     model: ModelConfig | Mapping[str, Any]
     loss: LossConfig | Mapping[str, Any]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import ModelWrapValidatorHandler, field_validator, model_validator
 
 from flexunet.errors import UsageError
+from flexunet.paths import has_secret
 from flexunet.settings import Settings, deep_merge, option
 from job.config.augmentation import AugmentationConfig
 from job.config.groups import (
@@ -252,7 +253,33 @@ class TrainConfig(Settings):
         not_identity=True,
         ge=0,
     )
-    tensorboard: bool = option(True, "Write TensorBoard event files.", not_identity=True)
+    tensorboard: bool = option(
+        True,
+        "Write TensorBoard event files: the numbers of each epoch, overlays and precision-recall "
+        "curves of the predicted images.",
+        not_identity=True,
+    )
+    tracker: Literal["mlflow"] | None = option(
+        None,
+        "Send options, numbers and curves to a tracker, too: mlflow, with the extra "
+        "flexunet[mlflow]. Training does not wait for the tracker. What it misses is sent later, "
+        "from the files of the run.",
+        not_identity=True,
+    )
+    tracking_uri: str | None = option(
+        None,
+        "With tracker: address of the MLflow server, or a folder. none: MLFLOW_TRACKING_URI. User "
+        "and password come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
+        not_identity=True,
+        path=True,
+    )
+    experiment: str | None = option(
+        None,
+        "With tracker: name of the MLflow experiment, which is created if needed. none: "
+        "MLFLOW_EXPERIMENT_NAME, else Default.",
+        not_identity=True,
+        min_length=1,
+    )
     progress: bool = option(True, "Show a progress bar on a terminal.", not_identity=True)
 
     model: ModelConfig = ModelConfig()
@@ -267,6 +294,16 @@ class TrainConfig(Settings):
         if name is not None and not RUN_NAME.fullmatch(name):
             raise ValueError(f"not a run name; use {RUN_NAME_RULE}")
         return name
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _has_no_secret(cls, uri: str | None) -> str | None:
+        if uri is not None and has_secret(uri):
+            raise ValueError(
+                "an address with a user, password or query would be stored with the run; set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
+        return uri
 
     @field_validator("hybrid_weights")
     @classmethod

@@ -155,6 +155,11 @@ def _refuse_to_plan_again(stored: Mapping[str, Any], run: str) -> None:
 
 _OF_ATTEMPT = frozenset({"accumulate", "precision"})  # an attempt may find its own value
 
+_PATHS = (
+    *("data", "output", "cache_dir", "prediction_folder", "init_from", "time_schedule"),
+    "tracking_uri",
+)
+
 # Options that select the run.
 _PLACE = ("data", "output", "name", "folds", "fold")
 
@@ -222,7 +227,7 @@ def stored_yaml(run: ObjectStore) -> dict[str, Any]:
 def _absolute(config: TrainConfig) -> TrainConfig:
     """Returns `config` with absolute paths."""
     paths: dict[str, Any] = {}
-    for name in ("data", "output", "cache_dir", "prediction_folder", "init_from", "time_schedule"):
+    for name in _PATHS:
         value = getattr(config, name)
         if value is not None and "://" not in value:
             paths[name] = os.path.abspath(value)

@@ -17,6 +17,7 @@ from job.optimization.time_schedule import seconds_of
 from job.planning.options import stored_yaml
 from job.reporting.html_report import renew_report
 from job.runs.run import Run
+from job.trackers.opening import send_ended_run
 from job.training.setup import Callbacks, TrainingSetup
 from job.training.state import TrainState
 
@@ -49,8 +50,8 @@ def train_and_evaluate(setup: TrainingSetup, callbacks: Callbacks) -> dict[str, 
     process_group, run = setup.process_group, setup.run
     outcome = process_group.run_on_primary(lambda: _looked_for_outcome(setup))
     if outcome is not None:
-        # `evaluate` may have replaced its evaluation.
-        process_group.run_on_primary(lambda: renew_report(run.store) if run is not None else None)
+        ended = outcome
+        process_group.run_on_primary(lambda: renew_ended_run(setup.config, run, ended))
         return outcome
     from job.training.trainer_factory import open_trainer
 
@@ -109,13 +110,14 @@ class _Loop:
         """Validates, and stores the results of the epoch."""
         trainer, number = self.trainer, state.epoch + 1
         self.callbacks.begin(f"validation of epoch {number}")
-        row = trainer.validate(state, self._asks_to_stop)
+        numbers = trainer.validate(state, self._asks_to_stop)
         self.callbacks.begin(f"end of epoch {number}")
-        if row is None:
+        if numbers is None:
             raise self._end(trainer.end_stopped, state)
+        row = numbers.row
         if not math.isfinite(row["val_loss"]):
             raise self._end(trainer.end_diverged, state, row["val_loss"])
-        trainer.finish_epoch(state, row, images_per_s=clock.images_per_s)
+        trainer.finish_epoch(state, numbers, images_per_s=clock.images_per_s)
         self.callbacks.report({"event": "epoch", "num_epochs": trainer.config.epochs, **row})
         self._report_stored()
 
@@ -210,6 +212,19 @@ def earlier_outcome(
         )
     run.clear_outcome()
     return None
+
+
+def renew_ended_run(config: TrainConfig, run: Run | None, outcome: Mapping[str, Any]) -> None:
+    """Writes the report of an ended run again, and sends to its tracker what that lacks.
+
+    `evaluate` may have replaced its evaluation, and the tracker may have missed its end.
+
+    Args:
+        run: owned by this process.
+    """
+    assert run is not None  # noqa: S101 - only the owner calls it
+    renew_report(run.store)
+    send_ended_run(config, run, outcome)
 
 
 def _is_complete(outcome: Mapping[str, Any], config: TrainConfig) -> bool:

@@ -29,6 +29,7 @@ from job.reporting.training_display import TrainingDisplay
 from job.runs.identity import differences
 from job.runs.provenance import check_encoder, check_origin
 from job.runs.run import Run
+from job.trackers.target import find_target
 from job.training.dry_step import measure_step
 from job.training.loop import train_and_evaluate
 from job.training.setup import Callbacks, TrainingSetup
@@ -100,6 +101,8 @@ def run_process(
         FlexUNetError: also if another process ended or cannot be reached.
     """
     # Check first whatever can be checked without TensorFlow, whose import takes seconds.
+    if spec is None or spec.rank == 0:
+        find_target(config)
     dataset = open_folded(config)
     placement = placement or Placement()
     planned = config

@@ -14,8 +14,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -23,7 +22,6 @@ import numpy as np
 import tensorflow as tf
 
 from data_prep.shards.manifest import MANIFEST_NAME
-from data_prep.sources.dicom_files import stem_of
 from flexunet.errors import ContentError, FlexUNetError, StorageError
 from flexunet.progress import Heartbeat
 from flexunet.settings import write_yaml
@@ -31,15 +29,12 @@ from flexunet.storage import NotFound, ObjectStore, open_store
 from flexunet.tables import csv_table
 from flexunet.text import pluralize
 from job.config import TrainConfig
-from job.data.cases import read_case
 from job.data.dataset import Dataset
-from job.data.reader import RecordReader
 from job.evaluation.artifacts import evaluation_folder, write_evaluation
 from job.evaluation.evaluator import Evaluation, Evaluator
-from job.inference.inputs import find_images, read_any
-from job.inference.preprocess import to_model_pixels
 from job.optimization.optimizer import Adam
 from job.optimization.time_schedule import RECORD_NAME
+from job.postprocessing.masks import masked
 from job.reporting import plots
 from job.reporting.csv_tables import CURVE_LABELS, CURVE_TITLES, History
 from job.reporting.html_report import renew_report
@@ -49,16 +44,32 @@ from job.runs.layout import CheckpointRef, checkpoint_prefix
 from job.runs.provenance import source_commit
 from job.runs.run import Run
 from job.runs.upload_queue import UploadQueue
-from job.training.setup import TrainingSetup
-from job.training.staging import kept_if_unstored, kept_words, staging_folder
+from job.trackers.background import BackgroundTracker, Status
+from job.trackers.numbers import (
+    CLASS_DICE_NAME,
+    Row,
+    class_dice_table,
+    joined_rows,
+    read_class_dice,
+)
+from job.trackers.tensorboard import EventLog
+from job.training.staging import kept_words
 from job.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class PredictionInput:
+    """An image (H, W, C) in the format of the dataset, and its true class ids (H, W), if known."""
+
+    image: np.ndarray
+    truth: np.ndarray | None = None
+
+
 @dataclasses.dataclass
 class RunWriter:
-    """Writes the results of one run; made by `open_run_writer`."""
+    """Writes the results of one run; made by `trainer_factory.open_run_writer`."""
 
     config: TrainConfig
     run: Run
@@ -66,9 +77,12 @@ class RunWriter:
     evaluator: Evaluator
     model: Any
     optimizer: Adam
-    prediction_inputs: dict[str, np.ndarray]  # predicted after every epoch, by name, (H, W, C)
+    prediction_inputs: dict[str, PredictionInput]  # predicted after every epoch, by name
     staging: str
-    events: Any  # a tf.summary writer, or None
+    events: EventLog | None
+    tracker: BackgroundTracker | None
+    # Rows of CLASS_DICE_NAME, of the finished epochs.
+    class_dice: list[Row] = dataclasses.field(default_factory=list)
     # Functions that complete the checkpoints that are not stored yet, oldest first.
     pending: list[Callable[[], dict[str, str]]] = dataclasses.field(default_factory=list)
     memory: serialization.Memory = dataclasses.field(default_factory=list)
@@ -101,6 +115,7 @@ class RunWriter:
         with tempfile.TemporaryDirectory(dir=self.staging) as folder:
             found = self.run.restore(folder, moved=heartbeat)
             if found is None:
+                self._notify_tracker(0)
                 return None
             commit, members = found
             serialization.read_trained_weights(self.model, self.optimizer, members)
@@ -113,8 +128,10 @@ class RunWriter:
             pluralize(state.epoch, "epoch"),
             pluralize(state.step_in_epoch, "step"),
         )
+        self.class_dice = read_class_dice(self.run.store, state.epoch)
         self.write_tables(state)
         self._rewrite_events(state)
+        self._notify_tracker(state.epoch)
         return values
 
     def save(self, state: TrainState, heartbeat: Heartbeat) -> None:
@@ -159,20 +176,28 @@ class RunWriter:
         Args:
             heartbeat: called for every batch of windows.
         """
-        for name, pixels in self.prediction_inputs.items():
-            ids = self.evaluator.mask_of(pixels, heartbeat)
-            mask_png = plots.mask_png(ids, self.evaluator.dataset.manifest.classes)
+        evaluator = self.evaluator
+        for name, each in self.prediction_inputs.items():
+            probabilities = evaluator.predict(each.image, heartbeat)
+            ids = masked(probabilities, evaluator.postprocessing)
+            mask_png = plots.mask_png(ids, evaluator.dataset.manifest.classes)
             # The reference counts epochs from 1 here.
             self.put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", mask_png)
+            if self.events is not None:
+                self.events.add_case(name, each.image, each.truth, ids, probabilities)
+        if self.events is not None:
+            self.events.put_epoch(epoch)
 
-    def end_epoch(self, state: TrainState, row: Mapping[str, Any], heartbeat: Heartbeat) -> None:
+    def end_epoch(self, state: TrainState, class_dice: Row, heartbeat: Heartbeat) -> None:
         """Stores the results of an epoch except predictions, with a checkpoint last.
 
         Args:
             heartbeat: as for `save`.
         """
+        self.class_dice.append(class_dice)
         self.write_tables(state)
-        self._write_events(row)
+        if self.events is not None:
+            self.events.write_numbers(self._joined_rows(state)[-1:])
         self.save(state, heartbeat)
 
     def write_tables(self, state: TrainState) -> None:
@@ -188,6 +213,8 @@ class RunWriter:
         columns = list(state.throughput[0])
         rows = ([row[name] for name in columns] for row in state.throughput)
         self.put("metrics/throughput.csv", csv_table(columns, rows).encode())
+        if self.class_dice:
+            self.put(CLASS_DICE_NAME, class_dice_table(self.class_dice).encode())
         curves = {
             "train_losses": ("loss", "val_loss"),
             "train_metrics": tuple(names),
@@ -243,6 +270,7 @@ class RunWriter:
         ref = {"epoch": state.epoch + 1, "step": state.step_in_epoch}
         self.upload_queue.post(lambda: self.run.note_end("stopped", **ref))
         self.flush(heartbeat)
+        self._note_status("KILLED")
 
     def write_outcome(
         self, status: str, exit_code: int, details: Mapping[str, Any], heartbeat: Heartbeat
@@ -251,6 +279,7 @@ class RunWriter:
         self.upload_queue.post(lambda: self.run.write_outcome(status, exit_code, **details))
         self.upload_queue.post(lambda: renew_report(self._store))
         self.flush(heartbeat)
+        self._note_status("FINISHED" if status == "finished" else "FAILED")
 
     def write_description(self, dataset: Dataset, strategy: Any) -> None:
         """Stores the config, the environment and a copy of the manifest."""
@@ -282,103 +311,32 @@ class RunWriter:
             self.run.collect_garbage(self.config.keep_checkpoints)
             self.pending.remove(finish)
             self.stored.append(stored)
+            if self.tracker is not None:
+                self.tracker.notify(epoch)
             shutil.rmtree(folder, ignore_errors=True)
 
         self.pending.append(finish)
         self.upload_queue.post(store, is_large=True)
 
     def _rewrite_events(self, state: TrainState) -> None:
-        """Writes the events of all epochs as those of this attempt, each epoch once.
+        """Writes the numbers of all epochs as those of this attempt, each epoch once."""
+        events, run, num_epochs = self.events, self.run, state.epoch
+        if events is not None:
+            events.write_numbers(self._joined_rows(state))
+            self.upload_queue.post(lambda: events.forget_others(run.store, num_epochs))
 
-        A killed attempt may have stored events of an epoch without a checkpoint.
-        """
-        if self.events is None:
-            return
-        for row in state.rows:
-            self._write_events(row)
+    def _joined_rows(self, state: TrainState) -> list[dict[str, Any]]:
+        return joined_rows(state.rows, state.throughput, class_dice=self.class_dice)
 
-        def forget() -> None:
-            for stat in self.run.store.list("tensorboard/"):
-                if not stat.name.startswith(f"tensorboard/attempt-{self.run.attempt}/"):
-                    self.run.store.delete(stat.name)
+    def _notify_tracker(self, num_epochs: int) -> None:
+        """Notifies the tracker when everything so far is stored."""
+        tracker = self.tracker
+        if tracker is not None:
+            self.upload_queue.post(lambda: tracker.notify(num_epochs))
 
-        self.upload_queue.post(forget)
-
-    def _write_events(self, row: Mapping[str, Any]) -> None:
-        if self.events is None:
-            return
-        with self.events.as_default():
-            for name, value in row.items():
-                if name != "epoch" and value is not None:
-                    tf.summary.scalar(name, value, step=row["epoch"])
-        self.events.flush()
-        folder = os.path.join(self.staging, "tensorboard")
-        for name in os.listdir(folder):
-            with open(os.path.join(folder, name), "rb") as file:
-                self.put(f"tensorboard/attempt-{self.run.attempt}/{name}", file.read())
-
-
-@contextmanager
-def open_run_writer(
-    setup: TrainingSetup,
-    evaluator: Evaluator,
-    model: Any,
-    optimizer: Adam,
-    reader: RecordReader,
-    *,
-    heartbeat: Heartbeat,
-) -> Iterator[RunWriter]:
-    """Yields the run writer of `setup`; leaving the block waits until everything is stored.
-
-    Args:
-        reader: of the validation split.
-        heartbeat: called while that takes long and bytes move.
-    """
-    config, run = setup.config, setup.run
-    assert run is not None  # noqa: S101 - only the primary has a run writer
-    pending: list[Callable[[], dict[str, str]]] = []
-    with staging_folder(run.url) as staging, kept_if_unstored(pending), ExitStack() as stack:
-        events = None
-        if config.tensorboard:
-            events = tf.summary.create_file_writer(os.path.join(staging, "tensorboard"))
-            stack.callback(events.close)
-        upload_queue = stack.enter_context(
-            UploadQueue(budget_s=config.storage_timeout, heartbeat=heartbeat)
-        )
-        yield RunWriter(
-            config=config,
-            run=run,
-            upload_queue=upload_queue,
-            evaluator=evaluator,
-            model=model,
-            optimizer=optimizer,
-            prediction_inputs=_prediction_inputs(config, evaluator, reader),
-            staging=staging,
-            events=events,
-            pending=pending,
-        )
-
-
-def _prediction_inputs(
-    config: TrainConfig, evaluator: Evaluator, reader: RecordReader
-) -> dict[str, np.ndarray]:
-    """Returns the images to predict after every epoch, by name, in the dataset's format."""
-    count, dataset = config.prediction_images, evaluator.dataset
-    if config.prediction_folder is None:
-        chosen = evaluator.cases_of(dataset.split("valid"))[:count]
-        return {each.id: read_case(reader, each)[0] for each in chosen}
-    store = open_store(config.prediction_folder)
-    prediction_inputs = {}
-    for name in find_images(store, count):
-        stem, url = stem_of(name).replace("/", "_"), f"{store.url}/{name}"
-        try:
-            image, value_max = read_any(store.get(name), name=url)
-            pixels, _ = to_model_pixels(image, dataset.manifest, name=url, value_max=value_max)
-        except ContentError as error:
-            logger.warning("--prediction-folder: skipped an image: %s", error)
-            continue
-        prediction_inputs[stem] = pixels
-    return prediction_inputs
+    def _note_status(self, status: Status) -> None:
+        if self.tracker is not None:
+            self.tracker.status = status
 
 
 def _environment(

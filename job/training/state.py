@@ -15,6 +15,19 @@ from job.optimization.schedule import (
 from job.optimization.time_schedule import Record, TimeSchedule, seconds_of
 
 
+@dataclass(frozen=True)
+class EpochNumbers:
+    """The numbers of a trained and validated epoch.
+
+    Attributes:
+        row: of `history.csv`.
+        class_dice: of `class_dice.csv`.
+    """
+
+    row: dict[str, Any]
+    class_dice: dict[str, Any]
+
+
 @dataclass
 class TrainState:
     """Holds the state of a run; JSON types only, so that floats are restored bit by bit."""

@@ -34,9 +34,10 @@ from job.postprocessing.stored import POSTPROCESSING_NAME
 from job.runs.layout import ORIGIN_NAME
 from job.runs.provenance import Origin, as_record, origin_json, read_origin, set_initial_weights
 from job.runs.run import Run
+from job.trackers.numbers import class_dice_row
 from job.training.run_writer import RunWriter
 from job.training.setup import TrainingSetup
-from job.training.state import TrainState, diverged_words
+from job.training.state import EpochNumbers, TrainState, diverged_words
 from job.training.step import SKIPPED, StepMessages
 
 logger = logging.getLogger(__name__)
@@ -194,8 +195,8 @@ class Trainer:
                 scale.value,
             )
 
-    def validate(self, state: TrainState, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """Validates; returns the table row of the epoch; None if stopped."""
+    def validate(self, state: TrainState, should_stop: Callable[[], bool]) -> EpochNumbers | None:
+        """Validates; returns the numbers of the epoch; None if stopped."""
         running = RunningSums()
         running.load_state(state.sums)
         try:
@@ -213,9 +214,12 @@ class Trainer:
         row |= means_of(running, self.evaluator.metrics)
         row |= {f"val_{name}": value for name, value in validation.means.items()}
         foreground = validation.summary["foreground_mean"]
-        return row | {f"val_foreground_{name}": foreground[name] for name in ("dice", "iou")}
+        row |= {f"val_foreground_{name}": foreground[name] for name in ("dice", "iou")}
+        return EpochNumbers(row, class_dice_row(state.epoch, validation.summary["classes"]))
 
-    def finish_epoch(self, state: TrainState, row: dict[str, Any], *, images_per_s: float) -> None:
+    def finish_epoch(
+        self, state: TrainState, numbers: EpochNumbers, *, images_per_s: float
+    ) -> None:
         """Ends the current epoch: updates the schedules, then stores its results.
 
         All processes wait for the first, which may have to wait for earlier checkpoints.
@@ -225,6 +229,7 @@ class Trainer:
         """
         averages = self.optimizer.average.variables if self.optimizer.average else []
         self.process_group.check_same([*self.model.variables, *averages])
+        row = numbers.row
         is_best = state.watch(row["val_loss"], self.config.schedule)
         state.rows.append(row)
         state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
@@ -239,7 +244,7 @@ class Trainer:
                 run_writer.write_predictions(row["epoch"], heartbeat)
             used_s = self._used_s()
             state.note_epoch_end(used_s)
-            run_writer.end_epoch(state, row, heartbeat)
+            run_writer.end_epoch(state, numbers.class_dice, heartbeat)
             return used_s
 
         # Images of many windows take long, and so does a slow connection to storage.

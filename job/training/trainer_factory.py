@@ -1,21 +1,28 @@
 """Makes a trainer: model, optimizer, compiled step, readers and run writer."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import tensorflow as tf
 
+from data_prep.sources.dicom_files import stem_of
+from flexunet.errors import ContentError
 from flexunet.progress import Heartbeat, no_heartbeat
+from flexunet.storage import open_store
 from flexunet.text import pluralize
+from job.config import TrainConfig
 from job.config.groups import ModelConfig
+from job.data.cases import read_case
 from job.data.reader import RecordReader
 from job.data.shard_cache import CacheOptions, open_readers
 from job.distributed.exchange_plan import agreed_plan
 from job.distributed.replica_sums import Criterion
 from job.distributed.xla import uses_xla
 from job.evaluation.evaluator import Evaluator, make_evaluator
+from job.inference.inputs import find_images, read_any
+from job.inference.preprocess import to_model_pixels
 from job.losses import is_mean
 from job.models.encoders.mobile import is_encoder_weight
 from job.models.ensemble import network_of
@@ -24,8 +31,12 @@ from job.optimization.averaging import WeightAverage
 from job.optimization.loss_scale import loss_scale_for
 from job.optimization.optimizer import Adam, SlowWeights
 from job.runs.loading import model_for
-from job.training.run_writer import RunWriter, open_run_writer
+from job.runs.upload_queue import UploadQueue
+from job.trackers.opening import open_tracker
+from job.trackers.tensorboard import EventLog
+from job.training.run_writer import PredictionInput, RunWriter
 from job.training.setup import TrainingSetup
+from job.training.staging import kept_if_unstored, staging_folder
 from job.training.step import StepMessages, StepOptions, make_train_step
 from job.training.trainer import Trainer
 
@@ -147,3 +158,69 @@ def _train_step(setup: TrainingSetup, model: Any, optimizer: Adam, evaluator: Ev
             gradient_dtype=config.gradient_dtype,
         ),
     )
+
+
+@contextmanager
+def open_run_writer(
+    setup: TrainingSetup,
+    evaluator: Evaluator,
+    model: Any,
+    optimizer: Adam,
+    reader: RecordReader,
+    *,
+    heartbeat: Heartbeat,
+) -> Iterator[RunWriter]:
+    """Yields the run writer of `setup`; leaving the block waits until everything is stored.
+
+    Args:
+        reader: of the validation split.
+        heartbeat: called while that takes long and bytes move.
+    """
+    config, run = setup.config, setup.run
+    assert run is not None  # noqa: S101 - only the primary has a run writer
+    pending: list[Callable[[], dict[str, str]]] = []
+    with staging_folder(run.url) as staging, kept_if_unstored(pending), ExitStack() as stack:
+        tracker = stack.enter_context(open_tracker(config, run))  # left when everything is stored
+        upload_queue = stack.enter_context(
+            UploadQueue(budget_s=config.storage_timeout, heartbeat=heartbeat)
+        )
+        run_writer = RunWriter(
+            config=config,
+            run=run,
+            upload_queue=upload_queue,
+            evaluator=evaluator,
+            model=model,
+            optimizer=optimizer,
+            prediction_inputs=_prediction_inputs(config, evaluator, reader),
+            staging=staging,
+            events=None,
+            tracker=tracker,
+            pending=pending,
+        )
+        if config.tensorboard:
+            classes = evaluator.dataset.manifest.classes
+            run_writer.events = EventLog(staging, run.attempt, classes, run_writer.put)
+            stack.callback(run_writer.events.close)
+        yield run_writer
+
+
+def _prediction_inputs(
+    config: TrainConfig, evaluator: Evaluator, reader: RecordReader
+) -> dict[str, PredictionInput]:
+    """Returns the images to predict after every epoch, by name, in the dataset's format."""
+    count, dataset = config.prediction_images, evaluator.dataset
+    if config.prediction_folder is None:
+        chosen = evaluator.cases_of(dataset.split("valid"))[:count]
+        return {each.id: PredictionInput(*read_case(reader, each)) for each in chosen}
+    store = open_store(config.prediction_folder)
+    prediction_inputs = {}
+    for name in find_images(store, count):
+        stem, url = stem_of(name).replace("/", "_"), f"{store.url}/{name}"
+        try:
+            image, value_max = read_any(store.get(name), name=url)
+            pixels, _ = to_model_pixels(image, dataset.manifest, name=url, value_max=value_max)
+        except ContentError as error:
+            logger.warning("--prediction-folder: skipped an image: %s", error)
+            continue
+        prediction_inputs[stem] = PredictionInput(pixels)
+    return prediction_inputs

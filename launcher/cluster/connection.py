@@ -19,14 +19,17 @@ from typing import Any
 
 from flexunet.errors import FlexUNetError, UsageError
 from flexunet.native_stderr import suppress_native_stderr
+from flexunet.paths import has_secret
 from flexunet.process_pool import available_cores
 from flexunet.python_path import unsafe_folders
 
 logger = logging.getLogger(__name__)
 
 # Endpoints that all processes must share. Credentials stay on each machine and are never sent.
-PASSED_ON = ("STORAGE_EMULATOR_HOST",)
-
+_PASSED_ON = (
+    *("STORAGE_EMULATOR_HOST", "MLFLOW_TRACKING_URI"),
+    *("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"),
+)
 
 _TICK_S = 0.1
 _SOCKET_BYTES = 107
@@ -192,7 +195,7 @@ def _init_options(is_local: bool, worker_logs: bool) -> dict[str, Any]:
         "job_config": job,
         "logging_level": logging.ERROR,
         "log_to_driver": worker_logs,
-        "runtime_env": {"env_vars": _passed_on()},
+        "runtime_env": {"env_vars": _passed_to_workers()},
     }
     if is_local:
         options |= {
@@ -203,12 +206,20 @@ def _init_options(is_local: bool, worker_logs: bool) -> dict[str, Any]:
     return options
 
 
-def _passed_on() -> dict[str, str]:
+def passed_on() -> dict[str, str]:
+    """Returns the environment variables that the processes of a cluster get from this one.
+
+    Ray shows and logs them, so an address with a password is not among them.
+    """
+    values = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    return {name: value for name, value in values.items() if not has_secret(value)}
+
+
+def _passed_to_workers() -> dict[str, str]:
     # The variables of a Ray job already reach its workers, and Ray rejects duplicates.
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     known = (job.get("runtime_env") or {}).get("env_vars") or {}
-    names = [name for name in PASSED_ON if name in os.environ and name not in known]
-    return {name: os.environ[name] for name in names}
+    return {name: value for name, value in passed_on().items() if name not in known}
 
 
 def _init(options: dict[str, Any]) -> None:

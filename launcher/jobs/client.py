@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from flexunet.errors import FlexUNetError, UsageError
 from flexunet.settings import Settings, option
-from launcher.cluster.connection import PASSED_ON
+from launcher.cluster.connection import passed_on
 
 STOP_TIMEOUT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 
@@ -90,8 +90,7 @@ def start(client: Any, *, job_id: str, entrypoint: str, stop_timeout_s: int) -> 
         UsageError: a job of this id exists or existed: Ray keeps its log.
         FlexUNetError: the job server failed or became unreachable.
     """
-    known = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    variables = {STOP_TIMEOUT_VARIABLE: str(stop_timeout_s)} | known
+    variables = {STOP_TIMEOUT_VARIABLE: str(stop_timeout_s)} | passed_on()
     try:
         client.submit_job(
             entrypoint=entrypoint, submission_id=job_id, runtime_env={"env_vars": variables}

@@ -43,6 +43,7 @@ from tests import commands
 from tests.job.discs import prepare_discs
 from tests.job.rival import take_over
 from tests.job.setups import one_process_setup
+from tests.job.tracked import steps_by_run, tracked_values
 
 MODEL = ModelConfig(num_layers=2, base_filters=4, base_kernels=(3, 3), dropout_rate=0.2)
 
@@ -88,9 +89,13 @@ def steps_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == "step"]
 
 
-def history_of(output: Path) -> list[dict[str, str]]:
-    with (output / "run" / "metrics" / "history.csv").open(newline="") as file:
+def table_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def history_of(output: Path) -> list[dict[str, str]]:
+    return table_of(output / "run" / "metrics" / "history.csv")
 
 
 def assert_same_history(first: Path, second: Path) -> None:
@@ -115,7 +120,8 @@ def finished(
     output = tmp_path_factory.mktemp("finished")
     average = OptimizerConfig(ema_momentum=0.5)
     config = config_for(dataset, output, tensorboard=True, keep_checkpoints=1, optimizer=average)
-    config = config.model_copy(update={"fit_postprocessing": True})
+    tracked = {"tracker": "mlflow", "tracking_uri": str(output / "mlruns"), "experiment": "own"}
+    config = config.model_copy(update={"fit_postprocessing": True, **tracked})
     return config, *train(config, one_cpu)
 
 
@@ -129,9 +135,29 @@ def test_one_device_two_replicas_and_a_restart_compute_the_same(
     for strategy, stop_after in ((one_cpu, 2), (two_cpus, 3)):
         with pytest.raises(StoppedError, match="same command resumes"):
             train(again, strategy, stop_after=stop_after)
+    again = again.model_copy(update={"tracking_uri": str(tmp_path / "mlruns")})
     _, rest = train(again, one_cpu)
     assert len(steps_of(rest)) == 1
     assert_same_history(Path(config.output), tmp_path)
+    check_tracked(Path(config.output), tmp_path)
+
+
+def check_tracked(first: Path, moved: Path) -> None:
+    """Checks what trackers have of `first`, and of a run that sends to a new folder at its end."""
+    losses = [float(row["val_loss"]) for row in history_of(first)]
+    assert tracked_values(moved / "mlruns", "own", "val_loss") == [
+        (1, pytest.approx(losses[0])),
+        (2, pytest.approx(losses[1])),
+    ]
+    found = steps_by_run(moved / "run" / "tensorboard")
+    assert set(found) == {"attempt-3", "validation"}
+    dice = found["attempt-3"]["val_dice/mass"]
+    assert dice == found["attempt-3"]["train_images_per_s"] == [0, 1]
+    assert set(map(tuple, found["validation"].values())) == {(0, 1)}
+    table = table_of(moved / "run" / "metrics" / "class_dice.csv")
+    assert [float(row["dice_mass"]) for row in table] == pytest.approx(
+        [float(row["val_foreground_dice"]) for row in history_of(first)]
+    )
 
 
 def test_a_run_that_xla_compiles_has_the_same_numbers(
@@ -149,8 +175,13 @@ def test_progress_of_a_resumed_run_is_that_of_the_whole_run(
     step = {"epoch": 1, "step": 2, "num_epochs": 3, "epoch_images": 12, "num_images": 4, "loss": 1}
     with TrainingDisplay(config_for(dataset, tmp_path)) as display:
         display.report({"event": "step", **step})
+        # The workers of a cluster died, and the next ones resume from an earlier checkpoint.
+        display.report({"event": "started"})
+        display.report({"event": "step", **step, "epoch": 0})
     # An epoch of 12, a step of 4, and this one.
-    assert caplog.messages == ["train: 20/36 images, epoch 2/3 step loss 1.0000"]
+    first, *_, last = caplog.messages
+    assert first == "train: 20/36 images, epoch 2/3 step loss 1.0000"
+    assert last == "train: 8/36 images, epoch 1/3 step loss 1.0000"
 
 
 def test_a_run_that_stops_early_says_so_and_what_goes_on(
@@ -277,6 +308,7 @@ def test_a_run_leaves_all_its_outputs(finished: Any) -> None:
     tables = ("train_losses", "train_metrics")
     assert {
         *("config.yaml", "environment.json", "dataset.json", "identity.json", "outcome.json"),
+        *("tracker.json", "metrics/class_dice.csv"),
         *(f"metrics/{name}{ending}" for name in tables for ending in (".csv", ".png")),
         *("metrics/history.csv", "metrics/foreground.png", "metrics/throughput.csv"),
         *(f"evaluation/{name}" for name in ("evaluation.csv", "per_case.csv", "summary.json")),
@@ -434,7 +466,8 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
     assert any(is_bar)
     assert not any(is_bar[reported.index("evaluating the test split with the best checkpoint") :])
 
-    broken = command(*options, "--name", "broken")
+    tracked = ["--tracker", "mlflow", "--tracking-uri", str(tmp_path / "mlruns"), "--tensorboard"]
+    broken = command(*options, *tracked, "--name", "broken")
     run = tmp_path / "broken"
 
     temporary = tmp_path / "temporary"
@@ -475,6 +508,11 @@ def test_killed_stopped_and_resumed_equals_never_stopped_bit_by_bit(
         assert (tmp_path / "control" / path).read_text() == (run / path).read_text()
     per_case = Path("evaluation") / "per_case.csv"
     assert (tmp_path / "control" / per_case).read_text() == (run / per_case).read_text()
+    losses = [float(row["val_loss"]) for row in table_of(run / "metrics" / "history.csv")]
+    assert tracked_values(tmp_path / "mlruns", "Default", "val_loss") == list(enumerate(losses, 1))
+    numbers, images = steps_by_run(run / "tensorboard").values()
+    assert numbers["val_dice/mass"] == numbers["loss"] == list(range(6))
+    assert set(map(tuple, images.values())) == {tuple(range(6))}
 
 
 @pytest.mark.cluster

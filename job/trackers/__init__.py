@@ -1,0 +1,1 @@
+"""Sends the numbers of a run to other programs: TensorBoard's event files, MLflow."""
