@@ -45,6 +45,9 @@ class TrainState:
     stopped_early: bool = False
     skipped: int = 0  # steps without an update, whose float16 gradients overflowed
     time: TimeSchedule | None = None  # of a run with a time budget
+    # Samples with foreground in the epoch in progress, where their share falls: a later attempt may
+    # have more epochs or time, but keeps the order of the samples that this epoch began with.
+    epoch_share: float | None = None
 
     def __post_init__(self) -> None:
         """Takes the values of a checkpoint."""
@@ -55,8 +58,11 @@ class TrainState:
     def as_values(self) -> dict[str, Any]:
         """Returns the values for a checkpoint, in JSON types."""
         values = dataclasses.asdict(self)
-        if self.time is None:
-            del values["time"]  # earlier versions do not know it
+        if self.step_in_epoch == 0:
+            values["epoch_share"] = None  # the next epoch decides again
+        for name in ("time", "epoch_share"):  # earlier versions do not know them
+            if values[name] is None:
+                del values[name]
         return values
 
     def begin(self, config: TrainConfig, record: Record | None) -> None:
@@ -149,11 +155,18 @@ class TrainState:
         )
 
     def foreground_share(self, config: TrainConfig) -> float | None:
-        """Returns the share of samples with foreground in the epoch in progress."""
-        progress = 0.0 if config.epochs is None else self.epoch / max(1, config.epochs - 1)
-        if self.time is not None:
-            progress = max(progress, self.time.fraction_at(self.step - self.step_in_epoch))
-        return share_at(config.foreground_share, config.foreground_share_end, progress)
+        """Returns the share of samples with foreground in the epoch in progress.
+
+        Its first call in an epoch decides for all of it.
+        """
+        if self.step_in_epoch == 0 or self.epoch_share is None:
+            progress = 0.0 if config.epochs is None else self.epoch / max(1, config.epochs - 1)
+            if self.time is not None:
+                progress = max(progress, self.time.fraction_at(self.step - self.step_in_epoch))
+            share = share_at(config.foreground_share, config.foreground_share_end, progress)
+            self.epoch_share = None if config.foreground_share_end is None else share
+            return share
+        return self.epoch_share
 
     def watch(self, val_loss: float, settings: ScheduleConfig) -> bool:
         """Updates both schedules with the loss of the epoch; returns whether it is the best."""

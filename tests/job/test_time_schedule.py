@@ -102,6 +102,31 @@ def test_the_end_of_an_epoch_is_kept_free_and_epochs_may_end_first() -> None:
     assert late.rate(config, 2) == pytest.approx((1 + math.cos(math.pi * 3 / 4)) / 2)
 
 
+def test_an_epoch_keeps_its_share_when_a_later_attempt_has_more_epochs_or_time() -> None:
+    shares = {"foreground_share": 0.8, "foreground_share_end": 0.2}
+    config = config_of(epochs=4, **shares)
+    state = state_of(config)
+    state.epoch = 1
+    assert state.foreground_share(config) == pytest.approx(0.6)
+    state.end_step(None)
+    stored = json.loads(json.dumps(state.as_values()))
+    later = TrainState(**stored)
+    for longer in (config_of(epochs=7, **shares), config_of(epochs=7, time_budget=9, **shares)):
+        later.begin(longer, None)
+        assert later.foreground_share(longer) == pytest.approx(0.6)
+    later.epoch, later.step_in_epoch = 2, 0
+    assert later.foreground_share(config_of(epochs=7, **shares)) == pytest.approx(0.6)
+    later.epoch = 3
+    assert later.foreground_share(config_of(epochs=7, **shares)) == pytest.approx(0.5)
+    # A checkpoint of an earlier version within an epoch has no share of it.
+    del stored["epoch_share"]
+    earlier = TrainState(**stored)
+    assert earlier.foreground_share(config_of(epochs=7, **shares)) == pytest.approx(0.7)
+    constant = state_of(config_of(epochs=4, foreground_share=0.5))
+    assert constant.foreground_share(config_of(epochs=4, foreground_share=0.5)) == 0.5
+    assert "epoch_share" not in constant.as_values()
+
+
 @given(st.lists(st.floats(0, 50), min_size=1, max_size=30), st.data())
 def test_a_resumed_run_and_one_that_follows_the_record_have_the_same_parts(
     durations: list[float], data: st.DataObject
