@@ -20,8 +20,7 @@ from job.config import (
     stored_options,
 )
 from job.data.folds import fold_configs, is_cross_validation
-from job.planning.plan_file import explicit_values, read_plan
-from job.planning.rules import PLANNED
+from job.planning.plan_file import PLANNED, explicit_values, read_plan
 from job.runs.layout import CROSS_VALIDATION_NAME, IDENTITY_NAME, RESTORE, run_url
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from flexunet.settings import Settings, flag_of
 from flexunet.storage import NotFound, ObjectStore
@@ -12,6 +12,21 @@ from job.planning.facts import DatasetFacts, MachineFacts
 from job.runs.layout import parse_record, read_small
 
 PLAN_NAME = "plan.json"
+# The options that rules choose.
+PLANNED = frozenset(
+    {
+        *("model.name", "model.base_kernels", "model.dilation", "model.normalization"),
+        *("model.num_layers", "model.base_filters", "global_batch_size", "accumulate", "epochs"),
+        *("precision", "fit_postprocessing", "loss.name", "loss.class_weights"),
+        *("foreground_share", "foreground_share_end"),
+        *("optimizer.name", "optimizer.learning_rate", "optimizer.ema_momentum"),
+        *("optimizer.clipvalue", "optimizer.clipnorm"),
+        *("schedule.reduce_on_plateau", "schedule.cosine", "schedule.warmup_epochs"),
+        *("schedule.early_stopping_patience", "augmentation.preset", "augmentation.enabled"),
+        *("augmentation.hflip_probability", "augmentation.vflip_probability"),
+        "augmentation.rotation_probability",
+    }
+)
 
 Scalar = bool | int | float | str
 Value = Scalar | tuple[Scalar, ...] | None
@@ -74,6 +89,17 @@ class Plan(Settings):
     minutes: float = Field(ge=0)
     notes: tuple[str, ...] = ()
     measured: Measured | None = None
+
+    @field_validator("choices")
+    @classmethod
+    def _chooses_once(cls, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
+        """Refuses an option that no rule chooses, and one that is there twice."""
+        known = set(PLANNED)
+        for each in choices:
+            if each.option not in known:
+                raise ValueError(f"the option {each.option} is chosen twice, or by no rule")
+            known.remove(each.option)
+        return choices
 
     def values(self) -> dict[str, Any]:
         """Returns the nested values of all choices and of the given options."""

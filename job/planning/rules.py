@@ -383,4 +383,3 @@ RULES = (
         _augmentation,
     ),
 )
-PLANNED = frozenset(option for rule in RULES for option in rule.options)

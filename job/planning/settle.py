@@ -14,6 +14,7 @@ from job.planning.facts import DatasetFacts, MachineFacts, dataset_facts
 from job.planning.options import begun_config, needs_plan
 from job.planning.plan_file import (
     PLAN_NAME,
+    PLANNED,
     Measured,
     Plan,
     explicit_values,
@@ -22,7 +23,7 @@ from job.planning.plan_file import (
     read_plan,
 )
 from job.planning.plan_words import plan_words
-from job.planning.rules import FILTERS, PLANNED, TRAINING_MINUTES, make_plan
+from job.planning.rules import FILTERS, TRAINING_MINUTES, make_plan
 from job.planning.situation import GIB, Limits
 from job.runs.identity import differences
 from job.runs.loading import WEIGHT_FILES, open_run

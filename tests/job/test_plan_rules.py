@@ -1,8 +1,10 @@
 """The rules of a plan: pure functions of dataset, machine and given options."""
 
+import json
 import math
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ from hypothesis import given as examples
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from flexunet.errors import ContentError
 from flexunet.settings import fields_of, parse_settings
+from flexunet.storage import LocalStore
 from job.config import TrainConfig
 from job.distributed.rendezvous import ProcessSpec
 from job.models.registry import build_model
@@ -18,8 +22,8 @@ from job.planning import facts as facts_module
 from job.planning.advice import prep_command
 from job.planning.facts import DatasetFacts, MachineFacts, machine_facts, parse_gpus
 from job.planning.network_cost import network_cost, receptive_field
-from job.planning.plan_file import Plan, plan_json
-from job.planning.rules import PLANNED, RULES, make_plan
+from job.planning.plan_file import PLAN_NAME, PLANNED, Plan, plan_json, read_plan
+from job.planning.rules import RULES, make_plan
 from job.planning.situation import GIB, Limits
 from tests.source_tree import ROOT
 
@@ -267,8 +271,22 @@ def test_the_memory_is_shared_with_others_on_the_machine() -> None:
         assert found == pytest.approx(whole * expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("change", "option"), [("twice", "epochs"), ("unknown", "seed")])
+def test_a_stored_plan_chooses_each_planned_option_once(
+    change: str, option: str, tmp_path: Path
+) -> None:
+    values = json.loads(plan_json(plan()))
+    (epochs,) = (each for each in values["choices"] if each["option"] == "epochs")
+    values["choices"].append({**epochs, "option": option})
+    store = LocalStore(str(tmp_path))
+    store.put(PLAN_NAME, json.dumps(values).encode())
+    with pytest.raises(ContentError, match=rf"plan\.json: choices: .* option {option} is chosen"):
+        read_plan(store)
+
+
 def test_the_rules_choose_options_that_exist_and_are_documented() -> None:
     assert {".".join(path) for path, _ in fields_of(TrainConfig)} >= PLANNED
+    assert sorted(option for rule in RULES for option in rule.options) == sorted(PLANNED)
     page = (ROOT / "docs" / "how-to" / "plan.md").read_text(encoding="utf-8")
     rows = [
         f"| {', '.join(f'`{option}`' for option in rule.options)} | {rule.text} |" for rule in RULES
