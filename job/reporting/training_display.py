@@ -43,7 +43,7 @@ class TrainingDisplay:
     def report(self, event: Mapping[str, Any]) -> None:
         """Shows a step, an epoch, or a long phase that has neither.
 
-        The first step of a process opens the bar.
+        The first step of each attempt opens the bar: a launcher shows several.
         """
         if event["event"] == "phase":
             self._close_other()
@@ -52,6 +52,8 @@ class TrainingDisplay:
         if event["event"] == "progress":
             self._show_other(event)
             return
+        if event["event"] == "started":
+            self._close()  # the steps of an attempt that died are trained again
         if self._progress is None and event["event"] == "step":
             self._close_other()
             self._progress = self._open(event)
