@@ -37,14 +37,14 @@ def overlay_jpeg(
 
     scale = min(1.0, _SIDE / max(prediction.shape))
     size = tuple(max(1, round(side * scale)) for side in reversed(prediction.shape))
-    canvas = cv2.resize(_as_rgb(image), size, interpolation=cv2.INTER_AREA)
+    canvas: Pixels = np.asarray(cv2.resize(_as_rgb(image), size, interpolation=cv2.INTER_AREA))
     parts = [canvas] if truth is None else [canvas, canvas.copy()]
     masks = [prediction] if truth is None else [truth, prediction]
     for part, ids in zip(parts, masks, strict=True):
         small = cv2.resize(ids, size, interpolation=cv2.INTER_NEAREST_EXACT)
         for each in classes:
             if each.id != 0:
-                _draw_contours(part, (small == each.id).astype(np.uint8), each.color)
+                _draw_contours(part, np.asarray(small == each.id, np.uint8), each.color)
     if truth is not None:
         parts.insert(1, np.full((canvas.shape[0], _MARGIN, 3), _BRIGHT, np.uint8))
     whole = np.concatenate(parts, axis=1)
