@@ -39,7 +39,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Programs of the system that a line may call; their options are not checked.
 OTHERS = {"cd", "ray", "source", "export", "uv", "tensorboard"}
-OTHER_OPTIONS = {"--head"}  # of `ray start`
+OTHER_OPTIONS = {"--head", "--logdir"}  # of `ray start` and `tensorboard`
 PACKAGES = {"data_prep": "data_prep.cli", "data_prep.phantoms": "data_prep.phantoms.cli"}
 
 
