@@ -4,6 +4,7 @@ The emulator supports ranges, checksums and generations but ignores precondition
 that is not about that goes through `tests/faults/proxy.py`, which enforces them.
 """
 
+import io
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.commands import SERVER_VARIABLE
+from tests.commands import SERVER_VARIABLE, checked_descriptor
 from tests.faults.proxy import BUCKET, FaultProxy, start_emulator
 
 _numbers = itertools.count()
@@ -38,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, handler)
+    os.fsync = checked_descriptor  # type: ignore[assignment]
     if SERVER_VARIABLE not in os.environ:  # otherwise a worker of xdist, which shares it
         folder = tempfile.mkdtemp(prefix="flexunet-tests-")
         Path(folder, "owner").write_text(str(os.getpid()))
@@ -55,6 +57,29 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
     ]
     return report
+
+
+@pytest.fixture(autouse=True)
+def undrawn_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves figures of Matplotlib blank, except in tests with the marker `draws`.
+
+    Drawing takes half of the time to prepare a small dataset, and a third of a small epoch.
+    """
+    if request.node.get_closest_marker("draws") is None:
+        from matplotlib.figure import Figure
+
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(_BLANK))
+
+
+def _blank_png() -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+_BLANK = _blank_png()
 
 
 @pytest.fixture(scope="session")

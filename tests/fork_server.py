@@ -7,7 +7,7 @@ A fork is not a process start: the start of a command (its path, its first signa
 tested with real starts. Forking is safe only before TensorFlow's first operation, so this process
 only imports.
 
-python -m tests.fork_server SOCKET PID     ends with process PID
+python -m tests.fork_server SOCKET PID [MODULE ...]    ends with process PID
 """
 
 import atexit
@@ -29,19 +29,8 @@ from typing import Any
 
 import numpy as np
 
-_IMPORTED = (
-    "tensorflow",
-    "keras",
-    "h5py",
-    "scipy.spatial",
-    "matplotlib.figure",
-    "google.cloud.storage",
-    "tensorboard",
-    "job.train",
-    "job.evaluate",
-    "job.infer",
-    "job.report",
-)
+from tests import commands
+
 _PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
 _REQUEST_S = 30.0  # limit for receiving a request: others wait for it
 NUM_FILES = 3  # files sent with a request: stdin, stdout, stderr
@@ -49,8 +38,9 @@ NUM_FILES = 3  # files sent with a request: stdin, stdout, stderr
 
 def main() -> None:
     """Serves requests until the process PID has ended."""
-    path, owner = sys.argv[1], int(sys.argv[2])
-    for name in _IMPORTED:
+    path, owner, *names = sys.argv[1:]
+    os.fsync = commands.checked_descriptor  # type: ignore[assignment]
+    for name in names:
         importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.new")
@@ -60,7 +50,7 @@ def main() -> None:
         os._exit(0)  # the starter waits for this, and can connect now
     with listener, selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
-        selector.register(os.pidfd_open(owner), selectors.EVENT_READ)
+        selector.register(os.pidfd_open(int(owner)), selectors.EVENT_READ)
         _serve(listener, selector)
 
 

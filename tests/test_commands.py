@@ -93,7 +93,13 @@ def test_a_client_that_goes_away_leaves_the_server_to_others(script: str) -> Non
         assert commands.run("tests.script", script, "code").returncode == 7
 
 
-def test_a_server_that_was_killed_is_started_again_and_its_processes_end(script: str) -> None:
+def test_a_server_that_was_killed_is_started_again_and_its_processes_end(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Servers of this test alone, which import nothing.
+    (tmp_path / "owner").write_text(str(os.getpid()))
+    monkeypatch.setenv(commands.SERVER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(commands, "IMPORTED", ())
     with commands.start("tests.script", script, "wait") as process:
         assert "wait" in process.stdout.readline()
         os.kill(parent_of(process.pid), signal.SIGKILL)

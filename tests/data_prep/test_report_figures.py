@@ -1,19 +1,22 @@
-"""Tests the contact sheet, which shows each image, and its mask as an overlay."""
+"""Tests the statistics, and the contact sheet: each image, and its mask as an overlay."""
 
 import io
 
 import numpy as np
 import PIL.Image
+import pytest
 
 from data_prep.masks.color_map import ClassColor
 from data_prep.report_figures import (
     _GAP,
     PairPreview,
+    SplitStatistics,
     _fitted,
     _font,
     _text_width,
     contact_sheet_png,
     overlay_colors,
+    statistics_png,
 )
 
 CLASSES = [ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255))]
@@ -123,3 +126,31 @@ def test_classes_have_their_own_colors_if_these_are_visible() -> None:
     many = overlay_colors([ClassColor(i, f"c{i}", (i, i, i)) for i in range(256)])
     assert len(many) == 255
     assert len({many[i] for i in range(1, 31)}) == 30
+
+
+@pytest.mark.draws
+@pytest.mark.parametrize(
+    ("splits", "names"),
+    [
+        ({"train": (16, (4000, 96))}, ["background", "mass"]),
+        (
+            {"train": (2, (0, 0)), "valid": (0, (0, 0)), "test": (1, (0, 256))},
+            ["a$b_c^{", "ü" * 50],
+        ),
+        (
+            {"train": (10**6, (1,) * 12), "test": (1, (10**12,) * 12)},
+            [f"class {index}" for index in range(12)],
+        ),
+    ],
+)
+def test_statistics_of_any_dataset_are_drawn(
+    splits: dict[str, tuple[int, tuple[int, ...]]], names: list[str]
+) -> None:
+    """Most tests of datasets leave statistics undrawn; a warning of Matplotlib fails here."""
+    classes = [ClassColor(index, name, (index,) * 3) for index, name in enumerate(names)]
+    found = {name: SplitStatistics(*values) for name, values in splits.items()}
+    pixels = np.asarray(PIL.Image.open(io.BytesIO(statistics_png(found, classes, "a $title"))))
+    assert pixels.shape[:2] == (400 + 15 * len(classes), 1100)
+    blue = np.all(pixels[..., :3] == (0x1F, 0x77, 0xB4), axis=2)  # the bars, and points of train
+    assert np.any(blue[:, :440])
+    assert np.any(blue[:, 440:])

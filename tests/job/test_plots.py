@@ -1,4 +1,5 @@
 import io
+import math
 import subprocess
 import sys
 
@@ -8,6 +9,8 @@ from PIL import Image
 
 from data_prep.masks.color_map import ClassColor
 from job.reporting.plots import curve_png, mask_png, overlay_png, panel_png, panel_title
+
+pytestmark = pytest.mark.draws
 
 CLASSES = (ClassColor(0, "background", (0, 0, 0)), ClassColor(1, "mass", (255, 255, 255)))
 THREE_CLASSES = (*CLASSES, ClassColor(2, "cyst", (255, 0, 0)))
@@ -55,6 +58,13 @@ def test_curve_png_leaves_a_gap_for_nan_and_takes_any_title() -> None:
     png = curve_png("a$b_c^{", [0, 1, 2], {"loss": [1.0, float("nan"), 0.5]}, "loss")
     assert num_of(png, (255, 0, 0)) == 0
     assert num_of(png, (0, 128, 0)) > 30
+
+
+@pytest.mark.parametrize("values", [[math.nan] * 2, [math.inf, 1.0], [1e300, -1e300], [0.0, 0.0]])
+def test_curve_png_draws_any_values(values: list[float]) -> None:
+    """Most tests of runs leave curves undrawn; a warning of Matplotlib fails here."""
+    png = curve_png("loss", [1, 2], {"loss": values, "val_loss": values[::-1]}, "loss")
+    assert pixels_of(png).shape == (600, 960, 3)
 
 
 def test_mask_png_keeps_ids_and_shows_colours() -> None:
