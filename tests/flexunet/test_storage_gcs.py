@@ -98,8 +98,8 @@ def every_request(store: ObjectStore, path: str) -> list[Callable[[], object]]:
 def test_failure_that_outlasts_the_retries_is_unavailable(
     failure: int | str, faulty_bucket: FaultyBucket, tmp_path: Path
 ) -> None:
-    store = open_store(faulty_bucket.url, retry_s=0.3)
-    store.put("a", b"1")
+    GcsStore(faulty_bucket.url).put("a", b"1")
+    store = GcsStore(faulty_bucket.url, retry_s=0.3, timeout_s=0.3)
     (tmp_path / "file").write_bytes(b"1")
     if failure == "stall":
         faulty_bucket.proxy.add(Fault("stall", seconds=60))

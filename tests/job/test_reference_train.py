@@ -148,8 +148,9 @@ def test_splits_that_leak_are_refused_until_they_are_accepted(
     leak(project)
     options = {"output": str(tmp_path / "runs")}
     with pytest.raises(ContentError, match=r"train-disc-00.*copy.*the leaks with --allow-leaks"):
-        resolve_config(options, str(project))
-    config = resolve_config(options, str(project), {"allow_leaks": True})
+        resolve_config(options, str(project), {"num_processes": 1})
+    accepting = {"allow_leaks": True, "num_processes": 1}
+    config = resolve_config(options, str(project), accepting)
     assert config.data == str(tmp_path / "runs" / "discs-dataset")
     assert '"leaky": true' in (Path(config.data) / "dataset.json").read_text()
 
@@ -158,8 +159,9 @@ def test_bad_images_can_be_left_out(project: Path, tmp_path: Path) -> None:
     (tmp_path / "dataset" / "Discs" / "train" / "masks" / "train-disc-00.png").unlink()
     options = {"output": str(tmp_path / "runs")}
     with pytest.raises(ContentError, match=r"train-disc-00.*--skip-bad"):
-        resolve_config(options, str(project))
-    config = resolve_config(options, str(project), {"skip_bad": True})
+        resolve_config(options, str(project), {"num_processes": 1})
+    skipping = {"skip_bad": True, "num_processes": 1}
+    config = resolve_config(options, str(project), skipping)
     rejects = (Path(str(config.data)) / "report" / "rejects.csv").read_text()
     assert "train-disc-00.png" in rejects
 
