@@ -3,6 +3,7 @@
 The wheel is built from the files that the Dockerfile copies, and used from another folder.
 """
 
+import ensurepip
 import fnmatch
 import os
 import re
@@ -84,16 +85,24 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the `bin` of a new environment with the wheel and this environment's dependencies."""
     folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     # A path of its own comes later than the wheel, and the .pth files in it (those of an editable
     # install) are not read.
     (packages,) = folder.glob("lib/python*/site-packages")
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (packages / "dependencies.pth").write_text("\n".join(paths))
-    pip = [folder / "bin/python", "-m", "pip", "--disable-pip-version-check", "install"]
+    # Out of its wheel, as `ensurepip` runs it: to install it takes longer than to use it.
+    pip = [folder / "bin/python", f"{pip_wheel()}/pip", "--disable-pip-version-check", "install"]
     offline = ["--quiet", "--no-deps", "--no-index", "--ignore-installed", "--no-compile"]
     subprocess.run([*pip, *offline, wheel], check=True)
     return folder / "bin"
+
+
+def pip_wheel() -> Path:
+    """Returns the wheel of pip that comes with this Python; distributions may keep it elsewhere."""
+    folders = [Path(ensurepip.__file__).parent / "_bundled"]
+    folders += [Path(folder) for folder in [sysconfig.get_config_var("WHEEL_PKG_DIR")] if folder]
+    return next(path for folder in folders for path in folder.glob("pip-*.whl"))
 
 
 def run_installed(command: list[str | Path], folder: Path) -> str:

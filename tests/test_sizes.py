@@ -5,6 +5,7 @@ one of these rules disabled (`noqa`) is an exception in this table too.
 """
 
 import ast
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ def measured(path: str, text: str) -> Iterator[tuple[tuple[str, str], int]]:
         yield ("parameters", f"{path}:{name}"), num_parameters(function)
 
 
+@functools.cache
 def sizes() -> dict[tuple[str, str], int]:
     """Returns the measured sizes of the four packages by (aim, place)."""
     paths = python_files()

@@ -1,6 +1,7 @@
 """Names and texts keep to docs/glossary.md, which lists the words that the project does not use."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -49,6 +50,23 @@ RULES = [Rule(*row) for row in table(GLOSSARY.read_text(), "do not say", "say", 
 ON_DISK = {name for name, _ in table(GLOSSARY.read_text(), "name", "where it is")}
 
 
+def pattern_of(words: str) -> str:
+    """Returns the pattern of words with any white space between them."""
+    return rf"\b{re.escape(words)}\b".replace("\\ ", r"\s+")
+
+
+TEXT_RULES = [
+    (rule, re.compile(pattern_of(rule.banned), re.IGNORECASE))
+    for rule in RULES
+    if rule.where == "text"
+]
+# Tells at once that a text has no word of any rule; most have none.
+_ANY_BANNED = re.compile("|".join(each.pattern for _, each in TEXT_RULES), re.IGNORECASE)
+_NAMES_ON_DISK = "|".join(map(re.escape, sorted(ON_DISK, key=len, reverse=True)))
+_QUOTED_NAME = re.compile(rf"({_QUOTE})(?:{_NAMES_ON_DISK})\1")
+_EXCEPTION = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, EXCEPTIONS))})(?![\w-])")
+
+
 def words_of(name: str) -> list[str]:
     """Returns the words of a name in lower case: `num_ImageIds` has num, image and ids."""
     return [word.lower() for word in _WORDS.findall(name)]
@@ -72,6 +90,7 @@ def names_in(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
                 yield node.lineno, node.name, False
 
 
+@functools.cache
 def problem_of_name(name: str, is_definition: bool) -> str | None:
     """Returns what is wrong with `name`; None where it keeps to the glossary."""
     if name in ON_DISK:
@@ -117,19 +136,18 @@ def prose(text: str) -> str:
     """Returns `text` without names on disk, which stand there in quotes or alone."""
     if text in ON_DISK:
         return ""
-    names = "|".join(map(re.escape, sorted(ON_DISK, key=len, reverse=True)))
-    text = re.sub(rf"({_QUOTE})(?:{names})\1", " ", text)
-    return re.sub(rf"(?<![\w-])(?:{'|'.join(map(re.escape, EXCEPTIONS))})(?![\w-])", " ", text)
+    return _EXCEPTION.sub(" ", _QUOTED_NAME.sub(" ", text))
 
 
 def problems_of_texts(texts: Iterable[tuple[int, int, str]], source: str) -> list[str]:
     """Returns "line: problem" of each text that has a word of the glossary's rules."""
     lines, found = source.splitlines(), set()
     for first, last, text in texts:
-        for rule in RULES:
-            pattern = re.escape(rule.banned).replace("\\ ", r"\s+")
-            word = re.compile(rf"\b{pattern}\b", re.IGNORECASE)
-            if rule.where == "text" and word.search(prose(text)):
+        text = prose(text)
+        if not _ANY_BANNED.search(text):
+            continue
+        for rule, word in TEXT_RULES:
+            if word.search(text):
                 at = next((n for n in range(first, last + 1) if word.search(lines[n - 1])), first)
                 found.add((at, f"not {rule.banned!r} but {rule.say}"))
     return [f"{line}: {problem}" for line, problem in sorted(found)]
