@@ -86,9 +86,9 @@ SMALL = Sizes(
     matmul_size=64,
     num_images=12,
     losses=("ce_dice",),
-    normalizations=("none", "group"),
+    normalizations=("none",),
     steps=30,
-    precisions=("float32", "mixed_bfloat16"),
+    precisions=("mixed_bfloat16",),
     rate_precisions=("float32",),
     rate_xla=("off",),
 )

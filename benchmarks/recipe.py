@@ -51,7 +51,7 @@ def prepared(folder: str, source: str, seed: int, **groups: str) -> str:
     """Returns the URL of a dataset with splits drawn from `seed`."""
     url = f"{folder}/dataset-{seed}"
     fractions = (0.6, 0.2, 0.2)
-    config = PrepConfig(image_size=SIDE, fractions=fractions, seed=seed, **groups)
+    config = PrepConfig(image_size=SIDE, fractions=fractions, seed=seed, num_processes=1, **groups)
     prepare(find_sources(source), url, config, progress=False)
     return url
 

@@ -3,6 +3,7 @@
 The measured values have no meaning at this size; the tests only check that the scripts run.
 """
 
+import importlib
 import json
 import math
 import os
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from flexunet.settings import parse_settings
+from job.config import TrainConfig
 from tests import commands
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -27,6 +30,8 @@ ELSEWHERE = {
 TIMEOUT_S = 300
 TINY = ("--image-size", "32", "--repeats", "1")
 TINY_NETWORK = (*TINY, "--num-layers", "2")
+# Long enough not to fail on a busy machine.
+GPU_SMALL = ("--device", "cpu", "--small", "--minutes", "30")
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,14 @@ class Smoke:
     Attributes:
         writes: name of the result.
         numbers: paths of values in it, joined by ">", that must exist and be positive.
+        forks: fork the processes in which it imports TensorFlow.
     """
 
     script: str
     arguments: tuple[str, ...]
     writes: str
     numbers: tuple[str, ...] = ()
+    forks: bool = False
 
     def __str__(self) -> str:
         return self.script.removesuffix(".py") + ("-table" if "--table" in self.arguments else "")
@@ -58,16 +65,15 @@ SMOKES = [
             "ours>share_of_matmul_rate",
             "layers>sum_of_best_s",
         ),
+        forks=True,
     ),
     Smoke(
         "gpu.py",
-        ("--device", "cpu", "--small", "--minutes", "30"),  # must not fail on a busy machine
+        (*GPU_SMALL, "--sections", "agreement,placement,precisions,resume,rate"),
         "gpu-cpu.json",
         (
             "sections>precisions>found>mixed_bfloat16, images_per_s",
             "sections>resume>found>optimizer.npz, arrays",
-            "sections>input>found>augmented, images_per_s",
-            "sections>xla>found>on, step_s",
             "sections>rate>found>float32, batch 2, XLA off>share_of_matmul_rate",
             "sections>rate>found>float32, batch 2, XLA off>peak_memory_mb",
         ),
@@ -77,12 +83,14 @@ SMOKES = [
         (*TINY_NETWORK, "--warm-ups", "0"),
         "start.json",
         ("command_over_core", "seconds>command"),
+        forks=True,
     ),
     Smoke(
         "exchange.py",
         TINY_NETWORK,
         "exchange-32-float32.json",
         ("share_of_silent>planned", "predicted_share>planned", "sent_over_all_reduce"),
+        forks=True,
     ),
     Smoke(
         "exchange.py",
@@ -92,7 +100,10 @@ SMOKES = [
     ),
     Smoke(
         "rounding.py",
-        ("--image-size", "32", "--steps", "2", "--seeds", "0", "--methods", "float32,restarted"),
+        (
+            *("--image-size", "32", "--steps", "2", "--seeds", "0", "--replicas", "2"),
+            *("--methods", "float32,restarted"),
+        ),
         "rounding.json",
         ("methods>float32>loss", "methods>restarted>gradient_error"),
     ),
@@ -182,6 +193,7 @@ SMOKES = [
         ),
         "evaluation.json",
         ("scenes>street>evaluate>head>0>cpu",),
+        forks=True,
     ),
     Smoke("plot.py", (), "ratios.png"),
 ]
@@ -204,7 +216,8 @@ def ended(smoke: Smoke, folder: Path, **environment: str) -> Ended:
         for path in (SCRIPTS / "results").glob("*.json"):
             shutil.copy(path, results)
     environment = os.environ | environment | {"FLEXUNET_BENCHMARK_RESULTS": str(results)}
-    words = ["tests.script", str(SCRIPTS / smoke.script), *smoke.arguments]
+    forks = ["--forks"] if smoke.forks else []
+    words = ["tests.script", *forks, str(SCRIPTS / smoke.script), *smoke.arguments]
     done = commands.run(*words, environment=environment, timeout=TIMEOUT_S)
     return Ended(done.returncode, results, done.stdout + done.stderr)
 
@@ -237,14 +250,32 @@ def test_every_benchmark_is_run_here() -> None:
     assert scripts == {smoke.script for smoke in SMOKES} | set(ELSEWHERE)
 
 
+def test_every_section_of_a_gpu_report_is_run_here_with_options_that_exist(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    gpu = importlib.import_module("gpu")
+    (smoke,) = (each for each in SMOKES if each.script == "gpu.py")
+    here = {"devices", *smoke.arguments[-1].split(","), "input", "xla"}  # two in the next tests
+    assert set(gpu.SECTIONS) == here
+    sizes = gpu.Sizes()
+    cases = dict(gpu._cases(sizes))  # `--small` has one
+    assert len(cases) == len(sizes.losses) + len(sizes.normalizations) - 1
+    configs = {str(parse_settings(TrainConfig, each, name)) for name, each in cases.items()}
+    assert len(configs) == len(cases)
+
+
 def test_a_gpu_report_goes_on_after_a_section_that_failed(tmp_path: Path) -> None:
     # A side that is not divisible by the factor of the network's levels.
-    arguments = ("--device", "cpu", "--small", "--image-size", "33")
-    arguments = (*arguments, "--minutes", "30")
-    smoke = Smoke("gpu.py", (*arguments, "--sections", "precisions,input"), "gpu-cpu.json")
+    arguments = (*GPU_SMALL, "--image-size", "33", "--sections", "precisions,input")
+    smoke = Smoke("gpu.py", arguments, "gpu-cpu.json")
     found = ended(smoke, tmp_path)
     assert found.exit_code == 1, found.output
-    sections = json.loads((found.results / smoke.writes).read_text())["sections"]
+    result = json.loads((found.results / smoke.writes).read_text())
+    assert all(
+        each > 0 for each in numbers_at(result, "sections>input>found>augmented, images_per_s")
+    )
+    sections = result["sections"]
     assert {name: each["status"] for name, each in sections.items()} == {
         "devices": "holds",
         "precisions": "failed",
@@ -255,14 +286,14 @@ def test_a_gpu_report_goes_on_after_a_section_that_failed(tmp_path: Path) -> Non
 
 
 def test_a_gpu_report_shows_what_does_not_agree(tmp_path: Path) -> None:
-    arguments = ("--device", "cpu", "--small", "--minutes", "30", "--sections", "xla")
-    smoke = Smoke("gpu.py", (*arguments, "--tolerance", "0"), "gpu-cpu.json")
+    smoke = Smoke("gpu.py", (*GPU_SMALL, "--sections", "xla", "--tolerance", "0"), "gpu-cpu.json")
     found = ended(smoke, tmp_path)
     assert found.exit_code == 1, found.output
     section = json.loads((found.results / smoke.writes).read_text())["sections"]["xla"]
     assert section["status"] == "does not hold"
     assert section["found"]["fault: gradients"].endswith("at most 0 is allowed")
     assert 0 < section["found"]["gradients"] < 1e-5  # XLA adds in another order
+    assert section["found"]["on, step_s"] > 0
 
 
 def test_without_a_gpu_the_report_of_one_is_refused_in_a_line(tmp_path: Path) -> None:
