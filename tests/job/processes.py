@@ -41,33 +41,26 @@ def start_rank(
     addresses: Sequence[str],
     arguments: Sequence[str],
     stop_after: int | None = None,
-    command: Sequence[str] | None = None,
-) -> Running:
-    """Starts one process of a cluster; `command` stands for `python -m job.train`."""
+    code: str | None = None,
+) -> commands.Process:
+    """Starts one process of a cluster; it runs `job.train`, or the program `code`."""
     config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
-    environment = os.environ | {"TF_CONFIG": json.dumps(config)}
-    if command is None:
-        return commands.start(*training(arguments, stop_after), environment=environment)
-    return subprocess.Popen(
-        [*command, *arguments],
-        cwd=PROJECT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = training(arguments, stop_after)
+    if code is not None:
+        words = ["tests.script", "-c", code, *arguments]
+    return commands.start(*words, environment=os.environ | {"TF_CONFIG": json.dumps(config)})
 
 
 def start_cluster(
     size: int,
     arguments: Sequence[str],
     stop_after: int | None = None,
-    command: Sequence[str] | None = None,
-) -> list[Running]:
+    code: str | None = None,
+) -> list[commands.Process]:
     """Starts `size` processes that train together; the last may be stopped after so many steps."""
     addresses = free_addresses(size)
     return [
-        start_rank(rank, addresses, arguments, stop_after if rank == size - 1 else None, command)
+        start_rank(rank, addresses, arguments, stop_after if rank == size - 1 else None, code)
         for rank in range(size)
     ]
 

@@ -145,7 +145,7 @@ def test_weights_of_another_shape_name_the_weight() -> None:
         set_weights(model, weights, source="other")
 
 
-def test_inbreast_network_has_its_published_size() -> None:
+def test_inbreast_network_has_its_published_size(zero_weights: None) -> None:
     model = build_model(ModelConfig(), image_shape=(512, 512, 3), num_classes=2)
     assert model.count_params() == 124_996_866
 

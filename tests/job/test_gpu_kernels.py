@@ -20,6 +20,7 @@ from job.data.dataset import Dataset, open_dataset
 from job.distributed.process_group import ProcessGroup
 from job.losses import make_loss
 from job.models.ensemble import make_probability_step, network_of
+from job.models.registry import build_model
 from job.training.setup import TrainingSetup
 from job.training.state import TrainState
 from job.training.trainer import Trainer
@@ -49,17 +50,19 @@ SMALL = {
     "precision": "float32",
     "model": {"num_layers": 2, "base_filters": 8, "base_kernels": (3, 3), "dropout_rate": 0.1},
 }
-# Each loss once, each normalisation with each precision, each optimizer.
+# Each precision, normalisation and optimizer once, and a few losses: the tests below have each
+# normalisation with each precision, and each loss.
 STEPS = [
     {
         "loss": {"name": loss},
         "model": {"normalization": normalization},
         "precision": precision,
         "optimizer": {"name": optimizer, "clipnorm": 1.0},
-        "metrics": METRICS if normalization == "none" else METRICS[:1],
+        "metrics": METRICS,
     }
-    for (normalization, precision), loss, optimizer in zip(
-        itertools.product(NORMALIZATIONS, PRECISIONS),
+    for precision, normalization, loss, optimizer in zip(
+        PRECISIONS,
+        itertools.cycle(NORMALIZATIONS),
         itertools.cycle(LOSSES),
         itertools.cycle(OPTIMIZERS),
         strict=False,
@@ -137,8 +140,9 @@ def pixels(dtype: Any = tf.uint8) -> tf.TensorSpec:
 
 
 def test_every_choice_is_among_the_steps() -> None:
-    assert {each["loss"]["name"] for each in STEPS} == set(LOSSES)
+    assert {each["model"]["normalization"] for each in STEPS} == set(NORMALIZATIONS)
     assert {each["optimizer"]["name"] for each in STEPS} == set(OPTIMIZERS)
+    assert {each["precision"] for each in STEPS} == set(PRECISIONS)
     assert {"float32", "mixed_bfloat16", "float64"} <= set(PRECISIONS)
 
 
@@ -149,6 +153,34 @@ def test_a_gpu_has_kernels_for_losses_normalisations_and_precisions(
     one_cpu: Any, dataset: Dataset, options: dict[str, Any]
 ) -> None:
     assert problems(one_cpu, dataset, options, predicts=True) == []
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("normalization", [each for each in NORMALIZATIONS if each != "none"])
+def test_a_gpu_has_kernels_for_each_normalisation_and_its_gradient(
+    one_cpu: Any, normalization: str, precision: str
+) -> None:
+    values = SMALL["model"] | {"num_layers": 2, "normalization": normalization}
+    config = parse_settings(ModelConfig, values, "test")
+    with one_cpu.scope():
+        model = build_model(config, image_shape=(SIDE, SIDE, 1), num_classes=2, precision=precision)
+    (layer, *_) = (each for each in model.layers if "normalization" in each.name)
+    weights = [weight.value for weight in layer.trainable_weights]
+
+    @tf.function(autograph=False)
+    def gradient(inputs: tf.Tensor, training: bool) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = layer(inputs, training=training)
+        return tape.gradient(outputs, [inputs, *weights])
+
+    inputs = tf.TensorSpec((2, *layer.input.shape[1:]), layer.compute_dtype)
+    found = [
+        str(each)
+        for training in (False, True)
+        for each in missing_kernels(gradient.get_concrete_function(inputs, training))
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -206,8 +238,6 @@ def test_a_gpu_has_kernels_for_each_loss_and_its_gradient(num_outputs: int, dtyp
 
 @pytest.mark.parametrize("num_outputs", [1, 3])
 def test_a_gpu_has_kernels_for_mirrored_images_and_several_networks(num_outputs: int) -> None:
-    from job.models.registry import build_model
-
     config = parse_settings(ModelConfig, SMALL["model"], "test")
     shape = (SIDE, SIDE, 1)
     models = [

@@ -1,11 +1,10 @@
 """The dynamic loss scale: its rule, steps that it skips, and training in float16."""
 
 import csv
+import inspect
 import json
 import logging
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,9 @@ from job.runs.run import Run
 from job.training.loop import train_and_evaluate
 from job.training.setup import Callbacks
 from job.training.step import SKIPPED, StepOptions, make_train_step
+from tests import commands
 from tests.job.discs import prepare_discs
-from tests.job.processes import PROJECT, finish, start_cluster, weights_of
+from tests.job.processes import finish, start_cluster, weights_of
 from tests.job.setups import one_process_setup
 
 SIDE, BATCH = 16, 4
@@ -133,8 +133,17 @@ class Trained:
             Criterion(loss, {}),
             StepOptions(plan, num_micro_batches, is_mean(loss_name), uses_xla),
         )
+        self._variables = [*self.model.weights, *self.optimizer.named_variables().values()]
+        self._untrained = [np.array(each.numpy()) for each in self._variables]
 
-    def train(self, seed: int, *, step: int = 0, scale: float | None = None) -> float:
+    def restart(self) -> None:
+        """Gives weights, moments and scale their first values; the step stays compiled."""
+        for variable, value in zip(self._variables, self._untrained, strict=True):
+            variable.assign(value)
+
+    def train(
+        self, seed: int, *, step: int = 0, scale: float | None = None, rate: float = 1e-3
+    ) -> float:
         """Does a step on the batch of `seed`, all of it on the first replica but padding.
 
         Returns the loss.
@@ -156,8 +165,7 @@ class Trained:
             return {name: tf.constant(each[first : first + size]) for name, each in whole.items()}
 
         batch = self.strategy.experimental_distribute_values_from_function(part)
-        rate = tf.constant(1e-3, tf.float64)
-        sums = self.step(batch, tf.constant(step, tf.int64), rate)
+        sums = self.step(batch, tf.constant(step, tf.int64), tf.constant(rate, tf.float64))
         self.skipped = int(sums[SKIPPED][0] / sums[SKIPPED][1]) if SKIPPED in sums else 0
         return float(sums["loss"][0] / sums["loss"][1])
 
@@ -183,6 +191,32 @@ def one_cpu() -> Any:
     return tf.distribute.OneDeviceStrategy("CPU:0")
 
 
+_POOL: dict[str, list[Trained]] = {}
+
+
+@pytest.fixture
+def network() -> Iterator[Callable[..., Trained]]:
+    """Returns a function that takes the arguments of `Trained` and returns an untrained network.
+
+    It returns networks of earlier tests again, because compiling a step takes a second.
+    """
+    in_use: list[tuple[str, Trained]] = []
+
+    def take(strategy: Any, **options: Any) -> Trained:
+        whole = inspect.signature(Trained).bind(strategy, **options)
+        whole.apply_defaults()
+        key = f"{strategy.num_replicas_in_sync} {list(whole.arguments.items())[1:]!r}"
+        free = _POOL.setdefault(key, [])
+        trained = free.pop() if free else Trained(strategy, **options)
+        in_use.append((key, trained))
+        return trained
+
+    yield take
+    for key, trained in in_use:
+        trained.restart()
+        _POOL[key].append(trained)
+
+
 def distance(trained: Trained, exact: Trained) -> float:
     """Returns how far the gradient is from another, of whose length."""
     difference = trained.gradient() - exact.gradient()
@@ -196,12 +230,14 @@ def assert_same_bits(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) 
 
 @pytest.mark.parametrize("devices", ["one_cpu", "two_cpus"])
 def test_a_skipped_step_changes_nothing_and_counts_nowhere(
-    request: pytest.FixtureRequest, devices: str
+    request: pytest.FixtureRequest, network: Callable[..., Trained], devices: str
 ) -> None:
-    strategy = request.getfixturevalue(devices)
-    broken, straight = Trained(strategy), Trained(strategy)
-    for trained in (broken, straight):
-        trained.train(0)
+    broken = network(request.getfixturevalue(devices))
+    broken.train(0)
+    broken.train(2, step=1)
+    straight = broken.arrays()
+    broken.restart()
+    broken.train(0)
     before = broken.arrays()
     # On two replicas the second holds padding: its own gradient is 0, and finite.
     loss = broken.train(1, step=1, scale=TOO_LARGE)
@@ -212,17 +248,16 @@ def test_a_skipped_step_changes_nothing_and_counts_nowhere(
     assert values_of(broken.scale) == (TOO_LARGE / 2, 0, 1)
     # The next update is that of a run without the step.
     broken.train(2, step=1, scale=2.0**15)
-    straight.train(2, step=1)
-    assert_same_bits(broken.arrays(), straight.arrays())
+    assert_same_bits(broken.arrays(), straight)
     assert any(np.any(a != b) for a, b in zip(before, broken.arrays(), strict=True))
 
 
 @pytest.mark.parametrize("gathers", [False, True])
 def test_two_replicas_have_the_gradient_of_one_device_and_the_same_state(
-    one_cpu: Any, two_cpus: Any, gathers: bool
+    network: Callable[..., Trained], one_cpu: Any, two_cpus: Any, gathers: bool
 ) -> None:
-    exact, one = Trained(one_cpu, precision="float32"), Trained(one_cpu)
-    two = Trained(two_cpus, gathers=gathers)
+    exact, one = network(one_cpu, precision="float32"), network(one_cpu)
+    two = network(two_cpus, gathers=gathers)
     for trained in (exact, one, two):
         trained.train(0)
     assert 0 < distance(one, exact) < NEAR
@@ -236,18 +271,11 @@ def test_two_replicas_have_the_gradient_of_one_device_and_the_same_state(
     assert values_of(two.scale) == (2.0**10, 1, 0)
 
 
-@pytest.mark.parametrize(
-    ("loss_name", "changes"),
-    [
-        ("categorical_crossentropy", {"num_micro_batches": 2}),
-        ("bce_dice", {"num_micro_batches": 2, "uses_xla": True}),
-    ],
-)
+@pytest.mark.parametrize("changes", [{"num_micro_batches": 2}, {"uses_xla": True}])
 def test_micro_batches_and_xla_give_the_same_gradient(
-    one_cpu: Any, loss_name: LossName, changes: dict[str, Any]
+    network: Callable[..., Trained], one_cpu: Any, changes: dict[str, Any]
 ) -> None:
-    whole = Trained(one_cpu, loss_name=loss_name)
-    other = Trained(one_cpu, loss_name=loss_name, **changes)
+    whole, other = network(one_cpu), network(one_cpu, **changes)
     losses = [trained.train(0) for trained in (whole, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert distance(other, whole) < NEAR
@@ -258,21 +286,40 @@ def test_micro_batches_and_xla_give_the_same_gradient(
     assert_same_bits(before, other.arrays())
 
 
-def test_gradients_too_small_for_float16_are_kept(one_cpu: Any) -> None:
+def test_gradients_too_small_for_float16_are_kept(
+    network: Callable[..., Trained], one_cpu: Any
+) -> None:
     # As of pictures with 2**17 times as many pixels.
-    exact, lost, kept = (
-        Trained(one_cpu, precision=precision, loss_factor=2.0**-17)
-        for precision in ("float32", "mixed_float16", "mixed_float16")
+    exact, half = (
+        network(one_cpu, precision=precision, loss_factor=2.0**-17)
+        for precision in ("float32", "mixed_float16")
     )
     exact.train(0)
-    lost.train(0, scale=1.0)
-    kept.train(0)
-    assert distance(lost, exact) > 0.5
-    assert distance(kept, exact) < NEAR
+    half.train(0, scale=1.0)
+    assert distance(half, exact) > 0.5
+    half.restart()
+    half.train(0)
+    assert distance(half, exact) < NEAR
 
 
-def test_a_checkpoint_holds_the_scale_and_its_counters(one_cpu: Any, tmp_path: Path) -> None:
-    trained = Trained(one_cpu)
+def test_training_is_that_in_float32(network: Callable[..., Trained], one_cpu: Any) -> None:
+    exact, half = network(one_cpu, precision="float32"), network(one_cpu)
+    losses: list[tuple[float, float]] = []
+    for step in range(40):
+        losses.append(
+            (exact.train(step, step=step, rate=1e-2), half.train(step, step=step, rate=1e-2))
+        )
+        assert half.skipped == 0
+    first, last = np.mean(losses[:5], axis=0), np.mean(losses[-5:], axis=0)
+    assert np.all(last < 0.7 * first)
+    for expected, found in losses:
+        assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_a_checkpoint_holds_the_scale_and_its_counters(
+    network: Callable[..., Trained], one_cpu: Any, tmp_path: Path
+) -> None:
+    trained = network(one_cpu)
     trained.train(0)
     trained.train(2, step=1, scale=TOO_LARGE)
     assert trained.scale is not None
@@ -281,25 +328,25 @@ def test_a_checkpoint_holds_the_scale_and_its_counters(one_cpu: Any, tmp_path: P
     finish_checkpoint = serialization.take(str(tmp_path), trained.model, trained.optimizer, {})
     load(trained.scale, 1.0)
     path = finish_checkpoint()[serialization.OPTIMIZER_NAME]
-    again = Trained(one_cpu)
+    again = network(one_cpu)
     serialization.read_optimizer(again.optimizer, path)
     assert again.scale is not None
     assert values_of(again.scale) == expected
     # Other precisions pass over it, and have none of it.
-    serialization.read_optimizer(Trained(one_cpu, precision="float32").optimizer, path)
+    serialization.read_optimizer(network(one_cpu, precision="float32").optimizer, path)
 
 
 def test_a_checkpoint_without_a_scale_is_refused_in_float16_alone(
-    one_cpu: Any, tmp_path: Path
+    network: Callable[..., Trained], one_cpu: Any, tmp_path: Path
 ) -> None:
-    exact = Trained(one_cpu, precision="float32")
+    exact = network(one_cpu, precision="float32")
     path = serialization.take(str(tmp_path), exact.model, exact.optimizer, {})()
     name = path[serialization.OPTIMIZER_NAME]
     with np.load(name) as arrays:
         assert not any(each.startswith("loss_scale/") for each in arrays)
     serialization.read_optimizer(exact.optimizer, name)
     with pytest.raises(ContentError, match=r"scale is missing, but a run in mixed_float16"):
-        serialization.read_optimizer(Trained(one_cpu).optimizer, name)
+        serialization.read_optimizer(network(one_cpu).optimizer, name)
 
 
 @pytest.fixture(scope="module")
@@ -334,20 +381,6 @@ def train(config: TrainConfig, strategy: Any) -> dict[str, Any]:
 def history_of(run: Path) -> list[dict[str, str]]:
     with (run / "metrics" / "history.csv").open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def test_discs_are_learnt_as_in_float32(dataset: str, one_cpu: Any, tmp_path: Path) -> None:
-    losses = []
-    for precision in ("float32", "mixed_float16"):
-        optimizer = {"learning_rate": 1e-2}
-        changes = {"precision": precision, "name": precision.replace("_", "-"), "epochs": 5}
-        config = config_for(dataset, tmp_path, optimizer=optimizer, **changes)
-        outcome = train(config, one_cpu)
-        assert outcome["skipped_steps"] == 0
-        losses.append([float(r["val_loss"]) for r in history_of(tmp_path / str(config.name))])
-    exact, half = losses
-    assert exact[-1] < 0.7 * exact[0]
-    assert half == pytest.approx(exact, rel=0.05)
 
 
 def test_skipped_steps_do_not_count_for_the_schedule_and_are_reported(
@@ -400,6 +433,7 @@ def command_options(dataset: str, output: Path, name: str) -> list[str]:
     return [
         *("--data", dataset, "--output", str(output), "--name", name, "--epochs", "4"),
         *("--global-batch-size", "2", "--precision", "mixed_float16", "--deterministic"),
+        *("--preset", "reference"),
         *("--model.num-layers", "2", "--model.base-filters", "4", "--model.base-kernels", "3,3"),
         *("--no-tensorboard", "--no-progress", "--prediction-images", "0", "--threads", "1"),
     ]
@@ -408,13 +442,7 @@ def command_options(dataset: str, output: Path, name: str) -> list[str]:
 def run_command(dataset: str, output: Path, name: str, *, stop_after: int) -> None:
     """Trains on discs by the command, stopped after so many steps."""
     options = command_options(dataset, output, name)
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, str(stop_after), "--local", *options],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = commands.run("tests.script", "-c", COMMAND, str(stop_after), "--local", *options)
     assert done.returncode == (6 if stop_after < NEVER else 0), done.stderr
 
 
@@ -453,7 +481,7 @@ def test_a_run_that_is_stopped_among_skipped_steps_resumes_bit_by_bit(
 @pytest.mark.cluster
 def test_processes_of_a_cluster_skip_the_same_steps(dataset: str, tmp_path: Path) -> None:
     options = command_options(dataset, tmp_path, "two")
-    processes = start_cluster(2, options, command=[sys.executable, "-c", COMMAND, str(NEVER)])
+    processes = start_cluster(2, [str(NEVER), *options], code=COMMAND)
     errors = finish(processes)
     # The weights of both are compared bit by bit after every epoch.
     assert [process.returncode for process in processes] == [0, 0], errors

@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +21,6 @@ from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
 from tests.job.discs import prepare_discs
 from tests.job.processes import (
-    PROJECT,
     finish,
     free_addresses,
     run_alone,
@@ -217,19 +213,7 @@ except UsageError as error:
 
 def run_two(script: str) -> list[str]:
     """Runs `script` as both processes of a cluster; returns what each wrote to stderr."""
-    addresses = free_addresses(2)
-    processes = []
-    for rank in (0, 1):
-        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script],
-                cwd=PROJECT,
-                env=os.environ | {"TF_CONFIG": json.dumps(task)},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+    processes = start_cluster(2, [], code=script)
     errors = finish(processes)
     assert [process.returncode for process in processes] == [1, 1], errors
     return errors
@@ -270,7 +254,7 @@ raise SystemExit(train.main(sys.argv[1:]))
 def test_only_the_process_that_stores_images_draws_them(dataset: str, tmp_path: Path) -> None:
     arguments = ["--no-progress", "--threads", "1"]
     arguments += options(dataset, tmp_path, "drawn", epochs="1", precision="float32")
-    processes = start_cluster(2, arguments, command=[sys.executable, "-c", DRAWING])
+    processes = start_cluster(2, arguments, code=DRAWING)
     errors = finish(processes)
     assert [process.returncode for process in processes] == [0, 0], errors
     assert len(list((tmp_path / "drawn" / "evaluation" / "examples").iterdir())) == 4
