@@ -40,7 +40,7 @@ _NUM_SPARE = 30  # colours of classes whose own one is not visible
 _HATCH_PERIOD, _HATCH_WIDTH = 6, 2  # pixels, of diagonal lines over ignored areas
 _HATCH_GREYS = 220.0, 90.0  # of the lines, and between them
 _MIN_BRIGHTEST, _MIN_CHROMA = 100, 64  # levels, of a colour that is visible on grey images
-_MIN_DIFFERENCE = 60  # levels in a channel, of two classes with their own colours
+_MIN_DIFFERENCE = 30  # levels in a channel, of two classes with their own colours
 _FAR = 120  # levels, of another colour from all others, if there is one
 _LEAST_PERCENT = 1e-3  # of pixels; smaller shares are drawn at this value
 
