@@ -105,10 +105,13 @@ def exit_code(source: str, output: Path, config: PrepConfig) -> int:
 
 
 def outcome(source: str, folder: Path) -> tuple[int, int, list[tuple[str, int]]]:
-    """Returns the exit codes of `inspect`, of `prep` without options, and of each answer."""
+    """Returns the exit codes of `inspect`, of `prep` without options, and of each answer.
+
+    Without a question, the proposed command has the options that `prep` finds.
+    """
     found, _ = inspect_source(source, InspectConfig(num_processes=1), progress=False)
     plain = PrepConfig(image_size=32, num_processes=1)
-    commands = {found.command: "the proposed command"} if found.command else {}
+    commands: dict[str, str] = {}
     for question in found.questions:
         commands |= {each.command: each.text for each in question.answers}
     codes = []
