@@ -198,6 +198,7 @@ def _plot(column: str, curves: Mapping[str, RunCurves | None], *, over_minutes: 
         _HEIGHT,
         range_of([x for x, _ in every], from_zero=over_minutes),
         range_of([y for _, y in every]),
+        is_whole=not over_minutes,
     )
     title = f"{_TITLES[column]} over {place}"
     words = " ".join([f"{title}.", *(range_words(name, each) for name, each in points.items())])

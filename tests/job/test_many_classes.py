@@ -218,6 +218,8 @@ def test_ticks_are_round_and_inside() -> None:
     assert [text for _, text in ticks_of(0, 1)] == ["0", "0.25", "0.5", "0.75", "1"]
     assert [text for _, text in ticks_of(0, 0.8)] == ["0", "0.2", "0.4", "0.6", "0.8"]
     assert [text for _, text in ticks_of(3, 3)] == ["3"]
+    assert [text for _, text in ticks_of(1, 4, is_whole=True)] == ["1", "2", "3", "4"]
+    assert [text for _, text in ticks_of(1, 60, is_whole=True)] == ["20", "40", "60"]
     for low, high in ((0, 7), (-0.3, 0.2), (1e-5, 3e-5), (0, 12345)):
         values = [value for value, _ in ticks_of(low, high)]
         assert 2 <= len(values) <= 6

@@ -145,7 +145,8 @@ def _score_words(row: Mapping[str, Any], score: _Score | None) -> str:
         return "no foreground" if dice is None else f"image Dice {dice:.3f}"
     if score.dice is None:
         return "no foreground"
-    return f"mean Dice {score.dice:.3f}, {score.rank} of {score.num_ranked}"
+    name = "mean Dice" if len(score.classes) > 1 else "Dice"
+    return f"{name} {score.dice:.3f}, {score.rank} of {score.num_ranked}"
 
 
 def _lowest_words(classes: Mapping[str, float]) -> str:

@@ -106,6 +106,7 @@ class Frame:
         labels: of the horizontal and the vertical axis.
         width, height: of the area inside of the axes, pixels.
         x_range, y_range: (lowest, highest) value.
+        is_whole: horizontal ticks are whole numbers.
     """
 
     labels: tuple[str, str]
@@ -113,13 +114,13 @@ class Frame:
     height: int
     x_range: tuple[float, float]
     y_range: tuple[float, float] = (0.0, 1.0)
+    is_whole: bool = False
 
     def x_axis(self) -> Axis:
         """Returns the horizontal axis."""
         low, high = self.x_range
-        ticks = [
-            (_position(each, low, high) * self.width, text) for each, text in ticks_of(low, high)
-        ]
+        found = ticks_of(low, high, is_whole=self.is_whole)
+        ticks = [(_position(each, low, high) * self.width, text) for each, text in found]
         return Axis(self.labels[0], ticks)
 
     def y_axis(self) -> Axis:
@@ -152,13 +153,19 @@ class Frame:
         return LinePlot(title, words, self.width, self.height, *axes, lines, color)
 
 
-def ticks_of(low: float, high: float) -> list[tuple[float, str]]:
-    """Returns up to 5 round values from `low` to `high`, and their texts."""
+def ticks_of(low: float, high: float, *, is_whole: bool = False) -> list[tuple[float, str]]:
+    """Returns up to 6 round values from `low` to `high`, and their texts.
+
+    Args:
+        is_whole: only whole numbers.
+    """
     if high <= low:
         return [(low, f"{low:g}")]
     rough = (high - low) / (_MOST_TICKS - 1)
     scale = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * scale for factor in (1, 2, 2.5, 5, 10) if factor * scale >= rough * 0.999)
+    factors = (1, 2, 5, 10) if is_whole else (1, 2, 2.5, 5, 10)
+    step = next(factor * scale for factor in factors if factor * scale >= rough * 0.999)
+    step = max(1.0, step) if is_whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [(index * step, f"{index * step:.6g}") for index in range(first, last + 1)]
 
