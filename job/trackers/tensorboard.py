@@ -3,7 +3,7 @@
 The numbers of all epochs are in `tensorboard/attempt-N/`, written again by each attempt. The images
 and curves of an epoch are a file of their own in `tensorboard/validation/`, whose name is that of
 the epoch: an epoch that is trained again after a kill replaces its file. So every epoch is there
-once, and no file grows.
+once, and no file grows. Long runs write them after some epochs only, see `shows_epoch`.
 """
 
 import os
@@ -26,6 +26,15 @@ _MAX_OVERLAYS = 4
 _NUM_THRESHOLDS = 129  # 0, 1/128, ..., 1, which float32 multiplies exactly
 
 Counts = npt.NDArray[np.int64]
+
+
+def shows_epoch(epoch: int) -> bool:
+    """Returns whether an epoch, from 0, gets overlays and curves.
+
+    The first 32 do, then every second up to 64, every fourth up to 128 and so on: 112 of 1024.
+    """
+    stride = 1 << max(0, epoch.bit_length() - 5)
+    return (epoch + 1) % stride == 0
 
 
 class EventLog:

@@ -52,7 +52,7 @@ from job.trackers.numbers import (
     joined_rows,
     read_class_dice,
 )
-from job.trackers.tensorboard import EventLog
+from job.trackers.tensorboard import EventLog, shows_epoch
 from job.training.staging import kept_words
 from job.training.state import TrainState
 
@@ -176,17 +176,17 @@ class RunWriter:
         Args:
             heartbeat: called for every batch of windows.
         """
-        evaluator = self.evaluator
+        evaluator, events = self.evaluator, self.events if shows_epoch(epoch) else None
         for name, each in self.prediction_inputs.items():
             probabilities = evaluator.predict(each.image, heartbeat)
             ids = masked(probabilities, evaluator.postprocessing)
             mask_png = plots.mask_png(ids, evaluator.dataset.manifest.classes)
             # The reference counts epochs from 1 here.
             self.put(f"epoch_change_infer/Epoch_{epoch + 1}_{name}.png", mask_png)
-            if self.events is not None:
-                self.events.add_case(name, each.image, each.truth, ids, probabilities)
-        if self.events is not None:
-            self.events.put_epoch(epoch)
+            if events is not None:
+                events.add_case(name, each.image, each.truth, ids, probabilities)
+        if events is not None:
+            events.put_epoch(epoch)
 
     def end_epoch(self, state: TrainState, class_dice: Row, heartbeat: Heartbeat) -> None:
         """Stores the results of an epoch except predictions, with a checkpoint last.

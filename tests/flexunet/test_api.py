@@ -13,7 +13,10 @@ from flexunet.errors import UsageError
 from flexunet.storage import open_store
 
 PROJECT = Path(__file__).resolve().parents[2]
-HEAVY = ("numpy", "pydantic", "tensorflow", "keras", "ray", "yaml", "google", "importlib.metadata")
+HEAVY = (
+    *("numpy", "pydantic", "tensorflow", "keras", "ray", "yaml", "google", "importlib.metadata"),
+    "mlflow",
+)
 
 
 def test_every_name_is_the_one_of_its_module() -> None:

@@ -10,7 +10,12 @@ from PIL import Image
 from data_prep.masks.color_map import ClassColor
 from flexunet.storage import LocalStore
 from job.trackers.overlays import overlay_jpeg
-from job.trackers.tensorboard import EventLog, curve_counts, probability_histogram
+from job.trackers.tensorboard import (
+    EventLog,
+    curve_counts,
+    probability_histogram,
+    shows_epoch,
+)
 from tests.job.tracked import steps_by_run
 
 CLASSES = (
@@ -52,6 +57,13 @@ def test_an_overlay_is_small_and_shows_truth_and_prediction(shape: tuple[int, ..
     assert not red[:, width // 2 + 8 :].any()
     alone = overlay_jpeg(image, truth, None, CLASSES)
     assert alone[:2] == (height, (width - 8) // 2)
+
+
+def test_long_runs_show_fewer_epochs() -> None:
+    shown = [epoch + 1 for epoch in range(1024) if shows_epoch(epoch)]
+    assert shown[:34] == [*range(1, 33), 34, 36]
+    assert shown[46:50] == [62, 64, 68, 72]
+    assert (len(shown), shown[-1]) == (112, 1024)
 
 
 def test_every_epoch_is_there_once_after_a_kill(tmp_path: Path) -> None:

@@ -20,13 +20,17 @@ from job.config import TrainConfig
 from job.evaluation.pipeline import EvaluateConfig
 from job.inference.options import InferConfig
 from launcher.cli import main
+from launcher.cluster.connection import passed_on
 from launcher.commands.launch import COMMANDS as LAUNCH_COMMANDS
 from launcher.commands.root import COMMANDS, command
 from launcher.commands.status import _print_table
 
 # Commands by name; a group is replaced by its members.
 ALL = sorted({*COMMANDS, *(f"launch {name}" for name in LAUNCH_COMMANDS)} - {"launch"})
-HEAVY = ("tensorflow", "keras", "ray", "google.cloud", "pyarrow", "matplotlib", "cv2", "h5py")
+HEAVY = (
+    *("tensorflow", "keras", "ray", "google.cloud", "pyarrow", "matplotlib", "cv2", "h5py"),
+    "mlflow",
+)
 # Numeric options without a unit: shares, factors, exponents, strengths and seeds.
 UNITLESS = {
     "seed",
@@ -473,3 +477,17 @@ def test_the_list_of_jobs_fits_a_terminal(capsys: pytest.CaptureFixture[str]) ->
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) == 80
     assert lines[1].endswith("  flexunet x...")
+
+
+def test_a_cluster_gets_the_addresses_of_this_process_but_no_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("STORAGE_EMULATOR_HOST", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "canary")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "set")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    expected = {"MLFLOW_TRACKING_URI": "http://host:5000", "MLFLOW_EXPERIMENT_NAME": "set"}
+    assert passed_on() == expected
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:canary@host:5000")
+    assert passed_on() == {"MLFLOW_EXPERIMENT_NAME": "set"}
