@@ -124,6 +124,7 @@ def settings() -> str:
     from data_prep.config import PrepConfig
     from job.config import TrainConfig
     from job.evaluation.pipeline import EvaluateConfig
+    from job.exporting.options import ExportConfig
     from job.inference.options import InferConfig
     from launcher.config import LaunchConfig
 
@@ -133,6 +134,7 @@ def settings() -> str:
         ("train", TrainConfig),
         ("evaluate", EvaluateConfig),
         ("infer", InferConfig),
+        ("export", ExportConfig),
         ("launch train", LaunchConfig),
     ):
         lines += [f"## {title}", "", *_settings_tables(title, cls)]

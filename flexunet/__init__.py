@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from job.api.options import (
         EvaluateOptions,
+        ExportOptions,
         ImageOptions,
         InferOptions,
         InspectOptions,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
         TrainOptions,
     )
     from job.api.prediction import Prediction
-    from job.api.results import Comparison, compare, evaluate, infer, write_report
+    from job.api.results import Comparison, compare, evaluate, export, infer, write_report
     from job.api.runs import EvaluationSummary, Run, open_run
     from job.api.training import plan, train
     from job.config import (
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from job.evaluation.pipeline import EvaluateConfig
+    from job.exporting.options import ExportConfig
+    from job.exporting.pipeline import ExportResult
     from job.inference.options import ImageConfig, InferConfig
     from job.inference.pipeline import InferResult
     from job.planning.plan_file import Choice, Plan
@@ -70,6 +73,9 @@ __all__ = [
     "EvaluationEnded",
     "EvaluationSummary",
     "Event",
+    "ExportConfig",
+    "ExportOptions",
+    "ExportResult",
     "FlexUNetError",
     "ImageConfig",
     "ImageOptions",
@@ -102,6 +108,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "export",
     "infer",
     "inspect",
     "open_dataset",
@@ -131,6 +138,9 @@ _MODULES = {
     "EvaluationEnded": "job.api.events",
     "EvaluationSummary": "job.api.runs",
     "Event": "job.api.events",
+    "ExportConfig": "job.exporting.options",
+    "ExportOptions": "job.api.options",
+    "ExportResult": "job.exporting.pipeline",
     "FlexUNetError": "flexunet.errors",
     "ImageConfig": "job.inference.options",
     "ImageOptions": "job.api.options",
@@ -162,6 +172,7 @@ _MODULES = {
     "UsageError": "flexunet.errors",
     "compare": "job.api.results",
     "evaluate": "job.api.results",
+    "export": "job.api.results",
     "infer": "job.api.results",
     "inspect": "job.api.datasets",
     "open_dataset": "job.api.datasets",

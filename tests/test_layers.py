@@ -34,8 +34,8 @@ LAZY = {"data_prep/imaging/dicom/tfio.py": {"tensorflow", "tensorflow_io"}}
 
 # Each package's own order, lowest first: a module imports from its own entry and from earlier ones.
 COMMANDS = [
-    *("job.evaluate", "job.infer", "job.plan", "job.report", "job.train", "job.doctor"),
-    "job.compare",
+    *("job.evaluate", "job.export", "job.infer", "job.plan", "job.report", "job.train"),
+    *("job.doctor", "job.compare"),
 ]
 ORDERS = {
     "flexunet": [
@@ -92,6 +92,7 @@ ORDERS = {
         "job.inference",
         "job.evaluation",
         "job.comparison",
+        "job.exporting",
         "job.trackers",
         "job.training",
         "job.api",

@@ -185,3 +185,16 @@ class InferOptions(ImageOptions, total=False):
     overlays: bool
     overwrite: bool
     progress: bool
+
+
+class ExportOptions(TypedDict, total=False):
+    """Keyword arguments of `flexunet.export`: the fields of `ExportConfig`."""
+
+    format: Sequence[Literal["savedmodel", "keras", "onnx"]]
+    checkpoint: Literal["best", "last"]
+    ensemble: Sequence[StrPath]
+    data: StrPath | None
+    licence: str | None
+    intended_use: str | None
+    overwrite: bool
+    progress: bool

@@ -1,16 +1,19 @@
-"""Evaluates a run, predicts into a folder, writes a report and compares, as the commands do."""
+"""Evaluates, exports, reports and compares runs and predicts masks, as the commands do."""
 
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from flexunet.storage import open_store
 from job.api.keywords import StrPath, keyword_errors, path_text, settings_of
 from job.api.log import shown_log
-from job.api.options import EvaluateOptions, InferOptions
+from job.api.options import EvaluateOptions, ExportOptions, InferOptions
 from job.api.runs import EvaluationSummary, Run, read_evaluation
 from job.comparison.comparison import compare_runs
 from job.comparison.page import page_target, write_page
 from job.evaluation import pipeline as evaluation
 from job.evaluation.pipeline import EvaluateConfig
+from job.exporting import pipeline as exporting
+from job.exporting.options import ExportConfig
+from job.exporting.pipeline import ExportResult
 from job.inference import pipeline as inference
 from job.inference.options import InferConfig
 from job.inference.pipeline import InferResult
@@ -87,6 +90,39 @@ def infer(
     target = None if output is None else path_text(output)
     with keyword_errors(InferConfig), shown_log(config.progress):
         return inference.infer(_url_of(run), path_text(images), target, config)
+
+
+def export(run: Run | StrPath, output: StrPath, **options: Unpack[ExportOptions]) -> ExportResult:
+    """Exports a run for programs that do not have FlexUNet, as `flexunet export` does.
+
+    The model takes pixels as an image file has them, uint8 or uint16, in batches of any size. It
+    returns probabilities and class ids. Each file is checked against `infer`; if a check fails,
+    nothing is written.
+
+    Args:
+        run: a run, or the folder or gs:// URL of a run or of a cross-validation.
+        output: new folder or gs:// URL of the export.
+        options: the fields of `ExportConfig`: `format=["savedmodel", "onnx"]`.
+
+    Returns:
+        Where the files are, and the content of `metadata.json`.
+
+    Raises:
+        UsageError: an option is unknown or wrong, there is no run, `output` has other files, or
+            packages of a format are not installed.
+        ContentError: a checkpoint is damaged, or an exported file computes something else.
+        StorageError: storage is unavailable or full.
+
+    Examples:
+        >>> result = flexunet.export("runs/first", "export", format=["keras"])
+        >>> result.files, result.metadata["input"]["shape"]
+        ({'keras': 'model.keras'}, ['batch', 'height', 'width', 1])
+        >>> result.metadata["check"]["formats"]["keras"]["num_other_ids"]
+        0
+    """
+    config = settings_of("export", ExportConfig, options, ("run", "output"))
+    with keyword_errors(ExportConfig), shown_log(config.progress):
+        return exporting.export(_url_of(run), path_text(output), config)
 
 
 def write_report(run: Run | StrPath) -> str:

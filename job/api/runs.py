@@ -167,8 +167,8 @@ class Run:
 
         Its input is (B, H, W, C) uint8 or uint16, pixels as the dataset stores them, of any batch
         B; see `Dataset.image_shape`. Its output is (B, H, W, K) float32: softmax over K classes, or
-        the sigmoid where K = 1. `predict` takes images of any size and kind. `model.export(folder)`
-        writes a SavedModel that needs no FlexUNet; to load what `model.save(file)` wrote, import
+        the sigmoid where K = 1. `predict` takes images of any size and kind. `flexunet.export`
+        writes files that need no FlexUNet; to load what `model.save(file)` wrote, import
         `job.models.flexunet` before, which knows its layers.
 
         Args:

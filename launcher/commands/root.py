@@ -20,6 +20,7 @@ COMMANDS = {
     "report": ("job.report", "Write a report on a run: metrics, cases, curves, failures."),
     "compare": ("job.compare", "Compare runs on the same cases: differences, curves, options."),
     "infer": ("job.infer", "Predict masks for a folder of images."),
+    "export": ("job.export", "Export a run as SavedModel, .keras or ONNX, with a model card."),
     "launch": ("launcher.commands.launch", "Prepare, train or infer on a Ray cluster."),
     "submit": (
         "launcher.commands.submit",

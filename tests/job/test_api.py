@@ -30,6 +30,7 @@ from job.data.reader import read_sample
 from job.data.sampling import epoch_order
 from job.data.shard_cache import open_reader
 from job.evaluation.pipeline import EvaluateConfig
+from job.exporting.options import ExportConfig
 from job.inference.options import ImageConfig, InferConfig
 from job.inference.prediction import find_members, load_predictor
 from job.models.ensemble import make_probability_step, network_of, probability_model
@@ -531,6 +532,7 @@ def argument_kind(kind: Any, *, is_path: bool) -> Any:
         (api_options.EvaluateOptions, EvaluateConfig),
         (api_options.ImageOptions, ImageConfig),
         (api_options.InferOptions, InferConfig),
+        (api_options.ExportOptions, ExportConfig),
     ],
 )
 def test_keyword_arguments_are_typed_as_the_settings_are(

@@ -24,6 +24,7 @@ DOCUMENTED: dict[str, Any] = {
     "Run.predict": flexunet.Run.predict,
     "evaluate": flexunet.evaluate,
     "infer": flexunet.infer,
+    "export": flexunet.export,
     "write_report": flexunet.write_report,
     "compare": flexunet.compare,
 }

@@ -1,0 +1,1 @@
+"""Exports a trained run for programs that do not have this package."""

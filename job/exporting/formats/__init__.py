@@ -1,0 +1,1 @@
+"""Writes and opens exported models, one module for each format."""
