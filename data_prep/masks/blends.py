@@ -236,6 +236,9 @@ def _explain(
             is_new = (found >= 0) & ~is_kept[chosen]
             result[chosen[is_new]] = found[is_new]
             is_open[chosen[is_new | is_blend]] = False
+    # The others keep the nearest colour, even if only one class is nearby. With that class, up to
+    # half of the wrong pixels of JPEG masks are right, but two to five times as many small objects
+    # are lost, and thin lines with them.
     return result, is_open
 
 
