@@ -293,7 +293,8 @@ class _SharpAreas:
         assigned, shades = self._assigned, self._shades
         value = shades.values[code]
         is_near = bool(shades.is_near[code])
-        if not is_near and _has_square(inside, 3) and not is_blend(value, shades.colors):
+        may_be_square = not is_near and np.count_nonzero(inside) >= 3 * 3
+        if may_be_square and _has_square(inside, 3) and not is_blend(value, shades.colors):
             return True
         square = np.ones((3, 3), np.uint8)
         ring = cv2.dilate(inside.view(np.uint8), square).view(bool)
