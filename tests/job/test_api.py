@@ -29,6 +29,7 @@ from job.data.dataset import open_dataset
 from job.data.reader import read_sample
 from job.data.sampling import epoch_order
 from job.data.shard_cache import open_reader
+from job.distributed import watchdog
 from job.evaluation.pipeline import EvaluateConfig
 from job.exporting.options import ExportConfig
 from job.inference.options import ImageConfig, InferConfig
@@ -243,12 +244,13 @@ def test_a_stall_is_an_error_of_the_log_and_does_not_end_the_process(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.05)
     done: list[int] = []
 
     def slow_tick(clock: loop._Clock, num_images: int) -> None:
         done.append(num_images)
         if len(done) == 2:
-            time.sleep(4)
+            time.sleep(1.5)
 
     monkeypatch.setattr(loop._Clock, "tick", slow_tick)
     run = train(dataset_url, tmp_path, step_timeout=1)
@@ -260,11 +262,16 @@ def test_a_stall_is_an_error_of_the_log_and_does_not_end_the_process(
 
 
 def test_a_slow_on_event_is_no_stall(
-    dataset_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    dataset_url: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.05)
+
     def on_event(event: flexunet.Event) -> None:
         if isinstance(event, flexunet.StepEnded) and event.step == 2:
-            time.sleep(4)
+            time.sleep(1.5)
 
     assert train(dataset_url, tmp_path, step_timeout=1, on_event=on_event).status == "finished"
     assert not [line for line in caplog.messages if "in: epoch 1" in line]

@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from jupyter_client.manager import start_new_kernel
 
+from tests import commands
 from tests.job.discs import prepare_discs
 
 pytestmark = pytest.mark.cluster  # kernels of Jupyter, and interrupts
@@ -87,13 +87,7 @@ print([main(["--local", *arguments]) for arguments in json.loads(sys.argv[2])])
 
 
 def python(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = commands.run("tests.script", "-c", script, *arguments)
     assert done.returncode == 0, done.stderr
     return done
 

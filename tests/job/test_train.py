@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -125,16 +123,16 @@ def finished(
     return config, *train(config, one_cpu)
 
 
-def test_one_device_two_replicas_and_a_restart_compute_the_same(
+def test_one_device_two_replicas_xla_and_a_restart_compute_the_same(
     finished: Any, one_cpu: Any, two_cpus: Any, tmp_path: Path
 ) -> None:
     config, _, events = finished
     assert len(steps_of(events)) == 6
     # Stopped inside the first epoch on one device, then inside the second on two.
     again = config.model_copy(update={"output": str(tmp_path)})
-    for strategy, stop_after in ((one_cpu, 2), (two_cpus, 3)):
+    for strategy, stop_after, xla in ((one_cpu, 2, "on"), (two_cpus, 3, "off")):
         with pytest.raises(StoppedError, match="same command resumes"):
-            train(again, strategy, stop_after=stop_after)
+            train(again.model_copy(update={"xla": xla}), strategy, stop_after=stop_after)
     again = again.model_copy(update={"tracking_uri": str(tmp_path / "mlruns")})
     _, rest = train(again, one_cpu)
     assert len(steps_of(rest)) == 1
@@ -160,14 +158,6 @@ def check_tracked(first: Path, moved: Path) -> None:
     )
 
 
-def test_a_run_that_xla_compiles_has_the_same_numbers(
-    finished: Any, one_cpu: Any, tmp_path: Path
-) -> None:
-    config, _, _ = finished
-    train(config.model_copy(update={"output": str(tmp_path), "xla": "on"}), one_cpu)
-    assert_same_history(Path(config.output), tmp_path)
-
-
 def test_progress_of_a_resumed_run_is_that_of_the_whole_run(
     dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,30 +174,32 @@ def test_progress_of_a_resumed_run_is_that_of_the_whole_run(
     assert last == "train: 8/36 images, epoch 1/3 step loss 1.0000"
 
 
-def test_a_run_that_stops_early_says_so_and_what_goes_on(
+def test_a_run_on_a_plateau_learns_slower_then_stops_early_and_says_what_goes_on(
     dataset: str, one_cpu: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     config = config_for(
         dataset,
         tmp_path,
-        epochs=3,
+        epochs=4,
         optimizer={"learning_rate": 1e-30},  # too small to change a weight
-        schedule={"early_stopping_patience": 1},
+        schedule={"reducer_patience": 1, "reducer_factor": 0.5, "early_stopping_patience": 2},
     )
     outcome, _ = train(config, one_cpu)
-    assert (outcome["epochs"], outcome["stopped_early"]) == (2, True)
-    words = "stopped early after 2 epochs: the validation loss has not fallen since epoch 1"
+    assert (outcome["epochs"], outcome["stopped_early"]) == (3, True)
+    rates = [float(row["learning_rate"]) for row in history_of(tmp_path)]
+    assert rates == [1e-30, 1e-30, 5e-31]
+    words = "stopped early after 3 epochs: the validation loss has not fallen since epoch 1"
     (line,) = (text for text in caplog.messages if words in text)
     assert line == f"{words} (--schedule.early-stopping-patience)"
     url = f"{tmp_path}/run"
     assert f"Status: finished ({words})" in render(open_store(url))
 
     again, events = train(config, one_cpu)
-    assert (again["epochs"], events) == (2, [])
+    assert (again["epochs"], events) == (3, [])
     assert caplog.messages[-1].startswith(f"{url}: finished already: {words}; to continue")
+    # The next tests start from a finished run that way.
     assert caplog.messages[-1].endswith(f"give another --name and --init-from {url}")
-    train(config.model_copy(update={"epochs": 1, "init_from": url, "name": "on"}), one_cpu)
 
 
 def test_a_finished_cosine_that_is_trained_on_is_warned_of(
@@ -384,20 +376,6 @@ def test_weights_start_from_another_run(finished: Any, one_cpu: Any, tmp_path: P
     assert steps_of(warm)[0]["loss"] < steps_of(cold)[0]["loss"]
 
 
-def test_learning_rate_falls_on_a_plateau(dataset: str, one_cpu: Any, tmp_path: Path) -> None:
-    # A learning rate of almost nothing: no epoch improves by the reducer's 1e-4.
-    config = config_for(
-        dataset,
-        tmp_path,
-        epochs=3,
-        optimizer={"learning_rate": 1e-12},
-        schedule={"reducer_patience": 1, "reducer_factor": 0.5, "early_stopping_patience": 0},
-    )
-    train(config, one_cpu)
-    rates = [float(row["learning_rate"]) for row in history_of(tmp_path)]
-    assert rates == [1e-12, 1e-12, 5e-13]
-
-
 def test_divergence_ends_the_run_for_good(dataset: str, one_cpu: Any, tmp_path: Path) -> None:
     config = config_for(dataset, tmp_path, optimizer={"learning_rate": 1e300, "clipvalue": 0})
     with pytest.raises(DivergedError, match=r"lower --optimizer\.learning-rate"):
@@ -570,13 +548,7 @@ def test_averaged_and_timed_a_killed_run_and_a_repeated_one_equal_the_first_bit_
 def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "job.train", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    )
+    result = commands.run("job.train", *arguments, folder=tmp_path)
     assert result.returncode == 2, result.stderr
     assert re.search(message, result.stderr)
     assert len(result.stderr.strip().splitlines()) == 1

@@ -132,7 +132,10 @@ def test_the_usual_step_is_all_of_its_parts(quick: None, monkeypatch: pytest.Mon
 HANGS = """
 import sys, time
 from flexunet.storage import open_store
+from job.distributed import watchdog
 from job.distributed.watchdog import Watchdog, end_process
+
+watchdog._TICK_S = 0.1  # a longer pause than 1 s does not count
 
 def hang_here():
     time.sleep(60)
@@ -161,15 +164,15 @@ def test_a_process_that_hangs_ends_and_leaves_its_stacks(tmp_path: Path) -> None
 
 def test_a_paused_process_does_not_count_the_pause(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", HANGS, str(tmp_path), "8"],
+        [sys.executable, "-c", HANGS, str(tmp_path), "3"],
         cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.readline()
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(9)
+    time.sleep(4)
     os.kill(process.pid, signal.SIGCONT)
-    time.sleep(1.5)
+    time.sleep(0.7)
     assert process.poll() is None
     assert not (tmp_path / "stacks").exists()
     process.kill()

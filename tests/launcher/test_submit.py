@@ -30,14 +30,14 @@ from tests.launcher.head import Head, ray_head
 
 pytestmark = pytest.mark.cluster
 
-# Needs 5 s to end after SIGTERM; Ray's default is 3 s.
+# Needs 4 s to end after SIGTERM; Ray's default is 3 s.
 _SLOW_STOP = """
-trap 'sleep 5; printf "all is %s\\n" stored; exit 0' TERM
+trap 'sleep 4; printf "all is %s\\n" stored; exit 0' TERM
 printf "it %s\\n" runs
 while true; do sleep 0.1; done
 """
 TOKEN = {"RAY_AUTH_TOKEN": "canary"}
-_COUNT = "for i in $(seq 80); do echo line $i; sleep 0.1; done; exit 3"
+_COUNT = "for i in $(seq 60); do echo line $i; sleep 0.1; done; exit 3"
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ def test_a_lost_connection_is_made_again_and_nothing_is_shown_twice(
         harm(relay)
         _, error = command.communicate(timeout=120)
     lines = [line for line in log.read_text().splitlines() if line.startswith("line ")]
-    assert lines == [f"line {i}" for i in range(1, 81)]
+    assert lines == [f"line {i}" for i in range(1, 61)]
     assert command.returncode == 3, error
     assert f"job {job}: failed with exit code 3 after" in error
 
