@@ -49,6 +49,7 @@ from flexunet.storage import open_store
 T = TypeVar("T")
 R = TypeVar("R")
 
+_MAX_TRIED = 4  # readings of masks with several ones
 _FEW_PAIRS = 100  # that one process reads before others have started
 _FEW_BYTES = 32 * 2**20
 
@@ -148,24 +149,52 @@ def _measure(found: Measured, config: InspectConfig, work: _Work) -> None:
     if not found.images:
         return
     found.decision = _decide(found)
-    found.reading = _likeliest(found.decision)
     found.sizes = stored_sizes(count_sizes(found.images))
-    if found.decision is not None and found.reading is None:
-        return
     sample = _evenly(_good(found), config.sample)
-    sizes = {image.image_id: (image.height, image.width) for image in found.images}
+    measured: list[tuple[int, Reading | None, RegionsScan]] = []
+    for reading in _readings(found.decision):
+        found.reading, found.regions = reading, RegionsScan()
+        _measure_regions(found, sample, task, work)
+        num_refused = sum(bool(bad.colors) for bad in found.regions.bad)
+        measured.append((num_refused, reading, found.regions))
+        if not num_refused:
+            break
+    if not measured:
+        return
+    _, found.reading, found.regions = min(measured, key=lambda each: each[0])
     found.min_area = MIN_NOISY_AREA if found.has_noise else MIN_AREA
+    if found.decision is not None and found.reading is not None:
+        found.decision = found.decision.with_first(found.reading)
+
+
+def _readings(decision: MaskDecision | None) -> tuple[Reading | None, ...]:
+    """Returns the readings to try until one reads all masks, the likeliest first.
+
+    None: there are no masks.
+    """
+    if decision is None or decision.reading is not None:
+        return (None if decision is None else decision.reading,)
+    return decision.candidates[:_MAX_TRIED]
+
+
+def _measure_regions(
+    found: Measured, sample: Sequence[SourcePair], task: InspectTask, work: _Work
+) -> None:
+    """Reads the masks of a sample, and checks the others.
+
+    Args:
+        task: the task that read all files.
+    """
+    sizes = {image.image_id: (image.height, image.width) for image in found.images}
     task = dataclasses.replace(
         task,
         layout=layout_of(found.layout.config, found.reading),
         image_sizes=tuple(sizes[item.id] for item in sample),
         sizes=found.sizes,
-        min_area=found.min_area,
+        min_area=MIN_NOISY_AREA if found.has_noise else MIN_AREA,
     )
-    measured = work.run(
-        scan_regions, batches(sample, task, number), "measuring regions", len(sample), _num_pairs
-    )
-    for part in measured:
+    tasks = batches(sample, task, work.workers.num_workers())
+    for part in work.run(scan_regions, tasks, "measuring regions", len(sample), _num_pairs):
         found.regions.add(part)
     _check_rest(found, sample, task, work)
 
@@ -231,12 +260,6 @@ def _decide(found: Measured) -> MaskDecision | None:
             background=None if config.background == FIRST_CLASS else config.background,
         ),
     )
-
-
-def _likeliest(decision: MaskDecision | None) -> Reading | None:
-    if decision is None or decision.reading is not None:
-        return None if decision is None else decision.reading
-    return decision.candidates[0] if decision.candidates else None
 
 
 def layout_of(config: PrepConfig, reading: Reading | None) -> Layout:

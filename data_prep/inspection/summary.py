@@ -377,7 +377,7 @@ def _choices(
         white = found.regions.classes.get(1, ClassRegions()).num_pixels
         black = black_choice(decision.reading, white / max(1, found.regions.num_pixels))
     refused = [each for each in found.regions.bad if each.colors]
-    areas = None
+    areas, is_open = None, decision is not None and decision.reading is None
     if decision is not None and decision.reading is not None:
         is_all = len(refused) >= len(found.items)
         areas = area_choice(decision.reading, found.areas, len(refused), is_all)
@@ -389,7 +389,8 @@ def _choices(
         None if has_groups(found) else group_choice(groups),
         valid_choice({each.split for each in layout.folders}),
         bad_choice(
-            sum(each.number for each in (*layout.left_over, *bad)) - len(refused) * bool(areas),
+            sum(each.number for each in (*layout.left_over, *bad))
+            - len(refused) * (areas is not None or is_open),
             0
             if found.layout.given.get("background") == NO_BACKGROUND
             else sum(each.number for each in layout.left_over if each.about.startswith(NO_MASK)),

@@ -84,6 +84,11 @@ class MaskDecision:
         """Whether the masks have one reading only."""
         return self.reading is not None
 
+    def with_first(self, reading: Reading) -> "MaskDecision":
+        """Returns the decision with one of its candidates as the first; a certain one as it is."""
+        others = (each for each in self.candidates if each != reading)
+        return self if self.is_certain else replace(self, candidates=(reading, *others))
+
 
 def decide_masks(masks: MaskStatistics, given: GivenOptions | None = None) -> MaskDecision:
     """Returns how the masks are read.
