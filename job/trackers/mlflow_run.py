@@ -125,6 +125,7 @@ class MlflowRun:
         self._made_client: Any = None
         self._known: _Known | None = None
         self._times: dict[int, int] = {}  # of the first try to send a step, ms
+        self._is_shown = False  # where the run is
 
     def send(self, num_epochs: int, status: Status | None, check: Callable[[], None]) -> None:
         """Sends what MLflow lacks; with a status also the evaluation and files, and ends the run.
@@ -179,7 +180,18 @@ class MlflowRun:
             history = self._client.get_metric_history(known.run_id, name)
             known.steps[name] = {point.step for point in history}
         self._send_options(known, entry.data)
+        self._show(experiment, known.run_id)
         return known
+
+    def _show(self, experiment: str, run_id: str) -> None:
+        """Logs once where the run is."""
+        target = self._target
+        place = f"/#/experiments/{experiment}/runs/{run_id}"
+        if target.is_folder:
+            place = f", experiment {experiment}, run {run_id}"
+        if not self._is_shown:
+            logger.info("tracked by MLflow: %s%s", target.shown.rstrip("/"), place)
+        self._is_shown = True
 
     def _experiment(self) -> str:
         """Returns the id of the experiment, which is created if there is none."""

@@ -17,7 +17,7 @@ Pixels = npt.NDArray[np.uint8]
 
 _SIDE = 384  # of each of the two images at most, pixels
 _MARGIN = 8
-_LINE, _EDGE = 1, 3  # widths of a contour and of the contrasting line below it, pixels
+_LINE, _EDGE = 2, 4  # widths of a contour and of the contrasting line below it, pixels
 _DARK, _BRIGHT = (0, 0, 0), (255, 255, 255)
 _QUALITY = 85  # percent
 
@@ -35,9 +35,12 @@ def overlay_jpeg(
     """
     import cv2
 
-    scale = min(1.0, _SIDE / max(prediction.shape))
+    longest = max(prediction.shape)
+    # Small images are enlarged, so that a contour does not cover what it surrounds.
+    scale = _SIDE / longest if longest > _SIDE else _SIDE // longest
     size = tuple(max(1, round(side * scale)) for side in reversed(prediction.shape))
-    canvas: Pixels = np.asarray(cv2.resize(_as_rgb(image), size, interpolation=cv2.INTER_AREA))
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    canvas: Pixels = np.asarray(cv2.resize(_as_rgb(image), size, interpolation=method))
     parts = [canvas] if truth is None else [canvas, canvas.copy()]
     masks = [prediction] if truth is None else [truth, prediction]
     for part, ids in zip(parts, masks, strict=True):
@@ -48,7 +51,10 @@ def overlay_jpeg(
     if truth is not None:
         parts.insert(1, np.full((canvas.shape[0], _MARGIN, 3), _BRIGHT, np.uint8))
     whole = np.concatenate(parts, axis=1)
-    is_written, data = cv2.imencode(".jpg", whole[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
+    # With the colours at full resolution: the lines are narrow.
+    sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    options = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, *sampling]
+    is_written, data = cv2.imencode(".jpg", whole[..., ::-1], options)
     assert is_written  # noqa: S101 - it fails for no array of this kind
     return *whole.shape[:2], data.tobytes()
 

@@ -49,7 +49,7 @@ def test_an_overlay_is_small_and_shows_truth_and_prediction(shape: tuple[int, ..
     truth = np.zeros(shape[:2], np.uint8)
     truth[10:25, 5:20] = 1
     height, width, data = overlay_jpeg(image, np.zeros_like(truth), truth, CLASSES)
-    assert max(height, (width - 8) // 2) <= 384
+    assert 192 < max(height, (width - 8) // 2) <= 384
     pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert pixels.shape == (height, width, 3)
     red = (pixels[..., 0] - pixels[..., 2]) > 60
@@ -95,7 +95,7 @@ def test_every_epoch_is_there_once_after_a_kill(tmp_path: Path) -> None:
     assert all(steps == [0, 1, 2, 3] for steps in found["validation"].values())
     files = [each.size for each in run.list("tensorboard/validation/")]
     assert len(files) == 4
-    assert max(files) < 60_000
+    assert max(files) < 200_000
     empty = EventLog(str(tmp_path / "2"), 2, CLASSES, run.put)
     empty.put_epoch(4)
     assert len(run.list("tensorboard/validation/")) == 4

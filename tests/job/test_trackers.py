@@ -193,10 +193,13 @@ def allow() -> None:
 
 
 def test_every_epoch_has_one_row_after_kills_and_a_changed_option(
-    run: LocalStore, folder: Target, tmp_path: Path
+    run: LocalStore, folder: Target, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "job")
     MlflowRun(folder, run, "own").send(1, None, allow)
     found = only_run(folder)
+    place = f"experiment {found.info.experiment_id}, run {found.info.run_id}"
+    assert caplog.messages == [f"tracked by MLflow: {folder.uri}, {place}"]
     assert (found.info.run_name, found.info.status) == ("first", "RUNNING")
     assert found.data.params == {"epochs": "2", "seed": "7", "model.dilation": "[1, 1]"}
     assert values_of(folder, "loss") == [(1, 0.5)]
