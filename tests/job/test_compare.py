@@ -191,7 +191,7 @@ def test_the_command_prints_a_table_and_writes_the_page(
     assert main([*two_runs, "--json", "--output", str(tmp_path / "other.html")]) == 0
     values = json.loads(capsys.readouterr().out)
     assert (values["format_version"], values["num_cases"], values["num_groups"]) == (1, 12, 6)
-    assert values["options"]["epochs"] == [4, 5]
+    assert values["options"] == {"epochs": [4, 5]}
     assert values["runs"][0] == {
         "name": "clear", "url": two_runs[0], "status": "finished", "epochs": 4, "best_epoch": 4,
     }  # fmt: skip

@@ -55,8 +55,13 @@ def train(relics: Path, *arguments: str) -> str:
 
 
 def assert_same_table(found: Path, expected: Path) -> None:
-    """Checks that two tables have the same columns, words, and numbers to 1e-7."""
+    """Checks that two tables have the same columns, words, and numbers to 1e-7.
+
+    A later version may add columns at the end.
+    """
     tables = [list(csv.reader(path.read_text().splitlines())) for path in (found, expected)]
+    num_columns = len(tables[1][0])
+    tables[0] = [row[:num_columns] for row in tables[0]]
     assert [len(row) for row in tables[0]] == [len(row) for row in tables[1]]
     for row, other in zip(*tables, strict=True):
         for cell, wanted in zip(row, other, strict=True):
