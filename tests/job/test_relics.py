@@ -42,7 +42,7 @@ def relics(tmp_path: Path) -> Path:
 
 def run_command(module: str, *arguments: str) -> str:
     """Returns what a command wrote to stderr."""
-    done = commands.run(module, *arguments)
+    done = commands.run("tests.script", "--forks", "-m", module, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
