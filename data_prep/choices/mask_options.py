@@ -260,7 +260,7 @@ def _has_meaning_of(begun: PrepConfig, reading: Reading, masks: MaskStatistics) 
     Earlier versions read palettes by their colours.
     """
     classes, found = begun.color_map, parse_color_map(reading.classes)
-    if reading.encoding == "alpha" or reading.ignore != begun.ignore:
+    if reading.encoding not in ("index", "colour", "mixed") or reading.ignore != begun.ignore:
         return False
     if reading.encoding == "index":
         by_color = {entry.color: entry.id for entry in classes}
