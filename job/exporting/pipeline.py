@@ -187,9 +187,11 @@ def _write_one(
     try:
         functions.write(model, path)
     except (OSError, tf.errors.OpError) as error:  # a full disk
+        # TensorFlow puts the name of its operation first, and the reason last.
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rpartition("; ")[2]
         raise StorageError(
-            f"cannot write {path}: {str(error).splitlines()[0]}; free some space or choose another "
-            "folder"
+            f"cannot write {PATHS[name]} of the export: {reason}; free some space or choose "
+            "another folder"
         ) from error
     with tf.device("CPU:0"):
         parity = compare(functions.open(path), expected, thresholds)
