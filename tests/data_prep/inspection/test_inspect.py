@@ -19,6 +19,7 @@ from data_prep.inspection.findings import Inspection
 from data_prep.inspection.layout import find_layout
 from data_prep.inspection.output import CONTACT_SHEET_NAME, JSON_NAME, shown_pairs
 from data_prep.inspection.pipeline import inspect_source
+from data_prep.inspection.scan import InspectTask, RegionsScan, scan_regions
 from data_prep.phantoms.inbreast_release import write_release
 from data_prep.pipeline import prepare_source
 from data_prep.prep_input import pairs_of
@@ -232,6 +233,33 @@ def test_a_sample_is_spread_over_all_pairs_and_noise_needs_larger_regions(tmp_pa
     assert found.size is not None and found.size.num_sampled == 3
     assert {each.class_name: each.num_images for each in found.regions} == {"b": 2, "c": 1}
     assert {each.min_area for each in found.regions} == {16}
+
+
+def test_masks_outside_of_the_sample_are_checked_if_they_have_other_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regions are measured on pairs 0, 2 and 5; pair 3 has an area of no class."""
+    checked: list[tuple[str, ...]] = []
+
+    def scan(task: InspectTask) -> RegionsScan:
+        checked.append(tuple(item.id for item in task.items if task.is_check))
+        return scan_regions(task)
+
+    monkeypatch.setattr("data_prep.inspection.pipeline.scan_regions", scan)
+    url = make(tmp_path)
+    spot = mask(3)
+    spot[50:56, 40:46] = 100
+    write(tmp_path / "masks/3.png", spot)
+    given = {"classes": "a=0,0,0;b=255,255,255", "mask_encoding": "colour"}
+    found = inspected(url, sample=3, num_processes=1, **given)
+    assert [each.examples for each in found.bad_files] == [("masks/3.png",)]
+    assert [names for names in checked if names] == [("3",)]
+    assert found.exit_code == 3
+    assert [each.text for each in found.questions[0].answers] == [
+        "to be ignored",
+        "classes of their own",
+        "mistakes: leave these masks out",
+    ]
 
 
 def test_a_bucket_gives_the_findings_of_a_folder(tmp_path: Path, bucket_url: str) -> None:
