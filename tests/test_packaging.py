@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from tests.source_tree import PACKAGES, ROOT
@@ -241,3 +242,9 @@ def test_a_program_is_type_checked_by_the_wheel(installed: Path, tmp_path: Path)
         ("flexunet.no_such_name", "attr-defined"),
         (lines[-1], "call-overload"),
     ], done.stdout + done.stderr
+
+
+def test_the_citation_names_the_version_and_the_licence() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = PYPROJECT["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
