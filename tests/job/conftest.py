@@ -105,7 +105,7 @@ def street_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _store_street_runs(folder: Path) -> None:
     from tests.job.stored_runs import store_run
 
-    store_run(str(folder / "clear"), noise=0.3)
+    store_run(str(folder / "clear"), noise=0.3, has_figures=False)
     store_run(str(folder / "noisy"), noise=0.6, epochs=5)
 
 

@@ -47,6 +47,7 @@ def store_run(
     num_cases: int = 12,
     side: int = 32,
     noise: float = 0.35,
+    has_figures: bool = True,
     **options: Any,
 ) -> None:
     """Writes a run that was evaluated on street scenes; the same cases for each `noise`.
@@ -54,6 +55,7 @@ def store_run(
     Args:
         side: height of the images; they are half as wide again.
         noise: of the predictions.
+        has_figures: store curves and images of cases.
         options: of the config: `epochs=3`.
     """
     store, name = open_store(url), url.rstrip("/").rpartition("/")[2]
@@ -66,8 +68,10 @@ def store_run(
     outcome = {"status": "finished", "exit_code": 0, "attempt": 1, "epochs": 4}
     outcome |= {"stopped_early": False, "best": {"epoch": 3, "val_loss": 0.5, "step": 4}}
     store.put("outcome.json", json.dumps(outcome).encode())
-    _write_epochs(store, noise)
-    evaluation, evaluator = evaluate_scenes(manifest, num_cases, side, noise)
+    _write_epochs(store, noise, has_figures=has_figures)
+    evaluation, evaluator = evaluate_scenes(
+        manifest, num_cases, side, noise, has_figures=has_figures
+    )
     write_evaluation(store.subpath("evaluation"), evaluation, evaluator)
 
 
@@ -79,7 +83,7 @@ def manifest_of(num_classes: int, side: int) -> Manifest:
     return manifest.model_copy(update={"classes": classes, "reduced": {}, "ignore_id": 255, **size})
 
 
-def _write_epochs(store: Any, noise: float) -> None:
+def _write_epochs(store: Any, noise: float, *, has_figures: bool) -> None:
     rows = [
         {
             "epoch": epoch,
@@ -96,14 +100,14 @@ def _write_epochs(store: Any, noise: float) -> None:
     rates = [(epoch, 5.0 + noise) for epoch in range(4)]
     store.put("metrics/throughput.csv", csv_table(("epoch", "train_images_per_s"), rates).encode())
     lines = {"foreground": ("val_foreground_dice",), "train_losses": ("loss", "val_loss")}
-    for stem, names in lines.items():
+    for stem, names in lines.items() if has_figures else ():
         series = {name: [row[name] or float("nan") for row in rows] for name in names}
         png = plots.curve_png(CURVE_TITLES[stem], [1, 2, 3, 4], series, "value", CURVE_LABELS)
         store.put(f"metrics/{stem}.png", png)
 
 
 def evaluate_scenes(
-    manifest: Manifest, num_cases: int, side: int, noise: float
+    manifest: Manifest, num_cases: int, side: int, noise: float, *, has_figures: bool
 ) -> tuple[Evaluation, Any]:
     """Returns the evaluation of predictions of street scenes, and what stands for its evaluator."""
     names = [each.name for each in manifest.classes]
@@ -139,7 +143,7 @@ def evaluate_scenes(
         measured=measured,
     )
     figures = {}
-    for name, index, score in example_cases(measured.counts):
+    for name, index, score in example_cases(measured.counts) if has_figures else ():
         ids = results[index].mask.unpack()
         title = plots.panel_title(cases[index].filename, score, "mean Dice")
         case = images[index], truths[index]

@@ -27,6 +27,12 @@ from tests.job.stored_runs import NAMES
 RELICS = Path(__file__).resolve().parents[1] / "relics" / "v0.1.0" / "runs"
 
 
+@pytest.fixture(scope="module")
+def page(street_runs: Path) -> str:
+    """Returns the page of "noisy"."""
+    return render(open_store(str(street_runs / "noisy")))
+
+
 @pytest.fixture
 def own_street_run(street_runs: Path, tmp_path: Path) -> Path:
     """Returns a copy of "noisy" that a test may change."""
@@ -41,16 +47,18 @@ def write_table(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text(csv_table(list(rows[0]), [list(row.values()) for row in rows]))
 
 
-def test_pages_are_short_and_readable_at_every_width(street_runs: Path, tmp_path: Path) -> None:
+def test_pages_are_short_and_readable_at_every_width(
+    street_runs: Path, page: str, tmp_path: Path
+) -> None:
     pages = {
-        "report": render(open_store(str(street_runs / "noisy"))),
+        "report": page,
         "comparison": render_comparison(
             compare_runs([str(street_runs / name) for name in ("clear", "noisy")])
         ),
     }
     found = checked_pages(pages, tmp_path)
-    for (page, width), each in found.items():
-        where = f"{page} at {width}"
+    for (name, width), each in found.items():
+        where = f"{name} at {width}"
         assert each["width"] == width
         assert each["num_texts"] > 300, where
         assert each["low_contrast"] == [], where
@@ -71,9 +79,10 @@ def test_pages_are_short_and_readable_at_every_width(street_runs: Path, tmp_path
     assert len(pages["comparison"]) < 200_000
 
 
-def test_the_matrix_has_each_class_and_measure_with_its_interval(street_runs: Path) -> None:
+def test_the_matrix_has_each_class_and_measure_with_its_interval(
+    street_runs: Path, page: str
+) -> None:
     summary = json.loads((street_runs / "noisy" / "evaluation" / "summary.json").read_text())
-    page = render(open_store(str(street_runs / "noisy")))
     matrix = page.split('<table class="matrix">')[1].split("</table>")[0]
     rows = matrix.split("<tr>")[2:]
     assert len(rows) == len(NAMES)  # the foreground, and all classes but the background
@@ -89,7 +98,7 @@ def test_the_matrix_has_each_class_and_measure_with_its_interval(street_runs: Pa
     assert f"{measured['classes'][8]['hd95_px']['value']:.4f}" in car
 
 
-def test_the_confusion_matrix_counts_each_pixel_once(street_runs: Path) -> None:
+def test_the_confusion_matrix_counts_each_pixel_once(street_runs: Path, page: str) -> None:
     rows = table_of(street_runs / "noisy" / "evaluation" / "confusion.csv")
     pixels = np.array([int(row["pixels"]) for row in rows]).reshape(len(NAMES), len(NAMES))
     cases = table_of(street_runs / "noisy" / "evaluation" / "per_case.csv")
@@ -101,7 +110,6 @@ def test_the_confusion_matrix_counts_each_pixel_once(street_runs: Path) -> None:
         assert pixels[index, index] == total("tp", name)
         assert pixels[index].sum() == total("tp", name) + total("fn", name)
         assert pixels[:, index].sum() == total("tp", name) + total("fp", name)
-    page = render(open_store(str(street_runs / "noisy")))
     share = pixels[1, 1] / pixels[1].sum()
     assert f"sky {share:.0%}" in page
     assert f">{100 * share:.0f}</text>" in page
@@ -159,9 +167,8 @@ def test_examples_of_an_earlier_version_are_sorted_anew(own_street_run: Path) ->
     assert ranks == [1, 2, 3, 6, 7, 8, 12, 11, 10]
 
 
-def test_failures_are_grouped_by_class(street_runs: Path) -> None:
+def test_failures_are_grouped_by_class(street_runs: Path, page: str) -> None:
     rows = table_of(street_runs / "noisy" / "evaluation" / "measures_network.csv")
-    page = render(open_store(str(street_runs / "noisy")))
     part = page.split('id="failures"')[1].split('id="probabilities"')[0]
     failed = {
         name: [row for row in rows if row[f"dice_{name}"] and float(row[f"dice_{name}"]) < 0.5]
