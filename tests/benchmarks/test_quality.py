@@ -28,8 +28,17 @@ def write_set(folder: Path) -> None:
 def test_a_cell_is_measured_once(tmp_path: Path) -> None:
     write_set(tmp_path / "isbi-membrane")
     environment = os.environ | {"FLEXUNET_BENCHMARK_RESULTS": str(tmp_path / "results")}
-    words = ["tests.script", SCRIPT, str(tmp_path), "--sets", "isbi-membrane", "--folds", "1"]
-    words += ["--minutes", "0.05", "--methods"]
+    words = [
+        "tests.script",
+        "--forks",
+        SCRIPT,
+        str(tmp_path),
+        "--sets",
+        "isbi-membrane",
+        "--folds",
+        "1",
+    ]
+    words += ["--minutes", "0.01", "--methods"]
     done = commands.run(*words, "auto", environment=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     [path] = (tmp_path / "results" / "quality").glob("*.json")

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "machine.py": "shared functions, not a script",
     "peers.py": "needs its own environment",
     "peer_step.py": "needs its own environment",
+    "quality.py": "see test_quality.py",
     "quality_peers.py": "needs its own environment",
     "quality_table.py": "a part of quality.py",
 }

@@ -35,6 +35,10 @@ def _objects(url: str) -> dict[str, bytes]:
     return {stat.name: store.get(stat.name) for stat in store.list()}
 
 
+# The bytes of figures are compared, too.
+pytestmark = pytest.mark.draws
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a local source of noisy images with one square each."""

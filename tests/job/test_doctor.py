@@ -136,11 +136,12 @@ def test_extras_check_knows_all_extras(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(
             EXTRAS, name, replace(extra, is_installed=lambda name=name: name != "tfio")
         )
-    found = "gpu, dicom, encoders; not installed: tfio (tensorflow-io, with TensorFlow 2.17)"
+    missing = "tfio (tensorflow-io, with TensorFlow 2.17)"
+    found = f"gpu, dicom, encoders, onnx, mlflow; not installed: {missing}"
     remedy = "only if you need one: pip install 'flexunet[NAME]'"
     assert extras_check() == Check("extras", "ok", found, remedy)
     monkeypatch.delitem(EXTRAS, "tfio")
-    assert extras_check() == Check("extras", "ok", "gpu, dicom, encoders")
+    assert extras_check() == Check("extras", "ok", "gpu, dicom, encoders, onnx, mlflow")
 
 
 def test_verdict_names_what_stands_in_the_way() -> None:

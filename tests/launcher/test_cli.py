@@ -322,7 +322,7 @@ def test_every_option_that_is_a_path_takes_a_home_folder(cls: type[Settings]) ->
 def test_every_argument_that_is_a_path_takes_a_home_folder(name: str) -> None:
     for each in found_command(name).params:
         is_argument = isinstance(each, click.Argument) and each.name not in ("job", "words")
-        paths = ("--config", "--bucket", *(["--output"] if name == "inspect" else []))
+        paths = ("--config", "--bucket", *(["--output"] if name in ("inspect", "compare") else []))
         is_file = isinstance(each, click.Option) and each.opts[0] in paths
         assert isinstance(each.type, PathType) == (is_argument or is_file), each.name
 
