@@ -9,8 +9,8 @@ moment on the same validation images, and predicts the images of the fold at the
 masks are measured twice: by this project, and by ten lines of NumPy that know nothing of it.
 
 One method in one fold is a cell, a file in benchmarks/results/quality. A cell that exists is not
-measured again, so the command goes on where it was interrupted. Each cell records the share of the
-machine's time that it got: less than nine tenths means that others used the machine.
+measured again, so the command goes on where it was interrupted. Each cell records how busy others
+kept the machine meanwhile: their share of the time of all cores, which should be near 0.
 """
 
 import csv
@@ -32,6 +32,7 @@ from typing import Any
 import click
 import numpy as np
 import numpy.typing as npt
+import psutil
 from machine import RESULTS, describe_machine
 from PIL import Image
 from quality_table import write_tables
@@ -182,9 +183,10 @@ def measure_cell(cell: Cell, source: Path, work: Path) -> dict[str, Any]:
     files, stems = files_of(source, images), fold_stems(dataset, cell.fold)
     output = work / "cells" / cell.path.stem
     train = _train_ours if cell.method in OURS else _train_peer
-    started, cpu_s = time.monotonic(), _cpu_seconds()
+    started, cpu_s, busy_s = time.monotonic(), _cpu_seconds(), _busy_seconds()
     curve = train(cell, dataset, output, {name: [files[s] for s in stems[name]] for name in stems})
-    wall_s, used_s = time.monotonic() - started, _cpu_seconds() - cpu_s
+    wall_s = time.monotonic() - started
+    others_s = _busy_seconds() - busy_s - (_cpu_seconds() - cpu_s)
     scores = {"numpy": dice_by_numpy, "ours": dice_by_us}
     cases = {
         stem: {
@@ -205,7 +207,7 @@ def measure_cell(cell: Cell, source: Path, work: Path) -> dict[str, Any]:
         "mean_dice": float(np.mean([case["numpy"] for case in cases.values()])),
         "curve": curve,
         "wall_s": round(wall_s, 1),
-        "share_of_machine": round(used_s / wall_s / (os.cpu_count() or 1), 2),
+        "share_of_others": round(max(0.0, others_s) / wall_s / (os.cpu_count() or 1), 2),
         "machine": describe_machine(),
         "peer_packages": _peer_packages(),
     }
@@ -285,9 +287,15 @@ def _train_peer(cell: Cell, dataset: str, output: Path, files: dict[str, Any]) -
 
 
 def _cpu_seconds() -> float:
-    """Returns the CPU time of all processes that ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    """Returns the CPU time of this process and of all its children that ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def _busy_seconds() -> float:
+    """Returns the CPU time of all processes of the machine since it was started."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
 
 def _peer_packages() -> dict[str, str | None]:

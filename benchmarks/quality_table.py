@@ -43,7 +43,7 @@ def _difference(cells: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]])
 
 def table_of(methods: Cells) -> str:
     """Returns one set as a Markdown table, the best method first."""
-    rows = ["| method | mean Dice | folds | minus auto | images | share of the machine |"]
+    rows = ["| method | mean Dice | folds | minus auto | images | used by others |"]
     rows.append("|---|---|---|---|---|---|")
     means = {
         method: statistics.mean(_of_images(cells).values()) for method, cells in methods.items()
@@ -52,7 +52,7 @@ def table_of(methods: Cells) -> str:
         cells = methods[method]
         folds = ", ".join(f"{cell['mean_dice']:.3f}" for cell in cells)
         minus = "" if method == BASE else _difference(cells, methods.get(BASE, []))
-        shares = [cell["share_of_machine"] for cell in cells]
+        shares = [cell["share_of_others"] for cell in cells]
         share = f"{min(shares):.2f} to {max(shares):.2f}"
         num = len(_of_images(cells))
         rows.append(f"| {method} | {means[method]:.3f} | {folds} | {minus} | {num} | {share} |")

@@ -1,6 +1,7 @@
 """Collects the facts that a plan rests on: a dataset and a machine."""
 
 import functools
+import logging
 import math
 import os
 import resource
@@ -24,6 +25,8 @@ from job.config import TrainConfig
 from job.data.dataset import Dataset
 from job.distributed.precision import cpu_flags, native_precision
 from job.distributed.rendezvous import ProcessSpec
+
+logger = logging.getLogger(__name__)
 
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 _QUERY_S = 10.0
@@ -221,9 +224,14 @@ def num_tensorflow_gpus() -> int:
             check=True,
             env=safe_environment() | {"TF_CONFIG": ""},
         )
-    except (OSError, subprocess.SubprocessError):
+        return int(done.stdout.split()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        logger.warning(
+            "TensorFlow did not say how many GPUs it sees (%s); planning for the CPU. If it has "
+            "some, stop, and try again",
+            error,
+        )
         return 0
-    return int(done.stdout.split()[-1])
 
 
 def parse_gpus(text: str, shown: str | None) -> list[Gpu]:

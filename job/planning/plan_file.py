@@ -30,6 +30,14 @@ PLANNED = frozenset(
 
 Scalar = bool | int | float | str
 Value = Scalar | tuple[Scalar, ...] | None
+# Options that the rules of earlier versions chose; plans that have them still hold.
+_EARLIER = frozenset(
+    f"augmentation.{name}"
+    for name in (
+        *("shrink_probability", "deformation_probability", "brightening_probability"),
+        "rotation_angles",
+    )
+)
 
 
 class Choice(Settings):
@@ -93,8 +101,8 @@ class Plan(Settings):
     @field_validator("choices")
     @classmethod
     def _chooses_once(cls, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
-        """Refuses an option that no rule chooses, and one that is there twice."""
-        known = set(PLANNED)
+        """Refuses an option that no rule has ever chosen, and one that is there twice."""
+        known = set(PLANNED | _EARLIER)
         for each in choices:
             if each.option not in known:
                 raise ValueError(f"the option {each.option} is chosen twice, or by no rule")

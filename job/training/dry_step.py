@@ -40,6 +40,7 @@ _KEPT_CHARS = 2000  # of the output of a failed process
 _MEMORY_ERRORS = (
     *("ResourceExhaustedError", "RESOURCE_EXHAUSTED", "OOM when allocating", "MemoryError"),
     *("std::bad_alloc", "CUDA_ERROR_OUT_OF_MEMORY", "Cannot allocate memory"),
+    *("STATUS_ALLOC_FAILED", "CUDA error: out of memory"),
 )
 
 

@@ -284,6 +284,17 @@ def test_a_stored_plan_chooses_each_planned_option_once(
         read_plan(store)
 
 
+def test_a_plan_with_an_option_that_earlier_rules_chose_is_read(tmp_path: Path) -> None:
+    values = json.loads(plan_json(plan()))
+    earlier = {"option": "augmentation.shrink_probability", "value": 0.5, "reason": "few images"}
+    values["choices"].append(earlier)
+    store = LocalStore(str(tmp_path))
+    store.put(PLAN_NAME, json.dumps(values).encode())
+    stored = read_plan(store)
+    assert stored is not None
+    assert stored.value("augmentation.shrink_probability") == 0.5
+
+
 def test_the_rules_choose_options_that_exist_and_are_documented() -> None:
     assert {".".join(path) for path, _ in fields_of(TrainConfig)} >= PLANNED
     assert sorted(option for rule in RULES for option in rule.options) == sorted(PLANNED)
