@@ -27,6 +27,7 @@ from job.config.identity import (
 )
 from job.config.presets import PRESET_KEYS, dotted_keys
 from job.config.train_config import (
+    DATABRICKS,
     HYBRID_WEIGHTS,
     MetricName,
     TrainConfig,
@@ -34,6 +35,7 @@ from job.config.train_config import (
 )
 
 __all__ = [
+    "DATABRICKS",
     "HYBRID_WEIGHTS",
     "MODELS",
     "PRESET_KEYS",

@@ -12,6 +12,7 @@ from flexunet.json_files import read_json
 from flexunet.settings import deep_merge, flag_of, parse_settings, read_text, read_yaml
 from flexunet.storage import NotFound, ObjectStore, join_url, open_store
 from job.config import (
+    DATABRICKS,
     PRESET_KEYS,
     TrainConfig,
     dotted_keys,
@@ -228,8 +229,13 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     paths: dict[str, Any] = {}
     for name in _PATHS:
         value = getattr(config, name)
-        if value is not None and "://" not in value:
-            paths[name] = os.path.abspath(value)
+        if value is None or "://" in value:
+            continue
+        if name == "tracking_uri":
+            if value in DATABRICKS:
+                continue
+            value = value.removeprefix("file:")
+        paths[name] = os.path.abspath(value)
     model = config.model
     if model.encoder_weights not in ("imagenet", "none"):
         weights = {"encoder_weights": os.path.abspath(model.encoder_weights)}

@@ -23,7 +23,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 Send = Callable[[int, Status | None, Callable[[], None]], None]
 
 _END_S = 30.0  # most that the end of a training waits
-_END_AFTER_FAILURE_S = 5.0  # likewise, if the tracker has failed before
+_END_AFTER_FAILURE_S = 5.0  # likewise, if the tracker has failed before, or the process is stopped
 _PAUSE_S = 1.0  # before the last call is repeated
 _MAX_DETAIL_WIDTH = 200  # characters of a library's error
 
@@ -90,7 +90,9 @@ class BackgroundTracker:
     def _wait_for_last(self) -> None:
         self._is_last = True
         self._changed.set()
-        wait_s = _END_AFTER_FAILURE_S if self._has_failed else _END_S
+        # A preempted machine has only about 30 s until it is killed.
+        is_short = self._has_failed or self.status == "KILLED"
+        wait_s = _END_AFTER_FAILURE_S if is_short else _END_S
         self._thread.join(wait_s)
         if self._thread.is_alive():
             self._warn(f"no answer within {wait_s:g} s")

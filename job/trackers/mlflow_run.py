@@ -13,12 +13,12 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexunet.errors import ContentError
+from flexunet.errors import ContentError, UsageError
 from flexunet.json_files import read_json
 from flexunet.settings import read_yaml
 from flexunet.storage import NotFound, ObjectStore
@@ -34,14 +34,16 @@ _TAG = "flexunet.run_id"
 _SENT_TAG = "flexunet.sent"  # epochs and status, set when everything was sent
 _CHANGED = "flexunet.changed."  # begins the tag of an option that has another value now
 _NO_OPTIONS = ("tracker", "tracking_uri", "experiment")  # not sent as parameters
+_SUMMARY_NAME = "evaluation/summary.json"
 _ARTIFACTS = (
     "config.yaml",
     "environment.json",
-    "evaluation/summary.json",
+    _SUMMARY_NAME,
     "outcome.json",
     "plan.json",
     "report.html",
 )
+_OF_EVALUATION = (_SUMMARY_NAME, "report.html")  # files that show the evaluation
 _MAX_ARTIFACT_BYTES = 64 << 20
 _MAX_NAME_LENGTH = 250  # of a metric; a limit of MLflow
 _NOT_IN_NAMES = re.compile(r"[^\w.\- :]")
@@ -61,6 +63,9 @@ def mlflow_environment(target: Target) -> Iterator[None]:
     """Sets MLflow's environment variables and imports its client.
 
     To be entered before other threads call C code that reads the environment.
+
+    Raises:
+        UsageError: the import fails.
     """
     values = dict(_ENVIRONMENT)
     if target.is_folder:
@@ -70,13 +75,23 @@ def mlflow_environment(target: Target) -> Iterator[None]:
     log = logging.getLogger("mlflow")
     level = log.level
     try:
-        importlib.import_module("mlflow.tracking")
+        _import_client()
         log.setLevel(logging.ERROR)
         yield
     finally:
         log.setLevel(level)
         for name in added:
             os.environ.pop(name, None)
+
+
+def _import_client() -> None:
+    try:
+        importlib.import_module("mlflow.tracking")
+    except Exception as error:  # other libraries than those that it was built for: any error
+        raise UsageError(
+            f"--tracker mlflow: the installed package mlflow cannot be imported ({error}); install "
+            "flexunet[mlflow] again, or give --tracker none"
+        ) from error
 
 
 def tracking_id(run: ObjectStore) -> str | None:
@@ -143,10 +158,12 @@ class MlflowRun:
             known = self._known or self._find(is_running=status is None)
             is_new = self._send_rows(known, num_epochs)
             if status is not None:
-                is_new = self._send_evaluation(known) or is_new
+                summary = read_json(self._run, _SUMMARY_NAME, evaluate_again(self._run)) or {}
+                is_later = "runs" in (summary.get("prediction") or {})  # by the evaluate command
+                is_new = (not is_later and self._send_evaluation(known, summary)) or is_new
                 mark = f"{num_epochs} {status}"
                 if is_new or known.sent != mark:
-                    self._end(known, status, mark)
+                    self._end(known, status, mark, _OF_EVALUATION if is_later else ())
         except BaseException:
             self._known = None  # nobody knows what has arrived
             raise
@@ -225,10 +242,7 @@ class MlflowRun:
         # People count epochs from 1.
         return self._send_numbers(known, {row.pop("epoch") + 1: row for row in rows})
 
-    def _send_evaluation(self, known: _Known) -> bool:
-        summary = read_json(self._run, "evaluation/summary.json", evaluate_again(self._run))
-        if summary is None:
-            return False
+    def _send_evaluation(self, known: _Known, summary: Mapping[str, Any]) -> bool:
         epoch = max((summary.get("checkpoint") or {}).get("epochs") or [0])
         return self._send_numbers(known, {epoch: dict(_evaluation_numbers(summary))})
 
@@ -249,11 +263,11 @@ class MlflowRun:
             known.steps.setdefault(metric.key, set()).add(metric.step)
         return bool(metrics)
 
-    def _end(self, known: _Known, status: Status, mark: str) -> None:
+    def _end(self, known: _Known, status: Status, mark: str, left_out: Collection[str]) -> None:
         """Sends files and the status; a file that cannot be sent does not hold back the status."""
         failure: Exception | None = None
         try:
-            self._send_files(known)
+            self._send_files(known, left_out)
         except Exception as error:
             failure = error
         self._client.set_terminated(known.run_id, status)
@@ -262,8 +276,9 @@ class MlflowRun:
         self._client.set_tag(known.run_id, _SENT_TAG, mark)
         known.sent = mark
 
-    def _send_files(self, known: _Known) -> None:
-        names = [*_ARTIFACTS, *(each.name for each in self._run.list("metrics/"))]
+    def _send_files(self, known: _Known, left_out: Collection[str]) -> None:
+        names = [name for name in _ARTIFACTS if name not in left_out]
+        names += [each.name for each in self._run.list("metrics/")]
         with tempfile.TemporaryDirectory(prefix="flexunet-tracker-") as folder:
             for name in names:
                 stat = self._run.stat(name)

@@ -19,7 +19,7 @@ def open_tracker(config: TrainConfig, run: Run) -> Iterator[BackgroundTracker | 
     """Yields the tracker of an owned run; None without one. Leaving the block sends the rest.
 
     Raises:
-        UsageError: MLflow is not installed, or no address is given.
+        UsageError: MLflow is not installed or cannot be imported, or no address is given.
     """
     target = find_target(config)
     if target is None:

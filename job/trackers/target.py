@@ -4,13 +4,15 @@ import importlib.util
 import os
 import re
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from flexunet.errors import UsageError
-from job.config import TrainConfig
+from flexunet.paths import scheme_of
+from job.config import DATABRICKS, TrainConfig
 
 _DATABASES = ("sqlite", "mysql", "postgresql", "mssql")
-_SECRET = re.compile(r"(?<=//)[^/@\s]*@|\?[^\s'\")]*")
+# The user and the password end at the last @ of an address, because a password may have any
+# character. With a ? before that @ nobody knows where the host is, so all of the address goes.
+_SECRET = re.compile(r"(?<=://)[^/\s]\S*\?\S*@\S*|(?<=://)[^/\s]\S*@|(?<=://)@|\?[^\s'\")]*")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Target:
     @property
     def is_folder(self) -> bool:
         """Whether MLflow writes files itself, without a server."""
-        return urlsplit(self.uri).scheme in ("", "file")
+        return self.uri not in DATABRICKS and scheme_of(self.uri) in ("", "file")
 
     @property
     def shown(self) -> str:
@@ -57,7 +59,7 @@ def find_target(config: TrainConfig) -> Target | None:
             "--tracker mlflow: no server is given; give --tracking-uri http://HOST:5000 or a "
             "folder, set MLFLOW_TRACKING_URI, or give --tracker none"
         )
-    is_database = urlsplit(uri).scheme.split("+")[0] in _DATABASES
+    is_database = scheme_of(uri).split("+")[0] in _DATABASES
     if is_database and importlib.util.find_spec("sqlalchemy") is None:
         raise UsageError(
             f"--tracker mlflow: {without_secrets(uri)} is a database, which needs the package "

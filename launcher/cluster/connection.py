@@ -195,7 +195,7 @@ def _init_options(is_local: bool, worker_logs: bool) -> dict[str, Any]:
         "job_config": job,
         "logging_level": logging.ERROR,
         "log_to_driver": worker_logs,
-        "runtime_env": {"env_vars": _passed_to_workers()},
+        "runtime_env": {"env_vars": _passed_to_workers(is_local)},
     }
     if is_local:
         options |= {
@@ -206,20 +206,32 @@ def _init_options(is_local: bool, worker_logs: bool) -> dict[str, Any]:
     return options
 
 
-def passed_on() -> dict[str, str]:
+def passed_on(*, is_local: bool = False) -> dict[str, str]:
     """Returns the environment variables that the processes of a cluster get from this one.
 
-    Ray shows and logs them, so an address with a password is not among them.
+    Ray shows and logs them, so an address with a password is not among them. Logs its name.
+
+    Args:
+        is_local: whether Ray starts on this machine, where its processes inherit all variables.
     """
     values = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    return {name: value for name, value in values.items() if not has_secret(value)}
+    kept = {name: value for name, value in values.items() if not has_secret(value)}
+    if not is_local and "MLFLOW_TRACKING_URI" in values.keys() - kept.keys():
+        logger.warning(
+            "MLFLOW_TRACKING_URI has a user, a password or a query, so the workers do not get it; "
+            "leave them out of the address, and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD on the workers"
+        )
+    return kept
 
 
-def _passed_to_workers() -> dict[str, str]:
+def _passed_to_workers(is_local: bool) -> dict[str, str]:
     # The variables of a Ray job already reach its workers, and Ray rejects duplicates.
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
     known = (job.get("runtime_env") or {}).get("env_vars") or {}
-    return {name: value for name, value in passed_on().items() if name not in known}
+    return {
+        name: value for name, value in passed_on(is_local=is_local).items() if name not in known
+    }
 
 
 def _init(options: dict[str, Any]) -> None:

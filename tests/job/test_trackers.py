@@ -3,6 +3,7 @@
 import ast
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from flexunet.paths import has_secret
 from flexunet.settings import parse_settings
 from flexunet.storage import LocalStore
 from job.config import TrainConfig
+from job.planning.options import resolve_config
 from job.trackers import background
 from job.trackers.background import AbandonedError, BackgroundTracker
 from job.trackers.mlflow_run import MlflowRun, metric_names, mlflow_environment
@@ -30,6 +33,7 @@ from job.trackers.numbers import (
     read_class_dice,
     stored_rows,
 )
+from job.trackers.opening import open_tracker, send_ended_run
 from job.trackers.target import Target, find_target, without_secrets
 from tests.job.tracked import client_of, only_run, values_of
 from tests.source_tree import ROOT
@@ -113,6 +117,15 @@ def test_the_table_of_classes_goes_on_after_a_kill(
         ("https://host/?token=x", True, "https://host/"),
         ("runs@home/mlruns?", False, "runs@home/mlruns"),
         ("databricks", False, "databricks"),
+        ("http://u:p@ss@host:5000/a", True, "http://host:5000/a"),
+        ("postgresql://u:a/b@h/db", True, "postgresql://h/db"),
+        ("http://u:p]'[x@h/?token=x", True, "http://h/"),
+        ("http://u:p#x@h", True, "http://h"),
+        ("http://u:p?x@h/db", True, "http://"),  # is the host "u" or "h"?
+        ("https://host/?token=x@y", True, "https://"),
+        ("http://@host", True, "http://host"),
+        ("sqlite:////home/me@work/db", False, "sqlite:////home/me@work/db"),
+        ("file:///home/me@work/runs", False, "file:///home/me@work/runs"),
     ],
 )
 def test_secrets_of_an_address_are_found_and_not_shown(
@@ -147,6 +160,47 @@ def test_the_target_is_that_of_the_options_then_of_the_environment(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"install flexunet\[mlflow\]"):
         find_target(given)
+
+
+@pytest.mark.parametrize(
+    ("uri", "is_folder", "stored"),
+    [
+        ("runs", True, "{cwd}/runs"),
+        ("./databricks", True, "{cwd}/databricks"),
+        ("file:mlruns", True, "{cwd}/mlruns"),
+        ("file:/a/b", True, "/a/b"),
+        ("file:///a/b", True, "file:///a/b"),
+        ("databricks", False, "databricks"),
+        ("databricks://profile", False, "databricks://profile"),
+        ("databricks-uc", False, "databricks-uc"),
+        ("http://host", False, "http://host"),
+    ],
+)
+def test_a_relative_folder_becomes_absolute_and_an_address_stays(
+    uri: str, is_folder: bool, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = resolve_config({"data": "/d", "tracker": "mlflow", "tracking_uri": uri}, None)
+    assert found.tracking_uri == stored.format(cwd=tmp_path)
+    assert Target(uri).is_folder is is_folder
+    assert Target(found.tracking_uri).is_folder is is_folder
+
+
+def test_a_broken_installation_stops_a_new_run_and_only_warns_at_the_end(
+    run: LocalStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)  # its import fails
+    config = TrainConfig(tracker="mlflow", tracking_uri="http://host")
+    owned: Any = SimpleNamespace(store=run, put_bytes=run.put, lost=False)
+    with (
+        pytest.raises(UsageError, match=r"cannot be imported .* give --tracker none"),
+        open_tracker(config, owned),
+    ):
+        pass
+    assert "MLFLOW_DISABLE_TELEMETRY" not in os.environ
+    send_ended_run(config, owned, {"epochs": 2})
+    assert [each.levelname for each in caplog.records] == ["WARNING"]
+    assert "mlflow cannot be imported" in caplog.text
 
 
 def test_names_of_metrics_are_those_that_mlflow_allows() -> None:
@@ -231,6 +285,23 @@ def test_every_epoch_has_one_row_after_kills_and_a_changed_option(
     assert len(client_of(folder).search_runs([found.info.experiment_id])) == 2
 
 
+@pytest.mark.parametrize(
+    ("prediction", "is_sent"), [({"postprocessing": {}}, True), ({"runs": ["first"]}, False)]
+)
+def test_an_evaluation_made_later_is_not_sent(
+    prediction: dict[str, Any], is_sent: bool, run: LocalStore, folder: Target
+) -> None:
+    summary = json.loads(run.get("evaluation/summary.json")) | {"prediction": prediction}
+    run.put("evaluation/summary.json", json.dumps(summary).encode())
+    MlflowRun(folder, run, "own").send(2, "FINISHED", allow)
+    found = only_run(folder)
+    names = {each.path for each in client_of(folder).list_artifacts(found.info.run_id)}
+    assert {"config.yaml", "metrics"} <= names
+    assert ("evaluation" in names, "report.html" in names) == (is_sent, is_sent)
+    assert any(name.startswith("test_") for name in found.data.metrics) is is_sent
+    assert found.info.status == "FINISHED"
+
+
 def test_a_tracker_that_loses_its_run_gets_everything_again(
     run: LocalStore, folder: Target
 ) -> None:
@@ -306,6 +377,18 @@ def test_how_a_run_ends_is_sent(error: BaseException | None, ends: list[Any]) ->
     except BaseException as found:
         assert found is error
     assert calls.found == ends
+
+
+def test_a_stopped_process_waits_only_a_short_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(background, "_END_S", 9.0)
+    monkeypatch.setattr(background, "_END_AFTER_FAILURE_S", 0.1)
+    answer = threading.Event()
+    with BackgroundTracker(lambda *_: answer.wait(20), "MLflow", lambda: False) as tracker:
+        tracker.status = "KILLED"
+    answer.set()
+    assert "no answer within 0.1 s" in caplog.text
 
 
 def test_a_process_that_lost_its_run_sends_nothing() -> None:

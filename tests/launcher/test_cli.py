@@ -480,7 +480,7 @@ def test_the_list_of_jobs_fits_a_terminal(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_cluster_gets_the_addresses_of_this_process_but_no_secret(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("STORAGE_EMULATOR_HOST", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -490,4 +490,9 @@ def test_a_cluster_gets_the_addresses_of_this_process_but_no_secret(
     expected = {"MLFLOW_TRACKING_URI": "http://host:5000", "MLFLOW_EXPERIMENT_NAME": "set"}
     assert passed_on() == expected
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:canary@host:5000")
+    assert passed_on(is_local=True) == {"MLFLOW_EXPERIMENT_NAME": "set"}
+    assert caplog.messages == []
     assert passed_on() == {"MLFLOW_EXPERIMENT_NAME": "set"}
+    (line,) = caplog.messages
+    assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the workers" in line
+    assert "canary" not in line
