@@ -41,9 +41,11 @@ class Segmentation:
         body = np.frombuffer(await request.body(), np.uint8)
         channels = self.input["shape"][-1]
         kind = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-        image = cv2.imdecode(body, kind | cv2.IMREAD_ANYDEPTH) if body.size else None
-        if image is None or image.dtype != self.input["dtype"]:
-            return Response(f"send an image file of {self.input['dtype']} pixels\n", 400)
+        kind |= cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION  # masks fit stored pixels
+        image = cv2.imdecode(body, kind) if body.size else None
+        kind, largest = self.input["dtype"], self.input["value_max"]
+        if image is None or image.dtype != kind or image.max() > largest:
+            return Response(f"send an image file of {kind} pixels up to {largest}\n", 400)
         size = self.input["network_height"], self.input["network_width"]
         probabilities = await self.predict(resized(image, size).reshape(*size, channels))
         planes = [resized(plane, image.shape[:2]) for plane in np.moveaxis(probabilities, -1, 0)]

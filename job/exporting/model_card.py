@@ -12,6 +12,7 @@ from flexunet.storage import ObjectStore
 from job.data.folds import fold_words
 from job.exporting.options import ExportConfig
 from job.exporting.source import ExportSource
+from job.postprocessing.masks import Postprocessing
 from job.reporting.phrases import (
     BASELINE,
     baseline_warnings,
@@ -66,9 +67,9 @@ def render_card(source: ExportSource, config: ExportConfig, metadata: Mapping[st
 
 
 def summary_of(source: ExportSource) -> dict[str, Any] | None:
-    """Returns the newest evaluation of the exported weights on unseen cases; None: there is none.
+    """Returns the newest evaluation of what is exported, on unseen cases; None: there is none.
 
-    An evaluation of other weights, or with mirrored images, has other numbers.
+    Other weights, mirrored images, another overlap or other masks have other numbers.
     """
     if source.store.stat("evaluation/summary.json") is None:
         return None
@@ -77,7 +78,7 @@ def summary_of(source: ExportSource) -> dict[str, Any] | None:
     if summary is None or summary.get("split") != "test":
         return None
     protocol = summary.get("prediction") or {}
-    if protocol.get("flips", "none") != "none":
+    if protocol.get("flips", "none") != "none" or not _is_predicted_alike(source, summary):
         return None
     members = protocol.get("runs")
     if members:
@@ -88,6 +89,23 @@ def summary_of(source: ExportSource) -> dict[str, Any] | None:
         used = (summary.get("checkpoint") or {}).get("epochs")
         is_same = used == [each.epoch for each in source.checkpoints]
     return summary if is_same else None
+
+
+def _is_predicted_alike(source: ExportSource, summary: Mapping[str, Any]) -> bool:
+    """Returns whether the evaluated masks are made as the export's: whole, with its values."""
+    protocol = summary.get("prediction") or {}
+    # Earlier versions wrote neither the kind of case nor a record of the defaults.
+    record = protocol.get("postprocessing") or {}
+    values = source.postprocessing.values
+    evaluated = Postprocessing(
+        tuple(record.get("thresholds", ())), tuple(record.get("min_region", ())), values.temperature
+    )
+    return (
+        protocol.get("small_regions") is None
+        and summary.get("case", "picture") == "picture"
+        and summary.get("overlap") == source.overlap
+        and evaluated.simplified() == values.simplified()
+    )
 
 
 def _run_words(source: ExportSource, index: int) -> str:

@@ -4,11 +4,12 @@ Until then its files are in a temporary folder, which is deleted if anything fai
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from flexunet.errors import StorageError, UsageError
 from flexunet.storage import ObjectStore, is_file, open_store
@@ -18,6 +19,7 @@ from job.exporting.formats.registry import PATHS
 
 METADATA_NAME = "metadata.json"
 CARD_NAME = "MODEL_CARD.md"
+_NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 _FILES = (METADATA_NAME, CARD_NAME, PATHS["keras"], PATHS["onnx"])
 
 
@@ -28,23 +30,34 @@ def check_output(url: str, *, overwrite: bool) -> ObjectStore:
         overwrite: allow an earlier export, also one that was not finished.
 
     Raises:
-        UsageError: there are other files, or an export that must not be replaced.
+        UsageError: there are other files, or an export that must not be replaced; or the folder
+            is a mount point, which cannot be renamed.
     """
     store = open_store(url)
     if is_file(store):
         raise UsageError(f"{store.url}: is a file; give OUTPUT a folder; export creates it")
-    names = [stat.name for stat in store.list()]
-    others = [name for name in names if not _is_of_export(name)]
-    if others:
+    if store.local_root is not None and os.path.ismount(os.path.realpath(store.local_root)):
         raise UsageError(
-            f"{store.url}: has files that are not of an export, first {others[0]}; give OUTPUT a "
-            "new folder"
+            f"{store.url}: is a mount point, which export cannot replace; give OUTPUT a folder "
+            f"inside it, for example {os.path.join(store.url, 'export')}"
         )
+    names = [stat.name for stat in store.list()]
+    _refuse_others(store.url, names)
     if names and not overwrite:
         raise UsageError(
             f"{store.url}: has an export already; give another OUTPUT, or --overwrite to replace it"
         )
     return store
+
+
+def _refuse_others(url: str, names: Iterable[str]) -> None:
+    """Raises UsageError if a file is not of an export: it must not be deleted."""
+    others = [name for name in names if not _is_of_export(name)]
+    if others:
+        raise UsageError(
+            f"{url}: has files that are not of an export, first {others[0]}; give OUTPUT a "
+            "new folder"
+        )
 
 
 def _is_of_export(name: str) -> bool:
@@ -59,7 +72,7 @@ def staged(store: ObjectStore, *, overwrite: bool) -> Iterator[str]:
         overwrite: replace an earlier export.
 
     Raises:
-        UsageError: another process has written there since `check_output`.
+        UsageError: another process has written other files there since `check_output`.
         StorageError: the files cannot be written.
     """
     if store.local_root is None:
@@ -95,23 +108,50 @@ def _beside(target: str) -> str:
 
 
 def _rename(folder: str, target: str, *, overwrite: bool) -> None:
-    """Renames `folder` to `target`, in the place of an empty folder or of an earlier export."""
+    """Renames `folder` to `target`, in the place of an empty folder or of an earlier export.
+
+    Files that came since `check_output` survive: the earlier folder is looked at after it was
+    renamed, when no other process finds it by its name.
+    """
     with local_errors("write", target):
         for name in files_of(folder):
             _sync(os.path.join(folder, name))
         earlier = _beside(target)
-        if overwrite and os.path.isdir(target):
-            os.rename(target, earlier)
         try:
+            if overwrite and os.path.isdir(target):
+                os.rename(target, earlier)
+                names = files_of(earlier)
+                _refuse_others(target, (name for name in names if not _is_temporary(name)))
             os.rename(folder, target)  # fails if the target is a folder with files
-        except OSError:
-            if os.path.isdir(earlier):
-                os.rename(earlier, target)
-            if not os.path.isdir(target):
+        except (OSError, UsageError) as error:
+            _restore(earlier, target)
+            if isinstance(error, UsageError) or error.errno not in _NOT_EMPTY:
                 raise
             raise UsageError(f"{target}: another process wrote here; give another OUTPUT") from None
         _sync(os.path.dirname(target))
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _is_temporary(name: str) -> bool:
+    """Returns whether `name` is an unfinished file of a store, which no listing shows."""
+    return os.path.basename(name).startswith(TEMPORARY)
+
+
+def _restore(earlier: str, target: str) -> None:
+    """Renames the earlier export back, if it was renamed.
+
+    Raises:
+        UsageError: another process wrote to `target` meanwhile; both folders stay.
+    """
+    if not os.path.isdir(earlier):
+        return
+    try:
+        os.rename(earlier, target)
+    except OSError as error:
+        raise UsageError(
+            f"{target}: another process wrote here; give another OUTPUT; the earlier files of the "
+            f"folder are in {earlier}"
+        ) from error
 
 
 def _sync(path: str) -> None:
@@ -126,6 +166,7 @@ def _sync(path: str) -> None:
 def _upload(folder: str, store: ObjectStore, *, overwrite: bool) -> None:
     """Writes all files to a bucket; without `metadata.json`, which is last, they are no export."""
     earlier = {stat.name for stat in store.list()} if overwrite else set()
+    _refuse_others(store.url, sorted(earlier))  # that came since `check_output`
     if METADATA_NAME in earlier:
         store.delete(METADATA_NAME)
     names = files_of(folder)

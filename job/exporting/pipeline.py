@@ -12,7 +12,7 @@ import numpy as np
 from flexunet.errors import ContentError, StorageError
 from flexunet.progress import waiting
 from flexunet.storage import NotFound
-from job.exporting.formats.registry import PATHS, check_installed, functions_of
+from job.exporting.formats.registry import PATHS, check_installed, check_size, functions_of
 from job.exporting.metadata import Check, metadata_of
 from job.exporting.model_card import render_card
 from job.exporting.options import ExportConfig, Format
@@ -61,8 +61,8 @@ def export(run_url: str, output_url: str, config: ExportConfig) -> ExportResult:
         output_url: new folder or gs:// URL.
 
     Raises:
-        UsageError: there is no run, runs that do not match, packages of a format are missing, or
-            `output_url` has other files.
+        UsageError: there is no run, runs that do not match, packages of a format are missing, the
+            model is too large for ONNX, or `output_url` has other files.
         ContentError: a checkpoint is damaged, or an exported file computes something else.
         StorageError: storage is unavailable or full.
     """
@@ -82,6 +82,7 @@ def export(run_url: str, output_url: str, config: ExportConfig) -> ExportResult:
     with staged(store, overwrite=config.overwrite) as folder:
         with waiting("loading the weights", shown=config.progress):
             networks = _loaded(source)
+        check_size(formats, sum(each.count_params() for each in networks))
         with waiting("computing what infer computes", shown=config.progress), tf.device("CPU:0"):
             # On a CPU: GPUs may compute convolutions with fewer bits.
             expected = _expected(source, networks, batches)

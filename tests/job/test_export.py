@@ -210,3 +210,16 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search("cannot write .* of the export: File too large.*; free some space", error)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_is_refused_before_the_network_computes_anything(
+    trained_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("job.exporting.formats.registry._ONNX_BYTES", 1000)
+    monkeypatch.delattr("job.exporting.pipeline._expected")
+    assert main([str(trained_run), str(tmp_path / "export"), "--format", "onnx"]) == 2
+    assert "give --format savedmodel or keras" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,27 +1,39 @@
 """The parts of an export that need no TensorFlow: comparison, samples, output, model card."""
 
+import asyncio
 import dataclasses
+import errno
 import importlib.util
+import io
 import json
 import os
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from flexunet.errors import ContentError, StorageError, UsageError
 from flexunet.storage import open_store
 from job.exporting import model_card, output
-from job.exporting.formats.registry import check_installed
+from job.exporting.formats.registry import check_installed, check_size
 from job.exporting.metadata import Check, metadata_of
 from job.exporting.options import ExportConfig
 from job.exporting.parity import Expected, Parity, compare
 from job.exporting.samples import check_batches, choose_samples
 from job.exporting.source import ExportSource, open_source_runs
-from job.postprocessing.masks import class_ids
+from job.postprocessing.masks import Postprocessing, class_ids
+from job.postprocessing.stored import Resolved
 from tests.conftest import FaultyBucket
 from tests.faults.proxy import Fault
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def expected_of(probabilities: Any) -> Expected:
@@ -151,6 +163,15 @@ def test_an_export_appears_as_a_whole(
         Path(folder, "model.keras").write_text("half")
         _ = 1 / 0
     assert {stat.name: stat.generation for stat in store.list()} == before
+    with (
+        pytest.raises(UsageError, match=r"not of an export, first late\.txt"),
+        output.staged(store, overwrite=True) as folder,
+    ):
+        Path(folder, "metadata.json").write_text("new")
+        store.put("late.txt", b"mine")
+    assert store.get("late.txt") == b"mine"
+    store.delete("late.txt")
+    assert {stat.name: stat.generation for stat in store.list()} == before
     assert [path.name for path in tmp_path.rglob("*") if "tmp-" in path.name] == []
 
 
@@ -177,6 +198,97 @@ def test_an_export_of_another_process_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file; give OUTPUT a folder"):
         output.check_output(str(tmp_path / "file"), overwrite=False)
+
+
+def test_a_swap_that_fails_keeps_all_files_and_names_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = str(tmp_path / "export"), os.rename
+    write_export(target)
+
+    def refused(source: str, destination: str) -> None:
+        if destination == target and os.path.exists(os.path.join(source, "model.keras")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", refused)
+    with pytest.raises(StorageError, match="Input/output error"):
+        write_export(target, "model.keras", overwrite=True)
+    assert output.files_of(target) == ["metadata.json"]
+    assert os.listdir(tmp_path) == ["export"]
+
+    def overtaken(source: str, destination: str) -> None:
+        rename(source, destination)
+        if source == target:  # renamed away: another process writes a new folder
+            write_export(target, "model.onnx")
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    with pytest.raises(UsageError, match="another process wrote here") as error:
+        write_export(target, "model.keras", overwrite=True)
+    assert output.files_of(target) == ["metadata.json", "model.onnx"]
+    assert output.files_of(str(error.value).rpartition(" ")[2]) == ["metadata.json"]
+
+
+def test_a_mount_point_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"mount point, .* a folder inside it, .* /proc/export"):
+        output.check_output("/proc", overwrite=False)
+
+
+def test_a_model_too_large_for_onnx_is_refused() -> None:
+    check_size(("savedmodel", "keras"), 10**9)
+    check_size(("onnx",), 475_000_000)
+    with pytest.raises(
+        UsageError, match=r"onnx: .* have 2\.00 GB, .* --format savedmodel or keras"
+    ):
+        check_size(("savedmodel", "onnx"), 500_000_000)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "value_max", "result"),
+    [((9, 4), 255, (200, (9, 4))), ((9, 4), 127, (400, None)), (None, 255, (400, None))],
+)
+def test_the_example_takes_pixels_as_they_are_stored(
+    pixels: tuple[int, int] | None,
+    value_max: int,
+    result: tuple[int, tuple[int, int] | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its own code runs; Ray Serve, which this project does not install, is left out."""
+
+    def undecorated(**_: Any) -> Callable[[Any], Any]:
+        return lambda decorated: decorated
+
+    names = ("ray", "ray.serve", "starlette", "starlette.requests", "starlette.responses")
+    modules: dict[str, Any] = {name: ModuleType(name) for name in names}
+    modules["ray"].serve = modules["ray.serve"]
+    modules["ray.serve"].deployment = modules["ray.serve"].batch = undecorated
+    modules["starlette.requests"].Request = object
+    modules["starlette.responses"].Response = lambda body, status=200, **_: (status, body)
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, modules[name])
+    segmentation = runpy.run_path(str(ROOT / "examples" / "serve.py"))["Segmentation"]
+
+    async def predict(image: np.ndarray) -> np.ndarray:
+        return np.full((*image.shape[:2], 1), 0.9, np.float32)
+
+    async def body() -> bytes:
+        if pixels is None:
+            return b""
+        exif = Image.Exif()
+        exif[0x0112] = 6  # a viewer turns it by 90 degrees
+        buffer = io.BytesIO()
+        Image.new("L", pixels[::-1], 200).save(buffer, "JPEG", exif=exif)
+        return buffer.getvalue()
+
+    served = segmentation.__new__(segmentation)
+    shape = ["batch", "height", "width", 1]
+    served.input = {"dtype": "uint8", "value_max": value_max, "shape": shape}
+    served.input |= {"network_height": 8, "network_width": 8}
+    served.colors, served.weights = np.array([[0, 0, 0], [255, 0, 0]], np.uint8), np.ones(2)
+    served.predict = predict
+    status, answer = asyncio.run(served(SimpleNamespace(body=body)))
+    mask = cv2.imdecode(np.frombuffer(answer, np.uint8), 1) if status == 200 else None
+    assert (status, None if mask is None else mask.shape[:2]) == result
 
 
 @pytest.fixture
@@ -248,17 +360,30 @@ def test_measures_of_other_weights_are_not_shown(source: ExportSource, tmp_path:
     path = Path(source.store.url) / "evaluation" / "summary.json"
     plain = json.loads(path.read_text())
     own = {"flips": "none", "runs": [{"run": "a", "commit_sha256": source.checkpoints[0].sha256}]}
+    used = {"thresholds": [0.5], "min_region": [0], "temperature": 1.0, "fitted_on": None}
     changes: list[tuple[dict[str, Any], bool]] = [
         ({"prediction": own}, True),
         ({"prediction": own | {"flips": "both"}}, False),
         ({"prediction": own | {"runs": [{"run": "a", "commit_sha256": "0" * 64}]}}, False),
         ({"split": "valid"}, False),
         ({"prediction": None, "checkpoint": {"which": "best", "epochs": [77]}}, False),
+        ({"prediction": own | {"small_regions": {"classes": []}}}, False),
+        ({"prediction": own | {"postprocessing": used | {"thresholds": [0.9]}}}, False),
+        ({"prediction": own | {"postprocessing": used | {"min_region": [4]}}}, False),
+        ({"prediction": own | {"postprocessing": used | {"temperature": 2.0}}}, True),
+        ({"prediction": own, "case": "tile"}, False),
+        ({"prediction": own, "overlap": 8}, False),
     ]
     for change, is_shown in changes:
         path.write_text(json.dumps(plain | change))
         card, _ = card_of(source, tmp_path)
         assert ("Foreground Dice" in card) is is_shown, change
         assert ("None: these weights have not been evaluated" in card) is not is_shown
+    values = Postprocessing((0.9,), (4,))
+    fitted = dataclasses.replace(source, postprocessing=Resolved(values))
+    alike = used | {"thresholds": [0.9], "min_region": [4]}
+    for record, is_shown in ((alike, True), (used, False), (None, False)):
+        path.write_text(json.dumps(plain | {"prediction": own | {"postprocessing": record}}))
+        assert (model_card.summary_of(fitted) is not None) is is_shown, record
     path.unlink()
     assert "None: these weights" in card_of(source, tmp_path)[0]

@@ -190,7 +190,10 @@ def test_the_example_serves_the_masks_of_infer(trained_run: Path, tmp_path: Path
                 mask = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
                 theirs = cv2.imread(str(tmp_path / "masks" / path.name), cv2.IMREAD_COLOR)
                 assert np.array_equal(mask, theirs), path
-            assert post(port, b"no image") == (400, b"send an image file of uint8 pixels\n")
+            assert post(port, b"no image") == (
+                400,
+                b"send an image file of uint8 pixels up to 255\n",
+            )
         finally:
             server.terminate()
             server.communicate(timeout=60)

@@ -16,6 +16,7 @@ PATHS: dict[Format, str] = {
     "onnx": "model.onnx",
 }
 _PACKAGES: dict[Format, tuple[str, ...]] = {"onnx": ("onnx", "onnxruntime", "tf2onnx")}
+_ONNX_BYTES = 1_900_000_000  # one file of protobuf holds less than 2 GiB, with the graph
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,20 @@ def check_installed(formats: Sequence[Format]) -> None:
                 f"--format {name}: not installed: {', '.join(missing)}; run "
                 f"`pip install 'flexunet[{name}]'`, or leave out this format"
             )
+
+
+def check_size(formats: Sequence[Format], num_parameters: int) -> None:
+    """Refuses formats that cannot hold a model with so many float32 parameters.
+
+    Raises:
+        UsageError: names the formats that can.
+    """
+    num_bytes = 4 * num_parameters
+    if "onnx" in formats and num_bytes > _ONNX_BYTES:
+        raise UsageError(
+            f"--format onnx: the weights of all runs have {num_bytes / 1e9:.2f} GB, and an ONNX "
+            f"file holds {_ONNX_BYTES / 1e9:.1f} GB; give --format savedmodel or keras"
+        )
 
 
 def functions_of(name: Format) -> FormatFunctions:
