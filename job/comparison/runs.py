@@ -84,6 +84,10 @@ def _read_run(store: ObjectStore, name: str, split: str) -> ComparedRun:
         folder = store
     else:
         summary = read_json(folder, "summary.json", remedy)
+        if summary is None and store.stat("config.yaml") is None:
+            raise UsageError(
+                f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
+            )
         if summary is None:
             raise UsageError(
                 f"{store.url}: no evaluation of the {split} split; run flexunet evaluate "

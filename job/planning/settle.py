@@ -37,6 +37,8 @@ _GIVEN = PLANNED | {"time_budget"}
 _MEASURED_SHARE = 0.85
 # With less than this share of the memory and of the longest duration, estimates need no dry step.
 _SURE_SHARE = 0.3
+# Minutes: in a shorter budget a dry step takes too much of the user's time.
+_SHORT_BUDGET = 1.0
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,10 @@ def fitted_plan(
     while True:
         plan = make_plan(facts, machine, given, limits)
         is_small = plan.memory_bytes < _SURE_SHARE * machine.memory_bytes
-        is_short = plan.minutes < _SURE_SHARE * TRAINING_MINUTES
+        # The steps that fit into a budget depend on the true duration of a step.
+        is_short = plan.minutes < (
+            _SURE_SHARE * TRAINING_MINUTES if config.time_budget is None else _SHORT_BUDGET
+        )
         if measure is None or (is_small and is_short and not always):
             return plan
         found = measure(with_plan(config, plan), machine)

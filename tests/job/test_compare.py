@@ -139,8 +139,8 @@ def test_runs_of_another_network_size_are_compared_at_the_original_size(
     [
         (["{first}"], "needs two runs or more"),
         (["{first}", "{first}/"], "given twice"),
-        (["{first}", "{first}-none"], "no evaluation of the test split; run flexunet evaluate"),
         (["{first}", "{second}", "--split", "valid"], "no evaluation of the valid split"),
+        (["{first}", "{first}-none"], "no run here: config.yaml is missing"),
         (["{first}", "{second}", "--output", "page"], "give a name that ends in .html"),
     ],
 )

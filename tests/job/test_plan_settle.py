@@ -209,6 +209,10 @@ def test_a_measured_step_gives_the_epochs_and_fewer_filters(typed: Typed) -> Non
     assert plan.measured is not None
     assert plan.num_steps * plan.measured.step_s == pytest.approx(600, rel=0.01)
     assert plan.value("model.base_filters") == 12  # 500 steps in 10 minutes
+    # A budget needs the true duration of a step, if it is not too short for a dry step.
+    assert fitted_plan(facts_of(budget), LAPTOP, budget, Steps()).measured is not None
+    short = typed.resolve(time_budget=0.5)
+    assert fitted_plan(facts_of(short), LAPTOP, short, never).measured is None
 
 
 def test_folds_share_one_plan(typed: Typed) -> None:
