@@ -107,11 +107,13 @@ class ChosenMasks:
         choice: what `prep` decided; None: all options are given, or an earlier version began.
         checked: what masks must have that an earlier version began to read, each by itself. None:
             `config` and `choice` say it.
+        is_new: the choice was made now. A stored one of an earlier version has no palette.
     """
 
     config: PrepConfig
     choice: MaskChoice | None = None
     checked: MaskChecks | None = None
+    is_new: bool = False
 
     @property
     def encoding(self) -> Encoding:
@@ -122,12 +124,14 @@ class ChosenMasks:
     def palette(self) -> Palette:
         """Indices of palettes, and the colours that all masks must have there.
 
-        Empty if the user says what carries the classes. Level 0 of grey masks is black.
+        Empty if the user says what carries the classes, or if it is not known. Level 0 of grey
+        masks is black.
         """
         if self.encoding != "index" or not (self.checked or self._is_encoding_decided):
             return ()
         found = self.checked or self.choice
-        return (found and found.palette) or ((0, _BLACK),)
+        black: Palette = ((0, _BLACK),) if self.checked or self.is_new else ()
+        return (found and found.palette) or black
 
     @property
     def _is_encoding_decided(self) -> bool:
@@ -191,7 +195,7 @@ def _newly_chosen(
         num_files=masks.num_files,
         palette=palette_of(masks, decision.reading),
     )
-    return ChosenMasks(result, choice)
+    return ChosenMasks(result, choice, is_new=True)
 
 
 def _as_in(

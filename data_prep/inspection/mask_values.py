@@ -4,6 +4,7 @@ The meaning of the masks is decided in `masks/decision`; this module explains it
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from data_prep.masks.color_map import (
     parse_color_map,
     parse_ignored,
 )
-from data_prep.masks.decision.findings import Reading
+from data_prep.masks.decision.findings import MaskEncoding, Reading
 from data_prep.masks.statistics import MaskStatistics, ValueCount
 
 _MAX_NOISE = 4  # classes whose noise is counted apart
@@ -98,8 +99,14 @@ def are_known(values: Values | None, reading: Reading) -> bool:
     """Returns whether all values are of classes or ignored, so that masks can be read."""
     if values is None:
         return False
-    meanings, none = _Meanings(reading), ValueCount(0)
-    return all(meanings.of(*value, none)[0] in (_CLASS, _IGNORED) for value in values)
+    none = ValueCount(0)
+    # A mask of mixed ones has ids or colours, never both.
+    encodings: tuple[MaskEncoding, ...] = ("index", "colour")
+    readings = [replace(reading, encoding=each) for each in encodings]
+    return any(
+        all(meanings.of(*value, none)[0] in (_CLASS, _IGNORED) for value in values)
+        for meanings in map(_Meanings, readings if reading.encoding == "mixed" else [reading])
+    )
 
 
 _CLASS, _IGNORED, _AREA, _UNKNOWN = "class", "ignored", "area of no class", "unknown"
@@ -127,22 +134,32 @@ class _Meanings:
             color: None for levels above 255.
         """
         if self._encoding == "nonzero":
-            return self._of_nonzero(color or (1,) * 3, is_zero=value_id == 0 or color == (0, 0, 0))
+            return self._of_nonzero(value_id, color)
         if value_id is not None and self._encoding in ("index", "mixed"):
-            found = self._of_id(value_id)
+            found = self._of_id(value_id, color)
             if found is not None or self._encoding == "index":
                 return found or (_AREA, "id of no class")
         return self._of_color(color, count)
 
-    def _of_nonzero(self, color: Color, *, is_zero: bool) -> _Meaning:
-        if color in self._ignored:
+    def _of_nonzero(self, value_id: int | None, color: Color | None) -> _Meaning:
+        if value_id is None:
+            is_ignored, is_zero = color in self._ignored, color == (0, 0, 0)
+        else:
+            is_ignored = (value_id,) * 3 in self._ignored or self._has_ignored_color(color)
+            is_zero = value_id == 0
+        if is_ignored:
             return _IGNORED, _IGNORED
         return _CLASS, f"class {self._classes[not is_zero].name}"
 
-    def _of_id(self, value: int) -> _Meaning | None:
-        if value < len(self._classes):
-            return _CLASS, f"class {self._classes[value].name}"
-        return (_IGNORED, _IGNORED) if (value,) * 3 in self._ignored else None
+    def _of_id(self, value: int, color: Color | None) -> _Meaning | None:
+        is_class = value < len(self._classes)
+        if self._has_ignored_color(color) or (not is_class and (value,) * 3 in self._ignored):
+            return _IGNORED, _IGNORED
+        return (_CLASS, f"class {self._classes[value].name}") if is_class else None
+
+    def _has_ignored_color(self, color: Color | None) -> bool:
+        # A grey of `--ignore` is an id, whatever index has that grey in the palette.
+        return color is not None and grey_level(color) is None and color in self._ignored
 
     def _of_color(self, color: Color | None, count: ValueCount) -> _Meaning:
         if self._encoding == "alpha":

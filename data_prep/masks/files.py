@@ -19,7 +19,7 @@ from data_prep.imaging.codecs import decoding, open_image, read_image
 from data_prep.imaging.pixels import Pixels, grey_channel, is_uniform
 from data_prep.imaging.tiff import TIFF_SIGNATURES, Tiff
 from data_prep.masks.coding import level_counts, lookup
-from data_prep.masks.color_map import MAX_CLASSES, Color, color_text
+from data_prep.masks.color_map import MAX_CLASSES, Color, color_text, grey_level
 from data_prep.masks.reading import (
     NUM_COLORS_NAMED,
     MaskReading,
@@ -162,7 +162,9 @@ def read_mask(mask: MaskFile, rules: MaskRules, *, name: str) -> MaskReading:
     if rules.encoding == "alpha":
         return _read_alpha(mask, rules, name=name)
     if rules.encoding == "nonzero":
-        return read_nonzero(mask.pixels if mask.indices is None else mask.indices, rules)
+        if mask.indices is None:
+            return read_nonzero(mask.pixels, rules)
+        return read_nonzero(mask.indices, rules, _ignored_indices(mask, mask.indices, rules))
     if rules.encoding == "index":
         plane = grey_channel(mask.pixels) if mask.indices is None else mask.indices
         if plane is None:
@@ -214,9 +216,23 @@ def _is_index(mask: MaskFile, indices: Pixels, rules: MaskRules, *, name: str) -
     return min(by_color) < 0 <= min(by_index)
 
 
+def _ignored_indices(mask: MaskFile, indices: Pixels, rules: MaskRules) -> list[int]:
+    """Returns the indices that occur and have an ignored colour in the palette of the mask.
+
+    Grey is left out: ignored levels are indices, and a class may have that grey in the palette.
+    """
+    colors = {color for color in rules.ignored if grey_level(color) is None}
+    if not colors:
+        return []
+    used = np.flatnonzero(level_counts(indices)).tolist()
+    return [index for index in used if mask.color_of(index) in colors]
+
+
 def _read_index(mask: MaskFile, plane: Pixels, rules: MaskRules, *, name: str) -> MaskReading:
     counts = level_counts(plane)
     table = index_table(rules)
+    if mask.indices is not None and rules.ignore_id is not None:
+        table[_ignored_indices(mask, mask.indices, rules)] = rules.ignore_id
     wrong = [
         (int(value), int(counts[value]))
         for value in np.flatnonzero(counts)

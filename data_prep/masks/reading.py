@@ -121,11 +121,14 @@ def read_classes(
     return _read_grey(plane, rules, name, is_lossy=is_lossy)
 
 
-def read_nonzero(pixels: Pixels, rules: MaskRules) -> MaskReading:
+def read_nonzero(
+    pixels: Pixels, rules: MaskRules, ignored_indices: Sequence[int] = ()
+) -> MaskReading:
     """Returns the second class wherever a mask is not 0, such as numbers of single objects.
 
     Args:
         pixels: as for `read_classes`, or the indices of a palette, (H, W).
+        ignored_indices: indices that are ignored beside the levels of `rules`.
     """
     plane = grey_channel(pixels)
     if plane is None:
@@ -134,7 +137,7 @@ def read_nonzero(pixels: Pixels, rules: MaskRules) -> MaskReading:
         ignored = [color[0] << 16 | color[1] << 8 | color[2] for color in rules.ignored]
     else:
         levels = (grey_level(color) for color in rules.ignored)
-        ignored = [level for level in levels if level is not None]
+        ignored = [*(level for level in levels if level is not None), *ignored_indices]
     ids = rules.as_dataset_ids((plane != 0).astype(np.uint8))
     if rules.ignore_id is not None:
         ids[np.isin(plane, ignored)] = rules.ignore_id

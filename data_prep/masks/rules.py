@@ -22,11 +22,12 @@ from data_prep.masks.color_map import (
 )
 from flexunet.errors import ContentError, UsageError
 
-READING_RULES = 3
+READING_RULES = 4
 """Version of the rules by which masks are read; datasets record it. Datasets without it have 1.
 
 With version 1, the ignore id was also a grey level of masks with colours. Until version 2, areas
-of a colour near a class could be read as this class beside areas of its own colour.
+of a colour near a class could be read as this class beside areas of its own colour. Until version
+3, ignored colours of a palette did not count where its indices are read.
 """
 
 Encoding = Literal["auto", "index", "colour", "alpha", "nonzero"]

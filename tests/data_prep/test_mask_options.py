@@ -9,12 +9,13 @@ import cv2
 import numpy as np
 import pytest
 
+from data_prep.choices.mask_options import Existing, choose_mask_options
 from data_prep.cli import main
 from data_prep.config import PrepConfig
 from data_prep.masks.class_names import id_color
-from data_prep.masks.color_map import EARLIER_CLASSES
+from data_prep.masks.color_map import EARLIER_CLASSES, Palette
 from data_prep.pipeline import prepare, prepare_source
-from data_prep.shards.manifest import Manifest, read_manifest
+from data_prep.shards.manifest import Manifest, MaskChoice, read_manifest
 from data_prep.shards.mask_sample import NUM_SAMPLED
 from data_prep.shards.pair_reader import ReadPair, read_pair
 from data_prep.shards.records import decode_example, unframe_record
@@ -111,7 +112,7 @@ FOUR_OBJECTS = ["background", "class1", "class2", "class3", "class4"]
             [areas(range(3 + i % 3), side=SIDE, seed=i) for i in range(NUM)],
             "each mask numbers its regions from 1, so the values may be single objects, which are "
             "no classes",
-            [["background", "foreground"], FOUR_OBJECTS],
+            [FOUR_OBJECTS, ["background", "foreground"]],
         ),
     ],
 )
@@ -223,6 +224,18 @@ def test_the_palette_is_kept_for_what_is_read_later(
     assert manifest.mask_choice.palette == ((0, (0, 0, 0)), (1, (255, 0, 0)), (2, (0, 255, 0)))
     written = json.loads((tmp_path / "out" / "dataset.json").read_text())["mask_choice"]
     assert written["palette"] == [[0, [0, 0, 0]], [1, [255, 0, 0]], [2, [0, 255, 0]]]
+
+
+@pytest.mark.parametrize("palette", [(), ((0, (9, 9, 9)), (1, (0, 0, 0)))])
+def test_a_stored_choice_checks_the_palette_that_it_has(palette: Palette) -> None:
+    """Choices of earlier versions have none, and index 0 of their masks may have any colour."""
+    config = PrepConfig(image_size=SIDE, num_processes=1)
+    choice = MaskChoice(
+        decided=("classes", "mask_encoding", "ignore"), evidence=(), num_files=1, palette=palette
+    )
+    existing = Existing("out", OF_1, choice, is_finished=False)
+    chosen = choose_mask_options(config, existing, list)
+    assert (chosen.encoding, chosen.palette) == ("index", palette)
 
 
 def test_unused_classes_of_pascal_voc_have_its_colors(tmp_path: Path) -> None:

@@ -29,7 +29,13 @@ from data_prep.masks.decision.findings import (
     nonzero_reading,
     uncertain,
 )
-from data_prep.masks.decision.level_rules import NEAR, instances_doubt, read_ids, read_levels
+from data_prep.masks.decision.level_rules import (
+    NEAR,
+    instances_doubt,
+    read_ids,
+    read_levels,
+    with_instances,
+)
 from data_prep.masks.statistics import VOID_LEVEL, MaskStatistics, ValueCount
 
 Colors = Mapping[Color, ValueCount]
@@ -110,7 +116,7 @@ def read_voc(masks: MaskStatistics, indices: Mapping[int, ValueCount]) -> Findin
     doubt = instances_doubt(len(inner) - 1, masks)
     if doubt is None:
         return finding
-    return Finding((*finding.evidence, doubt), (nonzero_reading("255"), reading))
+    return Finding((*finding.evidence, doubt), with_instances((reading,), len(inner) - 1))
 
 
 def is_grey_palette(palette: Mapping[int, Color]) -> bool:
@@ -197,6 +203,11 @@ def _doubted_colors(
     thin = _thin_colors(colors)
     if thin:
         return _thin(finding, colors, found, thin, ignore)
+    shades = _shades_of_lines(colors, found)
+    if shades:
+        found = [color for color in found if color not in shades]
+        of_lines = replace(finding, readings=(_of_colors(found, ignore),))
+        return _thin(of_lines, colors, found, shades, ignore)
     twins = [color for color in found if _is_twin(color, colors, found)]
     kept = [color for color in found if color not in twins]
     if twins and len(kept) > 1:
@@ -301,6 +312,15 @@ def _thin_colors(colors: Colors) -> list[Color]:
     thin = _without_area(colors)
     is_few = len(colors) <= _FEW_COLORS and len(thin) <= _FEW_THIN
     return thin if is_few and len(colors) - len(thin) > 1 else []
+
+
+def _shades_of_lines(colors: Colors, found: list[Color]) -> list[Color]:
+    """Returns the thin colours between two others, where only the background has an area."""
+    thin = [color for color in _without_area(colors) if color in found]
+    if len(thin) < 2 or len(found) - len(thin) != 1:
+        return []
+    others = {color: [other for other in found if other != color] for color in thin}
+    return [color for color in thin if is_blend(np.array(color), np.array(others[color]))]
 
 
 def _is_rare_blend(color: Color, colors: Colors, found: list[Color]) -> bool:

@@ -10,7 +10,7 @@ certain has no reading, but candidates to choose from. `level_rules.py`, `color_
 `void_rules.py` have the rules.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from data_prep.masks.class_names import color_map_text, color_names, id_names
@@ -34,7 +34,7 @@ from data_prep.masks.decision.findings import (
     nonzero_reading,
     uncertain,
 )
-from data_prep.masks.decision.level_rules import note_of_white, read_ids, read_levels
+from data_prep.masks.decision.level_rules import NEAR, read_ids, read_levels
 from data_prep.masks.decision.void_rules import (
     IDS_AND_VOID,
     encoding_with_void,
@@ -243,7 +243,7 @@ def _automatic(values: _Values, masks: MaskStatistics, *, has_background: bool =
         finding = read_levels(values.levels, masks)
         if has_background or not finding.is_certain or finding.readings != (black_and_white(),):
             return finding
-        return certain(black_and_white(), *finding.evidence, *note_of_white(values.levels))
+        return certain(black_and_white(), *finding.evidence, *_note_of_white(values.levels))
     if not values.levels or is_grey_palette(values.palette):
         finding = read_palettes(masks, values.indices)
         return finding if not values.levels else _with_grey(finding, values, masks)
@@ -257,6 +257,16 @@ def _automatic(values: _Values, masks: MaskStatistics, *, has_background: bool =
         *read_palettes(masks, values.indices).readings[:1],
         *read_colors(_all_colors(values), masks).readings[:1],
     )
+
+
+def _note_of_white(levels: Mapping[int, ValueCount]) -> list[str]:
+    """Returns a hint if white covers more than half of the pixels, as the space between cells."""
+    num_pixels = sum(count.num_pixels for count in levels.values())
+    num_white = sum(count.num_pixels for level, count in levels.items() if level >= 255 - NEAR)
+    if num_white <= num_pixels // 2:
+        return []
+    share = num_white / num_pixels
+    return [f"white covers {share:.0%}: if black is the object, give --background white"]
 
 
 def _with_grey(finding: Finding, values: _Values, masks: MaskStatistics) -> Finding:

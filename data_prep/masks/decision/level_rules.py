@@ -29,6 +29,7 @@ _MIN_NEAR = 0.9  # of the pixels of a mask in black and white
 _MAX_GAP_ID = 64  # higher values are grey levels, not ids with gaps
 _MAX_CLASSES = 32  # grey levels that are proposed as classes
 _MIN_SOLID = 9  # pixels
+_MIN_APART = 20  # levels between areas in masks with noise or soft edges
 _STEP_16_BIT = 257
 _FEW_LEVELS = 8  # between black and white; more are soft edges
 _MIN_INSTANCES = 3  # ids in the mask that has most
@@ -81,14 +82,12 @@ def read_ids(
     reading = make_reading(max(number, 2), ignore)
     seen = f"the masks have the ids {join_values(sorted(levels))}"
     doubt = instances_doubt(len(values) - 1, masks)
-    instances = () if doubt is None else (nonzero_reading(ignore),)
     if values != list(range(number)):
         missing = sorted(set(range(number)) - set(values))
+        every = (reading, grey_levels_reading(values, ignore=ignore))
         finding = uncertain(
             f"{seen}; {join_values(missing)} {'is' if len(missing) == 1 else 'are'} missing",
-            *instances,
-            reading,
-            grey_levels_reading(values, ignore=ignore),
+            *(every if doubt is None else with_instances(every, len(values) - 1)),
         )
         return finding if doubt is None else finding.doubted(doubt)
     if void is not None and not void.is_border:
@@ -102,7 +101,7 @@ def read_ids(
     border = "" if void is None else "; the pixels of 255 are a thin border"
     finding = certain(reading, f"{seen}{border}")
     if doubt is not None:
-        return Finding(finding.evidence, (*instances, reading)).doubted(doubt)
+        return Finding(finding.evidence, with_instances((reading,), len(values) - 1)).doubted(doubt)
     return _doubted_ids(finding, levels, values, make_reading, masks)
 
 
@@ -113,16 +112,6 @@ def _white_reading(levels: Levels, values: Sequence[int]) -> list[Reading]:
     named = join_values(values[1:])
     meaning = f"255 is the foreground, {named} {'is' if len(values) == 2 else 'are'} ignored"
     return [Reading("colour", black_and_white().classes, ";".join(map(str, values[1:])), meaning)]
-
-
-def note_of_white(levels: Levels) -> list[str]:
-    """Returns a hint if white covers more than half of the pixels, as the space between cells."""
-    num_pixels = sum(count.num_pixels for count in levels.values())
-    num_white = sum(count.num_pixels for level, count in levels.items() if level >= 255 - NEAR)
-    if num_white <= num_pixels // 2:
-        return []
-    share = num_white / num_pixels
-    return [f"white covers {share:.0%}: if black is the object, give --background white"]
 
 
 def _one_value(value: int) -> Finding:
@@ -183,22 +172,26 @@ def is_black_and_white(levels: Levels) -> bool:
 
 
 def _rivals(levels: Levels) -> list[int]:
-    """Returns the levels near black or white that have areas beside a commoner one, if few."""
-    if len(levels) > _MAX_CLASSES:
-        return []
+    """Returns the levels near black or white that have areas beside a commoner one.
+
+    Of many levels, those close to the commoner one are noise.
+    """
+    distance = _MIN_APART if len(levels) > _MAX_CLASSES else 0
     found: list[int] = []
     for is_white in (False, True):
         end = [v for v in levels if (v >= 255 - NEAR if is_white else v <= NEAR)]
         end = [v for v in end if levels[v].num_solid >= max(_MIN_SOLID, levels[v].num_pixels // 10)]
         end.sort(key=lambda value: levels[value].num_pixels)
-        found += end[:-1]
+        found += [value for value in end[:-1] if abs(value - end[-1]) > distance]
     return sorted(found)
 
 
 def _ask_of_rivals(levels: Levels, rivals: Sequence[int], masks: MaskStatistics) -> Finding:
     """Returns the readings of levels near black or white: noise, or classes of their own."""
     named = join_values(rivals)
-    areas = [value for value in sorted(levels) if levels[value].is_area]
+    # The edges of many levels have a few flat pixels.
+    least = _MIN_SOLID if len(levels) > _MAX_CLASSES else 0
+    areas = [v for v in sorted(levels) if levels[v].is_area and levels[v].num_solid >= least]
     every = [each for each in areas if NEAR < each < 255 - NEAR or each in rivals]
     classes = grey_levels_reading(sorted({0, 255, *every}))
     noise = black_and_white(f"{named}: noise of black or white")
@@ -388,3 +381,12 @@ def instances_doubt(num_ids: int, masks: MaskStatistics) -> str | None:
             "objects, which are no classes"
         )
     return None
+
+
+def with_instances(readings: tuple[Reading, ...], num_ids: int) -> tuple[Reading, ...]:
+    """Returns readings of ids that may be numbers of single objects, and that of all as one class.
+
+    Of few ids it is the last one: organs have one region each too.
+    """
+    nonzero = nonzero_reading(readings[0].ignore)
+    return (*readings, nonzero) if num_ids < _MANY_IDS else (nonzero, *readings)

@@ -39,7 +39,7 @@ def keep_foreground(
 
 
 def _has_foreground(reading: Reading, masks: MaskStatistics) -> bool:
-    """Returns whether areas of some foreground remain beside the ignored pixels."""
+    """Returns whether areas or lines of some foreground remain beside the ignored pixels."""
     ignored = parse_ignored((reading.ignore or "").split(";"))
     levels = {grey_level(color) for color in ignored}
     ids = {**masks.levels, **masks.indices}
@@ -50,7 +50,7 @@ def _has_foreground(reading: Reading, masks: MaskStatistics) -> bool:
     )
     left = [count for color, count in masks.colors.items() if color not in (background, *ignored)]
     left += [count for value, count in ids.items() if value not in (0, *levels)]
-    return any(count.num_solid for count in left)
+    return any(not count.is_stray for count in left)
 
 
 def encoding_with_void(

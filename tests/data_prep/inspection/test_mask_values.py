@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data_prep.inspection.mask_values import describe_values
-from data_prep.masks.decision.findings import Reading
+from data_prep.inspection.mask_values import are_known, describe_values, values_of
+from data_prep.masks.decision.findings import MaskEncoding, Reading
 from data_prep.masks.files import MaskFile
 from data_prep.masks.statistics import MaskStatistics, statistics_of
 
@@ -65,6 +65,30 @@ def test_all_values_but_0_are_the_second_class() -> None:
     assert others == ()
     values, _ = describe_values(statistics(colors((0, 0, 0), (0, 9, 3))), reading)
     assert [each.looks_like for each in values] == words[:2]
+
+
+@pytest.mark.parametrize("encoding", ["nonzero", "index"])
+@pytest.mark.parametrize("ignore", ["255", "224,224,192"])
+def test_indices_count_before_the_colours_of_their_palette(
+    encoding: MaskEncoding, ignore: str
+) -> None:
+    """As `prep` reads them: black at index 1 is no background, and index 255 is ignored."""
+    palette = ((9, 9, 9), (0, 0, 0), *((7, 7, 7),) * 253, (224, 224, 192))
+    indices = np.repeat(np.array([[0, 1, 255]], np.uint8), 9, axis=0).repeat(9, axis=1)
+    mask = MaskFile(np.array(palette, np.uint8)[indices], indices, palette=palette)
+    reading = Reading(encoding, "background=0,0,0;cell=255,255,255", ignore)
+    values, _ = describe_values(statistics_of(mask), reading)
+    words = ["class background", "class cell", "ignored"]
+    assert [each.looks_like for each in values] == words
+
+
+@pytest.mark.parametrize(
+    ("levels", "is_known"), [([0, 1], True), ([0, 255], True), ([0, 1, 255], False)]
+)
+def test_a_mask_of_mixed_ones_has_ids_or_colours(levels: list[int], is_known: bool) -> None:
+    values = values_of(statistics(np.array([levels], np.uint8)))
+    reading = Reading("mixed", "background=0,0,0;cell=255,255,255")
+    assert are_known(values, reading) == is_known
 
 
 def test_ids_are_classes_by_their_value_and_not_by_their_colour() -> None:

@@ -285,5 +285,17 @@ def test_nonzero_values_are_the_second_class(kind: str) -> None:
     moved = MaskRules(DEFAULT_CLASSES, encoding="nonzero", file_ids=(1, 0))
     assert read(data, moved) == (1 - expected).tolist()
     ignored = {"16 bits": (900, 900, 900), "colours": id_color(3)}
-    with_void = MaskRules(DEFAULT_CLASSES, 9, (ignored.get(kind, (3, 3, 3)),), "nonzero")
-    assert read(data, with_void) == np.where(ids == 3, 9, expected).tolist()
+    given = {ignored.get(kind, (3, 3, 3)), *([id_color(3)] if kind == "palette" else [])}
+    for color in given:
+        with_void = MaskRules(DEFAULT_CLASSES, 9, (color,), "nonzero")
+        assert read(data, with_void) == np.where(ids == 3, 9, expected).tolist()
+
+
+def test_a_colour_of_the_palette_is_ignored_where_indices_are_read() -> None:
+    ids = np.array([[0, 1, 2], [255, 0, 255]], np.uint8)
+    palette = [*PALETTE[:6], 9, 9, 9, *[0] * 756]
+    palette[765:] = [224, 224, 192]
+    data = saved(with_palette(ids, palette), "PNG")
+    # Grey is an index: class 2 has the colour 9,9,9.
+    rules = MaskRules(VOC, 7, ((224, 224, 192), (9, 9, 9)), "index")
+    assert read(data, rules) == np.where(ids == 255, 7, ids).tolist()

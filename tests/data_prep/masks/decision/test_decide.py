@@ -78,6 +78,32 @@ def made_smaller(seed: int) -> np.ndarray:
     return cv2.resize(mask & 254 | (mask >> 7), (48, 48), interpolation=cv2.INTER_AREA)
 
 
+def shaded_lines() -> np.ndarray:
+    """Returns a mask of 0 with lines of 255, of one pixel, with shades of 64 and 128 beside it."""
+    mask = np.zeros((96, 96), np.uint8)
+    for start in (10, 40, 70):
+        mask[8:-8, start : start + 3] = (64, 255, 128)
+    return mask
+
+
+def soft_and_solid(value: int) -> np.ndarray:
+    """Returns a mask of 0 with a disc of 255 with soft edges, and a solid disc of `value`."""
+    mask = np.zeros((192, 192), np.uint8)
+    cv2.circle(mask, (50, 50), 35, 255, -1)
+    mask = cv2.GaussianBlur(mask, (9, 9), 0)
+    cv2.circle(mask, (140, 140), 20, value, -1)
+    return mask
+
+
+def thin_and_void(seed: int) -> np.ndarray:
+    """Returns a mask of 0 with lines of 1, two pixels wide, and a border of 255 around them."""
+    mask = np.zeros((96, 96), np.uint8)
+    for start in range(10 + seed, 80, 20):
+        mask[:, start - 2 : start + 4] = 255
+        mask[:, start : start + 2] = 1
+    return mask
+
+
 def with_pixel(mask: np.ndarray, value: int) -> np.ndarray:
     mask = mask.copy()
     mask[0, 7] = value
@@ -105,6 +131,12 @@ CERTAIN: dict[str, tuple[Callable[[], MaskStatistics], str, str, str | None]] = 
         lambda: statistics(grey_file(outlined(areas([0, 1])))),
         "index",
         "background=0,0,0;foreground=128,0,0",
+        "255",
+    ),
+    "Pascal VOC with thin objects": (
+        lambda: statistics(palette_file(thin_and_void(0), VOC_PALETTE)),
+        "index",
+        VOC_CLASSES,
         "255",
     ),
     "Pascal VOC": (
@@ -198,7 +230,7 @@ ASKED: dict[str, tuple[Callable[[], MaskStatistics], str, list[str]]] = {
     "255 as lines, and stray pixels of 1": (
         lambda: statistics(*(grey_file(lines_and_strays(i)) for i in range(3))),
         "255 is no border around areas",
-        ["colour/1", "colour", "nonzero", "index/255"],
+        ["colour/1", "index/255", "colour", "nonzero"],
     ),
     "black and white made smaller": (
         lambda: statistics(*(grey_file(made_smaller(i)) for i in range(3))),
@@ -262,7 +294,27 @@ ASKED: dict[str, tuple[Callable[[], MaskStatistics], str, list[str]]] = {
     "instances": (
         lambda: grey([0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [0, 1, 2]),
         "numbers its regions from 1",
+        ["index", "nonzero"],
+    ),
+    "many instances": (
+        lambda: grey(range(10), range(12), range(9)),
+        "numbers its regions from 1",
         ["nonzero", "index"],
+    ),
+    "lines of a color with shades at their edges": (
+        lambda: statistics(color_file(shaded_lines(), [(i, 0, 0) for i in range(256)])),
+        "64,0,0; 128,0,0 have no area",
+        ["colour", "colour/64,0,0;128,0,0", "colour"],
+    ),
+    "soft edges, and an area close to black": (
+        lambda: statistics(grey_file(soft_and_solid(32))),
+        "several levels near black or white",
+        ["colour", "colour"],
+    ),
+    "soft edges, and an area close to white": (
+        lambda: statistics(grey_file(soft_and_solid(227))),
+        "several levels near black or white",
+        ["colour", "colour"],
     ),
     "instances with the palette of Pascal VOC": (
         lambda: statistics(
@@ -270,7 +322,7 @@ ASKED: dict[str, tuple[Callable[[], MaskStatistics], str, list[str]]] = {
             palette_file(areas([0, 1, 2]), VOC_PALETTE),
         ),
         "numbers its regions from 1",
-        ["nonzero/255", "index/255"],
+        ["index/255", "nonzero/255"],
     ),
     "two entries of one colour": (
         lambda: statistics(palette_file(areas([0, 1, 2]), [0, 0, 0, 255, 0, 0, 255, 0, 0])),
