@@ -30,6 +30,7 @@ MEASURE_LABELS = {
 _LOWER_IS_BETTER = {MEASURE_LABELS[name]
                     for name in ("false_positives_per_image", "hd95_mm", "hd95_px")}  # fmt: skip
 BASELINE = "predict-nothing baseline"
+ALL_CLASSES = "all foreground classes"  # the mean over them, where it is beside classes
 EVERYTHING = "predict-everything baseline"  # a class on every pixel, each class alone
 ONE_SIZE = "original size (same as network size)"
 
@@ -145,7 +146,7 @@ class MeasureRow(NamedTuple):
     """A row of a table of measures.
 
     Attributes:
-        owner: the name of a class, or "foreground" for the mean over all foreground classes.
+        owner: the name of a class, or `ALL_CLASSES` for the mean over them.
     """
 
     owner: str
@@ -158,14 +159,25 @@ def measure_rows(size: Mapping[str, Any]) -> list[MeasureRow]:
 
     With one foreground class the mean over classes is that class, and is left out.
     """
-    owners = [("foreground", size["foreground"])] if len(size["classes"]) > 1 else []
+    return [
+        MeasureRow(owner, label, value)
+        for owner, values in measure_owners(size)
+        for label, value in values.items()
+    ]
+
+
+def measure_owners(size: Mapping[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """Returns (owner, its measures by label) as `measure_rows` does.
+
+    The position tells the mean from the classes: a class can have any name.
+    """
+    owners = [(ALL_CLASSES, size["foreground"])] if len(size["classes"]) > 1 else []
     owners += [(each["name"], each) for each in size["classes"]]
     return [
-        MeasureRow(owner, measure_label(name), value)
+        (owner, {measure_label(name): value for name, value in values.items()
+                 if isinstance(value, dict)})
         for owner, values in owners
-        for name, value in values.items()
-        if isinstance(value, dict)
-    ]
+    ]  # fmt: skip
 
 
 def titled_sizes(sizes: Mapping[str, T]) -> list[tuple[str, T]]:

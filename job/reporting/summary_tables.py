@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexunet.text import pluralize
 from job.reporting.phrases import (
+    ALL_CLASSES,
     BASELINE,
     EVERYTHING,
     baseline_warnings,
@@ -122,7 +123,7 @@ def _short_table(title: str, measures: Mapping[str, Any]) -> "Table | None":
         table.add_column(header, justify="right", no_wrap=True)
         if name == "dice_mean":
             table.add_column("95 % interval\nof this Dice", justify="right", no_wrap=True)
-    owners = [{"name": "foreground"} | dict(measures["foreground"]), *measures["classes"]]
+    owners = [{"name": ALL_CLASSES} | dict(measures["foreground"]), *measures["classes"]]
     for owner in owners:
         dice = owner["dice_mean"]
         cells = [shown((owner.get(name) or {}).get("value")) for name in columns]

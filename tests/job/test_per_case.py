@@ -255,7 +255,7 @@ def test_summary_averages_classes_and_names_its_rows() -> None:
     # Dice of the classes: 2/3 and 0.
     assert summary["foreground"]["dice_mean"]["value"] == pytest.approx(1 / 3)
     rows = [row[:2] for row in measure_rows(summary)]
-    assert rows[0] == ("foreground", "Dice, mean over images")
+    assert rows[0] == ("all foreground classes", "Dice, mean over images")
     assert ("cyst", "HD95 in pixels") in rows
     assert measure_rows(summary_of(case, case))[0][:2] == ("mass", "Dice, mean over images")
 

@@ -9,6 +9,7 @@ from job.reporting.phrases import (
     MeasureRow,
     is_share,
     lesion_words,
+    measure_owners,
     measure_rows,
     size_notes,
 )
@@ -94,7 +95,7 @@ def size_of(
     rows = measure_rows(measures)
     return Size(
         title=title,
-        matrix=_matrix(rows, colors) if len(measures["classes"]) > 1 else None,
+        matrix=_matrix(measures, colors) if len(measures["classes"]) > 1 else None,
         measures=_measures(rows),
         counts=_counts(measures, colors),
         num_groups=measures["num_groups"],
@@ -110,16 +111,14 @@ def _has_few_classes(measures: Mapping[str, Any]) -> bool:
     return len(measures["classes"]) <= _FEW_CLASSES
 
 
-def _matrix(rows: Sequence[MeasureRow], colors: Mapping[str, Rgb]) -> Matrix:
-    columns = list(dict.fromkeys(row.label for row in rows))
-    owners: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        owners.setdefault(row.owner, {})[row.label] = row.measure
+def _matrix(measures: Mapping[str, Any], colors: Mapping[str, Rgb]) -> Matrix:
+    owners = measure_owners(measures)
+    columns = list(dict.fromkeys(label for _, found in owners for label in found))
     return Matrix(
         columns,
         [
             MatrixRow(owner, colors.get(owner), [_cell(label, found) for label in columns])
-            for owner, found in owners.items()
+            for owner, found in owners
         ],
     )
 
