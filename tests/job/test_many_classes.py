@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,15 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flexunet.errors import ContentError
 from flexunet.storage import open_store
 from flexunet.tables import csv_table
 from job.comparison.comparison import compare_runs
 from job.comparison.page import render_comparison
 from job.evaluation.example_cases import example_cases, image_dice_of
 from job.metrics.confusion import Confusion, count_confusion, count_pixels
+from job.metrics.per_case import Scale, measure_case, summarize_cases
 from job.reporting.html_report import render
+from job.reporting.views.confusion import confusion_of
 from job.reporting.views.gallery import gallery_of
 from job.reporting.views.line_plots import LINE_COLORS, Frame, line_style, range_of, ticks_of
+from job.reporting.views.measures import size_of
 from job.reporting.views.parts import small_figure
 from tests.job.browser import checked_pages
 from tests.job.stored_runs import NAMES
@@ -88,7 +93,7 @@ def test_the_matrix_has_each_class_and_measure_with_its_interval(
     assert len(rows) == len(NAMES)  # the foreground, and all classes but the background
     measured = summary["sizes"]["original"]
     for row, values in zip(rows, [measured["foreground"], *measured["classes"]], strict=True):
-        assert values.get("name", "foreground") in row
+        assert values.get("name", "all foreground classes") in row
         for measure in ("dice_mean", "iou_pooled"):
             each = values[measure]
             assert f"{each['value']:.4f}" in row
@@ -113,6 +118,28 @@ def test_the_confusion_matrix_counts_each_pixel_once(street_runs: Path, page: st
     share = pixels[1, 1] / pixels[1].sum()
     assert f"sky {share:.0%}" in page
     assert f">{100 * share:.0f}</text>" in page
+
+
+@pytest.mark.parametrize("row", ["sky,sky,many", "sky,moon,1", "sky,sky,99999999999999999999"])
+def test_a_damaged_confusion_matrix_is_named(tmp_path: Path, row: str) -> None:
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "confusion.csv").write_text(f"truth,predicted,pixels\n{row}\n")
+    with pytest.raises(ContentError, match=r"confusion\.csv: damaged .* evaluate the run again"):
+        confusion_of(open_store(str(tmp_path)), {})
+
+
+def test_a_class_named_foreground_is_not_the_mean() -> None:
+    truth, scale = np.array([[0, 1, 2, 2]], np.uint8), Scale((1.0, 1.0), "px")
+    case = measure_case(truth, np.array([[0, 1, 2, 0]], np.uint8), 3, scale)
+    measures = summarize_cases([case], ["a"], ["foreground", "rest"])
+    matrix = size_of("network size", measures, {"foreground": (1, 2, 3)}).matrix
+    assert matrix is not None
+    found = [(row.name, row.color, row.cells[0].value) for row in matrix.rows if row.cells[0]]
+    assert found == [
+        ("all foreground classes", None, pytest.approx(5 / 6)),
+        ("foreground", (1, 2, 3), 1.0),
+        ("rest", None, pytest.approx(2 / 3)),
+    ]
 
 
 def test_confusion_of_a_case_leaves_out_ignored_and_unknown_labels() -> None:
@@ -231,6 +258,9 @@ def test_ticks_are_round_and_inside() -> None:
         values = [value for value, _ in ticks_of(low, high)]
         assert 2 <= len(values) <= 6
         assert low - 1e-12 <= min(values) <= max(values) <= high * (1 + 1e-9)
+    for low, high in ((math.nan, 1), (0, math.inf), (math.inf, math.inf), (-1e308, 1e308)):
+        assert ticks_of(low, high) == []
+    assert len(ticks_of(0, 5e-324)) == 1
     assert range_of([]) == (0, 1)
     assert range_of([2.0, 2.0]) == (2.0, 3.0)
 

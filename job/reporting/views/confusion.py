@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from flexunet.errors import ContentError
 from flexunet.json_files import read_table
 from flexunet.storage import ObjectStore
 from job.reporting.views.parts import Rgb, Table
@@ -72,6 +73,9 @@ def confusion_of(store: ObjectStore, colors: Mapping[str, Rgb]) -> ConfusionView
 
     Args:
         colors: of classes by name.
+
+    Raises:
+        ContentError: the table is damaged.
     """
     rows = read_table(store, "evaluation/confusion.csv", evaluate_again(store))
     if not rows:
@@ -79,8 +83,13 @@ def confusion_of(store: ObjectStore, colors: Mapping[str, Rgb]) -> ConfusionView
     names = list(dict.fromkeys(row["truth"] for row in rows))
     index = {name: number for number, name in enumerate(names)}
     pixels = np.zeros((len(names), len(names)), np.int64)
-    for row in rows:
-        pixels[index[row["truth"]], index[row["predicted"]]] = int(row["pixels"])
+    try:
+        for row in rows:
+            pixels[index[row["truth"]], index[row["predicted"]]] = int(row["pixels"])
+    except (ValueError, KeyError, OverflowError) as error:
+        raise ContentError(
+            f"{store.url}/evaluation/confusion.csv: damaged ({error}); {evaluate_again(store)}"
+        ) from error
     total = pixels.sum(axis=1, keepdims=True)
     shares = np.divide(pixels, total, out=np.zeros(pixels.shape), where=total > 0)
     mixed_up = _mixed_up(names, shares)

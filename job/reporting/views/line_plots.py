@@ -15,6 +15,7 @@ LINE_COLORS = (
 _DASHES = ("", "7 4", "2 3", "9 3 2 3")
 _MOST_POINTS = 300  # of a line; a page with thousands of epochs stays small
 _MOST_TICKS = 5
+_LEAST_RANGE = 1e-300  # of smaller ones, a tick has no digits
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,14 @@ class Frame:
 
 
 def ticks_of(low: float, high: float, *, is_whole: bool = False) -> list[tuple[float, str]]:
-    """Returns up to 6 round values from `low` to `high`, and their texts.
+    """Returns up to 6 round values from `low` to `high`, and their texts; none without a range.
 
     Args:
         is_whole: only whole numbers.
     """
-    if high <= low:
+    if not math.isfinite(high - low):
+        return []
+    if high - low < _LEAST_RANGE:
         return [(low, f"{low:g}")]
     rough = (high - low) / (_MOST_TICKS - 1)
     scale = 10.0 ** math.floor(math.log10(rough))
