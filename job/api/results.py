@@ -167,7 +167,8 @@ class Comparison(dict[str, Any]):
         """A row for each size, run, class and measure.
 
         Columns: `size`, `run`, `class`, `measure`, `first`, `value`, `difference`, `low` and `high`
-        of its 95 % interval, `num_groups`. Without an interval, `low` and `high` are NaN.
+        of its 95 % interval, `num_groups`, `is_mean` (over all foreground classes). Without an
+        interval, `low` and `high` are NaN.
         """
         import pandas as pd
 

@@ -83,7 +83,7 @@ def compare_runs(urls: Sequence[str], split: str = "test") -> ComparedRuns:
 
 
 def _state(run: ComparedRun) -> dict[str, Any]:
-    """Returns status, epochs and foreground Dice of a run; a cross-validation has only the last."""
+    """Returns status, epochs and best epoch of a run; of a cross-validation, None for each."""
     if run.summary is None:
         return {"status": None, "epochs": None, "best_epoch": None}
     outcome = read_outcome(run.store) or {}
@@ -106,4 +106,5 @@ def _row(name: str, found: Difference) -> dict[str, Any]:
         "low": found.low,
         "high": found.high,
         "num_groups": found.num_groups,
+        "is_mean": found.is_mean,  # over the classes; a class can have its name, "foreground"
     }

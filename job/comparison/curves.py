@@ -1,9 +1,12 @@
 """Reads the epochs of compared runs: values over epochs and over minutes of training."""
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from flexunet.errors import ContentError
 from flexunet.json_files import read_table
 from flexunet.settings import read_yaml
 from flexunet.storage import ObjectStore, join_url
@@ -32,13 +35,13 @@ class RunCurves:
     values: Mapping[str, Sequence[float | None]]
 
     def points(self, column: str, *, over_minutes: bool) -> list[Point]:
-        """Returns (epoch or minutes, value) of each epoch with a value."""
+        """Returns (epoch or minutes, value) of each epoch with a finite value."""
         places: Sequence[float] = (self.minutes or []) if over_minutes else self.epochs
         values = self.values.get(column, ())
         return [
             (place, value)
             for place, value in zip(places, values, strict=False)
-            if value is not None
+            if value is not None and math.isfinite(value) and math.isfinite(place)
         ]
 
 
@@ -52,13 +55,21 @@ def curves_of(run: ComparedRun) -> RunCurves | None:
     if not rows or run.summary is None:
         return None
     columns = [name for name in COLUMNS if name in rows[0]]
-    return RunCurves(
-        epochs=[int(row["epoch"]) + 1 for row in rows],
-        minutes=_minutes(run, len(rows)),
-        values={
+    with _damage(run, "metrics/history.csv"):
+        epochs = [int(row["epoch"]) + 1 for row in rows]
+        values = {
             name: [float(row[name]) if row[name] else None for row in rows] for name in columns
-        },
-    )
+        }
+    return RunCurves(epochs, _minutes(run, len(rows)), values)
+
+
+@contextlib.contextmanager
+def _damage(run: ComparedRun, name: str) -> Iterator[None]:
+    """Reports a cell that is no number as damage of the table `name`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ContentError(f"{run.url}/{name}: damaged ({error}); {RESTORE}") from error
 
 
 def _minutes(run: ComparedRun, num_epochs: int) -> list[float] | None:
@@ -66,8 +77,9 @@ def _minutes(run: ComparedRun, num_epochs: int) -> list[float] | None:
     num_images = _num_train_images(run)
     if len(rows) < num_epochs or num_images is None:
         return None
-    rates = [float(row["train_images_per_s"]) for row in rows[:num_epochs]]
-    if min(rates) <= 0:
+    with _damage(run, "metrics/throughput.csv"):
+        rates = [float(row["train_images_per_s"]) for row in rows[:num_epochs]]
+    if not all(0 < rate < math.inf for rate in rates):
         return None
     return list(itertools.accumulate(num_images / rate / 60 for rate in rates))
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from job.metrics.bootstrap import difference_intervals, num_contributing, ratio
+from job.metrics.bootstrap import MIN_GROUPS, difference_intervals, num_in_both, ratio
 from job.metrics.per_case import CaseMetrics, measure_pairs
-from job.reporting.phrases import is_share, measure_label
+from job.reporting.phrases import ALL_CLASSES, is_share, measure_label
 
 FOREGROUND = "foreground"  # the mean over all foreground classes
 
@@ -15,12 +15,13 @@ class Difference:
     """A measure of a run, minus that of the first run.
 
     Attributes:
-        owner: a class, or "foreground".
+        owner: a class, or "foreground" for the mean over them.
         measure: its name in summary.json.
         first, value: of the first run and of this run.
         difference: `value` - `first`; None if one of them is not defined.
         low, high: 95 % bootstrap interval of the difference; None with fewer than 5 groups.
         num_groups: groups that have the measure in both runs.
+        is_mean: whether the owner is the mean: a class can have the name "foreground".
     """
 
     owner: str
@@ -31,6 +32,17 @@ class Difference:
     low: float | None
     high: float | None
     num_groups: int
+    is_mean: bool = False
+
+    @property
+    def label(self) -> str:
+        """The owner, as people see it."""
+        return ALL_CLASSES if self.is_mean else self.owner
+
+    @property
+    def key(self) -> tuple[bool, str]:
+        """Different for each owner."""
+        return self.is_mean, self.owner
 
     @property
     def verdict(self) -> str:
@@ -69,7 +81,8 @@ def differences_of(
     differences = []
     for (index, measure), (ours, theirs), interval in zip(keys, pairs, intervals, strict=True):
         value, before = ratio(*ours), ratio(*theirs)
-        low, high = interval or (None, None)
+        num_groups = num_in_both(ours, theirs, groups)
+        low, high = (num_groups >= MIN_GROUPS and interval) or (None, None)
         differences.append(
             Difference(
                 owner=owners[index],
@@ -79,7 +92,8 @@ def differences_of(
                 difference=None if value is None or before is None else value - before,
                 low=low,
                 high=high,
-                num_groups=min(num_contributing(each[1], groups) for each in (ours, theirs)),
+                num_groups=num_groups,
+                is_mean=index == 0,
             )
         )
     return differences

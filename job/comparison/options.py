@@ -12,7 +12,10 @@ from job.reporting.views.parts import read_config
 from job.runs.layout import RESTORE
 
 # They name a run, or change only what people see.
-_NO_OPTIONS = {"name", "output", "progress", "tensorboard", "fold"}
+_NO_OPTIONS = {
+    *("name", "output", "progress", "tensorboard", "fold"),
+    *("tracker", "tracking_uri", "experiment"),
+}
 
 
 def different_options(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:

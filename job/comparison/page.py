@@ -12,7 +12,7 @@ from job.comparison.comparison import ComparedRuns
 from job.comparison.curves import RunCurves, curves_of
 from job.comparison.differences import Difference
 from job.comparison.tables import option_words
-from job.reporting.phrases import measure_label
+from job.reporting.phrases import ALL_CLASSES, measure_label
 from job.reporting.rendering import render_page
 from job.reporting.views.line_plots import (
     Frame,
@@ -106,7 +106,7 @@ def render_comparison(compared: ComparedRuns) -> str:
             (
                 f"{size} size",
                 [
-                    _matrix(name, found, class_colors(first.manifest))
+                    difference_matrix(name, found, class_colors(first.manifest))
                     for name, found in of_runs.items()
                 ],
             )
@@ -133,21 +133,24 @@ def _options(compared: ComparedRuns) -> Table | None:
     return Table(["option", *(run.name for run in compared.runs)], rows)
 
 
-def _matrix(name: str, found: Sequence[Difference], colors: Mapping[str, Rgb]) -> DifferenceMatrix:
+def difference_matrix(
+    name: str, found: Sequence[Difference], colors: Mapping[str, Rgb]
+) -> DifferenceMatrix:
+    """Returns the differences of the run `name`, the colours being those of classes by name."""
     measures = list(dict.fromkeys(each.measure for each in found))
-    owners: dict[str, dict[str, Difference]] = {}
+    owners: dict[tuple[bool, str], dict[str, Difference]] = {}
     for each in found:
-        owners.setdefault(each.owner, {})[each.measure] = each
+        owners.setdefault(each.key, {})[each.measure] = each
     return DifferenceMatrix(
         run=name,
         columns=[measure_label(each) for each in measures],
         rows=[
             DifferenceRow(
-                owner,
-                colors.get(owner),
+                ALL_CLASSES if is_mean else owner,
+                None if is_mean else colors.get(owner),
                 [_cell(of_owner.get(measure)) for measure in measures],
             )
-            for owner, of_owner in owners.items()
+            for (is_mean, owner), of_owner in owners.items()
         ],
     )
 

@@ -16,6 +16,9 @@ from job.runs.layout import CROSS_VALIDATION_NAME
 
 _PRESENCE = "presence_"  # prefix of a column that each foreground class has
 _MOST_NAMED = 3  # cases in a message
+# Truths at original size are other masks above all of these: part of the larger area of all
+# classes, pixels, and pixels of the network size.
+_OTHER_SHARE, _OTHER_PIXELS, _OTHER_STORED_PIXELS = 0.5, 50, 16
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,8 @@ def sizes_to_compare(runs: Sequence[ComparedRun]) -> tuple[list[str], list[str]]
     masks: then the original size is compared, where the truths can differ a little.
 
     Raises:
-        UsageError: the masks of one size differ; the message names the run and a case.
+        UsageError: the masks of one size differ, or those of two sizes differ clearly; the message
+            names the run and a case.
     """
     first, *others = runs
     notes: list[str] = []
@@ -184,15 +188,17 @@ def sizes_to_compare(runs: Sequence[ComparedRun]) -> tuple[list[str], list[str]]
         case = _other_truth(first, other, "network")
         if case is None:
             continue
-        if _network_size(first) == _network_size(other):
+        if _network_size(first) != _network_size(other):
+            case = _clearly_other_truth(first, other)
+        if case is not None:
             raise UsageError(
                 f"{other.url} was evaluated with other masks than {first.url}, for example of "
                 f"{case}; compare only runs that were evaluated on the same cases"
             )
         notes.append(
-            f"{other.name} has another network size than {first.name}: only measures at the "
-            "original size are compared. Their truths are the stored masks, enlarged, and can "
-            "differ a little."
+            f"{other.name} has another network size or geometry than {first.name}: only measures "
+            "at the original size are compared. Their truths are the stored masks, enlarged, and "
+            "can differ a little."
         )
     if notes:
         return ["original"], notes
@@ -201,16 +207,40 @@ def sizes_to_compare(runs: Sequence[ComparedRun]) -> tuple[list[str], list[str]]
     return list(SIZES), []
 
 
-def _network_size(run: ComparedRun) -> tuple[int, int] | None:
-    manifest = run.manifest
-    return None if manifest is None else (manifest.image_height, manifest.image_width)
+def _network_size(run: ComparedRun) -> tuple[int, int, str] | None:
+    """Returns height, width and geometry: images of one size can be stretched or padded to it."""
+    found = run.manifest
+    return None if found is None else (found.image_height, found.image_width, found.geometry)
 
 
 def _other_truth(first: ComparedRun, other: ComparedRun, size: str) -> str | None:
     """Returns a case whose truth differs; None: there is none."""
     for case, ours, theirs in zip(first.groups, first.cases[size], other.cases[size], strict=True):
-        if [each.tp + each.fn for each in ours.classes] != [
-            each.tp + each.fn for each in theirs.classes
-        ]:
+        if _areas(ours) != _areas(theirs):
             return case
     return None
+
+
+def _clearly_other_truth(first: ComparedRun, other: ComparedRun) -> str | None:
+    """Returns a case whose truth at original size cannot be the same mask, stored at two sizes."""
+    for index, case in enumerate(first.groups):
+        ours, theirs = (_areas(run.cases["original"][index]) for run in (first, other))
+        pairs = list(zip(ours, theirs, strict=True))
+        different = sum(abs(a - b) for a, b in pairs)
+        # Of all classes together: a thin class that is lost at one size is no other mask.
+        share = _OTHER_SHARE * sum(map(max, pairs))
+        stored = _OTHER_STORED_PIXELS * max(_stored_pixel(run, index) for run in (first, other))
+        if different > max(share, _OTHER_PIXELS, stored):
+            return case
+    return None
+
+
+def _stored_pixel(run: ComparedRun, index: int) -> float:
+    """Returns the pixels of original size of a stored pixel of a case; 0 without a class."""
+    stored, original = (sum(_areas(run.cases[size][index])) for size in SIZES)
+    return original / stored if stored else 0.0
+
+
+def _areas(case: CaseMetrics) -> list[int]:
+    """Returns the pixels of each class in the truth."""
+    return [each.tp + each.fn for each in case.classes]

@@ -47,9 +47,9 @@ def _table(title: str, found: Sequence[Difference]) -> "Table":
         table.add_column(column, justify="right", no_wrap=True)
     for each in found:
         # All measures of the first owner, the mean over classes or the only class.
-        if each.measure != _SHOWN and each.owner != found[0].owner:
+        if each.measure != _SHOWN and each.key != found[0].key:
             continue
-        label = each.owner if each.measure == _SHOWN else f"  {measure_label(each.measure)}"
+        label = each.label if each.measure == _SHOWN else f"  {measure_label(each.measure)}"
         interval = "-" if each.low is None else f"{each.low:+.4f} to {each.high:+.4f}"
         difference = "-" if each.difference is None else f"{each.difference:+.4f}"
         table.add_row(

@@ -7,6 +7,7 @@ Introduction to the Bootstrap, chapter 13.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -158,8 +159,18 @@ def difference_intervals(
 
 def num_contributing(denominators: Values, groups: Groups) -> int:
     """Returns how many groups have a denominator above 0 in any of the quotients."""
+    return len(_contributing(denominators, groups))
+
+
+def num_in_both(first: Pair, second: Pair, groups: Groups) -> int:
+    """Returns how many groups contribute to both, see `num_contributing`."""
+    found = (_contributing(denominators, groups) for _, denominators in (first, second))
+    return len(set.intersection(*map(set, found)))
+
+
+def _contributing(denominators: Values, groups: Groups) -> npt.NDArray[Any]:
     has_value = denominators.reshape(len(denominators), -1).any(axis=1)
-    return len(np.unique(np.asarray(groups)[has_value]))
+    return np.unique(np.asarray(groups)[has_value])
 
 
 def _draw_sums(columns: Sequence[Values], num_draws: int, seed: int) -> Iterator[Values]:

@@ -19,7 +19,7 @@ from job.compare import main
 from job.comparison.comparison import compare_runs
 from job.comparison.curves import curves_of
 from job.comparison.differences import Difference, differences_of
-from job.comparison.page import render_comparison
+from job.comparison.page import difference_matrix, render_comparison
 from job.comparison.runs import read_runs
 from job.metrics.bootstrap import difference_interval, difference_intervals
 from job.metrics.per_case import Scale, measure_case
@@ -71,6 +71,32 @@ def test_differences_are_those_of_the_measures_with_a_paired_interval() -> None:
     assert {each.verdict for each in worse} <= {"worse", ""}
     few = differences_of(*([case[:4] for case in cases]), groups[:4], ["a", "b"])
     assert {(each.low, each.verdict) for each in few} == {(None, "")}
+
+
+def test_groups_of_a_difference_have_the_measure_in_both_runs() -> None:
+    """Class a is not in the truth: each run predicts it in other groups."""
+    scale, empty, found = Scale((1.0, 1.0), "px"), mask("0000"), mask("0010")
+    cases = [[measure_case(empty, each, 2, scale) for each in run]
+             for run in ([empty] + [found] * 5, [found] * 5 + [empty])]  # fmt: skip
+    (dice,) = [each for each in differences_of(*cases, list("abcdef"), ["a"])
+               if each.measure == "dice_mean"]  # fmt: skip
+    assert (dice.num_groups, dice.difference, dice.low, dice.high) == (4, 0.0, None, None)
+
+
+def test_the_difference_of_a_class_named_foreground_is_not_the_mean() -> None:
+    truth, scale = mask("0122"), Scale((1.0, 1.0), "px")
+    cases = [[measure_case(truth, each, 3, scale)] for each in (mask("0022"), mask("0120"))]
+    found = differences_of(*cases, ["a"], ["foreground", "rest"])
+    dice = [each for each in found if each.measure == "dice_mean"]
+    assert [(each.label, each.is_mean, each.difference) for each in dice] == [
+        ("all foreground classes", True, pytest.approx(1 / 3)),
+        ("foreground", False, 1.0),
+        ("rest", False, pytest.approx(-1 / 3)),
+    ]
+    rows = difference_matrix("second", found, {"foreground": (1, 2, 3)}).rows
+    assert [(row.name, row.color) for row in rows] == [
+        ("all foreground classes", None), ("foreground", (1, 2, 3)), ("rest", None),
+    ]  # fmt: skip
 
 
 def test_a_difference_without_a_value_has_no_verdict() -> None:
@@ -127,11 +153,21 @@ def test_runs_of_another_network_size_are_compared_at_the_original_size(
     change_tables(second, lambda row: row | {"fn_px_sky": str(int(row["fn_px_sky"]) + 1)})
     path = Path(second) / "dataset.json"
     manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"geometry": "pad"}))
+    assert list(compare_runs([first, second]).differences) == ["original"]
     path.write_text(json.dumps(manifest | {"image_height": 64, "image_width": 96}))
+    config = Path(second) / "config.yaml"
+    text = config.read_text().replace("tracker: null", "tracker: mlflow")
+    config.write_text(text.replace("experiment: null", "experiment: other"))
+    assert "tracker: mlflow" in config.read_text()
     found = compare_runs([first, second])
     assert list(found.differences) == ["original"]
-    assert "noisy has another network size than clear" in found.notes[0]
+    assert "noisy has another network size or geometry than clear" in found.notes[0]
+    assert not {"tracker", "experiment"} & set(found.options)
     assert found.options["dataset: network size"] == ["48 x 32", "96 x 64"]
+    change_tables(second, lambda row: row | {"fn_px_sky": str(int(row["fn_px_sky"]) + 5000)})
+    with pytest.raises(UsageError, match=r"noisy was evaluated with other masks .* of case-00"):
+        compare_runs([first, second])
 
 
 @pytest.mark.parametrize(
@@ -228,6 +264,25 @@ def test_minutes_are_those_of_the_training_steps(two_runs: list[str]) -> None:
     without = curves_of(first)
     assert without is not None and without.minutes is None
     assert without.points("loss", over_minutes=True) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [("history", "loss"), ("history", "epoch"), ("throughput", "train_images_per_s")],
+)
+def test_a_cell_of_a_curve_that_is_no_number_is_damage(
+    two_runs: list[str], name: str, column: str
+) -> None:
+    path = Path(two_runs[0]) / "metrics" / f"{name}.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    for cell in ("nan", "x") if column != "epoch" else ("x",):
+        rows[1][column] = cell
+        path.write_text(csv_table(list(rows[0]), [list(row.values()) for row in rows]))
+        if cell == "nan":  # of a training that diverged
+            render_comparison(compare_runs(two_runs))
+    (first, _) = read_runs(two_runs, "test")
+    with pytest.raises(ContentError, match=rf"metrics/{name}\.csv: damaged"):
+        curves_of(first)
 
 
 def test_folds_of_an_earlier_version_and_cross_validations_are_compared(tmp_path: Path) -> None:
