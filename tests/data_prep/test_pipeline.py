@@ -237,6 +237,7 @@ def test_other_options_or_files_in_the_same_place_are_named(source, tmp_path):
         _prepare(source, tmp_path / "out")
 
 
+@pytest.mark.draws
 @pytest.mark.cluster
 def test_killed_and_continued_gives_the_same_bytes(tmp_path):
     source = tmp_path / "source"

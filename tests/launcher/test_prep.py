@@ -24,7 +24,8 @@ from tests.launcher.conftest import (
     started_cluster,
 )
 
-pytestmark = pytest.mark.cluster
+# The bytes of figures are compared with those that other processes draw.
+pytestmark = [pytest.mark.cluster, pytest.mark.draws]
 
 
 @pytest.fixture(scope="module")
