@@ -55,7 +55,7 @@ class Driver:
         where = ["--address", cluster.address, "--num-workers", str(num_workers)]
         self.process = commands.start("launcher", "train", *where, *arguments)
 
-    def wait_for(self, predicate: Callable[[], Any], timeout: float = 120) -> Any:
+    def wait_for(self, predicate: Callable[[], Any], timeout: float = 300) -> Any:
         """Waits until `predicate` returns a true value, and returns it."""
         deadline = time.monotonic() + timeout
         while not (found := predicate()):
