@@ -9,14 +9,9 @@ from data_prep.shards.manifest import Manifest
 from flexunet.storage import ObjectStore, open_store
 from job.exporting.options import ExportConfig
 from job.inference.options import ImageConfig
-from job.inference.prediction import overlap_of
+from job.inference.prediction import overlap_of, postprocessing_of
 from job.models.compatibility import num_outputs
-from job.postprocessing.stored import (
-    ExplicitValues,
-    PredictionKind,
-    Resolved,
-    resolve_postprocessing,
-)
+from job.postprocessing.stored import Resolved
 from job.runs.checkpoints import Checkpoint
 from job.runs.loading import (
     EnsembleMember,
@@ -97,14 +92,10 @@ def open_source_runs(url: str, config: ExportConfig) -> ExportSource:
     """
     runs = open_ensemble([url, *config.ensemble])
     found = tuple(find_checkpoint(run.store, which=config.checkpoint) for run in runs)
-    overlap = overlap_of(runs[0], ImageConfig())
+    as_usual = ImageConfig()  # what `infer` does without options
+    overlap = overlap_of(runs[0], as_usual)
     members = tuple(ensemble_member(*pair) for pair in zip(runs, found, strict=True))
-    postprocessing = resolve_postprocessing(
-        [run.store for run in runs],
-        [each.name for each in runs[0].manifest.classes if each.id != 0],
-        PredictionKind(members, "none", overlap),
-        ExplicitValues(),
-    )
+    postprocessing = postprocessing_of(as_usual, runs, members, overlap)
     return ExportSource(open_store(url), runs, found, postprocessing, overlap)
 
 
