@@ -24,6 +24,8 @@ LEVELS_16_BIT = 257  # 65535 / 255: one 8-bit grey level in 16 bits
 _MAX_LEVEL = 65535
 Levels = TypeVar("Levels", int, "npt.NDArray[np.int64]")
 
+NO_CLASS_COLOR: Color = (128, 128, 128)  # of pixels without a class, where classes are drawn
+
 
 @dataclass(frozen=True)
 class ClassColor:

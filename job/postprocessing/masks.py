@@ -19,6 +19,11 @@ from job.metrics.lesions import without_small_regions
 Ids = npt.NDArray[np.uint8]
 
 DEFAULT_THRESHOLD = 0.5
+_VALUES = {  # in words, by their keys in summary.json and inference.json
+    "thresholds": "thresholds",
+    "min_region": "smallest regions",
+    "temperature": "temperature",
+}
 
 
 @dataclass(frozen=True)
@@ -137,3 +142,8 @@ def area_scale(geometry: Geometry) -> float:
     """Returns the number of source pixels per stored pixel."""
     part = geometry.part
     return part.height * part.width / (geometry.height * geometry.width)
+
+
+def given_words(given: Sequence[str]) -> str:
+    """Returns the values that options replaced in words; `given` as in a record."""
+    return " and ".join(_VALUES[name] for name in given)

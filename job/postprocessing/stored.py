@@ -16,19 +16,13 @@ from flexunet.settings import Settings, parse_settings
 from flexunet.storage import ObjectStore
 from flexunet.text import pluralize
 from job.models.flips import Flips
-from job.postprocessing.masks import DEFAULT_THRESHOLD, Postprocessing
+from job.postprocessing.masks import DEFAULT_THRESHOLD, Postprocessing, given_words
 from job.postprocessing.region_filter import FittedOn
 from job.runs.layout import read_small
 from job.runs.loading import EnsembleMember
 
 POSTPROCESSING_NAME = "postprocessing.json"
 UNDO = "--threshold 0.5 --min-region 0 --temperature 1"
-
-_GIVEN = {
-    "thresholds": "thresholds",
-    "min_region": "smallest regions",
-    "temperature": "temperature",
-}
 
 _VERSION = 1
 _MAX_TEMPERATURE = 100.0  # of --temperature
@@ -267,11 +261,6 @@ def _used_words(
         f"postprocessing of {run.url}, fitted on {cases}{but}: "
         f"{described([each.name for each in fitted.classes], values)} (undo: {UNDO})"
     )
-
-
-def given_words(given: Sequence[str]) -> str:
-    """Returns the values that options replaced in words; `given` as in a record."""
-    return " and ".join(_GIVEN[name] for name in given)
 
 
 def described(names: Sequence[str], values: Postprocessing) -> str:

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.imaging.codecs import encode_png
 from data_prep.imaging.pixels import shown_channels
-from data_prep.masks.color_map import ClassColor
+from data_prep.masks.color_map import NO_CLASS_COLOR, ClassColor
 
 Pixels = npt.NDArray[np.uint8]
 Color = tuple[int, int, int]
@@ -26,7 +26,6 @@ Color = tuple[int, int, int]
 _TRUTH_COLOR: Color = (0, 220, 255)
 _PREDICTION_COLOR: Color = (255, 140, 0)
 _EDGE_COLOR: Color = (0, 0, 0)
-NO_CLASS_COLOR: Color = (128, 128, 128)
 _INK: Color = (235, 235, 235)
 _PAPER: Color = (24, 24, 24)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flexunet.json_files import read_table
 from flexunet.storage import ObjectStore
-from job.postprocessing.stored import given_words
+from job.postprocessing.masks import given_words
 from job.reporting.phrases import measure_label
 from job.reporting.views.line_plots import PAIR, Frame, LinePlot, PlotGroup, range_words
 from job.reporting.views.parts import Rgb, Table

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.masks.color_map import NO_CLASS_COLOR
 from flexunet.json_files import read_table
 from flexunet.storage import ObjectStore
-from job.reporting.plots import NO_CLASS_COLOR
 from job.reporting.views.parts import (
     Figure,
     Rgb,
