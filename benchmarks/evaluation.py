@@ -27,10 +27,9 @@ from typing import Any
 import click
 import cv2
 import numpy as np
-from machine import describe_machine, shown, write_result
+from machine import FLEXUNET, describe_machine, shown, write_result
 
 HERE = Path(__file__).parents[1]
-FLEXUNET = ("-c", "from launcher.cli import main; raise SystemExit(main())")
 
 Times = dict[str, float]  # "wall" and "cpu", seconds
 

@@ -17,6 +17,8 @@ import psutil
 
 # A run that only tests a script must not overwrite the measured results.
 RESULTS = Path(os.environ.get("FLEXUNET_BENCHMARK_RESULTS") or Path(__file__).parent / "results")
+# Arguments of Python that run the command `flexunet` of this checkout.
+FLEXUNET = ("-c", "from launcher.cli import main; raise SystemExit(main())")
 
 
 def describe_machine() -> dict[str, Any]:

@@ -33,7 +33,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 import psutil
-from machine import RESULTS, describe_machine
+from machine import FLEXUNET, RESULTS, describe_machine
 from PIL import Image
 from quality_table import write_tables
 
@@ -44,7 +44,6 @@ from job.metrics.confusion import count_pixels, dice
 
 HERE = Path(__file__).parent
 CELLS = "quality"  # the folder of the cells, in the folder of results
-FLEXUNET = ("-c", "from launcher.cli import main; raise SystemExit(main())")
 NUM_FOLDS = 3
 PEER_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "albumentations", "scikit-learn")
 
@@ -60,7 +59,8 @@ class ImageSet:
         mask: pattern of the mask of an image whose stem is "{stem}"; "{number}": the digits at the
             start of the stem.
         object_level: the grey level of the object in the masks.
-        field_of_view: as `mask`: the mask outside of which nothing is measured; "": none.
+        field_of_view: as `mask`, of the mask of the field of view; pixels outside are not
+            measured. "": none.
         options: of `flexunet.prepare`.
     """
 

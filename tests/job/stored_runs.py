@@ -109,7 +109,7 @@ def _write_epochs(store: Any, noise: float, *, has_figures: bool) -> None:
 def evaluate_scenes(
     manifest: Manifest, num_cases: int, side: int, noise: float, *, has_figures: bool
 ) -> tuple[Evaluation, Any]:
-    """Returns the evaluation of predictions of street scenes, and what stands for its evaluator."""
+    """Returns the evaluation of predictions of street scenes, and a stand-in evaluator."""
     names = [each.name for each in manifest.classes]
     measures = CaseMeasures(len(names), ignore_id=255)
     cases, results, images, truths = [], [], [], []
