@@ -204,6 +204,15 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
     return result
 
 
+def flat_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested `values` by dotted path."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found |= flat_values(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def suggestion(name: str, known: list[str]) -> str:
     """Returns a remedy for an unknown `name`: the nearest known name, or all known names."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

@@ -8,11 +8,7 @@ from dataclasses import dataclass
 
 from flexunet.errors import ContentError
 from flexunet.json_files import read_table
-from flexunet.settings import read_yaml
-from flexunet.storage import ObjectStore, join_url
-from job.comparison.runs import ComparedRun
-from job.config import TrainConfig, stored_config
-from job.reporting.views.parts import read_text
+from job.comparison.runs import ComparedRun, config_of
 from job.runs.layout import RESTORE
 
 Point = tuple[float, float]
@@ -84,15 +80,9 @@ def _minutes(run: ComparedRun, num_epochs: int) -> list[float] | None:
     return list(itertools.accumulate(num_images / rate / 60 for rate in rates))
 
 
-def _config(store: ObjectStore) -> TrainConfig | None:
-    text = read_text(store, "config.yaml")
-    where = join_url(store.url, "config.yaml")
-    return None if text is None else stored_config(read_yaml(text, where), where)
-
-
 def _num_train_images(run: ComparedRun) -> float | None:
     """Returns the samples of an epoch; about, if the run trains a fold."""
-    config, manifest = _config(run.store), run.manifest
+    config, manifest = config_of(run.store), run.manifest
     if config is None or manifest is None or "train" not in manifest.splits:
         return None
     if config.folds is None:

@@ -4,18 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexunet.json_files import read_json
-from flexunet.storage import ObjectStore, join_url, open_store
-from job.comparison.runs import ComparedRun
-from job.config import stored_config
+from flexunet.settings import flat_values
+from flexunet.storage import ObjectStore, open_store
+from job.comparison.runs import ComparedRun, config_of
+from job.config import TRACKER_OPTIONS
 from job.evaluation.fold_pooling import protocol_of
-from job.reporting.views.parts import read_config
 from job.runs.layout import RESTORE
 
 # They name a run, or change only what people see.
-_NO_OPTIONS = {
-    *("name", "output", "progress", "tensorboard", "fold"),
-    *("tracker", "tracking_uri", "experiment"),
-}
+_NO_OPTIONS = {"name", "output", "progress", "tensorboard", "fold", *TRACKER_OPTIONS}
 
 
 def different_options(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
@@ -35,13 +32,12 @@ def _differ(values: Sequence[Any]) -> bool:
 
 
 def _values(run: ComparedRun) -> dict[str, Any]:
-    config = read_config(_config_store(run))
-    where = join_url(run.url, "config.yaml")
-    options = stored_config(config, where).model_dump(mode="json") if config else {}
+    config = config_of(_config_store(run))
+    options = {} if config is None else config.model_dump(mode="json")
     environment = read_json(_config_store(run), "environment.json", RESTORE) or {}
     values = {
         name: value
-        for name, value in _flat(options).items()
+        for name, value in flat_values(options).items()
         if name.partition(".")[0] not in _NO_OPTIONS
     }
     values |= {f"dataset: {name}": value for name, value in _dataset(run, environment).items()}
@@ -67,14 +63,3 @@ def _dataset(run: ComparedRun, environment: Mapping[str, Any]) -> dict[str, Any]
         "geometry": None if manifest is None else manifest.geometry,
         "SHA-256": str(environment.get("dataset_sha256", ""))[:12] or None,
     }
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested values by dotted name."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

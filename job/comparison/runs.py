@@ -7,12 +7,13 @@ from typing import Any
 from data_prep.shards.manifest import Manifest
 from flexunet.errors import ContentError, UsageError
 from flexunet.json_files import read_json, read_table
-from flexunet.storage import ObjectStore, open_store
+from flexunet.storage import ObjectStore, join_url, open_store
 from flexunet.text import join_truncated, pluralize
+from job.config import TrainConfig, stored_config
 from job.evaluation.artifacts import evaluation_folder
 from job.metrics.per_case import SIZES, CaseMetrics, parse_case_metrics
-from job.reporting.views.parts import read_dataset_copy
-from job.runs.layout import CROSS_VALIDATION_NAME
+from job.reporting.views.parts import read_config, read_dataset_copy
+from job.runs.layout import CROSS_VALIDATION_NAME, no_run
 
 _PRESENCE = "presence_"  # prefix of a column that each foreground class has
 _MOST_NAMED = 3  # cases in a message
@@ -88,9 +89,7 @@ def _read_run(store: ObjectStore, name: str, split: str) -> ComparedRun:
     else:
         summary = read_json(folder, "summary.json", remedy)
         if summary is None and store.stat("config.yaml") is None:
-            raise UsageError(
-                f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
-            )
+            raise no_run(store.url)
         if summary is None:
             raise UsageError(
                 f"{store.url}: no evaluation of the {split} split; run flexunet evaluate "
@@ -127,6 +126,12 @@ def _cases(
         raise ContentError(
             f"{folder.url}/measures_{size}.csv: damaged ({error}); evaluate the run again"
         ) from error
+
+
+def config_of(store: ObjectStore) -> TrainConfig | None:
+    """Returns the stored options of a run; None without them."""
+    values = read_config(store)
+    return stored_config(values, join_url(store.url, "config.yaml")) if values else None
 
 
 def check_same_cases(runs: Sequence[ComparedRun]) -> None:

@@ -29,6 +29,7 @@ from job.config.presets import PRESET_KEYS, dotted_keys
 from job.config.train_config import (
     DATABRICKS,
     HYBRID_WEIGHTS,
+    TRACKER_OPTIONS,
     MetricName,
     TrainConfig,
     checked_run_name,
@@ -40,6 +41,7 @@ __all__ = [
     "MODELS",
     "PRESET_KEYS",
     "SSIM_SIZE",
+    "TRACKER_OPTIONS",
     "AugmentationConfig",
     "LossConfig",
     "LossName",

@@ -31,6 +31,7 @@ MetricName = Literal[
     "dice_coef_foreground",
     "dice_coef_hybrid",
 ]
+TRACKER_OPTIONS = ("tracker", "tracking_uri", "experiment")  # no effect on training
 DATABRICKS = frozenset({"databricks", "databricks-uc"})  # addresses of a tracker, not folders
 HYBRID_WEIGHTS = (1.5, 0.5)
 _MIN_FOLDS = 3

@@ -1,6 +1,5 @@
 """Defines a plan, the file `plan.json` of a run, and which runs are planned."""
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -143,12 +142,3 @@ def plan_json(plan: Plan) -> bytes:
 def explicit_values(config: TrainConfig) -> dict[str, Any]:
     """Returns the options that were set when `config` was made, nested; JSON types only."""
     return config.model_dump(mode="json", exclude_unset=True)
-
-
-def flat_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested `values` by dotted path."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        found |= flat_values(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flexunet.errors import UsageError
-from flexunet.settings import deep_merge, parse_settings
+from flexunet.settings import deep_merge, flat_values, parse_settings
 from flexunet.storage import ObjectStore, PreconditionFailed, open_store
 from job.config import ModelConfig, TrainConfig
 from job.data.dataset import Dataset, open_dataset
@@ -18,7 +18,6 @@ from job.planning.plan_file import (
     Measured,
     Plan,
     explicit_values,
-    flat_values,
     plan_json,
     read_plan,
 )

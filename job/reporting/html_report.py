@@ -10,7 +10,7 @@ names the files that are still missing.
 import logging
 from typing import Any
 
-from flexunet.errors import ContentError, LockedError, StorageError, UsageError
+from flexunet.errors import ContentError, LockedError, StorageError
 from flexunet.json_files import read_json
 from flexunet.storage import ObjectStore, join_url
 from job.data.folds import fold_words
@@ -49,7 +49,13 @@ from job.reporting.views.run import (
     lost_regions,
     plan_of,
 )
-from job.runs.layout import CROSS_VALIDATION_NAME, OUTCOME_NAME, RESTORE, evaluate_again
+from job.runs.layout import (
+    CROSS_VALIDATION_NAME,
+    OUTCOME_NAME,
+    RESTORE,
+    evaluate_again,
+    no_run,
+)
 
 REPORT_NAME = "report.html"
 
@@ -79,9 +85,7 @@ def write_report(store: ObjectStore) -> str:
     elif store.stat(CROSS_VALIDATION_NAME) is not None:
         page = render_folds(store)
     else:
-        raise UsageError(
-            f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
-        )
+        raise no_run(store.url)
     store.put(REPORT_NAME, page.encode())
     return join_url(store.url, REPORT_NAME)
 

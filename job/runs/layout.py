@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from flexunet.errors import ContentError
+from flexunet.errors import ContentError, UsageError
 from flexunet.settings import Settings
 from flexunet.storage import NotFound, ObjectMeta, ObjectStore, join_url
 from job.config import TrainConfig
@@ -46,6 +46,11 @@ def run_url(config: TrainConfig) -> str:
 def evaluate_again(run: ObjectStore) -> str:
     """Returns the remedy for an unreadable evaluation of `run`."""
     return f"evaluate the run again: flexunet evaluate {run.url}"
+
+
+def no_run(url: str) -> UsageError:
+    """Returns the error for a folder that should be that of a run."""
+    return UsageError(f"{url}: no run here: config.yaml is missing; give the folder RUNS/NAME")
 
 
 def checkpoint_prefix(step: int, attempt: int) -> str:

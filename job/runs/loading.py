@@ -27,7 +27,7 @@ from job.runs.checkpoints import (
     find_checkpoints,
     read_checkpoint,
 )
-from job.runs.layout import CROSS_VALIDATION_NAME, CheckpointRef, checkpoint_prefix
+from job.runs.layout import CROSS_VALIDATION_NAME, CheckpointRef, checkpoint_prefix, no_run
 from job.runs.status import member_urls, run_status
 
 logger = logging.getLogger(__name__)
@@ -87,9 +87,7 @@ def _no_run(store: ObjectStore) -> UsageError:
             f"{store.url}: a cross-validation has no weights of its own; give the run of one fold, "
             f"such as {store.url}-fold-0"
         )
-    return UsageError(
-        f"{store.url}: no run here: config.yaml is missing; give the folder RUNS/NAME"
-    )
+    return no_run(store.url)
 
 
 @dataclass(frozen=True)

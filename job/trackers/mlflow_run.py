@@ -20,8 +20,9 @@ from typing import Any
 
 from flexunet.errors import ContentError, UsageError
 from flexunet.json_files import read_json
-from flexunet.settings import read_yaml
+from flexunet.settings import flat_values, read_yaml
 from flexunet.storage import NotFound, ObjectStore
+from job.config import TRACKER_OPTIONS
 from job.runs.layout import evaluate_again
 from job.trackers.background import Status
 from job.trackers.numbers import stored_rows
@@ -33,7 +34,6 @@ RECORD_NAME = "tracker.json"
 _TAG = "flexunet.run_id"
 _SENT_TAG = "flexunet.sent"  # epochs and status, set when everything was sent
 _CHANGED = "flexunet.changed."  # begins the tag of an option that has another value now
-_NO_OPTIONS = ("tracker", "tracking_uri", "experiment")  # not sent as parameters
 _SUMMARY_NAME = "evaluation/summary.json"
 _ARTIFACTS = (
     "config.yaml",
@@ -226,7 +226,7 @@ class MlflowRun:
         from mlflow.entities import Param, RunTag
 
         text = self._run.get("config.yaml").decode()
-        options = dict(_flat(read_yaml(text, f"{self._run.url}/config.yaml")))
+        options = _option_texts(read_yaml(text, f"{self._run.url}/config.yaml"))
         params = [Param(name, value) for name, value in options.items() if name not in data.params]
         tags = {"flexunet.url": self._run.url} | {
             f"{_CHANGED}{name}": value
@@ -317,12 +317,10 @@ def _evaluation_numbers(summary: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
             yield f"test_dice/{each['name']}", each["dice"]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields the dotted path and the text of each option."""
-    for name, value in values.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}.")
-        elif path not in _NO_OPTIONS:
-            text = "none" if value is None else json.dumps(value)
-            yield path, value if isinstance(value, str) else text
+def _option_texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the text of each option by its dotted path; where the run is sent is none."""
+    return {
+        path: value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+        for path, value in flat_values(values).items()
+        if path not in TRACKER_OPTIONS
+    }
