@@ -334,14 +334,21 @@ def _scan(
         chunks_of_results = _each(work, scan_chunks, tasks, "encoding", len(items), _num_images)
         return [result for chunk in chunks_of_results for result in colors.take(chunk)]
     except ContentError as error:
-        hint = _hint_of_sample(work, items)
+        hint = _hint_of_sample(work, items, str(error))
         raise ContentError(f"{error}; or skip such files with --skip-bad{hint}") from error
 
 
-def _hint_of_sample(work: _Work, items: Sequence[SourcePair]) -> str:
-    """Returns what finds other classes if only a sample of the masks decided about them."""
+def _hint_of_sample(work: _Work, items: Sequence[SourcePair], problem: str) -> str:
+    """Returns what finds other classes if only a sample of the masks decided about them.
+
+    Args:
+        problem: of a file, whose name is at its beginning.
+    """
     choice = work.mask_choice
-    if choice is None or choice.num_files >= sum(len(item.masks) for item in items):
+    masks = [mask for item in items for mask in item.masks]
+    if choice is None or choice.num_files >= len(masks):
+        return ""
+    if not any(problem.startswith(mask.label) for mask in masks):
         return ""
     return f"; classes were found from {choice.num_files} masks, and flexunet inspect reads all"
 

@@ -1,6 +1,7 @@
 """`prep` without options about masks: one choice for all, stated, kept, or asked for."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,18 @@ def test_an_open_sample_is_decided_by_all_masks(tmp_path: Path) -> None:
     assert [each.name for each in manifest.classes] == ["background", "class1", "class2"]
     assert manifest.mask_choice is not None
     assert manifest.mask_choice.num_files == 40
+
+
+@pytest.mark.parametrize(("folder", "is_hinted"), [("masks", True), ("images", False)])
+def test_a_bad_mask_beside_the_sample_names_what_reads_all(
+    tmp_path: Path, folder: str, is_hinted: bool
+) -> None:
+    source = write_source(tmp_path / "source", [areas([0, 255], seed=i) for i in range(40)])
+    bad = sorted((source / folder).iterdir())[unsampled(40)]
+    bad.write_bytes(bad.read_bytes()[:100])
+    with pytest.raises(ContentError, match=re.escape(str(bad))) as error:
+        prepared(source, tmp_path / "out")
+    assert ("flexunet inspect reads all" in str(error.value)) == is_hinted
 
 
 @pytest.mark.parametrize("foreground", [255, 1])
