@@ -99,13 +99,27 @@ def parse_settings(
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
-        details = error.errors()
+        details = _without_consequences(error.errors())
         problems = [_describe(cls, detail, typed) for detail in details[:_MAX_PROBLEMS]]
         if len(details) > _MAX_PROBLEMS:
             problems.append(f"and {len(details) - _MAX_PROBLEMS} more")
         if all((place := _option_of(detail)) and _is_typed(place, typed) for detail in details):
             where = "options"
         raise UsageError(f"{where}: {'; '.join(problems)}") from error
+
+
+def _without_consequences(details: Sequence[Any]) -> list[Any]:
+    """Returns the problems without lists that are too short only because an item is wrong."""
+    places = [detail["loc"] for detail in details]
+    return [
+        detail
+        for detail in details
+        if detail["type"] != "too_short"
+        or not any(
+            len(place) > len(detail["loc"]) and place[: len(detail["loc"])] == detail["loc"]
+            for place in places
+        )
+    ]
 
 
 def fields_of(

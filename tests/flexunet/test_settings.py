@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError, model_validator
@@ -233,3 +233,20 @@ def test_the_home_folder_of_a_path_is_put_in(monkeypatch: pytest.MonkeyPatch) ->
     assert expand_home("./~") == "./~"
     with pytest.raises(UsageError, match=r"a\.yaml: one='~nobody-here/x': .*no home folder"):
         parse_settings(Places, {"one": "~nobody-here/x"}, "a.yaml")
+
+
+class Listed(Settings):
+    kinds: tuple[Literal["a", "b"], ...] = option(("a",), "Kinds.", min_length=1)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        (["c"], "options: --kinds='c': input should be 'a' or 'b'"),
+        ([], "options: --kinds=[]: tuple should have at least 1 item after validation, not 0"),
+    ],
+)
+def test_a_wrong_item_is_not_reported_as_a_short_list_too(kinds: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_settings(Listed, {"kinds": kinds}, "options", typed={"kinds": kinds})
+    assert str(caught.value) == message
