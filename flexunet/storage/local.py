@@ -20,6 +20,7 @@ from flexunet.storage.local_files import (
     local_errors,
     open_temporary,
     stat_path,
+    sync,
     whole_file,
 )
 from flexunet.storage.names import LOCK, TEMPORARY, checked_name, local_path
@@ -226,7 +227,7 @@ class LocalStore:
                     os.fsync(file.fileno())
                 info = self._publish(file.name, path, if_generation)
                 with contextlib.suppress(FileNotFoundError):  # another process deleted both
-                    _sync_folder(os.path.dirname(path))
+                    sync(os.path.dirname(path))
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(file.name)
@@ -250,15 +251,6 @@ class LocalStore:
             info = _follow(temporary, found)
             os.replace(temporary, path)
             return info
-
-
-def _sync_folder(folder: str) -> None:
-    """Syncs a folder to disk, so that a rename survives a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _follow(temporary: str, previous: ObjectMeta | None) -> os.stat_result:

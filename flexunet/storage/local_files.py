@@ -125,3 +125,12 @@ def whole_file(path: str) -> Iterator[Any]:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(file.name)
+
+
+def sync(path: str) -> None:
+    """Syncs a file, or the names in a folder, to disk, so that they survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

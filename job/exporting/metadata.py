@@ -25,7 +25,6 @@ from job.postprocessing.masks import DEFAULT_THRESHOLD
 
 VERSION = 1  # of the file
 _PACKAGES = ("flexunet", "tensorflow", "keras", "onnx", "onnxruntime", "tf2onnx")
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -161,11 +160,9 @@ def _check_of(check: Check) -> dict[str, Any]:
 
 
 def _digest_of(path: str) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": os.path.getsize(path), "sha256": digest}
 
 
 def _versions() -> dict[str, str]:

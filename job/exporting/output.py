@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from flexunet.errors import StorageError, UsageError
 from flexunet.storage import ObjectStore, is_file, open_store
-from flexunet.storage.local_files import local_errors
+from flexunet.storage.local_files import local_errors, sync
 from flexunet.storage.names import TEMPORARY
 from job.exporting.formats.registry import PATHS
 
@@ -115,7 +115,7 @@ def _rename(folder: str, target: str, *, overwrite: bool) -> None:
     """
     with local_errors("write", target):
         for name in files_of(folder):
-            _sync(os.path.join(folder, name))
+            sync(os.path.join(folder, name))
         earlier = _beside(target)
         try:
             if overwrite and os.path.isdir(target):
@@ -128,7 +128,7 @@ def _rename(folder: str, target: str, *, overwrite: bool) -> None:
             if isinstance(error, UsageError) or error.errno not in _NOT_EMPTY:
                 raise
             raise UsageError(f"{target}: another process wrote here; give another OUTPUT") from None
-        _sync(os.path.dirname(target))
+        sync(os.path.dirname(target))
     shutil.rmtree(earlier, ignore_errors=True)
 
 
@@ -152,15 +152,6 @@ def _restore(earlier: str, target: str) -> None:
             f"{target}: another process wrote here; give another OUTPUT; the earlier files of the "
             f"folder are in {earlier}"
         ) from error
-
-
-def _sync(path: str) -> None:
-    """Syncs a file or folder to disk, so that it survives a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _upload(folder: str, store: ObjectStore, *, overwrite: bool) -> None:

@@ -1,5 +1,6 @@
 """Runs one training process: devices, peers, the run, precision, watchdog."""
 
+import functools
 import logging
 import os
 import signal
@@ -105,9 +106,8 @@ def run_process(
         find_target(config)
     dataset = open_folded(config)
     placement = placement or Placement()
-    planned = config
-    if needs_plan(config):
-        planned = preview(config, _facts(config, spec, placement)())
+    facts = _facts(config, spec, placement)
+    planned = preview(config, facts()) if needs_plan(config) else config
     check_compatible(planned, dataset)
     if spec is None or spec.size == 1:
         if placement.launch is None:  # a launcher has checked it already
@@ -115,7 +115,7 @@ def run_process(
             check_encoder(planned)
         with _acquire_run(config, placement.launch) as run:
             # Before TensorFlow takes memory from the dry step.
-            config = _settled(run, config, _facts(config, None, placement), callbacks)
+            config = _settled(run, config, facts, callbacks)
             alone = _Process(config, dataset, None, placement, ends_process)
             return alone.train(run, callbacks)
     process = _Process(config, dataset, spec, placement, ends_process)
@@ -295,9 +295,9 @@ class _Process:
 def _facts(
     config: TrainConfig, spec: ProcessSpec | None, placement: Placement
 ) -> Callable[[], MachineFacts]:
-    """Returns a function that returns the facts of this machine, see `machine_facts`."""
+    """Returns a function that collects the facts of this machine once, see `machine_facts`."""
     num_gpus, share = placement.num_gpus, placement.node_share
-    return lambda: machine_facts(config, spec, num_gpus=num_gpus, node_share=share)
+    return functools.cache(lambda: machine_facts(config, spec, num_gpus=num_gpus, node_share=share))
 
 
 def _settled(

@@ -25,7 +25,7 @@ def test_put_returns_its_own_generation(tmp_path: Path, monkeypatch: pytest.Monk
     """Another writer comes between a put's replacement and its return."""
     store = LocalStore(str(tmp_path))
     before = store.put("a", b"0").generation
-    sync_folder = local._sync_folder
+    sync_folder = local.sync
     others: list[int] = []
 
     def overtaken(folder: str) -> None:
@@ -36,7 +36,7 @@ def test_put_returns_its_own_generation(tmp_path: Path, monkeypatch: pytest.Monk
             assert stat is not None
             others[0] = store.put("a", b"other", if_generation=stat.generation).generation
 
-    monkeypatch.setattr(local, "_sync_folder", overtaken)
+    monkeypatch.setattr(local, "sync", overtaken)
     own = store.put("a", b"own", if_generation=before)
     assert before < own.generation < others[0]
     with pytest.raises(PreconditionFailed):
